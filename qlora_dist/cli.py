@@ -66,6 +66,9 @@ def quantize(
     double_quant: Annotated[bool, typer.Option(help="Quantize the absmax values too.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     file_size: Annotated[str, typer.Option(help="Largest size of a file, such as 5GB.")] = "5GB",
+    min_share: Annotated[
+        float, typer.Option(help="Fail if less than this part of the layers' parameters would be in 4 bit.")
+    ] = 0.9,
 ) -> None:
     """Quantize a model to 4 bit, in bitsandbytes' own format; an interrupted run goes on where it stopped."""
     _prepare_process()
@@ -74,7 +77,7 @@ def quantize(
     from qlora_dist.model.quantize_folder import make_options, print_report, quantize_folder
 
     console = Console()
-    options = make_options(quant_type, block_size, double_quant, device, file_size)
+    options = make_options(quant_type, block_size, double_quant, device, file_size, min_share)
     print_report(quantize_folder(source, out, options, console), console)
 
 

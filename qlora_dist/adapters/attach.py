@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import nn
 from qlora_dist.adapters.lora import LoraNF4
 from qlora_dist.config import LoraConfig
 from qlora_dist.errors import UserError
+from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 
 ADAPTER_NAME = "default"
@@ -59,6 +61,9 @@ def attach_adapter(model: nn.Module, config: peft.LoraConfig) -> None:
     `inject_adapter_in_model` rather than `get_peft_model`: the model stays the class and keeps the names that
     transformers gave it.
     """
+    # for injecting only: elsewhere experts are parameters, and no module there has such a name
+    config = copy.copy(config)
+    config.exclude_modules = [path for path, module in model.named_modules() if isinstance(module, NF4Experts)] or None
     with torch.device("meta"):
         peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
     for name, parameter in model.named_parameters():

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import first_values
 from qlora_dist.adapters.lora import LoraNF4, row_norms
+from qlora_dist.model.deal import Piece, gather_parts, local_range, pieces, quantize_in_turn
 from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.skeleton import checkpoint_name, decoder_layers
+from qlora_dist.model.origins import Origin
+from qlora_dist.model.skeleton import LossModel, decoder_layers, origin_names
+from qlora_dist.nf4.checkpoint import QuantizedEntry
+from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
-from qlora_dist.nf4.quantize import quantize
+from qlora_dist.nf4.quantize import dequantize
 from qlora_dist.nf4.safetensors_file import Reader
 
 
 def fill(
-    model: PreTrainedModel,
+    model: LossModel,
     folder: ModelFolder,
     device: torch.device,
     seed: int,
@@ -52,36 +52,32 @@ def fill(
         Bytes read by this rank.
     """
     _materialize(model, device, offload_base)
-    names = {id(p): name for name, p in model.named_parameters()}
-    to_quantize: list[tuple[str, NF4Linear]] = []
+    names = origin_names(model)
+    parameter_names = {id(p): name for name, p in model.named_parameters()}
+    to_quantize: list[Piece] = []
     with Reader(progress) as reader, torch.no_grad():
         source = _Source(folder, reader, replicas, device)
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
-                name = names[id(parameter)]
+                name = parameter_names[id(parameter)]
                 if "lora_" in name:
                     _fill_adapter(parameter, name, seed)
-                elif isinstance(module, NF4Linear) and parameter is module.packed and not folder.is_quantized:
-                    to_quantize.append((checkpoint_name(name), module))
+                elif not isinstance(module, NF4Linear | NF4Experts) or parameter is not module.packed:
+                    _fill_plain(parameter, model.origins[names[name]], source)
+                elif folder.is_quantized:
+                    weights = [folder.quantized[matrix.name] for matrix in model.matrices[names[name]]]
+                    _fill_packed(parameter, module.layout.total_bytes, weights, source)
                 else:
-                    _fill_from_file(parameter, checkpoint_name(name), source)
+                    to_quantize += pieces(parameter, module.layout, model.matrices[names[name]])
         for name, buffer in model.named_buffers():
-            if name in folder.entries:
-                _fill_from_file(buffer, name, source)
-        _quantize_in_turn(to_quantize, folder, reader, device)
+            if name in model.origins:
+                _fill_plain(buffer, model.origins[name], source)
+        quantize_in_turn(to_quantize, folder, reader, replicas, device)
         _fill_magnitudes(model)
         return reader.bytes_read
 
 
-def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """This rank's part of a parameter, and where in the whole it starts, by dimension."""
-    if not isinstance(parameter, DTensor):
-        return parameter, (0,) * parameter.dim()
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), tuple(offset)
-
-
-def _materialize(model: PreTrainedModel, device: torch.device, offload_base: bool) -> None:
+def _materialize(model: LossModel, device: torch.device, offload_base: bool) -> None:
     """Memory for what is on meta, and values for the buffers that no file holds (rotary frequencies)."""
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:  # as nn.Module.to_empty, with a choice of device
@@ -104,39 +100,75 @@ class _Source:
     replicas: DeviceMesh | None
     device: torch.device
 
-    def read(self, key: str, start: int, nbytes: int) -> torch.Tensor:
-        """uint8[nbytes]: a tensor's bytes from `start` on. A collective of the replicas."""
+    def read(self, nbytes: int, read_part: Callable[[torch.Tensor, int], None]) -> torch.Tensor:
+        """uint8[nbytes] of which `read_part(out, start)` reads any part. A collective of the replicas."""
         if self.replicas is None:
-            part = torch.empty(nbytes, dtype=torch.uint8)
-            self._read_into(part, key, start)
-            return part
+            whole = torch.empty(nbytes, dtype=torch.uint8)
+            read_part(whole, 0)
+            return whole
         count, index = self.replicas.size(), self.replicas.get_local_rank()
         part_bytes = -(-nbytes // count)
         part = torch.zeros(part_bytes, dtype=torch.uint8)
         first = min(index * part_bytes, nbytes)
-        self._read_into(part[: min(part_bytes, nbytes - first)], key, start + first)
-        parts = torch.empty(part_bytes * count, dtype=torch.uint8, device=self.device)
-        dist.all_gather_into_tensor(parts, part.to(self.device), group=self.replicas.get_group())
-        return parts[:nbytes]
-
-    def _read_into(self, out: torch.Tensor, key: str, start: int) -> None:
-        if key in self.folder.quantized:
-            self.folder.quantized[key].read_range(self.reader, out, start)
-        else:
-            self.reader.read_into(out, self.folder.entries[key], start)
+        read_part(part[: min(part_bytes, nbytes - first)], first)
+        return gather_parts(part.to(self.device), self.replicas)[:nbytes]
 
 
-def _fill_from_file(parameter: torch.Tensor, key: str, source: _Source) -> None:
+def _fill_packed(
+    parameter: torch.Tensor, matrix_bytes: int, weights: Sequence[QuantizedEntry], source: _Source
+) -> None:
+    """The byte vectors of one or more matrices, one behind the other."""
     local, offset = local_range(parameter)
     if local.numel() == 0:
         return  # on the replicas too
-    if key in source.folder.quantized:
-        local.copy_(source.read(key, offset[0], local.numel()))
+
+    def read_part(out: torch.Tensor, start: int) -> None:
+        for index, span, first in _across(matrix_bytes, offset[0] + start, out.numel()):
+            weights[index].read_range(source.reader, out[span], first)
+
+    local.copy_(source.read(local.numel(), read_part))
+
+
+def _fill_plain(parameter: torch.Tensor, origin: Origin, source: _Source) -> None:
+    """A parameter or buffer that is in no fewer bits than the folder has."""
+    local, offset = local_range(parameter)
+    if local.numel() == 0:
         return
-    entry = source.folder.entries[key]
-    row_bytes = entry.nbytes // entry.shape[0]
-    nbytes = local.numel() * entry.dtype.itemsize
-    local.copy_(source.read(key, offset[0] * row_bytes, nbytes).view(entry.dtype).view(local.shape))
+    if origin.keys[0] in source.folder.quantized:
+        _fill_dequantized(local, offset, source.folder.quantized[origin.keys[0]], source)
+        return
+    entries = [source.folder.entries[key] for key in origin.keys]
+    row_bytes = sum(entry.nbytes for entry in entries) // max(1, parameter.shape[0] if parameter.dim() else 1)
+    start_byte = offset[0] * row_bytes if offset else 0
+
+    def read_part(out: torch.Tensor, start: int) -> None:
+        for index, span, first in _across(entries[0].nbytes, start_byte + start, out.numel()):
+            source.reader.read_into(out[span], entries[index], first)
+
+    values = source.read(local.numel() * entries[0].dtype.itemsize, read_part).view(entries[0].dtype)
+    local.copy_(values.view(local.shape))
+
+
+def _fill_dequantized(local: torch.Tensor, offset: tuple[int, ...], weight: QuantizedEntry, source: _Source) -> None:
+    """A parameter that this model keeps in 16 bit and the folder has in 4: the routers of sparse models, which others
+    quantize. Every rank reads it whole; they are small.
+    """
+    packed = torch.empty(weight.layout.total_bytes, dtype=torch.uint8)
+    weight.read_range(source.reader, packed, 0)
+    whole = dequantize(packed.to(source.device), weight.layout, local.dtype)
+    for dim, start in enumerate(offset):
+        whole = whole.narrow(dim, start, local.shape[dim])
+    local.copy_(whole)
+
+
+def _across(size: int, start: int, nbytes: int) -> Iterator[tuple[int, slice, int]]:
+    """Cut a range that crosses pieces of equal size: the piece's index, the span in the range, the start within."""
+    position = start
+    while position < start + nbytes:
+        index, first = divmod(position, size)
+        count = min(size - first, start + nbytes - position)
+        yield index, slice(position - start, position - start + count), first
+        position += count
 
 
 def _fill_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:
@@ -149,42 +181,7 @@ def _fill_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:
     local.copy_(whole)
 
 
-def _quantize_in_turn(
-    weights: list[tuple[str, NF4Linear]], folder: ModelFolder, reader: Reader, device: torch.device
-) -> None:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for first in range(0, len(weights), world_size):
-        turn = weights[first : first + world_size]
-        packed = None
-        if rank < len(turn):
-            key, module = turn[rank]
-            layout = module.layout
-            packed, _ = quantize(
-                reader.read(folder.entries[key]).to(device),
-                layout.quant_type,
-                layout.block_size,
-                layout.double_quant,
-            )
-        for owner, (_, module) in enumerate(turn):
-            _scatter(packed if rank == owner else None, owner, module.packed, device)
-
-
-def _scatter(packed: torch.Tensor | None, owner: int, parameter: torch.Tensor, device: torch.device) -> None:
-    """Each rank gets its shard of a byte vector that the owner holds; replicas get the same one."""
-    local, _ = local_range(parameter)
-    shards = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
-    shard_bytes = -(-parameter.numel() // shards)
-    received = torch.empty(shard_bytes, dtype=torch.uint8, device=device)
-    chunks = None
-    if packed is not None:
-        padded = nn.functional.pad(packed, (0, shard_bytes * shards - packed.numel()))
-        # ranks that are neighbours share a copy of the base: the shard of rank r is r modulo the number of shards
-        chunks = [padded[(r % shards) * shard_bytes :][:shard_bytes] for r in range(dist.get_world_size())]
-    dist.scatter(received, chunks, src=owner)
-    local.copy_(received[: local.numel()])
-
-
-def _fill_magnitudes(model: PreTrainedModel) -> None:
+def _fill_magnitudes(model: LossModel) -> None:
     """DoRA's magnitudes start as the row norms of W, layer by layer, each gathered for the moment."""
     if not any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
         return

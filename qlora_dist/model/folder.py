@@ -49,6 +49,10 @@ class ModelFolder:
         """Whether the linear layers are in 4 bit."""
         return bool(self.quantized)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, in 4 bit or not."""
+        return self.quantized[name].layout.shape if name in self.quantized else self.entries[name].shape
+
     def _read_entries(self) -> dict[str, Entry]:
         if (self.path / _INDEX).exists():
             weight_map = read_json(self.path / _INDEX).get("weight_map")

@@ -7,56 +7,72 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_dist.model.logits import UNSCALED, LogitScale
+
 IGNORE = -100
 """Label of a position that is not trained."""
 
 _CHUNK_LOGITS = 2**23  # elements: 32 MiB of fp32
 
 
-class LossHead(nn.Linear):
-    """`lm_head` that gives the loss when it is given labels."""
-
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden: [..., h] -> logits [..., vocabulary], or with labels int64[...] the summed loss, fp32[]."""
-        return _head(hidden, self.weight, self.bias, labels)
+def give_loss(head: nn.Linear, scale: LogitScale) -> None:
+    """Have an output head, of whatever class, give the loss when it is given labels."""
+    head.__class__ = type("LossHead", (_LossHead, type(head)), {"scale": scale})
 
 
-class SharedEmbedding(nn.Embedding):
-    """A frozen embedding that is the output head too (tied weights): one parameter, one unit of sharding.
+def share(embedding: nn.Embedding, scale: LogitScale) -> None:
+    """Have a frozen embedding be the output head too (tied weights): one parameter, one unit of sharding.
 
     Two modules in two units could not share a parameter, and one unit of both would stay gathered from the first
     layer to the last.
     """
+    embedding.__class__ = type("SharedEmbedding", (_SharedEmbedding, type(embedding)), {"scale": scale})
+
+
+class _LossHead:
+    """Mixed into a linear layer's class."""
+
+    scale: LogitScale
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden: [..., h] -> logits [..., vocabulary], or with labels int64[...] the summed loss, fp32[]."""
+        if labels is None:
+            return super().forward(hidden)  # type: ignore[misc]
+        return summed_loss(hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), self.scale)  # type: ignore[attr-defined]
+
+
+class _SharedEmbedding:
+    """Mixed into an embedding's class, which may scale what it looks up."""
+
+    scale: LogitScale
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """ids: int64[...] -> [..., h], or hidden: [..., h] -> as LossHead."""
+        """ids: int64[...] -> [..., h], or hidden: [..., h] -> as the loss head."""
         if not x.is_floating_point():
-            return super().forward(x)
-        return _head(x, self.weight, None, labels)
+            return super().forward(x)  # type: ignore[misc]
+        if labels is None:
+            return nn.functional.linear(x, self.weight)  # type: ignore[attr-defined]
+        return summed_loss(x.flatten(0, -2), self.weight, None, labels.flatten(), self.scale)  # type: ignore[attr-defined]
 
 
 class SharedHead(nn.Module):
     """Stands where `lm_head` stood, and calls the embedding as a module, so that its unit is gathered for it."""
 
-    def __init__(self, embedding: SharedEmbedding) -> None:
+    def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         self._embedding = [embedding]  # in a list: not a submodule, or its parameter would be listed twice
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """As LossHead."""
+        """As the loss head."""
         return self._embedding[0](hidden, labels)
 
 
-def _head(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor | None
-) -> torch.Tensor:
-    if labels is None:
-        return nn.functional.linear(hidden, weight, bias)
-    return summed_loss(hidden.flatten(0, -2), weight, bias, labels.flatten())
-
-
 def summed_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    scale: LogitScale = UNSCALED,
 ) -> torch.Tensor:
     """Sum of the cross entropies over the positions whose label is not IGNORE.
 
@@ -71,18 +87,24 @@ def summed_loss(
         weight: [vocabulary, h], frozen.
         bias: [vocabulary] or None, frozen.
         labels: int64[n].
+        scale: what the model does to its logits.
 
     Returns:
         fp32[].
     """
-    loss: torch.Tensor = _SummedLoss.apply(hidden, weight, bias, labels)
+    loss: torch.Tensor = _SummedLoss.apply(hidden, weight, bias, labels, scale)
     return loss
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        scale: LogitScale,
     ) -> torch.Tensor:
         assert not weight.requires_grad, "the gradient of the output head is not computed"
         wants_grad = ctx.needs_input_grad[0]
@@ -91,6 +113,7 @@ class _SummedLoss(torch.autograd.Function):
         trained = (labels != IGNORE).nonzero().squeeze(1)
         for rows in trained.split(max(1, _CHUNK_LOGITS // weight.shape[0])):
             logits = nn.functional.linear(hidden[rows], weight, bias).float()
+            slope = scale.apply_(logits) if grad is not None else scale.apply_(logits, with_slope=False)
             targets = labels[rows].unsqueeze(1)
             log_normalizer = logits.logsumexp(dim=1, keepdim=True)
             loss += (log_normalizer - logits.gather(1, targets)).sum()
@@ -98,13 +121,15 @@ class _SummedLoss(torch.autograd.Function):
                 # d loss / d logits = softmax - one-hot, in place of the logits
                 probabilities = logits.sub_(log_normalizer).exp_()
                 probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
+                if slope is not None:
+                    probabilities.mul_(slope)
                 grad[rows] = probabilities.to(weight.dtype) @ weight
         ctx.grad = grad
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (grad_loss,) = grads
         gradient, ctx.grad = ctx.grad, None
         # multiplied in fp32: a loss scale over few tokens is infinite in fp16
-        return (gradient.float() * grad_loss).to(gradient.dtype), None, None, None
+        return (gradient.float() * grad_loss).to(gradient.dtype), None, None, None, None

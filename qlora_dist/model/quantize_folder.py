@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from torch import nn
 
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import ModelFolder, read_json
-from qlora_dist.model.skeleton import causal_lm_on_meta, future_layout, linear_names
+from qlora_dist.model.matrices import Matrix, layout_of, matrices, quantizable
+from qlora_dist.model.origins import find_origins
+from qlora_dist.model.skeleton import causal_lm_on_meta
 from qlora_dist.nf4.checkpoint import tensor_specs, tensors
 from qlora_dist.nf4.layout import BLOCK_SIZES, NF4Layout, QuantType
 from qlora_dist.nf4.quantize import quantize
@@ -44,6 +47,8 @@ class QuantizeOptions:
     device: str = "cpu"
     file_bytes: int = 5_000_000_000
     """Largest size of one of the files; a tensor that is larger has a file of its own."""
+    min_share: float = 0.9
+    """Refuse a model of whose parameters, outside embeddings and output head, a smaller part would be in 4 bit."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,22 @@ class Report:
     out: Path
     parameters: int
     quantized_parameters: int
+    outside_layers: int
+    """Parameters of embeddings and the output head that stay as they were."""
     left: dict[str, int]
     """Parameters that stay as they were, by the name of their tensor without layer numbers."""
 
+    @property
+    def share(self) -> float:
+        """The part of the parameters outside embeddings and output head that is in 4 bit."""
+        return self.quantized_parameters / (self.parameters - self.outside_layers)
+
 
 def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: Console | None = None) -> Report:
-    """Quantize every linear layer but the output head, in bitsandbytes' serialized format.
+    """Quantize every linear layer but the output head, experts included, in bitsandbytes' serialized format.
+
+    An expert's matrix has scales of its own. Where a checkpoint keeps all experts in one tensor, the matrix of number
+    3 is called TENSOR.3.weight; no other tool has such weights in 4 bit.
 
     Memory: the largest tensor, its packed form, and a constant. The files are written into `OUT.partial`, which gets
     its name when it is complete; a run that was interrupted goes on with the file it was at.
@@ -73,6 +88,13 @@ def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: 
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
     plan = _plan(folder, options)
+    report = _report(out, folder, plan)
+    if report.share < options.min_share:
+        kept = ", ".join(name for name, _ in Counter(report.left).most_common(3))
+        raise UserError(
+            f"{source}: only {100 * report.share:.1f} % of the parameters of its layers would be in 4 bit (the largest "
+            f"others: {kept}); if that is what you want, allow it with --min-share {int(100 * report.share) / 100}"
+        )
     partial = out.with_name(out.name + ".partial")
     try:
         _write_folder(partial, out, folder, plan, options, console)
@@ -81,19 +103,26 @@ def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: 
             f"{partial}: cannot be written ({error.strerror}); mend that and run again, it goes on where it stopped"
         ) from None
 
+    return report
+
+
+def _report(out: Path, folder: ModelFolder, plan: _Plan) -> Report:
     left: Counter[str] = Counter()
-    for name, layout in plan.items():
-        if layout is None:
-            left[re.sub(r"\.\d+\.", ".*.", name)] += torch.Size(folder.entries[name].shape).numel()
-    quantized = sum(layout.numel for layout in plan.values() if layout is not None)
-    return Report(out, quantized + sum(left.values()), quantized, dict(left))
+    outside = 0
+    for name, parts in plan.weights.items():
+        count = torch.Size(folder.entries[name].shape).numel()
+        if not parts:
+            left[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += count
+            outside += count if name in plan.outside_layers else 0
+    quantized = sum(layout.numel for parts in plan.weights.values() for _, layout in parts)
+    return Report(out, quantized + sum(left.values()), quantized, outside, dict(left))
 
 
 def _write_folder(
     partial: Path,
     out: Path,
     folder: ModelFolder,
-    plan: dict[str, NF4Layout | None],
+    plan: _Plan,
     options: QuantizeOptions,
     console: Console,
 ) -> None:
@@ -115,7 +144,10 @@ def _write_folder(
 def print_report(report: Report, console: Console) -> None:
     """What is now in 4 bit and what is not."""
     share = 100 * report.quantized_parameters / report.parameters
-    lines = [f"{report.out}: {share:.1f} % of {report.parameters:,} parameters are in 4 bit"]
+    lines = [
+        f"{report.out}: {share:.1f} % of {report.parameters:,} parameters are in 4 bit, "
+        f"{100 * report.share:.1f} % of those outside embeddings and output head"
+    ]
     lines += [
         f"  not quantized: {name} ({count:,})" for name, count in sorted(report.left.items(), key=lambda item: -item[1])
     ]
@@ -135,7 +167,9 @@ def parse_size(text: str) -> int:
     return size
 
 
-def make_options(quant_type: str, block_size: int, double_quant: bool, device: str, file_size: str) -> QuantizeOptions:
+def make_options(
+    quant_type: str, block_size: int, double_quant: bool, device: str, file_size: str, min_share: float = 0.9
+) -> QuantizeOptions:
     """Options from the command line.
 
     Raises:
@@ -149,27 +183,52 @@ def make_options(quant_type: str, block_size: int, double_quant: bool, device: s
         raise UserError(f"--device {device}: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use cpu or auto")
+    if not 0 <= min_share <= 1:
+        raise UserError(f"--min-share {min_share}: is no part of a whole; write a number from 0 to 1")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return QuantizeOptions(quant_type, block_size, double_quant, device, parse_size(file_size))  # type: ignore[arg-type]
+    return QuantizeOptions(quant_type, block_size, double_quant, device, parse_size(file_size), min_share)  # type: ignore[arg-type]
 
 
-def _plan(folder: ModelFolder, options: QuantizeOptions) -> dict[str, NF4Layout | None]:
-    """For each tensor of the folder, its layout in 4 bit, or None where it is copied."""
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of each tensor of the folder."""
+
+    weights: dict[str, list[tuple[Matrix, NF4Layout]]]
+    """By tensor, the matrices in it that are quantized; none: it is copied."""
+    outside_layers: set[str]
+    """Tensors of embeddings and the output head."""
+    head: str
+    """Name of the output head in transformers' class."""
+
+
+def _plan(folder: ModelFolder, options: QuantizeOptions) -> _Plan:
     model = causal_lm_on_meta(folder, torch.bfloat16)
-    to_quantize = {f"{name}.weight" for name in linear_names(model)}
-    layouts = {
-        name: future_layout(folder, name, options.quant_type, options.block_size, options.double_quant)
-        for name in sorted(to_quantize)
-    }
-    return {name: layouts.get(name) for name in folder.entries}
+    origins = find_origins(model, folder.entries)
+    weights: dict[str, list[tuple[Matrix, NF4Layout]]] = {name: [] for name in folder.entries}
+    for target in quantizable(model):
+        if target.name not in origins:
+            raise UserError(f"{folder.path}: the weight {target.name} is missing; get the folder anew")
+        parts = matrices(target, origins[target.name])
+        layout = layout_of(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
+        for matrix in parts:
+            weights[matrix.key].append((matrix, layout))
+    head = model.get_output_embeddings()
+    outside, head_name = set(), ""
+    for path, module in model.named_modules():
+        if module is head:
+            head_name = path
+        if module is head or isinstance(module, nn.Embedding):
+            names = [f"{path}.{name}" for name in module._parameters]
+            outside |= {key for name in names if name in origins for key in origins[name].keys}
+    return _Plan(weights, outside, head_name)
 
 
-def _files(plan: dict[str, NF4Layout | None], folder: ModelFolder, file_bytes: int) -> list[list[str]]:
+def _files(plan: _Plan, folder: ModelFolder, file_bytes: int) -> list[list[str]]:
     """The tensors of each file, in the order in which they lie in the source."""
     files: list[list[str]] = []
     size = 0
-    for name in sorted(plan, key=lambda n: (folder.entries[n].path, folder.entries[n].start)):
+    for name in sorted(plan.weights, key=lambda n: (folder.entries[n].path, folder.entries[n].start)):
         nbytes = sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in _specs([name], plan, folder))
         if not files or size + nbytes > file_bytes:
             files.append([])
@@ -194,7 +253,7 @@ def _begin(partial: Path, folder: ModelFolder, options: QuantizeOptions) -> None
 def _write_file(
     path: Path,
     names: list[str],
-    plan: dict[str, NF4Layout | None],
+    plan: _Plan,
     folder: ModelFolder,
     reader: Reader,
     device: torch.device,
@@ -203,35 +262,33 @@ def _write_file(
 ) -> None:
     writer = Writer(path, _specs(names, plan, folder))
     for name in names:
-        entry, layout = folder.entries[name], plan[name]
-        if layout is None:
+        entry = folder.entries[name]
+        if not plan.weights[name]:
             writer.write(name, reader.read(entry))
-        else:  # the weight has no name, under which it would live on while the next one is read
+        for matrix, layout in plan.weights[name]:
+            # the weight has no name, under which it would live on while the next one is read
             packed, _ = quantize(
-                reader.read(entry).to(device), layout.quant_type, layout.block_size, layout.double_quant
+                matrix.read(entry, reader).to(device), layout.quant_type, layout.block_size, layout.double_quant
             )
-            for key, tensor in tensors(name, packed, layout).items():
+            for key, tensor in tensors(matrix.name, packed, layout).items():
                 writer.write(key, tensor)
         progress.advance(task, entry.nbytes)
     writer.close()
 
 
-def _specs(
-    names: list[str], plan: dict[str, NF4Layout | None], folder: ModelFolder
-) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+def _specs(names: list[str], plan: _Plan, folder: ModelFolder) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
     for name in names:
-        layout, entry = plan[name], folder.entries[name]
-        if layout is None:
-            yield name, entry.dtype, entry.shape
-        else:
-            yield from tensor_specs(name, layout)
+        if not plan.weights[name]:
+            yield name, folder.entries[name].dtype, folder.entries[name].shape
+        for matrix, layout in plan.weights[name]:
+            yield from tensor_specs(matrix.name, layout)
 
 
 def _finish(
     partial: Path,
     out: Path,
     folder: ModelFolder,
-    plan: dict[str, NF4Layout | None],
+    plan: _Plan,
     options: QuantizeOptions,
 ) -> None:
     """Index, config.json and tokenizer; then the folder's name."""
@@ -256,17 +313,11 @@ def _finish(
         "bnb_4bit_use_double_quant": options.double_quant,
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": _skipped_modules(plan),
+        "llm_int8_skip_modules": sorted({plan.head, "lm_head"}),
     }
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (partial / _PLAN).unlink()
     partial.rename(out)
-
-
-def _skipped_modules(plan: dict[str, NF4Layout | None]) -> list[str]:
-    """The output head, by the name that every architecture here gives it."""
-    heads = {name.removesuffix(".weight") for name, layout in plan.items() if layout is None and "head" in name}
-    return sorted(heads | {"lm_head"})
 
 
 def _progress(console: Console) -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,21 +11,20 @@ from torch import nn
 
 from qlora_dist.config import ModelConfig
 from qlora_dist.errors import UserError
+from qlora_dist.model.experts import use_nf4_experts
 from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.head import LossHead, SharedEmbedding, SharedHead
-from qlora_dist.nf4.layout import NF4Layout, QuantType
+from qlora_dist.model.head import SharedHead, give_loss, share
+from qlora_dist.model.logits import LogitScale, decoder_of, measure_head
+from qlora_dist.model.matrices import Matrix, Target, layout_of, matrices, quantizable
+from qlora_dist.model.origins import Origin, find_origins
+from qlora_dist.nf4.experts import NF4Experts
+from qlora_dist.nf4.layout import NF4Layout
 from qlora_dist.nf4.linear import NF4Linear
-from qlora_dist.nf4.quantize import TORCH_DTYPES
-
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of config.json's `model_type` whose forward pass ours is known to equal. Others scale or cap their embeddings
-or logits, or keep their experts in one three-dimensional parameter: trained all the same, they would learn from a
-wrong loss without a message."""
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def build_skeleton(folder: ModelFolder, config: ModelConfig) -> transformers.PreTrainedModel:
+def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
     """A causal language model on meta whose quantizable layers are NF4Linear and whose forward gives the loss.
 
     Parameters that stay unquantized have the compute type. Nothing is trained yet.
@@ -34,15 +34,25 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> transformers.Pre
     """
     dtype = COMPUTE_DTYPES[config.compute_dtype]
     model = causal_lm_on_meta(folder, dtype, config.attention)
-    for name in linear_names(model):
-        linear = model.get_submodule(name)
-        layout = _layout(folder, f"{name}.weight", tuple(linear.weight.shape), config)
-        if layout is not None:
-            model.set_submodule(name, NF4Linear(layout, linear.bias is not None, dtype, "meta"))
-    _replace_head(model)
+    origins = find_origins(model, [*folder.entries, *folder.quantized])
+    scale = measure_head(model)
+    in_4_bit: dict[str, Sequence[Matrix]] = {}
+    for target in list(quantizable(model)):
+        if target.name not in origins:
+            raise _missing(folder, target.name)
+        parts = matrices(target, origins[target.name])
+        if folder.is_quantized and not any(part.name in folder.quantized for part in parts):
+            continue  # whoever quantized the folder left this one as it was
+        layout = layout_of(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
+        _replace(model, target, layout, len(parts), dtype)
+        in_4_bit[target.name] = parts
+    _replace_head(model, scale)
     model.requires_grad_(False)
-    model.__class__ = type(f"Loss{type(model).__name__}", (_WithLoss, type(model)), {})
-    _check_complete(model, folder)
+    _check_complete(model, origins, folder)
+    model.__class__ = type(
+        f"Loss{type(model).__name__}", (LossModel, type(model)), {"origins": origins, "matrices": in_4_bit}
+    )
+    assert isinstance(model, LossModel)
     return model
 
 
@@ -52,17 +62,20 @@ def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = 
     Raises:
         UserError: the architecture is not supported, or transformers has no such class.
     """
-    model_type = folder.config.get("model_type")
-    if model_type not in SUPPORTED:
-        known = ", ".join(SUPPORTED)
-        raise UserError(f"{folder.path / 'config.json'}: model_type {model_type} is not supported; give one of {known}")
+    if any(key in folder.config for key in ("vision_config", "audio_config")):
+        raise UserError(
+            f"{folder.path / 'config.json'}: describes a model of more than text; give a causal language model"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # it describes how transformers would load the folder; we load it
+        if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            attention = "eager"  # SDPA has no cap, and transformers would leave it out without a word
+        requested = None if attention == "sdpa" else attention  # None: SDPA where the architecture has it
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+                config, dtype=dtype, attn_implementation=requested, trust_remote_code=False
             )
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -72,90 +85,85 @@ def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = 
         ) from None
 
 
-def linear_names(model: transformers.PreTrainedModel) -> list[str]:
-    """Names of the layers to quantize: every linear layer but the output head, as transformers' bitsandbytes does."""
-    head = model.get_output_embeddings()
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+def origin_names(model: nn.Module) -> dict[str, str]:
+    """By the name of a skeleton's parameter, the name that transformers' own class gives what it stands for."""
+    names: dict[str, str] = {}
+    for path, module in model.named_modules():
+        ours = path.replace(".base_layer", "")  # an adapter around it
+        for name in module._parameters:
+            full = f"{ours}.{name}" if ours else name
+            if isinstance(module, NF4Linear) and name == "packed":
+                full = f"{ours}.weight"
+            elif isinstance(module, NF4Experts):
+                full = ours
+            names[f"{path}.{name}" if path else name] = full
+    return names
 
 
-def future_layout(
-    folder: ModelFolder, name: str, quant_type: QuantType, block_size: int, double_quant: bool
-) -> NF4Layout:
-    """The layout of a weight that is to be quantized.
-
-    Raises:
-        UserError: the folder does not hold it, or not in 16 or 32 bit.
-    """
-    if name not in folder.entries:
-        raise UserError(f"{folder.path}: the weight {name} is missing; get the folder anew")
-    entry = folder.entries[name]
-    dtype = str(entry.dtype).removeprefix("torch.")
-    if dtype not in TORCH_DTYPES:
-        raise UserError(f"{folder.path}: {name} is {dtype}, not a 16 or 32 bit float; give the original model")
-    return NF4Layout(entry.shape, quant_type, block_size, double_quant, dtype)
+def decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(path.count("."), m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    blocks = [(depth, m) for depth, m in lists if len(m) == count]
+    return min(blocks or lists, key=lambda item: item[0])[1]
 
 
-def checkpoint_name(parameter_name: str) -> str:
-    """The name, in a folder, of the tensor behind a model's parameter."""
-    return parameter_name.replace(".base_layer.", ".").replace(".packed", ".weight")
+def _replace(
+    model: transformers.PreTrainedModel, target: Target, layout: NF4Layout, parts: int, dtype: torch.dtype
+) -> None:
+    if not target.experts:
+        model.set_submodule(target.module, NF4Linear(layout, target.has_bias, dtype, "meta"))
+        return
+    path, _, name = target.module.rpartition(".")
+    experts = model.get_submodule(path)
+    delattr(experts, name)
+    setattr(experts, name, NF4Experts(layout, target.experts, parts // target.experts, "meta"))
+    use_nf4_experts(experts)
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The transformer blocks: the longest list of modules that all have one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    return max(lists, key=len)
-
-
-def _layout(folder: ModelFolder, name: str, shape: tuple[int, ...], config: ModelConfig) -> NF4Layout | None:
-    if not folder.is_quantized:
-        layout = future_layout(folder, name, config.quant_type, config.block_size, config.double_quant)
-    elif name in folder.quantized:
-        layout = folder.quantized[name].layout
-    else:
-        return None  # whoever quantized the folder left this layer as it was
-    if layout.shape != shape:
-        raise UserError(
-            f"{folder.path}: {name} has the shape {layout.shape}, config.json asks for {shape}; get the folder anew"
-        )
-    return layout
-
-
-def _replace_head(model: transformers.PreTrainedModel) -> None:
+def _replace_head(model: transformers.PreTrainedModel, scale: LogitScale) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is embedding.weight:
-        embedding.__class__ = SharedEmbedding
+        share(embedding, scale)
         model.set_output_embeddings(SharedHead(embedding))
     else:
-        head.__class__ = LossHead
+        give_loss(head, scale)
 
 
-def _check_complete(model: nn.Module, folder: ModelFolder) -> None:
+def _check_complete(model: nn.Module, origins: Mapping[str, Origin], folder: ModelFolder) -> None:
+    names = origin_names(model)
     for name, parameter in model.named_parameters():
-        key = checkpoint_name(name)
-        if key in folder.quantized:
-            if parameter.dtype != torch.uint8:
-                raise UserError(
-                    f"{folder.path}: {key} is in 4 bit, which only linear layers other than the output head can be; "
-                    "quantize the original model"
-                )
-            continue
-        if key not in folder.entries:
-            raise UserError(f"{folder.path}: the weight {key} is missing; get the folder anew")
-        shape = folder.entries[key].shape
-        if parameter.dtype != torch.uint8 and shape != tuple(parameter.shape):
+        origin = origins.get(names[name])
+        if origin is None:
+            raise _missing(folder, names[name])
+        if parameter.dtype == torch.uint8:
+            continue  # checked when its layout was found
+        shapes = {folder.shape(key) for key in origin.keys}
+        shape = next(iter(shapes))
+        if origin.experts:
+            shape = (origin.experts, len(origin.keys) // origin.experts * shape[0], *shape[1:])
+        if len(shapes) > 1 or shape != tuple(parameter.shape):
             raise UserError(
-                f"{folder.path}: {key} has the shape {shape} and config.json asks for {tuple(parameter.shape)}; "
-                "get the folder anew"
+                f"{folder.path}: {origin.keys[0]} has the shape {shape} and config.json asks for "
+                f"{tuple(parameter.shape)}; get the folder anew"
             )
 
 
-class _WithLoss:
+def _missing(folder: ModelFolder, name: str) -> UserError:
+    return UserError(f"{folder.path}: the weight {name} is missing; get the folder anew")
+
+
+class LossModel(transformers.PreTrainedModel):
     """Mixed into transformers' class: with labels, forward gives the summed loss straight from the head."""
+
+    origins: Mapping[str, Origin]
+    """By the name of a tensor in transformers' own class, those of the folder that it is made of."""
+    matrices: Mapping[str, Sequence[Matrix]]
+    """By the same name, the matrices of those that are in 4 bit here."""
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """labels: int64[batch, sequence], each the target of its own position, IGNORE where not trained."""
         if labels is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        decoder: nn.Module = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
-        hidden = decoder(*args, **kwargs, use_cache=False).last_hidden_state
-        return self.get_output_embeddings()(hidden, labels)  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)
+        hidden = decoder_of(self)(*args, **kwargs, use_cache=False).last_hidden_state
+        return self.get_output_embeddings()(hidden, labels)

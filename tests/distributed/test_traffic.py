@@ -78,7 +78,7 @@ def two_steps(config: Config) -> tuple[list[Collective], dict[str, int], int]:
     with process_group(ranks, setup.device):
         meshes = build_meshes(setup.sizes, "cpu")
         traffic = parallelize(setup.model, meshes, config)
-        fill(setup.model, setup.folder, setup.device, 0)
+        fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
         shards = AdapterShards(setup.model)
         optimizer = build_optimizer(shards.local, config.optim)
         for step in range(2):

@@ -1,0 +1,105 @@
+"""Quantizing a model on its way to its ranks: they take turns to own a matrix, and deal it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.matrices import Matrix
+from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.nf4.quantize import quantize
+from qlora_dist.nf4.safetensors_file import Reader
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix that is to be quantized, and its place in a parameter's byte vector."""
+
+    parameter: torch.Tensor
+    """uint8[n], sharded or not."""
+    start: int
+    layout: NF4Layout
+    matrix: Matrix
+
+    def span(self, shard: int, shards: int) -> tuple[int, int]:
+        """The bytes of the matrix that lie in a shard: first, and one past the last; equal where there are none."""
+        shard_bytes = -(-self.parameter.numel() // shards)
+        first = min(max(shard * shard_bytes - self.start, 0), self.layout.total_bytes)
+        last = min(max((shard + 1) * shard_bytes - self.start, 0), self.layout.total_bytes)
+        return first, last
+
+    def part(self, rank: int, shards: int, copies: int) -> tuple[int, int]:
+        """Of a rank's span, what it is sent: the whole, or one part of it if others hold the same shard."""
+        first, last = self.span(rank % shards, shards)  # neighbours share a copy of the base
+        part_bytes = -(-(last - first) // copies)
+        copy = rank // shards
+        return min(first + copy * part_bytes, last), min(first + (copy + 1) * part_bytes, last)
+
+
+def pieces(parameter: torch.Tensor, layout: NF4Layout, matrices: Sequence[Matrix]) -> list[Piece]:
+    """The pieces of a parameter, one behind the other."""
+    return [Piece(parameter, i * layout.total_bytes, layout, matrix) for i, matrix in enumerate(matrices)]
+
+
+def quantize_in_turn(
+    work: Sequence[Piece], folder: ModelFolder, reader: Reader, replicas: DeviceMesh | None, device: torch.device
+) -> None:
+    """Read, quantize and deal out all pieces. Called on all ranks of the default process group.
+
+    In a round each rank owns one piece, which it alone reads; one all-to-all gives every rank its share of all of
+    them. Ranks that hold the same shard are given a part of it each and exchange those.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    copies = replicas.size() if replicas is not None else 1
+    shards = world_size // copies
+    for begin in range(0, len(work), world_size):
+        turn = work[begin : begin + world_size]
+        sent, sent_sizes = torch.empty(0, dtype=torch.uint8, device=device), [0] * world_size
+        if rank < len(turn):
+            sent = _quantized(turn[rank], folder, reader, device)
+            parts = [turn[rank].part(r, shards, copies) for r in range(world_size)]
+            sent_sizes = [last - first for first, last in parts]
+            if copies > 1:
+                sent = torch.cat([sent[first:last] for first, last in parts])
+        sizes = [last - first for first, last in (piece.part(rank, shards, copies) for piece in turn)]
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        dist.all_to_all_single(received, sent, sizes + [0] * (world_size - len(turn)), sent_sizes)
+        del sent
+        for piece, part in zip(turn, received.split(sizes), strict=True):
+            first, last = piece.span(rank % shards, shards)
+            if first == last:
+                continue
+            if replicas is not None:
+                padding = -(-(last - first) // copies) - part.numel()
+                part = gather_parts(torch.nn.functional.pad(part, (0, padding)), replicas)[: last - first]
+            local, offset = local_range(piece.parameter)
+            local[piece.start + first - offset[0] :][: last - first].copy_(part)
+
+
+def _quantized(piece: Piece, folder: ModelFolder, reader: Reader, device: torch.device) -> torch.Tensor:
+    """uint8[layout.total_bytes]"""
+    layout, entry = piece.layout, folder.entries[piece.matrix.key]
+    weight = piece.matrix.read(entry, reader).to(device)
+    return quantize(weight, layout.quant_type, layout.block_size, layout.double_quant)[0]
+
+
+def gather_parts(part: torch.Tensor, replicas: DeviceMesh) -> torch.Tensor:
+    """uint8[n] of each of the replicas, one behind the other."""
+    parts = torch.empty(part.numel() * replicas.size(), dtype=torch.uint8, device=part.device)
+    dist.all_gather_into_tensor(parts, part, group=replicas.get_group())
+    return parts
+
+
+def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """This rank's part of a parameter, and where in the whole it starts, by dimension."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.dim()
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), tuple(offset)

@@ -1,0 +1,90 @@
+"""The forward pass of sparse layers whose experts are in 4 bit.
+
+transformers 5 keeps a projection of all experts in one three-dimensional parameter. Here a module (NF4Experts) stands
+in the parameter's place and these functions call it, one expert at a time. Everything around them, router included, is
+transformers' own.
+"""
+
+from __future__ import annotations
+
+import types
+
+import torch
+from torch import nn
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is one whose forward pass `use_nf4_experts` can replace."""
+    return hasattr(module, "_apply_gate") or _is_llama4(module)
+
+
+def use_nf4_experts(module: nn.Module) -> None:
+    """Replace the forward pass of a module whose projections are NF4Experts now."""
+    forward = llama4_experts_forward if _is_llama4(module) else experts_forward
+    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of each token's experts.
+
+    Args:
+        self: a class of transformers' decorated with `use_experts_implementation`, whose attributes say what an expert
+            computes.
+        hidden_states: [tokens, h].
+        top_k_index: int64[tokens, k], the experts of each token; a number past the last expert means none.
+        top_k_weights: [tokens, k].
+
+    Returns:
+        [tokens, h].
+
+    Source: `transformers.integrations.moe.grouped_mm_experts_forward`, with a loop over the experts in use where that
+    has a grouped matrix product: only one expert is dequantized at a time.
+    """
+    tokens, k = top_k_index.shape
+    flat = top_k_index.flatten()
+    order = flat.argsort(stable=True)
+    counts = flat.bincount(minlength=self.num_experts).tolist()
+    up = self.gate_up_proj if self.has_gate else self.up_proj
+    up_bias = getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias", None)
+    down_bias = getattr(self, "down_proj_bias", None)
+    outputs = []
+    for expert, x in enumerate(hidden_states[order // k].split(counts)):
+        if expert >= self.num_experts:
+            outputs.append(torch.zeros_like(x))
+        elif len(x):
+            x = up(x, expert)
+            x = x if up_bias is None else x + up_bias[expert]
+            x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+            x = self.down_proj(x, expert)
+            outputs.append(x if down_bias is None else x + down_bias[expert])
+    output = torch.cat(outputs)
+    if self.has_post_expert_norm:
+        output = self.post_expert_norm(output)
+    weighted = output * top_k_weights.flatten()[order].unsqueeze(1)
+    by_token = torch.empty_like(weighted).index_copy(0, order, weighted).view(tokens, k, -1)
+    return by_token.sum(dim=1).to(hidden_states.dtype)
+
+
+def llama4_experts_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Llama-4's, which gives every expert a weighted copy of every token, most of them zero.
+
+    Args:
+        self: Llama4TextExperts.
+        hidden_states: [experts * tokens, h].
+
+    Returns:
+        [experts * tokens, h]. A token that an expert is not given, a row of zeros, gives zeros: it is left out.
+    """
+    outputs = []
+    for expert, x in enumerate(hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])):
+        rows = x.detach().any(dim=1).nonzero().squeeze(1)
+        gate, up = self.gate_up_proj(x[rows], expert).chunk(2, dim=-1)
+        y = self.down_proj(up * self.act_fn(gate), expert)
+        outputs.append(torch.zeros_like(x).index_copy(0, rows, y))
+    return torch.cat(outputs)
+
+
+def _is_llama4(module: nn.Module) -> bool:
+    return type(module).__name__ == "Llama4TextExperts"

@@ -1,0 +1,125 @@
+"""What a model does to its logits after the output head: a factor (Granite, Cohere), a soft cap (Gemma-2), or nothing.
+
+The loss is computed here without the logits ever existing together, so transformers' own forward pass, in which those
+are scaled and capped, is not run to its end. What it would do is measured beforehand; a model of which that cannot be
+told is refused, because trained on another loss it would learn something else without a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_dist.errors import UserError
+
+_TOLERANCE = 1e-5  # of the measurement, made in fp64 unless the model casts to fp32
+
+
+@dataclass(frozen=True)
+class LogitScale:
+    """logits = cap * tanh(factor * z / cap), or factor * z without a cap; z: what the head's matrix gives."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, z: torch.Tensor, with_slope: bool = True) -> torch.Tensor | float | None:
+        """Turn z: fp32[...] into logits in place.
+
+        Returns:
+            d logits / d z, of z's shape or a number; None where it is 1 or not asked for.
+        """
+        if self.factor != 1.0:
+            z.mul_(self.factor)
+        if self.cap is None:
+            return self.factor if self.factor != 1.0 and with_slope else None
+        z.div_(self.cap).tanh_()
+        slope = z.square().neg_().add_(1).mul_(self.factor) if with_slope else None
+        z.mul_(self.cap)
+        return slope
+
+
+UNSCALED = LogitScale()
+
+
+def measure_head(model: PreTrainedModel) -> LogitScale:
+    """Find the scale by running the model's own forward pass with a stand-in for all that comes before the head.
+
+    Args:
+        model: transformers' own class, on meta; it is left as it was.
+
+    Raises:
+        UserError: no factor and cap explain what comes out.
+    """
+    generator = torch.Generator().manual_seed(0)
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise _unknown(model, "its output head is no linear layer")
+    probe = nn.Linear(head.in_features, 64, bias=head.bias is not None, dtype=torch.float64)
+    for parameter in probe.parameters():
+        parameter.data.normal_(generator=generator)
+    hidden = torch.randn(1, 2, head.in_features, generator=generator, dtype=torch.float64)
+    with torch.no_grad(), _stand_ins(model, hidden, probe):
+        try:
+            ids = torch.zeros(1, 2, dtype=torch.int64)
+            logits = model(input_ids=ids, use_cache=False, return_dict=True).logits.double().flatten()
+        except Exception as error:  # of whatever kind: it is the model's code
+            raise _unknown(model, f"it cannot be followed: {error}") from error
+        z = probe(hidden).flatten()
+    smallest = int(z.abs().argmin())  # the least of it is lost to a cap
+    for cap in (None, *_caps(model)):
+        value = logits[smallest] if cap is None else cap * torch.atanh(logits[smallest] / cap)
+        factor = float(value / z[smallest])
+        scale = LogitScale(1.0 if abs(factor - 1) < _TOLERANCE else factor, cap)
+        ours = z.clone()
+        scale.apply_(ours)
+        if torch.allclose(ours, logits, rtol=_TOLERANCE, atol=_TOLERANCE):
+            return scale
+    raise _unknown(model, "neither a factor nor a soft cap explains its logits")
+
+
+def _caps(model: PreTrainedModel) -> list[float]:
+    config = model.config.get_text_config().to_dict()
+    names = [name for name in config if "logit" in name and "cap" in name and "attn" not in name]
+    return [float(config[name]) for name in names if isinstance(config[name], int | float)]
+
+
+@contextmanager
+def _stand_ins(model: PreTrainedModel, hidden: torch.Tensor, probe: nn.Linear) -> Iterator[None]:
+    decoder, head = decoder_of(model), model.get_output_embeddings()
+    output = _Output((hidden,))
+    decoder.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    model.set_output_embeddings(probe)
+    try:
+        yield
+    finally:
+        del decoder.forward
+        model.set_output_embeddings(head)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """What a causal language model calls before its output head."""
+    decoder: nn.Module = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    embedding = model.get_input_embeddings()  # where a class and its prefix disagree, as Llama-4's
+    return next(child for child in model.children() if any(module is embedding for module in child.modules()))
+
+
+class _Output(tuple[torch.Tensor]):
+    """The output of a decoder of any class: the last hidden state, and None for whatever else may be asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
+
+
+def _unknown(model: PreTrainedModel, why: str) -> UserError:
+    return UserError(
+        f"model_type {model.config.model_type}: what it does to its logits is not known here ({why}); give another "
+        "model"
+    )

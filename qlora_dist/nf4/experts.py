@@ -1,0 +1,67 @@
+"""The weights of a sparse layer's experts: many matrices in one vector of bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.nf4.quantize import dequantize
+
+
+class NF4Experts(nn.Module):
+    """One projection of all experts, `y = x @ W[expert].T`, differentiable in x alone.
+
+    `packed: uint8[experts * matrices * layout.total_bytes]` is one quantized matrix behind the other, each with blocks
+    and scales of its own, so that one expert is dequantized without touching the others. An expert's weight is
+    `matrices` of them one above the other (gate and up), as they lay in the checkpoint.
+
+    Args:
+        layout: of one matrix; all have the same.
+        experts: their number.
+        matrices: of each expert.
+        device: where to make the parameter, "meta" for a skeleton.
+    """
+
+    def __init__(
+        self, layout: NF4Layout, experts: int, matrices: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.layout, self.experts, self.matrices = layout, experts, matrices
+        rows, self.in_features = layout.shape
+        self.out_features = matrices * rows
+        nbytes = experts * matrices * layout.total_bytes
+        self.packed = nn.Parameter(torch.empty(nbytes, dtype=torch.uint8, device=device), requires_grad=False)
+
+    def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """weight: dtype[out_features, in_features] of one expert. Under an engine, only where `packed` is gathered."""
+        size = self.layout.total_bytes
+        vectors = self.packed.narrow(0, expert * self.matrices * size, self.matrices * size).split(size)
+        parts = [dequantize(vector, self.layout, dtype) for vector in vectors]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """x: [tokens, in_features] -> [tokens, out_features], in x's type."""
+        return _Matmul.apply(x, self, expert)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        quantization = f"{self.layout.quant_type}, block_size={self.layout.block_size}"
+        features = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"experts={self.experts}, {features}, {quantization}"
+
+
+class _Matmul(torch.autograd.Function):
+    """Keeps only the module and the expert's number for backward, for the reason that NF4Linear's does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: NF4Experts, expert: int) -> torch.Tensor:
+        ctx.module, ctx.expert = module, expert
+        return nn.functional.linear(x, module.dequantize(expert, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,) = grads
+        return grad @ ctx.module.dequantize(ctx.expert, grad.dtype), None, None

@@ -1,0 +1,118 @@
+"""Tiny models of many architectures, with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny import make_tokenizer
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+_MLA = {
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+_MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 16},
+    "Mistral": {"sliding_window": 24},
+    # a query scale of its own, a window in every other layer, caps on attention and logits, a scaled embedding
+    "Gemma2": {
+        "head_dim": 16,
+        "sliding_window": 24,
+        "tie_word_embeddings": True,
+        "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 5.0,
+    },
+    "Phi3": {"original_max_position_embeddings": 512},
+    "GPTNeoX": {"use_parallel_residual": True},
+    "GPT2": {
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 512,
+        "tie_word_embeddings": True,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    "OPT": {"ffn_dim": 160, "word_embed_proj_dim": 48, "tie_word_embeddings": True, "dropout": 0.0},
+    "Falcon": {"parallel_attn": True, "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 160},
+    "Mixtral": {**_MOE},
+    "Qwen3Moe": {
+        "num_experts_per_tok": 2,
+        "num_experts": 4,
+        "moe_intermediate_size": 96,
+        "head_dim": 16,
+        "mlp_only_layers": [1],
+    },
+    "DeepseekV3": {
+        **_MLA,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 96,
+        "first_k_dense_replace": 1,
+    },
+    "Granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+    },
+    "Cohere": {"logit_scale": 0.5, "tie_word_embeddings": True},
+    "GptOss": {**_MOE, "head_dim": 16, "sliding_window": 24},
+    "Qwen2Moe": {
+        "num_experts_per_tok": 2,
+        "num_experts": 4,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 96,
+    },
+    "Llama4": {
+        **_MOE,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 160,
+        "head_dim": 16,
+        "attention_chunk_size": 512,
+    },
+}
+"""Settings by the name that transformers' classes begin with, on top of the common ones."""
+
+REQUIRED = list(ARCHITECTURES)[:13]
+
+
+def make_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A Hugging Face folder of that architecture, as transformers saves it, with a tokenizer."""
+    config_class = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**(_COMMON | ARCHITECTURES[name])))
+    with torch.no_grad():
+        for parameter_name, tensor in model.state_dict().items():
+            # by default so small that attention, experts and biases show nowhere
+            if tensor.dim() > 1 or parameter_name.endswith(("bias", "sinks")):
+                tensor.normal_(std=0.15 if tensor.dim() > 1 else 0.5)
+    model.to(dtype).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

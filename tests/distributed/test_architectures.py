@@ -1,0 +1,123 @@
+"""If this fails, a model that is accepted is not trained on its own loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from architectures import ARCHITECTURES, make_architecture
+from ranks import run_ranks
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from qlora_dist.config import Config
+from qlora_dist.config_file import load_config
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.matrices import matrices, quantizable
+from qlora_dist.model.origins import find_origins
+from qlora_dist.model.quantize_folder import QuantizeOptions, quantize_folder
+from qlora_dist.nf4.quantize import dequantize
+from qlora_dist.nf4.safetensors_file import Reader
+from qlora_dist.parallel.process_group import process_group
+from qlora_dist.train.console import RunConsole
+from qlora_dist.train.run import run
+from qlora_dist.train.run_dir import run_path
+from qlora_dist.train.setup import set_up
+
+PROMPT = torch.arange(3, 60).view(1, -1)
+STEPS = 3
+
+
+def train_and_give_logits(config: Config) -> np.ndarray:
+    """Train, then run the sharded model on PROMPT: its logits."""
+    ranks = ranks_from_environment()
+    setup = set_up(config, ranks)
+    with RunConsole(1) as console, process_group(ranks, setup.device):
+        run(setup, console)
+        setup.model.eval()
+        with torch.no_grad():
+            logits = setup.model(input_ids=PROMPT, use_cache=False).logits
+    return logits.float().numpy()
+
+
+def plain_model(source: Path, quantized: Path) -> transformers.PreTrainedModel:
+    """transformers' own model of the 16 bit folder, each weight replaced by what its 4 bits stand for."""
+    config = transformers.AutoConfig.from_pretrained(source)
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation=attention
+    )
+    folder = ModelFolder(quantized)
+    origins = find_origins(model, [*folder.entries, *folder.quantized])
+    with Reader() as reader, torch.no_grad():
+        for target in quantizable(model):
+            weights = []
+            for matrix in matrices(target, origins[target.name]):
+                entry = folder.quantized[matrix.name]
+                packed = torch.empty(entry.layout.total_bytes, dtype=torch.uint8)
+                entry.read_range(reader, packed, 0)
+                weights.append(dequantize(packed, entry.layout, torch.float32))
+            if target.experts:
+                each = len(weights) // target.experts
+                stacked = [torch.cat(weights[i * each : (i + 1) * each]) for i in range(target.experts)]
+                whole = torch.stack([w.T for w in stacked] if target.transposed else stacked)
+            else:
+                whole = weights[0].T if target.transposed else weights[0]
+            model.get_parameter(target.name).copy_(whole)
+    return model
+
+
+def losses(config: Config) -> list[float]:
+    rows = [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_an_architecture_trains_as_in_transformers(name: str, tmp_path: Path) -> None:
+    source = make_architecture(tmp_path / "source", name)
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.95)).out
+    path = tiny.make_config(tmp_path, quantized, train__steps=STEPS, optim__warmup_steps=0)
+    configs = [
+        load_config(path, [f"run.name={n}-ranks", f"train.micro_batch={12 // n}", *overrides])
+        for n, overrides in ((1, []), (2, []))
+    ]
+    one, two = (run_ranks(n, train_and_give_logits, config)[0] for n, config in enumerate(configs, 1))
+    assert losses(configs[1]) == pytest.approx(losses(configs[0]), rel=1e-5)
+    np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
+
+    # the first loss is that of transformers' own forward pass, the last model's logits those of the adapter in PEFT
+    plain = plain_model(source, quantized)
+    batches = set_up(configs[0], ranks_from_environment({})).loader.window(0)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            for row, labels, positions in zip(*batch, strict=True):
+                starts = (positions == 0).nonzero().flatten().tolist()
+                for begin, end in zip(starts, [*starts[1:], len(row)], strict=True):
+                    logits = plain(input_ids=row[None, begin:end], use_cache=False).logits[0]
+                    total += float(cross_entropy(logits, labels[begin:end], reduction="sum"))
+                    count += int((labels[begin:end] != -100).sum())
+    assert losses(configs[0])[0] == pytest.approx(total / count, rel=1e-5)
+    with torch.no_grad():
+        base = plain(input_ids=PROMPT, use_cache=False).logits
+        adapted = peft.PeftModel.from_pretrained(plain, run_path(configs[1].run) / "adapter").eval()
+        logits = adapted(input_ids=PROMPT, use_cache=False).logits
+    torch.testing.assert_close(torch.from_numpy(two), logits, rtol=1e-3, atol=1e-4)
+    assert (logits - base).abs().max() > 20 * np.abs(one - two).max()  # the adapter matters
+
+
+def test_fused_experts_of_a_folder_get_a_name_each(tmp_path: Path) -> None:
+    source = make_architecture(tmp_path / "source", "GptOss")
+    folder = ModelFolder(quantize_folder(source, tmp_path / "nf4", QuantizeOptions()).out)
+    names = {f"model.layers.0.mlp.experts.{p}.{e}.weight" for p in ("gate_up_proj", "down_proj") for e in range(4)}
+    assert names <= folder.quantized.keys()
+    assert folder.quantized["model.layers.0.mlp.experts.gate_up_proj.0.weight"].layout.shape == (320, 64)
+    assert len(load_file(source / "model.safetensors")["model.layers.0.mlp.experts.gate_up_proj"]) == 4
