@@ -8,11 +8,12 @@ import torch
 from qlora_dist.nf4.encode import encode
 from qlora_dist.nf4.layout import NESTED_BLOCK_SIZE, NF4Layout, QuantType
 from qlora_dist.nf4.tables import nested_code_table
+from qlora_dist.nf4.threads import for_each
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _LARGEST_KERNEL_BLOCK = 1024  # weights
-_CHUNK = 2**18  # weights quantized at a time: a multiple of every block size, and 1 MiB of fp32
+_CHUNK = 2**20  # weights that one core quantizes at a time, a multiple of every block size
 
 
 def quantize(
@@ -31,19 +32,22 @@ def quantize(
 
     Source: `bitsandbytes.functional.quantize_4bit(compress_statistics=double_quant)`, whose bytes these are. On the
     CPU it takes 14 bytes per weight for a moment (12 GB for one matrix of Llama-3.1-405B) and most of its time in a
-    binary search: there the codes are ours (`encode`), a chunk at a time.
+    binary search: there the codes are ours (`encode`), a chunk at a time, on `torch.get_num_threads()` cores.
     """
     layout = NF4Layout(
         tuple(weight.shape), quant_type, block_size, double_quant, str(weight.dtype).removeprefix("torch.")
     )
-    flat = weight.contiguous().view(-1)
+    flat = weight.detach().contiguous().view(-1)
     packed = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(layout.blocks, dtype=torch.float32, device=weight.device)
-    chunk = _CHUNK if weight.device.type == "cpu" else layout.blocks * block_size
-    for start in range(0, layout.numel, chunk):
+
+    def quantize_from(start: int) -> None:
         codes, chunk_absmax = _codes(flat[start : start + chunk], block_size, quant_type)
         packed[start // 2 :][: codes.numel()] = codes
         absmax[start // block_size :][: chunk_absmax.numel()] = chunk_absmax
+
+    chunk = _CHUNK if weight.device.type == "cpu" else layout.blocks * block_size
+    for_each(quantize_from, range(0, layout.numel, chunk))
     if double_quant:
         offset = absmax.mean()
         quantized, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
