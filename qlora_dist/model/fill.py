@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,9 +16,9 @@ from qlora_dist.adapters.attach import first_values
 from qlora_dist.adapters.lora import LoraNF4, row_norms
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.skeleton import checkpoint_name, decoder_layers
+from qlora_dist.model.stream import Shard, Stream
 from qlora_dist.nf4.linear import NF4Linear
-from qlora_dist.nf4.quantize import quantize
-from qlora_dist.nf4.safetensors_file import Reader
+from qlora_dist.nf4.read_ahead import Reading
 
 
 def fill(
@@ -29,7 +28,7 @@ def fill(
     seed: int,
     replicas: DeviceMesh | None = None,
     offload_base: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[Reading], None] | None = None,
 ) -> int:
     """Give every parameter and buffer of a skeleton its value.
 
@@ -46,7 +45,7 @@ def fill(
         seed: of the adapters' first values.
         replicas: 1-D mesh of the ranks that hold the same shard of the base as this one; None: there are no others.
         offload_base: keep the frozen parameters on the CPU; the engine copies them to the device.
-        progress: called with the number of bytes of each read of this rank.
+        progress: called after each read of this rank.
 
     Returns:
         Bytes read by this rank.
@@ -54,8 +53,8 @@ def fill(
     _materialize(model, device, offload_base)
     names = {id(p): name for name, p in model.named_parameters()}
     to_quantize: list[tuple[str, NF4Linear]] = []
-    with Reader(progress) as reader, torch.no_grad():
-        source = _Source(folder, reader, replicas, device)
+    shards: list[Shard] = []
+    with torch.no_grad():
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 name = names[id(parameter)]
@@ -64,13 +63,14 @@ def fill(
                 elif isinstance(module, NF4Linear) and parameter is module.packed and not folder.is_quantized:
                     to_quantize.append((checkpoint_name(name), module))
                 else:
-                    _fill_from_file(parameter, checkpoint_name(name), source)
-        for name, buffer in model.named_buffers():
-            if name in folder.entries:
-                _fill_from_file(buffer, name, source)
-        _quantize_in_turn(to_quantize, folder, reader, device)
+                    shards.append(_shard(parameter, checkpoint_name(name), folder))
+        shards += [_shard(buffer, name, folder) for name, buffer in model.named_buffers() if name in folder.entries]
+        own = [key for key, _ in to_quantize[dist.get_rank() :: dist.get_world_size()]]
+        with Stream(folder, shards, own, replicas, device, progress) as stream:
+            stream.fill_shards()
+            _quantize_in_turn(to_quantize, stream, device)
         _fill_magnitudes(model)
-        return reader.bytes_read
+        return stream.bytes_read
 
 
 def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -95,48 +95,12 @@ def _materialize(model: PreTrainedModel, device: torch.device, offload_base: boo
             model._init_weights(model.get_submodule(owner))
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where the bytes of a shard come from: the folder, and the ranks that hold the same shard."""
-
-    folder: ModelFolder
-    reader: Reader
-    replicas: DeviceMesh | None
-    device: torch.device
-
-    def read(self, key: str, start: int, nbytes: int) -> torch.Tensor:
-        """uint8[nbytes]: a tensor's bytes from `start` on. A collective of the replicas."""
-        if self.replicas is None:
-            part = torch.empty(nbytes, dtype=torch.uint8)
-            self._read_into(part, key, start)
-            return part
-        count, index = self.replicas.size(), self.replicas.get_local_rank()
-        part_bytes = -(-nbytes // count)
-        part = torch.zeros(part_bytes, dtype=torch.uint8)
-        first = min(index * part_bytes, nbytes)
-        self._read_into(part[: min(part_bytes, nbytes - first)], key, start + first)
-        parts = torch.empty(part_bytes * count, dtype=torch.uint8, device=self.device)
-        dist.all_gather_into_tensor(parts, part.to(self.device), group=self.replicas.get_group())
-        return parts[:nbytes]
-
-    def _read_into(self, out: torch.Tensor, key: str, start: int) -> None:
-        if key in self.folder.quantized:
-            self.folder.quantized[key].read_range(self.reader, out, start)
-        else:
-            self.reader.read_into(out, self.folder.entries[key], start)
-
-
-def _fill_from_file(parameter: torch.Tensor, key: str, source: _Source) -> None:
+def _shard(parameter: torch.Tensor, key: str, folder: ModelFolder) -> Shard:
     local, offset = local_range(parameter)
-    if local.numel() == 0:
-        return  # on the replicas too
-    if key in source.folder.quantized:
-        local.copy_(source.read(key, offset[0], local.numel()))
-        return
-    entry = source.folder.entries[key]
-    row_bytes = entry.nbytes // entry.shape[0]
-    nbytes = local.numel() * entry.dtype.itemsize
-    local.copy_(source.read(key, offset[0] * row_bytes, nbytes).view(entry.dtype).view(local.shape))
+    if key in folder.quantized:
+        return Shard(local, key, offset[0])
+    entry = folder.entries[key]
+    return Shard(local, key, offset[0] * (entry.nbytes // entry.shape[0]) if offset else 0)
 
 
 def _fill_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:
@@ -149,22 +113,11 @@ def _fill_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:
     local.copy_(whole)
 
 
-def _quantize_in_turn(
-    weights: list[tuple[str, NF4Linear]], folder: ModelFolder, reader: Reader, device: torch.device
-) -> None:
+def _quantize_in_turn(weights: list[tuple[str, NF4Linear]], stream: Stream, device: torch.device) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for first in range(0, len(weights), world_size):
         turn = weights[first : first + world_size]
-        packed = None
-        if rank < len(turn):
-            key, module = turn[rank]
-            layout = module.layout
-            packed, _ = quantize(
-                reader.read(folder.entries[key]).to(device),
-                layout.quant_type,
-                layout.block_size,
-                layout.double_quant,
-            )
+        packed = stream.quantize_next(turn[rank][1].layout) if rank < len(turn) else None
         for owner, (_, module) in enumerate(turn):
             _scatter(packed if rank == owner else None, owner, module.packed, device)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,9 +18,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import ModelFolder, read_json
 from qlora_dist.model.skeleton import causal_lm_on_meta, future_layout, linear_names
+from qlora_dist.model.stream import quantize_next, tensor_reads
 from qlora_dist.nf4.checkpoint import tensor_specs, tensors
 from qlora_dist.nf4.layout import BLOCK_SIZES, NF4Layout, QuantType
-from qlora_dist.nf4.quantize import quantize
+from qlora_dist.nf4.read_ahead import ReadAhead, Reading, pieces
 from qlora_dist.nf4.safetensors_file import Reader, Writer, read_header
 
 _PLAN = "quantize-plan.json"
@@ -55,13 +56,18 @@ class Report:
     quantized_parameters: int
     left: dict[str, int]
     """Parameters that stay as they were, by the name of their tensor without layer numbers."""
+    seconds: float
+    read_bytes: int
+    wait_s: float
+    """Seconds in which there was nothing to do but wait for the disk."""
 
 
 def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: Console | None = None) -> Report:
     """Quantize every linear layer but the output head, in bitsandbytes' serialized format.
 
-    Memory: the largest tensor, its packed form, and a constant. The files are written into `OUT.partial`, which gets
-    its name when it is complete; a run that was interrupted goes on with the file it was at.
+    Memory: the packed form of the largest tensor, and a constant, since tensors are read and copied in pieces, the next
+    one while one is quantized. The files are written into `OUT.partial`, which gets its name when it is complete; a run
+    that was interrupted goes on with the file it was at.
 
     Raises:
         UserError: `source` is not what it should be, or `out` is there.
@@ -74,8 +80,9 @@ def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: 
         raise UserError(f"{out}: is there already; remove it or give another name")
     plan = _plan(folder, options)
     partial = out.with_name(out.name + ".partial")
+    started = time.perf_counter()
     try:
-        _write_folder(partial, out, folder, plan, options, console)
+        reading = _write_folder(partial, out, folder, plan, options, console)
     except OSError as error:  # a full disk, no permission
         raise UserError(
             f"{partial}: cannot be written ({error.strerror}); mend that and run again, it goes on where it stopped"
@@ -86,7 +93,9 @@ def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: 
         if layout is None:
             left[re.sub(r"\.\d+\.", ".*.", name)] += torch.Size(folder.entries[name].shape).numel()
     quantized = sum(layout.numel for layout in plan.values() if layout is not None)
-    return Report(out, quantized + sum(left.values()), quantized, dict(left))
+    seconds = time.perf_counter() - started
+    parameters = quantized + sum(left.values())
+    return Report(out, parameters, quantized, dict(left), seconds, reading.read_bytes, reading.wait_s)
 
 
 def _write_folder(
@@ -96,20 +105,33 @@ def _write_folder(
     plan: dict[str, NF4Layout | None],
     options: QuantizeOptions,
     console: Console,
-) -> None:
+) -> Reading:
+    """Returns what was read, and how long that was waited for."""
     files = _files(plan, folder, options.file_bytes)
     _begin(partial, folder, options)
     work = [
         (partial / f"model-{index:05}-of-{len(files):05}.safetensors", names) for index, names in enumerate(files, 1)
     ]
+    todo = [(path, names) for path, names in work if not path.exists()]
+    total = sum(entry.nbytes for entry in folder.entries.values())
     with _progress(console) as progress, Reader() as reader:
-        task = progress.add_task("quantizing", total=sum(entry.nbytes for entry in folder.entries.values()))
-        for path, names in work:
-            if not path.exists():
-                _write_file(path, names, plan, folder, reader, torch.device(options.device), progress, task)
-            else:
-                progress.advance(task, sum(folder.entries[name].nbytes for name in names))
+        reads = [read for _, names in todo for name in names for read in tensor_reads(reader, folder.entries[name])]
+        # what an earlier run has done is no work of this one's: it would count as speed
+        done = total - sum(read.nbytes for read in reads)
+        task = progress.add_task("quantizing", total=total, completed=done)
+
+        reading = Reading(0, 0, 0.0)
+
+        def show(now: Reading) -> None:
+            nonlocal reading
+            reading = now
+            progress.update(task, completed=done + now.read_bytes)
+
+        with ReadAhead(reads, show) as ahead:
+            for path, names in todo:
+                _write_file(path, names, plan, folder, ahead, torch.device(options.device))
     _finish(partial, out, folder, plan, options)
+    return reading
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -119,6 +141,8 @@ def print_report(report: Report, console: Console) -> None:
     lines += [
         f"  not quantized: {name} ({count:,})" for name, count in sorted(report.left.items(), key=lambda item: -item[1])
     ]
+    speed, waiting = report.read_bytes / 1e9 / report.seconds, 100 * report.wait_s / report.seconds
+    lines.append(f"  {report.seconds:.1f} s at {speed:.2f} GB/s, {waiting:.0f} % of it waiting for reads")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -196,23 +220,18 @@ def _write_file(
     names: list[str],
     plan: dict[str, NF4Layout | None],
     folder: ModelFolder,
-    reader: Reader,
+    ahead: ReadAhead,
     device: torch.device,
-    progress: Progress,
-    task: Any,
 ) -> None:
     writer = Writer(path, _specs(names, plan, folder))
     for name in names:
-        entry, layout = folder.entries[name], plan[name]
+        layout = plan[name]
         if layout is None:
-            writer.write(name, reader.read(entry))
-        else:  # the weight has no name, under which it would live on while the next one is read
-            packed, _ = quantize(
-                reader.read(entry).to(device), layout.quant_type, layout.block_size, layout.double_quant
-            )
-            for key, tensor in tensors(name, packed, layout).items():
+            for start, _ in pieces(folder.entries[name].nbytes):
+                writer.write(name, next(ahead), start)
+        else:
+            for key, tensor in tensors(name, quantize_next(ahead, layout, device), layout).items():
                 writer.write(key, tensor)
-        progress.advance(task, entry.nbytes)
     writer.close()
 
 

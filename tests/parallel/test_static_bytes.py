@@ -14,6 +14,7 @@ from qlora_dist.config_file import load_config
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill, local_range
 from qlora_dist.model.folder import ModelFolder
+from qlora_dist.nf4 import read_ahead
 from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.process_group import process_group
@@ -130,8 +131,12 @@ def collect_shards(config: Config) -> dict[str, tuple[int, bytes]]:
         return shards
 
 
-def test_shards_put_together_are_the_folder(config_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece_bytes", [read_ahead.PIECE_BYTES, 2**14])
+def test_shards_put_together_are_the_folder(
+    piece_bytes: int, config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Quantized on the way by three owners in turn, read by range by three ranks, exchanged by replicas: the same."""
+    monkeypatch.setattr(read_ahead, "PIECE_BYTES", piece_bytes)  # a tensor has up to 36 of the smaller ones
     nf4 = load_config(config_path, ["parallel.base=world"])
     source = load_config(config_path, ["parallel.base=world", f"model.base={config_path.parent / 'source'}"])
     two_copies = load_config(config_path, ["parallel.base=node"])
