@@ -8,15 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import first_values
 from qlora_dist.adapters.lora import LoraNF4, row_norms
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.skeleton import checkpoint_name, decoder_layers
-from qlora_dist.model.stream import Shard, Stream
+from qlora_dist.model.stream import ShardInFolder, Stream
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.read_ahead import Reading
 
@@ -53,7 +52,7 @@ def fill(
     _materialize(model, device, offload_base)
     names = {id(p): name for name, p in model.named_parameters()}
     to_quantize: list[tuple[str, NF4Linear]] = []
-    shards: list[Shard] = []
+    shards: list[ShardInFolder] = []
     with torch.no_grad():
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
@@ -77,8 +76,16 @@ def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]
     """This rank's part of a parameter, and where in the whole it starts, by dimension."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), tuple(offset)
+    local, offset = parameter.to_local(), [0] * parameter.dim()
+    # Shards are equal but for the last ones. torch's compute_local_shape_and_global_offset (2.13) makes a list of the
+    # dimension's indices, and for a vector of bytes that is eight times the vector.
+    for mesh_dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            dim, size = placement.dim, parameter.shape[placement.dim]
+            rows = -(-size // parameter.device_mesh.size(mesh_dim))
+            offset[dim] = min(parameter.device_mesh.get_local_rank(mesh_dim) * rows, size)
+            assert local.shape[dim] == min(rows, size - offset[dim]), f"{local.shape} of {parameter.shape}"
+    return local, tuple(offset)
 
 
 def _materialize(model: PreTrainedModel, device: torch.device, offload_base: bool) -> None:
@@ -95,12 +102,12 @@ def _materialize(model: PreTrainedModel, device: torch.device, offload_base: boo
             model._init_weights(model.get_submodule(owner))
 
 
-def _shard(parameter: torch.Tensor, key: str, folder: ModelFolder) -> Shard:
+def _shard(parameter: torch.Tensor, key: str, folder: ModelFolder) -> ShardInFolder:
     local, offset = local_range(parameter)
     if key in folder.quantized:
-        return Shard(local, key, offset[0])
+        return ShardInFolder(local, key, offset[0])
     entry = folder.entries[key]
-    return Shard(local, key, offset[0] * (entry.nbytes // entry.shape[0]) if offset else 0)
+    return ShardInFolder(local, key, offset[0] * (entry.nbytes // entry.shape[0]) if offset else 0)
 
 
 def _fill_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:

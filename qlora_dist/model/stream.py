@@ -16,9 +16,11 @@ from qlora_dist.nf4.quantize import quantize_pieces
 from qlora_dist.nf4.read_ahead import Read, ReadAhead, Reading, pieces
 from qlora_dist.nf4.safetensors_file import Entry, Reader
 
+_EXCHANGED_BYTES = 2**22  # at a time, among replicas: the back ends keep several copies of what they send
+
 
 @dataclass(frozen=True)
-class Shard:
+class ShardInFolder:
     """What a rank holds of a tensor, and which of the tensor's bytes it is."""
 
     local: torch.Tensor
@@ -34,8 +36,7 @@ class Stream:
 
     Shards that have copies on other ranks are read by all these together, a part of every piece each: the ranks of
     `replicas` must be given the same shards. First the shards are to be filled, then the weights quantized, in the
-    order in which they are given. Memory: the shards, two pieces, with replicas a third, and the weight that is being
-    quantized, packed.
+    order in which they are given. Memory: the shards, two pieces, and the weight that is being quantized, packed.
 
     Args:
         folder: where the bytes are.
@@ -49,7 +50,7 @@ class Stream:
     def __init__(
         self,
         folder: ModelFolder,
-        shards: Iterable[Shard],
+        shards: Iterable[ShardInFolder],
         to_quantize: Sequence[str],
         replicas: DeviceMesh | None,
         device: torch.device,
@@ -57,6 +58,7 @@ class Stream:
     ) -> None:
         self.shards = sorted((s for s in shards if s.local.numel()), key=lambda shard: _place(folder, shard))
         self._folder, self._replicas, self._device = folder, replicas, device
+        self._piece_bytes = None if replicas is None else _EXCHANGED_BYTES
         self._reader = Reader()
         reads = [read for shard in self.shards for read in self._shard_reads(shard)]
         reads += [read for key in to_quantize for read in tensor_reads(self._reader, folder.entries[key])]
@@ -72,7 +74,7 @@ class Stream:
         for shard in self.shards:
             dtype = self._dtype(shard)
             flat, position = shard.local.view(-1), 0
-            for _, nbytes in pieces(self._nbytes(shard)):
+            for _, nbytes in pieces(self._nbytes(shard), self._piece_bytes):
                 piece = self._exchanged(next(self._ahead), nbytes).view(dtype)
                 flat[position : position + piece.numel()].copy_(piece)
                 position += piece.numel()
@@ -81,8 +83,8 @@ class Stream:
         """packed: uint8[layout.total_bytes] on the device, of the next weight of `to_quantize`."""
         return quantize_next(self._ahead, layout, self._device)
 
-    def _shard_reads(self, shard: Shard) -> Iterator[Read]:
-        for start, nbytes in pieces(self._nbytes(shard)):
+    def _shard_reads(self, shard: ShardInFolder) -> Iterator[Read]:
+        for start, nbytes in pieces(self._nbytes(shard), self._piece_bytes):
             first, count = 0, nbytes
             if self._replicas is not None:
                 part = self._part_bytes(nbytes)
@@ -109,10 +111,10 @@ class Stream:
         assert self._replicas is not None
         return -(-nbytes // self._replicas.size())
 
-    def _dtype(self, shard: Shard) -> torch.dtype:
+    def _dtype(self, shard: ShardInFolder) -> torch.dtype:
         return torch.uint8 if shard.key in self._folder.quantized else self._folder.entries[shard.key].dtype
 
-    def _nbytes(self, shard: Shard) -> int:
+    def _nbytes(self, shard: ShardInFolder) -> int:
         return shard.local.numel() * self._dtype(shard).itemsize
 
     def __enter__(self) -> Stream:
@@ -136,7 +138,7 @@ def quantize_next(ahead: ReadAhead, layout: NF4Layout, device: torch.device) -> 
     return quantize_pieces((next(ahead).view(dtype) for _ in range(count)), layout, device)
 
 
-def _place(folder: ModelFolder, shard: Shard) -> tuple[Path, int]:
+def _place(folder: ModelFolder, shard: ShardInFolder) -> tuple[Path, int]:
     quantized = folder.quantized.get(shard.key)
     entry = quantized.parts[0][1] if quantized is not None else folder.entries[shard.key]
     return entry.path, entry.start

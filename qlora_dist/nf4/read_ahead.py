@@ -93,7 +93,8 @@ def _perform(read: Read, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def pieces(nbytes: int) -> Iterator[tuple[int, int]]:
-    """First byte and length of the parts, of at most PIECE_BYTES, in which so many bytes are read."""
-    for start in range(0, nbytes, PIECE_BYTES):
-        yield start, min(PIECE_BYTES, nbytes - start)
+def pieces(nbytes: int, piece_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """First byte and length of the parts, of at most `piece_bytes` or PIECE_BYTES, in which so many bytes are read."""
+    piece_bytes = piece_bytes or PIECE_BYTES
+    for start in range(0, nbytes, piece_bytes):
+        yield start, min(piece_bytes, nbytes - start)
