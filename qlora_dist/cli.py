@@ -74,7 +74,8 @@ def quantize(
     _prepare_process()
     from rich.console import Console
 
-    from qlora_dist.model.quantize_folder import make_options, print_report, quantize_folder
+    from qlora_dist.model.quantize_folder import print_report, quantize_folder
+    from qlora_dist.model.quantize_plan import make_options
 
     console = Console()
     options = make_options(quant_type, block_size, double_quant, device, file_size, min_share)

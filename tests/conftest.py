@@ -27,7 +27,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama_nf4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in 4 bit."""
-    from qlora_dist.model.quantize_folder import QuantizeOptions, quantize_folder
+    from qlora_dist.model.quantize_folder import quantize_folder
+    from qlora_dist.model.quantize_plan import QuantizeOptions
 
     out = tmp_path_factory.mktemp("nf4") / "model"
     quantize_folder(tiny_llama, out, QuantizeOptions())

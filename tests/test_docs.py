@@ -30,7 +30,8 @@ from ranks import _free_port
 from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.model import head
-from qlora_dist.model.quantize_folder import QuantizeOptions, quantize_folder
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.nf4.layout import NF4Layout
 from qlora_dist.plan.shapes import Unit, decoder_units
 from qlora_dist.plan.traffic import Sharding, shard_elements, step_traffic

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Shard
 
-from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.matrices import Matrix
+from qlora_dist.model.stream import Stream
 from qlora_dist.nf4.layout import NF4Layout
-from qlora_dist.nf4.quantize import quantize
-from qlora_dist.nf4.safetensors_file import Reader
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,10 @@ def pieces(parameter: torch.Tensor, layout: NF4Layout, matrices: Sequence[Matrix
     return [Piece(parameter, i * layout.total_bytes, layout, matrix) for i, matrix in enumerate(matrices)]
 
 
-def quantize_in_turn(
-    work: Sequence[Piece], folder: ModelFolder, reader: Reader, replicas: DeviceMesh | None, device: torch.device
-) -> None:
+def quantize_in_turn(work: Sequence[Piece], stream: Stream, replicas: DeviceMesh | None, device: torch.device) -> None:
     """Read, quantize and deal out all pieces. Called on all ranks of the default process group.
+
+    A rank's next pieces, every world_size-th of `work`, are the next ones of its stream.
 
     In a round each rank owns one piece, which it alone reads; one all-to-all gives every rank its share of all of
     them. Ranks that hold the same shard are given a part of it each and exchange those.
@@ -63,7 +60,7 @@ def quantize_in_turn(
         turn = work[begin : begin + world_size]
         sent, sent_sizes = torch.empty(0, dtype=torch.uint8, device=device), [0] * world_size
         if rank < len(turn):
-            sent = _quantized(turn[rank], folder, reader, device)
+            sent = stream.quantize_next(turn[rank].layout, turn[rank].matrix.transposed)
             parts = [turn[rank].part(r, shards, copies) for r in range(world_size)]
             sent_sizes = [last - first for first, last in parts]
             if copies > 1:
@@ -83,13 +80,6 @@ def quantize_in_turn(
             local[piece.start + first - offset[0] :][: last - first].copy_(part)
 
 
-def _quantized(piece: Piece, folder: ModelFolder, reader: Reader, device: torch.device) -> torch.Tensor:
-    """uint8[layout.total_bytes]"""
-    layout, entry = piece.layout, folder.entries[piece.matrix.key]
-    weight = piece.matrix.read(entry, reader).to(device)
-    return quantize(weight, layout.quant_type, layout.block_size, layout.double_quant)[0]
-
-
 def gather_parts(part: torch.Tensor, replicas: DeviceMesh) -> torch.Tensor:
     """uint8[n] of each of the replicas, one behind the other."""
     parts = torch.empty(part.numel() * replicas.size(), dtype=torch.uint8, device=part.device)
@@ -101,5 +91,13 @@ def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]
     """This rank's part of a parameter, and where in the whole it starts, by dimension."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), tuple(offset)
+    local, offset = parameter.to_local(), [0] * parameter.dim()
+    # Shards are equal but for the last ones. torch's compute_local_shape_and_global_offset (2.13) makes a list of the
+    # dimension's indices, and for a vector of bytes that is eight times the vector.
+    for mesh_dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            dim, size = placement.dim, parameter.shape[placement.dim]
+            rows = -(-size // parameter.device_mesh.size(mesh_dim))
+            offset[dim] = min(parameter.device_mesh.get_local_rank(mesh_dim) * rows, size)
+            assert local.shape[dim] == min(rows, size - offset[dim]), f"{local.shape} of {parameter.shape}"
+    return local, tuple(offset)

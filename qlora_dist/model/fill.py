@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qlora_dist.adapters.attach import first_values
 from qlora_dist.adapters.lora import LoraNF4, row_norms
-from qlora_dist.model.deal import Piece, gather_parts, local_range, pieces, quantize_in_turn
+from qlora_dist.model.deal import Piece, local_range, pieces, quantize_in_turn
 from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.origins import Origin
 from qlora_dist.model.skeleton import LossModel, decoder_layers, origin_names
-from qlora_dist.nf4.checkpoint import QuantizedEntry
+from qlora_dist.model.stream import ShardInFolder, Stream
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
-from qlora_dist.nf4.quantize import dequantize
-from qlora_dist.nf4.safetensors_file import Reader
+from qlora_dist.nf4.read_ahead import Reading
 
 
 def fill(
@@ -29,7 +27,7 @@ def fill(
     seed: int,
     replicas: DeviceMesh | None = None,
     offload_base: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[Reading], None] | None = None,
 ) -> int:
     """Give every parameter and buffer of a skeleton its value.
 
@@ -46,35 +44,43 @@ def fill(
         seed: of the adapters' first values.
         replicas: 1-D mesh of the ranks that hold the same shard of the base as this one; None: there are no others.
         offload_base: keep the frozen parameters on the CPU; the engine copies them to the device.
-        progress: called with the number of bytes of each read of this rank.
+        progress: called after each read of this rank.
 
     Returns:
         Bytes read by this rank.
     """
     _materialize(model, device, offload_base)
-    names = origin_names(model)
+    origins, names = model.origins, origin_names(model)
     parameter_names = {id(p): name for name, p in model.named_parameters()}
+    shards: list[ShardInFolder] = []
     to_quantize: list[Piece] = []
-    with Reader(progress) as reader, torch.no_grad():
-        source = _Source(folder, reader, replicas, device)
+    in_fewer_bits: list[tuple[torch.Tensor, str]] = []
+    with torch.no_grad():
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 name = parameter_names[id(parameter)]
                 if "lora_" in name:
                     _fill_adapter(parameter, name, seed)
-                elif not isinstance(module, NF4Linear | NF4Experts) or parameter is not module.packed:
-                    _fill_plain(parameter, model.origins[names[name]], source)
-                elif folder.is_quantized:
-                    weights = [folder.quantized[matrix.name] for matrix in model.matrices[names[name]]]
-                    _fill_packed(parameter, module.layout.total_bytes, weights, source)
+                elif isinstance(module, NF4Linear | NF4Experts) and parameter is module.packed:
+                    matrices = model.matrices[names[name]]
+                    if folder.is_quantized:
+                        shards.append(_shard(parameter, tuple(matrix.name for matrix in matrices), folder))
+                    else:
+                        to_quantize += pieces(parameter, module.layout, matrices)
+                elif (key := origins[names[name]].keys[0]) in folder.quantized:
+                    in_fewer_bits.append((parameter, key))
                 else:
-                    to_quantize += pieces(parameter, module.layout, model.matrices[names[name]])
-        for name, buffer in model.named_buffers():
-            if name in model.origins:
-                _fill_plain(buffer, model.origins[name], source)
-        quantize_in_turn(to_quantize, folder, reader, replicas, device)
+                    shards.append(_shard(parameter, origins[names[name]].keys, folder))
+        buffers = [(buffer, origins[name].keys) for name, buffer in model.named_buffers() if name in origins]
+        shards += [_shard(buffer, keys, folder) for buffer, keys in buffers]
+        own = [piece.matrix for piece in to_quantize[dist.get_rank() :: dist.get_world_size()]]
+        with Stream(folder, shards, own, replicas, device, progress) as stream:
+            stream.fill_shards()
+            for parameter, key in in_fewer_bits:
+                _fill_dequantized(parameter, key, stream)
+            quantize_in_turn(to_quantize, stream, replicas, device)
         _fill_magnitudes(model)
-        return reader.bytes_read
+        return stream.bytes_read
 
 
 def _materialize(model: LossModel, device: torch.device, offload_base: bool) -> None:
@@ -91,84 +97,23 @@ def _materialize(model: LossModel, device: torch.device, offload_base: bool) -> 
             model._init_weights(model.get_submodule(owner))
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where the bytes of a shard come from: the folder, and the ranks that hold the same shard."""
-
-    folder: ModelFolder
-    reader: Reader
-    replicas: DeviceMesh | None
-    device: torch.device
-
-    def read(self, nbytes: int, read_part: Callable[[torch.Tensor, int], None]) -> torch.Tensor:
-        """uint8[nbytes] of which `read_part(out, start)` reads any part. A collective of the replicas."""
-        if self.replicas is None:
-            whole = torch.empty(nbytes, dtype=torch.uint8)
-            read_part(whole, 0)
-            return whole
-        count, index = self.replicas.size(), self.replicas.get_local_rank()
-        part_bytes = -(-nbytes // count)
-        part = torch.zeros(part_bytes, dtype=torch.uint8)
-        first = min(index * part_bytes, nbytes)
-        read_part(part[: min(part_bytes, nbytes - first)], first)
-        return gather_parts(part.to(self.device), self.replicas)[:nbytes]
-
-
-def _fill_packed(
-    parameter: torch.Tensor, matrix_bytes: int, weights: Sequence[QuantizedEntry], source: _Source
-) -> None:
-    """The byte vectors of one or more matrices, one behind the other."""
+def _shard(parameter: torch.Tensor, keys: tuple[str, ...], folder: ModelFolder) -> ShardInFolder:
     local, offset = local_range(parameter)
-    if local.numel() == 0:
-        return  # on the replicas too
-
-    def read_part(out: torch.Tensor, start: int) -> None:
-        for index, span, first in _across(matrix_bytes, offset[0] + start, out.numel()):
-            weights[index].read_range(source.reader, out[span], first)
-
-    local.copy_(source.read(local.numel(), read_part))
+    if keys[0] in folder.quantized or not offset:
+        return ShardInFolder(local, keys, offset[0] if offset else 0)
+    row_bytes = sum(folder.entries[key].nbytes for key in keys) // parameter.shape[0]
+    return ShardInFolder(local, keys, offset[0] * row_bytes)
 
 
-def _fill_plain(parameter: torch.Tensor, origin: Origin, source: _Source) -> None:
-    """A parameter or buffer that is in no fewer bits than the folder has."""
-    local, offset = local_range(parameter)
-    if local.numel() == 0:
-        return
-    if origin.keys[0] in source.folder.quantized:
-        _fill_dequantized(local, offset, source.folder.quantized[origin.keys[0]], source)
-        return
-    entries = [source.folder.entries[key] for key in origin.keys]
-    row_bytes = sum(entry.nbytes for entry in entries) // max(1, parameter.shape[0] if parameter.dim() else 1)
-    start_byte = offset[0] * row_bytes if offset else 0
-
-    def read_part(out: torch.Tensor, start: int) -> None:
-        for index, span, first in _across(entries[0].nbytes, start_byte + start, out.numel()):
-            source.reader.read_into(out[span], entries[index], first)
-
-    values = source.read(local.numel() * entries[0].dtype.itemsize, read_part).view(entries[0].dtype)
-    local.copy_(values.view(local.shape))
-
-
-def _fill_dequantized(local: torch.Tensor, offset: tuple[int, ...], weight: QuantizedEntry, source: _Source) -> None:
+def _fill_dequantized(parameter: torch.Tensor, key: str, stream: Stream) -> None:
     """A parameter that this model keeps in 16 bit and the folder has in 4: the routers of sparse models, which others
     quantize. Every rank reads it whole; they are small.
     """
-    packed = torch.empty(weight.layout.total_bytes, dtype=torch.uint8)
-    weight.read_range(source.reader, packed, 0)
-    whole = dequantize(packed.to(source.device), weight.layout, local.dtype)
+    local, offset = local_range(parameter)
+    whole = stream.read_dequantized(key, local.dtype)
     for dim, start in enumerate(offset):
         whole = whole.narrow(dim, start, local.shape[dim])
     local.copy_(whole)
-
-
-def _across(size: int, start: int, nbytes: int) -> Iterator[tuple[int, slice, int]]:
-    """Cut a range that crosses pieces of equal size: the piece's index, the span in the range, the start within."""
-    position = start
-    while position < start + nbytes:
-        index, first = divmod(position, size)
-        count = min(size - first, start + nbytes - position)
-        yield index, slice(position - start, position - start + count), first
-        position += count
 
 
 def _fill_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -18,7 +17,6 @@ from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.origins import Origin, expert_key
 from qlora_dist.nf4.layout import NF4Layout, QuantType
 from qlora_dist.nf4.quantize import TORCH_DTYPES
-from qlora_dist.nf4.safetensors_file import Entry, Reader
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """What transformers calls the parameters that hold a projection of all experts, [experts, out, in] or
@@ -53,13 +51,6 @@ class Matrix:
     index: int | None
     """Which of the tensor's matrices; None: all of it."""
     transposed: bool
-
-    def read(self, entry: Entry, reader: Reader) -> torch.Tensor:
-        """[out_features, in_features] in the folder's type."""
-        shape = entry.shape if self.index is None else entry.shape[1:]
-        weight = torch.empty(shape, dtype=entry.dtype)
-        reader.read_into(weight.flatten(), entry, (self.index or 0) * weight.nbytes)
-        return weight.T.contiguous() if self.transposed else weight
 
 
 def quantizable(model: PreTrainedModel) -> Iterator[Target]:

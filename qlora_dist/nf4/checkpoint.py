@@ -40,12 +40,14 @@ class QuantizedEntry:
 
     def read_range(self, reader: Reader, out: torch.Tensor, start: int) -> None:
         """Fill `out: uint8[n]` (CPU) with bytes start .. start+n of the vector, reading no others."""
-        stop = start + out.numel()
-        out.zero_()  # the gaps between the parts
+        position, stop = start, start + out.numel()
         for span, entry in self.parts:
             lo, hi = max(span.start, start), min(span.stop, stop)
             if lo < hi:
+                out[position - start : lo - start].zero_()  # the gap between two parts
                 reader.read_into(out[lo - start : hi - start], entry, lo - span.start)
+                position = hi
+        out[position - start :].zero_()
         if self.offset is not None:
             span = self.layout.offset
             lo, hi = max(span.start, start), min(span.stop, stop)

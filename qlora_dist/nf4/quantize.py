@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import bitsandbytes.functional as bnb
 import torch
 
 from qlora_dist.nf4.encode import encode
 from qlora_dist.nf4.layout import NESTED_BLOCK_SIZE, NF4Layout, QuantType
 from qlora_dist.nf4.tables import nested_code_table
+from qlora_dist.nf4.threads import for_each
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _LARGEST_KERNEL_BLOCK = 1024  # weights
-_CHUNK = 2**18  # weights quantized at a time: a multiple of every block size, and 1 MiB of fp32
+_CHUNK = 2**19  # weights that one core quantizes at a time, a multiple of every block size
 
 
 def quantize(
@@ -31,20 +34,34 @@ def quantize(
 
     Source: `bitsandbytes.functional.quantize_4bit(compress_statistics=double_quant)`, whose bytes these are. On the
     CPU it takes 14 bytes per weight for a moment (12 GB for one matrix of Llama-3.1-405B) and most of its time in a
-    binary search: there the codes are ours (`encode`), a chunk at a time.
+    binary search: there the codes are ours (`encode`), a chunk at a time, on `torch.get_num_threads()` cores.
     """
     layout = NF4Layout(
         tuple(weight.shape), quant_type, block_size, double_quant, str(weight.dtype).removeprefix("torch.")
     )
-    flat = weight.contiguous().view(-1)
-    packed = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(layout.blocks, dtype=torch.float32, device=weight.device)
-    chunk = _CHUNK if weight.device.type == "cpu" else layout.blocks * block_size
-    for start in range(0, layout.numel, chunk):
-        codes, chunk_absmax = _codes(flat[start : start + chunk], block_size, quant_type)
-        packed[start // 2 :][: codes.numel()] = codes
-        absmax[start // block_size :][: chunk_absmax.numel()] = chunk_absmax
-    if double_quant:
+    return quantize_pieces([weight.detach().contiguous().view(-1)], layout, weight.device), layout
+
+
+def quantize_pieces(pieces: Iterable[torch.Tensor], layout: NF4Layout, device: torch.device) -> torch.Tensor:
+    """Quantize a weight that is never there as a whole.
+
+    Args:
+        pieces: of the flat weight, bf16, fp16 or fp32[n] each, one after the other; each n but the last a multiple of
+            the largest block size. A piece may be overwritten once the next is asked for.
+        layout: of the weight.
+        device: where the work is done.
+
+    Returns:
+        packed: uint8[layout.total_bytes] on the device.
+    """
+    packed = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
+    absmax = torch.empty(layout.blocks, dtype=torch.float32, device=device)
+    done = 0
+    for piece in pieces:
+        _quantize_piece(piece.to(device), layout, packed[done // 2 :], absmax[done // layout.block_size :])
+        done += piece.numel()
+    assert done == layout.numel, f"{done} weights for {layout.shape}"
+    if layout.double_quant:
         offset = absmax.mean()
         quantized, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         packed[layout.absmax] = quantized
@@ -52,7 +69,20 @@ def quantize(
         packed[layout.offset] = offset.reshape(1).view(torch.uint8)
     else:
         packed[layout.absmax] = absmax.view(torch.uint8)
-    return packed, layout
+    return packed
+
+
+def _quantize_piece(flat: torch.Tensor, layout: NF4Layout, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Fill the first codes and the first absmax values."""
+    block_size = layout.block_size
+
+    def quantize_from(start: int) -> None:
+        chunk_codes, chunk_absmax = _codes(flat[start : start + chunk], block_size, layout.quant_type)
+        codes[start // 2 :][: chunk_codes.numel()] = chunk_codes
+        absmax[start // block_size :][: chunk_absmax.numel()] = chunk_absmax
+
+    chunk = _CHUNK if flat.device.type == "cpu" else flat.numel()
+    for_each(quantize_from, range(0, flat.numel(), chunk))
 
 
 def _codes(weights: torch.Tensor, block_size: int, quant_type: QuantType) -> tuple[torch.Tensor, torch.Tensor]:

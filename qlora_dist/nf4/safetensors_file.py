@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -89,15 +89,10 @@ def _entry(path: Path, name: str, item: dict[str, Any], data_start: int) -> Entr
 
 
 class Reader:
-    """Reads ranges of tensors, and counts the bytes. Files are opened at first use.
+    """Reads ranges of tensors, and counts the bytes. Files are opened at first use."""
 
-    Args:
-        progress: called after each read with its number of bytes.
-    """
-
-    def __init__(self, progress: Callable[[int], None] | None = None) -> None:
+    def __init__(self) -> None:
         self.bytes_read = 0
-        self._progress = progress
         self._descriptors: dict[Path, int] = {}
 
     def read_into(self, out: torch.Tensor, entry: Entry, start: int = 0) -> None:
@@ -112,8 +107,6 @@ class Reader:
                 raise UserError(f"{entry.path}: became shorter while it was read; copy it again", one_rank=True)
             done += count
         self.bytes_read += done
-        if self._progress is not None:
-            self._progress(done)
 
     def read(self, entry: Entry) -> torch.Tensor:
         """The whole tensor."""
@@ -159,22 +152,23 @@ class Writer:
         text += b" " * (-len(text) % 8)
         self._path, self._partial = path, path.with_name(path.name + ".partial")
         self._data_start = 8 + len(text)
-        self._missing = set(self._spans)
+        self._written = dict.fromkeys(self._spans, 0)
         self._file = self._partial.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one of the tensors."""
-        start, nbytes = self._spans[name]
+    def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
+        """Write one of the tensors, or as much of it as there is, from its byte `start` on."""
+        first, nbytes = self._spans[name]
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        assert data.nbytes == nbytes, f"{name}: {data.nbytes} bytes for {nbytes}"
-        self._file.seek(self._data_start + start)
+        assert start + data.nbytes <= nbytes, f"{name}: {data.nbytes} bytes from {start} on for {nbytes}"
+        self._written[name] += data.nbytes
+        self._file.seek(self._data_start + first + start)
         self._file.write(memoryview(data))
-        self._missing.discard(name)
 
     def close(self) -> None:
         """Sync the file and give it its name."""
-        assert not self._missing, f"{self._path}: never written: {sorted(self._missing)[:3]}"
+        missing = [name for name, (_, nbytes) in self._spans.items() if self._written[name] != nbytes]
+        assert not missing, f"{self._path}: never written, or not as a whole: {missing[:3]}"
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

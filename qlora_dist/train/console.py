@@ -7,7 +7,18 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from qlora_dist.nf4.read_ahead import Reading
 
 _LOAD_LINE_INTERVAL_S = 10.0
 
@@ -19,36 +30,55 @@ class RunConsole:
         self.console = Console(quiet=rank != 0, highlight=False, soft_wrap=not sys.stdout.isatty())
         self._live = self.console.is_terminal and rank == 0
         self._progress: Progress | None = None
-        self._loaded_bytes, self._load_start, self._load_line = 0, 0.0, 0.0
+        self._load_start = self._load_line = time.perf_counter()
+        self.reading = Reading(0, 0, 0.0)
 
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(text, markup=False)
 
-    def loaded(self, nbytes: int) -> None:
-        """Bytes of the base that this rank has read since the last call; a line every few seconds."""
+    def start_loading(self) -> None:
+        """From here on `loaded` counts the seconds."""
+        self._load_start = self._load_line = time.perf_counter()
+
+    def loaded(self, reading: Reading) -> None:
+        """After each read of the base: a bar where there is a terminal, else a line every few seconds."""
+        self.reading = reading
+        if self._live:
+            if self._progress is None:
+                self._show("loading", reading.total_bytes, DownloadColumn(), TransferSpeedColumn())
+            assert self._progress is not None
+            self._progress.update(self._task, completed=reading.read_bytes)
+            if reading.read_bytes == reading.total_bytes:
+                self.stop()
+            return
         now = time.perf_counter()
-        if self._load_start == 0.0:
-            self._load_start = self._load_line = now
-        self._loaded_bytes += nbytes
         if now - self._load_line > _LOAD_LINE_INTERVAL_S:
             self._load_line = now
-            rate = self._loaded_bytes / (now - self._load_start)
-            self.say(f"loading: {gib(self._loaded_bytes)} read by this rank, {gib(rate)}/s")
+            seconds = now - self._load_start
+            rate = reading.read_bytes / seconds
+            left_s = seconds * (reading.total_bytes / max(reading.read_bytes, 1) - 1)
+            done = f"{gib(reading.read_bytes)} of {gib(reading.total_bytes)} read by this rank"
+            self.say(f"loading: {done}, {gib(rate)}/s, {left_s:.0f} s left")
+
+    def say_loaded(self, static_bytes: int) -> None:
+        """One line on how it went."""
+        seconds = time.perf_counter() - self._load_start
+        reading = f"{gib(self.reading.read_bytes)} read by this rank in {seconds:.1f} s"
+        waiting = f"{100 * self.reading.wait_s / seconds:.0f} % of it waiting for reads"
+        self.say(f"loaded: {reading}, {waiting}; it holds {gib(static_bytes)}")
 
     def start_steps(self, steps: int) -> None:
         """Show the bar, where there is a terminal."""
         self._steps, self._start = steps, time.perf_counter()
         if self._live:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(*columns, console=self.console)
-            self._task = self._progress.add_task("step", total=steps)
-            self._progress.start()
+            self._show("step", steps, MofNCompleteColumn())
+
+    def _show(self, description: str, total: int, *columns: ProgressColumn) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self.console)
+        self._task = self._progress.add_task(description, total=total)
+        self._progress.start()
 
     def step(self, step: int, loss: float, lr: float, tokens_per_s: float, peak_bytes: int) -> None:
         """After a step, counted from 1."""

@@ -14,7 +14,7 @@ from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes, check_equal_nodes
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes
-from qlora_dist.train.console import RunConsole, gib
+from qlora_dist.train.console import RunConsole
 from qlora_dist.train.loop import train_loop
 from qlora_dist.train.run_dir import RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
@@ -47,9 +47,10 @@ def run(setup: Setup, console: RunConsole) -> None:
     offload = config.parallel.offload == "base"
     meshes = build_meshes(setup.sizes, setup.device.type, separate=offload)
     traffic = parallelize(model, meshes, config)
+    console.start_loading()
     fill(model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, console.loaded)
     static_bytes = check_static_bytes(model, setup.sizes)
-    console.say(f"loaded in {time.perf_counter() - started:.1f} s; this rank holds {gib(static_bytes)}")
+    console.say_loaded(static_bytes)
 
     history = train_loop(model, setup, traffic, console, run_dir)
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter")

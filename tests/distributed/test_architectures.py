@@ -22,7 +22,8 @@ from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.matrices import matrices, quantizable
 from qlora_dist.model.origins import find_origins
-from qlora_dist.model.quantize_folder import QuantizeOptions, quantize_folder
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.nf4.quantize import dequantize
 from qlora_dist.nf4.safetensors_file import Reader
 from qlora_dist.parallel.process_group import process_group

@@ -91,7 +91,8 @@ def peft_like(config: peft.LoraConfig) -> peft.LoraConfig:
 @pytest.fixture(scope="module")
 def fp32_nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 4-bit folder whose widths are multiples of the block size: elsewhere bitsandbytes misreads absmax on AVX512."""
-    from qlora_dist.model.quantize_folder import QuantizeOptions, quantize_folder
+    from qlora_dist.model.quantize_folder import quantize_folder
+    from qlora_dist.model.quantize_plan import QuantizeOptions
 
     folder = tmp_path_factory.mktemp("interop")
     source = tiny.make_model(folder / "source", dtype=torch.float32, intermediate_size=192, head_dim=16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import multiprocessing
 import os
@@ -18,13 +19,16 @@ import pytest
 import tiny
 import torch
 import transformers
+from rich.console import Console
 from torch import nn
 
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.quantize_folder import QuantizeOptions, make_options, parse_size, quantize_folder
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions, make_options, parse_size
+from qlora_dist.nf4 import read_ahead
 from qlora_dist.nf4.quantize import dequantize, quantize
-from qlora_dist.nf4.safetensors_file import Reader, Writer
+from qlora_dist.nf4.safetensors_file import Reader, Writer, read_header
 
 ROOT = Path(__file__).resolve().parents[2]
 EACH_ITS_FILE = QuantizeOptions(file_bytes=1)
@@ -68,8 +72,8 @@ def test_plain_transformers_loads_it_as_the_same_model(tmp_path, arch, config):
     assert len(layers) == 3 * 7
 
     original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    assert report.parameters == original.num_parameters()
-    assert report.quantized_parameters == sum(weight.numel() for weight in weights.values())
+    assert report.counts.parameters == original.num_parameters()
+    assert report.counts.quantized == sum(weight.numel() for weight in weights.values())
     expected = copy.deepcopy(original)
     for name, layer in layers.items():
         packed, layout = quantize(original.get_parameter(f"{name}.weight").detach())
@@ -149,6 +153,15 @@ def test_files_of_source_and_of_result_are_cut_independently(tiny_llama, tmp_pat
         assert all(torch.equal(weight, results["one"][name]) for name, weight in weights.items())
 
 
+def test_pieces_of_tensors_make_the_same_files(tiny_llama, tmp_path, monkeypatch):
+    quantize_folder(tiny_llama, tmp_path / "whole", QuantizeOptions())
+    monkeypatch.setattr(read_ahead, "PIECE_BYTES", 2**13)  # 4096 weights, the largest block
+    report = quantize_folder(tiny_llama, tmp_path / "pieces", QuantizeOptions())
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+    assert report.read_bytes == 2 * report.counts.parameters
+    assert 0 < report.wait_s < report.seconds
+
+
 def test_tokenizer_goes_with_the_model_and_nothing_else(tiny_llama, tmp_path):
     source = tmp_path / "source"
     quantize_folder(tiny_llama, source, QuantizeOptions())  # a copy to put more into
@@ -203,6 +216,18 @@ def test_a_killed_run_goes_on_where_it_was(tiny_llama, tmp_path, killed):
 
     quantize_folder(tiny_llama, tmp_path / "uninterrupted", EACH_ITS_FILE)
     assert contents(killed) == contents(tmp_path / "uninterrupted")
+
+
+def test_progress_starts_where_an_earlier_run_ended_and_reaches_the_end(tiny_llama, killed):
+    """What was done before is no work of this run: counted as its speed, the time left would be far too short."""
+    done = {name for file in killed.with_name("out.partial").glob("*.safetensors") for name in read_header(file)}
+    entries = ModelFolder(tiny_llama).entries
+    total = sum(entry.nbytes for entry in entries.values())
+    left = sum(entry.nbytes for name, entry in entries.items() if name not in done)
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    report = quantize_folder(tiny_llama, killed, EACH_ITS_FILE, console)
+    assert report.read_bytes == left < total
+    assert f"{total / 1000:.1f}/{total / 1000:.1f} kB" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("change", ["options", "source"])
@@ -284,7 +309,8 @@ def test_options_out_of_range_are_refused(options, message):
 PEAK = """
 import sys
 from pathlib import Path
-from qlora_dist.model.quantize_folder import QuantizeOptions, quantize_folder
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
 for source, out in zip(sys.argv[1::2], sys.argv[2::2]):
     quantize_folder(Path(source), Path(out), QuantizeOptions())
 # not ru_maxrss, which a child inherits from its parent

@@ -120,6 +120,20 @@ def test_the_file_has_its_name_only_when_it_is_complete(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
 
 
+def test_a_tensor_is_written_in_pieces(tmp_path):
+    path = tmp_path / "out.safetensors"
+    x = torch.arange(10, dtype=torch.int16)
+    writer = Writer(path, [("x", torch.int16, (2, 5))])
+    writer.write("x", x[6:].view(torch.uint8), 12)
+    with pytest.raises(AssertionError, match=r"not as a whole.*x"):
+        writer.close()
+    with pytest.raises(AssertionError, match="x: 12 bytes from 10 on for 20"):
+        writer.write("x", x[:6], 10)
+    writer.write("x", x[:6])
+    writer.close()
+    assert torch.equal(safetensors.torch.load_file(path)["x"], x.view(2, 5))
+
+
 def damage_header(path: Path, **changes: object) -> None:
     """Rewrites an entry of the header, keeping the file's length."""
     raw = path.read_bytes()

@@ -8,12 +8,15 @@ import pytest
 import tiny
 import torch
 from ranks import run_ranks
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model import stream
 from qlora_dist.model.fill import fill, local_range
 from qlora_dist.model.folder import ModelFolder
+from qlora_dist.nf4 import read_ahead
 from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.process_group import process_group
@@ -34,7 +37,8 @@ LARGE = {  # multiples of 3 and 4
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a model large enough that whole rows and rotary frequencies are no per cent of it."""
-    from qlora_dist.model.quantize_folder import QuantizeOptions, quantize_folder
+    from qlora_dist.model.quantize_folder import quantize_folder
+    from qlora_dist.model.quantize_plan import QuantizeOptions
 
     folder = tmp_path_factory.mktemp("static")
     source = tiny.make_model(folder / "source", **LARGE)
@@ -130,8 +134,13 @@ def collect_shards(config: Config) -> dict[str, tuple[int, bytes]]:
         return shards
 
 
-def test_shards_put_together_are_the_folder(config_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece_bytes", [read_ahead.PIECE_BYTES, 2**14])
+def test_shards_put_together_are_the_folder(
+    piece_bytes: int, config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Quantized on the way by three owners in turn, read by range by three ranks, exchanged by replicas: the same."""
+    monkeypatch.setattr(stream, "_EXCHANGED_BYTES", min(piece_bytes, stream._EXCHANGED_BYTES))
+    monkeypatch.setattr(read_ahead, "PIECE_BYTES", piece_bytes)  # a tensor has up to 36 of the smaller ones
     nf4 = load_config(config_path, ["parallel.base=world"])
     source = load_config(config_path, ["parallel.base=world", f"model.base={config_path.parent / 'source'}"])
     two_copies = load_config(config_path, ["parallel.base=node"])
@@ -140,3 +149,31 @@ def test_shards_put_together_are_the_folder(config_path: Path, tmp_path: Path) -
     for name in ways[0][0]:
         whole = {b"".join(shards[name][1] for shards in way) for way in (*ways, first_copy, second_copy)}
         assert len(whole) == 1
+
+
+def offsets(config: Config) -> list[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
+    """For each parameter, where this rank's part starts: by our arithmetic, and by torch's."""
+    ranks = ranks_from_environment()
+    setup = set_up(config, ranks)
+    with process_group(ranks, torch.device("cpu")):
+        parallelize(setup.model, build_meshes(setup.sizes, "cpu"), config)
+        found = []
+        for name, parameter in setup.model.named_parameters():
+            local, ours = local_range(parameter)
+            _, theirs = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            found.append((name, ours, tuple(theirs), local.numel()))
+        return found
+
+
+@pytest.mark.parametrize(("base", "adapter"), [("world", "world"), ("node", "world"), ("node", "node")])
+def test_a_shard_starts_where_torch_says(base: str, adapter: str, config_path: Path) -> None:
+    """Also where the rows do not divide, the last rank has fewer, or none."""
+    config = load_config(config_path, [f"parallel.base={base}", f"parallel.adapter={adapter}", "lora.r=5"])
+    starts = set()
+    for result in run_ranks(6, offsets, config, nodes=2):
+        for name, ours, theirs, numel in result:
+            assert ours == theirs or numel == 0, name
+            starts.add(ours)
+    assert len(starts) > 6

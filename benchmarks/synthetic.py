@@ -1,0 +1,115 @@
+"""For the benchmarks that load and quantize: Llama-like folders of any size, written without being held, and a
+process's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from qlora_dist.model.skeleton import linear_names
+from qlora_dist.nf4.checkpoint import tensor_specs, tensors
+from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.nf4.safetensors_file import Writer
+
+NF4 = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+    "llm_int8_skip_modules": ["lm_head"],
+}
+
+
+def llama(layers: int) -> tuple[transformers.LlamaConfig, dict[str, tuple[int, ...]], set[str]]:
+    """Llama-3.1-8B's layers, with a small vocabulary: configuration, shapes, names of the weights to quantize."""
+    config = transformers.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=1024,
+        tie_word_embeddings=False,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return config, shapes, {f"{name}.weight" for name in linear_names(model)}
+
+
+def write_nf4(folder: Path, layers: int) -> int:
+    """A folder as `qlora-dist quantize` makes it, of random codes and scales. Returns the bytes of its weights."""
+    config, shapes, quantized = llama(layers)
+    layouts = {name: NF4Layout(shapes[name]) for name in quantized}
+    specs: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    for name, shape in shapes.items():
+        specs += tensor_specs(name, layouts[name]) if name in layouts else [(name, torch.bfloat16, shape)]
+    writer = _begin(folder, config, specs, {"quantization_config": NF4})
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if name in layouts:
+            packed = torch.frombuffer(bytearray(generator.bytes(layouts[name].total_bytes)), dtype=torch.uint8)
+            nested = layouts[name].nested_absmax
+            packed[nested] = torch.full(((nested.stop - nested.start) // 4,), 0.01).view(torch.uint8)
+            packed[layouts[name].offset] = torch.tensor([0.05]).view(torch.uint8)
+            for key, tensor in tensors(name, packed, layouts[name]).items():
+                writer.write(key, tensor)
+        else:
+            writer.write(name, torch.ones(shape, dtype=torch.bfloat16))
+    writer.close()
+    return (folder / "model.safetensors").stat().st_size
+
+
+def write_bf16(folder: Path, layers: int) -> int:
+    """A folder in bf16, of normally distributed weights. Returns the bytes of its weights."""
+    config, shapes, _ = llama(layers)
+    writer = _begin(folder, config, [(name, torch.bfloat16, shape) for name, shape in shapes.items()], {})
+    pool = torch.empty(2**26, dtype=torch.bfloat16).normal_(std=0.02)  # repeated: numbers take long to draw
+    for index, (name, shape) in enumerate(shapes.items()):
+        weight = pool.roll(index * 4097)[: torch.Size(shape).numel()]
+        writer.write(name, weight)
+    writer.close()
+    return (folder / "model.safetensors").stat().st_size
+
+
+def _begin(folder: Path, config: transformers.LlamaConfig, specs: Any, more: dict[str, Any]) -> Writer:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "bfloat16"} | more))
+    return Writer(folder / "model.safetensors", specs)
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    """So that the next read of the folder's files comes from the disk."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Of this process: VmRSS now, VmHWM its peak. File-backed pages count where they are mapped, so what is read with
+    `read` does not, and what safetensors maps does.
+    """
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+def restart_peak() -> int:
+    """Let VmHWM start anew; returns what is resident (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes()
+
+
+def bytes_by_read() -> int:
+    """What this process has read with `read` and its like, sockets included, mapped files not."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]

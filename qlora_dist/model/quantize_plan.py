@@ -1,0 +1,132 @@
+"""What is quantized in a folder, and how."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qlora_dist.errors import UserError
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.matrices import Matrix, layout_of, matrices, quantizable
+from qlora_dist.model.origins import find_origins
+from qlora_dist.model.skeleton import causal_lm_on_meta
+from qlora_dist.nf4.layout import BLOCK_SIZES, NF4Layout, QuantType
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How to quantize."""
+
+    quant_type: QuantType = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    device: str = "cpu"
+    file_bytes: int = 5_000_000_000
+    """Largest size of one of the files; a tensor that is larger has a file of its own."""
+    min_share: float = 0.9
+    """Refuse a model of whose parameters, outside embeddings and output head, a smaller part would be in 4 bit."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5GB', '500MB' or a plain number.
+
+    Raises:
+        UserError: it is neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)[bB]?", text.strip())
+    size = int(float(match[1]) * 1000 ** " kmg".index(match[2].lower() or " ")) if match else 0
+    if size < 1:
+        raise UserError(f"--file-size {text}: is no size; write 5GB, 500MB or a number of bytes")
+    return size
+
+
+def make_options(
+    quant_type: str, block_size: int, double_quant: bool, device: str, file_size: str, min_share: float = 0.9
+) -> QuantizeOptions:
+    """Options from the command line.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    if quant_type not in ("nf4", "fp4"):
+        raise UserError(f"--quant-type {quant_type}: choose nf4 or fp4")
+    if block_size not in BLOCK_SIZES:
+        raise UserError(f"--block-size {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device; use cpu or auto")
+    if not 0 <= min_share <= 1:
+        raise UserError(f"--min-share {min_share}: is no part of a whole; write a number from 0 to 1")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return QuantizeOptions(quant_type, block_size, double_quant, device, parse_size(file_size), min_share)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a folder once it is quantized."""
+
+    parameters: int
+    quantized: int
+    outside_layers: int
+    """Of embeddings and the output head, in as many bits as before."""
+    left: dict[str, int]
+    """Of tensors that stay as they were, by name without layer numbers."""
+
+    @property
+    def share(self) -> float:
+        """The part of the parameters outside embeddings and output head that is in 4 bit."""
+        return self.quantized / max(1, self.parameters - self.outside_layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each tensor of the folder."""
+
+    weights: dict[str, list[tuple[Matrix, NF4Layout]]]
+    """By tensor, the matrices in it that are quantized; none: it is copied."""
+    head: str
+    """Name of the output head in transformers' class."""
+    counts: Counts
+
+
+def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
+    """Decide on every tensor of a folder.
+
+    Raises:
+        UserError: the model cannot be used, or a weight is missing or damaged.
+    """
+    model = causal_lm_on_meta(folder, torch.bfloat16)
+    origins = find_origins(model, folder.entries)
+    weights: dict[str, list[tuple[Matrix, NF4Layout]]] = {name: [] for name in folder.entries}
+    for target in quantizable(model):
+        if target.name not in origins:
+            raise UserError(f"{folder.path}: the weight {target.name} is missing; get the folder anew")
+        parts = matrices(target, origins[target.name])
+        layout = layout_of(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
+        for matrix in parts:
+            weights[matrix.key].append((matrix, layout))
+    head = model.get_output_embeddings()
+    outside, head_name = set(), ""
+    for path, module in model.named_modules():
+        if module is head:
+            head_name = path
+        if module is head or isinstance(module, nn.Embedding):
+            names = [f"{path}.{name}" for name in module._parameters]
+            outside |= {key for name in names if name in origins for key in origins[name].keys}
+    return Plan(weights, head_name, _count(folder, weights, outside))
+
+
+def _count(folder: ModelFolder, weights: dict[str, list[tuple[Matrix, NF4Layout]]], outside: set[str]) -> Counts:
+    left: Counter[str] = Counter()
+    for name, parts in weights.items():
+        if not parts:
+            left[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += torch.Size(folder.entries[name].shape).numel()
+    quantized = sum(layout.numel for parts in weights.values() for _, layout in parts)
+    outside_layers = sum(torch.Size(folder.entries[name].shape).numel() for name in outside)
+    return Counts(quantized + sum(left.values()), quantized, outside_layers, dict(left))

@@ -1,0 +1,178 @@
+"""From the files of a folder into shards, piece by piece, the next piece being read while one is put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.matrices import Matrix
+from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.nf4.quantize import dequantize, quantize_pieces
+from qlora_dist.nf4.read_ahead import Read, ReadAhead, Reading, pieces
+from qlora_dist.nf4.safetensors_file import Entry, Reader
+
+_EXCHANGED_BYTES = 2**22  # at a time, among replicas: the back ends keep several copies of what they send
+
+
+@dataclass(frozen=True)
+class ShardInFolder:
+    """What a rank holds of a tensor, and which of the tensor's bytes it is."""
+
+    local: torch.Tensor
+    """Contiguous, on any device, of the model's type."""
+    keys: tuple[str, ...]
+    """Of the tensor in the folder; of several that lie one behind the other here, all of one size."""
+    start: int
+    """First byte, counted from the first of them on; of a 4-bit weight, in its byte vector."""
+
+
+class Stream:
+    """The reads of a rank, known as a whole before the first one begins.
+
+    Shards that have copies on other ranks are read by all these together, a part of every piece each: the ranks of
+    `replicas` must be given the same shards. First the shards are to be filled, then the weights quantized, in the
+    order in which they are given. Memory: the shards, two pieces, and the weight that is being quantized, packed.
+
+    Args:
+        folder: where the bytes are.
+        shards: what to fill with them; `self.shards` has them in the order of the files.
+        to_quantize: 16 or 32 bit weights that this rank reads as a whole.
+        replicas: 1-D mesh of the ranks that hold the same shards, or None.
+        device: where the ranks exchange and quantize.
+        progress: called after each read.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        shards: Iterable[ShardInFolder],
+        to_quantize: Sequence[Matrix],
+        replicas: DeviceMesh | None,
+        device: torch.device,
+        progress: Callable[[Reading], None] | None = None,
+    ) -> None:
+        self.shards = sorted((s for s in shards if s.local.numel()), key=lambda shard: _place(folder, shard))
+        self._folder, self._replicas, self._device = folder, replicas, device
+        self._piece_bytes = None if replicas is None else _EXCHANGED_BYTES
+        self._reader = Reader()
+        reads = [read for shard in self.shards for read in self._shard_reads(shard)]
+        reads += [read for m in to_quantize for read in tensor_reads(self._reader, folder.entries[m.key], m.index)]
+        self._ahead = ReadAhead(reads, progress)
+
+    @property
+    def bytes_read(self) -> int:
+        """From the files, so far."""
+        return self._reader.bytes_read
+
+    def fill_shards(self) -> None:
+        """Fill all shards. A collective of the replicas."""
+        for shard in self.shards:
+            dtype = self._dtype(shard)
+            flat, position = shard.local.view(-1), 0
+            for _, nbytes in pieces(self._nbytes(shard), self._piece_bytes):
+                piece = self._exchanged(next(self._ahead), nbytes).view(dtype)
+                flat[position : position + piece.numel()].copy_(piece)
+                position += piece.numel()
+
+    def quantize_next(self, layout: NF4Layout, transposed: bool) -> torch.Tensor:
+        """packed: uint8[layout.total_bytes] on the device, of the next weight of `to_quantize`."""
+        return quantize_next(self._ahead, layout, transposed, self._device)
+
+    def read_dequantized(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """A whole 4-bit weight as `dtype` on the device, read now."""
+        weight = self._folder.quantized[key]
+        packed = torch.empty(weight.layout.total_bytes, dtype=torch.uint8)
+        weight.read_range(self._reader, packed, 0)
+        return dequantize(packed.to(self._device), weight.layout, dtype)
+
+    def _shard_reads(self, shard: ShardInFolder) -> Iterator[Read]:
+        for start, nbytes in pieces(self._nbytes(shard), self._piece_bytes):
+            first, count = 0, nbytes
+            if self._replicas is not None:
+                part = self._part_bytes(nbytes)
+                first = min(self._replicas.get_local_rank() * part, nbytes)
+                count = min(part, nbytes - first)
+            yield Read(count, self._read_into(shard.keys, shard.start + start + first))
+
+    def _read_into(self, keys: tuple[str, ...], start: int) -> Callable[[torch.Tensor], None]:
+        size = _nbytes(self._folder, keys[0])
+
+        def read(out: torch.Tensor) -> None:
+            done = 0
+            while done < out.numel():
+                index, first = divmod(start + done, size)
+                part = out[done : done + size - first]
+                if keys[index] in self._folder.quantized:
+                    self._folder.quantized[keys[index]].read_range(self._reader, part, first)
+                else:
+                    self._reader.read_into(part, self._folder.entries[keys[index]], first)
+                done += part.numel()
+
+        return read
+
+    def _exchanged(self, part: torch.Tensor, nbytes: int) -> torch.Tensor:
+        """uint8[nbytes]: the whole piece, of which each of the replicas has read a part."""
+        if self._replicas is None:
+            return part
+        part_bytes = self._part_bytes(nbytes)
+        padded = torch.nn.functional.pad(part.to(self._device), (0, part_bytes - part.numel()))
+        parts = torch.empty(part_bytes * self._replicas.size(), dtype=torch.uint8, device=self._device)
+        dist.all_gather_into_tensor(parts, padded, group=self._replicas.get_group())
+        return parts[:nbytes]
+
+    def _part_bytes(self, nbytes: int) -> int:
+        assert self._replicas is not None
+        return -(-nbytes // self._replicas.size())
+
+    def _dtype(self, shard: ShardInFolder) -> torch.dtype:
+        key = shard.keys[0]
+        return torch.uint8 if key in self._folder.quantized else self._folder.entries[key].dtype
+
+    def _nbytes(self, shard: ShardInFolder) -> int:
+        return shard.local.numel() * self._dtype(shard).itemsize
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ahead.__exit__(None, None, None)
+        self._reader.close()
+
+
+def tensor_reads(reader: Reader, entry: Entry, index: int | None = None) -> Iterator[Read]:
+    """The reads of a whole tensor, or of one of the matrices of a three-dimensional one."""
+    size = entry.nbytes if index is None else entry.nbytes // entry.shape[0]
+    first = (index or 0) * size
+    for start, nbytes in pieces(size):
+        yield Read(nbytes, lambda out, start=first + start: reader.read_into(out, entry, start))  # type: ignore[misc]
+
+
+def quantize_next(ahead: ReadAhead, layout: NF4Layout, transposed: bool, device: torch.device) -> torch.Tensor:
+    """packed: uint8[layout.total_bytes] on the device, of a weight whose `tensor_reads` are the next ones.
+
+    One that lies transposed in the file is held whole.
+    """
+    dtype = getattr(torch, layout.dtype)
+    flat: Iterator[torch.Tensor] = (next(ahead).view(dtype) for _ in pieces(layout.numel * dtype.itemsize))
+    if transposed:
+        rows, columns = layout.shape
+        weight = torch.cat([piece.clone() for piece in flat])
+        flat = iter([weight.view(columns, rows).T.contiguous().view(-1)])
+    return quantize_pieces(flat, layout, device)
+
+
+def _nbytes(folder: ModelFolder, key: str) -> int:
+    return folder.quantized[key].layout.total_bytes if key in folder.quantized else folder.entries[key].nbytes
+
+
+def _place(folder: ModelFolder, shard: ShardInFolder) -> tuple[Path, int]:
+    key = shard.keys[0]
+    quantized = folder.quantized.get(key)
+    entry = quantized.parts[0][1] if quantized is not None else folder.entries[key]
+    return entry.path, entry.start
