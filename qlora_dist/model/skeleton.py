@@ -10,6 +10,7 @@ from torch import nn
 
 from qlora_dist.config import ModelConfig
 from qlora_dist.errors import UserError
+from qlora_dist.model.attention import choose_attention, with_boundaries
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.head import LossHead, SharedEmbedding, SharedHead
 from qlora_dist.nf4.layout import NF4Layout, QuantType
@@ -34,6 +35,8 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> transformers.Pre
     """
     dtype = COMPUTE_DTYPES[config.compute_dtype]
     model = causal_lm_on_meta(folder, dtype, config.attention)
+    if config.attention == "sdpa":
+        choose_attention(model)
     for name in linear_names(model):
         linear = model.get_submodule(name)
         layout = _layout(folder, f"{name}.weight", tuple(linear.weight.shape), config)
@@ -157,5 +160,5 @@ class _WithLoss:
         if labels is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         decoder: nn.Module = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
-        hidden = decoder(*args, **kwargs, use_cache=False).last_hidden_state
+        hidden = decoder(*args, **with_boundaries(self, kwargs), use_cache=False).last_hidden_state  # type: ignore[arg-type]
         return self.get_output_embeddings()(hidden, labels)  # type: ignore[attr-defined]
