@@ -10,7 +10,7 @@ h = A x, by the chain rule:
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,9 +85,9 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        adapter_input, a, b, h = ctx.saved_tensors
         weight = ctx.base.dequantize(grads[0].dtype) if ctx.needs_input_grad[0] else None
-        return *_gradients(grads[0], *saved, weight, ctx.scaling, ctx.dropout), None, None
+        return *_gradients(grads[0], adapter_input, a, b, h, weight, ctx.scaling, ctx.dropout), None, None
 
 
 def _fill(
@@ -136,7 +136,7 @@ def _plain(layout: NF4Layout) -> tuple[int, int, str, int, bool, str]:
     return out_features, in_features, layout.quant_type, layout.block_size, layout.double_quant, layout.dtype
 
 
-@lru_cache(maxsize=None)
+@cache
 def _layout(
     out_features: int, in_features: int, quant_type: QuantType, block_size: int, double_quant: bool, dtype: str
 ) -> NF4Layout:

@@ -36,7 +36,12 @@ def choose_attention(model: PreTrainedModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     by_name = model._supports_attention_backend and model._supports_flash_attn
     chunked = getattr(config, "attention_chunk_size", None) is not None
-    if by_name and not chunked and getattr(config, "is_causal", True) and kinds <= {"full_attention", "sliding_attention"}:
+    if (
+        by_name
+        and not chunked
+        and getattr(config, "is_causal", True)
+        and kinds <= {"full_attention", "sliding_attention"}
+    ):
         model.set_attn_implementation(PACKED)
 
 

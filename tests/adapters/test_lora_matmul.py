@@ -48,9 +48,7 @@ def plain(
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout", [True, False])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_values_and_gradients(
-    bias: bool, dropout: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_and_gradients(bias: bool, dropout: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)  # the operator, without the compiler
     base, ours = layer(bias), tensors()
     theirs = [t.detach().double().requires_grad_() for t in ours]
@@ -59,7 +57,8 @@ def test_values_and_gradients(
     expected = plain(base, *theirs, theirs[0] * keep.double() if dropout else None)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(y)
-    for a, b in zip(torch.autograd.grad(y, ours, grad), torch.autograd.grad(expected, theirs, grad.double())):
+    wanted = torch.autograd.grad(expected, theirs, grad.double())
+    for a, b in zip(torch.autograd.grad(y, ours, grad), wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
@@ -77,7 +76,16 @@ def test_an_input_that_is_not_trained_gets_no_gradient(compiled: bool, monkeypat
 
 def test_the_operator_keeps_the_contract_of_torch() -> None:
     base, (x, a, b) = layer(), tensors()
-    arguments = (x.detach()[0].requires_grad_(), None, a, b, base.packed, base.bias, SCALING, *fused._plain(base.layout))
+    arguments = (
+        x.detach()[0].requires_grad_(),
+        None,
+        a,
+        b,
+        base.packed,
+        base.bias,
+        SCALING,
+        *fused._plain(base.layout),
+    )
     torch.library.opcheck(fused._operator, arguments)
 
 
@@ -111,7 +119,8 @@ def test_the_layer_is_pefts(dropout: float) -> None:
     module.lora_A["default"].weight, module.lora_B["default"].weight = nn.Parameter(a), nn.Parameter(b)
     x = torch.randn(3, 32)
     module.eval()
-    torch.testing.assert_close(module(x).double(), plain(layer(), x.double(), a.double(), b.double()), rtol=1e-5, atol=1e-5)
+    expected = plain(layer(), x.double(), a.double(), b.double())
+    torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
     module.train()
     assert torch.equal(module(x), module(x)) == (dropout == 0)
     module.enable_adapters(False)
