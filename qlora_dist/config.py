@@ -37,7 +37,8 @@ class ModelConfig(Section):
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the forward and backward pass, and of the base's parameters that stay unquantized."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation of transformers."""
+    """sdpa: torch's kernels, each packed sequence by itself and without masks where the architecture allows it; eager:
+    transformers' plain formulas, with masks."""
 
 
 class LoraConfig(Section):
@@ -124,6 +125,9 @@ class TrainConfig(Section):
     """Rows per forward pass of one rank."""
     checkpointing: Literal["none", "full"] | PositiveInt = "full"
     """Activation checkpointing: no layer, every layer, or every k-th."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile: minutes at the first step, then fewer passes over memory. Needs a
+    C++ compiler."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the adapters' first values, the order of the data and dropout."""
     eval_every: Annotated[int, Field(ge=0)] = 50

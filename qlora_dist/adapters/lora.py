@@ -9,6 +9,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
+from qlora_dist.adapters.lora_matmul import lora_matmul
 from qlora_dist.nf4.linear import NF4Linear
 
 
@@ -44,16 +45,21 @@ class LoraNF4(nn.Module, LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x: [..., in_features] -> [..., out_features]."""
+        names = [] if self.disable_adapters else self.active_adapters
+        if len(names) == 1 and names[0] in self.lora_A and names[0] not in self.lora_variant:
+            (name,) = names
+            dropout = self.lora_dropout[name]
+            dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
+            a, b = self.lora_A[name].weight, self.lora_B[name].weight
+            return lora_matmul(x, self.base_layer, a, b, self.scaling[name], dropped)
         y = self.base_layer(x)
-        if self.disable_adapters:
-            return y
-        for name in self.active_adapters:
+        for name in names:
             if name in self.lora_variant:
                 y = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y)
-                continue
-            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            update = lora_B(lora_A(self.lora_dropout[name](x.to(lora_A.weight.dtype))))
-            y = y + update.to(y.dtype) * self.scaling[name]
+            elif name in self.lora_A:
+                lora_A, lora_B = self.lora_A[name], self.lora_B[name]
+                update = lora_B(lora_A(self.lora_dropout[name](x.to(lora_A.weight.dtype))))
+                y = y + update.to(y.dtype) * self.scaling[name]
         return y
 
 

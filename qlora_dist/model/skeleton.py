@@ -11,6 +11,7 @@ from torch import nn
 
 from qlora_dist.config import ModelConfig
 from qlora_dist.errors import UserError
+from qlora_dist.model.attention import choose_attention, with_boundaries
 from qlora_dist.model.experts import use_nf4_experts
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.head import SharedHead, give_loss, share
@@ -34,6 +35,8 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
     """
     dtype = COMPUTE_DTYPES[config.compute_dtype]
     model = causal_lm_on_meta(folder, dtype, config.attention)
+    if config.attention == "sdpa":
+        choose_attention(model)
     origins = find_origins(model, [*folder.entries, *folder.quantized])
     scale = measure_head(model)
     in_4_bit: dict[str, Sequence[Matrix]] = {}
@@ -165,5 +168,5 @@ class LossModel(transformers.PreTrainedModel):
         """labels: int64[batch, sequence], each the target of its own position, IGNORE where not trained."""
         if labels is None:
             return super().forward(*args, **kwargs)
-        hidden = decoder_of(self)(*args, **kwargs, use_cache=False).last_hidden_state
+        hidden = decoder_of(self)(*args, **with_boundaries(self, kwargs), use_cache=False).last_hidden_state
         return self.get_output_embeddings()(hidden, labels)

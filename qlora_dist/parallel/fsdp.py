@@ -20,18 +20,19 @@ from transformers import PreTrainedModel
 
 from qlora_dist.config import Config
 from qlora_dist.model.skeleton import COMPUTE_DTYPES, decoder_layers
+from qlora_dist.parallel.compile import compile_layer
 from qlora_dist.parallel.fsdp_internals import MeshPlacement, keep_trained_on_device, observe_collectives
 from qlora_dist.parallel.mesh import Meshes
 from qlora_dist.parallel.traffic import Traffic
 
 
 def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
-    """Checkpoint and shard a skeleton in place. Always run: on one rank every step of it is a no-op.
+    """Compile, checkpoint and shard a skeleton in place. Always run: on one rank every step of it is a no-op.
 
     Args:
         model: on the meta device, adapters attached.
         meshes: of base and adapters.
-        config: the sections `parallel`, `train.checkpointing` and `model.compute_dtype`.
+        config: the sections `parallel`, `train.checkpointing`, `train.compile` and `model.compute_dtype`.
 
     Returns:
         The counter of all bytes that the model will communicate.
@@ -41,6 +42,8 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
 
     # before sharding, so that FSDP's hooks lie outside: a recomputed layer is not gathered a third time
     for index, layer in enumerate(layers):
+        if config.train.compile:
+            compile_layer(layer)
         if _is_checkpointed(index, config.train.checkpointing):
             _checkpoint(layer)
 

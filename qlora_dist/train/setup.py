@@ -20,6 +20,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.parallel.process_group import resolve_device
 
@@ -50,6 +51,8 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
     """
     transformers_logging.set_verbosity_error()
     device = resolve_device(config.train.device, ranks)
+    if config.train.compile:
+        check_compiler(device)
     sizes = mesh_sizes(config.parallel, ranks)
     folder = ModelFolder(config.model.base)
     model = build_skeleton(folder, config.model)

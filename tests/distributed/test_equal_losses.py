@@ -12,6 +12,7 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.train.run import train
 
@@ -96,6 +97,8 @@ def test_every_layout_trains_the_same(layout: str, config: Path, single: list[di
         ("train.checkpointing=2", "parallel.prefetch=0"),
         ("parallel.prefetch=2", "model.attention=eager"),
         ("parallel.offload=base",),
+        ("train.compile=true",),
+        ("train.compile=true", "train.checkpointing=none", "parallel.base=replicate"),
     ],
 )
 def test_nothing_else_changes_the_numbers(
@@ -104,6 +107,25 @@ def test_nothing_else_changes_the_numbers(
     metrics = train_on(LAYOUTS["2 ranks"], config, *overrides)
     torch.testing.assert_close(losses(metrics), losses(single), rtol=1e-5, atol=0)
     assert adapter_difference(single[-1]["adapter"], metrics[-1]["adapter"]) < 1e-5
+
+
+def compiled_graphs(config: Config) -> tuple[int, dict[str, int]]:
+    """Train; how many graphs were compiled, and why any of them ends within a layer."""
+    train(config)
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+
+
+@pytest.mark.slow
+def test_batches_of_other_sequences_compile_nothing_anew(config: Path, single: list[dict[str, Any]]) -> None:
+    overrides = ["train.compile=true", "train.micro_batch=6", "run.name=compiled", "parallel.base=world"]
+    resolved = load_config(config, overrides)
+    ((graphs, breaks),) = run_ranks(1, compiled_graphs, resolved)
+    # the evaluation's, the first layer's, whose input has no gradient, and the other layers'
+    assert (graphs, breaks) == (3, {})
+    metrics = (Path(resolved.run.dir) / "compiled" / "metrics.jsonl").read_text().splitlines()
+    compiled = losses([json.loads(line) for line in metrics])
+    torch.testing.assert_close(compiled, losses(single), rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow

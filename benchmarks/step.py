@@ -1,0 +1,295 @@
+"""A training step in one process: ours, eager and compiled, against transformers + PEFT + bitsandbytes.
+
+python benchmarks/step.py --base my-model-nf4 --data my-data.jsonl [--what full|packed|ranks] [--threads 2]
+
+- full: both train on the same rows of `--seq-len` tokens, without padding, from the same first values of the adapter,
+  with gradient checkpointing. The losses are compared step by step.
+- packed: the same conversations; ours packed into rows, theirs one to a row and padded to the longest of the batch.
+  Only tokens that are not padding count.
+- ranks: ours, two ranks of one thread each against one process of two threads; of each kind one run after another.
+
+The ways take turns in each repeat and see the same batches; medians are printed. Theirs is what a user would write: the
+4-bit folder in bf16, `get_peft_model` with its defaults (which keep the adapter in fp32), r=16 on all linear layers,
+`model(input_ids, attention_mask, labels)`, torch's fused AdamW, clipping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from qlora_dist.adapters.attach import first_values
+from qlora_dist.config import Config
+from qlora_dist.data.rows import IGNORED, Batch
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model.fill import fill
+from qlora_dist.optim.adamw import build_optimizer
+from qlora_dist.optim.loss_scale import LossScale
+from qlora_dist.parallel.fsdp import parallelize
+from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.process_group import process_group
+from qlora_dist.train.setup import Setup, set_up
+from qlora_dist.train.step import AdapterShards, train_step
+
+LR, CLIP = 2e-4, 1.0
+Step = Callable[[list[Batch]], float]
+
+
+def configuration(args: argparse.Namespace, rows: int, compiled: bool = False) -> Config:
+    train = {"global_batch": args.rows, "micro_batch": rows, "checkpointing": args.checkpointing, "device": "cpu"}
+    if compiled:
+        train["compile"] = True
+    tree = {
+        "model": {"base": args.base, "attention": args.attention} if args.attention else {"base": args.base},
+        "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
+        "data": {"train": [args.data], "seq_len": args.seq_len},
+        "parallel": {"base": args.parallel_base},
+        "optim": {"lr": LR, "warmup_steps": 0, "max_grad_norm": CLIP},
+        "train": train,
+    }
+    return Config.model_validate(tree)
+
+
+def our_step(config: Config) -> tuple[Setup, Step]:
+    """Ours, on however many ranks there are. The process group exists."""
+    setup = set_up(config, ranks_from_environment())
+    traffic = parallelize(setup.model, build_meshes(setup.sizes, "cpu"), config)
+    fill(setup.model, setup.folder, setup.device, config.train.seed)
+    shards = AdapterShards(setup.model)
+    optimizer, scale = build_optimizer(shards.local, config.optim), LossScale("bf16")
+    setup.model.train()
+
+    def step(window: list[Batch]) -> float:
+        trained = setup.ranks.world_size * sum(int((batch.labels != IGNORED).sum()) for batch in window)
+        replicas = setup.sizes.adapter_replicas
+        return train_step(setup.model, window, trained, shards, replicas, optimizer, scale, CLIP, traffic).loss
+
+    return setup, step
+
+
+def their_step(args: argparse.Namespace) -> Callable[[dict[str, torch.Tensor]], float]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16)
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                value = first_values(name.removeprefix("base_model.model."), parameter.shape, 0)
+                assert value is not None
+                parameter.copy_(value)
+    if args.checkpointing == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+
+    def step(batch: dict[str, torch.Tensor]) -> float:
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def full_batches(setup: Setup, args: argparse.Namespace) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+    """Rows without padding or boundaries: the data set's tokens one after another, all of them trained."""
+    tokens = torch.from_numpy(setup.loader.rows.sequences.tokens).long()
+    for ids in tokens.split(args.rows * args.seq_len):
+        ids = ids.view(args.rows, args.seq_len)
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, :-1] = ids[:, 1:]
+        positions = torch.arange(args.seq_len).expand_as(ids).contiguous()
+        theirs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        yield Batch(ids, labels, positions), theirs
+
+
+def packed_batches(setup: Setup, args: argparse.Namespace) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+    """Ours: packed rows. Theirs: the same sequences, one to a row, padded to the longest."""
+    for index in range(10**6):
+        (ours,) = setup.loader.window(index)
+        starts = (ours.position_ids == 0).flatten().nonzero().flatten().tolist()
+        ends = [*starts[1:], ours.position_ids.numel()]
+        ids, labels = ours.input_ids.flatten(), ours.labels.flatten()
+        cut = [(a, b) for a, b in zip(starts, ends, strict=True) if (labels[a:b] != IGNORED).any()]  # no padding tail
+        longest = max(b - a for a, b in cut)
+        theirs = {
+            "input_ids": torch.full((len(cut), longest), setup.loader.rows.pad_id),
+            "attention_mask": torch.zeros(len(cut), longest, dtype=torch.int64),
+            "labels": torch.full((len(cut), longest), IGNORED),
+        }
+        for row, (a, b) in enumerate(cut):
+            theirs["input_ids"][row, : b - a] = ids[a:b]
+            theirs["attention_mask"][row, : b - a] = 1
+            theirs["labels"][row, 1 : b - a] = labels[a : b - 1]
+        yield ours, theirs
+
+
+def compare(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    ranks = ranks_from_environment({})
+    with process_group(ranks, torch.device("cpu")):
+        setup, eager = our_step(configuration(args, args.rows))
+        ways: dict[str, Step] = {"qlora-dist": eager}
+        if args.compile:
+            _, ways["qlora-dist, compiled"] = our_step(configuration(args, args.rows, compiled=True))
+        theirs = their_step(args)
+        batches = (full_batches if args.what == "full" else packed_batches)(setup, args)
+
+        seconds: dict[str, list[float]] = {way: [] for way in ("transformers", *ways)}
+        losses: dict[str, list[float]] = {way: [] for way in seconds}
+        counts, padded = [], []
+        for repeat in range(-args.warmup, args.repeats):
+            ours_batch, their_batch = next(batches)
+            runs: dict[str, Callable[[], float]] = {"transformers": lambda b=their_batch: theirs(b)}
+            for way, step in ways.items():
+                runs[way] = lambda step=step, b=ours_batch: step([b])
+            for way, run in runs.items():
+                started = time.perf_counter()
+                losses[way].append(run())
+                if repeat >= 0:
+                    seconds[way].append(time.perf_counter() - started)
+            if repeat >= 0:
+                counts.append(int(their_batch["attention_mask"].sum()))
+                padded.append(their_batch["attention_mask"].numel())
+    report(args, seconds, losses, counts, padded)
+
+
+def report(
+    args: argparse.Namespace,
+    seconds: dict[str, list[float]],
+    losses: dict[str, list[float]],
+    counts: list[int],
+    padded: list[int],
+) -> None:
+    rate, flops = matrix_rate(args.threads), matrix_flops_per_token(args)
+    table = Table("way", "tokens/s", "ratio", "of the matrix rate", "first loss", "last loss", "largest difference")
+    reference = statistics.median(n / s for n, s in zip(counts, seconds["transformers"], strict=True))
+    for way, times in seconds.items():
+        tokens_per_s = statistics.median(n / s for n, s in zip(counts, times, strict=True))
+        ratio = statistics.median(t / s for t, s in zip(seconds["transformers"], times, strict=True))
+        off = max(abs(a / b - 1) for a, b in zip(losses[way], losses["transformers"], strict=True))
+        share = f"{tokens_per_s * flops / rate:.0%}" if args.what == "full" else "-"
+        row = [f"{tokens_per_s:.0f}", f"{ratio:.2f}", share, f"{losses[way][0]:.5f}", f"{losses[way][-1]:.5f}"]
+        table.add_row(way, *row, f"{off:.1e}")
+    console = Console(width=120)
+    console.print(table)
+    console.print(
+        f"{args.threads} threads; matrix rate {rate / 1e9:.0f} GFLOP/s in bf16, {flops / 1e9:.2f} GFLOP per token in "
+        f"matrices; {statistics.mean(counts):.0f} tokens a step, in theirs with padding "
+        f"{statistics.mean(padded):.0f}; transformers' median {reference:.0f} tokens/s"
+    )
+
+
+def matrix_rate(threads: int) -> float:
+    """FLOP/s of a large product in bf16, the best of ten."""
+    torch.set_num_threads(threads)
+    a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        times.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(times)
+
+
+def matrix_flops_per_token(args: argparse.Namespace) -> float:
+    """Of a step: each weight forward, again when recomputed, and back to the input; the head forward and back."""
+    config = transformers.AutoConfig.from_pretrained(args.base)
+    h, i, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or h // heads
+    attention = 2 * h * head_dim * (heads + config.num_key_value_heads)
+    weights = config.num_hidden_layers * (attention + 3 * h * i)
+    return 2 * weights * (3 if args.checkpointing == "full" else 2) + 2 * 2 * config.vocab_size * h
+
+
+def worker(args: argparse.Namespace) -> None:
+    """One run of a world: prints its tokens/s of each step, counted over all ranks."""
+    ranks = ranks_from_environment()
+    torch.set_num_threads(args.threads)
+    times = []
+    with process_group(ranks, torch.device("cpu")):
+        setup, step = our_step(configuration(args, args.rows // ranks.world_size, args.compile))
+        for index, (batch, _) in enumerate(full_batches(setup, args)):
+            if index == args.warmup + args.repeats:
+                break
+            mine = Batch(*(t[ranks.rank :: ranks.world_size] for t in batch))
+            started = time.perf_counter()
+            step([mine])
+            times.append(time.perf_counter() - started)
+    if ranks.rank == 0:
+        print(json.dumps([args.rows * args.seq_len / t for t in times[args.warmup :]]))
+
+
+def ranks(args: argparse.Namespace) -> None:
+    base = [a for a in sys.argv[1:] if a not in ("--what", "ranks")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    commands = {
+        "one process, two threads": [sys.executable, __file__, *base, "--worker", "--threads", "2"],
+        "two ranks": [*torchrun, *base, "--worker", "--threads", "1"],
+        "two ranks, base on each": [*torchrun, *base, "--worker", "--threads", "1", "--parallel-base", "replicate"],
+    }
+    rates: dict[str, list[float]] = {way: [] for way in commands}
+    for _ in range(args.rounds):
+        for way, command in commands.items():
+            threads = "2" if way.startswith("one") else "1"
+            output = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": threads}
+            ).stdout
+            rates[way] += json.loads(output.strip().splitlines()[-1])
+    table = Table("way", "tokens/s", "ratio", "min", "max")
+    one = statistics.median(rates["one process, two threads"])
+    for way, values in rates.items():
+        median = statistics.median(values)
+        table.add_row(way, f"{median:.0f}", f"{median / one:.2f}", f"{min(values):.0f}", f"{max(values):.0f}")
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="4-bit folder")
+    parser.add_argument("--data", required=True, help="JSONL of conversations")
+    parser.add_argument("--what", choices=["full", "packed", "ranks"], default="full")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3, help="of `ranks`")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpointing", choices=["none", "full"], default="full")
+    parser.add_argument("--attention", help="model.attention; default: the configuration's")
+    parser.add_argument("--compile", action="store_true", help="also compiled (`train.compile`)")
+    parser.add_argument("--parallel-base", default="world", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    assert Path(args.base).is_dir()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    if args.worker:
+        worker(args)
+    elif args.what == "ranks":
+        ranks(args)
+    else:
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Base layer and LoRA as one differentiable step: `y = W x + b + scaling * B(A x)`, in the fewest passes.
+
+Left to autograd, the update is multiplied by its scaling, cast and added in passes of their own over y, as large as y
+each, and again in backward. Here B's product is added to y by the matrix multiplication itself. With g = dL/dy and
+h = A x, by the chain rule:
+
+    dL/dh = scaling * B^T g        dL/dx = W^T g + A^T dL/dh
+    dL/dB = scaling * g h^T        dL/dA = dL/dh x^T
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from qlora_dist.nf4.layout import NF4Layout, QuantType
+from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.nf4.quantize import dequantize
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]
+
+
+def lora_matmul(
+    x: torch.Tensor,
+    base: NF4Linear,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    dropped: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The output of a base layer with its adapter, differentiable in x, dropped, A and B.
+
+    For backward only x (or dropped), h and references to A and B are kept. `base.packed` is read again there, where the
+    engine has gathered it anew; the base layer is not called as a module, so hooks on it do not run.
+
+    Args:
+        x: [..., in_features].
+        base: the frozen layer.
+        lora_A: [r, in_features], cast to x's type.
+        lora_B: [out_features, r], cast to x's type.
+        scaling: of the update.
+        dropped: x after dropout, the adapter's input; None: x.
+
+    Returns:
+        [..., out_features], in x's type.
+    """
+    shape = (*x.shape[:-1], base.out_features)
+    rows = x.reshape(-1, x.shape[-1])
+    adapter_rows = None if dropped is None else dropped.reshape(-1, x.shape[-1])
+    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    if torch.compiler.is_compiling():
+        y: torch.Tensor = _operator(rows, adapter_rows, a, b, base.packed, base.bias, scaling, *_plain(base.layout))[0]
+        return y.view(shape)
+    y, h = _Lora.apply(rows, adapter_rows, a, b, base, scaling)
+    with torch.no_grad():
+        _fill(y, rows, h, b, base.dequantize(x.dtype), base.bias, scaling)
+    return y.view(shape)
+
+
+class _Lora(torch.autograd.Function):
+    """Keeps what backward needs and returns h, and y with nothing in it yet.
+
+    y is computed afterwards: in a checkpointed layer that is recomputed, torch stops as soon as the last tensor that
+    backward needs is there, and the last projection of a layer, a quarter of its work, is not done a second time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        base: NF4Linear,
+        scaling: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropped is not None
+        adapter_input = x if dropped is None else dropped
+        h = adapter_input @ a.t()
+        ctx.save_for_backward(adapter_input, a, b, h)
+        ctx.mark_non_differentiable(h)
+        return x.new_empty(x.shape[0], base.out_features), h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        adapter_input, a, b, h = ctx.saved_tensors
+        weight = ctx.base.dequantize(grads[0].dtype) if ctx.needs_input_grad[0] else None
+        return *_gradients(grads[0], adapter_input, a, b, h, weight, ctx.scaling, ctx.dropout), None, None
+
+
+def _fill(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=y)
+    else:
+        torch.addmm(bias, x, weight.t(), out=y)
+    y.addmm_(h, b.t(), alpha=scaling)
+
+
+def _gradients(
+    grad: torch.Tensor,
+    adapter_input: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor | None,
+    scaling: float,
+    dropout: bool,
+) -> Gradients:
+    """Of x, dropped, A and B; of x only where the weight is given, and of x alone where there is no dropout."""
+    grad_h = (grad @ b).mul_(scaling)
+    grad_a = grad_h.t() @ adapter_input
+    grad_b = (h.t() @ grad).mul_(scaling).t()
+    grad_x = grad @ weight if weight is not None else None
+    if dropout:
+        return grad_x, grad_h @ a, grad_a, grad_b
+    if grad_x is not None:
+        grad_x.addmm_(grad_h, a)
+    return grad_x, None, grad_a, grad_b
+
+
+# --- for torch.compile: the same as one operator, which is nothing to be traced ---------------------------------------
+
+
+def _plain(layout: NF4Layout) -> tuple[int, int, str, int, bool, str]:
+    out_features, in_features = layout.shape
+    return out_features, in_features, layout.quant_type, layout.block_size, layout.double_quant, layout.dtype
+
+
+@cache
+def _layout(
+    out_features: int, in_features: int, quant_type: QuantType, block_size: int, double_quant: bool, dtype: str
+) -> NF4Layout:
+    return NF4Layout((out_features, in_features), quant_type, block_size, double_quant, dtype)
+
+
+@torch.library.custom_op("qlora_dist::lora_matmul", mutates_args=())
+def _operator(
+    x: torch.Tensor,
+    dropped: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    out_features: int,
+    in_features: int,
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    dtype: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = _layout(out_features, in_features, quant_type, block_size, double_quant, dtype)  # type: ignore[arg-type]
+    h = (x if dropped is None else dropped) @ a.t()
+    y = x.new_empty(x.shape[0], out_features)
+    _fill(y, x, h, b, dequantize(packed, layout, x.dtype), bias, scaling)
+    return y, h
+
+
+@_operator.register_fake
+def _(
+    x: torch.Tensor, dropped: Any, a: torch.Tensor, b: Any, packed: Any, bias: Any, scaling: Any, out: int, *layout: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], out), x.new_empty(x.shape[0], a.shape[0])
+
+
+@torch.library.custom_op("qlora_dist::lora_matmul_backward", mutates_args=())
+def _operator_backward(
+    grad: torch.Tensor,
+    adapter_input: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    h: torch.Tensor,
+    packed: torch.Tensor | None,
+    scaling: float,
+    dropout: bool,
+    out_features: int,
+    in_features: int,
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    dtype: str,
+) -> list[torch.Tensor]:
+    """Those of the gradients that are wanted."""
+    layout = _layout(out_features, in_features, quant_type, block_size, double_quant, dtype)  # type: ignore[arg-type]
+    weight = dequantize(packed, layout, grad.dtype) if packed is not None else None
+    grads = _gradients(grad, adapter_input, a, b, h, weight, scaling, dropout)
+    return [g.contiguous() for g in grads if g is not None]
+
+
+@_operator_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    adapter_input: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    h: torch.Tensor,
+    packed: torch.Tensor | None,
+    scaling: float,
+    dropout: bool,
+    *layout: Any,
+) -> list[torch.Tensor]:
+    wanted = [adapter_input] * ((packed is not None) + dropout)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*wanted, a, b)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, dropped, a, b, packed, _, ctx.scaling, *ctx.layout = inputs
+    ctx.dropout = dropped is not None
+    # the gathered bytes, whose memory the engine frees and fills again; never the dequantized weight
+    ctx.save_for_backward(x if dropped is None else dropped, a, b, output[1], packed)
+
+
+def _backpropagate(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    *saved, packed = ctx.saved_tensors
+    wants_x = ctx.needs_input_grad[0]
+    found = _operator_backward(
+        grads[0].contiguous(), *saved, packed if wants_x else None, ctx.scaling, ctx.dropout, *ctx.layout
+    )
+    grad_x = found.pop(0) if wants_x else None
+    grad_dropped = found.pop(0) if ctx.dropout else None
+    return grad_x, grad_dropped, *found, *[None] * (3 + len(ctx.layout))
+
+
+_operator.register_autograd(_backpropagate, setup_context=_keep)

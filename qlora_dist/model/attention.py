@@ -1,0 +1,176 @@
+"""Attention over packed rows without masks: each sequence of a row by itself, causally.
+
+transformers builds a dense mask for a row of several sequences, and `scaled_dot_product_attention` then computes all
+pairs of positions, nearly all of which are masked. Here the places where sequences begin reach the attention function
+instead of a mask: `attend` is registered with transformers under `PACKED`, and the boundaries travel as
+`attention_mask`, which transformers hands through untouched when it has four dimensions. A call without boundaries
+(plain logits, a cache, a user's padding mask) is transformers' own SDPA with its own masks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qlora_dist.model.boundaries import boundaries, sequences
+from qlora_dist.model.cpu_attention import causal_attention
+
+PACKED = "qlora_packed"
+
+
+def choose_attention(model: PreTrainedModel) -> None:
+    """Replace transformers' SDPA by `attend` in a model that keeps to the contract of its flash attention.
+
+    That is: attention is looked up by name, it is causal, and window, soft cap and sinks are handed to the function, as
+    no mask could carry them. Others (Falcon computes its own attention, Llama 4 cuts rows into chunks, hybrids have
+    layers without attention) keep SDPA with masks.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    by_name = model._supports_attention_backend and model._supports_flash_attn
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    if (
+        by_name
+        and not chunked
+        and getattr(config, "is_causal", True)
+        and kinds <= {"full_attention", "sliding_attention"}
+    ):
+        model.set_attn_implementation(PACKED)
+
+
+def with_boundaries(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's keyword arguments, with the sequences' boundaries where its attention is `attend`."""
+    positions = inputs.get("position_ids")
+    if model.config._attn_implementation != PACKED or positions is None or inputs.get("attention_mask") is not None:
+        return inputs
+    return inputs | {"attention_mask": boundaries(positions)}
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: the layer's attention.
+        query: [batch, heads, length, d].
+        key: [batch, heads / groups, length, d], never repeated: all paths take grouped heads as they are.
+        value: as key.
+        attention_mask: of `boundaries`, or transformers' mask, or None.
+        dropout: of the probabilities.
+        scaling: of the scores; None: 1 / sqrt(d).
+        sliding_window: a position sees so many, itself included.
+        softcap: c, for scores c * tanh(score / c) (Gemma 2).
+        s_aux: [heads], the score of a place that each position sees and that has no value (the sinks of GPT-OSS).
+        kwargs: what else a model hands over; of these only `position_bias` would change the result.
+
+    Returns:
+        [batch, length, heads, d], and no probabilities.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    by_scores = softcap is not None or s_aux is not None
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        if by_scores:
+            mask = attention_mask if attention_mask is not None else _causal_mask(query, key.shape[2], None)
+            output = _by_scores(query, key, value, mask, dropout, scale, softcap, s_aux)
+            return output.transpose(1, 2).contiguous(), None
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs
+        )
+        return output, None
+    assert kwargs.get("position_bias") is None, "attention with a position bias needs model.attention=eager"
+    length = query.shape[2]
+    windowed = sliding_window is not None and sliding_window < length
+    if query.device.type == "cpu" and not (windowed or by_scores or dropout) and query.shape[-1] == value.shape[-1]:
+        return causal_attention(query, key, value, attention_mask, scale), None
+    return _piece_by_piece(query, key, value, attention_mask, dropout, scale, sliding_window, softcap, s_aux), None
+
+
+@torch.compiler.disable
+def _piece_by_piece(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    dropout: float,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """One call per sequence, by differentiable operations."""
+    pieces = sequences(bounds, query.shape[2])
+    ends = [end - first for _, first, end in pieces]
+    if len(pieces) > 1:  # the rows one after another, so that one split, whose gradient is one copy, gives the pieces
+        query, key, value = (t.transpose(0, 1).flatten(1, 2).unsqueeze(0) for t in (query, key, value))
+    outputs = []
+    for q, k, v in zip(*(t.split(ends, dim=2) for t in (query, key, value)), strict=True):
+        windowed = window is not None and window < q.shape[2]
+        if softcap is not None or s_aux is not None:
+            mask = _causal_mask(q, q.shape[2], window)
+            outputs.append(_by_scores(q, k, v, mask, dropout, scale, softcap, s_aux))
+            continue
+        mask = _causal_mask(q, q.shape[2], window) if windowed else None
+        grouped = q.shape[1] != k.shape[1]
+        outputs.append(
+            scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            )
+        )
+    output = torch.cat(outputs, dim=2).transpose(1, 2)
+    batch = bounds.shape[2]
+    return output.reshape(batch, -1, *output.shape[2:])
+
+
+def _causal_mask(query: torch.Tensor, keys: int, window: int | None) -> torch.Tensor:
+    """bool[queries, keys], the last query being the last key's."""
+    queries = query.shape[2]
+    q = torch.arange(keys - queries, keys, device=query.device).unsqueeze(1)
+    k = torch.arange(keys, device=query.device)
+    seen = k <= q
+    return seen if window is None else seen & (k > q - window)
+
+
+def _by_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    dropout: float,
+    scale: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """[batch, heads, length, d] from the whole matrix of scores in fp32, for what SDPA cannot do."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = (query @ key.transpose(2, 3)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=3)
+    probabilities = scores.softmax(dim=3)[..., : key.shape[2]]
+    return drop(probabilities, dropout).to(value.dtype) @ value
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, sdpa_mask)

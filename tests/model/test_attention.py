@@ -1,0 +1,168 @@
+"""If this fails, a packed sequence sees its neighbour or not all of itself, or learns from a wrong gradient."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch.nn.functional import scaled_dot_product_attention
+
+from qlora_dist.model.attention import PACKED, attend, choose_attention
+from qlora_dist.model.boundaries import boundaries, sequences
+
+ROWS = [[5, 20, 1, 14], [40]]
+"""Lengths of the sequences of each row."""
+
+
+def positions(rows: list[list[int]]) -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+
+
+def inputs(heads: int = 6, kv_heads: int = 2, dtype: torch.dtype = torch.float64, **shape: Any) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    rows, size = shape.get("rows", ROWS), 8
+    length = sum(rows[0])
+    return [torch.randn(len(rows), n, length, size, dtype=dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+
+
+def dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: list[list[int]] = ROWS,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float = 8**-0.5,
+) -> torch.Tensor:
+    """The whole matrix of scores, from the definition."""
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    place = torch.arange(length)
+    sequence = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows])
+    seen = (sequence[:, :, None] == sequence[:, None, :]) & (place[:, None] >= place)
+    if window is not None:
+        seen &= place[:, None] - place < window
+    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf).exp()
+    total = scores.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.exp().view(1, -1, 1, 1)
+    return (scores / total @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+
+
+def compare(tensors: list[torch.Tensor], rows: list[list[int]] = ROWS, tolerance: float = 1e-6, **kwargs: Any) -> None:
+    bounds = boundaries(positions(rows))
+    names = {"window": "sliding_window", "softcap": "softcap", "sinks": "s_aux", "scale": "scaling"}
+    given = {names[name]: value for name, value in kwargs.items()}
+    ours, _ = attend(SimpleNamespace(), *tensors, bounds, **given)  # type: ignore[arg-type]
+    theirs = dense(*tensors, rows=rows, **kwargs)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    trained = [*tensors, *([kwargs["sinks"]] if "sinks" in kwargs else [])]
+    grad = torch.randn_like(theirs)
+    for a, b in zip(torch.autograd.grad(ours, trained, grad), torch.autograd.grad(theirs, trained, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+@pytest.mark.parametrize("rows", [ROWS, [[40], [40]], [[1] * 40, [39, 1]]])
+def test_each_sequence_by_itself(rows: list[list[int]], kv_heads: int) -> None:
+    compare(inputs(kv_heads=kv_heads), rows)
+    compare(inputs(kv_heads=kv_heads), rows, scale=0.3)
+
+
+@pytest.mark.parametrize("window", [1, 7, 20, 40, 100])
+def test_sliding_window(window: int) -> None:
+    compare(inputs(), window=window)
+
+
+def test_soft_cap_and_sinks() -> None:
+    sinks = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    for kwargs in ({"softcap": 2.0}, {"sinks": sinks}, {"sinks": sinks, "window": 7}, {"softcap": 2.0, "window": 7}):
+        compare(inputs(), tolerance=1e-5, **kwargs)  # in fp32
+
+
+def test_short_sequences_are_differentiated_more_exactly_than_long_ones_not_less() -> None:
+    tensors = inputs(dtype=torch.bfloat16, rows=[[384, 64, 192]])
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    bounds = boundaries(positions([[384, 64, 192]]))
+    ours, _ = attend(SimpleNamespace(), *tensors, bounds)  # type: ignore[arg-type]
+    theirs = dense(*exact, rows=[[384, 64, 192]])
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-2, atol=1e-2)
+    grad = torch.randn_like(theirs)
+    wanted = torch.autograd.grad(theirs, exact, grad)
+    for a, b in zip(torch.autograd.grad(ours, tensors, grad.bfloat16()), wanted, strict=True):
+        short, long = (float((a - b)[:, :, i].norm() / b[:, :, i].norm()) for i in (slice(384, 640), slice(384)))
+        assert short < 1.1 * long < 0.02
+
+
+def test_dropout_is_drawn() -> None:
+    query, key, value = inputs(dtype=torch.float32)
+    bounds = boundaries(positions(ROWS))
+    plain, _ = attend(SimpleNamespace(), query, key, value, bounds)  # type: ignore[arg-type]
+    total = torch.zeros_like(plain)
+    for _ in range(300):
+        total += attend(SimpleNamespace(), query, key, value, bounds, dropout=0.2)[0]  # type: ignore[arg-type]
+    assert (total / 300 - plain).abs().mean() < 0.05
+    assert (total / 300 - plain).abs().max() > 1e-4
+
+
+def test_boundaries() -> None:
+    bounds = boundaries(positions(ROWS))
+    assert bounds[0, 0, :, :6].tolist() == [[0, 5, 25, 26, 40, 40], [0, 40, 40, 40, 40, 40]]
+    assert bounds.shape == (1, 1, 2, 64)
+    assert [(rows.start, first, end) for rows, first, end in sequences(bounds, 40)] == [
+        (0, 0, 5),
+        (0, 5, 25),
+        (0, 25, 26),
+        (0, 26, 40),
+        (1, 0, 40),
+    ]
+    assert sequences(boundaries(positions([[40], [40]])), 40) == [(slice(0, 2), 0, 40)]
+    assert boundaries(positions([[1] * 100])).shape == (1, 1, 1, 128)
+
+
+def test_without_boundaries_it_is_transformers_sdpa() -> None:
+    query, key, value = inputs(dtype=torch.float32)
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=3)
+    ours, _ = attend(module, query, key, value, None)  # type: ignore[arg-type]
+    theirs = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2))
+
+
+def test_it_is_registered_where_the_architecture_allows() -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    for arch, packed in {"Llama": True, "Mistral": True, "Qwen3": True, "Falcon": False}.items():
+        config = getattr(transformers, f"{arch}Config")(**small)
+        with torch.device("meta"):
+            model = getattr(transformers, f"{arch}ForCausalLM")(config)
+        choose_attention(model)
+        assert (model.config._attn_implementation == PACKED) == packed
+
+
+@pytest.mark.parametrize("arch", ["Llama", "Mistral", "Qwen3"])
+def test_logits_with_a_cache_or_padding_are_transformers(arch: str, tmp_path: Any) -> None:
+    """Without labels nothing of ours may show: generation and evaluation go this way."""
+    window = {"sliding_window": 8} if arch == "Mistral" else {}
+    folder = tiny.make_model(tmp_path, arch, torch.float32, **window)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.randint(3, 300, (2, 24))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def outputs() -> list[torch.Tensor]:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        words = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        return [logits, words]
+
+    theirs = outputs()
+    choose_attention(model)
+    assert model.config._attn_implementation == PACKED
+    for ours, other in zip(outputs(), theirs, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,24 @@
+"""If this fails, a machine without a compiler says so after the model is loaded, in fifty lines of torch's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch._inductor.config as inductor
+
+from qlora_dist.config_file import load_config
+from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.parallel.compile import check_compiler
+from qlora_dist.train.setup import set_up
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tiny_llama_nf4: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
+    config = load_config(tiny.make_config(tmp_path, tiny_llama_nf4), ["train.compile=true"])
+    with pytest.raises(UserError, match="has no C\\+\\+ compiler; install g"):
+        set_up(config, ranks_from_environment({}))
+    check_compiler(torch.device("cuda"))  # needs none of ours
