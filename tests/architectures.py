@@ -83,6 +83,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.2,
     },
     "Cohere": {"logit_scale": 0.5, "tie_word_embeddings": True},
+    "Bloom": {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True},  # ALiBi, and no position_ids
     "GptOss": {**_MOE, "head_dim": 16, "sliding_window": 24},
     "Qwen2Moe": {
         "num_experts_per_tok": 2,
@@ -101,6 +102,26 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """Settings by the name that transformers' classes begin with, on top of the common ones."""
 
 REQUIRED = list(ARCHITECTURES)[:13]
+
+
+SETTINGS_OF_ALL = {
+    **_COMMON,
+    **_MOE,
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 96,
+    "head_dim": 16,
+    "n_layer": 2,
+    "n_embd": 64,
+    "n_head": 4,
+}
+"""A small model of nearly any `model_type`: a configuration ignores what it does not know."""
 
 
 def make_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:

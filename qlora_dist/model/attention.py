@@ -136,7 +136,7 @@ def _piece_by_piece(
         )
     output = torch.cat(outputs, dim=2).transpose(1, 2)
     batch = bounds.shape[2]
-    return output.reshape(batch, -1, *output.shape[2:])
+    return output.reshape(batch, -1, *output.shape[2:]).contiguous()  # some models take a view of it
 
 
 def _causal_mask(query: torch.Tensor, keys: int, window: int | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -168,5 +169,8 @@ class LossModel(transformers.PreTrainedModel):
         """labels: int64[batch, sequence], each the target of its own position, IGNORE where not trained."""
         if labels is None:
             return super().forward(*args, **kwargs)
-        hidden = decoder_of(self)(*args, **with_boundaries(self, kwargs), use_cache=False).last_hidden_state
+        decoder = decoder_of(self)
+        if "position_ids" not in inspect.signature(decoder.forward).parameters:
+            kwargs.pop("position_ids", None)  # BLOOM counts for itself, Mamba has no use for them; rows are not packed
+        hidden = decoder(*args, **with_boundaries(self, kwargs), use_cache=False).last_hidden_state
         return self.get_output_embeddings()(hidden, labels)

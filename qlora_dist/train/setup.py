@@ -19,6 +19,7 @@ from qlora_dist.data.sequences import Stats
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.packable import check_packable
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
@@ -56,6 +57,8 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
     sizes = mesh_sizes(config.parallel, ranks)
     folder = ModelFolder(config.model.base)
     model = build_skeleton(folder, config.model)
+    if config.data.packing != "none":
+        check_packable(model)
     adapter = peft_config(model, config.lora, config.model.base)
     attach_adapter(model, adapter)
     train_rows, eval_rows, stats = prepare(config.data, load_tokenizer(folder.path))

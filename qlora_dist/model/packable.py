@@ -1,0 +1,33 @@
+"""Whether the sequences of a packed row see nothing of each other in a model."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from qlora_dist.errors import UserError
+from qlora_dist.model.attention import PACKED
+
+MASKED = frozenset(
+    """
+    apertus arcee cohere cohere2 cohere2_moe cwm deepseek_v3 ernie4_5 ernie4_5_moe exaone4 gemma gemma2 gemma3_text
+    glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe jais2 llama llama4_text minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo
+    olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm
+    starcoder2 vaultgemma
+    """.split()  # noqa: SIM905
+)
+"""Values of `model_type` whose masks, as transformers makes them, follow position_ids. Not all do: those of GPT-OSS,
+OPT, Falcon and AFMoE (transformers 5.23) let a sequence see the ones before it in its row, without a message."""
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Refuse to pack rows for a model of which it is not known that it keeps their sequences apart.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if model.config._attn_implementation != PACKED and model.config.model_type not in MASKED:
+        raise UserError(
+            f"data.packing: a model of type {model.config.model_type} with {model.config._attn_implementation} "
+            "attention may let the sequences of a packed row see each other; set data.packing: none"
+        )
