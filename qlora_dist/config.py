@@ -52,6 +52,8 @@ class LoraConfig(Section):
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Every quantized layer, or the last name parts of those to adapt, such as [q_proj, v_proj]."""
+    experts: bool = False
+    """Adapt the experts of sparse models too, each with matrices of its own. Needs dropout 0, as in PEFT."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (rank-stabilized LoRA)."""
     dora: bool = False
@@ -162,6 +164,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.lora.experts and (self.lora.dropout or self.lora.dora):
+            raise ValueError(
+                "lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false"
+            )
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps: {self.optim.warmup_steps} is more than train.steps: {self.train.steps}; lower it"

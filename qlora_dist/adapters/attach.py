@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 
 import peft
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from qlora_dist.adapters.lora import LoraNF4
+from qlora_dist.adapters.lora_experts import LoraExperts
 from qlora_dist.config import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.nf4.experts import NF4Experts
@@ -29,7 +31,7 @@ def peft_config(model: nn.Module, config: LoraConfig, base: str) -> peft.LoraCon
         base: the base model's folder, recorded in the adapter.
 
     Raises:
-        UserError: a target is the name of no quantized layer.
+        UserError: a target is the name of no quantized layer, or the model has no experts to adapt.
     """
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, NF4Linear)}
     if config.targets == "all-linear":
@@ -41,17 +43,22 @@ def peft_config(model: nn.Module, config: LoraConfig, base: str) -> peft.LoraCon
             raise UserError(
                 f"lora.targets: {unknown[0]} is no quantized layer of {base}; choose from {', '.join(sorted(names))}"
             )
+    experts = sorted({re.sub(r".*\.\d+\.", "", path) for path in _experts(model)}) if config.experts else []
+    if config.experts and not experts:
+        raise UserError(f"lora.experts: {base} has no experts in 4 bit; leave the key out")
     result = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
+        target_parameters=experts or None,  # elsewhere experts are parameters of a module
         use_rslora=config.rslora,
         use_dora=config.dora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    result._register_custom_module({NF4Linear: LoraNF4})
+    ours: dict[type, type] = {NF4Linear: LoraNF4, NF4Experts: LoraExperts}
+    result._register_custom_module(ours)
     return result
 
 
@@ -61,17 +68,24 @@ def attach_adapter(model: nn.Module, config: peft.LoraConfig) -> None:
     `inject_adapter_in_model` rather than `get_peft_model`: the model stays the class and keeps the names that
     transformers gave it.
     """
-    # for injecting only: elsewhere experts are parameters, and no module there has such a name
-    config = copy.copy(config)
-    config.exclude_modules = [path for path, module in model.named_modules() if isinstance(module, NF4Experts)] or None
+    config = copy.copy(config)  # here experts are modules, whose last names may also be those of linear layers
+    if config.target_parameters:
+        config.target_modules = {*config.target_modules, *_experts(model)}
+        config.target_parameters = None
+    else:
+        config.exclude_modules = _experts(model) or None
     with torch.device("meta"):
         peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     for module in model.modules():
-        if isinstance(module, LoraNF4):
+        if isinstance(module, LoraNF4 | LoraExperts):
             for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
                 part.to(torch.float32)
+
+
+def _experts(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, NF4Experts)]
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def export_adapter(model: nn.Module, config: peft.LoraConfig, out: Path) -> None
 
 
 def _peft_key(name: str) -> str:
-    """`peft.get_peft_model_state_dict` leaves the adapter's name out, and `.weight` behind a magnitude vector."""
+    """PEFT's name in a file: without the adapter's, and without `.weight` behind a magnitude vector.
+
+    PEFT wraps an experts module once for each parameter that is adapted, the projections into the experts before those
+    out of them: so the first are found under `base_layer`.
+    """
     name = name.replace(f"lora_magnitude_vector.{ADAPTER_NAME}.weight", "lora_magnitude_vector")
-    return "base_model.model." + name.replace(f".{ADAPTER_NAME}.", ".")
+    name = name.replace(f".{ADAPTER_NAME}.", ".")
+    name = re.sub(r"\.experts\.(gate_)?up_proj\.lora_", ".experts.base_layer.lora_", name)
+    name = re.sub(r"\.experts\.down_proj\.lora_", ".experts.lora_", name)
+    return "base_model.model." + name

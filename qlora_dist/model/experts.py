@@ -46,7 +46,7 @@ def experts_forward(
     flat = top_k_index.flatten()
     order = flat.argsort(stable=True)
     counts = flat.bincount(minlength=self.num_experts).tolist()
-    up = self.gate_up_proj if self.has_gate else self.up_proj
+    up, down = (self.gate_up_proj if self.has_gate else self.up_proj).bind(), self.down_proj.bind()
     up_bias = getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias", None)
     down_bias = getattr(self, "down_proj_bias", None)
     outputs = []
@@ -57,7 +57,7 @@ def experts_forward(
             x = up(x, expert)
             x = x if up_bias is None else x + up_bias[expert]
             x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
-            x = self.down_proj(x, expert)
+            x = down(x, expert)
             outputs.append(x if down_bias is None else x + down_bias[expert])
     output = torch.cat(outputs)
     if self.has_post_expert_norm:
@@ -77,11 +77,12 @@ def llama4_experts_forward(self: nn.Module, hidden_states: torch.Tensor) -> torc
     Returns:
         [experts * tokens, h]. A token that an expert is not given, a row of zeros, gives zeros: it is left out.
     """
+    gate_up_proj, down_proj = self.gate_up_proj.bind(), self.down_proj.bind()
     outputs = []
     for expert, x in enumerate(hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])):
         rows = x.detach().any(dim=1).nonzero().squeeze(1)
-        gate, up = self.gate_up_proj(x[rows], expert).chunk(2, dim=-1)
-        y = self.down_proj(up * self.act_fn(gate), expert)
+        gate, up = gate_up_proj(x[rows], expert).chunk(2, dim=-1)
+        y = down_proj(up * self.act_fn(gate), expert)
         outputs.append(torch.zeros_like(x).index_copy(0, rows, y))
     return torch.cat(outputs)
 

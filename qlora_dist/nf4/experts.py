@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from qlora_dist.nf4.layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize
+
+ExpertFunction = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class NF4Experts(nn.Module):
@@ -42,9 +45,9 @@ class NF4Experts(nn.Module):
         parts = [dequantize(vector, self.layout, dtype) for vector in vectors]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """x: [tokens, in_features] -> [tokens, out_features], in x's type."""
-        return _Matmul.apply(x, self, expert)
+    def bind(self) -> ExpertFunction:
+        """The function of one forward pass: x: [tokens, in_features], expert -> [tokens, out_features] in x's type."""
+        return lambda x, expert: _Matmul.apply(x, self, expert)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

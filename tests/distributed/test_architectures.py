@@ -34,6 +34,7 @@ from qlora_dist.train.setup import set_up
 
 PROMPT = torch.arange(3, 60).view(1, -1)
 STEPS = 3
+SPARSE = ("Mixtral", "DeepseekV3", "GptOss")  # of one name per expert, of a dense layer too, of transposed experts
 
 
 def train_and_give_logits(config: Config) -> np.ndarray:
@@ -81,16 +82,16 @@ def losses(config: Config) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
-def test_an_architecture_trains_as_in_transformers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "experts"), [*((name, False) for name in ARCHITECTURES), *((name, True) for name in SPARSE)]
+)
+def test_an_architecture_trains_as_in_transformers(name: str, experts: bool, tmp_path: Path) -> None:
     source = make_architecture(tmp_path / "source", name)
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.95)).out
     path = tiny.make_config(tmp_path, quantized, train__steps=STEPS, optim__warmup_steps=0)
     packing = "none" if name in ("Falcon", "Bloom") else "best-fit"
-    configs = [
-        load_config(path, [f"run.name={n}-ranks", f"train.micro_batch={12 // n}", f"data.packing={packing}"])
-        for n in (1, 2)
-    ]
+    overrides = [f"data.packing={packing}", f"lora.experts={str(experts).lower()}"]
+    configs = [load_config(path, [f"run.name={n}-ranks", f"train.micro_batch={12 // n}", *overrides]) for n in (1, 2)]
     one, two = (run_ranks(n, train_and_give_logits, config)[0] for n, config in enumerate(configs, 1))
     assert losses(configs[1]) == pytest.approx(losses(configs[0]), rel=1e-5)
     np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
