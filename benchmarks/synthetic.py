@@ -108,8 +108,3 @@ def restart_peak() -> int:
     """Let VmHWM start anew; returns what is resident (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes()
-
-
-def bytes_by_read() -> int:
-    """What this process has read with `read` and its like, sockets included, mapped files not."""
-    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
