@@ -8,10 +8,11 @@ fill. Once with one copy of the base (base: world), once with two, as on two nod
 the same folder with AutoModelForCausalLM.from_pretrained, and touches every page of the weights: without that they are
 mapped and not yet read.
 
-Bytes are those asked of the files. Peak is the most that was resident, beyond what was before the weights came (VmHWM,
-from zero before); the page cache is not in it, but where files are mapped, as by transformers, their pages are. The
-limit is what the rank holds afterwards, the largest tensor of the folder, and 64 MiB. --cold takes the folder out of
-the page cache before each loading.
+Bytes are those asked of the files; transformers maps the file, and has touched all of it in the end. Peak is the most
+that was resident, beyond what was before the weights came (VmHWM, restarted): the page cache is not in it, but where
+files are mapped their pages are. The limit is what the rank holds afterwards, the largest tensor of the folder, and 64
+MiB. Waiting is the share of the time in which there was nothing to do but wait for a read. --cold takes the folder out
+of the page cache before each loading.
 """
 
 from __future__ import annotations
@@ -49,22 +50,15 @@ from qlora_dist.parallel.static_bytes import check_static_bytes
 
 MIB = 2**20
 THEIRS = """
-import sys, threading, time
+import sys, time
 sys.path.insert(0, sys.argv[2])
 import torch, transformers
-from synthetic import bytes_by_read, resident_bytes, restart_peak
-mapped, done = [0], threading.Event()
-def watch():
-    while not done.wait(0.02):
-        mapped.append(resident_bytes("RssFile"))
-threading.Thread(target=watch, daemon=True).start()
-read, before, files, started = bytes_by_read(), restart_peak(), resident_bytes("RssFile"), time.perf_counter()
+from synthetic import resident_bytes, restart_peak
+before, started = restart_peak(), time.perf_counter()
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map="cpu")
 for parameter in model.parameters():
     parameter.data.view(-1).view(torch.uint8)[::4096].sum()
-seconds, peak, read = time.perf_counter() - started, resident_bytes("VmHWM") - before, bytes_by_read() - read
-done.set()
-print(read + max(0, max(mapped) - files), peak, resident_bytes() - before, seconds)
+print(resident_bytes("VmHWM") - before, resident_bytes() - before, time.perf_counter() - started)
 """
 
 
@@ -151,8 +145,8 @@ def main() -> None:
             prepare(folder, args.cold)
             command = [sys.executable, "-c", THEIRS, str(folder), str(Path(__file__).parent)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            read, peak, held, s = (float(word) for word in output.stdout.split()[-4:])
-            rows["from_pretrained"] = [row("from_pretrained, one process", read, peak, held, s, total)]
+            peak, held, s = (float(word) for word in output.stdout.split()[-3:])
+            rows["from_pretrained"] = [row("from_pretrained, one process", None, peak, held, s, total)]
             seconds.setdefault("from_pretrained", []).append(s)
     for lines in rows.values():
         for line in lines:
@@ -173,7 +167,7 @@ def cache(cold: bool) -> str:
 
 def row(
     name: str,
-    read: float,
+    read: float | None,
     peak: float,
     held: float,
     seconds: float,
@@ -184,7 +178,7 @@ def row(
     """A line of the table."""
     return (
         name,
-        f"{read / total:.4f}",
+        f"{read / total:.4f}" if read is not None else "mapped",
         f"{peak / MIB:.0f}",
         f"{limit / MIB:.0f}" if limit is not None else "",
         f"{held / MIB:.0f}",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from qlora_dist.model.skeleton import linear_names
+from qlora_dist.model.matrices import quantizable
 from qlora_dist.nf4.checkpoint import tensor_specs, tensors
 from qlora_dist.nf4.layout import NF4Layout
 from qlora_dist.nf4.safetensors_file import Writer
@@ -45,7 +45,7 @@ def llama(layers: int) -> tuple[transformers.LlamaConfig, dict[str, tuple[int, .
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return config, shapes, {f"{name}.weight" for name in linear_names(model)}
+    return config, shapes, {target.name for target in quantizable(model)}
 
 
 def write_nf4(folder: Path, layers: int) -> int:
@@ -108,8 +108,3 @@ def restart_peak() -> int:
     """Let VmHWM start anew; returns what is resident (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes()
-
-
-def bytes_by_read() -> int:
-    """What this process has read with `read` and its like, sockets included, mapped files not."""
-    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]

@@ -17,7 +17,8 @@ from qlora_dist.nf4.quantize import dequantize, quantize_pieces
 from qlora_dist.nf4.read_ahead import Read, ReadAhead, Reading, pieces
 from qlora_dist.nf4.safetensors_file import Entry, Reader
 
-_EXCHANGED_BYTES = 2**22  # at a time, among replicas: the back ends keep several copies of what they send
+_EXCHANGED_BYTES = 2**20  # at a time, of all replicas together: gloo keeps up to twenty times as much for itself
+_ALIGNMENT = 8  # bytes, of parts: a multiple of every element
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ShardInFolder:
 class Stream:
     """The reads of a rank, known as a whole before the first one begins.
 
-    Shards that have copies on other ranks are read by all these together, a part of every piece each: the ranks of
+    Shards that have copies on other ranks are read by all these together, a part each, and exchanged: the ranks of
     `replicas` must be given the same shards. First the shards are to be filled, then the weights quantized, in the
     order in which they are given. Memory: the shards, two pieces, and the weight that is being quantized, packed.
 
@@ -59,7 +60,6 @@ class Stream:
     ) -> None:
         self.shards = sorted((s for s in shards if s.local.numel()), key=lambda shard: _place(folder, shard))
         self._folder, self._replicas, self._device = folder, replicas, device
-        self._piece_bytes = None if replicas is None else _EXCHANGED_BYTES
         self._reader = Reader()
         reads = [read for shard in self.shards for read in self._shard_reads(shard)]
         reads += [read for m in to_quantize for read in tensor_reads(self._reader, folder.entries[m.key], m.index)]
@@ -73,12 +73,12 @@ class Stream:
     def fill_shards(self) -> None:
         """Fill all shards. A collective of the replicas."""
         for shard in self.shards:
-            dtype = self._dtype(shard)
-            flat, position = shard.local.view(-1), 0
-            for _, nbytes in pieces(self._nbytes(shard), self._piece_bytes):
-                piece = self._exchanged(next(self._ahead), nbytes).view(dtype)
-                flat[position : position + piece.numel()].copy_(piece)
-                position += piece.numel()
+            for start, nbytes, _ in self._parts(shard):
+                data = next(self._ahead)
+                if self._replicas is None:
+                    self._put(shard, start, data)
+                else:
+                    self._exchange(shard, start, nbytes, data)
 
     def quantize_next(self, layout: NF4Layout, transposed: bool) -> torch.Tensor:
         """packed: uint8[layout.total_bytes] on the device, of the next weight of `to_quantize`."""
@@ -91,14 +91,19 @@ class Stream:
         weight.read_range(self._reader, packed, 0)
         return dequantize(packed.to(self._device), weight.layout, dtype)
 
+    def _parts(self, shard: ShardInFolder) -> Iterator[tuple[int, int, int]]:
+        """The pieces that are read of a shard: the first byte within it, and how many; and how many by this rank.
+
+        Each of the replicas reads one contiguous part, all of them equally many pieces; the last parts may be shorter.
+        """
+        total, part_bytes = self._nbytes(shard), self._part_bytes(shard)
+        own = self._replicas.get_local_rank() * part_bytes if self._replicas is not None else 0
+        for start, nbytes in pieces(part_bytes):
+            yield own + start, nbytes, max(0, min(nbytes, total - own - start))
+
     def _shard_reads(self, shard: ShardInFolder) -> Iterator[Read]:
-        for start, nbytes in pieces(self._nbytes(shard), self._piece_bytes):
-            first, count = 0, nbytes
-            if self._replicas is not None:
-                part = self._part_bytes(nbytes)
-                first = min(self._replicas.get_local_rank() * part, nbytes)
-                count = min(part, nbytes - first)
-            yield Read(count, self._read_into(shard.keys, shard.start + start + first))
+        for start, _, count in self._parts(shard):
+            yield Read(count, self._read_into(shard.keys, shard.start + start))
 
     def _read_into(self, keys: tuple[str, ...], start: int) -> Callable[[torch.Tensor], None]:
         size = _nbytes(self._folder, keys[0])
@@ -116,19 +121,31 @@ class Stream:
 
         return read
 
-    def _exchanged(self, part: torch.Tensor, nbytes: int) -> torch.Tensor:
-        """uint8[nbytes]: the whole piece, of which each of the replicas has read a part."""
-        if self._replicas is None:
-            return part
-        part_bytes = self._part_bytes(nbytes)
-        padded = torch.nn.functional.pad(part.to(self._device), (0, part_bytes - part.numel()))
-        parts = torch.empty(part_bytes * self._replicas.size(), dtype=torch.uint8, device=self._device)
-        dist.all_gather_into_tensor(parts, padded, group=self._replicas.get_group())
-        return parts[:nbytes]
-
-    def _part_bytes(self, nbytes: int) -> int:
+    def _exchange(self, shard: ShardInFolder, start: int, nbytes: int, data: torch.Tensor) -> None:
+        """Put in its place what each of the replicas has read: uint8[at most nbytes] from `start` on by this one."""
         assert self._replicas is not None
-        return -(-nbytes // self._replicas.size())
+        count, total, part_bytes = self._replicas.size(), self._nbytes(shard), self._part_bytes(shard)
+        within = start - self._replicas.get_local_rank() * part_bytes
+        for first, width in pieces(nbytes, max(_ALIGNMENT, _EXCHANGED_BYTES // count // _ALIGNMENT * _ALIGNMENT)):
+            mine = data[first : first + width].to(self._device)
+            mine = torch.nn.functional.pad(mine, (0, width - mine.numel()))
+            all_of_them = torch.empty(count * width, dtype=torch.uint8, device=self._device)
+            dist.all_gather_into_tensor(all_of_them, mine, group=self._replicas.get_group())
+            for replica, theirs in enumerate(all_of_them.view(count, width)):
+                position = replica * part_bytes + within + first
+                self._put(shard, position, theirs[: max(0, total - position)])
+
+    def _put(self, shard: ShardInFolder, start: int, data: torch.Tensor) -> None:
+        """Copy uint8[n] to where its first byte is byte `start` of the shard as it lies in the file."""
+        values = data.view(self._dtype(shard))
+        first = start // values.itemsize
+        shard.local.view(-1)[first : first + values.numel()].copy_(values)
+
+    def _part_bytes(self, shard: ShardInFolder) -> int:
+        nbytes = self._nbytes(shard)
+        if self._replicas is None:
+            return nbytes
+        return -(-nbytes // self._replicas.size() // _ALIGNMENT) * _ALIGNMENT
 
     def _dtype(self, shard: ShardInFolder) -> torch.dtype:
         key = shard.keys[0]

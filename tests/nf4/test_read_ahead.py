@@ -110,19 +110,22 @@ def test_leaving_early_waits_for_the_read_that_has_begun_and_begins_no_other() -
 
 
 def test_only_time_without_work_counts_as_waiting() -> None:
-    def slow(out: torch.Tensor) -> None:
-        time.sleep(0.1)
+    finished = [threading.Event() for _ in range(2)]
 
-    with ReadAhead([Read(1, slow)] * 3) as ahead:
+    def slow(finish: threading.Event) -> Callable[[torch.Tensor], None]:
+        def into(out: torch.Tensor) -> None:
+            time.sleep(0.2)
+            finish.set()
+
+        return into
+
+    with ReadAhead([Read(1, slow(finish)) for finish in finished]) as ahead:
         next(ahead)
         first = ahead.wait_s
-        time.sleep(0.2)
+        assert finished[1].wait(TIMEOUT_S)  # the caller's work takes longer than the read
         next(ahead)
-        second = ahead.wait_s - first
-        next(ahead)
-        third = ahead.wait_s - first - second
-    assert first > 0.09 and third > 0.09
-    assert second < 0.05
+    assert first > 0.15
+    assert ahead.wait_s - first < 0.15
 
 
 def test_progress_is_told_in_the_callers_thread() -> None:
