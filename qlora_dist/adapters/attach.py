@@ -31,7 +31,8 @@ def peft_config(model: nn.Module, config: LoraConfig, base: str) -> peft.LoraCon
         base: the base model's folder, recorded in the adapter.
 
     Raises:
-        UserError: a target is the name of no quantized layer, or the model has no experts to adapt.
+        UserError: a target is the name of no quantized layer, or the model has no experts to adapt, or no such module
+            to train whole.
     """
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, NF4Linear)}
     if config.targets == "all-linear":
@@ -43,6 +44,7 @@ def peft_config(model: nn.Module, config: LoraConfig, base: str) -> peft.LoraCon
             raise UserError(
                 f"lora.targets: {unknown[0]} is no quantized layer of {base}; choose from {', '.join(sorted(names))}"
             )
+    modules_to_save = _modules_to_save(model, config.modules_to_save, base)
     experts = sorted({re.sub(r".*\.\d+\.", "", path) for path in _experts(model)}) if config.experts else []
     if config.experts and not experts:
         raise UserError(f"lora.experts: {base} has no experts in 4 bit; leave the key out")
@@ -52,6 +54,8 @@ def peft_config(model: nn.Module, config: LoraConfig, base: str) -> peft.LoraCon
         lora_dropout=config.dropout,
         target_modules=targets,
         target_parameters=experts or None,  # elsewhere experts are parameters of a module
+        modules_to_save=modules_to_save or None,
+        ensure_weight_tying=bool(modules_to_save),
         use_rslora=config.rslora,
         use_dora=config.dora,
         task_type="CAUSAL_LM",
@@ -74,14 +78,40 @@ def attach_adapter(model: nn.Module, config: peft.LoraConfig) -> None:
         config.target_parameters = None
     else:
         config.exclude_modules = _experts(model) or None
+    whole, config.modules_to_save = set(config.modules_to_save or ()), None
     with torch.device("meta"):
         peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_(is_lora(name))
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in whole:  # in its place: PEFT would keep the frozen module beside the trained one
+            module.to(torch.float32)
+            module.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, LoraNF4 | LoraExperts):
             for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
                 part.to(torch.float32)
+
+
+def _modules_to_save(model: nn.Module, names: list[str], base: str) -> list[str]:
+    """Check the names of modules that are to be trained whole."""
+    known = set()
+    for path, module in model.named_modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and all(p.is_floating_point() and p.dim() < 3 for p in parameters):
+            known.add(path.rpartition(".")[2])
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"lora.modules_to_save: {name} is no module of {base} whose own weights are in 16 bit; choose from "
+                f"{', '.join(sorted(known))}"
+            )
+    return sorted(set(names))
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter, by its name, is one that the adapter adds; the others have values in the folder."""
+    return "lora_" in name
 
 
 def _experts(model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qlora_dist.adapters.attach import first_values
+from qlora_dist.adapters.attach import first_values, is_lora
 from qlora_dist.adapters.lora import LoraNF4, row_norms
 from qlora_dist.model.deal import Piece, local_range, pieces, quantize_in_turn
 from qlora_dist.model.folder import ModelFolder
@@ -53,13 +53,14 @@ def fill(
     origins, names = model.origins, origin_names(model)
     parameter_names = {id(p): name for name, p in model.named_parameters()}
     shards: list[ShardInFolder] = []
+    trained: list[ShardInFolder] = []
     to_quantize: list[Piece] = []
     in_fewer_bits: list[tuple[torch.Tensor, str]] = []
     with torch.no_grad():
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 name = parameter_names[id(parameter)]
-                if "lora_" in name:
+                if is_lora(name):
                     _fill_adapter(parameter, name, seed)
                 elif isinstance(module, NF4Linear | NF4Experts) and parameter is module.packed:
                     matrices = model.matrices[names[name]]
@@ -69,6 +70,8 @@ def fill(
                         to_quantize += pieces(parameter, module.layout, matrices)
                 elif (key := origins[names[name]].keys[0]) in folder.quantized:
                     in_fewer_bits.append((parameter, key))
+                elif parameter.requires_grad:
+                    trained.append(_shard(parameter, origins[names[name]].keys, folder))
                 else:
                     shards.append(_shard(parameter, origins[names[name]].keys, folder))
         buffers = [(buffer, origins[name].keys) for name, buffer in model.named_buffers() if name in origins]
@@ -79,8 +82,10 @@ def fill(
             for parameter, key in in_fewer_bits:
                 _fill_dequantized(parameter, key, stream)
             quantize_in_turn(to_quantize, stream, replicas, device)
+        with Stream(folder, trained, [], None, device) as others:  # the replicas of the base have other shards of these
+            others.fill_shards()
         _fill_magnitudes(model)
-        return stream.bytes_read
+        return stream.bytes_read + others.bytes_read
 
 
 def _materialize(model: LossModel, device: torch.device, offload_base: bool) -> None:

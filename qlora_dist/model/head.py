@@ -76,16 +76,17 @@ def summed_loss(
 ) -> torch.Tensor:
     """Sum of the cross entropies over the positions whose label is not IGNORE.
 
-    The logits exist in chunks of 32 MiB, of trained positions only. The gradient of `hidden` is computed along with
-    the loss, so backward needs neither the logits nor the weight: a sharded head is gathered once a step.
+    The logits exist in chunks of 32 MiB, of trained positions only. The gradients are computed along with the loss,
+    so backward needs neither the logits nor the weight: a sharded head is gathered once a step. That of a trained
+    weight is summed in fp32.
 
     `torch.nn.functional.linear_cross_entropy` (2.13) does the same in principle, but returns the sum in hidden's
     type (off by 0.8 % for 341 tokens in bf16) and takes twice the time or more on a CPU (docs/log.md).
 
     Args:
         hidden: [n, h], bf16, fp16 or fp32.
-        weight: [vocabulary, h], frozen.
-        bias: [vocabulary] or None, frozen.
+        weight: [vocabulary, h].
+        bias: [vocabulary] or None.
         labels: int64[n].
         scale: what the model does to its logits.
 
@@ -106,30 +107,46 @@ class _SummedLoss(torch.autograd.Function):
         labels: torch.Tensor,
         scale: LogitScale,
     ) -> torch.Tensor:
-        assert not weight.requires_grad, "the gradient of the output head is not computed"
-        wants_grad = ctx.needs_input_grad[0]
+        wants_weight = any(ctx.needs_input_grad[1:3])
+        wants_grad = ctx.needs_input_grad[0] or wants_weight
         grad = torch.zeros_like(hidden) if wants_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_weight and bias is not None else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         trained = (labels != IGNORE).nonzero().squeeze(1)
         for rows in trained.split(max(1, _CHUNK_LOGITS // weight.shape[0])):
             logits = nn.functional.linear(hidden[rows], weight, bias).float()
-            slope = scale.apply_(logits) if grad is not None else scale.apply_(logits, with_slope=False)
+            slope = scale.apply_(logits, with_slope=wants_grad)
             targets = labels[rows].unsqueeze(1)
             log_normalizer = logits.logsumexp(dim=1, keepdim=True)
             loss += (log_normalizer - logits.gather(1, targets)).sum()
-            if grad is not None:
-                # d loss / d logits = softmax - one-hot, in place of the logits
-                probabilities = logits.sub_(log_normalizer).exp_()
-                probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
-                if slope is not None:
-                    probabilities.mul_(slope)
-                grad[rows] = probabilities.to(weight.dtype) @ weight
-        ctx.grad = grad
+            if grad is None:
+                continue
+            # d loss / d logits = softmax - one-hot, in place of the logits
+            probabilities = logits.sub_(log_normalizer).exp_()
+            probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
+            if slope is not None:
+                probabilities.mul_(slope)
+            rounded = probabilities.to(weight.dtype)
+            grad[rows] = rounded @ weight
+            if grad_weight is not None:
+                grad_weight += rounded.t() @ hidden[rows]
+            if grad_bias is not None:
+                grad_bias += probabilities.sum(dim=0)
+        ctx.gradients = grad, grad_weight, grad_bias
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_loss,) = grads
-        gradient, ctx.grad = ctx.grad, None
+        (grad, grad_weight, grad_bias), ctx.gradients = ctx.gradients, None
+        weight_dtype, bias_dtype = ctx.dtypes
         # multiplied in fp32: a loss scale over few tokens is infinite in fp16
-        return (gradient.float() * grad_loss).to(gradient.dtype), None, None, None, None
+        return (
+            (grad.float() * grad_loss).to(grad.dtype),
+            None if grad_weight is None else grad_weight.mul_(grad_loss).to(weight_dtype),
+            None if grad_bias is None else grad_bias.mul_(grad_loss).to(bias_dtype),
+            None,
+            None,
+        )

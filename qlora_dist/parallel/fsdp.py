@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from qlora_dist.adapters.attach import is_lora
 from qlora_dist.config import Config
 from qlora_dist.model.skeleton import COMPUTE_DTYPES, decoder_layers
 from qlora_dist.parallel.compile import compile_layer
@@ -50,7 +51,7 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     offload = config.parallel.offload == "base"
     options: dict[str, Any] = {
         "mesh": meshes.base,
-        "shard_placement_fn": _placement(meshes),
+        "shard_placement_fn": _placement(model, meshes),
         # the bytes are no floating type and stay as they are; gradients are summed in fp32
         "mp_policy": MixedPrecisionPolicy(COMPUTE_DTYPES[config.model.compute_dtype], torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=meshes.base.device_type == "cuda")
@@ -63,7 +64,8 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
         fully_shard(unit, **options)
     fully_shard(model, **options)
 
-    # Neither is needed in backward: the embedding is frozen, and the head computes its gradient in forward.
+    # Neither is needed in backward: an embedding's gradient does not depend on its values, and the head computes its
+    # own in forward.
     embedding.set_unshard_in_backward(False)
     if head in units:
         head.set_unshard_in_backward(False)
@@ -81,19 +83,21 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     return traffic
 
 
-def _placement(meshes: Meshes) -> Callable[[nn.Parameter], Any]:
+def _placement(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Any]:
     """Base along dim 0 of its mesh; adapters over theirs, A along its long side.
 
     A is [r, in]: over a world larger than r, cutting rows would pad it to one row per rank and leave most ranks with
-    nothing. FSDP2 cuts dimensions other than 0 only where they divide.
+    nothing. FSDP2 cuts dimensions other than 0 only where they divide. Modules that are trained whole are read from
+    files, by rows.
     """
     to_adapter_mesh = (lambda placement: placement) if meshes.one_group else MeshPlacement(meshes.adapter)
     shards = meshes.sizes.adapter_shards
+    lora = {id(parameter) for name, parameter in model.named_parameters() if is_lora(name)}
 
     def place(parameter: nn.Parameter) -> Any:
         if not parameter.requires_grad:
             return None
-        wide = parameter.dim() == 2 and parameter.shape[1] > parameter.shape[0]
+        wide = id(parameter) in lora and parameter.dim() == 2 and parameter.shape[1] > parameter.shape[0]
         return to_adapter_mesh(Shard(1 if wide and parameter.shape[1] % shards == 0 else 0))
 
     return place
