@@ -4,11 +4,13 @@ python benchmarks/step.py --base my-model-nf4 --data my-data.jsonl [--what full|
 
 - full: both train on the same rows of `--seq-len` tokens, without padding, from the same first values of the adapter,
   with gradient checkpointing. The losses are compared step by step.
-- packed: the same conversations; ours packed into rows, theirs one to a row and padded to the longest of the batch.
-  Only tokens that are not padding count.
+- packed: conversations; ours packed into rows, theirs one to a row, shuffled and padded to the longest of the batch (as
+  many as are in our rows; `--same`: the very same). Only tokens that are not padding count.
 - ranks: ours, two ranks of one thread each against one process of two threads; of each kind one run after another.
 
-The ways take turns in each repeat and see the same batches; medians are printed. Theirs is what a user would write: the
+The ways take turns in each repeat and see the same batches; medians are printed, of the time that passed and of the
+processor time, which neighbours on the machine disturb less (with more than one thread set OMP_WAIT_POLICY=passive, or
+waiting counts as work). Theirs is what a user would write: the
 4-bit folder in bf16, `get_peft_model` with its defaults (which keep the adapter in fp32), r=16 on all linear layers,
 `model(input_ids, attention_mask, labels)`, torch's fused AdamW, clipping.
 """
@@ -122,24 +124,27 @@ def full_batches(setup: Setup, args: argparse.Namespace) -> Iterator[tuple[Batch
 
 
 def packed_batches(setup: Setup, args: argparse.Namespace) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
-    """Ours: packed rows. Theirs: the same sequences, one to a row, padded to the longest."""
+    """Ours: packed rows. Theirs: as many conversations of the same data, shuffled, one to a row, padded to the longest.
+
+    `--same` gives theirs the very conversations of our rows: the losses are then comparable, but best-fit has put
+    conversations of like lengths together, and they get by with less padding than a shuffled data set needs.
+    """
+    sequences, generator = setup.loader.rows.sequences, torch.Generator().manual_seed(0)
+    order = torch.randperm(len(sequences.lengths), generator=generator).tolist()
     for index in range(10**6):
         (ours,) = setup.loader.window(index)
-        starts = (ours.position_ids == 0).flatten().nonzero().flatten().tolist()
-        ends = [*starts[1:], ours.position_ids.numel()]
-        ids, labels = ours.input_ids.flatten(), ours.labels.flatten()
-        cut = [(a, b) for a, b in zip(starts, ends, strict=True) if (labels[a:b] != IGNORED).any()]  # no padding tail
-        longest = max(b - a for a, b in cut)
-        theirs = {
-            "input_ids": torch.full((len(cut), longest), setup.loader.rows.pad_id),
-            "attention_mask": torch.zeros(len(cut), longest, dtype=torch.int64),
-            "labels": torch.full((len(cut), longest), IGNORED),
-        }
-        for row, (a, b) in enumerate(cut):
-            theirs["input_ids"][row, : b - a] = ids[a:b]
-            theirs["attention_mask"][row, : b - a] = 1
-            theirs["labels"][row, 1 : b - a] = labels[a : b - 1]
-        yield ours, theirs
+        chosen = [s for row in setup.loader.indices(index) for s in range(*setup.loader.rows.offsets[row : row + 2])]
+        if not args.same:
+            chosen, order = order[: len(chosen)], order[len(chosen) :]
+        spans = [slice(*sequences.offsets[s : s + 2]) for s in chosen]
+        shape = len(spans), max(span.stop - span.start for span in spans)
+        ids, mask, labels = (torch.full(shape, v) for v in (setup.loader.rows.pad_id, 0, IGNORED))
+        for row, span in enumerate(spans):
+            tokens, trained = (torch.from_numpy(t[span]) for t in (sequences.tokens, sequences.trained))
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens.long(), 1
+            labels[row, : len(tokens)] = torch.where(trained, tokens.long(), IGNORED)
+            labels[row, 0] = IGNORED
+        yield ours, {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -153,48 +158,60 @@ def compare(args: argparse.Namespace) -> None:
         theirs = their_step(args)
         batches = (full_batches if args.what == "full" else packed_batches)(setup, args)
 
-        seconds: dict[str, list[float]] = {way: [] for way in ("transformers", *ways)}
+        seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ("transformers", *ways)}
         losses: dict[str, list[float]] = {way: [] for way in seconds}
-        counts, padded = [], []
+        counts: list[tuple[int, int]] = []
+        padded = []
         for repeat in range(-args.warmup, args.repeats):
             ours_batch, their_batch = next(batches)
             runs: dict[str, Callable[[], float]] = {"transformers": lambda b=their_batch: theirs(b)}
             for way, step in ways.items():
                 runs[way] = lambda step=step, b=ours_batch: step([b])
             for way, run in runs.items():
-                started = time.perf_counter()
+                started = time.perf_counter(), time.process_time()
                 losses[way].append(run())
                 if repeat >= 0:
-                    seconds[way].append(time.perf_counter() - started)
+                    seconds[way].append((time.perf_counter() - started[0], time.process_time() - started[1]))
             if repeat >= 0:
-                counts.append(int(their_batch["attention_mask"].sum()))
+                ours_tokens = setup.loader.tokens(repeat + args.warmup) if args.what == "packed" else None
+                their_tokens = int(their_batch["attention_mask"].sum())
+                counts.append((their_tokens, their_tokens if ours_tokens is None else ours_tokens))
                 padded.append(their_batch["attention_mask"].numel())
     report(args, seconds, losses, counts, padded)
 
 
 def report(
     args: argparse.Namespace,
-    seconds: dict[str, list[float]],
+    seconds: dict[str, list[tuple[float, float]]],
     losses: dict[str, list[float]],
-    counts: list[int],
+    counts: list[tuple[int, int]],
     padded: list[int],
 ) -> None:
     rate, flops = matrix_rate(args.threads), matrix_flops_per_token(args)
-    table = Table("way", "tokens/s", "ratio", "of the matrix rate", "first loss", "last loss", "largest difference")
-    reference = statistics.median(n / s for n, s in zip(counts, seconds["transformers"], strict=True))
+    columns = ("tokens/s", "ratio", "ratio of processor time", "of the matrix rate", "first loss", "last loss")
+    table = Table("way", *columns, "largest difference")
     for way, times in seconds.items():
-        tokens_per_s = statistics.median(n / s for n, s in zip(counts, times, strict=True))
-        ratio = statistics.median(t / s for t, s in zip(seconds["transformers"], times, strict=True))
+        side = int(way != "transformers")
+        tokens_per_s = statistics.median(n[side] / s for n, (s, _) in zip(counts, times, strict=True))
+        ratios = [
+            statistics.median(
+                (n[side] / ours[i]) / (n[0] / theirs[i])
+                for n, theirs, ours in zip(counts, seconds["transformers"], times, strict=True)
+            )
+            for i in (0, 1)
+        ]
         off = max(abs(a / b - 1) for a, b in zip(losses[way], losses["transformers"], strict=True))
         share = f"{tokens_per_s * flops / rate:.0%}" if args.what == "full" else "-"
-        row = [f"{tokens_per_s:.0f}", f"{ratio:.2f}", share, f"{losses[way][0]:.5f}", f"{losses[way][-1]:.5f}"]
-        table.add_row(way, *row, f"{off:.1e}")
+        row = [f"{tokens_per_s:.0f}", *(f"{r:.2f}" for r in ratios), share]
+        same = args.what == "full" or args.same
+        table.add_row(way, *row, f"{losses[way][0]:.5f}", f"{losses[way][-1]:.5f}", f"{off:.1e}" if same else "-")
     console = Console(width=120)
     console.print(table)
     console.print(
         f"{args.threads} threads; matrix rate {rate / 1e9:.0f} GFLOP/s in bf16, {flops / 1e9:.2f} GFLOP per token in "
-        f"matrices; {statistics.mean(counts):.0f} tokens a step, in theirs with padding "
-        f"{statistics.mean(padded):.0f}; transformers' median {reference:.0f} tokens/s"
+        f"matrices; {statistics.mean(n for _, n in counts):.0f} tokens a step, in theirs "
+        f"{statistics.mean(n for n, _ in counts):.0f} and with padding "
+        f"{statistics.mean(padded):.0f}"
     )
 
 
@@ -274,6 +291,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of `ranks`")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpointing", choices=["none", "full"], default="full")
+    parser.add_argument("--same", action="store_true", help="packed: the same conversations for both")
     parser.add_argument("--attention", help="model.attention; default: the configuration's")
     parser.add_argument("--compile", action="store_true", help="also compiled (`train.compile`)")
     parser.add_argument("--parallel-base", default="world", help=argparse.SUPPRESS)
