@@ -84,7 +84,7 @@ def attach_adapter(model: nn.Module, config: peft.LoraConfig) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_lora(name))
     for path, module in model.named_modules():
-        if path.rpartition(".")[2] in whole:  # in its place: PEFT would keep the frozen module beside the trained one
+        if path in whole:  # in its place: PEFT would keep the frozen module beside the trained one
             module.to(torch.float32)
             module.requires_grad_(True)
     for module in model.modules():
@@ -94,19 +94,19 @@ def attach_adapter(model: nn.Module, config: peft.LoraConfig) -> None:
 
 
 def _modules_to_save(model: nn.Module, names: list[str], base: str) -> list[str]:
-    """Check the names of modules that are to be trained whole."""
-    known = set()
+    """The whole names of modules that are to be trained whole: PEFT takes a part for the end of any name."""
+    paths: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         parameters = list(module.parameters(recurse=False))
         if parameters and all(p.is_floating_point() and p.dim() < 3 for p in parameters):
-            known.add(path.rpartition(".")[2])
+            paths.setdefault(path.rpartition(".")[2], []).append(path)
     for name in names:
-        if name not in known:
+        if name not in paths:
             raise UserError(
                 f"lora.modules_to_save: {name} is no module of {base} whose own weights are in 16 bit; choose from "
-                f"{', '.join(sorted(known))}"
+                f"{', '.join(sorted(paths))}"
             )
-    return sorted(set(names))
+    return sorted(path for name in set(names) for path in paths[name])
 
 
 def is_lora(name: str) -> bool:

@@ -10,25 +10,27 @@ import peft
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import ADAPTER_NAME, adapter_parameters
 
 
-def export_adapter(model: nn.Module, config: peft.LoraConfig, out: Path) -> None:
+def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32), as `PeftModel.from_pretrained` reads them.
 
     Called on all ranks: each parameter is gathered by all, and kept by rank 0 alone. The folder appears complete or
     not at all; one of that name is replaced.
     """
     tensors: dict[str, torch.Tensor] = {}
+    tied = _tied(model)
     for name, parameter in adapter_parameters(model):
         whole = parameter.detach()
         if isinstance(whole, DTensor):
             whole = whole.full_tensor()
         if dist.get_rank() == 0:
-            tensors[_peft_key(name)] = whole.float().cpu().contiguous().clone()
+            for key in (name, *tied.get(name, ())):
+                tensors[_peft_key(key)] = whole.float().cpu().contiguous().clone()
     if dist.get_rank() == 0:
         partial = out.with_name(out.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -38,6 +40,15 @@ def export_adapter(model: nn.Module, config: peft.LoraConfig, out: Path) -> None
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     dist.barrier()
+
+
+def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
+    """By the name of a parameter, other names under which PEFT looks for it: those of a tied output head."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if any(True for _ in head.parameters()):
+        return {}
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {f"{paths[id(embedding)]}.weight": [f"{paths[id(head)]}.weight"]}
 
 
 def _peft_key(name: str) -> str:

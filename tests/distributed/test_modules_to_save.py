@@ -1,0 +1,106 @@
+"""If this fails, modules that are trained whole are not trained as by plain autograd, or get lost on the way out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import tiny
+import torch
+from architectures import dequantized_model
+from ranks import run_ranks
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from trained import PROMPT, losses, train_and_give_logits
+
+from qlora_dist.adapters.attach import first_values
+from qlora_dist.config import Config
+from qlora_dist.config_file import load_config
+from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
+from qlora_dist.train.run_dir import run_path
+from qlora_dist.train.setup import set_up
+
+STEPS = 4
+
+
+def reference_losses(config: Config, source: Path, quantized: Path, names: list[str]) -> list[float]:
+    """The same run in one process by plain autograd, the named modules trained in place."""
+    setup = set_up(config, ranks_from_environment({}))
+    model = dequantized_model(source, quantized)
+    lora = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=setup.adapter.target_modules)
+    model = peft.get_peft_model(model, lora).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(first_values(name.removeprefix("base_model.model."), parameter.shape, 0))
+            elif any(part in names for part in name.split(".")):
+                parameter.requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.optim.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    result = []
+    for step in range(STEPS):
+        window = setup.loader.window(step)
+        tokens, total = sum(int((batch.labels != -100).sum()) for batch in window), 0.0
+        for batch in window:
+            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+            loss = cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum") / tokens
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        result.append(total)
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tied", "names", "layout"),
+    [
+        (False, ["embed_tokens", "lm_head", "norm"], (2, 1, "world")),
+        (True, ["embed_tokens"], (2, 1, "world")),
+        (True, ["embed_tokens"], (4, 2, "node")),
+    ],
+)
+def test_modules_trained_whole(tied: bool, names: list[str], layout: tuple[int, int, str], tmp_path: Path) -> None:
+    source = tiny.make_model(tmp_path / "source", dtype=torch.float32, tie_word_embeddings=tied)
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions()).out
+    path = tiny.make_config(tmp_path, quantized, train__steps=STEPS, optim__warmup_steps=0)
+    world_size, nodes, base = layout
+    overrides = ["optim.schedule=constant", f"lora.modules_to_save={json.dumps(names)}"]
+    one, many = (
+        load_config(path, [*overrides, f"run.name=ranks-{n}", f"parallel.base={base}", f"train.micro_batch={12 // n}"])
+        for n in (1, world_size)
+    )
+    run_ranks(1, train_and_give_logits, one)
+    logits = torch.from_numpy(run_ranks(world_size, train_and_give_logits, many, nodes=nodes)[0])
+    assert losses(many) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(one) == pytest.approx(reference_losses(one, source, quantized, names), rel=1e-5)
+
+    tensors = load_file(run_path(many.run) / "adapter" / "adapter_model.safetensors")
+    trained = tensors["base_model.model.model.embed_tokens.weight"]
+    before = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    assert (trained - before).abs().max() > 1e-3
+
+    plain = dequantized_model(source, quantized)
+    adapted = peft.PeftModel.from_pretrained(plain, run_path(many.run) / "adapter").eval()
+    with torch.no_grad():
+        theirs = adapted(input_ids=PROMPT, use_cache=False).logits
+    torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_an_unknown_module_is_refused(tiny_llama_nf4: Path, tmp_path: Path) -> None:
+    path = tiny.make_config(tmp_path, tiny_llama_nf4)
+    with pytest.raises(UserError, match=r"lora\.modules_to_save: q_proj is no module .* choose from embed_tokens, "):
+        set_up(load_config(path, ["lora.modules_to_save=[q_proj]"]), ranks_from_environment({}))
+
+
+def test_a_model_without_experts_has_none_to_adapt(tiny_llama_nf4: Path, tmp_path: Path) -> None:
+    path = tiny.make_config(tmp_path, tiny_llama_nf4)
+    with pytest.raises(UserError, match=r"lora\.experts: .* has no experts in 4 bit"):
+        set_up(load_config(path, ["lora.experts=true"]), ranks_from_environment({}))
