@@ -61,7 +61,14 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
         check_packable(model)
     adapter = peft_config(model, config.lora, config.model.base)
     attach_adapter(model, adapter)
-    train_rows, eval_rows, stats = prepare(config.data, load_tokenizer(folder.path))
+    tokenizer = load_tokenizer(folder.path)
+    rows = model.config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{folder.path}: its tokenizer knows {len(tokenizer):,} tokens and its embedding has {rows:,} rows; resize the "
+            "embedding of the original model (resize_token_embeddings of transformers), save it and quantize it again"
+        )
+    train_rows, eval_rows, stats = prepare(config.data, tokenizer)
     loader = Loader(
         train_rows,
         global_batch=config.train.global_batch,

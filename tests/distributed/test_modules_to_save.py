@@ -104,3 +104,10 @@ def test_a_model_without_experts_has_none_to_adapt(tiny_llama_nf4: Path, tmp_pat
     path = tiny.make_config(tmp_path, tiny_llama_nf4)
     with pytest.raises(UserError, match=r"lora\.experts: .* has no experts in 4 bit"):
         set_up(load_config(path, ["lora.experts=true"]), ranks_from_environment({}))
+
+
+def test_tokens_that_the_embedding_has_no_rows_for(tmp_path: Path) -> None:
+    base = tiny.make_model(tmp_path / "model", vocab_size=300)  # of 310 that the tokenizer knows
+    path = tiny.make_config(tmp_path, base)
+    with pytest.raises(UserError, match=r"its tokenizer knows \d+ tokens and its embedding has 300 rows; resize"):
+        set_up(load_config(path), ranks_from_environment({}))
