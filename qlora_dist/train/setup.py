@@ -14,7 +14,7 @@ from qlora_dist.adapters.attach import attach_adapter, peft_config
 from qlora_dist.config import Config
 from qlora_dist.data.loader import Loader, eval_batches
 from qlora_dist.data.prepare import prepare
-from qlora_dist.data.rows import Batch
+from qlora_dist.data.rows import Batch, Rows
 from qlora_dist.data.sequences import Stats
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
@@ -61,14 +61,8 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
         check_packable(model)
     adapter = peft_config(model, config.lora, config.model.base)
     attach_adapter(model, adapter)
-    tokenizer = load_tokenizer(folder.path)
-    rows = model.config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"{folder.path}: its tokenizer knows {len(tokenizer):,} tokens and its embedding has {rows:,} rows; resize the "
-            "embedding of the original model (resize_token_embeddings of transformers), save it and quantize it again"
-        )
-    train_rows, eval_rows, stats = prepare(config.data, tokenizer)
+    train_rows, eval_rows, stats = prepare(config.data, load_tokenizer(folder.path))
+    _check_ids(folder, model, [train_rows, *([eval_rows] if eval_rows is not None else [])])
     loader = Loader(
         train_rows,
         global_batch=config.train.global_batch,
@@ -83,6 +77,16 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
         else []
     )
     return Setup(config, ranks, device, sizes, folder, model, adapter, loader, held_out, stats)
+
+
+def _check_ids(folder: ModelFolder, model: PreTrainedModel, data: list[Rows]) -> None:
+    size = model.config.get_text_config().vocab_size
+    largest = max(int(rows.sequences.tokens.max()) for rows in data)
+    if largest >= size:
+        raise UserError(
+            f"{folder.path}: the data's tokens go up to number {largest:,} and the embedding has {size:,} rows; resize it "
+            "(resize_token_embeddings of transformers), save the model and quantize it again"
+        )
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

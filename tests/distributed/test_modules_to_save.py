@@ -107,7 +107,9 @@ def test_a_model_without_experts_has_none_to_adapt(tiny_llama_nf4: Path, tmp_pat
 
 
 def test_tokens_that_the_embedding_has_no_rows_for(tmp_path: Path) -> None:
-    base = tiny.make_model(tmp_path / "model", vocab_size=300)  # of 310 that the tokenizer knows
+    base = tiny.make_model(tmp_path / "model", vocab_size=250)  # of 310 that the tokenizer knows
     path = tiny.make_config(tmp_path, base)
-    with pytest.raises(UserError, match=r"its tokenizer knows \d+ tokens and its embedding has 300 rows; resize"):
+    with pytest.raises(
+        UserError, match=r"the data's tokens go up to number \d+ and the embedding has 250 rows; resize"
+    ):
         set_up(load_config(path), ranks_from_environment({}))
