@@ -9,6 +9,12 @@ import torch
 import transformers
 from tiny import make_tokenizer
 
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.matrices import matrices, quantizable
+from qlora_dist.model.origins import find_origins
+from qlora_dist.nf4.quantize import dequantize
+from qlora_dist.nf4.safetensors_file import Reader
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -137,3 +143,31 @@ def make_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float3
     model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def plain_model(source: Path, quantized: Path, embeddings: bool = False) -> transformers.PreTrainedModel:
+    """transformers' own model of the 16 bit folder, each weight replaced by what its 4 bits stand for; those of
+    embeddings too, if asked for."""
+    config = transformers.AutoConfig.from_pretrained(source)
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation=attention
+    )
+    folder = ModelFolder(quantized)
+    origins = find_origins(model, [*folder.entries, *folder.quantized])
+    with Reader() as reader, torch.no_grad():
+        for target in quantizable(model, embeddings):
+            weights = []
+            for matrix in matrices(target, origins[target.name]):
+                entry = folder.quantized[matrix.name]
+                packed = torch.empty(entry.layout.total_bytes, dtype=torch.uint8)
+                entry.read_range(reader, packed, 0)
+                weights.append(dequantize(packed, entry.layout, torch.float32))
+            if target.experts:
+                each = len(weights) // target.experts
+                stacked = [torch.cat(weights[i * each : (i + 1) * each]) for i in range(target.experts)]
+                whole = torch.stack([w.T for w in stacked] if target.transposed else stacked)
+            else:
+                whole = weights[0].T if target.transposed else weights[0]
+            model.get_parameter(target.name).copy_(whole)
+    return model

@@ -10,8 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
-import transformers
-from architectures import ARCHITECTURES, make_architecture
+from architectures import ARCHITECTURES, make_architecture, plain_model
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -20,12 +19,8 @@ from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.matrices import matrices, quantizable
-from qlora_dist.model.origins import find_origins
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
-from qlora_dist.nf4.quantize import dequantize
-from qlora_dist.nf4.safetensors_file import Reader
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.run import run
@@ -47,33 +42,6 @@ def train_and_give_logits(config: Config) -> np.ndarray:
         with torch.no_grad():
             logits = setup.model(input_ids=PROMPT, use_cache=False).logits
     return logits.float().numpy()
-
-
-def plain_model(source: Path, quantized: Path) -> transformers.PreTrainedModel:
-    """transformers' own model of the 16 bit folder, each weight replaced by what its 4 bits stand for."""
-    config = transformers.AutoConfig.from_pretrained(source)
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, attn_implementation=attention
-    )
-    folder = ModelFolder(quantized)
-    origins = find_origins(model, [*folder.entries, *folder.quantized])
-    with Reader() as reader, torch.no_grad():
-        for target in quantizable(model):
-            weights = []
-            for matrix in matrices(target, origins[target.name]):
-                entry = folder.quantized[matrix.name]
-                packed = torch.empty(entry.layout.total_bytes, dtype=torch.uint8)
-                entry.read_range(reader, packed, 0)
-                weights.append(dequantize(packed, entry.layout, torch.float32))
-            if target.experts:
-                each = len(weights) // target.experts
-                stacked = [torch.cat(weights[i * each : (i + 1) * each]) for i in range(target.experts)]
-                whole = torch.stack([w.T for w in stacked] if target.transposed else stacked)
-            else:
-                whole = weights[0].T if target.transposed else weights[0]
-            model.get_parameter(target.name).copy_(whole)
-    return model
 
 
 def losses(config: Config) -> list[float]:
