@@ -64,6 +64,9 @@ def quantize(
     quant_type: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
     block_size: Annotated[int, typer.Option(help="Weights per absmax.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the absmax values too.")] = True,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Quantize the input embedding and the output head too.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     file_size: Annotated[str, typer.Option(help="Largest size of a file, such as 5GB.")] = "5GB",
     min_share: Annotated[
@@ -78,7 +81,7 @@ def quantize(
     from qlora_dist.model.quantize_plan import make_options
 
     console = Console()
-    options = make_options(quant_type, block_size, double_quant, device, file_size, min_share)
+    options = make_options(quant_type, block_size, double_quant, device, file_size, min_share, embeddings)
     print_report(quantize_folder(source, out, options, console), console)
 
 

@@ -34,6 +34,9 @@ class ModelConfig(Section):
     """Weights that share one absmax, when the base is quantized on loading."""
     double_quant: bool = True
     """Quantize the absmax values too (QLoRA, section 3: Double Quantization), when quantized on loading."""
+    embeddings: Literal["16bit", "4bit"] = "16bit"
+    """4bit: quantize the input embedding and the output head on loading too, where the folder does not have them in
+    4 bit already."""
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the forward and backward pass, and of the base's parameters that stay unquantized."""
     attention: Literal["sdpa", "eager"] = "sdpa"

@@ -145,8 +145,9 @@ def make_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float3
     return folder
 
 
-def dequantized_model(source: Path, quantized: Path) -> transformers.PreTrainedModel:
-    """transformers' own model of the 16 bit folder, each weight replaced by what its 4 bits stand for."""
+def dequantized_model(source: Path, quantized: Path, embeddings: bool = False) -> transformers.PreTrainedModel:
+    """transformers' own model of the 16 bit folder, each weight replaced by what its 4 bits stand for; those of
+    embeddings too, if asked for."""
     config = transformers.AutoConfig.from_pretrained(source)
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -155,7 +156,7 @@ def dequantized_model(source: Path, quantized: Path) -> transformers.PreTrainedM
     folder = ModelFolder(quantized)
     origins = find_origins(model, [*folder.entries, *folder.quantized])
     with Reader() as reader, torch.no_grad():
-        for target in quantizable(model):
+        for target in quantizable(model, embeddings):
             weights = []
             for matrix in matrices(target, origins[target.name]):
                 entry = folder.quantized[matrix.name]

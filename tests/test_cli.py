@@ -69,11 +69,19 @@ def test_quantize(tiny_llama, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == (
-        f"{out}: 77.0 % of 179,648 parameters are in 4 bit, 99.7 % of those outside embeddings and output head"
+        f"{out}: 77.0 % of 179,648 parameters are in 4 bit, 99.7 % of those outside unquantized embeddings and output "
+        "head"
     )
     assert "  not quantized: lm_head.weight (20,480)" in lines
     assert "  not quantized: model.layers.*.input_layernorm.weight (192)" in lines
     assert (out / "model-00002-of-00006.safetensors").exists()
+
+
+def test_quantize_embeddings(cli, tiny_llama, tmp_path):
+    code, out, err = cli("quantize", "--embeddings", tiny_llama, tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "99.8 % of 179,648 parameters are in 4 bit, 99.8 % of those outside unquantized embeddings" in out
+    assert "lm_head" not in out
 
 
 def imported(stderr: str) -> set[str]:

@@ -264,6 +264,18 @@ def configuration_reference() -> str:
     return "\n\n".join(parts)
 
 
+def test_size_of_embeddings_in_4_bit() -> None:
+    text = " ".join((ROOT / "docs" / "memory.md").read_text().split())
+    lora = load_config(ROOT / "configs/recipes/llama-3.1-8b.yaml").lora
+
+    def elements(embeddings: Any) -> int:
+        units = decoder_units(LLAMAS["8B"], lora, embeddings=embeddings)
+        return sum(p.numel for unit in units if unit.kind in ("embedding", "head") for p in unit.parameters)
+
+    in_4_bit, in_16_bit = elements("4bit"), 2 * elements("16bit")
+    assert f"{in_4_bit / 1e9:.2f} GB instead of {in_16_bit / 1e9:.1f} GB in bf16" in text
+
+
 def test_memory_table() -> None:
     text = (ROOT / "docs" / "memory.md").read_text()
     for name, model in LLAMAS.items():

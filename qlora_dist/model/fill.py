@@ -15,6 +15,7 @@ from qlora_dist.model.deal import Piece, local_range, pieces, quantize_in_turn
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.skeleton import LossModel, decoder_layers, origin_names
 from qlora_dist.model.stream import ShardInFolder, Stream
+from qlora_dist.nf4.embedding import NF4Vocabulary
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.read_ahead import Reading
@@ -62,9 +63,9 @@ def fill(
                 name = parameter_names[id(parameter)]
                 if is_lora(name):
                     _fill_adapter(parameter, name, seed)
-                elif isinstance(module, NF4Linear | NF4Experts) and parameter is module.packed:
+                elif isinstance(module, NF4Linear | NF4Experts | NF4Vocabulary) and parameter is module.packed:
                     matrices = model.matrices[names[name]]
-                    if folder.is_quantized:
+                    if matrices[0].name in folder.quantized:
                         shards.append(_shard(parameter, tuple(matrix.name for matrix in matrices), folder))
                     else:
                         to_quantize += pieces(parameter, module.layout, matrices)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qlora_dist.model.logits import UNSCALED, LogitScale
+from qlora_dist.nf4.embedding import NF4Vocabulary
 
 IGNORE = -100
 """Label of a position that is not trained."""
@@ -38,7 +39,7 @@ class _LossHead:
         """hidden: [..., h] -> logits [..., vocabulary], or with labels int64[...] the summed loss, fp32[]."""
         if labels is None:
             return super().forward(hidden)  # type: ignore[misc]
-        return summed_loss(hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), self.scale)  # type: ignore[attr-defined]
+        return summed_loss(hidden.flatten(0, -2), _weight(self, hidden), self.bias, labels.flatten(), self.scale)  # type: ignore[attr-defined]
 
 
 class _SharedEmbedding:
@@ -51,8 +52,8 @@ class _SharedEmbedding:
         if not x.is_floating_point():
             return super().forward(x)  # type: ignore[misc]
         if labels is None:
-            return nn.functional.linear(x, self.weight)  # type: ignore[attr-defined]
-        return summed_loss(x.flatten(0, -2), self.weight, None, labels.flatten(), self.scale)  # type: ignore[attr-defined]
+            return nn.functional.linear(x, _weight(self, x))
+        return summed_loss(x.flatten(0, -2), _weight(self, x), None, labels.flatten(), self.scale)
 
 
 class SharedHead(nn.Module):
@@ -65,6 +66,11 @@ class SharedHead(nn.Module):
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """As the loss head."""
         return self._embedding[0](hidden, labels)
+
+
+def _weight(module: object, like: torch.Tensor) -> torch.Tensor:
+    """[vocabulary, h]; one in 4 bit is dequantized for the call."""
+    return module.dequantize(like.dtype) if isinstance(module, NF4Vocabulary) else module.weight  # type: ignore[attr-defined,no-any-return]
 
 
 def summed_loss(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -38,6 +38,7 @@ class Target:
     transposed: bool
     """[in_features, out_features] in the model and in a 16 bit folder."""
     has_bias: bool = False
+    role: Literal["layer", "embedding", "head"] = "layer"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,13 @@ class Matrix:
     transposed: bool
 
 
-def quantizable(model: PreTrainedModel) -> Iterator[Target]:
-    """Every linear layer but the output head, as transformers' bitsandbytes has it, and the experts' projections."""
+def quantizable(model: PreTrainedModel, embeddings: bool = False) -> Iterator[Target]:
+    """Every linear layer but the output head, as transformers' bitsandbytes has it, and the experts' projections.
+
+    Args:
+        model: transformers' own class.
+        embeddings: the input embedding and the output head too; one target where they are one matrix.
+    """
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if _is_plain_linear(module) and module is not head:
@@ -69,6 +75,15 @@ def quantizable(model: PreTrainedModel) -> Iterator[Target]:
                 transposed = getattr(module, "is_transposed", True)  # Llama-4's, which has no such attribute, is
                 path = f"{name}.{weight}"
                 yield Target(path, path, tuple(shape[::-1] if transposed else shape), experts, transposed)
+        if embeddings and module is model.get_input_embeddings():
+            yield Target(f"{name}.weight", name, tuple(module.weight.shape), 0, False, role="embedding")
+        if embeddings and module is head and not is_tied(model):
+            yield Target(f"{name}.weight", name, tuple(module.weight.shape), 0, False, role="head")
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output head has the embedding's weight."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:

@@ -48,6 +48,9 @@ class Report:
 def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: Console | None = None) -> Report:
     """Quantize every linear layer but the output head, experts included, in bitsandbytes' serialized format.
 
+    With `options.embeddings` the input embedding and the output head too, once if they are one matrix. transformers
+    knows no embedding in 4 bit and does not load such a folder.
+
     An expert's matrix has scales of its own. Where a checkpoint keeps all experts in one tensor, the matrix of number
     3 is called TENSOR.3.weight; no other tool has such weights in 4 bit.
 
@@ -69,8 +72,8 @@ def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: 
         share = 100 * plan.counts.share
         kept = ", ".join(name for name, _ in Counter(plan.counts.left).most_common(3))
         raise UserError(
-            f"{source}: only {share:.1f} % of the parameters outside embeddings and output head would be in 4 bit (the "
-            f"largest others: {kept}); if that is what you want, say --min-share {int(share) / 100}"
+            f"{source}: only {share:.1f} % of the parameters outside unquantized embeddings and output head would be "
+            f"in 4 bit (the largest others: {kept}); if that is what you want, say --min-share {int(share) / 100}"
         )
     partial = out.with_name(out.name + ".partial")
     started = time.perf_counter()
@@ -124,7 +127,7 @@ def print_report(report: Report, console: Console) -> None:
     counts = report.counts
     lines = [
         f"{report.out}: {100 * counts.quantized / counts.parameters:.1f} % of {counts.parameters:,} parameters are in "
-        f"4 bit, {100 * counts.share:.1f} % of those outside embeddings and output head"
+        f"4 bit, {100 * counts.share:.1f} % of those outside unquantized embeddings and output head"
     ]
     lines += [
         f"  not quantized: {name} ({count:,})" for name, count in sorted(counts.left.items(), key=lambda item: -item[1])
@@ -222,7 +225,7 @@ def _finish(
         "bnb_4bit_use_double_quant": options.double_quant,
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": sorted({plan.head, "lm_head"}),
+        "llm_int8_skip_modules": plan.skipped,
     }
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (partial / _PLAN).unlink()

@@ -14,6 +14,7 @@ from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.matrices import Matrix, layout_of, matrices, quantizable
 from qlora_dist.model.origins import find_origins
 from qlora_dist.model.skeleton import causal_lm_on_meta
+from qlora_dist.nf4.embedding import check_class
 from qlora_dist.nf4.layout import BLOCK_SIZES, NF4Layout, QuantType
 
 
@@ -28,7 +29,10 @@ class QuantizeOptions:
     file_bytes: int = 5_000_000_000
     """Largest size of one of the files; a tensor that is larger has a file of its own."""
     min_share: float = 0.9
-    """Refuse a model of whose parameters, outside embeddings and output head, a smaller part would be in 4 bit."""
+    """Refuse a model of whose parameters, outside unquantized embeddings and output head, a smaller part would be in
+    4 bit."""
+    embeddings: bool = False
+    """The input embedding and the output head too."""
 
 
 def parse_size(text: str) -> int:
@@ -45,7 +49,13 @@ def parse_size(text: str) -> int:
 
 
 def make_options(
-    quant_type: str, block_size: int, double_quant: bool, device: str, file_size: str, min_share: float = 0.9
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    device: str,
+    file_size: str,
+    min_share: float = 0.9,
+    embeddings: bool = False,
 ) -> QuantizeOptions:
     """Options from the command line.
 
@@ -64,7 +74,8 @@ def make_options(
         raise UserError(f"--min-share {min_share}: is no part of a whole; write a number from 0 to 1")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return QuantizeOptions(quant_type, block_size, double_quant, device, parse_size(file_size), min_share)  # type: ignore[arg-type]
+    file_bytes = parse_size(file_size)
+    return QuantizeOptions(quant_type, block_size, double_quant, device, file_bytes, min_share, embeddings)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -74,13 +85,13 @@ class Counts:
     parameters: int
     quantized: int
     outside_layers: int
-    """Of embeddings and the output head, in as many bits as before."""
+    """Of those embeddings, and of the output head if it is one, that are in as many bits as before."""
     left: dict[str, int]
     """Of tensors that stay as they were, by name without layer numbers."""
 
     @property
     def share(self) -> float:
-        """The part of the parameters outside embeddings and output head that is in 4 bit."""
+        """The part of the parameters outside unquantized embeddings and output head that is in 4 bit."""
         return self.quantized / max(1, self.parameters - self.outside_layers)
 
 
@@ -90,8 +101,8 @@ class Plan:
 
     weights: dict[str, list[tuple[Matrix, NF4Layout]]]
     """By tensor, the matrices in it that are quantized; none: it is copied."""
-    head: str
-    """Name of the output head in transformers' class."""
+    skipped: list[str]
+    """Linear layers outside the decoder's that stay as they were, by name in transformers' class."""
     counts: Counts
 
 
@@ -104,9 +115,13 @@ def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
     model = causal_lm_on_meta(folder, torch.bfloat16)
     origins = find_origins(model, folder.entries)
     weights: dict[str, list[tuple[Matrix, NF4Layout]]] = {name: [] for name in folder.entries}
-    for target in quantizable(model):
+    head_in_4_bit = False
+    for target in quantizable(model, options.embeddings):
         if target.name not in origins:
             raise UserError(f"{folder.path}: the weight {target.name} is missing; get the folder anew")
+        if target.role != "layer":
+            check_class(model.get_submodule(target.module))
+            head_in_4_bit |= target.role == "head"
         parts = matrices(target, origins[target.name])
         layout = layout_of(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
         for matrix in parts:
@@ -119,7 +134,9 @@ def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
         if module is head or isinstance(module, nn.Embedding):
             names = [f"{path}.{name}" for name in module._parameters]
             outside |= {key for name in names if name in origins for key in origins[name].keys}
-    return Plan(weights, head_name, _count(folder, weights, outside))
+    outside = {key for key in outside if not weights[key]}
+    skipped = [] if head_in_4_bit else sorted({head_name, "lm_head"})
+    return Plan(weights, skipped, _count(folder, weights, outside))
 
 
 def _count(folder: ModelFolder, weights: dict[str, list[tuple[Matrix, NF4Layout]]], outside: set[str]) -> Counts:

@@ -17,8 +17,9 @@ from qlora_dist.model.experts import use_nf4_experts
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.head import SharedHead, give_loss, share
 from qlora_dist.model.logits import LogitScale, decoder_of, measure_head
-from qlora_dist.model.matrices import Matrix, Target, layout_of, matrices, quantizable
+from qlora_dist.model.matrices import Matrix, Target, is_tied, layout_of, matrices, quantizable
 from qlora_dist.model.origins import Origin, find_origins
+from qlora_dist.nf4.embedding import NF4Vocabulary, use_nf4_vocabulary
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.layout import NF4Layout
 from qlora_dist.nf4.linear import NF4Linear
@@ -39,18 +40,19 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
     if config.attention == "sdpa":
         choose_attention(model)
     origins = find_origins(model, [*folder.entries, *folder.quantized])
-    scale = measure_head(model)
+    scale, tied = measure_head(model), is_tied(model)
     in_4_bit: dict[str, Sequence[Matrix]] = {}
-    for target in list(quantizable(model)):
+    for target in list(quantizable(model, embeddings=True)):
         if target.name not in origins:
             raise _missing(folder, target.name)
         parts = matrices(target, origins[target.name])
-        if folder.is_quantized and not any(part.name in folder.quantized for part in parts):
+        asked_for = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
+        if not asked_for and not any(part.name in folder.quantized for part in parts):
             continue  # whoever quantized the folder left this one as it was
         layout = layout_of(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
         _replace(model, target, layout, len(parts), dtype)
         in_4_bit[target.name] = parts
-    _replace_head(model, scale)
+    _replace_head(model, scale, tied)
     model.requires_grad_(False)
     _check_complete(model, origins, folder)
     model.__class__ = type(
@@ -96,7 +98,7 @@ def origin_names(model: nn.Module) -> dict[str, str]:
         ours = path.replace(".base_layer", "")  # an adapter around it
         for name in module._parameters:
             full = f"{ours}.{name}" if ours else name
-            if isinstance(module, NF4Linear) and name == "packed":
+            if isinstance(module, NF4Linear | NF4Vocabulary) and name == "packed":
                 full = f"{ours}.weight"
             elif isinstance(module, NF4Experts):
                 full = ours
@@ -115,6 +117,9 @@ def decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
 def _replace(
     model: transformers.PreTrainedModel, target: Target, layout: NF4Layout, parts: int, dtype: torch.dtype
 ) -> None:
+    if target.role != "layer":
+        use_nf4_vocabulary(model.get_submodule(target.module), layout, dtype)  # type: ignore[arg-type]
+        return
     if not target.experts:
         model.set_submodule(target.module, NF4Linear(layout, target.has_bias, dtype, "meta"))
         return
@@ -125,9 +130,9 @@ def _replace(
     use_nf4_experts(experts)
 
 
-def _replace_head(model: transformers.PreTrainedModel, scale: LogitScale) -> None:
+def _replace_head(model: transformers.PreTrainedModel, scale: LogitScale, tied: bool) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is embedding.weight:
+    if tied:
         share(embedding, scale)
         model.set_output_embeddings(SharedHead(embedding))
     else:

@@ -120,16 +120,48 @@ def dequantize(packed: torch.Tensor, layout: NF4Layout, dtype: torch.dtype) -> t
     shape: the last byte's second code is dequantized too and dropped, and a large block is given as blocks of 1024
     with the same absmax.
     """
-    absmax, block_size = _absmax(packed, layout), layout.block_size
-    numel = 2 * layout.codes.stop
+    weight = _dequantize_flat(packed[layout.codes], _absmax(packed, layout), layout)
+    return weight[: layout.numel].view(layout.shape).to(dtype)
+
+
+def dequantize_rows(packed: torch.Tensor, layout: NF4Layout, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Some rows of the matrix that the bytes stand for, without the others.
+
+    Args:
+        packed: uint8[layout.total_bytes].
+        layout: of a matrix whose columns are a multiple of the block size.
+        rows: int64[n], their numbers.
+        dtype: of the result.
+
+    Returns:
+        dtype[n, columns], the values that `dequantize` gives.
+    """
+    count, columns = layout.shape
+    blocks = columns // layout.block_size
+    assert blocks * layout.block_size == columns, f"rows of {layout.shape} end within a block of {layout.block_size}"
+    codes = packed[layout.codes].view(count, -1)[rows]
+    if layout.double_quant:
+        nested_absmax = packed[layout.nested_absmax].view(torch.float32)
+        block = rows.unsqueeze(1) * blocks + torch.arange(blocks, device=rows.device)
+        scale = nested_absmax[block // NESTED_BLOCK_SIZE]
+        quantized = packed[layout.absmax].view(count, blocks)[rows]
+        absmax = packed[layout.offset].view(torch.float32) + nested_code_table(packed.device)[quantized.int()] * scale
+    else:
+        absmax = packed[layout.absmax].view(torch.float32).view(count, blocks)[rows]
+    return _dequantize_flat(codes.flatten(), absmax.flatten(), layout).view(-1, columns).to(dtype)
+
+
+def _dequantize_flat(codes: torch.Tensor, absmax: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
+    """layout.dtype[2 n] of uint8[n] and fp32[blocks]."""
+    block_size, numel = layout.block_size, 2 * codes.numel()
     if block_size > _LARGEST_KERNEL_BLOCK:
         absmax = absmax.repeat_interleave(block_size // _LARGEST_KERNEL_BLOCK)
         block_size = _LARGEST_KERNEL_BLOCK
     flat = (numel // block_size, block_size) if numel % block_size == 0 else (numel,)
-    weight = torch.ops.bitsandbytes.dequantize_4bit(
-        packed[layout.codes], absmax, block_size, layout.quant_type, flat, TORCH_DTYPES[layout.dtype]
+    weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        codes, absmax, block_size, layout.quant_type, flat, TORCH_DTYPES[layout.dtype]
     )
-    return weight.flatten()[: layout.numel].view(layout.shape).to(dtype)
+    return weight.flatten()
 
 
 def _absmax(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:

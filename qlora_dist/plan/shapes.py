@@ -40,7 +40,11 @@ class Unit:
 
 
 def decoder_units(
-    config: Mapping[str, Any], lora: LoraConfig, block_size: int = 64, double_quant: bool = True
+    config: Mapping[str, Any],
+    lora: LoraConfig,
+    block_size: int = 64,
+    double_quant: bool = True,
+    embeddings: Literal["16bit", "4bit"] = "16bit",
 ) -> list[Unit]:
     """The units of a model, in forward order.
 
@@ -49,9 +53,13 @@ def decoder_units(
         lora: the section `lora`.
         block_size: of the quantized base.
         double_quant: of the quantized base.
+        embeddings: of the input embedding and the output head.
     """
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     embedding = Parameter((vocabulary, hidden))
+    if embeddings == "4bit":
+        layout = NF4Layout((vocabulary, hidden), "nf4", block_size, double_quant)
+        embedding = Parameter((layout.total_bytes,), is_bytes=True)
     layer = Unit("layer", tuple(_layer(config, lora, block_size, double_quant)))
     tied = config.get("tie_word_embeddings", False)
     return [

@@ -84,8 +84,8 @@ def _check_ids(folder: ModelFolder, model: PreTrainedModel, data: list[Rows]) ->
     largest = max(int(rows.sequences.tokens.max()) for rows in data)
     if largest >= size:
         raise UserError(
-            f"{folder.path}: the data's tokens go up to number {largest:,} and the embedding has {size:,} rows; resize it "
-            "(resize_token_embeddings of transformers), save the model and quantize it again"
+            f"{folder.path}: the data's tokens go up to number {largest:,} and the embedding has {size:,} rows; resize "
+            "it (resize_token_embeddings of transformers), save the model and quantize it again"
         )
 
 

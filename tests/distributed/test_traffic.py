@@ -126,6 +126,20 @@ def test_counted_sent_and_planned_bytes_are_equal(
         assert sum(c.received_bytes for c in wire) == sum(planned.values())
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[2]], ids=str)
+def test_embeddings_in_4_bit_are_sent_in_4_bit(layout: tuple[int, int, str, str], config_path: Path) -> None:
+    world_size, nodes, base, adapter = layout
+    overrides = [f"parallel.base={base}", f"parallel.adapter={adapter}", "model.embeddings=4bit"]
+    config = load_config(config_path, overrides)
+    model_config = json.loads((Path(config.model.base) / "config.json").read_text())
+    units = decoder_units(model_config, config.lora, embeddings="4bit")
+    sharding = Sharding(world_size, world_size // nodes, world_size)
+    for wire, counted, accumulation in run_ranks(world_size, two_steps, config, nodes=nodes):
+        planned = step_traffic(units, sharding, accumulation, 4)
+        assert counted == planned
+        assert sum(c.received_bytes for c in wire) == sum(planned.values())
+
+
 def test_no_base_bytes_cross_the_outer_mesh_dimension(config_path: Path) -> None:
     config = load_config(config_path, ["parallel.base=node", "model.compute_dtype=bf16"])
     results = run_ranks(4, two_steps, config, nodes=2)

@@ -19,13 +19,16 @@ import pytest
 import tiny
 import torch
 import transformers
+from architectures import make_architecture
 from rich.console import Console
 from torch import nn
 
 from qlora_dist.errors import UserError
+from qlora_dist.model import quantize_plan
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions, make_options, parse_size
+from qlora_dist.model.skeleton import causal_lm_on_meta
 from qlora_dist.nf4 import read_ahead
 from qlora_dist.nf4.quantize import dequantize, quantize
 from qlora_dist.nf4.safetensors_file import Reader, Writer, read_header
@@ -117,6 +120,54 @@ def test_options_are_those_of_every_weight_and_of_the_configuration(tiny_llama, 
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     weight = model.model.layers[0].self_attn.q_proj.weight
     assert (weight.quant_state.quant_type, weight.quant_state.blocksize) == expected[:2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_too_and_once_if_tied(tmp_path, tied):
+    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=tied)
+    without = quantize_folder(source, tmp_path / "without", QuantizeOptions()).counts
+    counts = quantize_folder(source, tmp_path / "out", QuantizeOptions(embeddings=True)).counts
+    ours, original = our_weights(tmp_path / "out"), ModelFolder(source).entries
+    matrices = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert ours.keys() - our_weights(tmp_path / "without").keys() == matrices
+    with Reader() as reader:
+        for name in matrices:
+            packed, layout = quantize(reader.read(original[name]))
+            assert torch.equal(ours[name], dequantize(packed, layout, torch.bfloat16))
+
+    of_embeddings = len(matrices) * 320 * 64
+    assert counts.parameters == without.parameters
+    assert counts.quantized == without.quantized + of_embeddings
+    assert (counts.outside_layers, without.outside_layers) == (0, of_embeddings)
+    assert counts.share == counts.quantized / counts.parameters > without.share > 0.99
+    assert not matrices & counts.left.keys()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["llm_int8_skip_modules"] == (["lm_head"] if tied else [])
+
+
+def test_embeddings_of_positions_stay_and_count_as_what_they_are(tmp_path):
+    source = make_architecture(tmp_path / "source", "GPT2")
+    counts = quantize_folder(source, tmp_path / "out", QuantizeOptions(embeddings=True)).counts
+    assert counts.outside_layers == 512 * 64
+    assert counts.left["transformer.wpe.weight"] == 512 * 64
+    assert "transformer.wte.weight" not in counts.left
+    assert counts.share == counts.quantized / (counts.parameters - 512 * 64)
+
+
+def test_an_embedding_that_cannot_be_in_4_bit_is_refused_before_anything_is_written(tiny_llama, tmp_path, monkeypatch):
+    class NormalizedEmbedding(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return nn.functional.embedding(ids, self.weight / self.weight.norm())
+
+    def with_another_class(*args: object) -> transformers.PreTrainedModel:
+        model = causal_lm_on_meta(*args)
+        model.get_input_embeddings().__class__ = NormalizedEmbedding
+        return model
+
+    monkeypatch.setattr(quantize_plan, "causal_lm_on_meta", with_another_class)
+    with pytest.raises(UserError, match="NormalizedEmbedding: what this class does"):
+        quantize_folder(tiny_llama, tmp_path / "out", QuantizeOptions(embeddings=True))
+    assert not list(tmp_path.iterdir())
 
 
 def test_fp32_and_fp16_sources_are_rounded_where_bitsandbytes_rounds(tmp_path):

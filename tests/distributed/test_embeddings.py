@@ -1,0 +1,127 @@
+"""If this fails, a model whose embedding and head are in 4 bit is trained on another loss than its weights give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from architectures import dequantized_model, make_architecture
+from ranks import run_ranks
+from torch.nn.functional import cross_entropy
+
+from qlora_dist.config import Config
+from qlora_dist.config_file import load_config
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
+from qlora_dist.nf4.embedding import NF4Embedding, NF4Head
+from qlora_dist.train.run import train
+from qlora_dist.train.run_dir import run_path
+from qlora_dist.train.setup import set_up
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "untied": ("Llama", {}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "rows that end within a block": ("Llama", {"hidden_size": 96, "head_dim": 24}),
+}
+
+
+def train_on(ranks: int, path: Path, name: str, *overrides: str) -> list[float]:
+    """Train and return the losses."""
+    config = load_config(path, [f"run.name={name}-{ranks}", f"train.micro_batch={12 // ranks}", *overrides])
+    run_ranks(ranks, train, config)
+    rows = [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def first_loss(config: Config, model: transformers.PreTrainedModel) -> float:
+    """The loss of transformers' model on what the first step trains on."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in set_up(config, ranks_from_environment({})).loader.window(0):
+            for row, labels, positions in zip(*batch, strict=True):
+                starts = (positions == 0).nonzero().flatten().tolist()
+                for begin, end in zip(starts, [*starts[1:], len(row)], strict=True):
+                    logits = model(input_ids=row[None, begin:end], use_cache=False).logits[0]
+                    total += float(cross_entropy(logits, labels[begin:end], reduction="sum"))
+                    count += int((labels[begin:end] != -100).sum())
+    return total / count
+
+
+def check(source: Path, tmp_path: Path) -> None:
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(embeddings=True)).out
+    path = tiny.make_config(tmp_path, quantized, train__steps=3, optim__warmup_steps=0)
+    from_16_bit = (f"model.base={source}", "model.embeddings=4bit")
+    one = train_on(1, path, "folder")
+    assert len(one) == 3
+    assert train_on(2, path, "folder") == pytest.approx(one, rel=1e-5)
+    for ranks in (1, 2):
+        assert train_on(ranks, path, "on-loading", *from_16_bit) == pytest.approx(one, rel=1e-5)
+    in_4_bit, in_16_bit = dequantized_model(source, quantized, embeddings=True), dequantized_model(source, quantized)
+    config = load_config(path)
+    assert one[0] == pytest.approx(first_loss(config, in_4_bit), rel=1e-5)
+    assert one[0] != pytest.approx(first_loss(config, in_16_bit), rel=1e-4)  # or the test would prove nothing
+    adapter = peft.PeftConfig.from_pretrained(run_path(config.run).parent / "folder-2" / "adapter")
+    assert not {"lm_head", "embed_tokens"} & set(adapter.target_modules)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_are_those_of_the_dequantized_weights(name: str, tmp_path: Path) -> None:
+    arch, settings = MODELS[name]
+    check(tiny.make_model(tmp_path / "source", arch, torch.float32, initializer_range=0.1, **settings), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Gemma2", "GPT2", "Cohere", "GPTNeoX"])
+def test_other_architectures_too(name: str, tmp_path: Path) -> None:
+    """A scaled embedding and a soft cap, embeddings of positions, a factor, and layers of other names."""
+    check(make_architecture(tmp_path / "source", name), tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_4_bit_folder_whose_embeddings_are_in_16_bit(ranks: int, tmp_path: Path) -> None:
+    """As nearly everybody's are: what is missing is quantized on loading."""
+    source = tiny.make_model(tmp_path / "source")
+    path = tiny.make_config(tmp_path, source, train__steps=3)
+    whole = quantize_folder(source, tmp_path / "whole", QuantizeOptions(embeddings=True)).out
+    layers = quantize_folder(source, tmp_path / "layers", QuantizeOptions()).out
+    expected = train_on(1, path, "whole", f"model.base={whole}")
+    losses = train_on(ranks, path, "layers", f"model.base={layers}", "model.embeddings=4bit")
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_head_that_others_have_quantized(tmp_path: Path) -> None:
+    source = tiny.make_model(tmp_path / "source", intermediate_size=192)
+    options = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["nothing"],
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=options, dtype=torch.bfloat16, device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "published")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "published")
+    assert "lm_head.weight" in ModelFolder(tmp_path / "published").quantized
+    path = tiny.make_config(tmp_path, tmp_path / "published", train__steps=3, optim__warmup_steps=0)
+    config = load_config(path)
+    model = set_up(config, ranks_from_environment({})).model
+    assert isinstance(model.get_output_embeddings(), NF4Head)
+    assert not isinstance(model.get_input_embeddings(), NF4Embedding)
+
+    one = train_on(1, path, "run")
+    assert train_on(2, path, "run") == pytest.approx(one, rel=1e-5)
+    whole = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(embeddings=True)).out
+    expected = dequantized_model(source, whole, embeddings=True)
+    original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    expected.model.embed_tokens.weight.data = original.model.embed_tokens.weight.data
+    assert one[0] == pytest.approx(first_loss(config, expected), rel=1e-5)
