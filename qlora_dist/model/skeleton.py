@@ -48,7 +48,7 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
         parts = matrices(target, origins[target.name])
         asked_for = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
         if not asked_for and not any(part.name in folder.quantized for part in parts):
-            continue  # whoever quantized the folder left this one as it was
+            continue  # embeddings that stay in 16 bit, or what whoever quantized the folder left as it was
         layout = layout_of(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
         _replace(model, target, layout, len(parts), dtype)
         in_4_bit[target.name] = parts
