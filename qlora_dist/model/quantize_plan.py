@@ -11,6 +11,7 @@ from torch import nn
 
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.logits import measure_head
 from qlora_dist.model.matrices import Matrix, layout_of, matrices, quantizable
 from qlora_dist.model.origins import find_origins
 from qlora_dist.model.skeleton import causal_lm_on_meta
@@ -113,6 +114,7 @@ def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
         UserError: the model cannot be used, or a weight is missing or damaged.
     """
     model = causal_lm_on_meta(folder, torch.bfloat16)
+    measure_head(model)  # a model that cannot be trained is refused here, not after hours
     origins = find_origins(model, folder.entries)
     weights: dict[str, list[tuple[Matrix, NF4Layout]]] = {name: [] for name in folder.entries}
     head_in_4_bit = False

@@ -39,6 +39,7 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
     model = causal_lm_on_meta(folder, dtype, config.attention)
     if config.attention == "sdpa":
         choose_attention(model)
+    _keep_buffers_in_fp32(model)
     origins = find_origins(model, [*folder.entries, *folder.quantized])
     scale, tied = measure_head(model), is_tied(model)
     in_4_bit: dict[str, Sequence[Matrix]] = {}
@@ -156,6 +157,23 @@ def _check_complete(model: nn.Module, origins: Mapping[str, Origin], folder: Mod
                 f"{folder.path}: {origin.keys[0]} has the shape {shape} and config.json asks for "
                 f"{tuple(parameter.shape)}; get the folder anew"
             )
+
+    saved = model.state_dict()
+    for name, _ in model.named_buffers():
+        if name in saved and name not in origins:
+            raise _missing(folder, name)
+
+
+def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
+    """Those that the class wants so: DeepSeek's router chooses other experts if its bias is rounded.
+
+    Parameters of that kind are gathered in the compute type like all others.
+    """
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and kept.intersection([*path.split("."), name]):
+                module._buffers[name] = buffer.float()
 
 
 def _missing(folder: ModelFolder, name: str) -> UserError:

@@ -11,15 +11,18 @@ import tiny
 import torch
 from architectures import ARCHITECTURES, dequantized_model, make_architecture
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from trained import PROMPT, losses, train_and_give_logits
 
+from qlora_dist.config import ModelConfig
 from qlora_dist.config_file import load_config
+from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
+from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.train.run_dir import run_path
 from qlora_dist.train.setup import set_up
 
@@ -70,3 +73,19 @@ def test_fused_experts_of_a_folder_get_a_name_each(tmp_path: Path) -> None:
     assert names <= folder.quantized.keys()
     assert folder.quantized["model.layers.0.mlp.experts.gate_up_proj.0.weight"].layout.shape == (320, 64)
     assert len(load_file(source / "model.safetensors")["model.layers.0.mlp.experts.gate_up_proj"]) == 4
+
+
+def test_a_bias_that_chooses_experts_is_not_rounded(tmp_path: Path) -> None:
+    source = make_architecture(tmp_path / "source", "DeepseekV3")
+    model = build_skeleton(ModelFolder(source), ModelConfig(base=str(source)))
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert dict(model.named_buffers())[name].dtype == torch.float32
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_a_buffer_that_the_folder_lacks(tmp_path: Path) -> None:
+    source = make_architecture(tmp_path / "source", "DeepseekV3")
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "e_score" not in name}, source / "model.safetensors")
+    with pytest.raises(UserError, match=r"the weight .*e_score_correction_bias is missing"):
+        build_skeleton(ModelFolder(source), ModelConfig(base=str(source)))
