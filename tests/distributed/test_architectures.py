@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,19 @@ def test_a_buffer_that_the_folder_lacks(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if "e_score" not in name}, source / "model.safetensors")
     with pytest.raises(UserError, match=r"the weight .*e_score_correction_bias is missing"):
         build_skeleton(ModelFolder(source), ModelConfig(base=str(source)))
+
+
+def test_experts_of_which_only_some_are_in_4_bit(tmp_path: Path) -> None:
+    source = make_architecture(tmp_path / "source", "Mixtral")
+    folder = quantize_folder(source, tmp_path / "nf4", QuantizeOptions()).out
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    key = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
+    for name in [name for name in tensors if name.startswith(key)]:
+        del tensors[name]
+    tensors[key] = load_file(source / "model.safetensors")[key]
+    save_file(tensors, path)
+    index = {"weight_map": dict.fromkeys(tensors, path.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"experts\.2\.w1\.weight is not in 4 bit, others of its layer are"):
+        build_skeleton(ModelFolder(folder), ModelConfig(base=str(folder)))
