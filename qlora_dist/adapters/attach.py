@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import peft
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from qlora_dist.adapters.lora import LoraNF4
 from qlora_dist.adapters.lora_experts import LoraExperts
@@ -22,7 +23,7 @@ from qlora_dist.nf4.linear import NF4Linear
 ADAPTER_NAME = "default"
 
 
-def peft_config(model: nn.Module, config: LoraConfig, base: str) -> peft.LoraConfig:
+def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.LoraConfig:
     """PEFT's configuration of the adapter, with `all-linear` resolved to the layers' names.
 
     Args:
@@ -55,7 +56,7 @@ def peft_config(model: nn.Module, config: LoraConfig, base: str) -> peft.LoraCon
         target_modules=targets,
         target_parameters=experts or None,  # elsewhere experts are parameters of a module
         modules_to_save=modules_to_save or None,
-        ensure_weight_tying=bool(modules_to_save),
+        ensure_weight_tying=bool(modules_to_save) and not any(True for _ in model.get_output_embeddings().parameters()),
         use_rslora=config.rslora,
         use_dora=config.dora,
         task_type="CAUSAL_LM",

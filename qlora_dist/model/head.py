@@ -124,12 +124,14 @@ class _SummedLoss(torch.autograd.Function):
             logits = nn.functional.linear(hidden[rows], weight, bias).float()
             slope = scale.apply_(logits, with_slope=wants_grad)
             targets = labels[rows].unsqueeze(1)
-            log_normalizer = logits.logsumexp(dim=1, keepdim=True)
-            loss += (log_normalizer - logits.gather(1, targets)).sum()
+            peak, target_logits = logits.amax(dim=1, keepdim=True), logits.gather(1, targets)
+            exponentials = logits.sub_(peak).exp_()
+            total = exponentials.sum(dim=1, keepdim=True)
+            loss += (total.log() + peak - target_logits).sum()
             if grad is None:
                 continue
             # d loss / d logits = softmax - one-hot, in place of the logits
-            probabilities = logits.sub_(log_normalizer).exp_()
+            probabilities = exponentials.div_(total)
             probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
             if slope is not None:
                 probabilities.mul_(slope)

@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import nn
 
 from qlora_dist.errors import UserError
-from qlora_dist.model import quantize_plan
+from qlora_dist.model import matrices, quantize_plan
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions, make_options, parse_size
@@ -168,6 +168,17 @@ def test_an_embedding_that_cannot_be_in_4_bit_is_refused_before_anything_is_writ
     with pytest.raises(UserError, match="NormalizedEmbedding: what this class does"):
         quantize_folder(tiny_llama, tmp_path / "out", QuantizeOptions(embeddings=True))
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_that_would_stay_in_16_bit_are_no_success(tmp_path, monkeypatch):
+    source = make_architecture(tmp_path / "source", "Mixtral")
+    monkeypatch.setattr(matrices, "is_experts", lambda module: False)  # an architecture of tomorrow
+    message = r"only \d+\.\d % of the parameters .* others: model\.layers\.\*\.block_sparse_moe\.experts\.\*\.w\d"
+    with pytest.raises(UserError, match=message):
+        quantize_folder(source, tmp_path / "out", QuantizeOptions())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    counts = quantize_folder(source, tmp_path / "out", QuantizeOptions(min_share=0.0)).counts
+    assert 0.05 < counts.share < 0.5
 
 
 def test_fp32_and_fp16_sources_are_rounded_where_bitsandbytes_rounds(tmp_path):
