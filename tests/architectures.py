@@ -158,7 +158,7 @@ def dequantized_model(source: Path, quantized: Path, embeddings: bool = False) -
     with Reader() as reader, torch.no_grad():
         for target in quantizable(model, embeddings):
             weights = []
-            for matrix in matrices(target, origins[target.name]):
+            for matrix in matrices(target, origins, folder):
                 entry = folder.quantized[matrix.name]
                 packed = torch.empty(entry.layout.total_bytes, dtype=torch.uint8)
                 entry.read_range(reader, packed, 0)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.lora import LoraNF4
+from qlora_dist.adapters.lora import LoraNF4, LoraOfBytes
 from qlora_dist.adapters.lora_experts import LoraExperts
 from qlora_dist.config import LoraConfig
 from qlora_dist.errors import UserError
@@ -56,7 +56,7 @@ def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.L
         target_modules=targets,
         target_parameters=experts or None,  # elsewhere experts are parameters of a module
         modules_to_save=modules_to_save or None,
-        ensure_weight_tying=bool(modules_to_save) and not any(True for _ in model.get_output_embeddings().parameters()),
+        ensure_weight_tying=bool(modules_to_save) and has_tied_head(model),
         use_rslora=config.rslora,
         use_dora=config.dora,
         task_type="CAUSAL_LM",
@@ -89,7 +89,7 @@ def attach_adapter(model: nn.Module, config: peft.LoraConfig) -> None:
             module.to(torch.float32)
             module.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, LoraNF4 | LoraExperts):
+        if isinstance(module, LoraOfBytes):
             for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
                 part.to(torch.float32)
 
@@ -108,6 +108,11 @@ def _modules_to_save(model: nn.Module, names: list[str], base: str) -> list[str]
                 f"{', '.join(sorted(paths))}"
             )
     return sorted(path for name in set(names) for path in paths[name])
+
+
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Whether a skeleton's output head is its embedding: it has no parameter of its own then."""
+    return not any(True for _ in model.get_output_embeddings().parameters())
 
 
 def is_lora(name: str) -> bool:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import ADAPTER_NAME, adapter_parameters
+from qlora_dist.adapters.attach import ADAPTER_NAME, adapter_parameters, has_tied_head
 
 
 def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -> None:
@@ -44,9 +44,9 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
 
 def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
     """By the name of a parameter, other names under which PEFT looks for it: those of a tied output head."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if any(True for _ in head.parameters()):
+    if not has_tied_head(model):
         return {}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     paths = {id(module): path for path, module in model.named_modules()}
     return {f"{paths[id(embedding)]}.weight": [f"{paths[id(head)]}.weight"]}
 

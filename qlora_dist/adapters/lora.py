@@ -10,19 +10,16 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
 from qlora_dist.adapters.lora_matmul import lora_matmul
+from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 
 
-class LoraNF4(nn.Module, LoraLayer):
-    """`y = base(x) + scaling * B(A(dropout(x)))`, registered with PEFT for NF4Linear.
-
-    Shapes: lora_A [r, in_features], lora_B [out_features, r]; fp32, computed in x's type once the engine's mixed
-    precision has gathered them in it. Merging is not PEFT's here: an NF4Linear has no `weight` to merge into.
-    """
+class LoraOfBytes(nn.Module, LoraLayer):
+    """What PEFT's LoRA layers here have in common: a base layer whose weight is a vector of bytes."""
 
     def __init__(
         self,
-        base_layer: NF4Linear,
+        base_layer: NF4Linear | NF4Experts,
         adapter_name: str,
         config: peft.LoraConfig,
         r: int = 0,
@@ -36,8 +33,16 @@ class LoraNF4(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, NF4Linear)
+        assert isinstance(module, NF4Linear | NF4Experts)
         return module.in_features, module.out_features
+
+
+class LoraNF4(LoraOfBytes):
+    """`y = base(x) + scaling * B(A(dropout(x)))`, registered with PEFT for NF4Linear.
+
+    Shapes: lora_A [r, in_features], lora_B [out_features, r]; fp32, computed in x's type once the engine's mixed
+    precision has gathered them in it. Merging is not PEFT's here: an NF4Linear has no `weight` to merge into.
+    """
 
     def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """DoRA, or none."""

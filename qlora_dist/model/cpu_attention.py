@@ -55,9 +55,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _outputs(query)
 
 
@@ -91,14 +89,7 @@ def _gradients(
 
 @_gradients.register_fake
 def _(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    logsumexp: torch.Tensor,
-    bounds: torch.Tensor,
-    scale: float,
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _like(query), _like(key), _like(value)
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from qlora_dist.model.matrices import Matrix
-from qlora_dist.model.stream import Stream
+from qlora_dist.model.stream import Stream, gather_parts
 from qlora_dist.nf4.layout import NF4Layout
 
 
@@ -78,13 +78,6 @@ def quantize_in_turn(work: Sequence[Piece], stream: Stream, replicas: DeviceMesh
                 part = gather_parts(torch.nn.functional.pad(part, (0, padding)), replicas)[: last - first]
             local, offset = local_range(piece.parameter)
             local[piece.start + first - offset[0] :][: last - first].copy_(part)
-
-
-def gather_parts(part: torch.Tensor, replicas: DeviceMesh) -> torch.Tensor:
-    """uint8[n] of each of the replicas, one behind the other."""
-    parts = torch.empty(part.numel() * replicas.size(), dtype=torch.uint8, device=part.device)
-    dist.all_gather_into_tensor(parts, part, group=replicas.get_group())
-    return parts
 
 
 def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:

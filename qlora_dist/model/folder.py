@@ -53,6 +53,10 @@ class ModelFolder:
         """Of a tensor, in 4 bit or not."""
         return self.quantized[name].layout.shape if name in self.quantized else self.entries[name].shape
 
+    def missing(self, name: str) -> UserError:
+        """What to say of a weight that config.json asks for and the folder does not hold."""
+        return UserError(f"{self.path}: the weight {name} is missing; get the folder anew")
+
     def _read_entries(self) -> dict[str, Entry]:
         if (self.path / _INDEX).exists():
             weight_map = read_json(self.path / _INDEX).get("weight_map")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
@@ -93,8 +93,15 @@ def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     return isinstance(module, Conv1D)
 
 
-def matrices(target: Target, origin: Origin) -> list[Matrix]:
-    """The matrices that a target is made of, expert by expert, an expert's own from top to bottom."""
+def matrices(target: Target, origins: Mapping[str, Origin], folder: ModelFolder) -> list[Matrix]:
+    """The matrices that a target is made of, expert by expert, an expert's own from top to bottom.
+
+    Raises:
+        UserError: the folder does not hold it.
+    """
+    if target.name not in origins:
+        raise folder.missing(target.name)
+    origin = origins[target.name]
     if origin.experts or not target.experts:
         return [Matrix(key, key, None, target.transposed) for key in origin.keys]
     (key,) = origin.keys

@@ -119,12 +119,10 @@ def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
     weights: dict[str, list[tuple[Matrix, NF4Layout]]] = {name: [] for name in folder.entries}
     head_in_4_bit = False
     for target in quantizable(model, options.embeddings):
-        if target.name not in origins:
-            raise UserError(f"{folder.path}: the weight {target.name} is missing; get the folder anew")
         if target.role != "layer":
             check_class(model.get_submodule(target.module))
             head_in_4_bit |= target.role == "head"
-        parts = matrices(target, origins[target.name])
+        parts = matrices(target, origins, folder)
         layout = layout_of(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
         for matrix in parts:
             weights[matrix.key].append((matrix, layout))

@@ -44,9 +44,7 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
     scale, tied = measure_head(model), is_tied(model)
     in_4_bit: dict[str, Sequence[Matrix]] = {}
     for target in list(quantizable(model, embeddings=True)):
-        if target.name not in origins:
-            raise _missing(folder, target.name)
-        parts = matrices(target, origins[target.name])
+        parts = matrices(target, origins, folder)
         asked_for = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
         if not asked_for and not any(part.name in folder.quantized for part in parts):
             continue  # embeddings that stay in 16 bit, or what whoever quantized the folder left as it was
@@ -56,9 +54,9 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
     _replace_head(model, scale, tied)
     model.requires_grad_(False)
     _check_complete(model, origins, folder)
-    model.__class__ = type(
-        f"Loss{type(model).__name__}", (LossModel, type(model)), {"origins": origins, "matrices": in_4_bit}
-    )
+    takes_positions = "position_ids" in inspect.signature(decoder_of(model).forward).parameters
+    attributes = {"origins": origins, "matrices": in_4_bit, "takes_positions": takes_positions}
+    model.__class__ = type(f"Loss{type(model).__name__}", (LossModel, type(model)), attributes)
     assert isinstance(model, LossModel)
     return model
 
@@ -145,7 +143,7 @@ def _check_complete(model: nn.Module, origins: Mapping[str, Origin], folder: Mod
     for name, parameter in model.named_parameters():
         origin = origins.get(names[name])
         if origin is None:
-            raise _missing(folder, names[name])
+            raise folder.missing(names[name])
         if parameter.dtype == torch.uint8:
             continue  # checked when its layout was found
         shapes = {folder.shape(key) for key in origin.keys}
@@ -161,7 +159,7 @@ def _check_complete(model: nn.Module, origins: Mapping[str, Origin], folder: Mod
     saved = model.state_dict()
     for name, _ in model.named_buffers():
         if name in saved and name not in origins:
-            raise _missing(folder, name)
+            raise folder.missing(name)
 
 
 def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
@@ -176,10 +174,6 @@ def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
                 module._buffers[name] = buffer.float()
 
 
-def _missing(folder: ModelFolder, name: str) -> UserError:
-    return UserError(f"{folder.path}: the weight {name} is missing; get the folder anew")
-
-
 class LossModel(transformers.PreTrainedModel):
     """Mixed into transformers' class: with labels, forward gives the summed loss straight from the head."""
 
@@ -187,13 +181,14 @@ class LossModel(transformers.PreTrainedModel):
     """By the name of a tensor in transformers' own class, those of the folder that it is made of."""
     matrices: Mapping[str, Sequence[Matrix]]
     """By the same name, the matrices of those that are in 4 bit here."""
+    takes_positions: bool
+    """Whether the decoder takes position_ids: BLOOM counts for itself, Mamba has no use for them."""
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """labels: int64[batch, sequence], each the target of its own position, IGNORE where not trained."""
         if labels is None:
             return super().forward(*args, **kwargs)
-        decoder = decoder_of(self)
-        if "position_ids" not in inspect.signature(decoder.forward).parameters:
-            kwargs.pop("position_ids", None)  # BLOOM counts for itself, Mamba has no use for them; rows are not packed
-        hidden = decoder(*args, **with_boundaries(self, kwargs), use_cache=False).last_hidden_state
+        if not self.takes_positions:
+            kwargs.pop("position_ids", None)  # rows are not packed then
+        hidden = decoder_of(self)(*args, **with_boundaries(self, kwargs), use_cache=False).last_hidden_state
         return self.get_output_embeddings()(hidden, labels)

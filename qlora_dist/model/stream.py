@@ -129,9 +129,7 @@ class Stream:
         for first, width in pieces(nbytes, max(_ALIGNMENT, _EXCHANGED_BYTES // count // _ALIGNMENT * _ALIGNMENT)):
             mine = data[first : first + width].to(self._device)
             mine = torch.nn.functional.pad(mine, (0, width - mine.numel()))
-            all_of_them = torch.empty(count * width, dtype=torch.uint8, device=self._device)
-            dist.all_gather_into_tensor(all_of_them, mine, group=self._replicas.get_group())
-            for replica, theirs in enumerate(all_of_them.view(count, width)):
+            for replica, theirs in enumerate(gather_parts(mine, self._replicas).view(count, width)):
                 position = replica * part_bytes + within + first
                 self._put(shard, position, theirs[: max(0, total - position)])
 
@@ -160,6 +158,13 @@ class Stream:
     def __exit__(self, *error: object) -> None:
         self._ahead.__exit__(None, None, None)
         self._reader.close()
+
+
+def gather_parts(part: torch.Tensor, replicas: DeviceMesh) -> torch.Tensor:
+    """uint8[n] of each of the replicas, one behind the other."""
+    parts = torch.empty(part.numel() * replicas.size(), dtype=torch.uint8, device=part.device)
+    dist.all_gather_into_tensor(parts, part, group=replicas.get_group())
+    return parts
 
 
 def tensor_reads(reader: Reader, entry: Entry, index: int | None = None) -> Iterator[Read]:

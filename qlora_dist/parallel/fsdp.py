@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import is_lora
+from qlora_dist.adapters.attach import has_tied_head, is_lora
 from qlora_dist.config import Config
 from qlora_dist.model.skeleton import COMPUTE_DTYPES, decoder_layers
 from qlora_dist.parallel.compile import compile_layer
@@ -59,7 +59,7 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
         else OffloadPolicy(),
     }
     # embedding and head are units of their own: in the root they would stay gathered through the step
-    units = [embedding, *layers, *([head] if any(True for _ in head.parameters()) else [])]
+    units = [embedding, *layers, *([] if has_tied_head(model) else [head])]
     for unit in units:
         fully_shard(unit, **options)
     fully_shard(model, **options)

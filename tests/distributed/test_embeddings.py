@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 import transformers
 from architectures import dequantized_model, make_architecture
 from ranks import run_ranks
-from torch.nn.functional import cross_entropy
+from trained import first_loss, losses
 
-from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.folder import ModelFolder
@@ -37,22 +35,7 @@ def train_on(ranks: int, path: Path, name: str, *overrides: str) -> list[float]:
     """Train and return the losses."""
     config = load_config(path, [f"run.name={name}-{ranks}", f"train.micro_batch={12 // ranks}", *overrides])
     run_ranks(ranks, train, config)
-    rows = [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def first_loss(config: Config, model: transformers.PreTrainedModel) -> float:
-    """The loss of transformers' model on what the first step trains on."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in set_up(config, ranks_from_environment({})).loader.window(0):
-            for row, labels, positions in zip(*batch, strict=True):
-                starts = (positions == 0).nonzero().flatten().tolist()
-                for begin, end in zip(starts, [*starts[1:], len(row)], strict=True):
-                    logits = model(input_ids=row[None, begin:end], use_cache=False).logits[0]
-                    total += float(cross_entropy(logits, labels[begin:end], reduction="sum"))
-                    count += int((labels[begin:end] != -100).sum())
-    return total / count
+    return losses(config)
 
 
 def check(source: Path, tmp_path: Path) -> None:
@@ -93,8 +76,8 @@ def test_a_4_bit_folder_whose_embeddings_are_in_16_bit(ranks: int, tmp_path: Pat
     whole = quantize_folder(source, tmp_path / "whole", QuantizeOptions(embeddings=True)).out
     layers = quantize_folder(source, tmp_path / "layers", QuantizeOptions()).out
     expected = train_on(1, path, "whole", f"model.base={whole}")
-    losses = train_on(ranks, path, "layers", f"model.base={layers}", "model.embeddings=4bit")
-    assert losses == pytest.approx(expected, rel=1e-5)
+    trained = train_on(ranks, path, "layers", f"model.base={layers}", "model.embeddings=4bit")
+    assert trained == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_head_that_others_have_quantized(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import peft
@@ -12,8 +11,7 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from ranks import run_ranks
-from torch.nn.functional import cross_entropy
-from trained import PROMPT, train_and_give_logits
+from trained import PROMPT, losses, plain_losses, train_and_give_logits
 
 from qlora_dist.adapters.attach import first_values
 from qlora_dist.config import Config
@@ -34,24 +32,7 @@ def train_reference(config: Config, steps: int) -> list[float]:
                 value = first_values(name.removeprefix("base_model.model."), parameter.shape, config.train.seed)
                 if value is not None:
                     parameter.data = value
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.optim.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    losses = []
-    for step in range(steps):
-        windows = setup.loader.window(step)
-        tokens = sum(int((batch.labels != -100).sum()) for batch in windows)
-        total = 0.0
-        for batch in windows:
-            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-            loss = cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum") / tokens
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses
+    return plain_losses(model.train(), config, steps)
 
 
 def plain_model(folder: Path) -> transformers.PreTrainedModel:
@@ -105,11 +86,9 @@ def test_losses_adapter_and_logits_are_those_of_transformers_and_peft(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert (theirs - base).abs().max() > 100 * (theirs - results[0]).abs().max()  # the adapter matters
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    ours_losses = [row["loss"] for row in rows if "loss" in row]
     # DoRA's magnitudes start as row norms, which PEFT computes in another order
     tolerance = 1e-4 if variant == "dora" else 1e-5
-    assert ours_losses == pytest.approx(train_reference(config, 6), rel=tolerance)
+    assert losses(config) == pytest.approx(train_reference(config, 6), rel=tolerance)
 
 
 def test_an_adapter_folder_names_its_base_and_targets(fp32_nf4: Path, tmp_path: Path) -> None:

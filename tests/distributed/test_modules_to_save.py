@@ -12,8 +12,7 @@ import torch
 from architectures import dequantized_model
 from ranks import run_ranks
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
-from trained import PROMPT, losses, train_and_give_logits
+from trained import PROMPT, losses, plain_losses, train_and_give_logits
 
 from qlora_dist.adapters.attach import first_values
 from qlora_dist.config import Config
@@ -40,22 +39,7 @@ def reference_losses(config: Config, source: Path, quantized: Path, names: list[
                 parameter.copy_(first_values(name.removeprefix("base_model.model."), parameter.shape, 0))
             elif any(part in names for part in name.split(".")):
                 parameter.requires_grad_(True)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.optim.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    result = []
-    for step in range(STEPS):
-        window = setup.loader.window(step)
-        tokens, total = sum(int((batch.labels != -100).sum()) for batch in window), 0.0
-        for batch in window:
-            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-            loss = cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum") / tokens
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        result.append(total)
-    return result
+    return plain_losses(model, config, STEPS)
 
 
 @pytest.mark.slow
