@@ -66,21 +66,67 @@ class LoraConfig(Section):
     """Train each output's magnitude apart from its direction (DoRA)."""
 
 
+Format = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt-completion",
+    "text",
+    "oasst",
+    "hh-rlhf",
+    "flan",
+    "longform",
+]
+
+
+class SourceConfig(Section):
+    """One source of a mixture."""
+
+    path: str
+    """File (JSONL, JSON, Parquet, CSV), folder of such files, folder saved by `datasets`, or a data set's name on the
+    Hugging Face hub."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each of its rows is trained per epoch: 0.5, every other epoch; 2, twice an epoch."""
+    format: Format | None = None
+    """Shape of its rows; none: `data.format`."""
+    split: str = "train"
+    """Of a data set with splits."""
+    subset: str | None = None
+    """Of a data set with several configurations."""
+
+
 class DataConfig(Section):
     """The text."""
 
-    train: Annotated[list[str], Field(min_length=1)]
-    """JSONL files, each row with `messages` or `text`."""
-    eval: str | None = None
-    """JSONL file of held-out rows; none: no evaluation."""
-    format: Literal["auto", "messages", "text"] = "auto"
-    """Which field of a row is read; auto: whichever the first row has."""
+    train: Annotated[list[str | SourceConfig], Field(min_length=1)]
+    """Files, folders or data sets; each a path, or a mapping with `path` and `weight`, `format`, `split`, `subset`."""
+    eval: str | SourceConfig | None = None
+    """Held-out rows; none: no evaluation."""
+    format: Format = "auto"
+    """Shape of the rows; auto: told by the fields of each source's first row."""
+    chat_template: str | None = None
+    """How conversations are written: none, as the tokenizer says; `chatml`, `alpaca` or `guanaco`, for a base model; or
+    the path of a Jinja file."""
     seq_len: PositiveInt = 2048
-    """Tokens per row of a batch; a longer sequence is cut there."""
+    """Tokens per row of a batch."""
+    too_long: Literal["truncate", "split", "drop"] = "truncate"
+    """What becomes of a sequence longer than that: cut there, cut into several, or left out."""
     packing: Literal["best-fit", "none"] = "best-fit"
     """Put several sequences in one row, none seeing another, or one sequence in each."""
-    mask: Literal["assistant", "all"] = "assistant"
-    """Tokens that are trained: the assistant's turns, or all of them. Rows of `text` train all."""
+    group_by_length: bool = False
+    """Without packing: put sequences of similar length into a step, so that little is padded. Changes the order."""
+    mask: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens that are trained: the assistant's turns, the last of them, or all. Rows of `text` train all, rows of
+    `prompt` and `completion` the completion unless all; `train` or `weight` (0 or 1) of a message overrides it."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used: stop there, or count it and go on."""
+    max_bad_rows: Annotated[int, Field(ge=0)] = 100
+    """Stop when more than so many rows of a source have been skipped."""
+    cache: str = "~/.cache/qlora-dist"
+    """Folder of what has been tokenized, seen by all nodes or one on each."""
+    workers: PositiveInt | Literal["auto"] = "auto"
+    """Processes that tokenize; auto: the processor cores this process may use, shared with the other ranks of a node."""
 
 
 class ParallelConfig(Section):
@@ -125,8 +171,10 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    steps: PositiveInt = 100
-    """Optimizer steps."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; none: as many as `epochs` takes, or 100 without it."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data, in place of `steps`."""
     global_batch: PositiveInt = 16
     """Rows per optimizer step, over all ranks and micro-batches."""
     micro_batch: PositiveInt = 1
