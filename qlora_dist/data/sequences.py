@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,21 @@ class Sequences:
     """bool[tokens]: this token is a target. False for the first of each sequence, which nothing predicts."""
     offsets: npt.NDArray[np.int64]
     """int64[sequences + 1]: sequence i is flat_tokens[offsets[i]:offsets[i + 1]]."""
+
+    @classmethod
+    def of(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Sequences:
+        """Of (tokens, trained) each. Nothing predicts a first token: its flag is taken for False."""
+        tokens, trained, offsets = array("i"), bytearray(), array("q", [0])
+        for some, flags in sequences:
+            tokens.extend(some)
+            trained += bytes([0, *map(bool, flags[1:])][: len(flags)])
+            offsets.append(len(tokens))
+        return cls(
+            # copies: they own their memory, where frombuffer alone would keep the growing buffers' slack
+            np.frombuffer(tokens, dtype=np.int32).copy(),
+            np.frombuffer(trained, dtype=np.bool_).copy(),
+            np.frombuffer(offsets, dtype=np.int64).copy(),
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -52,17 +67,4 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Sequences:
     Raises:
         UserError: a row's mistake (see `read_rows` and `Encoder`).
     """
-    tokens, trained, offsets = array("i"), bytearray(), array("q", [0])
-    for row in rows:
-        encoded = encoder(row)
-        targets = bytearray(encoded.trained)
-        targets[:1] = bytes(len(targets[:1]))  # the first token is predicted from nothing
-        tokens.extend(encoded.tokens)
-        trained += targets
-        offsets.append(len(tokens))
-    return Sequences(
-        # copies: they own their memory, where frombuffer alone would keep the growing buffers' slack
-        np.frombuffer(tokens, dtype=np.int32).copy(),
-        np.frombuffer(trained, dtype=np.bool_).copy(),
-        np.frombuffer(offsets, dtype=np.int64).copy(),
-    )
+    return Sequences.of((encoded.tokens, encoded.trained) for encoded in map(encoder, rows))

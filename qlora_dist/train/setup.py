@@ -91,7 +91,7 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
 
 def _check_ids(folder: ModelFolder, model: PreTrainedModel, data: list[Rows]) -> None:
     size = model.config.get_text_config().vocab_size
-    largest = max(int(rows.sequences.flat_tokens.max()) for rows in data)
+    largest = max(int(rows.sequences.tokens(i).max(initial=0)) for rows in data for i in range(len(rows.sequences)))
     if largest >= size:
         raise UserError(
             f"{folder.path}: the data's tokens go up to number {largest:,} and the embedding has {size:,} rows; resize "

@@ -44,7 +44,7 @@ def announce(setup: Setup, console: RunConsole) -> None:
 
 def _source(rows: Rows) -> str:
     """What became of a source."""
-    packed = f" in {len(rows):,} rows, {100 * (1 - rows.utilization):.1f} % of them padding" if rows.packed else ""
+    packed = f"; packed into {len(rows):,} rows, {100 * (1 - rows.utilization):.1f} % padding" if rows.packed else ""
     return f"{rows.name}: {rows.fate.sentence(rows.seq_len)}{packed}"
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.config import DataConfig
@@ -22,14 +22,9 @@ SEQ_LEN = 64
 
 def make_rows(count: int, packing: str = "none", first: int = 0) -> Rows:
     """Row i holds 2 to 64 tokens, the first of them 1000 + first + i, all others trained; packed, all have 64."""
-    tokens, trained, offsets = [], [], [0]
-    for row in range(count):
-        length = 2 + (row * 37) % 63 if packing == "none" else SEQ_LEN
-        tokens += [1000 + first + row] + [1] * (length - 1)
-        trained += [False] + [True] * (length - 1)
-        offsets.append(len(tokens))
-    sequences = Sequences(
-        np.array(tokens, dtype=np.int32), np.array(trained, dtype=np.bool_), np.array(offsets, dtype=np.int64)
+    lengths = [2 + (row * 37) % 63 if packing == "none" else SEQ_LEN for row in range(count)]
+    sequences = Sequences.of(
+        ([1000 + first + row] + [1] * (length - 1), [True] * length) for row, length in enumerate(lengths)
     )
     return build_rows(sequences, DataConfig(train=["a"], seq_len=SEQ_LEN, packing=packing), pad_id=0)
 
@@ -93,6 +88,7 @@ def test_ranks_share_out_the_batch_of_a_single_process(made, step, world_size, m
     assert sum(int((batch.input_ids != 0).sum()) for batch in dealt) == alone.tokens(step)
 
 
+@settings(deadline=None)
 @given(made=loaders())
 def test_any_step_alone_is_the_same_as_after_all_before_it(made):
     sources, options = made
@@ -103,6 +99,7 @@ def test_any_step_alone_is_the_same_as_after_all_before_it(made):
             assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
 
+@settings(deadline=None)
 @given(made=loaders())
 def test_epochs_take_every_row_as_often_as_its_weight_says(made):
     sources, options = made
@@ -133,6 +130,7 @@ def test_steps_go_on_over_the_ends_of_epochs(count):
         assert sorted(stream[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
 
 
+@settings(deadline=None)
 @given(made=loaders())
 def test_grouping_by_length_trains_the_same_rows_in_an_epoch(made):
     sources, options = made
