@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 import transformers
@@ -113,7 +114,9 @@ def their_step(args: argparse.Namespace) -> Callable[[dict[str, torch.Tensor]], 
 
 def full_batches(setup: Setup, args: argparse.Namespace) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
     """Rows without padding or boundaries: the data set's tokens one after another, all of them trained."""
-    tokens = torch.from_numpy(setup.loader.rows.sequences.tokens).long()
+    ((rows, _),) = setup.loader.sources
+    sequences = rows.sequences
+    tokens = torch.from_numpy(np.concatenate([sequences.tokens(i) for i in range(len(sequences))])).long()
     for ids in tokens.split(args.rows * args.seq_len):
         ids = ids.view(args.rows, args.seq_len)
         labels = torch.full_like(ids, IGNORED)
@@ -129,18 +132,22 @@ def packed_batches(setup: Setup, args: argparse.Namespace) -> Iterator[tuple[Bat
     `--same` gives theirs the very conversations of our rows: the losses are then comparable, but best-fit has put
     conversations of like lengths together, and they get by with less padding than a shuffled data set needs.
     """
-    sequences, generator = setup.loader.rows.sequences, torch.Generator().manual_seed(0)
-    order = torch.randperm(len(sequences.lengths), generator=generator).tolist()
+    ((rows, _),) = setup.loader.sources
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(rows.pieces), generator=generator).tolist()
     for index in range(10**6):
         (ours,) = setup.loader.window(index)
-        chosen = [s for row in setup.loader.indices(index) for s in range(*setup.loader.rows.offsets[row : row + 2])]
+        chosen = [p for row in setup.loader.indices(index) for p in range(*rows.offsets[row : row + 2])]
         if not args.same:
             chosen, order = order[: len(chosen)], order[len(chosen) :]
-        spans = [slice(*sequences.offsets[s : s + 2]) for s in chosen]
-        shape = len(spans), max(span.stop - span.start for span in spans)
-        ids, mask, labels = (torch.full(shape, v) for v in (setup.loader.rows.pad_id, 0, IGNORED))
-        for row, span in enumerate(spans):
-            tokens, trained = (torch.from_numpy(t[span]) for t in (sequences.tokens, sequences.trained))
+        shape = len(chosen), int(rows.pieces.length[chosen].max())
+        ids, mask, labels = (torch.full(shape, v) for v in (rows.pad_id, 0, IGNORED))
+        for row, piece in enumerate(chosen):
+            sequence, start, length = (
+                int(c[piece]) for c in (rows.pieces.sequence, rows.pieces.start, rows.pieces.length)
+            )
+            whole = rows.sequences.tokens(sequence), rows.sequences.trained(sequence)
+            tokens, trained = (torch.from_numpy(t[start : start + length].copy()) for t in whole)
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens.long(), 1
             labels[row, : len(tokens)] = torch.where(trained, tokens.long(), IGNORED)
             labels[row, 0] = IGNORED

@@ -10,6 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+DEFAULT_STEPS = 100
+"""With neither `train.steps` nor `train.epochs`."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -126,7 +129,8 @@ class DataConfig(Section):
     cache: str = "~/.cache/qlora-dist"
     """Folder of what has been tokenized, seen by all nodes or one on each."""
     workers: PositiveInt | Literal["auto"] = "auto"
-    """Processes that tokenize; auto: the processor cores this process may use, shared with the other ranks of a node."""
+    """Processes that tokenize; auto: the processor cores this process may use, shared with the other ranks of a
+    node."""
 
 
 class ParallelConfig(Section):
@@ -222,9 +226,19 @@ class Config(Section):
             raise ValueError(
                 "lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false"
             )
-        if self.optim.warmup_steps > self.train.steps:
+        if self.data.group_by_length and self.data.packing != "none":
             raise ValueError(
-                f"optim.warmup_steps: {self.optim.warmup_steps} is more than train.steps: {self.train.steps}; lower it"
+                "data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out"
+            )
+        if self.train.steps is not None and self.train.epochs is not None:
+            raise ValueError(
+                f"train.epochs: {self.train.epochs:g} and train.steps: {self.train.steps} exclude each other; set one "
+                "of them to null, or take it out"
+            )
+        steps = self.train.steps or DEFAULT_STEPS
+        if self.train.epochs is None and self.optim.warmup_steps > steps:  # of epochs, the data tell how many they are
+            raise ValueError(
+                f"optim.warmup_steps: {self.optim.warmup_steps} is more than train.steps: {steps}; lower it"
             )
         if self.train.global_batch % self.train.micro_batch:
             raise ValueError(

@@ -61,7 +61,8 @@ def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):
         ("train:\n  steps: 3.5", "FILE, line 4: train.steps: should be a valid integer, not 3.5"),
         ("train: {steps: true}", "FILE, line 3: train.steps: should be a valid integer, not True"),
         ("train: {steps: 0}", "FILE, line 3: train.steps: should be greater than or equal to 1, not 0"),
-        ("train: {steps: }", "FILE, line 3: train.steps: should be a valid integer, not None"),
+        ("train: {seed: }", "FILE, line 3: train.seed: should be a valid integer, not None"),
+        ("train: {epochs: 0}", "FILE, line 3: train.epochs: should be greater than 0, not 0"),
         ("optim: {lr: '2e-4'}", "FILE, line 3: optim.lr: should be a valid number, not '2e-4'"),
         ("optim: {lr: -1}", "FILE, line 3: optim.lr: should be greater than 0, not -1"),
         ("model2: {}", "FILE, line 3: model2: unknown key; did you mean model?"),
@@ -78,6 +79,14 @@ def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):
         (
             "train: {steps: 5}",
             "FILE: optim.warmup_steps: 10 is more than train.steps: 5; lower it",
+        ),
+        (
+            "optim: {warmup_steps: 101}",
+            "FILE: optim.warmup_steps: 101 is more than train.steps: 100; lower it",
+        ),
+        (
+            "train: {steps: 50, epochs: 3}",
+            "FILE: train.epochs: 3 and train.steps: 50 exclude each other; set one of them to null, or take it out",
         ),
     ],
 )
@@ -149,6 +158,20 @@ def test_a_section_may_be_merged_from_another(path):
     )
     assert load_config(path).model.base == "m"
     assert load_config(path).model.block_size == 32
+
+
+def test_rows_that_are_packed_cannot_be_grouped_by_length(path):
+    message = "FILE: data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out"
+    assert mistake(path, BASE, "data.group_by_length=true") == message
+    assert load_config(path, ["data.group_by_length=true", "data.packing=none"]).data.group_by_length
+
+
+def test_epochs_in_place_of_steps(path):
+    path.write_text(BASE + "train: {steps: 50}")
+    config = load_config(path, ["train.steps=null", "train.epochs=2", "optim.warmup_steps=1000"])
+    assert (config.train.steps, config.train.epochs) == (None, 2)
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
 
 
 def test_overrides_win_in_their_order(path):

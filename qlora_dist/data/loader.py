@@ -1,37 +1,53 @@
-"""Which rows a rank trains on at a step: a pure function of seed and step, so that resuming is arithmetic."""
+"""The batches of a rank: which rows it trains on at a step, and on which it evaluates."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from qlora_dist.data.rows import EMPTY, Batch, Rows
+from qlora_dist.data.order import epoch_at, epoch_order, grouped_by_length, rows_before, rows_of_epochs
+from qlora_dist.data.rows import EMPTY, NOTHING, Batch, Rows
 from qlora_dist.errors import UserError
+
+_SAMPLED_STEPS = 64
 
 
 class Loader:
-    """Endless training batches.
+    """Training batches, endless unless the number of epochs is given.
 
-    The order is one stream of row indices, the permutations of epoch 0, 1, 2, ... one after another, each
-    drawn from (seed, epoch); step s takes stream[s * global_batch : (s + 1) * global_batch]. Neither the
-    world's size nor the micro-batch changes what a step trains on, and only the step needs to be saved.
+    The order is one stream of row numbers (`order.py`); step s takes stream[s * global_batch : (s + 1) * global_batch].
+    Neither the world's size nor the micro-batch changes what a step trains on, and only the step needs to be saved.
 
-    A step's rows are dealt out as [accumulation, rank, micro_batch]: the k-th micro-batches of all ranks are
-    neighbours in the stream.
+    A step's rows are dealt out as [accumulation, rank, micro_batch]. Without packing the longest come first, so those
+    of a micro-batch are padded little, and ranks that wait for each other have about the same to do.
     """
 
     def __init__(
-        self, rows: Rows, *, global_batch: int, micro_batch: int, rank: int, world_size: int, seed: int
+        self,
+        sources: Sequence[tuple[Rows, float]],
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        epochs: float | None = None,
+        group_by_length: bool = False,
     ) -> None:
         """Check that the batch can be dealt out.
 
         Args:
-            rows: the data set, the same on every rank.
+            sources: the rows of each and its weight, the same on every rank.
             global_batch: rows per step, over all ranks.
             micro_batch: rows per forward pass of one rank.
             rank: this rank.
             world_size: how many ranks there are.
             seed: of the order.
+            epochs: where the stream ends, in the middle of an epoch if it is no whole number; None: nowhere.
+            group_by_length: put rows of similar length into a step.
 
         Raises:
             UserError: global_batch is not a multiple of world_size * micro_batch.
@@ -46,45 +62,109 @@ class Loader:
                 f"train.global_batch: {global_batch} is not a multiple of {unit} ({ranks} x "
                 f"train.micro_batch: {micro_batch}); use {nearest}"
             )
-        self.rows = rows
+        self.sources = tuple(sources)
         self.gradient_accumulation = global_batch // unit
+        self._counts = [(len(rows), weight) for rows, weight in sources]
+        self._end = None if epochs is None else rows_of_epochs(epochs, self._counts)
+        self.steps = None if self._end is None else -(-self._end // global_batch)
+        """None: endless."""
+        self._firsts = np.cumsum([0, *(len(rows) for rows, _ in sources)])
+        self._tokens, self._trained_tokens = (
+            np.concatenate([getattr(rows, name) for rows, _ in sources]) for name in ("tokens", "trained_tokens")
+        )
+        self._packed = all(rows.packed for rows, _ in sources)
+        self._group_by_length = group_by_length
         self._global_batch = global_batch
         self._micro_batch = micro_batch
         self._rank = rank
         self._world_size = world_size
-        # numpy takes no negative seeds; two's complement keeps -1 and 1 apart
-        self._seed = seed % 2**64
-        self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._seed = seed
+        self._epochs: dict[int, npt.NDArray[np.integer]] = {}
 
-    def indices(self, step: int) -> npt.NDArray[np.int64]:
-        """The rows of a step over all ranks: int64[global_batch]. An end of epoch may repeat one."""
-        position = np.arange(step * self._global_batch, (step + 1) * self._global_batch)
-        epochs, places = np.divmod(position, len(self.rows))
-        parts = [self._permutation(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
-        return np.concatenate(parts)
+    @property
+    def rows_per_epoch(self) -> float:
+        """Of all sources, with their weights."""
+        return sum(count * weight for count, weight in self._counts)
+
+    def epochs(self, steps: int) -> float:
+        """How often so many steps pass over the data."""
+        rows = steps * self._global_batch
+        return (rows if self._end is None else min(rows, self._end)) / self.rows_per_epoch
+
+    def indices(self, step: int) -> npt.NDArray[np.integer]:
+        """The rows of a step over all ranks, as they are dealt out.
+
+        Returns:
+            int[global_batch], numbered through all sources. An end of an epoch may repeat one. Where the stream ends
+            within a step, `EMPTY` behind its last rows.
+        """
+        begin, end = step * self._global_batch, (step + 1) * self._global_batch
+        last = end if self._end is None else min(end, self._end)
+        parts = []
+        position = begin
+        while position < last:
+            epoch = epoch_at(position, self._counts)
+            order, first = self._epoch(epoch), rows_before(epoch, self._counts)
+            parts.append(order[position - first : last - first])
+            position += len(parts[-1])
+        rows = np.concatenate(parts)
+        if not self._packed:
+            rows = rows[np.argsort(-self._tokens[rows], kind="stable")]
+        return np.concatenate([rows, np.full(end - last, EMPTY, dtype=rows.dtype)])
 
     def window(self, step: int) -> list[Batch]:
-        """This rank's part of a step, `gradient_accumulation` batches."""
-        dealt = self.indices(step).reshape(self.gradient_accumulation, self._world_size, self._micro_batch)
-        return [self.rows.batch(micro) for micro in dealt[:, self._rank]]
+        """This rank's part of a step: `gradient_accumulation` batches, or fewer where the stream ends."""
+        return [self._batch(micro[self._rank]) for micro in self._dealt(step)]
 
     def tokens(self, step: int) -> int:
         """Tokens of a step over all ranks, padding not counted."""
-        return int(self.rows.tokens[self.indices(step)].sum())
+        return int(self._tokens[self._filled(step)].sum())
 
     def trained_tokens(self, step: int) -> int:
         """Labels of a step over all ranks that are not -100: what the summed loss is divided by."""
-        return int(self.rows.trained_tokens[self.indices(step)].sum())
+        return int(self._trained_tokens[self._filled(step)].sum())
 
-    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        if self._cached is None or self._cached[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-            self._cached = epoch, generator.permutation(len(self.rows))
-        return self._cached[1]
+    def padding(self, steps: int) -> float:
+        """The part of all positions of a run of so many steps that is padding, from a sample of its first epoch."""
+        steps = min(steps, math.ceil(self.rows_per_epoch / self._global_batch))
+        sample = np.unique(np.linspace(0, steps - 1, _SAMPLED_STEPS).astype(np.int64)).tolist()
+        computed = 0
+        for step in sample:
+            for micro in self._dealt(step).reshape(-1, self._micro_batch):
+                longest = int(np.where(micro == EMPTY, 0, self._tokens[micro]).max())
+                computed += self.sources[0][0].length(longest) * len(micro)
+        return 1 - sum(map(self.tokens, sample)) / computed
+
+    def _filled(self, step: int) -> npt.NDArray[np.integer]:
+        indices = self.indices(step)
+        return indices[indices != EMPTY]
+
+    def _dealt(self, step: int) -> npt.NDArray[np.integer]:
+        """int[accumulation, rank, micro_batch]. What would be empty on all ranks is left out, by all of them."""
+        dealt = self.indices(step).reshape(-1, self._world_size, self._micro_batch)
+        return dealt[(dealt != EMPTY).any(axis=(1, 2))]
+
+    def _batch(self, indices: npt.NDArray[np.integer]) -> Batch:
+        rows = []
+        for index in indices.tolist():
+            source = int(np.searchsorted(self._firsts, index, side="right")) - 1
+            rows.append(NOTHING if index == EMPTY else self.sources[source][0].row(index - int(self._firsts[source])))
+        return self.sources[0][0].collate(rows)
+
+    def _epoch(self, epoch: int) -> npt.NDArray[np.integer]:
+        if epoch not in self._epochs:
+            order = epoch_order(epoch, self._counts, self._seed)
+            if self._group_by_length:
+                position = rows_before(epoch, self._counts)
+                order = grouped_by_length(order, self._tokens, self._global_batch, position, epoch, self._seed)
+            # two of them: a step at an epoch's end is looked up several times
+            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1} | {epoch: order}
+        return self._epochs[epoch]
 
 
 def eval_batches(rows: Rows, *, micro_batch: int, rank: int, world_size: int) -> list[Batch]:
-    """This rank's part of the whole data set, in order, dealt out as [batch, rank, micro_batch].
+    """This rank's part of the whole data set, dealt out as [batch, rank, micro_batch]: in order, without packing the
+    longest first.
 
     Every rank has the same number of batches, or the ranks' collectives would wait for each other forever;
     the last batches are completed with rows of padding, whose labels are all -100.
@@ -93,5 +173,5 @@ def eval_batches(rows: Rows, *, micro_batch: int, rank: int, world_size: int) ->
     unit = world_size * micro_batch
     batches = -(-len(rows) // unit)
     dealt = np.full(batches * unit, EMPTY, dtype=np.int64)
-    dealt[: len(rows)] = np.arange(len(rows))
+    dealt[: len(rows)] = np.arange(len(rows)) if rows.packed else np.argsort(-rows.tokens, kind="stable")
     return [rows.batch(micro) for micro in dealt.reshape(batches, world_size, micro_batch)[:, rank]]

@@ -1,14 +1,13 @@
-"""From the configuration's files to packed rows."""
+"""From the configuration's sources to packed rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from qlora_dist.config import DataConfig
+from qlora_dist.config import DataConfig, SourceConfig
 from qlora_dist.data.encode import Encoder
-from qlora_dist.data.rows import Rows, pack_rows
-from qlora_dist.data.sequences import Stats, encode_rows
+from qlora_dist.data.rows import Rows, build_rows
+from qlora_dist.data.sequences import encode_rows
 from qlora_dist.data.source import read_rows
 
 if TYPE_CHECKING:
@@ -18,11 +17,10 @@ if TYPE_CHECKING:
 class Prepared(NamedTuple):
     """The data of a run."""
 
-    train: Rows
+    train: list[tuple[Rows, float]]
+    """Each source's rows, and its weight."""
     eval: Rows | None
     """None: the configuration names no file for it."""
-    stats: dict[str, Stats]
-    """Of 'train' and, if there is one, of 'eval'."""
 
 
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -31,19 +29,17 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     Raises:
         UserError: naming file, line and remedy.
     """
-    train, train_stats = _prepare("data.train", config.train, config, tokenizer)
-    if config.eval is None:
-        return Prepared(train, None, {"train": train_stats})
-    held_out, eval_stats = _prepare("data.eval", [config.eval], config, tokenizer)
-    return Prepared(train, held_out, {"train": train_stats, "eval": eval_stats})
+    train = [
+        (_prepare(source, config, tokenizer), source.weight if isinstance(source, SourceConfig) else 1.0)
+        for source in config.train
+    ]
+    return Prepared(train, None if config.eval is None else _prepare(config.eval, config, tokenizer))
 
 
-def _prepare(
-    name: str, paths: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Rows, Stats]:
-    encoder = Encoder(tokenizer, config.mask)
-    sequences, stats = encode_rows(read_rows(paths, config.format), encoder, config.seq_len, name)
-    return pack_rows(sequences, config.seq_len, config.packing, _pad_id(tokenizer)), stats
+def _prepare(source: str | SourceConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    path = source.path if isinstance(source, SourceConfig) else source
+    sequences = encode_rows(read_rows([path], config.format), Encoder(tokenizer, config.mask))  # type: ignore[arg-type]
+    return build_rows(sequences, config, _pad_id(tokenizer), path)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,4 +1,4 @@
-"""The packed data set, and the batches cut from it."""
+"""A source's rows, and the batches made of them."""
 
 from __future__ import annotations
 
@@ -10,36 +10,63 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qlora_dist.data.packing import Packing, pack
+from qlora_dist.config import DataConfig
+from qlora_dist.data.packing import pack
+from qlora_dist.data.pieces import Fate, Pieces, cut
 from qlora_dist.data.sequences import Sequences
+from qlora_dist.errors import UserError
 
 IGNORED = -100
 """The label of a position that is not trained (torch.nn.functional.cross_entropy's ignore_index)."""
 EMPTY = -1
 """In a list of row indices: a row of padding, of weight zero."""
+LENGTH_MULTIPLE = 16
+"""Without packing, batches are padded to a multiple of it: kernels like that, and shapes repeat."""
 
 
 class Batch(NamedTuple):
     """One forward pass of one rank, on the CPU."""
 
     input_ids: torch.Tensor
-    """int64[micro_batch, seq_len]"""
+    """int64[micro_batch, length]; length is `seq_len` with packing, and without as much as the longest row needs."""
     labels: torch.Tensor
-    """int64[micro_batch, seq_len], already shifted: at t the token t + 1 of the same sequence if that is
+    """int64[micro_batch, length], already shifted: at t the token t + 1 of the same sequence if that is
     trained, else -100."""
     position_ids: torch.Tensor
-    """int64[micro_batch, seq_len], from 0 in each sequence; the padding behind is a sequence of its own."""
+    """int64[micro_batch, length], from 0 in each sequence; the padding behind is a sequence of its own."""
+
+
+class Row(NamedTuple):
+    """What a row holds, without padding."""
+
+    tokens: npt.NDArray[np.int32]
+    """int32[tokens]"""
+    labels: npt.NDArray[np.int64]
+    """int64[tokens], shifted."""
+    starts: list[int]
+    """Where each sequence begins."""
+
+
+NOTHING = Row(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64), [])
+"""The row `EMPTY`."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A packed data set. The same on every rank, so that any of them can count any row's tokens."""
+    """The rows of one source. The same on every rank, so that any of them can count any row's tokens."""
 
+    name: str
+    """The source's, for people."""
     sequences: Sequences
+    pieces: Pieces
     """In the order of the rows."""
     offsets: npt.NDArray[np.int64]
-    """int64[rows + 1]: row i holds the sequences offsets[i]:offsets[i + 1]."""
+    """int64[rows + 1]: row i holds the pieces offsets[i]:offsets[i + 1]."""
+    fate: Fate
+    """What became of the sequences."""
     seq_len: int
+    packed: bool
+    """Batches have the length `seq_len`; else that of their longest row."""
     pad_id: int
     tokens: npt.NDArray[np.int64]
     """int64[rows]: tokens in the row, padding not counted."""
@@ -51,62 +78,84 @@ class Rows:
 
     @property
     def utilization(self) -> float:
-        """The part of all positions that is not padding."""
+        """The part of all positions of rows of `seq_len` that is not padding."""
         return float(self.tokens.sum()) / (len(self) * self.seq_len)
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def row(self, index: int) -> Row:
+        """Read a row from the sequences."""
+        here = slice(*self.offsets[index : index + 2].tolist())
+        tokens, labels, starts = [], [], []
+        at = 0
+        for sequence, start, length in zip(
+            *(column[here].tolist() for column in (self.pieces.sequence, self.pieces.start, self.pieces.length)),
+            strict=True,
+        ):
+            piece = self.sequences.tokens(sequence)[start : start + length]
+            trained = self.sequences.trained(sequence)[start : start + length]
+            # the first token is nobody's label, and the last has none
+            labels += [np.where(trained[1:], piece[1:], IGNORED), [IGNORED]]
+            tokens.append(piece)
+            starts.append(at)
+            at += length
+        return Row(np.concatenate(tokens), np.concatenate(labels), starts)
+
+    def length(self, longest: int) -> int:
+        """How long a batch is whose longest row has so many tokens."""
+        return self.seq_len if self.packed else min(self.seq_len, _round_up(longest))
+
+    def batch(self, indices: Sequence[int] | npt.NDArray[np.integer]) -> Batch:
         """The rows `indices` (`EMPTY`: nothing but padding) as one batch."""
-        shape = (len(indices), self.seq_len)
+        return self.collate([self.row(int(index)) if index != EMPTY else NOTHING for index in indices])
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """Rows, of this source or another of the same configuration, as one batch."""
+        length = self.length(max(len(row.tokens) for row in rows))
+        shape = (len(rows), length)
         input_ids = np.full(shape, self.pad_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
         position_ids = np.empty(shape, dtype=np.int64)
-        for row, index in enumerate(indices):
-            starts = [0]
-            if index != EMPTY:
-                starts = self._fill(int(index), input_ids[row], labels[row])
-            # the last start is the padding's; in a full row it is seq_len and counts nothing
-            lengths = np.diff([*starts, self.seq_len])
-            position_ids[row] = np.arange(self.seq_len) - np.repeat(starts, lengths)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row.tokens)] = row.tokens
+            labels[index, : len(row.tokens)] = row.labels
+            # the last start is the padding's; in a full row it is `length` and counts nothing
+            starts = [*row.starts, len(row.tokens)]
+            position_ids[index] = np.arange(length) - np.repeat(starts, np.diff([*starts, length]))
         return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(position_ids))
 
-    def _fill(self, index: int, input_ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> list[int]:
-        """Write row `index` into int64[seq_len] each.
 
-        Returns:
-            Where each sequence begins in the row, the padding tail (which may be empty) included.
-        """
-        bounds = self.sequences.offsets[self.offsets[index] : self.offsets[index + 1] + 1]
-        tokens = self.sequences.tokens[bounds[0] : bounds[-1]]
-        trained = self.sequences.trained[bounds[0] : bounds[-1]]
-        input_ids[: len(tokens)] = tokens
-        # a sequence's first token is never trained, so no label reaches across from the sequence before it
-        labels[: len(tokens) - 1] = np.where(trained[1:], tokens[1:], IGNORED)
-        return (bounds - bounds[0]).tolist()
+def _round_up(longest: int) -> int:
+    return max(1, -(-longest // LENGTH_MULTIPLE)) * LENGTH_MULTIPLE
 
 
-def pack_rows(sequences: Sequences, seq_len: int, method: Packing, pad_id: int) -> Rows:
-    """Pack sequences of at most `seq_len` tokens into rows."""
-    packed = pack(sequences.lengths.tolist(), seq_len, method)
-    order = np.concatenate([np.asarray(row, dtype=np.int64) for row in packed])
-    lengths = sequences.lengths[order]
-    starts = _cumulative(lengths)
-    # token t of the packed order lies as far behind its sequence's start as it did before
-    source = np.arange(starts[-1]) + np.repeat(sequences.offsets[:-1][order] - starts[:-1], lengths)
-    trained = sequences.trained[source]
-    offsets = _cumulative(np.asarray([len(row) for row in packed]))
-    row_starts = starts[offsets]
+def build_rows(sequences: Sequences, config: DataConfig, pad_id: int, name: str = "data") -> Rows:
+    """Cut, pack and count a source's sequences.
+
+    Args:
+        sequences: of any length.
+        config: `seq_len`, `too_long` and `packing` of it.
+        pad_id: any id that the embedding has: no label and no other sequence sees the padding.
+        name: the source's, for people.
+
+    Raises:
+        UserError: none of the sequences has a token to train.
+    """
+    pieces, fate = cut(sequences, config.seq_len, config.too_long)
+    if not len(pieces):
+        raise UserError(
+            f"{name}: none of the {len(sequences)} rows has a token to train within data.seq_len: {config.seq_len}; "
+            "raise it, or give rows with a non-empty `text` or with messages of the role 'assistant'"
+        )
+    order, offsets = pack(pieces.length, config.seq_len, config.packing)
+    pieces = pieces.take(order)
     return Rows(
-        sequences=Sequences(sequences.tokens[source], trained, starts),
+        name=name,
+        sequences=sequences,
+        pieces=pieces,
         offsets=offsets,
-        seq_len=seq_len,
+        fate=fate,
+        seq_len=config.seq_len,
+        packed=config.packing != "none",
         pad_id=pad_id,
-        tokens=np.diff(row_starts),
-        trained_tokens=np.diff(_cumulative(trained)[row_starts]),
+        tokens=np.add.reduceat(pieces.length, offsets[:-1], dtype=np.int64),
+        trained_tokens=np.add.reduceat(pieces.trained, offsets[:-1], dtype=np.int64),
     )
-
-
-def _cumulative(counts: npt.NDArray) -> npt.NDArray[np.int64]:
-    """Sum of all before, for each and for the end: int64[len(counts) + 1]."""
-    sums = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=sums[1:])
-    return sums

@@ -58,7 +58,7 @@ def train_loop(
     eval_batches = [_to(batch, setup.device) for batch in setup.eval_batches]
 
     def held_out(step: int) -> dict[str, float]:
-        due = step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0)
+        due = step in (0, setup.steps) or (cfg.eval_every and step % cfg.eval_every == 0)
         if not eval_batches or not due:
             return {}
         history.eval_losses.append(evaluate(model, eval_batches, traffic))
@@ -73,15 +73,15 @@ def train_loop(
         log({"step": 0, **first})
     traffic.take()
     skipped_in_a_row = 0
-    console.start_steps(cfg.steps)
+    console.start_steps(setup.steps)
     model.train()
-    for step in range(cfg.steps):
+    for step in range(setup.steps):
         started = time.perf_counter()
         window = [_to(batch, setup.device) for batch in setup.loader.window(step)]
         tokens, trained_tokens = setup.loader.tokens(step), setup.loader.trained_tokens(step)
         data_s = time.perf_counter() - started
 
-        lr = learning_rate(step, cfg.steps, setup.config.optim)
+        lr = learning_rate(step, setup.steps, setup.config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
         result = train_step(

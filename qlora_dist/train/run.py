@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 
 import torch
+import torch.distributed as dist
 
 from qlora_dist.adapters.export import export_adapter
 from qlora_dist.config import Config
+from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
 from qlora_dist.parallel.fsdp import parallelize
@@ -40,6 +42,7 @@ def run(setup: Setup, console: RunConsole) -> None:
     started = time.perf_counter()
     config, model = setup.config, setup.model
     check_equal_nodes(setup.ranks, setup.device)
+    check_same_data(setup)
     run_dir = RunDir(config) if setup.ranks.rank == 0 else None
     announce(setup, console)
 
@@ -55,3 +58,22 @@ def run(setup: Setup, console: RunConsole) -> None:
     history = train_loop(model, setup, traffic, console, run_dir)
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter")
     summarize(setup, history, static_bytes, time.perf_counter() - started, console, run_dir)
+
+
+def check_same_data(setup: Setup) -> None:
+    """Compare what the ranks have read: over other data a rank would take other steps, and the others wait for it.
+
+    Raises:
+        UserError: on all ranks, if rows, tokens or steps differ.
+    """
+    rows = [rows for rows, _ in setup.loader.sources] + ([] if setup.eval_rows is None else [setup.eval_rows])
+    tokens, trained_tokens = (sum(getattr(r.fate, name) for r in rows) for name in ("tokens", "trained_tokens"))
+    ours = torch.tensor([setup.steps, sum(map(len, rows)), tokens, trained_tokens], device=setup.device)
+    extremes = torch.stack([ours, -ours])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    most, fewest = extremes[0].tolist(), (-extremes[1]).tolist()
+    if most != fewest:
+        raise UserError(
+            f"data: the ranks have read between {fewest[2]:,} and {most[2]:,} tokens, in {fewest[1]:,} to {most[1]:,} "
+            "rows; give all nodes the same files"
+        )

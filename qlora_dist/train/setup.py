@@ -11,11 +11,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from qlora_dist.adapters.attach import attach_adapter, peft_config
-from qlora_dist.config import Config
+from qlora_dist.config import DEFAULT_STEPS, Config
 from qlora_dist.data.loader import Loader, eval_batches
 from qlora_dist.data.prepare import prepare
 from qlora_dist.data.rows import Batch, Rows
-from qlora_dist.data.sequences import Stats
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.model.folder import ModelFolder
@@ -39,9 +38,12 @@ class Setup:
     """On meta, adapters attached, not sharded."""
     adapter: peft.LoraConfig
     loader: Loader
+    steps: int
+    """Optimizer steps, whether the configuration counts steps or epochs."""
+    eval_rows: Rows | None
+    """None: no `data.eval`."""
     eval_batches: list[Batch]
-    """Empty without `data.eval`."""
-    stats: dict[str, Stats]
+    """Of this rank; empty without `data.eval`."""
 
 
 def set_up(config: Config, ranks: Ranks) -> Setup:
@@ -61,8 +63,8 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
         check_packable(model)
     adapter = peft_config(model, config.lora, config.model.base)
     attach_adapter(model, adapter)
-    train_rows, eval_rows, stats = prepare(config.data, load_tokenizer(folder.path))
-    _check_ids(folder, model, [train_rows, *([eval_rows] if eval_rows is not None else [])])
+    train_rows, eval_rows = prepare(config.data, load_tokenizer(folder.path))
+    _check_ids(folder, model, [rows for rows, _ in train_rows] + ([] if eval_rows is None else [eval_rows]))
     loader = Loader(
         train_rows,
         global_batch=config.train.global_batch,
@@ -70,18 +72,26 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
         rank=ranks.rank,
         world_size=ranks.world_size,
         seed=config.train.seed,
+        epochs=config.train.epochs,
+        group_by_length=config.data.group_by_length,
     )
+    steps = loader.steps or config.train.steps or DEFAULT_STEPS
+    if config.optim.warmup_steps > steps:
+        raise UserError(
+            f"optim.warmup_steps: {config.optim.warmup_steps} is more than the {steps} steps that train.epochs: "
+            f"{config.train.epochs:g} takes; lower it"
+        )
     held_out = (
         eval_batches(eval_rows, micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size)
         if eval_rows is not None
         else []
     )
-    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, held_out, stats)
+    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, held_out)
 
 
 def _check_ids(folder: ModelFolder, model: PreTrainedModel, data: list[Rows]) -> None:
     size = model.config.get_text_config().vocab_size
-    largest = max(int(rows.sequences.tokens.max()) for rows in data)
+    largest = max(int(rows.sequences.flat_tokens.max()) for rows in data)
     if largest >= size:
         raise UserError(
             f"{folder.path}: the data's tokens go up to number {largest:,} and the embedding has {size:,} rows; resize "

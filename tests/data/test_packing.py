@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.data.packing import pack
+from qlora_dist.data.packing import Packing, pack
 
 SEQ_LEN = 32
 lengths_of_sequences = st.lists(st.integers(1, SEQ_LEN), max_size=60)
+windows = st.integers(1, 70)
+
+
+def packed(lengths: list[int], seq_len: int, method: Packing, window: int = 1000) -> list[list[int]]:
+    """The sequences of each row."""
+    order, offsets = pack(np.array(lengths, dtype=np.int32), seq_len, method, window)
+    assert (order.dtype, offsets.dtype) == (np.int64, np.int64)
+    return [order[begin:end].tolist() for begin, end in pairwise(offsets)]
 
 
 def best_fit_by_definition(lengths: list[int], seq_len: int) -> list[list[int]]:
@@ -26,35 +38,49 @@ def best_fit_by_definition(lengths: list[int], seq_len: int) -> list[list[int]]:
 
 def test_by_hand():
     # longest first: 7 | 6 | 5; the first 3 joins 7 (no room left), the other 6 (room 1), and 2 joins 5
-    assert pack([3, 7, 5, 2, 6, 3], 10, "best-fit") == [[0, 1], [2, 3], [4, 5]]
-    assert pack([3, 7, 5], 10, "none") == [[0], [1], [2]]
-    assert pack([10, 10], 10, "best-fit") == [[0], [1]]
-    assert pack([], 10, "best-fit") == []
+    assert packed([3, 7, 5, 2, 6, 3], 10, "best-fit") == [[0, 1], [2, 3], [4, 5]]
+    assert packed([3, 7, 5], 10, "none") == [[0], [1], [2]]
+    assert packed([10, 10], 10, "best-fit") == [[0], [1]]
+    assert packed([], 10, "best-fit") == packed([], 10, "none") == []
 
 
-@given(lengths_of_sequences)
-def test_each_sequence_once_and_no_row_too_long(lengths):
+@given(lengths_of_sequences, windows)
+def test_each_sequence_once_and_no_row_too_long(lengths, window):
     for method in ("best-fit", "none"):
-        rows = pack(lengths, SEQ_LEN, method)
+        rows = packed(lengths, SEQ_LEN, method, window)
         assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
-        assert all(sum(lengths[index] for index in row) <= SEQ_LEN for row in rows)
+        assert all(0 < sum(lengths[index] for index in row) <= SEQ_LEN for row in rows)
         assert rows == sorted(rows), "rows stand in the order of their first sequence"
         assert all(row == sorted(row) for row in rows)
 
 
-@given(lengths_of_sequences)
-def test_no_two_rows_would_fit_into_one(lengths):
-    filled = sorted(sum(lengths[i] for i in row) for row in pack(lengths, SEQ_LEN, "best-fit"))
-    if len(filled) > 1:
-        assert filled[0] + filled[1] > SEQ_LEN
+@given(lengths_of_sequences, windows)
+def test_no_two_rows_of_a_window_would_fit_into_one(lengths, window):
+    filled: dict[int, list[int]] = {}
+    for row in packed(lengths, SEQ_LEN, "best-fit", window):
+        (of,) = {index // window for index in row}  # a row holds neighbours
+        filled.setdefault(of, []).append(sum(lengths[index] for index in row))
+    for rows in filled.values():
+        assert len(rows) == 1 or sum(sorted(rows)[:2]) > SEQ_LEN
 
 
 @given(lengths_of_sequences)
 def test_is_best_fit_decreasing(lengths):
-    assert pack(lengths, SEQ_LEN, "best-fit") == best_fit_by_definition(lengths, SEQ_LEN)
+    assert packed(lengths, SEQ_LEN, "best-fit") == best_fit_by_definition(lengths, SEQ_LEN)
 
 
-def test_a_real_distribution_is_packed_tightly():
-    lengths = [17 + (index * index * 31) % 700 for index in range(20_000)]
-    rows = pack(lengths, 2048, "best-fit")
-    assert sum(lengths) / (len(rows) * 2048) > 0.99
+@given(lengths_of_sequences, windows)
+def test_windows_are_packed_one_by_one(lengths, window):
+    one_by_one = [
+        [begin + index for index in row]
+        for begin in range(0, len(lengths), window)
+        for row in packed(lengths[begin : begin + window], SEQ_LEN, "best-fit")
+    ]
+    assert packed(lengths, SEQ_LEN, "best-fit", window) == one_by_one
+
+
+@pytest.mark.parametrize("median", [150, 600])
+def test_a_large_data_set_is_packed_tightly(median):
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(median), 1, 200_000), 2, 2048).astype(np.int32)
+    _, offsets = pack(lengths, 2048, "best-fit")
+    assert lengths.sum() / ((len(offsets) - 1) * 2048) > 0.99

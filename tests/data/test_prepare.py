@@ -24,26 +24,27 @@ def test_two_files_and_evaluation(make_tokenizer, write_rows):
     prepared = prepare(DataConfig(train=train, eval=held_out, seq_len=30), tokenizer)
 
     turn = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat on<|im_end|>\n"
-    assert len(prepared.train) == 2
-    assert decoded(tokenizer, prepared.train, 0) == (
+    assert len(prepared.train[0][0]) == len(prepared.train[1][0]) == 1
+    assert decoded(tokenizer, prepared.train[0][0], 0) == (
         turn * 2 + "<|bos|>" * 2,
         ["sat", " on", "<|im_end|>"] * 2,
     )
-    assert decoded(tokenizer, prepared.train, 1) == (turn + "<|bos|>" * 16, ["sat", " on", "<|im_end|>"])
+    assert decoded(tokenizer, prepared.train[1][0], 0) == (turn + "<|bos|>" * 16, ["sat", " on", "<|im_end|>"])
     assert prepared.eval is not None
     assert decoded(tokenizer, prepared.eval, 0) == ("the dog<|eos|>" + "<|bos|>" * 27, [" dog", "<|eos|>"])
-    assert prepared.stats["train"].trained_tokens == 9
-    assert prepared.stats["eval"].tokens == 3
+    assert [rows.name for rows, _ in prepared.train] == train
+    assert [rows.fate.trained_tokens for rows, _ in prepared.train] == [6, 3]
+    assert prepared.eval.fate.tokens == 3
 
 
 def test_packing_mask_and_format_are_obeyed(make_tokenizer, write_rows):
     tokenizer = make_tokenizer("chatml")
     path = write_rows({**ANSWERED, "text": "the cat"}, {**ANSWERED, "text": "the dog"})
-    one_each = prepare(DataConfig(train=[path], packing="none", mask="all", seq_len=30), tokenizer)
-    assert (len(one_each.train), one_each.eval, set(one_each.stats)) == (2, None, {"train"})
-    assert one_each.train.trained_tokens.tolist() == [13, 13]
-    text = prepare(DataConfig(train=[path], format="text", seq_len=6), tokenizer)
-    assert decoded(tokenizer, text.train, 0)[0] == "the cat<|eos|>the dog<|eos|>"
+    ((one_each, _),), held_out = prepare(DataConfig(train=[path], packing="none", mask="all", seq_len=30), tokenizer)
+    assert (len(one_each), held_out) == (2, None)
+    assert one_each.trained_tokens.tolist() == [13, 13]
+    ((text, _),), _ = prepare(DataConfig(train=[path], format="text", seq_len=6), tokenizer)
+    assert decoded(tokenizer, text, 0)[0] == "the cat<|eos|>the dog<|eos|>"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_packing_mask_and_format_are_obeyed(make_tokenizer, write_rows):
 )
 def test_padding_id(make_tokenizer, write_rows, special_tokens, expected):
     path = write_rows({"text": "the cat sat"})
-    rows = prepare(DataConfig(train=[path], seq_len=9), make_tokenizer("none", **special_tokens)).train
+    ((rows, _),), _ = prepare(DataConfig(train=[path], seq_len=9), make_tokenizer("none", **special_tokens))
     assert rows.batch([0]).input_ids[0, -1] == rows.pad_id == expected
 
 
@@ -61,4 +62,4 @@ def test_evaluation_without_a_trained_token_is_named(make_tokenizer, write_rows,
     held_out = write_rows({"text": ""}, name="eval.jsonl")
     with pytest.raises(UserError) as error:
         prepare(DataConfig(train=[train], eval=held_out), make_tokenizer("none"))
-    assert refusal(error.value).startswith("data.eval: none of the 1 rows")
+    assert refusal(error.value).startswith(f"{held_out}: none of the 1 rows")

@@ -48,7 +48,7 @@ def test_packed_and_unpacked_sequences_have_one_loss(arch: str, attention: str, 
     rows = {}
     for packing in ("best-fit", "none"):
         config = load_config(path, [f"data.packing={packing}", "train.global_batch=1"])
-        rows[packing] = len(set_up(config, ranks_from_environment({})).loader.rows)
+        rows[packing] = int(set_up(config, ranks_from_environment({})).loader.rows_per_epoch)
     assert rows["best-fit"] * 3 < rows["none"]
     packed, unpacked = (
         metrics(

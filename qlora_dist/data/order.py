@@ -1,0 +1,101 @@
+"""Which rows come when: pure functions of the seed and the position, so that resuming is arithmetic.
+
+The order is one endless stream of row numbers, epoch after epoch. Rows are numbered through all sources, one source
+behind the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Sources = Sequence[tuple[int, float]]
+"""Rows and weight of each source."""
+MEGA_BATCH = 50
+"""Batches that are sorted together when rows are grouped by length: more would leave less to chance, and hardly less to
+pad."""
+
+
+def rows_before(epoch: int, sources: Sources) -> int:
+    """Rows of the stream before this epoch, counted from 0."""
+    return sum(round(epoch * count * weight) for count, weight in sources)
+
+
+def rows_of_epochs(epochs: float, sources: Sources) -> int:
+    """Rows of the stream in so many epochs, the last of which may be a part; at least one."""
+    whole = int(epochs)
+    start, end = rows_before(whole, sources), rows_before(whole + 1, sources)
+    return max(1, start + round((epochs - whole) * (end - start)))
+
+
+def epoch_at(position: int, sources: Sources) -> int:
+    """The epoch that holds a position of the stream."""
+    epoch = int(position / sum(count * weight for count, weight in sources))
+    while rows_before(epoch, sources) > position:
+        epoch -= 1
+    while rows_before(epoch + 1, sources) <= position:
+        epoch += 1
+    return epoch
+
+
+def epoch_order(epoch: int, sources: Sources, seed: int) -> npt.NDArray[np.integer]:
+    """The rows of an epoch, shuffled.
+
+    Each source has an endless stream of its own, one permutation of its rows after another; epoch e takes the positions
+    from round(e x rows x weight) to round((e + 1) x rows x weight) of it. So at weight 0.5 two epochs take each row
+    exactly once, at weight 1 each epoch does.
+
+    Returns:
+        int32[rows_before(epoch + 1) - rows_before(epoch)], or int64 from 2^31 rows on.
+    """
+    dtype = np.int32 if sum(count for count, _ in sources) < 2**31 else np.int64
+    parts = []
+    first = 0
+    for source, (count, weight) in enumerate(sources):
+        begin, end = (round(e * count * weight) for e in (epoch, epoch + 1))
+        for lap in range(begin // count, -(-end // count)):
+            here = slice(max(begin - lap * count, 0), min(end - lap * count, count))
+            rows = np.arange(first, first + count, dtype=dtype)
+            # a whole lap needs no order of its own: the epoch is shuffled anyway
+            parts.append(rows if here == slice(0, count) else _generator(seed, lap, source + 1).permutation(rows)[here])
+        first += count
+    rows = np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+    return _generator(seed, epoch).permutation(rows)
+
+
+def grouped_by_length(
+    order: npt.NDArray[np.integer],
+    lengths: npt.NDArray[np.integer],
+    global_batch: int,
+    position: int,
+    epoch: int,
+    seed: int,
+) -> npt.NDArray[np.integer]:
+    """The same rows, so that those of a step have similar lengths.
+
+    `MEGA_BATCH` batches at a time are sorted by length, cut into batches, and the epoch's batches are shuffled. The
+    rows at the epoch's ends that share a step with another epoch stay as they are.
+
+    Args:
+        order: the rows of an epoch, shuffled.
+        lengths: tokens of each row of all sources.
+        global_batch: rows of a step.
+        position: of the epoch's first row in the stream.
+        epoch: its number.
+        seed: of the order.
+    """
+    begin = min(-position % global_batch, len(order))
+    end = begin + (len(order) - begin) // global_batch * global_batch
+    whole = order[begin:end].copy()
+    for start in range(0, len(whole), MEGA_BATCH * global_batch):
+        mega = whole[start : start + MEGA_BATCH * global_batch]
+        mega[:] = mega[np.argsort(lengths[mega], kind="stable")]
+    batches = _generator(seed, epoch, 0, 1).permutation(whole.reshape(-1, global_batch))
+    return np.concatenate([order[:begin], batches.reshape(-1), order[end:]])
+
+
+def _generator(seed: int, *key: int) -> np.random.Generator:
+    # numpy takes no negative seeds; two's complement keeps -1 and 1 apart
+    return np.random.Generator(np.random.PCG64([seed % 2**64, *key]))
