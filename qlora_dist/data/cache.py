@@ -30,14 +30,16 @@ from qlora_dist.errors import UserError
 Say = Callable[[str], None]
 
 LEASE_S = 45.0
-"""A holder on another host that has not been heard of for so long counts as dead; one on this host does when its process
-is gone. All processes that share a cache must agree on it."""
+"""A holder that has not been heard of for so long counts as dead; one on this host does as soon as its process is gone.
+All processes that share a cache must agree on it."""
 _HEARTBEAT_S = 5.0
 _POLL_S = (0.05, 2.0)
 """Least and most seconds between two looks at the lock; a tenth of what has been waited already."""
 _SAY_S = (2.0, 30.0)
 """Seconds of waiting before the first line, and between the others."""
 _MANIFEST = "entry.json"
+NOTE = "progress"
+"""A file that `make` may write: a line for those who wait. It is no part of the entry."""
 
 
 def prepared(folder: Path, make: Callable[[Path], None], say: Say) -> Path:
@@ -115,7 +117,7 @@ def _make(folder: Path, make: Callable[[Path], None], lock: SoftFileLease, say: 
         remove(folder)
     for left in folder.parent.glob(f"{folder.name}.partial-*"):
         remove(left)  # renamed first: one that is slow and not dead finds no folder to go on in
-    partial = _partial(folder)
+    partial = _beside(folder, f"partial-{lock.token}")
     partial.mkdir()
     try:
         try:
@@ -137,6 +139,7 @@ def _make(folder: Path, make: Callable[[Path], None], lock: SoftFileLease, say: 
 
 def _commit(partial: Path, folder: Path) -> None:
     """Give the folder its name when all of it is on the disk, its manifest last."""
+    (partial / NOTE).unlink(missing_ok=True)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in files:
         _sync(path)
@@ -192,7 +195,13 @@ class _Waiting:
         if waited_s >= self._next_line_s:
             self._next_line_s = waited_s + _SAY_S[1]
             host = owner.hostname.partition("?")[0]  # behind it the number of a container's namespace
-            self._say(f"waiting for {host}, process {owner.pid}, to prepare {self._folder} ({waited_s:.0f} s)")
+            note = self._note(owner.token)
+            self._say(f"waiting for {host}, process {owner.pid}, to prepare {self._folder} ({waited_s:.0f} s{note})")
+
+    def _note(self, token: str | None) -> str:
+        with contextlib.suppress(OSError):
+            return f"; {(_beside(self._folder, f'partial-{token}') / NOTE).read_text(encoding='utf-8')}"
+        return ""
 
     def raise_if_failed(self) -> None:
         """Raise what a process raised that this one has waited for; an older failure is none of its business."""

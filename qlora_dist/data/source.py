@@ -12,6 +12,7 @@ from qlora_dist.config import Format, SourceConfig
 from qlora_dist.data.row import BadRow, Message, MessagesRow, Row, TextRow
 from qlora_dist.errors import UserError
 
+
 def read_rows(source: SourceConfig, default: Format) -> Iterator[Row | BadRow]:
     """The rows of a JSONL file; blank lines are skipped.
 

@@ -149,8 +149,7 @@ def _encoded(rows: Iterable[Row | BadRow], encoder: Encoder, workers: int | Lite
 
 
 def _cores() -> int:
-    """Those that this process may use, where the operating system tells. One process works, and the others wait for it:
-    there is nobody to share them with."""
+    """Those that this process may use. Other ranks wait for what it does: it need not share them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -217,8 +216,8 @@ def _encode(chunk: Chunk, encoder: Encoder) -> _Part:
 
 
 # --- the workers ------------------------------------------------------------------------------------------------------
-# Forked: they have transformers and the tokenizer at once, where a fresh process takes seconds to import them. What is
-# not safe after a fork is using thread pools that the parent had, torch's and the tokenizers library's: they use neither.
+# Forked: they have transformers and the tokenizer at once, where a fresh process takes seconds to import them. Not safe
+# after a fork would be using the parent's threads, torch's or the tokenizers library's: they use neither.
 
 _ENCODER: Encoder
 

@@ -22,14 +22,9 @@ SEQ_LEN = 64
 
 def make_rows(count: int, packing: str = "none", first: int = 0) -> Rows:
     """Row i holds 2 to 64 tokens, the first of them 1000 + first + i, all others trained; packed, all have 64."""
-    tokens, trained, offsets = [], [], [0]
-    for row in range(count):
-        length = 2 + (row * 37) % 63 if packing == "none" else SEQ_LEN
-        tokens += [1000 + first + row] + [1] * (length - 1)
-        trained += [False] + [True] * (length - 1)
-        offsets.append(len(tokens))
-    sequences = Sequences(
-        np.array(tokens, dtype=np.int32), np.array(trained, dtype=np.bool_), np.array(offsets, dtype=np.int64)
+    lengths = [2 + (row * 37) % 63 if packing == "none" else SEQ_LEN for row in range(count)]
+    sequences = Sequences.of(
+        ([1000 + first + row] + [1] * (length - 1), [True] * length) for row, length in enumerate(lengths)
     )
     return build_rows(sequences, DataConfig(train=["a"], seq_len=SEQ_LEN, packing=packing), pad_id=0)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,11 +14,7 @@ from qlora_dist.data.sequences import Sequences
 
 def make_sequences(*flags: list[int]) -> Sequences:
     """Of these targets; sequence i has the tokens 100 i, 100 i + 1, ..."""
-    return Sequences(
-        np.array([100 * i + t for i, sequence in enumerate(flags) for t in range(len(sequence))], dtype=np.int32),
-        np.array([flag for sequence in flags for flag in sequence], dtype=np.bool_),
-        np.array([0, *np.cumsum([len(sequence) for sequence in flags])], dtype=np.int64),
-    )
+    return Sequences.of(([100 * i + t for t in range(len(f))], f) for i, f in enumerate(flags))
 
 
 BY_HAND = make_sequences(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,12 +15,7 @@ from qlora_dist.errors import UserError
 
 def make_sequences(*sequences: tuple[list[int], list[int]]) -> Sequences:
     """Of (tokens, flags) each."""
-    lengths = [len(tokens) for tokens, _ in sequences]
-    return Sequences(
-        np.array([t for tokens, _ in sequences for t in tokens], dtype=np.int32),
-        np.array([f for _, flags in sequences for f in flags], dtype=np.bool_),
-        np.array([0, *np.cumsum(lengths)], dtype=np.int64),
-    )
+    return Sequences.of(sequences)
 
 
 def rows_of(sequences: Sequences, seq_len: int, packing: str = "best-fit", pad_id: int = 0, **options: str) -> Rows:
