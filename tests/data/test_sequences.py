@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.data.sequences import Flat, Sequences, SequenceWriter
@@ -36,6 +36,7 @@ def write(path: Path, parts: list[Pairs], batch_tokens: int) -> Sequences:
     return Sequences.open(path)
 
 
+@settings(deadline=None)
 @given(parts=st.lists(pairs(), max_size=4), batch_tokens=st.integers(1, 40))
 def test_whatever_is_written_is_read(tmp_path_factory, parts, batch_tokens):
     everything = [pair for part in parts for pair in part]
