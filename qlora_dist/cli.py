@@ -86,6 +86,31 @@ def quantize(
 
 
 @app.command()
+def preprocess(
+    config: Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value, winning over the file.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    show: Annotated[
+        int, typer.Option(min=0, help="Print so many sequences of each source, the trained part marked.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Tokenize anew what is in the cache.")] = False,
+) -> None:
+    """Tokenize the data into the cache that train reads, and say what is in it."""
+    from qlora_dist.config_file import load_config
+
+    resolved = load_config(config, overrides or ())
+    _prepare_process()
+    from rich.console import Console
+
+    from qlora_dist.data.report import preprocess
+
+    preprocess(resolved, Console(), Console(stderr=True), show=show, as_json=as_json, force=force)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)

@@ -89,7 +89,9 @@ def imported(stderr: str) -> set[str]:
     return {line.split("|")[2].split(".")[0].strip() for line in stderr.splitlines() if line.startswith("import time:")}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["quantize", "--help"], ["version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["quantize", "--help"], ["preprocess", "--help"], ["version"]]
+)
 def test_help_comes_without_torch(words):
     done = in_a_process(*words, options=("-X", "importtime"))
     assert done.returncode == 0

@@ -138,6 +138,7 @@ def run(command: list[str], folder: Path, nodes: list[int] | None = None) -> Non
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "HOME": str(folder),  # where the cache is, unless the page says otherwise
         "PYTHONWARNINGS": "ignore",
     }
     outputs = [folder / f"output-{node}.txt" for node in nodes or [0]]

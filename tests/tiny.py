@@ -82,7 +82,7 @@ def make_config(folder: Path, base: Path, **overrides: Any) -> Path:
     tree: dict[str, dict[str, Any]] = {
         "model": {"base": str(base), "compute_dtype": "fp32"},
         "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
-        "data": {"train": [str(train)], "eval": str(held_out), "seq_len": 96},
+        "data": {"train": [str(train)], "eval": str(held_out), "seq_len": 96, "cache": str(folder / "cache")},
         "parallel": {"base": "world"},
         "optim": {"lr": 1e-2, "warmup_steps": 2},
         "train": {"steps": 10, "global_batch": 12, "device": "cpu"},

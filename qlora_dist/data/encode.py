@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+import numpy.typing as npt
 from jinja2 import TemplateError
 
-from qlora_dist.data.source import Message, MessagesRow, Row
+from qlora_dist.data.row import BadRow, Message, MessagesRow, Row, TextRow
 from qlora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Mask = Literal["assistant", "all"]
+Mask = Literal["assistant", "last", "all"]
 Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -24,8 +28,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Encoded:
     """A row in tokens."""
 
-    tokens: list[int]
-    trained: list[bool]
+    tokens: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_]
     """As long as `tokens`. The first token is predicted from nothing: its flag has no effect."""
 
 
@@ -43,14 +47,29 @@ class Encoder:
     Rows of `text` train every token, and the end-of-sequence token that is put after them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask: Mask) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask: Mask, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._mask = mask
         # <|im_end|> is an added token, and not always a "special" one
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         self._special = tuple(text for text in added if text.strip())
 
-    def __call__(self, row: Row) -> Encoded:
+    def fingerprint(self) -> str:
+        """Of what the tokens depend on."""
+        tokenizer = self._tokenizer.backend_tokenizer.to_str()
+        return hashlib.sha256(f"{tokenizer}{self._tokenizer.chat_template}{self._mask}".encode()).hexdigest()
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
+        """Each row's tokens, or why it has none."""
+        result: list[Encoded | BadRow] = []
+        for row in rows:
+            try:
+                result.append(self._encode(row))
+            except UserError as error:
+                result.append(BadRow(row.place, str(error).removeprefix(f"{row.place}: ")))
+        return result
+
+    def _encode(self, row: Row) -> Encoded:
         """Encode one row.
 
         Raises:
@@ -59,17 +78,18 @@ class Encoder:
         """
         if isinstance(row, MessagesRow):
             return self._conversation(row)
+        assert isinstance(row, TextRow)
         tokens = list(self._tokenizer(row.text, verbose=False)["input_ids"])
         eos = self._tokenizer.eos_token_id
         if eos is not None and tokens[-1:] != [eos]:  # some tokenizers put it there themselves
             tokens.append(eos)
-        return Encoded(tokens, [True] * len(tokens))
+        return _encoded(tokens, [True] * len(tokens))
 
     def _conversation(self, row: MessagesRow) -> Encoded:
         template = self._template(row)
         if self._mask == "all":
             tokens = list(self._tokenize(self._render(row, row.messages))["input_ids"])
-            return Encoded(tokens, [True] * len(tokens))
+            return _encoded(tokens, [True] * len(tokens))
         if not self._tokenizer.is_fast:
             raise UserError(
                 f"{row.place}: this tokenizer does not tell where its tokens lie in the text, which "
@@ -80,7 +100,7 @@ class Encoder:
         text = self._render(row, row.messages)
         spans = self._answers(row, text)
         encoding = self._tokenize(text, return_offsets_mapping=True)
-        return Encoded(
+        return _encoded(
             list(encoding["input_ids"]), _inside([tuple(span) for span in encoding["offset_mapping"]], spans)
         )
 
@@ -103,7 +123,7 @@ class Encoder:
             )
         except TemplateError as error:
             raise _refused(row, error) from None
-        return Encoded(list(encoding["input_ids"]), [bool(flag) for flag in encoding["assistant_masks"]])
+        return _encoded(list(encoding["input_ids"]), [bool(flag) for flag in encoding["assistant_masks"]])
 
     def _answers(self, row: MessagesRow, text: str) -> list[Span]:
         """Where the trained part of each assistant turn lies in `text`, by prefix difference.
@@ -142,6 +162,10 @@ class Encoder:
     def _tokenize(self, text: str, **options: bool) -> dict:
         # the template has written the beginning-of-sequence token already, if there is one
         return self._tokenizer(text, add_special_tokens=False, verbose=False, **options)
+
+
+def _encoded(tokens: list[int], trained: list[bool]) -> Encoded:
+    return Encoded(np.asarray(tokens, dtype=np.int32), np.asarray(trained, dtype=np.bool_))
 
 
 def _inside(offsets: list[Span], spans: list[Span]) -> list[bool]:

@@ -1,48 +1,119 @@
-"""From the configuration's sources to packed rows."""
+"""From the configuration's sources to packed rows: through the cache, as if there were none."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from rich.console import Console
+
 from qlora_dist.config import DataConfig, SourceConfig
+from qlora_dist.data.cache import NOTE, prepared, remove
 from qlora_dist.data.encode import Encoder
+from qlora_dist.data.key import file_states, source_key
+from qlora_dist.data.progress import RowProgress
 from qlora_dist.data.rows import Rows, build_rows
-from qlora_dist.data.sequences import encode_rows
-from qlora_dist.data.source import read_rows
+from qlora_dist.data.sequences import Sequences
+from qlora_dist.data.source import read_rows, source_files
+from qlora_dist.data.tokenize import Stats, tokenize
+from qlora_dist.data.tokenizer import padding_id
+from qlora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_SEQUENCES = "sequences.arrow"
+_STATS = "stats.json"
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """A source in tokens, whole, and in rows."""
+
+    path: str
+    """As the configuration names it."""
+    weight: float
+    stats: Stats
+    """Of reading and tokenizing."""
+    rows: Rows
+    folder: Path
+    """The cache entry."""
 
 
 class Prepared(NamedTuple):
     """The data of a run."""
 
-    train: list[tuple[Rows, float]]
-    """Each source's rows, and its weight."""
-    eval: Rows | None
+    train: list[PreparedSource]
+    eval: PreparedSource | None
     """None: the configuration names no file for it."""
 
 
-def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Read, encode and pack the training and the held-out data.
+def prepare(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console | None = None, force: bool = False
+) -> Prepared:
+    """Read, encode and pack the training and the held-out data; only what is not in the cache is read and encoded.
+
+    Called by every process of a run, without any of them knowing of the others.
+
+    Args:
+        config: what and how.
+        tokenizer: of the base model.
+        console: for progress; none: silent.
+        force: remove what is in the cache first.
 
     Raises:
         UserError: naming file, line and remedy.
     """
-    train = [
-        (_prepare(source, config, tokenizer), source.weight if isinstance(source, SourceConfig) else 1.0)
-        for source in config.train
-    ]
-    return Prepared(train, None if config.eval is None else _prepare(config.eval, config, tokenizer))
+    console = console or Console(quiet=True)
+    encoder = Encoder(tokenizer, config.mask, config.chat_template)
+    fingerprint = encoder.fingerprint()  # of some tokenizers it takes a second
+
+    def one(given: str | SourceConfig) -> PreparedSource:
+        source = given if isinstance(given, SourceConfig) else SourceConfig(path=given)
+        folder = _prepared_entry(source, config, encoder, fingerprint, console, force)
+        return PreparedSource(
+            path=source.path,
+            weight=source.weight,
+            stats=Stats(**json.loads((folder / _STATS).read_text(encoding="utf-8"))),
+            rows=build_rows(Sequences.open(folder / _SEQUENCES), config, padding_id(tokenizer), source.path),
+            folder=folder,
+        )
+
+    return Prepared([one(source) for source in config.train], None if config.eval is None else one(config.eval))
 
 
-def _prepare(source: str | SourceConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    path = source.path if isinstance(source, SourceConfig) else source
-    sequences = encode_rows(read_rows([path], config.format), Encoder(tokenizer, config.mask))  # type: ignore[arg-type]
-    return build_rows(sequences, config, _pad_id(tokenizer), path)
+def cache_folder(config: DataConfig) -> Path:
+    """Where the entries are."""
+    return Path(config.cache).expanduser()
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id that the embedding has: no label and no other sequence sees the padding."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in known if token is not None)
+def _prepared_entry(
+    source: SourceConfig, config: DataConfig, encoder: Encoder, fingerprint: str, console: Console, force: bool
+) -> Path:
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    def make(folder: Path) -> None:
+        before = file_states(source_files(source))
+        with RowProgress(console, source.path, folder / NOTE) as progress:
+            stats = tokenize(
+                read_rows(source, config.format),
+                encoder,
+                folder / _SEQUENCES,
+                workers=config.workers,
+                on_bad_row=config.on_bad_row,
+                max_bad_rows=config.max_bad_rows,
+                name=source.path,
+                progress=progress,
+            )
+        if file_states(source_files(source)) != before:
+            raise UserError(f"{source.path}: was changed while it was read; start again when it is written")
+        (folder / _STATS).write_text(json.dumps(asdict(stats), indent=2) + "\n", encoding="utf-8")
+
+    cache = cache_folder(config)
+    entry = cache / "sequences" / source_key(source, config, fingerprint, cache, say)
+    if force:
+        remove(entry)
+    return prepared(entry, make, say)

@@ -1,70 +1,159 @@
-"""All rows of a source as tokens, in flat arrays."""
+"""Token sequences, uncut, in Arrow record batches: a file of them is mapped into memory and not read."""
 
 from __future__ import annotations
 
-from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from qlora_dist.data.encode import Encoder
-from qlora_dist.data.source import Row
+BATCH_TOKENS = 2**22
+"""A record batch is written as soon as it has so many tokens (20 MiB of them with their flags)."""
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("tokens", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
+        pa.field("trained", pa.list_(pa.field("item", pa.uint8(), nullable=False)), nullable=False),
+        pa.field("trained_length", pa.int32(), nullable=False),
+    ]
+)
 
 
-@dataclass(frozen=True, slots=True)
 class Sequences:
-    """Token sequences one after another: 5 bytes a token, no Python object for each."""
+    """Sequences by number. Nothing of a file's tokens is in memory but what the operating system keeps of it."""
 
-    flat_tokens: npt.NDArray[np.int32]
-    """int32[tokens]"""
-    flat_trained: npt.NDArray[np.bool_]
-    """bool[tokens]: this token is a target. False for the first of each sequence, which nothing predicts."""
-    offsets: npt.NDArray[np.int64]
-    """int64[sequences + 1]: sequence i is flat_tokens[offsets[i]:offsets[i + 1]]."""
+    lengths: npt.NDArray[np.int64]
+    """int64[sequences]: tokens of each."""
+    trained_lengths: npt.NDArray[np.int64]
+    """int64[sequences]: trained tokens of each."""
+
+    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+        """Of record batches in the form that `SequenceWriter` gives them."""
+        self.batches = list(batches)
+        self._tokens = [_values(batch, "tokens") for batch in self.batches]
+        self._trained = [_values(batch, "trained").view(np.bool_) for batch in self.batches]
+        # of a batch that is a slice, offsets don't begin at 0: they count from the beginning of the values
+        self._offsets = [batch.column("tokens").offsets.to_numpy() for batch in self.batches]
+        self._starts = [0]
+        for batch in self.batches:
+            self._starts.append(self._starts[-1] + batch.num_rows)
+        nothing = [np.empty(0, dtype=np.int64)]
+        self.lengths = np.concatenate(nothing + [np.diff(offsets).astype(np.int64) for offsets in self._offsets])
+        counts = [batch.column("trained_length").to_numpy() for batch in self.batches]
+        self.trained_lengths = np.concatenate(nothing + [part.astype(np.int64) for part in counts])
+
+    @classmethod
+    def open(cls, path: Path) -> Sequences:
+        """Map a file that `SequenceWriter` has written.
+
+        Raises:
+            pyarrow.ArrowInvalid: it is no such file.
+        """
+        with pa.memory_map(str(path)) as source:  # the batches keep the mapping
+            reader = pa.ipc.open_file(source)
+            return cls([reader.get_batch(index) for index in range(reader.num_record_batches)])
 
     @classmethod
     def of(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Sequences:
-        """Of (tokens, trained) each. Nothing predicts a first token: its flag is taken for False."""
-        tokens, trained, offsets = array("i"), bytearray(), array("q", [0])
-        for some, flags in sequences:
-            tokens.extend(some)
-            trained += bytes([0, *map(bool, flags[1:])][: len(flags)])
-            offsets.append(len(tokens))
-        return cls(
-            # copies: they own their memory, where frombuffer alone would keep the growing buffers' slack
-            np.frombuffer(tokens, dtype=np.int32).copy(),
-            np.frombuffer(trained, dtype=np.bool_).copy(),
-            np.frombuffer(offsets, dtype=np.int64).copy(),
-        )
+        """In memory, of (tokens, trained) each. Nothing predicts a first token: its flag is taken for False."""
+        pairs = [(np.asarray(tokens, np.int32), np.asarray(trained, np.bool_)) for tokens, trained in sequences]
+        return cls([_record_batch([Flat.of(pairs)])])
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """int64[sequences]."""
-        return np.diff(self.offsets)
-
-    @property
-    def trained_lengths(self) -> npt.NDArray[np.int64]:
-        """int64[sequences]: the targets of each; the first token is none."""
-        return np.diff(np.concatenate([[0], np.cumsum(self.flat_trained)])[self.offsets])
+        return len(self.lengths)
 
     def tokens(self, index: int) -> npt.NDArray[np.int32]:
-        """int32[length]."""
-        return self.flat_tokens[self.offsets[index] : self.offsets[index + 1]]
+        """int32[length], a view that cannot be written to."""
+        batch, start, end = self._place(index)
+        return self._tokens[batch][start:end]
 
     def trained(self, index: int) -> npt.NDArray[np.bool_]:
-        """bool[length]."""
-        return self.flat_trained[self.offsets[index] : self.offsets[index + 1]]
+        """bool[length], a view: this token is a target. False for the first."""
+        batch, start, end = self._place(index)
+        return self._trained[batch][start:end]
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """The batch, and where in its values the sequence lies."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        batch = bisect_right(self._starts, index) - 1
+        offsets, row = self._offsets[batch], index - self._starts[batch]
+        return batch, int(offsets[row]), int(offsets[row + 1])
 
 
-def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Sequences:
-    """Encode every row, whatever its length.
+class Flat(NamedTuple):
+    """Sequences one behind the other."""
 
-    Raises:
-        UserError: a row's mistake (see `read_rows` and `Encoder`).
-    """
-    return Sequences.of((encoded.tokens, encoded.trained) for encoded in map(encoder, rows))
+    lengths: npt.NDArray[np.int64]
+    """int64[sequences]"""
+    tokens: npt.NDArray[np.int32]
+    """int32[tokens]"""
+    trained: npt.NDArray[np.bool_]
+    """bool[tokens]. False for the first of each sequence, which nothing predicts."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]) -> Flat:
+        """Of (tokens, trained) each; a first token's flag is taken for False."""
+        lengths = np.array([len(tokens) for tokens, _ in pairs], dtype=np.int64)
+        tokens = np.concatenate([np.empty(0, dtype=np.int32), *(tokens for tokens, _ in pairs)])
+        trained = np.concatenate([np.empty(0, dtype=np.bool_), *(trained for _, trained in pairs)])
+        trained[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+        return cls(lengths, tokens, trained)
+
+
+class SequenceWriter:
+    """Writes sequences one after another; holds no more than a record batch."""
+
+    def __init__(self, path: Path, batch_tokens: int = BATCH_TOKENS) -> None:
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, _SCHEMA)
+        self._batch_tokens = batch_tokens
+        self._pending: list[Flat] = []
+
+    def append(self, sequences: Flat) -> None:
+        """Add some.
+
+        Raises:
+            OSError: the disk is full, or the like.
+        """
+        self._pending.append(sequences)
+        if sum(len(part.tokens) for part in self._pending) >= self._batch_tokens:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write_batch(_record_batch(self._pending))
+            self._pending = []
+
+    def __enter__(self) -> SequenceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if error is None:
+                self._flush()
+                self._writer.close()
+
+
+def _record_batch(parts: Sequence[Flat]) -> pa.RecordBatch:
+    lengths, tokens, trained = (np.concatenate(column) for column in zip(*parts, strict=True))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    trained_lengths = np.diff(np.concatenate([[0], np.cumsum(trained)])[offsets])
+    arrow_offsets = pa.array(offsets.astype(np.int32))
+    columns = [
+        pa.ListArray.from_arrays(arrow_offsets, pa.array(tokens), type=_SCHEMA.field("tokens").type),
+        pa.ListArray.from_arrays(arrow_offsets, pa.array(trained.view(np.uint8)), type=_SCHEMA.field("trained").type),
+        pa.array(trained_lengths.astype(np.int32)),
+    ]
+    return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _values(batch: pa.RecordBatch, name: str) -> npt.NDArray:
+    return batch.column(name).values.to_numpy()

@@ -4,89 +4,64 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_dist.config import Format, SourceConfig
+from qlora_dist.data.row import BadRow, Message, MessagesRow, Row, TextRow
 from qlora_dist.errors import UserError
 
-Format = Literal["auto", "messages", "text"]
-Message = dict[str, Any]
-"""`role` and `content` are strings; whatever else a message holds is the chat template's business."""
 
-
-@dataclass(frozen=True, slots=True)
-class TextRow:
-    """A document."""
-
-    file: str
-    line: int
-    text: str
-
-    @property
-    def place(self) -> str:
-        """'FILE, line N'."""
-        return f"{self.file}, line {self.line}"
-
-
-@dataclass(frozen=True, slots=True)
-class MessagesRow:
-    """A conversation, of at least one message."""
-
-    file: str
-    line: int
-    messages: list[Message]
-
-    @property
-    def place(self) -> str:
-        """'FILE, line N'."""
-        return f"{self.file}, line {self.line}"
-
-
-Row = TextRow | MessagesRow
-
-
-def read_rows(paths: Sequence[str], format: Format = "auto") -> Iterator[Row]:
-    """The rows of JSONL files, one after another; blank lines are skipped.
+def read_rows(source: SourceConfig, default: Format) -> Iterator[Row | BadRow]:
+    """The rows of a JSONL file; blank lines are skipped.
 
     Args:
-        paths: the files, read in this order.
-        format: the field that is read; auto: the one the first row has (`messages`, if it has both).
+        source: where they are.
+        default: the field that is read, where the source has no format; auto: the one the first row has (`messages`, if
+            it has both).
 
     Raises:
-        UserError: naming file, line and remedy, when that line is reached: a file that is missing, a line
-            that is not UTF-8 or not a JSON object, a field missing or of the wrong type, no rows at all.
+        UserError: a file that is missing, or without rows.
     """
-    field: Literal["messages", "text"] | None = None if format == "auto" else format
+    format = source.format or default
+    field = None if format == "auto" else format
     reason = f"data.format is {format}"
     empty = True
-    for path in paths:
-        for line, tree in _objects(path):
-            place = f"{path}, line {line}"
-            empty = False
+    for number, line in _lines(source.path):
+        place = f"{source.path}, line {number}"
+        empty = False
+        try:
+            tree = _object(line, place)
             if field is None:
                 field = _first_field(tree, place)
                 reason = f"the first row has it: {place}"
             if field not in tree:
                 raise UserError(f"{place}: the row has no `{field}` ({reason}); add it or take the row out")
             if field == "messages":
-                yield MessagesRow(path, line, _messages(tree["messages"], place))
+                yield MessagesRow(place, _messages(tree["messages"], place))
             else:
-                yield TextRow(path, line, _string(tree["text"], f"{place}: `text`"))
+                yield TextRow(place, _string(tree["text"], f"{place}: `text`"))
+        except UserError as error:
+            yield BadRow(place, str(error).removeprefix(f"{place}: "))
     if empty:
-        raise UserError(f"{', '.join(paths)}: no rows; write one JSON object with `messages` or `text` per line")
+        raise UserError(f"{source.path}: no rows; write one JSON object with `messages` or `text` per line")
 
 
-def _objects(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line that is not blank."""
+def source_files(source: SourceConfig) -> list[Path]:
+    """The files behind a source."""
+    return [Path(source.path)]
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each line that is not blank."""
     try:
         # bytes, decoded line by line: a wrong byte is then the mistake of a line, not of the file
         with Path(path).open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
                 if line.strip():
-                    yield number, _object(line, f"{path}, line {number}")
+                    yield number, line
     except FileNotFoundError:
         raise UserError(f"{path}: no such data file; give the path of a JSONL file") from None
     except OSError as error:

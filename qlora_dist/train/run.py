@@ -32,9 +32,10 @@ def train(config: Config) -> None:
     ranks = ranks_from_environment()
     if ranks.rank == 0:
         check_run_dir(config.run)
-    setup = set_up(config, ranks)
-    with RunConsole(ranks.rank) as console, process_group(ranks, setup.device):
-        run(setup, console)
+    with RunConsole(ranks.rank) as console:
+        setup = set_up(config, ranks, console.console)
+        with process_group(ranks, setup.device):
+            run(setup, console)
 
 
 def run(setup: Setup, console: RunConsole) -> None:

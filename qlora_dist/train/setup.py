@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import peft
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from rich.console import Console
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qlora_dist.adapters.attach import attach_adapter, peft_config
 from qlora_dist.config import DEFAULT_STEPS, Config
 from qlora_dist.data.loader import Loader, eval_batches
-from qlora_dist.data.prepare import prepare
+from qlora_dist.data.prepare import PreparedSource, prepare
 from qlora_dist.data.rows import Batch, Rows
+from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.model.folder import ModelFolder
@@ -46,8 +47,13 @@ class Setup:
     """Of this rank; empty without `data.eval`."""
 
 
-def set_up(config: Config, ranks: Ranks) -> Setup:
+def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setup:
     """Check the configuration against the machine, the model's folder and the data.
+
+    Args:
+        config: of the run.
+        ranks: who this process is.
+        console: for the progress of tokenizing; none: silent.
 
     Raises:
         UserError: whatever is wrong, before a process group exists and a GPU waits.
@@ -63,10 +69,10 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
         check_packable(model)
     adapter = peft_config(model, config.lora, config.model.base)
     attach_adapter(model, adapter)
-    train_rows, eval_rows = prepare(config.data, load_tokenizer(folder.path))
-    _check_ids(folder, model, [rows for rows, _ in train_rows] + ([] if eval_rows is None else [eval_rows]))
+    train, held_out = prepare(config.data, load_tokenizer(folder.path), console)
+    _check_ids(folder, model, train if held_out is None else [*train, held_out])
     loader = Loader(
-        train_rows,
+        [(source.rows, source.weight) for source in train],
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=ranks.rank,
@@ -81,32 +87,20 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
             f"optim.warmup_steps: {config.optim.warmup_steps} is more than the {steps} steps that train.epochs: "
             f"{config.train.epochs:g} takes; lower it"
         )
-    held_out = (
+    eval_rows = None if held_out is None else held_out.rows
+    batches = (
         eval_batches(eval_rows, micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size)
         if eval_rows is not None
         else []
     )
-    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, held_out)
+    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches)
 
 
-def _check_ids(folder: ModelFolder, model: PreTrainedModel, data: list[Rows]) -> None:
+def _check_ids(folder: ModelFolder, model: PreTrainedModel, sources: list[PreparedSource]) -> None:
     size = model.config.get_text_config().vocab_size
-    largest = max(int(rows.sequences.tokens(i).max(initial=0)) for rows in data for i in range(len(rows.sequences)))
+    largest = max(source.stats.largest_token for source in sources)
     if largest >= size:
         raise UserError(
             f"{folder.path}: the data's tokens go up to number {largest:,} and the embedding has {size:,} rows; resize "
             "it (resize_token_embeddings of transformers), save the model and quantize it again"
         )
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: holds no tokenizer ({reason}); copy it there from the original model") from None

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from qlora_dist.config import DataConfig
-from qlora_dist.data.prepare import prepare
+from qlora_dist.config import DataConfig, SourceConfig
+from qlora_dist.data.encode import Encoder
+from qlora_dist.data.prepare import Prepared, prepare
 from qlora_dist.errors import UserError
 
 ANSWERED = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]}
+
+
+@pytest.fixture
+def prepare_data(tmp_path):
+    """`prepare_data(tokenizer, train=[...], ...)`, with a cache of the test's own."""
+
+    def call(tokenizer, **data) -> Prepared:
+        return prepare(DataConfig(cache=str(tmp_path / "cache"), **data), tokenizer)
+
+    return call
 
 
 def decoded(tokenizer, rows, index: int) -> tuple[str, list[str]]:
@@ -17,49 +30,79 @@ def decoded(tokenizer, rows, index: int) -> tuple[str, list[str]]:
     return tokenizer.decode(input_ids[0]), [tokenizer.decode([t]) for t in labels[0].tolist() if t >= 0]
 
 
-def test_two_files_and_evaluation(make_tokenizer, write_rows):
+def test_two_files_and_evaluation(make_tokenizer, write_rows, prepare_data):
     tokenizer = make_tokenizer("chatml", pad_token="<|bos|>")
     train = [write_rows(ANSWERED, ANSWERED, name="a.jsonl"), write_rows(ANSWERED, name="b.jsonl")]
     held_out = write_rows({"text": "the dog"}, name="eval.jsonl")  # each data set has a format of its own
-    prepared = prepare(DataConfig(train=train, eval=held_out, seq_len=30), tokenizer)
+    mixture = [train[0], SourceConfig(path=train[1], weight=0.5)]
+    prepared = prepare_data(tokenizer, train=mixture, eval=held_out, seq_len=30)
 
     turn = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat on<|im_end|>\n"
-    assert len(prepared.train[0][0]) == len(prepared.train[1][0]) == 1
-    assert decoded(tokenizer, prepared.train[0][0], 0) == (
-        turn * 2 + "<|bos|>" * 2,
-        ["sat", " on", "<|im_end|>"] * 2,
-    )
-    assert decoded(tokenizer, prepared.train[1][0], 0) == (turn + "<|bos|>" * 16, ["sat", " on", "<|im_end|>"])
+    first, second = prepared.train
+    assert len(first.rows) == len(second.rows) == 1
+    assert decoded(tokenizer, first.rows, 0) == (turn * 2 + "<|bos|>" * 2, ["sat", " on", "<|im_end|>"] * 2)
+    assert decoded(tokenizer, second.rows, 0) == (turn + "<|bos|>" * 16, ["sat", " on", "<|im_end|>"])
     assert prepared.eval is not None
-    assert decoded(tokenizer, prepared.eval, 0) == ("the dog<|eos|>" + "<|bos|>" * 27, [" dog", "<|eos|>"])
-    assert [rows.name for rows, _ in prepared.train] == train
-    assert [rows.fate.trained_tokens for rows, _ in prepared.train] == [6, 3]
-    assert prepared.eval.fate.tokens == 3
+    assert decoded(tokenizer, prepared.eval.rows, 0) == ("the dog<|eos|>" + "<|bos|>" * 27, [" dog", "<|eos|>"])
+    assert [source.rows.name for source in prepared.train] == [source.path for source in prepared.train] == train
+    assert [source.weight for source in prepared.train] == [1.0, 0.5]
+    assert [source.rows.fate.trained_tokens for source in prepared.train] == [6, 3]
+    assert prepared.eval.stats.tokens == prepared.eval.rows.fate.tokens == 3
 
 
-def test_packing_mask_and_format_are_obeyed(make_tokenizer, write_rows):
+def test_packing_mask_and_format_are_obeyed(make_tokenizer, write_rows, prepare_data):
     tokenizer = make_tokenizer("chatml")
     path = write_rows({**ANSWERED, "text": "the cat"}, {**ANSWERED, "text": "the dog"})
-    ((one_each, _),), held_out = prepare(DataConfig(train=[path], packing="none", mask="all", seq_len=30), tokenizer)
-    assert (len(one_each), held_out) == (2, None)
-    assert one_each.trained_tokens.tolist() == [13, 13]
-    ((text, _),), _ = prepare(DataConfig(train=[path], format="text", seq_len=6), tokenizer)
-    assert decoded(tokenizer, text, 0)[0] == "the cat<|eos|>the dog<|eos|>"
+    (one_each,), held_out = prepare_data(tokenizer, train=[path], packing="none", mask="all", seq_len=30)
+    assert (len(one_each.rows), held_out) == (2, None)
+    assert one_each.rows.trained_tokens.tolist() == [13, 13]
+    (text,), _ = prepare_data(tokenizer, train=[path], format="text", seq_len=6)
+    assert decoded(tokenizer, text.rows, 0)[0] == "the cat<|eos|>the dog<|eos|>"
+
+
+def test_what_is_tokenized_is_not_tokenized_again(make_tokenizer, write_rows, prepare_data, monkeypatch):
+    """Another length, weight or packing needs no tokens of its own."""
+    tokenizer = make_tokenizer("chatml")
+    path = write_rows(ANSWERED, {"messages": ANSWERED["messages"] * 3})
+    (first,), _ = prepare_data(tokenizer, train=[path], seq_len=30)
+    monkeypatch.setattr(Encoder, "encode", None)
+    source = SourceConfig(path=path, weight=2.0)
+    (second,), _ = prepare_data(tokenizer, train=[source], seq_len=14, packing="none", workers=3)
+    assert second.folder == first.folder
+    assert second.stats == first.stats
+    assert second.rows.fate.truncated == 1
+    assert first.rows.fate.truncated == 1
+
+
+def test_a_file_that_is_written_meanwhile_is_refused(make_tokenizer, write_rows, prepare_data, refusal, monkeypatch):
+    """Else the entry of the old content would hold rows of the new one."""
+    path = write_rows(ANSWERED)
+    encode = Encoder.encode
+
+    def write_and_encode(self, rows):
+        with Path(path).open("a") as file:
+            file.write("\n")
+        return encode(self, rows)
+
+    monkeypatch.setattr(Encoder, "encode", write_and_encode)
+    with pytest.raises(UserError) as error:
+        prepare_data(make_tokenizer("chatml"), train=[path])
+    assert refusal(error.value).startswith(f"{path}: was changed while it was read")
 
 
 @pytest.mark.parametrize(
     ("special_tokens", "expected"),
     [({"pad_token": "<|bos|>"}, 0), ({"pad_token": "<|im_end|>"}, 3), ({}, 1), ({"eos_token": None}, 0)],
 )
-def test_padding_id(make_tokenizer, write_rows, special_tokens, expected):
+def test_padding_id(make_tokenizer, write_rows, prepare_data, special_tokens, expected):
     path = write_rows({"text": "the cat sat"})
-    ((rows, _),), _ = prepare(DataConfig(train=[path], seq_len=9), make_tokenizer("none", **special_tokens))
-    assert rows.batch([0]).input_ids[0, -1] == rows.pad_id == expected
+    (source,), _ = prepare_data(make_tokenizer("none", **special_tokens), train=[path], seq_len=9)
+    assert source.rows.batch([0]).input_ids[0, -1] == source.rows.pad_id == expected
 
 
-def test_evaluation_without_a_trained_token_is_named(make_tokenizer, write_rows, refusal):
+def test_evaluation_without_a_trained_token_is_named(make_tokenizer, write_rows, prepare_data, refusal):
     train = write_rows({"text": "the cat"})
     held_out = write_rows({"text": ""}, name="eval.jsonl")
     with pytest.raises(UserError) as error:
-        prepare(DataConfig(train=[train], eval=held_out), make_tokenizer("none"))
+        prepare_data(make_tokenizer("none"), train=[train], eval=held_out)
     assert refusal(error.value).startswith(f"{held_out}: none of the 1 rows")

@@ -1,0 +1,79 @@
+"""Rows preprocessed per second, against what tokenizing alone takes, in one process and taking turns.
+
+python benchmarks/preprocess.py --base my-model --data my-data.jsonl [--rows 20000] [--repeats 5] [--workers auto]
+
+Theirs: transformers' `tokenizer(texts)` of the conversations as text, which uses all cores; nothing is read, rendered,
+masked or written. Ours: all of that, from the file to the entry in an empty cache. The rows are those of the data file,
+questions and answers paired anew in each copy. Medians; and the ratio in each turn, since the machine may have changed
+between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_dist.config import DataConfig
+from qlora_dist.data.prepare import prepare
+from qlora_dist.data.tokenizer import load_tokenizer
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def write_data(source: Path, out: Path, count: int) -> list[list[dict[str, str]]]:
+    """So many conversations, and the file of them."""
+    given = [json.loads(line)["messages"] for line in source.open(encoding="utf-8")]
+    rows = []
+    for index in range(count):
+        copy, place = divmod(index, len(given))
+        question, answer = given[place], given[(place + 7919 * copy) % len(given)]
+        rows.append([*question[:-1], {**answer[-1], "content": f"{answer[-1]['content']}\n{index}"}])
+    out.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", default="auto")
+    args = parser.parse_args()
+    workers = args.workers if args.workers == "auto" else int(args.workers)
+    tokenizer = load_tokenizer(args.base)
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.jsonl"
+        texts = tokenizer.apply_chat_template(write_data(args.data, data, args.rows), tokenize=False)
+        theirs, ours = [], []
+        for repeat in range(args.repeats + 1):
+            config = DataConfig(train=[str(data)], cache=f"{folder}/{repeat}", workers=workers)
+            theirs.append(seconds(lambda: tokenizer(texts, add_special_tokens=False)))
+            ours.append(seconds(lambda config=config: prepare(config, tokenizer)))
+        theirs, ours = theirs[1:], ours[1:]  # the first turn warms up
+        (source,), _ = prepare(config, tokenizer)
+        warm = seconds(lambda: prepare(config, tokenizer))
+
+    tokens, cores = source.stats.tokens, len(os.sched_getaffinity(0))
+    print(f"{args.rows:,} rows, {tokens:,} tokens, {cores} cores, medians of {args.repeats}")
+    for name, times in (("tokenizer(texts)", theirs), ("preprocess", ours)):
+        middle = statistics.median(times)
+        print(f"{name:18}{middle:8.2f} s  {args.rows / middle:10,.0f} rows/s  {tokens / middle:12,.0f} tokens/s")
+    ratios = [t / o for t, o in zip(theirs, ours, strict=True)]
+    print(f"preprocess / tokenizer: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"from the cache: {warm:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""What one process prepares and all others wait for, without torch.distributed: a folder that is complete or not there.
+
+It works wherever the cache lies: exclusive creation of a file and renaming are all it needs, and NFS and Lustre have
+both. Nodes with a cache of their own prepare one each.
+
+    NAME/           the entry, under its name only once it is complete; `entry.json` has the sizes of its files
+    NAME.lock       who prepares it; refreshed while that process lives
+    NAME.partial-*  what it has so far
+    NAME.failed     what went wrong, for those who wait
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import SoftFileLease, Timeout
+
+from qlora_dist.errors import UserError
+
+Say = Callable[[str], None]
+
+LEASE_S = 45.0
+"""A holder that has not been heard of for so long counts as dead; one on this host does as soon as its process is gone.
+All processes that share a cache must agree on it."""
+_HEARTBEAT_S = 5.0
+_POLL_S = (0.05, 2.0)
+"""Least and most seconds between two looks at the lock; a tenth of what has been waited already."""
+_SAY_S = (2.0, 30.0)
+"""Seconds of waiting before the first line, and between the others."""
+_MANIFEST = "entry.json"
+NOTE = "progress"
+"""A file that `make` may write: a line for those who wait. It is no part of the entry."""
+
+
+def prepared(folder: Path, make: Callable[[Path], None], say: Say) -> Path:
+    """The entry `folder`, made by `make` unless it is there; by one process, however many ask for it at a time.
+
+    A holder that others take for dead, but that was only stopped for long, does no harm: each writes into a folder of
+    its own, and the one that is complete first gets the name.
+
+    Args:
+        folder: the entry. Its name says what is in it: the same name, the same content.
+        make: fills the folder it is given, which is there and empty.
+        say: told that the entry is damaged, and now and then for whom this process waits.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        UserError: `make`'s own, in the process that called it and in all that were waiting for that one; or the cache
+            cannot be written.
+    """
+    if is_complete(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _make_or_wait(folder, make, say)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    return folder
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the entry is there, with every file of the size it was written with."""
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def remove(folder: Path) -> None:
+    """Remove an entry, if it is there. Its name is free at once; who has its files open keeps them."""
+    aside = _partial(folder)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _make_or_wait(folder: Path, make: Callable[[Path], None], say: Say) -> None:
+    # one object for the whole wait: it remembers since when the holder has given no sign of life
+    lock = SoftFileLease(_beside(folder, "lock"), lease_duration=LEASE_S, heartbeat_interval=_HEARTBEAT_S)
+    waiting = _Waiting(folder, lock, say)
+    while True:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            waiting.look()
+            if is_complete(folder):
+                return
+            waiting.raise_if_failed()
+            waiting.pause()
+            continue
+        try:
+            if is_complete(folder):
+                return
+            waiting.raise_if_failed()
+            _make(folder, make, lock, say)
+        finally:
+            lock.release()
+
+
+def _make(folder: Path, make: Callable[[Path], None], lock: SoftFileLease, say: Say) -> None:
+    """Make the entry; it is not there afterwards if another process has taken over and is not done."""
+    if folder.exists():
+        say(f"{folder}: is damaged, and made anew")
+        remove(folder)
+    for left in folder.parent.glob(f"{folder.name}.partial-*"):
+        remove(left)  # renamed first: one that is slow and not dead finds no folder to go on in
+    partial = _beside(folder, f"partial-{lock.token}")
+    partial.mkdir()
+    try:
+        try:
+            make(partial)
+            _commit(partial, folder)
+        except OSError as error:
+            if not partial.exists():  # another process has taken over, and cleaned up
+                return
+            raise _unwritable(folder, error) from None
+    except UserError as error:
+        remove(partial)  # before the sentence is written: the disk may be full
+        _leave_failure(folder, lock.token, str(error))
+        raise
+    except BaseException:
+        remove(partial)
+        raise
+    _beside(folder, "failed").unlink(missing_ok=True)
+
+
+def _commit(partial: Path, folder: Path) -> None:
+    """Give the folder its name when all of it is on the disk, its manifest last."""
+    (partial / NOTE).unlink(missing_ok=True)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+    manifest = partial / _MANIFEST
+    manifest.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    _sync(manifest)
+    with contextlib.suppress(OSError):  # not every file system lets folders be synchronized
+        _sync(partial)
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if is_complete(folder):  # a process that we had taken for dead was first
+            remove(partial)
+        else:
+            remove(folder)
+            partial.rename(folder)
+    with contextlib.suppress(OSError):
+        _sync(folder.parent)
+
+
+def _leave_failure(folder: Path, token: str | None, sentence: str) -> None:
+    """Tell the others. If that fails too, they find out for themselves."""
+    written = _partial(folder)
+    with contextlib.suppress(OSError):
+        try:
+            written.write_text(json.dumps({"token": token, "sentence": sentence}), encoding="utf-8")
+            written.rename(_beside(folder, "failed"))
+        finally:
+            written.unlink(missing_ok=True)
+
+
+class _Waiting:
+    """One process's wait for another's entry."""
+
+    def __init__(self, folder: Path, lock: SoftFileLease, say: Say) -> None:
+        self._folder = folder
+        self._lock = lock
+        self._say = say
+        self._holders: set[str | None] = set()
+        self._since = time.monotonic()
+        self._next_line_s = _SAY_S[0]
+
+    def look(self) -> None:
+        """Remember who holds the lock, and say so now and then."""
+        owner = self._lock.owner
+        if owner is None:
+            return
+        self._holders.add(owner.token)
+        waited_s = time.monotonic() - self._since
+        if waited_s >= self._next_line_s:
+            self._next_line_s = waited_s + _SAY_S[1]
+            host = owner.hostname.partition("?")[0]  # behind it the number of a container's namespace
+            note = self._note(owner.token)
+            self._say(f"waiting for {host}, process {owner.pid}, to prepare {self._folder} ({waited_s:.0f} s{note})")
+
+    def _note(self, token: str | None) -> str:
+        with contextlib.suppress(OSError):
+            return f"; {(_beside(self._folder, f'partial-{token}') / NOTE).read_text(encoding='utf-8')}"
+        return ""
+
+    def raise_if_failed(self) -> None:
+        """Raise what a process raised that this one has waited for; an older failure is none of its business."""
+        try:
+            failure: dict[str, Any] = json.loads(_beside(self._folder, "failed").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return
+        if failure["token"] in self._holders:
+            raise UserError(failure["sentence"])
+
+    def pause(self) -> None:
+        """Sleep, the longer the longer it takes, and not in step with others."""
+        least, most = _POLL_S
+        waited_s = time.monotonic() - self._since
+        time.sleep(min(max(waited_s / 10, least), most) * random.uniform(0.5, 1.0))
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f"{folder.name}.{suffix}")
+
+
+def _partial(folder: Path) -> Path:
+    return _beside(folder, f"partial-{secrets.token_hex(8)}")
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    reason = str(error.strerror or error).split("\n")[0]
+    return UserError(
+        f"{folder.parent}: the cache cannot be written ({reason}); free space there, or give data.cache another folder"
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""How far tokenizing has come: a bar on a terminal, a line now and then elsewhere, and a line for those who wait."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+_LINE_INTERVAL_S = 10.0
+_NOTE_INTERVAL_S = 2.0
+
+
+class RowProgress:
+    """Of how many rows is not known before the end."""
+
+    def __init__(self, console: Console, name: str, note: Path) -> None:
+        """Begin.
+
+        Args:
+            console: quiet on all ranks but the first.
+            name: the source's.
+            note: a file that is kept up to date with the line.
+        """
+        self._console, self._name, self._note = console, name, note
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[done]}"),
+            TimeElapsedColumn(),
+        )
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(f"tokenizing {name}", total=None, done="")
+        self._start = self._line = self._noted = time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        """So many rows are done."""
+        now = time.monotonic()
+        done = f"{rows:,} rows, {rows / (now - self._start):,.0f} rows/s"
+        self._bar.update(self._task, done=done)
+        if now - self._noted > _NOTE_INTERVAL_S:
+            self._noted = now
+            with contextlib.suppress(OSError):
+                self._note.write_text(done, encoding="utf-8")
+        if not self._console.is_terminal and now - self._line > _LINE_INTERVAL_S:
+            self._line = now
+            self._console.print(f"tokenizing {self._name}: {done}", markup=False, highlight=False)
+
+    def __enter__(self) -> RowProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

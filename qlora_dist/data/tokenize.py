@@ -1,0 +1,256 @@
+"""Rows to a file of sequences: read in this process, encoded in several, written in the order of the rows."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from qlora_dist.data.encode import Encoder
+from qlora_dist.data.row import BadRow, CompletionRow, Row, TextRow
+from qlora_dist.data.sequences import Flat, SequenceWriter
+from qlora_dist.errors import UserError
+
+_CHUNK_ROWS = 256
+_CHUNK_CHARACTERS = 2**20
+"""A worker gets so many rows at a time, or as many as have so much text."""
+_AHEAD = 3
+"""Chunks read ahead for each worker."""
+_PLACES = 5
+"""Bad rows that are remembered."""
+
+Chunk = list[Row | BadRow]
+
+
+@dataclass(slots=True)
+class Stats:
+    """What became of a source's rows."""
+
+    rows: int = 0
+    """Read."""
+    bad_rows: int = 0
+    """Skipped because they cannot be used."""
+    bad_places: list[str] = field(default_factory=list)
+    """The first of these, each with its reason."""
+    untrained_rows: int = 0
+    """Left out because nothing in them is trained, however long a row of a batch is."""
+    sequences: int = 0
+    """Written, one for each other row."""
+    tokens: int = 0
+    """In these."""
+    trained_tokens: int = 0
+    """Of these, predicted and trained; never a sequence's first."""
+    largest_token: int = 0
+    """The highest token number."""
+
+
+class _Part(NamedTuple):
+    """A chunk in tokens."""
+
+    rows: int
+    bad: list[BadRow]
+    untrained: int
+    sequences: Flat
+
+
+def tokenize(
+    rows: Iterable[Row | BadRow],
+    encoder: Encoder,
+    out: Path,
+    *,
+    workers: int | Literal["auto"] = "auto",
+    on_bad_row: Literal["error", "skip"] = "error",
+    max_bad_rows: int = 100,
+    name: str = "data",
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Stats:
+    """Encode rows and write those with something to train. The file depends on the rows alone, not on `workers`.
+
+    Args:
+        rows: from `read_rows`; never more of them in memory than a few chunks for each worker.
+        encoder: turns them into tokens.
+        out: the file, for `Sequences.open`.
+        workers: processes that encode; auto: the cores that this process may use.
+        on_bad_row: stop at the first bad row, or skip it.
+        max_bad_rows: how many may be skipped.
+        name: of the source in a complaint.
+        progress: called now and then with the number of rows done.
+
+    Raises:
+        UserError: a bad row, always the first one of the source; too many of them; no row with something to train;
+            whatever `rows` raises, at its place among the rows.
+        OSError: `out` cannot be written.
+    """
+    stats = Stats()
+    with SequenceWriter(out) as writer:
+        for part in _encoded(rows, encoder, workers):
+            stats.rows += part.rows
+            for bad in part.bad:
+                _count(bad, stats, on_bad_row, max_bad_rows, name)
+            stats.untrained_rows += part.untrained
+            stats.sequences += len(part.sequences.lengths)
+            stats.tokens += len(part.sequences.tokens)
+            stats.trained_tokens += int(part.sequences.trained.sum())
+            stats.largest_token = max(stats.largest_token, int(part.sequences.tokens.max(initial=0)))
+            writer.append(part.sequences)
+            progress(stats.rows)
+        if not stats.sequences:
+            skipped = f" ({stats.bad_rows} of them could not be used)" if stats.bad_rows else ""
+            raise UserError(
+                f"{name}: none of the {stats.rows} rows has a token to train{skipped}; give rows with a non-empty "
+                "`text`, or with messages of the role 'assistant'"
+            )
+    return stats
+
+
+def _count(bad: BadRow, stats: Stats, on_bad_row: str, max_bad_rows: int, name: str) -> None:
+    if on_bad_row == "error":
+        raise bad.error()
+    stats.bad_rows += 1
+    if len(stats.bad_places) < _PLACES:
+        stats.bad_places.append(str(bad.error()))
+    if stats.bad_rows > max_bad_rows:
+        raise UserError(
+            f"{name}: more than data.max_bad_rows: {max_bad_rows} of its rows cannot be used (the first: "
+            f"{stats.bad_places[0]}); mend them, or raise that number"
+        )
+
+
+def _encoded(rows: Iterable[Row | BadRow], encoder: Encoder, workers: int | Literal["auto"]) -> Iterator[_Part]:
+    """Every chunk's tokens, in order; what `rows` raises comes after the chunks before it."""
+    chunks = _chunks(rows)
+    # more processes than chunks would only be started; and one has the work done sooner than it starts another
+    most = _cores() if workers == "auto" else workers
+    first = list(islice(chunks, most)) if most > 1 else []
+    chunks = chain(first, chunks)
+    if len(first) < 2:
+        for chunk in chunks:
+            yield _encode(_checked(chunk), encoder)
+        return
+    with _pool(len(first), encoder) as pool:
+        pending: deque[Future[_Part] | UserError] = deque()
+        for chunk in chunks:
+            pending.append(chunk if isinstance(chunk, UserError) else pool.submit(_encode_here, chunk))
+            if len(pending) > _AHEAD * len(first):
+                yield _result(pending.popleft())
+        while pending:
+            yield _result(pending.popleft())
+
+
+def _cores() -> int:
+    """Those that this process may use. Other ranks wait for what it does: it need not share them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _chunks(rows: Iterable[Row | BadRow]) -> Iterator[Chunk | UserError]:
+    """Rows as they are handed to a worker; last of all the mistake that ended them, if one did."""
+    chunk: Chunk = []
+    characters = 0
+    try:
+        for row in rows:
+            chunk.append(row)
+            characters += _characters(row)
+            if len(chunk) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
+    except UserError as error:
+        yield from ([chunk] if chunk else [])
+        yield error
+        return
+    if chunk:
+        yield chunk
+
+
+def _characters(row: Row | BadRow) -> int:
+    """About how much text it is."""
+    if isinstance(row, BadRow):
+        return 0
+    if isinstance(row, TextRow):
+        return len(row.text)
+    if isinstance(row, CompletionRow):
+        return len(row.prompt) + len(row.completion)
+    return sum(len(message.get("content") or "") for message in row.messages)
+
+
+def _checked(chunk: Chunk | UserError) -> Chunk:
+    if isinstance(chunk, UserError):
+        raise chunk
+    return chunk
+
+
+def _result(future: Future[_Part] | UserError) -> _Part:
+    if isinstance(future, UserError):
+        raise future
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that tokenizes was killed, as happens when memory runs out; give data.workers a lower number"
+        ) from None
+
+
+def _encode(chunk: Chunk, encoder: Encoder) -> _Part:
+    results = iter(encoder.encode([row for row in chunk if not isinstance(row, BadRow)]))
+    bad, kept = [], []
+    untrained = 0
+    for row in chunk:
+        encoded = row if isinstance(row, BadRow) else next(results)
+        if isinstance(encoded, BadRow):
+            bad.append(encoded)
+        elif encoded.trained[1:].any():  # nothing predicts the first
+            kept.append((encoded.tokens, encoded.trained))
+        else:
+            untrained += 1
+    return _Part(len(chunk), bad, untrained, Flat.of(kept))
+
+
+# --- the workers ------------------------------------------------------------------------------------------------------
+# Forked: they have transformers and the tokenizer at once, where a fresh process takes seconds to import them. Not safe
+# after a fork would be using the parent's threads, torch's or the tokenizers library's: they use neither.
+
+_ENCODER: Encoder
+
+
+@contextlib.contextmanager
+def _pool(workers: int, encoder: Encoder) -> Iterator[ProcessPoolExecutor]:
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (encoder,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _start(encoder: Encoder) -> None:
+    global _ENCODER
+    _ENCODER = encoder
+    gc.freeze()  # looking through all of the parent's objects for garbage would copy the pages they lie on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent answers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave workers that wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_here(chunk: Chunk) -> _Part:
+    return _encode(chunk, _ENCODER)

@@ -1,0 +1,34 @@
+"""The model folder's tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Read it; no weights are needed.
+
+    Raises:
+        UserError: there is no such folder, or no tokenizer in it.
+    """
+    from transformers import AutoTokenizer  # seconds
+
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the folder of a Hugging Face model")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: holds no tokenizer ({reason}); copy it there from the original model") from None
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id that the embedding has: no label and no other sequence sees the padding."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)

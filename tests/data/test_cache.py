@@ -1,0 +1,276 @@
+"""If this fails, 64 ranks tokenize the same data 64 times, wait forever for a dead one, or read half a file."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import pytest
+from filelock import SoftFileLease
+
+from qlora_dist.data import cache
+from qlora_dist.data.cache import is_complete, prepared
+from qlora_dist.errors import UserError
+
+CONTEXT = multiprocessing.get_context("fork")
+RANKS = 6
+
+
+def make(folder: Path) -> None:
+    """An entry of two files; who makes it signs in a file beside, and goes on when the test lets it."""
+    with (folder.parent / "makers").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    (folder / "first").write_text("x" * 1000)
+    (folder / cache.NOTE).write_text("half of it")
+    await_("the test", (folder.parent / "go").exists)
+    (folder / "second").write_text("y")
+
+
+def fail(folder: Path) -> None:
+    make(folder)
+    raise UserError("the data is bad; mend it")
+
+
+def fill_the_disk(folder: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    (folder / "small").write_text("x")
+    (folder / "large").write_text("x" * 100_000)
+
+
+def await_(what: str, happened: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < end, f"{what}: nothing happens"
+        time.sleep(0.01)
+
+
+def rank(pipe: Connection, folder: Path, make: Callable[[Path], None]) -> None:
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        (folder.parent / f"waiting-{os.getpid()}").touch()
+
+    try:
+        prepared(folder, make, say)
+        pipe.send((None, said))
+    except Exception as error:
+        pipe.send((f"{type(error).__name__}: {error}", said))
+
+
+class Ranks:
+    """Processes that all want the same entry."""
+
+    def __init__(self, folder: Path, make: Callable[[Path], None], count: int = RANKS) -> None:
+        self.pipes = {}
+        for _ in range(count):
+            ours, theirs = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(target=rank, args=(theirs, folder, make))
+            process.start()
+            theirs.close()
+            self.pipes[ours] = process
+
+    def results(self) -> list[tuple[str | None, list[str]]]:
+        """Of those that have not been killed: what each raised, and what it said."""
+        results, pipes = [], list(self.pipes)
+        while pipes:
+            ready = wait(pipes, timeout=30)
+            assert ready, "a rank waits forever"
+            for pipe in ready:
+                pipes.remove(pipe)
+                try:
+                    results.append(pipe.recv())
+                except EOFError:
+                    assert self.pipes[pipe].exitcode != 0
+        return results
+
+    def kill(self, pid: int) -> None:
+        (process,) = [process for process in self.pipes.values() if process.pid == pid]
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(cache, "_SAY_S", (0.0, 30.0))  # who waits says so at once
+    return tmp_path / "cache" / "sequences" / "abc"
+
+
+@pytest.fixture
+def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LEASE_S", 1.0)
+    monkeypatch.setattr(cache, "_HEARTBEAT_S", 0.2)
+
+
+def makers(folder: Path) -> list[int]:
+    signed = folder.parent / "makers"
+    return [int(line) for line in signed.read_text().split()] if signed.exists() else []
+
+
+def let_go(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (folder.parent / "go").touch()
+
+
+def let_go_when_all_wait(folder: Path, count: int = RANKS) -> None:
+    await_("the others", lambda: len(list(folder.parent.glob("waiting-*"))) == count - 1)
+    let_go(folder)
+
+
+def beside(folder: Path) -> set[str]:
+    """What preparing has left."""
+    return {path.name for path in folder.parent.iterdir() if path.name.startswith("abc.")}
+
+
+def test_one_prepares_and_all_get_it(folder):
+    ranks = Ranks(folder, make)
+    let_go_when_all_wait(folder)
+    results = ranks.results()
+    assert [error for error, _ in results] == [None] * RANKS
+    (maker,) = makers(folder)
+    lines = [line for _, said in results for line in said]
+    assert len(lines) == RANKS - 1
+    assert all(f"process {maker}, to prepare {folder} (" in line for line in lines)
+    assert {path.name for path in folder.iterdir()} == {"first", "second", "entry.json"}
+    assert not beside(folder), "no lock, nothing half-written"
+    prepared(folder, fail, print)  # is there: not made again
+
+
+def test_who_waits_is_told_how_far_the_other_is(folder):
+    maker = Ranks(folder, make, 1)
+    await_("the first", lambda: list(folder.parent.glob(f"abc.partial-*/{cache.NOTE}")))
+    waiting = Ranks(folder, make, 1)
+    let_go_when_all_wait(folder, 2)
+    ((_, (line,)),) = waiting.results()
+    assert line.endswith(" s; half of it)")
+    assert maker.results() == [(None, [])]
+
+
+def test_a_mistake_in_the_data_is_told_to_all_who_wait(folder):
+    ranks = Ranks(folder, fail)
+    let_go_when_all_wait(folder)
+    assert [error for error, _ in ranks.results()] == ["UserError: the data is bad; mend it"] * RANKS
+    assert len(makers(folder)) == 1
+    assert not folder.exists()
+    assert beside(folder) == {"abc.failed"}
+    # whoever comes later has not waited for it, and tries
+    prepared(folder, make, print)
+    assert len(makers(folder)) == 2
+    assert not beside(folder)
+
+
+def test_a_killed_holder_is_replaced_at_once(folder):
+    ranks = Ranks(folder, make)
+    await_("the first", lambda: len(makers(folder)) == 1)
+    started = time.monotonic()
+    ranks.kill(makers(folder)[0])
+    let_go(folder)
+    assert [error for error, _ in ranks.results()] == [None] * (RANKS - 1)
+    assert time.monotonic() - started < cache.LEASE_S / 2
+    assert len(makers(folder)) == 2
+    assert is_complete(folder)
+    assert not beside(folder), "what the dead one has left is gone"
+
+
+def test_a_holder_on_a_node_that_is_gone_is_replaced(folder, short_lease):
+    """Its process cannot be asked for from here: its lock is no longer refreshed, that is all."""
+    let_go(folder)
+    lock = folder.with_name("abc.lock")
+    lease = SoftFileLease(lock, lease_duration=cache.LEASE_S, heartbeat_interval=0.9)
+    lease.acquire()
+    text = re.sub("^host=.*$", "host=node7", lock.read_text(), flags=re.M)
+    lease.release()
+    lock.write_text(text)
+    said: list[str] = []
+    started = time.monotonic()
+    prepared(folder, make, said.append)
+    assert time.monotonic() - started >= cache.LEASE_S
+    assert is_complete(folder)
+    assert said[0].startswith("waiting for node7, process ")
+
+
+@pytest.mark.parametrize("first", ["the stopped one", "its successor"])
+def test_a_holder_that_was_only_stopped_does_no_harm(folder, short_lease, first):
+    """Suspended for longer than the lease, it goes on beside its successor: whoever is first, the entry is whole."""
+    stopped = Ranks(folder, make, 1)
+    await_("the first", lambda: len(makers(folder)) == 1)
+    pid = makers(folder)[0]
+    os.kill(pid, signal.SIGSTOP)
+    successor = Ranks(folder, make, 1)
+    await_("the second", lambda: len(makers(folder)) == 2)
+    if first == "its successor":
+        let_go(folder)
+        assert [error for error, _ in successor.results()] == [None]
+    os.kill(pid, signal.SIGCONT)
+    let_go(folder)
+    assert [error for error, _ in stopped.results()] == [None]
+    if first == "the stopped one":
+        assert [error for error, _ in successor.results()] == [None]
+    assert len(makers(folder)) == 2
+    assert is_complete(folder)
+    assert {path.name for path in folder.iterdir()} == {"first", "second", "entry.json"}
+    assert not beside(folder)
+
+
+def cut_off(folder: Path) -> None:
+    (folder / "first").write_text("x" * 999)
+
+
+def lose_a_part(folder: Path) -> None:
+    (folder / "second").unlink()
+
+
+def lose_the_manifest(folder: Path) -> None:
+    (folder / "entry.json").unlink()
+
+
+def cut_off_the_manifest(folder: Path) -> None:
+    (folder / "entry.json").write_text('{"first": 10')
+
+
+@pytest.mark.parametrize("damage", [cut_off, lose_a_part, lose_the_manifest, cut_off_the_manifest])
+def test_a_damaged_entry_is_made_anew(folder, damage):
+    let_go(folder)
+    prepared(folder, make, print)
+    damage(folder)
+    said: list[str] = []
+    prepared(folder, make, said.append)
+    assert said == [f"{folder}: is damaged, and made anew"]
+    assert (folder / "first").read_text() == "x" * 1000
+    assert is_complete(folder)
+    assert not beside(folder)
+
+
+def test_a_full_disk(folder, refusal):
+    """A limit on the size of a file is as near as a test comes to a full disk."""
+    ((error, _),) = Ranks(folder, fill_the_disk, 1).results()
+    assert error is not None
+    sentence = error.removeprefix("UserError: ")
+    assert refusal(Exception(sentence)).startswith(f"{folder.parent}: the cache cannot be written (File too large); ")
+    assert beside(folder) == {"abc.failed"}
+    assert json.loads(folder.with_name("abc.failed").read_text())["sentence"] == sentence
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, refusal):
+    (tmp_path / "file").write_text("")  # permissions would not keep root out
+    with pytest.raises(UserError) as error:
+        prepared(tmp_path / "file" / "sequences" / "abc", make, print)
+    assert refusal(error.value).startswith(f"{tmp_path / 'file' / 'sequences'}: the cache cannot be written (")
+
+
+def test_our_own_mistake_leaves_nothing(folder):
+    def stumble(partial: Path) -> None:
+        (partial / "first").write_text("x")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        prepared(folder, stumble, print)
+    assert list(folder.parent.iterdir()) == []

@@ -1,0 +1,218 @@
+"""If this fails, rows are lost, change their order with the number of processes, or a bad one is passed over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_dist.data import tokenize as tokenize_module
+from qlora_dist.data.encode import Encoded
+from qlora_dist.data.row import BadRow, CompletionRow, MessagesRow, Row, TextRow
+from qlora_dist.data.sequences import Sequences
+from qlora_dist.data.tokenize import Stats, tokenize
+from qlora_dist.errors import UserError
+
+
+class Encoder:
+    """A character is a token, capital letters are trained; a row with a `!` cannot be used."""
+
+    def encode(self, rows: list[Row]) -> list[Encoded | BadRow]:
+        return [self._encode(row) for row in rows]
+
+    def _encode(self, row: Row) -> Encoded | BadRow:
+        assert isinstance(row, TextRow)
+        if "!" in row.text:
+            return BadRow(row.place, "shouts; be quiet")
+        if "?" in row.text:
+            os.kill(os.getpid(), signal.SIGKILL)
+        codes = np.array([ord(c) for c in row.text], dtype=np.int32)
+        return Encoded(codes, np.array([c.isupper() for c in row.text], dtype=np.bool_))
+
+
+def rows_of(texts: list[str | None]) -> list[Row | BadRow]:
+    """Those of None cannot be used."""
+    return [
+        BadRow(f"a.jsonl, line {line}", "is null; write a string")
+        if text is None
+        else TextRow(f"a.jsonl, line {line}", text)
+        for line, text in enumerate(texts, start=1)
+    ]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize_module, "_CHUNK_ROWS", 3)
+
+
+@given(texts=st.lists(st.none() | st.text("abAB!", max_size=8), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_every_row_is_written_skipped_or_left_out(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("tokenize") / "a.arrow"
+    bad = [text for text in texts if text is None or "!" in text]
+    kept = [text for text in texts if text is not None and "!" not in text and any(c.isupper() for c in text[1:])]
+    options = {"workers": 1, "on_bad_row": "skip", "max_bad_rows": 100}
+    if not kept:
+        with pytest.raises(UserError, match=f"none of the {len(texts)} rows has a token to train"):
+            tokenize(rows_of(texts), Encoder(), path, **options)
+        return
+    stats = tokenize(rows_of(texts), Encoder(), path, **options)
+    sequences = Sequences.open(path)
+    assert ["".join(map(chr, sequences.tokens(i))) for i in range(len(sequences))] == kept
+    flags = [[place > 0 and c.isupper() for place, c in enumerate(text)] for text in kept]
+    assert [sequences.trained(i).tolist() for i in range(len(sequences))] == flags
+    assert len(stats.bad_places) == min(len(bad), 5)
+    stats.bad_places = []
+    assert stats == Stats(
+        rows=len(texts),
+        bad_rows=len(bad),
+        untrained_rows=len(texts) - len(bad) - len(kept),
+        sequences=len(kept),
+        tokens=sum(map(len, kept)),
+        trained_tokens=sum(map(sum, flags)),
+        largest_token=max(ord(c) for text in kept for c in text),
+    )
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path, small_chunks):
+    texts = [None if i % 31 == 30 else "aB!" if i % 17 == 16 else "a" * (i % 5) + "B" for i in range(200)]
+    files, stats = [], []
+    for workers in (1, 2, 3, "auto"):
+        path = tmp_path / f"{workers}.arrow"
+        stats.append(tokenize(rows_of(texts), Encoder(), path, workers=workers, on_bad_row="skip"))
+        files.append(path.read_bytes())
+    assert files == files[:1] * 4
+    assert stats == stats[:1] * 4
+    assert stats[0].bad_places[:2] == [
+        "a.jsonl, line 17: shouts; be quiet",
+        "a.jsonl, line 31: is null; write a string",
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_bad_row_is_the_one_told(tmp_path, small_chunks, refusal, workers):
+    """Whoever is done first: one that the reader finds comes after one that the encoder finds, if the file says so."""
+    for texts in (["aB"] * 10 + ["aB!", "aB", None] + ["aB"] * 9, ["aB"] * 10 + ["aB!"] + [None] * 12):
+        with pytest.raises(UserError) as error:
+            tokenize(rows_of(texts), Encoder(), tmp_path / "a.arrow", workers=workers)
+        assert refusal(error.value) == "a.jsonl, line 11: shouts; be quiet"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_breaks_off_is_told_after_the_rows_before(tmp_path, small_chunks, refusal, workers):
+    def breaking_off(texts: list[str | None]) -> Iterator[Row | BadRow]:
+        yield from rows_of(texts)
+        raise UserError("a.jsonl: is cut off; get it anew")
+
+    for texts, expected in (
+        (["aB"] * 10, "a.jsonl: is cut off; get it anew"),
+        ([*["aB"] * 10, "aB!"], "a.jsonl, line 11: shouts; be quiet"),
+    ):
+        with pytest.raises(UserError) as error:
+            tokenize(breaking_off(texts), Encoder(), tmp_path / "a.arrow", workers=workers)
+        assert refusal(error.value) == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_not_too_many_are_skipped(tmp_path, small_chunks, refusal, workers):
+    texts = ["aB", None, "aB!"] * 10
+    options = {"workers": workers, "on_bad_row": "skip", "name": "a.jsonl"}
+    assert tokenize(rows_of(texts), Encoder(), tmp_path / "a.arrow", max_bad_rows=20, **options).bad_rows == 20
+    with pytest.raises(UserError) as error:
+        tokenize(rows_of(texts), Encoder(), tmp_path / "a.arrow", max_bad_rows=19, **options)
+    assert refusal(error.value) == (
+        "a.jsonl: more than data.max_bad_rows: 19 of its rows cannot be used (the first: a.jsonl, line 2: is null; "
+        "write a string); mend them, or raise that number"
+    )
+
+
+def test_rows_are_not_read_far_ahead(tmp_path, small_chunks):
+    """Else data larger than memory would fill it."""
+    read = 0
+    done = []
+
+    def rows() -> Iterator[Row | BadRow]:
+        nonlocal read
+        for row in rows_of(["aB"] * 300):
+            read += 1
+            yield row
+
+    tokenize(rows(), Encoder(), tmp_path / "a.arrow", workers=2, progress=lambda rows: done.append((rows, read)))
+    assert [rows for rows, _ in done] == list(range(3, 301, 3))
+    # two workers, each at a chunk with three more in store
+    assert max(ahead - rows for rows, ahead in done) <= 3 * 2 * 4
+
+
+def test_long_rows_are_handed_out_in_small_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_module, "_CHUNK_CHARACTERS", 10)
+    seen = []
+    tokenize(rows_of(["a" * 9 + "B", "aB", "aaaaaaaaB"] * 2), Encoder(), tmp_path / "a.arrow", progress=seen.append)
+    assert seen == [1, 3, 4, 6]
+    sizes = [
+        tokenize_module._characters(row)
+        for row in (
+            CompletionRow("p", "ab", "cde"),
+            MessagesRow("p", [{"role": "user", "content": "abcd"}, {"role": "assistant", "content": None}]),
+            BadRow("p", "r"),
+        )
+    ]
+    assert sizes == [5, 4, 0]
+
+
+def test_a_killed_worker_is_no_traceback(tmp_path, small_chunks, refusal):
+    """The kernel kills one when memory runs out."""
+    with pytest.raises(UserError) as error:
+        tokenize(rows_of(["aB"] * 20 + ["a?"] * 20), Encoder(), tmp_path / "a.arrow", workers=2)
+    assert "a process that tokenizes was killed" in refusal(error.value)
+
+
+def test_workers_end_with_their_parent(tmp_path, small_chunks):
+    """A run that was killed leaves nothing that holds memory."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+
+    class Hanging(Encoder):
+        def encode(self, rows: list[Row]) -> list[Encoded | BadRow]:
+            (pids / str(os.getpid())).touch()
+            time.sleep(60)
+            return []
+
+    parent = os.fork()
+    if not parent:
+        tokenize(rows_of(["aB"] * 20), Hanging(), tmp_path / "a.arrow", workers=2)
+        os._exit(0)
+    end = time.monotonic() + 20
+    while len(list(pids.iterdir())) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    workers = [int(path.name) for path in pids.iterdir()]
+    assert len(workers) == 2
+    while any(map(alive, workers)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(map(alive, workers))
+
+
+def alive(pid: int) -> bool:
+    """A zombie, whom nobody has buried, is not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_the_environment_stays_as_it_was(tmp_path, small_chunks, monkeypatch):
+    for value in ("true", None):
+        if value is None:
+            monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+        else:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
+        tokenize(rows_of(["aB"] * 20), Encoder(), tmp_path / "a.arrow", workers=2)
+        assert os.environ.get("TOKENIZERS_PARALLELISM") == value
