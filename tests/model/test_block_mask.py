@@ -81,15 +81,12 @@ def attend(tensors: list[torch.Tensor], rows: list[list[int]] = ROWS, **kwargs: 
 def test_the_call_for_gpus_gives_the_same_values_and_gradients(
     heads: int, checkpointed: bool, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By torch's flex_attention and its own backward: traced as for the GPU, without kernels, and without the refusal of
-    a CPU. It is called once more where layers are computed again.
-    """
+    """By torch's flex_attention and its own backward: traced as for a GPU, without kernels, not refused on a CPU."""
     ours, theirs = tensors(heads), tensors(heads)
     dense = attend(theirs, **kwargs)
     monkeypatch.setattr(attention, "_has_kernels", lambda device: True)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
     called = []
-
     traced = torch.compile(torch_flex.flex_attention, backend="aot_eager")
 
     def without_kernels(*args: Any, training: bool, **others: Any) -> Any:
