@@ -42,8 +42,9 @@ class ModelConfig(Section):
     4 bit already."""
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the forward and backward pass, and of the base's parameters that stay unquantized."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """sdpa: torch's kernels, each packed sequence by itself and without masks where the architecture allows it; eager:
+    attention: Literal["sdpa", "flex", "eager"] = "sdpa"
+    """sdpa: torch's kernels, each packed sequence by itself and without masks where the architecture allows it; flex:
+    torch's flex_attention with block masks, for GPUs (on a CPU it has no backward, and plain formulas stand in); eager:
     transformers' plain formulas, with masks."""
 
 

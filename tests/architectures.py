@@ -130,11 +130,13 @@ SETTINGS_OF_ALL = {
 """A small model of nearly any `model_type`: a configuration ignores what it does not know."""
 
 
-def make_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
+def make_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
     """A Hugging Face folder of that architecture, as transformers saves it, with a tokenizer."""
     config_class = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**(_COMMON | ARCHITECTURES[name])))
+    model = transformers.AutoModelForCausalLM.from_config(
+        config_class(**(_COMMON | ARCHITECTURES.get(name, {}) | settings))
+    )
     with torch.no_grad():
         for parameter_name, tensor in model.state_dict().items():
             # by default so small that attention, experts and biases show nowhere

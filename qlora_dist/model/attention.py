@@ -1,10 +1,13 @@
-"""Attention over packed rows without masks: each sequence of a row by itself, causally.
+"""Attention over packed rows without dense masks: each sequence of a row by itself, causally.
 
 transformers builds a dense mask for a row of several sequences, and `scaled_dot_product_attention` then computes all
 pairs of positions, nearly all of which are masked. Here the places where sequences begin reach the attention function
 instead of a mask: `attend` is registered with transformers under `PACKED`, and the boundaries travel as
 `attention_mask`, which transformers hands through untouched when it has four dimensions. A call without boundaries
 (plain logits, a cache, a user's padding mask) is transformers' own SDPA with its own masks.
+
+`attend_by_blocks`, registered under `FLEX`, is the same by torch's flex_attention: one kernel for all sequences of a
+row, with their windows, soft caps and sinks.
 """
 
 from __future__ import annotations
@@ -15,40 +18,65 @@ import torch
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_dist.errors import UserError
+from qlora_dist.model.block_mask import block_mask, dense_mask
 from qlora_dist.model.boundaries import boundaries, sequences
 from qlora_dist.model.cpu_attention import causal_attention
 
 PACKED = "qlora_packed"
+FLEX = "qlora_flex"
 
 
-def choose_attention(model: PreTrainedModel) -> None:
-    """Replace transformers' SDPA by `attend` in a model that keeps to the contract of its flash attention.
+def choose_attention(model: PreTrainedModel, attention: str = "sdpa") -> None:
+    """Replace transformers' attention by `attend` ("sdpa") or `attend_by_blocks` ("flex") in a model that keeps to the
+    contract of its flash attention.
 
     That is: attention is looked up by name, it is causal, and window, soft cap and sinks are handed to the function, as
     no mask could carry them. Others (Falcon computes its own attention, Llama 4 cuts rows into chunks, hybrids have
     layers without attention) keep SDPA with masks.
+
+    Raises:
+        UserError: "flex" for such a model, or for one with dropout of attention probabilities.
     """
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     by_name = model._supports_attention_backend and model._supports_flash_attn
     chunked = getattr(config, "attention_chunk_size", None) is not None
-    if (
+    qualifies = (
         by_name
         and not chunked
         and getattr(config, "is_causal", True)
         and kinds <= {"full_attention", "sliding_attention"}
-    ):
-        model.set_attn_implementation(PACKED)
+    )
+    if attention == "flex":
+        if not qualifies:
+            raise UserError(
+                f"model.attention: flex: a model of type {config.model_type} does more in its attention than can be "
+                "handed over; use sdpa"
+            )
+        if getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0):
+            raise UserError(
+                "model.attention: flex has no dropout of attention probabilities, and the model's config.json asks for "
+                "it; use sdpa, or set attention_dropout (GPT-2: attn_pdrop) to 0 there"
+            )
+    if qualifies:
+        model.set_attn_implementation(FLEX if attention == "flex" else PACKED)
+
+
+def takes_boundaries(model: PreTrainedModel) -> bool:
+    """Whether attention takes the boundaries of packed sequences."""
+    return model.config._attn_implementation in (PACKED, FLEX)
 
 
 def with_boundaries(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The decoder's keyword arguments, with the sequences' boundaries where its attention is `attend`."""
+    """The decoder's keyword arguments, with the sequences' boundaries where its attention takes them."""
     positions = inputs.get("position_ids")
-    if model.config._attn_implementation != PACKED or positions is None or inputs.get("attention_mask") is not None:
+    if not takes_boundaries(model) or positions is None or inputs.get("attention_mask") is not None:
         return inputs
     return inputs | {"attention_mask": boundaries(positions)}
 
@@ -101,6 +129,54 @@ def attend(
     if query.device.type == "cpu" and not (windowed or by_scores or dropout) and query.shape[-1] == value.shape[-1]:
         return causal_attention(query, key, value, attention_mask, scale), None
     return _piece_by_piece(query, key, value, attention_mask, dropout, scale, sliding_window, softcap, s_aux), None
+
+
+def attend_by_blocks(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`attend`, its arguments and its result, by flex_attention where sequences have boundaries. Without dropout."""
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    assert not kwargs.pop("dropout", 0.0), "flex_attention has no dropout"
+    return _by_blocks(module, query, key, value, attention_mask, **kwargs), None
+
+
+@torch.compiler.disable  # flex_attention is compiled by itself, and the mask is made of numbers
+def _by_blocks(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """By transformers' call of the compiled flex_attention; that branch was not run on a GPU.
+
+    On a CPU torch 2.13 refuses its backward, and the same mask becomes dense: as slow as `eager`, for tests and trials.
+    """
+    assert kwargs.get("position_bias") is None, "attention with a position bias needs model.attention=eager"
+    length = query.shape[2]
+    window = sliding_window if sliding_window is not None and sliding_window < length else None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if _has_kernels(query.device):
+        mask = block_mask(bounds, length, window, query.device)
+        return flex_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap, s_aux=s_aux)[0]
+    output = _by_scores(query, key, value, dense_mask(bounds, length, window), 0.0, scale, softcap, s_aux)
+    return output.transpose(1, 2).contiguous()
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether flex_attention has a forward and a backward there."""
+    return device.type != "cpu"
 
 
 @torch.compiler.disable
@@ -173,4 +249,6 @@ def _by_scores(
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, sdpa_mask)
+ALL_ATTENTION_FUNCTIONS.register(FLEX, attend_by_blocks)
+for _name in (PACKED, FLEX):
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, sdpa_mask)

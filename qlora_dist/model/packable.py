@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from qlora_dist.errors import UserError
-from qlora_dist.model.attention import PACKED
+from qlora_dist.model.attention import takes_boundaries
 
 MASKED = frozenset(
     """
@@ -26,7 +26,7 @@ def check_packable(model: PreTrainedModel) -> None:
     Raises:
         UserError: with the way out.
     """
-    if model.config._attn_implementation != PACKED and model.config.model_type not in MASKED:
+    if not takes_boundaries(model) and model.config.model_type not in MASKED:
         raise UserError(
             f"data.packing: a model of type {model.config.model_type} with {model.config._attn_implementation} "
             "attention may let the sequences of a packed row see each other; set data.packing: none"

@@ -37,8 +37,8 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
     """
     dtype = COMPUTE_DTYPES[config.compute_dtype]
     model = causal_lm_on_meta(folder, dtype, config.attention)
-    if config.attention == "sdpa":
-        choose_attention(model)
+    if config.attention != "eager":
+        choose_attention(model, config.attention)
     _keep_buffers_in_fp32(model)
     origins = find_origins(model, [*folder.entries, *folder.quantized])
     scale, tied = measure_head(model), is_tied(model)
@@ -77,7 +77,7 @@ def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = 
             del config.quantization_config  # it describes how transformers would load the folder; we load it
         if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
             attention = "eager"  # SDPA has no cap, and transformers would leave it out without a word
-        requested = None if attention == "sdpa" else attention  # None: SDPA where the architecture has it
+        requested = "eager" if attention == "eager" else None  # None: SDPA where the architecture has it
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=requested, trust_remote_code=False

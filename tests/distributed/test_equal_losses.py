@@ -96,6 +96,7 @@ def test_every_layout_trains_the_same(layout: str, config: Path, single: list[di
         ("train.micro_batch=6", "train.checkpointing=none"),
         ("train.checkpointing=2", "parallel.prefetch=0"),
         ("parallel.prefetch=2", "model.attention=eager"),
+        ("model.attention=flex",),
         ("parallel.offload=base",),
         ("train.compile=true",),
         ("train.compile=true", "train.checkpointing=none", "parallel.base=replicate"),

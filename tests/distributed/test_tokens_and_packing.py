@@ -37,7 +37,7 @@ def test_one_rank_with_four_sequences_is_four_ranks_with_one(tiny_llama_nf4: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["Llama", "Mistral"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "eager"])
 def test_packed_and_unpacked_sequences_have_one_loss(arch: str, attention: str, tmp_path: Path) -> None:
     """All the data in one step, so that both runs train on the same sequences; the gradient counts as well."""
     base = tiny.make_model(tmp_path / "model", arch, **({"sliding_window": 32} if arch == "Mistral" else {}))

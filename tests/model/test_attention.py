@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
-from qlora_dist.model.attention import PACKED, attend, choose_attention
+from qlora_dist.errors import UserError
+from qlora_dist.model.attention import FLEX, PACKED, attend, attend_by_blocks, choose_attention
 from qlora_dist.model.boundaries import boundaries, sequences
 
 ROWS = [[5, 20, 1, 14], [40]]
@@ -60,13 +61,15 @@ def compare(tensors: list[torch.Tensor], rows: list[list[int]] = ROWS, tolerance
     bounds = boundaries(positions(rows))
     names = {"window": "sliding_window", "softcap": "softcap", "sinks": "s_aux", "scale": "scaling"}
     given = {names[name]: value for name, value in kwargs.items()}
-    ours, _ = attend(SimpleNamespace(), *tensors, bounds, **given)  # type: ignore[arg-type]
     theirs = dense(*tensors, rows=rows, **kwargs)
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     trained = [*tensors, *([kwargs["sinks"]] if "sinks" in kwargs else [])]
     grad = torch.randn_like(theirs)
-    for a, b in zip(torch.autograd.grad(ours, trained, grad), torch.autograd.grad(theirs, trained, grad), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    wanted = torch.autograd.grad(theirs, trained, grad)
+    for attention, least in ((attend, tolerance), (attend_by_blocks, max(tolerance, 1e-5))):  # the latter in fp32
+        ours, _ = attention(SimpleNamespace(), *tensors, bounds, **given)  # type: ignore[arg-type]
+        torch.testing.assert_close(ours, theirs, rtol=least, atol=least)
+        for a, b in zip(torch.autograd.grad(ours, trained, grad), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=least, atol=least)
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
@@ -143,10 +146,26 @@ def test_it_is_registered_where_the_architecture_allows() -> None:
             model = getattr(transformers, f"{arch}ForCausalLM")(config)
         choose_attention(model)
         assert (model.config._attn_implementation == PACKED) == packed
+        if packed:
+            choose_attention(model, "flex")
+            assert model.config._attn_implementation == FLEX
+        else:
+            with pytest.raises(UserError, match=r"model\.attention: flex: a model of type falcon .*; use sdpa"):
+                choose_attention(model, "flex")
 
 
+def test_flex_leaves_out_no_dropout_without_a_word() -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, attention_dropout=0.1))
+    choose_attention(model)
+    with pytest.raises(UserError, match=r"no dropout of attention .*; use sdpa, or set attention_dropout"):
+        choose_attention(model, "flex")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
 @pytest.mark.parametrize("arch", ["Llama", "Mistral", "Qwen3"])
-def test_logits_with_a_cache_or_padding_are_transformers(arch: str, tmp_path: Any) -> None:
+def test_logits_with_a_cache_or_padding_are_transformers(arch: str, attention: str, tmp_path: Any) -> None:
     """Without labels nothing of ours may show: generation and evaluation go this way."""
     window = {"sliding_window": 8} if arch == "Mistral" else {}
     folder = tiny.make_model(tmp_path, arch, torch.float32, **window)
@@ -162,7 +181,7 @@ def test_logits_with_a_cache_or_padding_are_transformers(arch: str, tmp_path: An
         return [logits, words]
 
     theirs = outputs()
-    choose_attention(model)
-    assert model.config._attn_implementation == PACKED
+    choose_attention(model, attention)
+    assert model.config._attn_implementation == {"sdpa": PACKED, "flex": FLEX}[attention]
     for ours, other in zip(outputs(), theirs, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)

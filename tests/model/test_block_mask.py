@@ -1,0 +1,127 @@
+"""If this fails, flex_attention leaves out blocks that a sequence should see, or computes its neighbour's."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import flex_attention as torch_flex
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations import flex_attention as transformers_flex
+
+from qlora_dist.model import attention
+from qlora_dist.model.attention import attend_by_blocks
+from qlora_dist.model.block_mask import block_mask, dense_mask
+from qlora_dist.model.boundaries import boundaries
+
+ROWS = [[130, 200, 3, 167], [500]]  # four blocks, the last one not full
+
+
+def positions(rows: list[list[int]]) -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+
+
+@st.composite
+def packed_rows(draw: st.DrawFn) -> list[list[int]]:
+    length = draw(st.one_of(st.integers(1, 700), st.sampled_from([127, 128, 129, 256, 384])))
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        row = []
+        while sum(row) < length:
+            row.append(draw(st.integers(1, draw(st.sampled_from([2, 60, 300])))))
+        row[-1] -= sum(row) - length
+        rows.append([n for n in row if n])
+    return rows
+
+
+@settings(max_examples=25, deadline=None)
+@given(packed_rows(), st.one_of(st.none(), st.integers(1, 300), st.sampled_from([1, 127, 128, 129, 255, 256, 257])))
+def test_blocks_are_those_that_torch_finds_by_looking_at_all_pairs(rows: list[list[int]], window: int | None) -> None:
+    length = sum(rows[0])
+    sequence = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows])
+
+    def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        near = query - key < (length if window is None else window)
+        return (sequence[row, query] == sequence[row, key]) & (key <= query) & near
+
+    theirs = torch_flex.create_block_mask(sees, len(rows), None, length, length, "cpu")
+    bounds = boundaries(positions(rows))
+    ours = block_mask(bounds, length, window, torch.device("cpu"))
+    for a, b in zip(ours.as_tuple()[:-1], theirs.as_tuple()[:-1], strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
+    pairs = torch_flex.create_mask(sees, len(rows), None, length, length, "cpu")
+    assert torch.equal(dense_mask(bounds, length, window), pairs)
+
+
+def tensors(heads: int = 4) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = [(len(ROWS), n, sum(ROWS[0]), 16) for n in (heads, 2, 2)]
+    return [torch.randn(shape).requires_grad_() for shape in shapes]
+
+
+def attend(tensors: list[torch.Tensor], rows: list[list[int]] = ROWS, **kwargs: Any) -> torch.Tensor:
+    module = SimpleNamespace(training=True)
+    return attend_by_blocks(module, *tensors, boundaries(positions(rows)), **kwargs)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("heads", "checkpointed", "kwargs"),
+    [
+        (4, False, {}),
+        (6, True, {"sliding_window": 150}),
+        (4, True, {"sliding_window": 20, "softcap": 2.0, "scaling": 0.3}),
+    ],
+)
+def test_the_call_for_gpus_gives_the_same_values_and_gradients(
+    heads: int, checkpointed: bool, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch's flex_attention and its own backward: traced as for a GPU, without kernels, not refused on a CPU."""
+    ours, theirs = tensors(heads), tensors(heads)
+    dense = attend(theirs, **kwargs)
+    monkeypatch.setattr(attention, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    called = []
+    traced = torch.compile(torch_flex.flex_attention, backend="aot_eager")
+
+    def without_kernels(*args: Any, training: bool, **others: Any) -> Any:
+        called.append(training)
+        return traced(*args, **others)
+
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", without_kernels)
+    run = partial(checkpoint, attend, use_reentrant=False) if checkpointed else attend
+    output = run(ours, dropout=0.0, **kwargs)
+    torch.testing.assert_close(output, dense, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(dense)
+    for a, b in zip(torch.autograd.grad(output, ours, grad), torch.autograd.grad(dense, theirs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert called == [True] * (2 if checkpointed else 1)
+
+
+@pytest.mark.slow
+def test_a_compiled_kernel_needs_no_more_than_the_listed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of inductor for CPUs, which has no backward. As on GPUs it reads the lists, and computes what is in them."""
+    inputs, others = [t.detach() for t in tensors()], [[1, 499], [250, 100, 150]]
+    wanted = [attend(inputs, rows, sliding_window=150) for rows in (ROWS, others)]
+    monkeypatch.setattr(attention, "_has_kernels", lambda device: True)
+    torch.testing.assert_close(attend(inputs, sliding_window=150), wanted[0], rtol=1e-5, atol=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(attend(inputs, others, sliding_window=150), wanted[1], rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0  # other sequences compile nothing anew
+    # that the lists are read: without the blocks beside the diagonal a window of 150 is cut
+    monkeypatch.setattr(attention, "block_mask", lambda *args: _diagonal(block_mask(*args)))
+    assert (attend(inputs, sliding_window=150) - wanted[0]).abs().max() > 0.1
+
+
+def _diagonal(mask: torch_flex.BlockMask) -> torch_flex.BlockMask:
+    blocks = mask.kv_indices.shape[-1]
+    only = torch.arange(blocks, dtype=torch.int32).view(1, 1, -1, 1).expand_as(mask.kv_indices).contiguous()
+    nothing = torch.zeros_like(mask.kv_num_blocks)
+    return torch_flex.BlockMask.from_kv_blocks(
+        torch.ones_like(nothing), only, nothing, only.clone(), mask.BLOCK_SIZE, mask.mask_mod, mask.seq_lengths, False
+    )

@@ -1,0 +1,172 @@
+"""If this fails, packing sequences into rows changes what is learned from them: a loss, or a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import make_architecture
+from transformers import PreTrainedModel
+
+from qlora_dist.adapters.attach import adapter_parameters, attach_adapter, peft_config
+from qlora_dist.config import LoraConfig, ModelConfig
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model.attention import FLEX, PACKED
+from qlora_dist.model.fill import fill
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.parallel.process_group import process_group
+
+LENGTHS = [[30, 7, 1, 19], [41, 16]]
+"""Of the sequences of each row; what is left of SEQ_LEN is padding."""
+SEQ_LEN = 64
+WINDOW = 12
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": WINDOW},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},  # in the second layer
+    "Gemma2": {"sliding_window": WINDOW},  # in every other layer, with soft caps
+    "GptOss": {"sliding_window": WINDOW},  # the same, with sinks
+    "StableLm": {},  # its attention does not take boundaries
+}
+CASES = [
+    *((name, attention) for name in ("Llama", "Mistral", "Qwen2", "Gemma2") for attention in ("eager", "sdpa", "flex")),
+    *((name, "masks") for name in ("Llama", "Mistral", "Qwen2", "StableLm")),
+    *(("GptOss", attention) for attention in ("sdpa", "flex")),  # transformers' masks mix its sequences
+]
+IMPLEMENTATION = {"eager": "eager", "masks": "sdpa", "sdpa": PACKED, "flex": FLEX}
+"""masks: transformers' own SDPA, which `sdpa` leaves to models whose attention takes no boundaries."""
+WINDOWED = [case for case in CASES if "sliding_window" in MODELS[case[0]]]
+Build = Callable[..., PreTrainedModel]
+Sequences = list[list[torch.Tensor]]
+
+
+def each_of(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    slow = ("Qwen2", "GptOss", "StableLm")
+    params = [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in slow else []) for case in cases]
+    return pytest.mark.parametrize(("name", "attention"), params)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A model as it is trained: in 4 bit, an adapter on every layer, its weights large enough that attention shows."""
+
+    @cache
+    def filled(name: str, window: int) -> PreTrainedModel:
+        settings = {key: window if key == "sliding_window" else value for key, value in MODELS[name].items()}
+        path = make_architecture(tmp_path_factory.mktemp("model"), name, num_hidden_layers=2, **settings)
+        folder = ModelFolder(path)
+        model = build_skeleton(folder, ModelConfig(base=str(folder.path), compute_dtype="fp32"))
+        attach_adapter(model, peft_config(model, LoraConfig(r=4, alpha=8, dropout=0.0), str(folder.path)))
+        with process_group(ranks_from_environment({}), torch.device("cpu")):
+            fill(model, folder, torch.device("cpu"), seed=0)
+        torch.manual_seed(1)
+        for parameter_name, parameter in adapter_parameters(model):
+            if "lora_B" in parameter_name:  # zero at first, and A would have no gradient
+                parameter.data.normal_(std=0.05)
+        return model
+
+    def model(name: str, attention: str, window: int = WINDOW) -> PreTrainedModel:
+        result = filled(name, window)
+        result.set_attn_implementation(IMPLEMENTATION[attention])
+        return result
+
+    return model
+
+
+def sequences() -> Sequences:
+    torch.manual_seed(2)
+    return [[torch.randint(3, 300, (n,)) for n in row] for row in LENGTHS]
+
+
+def batch(rows: Sequences, seq_len: int = SEQ_LEN) -> dict[str, torch.Tensor]:
+    """As the loader gives it."""
+    shape = (len(rows), seq_len)
+    ids, labels, positions = (torch.full(shape, value) for value in (2, -100, 0))
+    for index, row in enumerate(rows):
+        start = 0
+        for sequence in [*row, ids.new_full((seq_len - sum(map(len, row)),), 2)]:
+            end = start + len(sequence)
+            ids[index, start:end], positions[index, start:end] = sequence, torch.arange(len(sequence))
+            if end < seq_len or sequence is row[-1]:
+                labels[index, start : end - 1] = sequence[1:]
+            start = end
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def loss_and_gradients(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> tuple[float, list[Any]]:
+    """Summed over all labels of all batches."""
+    model.zero_grad()
+    total = 0.0
+    for inputs in batches:
+        loss = model(**inputs)
+        loss.backward()
+        total += loss.double().item()
+    return total, [p.grad.clone() for _, p in adapter_parameters(model)]
+
+
+@each_of(CASES)
+def test_packed_rows_give_the_loss_and_the_gradients_of_their_sequences(
+    name: str, attention: str, build: Build
+) -> None:
+    model, rows = build(name, attention), sequences()
+    alone = [batch([[sequence]], len(sequence)) for row in rows for sequence in row if len(sequence) > 1]
+    loss, gradients = loss_and_gradients(model, [batch(rows)])
+    expected, wanted = loss_and_gradients(model, alone)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@each_of(CASES)
+def test_a_sequence_sees_nothing_of_its_neighbours(name: str, attention: str, build: Build) -> None:
+    model, inputs = build(name, attention), batch(sequences())
+    first, end = LENGTHS[0][0], sum(LENGTHS[0][:2])
+    other = inputs["input_ids"].clone()
+    other[0, first:end] = torch.randint(3, 300, (end - first,))
+    other[:, sum(LENGTHS[0]) :] = 7  # the padding's too
+    labels = inputs["labels"].clone()
+    labels[0, first:end] = -100  # its neighbours' remain
+
+    def change(**others: torch.Tensor) -> float:
+        """Of the loss, relative, by other tokens."""
+        with torch.no_grad():
+            before, after = (model(**inputs | others | {"input_ids": i}) for i in (inputs["input_ids"], other))
+        return abs(after.item() / before.item() - 1)
+
+    assert change(labels=labels) < 1e-6
+    assert change() > 1e-4
+    in_one = torch.arange(SEQ_LEN).repeat(len(LENGTHS), 1)
+    assert change(labels=labels, position_ids=in_one) > 1e-4  # they would see it
+
+
+@each_of(WINDOWED)
+def test_a_window_shorter_than_a_sequence_counts(name: str, attention: str, build: Build) -> None:
+    long = batch(sequences())
+    short = batch([[sequence[:WINDOW] for sequence in row] for row in sequences()])
+    windowed, without = (
+        [build(name, attention, window)(**inputs).item() for inputs in (long, short)] for window in (WINDOW, SEQ_LEN)
+    )
+    assert abs(windowed[0] / without[0] - 1) > 1e-5
+    assert windowed[1] == pytest.approx(without[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "chosen"),
+    [
+        ("Llama", "sdpa", "sdpa"),
+        ("Llama", "flex", "flex"),
+        ("Llama", "eager", "eager"),
+        ("Gemma2", "sdpa", "sdpa"),
+        ("Gemma2", "flex", "flex"),
+        ("StableLm", "sdpa", "masks"),
+    ],
+)
+def test_the_configuration_chooses(name: str, attention: Any, chosen: str, tmp_path: Path) -> None:
+    folder = make_architecture(tmp_path, name)
+    model = build_skeleton(ModelFolder(folder), ModelConfig(base=str(folder), attention=attention))
+    assert model.config._attn_implementation == IMPLEMENTATION[chosen]
