@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -75,6 +77,13 @@ class Loader:
     def trained_tokens(self, step: int) -> int:
         """Labels of a step over all ranks that are not -100: what the summed loss is divided by."""
         return int(self.rows.trained_tokens[self.indices(step)].sum())
+
+    def fingerprint(self) -> str:
+        """sha256 of what decides on the batches: the rows' sizes, their order and the global batch."""
+        digest = hashlib.sha256(f"{self._seed} {self._global_batch} {self.rows.seq_len}".encode())
+        for counts in (self.rows.tokens, self.rows.trained_tokens, self.rows.sequences.tokens):
+            digest.update(np.ascontiguousarray(counts).tobytes())
+        return digest.hexdigest()
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._cached is None or self._cached[0] != epoch:

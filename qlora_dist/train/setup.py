@@ -42,6 +42,8 @@ class Setup:
     eval_batches: list[Batch]
     """Empty without `data.eval`."""
     stats: dict[str, Stats]
+    steps: int
+    """Optimizer steps of the whole run."""
 
 
 def set_up(config: Config, ranks: Ranks) -> Setup:
@@ -76,7 +78,7 @@ def set_up(config: Config, ranks: Ranks) -> Setup:
         if eval_rows is not None
         else []
     )
-    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, held_out, stats)
+    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, held_out, stats, config.train.steps)
 
 
 def _check_ids(folder: ModelFolder, model: PreTrainedModel, data: list[Rows]) -> None:
