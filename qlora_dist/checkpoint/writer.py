@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -122,12 +123,16 @@ class Checkpointer:
     def _write_own(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / file_of_rank(self._rank)
-        writer = Writer(path, [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        writer.close()
-        note = json.dumps([path.stat().st_size, sha256_of(path)])
-        write_synced(_note(path), note.encode())
+        try:
+            writer = Writer(path, [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            writer.close()
+            write_synced(_note(path), json.dumps([path.stat().st_size, sha256_of(path)]).encode())
+        except OSError:
+            for left in folder.glob(f"{path.stem}.*"):  # at once: the run's other files want the room too
+                left.unlink(missing_ok=True)
+            raise
 
     def _complete(self, manifest: Manifest, folder: Path) -> None:
         """Rank 0, when all files are there."""
@@ -151,9 +156,10 @@ class Checkpointer:
     def _complain(self, error: BaseException) -> None:
         assert self._manifest is not None
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        print(  # not rank 0's voice: the rank that knows
+        print(  # not in rank 0's voice: this is the rank that knows
             f"qlora-dist: [rank {self._rank}] the checkpoint after {self._manifest.step} steps could not be written to "
             f"{self._checkpoints} ({reason}); training goes on, the one before stays",
+            file=sys.stderr,
             flush=True,
         )
 

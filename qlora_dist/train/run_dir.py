@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import suppress
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from qlora_dist.config import Config, RunConfig
 from qlora_dist.config_file import dump_config
@@ -87,6 +89,7 @@ class RunDir:
             (self.path / name).unlink(missing_ok=True)
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         self._metrics = _metrics_until(self.path / "metrics.jsonl", -1 if fresh else step)
+        self._unwritten: list[str] = []
 
     def go_back(self, step: int) -> None:
         """Take out the metrics of steps after `step`."""
@@ -98,9 +101,14 @@ class RunDir:
         (self.path / marker).write_text(json.dumps({"step": step, "reason": reason}) + "\n", encoding="utf-8")
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append to metrics.jsonl; on disk before the next step."""
-        self._metrics.write(json.dumps(_finite(metrics)) + "\n")
-        self._metrics.flush()
+        """Append to metrics.jsonl; handed to the system before the next step.
+
+        A full disk must not end a run: the line is kept, and written with the next.
+        """
+        self._unwritten.append(json.dumps(_finite(metrics)) + "\n")
+        with suppress(OSError):
+            self._metrics.write("".join(self._unwritten).encode())
+            self._unwritten.clear()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
@@ -113,8 +121,8 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _metrics_until(path: Path, step: int) -> TextIO:
-    """Open for appending, behind the lines up to `step`."""
+def _metrics_until(path: Path, step: int) -> RawIOBase:
+    """Open for appending, behind the lines up to `step`. Unbuffered: a write fails at once or has been done."""
     kept = []
     if step >= 0 and path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -126,4 +134,4 @@ def _metrics_until(path: Path, step: int) -> TextIO:
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
-    return path.open("a", encoding="utf-8")
+    return path.open("ab", buffering=0)
