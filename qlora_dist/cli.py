@@ -29,11 +29,17 @@ def train(
         typer.Argument(help="section.key=value, winning over the file.", metavar="[KEY=VALUE]..."),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Check all that can be checked without weights, and stop.")] = False,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on from the run's newest whole checkpoint; none; or a checkpoint's folder.")
+    ] = "auto",
 ) -> None:
     """Train an adapter: alone, or on every rank that torchrun starts this on."""
     from qlora_dist.config_file import dump_config, load_config
+    from qlora_dist.train.stop import listen
 
     resolved = load_config(config, overrides or ())
+    if not dry_run:
+        listen()  # before torch is imported, which takes a while
     _prepare_process()
     if dry_run:
         from qlora_dist.launch.environment import ranks_from_environment
@@ -41,7 +47,7 @@ def train(
         from qlora_dist.train.setup import set_up
 
         ranks = ranks_from_environment()
-        check_run_dir(resolved.run)
+        check_run_dir(resolved, resume)
         set_up(resolved, ranks)
         if ranks.rank == 0:
             typer.echo(dump_config(resolved), nl=False)
@@ -52,7 +58,7 @@ def train(
 
     # `record` hands an exception to torchrun, which shows that of the rank that failed first; a user's mistake is not
     # for it
-    mistake = record(_mistake_of)(run_training, resolved)
+    mistake = record(_mistake_of)(run_training, resolved, resume)
     if mistake is not None:
         raise mistake
 

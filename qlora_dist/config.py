@@ -6,6 +6,7 @@ documentation. No torch in here: ``--help`` and every configuration error come w
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -193,6 +194,17 @@ class TrainConfig(Section):
     """Seed of the adapters' first values, the order of the data and dropout."""
     eval_every: Annotated[int, Field(ge=0)] = 50
     """Evaluate each so many steps, and always before the first and after the last; 0: only then."""
+    save_every: Annotated[int, Field(ge=0)] = 50
+    """Write a checkpoint each so many steps, and always after the last; 0: only then."""
+    keep_checkpoints: PositiveInt = 2
+    """The newest so many stay."""
+    max_time: Annotated[timedelta, Field(strict=False, gt=timedelta(0))] | None = None
+    """Stop in time to have a checkpoint after so long, such as 24:00:00 or P2D; to be started again."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = 4.0
+    """A loss of more than so many times the median of the last 20 steps is a spike; null: nothing is."""
+    on_spike: Literal["warn", "rollback"] = "warn"
+    """At a spike, or a loss or gradient that is not finite: say so, or go back to the last checkpoint and leave that
+    global batch out."""
     max_skipped_steps: PositiveInt = 5
     """Stop after so many steps in a row whose loss or gradient was not finite."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

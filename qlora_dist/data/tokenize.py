@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -53,6 +54,8 @@ class Stats:
     """Of these, predicted and trained; never a sequence's first."""
     largest_token: int = 0
     """The highest token number."""
+    sha256: str = ""
+    """Over all tokens, which of them are trained, and the lengths: what the sequences are, wherever they came from."""
 
 
 class _Part(NamedTuple):
@@ -93,6 +96,7 @@ def tokenize(
         OSError: `out` cannot be written.
     """
     stats = Stats()
+    digests = [hashlib.sha256() for _ in range(3)]
     with SequenceWriter(out) as writer:
         for part in _encoded(rows, encoder, workers):
             stats.rows += part.rows
@@ -103,6 +107,9 @@ def tokenize(
             stats.tokens += len(part.sequences.tokens)
             stats.trained_tokens += int(part.sequences.trained.sum())
             stats.largest_token = max(stats.largest_token, int(part.sequences.tokens.max(initial=0)))
+            flat = part.sequences
+            for digest, array in zip(digests, (flat.tokens, flat.trained, flat.lengths), strict=True):
+                digest.update(array.tobytes())
             writer.append(part.sequences)
             progress(stats.rows)
         if not stats.sequences:
@@ -111,6 +118,7 @@ def tokenize(
                 f"{name}: none of the {stats.rows} rows has a token to train{skipped}; give rows with a non-empty "
                 "`text`, or with messages of the role 'assistant'"
             )
+    stats.sha256 = hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
     return stats
 
 

@@ -21,6 +21,8 @@ class Ranks:
     local_world_size: int
     launcher: str
     """`torchrun`, or `none` for a single process."""
+    restarts: int = 0
+    """How often the launcher has started this again by itself."""
 
 
 def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
@@ -31,7 +33,7 @@ def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
     """
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         _refuse_other_launchers(environ)
-        return Ranks(0, 1, 0, 1, "none")
+        return Ranks(0, 1, 0, 1, "none", _restarts(environ))
     missing = [name for name in _TORCHRUN if name not in environ]
     if missing:
         raise UserError(
@@ -47,7 +49,13 @@ def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
             f"the environment says rank {rank} of {world_size}, {local_rank} of {local_world_size} on this node; "
             "start with torchrun, or unset RANK and WORLD_SIZE"
         )
-    return Ranks(rank, world_size, local_rank, local_world_size, "torchrun")
+    return Ranks(rank, world_size, local_rank, local_world_size, "torchrun", _restarts(environ))
+
+
+def _restarts(environ: Mapping[str, str]) -> int:
+    """By torchrun (--max-restarts) or by SLURM (requeue)."""
+    counts = (environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return sum(int(count) for count in counts if count.isdigit())
 
 
 def _refuse_other_launchers(environ: Mapping[str, str]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from qlora_dist.config import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""First and second, fp32, of a shard's shape each."""
 
 
 def build_optimizer(shards: Iterable[torch.nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -35,3 +38,22 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """The moments of a shard, by name; zeros before the first update."""
+    state = optimizer.state.get(parameter, {})
+    return {name: state.get(name, torch.zeros_like(parameter)) for name in MOMENTS}
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, values: Mapping[str, torch.Tensor], steps: int
+) -> None:
+    """Set the moments of a shard, and the number of updates that made them, which corrects their bias."""
+    if steps == 0:
+        optimizer.state.pop(parameter, None)
+        return
+    state = {name: values[name].to(parameter.device) for name in MOMENTS}
+    # fused AdamW keeps the number with the shard, as fp32
+    state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
+    optimizer.state[parameter] = state

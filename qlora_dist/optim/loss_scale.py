@@ -27,3 +27,12 @@ class LossScale:
         self._finite_steps += 1
         if self._finite_steps == _GROWTH_INTERVAL:
             self.value, self._finite_steps = self.value * 2, 0
+
+    def state(self) -> tuple[float, int]:
+        """For a checkpoint."""
+        return self.value, self._finite_steps
+
+    def load(self, state: tuple[float, int]) -> None:
+        """Go on from there."""
+        if self._dynamic:
+            self.value, self._finite_steps = state

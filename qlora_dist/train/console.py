@@ -68,9 +68,9 @@ class RunConsole:
         waiting = f"{100 * self.reading.wait_s / seconds:.0f} % of it waiting for reads"
         self.say(f"loaded: {reading}, {waiting}; it holds {gib(static_bytes)}")
 
-    def start_steps(self, steps: int) -> None:
+    def start_steps(self, steps: int, done: int = 0) -> None:
         """Show the bar, where there is a terminal."""
-        self._steps, self._start = steps, time.perf_counter()
+        self._steps, self._done, self._start = steps, done, time.perf_counter()
         if self._live:
             self._show("step", steps, MofNCompleteColumn())
 
@@ -86,7 +86,7 @@ class RunConsole:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=text)
             return
-        left_s = (time.perf_counter() - self._start) / step * (self._steps - step)
+        left_s = (time.perf_counter() - self._start) / (step - self._done) * (self._steps - step)
         self.say(f"step {step}/{self._steps}  {text}  {left_s:.0f} s left")
 
     def stop(self) -> None:

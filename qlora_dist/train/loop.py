@@ -9,41 +9,46 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qlora_dist.checkpoint.snapshot import trained
 from qlora_dist.data.rows import Batch
 from qlora_dist.errors import UserError
 from qlora_dist.optim.adamw import build_optimizer, state_bytes
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.schedule import learning_rate
 from qlora_dist.parallel.traffic import Traffic
+from qlora_dist.train.checkpoints import Checkpoints, Start
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.evaluate import evaluate
 from qlora_dist.train.memory import peak_bytes
-from qlora_dist.train.run_dir import RunDir
+from qlora_dist.train.progress import Progress
+from qlora_dist.train.run_dir import RunDir, run_path
 from qlora_dist.train.setup import Setup
 from qlora_dist.train.step import AdapterShards, train_step
+from qlora_dist.train.stop import Requests, reason, wants_save
 
 
 @dataclass
 class History:
     """What the loop leaves behind; equal on all ranks."""
 
-    losses: list[float] = field(default_factory=list)
-    eval_losses: list[float] = field(default_factory=list)
-    """The first is that of the base model alone."""
+    progress: Progress
+    stop: str | None = None
+    """Why it ended before its last step (one of `stop.REASONS`); None: it did not."""
     tokens_per_s: list[float] = field(default_factory=list)
+    """Of the steps that this process has done."""
     comm_bytes: dict[str, int] = field(default_factory=dict)
     """This rank's, received in the last step, by mesh dimension."""
-    skipped_steps: int = 0
 
 
 def train_loop(
-    model: PreTrainedModel, setup: Setup, traffic: Traffic, console: RunConsole, run_dir: RunDir | None
+    model: PreTrainedModel, setup: Setup, start: Start, traffic: Traffic, console: RunConsole, run_dir: RunDir | None
 ) -> History:
-    """Train the adapters.
+    """Train the adapters, from `start` to the last step or until somebody asks to stop.
 
     Args:
         model: sharded and filled.
         setup: the run.
+        start: the beginning, or a checkpoint.
         traffic: what the model's collectives are counted in.
         console: for progress.
         run_dir: where metrics go; None on ranks other than 0.
@@ -51,37 +56,49 @@ def train_loop(
     Raises:
         UserError: too many steps in a row were not finite.
     """
-    cfg, history = setup.config.train, History()
+    cfg = setup.config.train
     shards = AdapterShards(model)
     optimizer = build_optimizer(shards.local, setup.config.optim)
     loss_scale = LossScale(setup.config.model.compute_dtype)
+    state = trained(model, shards.local, optimizer, setup.device)
+    checkpoints = Checkpoints(setup, start, state, loss_scale, console)
+    progress = checkpoints.start()
+    history = History(progress)
+    requests = Requests(run_path(setup.config.run), run_dir is not None, cfg.max_time)
     eval_batches = [_to(batch, setup.device) for batch in setup.eval_batches]
 
+    def last_step() -> int:
+        """Global batches that were left out are missing at the end of so many epochs."""
+        return setup.steps if setup.loader.steps is None else setup.steps - len(progress.left_out)
+
     def held_out(step: int) -> dict[str, float]:
-        due = step in (0, setup.steps) or (cfg.eval_every and step % cfg.eval_every == 0)
+        due = step in (0, last_step()) or (cfg.eval_every and step % cfg.eval_every == 0)
         if not eval_batches or not due:
             return {}
-        history.eval_losses.append(evaluate(model, eval_batches, traffic))
-        console.say(f"held-out loss after {step} steps: {history.eval_losses[-1]:.4f}")
-        return {"eval_loss": history.eval_losses[-1]}
+        progress.eval_losses.append(evaluate(model, eval_batches, traffic))
+        console.say(f"held-out loss after {step} steps: {progress.eval_losses[-1]:.4f}")
+        return {"eval_loss": progress.eval_losses[-1]}
 
     def log(metrics: dict[str, Any]) -> None:
         if run_dir is not None:
             run_dir.log(metrics)
 
-    if first := held_out(0):
+    if progress.step == 0 and (first := held_out(0)):
         log({"step": 0, **first})
+    asked = traffic.all_reduce(torch.tensor(requests.flags(0.0, 0.0), dtype=torch.float64)).tolist()
+    history.stop = reason(asked)
     traffic.take()
-    skipped_in_a_row = 0
-    console.start_steps(setup.steps)
+    step_s = 0.0
+    console.start_steps(setup.steps, progress.step)
     model.train()
-    for step in range(setup.steps):
+    while history.stop is None and progress.step < last_step():
         started = time.perf_counter()
-        window = [_to(batch, setup.device) for batch in setup.loader.window(step)]
-        tokens, trained_tokens = setup.loader.tokens(step), setup.loader.trained_tokens(step)
+        batch = progress.batch_index()
+        window = [_to(micro, setup.device) for micro in setup.loader.window(batch)]
+        tokens, trained_tokens = setup.loader.tokens(batch), setup.loader.trained_tokens(batch)
         data_s = time.perf_counter() - started
 
-        lr = learning_rate(step, setup.steps, setup.config.optim)
+        lr = learning_rate(progress.step, setup.steps, setup.config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
         result = train_step(
@@ -94,19 +111,33 @@ def train_loop(
             loss_scale,
             setup.config.optim.max_grad_norm,
             traffic,
+            told=[*checkpoints.progress, *requests.flags(step_s, checkpoints.seconds)],
         )
+        written, failed, *asked = result.sums
+        checkpoints.advance(int(written), int(failed))
+
+        spike = progress.spikes(result.loss, cfg.spike_factor)
+        if spike or not result.finite:
+            what = f"loss {result.loss:.4f}, gradient norm {result.grad_norm:.3g}, global batch {batch}"
+            console.say(f"step {progress.step + 1}: {'a spike' if spike else 'not finite'} ({what})")
+            # fp16 overflows now and then while its loss scale is found
+            if cfg.on_spike == "rollback" and (spike or setup.config.model.compute_dtype != "fp16"):
+                before = checkpoints.go_back(progress, batch)
+                if before is not None:
+                    progress = history.progress = before
+                    if run_dir is not None:
+                        run_dir.go_back(progress.step)
+                    continue
+        progress.count(result.loss, tokens, result.finite, spike)
         step_s = time.perf_counter() - started
 
-        history.losses.append(result.loss)
         history.tokens_per_s.append(tokens / step_s)
         history.comm_bytes = traffic.take()
-        skipped_in_a_row = 0 if result.finite else skipped_in_a_row + 1
-        history.skipped_steps += not result.finite
         peak = peak_bytes(setup.device)
-        console.step(step + 1, result.loss, lr, tokens / step_s, peak)
+        console.step(progress.step, result.loss, lr, tokens / step_s, peak)
         log(
             {
-                "step": step + 1,
+                "step": progress.step,
                 "loss": result.loss,
                 "lr": lr,
                 "grad_norm": result.grad_norm,
@@ -120,16 +151,23 @@ def train_loop(
                 "peak_bytes": peak,
                 "resident_bytes": state_bytes(optimizer),
                 "paged_bytes": 0,
-                **held_out(step + 1),
+                **held_out(progress.step),
             }
         )
-        traffic.take()  # an evaluation's bytes are no step's
-        if skipped_in_a_row == cfg.max_skipped_steps:
+        if progress.skipped_in_a_row == cfg.max_skipped_steps:
             raise UserError(
-                f"step {step + 1}: the loss or gradient was not finite {skipped_in_a_row} times in a row; lower "
-                "optim.lr, or use model.compute_dtype=bf16"
+                f"step {progress.step}: the loss or gradient was not finite {cfg.max_skipped_steps} times in a row; "
+                "lower optim.lr, or use model.compute_dtype=bf16"
             )
+        last = progress.step == last_step()
+        history.stop = None if last else reason(asked)
+        due = cfg.save_every and progress.step % cfg.save_every == 0
+        if due or last or history.stop is not None or wants_save(asked):
+            checkpoints.save(progress)
+        requests.answered(asked)
+        traffic.take()  # the bytes of an evaluation or a checkpoint are no step's
     console.stop()
+    checkpoints.close()
     return history
 
 

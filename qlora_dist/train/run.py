@@ -16,38 +16,45 @@ from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes, check_equal_nodes
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes
+from qlora_dist.train.checkpoints import find_start
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.loop import train_loop
-from qlora_dist.train.run_dir import RunDir, check_run_dir, run_path
+from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
+from qlora_dist.train.stop import BY_HAND
 from qlora_dist.train.summary import announce, summarize
 
 
-def train(config: Config) -> None:
+def train(config: Config, resume: str = "auto") -> None:
     """Train. Called on every rank, under whatever launcher, or in a single process.
+
+    Args:
+        config: of the run.
+        resume: `auto`: go on from the run's newest whole checkpoint, if it has one; `none`; or a checkpoint's folder.
 
     Raises:
         UserError: what the user has to mend; nearly always before any rank waits for another.
     """
     ranks = ranks_from_environment()
     if ranks.rank == 0:
-        check_run_dir(config.run)
+        check_run_dir(config, resume)
     with RunConsole(ranks.rank) as console:
         setup = set_up(config, ranks, console.console)
         with process_group(ranks, setup.device):
-            run(setup, console)
+            run(setup, console, resume)
 
 
-def run(setup: Setup, console: RunConsole) -> None:
+def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     """The whole way through, on every rank of the process group."""
     started = time.perf_counter()
     config, model = setup.config, setup.model
     check_equal_nodes(setup.ranks, setup.device)
     check_same_data(setup)
-    run_dir = RunDir(config) if setup.ranks.rank == 0 else None
+    start = find_start(setup, resume, console)
+    run_dir = RunDir(config, start.step, fresh=start.manifest is None) if setup.ranks.rank == 0 else None
     announce(setup, console)
 
-    torch.manual_seed(config.train.seed + setup.ranks.rank)  # dropout: every rank its own
+    torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # dropout: every rank its own
     offload = config.parallel.offload == "base"
     meshes = build_meshes(setup.sizes, setup.device.type, separate=offload)
     traffic = parallelize(model, meshes, config)
@@ -56,9 +63,18 @@ def run(setup: Setup, console: RunConsole) -> None:
     static_bytes = check_static_bytes(model, setup.sizes)
     console.say_loaded(static_bytes)
 
-    history = train_loop(model, setup, traffic, console, run_dir)
+    history = train_loop(model, setup, start, traffic, console, run_dir)
+    step = history.progress.step
+    if history.stop is not None:
+        marker = STOPPED if history.stop in BY_HAND else REQUEUE
+        console.say(f"stopped by {history.stop} after {step} steps; the same command goes on from there ({marker})")
+        if run_dir is not None:
+            run_dir.mark(marker, step, history.stop)
+        return
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter")
     summarize(setup, history, static_bytes, time.perf_counter() - started, console, run_dir)
+    if run_dir is not None:
+        run_dir.mark(DONE, step, "last step")
 
 
 def check_same_data(setup: Setup) -> None:

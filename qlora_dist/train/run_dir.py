@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import suppress
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 from qlora_dist.config import Config, RunConfig
 from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
+
+DONE, REQUEUE, STOPPED = "DONE", "REQUEUE", "STOPPED"
+"""The marker that a run leaves when it ends cleanly: at its last step; before it, to be started again by its launcher;
+before it, by hand. Each holds {"step", "reason"}. Launchers hide exit codes, or make them up."""
+MARKERS = (DONE, REQUEUE, STOPPED)
 
 _REPLACED = ("adapter", "checkpoints")
 """What a new run removes of an old one of its name."""
@@ -21,35 +28,87 @@ def run_path(config: RunConfig) -> Path:
     return Path(config.dir) / config.name
 
 
-def check_run_dir(config: RunConfig) -> None:
-    """Refuse a name that is taken.
+def check_run_dir(config: Config, resume: str = "auto") -> None:
+    """Refuse a name that is taken by a run that this one does not go on with.
+
+    Args:
+        config: of the run.
+        resume: `auto`, `none`, or a checkpoint's folder.
 
     Raises:
-        UserError: the folder holds a run or a part of one, and `run.overwrite` is off.
+        UserError: the folder holds a finished run, or one that this one would destroy.
     """
-    path = run_path(config)
-    if not config.overwrite and any((path / name).exists() for name in ("metrics.jsonl", *_REPLACED)):
-        raise UserError(
-            f"{path}: holds a run already; give run.name another value, or run.overwrite=true to replace it"
-        )
+    path = run_path(config.run)
+    if config.run.overwrite:
+        return
+    other = "give run.name another value, or run.overwrite=true to replace it"
+    done_steps = _done_steps(path)
+    if resume != "none" and done_steps is not None:
+        if config.train.steps is None or config.train.steps > done_steps:
+            return  # goes on where it ended
+        raise UserError(f"{path}: holds a run that is finished after {done_steps} steps; raise train.steps, {other}")
+    has_checkpoint = any((path / "checkpoints").glob("step-*"))
+    if resume != "none" and (has_checkpoint or (not (path / "adapter").exists() and _same_config(path, config))):
+        return
+    if any((path / name).exists() for name in ("metrics.jsonl", *_REPLACED)):
+        raise UserError(f"{path}: holds a run already; {other}")
+
+
+def _done_steps(path: Path) -> int | None:
+    try:
+        return int(json.loads((path / DONE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _same_config(path: Path, config: Config) -> bool:
+    """Whether a run that left nothing but its beginning was one of this configuration."""
+    try:
+        return (path / "config.yaml").read_text(encoding="utf-8") == dump_config(config)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 class RunDir:
     """The folder of a run that has begun."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, step: int, fresh: bool) -> None:
+        """Make it.
+
+        Args:
+            config: of the run.
+            step: steps that are done; the metrics of later ones are taken out, because they will be done again.
+            fresh: remove what an earlier run of that name has left.
+        """
         self.path = run_path(config.run)
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in _REPLACED:
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        (self.path / "summary.json").unlink(missing_ok=True)
+        if fresh:
+            for name in _REPLACED:
+                shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("summary.json", *MARKERS):
+            (self.path / name).unlink(missing_ok=True)
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+        self._metrics = _metrics_until(self.path / "metrics.jsonl", -1 if fresh else step)
+        self._unwritten: list[str] = []
+
+    def go_back(self, step: int) -> None:
+        """Take out the metrics of steps after `step`."""
+        self._metrics.close()
+        self._metrics = _metrics_until(self.path / "metrics.jsonl", step)
+
+    def mark(self, marker: str, step: int, reason: str) -> None:
+        """Leave a marker."""
+        (self.path / marker).write_text(json.dumps({"step": step, "reason": reason}) + "\n", encoding="utf-8")
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append to metrics.jsonl; on disk before the next step."""
-        self._metrics.write(json.dumps(_finite(metrics)) + "\n")
-        self._metrics.flush()
+        """Append to metrics.jsonl; handed to the system before the next step.
+
+        A full disk must not end a run: the line is kept, and written with the next.
+        """
+        self._unwritten.append(json.dumps(_finite(metrics)) + "\n")
+        with suppress(OSError):
+            self._metrics.write("".join(self._unwritten).encode())
+            self._unwritten.clear()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
@@ -60,3 +119,19 @@ class RunDir:
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """NaN and infinity, of a step that was skipped, are no JSON: null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _metrics_until(path: Path, step: int) -> RawIOBase:
+    """Open for appending, behind the lines up to `step`. Unbuffered: a write fails at once or has been done."""
+    kept = []
+    if step >= 0 and path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # half a line, of a process that was killed
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+    return path.open("ab", buffering=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import peft
@@ -45,6 +47,8 @@ class Setup:
     """None: no `data.eval`."""
     eval_batches: list[Batch]
     """Of this rank; empty without `data.eval`."""
+    data_sha256: str
+    """Of the training data's sequences and weights."""
 
 
 def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setup:
@@ -93,7 +97,9 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         if eval_rows is not None
         else []
     )
-    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches)
+    contents = json.dumps([[source.stats.sha256, source.weight] for source in train]).encode()
+    data_sha256 = hashlib.sha256(contents).hexdigest()
+    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches, data_sha256)
 
 
 def _check_ids(folder: ModelFolder, model: PreTrainedModel, sources: list[PreparedSource]) -> None:

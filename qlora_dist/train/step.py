@@ -27,6 +27,8 @@ class StepResult:
     """Of all adapters together, before clipping."""
     finite: bool
     """False: the adapters were left as they were."""
+    sums: list[float]
+    """Of `told` over all ranks."""
 
 
 class AdapterShards:
@@ -62,6 +64,7 @@ def train_step(
     loss_scale: LossScale,
     max_grad_norm: float | None,
     traffic: Traffic,
+    told: Sequence[float] = (),
 ) -> StepResult:
     """Forward and backward over the accumulation window, clip over the whole world, update.
 
@@ -78,6 +81,7 @@ def train_step(
         loss_scale: for fp16.
         max_grad_norm: None: no clipping.
         traffic: counts the one collective that is not the model's.
+        told: what else the ranks have to tell each other, summed in the same collective.
     """
     device = window[0].input_ids.device
     summed_loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -89,8 +93,8 @@ def train_step(
 
     grads = shards.take_gradients()
     squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())
-    totals = traffic.all_reduce(torch.stack([summed_loss, squares / adapter_replicas]))
-    total_loss, total_squares = totals.tolist()
+    own = torch.stack([summed_loss, squares / adapter_replicas, *torch.tensor(told, dtype=torch.float64).to(device)])
+    total_loss, total_squares, *sums = traffic.all_reduce(own).tolist()
 
     norm = math.sqrt(total_squares) / loss_scale.value
     finite = math.isfinite(total_loss) and math.isfinite(norm)
@@ -100,7 +104,7 @@ def train_step(
         optimizer.step()
     shards.clear_gradients()
     loss_scale.update(finite)
-    return StepResult(total_loss / trained_tokens, norm, finite)
+    return StepResult(total_loss / trained_tokens, norm, finite, sums)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -50,13 +50,17 @@ def summarize(
     run_dir: RunDir | None,
 ) -> None:
     """Print the result, and write it as summary.json. Called on all ranks."""
+    progress = history.progress
     summary: dict[str, Any] = {
-        "eval_loss_first": history.eval_losses[0] if history.eval_losses else None,
-        "eval_loss_last": history.eval_losses[-1] if history.eval_losses else None,
-        "loss_last": history.losses[-1],
-        "steps": len(history.losses),
-        "skipped_steps": history.skipped_steps,
-        "tokens_per_s": statistics.median(history.tokens_per_s),
+        "eval_loss_first": progress.eval_losses[0] if progress.eval_losses else None,
+        "eval_loss_last": progress.eval_losses[-1] if progress.eval_losses else None,
+        "loss_last": progress.loss,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "skipped_steps": progress.skipped_steps,
+        "left_out_batches": progress.left_out,
+        # none, if there was nothing left to do but to export the adapter
+        "tokens_per_s": statistics.median(history.tokens_per_s or [0.0]),
         "static_bytes": _of_all_ranks(static_bytes, setup.device),
         "peak_bytes": _of_all_ranks(peak_bytes(setup.device), setup.device),
         "comm_bytes_per_step": history.comm_bytes,

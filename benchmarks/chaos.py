@@ -1,0 +1,262 @@
+"""Kill a run again and again; in the end it must be the run that nobody disturbed.
+
+python benchmarks/chaos.py --base my-model-nf4 --data my-data.jsonl [--kills 20] [--steps 60] [--ranks 2] [--json FILE]
+
+One run goes through undisturbed. A second one with the same configuration is started until it is done, and killed with
+SIGKILL `--kills` times: one of its ranks, or all of them, at a moment drawn at random within the forward pass, the
+backward pass, the optimizer's update, the writing of a rank's checkpoint file, or its completion by rank 0. Every loss
+of every step and every byte of the adapter must be equal. Exit code 1 if they are not.
+
+Ranks are forked from this process, with the variables that torchrun would set: torch is imported once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qlora_dist.checkpoint.manifest import find_checkpoints
+from qlora_dist.checkpoint.writer import Checkpointer
+from qlora_dist.config import Config
+from qlora_dist.train import loop
+from qlora_dist.train.run import train
+from qlora_dist.train.run_dir import DONE, run_path
+
+PHASES = ("forward", "backward", "update", "write", "complete")
+_LONGEST_RUN_S = 900.0
+
+
+@dataclass
+class Kill:
+    """Who dies, when, and what became of it."""
+
+    victim: int | str
+    """A rank, or `all`."""
+    phase: str
+    steps: int
+    """The victim dies in its so-manieth step (or checkpoint) after the start."""
+    delay_s: float
+    """Into the phase."""
+    after_step: int = 0
+    """The last step that the metrics know."""
+    goes_on_from: int = 0
+    """Step of the newest complete checkpoint."""
+
+
+def configuration(args: argparse.Namespace, name: str) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"base": args.base, "compute_dtype": args.dtype},
+            "lora": {"r": 8, "dropout": 0.1},
+            "data": {"train": [args.data], "seq_len": args.seq_len},
+            "parallel": {"base": "world"},
+            "optim": {"lr": 1e-3, "warmup_steps": 2},
+            "train": {
+                "steps": args.steps,
+                "global_batch": 2 * args.ranks,
+                "save_every": 3,
+                "eval_every": 0,
+                "device": "cpu",
+                "seed": args.seed,
+            },
+            "run": {"dir": args.out, "name": name},
+        }
+    )
+
+
+def arm(kill: Kill) -> None:
+    """In a rank that is to die: wait for the moment."""
+    count = 0
+
+    def strike() -> None:
+        time.sleep(kill.delay_s)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(owner: Any, name: str) -> None:
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def armed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == kill.steps:
+                threading.Thread(target=strike, daemon=True).start()
+            return function(*args, **kwargs)
+
+        setattr(owner, name, armed)
+
+    match kill.phase:
+        case "forward":
+            before(loop, "train_step")
+        case "backward":
+            before(torch.Tensor, "backward")
+        case "update":
+            before(torch.optim.AdamW, "step")
+        case "write":
+            before(Checkpointer, "_write_own")
+        case "complete":
+            before(Checkpointer, "_complete")
+
+
+def rank_main(config: Config, environ: dict[str, str], kill: Kill | None, log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environ)
+    torch.set_num_threads(1)
+    if kill is not None and kill.victim in ("all", int(environ["RANK"])):
+        arm(kill)
+    train(config)
+
+
+def attempt(config: Config, ranks: int, kill: Kill | None, log: str) -> bool:
+    """Start all ranks; when one ends badly, end the others. Returns whether the run is done."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    context = multiprocessing.get_context("fork")
+    processes: list[BaseProcess] = []
+    for rank in range(ranks):
+        environ = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        process = context.Process(target=rank_main, args=(config, environ, kill, log))
+        process.start()
+        processes.append(process)
+    end = time.monotonic() + _LONGEST_RUN_S
+    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+        if time.monotonic() > end:
+            raise TimeoutError(f"the run hangs; see {log}")
+        time.sleep(0.02)
+    if kill is not None and kill.victim == "all":  # at the same moment, as nearly as can be
+        for process in processes:
+            process.kill()
+    for process in processes:
+        process.join(10)  # a survivor ends by itself, when it finds the other gone
+        process.kill()
+        process.join()
+    return all(p.exitcode == 0 for p in processes)
+
+
+def result(config: Config) -> tuple[dict[int, float], str]:
+    """Losses by step, and the adapter's sha256."""
+    path = run_path(config.run)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    adapter = hashlib.sha256((path / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert len({row["step"] for row in rows}) == len(rows), "a step stands twice in the metrics"
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}, adapter
+
+
+def last_step(config: Config) -> int:
+    steps = [0]
+    try:
+        lines = (run_path(config.run) / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    for line in lines:
+        try:
+            steps.append(json.loads(line)["step"])
+        except (ValueError, KeyError):
+            continue
+    return max(steps)
+
+
+def newest_step(config: Config) -> int:
+    found = find_checkpoints(run_path(config.run) / "checkpoints")
+    return int(found[0].name.removeprefix("step-")) if found else 0
+
+
+def draw(rng: random.Random, index: int, args: argparse.Namespace, left: int) -> Kill:
+    phase = PHASES[index % len(PHASES)]
+    victims = [*range(args.ranks), "all"]
+    victim = 0 if phase == "complete" else rng.choice(victims)  # rank 0 completes
+    furthest = max(1, min(left - 2, 2 * args.steps // max(args.kills, 1)))
+    steps = rng.randint(1, furthest)
+    if phase in ("write", "complete"):
+        steps = 1 if furthest < 6 else rng.randint(1, furthest // 3)
+    if phase == "backward":
+        steps = 2 * steps - rng.randint(0, 1)  # two micro-batches a step
+    return Kill(victim, phase, steps, rng.uniform(0, 0.02 if phase in ("write", "complete", "update") else 0.2))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", default="runs/chaos")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    rng, console = random.Random(args.seed), Console()
+
+    whole, chaos = (configuration(args, name) for name in ("undisturbed", "killed"))
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for config in (whole, chaos):
+        if run_path(config.run).exists():
+            console.print(f"{run_path(config.run)}: exists; give another --out")
+            return 2
+    log = str(Path(args.out) / "output.log")
+    if not attempt(whole, args.ranks, None, log):
+        console.print(f"the undisturbed run failed; see {log}")
+        return 1
+
+    kills: list[Kill] = []
+    while len(kills) < args.kills and not (run_path(chaos.run) / DONE).exists():
+        kill = draw(rng, len(kills), args, args.steps - newest_step(chaos))
+        if attempt(chaos, args.ranks, kill, log):
+            break
+        kill.after_step, kill.goes_on_from = last_step(chaos), newest_step(chaos)
+        kills.append(kill)
+        console.print(f"{len(kills)}: {kill.victim} in {kill.phase}, after step {kill.after_step}", highlight=False)
+    done = (run_path(chaos.run) / DONE).exists() or attempt(chaos, args.ranks, None, log)
+
+    table = Table("kill", "victim", "during", "after step", "goes on from", "steps done again")
+    for number, kill in enumerate(kills, start=1):
+        again = kill.after_step - kill.goes_on_from
+        cells = (number, kill.victim, kill.phase, kill.after_step, kill.goes_on_from, again)
+        table.add_row(*map(str, cells))
+    console.print(table)
+    if not done:
+        console.print(f"the last start failed; see {log}")
+        return 1
+    (losses, adapter), (their_losses, their_adapter) = result(chaos), result(whole)
+    equal_losses, equal_adapters = losses == their_losses, adapter == their_adapter
+    console.print(
+        f"{len(kills)} kills; losses of {len(their_losses)} steps {'equal' if equal_losses else 'DIFFER'}, "
+        f"adapter's bytes {'equal' if equal_adapters else 'DIFFER'}"
+    )
+    if args.json:
+        tree = {"kills": [asdict(k) for k in kills], "equal_losses": equal_losses, "equal_adapters": equal_adapters}
+        Path(args.json).write_text(json.dumps(tree, indent=2) + "\n")
+    return 0 if equal_losses and equal_adapters and len(kills) == args.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What a run must have in common with the checkpoint that it goes on from, and what it may change."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.config import Config
+from qlora_dist.errors import UserError
+
+_SAMPLE_BYTES = 1 << 16
+
+_SOME = {
+    "data": ("seq_len", "too_long", "packing", "group_by_length"),
+    "train": ("global_batch", "seed", "checkpointing"),
+}
+"""What of these sections is compared; of model, lora and optim it is all."""
+_FREE = {"model.base", "model.attention", "lora.dropout"}
+"""Keys of the compared sections that may change: where the base lies is not what it is."""
+_TOLD = ("optim", "lora.dropout", "model.compute_dtype", "train.checkpointing")
+"""May change, and the run says so."""
+
+
+def identity_of(config: Config, base: str, data: str) -> dict[str, Any]:
+    """What the manifest keeps of a run.
+
+    Args:
+        config: of the run.
+        base: fingerprint of the base model (`base_fingerprint`).
+        data: fingerprint of the training data.
+    """
+    tree = config.model_dump(mode="json")
+    kept = {
+        key: value for section in ("model", "lora", "optim") for key, value in _flat(section, tree[section]).items()
+    }
+    for section, keys in _SOME.items():
+        kept |= {f"{section}.{key}": tree[section][key] for key in keys}
+    return {"base": base, "data": data, "config": kept}
+
+
+def compare(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
+    """What differs and may, as lines to print.
+
+    Raises:
+        UserError: naming the first thing that differs and may not.
+    """
+    start_over = "or start over with run.overwrite=true --resume none"
+    for name, what in (("base", "another base model"), ("data", "other training data")):
+        if saved.get(name) != now[name]:
+            raise UserError(f"{folder}: was made with {what} than this run's; give the same, {start_over}")
+    told = []
+    for key, value in now["config"].items():
+        before = saved["config"].get(key, value)
+        if before == value or (key in _FREE and key not in _TOLD):
+            continue
+        if not key.startswith(_TOLD):
+            raise UserError(f"{folder}: was made with {key}: {before}, not {value}; set it back, {start_over}")
+        told.append(f"{key}: {value} from here on, {before} before")
+    return told
+
+
+def base_fingerprint(folder: Path) -> str:
+    """sha256 of a model folder's index, and of each file's size, header and some bytes from its middle.
+
+    Headers alone do not tell one fine-tuned model from another of its shape, and reading 200 GB takes minutes.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors*")):
+        digest.update(path.name.encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+            continue
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(size // 2)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _flat(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}.{key}": value for key, value in tree.items()}

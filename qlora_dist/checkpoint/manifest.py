@@ -1,0 +1,150 @@
+"""A checkpoint's folder: what is in it, how it is named, and whether it is whole.
+
+    step-000100/
+      rank-00000.safetensors   the shards that rank 0 holds, and its random states
+      rank-00001.safetensors
+      manifest.json            every file's size and sha256, how tensors are cut, the run's state; written last
+
+A folder without a manifest does not count. The manifest carries its own sha256, over its bytes with that of zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.checkpoint.shards import Cut
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_STEP = re.compile(r"step-(\d{6,})")
+_ZEROS = "0" * 64
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What rank 0 writes when all ranks' files are there."""
+
+    step: int
+    """Optimizer steps that are done."""
+    world_size: int
+    cuts: dict[str, Cut]
+    """Of each trained parameter and its moments."""
+    state: dict[str, Any]
+    """What is the same on all ranks: counters, loss scale, the batches that were left out."""
+    identity: dict[str, Any]
+    """What a run that goes on from here must have in common."""
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By name: bytes and sha256."""
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        tree = {"format": FORMAT, "sha256": _ZEROS, **asdict(self)}
+        blank = _dump(tree)
+        return _dump({**tree, "sha256": hashlib.sha256(blank).hexdigest()})
+
+
+def file_of_rank(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def folder_of_step(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies when it is complete."""
+    return checkpoints / f"step-{step:06d}"
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where it lies until then."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def find_checkpoints(checkpoints: Path) -> list[Path]:
+    """The folders that have a checkpoint's name, complete or not, newest first."""
+    if not checkpoints.is_dir():
+        return []
+    steps = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        DamagedError: it is missing, or not what was written.
+    """
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    try:
+        tree = json.loads(content)
+        digest, tree["sha256"] = tree["sha256"], _ZEROS
+        if hashlib.sha256(_dump(tree)).hexdigest() != digest or _dump({**tree, "sha256": digest}) != content:
+            raise DamagedError(f"{MANIFEST} is not what was written")
+        if tree["format"] != FORMAT:
+            raise DamagedError(f"{MANIFEST} has format {tree['format']}, and this version reads {FORMAT}")
+        cuts = {name: Cut(tuple(cut["shape"]), cut["dim"], cut["shards"]) for name, cut in tree["cuts"].items()}
+        files = {name: (size, sha256) for name, (size, sha256) in tree["files"].items()}
+        return Manifest(tree["step"], tree["world_size"], cuts, tree["state"], tree["identity"], files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DamagedError(f"{MANIFEST} is not what was written") from None
+
+
+def check_file(folder: Path, name: str, nbytes: int, sha256: str) -> None:
+    """Compare a file with what the manifest says of it.
+
+    Raises:
+        DamagedError: it is missing, or has other bytes.
+    """
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if size != nbytes:
+            raise DamagedError(f"{name} has {size:,} of {nbytes:,} bytes")
+        if sha256_of(path) != sha256:
+            raise DamagedError(f"{name} is not what was written: its sha256 differs")
+    except FileNotFoundError:
+        raise DamagedError(f"{name} is missing") from None
+    except OSError as error:
+        raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """A small file that is on disk when this returns."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Its names are on disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _dump(tree: dict[str, Any]) -> bytes:
+    return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,124 @@
+"""What of a rank goes into a checkpoint, copied off the device; and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from qlora_dist.adapters.attach import adapter_parameters
+from qlora_dist.checkpoint.manifest import Manifest, file_of_rank
+from qlora_dist.checkpoint.shards import Cut, copies
+from qlora_dist.nf4.safetensors_file import Entry, Reader, read_header
+from qlora_dist.optim.adamw import MOMENTS, load_moments, moments
+
+_RANDOM_CPU, _RANDOM_CUDA = "random.cpu", "random.cuda"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained on this rank: names, cuts, and the local shards that the optimizer updates."""
+
+    cuts: dict[str, Cut]
+    shard: int
+    """Which part of each is this rank's."""
+    is_writer: bool
+    """False where another rank holds the same shards and writes them."""
+    local: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+
+def trained(
+    model: nn.Module, local: list[nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
+) -> Trained:
+    """Find the cuts of a sharded model's trained parameters.
+
+    Args:
+        model: sharded.
+        local: the local shards of its trained parameters, in their order (`AdapterShards.local`).
+        optimizer: over them.
+        device: this rank's.
+    """
+    cuts, shards, by_name, is_writer = {}, set(), {}, True
+    for (name, parameter), shard in zip(adapter_parameters(model), local, strict=True):
+        cuts[name], index, first_replica = _cut(parameter)
+        shards.add(index)
+        is_writer = is_writer and first_replica
+        by_name[name] = shard
+        assert tuple(shard.shape) == cuts[name].part_shape(index), name
+    assert len(shards) == 1, "all trained parameters lie on one mesh"
+    return Trained(cuts, shards.pop(), is_writer, by_name, optimizer, device)
+
+
+def _cut(parameter: torch.Tensor) -> tuple[Cut, int, bool]:
+    """How it is cut, which part is this rank's, and whether this is the first rank to hold that part."""
+    if not isinstance(parameter, DTensor):
+        return Cut(tuple(parameter.shape), 0, 1), 0, True
+    mesh, found, first = parameter.device_mesh, None, True
+    for mesh_dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            assert found is None, "FSDP2 cuts along one dimension"
+            cut = Cut(tuple(parameter.shape), placement.dim, mesh.size(mesh_dim))
+            found = cut, mesh.get_local_rank(mesh_dim)
+        else:
+            first = first and mesh.get_local_rank(mesh_dim) == 0
+    assert found is not None
+    return *found, first
+
+
+def snapshot(state: Trained) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of this rank's shards, their moments, and its random states, by name in the file.
+
+    Empty shards are left out.
+    """
+    tensors = {_RANDOM_CPU: torch.get_rng_state()}
+    if state.device.type == "cuda":
+        tensors[_RANDOM_CUDA] = torch.cuda.get_rng_state(state.device)
+    if state.is_writer:
+        for name, parameter in state.local.items():
+            if parameter.numel():
+                for kind, tensor in _tensors(state, parameter):
+                    tensors[f"{kind}/{name}"] = tensor.detach().to("cpu", copy=True)
+    return tensors
+
+
+def restore(state: Trained, manifest: Manifest, folder: Path) -> None:
+    """Put a checkpoint's values into this rank's shards and moments, whatever number of ranks wrote it.
+
+    The random states come back where the world has the size it had; else they are left as they are.
+    """
+    with torch.no_grad(), Reader() as reader:
+        headers: dict[int, dict[str, Entry]] = {}
+        for name, parameter in state.local.items():
+            if not parameter.numel():
+                continue
+            values = {kind: torch.empty(parameter.shape) for kind in ("parameter", *MOMENTS)}
+            for copy in copies(manifest.cuts[name], state.cuts[name], state.shard):
+                if copy.shard not in headers:
+                    headers[copy.shard] = read_header(folder / file_of_rank(copy.shard))
+                for kind, value in values.items():
+                    saved = reader.read(headers[copy.shard][f"{kind}/{name}"])
+                    value[copy.target] = saved[copy.source]
+            parameter.copy_(values.pop("parameter"))
+            load_moments(state.optimizer, parameter, values, manifest.state["optimizer_steps"])
+        _restore_random(state, manifest, folder, reader)
+
+
+def _tensors(state: Trained, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "parameter", parameter
+    yield from moments(state.optimizer, parameter).items()
+
+
+def _restore_random(state: Trained, manifest: Manifest, folder: Path, reader: Reader) -> None:
+    world_size = torch.distributed.get_world_size()
+    if manifest.world_size != world_size:
+        return
+    header: Mapping[str, Entry] = read_header(folder / file_of_rank(torch.distributed.get_rank()))
+    torch.set_rng_state(reader.read(header[_RANDOM_CPU]))
+    if state.device.type == "cuda" and _RANDOM_CUDA in header:
+        torch.cuda.set_rng_state(reader.read(header[_RANDOM_CUDA]), state.device)

@@ -1,0 +1,66 @@
+"""How far a run is: all that its losses depend on besides adapters, moments and random states. Equal on all ranks."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_RECENT = 20
+
+
+@dataclass
+class Progress:
+    """Goes into every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done, those included that were skipped because something was not finite."""
+    optimizer_steps: int = 0
+    """Updates of the adapters."""
+    tokens: int = 0
+    """Trained on, padding not counted."""
+    loss: float = float("nan")
+    """Of the last step."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last steps, finite and no spikes."""
+    eval_losses: list[float] = field(default_factory=list)
+    """The first is that of the base model alone."""
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    left_out: list[int] = field(default_factory=list)
+    """Global batches that are never trained on, because the run went back before them."""
+
+    def batch_index(self) -> int:
+        """The place in the data's order of the next step's global batch."""
+        index = self.step
+        for left_out in sorted(self.left_out):
+            index += left_out <= index
+        return index
+
+    def spikes(self, loss: float, factor: float | None) -> bool:
+        """Whether a loss is more than `factor` times the median of the last 20 steps'; False before there are 20."""
+        if factor is None or len(self.recent_losses) < _RECENT:
+            return False
+        return loss > factor * statistics.median(self.recent_losses)
+
+    def count(self, loss: float, tokens: int, finite: bool, spike: bool) -> None:
+        """Take note of a step."""
+        self.step += 1
+        self.tokens += tokens
+        self.loss = loss
+        self.optimizer_steps += finite
+        self.skipped_steps += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if finite and not spike:
+            self.recent_losses = [*self.recent_losses, loss][-_RECENT:]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest; a loss that is no number is null."""
+        tree = asdict(self)
+        return {**tree, "loss": self.loss if self.loss == self.loss and abs(self.loss) != float("inf") else None}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Progress:
+        """The inverse."""
+        known = {**tree, "loss": float("nan") if tree["loss"] is None else tree["loss"]}
+        return cls(**known)
