@@ -48,7 +48,9 @@ def check_run_dir(config: Config, resume: str = "auto") -> None:
             return  # goes on where it ended
         raise UserError(f"{path}: holds a run that is finished after {done_steps} steps; raise train.steps, {other}")
     has_checkpoint = any((path / "checkpoints").glob("step-*"))
-    if resume != "none" and (has_checkpoint or (not (path / "adapter").exists() and _same_config(path, config))):
+    stopped = any((path / marker).exists() for marker in (REQUEUE, STOPPED))
+    begun = not (path / "adapter").exists() and (stopped or _same_config(path, config))
+    if resume != "none" and (has_checkpoint or begun):
         return
     if any((path / name).exists() for name in ("metrics.jsonl", *_REPLACED)):
         raise UserError(f"{path}: holds a run already; {other}")
