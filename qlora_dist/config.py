@@ -126,7 +126,8 @@ class DataConfig(Section):
     cache: str = "~/.cache/qlora-dist"
     """Folder of what has been tokenized, seen by all nodes or one on each."""
     workers: PositiveInt | Literal["auto"] = "auto"
-    """Processes that tokenize; auto: the processor cores this process may use, shared with the other ranks of a node."""
+    """Processes that tokenize; auto: the processor cores this process may use, shared with the other ranks of a
+    node."""
 
 
 class ParallelConfig(Section):
@@ -222,7 +223,7 @@ class Config(Section):
             raise ValueError(
                 "lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false"
             )
-        if self.optim.warmup_steps > self.train.steps:
+        if self.train.steps is not None and self.optim.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps: {self.optim.warmup_steps} is more than train.steps: {self.train.steps}; lower it"
             )
