@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
 
-from qlora_dist.data.source import Message, MessagesRow, Row
+from qlora_dist.data.row import CompletionRow, Message, MessagesRow, Row
 from qlora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class Encoder:
         """
         if isinstance(row, MessagesRow):
             return self._conversation(row)
-        tokens = list(self._tokenizer(row.text, verbose=False)["input_ids"])
+        text = row.prompt + row.completion if isinstance(row, CompletionRow) else row.text
+        tokens = list(self._tokenizer(text, verbose=False)["input_ids"])
         eos = self._tokenizer.eos_token_id
         if eos is not None and tokens[-1:] != [eos]:  # some tokenizers put it there themselves
             tokens.append(eos)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
-from qlora_dist.config import DataConfig
+from qlora_dist.config import DataConfig, SourceConfig
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.rows import Rows, pack_rows
 from qlora_dist.data.sequences import Stats, encode_rows
@@ -39,10 +40,12 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
 
 def _prepare(
-    name: str, paths: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    name: str, sources: Sequence[str | SourceConfig], config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Rows, Stats]:
-    encoder = Encoder(tokenizer, config.mask)
-    sequences, stats = encode_rows(read_rows(paths, config.format), encoder, config.seq_len, name)
+    encoder = Encoder(tokenizer, "all" if config.mask == "all" else "assistant")
+    full = [SourceConfig(path=source) if isinstance(source, str) else source for source in sources]
+    rows = chain.from_iterable(read_rows(source, config.format) for source in full)
+    sequences, stats = encode_rows(rows, encoder, config.seq_len, name)
     return pack_rows(sequences, config.seq_len, config.packing, _pad_id(tokenizer)), stats
 
 

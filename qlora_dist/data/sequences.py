@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_dist.data.encode import Encoder
-from qlora_dist.data.source import Row
+from qlora_dist.data.row import BadRow, Row
 from qlora_dist.errors import UserError
 
 
@@ -52,7 +52,9 @@ class Sequences:
         return np.diff(self.offsets)
 
 
-def encode_rows(rows: Iterable[Row], encoder: Encoder, seq_len: int, name: str = "data") -> tuple[Sequences, Stats]:
+def encode_rows(
+    rows: Iterable[Row | BadRow], encoder: Encoder, seq_len: int, name: str = "data"
+) -> tuple[Sequences, Stats]:
     """Encode every row, cut it to `seq_len` tokens, drop those with nothing trained.
 
     Args:
@@ -68,6 +70,8 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder, seq_len: int, name: str =
     tokens, trained, offsets = array("i"), bytearray(), array("q", [0])
     for row in rows:
         stats.rows += 1
+        if isinstance(row, BadRow):
+            raise row.error()
         encoded = encoder(row)
         targets = bytearray(encoded.trained[:seq_len])
         targets[:1] = bytes(len(targets[:1]))  # the first token is predicted from nothing

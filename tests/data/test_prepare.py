@@ -58,7 +58,7 @@ def test_padding_id(make_tokenizer, write_rows, special_tokens, expected):
 
 def test_evaluation_without_a_trained_token_is_named(make_tokenizer, write_rows, refusal):
     train = write_rows({"text": "the cat"})
-    held_out = write_rows({"text": ""}, name="eval.jsonl")
+    held_out = write_rows({"messages": ANSWERED["messages"][:1]}, name="eval.jsonl")
     with pytest.raises(UserError) as error:
-        prepare(DataConfig(train=[train], eval=held_out), make_tokenizer("none"))
+        prepare(DataConfig(train=[train], eval=held_out), make_tokenizer("chatml"))
     assert refusal(error.value).startswith("data.eval: none of the 1 rows")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from qlora_dist.data.encode import Encoder
+from qlora_dist.data.row import MessagesRow, TextRow
 from qlora_dist.data.sequences import Stats, encode_rows
-from qlora_dist.data.source import MessagesRow, TextRow
 from qlora_dist.errors import UserError
 
 
 def text(content: str) -> TextRow:
-    return TextRow("train.jsonl", 1, content)
+    return TextRow("train.jsonl, line 1", content)
 
 
 def test_cut_counted_and_stored(make_tokenizer):
@@ -20,7 +20,7 @@ def test_cut_counted_and_stored(make_tokenizer):
         text("the cat sat on"),  # with its end 5 tokens: cut to 4, of which 3 are targets
         text("the cat"),  # 3 tokens, 2 targets
         text(""),  # nothing but its end, which nothing predicts
-        MessagesRow("train.jsonl", 2, [{"role": "user", "content": "the"}]),  # no answer
+        MessagesRow("train.jsonl, line 2", [{"role": "user", "content": "the"}]),  # no answer
         text("the cat sat"),  # exactly 4 tokens: not cut
     ]
     sequences, stats = encode_rows(rows, Encoder(tokenizer, "assistant"), seq_len=4)
@@ -42,7 +42,7 @@ def test_cut_counted_and_stored(make_tokenizer):
 def test_answer_behind_the_cut_is_dropped(make_tokenizer):
     """The prompt is 10 tokens: at 10 the answer is cut away whole, at 11 its first token is left."""
     row = MessagesRow(
-        "train.jsonl", 2, [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]
+        "train.jsonl, line 2", [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]
     )
     encoder = Encoder(make_tokenizer("chatml"), "assistant")
     _, stats = encode_rows([row, text("the cat")], encoder, seq_len=10)
