@@ -26,7 +26,8 @@ def read_parquet(path: Path) -> Iterator[Record | BadRow]:
     """
     import pyarrow.parquet as pq  # a tenth of a second that JSONL need not wait
 
-    yield from _read(path, lambda path: pq.ParquetFile(path, buffer_size=1 << 20).iter_batches(_ROWS))
+    # pre_buffer, the default, would hold a row group's columns whole: 388 MB of a file of 382 MiB, instead of 6
+    yield from _read(path, lambda path: pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False).iter_batches(_ROWS))
 
 
 def read_arrow(paths: list[Path]) -> Iterator[Record | BadRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -33,6 +34,13 @@ def test_parquet(path):
     texts = [f"text {number}" for number in range(300)]  # several batches, several row groups
     pq.write_table(pa.table({"text": texts, "id": range(300)}), path, row_group_size=100)
     assert rows(path) == [TextRow(f"{path}, row {number + 1}", text) for number, text in enumerate(texts)]
+
+
+def test_parquet_is_not_held_whole(path):
+    pq.write_table(pa.table({"text": [os.urandom(500).hex() for _ in range(30_000)]}), path, row_group_size=30_000)
+    before = pa.total_allocated_bytes()
+    held = max(pa.total_allocated_bytes() - before for _ in read_rows(SourceConfig(path=str(path))))
+    assert held < 10 << 20, "the file has 30 MB, in one row group"
 
 
 def test_nulls_of_fields_that_other_messages_have_are_no_fields(path):
