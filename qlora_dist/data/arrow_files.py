@@ -39,7 +39,9 @@ def read_arrow(paths: list[Path]) -> Iterator[Record | BadRow]:
     import pyarrow as pa
 
     def batches(path: Path) -> Iterator[pa.RecordBatch]:
-        return pa.ipc.open_stream(pa.memory_map(str(path)))
+        for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
+            batch.validate(full=True)  # Arrow trusts its files: a wrong offset would end the process without a word
+            yield batch
 
     for path in paths:
         yield from _read(path, batches)
@@ -56,7 +58,7 @@ def _read(path: Path, batches: Callable[[Path], Iterator[pa.RecordBatch]]) -> It
                     row += 1
                     place = f"{path}, row {row}"
                     yield BadRow(place, fields) if isinstance(fields, str) else (place, fields)
-    except (pa.ArrowException, OSError) as error:  # not of the caller: exceptions do not enter a generator
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last: the name of a column that is not UTF-8
         raise UserError(
             f"{path}: cannot be read after row {row} ({told(error)}); it is damaged or not of this type, get it anew"
         ) from None

@@ -98,7 +98,8 @@ def test_a_row_whose_text_is_not_utf8(path):
 def test_parquet_that_is_none_or_was_cut_off(path, refusal):
     pq.write_table(pa.table({"text": ["a"] * 1000}), path)
     whole = path.read_bytes()
-    for content in (b"", b"PAR1", b"text\na\n", whole[:-20], whole[: len(whole) // 2]):
+    misnamed = whole.replace(b"text", b"\x80ext")
+    for content in (b"", b"PAR1", b"text\na\n", whole[:-20], whole[: len(whole) // 2], misnamed):
         path.write_bytes(content)
         with pytest.raises(UserError) as error:
             rows(path)

@@ -191,3 +191,26 @@ def test_a_good_file_cut_off_or_with_wrong_bytes(suffix, whole, data):
         path = Path(folder) / f"a.{suffix}"
         path.write_bytes(bytes(content))
         check(path, "auto")
+
+
+def good_arrow() -> bytes:
+    sink = io.BytesIO()
+    table = pa.Table.from_pylist([{"messages": [{"role": "user", "content": "hi"}], "text": "a", "id": 3}] * 4)
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+@settings(settings.get_profile("fuzz"), max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, len(good_arrow()) - 1), st.integers(0, 255)), min_size=1, max_size=3))
+def test_a_saved_data_set_with_wrong_bytes(changes):
+    """Without `validate` these end the process, not only the test."""
+    content = bytearray(good_arrow())
+    for position, byte in changes:
+        content[position] = byte
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "dataset_info.json").write_text("{}")
+        (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
+        (path / "a.arrow").write_bytes(bytes(content))
+        check(path, "auto")
