@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -75,7 +75,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_sentence(error.errors(), path, places)) from None
+        raise UserError(_sentence(error.errors(), tree, path, places)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -111,6 +111,16 @@ def _lines(node: yaml.Node | None, prefix: Key = ()) -> Iterator[tuple[Key, int]
             key = (*prefix, str(key_node.value))
             yield key, key_node.start_mark.line + 1
             yield from _lines(value_node, key)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            key = (*prefix, _item(index))
+            yield key, item.start_mark.line + 1
+            yield from _lines(item, key)
+
+
+def _item(index: int) -> str:
+    """The index of a list's item as a part of a `Key`: no key of the user's, YAML knows no NUL."""
+    return f"\0{index}"
 
 
 def _apply_override(tree: dict[str, Any], places: dict[Key, str], override: str) -> None:
@@ -131,17 +141,24 @@ def _apply_override(tree: dict[str, Any], places: dict[Key, str], override: str)
             raise UserError(f"'{override}': {part} is not a section; write section.key=value")
         parent = child
     parent[key[-1]] = value
+    for replaced in [place for place in places if place[: len(key)] == key]:
+        del places[replaced]
     for length in range(1, len(key) + 1):
         places[key[:length]] = f"override {override}"
 
 
-def _sentence(errors: list[ErrorDetails], path: Path, places: dict[Key, str]) -> str:
+def _sentence(errors: list[ErrorDetails], tree: dict[str, Any], path: Path, places: dict[Key, str]) -> str:
     """The first mistake in one sentence. A value of several allowed types has one error for each of them."""
+    where = {id(error): _location(error, tree) for error in errors}
+    # what is wrong within a mapping says more than that it is no text
+    errors = [e for e in errors if not any(_is_within(other, where[id(e)]) for other in where.values())]
     error = min(errors, key=lambda e: e["type"] == "missing")  # a required key that is misspelt is missing too
-    location: Key = tuple(str(part) for part in error["loc"])
+    location = where[id(error)]
+    place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), str(path))
     known = _known_keys(Config)
-    key = _longest_known_prefix(location, known) if error["type"] != "extra_forbidden" else location
-    place = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), str(path))
+    key = tuple(part for part in location if not part.startswith("\0"))
+    if error["type"] != "extra_forbidden":
+        key = _longest_known_prefix(key, known)
     name = ".".join(key)
     kind, context = error["type"], error.get("ctx", {})
     if kind in ("extra_forbidden", "invalid_key"):  # the latter is a key that is no text, such as 1
@@ -154,13 +171,33 @@ def _sentence(errors: list[ErrorDetails], path: Path, places: dict[Key, str]) ->
         return f"{path}: {context['error']}"
     if error["input"] is None and kind in ("model_type", "model_attributes_type"):
         return f"{place}: {name}: is an empty section; fill it or take the line out"
-    same_key = [e for e in errors if tuple(map(str, e["loc"]))[: len(key)] == key]
-    messages = dict.fromkeys(re.sub(r"^\w+ should ", "", e["msg"]) for e in same_key)
+    same = [e for e in errors if where[id(e)][: len(location)] == location]
+    messages = dict.fromkeys(re.sub(r"^\w+ should | or instance of \w+", "", e["msg"]) for e in same)
     return f"{place}: {name}: should {', or '.join(messages)}, not {error['input']!r}"
 
 
+def _location(error: ErrorDetails, tree: Any) -> Key:
+    """Keys and list items from the root, without the union members that pydantic puts between."""
+    location: list[str] = []
+    for part in error["loc"]:
+        if isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            location.append(_item(part))
+            tree = tree[part]
+        elif isinstance(tree, dict) and part in tree:
+            location.append(str(part))
+            tree = tree[part]
+    if error["type"] == "missing":
+        location.append(str(error["loc"][-1]))
+    return tuple(location)
+
+
+def _is_within(location: Key, value: Key) -> bool:
+    rest = location[len(value) :]
+    return location[: len(value)] == value and any(not part.startswith("\0") for part in rest)
+
+
 def _longest_known_prefix(location: Key, known: set[Key]) -> Key:
-    """The key proper, without the union members and list indices that pydantic appends."""
+    """The key proper, where a value is a mapping of the user's own."""
     return next((location[:n] for n in range(len(location), 0, -1) if location[:n] in known), location[:1])
 
 
@@ -168,15 +205,23 @@ def _known_keys(section: type[BaseModel], prefix: Key = ()) -> set[Key]:
     keys: set[Key] = set()
     for name, field in section.model_fields.items():
         keys.add((*prefix, name))
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= _known_keys(field.annotation, (*prefix, name))
+        for inner in _sections(field.annotation):
+            keys |= _known_keys(inner, (*prefix, name))
     return keys
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field's value may be or hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
 
 
 def _nearest(key: Key, known: set[Key]) -> Key | None:
     """The known key of that name in another section, or of a similar name in the same one, or in any."""
     same = {k[-1]: k for k in known if k[:-1] == key[:-1]}
-    anywhere = {k[-1]: k for k in sorted(known)}
+    anywhere = {k[-1]: k for k in sorted(known, key=lambda k: (-len(k), k))}  # the shortest wins
     if key[-1] in anywhere:
         return anywhere[key[-1]]
     for names in (same, anywhere):

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config import Config
+from qlora_dist.config import Config, SourceConfig
 from qlora_dist.config_file import dump_config, load_config
 from qlora_dist.errors import UserError
 
@@ -29,6 +29,42 @@ def mistake(path: Path, text: str | bytes, *overrides: str) -> str:
         load_config(path, overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value).replace(str(path), "FILE")
+
+
+SOURCES = "model: {base: m}\ndata:\n  train:\n    - a.jsonl\n    - path: b.jsonl\n"
+
+
+def test_a_source_is_a_path_or_a_mapping(path):
+    path.write_text(SOURCES + "      weight: 2\n      format: alpaca\n  eval: {path: c, split: test}")
+    data = load_config(path).data
+    assert data.train == ["a.jsonl", SourceConfig(path="b.jsonl", weight=2, format="alpaca")]
+    assert data.eval == SourceConfig(path="c", split="test")
+    assert load_config(path, ["data.train=[a.jsonl,b.jsonl]"]).data.train == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("      wieght: 2", "FILE, line 6: data.train.wieght: unknown key; did you mean data.train.weight?"),
+        ("      zzz: 2", "FILE, line 6: data.train.zzz: unknown key; this section knows format, path, split, "),
+        ("      weight: 0", "FILE, line 6: data.train.weight: should be greater than 0, not 0"),
+        ("      format: parquet", "FILE, line 6: data.train.format: should be 'auto', 'messages', "),
+        ("    - {weight: 2}", "FILE, line 6: data.train.path: is missing; add it"),
+        ("    - {wieght: 2}", "FILE, line 6: data.train.wieght: unknown key; did you mean data.train.weight?"),
+        ("    - 3", "FILE, line 6: data.train: should be a valid string, or be a valid dictionary, not 3"),
+        ("    -", "FILE, line 6: data.train: should be a valid string, or be a valid dictionary, not None"),
+        ("  eval: {path: b, splt: x}", "FILE, line 6: data.eval.splt: unknown key; did you mean data.eval.split?"),
+        ("  eval: 3", "FILE, line 6: data.eval: should be a valid string, or be a valid dictionary, not 3"),
+    ],
+)
+def test_mistakes_in_a_source_are_named_with_their_line(path, text, message):
+    assert mistake(path, SOURCES + text).startswith(message)
+
+
+def test_mistakes_of_an_override_are_not_blamed_on_the_file(path):
+    override = "data.train=[a.jsonl, {path: b.jsonl, wieght: 2}]"
+    message = mistake(path, SOURCES + "      weight: 1", override)
+    assert message == f"override {override}: data.train.wieght: unknown key; did you mean data.train.weight?"
 
 
 def test_defaults_are_qloras(path):

@@ -25,9 +25,10 @@ import pytest
 import tiny
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from ranks import _free_port
 
-from qlora_dist.config import Config
+from qlora_dist.config import Config, SourceConfig
 from qlora_dist.config_file import load_config
 from qlora_dist.model import head
 from qlora_dist.model.quantize_folder import quantize_folder
@@ -248,17 +249,24 @@ def test_every_key_is_in_the_reference() -> None:
     assert table in page, f"docs/training.md: the reference should be\n\n{table}"
 
 
+def test_every_key_of_a_source_is_in_the_page_about_data() -> None:
+    rows = "\n".join(reference_row(key, field) for key, field in SourceConfig.model_fields.items())
+    assert rows in (ROOT / "docs" / "data.md").read_text(), f"docs/data.md: the table should be\n\n{rows}"
+
+
+def reference_row(key: str, field: FieldInfo) -> str:
+    assert field.description
+    default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+    return f"| `{key}` | {default} | {' '.join(field.description.split())} |"
+
+
 def configuration_reference() -> str:
     """The configuration's keys, defaults and docstrings, as tables."""
     parts = []
     for section, section_field in Config.model_fields.items():
         model = section_field.annotation
         assert isinstance(model, type) and issubclass(model, BaseModel)
-        rows = []
-        for key, field in model.model_fields.items():
-            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-            rows.append(f"| `{section}.{key}` | {default} | {' '.join((field.description or '').split())} |")
-            assert field.description
+        rows = [reference_row(f"{section}.{key}", field) for key, field in model.model_fields.items()]
         parts.append(
             f"### {section}\n\n{model.__doc__}\n\n| key | default | meaning |\n| --- | --- | --- |\n" + "\n".join(rows)
         )

@@ -1,4 +1,4 @@
-"""From text files to batches: sources, chat templates and loss masks, packing, the loader.
+"""From files and data sets to batches: sources, chat templates and loss masks, packing, the loader.
 
 Of ranks it knows two numbers, of models nothing.
 """

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from qlora_dist.data.encode import Encoder
-from qlora_dist.data.source import MessagesRow, TextRow
+from qlora_dist.data.row import MessagesRow, TextRow
 from qlora_dist.errors import UserError
 
 TURNS = [
@@ -20,7 +20,7 @@ TURNS = [
 
 
 def conversation(*messages: dict) -> MessagesRow:
-    return MessagesRow("train.jsonl", 7, list(messages))
+    return MessagesRow("train.jsonl, line 7", list(messages))
 
 
 def pieces(tokenizer, encoded) -> list[tuple[str, bool]]:
@@ -142,7 +142,7 @@ def test_conversation_without_an_answer_trains_nothing(make_tokenizer):
 @pytest.mark.parametrize("mask", ["assistant", "all"])
 def test_text_trains_everything_and_ends(make_tokenizer, mask):
     tokenizer = make_tokenizer("none")
-    encoded = Encoder(tokenizer, mask)(TextRow("train.jsonl", 1, "the cat sat"))
+    encoded = Encoder(tokenizer, mask)(TextRow("train.jsonl, line 1", "the cat sat"))
     assert [tokenizer.decode([t]) for t in encoded.tokens] == ["the", " cat", " sat", "<|eos|>"]
     assert encoded.trained == [True] * 4
 
@@ -153,13 +153,13 @@ def test_text_gets_one_end_from_a_tokenizer_that_writes_its_own(make_tokenizer):
     backend.post_processor = TemplateProcessing(
         single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)]
     )
-    encoded = Encoder(tokenizer, "all")(TextRow("train.jsonl", 1, "the cat"))
+    encoded = Encoder(tokenizer, "all")(TextRow("train.jsonl, line 1", "the cat"))
     assert tokenizer.decode(encoded.tokens) == "<|bos|>the cat<|eos|>"
 
 
 def test_text_of_a_tokenizer_without_an_end(make_tokenizer):
     tokenizer = make_tokenizer("none", eos_token=None)
-    encoded = Encoder(tokenizer, "all")(TextRow("train.jsonl", 1, "the cat"))
+    encoded = Encoder(tokenizer, "all")(TextRow("train.jsonl, line 1", "the cat"))
     assert tokenizer.decode(encoded.tokens) == "the cat"
 
 

@@ -1,0 +1,74 @@
+"""Rows from CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from qlora_dist.data.json_files import LONGEST_ROW, TOO_LONG, lines, not_utf8
+from qlora_dist.data.records import Record, Unusable, listed
+from qlora_dist.data.row import BadRow
+from qlora_dist.errors import UserError
+
+
+def read_csv(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
+    """Cells separated by commas and quoted with ", below a line that names the columns; every cell is text.
+
+    A row's place is the line on which it starts: quoted cells may hold line feeds.
+
+    Raises:
+        UserError: the header cannot be read, or names a column twice.
+    """
+    columns: list[str] = []
+    for line, cells in _rows(file):
+        place = f"{name}, line {line}"
+        if not columns:
+            if isinstance(cells, Unusable):
+                raise UserError(f"{place}: {cells}")
+            columns = cells
+            twice = {column for column in columns if columns.count(column) > 1}
+            if twice:
+                raise UserError(f"{place}: the header names a column twice ({listed(sorted(twice))}); rename one")
+        elif isinstance(cells, Unusable):
+            yield BadRow(place, str(cells))
+        elif len(cells) != len(columns):
+            yield BadRow(
+                place,
+                f"the row has {len(cells)} cells, the header {len(columns)}; put cells that hold commas in quotes",
+            )
+        else:
+            yield place, dict(zip(columns, cells, strict=True))
+
+
+def _rows(file: BinaryIO) -> Iterator[tuple[int, list[str] | Unusable]]:
+    """Where each row starts, and its cells or what is wrong with it; blank lines are skipped."""
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_ROW))  # the process's; Python's own is 128 KiB
+    mistakes: list[str] = []
+    reader = csv.reader(_text(file, mistakes), strict=True)
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            mistakes.append(f"not valid CSV ({error}); double the quotes within a quoted cell")
+            cells = []
+        if mistakes:
+            yield start, Unusable(mistakes[0])
+            mistakes.clear()
+        elif cells:
+            yield start, cells
+
+
+def _text(file: BinaryIO, mistakes: list[str]) -> Iterator[str]:
+    """The lines. A mistake is noted and not raised: the reader above us could not go on after it."""
+    for _, line in lines(file):
+        if len(line) > LONGEST_ROW:
+            mistakes.append(f"the line is {TOO_LONG}")
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            mistakes.append(not_utf8(error))
+            yield line.decode("utf-8", errors="replace")

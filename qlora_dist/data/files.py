@@ -1,0 +1,74 @@
+"""From a path to the rows behind it, whatever the type of the file."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from qlora_dist.data.arrow_files import read_parquet
+from qlora_dist.data.csv_file import read_csv
+from qlora_dist.data.json_files import read_json, read_jsonl
+from qlora_dist.data.records import Record, told
+from qlora_dist.data.row import BadRow
+from qlora_dist.errors import UserError
+
+_TEXT: dict[str, Callable[[str, BinaryIO], Iterator[Record | BadRow]]] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+}
+KNOWN = ".jsonl, .json, .csv (each also with .gz) or .parquet"
+
+
+def suffix(path: Path) -> str | None:
+    """The type of a file, '.jsonl' for 'a.JSONL.gz' as well; None: not known."""
+    name = path.name.lower()
+    known = (".parquet", *_TEXT)
+    return next((end for end in known if name.endswith(end) or (end in _TEXT and name.endswith(f"{end}.gz"))), None)
+
+
+def files_of_folder(folder: Path) -> list[Path]:
+    """The files of known types in a folder, by name; neither hidden ones nor those of its folders.
+
+    Raises:
+        UserError: there is none, or the folder cannot be read.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror or error}); give a folder that can") from None
+    found = [path for path in paths if suffix(path)]
+    if not found:
+        raise UserError(f"{folder}: the folder has no data file; put files ending in {KNOWN} there")
+    return found
+
+
+def read_file(path: Path) -> Iterator[Record | BadRow]:
+    """The rows of a file.
+
+    Raises:
+        UserError: the file as a whole cannot be read.
+    """
+    kind = suffix(path)
+    if kind is None:
+        raise UserError(f"{path}: not known from its ending what the file is; rename it to end in {KNOWN}")
+    if kind == ".parquet":
+        yield from read_parquet(path)
+        return
+    try:
+        with _open(path) as file:
+            yield from _TEXT[kind](str(path), file)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: no gzip file, or damaged or cut off ({told(error)}); get it anew") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a file that can") from None
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.name.lower().endswith(".gz"):
+        return io.BufferedReader(gzip.open(path), 1 << 20)  # type: ignore[arg-type]
+    return path.open("rb", buffering=1 << 20)

@@ -1,0 +1,66 @@
+"""Rows from the Hugging Face hub, streamed: nothing is kept on disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qlora_dist.data.records import Record, told
+from qlora_dist.data.row import BadRow
+from qlora_dist.errors import UserError
+
+_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+_TIMEOUT_S = 10
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it can be a data set's name ('owner/name', 'name')."""
+    return _NAME.fullmatch(name) is not None
+
+
+def hub_revision(name: str) -> str:
+    """The commit at which a data set is now.
+
+    Raises:
+        UserError: it isn't on the hub, or the hub can't be reached; within seconds.
+    """
+    from huggingface_hub import HfApi  # and not by way of `datasets`, which tries for half a minute
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return str(HfApi().dataset_info(name, timeout=_TIMEOUT_S).sha)
+    except GatedRepoError:
+        raise UserError(f"{name}: access to this data set must be asked for; do so on its page of the hub") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{name}: no such file or folder here, and no such data set on the Hugging Face hub; correct the path, or "
+            "log in if the data set is private (hf auth login)"
+        ) from None
+    except Exception as error:  # the libraries below have dozens, of several families
+        raise UserError(
+            f"{name}: no such file or folder here, and the Hugging Face hub can't be asked ({told(error)}); correct "
+            "the path, or download the data set where there is a network"
+        ) from None
+
+
+def read_hub(name: str, subset: str | None, split: str) -> Iterator[Record | BadRow]:
+    """The rows of a data set on the hub. No code of the data set's is run: `datasets` no longer can.
+
+    Raises:
+        UserError: as `hub_revision`; or there is no such split or subset; or the connection breaks.
+    """
+    revision = hub_revision(name)
+    import datasets  # seconds
+
+    row = 0
+    try:
+        rows = iter(datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True))
+        while (fields := next(rows, None)) is not None:
+            row += 1
+            yield f"{name}, row {row}", fields
+    except Exception as error:
+        where = f"after row {row}" if row else f"with split: {split}" + (f", subset: {subset}" if subset else "")
+        raise UserError(
+            f"{name}: cannot be read from the Hugging Face hub {where} ({told(error)}); correct that, or download the "
+            "data set and give the folder"
+        ) from None

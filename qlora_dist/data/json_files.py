@@ -1,0 +1,201 @@
+"""Rows from JSONL and JSON files, of which never more is held than a row or a piece of 256 KiB."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from json import JSONDecodeError
+from typing import Any, BinaryIO
+
+from qlora_dist.data.json_text import DECODER, LENIENT, parse, reason
+from qlora_dist.data.records import Record, kind
+from qlora_dist.data.row import BadRow
+from qlora_dist.errors import UserError
+
+LONGEST_ROW = 16 << 20
+"""Bytes of a line, and characters of a row in a JSON array. No conversation is that long; a file without line feeds
+is."""
+TOO_LONG = f"longer than {LONGEST_ROW >> 20} MiB; cut it, or put each row in a line of its own"
+
+_PIECE = 1 << 18
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each line; of one that is too long, its first LONGEST_ROW + 1 bytes."""
+    number = 0
+    while line := file.readline(LONGEST_ROW + 1):
+        number += 1
+        if len(line) > LONGEST_ROW:
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(_PIECE)
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def not_utf8(error: UnicodeDecodeError, before: int = 0) -> str:
+    """The complaint about a byte, `before` bytes after what is meant by its position."""
+    byte = error.object[error.start]
+    return f"not UTF-8 (byte {byte:#04x} at position {before + error.start + 1}); save the file as UTF-8"
+
+
+def read_jsonl(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
+    """One object per line; blank lines are skipped and counted."""
+    for number, line in lines(file):
+        if line.isspace():
+            continue
+        place = f"{name}, line {number}"
+        if len(line) > LONGEST_ROW:
+            yield BadRow(place, f"the line is {TOO_LONG}")
+            continue
+        try:
+            tree = parse(line.rstrip().decode("utf-8"))  # or a string cut off would be one with a line feed in it
+        except UnicodeDecodeError as error:
+            yield BadRow(place, not_utf8(error))
+        except ValueError as error:
+            yield BadRow(place, f"not valid JSON ({error}); write one complete JSON object per line")
+        else:
+            yield _record(tree, place, "write one JSON object per line, or call a file of one array .json")
+
+
+def read_json(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
+    """One array of objects, or one object, which is a row or holds rows under names, or in truth JSONL.
+
+    An array is read in pieces, an object whole.
+
+    Raises:
+        UserError: what cannot be blamed on one row, such as a bracket that is missing.
+    """
+    if file.read(_PIECE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        file.seek(0)
+        yield from _array(name, _pieces(name, file))
+        return
+    file.seek(0)
+    filled = (line for _, line in lines(file) if not line.isspace())
+    first, second = next(filled, b""), next(filled, b"")
+    file.seek(0)
+    if second and _is_object(first):
+        yield from read_jsonl(name, file)
+    elif first:
+        yield from _object(name, "".join(_pieces(name, file)))
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(parse(line.decode("utf-8")), dict)
+    except ValueError:
+        return False
+
+
+def _object(name: str, text: str) -> Iterator[Record | BadRow]:
+    try:
+        tree = parse(text)
+    except ValueError as error:
+        raise UserError(f"{name}: not valid JSON ({error}); write one array of objects") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{name}: holds {kind(tree)}; write one array of objects")
+    children = list(tree.values())
+    rows = children if children and all(isinstance(child, dict) for child in children) else [tree]
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}, row {number}", row
+
+
+def _pieces(name: str, file: BinaryIO) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    done = 0
+    while True:
+        piece = file.read(_PIECE)
+        done += len(piece)
+        try:
+            yield decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: {not_utf8(error, done - len(error.object))}") from None
+        if not piece:
+            return
+
+
+def _array(name: str, pieces: Iterator[str]) -> Iterator[Record | BadRow]:
+    window = _Window(pieces)
+    window.take("[")
+    row = 0
+    closed = window.take("]")
+    while not closed:
+        row += 1
+        place = f"{name}, row {row}"
+        value, problem = window.value(place)
+        if problem:
+            yield BadRow(place, f"not valid JSON ({problem}); correct it or take the row out")
+        else:
+            yield _record(value, place, "write one array of objects")
+        closed = window.take("]")
+        if not closed and not window.take(","):
+            raise UserError(f"{place}: neither a comma nor a bracket follows; write one complete array of objects")
+    if window.following():
+        raise UserError(f"{name}: something follows the array of {row} rows; write one array of objects")
+
+
+class _Window:
+    """What has been read of a text and not yet been used: `text` from `at` on."""
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces = pieces
+        self._text = ""
+        self._at = 0
+
+    def following(self) -> str:
+        """The next character that is no white space, '' at the end."""
+        while True:
+            space = _SPACE.match(self._text, self._at)
+            self._at = space.end() if space else self._at
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def take(self, character: str) -> bool:
+        """Step over this character, if it follows."""
+        found = self.following() == character
+        self._at += found
+        return found
+
+    def value(self, place: str) -> tuple[Any, str | None]:
+        """The value that follows, and why it is none in strict JSON, if so."""
+        self.following()
+        while True:
+            try:
+                value, problem, end = _decode(self._text, self._at)
+                # a number that ends where the text does might go on
+                if end < len(self._text) or not self._more():
+                    self._at = end
+                    return value, problem
+            except (JSONDecodeError, RecursionError) as error:
+                if len(self._text) - self._at > LONGEST_ROW:
+                    raise UserError(f"{place}: not valid JSON, or {TOO_LONG}") from None
+                if isinstance(error, RecursionError) or not self._more():
+                    raise UserError(
+                        f"{place}: not valid JSON ({reason(error, self._at)}), or the file was cut off; "
+                        "write one array of objects"
+                    ) from None
+
+    def _more(self) -> bool:
+        """Read as much again as there is, lest a long value be tried once per piece; False: there is no more."""
+        parts = [self._text[self._at :]]
+        missing = len(parts[0]) + 1
+        while missing > 0 and (piece := next(self._pieces, None)) is not None:
+            parts.append(piece)
+            missing -= len(piece)
+        self._text, self._at = "".join(parts), 0
+        return len(parts) > 1
+
+
+def _decode(text: str, start: int) -> tuple[Any, str | None, int]:
+    try:
+        value, end = DECODER.raw_decode(text, start)
+    except JSONDecodeError:
+        raise
+    except ValueError as error:
+        return None, reason(error), LENIENT.raw_decode(text, start)[1]
+    return value, None, end
+
+
+def _record(tree: Any, place: str, remedy: str) -> Record | BadRow:
+    return (place, tree) if isinstance(tree, dict) else BadRow(place, f"{kind(tree)}, not an object; {remedy}")

@@ -1,0 +1,75 @@
+"""ShareGPT's conversations: `from` and `value` where OpenAI has `role` and `content`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_dist.data.messages import json_value, message, tool_call, tools
+from qlora_dist.data.records import Unusable, kind, quoted, string
+from qlora_dist.data.row import Message, MessagesRow
+
+_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+
+_SPEAKERS = _ROLES.keys() - {"function_call"}
+
+
+def sharegpt_row(place: str, tree: dict[str, Any]) -> MessagesRow:
+    """The conversation, opened by the row's `system` if it has one.
+
+    Raises:
+        Unusable: naming the message by its number, from 1.
+    """
+    items = tree["conversations"]
+    if not isinstance(items, list):
+        raise Unusable(f"`conversations` is {kind(items)}; write a list of objects with `from` and `value`")
+    if not items:
+        raise Unusable("`conversations` is empty; add a message or take the row out")
+    messages = [_message(item, f"message {number}") for number, item in enumerate(items, start=1)]
+    return MessagesRow(place, with_system(messages, tree.get("system")), tools(tree.get("tools")))
+
+
+def with_system(messages: list[Message], system: Any) -> list[Message]:
+    """The messages behind a system message of this text, if there is one.
+
+    Raises:
+        Unusable: it is no text, or the messages start with another one.
+    """
+    if system is None or not string(system, "`system`").strip():
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0].get("content") != system:
+        raise Unusable("the row has a `system`, and its first message is another; take one of them out")
+    return messages
+
+
+def _message(item: Any, where: str) -> Message:
+    if not isinstance(item, dict):
+        raise Unusable(f"{where} is {kind(item)}; write an object with `from` and `value`")
+    if len(item) == 2 and type(item.get("from")) is str and "value" in item and item["from"] in _SPEAKERS:
+        return message({"role": _ROLES[item["from"]], "content": item["value"]}, where)
+    names = ("role", "content") if "from" not in item and "role" in item else ("from", "value")
+    for name in names:
+        if name not in item and not item.get("tool_calls"):
+            raise Unusable(f"{where} has no `{name}`; give each message a `{names[0]}` and a `{names[1]}`")
+    speaker, value = string(item.get(names[0]), f"{where}: `{names[0]}`"), item.get(names[1])
+    if speaker not in _ROLES:
+        raise Unusable(f"{where} is from {quoted(speaker)}, who is not known; write one of {', '.join(_ROLES)}")
+    made = {name: child for name, child in item.items() if name not in names}
+    made |= {"role": _ROLES[speaker], "content": value}
+    if speaker == "function_call":
+        calls = json_value(value, f"{where}: the call") if isinstance(value, str) else value
+        calls = calls if isinstance(calls, list) else [calls]
+        made |= {"content": None, "tool_calls": [tool_call(call, f"{where}: the call") for call in calls]}
+    return message(made, where)
