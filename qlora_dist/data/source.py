@@ -50,7 +50,10 @@ def read_rows(source: SourceConfig, default: Format) -> Iterator[Row | BadRow]:
 
 def source_files(source: SourceConfig) -> list[Path]:
     """The files behind a source."""
-    return [Path(source.path)]
+    path = Path(source.path)
+    if not path.exists():
+        raise UserError(f"{path}: no such data file; give the path of a JSONL file")
+    return [path]
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
