@@ -89,7 +89,7 @@ class SourceConfig(Section):
     path: str
     """File (JSONL, JSON, Parquet, CSV), folder of such files, folder saved by `datasets`, or a data set's name on the
     Hugging Face hub."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each of its rows is trained per epoch: 0.5, every other epoch; 2, twice an epoch."""
     format: Format | None = None
     """Shape of its rows; none: `data.format`."""
@@ -177,7 +177,7 @@ class TrainConfig(Section):
 
     steps: PositiveInt | None = None
     """Optimizer steps; none: as many as `epochs` takes, or 100 without it."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     """Passes over the data, in place of `steps`."""
     global_batch: PositiveInt = 16
     """Rows per optimizer step, over all ranks and micro-batches."""

@@ -50,7 +50,7 @@ class Loader:
             group_by_length: put rows of similar length into a step.
 
         Raises:
-            UserError: global_batch is not a multiple of world_size * micro_batch.
+            UserError: global_batch is not a multiple of world_size * micro_batch, or the weights are too small.
         """
         assert 0 <= rank < world_size
         unit = world_size * micro_batch
@@ -65,6 +65,10 @@ class Loader:
         self.sources = tuple(sources)
         self.gradient_accumulation = global_batch // unit
         self._counts = [(len(rows), weight) for rows, weight in sources]
+        if self.rows_per_epoch < 1:
+            raise UserError(
+                f"data.train: the weights leave {self.rows_per_epoch:.2g} rows to an epoch; raise one of them"
+            )
         self._end = None if epochs is None else rows_of_epochs(epochs, self._counts)
         self.steps = None if self._end is None else -(-self._end // global_batch)
         """None: endless."""
@@ -86,7 +90,7 @@ class Loader:
         """Of all sources, with their weights."""
         return sum(count * weight for count, weight in self._counts)
 
-    def epochs(self, steps: int) -> float:
+    def epochs_in(self, steps: int) -> float:
         """How often so many steps pass over the data."""
         rows = steps * self._global_batch
         return (rows if self._end is None else min(rows, self._end)) / self.rows_per_epoch

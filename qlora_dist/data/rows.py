@@ -81,6 +81,13 @@ class Rows:
         """The part of all positions of rows of `seq_len` that is not padding."""
         return float(self.tokens.sum()) / (len(self) * self.seq_len)
 
+    def sentence(self) -> str:
+        """What became of the source, for people."""
+        packed = (
+            f"; packed into {len(self):,} rows, {100 * (1 - self.utilization):.1f} % padding" if self.packed else ""
+        )
+        return f"{self.name}: {self.fate.sentence(self.seq_len)}{packed}"
+
     def row(self, index: int) -> Row:
         """Read a row from the sequences."""
         here = slice(*self.offsets[index : index + 2].tolist())

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_dist.adapters.attach import adapter_parameters
-from qlora_dist.data.rows import Rows
 from qlora_dist.train.console import RunConsole, gib
 from qlora_dist.train.loop import History
 from qlora_dist.train.memory import peak_bytes
@@ -30,22 +29,16 @@ def announce(setup: Setup, console: RunConsole) -> None:
         f"adapters and optimizer over {sizes.adapter_shards}"
     )
     loader = setup.loader
-    epochs = loader.epochs(setup.steps)
+    epochs = loader.epochs_in(setup.steps)
     for rows, weight in loader.sources:
         mixed = f"; weight {weight:g}: each row {epochs * weight:.2f} times" if len(loader.sources) > 1 else ""
-        console.say(f"{_source(rows)}{mixed}")
+        console.say(f"{rows.sentence()}{mixed}")
     if setup.eval_rows is not None:
-        console.say(f"held out: {_source(setup.eval_rows)}")
+        console.say(f"held out: {setup.eval_rows.sentence()}")
     console.say(
         f"{setup.steps:,} steps of {config.train.global_batch} rows = {epochs:.2f} epochs of "
         f"{loader.rows_per_epoch:,.0f} rows; {100 * loader.padding(setup.steps):.1f} % padding"
     )
-
-
-def _source(rows: Rows) -> str:
-    """What became of a source."""
-    packed = f" in {len(rows):,} rows, {100 * (1 - rows.utilization):.1f} % of them padding" if rows.packed else ""
-    return f"{rows.name}: {rows.fate.sentence(rows.seq_len)}{packed}"
 
 
 def summarize(

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.config import DataConfig
@@ -46,7 +46,7 @@ def identities(batches: list[Batch]) -> list[int]:
 def loaders(draw: st.DrawFn) -> tuple[list[tuple[Rows, float]], dict[str, object]]:
     """Sources, and how they are to be trained."""
     packing = draw(st.sampled_from(["best-fit", "none"]))
-    counts = draw(st.lists(st.integers(1, 30), min_size=1, max_size=2))
+    counts = draw(st.lists(st.integers(2, 30), min_size=1, max_size=2))
     firsts = [0, counts[0]]
     weights = [draw(st.sampled_from([0.5, 1.0, 1.7])) for _ in counts]
     sources = [
@@ -88,6 +88,7 @@ def test_ranks_share_out_the_batch_of_a_single_process(made, step, world_size, m
     assert sum(int((batch.input_ids != 0).sum()) for batch in dealt) == alone.tokens(step)
 
 
+@settings(deadline=None)
 @given(made=loaders())
 def test_any_step_alone_is_the_same_as_after_all_before_it(made):
     sources, options = made
@@ -98,6 +99,7 @@ def test_any_step_alone_is_the_same_as_after_all_before_it(made):
             assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
 
+@settings(deadline=None)
 @given(made=loaders())
 def test_epochs_take_every_row_as_often_as_its_weight_says(made):
     sources, options = made
@@ -116,7 +118,7 @@ def test_epochs_take_every_row_as_often_as_its_weight_says(made):
         }
         first += len(rows)
     assert not times
-    assert loader.epochs(loader.steps) == pytest.approx(6, abs=1 / loader.rows_per_epoch)
+    assert loader.epochs_in(loader.steps) == pytest.approx(6, abs=1 / loader.rows_per_epoch)
 
 
 @given(count=st.integers(1, 30))
@@ -128,6 +130,7 @@ def test_steps_go_on_over_the_ends_of_epochs(count):
         assert sorted(stream[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
 
 
+@settings(deadline=None)
 @given(made=loaders())
 def test_grouping_by_length_trains_the_same_rows_in_an_epoch(made):
     sources, options = made
@@ -172,6 +175,12 @@ def test_batch_that_cannot_be_dealt_out(refusal, global_batch, world_size, micro
     with pytest.raises(UserError) as error:
         make_loader([(make_rows(3), 1.0)], 0, world_size, micro_batch, global_batch=global_batch)
     assert refusal(error.value) == f"train.global_batch: {remedy}"
+
+
+def test_weights_that_leave_nothing(refusal):
+    with pytest.raises(UserError) as error:
+        make_loader([(make_rows(3), 0.1), (make_rows(2), 0.2)])
+    assert refusal(error.value) == "data.train: the weights leave 0.7 rows to an epoch; raise one of them"
 
 
 @given(

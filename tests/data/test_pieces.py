@@ -14,7 +14,10 @@ from qlora_dist.data.sequences import Sequences
 
 def make_sequences(*flags: list[int]) -> Sequences:
     """Of these targets; sequence i has the tokens 100 i, 100 i + 1, ..."""
-    return Sequences.of(([100 * i + t for t in range(len(f))], f) for i, f in enumerate(flags))
+    return Sequences.of(
+        ([100 * i + t for t in range(len(sequence))], [bool(flag) for flag in sequence])
+        for i, sequence in enumerate(flags)
+    )
 
 
 BY_HAND = make_sequences(
@@ -74,7 +77,7 @@ def test_what_is_told():
 )
 def test_every_target_that_can_be_trained_is_in_one_piece(flags, seq_len, too_long):
     """Whatever the policy, the pieces hold each (sequence, place) at most once, and split loses only what it must."""
-    sequences = make_sequences(*[[0, *f[1:]] if f else [] for f in flags])
+    sequences = make_sequences(*flags)
     pieces, fate = cut(sequences, seq_len, too_long)
     covered = Counter()
     targets = set()
@@ -97,6 +100,5 @@ def test_every_target_that_can_be_trained_is_in_one_piece(flags, seq_len, too_lo
     }
     assert targets == expected[too_long]
     assert (fate.pieces, fate.tokens, fate.trained_tokens) == (len(pieces), covered.total(), len(targets))
-    windows = {"truncate": 1, "drop": 1}
-    parts = [-(-len(f) // seq_len) if too_long == "split" and f else windows.get(too_long, 1) for f in flags]
+    parts = [max(1, -(-len(f) // seq_len)) if too_long == "split" else 1 for f in flags]
     assert sum(parts) == fate.pieces + fate.untrained + fate.dropped, "each part has met one fate"

@@ -15,7 +15,7 @@ from qlora_dist.errors import UserError
 
 def make_sequences(*sequences: tuple[list[int], list[int]]) -> Sequences:
     """Of (tokens, flags) each."""
-    return Sequences.of(sequences)
+    return Sequences.of((tokens, [bool(flag) for flag in flags]) for tokens, flags in sequences)
 
 
 def rows_of(sequences: Sequences, seq_len: int, packing: str = "best-fit", pad_id: int = 0, **options: str) -> Rows:

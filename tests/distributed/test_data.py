@@ -1,0 +1,133 @@
+"""If this fails, the number of ranks or micro-batches changes what is trained, or ranks wait for each other forever."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from ranks import run_ranks
+
+from qlora_dist.config import Config
+from qlora_dist.config_file import load_config
+from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.train.run import train
+from qlora_dist.train.run_dir import run_path
+from qlora_dist.train.setup import set_up
+
+MIXTURE = "data.train=[{path: FOLDER/train.jsonl, weight: 0.5}, {path: FOLDER/other.jsonl, weight: 1.5}]"
+WAYS = {
+    "all at once": [MIXTURE, "data.packing=none", "data.too_long=split", "train.steps=null", "train.epochs=0.9"],
+    "unpacked, lengths of a rank's own": ["data.packing=none", "data.seq_len=256", "train.steps=4"],
+    "grouped by length": ["data.packing=none", "data.group_by_length=true", "train.steps=4"],
+    "a last batch of few rows": ["train.steps=null", "train.epochs=1.5", "optim.warmup_steps=1"],
+    "split": ["data.too_long=split", "data.seq_len=24", "train.steps=4"],
+    "a mixture": [MIXTURE, "train.steps=4"],
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    path = tiny.make_config(folder, tiny_llama_nf4, data__seq_len=48)
+    tiny.make_data(folder / "train.jsonl", 60, words=(1, 30))
+    tiny.make_data(folder / "other.jsonl", 20, seed=2, words=(1, 8))
+    return path
+
+
+def configured(path: Path, way: str, world_size: int, micro_batch: int) -> Config:
+    name = f"{list(WAYS).index(way)}-{world_size}-{micro_batch}"
+    overrides = [override.replace("FOLDER", str(path.parent)) for override in WAYS[way]]
+    return load_config(path, [*overrides, f"train.micro_batch={micro_batch}", f"run.name={name}"])
+
+
+def trained(path: Path, way: str, world_size: int, micro_batch: int) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run."""
+    config = configured(path, way, world_size, micro_batch)
+    run_ranks(world_size, train, config)
+    return [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def shapes(path: Path, way: str, world_size: int, micro_batch: int) -> list[list[list[int]]]:
+    """[step][micro-batch][rank]: how long each batch is."""
+    config = configured(path, way, world_size, micro_batch)
+    setups = []
+    for rank in range(world_size):
+        names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+        environ = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        setups.append(set_up(config, ranks_from_environment(environ)))
+    windows = [[setup.loader.window(step) for setup in setups] for step in range(setups[0].steps)]
+    return [
+        [[batch.input_ids.shape[1] for batch in ranks] for ranks in zip(*window, strict=True)] for window in windows
+    ]
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[] if way == "all at once" else pytest.mark.slow) for way in WAYS]
+)
+def test_ranks_and_micro_batches_change_nothing(way: str, path: Path) -> None:
+    one = trained(path, way, 1, 12)
+    layouts = [(2, 3)] if way == "all at once" else [(1, 3), (2, 6), (2, 3), (4, 3), (4, 1)]
+    for world_size, micro_batch in layouts:
+        other = trained(path, way, world_size, micro_batch)
+        assert len(other) == len(one)
+        for key in ("loss", "eval_loss", "grad_norm", "tokens", "trained_tokens"):
+            ours, theirs = ([row[key] for row in rows if key in row] for rows in (other, one))
+            tolerance = 1e-4 if key == "grad_norm" else 1e-5
+            assert ours == pytest.approx(theirs, rel=tolerance), (key, world_size, micro_batch)
+    assert one[-1]["eval_loss"] < one[0]["eval_loss"]
+
+
+def test_the_ways_are_what_they_say(path: Path) -> None:
+    """Else the test above compares equal things."""
+    unpacked = shapes(path, "unpacked, lengths of a rank's own", 2, 1)
+    assert any(len(set(ranks)) > 1 for step in unpacked for ranks in step), "ranks with batches of different lengths"
+    last = shapes(path, "a last batch of few rows", 4, 1)
+    assert {len(step) for step in last[:-1]} == {3}
+    assert len(last[-1]) < 3, "what is empty on all ranks is left out"
+    setup = set_up(configured(path, "all at once", 1, 1), ranks_from_environment({}))
+    (first, _), (second, _) = setup.loader.sources
+    assert first.fate.split > 5
+    rows = setup.loader.rows_per_epoch
+    assert rows == 0.5 * len(first) + 1.5 * len(second)
+    assert setup.steps == -(-round(0.9 * round(rows)) // 12)
+    assert setup.loader.indices(setup.steps - 1).min() < 0, "the last batch is not full"
+
+
+def test_warm_up_longer_than_the_epochs(path: Path) -> None:
+    config = load_config(path, ["train.steps=null", "train.epochs=1", "optim.warmup_steps=30"])
+    with pytest.raises(
+        UserError, match=r"warmup_steps: 30 is more than the \d steps that train.epochs: 1 takes; lower"
+    ):
+        set_up(config, ranks_from_environment({}))
+
+
+@pytest.mark.slow
+def test_a_finished_runs_configuration_repeats_it(path: Path) -> None:
+    way = "a last batch of few rows"
+    first = trained(path, way, 1, 4)
+    folder = run_path(configured(path, way, 1, 4).run)
+    again = load_config(folder / "config.yaml", ["run.name=again"])
+    run_ranks(1, train, again)
+    second = [json.loads(line) for line in (folder.parent / "again" / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("loss") for row in second] == [row.get("loss") for row in first]
+
+
+def train_or_refuse(configs: list[Config]) -> str:
+    try:
+        train(configs[ranks_from_environment().rank])
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_ranks_that_have_read_other_data_refuse_to_start(path: Path) -> None:
+    other = f"data.train=[{path.parent / 'other.jsonl'}]"
+    configs = [load_config(path, ["train.micro_batch=1", "run.name=x", *o]) for o in ([], [other])]
+    messages = run_ranks(2, train_or_refuse, configs)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("data: the ranks have read between ")
+    assert messages[0].endswith("; give all nodes the same files")
