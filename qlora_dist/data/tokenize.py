@@ -54,6 +54,15 @@ class Stats:
     largest_token: int = 0
     """The highest token number."""
 
+    def left_out(self) -> str:
+        """For people: which rows are not trained; empty if all are."""
+        said = []
+        if self.bad_rows:
+            said.append(f"{self.bad_rows:,} cannot be used and are skipped (the first: {self.bad_places[0]})")
+        if self.untrained_rows:
+            said.append(f"{self.untrained_rows:,} have no token to train")
+        return f"of {self.rows:,} rows {', '.join(said)}" if said else ""
+
 
 class _Part(NamedTuple):
     """A chunk in tokens."""
