@@ -57,6 +57,15 @@ class Stats:
     sha256: str = ""
     """Over all tokens, which of them are trained, and the lengths: what the sequences are, wherever they came from."""
 
+    def left_out(self) -> str:
+        """For people: which rows are not trained; empty if all are."""
+        said = []
+        if self.bad_rows:
+            said.append(f"{self.bad_rows:,} cannot be used and are skipped (the first: {self.bad_places[0]})")
+        if self.untrained_rows:
+            said.append(f"{self.untrained_rows:,} have no token to train")
+        return f"of {self.rows:,} rows {', '.join(said)}" if said else ""
+
 
 class _Part(NamedTuple):
     """A chunk in tokens."""

@@ -74,7 +74,11 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     adapter = peft_config(model, config.lora, config.model.base)
     attach_adapter(model, adapter)
     train, held_out = prepare(config.data, load_tokenizer(folder.path), console)
-    _check_ids(folder, model, train if held_out is None else [*train, held_out])
+    sources = train if held_out is None else [*train, held_out]
+    for source in sources:
+        if console is not None and (left_out := source.stats.left_out()):
+            console.print(f"{source.path}: {left_out}", markup=False)
+    _check_ids(folder, model, sources)
     loader = Loader(
         [(source.rows, source.weight) for source in train],
         global_batch=config.train.global_batch,

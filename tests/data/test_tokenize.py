@@ -90,6 +90,9 @@ def test_the_number_of_workers_changes_nothing(tmp_path, small_chunks):
         files.append(path.read_bytes())
     assert files == files[:1] * 4
     assert stats == stats[:1] * 4
+    assert (
+        stats[0].left_out().startswith("of 200 rows 17 cannot be used and are skipped (the first: a.jsonl, line 17: ")
+    )
     assert stats[0].bad_places[:2] == [
         "a.jsonl, line 17: shouts; be quiet",
         "a.jsonl, line 31: is null; write a string",
