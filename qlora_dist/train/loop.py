@@ -15,12 +15,16 @@ from qlora_dist.optim.adamw import build_optimizer, state_bytes
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.schedule import learning_rate
 from qlora_dist.parallel.traffic import Traffic
+from qlora_dist.train.beat import beat
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.evaluate import evaluate
 from qlora_dist.train.memory import peak_bytes
 from qlora_dist.train.run_dir import RunDir
 from qlora_dist.train.setup import Setup
 from qlora_dist.train.step import AdapterShards, train_step
+
+_COMPILING = 6.0
+"""Times the usual timeout, for steps and evaluations that may compile first."""
 
 
 @dataclass
@@ -52,6 +56,7 @@ def train_loop(
         UserError: too many steps in a row were not finite.
     """
     cfg, history = setup.config.train, History()
+    patience = _COMPILING if cfg.compile else None
     shards = AdapterShards(model)
     optimizer = build_optimizer(shards.local, setup.config.optim)
     loss_scale = LossScale(setup.config.model.compute_dtype)
@@ -61,6 +66,7 @@ def train_loop(
         due = step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0)
         if not eval_batches or not due:
             return {}
+        beat(step, "evaluating", patience)
         history.eval_losses.append(evaluate(model, eval_batches, traffic))
         console.say(f"held-out loss after {step} steps: {history.eval_losses[-1]:.4f}")
         return {"eval_loss": history.eval_losses[-1]}
@@ -77,6 +83,7 @@ def train_loop(
     model.train()
     for step in range(cfg.steps):
         started = time.perf_counter()
+        beat(step, "reading data")
         window = [_to(batch, setup.device) for batch in setup.loader.window(step)]
         tokens, trained_tokens = setup.loader.tokens(step), setup.loader.trained_tokens(step)
         data_s = time.perf_counter() - started
@@ -84,6 +91,7 @@ def train_loop(
         lr = learning_rate(step, cfg.steps, setup.config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        beat(step, "training", None if history.tokens_per_s else patience)
         result = train_step(
             model,
             window,

@@ -10,15 +10,19 @@ from qlora_dist.adapters.export import export_adapter
 from qlora_dist.config import Config
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
+from qlora_dist.nf4.read_ahead import Reading
 from qlora_dist.parallel.fsdp import parallelize
-from qlora_dist.parallel.mesh import build_meshes, check_equal_nodes
+from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes
+from qlora_dist.train.beat import beat
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.loop import train_loop
+from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.run_dir import RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
 from qlora_dist.train.summary import announce, summarize
+from qlora_dist.train.watchdog import watchdog
 
 
 def train(config: Config) -> None:
@@ -31,7 +35,12 @@ def train(config: Config) -> None:
     if ranks.rank == 0:
         check_run_dir(config.run)
     setup = set_up(config, ranks)
-    with RunConsole(ranks.rank) as console, process_group(ranks, setup.device):
+    timeout_s = config.train.timeout
+    with (
+        RunConsole(ranks.rank) as console,
+        process_group(ranks, setup.device, timeout_s) as store,
+        watchdog(store, ranks, timeout_s),
+    ):
         run(setup, console)
 
 
@@ -39,7 +48,7 @@ def run(setup: Setup, console: RunConsole) -> None:
     """The whole way through, on every rank of the process group."""
     started = time.perf_counter()
     config, model = setup.config, setup.model
-    check_equal_nodes(setup.ranks, setup.device)
+    check_ranks_agree(config, setup.ranks, setup.device)
     run_dir = RunDir(config) if setup.ranks.rank == 0 else None
     announce(setup, console)
 
@@ -47,11 +56,17 @@ def run(setup: Setup, console: RunConsole) -> None:
     offload = config.parallel.offload == "base"
     meshes = build_meshes(setup.sizes, setup.device.type, separate=offload)
     traffic = parallelize(model, meshes, config)
+
+    def loaded(reading: Reading) -> None:
+        beat(phase="loading")
+        console.loaded(reading)
+
     console.start_loading()
-    fill(model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, console.loaded)
+    fill(model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, loaded)
     static_bytes = check_static_bytes(model, setup.sizes)
     console.say_loaded(static_bytes)
 
     history = train_loop(model, setup, traffic, console, run_dir)
+    beat(config.train.steps, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter")
     summarize(setup, history, static_bytes, time.perf_counter() - started, console, run_dir)
