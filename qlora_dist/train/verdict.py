@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from qlora_dist.train.beat import PHASES
 State = Literal["gone", "stopped", "unknown"]
 
 
+@cache
 def _pid_space() -> str:
     """Where a process number means the same process: containers of one machine have numbers of their own."""
     try:

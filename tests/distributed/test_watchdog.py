@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def config(tiny_llama_nf4: Path, tmp_path: Path) -> Path:
     """A run without end."""
-    steps = {"train__steps": 10**6, "train__global_batch": 2, "train__timeout": 5}
+    steps = {"train__steps": 10**6, "train__global_batch": 6, "train__timeout": 5}
     return tiny.make_config(tmp_path, tiny_llama_nf4, data__eval=None, data__seq_len=32, **steps)
 
 
@@ -49,10 +49,14 @@ def train(*words: str | Path, at_step: int = -1, fault: Callable[[], None] | Non
     main()
 
 
-def wait_for_step(config: Path, step: int) -> None:
+def steps(config: Path) -> int:
     metrics = config.parent / "runs" / "run" / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def wait_for_step(config: Path, step: int) -> None:
     end = time.monotonic() + 60
-    while not metrics.exists() or metrics.read_text().count("\n") < step:
+    while steps(config) < step:
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -73,15 +77,24 @@ def output(path: Path, rank: int) -> str:
     return (path / f"rank-{rank}.txt").read_text()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_named_within_seconds(config, tmp_path, victim):
-    with started_ranks([partial(train, config)] * 2, tmp_path) as processes:
+def test_a_run_that_ends_well_says_nothing(config, tmp_path):
+    with started_ranks([partial(train, config, "train.steps=3")] * 2, tmp_path) as processes:
+        assert exit_codes(processes, within_s=40) == [0, 0]
+    assert not ours(tmp_path, 0) + ours(tmp_path, 1)
+    assert "[c10d]" not in output(tmp_path, 1)  # rank 0, which keeps the store, has left last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "victim"), [(2, 0), (3, 1)])
+def test_a_killed_rank_is_named_within_seconds(config, tmp_path, world_size, victim):
+    with started_ranks([partial(train, config)] * world_size, tmp_path) as processes:
         wait_for_step(config, 3)
         os.kill(processes[victim].pid, signal.SIGKILL)
-        assert exit_codes([processes[1 - victim]], within_s=4) == [1]
-    (sentence,) = ours(tmp_path, 1 - victim)
+        survivors = [rank for rank in range(world_size) if rank != victim]
+        assert set(exit_codes([processes[rank] for rank in survivors], within_s=6)) == {1}
+    (sentence,) = [line for rank in survivors for line in ours(tmp_path, rank)]
     assert re.match(rf"qlora-dist: rank {victim} on {HOST} went away after step \d+ \(\w+", sentence)
-    assert "Traceback" not in output(tmp_path, 1 - victim)
+    assert not any("Traceback" in output(tmp_path, rank) for rank in survivors)
 
 
 @pytest.mark.slow
@@ -94,6 +107,21 @@ def test_a_stopped_rank_is_named_within_the_timeout(config, tmp_path):
         assert exit_codes(processes, within_s=5) == [1, 1]
     (sentence,) = ours(tmp_path, 0)
     assert re.match(rf"qlora-dist: rank 1 on {HOST} was stopped by a signal after step \d+ \(\w+", sentence)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_suspended_as_a_whole_goes_on(config, tmp_path):
+    with started_ranks([partial(train, config, "train.timeout=3")] * 2, tmp_path) as processes:
+        wait_for_step(config, 3)
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(4)
+        before = steps(config)
+        for process in processes:
+            os.kill(process.pid, signal.SIGCONT)
+        time.sleep(2)
+        wait_for_step(config, before + 1)
+        assert [process.exitcode for process in processes] == [None, None]
 
 
 @pytest.mark.slow
@@ -115,17 +143,18 @@ def fail(error: Exception) -> None:
     raise error
 
 
-def test_an_error_of_one_rank_is_one_traceback(config, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_is_one_traceback(config, tmp_path, rank):
     failing = partial(train, config, at_step=3, fault=partial(fail, ValueError("seven is no prime\nof course")))
-    with started_ranks([partial(train, config), failing], tmp_path) as processes:
+    ranks = [partial(train, config), failing]
+    with started_ranks(ranks if rank == 1 else ranks[::-1], tmp_path) as processes:
         assert exit_codes(processes, within_s=30) == [1, 1]
-    assert output(tmp_path, 1).count("Traceback") == 1
-    assert "ValueError: seven is no prime" in output(tmp_path, 1)
-    assert "Traceback" not in output(tmp_path, 0)
-    assert ours(tmp_path, 0) == [
-        f"qlora-dist: rank 1 on {HOST} failed after step 3 (training): ValueError: seven is no prime; its traceback "
-        "is in its output"
-    ]
+    assert output(tmp_path, rank).count("Traceback") == 1
+    assert "ValueError: seven is no prime" in output(tmp_path, rank)
+    assert "Traceback" not in output(tmp_path, 1 - rank)
+    (sentence,) = ours(tmp_path, 1 - rank)
+    failed = "failed after step 3 (training): ValueError: seven is no prime; its traceback is in its output"
+    assert sentence == f"qlora-dist: rank {rank} on {HOST} {failed}"
 
 
 def test_the_same_mistake_on_all_ranks_is_one_sentence(config, tmp_path):
