@@ -131,8 +131,10 @@ def _mistake_of(function: Callable[..., None], *args: Any) -> UserError | None:
 
 
 def _prepare_process() -> None:
+    from qlora_dist.launch.orphans import die_with_parent
     from qlora_dist.versions import check_versions
 
+    die_with_parent()
     check_versions()
 
 

@@ -207,6 +207,9 @@ class TrainConfig(Section):
     global batch out."""
     max_skipped_steps: PositiveInt = 5
     """Stop after so many steps in a row whose loss or gradient was not finite."""
+    timeout: PositiveInt = 600
+    """Seconds without progress after which the run gives a rank up, and ends. More than the longest step
+    takes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: CUDA where there is one."""
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 240.0
@@ -20,18 +24,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, nodes: 
     The first rank that fails ends the others, and its traceback is the error. No process outlives the call.
     """
     context = multiprocessing.get_context("fork")  # torch and transformers are imported once, not once per rank
-    port, local = _free_port(), world_size // nodes
     processes, pipes = [], {}
-    for rank in range(world_size):
+    for rank, environ in enumerate(_environments(world_size, nodes)):
         ours, theirs = context.Pipe(duplex=False)
-        environ = {
-            "RANK": rank,
-            "WORLD_SIZE": world_size,
-            "LOCAL_RANK": rank % local,
-            "LOCAL_WORLD_SIZE": local,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
         process = context.Process(target=_rank, args=(theirs, environ, function, args), daemon=True)
         process.start()
         theirs.close()
@@ -43,6 +38,42 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, nodes: 
         for process in processes:
             process.kill()
             process.join()
+
+
+@contextmanager
+def started_ranks(functions: Sequence[Callable[[], Any]], outputs: Path, nodes: int = 1) -> Iterator[list[BaseProcess]]:
+    """A rank for each of the functions, for tests that do ranks harm: nobody waits for them or collects anything.
+
+    What a rank prints goes to `outputs/rank-N.txt`. No process outlives the `with`.
+    """
+    context = multiprocessing.get_context("fork")
+    processes: list[BaseProcess] = []
+    try:
+        for rank, environ in enumerate(_environments(len(functions), nodes)):
+            output = outputs / f"rank-{rank}.txt"
+            processes.append(context.Process(target=_alone, args=(output, environ, functions[rank]), daemon=True))
+            processes[-1].start()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _environments(world_size: int, nodes: int) -> list[dict[str, Any]]:
+    """torchrun's variables for each rank."""
+    port, local = _free_port(), world_size // nodes
+    return [
+        {
+            "RANK": rank,
+            "WORLD_SIZE": world_size,
+            "LOCAL_RANK": rank % local,
+            "LOCAL_WORLD_SIZE": local,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for rank in range(world_size)
+    ]
 
 
 def _collect(pipes: dict[Connection, int], world_size: int) -> list[Any]:
@@ -71,6 +102,15 @@ def _rank(pipe: Connection, environ: dict[str, Any], function: Callable[..., Any
     except BaseException:
         pipe.send((traceback.format_exc(), None))
     pipe.close()
+
+
+def _alone(output: Path, environ: dict[str, Any], function: Callable[[], Any]) -> None:
+    os.environ.update({key: str(value) for key, value in environ.items()})
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    function()
 
 
 def _free_port() -> int:

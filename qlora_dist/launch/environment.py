@@ -58,6 +58,33 @@ def _restarts(environ: Mapping[str, str]) -> int:
     return sum(int(count) for count in counts if count.isdigit())
 
 
+@dataclass(frozen=True)
+class StoreAddress:
+    """Where the ranks meet: a key-value store of torch's."""
+
+    host: str
+    port: int
+    kept_by_agent: bool
+    """torchrun's agent keeps it, and it outlives the ranks; else rank 0 does."""
+
+
+def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress:
+    """The store's address, as torchrun has set it.
+
+    Raises:
+        UserError: the port is none.
+    """
+    port = environ["MASTER_PORT"]
+    if not (port.isdigit() and int(port) < 2**16):
+        raise UserError(f"MASTER_PORT is {port} in the environment; give a port below 65536")
+    return StoreAddress(environ["MASTER_ADDR"], int(port), environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+
+
+def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun's agent is (most likely) this process's parent: no mere setting of RANK and the like."""
+    return "TORCHELASTIC_RUN_ID" in environ
+
+
 def _refuse_other_launchers(environ: Mapping[str, str]) -> None:
     """Under srun or mpirun alone every process would take itself for the only one, and all write one run folder."""
     sizes = {"mpirun": environ.get("OMPI_COMM_WORLD_SIZE") or environ.get("PMI_SIZE")}

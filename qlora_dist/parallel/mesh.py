@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -65,19 +64,6 @@ def mesh_sizes(config: ParallelConfig, ranks: Ranks) -> MeshSizes:
         choices = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
         raise UserError(f"parallel.base: {base} does not divide the world of {world} ranks; use {choices}")
     return MeshSizes(world, base, named[config.adapter])
-
-
-def check_equal_nodes(ranks: Ranks, device: torch.device) -> None:
-    """Compare the nodes. Called on all ranks: none of them sees another's.
-
-    Raises:
-        UserError: on all ranks, if nodes have different numbers of ranks.
-    """
-    extremes = torch.tensor([ranks.local_world_size, -ranks.local_world_size], device=device)
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    most, fewest = int(extremes[0]), -int(extremes[1])
-    if most != fewest:
-        raise UserError(f"parallel: nodes have between {fewest} and {most} ranks; start equally many on each")
 
 
 def build_meshes(sizes: MeshSizes, device_type: str, separate: bool = False) -> Meshes:

@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
-
-TIMEOUT = timedelta(minutes=30)  # of a collective; loading a large folder on a slow file system takes a while
+from qlora_dist.parallel.rendezvous import meet
 
 
 def resolve_device(name: str, ranks: Ranks) -> torch.device:
@@ -36,20 +35,33 @@ def resolve_device(name: str, ranks: Ranks) -> torch.device:
 
 
 @contextmanager
-def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) -> Iterator[dist.Store]:
     """The default process group: gloo on the CPU, NCCL beside it on CUDA (that branch was not run on a GPU).
 
     A single process gets a group of one, so that there is one code path.
+
+    Args:
+        ranks: this process among all.
+        device: of this rank.
+        timeout_s: how long to wait for ranks that don't come. A collective waits twice as long: the watchdog, which
+            knows who it waits for, is to speak first, and to let those wait whose partner is at work.
+
+    Yields:
+        The store where the ranks have met.
+
+    Raises:
+        UserError: a rank has not come.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store = dist.HashStore() if ranks.launcher == "none" else meet(ranks, timeout_s)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=TIMEOUT,
+        timeout=timedelta(seconds=2 * timeout_s),
         rank=ranks.rank,
         world_size=ranks.world_size,
-        store=dist.HashStore() if ranks.launcher == "none" else None,
+        store=store,
     )
-    yield
+    yield store
     # not in a `finally`: after an error the others may be waiting in a collective, and leaving would wait for them
     dist.destroy_process_group()

@@ -52,7 +52,7 @@ def find_start(setup: Setup, resume: str, console: RunConsole) -> Start:
     fresh = resume == "none" or (resume == "auto" and config.run.overwrite and not again)
     fresh = broadcast_json(fresh)
     base = broadcast_json(base_fingerprint(setup.folder.path) if setup.ranks.rank == 0 else None)
-    identity = identity_of(config, base, setup.data_sha256)
+    identity = identity_of(config, base, setup.data_sha256["train"])
     if fresh:
         return Start(identity, None, None)
     if resume == "auto":

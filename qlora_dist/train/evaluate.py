@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from qlora_dist.data.rows import IGNORED, Batch
 from qlora_dist.parallel.traffic import Traffic
+from qlora_dist.train.beat import beat
 
 
 @torch.no_grad()
@@ -21,6 +22,7 @@ def evaluate(model: PreTrainedModel, batches: Sequence[Batch], traffic: Traffic)
     for batch in batches:
         totals[0] += model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
         totals[1] += (batch.labels != IGNORED).sum()
+        beat()
     model.train(was_training)
     loss, tokens = traffic.all_reduce(totals).tolist()
     return loss / tokens

@@ -16,6 +16,7 @@ from qlora_dist.optim.adamw import build_optimizer, state_bytes
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.schedule import learning_rate
 from qlora_dist.parallel.traffic import Traffic
+from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import Checkpoints, Start
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.evaluate import evaluate
@@ -25,6 +26,9 @@ from qlora_dist.train.run_dir import RunDir, run_path
 from qlora_dist.train.setup import Setup
 from qlora_dist.train.step import AdapterShards, train_step
 from qlora_dist.train.stop import Requests, reason, wants_save
+
+_COMPILING = 6.0
+"""Times the usual timeout, for steps and evaluations that may compile first."""
 
 
 @dataclass
@@ -57,6 +61,7 @@ def train_loop(
         UserError: too many steps in a row were not finite.
     """
     cfg = setup.config.train
+    patience = _COMPILING if cfg.compile else None
     shards = AdapterShards(model)
     optimizer = build_optimizer(shards.local, setup.config.optim)
     loss_scale = LossScale(setup.config.model.compute_dtype)
@@ -75,6 +80,7 @@ def train_loop(
         due = step in (0, last_step()) or (cfg.eval_every and step % cfg.eval_every == 0)
         if not eval_batches or not due:
             return {}
+        beat(step, "evaluating", patience)
         progress.eval_losses.append(evaluate(model, eval_batches, traffic))
         console.say(f"held-out loss after {step} steps: {progress.eval_losses[-1]:.4f}")
         return {"eval_loss": progress.eval_losses[-1]}
@@ -93,6 +99,7 @@ def train_loop(
     model.train()
     while history.stop is None and progress.step < last_step():
         started = time.perf_counter()
+        beat(progress.step, "reading data")
         batch = progress.batch_index()
         window = [_to(micro, setup.device) for micro in setup.loader.window(batch)]
         tokens, trained_tokens = setup.loader.tokens(batch), setup.loader.trained_tokens(batch)
@@ -101,6 +108,7 @@ def train_loop(
         lr = learning_rate(progress.step, setup.steps, setup.config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        beat(progress.step, "training", None if history.tokens_per_s else patience)
         result = train_step(
             model,
             window,
@@ -163,10 +171,12 @@ def train_loop(
         history.stop = None if last else reason(asked)
         due = cfg.save_every and progress.step % cfg.save_every == 0
         if due or last or history.stop is not None or wants_save(asked):
+            beat(progress.step, "saving a checkpoint")
             checkpoints.save(progress)
         requests.answered(asked)
         traffic.take()  # the bytes of an evaluation or a checkpoint are no step's
     console.stop()
+    beat(progress.step, "saving a checkpoint")
     checkpoints.close()
     return history
 

@@ -5,24 +5,26 @@ from __future__ import annotations
 import time
 
 import torch
-import torch.distributed as dist
 
 from qlora_dist.adapters.export import export_adapter
 from qlora_dist.config import Config
-from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
+from qlora_dist.nf4.read_ahead import Reading
 from qlora_dist.parallel.fsdp import parallelize
-from qlora_dist.parallel.mesh import build_meshes, check_equal_nodes
+from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes
+from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import find_start
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.loop import train_loop
+from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
 from qlora_dist.train.stop import BY_HAND
 from qlora_dist.train.summary import announce, summarize
+from qlora_dist.train.watchdog import watchdog
 
 
 def train(config: Config, resume: str = "auto") -> None:
@@ -38,9 +40,10 @@ def train(config: Config, resume: str = "auto") -> None:
     ranks = ranks_from_environment()
     if ranks.rank == 0:
         check_run_dir(config, resume)
+    timeout_s = config.train.timeout
     with RunConsole(ranks.rank) as console:
         setup = set_up(config, ranks, console.console)
-        with process_group(ranks, setup.device):
+        with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s):
             run(setup, console, resume)
 
 
@@ -48,8 +51,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     """The whole way through, on every rank of the process group."""
     started = time.perf_counter()
     config, model = setup.config, setup.model
-    check_equal_nodes(setup.ranks, setup.device)
-    check_same_data(setup)
+    check_ranks_agree(config, setup.ranks, setup.device, setup.data_sha256)
     start = find_start(setup, resume, console)
     run_dir = RunDir(config, start.step, fresh=start.manifest is None) if setup.ranks.rank == 0 else None
     announce(setup, console)
@@ -58,8 +60,13 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     offload = config.parallel.offload == "base"
     meshes = build_meshes(setup.sizes, setup.device.type, separate=offload)
     traffic = parallelize(model, meshes, config)
+
+    def loaded(reading: Reading) -> None:
+        beat(phase="loading")
+        console.loaded(reading)
+
     console.start_loading()
-    fill(model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, console.loaded)
+    fill(model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, loaded)
     static_bytes = check_static_bytes(model, setup.sizes)
     console.say_loaded(static_bytes)
 
@@ -71,26 +78,8 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
         if run_dir is not None:
             run_dir.mark(marker, step, history.stop)
         return
+    beat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter")
     summarize(setup, history, static_bytes, time.perf_counter() - started, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE, step, "last step")
-
-
-def check_same_data(setup: Setup) -> None:
-    """Compare what the ranks have read: over other data a rank would take other steps, and the others wait for it.
-
-    Raises:
-        UserError: on all ranks, if rows, tokens or steps differ.
-    """
-    rows = [rows for rows, _ in setup.loader.sources] + ([] if setup.eval_rows is None else [setup.eval_rows])
-    tokens, trained_tokens = (sum(getattr(r.fate, name) for r in rows) for name in ("tokens", "trained_tokens"))
-    ours = torch.tensor([setup.steps, sum(map(len, rows)), tokens, trained_tokens], device=setup.device)
-    extremes = torch.stack([ours, -ours])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    most, fewest = extremes[0].tolist(), (-extremes[1]).tolist()
-    if most != fewest:
-        raise UserError(
-            f"data: the ranks have read between {fewest[2]:,} and {most[2]:,} tokens, in {fewest[1]:,} to {most[1]:,} "
-            "rows; give all nodes the same files"
-        )

@@ -47,8 +47,8 @@ class Setup:
     """None: no `data.eval`."""
     eval_batches: list[Batch]
     """Of this rank; empty without `data.eval`."""
-    data_sha256: str
-    """Of the training data's sequences and weights."""
+    data_sha256: dict[str, str]
+    """Of the sequences and weights of `train`, and of the sequences of `eval` if there are any."""
 
 
 def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setup:
@@ -102,7 +102,9 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         else []
     )
     contents = json.dumps([[source.stats.sha256, source.weight] for source in train]).encode()
-    data_sha256 = hashlib.sha256(contents).hexdigest()
+    data_sha256 = {"train": hashlib.sha256(contents).hexdigest()}
+    if held_out is not None:
+        data_sha256["eval"] = held_out.stats.sha256
     return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches, data_sha256)
 
 

@@ -15,6 +15,7 @@ from qlora_dist.adapters.attach import adapter_parameters
 from qlora_dist.data.rows import Batch
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.traffic import Traffic
+from qlora_dist.train.beat import beat
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def train_step(
         loss = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
         (loss * (loss_scale.value / trained_tokens)).backward()
         summed_loss += loss.detach()
+        beat()
 
     grads = shards.take_gradients()
     squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())

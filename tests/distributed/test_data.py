@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +118,23 @@ def test_a_finished_runs_configuration_repeats_it(path: Path) -> None:
     assert [row.get("loss") for row in second] == [row.get("loss") for row in first]
 
 
-def train_or_refuse(configs: list[Config]) -> str:
+def train_or_refuse(config: Config, folders: list[Path]) -> str:
+    os.chdir(folders[ranks_from_environment().rank])
     try:
-        train(configs[ranks_from_environment().rank])
+        train(config)
     except UserError as error:
         return str(error)
     return "trained"
 
 
-def test_ranks_that_have_read_other_data_refuse_to_start(path: Path) -> None:
-    other = f"data.train=[{path.parent / 'other.jsonl'}]"
-    configs = [load_config(path, ["train.micro_batch=1", "run.name=x", *o]) for o in ([], [other])]
-    messages = run_ranks(2, train_or_refuse, configs)
+def test_ranks_that_have_read_other_data_refuse_to_start(path: Path, tmp_path: Path) -> None:
+    """The same name on two nodes, and another file."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder, source in zip(folders, ("train.jsonl", "other.jsonl"), strict=True):
+        folder.mkdir()
+        shutil.copy(path.parent / source, folder / "rows.jsonl")
+    config = load_config(path, ["train.micro_batch=1", "run.name=x", "data.train=[rows.jsonl]"])
+    messages = run_ranks(2, train_or_refuse, config, folders)
     assert messages[0] == messages[1]
-    assert messages[0].startswith("data: the ranks have read between ")
-    assert messages[0].endswith("; give all nodes the same files")
+    assert "differs from rank 0" in messages[0] and "the content of data.train is sha256:" in messages[0]
+    assert messages[0].endswith("; copy the same files to all nodes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import Ranks, ranks_from_environment
+from qlora_dist.launch.environment import Ranks, StoreAddress, ranks_from_environment, store_address
 
 TORCHRUN = {
     "RANK": "5",
@@ -46,3 +46,11 @@ def test_reads_the_environment_of_the_process(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     assert ranks_from_environment().rank == 5
+
+
+def test_who_keeps_the_store():
+    environ = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+    assert store_address(environ) == StoreAddress("n1", 29500, kept_by_agent=False)
+    assert store_address(environ | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).kept_by_agent
+    with pytest.raises(UserError, match="MASTER_PORT is 99999 in the environment; give a port below 65536"):
+        store_address(environ | {"MASTER_PORT": "99999"})

@@ -1,0 +1,100 @@
+"""Meeting the other ranks at the launcher's store: those of this attempt, not of an earlier one.
+
+With `--max-restarts` torchrun starts all ranks again, and its store still holds the addresses of those that are gone.
+torch would take them for the new ones (as of 2.13). So every attempt has a part of the store of its own. Its number
+can't be torchrun's count of restarts, which a node doesn't increase when it starts again for another's sake.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import Ranks, StoreAddress, store_address
+
+_ATTEMPT = "qlora-dist/attempt"
+_LONGEST_SLEEP_S = 0.2
+
+
+def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
+    """Wait until all ranks are there.
+
+    Returns:
+        A part of the store that only the ranks of this attempt use.
+
+    Raises:
+        UserError: a rank has not come in time, or the store is not there.
+    """
+    end = time.monotonic() + timeout_s
+    store = _connect(store_address(), ranks, timeout_s)
+    here = _call(store, ranks, end) if ranks.rank == 0 else _answer(store, ranks, end)
+    if here is None:
+        raise UserError(
+            f"{_missing(store, ranks)} of {ranks.world_size} has not come within {timeout_s:.0f} s; look at its node's "
+            "output, and raise train.timeout if it is only slow",
+            one_rank=ranks.local_rank == 0,
+        )
+    return here
+
+
+def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> dist.Store:
+    try:
+        return dist.TCPStore(
+            address.host,
+            address.port,
+            is_master=ranks.rank == 0 and not address.kept_by_agent,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"the ranks can't meet at {address.host}:{address.port} ({reason}); see that rank 0 is started there, and "
+            "that this machine reaches it",
+            one_rank=True,
+        ) from None
+
+
+def _call(store: dist.Store, ranks: Ranks, end: float) -> dist.Store | None:
+    """Rank 0: open an attempt, and say who has come to it."""
+    attempt = store.add(_ATTEMPT, 1)
+    here = dist.PrefixStore(f"{_ATTEMPT}/{attempt}", store)
+    others = [f"came/{rank}" for rank in range(1, ranks.world_size)]
+    while not here.check(others):
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.02)
+    here.set("all", json.dumps([key.decode() for key in here.multi_get(others)]))
+    return here
+
+
+def _answer(store: dist.Store, ranks: Ranks, end: float) -> dist.Store | None:
+    """The others: come to the newest attempt, until rank 0 names this very process. A stale attempt's never does."""
+    name = secrets.token_hex(8)
+    came_to, sleep_s = 0, 0.01
+    while time.monotonic() < end:
+        attempt = store.add(_ATTEMPT, 0)
+        here = dist.PrefixStore(f"{_ATTEMPT}/{attempt}", store)
+        if attempt > came_to:
+            here.set(f"came/{ranks.rank}", name)
+            came_to = attempt
+        if attempt and here.check(["all"]) and name in json.loads(here.get("all")):
+            return here
+        time.sleep(sleep_s)
+        sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+    return None
+
+
+def _missing(store: dist.Store, ranks: Ranks) -> str:
+    if ranks.rank != 0:
+        return "rank 0, or one that it waits for,"
+    here = dist.PrefixStore(f"{_ATTEMPT}/{store.add(_ATTEMPT, 0)}", store)
+    missing = [rank for rank in range(1, ranks.world_size) if not here.check([f"came/{rank}"])]
+    more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
+    return f"rank {missing[0]}{more}" if missing else "a rank"  # it comes too late, just now

@@ -1,0 +1,104 @@
+"""Are all ranks about to do the same? Asked once, before any weight is read: afterwards a difference is a hang, or a
+model that nobody meant to train.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from qlora_dist import __version__
+from qlora_dist.config import Config
+from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import Ranks
+from qlora_dist.parallel.exchange import gather_json
+
+MAY_DIFFER = ("data.cache", "data.workers")
+"""Keys whose values are a node's own affair."""
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+_LONGEST = 80
+"""Characters of a value that are sent as they are; of a longer one its hash."""
+_REMEDIES = {
+    "config": "give all ranks the same file and overrides",
+    "packages": "install the same versions on all nodes",
+    "device": "start the run on machines that are alike, or set train.device",
+    "data": "copy the same files to all nodes",
+    "node": "start equally many ranks on each node",
+}
+
+Facts = dict[str, dict[str, str]]
+"""By kind and name."""
+
+
+def check_ranks_agree(
+    config: Config, ranks: Ranks, device: torch.device, data: Mapping[str, str] | None = None
+) -> None:
+    """Compare configuration, versions, device, data and the size of the nodes. Called on all ranks.
+
+    Args:
+        config: what this rank was given.
+        ranks: this one among all.
+        device: which this rank is going to use; only its kind counts.
+        data: fingerprints of what it has read, by `train` and `eval`.
+
+    Raises:
+        UserError: on all ranks, with the first difference of the first rank that has one.
+    """
+    answers = gather_json([socket.gethostname(), facts(config, ranks, device, data)])
+    if (difference := first_difference(answers)) is not None:
+        raise UserError(difference)
+
+
+def facts(config: Config, ranks: Ranks, device: torch.device, data: Mapping[str, str] | None) -> Facts:
+    """What has to be the same on all ranks."""
+    packages = {name: metadata.version(name) for name in _PACKAGES}
+    python = ".".join(platform.python_version_tuple()[:2])
+    leaves = dict(_leaves(config.model_dump(mode="json")))
+    return {
+        "packages": {"qlora-dist": __version__, "Python": python, **packages},
+        "config": {key: _short(value) for key, value in leaves.items() if key not in MAY_DIFFER},
+        "device": {"the device": device.type},
+        "node": {"the number of ranks on the node": str(ranks.local_world_size)},
+        "data": {f"the content of data.{name}": f"sha256:{sha256[:16]}" for name, sha256 in (data or {}).items()},
+    }
+
+
+def first_difference(answers: Sequence[tuple[str, Facts] | list[Any]]) -> str | None:
+    """A sentence about the first rank that differs from rank 0; None: there is none.
+
+    Args:
+        answers: host and facts of each rank.
+    """
+    first_host, first = answers[0]
+    for rank, (host, own) in enumerate(answers):
+        if own == first:
+            continue
+        for kind, remedy in _REMEDIES.items():
+            for name in sorted(first[kind].keys() | own[kind].keys()):
+                value, expected = own[kind].get(name, "none"), first[kind].get(name, "none")
+                if value != expected:
+                    return (
+                        f"rank {rank} on {host} differs from rank 0 on {first_host}: {name} is {value} there and "
+                        f"{expected} here; {remedy}"
+                    )
+    return None
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for name, child in tree.items():
+            yield from _leaves(child, f"{key}.{name}" if key else name)
+    else:
+        yield key, tree
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
