@@ -188,6 +188,8 @@ class _Watch:
         self._left = ""
         with contextlib.suppress(RuntimeError, TimeoutError):
             _answer(self._publish)
+        if not self._keeps_store:  # which may be gone as soon as the last has left
+            self._finished.set()
         self._goodbye(2 * self._timeout_s)
         self._finished.set()
         self._thread.join(_ANSWER_S)
