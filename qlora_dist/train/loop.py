@@ -130,6 +130,7 @@ def train_loop(
             console.say(f"step {progress.step + 1}: {'a spike' if spike else 'not finite'} ({what})")
             # fp16 overflows now and then while its loss scale is found
             if cfg.on_spike == "rollback" and (spike or setup.config.model.compute_dtype != "fp16"):
+                beat(progress.step, "saving a checkpoint")
                 before = checkpoints.go_back(progress, batch)
                 if before is not None:
                     progress = history.progress = before
