@@ -41,7 +41,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 def _prepare(
     name: str, paths: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Rows, Stats]:
-    encoder = Encoder(tokenizer, config.mask)
+    encoder = Encoder(tokenizer, config.mask, config.chat_template)
     sequences, stats = encode_rows(read_rows(paths, config.format), encoder, config.seq_len, name)
     return pack_rows(sequences, config.seq_len, config.packing, _pad_id(tokenizer)), stats
 

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_dist.data.encode import Encoder
+from qlora_dist.data.row import BadRow, MessagesRow, TextRow
 from qlora_dist.data.source import Row
+from qlora_dist.data.source import TextRow as Document
 from qlora_dist.errors import UserError
 
 
@@ -68,7 +70,10 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder, seq_len: int, name: str =
     tokens, trained, offsets = array("i"), bytearray(), array("q", [0])
     for row in rows:
         stats.rows += 1
-        encoded = encoder(row)
+        typed = TextRow(row.place, row.text) if isinstance(row, Document) else MessagesRow(row.place, row.messages)
+        encoded = encoder.encode([typed])[0]
+        if isinstance(encoded, BadRow):
+            raise encoded.error()
         targets = bytearray(encoded.trained[:seq_len])
         targets[:1] = bytes(len(targets[:1]))  # the first token is predicted from nothing
         if not any(targets):
