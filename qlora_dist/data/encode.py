@@ -1,27 +1,27 @@
-"""One row -> its tokens, and which of them are trained."""
+"""Rows -> their tokens, and which of them are trained."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 
-from qlora_dist.data.row import BadRow, Message, MessagesRow, Row, TextRow
+from qlora_dist.data.fingerprint import fingerprint
+from qlora_dist.data.mask import tokens_inside
+from qlora_dist.data.render import Refused, Renderer, Span
+from qlora_dist.data.row import BadRow, CompletionRow, Message, MessagesRow, Row, TextRow
+from qlora_dist.data.spans import write
+from qlora_dist.data.template import SHIPPED, read_template
 from qlora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Mask = Literal["assistant", "last", "all"]
-Span = tuple[int, int]
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,159 +29,178 @@ class Encoded:
     """A row in tokens."""
 
     tokens: npt.NDArray[np.int32]
+    """int32[n]"""
     trained: npt.NDArray[np.bool_]
-    """As long as `tokens`. The first token is predicted from nothing: its flag has no effect."""
+    """bool[n]. The first token is predicted from nothing: its flag has no effect."""
+
+
+class _Text(NamedTuple):
+    """What a row is written as."""
+
+    text: str
+    spans: list[Span] | None
+    """Where its trained characters are; None: everywhere."""
+    inverted: bool = False
+    """The spans are those that are not trained."""
+    closed: bool = False
+    """It begins and ends as the tokenizer's texts do, where a conversation has what the template writes."""
 
 
 class Encoder:
-    """A tokenizer, its chat template and the mask: `encoder(row)`.
+    """A tokenizer, a chat template and the mask: `encode(rows)`.
 
-    With mask `assistant` these tokens of a conversation are trained:
+    These tokens of a conversation are trained: with mask `assistant` every assistant turn, with `last` the last of
+    them, with `all` every token; a message's `train` overrides that. A turn is
 
-    - where the chat template has `{% generation %}` markers, what stands between them, taken at its word;
-    - else, for every assistant turn, what the template writes after prompting for it: the content and the
-      end-of-turn token. White space after that token (the line feed that ChatML writes after `<|im_end|>`) is
-      not trained: generation has stopped by then. Where no special token ends the turn, white space is what
-      ends it, and is trained. A token that straddles the answer's beginning is trained, as under markers.
+    - the assistant's, where the chat template has `{% generation %}` markers: what stands between them, at its word;
+    - else the assistant's: what the template writes after prompting for it, content and end-of-turn token;
+    - another's: its content and end-of-turn token.
 
-    Rows of `text` train every token, and the end-of-sequence token that is put after them.
+    White space after the end-of-turn token (the line feed that ChatML writes after `<|im_end|>`) is not trained. Where
+    no special token ends the turn, white space is what ends it, and is trained. A token that straddles the turn's
+    beginning is trained.
+
+    Of a prompt with a completion, the completion and the end-of-sequence token are trained, which is put after it; a
+    token that straddles the border counts as completion. Of a text all tokens are trained, and that one.
+
+    Args:
+        tokenizer: of any kind; masks need a fast one.
+        mask: what is trained of conversations and completions.
+        chat_template: `chatml`, `alpaca`, `guanaco` or the path of a Jinja file; None: the tokenizer's.
+
+    Raises:
+        UserError: the template is missing, does not compile, or does not go with the tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mask: Mask, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._mask = mask
+        self._chat_template = chat_template
         # <|im_end|> is an added token, and not always a "special" one
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
-        self._special = tuple(text for text in added if text.strip())
+        self._end_tokens = tuple(text for text in added if text.strip())
+        self._template = None if chat_template is None else read_template(chat_template, tokenizer)
+        self._renderers: dict[str, Renderer] = {}
+        if self._template is not None:
+            self._renderer(self._template)
 
-    def fingerprint(self) -> str:
-        """Of what the tokens depend on."""
-        tokenizer = self._tokenizer.backend_tokenizer.to_str()
-        return hashlib.sha256(f"{tokenizer}{self._tokenizer.chat_template}{self._mask}".encode()).hexdigest()
+    def __reduce__(self) -> tuple[Any, ...]:
+        # for worker processes: a compiled template cannot be sent
+        return Encoder, (self._tokenizer, self._mask, self._chat_template)
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
-        """Each row's tokens, or why it has none."""
-        result: list[Encoded | BadRow] = []
-        for row in rows:
-            try:
-                result.append(self._encode(row))
-            except UserError as error:
-                result.append(BadRow(row.place, str(error).removeprefix(f"{row.place}: ")))
-        return result
+        """Encode rows, each independent of the others, in their order.
 
-    def _encode(self, row: Row) -> Encoded:
-        """Encode one row.
+        They are tokenized together, on all cores unless TOKENIZERS_PARALLELISM is off: best some hundred at a time.
+
+        Returns:
+            For each row its tokens, or why it cannot be used: the template refuses it, or its mask cannot be derived.
 
         Raises:
-            UserError: naming file, line and remedy: there is no chat template, it refuses the conversation,
-                or what it writes for a turn depends on the turns after it.
+            UserError: no row of this kind can be encoded: there is no chat template, or the tokenizer does not tell
+                where its tokens lie in the text, which the mask needs.
         """
-        if isinstance(row, MessagesRow):
-            return self._conversation(row)
-        assert isinstance(row, TextRow)
-        tokens = list(self._tokenizer(row.text, verbose=False)["input_ids"])
-        eos = self._tokenizer.eos_token_id
-        if eos is not None and tokens[-1:] != [eos]:  # some tokenizers put it there themselves
-            tokens.append(eos)
-        return _encoded(tokens, [True] * len(tokens))
+        done: list[Encoded | BadRow | None] = [None] * len(rows)
+        texts: dict[bool, list[tuple[int, _Text]]] = {False: [], True: []}
+        for index, row in enumerate(rows):
+            text = self._write(row)
+            if isinstance(text, BadRow):
+                done[index] = text
+            else:
+                texts[text.closed].append((index, text))
+        for closed, batch in texts.items():
+            for (index, _), encoded in zip(batch, self._tokenize([text for _, text in batch], closed), strict=True):
+                done[index] = encoded
+        return [item for item in done if item is not None]
 
-    def _conversation(self, row: MessagesRow) -> Encoded:
-        template = self._template(row)
-        if self._mask == "all":
-            tokens = list(self._tokenize(self._render(row, row.messages))["input_ids"])
-            return _encoded(tokens, [True] * len(tokens))
-        if not self._tokenizer.is_fast:
-            raise UserError(
-                f"{row.place}: this tokenizer does not tell where its tokens lie in the text, which "
-                "data.mask: assistant needs; use a model folder with tokenizer.json, or data.mask: all"
-            )
-        if _GENERATION.search(template):
-            return self._marked(row)
-        text = self._render(row, row.messages)
-        spans = self._answers(row, text)
-        encoding = self._tokenize(text, return_offsets_mapping=True)
-        return _encoded(
-            list(encoding["input_ids"]), _inside([tuple(span) for span in encoding["offset_mapping"]], spans)
-        )
+    def fingerprint(self) -> str:
+        """SHA-256 in hex of what tokens and flags depend on besides the row (and the date, if a template writes it)."""
+        template = self._tokenizer.chat_template if self._template is None else self._template
+        return fingerprint(self._tokenizer, template, self._mask)
 
-    def _template(self, row: MessagesRow) -> str:
+    def _write(self, row: Row) -> _Text | BadRow:
+        if isinstance(row, TextRow):
+            return _Text(row.text, None, closed=True)
+        if isinstance(row, CompletionRow):
+            text = row.prompt + row.completion
+            if self._mask == "all":
+                return _Text(text, None, closed=True)
+            self._check_offsets(row.place)
+            return _Text(text, [(len(row.prompt), len(text))], closed=True)
         try:
-            return self._tokenizer.get_chat_template()
-        except ValueError:  # none, or several of which none is the default
+            return self._conversation(row)
+        except Refused as refused:
+            return BadRow(row.place, str(refused))
+
+    def _conversation(self, row: MessagesRow) -> _Text:
+        renderer = self._renderer(self._template_of(row))
+        messages, tools = renderer.clean(row.messages), renderer.tools(row.tools)
+        trained = self._trained(row.messages)
+        everything = self._mask == "all"
+        if everything and all(trained):
+            return _Text(renderer.text(messages, tools), None)
+        self._check_offsets(row.place)
+        indices = [index for index, flag in enumerate(trained) if flag != everything]
+        text, spans = write(renderer, messages, tools, indices, self._end_tokens)
+        return _Text(text, spans, inverted=everything)
+
+    def _trained(self, messages: list[Message]) -> list[bool]:
+        """For every message, whether it is trained."""
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        flags = [self._mask == "all"] * len(messages)
+        for index in answers[-1:] if self._mask == "last" else answers:
+            flags[index] = True
+        given = (message.get("train") for message in messages)
+        return [flag if train is None else train for flag, train in zip(flags, given, strict=True)]
+
+    def _tokenize(self, texts: Sequence[_Text], closed: bool) -> Iterator[Encoded]:
+        if not texts:
+            return
+        batch = self._tokenizer(
+            [text.text for text in texts],
+            add_special_tokens=closed,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        eos = self._tokenizer.eos_token_id if closed else None
+        for index, (text, tokens) in enumerate(zip(texts, batch["input_ids"], strict=True)):
+            if eos is not None and tokens[-1:] != [eos]:  # some tokenizers put it there themselves
+                tokens.append(eos)
+            trained = np.ones(len(tokens), np.bool_)
+            if text.spans is not None:
+                inside = tokens_inside(batch.encodings[index], text.spans)
+                trained[: len(inside)] = inside != text.inverted
+                trained[len(tokens) - 1 :] |= eos is not None
+            yield Encoded(np.array(tokens, np.int32), trained)
+
+    def _template_of(self, row: MessagesRow) -> str:
+        if self._template is not None:
+            return self._template
+        try:
+            return self._tokenizer.get_chat_template(tools=row.tools or None)
+        except (ValueError, NotImplementedError):  # none, or several of which none is the default
             raise UserError(
-                f"{row.place}: the row has `messages`, and this tokenizer has no chat template; use rows "
-                "with `text`, or a tokenizer with a chat template (an instruct model's)"
+                f"{row.place}: the row is a conversation, and the tokenizer has no chat template; write "
+                f"data.chat_template: {', '.join(SHIPPED)} or the path of a Jinja file, or use an instruct model's "
+                "tokenizer"
             ) from None
 
-    def _marked(self, row: MessagesRow) -> Encoded:
-        try:
-            encoding = self._tokenizer.apply_chat_template(
-                row.messages,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                tokenizer_kwargs={"verbose": False},
+    def _renderer(self, template: str) -> Renderer:
+        if template not in self._renderers:
+            try:
+                self._renderers[template] = Renderer(template, self._tokenizer.special_tokens_map)
+            except TemplateSyntaxError as error:
+                whose = self._chat_template or "none, so the tokenizer's is used"
+                raise UserError(
+                    f"data.chat_template: {whose}: line {error.lineno} does not compile ({error.message}); correct it "
+                    "or give another"
+                ) from None
+        return self._renderers[template]
+
+    def _check_offsets(self, place: str) -> None:
+        if not self._tokenizer.is_fast:
+            raise UserError(
+                f"{place}: this tokenizer does not tell where its tokens lie in the text, which data.mask: "
+                f"{self._mask} needs for this row; use a model folder with tokenizer.json, or data.mask: all"
             )
-        except TemplateError as error:
-            raise _refused(row, error) from None
-        return _encoded(list(encoding["input_ids"]), [bool(flag) for flag in encoding["assistant_masks"]])
-
-    def _answers(self, row: MessagesRow, text: str) -> list[Span]:
-        """Where the trained part of each assistant turn lies in `text`, by prefix difference.
-
-        Prefixes are compared as text: token by token, an answer that starts with a line feed would be
-        refused, because that line feed and the prompt's become one token.
-        """
-        spans = []
-        for index, message in enumerate(row.messages):
-            if message["role"] != "assistant":
-                continue
-            if index == 0:
-                raise UserError(
-                    f"{row.place}: the conversation starts with the assistant; put a user's message before it"
-                )
-            prompt = self._render(row, row.messages[:index], prompting=True)
-            answered = self._render(row, row.messages[: index + 1])
-            if not answered.startswith(prompt) or not text.startswith(answered):
-                what = "an earlier turn" if answered.startswith(prompt) else "the prompt"
-                raise UserError(
-                    f"{row.place}: the chat template rewrites history ({what} of message {index + 1} changes "
-                    "with what follows), so the mask of this row cannot be derived; use rows of one answer, "
-                    "a chat template with {% generation %} markers, or data.mask: all"
-                )
-            stripped = answered.rstrip()
-            end = len(stripped) if stripped.endswith(self._special) else len(answered)
-            spans.append((len(prompt), max(end, len(prompt))))
-        return spans
-
-    def _render(self, row: MessagesRow, messages: list[Message], prompting: bool = False) -> str:
-        try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
-        except TemplateError as error:
-            raise _refused(row, error) from None
-
-    def _tokenize(self, text: str, **options: bool) -> dict:
-        # the template has written the beginning-of-sequence token already, if there is one
-        return self._tokenizer(text, add_special_tokens=False, verbose=False, **options)
-
-
-def _encoded(tokens: list[int], trained: list[bool]) -> Encoded:
-    return Encoded(np.asarray(tokens, dtype=np.int32), np.asarray(trained, dtype=np.bool_))
-
-
-def _inside(offsets: list[Span], spans: list[Span]) -> list[bool]:
-    """For every token, whether it overlaps one of the spans; both are in ascending order."""
-    flags = [False] * len(offsets)
-    position = 0
-    for start, end in spans:
-        if start == end:  # an empty answer: the token that straddles it belongs to the prompt
-            continue
-        while position < len(offsets) and offsets[position][1] <= start:
-            position += 1
-        while position < len(offsets) and offsets[position][0] < end:
-            flags[position] = True
-            position += 1
-    return flags
-
-
-def _refused(row: MessagesRow, error: TemplateError) -> UserError:
-    return UserError(f"{row.place}: the chat template refuses the conversation ({error}); change or take out the row")

@@ -1,0 +1,143 @@
+"""A chat template, compiled once: messages -> text, by transformers' own rules at the cost of the rendering alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qlora_dist.data.row import Message
+
+Span = tuple[int, int]
+"""First character and the one after the last."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Refused(Exception):
+    """A row that cannot be encoded. Its text is what is wrong and the remedy, without the place."""
+
+
+class Renderer:
+    """Writes conversations as `tokenizer.apply_chat_template` does.
+
+    All that is private to transformers is called here: its sandbox and its tracker of `{% generation %}` blocks.
+
+    Raises:
+        jinja2.TemplateSyntaxError: the template does not compile.
+    """
+
+    def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
+        from transformers.utils import chat_template_utils as theirs
+
+        self.marked = _GENERATION.search(template) is not None
+        """It says itself what the assistant generates."""
+        self._template = theirs._compile_jinja_template(template).environment.from_string(template)
+        # jinja's ChainMap is walked through in Python for each rendering, which takes as long as a short conversation
+        self._template.globals = dict(self._template.globals)
+        self._render_marked: Callable[..., tuple[str, list[Span]]] = theirs._render_with_assistant_indices
+        # other names of `reasoning_content`, which transformers knows since 5.20
+        self._alias = getattr(theirs, "_alias_reasoning_fields", lambda messages: messages)
+        self._special_tokens = dict(special_tokens)
+        self._writes = {name: name in template for name in ("tools", "tool_calls")}
+
+    def clean(self, messages: list[Message]) -> list[Message]:
+        """The messages as the template is to see them; what `text` and `marks` take.
+
+        Raises:
+            Refused: there are tool calls, and the template does not write any, or their arguments are no object.
+        """
+        cleaned = []
+        for message in messages:
+            # null is no value (apply_chat_template drops it too), and `train` is not the template's business
+            message = {key: value for key, value in message.items() if value is not None and key != "train"}
+            if "tool_calls" in message:
+                message["tool_calls"] = self._tool_calls(message["tool_calls"])
+            cleaned.append(message)
+        return self._alias(cleaned)
+
+    def text(self, messages: list[Message], tools: list[dict[str, Any]] | None, prompting: bool = False) -> str:
+        """The conversation, or with `prompting` what the assistant gets to see before it answers.
+
+        Raises:
+            Refused: by the template.
+        """
+        try:
+            text = self._template.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompting,
+                **self._special_tokens,
+            )
+        except Exception as error:  # what a template does to values it did not expect is its own
+            raise _refusal(error) from None
+        return _checked(text)
+
+    def marks(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[str, list[Span]]:
+        """The conversation, and where in it the template marks what the assistant generates.
+
+        Raises:
+            Refused: by the template.
+        """
+        try:
+            text, spans = self._render_marked(self._template, messages, tools, None, False, **self._special_tokens)
+        except Exception as error:
+            raise _refusal(error) from None
+        return _checked(text), spans
+
+    def tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """The tools as the template is to see them.
+
+        Raises:
+            Refused: the template does not write any.
+        """
+        if not tools:
+            return None
+        if not self._writes["tools"]:
+            raise Refused(
+                "the row has `tools`, which the chat template does not write; use one that does, or take them out"
+            )
+        return tools
+
+    def _tool_calls(self, calls: Any) -> Any:
+        if not calls:
+            return calls
+        if not self._writes["tool_calls"]:
+            raise Refused(
+                "the row has `tool_calls`, which the chat template does not write; use one that does, or take the row "
+                "out"
+            )
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise Refused("`tool_calls` is no list of objects; write one object per call")
+        return [_with_object(call) for call in calls]
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with its arguments as an object: OpenAI writes them as a string, which templates would write quoted."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments or "{}")
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise Refused("the `arguments` of a tool call are no JSON object; write an object, or take the row out")
+    return {**call, "arguments": parsed}
+
+
+def _refusal(error: Exception) -> Refused:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return Refused(f"the chat template refuses the conversation ({reason}); change or take out the row")
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a tokenizer would refuse the whole batch
+        raise Refused("the conversation holds half of a surrogate pair; write the whole character") from None
+    return text

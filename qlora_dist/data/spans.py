@@ -1,0 +1,166 @@
+"""The text of a conversation, and where in it its turns lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qlora_dist.data.render import Refused, Renderer, Span
+from qlora_dist.data.row import Message
+
+
+def write(
+    renderer: Renderer,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    indices: Sequence[int],
+    end_tokens: tuple[str, ...],
+) -> tuple[str, list[Span]]:
+    """A conversation's text, and where in it the messages `indices` lie, in ascending order.
+
+    Args:
+        renderer: the template.
+        messages: from `Renderer.clean`.
+        tools: from `Renderer.tools`.
+        indices: of messages, ascending.
+        end_tokens: texts of the tokens that may end a turn.
+
+    Raises:
+        Refused: the template refuses, or what it writes for a message cannot be told from the rest.
+    """
+    if not renderer.marked:
+        text = renderer.text(messages, tools)
+        return text, _Turns(renderer, messages, tools, text, end_tokens).spans(indices)
+    text, marks = renderer.marks(messages, tools)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = [index for index in answers if index in indices]
+    if wanted != answers:
+        if wanted and len(marks) != len(answers):
+            raise Refused(
+                f"the chat template marks {len(marks)} passages for {len(answers)} messages of the assistant, so one "
+                "message cannot be told from another; train all of them, or use another chat template"
+            )
+        marks = [mark for index, mark in zip(answers, marks, strict=True) if index in indices] if wanted else []
+    others = [index for index in indices if index not in answers]
+    return text, sorted(marks + _Turns(renderer, messages, tools, text, end_tokens).spans(others))
+
+
+class _Turns:
+    """The turns of one conversation, found by rendering parts of it.
+
+    The parts are compared as text: token by token, an answer that starts with a line feed would be refused, because
+    that line feed and the prompt's become one token.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        text: str,
+        end_tokens: tuple[str, ...],
+    ) -> None:
+        self._renderer = renderer
+        self._messages = messages
+        self._tools = tools
+        self._text = text
+        self._end_tokens = end_tokens
+
+    def spans(self, indices: Sequence[int]) -> list[Span]:
+        """What is said in these messages, and what ends their turns.
+
+        For an assistant's message that is what the template writes after prompting for it. For another's it begins
+        with the content. White space after the token that ends a turn is left out.
+        """
+        spans = []
+        for index in indices:
+            assistant = self._messages[index]["role"] == "assistant"
+            start, end = self._answer(index) if assistant else self._turn(index)
+            stripped = self._text[:end].rstrip()
+            # the line feed that ChatML writes after <|im_end|>: generation has stopped by then
+            end = len(stripped) if stripped.endswith(self._end_tokens) else end
+            spans.append((start, max(start, end)))
+        return spans
+
+    def _answer(self, index: int) -> Span:
+        if index == 0:
+            raise Refused("the conversation starts with the assistant; put a user's message before it")
+        prompt = self._renderer.text(self._messages[:index], self._tools, prompting=True)
+        answered = self._until(index)
+        if not answered.startswith(prompt) or not self._text.startswith(prompt):
+            raise _rewritten("the prompt", index)
+        if self._text.startswith(answered):
+            return len(prompt), len(answered)
+        return len(prompt), self._end_in_history(index, prompt, answered)
+
+    def _end_in_history(self, index: int, prompt: str, answered: str) -> int:
+        """Where the answer ends that is written otherwise once there is a later turn (Qwen 3 leaves out thoughts).
+
+        A mark is put after the content. What follows the mark does not depend on the answer. Where the answer comes
+        last that is what ends the turn, and here it has to begin the same way.
+        """
+        mark = self._mark(index)
+        marked = self._with_content(index, lambda content: content + mark)
+        closing = _common_end(answered, self._renderer.text(marked[: index + 1], self._tools))
+        whole = self._renderer.text(marked, self._tools)
+        rest = _common_end(self._text, whole)
+        written = whole.startswith(prompt) and whole[: len(whole) - len(rest)].endswith(mark)
+        end = len(self._text) - len(rest) + len(closing)
+        if not written or not rest.startswith(closing) or end < len(prompt):
+            raise _rewritten("an earlier turn", index)
+        return end
+
+    def _turn(self, index: int) -> Span:
+        turned = self._until(index)
+        if not self._text.startswith(turned):
+            raise _rewritten("an earlier turn", index)
+        mark = self._mark(index)
+        marked = self._renderer.text(
+            self._with_content(index, lambda content: mark + content)[: index + 1], self._tools
+        )
+        start = _common_start(turned, marked)
+        if not marked.startswith(mark, start):
+            raise Refused(
+                f"`train` of message {index + 1} is true, and the chat template writes no turn for that message; "
+                "take `train` out, or use another chat template"
+            )
+        return start, len(turned)
+
+    def _until(self, index: int) -> str:
+        """The conversation up to this message."""
+        if index == len(self._messages) - 1:
+            return self._text
+        return self._renderer.text(self._messages[: index + 1], self._tools)
+
+    def _mark(self, index: int) -> str:
+        """A character which the content does not hold, and no template trims."""
+        return next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in self._content(index))
+
+    def _with_content(self, index: int, change: Callable[[str], str]) -> list[Message]:
+        messages = list(self._messages)
+        messages[index] = {**messages[index], "content": change(self._content(index))}
+        return messages
+
+    def _content(self, index: int) -> str:
+        content = self._messages[index].get("content", "")
+        if not isinstance(content, str):
+            raise Refused(f"the content of message {index + 1} is no string; write a string")
+        return content
+
+
+def _common_start(one: str, other: str) -> int:
+    """Length of what two texts begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _common_end(one: str, other: str) -> str:
+    return one[len(one) - _common_start(one[::-1], other[::-1]) :]
+
+
+def _rewritten(what: str, index: int) -> Refused:
+    return Refused(
+        f"the chat template rewrites history ({what} of message {index + 1} changes with what follows), so the mask "
+        "of this row cannot be derived; use rows of one answer, data.mask: last or all, or another chat template "
+        "(data.chat_template), best one with {% generation %} markers"
+    )

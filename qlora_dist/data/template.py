@@ -1,0 +1,58 @@
+"""Which chat template writes the conversations: the tokenizer's, a shipped one, or a file's."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHIPPED = ("chatml", "alpaca", "guanaco")
+"""For base models, which have no template. With `{% generation %}` markers, in `templates/NAME.jinja`."""
+
+_CHATML_END = "<|im_end|>"
+
+
+def read_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja text behind `data.chat_template`.
+
+    Raises:
+        UserError: no such file, or the tokenizer lacks the token that ends a turn of a shipped template.
+    """
+    if chat_template in SHIPPED:
+        return _shipped(chat_template, tokenizer)
+    path = Path(chat_template).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"data.chat_template: {chat_template}: no such file; write {', '.join(SHIPPED)} or the path of a Jinja file"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(
+            f"data.chat_template: {chat_template}: cannot be read ({reason}); give the path of a Jinja file in UTF-8"
+        ) from None
+
+
+def _shipped(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if name == "chatml":
+        if len(tokenizer(_CHATML_END, add_special_tokens=False, verbose=False)["input_ids"]) != 1:
+            # in several tokens it would be nothing that generation can stop at
+            raise UserError(
+                f"data.chat_template: chatml: the tokenizer knows no token {_CHATML_END}, which ends a turn; write "
+                "alpaca or guanaco, or use a model whose tokenizer has that token"
+            )
+    elif tokenizer.eos_token is None:
+        raise UserError(
+            f"data.chat_template: {name}: the tokenizer has no end-of-sequence token, which ends an answer; write "
+            "chatml, or give the tokenizer an eos_token"
+        )
+    text = (resources.files("qlora_dist.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    # conversations get no special tokens but those the template writes: it has to begin as this tokenizer's texts do
+    begins = tokenizer("a", verbose=False)["input_ids"][0] == tokenizer.bos_token_id
+    return "{{- bos_token }}" + text if begins else text

@@ -1,0 +1,350 @@
+"""If this fails, models with these templates are trained on the wrong tokens. Expectations are written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from published import make_tokenizer, token_texts
+
+from qlora_dist.data.encode import Encoded, Encoder, Mask
+from qlora_dist.data.row import BadRow, MessagesRow
+
+Flagged = list[tuple[str, bool]]
+
+
+def no(*texts: str) -> Flagged:
+    return [(text, False) for text in texts]
+
+
+def yes(*texts: str) -> Flagged:
+    return [(text, True) for text in texts]
+
+
+def says(role: str, content: str, **fields: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **fields}
+
+
+SYSTEM = says("system", "You are a cat.")
+CAT, SAT = says("user", "the cat"), says("assistant", "sat on")
+DOG, LOG = says("user", "the dog"), says("assistant", "the log")
+
+
+def encode(name: str, messages: list[dict], mask: Mask = "assistant", tools: list[dict] | None = None) -> Flagged:
+    tokenizer = make_tokenizer(name)
+    encoded = Encoder(tokenizer, mask).encode([MessagesRow("train.jsonl, line 7", messages, tools)])[0]
+    assert isinstance(encoded, Encoded), encoded
+    texts = token_texts(tokenizer, encoded.tokens)
+    assert len(texts) == len(encoded.trained)
+    return list(zip(texts, encoded.trained.tolist(), strict=True))
+
+
+def refused(name: str, messages: list[dict], mask: Mask = "assistant", tools: list[dict] | None = None) -> str:
+    row = Encoder(make_tokenizer(name), mask).encode([MessagesRow("train.jsonl, line 7", messages, tools)])[0]
+    assert isinstance(row, BadRow)
+    assert row.place == "train.jsonl, line 7"
+    assert "; " in row.reason and "\n" not in row.reason
+    return row.reason
+
+
+# what ends a turn -> the turns above, in that format
+CHATML_SYSTEM = no("<|im_start|>", "system", "\n", "You", " are", " a", " cat", ".", "<|im_end|>", "\n")
+CHATML_CAT = no("<|im_start|>", "user", "\n", "the", " cat", "<|im_end|>", "\n")
+CHATML_DOG = no("<|im_start|>", "user", "\n", "the", " dog", "<|im_end|>", "\n")
+CHATML_PROMPT = no("<|im_start|>", "assistant", "\n")
+CHATML_SAT = [*CHATML_PROMPT, *yes("sat", " on", "<|im_end|>"), *no("\n")]
+CHATML_LOG = [*CHATML_PROMPT, *yes("the", " log", "<|im_end|>"), *no("\n")]
+
+
+def untrained(flagged: Flagged) -> Flagged:
+    return [(text, False) for text, _ in flagged]
+
+
+class TestChatML:
+    def test_every_answer(self):
+        assert encode("chatml", [SYSTEM, CAT, SAT, DOG, LOG]) == [
+            *CHATML_SYSTEM,
+            *CHATML_CAT,
+            *CHATML_SAT,
+            *CHATML_DOG,
+            *CHATML_LOG,
+        ]
+
+    def test_last_answer(self):
+        assert encode("chatml", [CAT, SAT, DOG, LOG], "last") == [
+            *CHATML_CAT,
+            *untrained(CHATML_SAT),
+            *CHATML_DOG,
+            *CHATML_LOG,
+        ]
+
+    def test_last_answer_is_not_the_last_message(self):
+        assert encode("chatml", [CAT, SAT, DOG], "last") == [*CHATML_CAT, *CHATML_SAT, *CHATML_DOG]
+
+    def test_all(self):
+        conversation = encode("chatml", [CAT, SAT], "all")
+        assert conversation == yes(*(text for text, _ in CHATML_CAT + CHATML_SAT))
+
+    def test_an_answer_is_left_out(self):
+        messages = [CAT, {**SAT, "train": False}, DOG, LOG]
+        assert encode("chatml", messages) == [*CHATML_CAT, *untrained(CHATML_SAT), *CHATML_DOG, *CHATML_LOG]
+
+    def test_an_earlier_answer_is_put_in(self):
+        messages = [CAT, {**SAT, "train": True}, DOG, LOG]
+        assert encode("chatml", messages, "last") == [*CHATML_CAT, *CHATML_SAT, *CHATML_DOG, *CHATML_LOG]
+
+    def test_what_others_say_is_put_in(self):
+        """Like an answer: the content and what ends the turn, not who says it."""
+        messages = [{**SYSTEM, "train": True}, {**CAT, "train": True}, SAT]
+        assert encode("chatml", messages) == [
+            *no("<|im_start|>", "system", "\n"),
+            *yes("You", " are", " a", " cat", ".", "<|im_end|>"),
+            *no("\n", "<|im_start|>", "user", "\n"),
+            *yes("the", " cat", "<|im_end|>"),
+            *no("\n"),
+            *CHATML_SAT,
+        ]
+
+    def test_messages_are_left_out_of_all(self):
+        assert encode("chatml", [{**CAT, "train": False}, SAT, DOG, {**LOG, "train": False}], "all") == [
+            *yes("<|im_start|>", "user", "\n"),
+            *no("the", " cat", "<|im_end|>"),
+            *yes("\n", *(text for text, _ in CHATML_SAT + CHATML_DOG + CHATML_PROMPT)),
+            *no("the", " log", "<|im_end|>"),
+            *yes("\n"),
+        ]
+
+    def test_tools_would_be_lost(self):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        assert "`tool_calls`, which the chat template does not write" in refused("chatml", [CAT, call])
+        assert "`tools`, which the chat template does not write" in refused("chatml", [CAT, SAT], tools=[{"a": 1}])
+        assert encode("chatml", [CAT, SAT], tools=[]) == [*CHATML_CAT, *CHATML_SAT]
+
+
+LLAMA_CAT = no("<|start_header_id|>", "user", "<|end_header_id|>", "\n\n", "the", " cat", "<|eot_id|>")
+LLAMA_PROMPT = no("<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n")
+
+
+class TestLlama3:
+    def test_every_answer(self):
+        assert encode("llama-3", [SYSTEM, CAT, SAT, DOG, LOG]) == [
+            *no("<|begin_of_text|>", "<|start_header_id|>", "system", "<|end_header_id|>", "\n\n"),
+            *no("You", " are", " a", " cat", ".", "<|eot_id|>"),
+            *LLAMA_CAT,
+            *LLAMA_PROMPT,
+            *yes("sat", " on", "<|eot_id|>"),
+            *no("<|start_header_id|>", "user", "<|end_header_id|>", "\n\n", "the", " dog", "<|eot_id|>"),
+            *LLAMA_PROMPT,
+            *yes("the", " log", "<|eot_id|>"),
+        ]
+
+    def test_contents_are_trimmed(self):
+        messages = [{**CAT, "content": " the cat\n", "train": True}, {**SAT, "content": "\n\nsat on "}]
+        assert encode("llama-3", messages) == [
+            *no("<|begin_of_text|>", "<|start_header_id|>", "user", "<|end_header_id|>", "\n\n"),
+            *yes("the", " cat", "<|eot_id|>"),
+            *LLAMA_PROMPT,
+            *yes("sat", " on", "<|eot_id|>"),
+        ]
+
+    def test_tools(self):
+        """Llama 3.1's: functions in the user's turn, a call in the answer's, a result in a turn of its own."""
+        tools = [{"name": "f"}]
+        call = {"type": "function", "function": {"name": "what", "arguments": '{"role":"cat"}'}}
+        messages = [CAT, {"role": "assistant", "tool_calls": [call]}, says("tool", "the log"), SAT]
+        encoded = encode("llama-3.1", messages, tools=tools)
+        trained = [text for text, flag in encoded if flag]
+        # the arguments, a string in OpenAI's format, are written as the object they stand for
+        assert "".join(trained) == '{"name": "what", "parameters": {"role": "cat"}}<|eot_id|>sat on<|eot_id|>'
+        start = next(index for index, (_, flag) in enumerate(encoded) if flag)
+        assert encoded[start - 7 : start] == [*no("the", " cat", "<|eot_id|>"), *LLAMA_PROMPT]
+        assert encoded[-17:] == [
+            *yes("<|eot_id|>"),
+            *no("<|start_header_id|>", "ipython", "<|end_header_id|>", "\n\n", '"', "the", " log", '"', "<|eot_id|>"),
+            *LLAMA_PROMPT,
+            *yes("sat", " on", "<|eot_id|>"),
+        ]
+
+    def test_two_calls_at_once(self):
+        call = {"function": {"name": "f", "arguments": {}}}
+        messages = [CAT, {"role": "assistant", "tool_calls": [call, call]}]
+        assert "(This model only supports single tool-calls at once!)" in refused("llama-3.1", messages)
+
+
+class TestMistral:
+    def test_every_answer(self):
+        """Nothing prompts for an answer but what ends the question; the space before it is the answer's."""
+        assert encode("mistral", [CAT, SAT, DOG, LOG]) == [
+            *no("<s>", " ", " [INST]", " the", " cat", " [/INST]"),
+            *yes(" sat", " on", "</s>"),
+            *no(" ", " [INST]", " the", " dog", " [/INST]"),
+            *yes(" the", " log", "</s>"),
+        ]
+
+    def test_system_message_in_the_first_question(self):
+        assert encode("mistral", [SYSTEM, CAT, SAT], "last") == [
+            *no("<s>", " ", " [INST]", " You", " are", " a", " cat.", "\n\n", "the", " cat", " [/INST]"),
+            *yes(" sat", " on", "</s>"),
+        ]
+
+    def test_system_message_has_no_turn_to_train(self):
+        reason = refused("mistral", [{**SYSTEM, "train": True}, CAT, SAT])
+        assert "`train` of message 1 is true, and the chat template writes no turn for that message" in reason
+
+    def test_question_is_put_in(self):
+        assert encode("mistral", [{**CAT, "train": True}, SAT]) == [
+            *no("<s>", " ", " [INST]"),
+            *yes(" the", " cat", " [/INST]", " sat", " on", "</s>"),
+        ]
+
+    def test_two_questions_in_a_row(self):
+        assert "conversation roles must alternate" in refused("mistral", [CAT, DOG, SAT])
+
+    def test_without_spaces(self):
+        assert encode("mistral-nemo", [CAT, SAT, DOG, LOG]) == [
+            *no("<s>", "[INST]", "the", " cat", "[/INST]"),
+            *yes("sat", " on", "</s>"),
+            *no("[INST]", "the", " dog", "[/INST]"),
+            *yes("the", " log", "</s>"),
+        ]
+
+    @pytest.mark.parametrize("mask", ["assistant", "last"])
+    def test_system_message_that_is_lost(self, mask):
+        """Nemo writes it while the question is last of all; in what would be trained, it is not there."""
+        reason = refused("mistral-nemo", [SYSTEM, CAT, SAT], mask)
+        assert "rewrites history (the prompt of message 3 changes with what follows)" in reason
+
+    def test_tools(self):
+        call = {"id": "abcdefghi", "type": "function", "function": {"name": "what", "arguments": {"role": "cat"}}}
+        messages = [
+            CAT,
+            {"role": "assistant", "tool_calls": [call]},
+            says("tool", "log", tool_call_id="abcdefghi"),
+            SAT,
+        ]
+        encoded = encode("mistral-nemo", messages, tools=[{"type": "function", "function": {"name": "what"}}])
+        trained = [text for text, flag in encoded if flag]
+        assert "".join(trained) == (
+            '[TOOL_CALLS][{"name": "what", "arguments": {"role": "cat"}, "id": "abcdefghi"}]</s>sat on</s>'
+        )
+        assert encoded[-5:] == [*no('"}', "[/TOOL_RESULTS]"), *yes("sat", " on", "</s>")]
+
+
+class TestGemma:
+    def test_every_answer(self):
+        turns = [
+            *no("<start_of_turn>", "user", "\n", "the", " cat", "<end_of_turn>", "\n"),
+            *no("<start_of_turn>", "model", "\n"),
+            *yes("sat", " on", "<end_of_turn>"),
+            *no("\n", "<start_of_turn>", "user", "\n", "the", " dog", "<end_of_turn>", "\n"),
+            *no("<start_of_turn>", "model", "\n"),
+            *yes("the", " log", "<end_of_turn>"),
+            *no("\n"),
+        ]
+        assert encode("gemma", [CAT, SAT, DOG, LOG]) == [*no("<bos>"), *turns]
+
+    def test_no_system_message(self):
+        assert "(System role not supported)" in refused("gemma", [SYSTEM, CAT, SAT])
+        assert "(System role not supported)" in refused("gemma", [SYSTEM, CAT, SAT], "all")
+
+
+EMPTY_THOUGHT = ("<think>", "\n\n", "</think>", "\n\n")
+
+
+class TestQwen3:
+    def test_one_answer(self):
+        """With the empty thought that the template puts before it: that is what generation has to begin with."""
+        assert encode("qwen3", [CAT, SAT]) == [
+            *CHATML_CAT,
+            *CHATML_PROMPT,
+            *yes(*EMPTY_THOUGHT, "sat", " on", "<|im_end|>"),
+            *no("\n"),
+        ]
+
+    @pytest.mark.parametrize(
+        "thoughtful", [says("assistant", "<think>\na thought\n</think>\n\nsat on"), {**SAT, "reasoning": "a thought"}]
+    )
+    def test_one_answer_with_a_thought(self, thoughtful):
+        assert encode("qwen3", [CAT, thoughtful]) == [
+            *CHATML_CAT,
+            *CHATML_PROMPT,
+            *yes("<think>", "\n", "a", " thought", "\n", "</think>", "\n\n", "sat", " on", "<|im_end|>"),
+            *no("\n"),
+        ]
+
+    def test_every_answer(self):
+        """Earlier ones as the template writes them in history: their thoughts are left out."""
+        thoughtful = says("assistant", "<think>\na thought\n</think>\n\nsat on")
+        assert encode("qwen3", [SYSTEM, CAT, thoughtful, DOG, LOG]) == [
+            *CHATML_SYSTEM,
+            *CHATML_CAT,
+            *CHATML_SAT,
+            *CHATML_DOG,
+            *CHATML_PROMPT,
+            *yes(*EMPTY_THOUGHT, "the", " log", "<|im_end|>"),
+            *no("\n"),
+        ]
+
+    def test_last_answer(self):
+        assert encode("qwen3", [CAT, SAT, DOG, LOG], "last") == [
+            *CHATML_CAT,
+            *untrained(CHATML_SAT),
+            *CHATML_DOG,
+            *CHATML_PROMPT,
+            *yes(*EMPTY_THOUGHT, "the", " log", "<|im_end|>"),
+            *no("\n"),
+        ]
+
+    def test_tools(self):
+        """The first answer is written without an empty thought, as it is not the last message."""
+        call = {"type": "function", "function": {"name": "what", "arguments": '{"role":"cat"}'}}
+        messages = [CAT, says("assistant", "", tool_calls=[call]), says("tool", "log"), says("tool", "mat"), SAT]
+        encoded = encode("qwen3", messages, tools=[{"name": "what"}])
+        trained = [text for text, flag in encoded if flag]
+        assert "".join(trained) == (
+            '<tool_call>\n{"name": "what", "arguments": {"role": "cat"}}\n</tool_call><|im_end|>'
+            "<think>\n\n</think>\n\nsat on<|im_end|>"
+        )
+        at = next(index for index, (_, flag) in enumerate(encoded) if flag)
+        assert encoded[at - 10 : at] == [*CHATML_CAT, *CHATML_PROMPT]
+        at = max(index for index, (text, _) in enumerate(encoded) if text == "<tool_response>")
+        assert encoded[at:] == [
+            *no("<tool_response>", "\n", "mat", "\n", "</tool_response>", "<|im_end|>", "\n"),
+            *CHATML_PROMPT,
+            *yes(*EMPTY_THOUGHT, "sat", " on", "<|im_end|>"),
+            *no("\n"),
+        ]
+
+    def test_thoughts_on_the_way_to_an_earlier_answer(self):
+        """They are written as long as the user has not spoken again: the second answer's prompt is gone by then."""
+        call = {"function": {"name": "what", "arguments": {}}}
+        messages = [
+            CAT,
+            says("assistant", "", reasoning_content="a thought", tool_calls=[call]),
+            says("tool", "log"),
+            SAT,
+            DOG,
+            LOG,
+        ]
+        assert "rewrites history (the prompt of message 4" in refused("qwen3", messages)
+        assert encode("qwen3", messages, "last")[-8:] == [
+            *yes(*EMPTY_THOUGHT, "the", " log", "<|im_end|>"),
+            *no("\n"),
+        ]
+        assert encode("qwen3", messages[:4]) == [
+            *CHATML_CAT,
+            *CHATML_PROMPT,
+            *yes("<think>", "\n", "a", " thought", "\n", "</think>", "\n\n", "<tool_call>", "\n"),
+            *yes('{"', "name", '":', ' "', "what", '",', ' "', "arguments", '":', " ", "{", "}", "}", "\n"),
+            *yes("</tool_call>", "<|im_end|>"),
+            *no("\n", "<|im_start|>", "user", "\n", "<tool_response>", "\n", "log", "\n", "</tool_response>"),
+            *no("<|im_end|>", "\n"),
+            *CHATML_PROMPT,
+            *yes(*EMPTY_THOUGHT, "sat", " on", "<|im_end|>"),
+            *no("\n"),
+        ]
+
+    def test_messages_of_tools_share_a_turn(self):
+        """So one of them cannot be trained by itself; the last can."""
+        messages = [CAT, SAT, says("tool", "log", train=True), says("tool", "mat")]
+        assert "rewrites history (an earlier turn of message 3" in refused("qwen3", messages)

@@ -1,0 +1,131 @@
+"""If this fails, an answer is trained in part, or the user's words are."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published import FAMILIES, make_tokenizer
+
+from qlora_dist.data.encode import Encoded, Encoder, Mask
+from qlora_dist.data.row import BadRow, MessagesRow
+
+published = functools.cache(make_tokenizer)
+
+
+@functools.cache
+def encoder(name: str, mask: Mask) -> Encoder:
+    return Encoder(published(name), mask)
+
+
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "what", "arguments": {"role": "cat"}}}
+TEXTS = st.sampled_from(["a", "the cat", " sat \n", "\n\nfoo", "字🙂", "user\n", "assistant", "🙂"])
+ANSWERS = TEXTS | TEXTS.map(lambda text: f"<think>\nwho?\n</think>\n\n{text}")
+
+
+@st.composite
+def conversations(draw: Any, tools: bool, train: tuple = (None, None, None, False, True)) -> list[dict[str, Any]]:
+    flags = st.sampled_from(train)
+    messages = []
+    for _ in range(draw(st.integers(1, 4))):
+        messages.append({"role": "user", "content": draw(TEXTS)})
+        if tools and draw(st.integers(0, 3)) == 0:
+            messages.append({"role": "assistant", "content": "", "tool_calls": [CALL], "train": draw(flags)})
+            messages.append({"role": "tool", "content": draw(TEXTS), "tool_call_id": "abcdefghi"})
+        messages.append({"role": "assistant", "content": draw(ANSWERS), "train": draw(flags)})
+    return messages
+
+
+def reference(name: str, messages: list[dict[str, Any]], mask: Mask) -> tuple[list[int], list[bool]] | None:
+    """Slow and plain: each answer begins where its prompt ends, and ends at the first token that ends turns.
+
+    None: the prompt is not the conversation's beginning.
+    """
+    tokenizer, end = published(name), FAMILIES[name].end
+    plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    text = tokenizer.apply_chat_template(plain, tokenize=False)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = []
+    for index in answers:
+        train = messages[index]["train"]
+        if train is False or (train is None and mask == "last" and index != answers[-1]):
+            continue
+        prompt = tokenizer.apply_chat_template(plain[:index], tokenize=False, add_generation_prompt=True)
+        if not text.startswith(prompt):
+            return None
+        spans.append((len(prompt), text.index(end, len(prompt)) + len(end)))
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    trained = [any(a < stop and b > start for start, stop in spans) for a, b in encoding["offset_mapping"]]
+    return encoding["input_ids"], trained
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), mask=st.sampled_from(["assistant", "last"]))
+def test_equals_the_reference(name, data, mask):
+    """Qwen 3's too, which writes an earlier answer otherwise than the last one."""
+    messages = data.draw(conversations("tool_calls" in published(name).chat_template))
+    (encoded,) = encoder(name, mask).encode([MessagesRow("train.jsonl, line 7", messages)])
+    expected = reference(name, messages, mask)
+    if expected is None:
+        assert isinstance(encoded, BadRow) and "rewrites history (the prompt of message" in encoded.reason
+    else:
+        assert isinstance(encoded, Encoded), encoded
+        assert (encoded.tokens.tolist(), encoded.trained.tolist()) == expected
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama-3", "mistral", "gemma"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_all_but_some_answers_is_the_contrary_of_these(name, data):
+    messages = data.draw(conversations(False, (False, True)))
+    others = [{**message, "train": not message.get("train")} for message in messages]
+    (answers,) = encoder(name, "assistant").encode([MessagesRow("1", messages)])
+    (rest,) = encoder(name, "all").encode([MessagesRow("1", others)])
+    assert isinstance(answers, Encoded) and isinstance(rest, Encoded)
+    assert (answers.trained != rest.trained).all()
+
+
+# a closing that differs between the last turn and the others, as GPT-OSS's
+ENDS_OTHERWISE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# history keeps nothing of an answer
+FORGETS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role != 'assistant' or loop.last %}{{ m.content }}"
+    "{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# history keeps the first word
+SHORTENS = FORGETS.replace("{% endif %}<|im_end|>", "{% else %}{{ m.content.split()[0] }}{% endif %}<|im_end|>", 1)
+
+
+@pytest.mark.parametrize("template", [ENDS_OTHERWISE, FORGETS, SHORTENS])
+def test_history_that_cannot_be_followed(template):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = template
+    messages = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "sat on"},
+        {"role": "user", "content": "the dog"},
+        {"role": "assistant", "content": "the log"},
+    ]
+    (row,) = Encoder(tokenizer, "assistant").encode([MessagesRow("train.jsonl, line 7", messages)])
+    assert isinstance(row, BadRow)
+    assert "rewrites history (an earlier turn of message 2 changes with what follows)" in row.reason
+    (last,) = Encoder(tokenizer, "last").encode([MessagesRow("train.jsonl, line 7", messages)])
+    assert isinstance(last, Encoded)
+    ended = tokenizer.decode(last.tokens[last.trained])
+    assert ended == "the log<|endoftext|>" if template is ENDS_OTHERWISE else ended == "the log<|im_end|>"
+
+
+def test_content_that_is_no_string():
+    messages = [{"role": "user", "content": [{"text": "the cat"}], "train": True}]
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content[0].text }}<|im_end|>{% endfor %}"
+    (row,) = Encoder(tokenizer, "assistant").encode([MessagesRow("train.jsonl, line 7", messages)])
+    assert isinstance(row, BadRow) and row.reason == "the content of message 1 is no string; write a string"
