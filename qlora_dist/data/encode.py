@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 from jinja2 import TemplateSyntaxError
 
 from qlora_dist.data.fingerprint import fingerprint
-from qlora_dist.data.mask import tokens_inside
-from qlora_dist.data.render import Refused, Renderer, Span
+from qlora_dist.data.render import Refused, Renderer
 from qlora_dist.data.row import BadRow, CompletionRow, Message, MessagesRow, Row, TextRow
 from qlora_dist.data.spans import write
 from qlora_dist.data.template import SHIPPED, read_template
+from qlora_dist.data.tokens import Encoded, Text, TextEncoder
 from qlora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Mask = Literal["assistant", "last", "all"]
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A row in tokens."""
-
-    tokens: npt.NDArray[np.int32]
-    """int32[n]"""
-    trained: npt.NDArray[np.bool_]
-    """bool[n]. The first token is predicted from nothing: its flag has no effect."""
-
-
-class _Text(NamedTuple):
-    """What a row is written as."""
-
-    text: str
-    spans: list[Span] | None
-    """Where its trained characters are; None: everywhere."""
-    inverted: bool = False
-    """The spans are those that are not trained."""
-    closed: bool = False
-    """It begins and ends as the tokenizer's texts do, where a conversation has what the template writes."""
 
 
 class Encoder:
@@ -80,6 +55,7 @@ class Encoder:
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         self._end_tokens = tuple(text for text in added if text.strip())
         self._template = None if chat_template is None else read_template(chat_template, tokenizer)
+        self._texts = TextEncoder(tokenizer)
         self._renderers: dict[str, Renderer] = {}
         if self._template is not None:
             self._renderer(self._template)
@@ -101,7 +77,7 @@ class Encoder:
                 where its tokens lie in the text, which the mask needs.
         """
         done: list[Encoded | BadRow | None] = [None] * len(rows)
-        texts: dict[bool, list[tuple[int, _Text]]] = {False: [], True: []}
+        texts: dict[bool, list[tuple[int, Text]]] = {False: [], True: []}
         for index, row in enumerate(rows):
             text = self._write(row)
             if isinstance(text, BadRow):
@@ -109,7 +85,7 @@ class Encoder:
             else:
                 texts[text.closed].append((index, text))
         for closed, batch in texts.items():
-            for (index, _), encoded in zip(batch, self._tokenize([text for _, text in batch], closed), strict=True):
+            for (index, _), encoded in zip(batch, self._texts.encode([text for _, text in batch], closed), strict=True):
                 done[index] = encoded
         return [item for item in done if item is not None]
 
@@ -118,61 +94,43 @@ class Encoder:
         template = self._tokenizer.chat_template if self._template is None else self._template
         return fingerprint(self._tokenizer, template, self._mask)
 
-    def _write(self, row: Row) -> _Text | BadRow:
+    def _write(self, row: Row) -> Text | BadRow:
         if isinstance(row, TextRow):
-            return _Text(row.text, None, closed=True)
+            return Text(row.text, None, closed=True)
         if isinstance(row, CompletionRow):
             text = row.prompt + row.completion
             if self._mask == "all":
-                return _Text(text, None, closed=True)
+                return Text(text, None, closed=True)
             self._check_offsets(row.place)
-            return _Text(text, [(len(row.prompt), len(text))], closed=True)
+            return Text(text, [(len(row.prompt), len(text))], closed=True)
         try:
             return self._conversation(row)
         except Refused as refused:
             return BadRow(row.place, str(refused))
 
-    def _conversation(self, row: MessagesRow) -> _Text:
+    def _conversation(self, row: MessagesRow) -> Text:
         renderer = self._renderer(self._template_of(row))
         messages, tools = renderer.clean(row.messages), renderer.tools(row.tools)
         trained = self._trained(row.messages)
         everything = self._mask == "all"
         if everything and all(trained):
-            return _Text(renderer.text(messages, tools), None)
+            return Text(renderer.text(messages, tools), None)
         self._check_offsets(row.place)
         indices = [index for index, flag in enumerate(trained) if flag != everything]
         text, spans = write(renderer, messages, tools, indices, self._end_tokens)
-        return _Text(text, spans, inverted=everything)
+        return Text(text, spans, inverted=everything)
 
     def _trained(self, messages: list[Message]) -> list[bool]:
         """For every message, whether it is trained."""
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        flags = [self._mask == "all"] * len(messages)
-        for index in answers[-1:] if self._mask == "last" else answers:
-            flags[index] = True
-        given = (message.get("train") for message in messages)
+        if self._mask == "all":
+            flags = [True] * len(messages)
+        else:
+            flags = [message["role"] == "assistant" for message in messages]
+            if self._mask == "last" and True in flags:
+                last = len(flags) - 1 - flags[::-1].index(True)
+                flags = [index == last for index in range(len(flags))]
+        given = [message.get("train") for message in messages]
         return [flag if train is None else train for flag, train in zip(flags, given, strict=True)]
-
-    def _tokenize(self, texts: Sequence[_Text], closed: bool) -> Iterator[Encoded]:
-        if not texts:
-            return
-        batch = self._tokenizer(
-            [text.text for text in texts],
-            add_special_tokens=closed,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        eos = self._tokenizer.eos_token_id if closed else None
-        for index, (text, tokens) in enumerate(zip(texts, batch["input_ids"], strict=True)):
-            if eos is not None and tokens[-1:] != [eos]:  # some tokenizers put it there themselves
-                tokens.append(eos)
-            trained = np.ones(len(tokens), np.bool_)
-            if text.spans is not None:
-                inside = tokens_inside(batch.encodings[index], text.spans)
-                trained[: len(inside)] = inside != text.inverted
-                trained[len(tokens) - 1 :] |= eos is not None
-            yield Encoded(np.array(tokens, np.int32), trained)
 
     def _template_of(self, row: MessagesRow) -> str:
         if self._template is not None:

@@ -40,6 +40,7 @@ class Renderer:
         # other names of `reasoning_content`, which transformers knows since 5.20
         self._alias = getattr(theirs, "_alias_reasoning_fields", lambda messages: messages)
         self._special_tokens = dict(special_tokens)
+        self._variables = {**self._template.globals, **special_tokens, "documents": None}
         self._writes = {name: name in template for name in ("tools", "tool_calls")}
 
     def clean(self, messages: list[Message]) -> list[Message]:
@@ -48,6 +49,8 @@ class Renderer:
         Raises:
             Refused: there are tool calls, and the template does not write any, or their arguments are no object.
         """
+        if all(len(message) == 2 and message.get("content") is not None for message in messages):
+            return messages  # a role and a content
         cleaned = []
         for message in messages:
             # null is no value (apply_chat_template drops it too), and `train` is not the template's business
@@ -64,13 +67,10 @@ class Renderer:
             Refused: by the template.
         """
         try:
-            text = self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=prompting,
-                **self._special_tokens,
-            )
+            given = {"messages": messages, "tools": tools, "add_generation_prompt": prompting}
+            # what Template.render does, with the globals merged in beforehand
+            context = self._template.new_context({**self._variables, **given}, shared=True)
+            text = "".join(self._template.root_render_func(context))
         except Exception as error:  # what a template does to values it did not expect is its own
             raise _refusal(error) from None
         return _checked(text)

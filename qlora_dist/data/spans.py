@@ -65,6 +65,8 @@ class _Turns:
         self._tools = tools
         self._text = text
         self._end_tokens = end_tokens
+        self._around: tuple[str, str] | None = None
+        """What the template writes before and after the content of an answer, once that is known."""
 
     def spans(self, indices: Sequence[int]) -> list[Span]:
         """What is said in these messages, and what ends their turns.
@@ -73,25 +75,55 @@ class _Turns:
         with the content. White space after the token that ends a turn is left out.
         """
         spans = []
-        for index in indices:
+        for index in reversed(indices):  # the last answer tells the most
             assistant = self._messages[index]["role"] == "assistant"
             start, end = self._answer(index) if assistant else self._turn(index)
             stripped = self._text[:end].rstrip()
             # the line feed that ChatML writes after <|im_end|>: generation has stopped by then
             end = len(stripped) if stripped.endswith(self._end_tokens) else end
             spans.append((start, max(start, end)))
-        return spans
+        return spans[::-1]
 
     def _answer(self, index: int) -> Span:
         if index == 0:
             raise Refused("the conversation starts with the assistant; put a user's message before it")
         prompt = self._renderer.text(self._messages[:index], self._tools, prompting=True)
-        answered = self._until(index)
-        if not answered.startswith(prompt) or not self._text.startswith(prompt):
+        if not self._text.startswith(prompt):
             raise _rewritten("the prompt", index)
+        end = self._end_as_it_stands(index, len(prompt))
+        if end is not None:
+            return len(prompt), end
+        answered = self._until(index)
+        if not answered.startswith(prompt):
+            raise _rewritten("the prompt", index)
+        self._learn_around(index, answered[len(prompt) :])
         if self._text.startswith(answered):
             return len(prompt), len(answered)
         return len(prompt), self._end_in_history(index, prompt, answered)
+
+    def _end_as_it_stands(self, index: int, start: int) -> int | None:
+        """Where the answer ends, if the prompt is followed by its content and by what ends an answer, word for word.
+
+        It saves half of the renderings. None: that is not so, or not known.
+        """
+        if self._around is None or "tool_calls" in self._messages[index]:
+            return None
+        before, after = self._around
+        content = self._content(index)
+        for written in (content, content.strip()):
+            for answer in (before + written + after, written + after):
+                if self._text.startswith(answer, start):
+                    return start + len(answer)
+        return None
+
+    def _learn_around(self, index: int, answer: str) -> None:
+        content = self._content(index)
+        if not content or content != content.strip() or "tool_calls" in self._messages[index]:
+            return  # the template might have taken some of it, or the calls stand in between
+        # what stands before the content may hold it too: what comes after is then too long, and fits nowhere
+        at = answer.find(content)
+        if at >= 0:
+            self._around = answer[:at], answer[at + len(content) :]
 
     def _end_in_history(self, index: int, prompt: str, answered: str) -> int:
         """Where the answer ends that is written otherwise once there is a later turn (Qwen 3 leaves out thoughts).

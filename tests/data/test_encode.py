@@ -254,7 +254,7 @@ def test_truncation_and_padding_left_on_by_others(make_tokenizer):
 @pytest.mark.parametrize(
     ("template", "messages", "expected"),
     [
-        ("unprompted", TURNS, "rewrites history (the prompt of message 3"),
+        ("unprompted", TURNS, "rewrites history (the prompt of message 5"),
         ("alternating", TURNS, "the chat template refuses the conversation (no system role)"),
         ("chatml", TURNS[2:], "starts with the assistant"),
         ("chatml", [{"role": "user", "content": "\ud83d"}], "half of a surrogate pair"),

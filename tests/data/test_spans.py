@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import FAMILIES, make_tokenizer
 
+from qlora_dist.data import spans
 from qlora_dist.data.encode import Encoded, Encoder, Mask
+from qlora_dist.data.render import Renderer
 from qlora_dist.data.row import BadRow, MessagesRow
 
 published = functools.cache(make_tokenizer)
@@ -89,6 +92,45 @@ def test_all_but_some_answers_is_the_contrary_of_these(name, data):
     assert (answers.trained != rest.trained).all()
 
 
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+TRIMMED = PLAIN.replace("m.content", "m.content | trim")
+# what ends a turn is written by the next one
+LATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if not loop.last %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_end|>\n<|im_start|>assistant\n{% endif %}"
+)
+AWKWARD = st.lists(
+    st.sampled_from([">", "\n", " ", "<|im_end|>", "user", "a", "</think>", "<think>\n\n</think>\n\n", "</s>"]),
+    max_size=3,
+).map("".join)
+
+
+@functools.cache
+def encoder_of(template: str) -> Encoder:
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, "assistant")
+
+
+@pytest.mark.parametrize("name", ["plain", "trimmed", "late", "qwen3", "mistral"])
+@settings(max_examples=100, deadline=None)
+@given(contents=st.lists(AWKWARD, min_size=2, max_size=8))
+def test_saved_renderings_change_nothing(name, contents):
+    roles = itertools.cycle(["user", "assistant"])
+    row = MessagesRow("1", [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)])
+    own = {"plain": PLAIN, "trimmed": TRIMMED, "late": LATE}
+    made = encoder_of(own[name]) if name in own else encoder(name, "assistant")
+    (saved,) = made.encode([row])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spans._Turns, "_end_as_it_stands", lambda *_: None)
+        (rendered,) = made.encode([row])
+    assert isinstance(saved, Encoded) and isinstance(rendered, Encoded)
+    assert saved.trained.tolist() == rendered.trained.tolist()
+
+
 # a closing that differs between the last turn and the others, as GPT-OSS's
 ENDS_OTHERWISE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -121,6 +163,25 @@ def test_history_that_cannot_be_followed(template):
     assert isinstance(last, Encoded)
     ended = tokenizer.decode(last.tokens[last.trained])
     assert ended == "the log<|endoftext|>" if template is ENDS_OTHERWISE else ended == "the log<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama-3", "mistral", "qwen3"])
+def test_renders_the_whole_once_and_each_prompt(name, monkeypatch):
+    """Twice as many would be a tenth of the time of encoding conversations of many turns."""
+    rendered: list[int] = []
+    text = Renderer.text
+
+    def counted(self: Renderer, messages: list, tools: Any, prompting: bool = False) -> str:
+        rendered.append(len(messages))
+        return text(self, messages, tools, prompting)
+
+    monkeypatch.setattr(Renderer, "text", counted)
+    messages = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
+    encoder(name, "assistant").encode([MessagesRow("1", messages)])
+    assert sorted(rendered) == [1, 3, 5, 6]
+    rendered.clear()
+    encoder(name, "last").encode([MessagesRow("1", messages)])
+    assert sorted(rendered) == [5, 6]
 
 
 def test_content_that_is_no_string():
