@@ -199,9 +199,10 @@ class _Waiting:
             self._say(f"waiting for {host}, process {owner.pid}, to prepare {self._folder} ({waited_s:.0f} s{note})")
 
     def _break_if_gone(self, owner: OwnerRecord | None) -> None:
-        """filelock does it too, but not everywhere: it exchanges two names, which NFS and Lustre refuse, and it leaves a
-        lock alone whose holder was killed before it wrote its name. It has to be careful. Here two holders do no harm,
-        should this hit the lock of a successor.
+        """Break a lock that filelock leaves alone.
+
+        It has to where two names cannot be exchanged (NFS, Lustre), and does where a holder was killed before it wrote
+        its own. Should this hit a successor's lock, there are two holders, and here they do no harm.
         """
         try:
             sign = (owner and owner.token, Path(self._lock.lock_file).stat().st_mtime_ns)
