@@ -18,12 +18,13 @@ import os
 import random
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import SoftFileLease, Timeout
+from filelock import OwnerRecord, SoftFileLease, Timeout
 
 from qlora_dist.errors import UserError
 
@@ -60,7 +61,7 @@ def prepared(folder: Path, make: Callable[[Path], None], say: Say) -> Path:
         UserError: `make`'s own, in the process that called it and in all that were waiting for that one; or the cache
             cannot be written.
     """
-    if is_complete(folder):
+    if is_complete(folder):  # perhaps in a cache that this user cannot write
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -91,21 +92,18 @@ def _make_or_wait(folder: Path, make: Callable[[Path], None], say: Say) -> None:
     # one object for the whole wait: it remembers since when the holder has given no sign of life
     lock = SoftFileLease(_beside(folder, "lock"), lease_duration=LEASE_S, heartbeat_interval=_HEARTBEAT_S)
     waiting = _Waiting(folder, lock, say)
-    while True:
+    while not is_complete(folder):
         try:
             lock.acquire(blocking=False)
         except Timeout:
             waiting.look()
-            if is_complete(folder):
-                return
             waiting.raise_if_failed()
             waiting.pause()
             continue
         try:
-            if is_complete(folder):
-                return
-            waiting.raise_if_failed()
-            _make(folder, make, lock, say)
+            if not is_complete(folder):  # by now
+                waiting.raise_if_failed()
+                _make(folder, make, lock, say)
         finally:
             lock.release()
 
@@ -182,12 +180,14 @@ class _Waiting:
         self._lock = lock
         self._say = say
         self._holders: set[str | None] = set()
-        self._since = time.monotonic()
+        self._since = self._sign_seen = time.monotonic()
+        self._sign: tuple[str | None, int] | None = None
         self._next_line_s = _SAY_S[0]
 
     def look(self) -> None:
-        """Remember who holds the lock, and say so now and then."""
+        """Remember who holds the lock, say so now and then, and break it if that process is gone."""
         owner = self._lock.owner
+        self._break_if_gone(owner)
         if owner is None:
             return
         self._holders.add(owner.token)
@@ -197,6 +197,21 @@ class _Waiting:
             host = owner.hostname.partition("?")[0]  # behind it the number of a container's namespace
             note = self._note(owner.token)
             self._say(f"waiting for {host}, process {owner.pid}, to prepare {self._folder} ({waited_s:.0f} s{note})")
+
+    def _break_if_gone(self, owner: OwnerRecord | None) -> None:
+        """Break a lock that filelock leaves alone.
+
+        It has to where two names cannot be exchanged (NFS, Lustre), and does where a holder was killed before it wrote
+        its own. Should this hit a successor's lock, there are two holders, and here they do no harm.
+        """
+        try:
+            sign = (owner and owner.token, Path(self._lock.lock_file).stat().st_mtime_ns)
+        except FileNotFoundError:
+            return
+        if sign != self._sign:
+            self._sign, self._sign_seen = sign, time.monotonic()
+        if time.monotonic() - self._sign_seen > LEASE_S + _HEARTBEAT_S or (owner is not None and _has_ended(owner)):
+            self._lock.break_lock()
 
     def _note(self, token: str | None) -> str:
         with contextlib.suppress(OSError):
@@ -217,6 +232,19 @@ class _Waiting:
         least, most = _POLL_S
         waited_s = time.monotonic() - self._since
         time.sleep(min(max(waited_s / 10, least), most) * random.uniform(0.5, 1.0))
+
+
+def _has_ended(owner: OwnerRecord) -> bool:
+    """Whether it is certain: a process of this host, and no such process. In a container the name has an addition."""
+    if owner.hostname != socket.gethostname():
+        return False
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def _beside(folder: Path, suffix: str) -> Path:

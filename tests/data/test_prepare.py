@@ -102,7 +102,7 @@ def test_padding_id(make_tokenizer, write_rows, prepare_data, special_tokens, ex
 
 def test_evaluation_without_a_trained_token_is_named(make_tokenizer, write_rows, prepare_data, refusal):
     train = write_rows({"text": "the cat"})
-    held_out = write_rows({"text": ""}, name="eval.jsonl")
+    held_out = write_rows({"messages": ANSWERED["messages"][:1]}, name="eval.jsonl")
     with pytest.raises(UserError) as error:
-        prepare_data(make_tokenizer("none"), train=[train], eval=held_out)
+        prepare_data(make_tokenizer("chatml"), train=[train], eval=held_out)
     assert refusal(error.value).startswith(f"{held_out}: none of the 1 rows")
