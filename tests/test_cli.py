@@ -238,7 +238,7 @@ DAMAGED_DATA = {
         lambda path: path.write_text(path.read_text() + '{"messages": [\n'),
         "train.jsonl, line 81: not valid JSON",
     ),
-    "another format": (lambda path: path.write_text('{"prompt": "a"}\n'), "line 1: the row has neither `messages` nor"),
+    "another format": (lambda path: path.write_text('{"prompt": "a"}\n'), "line 1: its fields (`prompt`)"),
     "no content": (
         lambda path: path.write_text('{"messages": [{"role": "user"}]}\n'),
         "line 1: message 1 has no `content`",

@@ -70,6 +70,8 @@ def test_every_row_is_written_skipped_or_left_out(tmp_path_factory, texts):
     assert [sequences.trained(i).tolist() for i in range(len(sequences))] == flags
     assert len(stats.bad_places) == min(len(bad), 5)
     stats.bad_places = []
+    assert len(stats.sha256) == 64
+    stats.sha256 = ""
     assert stats == Stats(
         rows=len(texts),
         bad_rows=len(bad),
@@ -219,3 +221,15 @@ def test_the_environment_stays_as_it_was(tmp_path, small_chunks, monkeypatch):
             monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
         tokenize(rows_of(["aB"] * 20), Encoder(), tmp_path / "a.arrow", workers=2)
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
+
+
+def test_the_digest_is_that_of_the_sequences(tmp_path):
+    """Where a run may go on from depends on it: on contents, not on workers or on rows that are left out."""
+    options = {"on_bad_row": "skip", "max_bad_rows": 100}
+
+    def digest(texts, workers=1):
+        return tokenize(rows_of(texts), Encoder(), tmp_path / "a.arrow", workers=workers, **options).sha256
+
+    many = ["aB" * (1 + number % 7) for number in range(700)]
+    assert digest(many) == digest(many, workers=2) == digest([*many, None, "!"])
+    assert len({digest(["aBaB", "aB"]), digest(["aB", "aBaB"]), digest(["aBa", "BaB"]), digest(["aBaB"])}) == 4
