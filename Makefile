@@ -11,10 +11,10 @@ quickstart: $(VENV)/.demo  ## train a real model on two ranks, in about seven mi
 	$(BIN)/python -m qlora_dist.demo
 
 test: lint $(VENV)/.demo  ## everything
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 unit: $(VENV)/.dev  ## what is worth running before every commit
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -37,7 +37,7 @@ class Renderer:
         # jinja's ChainMap is walked through in Python for each rendering, which takes as long as a short conversation
         self._template.globals = dict(self._template.globals)
         self._render_marked: Callable[..., tuple[str, list[Span]]] = theirs._render_with_assistant_indices
-        # other names of `reasoning_content`, which transformers knows since 5.20
+        # other names of `reasoning_content`, of which older releases of transformers know nothing
         self._alias = getattr(theirs, "_alias_reasoning_fields", lambda messages: messages)
         self._special_tokens = dict(special_tokens)
         self._variables = {**self._template.globals, **special_tokens, "documents": None}
@@ -123,7 +123,7 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
         return call
     try:
         parsed = json.loads(arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
         raise Refused("the `arguments` of a tool call are no JSON object; write an object, or take the row out")

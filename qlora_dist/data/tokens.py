@@ -117,7 +117,10 @@ class TextEncoder:
         for index, (text, (first, last)) in enumerate(zip(texts, rows, strict=True)):
             if text.spans is None:
                 continue
-            start, end = int(places[first]), int(places[first + counts[index]])
+            start, end = (
+                int(places[first]),
+                int(places[first + counts[index]]),
+            )  # in bytes, without what was put behind it
             usable[index] = end - start == _bytes(text.text) and unicodedata.is_normalized("NFC", text.text)
             if not usable[index]:
                 continue

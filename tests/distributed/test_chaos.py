@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_run_that_is_killed_in_every_phase_ends_as_if_it_had_not_been(tmp_path: Path, tiny_llama_nf4: Path) -> None:
     data = tiny.make_data(tmp_path / "data.jsonl", 60)
     where = ["--base", tiny_llama_nf4, "--data", data, "--out", tmp_path / "runs", "--json", tmp_path / "result.json"]
-    length = ["--kills", "5", "--steps", "16", "--seed", "3"]
+    length = ["--kills", "5", "--steps", "12", "--seed", "3"]
     command = [sys.executable, "benchmarks/chaos.py", *map(str, where), *length]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280)

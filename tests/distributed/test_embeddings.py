@@ -55,6 +55,7 @@ def check(source: Path, tmp_path: Path) -> None:
     assert not {"lm_head", "embed_tokens"} & set(adapter.target_modules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_are_those_of_the_dequantized_weights(name: str, tmp_path: Path) -> None:
     arch, settings = MODELS[name]
@@ -68,6 +69,7 @@ def test_other_architectures_too(name: str, tmp_path: Path) -> None:
     check(make_architecture(tmp_path / "source", name), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_4_bit_folder_whose_embeddings_are_in_16_bit(ranks: int, tmp_path: Path) -> None:
     """As nearly everybody's are: what is missing is quantized on loading."""
@@ -80,6 +82,7 @@ def test_a_4_bit_folder_whose_embeddings_are_in_16_bit(ranks: int, tmp_path: Pat
     assert trained == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_head_that_others_have_quantized(tmp_path: Path) -> None:
     source = tiny.make_model(tmp_path / "source", intermediate_size=192)
     options = transformers.BitsAndBytesConfig(

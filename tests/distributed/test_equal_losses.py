@@ -71,7 +71,7 @@ def single(config: Path) -> list[dict[str, Any]]:
     return train_on(LAYOUTS["1 rank"], config)
 
 
-FAST = ("2 ranks", "2x2, base in the node")
+FAST = ("2x2, base in the node",)
 
 
 @pytest.mark.parametrize(

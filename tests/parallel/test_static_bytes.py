@@ -134,6 +134,7 @@ def collect_shards(config: Config) -> dict[str, tuple[int, bytes]]:
         return shards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece_bytes", [read_ahead.PIECE_BYTES, 2**14])
 def test_shards_put_together_are_the_folder(
     piece_bytes: int, config_path: Path, monkeypatch: pytest.MonkeyPatch
