@@ -68,6 +68,7 @@ def test_no_answer_stands_twice(folder: Path) -> None:
     assert len(set(everything)) == len(everything)
 
 
+@pytest.mark.slow
 def test_a_second_build_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     python_docs.build(tmp_path)
     for name in ("train.jsonl", "eval.jsonl"):

@@ -63,7 +63,8 @@ def fp32_nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize_folder(source, folder / "nf4", QuantizeOptions()).out
 
 
-@pytest.mark.parametrize("variant", ["lora", *(pytest.param(v, marks=pytest.mark.slow) for v in ("rslora", "dora"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
 def test_losses_adapter_and_logits_are_those_of_transformers_and_peft(
     variant: str, fp32_nf4: Path, tmp_path: Path
 ) -> None:

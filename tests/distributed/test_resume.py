@@ -85,6 +85,7 @@ def undisturbed(config: Path) -> Config:
     return resolved
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(config: Path) -> None:
     """With dropout: the random states are part of a checkpoint."""
     whole, killed = (resolve(config, name, "lora.dropout=0.1") for name in ("whole", "killed"))
