@@ -9,11 +9,13 @@ from pathlib import Path
 import peft
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import ADAPTER_NAME, adapter_parameters, has_tied_head
+from qlora_dist.errors import UserError
 
 
 def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -> None:
@@ -21,6 +23,9 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
 
     Called on all ranks: each parameter is gathered by all, and kept by rank 0 alone. The folder appears complete or
     not at all; one of that name is replaced.
+
+    Raises:
+        UserError: on rank 0, if it cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
     tied = _tied(model)
@@ -32,14 +37,28 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
             for key in (name, *tied.get(name, ())):
                 tensors[_peft_key(key)] = whole.float().cpu().contiguous().clone()
     if dist.get_rank() == 0:
-        partial = out.with_name(out.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _write(tensors, config, out)
+        except (OSError, SafetensorError) as error:  # of a full disk safetensors says so in its own way
+            raise UserError(
+                f"{out}: the adapter cannot be written ({error}); make room, then the same command goes on from the "
+                "last checkpoint",
+                one_rank=True,
+            ) from None
+    dist.barrier()
+
+
+def _write(tensors: dict[str, torch.Tensor], config: peft.LoraConfig, out: Path) -> None:
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
         partial.mkdir(parents=True)
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(partial))
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
-    dist.barrier()
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _tied(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -224,6 +224,24 @@ def test_a_disk_that_is_full_ends_no_run(config: Path, undisturbed: Config) -> N
     assert not list((run_path(run.run) / "checkpoints").glob(".*"))
 
 
+def train_without_room_for_the_adapter(config: Config) -> None:
+    """From the last step on, as above; and the adapter is larger, too."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    after(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit[1])))
+    train(config)
+
+
+def test_no_room_for_the_adapter_is_a_sentence_and_loses_nothing(config: Path) -> None:
+    run = resolve(config, "no-room", "train.steps=3")
+    with pytest.raises(RuntimeError, match=r"adapter: the adapter cannot be written \(.*\); make room, then the same"):
+        run_ranks(2, train_without_room_for_the_adapter, run)
+    assert not list(run_path(run.run).glob("adapter*"))
+    run_ranks(2, train, run)
+    assert (run_path(run.run) / "adapter" / "adapter_config.json").exists()
+    assert len(losses(run)) == 3
+
+
 def test_a_file_asks_for_a_checkpoint(config: Path) -> None:
     run = resolve(config, "asked", "train.save_every=0", "train.steps=4")
     run_ranks(1, train_and_touch, run, 2, "SAVE")

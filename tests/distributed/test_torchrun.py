@@ -66,7 +66,8 @@ def torchrun(config: Path, output: Path) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_restart_in_place_and_a_killed_agent(tiny_llama_nf4, tmp_path):
-    config = tiny.make_config(tmp_path, tiny_llama_nf4, train__steps=10**6, train__global_batch=2, data__eval=None)
+    endless = {"train__steps": 10**6, "train__global_batch": 2, "train__save_every": 1, "data__eval": None}
+    config = tiny.make_config(tmp_path, tiny_llama_nf4, **endless)
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
 
     def steps() -> int:
@@ -79,6 +80,7 @@ def test_a_restart_in_place_and_a_killed_agent(tiny_llama_nf4, tmp_path):
         second = wait_for(lambda: {} if first.items() & (new := ranks_of(agent.pid)).items() else new, 40)
         metrics.unlink(missing_ok=True)
         wait_for(lambda: steps() >= 3, 90)
+        assert "goes on after " in (tmp_path / "output.txt").read_text(), "run.overwrite is for the first start"
         agent.kill()
         wait_for(lambda: not any(map(running, second.values())), 5)
     said = [line for line in (tmp_path / "output.txt").read_text().splitlines() if line.startswith("qlora-dist: ")]
