@@ -235,7 +235,7 @@ def train_without_room_for_the_adapter(config: Config) -> None:
 def test_no_room_for_the_adapter_is_a_sentence_and_loses_nothing(config: Path) -> None:
     run = resolve(config, "no-room", "train.steps=3")
     with pytest.raises(RuntimeError, match=r"adapter: the adapter cannot be written \(.*\); make room, then the same"):
-        run_ranks(2, train_without_room_for_the_adapter, run)
+        run_ranks(1, train_without_room_for_the_adapter, run)
     assert not list(run_path(run.run).glob("adapter*"))
     run_ranks(2, train, run)
     assert (run_path(run.run) / "adapter" / "adapter_config.json").exists()
