@@ -16,7 +16,7 @@ _SOME = {
     "train": ("global_batch", "seed", "checkpointing"),
 }
 """What of these sections is compared; of model, lora and optim it is all."""
-_FREE = {"model.base", "model.attention", "lora.dropout"}
+_FREE = ("model.base", "model.attention")
 """Keys of the compared sections that may change: where the base lies is not what it is."""
 _TOLD = ("optim", "lora.dropout", "model.compute_dtype", "train.checkpointing")
 """May change, and the run says so."""
@@ -31,11 +31,9 @@ def identity_of(config: Config, base: str, data: str) -> dict[str, Any]:
         data: fingerprint of the training data.
     """
     tree = config.model_dump(mode="json")
-    kept = {
-        key: value for section in ("model", "lora", "optim") for key, value in _flat(section, tree[section]).items()
-    }
-    for section, keys in _SOME.items():
-        kept |= {f"{section}.{key}": tree[section][key] for key in keys}
+    compared = {section: tree[section] for section in ("model", "lora", "optim")}
+    compared |= {section: {key: tree[section][key] for key in keys} for section, keys in _SOME.items()}
+    kept = {f"{section}.{key}": value for section, part in compared.items() for key, value in part.items()}
     return {"base": base, "data": data, "config": kept}
 
 
@@ -52,7 +50,7 @@ def compare(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[st
     told = []
     for key, value in now["config"].items():
         before = saved["config"].get(key, value)
-        if before == value or (key in _FREE and key not in _TOLD):
+        if before == value or key in _FREE:
             continue
         if not key.startswith(_TOLD):
             raise UserError(f"{folder}: was made with {key}: {before}, not {value}; set it back, {start_over}")
@@ -78,7 +76,3 @@ def base_fingerprint(folder: Path) -> str:
             file.seek(size // 2)
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _flat(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}.{key}": value for key, value in tree.items()}

@@ -136,6 +136,7 @@ def train_loop(
                     progress = history.progress = before
                     if run_dir is not None:
                         run_dir.go_back(progress.step)
+                    traffic.take()  # the bytes of a step that is undone are no other step's
                     continue
         progress.count(result.loss, tokens, result.finite, spike)
         step_s = time.perf_counter() - started
