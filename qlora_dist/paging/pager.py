@@ -52,7 +52,7 @@ class Pager:
     Args:
         sizes: bytes of each page.
         device: that uses them.
-        budget: bytes on the device at any moment; at least two pages, or 0 for just that. More than all pages: all stay.
+        budget: bytes on the device at any moment; at least two pages, or 0 for just that. Room for all: all stay.
         make_store: makes a store of so many bytes; called only if not all pages stay.
         ahead: pages to be fetched ahead at most; 0: none is.
 
