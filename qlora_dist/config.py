@@ -292,8 +292,8 @@ class Config(Section):
         least = 2 * self.paging.page_bytes
         if paged and self.optim.resident_bytes != "auto" and 0 < self.optim.resident_bytes < least:
             raise ValueError(
-                f"optim.resident_bytes: {self.optim.resident_bytes} is less than two pages, {least}; raise it, set it to 0 "
-                "for just two pages, or lower paging.page_bytes"
+                f"optim.resident_bytes: {self.optim.resident_bytes} is less than two pages, {least}; raise it, "
+                "set it to 0 for just two pages, or lower paging.page_bytes"
             )
         if self.data.group_by_length and self.data.packing != "none":
             raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.paging.pager import Pager
@@ -54,6 +54,7 @@ def histories(draw: st.DrawFn) -> tuple[list[int], int, int, list[tuple[str, int
     return sizes, budget, draw(st.integers(0, 3)), draw(st.lists(moves, max_size=40))
 
 
+@settings(deadline=None)
 @given(histories())
 def test_a_page_is_what_was_last_made_of_it(history: tuple[list[int], int, int, list[tuple[str, int]]]) -> None:
     """Against plain tensors, for random uses, copies, replacements and budgets."""
@@ -81,6 +82,7 @@ def test_a_page_is_what_was_last_made_of_it(history: tuple[list[int], int, int, 
     pager.close()
 
 
+@settings(deadline=None)
 @given(
     pages=st.integers(3, 12),
     size=st.integers(1, 1000),
