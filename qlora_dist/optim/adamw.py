@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -41,29 +42,58 @@ class PagedAdamW:
         """Updates so far, which correct the moments' bias."""
         self._factors = list(lr_factors) if lr_factors is not None else [1.0] * len(self.shards)
         self._left_bytes = left_bytes
+        self._kept: dict[tuple[int, int], list[_Part]] = {}  # by page, and where it lies
 
     @torch.no_grad()
     def step(self) -> None:
         """Update all shards by their gradients; the learning rate is `lr` times each one's factor."""
-        if self.moments.is_automatic and self._left_bytes is not None:
-            self.moments.fit(self._left_bytes(self.moments.resident_bytes))
+        automatic = self._left_bytes if self.moments.is_automatic else None
+        if automatic is not None and self.moments.fit(automatic(self.moments.resident_bytes)):
+            self._kept.clear()
         self.steps += 1
-        for number, page in enumerate(self.moments.pages):
+        for number in range(len(self.moments.pages)):
             memory = self.moments.use(number)
-            for factor in sorted({self._factors[piece.shard] for piece in page.pieces}):
-                pieces = [piece for piece in page.pieces if self._factors[piece.shard] == factor]
-                self._update(memory, number, pieces, self.lr * factor)
+            for part in self._parts(number, memory):
+                self._update(part)
             self.moments.done(number)
 
-    def _update(self, memory: torch.Tensor, number: int, pieces: Sequence[Piece], lr: float) -> None:
+    def _parts(self, number: int, memory: torch.Tensor) -> list[_Part]:
+        """What is updated with a page, by learning rate. Kept: making slices takes as long as small updates."""
+        key = number, memory.data_ptr()
+        if key not in self._kept:
+            pieces = self.moments.pages[number].pieces
+            factors = sorted({self._factors[piece.shard] for piece in pieces})
+            self._kept[key] = [
+                self._part(number, memory, [piece for piece in pieces if self._factors[piece.shard] == factor], factor)
+                for factor in factors
+            ]
+        return self._kept[key]
+
+    def _part(self, number: int, memory: torch.Tensor, pieces: Sequence[Piece], factor: float) -> _Part:
+        shards = [self.shards[piece.shard] for piece in pieces]
+        whole = [piece.length == shard.numel() for piece, shard in zip(pieces, shards, strict=True)]
+        parameters = [
+            shard.detach() if is_whole else _slice(shard.detach(), piece)
+            for shard, piece, is_whole in zip(shards, pieces, whole, strict=True)
+        ]
         views = [self.moments.views(memory, number, piece) for piece in pieces]
-        parameters = [_part(self.shards[piece.shard].detach(), piece) for piece in pieces]
-        gradients = [_part(_gradient(self.shards[piece.shard]), piece) for piece in pieces]
-        first, second = ([view[name] for view in views] for name in MOMENTS)
+        for view, parameter in zip(views, parameters, strict=True):
+            for name in MOMENTS:
+                view[name] = view[name].view(parameter.shape)
+        codes = [view[name] for name in MOMENTS for view in views]
+        return _Part(factor, pieces, whole, parameters, views, codes[: len(views)], codes[len(views) :])
+
+    def _update(self, part: _Part) -> None:
+        lr = self.lr * part.lr_factor
+        gradients = []
+        for piece, is_whole in zip(part.pieces, part.is_whole, strict=True):
+            gradient = self.shards[piece.shard].grad
+            assert gradient is not None, "every shard that is not empty has a gradient"
+            gradients.append(gradient if is_whole else _slice(gradient, piece))
         if self.moments.bits == 32 and not self.moments.is_managed:
-            update_32bit(parameters, gradients, first, second, self.config, lr, self.steps)
+            update_32bit(part.parameters, gradients, part.first, part.second, self.config, lr, self.steps)
             return
-        for parameter, gradient, view in zip(parameters, gradients, views, strict=True):
+        for parameter, gradient, view in zip(part.parameters, gradients, part.views, strict=True):
             if self.moments.bits == 32:
                 update_paged(parameter, gradient, view["exp_avg"], view["exp_avg_sq"], self.config, lr, self.steps)
             else:
@@ -71,10 +101,20 @@ class PagedAdamW:
                 update_8bit(parameter, gradient, codes[0], codes[1], self.config, lr, self.steps)
 
 
-def _part(flat: torch.Tensor, piece: Piece) -> torch.Tensor:
-    return flat.view(-1)[piece.start : piece.start + piece.length]
+@dataclass(frozen=True)
+class _Part:
+    """The pieces of a page that have one learning rate, and what lies where."""
+
+    lr_factor: float
+    pieces: Sequence[Piece]
+    is_whole: Sequence[bool]
+    """Of each piece: whether it is a shard, in its shape, or a flat part of one."""
+    parameters: list[torch.Tensor]
+    views: list[dict[str, torch.Tensor]]
+    """Moments."""
+    first: list[torch.Tensor]
+    second: list[torch.Tensor]
 
 
-def _gradient(shard: nn.Parameter) -> torch.Tensor:
-    assert shard.grad is not None, "every shard that is not empty has a gradient"
-    return shard.grad
+def _slice(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    return tensor.view(-1)[piece.start : piece.start + piece.length]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -64,16 +65,22 @@ class Moments:
         """Of the pages that come and go."""
         return sum(self.pager.sizes[page] for page in self.pager.moving)
 
-    def fit(self, left_bytes: int) -> None:
-        """Keep to what the device has left: the first time this is known, and whenever it is less than is held."""
-        if not self._is_fitted or left_bytes < self.pager.held_bytes:
-            self._is_fitted = True
-            self.pager.resize(left_bytes if left_bytes >= 2 * max(self.pager.sizes, default=0) else 0)
+    def fit(self, left_bytes: int) -> bool:
+        """Keep to what the device has left: the first time this is known, and whenever it is less than is held.
+
+        Returns:
+            Whether pages lie elsewhere now.
+        """
+        if self._is_fitted and left_bytes >= self.pager.held_bytes:
+            return False
+        self._is_fitted = True
+        self.pager.resize(left_bytes if left_bytes >= 2 * max(self.pager.sizes, default=0) else 0)
+        return True
 
     def use(self, number: int) -> torch.Tensor:
         """Page `number` on the device: uint8[nbytes], to be changed until `done`; those behind it are fetched."""
-        count = len(self.pages)
-        return self.pager.use(number, then=[(number + i) % count for i in range(1, count)])
+        after = bisect_right(self.pager.moving, number)
+        return self.pager.use(number, then=[*self.pager.moving[after:], *self.pager.moving[:after]][: self.pager.ahead])
 
     def done(self, number: int) -> None:
         """Say that page `number` has been changed, and is not in use any more."""

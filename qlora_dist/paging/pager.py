@@ -72,6 +72,8 @@ class Pager:
         self.counts = Counts()
         self.held_bytes = 0
         """On the device now."""
+        self.moving: list[int] = []
+        """The pages that do not stay."""
         self._starts = [sum(self.sizes[:page]) for page in range(len(self.sizes))]
         self._make_store, self._store = make_store, None  # type: Callable[[int], Store], Store | None
         self._backend = torch.get_device_module(device)
@@ -86,11 +88,6 @@ class Pager:
     def total_bytes(self) -> int:
         """Of all pages."""
         return sum(self.sizes)
-
-    @property
-    def moving(self) -> list[int]:
-        """The pages that do not stay."""
-        return [page for page in range(len(self.sizes)) if page not in self._staying]
 
     def use(self, page: int, then: Sequence[int] = ()) -> torch.Tensor:
         """A page on the device, to be read and changed until `done`.
@@ -107,7 +104,8 @@ class Pager:
         """
         if page in self._staying:
             self.counts.hits += 1
-            self._fetch_ahead(page, then)
+            if then:
+                self._fetch_ahead(page, then)
             return self._staying[page]
         slot = self._slot_of(page)
         if slot is None:
@@ -185,7 +183,7 @@ class Pager:
         """Decide which pages stay, and make the slots."""
         if self.total_bytes <= budget or not self.sizes:
             self._budget = budget
-            self._staying = {page: self._allocate(size) for page, size in enumerate(self.sizes)}
+            self._staying, self.moving = {page: self._allocate(size) for page, size in enumerate(self.sizes)}, []
             return
         largest, count = max(self.sizes), len(self.sizes)
         self._budget = budget or 2 * largest
@@ -199,6 +197,7 @@ class Pager:
         for page in range(count):
             if (page + 1) * stay // count > page * stay // count:
                 self._staying[page] = self._allocate(self.sizes[page])
+        self.moving = [page for page in range(count) if page not in self._staying]
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         self.held_bytes += nbytes

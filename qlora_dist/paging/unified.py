@@ -34,7 +34,8 @@ class UnifiedPager:
     """
 
     held_bytes = 0
-    moving: Sequence[int] = ()
+    """Nobody knows."""
+    ahead = 1
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class UnifiedPager:
     ) -> None:
         if allocate is None and device.type != "cuda":
             raise UserError("paging.to: unified memory is CUDA's, and this run is on a CPU; set it to host or disk")
+        self.moving = list(range(len(sizes)))
         self.sizes, self.device = list(sizes), device
         self._pages = [(allocate or _managed)(size, device) for size in sizes]
         self._backend = torch.get_device_module(device)
