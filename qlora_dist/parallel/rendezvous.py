@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import Ranks, StoreAddress, store_address
+from qlora_dist.launch.environment import Ranks, StoreAddress, agent_keeps_store, store_address
 
 _ATTEMPT = "qlora-dist/attempt"
 _LONGEST_SLEEP_S = 0.2
@@ -31,7 +31,10 @@ def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
         UserError: a rank has not come in time, or the store is not there.
     """
     end = time.monotonic() + timeout_s
-    store = _connect(store_address(), ranks, timeout_s)
+    address = store_address()
+    if address is None:
+        raise UserError("mpirun names no address where the ranks can meet; set MASTER_ADDR and MASTER_PORT")
+    store = _connect(address, ranks, timeout_s)
     here = _call(store, ranks, end) if ranks.rank == 0 else _answer(store, ranks, end)
     if here is None:
         raise UserError(
@@ -47,7 +50,7 @@ def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> dist.Stor
         return dist.TCPStore(
             address.host,
             address.port,
-            is_master=ranks.rank == 0 and not address.kept_by_agent,
+            is_master=ranks.rank == 0 and not agent_keeps_store(),
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
