@@ -2,15 +2,16 @@
 
 PYTHON ?= python3
 VENV := .venv
+OPENMPI := .venv-openmpi
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test unit lint format clean
+.PHONY: quickstart test unit lint format clean launchers
 
 quickstart: $(VENV)/.demo  ## train a real model on two ranks, in about seven minutes
 	$(BIN)/python -m qlora_dist.demo
 
-test: lint $(VENV)/.demo  ## everything
+test: lint $(VENV)/.demo launchers  ## everything
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 unit: $(VENV)/.dev  ## what is worth running before every commit
@@ -21,12 +22,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+launchers: $(VENV)/.mpi $(OPENMPI)/.done  ## MPICH and Open MPI
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) work build *.egg-info
+	rm -rf $(VENV) $(OPENMPI) work build *.egg-info
 
 # Debian's python3 comes without venv's ensurepip; virtualenv needs pip only
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -44,4 +47,17 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.mpi: $(VENV)/.base
+	$(PIP) --editable ".[mpi]"
+	touch $@
+
+# two MPIs in one environment overwrite each other's mpirun. This one has Open MPI, and all else by a path to the first.
+$(OPENMPI)/.done: $(VENV)/.base
+	$(BIN)/python -m venv --clear --without-pip $(OPENMPI)
+	$(BIN)/python -m pip --python $(OPENMPI)/bin/python install --quiet --disable-pip-version-check \
+		--constraint constraints.txt openmpi mpi4py
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(OPENMPI)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
 	touch $@

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+import psutil
 
 from qlora_dist.errors import UserError
 
+Launcher = Literal["torchrun", "mpi", "srun", "none"]
+
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH, Intel MPI, MVAPICH
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
+_PORTS = range(20_000, 32_000)  # above what services use, below what Linux gives to connections
 
 
 @dataclass(frozen=True)
@@ -19,37 +30,79 @@ class Ranks:
     world_size: int
     local_rank: int
     local_world_size: int
-    launcher: str
-    """`torchrun`, or `none` for a single process."""
+    launcher: Launcher
+    """Whose variables say so; `srun`: one process per rank without torchrun; `none`: a single process."""
     restarts: int = 0
     """How often the launcher has started this again by itself."""
 
 
 def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
-    """The ranks that torchrun has set, or a single process where there was no launcher.
+    """The ranks as the nearest launcher has numbered them, or a single process where there was none.
+
+    torchrun and mpirun come before SLURM, whose variables they inherit in a job. A batch script's own shell has those
+    of its first task, too, and is none: only a step has a number.
 
     Raises:
-        UserError: some of torchrun's variables are set and others not, or they are no numbers.
+        UserError: some of the launcher's variables are set and others not, they are no numbers, or nodes are unequal.
     """
-    if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        _refuse_other_launchers(environ)
-        return Ranks(0, 1, 0, 1, "none", _restarts(environ))
-    missing = [name for name in _TORCHRUN if name not in environ]
+    launcher = launcher_of(environ)
+    if launcher == "torchrun":
+        return _ranks(launcher, environ, _TORCHRUN)
+    if launcher == "mpi":
+        return _ranks(launcher, environ, _OPEN_MPI if started_by_open_mpi(environ) else _HYDRA)
+    return _slurm_ranks(environ) if launcher == "srun" else Ranks(0, 1, 0, 1, "none", _restarts(environ))
+
+
+def launcher_of(environ: Mapping[str, str] = os.environ) -> Launcher:
+    """The nearest one, by its variables."""
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return "torchrun"
+    # srun --mpi=pmi2 sets PMI_RANK as well, and numbers the ranks of a node in its own way only
+    hydra = "PMI_SIZE" in environ and ("MPI_LOCALNRANKS" in environ or "SLURM_STEP_ID" not in environ)
+    if started_by_open_mpi(environ) or hydra:
+        return "mpi"
+    return "srun" if "SLURM_STEP_ID" in environ else "none"
+
+
+def _ranks(launcher: Launcher, environ: Mapping[str, str], names: tuple[str, ...]) -> Ranks:
+    command = "mpirun" if launcher == "mpi" else "torchrun"
+    missing = [name for name in names if name not in environ]
     if missing:
         raise UserError(
-            f"the environment has some of torchrun's variables and not {missing[0]}; start with torchrun, or unset "
-            "RANK and WORLD_SIZE"
+            f"the environment has some of {command}'s variables and not {missing[0]}; start with {command}, or unset "
+            f"{names[0]} and {names[1]}"
         )
-    try:
-        rank, world_size, local_rank, local_world_size = (int(environ[name]) for name in _TORCHRUN[:4])
-    except ValueError:
-        raise UserError("torchrun's variables in the environment are no numbers; unset RANK and WORLD_SIZE") from None
+    rank, world_size, local_rank, local_world_size = _numbers(command, environ, names[:4])
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise UserError(
             f"the environment says rank {rank} of {world_size}, {local_rank} of {local_world_size} on this node; "
-            "start with torchrun, or unset RANK and WORLD_SIZE"
+            f"start with {command}, or unset {names[0]} and {names[1]}"
         )
-    return Ranks(rank, world_size, local_rank, local_world_size, "torchrun", _restarts(environ))
+    return Ranks(rank, world_size, local_rank, local_world_size, launcher, _restarts(environ))
+
+
+def _slurm_ranks(environ: Mapping[str, str]) -> Ranks:
+    missing = [name for name in (*_SLURM, "SLURM_STEP_TASKS_PER_NODE") if name not in environ]
+    if missing:
+        raise UserError(
+            f"the environment is a SLURM step's (SLURM_STEP_ID) without {missing[0]}; start with srun, or unset "
+            "SLURM_STEP_ID"
+        )
+    rank, world_size, local_rank, _ = _numbers("srun", environ, _SLURM)
+    tasks = environ["SLURM_STEP_TASKS_PER_NODE"]  # such as 8(x3),4
+    sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", tasks)}
+    if len(sizes) != 1:
+        raise UserError(f"srun started {tasks} tasks on the nodes; start equally many on each (--ntasks-per-node)")
+    return Ranks(rank, world_size, local_rank, sizes.pop(), "srun", _restarts(environ))
+
+
+def _numbers(command: str, environ: Mapping[str, str], names: tuple[str, ...]) -> tuple[int, ...]:
+    try:
+        return tuple(int(environ[name]) for name in names)
+    except ValueError:
+        raise UserError(
+            f"{command}'s variables in the environment are no numbers; unset {names[0]} and {names[1]}"
+        ) from None
 
 
 def _restarts(environ: Mapping[str, str]) -> int:
@@ -64,20 +117,66 @@ class StoreAddress:
 
     host: str
     port: int
-    kept_by_agent: bool
-    """torchrun's agent keeps it, and it outlives the ranks; else rank 0 does."""
 
 
-def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress:
-    """The store's address, as torchrun has set it.
+def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress | None:
+    """The store's address: MASTER_ADDR and MASTER_PORT, or the first node of the SLURM step and a port of its own.
+
+    Returns:
+        None: nobody has said (under mpirun: rank 0 is to choose it).
 
     Raises:
-        UserError: the port is none.
+        UserError: the port is none, or the step's nodes are not known.
     """
-    port = environ["MASTER_PORT"]
-    if not (port.isdigit() and int(port) < 2**16):
+    host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if launcher_of(environ) == "srun":
+        host, port = host or _first_host(environ), port or str(_slurm_port(environ))
+    if not host or not port:
+        return None
+    if not (port.isdigit() and 0 < int(port) < 2**16):
         raise UserError(f"MASTER_PORT is {port} in the environment; give a port below 65536")
-    return StoreAddress(environ["MASTER_ADDR"], int(port), environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+    return StoreAddress(host, int(port))
+
+
+def agent_keeps_store(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the store is kept by torchrun's agent, and outlives the ranks; else rank 0 keeps it."""
+    return "RANK" in environ and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def set_store_address(host: str, port: int) -> None:
+    """For this process, and for torch, which looks there too."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    """Of a list such as `gpu[01-03,07]-ib,cpu1`: gpu01-ib, where SLURM puts rank 0. On one node it need not resolve."""
+    if environ.get("SLURM_STEP_NUM_NODES") == "1":
+        return "127.0.0.1"
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    first = re.match(r"(?:\[[^]]*\]|[^],[])+", hosts)
+    if first is None:
+        raise UserError("the SLURM step names no nodes (SLURM_STEP_NODELIST); set MASTER_ADDR to that of rank 0")
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """Two jobs may share a node, so may two steps of a job, and a job that is started again its own late end."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    job, step, restarts = (int(text) if (text := environ.get(name, "")).isdigit() else 0 for name in names)
+    return _PORTS[(97 * job + 7 * step + restarts) % len(_PORTS)]
+
+
+def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int | float | None]:
+    """How others find this process: its machine and number, its launcher's number, its SLURM job and step."""
+    job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
+    own_parent = launcher_of(environ) == "mpi" or started_by_torchrun(environ)
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "born": psutil.Process().create_time(),
+        "launcher_pid": os.getppid() if own_parent else None,
+        "job_id": f"{job}.{step}" if job and step else job,
+    }
 
 
 def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
@@ -85,13 +184,6 @@ def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environ
 
 
-def _refuse_other_launchers(environ: Mapping[str, str]) -> None:
-    """Under srun or mpirun alone every process would take itself for the only one, and all write one run folder."""
-    sizes = {"mpirun": environ.get("OMPI_COMM_WORLD_SIZE") or environ.get("PMI_SIZE")}
-    if "SLURM_STEP_ID" in environ:  # set in a batch script's own shell too, without a step
-        sizes["srun"] = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS")
-    for launcher, size in sizes.items():
-        if size is not None and size.isdigit() and int(size) > 1:
-            raise UserError(
-                f"{launcher} started {size} processes without torchrun; have it start one torchrun on each node"
-            )
+def started_by_open_mpi(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether it is Open MPI's mpirun that has numbered the ranks."""
+    return "OMPI_COMM_WORLD_SIZE" in environ

@@ -29,6 +29,8 @@ def resolve_device(name: str, ranks: Ranks) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("train.device: cuda: this machine has no CUDA device; use cpu or auto")
     count = torch.cuda.device_count()
+    if count == 1 and ranks.launcher in ("srun", "mpi"):
+        return torch.device("cuda", 0)  # each rank has been given its own, or they share one: preflight sees
     if count < ranks.local_world_size:
         raise UserError(f"{ranks.local_world_size} ranks were started on a node with {count} GPUs; start {count}")
     return torch.device("cuda", ranks.local_rank)
@@ -54,7 +56,7 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) 
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = dist.HashStore() if ranks.launcher == "none" else meet(ranks, timeout_s)
+    store = dist.HashStore() if ranks.world_size == 1 else meet(ranks, timeout_s)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=2 * timeout_s),

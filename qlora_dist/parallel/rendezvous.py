@@ -15,7 +15,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import Ranks, StoreAddress, store_address
+from qlora_dist.launch.environment import Ranks, StoreAddress, agent_keeps_store, store_address
+from qlora_dist.launch.mpi import listening_socket
 
 _ATTEMPT = "qlora-dist/attempt"
 _LONGEST_SLEEP_S = 0.2
@@ -31,7 +32,10 @@ def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
         UserError: a rank has not come in time, or the store is not there.
     """
     end = time.monotonic() + timeout_s
-    store = _connect(store_address(), ranks, timeout_s)
+    address = store_address()
+    if address is None:
+        raise UserError("the environment does not say where the ranks can meet; set MASTER_ADDR and MASTER_PORT")
+    store = _connect(address, ranks, timeout_s)
     here = _call(store, ranks, end) if ranks.rank == 0 else _answer(store, ranks, end)
     if here is None:
         raise UserError(
@@ -47,10 +51,11 @@ def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> dist.Stor
         return dist.TCPStore(
             address.host,
             address.port,
-            is_master=ranks.rank == 0 and not address.kept_by_agent,
+            is_master=ranks.rank == 0 and not agent_keeps_store(),
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=listening_socket(),
         )
     except dist.DistError as error:
         reason = str(error).strip().split("\n")[0]

@@ -23,7 +23,8 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import Ranks, store_address
+from qlora_dist.launch.ending import let_others_speak
+from qlora_dist.launch.environment import Ranks, agent_keeps_store
 from qlora_dist.train.beat import beat, last_beat
 from qlora_dist.train.verdict import Sign, Verdict, failed, judge, mistaken, store_lost, unknown, without_word
 
@@ -63,7 +64,7 @@ class _Watch:
         # a connection of its own: requests on one connection wait for each other, and some of the ranks' wait long
         self._store = dist.PrefixStore("watchdog", store).clone()
         self._ranks, self._timeout_s = ranks, timeout_s
-        self._keeps_store = ranks.rank == 0 and not store_address().kept_by_agent
+        self._keeps_store = ranks.rank == 0 and not agent_keeps_store()
         self._signs = [f"sign/{rank}" for rank in range(ranks.world_size)]
         first = ranks.rank - ranks.local_rank
         self._node = range(first, first + ranks.local_world_size)
@@ -233,6 +234,7 @@ class _Watch:
                 if sys.stdout.isatty():
                     sys.stdout.write("\x1b[?25h")  # a progress bar has hidden the cursor
                 sys.stdout.flush()
+            let_others_speak()
             os._exit(verdict.exit_code)
 
     def _goodbye(self, longest_s: float, gone: int = 0) -> None:
