@@ -157,8 +157,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check this machine; on the ranks that torchrun, srun or mpirun starts, all nodes and what lies between them."""
+    from qlora_dist.launch.mpi import agree_on_store
     from qlora_dist.launch.orphans import die_with_parent
 
+    agree_on_store()
     die_with_parent()
     from qlora_dist.doctor.run import doctor as examine
 
