@@ -117,6 +117,7 @@ class Pager:
         elif not slot.fetched:
             self.counts.hits += 1
         slot.in_use, slot.fetched = True, False
+        self._to_the_end(slot)
         self._fetch_ahead(page, then)
         self._wait(slot)
         return slot.memory[: self.sizes[page]]
@@ -219,10 +220,13 @@ class Pager:
         """The slot that has not been used for longest, of those that are not in use and hold none of `keep`."""
         for slot in self._slots:
             if not slot.in_use and slot.page not in keep:
-                self._slots.remove(slot)
-                self._slots.append(slot)
                 return slot
         return None
+
+    def _to_the_end(self, slot: _Slot) -> None:
+        """The slots are in the order of their last use."""
+        self._slots.remove(slot)
+        self._slots.append(slot)
 
     def _slot_of(self, page: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.page == page), None)
@@ -238,6 +242,7 @@ class Pager:
         # the device may not have come to the last use of the slot yet
         used = self._backend.current_stream().record_event()
         slot.page, slot.dirty, slot.fetched = page, False, True
+        self._to_the_end(slot)
         slot.transfer = self._thread.submit(self._transfer, slot.memory, old, page, new is None, used)
 
     def _transfer(self, memory: torch.Tensor, old: int | None, new: int, blank: bool, used: torch.Event) -> None:

@@ -131,6 +131,24 @@ def test_there_and_back_the_last_pages_of_a_pass_are_the_first_of_the_next() -> 
     pager.close()
 
 
+@given(pages=st.integers(3, 12), budget=st.integers(2, 12), ahead=st.integers(0, 4))
+def test_there_and_back_each_way_misses_but_what_is_in_the_slots(pages: int, budget: int, ahead: int) -> None:
+    """Of the pages that move, each way fetches all but as many as there are slots: none too early, none twice."""
+    pager = Pager([10] * pages, CPU, 10 * budget, make_store, ahead)
+    for page in range(pages):
+        pager.write(page, torch.full((10,), page, dtype=torch.uint8))
+    order = [*range(pages), *reversed(range(pages))]
+    slots, moving = len(pager._slots), len(pager.moving)
+    for first_time in (True, False, False):
+        for index, page in enumerate(order):
+            then = dict.fromkeys([*order[index + 1 :], *order[:index]])
+            assert pager.use(page, then=[other for other in then if other != page])[0] == page
+            pager.done(page, changed=False)
+        fetched = 2 * (moving - slots) + (slots if first_time else 0)
+        assert pager.take_counts().bytes_in == 10 * fetched
+    pager.close()
+
+
 def test_fetching_ahead_hides_the_time_of_a_store() -> None:
     """The reason for it all: at half the budget, less than half of the waiting that there is without."""
     stalls = {}
