@@ -179,6 +179,35 @@ def test_a_store_that_fails_is_an_error_and_not_a_wrong_page() -> None:
     pager.close()
 
 
+def test_a_page_that_could_not_be_written_back_is_an_error_also_if_nobody_waits_for_it() -> None:
+    class Full(HostStore):
+        def write(self, start: int, values: torch.Tensor) -> None:
+            raise OSError("the disk is gone")
+
+    pager = Pager([10] * 5, CPU, 20, lambda nbytes: Full(nbytes, CPU))
+    pager.use(0, then=[1])
+    pager.done(0, changed=True)
+    pager.use(1, then=[2])  # 2 takes the place of 0, which fails; and 3 the place of 2, which nobody has asked for
+    pager.done(1, changed=False)
+    pager.use(1, then=[3])
+    pager.done(1, changed=False)
+    with pytest.raises(OSError, match="the disk is gone"):
+        pager.use(3)
+    pager.close()
+
+
+def test_a_page_can_be_written_in_parts() -> None:
+    pager = Pager([10] * 6, CPU, 40, make_store)
+    for page in range(6):
+        for start in (0, 7):
+            pager.write_part(page, start, torch.full((3,), page + start, dtype=torch.uint8))
+    for page in range(6):
+        expected = [page] * 3 + [0] * 4 + [page + 7] * 3
+        assert pager.read(page).tolist() == pager.use(page).tolist() == expected
+        pager.done(page, changed=False)
+    pager.close()
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = set(threading.enumerate())
