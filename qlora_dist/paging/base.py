@@ -17,7 +17,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.model.deal import local_range
 from qlora_dist.paging.pager import Pager
 from qlora_dist.paging.store import FileStore, HostStore, Store
-from qlora_dist.parallel.fsdp_internals import Pass, frozen_shards, page_frozen
+from qlora_dist.parallel.fsdp_internals import ALIGNMENT, Pass, frozen_shards, page_frozen
 
 _WHAT = "the base's layers"
 
@@ -67,7 +67,7 @@ class PagedLayers:
             end = 0
             for parameter, start, nbytes in frozen_shards(layer):
                 self._places[names[id(parameter)]] = _Place(page, start, parameter.dtype)
-                end = start + nbytes
+                end = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
             sizes.append(end)
         least = 2 * max(sizes)
         if resident_bytes == "auto":

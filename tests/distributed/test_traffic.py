@@ -36,6 +36,7 @@ LAYOUTS = [
     (4, 2, "node", "node"),
     (4, 1, "replicate", "world"),
     (4, 2, "world", "node"),
+    (4, 2, "paged", "world"),
 ]
 
 
@@ -117,7 +118,7 @@ def test_counted_sent_and_planned_bytes_are_equal(
     results = run_ranks(world_size, two_steps, config, nodes=nodes)
 
     per_node = world_size // nodes
-    shards = {"replicate": 1, "node": per_node, "world": world_size}
+    shards = {"replicate": 1, "node": per_node, "world": world_size, "paged": per_node}
     sharding = Sharding(world_size, shards[base], shards[adapter])
     units = decoder_units(json.loads((Path(config.model.base) / "config.json").read_text()), config.lora)
     for wire, counted, accumulation in results:
