@@ -24,7 +24,7 @@ from qlora_dist.nf4.read_ahead import Reading
 
 
 class Elsewhere(Protocol):
-    """What keeps some parameters' values itself, whatever becomes of them; they stay on meta."""
+    """What keeps the values of some parameters itself; these stay on meta."""
 
     def __contains__(self, name: str) -> bool:
         """Whether it keeps the parameter of that name."""
