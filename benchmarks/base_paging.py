@@ -9,8 +9,9 @@ for two layers), fetching ahead and not. Losses of all runs are compared: they m
 
 Time and waiting are medians over the steps but the first. Peak is the largest VmHWM of the process, which this program
 reads from outside, every 20 ms; saved is what it is below that of the base that fits, and should be the layers' bytes
-less the budget. The pages' file is in the page cache of the system, unless --cold: then it is dropped from it all the
-time, so that pages come from the disk.
+less the budget. The runs have MALLOC_MMAP_THRESHOLD_ set, or glibc would keep more or less of what each layer frees,
+and peaks would differ by 100 MiB and more from run to run. The pages' file is in the page cache of the system, unless
+--cold: then it is dropped from it all the time, so that pages come from the disk.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def train(config: Config, cold: bool) -> tuple[list[dict[str, Any]], int]:
     path.write_text(config.model_dump_json())  # JSON is YAML
     with (folder.with_suffix(".txt")).open("w") as output:
         run = subprocess.Popen(
-            [sys.executable, "-m", "qlora_dist", "train", str(path), "run.overwrite=true"], stdout=output, stderr=output
+            [sys.executable, "-m", "qlora_dist", "train", str(path), "run.overwrite=true"],
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)},
         )
         peak = 0
         while run.poll() is None:
