@@ -20,6 +20,7 @@ from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
 from qlora_dist.optim.adamw import build_optimizer
 from qlora_dist.optim.loss_scale import LossScale
+from qlora_dist.paging.base import PagedLayers
 from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.process_group import process_group
@@ -79,7 +80,11 @@ def two_steps(config: Config) -> tuple[list[Collective], dict[str, int], int]:
     with process_group(ranks, setup.device):
         meshes = build_meshes(setup.sizes, "cpu")
         traffic = parallelize(setup.model, meshes, config)
-        fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
+        pages = None
+        if config.parallel.base == "paged":
+            layers = list(setup.model.model.layers)
+            pages = PagedLayers(setup.model, layers, setup.device, 0, 0, config.paging)
+        fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, elsewhere=pages)
         shards = AdapterShards(setup.model)
         optimizer = build_optimizer(shards.local, config.optim)
         for step in range(2):
