@@ -251,7 +251,7 @@ def test_the_process_holds_the_budget_in_place_of_the_layers(tmp_path: Path) -> 
         env=environ,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr  # with equal losses
     measured = json.loads(result.read_text())
