@@ -30,16 +30,22 @@ NF4 = {
 }
 
 
-def llama(layers: int) -> tuple[transformers.LlamaConfig, dict[str, tuple[int, ...]], set[str]]:
-    """Llama-3.1-8B's layers, with a small vocabulary: configuration, shapes, names of the weights to quantize."""
+def llama(layers: int, **settings: Any) -> tuple[transformers.LlamaConfig, dict[str, tuple[int, ...]], set[str]]:
+    """Llama-3.1-8B's layers, with a small vocabulary: configuration, shapes, names of the weights to quantize.
+
+    `settings` are of the configuration, for layers of another size.
+    """
     config = transformers.LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=1024,
-        tie_word_embeddings=False,
+        **{
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 1024,
+            "tie_word_embeddings": False,
+        }
+        | settings
     )
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
@@ -48,9 +54,9 @@ def llama(layers: int) -> tuple[transformers.LlamaConfig, dict[str, tuple[int, .
     return config, shapes, {target.name for target in quantizable(model)}
 
 
-def write_nf4(folder: Path, layers: int) -> int:
+def write_nf4(folder: Path, layers: int, **settings: Any) -> int:
     """A folder as `qlora-dist quantize` makes it, of random codes and scales. Returns the bytes of its weights."""
-    config, shapes, quantized = llama(layers)
+    config, shapes, quantized = llama(layers, **settings)
     layouts = {name: NF4Layout(shapes[name]) for name in quantized}
     specs: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for name, shape in shapes.items():

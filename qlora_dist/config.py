@@ -164,8 +164,14 @@ class ParallelConfig(Section):
 
     engine: Literal["fsdp2"] = "fsdp2"
     """The sharding engine."""
-    base: Literal["replicate", "node", "world"] | PositiveInt = "node"
-    """Ranks that share one copy of the frozen base: none (each has its own), those of a node, all, or that many."""
+    base: Literal["replicate", "node", "world", "paged"] | PositiveInt = "node"
+    """Ranks that share one copy of the frozen base: none (each has its own), those of a node, all, or that many. paged:
+    those of a node, and of its 4-bit layers a rank has `resident_bytes` on the device; the others are fetched ahead of
+    their use from where `paging` says."""
+    resident_bytes: Bytes | Literal["auto"] = "auto"
+    """With `base: paged`, of the rank's part of the layers, on the device: bytes, or text such as 2GiB, of at least two
+    layers; 0: two layers; auto: half of what is free before loading, after taking off what else the rank will hold. On
+    a CPU that is memory, and the node's ranks share it."""
     adapter: Literal["world", "node"] = "world"
     """Ranks that share the adapters, their gradients and optimizer states: all, or those of a node, which then
     all-reduce the gradients between nodes."""
@@ -288,12 +294,21 @@ class Config(Section):
             raise ValueError(
                 "lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false"
             )
+        if self.parallel.base == "paged" and self.paging.to == "unified":
+            raise ValueError(
+                "paging.to: unified memory is for optimizer states only, and parallel.base: paged pages the base too; "
+                "set paging.to to host or disk"
+            )
+        if self.parallel.base == "paged" and self.parallel.offload != "none":
+            raise ValueError(
+                "parallel.offload: base and parallel.base: paged exclude each other; leave parallel.offload out"
+            )
         paged = self.optim.name.startswith("paged")
         least = 2 * self.paging.page_bytes
         if paged and self.optim.resident_bytes != "auto" and 0 < self.optim.resident_bytes < least:
             raise ValueError(
-                f"optim.resident_bytes: {self.optim.resident_bytes} is less than two pages, {least}; raise it, "
-                "set it to 0 for just two pages, or lower paging.page_bytes"
+                f"optim.resident_bytes: {self.optim.resident_bytes} is less than two pages, {least}; raise it, set it "
+                "to 0 for just two pages, or lower paging.page_bytes"
             )
         if self.data.group_by_length and self.data.packing != "none":
             raise ValueError(

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from qlora_dist.model.matrices import Matrix
-from qlora_dist.model.stream import Stream, gather_parts
+from qlora_dist.model.stream import Put, Stream, gather_parts
 from qlora_dist.nf4.layout import NF4Layout
 
 
@@ -24,6 +24,8 @@ class Piece:
     start: int
     layout: NF4Layout
     matrix: Matrix
+    put: Put
+    """Keeps bytes of this rank's shard."""
 
     def span(self, shard: int, shards: int) -> tuple[int, int]:
         """The bytes of the matrix that lie in a shard: first, and one past the last; equal where there are none."""
@@ -40,9 +42,9 @@ class Piece:
         return min(first + copy * part_bytes, last), min(first + (copy + 1) * part_bytes, last)
 
 
-def pieces(parameter: torch.Tensor, layout: NF4Layout, matrices: Sequence[Matrix]) -> list[Piece]:
+def pieces(parameter: torch.Tensor, layout: NF4Layout, matrices: Sequence[Matrix], put: Put) -> list[Piece]:
     """The pieces of a parameter, one behind the other."""
-    return [Piece(parameter, i * layout.total_bytes, layout, matrix) for i, matrix in enumerate(matrices)]
+    return [Piece(parameter, i * layout.total_bytes, layout, matrix, put) for i, matrix in enumerate(matrices)]
 
 
 def quantize_in_turn(work: Sequence[Piece], stream: Stream, replicas: DeviceMesh | None, device: torch.device) -> None:
@@ -76,8 +78,8 @@ def quantize_in_turn(work: Sequence[Piece], stream: Stream, replicas: DeviceMesh
             if replicas is not None:
                 padding = -(-(last - first) // copies) - part.numel()
                 part = gather_parts(torch.nn.functional.pad(part, (0, padding)), replicas)[: last - first]
-            local, offset = local_range(piece.parameter)
-            local[piece.start + first - offset[0] :][: last - first].copy_(part)
+            _, offset = local_range(piece.parameter)
+            piece.put(piece.start + first - offset[0], part)
 
 
 def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,11 +16,21 @@ from qlora_dist.adapters.lora import LoraNF4, row_norms
 from qlora_dist.model.deal import Piece, local_range, pieces, quantize_in_turn
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.skeleton import LossModel, decoder_layers, origin_names
-from qlora_dist.model.stream import ShardInFolder, Stream
+from qlora_dist.model.stream import Put, ShardInFolder, Stream
 from qlora_dist.nf4.embedding import NF4Vocabulary
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.read_ahead import Reading
+
+
+class Elsewhere(Protocol):
+    """What keeps the values of some parameters itself; these stay on meta."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it keeps the parameter of that name."""
+
+    def put(self, name: str, first: int, values: torch.Tensor) -> None:
+        """Keep values: [n], of any type and device, as the elements of this rank's shard from `first` on."""
 
 
 def fill(
@@ -29,6 +41,7 @@ def fill(
     replicas: DeviceMesh | None = None,
     offload_base: bool = False,
     progress: Callable[[Reading], None] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> int:
     """Give every parameter and buffer of a skeleton its value.
 
@@ -46,42 +59,48 @@ def fill(
         replicas: 1-D mesh of the ranks that hold the same shard of the base as this one; None: there are no others.
         offload_base: keep the frozen parameters on the CPU; the engine copies them to the device.
         progress: called after each read of this rank.
+        elsewhere: keeps frozen parameters that are to hold no memory themselves.
 
     Returns:
         Bytes read by this rank.
     """
-    _materialize(model, device, offload_base)
+    kept_elsewhere = {name for name, _ in model.named_parameters() if elsewhere is not None and name in elsewhere}
+    _materialize(model, device, offload_base, kept_elsewhere)
     origins, names = model.origins, origin_names(model)
     parameter_names = {id(p): name for name, p in model.named_parameters()}
     shards: list[ShardInFolder] = []
     trained: list[ShardInFolder] = []
     to_quantize: list[Piece] = []
-    in_fewer_bits: list[tuple[torch.Tensor, str]] = []
+    in_fewer_bits: list[tuple[torch.Tensor, str, Put]] = []
     with torch.no_grad():
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 name = parameter_names[id(parameter)]
+                if elsewhere is not None and name in kept_elsewhere:
+                    put: Put = partial(elsewhere.put, name)
+                else:
+                    put = partial(_put, local_range(parameter)[0])
                 if is_lora(name):
                     _fill_adapter(parameter, name, seed)
                 elif isinstance(module, NF4Linear | NF4Experts | NF4Vocabulary) and parameter is module.packed:
                     matrices = model.matrices[names[name]]
                     if matrices[0].name in folder.quantized:
-                        shards.append(_shard(parameter, tuple(matrix.name for matrix in matrices), folder))
+                        shards.append(_shard(parameter, tuple(matrix.name for matrix in matrices), folder, put))
                     else:
-                        to_quantize += pieces(parameter, module.layout, matrices)
+                        to_quantize += pieces(parameter, module.layout, matrices, put)
                 elif (key := origins[names[name]].keys[0]) in folder.quantized:
-                    in_fewer_bits.append((parameter, key))
+                    in_fewer_bits.append((parameter, key, put))
                 elif parameter.requires_grad:
-                    trained.append(_shard(parameter, origins[names[name]].keys, folder))
+                    trained.append(_shard(parameter, origins[names[name]].keys, folder, put))
                 else:
-                    shards.append(_shard(parameter, origins[names[name]].keys, folder))
+                    shards.append(_shard(parameter, origins[names[name]].keys, folder, put))
         buffers = [(buffer, origins[name].keys) for name, buffer in model.named_buffers() if name in origins]
-        shards += [_shard(buffer, keys, folder) for buffer, keys in buffers]
+        shards += [_shard(buffer, keys, folder, partial(_put, buffer)) for buffer, keys in buffers]
         own = [piece.matrix for piece in to_quantize[dist.get_rank() :: dist.get_world_size()]]
         with Stream(folder, shards, own, replicas, device, progress) as stream:
             stream.fill_shards()
-            for parameter, key in in_fewer_bits:
-                _fill_dequantized(parameter, key, stream)
+            for parameter, key, put in in_fewer_bits:
+                _fill_dequantized(parameter, key, stream, put)
             quantize_in_turn(to_quantize, stream, replicas, device)
         with Stream(folder, trained, [], None, device) as others:  # the replicas of the base have other shards of these
             others.fill_shards()
@@ -89,10 +108,13 @@ def fill(
         return stream.bytes_read + others.bytes_read
 
 
-def _materialize(model: LossModel, device: torch.device, offload_base: bool) -> None:
+def _materialize(model: LossModel, device: torch.device, offload_base: bool, kept_elsewhere: set[str]) -> None:
     """Memory for what is on meta, and values for the buffers that no file holds (rotary frequencies)."""
+    elsewhere = {id(parameter) for name, parameter in model.named_parameters() if name in kept_elsewhere}
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:  # as nn.Module.to_empty, with a choice of device
+        if id(tensor) in elsewhere:
+            return torch.empty_like(tensor)
         on_host = offload_base and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         return torch.empty_like(tensor, device="cpu" if on_host else device)
 
@@ -103,15 +125,19 @@ def _materialize(model: LossModel, device: torch.device, offload_base: bool) -> 
             model._init_weights(model.get_submodule(owner))
 
 
-def _shard(parameter: torch.Tensor, keys: tuple[str, ...], folder: ModelFolder) -> ShardInFolder:
+def _put(local: torch.Tensor, first: int, values: torch.Tensor) -> None:
+    local.view(-1)[first : first + values.numel()].copy_(values)
+
+
+def _shard(parameter: torch.Tensor, keys: tuple[str, ...], folder: ModelFolder, put: Put) -> ShardInFolder:
     local, offset = local_range(parameter)
     if keys[0] in folder.quantized or not offset:
-        return ShardInFolder(local, keys, offset[0] if offset else 0)
+        return ShardInFolder(local, keys, offset[0] if offset else 0, put)
     row_bytes = sum(folder.entries[key].nbytes for key in keys) // parameter.shape[0]
-    return ShardInFolder(local, keys, offset[0] * row_bytes)
+    return ShardInFolder(local, keys, offset[0] * row_bytes, put)
 
 
-def _fill_dequantized(parameter: torch.Tensor, key: str, stream: Stream) -> None:
+def _fill_dequantized(parameter: torch.Tensor, key: str, stream: Stream, put: Put) -> None:
     """A parameter that this model keeps in 16 bit and the folder has in 4: the routers of sparse models, which others
     quantize. Every rank reads it whole; they are small.
     """
@@ -119,7 +145,7 @@ def _fill_dequantized(parameter: torch.Tensor, key: str, stream: Stream) -> None
     whole = stream.read_dequantized(key, local.dtype)
     for dim, start in enumerate(offset):
         whole = whole.narrow(dim, start, local.shape[dim])
-    local.copy_(whole)
+    put(0, whole.reshape(-1))
 
 
 def _fill_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:

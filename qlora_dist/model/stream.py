@@ -21,16 +21,22 @@ _EXCHANGED_BYTES = 2**20  # at a time, of all replicas together: gloo keeps up t
 _ALIGNMENT = 8  # bytes, of parts: a multiple of every element
 
 
+Put = Callable[[int, torch.Tensor], None]
+"""Keeps values: [n], of any type and device, as the elements of a shard from a first one on."""
+
+
 @dataclass(frozen=True)
 class ShardInFolder:
     """What a rank holds of a tensor, and which of the tensor's bytes it is."""
 
     local: torch.Tensor
-    """Contiguous, on any device, of the model's type."""
+    """Contiguous, on any device, of the model's type; on meta, if `put` keeps it elsewhere."""
     keys: tuple[str, ...]
     """Of the tensor in the folder; of several that lie one behind the other here, all of one size."""
     start: int
     """First byte, counted from the first of them on; of a 4-bit weight, in its byte vector."""
+    put: Put
+    """Keeps its elements."""
 
 
 class Stream:
@@ -136,8 +142,7 @@ class Stream:
     def _put(self, shard: ShardInFolder, start: int, data: torch.Tensor) -> None:
         """Copy uint8[n] to where its first byte is byte `start` of the shard as it lies in the file."""
         values = data.view(self._dtype(shard))
-        first = start // values.itemsize
-        shard.local.view(-1)[first : first + values.numel()].copy_(values)
+        shard.put(start // values.itemsize, values)
 
     def _part_bytes(self, shard: ShardInFolder) -> int:
         nbytes = self._nbytes(shard)

@@ -40,6 +40,8 @@ class _Slot:
     fetched: bool = False
     """And not used yet."""
     transfer: Future[None] | None = None
+    used: torch.Event | None = None
+    """When another stream than the caller's has done with it."""
 
 
 class Pager:
@@ -115,15 +117,22 @@ class Pager:
         elif not slot.fetched:
             self.counts.hits += 1
         slot.in_use, slot.fetched = True, False
+        self._to_the_end(slot)
         self._fetch_ahead(page, then)
         self._wait(slot)
         return slot.memory[: self.sizes[page]]
 
-    def done(self, page: int, changed: bool) -> None:
-        """Say that a page is not in use any more, and whether it has been changed."""
+    def done(self, page: int, changed: bool, used: torch.Event | None = None) -> None:
+        """Say that a page is not in use any more.
+
+        Args:
+            page: its number.
+            changed: since `use`.
+            used: what the device has to come to first, if that is not on the stream that is current here.
+        """
         slot = self._slot_of(page)
         if slot is not None:
-            slot.in_use = False
+            slot.in_use, slot.used = False, used
             slot.dirty = slot.dirty or changed
 
     def read(self, page: int) -> torch.Tensor:
@@ -154,6 +163,15 @@ class Pager:
             self._store.write(self._starts[page], values)
             self._stored.add(page)
 
+    def write_part(self, page: int, start: int, values: torch.Tensor) -> None:
+        """Replace bytes of a page, from `start` on, by uint8[n] of any device. Counts as no use, as long as none is."""
+        if page in self._staying:
+            self._staying[page][start : start + values.numel()].copy_(values)
+            return
+        assert self._store is not None and self._slot_of(page) is None, "pages are in use"
+        self._store.write(self._starts[page] + start, values.cpu())
+        self._stored.add(page)
+
     def resize(self, budget: int) -> None:
         """Keep to another budget from now on; no page may be in use.
 
@@ -161,9 +179,12 @@ class Pager:
             ValueError: the budget is less than two pages.
         """
         here = [*self._staying, *(slot.page for slot in self._slots if slot.page is not None)]
-        pages = {page: self.read(page) for page in {*here, *self._stored}}
+        pages = {page: self.read(page) for page in here}
         self._staying, self._slots, self.held_bytes = {}, [], 0
         self._plan(budget)
+        for page, memory in self._staying.items():
+            if page not in pages and page in self._stored and self._store is not None:
+                self._store.read(self._starts[page], memory)
         for page, values in pages.items():
             self.write(page, values)
 
@@ -218,10 +239,13 @@ class Pager:
         """The slot that has not been used for longest, of those that are not in use and hold none of `keep`."""
         for slot in self._slots:
             if not slot.in_use and slot.page not in keep:
-                self._slots.remove(slot)
-                self._slots.append(slot)
                 return slot
         return None
+
+    def _to_the_end(self, slot: _Slot) -> None:
+        """The slots are in the order of their last use."""
+        self._slots.remove(slot)
+        self._slots.append(slot)
 
     def _slot_of(self, page: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.page == page), None)
@@ -235,15 +259,27 @@ class Pager:
         if new is not None:
             self.counts.bytes_in += self.sizes[new]
         # the device may not have come to the last use of the slot yet
-        used = self._backend.current_stream().record_event()
-        slot.page, slot.dirty, slot.fetched = page, False, True
-        slot.transfer = self._thread.submit(self._transfer, slot.memory, old, page, new is None, used)
+        used = [slot.used, self._backend.current_stream().record_event()]
+        slot.page, slot.dirty, slot.fetched, slot.used = page, False, True, None
+        self._to_the_end(slot)
+        slot.transfer = self._thread.submit(self._transfer, slot.memory, old, page, new is None, used, slot.transfer)
 
-    def _transfer(self, memory: torch.Tensor, old: int | None, new: int, blank: bool, used: torch.Event) -> None:
-        """In the thread."""
+    def _transfer(
+        self,
+        memory: torch.Tensor,
+        old: int | None,
+        new: int,
+        blank: bool,
+        used: list[torch.Event | None],
+        before: Future[None] | None,
+    ) -> None:
+        """In the thread. `before`: the slot's last one, for a page that nobody waited for; its error is ours."""
         assert self._store is not None
+        if before is not None:
+            before.result()
         with self._backend.stream(self._stream):
-            self._stream.wait_event(used)
+            for event in filter(None, used):
+                self._stream.wait_event(event)
             if old is not None:
                 self._store.write(self._starts[old], memory[: self.sizes[old]])
             if blank:

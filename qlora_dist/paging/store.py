@@ -71,13 +71,15 @@ class FileStore:
             self._file, path = tempfile.mkstemp(prefix="qlora-dist-", suffix=".pages", dir=folder)
             os.unlink(path)  # noqa: PTH108 (nobody else opens it, and nothing is left of it however this process ends)
         except OSError as error:
-            raise UserError(f"{folder}: cannot make a file for {what} there ({error.strerror}); {remedy}") from None
+            raise UserError(
+                f"{folder}: cannot make a file for {what} there ({error.strerror}); {remedy}", one_rank=True
+            ) from None
         try:
             os.posix_fallocate(self._file, 0, nbytes)
         except OSError as error:
             os.close(self._file)
             raise UserError(
-                f"{folder}: no room for {nbytes / 2**30:.3g} GiB of {what} ({error.strerror}); {remedy}"
+                f"{folder}: no room for {nbytes / 2**30:.3g} GiB of {what} ({error.strerror}); {remedy}", one_rank=True
             ) from None
         self._staged = device.type != "cpu"
 

@@ -8,6 +8,7 @@ moves any of this, tests/parallel/test_fsdp_internals.py fails and this file is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,9 @@ try:
         FSDPMeshInfo,
         HSDPMeshInfo,
         ShardPlacementResult,
+        TrainingState,
     )
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 except ImportError as error:  # pragma: no cover (another torch)
     raise ImportError(
@@ -31,6 +34,14 @@ except ImportError as error:  # pragma: no cover (another torch)
 
 OnCollective = Callable[[str, str, int], None]
 """Told of each collective: its name, the mesh dimension, and the bytes this rank receives in it."""
+
+
+Pass = Literal["forward", "backward"]
+GetPage = Callable[[Pass], torch.Tensor]
+"""Gives a unit's page, on its device, for the pass that needs it: uint8[n]."""
+PageDone = Callable[[torch.Event | None], None]
+"""Told when the page has been read, or will have been when the device has come to an event of another stream."""
+ALIGNMENT = 16  # bytes, of a shard in a page: a multiple of every element
 
 
 class MeshPlacement:
@@ -73,6 +84,79 @@ def keep_trained_on_device(unit: FSDPModule) -> None:
             group.offload_policy = OffloadPolicy()
             for parameter in group.fsdp_params:
                 parameter.offload_to_cpu = parameter.pin_memory = False
+
+
+def frozen_shards(unit: FSDPModule) -> list[tuple[nn.Parameter, int, int]]:
+    """A unit's frozen parameters, as they lie one behind the other in a page.
+
+    Returns:
+        Of each: the parameter, where this rank's shard begins, and how many bytes it has, with what FSDP2 pads.
+    """
+    shards, start = [], 0
+    for group in _groups(unit):
+        for parameter in group.fsdp_params:
+            if not parameter.sharded_param.requires_grad:
+                nbytes = parameter._sharded_param_data.nbytes
+                shards.append((parameter.sharded_param, start, nbytes))
+                start += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return shards
+
+
+def page_frozen(unit: FSDPModule, get_page: GetPage, page_done: PageDone) -> None:
+    """Have a unit take its frozen shards from a page, whenever it gathers them. The parameters stay on meta.
+
+    A page is asked for at the moment in which FSDP2 reads the shards, and is done with when it has: with several ranks
+    in `unshard`, which copies them into the all-gather's buffer, on one rank in `wait_for_unshard`. So one page is in
+    use at a time, whatever FSDP2 prefetches.
+
+    Args:
+        unit: sharded; its parameters on meta.
+        get_page: gives the bytes as `frozen_shards` says they lie.
+        page_done: called after each `get_page`.
+    """
+    starts = {id(parameter): (start, nbytes) for parameter, start, nbytes in frozen_shards(unit)}
+    for group in _groups(unit):
+        frozen = [(p, *starts[id(p.sharded_param)]) for p in group.fsdp_params if id(p.sharded_param) in starts]
+        if frozen:
+            _page_group(group, frozen, get_page, page_done)
+
+
+def _page_group(
+    group: FSDPParamGroup, frozen: list[tuple[FSDPParam, int, int]], get_page: GetPage, page_done: PageDone
+) -> None:
+    unshard, wait_for_unshard = group.unshard, group.wait_for_unshard
+    assert isinstance(group.mesh_info, FSDPMeshInfo)
+    alone = group.mesh_info.shard_mesh_size == 1
+    on_meta = [parameter._sharded_param_data for parameter, _, _ in frozen]
+
+    def with_page(read: Callable[[], None], used_on: Callable[[], torch.Event | None]) -> None:
+        page = get_page("backward" if group._training_state == TrainingState.PRE_BACKWARD else "forward")
+        for (parameter, start, nbytes), blank in zip(frozen, on_meta, strict=True):
+            parameter._sharded_param_data = page[start : start + nbytes].view(blank.dtype)
+        read()
+        page_done(used_on())
+        for (parameter, _, _), blank in zip(frozen, on_meta, strict=True):
+            parameter._sharded_param_data = blank
+
+    def paged_unshard(async_op: bool = False) -> None:
+        def copied_in() -> torch.Event:
+            stream, _ = group.comm_ctx.get_all_gather_streams(async_op, group._training_state)
+            return stream.record_event()
+
+        reads = not alone and group._all_gather_result is None and not group.is_unsharded
+        if reads:
+            with_page(lambda: unshard(async_op), copied_in)
+        else:
+            unshard(async_op)
+
+    def paged_wait_for_unshard() -> None:
+        if alone and group._all_gather_result is not None:
+            with_page(wait_for_unshard, lambda: None)
+        else:
+            wait_for_unshard()
+
+    group.unshard, group.wait_for_unshard = paged_unshard, paged_wait_for_unshard
+    group._validate_no_meta_params = lambda: None  # it wants frozen ones to hold memory
 
 
 def _groups(unit: nn.Module) -> Iterator[FSDPParamGroup]:

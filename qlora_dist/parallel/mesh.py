@@ -55,9 +55,10 @@ def mesh_sizes(config: ParallelConfig, ranks: Ranks) -> MeshSizes:
         UserError: the base's mesh does not divide the world, or nodes are unequal.
     """
     world, node = ranks.world_size, ranks.local_world_size
-    if "node" in (config.base, config.adapter) and world % node:
+    by_node = {"node", "paged"} & {config.base, config.adapter}
+    if by_node and world % node:
         raise UserError(f"parallel: {world} ranks are not a multiple of the {node} on this node; start equal nodes")
-    named = {"replicate": 1, "node": node, "world": world}
+    named = {"replicate": 1, "node": node, "paged": node, "world": world}
     base = config.base if isinstance(config.base, int) else named[config.base]
     if world % base:
         divisors = [str(n) for n in range(1, world + 1) if world % n == 0]

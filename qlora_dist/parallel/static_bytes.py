@@ -13,14 +13,21 @@ from qlora_dist.parallel.mesh import MeshSizes
 TOLERANCE = 0.01
 
 
-def check_static_bytes(model: nn.Module, sizes: MeshSizes) -> int:
+def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, budget: int = 0) -> int:
     """Refuse to run when a rank holds more than its share: silent replication is this field's worst bug.
 
     The share is the base's bytes / base_shards + the adapters' bytes / adapter_shards, within 1 %, plus what
-    FSDP2 pads: parameters are cut in whole rows, and every rank has the largest number of them.
+    FSDP2 pads: parameters are cut in whole rows, and every rank has the largest number of them. Parameters whose
+    shards are in pages are on meta; their sizes are compared all the same.
+
+    Args:
+        model: sharded and filled.
+        sizes: how the world is cut.
+        in_pages: bytes of pages that this rank has on its device.
+        budget: the most that these may be.
 
     Returns:
-        Bytes that this rank holds.
+        Bytes that this rank holds, the pages among them.
 
     Raises:
         RuntimeError: with the largest offenders' names. That is a bug of ours, not of the user's.
@@ -35,7 +42,9 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes) -> int:
         share += whole / shards
         padding += padded - whole / shards
         excess[name] = _storage(parameter).nbytes() - padded
-    held = static_bytes(model)
+    if in_pages > budget:
+        raise RuntimeError(f"this rank holds {in_pages:,} bytes of pages where its budget is {budget:,}")
+    held = sum(s.nbytes() for s in _storages(model))
     buffers = sum(b.nbytes for b in model.buffers())  # rotary frequencies, on every rank
     if held > share * (1 + TOLERANCE) + padding + buffers:
         worst = sorted(excess, key=excess.__getitem__, reverse=True)[:3]
@@ -43,13 +52,17 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes) -> int:
             f"this rank holds {held:,} bytes where its share is {share:,.0f}; the largest excess is in "
             + ", ".join(f"{name} (+{excess[name]:,.0f})" for name in worst)
         )
-    return held
+    return static_bytes(model) + in_pages
 
 
 def static_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that a model's modules hold on this rank, each storage once, shards padded as they are."""
-    storages = {s.data_ptr(): s.nbytes() for s in map(_storage, _tensors(model))}
-    return sum(storages.values())
+    return sum(s.nbytes() for s in _storages(model) if s.device.type != "meta")
+
+
+def _storages(model: nn.Module) -> list[torch.UntypedStorage]:
+    storages = [_storage(tensor) for tensor in _tensors(model)]
+    return list({s._cdata if s.device.type == "meta" else s.data_ptr(): s for s in storages}.values())
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -16,6 +16,8 @@ from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.moments import Moments
 from qlora_dist.optim.schedule import learning_rate
+from qlora_dist.paging.pager import Counts
+from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.parallel.traffic import Traffic
 from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import Checkpoints, Start
@@ -43,6 +45,10 @@ class History:
     """Of the steps that this process has done."""
     comm_bytes: dict[str, int] = field(default_factory=dict)
     """This rank's, received in the last step, by mesh dimension."""
+    fetched_bytes: int = 0
+    """Of the base's layers, by this rank in the last step."""
+    stalls: list[float] = field(default_factory=list)
+    """Of each step the share of its time in which this rank waited for a layer of the base."""
 
 
 def train_loop(
@@ -53,6 +59,7 @@ def train_loop(
     traffic: Traffic,
     console: RunConsole,
     run_dir: RunDir | None,
+    pages: PagedLayers | None = None,
 ) -> History:
     """Train the adapters, from `start` to the last step or until somebody asks to stop.
 
@@ -64,6 +71,7 @@ def train_loop(
         traffic: what the model's collectives are counted in.
         console: for progress.
         run_dir: where metrics go; None on ranks other than 0.
+        pages: of the base; None: it is not paged.
 
     Raises:
         UserError: too many steps in a row were not finite.
@@ -104,11 +112,16 @@ def train_loop(
         if run_dir is not None:
             run_dir.log(metrics)
 
+    def forget() -> None:
+        traffic.take()
+        if pages is not None:
+            pages.pager.take_counts()
+
     if progress.step == 0 and (first := held_out(0)):
         log({"step": 0, **first})
     asked = traffic.all_reduce(torch.tensor(requests.flags(0.0, 0.0), dtype=torch.float64)).tolist()
     history.stop = reason(asked)
-    traffic.take()
+    forget()
     step_s = 0.0
     console.start_steps(setup.steps, progress.step)
     model.train()
@@ -150,14 +163,18 @@ def train_loop(
                     progress = history.progress = before
                     if run_dir is not None:
                         run_dir.go_back(progress.step)
-                    traffic.take()  # the bytes of a step that is undone are no other step's
+                    forget()  # the bytes of a step that is undone are no other step's
                     continue
         progress.count(result.loss, tokens, result.finite, spike)
         step_s = time.perf_counter() - started
 
         history.tokens_per_s.append(tokens / step_s)
         history.comm_bytes = traffic.take()
-        peak, paging = peak_bytes(setup.device), moments.pager.take_counts()
+        paging = moments.pager.take_counts()
+        base_paging = pages.pager.take_counts() if pages is not None else Counts()
+        history.fetched_bytes = base_paging.bytes_in
+        history.stalls.append((paging.stall_s + base_paging.stall_s) / step_s)
+        peak = peak_bytes(setup.device)
         console.step(progress.step, result.loss, lr, tokens / step_s, peak)
         log(
             {
@@ -176,6 +193,7 @@ def train_loop(
                 "resident_bytes": moments.resident_bytes,
                 "paged_bytes": moments.paged_bytes,
                 "paging": asdict(paging),
+                **_paging(pages, base_paging),
                 **held_out(progress.step),
             }
         )
@@ -191,11 +209,16 @@ def train_loop(
             beat(progress.step, "saving a checkpoint")
             checkpoints.save(progress)
         requests.answered(asked)
-        traffic.take()  # the bytes of an evaluation or a checkpoint are no step's
+        forget()  # the bytes of an evaluation or a checkpoint are no step's
     console.stop()
     beat(progress.step, "saving a checkpoint")
     checkpoints.close()
     return history
+
+
+def _paging(pages: PagedLayers | None, counts: Counts) -> dict[str, Any]:
+    """What metrics say of a base that is paged."""
+    return {} if pages is None else {"base_paging": asdict(counts), "base_resident_bytes": pages.held_bytes}
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -22,11 +22,21 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def free_bytes(device: torch.device, local_world_size: int) -> int:
+    """What a rank can have of a device: on CUDA what is free of it (not run on a GPU), on the CPU its part of the
+    memory that the system has available, and the cgroups that this process is in. 0 where nobody knows.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = _kilobytes("/proc/meminfo").get("MemAvailable", 0)
+    return min(available, *_free_in_cgroups()) // local_world_size
+
+
 def left_bytes(device: torch.device, held: int, local_world_size: int) -> int:
     """How much of a device's memory something can have that holds `held` bytes of it, if the rest grows no more.
 
     On CUDA what the allocator has not reserved, and it has reserved the peak (not run on a GPU). On the CPU what the
-    system has available, shared with the node's other ranks, less what this process had at its peak and has given back.
+    rank can have of it (`free_bytes`), less what this process had at its peak and has given back.
     A twentieth of all memory stays free.
 
     Args:
@@ -37,12 +47,29 @@ def left_bytes(device: torch.device, held: int, local_world_size: int) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return held + free - total // 20
-    memory = _kilobytes("/proc/meminfo")
+    total = _kilobytes("/proc/meminfo").get("MemTotal", 0)
     own = _kilobytes("/proc/self/status")
-    if "MemAvailable" not in memory or "VmRSS" not in own:
+    if not total or "VmRSS" not in own:
         return held
-    available = memory["MemAvailable"] - memory["MemTotal"] // 20
-    return held + available // local_world_size - (own["VmHWM"] - own["VmRSS"])
+    return held + free_bytes(device, local_world_size) - total // 20 // local_world_size - (own["VmHWM"] - own["VmRSS"])
+
+
+def _free_in_cgroups() -> list[int]:
+    """Up to the limits of the process's cgroups (version 2), its own and those around it; cached files can go."""
+    free = [sys.maxsize]
+    try:
+        path = Path("/proc/self/cgroup").read_text().strip().rpartition("0::/")[2]
+        root = Path("/sys/fs/cgroup")
+        for folder in (root / path, *(root / path).parents):
+            if root not in folder.parents or not (folder / "memory.max").exists():
+                continue
+            limit = (folder / "memory.max").read_text().strip()
+            files = re.search(r"^file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+            if limit != "max" and files:
+                free.append(int(limit) - int((folder / "memory.current").read_text()) + int(files[1]))
+    except OSError:
+        pass
+    return free
 
 
 def _kilobytes(path: str) -> dict[str, int]:

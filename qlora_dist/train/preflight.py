@@ -20,7 +20,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.parallel.exchange import gather_json
 
-MAY_DIFFER = ("data.cache", "data.workers")
+MAY_DIFFER = ("data.cache", "data.workers", "paging.dir")
 """Keys whose values are a node's own affair."""
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 _LONGEST = 80

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import torch
 
@@ -11,16 +11,19 @@ from qlora_dist.adapters.export import export_adapter
 from qlora_dist.config import Config
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
+from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.nf4.read_ahead import Reading
 from qlora_dist.optim.moments import Moments
 from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes
 from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import find_start
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.loop import train_loop
+from qlora_dist.train.memory import free_bytes
 from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
@@ -72,13 +75,15 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
         beat(phase="loading")
         console.loaded(reading)
 
+    pages = _page_base(setup, console)
     console.start_loading()
-    fill(model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, loaded)
-    static_bytes = check_static_bytes(model, setup.sizes)
+    fill(model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, loaded, pages)
+    in_pages = (pages.held_bytes, pages.budget) if pages is not None else (0, 0)
+    static_bytes = check_static_bytes(model, setup.sizes, *in_pages)
     console.say_loaded(static_bytes)
 
-    with closing(moments):
-        history = train_loop(model, moments, setup, start, traffic, console, run_dir)
+    with closing(moments), closing(pages) if pages is not None else nullcontext():
+        history = train_loop(model, moments, setup, start, traffic, console, run_dir, pages)
     step = history.progress.step
     if history.stop is not None:
         marker = STOPPED if history.stop in BY_HAND else REQUEUE
@@ -91,3 +96,15 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     summarize(setup, history, static_bytes, time.perf_counter() - started, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE, step, "last step")
+
+
+def _page_base(setup: Setup, console: RunConsole) -> PagedLayers | None:
+    """Take the room for the decoder layers, on the device and behind it, before any weight is read."""
+    parallel = setup.config.parallel
+    if parallel.base != "paged":
+        return None
+    free = free_bytes(setup.device, setup.ranks.local_world_size)
+    layers = list(decoder_layers(setup.model))
+    pages = PagedLayers(setup.model, layers, setup.device, parallel.resident_bytes, free, setup.config.paging)
+    console.say(pages.sentence())
+    return pages

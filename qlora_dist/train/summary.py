@@ -64,6 +64,8 @@ def summarize(
         "static_bytes": _of_all_ranks(static_bytes, setup.device),
         "peak_bytes": _of_all_ranks(peak_bytes(setup.device), setup.device),
         "comm_bytes_per_step": history.comm_bytes,
+        "base_fetched_bytes_per_step": history.fetched_bytes,
+        "base_stall_share": statistics.median(history.stalls or [0.0]),
         "adapter": str(run_path(setup.config.run) / "adapter"),
         "wall_s": wall_s,
     }
@@ -85,6 +87,11 @@ def _table(summary: dict[str, Any]) -> Table:
     table.add_row("peak per rank", ", ".join(map(gib, summary["peak_bytes"])))
     traffic = ", ".join(f"{dim} {gib(nbytes)}" for dim, nbytes in summary["comm_bytes_per_step"].items())
     table.add_row("received per step", f"{traffic or 'nothing'} (rank 0)")
+    if summary["base_fetched_bytes_per_step"]:
+        fetched, stall = gib(summary["base_fetched_bytes_per_step"]), 100 * summary["base_stall_share"]
+        table.add_row(
+            "fetched per step", f"{fetched} of the base's layers, {stall:.0f} % of the time spent waiting (rank 0)"
+        )
     table.add_row("adapter", Text(summary["adapter"]))
     table.add_row("time", f"{summary['wall_s']:.0f} s")
     return table

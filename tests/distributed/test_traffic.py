@@ -23,6 +23,7 @@ from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.moments import Moments
 from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.plan.shapes import decoder_units
 from qlora_dist.plan.traffic import Sharding, step_traffic
@@ -37,6 +38,7 @@ LAYOUTS = [
     (4, 2, "node", "node"),
     (4, 1, "replicate", "world"),
     (4, 2, "world", "node"),
+    (4, 2, "paged", "world"),
 ]
 
 
@@ -79,7 +81,11 @@ def two_steps(config: Config) -> tuple[list[Collective], dict[str, int], int]:
     with process_group(ranks, setup.device):
         meshes = build_meshes(setup.sizes, "cpu")
         traffic = parallelize(setup.model, meshes, config)
-        fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
+        pages = None
+        if config.parallel.base == "paged":
+            layers = list(setup.model.model.layers)
+            pages = PagedLayers(setup.model, layers, setup.device, 0, 0, config.paging)
+        fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, elsewhere=pages)
         shards = AdapterShards(setup.model)
         moments = Moments(shard_sizes(setup.model), config.optim, config.paging, setup.device)
         optimizer = PagedAdamW(shards.local, moments, config.optim)
@@ -119,7 +125,7 @@ def test_counted_sent_and_planned_bytes_are_equal(
     results = run_ranks(world_size, two_steps, config, nodes=nodes)
 
     per_node = world_size // nodes
-    shards = {"replicate": 1, "node": per_node, "world": world_size}
+    shards = {"replicate": 1, "node": per_node, "world": world_size, "paged": per_node}
     sharding = Sharding(world_size, shards[base], shards[adapter])
     units = decoder_units(json.loads((Path(config.model.base) / "config.json").read_text()), config.lora)
     for wire, counted, accumulation in results:

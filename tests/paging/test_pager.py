@@ -133,6 +133,24 @@ def test_there_and_back_the_last_pages_of_a_pass_are_the_first_of_the_next() -> 
     pager.close()
 
 
+@given(pages=st.integers(3, 12), budget=st.integers(2, 12), ahead=st.integers(0, 4))
+def test_there_and_back_each_way_misses_but_what_is_in_the_slots(pages: int, budget: int, ahead: int) -> None:
+    """Of the pages that move, each way fetches all but as many as there are slots: none too early, none twice."""
+    pager = Pager([10] * pages, CPU, 10 * budget, make_store, ahead)
+    for page in range(pages):
+        pager.write(page, torch.full((10,), page, dtype=torch.uint8))
+    order = [*range(pages), *reversed(range(pages))]
+    slots, moving = len(pager._slots), len(pager.moving)
+    for first_time in (True, False, False):
+        for index, page in enumerate(order):
+            then = dict.fromkeys([*order[index + 1 :], *order[:index]])
+            assert pager.use(page, then=[other for other in then if other != page])[0] == page
+            pager.done(page, changed=False)
+        fetched = 2 * (moving - slots) + (slots if first_time else 0)
+        assert pager.take_counts().bytes_in == 10 * fetched
+    pager.close()
+
+
 def test_fetching_ahead_hides_the_time_of_a_store() -> None:
     """The reason for it all: at half the budget, less than half of the waiting that there is without."""
     stalls = {}
@@ -160,6 +178,35 @@ def test_a_store_that_fails_is_an_error_and_not_a_wrong_page() -> None:
     pager = Pager([10] * 5, CPU, 20, lambda nbytes: Failing(nbytes, CPU))
     with pytest.raises(OSError, match="the disk is gone"):
         passes(pager, 3)
+    pager.close()
+
+
+def test_a_page_that_could_not_be_written_back_is_an_error_also_if_nobody_waits_for_it() -> None:
+    class Full(HostStore):
+        def write(self, start: int, values: torch.Tensor) -> None:
+            raise OSError("the disk is gone")
+
+    pager = Pager([10] * 5, CPU, 20, lambda nbytes: Full(nbytes, CPU))
+    pager.use(0, then=[1])
+    pager.done(0, changed=True)
+    pager.use(1, then=[2])  # 2 takes the place of 0, which fails; and 3 the place of 2, which nobody has asked for
+    pager.done(1, changed=False)
+    pager.use(1, then=[3])
+    pager.done(1, changed=False)
+    with pytest.raises(OSError, match="the disk is gone"):
+        pager.use(3)
+    pager.close()
+
+
+def test_a_page_can_be_written_in_parts() -> None:
+    pager = Pager([10] * 6, CPU, 40, make_store)
+    for page in range(6):
+        for start in (0, 7):
+            pager.write_part(page, start, torch.full((3,), page + start, dtype=torch.uint8))
+    for page in range(6):
+        expected = [page] * 3 + [0] * 4 + [page + 7] * 3
+        assert pager.read(page).tolist() == pager.use(page).tolist() == expected
+        pager.done(page, changed=False)
     pager.close()
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.parallel.fsdp_internals import (
     MeshPlacement,
+    Pass,
     _groups,
     _shard_dim_name,
+    frozen_shards,
     keep_trained_on_device,
     observe_collectives,
+    page_frozen,
 )
 from qlora_dist.parallel.process_group import process_group
 
@@ -58,6 +63,61 @@ def two_meshes_in_one_unit() -> None:
         expected = 2 * (x @ unit[0].weight.full_tensor().T).sum(0).expand(2, 4)  # summed over ranks, not averaged
         torch.testing.assert_close(gradient, expected)
         torch.testing.assert_close(unit[1].weight.full_tensor(), whole)
+
+
+def paged_units() -> None:
+    """Two layers of one frozen and one trained matrix, the frozen one's bytes in a page: against plain tensors."""
+    with process_group(ranks_from_environment(), torch.device("cpu")):
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("world",))
+        torch.manual_seed(0)
+        frozen, trained = ([torch.randn(5, 5, requires_grad=learns) for _ in range(2)] for learns in (False, True))
+        with torch.device("meta"):
+            layers = [nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)) for _ in range(2)]
+        model = nn.Sequential(*layers)
+        events: list[tuple[str, int, str]] = []
+        for index, layer in enumerate(layers):
+            layer[0].requires_grad_(False)
+            fully_shard(layer, mesh=mesh)
+            ((parameter, start, nbytes),) = frozen_shards(layer)
+            assert (start, nbytes) == (0, -(-5 // ranks) * 5 * 4) and parameter.device.type == "meta"
+            whole = torch.nn.functional.pad(frozen[index], (0, 0, 0, 1))  # to what two ranks hold together
+            page = whole[rank * nbytes // 20 :][: nbytes // 20].reshape(-1).view(torch.uint8)
+
+            def get_page(which: Pass, index: int = index, page: torch.Tensor = page) -> torch.Tensor:
+                events.append(("used", index, which))
+                return page
+
+            def page_done(used: torch.Event | None, index: int = index) -> None:
+                events.append(("done", *events[-1][1:]))
+
+            page_frozen(layer, get_page, page_done)
+        fully_shard(model, mesh=mesh)
+        for index, layer in enumerate(layers):
+            empty = torch.empty(layer[1].weight.to_local().shape)
+            layer[1].weight = nn.Parameter(
+                DTensor.from_local(empty, mesh, [Shard(0)], shape=torch.Size([5, 5]), stride=(5, 1))
+            )
+            empty.copy_(trained[index].detach()[rank * -(-5 // ranks) :][: len(empty)])
+        layers[0].set_modules_to_forward_prefetch([layers[1]])
+        layers[1].set_modules_to_backward_prefetch([layers[0]])
+        x = torch.randn(3, 5)
+        for _ in range(2):
+            model(x).sum().backward()
+        expected, order = x, [(0, "forward"), (1, "forward"), (1, "backward"), (0, "backward")]
+        for w, v in zip(frozen, trained, strict=True):
+            expected = expected @ w.T @ v.T
+        expected.sum().backward()
+        for layer, v in zip(layers, trained, strict=True):
+            torch.testing.assert_close(layer[1].weight.grad.full_tensor(), 2 * v.grad)
+            assert layer[0].weight.device.type == "meta"
+        # one at a time, in spite of prefetching, and each once for each pass
+        assert events == 2 * [(what, *use) for use in order for what in ("used", "done")]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_unit_takes_its_frozen_shards_from_a_page(ranks: int) -> None:
+    run_ranks(ranks, paged_units)
 
 
 def test_parameters_of_one_unit_lie_on_two_meshes() -> None:

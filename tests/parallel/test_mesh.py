@@ -16,6 +16,7 @@ from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
         ("replicate", "world", (8, 1, 8)),
         ("node", "world", (8, 4, 8)),
         ("world", "world", (8, 8, 8)),
+        ("paged", "world", (8, 4, 8)),
         (2, "node", (8, 2, 4)),
     ],
 )

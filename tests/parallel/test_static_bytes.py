@@ -19,6 +19,7 @@ from qlora_dist.model.folder import ModelFolder
 from qlora_dist.nf4 import read_ahead
 from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes, static_bytes
 from qlora_dist.train.setup import set_up
@@ -105,6 +106,45 @@ def test_replication_is_refused(tamper: str, config_path: Path) -> None:
     config = load_config(config_path, ["parallel.base=world"])
     for result in run_ranks(2, load, config, tamper):
         assert "holds" in str(result["held"]) and "share" in str(result["held"])
+
+
+def load_paged(config: Config, tamper: bool) -> tuple[int | str, int, int]:
+    """Load with pages; then, perhaps, leave gathered what is paged. Held bytes, those of pages, those of the rest."""
+    ranks = ranks_from_environment()
+    setup = set_up(config, ranks)
+    with process_group(ranks, torch.device("cpu")):
+        meshes = build_meshes(setup.sizes, "cpu")
+        parallelize(setup.model, meshes, config)
+        layers = list(setup.model.model.layers)
+        pages = PagedLayers(setup.model, layers, setup.device, config.parallel.resident_bytes, 0, config.paging)
+        fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, elsewhere=pages)
+        rest = static_bytes(setup.model)
+        if tamper:
+            layers[0].unshard()
+            layers[1].mlp.kept = layers[0].mlp.gate_proj.get_base_layer().packed.detach().clone()
+            layers[0].reshard()
+        try:
+            held: int | str = check_static_bytes(setup.model, setup.sizes, pages.held_bytes, pages.budget)
+        except RuntimeError as error:
+            held = str(error)
+        pages.close()
+        return held, pages.held_bytes, rest
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_of_paged_layers_a_rank_holds_its_budget(world_size: int, config_path: Path) -> None:
+    config = load_config(config_path, ["parallel.base=paged", "parallel.resident_bytes=0"])
+    everything = [result["held"] for result in run_ranks(world_size, load, load_config(config_path, []))]
+    for (held, in_pages, rest), whole in zip(run_ranks(world_size, load_paged, config, False), everything, strict=True):
+        assert held == in_pages + rest
+        # the rest is held as ever, and two of four layers
+        assert int(whole) - int(held) == pytest.approx(in_pages, rel=0.01)
+
+
+def test_replication_of_paged_layers_is_refused(config_path: Path) -> None:
+    config = load_config(config_path, ["parallel.base=paged", "parallel.resident_bytes=0"])
+    for held, _, _ in run_ranks(2, load_paged, config, True):
+        assert "holds" in str(held) and "share" in str(held)
 
 
 @pytest.mark.parametrize("base", ["world", "node", "replicate"])

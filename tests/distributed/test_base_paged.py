@@ -1,0 +1,261 @@
+"""If this fails, a base that does not fit on its device trains something else than one that does, or does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from ranks import run_ranks
+
+import qlora_dist.train.run as run_module
+from qlora_dist.config import Config
+from qlora_dist.config_file import load_config
+from qlora_dist.errors import UserError
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
+from qlora_dist.model.skeleton import build_skeleton, decoder_layers
+from qlora_dist.train.run import train
+from qlora_dist.train.run_dir import RunDir, run_path
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = 8
+PAGED = ("parallel.base=paged", "parallel.resident_bytes=0")
+"""Room for two of eight layers."""
+
+
+def write(folder: Path, **settings: Any) -> Path:
+    base = quantize_folder(
+        tiny.make_model(folder / "source", hidden_size=32, intermediate_size=80, head_dim=8, **settings),
+        folder / "nf4",
+        QuantizeOptions(),
+    ).out
+    return tiny.make_config(
+        folder,
+        base,
+        data__seq_len=48,
+        train__steps=3,
+        train__global_batch=8,
+        train__micro_batch=2,
+        train__eval_every=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("paged"), num_hidden_layers=LAYERS)
+
+
+def resolve(config: Path, ranks: int, *overrides: str) -> Config:
+    return load_config(config, [*overrides, f"run.name=run-{ranks}-{abs(hash(overrides))}"])
+
+
+def metrics(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(config: Config) -> list[list[float]]:
+    """All that a run computes: losses, held-out losses, norms of gradients."""
+    return [[row[key] for row in metrics(config) if key in row] for key in ("loss", "eval_loss", "grad_norm")]
+
+
+def check_equal(config: Path, ranks: int, *overrides: str, nodes: int = 1) -> Config:
+    """Train with a base that fits, and with one that is paged: bit for bit the same."""
+    overrides = (f"train.micro_batch={min(2, 8 // ranks // 2)}", *overrides)  # two or more micro-batches
+    plain = resolve(config, ranks, "parallel.base=node", *(o for o in overrides if not o.startswith("paging")))
+    paged = resolve(config, ranks, *PAGED, *overrides)
+    for resolved in (plain, paged):
+        run_ranks(ranks, train, resolved, nodes=nodes)
+    assert numbers(paged) == numbers(plain)
+    assert numbers(plain)[0][-1] < numbers(plain)[0][0]  # something was trained
+    assert all(row["base_paging"]["bytes_in"] > 0 for row in metrics(paged)[1:])
+    return paged
+
+
+def test_losses_are_those_of_a_base_that_fits(config: Path) -> None:
+    check_equal(config, 1)
+
+
+SOURCE = "model.base={source}"  # quantized on the way
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "nodes", "overrides"),
+    [
+        (1, 1, (SOURCE, "model.compute_dtype=bf16", "train.checkpointing=none", "parallel.prefetch=0")),
+        (1, 1, ("parallel.prefetch=2", "paging.ahead=0", "paging.to=host")),
+        (2, 1, ("model.compute_dtype=bf16", "paging.ahead=3", "train.checkpointing=2")),
+        (2, 1, (SOURCE, "parallel.prefetch=2", "train.checkpointing=none")),
+        (3, 1, ("parallel.prefetch=0", "lora.dora=true", "train.global_batch=6")),
+        (4, 2, (SOURCE, "parallel.adapter=node")),
+        (2, 2, ("paging.ahead=2",)),
+    ],
+    ids=str,
+)
+def test_losses_are_those_of_a_base_that_fits_whatever_else_is_set(
+    ranks: int, nodes: int, overrides: tuple[str, ...], config: Path
+) -> None:
+    check_equal(config, ranks, *(o.format(source=config.parent / "source") for o in overrides), nodes=nodes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [
+        ("Qwen2", {}),  # biases in the layers
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("Llama", {"tie_word_embeddings": True}),
+    ],
+)
+def test_other_architectures(arch: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    check_equal(write(tmp_path, arch=arch, num_hidden_layers=4, **settings), 2)
+
+
+def layer_bytes(config: Config, ranks: int) -> int:
+    """Of each layer, on each of so many ranks: whole rows, each shard up to the next multiple of 16 bytes."""
+    model = build_skeleton(ModelFolder(config.model.base), config.model)
+    sizes = set()
+    for layer in decoder_layers(model):
+        shards = [-(-p.shape[0] // ranks) * (p.nbytes // p.shape[0]) for p in layer.parameters()]
+        sizes.add(sum(-(-nbytes // 16) * 16 for nbytes in shards))
+    (size,) = sizes
+    return size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "staying", "ahead"), [(1, 0, 1), (1, 3, 1), (1, 1, 2), (2, 3, 0), (2, 0, 3), (1, LAYERS, 1)]
+)
+def test_bytes_fetched_are_those_of_layers_that_are_not_there(
+    ranks: int, staying: int, ahead: int, config: Path
+) -> None:
+    """Forward and backward each fetch all layers but those that stay and, where they turn, those that are in slots."""
+    size = layer_bytes(load_config(config), ranks)
+    slots = max(2, 1 + ahead) if staying else 2  # the least budget has room for no more
+    budget = 0 if not staying else LAYERS * size if staying == LAYERS else (staying + slots) * size
+    overrides = ("parallel.base=paged", f"parallel.resident_bytes={budget}", f"paging.ahead={ahead}")
+    paged = resolve(config, ranks, *overrides, "train.eval_every=0", "train.micro_batch=2")
+    run_ranks(ranks, train, paged)
+    accumulation = 8 // 2 // ranks
+    expected = accumulation * 2 * max(0, LAYERS - staying - slots) * size
+    row = metrics(paged)[2]  # the step that no evaluation precedes
+    assert row["base_paging"]["bytes_in"] == expected
+    assert row["base_paging"]["bytes_out"] == 0
+    assert row["base_resident_bytes"] == (budget or 2 * size)
+    summary = json.loads((run_path(paged.run) / "summary.json").read_text())
+    assert 0 <= summary["base_stall_share"] < 1
+
+
+def train_until(config: Config, step: int) -> None:
+    """A wish to stop is seen at the end of the next step."""
+    log = RunDir.log
+
+    def logged(self: RunDir, row: dict[str, Any]) -> None:
+        log(self, row)
+        if row["step"] == step - 1:
+            (run_path(config.run) / "STOP").touch()
+
+    RunDir.log = logged  # type: ignore[method-assign]
+    train(config)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_a_base_that_is_paged_and_then_without(config: Path) -> None:
+    settings = ("train.steps=5", "train.micro_batch=8")
+    undisturbed = resolve(config, 1, "parallel.base=node", *settings)
+    run_ranks(1, train, undisturbed)
+    plain = load_config(config, ["run.name=resumed", "parallel.base=node", *settings])
+    paged = load_config(config, ["run.name=resumed", *PAGED, "paging.ahead=2", *settings])
+    run_ranks(1, train_until, plain, 2)
+    run_ranks(1, train_until, paged, 4)
+    run_ranks(1, train, plain)
+    assert numbers(plain)[0] == numbers(undisturbed)[0]
+    assert ["base_paging" in row for row in metrics(plain)[1:]] == [False, False, True, True, False]
+
+
+def wrong(config: Config) -> str:
+    """What is wrong with a run, if that is found before weights are read."""
+
+    def fill(*args: Any) -> None:
+        raise AssertionError("weights are read")
+
+    run_module.fill = fill  # type: ignore[assignment]
+    try:
+        train(config)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_too_small_a_budget_says_how_much_it_must_be(ranks: int, config: Path) -> None:
+    least = 2 * layer_bytes(load_config(config), ranks)
+    overrides = ("parallel.base=paged", f"parallel.resident_bytes={least - 1}")
+    for sentence in run_ranks(ranks, wrong, resolve(config, ranks, *overrides)):
+        assert sentence == (
+            f"parallel.resident_bytes: {least - 1} is less than two layers of the base, which take {least} bytes on "
+            "each rank; raise it, or set it to 0 for just two"
+        )
+
+
+@pytest.mark.parametrize("folder", ["no folder", "full"])
+def test_no_room_for_the_file_is_found_before_weights_are_read(folder: str, config: Path, tmp_path: Path) -> None:
+    def limited(config: Config) -> str:
+        if folder == "full":  # for this process's files, as a disk that has no more
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        return wrong(config)
+
+    (tmp_path / "file").touch()
+    to = tmp_path / ("file" if folder == "no folder" else "")
+    (sentence,) = run_ranks(
+        1, limited, load_config(config, [*PAGED, f"paging.dir={to}", f"run.name=room-{len(folder)}"])
+    )
+    assert sentence.startswith(f"{to}: ")
+    assert sentence.endswith("; name another folder in paging.dir, or raise parallel.resident_bytes")
+    assert ("cannot make a file for the base's layers" if folder == "no folder" else "no room for") in sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("paging.to=unified", "paging.to: unified memory is for optimizer states only"),
+        ("parallel.offload=base", "parallel.offload: base and parallel.base: paged exclude each other"),
+    ],
+)
+def test_what_does_not_go_together_is_said(override: str, message: str, config: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_config(config, ["parallel.base=paged", override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_process_holds_the_budget_in_place_of_the_layers(tmp_path: Path) -> None:
+    """As the kernel tells it to another process: the peak of a whole run, from its start to its end."""
+    result = tmp_path / "result.json"
+    size = ["--layers", "16", "--hidden", "2048", "--steps", "1", "--tokens", "16", "--checkpointing", "none"]
+    command = [sys.executable, "benchmarks/base_paging.py", *size, "--shares", "0.25", "--ahead", "1"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--dir", str(tmp_path), "--json", str(result)],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr  # with equal losses
+    measured = json.loads(result.read_text())
+    plain, paged = measured["runs"]
+    saved = measured["layers_bytes"] - paged["resident_bytes"]
+    assert saved > 250 * 2**20
+    assert plain["peak_bytes"] - paged["peak_bytes"] > 0.9 * saved
