@@ -110,7 +110,7 @@ END
 
 start_node() { # I
   local enter=()
-  ! with_net || enter=(ip netns exec "qlora$(network)-$1")
+  ! with_net || enter=(nsenter --net="/run/netns/qlora$(network)-$1") # `ip netns exec` would hide /sys/fs/cgroup
   # shellcheck disable=SC2016  # it is the inner shell that expands
   "${enter[@]}" unshare --mount --uts --propagation private bash -c \
     'hostname "$1"; mount --bind "$2" /etc/hosts; readlink /proc/$$/ns/uts > "$3"; exec slurmd -f "$SLURM_CONF" -N "$1"' \
@@ -201,7 +201,7 @@ down() {
   local file i pids=()
   if running "$dir/run/slurmctld.pid"; then
     timeout 10 scancel --full --user="$(id -un)" 2>/dev/null || true
-    for ((i = 0; i < 50; i++)); do [ -n "$(timeout 5 squeue -h 2>/dev/null)" ] || break; sleep 0.2; done
+    for ((i = 0; i < 25; i++)); do [ -n "$(timeout 5 squeue -h 2>/dev/null)" ] || break; sleep 0.2; done
   fi
   for file in "$dir"/run/n*.namespace; do # with what a job may have left behind
     file=${file##*/n} && kill_node "${file%.namespace}"

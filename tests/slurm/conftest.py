@@ -1,0 +1,96 @@
+"""A real SLURM cluster for this room's tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "slurm" / "local_cluster.sh")
+NODES = 7
+
+_T = TypeVar("_T")
+
+
+class Slurm:
+    """The cluster, from outside."""
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        self._environ = environ
+
+    def __call__(self, *command: str) -> str:
+        return subprocess.run(
+            command, env=self._environ, text=True, stdout=subprocess.PIPE, timeout=60, check=True
+        ).stdout
+
+    def cluster(self, *command: str) -> None:
+        subprocess.run([SCRIPT, *command], env=self._environ, check=True, timeout=100)
+
+    def job(self, job_id: int) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\S*)", self("scontrol", "-o", "show", "job", str(job_id))))
+
+    def ends(self, job_id: int, within_s: float) -> dict[str, str]:
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+        def ended() -> dict[str, str]:
+            job = self.job(job_id)
+            return job if job["JobState"] in over else {}
+
+        return wait_for(ended, within_s)
+
+
+def wait_for(condition: Callable[[], _T], within_s: float) -> _T:
+    end = time.monotonic() + within_s
+    while not (result := condition()):
+        assert time.monotonic() < end, "waited for too long"
+        time.sleep(0.2)
+    return result
+
+
+def unavailable() -> str | None:
+    """Why there can be no cluster here."""
+    if not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "sbatch")):
+        return "SLURM is not installed: run slurm/local_cluster.sh install"
+    if os.geteuid() != 0:
+        return "a cluster of several nodes on one machine needs root"
+    return None
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """The cluster, whose nodes claim to be large machines with 8 GPUs. Nothing of it outlives the tests."""
+    if (reason := unavailable()) is not None:
+        if os.environ.get("QLORA_DIST_REQUIRE_LAUNCHERS") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+    environ |= {
+        "QLORA_SLURM_DIR": str(folder),
+        "QLORA_SLURM_PORT": str(16800 + os.getpid() % 40 * 300),
+        "QLORA_SLURM_CPUS": "256",
+        "QLORA_SLURM_MEMORY": "2000000",
+        "QLORA_SLURM_GPUS": "8",
+        "QLORA_SLURM_NODE_TIMEOUT": "5",
+        "SLURM_CONF": f"{folder}/slurm.conf",
+    }
+    cluster = Slurm(environ)
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = environ["SLURM_CONF"]
+    try:
+        cluster.cluster("up", str(NODES))
+        yield cluster
+    finally:
+        cluster.cluster("down")
+        if before is None:
+            del os.environ["SLURM_CONF"]
+        else:
+            os.environ["SLURM_CONF"] = before
