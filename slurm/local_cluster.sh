@@ -64,8 +64,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits
-AuthInfo=socket=$dir/munge/socket,cred_expire=3
+# cred_expire is also how long a requeued job waits; 5 is the least
+AuthInfo=socket=$dir/munge/socket,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
 SlurmctldPidFile=$dir/run/slurmctld.pid
@@ -86,7 +86,6 @@ ReturnToService=2
 PropagateResourceLimits=NONE
 SlurmdTimeout=${QLORA_SLURM_NODE_TIMEOUT:-10}
 InactiveLimit=0
-KillWait=10
 MinJobAge=3600
 UnkillableStepTimeout=20
 JobRequeue=1
