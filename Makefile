@@ -5,12 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test unit lint format clean
+.PHONY: quickstart test unit lint format clean launchers
 
 quickstart: $(VENV)/.demo  ## train a real model on two ranks, in about seven minutes
 	$(BIN)/python -m qlora_dist.demo
 
-test: lint $(VENV)/.demo  ## everything
+test: lint $(VENV)/.demo launchers  ## everything
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 unit: $(VENV)/.dev  ## what is worth running before every commit
@@ -20,6 +20,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+launchers:  ## SLURM, for a cluster of several nodes on this machine; without it, tests of it are skipped
+	@slurm/local_cluster.sh install || true
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -7,7 +7,6 @@ neighbours are not.
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import time
@@ -101,5 +100,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(f"qlora-dist: [{os.environ.get('SLURMD_NODENAME', socket.gethostname())}] {error}", file=sys.stderr)
+        print(f"qlora-dist: [{socket.gethostname()}] {error}", file=sys.stderr)
         sys.exit(1)  # no mistake of the user's: another start may do
