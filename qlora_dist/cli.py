@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,9 +36,12 @@ def train(
     from qlora_dist.config_file import dump_config, load_config
     from qlora_dist.train.stop import listen
 
-    resolved = load_config(config, overrides or ())
     if not dry_run:
+        from qlora_dist.launch.mpi import agree_on_store
+
         listen()  # before torch is imported, which takes a while
+        agree_on_store()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
+    resolved = load_config(config, overrides or ())
     _prepare_process()
     if dry_run:
         from qlora_dist.launch.environment import ranks_from_environment
@@ -192,20 +194,28 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        from qlora_dist.launch.ending import leave
         from qlora_dist.launch.mistake import leave_word
 
         leave_word(error)
         _report(error)
-        sys.exit(2)
+        leave(2)
+    except Exception as error:
+        from qlora_dist.launch.ending import leave_with_traceback
+
+        leave_with_traceback(error)
 
 
 def _report(error: UserError) -> None:
     """Nearly every mistake is found by all ranks, and rank 0 tells it; else the one that finds it."""
+    from qlora_dist.launch.ending import let_rank_0_speak
     from qlora_dist.launch.environment import ranks_from_environment
 
     try:
-        rank = ranks_from_environment().rank
+        ranks = ranks_from_environment()
     except UserError:
-        rank = 0
-    if rank == 0 or error.one_rank:
-        typer.echo(f"qlora-dist: {f'[rank {rank}] ' if error.one_rank else ''}{error}", err=True)
+        typer.echo(f"qlora-dist: {error}", err=True)
+        return
+    alone = error.one_rank or (ranks.rank != 0 and let_rank_0_speak(ranks))
+    if ranks.rank == 0 or alone:
+        typer.echo(f"qlora-dist: {f'[rank {ranks.rank}] ' if alone else ''}{error}", err=True)

@@ -42,16 +42,23 @@ def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
     Raises:
         UserError: some of the launcher's variables are set and others not, they are no numbers, or nodes are unequal.
     """
+    launcher = launcher_of(environ)
+    if launcher == "torchrun":
+        return _ranks(launcher, environ, _TORCHRUN)
+    if launcher == "mpi":
+        return _ranks(launcher, environ, _OPEN_MPI if started_by_open_mpi(environ) else _HYDRA)
+    return _slurm_ranks(environ) if launcher == "srun" else Ranks(0, 1, 0, 1, "none", _restarts(environ))
+
+
+def launcher_of(environ: Mapping[str, str] = os.environ) -> Launcher:
+    """The nearest one, by its variables."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
-        return _ranks("torchrun", environ, _TORCHRUN)
-    if "OMPI_COMM_WORLD_SIZE" in environ:
-        return _ranks("mpi", environ, _OPEN_MPI)
-    # srun --mpi=pmi2 sets PMI_RANK as well, and counts the ranks of a node in its own way only
-    if "PMI_SIZE" in environ and not ("SLURM_STEP_ID" in environ and "MPI_LOCALNRANKS" not in environ):
-        return _ranks("mpi", environ, _HYDRA)
-    if "SLURM_STEP_ID" in environ:
-        return _slurm_ranks(environ)
-    return Ranks(0, 1, 0, 1, "none", _restarts(environ))
+        return "torchrun"
+    # srun --mpi=pmi2 sets PMI_RANK as well, and numbers the ranks of a node in its own way only
+    hydra = "PMI_SIZE" in environ and ("MPI_LOCALNRANKS" in environ or "SLURM_STEP_ID" not in environ)
+    if started_by_open_mpi(environ) or hydra:
+        return "mpi"
+    return "srun" if "SLURM_STEP_ID" in environ else "none"
 
 
 def _ranks(launcher: Launcher, environ: Mapping[str, str], names: tuple[str, ...]) -> Ranks:
@@ -113,13 +120,13 @@ def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress | Non
     """The store's address: MASTER_ADDR and MASTER_PORT, or the first node of the SLURM step and a port of its own.
 
     Returns:
-        None: rank 0 has to choose it and to tell the others (under mpirun).
+        None: nobody has said (under mpirun: rank 0 is to choose it).
 
     Raises:
         UserError: the port is none, or the step's nodes are not known.
     """
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    if ranks_from_environment(environ).launcher == "srun":
+    if launcher_of(environ) == "srun":
         host, port = host or _first_host(environ), port or str(_slurm_port(environ))
     if not host or not port:
         return None
@@ -131,6 +138,11 @@ def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress | Non
 def agent_keeps_store(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the store is kept by torchrun's agent, and outlives the ranks; else rank 0 keeps it."""
     return "RANK" in environ and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def set_store_address(host: str, port: int) -> None:
+    """For this process, and for torch, which looks there too."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
 
 
 def _first_host(environ: Mapping[str, str]) -> str:
@@ -154,3 +166,8 @@ def _slurm_port(environ: Mapping[str, str]) -> int:
 def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun's agent is (most likely) this process's parent: no mere setting of RANK and the like."""
     return "TORCHELASTIC_RUN_ID" in environ
+
+
+def started_by_open_mpi(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether it is Open MPI's mpirun that has numbered the ranks."""
+    return "OMPI_COMM_WORLD_SIZE" in environ

@@ -46,10 +46,10 @@ def launch_here(config: Config, on: On, options: Options) -> None:
     """
     from qlora_dist.train.run_dir import check_run_dir
 
-    if options.nodes > 1 and on != "mpi":
+    if options.nodes > 1:
         raise UserError(
-            f"--nodes: --on {on} starts this machine's ranks alone; start torchrun on each node (docs/multi-node.md), "
-            "or use --on slurm or --on mpi"
+            f"--nodes: --on {on} starts this machine's ranks alone; use --on slurm, launch/torchrun.sh on each node, or "
+            "launch/mpirun.sh with a list of hosts"
         )
     check_run_dir(config)
     run = _absolute_run(config)
@@ -62,7 +62,7 @@ def launch_here(config: Config, on: On, options: Options) -> None:
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
             *train,
         ],
-        "mpi": ["mpirun", "-n", str(options.nodes * ranks), sys.executable, *train],
+        "mpi": ["mpirun", "-n", str(ranks), "--bind-to", "none", sys.executable, *train],
     }
     command = commands[on]
     if options.dry_run:
@@ -71,7 +71,11 @@ def launch_here(config: Config, on: On, options: Options) -> None:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     write_job(run, on, None, os.getpid(), None)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # torchrun would end; the ranks listen to it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or every rank computes on all cores
+    # Open MPI refuses to run as root, as containers do, unless told to
+    os.environ.update({"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # torchrun would end; the ranks listen to them
+        signal.signal(number, signal.SIG_IGN)
     try:
         os.execvp(command[0], command)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""No rank outlives the agent that started it."""
+"""No rank outlives the launcher that started it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,36 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 
-from qlora_dist.launch.environment import started_by_torchrun
+from qlora_dist.launch.environment import launcher_of, started_by_torchrun
 
 _PR_SET_PDEATHSIG = 1
+_LOOK_S = 0.5
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when torchrun's agent is gone. Linux only; elsewhere nothing.
+    """Have this process killed when the one that started it is gone: torchrun's agent, or mpirun's or SLURM's process.
 
-    An agent that is killed outright leaves its ranks behind, holding their GPUs, where SLURM doesn't find them. Under
-    other launchers the parent is their proxy, which has its own way of ending ranks and need not live as long as they.
+    Killed outright they leave their ranks behind, holding their GPUs, where SLURM doesn't find them. Without a launcher
+    nothing happens, nor where the system isn't Linux.
     """
-    if not sys.platform.startswith("linux") or not started_by_torchrun():
+    if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
-    # SIGKILL, for a rank that waits for another hears nothing else
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        return
-    if os.getppid() != parent:  # it went away in between
-        os.kill(os.getpid(), signal.SIGKILL)
+    if started_by_torchrun():
+        # SIGKILL, for a rank that waits for another hears nothing else
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it went away in between
+            os.kill(os.getpid(), signal.SIGKILL)
+    elif launcher_of() in ("mpi", "srun"):
+        # the kernel's signal comes when the thread ends that has forked, and Open MPI forks many ranks from threads of
+        # no long life
+        threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks, StoreAddress, agent_keeps_store, store_address
+from qlora_dist.launch.mpi import listening_socket
 
 _ATTEMPT = "qlora-dist/attempt"
 _LONGEST_SLEEP_S = 0.2
@@ -33,7 +34,7 @@ def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
     end = time.monotonic() + timeout_s
     address = store_address()
     if address is None:
-        raise UserError("mpirun names no address where the ranks can meet; set MASTER_ADDR and MASTER_PORT")
+        raise UserError("the environment does not say where the ranks can meet; set MASTER_ADDR and MASTER_PORT")
     store = _connect(address, ranks, timeout_s)
     here = _call(store, ranks, end) if ranks.rank == 0 else _answer(store, ranks, end)
     if here is None:
@@ -55,6 +56,7 @@ def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> dist.Stor
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=listening_socket(),
         )
     except dist.DistError as error:
         reason = str(error).strip().split("\n")[0]

@@ -24,10 +24,16 @@ _LOAD_LINE_INTERVAL_S = 10.0
 
 
 class RunConsole:
-    """The run's voice. On ranks other than 0 it is silent."""
+    """The run's voice. On ranks other than 0 it is silent.
 
-    def __init__(self, rank: int) -> None:
-        self.console = Console(quiet=rank != 0, highlight=False, soft_wrap=not sys.stdout.isatty())
+    Args:
+        rank: of all.
+        lines: no bar, whatever stdout looks like: Open MPI gives its ranks a terminal where it writes to a file itself.
+    """
+
+    def __init__(self, rank: int, lines: bool = False) -> None:
+        soft_wrap, terminal = lines or not sys.stdout.isatty(), False if lines else None
+        self.console = Console(quiet=rank != 0, highlight=False, soft_wrap=soft_wrap, force_terminal=terminal)
         self._live = self.console.is_terminal and rank == 0
         self._progress: Progress | None = None
         self._load_start = self._load_line = time.perf_counter()

@@ -40,7 +40,7 @@ Facts = dict[str, dict[str, str]]
 def check_ranks_agree(
     config: Config, ranks: Ranks, device: torch.device, data: Mapping[str, str] | None = None
 ) -> None:
-    """Compare configuration, versions, device, data and the size of the nodes. Called on all ranks.
+    """Compare configuration, versions, device, data and nodes. Called on all ranks.
 
     Args:
         config: what this rank was given.
@@ -51,9 +51,12 @@ def check_ranks_agree(
     Raises:
         UserError: on all ranks, with the first difference of the first rank that has one.
     """
-    answers = gather_json([socket.gethostname(), facts(config, ranks, device, data)])
+    host = socket.gethostname()
+    answers = gather_json([host, facts(config, ranks, device, data)])
     if (difference := first_difference(answers)) is not None:
         raise UserError(difference)
+    if (mistake := misplaced(gather_json([host, ranks.local_rank, _gpu(device)]), ranks.local_world_size)) is not None:
+        raise UserError(mistake)
 
 
 def facts(config: Config, ranks: Ranks, device: torch.device, data: Mapping[str, str] | None) -> Facts:
@@ -89,6 +92,34 @@ def first_difference(answers: Sequence[tuple[str, Facts] | list[Any]]) -> str | 
                         f"{expected} here; {remedy}"
                     )
     return None
+
+
+def misplaced(places: Sequence[tuple[str, int, str] | list[Any]], local_world_size: int) -> str | None:
+    """A sentence about the first rank that the launcher has put where it must not be; None: there is none.
+
+    Args:
+        places: host, number on the node, and GPU ("" without one) of each rank.
+        local_world_size: ranks on a node.
+    """
+    users: dict[tuple[str, str], int] = {}
+    for rank, (host, local_rank, gpu) in enumerate(places):
+        if local_rank != (expected := rank % local_world_size):
+            return (
+                f"rank {rank} is number {local_rank} on {host}, not number {expected}: neighbouring ranks belong on "
+                "one node; start with srun --distribution=block, or mpirun --map-by slot"
+            )
+        other = users.setdefault((host, gpu), rank)
+        if gpu and other != rank:
+            return (
+                f"ranks {other} and {rank} on {host} have the same GPU ({gpu}); start one rank per GPU, or give each "
+                "its own (srun --gpus-per-task=1)"
+            )
+    return None
+
+
+def _gpu(device: torch.device) -> str:
+    """Which one it is, whatever number it has here."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

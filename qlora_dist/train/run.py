@@ -41,7 +41,7 @@ def train(config: Config, resume: str = "auto") -> None:
     if ranks.rank == 0:
         check_run_dir(config, resume)
     timeout_s = config.train.timeout
-    with RunConsole(ranks.rank) as console:
+    with RunConsole(ranks.rank, lines=ranks.launcher == "mpi") as console:
         setup = set_up(config, ranks, console.console)
         with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s):
             run(setup, console, resume)

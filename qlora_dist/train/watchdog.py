@@ -23,6 +23,7 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from qlora_dist.errors import UserError
+from qlora_dist.launch.ending import let_others_speak
 from qlora_dist.launch.environment import Ranks, agent_keeps_store
 from qlora_dist.train.beat import beat, last_beat
 from qlora_dist.train.verdict import Sign, Verdict, failed, judge, mistaken, store_lost, unknown, without_word
@@ -233,6 +234,7 @@ class _Watch:
                 if sys.stdout.isatty():
                     sys.stdout.write("\x1b[?25h")  # a progress bar has hidden the cursor
                 sys.stdout.flush()
+            let_others_speak()
             os._exit(verdict.exit_code)
 
     def _goodbye(self, longest_s: float, gone: int = 0) -> None:

@@ -18,7 +18,7 @@ from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks, ranks_from_environment
 from qlora_dist.parallel.process_group import process_group
-from qlora_dist.train.preflight import MAY_DIFFER, check_ranks_agree, facts, first_difference
+from qlora_dist.train.preflight import MAY_DIFFER, check_ranks_agree, facts, first_difference, misplaced
 
 HOST, CPU = socket.gethostname(), torch.device("cpu")
 
@@ -115,3 +115,13 @@ def test_all_ranks_name_the_same_rank(tiny_llama_nf4, tmp_path):
     said = run_ranks(4, said_on, tiny.make_config(tmp_path, tiny_llama_nf4))
     assert len(set(said)) == 1
     assert said[0].startswith(f"rank 2 on {HOST} differs from rank 0 on {HOST}: train.seed is 1 there and 0 here")
+
+
+def test_ranks_that_the_launcher_has_misplaced():
+    # srun --gpus-per-task=1: the same number on each rank, and not the same GPU
+    assert misplaced([("n1", 0, "GPU-a"), ("n1", 1, "GPU-b"), ("n2", 0, "GPU-a"), ("n2", 1, "GPU-b")], 2) is None
+    assert misplaced([("n1", 0, ""), ("n1", 1, "")], 2) is None
+    shared = misplaced([("n1", 0, "GPU-a"), ("n1", 1, "GPU-b"), ("n2", 0, "GPU-c"), ("n2", 1, "GPU-c")], 2)
+    assert shared is not None and shared.startswith("ranks 2 and 3 on n2 have the same GPU (GPU-c); start one rank per")
+    cyclic = misplaced([("n1", 0, ""), ("n2", 0, ""), ("n1", 1, ""), ("n2", 1, "")], 2)
+    assert cyclic is not None and cyclic.startswith("rank 1 is number 0 on n2, not number 1: neighbouring ranks share")
