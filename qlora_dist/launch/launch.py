@@ -48,8 +48,8 @@ def launch_here(config: Config, on: On, options: Options) -> None:
 
     if options.nodes > 1:
         raise UserError(
-            f"--nodes: --on {on} starts this machine's ranks alone; use --on slurm, launch/torchrun.sh on each node, or "
-            "launch/mpirun.sh with a list of hosts"
+            f"--nodes: --on {on} starts this machine's ranks alone; use --on slurm, launch/torchrun.sh on each node, "
+            "or launch/mpirun.sh with a list of hosts"
         )
     check_run_dir(config)
     run = _absolute_run(config)

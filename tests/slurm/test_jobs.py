@@ -31,7 +31,7 @@ from qlora_dist.train.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 40, 4
-PATIENCE_S = 200.0
+PATIENCE_S = 300.0
 """For a job to get on: starting a rank takes 10 s of a processor, and they are two."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
