@@ -167,6 +167,37 @@ def preprocess(
     preprocess(resolved, Console(), Console(stderr=True), show=show, as_json=as_json, force=force)
 
 
+_RUNS = typer.Option("--dir", help="Folder of all runs (run.dir).")
+
+
+@app.command()
+def jobs(
+    folder: Annotated[Path, _RUNS] = Path("runs"),
+    follow: Annotated[str | None, typer.Option(help="Print what this run's rank 0 prints, until it ends.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List runs, those that are done included: state, step, loss, tokens/s, time left."""
+    from qlora_dist.launch import jobs
+
+    if follow is None:
+        jobs.list_runs(folder, as_json)
+    else:
+        jobs.follow(folder, follow)
+
+
+@app.command()
+def cancel(
+    name: Annotated[str, typer.Argument(help="Of the run.", metavar="NAME")],
+    folder: Annotated[Path, _RUNS] = Path("runs"),
+    now: Annotated[bool, typer.Option("--now", help="Without a checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+) -> None:
+    """Stop a run, with a checkpoint, and wait until it has stopped."""
+    from qlora_dist.launch.cancel import cancel
+
+    cancel(folder, name, now, as_json)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

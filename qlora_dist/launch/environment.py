@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import psutil
 
 from qlora_dist.errors import UserError
 
@@ -161,6 +164,19 @@ def _slurm_port(environ: Mapping[str, str]) -> int:
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     job, step, restarts = (int(text) if (text := environ.get(name, "")).isdigit() else 0 for name in names)
     return _PORTS[(97 * job + 7 * step + restarts) % len(_PORTS)]
+
+
+def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int | float | None]:
+    """How others find this process: its machine and number, its launcher's number, its SLURM job and step."""
+    job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
+    own_parent = launcher_of(environ) == "mpi" or started_by_torchrun(environ)
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "born": psutil.Process().create_time(),
+        "launcher_pid": os.getppid() if own_parent else None,
+        "job_id": f"{job}.{step}" if job and step else job,
+    }
 
 
 def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:

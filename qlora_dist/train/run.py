@@ -53,7 +53,9 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     config, model = setup.config, setup.model
     check_ranks_agree(config, setup.ranks, setup.device, setup.data_sha256)
     start = find_start(setup, resume, console)
-    run_dir = RunDir(config, start.step, fresh=start.manifest is None) if setup.ranks.rank == 0 else None
+    run_dir = None
+    if setup.ranks.rank == 0:
+        run_dir = RunDir(config, start.step, fresh=start.manifest is None, steps=setup.steps)
     announce(setup, console)
 
     torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # dropout: every rank its own

@@ -13,11 +13,14 @@ from typing import Any
 from qlora_dist.config import Config, RunConfig
 from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import this_process
 
 DONE, REQUEUE, STOPPED = "DONE", "REQUEUE", "STOPPED"
 """The marker that a run leaves when it ends cleanly: at its last step; before it, to be started again by its launcher;
 before it, by hand. Each holds {"step", "reason"}. Launchers hide exit codes, or make them up."""
 MARKERS = (DONE, REQUEUE, STOPPED)
+PROCESS_FILE = "process.json"
+"""Where rank 0 runs, and how many steps it is going to do; for those who look at the run from outside."""
 
 _REPLACED = ("adapter", "checkpoints")
 """What a new run removes of an old one of its name."""
@@ -74,13 +77,14 @@ def _same_config(path: Path, config: Config) -> bool:
 class RunDir:
     """The folder of a run that has begun."""
 
-    def __init__(self, config: Config, step: int, fresh: bool) -> None:
+    def __init__(self, config: Config, step: int, fresh: bool, steps: int | None = None) -> None:
         """Make it.
 
         Args:
             config: of the run.
             step: steps that are done; the metrics of later ones are taken out, because they will be done again.
             fresh: remove what an earlier run of that name has left.
+            steps: when it is done.
         """
         self.path = run_path(config.run)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -90,6 +94,7 @@ class RunDir:
         for name in ("summary.json", *MARKERS):
             (self.path / name).unlink(missing_ok=True)
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (self.path / PROCESS_FILE).write_text(json.dumps({**this_process(), "steps": steps}) + "\n", encoding="utf-8")
         self._metrics = _metrics_until(self.path / "metrics.jsonl", -1 if fresh else step)
         self._unwritten: list[str] = []
 
