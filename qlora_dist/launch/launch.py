@@ -19,11 +19,10 @@ from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.render import Job, render
+from qlora_dist.launch.runs import JOB_FILE
+from qlora_dist.launch.squeue import queued_jobs
 
 On = Literal["local", "torchrun", "slurm", "mpi"]
-
-JOB = "job.json"
-"""In the run's folder: who runs it. {"launcher", "job_id", "host", "pid", "log", "submitted"}."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def write_job(run: Path, launcher: On, job_id: int | None, pid: int | None, log:
         "log": None if log is None else str(log),
         "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    (run / JOB).write_text(json.dumps(tree) + "\n", encoding="utf-8")
+    (run / JOB_FILE).write_text(json.dumps(tree) + "\n", encoding="utf-8")
 
 
 def _absolute_run(config: Config) -> Path:
@@ -154,14 +153,12 @@ def _new_folder(run: Path) -> Path:
 
 def _refuse_second(run: Path) -> None:
     """Two jobs would write over one another."""
-    from qlora_dist.launch import submit
-
     try:
-        tree = json.loads((run / JOB).read_text(encoding="utf-8"))
+        tree = json.loads((run / JOB_FILE).read_text(encoding="utf-8"))
         job_id = tree["job_id"] if tree["launcher"] == "slurm" else None
     except (OSError, ValueError, KeyError, TypeError):
         return
-    if job_id is not None and (state := submit.state(job_id)) is not None:
+    if job_id is not None and (state := (queued_jobs() or {}).get(str(job_id))) is not None:
         raise UserError(
             f"{run}: job {job_id} of this run is {state.lower()}; cancel it (qlora-dist cancel), give run.name another "
             "value, or set singleton: true in the cluster's file"

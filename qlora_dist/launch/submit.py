@@ -1,4 +1,4 @@
-"""Handing a script to SLURM, and watching the job. The only place that calls SLURM's commands."""
+"""Handing a script to SLURM, and watching the job."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_dist.errors import UserError
+from qlora_dist.launch.squeue import queued_jobs
 
 _POLL_S = 1.0
 
@@ -22,18 +23,22 @@ def submit(script: Path) -> int:
     Raises:
         UserError: there is no SLURM here, or it refuses.
     """
-    answer = _slurm("sbatch", "--parsable", str(script))
+    # from within a job, its own variables would be taken for options
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    command = ["sbatch", "--parsable", str(script)]
+    try:
+        answer = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        raise UserError(
+            "sbatch: there is no such command; submit from a login node of a SLURM cluster, try "
+            "slurm/local_cluster.sh, or see the script with --dry-run"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError("sbatch: SLURM does not answer; see that its controller runs (scontrol ping)") from None
     if answer.returncode != 0:
         reason = " ".join(answer.stderr.split()).removeprefix("sbatch: error: ")
         raise UserError(f"{script}: sbatch refuses it ({reason}); correct the cluster's file")
     return int(answer.stdout.strip().split(";")[0])
-
-
-def state(job_id: int) -> str | None:
-    """PENDING, RUNNING and the like; None: the job is over, or SLURM doesn't know it."""
-    answer = _slurm("squeue", "--noheader", f"--jobs={job_id}", "--format=%T")
-    states = answer.stdout.split()
-    return states[0] if answer.returncode == 0 and states else None
 
 
 def follow(job_id: int, log: Path, write: Callable[[str], object]) -> None:
@@ -47,19 +52,6 @@ def follow(job_id: int, log: Path, write: Callable[[str], object]) -> None:
                 position = file.tell()
         if over:
             return
-        over = state(job_id) is None
+        jobs = queued_jobs()
+        over = jobs is not None and str(job_id) not in jobs
         time.sleep(_POLL_S)
-
-
-def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
-    # from within a job, its own variables would be taken for options
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
-    try:
-        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
-    except FileNotFoundError:
-        raise UserError(
-            f"{command[0]}: there is no such command; submit from a login node of a SLURM cluster, try "
-            "slurm/local_cluster.sh, or see the script with --dry-run"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]}: SLURM does not answer; see that its controller runs (scontrol ping)") from None

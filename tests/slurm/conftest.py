@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from real_slurm import slurm_unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "slurm" / "local_cluster.sh")
@@ -55,21 +55,10 @@ def wait_for(condition: Callable[[], _T], within_s: float) -> _T:
     return result
 
 
-def unavailable() -> str | None:
-    """Why there can be no cluster here."""
-    if not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "sbatch")):
-        return "SLURM is not installed: run slurm/local_cluster.sh install"
-    if os.geteuid() != 0:
-        return "a cluster of several nodes on one machine needs root"
-    return None
-
-
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """The cluster, whose nodes claim to be large machines with 8 GPUs. Nothing of it outlives the tests."""
-    if (reason := unavailable()) is not None:
-        if os.environ.get("QLORA_DIST_REQUIRE_LAUNCHERS") == "1":
-            pytest.fail(reason)
+    if (reason := slurm_unavailable()) is not None:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
