@@ -4,8 +4,8 @@ A code block behind the comment `<!-- test -->` is tried out: a page's blocks ru
 holds a tiny model (`my-model`; `my-model-nf4` in 4 bit, unless the page makes it), `my-data.jsonl` and `my-eval.jsonl`.
 
 - yaml: must be a valid configuration. `<!-- test: my-run.yaml -->` keeps it under that name, made small, for commands.
-- bash: is run. `<!-- test: 2 nodes -->` runs it twice at a time, with NODE_RANK 0 and 1; `<!-- test: a cluster -->` where
-  SLURM is, in a folder with the repository's `slurm` and `configs`.
+- bash: is run. `<!-- test: 2 nodes -->` runs it twice at a time, with NODE_RANK 0 and 1; `<!-- test: a cluster -->`
+  where SLURM is, in a folder with the repository's `slurm` and `configs`.
 - python: is run.
 """
 
