@@ -106,6 +106,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(550)
 @pytest.mark.parametrize("page", pages_with("bash"))
 def test_commands_do_what_the_page_says(page: Path, material: Path, tmp_path: Path) -> None:
     shutil.copytree(material, tmp_path, dirs_exist_ok=True)
@@ -170,7 +171,7 @@ def run(command: list[str], folder: Path, nodes: list[int] | None = None) -> Non
             )
     try:
         for process in processes:
-            process.wait(timeout=200)
+            process.wait(timeout=500)
     finally:
         for process in processes:
             end(process)
