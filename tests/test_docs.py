@@ -29,7 +29,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from ranks import _free_port
-from real_slurm import slurm_unavailable
+from real_slurm import free_ports, slurm_unavailable
 
 from qlora_dist.config import Config, SourceConfig
 from qlora_dist.config_file import load_config
@@ -195,7 +195,7 @@ def local_cluster(folder: Path) -> Iterator[None]:
         (folder / name).symlink_to(ROOT / name)
     settings = {
         "QLORA_SLURM_DIR": str(folder / "cluster"),
-        "QLORA_SLURM_PORT": str(16800 + (os.getpid() + 20) % 40 * 300),
+        "QLORA_SLURM_PORT": str(free_ports(2)),
     }
     os.environ.update(settings)
     try:

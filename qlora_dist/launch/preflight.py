@@ -7,7 +7,9 @@ neighbours are not.
 
 from __future__ import annotations
 
+import re
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -96,9 +98,19 @@ def _exchange_s(data: torch.Tensor, rank: int, world_size: int, shift: int) -> f
     return best
 
 
+def in_names_of_nodes(sentence: str, nodes: Sequence[str]) -> str:
+    """With the node behind each rank that is named; here a rank is a node."""
+    return re.sub(r"rank (\d+)", lambda match: f"{match[0]} ({nodes[int(match[1])]})", sentence)
+
+
+def _nodes() -> list[str]:
+    command = ["scontrol", "show", "hostnames"]  # of the job
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+
+
 if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(f"qlora-dist: [{socket.gethostname()}] {error}", file=sys.stderr)
+        print(f"preflight: {in_names_of_nodes(str(error), _nodes())}", file=sys.stderr)
         sys.exit(1)  # no mistake of the user's: another start may do

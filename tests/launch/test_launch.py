@@ -21,7 +21,7 @@ from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.launch.launch import Options, launch_here, launch_slurm
 from qlora_dist.launch.mistake import leave_word
-from qlora_dist.launch.preflight import slow_nodes
+from qlora_dist.launch.preflight import in_names_of_nodes, slow_nodes
 from qlora_dist.parallel.mesh import mesh_sizes
 from qlora_dist.plan.shapes import decoder_units
 from qlora_dist.train.setup import set_up_model
@@ -123,3 +123,8 @@ def test_the_slow_node_is_named_and_not_its_neighbours() -> None:
     assert slow_nodes([(1.0, 1.1), (1.0, 9.0), (9.0, 9.0), (9.0, 1.0)]) == [2]
     assert slow_nodes([(1.0, 1.1), (1.0, 1.2)]) == []
     assert slow_nodes([(1.0, float("inf")), (1.0, 1.0), (1.0, 1.0)]) == []
+
+
+def test_the_node_that_does_not_come_is_named() -> None:
+    said = in_names_of_nodes("rank 1 (nor 1 more) of 3 has not come within 120 s", ["n1", "gpu-07", "n3"])
+    assert said == "rank 1 (gpu-07) (nor 1 more) of 3 has not come within 120 s"

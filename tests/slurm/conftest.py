@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
-from real_slurm import slurm_unavailable
+from real_slurm import free_ports, slurm_unavailable, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "slurm" / "local_cluster.sh")
 NODES = 7
-
-_T = TypeVar("_T")
 
 
 class Slurm:
@@ -47,14 +43,6 @@ class Slurm:
         return wait_for(ended, within_s)
 
 
-def wait_for(condition: Callable[[], _T], within_s: float) -> _T:
-    end = time.monotonic() + within_s
-    while not (result := condition()):
-        assert time.monotonic() < end, "waited for too long"
-        time.sleep(0.2)
-    return result
-
-
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """The cluster, whose nodes claim to be large machines with 8 GPUs. Nothing of it outlives the tests."""
@@ -64,7 +52,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
     environ |= {
         "QLORA_SLURM_DIR": str(folder),
-        "QLORA_SLURM_PORT": str(16800 + os.getpid() % 40 * 300),
+        "QLORA_SLURM_PORT": str(free_ports(NODES)),
         "QLORA_SLURM_CPUS": "256",
         "QLORA_SLURM_MEMORY": "2000000",
         "QLORA_SLURM_GPUS": "8",

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 import pytest
 import tiny
 from ranks import run_ranks
+from real_slurm import wait_for
 from rich.console import Console
 
 from qlora_dist.config_file import load_config
@@ -93,14 +93,6 @@ class Run:
     def finish(self) -> dict[str, str]:
         self.scenario.act(self)
         return self.slurm.ends(self.job_id, PATIENCE_S)
-
-
-def wait_for(condition: Callable[[], Any], within_s: float) -> Any:
-    end = time.monotonic() + within_s
-    while not (result := condition()):
-        assert time.monotonic() < end, "waited for too long"
-        time.sleep(0.1)
-    return result
 
 
 def nothing(run: Run) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_slurm import wait_for
 
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.render import Job, render
@@ -41,10 +42,7 @@ class Scenario:
 
 
 def running(slurm: Any, job: int) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while slurm.job(job)["JobState"] != "RUNNING":
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for(lambda: slurm.job(job)["JobState"] == "RUNNING", PATIENCE_S)
 
 
 def cancel(slurm: Any, job: int) -> None:
