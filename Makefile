@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+OPENMPI := .venv-openmpi
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -21,7 +22,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-launchers:  ## SLURM, for a cluster of several nodes on this machine; without it, tests of it are skipped
+launchers: $(VENV)/.mpi $(OPENMPI)/.done  ## MPICH, Open MPI, and SLURM, without which tests of it are skipped
 	@slurm/local_cluster.sh install || true
 
 format: $(VENV)/.dev
@@ -29,7 +30,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) work build *.egg-info
+	rm -rf $(VENV) $(OPENMPI) work build *.egg-info
 
 # Debian's python3 comes without venv's ensurepip; virtualenv needs pip only
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -47,4 +48,17 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.mpi: $(VENV)/.base
+	$(PIP) --editable ".[mpi]"
+	touch $@
+
+# two MPIs in one environment overwrite each other's mpirun. This one has Open MPI, and all else by a path to the first.
+$(OPENMPI)/.done: $(VENV)/.base
+	$(BIN)/python -m venv --clear --without-pip $(OPENMPI)
+	$(BIN)/python -m pip --python $(OPENMPI)/bin/python install --quiet --disable-pip-version-check \
+		--constraint constraints.txt openmpi mpi4py
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(OPENMPI)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
 	touch $@

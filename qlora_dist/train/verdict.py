@@ -124,7 +124,7 @@ def mistaken(sign: Sign, mistake: str) -> Verdict:
 def store_lost(sign: Sign) -> Verdict:
     """Nobody answers where the ranks have met. `sign` is this rank's own."""
     return Verdict(
-        f"rank 0 or its torchrun went away {sign.when}: the store that they keep is gone; look at the end of that "
+        f"rank 0 or its launcher went away {sign.when}: the store that they keep is gone; look at the end of that "
         "node's output",
         [0],
     )

@@ -27,20 +27,25 @@ def running(number: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there")
-@pytest.mark.parametrize("under_torchrun", [True, False])
-def test_a_rank_dies_with_its_agent_and_with_nobody_else(under_torchrun):
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC")}
-    environ |= {"PYTHONPATH": str(ROOT)} | ({"TORCHELASTIC_RUN_ID": "1"} if under_torchrun else {})
+@pytest.mark.parametrize(
+    "launcher",
+    [{"TORCHELASTIC_RUN_ID": "1", "RANK": "0"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"SLURM_STEP_ID": "0"}, {}],
+    ids=["torchrun", "mpirun", "srun", "none"],
+)
+def test_a_rank_dies_with_its_launcher_and_with_nobody_else(launcher):
+    known = ("TORCHELASTIC", "SLURM", "OMPI", "PMI")
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(known)}
+    environ |= {"PYTHONPATH": str(ROOT), **launcher}
     parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], env=environ, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     try:
         assert running(child)
         parent.kill()
         parent.wait()
-        end = time.monotonic() + (5 if under_torchrun else 0.5)
+        end = time.monotonic() + (5 if launcher else 1.5)
         while running(child) and time.monotonic() < end:
             time.sleep(0.02)
-        assert running(child) != under_torchrun
+        assert running(child) != bool(launcher)
     finally:
         if running(child):
             os.kill(child, signal.SIGKILL)

