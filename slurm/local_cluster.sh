@@ -172,8 +172,9 @@ up() {
   mkdir -p "$dir"/{state,spool,log,run,munge}
   chmod 755 "$dir" "$dir/run" "$dir/munge"
   # a machine without any network but 127.0.0.1 has no IPv4 for getaddrinfo, which SLURM asks
-  ip -4 -o addr | grep -qv ' 127\.0\.0\.1/' || ip addr add 127.0.0.2/8 dev lo
+  if have ip && ! ip -4 -o addr | grep -qv ' 127\.0\.0\.1/'; then ip addr add 127.0.0.2/8 dev lo; fi
   if [ -n "${net:-}" ]; then
+    have ip || fail "--net needs iproute2; install it"
     net_down
     touch "$dir/net"
     net_up "$n"
