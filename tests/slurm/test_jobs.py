@@ -55,6 +55,7 @@ class Run:
 
     def __init__(self, slurm: Any, folder: Path, config: Path, name: str, scenario: Scenario) -> None:
         self.slurm, self.name, self.scenario = slurm, name, scenario
+        self.neighbours: list[str] = []
         self.path = folder / "runs" / name
         cluster = Cluster(
             gpus_per_node=0,
@@ -95,8 +96,10 @@ class Run:
         return self.slurm.ends(self.job_id, PATIENCE_S)
 
 
-def nothing(run: Run) -> None:
-    pass
+def look_around(run: Run) -> None:
+    """Who else is on its nodes while it trains."""
+    run.reaches(1)
+    run.neighbours = run.slurm("squeue", "--noheader", "--states=RUNNING", "--nodelist=n1", "--format=%j").split()
 
 
 def signal_then_requeue(run: Run) -> None:
@@ -134,7 +137,7 @@ def crash(run: Run) -> None:
 
 
 SCENARIOS = {
-    "undisturbed": Scenario(nothing, "n[3-7]", extra=(("preflight", True), ("preprocess", True))),
+    "undisturbed": Scenario(look_around, "n[3-7]", extra=(("preflight", True), ("preprocess", True))),
     "signal": Scenario(signal_then_requeue, "n[3-7]"),
     "preempted": Scenario(preempt, "n[1-2,5-7]", form="torchrun"),
     "time": Scenario(out_of_time, "n[3-7]", steps=100_000, extra=(("save_time", 60),)),
@@ -210,10 +213,9 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(results: 
 
 
 def test_two_jobs_on_the_same_nodes_leave_each_other_alone(results: Results) -> None:
-    times = [results.states[name].result() for name in ("undisturbed", "time")]
-    assert {job["NodeList"] for job in times} == {"n[1-2]"}
-    # that each of them is as it should be, the losses have shown; "time" was there all the while
-    assert times[0]["StartTime"] < times[1]["EndTime"] and times[0]["EndTime"] < times[1]["EndTime"]
+    """That each of them is as it should be, other tests have shown."""
+    neighbours = results.runs["undisturbed"].neighbours
+    assert "undisturbed" in neighbours and len(neighbours) > 1
 
 
 def test_all_nodes_are_looked_at_before_the_ranks_start(results: Results) -> None:
