@@ -58,6 +58,8 @@ write_conf() { # N
 ClusterName=local
 SlurmctldHost=$host($(address 254))
 SlurmctldPort=$port
+# ranks meet at a port that comes from their job's number, and jobs of another cluster may be on this machine, too
+FirstJobId=$((port / 300 * 1000 + 1))
 SrunPortRange=$((port + 100))-$((port + 299))
 $bind
 SlurmUser=root
@@ -168,7 +170,7 @@ up() {
   ! running "$dir/run/slurmctld.pid" || fail "a cluster runs in $dir already; take it down, or set QLORA_SLURM_DIR"
   mkdir -p "$dir"
   [ -O "$dir" ] || fail "$dir belongs to somebody else; set QLORA_SLURM_DIR"
-  rm -rf "${dir:?}"/{state,spool,log,run,net} # jobs count from 1 again
+  rm -rf "${dir:?}"/{state,spool,log,run,net} # a new cluster
   mkdir -p "$dir"/{state,spool,log,run,munge}
   chmod 755 "$dir" "$dir/run" "$dir/munge"
   # a machine without any network but 127.0.0.1 has no IPv4 for getaddrinfo, which SLURM asks
