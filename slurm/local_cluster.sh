@@ -59,7 +59,7 @@ ClusterName=local
 SlurmctldHost=$host($(address 254))
 SlurmctldPort=$port
 # ranks meet at a port that comes from their job's number, and jobs of another cluster may be on this machine, too
-FirstJobId=$((port / 300 * 1000 + 1))
+FirstJobId=$((port / 300))001
 SrunPortRange=$((port + 100))-$((port + 299))
 $bind
 SlurmUser=root
