@@ -39,13 +39,14 @@ from qlora_dist.config import Config
 from qlora_dist.data.rows import IGNORED, Batch
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
-from qlora_dist.optim.adamw import build_optimizer
+from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
+from qlora_dist.optim.moments import Moments
 from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.train.setup import Setup, set_up
-from qlora_dist.train.step import AdapterShards, train_step
+from qlora_dist.train.step import AdapterShards, shard_sizes, train_step
 
 LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]
@@ -72,7 +73,8 @@ def our_step(config: Config) -> tuple[Setup, Step]:
     traffic = parallelize(setup.model, build_meshes(setup.sizes, "cpu"), config)
     fill(setup.model, setup.folder, setup.device, config.train.seed)
     shards = AdapterShards(setup.model)
-    optimizer, scale = build_optimizer(shards.local, config.optim), LossScale("bf16")
+    moments = Moments(shard_sizes(setup.model), config.optim, config.paging, setup.device)
+    optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
     setup.model.train()
 
     def step(window: list[Batch]) -> float:

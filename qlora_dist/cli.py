@@ -199,6 +199,25 @@ def cancel(
 
 
 @app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option("--dir", help="Where runs go.")] = Path("runs"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the other ranks.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Check this machine; on the ranks that torchrun, srun or mpirun starts, all nodes and what lies between them."""
+    from qlora_dist.launch.mpi import agree_on_store
+    from qlora_dist.launch.orphans import die_with_parent
+
+    agree_on_store()
+    die_with_parent()
+    from qlora_dist.doctor.run import doctor as examine
+
+    if not examine(folder, device, timeout, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)

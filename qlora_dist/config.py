@@ -9,13 +9,37 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 DEFAULT_STEPS = 100
 """With neither `train.steps` nor `train.epochs`."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _bytes(value: object) -> object:
+    if not isinstance(value, str) or value == "auto":
+        return value
+    try:
+        return int(_BYTE_SIZE.validate_python(value))
+    except ValidationError:
+        raise PydanticCustomError("bytes", "Input should be a number of bytes, or text such as 2GiB") from None
+
+
+_BYTE_SIZE = TypeAdapter(ByteSize)
+Bytes = Annotated[int, Field(ge=0), BeforeValidator(_bytes)]
+"""A number, or text such as 16MiB."""
 
 
 class Section(BaseModel):
@@ -154,10 +178,16 @@ class ParallelConfig(Section):
 class OptimConfig(Section):
     """The update of the adapters."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer. Its states are 32 bit and live with the shard they update."""
+    name: Literal["adamw", "adamw-8bit", "paged-adamw-32bit", "paged-adamw-8bit"] = "paged-adamw-32bit"
+    """AdamW, its moments in 32 bit or in 8 (bitsandbytes' blockwise states), on the rank that holds the shard they
+    update. Paged: as many of them stay on the device as `resident_bytes` says, the others come and go by pages."""
+    resident_bytes: Bytes | Literal["auto"] = "auto"
+    """Of a paged optimizer's moments, on the device, per rank: bytes, or text such as 2GiB, of at least two pages; 0:
+    two pages; auto: what the device has left after a step's peak."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
     """Learning rate after the warm-up."""
+    lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """The B matrices learn so many times as fast (LoRA+ recommends 16)."""
     beta1: Fraction = 0.9
     """Decay of the first moment."""
     beta2: Fraction = 0.999
@@ -172,6 +202,21 @@ class OptimConfig(Section):
     """Steps over which the learning rate rises from zero."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 0.3
     """The gradient of all adapters together is scaled down to this norm; null: never."""
+
+
+class PagingConfig(Section):
+    """Where the pages lie that are not on the device."""
+
+    to: Literal["auto", "unified", "host", "disk"] = "auto"
+    """host: in host memory; disk: in a file; unified: CUDA's managed memory, moved by the driver, for optimizer states
+    only; auto: host for GPUs, disk for CPUs."""
+    dir: str | None = None
+    """Folder of that file, on storage of the node's own; none: the system's folder for temporary files. The file is
+    gone when the run is."""
+    page_bytes: Annotated[Bytes, Field(ge=4096)] = 2**24
+    """Bytes of a page of moments."""
+    ahead: Annotated[int, Field(ge=0)] = 1
+    """Pages fetched ahead of the one in use."""
 
 
 class TrainConfig(Section):
@@ -233,6 +278,7 @@ class Config(Section):
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     optim: OptimConfig = OptimConfig()
+    paging: PagingConfig = PagingConfig()
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
 
@@ -241,6 +287,13 @@ class Config(Section):
         if self.lora.experts and (self.lora.dropout or self.lora.dora):
             raise ValueError(
                 "lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false"
+            )
+        paged = self.optim.name.startswith("paged")
+        least = 2 * self.paging.page_bytes
+        if paged and self.optim.resident_bytes != "auto" and 0 < self.optim.resident_bytes < least:
+            raise ValueError(
+                f"optim.resident_bytes: {self.optim.resident_bytes} is less than two pages, {least}; raise it, "
+                "set it to 0 for just two pages, or lower paging.page_bytes"
             )
         if self.data.group_by_length and self.data.packing != "none":
             raise ValueError(

@@ -15,6 +15,9 @@ _OLDEST = {
     "bitsandbytes": (0, 50),
 }
 
+TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "bitsandbytes": "0.50.2", "datasets": "5.2.0"}
+"""What the tests were run with; constraints.txt has it all."""
+
 
 def check_versions() -> None:
     """Compare the installed versions with the oldest that work.

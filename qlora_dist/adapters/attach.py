@@ -120,6 +120,11 @@ def is_lora(name: str) -> bool:
     return "lora_" in name
 
 
+def is_lora_b(name: str) -> bool:
+    """Whether it is a B matrix, which LoRA+ teaches faster."""
+    return ".lora_B." in name
+
+
 def _experts(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, NF4Experts)]
 

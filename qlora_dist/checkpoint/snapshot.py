@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from qlora_dist.adapters.attach import adapter_parameters
 from qlora_dist.checkpoint.manifest import Manifest, file_of_rank
 from qlora_dist.checkpoint.shards import Cut, copies
 from qlora_dist.nf4.safetensors_file import Entry, Reader, read_header
-from qlora_dist.optim.adamw import MOMENTS, load_moments, moments
+from qlora_dist.optim.adamw import PagedAdamW
+from qlora_dist.optim.convert import as_fp32, from_fp32
+from qlora_dist.optim.moments import MOMENTS, moment_names
 
 _RANDOM_CPU, _RANDOM_CUDA = "random.cpu", "random.cuda"
 
@@ -29,13 +31,11 @@ class Trained:
     is_writer: bool
     """False where another rank holds the same shards and writes them."""
     local: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: PagedAdamW
     device: torch.device
 
 
-def trained(
-    model: nn.Module, local: list[nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
-) -> Trained:
+def trained(model: nn.Module, local: list[nn.Parameter], optimizer: PagedAdamW, device: torch.device) -> Trained:
     """Find the cuts of a sharded model's trained parameters.
 
     Args:
@@ -80,38 +80,58 @@ def snapshot(state: Trained) -> dict[str, torch.Tensor]:
     if state.device.type == "cuda":
         tensors[_RANDOM_CUDA] = torch.cuda.get_rng_state(state.device)
     if state.is_writer:
-        for name, parameter in state.local.items():
+        for (name, parameter), moments in zip(state.local.items(), state.optimizer.moments.read(), strict=True):
             if parameter.numel():
-                for kind, tensor in _tensors(state, parameter):
-                    tensors[f"{kind}/{name}"] = tensor.detach().to("cpu", copy=True)
+                tensors[f"parameter/{name}"] = parameter.detach().to("cpu", copy=True)
+                tensors |= {f"{kind}/{name}": values for kind, values in moments.items()}
     return tensors
 
 
 def restore(state: Trained, manifest: Manifest, folder: Path) -> None:
     """Put a checkpoint's values into this rank's shards and moments, whatever number of ranks wrote it.
 
-    The random states come back where the world has the size it had; else they are left as they are.
+    Moments in as many bits as they were saved in, cut as they were saved, come back as they were. Else they go through
+    fp32, and those in 8 bit are rounded again. The random states come back where the world has the size it had; else
+    they are left as they are.
     """
+    moments, steps = state.optimizer.moments, manifest.state["optimizer_steps"]
+    state.optimizer.steps = steps
     with torch.no_grad(), Reader() as reader:
-        headers: dict[int, dict[str, Entry]] = {}
-        for name, parameter in state.local.items():
-            if not parameter.numel():
-                continue
-            values = {kind: torch.empty(parameter.shape) for kind in ("parameter", *MOMENTS)}
-            for copy in copies(manifest.cuts[name], state.cuts[name], state.shard):
-                if copy.shard not in headers:
-                    headers[copy.shard] = read_header(folder / file_of_rank(copy.shard))
-                for kind, value in values.items():
-                    saved = reader.read(headers[copy.shard][f"{kind}/{name}"])
-                    value[copy.target] = saved[copy.source]
-            parameter.copy_(values.pop("parameter"))
-            load_moments(state.optimizer, parameter, values, manifest.state["optimizer_steps"])
+        shards = _saved_shards(state, manifest, folder, reader)
+        if steps:
+            moments.write(shards)
+        else:
+            moments.clear()
+            for _ in shards:  # the parameters
+                pass
         _restore_random(state, manifest, folder, reader)
 
 
-def _tensors(state: Trained, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
-    yield "parameter", parameter
-    yield from moments(state.optimizer, parameter).items()
+def _saved_shards(
+    state: Trained, manifest: Manifest, folder: Path, reader: Reader
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Put back one parameter after the other, and give the moments of each."""
+    bits, saved_bits = state.optimizer.moments.bits, manifest.state.get("optimizer_bits", 32)
+    headers: dict[int, dict[str, Entry]] = {}
+
+    def saved(shard: int, name: str, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
+        if shard not in headers:
+            headers[shard] = read_header(folder / file_of_rank(shard))
+        return {kind: reader.read(headers[shard][f"{kind}/{name}"]) for kind in kinds}
+
+    for name, parameter in state.local.items():
+        if not parameter.numel():
+            yield {}
+            continue
+        cut = manifest.cuts[name]
+        values = {kind: torch.empty(parameter.shape) for kind in ("parameter", *MOMENTS)}
+        for copy in copies(cut, state.cuts[name], state.shard):
+            whole = as_fp32(saved(copy.shard, name, ("parameter", *moment_names(saved_bits))))
+            for kind, value in values.items():
+                value[copy.target] = whole[kind].view(cut.part_shape(copy.shard))[copy.source]
+        parameter.copy_(values.pop("parameter"))
+        as_it_was = cut == state.cuts[name] and bits == saved_bits
+        yield saved(state.shard, name, moment_names(bits)) if as_it_was else from_fp32(values, bits)
 
 
 def _restore_random(state: Trained, manifest: Manifest, folder: Path, reader: Reader) -> None:

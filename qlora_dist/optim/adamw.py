@@ -1,59 +1,120 @@
-"""AdamW on local shards."""
+"""AdamW over a rank's shards, its moments in pages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from qlora_dist.config import OptimConfig
+from qlora_dist.optim.kernels import update_8bit, update_32bit, update_paged
+from qlora_dist.optim.layout import Piece
+from qlora_dist.optim.moments import MOMENTS, Moments
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""First and second, fp32, of a shard's shape each."""
 
+class PagedAdamW:
+    """Loshchilov and Hutter's AdamW (2019, algorithm 2), page by page.
 
-def build_optimizer(shards: Iterable[torch.nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """Torch's fused AdamW over this rank's shards.
+    The update is element-wise, so that a shard needs nothing of its parameter's rest, and its moments are as sharded as
+    it is. Shards and gradients are used where they lie. Where the moments lie changes no number.
 
     Args:
-        shards: fp32, plain tensors. The update of AdamW is element-wise, so a shard needs nothing of its parameter's
-            rest, and its moments are as sharded as it is.
-        config: the section `optim`. The learning rate is set before each step (`learning_rate`).
+        shards: fp32, contiguous, plain tensors.
+        moments: of these shards.
+        config: the section `optim`.
+        lr_factors: of each shard's learning rate (LoRA+); none: 1.
+        left_bytes: with `optim.resident_bytes: auto`, bytes that the device has for moments, if it holds so many now.
     """
-    return torch.optim.AdamW(
-        list(shards),  # empty ones too, which have no gradient and are passed over: torch refuses an empty list
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+
+    def __init__(
+        self,
+        shards: Sequence[nn.Parameter],
+        moments: Moments,
+        config: OptimConfig,
+        lr_factors: Sequence[float] | None = None,
+        left_bytes: Callable[[int], int] | None = None,
+    ) -> None:
+        self.shards, self.moments, self.config = list(shards), moments, config
+        self.lr = config.lr
+        self.steps = 0
+        """Updates so far, which correct the moments' bias."""
+        self._factors = list(lr_factors) if lr_factors is not None else [1.0] * len(self.shards)
+        self._left_bytes = left_bytes
+        self._kept: dict[tuple[int, int], list[_Part]] = {}  # by page, and where it lies
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all shards by their gradients; the learning rate is `lr` times each one's factor."""
+        automatic = self._left_bytes if self.moments.is_automatic else None
+        if automatic is not None and self.moments.fit(automatic(self.moments.resident_bytes)):
+            self._kept.clear()
+        self.steps += 1
+        for number in range(len(self.moments.pages)):
+            memory = self.moments.use(number)
+            for part in self._parts(number, memory):
+                self._update(part)
+            self.moments.done(number)
+
+    def _parts(self, number: int, memory: torch.Tensor) -> list[_Part]:
+        """What is updated with a page, by learning rate. Kept: making slices takes as long as small updates."""
+        key = number, memory.data_ptr()
+        if key not in self._kept:
+            pieces = self.moments.pages[number].pieces
+            factors = sorted({self._factors[piece.shard] for piece in pieces})
+            self._kept[key] = [
+                self._part(number, memory, [piece for piece in pieces if self._factors[piece.shard] == factor], factor)
+                for factor in factors
+            ]
+        return self._kept[key]
+
+    def _part(self, number: int, memory: torch.Tensor, pieces: Sequence[Piece], factor: float) -> _Part:
+        shards = [self.shards[piece.shard] for piece in pieces]
+        whole = [piece.length == shard.numel() for piece, shard in zip(pieces, shards, strict=True)]
+        parameters = [
+            shard.detach() if is_whole else _slice(shard.detach(), piece)
+            for shard, piece, is_whole in zip(shards, pieces, whole, strict=True)
+        ]
+        views = [self.moments.views(memory, number, piece) for piece in pieces]
+        for view, parameter in zip(views, parameters, strict=True):
+            for name in MOMENTS:
+                view[name] = view[name].view(parameter.shape)
+        codes = [view[name] for name in MOMENTS for view in views]
+        return _Part(factor, pieces, whole, parameters, views, codes[: len(views)], codes[len(views) :])
+
+    def _update(self, part: _Part) -> None:
+        lr = self.lr * part.lr_factor
+        gradients = []
+        for piece, is_whole in zip(part.pieces, part.is_whole, strict=True):
+            gradient = self.shards[piece.shard].grad
+            assert gradient is not None, "every shard that is not empty has a gradient"
+            gradients.append(gradient if is_whole else _slice(gradient, piece))
+        if self.moments.bits == 32 and not self.moments.is_managed:
+            update_32bit(part.parameters, gradients, part.first, part.second, self.config, lr, self.steps)
+            return
+        for parameter, gradient, view in zip(part.parameters, gradients, part.views, strict=True):
+            if self.moments.bits == 32:
+                update_paged(parameter, gradient, view["exp_avg"], view["exp_avg_sq"], self.config, lr, self.steps)
+            else:
+                codes = [(view[name], view[f"{name}.absmax"]) for name in MOMENTS]
+                update_8bit(parameter, gradient, codes[0], codes[1], self.config, lr, self.steps)
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the moments that this rank holds."""
-    return sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
+@dataclass(frozen=True)
+class _Part:
+    """The pieces of a page that have one learning rate, and what lies where."""
+
+    lr_factor: float
+    pieces: Sequence[Piece]
+    is_whole: Sequence[bool]
+    """Of each piece: whether it is a shard, in its shape, or a flat part of one."""
+    parameters: list[torch.Tensor]
+    views: list[dict[str, torch.Tensor]]
+    """Moments."""
+    first: list[torch.Tensor]
+    second: list[torch.Tensor]
 
 
-def moments(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """The moments of a shard, by name; zeros before the first update."""
-    state = optimizer.state.get(parameter, {})
-    return {name: state.get(name, torch.zeros_like(parameter)) for name in MOMENTS}
-
-
-def load_moments(
-    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, values: Mapping[str, torch.Tensor], steps: int
-) -> None:
-    """Set the moments of a shard, and the number of updates that made them, which corrects their bias."""
-    if steps == 0:
-        optimizer.state.pop(parameter, None)
-        return
-    state = {name: values[name].to(parameter.device) for name in MOMENTS}
-    # fused AdamW keeps the number with the shard, as fp32
-    state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
-    optimizer.state[parameter] = state
+def _slice(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    return tensor.view(-1)[piece.start : piece.start + piece.length]

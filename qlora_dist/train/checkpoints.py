@@ -92,6 +92,7 @@ class Checkpoints(Checkpointer):
         state = {
             "progress": progress.to_json(),
             "optimizer_steps": progress.optimizer_steps,
+            "optimizer_bits": self._state.optimizer.moments.bits,
             "loss_scale": self._loss_scale.state(),
         }
         manifest = Manifest(progress.step, self._world_size, self._state.cuts, state, self._start.identity)
@@ -109,6 +110,9 @@ class Checkpoints(Checkpointer):
         return before
 
     def _restore(self, folder: Path, manifest: Manifest) -> Progress:
+        saved, now = manifest.state.get("optimizer_bits", 32), self._state.optimizer.moments.bits
+        if saved != now:
+            self._say(f"{folder}: the optimizer's moments go from {saved} to {now} bit; losses will not be the same")
         restore(self._state, manifest, folder)
         self._loss_scale.load(manifest.state["loss_scale"])
         return Progress.from_json(manifest.state["progress"])

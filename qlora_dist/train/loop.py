@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,15 +12,16 @@ from transformers import PreTrainedModel
 from qlora_dist.checkpoint.snapshot import trained
 from qlora_dist.data.rows import Batch
 from qlora_dist.errors import UserError
-from qlora_dist.optim.adamw import build_optimizer, state_bytes
+from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
+from qlora_dist.optim.moments import Moments
 from qlora_dist.optim.schedule import learning_rate
 from qlora_dist.parallel.traffic import Traffic
 from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import Checkpoints, Start
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.evaluate import evaluate
-from qlora_dist.train.memory import peak_bytes
+from qlora_dist.train.memory import left_bytes, peak_bytes
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.run_dir import RunDir, run_path
 from qlora_dist.train.setup import Setup
@@ -45,12 +46,19 @@ class History:
 
 
 def train_loop(
-    model: PreTrainedModel, setup: Setup, start: Start, traffic: Traffic, console: RunConsole, run_dir: RunDir | None
+    model: PreTrainedModel,
+    moments: Moments,
+    setup: Setup,
+    start: Start,
+    traffic: Traffic,
+    console: RunConsole,
+    run_dir: RunDir | None,
 ) -> History:
     """Train the adapters, from `start` to the last step or until somebody asks to stop.
 
     Args:
         model: sharded and filled.
+        moments: of the optimizer, for this rank's shards.
         setup: the run.
         start: the beginning, or a checkpoint.
         traffic: what the model's collectives are counted in.
@@ -63,7 +71,14 @@ def train_loop(
     cfg = setup.config.train
     patience = _COMPILING if cfg.compile else None
     shards = AdapterShards(model)
-    optimizer = build_optimizer(shards.local, setup.config.optim)
+    ratio = setup.config.optim.lora_plus_ratio
+    optimizer = PagedAdamW(
+        shards.local,
+        moments,
+        setup.config.optim,
+        [ratio if is_b else 1.0 for is_b in shards.is_lora_b],
+        lambda held: left_bytes(setup.device, held, setup.ranks.local_world_size),
+    )
     loss_scale = LossScale(setup.config.model.compute_dtype)
     state = trained(model, shards.local, optimizer, setup.device)
     checkpoints = Checkpoints(setup, start, state, loss_scale, console)
@@ -106,8 +121,7 @@ def train_loop(
         data_s = time.perf_counter() - started
 
         lr = learning_rate(progress.step, setup.steps, setup.config.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.lr = lr
         beat(progress.step, "training", None if history.tokens_per_s else patience)
         result = train_step(
             model,
@@ -143,7 +157,7 @@ def train_loop(
 
         history.tokens_per_s.append(tokens / step_s)
         history.comm_bytes = traffic.take()
-        peak = peak_bytes(setup.device)
+        peak, paging = peak_bytes(setup.device), moments.pager.take_counts()
         console.step(progress.step, result.loss, lr, tokens / step_s, peak)
         log(
             {
@@ -159,8 +173,9 @@ def train_loop(
                 "data_s": data_s,
                 "comm_bytes": history.comm_bytes,
                 "peak_bytes": peak,
-                "resident_bytes": state_bytes(optimizer),
-                "paged_bytes": 0,
+                "resident_bytes": moments.resident_bytes,
+                "paged_bytes": moments.paged_bytes,
+                "paging": asdict(paging),
                 **held_out(progress.step),
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 
 import torch
 
@@ -11,6 +12,7 @@ from qlora_dist.config import Config
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
 from qlora_dist.nf4.read_ahead import Reading
+from qlora_dist.optim.moments import Moments
 from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.process_group import process_group
@@ -22,6 +24,7 @@ from qlora_dist.train.loop import train_loop
 from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
+from qlora_dist.train.step import shard_sizes
 from qlora_dist.train.stop import BY_HAND
 from qlora_dist.train.summary import announce, summarize
 from qlora_dist.train.watchdog import watchdog
@@ -62,6 +65,8 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     offload = config.parallel.offload == "base"
     meshes = build_meshes(setup.sizes, setup.device.type, separate=offload)
     traffic = parallelize(model, meshes, config)
+    # room for what does not stay on the device is reserved before the weights are read
+    moments = Moments(shard_sizes(model), config.optim, config.paging, setup.device)
 
     def loaded(reading: Reading) -> None:
         beat(phase="loading")
@@ -72,7 +77,8 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     static_bytes = check_static_bytes(model, setup.sizes)
     console.say_loaded(static_bytes)
 
-    history = train_loop(model, setup, start, traffic, console, run_dir)
+    with closing(moments):
+        history = train_loop(model, moments, setup, start, traffic, console, run_dir)
     step = history.progress.step
     if history.stop is not None:
         marker = STOPPED if history.stop in BY_HAND else REQUEUE

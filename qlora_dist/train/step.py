@@ -11,8 +11,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import adapter_parameters
+from qlora_dist.adapters.attach import adapter_parameters, is_lora_b
 from qlora_dist.data.rows import Batch
+from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.traffic import Traffic
 from qlora_dist.train.beat import beat
@@ -35,12 +36,13 @@ class StepResult:
 class AdapterShards:
     """The adapters' local shards as plain parameters that alias the engine's DTensors.
 
-    An optimizer of plain tensors is faster than one of DTensors, and bitsandbytes' know nothing else.
+    An optimizer of plain tensors is faster than one of DTensors, and bitsandbytes' kernels know nothing else.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._sharded = [p for _, p in adapter_parameters(model)]
         self.local = [nn.Parameter(_local(p.detach())) for p in self._sharded]
+        self.is_lora_b = [is_lora_b(name) for name, _ in adapter_parameters(model)]
 
     def take_gradients(self) -> list[torch.Tensor]:
         """Hand the gradients over from the DTensors to the local shards; those of empty shards are left out."""
@@ -61,7 +63,7 @@ def train_step(
     trained_tokens: int,
     shards: AdapterShards,
     adapter_replicas: int,
-    optimizer: torch.optim.Optimizer,
+    optimizer: PagedAdamW,
     loss_scale: LossScale,
     max_grad_norm: float | None,
     traffic: Traffic,
@@ -107,6 +109,11 @@ def train_step(
     shards.clear_gradients()
     loss_scale.update(finite)
     return StepResult(total_loss / trained_tokens, norm, finite, sums)
+
+
+def shard_sizes(model: nn.Module) -> list[int]:
+    """Elements of each of this rank's adapter shards, in the order of `AdapterShards`; the model may be on meta."""
+    return [_local(parameter).numel() for _, parameter in adapter_parameters(model)]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

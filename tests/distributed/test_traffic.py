@@ -18,15 +18,16 @@ from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
-from qlora_dist.optim.adamw import build_optimizer
+from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
+from qlora_dist.optim.moments import Moments
 from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.plan.shapes import decoder_units
 from qlora_dist.plan.traffic import Sharding, step_traffic
 from qlora_dist.train.setup import set_up
-from qlora_dist.train.step import AdapterShards, train_step
+from qlora_dist.train.step import AdapterShards, shard_sizes, train_step
 
 # (ranks, nodes, base, adapter)
 LAYOUTS = [
@@ -80,7 +81,8 @@ def two_steps(config: Config) -> tuple[list[Collective], dict[str, int], int]:
         traffic = parallelize(setup.model, meshes, config)
         fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
         shards = AdapterShards(setup.model)
-        optimizer = build_optimizer(shards.local, config.optim)
+        moments = Moments(shard_sizes(setup.model), config.optim, config.paging, setup.device)
+        optimizer = PagedAdamW(shards.local, moments, config.optim)
         for step in range(2):
             traffic.take()
             with Wire() as wire:

@@ -1,59 +1,202 @@
-"""If this fails, adapters are updated by something else than AdamW, or a shard's update depends on the others."""
+"""If this fails, adapters are updated by something else than AdamW, or where the moments lie changes a number."""
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
+import bitsandbytes
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from qlora_dist.config import OptimConfig
-from qlora_dist.optim.adamw import build_optimizer, state_bytes
+from qlora_dist.config import OptimConfig, PagingConfig
+from qlora_dist.optim.adamw import PagedAdamW
+from qlora_dist.optim.kernels import update_32bit, update_paged
+from qlora_dist.optim.moments import Moments
+from qlora_dist.paging.unified import UnifiedPager
 
-CONFIG = OptimConfig(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.05)
+CPU = torch.device("cpu")
+VALUES = {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.05}
 
 
 def make_shards(*sizes: int) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(sum(sizes), generator=generator)
+    whole = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0))
     return [nn.Parameter(part.clone()) for part in whole.split(list(sizes))]
 
 
-def train(shards: list[nn.Parameter], steps: int) -> torch.Tensor:
-    optimizer = build_optimizer(shards, CONFIG)
-    whole = sum(shard.numel() for shard in shards)
+def ours(
+    shards: list[nn.Parameter],
+    name: str = "adamw",
+    resident_bytes: int | str = "auto",
+    lr_factors: list[float] | None = None,
+    **paging: object,
+) -> PagedAdamW:
+    config = OptimConfig.model_validate({"name": name, "resident_bytes": resident_bytes, **VALUES})
+    moments = Moments([shard.numel() for shard in shards], config, PagingConfig.model_validate(paging), CPU)
+    return PagedAdamW(shards, moments, config, lr_factors)
+
+
+def theirs(shards: list[nn.Parameter], bits: int) -> torch.optim.Optimizer:
+    """Torch's, and that of bitsandbytes, which keeps tensors of less than 4096 elements in 32 bit if it isn't told."""
+    values = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.05}
+    if bits == 32:
+        return torch.optim.AdamW(shards, fused=True, **values)
+    return bitsandbytes.optim.AdamW8bit(shards, min_8bit_size=0, **values)
+
+
+def train(shards: list[nn.Parameter], optimizer: PagedAdamW | torch.optim.Optimizer, steps: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
     for step in range(steps):
-        grads = torch.randn(whole, generator=torch.Generator().manual_seed(step))
-        for shard, grad in zip(shards, grads.split([shard.numel() for shard in shards]), strict=True):
-            shard.grad = grad.clone()
+        for shard in shards:
+            scale = 10.0 ** (step % 5 - 3)  # gradients of all sizes, and some that are zero
+            shard.grad = torch.randn(shard.shape, generator=generator).mul_(scale) if shard.numel() else None
+            if shard.grad is not None and step % 7 == 3:
+                shard.grad[::2] = 0
         optimizer.step()
-    return torch.cat([shard.detach() for shard in shards])
+    return torch.cat([shard.detach().view(-1) for shard in shards])
 
 
-def test_is_the_papers_adamw():
+def test_is_the_papers_adamw() -> None:
     """Loshchilov and Hutter (2019), algorithm 2, in double precision."""
     (parameter,) = make_shards(11)
-    expected = parameter.detach().double()
+    expected, generator = parameter.detach().double(), torch.Generator().manual_seed(1)
     first, second = torch.zeros(11).double(), torch.zeros(11).double()
-    for step in range(5):
-        grad = torch.randn(11, generator=torch.Generator().manual_seed(step)).double()
+    for step in range(3):
+        grad = torch.randn(11, generator=generator).mul_(10.0 ** (step % 5 - 3)).double()
         first = 0.8 * first + 0.2 * grad
         second = 0.9 * second + 0.1 * grad**2
         update = (first / (1 - 0.8 ** (step + 1))) / ((second / (1 - 0.9 ** (step + 1))).sqrt() + 1e-6)
         expected = expected - 0.1 * (update + 0.05 * expected)
-    torch.testing.assert_close(train([parameter], 5).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(train([parameter], ours([parameter]), 3).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.one_of(st.just(0), st.integers(1, 5000)), min_size=1, max_size=6).filter(any),
+    bits=st.sampled_from([8, 32]),
+    page_bytes=st.integers(4096, 20000),
+    budget=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    ahead=st.integers(0, 2),
+)
+def test_where_the_moments_lie_changes_no_number(
+    sizes: list[int], bits: int, page_bytes: int, budget: float, ahead: int
+) -> None:
+    """100 steps, bit for bit those of torch (32 bit) and of bitsandbytes (8 bit), for any page size and budget."""
+    mine, reference = make_shards(*sizes), make_shards(*sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # bitsandbytes pages nothing on a CPU, with a warning
+        whole = ours(mine, "adamw" if bits == 32 else "adamw-8bit", page_bytes=page_bytes).moments.pager.total_bytes
+        resident = max(2 * page_bytes, int(budget * whole)) if budget else 0
+        optimizer = ours(mine, f"paged-adamw-{bits}bit", resident, page_bytes=page_bytes, ahead=ahead, to="host")
+    assert torch.equal(train(mine, optimizer, 100), train(reference, theirs(reference, bits), 100))
+    assert optimizer.moments.resident_bytes <= (resident or 2 * page_bytes)
+    optimizer.moments.close()
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_file_does_as_well(bits: int, tmp_path: Path) -> None:
+    mine, reference = make_shards(3000, 4000), make_shards(3000, 4000)
+    optimizer = ours(mine, f"paged-adamw-{bits}bit", 0, page_bytes=4096, to="disk", dir=str(tmp_path))
+    assert optimizer.moments.paged_bytes > 0
+    assert torch.equal(train(mine, optimizer, 10), train(reference, theirs(reference, bits), 10))
+    optimizer.moments.close()
 
 
 @pytest.mark.parametrize("sizes", [(40, 60), (1, 98, 1), (100, 0), (0, 33, 67)])
-def test_shards_are_updated_as_the_whole(sizes):
-    torch.testing.assert_close(train(make_shards(*sizes), 4), train(make_shards(100), 4), rtol=1e-6, atol=1e-7)
+def test_shards_are_updated_as_the_whole(sizes: tuple[int, ...]) -> None:
+    def trained(*sizes: int) -> torch.Tensor:
+        shards = make_shards(*sizes)
+        optimizer = ours(shards)
+        grads = [torch.randn(100, generator=torch.Generator().manual_seed(step)) for step in range(4)]
+        for grad in grads:
+            for shard, part in zip(shards, grad.split(list(sizes)), strict=True):
+                shard.grad = part.clone()
+            optimizer.step()
+        return torch.cat([shard.detach() for shard in shards])
+
+    torch.testing.assert_close(trained(*sizes), trained(100), rtol=1e-6, atol=1e-7)
 
 
-def test_state_is_two_moments_of_the_shard():
-    shards = make_shards(40, 60, 0)
-    optimizer = build_optimizer(shards, CONFIG)
-    assert state_bytes(optimizer) == 0
-    for shard in shards[:2]:  # an empty one has no gradient
-        shard.grad = torch.ones_like(shard)
+@pytest.mark.parametrize("bits", [8, 32])
+def test_b_matrices_learn_faster(bits: int) -> None:
+    """LoRA+: as two optimizers, one with 16 times the learning rate."""
+    mine, slow, fast = make_shards(700, 900), make_shards(700, 900), make_shards(700, 900)
+    optimizer = ours(mine, "adamw" if bits == 32 else "adamw-8bit", lr_factors=[1.0, 16.0])
+    train(mine, optimizer, 5)
+    train(slow, theirs(slow, bits), 5)
+    quick = theirs(fast, bits)
+    quick.param_groups[0]["lr"] = 1.6
+    train(fast, quick, 5)
+    assert torch.equal(mine[0], slow[0])
+    assert torch.equal(mine[1], fast[1])
+
+
+def test_automatic_takes_what_is_left_and_gives_it_back_when_that_is_less() -> None:
+    mine, reference = make_shards(9000), make_shards(9000)
+    config = OptimConfig.model_validate({"name": "paged-adamw-32bit", **VALUES})
+    moments = Moments([9000], config, PagingConfig(to="host", page_bytes=4096), CPU)
+    left = iter([100_000, 100_000, 30_000, 100_000, 5_000])
+    optimizer = PagedAdamW(mine, moments, config, left_bytes=lambda held: next(left))
+    held = []
+    for _ in range(5):
+        before = moments.resident_bytes
+        optimizer_steps = train_one(mine, optimizer)
+        held.append(moments.resident_bytes)
+        assert before <= max(before, held[-1]) and optimizer_steps == len(held)
+    assert held == [73_728, 73_728, 28_672, 28_672, 8192]
+    plain = theirs(reference, 32)
+    for _ in range(5):
+        train_one(reference, plain)
+    assert torch.equal(mine[0], reference[0])
+    moments.close()
+
+
+def train_one(shards: list[nn.Parameter], optimizer: PagedAdamW | torch.optim.Optimizer) -> int:
+    for shard in shards:
+        shard.grad = torch.linspace(-1, 1, shard.numel())
     optimizer.step()
-    counters = 4 * 2  # torch keeps the number of steps per parameter
-    assert state_bytes(optimizer) == 2 * 4 * 100 + counters
+    return optimizer.steps if isinstance(optimizer, PagedAdamW) else 0
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_moments_are_read_and_written_whatever_the_pages(bits: int) -> None:
+    """A checkpoint of a paged run goes on unpaged, and the other way round."""
+    sizes, names = (3000, 0, 5, 4100), ("adamw", "adamw-8bit")
+    one, two = make_shards(*sizes), make_shards(*sizes)
+    paged = ours(one, f"paged-adamw-{bits}bit", 0, page_bytes=4096, to="host")
+    train(one, paged, 3)
+    unpaged = ours(two, names[bits == 8])
+    unpaged.moments.write(paged.moments.read())
+    unpaged.steps = paged.steps
+    for shard, values in zip(two, one, strict=True):
+        shard.data.copy_(values.data)
+    assert torch.equal(train(one, paged, 3), train(two, unpaged, 3))
+    paged.moments.write(unpaged.moments.read())
+    for left, right in zip(paged.moments.read(), unpaged.moments.read(), strict=True):
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    paged.moments.close()
+
+
+def test_managed_memory_is_updated_by_the_kernels_that_know_it() -> None:
+    """With ordinary memory in place of CUDA's: the same pages, the same views, bitsandbytes' marks on them."""
+    mine, reference = make_shards(3000, 100), make_shards(3000, 100)
+    optimizer = ours(mine, "adamw", page_bytes=4096)
+
+    def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+    optimizer.moments.pager = UnifiedPager(optimizer.moments.pager.sizes, CPU, allocate)
+    assert optimizer.moments.is_managed
+    torch.testing.assert_close(train(mine, optimizer, 20), train(reference, theirs(reference, 32), 20))
+
+
+def test_both_32_bit_kernels_agree() -> None:
+    config = OptimConfig.model_validate(VALUES)
+    values = [[torch.rand(1000, generator=torch.Generator().manual_seed(i)) for i in range(4)] for _ in range(2)]
+    update_32bit(*([value] for value in values[0]), config, 0.01, 7)  # type: ignore[arg-type]
+    update_paged(*values[1], config, 0.01, 7)
+    for left, right in zip(*values, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)

@@ -124,4 +124,4 @@ def test_ranks_that_the_launcher_has_misplaced():
     shared = misplaced([("n1", 0, "GPU-a"), ("n1", 1, "GPU-b"), ("n2", 0, "GPU-c"), ("n2", 1, "GPU-c")], 2)
     assert shared is not None and shared.startswith("ranks 2 and 3 on n2 have the same GPU (GPU-c); start one rank per")
     cyclic = misplaced([("n1", 0, ""), ("n2", 0, ""), ("n1", 1, ""), ("n2", 1, "")], 2)
-    assert cyclic is not None and cyclic.startswith("rank 1 is number 0 on n2, not number 1: neighbouring ranks share")
+    assert cyclic is not None and cyclic.startswith("rank 1 is number 0 on n2, not number 1: neighbouring ranks belong")

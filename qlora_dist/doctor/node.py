@@ -1,0 +1,126 @@
+"""Checks that a node does by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import bitsandbytes
+import torch
+
+from qlora_dist.doctor.finding import Finding
+from qlora_dist.launch.environment import Ranks
+from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.nf4.quantize import dequantize, quantize
+from qlora_dist.nf4.tables import code_table, nested_code_table
+from qlora_dist.versions import TESTED
+
+_LITTLE_DISK = 10 * 2**30
+_GIB = 2**30
+
+
+def check_node(ranks: Ranks, device: torch.device, folder: Path) -> list[Finding]:
+    """All of them, always in the same order.
+
+    Args:
+        ranks: who this process is.
+        device: of this rank.
+        folder: where runs go.
+    """
+    return [check_libraries(), check_devices(ranks), check_memory(device), check_kernels(device), check_disk(folder)]
+
+
+def check_libraries() -> Finding:
+    """The installed versions against those that the tests were run with."""
+    others, missing = [], []
+    for package, tested in TESTED.items():
+        try:
+            installed = metadata.version(package).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            missing.append(package)
+            continue
+        if installed != tested:
+            others.append(f"{package} {installed} (tested: {tested})")
+    python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    if missing:
+        return Finding("libraries", "fail", f"{python}, without {', '.join(missing)}", "pip install qlora-dist")
+    if others:
+        remedy = "if something is odd, install the tested ones (constraints.txt)"
+        return Finding("libraries", "warn", f"{python}, {', '.join(others)}", remedy)
+    return Finding("libraries", "ok", f"{python}, and {len(TESTED)} libraries in the tested versions")
+
+
+def check_devices(ranks: Ranks) -> Finding:
+    """One GPU for each rank of the node (with GPUs: not run)."""
+    cores, here = len(os.sched_getaffinity(0)), ranks.local_world_size
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else " (torch is built without CUDA)"
+        said = f"no CUDA device{built}; {here} {_plural(here, 'rank')} on {cores} {_plural(cores, 'core')}"
+        return Finding("devices", "warn", said, "fine for trying; for GPUs, install torch with CUDA, and the driver")
+    count = torch.cuda.device_count()
+    names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
+    said = f"{count} x {', '.join(names)}; {here} {_plural(here, 'rank')}, {cores} {_plural(cores, 'core')}"
+    if count < here and count != 1:  # with one for each rank (--gpus-per-task=1) a rank sees its own only
+        return Finding("devices", "fail", said, f"start {count} ranks on this node")
+    return Finding("devices", "ok", said)
+
+
+def check_memory(device: torch.device) -> Finding:
+    """What is free: of the GPU (not run), or of the system."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        pages = os.sysconf("SC_PAGE_SIZE")
+        free, total = os.sysconf("SC_AVPHYS_PAGES") * pages, os.sysconf("SC_PHYS_PAGES") * pages
+    values = {"free_bytes": free, "total_bytes": total}
+    said = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free" + (" on the GPU" if device.type == "cuda" else "")
+    if device.type == "cuda" and free < 0.9 * total:
+        return Finding("memory", "warn", said, "see with nvidia-smi who else uses the GPU", values)
+    return Finding("memory", "ok", said, values=values)
+
+
+def check_kernels(device: torch.device) -> Finding:
+    """A matrix dequantized by the kernels of bitsandbytes, and by looking it up in the tables."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        packed, layout = quantize(torch.randn(96, 80, generator=generator).to(device))
+        found = dequantize(packed, layout, torch.float32).cpu()
+    except (RuntimeError, OSError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        return Finding("kernels", "fail", f"bitsandbytes on {device.type}: {reason}", "reinstall bitsandbytes")
+    expected = _look_up(packed.cpu(), layout)
+    if not torch.equal(found, expected):
+        worst = float((found - expected).abs().max())
+        said = f"bitsandbytes {bitsandbytes.__version__} dequantizes wrongly on {device.type}, by up to {worst:.3g}"
+        return Finding("kernels", "fail", said, "install another version of bitsandbytes (constraints.txt)")
+    return Finding("kernels", "ok", f"bitsandbytes dequantizes on {device.type} to the last bit")
+
+
+def check_disk(folder: Path) -> Finding:
+    """Room where runs go."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        return Finding("disk", "fail", f"{existing} cannot be written", "name another folder in run.dir")
+    free = shutil.disk_usage(existing).free
+    said, values = f"{free / _GIB:.0f} GiB are free in {existing}", {"free_bytes": free}
+    if free < _LITTLE_DISK:
+        return Finding("disk", "warn", said, "checkpoints need twelve bytes for each trained parameter", values)
+    return Finding("disk", "ok", said, values=values)
+
+
+def _look_up(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
+    """By tables alone: two codes a byte, the first in the high half; QLoRA, section 3."""
+    codes = torch.stack([packed[layout.codes] >> 4, packed[layout.codes] & 15], dim=1).flatten()[: layout.numel]
+    scales = packed[layout.nested_absmax].view(torch.float32)
+    quantized = packed[layout.absmax].int()
+    nested = nested_code_table(torch.device("cpu"))[quantized] * scales[torch.arange(len(quantized)) // 256]
+    absmax = nested + packed[layout.offset].view(torch.float32)
+    blocks = torch.arange(layout.numel) // layout.block_size
+    return (code_table("nf4")[codes.int()] * absmax[blocks]).view(layout.shape)
+
+
+def _plural(count: int, word: str) -> str:
+    return word if count == 1 else f"{word}s"

@@ -1,0 +1,166 @@
+"""Both moments of AdamW for the shards of a rank: one run of blocks, cut into pages."""
+
+from __future__ import annotations
+
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from qlora_dist.config import OptimConfig, PagingConfig
+from qlora_dist.errors import UserError
+from qlora_dist.optim.layout import BLOCK, Page, Piece, page_layout
+from qlora_dist.paging.pager import Pager
+from qlora_dist.paging.store import FileStore, HostStore, Store
+from qlora_dist.paging.unified import UnifiedPager
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""First and second, of a shard's elements each: fp32[n]; in 8 bit uint8[n], and beside them NAME.absmax,
+fp32[ceil(n / BLOCK)]."""
+
+
+def moment_names(bits: int) -> tuple[str, ...]:
+    """Of the tensors that make up a shard's moments."""
+    return MOMENTS if bits == 32 else (*MOMENTS, *(f"{name}.absmax" for name in MOMENTS))
+
+
+_UNLIMITED = 2**62
+
+
+class Moments:
+    """The moments, wherever they lie.
+
+    Args:
+        sizes: elements of each of the rank's shards.
+        config: name of the optimizer, and bytes that stay on the device.
+        paging: where the others go.
+        device: of the shards.
+
+    Raises:
+        UserError: there is no room behind the device, or no such place.
+    """
+
+    def __init__(self, sizes: Sequence[int], config: OptimConfig, paging: PagingConfig, device: torch.device) -> None:
+        self.bits = 8 if config.name.endswith("8bit") else 32
+        self.pages = page_layout(sizes, self.bits, paging.page_bytes)
+        self._shards = len(sizes)
+        self.is_automatic = config.name.startswith("paged") and config.resident_bytes == "auto"
+        self._is_fitted = False
+        self.pager = _open_pager([page.nbytes for page in self.pages], config, paging, device)
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether the driver moves the pages, of CUDA's managed memory."""
+        return isinstance(self.pager, UnifiedPager)
+
+    @property
+    def resident_bytes(self) -> int:
+        """On the device now."""
+        return self.pager.held_bytes
+
+    @property
+    def paged_bytes(self) -> int:
+        """Of the pages that come and go."""
+        return sum(self.pager.sizes[page] for page in self.pager.moving)
+
+    def fit(self, left_bytes: int) -> bool:
+        """Keep to what the device has left: the first time this is known, and whenever it is less than is held.
+
+        Returns:
+            Whether pages lie elsewhere now.
+        """
+        if self._is_fitted and left_bytes >= self.pager.held_bytes:
+            return False
+        self._is_fitted = True
+        self.pager.resize(left_bytes if left_bytes >= 2 * max(self.pager.sizes, default=0) else 0)
+        return True
+
+    def use(self, number: int) -> torch.Tensor:
+        """Page `number` on the device: uint8[nbytes], to be changed until `done`; those behind it are fetched."""
+        after = bisect_right(self.pager.moving, number)
+        return self.pager.use(number, then=[*self.pager.moving[after:], *self.pager.moving[:after]][: self.pager.ahead])
+
+    def done(self, number: int) -> None:
+        """Say that page `number` has been changed, and is not in use any more."""
+        self.pager.done(number, changed=True)
+
+    def read(self) -> list[dict[str, torch.Tensor]]:
+        """Copies on the CPU of each shard's moments, flat, by `moment_names`; nothing for an empty one."""
+        parts: list[dict[str, list[torch.Tensor]]] = [{} for _ in range(self._shards)]
+        for number, page in enumerate(self.pages):
+            memory = self.pager.read(number)
+            for piece in page.pieces:
+                for name, view in _views(memory, page, piece, self.bits).items():
+                    parts[piece.shard].setdefault(name, []).append(view)
+        return [{name: torch.cat(views) for name, views in shard.items()} for shard in parts]
+
+    def write(self, shards: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Replace all moments by what `read` gave, here or elsewhere. Takes one shard at a time, in their order."""
+        values = enumerate(shards)
+        shard, moments = -1, dict[str, torch.Tensor]()  # type: int, Mapping[str, torch.Tensor]
+        for number, page in enumerate(self.pages):
+            memory = torch.zeros(page.nbytes, dtype=torch.uint8)
+            for piece in page.pieces:
+                while shard < piece.shard:
+                    shard, moments = next(values)
+                for name, view in _views(memory, page, piece, self.bits).items():
+                    start = piece.start // (BLOCK if name.endswith(".absmax") else 1)
+                    view.copy_(moments[name].view(-1)[start : start + view.numel()])
+            self.pager.write(number, memory)
+
+    def clear(self) -> None:
+        """Set all to zero, as before the first update."""
+        for number, size in enumerate(self.pager.sizes):
+            self.pager.write(number, torch.zeros(size, dtype=torch.uint8))
+
+    def views(self, memory: torch.Tensor, number: int, piece: Piece) -> dict[str, torch.Tensor]:
+        """The moments of a piece in page `number`, which lies in memory: uint8[nbytes]."""
+        views = _views(memory, self.pages[number], piece, self.bits)
+        if self.is_managed:
+            for view in views.values():
+                view.is_paged = True  # type: ignore[attr-defined]  # bitsandbytes' mark, which slices lose
+        return views
+
+    def close(self) -> None:
+        """Give all room back."""
+        self.pager.close()
+
+
+def _views(memory: torch.Tensor, page: Page, piece: Piece, bits: int) -> dict[str, torch.Tensor]:
+    """A page holds all first moments, then all second; in 8 bit both codes, then both absmax."""
+    n, begin, end = page.elements, piece.at, piece.at + piece.length
+    if bits == 32:
+        return {name: memory.view(torch.float32)[k * n + begin : k * n + end] for k, name in enumerate(MOMENTS)}
+    blocks = slice(begin // BLOCK, -(-end // BLOCK))
+    absmax = memory[2 * n :].view(torch.float32).view(2, n // BLOCK)
+    views = {name: memory[k * n + begin : k * n + end] for k, name in enumerate(MOMENTS)}
+    return views | {f"{name}.absmax": absmax[k, blocks] for k, name in enumerate(MOMENTS)}
+
+
+def _open_pager(
+    sizes: Sequence[int], config: OptimConfig, paging: PagingConfig, device: torch.device
+) -> Pager | UnifiedPager:
+    where = paging.to if paging.to != "auto" else "disk" if device.type == "cpu" else "host"
+    if where == "unified" and config.name.startswith("paged"):
+        return UnifiedPager(sizes, device)
+    total = sum(sizes)
+    budget = _UNLIMITED
+    if config.name.startswith("paged"):
+        budget = 0 if config.resident_bytes == "auto" else config.resident_bytes
+
+    def make_store(nbytes: int) -> Store:
+        if where == "host":
+            return HostStore(nbytes, device)
+        folder = Path(paging.dir or tempfile.gettempdir())
+        remedy = "set paging.dir to another folder, or raise optim.resident_bytes"
+        return FileStore(nbytes, folder, device, "optimizer states", remedy)
+
+    try:
+        return Pager(sizes, device, budget, make_store, paging.ahead)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"optim.resident_bytes: the device has no room for {min(budget, total) / 2**30:.3g} GiB of optimizer "
+            "states; lower it"
+        ) from None

@@ -1,0 +1,267 @@
+"""Pages of which a byte budget stays on the device, the others coming and going."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+
+import torch
+
+from qlora_dist.paging.store import Store
+
+
+@dataclass
+class Counts:
+    """What a pager has done since they were last taken."""
+
+    hits: int = 0
+    """Uses of a page that was on the device since it was last used."""
+    bytes_in: int = 0
+    """Fetched from the store, ahead or not."""
+    bytes_out: int = 0
+    """Written to the store."""
+    stall_s: float = 0.0
+    """Seconds in which the caller waited for a page."""
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Room on the device for one page after the other."""
+
+    memory: torch.Tensor
+    page: int | None = None
+    dirty: bool = False
+    in_use: bool = False
+    fetched: bool = False
+    """And not used yet."""
+    transfer: Future[None] | None = None
+
+
+class Pager:
+    """Pages that are used in an order that the caller knows.
+
+    As many pages as the budget has room for stay on the device for good, every so-and-so-many-th one, so that there is
+    time to move the others. These go through a few slots: while one is used, a thread writes back the one before it, if
+    it was changed, and fetches those that come next, on a stream of its own.
+
+    Args:
+        sizes: bytes of each page.
+        device: that uses them.
+        budget: bytes on the device at any moment; at least two pages, or 0 for just that. Room for all: all stay.
+        make_store: makes a store of so many bytes; called only if not all pages stay.
+        ahead: pages to be fetched ahead at most; 0: none is.
+
+    Raises:
+        ValueError: the budget is less than two pages.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        device: torch.device,
+        budget: int,
+        make_store: Callable[[int], Store],
+        ahead: int = 1,
+    ) -> None:
+        self.sizes, self.device, self.ahead = list(sizes), device, ahead
+        self.counts = Counts()
+        self.held_bytes = 0
+        """On the device now."""
+        self.moving: list[int] = []
+        """The pages that do not stay."""
+        self._starts = [sum(self.sizes[:page]) for page in range(len(self.sizes))]
+        self._make_store, self._store = make_store, None  # type: Callable[[int], Store], Store | None
+        self._backend = torch.get_device_module(device)
+        self._stream = self._backend.Stream()
+        self._thread = ThreadPoolExecutor(1, "pager")
+        self._staying: dict[int, torch.Tensor] = {}
+        self._slots: list[_Slot] = []
+        self._stored: set[int] = set()  # pages that the store has; the others are zeros
+        self._plan(budget)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all pages."""
+        return sum(self.sizes)
+
+    def use(self, page: int, then: Sequence[int] = ()) -> torch.Tensor:
+        """A page on the device, to be read and changed until `done`.
+
+        Args:
+            page: its number.
+            then: the pages that will be used next, in their order: fetching begins, as far as there are free slots.
+
+        Returns:
+            uint8[sizes[page]].
+
+        Raises:
+            OSError: the store fails.
+        """
+        if page in self._staying:
+            self.counts.hits += 1
+            if then:
+                self._fetch_ahead(page, then)
+            return self._staying[page]
+        slot = self._slot_of(page)
+        if slot is None:
+            slot = self._free_slot({page})
+            assert slot is not None, "more pages are in use at a time than there are slots"
+            self._move(slot, page)
+        elif not slot.fetched:
+            self.counts.hits += 1
+        slot.in_use, slot.fetched = True, False
+        self._fetch_ahead(page, then)
+        self._wait(slot)
+        return slot.memory[: self.sizes[page]]
+
+    def done(self, page: int, changed: bool) -> None:
+        """Say that a page is not in use any more, and whether it has been changed."""
+        slot = self._slot_of(page)
+        if slot is not None:
+            slot.in_use = False
+            slot.dirty = slot.dirty or changed
+
+    def read(self, page: int) -> torch.Tensor:
+        """A copy of a page on the CPU: uint8[sizes[page]]. Counts as no use."""
+        self._settle()
+        slot = self._slot_of(page)
+        if page in self._staying:
+            return self._staying[page].to("cpu", copy=True)
+        if slot is not None:
+            return slot.memory[: self.sizes[page]].to("cpu", copy=True)
+        out = torch.zeros(self.sizes[page], dtype=torch.uint8)
+        if page in self._stored:
+            assert self._store is not None
+            self._store.read(self._starts[page], out)
+        return out
+
+    def write(self, page: int, values: torch.Tensor) -> None:
+        """Replace a page by uint8[sizes[page]] of the CPU. Counts as no use."""
+        self._settle()
+        slot = self._slot_of(page)
+        if page in self._staying:
+            self._staying[page].copy_(values)
+        elif slot is not None:
+            slot.memory[: self.sizes[page]].copy_(values)
+            slot.dirty = True
+        else:
+            assert self._store is not None
+            self._store.write(self._starts[page], values)
+            self._stored.add(page)
+
+    def resize(self, budget: int) -> None:
+        """Keep to another budget from now on; no page may be in use.
+
+        Raises:
+            ValueError: the budget is less than two pages.
+        """
+        here = [*self._staying, *(slot.page for slot in self._slots if slot.page is not None)]
+        pages = {page: self.read(page) for page in {*here, *self._stored}}
+        self._staying, self._slots, self.held_bytes = {}, [], 0
+        self._plan(budget)
+        for page, values in pages.items():
+            self.write(page, values)
+
+    def take_counts(self) -> Counts:
+        """What was done since the last call."""
+        counts, self.counts = self.counts, Counts()
+        return counts
+
+    def close(self) -> None:
+        """End the thread, and give the store's room back."""
+        self._thread.shutdown(cancel_futures=True)
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def _plan(self, budget: int) -> None:
+        """Decide which pages stay, and make the slots."""
+        if self.total_bytes <= budget or not self.sizes:
+            self._budget = budget
+            self._staying, self.moving = {page: self._allocate(size) for page, size in enumerate(self.sizes)}, []
+            return
+        largest, count = max(self.sizes), len(self.sizes)
+        self._budget = budget or 2 * largest
+        if self._budget < 2 * largest:
+            raise ValueError(f"{budget} bytes are less than two pages of {largest}")
+        slots = min(max(2, 1 + self.ahead), self._budget // largest)
+        stay = (self._budget - slots * largest) // largest
+        if self._store is None:
+            self._store = self._make_store(self.total_bytes)
+        self._slots = [_Slot(self._allocate(largest)) for _ in range(slots)]
+        for page in range(count):
+            if (page + 1) * stay // count > page * stay // count:
+                self._staying[page] = self._allocate(self.sizes[page])
+        self.moving = [page for page in range(count) if page not in self._staying]
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        self.held_bytes += nbytes
+        if self.held_bytes > self._budget:
+            raise AssertionError(f"the pager holds {self.held_bytes} bytes and has a budget of {self._budget}")
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+
+    def _fetch_ahead(self, page: int, then: Sequence[int]) -> None:
+        wanted = [next_page for next_page in then if next_page not in self._staying][: self.ahead]
+        for next_page in wanted:
+            if self._slot_of(next_page) is None:
+                slot = self._free_slot({page, *wanted})
+                if slot is None:
+                    return
+                self._move(slot, next_page)
+
+    def _free_slot(self, keep: set[int]) -> _Slot | None:
+        """The slot that has not been used for longest, of those that are not in use and hold none of `keep`."""
+        for slot in self._slots:
+            if not slot.in_use and slot.page not in keep:
+                self._slots.remove(slot)
+                self._slots.append(slot)
+                return slot
+        return None
+
+    def _slot_of(self, page: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.page == page), None)
+
+    def _move(self, slot: _Slot, page: int) -> None:
+        """Begin to write back what a slot holds, if it was changed, and to fetch a page into it."""
+        old, new = slot.page if slot.dirty else None, page if page in self._stored else None
+        if old is not None:
+            self.counts.bytes_out += self.sizes[old]
+            self._stored.add(old)
+        if new is not None:
+            self.counts.bytes_in += self.sizes[new]
+        # the device may not have come to the last use of the slot yet
+        used = self._backend.current_stream().record_event()
+        slot.page, slot.dirty, slot.fetched = page, False, True
+        slot.transfer = self._thread.submit(self._transfer, slot.memory, old, page, new is None, used)
+
+    def _transfer(self, memory: torch.Tensor, old: int | None, new: int, blank: bool, used: torch.Event) -> None:
+        """In the thread."""
+        assert self._store is not None
+        with self._backend.stream(self._stream):
+            self._stream.wait_event(used)
+            if old is not None:
+                self._store.write(self._starts[old], memory[: self.sizes[old]])
+            if blank:
+                memory.zero_()
+            else:
+                self._store.read(self._starts[new], memory[: self.sizes[new]])
+            moved = self._backend.Event()
+            moved.record(self._stream)
+            moved.synchronize()
+
+    def _wait(self, slot: _Slot) -> None:
+        if slot.transfer is not None:
+            started = time.perf_counter()
+            slot.transfer.result()
+            self.counts.stall_s += time.perf_counter() - started
+            slot.transfer = None
+
+    def _settle(self) -> None:
+        for slot in self._slots:
+            if slot.transfer is not None:
+                slot.transfer.result()

@@ -1,0 +1,143 @@
+"""If this fails, paging the optimizer's moments changes a loss, or a run that paged cannot go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from ranks import run_ranks
+from trained import losses
+
+from qlora_dist.config import Config
+from qlora_dist.config_file import load_config
+from qlora_dist.errors import UserError
+from qlora_dist.train.run import train
+from qlora_dist.train.run_dir import run_path
+
+STEPS = 6
+PAGED = ("paging.page_bytes=4096", "paging.to=disk", "optim.resident_bytes=16KiB")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
+    folder = tmp_path_factory.mktemp("paging")
+    return tiny.make_config(folder, tiny_llama_nf4, train__steps=STEPS, train__save_every=3, train__global_batch=8)
+
+
+def resolve(config: Path, name: str, *overrides: str) -> Config:
+    return load_config(config, [f"run.name={name}", "optim.lora_plus_ratio=4", *overrides])
+
+
+def metrics(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()][1:]
+
+
+@pytest.fixture(scope="module")
+def unpaged(config: Path) -> Config:
+    resolved = resolve(config, "unpaged", "optim.name=adamw")
+    run_ranks(1, train, resolved)
+    return resolved
+
+
+def halfway(config: Path, name: str, *overrides: str) -> str:
+    """A checkpoint after 3 of the steps, of 2 ranks."""
+    resolved = resolve(config, name, *overrides)
+    run_ranks(2, train, resolved)
+    return str(run_path(resolved.run) / "checkpoints" / "step-000003")
+
+
+def test_paging_changes_no_loss_and_metrics_say_what_moved(config: Path, unpaged: Config) -> None:
+    paged = resolve(config, "paged", *PAGED)
+    run_ranks(1, train, paged)
+    assert losses(paged) == losses(unpaged)
+    before, after = metrics(unpaged)[-1], metrics(paged)[-1]
+    assert before["paging"]["bytes_in"] == before["paged_bytes"] == 0
+    assert after["resident_bytes"] == 16384
+    assert after["resident_bytes"] + after["paged_bytes"] == before["resident_bytes"] + 2 * 4096  # two slots
+    for row in metrics(paged)[1:]:
+        assert row["paging"]["bytes_in"] == row["paging"]["bytes_out"] == row["paged_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [32, 8])
+def test_saved_paged_on_two_ranks_goes_on_unpaged_on_one_and_paged_on_four(bits: int, config: Path) -> None:
+    whole = resolve(config, f"whole-{bits}", f"optim.name=paged-adamw-{bits}bit", *PAGED)
+    run_ranks(2, train, whole)
+    saved = str(run_path(whole.run) / "checkpoints" / "step-000003")
+    same, one, four = (
+        resolve(config, f"{name}-{bits}", *options)
+        for name, options in {
+            "same": (f"optim.name=paged-adamw-{bits}bit", *PAGED),
+            "one": ("optim.name=adamw" if bits == 32 else "optim.name=adamw-8bit",),
+            "four": (f"optim.name=paged-adamw-{bits}bit", *PAGED, "optim.resident_bytes=0"),
+        }.items()
+    )
+    for ranks, run in ((2, same), (1, one), (4, four)):
+        run_ranks(ranks, train, run, saved)
+    assert losses(same) == losses(whole)[3:]
+    # 8-bit blocks are a shard's, and on other ranks they are others
+    tolerance = 1e-5 if bits == 32 else 1e-3
+    for run in (one, four):
+        torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(whole)[3:]), rtol=tolerance, atol=0)
+
+
+@pytest.mark.slow
+def test_moments_go_from_32_bit_to_8_and_back_with_a_word(config: Path, unpaged: Config) -> None:
+    saved = str(run_path(unpaged.run) / "checkpoints" / "step-000003")
+    fewer = resolve(config, "fewer", "optim.name=adamw-8bit", "run.dir=" + str(run_path(unpaged.run).parent))
+    assert "go from 32 to 8 bit" in said(fewer, saved)
+    more = resolve(config, "more", "optim.name=adamw")
+    assert "go from 8 to 32 bit" in said(more, str(run_path(fewer.run) / "checkpoints" / "step-000006"), 7)
+    torch.testing.assert_close(torch.tensor(losses(fewer)), torch.tensor(losses(unpaged)[3:]), rtol=1e-3, atol=0)
+
+
+def said(config: Config, saved: str, steps: int = STEPS) -> str:
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+    (output,) = run_ranks(1, train_aloud, longer, saved)
+    return output
+
+
+def train_aloud(config: Config, saved: str) -> str:
+    import contextlib
+    import io
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        train(config, saved)
+    return " ".join(output.getvalue().split())
+
+
+def test_no_room_is_told_before_a_weight_is_read(config: Path) -> None:
+    """The file system has no room for the pages: nothing is half-done then."""
+    folder = config.parent / "full"
+    folder.write_text("")  # no folder at all
+    run = resolve(config, "no-room", *PAGED, f"paging.dir={folder}")
+    with pytest.raises(RuntimeError, match="cannot make a file for optimizer states there") as error:
+        run_ranks(1, train_and_tell_what_was_read, run)
+    assert "weights were read" not in str(error.value)
+
+
+def train_and_tell_what_was_read(config: Config) -> None:
+    import qlora_dist.train.run as run
+
+    def fill(*args: object) -> None:
+        raise AssertionError("weights were read")
+
+    run.fill = fill  # type: ignore[assignment]
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.resident_bytes=6000", "6000 is less than two pages, 8192; raise it"),
+        ("paging.to=unified", "unified memory is CUDA's, and this run is on a CPU; set it to host or disk"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(config: Path, override: str, sentence: str) -> None:
+    with pytest.raises((UserError, RuntimeError), match=sentence):
+        run_ranks(1, train, resolve(config, "impossible", "paging.page_bytes=4096", override))

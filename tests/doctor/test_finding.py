@@ -1,0 +1,36 @@
+"""If this fails, a job of a hundred nodes drowns in lines, or hides the one node that is ill."""
+
+from __future__ import annotations
+
+from qlora_dist.doctor.finding import Finding, merged, worst
+
+FINE = Finding("disk", "ok", "90 GiB are free")
+
+
+def test_what_is_the_same_everywhere_is_said_once() -> None:
+    assert merged({"n1": [FINE], "n2": [FINE]}) == [FINE]
+
+
+def test_fine_nodes_are_counted_and_ill_ones_named() -> None:
+    full = Finding("disk", "warn", "1 GiB is free", "tidy up")
+    said = merged({"n1": [FINE], "n2": [full], "n3": [Finding("disk", "ok", "70 GiB are free")]})
+    assert [(finding.status, finding.said) for finding in said] == [
+        ("ok", "n1: 90 GiB are free; 1 more fine"),
+        ("warn", "n2: 1 GiB is free"),
+    ]
+
+
+def test_all_ill_alike_is_one_line() -> None:
+    ill = Finding("kernels", "fail", "bitsandbytes on cuda: no kernel", "reinstall")
+    assert merged({f"n{index}": [ill] for index in range(100)}) == [ill]
+
+
+def test_many_ill_nodes_of_some_are_counted() -> None:
+    ill = Finding("kernels", "fail", "no kernel", "reinstall")
+    found = merged({f"n{index}": [ill if index else FINE] for index in range(9)})
+    assert found[1].said == "n1, n2, n3 and 5 more: no kernel"
+
+
+def test_a_node_is_as_ill_as_the_worst_of_its_ranks() -> None:
+    ill = Finding("kernels", "fail", "no kernel")
+    assert worst([FINE, ill, FINE]) == ill

@@ -1,0 +1,178 @@
+"""The pager: whatever the budget and the order of use, a page is what was last made of it; and the budget holds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_dist.paging.pager import Pager
+from qlora_dist.paging.store import FileStore, HostStore, Store
+
+CPU = torch.device("cpu")
+
+
+def make_store(nbytes: int) -> Store:
+    return HostStore(nbytes, CPU)
+
+
+class SlowStore(HostStore):
+    """A disk of a known speed."""
+
+    def __init__(self, nbytes: int, seconds: float) -> None:
+        super().__init__(nbytes, CPU)
+        self.seconds = seconds
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        time.sleep(self.seconds)
+        super().read(start, out)
+
+
+def passes(pager: Pager, count: int, compute_s: float = 0.0) -> None:
+    """Use all pages one behind the other, again and again, adding 1 to each byte."""
+    pages = len(pager.sizes)
+    for _ in range(count):
+        for page in range(pages):
+            pager.use(page, then=[(page + i) % pages for i in range(1, pages)]).add_(1)
+            time.sleep(compute_s)
+            pager.done(page, changed=True)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[list[int], int, int, list[tuple[str, int]]]:
+    sizes = draw(st.lists(st.integers(1, 50), min_size=1, max_size=8))
+    budget = draw(st.one_of(st.just(0), st.integers(2 * max(sizes), sum(sizes) + 100)))
+    moves = st.tuples(
+        st.sampled_from(["change", "look", "read", "write", "resize"]), st.integers(0, 2 * max(sizes) * len(sizes))
+    )
+    return sizes, budget, draw(st.integers(0, 3)), draw(st.lists(moves, max_size=40))
+
+
+@settings(deadline=None)
+@given(histories())
+def test_a_page_is_what_was_last_made_of_it(history: tuple[list[int], int, int, list[tuple[str, int]]]) -> None:
+    """Against plain tensors, for random uses, copies, replacements and budgets."""
+    sizes, budget, ahead, moves = history
+    pager = Pager(sizes, CPU, budget, make_store, ahead)
+    plain = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    for count, (move, number) in enumerate(moves):
+        page = number % len(sizes)
+        if move in ("change", "look"):
+            memory = pager.use(page, then=[(page + 1 + i) % len(sizes) for i in range(number % 4)])
+            assert torch.equal(memory, plain[page])
+            if move == "change":
+                memory.add_(count)
+                plain[page].add_(count)
+            pager.done(page, changed=move == "change")
+        elif move == "read":
+            assert torch.equal(pager.read(page), plain[page])
+        elif move == "write":
+            plain[page] = torch.full((sizes[page],), count, dtype=torch.uint8)
+            pager.write(page, plain[page])
+        else:
+            pager.resize(max(number, 2 * max(sizes)))
+        assert pager.held_bytes <= max(budget if move != "resize" else number, 2 * max(sizes), pager._budget)
+    assert all(torch.equal(pager.read(page), plain[page]) for page in range(len(sizes)))
+    pager.close()
+
+
+@settings(deadline=None)
+@given(
+    pages=st.integers(3, 12),
+    size=st.integers(1, 1000),
+    budget=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    ahead=st.integers(0, 2),
+)
+def test_bytes_moved_are_those_of_the_pages_that_do_not_stay(pages: int, size: int, budget: float, ahead: int) -> None:
+    """In every pass after the first each of them comes in once and goes out once; the budget is never exceeded."""
+    pager = Pager([size] * pages, CPU, max(2 * size, int(budget * pages * size)), make_store, ahead)
+    assert pager.held_bytes <= pager._budget
+    passes(pager, 1)
+    pager.take_counts()
+    for _ in range(3):
+        passes(pager, 1)
+        counts = pager.take_counts()
+        assert counts.bytes_in == counts.bytes_out == size * len(pager.moving)
+        assert counts.hits == pages - len(pager.moving)
+    assert (pager.moving == []) == (budget == 1.0)
+    pager.close()
+
+
+def test_pages_that_are_only_looked_at_are_not_written_back() -> None:
+    pager = Pager([10] * 5, CPU, 20, make_store)
+    passes(pager, 1)
+    for page in range(5):
+        pager.write(page, torch.full((10,), page, dtype=torch.uint8))
+    pager.take_counts()
+    for page in [*range(5), *range(5)]:
+        assert pager.use(page)[0] == page
+        pager.done(page, changed=False)
+    counts = pager.take_counts()
+    assert counts.bytes_in >= 80
+    assert counts.bytes_out <= 20  # what lay in the slots when it was replaced
+    pager.close()
+
+
+def test_there_and_back_the_last_pages_of_a_pass_are_the_first_of_the_next() -> None:
+    """A model's layers are used like this, forward and backward."""
+    pager = Pager([10] * 6, CPU, 20, make_store, ahead=1)
+    order = [*range(6), *reversed(range(6))]
+    for _ in range(2):
+        for index, page in enumerate(order):
+            pager.use(page, then=order[index + 1 : index + 2])
+            pager.done(page, changed=True)
+        counts = pager.take_counts()
+    assert counts.hits >= 2
+    assert counts.bytes_in <= 100
+    pager.close()
+
+
+def test_fetching_ahead_hides_the_time_of_a_store() -> None:
+    """The reason for it all: at half the budget, less than half of the waiting that there is without."""
+    stalls = {}
+    for ahead in (0, 1):
+        pager = Pager([1000] * 12, CPU, 6000, lambda nbytes: SlowStore(nbytes, 0.004), ahead)
+        passes(pager, 1)
+        pager.take_counts()
+        passes(pager, 3, compute_s=0.006)
+        stalls[ahead] = pager.take_counts().stall_s
+        pager.close()
+    assert stalls[0] >= 3 * 8 * 0.004
+    assert stalls[1] <= stalls[0] / 2
+
+
+def test_less_than_two_pages_is_refused() -> None:
+    with pytest.raises(ValueError, match="19 bytes are less than two pages of 10"):
+        Pager([10] * 5, CPU, 19, make_store)
+
+
+def test_a_store_that_fails_is_an_error_and_not_a_wrong_page() -> None:
+    class Failing(HostStore):
+        def read(self, start: int, out: torch.Tensor) -> None:
+            raise OSError("the disk is gone")
+
+    pager = Pager([10] * 5, CPU, 20, lambda nbytes: Failing(nbytes, CPU))
+    with pytest.raises(OSError, match="the disk is gone"):
+        passes(pager, 3)
+    pager.close()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.usefixtures("threads")
+def test_nothing_is_left_of_a_closed_pager(tmp_path: Path) -> None:
+    pager = Pager([10] * 5, CPU, 20, lambda nbytes: FileStore(nbytes, tmp_path, CPU, "pages", "no remedy"))
+    passes(pager, 2)
+    pager.close()
+    assert list(tmp_path.iterdir()) == []
