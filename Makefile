@@ -22,7 +22,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-launchers: $(VENV)/.mpi $(OPENMPI)/.done  ## MPICH and Open MPI
+launchers: $(VENV)/.mpi $(OPENMPI)/.done  ## MPICH, Open MPI, and SLURM, without which tests of it are skipped
+	@slurm/local_cluster.sh install || true
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

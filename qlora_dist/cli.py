@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -63,6 +63,55 @@ def train(
     mistake = record(_mistake_of)(run_training, resolved, resume)
     if mistake is not None:
         raise mistake
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value, winning over the file.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    on: Annotated[
+        Literal["local", "torchrun", "slurm", "mpi"],
+        typer.Option(help="One process, torchrun or mpirun here, or a SLURM job."),
+    ] = "local",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on each; without it, as many as a node has GPUs.")
+    ] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="YAML file of the cluster, such as configs/clusters/slurm.yaml.")
+    ] = None,
+    form: Annotated[
+        Literal["srun", "torchrun"] | None, typer.Option(help="Who starts a job's ranks, winning over the cluster's.")
+    ] = None,
+    array: Annotated[
+        int, typer.Option(min=0, help="A chain of so many jobs in place of one that requeues itself.")
+    ] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, print the script or command, and stop.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Print what the job writes, until it is over.")] = False,
+) -> None:
+    """Start a run: here, or as a job that saves before its time is up, and goes on."""
+    from qlora_dist.config_file import load_config
+    from qlora_dist.launch.launch import Options, launch_here, launch_slurm
+
+    resolved = load_config(config, overrides or ())
+    options = Options(nodes, ranks_per_node, array, dry_run, follow)
+    if on != "slurm":
+        launch_here(resolved, on, options)
+        return
+    if cluster is None:
+        raise UserError("--on slurm needs --cluster, a file such as configs/clusters/slurm.yaml")
+    from rich.console import Console
+
+    from qlora_dist.launch.cluster import load_cluster
+
+    where = load_cluster(cluster)
+    if form is not None:
+        where = where.model_copy(update={"form": form})
+    _prepare_process()
+    launch_slurm(resolved, where, options, Console(stderr=dry_run))
 
 
 @app.command()
@@ -196,7 +245,9 @@ def main() -> None:
         app()
     except UserError as error:
         from qlora_dist.launch.ending import leave
+        from qlora_dist.launch.mistake import leave_word
 
+        leave_word(error)
         _report(error)
         leave(2)
     except Exception as error:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,7 @@ from qlora_dist.config import Config
 from qlora_dist.errors import UserError
 
 Key = tuple[str, ...]
+_Sections = TypeVar("_Sections", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,14 +69,21 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         UserError: naming file and line (or the override), the key, and the remedy.
     """
+    return load_sections(path, Config, overrides, start="`model:` and `data:`")
+
+
+def load_sections(
+    path: str | Path, kind: type[_Sections], overrides: Iterable[str] = (), start: str = "one of them"
+) -> _Sections:
+    """Read a file of that kind, as `load_config` does; `start` is what a file begins with, for a complaint."""
     path = Path(path)
-    tree, places = _read(path)
+    tree, places = _read(path, start)
     for override in overrides:
         _apply_override(tree, places, override)
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_sentence(error.errors(), tree, path, places)) from None
+        raise UserError(_sentence(error.errors(), tree, path, places, _known_keys(kind))) from None
 
 
 def dump_config(config: Config) -> str:
@@ -83,7 +91,7 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
+def _read(path: Path, start: str) -> tuple[dict[str, Any], dict[Key, str]]:
     """The file's tree, and for each key where it stands ('FILE, line N')."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -101,7 +109,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: not valid YAML: {reason}; correct it") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds no mapping of sections; start with `model:` and `data:`")
+        raise UserError(f"{path}: holds no mapping of sections; start with {start}")
     return tree, {key: f"{path}, line {line}" for key, line in _lines(node)}
 
 
@@ -147,7 +155,9 @@ def _apply_override(tree: dict[str, Any], places: dict[Key, str], override: str)
         places[key[:length]] = f"override {override}"
 
 
-def _sentence(errors: list[ErrorDetails], tree: dict[str, Any], path: Path, places: dict[Key, str]) -> str:
+def _sentence(
+    errors: list[ErrorDetails], tree: dict[str, Any], path: Path, places: dict[Key, str], known: set[Key]
+) -> str:
     """The first mistake in one sentence. A value of several allowed types has one error for each of them."""
     where = {id(error): _location(error, tree) for error in errors}
     # what is wrong within a mapping says more than that it is no text
@@ -155,7 +165,6 @@ def _sentence(errors: list[ErrorDetails], tree: dict[str, Any], path: Path, plac
     error = min(errors, key=lambda e: e["type"] == "missing")  # a required key that is misspelt is missing too
     location = where[id(error)]
     place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), str(path))
-    known = _known_keys(Config)
     key = tuple(part for part in location if not part.startswith("\0"))
     if error["type"] != "extra_forbidden":
         key = _longest_known_prefix(key, known)

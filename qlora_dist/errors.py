@@ -12,8 +12,10 @@ class UserError(Exception):
     Args:
         sentence: what is wrong, where, and what to do.
         one_rank: only this rank knows; most mistakes are found by all ranks alike, and rank 0 speaks for them.
+        passing: it may be no mistake but a node that is lost: another start may do.
     """
 
-    def __init__(self, sentence: str, one_rank: bool = False) -> None:
+    def __init__(self, sentence: str, one_rank: bool = False, passing: bool = False) -> None:
         super().__init__(sentence)
         self.one_rank = one_rank
+        self.passing = passing

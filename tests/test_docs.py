@@ -4,7 +4,8 @@ A code block behind the comment `<!-- test -->` is tried out: a page's blocks ru
 holds a tiny model (`my-model`; `my-model-nf4` in 4 bit, unless the page makes it), `my-data.jsonl` and `my-eval.jsonl`.
 
 - yaml: must be a valid configuration. `<!-- test: my-run.yaml -->` keeps it under that name, made small, for commands.
-- bash: is run. `<!-- test: 2 nodes -->` runs it twice at a time, with NODE_RANK 0 and 1.
+- bash: is run. `<!-- test: 2 nodes -->` runs it twice at a time, with NODE_RANK 0 and 1; `<!-- test: a cluster -->`
+  where SLURM is, in a folder with the repository's `slurm` and `configs`.
 - python: is run.
 """
 
@@ -18,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +29,11 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from ranks import _free_port
+from real_slurm import free_ports, slurm_unavailable
 
 from qlora_dist.config import Config, SourceConfig
 from qlora_dist.config_file import load_config
+from qlora_dist.launch.cluster import Cluster, Container
 from qlora_dist.model import head
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
@@ -102,11 +106,15 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(550)
 @pytest.mark.parametrize("page", pages_with("bash"))
 def test_commands_do_what_the_page_says(page: Path, material: Path, tmp_path: Path) -> None:
     shutil.copytree(material, tmp_path, dirs_exist_ok=True)
     if any("quantize my-model my-model-nf4" in block.text for block in blocks(page)):
         shutil.rmtree(tmp_path / "my-model-nf4")
+    on_cluster = any(block.note == "a cluster" for block in blocks(page))
+    if on_cluster and (reason := slurm_unavailable()) is not None:
+        pytest.skip(reason)
     for block in blocks(page):
         if block.language == "yaml":
             if block.note:
@@ -117,8 +125,13 @@ def test_commands_do_what_the_page_says(page: Path, material: Path, tmp_path: Pa
             script = block.text.replace("--nproc-per-node 8", "--nproc-per-node 2").replace("first-node", "127.0.0.1")
             script = script.replace("29500", str(_free_port()))
             nodes = [0, 1] if block.note == "2 nodes" else [0]
-            run(["bash", "-euo", "pipefail", "-c", script], tmp_path, nodes)
-    if "multi-node" in page.name or "slurm" in page.name:  # the run was one of two nodes, not two of one
+            with local_cluster(tmp_path) if block.note == "a cluster" else contextlib.nullcontext():
+                run(["bash", "-euo", "pipefail", "-c", script], tmp_path, nodes)
+    if on_cluster:
+        output = " ".join((tmp_path / "runs" / "my-run" / "jobs" / "1" / "output.log").read_text().split())
+        (steps,) = re.findall(r"stopped by SIGTERM after (\d+) steps", output)
+        assert f"goes on after {steps} steps" in output
+    if "multi-node" in page.name:  # the run was one of two nodes, not two of one
         summary = json.loads((tmp_path / "runs" / "my-run" / "summary.json").read_text())
         assert len(summary["static_bytes"]) == 4
         assert set(summary["comm_bytes_per_step"]) == {"shard", "world", "control"}
@@ -158,7 +171,7 @@ def run(command: list[str], folder: Path, nodes: list[int] | None = None) -> Non
             )
     try:
         for process in processes:
-            process.wait(timeout=200)
+            process.wait(timeout=500)
     finally:
         for process in processes:
             end(process)
@@ -175,15 +188,30 @@ def end(process: subprocess.Popen[bytes]) -> None:
                 process.wait(timeout=40)
 
 
+@contextlib.contextmanager
+def local_cluster(folder: Path) -> Iterator[None]:
+    """Where `slurm/local_cluster.sh` works as if in the repository, and leaves nothing running."""
+    for name in ("slurm", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    settings = {
+        "QLORA_SLURM_DIR": str(folder / "cluster"),
+        "QLORA_SLURM_PORT": str(free_ports(2)),
+    }
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        subprocess.run([ROOT / "slurm" / "local_cluster.sh", "down"], check=True, timeout=60)
+        for name in settings:
+            del os.environ[name]
+
+
 def commands(folder: Path) -> Path:
-    """`qlora-dist` and `torchrun` of this Python, and stand-ins for SLURM's commands: two nodes that are this one."""
+    """`qlora-dist` and `torchrun` of this Python."""
     scripts = {
         "qlora-dist": f'exec {sys.executable} -m qlora_dist "$@"',
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
         "python": f'exec {sys.executable} "$@"',
-        "scontrol": "echo 127.0.0.1; echo 127.0.0.2",
-        "sbatch": "export SLURM_JOB_ID=$$ SLURM_NNODES=2 SLURM_JOB_NODELIST=n[1-2] SLURM_CPUS_PER_TASK=2\nexec bash $1",
-        "srun": 'while [[ $1 == -* ]]; do shift; done\n"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second',
     }
     path = folder / ".bin"
     path.mkdir(exist_ok=True)
@@ -252,6 +280,13 @@ def test_every_key_is_in_the_reference() -> None:
 def test_every_key_of_a_source_is_in_the_page_about_data() -> None:
     rows = "\n".join(reference_row(key, field) for key, field in SourceConfig.model_fields.items())
     assert rows in (ROOT / "docs" / "data.md").read_text(), f"docs/data.md: the table should be\n\n{rows}"
+
+
+def test_every_key_of_a_cluster_is_in_the_page_about_slurm() -> None:
+    rows = [reference_row(key, field) for key, field in Cluster.model_fields.items()]
+    rows += [reference_row(f"container.{key}", field) for key, field in Container.model_fields.items()]
+    table = "\n".join(rows)
+    assert table in (ROOT / "docs" / "slurm.md").read_text(), f"docs/slurm.md: the table should be\n\n{table}"
 
 
 def reference_row(key: str, field: FieldInfo) -> str:

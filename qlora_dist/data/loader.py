@@ -15,6 +15,24 @@ from qlora_dist.errors import UserError
 _SAMPLED_STEPS = 64
 
 
+def gradient_accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Micro-batches of a rank to an optimizer step.
+
+    Raises:
+        UserError: global_batch is not a multiple of world_size * micro_batch.
+    """
+    unit = world_size * micro_batch
+    if global_batch % unit:
+        below = global_batch // unit * unit
+        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+        raise UserError(
+            f"train.global_batch: {global_batch} is not a multiple of {unit} ({ranks} x "
+            f"train.micro_batch: {micro_batch}); use {nearest}"
+        )
+    return global_batch // unit
+
+
 class Loader:
     """Training batches, endless unless the number of epochs is given.
 
@@ -53,17 +71,8 @@ class Loader:
             UserError: global_batch is not a multiple of world_size * micro_batch, or the weights are too small.
         """
         assert 0 <= rank < world_size
-        unit = world_size * micro_batch
-        if global_batch % unit:
-            below = global_batch // unit * unit
-            nearest = f"{below} or {below + unit}" if below else f"{unit}"
-            ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-            raise UserError(
-                f"train.global_batch: {global_batch} is not a multiple of {unit} ({ranks} x "
-                f"train.micro_batch: {micro_batch}); use {nearest}"
-            )
         self.sources = tuple(sources)
-        self.gradient_accumulation = global_batch // unit
+        self.gradient_accumulation = gradient_accumulation(global_batch, micro_batch, world_size)
         self._counts = [(len(rows), weight) for rows, weight in sources]
         if self.rows_per_epoch < 1:
             raise UserError(

@@ -42,6 +42,7 @@ def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
             f"{_missing(store, ranks)} of {ranks.world_size} has not come within {timeout_s:.0f} s; look at its node's "
             "output, and raise train.timeout if it is only slow",
             one_rank=ranks.local_rank == 0,
+            passing=True,
         )
     return here
 
@@ -63,6 +64,7 @@ def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> dist.Stor
             f"the ranks can't meet at {address.host}:{address.port} ({reason}); see that rank 0 is started there, and "
             "that this machine reaches it",
             one_rank=True,
+            passing=True,
         ) from None
 
 

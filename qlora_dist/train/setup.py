@@ -62,17 +62,11 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     Raises:
         UserError: whatever is wrong, before a process group exists and a GPU waits.
     """
-    transformers_logging.set_verbosity_error()
     device = resolve_device(config.train.device, ranks)
     if config.train.compile:
         check_compiler(device)
     sizes = mesh_sizes(config.parallel, ranks)
-    folder = ModelFolder(config.model.base)
-    model = build_skeleton(folder, config.model)
-    if config.data.packing != "none":
-        check_packable(model)
-    adapter = peft_config(model, config.lora, config.model.base)
-    attach_adapter(model, adapter)
+    folder, model, adapter = set_up_model(config)
     train, held_out = prepare(config.data, load_tokenizer(folder.path), console)
     sources = train if held_out is None else [*train, held_out]
     for source in sources:
@@ -106,6 +100,22 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     if held_out is not None:
         data_sha256["eval"] = held_out.stats.sha256
     return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches, data_sha256)
+
+
+def set_up_model(config: Config) -> tuple[ModelFolder, PreTrainedModel, peft.LoraConfig]:
+    """The model's folder, the model on meta with its adapters, and what those are.
+
+    Raises:
+        UserError: no such model, or the adapters don't fit it.
+    """
+    transformers_logging.set_verbosity_error()
+    folder = ModelFolder(config.model.base)
+    model = build_skeleton(folder, config.model)
+    if config.data.packing != "none":
+        check_packable(model)
+    adapter = peft_config(model, config.lora, config.model.base)
+    attach_adapter(model, adapter)
+    return folder, model, adapter
 
 
 def _check_ids(folder: ModelFolder, model: PreTrainedModel, sources: list[PreparedSource]) -> None:

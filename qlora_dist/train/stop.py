@@ -4,6 +4,7 @@ before the minute that its import and the model's loading take.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -26,10 +27,19 @@ _started = time.monotonic()
 def listen() -> None:
     """Take note of signals from here on, and go on. The second SIGINT ends the process at once.
 
-    The others may come as often as they like: SLURM under torchrun sends SIGTERM twice.
+    The others may come as often as they like: SLURM under torchrun sends SIGTERM twice, job scripts repeat theirs.
     """
     for number in SIGNALS.values():
         signal.signal(number, _note)
+    atexit.register(_listen_no_more)
+
+
+def _listen_no_more() -> None:
+    """While Python ends, it gives signals their first meaning back: one that comes late would kill a process that has
+    saved, and its launcher then those that are still at it.
+    """
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
+        signal.signal(SIGNALS[name], signal.SIG_IGN)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,75 @@
+"""Everything about a job that can be found out before it waits in a queue."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from qlora_dist.config import Config, SourceConfig
+from qlora_dist.data.loader import gradient_accumulation
+from qlora_dist.data.source import source_files
+from qlora_dist.data.tokenizer import load_tokenizer
+from qlora_dist.errors import UserError
+from qlora_dist.launch.cluster import Cluster
+from qlora_dist.launch.environment import Ranks
+from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
+from qlora_dist.train.run_dir import check_run_dir
+from qlora_dist.train.setup import set_up, set_up_model
+
+
+def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int, console: Console) -> None:
+    """Check what `train --dry-run` does, for the world that the job will have. The device is the nodes' affair.
+
+    Where the cluster's file says `preprocess`, the data is not read here but on a node.
+
+    Raises:
+        UserError: whatever is wrong, or the static part of the memory is more than a GPU has.
+    """
+    if cluster.gpus_per_node and ranks_per_node > cluster.gpus_per_node:
+        raise UserError(
+            f"--ranks-per-node: {ranks_per_node} is more than the {cluster.gpus_per_node} GPUs of a node "
+            "(gpus_per_node); use one rank per GPU"
+        )
+    ranks = Ranks(0, nodes * ranks_per_node, 0, ranks_per_node, "none")
+    check_run_dir(config)
+    sizes = mesh_sizes(config.parallel, ranks)
+    if cluster.preprocess:
+        gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)
+        folder, model, _ = set_up_model(config)
+        load_tokenizer(folder.path)
+        for source in [*config.data.train, *([config.data.eval] if config.data.eval else [])]:
+            source_files(source if isinstance(source, SourceConfig) else SourceConfig(path=source))
+    else:
+        here = config.train.model_copy(update={"device": "cpu", "compile": False})
+        model = set_up(config.model_copy(update={"train": here}), ranks, console).model
+    _check_memory(config, cluster, model, sizes, console)
+
+
+def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, sizes: MeshSizes, console: Console) -> None:
+    base, adapters = static_bytes(model, sizes)
+    if config.parallel.offload == "base":
+        base = 0.0
+    total_gib = (base + adapters) / 2**30
+    static = (
+        f"a rank holds {total_gib:.3g} GiB between steps ({base / 2**30:.3g} of the base, {adapters / 2**30:.3g} of "
+        "adapters, gradients and moments)"
+    )
+    if cluster.gpu_memory is not None and total_gib > cluster.gpu_memory:
+        raise UserError(
+            f"{static} and a GPU has {cluster.gpu_memory:g}; use more ranks, another parallel.base, or "
+            "parallel.offload=base"
+        )
+    console.print(f"{static}; activations come on top", highlight=False, soft_wrap=True)
+
+
+def static_bytes(model: PreTrainedModel, sizes: MeshSizes) -> tuple[float, float]:
+    """Bytes that a rank holds between steps, without padding: of the base; of adapters, their gradients and moments.
+
+    Args:
+        model: on meta, adapters attached.
+        sizes: how it will be cut.
+    """
+    parameters = list(model.parameters())
+    base = sum(p.nbytes for p in parameters if not p.requires_grad) / sizes.base_shards
+    adapters = sum(4 * 4 * p.numel() for p in parameters if p.requires_grad) / sizes.adapter_shards  # all four fp32
+    return base, adapters

@@ -1,0 +1,165 @@
+"""`qlora-dist launch`: a run on one process, on torchrun's or mpirun's ranks here, or as a SLURM job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from qlora_dist.config import Config
+from qlora_dist.config_file import dump_config
+from qlora_dist.errors import UserError
+from qlora_dist.launch.cluster import Cluster
+from qlora_dist.launch.render import Job, render
+from qlora_dist.launch.runs import JOB_FILE
+from qlora_dist.launch.squeue import queued_jobs
+
+On = Literal["local", "torchrun", "slurm", "mpi"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says besides the configuration."""
+
+    nodes: int = 1
+    ranks_per_node: int | None = None
+    """None: as many as a node has GPUs."""
+    array: int = 0
+    dry_run: bool = False
+    follow: bool = False
+
+
+def launch_here(config: Config, on: On, options: Options) -> None:
+    """Start a run on this machine, in this process's place. Returns only from a dry run.
+
+    Raises:
+        UserError: more than one node, or a name that is taken.
+    """
+    from qlora_dist.train.run_dir import check_run_dir
+
+    if options.nodes > 1:
+        raise UserError(
+            f"--nodes: --on {on} starts this machine's ranks alone; use --on slurm, launch/torchrun.sh on each node, "
+            "or launch/mpirun.sh with a list of hosts"
+        )
+    check_run_dir(config)
+    run = _absolute_run(config)
+    folder = _new_folder(run)
+    ranks = options.ranks_per_node or 1
+    train = ["-m", "qlora_dist", "train", str(folder / "config.yaml")]
+    commands = {
+        "local": [sys.executable, *train],
+        "torchrun": [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
+            *train,
+        ],
+        "mpi": ["mpirun", "-n", str(ranks), "--bind-to", "none", sys.executable, *train],
+    }
+    command = commands[on]
+    if options.dry_run:
+        print(*command)
+        return
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    write_job(run, on, None, os.getpid(), None)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or every rank computes on all cores
+    # Open MPI refuses to run as root, as containers do, unless told to
+    os.environ.update({"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # torchrun would end; the ranks listen to them
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        os.execvp(command[0], command)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]}: there is no such command; install an MPI, such as mpich from PyPI") from None
+
+
+def launch_slurm(config: Config, cluster: Cluster, options: Options, console: Console) -> None:
+    """Check, render and submit a job.
+
+    Args:
+        config: of the run.
+        cluster: where it goes.
+        options: of the command line.
+        console: where to print; of a dry run the script goes to stdout.
+
+    Raises:
+        UserError: what the user has to mend, before anything is submitted.
+    """
+    from qlora_dist.launch import submit
+    from qlora_dist.launch.check import check_job
+
+    run = _absolute_run(config)
+    job = Job(
+        name=config.run.name,
+        cwd=Path.cwd(),
+        run=run,
+        folder=_new_folder(run),
+        nodes=options.nodes,
+        ranks_per_node=options.ranks_per_node or cluster.gpus_per_node or 1,
+        array=options.array,
+    )
+    script = render(job, cluster)
+    if not options.dry_run and not cluster.singleton:
+        _refuse_second(run)
+    check_job(config, cluster, job.nodes, job.ranks_per_node, console)
+    if options.dry_run:
+        sys.stdout.write(script)
+        return
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    job.script.write_text(script, encoding="utf-8")
+    job_id = submit.submit(job.script)
+    write_job(run, "slurm", job_id, None, job.output)
+    console.print(f"job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {job.script}", soft_wrap=True)
+    if options.follow:
+        submit.follow(job_id, job.output, sys.stdout.write)
+        return
+    console.print(f"watch it with `qlora-dist jobs`, or tail -f {job.output}", soft_wrap=True)
+
+
+def write_job(run: Path, launcher: On, job_id: int | None, pid: int | None, log: Path | None) -> None:
+    """Say in the run's folder who runs it."""
+    run.mkdir(parents=True, exist_ok=True)
+    tree = {
+        "launcher": launcher,
+        "job_id": job_id,
+        "host": socket.gethostname(),
+        "pid": pid,
+        "log": None if log is None else str(log),
+        "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    (run / JOB_FILE).write_text(json.dumps(tree) + "\n", encoding="utf-8")
+
+
+def _absolute_run(config: Config) -> Path:
+    from qlora_dist.train.run_dir import run_path
+
+    return Path.cwd() / run_path(config.run)
+
+
+def _new_folder(run: Path) -> Path:
+    """Of this submission: a job that waits must not read what a later one brings."""
+    numbers = [int(path.name) for path in (run / "jobs").glob("*") if path.name.isdecimal()]
+    return run / "jobs" / str(max(numbers, default=0) + 1)
+
+
+def _refuse_second(run: Path) -> None:
+    """Two jobs would write over one another."""
+    try:
+        tree = json.loads((run / JOB_FILE).read_text(encoding="utf-8"))
+        job_id = tree["job_id"] if tree["launcher"] == "slurm" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if job_id is not None and (state := (queued_jobs() or {}).get(str(job_id))) is not None:
+        raise UserError(
+            f"{run}: job {job_id} of this run is {state.lower()}; cancel it (qlora-dist cancel), give run.name another "
+            "value, or set singleton: true in the cluster's file"
+        )

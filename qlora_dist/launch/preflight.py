@@ -1,0 +1,116 @@
+"""`python -m qlora_dist.launch.preflight`, one process on each node before the ranks start: do all nodes come, and is
+none much slower than the others?
+
+Each sends some MB around with its left and with its right neighbour in turn. A slow node is slow with both, and its
+neighbours are not.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import ranks_from_environment
+
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT_S = 120.0
+"""For all nodes to come, and for any exchange."""
+SLOW = 4.0
+"""Times the median, at which a node is called slow."""
+_MIB = 16
+_TIMES = 3
+
+
+def slow_nodes(times: Sequence[tuple[float, float]]) -> list[int]:
+    """The nodes that are slow with both of their neighbours.
+
+    Args:
+        times: of each node, seconds that it took with its left and with its right neighbour.
+    """
+    best = [min(pair) for pair in times]
+    return [node for node, seconds in enumerate(best) if seconds > SLOW * median(best)]
+
+
+def main() -> None:
+    """Meet, exchange, judge.
+
+    Raises:
+        UserError: a node has not come.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from qlora_dist.parallel.exchange import gather_json
+    from qlora_dist.parallel.process_group import process_group
+
+    ranks = ranks_from_environment()
+    host = socket.gethostname()
+    started = time.monotonic()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    with process_group(ranks, device, TIMEOUT_S):
+        met_s = time.monotonic() - started
+        data = torch.ones(_MIB << 18, device=device)
+        dist.all_reduce(data)  # opens the connections
+        pair = (_exchange_s(data, ranks.rank, ranks.world_size, 0), _exchange_s(data, ranks.rank, ranks.world_size, 1))
+        answers = gather_json([host, met_s, *pair])
+    if ranks.rank != 0:
+        return
+    hosts, times = [answer[0] for answer in answers], [(answer[2], answer[3]) for answer in answers]
+    rate = _MIB * 2**20 * 8 / median(min(pair) for pair in times) / 1e9
+    print(f"preflight: {len(hosts)} nodes have met after {max(a[1] for a in answers):.1f} s, {rate:.1f} Gbit/s")
+    for node in slow_nodes(times):
+        print(f"preflight: {hosts[node]} is slow: {_MIB * 2**20 * 8 / min(times[node]) / 1e9:.2f} Gbit/s")
+
+
+def _exchange_s(data: torch.Tensor, rank: int, world_size: int, shift: int) -> float:
+    """Seconds to swap `data` with a neighbour in a ring: pairs (0, 1), (2, 3)... or, shifted, (1, 2), (3, 4)..."""
+    import torch
+    import torch.distributed as dist
+
+    partner = rank + (1 if (rank + shift) % 2 == 0 else -1)
+    if shift and world_size % 2 == 0:
+        partner %= world_size
+    received = torch.empty_like(data)
+    best = float("inf")
+    for _ in range(_TIMES):
+        dist.barrier()
+        if not 0 <= partner < world_size:
+            continue
+        start = time.perf_counter()
+        work = [
+            dist.P2POp(dist.isend, data, partner),
+            dist.P2POp(dist.irecv, received, partner),
+        ]
+        for request in dist.batch_isend_irecv(work):
+            request.wait()
+        if data.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def in_names_of_nodes(sentence: str, nodes: Sequence[str]) -> str:
+    """With the node behind each rank that is named; here a rank is a node."""
+    return re.sub(r"rank (\d+)", lambda match: f"{match[0]} ({nodes[int(match[1])]})", sentence)
+
+
+def _nodes() -> list[str]:
+    command = ["scontrol", "show", "hostnames"]  # of the job
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"preflight: {in_names_of_nodes(str(error), _nodes())}", file=sys.stderr)
+        sys.exit(1)  # no mistake of the user's: another start may do

@@ -1,0 +1,57 @@
+"""Handing a script to SLURM, and watching the job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_dist.errors import UserError
+from qlora_dist.launch.squeue import queued_jobs
+
+_POLL_S = 1.0
+
+
+def submit(script: Path) -> int:
+    """Submit a script.
+
+    Returns:
+        The job's number.
+
+    Raises:
+        UserError: there is no SLURM here, or it refuses.
+    """
+    # from within a job, its own variables would be taken for options
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    command = ["sbatch", "--parsable", str(script)]
+    try:
+        answer = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        raise UserError(
+            "sbatch: there is no such command; submit from a login node of a SLURM cluster, try "
+            "slurm/local_cluster.sh, or see the script with --dry-run"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError("sbatch: SLURM does not answer; see that its controller runs (scontrol ping)") from None
+    if answer.returncode != 0:
+        reason = " ".join(answer.stderr.split()).removeprefix("sbatch: error: ")
+        raise UserError(f"{script}: sbatch refuses it ({reason}); correct the cluster's file")
+    return int(answer.stdout.strip().split(";")[0])
+
+
+def follow(job_id: int, log: Path, write: Callable[[str], object]) -> None:
+    """Hand on what the job writes, until it is over."""
+    position, over = 0, False
+    while True:
+        if log.exists():
+            with log.open(encoding="utf-8", errors="replace") as file:
+                file.seek(position)
+                write(file.read())
+                position = file.tell()
+        if over:
+            return
+        jobs = queued_jobs()
+        over = jobs is not None and str(job_id) not in jobs
+        time.sleep(_POLL_S)

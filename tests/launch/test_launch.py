@@ -1,0 +1,130 @@
+"""If this fails, a job waits for hours in a queue and then ends with a mistake that was there before; or a dry run
+leaves something behind.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from rich.console import Console
+
+from qlora_dist.config import Config
+from qlora_dist.config_file import load_config
+from qlora_dist.errors import UserError
+from qlora_dist.launch.check import check_job, static_bytes
+from qlora_dist.launch.cluster import Cluster
+from qlora_dist.launch.environment import Ranks
+from qlora_dist.launch.launch import Options, launch_here, launch_slurm
+from qlora_dist.launch.mistake import leave_word
+from qlora_dist.launch.preflight import in_names_of_nodes, slow_nodes
+from qlora_dist.parallel.mesh import mesh_sizes
+from qlora_dist.plan.shapes import decoder_units
+from qlora_dist.train.setup import set_up_model
+
+CPU = Cluster(gpus_per_node=0, preprocess=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_llama_nf4: Path) -> Config:
+    return load_config(tiny.make_config(tmp_path, tiny_llama_nf4))
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    return Config.model_validate(
+        {
+            **config.model_dump(),
+            **{name: {**getattr(config, name).model_dump(), **keys} for name, keys in sections.items()},
+        }
+    )
+
+
+def check(config: Config, cluster: Cluster = CPU, nodes: int = 2, ranks_per_node: int = 2) -> str:
+    said = io.StringIO()
+    check_job(config, cluster, nodes, ranks_per_node, Console(file=said, width=1000))
+    return said.getvalue()
+
+
+def test_the_static_part_is_that_of_the_shapes(config: Config) -> None:
+    _, model, _ = set_up_model(config)
+    sizes = mesh_sizes(config.parallel, Ranks(0, 4, 0, 2, "none"))
+    tree = json.loads((Path(config.model.base) / "config.json").read_text())
+    parameters = [p for unit in decoder_units(tree, config.lora) for p in unit.parameters]
+    base = sum(p.numel * (1 if p.is_bytes else 4) for p in parameters if not p.trained)  # compute_dtype: fp32
+    adapters = sum(16 * p.numel for p in parameters if p.trained)
+    assert static_bytes(model, sizes) == (base / 4, adapters / 4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "cluster", "sentence"),
+    [
+        ({"train": {"global_batch": 6}}, {}, r"train\.global_batch: 6 is not a multiple of 4 \(4 ranks"),
+        ({"parallel": {"base": 3}}, {}, r"parallel\.base: 3 does not divide the world of 4 ranks"),
+        ({"model": {"base": "nowhere"}}, {}, "nowhere"),
+        ({"lora": {"targets": ["q_porj"]}}, {}, "q_porj"),
+        ({"data": {"train": ["./nowhere.jsonl"]}}, {}, r"nowhere\.jsonl: no such data file"),
+        ({"data": {"train": ["./nowhere.jsonl"]}}, {"preprocess": False}, r"nowhere\.jsonl: no such data file"),
+        ({}, {"gpu_memory": 1e-5}, r"a rank holds .* GiB between steps .* and a GPU has 1e-05; use more ranks"),
+        ({}, {"gpus_per_node": 1}, "--ranks-per-node: 2 is more than the 1 GPUs of a node"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_queue(
+    sections: dict[str, Any], cluster: dict[str, Any], sentence: str, config: Config
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        check(changed(config, **sections), CPU.model_copy(update=cluster))
+
+
+def test_a_gpu_that_is_not_here_is_no_mistake(config: Config) -> None:
+    """The nodes have it, not the machine that submits."""
+    said = check(
+        changed(config, train={"device": "cuda"}), CPU.model_copy(update={"gpus_per_node": 8, "gpu_memory": 80.0})
+    )
+    assert "a rank holds" in said
+    assert check(config, CPU.model_copy(update={"preprocess": False})).endswith("activations come on top\n")
+
+
+def test_a_dry_run_prints_the_script_and_leaves_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    launch_slurm(config, CPU, Options(nodes=2, dry_run=True), Console(quiet=True))
+    script = capsys.readouterr().out
+    assert script.startswith("#!/bin/bash\n") and "\n#SBATCH --nodes=2\n" in script
+    assert not (Path(config.run.dir) / "run").exists()
+    launch_here(config, "torchrun", Options(ranks_per_node=2, dry_run=True))
+    assert "--nproc-per-node=2" in capsys.readouterr().out
+    assert not (Path(config.run.dir) / "run").exists()
+
+
+def test_without_slurm_a_sentence(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="sbatch: there is no such command; submit from a login node"):
+        launch_slurm(config, CPU, Options(nodes=2), Console(quiet=True))
+
+
+def test_several_nodes_are_not_started_from_here(config: Config) -> None:
+    with pytest.raises(UserError, match=r"--nodes: --on torchrun starts this machine's ranks alone"):
+        launch_here(config, "torchrun", Options(nodes=2))
+
+
+def test_a_mistake_is_left_for_the_script_and_a_lost_node_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_DIST_JOB", str(tmp_path))
+    leave_word(UserError("rank 3 has not come", passing=True))
+    assert not (tmp_path / "MISTAKE").exists()
+    leave_word(UserError("lora.r: is wrong"))
+    assert (tmp_path / "MISTAKE").read_text() == "lora.r: is wrong\n"
+
+
+def test_the_slow_node_is_named_and_not_its_neighbours() -> None:
+    assert slow_nodes([(1.0, 1.1), (1.0, 9.0), (9.0, 9.0), (9.0, 1.0)]) == [2]
+    assert slow_nodes([(1.0, 1.1), (1.0, 1.2)]) == []
+    assert slow_nodes([(1.0, float("inf")), (1.0, 1.0), (1.0, 1.0)]) == []
+
+
+def test_the_node_that_does_not_come_is_named() -> None:
+    said = in_names_of_nodes("rank 1 (nor 1 more) of 3 has not come within 120 s", ["n1", "gpu-07", "n3"])
+    assert said == "rank 1 (gpu-07) (nor 1 more) of 3 has not come within 120 s"

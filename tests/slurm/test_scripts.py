@@ -1,0 +1,178 @@
+"""If this fails, a rendered job script does the wrong thing on a real cluster: a run that can't go on is started again
+and again, one that could is given up, or a cancelled one comes back.
+
+What decides is the script, so a script of three lines stands in for the ranks, and none of them imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_slurm import wait_for
+
+from qlora_dist.launch.cluster import Cluster
+from qlora_dist.launch.render import Job, render
+from qlora_dist.launch.submit import submit
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 120.0
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What the ranks do at each start ($start counts from 1, $run is the run's folder), and what comes of it."""
+
+    ranks: str
+    state: str
+    starts: int
+    says: str
+    act: Callable[[Any, int], object] = lambda slurm, job: None
+    array: int = 0
+    folder: str = "run"
+
+
+def running(slurm: Any, job: int) -> None:
+    wait_for(lambda: slurm.job(job)["JobState"] == "RUNNING", PATIENCE_S)
+
+
+def cancel(slurm: Any, job: int) -> None:
+    running(slurm, job)
+    time.sleep(2)
+    slurm("scancel", str(job))
+
+
+def ask_at_once(slurm: Any, job: int) -> None:
+    """As before the time limit, and before anybody listens."""
+    running(slurm, job)
+    slurm("scancel", "--signal=USR1", "--batch", str(job))
+
+
+LISTEN = f"""run=$run exec {sys.executable} -c '
+import os, pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path(os.environ["run"], "REQUEUE").touch()
+    sys.exit()
+signal.signal(signal.SIGUSR1, stop)
+signal.signal(signal.SIGTERM, stop)
+time.sleep(60)
+sys.exit(1)'"""
+SCENARIOS = {
+    "done": Scenario('touch "$run/DONE"', "COMPLETED", 1, "done"),
+    "nasty names": Scenario(
+        'touch "$run/DONE"', "COMPLETED", 1, "done", folder='it\'s $(touch x) `touch y` "$HOME" 100% #SBATCH ; é'
+    ),
+    "stopped by hand": Scenario('touch "$run/STOPPED"', "COMPLETED", 1, "stopped by hand"),
+    "a mistake": Scenario(
+        'echo "lora.r: is wrong" > "$QLORA_DIST_JOB/MISTAKE"; exit 2',
+        "FAILED",
+        1,
+        "not started again: lora.r: is wrong",
+    ),
+    "no progress": Scenario("exit 1", "FAILED", 2, "no new checkpoint in 1 requeues (max_requeues: 1); it ends here"),
+    "progress": Scenario(
+        '((start < 4)) || { touch "$run/DONE"; exit; }; mkdir -p "$run/checkpoints/step-00000$((start + 6))"; exit 1',
+        "COMPLETED",
+        4,
+        "1 x 1 ranks on n1, after step 9",
+    ),
+    "an old marker": Scenario(
+        '((start > 1)) && touch "$run/DONE" && exit; touch -d 2020-01-01 "$run/DONE"; exit 1',
+        "COMPLETED",
+        2,
+        "failed (1)",
+    ),
+    "cancelled": Scenario(LISTEN, "CANCELLED", 1, "1 x 1 ranks", cancel),
+    "asked before they listen": Scenario(
+        f'((start > 1)) && touch "$run/DONE" && exit; sleep 3; {LISTEN}',
+        "COMPLETED",
+        2,
+        "saved after step 0",
+        ask_at_once,
+    ),
+    "chain": Scenario(
+        '((start > 2)) && touch "$run/DONE" && exit; touch "$run/REQUEUE"', "COMPLETED", 3, "2 of the array", array=4
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, int]]:
+    """All of them, submitted."""
+    folder = tmp_path_factory.mktemp("scripts")
+    submitted = {}
+    for number, (name, scenario) in enumerate(SCENARIOS.items()):
+        run = folder / str(number) / scenario.folder
+        job = Job("job", folder, run, run / "jobs" / "1", 1, 1, scenario.array)
+        job.folder.mkdir(parents=True)
+        ranks = folder / f"ranks-{number}"
+        ranks.write_text(
+            '#!/bin/bash\nrun=${4%/jobs/1/config.yaml}\necho >> "$run/starts"; start=$(wc -l < "$run/starts")\n'
+            f"{scenario.ranks}\n"
+        )
+        ranks.chmod(0o755)
+        cluster = Cluster(gpus_per_node=0, max_requeues=1, python=str(ranks), sbatch=["--nodelist=n1"])
+        job.script.write_text(render(job, cluster))
+        submitted[name] = (job, submit(job.script))
+    for name, scenario in SCENARIOS.items():
+        scenario.act(slurm, submitted[name][1])
+    return submitted
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_job_ends_as_it_should(name: str, jobs: dict[str, tuple[Job, int]], slurm: Any) -> None:
+    scenario, (job, job_id) = SCENARIOS[name], jobs[name]
+    last = job_id if not scenario.array else f"{job_id}_{scenario.array - 1}"
+    state = slurm.ends(last, PATIENCE_S)
+    output = job.output.read_text()
+    assert state["JobState"] == scenario.state, output
+    assert len((job.run / "starts").read_text()) == scenario.starts, output
+    assert scenario.says in output
+    if scenario.state == "COMPLETED":
+        assert "failed" not in output.split("\n")[-2]
+
+
+def test_the_scripts_of_the_cluster_files_are_accepted(slurm: Any) -> None:
+    scripts = sorted((ROOT / "tests" / "launch" / "golden").glob("*.sbatch"))
+    scripts += [ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "bench.sbatch"]
+    assert len(scripts) > 6
+    for script in scripts:
+        found = subprocess.run(["sbatch", "--test-only", script], capture_output=True, text=True, check=False)
+        assert found.returncode == 0 and "to start at" in found.stderr, (script.name, found.stderr)
+
+
+def test_the_script_to_start_from_saves_and_goes_on(slurm: Any, tmp_path: Path) -> None:
+    """slurm/train.sbatch, told to save while it runs."""
+    (tmp_path / "run").mkdir()
+    train = tmp_path / "qlora-dist"
+    train.write_text(
+        f'#!/bin/bash\nrun={tmp_path}/run\n[ "$*" = "train a.yaml x=1" ] || exit 2\n'
+        f"if mkdir $run/$SLURM_PROCID; then {LISTEN}; fi\nrm -f $run/REQUEUE; touch $run/DONE-$SLURM_PROCID\n"
+    )
+    train.chmod(0o755)
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [
+        "sbatch",
+        "--parsable",
+        f"--output={tmp_path}/output",
+        ROOT / "slurm" / "train.sbatch",
+        "run",
+        "a.yaml",
+        "x=1",
+    ]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=True)
+    job_id = int(done.stdout)
+    running(slurm, job_id)
+    slurm("scancel", "--signal=USR1", "--batch", str(job_id))
+    state = slurm.ends(job_id, PATIENCE_S)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), (tmp_path / "output").read_text()
+    assert len(list((tmp_path / "run").glob("DONE-*"))) == 2
