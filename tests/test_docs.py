@@ -17,7 +17,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ import tiny
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from ranks import _free_port
+from ranks import free_port
+from warm import warm_python
 
 from qlora_dist.config import Config, SourceConfig
 from qlora_dist.config_file import load_config
@@ -101,9 +102,16 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with warm_python(tmp_path_factory.mktemp("python")) as script:
+        yield script
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("bash"))
-def test_commands_do_what_the_page_says(page: Path, material: Path, tmp_path: Path) -> None:
+def test_commands_do_what_the_page_says(page: Path, material: Path, python: Path, tmp_path: Path) -> None:
+    make_commands(tmp_path / ".bin", python)
     shutil.copytree(material, tmp_path, dirs_exist_ok=True)
     if any("quantize my-model my-model-nf4" in block.text for block in blocks(page)):
         shutil.rmtree(tmp_path / "my-model-nf4")
@@ -112,10 +120,10 @@ def test_commands_do_what_the_page_says(page: Path, material: Path, tmp_path: Pa
             if block.note:
                 (tmp_path / block.note).write_text(json.dumps(made_small(block.text)))
         elif block.language == "python":
-            run([sys.executable, "-c", block.text], tmp_path)
+            run([str(python), "-c", block.text], tmp_path)
         else:
             script = block.text.replace("--nproc-per-node 8", "--nproc-per-node 2").replace("first-node", "127.0.0.1")
-            script = script.replace("29500", str(_free_port()))
+            script = script.replace("29500", str(free_port()))
             nodes = [0, 1] if block.note == "2 nodes" else [0]
             run(["bash", "-euo", "pipefail", "-c", script], tmp_path, nodes)
     if "multi-node" in page.name or "slurm" in page.name:  # the run was one of two nodes, not two of one
@@ -135,12 +143,11 @@ def run(command: list[str], folder: Path, nodes: list[int] | None = None) -> Non
     """Run a command as a user would, who has installed the package; on each of several nodes at the same time."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environ |= {
-        "PATH": f"{commands(folder)}:{environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PATH": f"{folder / '.bin'}:{environ['PATH']}",
+        "PYTHON_EXEC": str(folder / ".bin" / "python"),  # torchrun's name for what it starts ranks with
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "HOME": str(folder),  # where the cache is, unless the page says otherwise
-        "PYTHONWARNINGS": "ignore",
     }
     outputs = [folder / f"output-{node}.txt" for node in nodes or [0]]
     processes = []
@@ -175,22 +182,20 @@ def end(process: subprocess.Popen[bytes]) -> None:
                 process.wait(timeout=40)
 
 
-def commands(folder: Path) -> Path:
+def make_commands(folder: Path, python: Path) -> None:
     """`qlora-dist` and `torchrun` of this Python, and stand-ins for SLURM's commands: two nodes that are this one."""
     scripts = {
-        "qlora-dist": f'exec {sys.executable} -m qlora_dist "$@"',
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
-        "python": f'exec {sys.executable} "$@"',
+        "qlora-dist": f'exec {python} -m qlora_dist "$@"',
+        "torchrun": f'exec {python} -m torch.distributed.run "$@"',
+        "python": f'exec {python} "$@"',
         "scontrol": "echo 127.0.0.1; echo 127.0.0.2",
         "sbatch": "export SLURM_JOB_ID=$$ SLURM_NNODES=2 SLURM_JOB_NODELIST=n[1-2] SLURM_CPUS_PER_TASK=2\nexec bash $1",
         "srun": 'while [[ $1 == -* ]]; do shift; done\n"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second',
     }
-    path = folder / ".bin"
-    path.mkdir(exist_ok=True)
+    folder.mkdir()
     for name, text in scripts.items():
-        (path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (path / name).chmod(0o755)
-    return path
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
