@@ -8,14 +8,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 .PHONY: quickstart test unit lint format clean launchers
 
-quickstart: $(VENV)/.demo  ## train a real model on two ranks, in about seven minutes
+quickstart: $(VENV)/.demo  ## train a real model on two ranks, in about four minutes
 	$(BIN)/python -m qlora_dist.demo
 
 test: lint $(VENV)/.demo launchers  ## everything
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 unit: $(VENV)/.dev  ## what is worth running before every commit
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -14,7 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import the helpers besid
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 
+# an example takes as long as the machine's other work lets it
+settings.register_profile("ours", deadline=None)
+settings.load_profile("ours")
 torch.set_num_threads(1)
 
 

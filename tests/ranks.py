@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -41,7 +42,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, nodes: 
 
 
 @contextmanager
-def started_ranks(functions: Sequence[Callable[[], Any]], outputs: Path, nodes: int = 1) -> Iterator[list[BaseProcess]]:
+def started_ranks(
+    functions: Sequence[Callable[[], Any]], outputs: Path, nodes: int = 1, port: int | None = None
+) -> Iterator[list[BaseProcess]]:
     """A rank for each of the functions, for tests that do ranks harm: nobody waits for them or collects anything.
 
     What a rank prints goes to `outputs/rank-N.txt`. No process outlives the `with`.
@@ -49,7 +52,7 @@ def started_ranks(functions: Sequence[Callable[[], Any]], outputs: Path, nodes: 
     context = multiprocessing.get_context("fork")
     processes: list[BaseProcess] = []
     try:
-        for rank, environ in enumerate(_environments(len(functions), nodes)):
+        for rank, environ in enumerate(_environments(len(functions), nodes, port)):
             output = outputs / f"rank-{rank}.txt"
             processes.append(context.Process(target=_alone, args=(output, environ, functions[rank]), daemon=True))
             processes[-1].start()
@@ -60,9 +63,9 @@ def started_ranks(functions: Sequence[Callable[[], Any]], outputs: Path, nodes: 
             process.join()
 
 
-def _environments(world_size: int, nodes: int) -> list[dict[str, Any]]:
+def _environments(world_size: int, nodes: int, port: int | None = None) -> list[dict[str, Any]]:
     """torchrun's variables for each rank."""
-    port, local = _free_port(), world_size // nodes
+    port, local = port or free_port(), world_size // nodes
     return [
         {
             "RANK": rank,
@@ -97,6 +100,7 @@ def _collect(pipes: dict[Connection, int], world_size: int) -> list[Any]:
 
 def _rank(pipe: Connection, environ: dict[str, Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update({key: str(value) for key, value in environ.items()})
+    gc.freeze()  # else each rank looks through all that pytest and the imports hold, and copies it by that
     try:
         pipe.send((None, function(*args)))
     except BaseException:
@@ -106,6 +110,7 @@ def _rank(pipe: Connection, environ: dict[str, Any], function: Callable[..., Any
 
 def _alone(output: Path, environ: dict[str, Any], function: Callable[[], Any]) -> None:
     os.environ.update({key: str(value) for key, value in environ.items()})
+    gc.freeze()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -113,7 +118,7 @@ def _alone(output: Path, environ: dict[str, Any], function: Callable[[], Any]) -
     function()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

@@ -63,11 +63,11 @@ def in_a_process(*words: str | Path, options: tuple[str, ...] = (), **environ: s
 # the real command, in a process of its own
 
 
-def test_quantize(tiny_llama, tmp_path):
+def test_quantize(cli, tiny_llama, tmp_path):
     out = tmp_path / "a name of many words, longer than a line of a terminal, with [brackets]" / "out"
-    done = in_a_process("quantize", tiny_llama, out, "--file-size", "30KB")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+    code, stdout, stderr = cli("quantize", tiny_llama, out, "--file-size", "30KB")
+    assert (code, stderr) == (0, "")
+    lines = stdout.splitlines()
     assert lines[0] == (
         f"{out}: 77.0 % of 179,648 parameters are in 4 bit, 99.7 % of those outside unquantized embeddings and output "
         "head"

@@ -28,8 +28,9 @@ import tiny
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from ranks import _free_port
+from ranks import free_port
 from real_slurm import free_ports, slurm_unavailable
+from warm import warm_python
 
 from qlora_dist.config import Config, SourceConfig
 from qlora_dist.config_file import load_config
@@ -105,25 +106,33 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with warm_python(tmp_path_factory.mktemp("python")) as script:
+        yield script
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(550)
 @pytest.mark.parametrize("page", pages_with("bash"))
-def test_commands_do_what_the_page_says(page: Path, material: Path, tmp_path: Path) -> None:
+def test_commands_do_what_the_page_says(page: Path, material: Path, python: Path, tmp_path: Path) -> None:
     shutil.copytree(material, tmp_path, dirs_exist_ok=True)
     if any("quantize my-model my-model-nf4" in block.text for block in blocks(page)):
         shutil.rmtree(tmp_path / "my-model-nf4")
     on_cluster = any(block.note == "a cluster" for block in blocks(page))
     if on_cluster and (reason := slurm_unavailable()) is not None:
         pytest.skip(reason)
+    # what a SLURM job starts must be its own
+    make_commands(tmp_path / ".bin", Path(sys.executable) if on_cluster else python)
     for block in blocks(page):
         if block.language == "yaml":
             if block.note:
                 (tmp_path / block.note).write_text(json.dumps(made_small(block.text)))
         elif block.language == "python":
-            run([sys.executable, "-c", block.text], tmp_path)
+            run([str(python), "-c", block.text], tmp_path)
         else:
             script = block.text.replace("--nproc-per-node 8", "--nproc-per-node 2").replace("first-node", "127.0.0.1")
-            script = script.replace("29500", str(_free_port()))
+            script = script.replace("29500", str(free_port()))
             nodes = [0, 1] if block.note == "2 nodes" else [0]
             with local_cluster(tmp_path) if block.note == "a cluster" else contextlib.nullcontext():
                 run(["bash", "-euo", "pipefail", "-c", script], tmp_path, nodes)
@@ -148,12 +157,11 @@ def run(command: list[str], folder: Path, nodes: list[int] | None = None) -> Non
     """Run a command as a user would, who has installed the package; on each of several nodes at the same time."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environ |= {
-        "PATH": f"{commands(folder)}:{environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PATH": f"{folder / '.bin'}:{environ['PATH']}",
+        "PYTHON_EXEC": str(folder / ".bin" / "python"),  # torchrun's name for what it starts ranks with
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "HOME": str(folder),  # where the cache is, unless the page says otherwise
-        "PYTHONWARNINGS": "ignore",
     }
     outputs = [folder / f"output-{node}.txt" for node in nodes or [0]]
     processes = []
@@ -206,19 +214,17 @@ def local_cluster(folder: Path) -> Iterator[None]:
             del os.environ[name]
 
 
-def commands(folder: Path) -> Path:
+def make_commands(folder: Path, python: Path) -> None:
     """`qlora-dist` and `torchrun` of this Python."""
     scripts = {
-        "qlora-dist": f'exec {sys.executable} -m qlora_dist "$@"',
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
-        "python": f'exec {sys.executable} "$@"',
+        "qlora-dist": f'exec {python} -m qlora_dist "$@"',
+        "torchrun": f'exec {python} -m torch.distributed.run "$@"',
+        "python": f'exec {python} "$@"',
     }
-    path = folder / ".bin"
-    path.mkdir(exist_ok=True)
+    folder.mkdir()
     for name, text in scripts.items():
-        (path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (path / name).chmod(0o755)
-    return path
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -38,13 +38,13 @@ class Sequences:
         self._tokens = [_values(batch, "tokens") for batch in self.batches]
         self._trained = [_values(batch, "trained").view(np.bool_) for batch in self.batches]
         # of a batch that is a slice, offsets don't begin at 0: they count from the beginning of the values
-        self._offsets = [batch.column("tokens").offsets.to_numpy() for batch in self.batches]
+        self._offsets = [np.from_dlpack(batch.column("tokens").offsets) for batch in self.batches]
         self._starts = [0]
         for batch in self.batches:
             self._starts.append(self._starts[-1] + batch.num_rows)
         nothing = [np.empty(0, dtype=np.int64)]
         self.lengths = np.concatenate(nothing + [np.diff(offsets).astype(np.int64) for offsets in self._offsets])
-        counts = [batch.column("trained_length").to_numpy() for batch in self.batches]
+        counts = [np.from_dlpack(batch.column("trained_length")) for batch in self.batches]
         self.trained_lengths = np.concatenate(nothing + [part.astype(np.int64) for part in counts])
 
     @classmethod
@@ -146,14 +146,20 @@ def _record_batch(parts: Sequence[Flat]) -> pa.RecordBatch:
     lengths, tokens, trained = (np.concatenate(column) for column in zip(*parts, strict=True))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     trained_lengths = np.diff(np.concatenate([[0], np.cumsum(trained)])[offsets])
-    arrow_offsets = pa.array(offsets.astype(np.int32))
+    arrow_offsets = _arrow(offsets, pa.int32())
     columns = [
-        pa.ListArray.from_arrays(arrow_offsets, pa.array(tokens), type=_SCHEMA.field("tokens").type),
-        pa.ListArray.from_arrays(arrow_offsets, pa.array(trained.view(np.uint8)), type=_SCHEMA.field("trained").type),
-        pa.array(trained_lengths.astype(np.int32)),
+        pa.ListArray.from_arrays(arrow_offsets, _arrow(tokens, pa.int32()), type=_SCHEMA.field("tokens").type),
+        pa.ListArray.from_arrays(arrow_offsets, _arrow(trained, pa.uint8()), type=_SCHEMA.field("trained").type),
+        _arrow(trained_lengths, pa.int32()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
 
 
+def _arrow(values: npt.NDArray, kind: pa.DataType) -> pa.Array:
+    """As `pa.array`, which imports pandas."""
+    buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=kind.to_pandas_dtype()))
+    return pa.Array.from_buffers(kind, len(values), [None, buffer])
+
+
 def _values(batch: pa.RecordBatch, name: str) -> npt.NDArray:
-    return batch.column(name).values.to_numpy()
+    return np.from_dlpack(batch.column(name).values)  # to_numpy would import pandas: half a second in every rank

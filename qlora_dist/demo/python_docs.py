@@ -30,7 +30,7 @@ MIN_CHARS, MAX_CHARS = 30, 900
 """Of an answer. Shorter ones say nothing; longer ones would take most of a training row each."""
 MIN_PAIRS = 1500
 HELD_OUT_FRACTION = 0.05
-MAX_HELD_OUT = 96
+MAX_HELD_OUT = 48
 """About 20 packed rows of 512 tokens: an evaluation takes seconds on a processor, not minutes."""
 
 SKIPPED = frozenset(

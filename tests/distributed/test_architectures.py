@@ -24,7 +24,7 @@ from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.train.run_dir import run_path
 
-STEPS = 3
+STEPS = 2
 SPARSE = ("Mixtral", "DeepseekV3", "GptOss")  # of one name per expert, of a dense layer too, of transposed experts
 
 

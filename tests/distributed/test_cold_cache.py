@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 from filelock import SoftFileLease
-from ranks import _free_port
+from ranks import free_port, started_ranks
 
+from qlora_dist import cli
 from qlora_dist.config import SourceConfig
 from qlora_dist.config_file import load_config
+from qlora_dist.data import prepare
 from qlora_dist.data.cache import LEASE_S
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.key import source_key
 from qlora_dist.data.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 RANKS = 8
 TIMEOUT_S = 500
 
-# the command line itself, which signs in a file whenever it tokenizes
-COMMAND = """
-import sys
-from qlora_dist import cli
-from qlora_dist.data import prepare
-tokenize, log = prepare.tokenize, sys.argv.pop()
-def counted(*args, **options):
-    with open(log, "a") as file:
-        file.write(options["name"] + chr(10))
-    return tokenize(*args, **options)
-prepare.tokenize = counted
-cli.main()
-"""
+
+def train_and_sign(config: Path, log: Path) -> None:
+    """The command line, which signs in a file whenever it tokenizes."""
+    tokenize = prepare.tokenize
+
+    def counted(*args: Any, **options: Any) -> Any:
+        with log.open("a") as file:
+            file.write(options["name"] + "\n")
+        return tokenize(*args, **options)
+
+    prepare.tokenize = counted
+    sys.argv = ["qlora-dist", "train", str(config)]
+    cli.main()
 
 
 @pytest.mark.slow
@@ -51,27 +53,13 @@ def test_eight_ranks_start_on_a_cold_cache(tiny_llama_nf4, tmp_path):
     key = source_key(SourceConfig(path=train), config.data, encoder.fingerprint(), cache, print)
     (cache / "sequences").mkdir(parents=True)
     lock = SoftFileLease(cache / "sequences" / f"{key}.lock", lease_duration=LEASE_S, heartbeat_interval=5.0)
-    port, log = _free_port(), tmp_path / "tokenized"
+    port, log = free_port(), tmp_path / "tokenized"
     outputs = [tmp_path / f"rank-{rank}.txt" for rank in range(RANKS)]
-    processes = []
     lock.acquire()
-    try:
-        for rank, output in enumerate(outputs):
-            environ = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": RANKS}
-            environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-            with output.open("w") as file:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", COMMAND, "train", str(path), str(log)],
-                        cwd=ROOT,
-                        env=os.environ | {key: str(value) for key, value in environ.items()},
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+    with started_ranks([partial(train_and_sign, path, log)] * RANKS, tmp_path, port=port) as processes:
         end = time.monotonic() + TIMEOUT_S
-        while "waiting for " not in outputs[0].read_text():
-            assert processes[0].poll() is None and time.monotonic() < end, outputs[0].read_text()
+        while not outputs[0].exists() or "waiting for " not in outputs[0].read_text():
+            assert processes[0].is_alive() and time.monotonic() < end
             time.sleep(0.1)
         # the others' turn to come as far
         time.sleep(2)
@@ -82,12 +70,8 @@ def test_eight_ranks_start_on_a_cold_cache(tiny_llama_nf4, tmp_path):
         assert not log.exists()
         lock.release()
         for process, output in zip(processes, outputs, strict=True):
-            assert process.wait(timeout=max(0, end - time.monotonic())) == 0, output.read_text()
-    finally:
-        lock.release(force=True)
-        for process in processes:
-            process.kill()
-            process.wait()
+            process.join(max(0, end - time.monotonic()))
+            assert process.exitcode == 0, output.read_text()
     assert sorted(log.read_text().splitlines()) == sorted([train, held_out])
     entries = list((cache / "sequences").iterdir())
     assert len(entries) == 2

@@ -21,6 +21,15 @@ from qlora_dist.train.run_dir import run_path
 from qlora_dist.train.setup import set_up
 
 MIXTURE = "data.train=[{path: FOLDER/train.jsonl, weight: 0.5}, {path: FOLDER/other.jsonl, weight: 1.5}]"
+# each with some (ranks, rows of a micro-batch), which are compared with one rank that has all twelve rows at once
+LAYOUTS = {
+    "all at once": [(2, 3)],
+    "unpacked, lengths of a rank's own": [(2, 3), (4, 1)],
+    "grouped by length": [(2, 6), (4, 3)],
+    "a last batch of few rows": [(1, 3), (2, 3), (4, 1)],
+    "split": [(1, 3), (4, 3)],
+    "a mixture": [(1, 3), (2, 3)],
+}
 WAYS = {
     "all at once": [MIXTURE, "data.packing=none", "data.too_long=split", "train.steps=null", "train.epochs=0.9"],
     "unpacked, lengths of a rank's own": ["data.packing=none", "data.seq_len=256", "train.steps=4"],
@@ -72,8 +81,7 @@ def shapes(path: Path, way: str, world_size: int, micro_batch: int) -> list[list
 )
 def test_ranks_and_micro_batches_change_nothing(way: str, path: Path) -> None:
     one = trained(path, way, 1, 12)
-    layouts = [(2, 3)] if way == "all at once" else [(1, 3), (2, 6), (2, 3), (4, 3), (4, 1)]
-    for world_size, micro_batch in layouts:
+    for world_size, micro_batch in LAYOUTS[way]:
         other = trained(path, way, world_size, micro_batch)
         assert len(other) == len(one)
         for key in ("loss", "eval_loss", "grad_norm", "tokens", "trained_tokens"):

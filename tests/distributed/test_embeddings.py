@@ -40,13 +40,12 @@ def train_on(ranks: int, path: Path, name: str, *overrides: str) -> list[float]:
 
 def check(source: Path, tmp_path: Path) -> None:
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(embeddings=True)).out
-    path = tiny.make_config(tmp_path, quantized, train__steps=3, optim__warmup_steps=0)
+    path = tiny.make_config(tmp_path, quantized, train__steps=2, optim__warmup_steps=0)
     from_16_bit = (f"model.base={source}", "model.embeddings=4bit")
     one = train_on(1, path, "folder")
-    assert len(one) == 3
+    assert len(one) == 2
     assert train_on(2, path, "folder") == pytest.approx(one, rel=1e-5)
-    for ranks in (1, 2):
-        assert train_on(ranks, path, "on-loading", *from_16_bit) == pytest.approx(one, rel=1e-5)
+    assert train_on(2, path, "on-loading", *from_16_bit) == pytest.approx(one, rel=1e-5)
     in_4_bit, in_16_bit = dequantized_model(source, quantized, embeddings=True), dequantized_model(source, quantized)
     config = load_config(path)
     assert one[0] == pytest.approx(first_loss(config, in_4_bit), rel=1e-5)
@@ -98,7 +97,7 @@ def test_a_head_that_others_have_quantized(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "published")
     tiny.make_tokenizer().save_pretrained(tmp_path / "published")
     assert "lm_head.weight" in ModelFolder(tmp_path / "published").quantized
-    path = tiny.make_config(tmp_path, tmp_path / "published", train__steps=3, optim__warmup_steps=0)
+    path = tiny.make_config(tmp_path, tmp_path / "published", train__steps=2, optim__warmup_steps=0)
     config = load_config(path)
     model = set_up(config, ranks_from_environment({})).model
     assert isinstance(model.get_output_embeddings(), NF4Head)

@@ -71,6 +71,14 @@ def single(config: Path) -> list[dict[str, Any]]:
     return train_on(LAYOUTS["1 rank"], config)
 
 
+SHORT = "train.steps=5"  # for what need not show that anything is learned
+
+
+@pytest.fixture(scope="module")
+def short(config: Path) -> list[dict[str, Any]]:
+    return train_on(LAYOUTS["1 rank"], config, SHORT)
+
+
 FAST = ("2x2, base in the node",)
 
 
@@ -103,11 +111,11 @@ def test_every_layout_trains_the_same(layout: str, config: Path, single: list[di
     ],
 )
 def test_nothing_else_changes_the_numbers(
-    overrides: tuple[str, ...], config: Path, single: list[dict[str, Any]]
+    overrides: tuple[str, ...], config: Path, short: list[dict[str, Any]]
 ) -> None:
-    metrics = train_on(LAYOUTS["2 ranks"], config, *overrides)
-    torch.testing.assert_close(losses(metrics), losses(single), rtol=1e-5, atol=0)
-    assert adapter_difference(single[-1]["adapter"], metrics[-1]["adapter"]) < 1e-5
+    metrics = train_on(LAYOUTS["2 ranks"], config, SHORT, *overrides)
+    torch.testing.assert_close(losses(metrics), losses(short), rtol=1e-5, atol=0)
+    assert adapter_difference(short[-1]["adapter"], metrics[-1]["adapter"]) < 1e-5
 
 
 def compiled_graphs(config: Config) -> tuple[int, dict[str, int]]:
@@ -118,37 +126,37 @@ def compiled_graphs(config: Config) -> tuple[int, dict[str, int]]:
 
 
 @pytest.mark.slow
-def test_batches_of_other_sequences_compile_nothing_anew(config: Path, single: list[dict[str, Any]]) -> None:
-    overrides = ["train.compile=true", "train.micro_batch=6", "run.name=compiled", "parallel.base=world"]
+def test_batches_of_other_sequences_compile_nothing_anew(config: Path, short: list[dict[str, Any]]) -> None:
+    overrides = [SHORT, "train.compile=true", "train.micro_batch=6", "run.name=compiled", "parallel.base=world"]
     resolved = load_config(config, overrides)
     ((graphs, breaks),) = run_ranks(1, compiled_graphs, resolved)
     # the evaluation's, the first layer's, whose input has no gradient, and the other layers'
     assert (graphs, breaks) == (3, {})
     metrics = (Path(resolved.run.dir) / "compiled" / "metrics.jsonl").read_text().splitlines()
     compiled = losses([json.loads(line) for line in metrics])
-    torch.testing.assert_close(compiled, losses(single), rtol=1e-5, atol=0)
+    torch.testing.assert_close(compiled, losses(short), rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
 def test_bf16_agrees_within_its_rounding(config: Path) -> None:
     one, two = (
-        losses(train_on(LAYOUTS[layout], config, "model.compute_dtype=bf16")) for layout in ("1 rank", "2 ranks")
+        losses(train_on(LAYOUTS[layout], config, SHORT, "model.compute_dtype=bf16")) for layout in ("1 rank", "2 ranks")
     )
     torch.testing.assert_close(two, one, rtol=1e-3, atol=0)
 
 
 @pytest.mark.slow
 def test_quantizing_on_the_way_equals_loading_the_quantized_folder(
-    config: Path, tiny_llama: Path, single: list[dict[str, Any]]
+    config: Path, tiny_llama: Path, short: list[dict[str, Any]]
 ) -> None:
-    metrics = train_on(LAYOUTS["3 ranks, uneven shards"], config, f"model.base={tiny_llama}")
-    torch.testing.assert_close(losses(metrics), losses(single), rtol=1e-5, atol=0)
+    metrics = train_on(LAYOUTS["3 ranks, uneven shards"], config, SHORT, f"model.base={tiny_llama}")
+    torch.testing.assert_close(losses(metrics), losses(short), rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [("lora.dora=true",), ("lora.rslora=true", "lora.targets=[q_proj,down_proj]")])
 def test_adapter_variants(overrides: tuple[str, ...], config: Path) -> None:
-    one, two = (train_on(LAYOUTS[layout], config, *overrides) for layout in ("1 rank", "2x2, base in the node"))
+    one, two = (train_on(LAYOUTS[layout], config, SHORT, *overrides) for layout in ("1 rank", "2x2, base in the node"))
     torch.testing.assert_close(losses(two), losses(one), rtol=1e-5, atol=0)
     assert adapter_difference(one[-1]["adapter"], two[-1]["adapter"]) < 1e-5
 

@@ -31,7 +31,8 @@ STEPS = 8
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
     folder = tmp_path_factory.mktemp("resume")
-    return tiny.make_config(folder, tiny_llama_nf4, train__steps=STEPS, train__save_every=2, train__global_batch=8)
+    steps = {"train__steps": STEPS, "train__save_every": 2, "train__global_batch": 8, "train__micro_batch": 2}
+    return tiny.make_config(folder, tiny_llama_nf4, **steps)
 
 
 def resolve(config: Path, name: str, *overrides: str) -> Config:
@@ -102,7 +103,7 @@ def test_a_killed_run_goes_on_bit_for_bit(config: Path) -> None:
 
 @pytest.mark.parametrize(
     ("before", "afterwards"),
-    [pytest.param(a, b, marks=pytest.mark.slow) for a in (1, 2, 4) for b in (1, 2, 4) if a != b],
+    [pytest.param(a, b, marks=pytest.mark.slow) for a, b in [(1, 2), (2, 4), (4, 1)]],
 )
 def test_another_number_of_ranks_goes_on(before: int, afterwards: int, config: Path, undisturbed: Config) -> None:
     run = resolve(config, f"from-{before}-to-{afterwards}")
@@ -119,14 +120,13 @@ def test_another_number_of_ranks_goes_on(before: int, afterwards: int, config: P
 def test_other_meshes_go_on(layouts: tuple[tuple[int, int, str, str], ...], config: Path, undisturbed: Config) -> None:
     """Replicated adapters, written once; and a number of ranks that divides nothing."""
     for index, (world_size, nodes, base, adapter_mesh) in enumerate(layouts):
-        micro = 8 // world_size if world_size != 3 else 1
         run = resolve(
             config,
             "meshes",
             f"parallel.base={base}",
             f"parallel.adapter={adapter_mesh}",
             "train.global_batch=12",
-            f"train.micro_batch={micro if 12 % (micro * world_size) == 0 else 1}",
+            f"train.micro_batch={ {4: 3, 3: 2}[world_size] }",
         )
         if index == 0:
             run_ranks(world_size, train_and_touch, run, 3, "STOP", nodes=nodes)
@@ -135,7 +135,7 @@ def test_other_meshes_go_on(layouts: tuple[tuple[int, int, str, str], ...], conf
             assert max(sizes[2:]) < 10_000 < min(sizes[:2])  # the second replica's hold random states only
         else:
             run_ranks(world_size, train, run, nodes=nodes)
-    plain = resolve(config, "meshes-plain", "train.global_batch=12")
+    plain = resolve(config, "meshes-plain", "train.global_batch=12", "train.micro_batch=4")
     run_ranks(1, train, plain)
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
 

@@ -42,6 +42,21 @@ LAYOUTS = [
 ]
 
 
+TWO_MESHES, ONE_MESH_UNEVEN = LAYOUTS[2], LAYOUTS[1]
+CASES = [
+    *(("untied", "bf16", layout) for layout in LAYOUTS),
+    # the element's size is a factor, and tied embeddings are a unit that is gathered twice
+    *(pytest.param("untied", "fp32", layout, marks=pytest.mark.slow) for layout in (ONE_MESH_UNEVEN, TWO_MESHES)),
+    *(pytest.param("tied", "bf16", layout, marks=pytest.mark.slow) for layout in (ONE_MESH_UNEVEN, LAYOUTS[3])),
+]
+
+
+def parallel(layout: tuple[int, int, str, str]) -> list[str]:
+    """Overrides for it, with two or three micro-batches to a step of twelve rows."""
+    world_size, _, base, adapter = layout
+    return [f"parallel.base={base}", f"parallel.adapter={adapter}", f"train.micro_batch={6 // world_size}"]
+
+
 class Collective(NamedTuple):
     name: str
     ranks: tuple[int, ...]
@@ -112,16 +127,12 @@ def config_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return tiny.make_config(folder, tiny.make_model(folder / "model", tie_word_embeddings=request.param == "tied"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("compute_dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("config_path", "compute_dtype", "layout"), CASES, indirect=["config_path"], ids=str)
 def test_counted_sent_and_planned_bytes_are_equal(
     layout: tuple[int, int, str, str], compute_dtype: str, config_path: Path
 ) -> None:
     world_size, nodes, base, adapter = layout
-    config = load_config(
-        config_path,
-        [f"parallel.base={base}", f"parallel.adapter={adapter}", f"model.compute_dtype={compute_dtype}"],
-    )
+    config = load_config(config_path, [*parallel(layout), f"model.compute_dtype={compute_dtype}"])
     results = run_ranks(world_size, two_steps, config, nodes=nodes)
 
     per_node = world_size // nodes
@@ -134,11 +145,10 @@ def test_counted_sent_and_planned_bytes_are_equal(
         assert sum(c.received_bytes for c in wire) == sum(planned.values())
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[2]], ids=str)
+@pytest.mark.parametrize("layout", [ONE_MESH_UNEVEN, TWO_MESHES], ids=str)
 def test_embeddings_in_4_bit_are_sent_in_4_bit(layout: tuple[int, int, str, str], config_path: Path) -> None:
-    world_size, nodes, base, adapter = layout
-    overrides = [f"parallel.base={base}", f"parallel.adapter={adapter}", "model.embeddings=4bit"]
-    config = load_config(config_path, overrides)
+    world_size, nodes, *_ = layout
+    config = load_config(config_path, [*parallel(layout), "model.embeddings=4bit"])
     model_config = json.loads((Path(config.model.base) / "config.json").read_text())
     units = decoder_units(model_config, config.lora, embeddings="4bit")
     sharding = Sharding(world_size, world_size // nodes, world_size)
@@ -149,7 +159,7 @@ def test_embeddings_in_4_bit_are_sent_in_4_bit(layout: tuple[int, int, str, str]
 
 
 def test_no_base_bytes_cross_the_outer_mesh_dimension(config_path: Path) -> None:
-    config = load_config(config_path, ["parallel.base=node", "model.compute_dtype=bf16"])
+    config = load_config(config_path, [*parallel((4, 2, "node", "world")), "model.compute_dtype=bf16"])
     results = run_ranks(4, two_steps, config, nodes=2)
     base_only = decoder_units(
         json.loads((Path(config.model.base) / "config.json").read_text()),
@@ -167,9 +177,9 @@ def test_no_base_bytes_cross_the_outer_mesh_dimension(config_path: Path) -> None
 
 
 def test_accumulation_sends_gradients_once(config_path: Path) -> None:
-    config = load_config(config_path, ["parallel.base=world"])
+    config = load_config(config_path, ["parallel.base=world", "train.micro_batch=2"])
     ((wire, _, accumulation), _) = run_ranks(2, two_steps, config)
-    assert accumulation == 6
+    assert accumulation == 3
     counts = Counter(c.name for c in wire)
     layers = 3
     assert counts["_reduce_scatter_base_"] == layers
