@@ -46,9 +46,9 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
 
 
 def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, sizes: MeshSizes, console: Console) -> None:
-    base, adapters = static_bytes(model, sizes)
-    if config.parallel.offload == "base":
-        base = 0.0
+    base, adapters = static_bytes(model, sizes, 8 if config.optim.name.endswith("8bit") else 32)
+    if config.parallel.offload == "base" or config.parallel.base == "paged":
+        base = 0.0 if config.parallel.resident_bytes == "auto" else float(config.parallel.resident_bytes)
     total_gib = (base + adapters) / 2**30
     static = (
         f"a rank holds {total_gib:.3g} GiB between steps ({base / 2**30:.3g} of the base, {adapters / 2**30:.3g} of "
@@ -57,19 +57,23 @@ def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, size
     if cluster.gpu_memory is not None and total_gib > cluster.gpu_memory:
         raise UserError(
             f"{static} and a GPU has {cluster.gpu_memory:g}; use more ranks, another parallel.base, or "
-            "parallel.offload=base"
+            "parallel.base=paged"
         )
     console.print(f"{static}; activations come on top", highlight=False, soft_wrap=True)
 
 
-def static_bytes(model: PreTrainedModel, sizes: MeshSizes) -> tuple[float, float]:
+def static_bytes(model: PreTrainedModel, sizes: MeshSizes, moment_bits: int) -> tuple[float, float]:
     """Bytes that a rank holds between steps, without padding: of the base; of adapters, their gradients and moments.
+
+    Moments that are paged need no more than they find.
 
     Args:
         model: on meta, adapters attached.
         sizes: how it will be cut.
+        moment_bits: of each of the two moments.
     """
     parameters = list(model.parameters())
     base = sum(p.nbytes for p in parameters if not p.requires_grad) / sizes.base_shards
-    adapters = sum(4 * 4 * p.numel() for p in parameters if p.requires_grad) / sizes.adapter_shards  # all four fp32
+    per_element = 4 + 4 + 2 * moment_bits / 8
+    adapters = sum(per_element * p.numel() for p in parameters if p.requires_grad) / sizes.adapter_shards
     return base, adapters
