@@ -36,6 +36,7 @@ from rich.table import Table
 from qlora_dist.checkpoint.manifest import find_checkpoints
 from qlora_dist.checkpoint.writer import Checkpointer
 from qlora_dist.config import Config
+from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.train import loop
 from qlora_dist.train.run import train
 from qlora_dist.train.run_dir import DONE, run_path
@@ -108,7 +109,7 @@ def arm(kill: Kill) -> None:
         case "backward":
             before(torch.Tensor, "backward")
         case "update":
-            before(torch.optim.AdamW, "step")
+            before(PagedAdamW, "step")
         case "write":
             before(Checkpointer, "_write_own")
         case "complete":

@@ -167,6 +167,8 @@ up() {
   [[ $n =~ ^[1-9][0-9]?$ ]] || fail "up takes a number of nodes, 1 to 99, not $n"
   [ "$UID" = 0 ] || fail "run this as root: nodes have host names and files of their own"
   if ! have slurmctld || ! have slurmd || ! have munged; then fail "SLURM is not installed; run $0 install"; fi
+  # slurmstepd's sockets lie in there, and 108 characters are all that a socket's path may have
+  [ ${#dir} -le 70 ] || fail "$dir is too long a path for sockets; set QLORA_SLURM_DIR to one of at most 70 characters"
   ! running "$dir/run/slurmctld.pid" || fail "a cluster runs in $dir already; take it down, or set QLORA_SLURM_DIR"
   mkdir -p "$dir"
   [ -O "$dir" ] || fail "$dir belongs to somebody else; set QLORA_SLURM_DIR"

@@ -106,7 +106,10 @@ def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):
         ("lora: 3", "FILE, line 3: lora: should be a valid dictionary"),
         ("lora: {targets: [1]}", "FILE, line 3: lora.targets: should be 'all-linear', or be a valid string, not [1]"),
         ("lora: {targets: []}", "FILE, line 3: lora.targets: should be 'all-linear', or have at least 1 item"),
-        ("parallel: {base: half}", "FILE, line 3: parallel.base: should be 'replicate', 'node' or 'world', or be a"),
+        (
+            "parallel: {base: half}",
+            "FILE, line 3: parallel.base: should be 'replicate', 'node', 'world' or 'paged', or be a",
+        ),
         ("run: {name: ../up}", "FILE, line 3: run.name: should match pattern"),
         (
             "train:\n  global_batch: 16\n  micro_batch: 3",

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,7 +203,7 @@ def local_cluster(folder: Path) -> Iterator[None]:
     for name in ("slurm", "configs"):
         (folder / name).symlink_to(ROOT / name)
     settings = {
-        "QLORA_SLURM_DIR": str(folder / "cluster"),
+        "QLORA_SLURM_DIR": tempfile.mkdtemp(prefix="slurm"),  # a socket's path is to be short
         "QLORA_SLURM_PORT": str(free_ports(2)),
     }
     os.environ.update(settings)
@@ -210,6 +211,7 @@ def local_cluster(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run([ROOT / "slurm" / "local_cluster.sh", "down"], check=True, timeout=60)
+        shutil.rmtree(settings["QLORA_SLURM_DIR"])
         for name in settings:
             del os.environ[name]
 

@@ -166,6 +166,14 @@ def _slurm_port(environ: Mapping[str, str]) -> int:
     return _PORTS[(97 * job + 7 * step + restarts) % len(_PORTS)]
 
 
+def meeting_name(environ: Mapping[str, str] = os.environ) -> str:
+    """What ranks that srun has started have in common with no others, should two jobs come to use one port."""
+    if launcher_of(environ) != "srun":
+        return ""
+    names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return "/".join(environ.get(name, "") for name in names)
+
+
 def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int | float | None]:
     """How others find this process: its machine and number, its launcher's number, its SLURM job and step."""
     job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")

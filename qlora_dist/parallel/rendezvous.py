@@ -15,10 +15,10 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import Ranks, StoreAddress, agent_keeps_store, store_address
+from qlora_dist.launch.environment import Ranks, StoreAddress, agent_keeps_store, meeting_name, store_address
 from qlora_dist.launch.mpi import listening_socket
 
-_ATTEMPT = "qlora-dist/attempt"
+_ATTEMPT = "attempt"
 _LONGEST_SLEEP_S = 0.2
 
 
@@ -35,7 +35,7 @@ def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
     address = store_address()
     if address is None:
         raise UserError("the environment does not say where the ranks can meet; set MASTER_ADDR and MASTER_PORT")
-    store = _connect(address, ranks, timeout_s)
+    store = dist.PrefixStore(f"qlora-dist/{meeting_name()}", _connect(address, ranks, timeout_s))
     here = _call(store, ranks, end) if ranks.rank == 0 else _answer(store, ranks, end)
     if here is None:
         raise UserError(

@@ -218,7 +218,9 @@ def test_no_room_for_the_file_is_found_before_weights_are_read(folder: str, conf
     (tmp_path / "file").touch()
     to = tmp_path / ("file" if folder == "no folder" else "")
     (sentence,) = run_ranks(
-        1, limited, load_config(config, [*PAGED, f"paging.dir={to}", f"run.name=room-{len(folder)}"])
+        1,
+        limited,
+        load_config(config, [*PAGED, "optim.name=adamw", f"paging.dir={to}", f"run.name=room-{len(folder)}"]),
     )
     assert sentence.startswith(f"{to}: ")
     assert sentence.endswith("; name another folder in paging.dir, or raise parallel.resident_bytes")

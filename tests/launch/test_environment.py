@@ -12,6 +12,7 @@ from qlora_dist.launch.environment import (
     Ranks,
     StoreAddress,
     agent_keeps_store,
+    meeting_name,
     ranks_from_environment,
     store_address,
 )
@@ -128,7 +129,11 @@ def test_reads_the_environment_of_the_process(monkeypatch):
 
 
 def test_nobody_else_reads_a_launchers_variables():
-    variables = re.compile(r"[\"'](RANK|WORLD_SIZE|LOCAL_\w+|(TORCHELASTIC|OMPI|PMIX?|MPI|SLURM|MASTER)_\w+)[\"']")
+    # OMPI_ALLOW_RUN_AS_ROOT is told to Open MPI, and says nothing of ranks; nor does SLURM_CONF
+    other = r"(?!OMPI_ALLOW|SLURM_CONF)"
+    variables = re.compile(
+        rf"[\"'](RANK|WORLD_SIZE|LOCAL_\w+|{other}(TORCHELASTIC|OMPI|PMIX?|MPI|SLURM|MASTER)_\w+)[\"']"
+    )
     files = [path for path in PACKAGE.rglob("*.py") if variables.search(path.read_text())]
     assert [path.name for path in files] == ["environment.py"]
 
@@ -155,6 +160,13 @@ def test_steps_and_restarts_have_ports_of_their_own():
     assert len(set(ports)) == 4
     assert all(20_000 <= port < 32_000 for port in ports)
     assert store_address(STEP | {"MASTER_PORT": "29500"}).port == 29500
+
+
+def test_jobs_that_come_to_use_one_port_do_not_meet():
+    step = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
+    names = {meeting_name(step | {key: "3"}) for key in step}
+    assert len(names | {meeting_name(step)}) == 5
+    assert meeting_name({"RANK": "0", "WORLD_SIZE": "2", **step}) == ""
 
 
 def test_under_mpirun_rank_0_chooses():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,14 +46,14 @@ class Slurm:
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def slurm() -> Iterator[Slurm]:
     """The cluster, whose nodes claim to be large machines with 8 GPUs. Nothing of it outlives the tests."""
     if (reason := slurm_unavailable()) is not None:
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("slurm")
+    folder = tempfile.mkdtemp(prefix="slurm")  # a socket's path is to be short
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
     environ |= {
-        "QLORA_SLURM_DIR": str(folder),
+        "QLORA_SLURM_DIR": folder,
         "QLORA_SLURM_PORT": str(free_ports(NODES)),
         "QLORA_SLURM_CPUS": "256",
         "QLORA_SLURM_MEMORY": "2000000",
@@ -67,6 +69,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield cluster
     finally:
         cluster.cluster("down")
+        shutil.rmtree(folder)
         if before is None:
             del os.environ["SLURM_CONF"]
         else:
