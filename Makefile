@@ -12,7 +12,7 @@ quickstart: $(VENV)/.demo  ## train a real model on two ranks, in about four min
 	$(BIN)/python -m qlora_dist.demo
 
 test: lint $(VENV)/.demo launchers  ## everything
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 unit: $(VENV)/.dev  ## what is worth running before every commit
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
