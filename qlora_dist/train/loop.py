@@ -173,7 +173,7 @@ def train_loop(
         paging = moments.pager.take_counts()
         base_paging = pages.pager.take_counts() if pages is not None else Counts()
         history.fetched_bytes = base_paging.bytes_in
-        history.stalls.append((paging.stall_s + base_paging.stall_s) / step_s)
+        history.stalls.append(base_paging.stall_s / step_s)
         peak = peak_bytes(setup.device)
         console.step(progress.step, result.loss, lr, tokens / step_s, peak)
         log(
