@@ -94,16 +94,9 @@ def restore(state: Trained, manifest: Manifest, folder: Path) -> None:
     fp32, and those in 8 bit are rounded again. The random states come back where the world has the size it had; else
     they are left as they are.
     """
-    moments, steps = state.optimizer.moments, manifest.state["optimizer_steps"]
-    state.optimizer.steps = steps
+    state.optimizer.steps = manifest.state["optimizer_steps"]
     with torch.no_grad(), Reader() as reader:
-        shards = _saved_shards(state, manifest, folder, reader)
-        if steps:
-            moments.write(shards)
-        else:
-            moments.clear()
-            for _ in shards:  # the parameters
-                pass
+        state.optimizer.moments.write(_saved_shards(state, manifest, folder, reader))
         _restore_random(state, manifest, folder, reader)
 
 
@@ -123,15 +116,19 @@ def _saved_shards(
         if not parameter.numel():
             yield {}
             continue
-        cut = manifest.cuts[name]
+        cut, kinds = manifest.cuts[name], ("parameter", *moment_names(saved_bits))
+        if cut == state.cuts[name] and bits == saved_bits:
+            tensors = saved(state.shard, name, kinds)
+            parameter.copy_(tensors.pop("parameter"))
+            yield tensors
+            continue
         values = {kind: torch.empty(parameter.shape) for kind in ("parameter", *MOMENTS)}
         for copy in copies(cut, state.cuts[name], state.shard):
-            whole = as_fp32(saved(copy.shard, name, ("parameter", *moment_names(saved_bits))))
+            whole = as_fp32(saved(copy.shard, name, kinds))
             for kind, value in values.items():
                 value[copy.target] = whole[kind].view(cut.part_shape(copy.shard))[copy.source]
         parameter.copy_(values.pop("parameter"))
-        as_it_was = cut == state.cuts[name] and bits == saved_bits
-        yield saved(state.shard, name, moment_names(bits)) if as_it_was else from_fp32(values, bits)
+        yield from_fp32(values, bits)
 
 
 def _restore_random(state: Trained, manifest: Manifest, folder: Path, reader: Reader) -> None:
