@@ -47,9 +47,11 @@ class PagedAdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Update all shards by their gradients; the learning rate is `lr` times each one's factor."""
-        automatic = self._left_bytes if self.moments.is_automatic else None
-        if automatic is not None and self.moments.fit(automatic(self.moments.resident_bytes)):
-            self._kept.clear()
+        if self.moments.is_automatic and self._left_bytes is not None:
+            left_bytes = self._left_bytes(self.moments.resident_bytes)
+            if self.moments.has_to_fit(left_bytes):
+                self._kept.clear()  # before: they hold the memory that the pages are to leave
+                self.moments.fit(left_bytes)
         self.steps += 1
         for number in range(len(self.moments.pages)):
             memory = self.moments.use(number)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -13,7 +11,7 @@ from qlora_dist.config import OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
 from qlora_dist.optim.layout import BLOCK, Page, Piece, page_layout
 from qlora_dist.paging.pager import Pager
-from qlora_dist.paging.store import FileStore, HostStore, Store
+from qlora_dist.paging.store import store_maker
 from qlora_dist.paging.unified import UnifiedPager
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,6 +25,8 @@ def moment_names(bits: int) -> tuple[str, ...]:
 
 
 _UNLIMITED = 2**62
+_WHAT = "optimizer states"
+_REMEDY = "set paging.dir to another folder, or raise optim.resident_bytes"
 
 
 class Moments:
@@ -65,22 +65,20 @@ class Moments:
         """Of the pages that come and go."""
         return sum(self.pager.sizes[page] for page in self.pager.moving)
 
-    def fit(self, left_bytes: int) -> bool:
-        """Keep to what the device has left: the first time this is known, and whenever it is less than is held.
+    def has_to_fit(self, left_bytes: int) -> bool:
+        """Whether to `fit`: the first time it is known what the device has left, and when that is less than is held."""
+        return not self._is_fitted or left_bytes < self.pager.held_bytes
 
-        Returns:
-            Whether pages lie elsewhere now.
-        """
-        if self._is_fitted and left_bytes >= self.pager.held_bytes:
-            return False
+    def fit(self, left_bytes: int) -> None:
+        """Keep to what the device has left. The pages lie elsewhere afterwards."""
         self._is_fitted = True
         self.pager.resize(left_bytes if left_bytes >= 2 * max(self.pager.sizes, default=0) else 0)
-        return True
 
     def use(self, number: int) -> torch.Tensor:
         """Page `number` on the device: uint8[nbytes], to be changed until `done`; those behind it are fetched."""
-        after = bisect_right(self.pager.moving, number)
-        return self.pager.use(number, then=[*self.pager.moving[after:], *self.pager.moving[:after]][: self.pager.ahead])
+        moving = self.pager.moving
+        after, count = bisect_right(moving, number), min(self.pager.ahead, len(moving))
+        return self.pager.use(number, then=[moving[(after + i) % len(moving)] for i in range(count)])
 
     def done(self, number: int) -> None:
         """Say that page `number` has been changed, and is not in use any more."""
@@ -110,11 +108,6 @@ class Moments:
                     view.copy_(moments[name].view(-1)[start : start + view.numel()])
             self.pager.write(number, memory)
 
-    def clear(self) -> None:
-        """Set all to zero, as before the first update."""
-        for number, size in enumerate(self.pager.sizes):
-            self.pager.write(number, torch.zeros(size, dtype=torch.uint8))
-
     def views(self, memory: torch.Tensor, number: int, piece: Piece) -> dict[str, torch.Tensor]:
         """The moments of a piece in page `number`, which lies in memory: uint8[nbytes]."""
         views = _views(memory, self.pages[number], piece, self.bits)
@@ -142,25 +135,16 @@ def _views(memory: torch.Tensor, page: Page, piece: Piece, bits: int) -> dict[st
 def _open_pager(
     sizes: Sequence[int], config: OptimConfig, paging: PagingConfig, device: torch.device
 ) -> Pager | UnifiedPager:
-    where = paging.to if paging.to != "auto" else "disk" if device.type == "cpu" else "host"
-    if where == "unified" and config.name.startswith("paged"):
+    if paging.to == "unified" and config.name.startswith("paged"):
         return UnifiedPager(sizes, device)
-    total = sum(sizes)
     budget = _UNLIMITED
     if config.name.startswith("paged"):
         budget = 0 if config.resident_bytes == "auto" else config.resident_bytes
-
-    def make_store(nbytes: int) -> Store:
-        if where == "host":
-            return HostStore(nbytes, device)
-        folder = Path(paging.dir or tempfile.gettempdir())
-        remedy = "set paging.dir to another folder, or raise optim.resident_bytes"
-        return FileStore(nbytes, folder, device, "optimizer states", remedy)
-
+    make_store = store_maker(paging, device, _WHAT, _REMEDY)
     try:
         return Pager(sizes, device, budget, make_store, paging.ahead)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"optim.resident_bytes: the device has no room for {min(budget, total) / 2**30:.3g} GiB of optimizer "
+            f"optim.resident_bytes: the device has no room for {min(budget, sum(sizes)) / 2**30:.3g} GiB of optimizer "
             "states; lower it"
         ) from None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -24,9 +25,6 @@ class Counts:
     """Written to the store."""
     stall_s: float = 0.0
     """Seconds in which the caller waited for a page."""
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(eq=False)
@@ -76,7 +74,7 @@ class Pager:
         """On the device now."""
         self.moving: list[int] = []
         """The pages that do not stay."""
-        self._starts = [sum(self.sizes[:page]) for page in range(len(self.sizes))]
+        self._starts = [0, *accumulate(self.sizes)]
         self._make_store, self._store = make_store, None  # type: Callable[[int], Store], Store | None
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from qlora_dist.config import PagingConfig
 from qlora_dist.errors import UserError
 
 
@@ -23,6 +25,18 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give the room back."""
+
+
+def store_maker(paging: PagingConfig, device: torch.device, what: str, remedy: str) -> Callable[[int], Store]:
+    """Makes the store that the section `paging` asks for, of so many bytes; for the rest see `FileStore`."""
+    on_host = paging.to == "host" or (paging.to == "auto" and device.type != "cpu")
+
+    def make_store(nbytes: int) -> Store:
+        if on_host:
+            return HostStore(nbytes, device)
+        return FileStore(nbytes, Path(paging.dir or tempfile.gettempdir()), device, what, remedy)
+
+    return make_store
 
 
 class HostStore:

@@ -50,11 +50,6 @@ class UnifiedPager:
         self._pages = [(allocate or _managed)(size, device) for size in sizes]
         self._backend = torch.get_device_module(device)
 
-    @property
-    def total_bytes(self) -> int:
-        """Of all pages."""
-        return sum(self.sizes)
-
     def use(self, page: int, then: Sequence[int] = ()) -> torch.Tensor:
         """See `Pager`. The driver begins to move the first of `then` to the device."""
         if then and self.device.type == "cuda":

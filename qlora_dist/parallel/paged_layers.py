@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,10 +14,11 @@ from qlora_dist.config import PagingConfig
 from qlora_dist.errors import UserError
 from qlora_dist.model.deal import local_range
 from qlora_dist.paging.pager import Pager
-from qlora_dist.paging.store import FileStore, HostStore, Store
+from qlora_dist.paging.store import store_maker
 from qlora_dist.parallel.fsdp_internals import ALIGNMENT, Pass, frozen_shards, page_frozen
 
 _WHAT = "the base's layers"
+_REMEDY = "name another folder in paging.dir, or raise parallel.resident_bytes"
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class PagedLayers:
             )
         else:
             self.budget = resident_bytes or least
-        self.pager = Pager(sizes, device, self.budget, _store_maker(paging, device), paging.ahead)
+        self.pager = Pager(sizes, device, self.budget, store_maker(paging, device, _WHAT, _REMEDY), paging.ahead)
         for page, layer in enumerate(layers):
             self._attach(page, layer)
 
@@ -136,16 +135,3 @@ def _next_pages(page: int, count: int, which: Pass) -> list[int]:
     if which == "backward":
         return below[::-1] + above
     return above + (below[::-1] if torch.is_grad_enabled() else below)
-
-
-def _store_maker(paging: PagingConfig, device: torch.device) -> Callable[[int], Store]:
-    on_host = paging.to == "host" or (paging.to == "auto" and device.type == "cuda")
-
-    def make_store(nbytes: int) -> Store:
-        if on_host:
-            return HostStore(nbytes, device)
-        folder = Path(paging.dir or tempfile.gettempdir())
-        remedy = "name another folder in paging.dir, or raise parallel.resident_bytes"
-        return FileStore(nbytes, folder, device, _WHAT, remedy)
-
-    return make_store
