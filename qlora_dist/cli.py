@@ -21,14 +21,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="section.key=value, winning over the file.", metavar="[KEY=VALUE]..."),
+]
+
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="section.key=value, winning over the file.", metavar="[KEY=VALUE]..."),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="Check all that can be checked without weights, and stop.")] = False,
     resume: Annotated[
         str, typer.Option(help="auto: go on from the run's newest whole checkpoint; none; or a checkpoint's folder.")
@@ -70,11 +73,8 @@ def train(
 
 @app.command()
 def launch(
-    config: Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="section.key=value, winning over the file.", metavar="[KEY=VALUE]..."),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     on: Annotated[
         Literal["local", "torchrun", "slurm", "mpi"],
         typer.Option(help="One process, torchrun or mpirun here, or a SLURM job."),
@@ -147,11 +147,8 @@ def quantize(
 
 @app.command()
 def preprocess(
-    config: Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="section.key=value, winning over the file.", metavar="[KEY=VALUE]..."),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     show: Annotated[
         int, typer.Option(min=0, help="Print so many sequences of each source, the trained part marked.")
     ] = 0,

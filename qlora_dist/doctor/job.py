@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qlora_dist.doctor.finding import Finding
+from qlora_dist.doctor.node import existing_folder
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.parallel.exchange import broadcast_json, gather_json
 
@@ -73,7 +74,7 @@ def check_ports(nodes: list[str], ranks: Ranks) -> Finding:
 
 def check_shared_folder(nodes: list[str], ranks: Ranks, folder: Path) -> Finding:
     """A file that rank 0 writes is seen by all nodes. Nothing is left of it."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = existing_folder(folder)
     path, token = existing / f".qlora-dist-doctor-{secrets.token_hex(4)}", secrets.token_hex(8)
     written = True
     if ranks.rank == 0:

@@ -101,7 +101,7 @@ def check_kernels(device: torch.device) -> Finding:
 
 def check_disk(folder: Path) -> Finding:
     """Room where runs go."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = existing_folder(folder)
     if not os.access(existing, os.W_OK):
         return Finding("disk", "fail", f"{existing} cannot be written", "name another folder in run.dir")
     free = shutil.disk_usage(existing).free
@@ -109,6 +109,11 @@ def check_disk(folder: Path) -> Finding:
     if free < _LITTLE_DISK:
         return Finding("disk", "warn", said, "checkpoints need twelve bytes for each trained parameter", values)
     return Finding("disk", "ok", said, values=values)
+
+
+def existing_folder(folder: Path) -> Path:
+    """It, or the nearest one above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def _look_up(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:

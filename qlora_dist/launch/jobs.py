@@ -66,13 +66,14 @@ def follow(folder: Path, name: str) -> None:
     while True:
         if time.monotonic() - asked > _ASK_S:
             (run,), asked = read_runs([path]), time.monotonic()
-        position = _print_from(log, position)
+        position = print_from(log, position)
         if not run.active:
             return
         time.sleep(_LOOK_S)
 
 
-def _print_from(log: Path, position: int) -> int:
+def print_from(log: Path, position: int) -> int:
+    """Print what has come to an output since it had `position` bytes, and return how many it has now."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, 2)

@@ -19,7 +19,7 @@ from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.render import Job, render
-from qlora_dist.launch.runs import JOB_FILE
+from qlora_dist.launch.runs import JOB_FILE, read_json
 from qlora_dist.launch.squeue import queued_jobs
 
 On = Literal["local", "torchrun", "slurm", "mpi"]
@@ -120,7 +120,7 @@ def launch_slurm(config: Config, cluster: Cluster, options: Options, console: Co
     write_job(run, "slurm", job_id, None, job.output)
     console.print(f"job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {job.script}", soft_wrap=True)
     if options.follow:
-        submit.follow(job_id, job.output, sys.stdout.write)
+        submit.follow(job_id, job.output)
         return
     console.print(f"watch it with `qlora-dist jobs`, or tail -f {job.output}", soft_wrap=True)
 
@@ -153,11 +153,8 @@ def _new_folder(run: Path) -> Path:
 
 def _refuse_second(run: Path) -> None:
     """Two jobs would write over one another."""
-    try:
-        tree = json.loads((run / JOB_FILE).read_text(encoding="utf-8"))
-        job_id = tree["job_id"] if tree["launcher"] == "slurm" else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return
+    tree = read_json(run / JOB_FILE)
+    job_id = tree.get("job_id") if tree.get("launcher") == "slurm" else None
     if job_id is not None and (state := (queued_jobs() or {}).get(str(job_id))) is not None:
         raise UserError(
             f"{run}: job {job_id} of this run is {state.lower()}; cancel it (qlora-dist cancel), give run.name another "

@@ -105,8 +105,8 @@ def read_run(path: Path, queue: dict[str, str] | None) -> Run:
         path: its folder.
         queue: SLURM's jobs (`queued_jobs`).
     """
-    job, process = _read_json(path / JOB_FILE), _read_json(path / PROCESS_FILE)
-    markers = {name: _read_json(path / name) for name in (DONE, STOPPED, REQUEUE) if (path / name).exists()}
+    job, process = read_json(path / JOB_FILE), read_json(path / PROCESS_FILE)
+    markers = {name: read_json(path / name) for name in (DONE, STOPPED, REQUEUE) if (path / name).exists()}
     metrics = _last_metrics(path / "metrics.jsonl")
     state = _state(path, job, process, set(markers), queue)
     marker = next(iter(markers.values()), {})
@@ -194,7 +194,8 @@ def _configured_steps(path: Path) -> int | None:
     return steps if _is_int(steps) else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file; empty if the file is not there, or not whole."""
     try:
         return _parse(path.read_bytes())
     except OSError:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from qlora_dist.errors import UserError
+from qlora_dist.launch.jobs import print_from
 from qlora_dist.launch.squeue import queued_jobs
 
 _POLL_S = 1.0
@@ -41,15 +41,11 @@ def submit(script: Path) -> int:
     return int(answer.stdout.strip().split(";")[0])
 
 
-def follow(job_id: int, log: Path, write: Callable[[str], object]) -> None:
-    """Hand on what the job writes, until it is over."""
+def follow(job_id: int, log: Path) -> None:
+    """Print what the job writes, until it is over."""
     position, over = 0, False
     while True:
-        if log.exists():
-            with log.open(encoding="utf-8", errors="replace") as file:
-                file.seek(position)
-                write(file.read())
-                position = file.tell()
+        position = print_from(log, position)
         if over:
             return
         jobs = queued_jobs()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launchers import need
 from ranks import run_ranks
 
 import qlora_dist.doctor.job as job
@@ -81,11 +82,7 @@ def ip(*words: str) -> None:
 @pytest.fixture
 def two_nodes() -> Iterator[tuple[str, str]]:
     """Two network namespaces, 200 Mbit/s between them."""
-    if os.geteuid() != 0 or shutil.which("tc") is None:
-        reason = "network namespaces need root, ip and tc"
-        if os.environ.get("QLORA_DIST_REQUIRE_LAUNCHERS") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    need(os.geteuid() == 0 and shutil.which("tc") is not None, "root, ip or tc, for network namespaces,")
     names = tuple(f"qd{os.getpid() % 100000}{side}" for side in "ab")
     try:
         for name in names:
