@@ -16,9 +16,10 @@ from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.train.setup import set_up
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tiny_llama_nf4: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
+def test_no_compiler(tiny_llama_nf4: Path, tmp_path: Path) -> None:
     config = load_config(tiny.make_config(tmp_path, tiny_llama_nf4), ["train.compile=true"])
-    with pytest.raises(UserError, match="has no C\\+\\+ compiler; install g"):
+    # not monkeypatch: it puts torch's settings, which are proxies, back by deleting them
+    no_compiler = inductor.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with no_compiler, pytest.raises(UserError, match="has no C\\+\\+ compiler; install g"):
         set_up(config, ranks_from_environment({}))
     check_compiler(torch.device("cuda"))  # needs none of ours
