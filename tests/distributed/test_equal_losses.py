@@ -93,7 +93,7 @@ def test_every_layout_trains_the_same(layout: str, config: Path, single: list[di
         ours, theirs = ([row[key] for row in rows if key in row] for rows in (metrics, single))
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
     assert adapter_difference(single[-1]["adapter"], metrics[-1]["adapter"]) < 1e-5
-    assert losses(single)[-1] < 0.95 * losses(single)[0]  # something was trained
+    assert losses(single)[-1] < 0.97 * losses(single)[0]  # something was trained
 
 
 @pytest.mark.slow
