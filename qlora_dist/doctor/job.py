@@ -177,7 +177,7 @@ def _collective(
     if name == "all_reduce":
         return lambda: dist.all_reduce(whole, group=group) and None
     part = torch.zeros(len(whole) // size, dtype=torch.float32, device=device)
-    return lambda: dist.all_gather_into_tensor(whole, part, group=group) and None
+    return lambda: dist.all_gather_single(whole, part, group=group) and None
 
 
 def _median_seconds(call: Callable[[], None], device: torch.device, repeats: int = _REPEATS) -> float:

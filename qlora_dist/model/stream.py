@@ -168,7 +168,7 @@ class Stream:
 def gather_parts(part: torch.Tensor, replicas: DeviceMesh) -> torch.Tensor:
     """uint8[n] of each of the replicas, one behind the other."""
     parts = torch.empty(part.numel() * replicas.size(), dtype=torch.uint8, device=part.device)
-    dist.all_gather_into_tensor(parts, part, group=replicas.get_group())
+    dist.all_gather_single(parts, part, group=replicas.get_group())
     return parts
 
 
