@@ -72,11 +72,11 @@ def step_traffic(
 def shard_elements(parameter: Parameter, shards: int) -> int:
     """Elements of a rank's shard, padding included.
 
-    Along dim 0, except a trained matrix that is wider than high (LoRA's A), which is cut along dim 1 where that
+    Along dim 0, except a matrix of an adapter that is wider than high (LoRA's A), which is cut along dim 1 where that
     divides.
     """
     rows = parameter.shape[0]
-    if parameter.trained and len(parameter.shape) == 2:
+    if parameter.trained and not parameter.by_rows and len(parameter.shape) == 2:
         columns = parameter.shape[1]
         if columns > rows and columns % shards == 0:
             rows = columns
