@@ -74,6 +74,8 @@ class Layer:
     experts_per_token: int = 0
     norms: int = 2
     """Over the hidden dimension."""
+    rotated: int = 0
+    """Dimensions of a head that are rotated by the position."""
     buffer_bytes: int = 0
 
 
@@ -145,7 +147,16 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> Layer:
         ]
     marked = tuple(replace(matrix, adapted=wants(matrix, lora)) for matrix in matrices)
     return Layer(
-        marked, attention, tuple(plain), hidden, intermediate, expert_intermediate, per_token, norms, buffer_bytes
+        marked,
+        attention,
+        tuple(plain),
+        hidden,
+        intermediate,
+        expert_intermediate,
+        per_token,
+        norms,
+        config.get("qk_rope_head_dim") or head_dim(config),
+        buffer_bytes,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from qlora_dist.plan.run import Run
 from qlora_dist.plan.shapes import Parameter
+from qlora_dist.plan.step import Phase, step_phases
 from qlora_dist.plan.traffic import shard_elements
 
-Phase = Literal["embedding", "layer_forward", "head", "layer_backward", "optimizer"]
 _MASTER_BYTES = 4  # adapters are trained in fp32
 
 
@@ -84,3 +83,9 @@ def moment_bytes(run: Run) -> int:
         if p.trained
     )
     return block * sum(shards)
+
+
+def plan_memory(run: Run) -> Memory:
+    """All of it, if nothing is paged or offloaded."""
+    static = static_terms(run)
+    return Memory(static, step_phases(run))

@@ -56,6 +56,8 @@ class Model:
     double_quant: bool
     r: int
     """Rank of the adapters."""
+    soft_capped: bool
+    """The logits are."""
     buffer_bytes: int
     """Of tensors that are on every rank whole: rotary frequencies, corrections of routers."""
 
@@ -115,6 +117,7 @@ def describe(
         block_size,
         double_quant,
         lora.r,
+        bool(config.get("final_logit_softcapping")),
         sum(layer.buffer_bytes for layer in layers) + _rotary_bytes(config),
     )
 
