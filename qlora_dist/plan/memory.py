@@ -139,7 +139,7 @@ def plan_memory(run: Run, card_bytes: int | None = None) -> Memory:
                 budget = max(0, card_bytes - card_bytes // 20 - without.reserved_bytes[0] - CONTEXT_BYTES)
         page = run.page_bytes
         pages = [page] * (moments // page) + [moments % page] * bool(moments % page)
-        static["moments"] = _held(pages, budget if budget >= 2 * page else 0, run.ahead)
+        static["moments"] = _held(pages, budget, run.ahead)
     return Memory(static, phases, moments - static["moments"], on_host)
 
 
