@@ -72,12 +72,16 @@ def step_traffic(
 def shard_elements(parameter: Parameter, shards: int) -> int:
     """Elements of a rank's shard, padding included.
 
-    Along dim 0, except a trained matrix that is wider than high (LoRA's A), which is cut along dim 1 where that
+    Along dim 0, except a matrix of an adapter that is wider than high (LoRA's A), which is cut along dim 1 where that
     divides.
     """
-    rows = parameter.shape[0]
-    if parameter.trained and len(parameter.shape) == 2:
-        columns = parameter.shape[1]
-        if columns > rows and columns % shards == 0:
-            rows = columns
-    return parameter.numel // rows * -(-rows // shards)
+    cut = parameter.shape[1 if cut_by_columns(parameter, shards) else 0]
+    return parameter.numel // cut * -(-cut // shards)
+
+
+def cut_by_columns(parameter: Parameter, shards: int) -> bool:
+    """Whether it is a matrix of an adapter that is cut along dim 1."""
+    if not parameter.trained or parameter.by_rows or len(parameter.shape) != 2:
+        return False
+    rows, columns = parameter.shape
+    return columns > rows and columns % shards == 0
