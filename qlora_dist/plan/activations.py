@@ -16,6 +16,21 @@ _FP32 = 4
 
 
 @dataclass(frozen=True)
+class Code:
+    """What differs in the code of other trainers (`benchmarks/published.py`)."""
+
+    copies_attention: bool = True
+    """What attention returns is copied into another order of dimensions."""
+    fused_norms: bool = False
+    """Norms keep their input as it is, not in fp32."""
+    keeps_output: bool = False
+    """A recomputed layer's output is there too."""
+
+
+OURS = Code()
+
+
+@dataclass(frozen=True)
 class LayerMemory:
     """Bytes for a rank's micro-batch."""
 
@@ -31,28 +46,28 @@ class LayerMemory:
     """Of `backward`, the dequantized weight."""
 
 
-def layer_memory(run: Run, layer: Layer) -> LayerMemory:
+def layer_memory(run: Run, layer: Layer, code: Code = OURS) -> LayerMemory:
     """Of one layer."""
-    kept = run.tokens * kept_per_token(run, layer) + _scores_kept(run, layer)
+    kept = run.tokens * kept_per_token(run, layer, code) + _scores_kept(run, layer)
     forward, forward_weight = max(_forward_peaks(run, layer))
     backward, backward_weight = max(_backward_peaks(run, layer))
     return LayerMemory(kept, forward, backward, forward_weight, backward_weight)
 
 
-def kept_per_token(run: Run, layer: Layer) -> int:
+def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
     """Bytes that backward will need."""
     c, a, h = run.compute_bytes, layer.attention, layer.hidden
+    of_norm = c if code.fused_norms else _FP32
     # a norm computes in fp32 and keeps its input as such; one that is fp32 already is the checkpoint itself
-    total = _norms_kept(run, layer)
-    total += _inputs_kept(run, layer)
+    total = of_norm * h * (layer.norms - (c == _FP32)) + (c * h if code.keeps_output else 0)
+    total += _inputs_kept(run, layer, copies_attention=run.device == "cuda" and code.copies_attention)
     q, k, v, o = a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim, a.heads * a.v_dim
     total += c * (q + k + v)  # rotated queries and keys; values
     if a.normed:
         total += _FP32 * (q + k)
     if not a.by_scores:
         total += _FP32 * a.heads  # logarithms of the sums
-        if run.device == "cuda":
-            total += c * o  # what SDPA returned; o_proj's input is a copy in another order of dimensions
+        total += c * o  # what SDPA returned
     if a.latent is not None:
         q_rank, kv_rank = a.latent
         total += _FP32 * (q_rank + kv_rank)
@@ -64,14 +79,10 @@ def kept_per_token(run: Run, layer: Layer) -> int:
     return total
 
 
-def _norms_kept(run: Run, layer: Layer) -> int:
-    if run.compute_bytes == _FP32:
-        return _FP32 * layer.hidden * (layer.norms - 1)
-    return _FP32 * layer.hidden * layer.norms
-
-
-def _inputs_kept(run: Run, layer: Layer) -> int:
+def _inputs_kept(run: Run, layer: Layer, copies_attention: bool) -> int:
     """The inputs of adapters: one for each tensor that several projections take, or a dropped-out copy for each.
+
+    That of o_proj is what SDPA returned, unless it is copied into another order of dimensions.
 
     Dropout keeps which elements it left out besides: a byte each on CUDA, on a CPU in the compute type.
     """
@@ -79,9 +90,17 @@ def _inputs_kept(run: Run, layer: Layer) -> int:
     adapted = [m for m in layer.matrices if m.adapted and not m.experts]
     total = sum(c * run.model.r for _ in adapted)
     if run.dropout:
-        return total + sum((c + (1 if run.device == "cuda" else c)) * m.columns for m in adapted)
-    shared = {_input_of(m): m.columns for m in adapted}
+        return total + sum(_inputs_kept_of(run, m) for m in adapted)
+    shared = {_input_of(m): m.columns for m in adapted if m.name != "o_proj" or copies_attention}
     return total + sum(c * columns for columns in shared.values())
+
+
+def _inputs_kept_of(run: Run, matrix: Matrix) -> int:
+    """Per token, of one projection that shares its input with no other."""
+    if not matrix.adapted:
+        return 0
+    kept_mask = (1 if run.device == "cuda" else run.compute_bytes) if run.dropout else 0
+    return (run.compute_bytes + kept_mask) * matrix.columns
 
 
 def _input_of(matrix: Matrix) -> str:
@@ -151,7 +170,9 @@ def _backward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
         factors = c * run.model.r * (down.rows + down.columns) if down.adapted else 0
         gradients = 2 if run.dropout and down.adapted else 1
         yield t * c * (h + gradients * layer.intermediate + run.model.r) + weight + factors, weight
-        yield t * c * (h + 2 * layer.intermediate) + factors, 0
+        # the gradients of the product, of the gate's activation and of up, when the product itself is gone
+        product = _inputs_kept_of(run, down)
+        yield t * (c * (h + 3 * layer.intermediate) - product) + factors, 0
     if layer.experts_per_token:
         weight = max(weight_bytes(run, m) for m in layer.matrices if m.experts)
         n = layer.experts_per_token

@@ -125,11 +125,23 @@ class _Step:
             }
 
     def gradients(self, first: int) -> int:
-        """Of the shards of layers from `first` on, fp32, and of what is trained besides."""
-        units = self.layers[first:] if first else self.run.model.units
-        return _FP32 * sum(
-            shard_elements(p, self.run.sharding.adapter_shards) for unit in units for p in unit.parameters if p.trained
-        )
+        """Of the shards of layers from `first` on, fp32; of all that is trained, with 0."""
+        if first == 0:
+            return sum(self._shards(unit) for unit in self.run.model.units if unit.layer is None) + self._behind[0]
+        return self._behind[first]
+
+    @cached_property
+    def _behind(self) -> list[int]:
+        """By layer, gradients' shards of it and of all behind it."""
+        sums = [0]
+        of_layers = {id(unit): self._shards(unit) for unit in {id(unit): unit for unit in self.layers}.values()}
+        for unit in reversed(self.layers):
+            sums.append(sums[-1] + of_layers[id(unit)])
+        return sums[::-1]
+
+    def _shards(self, unit: Unit) -> int:
+        shards = self.run.sharding.adapter_shards
+        return _FP32 * sum(shard_elements(p, shards) for p in unit.parameters if p.trained)
 
     def _always(self, index: int) -> Terms:
         """What is there while layer `index` is at work: inputs, and what layers before it have left for backward."""
@@ -156,8 +168,7 @@ class _Step:
 
     def _reduced(self, unit: Unit) -> int:
         """What a unit's reduce-scatter reads: kept until the next one begins."""
-        shards = self.run.sharding.adapter_shards
-        return _FP32 * shards * sum(shard_elements(p, shards) for p in unit.parameters if p.trained)
+        return self.run.sharding.adapter_shards * self._shards(unit)
 
     def _checkpointed(self, index: int) -> bool:
         return bool(self.run.checkpointing) and index % self.run.checkpointing == 0
