@@ -186,6 +186,10 @@ def plan(
     search: Annotated[
         bool, typer.Option("--search", help="Print the fastest configuration that fits, as a configuration file.")
     ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Also run a step of the code itself, on tensors without memory. Some seconds."),
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw memory, and tokens/s against nodes, to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -193,7 +197,11 @@ def plan(
     from qlora_dist.plan.verb import Asked, plan_run
 
     plan_run(
-        Asked(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware), search, plot, as_json
+        Asked(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware),
+        search,
+        plot,
+        as_json,
+        trace,
     )
 
 

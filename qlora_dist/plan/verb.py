@@ -41,7 +41,7 @@ class Asked:
         return self.gpus * self.nodes
 
 
-def plan_run(asked: Asked, search: bool, plot: Path | None, as_json: bool) -> None:
+def plan_run(asked: Asked, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
     """Print a plan, or the configuration that a search has found.
 
     Raises:
@@ -57,12 +57,20 @@ def plan_run(asked: Asked, search: bool, plot: Path | None, as_json: bool) -> No
         from qlora_dist.plan.plot import draw
 
         draw(planned, [(nodes, plan_for(replace(asked, nodes=nodes))) for nodes in (1, 2, 4, 8, 16, 32, 64)], plot)
+    traced = None
+    if with_trace:
+        from qlora_dist.plan import both_ways
+
+        traced = both_ways.trace_plan(planned, make_config(asked), read_model_config(asked.model))
     if as_json:
-        typer.echo(json.dumps(planned.as_json(), indent=2))
+        of_trace = {"trace": both_ways.as_json(traced)} if traced is not None else {}
+        typer.echo(json.dumps(planned.as_json() | of_trace, indent=2))
         return
     from qlora_dist.plan.table import print_plan
 
     print_plan(planned, asked.model, Console())
+    if traced is not None:
+        both_ways.print_both(planned, traced, Console())
 
 
 def plan_for(asked: Asked, config: Config | None = None) -> Plan:
