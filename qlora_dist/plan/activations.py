@@ -44,6 +44,8 @@ class LayerMemory:
     """Of `forward`, the dequantized weight."""
     backward_weight: int
     """Of `backward`, the dequantized weight."""
+    last_weight: int
+    """Of the last product of a forward pass, when all that is kept is there."""
 
 
 def layer_memory(run: Run, layer: Layer, code: Code = OURS) -> LayerMemory:
@@ -51,7 +53,8 @@ def layer_memory(run: Run, layer: Layer, code: Code = OURS) -> LayerMemory:
     kept = run.tokens * kept_per_token(run, layer, code) + _scores_kept(run, layer)
     forward, forward_weight = max(_forward_peaks(run, layer))
     backward, backward_weight = max(_backward_peaks(run, layer))
-    return LayerMemory(kept, forward, backward, forward_weight, backward_weight)
+    last_weight = _being_dequantized(run, layer.matrices[-1])
+    return LayerMemory(kept, forward, backward, forward_weight, backward_weight, last_weight)
 
 
 def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
@@ -62,6 +65,8 @@ def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
     total = of_norm * h * (layer.norms - (c == _FP32)) + (c * h if code.keeps_output else 0)
     total += _inputs_kept(run, layer, copies_attention=run.device == "cuda" and code.copies_attention)
     q, k, v, o = a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim, a.heads * a.v_dim
+    if a.by_scores and a.heads != a.kv_heads:
+        k, v = a.heads * a.qk_dim, o  # repeated for every head
     total += c * (q + k + v)  # rotated queries and keys; values
     if a.normed:
         total += _FP32 * (q + k)
@@ -111,14 +116,14 @@ def _input_of(matrix: Matrix) -> str:
     return matrix.name
 
 
+def _scores(run: Run, layer: Layer) -> int:
+    """Elements of the matrix of scores, if there is one."""
+    return run.micro_batch * layer.attention.heads * run.seq_len**2 if layer.attention.by_scores else 0
+
+
 def _scores_kept(run: Run, layer: Layer) -> int:
-    """With a soft cap: its tangent, the probabilities in fp32 and in the compute type, and repeated keys and values."""
-    a, c = layer.attention, run.compute_bytes
-    if not a.by_scores:
-        return 0
-    scores = run.micro_batch * a.heads * run.seq_len**2
-    repeated = 2 * c * run.tokens * a.heads * a.qk_dim if a.heads != a.kv_heads else 0
-    return scores * (2 * c + _FP32) + repeated
+    """With a soft cap, its tangent, and the probabilities, in fp32 both and the latter in the compute type too."""
+    return _scores(run, layer) * (2 * _FP32 + run.compute_bytes)
 
 
 def weight_bytes(run: Run, matrix: Matrix) -> int:
@@ -154,7 +159,8 @@ def _forward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
         n = layer.experts_per_token
         yield t * c * (2 * h + 3 * n * h) + weight, weight
     if a.by_scores:
-        yield run.micro_batch * a.heads * run.seq_len**2 * (2 * _FP32 + c), 0
+        # scores, those divided by the cap, and the tangent
+        yield _scores(run, layer) * 3 * _FP32 + t * c * (2 * h + 3 * q + k + v), 0
 
 
 def _dropped(run: Run, matrix: Matrix) -> int:
@@ -178,4 +184,6 @@ def _backward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
         n = layer.experts_per_token
         yield t * c * (h + 2 * n * h + n * layer.expert_intermediate) + weight, weight
     if a.by_scores:
-        yield run.micro_batch * a.heads * run.seq_len**2 * (2 * _FP32 + c), 0
+        # the probabilities' gradient and the scores', both fp32, when the MLP has let go of what it kept
+        of_mlp = c * (3 * layer.intermediate + h) + 2 * _FP32 * h + (_inputs_kept_of(run, down) if down else 0)
+        yield _scores(run, layer) * (2 * _FP32 - c) - t * (of_mlp - 2 * c * h), 0

@@ -74,7 +74,7 @@ class _Step:
                 }
             else:
                 terms["kept activations"] = terms.get("kept activations", 0) + self._kept(index)
-                terms |= {"dequantized weight": layer.backward_weight}
+                terms |= {"dequantized weight": layer.last_weight}
             yield terms
             before = here.last_buffer
 
@@ -109,7 +109,7 @@ class _Step:
     def backward(self) -> Iterator[Terms]:
         for index in reversed(range(len(self.layers))):
             here, layer = self._of_layers[id(self.layers[index])]
-            ahead = min(self.run.prefetch, index)
+            ahead = min(self.run.prefetch or 1, index)  # asked for none, FSDP2 gathers one ahead in backward
             kept = self._always(index) | {"gradients": self.gradients(index + 1)}
             if index + 1 < len(self.layers):
                 kept["gradients"] += self._reduced(self.layers[index + 1])
