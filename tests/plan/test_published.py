@@ -21,11 +21,14 @@ def run_benchmark(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 def test_published_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     said = run_benchmark("published.py", monkeypatch, capsys)
+    page = (BENCHMARKS.parent / "docs" / "planning.md").read_text()
 
     def errors(what: str) -> tuple[float, float]:
-        found = re.search(rf"^{re.escape(what)}: \d+ rows, median ([\d.]+)%, worst ([+-][\d.]+)%", said, re.MULTILINE)
+        found = re.search(rf"^{re.escape(what)}: (\d+) rows, median ([\d.]+)%, worst ([+-][\d.]+)%", said, re.MULTILINE)
         assert found, said[-1000:]
-        return float(found[1]), abs(float(found[2]))
+        rows, median, worst = found.groups()
+        assert f"| {rows} | {median} % | {float(worst):+.{1 if abs(float(worst)) < 100 else 0}f} % |" in page, found[0]
+        return float(median), abs(float(worst))
 
     median, worst = errors("static")
     assert median <= 2 and worst <= 5
