@@ -34,6 +34,7 @@ def main() -> None:
     if args.efficiency:
         print_efficiencies(rows)
         return
+    hardware = load_hardware()
     errors: dict[str, list[float]] = defaultdict(list)
     bands: dict[str, list[bool]] = defaultdict(list)
     foreseen: list[bool] = []
@@ -59,7 +60,6 @@ def main() -> None:
             bands["x1.10 to x1.20, whole logits twice"].append(low <= published <= high)
             verdict = "in" if low <= published <= high else "out"
             parts.append(f"reserved {low:.2f} to {high:.2f} / {published:.2f} {verdict}")
-        hardware = load_hardware()
         gpu = hardware.gpu(GENERIC.get(row["gpu"], row["gpu"]))
         if row["tokens_per_s_per_gpu"] == "OOM":
             foreseen.append(not memory.fits(gpu.memory_bytes))

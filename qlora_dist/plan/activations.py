@@ -75,13 +75,18 @@ def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
         total += c * o  # what SDPA returned
     if a.latent is not None:
         q_rank, kv_rank = a.latent
-        total += _FP32 * (q_rank + kv_rank)
+        # their norms; values are a part of a tensor that the keys' unrotated part is in too
+        total += _FP32 * (q_rank + kv_rank) + c * a.heads * (a.qk_dim - layer.rotated)
     total += c * 3 * layer.intermediate  # gate, its activation, up
     if layer.experts_per_token:
-        # gate and up in one tensor, the gate's activation; what the experts return, before it is weighted
-        total += layer.experts_per_token * c * (3 * layer.expert_intermediate + layer.hidden)
-        total += c * h if layer.intermediate else 0  # the shared experts' sum
+        # gate and up in one tensor, the gate's activation; what the experts return, and that weighted
+        total += layer.experts_per_token * (c * (3 * layer.expert_intermediate + h) + _weighted(run, layer) * h)
     return total
+
+
+def _weighted(run: Run, layer: Layer) -> int:
+    """Bytes of an element of what experts return, once it is weighted."""
+    return _FP32 if layer.weighs_in_fp32 else run.compute_bytes
 
 
 def _inputs_kept(run: Run, layer: Layer, copies_attention: bool) -> int:
@@ -157,7 +162,9 @@ def _forward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
     if layer.experts_per_token:
         weight = max(_being_dequantized(run, m) for m in layer.matrices if m.experts)
         n = layer.experts_per_token
-        yield t * c * (2 * h + 3 * n * h) + weight, weight
+        # residual and normed input; what the experts return, in pieces and as one; that weighted, and in tokens' order
+        yield t * h * (c * (2 + 2 * n) + 3 * n * _weighted(run, layer)), 0
+        yield t * c * (2 * h + n * h) + weight, weight
     if a.by_scores:
         # scores, those divided by the cap, and the tangent
         yield _scores(run, layer) * 3 * _FP32 + t * c * (2 * h + 3 * q + k + v), 0
@@ -182,7 +189,9 @@ def _backward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
     if layer.experts_per_token:
         weight = max(weight_bytes(run, m) for m in layer.matrices if m.experts)
         n = layer.experts_per_token
-        yield t * c * (h + 2 * n * h + n * layer.expert_intermediate) + weight, weight
+        # at the end of recomputing: the same, but for what is kept
+        yield t * h * (c * (3 + n) + 2 * n * _weighted(run, layer)), 0
+        yield t * c * h + weight, weight
     if a.by_scores:
         # the probabilities' gradient and the scores', both fp32, when the MLP has let go of what it kept
         of_mlp = c * (3 * layer.intermediate + h) + 2 * _FP32 * h + (_inputs_kept_of(run, down) if down else 0)
