@@ -9,7 +9,7 @@ from qlora_dist.plan.memory import CONTEXT_BYTES
 from qlora_dist.plan.plan import Plan
 from qlora_dist.plan.time import UNCERTAINTY
 
-_PHASES = {
+PHASES = {
     "embedding": "at the embedding",
     "layer_forward": "in a layer's forward pass",
     "head": "at the head",
@@ -34,7 +34,7 @@ def print_plan(plan: Plan, model: str, console: Console) -> None:
     for name, nbytes in memory.phases[memory.peak_phase].items():
         if nbytes:
             table.add_row(name, gib(nbytes))
-    table.add_row(f"peak, {_PHASES[memory.peak_phase]}", gib(memory.peak_bytes), style="bold", end_section=True)
+    table.add_row(f"peak, {PHASES[memory.peak_phase]}", gib(memory.peak_bytes), style="bold", end_section=True)
     low, high = memory.reserved_bytes
     table.add_row("reserved by the allocator", f"{gib(low)} to {gib(high)}")
     table.add_row("CUDA context", gib(CONTEXT_BYTES))
