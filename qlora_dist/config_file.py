@@ -186,7 +186,7 @@ def _sentence(
     location = where[id(error)]
     place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), str(path))
     key = tuple(part for part in location if not part.startswith("\0"))
-    if error["type"] != "extra_forbidden":
+    if error["type"] not in ("extra_forbidden", "missing"):
         key = _longest_known_prefix(key, known)
     name = ".".join(key)
     kind, context = error["type"], error.get("ctx", {})

@@ -44,6 +44,8 @@ class LayerMemory:
     """Of `forward`, the dequantized weight."""
     backward_weight: int
     """Of `backward`, the dequantized weight."""
+    last_weight: int
+    """Of the last product of a forward pass, when all that is kept is there."""
 
 
 def layer_memory(run: Run, layer: Layer, code: Code = OURS) -> LayerMemory:
@@ -51,7 +53,8 @@ def layer_memory(run: Run, layer: Layer, code: Code = OURS) -> LayerMemory:
     kept = run.tokens * kept_per_token(run, layer, code) + _scores_kept(run, layer)
     forward, forward_weight = max(_forward_peaks(run, layer))
     backward, backward_weight = max(_backward_peaks(run, layer))
-    return LayerMemory(kept, forward, backward, forward_weight, backward_weight)
+    last_weight = _being_dequantized(run, layer.matrices[-1])
+    return LayerMemory(kept, forward, backward, forward_weight, backward_weight, last_weight)
 
 
 def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
@@ -62,6 +65,8 @@ def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
     total = of_norm * h * (layer.norms - (c == _FP32)) + (c * h if code.keeps_output else 0)
     total += _inputs_kept(run, layer, copies_attention=run.device == "cuda" and code.copies_attention)
     q, k, v, o = a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim, a.heads * a.v_dim
+    if a.by_scores and a.heads != a.kv_heads:
+        k, v = a.heads * a.qk_dim, o  # repeated for every head
     total += c * (q + k + v)  # rotated queries and keys; values
     if a.normed:
         total += _FP32 * (q + k)
@@ -70,13 +75,18 @@ def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
         total += c * o  # what SDPA returned
     if a.latent is not None:
         q_rank, kv_rank = a.latent
-        total += _FP32 * (q_rank + kv_rank)
+        # their norms; values are a part of a tensor that the keys' unrotated part is in too
+        total += _FP32 * (q_rank + kv_rank) + c * a.heads * (a.qk_dim - layer.rotated)
     total += c * 3 * layer.intermediate  # gate, its activation, up
     if layer.experts_per_token:
-        # gate and up in one tensor, the gate's activation; what the experts return, before it is weighted
-        total += layer.experts_per_token * c * (3 * layer.expert_intermediate + layer.hidden)
-        total += c * h if layer.intermediate else 0  # the shared experts' sum
+        # gate and up in one tensor, the gate's activation; what the experts return, and that weighted
+        total += layer.experts_per_token * (c * (3 * layer.expert_intermediate + h) + _weighted(run, layer) * h)
     return total
+
+
+def _weighted(run: Run, layer: Layer) -> int:
+    """Bytes of an element of what experts return, once it is weighted."""
+    return _FP32 if layer.weighs_in_fp32 else run.compute_bytes
 
 
 def _inputs_kept(run: Run, layer: Layer, copies_attention: bool) -> int:
@@ -111,14 +121,14 @@ def _input_of(matrix: Matrix) -> str:
     return matrix.name
 
 
+def _scores(run: Run, layer: Layer) -> int:
+    """Elements of the matrix of scores, if there is one."""
+    return run.micro_batch * layer.attention.heads * run.seq_len**2 if layer.attention.by_scores else 0
+
+
 def _scores_kept(run: Run, layer: Layer) -> int:
-    """With a soft cap: its tangent, the probabilities in fp32 and in the compute type, and repeated keys and values."""
-    a, c = layer.attention, run.compute_bytes
-    if not a.by_scores:
-        return 0
-    scores = run.micro_batch * a.heads * run.seq_len**2
-    repeated = 2 * c * run.tokens * a.heads * a.qk_dim if a.heads != a.kv_heads else 0
-    return scores * (2 * c + _FP32) + repeated
+    """With a soft cap, its tangent, and the probabilities, in fp32 both and the latter in the compute type too."""
+    return _scores(run, layer) * (2 * _FP32 + run.compute_bytes)
 
 
 def weight_bytes(run: Run, matrix: Matrix) -> int:
@@ -152,9 +162,12 @@ def _forward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
     if layer.experts_per_token:
         weight = max(_being_dequantized(run, m) for m in layer.matrices if m.experts)
         n = layer.experts_per_token
-        yield t * c * (2 * h + 3 * n * h) + weight, weight
+        # residual and normed input; what the experts return, in pieces and as one; that weighted, and in tokens' order
+        yield t * h * (c * (2 + 2 * n) + 3 * n * _weighted(run, layer)), 0
+        yield t * c * (2 * h + n * h) + weight, weight
     if a.by_scores:
-        yield run.micro_batch * a.heads * run.seq_len**2 * (2 * _FP32 + c), 0
+        # scores, those divided by the cap, and the tangent
+        yield _scores(run, layer) * 3 * _FP32 + t * c * (2 * h + 3 * q + k + v), 0
 
 
 def _dropped(run: Run, matrix: Matrix) -> int:
@@ -176,6 +189,10 @@ def _backward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
     if layer.experts_per_token:
         weight = max(weight_bytes(run, m) for m in layer.matrices if m.experts)
         n = layer.experts_per_token
-        yield t * c * (h + 2 * n * h + n * layer.expert_intermediate) + weight, weight
+        # at the end of recomputing: the same, but for what is kept
+        yield t * h * (c * (3 + n) + 2 * n * _weighted(run, layer)), 0
+        yield t * c * h + weight, weight
     if a.by_scores:
-        yield run.micro_batch * a.heads * run.seq_len**2 * (2 * _FP32 + c), 0
+        # the probabilities' gradient and the scores', both fp32, when the MLP has let go of what it kept
+        of_mlp = c * (3 * layer.intermediate + h) + 2 * _FP32 * h + (_inputs_kept_of(run, down) if down else 0)
+        yield _scores(run, layer) * (2 * _FP32 - c) - t * (of_mlp - 2 * c * h), 0

@@ -72,6 +72,8 @@ class Layer:
     """Of the dense MLP, or of the shared experts; 0: there is none."""
     expert_intermediate: int = 0
     experts_per_token: int = 0
+    weighs_in_fp32: bool = False
+    """The router's weights are fp32, and so is what the experts return once it is weighted."""
     norms: int = 2
     """Over the hidden dimension."""
     rotated: int = 0
@@ -154,6 +156,7 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> Layer:
         intermediate,
         expert_intermediate,
         per_token,
+        bool(per_token) and config["model_type"] != "qwen3_moe",
         norms,
         config.get("qk_rope_head_dim") or head_dim(config),
         buffer_bytes,

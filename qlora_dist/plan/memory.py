@@ -67,9 +67,9 @@ def static_terms(run: Run) -> dict[str, int]:
     Shards are padded as FSDP2 pads them (`shard_elements`).
     """
     terms = {"base": 0, "embeddings and norms": 0, "adapters": 0}
-    for unit in run.model.units:
+    for unit, count in run.model.distinct:
         for parameter in unit.parameters:
-            nbytes = shard_bytes(run, parameter)
+            nbytes = count * shard_bytes(run, parameter)
             if parameter.trained:
                 terms["adapters"] += nbytes
             elif parameter.is_bytes and unit.kind == "layer":
@@ -96,8 +96,8 @@ def moment_bytes(run: Run) -> int:
     """
     block = 2 * 4 * 256 if run.moment_bits == 32 else 2 * (256 + 4)
     shards = (
-        -(-shard_elements(p, run.sharding.adapter_shards) // 256)
-        for unit in run.model.units
+        count * -(-shard_elements(p, run.sharding.adapter_shards) // 256)
+        for unit, count in run.model.distinct
         for p in unit.parameters
         if p.trained
     )

@@ -72,6 +72,7 @@ def make_run(
     world_size: int,
     nodes: int = 1,
     device: Literal["cuda", "cpu"] = "cuda",
+    described: Model | None = None,
 ) -> Run:
     """The run of a configuration.
 
@@ -81,6 +82,7 @@ def make_run(
         world_size: ranks of all nodes together.
         nodes: of equally many ranks.
         device: what the ranks compute on.
+        described: what `describe` says of the model, if that is known already.
 
     Raises:
         UserError: meshes that do not divide the world, a global batch that does not divide among the ranks, or an
@@ -95,7 +97,7 @@ def make_run(
     if world_size % base:
         raise UserError(f"parallel.base: {base} does not divide the world of {world_size} ranks; use one that does")
     return Run(
-        model=describe(model_config, config.lora, model.block_size, model.double_quant, model.embeddings),
+        model=described or describe(model_config, config.lora, model.block_size, model.double_quant, model.embeddings),
         sharding=Sharding(world_size, base, named[parallel.adapter]),
         nodes=nodes,
         seq_len=config.data.seq_len,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from qlora_dist.config import LoraConfig
@@ -61,10 +63,17 @@ class Model:
     buffer_bytes: int
     """Of tensors that are on every rank whole: rotary frequencies, corrections of routers."""
 
-    @property
+    @cached_property
     def layers(self) -> list[Unit]:
         """The decoder layers."""
         return [unit for unit in self.units if unit.layer is not None]
+
+    @cached_property
+    def distinct(self) -> list[tuple[Unit, int]]:
+        """Units that differ, and how many there are of each: layers are mostly alike."""
+        units = {id(unit): unit for unit in self.units}
+        counts = Counter(id(unit) for unit in self.units)
+        return [(unit, counts[key]) for key, unit in units.items()]
 
     def layout(self, matrix: Matrix) -> NF4Layout:
         """Of one of a layer's quantized matrices."""

@@ -45,10 +45,9 @@ class _Step:
 
     @cached_property
     def _of_layers(self) -> dict[int, tuple[Gathered, LayerMemory]]:
-        distinct = {id(unit): unit for unit in self.layers}
         return {
-            key: (gathered(self.run, unit), layer_memory(self.run, unit.layer))
-            for key, unit in distinct.items()
+            id(unit): (gathered(self.run, unit), layer_memory(self.run, unit.layer))
+            for unit, _ in self.run.model.distinct
             if unit.layer is not None
         }
 
@@ -75,7 +74,7 @@ class _Step:
                 }
             else:
                 terms["kept activations"] = terms.get("kept activations", 0) + self._kept(index)
-                terms |= {"dequantized weight": layer.backward_weight}
+                terms |= {"dequantized weight": layer.last_weight}
             yield terms
             before = here.last_buffer
 
@@ -110,7 +109,7 @@ class _Step:
     def backward(self) -> Iterator[Terms]:
         for index in reversed(range(len(self.layers))):
             here, layer = self._of_layers[id(self.layers[index])]
-            ahead = min(self.run.prefetch, index)
+            ahead = min(self.run.prefetch or 1, index)  # asked for none, FSDP2 gathers one ahead in backward
             kept = self._always(index) | {"gradients": self.gradients(index + 1)}
             if index + 1 < len(self.layers):
                 kept["gradients"] += self._reduced(self.layers[index + 1])
@@ -134,7 +133,7 @@ class _Step:
     def _behind(self) -> list[int]:
         """By layer, gradients' shards of it and of all behind it."""
         sums = [0]
-        of_layers = {id(unit): self._shards(unit) for unit in {id(unit): unit for unit in self.layers}.values()}
+        of_layers = {id(unit): self._shards(unit) for unit, _ in self.run.model.distinct}
         for unit in reversed(self.layers):
             sums.append(sums[-1] + of_layers[id(unit)])
         return sums[::-1]
@@ -146,20 +145,36 @@ class _Step:
     def _always(self, index: int) -> Terms:
         """What is there while layer `index` is at work: inputs, and what layers before it have left for backward."""
         run = self.run
-        inputs = sum(self._checkpointed(i) for i in range(min(index + 1, len(self.layers))))  # its own among them
-        kept = sum(self._kept(i) for i in range(max(0, index)) if not self._checkpointed(i))
+        inputs = len(range(0, min(index + 1, len(self.layers)), run.checkpointing)) if run.checkpointing else 0
+        kept = self._kept_before[max(0, index)]
         rotary = 2 * run.compute_bytes * run.tokens * self.layers[0].layer.rotated if self.layers[0].layer else 0
         terms = {
             "batch": 3 * 8 * run.tokens * run.accumulation + rotary,
-            "checkpointed inputs": inputs * self.hidden_bytes,
+            "checkpointed inputs": inputs * self.hidden_bytes,  # each keeps its own
         }
         if kept:
             terms["kept activations"] = kept
         if run.accumulation > 1:
-            terms["accumulated gradients"] = _FP32 * sum(
-                p.numel for unit in self.layers for p in unit.parameters if p.trained
-            )
+            terms["accumulated gradients"] = self._unsharded_gradients
         return terms
+
+    @cached_property
+    def _kept_before(self) -> list[int]:
+        """By layer, what those before it keep that are not checkpointed."""
+        sums = [0]
+        for index in range(len(self.layers)):
+            sums.append(sums[-1] + (0 if self._checkpointed(index) else self._kept(index)))
+        return sums
+
+    @cached_property
+    def _unsharded_gradients(self) -> int:
+        """Of all layers, fp32: until the last micro-batch nothing is reduced."""
+        return _FP32 * sum(
+            count * p.numel
+            for unit, count in self.run.model.distinct
+            for p in unit.parameters
+            if p.trained and unit.layer is not None
+        )
 
     def _kept(self, index: int) -> int:
         """By a layer that is not checkpointed. The first one's input needs no gradient: its norm keeps nothing."""

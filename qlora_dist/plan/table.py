@@ -56,9 +56,8 @@ def print_plan(plan: Plan, model: str, console: Console) -> None:
         ("a step", f"{time.step_s:,.2f} s"),
         ("all ranks together", f"{time.tokens_per_s:,.0f} tokens/s ({time.tokens_per_s / ranks:,.0f} a GPU)"),
     ]
-    times = Table(
-        title=f"A step (times +-{UNCERTAINTY:.0%}: nothing was measured)", title_justify="left", show_header=False
-    )
+    how = "by what --calibrate has measured" if plan.is_measured else f"+-{UNCERTAINTY:.0%}: nothing was measured"
+    times = Table(title=f"A step (times {how})", title_justify="left", show_header=False)
     times.add_column()
     times.add_column(justify="right")
     for row in rows:

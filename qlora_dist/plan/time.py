@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 
 from qlora_dist.plan.gathered import gathered
@@ -38,7 +38,10 @@ class Speeds:
     """What a rank has: bytes and operations per second."""
 
     flops: float
-    memory: float
+    dequantizing: float
+    """Bytes read and written by it."""
+    streaming: float
+    """By element-wise operations."""
     inside: float
     """To the ranks of its node."""
     between: float
@@ -51,7 +54,8 @@ def speeds(run: Run, gpu: Gpu, link: Link, network: Link) -> Speeds:
     ranks = run.ranks_per_node
     return Speeds(
         1e12 * gpu.tflops * gpu.efficiency,
-        1e9 * gpu.memory_gb_s,
+        1e9 * gpu.memory_gb_s * _DEQUANTIZING,
+        1e9 * gpu.memory_gb_s * _STREAMING,
         link.bytes_per_s(ranks),
         network.bytes_per_s(ranks) * ranks,
         1e9 * gpu.host_gb_s,
@@ -72,8 +76,8 @@ class Work:
         """One after the other: they are kernels of one stream."""
         return {
             "matrix products": self.flops / speed.flops,
-            "dequantization": self.dequantized_bytes / (speed.memory * _DEQUANTIZING),
-            "element-wise operations": self.streamed_bytes / (speed.memory * _STREAMING),
+            "dequantization": self.dequantized_bytes / speed.dequantizing,
+            "element-wise operations": self.streamed_bytes / speed.streaming,
         }
 
     def __add__(self, other: Work) -> Work:
@@ -156,18 +160,15 @@ def step_time(run: Run, memory: Memory, speed: Speeds) -> StepTime:
     busy: defaultdict[str, float] = defaultdict(float)
     step_s, flops = 0.0, 0.0
     overlaps = run.prefetch > 0
-    units = Counter(run.model.units)
-    index_of = {id(unit): i for i, unit in reversed(list(enumerate(run.model.layers)))}
     fetched = _fetched_share(run, memory)
     checkpointed_share = run.checkpointed / len(run.model.layers)
-    for unit, count in units.items():
+    for unit, count in run.model.distinct:
         gather = _gather_seconds(run, unit, speed)
         if unit.layer is None:
             for name, seconds in gather.items():
                 step_s += count * seconds * run.accumulation
                 busy[name] += count * seconds * run.accumulation
             continue
-        assert id(unit) in index_of
         page = {"paging": fetched * _layer_bytes(run, unit) / speed.host} if fetched else {}
         forward = forward_work(run, unit.layer)
         with_again = backward_work(run, unit.layer, True)
@@ -254,16 +255,19 @@ def _fetched_share(run: Run, memory: Memory) -> float:
         return 1.0
     if not run.paged_base:
         return 0.0
-    whole = sum(_layer_bytes(run, unit) for unit in run.model.layers)
+    whole = sum(count * _layer_bytes(run, unit) for unit, count in run.model.distinct if unit.layer is not None)
     return 1 - min(1.0, memory.static["base"] / whole)
 
 
 def _update_seconds(run: Run, memory: Memory, speed: Speeds) -> dict[str, float]:
     """Weight, gradient and moments are read, weight and moments written; pages that moved come and go."""
     elements = sum(
-        shard_elements(p, run.sharding.adapter_shards) for u in run.model.units for p in u.parameters if p.trained
+        count * shard_elements(p, run.sharding.adapter_shards)
+        for unit, count in run.model.distinct
+        for p in unit.parameters
+        if p.trained
     )
-    seconds = {"element-wise operations": 28 * elements / (speed.memory * _STREAMING)}
+    seconds = {"element-wise operations": 28 * elements / speed.streaming}
     if memory.paged_moments:
         seconds["paging"] = 2 * memory.paged_moments / speed.host
     return seconds

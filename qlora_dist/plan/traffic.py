@@ -52,8 +52,11 @@ def step_traffic(
     base_dim = "world" if sharding.base_shards == world else "shard"
     adapter_dim = "world" if replicas == 1 else "shard"
     traffic: Counter[str] = Counter()
-    for unit in units:
-        gathers = _GATHERS[unit.kind] * gradient_accumulation
+    known = list(units)
+    counts = Counter(id(unit) for unit in known)  # layers are mostly alike
+    for unit in {id(unit): unit for unit in known}.values():
+        count = counts[id(unit)]
+        gathers = count * _GATHERS[unit.kind] * gradient_accumulation
         gradient = 0
         for parameter in unit.parameters:
             shards = sharding.adapter_shards if parameter.trained else sharding.base_shards
@@ -62,9 +65,9 @@ def step_traffic(
             dim = adapter_dim if parameter.trained else base_dim
             traffic[dim] += gathers * (shards - 1) * elements * element_bytes
             if parameter.trained:
-                traffic[dim] += (shards - 1) * elements * _GRADIENT_BYTES
+                traffic[dim] += count * (shards - 1) * elements * _GRADIENT_BYTES
                 gradient += elements * _GRADIENT_BYTES
-        traffic["replica"] += 2 * gradient * (replicas - 1) // replicas
+        traffic["replica"] += count * (2 * gradient * (replicas - 1) // replicas)
     traffic["control"] = 2 * _CONTROL_BYTES * (world - 1) // world
     return {dim: nbytes for dim, nbytes in traffic.items() if nbytes}
 

@@ -9,6 +9,7 @@ import torch
 
 from qlora_dist.config import Config
 from qlora_dist.errors import UserError
+from qlora_dist.plan.calibration import load_calibration, measured_speeds
 from qlora_dist.plan.hardware import load_hardware
 from qlora_dist.plan.memory import Memory, plan_memory
 from qlora_dist.plan.run import Run, make_run
@@ -31,6 +32,8 @@ class Expected:
     traffic: dict[str, int]
     tokens_per_s: float | None
     """Of all ranks; None: nobody knows this device."""
+    is_measured: bool
+    """The speeds behind it."""
     before_bytes: int
     """Of the process, before anything is loaded: a CPU's peak is the process's."""
 
@@ -38,7 +41,8 @@ class Expected:
         """For people."""
         memory = self.memory
         received = ", ".join(f"{dim} {gib(nbytes)}" for dim, nbytes in self.traffic.items() if dim != "control")
-        speed = f"; {self.tokens_per_s:,.0f} tokens/s (+-{UNCERTAINTY:.0%})" if self.tokens_per_s is not None else ""
+        how = "by what --calibrate has measured" if self.is_measured else f"+-{UNCERTAINTY:.0%}"
+        speed = f"; {self.tokens_per_s:,.0f} tokens/s ({how})" if self.tokens_per_s is not None else ""
         return (
             f"plan: each rank holds {gib(memory.static_bytes)} between steps and {gib(memory.peak_bytes)} "
             f"{PHASES[memory.peak_phase]}, and receives {received or 'nothing'} per step{speed}"
@@ -66,7 +70,7 @@ def expect(setup: Setup) -> Expected | str:
     """The plan of a run, or why there is none. A run must not fail because of its plan."""
     try:
         run = run_of(setup, setup.config)
-        known = speeds_of(setup.device, run)
+        known, is_measured = speeds_of(setup.device, run)
         card = torch.cuda.mem_get_info(setup.device)[1] if setup.device.type == "cuda" else None
         memory = plan_memory(run, card)
         tokens_per_s = step_time(run, memory, known).tokens_per_s if known is not None else None
@@ -76,7 +80,7 @@ def expect(setup: Setup) -> Expected | str:
     except Exception as error:  # of a model that nobody has planned yet
         return f"plan: none ({type(error).__name__}: {error})"
     before = resident_bytes() if setup.device.type == "cpu" else 0
-    return Expected(run, memory, traffic, tokens_per_s, before)
+    return Expected(run, memory, traffic, tokens_per_s, is_measured, before)
 
 
 def run_of(setup: Setup, config: Config) -> Run:
@@ -85,14 +89,22 @@ def run_of(setup: Setup, config: Config) -> Run:
     return make_run(config, setup.folder.config, world_size, nodes, "cuda" if setup.device.type == "cuda" else "cpu")
 
 
-def speeds_of(device: torch.device, run: Run) -> Speeds | None:
-    """By the name of the GPU; None: there is none, or it is not known."""
-    if device.type != "cuda":
-        return None
-    hardware = load_hardware()
-    name = torch.cuda.get_device_name(device).lower()
-    kinds = [kind for kind in hardware.gpus if all(word in name for word in kind.split("-"))]
-    if not kinds:
-        return None
-    gpu = hardware.gpu(max(kinds, key=len))
-    return speeds(run, gpu, hardware.link(gpu.link), hardware.link(_NETWORK))
+def speeds_of(device: torch.device, run: Run) -> tuple[Speeds | None, bool]:
+    """As measured (`plan --calibrate`) or by the GPU's name, and whether they were measured. None: nobody knows."""
+    hardware, measured = load_hardware(), load_calibration().devices
+    if device.type == "cpu":
+        of_cpu, nodes = measured.get("cpu"), run.nodes
+        if (
+            of_cpu is None
+            or (run.ranks_per_node > 1 and not of_cpu.inside_bytes)
+            or (nodes > 1 and not of_cpu.between_bytes)
+        ):
+            return None, False
+        return measured_speeds(of_cpu, Speeds(0, 0, 0, 0, 0, 0)), True
+    name = torch.cuda.get_device_name(device)
+    kind = hardware.kind_of(name)
+    if kind is None:
+        return None, False
+    gpu = hardware.gpu(kind)
+    assumed = speeds(run, gpu, hardware.link(gpu.link), hardware.link(_NETWORK))
+    return (measured_speeds(measured[kind], assumed), True) if kind in measured else (assumed, False)

@@ -81,7 +81,7 @@ def answer(setup: Setup, message: str, before: int) -> str:
         run = run_of(setup, setup.config)
         memory = _memory(run, setup, had)
         limit = int(min(had, memory.peak_bytes) / RESERVED[1])  # allocators reserve more than is asked for
-        known = speeds_of(setup.device, run) or _some_speeds(run)
+        known = speeds_of(setup.device, run)[0] or _some_speeds(run)
         single = [(change, *_planned(setup, change, had, known)) for change in changes(setup)]
     except Exception as error:  # the model is one that nobody has planned
         return f"{beginning}, and there is no plan of what it needs ({error}); lower train.micro_batch or data.seq_len"
