@@ -72,6 +72,11 @@ class Hardware(Section):
         self.link(self.gpus[name].link)
         return self.gpus[name]
 
+    def kind_of(self, device: str) -> str | None:
+        """The name here of what the driver calls by another, such as NVIDIA A100-SXM4-80GB; None: not known."""
+        kinds = [kind for kind in self.gpus if all(word in device.lower() for word in kind.split("-"))]
+        return max(kinds, key=len, default=None)
+
     def link(self, name: str) -> Link:
         """By name.
 

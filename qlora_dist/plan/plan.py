@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_dist.plan.calibration import Measured, measured_speeds
 from qlora_dist.plan.hardware import Gpu, Link
 from qlora_dist.plan.memory import CONTEXT_BYTES, Memory, plan_memory
 from qlora_dist.plan.run import Run
@@ -30,6 +31,8 @@ class Plan:
     between_bytes: int
     """And in those that span nodes."""
     time: StepTime
+    is_measured: bool
+    """The speeds that time is reckoned with: by `plan --calibrate`."""
     host_bytes: int
     """Host memory of a node, on top of what Python and CUDA take."""
     read_bytes: int
@@ -79,13 +82,13 @@ class Plan:
             "flops": time.flops,
             "step_s": time.step_s,
             "tokens_per_s": time.tokens_per_s,
-            "uncertainty": UNCERTAINTY,
+            "uncertainty": None if self.is_measured else UNCERTAINTY,
             "busy_s": time.busy_s,
             "bound_by": time.bound_by,
         }
 
 
-def make_plan(run: Run, gpu_name: str, gpu: Gpu, link: Link, network: Link) -> Plan:
+def make_plan(run: Run, gpu_name: str, gpu: Gpu, link: Link, network: Link, measured: Measured | None = None) -> Plan:
     """Plan a run.
 
     Args:
@@ -94,7 +97,11 @@ def make_plan(run: Run, gpu_name: str, gpu: Gpu, link: Link, network: Link) -> P
         gpu: of every rank.
         link: between the GPUs of a node.
         network: between nodes.
+        measured: what such GPUs and their links have reached.
     """
+    speed = speeds(run, gpu, link, network)
+    if measured is not None:
+        speed = measured_speeds(measured, speed)
     memory = plan_memory(run, gpu.memory_bytes)
     sharding = run.sharding
     traffic = step_traffic(run.model.units, sharding, run.accumulation, run.compute_bytes)
@@ -113,7 +120,8 @@ def make_plan(run: Run, gpu_name: str, gpu: Gpu, link: Link, network: Link) -> P
         traffic,
         sum(traffic.values()) - between,
         between,
-        step_time(run, memory, speeds(run, gpu, link, network)),
+        step_time(run, memory, speed),
+        measured is not None,
         on_node,
         read,
         in_16_bit,

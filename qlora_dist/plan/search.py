@@ -13,6 +13,7 @@ from rich.console import Console
 from qlora_dist.config import Config
 from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
+from qlora_dist.plan.calibration import load_calibration
 from qlora_dist.plan.find_model import read_model_config
 from qlora_dist.plan.hardware import load_hardware
 from qlora_dist.plan.memory import CONTEXT_BYTES, RESERVED
@@ -61,7 +62,7 @@ def fastest(asked: Asked) -> Found:
         UserError: a mistake in what was asked, or nothing fits; it says what is missing.
     """
     hardware, model_config = load_hardware(asked.hardware), read_model_config(asked.model)
-    gpu = hardware.gpu(asked.gpu)
+    gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
     link, network = hardware.link(gpu.link), hardware.link(asked.network)
     start = make_config(asked)
     described = make_run(start, model_config, asked.ranks, asked.nodes).model
@@ -70,7 +71,7 @@ def fastest(asked: Asked) -> Found:
 
     def plan_of(config: Config) -> Plan:
         run = make_run(config, model_config, asked.ranks, asked.nodes, described=described)
-        return make_plan(run, asked.gpu, gpu, link, network)
+        return make_plan(run, asked.gpu, gpu, link, network, measured)
 
     named = _named(asked)
     for sections in _choices(asked, start, named):

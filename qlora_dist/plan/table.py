@@ -9,7 +9,7 @@ from qlora_dist.plan.memory import CONTEXT_BYTES
 from qlora_dist.plan.plan import Plan
 from qlora_dist.plan.time import UNCERTAINTY
 
-_PHASES = {
+PHASES = {
     "embedding": "at the embedding",
     "layer_forward": "in a layer's forward pass",
     "head": "at the head",
@@ -34,7 +34,7 @@ def print_plan(plan: Plan, model: str, console: Console) -> None:
     for name, nbytes in memory.phases[memory.peak_phase].items():
         if nbytes:
             table.add_row(name, gib(nbytes))
-    table.add_row(f"peak, {_PHASES[memory.peak_phase]}", gib(memory.peak_bytes), style="bold", end_section=True)
+    table.add_row(f"peak, {PHASES[memory.peak_phase]}", gib(memory.peak_bytes), style="bold", end_section=True)
     low, high = memory.reserved_bytes
     table.add_row("reserved by the allocator", f"{gib(low)} to {gib(high)}")
     table.add_row("CUDA context", gib(CONTEXT_BYTES))
@@ -56,9 +56,8 @@ def print_plan(plan: Plan, model: str, console: Console) -> None:
         ("a step", f"{time.step_s:,.2f} s"),
         ("all ranks together", f"{time.tokens_per_s:,.0f} tokens/s ({time.tokens_per_s / ranks:,.0f} a GPU)"),
     ]
-    times = Table(
-        title=f"A step (times +-{UNCERTAINTY:.0%}: nothing was measured)", title_justify="left", show_header=False
-    )
+    how = "by what --calibrate has measured" if plan.is_measured else f"+-{UNCERTAINTY:.0%}: nothing was measured"
+    times = Table(title=f"A step (times {how})", title_justify="left", show_header=False)
     times.add_column()
     times.add_column(justify="right")
     for row in rows:

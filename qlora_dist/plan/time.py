@@ -38,7 +38,10 @@ class Speeds:
     """What a rank has: bytes and operations per second."""
 
     flops: float
-    memory: float
+    dequantizing: float
+    """Bytes read and written by it."""
+    streaming: float
+    """By element-wise operations."""
     inside: float
     """To the ranks of its node."""
     between: float
@@ -51,7 +54,8 @@ def speeds(run: Run, gpu: Gpu, link: Link, network: Link) -> Speeds:
     ranks = run.ranks_per_node
     return Speeds(
         1e12 * gpu.tflops * gpu.efficiency,
-        1e9 * gpu.memory_gb_s,
+        1e9 * gpu.memory_gb_s * _DEQUANTIZING,
+        1e9 * gpu.memory_gb_s * _STREAMING,
         link.bytes_per_s(ranks),
         network.bytes_per_s(ranks) * ranks,
         1e9 * gpu.host_gb_s,
@@ -72,8 +76,8 @@ class Work:
         """One after the other: they are kernels of one stream."""
         return {
             "matrix products": self.flops / speed.flops,
-            "dequantization": self.dequantized_bytes / (speed.memory * _DEQUANTIZING),
-            "element-wise operations": self.streamed_bytes / (speed.memory * _STREAMING),
+            "dequantization": self.dequantized_bytes / speed.dequantizing,
+            "element-wise operations": self.streamed_bytes / speed.streaming,
         }
 
     def __add__(self, other: Work) -> Work:
@@ -263,7 +267,7 @@ def _update_seconds(run: Run, memory: Memory, speed: Speeds) -> dict[str, float]
         for p in unit.parameters
         if p.trained
     )
-    seconds = {"element-wise operations": 28 * elements / (speed.memory * _STREAMING)}
+    seconds = {"element-wise operations": 28 * elements / speed.streaming}
     if memory.paged_moments:
         seconds["paging"] = 2 * memory.paged_moments / speed.host
     return seconds

@@ -15,6 +15,7 @@ from rich.console import Console
 from qlora_dist.config import Config
 from qlora_dist.config_file import config_from
 from qlora_dist.errors import UserError
+from qlora_dist.plan.calibration import load_calibration
 from qlora_dist.plan.find_model import read_model_config
 from qlora_dist.plan.hardware import load_hardware
 from qlora_dist.plan.plan import Plan, make_plan
@@ -35,6 +36,7 @@ class Asked:
     seq_len: int | None = None
     micro_batch: int | None = None
     hardware: Path | None = None
+    calibration: Path | None = None
 
     @property
     def ranks(self) -> int:
@@ -90,9 +92,9 @@ def plan_for(asked: Asked, config: Config | None = None) -> Plan:
         UserError: a mistake in what was asked.
     """
     hardware = load_hardware(asked.hardware)
-    gpu = hardware.gpu(asked.gpu)
+    gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
     run = make_run(config or make_config(asked), read_model_config(asked.model), asked.ranks, asked.nodes)
-    return make_plan(run, asked.gpu, gpu, hardware.link(gpu.link), hardware.link(asked.network))
+    return make_plan(run, asked.gpu, gpu, hardware.link(gpu.link), hardware.link(asked.network), measured)
 
 
 def make_config(asked: Asked) -> Config:
