@@ -1,7 +1,8 @@
 """Other QLoRA trainers, as switches of the planner's formulas.
 
-Each function here says what such a system does otherwise than this one, and where that is known from. Nothing is
-fitted to a row; two switches are inferred from differences between rows, and say so.
+Each switch says what such a system does otherwise than this one, and where that is known from. No number is fitted to a
+row. What the code of these trainers does not tell is inferred from how their rows differ from one another, and says so:
+logits that are alive at once, and layers' inputs that FSDP1 has twice.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class System:
     embeddings, and FSDP1 does not cast it back."""
     logit_bytes: int
     """Of a logit, at the loss. transformers before 4.45: logits in bf16 and in fp32, a shifted copy, log-probabilities:
-    2 + 4 + 4 + 4. Fused cross-entropy: its gradient stands in place of the shifted copy: 4 + 4. Chunked: none."""
+    2 + 4 + 4 + 4; that all are there at once is inferred from how rows grow with tokens. Fused cross-entropy: its
+    gradient stands in place of the shifted copy: 4 + 4. Chunked: none."""
     code: Code
     offload: bool
     reserved_kind: str
