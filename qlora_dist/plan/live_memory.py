@@ -10,7 +10,7 @@ Not seen: what a kernel or a library takes for itself while it runs, and what an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -93,6 +93,14 @@ class LiveMemory(TorchDispatchMode):
         self.live_bytes += nbytes
         if self.live_bytes > self.peaks.get(self.place, 0):
             self.peaks[self.place] = self.live_bytes
+
+
+def by_phase(peaks: Mapping[Place, int]) -> dict[Phase, int]:
+    """Of each phase the most."""
+    found: dict[Phase, int] = {}
+    for (phase, _), nbytes in peaks.items():
+        found[phase] = max(found.get(phase, 0), nbytes)
+    return found
 
 
 def mark_phases(model: nn.Module, layers: Iterable[nn.Module], optimizer: PagedAdamW, memory: LiveMemory) -> None:

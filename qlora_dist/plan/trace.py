@@ -117,7 +117,7 @@ def trace(
         device: whose way through attention is traced.
 
     Raises:
-        UserError: what a run would say of the configuration; or a base that is paged or offloaded.
+        UserError: what a run would say of the configuration; or a base that is paged or offloaded, or experts.
     """
     few, more, edges = layers_to_trace(config, model_config)
     count = model_config["num_hidden_layers"]
@@ -210,7 +210,7 @@ def trace_folder(
     Raises:
         UserError: as `trace`.
     """
-    _check(config, world_size, nodes)
+    _check(config, folder, world_size, nodes)
     sizes = mesh_sizes(config.parallel, Ranks(0, world_size, 0, world_size // nodes, "none"))
     micro_batches = gradient_accumulation(config.train.global_batch, config.train.micro_batch, world_size)
     model = set_up_model(config, folder)[1]
@@ -279,7 +279,13 @@ def watch_steps(
     return memory, weights_bytes
 
 
-def _check(config: Config, world_size: int, nodes: int) -> None:
+def _check(config: Config, folder: ModelFolder, world_size: int, nodes: int) -> None:
+    experts = {"num_local_experts", "num_experts", "n_routed_experts"} & {k for k, v in folder.config.items() if v}
+    if experts:
+        raise UserError(
+            f"{experts.pop()}: which expert gets which token depends on values, which a trace has none of; plan a "
+            "model with experts without --trace"
+        )
     if config.parallel.base == "paged" or config.parallel.offload == "base":
         raise UserError(
             "parallel: a base that is paged or offloaded cannot be traced, as device and host are one in a trace; "
