@@ -167,6 +167,60 @@ def preprocess(
     preprocess(resolved, Console(), Console(stderr=True), show=show, as_json=as_json, force=force)
 
 
+@app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="config.json, a folder with one, or a name such as llama-3.1-405b.", metavar="MODEL"),
+    ] = None,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Their kind, such as h100-80gb.")] = "h100-80gb",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    network: Annotated[str, typer.Option(help="Between nodes, such as ethernet-100g.")] = "infiniband-400g",
+    seq_len: Annotated[int | None, typer.Option(min=1, help="As data.seq_len=...")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="As train.micro_batch=...")] = None,
+    hardware: Annotated[
+        Path | None, typer.Option(help="YAML file of GPUs and links of your own, shaped as plan/gpus.yaml.")
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Print the fastest configuration that fits, as a configuration file.")
+    ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Also run a step of the code itself, on tensors without memory. Some seconds."),
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Measure this machine, or all nodes under a launcher, for plans to come."),
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File of what was measured. Default: in ~/.cache/qlora-dist.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw memory, and tokens/s against nodes, to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what a run needs, moves and takes, before a GPU is rented."""
+    if measure:
+        from rich.console import Console
+
+        from qlora_dist.plan.calibrate import calibrate
+
+        calibrate(calibration, Console(highlight=False))
+        return
+    if model is None:
+        raise UserError("plan: no model; give a config.json, a folder with one, or a name such as llama-3.1-8b")
+    from qlora_dist.plan.verb import Asked, plan_run
+
+    plan_run(
+        Asked(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware, calibration),
+        search,
+        plot,
+        as_json,
+        trace,
+    )
+
+
 _RUNS = typer.Option("--dir", help="Folder of all runs (run.dir).")
 
 

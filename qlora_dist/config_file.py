@@ -86,6 +86,26 @@ def load_sections(
         raise UserError(_sentence(error.errors(), tree, path, places, _known_keys(kind))) from None
 
 
+def config_from(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """A configuration that lies in no file.
+
+    Args:
+        tree: sections and keys; changed.
+        overrides: as for `load_config`.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    places: dict[Key, str] = {}
+    for override in overrides:
+        _apply_override(tree, places, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        where = Path("configuration")
+        raise UserError(_sentence(error.errors(), tree, where, places, _known_keys(Config))) from None
+
+
 def dump_config(config: Config) -> str:
     """The complete configuration as YAML, which `load_config` reads back to an equal one."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -166,7 +186,7 @@ def _sentence(
     location = where[id(error)]
     place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), str(path))
     key = tuple(part for part in location if not part.startswith("\0"))
-    if error["type"] != "extra_forbidden":
+    if error["type"] not in ("extra_forbidden", "missing"):
         key = _longest_known_prefix(key, known)
     name = ".".join(key)
     kind, context = error["type"], error.get("ctx", {})

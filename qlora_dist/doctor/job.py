@@ -159,10 +159,10 @@ def _bandwidth(name: str, mesh: DeviceMesh | None, ranks: Ranks, device: torch.d
     size = dist.get_world_size(group)
     speeds: dict[str, float] = {}
     for collective in ("all_gather", "all_reduce"):
-        trial = _median_seconds(_collective(collective, _TRIAL_BYTES, size, group, device), device, 2)
+        trial = median_seconds(_collective(collective, _TRIAL_BYTES, size, group, device), device, 2)
         nbytes = int(_TRIAL_BYTES * min(max(_TRANSFER_S / trial, 1), _LARGEST_BYTES / _TRIAL_BYTES))
         nbytes = min(gather_json(nbytes)) // (4 * size) * 4 * size
-        seconds = max(gather_json(_median_seconds(_collective(collective, nbytes, size, group, device), device)))
+        seconds = max(gather_json(median_seconds(_collective(collective, nbytes, size, group, device), device)))
         received = nbytes * (size - 1) / size * (2 if collective == "all_reduce" else 1)
         speeds[collective] = received / seconds
     said = ", ".join(f"{collective} {_speed(speed)}" for collective, speed in speeds.items())
@@ -180,7 +180,8 @@ def _collective(
     return lambda: dist.all_gather_single(whole, part, group=group) and None
 
 
-def _median_seconds(call: Callable[[], None], device: torch.device, repeats: int = _REPEATS) -> float:
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
+    """That a call takes, begun on all ranks at once. In a process group."""
     backend, seconds = torch.get_device_module(device), []
     for _ in range(repeats):
         dist.barrier()

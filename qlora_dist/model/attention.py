@@ -12,6 +12,7 @@ row, with their windows, soft caps and sinks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -124,11 +125,22 @@ def attend(
         )
         return output, None
     assert kwargs.get("position_bias") is None, "attention with a position bias needs model.attention=eager"
-    length = query.shape[2]
-    windowed = sliding_window is not None and sliding_window < length
-    if query.device.type == "cpu" and not (windowed or by_scores or dropout) and query.shape[-1] == value.shape[-1]:
+    if query.device.type == "cpu" and has_cpu_kernel(query, value, dropout, sliding_window, softcap, s_aux):
         return causal_attention(query, key, value, attention_mask, scale), None
     return _piece_by_piece(query, key, value, attention_mask, dropout, scale, sliding_window, softcap, s_aux), None
+
+
+def has_cpu_kernel(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> bool:
+    """Whether `causal_attention` does on a CPU what `attend` is to do."""
+    windowed = window is not None and window < query.shape[2]
+    return not (windowed or dropout or softcap or s_aux is not None) and query.shape[-1] == value.shape[-1]
 
 
 def attend_by_blocks(
@@ -181,18 +193,24 @@ def _has_kernels(device: torch.device) -> bool:
 
 @torch.compiler.disable
 def _piece_by_piece(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, *how: Any
+) -> torch.Tensor:
+    return attend_to(sequences(bounds, query.shape[2]), query, key, value, *how)
+
+
+def attend_to(
+    pieces: Sequence[tuple[slice, int, int]],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bounds: torch.Tensor,
     dropout: float,
     scale: float,
     window: int | None,
     softcap: float | None,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One call per sequence, by differentiable operations."""
-    pieces = sequences(bounds, query.shape[2])
+    """One call per sequence, by differentiable operations. Of `sequences` the pieces; the rest as `attend` takes it."""
+    batch = query.shape[0]
     ends = [end - first for _, first, end in pieces]
     if len(pieces) > 1:  # the rows one after another, so that one split, whose gradient is one copy, gives the pieces
         query, key, value = (t.transpose(0, 1).flatten(1, 2).unsqueeze(0) for t in (query, key, value))
@@ -211,7 +229,6 @@ def _piece_by_piece(
             )
         )
     output = torch.cat(outputs, dim=2).transpose(1, 2)
-    batch = bounds.shape[2]
     return output.reshape(batch, -1, *output.shape[2:]).contiguous()  # some models take a view of it
 
 

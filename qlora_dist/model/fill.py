@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Protocol
 
@@ -65,7 +65,7 @@ def fill(
         Bytes read by this rank.
     """
     kept_elsewhere = {name for name, _ in model.named_parameters() if elsewhere is not None and name in elsewhere}
-    _materialize(model, device, offload_base, kept_elsewhere)
+    materialize(model, device, offload_base, kept_elsewhere)
     origins, names = model.origins, origin_names(model)
     parameter_names = {id(p): name for name, p in model.named_parameters()}
     shards: list[ShardInFolder] = []
@@ -108,7 +108,9 @@ def fill(
         return stream.bytes_read + others.bytes_read
 
 
-def _materialize(model: LossModel, device: torch.device, offload_base: bool, kept_elsewhere: set[str]) -> None:
+def materialize(
+    model: LossModel, device: torch.device, offload_base: bool = False, kept_elsewhere: Collection[str] = ()
+) -> None:
     """Memory for what is on meta, and values for the buffers that no file holds (rotary frequencies)."""
     elsewhere = {id(parameter) for name, parameter in model.named_parameters() if name in kept_elsewhere}
 

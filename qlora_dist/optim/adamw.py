@@ -61,7 +61,7 @@ class PagedAdamW:
 
     def _parts(self, number: int, memory: torch.Tensor) -> list[_Part]:
         """What is updated with a page, by learning rate. Kept: making slices takes as long as small updates."""
-        key = number, memory.data_ptr()
+        key = number, memory.untyped_storage()._cdata
         if key not in self._kept:
             pieces = self.moments.pages[number].pieces
             factors = sorted({self._factors[piece.shard] for piece in pieces})

@@ -52,8 +52,11 @@ def step_traffic(
     base_dim = "world" if sharding.base_shards == world else "shard"
     adapter_dim = "world" if replicas == 1 else "shard"
     traffic: Counter[str] = Counter()
-    for unit in units:
-        gathers = _GATHERS[unit.kind] * gradient_accumulation
+    known = list(units)
+    counts = Counter(id(unit) for unit in known)  # layers are mostly alike
+    for unit in {id(unit): unit for unit in known}.values():
+        count = counts[id(unit)]
+        gathers = count * _GATHERS[unit.kind] * gradient_accumulation
         gradient = 0
         for parameter in unit.parameters:
             shards = sharding.adapter_shards if parameter.trained else sharding.base_shards
@@ -62,9 +65,9 @@ def step_traffic(
             dim = adapter_dim if parameter.trained else base_dim
             traffic[dim] += gathers * (shards - 1) * elements * element_bytes
             if parameter.trained:
-                traffic[dim] += (shards - 1) * elements * _GRADIENT_BYTES
+                traffic[dim] += count * (shards - 1) * elements * _GRADIENT_BYTES
                 gradient += elements * _GRADIENT_BYTES
-        traffic["replica"] += 2 * gradient * (replicas - 1) // replicas
+        traffic["replica"] += count * (2 * gradient * (replicas - 1) // replicas)
     traffic["control"] = 2 * _CONTROL_BYTES * (world - 1) // world
     return {dim: nbytes for dim, nbytes in traffic.items() if nbytes}
 
@@ -72,12 +75,16 @@ def step_traffic(
 def shard_elements(parameter: Parameter, shards: int) -> int:
     """Elements of a rank's shard, padding included.
 
-    Along dim 0, except a trained matrix that is wider than high (LoRA's A), which is cut along dim 1 where that
+    Along dim 0, except a matrix of an adapter that is wider than high (LoRA's A), which is cut along dim 1 where that
     divides.
     """
-    rows = parameter.shape[0]
-    if parameter.trained and len(parameter.shape) == 2:
-        columns = parameter.shape[1]
-        if columns > rows and columns % shards == 0:
-            rows = columns
-    return parameter.numel // rows * -(-rows // shards)
+    cut = parameter.shape[1 if cut_by_columns(parameter, shards) else 0]
+    return parameter.numel // cut * -(-cut // shards)
+
+
+def cut_by_columns(parameter: Parameter, shards: int) -> bool:
+    """Whether it is a matrix of an adapter that is cut along dim 1."""
+    if not parameter.trained or parameter.by_rows or len(parameter.shape) != 2:
+        return False
+    rows, columns = parameter.shape
+    return columns > rows and columns % shards == 0

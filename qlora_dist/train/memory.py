@@ -22,6 +22,11 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_bytes() -> int:
+    """Of this process, now; 0 where nobody knows."""
+    return _kilobytes("/proc/self/status").get("VmRSS", 0)
+
+
 def free_bytes(device: torch.device, local_world_size: int) -> int:
     """What a rank can have of a device: on CUDA what is free of it (not run on a GPU), on the CPU its part of the
     memory that the system has available, and the cgroups that this process is in. 0 where nobody knows.

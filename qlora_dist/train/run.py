@@ -22,8 +22,10 @@ from qlora_dist.parallel.static_bytes import check_static_bytes
 from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import find_start
 from qlora_dist.train.console import RunConsole
+from qlora_dist.train.expected import expect
 from qlora_dist.train.loop import train_loop
 from qlora_dist.train.memory import free_bytes
+from qlora_dist.train.out_of_memory import answered
 from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
@@ -49,7 +51,7 @@ def train(config: Config, resume: str = "auto") -> None:
     timeout_s = config.train.timeout
     with RunConsole(ranks.rank, lines=ranks.launcher == "mpi") as console:
         setup = set_up(config, ranks, console.console)
-        with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s):
+        with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s), answered(setup):
             run(setup, console, resume)
 
 
@@ -62,7 +64,9 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     run_dir = None
     if setup.ranks.rank == 0:
         run_dir = RunDir(config, start.step, fresh=start.manifest is None, steps=setup.steps)
+    expected = expect(setup)
     announce(setup, console)
+    console.say(expected if isinstance(expected, str) else expected.sentence())
 
     torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # dropout: every rank its own
     offload = config.parallel.offload == "base"
@@ -93,7 +97,8 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
         return
     beat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter")
-    summarize(setup, history, static_bytes, time.perf_counter() - started, console, run_dir)
+    held = static_bytes, moments.resident_bytes
+    summarize(setup, history, held, time.perf_counter() - started, expected, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE, step, "last step")
 

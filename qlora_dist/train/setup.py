@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import peft
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qlora_dist.adapters.attach import attach_adapter, peft_config
@@ -22,7 +21,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.packable import check_packable
-from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.model.skeleton import LossModel, build_skeleton
 from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.parallel.process_group import resolve_device
@@ -37,7 +36,7 @@ class Setup:
     device: torch.device
     sizes: MeshSizes
     folder: ModelFolder
-    model: PreTrainedModel
+    model: LossModel
     """On meta, adapters attached, not sharded."""
     adapter: peft.LoraConfig
     loader: Loader
@@ -102,14 +101,18 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches, data_sha256)
 
 
-def set_up_model(config: Config) -> tuple[ModelFolder, PreTrainedModel, peft.LoraConfig]:
+def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[ModelFolder, LossModel, peft.LoraConfig]:
     """The model's folder, the model on meta with its adapters, and what those are.
+
+    Args:
+        config: of the run.
+        folder: None: that of `model.base`.
 
     Raises:
         UserError: no such model, or the adapters don't fit it.
     """
     transformers_logging.set_verbosity_error()
-    folder = ModelFolder(config.model.base)
+    folder = folder or ModelFolder(config.model.base)
     model = build_skeleton(folder, config.model)
     if config.data.packing != "none":
         check_packable(model)
@@ -118,7 +121,7 @@ def set_up_model(config: Config) -> tuple[ModelFolder, PreTrainedModel, peft.Lor
     return folder, model, adapter
 
 
-def _check_ids(folder: ModelFolder, model: PreTrainedModel, sources: list[PreparedSource]) -> None:
+def _check_ids(folder: ModelFolder, model: LossModel, sources: list[PreparedSource]) -> None:
     size = model.config.get_text_config().vocab_size
     largest = max(source.stats.largest_token for source in sources)
     if largest >= size:

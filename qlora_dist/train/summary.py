@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qlora_dist.adapters.attach import adapter_parameters
 from qlora_dist.train.console import RunConsole, gib
+from qlora_dist.train.expected import Expected
 from qlora_dist.train.loop import History
 from qlora_dist.train.memory import peak_bytes
 from qlora_dist.train.run_dir import RunDir, run_path
@@ -44,12 +45,24 @@ def announce(setup: Setup, console: RunConsole) -> None:
 def summarize(
     setup: Setup,
     history: History,
-    static_bytes: int,
+    held_bytes: tuple[int, int],
     wall_s: float,
+    expected: Expected | str,
     console: RunConsole,
     run_dir: RunDir | None,
 ) -> None:
-    """Print the result, and write it as summary.json. Called on all ranks."""
+    """Print the result, and write it as summary.json. Called on all ranks.
+
+    Args:
+        setup: of the run.
+        history: of its steps.
+        held_bytes: of this rank's weights, and of its moments on the device.
+        wall_s: since the start.
+        expected: what was planned.
+        console: for the table.
+        run_dir: for the file.
+    """
+    static_bytes, moments_bytes = held_bytes
     progress = history.progress
     summary: dict[str, Any] = {
         "eval_loss_first": progress.eval_losses[0] if progress.eval_losses else None,
@@ -69,6 +82,8 @@ def summarize(
         "adapter": str(run_path(setup.config.run) / "adapter"),
         "wall_s": wall_s,
     }
+    if isinstance(expected, Expected) and history.tokens_per_s:
+        summary["plan"] = expected.against(summary, moments_bytes)
     if run_dir is not None:
         run_dir.finish(summary)
     console.console.print(_table(summary))
@@ -92,9 +107,18 @@ def _table(summary: dict[str, Any]) -> Table:
         table.add_row(
             "fetched per step", f"{fetched} of the base's layers, {stall:.0f} % of the time spent waiting (rank 0)"
         )
+    for term, (planned, measured) in summary.get("plan", {}).items():
+        if planned is not None and measured is not None:
+            table.add_row(f"plan: {term.removesuffix('_per_step')}", _both(term, planned, measured))
     table.add_row("adapter", Text(summary["adapter"]))
     table.add_row("time", f"{summary['wall_s']:.0f} s")
     return table
+
+
+def _both(term: str, planned: float, measured: float) -> str:
+    planned_text, measured_text = (gib(v) if "bytes" in term else f"{v:,.0f}" for v in (planned, measured))
+    off = f" ({100 * (measured / planned - 1):+.1f} %)" if planned else ""
+    return f"{planned_text}, measured {measured_text}{off}"
 
 
 def _of_all_ranks(value: int, device: torch.device) -> list[int]:

@@ -1,0 +1,152 @@
+"""The planner's two ways against each other: formulas (`plan/memory.py`, `plan/traffic.py`) and the trace of a step.
+
+python benchmarks/plan_grid.py [--only llama-3.1-405b] [--quick] [--json FILE]
+
+For each model, mesh and setting: bytes between steps, the peak, that of each phase, and bytes sent in a step. Exits
+with 1 where static bytes differ at all, the peak by more than 3 % (6 % where a layer's backward is the peak), or bytes
+of a step by more than 0.1 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_dist.config import Config
+from qlora_dist.plan.find_model import read_model_config
+from qlora_dist.plan.memory import plan_memory
+from qlora_dist.plan.run import make_run
+from qlora_dist.plan.trace import trace
+from qlora_dist.plan.traffic import step_traffic
+
+SHAPES = [(1, 1), (2, 1), (8, 1), (16, 2), (64, 8), (512, 64)]
+"""Ranks and nodes."""
+SETTINGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
+    ("", {}),
+    ("world", {"parallel": {"base": "world"}}),
+    ("none", {"train": {"checkpointing": "none"}}),
+    ("every 3rd", {"train": {"checkpointing": 3}}),
+    ("2 x 4096", {"data": {"seq_len": 4096}, "train": {"micro_batch": 2}}),
+    ("16384", {"data": {"seq_len": 16384}}),
+    ("512, dropout", {"data": {"seq_len": 512}, "lora": {"dropout": 0.05}}),
+    ("accumulation 4", {"train": {"accumulation": 4}}),
+    ("4bit embeddings", {"model": {"embeddings": "4bit"}}),
+    ("8bit moments, r 64", {"optim": {"name": "adamw-8bit"}, "lora": {"r": 64}}),
+    ("prefetch 0, adapter: node", {"parallel": {"prefetch": 0, "adapter": "node"}}),
+    ("prefetch 2", {"parallel": {"prefetch": 2}}),
+    ("replicate", {"parallel": {"base": "replicate"}}),
+    ("fp32", {"model": {"compute_dtype": "fp32"}}),
+    ("unpacked", {"data": {"packing": "none"}, "train": {"micro_batch": 4}}),
+]
+MODELS = [
+    "llama-3.1-8b",
+    "llama-3.1-405b",
+    "llama-2-7b",
+    "smollm2-135m",
+    "mistral-7b",
+    "qwen2.5-7b",
+    "qwen3-8b",
+    "gemma-2-9b",
+]
+
+
+def configuration(settings: dict[str, dict[str, Any]], world_size: int) -> Config:
+    """Of a run with r=16 and 2048 tokens, but for what the settings say."""
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"base": "model"},
+        "lora": {"r": 16, "dropout": 0.0},
+        "data": {"train": ["data.jsonl"], "seq_len": 2048},
+        "optim": {"name": "adamw"},
+        "train": {"micro_batch": 1},
+    }
+    for section, values in settings.items():
+        tree[section] = tree.get(section, {}) | values
+    train = tree["train"]
+    train["global_batch"] = world_size * train["micro_batch"] * train.pop("accumulation", 1)
+    return Config.model_validate(tree)
+
+
+def compare(model: str, world_size: int, nodes: int, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Both ways, in bytes."""
+    config, model_config = configuration(settings, world_size), read_model_config(model)
+    run = make_run(config, model_config, world_size, nodes)
+    memory = plan_memory(run)
+    traffic = step_traffic(run.model.units, run.sharding, run.accumulation, run.compute_bytes)
+    started = time.process_time()
+    traced = trace(config, model_config, world_size, nodes)
+    return {
+        "static": (memory.static_bytes, traced.static_bytes),
+        "peak": (memory.peak_bytes, traced.peak_bytes),
+        "phases": {p: (memory.static_bytes + sum(memory.phases[p].values()), n) for p, n in traced.phases.items()},
+        "traffic": (sum(traffic.values()), sum(traced.traffic.values())),
+        "cpu_s": time.process_time() - started,
+    }
+
+
+def is_bad(found: dict[str, Any]) -> bool:
+    """Whether formulas and trace are further apart than they may be."""
+    largest = max(found["phases"], key=lambda phase: found["phases"][phase][1])
+    peak = 0.06 if largest == "layer_backward" else 0.03
+    return bool(
+        found["static"][0] != found["static"][1] or abs(off(found["peak"])) > peak or abs(off(found["traffic"])) > 1e-3
+    )
+
+
+def off(pair: tuple[int, int]) -> float:
+    """By which share the formula is above the trace."""
+    return pair[0] / pair[1] - 1 if pair[1] else float(pair[0] != 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", help="a model; may be given again")
+    parser.add_argument("--setting", action="append", help="a setting; may be given again")
+    parser.add_argument("--quick", action="store_true", help="8 ranks, and each model with two settings more")
+    parser.add_argument("--json", help="file for all figures")
+    args = parser.parse_args()
+    cases = []
+    for number, model in enumerate(args.only or MODELS):
+        for index, (name, settings) in enumerate(SETTINGS):
+            if args.setting and name not in args.setting:
+                continue
+            if args.quick and not args.setting and index not in (0, 1 + number % 14, 1 + (number + 7) % 14):
+                continue
+            shape = (8, 1) if args.quick else SHAPES[(number + index) % len(SHAPES)]
+            cases.append((model, name, settings, shape))
+    table = Table(
+        "model", "setting", "ranks", "static", "peak GiB", "formula", "forward", "head", "backward", "sent", "s"
+    )
+    results, bad = [], 0
+    for model, name, settings, (world_size, nodes) in cases:
+        found = compare(model, world_size, nodes, settings)
+        results.append({"model": model, "setting": name, "ranks": world_size, "nodes": nodes, **found})
+        bad += is_bad(found)
+        phases = [f"{100 * off(found['phases'][phase]):+.2f}" for phase in ("layer_forward", "head", "layer_backward")]
+        static = "=" if off(found["static"]) == 0 else f"{100 * off(found['static']):+.3f} %"
+        row = [
+            model,
+            name,
+            f"{world_size}/{nodes}",
+            static,
+            f"{found['peak'][1] / 2**30:.3f}",
+            f"{100 * off(found['peak']):+.2f} %",
+        ]
+        row += [*phases, f"{100 * off(found['traffic']):+.3f} %", f"{found['cpu_s']:.0f}"]
+        table.add_row(*row, style="red" if is_bad(found) else None)
+        print(*row, "BAD" if is_bad(found) else "", flush=True, sep=" | ")
+    Console(width=150).print(table)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results))
+    print(f"{len(results)} cases, {bad} of them apart")
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The trace against real ranks on this machine: what a step allocates and sends, counted in both.
+
+python benchmarks/plan_real.py --base models/SmolLM2-135M-nf4 [--ranks 1 2 4] [--seq-len 512] [KEY=VALUE...]
+
+Both are counted by `plan/live_memory.py`: here what torch's dispatcher makes on real CPU tensors in a gloo run. Exits
+with 1 where weights or bytes of a step differ at all, or the peak by more than 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qlora_dist.config import Config
+from qlora_dist.config_file import config_from
+from qlora_dist.data.rows import Batch
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model.fill import fill
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.optim.moments import Moments
+from qlora_dist.parallel.fsdp import parallelize
+from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
+from qlora_dist.parallel.process_group import process_group
+from qlora_dist.parallel.static_bytes import static_bytes
+from qlora_dist.plan.live_memory import by_phase
+from qlora_dist.plan.trace import trace_folder, watch_steps
+from qlora_dist.train.setup import set_up_model
+from qlora_dist.train.step import shard_sizes
+
+Figures = tuple[int, dict[str, int], dict[str, int]]
+"""Bytes of the weights, at the peak of each phase, and received by mesh dimension."""
+
+
+def real(config: Config) -> Figures:
+    """Two steps of a rank, of which the second counts."""
+    ranks, device = ranks_from_environment(), torch.device("cpu")
+    sizes = mesh_sizes(config.parallel, ranks)
+    folder, model, _ = set_up_model(config)
+    with process_group(ranks, device):
+        meshes = build_meshes(sizes, "cpu")
+        traffic = parallelize(model, meshes, config)
+        moments = Moments(shard_sizes(model), config.optim, config.paging, device)
+        fill(model, folder, device, 0, meshes.base_replicas)
+        shape = config.train.micro_batch, config.data.seq_len
+        ids, positions = torch.randint(3, 1000, shape), torch.arange(shape[1]).expand(shape).contiguous()
+        count = config.train.global_batch // (shape[0] * ranks.world_size)
+        window = [Batch(ids.clone(), ids.clone(), positions.clone()) for _ in range(count)]
+        memory, _ = watch_steps(model, moments, window, sizes.adapter_replicas, config, traffic, steps=2)
+        return static_bytes(model), by_phase(memory.peaks), traffic.take()
+
+
+def traced(config: Config, world_size: int) -> Figures:
+    """The same of no rank."""
+    found = trace_folder(config, ModelFolder(config.model.base), world_size, device="cpu")
+    return found.weights_bytes, by_phase(found.places), found.traffic
+
+
+def in_processes(environments: list[dict[str, str]], function: Any, *args: Any) -> list[Figures]:
+    """Each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        context, processes = multiprocessing.get_context("fork"), []
+        for index, environment in enumerate(environments):
+            target = (Path(folder) / f"{index}.json", environment, function, args)
+            processes.append(context.Process(target=_write, args=target))
+            processes[-1].start()
+        for process in processes:
+            process.join()
+        return [tuple(json.loads((Path(folder) / f"{index}.json").read_text())) for index in range(len(environments))]  # type: ignore[misc]
+
+
+def _write(path: Path, environment: dict[str, str], function: Any, args: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    path.write_text(json.dumps(function(*args)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--port", type=int, default=29577)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    table = Table("ranks", "weights", "received in a step", "phase", "real MiB", "trace MiB", "difference")
+    apart = 0
+    for world_size in args.ranks:
+        tree: dict[str, dict[str, Any]] = {
+            "model": {"base": args.base},
+            "data": {"train": ["none.jsonl"], "seq_len": args.seq_len, "packing": "none"},
+            "lora": {"r": 16, "dropout": 0.0},
+            "optim": {"name": "adamw"},
+            "parallel": {"base": "world"},
+            "train": {"micro_batch": 1, "global_batch": 2 * world_size},
+        }
+        config = config_from(tree, args.overrides)
+        environments = [
+            {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+            for rank in range(world_size)
+        ]
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port + world_size)}
+        ranks = in_processes([{k: str(v) for k, v in e.items()} | where for e in environments], real, config)
+        (trace,) = in_processes([{}], traced, config, world_size)
+        for weights, phases, received in ranks[:1]:
+            peaks = {"peak": (max(phases.values()), max(trace[1].values()))}
+            peaks |= {phase: (nbytes, trace[1][phase]) for phase, nbytes in phases.items()}
+            for name, (found, expected) in peaks.items():
+                row = [str(world_size), "=" if weights == trace[0] else f"{weights} {trace[0]}"]
+                row += ["=" if received == trace[2] else f"{received} {trace[2]}", name]
+                row += [f"{found / 2**20:.3f}", f"{expected / 2**20:.3f}", f"{100 * (expected / found - 1):+.3f} %"]
+                table.add_row(*row)
+        for weights, phases, received in ranks:
+            off = max(trace[1].values()) / max(phases.values()) - 1
+            apart += weights != trace[0] or received != trace[2] or abs(off) > 0.02
+    Console(width=140).print(table)
+    print(f"{apart} ranks apart")
+    sys.exit(apart > 0)
+
+
+if __name__ == "__main__":
+    main()

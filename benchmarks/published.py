@@ -1,0 +1,109 @@
+"""The planner's formulas against what others have published of their QLoRA trainers.
+
+    python benchmarks/published.py                # every row: predicted, published, error, and the switches
+    python benchmarks/published.py --efficiency   # of each GPU, the part of its operations that its rows reach
+
+Each system is modelled as it is (`published_systems.py`); the rows and their sources are in `data/published_qlora.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+from published_systems import memory_of, reserved_of, run_of, shape_of, system_of, tokens_per_s
+
+from qlora_dist.plan.find_model import read_model_config
+from qlora_dist.plan.hardware import load_hardware
+
+ROWS = Path(__file__).parent / "data" / "published_qlora.csv"
+GIB = 2**30
+GENERIC = {"24gb": "rtx-4090", "40gb": "a100-40gb", "80gb": "a100-80gb"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--efficiency", action="store_true")
+    args = parser.parse_args()
+    with args.rows.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if args.efficiency:
+        print_efficiencies(rows)
+        return
+    hardware = load_hardware()
+    errors: dict[str, list[float]] = defaultdict(list)
+    bands: dict[str, list[bool]] = defaultdict(list)
+    foreseen: list[bool] = []
+    for row in rows:
+        name = f"{row['model']} {row['gpus']}x{row['gpu']} {row['batch_per_gpu']}x{row['seq_len']}"
+        if not row["seq_len"]:
+            print(f"{name}: no sequence length published; left out")
+            continue
+        run, system = run_of(row, read_model_config(shape_of(row["model"]))), system_of(row)
+        memory = memory_of(run, system)
+        confidence = " (offload)" if system.offload else ""
+        parts = []
+        for column, what, predicted in (
+            ("static_gib", "static", memory.static_bytes / GIB),
+            ("peak_alloc_gib", "peak", memory.peak_bytes / GIB),
+        ):
+            if row[column]:
+                parts.append(compare(what + confidence, predicted, float(row[column]), errors))
+        low, high = (nbytes / GIB for nbytes in reserved_of(memory, system))
+        if row["peak_reserved_gib"]:
+            published, plain = float(row["peak_reserved_gib"]), high - memory.phases["head"]["loss"] / GIB
+            bands["x1.10 to x1.20"].append(low <= published <= plain)
+            bands["x1.10 to x1.20, whole logits twice"].append(low <= published <= high)
+            verdict = "in" if low <= published <= high else "out"
+            parts.append(f"reserved {low:.2f} to {high:.2f} / {published:.2f} {verdict}")
+        gpu = hardware.gpu(GENERIC.get(row["gpu"], row["gpu"]))
+        if row["tokens_per_s_per_gpu"] == "OOM":
+            foreseen.append(not memory.fits(gpu.memory_bytes))
+            said = "foreseen" if foreseen[-1] else "NOT FORESEEN"
+            parts.append(f"published: out of memory; {said}, peak {memory.peak_bytes / GIB:.1f} GiB")
+        elif row["tokens_per_s_per_gpu"]:
+            predicted = tokens_per_s(run, system, gpu, hardware.link(gpu.link))
+            parts.append(compare("tokens/s" + confidence, predicted, float(row["tokens_per_s_per_gpu"]), errors))
+        print(f"{name}: {'; '.join(parts)}  [{system.description}]")
+    print()
+    for what, found in errors.items():
+        print(f"{what}: {len(found)} rows, median {median(map(abs, found)):.1%}, worst {max(found, key=abs):+.1%}")
+    for what, hits in bands.items():
+        print(f"reserved within {what} of the predicted peak: {sum(hits)} of {len(hits)} rows")
+    print(f"out of memory, foreseen: {sum(foreseen)} of {len(foreseen)} rows")
+
+
+def compare(what: str, predicted: float, published: float, errors: dict[str, list[float]]) -> str:
+    error = predicted / published - 1
+    errors[what].append(error)
+    digits = 0 if what.startswith("tokens") else 2
+    return f"{what} {predicted:.{digits}f} / {published:.{digits}f} {error:+.1%}"
+
+
+def print_efficiencies(rows: list[dict[str, str]]) -> None:
+    """For each row the efficiency with which the formulas would give what was published, found by halving."""
+    hardware, found = load_hardware(), defaultdict(list)
+    for row in rows:
+        if not row["seq_len"] or row["tokens_per_s_per_gpu"] in ("", "OOM") or row["gpu"] not in hardware.gpus:
+            continue
+        run, system, gpu = (
+            run_of(row, read_model_config(shape_of(row["model"]))),
+            system_of(row),
+            hardware.gpu(row["gpu"]),
+        )
+        low, high = 0.01, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            slow = tokens_per_s(run, system, gpu, hardware.link(gpu.link), middle) < float(row["tokens_per_s_per_gpu"])
+            low, high = (middle, high) if slow else (low, middle)
+        found[row["gpu"]].append(low)
+    for gpu_name, values in found.items():
+        print(f"{gpu_name}: {median(values):.2f}, from {len(values)} rows, {min(values):.2f} to {max(values):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Other QLoRA trainers, as switches of the planner's formulas.
+
+Each switch says what such a system does otherwise than this one, and where that is known from. No number is fitted to a
+row. What the code of these trainers does not tell is inferred from how their rows differ from one another, and says so:
+logits that are alive at once, and layers' inputs that FSDP1 has twice.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_dist.config import LoraConfig
+from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.plan.activations import Code, layer_memory
+from qlora_dist.plan.hardware import Gpu, Link
+from qlora_dist.plan.memory import CONTEXT_BYTES, Memory
+from qlora_dist.plan.run import Run
+from qlora_dist.plan.shapes import Unit, describe
+from qlora_dist.plan.time import Speeds, backward_work, forward_work, head_work, speeds
+from qlora_dist.plan.traffic import Sharding
+
+FP32 = 4
+NAMES = {
+    "k": "k_proj",
+    "q": "q_proj",
+    "v": "v_proj",
+    "o": "o_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+    "gate": "gate_proj",
+}
+
+
+def shape_of(model: str) -> str:
+    """The name here of a model as the hub calls it: Meta-Llama-3-8B, Mistral-7B-v0.1."""
+    return re.sub(r"^meta-|-hf$|-v0\.\d|-instruct|-base$", "", model.lower())
+
+
+@dataclass(frozen=True)
+class System:
+    """What a trainer does."""
+
+    gathers: bool
+    """Layers are sharded and gathered; else a rank has all."""
+    fsdp1: bool
+    """Its root unit, embedding and head, stays gathered, and scales are on every rank."""
+    moments_bytes: int
+    """Of an adapter's element: two of AdamW, in fp32 or in the adapter's own type."""
+    adapter_bytes: int
+    residual_bytes: int
+    """Of what layers hand on, and checkpointing keeps: fp32 where `prepare_model_for_kbit_training` has cast norms and
+    embeddings, and FSDP1 does not cast it back."""
+    logit_bytes: int
+    """Of a logit, at the loss. transformers before 4.45: logits in bf16 and in fp32, a shifted copy, log-probabilities:
+    2 + 4 + 4 + 4; that all are there at once is inferred from how rows grow with tokens. Fused cross-entropy: its
+    gradient stands in place of the shifted copy: 4 + 4. Chunked: none."""
+    code: Code
+    offload: bool
+    reserved_kind: str
+    """What the memory that was reported is."""
+
+    @property
+    def description(self) -> str:
+        """The switches that are on."""
+        parts = [
+            "FSDP1: replicated absmax, gathered root"
+            if self.fsdp1
+            else "all on each GPU"
+            if not self.gathers
+            else "sharded",
+            f"{self.logit_bytes} B/logit",
+            "fp32 residual" if self.residual_bytes == FP32 else "bf16 residual",
+            "fused norms" if self.code.fused_norms else "eager norms",
+        ]
+        if self.offload:
+            parts.append("CPU offload (low confidence)")
+        return ", ".join(parts)
+
+
+def system_of(row: dict[str, str]) -> System:
+    """The switches of a published row."""
+    gathers = row["engine"] not in ("none", "ddp")
+    fused = row["fused_kernels"] in ("yes", "compile")
+    answer = row["source"].startswith("fsdp_qlora")
+    logit_bytes = 0 if row["chunked_loss"] == "yes" else 8 if fused else 14
+    casts = row["fused_kernels"] == "no" and row["source"].startswith("fms") and not gathers
+    return System(
+        gathers=gathers,
+        fsdp1=row["engine"] == "fsdp1",
+        # fsdp_qlora trains bf16 adapters with bf16 moments
+        moments_bytes=4 if answer else 8,
+        adapter_bytes=2 if answer else FP32,
+        residual_bytes=FP32 if casts else 2,
+        logit_bytes=logit_bytes,
+        code=Code(copies_attention=False, fused_norms=fused, keeps_output=True),
+        offload=row["cpu_offload"] == "yes",
+        reserved_kind="nvidia-smi" if row["source"].startswith("peft") else "reserved",
+    )
+
+
+def run_of(row: dict[str, str], model_config: dict[str, Any]) -> Run:
+    """A row as a run of ours, before its switches."""
+    targets = row["lora_targets"]
+    lora = LoraConfig(
+        r=int(row["lora_rank"]),
+        dropout=0.0,
+        targets="all-linear" if targets == "all-linear" else [NAMES[name.strip()] for name in targets.split(",")],
+    )
+    world = int(row["gpus"])
+    shards = 1 if row["engine"] in ("none", "ddp") else world
+    return Run(
+        model=describe(model_config, lora),
+        sharding=Sharding(world, shards, shards),
+        nodes=1,
+        seq_len=int(row["seq_len"]),
+        micro_batch=int(row["batch_per_gpu"]),
+        accumulation=1,
+        checkpointing=1,
+        prefetch=1,
+        compute_bytes=2,
+        dropout=False,
+        moment_bits=32,
+        paged_moments=False,
+        resident_moments=None,
+        page_bytes=2**24,
+        paged_base=False,
+        resident_base=None,
+        ahead=1,
+        offload=row["cpu_offload"] == "yes",
+        packed=False,
+    )
+
+
+def memory_of(run: Run, system: System) -> Memory:
+    """Between steps, and at the two moments that need most."""
+    model, shards, t = run.model, run.sharding.base_shards, run.tokens
+    codes, scales = _base(run)
+    vocabulary = 2 * model.vocabulary * model.hidden * (1 if model.tied else 2)
+    norms = 2 * sum(p.numel for u in model.layers for p in u.parameters if not p.is_bytes and not p.trained)
+    adapters = sum(p.numel for unit in model.units for p in unit.parameters if p.trained)
+    on_device = 0 if system.offload else 1
+    static = {
+        "base": on_device * codes // shards,
+        # bitsandbytes keeps its quantization state on the module: FSDP1 does not see it
+        "replicated scales": scales if system.fsdp1 or not system.gathers else on_device * scales // shards,
+        "embeddings and norms": on_device * (vocabulary + norms) // shards,
+        "adapters": on_device * adapters * system.adapter_bytes // shards,
+        "moments": on_device * adapters * system.moments_bytes // shards,
+    }
+    layer = model.layers[0]
+    assert layer.layer is not None
+    here = layer_memory(run, layer.layer, system.code)
+    gathered = _layer_bytes(layer) if system.gathers else 0
+    root = vocabulary if system.fsdp1 else 0  # embedding and head are in the root, which stays gathered
+    inputs = len(model.layers) * t * model.hidden * system.residual_bytes
+    loss = {
+        "checkpointed inputs": inputs,
+        "gathered": root,
+        "hidden states": 6 * t * model.hidden,
+        "loss": system.logit_bytes * t * model.vocabulary,
+    }
+    backward = {
+        # inferred: with FSDP1 every row needs a second time the layers' inputs in backward, whatever the model
+        "checkpointed inputs": inputs * (2 if system.fsdp1 else 1),
+        "gathered": root + 2 * gathered,
+        "recomputed layer": here.kept,
+        "dequantized weight": here.backward_weight,
+        "working memory": here.backward - here.backward_weight,
+    }
+    return Memory(static, {"head": loss, "layer_backward": backward})
+
+
+def reserved_of(memory: Memory, system: System) -> tuple[float, float]:
+    """What the allocator has taken: the planner's band. Logits that are there whole leave blocks behind that nothing
+    but logits fits into, and backward asks for as many again: they are counted a second time in the upper end."""
+    low, high = memory.reserved_bytes
+    context = CONTEXT_BYTES if system.reserved_kind == "nvidia-smi" else 0
+    return low + context, high + context + memory.phases["head"]["loss"]
+
+
+def _base(run: Run) -> tuple[int, int]:
+    """Bytes of the codes, and of the scales of double quantization."""
+    codes = scales = 0
+    for unit in run.model.layers:
+        assert unit.layer is not None
+        for matrix in unit.layer.matrices:
+            layout = NF4Layout((matrix.rows, matrix.columns))
+            count = matrix.parts * (matrix.experts or 1)
+            codes += count * layout.codes.stop
+            scales += count * (layout.total_bytes - layout.codes.stop)
+    return codes, scales
+
+
+def _layer_bytes(unit: Unit) -> int:
+    return sum(p.numel * (1 if p.is_bytes else 2) for p in unit.parameters)
+
+
+def tokens_per_s(run: Run, system: System, gpu: Gpu, link: Link, efficiency: float | None = None) -> float:
+    """Of one GPU. Layers are gathered ahead of their use; a base in host memory is copied for each gathering."""
+    if efficiency is not None:
+        gpu = gpu.model_copy(update={"efficiency": efficiency})
+    speed = speeds(run, gpu, link, link)
+    return run.tokens / seconds(run, system, speed)
+
+
+def seconds(run: Run, system: System, speed: Speeds) -> float:
+    """Of a step of one micro-batch."""
+    head = sum(head_work(run).seconds(speed).values())
+    total = head
+    for unit in run.model.layers:
+        assert unit.layer is not None
+        moved = 0.0
+        if system.gathers:
+            shards = run.sharding.world_size
+            moved = _layer_bytes(unit) * (shards - 1) / shards / speed.inside
+            if system.offload:
+                moved += _layer_bytes(unit) / shards / speed.host
+        for work in (forward_work(run, unit.layer), backward_work(run, unit.layer, True)):
+            kernels = work.seconds(speed)
+            if system.code.fused_norms:
+                kernels["element-wise operations"] /= 2
+            total += max(sum(kernels.values()), moved)
+    return total

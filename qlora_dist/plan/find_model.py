@@ -1,0 +1,52 @@
+"""The config.json of a model that is named, or lies in a folder."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.errors import UserError
+
+_SHIPPED = Path(__file__).parent / "models"
+
+
+def model_names() -> list[str]:
+    """Of the shapes that come with the package."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.json"))
+
+
+def read_model_config(model: str) -> dict[str, Any]:
+    """A model's config.json.
+
+    Args:
+        model: a config.json, a folder that holds one, or a name of `model_names`.
+
+    Raises:
+        UserError: there is none, or it is no model's.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.is_file():
+        path = _SHIPPED / f"{model.lower()}.json"
+        if not path.is_file():
+            near = difflib.get_close_matches(model.lower(), model_names(), n=3) or model_names()
+            raise UserError(
+                f"{model}: no config.json, no folder with one, and no model that is known by name; did you mean "
+                f"{', '.join(near)}?"
+            )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a model's config.json") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{path}: has no model_type; give the config.json of a language model")
+    missing = [key for key in _NEEDED if key not in config]
+    if missing:
+        raise UserError(f"{path}: has no {missing[0]}; give the config.json of a language model")
+    return config
+
+
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")

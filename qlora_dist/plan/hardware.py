@@ -1,0 +1,104 @@
+"""What GPUs and networks can do: `gpus.yaml`, and files of the user's own in the same shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qlora_dist.config import Section
+from qlora_dist.config_file import load_sections
+from qlora_dist.errors import UserError
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Gpu(Section):
+    """A kind of GPU."""
+
+    memory: Positive
+    """GiB that a program sees."""
+    tflops: Positive
+    """Dense, bf16 with fp32 accumulation: the data sheet's."""
+    efficiency: Share
+    """Part of it that QLoRA's matrix products reach."""
+    memory_gb_s: Positive
+    """GB/s of its memory."""
+    link: str
+    """Between the GPUs of a node."""
+    host_gb_s: Positive
+    """GB/s to and from host memory."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the card."""
+        return int(self.memory * 2**30)
+
+
+class Link(Section):
+    """A kind of connection."""
+
+    gb_s: Positive
+    """GB/s in one direction: the data sheet's."""
+    efficiency: Share
+    """Part of it that collectives reach."""
+    per: Literal["gpu", "node"] = "gpu"
+    """Whether each GPU has its own, or those of a node share it."""
+
+    def bytes_per_s(self, ranks_per_node: int) -> float:
+        """Of one rank, while all of them send."""
+        return 1e9 * self.gb_s * self.efficiency / (ranks_per_node if self.per == "node" else 1)
+
+
+class Hardware(Section):
+    """All that are known."""
+
+    gpus: dict[str, Gpu] = Field(default_factory=dict)
+    links: dict[str, Link] = Field(default_factory=dict)
+
+    def gpu(self, name: str) -> Gpu:
+        """By name.
+
+        Raises:
+            UserError: there is none of that name, or its link is unknown.
+        """
+        if name not in self.gpus:
+            raise UserError(
+                f"--gpu: {name} is not known; choose from {', '.join(sorted(self.gpus))}, or describe it in a file "
+                "for --hardware"
+            )
+        self.link(self.gpus[name].link)
+        return self.gpus[name]
+
+    def kind_of(self, device: str) -> str | None:
+        """The name here of what the driver calls by another, such as NVIDIA A100-SXM4-80GB; None: not known."""
+        kinds = [kind for kind in self.gpus if all(word in device.lower() for word in kind.split("-"))]
+        return max(kinds, key=len, default=None)
+
+    def link(self, name: str) -> Link:
+        """By name.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if name not in self.links:
+            raise UserError(
+                f"{name}: no such link; choose from {', '.join(sorted(self.links))}, or describe it in a file for "
+                "--hardware"
+            )
+        return self.links[name]
+
+
+def load_hardware(own: Path | None = None) -> Hardware:
+    """What the package knows, and what a user's own file adds or replaces.
+
+    Raises:
+        UserError: a mistake in that file.
+    """
+    known = load_sections(Path(__file__).with_name("gpus.yaml"), Hardware)
+    if own is None:
+        return known
+    added = load_sections(own, Hardware, start="`gpus:` or `links:`")
+    return Hardware(gpus=known.gpus | added.gpus, links=known.links | added.links)

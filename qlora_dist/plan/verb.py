@@ -1,0 +1,131 @@
+"""`qlora-dist plan`: from the command line to a plan."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from qlora_dist.config import Config
+from qlora_dist.config_file import config_from
+from qlora_dist.errors import UserError
+from qlora_dist.plan.calibration import load_calibration
+from qlora_dist.plan.find_model import read_model_config
+from qlora_dist.plan.hardware import load_hardware
+from qlora_dist.plan.plan import Plan, make_plan
+from qlora_dist.plan.run import make_run
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says."""
+
+    model: str
+    overrides: Sequence[str]
+    gpus: int
+    """Of each node."""
+    gpu: str
+    nodes: int
+    network: str
+    seq_len: int | None = None
+    micro_batch: int | None = None
+    hardware: Path | None = None
+    calibration: Path | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Of all nodes."""
+        return self.gpus * self.nodes
+
+
+def plan_run(asked: Asked, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
+    """Print a plan, or the configuration that a search has found.
+
+    Raises:
+        UserError: a mistake in what was asked, or nothing fits.
+    """
+    if search:
+        from qlora_dist.plan.search import print_fastest
+
+        print_fastest(asked, as_json)
+        return
+    planned = plan_for(asked)
+    if plot is not None:
+        from qlora_dist.plan.plot import draw
+
+        draw(planned, _on_other_nodes(asked), plot)
+    traced = None
+    if with_trace:
+        from qlora_dist.plan import both_ways
+
+        traced = both_ways.trace_plan(planned, make_config(asked), read_model_config(asked.model))
+    if as_json:
+        of_trace = {"trace": both_ways.as_json(traced)} if traced is not None else {}
+        typer.echo(json.dumps(planned.as_json() | of_trace, indent=2))
+        return
+    from qlora_dist.plan.table import print_plan
+
+    print_plan(planned, asked.model, Console())
+    if traced is not None:
+        both_ways.print_both(planned, traced, Console())
+
+
+def _on_other_nodes(asked: Asked) -> list[tuple[int, Plan]]:
+    """The same on more nodes and on fewer, where the configuration allows it."""
+    plans = []
+    for nodes in (1, 2, 4, 8, 16, 32, 64):
+        with contextlib.suppress(UserError):
+            plans.append((nodes, plan_for(replace(asked, nodes=nodes))))
+    return plans
+
+
+def plan_for(asked: Asked, config: Config | None = None) -> Plan:
+    """The plan of what was asked, or of another configuration on the same machines.
+
+    Raises:
+        UserError: a mistake in what was asked.
+    """
+    hardware = load_hardware(asked.hardware)
+    gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
+    run = make_run(config or make_config(asked), read_model_config(asked.model), asked.ranks, asked.nodes)
+    return make_plan(run, asked.gpu, gpu, hardware.link(gpu.link), hardware.link(asked.network), measured)
+
+
+def make_config(asked: Asked) -> Config:
+    """The configuration that is planned: defaults, and what was asked.
+
+    `train.global_batch`, if not asked for, is 16 or so many that every rank has a micro-batch.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    tree: dict[str, dict[str, Any]] = {"model": {"base": asked.model}, "data": {"train": ["data/train.jsonl"]}}
+    if asked.seq_len is not None:
+        tree["data"]["seq_len"] = asked.seq_len
+    if asked.micro_batch is not None:
+        tree["train"] = {"micro_batch": asked.micro_batch, "global_batch": asked.micro_batch}
+    config = config_from(json.loads(json.dumps(tree)), _harmless(asked.overrides))
+    rows = asked.ranks * config.train.micro_batch
+    given = [o for o in asked.overrides if o.partition("=")[0].strip() == "train.global_batch"]
+    if not given:
+        train = {**config.train.model_dump(), "global_batch": rows * -(-16 // rows)}
+        return Config.model_validate({**config.model_dump(), "train": train})
+    config = config_from(tree, asked.overrides)
+    if config.train.global_batch % rows:
+        raise UserError(
+            f"train.global_batch: {config.train.global_batch} is not a multiple of {rows} ({asked.ranks} ranks x "
+            f"train.micro_batch: {config.train.micro_batch}); change one of them"
+        )
+    return config
+
+
+def _harmless(overrides: Sequence[str]) -> list[str]:
+    """A micro-batch of any size goes with a global batch that is not asked for."""
+    sizes = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "train.micro_batch"]
+    return [*overrides, *(f"train.global_batch={size}" for size in sizes[-1:])]

@@ -1,0 +1,110 @@
+"""What a run is going to need by the planner's formulas, said before it starts, and beside what it has needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_dist.config import Config
+from qlora_dist.errors import UserError
+from qlora_dist.plan.calibration import load_calibration, measured_speeds
+from qlora_dist.plan.hardware import load_hardware
+from qlora_dist.plan.memory import Memory, plan_memory
+from qlora_dist.plan.run import Run, make_run
+from qlora_dist.plan.table import PHASES
+from qlora_dist.plan.time import UNCERTAINTY, Speeds, speeds, step_time
+from qlora_dist.plan.traffic import step_traffic
+from qlora_dist.train.console import gib
+from qlora_dist.train.memory import resident_bytes
+from qlora_dist.train.setup import Setup
+
+_NETWORK = "infiniband-400g"  # where nobody has measured
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of each rank."""
+
+    run: Run
+    memory: Memory
+    traffic: dict[str, int]
+    tokens_per_s: float | None
+    """Of all ranks; None: nobody knows this device."""
+    is_measured: bool
+    """The speeds behind it."""
+    before_bytes: int
+    """Of the process, before anything is loaded: a CPU's peak is the process's."""
+
+    def sentence(self) -> str:
+        """For people."""
+        memory = self.memory
+        received = ", ".join(f"{dim} {gib(nbytes)}" for dim, nbytes in self.traffic.items() if dim != "control")
+        how = "by what --calibrate has measured" if self.is_measured else f"+-{UNCERTAINTY:.0%}"
+        speed = f"; {self.tokens_per_s:,.0f} tokens/s ({how})" if self.tokens_per_s is not None else ""
+        return (
+            f"plan: each rank holds {gib(memory.static_bytes)} between steps and {gib(memory.peak_bytes)} "
+            f"{PHASES[memory.peak_phase]}, and receives {received or 'nothing'} per step{speed}"
+        )
+
+    def against(self, measured: dict[str, Any], moments_bytes: int) -> dict[str, list[float | None]]:
+        """Planned and measured, by term; those of rank 0. None: not known.
+
+        Args:
+            measured: of summary.json.
+            moments_bytes: of the optimizer, on the device.
+        """
+        terms: dict[str, list[float | None]] = {
+            "weights_bytes": [self.memory.weights_bytes, measured["static_bytes"][0]],
+            "moments_bytes": [self.memory.static["moments"], moments_bytes],
+            "peak_bytes": [self.memory.peak_bytes, measured["peak_bytes"][0] - self.before_bytes],
+        }
+        for dim, nbytes in measured["comm_bytes_per_step"].items():
+            if dim != "control":
+                terms[f"{dim}_bytes_per_step"] = [self.traffic.get(dim, 0), nbytes]
+        return terms | {"tokens_per_s": [self.tokens_per_s, measured["tokens_per_s"] or None]}
+
+
+def expect(setup: Setup) -> Expected | str:
+    """The plan of a run, or why there is none. A run must not fail because of its plan."""
+    try:
+        run = run_of(setup, setup.config)
+        known, is_measured = speeds_of(setup.device, run)
+        card = torch.cuda.mem_get_info(setup.device)[1] if setup.device.type == "cuda" else None
+        memory = plan_memory(run, card)
+        tokens_per_s = step_time(run, memory, known).tokens_per_s if known is not None else None
+        traffic = step_traffic(run.model.units, run.sharding, run.accumulation, run.compute_bytes)
+    except UserError as error:
+        return f"plan: none ({error})"
+    except Exception as error:  # of a model that nobody has planned yet
+        return f"plan: none ({type(error).__name__}: {error})"
+    before = resident_bytes() if setup.device.type == "cpu" else 0
+    return Expected(run, memory, traffic, tokens_per_s, is_measured, before)
+
+
+def run_of(setup: Setup, config: Config) -> Run:
+    """What the planner knows of a run, or of the same run with another configuration."""
+    world_size, nodes = setup.ranks.world_size, setup.ranks.world_size // setup.ranks.local_world_size
+    return make_run(config, setup.folder.config, world_size, nodes, "cuda" if setup.device.type == "cuda" else "cpu")
+
+
+def speeds_of(device: torch.device, run: Run) -> tuple[Speeds | None, bool]:
+    """As measured (`plan --calibrate`) or by the GPU's name, and whether they were measured. None: nobody knows."""
+    hardware, measured = load_hardware(), load_calibration().devices
+    if device.type == "cpu":
+        of_cpu, nodes = measured.get("cpu"), run.nodes
+        if (
+            of_cpu is None
+            or (run.ranks_per_node > 1 and not of_cpu.inside_bytes)
+            or (nodes > 1 and not of_cpu.between_bytes)
+        ):
+            return None, False
+        return measured_speeds(of_cpu, Speeds(0, 0, 0, 0, 0, 0)), True
+    name = torch.cuda.get_device_name(device)
+    kind = hardware.kind_of(name)
+    if kind is None:
+        return None, False
+    gpu = hardware.gpu(kind)
+    assumed = speeds(run, gpu, hardware.link(gpu.link), hardware.link(_NETWORK))
+    return (measured_speeds(measured[kind], assumed), True) if kind in measured else (assumed, False)

@@ -1,0 +1,44 @@
+"""If this fails, the planner is wrong about sparse models, which are not traced: who gets a token depends on values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import make_architecture
+from counted import counted
+from ranks import run_ranks
+
+from qlora_dist.config import Config
+from qlora_dist.model.folder import read_json
+from qlora_dist.plan.memory import plan_memory
+from qlora_dist.plan.run import make_run
+
+SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 8, "num_key_value_heads": 4}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("Mixtral", {"num_local_experts": 8}),
+    ("Qwen3Moe", {"num_experts": 8, "moe_intermediate_size": 256, "mlp_only_layers": [], "head_dim": 32}),
+    # queries and values of one size: others have no flash kernel on a CPU
+    ("DeepseekV3", {"n_routed_experts": 8, "num_key_value_heads": 8, "qk_rope_head_dim": 16, "v_head_dim": 32}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=[name for name, _ in CASES])
+def test_formulas_are_a_real_rank(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_architecture(tmp_path, name, torch.bfloat16, **{**SIZES, "num_hidden_layers": 3, **settings})
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"base": str(folder)},
+        "lora": {"r": 8, "dropout": 0.0},
+        "data": {"train": ["data"], "seq_len": 1024, "packing": "none"},
+        "optim": {"name": "adamw"},
+        "train": {"global_batch": 1, "device": "cpu"},
+    }
+    config = Config.model_validate(tree)
+    ((weights_bytes, peaks, _),) = run_ranks(1, counted, config)
+    planned = plan_memory(make_run(config, read_json(folder / "config.json"), 1, device="cpu"))
+    assert planned.weights_bytes == weights_bytes
+    assert planned.peak_phase == "layer_backward"
+    assert planned.peak_bytes == pytest.approx(max(peaks.values()), rel=0.06)

@@ -1,0 +1,55 @@
+"""If this fails, the planner's formulas are not those of published runs any more, or the docs promise other figures."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.plan.verb import Asked, plan_for
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run_benchmark(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [name])
+    runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_published_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run_benchmark("published.py", monkeypatch, capsys)
+    page = (BENCHMARKS.parent / "docs" / "planning.md").read_text()
+
+    def errors(what: str) -> tuple[float, float]:
+        found = re.search(rf"^{re.escape(what)}: (\d+) rows, median ([\d.]+)%, worst ([+-][\d.]+)%", said, re.MULTILINE)
+        assert found, said[-1000:]
+        rows, median, worst = found.groups()
+        assert f"| {rows} | {median} % | {float(worst):+.{1 if abs(float(worst)) < 100 else 0}f} % |" in page, found[0]
+        return float(median), abs(float(worst))
+
+    median, worst = errors("static")
+    assert median <= 2 and worst <= 5
+    median, worst = errors("peak")
+    assert median <= 10 and worst <= 25
+    assert errors("tokens/s")[0] <= 20
+    hits, rows = map(int, re.findall(r"whole logits twice of the predicted peak: (\d+) of (\d+)", said)[0])
+    assert hits > rows / 2
+    assert re.search(r"out of memory, foreseen: (\d+) of \1 rows", said)
+
+
+def test_figures_of_the_paper(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run_benchmark("paper_figures.py", monkeypatch, capsys)
+    errors = [float(error) for error in re.findall(r" GiB ([+-][\d.]+)%", said)]
+    assert len(errors) == 4 and max(map(abs, errors)) < 2.5
+    assert "0.127 bits a parameter; double quantization saves 3.02 GB at 65B" in said
+    assert float(re.findall(r"65B: ([\d.]+) GiB with all states", said)[0]) < 48
+    plan = plan_for(Asked("llama-3.1-405b", ["lora.r=16", "lora.dropout=0.0"], 8, "h100-80gb", 1, "infiniband-400g"))
+    peak = plan.memory.peak_bytes
+    page = " ".join((BENCHMARKS.parent / "docs" / "planning.md").read_text().split())
+    assert f"each rank needs {peak / 2**30:.1f} GiB at its peak (2048 tokens), {8 * peak / 1e9:.0f} GB together" in page
+    assert "= 225.6 GB: a sum of states" in said and "= 255.5 GB: a sum of states" in said

@@ -1,0 +1,73 @@
+"""If this fails, a run says nothing of what it will need, fails because of that, or lets a user guess at an OOM."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import resource
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny
+from ranks import started_ranks
+
+from qlora_dist.cli import main
+from qlora_dist.train import loop
+
+
+def train(config: Path, *overrides: str, room: int | None = None) -> None:
+    """The command line; with so many bytes of address space left when the steps begin."""
+    if room is not None:
+        ctypes.CDLL(None).mallopt(-3, 2**18)  # M_MMAP_THRESHOLD: what is freed is given back, as on a device
+        step = loop.train_step
+
+        def in_a_small_room(*args, **kwargs):
+            (used,) = re.findall(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())
+            resource.setrlimit(resource.RLIMIT_AS, (1024 * int(used) + room,) * 2)
+            return step(*args, **kwargs)
+
+        loop.train_step = in_a_small_room
+    sys.argv = ["qlora-dist", "train", str(config), *overrides]
+    main()
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_llama_nf4: Path) -> Path:
+    return tiny.make_config(tmp_path, tiny_llama_nf4, train__steps=2, data__eval=None, train__global_batch=4)
+
+
+def test_a_run_says_what_it_needs_and_what_it_needed(config: Path, tmp_path: Path) -> None:
+    with started_ranks([partial(train, config)] * 2, tmp_path) as processes:
+        for process in processes:
+            process.join(60)
+    said = (tmp_path / "rank-0.txt").read_text()
+    assert re.search(r"plan: each rank holds [\d.]+ KiB between steps and [\d.]+ \w+ in a layer's backward pass", said)
+    plan = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["plan"]
+    for term in ("weights_bytes", "moments_bytes", "world_bytes_per_step"):
+        planned, measured = plan[term]
+        assert planned == measured, term
+        assert f"plan: {term.removesuffix('_per_step')}" in said
+
+
+def test_memory_that_runs_out_is_answered_with_what_would_have_fitted(config: Path, tmp_path: Path) -> None:
+    big = ["data.seq_len=512", "train.micro_batch=128", "train.global_batch=256"]
+    with started_ranks(
+        [partial(train, config, *big), partial(train, config, *big, room=300 * 2**20)], tmp_path
+    ) as ranks:
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [2, 2]
+    outputs = [(tmp_path / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert not any("Traceback" in text for text in outputs)
+    answers = [re.findall(r"out of memory: .*", text) for text in outputs]
+    assert [len(found) for found in answers] == [1, 1]  # the rank itself, and what the others end with
+    assert answers[0] == answers[1]
+    sizes = r"had ([\d.]+) MiB for tensors and needs ([\d.]+) MiB by its plan, .* in a layer's backward pass; set (.*)"
+    had, needs, settings = re.search(sizes, answers[0][0]).groups()
+    assert float(needs) > float(had)
+    found = re.findall(r"([a-z_.]+=\S+) \(([\d.]+) MiB\)", settings)
+    assert [setting for setting, _ in found][:2] == ["train.micro_batch=64", "data.seq_len=256"]
+    assert all(1.2 * float(peak) < float(had) for _, peak in found)
