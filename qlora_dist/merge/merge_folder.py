@@ -41,9 +41,14 @@ class Report:
 
     def compare(self, written: torch.Tensor, trained_on: torch.Tensor, trained: torch.Tensor) -> None:
         """Add some rows: fp32[n, in_features] each, but for what is written, in its own type."""
-        self.updates += float((trained - trained_on).double().square().sum())
-        self.trained += float(trained.double().square().sum())
-        self.difference += float((written.float() - trained).double().square().sum())
+        self.updates += _squares(trained - trained_on)
+        self.trained += _squares(trained)
+        self.difference += _squares(written.float() - trained)
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    flat = tensor.flatten()
+    return float(flat.dot(flat))
 
 
 def merge_folder(base: Path | None, adapter_path: Path, out: Path, options: MergeOptions, console: Console) -> Report:

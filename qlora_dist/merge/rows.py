@@ -13,8 +13,8 @@ from qlora_dist.nf4.layout import BLOCK_SIZES, NF4Layout
 from qlora_dist.nf4.quantize import dequantize, dequantize_rows, quantize_pieces
 from qlora_dist.nf4.safetensors_file import Reader
 
-_WEIGHTS = 2**23
-"""At a time, about; a row at least."""
+_WEIGHTS = 2**20
+"""At a time, about; a row at least. Larger ones leave the processor's caches, and their memory comes anew each time."""
 
 Rows = Iterator[tuple[int, torch.Tensor]]
 """Number of the first row, and fp32[n, in_features]."""
