@@ -146,6 +146,41 @@ def quantize(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, such as runs/NAME/adapter.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the model; without it, the one that the adapter names.")
+    ] = None,
+    into: Annotated[
+        Literal["dequantized", "original", "nf4"],
+        typer.Option(
+            help="What is added to and written: the 4-bit weights in 16 bit, which is what was trained; the weights of "
+            "a 16-bit --base; or the 4-bit weights, quantized again."
+        ),
+    ] = "dequantized",
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of what is not in 4 bit; auto: as the base's.")
+    ] = "auto",
+    quant_type: Annotated[Literal["nf4", "fp4"], typer.Option(help="With a 16-bit base, as the run had it.")] = "nf4",
+    block_size: Annotated[int, typer.Option(help="With a 16-bit base, as the run had it.")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="With a 16-bit base, as the run had it.")] = True,
+    file_size: Annotated[str, typer.Option(help="Largest size of a file, such as 5GB.")] = "5GB",
+) -> None:
+    """Make one model of a base and an adapter, from file to file."""
+    _prepare_process()
+    from rich.console import Console
+
+    from qlora_dist.merge.merge_folder import merge_folder, print_report
+    from qlora_dist.merge.plan import MergeOptions
+    from qlora_dist.model.quantize_plan import parse_size
+
+    options = MergeOptions(into, dtype, quant_type, block_size, double_quant, parse_size(file_size))
+    console = Console()
+    print_report(merge_folder(base, adapter, out, options, console), console)
+
+
+@app.command()
 def preprocess(
     config: ConfigFile,
     overrides: Overrides = None,

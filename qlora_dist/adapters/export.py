@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import ADAPTER_NAME, adapter_parameters, has_tied_head
+from qlora_dist.adapters.check import wrong_values
 from qlora_dist.errors import UserError
 
 
@@ -25,7 +26,7 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
     not at all; one of that name is replaced.
 
     Raises:
-        UserError: on rank 0, if it cannot be written.
+        UserError: on rank 0, if it cannot be written, or is not worth it: an empty one is not found out elsewhere.
     """
     tensors: dict[str, torch.Tensor] = {}
     tied = _tied(model)
@@ -37,6 +38,10 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
             for key in (name, *tied.get(name, ())):
                 tensors[_peft_key(key)] = whole.float().cpu().contiguous().clone()
     if dist.get_rank() == 0:
+        if (wrong := wrong_values(tensors.items())) is not None:
+            raise UserError(
+                f"{out}: no adapter is written, because {wrong}; train longer, or lower optim.lr", one_rank=True
+            )
         try:
             _write(tensors, config, out)
         except (OSError, SafetensorError) as error:  # of a full disk safetensors says so in its own way

@@ -42,6 +42,12 @@ def expert_key(key: str, expert: int) -> str:
     return f"{key}.{expert}.weight"
 
 
+def tensor_of(key: str, expert: int) -> str:
+    """The tensor that held all experts, if `key` is what `expert_key` calls a matrix of it; else `key`."""
+    match = _ONE_EXPERT.fullmatch(key)
+    return match["tensor"] if match and key == expert_key(match["tensor"], expert) else key
+
+
 def find_origins(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Origin]:
     """For each tensor of the model that the folder holds, where it comes from.
 

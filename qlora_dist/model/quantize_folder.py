@@ -16,21 +16,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import ModelFolder, read_json
+from qlora_dist.model.folder_out import finish_folder
 from qlora_dist.model.quantize_plan import Counts, Plan, QuantizeOptions, make_plan
 from qlora_dist.model.stream import quantize_next, tensor_reads
 from qlora_dist.nf4.checkpoint import tensor_specs, tensors
 from qlora_dist.nf4.read_ahead import Read, ReadAhead, Reading, pieces
-from qlora_dist.nf4.safetensors_file import Reader, Writer, read_header
+from qlora_dist.nf4.safetensors_file import Reader, Writer
 
 _PLAN = "quantize-plan.json"
-_COPIED = (  # what a model needs beside its weights; nothing that holds weights or code
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "LICENSE*",
-    "README*",
-)
 
 
 @dataclass(frozen=True)
@@ -204,18 +197,6 @@ def _finish(
     options: QuantizeOptions,
 ) -> None:
     """Index, config.json and tokenizer; then the folder's name."""
-    for pattern in _COPIED:
-        for path in folder.path.glob(pattern):
-            if not path.name.endswith((".index.json", _PLAN)):
-                shutil.copy2(path, partial / path.name)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for path in sorted(partial.glob("model-*.safetensors")):
-        for name, entry in read_header(path).items():
-            weight_map[name] = path.name
-            total += entry.nbytes
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     config = read_json(folder.path / "config.json")
     config["quantization_config"] = {
         "quant_method": "bitsandbytes",
@@ -227,9 +208,8 @@ def _finish(
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": plan.skipped,
     }
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (partial / _PLAN).unlink()
-    partial.rename(out)
+    finish_folder(partial, out, folder.path, config)
 
 
 def _progress(console: Console) -> Progress:

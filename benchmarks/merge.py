@@ -1,0 +1,87 @@
+"""Merging from file to file: peak memory and parameters per second, for each of the three ways.
+
+python benchmarks/merge.py [--layers 9] [--dir /tmp] [--into dequantized nf4 original]
+
+The model has Llama-3.1-8B's layers (0.44 GB each in bf16), the adapter rank 16 on every linear layer, in random values.
+It and the results are removed afterwards. Each merge runs in a process of its own; seconds include writing and syncing.
+Peak is the most that was resident (VmHWM) beyond what was before; the page cache is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from synthetic import resident_bytes, restart_peak, write_bf16
+
+from qlora_dist.merge.merge_folder import merge_folder, print_report
+from qlora_dist.merge.plan import MergeOptions
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
+
+RANK = 16
+
+
+def write_adapter(source: Path, out: Path) -> None:
+    torch.manual_seed(0)
+    out.mkdir()
+    tensors = {}
+    for name, entry in ModelFolder(source).entries.items():
+        if name.endswith("_proj.weight"):
+            (rows, columns), module = entry.shape, f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, columns) / columns**0.5
+            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, RANK) * 1e-3
+    save_file(tensors, out / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+
+
+def child(base: Path, adapter: Path, out: Path, into: str) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    before, started = restart_peak(), time.perf_counter()
+    report = merge_folder(base, adapter, out, MergeOptions(into=into), console)  # type: ignore[arg-type]
+    seconds, peak = time.perf_counter() - started, resident_bytes("VmHWM") - before
+    print_report(report, console)
+    folder = ModelFolder(out)
+    parameters = sum(torch.Size(folder.shape(name)).numel() for name in [*folder.entries, *folder.quantized])
+    console.print(
+        f"{into}: {parameters / 1e9:.2f} G parameters in {seconds:.0f} s, {parameters / 1e6 / seconds:.0f} M/s; peak "
+        f"{peak / 2**20:.0f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=9)
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--into", nargs="+", default=["dequantized", "nf4", "original"])
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        *paths, into = args.child
+        child(*map(Path, paths), into)
+        return
+    with tempfile.TemporaryDirectory(dir=args.dir) as directory:
+        source, adapter, quantized, out = (Path(directory) / name for name in ("source", "adapter", "nf4", "out"))
+        write_bf16(source, args.layers)
+        write_adapter(source, adapter)
+        quantize_folder(source, quantized, QuantizeOptions())
+        for into in args.into:
+            base = source if into == "original" else quantized
+            command = [sys.executable, __file__, "--child", *map(str, (base, adapter, out)), into]
+            subprocess.run(command, check=True)
+            shutil.rmtree(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""A model's folder and an adapter to a folder of the merged model, some rows at a time."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from qlora_dist.errors import UserError
+from qlora_dist.merge.adapter import Values, read_adapter, read_values, update_rows
+from qlora_dist.merge.plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
+from qlora_dist.merge.rows import Rows, quantize_rows, rows_given, rows_of_bytes, rows_trained_on
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.folder_out import finish_folder
+from qlora_dist.nf4.checkpoint import tensors
+from qlora_dist.nf4.read_ahead import pieces
+from qlora_dist.nf4.safetensors_file import Reader, Writer
+
+
+@dataclass
+class Report:
+    """What `merge_folder` did. Sums of squares are over the matrices with an update."""
+
+    out: Path
+    merged: int = 0
+    """Matrices with an update."""
+    replaced: int = 0
+    """Tensors that were trained whole."""
+    updates: float = 0.0
+    """Squares of what the adapter adds to the weights that it was trained on."""
+    trained: float = 0.0
+    """Squares of what was trained: those weights and the update."""
+    difference: float = 0.0
+    """Squares of (what is written - what was trained)."""
+
+    def compare(self, written: torch.Tensor, trained_on: torch.Tensor, trained: torch.Tensor) -> None:
+        """Add some rows: fp32[n, in_features] each, but for what is written, in its own type."""
+        self.updates += _squares(trained - trained_on)
+        self.trained += _squares(trained)
+        self.difference += _squares(written.float() - trained)
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    flat = tensor.flatten()
+    return float(flat.dot(flat))
+
+
+def merge_folder(base: Path | None, adapter_path: Path, out: Path, options: MergeOptions, console: Console) -> Report:
+    """Write the merged model as a folder that plain transformers loads.
+
+    Args:
+        base: folder of the model; None: the one that the adapter names.
+        adapter_path: folder of the adapter.
+        out: folder to make.
+        options: how.
+        console: for progress.
+
+    Memory: the packed form of the largest matrix, and a constant; transposed matrices (GPT-2's) are held whole. The
+    folder is called `OUT.partial` until it is complete.
+
+    Raises:
+        UserError: the adapter or the base is not what it should be, they don't fit, or `out` is there.
+    """
+    if out.exists():
+        raise UserError(f"{out}: is there already; remove it or give another name")
+    adapter = read_adapter(adapter_path)
+    if base is None and not adapter.base:
+        raise UserError(f"{adapter_path}: names no base; give its folder with --base")
+    folder = ModelFolder(base or adapter.base)
+    plan = make_merge_plan(folder, adapter, options)
+    partial = out.with_name(out.name + ".partial")
+    report = Report(out, replaced=len(adapter.whole))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write_files(partial, plan, folder, options, report, console)
+        finish_folder(partial, out, folder.path, _config(folder, plan, options))
+    except OSError as error:  # a full disk, no permission
+        raise UserError(f"{partial}: cannot be written ({error.strerror}); mend that and run again") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def print_report(report: Report, console: Console) -> None:
+    """What was merged, and how far what is written is from what was trained."""
+    console.print(
+        f"{report.out}: {report.merged} matrices are merged, {report.replaced} tensors replaced", soft_wrap=True
+    )
+    if report.updates:
+        of_weights, of_updates = (math.sqrt(report.difference / whole) for whole in (report.trained, report.updates))
+        console.print(
+            f"what is written differs from what was trained by {of_weights:.1e} of the weights, {of_updates:.1e} of "
+            "what the adapter adds (norms)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _write_files(
+    partial: Path, plan: MergePlan, folder: ModelFolder, options: MergeOptions, report: Report, console: Console
+) -> None:
+    files = _files(plan, options.file_bytes)
+    steps = iter(track(plan.work, "merging", console=console, disable=not console.is_terminal, transient=True))
+    with Reader() as reader:
+        for index, file in enumerate(files, 1):
+            specs = [spec for work in file for spec in work.specs()]
+            writer = Writer(partial / f"model-{index:05}-of-{len(files):05}.safetensors", specs)
+            for _ in file:
+                work = next(steps)
+                if work.copied is not None:
+                    _copy(work, reader, writer)
+                for number, part in enumerate(work.parts):
+                    _write_matrix(work, number, part, folder, options, reader, writer, report)
+            writer.close()
+
+
+def _files(plan: MergePlan, file_bytes: int) -> list[list[Work]]:
+    files: list[list[Work]] = []
+    size = 0
+    for work in plan.work:
+        nbytes = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in work.specs())
+        if not files or size + nbytes > file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(work)
+        size += nbytes
+    return files
+
+
+def _copy(work: Work, reader: Reader, writer: Writer) -> None:
+    assert work.copied is not None
+    size = work.copied.dtype.itemsize
+    for start, nbytes in pieces(work.copied.nbytes):
+        piece = torch.empty(nbytes // size, dtype=work.copied.dtype)
+        reader.read_into(piece, work.copied, start)
+        writer.write(work.key, piece.to(work.dtype), start // size * work.dtype.itemsize)
+
+
+def _write_matrix(
+    work: Work,
+    number: int,
+    part: Part,
+    folder: ModelFolder,
+    options: MergeOptions,
+    reader: Reader,
+    writer: Writer,
+    report: Report,
+) -> None:
+    """One matrix of those of a tensor, merged; and how far it is from what was trained."""
+    values = None if part.update is None else read_values(part.update, reader)
+    given = rows_given if options.into == "original" else rows_trained_on
+    merged = _merged(given(part, folder, reader), values)
+    if work.in_4_bit:
+        packed = quantize_rows(merged, part.layout)
+        for key, tensor in tensors(part.matrix.name, packed, part.layout).items():
+            writer.write(key, tensor)
+        written = rows_of_bytes(packed, part.layout)
+    else:
+        written = _written(merged, work, number, part, writer)
+    if values is None:
+        for _ in written:
+            pass
+        return
+    report.merged += 1
+    for (first, rows), (_, trained_on) in zip(written, rows_trained_on(part, folder, reader), strict=True):
+        report.compare(rows, trained_on, update_rows(trained_on, values, first))
+
+
+def _merged(rows: Rows, values: Values | None) -> Rows:
+    for first, chunk in rows:
+        yield first, chunk if values is None else update_rows(chunk, values, first)
+
+
+def _written(merged: Rows, work: Work, number: int, part: Part, writer: Writer) -> Rows:
+    """Writes rows in 16 or 32 bit, and gives them back in that type."""
+    rows, columns = part.layout.shape
+    place, size = number * rows * columns * work.dtype.itemsize, work.dtype.itemsize
+    held = []
+    for first, chunk in merged:
+        stored = chunk.to(work.dtype)
+        if part.matrix.transposed:
+            held.append(stored)
+        else:
+            writer.write(work.key, stored, place + first * columns * size)
+        yield first, stored
+    if held:
+        writer.write(work.key, torch.cat(held).T.contiguous(), place)
+
+
+def _config(folder: ModelFolder, plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
+    """config.json of the merged model."""
+    config = dict(folder.config)
+    if options.into != "nf4":
+        config.pop("quantization_config", None)
+    if options.dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(DTYPES[options.dtype]).removeprefix("torch.")
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+    if plan.vocabulary is not None:
+        config["vocab_size"] = plan.vocabulary
+    return config

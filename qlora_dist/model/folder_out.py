@@ -1,0 +1,45 @@
+"""Finishing a folder of a model whose weights have been written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.nf4.safetensors_file import read_header
+
+_COPIED = (  # what a model needs beside its weights; nothing that holds weights or code
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "README*",
+)
+
+
+def finish_folder(partial: Path, out: Path, source: Path, config: Mapping[str, Any]) -> None:
+    """Add tokenizer, index and config.json to the weights in `partial`, which then gets the name `out`.
+
+    Args:
+        partial: holds files model-*.safetensors.
+        out: is not there.
+        source: the folder of the model that the weights were made of.
+        config: config.json.
+    """
+    for pattern in _COPIED:
+        for path in source.glob(pattern):
+            if not path.name.endswith(".index.json"):
+                shutil.copy2(path, partial / path.name)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for path in sorted(partial.glob("model-*.safetensors")):
+        for name, entry in read_header(path).items():
+            weight_map[name] = path.name
+            total += entry.nbytes
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    partial.rename(out)

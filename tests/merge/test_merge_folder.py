@@ -1,0 +1,199 @@
+"""If this fails, the merged model is not the one that was trained, or nobody else can load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from architectures import dequantized_model, make_architecture
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from qlora_dist.errors import UserError
+from qlora_dist.merge.merge_folder import Report, merge_folder
+from qlora_dist.merge.plan import MergeOptions
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
+
+PROMPT = torch.arange(3, 60).view(1, -1)
+QUIET = Console(quiet=True)
+
+
+def make_adapter(model: torch.nn.Module, out: Path, base: Path, **settings: Any) -> Path:
+    """An adapter of PEFT's own, every value of it random."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **({"r": 4, "target_modules": "all-linear"} | settings))
+    adapted = peft.get_peft_model(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "magnitude" in name:
+                parameter *= 1 + 0.2 * torch.rand_like(parameter)
+            elif "lora_" in name:
+                parameter.normal_(std=0.1)
+            elif "modules_to_save" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(out)
+    return out
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=PROMPT, use_cache=False).logits.float()
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def check(source: Path, tmp_path: Path, **settings: Any) -> tuple[Path, Report]:
+    """Merge into the dequantized weights, and compare with base and adapter side by side."""
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.5)).out
+    adapter = make_adapter(dequantized_model(source, quantized), tmp_path / "adapter", quantized, **settings)
+    beside = peft.PeftModel.from_pretrained(dequantized_model(source, quantized), adapter)
+    report = merge_folder(None, adapter, tmp_path / "merged", MergeOptions(dtype="fp32"), QUIET)
+    merged = logits(load(report.out))
+    torch.testing.assert_close(merged, logits(beside), rtol=1e-5, atol=1e-5)
+    with beside.disable_adapter():
+        assert (logits(beside) - merged).abs().max() > 0.05  # the adapter matters
+    assert report.difference == 0.0 < report.updates
+    return report.out, report
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 5}},
+        {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
+        {"modules_to_save": ["lm_head", "embed_tokens", "model.norm"]},
+        {"bias": "all"},
+    ],
+    ids=["lora", "rslora, ranks of its own", "dora", "modules trained whole", "bias"],
+)
+def test_the_merged_model_is_base_and_adapter(settings: dict[str, Any], tmp_path: Path) -> None:
+    arch = "Qwen2" if settings.get("bias") else "Llama"
+    check(tiny.make_model(tmp_path / "source", arch=arch), tmp_path, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT2", "Mixtral", "GptOss", "Gemma2", "Falcon"])
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    """Transposed matrices, a tensor per expert, all experts in one, tied embeddings, fused projections."""
+    targets = {"target_modules": ["q_proj", "o_proj"]} if name in ("Mixtral", "GptOss") else {}
+    out, _ = check(make_architecture(tmp_path / "source", name), tmp_path, **targets)
+    saved = {name for path in (tmp_path / "source").glob("*.safetensors") for name in load_file(path)}
+    assert {name for path in out.glob("*.safetensors") for name in load_file(path)} == saved
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A 16-bit folder, the same in 4 bit, and an adapter of that."""
+    folder = tmp_path_factory.mktemp("merge")
+    source = tiny.make_model(folder / "source")
+    quantized = quantize_folder(source, folder / "nf4", QuantizeOptions()).out
+    return (
+        source,
+        quantized,
+        make_adapter(dequantized_model(source, quantized), folder / "adapter", quantized),
+    )
+
+
+def merge(material: tuple[Path, Path, Path], out: Path, *, base: int, **options: Any) -> Report:
+    return merge_folder(material[base], material[2], out, MergeOptions(**options), QUIET)
+
+
+def test_bf16_is_the_trained_model_to_its_rounding(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    report = merge(material, tmp_path / "merged", base=1)
+    (dtype,) = {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model-00001-of-00001.safetensors").values()}
+    assert dtype == torch.bfloat16
+    beside = peft.PeftModel.from_pretrained(dequantized_model(material[0], material[1]), material[2])
+    expected = logits(beside)
+    assert (logits(load(report.out)) - expected).norm() < 5e-3 * expected.norm()
+    assert 0 < report.difference / report.trained < (2**-9) ** 2
+
+
+def test_a_base_that_the_run_quantized_on_the_way(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    merge(material, tmp_path / "one", base=1)
+    merge(material, tmp_path / "other", base=0)
+    one, other = (load_file(tmp_path / name / "model-00001-of-00001.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_into_the_original(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    report = merge(material, tmp_path / "merged", base=0, into="original", dtype="fp32")
+    beside = peft.PeftModel.from_pretrained(load(material[0]), material[2])
+    torch.testing.assert_close(logits(load(report.out)), logits(beside), rtol=1e-5, atol=1e-5)
+    base = report.trained - report.updates  # nearly: a random update is at right angles to the weights
+    assert 0.05 < (report.difference / base) ** 0.5 < 0.15  # what 4 bit cost before training
+
+
+def test_into_nf4(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """The same as quantizing the model that is merged in 16 bit."""
+    report = merge(material, tmp_path / "merged", base=1, into="nf4")
+    merge(material, tmp_path / "bf16", base=1)
+    again = quantize_folder(tmp_path / "bf16", tmp_path / "again", QuantizeOptions()).out
+    ours, theirs = (load_file(path / "model-00001-of-00001.safetensors") for path in (report.out, again))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert 0.05 < (report.difference / report.trained) ** 0.5 < 0.2
+
+
+def test_files_are_no_larger_than_asked_for(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    merge(material, tmp_path / "merged", base=1, file_bytes=100_000, dtype="fp32")
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 3
+    load(tmp_path / "merged")
+
+
+def spoilt(folder: Path, out: Path, change: Any) -> Path:
+    out.mkdir()
+    (out / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "adapter_model.safetensors")
+    return out
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: [x.zero_() for name, x in t.items() if "lora_B" in name], "every B is zero"),
+        (lambda t: t[Q + "lora_A.weight"].view(-1)[3].fill_(float("nan")), "not finite"),
+        (lambda t: t.pop(Q + "lora_B.weight"), "q_proj lacks its lora_B"),
+        (lambda t: t.update({Q + "lora_A.weight": torch.ones(3, 64)}), "for rank 4; export"),
+        (lambda t: t.update({Q + "lora_A.weight": torch.ones(4, 32)}), "in the base; give the model"),
+        (
+            lambda t: t.update({"base_model.model.other.weight": torch.ones(3)}),
+            "has other.weight, which the base lacks",
+        ),
+        (lambda t: t.update({Q + "lora_embedding_A": torch.ones(3)}), "only LoRA of linear layers is"),
+    ],
+)
+def test_an_adapter_that_is_not_as_it_should_be(
+    change: Any, message: str, material: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    adapter = spoilt(material[2], tmp_path / "adapter", change)
+    with pytest.raises(UserError, match=message) as error:
+        merge_folder(material[1], adapter, tmp_path / "out", MergeOptions(), QUIET)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "into", "message"),
+    [(0, "nf4", "is not in 4 bit; quantize it first"), (1, "original", "is in 4 bit; give the 16-bit model")],
+)
+def test_a_base_in_other_bits(
+    base: int, into: str, message: str, material: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        merge(material, tmp_path / "out", base=base, into=into)
