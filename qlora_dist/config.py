@@ -162,8 +162,9 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     """Who holds what."""
 
-    engine: Literal["fsdp2"] = "fsdp2"
-    """The sharding engine."""
+    engine: Literal["fsdp2", "zero3"] = "fsdp2"
+    """What shards the model: PyTorch's FSDP2, or DeepSpeed's ZeRO-3 (`pip install 'qlora-dist[zero]'`). The numbers are
+    the same, and a run may change from one to the other where it goes on from a checkpoint."""
     base: Literal["replicate", "node", "world", "paged"] | PositiveInt = "node"
     """Ranks that share one copy of the frozen base: none (each has its own), those of a node, all, or that many. paged:
     those of a node, and of its 4-bit layers a rank has `resident_bytes` on the device; the others are fetched ahead of
@@ -293,6 +294,16 @@ class Config(Section):
         if self.lora.experts and (self.lora.dropout or self.lora.dora):
             raise ValueError(
                 "lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false"
+            )
+        if self.parallel.engine == "zero3" and self.parallel.base == "paged":
+            raise ValueError(
+                "parallel.base: paged: engine zero3 has no pages; set parallel.engine: fsdp2, or keep the base in host "
+                "memory with parallel.base: node and parallel.offload: base"
+            )
+        if self.parallel.engine == "zero3" and self.train.compile:
+            raise ValueError(
+                "train.compile: the hooks of engine zero3 cannot be compiled; leave train.compile out, or set "
+                "parallel.engine: fsdp2"
             )
         if self.parallel.base == "paged" and self.paging.to == "unified":
             raise ValueError(
