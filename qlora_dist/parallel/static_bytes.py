@@ -37,7 +37,7 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, bu
     excess: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         shards = sizes.adapter_shards if parameter.requires_grad else sizes.base_shards
-        parts, rows = _parts(parameter), _cut_into(parameter)
+        parts, rows = _shards(parameter), _cut_into(parameter)
         whole = whole_shape(parameter).numel() * sum(part.element_size() for part in parts)
         padded = whole / rows * -(-rows // shards)
         share += whole / shards
@@ -67,8 +67,9 @@ def _storages(model: nn.Module) -> list[torch.UntypedStorage]:
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
     for parameter in model.parameters():
-        yield from _parts(parameter)
+        yield from _shards(parameter)
     yield from model.buffers()
     for module in model.modules():  # such as bitsandbytes' quantization state, which no state_dict shows
         for value in vars(module).values():
@@ -76,12 +77,12 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 yield value
 
 
-def _parts(parameter: nn.Parameter) -> list[torch.Tensor]:
-    """What a rank holds of a parameter: ZeRO-3 keeps beside a value the one in another type that it gathers."""
+def _shards(parameter: nn.Parameter) -> list[torch.Tensor]:
+    """What a rank is to hold of a parameter: under ZeRO-3 also what it gathers, if that is of another type."""
     flat = flat_shard(parameter)
     if flat is None:
         return [parameter]
-    return [parameter, flat.padded] if flat.gathered is flat.padded else [parameter, flat.padded, flat.gathered]
+    return [flat.padded] if flat.gathered is flat.padded else [flat.padded, flat.gathered]
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:

@@ -150,7 +150,7 @@ class _Nothing:
 def gather_now(parameters: Iterable[nn.Parameter]) -> None:
     """Gather parameters outside of forward and backward. Called on all ranks that share them."""
     first, *others = parameters
-    first.all_gather(param_list=[first, *others])
+    first.all_gather_coalesced([first, *others]).wait()
 
 
 def release_now(parameters: Iterable[nn.Parameter]) -> None:
