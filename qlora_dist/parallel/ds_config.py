@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_dist.config import Config
+from qlora_dist.errors import UserError
 
 
 def ds_config(config: Config, layer_elements: int) -> dict[str, Any]:
@@ -13,7 +14,12 @@ def ds_config(config: Config, layer_elements: int) -> dict[str, Any]:
     Args:
         config: of the run.
         layer_elements: of the largest decoder layer, bytes of 4-bit weights counted as elements, as DeepSpeed counts.
+
+    Raises:
+        UserError: the run's engine is not DeepSpeed's.
     """
+    if config.parallel.engine != "zero3":
+        raise UserError(f"parallel.engine: {config.parallel.engine} runs without DeepSpeed; give parallel.engine=zero3")
     ahead = config.parallel.prefetch * layer_elements
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,

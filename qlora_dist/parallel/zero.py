@@ -18,7 +18,7 @@ from qlora_dist.parallel.recompute import prepare_layers
 from qlora_dist.parallel.traffic import Traffic
 from qlora_dist.parallel.zero_gradients import Gradients
 from qlora_dist.parallel.zero_internals import Gathering, Partitioner, gather_now, release_now
-from qlora_dist.sharded import FlatShard, flat_shard
+from qlora_dist.sharded import FlatShard, flat_shard, whole_shape
 
 
 def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
@@ -44,8 +44,7 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     partitioner = Partitioner(_device(meshes), _counted(traffic, meshes))
     _cut_all(model, meshes, config, partitioner)
 
-    largest = max(layer_elements(layer) for layer in layers)
-    settings = ds_config(config, largest)["zero_optimization"]
+    settings = ds_config(config, largest_layer(model))["zero_optimization"]
     # A layer is one unit: its parameters come in one collective per type and group, and the base layer within LoraNF4,
     # which is not called as a module, is there. So are all for a layer that is recomputed.
     gathering = partitioner.hook(model, layers, settings)
@@ -63,10 +62,9 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     return traffic
 
 
-def layer_elements(layer: nn.Module) -> int:
-    """Elements of a layer's parameters, sharded or not, as DeepSpeed counts: a byte is one."""
-    shards = [(flat_shard(parameter), parameter) for parameter in layer.parameters()]
-    return sum(p.numel() if shard is None else shard.shape.numel() for shard, p in shards)
+def largest_layer(model: PreTrainedModel) -> int:
+    """Elements of the largest decoder layer's parameters, sharded or not, as DeepSpeed counts: a byte is one."""
+    return max(sum(whole_shape(p).numel() for p in layer.parameters()) for layer in decoder_layers(model))
 
 
 def _device(meshes: Meshes) -> torch.device:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import set_device_index
 from qlora_dist.sharded import FlatShard, set_flat_shard
 
 OnGather = Callable[[dist.ProcessGroup, int], None]
@@ -166,9 +167,8 @@ def gathered_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 def _start(device: torch.device, on_gather: OnGather) -> None:
     """Import DeepSpeed, and have it use this device and torch's default process group."""
-    # it asks for its device by that, and not every launcher sets it
-    os.environ["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", "0") if device.index is None else str(device.index)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    set_device_index(device.index or 0)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for one, and complains if there is none
     import deepspeed
     from deepspeed import comm
     from deepspeed.accelerator import set_accelerator
