@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 quickstart: $(VENV)/.demo  ## train a real model on two ranks, in about four minutes
 	$(BIN)/python -m qlora_dist.demo
 
-test: lint $(VENV)/.demo launchers  ## everything
+test: lint $(VENV)/.demo $(VENV)/.zero launchers  ## everything
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 unit: $(VENV)/.dev  ## what is worth running before every commit
@@ -52,6 +52,11 @@ $(VENV)/.dev: $(VENV)/.base
 
 $(VENV)/.mpi: $(VENV)/.base
 	$(PIP) --editable ".[mpi]"
+	touch $@
+
+# DeepSpeed's operators would be compiled; none is used
+$(VENV)/.zero: $(VENV)/.base
+	DS_BUILD_OPS=0 $(PIP) --editable ".[zero]"
 	touch $@
 
 # two MPIs in one environment overwrite each other's mpirun. This one has Open MPI, and all else by a path to the first.

@@ -72,6 +72,7 @@ class Partitioner:
         blank = torch.empty((), dtype=dtype, device=self._device).expand(parameter.shape)
         ours = nn.Parameter(blank, requires_grad=parameter.requires_grad)
         ours.ds_zero_partition_process_group = group  # else the world
+        ours._is_hf_initialized = True  # or transformers would give it first values, and it has no elements
         self._init._convert_to_deepspeed_param(ours)
         numel, size = parameter.numel(), -(-parameter.numel() // group.size())
         device = torch.device("cpu") if on_host else self._device

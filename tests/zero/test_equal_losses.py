@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from architectures import make_architecture
 from ranks import run_ranks
 from safetensors.torch import load_file
 
 from qlora_dist.config_file import load_config
 from qlora_dist.train.run import train
-
-pytest.importorskip("deepspeed")  # here, so that it is imported once and not in each rank
 
 STEPS = "train.steps=5"
 
@@ -83,3 +82,23 @@ def test_zero3_trains_the_same(run: str, config: Path, single: list[dict[str, An
     torch.testing.assert_close(column(metrics, "grad_norm"), column(single, "grad_norm"), rtol=1e-4, atol=0)
     torch.testing.assert_close(column(metrics, "eval_loss")[-1], column(single, "eval_loss")[-1], rtol=1e-5, atol=0)
     assert adapter_difference(single[-1]["adapter"], metrics[-1]["adapter"]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("Gemma2", ("lora.dora=true", "lora.modules_to_save=[embed_tokens]", "model.compute_dtype=bf16")),  # tied
+        ("Mixtral", ("lora.experts=true", "parallel.adapter=node", "parallel.base=node")),
+    ],
+)
+def test_the_rest_is_as_under_fsdp2(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """DoRA, modules that are trained whole, tied embeddings, bf16; experts that some batches don't come to."""
+    config = tiny.make_config(tmp_path, make_architecture(tmp_path / "model", name))
+    both = [
+        train_on(2, config, "train.steps=3", "train.micro_batch=3", f"parallel.engine={engine}", *overrides, nodes=2)
+        for engine in ("fsdp2", "zero3")
+    ]
+    fsdp2, zero3 = (column(metrics, "loss") for metrics in both)
+    torch.testing.assert_close(zero3, fsdp2, rtol=1e-3 if "model.compute_dtype=bf16" in overrides else 1e-5, atol=0)
+    assert adapter_difference(both[0][-1]["adapter"], both[1][-1]["adapter"]) < 1e-3

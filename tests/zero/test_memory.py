@@ -26,8 +26,6 @@ from qlora_dist.sharded import gather, local_range, whole_shape
 from qlora_dist.train.evaluate import evaluate
 from qlora_dist.train.setup import set_up
 
-pytest.importorskip("deepspeed")
-
 LARGE = {  # so that padding and rotary frequencies are no per cent of it
     "hidden_size": 384,
     "intermediate_size": 768,

@@ -18,8 +18,6 @@ from qlora_dist.config_file import load_config
 from qlora_dist.train.run import train
 from qlora_dist.train.run_dir import RunDir, run_path
 
-pytest.importorskip("deepspeed")
-
 EACH = 3
 """Steps under one engine."""
 
