@@ -7,6 +7,7 @@ one row, and `FlatShard` says which part of it is this rank's. A parameter that 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,8 @@ class FlatShard:
     """Of the ranks that hold the other parts."""
     is_first_copy: bool
     """Whether no rank before this one holds the same part."""
+    whole: torch.Tensor | None = None
+    """[shards * ceil(n / shards)], where this rank has all parts at all times (ZeRO's stage 2)."""
     gradient: torch.Tensor | None = None
     """Of `local`, summed over all ranks: what the engine leaves here after a window's last backward pass."""
 
@@ -89,6 +92,14 @@ def take_gradient(parameter: nn.Parameter) -> torch.Tensor:
         gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+@torch.no_grad()
+def round_values(shards: Sequence[FlatShard]) -> None:
+    """Bring what is gathered up to date, where that is of another type."""
+    rounded = [shard for shard in shards if shard.gathered is not shard.padded]
+    if rounded:
+        torch._foreach_copy_([shard.gathered for shard in rounded], [shard.padded for shard in rounded])
 
 
 def part_of(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

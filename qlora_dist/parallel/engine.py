@@ -7,7 +7,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from qlora_dist.config import Config, ParallelConfig
-from qlora_dist.parallel import fsdp, zero
+from qlora_dist.parallel import fsdp, zero, zero2
 from qlora_dist.parallel.mesh import Meshes
 from qlora_dist.parallel.traffic import Traffic
 from qlora_dist.parallel.zero_internals import check_deepspeed
@@ -25,5 +25,5 @@ def check_engine(config: ParallelConfig) -> None:
 
 def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
     """Shard a skeleton in place with the engine that the configuration names; see `fsdp.parallelize`."""
-    engines = {"fsdp2": fsdp.parallelize, "zero3": zero.parallelize}
+    engines = {"fsdp2": fsdp.parallelize, "zero3": zero.parallelize, "zero2": zero2.parallelize}
     return engines[config.parallel.engine](model, meshes, config)

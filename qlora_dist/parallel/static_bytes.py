@@ -40,9 +40,10 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, bu
         parts, rows = _shards(parameter), _cut_into(parameter)
         whole = whole_shape(parameter).numel() * sum(part.element_size() for part in parts)
         padded = whole / rows * -(-rows // shards)
-        share += whole / shards
+        everywhere = _on_every_rank(parameter)
+        share += whole / shards + everywhere
         padding += padded - whole / shards
-        excess[name] = sum(_storage(part).nbytes() for part in parts) - padded
+        excess[name] = sum(_storage(part).nbytes() for part in parts) - padded - everywhere
     if in_pages > budget:
         raise RuntimeError(f"this rank holds {in_pages:,} bytes of pages where its budget is {budget:,}")
     held = sum(s.nbytes() for s in _storages(model))
@@ -78,11 +79,19 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _shards(parameter: nn.Parameter) -> list[torch.Tensor]:
-    """What a rank is to hold of a parameter: under ZeRO-3 also what it gathers, if that is of another type."""
+    """What a rank is to hold its share of: under ZeRO-3 also what it gathers, if that is of another type."""
     flat = flat_shard(parameter)
     if flat is None:
         return [parameter]
+    if flat.whole is not None:
+        return [] if flat.gathered is flat.padded else [flat.padded]
     return [flat.padded] if flat.gathered is flat.padded else [flat.padded, flat.gathered]
+
+
+def _on_every_rank(parameter: nn.Parameter) -> int:
+    """Bytes that a rank is to hold whatever the number of ranks."""
+    flat = flat_shard(parameter)
+    return 0 if flat is None or flat.whole is None else flat.whole.nbytes
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:

@@ -16,9 +16,9 @@ from qlora_dist.parallel.ds_config import ds_config
 from qlora_dist.parallel.mesh import Meshes
 from qlora_dist.parallel.recompute import prepare_layers
 from qlora_dist.parallel.traffic import Traffic
-from qlora_dist.parallel.zero_gradients import Gradients
+from qlora_dist.parallel.zero_gradients import Gradients, trained_units
 from qlora_dist.parallel.zero_internals import Gathering, Partitioner, gather_now, release_now
-from qlora_dist.sharded import FlatShard, flat_shard, whole_shape
+from qlora_dist.sharded import FlatShard, flat_shard, round_values, whole_shape
 
 
 def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
@@ -53,11 +53,11 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
             # an embedding's gradient does not depend on its values, and the head computes its own in forward
             gathering.skip_backward(module)
 
-    units = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
-    in_layers = {id(p) for unit in units for p in unit}
-    others = [[p] for p in model.parameters() if p.requires_grad and id(p) not in in_layers]
-    gradients = Gradients([*units, *others], meshes.adapter, traffic, gathering.release_all)
-    _answer_like_fsdp(model, layers, gradients)
+    gradients = Gradients(trained_units(model), meshes.adapter, traffic, gathering.release_all)
+    gradients.answer(model)
+    for layer in layers:
+        layer.unshard = types.MethodType(_unshard, layer)  # type: ignore[assignment]
+        layer.reshard = types.MethodType(lambda self: release_now(self.parameters()), layer)  # type: ignore[assignment]
     _around_forward(model, gathering)
     return traffic
 
@@ -98,27 +98,17 @@ def _cut_all(model: nn.Module, meshes: Meshes, config: Config, partitioner: Part
             module._parameters[name] = partitioner.cut(parameter, group, dtype, offload and not trained, first)
 
 
-def _answer_like_fsdp(model: nn.Module, layers: list[nn.Module], gradients: Gradients) -> None:
-    def set_requires_gradient_sync(self: nn.Module, last: bool) -> None:
-        gradients.sync = last
-
-    model.set_requires_gradient_sync = types.MethodType(set_requires_gradient_sync, model)  # type: ignore[assignment]
-    for layer in layers:
-        layer.unshard = types.MethodType(_unshard, layer)  # type: ignore[assignment]
-        layer.reshard = types.MethodType(lambda self: release_now(self.parameters()), layer)  # type: ignore[assignment]
-
-
 def _unshard(layer: nn.Module) -> None:
-    _round(_rounded(layer))
+    round_values(_shards(layer))
     gather_now(layer.parameters())
 
 
 def _around_forward(model: nn.Module, gathering: Gathering) -> None:
     """Before: round the values to the type that is gathered. After one without backward: release everything."""
-    rounded = _rounded(model)
+    shards = _shards(model)
 
     def before(*_: Any) -> None:
-        _round(rounded)
+        round_values(shards)
 
     def after(*_: Any) -> None:
         if not torch.is_grad_enabled():
@@ -128,12 +118,5 @@ def _around_forward(model: nn.Module, gathering: Gathering) -> None:
     model.register_forward_hook(after)
 
 
-def _rounded(module: nn.Module) -> list[FlatShard]:
-    """The parts that are gathered in another type than they are kept in."""
-    return [s for p in module.parameters() if (s := flat_shard(p)) is not None and s.gathered is not s.padded]
-
-
-@torch.no_grad()
-def _round(shards: list[FlatShard]) -> None:
-    if shards:
-        torch._foreach_copy_([shard.gathered for shard in shards], [shard.padded for shard in shards])
+def _shards(module: nn.Module) -> list[FlatShard]:
+    return [shard for parameter in module.parameters() if (shard := flat_shard(parameter)) is not None]

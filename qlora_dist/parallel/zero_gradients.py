@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,9 +10,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
 
+from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.parallel.traffic import Traffic
 from qlora_dist.sharded import flat_shard
+
+
+def trained_units(model: PreTrainedModel) -> list[list[nn.Parameter]]:
+    """The trained parameters of each decoder layer together, and the others one by one."""
+    units = [[p for p in layer.parameters() if p.requires_grad] for layer in decoder_layers(model)]
+    in_layers = {id(p) for unit in units for p in unit}
+    units += [[p] for p in model.parameters() if p.requires_grad and id(p) not in in_layers]
+    return [unit for unit in units if unit]
 
 
 class _Unit:
@@ -45,13 +56,21 @@ class Gradients:
     ) -> None:
         self.sync = True
         """Whether the next backward pass is the window's last."""
-        self._units = [_Unit(unit) for unit in units if unit]
+        self._units = [_Unit(unit) for unit in units]
         self._mesh, self._traffic, self._after_backward = mesh, traffic, after_backward
         self._sums: dict[nn.Parameter, torch.Tensor] = {}
         self._in_backward = False
         for unit in self._units:
             for parameter in unit.parameters:
                 parameter.register_post_accumulate_grad_hook(lambda p, unit=unit: self._add(unit, p))  # type: ignore[misc]
+
+    def answer(self, model: nn.Module) -> None:
+        """Have a model answer to the name under which FSDP2 is told of a window's last backward pass."""
+
+        def set_requires_gradient_sync(_: nn.Module, last: bool) -> None:
+            self.sync = last
+
+        model.set_requires_gradient_sync = types.MethodType(set_requires_gradient_sync, model)  # type: ignore[assignment]
 
     def _add(self, unit: _Unit, parameter: nn.Parameter) -> None:
         if not self._in_backward:

@@ -23,7 +23,11 @@ def config(tmp_path: Path, tiny_llama_nf4: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
-    [("parallel.base=paged", "engine zero3 has no pages"), ("train.compile=true", "cannot be compiled")],
+    [
+        ("parallel.base=paged", "engine zero3 has no pages"),
+        ("train.compile=true", "cannot be compiled"),
+        ("parallel.engine=zero2", "has the whole base on each rank's device"),
+    ],
 )
 def test_what_it_does_not_do(override: str, sentence: str, config: Path) -> None:
     with pytest.raises(UserError, match=sentence):

@@ -45,23 +45,22 @@ def test_engines_and_ranks_change_in_mid_run(tmp_path: Path, tiny_llama_nf4: Pat
     config = tiny.make_config(tmp_path, tiny_llama_nf4)
 
     def resolve(name: str, *overrides: str) -> Config:
-        common = [f"run.name={name}", f"train.steps={3 * EACH}", "train.eval_every=0", "train.save_every=0"]
+        common = [f"run.name={name}", f"train.steps={4 * EACH}", "train.eval_every=0", "train.save_every=0"]
         return load_config(config, [*common, *overrides])
 
     changing = [
-        (2, resolve("changing", "parallel.engine=fsdp2", "train.micro_batch=3")),
-        (4, resolve("changing", "parallel.engine=zero3", "train.micro_batch=3")),
-        (1, resolve("changing", "parallel.engine=fsdp2", "train.micro_batch=3")),
+        (ranks, resolve("changing", f"parallel.engine={engine}", f"parallel.base={base}", "train.micro_batch=1"))
+        for ranks, engine, base in [(2, "fsdp2", "world"), (4, "zero3", "world"), (3, "zero2", 1), (1, "fsdp2", 1)]
     ]
     for index, (ranks, resolved) in enumerate(changing):
-        if index < 2:
+        if index < len(changing) - 1:
             run_ranks(ranks, train_and_stop, resolved, (index + 1) * EACH - 1)
         else:
             run_ranks(ranks, train, resolved)
         newest = read_manifest(find_checkpoints(run_path(resolved.run) / "checkpoints")[0])
         assert newest.step == (index + 1) * EACH
-        assert {cut.dim == ROW for cut in newest.cuts.values()} == {resolved.parallel.engine == "zero3"}
+        assert {cut.dim == ROW for cut in newest.cuts.values()} == {resolved.parallel.engine != "fsdp2"}
     uninterrupted = resolve("uninterrupted", "train.micro_batch=6")
     run_ranks(1, train, uninterrupted)
-    assert len(losses(uninterrupted)) == 3 * EACH
+    assert len(losses(uninterrupted)) == 4 * EACH
     torch.testing.assert_close(losses(changing[0][1]), losses(uninterrupted), rtol=1e-5, atol=0)
