@@ -53,7 +53,7 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
             # an embedding's gradient does not depend on its values, and the head computes its own in forward
             gathering.skip_backward(module)
 
-    gradients = Gradients(trained_units(model), meshes.adapter, traffic, gathering.release_all)
+    gradients = Gradients(trained_units(model), meshes.adapter, traffic, lambda _: gathering.release_all())
     gradients.answer(model)
     for layer in layers:
         layer.unshard = types.MethodType(_unshard, layer)  # type: ignore[assignment]

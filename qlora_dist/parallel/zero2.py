@@ -47,7 +47,7 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     traffic = Traffic()
     units = trained_units(model)
     updates = _Updates(units, group, traffic, meshes.adapter.mesh_dim_names)
-    gradients = Gradients(units, meshes.adapter, traffic, updates.expect)
+    gradients = Gradients(units, meshes.adapter, traffic, updates.expect_after)
     gradients.answer(model)
     model.register_forward_pre_hook(lambda *_: updates.gather(), prepend=True)
     for layer in layers:
@@ -79,8 +79,12 @@ class _Updates:
         self._expected = True
 
     def expect(self) -> None:
-        """After a backward pass, or while values are filled in: they change."""
+        """Values change."""
         self._expected = True
+
+    def expect_after(self, last: bool) -> None:
+        """After a window's last backward pass the optimizer changes them."""
+        self._expected = self._expected or last
 
     @torch.no_grad()
     def gather(self) -> None:

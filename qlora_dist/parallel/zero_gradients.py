@@ -44,7 +44,7 @@ class Gradients:
         units: lists of trained parameters.
         mesh: of the adapters: 1-D, or (replica, shard).
         traffic: counts what is communicated.
-        after_backward: called at the end of each backward pass.
+        after_backward: called at the end of each backward pass, with whether it was the window's last.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Gradients:
         units: Sequence[Sequence[nn.Parameter]],
         mesh: DeviceMesh,
         traffic: Traffic,
-        after_backward: Callable[[], None],
+        after_backward: Callable[[bool], None],
     ) -> None:
         self.sync = True
         """Whether the next backward pass is the window's last."""
@@ -91,7 +91,7 @@ class Gradients:
                 self._reduce(unit)
             unit.waiting = len(unit.parameters)
         self._in_backward = False
-        self._after_backward()
+        self._after_backward(self.sync)
 
     def _reduce(self, unit: _Unit) -> None:
         shards = [flat_shard(parameter) for parameter in unit.parameters]

@@ -83,6 +83,12 @@ def test_zero3_trains_the_same(run: str, config: Path, single: list[dict[str, An
     torch.testing.assert_close(column(metrics, "grad_norm"), column(single, "grad_norm"), rtol=1e-4, atol=0)
     torch.testing.assert_close(column(metrics, "eval_loss")[-1], column(single, "eval_loss")[-1], rtol=1e-5, atol=0)
     assert adapter_difference(single[-1]["adapter"], metrics[-1]["adapter"]) < 1e-5
+    if nodes > 1 and "parallel.adapter=node" not in overrides:  # only adapters cross between nodes
+        numel = sum(tensor.numel() for tensor in metrics[-1]["adapter"].values())
+        gathered_twice_and_summed = 3 * 4 * numel * (ranks - 1) // ranks
+        received = metrics[-1]["comm_bytes"]
+        assert set(received) == {"shard", "world", "control"}
+        assert 0.8 * gathered_twice_and_summed < received["world"] <= gathered_twice_and_summed
 
 
 @pytest.mark.slow
