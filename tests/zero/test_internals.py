@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ SHAPES = {"0.weight": (5, 7), "0.bias": (5,), "1.weight": (3, 5), "1.bias": (3,)
 
 def use_internals() -> list[int]:
     ranks, seen = ranks_from_environment(), []
+    os.environ |= {"CXX": "/bin/false", "CC": "/bin/false", "PATH": ""}  # no compiler is needed
     plain = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
     with torch.no_grad():
         for index, parameter in enumerate(plain.parameters()):
