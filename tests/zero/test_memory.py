@@ -117,6 +117,12 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
         }
 
 
+@pytest.fixture(scope="module")
+def alone(config_path: Path) -> dict[str, Any]:
+    """FSDP2 in one process."""
+    return run_ranks(1, load_and_train, load_config(config_path, ["parallel.base=world", "train.micro_batch=6"]))[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "nodes", "base_shards", "overrides"),
@@ -127,7 +133,12 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
     ],
 )
 def test_a_rank_holds_its_share_and_gathers_a_layer(
-    world_size: int, nodes: int, base_shards: int, overrides: tuple[str, ...], config_path: Path
+    world_size: int,
+    nodes: int,
+    base_shards: int,
+    overrides: tuple[str, ...],
+    config_path: Path,
+    alone: dict[str, Any],
 ) -> None:
     """And reads no more than its share, whether from a folder in 4 bit or one that is quantized on the way."""
     source = config_path.parent / "source"
@@ -147,7 +158,6 @@ def test_a_rank_holds_its_share_and_gathers_a_layer(
     if not source.samefile(config.model.base):
         assert all(result["read"] <= 1.05 * result["base"] / world_size for result in results)
     # put together, the parts are the same as those of one process
-    (alone,) = run_ranks(1, load_and_train, load_config(config_path, ["parallel.base=world", "train.micro_batch=6"]))
     for name, (_, whole) in alone["shards"].items():
         assert b"".join(result["shards"][name][1] for result in results[:base_shards]) == whole, name
 
