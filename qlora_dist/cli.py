@@ -260,6 +260,23 @@ _RUNS = typer.Option("--dir", help="Folder of all runs (run.dir).")
 
 
 @app.command()
+def export_ds_config(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the DeepSpeed JSON that engine zero3 runs with."""
+    from qlora_dist.config_file import load_config
+
+    resolved = load_config(config, overrides or ())
+    _prepare_process()
+    import json
+
+    from qlora_dist.parallel.ds_config import ds_config
+    from qlora_dist.parallel.zero import largest_layer
+    from qlora_dist.train.setup import set_up_model
+
+    _, model, _ = set_up_model(resolved)
+    typer.echo(json.dumps(ds_config(resolved, largest_layer(model)), indent=2))
+
+
+@app.command()
 def jobs(
     folder: Annotated[Path, _RUNS] = Path("runs"),
     follow: Annotated[str | None, typer.Option(help="Print what this run's rank 0 prints, until it ends.")] = None,

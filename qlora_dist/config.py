@@ -162,8 +162,10 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     """Who holds what."""
 
-    engine: Literal["fsdp2"] = "fsdp2"
-    """The sharding engine."""
+    engine: Literal["fsdp2", "zero2", "zero3"] = "fsdp2"
+    """What shards the model: PyTorch's FSDP2, or DeepSpeed's ZeRO-3 (`pip install 'qlora-dist[zero]'`). zero2: base and
+    adapters are whole on each rank (`base: replicate`), and only gradients and moments are cut. The numbers are the
+    same, and a run may change its engine where it goes on from a checkpoint."""
     base: Literal["replicate", "node", "world", "paged"] | PositiveInt = "node"
     """Ranks that share one copy of the frozen base: none (each has its own), those of a node, all, or that many. paged:
     those of a node, and of its 4-bit layers a rank has `resident_bytes` on the device; the others are fetched ahead of
@@ -294,6 +296,7 @@ class Config(Section):
             raise ValueError(
                 "lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false"
             )
+        self._engine_does_it()
         if self.parallel.base == "paged" and self.paging.to == "unified":
             raise ValueError(
                 "paging.to: unified memory is for optimizer states only, and parallel.base: paged pages the base too; "
@@ -330,3 +333,21 @@ class Config(Section):
                 f"{self.train.micro_batch}; change one of them"
             )
         return self
+
+    def _engine_does_it(self) -> None:
+        parallel = self.parallel
+        if parallel.engine == "zero3" and parallel.base == "paged":
+            raise ValueError(
+                "parallel.base: paged: engine zero3 has no pages; set parallel.engine: fsdp2, or keep the base in host "
+                "memory with parallel.base: node and parallel.offload: base"
+            )
+        if parallel.engine == "zero3" and self.train.compile:
+            raise ValueError(
+                "train.compile: layers with the hooks of engine zero3 cannot be compiled; leave train.compile out, or "
+                "set parallel.engine: fsdp2"
+            )
+        if parallel.engine == "zero2" and (parallel.base not in ("replicate", 1) or parallel.offload != "none"):
+            raise ValueError(
+                "parallel.engine: zero2 has the whole base on each rank's device; set parallel.base: replicate and "
+                "parallel.offload: none, or parallel.engine: zero3"
+            )

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import ADAPTER_NAME, adapter_parameters, has_tied_head
 from qlora_dist.adapters.check import wrong_values
 from qlora_dist.errors import UserError
+from qlora_dist.sharded import gather
 
 
 def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -> None:
@@ -31,9 +31,7 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
     tensors: dict[str, torch.Tensor] = {}
     tied = _tied(model)
     for name, parameter in adapter_parameters(model):
-        whole = parameter.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
+        whole = gather(parameter).detach()
         if dist.get_rank() == 0:
             for key in (name, *tied.get(name, ())):
                 tensors[_peft_key(key)] = whole.float().cpu().contiguous().clone()

@@ -2,64 +2,121 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+ROW = -1
+"""In place of a dimension: the elements are cut as one row, as ZeRO-3 cuts."""
+
+_Box = tuple[tuple[int, int], ...]
+"""A range along each dimension."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A tensor over `shards` ranks: equal parts along `dim`, the last ones shorter or empty, as FSDP2 cuts."""
+    """A tensor over `shards` ranks: equal parts along `dim`, the last ones shorter or empty, as both engines cut."""
 
     shape: tuple[int, ...]
     """Of the whole."""
     dim: int
+    """Or ROW."""
     shards: int
 
     def part(self, shard: int) -> tuple[int, int]:
         """Where shard `shard` begins along `dim`, and where it ends."""
-        size = self.shape[self.dim]
+        size = math.prod(self.shape) if self.dim == ROW else self.shape[self.dim]
         rows = -(-size // self.shards)
         return min(shard * rows, size), min((shard + 1) * rows, size)
 
     def part_shape(self, shard: int) -> tuple[int, ...]:
         """Shape of a shard."""
         start, stop = self.part(shard)
+        if self.dim == ROW:
+            return (stop - start,)
         return (*self.shape[: self.dim], stop - start, *self.shape[self.dim + 1 :])
 
     def numel(self, shard: int) -> int:
         """Elements of a shard."""
-        count = 1
-        for size in self.part_shape(shard):
-            count *= size
-        return count
+        return math.prod(self.part_shape(shard))
+
+    def boxes(self, shard: int) -> Iterator[tuple[int, _Box]]:
+        """The boxes of the whole that a shard consists of, one behind the other; of each, the shard's first element."""
+        start, stop = self.part(shard)
+        if start == stop:
+            return
+        if self.dim == ROW:
+            first = 0
+            for box in _row_boxes(self.shape, start, stop):
+                yield first, box
+                first += _volume(box)
+            return
+        whole = [(0, size) for size in self.shape]
+        whole[self.dim] = start, stop
+        yield 0, tuple(whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A part of a shard: among its elements in a row, from `first` on, a box of `shape`, and ranges within that."""
+
+    first: int
+    shape: tuple[int, ...]
+    ranges: tuple[slice, ...]
+
+    def of(self, shard: torch.Tensor) -> torch.Tensor:
+        """The part as a view of a contiguous shard."""
+        return shard.view(-1)[self.first : self.first + math.prod(self.shape)].view(self.shape)[self.ranges]
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A part of a saved shard, and where it goes in a wanted one. Ranges along each dimension."""
+    """A part of a saved shard, and where it goes in a wanted one."""
 
     shard: int
     """The saved one."""
-    source: tuple[slice, ...]
-    target: tuple[slice, ...]
+    source: Place
+    target: Place
 
 
 def copies(saved: Cut, wanted: Cut, shard: int) -> Iterator[Copy]:
     """What to read to fill shard `shard` of `wanted`, whatever dimension and number of parts was saved."""
     assert saved.shape == wanted.shape
-    want = _box(wanted, shard)
     for index in range(saved.shards):
-        have = _box(saved, index)
-        both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(have, want, strict=True)]
-        if all(start < stop for start, stop in both):
-            yield Copy(index, _relative(both, have), _relative(both, want))
+        for (source, have), (target, want) in product(saved.boxes(index), list(wanted.boxes(shard))):
+            both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(have, want, strict=True))
+            if all(start < stop for start, stop in both):
+                yield Copy(index, _place(source, have, both), _place(target, want, both))
 
 
-def _box(cut: Cut, shard: int) -> list[tuple[int, int]]:
-    box = [(0, size) for size in cut.shape]
-    box[cut.dim] = cut.part(shard)
-    return box
+def _row_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Box]:
+    """Elements of a row as boxes, in their order: the rest of a slice, whole slices, the beginning of one."""
+    if start == stop:
+        return
+    if len(shape) == 1:
+        yield ((start, stop),)
+        return
+    inner = math.prod(shape[1:])
+    first, last = start // inner, stop // inner
+    if start % inner or first == last:
+        end = min(stop, (first + 1) * inner)
+        for box in _row_boxes(shape[1:], start - first * inner, end - first * inner):
+            yield ((first, first + 1), *box)
+        yield from _row_boxes(shape, end, stop)
+        return
+    yield ((first, last), *((0, size) for size in shape[1:]))
+    yield from _row_boxes(shape, last * inner, stop)
 
 
-def _relative(box: list[tuple[int, int]], outer: list[tuple[int, int]]) -> tuple[slice, ...]:
-    return tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(box, outer, strict=True))
+def _place(first: int, outer: _Box, box: _Box) -> Place:
+    ranges = tuple(slice(start - begin, stop - begin) for (start, stop), (begin, _) in zip(box, outer, strict=True))
+    return Place(first, tuple(stop - start for start, stop in outer), ranges)
+
+
+def _volume(box: _Box) -> int:
+    return math.prod(stop - start for start, stop in box)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from qlora_dist.adapters.attach import adapter_parameters
 from qlora_dist.checkpoint.manifest import Manifest, file_of_rank
-from qlora_dist.checkpoint.shards import Cut, copies
+from qlora_dist.checkpoint.shards import ROW, Cut, copies
 from qlora_dist.nf4.safetensors_file import Entry, Reader, read_header
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.convert import as_fp32, from_fp32
 from qlora_dist.optim.moments import MOMENTS, moment_names
+from qlora_dist.sharded import flat_shard
 
 _RANDOM_CPU, _RANDOM_CUDA = "random.cpu", "random.cuda"
 
@@ -57,6 +59,9 @@ def trained(model: nn.Module, local: list[nn.Parameter], optimizer: PagedAdamW, 
 
 def _cut(parameter: torch.Tensor) -> tuple[Cut, int, bool]:
     """How it is cut, which part is this rank's, and whether this is the first rank to hold that part."""
+    flat = flat_shard(parameter)
+    if flat is not None:
+        return Cut(tuple(flat.shape), ROW, flat.shards), flat.shard, flat.is_first_copy
     if not isinstance(parameter, DTensor):
         return Cut(tuple(parameter.shape), 0, 1), 0, True
     mesh, found, first = parameter.device_mesh, None, True
@@ -123,10 +128,11 @@ def _saved_shards(
             yield tensors
             continue
         values = {kind: torch.empty(parameter.shape) for kind in ("parameter", *MOMENTS)}
-        for copy in copies(cut, state.cuts[name], state.shard):
-            whole = as_fp32(saved(copy.shard, name, kinds))
-            for kind, value in values.items():
-                value[copy.target] = whole[kind].view(cut.part_shape(copy.shard))[copy.source]
+        for shard, parts in groupby(copies(cut, state.cuts[name], state.shard), key=lambda copy: copy.shard):
+            there = as_fp32(saved(shard, name, kinds))
+            for part in parts:
+                for kind, value in values.items():
+                    part.target.of(value).copy_(part.source.of(there[kind]))
         parameter.copy_(values.pop("parameter"))
         yield from_fp32(values, bits)
 

@@ -16,6 +16,7 @@ from qlora_dist.errors import UserError
 Launcher = Literal["torchrun", "mpi", "srun", "none"]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_DEEPSPEED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH, Intel MPI, MVAPICH
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
@@ -31,7 +32,8 @@ class Ranks:
     local_rank: int
     local_world_size: int
     launcher: Launcher
-    """Whose variables say so; `srun`: one process per rank without torchrun; `none`: a single process."""
+    """Whose variables say so; `torchrun`: also DeepSpeed's launcher, whose are the same but for one; `srun`: one
+    process per rank without torchrun; `none`: a single process."""
     restarts: int = 0
     """How often the launcher has started this again by itself."""
 
@@ -47,7 +49,7 @@ def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
     """
     launcher = launcher_of(environ)
     if launcher == "torchrun":
-        return _ranks(launcher, environ, _TORCHRUN)
+        return _ranks(launcher, environ, _DEEPSPEED if started_by_deepspeed(environ) else _TORCHRUN)
     if launcher == "mpi":
         return _ranks(launcher, environ, _OPEN_MPI if started_by_open_mpi(environ) else _HYDRA)
     return _slurm_ranks(environ) if launcher == "srun" else Ranks(0, 1, 0, 1, "none", _restarts(environ))
@@ -65,7 +67,7 @@ def launcher_of(environ: Mapping[str, str] = os.environ) -> Launcher:
 
 
 def _ranks(launcher: Launcher, environ: Mapping[str, str], names: tuple[str, ...]) -> Ranks:
-    command = "mpirun" if launcher == "mpi" else "torchrun"
+    command = "mpirun" if launcher == "mpi" else "deepspeed" if names is _DEEPSPEED else "torchrun"
     missing = [name for name in names if name not in environ]
     if missing:
         raise UserError(
@@ -148,6 +150,11 @@ def set_store_address(host: str, port: int) -> None:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
 
 
+def set_device_index(index: int) -> None:
+    """For this process's libraries that take the device whose index LOCAL_RANK is. Not every launcher sets it."""
+    os.environ["LOCAL_RANK"] = str(index)
+
+
 def _first_host(environ: Mapping[str, str]) -> str:
     """Of a list such as `gpu[01-03,07]-ib,cpu1`: gpu01-ib, where SLURM puts rank 0. On one node it need not resolve."""
     if environ.get("SLURM_STEP_NUM_NODES") == "1":
@@ -190,6 +197,11 @@ def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int
 def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun's agent is (most likely) this process's parent: no mere setting of RANK and the like."""
     return "TORCHELASTIC_RUN_ID" in environ
+
+
+def started_by_deepspeed(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether it is the `deepspeed` command that has numbered the ranks."""
+    return "CROSS_SIZE" in environ and "LOCAL_WORLD_SIZE" not in environ
 
 
 def started_by_open_mpi(environ: Mapping[str, str] = os.environ) -> bool:

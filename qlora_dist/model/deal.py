@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from qlora_dist.model.matrices import Matrix
 from qlora_dist.model.stream import Put, Stream, gather_parts
 from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.sharded import local_range, whole_shape
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Piece:
 
     def span(self, shard: int, shards: int) -> tuple[int, int]:
         """The bytes of the matrix that lie in a shard: first, and one past the last; equal where there are none."""
-        shard_bytes = -(-self.parameter.numel() // shards)
+        shard_bytes = -(-whole_shape(self.parameter).numel() // shards)
         first = min(max(shard * shard_bytes - self.start, 0), self.layout.total_bytes)
         last = min(max((shard + 1) * shard_bytes - self.start, 0), self.layout.total_bytes)
         return first, last
@@ -80,19 +80,3 @@ def quantize_in_turn(work: Sequence[Piece], stream: Stream, replicas: DeviceMesh
                 part = gather_parts(torch.nn.functional.pad(part, (0, padding)), replicas)[: last - first]
             _, offset = local_range(piece.parameter)
             piece.put(piece.start + first - offset[0], part)
-
-
-def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """This rank's part of a parameter, and where in the whole it starts, by dimension."""
-    if not isinstance(parameter, DTensor):
-        return parameter, (0,) * parameter.dim()
-    local, offset = parameter.to_local(), [0] * parameter.dim()
-    # Shards are equal but for the last ones. torch's compute_local_shape_and_global_offset (2.13) makes a list of the
-    # dimension's indices, and for a vector of bytes that is eight times the vector.
-    for mesh_dim, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            dim, size = placement.dim, parameter.shape[placement.dim]
-            rows = -(-size // parameter.device_mesh.size(mesh_dim))
-            offset[dim] = min(parameter.device_mesh.get_local_rank(mesh_dim) * rows, size)
-            assert local.shape[dim] == min(rows, size - offset[dim]), f"{local.shape} of {parameter.shape}"
-    return local, tuple(offset)

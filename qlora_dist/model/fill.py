@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qlora_dist.adapters.attach import first_values, is_lora
 from qlora_dist.adapters.lora import LoraNF4, row_norms
-from qlora_dist.model.deal import Piece, local_range, pieces, quantize_in_turn
+from qlora_dist.model.deal import Piece, pieces, quantize_in_turn
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.skeleton import LossModel, decoder_layers, origin_names
 from qlora_dist.model.stream import Put, ShardInFolder, Stream
@@ -21,6 +21,7 @@ from qlora_dist.nf4.embedding import NF4Vocabulary
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.read_ahead import Reading
+from qlora_dist.sharded import first_element, flat_shard, local_part, part_of, whole_shape
 
 
 class Elsewhere(Protocol):
@@ -79,7 +80,7 @@ def fill(
                 if elsewhere is not None and name in kept_elsewhere:
                     put: Put = partial(elsewhere.put, name)
                 else:
-                    put = partial(_put, local_range(parameter)[0])
+                    put = partial(_put, local_part(parameter))
                 if is_lora(name):
                     _fill_adapter(parameter, name, seed)
                 elif isinstance(module, NF4Linear | NF4Experts | NF4Vocabulary) and parameter is module.packed:
@@ -117,6 +118,8 @@ def materialize(
     def empty(tensor: torch.Tensor) -> torch.Tensor:  # as nn.Module.to_empty, with a choice of device
         if id(tensor) in elsewhere:
             return torch.empty_like(tensor)
+        if flat_shard(tensor) is not None:
+            return tensor  # its part is there, and it holds nothing itself
         on_host = offload_base and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         return torch.empty_like(tensor, device="cpu" if on_host else device)
 
@@ -132,32 +135,25 @@ def _put(local: torch.Tensor, first: int, values: torch.Tensor) -> None:
 
 
 def _shard(parameter: torch.Tensor, keys: tuple[str, ...], folder: ModelFolder, put: Put) -> ShardInFolder:
-    local, offset = local_range(parameter)
-    if keys[0] in folder.quantized or not offset:
-        return ShardInFolder(local, keys, offset[0] if offset else 0, put)
-    row_bytes = sum(folder.entries[key].nbytes for key in keys) // parameter.shape[0]
-    return ShardInFolder(local, keys, offset[0] * row_bytes, put)
+    local, first = local_part(parameter), first_element(parameter)
+    if keys[0] in folder.quantized or not first:
+        return ShardInFolder(local, keys, first, put)
+    nbytes = sum(folder.entries[key].nbytes for key in keys)
+    return ShardInFolder(local, keys, first * nbytes // whole_shape(parameter).numel(), put)
 
 
 def _fill_dequantized(parameter: torch.Tensor, key: str, stream: Stream, put: Put) -> None:
     """A parameter that this model keeps in 16 bit and the folder has in 4: the routers of sparse models, which others
     quantize. Every rank reads it whole; they are small.
     """
-    local, offset = local_range(parameter)
-    whole = stream.read_dequantized(key, local.dtype)
-    for dim, start in enumerate(offset):
-        whole = whole.narrow(dim, start, local.shape[dim])
-    put(0, whole.reshape(-1))
+    whole = stream.read_dequantized(key, local_part(parameter).dtype)
+    put(0, part_of(parameter, whole).reshape(-1))
 
 
 def _fill_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:
-    whole = first_values(name, parameter.shape, seed)
-    if whole is None:
-        return
-    local, offset = local_range(parameter)
-    for dim, start in enumerate(offset):
-        whole = whole.narrow(dim, min(start, whole.shape[dim]), local.shape[dim])
-    local.copy_(whole)
+    whole = first_values(name, whole_shape(parameter), seed)
+    if whole is not None:
+        local_part(parameter).copy_(part_of(parameter, whole))
 
 
 def _fill_magnitudes(model: LossModel) -> None:
@@ -180,5 +176,5 @@ def _fill_magnitudes(model: LossModel) -> None:
         if sharded:
             layer.reshard()
         for name, norm in norms.items():
-            local, offset = local_range(layer.get_parameter(name))
-            local.copy_(norm[offset[0] : offset[0] + local.shape[0]])
+            parameter = layer.get_parameter(name)
+            local_part(parameter).copy_(part_of(parameter, norm))

@@ -1,4 +1,4 @@
-"""The parallel plan of a model, as one function."""
+"""The parallel plan of a model under FSDP2, as one function."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import Shard
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import has_tied_head, is_lora
 from qlora_dist.config import Config
 from qlora_dist.model.skeleton import COMPUTE_DTYPES, decoder_layers
-from qlora_dist.parallel.compile import compile_layer
 from qlora_dist.parallel.fsdp_internals import MeshPlacement, keep_trained_on_device, observe_collectives
 from qlora_dist.parallel.mesh import Meshes
+from qlora_dist.parallel.recompute import prepare_layers
 from qlora_dist.parallel.traffic import Traffic
 
 
@@ -41,12 +40,7 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     layers = list(decoder_layers(model))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
 
-    # before sharding, so that FSDP's hooks lie outside: a recomputed layer is not gathered a third time
-    for index, layer in enumerate(layers):
-        if config.train.compile:
-            compile_layer(layer)
-        if _is_checkpointed(index, config.train.checkpointing):
-            _checkpoint(layer)
+    prepare_layers(layers, config.train)
 
     offload = config.parallel.offload == "base"
     options: dict[str, Any] = {
@@ -101,24 +95,6 @@ def _placement(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Any
         return to_adapter_mesh(Shard(1 if wide and parameter.shape[1] % shards == 0 else 0))
 
     return place
-
-
-def _is_checkpointed(index: int, setting: str | int) -> bool:
-    if isinstance(setting, int):
-        return index % setting == 0
-    return setting == "full"
-
-
-def _checkpoint(layer: nn.Module) -> None:
-    """Keep only the layer's input for backward. Replaces `forward`, so that parameters keep their names."""
-    forward = layer.forward
-
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    layer.forward = recomputed
 
 
 def _prefetch(layers: list[FSDPModule], count: int) -> None:

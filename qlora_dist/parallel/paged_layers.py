@@ -12,10 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from qlora_dist.config import PagingConfig
 from qlora_dist.errors import UserError
-from qlora_dist.model.deal import local_range
 from qlora_dist.paging.pager import Pager
 from qlora_dist.paging.store import store_maker
 from qlora_dist.parallel.fsdp_internals import ALIGNMENT, Pass, frozen_shards, page_frozen
+from qlora_dist.sharded import local_part
 
 _WHAT = "the base's layers"
 _REMEDY = "name another folder in paging.dir, or raise parallel.resident_bytes"
@@ -111,7 +111,7 @@ class PagedLayers:
     def _rest_bytes(self, model: nn.Module) -> int:
         """Of this rank, between steps: what is in no page; of what is trained, values, gradients and two moments."""
         return sum(
-            (4 if parameter.requires_grad else 1) * local_range(parameter)[0].nbytes
+            (4 if parameter.requires_grad else 1) * local_part(parameter).nbytes
             for name, parameter in model.named_parameters()
             if name not in self
         )

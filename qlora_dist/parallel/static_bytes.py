@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qlora_dist.parallel.mesh import MeshSizes
+from qlora_dist.sharded import flat_shard, whole_shape
 
 TOLERANCE = 0.01
 
@@ -16,9 +17,9 @@ TOLERANCE = 0.01
 def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, budget: int = 0) -> int:
     """Refuse to run when a rank holds more than its share: silent replication is this field's worst bug.
 
-    The share is the base's bytes / base_shards + the adapters' bytes / adapter_shards, within 1 %, plus what
-    FSDP2 pads: parameters are cut in whole rows, and every rank has the largest number of them. Parameters whose
-    shards are in pages are on meta; their sizes are compared all the same.
+    The share is the base's bytes / base_shards + the adapters' bytes / adapter_shards, within 1 %, plus what the
+    engine pads: parameters are cut in whole rows (FSDP2) or elements (ZeRO-3), and every rank has the largest number
+    of them. Parameters whose shards are in pages are on meta; their sizes are compared all the same.
 
     Args:
         model: sharded and filled.
@@ -36,12 +37,13 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, bu
     excess: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         shards = sizes.adapter_shards if parameter.requires_grad else sizes.base_shards
-        whole = parameter.numel() * parameter.element_size()
-        rows = parameter.shape[_cut_dimension(parameter)]
+        parts, rows = _shards(parameter), _cut_into(parameter)
+        whole = whole_shape(parameter).numel() * sum(part.element_size() for part in parts)
         padded = whole / rows * -(-rows // shards)
-        share += whole / shards
+        everywhere = _on_every_rank(parameter)
+        share += whole / shards + everywhere
         padding += padded - whole / shards
-        excess[name] = _storage(parameter).nbytes() - padded
+        excess[name] = sum(_storage(part).nbytes() for part in parts) - padded - everywhere
     if in_pages > budget:
         raise RuntimeError(f"this rank holds {in_pages:,} bytes of pages where its budget is {budget:,}")
     held = sum(s.nbytes() for s in _storages(model))
@@ -67,6 +69,8 @@ def _storages(model: nn.Module) -> list[torch.UntypedStorage]:
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.parameters()
+    for parameter in model.parameters():
+        yield from _shards(parameter)
     yield from model.buffers()
     for module in model.modules():  # such as bitsandbytes' quantization state, which no state_dict shows
         for value in vars(module).values():
@@ -74,12 +78,31 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 yield value
 
 
+def _shards(parameter: nn.Parameter) -> list[torch.Tensor]:
+    """What a rank is to hold its share of: under ZeRO-3 also what it gathers, if that is of another type."""
+    flat = flat_shard(parameter)
+    if flat is None:
+        return [parameter]
+    if flat.whole is not None:
+        return [] if flat.gathered is flat.padded else [flat.padded]
+    return [flat.padded] if flat.gathered is flat.padded else [flat.padded, flat.gathered]
+
+
+def _on_every_rank(parameter: nn.Parameter) -> int:
+    """Bytes that a rank is to hold whatever the number of ranks."""
+    flat = flat_shard(parameter)
+    return 0 if flat is None or flat.whole is None else flat.whole.nbytes
+
+
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.untyped_storage()
 
 
-def _cut_dimension(parameter: torch.Tensor) -> int:
+def _cut_into(parameter: torch.Tensor) -> int:
+    """Of how many equal pieces, that stay whole, the engine makes its cuts."""
+    if flat_shard(parameter) is not None:
+        return whole_shape(parameter).numel()
     if not isinstance(parameter, DTensor):
-        return 0
-    return next((p.dim for p in parameter.placements if p.is_shard()), 0)
+        return parameter.shape[0]
+    return parameter.shape[next((p.dim for p in parameter.placements if p.is_shard()), 0)]

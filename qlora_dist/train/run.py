@@ -14,7 +14,7 @@ from qlora_dist.model.fill import fill
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.nf4.read_ahead import Reading
 from qlora_dist.optim.moments import Moments
-from qlora_dist.parallel.fsdp import parallelize
+from qlora_dist.parallel.engine import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.parallel.process_group import process_group

@@ -23,6 +23,7 @@ from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.packable import check_packable
 from qlora_dist.model.skeleton import LossModel, build_skeleton
 from qlora_dist.parallel.compile import check_compiler
+from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.parallel.process_group import resolve_device
 
@@ -62,6 +63,7 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         UserError: whatever is wrong, before a process group exists and a GPU waits.
     """
     device = resolve_device(config.train.device, ranks)
+    check_engine(config.parallel)
     if config.train.compile:
         check_compiler(device)
     sizes = mesh_sizes(config.parallel, ranks)

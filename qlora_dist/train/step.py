@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import adapter_parameters, is_lora_b
@@ -16,6 +15,7 @@ from qlora_dist.data.rows import Batch
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.traffic import Traffic
+from qlora_dist.sharded import local_part, take_gradient
 from qlora_dist.train.beat import beat
 
 
@@ -34,21 +34,21 @@ class StepResult:
 
 
 class AdapterShards:
-    """The adapters' local shards as plain parameters that alias the engine's DTensors.
+    """The adapters' local shards as plain parameters that alias the engine's.
 
     An optimizer of plain tensors is faster than one of DTensors, and bitsandbytes' kernels know nothing else.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._sharded = [p for _, p in adapter_parameters(model)]
-        self.local = [nn.Parameter(_local(p.detach())) for p in self._sharded]
+        self.local = [nn.Parameter(local_part(p).detach()) for p in self._sharded]
         self.is_lora_b = [is_lora_b(name) for name, _ in adapter_parameters(model)]
 
     def take_gradients(self) -> list[torch.Tensor]:
-        """Hand the gradients over from the DTensors to the local shards; those of empty shards are left out."""
+        """Hand the engine's gradients over to the local shards; those of empty shards are left out."""
         for sharded, local in zip(self._sharded, self.local, strict=True):
-            assert sharded.grad is not None
-            local.grad, sharded.grad = _local(sharded.grad) if local.numel() else None, None
+            gradient = take_gradient(sharded)
+            local.grad = gradient if local.numel() else None
         return [p.grad for p in self.local if p.grad is not None]
 
     def clear_gradients(self) -> None:
@@ -113,8 +113,4 @@ def train_step(
 
 def shard_sizes(model: nn.Module) -> list[int]:
     """Elements of each of this rank's adapter shards, in the order of `AdapterShards`; the model may be on meta."""
-    return [_local(parameter).numel() for _, parameter in adapter_parameters(model)]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return [local_part(parameter).numel() for _, parameter in adapter_parameters(model)]

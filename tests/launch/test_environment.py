@@ -28,6 +28,16 @@ TORCHRUN = {
     "MASTER_PORT": "29500",
     "HOME": "/home/me",
 }
+DEEPSPEED = {  # `deepspeed`, in the place of torchrun
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "4",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "2",
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -64,6 +74,7 @@ PROXY = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)
     ("environ", "ranks"),
     [
         (TORCHRUN, Ranks(5, 8, 1, 4, "torchrun")),
+        (DEEPSPEED, Ranks(5, 8, 1, 4, "torchrun")),
         (OPEN_MPI, Ranks(2, 4, 0, 2, "mpi")),
         (HYDRA, Ranks(3, 4, 1, 2, "mpi")),
         (STEP, Ranks(3, 4, 1, 2, "srun")),
@@ -89,6 +100,7 @@ def test_who_am_i(environ, ranks):
     ("complete", "name"),
     [
         *((TORCHRUN, name) for name in TORCHRUN if name != "HOME"),
+        *((DEEPSPEED, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR")),
         *((OPEN_MPI, name) for name in OPEN_MPI if name != "OMPI_COMM_WORLD_SIZE"),
         *((HYDRA, name) for name in HYDRA if name != "PMI_SIZE"),
         *((STEP, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE")),

@@ -14,7 +14,7 @@ from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model import stream
-from qlora_dist.model.fill import fill, local_range
+from qlora_dist.model.fill import fill
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.nf4 import read_ahead
 from qlora_dist.parallel.fsdp import parallelize
@@ -22,6 +22,7 @@ from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes, static_bytes
+from qlora_dist.sharded import local_range
 from qlora_dist.train.setup import set_up
 
 LARGE = {  # multiples of 3 and 4

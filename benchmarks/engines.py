@@ -1,0 +1,158 @@
+"""The two engines on the same ranks: bytes held, memory and time of a step, traffic, losses.
+
+python benchmarks/engines.py [--layers 8] [--hidden 1024] [--ranks 1 2 4] [--steps 6] [--tokens 64] [--repeats 2]
+    [--dir /tmp] [--json FILE]
+
+A line is a run of its own under torchrun, on a folder of random codes with Llama's layers, which is removed afterwards;
+the engines take turns. What is held is counted by `parallel/static_bytes.py`. What a step needs on top is the growth of
+the process's peak (VmHWM) from after loading to after the last step; the first step is not timed. Time is the median
+over the steps of all repeats, processor time that of the process. Losses must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from base_paging import write_base
+from rich.console import Console
+from rich.table import Table
+from synthetic import resident_bytes, restart_peak
+
+from qlora_dist.config import Config
+from qlora_dist.data.rows import IGNORED
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model.fill import fill
+from qlora_dist.optim.adamw import PagedAdamW
+from qlora_dist.optim.loss_scale import LossScale
+from qlora_dist.optim.moments import Moments
+from qlora_dist.parallel.engine import parallelize
+from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.process_group import process_group
+from qlora_dist.parallel.static_bytes import check_static_bytes
+from qlora_dist.train.setup import set_up
+from qlora_dist.train.step import AdapterShards, shard_sizes, train_step
+
+MIB = 2**20
+
+
+def configuration(folder: Path, engine: str, ranks: int, args: argparse.Namespace) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"base": str(folder / "model")},
+            "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
+            "data": {"train": [str(folder / "data.jsonl")], "seq_len": args.tokens, "cache": str(folder / "cache")},
+            "parallel": {"engine": engine, "base": "world"},
+            "optim": {"lr": 1e-3, "warmup_steps": 0},
+            "train": {"global_batch": 2 * ranks, "micro_batch": 1, "device": "cpu"},
+        }
+    )
+
+
+def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, Any]:
+    """On each rank; rank 0 says what it has measured."""
+    ranks = ranks_from_environment()
+    config = configuration(folder, engine, ranks.world_size, args)
+    setup = set_up(config, ranks)
+    with process_group(ranks, setup.device):
+        meshes = build_meshes(setup.sizes, "cpu")
+        traffic = parallelize(setup.model, meshes, config)
+        fill(setup.model, setup.folder, setup.device, config.train.seed, meshes.base_replicas)
+        held = check_static_bytes(setup.model, setup.sizes)
+        shards = AdapterShards(setup.model)
+        moments = Moments(shard_sizes(setup.model), config.optim, config.paging, setup.device)
+        optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
+        setup.model.train()
+        loaded = restart_peak()
+        seconds, processor, losses = [], [], []
+        for step in range(args.steps):
+            window = setup.loader.window(step)
+            trained = ranks.world_size * sum(int((batch.labels != IGNORED).sum()) for batch in window)
+            started, cpu = time.perf_counter(), time.process_time()
+            replicas = setup.sizes.adapter_replicas
+            result = train_step(setup.model, window, trained, shards, replicas, optimizer, scale, 1.0, traffic)
+            seconds.append(time.perf_counter() - started)
+            processor.append(time.process_time() - cpu)
+            losses.append(result.loss)
+            received = sum(traffic.take().values())
+        on_top = resident_bytes("VmHWM") - loaded
+    return {
+        "held": held,
+        "on_top": on_top,
+        "seconds": seconds[1:],
+        "processor": processor[1:],
+        "received": received,
+        "losses": losses,
+    }
+
+
+def run(folder: Path, engine: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
+    out = folder / "result.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__]
+    command += ["--worker", engine, "--dir", str(folder), "--tokens", str(args.tokens), "--steps", str(args.steps)]
+    environ = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(MIB), "PYTHONWARNINGS": "ignore"}
+    subprocess.run(command, check=True, env=os.environ | environ)
+    return json.loads(out.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--dir", default=None)
+    parser.add_argument("--json", default=None)
+    parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        result = measure(Path(args.dir), args.worker, args)
+        if ranks_from_environment().rank == 0:
+            (Path(args.dir) / "result.json").write_text(json.dumps(result))
+        return
+    results: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(dir=args.dir) as name:
+        folder = Path(name)
+        write_base(folder / "model", args)
+        (folder / "data.jsonl").write_text((json.dumps({"text": "What is measured is known. " * 40}) + "\n") * 20)
+        for ranks in args.ranks:
+            for _ in range(args.repeats):
+                for engine in ("fsdp2", "zero3"):
+                    results.setdefault((ranks, engine), []).append(run(folder, engine, ranks, args))
+    show(results)
+    if args.json:
+        Path(args.json).write_text(json.dumps({f"{r} {e}": runs for (r, e), runs in results.items()}))
+
+
+def show(results: dict[tuple[int, str], list[dict[str, Any]]]) -> None:
+    columns = ["ranks", "engine", "held, MiB", "on top, MiB", "step, s", "processor, s", "received, MiB", "loss"]
+    table = Table(*columns, box=None)
+    for (ranks, engine), runs in results.items():
+        first = runs[0]
+        reference = results[ranks, "fsdp2"][0]["losses"]
+        assert all(abs(a - b) <= 1e-3 * b for r in runs for a, b in zip(r["losses"], reference, strict=True))
+        table.add_row(
+            str(ranks),
+            engine,
+            f"{first['held'] / MIB:.1f}",
+            f"{statistics.median(r['on_top'] for r in runs) / MIB:.0f}",
+            f"{statistics.median(s for r in runs for s in r['seconds']):.2f}",
+            f"{statistics.median(s for r in runs for s in r['processor']):.2f}",
+            f"{first['received'] / MIB:.1f}",
+            f"{first['losses'][-1]:.5f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

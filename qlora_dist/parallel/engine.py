@@ -1,0 +1,29 @@
+"""The choice of the engine. What follows does not ask which it is: `sharded.py` says what lies on this rank, and the
+model answers to FSDP2's names.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from qlora_dist.config import Config, ParallelConfig
+from qlora_dist.parallel import fsdp, zero, zero2
+from qlora_dist.parallel.mesh import Meshes
+from qlora_dist.parallel.traffic import Traffic
+from qlora_dist.parallel.zero_internals import check_deepspeed
+
+
+def check_engine(config: ParallelConfig) -> None:
+    """See whether the engine is installed, before a model is loaded.
+
+    Raises:
+        UserError: it is not.
+    """
+    if config.engine == "zero3":
+        check_deepspeed()
+
+
+def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
+    """Shard a skeleton in place with the engine that the configuration names; see `fsdp.parallelize`."""
+    engines = {"fsdp2": fsdp.parallelize, "zero3": zero.parallelize, "zero2": zero2.parallelize}
+    return engines[config.parallel.engine](model, meshes, config)

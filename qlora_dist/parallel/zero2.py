@@ -1,0 +1,106 @@
+"""The parallel plan of a model under ZeRO's stage 2: everything is whole on every rank but gradients and moments.
+
+Nothing is gathered to compute. A rank updates its part of each adapter, and once a step the parts are gathered: with a
+base that fits on each device this is the least that ranks can send each other. The stage needs no code of DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_dist.config import Config
+from qlora_dist.model.skeleton import COMPUTE_DTYPES, decoder_layers
+from qlora_dist.parallel.mesh import Meshes
+from qlora_dist.parallel.recompute import prepare_layers
+from qlora_dist.parallel.traffic import Traffic
+from qlora_dist.parallel.zero_gradients import Gradients, trained_units
+from qlora_dist.sharded import FlatShard, flat_shard, round_values, set_flat_shard
+
+
+def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
+    """Checkpoint a skeleton and cut its adapters' gradients and updates, in place; see `zero.parallelize`.
+
+    Args:
+        model: on the meta device, adapters attached.
+        meshes: of the adapters; the base is on each rank.
+        config: the sections `train` and `model.compute_dtype`.
+    """
+    layers = list(decoder_layers(model))
+    prepare_layers(layers, config.train)
+    dtype, name = COMPUTE_DTYPES[config.model.compute_dtype], meshes.base.device_type
+    device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    group = meshes.adapter.get_group(meshes.adapter.ndim - 1)
+    first = meshes.adapter.ndim == 1 or meshes.adapter.get_local_rank(0) == 0
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                module._parameters[key] = _with_part(parameter, group, dtype, device, first)
+            elif parameter.is_floating_point():  # some are to be in fp32 in files, and are computed with as all others
+                module._parameters[key] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+
+    traffic = Traffic()
+    units = trained_units(model)
+    updates = _Updates(units, group, traffic, meshes.adapter.mesh_dim_names)
+    gradients = Gradients(units, meshes.adapter, traffic, updates.expect_after)
+    gradients.answer(model)
+    model.register_forward_pre_hook(lambda *_: updates.gather(), prepend=True)
+    for layer in layers:
+        layer.unshard = types.MethodType(lambda self: updates.gather(), layer)  # type: ignore[assignment]
+        layer.reshard = types.MethodType(lambda self: updates.expect(), layer)  # type: ignore[assignment]
+    return traffic
+
+
+def _with_part(
+    parameter: nn.Parameter, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device, is_first_copy: bool
+) -> nn.Parameter:
+    """A whole parameter of the type that is computed with, a part of which is this rank's to update."""
+    numel, size = parameter.numel(), -(-parameter.numel() // group.size())
+    whole = torch.zeros(size * group.size(), dtype=dtype, device=device)
+    own = whole[group.rank() * size : (group.rank() + 1) * size]
+    values = own if dtype == parameter.dtype else torch.zeros(size, dtype=parameter.dtype, device=device)
+    ours = nn.Parameter(whole[:numel].view(parameter.shape))
+    ours._is_hf_initialized = True
+    set_flat_shard(ours, FlatShard(parameter.shape, values, own, group, is_first_copy, whole=whole))
+    return ours
+
+
+class _Updates:
+    """Gathers what other ranks have updated, before the first forward pass that follows."""
+
+    def __init__(self, units: list[list[nn.Parameter]], group: dist.ProcessGroup, traffic: Traffic, names: Any) -> None:
+        self._units = [[shard for p in unit if (shard := flat_shard(p)) is not None] for unit in units]
+        self._group, self._traffic, self._dim = group, traffic, names[-1]
+        self._expected = True
+
+    def expect(self) -> None:
+        """Values change."""
+        self._expected = True
+
+    def expect_after(self, last: bool) -> None:
+        """After a window's last backward pass the optimizer changes them."""
+        self._expected = self._expected or last
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """One collective for each unit. Called on all ranks."""
+        if not self._expected:
+            return
+        self._expected = False
+        for shards in self._units:
+            round_values(shards)
+            if self._group.size() == 1:
+                continue
+            own = torch.cat([shard.gathered for shard in shards])
+            parts = own.new_empty(self._group.size() * own.numel())
+            dist.all_gather_single(parts, own, group=self._group)
+            self._traffic.add("all_gather", self._dim, parts.nbytes - own.nbytes)
+            columns = parts.view(self._group.size(), -1).split([shard.gathered.numel() for shard in shards], dim=1)
+            for shard, column in zip(shards, columns, strict=True):
+                assert shard.whole is not None
+                shard.whole.view_as(column).copy_(column)

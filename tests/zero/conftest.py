@@ -1,0 +1,14 @@
+"""DeepSpeed is imported once, in the process that ranks are forked from."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+from launchers import need
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deepspeed_is_there() -> None:
+    need(find_spec("deepspeed") is not None, "DeepSpeed")
+    import deepspeed  # noqa: F401

@@ -1,0 +1,66 @@
+"""If this fails, a user learns in the middle of a run, or never, that the engine does not do what the YAML says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from qlora_dist.cli import main
+from qlora_dist.config_file import load_config
+from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.train.setup import set_up, set_up_model
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_llama_nf4: Path) -> Path:
+    return tiny.make_config(tmp_path, tiny_llama_nf4)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("parallel.base=paged", "engine zero3 has no pages"),
+        ("train.compile=true", "cannot be compiled"),
+        ("parallel.engine=zero2", "has the whole base on each rank's device"),
+    ],
+)
+def test_what_it_does_not_do(override: str, sentence: str, config: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_config(config, ["parallel.engine=zero3", override])
+
+
+def test_deepspeed_is_missing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"not installed; pip install 'qlora-dist\[zero\]'"):
+        set_up(load_config(config, ["parallel.engine=zero3"]), ranks_from_environment({}))
+    set_up(load_config(config, []), ranks_from_environment({}))  # FSDP2 does without
+
+
+def exported(config: Path, *overrides: str) -> None:
+    sys.argv = ["qlora-dist", "export-ds-config", str(config), *overrides]
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code in (None, 0)
+
+
+def test_export_ds_config(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    overrides = ["parallel.engine=zero3", "parallel.prefetch=2"]
+    exported(config, *overrides)
+    tree = json.loads(capsys.readouterr().out)
+    _, model, _ = set_up_model(load_config(config, overrides))
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    zero = tree["zero_optimization"]
+    assert zero["stage3_prefetch_bucket_size"] == 2 * layer
+    assert zero["stage3_max_live_parameters"] == 3 * layer
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    # DeepSpeed takes them under these names, and its defaults are others
+    parsed, defaults = DeepSpeedZeroConfig(**zero), DeepSpeedZeroConfig(stage=3)
+    for name in ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size"):
+        assert getattr(parsed, name) == zero[f"stage3_{name}"] != getattr(defaults, name)
