@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-from published_systems import SHAPES, memory_of, reserved_of, run_of, system_of, tokens_per_s
+from published_systems import memory_of, reserved_of, run_of, shape_of, system_of, tokens_per_s
 
 from qlora_dist.plan.find_model import read_model_config
 from qlora_dist.plan.hardware import load_hardware
@@ -43,7 +43,7 @@ def main() -> None:
         if not row["seq_len"]:
             print(f"{name}: no sequence length published; left out")
             continue
-        run, system = run_of(row, read_model_config(SHAPES.get(row["model"], row["model"]))), system_of(row)
+        run, system = run_of(row, read_model_config(shape_of(row["model"]))), system_of(row)
         memory = memory_of(run, system)
         confidence = " (offload)" if system.offload else ""
         parts = []
@@ -91,7 +91,7 @@ def print_efficiencies(rows: list[dict[str, str]]) -> None:
         if not row["seq_len"] or row["tokens_per_s_per_gpu"] in ("", "OOM") or row["gpu"] not in hardware.gpus:
             continue
         run, system, gpu = (
-            run_of(row, read_model_config(SHAPES.get(row["model"], row["model"]))),
+            run_of(row, read_model_config(shape_of(row["model"]))),
             system_of(row),
             hardware.gpu(row["gpu"]),
         )

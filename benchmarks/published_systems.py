@@ -1,11 +1,13 @@
 """Other QLoRA trainers, as switches of the planner's formulas.
 
-Each function here says what such a system does otherwise than this one, and where that is known from. Nothing is
-fitted to a row; two switches are inferred from differences between rows, and say so.
+Each switch says what such a system does otherwise than this one, and where that is known from. No number is fitted to a
+row. What the code of these trainers does not tell is inferred from how their rows differ from one another, and says so:
+logits that are alive at once, and layers' inputs that FSDP1 has twice.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +31,11 @@ NAMES = {
     "down": "down_proj",
     "gate": "gate_proj",
 }
-SHAPES = {
-    "Mistral-7B-v0.1": "mistral-7b",
-    "Llama-2-7b-hf": "llama-2-7b",
-    "Llama-2-13b-hf": "llama-2-13b",
-    "Llama-2-70b-hf": "llama-2-70b",
-    "Meta-Llama-3-8B": "llama-3-8b",
-    "Meta-Llama-3-70B": "llama-3-70b",
-    "Llama-3.1-8B": "llama-3.1-8b",
-    "Yi-34B": "yi-34b",
-    "Mixtral-8x7B-v0.1": "mixtral-8x7b",
-}
+
+
+def shape_of(model: str) -> str:
+    """The name here of a model as the hub calls it: Meta-Llama-3-8B, Mistral-7B-v0.1."""
+    return re.sub(r"^meta-|-hf$|-v0\.\d|-instruct|-base$", "", model.lower())
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,9 @@ class System:
     """What a trainer does."""
 
     gathers: bool
-    """FSDP1: layers are sharded and gathered; else a rank has all."""
+    """Layers are sharded and gathered; else a rank has all."""
+    fsdp1: bool
+    """Its root unit, embedding and head, stays gathered, and scales are on every rank."""
     moments_bytes: int
     """Of an adapter's element: two of AdamW, in fp32 or in the adapter's own type."""
     adapter_bytes: int
@@ -56,7 +54,8 @@ class System:
     embeddings, and FSDP1 does not cast it back."""
     logit_bytes: int
     """Of a logit, at the loss. transformers before 4.45: logits in bf16 and in fp32, a shifted copy, log-probabilities:
-    2 + 4 + 4 + 4. Fused cross-entropy: its gradient stands in place of the shifted copy: 4 + 4. Chunked: none."""
+    2 + 4 + 4 + 4; that all are there at once is inferred from how rows grow with tokens. Fused cross-entropy: its
+    gradient stands in place of the shifted copy: 4 + 4. Chunked: none."""
     code: Code
     offload: bool
     reserved_kind: str
@@ -66,7 +65,11 @@ class System:
     def description(self) -> str:
         """The switches that are on."""
         parts = [
-            "FSDP1: replicated absmax, gathered root" if self.gathers else "all on each GPU",
+            "FSDP1: replicated absmax, gathered root"
+            if self.fsdp1
+            else "all on each GPU"
+            if not self.gathers
+            else "sharded",
             f"{self.logit_bytes} B/logit",
             "fp32 residual" if self.residual_bytes == FP32 else "bf16 residual",
             "fused norms" if self.code.fused_norms else "eager norms",
@@ -78,13 +81,14 @@ class System:
 
 def system_of(row: dict[str, str]) -> System:
     """The switches of a published row."""
-    gathers = row["engine"] == "fsdp1"
+    gathers = row["engine"] not in ("none", "ddp")
     fused = row["fused_kernels"] in ("yes", "compile")
     answer = row["source"].startswith("fsdp_qlora")
     logit_bytes = 0 if row["chunked_loss"] == "yes" else 8 if fused else 14
     casts = row["fused_kernels"] == "no" and row["source"].startswith("fms") and not gathers
     return System(
         gathers=gathers,
+        fsdp1=row["engine"] == "fsdp1",
         # fsdp_qlora trains bf16 adapters with bf16 moments
         moments_bytes=4 if answer else 8,
         adapter_bytes=2 if answer else FP32,
@@ -105,7 +109,7 @@ def run_of(row: dict[str, str], model_config: dict[str, Any]) -> Run:
         targets="all-linear" if targets == "all-linear" else [NAMES[name.strip()] for name in targets.split(",")],
     )
     world = int(row["gpus"])
-    shards = world if row["engine"] == "fsdp1" else 1
+    shards = 1 if row["engine"] in ("none", "ddp") else world
     return Run(
         model=describe(model_config, lora),
         sharding=Sharding(world, shards, shards),
@@ -140,7 +144,7 @@ def memory_of(run: Run, system: System) -> Memory:
     static = {
         "base": on_device * codes // shards,
         # bitsandbytes keeps its quantization state on the module: FSDP1 does not see it
-        "replicated scales": scales,
+        "replicated scales": scales if system.fsdp1 or not system.gathers else on_device * scales // shards,
         "embeddings and norms": on_device * (vocabulary + norms) // shards,
         "adapters": on_device * adapters * system.adapter_bytes // shards,
         "moments": on_device * adapters * system.moments_bytes // shards,
@@ -149,7 +153,7 @@ def memory_of(run: Run, system: System) -> Memory:
     assert layer.layer is not None
     here = layer_memory(run, layer.layer, system.code)
     gathered = _layer_bytes(layer) if system.gathers else 0
-    root = vocabulary if system.gathers else 0  # embedding and head are in the root, which stays gathered
+    root = vocabulary if system.fsdp1 else 0  # embedding and head are in the root, which stays gathered
     inputs = len(model.layers) * t * model.hidden * system.residual_bytes
     loss = {
         "checkpointed inputs": inputs,
@@ -159,7 +163,7 @@ def memory_of(run: Run, system: System) -> Memory:
     }
     backward = {
         # inferred: with FSDP1 every row needs a second time the layers' inputs in backward, whatever the model
-        "checkpointed inputs": inputs * (2 if system.gathers else 1),
+        "checkpointed inputs": inputs * (2 if system.fsdp1 else 1),
         "gathered": root + 2 * gathered,
         "recomputed layer": here.kept,
         "dequantized weight": here.backward_weight,

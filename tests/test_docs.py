@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from qlora_dist.model import head
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.nf4.layout import NF4Layout
-from qlora_dist.plan.shapes import Unit, decoder_units
+from qlora_dist.plan.shapes import Unit, describe
 from qlora_dist.plan.traffic import Sharding, shard_elements, step_traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -321,7 +321,7 @@ def test_size_of_embeddings_in_4_bit() -> None:
     lora = load_config(ROOT / "configs/recipes/llama-3.1-8b.yaml").lora
 
     def elements(embeddings: Any) -> int:
-        units = decoder_units(LLAMAS["8B"], lora, embeddings=embeddings)
+        units = describe(LLAMAS["8B"], lora, embeddings=embeddings).units
         return sum(p.numel for unit in units if unit.kind in ("embedding", "head") for p in unit.parameters)
 
     in_4_bit, in_16_bit = elements("4bit"), 2 * elements("16bit")
@@ -332,13 +332,13 @@ def test_memory_table() -> None:
     text = (ROOT / "docs" / "memory.md").read_text()
     for name, model in LLAMAS.items():
         config = load_config(ROOT / f"configs/recipes/llama-3.1-{name.lower()}.yaml")
-        units = decoder_units(model, config.lora)
+        units = describe(model, config.lora).units
         cells = [f"Llama-3.1-{name}", str(config.lora.r), *(gib(part) for part in whole_model(units))]
         cells += [gib(static_bytes(units, base, adapter)) for base, adapter in ((1, 1), (8, 8), (8, 16), (16, 16))]
         assert f"| {' | '.join(cells)} |" in text, f"| {' | '.join(cells)} |"
 
 
-def whole_model(units: list[Unit]) -> tuple[int, int, int]:
+def whole_model(units: Sequence[Unit]) -> tuple[int, int, int]:
     """Bytes of the 4-bit weights, of the frozen rest in bf16, and of adapters, gradients and optimizer."""
     parameters = [p for unit in units for p in unit.parameters]
     return (
@@ -348,7 +348,7 @@ def whole_model(units: list[Unit]) -> tuple[int, int, int]:
     )
 
 
-def static_bytes(units: list[Unit], base_shards: int, adapter_shards: int) -> int:
+def static_bytes(units: Sequence[Unit], base_shards: int, adapter_shards: int) -> int:
     total = 0
     for parameter in (p for unit in units for p in unit.parameters):
         shards, element_bytes = (
@@ -362,7 +362,7 @@ def test_momentary_memory_table() -> None:
     text = (ROOT / "docs" / "memory.md").read_text()
     for name, model in LLAMAS.items():
         config = load_config(ROOT / f"configs/recipes/llama-3.1-{name.lower()}.yaml")
-        layer = decoder_units(model, config.lora)[1]
+        layer = describe(model, config.lora).units[1]
         hidden, tokens = model["hidden_size"], config.data.seq_len
         cells = [
             f"Llama-3.1-{name}",
@@ -394,7 +394,7 @@ def test_replicated_scales() -> None:
 def test_traffic_table() -> None:
     text = (ROOT / "docs" / "multi-node.md").read_text()
     config = load_config(ROOT / "configs/recipes/llama-3.1-405b.yaml")
-    units = decoder_units(LLAMAS["405B"], config.lora)
+    units = describe(LLAMAS["405B"], config.lora).units
     accumulation = config.train.global_batch // (16 * config.train.micro_batch)
     layouts = {("node", "world"): (8, 16), ("node", "node"): (8, 8), ("world", "world"): (16, 16)}
     for (base, adapter), (base_shards, adapter_shards) in layouts.items():
@@ -407,7 +407,7 @@ def test_traffic_table() -> None:
 def test_readme_bytes_per_gather() -> None:
     parameters = [
         p
-        for unit in decoder_units(LLAMAS["405B"], load_config(ROOT / "configs/recipes/llama-3.1-405b.yaml").lora)
+        for unit in describe(LLAMAS["405B"], load_config(ROOT / "configs/recipes/llama-3.1-405b.yaml").lora).units
         for p in unit.parameters
     ]
     adapters = 2 * sum(p.numel for p in parameters if p.trained)

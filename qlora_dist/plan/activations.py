@@ -81,6 +81,8 @@ def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
     if layer.experts_per_token:
         # gate and up in one tensor, the gate's activation; what the experts return, and that weighted
         total += layer.experts_per_token * (c * (3 * layer.expert_intermediate + h) + _weighted(run, layer) * h)
+        adapted = [m for m in layer.matrices if m.experts and m.adapted]
+        total += layer.experts_per_token * c * sum(m.columns + run.model.r for m in adapted)  # inputs, and `A x`
     return total
 
 
@@ -92,9 +94,8 @@ def _weighted(run: Run, layer: Layer) -> int:
 def _inputs_kept(run: Run, layer: Layer, copies_attention: bool) -> int:
     """The inputs of adapters: one for each tensor that several projections take, or a dropped-out copy for each.
 
-    That of o_proj is what SDPA returned, unless it is copied into another order of dimensions.
-
-    Dropout keeps which elements it left out besides: a byte each on CUDA, on a CPU in the compute type.
+    That of o_proj is what SDPA returned, unless it is copied into another order of dimensions. Dropout keeps which
+    elements it left out besides: a byte each on CUDA, on a CPU in the compute type.
     """
     c = run.compute_bytes
     adapted = [m for m in layer.matrices if m.adapted and not m.experts]

@@ -97,7 +97,7 @@ def make_run(
     if world_size % base:
         raise UserError(f"parallel.base: {base} does not divide the world of {world_size} ranks; use one that does")
     return Run(
-        model=described or describe(model_config, config.lora, model.block_size, model.double_quant, model.embeddings),
+        model=described or _described(config, model_config),
         sharding=Sharding(world_size, base, named[parallel.adapter]),
         nodes=nodes,
         seq_len=config.data.seq_len,
@@ -118,3 +118,12 @@ def make_run(
         packed=config.data.packing != "none",
         device=device,
     )
+
+
+def _described(config: Config, model_config: Mapping[str, Any]) -> Model:
+    """The model; of a base that is in 4 bit already, its own config.json says whether scales are quantized too."""
+    model, double_quant = config.model, config.model.double_quant
+    quantization = model_config.get("quantization_config") or {}
+    if quantization.get("quant_method") == "bitsandbytes":
+        double_quant = bool(quantization.get("bnb_4bit_use_double_quant", False))
+    return describe(model_config, config.lora, model.block_size, double_quant, model.embeddings)

@@ -16,6 +16,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration import load_calibration
 from qlora_dist.plan.find_model import read_model_config
 from qlora_dist.plan.hardware import load_hardware
+from qlora_dist.plan.memory import CONTEXT_BYTES, RESERVED
 from qlora_dist.plan.plan import Plan, make_plan
 from qlora_dist.plan.run import make_run
 from qlora_dist.plan.verb import Asked, make_config
@@ -67,13 +68,18 @@ def fastest(asked: Asked) -> Found:
     described = make_run(start, model_config, asked.ranks, asked.nodes).model
     best: Found | None = None
     least: Plan | None = None
-    for sections in _choices(asked, start):
-        tree = start.model_dump()
-        for section, keys in sections.items():
-            tree[section] = tree[section] | keys
-        config = Config.model_validate(tree)
+
+    def plan_of(config: Config) -> Plan:
         run = make_run(config, model_config, asked.ranks, asked.nodes, described=described)
-        plan = make_plan(run, asked.gpu, gpu, link, network, measured)
+        return make_plan(run, asked.gpu, gpu, link, network, measured)
+
+    named = _named(asked)
+    for sections in _choices(asked, start, named):
+        config = changed(start, sections)
+        plan = plan_of(config)
+        if config.parallel.base == "paged" and "parallel.resident_bytes" not in named and plan.fits:
+            config = changed(config, {"parallel": {"resident_bytes": _budget(plan)}})
+            plan = plan_of(config)
         if plan.fits and (best is None or plan.time.step_s < best.plan.time.step_s * _WORTHWHILE):
             best = Found(config, plan)
         if least is None or plan.memory.peak_bytes < least.memory.peak_bytes:
@@ -88,11 +94,25 @@ def fastest(asked: Asked) -> Found:
     return best
 
 
-def _choices(asked: Asked, start: Config) -> Iterator[Sections]:
-    """From simple to involved; what was asked for by name is left as it is."""
+def changed(config: Config, sections: Sections) -> Config:
+    """The configuration with other values for some keys."""
+    tree = config.model_dump()
+    return Config.model_validate(tree | {section: tree[section] | keys for section, keys in sections.items()})
+
+
+def _budget(least: Plan) -> int:
+    """Of layers on a device, so many whole MiB that a plan just fits; from one with the fewest that there can be."""
+    room = (least.gpu.memory_bytes - CONTEXT_BYTES) / RESERVED[1] - least.memory.peak_bytes
+    return (least.memory.static["base"] + int(room)) // 2**20 * 2**20
+
+
+def _named(asked: Asked) -> set[str]:
     named = {override.partition("=")[0].strip() for override in asked.overrides}
-    if asked.micro_batch is not None:
-        named.add("train.micro_batch")
+    return named | ({"train.micro_batch"} if asked.micro_batch is not None else set())
+
+
+def _choices(asked: Asked, start: Config, named: set[str]) -> Iterator[Sections]:
+    """From simple to involved; what was asked for by name is left as it is."""
     ranks = asked.ranks
 
     def of(key: str, values: list[Any]) -> list[Any]:
@@ -114,7 +134,8 @@ def _choices(asked: Asked, start: Config) -> Iterator[Sections]:
                 for checkpointing in of("train.checkpointing", ["full", 2, 3, 4, "none"]):
                     for micro_batch in of("train.micro_batch", micro_batches):
                         yield {
-                            "parallel": {"base": base, "adapter": adapter, "offload": offload},
+                            "parallel": {"base": base, "adapter": adapter, "offload": offload}
+                            | ({"resident_bytes": of("parallel.resident_bytes", [0])[0]} if base == "paged" else {}),
                             "train": {"checkpointing": checkpointing, "micro_batch": micro_batch},
                         }
 

@@ -131,17 +131,6 @@ def describe(
     )
 
 
-def decoder_units(
-    config: Mapping[str, Any],
-    lora: LoraConfig,
-    block_size: int = 64,
-    double_quant: bool = True,
-    embeddings: Literal["16bit", "4bit"] = "16bit",
-) -> list[Unit]:
-    """The units of `describe`, in forward order."""
-    return list(describe(config, lora, block_size, double_quant, embeddings).units)
-
-
 _TIED_BY_DEFAULT = ("gemma2",)  # of the classes here, whose config.json may leave `tie_word_embeddings` out
 
 

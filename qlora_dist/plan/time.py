@@ -159,7 +159,6 @@ def step_time(run: Run, memory: Memory, speed: Speeds) -> StepTime:
     """Of a step."""
     busy: defaultdict[str, float] = defaultdict(float)
     step_s, flops = 0.0, 0.0
-    overlaps = run.prefetch > 0
     fetched = _fetched_share(run, memory)
     checkpointed_share = run.checkpointed / len(run.model.layers)
     for unit, count in run.model.distinct:
@@ -185,6 +184,8 @@ def step_time(run: Run, memory: Memory, speed: Speeds) -> StepTime:
             ):
                 kernels, moved = work.seconds(speed), _sum(sent, page)
                 computing, moving = sum(kernels.values()), max([*moved.values(), 0.0])
+                # asked for no prefetching, FSDP2 gathers ahead in backward all the same
+                overlaps = run.prefetch > 0 or work is not forward
                 spent = max(computing, moving) if overlaps else computing + sum(moved.values())
                 step_s += share * count * times * spent
                 for name, seconds in [*kernels.items(), *moved.items()]:

@@ -220,7 +220,7 @@ def trace_folder(
         if takes_boundaries(model):
             model.set_attn_implementation(_ATTENTION[device, config.data.packing != "none"])
         optim = config.optim.model_copy(update={"resident_bytes": _EVERYTHING})
-        with FakeTensorMode(allow_non_fake_inputs=True), _Values():
+        with FakeTensorMode(allow_non_fake_inputs=True), _Values(), _dropout(device):
             materialize(model, _CPU)
             moments = Moments(shard_sizes(model), optim, config.paging, _CPU)
             shape = config.train.micro_batch, config.data.seq_len
@@ -303,6 +303,20 @@ def _nobody_else(world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _dropout(device: Device) -> Iterator[None]:
+    """On CUDA what is left out is kept as booleans; on a CPU as factors in the compute type."""
+    plain = torch.nn.functional.dropout
+    if device == "cuda":
+        torch.nn.functional.dropout = lambda x, p=0.5, training=True, inplace=False: (  # type: ignore[assignment]
+            torch.native_dropout(x, p, True)[0] if training and p else x
+        )
+    try:
+        yield
+    finally:
+        torch.nn.functional.dropout = plain
 
 
 class _Values(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +59,7 @@ def plan_run(asked: Asked, search: bool, plot: Path | None, as_json: bool, with_
     if plot is not None:
         from qlora_dist.plan.plot import draw
 
-        draw(planned, [(nodes, plan_for(replace(asked, nodes=nodes))) for nodes in (1, 2, 4, 8, 16, 32, 64)], plot)
+        draw(planned, _on_other_nodes(asked), plot)
     traced = None
     if with_trace:
         from qlora_dist.plan import both_ways
@@ -73,6 +74,15 @@ def plan_run(asked: Asked, search: bool, plot: Path | None, as_json: bool, with_
     print_plan(planned, asked.model, Console())
     if traced is not None:
         both_ways.print_both(planned, traced, Console())
+
+
+def _on_other_nodes(asked: Asked) -> list[tuple[int, Plan]]:
+    """The same on more nodes and on fewer, where the configuration allows it."""
+    plans = []
+    for nodes in (1, 2, 4, 8, 16, 32, 64):
+        with contextlib.suppress(UserError):
+            plans.append((nodes, plan_for(replace(asked, nodes=nodes))))
+    return plans
 
 
 def plan_for(asked: Asked, config: Config | None = None) -> Plan:

@@ -25,7 +25,7 @@ from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.parallel.process_group import process_group
-from qlora_dist.plan.shapes import decoder_units
+from qlora_dist.plan.shapes import describe
 from qlora_dist.plan.traffic import Sharding, step_traffic
 from qlora_dist.train.setup import set_up
 from qlora_dist.train.step import AdapterShards, shard_sizes, train_step
@@ -138,7 +138,7 @@ def test_counted_sent_and_planned_bytes_are_equal(
     per_node = world_size // nodes
     shards = {"replicate": 1, "node": per_node, "world": world_size, "paged": per_node}
     sharding = Sharding(world_size, shards[base], shards[adapter])
-    units = decoder_units(json.loads((Path(config.model.base) / "config.json").read_text()), config.lora)
+    units = describe(json.loads((Path(config.model.base) / "config.json").read_text()), config.lora).units
     for wire, counted, accumulation in results:
         planned = step_traffic(units, sharding, accumulation, 2 if compute_dtype == "bf16" else 4)
         assert counted == planned
@@ -150,7 +150,7 @@ def test_embeddings_in_4_bit_are_sent_in_4_bit(layout: tuple[int, int, str, str]
     world_size, nodes, *_ = layout
     config = load_config(config_path, [*parallel(layout), "model.embeddings=4bit"])
     model_config = json.loads((Path(config.model.base) / "config.json").read_text())
-    units = decoder_units(model_config, config.lora, embeddings="4bit")
+    units = describe(model_config, config.lora, embeddings="4bit").units
     sharding = Sharding(world_size, world_size // nodes, world_size)
     for wire, counted, accumulation in run_ranks(world_size, two_steps, config, nodes=nodes):
         planned = step_traffic(units, sharding, accumulation, 4)
@@ -161,10 +161,10 @@ def test_embeddings_in_4_bit_are_sent_in_4_bit(layout: tuple[int, int, str, str]
 def test_no_base_bytes_cross_the_outer_mesh_dimension(config_path: Path) -> None:
     config = load_config(config_path, [*parallel((4, 2, "node", "world")), "model.compute_dtype=bf16"])
     results = run_ranks(4, two_steps, config, nodes=2)
-    base_only = decoder_units(
+    base_only = describe(
         json.loads((Path(config.model.base) / "config.json").read_text()),
         config.lora.model_copy(update={"targets": ["no_layer"]}),
-    )
+    ).units
     for rank, (wire, _, accumulation) in enumerate(results):
         inside = (0, 1) if rank < 2 else (2, 3)
         crossing = [c for c in wire if c.ranks != inside]

@@ -23,7 +23,7 @@ from qlora_dist.launch.launch import Options, launch_here, launch_slurm
 from qlora_dist.launch.mistake import leave_word
 from qlora_dist.launch.preflight import in_names_of_nodes, slow_nodes
 from qlora_dist.parallel.mesh import mesh_sizes
-from qlora_dist.plan.shapes import decoder_units
+from qlora_dist.plan.shapes import describe
 from qlora_dist.train.setup import set_up_model
 
 CPU = Cluster(gpus_per_node=0, preprocess=True)
@@ -53,7 +53,7 @@ def test_the_static_part_is_that_of_the_shapes(config: Config) -> None:
     _, model, _ = set_up_model(config)
     sizes = mesh_sizes(config.parallel, Ranks(0, 4, 0, 2, "none"))
     tree = json.loads((Path(config.model.base) / "config.json").read_text())
-    parameters = [p for unit in decoder_units(tree, config.lora) for p in unit.parameters]
+    parameters = [p for unit in describe(tree, config.lora).units for p in unit.parameters]
     base = sum(p.numel * (1 if p.is_bytes else 4) for p in parameters if not p.trained)  # compute_dtype: fp32
     adapters = sum(16 * p.numel for p in parameters if p.trained)
     assert static_bytes(model, sizes, 32) == (base / 4, adapters / 4)

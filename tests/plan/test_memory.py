@@ -80,3 +80,14 @@ def test_paged_moments_make_room_for_the_rest() -> None:
     assert squeezed.paged_moments == whole - 2 * run.page_bytes
     assert plan_memory(replace(run, resident_moments=GIB)).static["moments"] == pytest.approx(GIB, rel=0.02)
     assert moment_bytes(replace(run, moment_bits=8)) == pytest.approx(whole / 4, rel=0.02)
+
+
+def test_a_quantized_folder_says_whether_its_scales_are() -> None:
+    config = Config.model_validate({"model": {"base": "model"}, "data": {"train": ["data"]}})
+    shape = read_model_config("llama-2-7b")
+    quantized = {**shape, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    bits = {
+        name: 8 * plan_memory(make_run(config, tree, 1)).static["base"] / (32 * (4 * 4096**2 + 3 * 4096 * 11008))
+        for name, tree in (("asked for", shape), ("plain", quantized))
+    }
+    assert bits == pytest.approx({"asked for": 4.127, "plain": 4.5}, abs=1e-3)

@@ -116,6 +116,8 @@ def test_search_finds_what_fits_and_keeps_what_was_asked_for(tmp_path: Path) -> 
     assert found.plan.fits and found.config.train.checkpointing == "full" and found.config.lora.r == 16
     again = plan_for(asked, found.config)
     assert again.fits and again.time == found.plan.time
+    paged = fastest(Asked(**{**vars(asked), "overrides": ["lora.r=16", "parallel.base=paged"]}))
+    assert paged.plan.fits and 2**30 < paged.config.parallel.resident_bytes < paged.plan.gpu.memory_bytes
     result = CliRunner().invoke(app, ["plan", "smollm2-135m", "--search"])
     assert result.exit_code == 0, result.output
     (tmp_path / "found.yaml").write_text(result.stdout)
