@@ -57,6 +57,7 @@ def trace_all() -> list[Trace]:
     ]
 
 
+@pytest.mark.slow
 def test_formulas_are_the_trace() -> None:
     (traces,) = run_ranks(1, trace_all)
     for (model, world_size, nodes, settings), traced in zip(CASES, traces, strict=True):
