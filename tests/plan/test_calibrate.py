@@ -16,6 +16,7 @@ from qlora_dist.plan.calibration import Measured, load_calibration, save
 from qlora_dist.plan.verb import Asked, plan_for
 
 
+@pytest.mark.slow
 def test_two_nodes_are_measured_side_by_side(tmp_path: Path) -> None:
     path = tmp_path / "cache" / "calibration.json"
     run_ranks(4, calibrate, path, Console(quiet=True), nodes=2)

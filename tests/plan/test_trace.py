@@ -33,6 +33,7 @@ def trace_all(configs: list[Config], deep: Config) -> tuple[list[Traced], Traced
     return traced, trace_folder(deep, ModelFolder(base), 8), trace(deep, read_json(base / "config.json"), 8)
 
 
+@pytest.mark.slow
 def test_traced_bytes_are_those_of_a_real_run(tmp_path: Path) -> None:
     few, many = (tiny.make_model(tmp_path / f"{count}", num_hidden_layers=count) for count in (3, 7))
     path, deep_path = (tiny.make_config(base, base) for base in (few, many))

@@ -52,6 +52,7 @@ def test_a_run_says_what_it_needs_and_what_it_needed(config: Path, tmp_path: Pat
         assert f"plan: {term.removesuffix('_per_step')}" in said
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_is_answered_with_what_would_have_fitted(config: Path, tmp_path: Path) -> None:
     big = ["data.seq_len=512", "train.micro_batch=128", "train.global_batch=256"]
     with started_ranks(
