@@ -14,7 +14,7 @@ What is not what a GPU would do:
 - Attention is what `model/attention.py` does on CUDA, with torch's flash kernel for CPUs: the same tensors, but what
   CUDA's backward takes for itself is missing (for each token and head fp32[d], and keys and values in all heads).
   `model.attention: flex` is traced as `sdpa`.
-- Rows are full, all of their positions are trained, and a packed row is two sequences.
+- Rows are full, all of their positions are trained, and a packed row is two sequences, or one with soft-capped scores.
 - cuBLAS's workspace, NCCL's buffers, the CUDA context and what the allocator keeps are not seen.
 """
 
@@ -354,7 +354,8 @@ def _attention(device: Device, packed: bool) -> Callable[..., tuple[torch.Tensor
             nowhere = query.new_empty(1, 1, batch, 0, dtype=torch.int32)
             return causal_attention(query, key, value, nowhere, scale), None
         pieces = [(slice(0, batch), 0, length)]
-        if packed:
+        # where the whole matrix of scores is there, a row of one sequence costs most
+        if packed and softcap is None and s_aux is None:
             middle = length // 2
             pieces = [(slice(i, i + 1), *ends) for i in range(batch) for ends in ((0, middle), (middle, length))]
         return attend_to(pieces, query, key, value, dropout, scale, sliding_window, softcap, s_aux), None
