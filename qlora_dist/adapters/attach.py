@@ -72,6 +72,9 @@ def attach_adapter(model: nn.Module, config: peft.LoraConfig) -> None:
 
     `inject_adapter_in_model` rather than `get_peft_model`: the model stays the class and keeps the names that
     transformers gave it.
+
+    Raises:
+        UserError: PEFT does not accept the targets.
     """
     config = copy.copy(config)  # here experts are modules, whose last names may also be those of linear layers
     if config.target_parameters:
@@ -80,8 +83,11 @@ def attach_adapter(model: nn.Module, config: peft.LoraConfig) -> None:
     else:
         config.exclude_modules = _experts(model) or None
     whole, config.modules_to_save = set(config.modules_to_save or ()), None
-    with torch.device("meta"):
-        peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
+    try:
+        with torch.device("meta"):
+            peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
+    except ValueError as error:  # PEFT takes names of some sparse models for those of experts, which belong together
+        raise UserError(f"lora.targets: {str(error).rstrip('.')}; name all of them, or none") from None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_lora(name))
     for path, module in model.named_modules():

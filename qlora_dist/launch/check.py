@@ -12,7 +12,11 @@ from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.environment import Ranks
+from qlora_dist.model.folder import ModelFolder
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
+from qlora_dist.plan.memory import plan_memory
+from qlora_dist.plan.run import make_run
+from qlora_dist.plan.table import PHASES
 from qlora_dist.train.run_dir import check_run_dir
 from qlora_dist.train.setup import set_up, set_up_model
 
@@ -33,9 +37,10 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
     ranks = Ranks(0, nodes * ranks_per_node, 0, ranks_per_node, "none")
     check_run_dir(config)
     sizes = mesh_sizes(config.parallel, ranks)
+    folder = ModelFolder(config.model.base)
     if cluster.preprocess:
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)
-        folder, model, _ = set_up_model(config)
+        _, model, _ = set_up_model(config, folder)
         load_tokenizer(folder.path)
         for source in [*config.data.train, *([config.data.eval] if config.data.eval else [])]:
             source_files(source if isinstance(source, SourceConfig) else SourceConfig(path=source))
@@ -43,6 +48,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
         here = config.train.model_copy(update={"device": "cpu", "compile": False})
         model = set_up(config.model_copy(update={"train": here}), ranks, console).model
     _check_memory(config, cluster, model, sizes, console)
+    _check_plan(config, cluster, folder, ranks.world_size, nodes, console)
 
 
 def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, sizes: MeshSizes, console: Console) -> None:
@@ -59,7 +65,26 @@ def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, size
             f"{static} and a GPU has {cluster.gpu_memory:g}; use more ranks, another parallel.base, or "
             "parallel.base=paged"
         )
-    console.print(f"{static}; activations come on top", highlight=False, soft_wrap=True)
+    console.print(static, highlight=False, soft_wrap=True)
+
+
+def _check_plan(
+    config: Config, cluster: Cluster, folder: ModelFolder, world_size: int, nodes: int, console: Console
+) -> None:
+    """Refuse what is more than a GPU has by the plan; say so where that is not certain."""
+    card = None if cluster.gpu_memory is None else int(cluster.gpu_memory * 2**30)
+    try:
+        memory = plan_memory(make_run(config, folder.config, world_size, nodes), card)
+    except UserError as error:  # of a model or an engine that there are no formulas for
+        console.print(f"plan: none ({error})", highlight=False, soft_wrap=True)
+        return
+    peak = f"plan: a rank needs {memory.peak_bytes / 2**30:.3g} GiB {PHASES[memory.peak_phase]}"
+    if card is not None and memory.peak_bytes > card:
+        raise UserError(
+            f"{peak}, and a GPU has {cluster.gpu_memory:g}; `qlora-dist plan --search` finds a configuration that fits"
+        )
+    tight = "; with what the allocator adds that may not fit" if card is not None and not memory.fits(card) else ""
+    console.print(f"{peak}{tight}", highlight=False, soft_wrap=True)
 
 
 def static_bytes(model: PreTrainedModel, sizes: MeshSizes, moment_bits: int) -> tuple[float, float]:

@@ -37,7 +37,7 @@ class Cluster(Section):
     gpus_per_node: Annotated[int, Field(ge=0)] = 8
     """GPUs of a node, and the ranks on it unless `--ranks-per-node` says otherwise. 0: nodes without GPUs."""
     gpu_memory: Annotated[float, Field(gt=0)] | None = None
-    """GiB of one GPU. A run whose weights, adapters and moments alone are more is refused."""
+    """GiB of one GPU. A run that needs more by its plan is refused."""
     cpus_per_task: PositiveInt | None = None
     """Processor cores of a rank; null: what SLURM gives by itself."""
     memory: Word | None = None

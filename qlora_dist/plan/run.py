@@ -85,10 +85,14 @@ def make_run(
         described: what `describe` says of the model, if that is known already.
 
     Raises:
-        UserError: meshes that do not divide the world, a global batch that does not divide among the ranks, or an
-            architecture that is not known.
+        UserError: another engine than FSDP2, meshes that do not divide the world, a global batch that does not divide
+            among the ranks, or an architecture that is not known.
     """
     model, parallel, optim, train = config.model, config.parallel, config.optim, config.train
+    if parallel.engine != "fsdp2":
+        raise UserError(
+            f"parallel.engine: {parallel.engine}: there are formulas for fsdp2 only; plan that, and compare"
+        )
     if world_size % nodes:
         raise UserError(f"{world_size} ranks are not a multiple of {nodes} nodes; give equal nodes")
     per_node = world_size // nodes

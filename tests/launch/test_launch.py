@@ -69,6 +69,7 @@ def test_the_static_part_is_that_of_the_shapes(config: Config) -> None:
         ({"data": {"train": ["./nowhere.jsonl"]}}, {}, r"nowhere\.jsonl: no such data file"),
         ({"data": {"train": ["./nowhere.jsonl"]}}, {"preprocess": False}, r"nowhere\.jsonl: no such data file"),
         ({}, {"gpu_memory": 1e-5}, r"a rank holds .* GiB between steps .* and a GPU has 1e-05; use more ranks"),
+        ({}, {"gpu_memory": 2e-4}, r"needs .* GiB in a layer's backward pass, and a GPU has 0.0002; `qlora-dist plan"),
         ({}, {"gpus_per_node": 1}, "--ranks-per-node: 2 is more than the 1 GPUs of a node"),
     ],
 )
@@ -85,7 +86,12 @@ def test_a_gpu_that_is_not_here_is_no_mistake(config: Config) -> None:
         changed(config, train={"device": "cuda"}), CPU.model_copy(update={"gpus_per_node": 8, "gpu_memory": 80.0})
     )
     assert "a rank holds" in said
-    assert check(config, CPU.model_copy(update={"preprocess": False})).endswith("activations come on top\n")
+    assert "plan: a rank needs" in said
+    assert said.endswith("in a layer's backward pass\n")
+    tight = CPU.model_copy(update={"preprocess": False, "gpu_memory": 0.3})
+    assert check(config, tight).endswith("; with what the allocator adds that may not fit\n")
+    zero = changed(config, parallel={"engine": "zero3", "base": "node"})
+    assert "plan: none (parallel.engine: zero3: there are formulas for fsdp2 only" in check(zero, CPU)
 
 
 def test_a_dry_run_prints_the_script_and_leaves_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
