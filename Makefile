@@ -12,7 +12,7 @@ quickstart: $(VENV)/.demo  ## train a real model on two ranks, in about four min
 	$(BIN)/python -m qlora_dist.demo
 
 test: lint launchers  ## everything
-	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal --durations 20
 
 unit: $(VENV)/.dev  ## what is worth running before every commit
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"

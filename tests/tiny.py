@@ -94,3 +94,15 @@ def make_config(folder: Path, base: Path, **overrides: Any) -> Path:
     path = folder / "config.yaml"
     path.write_text(json.dumps(tree))  # JSON is YAML
     return path
+
+
+def make_large_config(folder: Path) -> Path:
+    """A configuration for a model in 4 bit so large that padding, whole rows and rotary frequencies are no per cent of
+    it, whose sizes are multiples of 3 and 4."""
+    from qlora_dist.model.quantize_folder import quantize_folder
+    from qlora_dist.model.quantize_plan import QuantizeOptions
+
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 516}
+    source = make_model(folder / "source", hidden_size=384, intermediate_size=768, num_hidden_layers=4, **heads)
+    quantized = quantize_folder(source, folder / "nf4", QuantizeOptions()).out
+    return make_config(folder, quantized, model__compute_dtype="bf16")

@@ -37,6 +37,13 @@ def losses(config: Config) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+def adapter_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """|a - b| / |a| of all adapter weights together."""
+    assert a.keys() == b.keys()
+    difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).double().norm()
+    return float(difference / torch.cat([t.flatten() for t in a.values()]).double().norm())
+
+
 def plain_losses(model: nn.Module, config: Config, steps: int) -> list[float]:
     """The same steps in one process by plain autograd: whole logits, torch's AdamW, whatever requires a gradient."""
     loader = set_up(config, ranks_from_environment({})).loader

@@ -17,10 +17,10 @@ from qlora_dist.merge.adapter import Values, read_adapter, read_values, update_r
 from qlora_dist.merge.plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
 from qlora_dist.merge.rows import Rows, quantize_rows, rows_given, rows_of_bytes, rows_trained_on
 from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.folder_out import finish_folder
+from qlora_dist.model.folder_out import finish_folder, in_files
 from qlora_dist.nf4.checkpoint import tensors
 from qlora_dist.nf4.read_ahead import pieces
-from qlora_dist.nf4.safetensors_file import Reader, Writer
+from qlora_dist.nf4.safetensors_file import Reader, Writer, specs_bytes
 
 
 @dataclass
@@ -106,7 +106,8 @@ def print_report(report: Report, console: Console) -> None:
 def _write_files(
     partial: Path, plan: MergePlan, folder: ModelFolder, options: MergeOptions, report: Report, console: Console
 ) -> None:
-    files = _files(plan, options.file_bytes)
+    places = in_files({place: specs_bytes(work.specs()) for place, work in enumerate(plan.work)}, options.file_bytes)
+    files = [[plan.work[place] for place in file] for file in places]
     steps = iter(track(plan.work, "merging", console=console, disable=not console.is_terminal, transient=True))
     with Reader() as reader:
         for index, file in enumerate(files, 1):
@@ -119,19 +120,6 @@ def _write_files(
                 for number, part in enumerate(work.parts):
                     _write_matrix(work, number, part, folder, options, reader, writer, report)
             writer.close()
-
-
-def _files(plan: MergePlan, file_bytes: int) -> list[list[Work]]:
-    files: list[list[Work]] = []
-    size = 0
-    for work in plan.work:
-        nbytes = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in work.specs())
-        if not files or size + nbytes > file_bytes:
-            files.append([])
-            size = 0
-        files[-1].append(work)
-        size += nbytes
-    return files
 
 
 def _copy(work: Work, reader: Reader, writer: Writer) -> None:

@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_dist.nf4.safetensors_file import read_header
+
+_T = TypeVar("_T")
 
 _COPIED = (  # what a model needs beside its weights; nothing that holds weights or code
     "*.json",
@@ -18,6 +20,19 @@ _COPIED = (  # what a model needs beside its weights; nothing that holds weights
     "LICENSE*",
     "README*",
 )
+
+
+def in_files(sizes: Mapping[_T, int], file_bytes: int) -> list[list[_T]]:
+    """Cut a list, with bytes for each of it, into files of at most `file_bytes`; what is larger has its own."""
+    files: list[list[_T]] = []
+    size = 0
+    for item, nbytes in sizes.items():
+        if not files or size + nbytes > file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(item)
+        size += nbytes
+    return files
 
 
 def finish_folder(partial: Path, out: Path, source: Path, config: Mapping[str, Any]) -> None:

@@ -16,12 +16,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import ModelFolder, read_json
-from qlora_dist.model.folder_out import finish_folder
+from qlora_dist.model.folder_out import finish_folder, in_files
 from qlora_dist.model.quantize_plan import Counts, Plan, QuantizeOptions, make_plan
 from qlora_dist.model.stream import quantize_next, tensor_reads
 from qlora_dist.nf4.checkpoint import tensor_specs, tensors
 from qlora_dist.nf4.read_ahead import Read, ReadAhead, Reading, pieces
-from qlora_dist.nf4.safetensors_file import Reader, Writer
+from qlora_dist.nf4.safetensors_file import Reader, Writer, specs_bytes
 
 _PLAN = "quantize-plan.json"
 
@@ -132,16 +132,8 @@ def print_report(report: Report, console: Console) -> None:
 
 def _files(plan: Plan, folder: ModelFolder, file_bytes: int) -> list[list[str]]:
     """The tensors of each file, in the order in which they lie in the source."""
-    files: list[list[str]] = []
-    size = 0
-    for name in sorted(plan.weights, key=lambda n: (folder.entries[n].path, folder.entries[n].start)):
-        nbytes = sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in _specs([name], plan, folder))
-        if not files or size + nbytes > file_bytes:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size += nbytes
-    return files
+    names = sorted(plan.weights, key=lambda name: (folder.entries[name].path, folder.entries[name].start))
+    return in_files({name: specs_bytes(_specs([name], plan, folder)) for name in names}, file_bytes)
 
 
 def _begin(partial: Path, folder: ModelFolder, options: QuantizeOptions) -> None:

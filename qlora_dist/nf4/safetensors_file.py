@@ -88,6 +88,11 @@ def _entry(path: Path, name: str, item: dict[str, Any], data_start: int) -> Entr
     return Entry(path, dtype, shape, data_start + start, data_start + stop)
 
 
+def specs_bytes(specs: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> int:
+    """Bytes of tensors of these types and shapes."""
+    return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in specs)
+
+
 class Reader:
     """Reads ranges of tensors, and counts the bytes. Files are opened at first use."""
 

@@ -11,6 +11,7 @@ import tiny
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
+from trained import adapter_difference
 
 from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
@@ -52,13 +53,6 @@ def train_on(layout: tuple[int, int, Any, str], config: Path, *overrides: str) -
 
 def losses(metrics: list[dict[str, Any]]) -> torch.Tensor:
     return torch.tensor([row["loss"] for row in metrics if "loss" in row], dtype=torch.float64)
-
-
-def adapter_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """|a - b| / |a| of all adapter weights together."""
-    assert a.keys() == b.keys()
-    difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).double().norm()
-    return float(difference / torch.cat([t.flatten() for t in a.values()]).double().norm())
 
 
 @pytest.fixture(scope="module")

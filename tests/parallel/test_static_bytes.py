@@ -25,28 +25,10 @@ from qlora_dist.parallel.static_bytes import check_static_bytes, static_bytes
 from qlora_dist.sharded import local_range
 from qlora_dist.train.setup import set_up
 
-LARGE = {  # multiples of 3 and 4
-    "hidden_size": 384,
-    "intermediate_size": 768,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 516,
-    "num_hidden_layers": 4,
-}
-
 
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model large enough that whole rows and rotary frequencies are no per cent of it."""
-    from qlora_dist.model.quantize_folder import quantize_folder
-    from qlora_dist.model.quantize_plan import QuantizeOptions
-
-    folder = tmp_path_factory.mktemp("static")
-    source = tiny.make_model(folder / "source", **LARGE)
-    return tiny.make_config(
-        folder, quantize_folder(source, folder / "nf4", QuantizeOptions()).out, model__compute_dtype="bf16"
-    )
+    return tiny.make_large_config(tmp_path_factory.mktemp("static"))
 
 
 def load(config: Config, tamper: str = "") -> dict[str, int | str]:

@@ -132,9 +132,11 @@ def crash(run: Run) -> None:
 
 
 SCENARIOS = {
-    "signal": Scenario(signal_then_requeue, "n[3-7]", extra=(("preflight", True), ("preprocess", True))),
+    "signal": Scenario(signal_then_requeue, "n[3-7]"),
     "preempted": Scenario(preempt, "n[1-2,5-7]", form="torchrun"),
-    "time": Scenario(out_of_time, "n[3-7]", steps=100_000, extra=(("save_time", 60),)),
+    "time": Scenario(
+        out_of_time, "n[3-7]", steps=100_000, extra=(("save_time", 60), ("preflight", True), ("preprocess", True))
+    ),
     "crash": Scenario(crash, "n[1-4]"),
 }
 
@@ -213,7 +215,7 @@ def test_two_jobs_on_the_same_nodes_leave_each_other_alone(results: Results) -> 
 
 
 def test_all_nodes_are_looked_at_before_the_ranks_start(results: Results) -> None:
-    assert re.search(r"^preflight: 2 nodes have met after", results.runs["signal"].output(), re.M)
+    assert re.search(r"^preflight: 2 nodes have met after", results.runs["time"].output(), re.M)
 
 
 def test_nothing_is_left_behind(results: Results, slurm: Any) -> None:

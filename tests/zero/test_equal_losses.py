@@ -12,6 +12,7 @@ import torch
 from architectures import make_architecture
 from ranks import run_ranks
 from safetensors.torch import load_file
+from trained import adapter_difference
 
 from qlora_dist.config_file import load_config
 from qlora_dist.train.run import train
@@ -32,13 +33,6 @@ def train_on(ranks: int, config: Path, *overrides: str, nodes: int = 1) -> list[
 
 def column(metrics: list[dict[str, Any]], key: str) -> torch.Tensor:
     return torch.tensor([row[key] for row in metrics if key in row], dtype=torch.float64)
-
-
-def adapter_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """|a - b| / |a| of all adapter weights together."""
-    assert a.keys() == b.keys()
-    difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).double().norm()
-    return float(difference / torch.cat([t.flatten() for t in a.values()]).double().norm())
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +85,15 @@ def test_zero3_trains_the_same(run: str, config: Path, single: list[dict[str, An
         assert 0.8 * gathered_twice_and_summed < received["world"] <= gathered_twice_and_summed
 
 
+PAGED_8_BIT = ("optim.name=paged-adamw-8bit", "optim.resident_bytes=0", "paging.page_bytes=4096", "paging.to=disk")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
         ("Gemma2", ("lora.dora=true", "lora.modules_to_save=[embed_tokens]", "model.compute_dtype=bf16")),  # tied
-        ("Mixtral", ("lora.experts=true", "parallel.adapter=node", "parallel.base=node")),
+        ("Mixtral", ("lora.experts=true", "parallel.adapter=node", "parallel.base=node", *PAGED_8_BIT)),
     ],
 )
 def test_the_rest_is_as_under_fsdp2(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:

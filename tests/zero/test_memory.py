@@ -26,27 +26,10 @@ from qlora_dist.sharded import gather, local_range, whole_shape
 from qlora_dist.train.evaluate import evaluate
 from qlora_dist.train.setup import set_up
 
-LARGE = {  # so that padding and rotary frequencies are no per cent of it
-    "hidden_size": 384,
-    "intermediate_size": 768,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 516,
-    "num_hidden_layers": 4,
-}
-
 
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from qlora_dist.model.quantize_folder import quantize_folder
-    from qlora_dist.model.quantize_plan import QuantizeOptions
-
-    folder = tmp_path_factory.mktemp("zero-memory")
-    source = tiny.make_model(folder / "source", **LARGE)
-    return tiny.make_config(
-        folder, quantize_folder(source, folder / "nf4", QuantizeOptions()).out, model__compute_dtype="bf16"
-    )
+    return tiny.make_large_config(tmp_path_factory.mktemp("zero-memory"))
 
 
 class LiveBytes(TorchDispatchMode):
