@@ -35,6 +35,7 @@ def questions(path: Path) -> list[str]:
     return [row["messages"][0]["content"] for row in rows(path)]
 
 
+@pytest.mark.slow
 def test_enough_pairs_and_a_small_held_out_part(folder: Path) -> None:
     train, held_out = len(rows(folder / "train.jsonl")), len(rows(folder / "eval.jsonl"))
     assert train + held_out >= python_docs.MIN_PAIRS
@@ -43,6 +44,7 @@ def test_enough_pairs_and_a_small_held_out_part(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "eval.jsonl"])
+@pytest.mark.slow
 def test_every_row_is_a_question_and_an_answer(folder: Path, name: str) -> None:
     for row in rows(folder / name):
         assert list(row) == ["messages"]
@@ -51,6 +53,7 @@ def test_every_row_is_a_question_and_an_answer(folder: Path, name: str) -> None:
         assert python_docs.MIN_CHARS <= len(row["messages"][1]["content"]) <= python_docs.MAX_CHARS
 
 
+@pytest.mark.slow
 def test_splits_share_neither_question_nor_answer_nor_its_first_paragraph(folder: Path) -> None:
     train, held_out = folder / "train.jsonl", folder / "eval.jsonl"
     assert not set(questions(train)) & set(questions(held_out))
@@ -63,6 +66,7 @@ def test_splits_share_neither_question_nor_answer_nor_its_first_paragraph(folder
     assert not summaries(train) & summaries(held_out)
 
 
+@pytest.mark.slow
 def test_no_answer_stands_twice(folder: Path) -> None:
     everything = answers(folder / "train.jsonl") + answers(folder / "eval.jsonl")
     assert len(set(everything)) == len(everything)
@@ -76,6 +80,7 @@ def test_a_second_build_writes_the_same_bytes(folder: Path, tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.jsonl", "train.jsonl"]
 
 
+@pytest.mark.slow
 def test_well_known_names_are_there_with_their_documentation(folder: Path) -> None:
     by_answer = "\n".join(answers(folder / "train.jsonl") + answers(folder / "eval.jsonl"))
     for signature in ("`os.path.join(a, *p)`", "`class pathlib.Path`", "`import heapq`"):
