@@ -356,9 +356,6 @@ def _prepare_process() -> None:
 
     die_with_parent()
     check_versions()
-    from qlora_dist.nf4.import_bnb import import_bitsandbytes  # imports torch
-
-    import_bitsandbytes()
 
 
 def main() -> None:

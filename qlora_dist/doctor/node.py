@@ -8,7 +8,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import bitsandbytes
 import torch
 
 from qlora_dist.doctor.finding import Finding
@@ -94,7 +93,8 @@ def check_kernels(device: torch.device) -> Finding:
     expected = _look_up(packed.cpu(), layout)
     if not torch.equal(found, expected):
         worst = float((found - expected).abs().max())
-        said = f"bitsandbytes {bitsandbytes.__version__} dequantizes wrongly on {device.type}, by up to {worst:.3g}"
+        version = metadata.version("bitsandbytes")
+        said = f"bitsandbytes {version} dequantizes wrongly on {device.type}, by up to {worst:.3g}"
         return Finding("kernels", "fail", said, "install another version of bitsandbytes (constraints.txt)")
     return Finding("kernels", "ok", f"bitsandbytes dequantizes on {device.type} to the last bit")
 

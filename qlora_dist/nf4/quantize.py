@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import bitsandbytes.functional as bnb
 import torch
 
+from qlora_dist.bnb import functional as bnb
 from qlora_dist.nf4.encode import encode
 from qlora_dist.nf4.layout import NESTED_BLOCK_SIZE, NF4Layout, QuantType
 from qlora_dist.nf4.tables import nested_code_table

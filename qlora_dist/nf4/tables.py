@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-import bitsandbytes.functional as bnb
 import torch
 
+from qlora_dist.bnb import functional as bnb
 from qlora_dist.nf4.layout import QuantType
 
 

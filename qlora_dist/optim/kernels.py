@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-import bitsandbytes.functional as bnb
 import torch
 
+from qlora_dist.bnb import functional as bnb
 from qlora_dist.config import OptimConfig
 from qlora_dist.optim.layout import BLOCK
 

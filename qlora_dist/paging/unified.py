@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import bitsandbytes.functional as bnb
 import torch
 
+from qlora_dist.bnb import functional as bnb
 from qlora_dist.errors import UserError
 from qlora_dist.paging.pager import Counts
 

@@ -8,14 +8,12 @@ import sys
 import pytest
 import torch
 
-from qlora_dist.nf4.import_bnb import _compile_at_first_call
+from qlora_dist.bnb import _compile_at_first_call
 
 CODE = """
 import sys
-from qlora_dist.nf4.import_bnb import import_bitsandbytes
 import torch
 compile = torch.compile
-import_bitsandbytes()
 import qlora_dist.train.run
 print(torch.compile is compile, "bitsandbytes" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
 """

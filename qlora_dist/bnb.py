@@ -1,0 +1,35 @@
+"""bitsandbytes, imported in three quarters of the time. Everybody here has it from this file.
+
+It decorates six fallbacks with `torch.compile`, which loads torch's whole compiler: a quarter of what every rank
+imports. Nothing of ours calls them (`nf4/quantize.py` says why); who does has them compiled at the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+
+def _compile_at_first_call(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    compiled: list[Callable[..., Any]] = []
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not compiled:
+            compiled.append(torch.compile(function, **options))
+        return compiled[0](*args, **kwargs)
+
+    return call
+
+
+_compile_now = torch.compile
+torch.compile = _compile_at_first_call  # type: ignore[assignment]
+try:
+    import bitsandbytes.functional as functional
+finally:
+    torch.compile = _compile_now
+
+__all__ = ["functional"]
