@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from rich.progress import track
 from qlora_dist.errors import UserError
 from qlora_dist.merge.adapter import Values, read_adapter, read_values, update_rows
 from qlora_dist.merge.plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
-from qlora_dist.merge.rows import Rows, quantize_rows, rows_given, rows_of_bytes, rows_trained_on
+from qlora_dist.merge.rows import packed_bytes, quantize_rows, rows_given, rows_of_bytes, rows_trained_on
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.folder_out import finish_folder, in_files
 from qlora_dist.nf4.checkpoint import tensors
@@ -142,42 +144,59 @@ def _write_matrix(
     report: Report,
 ) -> None:
     """One matrix of those of a tensor, merged; and how far it is from what was trained."""
-    values = None if part.update is None else read_values(part.update, reader)
-    given = rows_given if options.into == "original" else rows_trained_on
-    merged = _merged(given(part, folder, reader), values)
-    if work.in_4_bit:
-        packed = quantize_rows(merged, part.layout)
-        for key, tensor in tensors(part.matrix.name, packed, part.layout).items():
-            writer.write(key, tensor)
-        written = rows_of_bytes(packed, part.layout)
-    else:
-        written = _written(merged, work, number, part, writer)
-    if values is None:
-        for _ in written:
-            pass
+    if part.update is None and work.in_4_bit:
+        _write_4_bit(packed_bytes(part, folder, reader), part, writer)
         return
-    report.merged += 1
-    for (first, rows), (_, trained_on) in zip(written, rows_trained_on(part, folder, reader), strict=True):
-        report.compare(rows, trained_on, update_rows(trained_on, values, first))
+    values = None if part.update is None else read_values(part.update, reader)
+
+    def trained() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows that the adapter was trained on, and what they became."""
+        for first, rows in rows_trained_on(part, folder, reader):
+            yield rows, _updated(rows, values, first)
+
+    written: Iterator[torch.Tensor]
+    if work.in_4_bit:
+        packed = quantize_rows((rows for _, rows in trained()), part.layout)
+        _write_4_bit(packed, part, writer)
+        written = (rows for _, rows in rows_of_bytes(packed, part.layout))
+        compared = zip(written, trained(), strict=True)
+    elif options.into == "original":
+        written = (_updated(rows, values, first) for first, rows in rows_given(part, folder, reader))
+        compared = zip(_stored(written, work, number, part, writer), trained(), strict=True)
+    else:
+        one, other = tee(trained())
+        written = (merged for _, merged in one)
+        compared = zip(_stored(written, work, number, part, writer), other, strict=True)
+    for stored, (before, merged) in compared:
+        if values is not None:
+            report.compare(stored, before, merged)
+    report.merged += values is not None
 
 
-def _merged(rows: Rows, values: Values | None) -> Rows:
-    for first, chunk in rows:
-        yield first, chunk if values is None else update_rows(chunk, values, first)
+def _updated(rows: torch.Tensor, values: Values | None, first: int) -> torch.Tensor:
+    return rows if values is None else update_rows(rows, values, first)
 
 
-def _written(merged: Rows, work: Work, number: int, part: Part, writer: Writer) -> Rows:
+def _write_4_bit(packed: torch.Tensor, part: Part, writer: Writer) -> None:
+    for key, tensor in tensors(part.matrix.name, packed, part.layout).items():
+        writer.write(key, tensor)
+
+
+def _stored(
+    merged: Iterator[torch.Tensor], work: Work, number: int, part: Part, writer: Writer
+) -> Iterator[torch.Tensor]:
     """Writes rows in 16 or 32 bit, and gives them back in that type."""
     rows, columns = part.layout.shape
-    place, size = number * rows * columns * work.dtype.itemsize, work.dtype.itemsize
+    place = number * rows * columns * work.dtype.itemsize
     held = []
-    for first, chunk in merged:
+    for chunk in merged:
         stored = chunk.to(work.dtype)
         if part.matrix.transposed:
             held.append(stored)
         else:
-            writer.write(work.key, stored, place + first * columns * size)
-        yield first, stored
+            writer.write(work.key, stored, place)
+            place += stored.nbytes
+        yield stored
     if held:
         writer.write(work.key, torch.cat(held).T.contiguous(), place)
 

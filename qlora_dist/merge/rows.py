@@ -40,13 +40,13 @@ def packed_bytes(part: Part, folder: ModelFolder, reader: Reader) -> torch.Tenso
         packed = torch.empty(part.layout.total_bytes, dtype=torch.uint8)
         folder.quantized[part.matrix.name].read_range(reader, packed, 0)
         return packed
-    return quantize_rows(_rows_of_file(part, folder, reader), part.layout)
+    return quantize_rows((rows for _, rows in _rows_of_file(part, folder, reader)), part.layout)
 
 
-def quantize_rows(rows: Rows, layout: NF4Layout) -> torch.Tensor:
+def quantize_rows(rows: Iterator[torch.Tensor], layout: NF4Layout) -> torch.Tensor:
     """packed: uint8[layout.total_bytes] of rows that come in these pieces; rounded to the layout's type first."""
     dtype = getattr(torch, layout.dtype)
-    return quantize_pieces((chunk.to(dtype).flatten() for _, chunk in rows), layout, torch.device("cpu"))
+    return quantize_pieces((chunk.to(dtype).flatten() for chunk in rows), layout, torch.device("cpu"))
 
 
 def rows_of_bytes(packed: torch.Tensor, layout: NF4Layout) -> Rows:
