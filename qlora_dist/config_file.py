@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -16,6 +16,8 @@ from qlora_dist.config import Config
 from qlora_dist.errors import UserError
 
 Key = tuple[str, ...]
+Sections = Mapping[str, Mapping[str, Any]]
+"""Values of some keys, by section."""
 _Sections = TypeVar("_Sections", bound=BaseModel)
 
 
@@ -104,6 +106,12 @@ def config_from(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
     except ValidationError as error:
         where = Path("configuration")
         raise UserError(_sentence(error.errors(), tree, where, places, _known_keys(Config))) from None
+
+
+def changed(config: Config, sections: Sections) -> Config:
+    """The configuration with other values for some keys."""
+    tree = config.model_dump()
+    return Config.model_validate(tree | {section: {**tree[section], **keys} for section, keys in sections.items()})
 
 
 def dump_config(config: Config) -> str:

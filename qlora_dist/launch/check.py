@@ -37,16 +37,16 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
     ranks = Ranks(0, nodes * ranks_per_node, 0, ranks_per_node, "none")
     check_run_dir(config)
     sizes = mesh_sizes(config.parallel, ranks)
-    folder = ModelFolder(config.model.base)
     if cluster.preprocess:
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)
-        _, model, _ = set_up_model(config, folder)
+        folder, model, _ = set_up_model(config)
         load_tokenizer(folder.path)
         for source in [*config.data.train, *([config.data.eval] if config.data.eval else [])]:
             source_files(source if isinstance(source, SourceConfig) else SourceConfig(path=source))
     else:
         here = config.train.model_copy(update={"device": "cpu", "compile": False})
-        model = set_up(config.model_copy(update={"train": here}), ranks, console).model
+        setup = set_up(config.model_copy(update={"train": here}), ranks, console)
+        folder, model = setup.folder, setup.model
     _check_memory(config, cluster, model, sizes, console)
     _check_plan(config, cluster, folder, ranks.world_size, nodes, console)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -46,6 +47,22 @@ class Meshes:
     def one_group(self) -> bool:
         """Base and adapters are cut alike, so that a layer's are gathered in one collective."""
         return self.adapter is self.base
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        name = self.base.device_type
+        return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+    @property
+    def adapter_group(self) -> dist.ProcessGroup:
+        """Of the ranks that share the adapters."""
+        return self.adapter.get_group(self.adapter.ndim - 1)
+
+    @property
+    def is_first_adapter(self) -> bool:
+        """Whether no rank before this one holds the same part of the adapters."""
+        return self.adapter.ndim == 1 or self.adapter.get_local_rank(0) == 0
 
 
 def mesh_sizes(config: ParallelConfig, ranks: Ranks) -> MeshSizes:

@@ -41,7 +41,7 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     prepare_layers(layers, config.train)
 
     traffic = Traffic()
-    partitioner = Partitioner(_device(meshes), _counted(traffic, meshes))
+    partitioner = Partitioner(meshes.device, _counted(traffic, meshes))
     _cut_all(model, meshes, config, partitioner)
 
     settings = ds_config(config, largest_layer(model))["zero_optimization"]
@@ -67,11 +67,6 @@ def largest_layer(model: PreTrainedModel) -> int:
     return max(sum(whole_shape(p).numel() for p in layer.parameters()) for layer in decoder_layers(model))
 
 
-def _device(meshes: Meshes) -> torch.device:
-    name = meshes.base.device_type
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
 def _counted(traffic: Traffic, meshes: Meshes) -> Any:
     """Counts by the names of the meshes' dimensions."""
     names = {}
@@ -86,15 +81,14 @@ def _counted(traffic: Traffic, meshes: Meshes) -> Any:
 
 
 def _cut_all(model: nn.Module, meshes: Meshes, config: Config, partitioner: Partitioner) -> None:
-    base, adapter = meshes.base.get_group(), meshes.adapter.get_group(meshes.adapter.ndim - 1)
+    base, adapter = meshes.base.get_group(), meshes.adapter_group
     first_base = meshes.base_replicas is None or meshes.base_replicas.get_local_rank() == 0
-    first_adapter = meshes.adapter.ndim == 1 or meshes.adapter.get_local_rank(0) == 0
     offload = config.parallel.offload == "base"
     dtype = COMPUTE_DTYPES[config.model.compute_dtype]
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             trained = parameter.requires_grad
-            group, first = (adapter, first_adapter) if trained else (base, first_base)
+            group, first = (adapter, meshes.is_first_adapter) if trained else (base, first_base)
             module._parameters[name] = partitioner.cut(parameter, group, dtype, offload and not trained, first)
 
 

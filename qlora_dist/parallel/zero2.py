@@ -33,14 +33,11 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     """
     layers = list(decoder_layers(model))
     prepare_layers(layers, config.train)
-    dtype, name = COMPUTE_DTYPES[config.model.compute_dtype], meshes.base.device_type
-    device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-    group = meshes.adapter.get_group(meshes.adapter.ndim - 1)
-    first = meshes.adapter.ndim == 1 or meshes.adapter.get_local_rank(0) == 0
+    dtype, group = COMPUTE_DTYPES[config.model.compute_dtype], meshes.adapter_group
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                module._parameters[key] = _with_part(parameter, group, dtype, device, first)
+                module._parameters[key] = _with_part(parameter, group, dtype, meshes.device, meshes.is_first_adapter)
             elif parameter.is_floating_point():  # some are to be in fp32 in files, and are computed with as all others
                 module._parameters[key] = nn.Parameter(parameter.to(dtype), requires_grad=False)
 

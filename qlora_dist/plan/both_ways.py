@@ -39,7 +39,7 @@ def print_both(plan: Plan, traced: Trace, console: Console) -> None:
     memory = plan.memory
     rows: list[tuple[str, int, int]] = [("between steps", memory.static_bytes, traced.static_bytes)]
     for phase, nbytes in traced.phases.items():
-        rows.append((phase.replace("_", " "), memory.static_bytes + sum(memory.phases[phase].values()), nbytes))
+        rows.append((phase.replace("_", " "), memory.phase_bytes(phase), nbytes))
     rows.append(("peak", memory.peak_bytes, traced.peak_bytes))
     for dim in traced.traffic:
         rows.append((f"received in a step, {dim}", plan.traffic.get(dim, 0), traced.traffic[dim]))

@@ -104,7 +104,7 @@ def decoder_layers(config: Mapping[str, Any], lora: LoraConfig) -> list[Layer]:
     return layers
 
 
-def wants(matrix: Matrix, lora: LoraConfig) -> bool:
+def _wants(matrix: Matrix, lora: LoraConfig) -> bool:
     """Whether the section `lora` adapts a projection."""
     if matrix.experts:
         return lora.experts
@@ -147,7 +147,7 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> Layer:
             Matrix("up_proj", intermediate, hidden, bias, is_taken=is_taken),
             Matrix("down_proj", hidden, intermediate, bias, is_taken=is_taken),
         ]
-    marked = tuple(replace(matrix, adapted=wants(matrix, lora)) for matrix in matrices)
+    marked = tuple(replace(matrix, adapted=_wants(matrix, lora)) for matrix in matrices)
     return Layer(
         marked,
         attention,

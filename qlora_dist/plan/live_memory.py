@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_dist.optim.adamw import PagedAdamW
+from qlora_dist.plan.step import Phase
 
-Phase = Literal["embedding", "layer_forward", "head", "layer_backward", "optimizer"]
 Place = tuple[Phase, int]
 """A phase, and of a layer's which layer: counted from 0."""
 

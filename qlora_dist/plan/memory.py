@@ -41,15 +41,19 @@ class Memory:
         """What a run compares with its share after loading: static, without moments."""
         return self.static_bytes - self.static["moments"]
 
+    def phase_bytes(self, phase: Phase) -> int:
+        """All that is allocated at the peak of a phase."""
+        return self.static_bytes + sum(self.phases[phase].values())
+
     @property
     def peak_phase(self) -> Phase:
         """The phase that needs most."""
-        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+        return max(self.phases, key=self.phase_bytes)
 
     @property
     def peak_bytes(self) -> int:
         """The most that is allocated at any time."""
-        return self.static_bytes + sum(self.phases[self.peak_phase].values())
+        return self.phase_bytes(self.peak_phase)
 
     @property
     def reserved_bytes(self) -> tuple[int, int]:

@@ -68,7 +68,7 @@ class Plan:
                 "terms": {**memory.static, **memory.phases[memory.peak_phase]},
                 "static_terms": memory.static,
                 "phases": {
-                    phase: {"bytes": memory.static_bytes + sum(terms.values()), "terms": terms}
+                    phase: {"bytes": memory.phase_bytes(phase), "terms": terms}
                     for phase, terms in memory.phases.items()
                 },
             },

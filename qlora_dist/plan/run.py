@@ -93,8 +93,7 @@ def make_run(
         raise UserError(
             f"parallel.engine: {parallel.engine}: there are formulas for fsdp2 only; plan that, and compare"
         )
-    if world_size % nodes:
-        raise UserError(f"{world_size} ranks are not a multiple of {nodes} nodes; give equal nodes")
+    check_nodes(world_size, nodes)
     per_node = world_size // nodes
     named = {"replicate": 1, "node": per_node, "paged": per_node, "world": world_size}
     base = parallel.base if isinstance(parallel.base, int) else named[parallel.base]
@@ -122,6 +121,16 @@ def make_run(
         packed=config.data.packing != "none",
         device=device,
     )
+
+
+def check_nodes(world_size: int, nodes: int) -> None:
+    """See whether nodes can have equally many ranks.
+
+    Raises:
+        UserError: they can't.
+    """
+    if world_size % nodes:
+        raise UserError(f"{world_size} ranks are not a multiple of {nodes} nodes; give equal nodes")
 
 
 def _described(config: Config, model_config: Mapping[str, Any]) -> Model:

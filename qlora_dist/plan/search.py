@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from qlora_dist.config import Config
-from qlora_dist.config_file import dump_config
+from qlora_dist.config_file import Sections, changed, dump_config
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration import load_calibration
 from qlora_dist.plan.find_model import read_model_config
@@ -23,7 +23,6 @@ from qlora_dist.plan.verb import Asked, make_config
 
 _WORTHWHILE = 0.97
 """A more involved configuration has to take no more than this part of the time: times are not known better."""
-Sections = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,6 @@ def fastest(asked: Asked) -> Found:
             f"{need:.1f} GiB a GPU of {gpu.memory:g}; use more GPUs, a shorter data.seq_len, or a smaller lora.r"
         )
     return best
-
-
-def changed(config: Config, sections: Sections) -> Config:
-    """The configuration with other values for some keys."""
-    tree = config.model_dump()
-    return Config.model_validate(tree | {section: tree[section] | keys for section, keys in sections.items()})
 
 
 def _budget(least: Plan) -> int:

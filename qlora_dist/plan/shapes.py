@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from qlora_dist.config import LoraConfig
 from qlora_dist.nf4.layout import NF4Layout
-from qlora_dist.plan.layers import Layer, Matrix, decoder_layers, head_dim, wants
+from qlora_dist.plan.layers import Layer, Matrix, decoder_layers, head_dim
 
 UnitKind = Literal["embedding", "shared_embedding", "layer", "head", "root"]
 
@@ -71,13 +71,18 @@ class Model:
     @cached_property
     def distinct(self) -> list[tuple[Unit, int]]:
         """Units that differ, and how many there are of each: layers are mostly alike."""
-        units = {id(unit): unit for unit in self.units}
-        counts = Counter(id(unit) for unit in self.units)
-        return [(unit, counts[key]) for key, unit in units.items()]
+        return distinct_units(self.units)
 
     def layout(self, matrix: Matrix) -> NF4Layout:
         """Of one of a layer's quantized matrices."""
         return NF4Layout((matrix.rows, matrix.columns), "nf4", self.block_size, self.double_quant)
+
+
+def distinct_units(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
+    """Units that differ, and how many there are of each."""
+    every = list(units)
+    counts = Counter(map(id, every))
+    return [(unit, counts[key]) for key, unit in {id(unit): unit for unit in every}.items()]
 
 
 def describe(
@@ -142,7 +147,7 @@ def _parameters(layer: Layer, lora: LoraConfig, block_size: int, double_quant: b
         parameters.append(Parameter((count * layout.total_bytes,), is_bytes=True))
         if matrix.has_bias:
             parameters.append(Parameter((matrix.rows,)))
-        if wants(matrix, lora):
+        if matrix.adapted:
             pairs, rows = matrix.experts or 1, matrix.rows * matrix.parts
             parameters += [
                 Parameter((pairs * lora.r, matrix.columns), trained=True),

@@ -14,7 +14,7 @@ from qlora_dist.plan.activations import LayerMemory, layer_memory
 from qlora_dist.plan.gathered import Gathered, gathered
 from qlora_dist.plan.run import Run
 from qlora_dist.plan.shapes import Unit
-from qlora_dist.plan.traffic import shard_elements
+from qlora_dist.plan.traffic import trained_elements
 
 Phase = Literal["embedding", "layer_forward", "head", "layer_backward", "optimizer"]
 Terms = dict[str, int]
@@ -139,8 +139,7 @@ class _Step:
         return sums[::-1]
 
     def _shards(self, unit: Unit) -> int:
-        shards = self.run.sharding.adapter_shards
-        return _FP32 * sum(shard_elements(p, shards) for p in unit.parameters if p.trained)
+        return _FP32 * trained_elements(unit, self.run.sharding.adapter_shards)
 
     def _always(self, index: int) -> Terms:
         """What is there while layer `index` is at work: inputs, and what layers before it have left for backward."""

@@ -11,7 +11,7 @@ from qlora_dist.plan.layers import Layer
 from qlora_dist.plan.memory import Memory, shard_bytes
 from qlora_dist.plan.run import Run
 from qlora_dist.plan.shapes import Unit
-from qlora_dist.plan.traffic import shard_elements
+from qlora_dist.plan.traffic import trained_elements
 
 UNCERTAINTY = 0.3
 """Of every time that is not calibrated."""
@@ -237,7 +237,7 @@ def _gather_seconds(run: Run, unit: Unit, speed: Speeds) -> dict[str, float]:
 def _reduce_seconds(run: Run, unit: Unit, speed: Speeds) -> dict[str, float]:
     """Of summing a unit's gradients, fp32."""
     shards = run.sharding.adapter_shards
-    shard = 4 * sum(shard_elements(p, shards) for p in unit.parameters if p.trained)
+    shard = 4 * trained_elements(unit, shards)
     seconds = collective_seconds(run, shard * (shards - 1), shards, speed)
     replicas = run.sharding.world_size // shards
     if replicas > 1:  # every rank its own shard, all at once
@@ -262,12 +262,8 @@ def _fetched_share(run: Run, memory: Memory) -> float:
 
 def _update_seconds(run: Run, memory: Memory, speed: Speeds) -> dict[str, float]:
     """Weight, gradient and moments are read, weight and moments written; pages that moved come and go."""
-    elements = sum(
-        count * shard_elements(p, run.sharding.adapter_shards)
-        for unit, count in run.model.distinct
-        for p in unit.parameters
-        if p.trained
-    )
+    shards = run.sharding.adapter_shards
+    elements = sum(count * trained_elements(unit, shards) for unit, count in run.model.distinct)
     seconds = {"element-wise operations": 28 * elements / speed.streaming}
     if memory.paged_moments:
         seconds["paging"] = 2 * memory.paged_moments / speed.host

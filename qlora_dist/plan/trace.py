@@ -56,7 +56,9 @@ from qlora_dist.parallel.fsdp import parallelize
 from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
 from qlora_dist.parallel.traffic import Traffic
 from qlora_dist.plan.blueprint import Blueprint, with_layers
-from qlora_dist.plan.live_memory import LiveMemory, Phase, Place, mark_phases
+from qlora_dist.plan.live_memory import LiveMemory, Place, mark_phases
+from qlora_dist.plan.run import check_nodes
+from qlora_dist.plan.step import Phase
 from qlora_dist.train.setup import set_up_model
 from qlora_dist.train.step import AdapterShards, shard_sizes, train_step
 
@@ -291,8 +293,7 @@ def _check(config: Config, folder: ModelFolder, world_size: int, nodes: int) -> 
             "parallel: a base that is paged or offloaded cannot be traced, as device and host are one in a trace; "
             "plan without --trace"
         )
-    if world_size % nodes:
-        raise UserError(f"{world_size} ranks are not a multiple of {nodes} nodes; give equal nodes")
+    check_nodes(world_size, nodes)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qlora_dist.plan.shapes import Parameter, Unit, UnitKind
+from qlora_dist.plan.shapes import Parameter, Unit, UnitKind, distinct_units
 
 _GATHERS: dict[UnitKind, int] = {
     "embedding": 1,  # frozen: not needed in backward
@@ -52,10 +52,7 @@ def step_traffic(
     base_dim = "world" if sharding.base_shards == world else "shard"
     adapter_dim = "world" if replicas == 1 else "shard"
     traffic: Counter[str] = Counter()
-    known = list(units)
-    counts = Counter(id(unit) for unit in known)  # layers are mostly alike
-    for unit in {id(unit): unit for unit in known}.values():
-        count = counts[id(unit)]
+    for unit, count in distinct_units(units):  # layers are mostly alike
         gathers = count * _GATHERS[unit.kind] * gradient_accumulation
         gradient = 0
         for parameter in unit.parameters:
@@ -80,6 +77,11 @@ def shard_elements(parameter: Parameter, shards: int) -> int:
     """
     cut = parameter.shape[1 if cut_by_columns(parameter, shards) else 0]
     return parameter.numel // cut * -(-cut // shards)
+
+
+def trained_elements(unit: Unit, shards: int) -> int:
+    """Elements of a rank's shards of what is trained in a unit, padding included."""
+    return sum(shard_elements(p, shards) for p in unit.parameters if p.trained)
 
 
 def cut_by_columns(parameter: Parameter, shards: int) -> bool:

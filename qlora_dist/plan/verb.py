@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from qlora_dist.config import Config
-from qlora_dist.config_file import config_from
+from qlora_dist.config_file import changed, config_from
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration import load_calibration
 from qlora_dist.plan.find_model import read_model_config
@@ -114,8 +114,7 @@ def make_config(asked: Asked) -> Config:
     rows = asked.ranks * config.train.micro_batch
     given = [o for o in asked.overrides if o.partition("=")[0].strip() == "train.global_batch"]
     if not given:
-        train = {**config.train.model_dump(), "global_batch": rows * -(-16 // rows)}
-        return Config.model_validate({**config.model_dump(), "train": train})
+        return changed(config, {"train": {"global_batch": rows * -(-16 // rows)}})
     config = config_from(tree, asked.overrides)
     if config.train.global_batch % rows:
         raise UserError(

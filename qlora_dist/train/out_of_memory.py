@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora_dist.config import Config
+from qlora_dist.config_file import Sections, changed
 from qlora_dist.errors import UserError
 from qlora_dist.plan.hardware import load_hardware
 from qlora_dist.plan.memory import CONTEXT_BYTES, RESERVED, Memory, plan_memory
@@ -33,7 +32,7 @@ class Change:
 
     harm: int
     """0: what is computed stays the same but for rounding; 1: fewer bits; 2: it is another training."""
-    sections: Mapping[str, Mapping[str, Any]]
+    sections: Sections
 
     @property
     def setting(self) -> str:
@@ -140,10 +139,7 @@ def _change(harm: int, **sections: Mapping[str, Any]) -> Change:
 
 def _planned(setup: Setup, change: Change, had: int, known: Speeds) -> tuple[int, float]:
     """Bytes at the peak, and tokens/s; the latter only to be compared."""
-    tree = setup.config.model_dump()
-    for section, values in change.sections.items():
-        tree[section].update(values)
-    run = run_of(setup, Config.model_validate(tree))
+    run = run_of(setup, changed(setup.config, change.sections))
     memory = _memory(run, setup, had)
     return memory.peak_bytes, step_time(run, memory, known).tokens_per_s
 
@@ -154,14 +150,12 @@ def together(setup: Setup, single: list[tuple[Change, int, float]], limit: int, 
     Returns:
         Them, and bytes at the peak.
     """
-    tree, least, settings = setup.config.model_dump(), sys.maxsize, dict[str, Any]()
+    config, least, settings = setup.config, sys.maxsize, dict[str, Any]()
     for change, _, _ in sorted((s for s in single if s[0].harm < 2), key=lambda s: (s[0].harm, -s[2])):
-        tried = copy.deepcopy(tree)
-        for section, values in change.sections.items():
-            tried[section].update(values)
-        peak = _memory(run_of(setup, Config.model_validate(tried)), setup, had).peak_bytes
+        tried = changed(config, change.sections)
+        peak = _memory(run_of(setup, tried), setup, had).peak_bytes
         if peak < least:
-            tree, least = tried, peak
+            config, least = tried, peak
             settings |= {
                 f"{section}.{key}": v for section, values in change.sections.items() for key, v in values.items()
             }
