@@ -6,7 +6,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -154,23 +153,21 @@ def _write_matrix(
         for first, rows in rows_trained_on(part, folder, reader):
             yield rows, _updated(rows, values, first)
 
-    written: Iterator[torch.Tensor]
+    report.merged += values is not None
     if work.in_4_bit:
         packed = quantize_rows((rows for _, rows in trained()), part.layout)
         _write_4_bit(packed, part, writer)
-        written = (rows for _, rows in rows_of_bytes(packed, part.layout))
-        compared = zip(written, trained(), strict=True)
-    elif options.into == "original":
-        written = (_updated(rows, values, first) for first, rows in rows_given(part, folder, reader))
-        compared = zip(_stored(written, work, number, part, writer), trained(), strict=True)
-    else:
-        one, other = tee(trained())
-        written = (merged for _, merged in one)
-        compared = zip(_stored(written, work, number, part, writer), other, strict=True)
-    for stored, (before, merged) in compared:
+        for (_, stored), (before, merged) in zip(rows_of_bytes(packed, part.layout), trained(), strict=True):
+            report.compare(stored, before, merged)
+        return
+    given = rows_given(part, folder, reader) if options.into == "original" else None
+    place = _Place(work, number, part, writer)
+    for before, merged in trained():
+        first, rows = next(given) if given is not None else (0, None)
+        stored = place.write(merged if rows is None else _updated(rows, values, first))
         if values is not None:
             report.compare(stored, before, merged)
-    report.merged += values is not None
+    place.close()
 
 
 def _updated(rows: torch.Tensor, values: Values | None, first: int) -> torch.Tensor:
@@ -182,23 +179,29 @@ def _write_4_bit(packed: torch.Tensor, part: Part, writer: Writer) -> None:
         writer.write(key, tensor)
 
 
-def _stored(
-    merged: Iterator[torch.Tensor], work: Work, number: int, part: Part, writer: Writer
-) -> Iterator[torch.Tensor]:
-    """Writes rows in 16 or 32 bit, and gives them back in that type."""
-    rows, columns = part.layout.shape
-    place = number * rows * columns * work.dtype.itemsize
-    held = []
-    for chunk in merged:
-        stored = chunk.to(work.dtype)
-        if part.matrix.transposed:
-            held.append(stored)
+class _Place:
+    """Where the rows of a matrix go in 16 or 32 bit, from the first on; those of a transposed one are held."""
+
+    def __init__(self, work: Work, number: int, part: Part, writer: Writer) -> None:
+        rows, columns = part.layout.shape
+        self._first = number * rows * columns * work.dtype.itemsize
+        self._work, self._writer, self._transposed = work, writer, part.matrix.transposed
+        self._held: list[torch.Tensor] = []
+
+    def write(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows as they are written."""
+        stored = rows.to(self._work.dtype)
+        if self._transposed:
+            self._held.append(stored)
         else:
-            writer.write(work.key, stored, place)
-            place += stored.nbytes
-        yield stored
-    if held:
-        writer.write(work.key, torch.cat(held).T.contiguous(), place)
+            self._writer.write(self._work.key, stored, self._first)
+            self._first += stored.nbytes
+        return stored
+
+    def close(self) -> None:
+        """After the last rows."""
+        if self._held:
+            self._writer.write(self._work.key, torch.cat(self._held).T.contiguous(), self._first)
 
 
 def _config(folder: ModelFolder, plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
