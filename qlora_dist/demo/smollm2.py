@@ -12,8 +12,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from qlora_dist.errors import UserError
 
@@ -66,7 +68,8 @@ def unpack(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a complete model folder; delete it or name another")
     gguf = find_gguf()
-    with _appearing_when_complete(folder) as temporary:
+    _require_gguf_reader()
+    with _appearing_when_complete(folder) as temporary, _read_once():
         _write_tokenizer(gguf, temporary)
         _write_model(gguf, temporary)
     return folder
@@ -78,7 +81,6 @@ def is_complete(folder: Path) -> bool:
 
 
 def _write_tokenizer(gguf: Path, folder: Path) -> None:
-    _require_gguf_reader()
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -123,6 +125,20 @@ def _require_gguf_reader() -> None:
         importlib.metadata.version("gguf")
     except importlib.metadata.PackageNotFoundError:
         raise UserError("the package gguf, which reads the model file, is not installed; pip install gguf") from None
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """For transformers, which opens the file for the configuration, the tokenizer and the weights, each time parsing all of the
+    vocabulary, and makes the table of names once per module: more than half of the time.
+    """
+    import gguf
+
+    with (
+        patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
+        yield
 
 
 @contextmanager
