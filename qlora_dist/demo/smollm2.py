@@ -129,8 +129,8 @@ def _require_gguf_reader() -> None:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """For transformers, which opens the file for the configuration, the tokenizer and the weights, each time parsing all of the
-    vocabulary, and makes the table of names once per module: more than half of the time.
+    """For transformers, which opens the file for the configuration, the tokenizer and the weights, parsing all of the
+    vocabulary each time, and makes the table of names once per module: more than half of the time.
     """
     import gguf
 
