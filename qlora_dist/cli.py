@@ -277,6 +277,20 @@ def export_ds_config(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/my-run.", metavar="RUN...")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; without it report.html, of one run in its own folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and write nothing.")] = False,
+) -> None:
+    """Show a run on one page, or several side by side: loss, throughput, memory, paging, configuration."""
+    from qlora_dist.report.page import report, report_json
+
+    typer.echo(report_json(runs) if as_json else str(report(runs, out)))
+
+
+@app.command()
 def jobs(
     folder: Annotated[Path, _RUNS] = Path("runs"),
     follow: Annotated[str | None, typer.Option(help="Print what this run's rank 0 prints, until it ends.")] = None,

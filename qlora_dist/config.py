@@ -276,6 +276,12 @@ class RunConfig(Section):
     """This run's folder in it."""
     overwrite: bool = False
     """Replace a run of that name."""
+    report: bool = True
+    """Write report.html at the end: loss, throughput, memory, configuration."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Log metrics there too. Their settings come from their own environment variables."""
+    project: str = "qlora-dist"
+    """Of wandb, and the experiment of mlflow."""
 
 
 class Config(Section):

@@ -270,3 +270,12 @@ def _nearest(key: Key, known: set[Key]) -> Key | None:
 def _siblings(key: Key, known: set[Key]) -> str:
     names = sorted(k[-1] for k in known if k[:-1] == key[:-1])
     return f"this section knows {', '.join(names)}"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat

@@ -86,7 +86,7 @@ def make_config(folder: Path, base: Path, **overrides: Any) -> Path:
         "parallel": {"base": "world"},
         "optim": {"lr": 1e-2, "warmup_steps": 2},
         "train": {"steps": 10, "global_batch": 12, "device": "cpu"},
-        "run": {"dir": str(folder / "runs"), "name": "run"},
+        "run": {"dir": str(folder / "runs"), "name": "run", "report": False},  # matplotlib takes a second
     }
     for key, value in overrides.items():
         section, _, name = key.partition("__")

@@ -19,12 +19,10 @@ def draw(plan: Plan, by_nodes: Sequence[tuple[int, Plan]], path: Path) -> None:
         path: of the file.
 
     Raises:
-        UserError: there is no matplotlib, or the file cannot be written.
+        UserError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is not installed; pip install 'qlora-dist[plots]'") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     memory = plan.memory

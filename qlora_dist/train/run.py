@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
 from qlora_dist.adapters.export import export_adapter
 from qlora_dist.config import Config
+from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
 from qlora_dist.model.skeleton import decoder_layers
@@ -32,6 +35,7 @@ from qlora_dist.train.setup import Setup, set_up
 from qlora_dist.train.step import shard_sizes
 from qlora_dist.train.stop import BY_HAND
 from qlora_dist.train.summary import announce, summarize
+from qlora_dist.train.trackers import trackers
 from qlora_dist.train.watchdog import watchdog
 
 
@@ -53,6 +57,8 @@ def train(config: Config, resume: str = "auto") -> None:
         setup = set_up(config, ranks, console.console)
         with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s), answered(setup):
             run(setup, console, resume)
+        if ranks.rank == 0 and config.run.report and (run_path(config.run) / DONE).exists():
+            _report(run_path(config.run), console)
 
 
 def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
@@ -86,7 +92,11 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     static_bytes = check_static_bytes(model, setup.sizes, *in_pages)
     console.say_loaded(static_bytes)
 
-    with closing(moments), closing(pages) if pages is not None else nullcontext():
+    with (
+        closing(moments),
+        closing(pages) if pages is not None else nullcontext(),
+        _tracking(config, run_dir, start.manifest is None, console),
+    ):
         history = train_loop(model, moments, setup, start, traffic, console, run_dir, pages)
     step = history.progress.step
     if history.stop is not None:
@@ -101,6 +111,27 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     summarize(setup, history, held, time.perf_counter() - started, expected, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE, step, "last step")
+
+
+@contextmanager
+def _tracking(config: Config, run_dir: RunDir | None, fresh: bool, console: RunConsole) -> Iterator[None]:
+    """On rank 0, what goes into metrics.jsonl goes to trackers too."""
+    if run_dir is None:
+        yield
+        return
+    with trackers(config, run_dir.path, fresh, console.say) as log:
+        run_dir.listeners.append(log)
+        yield
+
+
+def _report(path: Path, console: RunConsole) -> None:
+    """Whatever becomes of it, the run is done."""
+    from qlora_dist.report.page import report
+
+    try:
+        console.say(f"report: {report([path])}")
+    except UserError as error:
+        console.say(f"no report: {error}")
 
 
 def _page_base(setup: Setup, console: RunConsole) -> PagedLayers | None:

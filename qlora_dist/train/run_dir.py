@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
@@ -22,7 +23,7 @@ MARKERS = (DONE, REQUEUE, STOPPED)
 PROCESS_FILE = "process.json"
 """Where rank 0 runs, and how many steps it is going to do; for those who look at the run from outside."""
 
-_REPLACED = ("adapter", "checkpoints")
+_REPLACED = ("adapter", "checkpoints", "tensorboard")
 """What a new run removes of an old one of its name."""
 
 
@@ -91,12 +92,14 @@ class RunDir:
         if fresh:
             for name in _REPLACED:
                 shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("summary.json", *MARKERS):
+        for name in ("summary.json", "report.html", *MARKERS):
             (self.path / name).unlink(missing_ok=True)
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         (self.path / PROCESS_FILE).write_text(json.dumps({**this_process(), "steps": steps}) + "\n", encoding="utf-8")
         self._metrics = _metrics_until(self.path / "metrics.jsonl", -1 if fresh else step)
         self._unwritten: list[str] = []
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        """Called with what is appended to the metrics."""
 
     def go_back(self, step: int) -> None:
         """Take out the metrics of steps after `step`."""
@@ -116,6 +119,8 @@ class RunDir:
         with suppress(OSError):
             self._metrics.write("".join(self._unwritten).encode())
             self._unwritten.clear()
+        for listener in self.listeners:
+            listener(_finite(metrics))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""

@@ -26,6 +26,7 @@ from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.parallel.process_group import resolve_device
+from qlora_dist.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     """
     device = resolve_device(config.train.device, ranks)
     check_engine(config.parallel)
+    check_trackers(config)
     if config.train.compile:
         check_compiler(device)
     sizes = mesh_sizes(config.parallel, ranks)

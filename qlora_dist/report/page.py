@@ -1,0 +1,67 @@
+"""`qlora-dist report`: runs as one HTML page that needs nothing else, no network either."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from qlora_dist import __version__
+from qlora_dist.errors import UserError
+from qlora_dist.report.charts import draw
+from qlora_dist.report.read import RunFiles, read_run_files
+from qlora_dist.report.table import differences, numbers, table
+
+REPORT = "report.html"
+
+
+def report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page of one run, or of several side by side.
+
+    Args:
+        folders: of the runs.
+        out: the file; None: `report.html`, in the run's folder where there is one run, and else in this one.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: a folder holds no run, or the file cannot be written.
+    """
+    runs = [read_run_files(folder) for folder in folders]
+    path = out or (folders[0] / REPORT if len(folders) == 1 else Path(REPORT))
+    html = render(runs)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(html, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another file with --out") from None
+    return path
+
+
+def report_json(folders: Sequence[Path]) -> str:
+    """The same numbers for other programs: a list with an object a run."""
+    runs = [read_run_files(folder) for folder in folders]
+    tree = [{"name": run.name, "path": str(run.path), **numbers(run), "config": run.config} for run in runs]
+    return json.dumps(tree, indent=2, allow_nan=False)
+
+
+def render(runs: Sequence[RunFiles]) -> str:
+    """The page's text."""
+    environment = Environment(
+        loader=PackageLoader("qlora_dist.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    different, equal = differences(runs)
+    return environment.get_template("report.html.jinja").render(
+        runs=runs,
+        table=table(runs),
+        charts=Markup(draw(runs)),
+        different=different,
+        equal=equal,
+        plans=[(run.name, run.summary["plan"]) for run in runs if run.summary.get("plan")],
+        version=__version__,
+    )

@@ -1,0 +1,112 @@
+"""A run's folder, read for its report. No torch."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_dist.config_file import flatten
+from qlora_dist.errors import UserError
+
+_WARM_UP = 2
+"""Steps in which memory is allocated, and kernels are chosen: in no median, where there are others."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run has left."""
+
+    name: str
+    path: Path
+    state: str
+    """`done`, `stopped`, `to be requeued`, or `no end`: it runs still, or has failed."""
+    steps: list[dict[str, Any]]
+    """metrics.jsonl, without what is known before the first step."""
+    evals: list[tuple[int, float]]
+    """Step and held-out loss; step 0 is the base model alone."""
+    summary: dict[str, Any]
+    """summary.json; empty, as long as the run is not done."""
+    config: dict[str, Any]
+    """By `section.key`."""
+
+    def series(self, *names: str, per_step: bool = False) -> list[float | None]:
+        """One value a step, None where there is none.
+
+        Args:
+            names: of the metric, and of what is within it.
+            per_step: as a share of the step's time.
+        """
+        found = []
+        for row in self.steps:
+            value: Any = row
+            for name in names:
+                value = value.get(name) if isinstance(value, dict) else None
+            if per_step and value is not None:
+                value = value / row["step_s"] if row.get("step_s") else None
+            found.append(value)
+        return found
+
+    def median(self, *names: str, per_step: bool = False) -> float | None:
+        """Over steps, without the first two."""
+        values = [value for value in self.series(*names, per_step=per_step) if value is not None]
+        return statistics.median(values[_WARM_UP:] or values) if values else None
+
+    def tokens_done(self) -> list[int]:
+        """Trained on, after each step."""
+        total, done = 0, []
+        for row in self.steps:
+            total += row.get("tokens", 0)
+            done.append(total)
+        return done
+
+
+def read_run_files(path: Path) -> RunFiles:
+    """Read a run. Lines of metrics that are half-written are left out.
+
+    Raises:
+        UserError: the folder is no run's, or its configuration cannot be read.
+    """
+    rows = _rows(path / "metrics.jsonl")
+    config_file = path / "config.yaml"
+    try:
+        tree = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: holds no run (no config.yaml); name a folder such as runs/my-run") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{config_file}: cannot be read ({error}); name another run") from None
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        summary = {}
+    markers = {"DONE": "done", "STOPPED": "stopped", "REQUEUE": "to be requeued"}
+    state = next((word for marker, word in markers.items() if (path / marker).exists()), "no end")
+    return RunFiles(
+        name=path.resolve().name,
+        path=path,
+        state=state,
+        steps=[row for row in rows if "loss" in row],
+        evals=[(row["step"], row["eval_loss"]) for row in rows if isinstance(row.get("eval_loss"), float)],
+        summary=summary if isinstance(summary, dict) else {},
+        config=flatten(tree if isinstance(tree, dict) else {}),
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
