@@ -63,7 +63,7 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         UserError: whatever is wrong, before a process group exists and a GPU waits.
     """
     device = resolve_device(config.train.device, ranks)
-    check_engine(config.parallel)
+    check_engine(config, device)
     if config.train.compile:
         check_compiler(device)
     sizes = mesh_sizes(config.parallel, ranks)
