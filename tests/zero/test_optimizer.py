@@ -64,6 +64,8 @@ def update(config: Config, names: list[str]) -> dict[str, list[torch.Tensor]]:
                     optimizer.step()
             held = states.resident_bytes, states.paged_bytes
             assert name == OURS or (held[name == "none"] == 0 and sum(held) >= 8 * sum(s.numel() for s in shards.local))
+            if name == "nvme":
+                assert len(list(Path(config.paging.dir or "").rglob("*exp_avg_sq*.swp"))) >= 3  # nothing small is moved
             flat = [tensor for moments in states.read() for tensor in moments.values()]
             results[name] = [t.numpy().copy() for t in (*(s.detach() for s in shards.local), *flat)]
             states.close()
