@@ -12,7 +12,7 @@ import torch
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_dist.config import Config
+from qlora_dist.config import Config, PagingConfig
 from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import ranks_from_environment
@@ -20,6 +20,7 @@ from qlora_dist.model.fill import fill
 from qlora_dist.parallel.engine import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.process_group import process_group
+from qlora_dist.parallel.zero_optimizer import _own_folder
 from qlora_dist.train.optimizer import make_optimizer, make_states
 from qlora_dist.train.setup import set_up
 from qlora_dist.train.step import AdapterShards
@@ -87,6 +88,11 @@ def test_the_same_values_and_moments_wherever_they_are(tmp_path: Path, tiny_llam
             for found, wanted in zip(results[name], results[OURS], strict=True):
                 torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(wanted), rtol=1e-5, atol=1e-8)
     assert not list(tmp_path.glob("qlora-dist-*"))
+
+
+def test_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot make a folder for optimizer states there"):
+        _own_folder(PagingConfig(dir=str(tmp_path / "nowhere")))
 
 
 def test_a_missing_compiler_is_a_sentence(
