@@ -21,6 +21,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+_LEAST_NVME_PAGE = 2 * 2**20
+"""Of two moments, each of 1 MiB."""
 DEFAULT_STEPS = 100
 """With neither `train.steps` nor `train.epochs`."""
 
@@ -186,9 +188,14 @@ class ParallelConfig(Section):
 class OptimConfig(Section):
     """The update of the adapters."""
 
-    name: Literal["adamw", "adamw-8bit", "paged-adamw-32bit", "paged-adamw-8bit"] = "paged-adamw-32bit"
+    name: Literal["adamw", "adamw-8bit", "paged-adamw-32bit", "paged-adamw-8bit", "zero-adamw"] = "paged-adamw-32bit"
     """AdamW, its moments in 32 bit or in 8 (bitsandbytes' blockwise states), on the rank that holds the shard they
-    update. Paged: as many of them stay on the device as `resident_bytes` says, the others come and go by pages."""
+    update. Paged: as many of them stay on the device as `resident_bytes` says, the others come and go by pages.
+    zero-adamw: with `parallel.engine: zero3`, DeepSpeed's optimizer, in 32 bit, where `offload` says."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Of zero-adamw, where DeepSpeed has the moments and the fp32 values that it updates: on the device, in host
+    memory, or in files in `paging.dir`, which needs libaio and a C++ compiler; moved by `paging.page_bytes` of moments
+    or more."""
     resident_bytes: Bytes | Literal["auto"] = "auto"
     """Of a paged optimizer's moments, on the device, per rank: bytes, or text such as 2GiB, of at least two pages; 0:
     two pages; auto: what the device has left after a step's peak."""
@@ -351,6 +358,21 @@ class Config(Section):
             raise ValueError(
                 "train.compile: layers with the hooks of engine zero3 cannot be compiled; leave train.compile out, or "
                 "set parallel.engine: fsdp2"
+            )
+        if self.optim.name == "zero-adamw" and parallel.engine != "zero3":
+            raise ValueError(
+                f"optim.name: zero-adamw is of engine zero3, and parallel.engine is {parallel.engine}; set optim.name: "
+                "paged-adamw-32bit, or parallel.engine: zero3"
+            )
+        if self.optim.offload != "none" and self.optim.name != "zero-adamw":
+            raise ValueError(
+                f"optim.offload: {self.optim.offload} is for optim.name: zero-adamw, and DeepSpeed does not move the "
+                f"states of {self.optim.name} rightly; leave it out, and say with paging.to where they go"
+            )
+        if self.optim.offload == "nvme" and self.paging.page_bytes < _LEAST_NVME_PAGE:
+            raise ValueError(
+                f"paging.page_bytes: {self.paging.page_bytes} is less than {_LEAST_NVME_PAGE}, and DeepSpeed leaves in "
+                "memory what is less than 1 MiB; raise it, or leave out optim.offload: nvme"
             )
         if parallel.engine == "zero2" and (parallel.base not in ("replicate", 1) or parallel.offload != "none"):
             raise ValueError(

@@ -15,9 +15,9 @@ from qlora_dist.adapters.attach import adapter_parameters
 from qlora_dist.checkpoint.manifest import Manifest, file_of_rank
 from qlora_dist.checkpoint.shards import ROW, Cut, copies
 from qlora_dist.nf4.safetensors_file import Entry, Reader, read_header
-from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.convert import as_fp32, from_fp32
 from qlora_dist.optim.moments import MOMENTS, moment_names
+from qlora_dist.parallel.zero_optimizer import Optimizer
 from qlora_dist.sharded import flat_shard
 
 _RANDOM_CPU, _RANDOM_CUDA = "random.cpu", "random.cuda"
@@ -33,11 +33,11 @@ class Trained:
     is_writer: bool
     """False where another rank holds the same shards and writes them."""
     local: dict[str, nn.Parameter]
-    optimizer: PagedAdamW
+    optimizer: Optimizer
     device: torch.device
 
 
-def trained(model: nn.Module, local: list[nn.Parameter], optimizer: PagedAdamW, device: torch.device) -> Trained:
+def trained(model: nn.Module, local: list[nn.Parameter], optimizer: Optimizer, device: torch.device) -> Trained:
     """Find the cuts of a sharded model's trained parameters.
 
     Args:

@@ -20,6 +20,10 @@ from qlora_dist.plan.table import PHASES
 from qlora_dist.train.run_dir import check_run_dir
 from qlora_dist.train.setup import set_up, set_up_model
 
+_VALUE_BYTES = 4
+"""Of an adapter's element, in fp32."""
+_COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
 
 def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int, console: Console) -> None:
     """Check what `train --dry-run` does, for the world that the job will have. The device is the nodes' affair.
@@ -44,15 +48,17 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
         for source in [*config.data.train, *([config.data.eval] if config.data.eval else [])]:
             source_files(source if isinstance(source, SourceConfig) else SourceConfig(path=source))
     else:
+        # what is compiled is the nodes' affair too
         here = config.train.model_copy(update={"device": "cpu", "compile": False})
-        setup = set_up(config.model_copy(update={"train": here}), ranks, console)
+        optim = config.optim.model_copy(update={"offload": "none"})
+        setup = set_up(config.model_copy(update={"train": here, "optim": optim}), ranks, console)
         folder, model = setup.folder, setup.model
     _check_memory(config, cluster, model, sizes, console)
     _check_plan(config, cluster, folder, ranks.world_size, nodes, console)
 
 
 def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, sizes: MeshSizes, console: Console) -> None:
-    base, adapters = static_bytes(model, sizes, 8 if config.optim.name.endswith("8bit") else 32)
+    base, adapters = static_bytes(model, sizes, config)
     if config.parallel.offload == "base" or config.parallel.base == "paged":
         base = 0.0 if config.parallel.resident_bytes == "auto" else float(config.parallel.resident_bytes)
     total_gib = (base + adapters) / 2**30
@@ -87,7 +93,7 @@ def _check_plan(
     console.print(f"{peak}{tight}", highlight=False, soft_wrap=True)
 
 
-def static_bytes(model: PreTrainedModel, sizes: MeshSizes, moment_bits: int) -> tuple[float, float]:
+def static_bytes(model: PreTrainedModel, sizes: MeshSizes, config: Config) -> tuple[float, float]:
     """Bytes that a rank holds between steps, without padding: of the base; of adapters, their gradients and moments.
 
     Moments that are paged need no more than they find.
@@ -95,10 +101,18 @@ def static_bytes(model: PreTrainedModel, sizes: MeshSizes, moment_bits: int) -> 
     Args:
         model: on meta, adapters attached.
         sizes: how it will be cut.
-        moment_bits: of each of the two moments.
+        config: `parallel.engine`, the optimizer and `model.compute_dtype`.
     """
     parameters = list(model.parameters())
     base = sum(p.nbytes for p in parameters if not p.requires_grad) / sizes.base_shards
-    per_element = 4 + 4 + 2 * moment_bits / 8
-    adapters = sum(per_element * p.numel() for p in parameters if p.requires_grad) / sizes.adapter_shards
-    return base, adapters
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    engine, optim, compute = config.parallel.engine, config.optim, _COMPUTE_BYTES[config.model.compute_dtype]
+    own = _VALUE_BYTES + 4 + 2 * (1 if optim.name.endswith("8bit") else 4)
+    if optim.name == "zero-adamw":  # keeps the sums of gradients where the moments are
+        own += 4 if optim.offload == "none" else -8
+    if engine == "zero3" and compute != _VALUE_BYTES:
+        own += compute  # the same rounded, to be gathered
+    if engine == "zero2":  # all of them in the type that is computed with; in fp32 the rank's values are a part of that
+        own -= _VALUE_BYTES if compute == _VALUE_BYTES else 0
+        return base, own * trained / sizes.adapter_shards + compute * trained
+    return base, own * trained / sizes.adapter_shards

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
-from qlora_dist.config import Config
+from qlora_dist.config import Config, OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
+
+_MOMENTS_BYTES = 8
+"""Both moments of an element, fp32."""
 
 
 def ds_config(config: Config, layer_elements: int) -> dict[str, Any]:
@@ -21,6 +25,9 @@ def ds_config(config: Config, layer_elements: int) -> dict[str, Any]:
     if config.parallel.engine != "zero3":
         raise UserError(f"parallel.engine: {config.parallel.engine} runs without DeepSpeed; give parallel.engine=zero3")
     ahead = config.parallel.prefetch * layer_elements
+    optimizer: dict[str, Any] = {}
+    if config.optim.name == "zero-adamw":
+        optimizer = zero_optimizer_settings(config.optim, config.paging, config.train.device != "cpu")
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "zero_optimization": {
@@ -34,5 +41,24 @@ def ds_config(config: Config, layer_elements: int) -> dict[str, Any]:
             # the sum of bytes that are no numbers is no copy of them
             "stage3_use_all_reduce_for_fetch_params": False,
             "overlap_comm": True,
+            **optimizer,
         },
+        # torch's AdamW does what DeepSpeed's would have to be compiled for
+        **({"zero_force_ds_cpu_optimizer": False} if optimizer else {}),
     }
+
+
+def zero_optimizer_settings(config: OptimConfig, paging: PagingConfig, pinned: bool) -> dict[str, Any]:
+    """What of `zero_optimization` is the optimizer's.
+
+    Args:
+        config: with the name zero-adamw.
+        paging: of the run.
+        pinned: whether host memory is read and written by a device.
+    """
+    settings: dict[str, Any] = {"sub_group_size": paging.page_bytes // _MOMENTS_BYTES}
+    if config.offload != "none":
+        settings["offload_optimizer"] = {"device": config.offload, "pin_memory": pinned}
+    if config.offload == "nvme":
+        settings["offload_optimizer"]["nvme_path"] = paging.dir or tempfile.gettempdir()
+    return settings

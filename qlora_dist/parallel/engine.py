@@ -4,23 +4,26 @@ model answers to FSDP2's names.
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
-from qlora_dist.config import Config, ParallelConfig
+from qlora_dist.config import Config
 from qlora_dist.parallel import fsdp, zero, zero2
 from qlora_dist.parallel.mesh import Meshes
 from qlora_dist.parallel.traffic import Traffic
-from qlora_dist.parallel.zero_internals import check_deepspeed
+from qlora_dist.parallel.zero_internals import check_async_io, check_deepspeed
 
 
-def check_engine(config: ParallelConfig) -> None:
-    """See whether the engine is installed, before a model is loaded.
+def check_engine(config: Config, device: torch.device) -> None:
+    """See whether the engine and what it compiles for this configuration is there, before a model is loaded.
 
     Raises:
         UserError: it is not.
     """
-    if config.engine == "zero3":
+    if config.parallel.engine == "zero3":
         check_deepspeed()
+        if config.optim.offload == "nvme":
+            check_async_io(device)
 
 
 def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:

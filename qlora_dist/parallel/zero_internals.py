@@ -1,4 +1,4 @@
-"""Everything of DeepSpeed that we use, behind functions of ours.
+"""Everything of DeepSpeed that we use but its optimizer (`zero_optimizer.py`), behind functions of ours.
 
 DeepSpeed's own way is `deepspeed.initialize`: it wants a whole model on every rank and an optimizer. Used here is what
 lies beneath it, ZeRO-3's parameters (`zero.Init`) and their gathering (`DeepSpeedZeRoOffload`): modules fetch their
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -37,6 +38,29 @@ def check_deepspeed() -> None:
             "parallel.engine: zero3 needs DeepSpeed, which is not installed; pip install 'qlora-dist[zero]', with "
             "DS_BUILD_OPS=0 in the environment, or set parallel.engine=fsdp2"
         )
+
+
+def check_async_io(device: torch.device) -> None:
+    """See whether DeepSpeed can read and write files: compile what it does that with, if it never has been.
+
+    Raises:
+        UserError: there is no compiler, or no libaio.
+    """
+    _import(device)
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    reason = "it finds no libaio or no C++ compiler"
+    try:
+        if AsyncIOBuilder().is_compatible(verbose=False):
+            AsyncIOBuilder().load(verbose=False)
+            return
+    except (RuntimeError, OSError, AssertionError, ImportError, subprocess.CalledProcessError) as error:
+        reason = str(error).strip().partition("\n")[0]
+    raise UserError(
+        f"optim.offload: nvme needs async_io of DeepSpeed, which is compiled at its first use ({reason}); install "
+        "libaio with its headers, ninja and a C++ compiler, or set optim.name: paged-adamw-32bit and paging.to: disk, "
+        "which need none of it"
+    )
 
 
 class Partitioner:
@@ -169,14 +193,13 @@ def gathered_bytes(parameters: Iterable[nn.Parameter]) -> int:
 def _start(device: torch.device, on_gather: OnGather) -> None:
     """Import DeepSpeed, and have it use this device and torch's default process group."""
     set_device_index(device.index or 0)
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for one, and complains if there is none
+    _import(device)
     import deepspeed
     from deepspeed import comm
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     set_accelerator(CUDA_Accelerator() if device.type == "cuda" else CPU_Accelerator())
     # On a CPU it would compile one at its start, for tensor parallelism. Gathering needs no operator of its own.
     deepspeed.ops.__compatible_ops__ = {}
@@ -188,3 +211,10 @@ def _start(device: torch.device, on_gather: OnGather) -> None:
         return dist.all_gather_single(output_tensor, input_tensor, group, async_op)
 
     comm.comm.cdb.all_gather_into_tensor = all_gather
+
+
+def _import(device: torch.device) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for one, and complains if there is none
+    import deepspeed  # noqa: F401
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -12,18 +12,19 @@ from transformers import PreTrainedModel
 from qlora_dist.checkpoint.snapshot import trained
 from qlora_dist.data.rows import Batch
 from qlora_dist.errors import UserError
-from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.moments import Moments
 from qlora_dist.optim.schedule import learning_rate
 from qlora_dist.paging.pager import Counts
 from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.parallel.traffic import Traffic
+from qlora_dist.parallel.zero_optimizer import ZeroStates
 from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import Checkpoints, Start
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.evaluate import evaluate
-from qlora_dist.train.memory import left_bytes, peak_bytes
+from qlora_dist.train.memory import peak_bytes
+from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.run_dir import RunDir, run_path
 from qlora_dist.train.setup import Setup
@@ -53,7 +54,7 @@ class History:
 
 def train_loop(
     model: PreTrainedModel,
-    moments: Moments,
+    moments: Moments | ZeroStates,
     setup: Setup,
     start: Start,
     traffic: Traffic,
@@ -79,14 +80,7 @@ def train_loop(
     cfg = setup.config.train
     patience = _COMPILING if cfg.compile else None
     shards = AdapterShards(model)
-    ratio = setup.config.optim.lora_plus_ratio
-    optimizer = PagedAdamW(
-        shards.local,
-        moments,
-        setup.config.optim,
-        [ratio if is_b else 1.0 for is_b in shards.is_lora_b],
-        lambda held: left_bytes(setup.device, held, setup.ranks.local_world_size),
-    )
+    optimizer = make_optimizer(shards, moments, setup)
     loss_scale = LossScale(setup.config.model.compute_dtype)
     state = trained(model, shards.local, optimizer, setup.device)
     checkpoints = Checkpoints(setup, start, state, loss_scale, console)
@@ -170,7 +164,7 @@ def train_loop(
 
         history.tokens_per_s.append(tokens / step_s)
         history.comm_bytes = traffic.take()
-        paging = moments.pager.take_counts()
+        paging = moments.pager.take_counts() if isinstance(moments, Moments) else Counts()
         base_paging = pages.pager.take_counts() if pages is not None else Counts()
         history.fetched_bytes = base_paging.bytes_in
         history.stalls.append(base_paging.stall_s / step_s)

@@ -16,7 +16,6 @@ from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.nf4.read_ahead import Reading
-from qlora_dist.optim.moments import Moments
 from qlora_dist.parallel.engine import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.paged_layers import PagedLayers
@@ -28,11 +27,11 @@ from qlora_dist.train.console import RunConsole
 from qlora_dist.train.expected import expect
 from qlora_dist.train.loop import train_loop
 from qlora_dist.train.memory import free_bytes
+from qlora_dist.train.optimizer import make_states
 from qlora_dist.train.out_of_memory import answered
 from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
-from qlora_dist.train.step import shard_sizes
 from qlora_dist.train.stop import BY_HAND
 from qlora_dist.train.summary import announce, summarize
 from qlora_dist.train.trackers import trackers
@@ -79,7 +78,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     meshes = build_meshes(setup.sizes, setup.device.type, separate=offload)
     traffic = parallelize(model, meshes, config)
     # room for what does not stay on the device is reserved before the weights are read
-    moments = Moments(shard_sizes(model), config.optim, config.paging, setup.device)
+    moments = make_states(model, setup)
 
     def loaded(reading: Reading) -> None:
         beat(phase="loading")

@@ -64,7 +64,7 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         UserError: whatever is wrong, before a process group exists and a GPU waits.
     """
     device = resolve_device(config.train.device, ranks)
-    check_engine(config.parallel)
+    check_engine(config, device)
     check_trackers(config)
     if config.train.compile:
         check_compiler(device)

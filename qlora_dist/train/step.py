@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import adapter_parameters, is_lora_b
 from qlora_dist.data.rows import Batch
-from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.traffic import Traffic
+from qlora_dist.parallel.zero_optimizer import Optimizer
 from qlora_dist.sharded import local_part, take_gradient
 from qlora_dist.train.beat import beat
 
@@ -63,7 +63,7 @@ def train_step(
     trained_tokens: int,
     shards: AdapterShards,
     adapter_replicas: int,
-    optimizer: PagedAdamW,
+    optimizer: Optimizer,
     loss_scale: LossScale,
     max_grad_norm: float | None,
     traffic: Traffic,

@@ -56,7 +56,7 @@ def test_the_static_part_is_that_of_the_shapes(config: Config) -> None:
     parameters = [p for unit in describe(tree, config.lora).units for p in unit.parameters]
     base = sum(p.numel * (1 if p.is_bytes else 4) for p in parameters if not p.trained)  # compute_dtype: fp32
     adapters = sum(16 * p.numel for p in parameters if p.trained)
-    assert static_bytes(model, sizes, 32) == (base / 4, adapters / 4)
+    assert static_bytes(model, sizes, config) == (base / 4, adapters / 4)
 
 
 @pytest.mark.parametrize(

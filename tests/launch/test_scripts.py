@@ -8,11 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tiny
-from launchers import ROOT, alive, environment, wait_until
+from launchers import ROOT, alive, environment, need, wait_until
+from ranks import run_ranks
+
+from qlora_dist.config_file import load_config
+from qlora_dist.train.run import train
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
@@ -42,6 +47,8 @@ def test_a_node_without_its_number_is_refused() -> None:
 
 @pytest.mark.slow
 def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: Path, tmp_path: Path) -> None:
+    """With either engine's numbers: these ranks have ZeRO-3."""
+    need(find_spec("deepspeed") is not None, "DeepSpeed")
     small = {"train__steps": 10**6, "train__global_batch": 2, "data__eval": None, "data__seq_len": 32}
     folder = tmp_path / "with a blank"  # every value is quoted
     folder.mkdir()
@@ -49,7 +56,7 @@ def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: P
     run = folder / "runs" / "run"
     environ = environment(folder) | {"PYTHON": sys.executable, "NPROC_PER_NODE": "2"}
     with (tmp_path / "out.txt").open("w") as out:
-        command = [ROOT / "launch" / "torchrun.sh", config, "optim.lr=1e-3"]
+        command = [ROOT / "launch" / "torchrun.sh", config, "optim.lr=1e-3", "parallel.engine=zero3"]
         process = subprocess.Popen(command, env=environ, stdout=out, stderr=out, start_new_session=True)
     try:
         done = wait_until(lambda: metrics(run) >= 2 or process.poll() is not None, within_s=200)
@@ -64,8 +71,15 @@ def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: P
     marker = json.loads((run / "REQUEUE").read_text())
     assert marker == {"step": metrics(run), "reason": "SIGUSR1"}
     assert (run / "checkpoints" / f"step-{marker['step']:06d}").exists()
+    fsdp2 = load_config(config, ["run.name=fsdp2", "optim.lr=1e-3", "train.steps=2"])
+    run_ranks(2, train, fsdp2)
+    assert losses(run)[:2] == pytest.approx(losses(folder / "runs" / "fsdp2")[:2], rel=1e-5)
 
 
 def metrics(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

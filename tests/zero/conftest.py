@@ -11,4 +11,5 @@ from launchers import need
 @pytest.fixture(scope="session", autouse=True)
 def deepspeed_is_there() -> None:
     need(find_spec("deepspeed") is not None, "DeepSpeed")
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed.runtime.zero.stage3  # noqa: F401

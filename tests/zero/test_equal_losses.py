@@ -46,11 +46,16 @@ def single(config: Path) -> list[dict[str, Any]]:
     return train_on(1, config, "train.eval_every=0", "train.micro_batch=6")
 
 
+ZERO = "optim.name=zero-adamw"
 RUNS = {
     "1 rank, nothing recomputed": (1, 1, ("train.micro_batch=6", "train.checkpointing=none")),
-    "2 ranks, six micro-batches": (2, 1, ("parallel.prefetch=0",)),
+    "2 ranks, six micro-batches, ZeRO's optimizer": (2, 1, ("parallel.prefetch=0", ZERO)),
     "3 ranks, every other layer recomputed": (3, 1, ("train.micro_batch=2", "train.checkpointing=2")),
-    "2x2, base in the node": (4, 2, ("train.micro_batch=3", "parallel.base=node", "parallel.prefetch=2")),
+    "2x2, base in the node, ZeRO's optimizer in host memory": (
+        4,
+        2,
+        ("train.micro_batch=3", "parallel.base=node", "parallel.prefetch=2", ZERO, "optim.offload=cpu"),
+    ),
     "2x2, adapters in the node too": (
         4,
         2,
@@ -100,8 +105,8 @@ def test_the_rest_is_as_under_fsdp2(name: str, overrides: tuple[str, ...], tmp_p
     """DoRA, modules that are trained whole, tied embeddings, bf16; experts that some batches don't come to."""
     config = tiny.make_config(tmp_path, make_architecture(tmp_path / "model", name))
     runs = [
-        train_on(2, config, "train.steps=3", "train.micro_batch=3", f"parallel.engine={engine}", *overrides, nodes=2)
-        for engine in ("fsdp2", "zero3")
+        train_on(2, config, "train.steps=3", "train.micro_batch=3", *engine, *overrides, nodes=2)
+        for engine in (["parallel.engine=fsdp2"], ["parallel.engine=zero3", *([ZERO] if name == "Gemma2" else [])])
     ]
     replicated = ["train.steps=3", "train.micro_batch=3", "parallel.engine=zero2"]
     runs += [train_on(2, config, *replicated, *overrides, "parallel.base=replicate", nodes=2)]

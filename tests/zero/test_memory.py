@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.data.loader import Loader
+from qlora_dist.launch.check import static_bytes as planned_bytes
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
 from qlora_dist.nf4.linear import NF4Linear
@@ -60,6 +61,7 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
     for parameter in model.parameters():
         whole[parameter.requires_grad] += parameter.nbytes
     layer = sum(p.nbytes for p in layers[0].parameters() if p.dtype == torch.uint8)
+    planned = sum(planned_bytes(model, setup.sizes, config)) - 12 * whole[True] / 4 / setup.sizes.adapter_shards
     with process_group(ranks, torch.device("cpu")):
         meshes = build_meshes(setup.sizes, "cpu")
         traffic = parallelize(model, meshes, config)
@@ -86,6 +88,7 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
         same = all(shards[n][1] == local_range(p)[0].view(torch.uint8).numpy().tobytes() for n, p in base.items())
         return {
             "held": held,
+            "planned": planned,
             "held after": static_bytes(model),
             "base": whole[False],
             "adapters": whole[True],
@@ -131,6 +134,7 @@ def test_a_rank_holds_its_share_and_gathers_a_layer(
         # adapters in fp32, and rounded to bf16 for being gathered
         share = result["base"] / base_shards + 1.5 * result["adapters"] / world_size
         assert result["held"] == pytest.approx(share, rel=0.01)
+        assert result["planned"] == pytest.approx(share)  # what `launch` says before, without gradients and moments
         assert result["held after"] == result["held"]
         assert result["looks"] > 100
         ahead = config.parallel.prefetch

@@ -24,6 +24,10 @@ def config(tmp_path: Path, tiny_llama_nf4: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("optim.offload=cpu", "does not move the states of paged-adamw-32bit rightly.*paging.to"),
+        ("optim.name=paged-adamw-8bit optim.offload=nvme", "does not move the states of paged-adamw-8bit rightly"),
+        ("optim.name=zero-adamw optim.offload=nvme paging.page_bytes=1MiB", "leaves in memory what is less"),
+        ("parallel.engine=fsdp2 optim.name=zero-adamw", "zero-adamw is of engine zero3"),
         ("parallel.base=paged", "engine zero3 has no pages"),
         ("train.compile=true", "cannot be compiled"),
         ("parallel.engine=zero2", "has the whole base on each rank's device"),
@@ -31,7 +35,7 @@ def config(tmp_path: Path, tiny_llama_nf4: Path) -> Path:
 )
 def test_what_it_does_not_do(override: str, sentence: str, config: Path) -> None:
     with pytest.raises(UserError, match=sentence):
-        load_config(config, ["parallel.engine=zero3", override])
+        load_config(config, ["parallel.engine=zero3", *override.split()])
 
 
 def test_deepspeed_is_missing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +55,7 @@ def exported(config: Path, *overrides: str) -> None:
 def test_export_ds_config(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
     overrides = ["parallel.engine=zero3", "parallel.prefetch=2"]
+    overrides += ["optim.name=zero-adamw", "optim.offload=nvme", "paging.dir=/local", "paging.page_bytes=16MiB"]
     exported(config, *overrides)
     tree = json.loads(capsys.readouterr().out)
     _, model, _ = set_up_model(load_config(config, overrides))
@@ -62,5 +67,7 @@ def test_export_ds_config(config: Path, capsys: pytest.CaptureFixture[str], monk
 
     # DeepSpeed takes them under these names, and its defaults are others
     parsed, defaults = DeepSpeedZeroConfig(**zero), DeepSpeedZeroConfig(stage=3)
+    assert (parsed.offload_optimizer.device, str(parsed.offload_optimizer.nvme_path)) == ("nvme", "/local")
+    assert parsed.sub_group_size == 2**21 != defaults.sub_group_size
     for name in ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size"):
         assert getattr(parsed, name) == zero[f"stage3_{name}"] != getattr(defaults, name)

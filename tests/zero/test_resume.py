@@ -48,9 +48,15 @@ def test_engines_and_ranks_change_in_mid_run(tmp_path: Path, tiny_llama_nf4: Pat
         common = [f"run.name={name}", f"train.steps={4 * EACH}", "train.eval_every=0", "train.save_every=0"]
         return load_config(config, [*common, *overrides])
 
+    def changed(engine: str, base: str | int, optimizer: str = "paged-adamw-32bit") -> Config:
+        changes = f"parallel.engine={engine}", f"parallel.base={base}", f"optim.name={optimizer}"
+        return resolve("changing", *changes, "train.micro_batch=3")
+
     changing = [
-        (ranks, resolve("changing", f"parallel.engine={engine}", f"parallel.base={base}", "train.micro_batch=3"))
-        for ranks, engine, base in [(2, "fsdp2", "world"), (4, "zero3", "world"), (2, "zero2", 1), (1, "fsdp2", 1)]
+        (2, changed("fsdp2", "world")),
+        (4, changed("zero3", "world", "zero-adamw")),
+        (2, changed("zero2", 1)),
+        (1, changed("fsdp2", 1)),
     ]
     for index, (ranks, resolved) in enumerate(changing):
         if index < len(changing) - 1:
