@@ -1,0 +1,278 @@
+"""Two nodes of two ranks each, and a link between them whose speed is set: full sharding over all four ranks against a
+base that stays in its node.
+
+python benchmarks/links.py [--mbit 0 1000 500 200 100 50] [--steps 3] [--layers 4] [--hidden 2048] [--tokens 64]
+    [--dir /tmp] [--json FILE] [--plot FILE.png]
+
+Needs root, ip and tc: a node is a network namespace with a torchrun of its own, the link a pair of veth devices with a
+token bucket at each end (0: none). Each layout is one run of `qlora-dist train` on a folder of random codes with
+Llama's layers; the link's speed is changed while it trains, after each --steps steps and one that is left out of the times.
+
+What a node sends is counted by the kernel at its end of the link, over all steps of a speed. The ring of a collective
+leaves a node once, so a node should send what one of its ranks receives from the ranks of a mesh that crosses nodes
+(`comm_bytes` of metrics.jsonl). What is more are TCP's headers, and the sum of the gradients: gloo's reduce-scatter is an
+all-reduce, which sends twice as much.
+
+The plan's line: `qlora-dist plan --calibrate` on the same four ranks without a limit, and the link's speed. Losses of
+both runs must be equal to 1e-3: bf16 is added up in another order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from base_paging import write_base
+from rich.console import Console
+from rich.table import Table
+
+from qlora_dist.config import Config
+from qlora_dist.plan.calibration import load_calibration, measured_speeds
+from qlora_dist.plan.memory import plan_memory
+from qlora_dist.plan.run import make_run
+from qlora_dist.plan.time import Speeds, step_time
+
+LAYOUTS = {"full sharding": "world", "two meshes": "node"}
+"""parallel.base; adapters are cut over all ranks in both."""
+NODES, RANKS_PER_NODE = 2, 2
+ADDRESS = "10.93.8."
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+class Link:
+    """Between two nodes."""
+
+    def __init__(self, names: tuple[str, str]) -> None:
+        self.names = names
+
+    def inside(self, node: int, *command: str) -> list[str]:
+        """The command line that runs something on a node."""
+        return ["nsenter", f"--net=/run/netns/{self.names[node]}", *command]
+
+    def limit(self, mbit: int) -> None:
+        """0: none."""
+        for node, name in enumerate(self.names):
+            rate = f"tbf rate {mbit}mbit burst 256kb latency 100ms" if mbit else "noqueue"
+            subprocess.run(
+                self.inside(node, *f"tc qdisc replace dev {name} root {rate}".split()), check=True, capture_output=True
+            )
+
+    def sent(self) -> int:
+        """Bytes that node 0 has sent."""
+        table = subprocess.check_output(self.inside(0, "cat", "/proc/net/dev"), text=True)
+        (line,) = (line for line in table.splitlines() if self.names[0] in line)
+        return int(line.partition(":")[2].split()[8])
+
+
+@contextmanager
+def two_nodes() -> Iterator[Link]:
+    names = (f"ql{os.getpid() % 100000}a", f"ql{os.getpid() % 100000}b")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        for index, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"{ADDRESS}{index + 1}/24", "dev", name)
+            for device in ("lo", name):
+                ip("-n", name, "link", "set", device, "up")
+        yield Link(names)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def start(link: Link, folder: Path, *command: str) -> list[subprocess.Popen[bytes]]:
+    """A torchrun on each node."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(NODES), "--nproc-per-node"]
+    torchrun += [str(RANKS_PER_NODE), "--master-addr", f"{ADDRESS}1", "--master-port", "29400", "--node-rank"]
+    started = []
+    for node, name in enumerate(link.names):
+        with (folder / f"node{node}.txt").open("ab") as output:
+            environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": name}
+            line = link.inside(node, *torchrun, str(node), "-m", "qlora_dist", *command)
+            started.append(subprocess.Popen(line, stdout=output, stderr=output, env=environ))
+    return started
+
+
+def check(processes: list[subprocess.Popen[bytes]], folder: Path) -> bool:
+    """Whether they run still; ends with what they wrote, if one has failed."""
+    codes = [process.poll() for process in processes]
+    if any(codes):
+        for process in processes:
+            process.kill()
+        raise SystemExit("".join((folder / f"node{node}.txt").read_text() for node in range(NODES)))
+    return None in codes
+
+
+def configuration(folder: Path, args: argparse.Namespace, layout: str) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"base": str(folder / "model")},
+            "lora": {"r": 8, "alpha": 16, "dropout": 0.0},
+            "data": {"train": [str(folder / "data.jsonl")], "seq_len": args.tokens, "cache": str(folder / "cache")},
+            "parallel": {"base": LAYOUTS[layout]},
+            "optim": {"lr": 1e-3, "warmup_steps": 0},
+            "train": {
+                "steps": (args.steps + 1) * len(args.mbit),
+                "global_batch": NODES * RANKS_PER_NODE,
+                "save_every": 0,
+                "device": "cpu",
+            },
+            "run": {"dir": str(folder / "runs"), "name": layout.replace(" ", "-"), "report": False},
+        }
+    )
+
+
+def measure(link: Link, folder: Path, args: argparse.Namespace, layout: str) -> list[dict[str, Any]]:
+    """A run; one object for each speed of the link."""
+    config = configuration(folder, args, layout)
+    path = folder / f"{config.run.name}.yaml"
+    path.write_text(config.model_dump_json())  # JSON is YAML
+    link.limit(args.mbit[0])
+    processes = start(link, folder, "train", str(path))
+    metrics, each, sent, done = folder / "runs" / config.run.name / "metrics.jsonl", args.steps + 1, [], 0
+    while check(processes, folder):
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if len(lines) > done:
+            done = len(lines)
+            if done % each == 1:  # what loading has sent is no step's
+                sent.append(link.sent())
+            if done % each == 0 and done // each < len(args.mbit):
+                link.limit(args.mbit[done // each])
+            if done % each == 0:
+                sent.append(link.sent())
+        time.sleep(0.005)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    result = []
+    for index, mbit in enumerate(args.mbit):
+        timed = rows[index * each + 1 : (index + 1) * each]
+        result.append(
+            {
+                "layout": layout,
+                "mbit": mbit,
+                "step_s": statistics.median(row["step_s"] for row in timed),
+                "tokens_per_s": statistics.median(row["tokens_per_s"] for row in timed),
+                "sent_bytes": (sent[2 * index + 1] - sent[2 * index]) / args.steps,
+                "comm_bytes": timed[0]["comm_bytes"],
+                "losses": [row["loss"] for row in rows[index * each : (index + 1) * each]],
+            }
+        )
+    return result
+
+
+def planned(folder: Path, args: argparse.Namespace, layout: str, mbit: int) -> float:
+    """Tokens/s by the plan, with the machine's speeds as calibrated."""
+    model = json.loads((folder / "model" / "config.json").read_text())
+    run = make_run(configuration(folder, args, layout), model, NODES * RANKS_PER_NODE, NODES, "cpu")
+    speeds = measured_speeds(load_calibration(folder / "speeds.json").devices["cpu"], Speeds(0, 0, 0, 0, 0, 0))
+    if mbit:
+        speeds = replace(speeds, between=min(speeds.between, 1e6 * mbit / 8))
+    return step_time(run, plan_memory(run), speeds).tokens_per_s
+
+
+def crossing(row: dict[str, Any]) -> int:
+    """Bytes of a step that cross nodes, by the counter: those of the mesh over all ranks."""
+    return row["comm_bytes"].get("world", 0)
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="two nodes of two ranks", title_justify="left")
+    for head in (
+        "Mbit/s",
+        "layout",
+        "step, s",
+        "on the link",
+        "tokens/s",
+        "plan",
+        "sent by a node, MB",
+        "counted, MB",
+        "times",
+    ):
+        table.add_column(head, justify="left" if head == "layout" else "right")
+    fast = {row["layout"]: row["step_s"] for row in rows if row["mbit"] == 0}
+    for row in sorted(rows, key=lambda row: (row["mbit"] == 0, row["mbit"]), reverse=True):
+        full = next(r for r in rows if r["mbit"] == row["mbit"] and r["layout"] == "full sharding")
+        waiting = 1 - fast[row["layout"]] / row["step_s"] if row["layout"] in fast else 0.0
+        table.add_row(
+            str(row["mbit"] or "no limit"),
+            row["layout"],
+            f"{row['step_s']:.2f}",
+            f"{100 * max(0.0, waiting):.0f} %",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['planned_tokens_per_s']:.1f}",
+            f"{row['sent_bytes'] / 1e6:.2f}",
+            f"{crossing(row) / 1e6:.2f}",
+            f"{row['tokens_per_s'] / full['tokens_per_s']:.2f}",
+        )
+    console.print(table)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for index, layout in enumerate(LAYOUTS):
+        here = sorted((row for row in rows if row["layout"] == layout and row["mbit"]), key=lambda row: row["mbit"])
+        speeds = [row["mbit"] for row in here]
+        axis.plot(speeds, [row["tokens_per_s"] for row in here], "o-", color=f"C{index}", label=layout)
+        label = f"{layout}, by the plan"
+        axis.plot(speeds, [row["planned_tokens_per_s"] for row in here], "--", color=f"C{index}", label=label)
+    axis.set(xlabel="link between the nodes, Mbit/s", ylabel="tokens/s", xscale="log", yscale="log")
+    axis.legend()
+    figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mbit", type=int, nargs="+", default=[0, 1000, 500, 200, 100, 50])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    if os.geteuid() != 0:
+        parser.error("namespaces need root; run it as root, or in a container where you are")
+    console = Console(width=120, highlight=False)
+    with tempfile.TemporaryDirectory(dir=args.dir) as name, two_nodes() as link:
+        folder = Path(name)
+        write_base(folder / "model", args)
+        line = json.dumps({"text": "a line of text, " * (args.tokens // 16 + 1)})
+        (folder / "data.jsonl").write_text(f"{line}\n" * 512)
+        calibration = start(link, folder, "plan", "--calibrate", "--calibration", str(folder / "speeds.json"))
+        while check(calibration, folder):
+            time.sleep(0.1)
+        rows = []
+        for layout in LAYOUTS:
+            for row in measure(link, folder, args, layout):
+                rows.append({**row, "planned_tokens_per_s": planned(folder, args, layout, row["mbit"])})
+    show(rows, console)
+    if args.json:
+        args.json.write_text(json.dumps({"ranks": [NODES, RANKS_PER_NODE], "rows": rows}, indent=2) + "\n")
+    if args.plot:
+        plot(rows, args.plot)
+    of = {layout: [loss for row in rows if row["layout"] == layout for loss in row["losses"]] for layout in LAYOUTS}
+    worst = max(abs(a / b - 1) for a, b in zip(*of.values(), strict=True))
+    console.print(f"losses differ by {worst:.1e} at most")
+    return 0 if worst < 1e-3 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
