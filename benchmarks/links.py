@@ -6,12 +6,12 @@ python benchmarks/links.py [--mbit 0 1000 500 200 100 50] [--steps 3] [--layers 
 
 Needs root, ip and tc: a node is a network namespace with a torchrun of its own, the link a pair of veth devices with a
 token bucket at each end (0: none). Each layout is one run of `qlora-dist train` on a folder of random codes with
-Llama's layers; the link's speed is changed while it trains, after each --steps steps and one that is left out of the times.
+Llama's layers; the link's speed is changed while it trains, after each --steps steps and one that is not timed.
 
 What a node sends is counted by the kernel at its end of the link, over all steps of a speed. The ring of a collective
 leaves a node once, so a node should send what one of its ranks receives from the ranks of a mesh that crosses nodes
-(`comm_bytes` of metrics.jsonl). What is more are TCP's headers, and the sum of the gradients: gloo's reduce-scatter is an
-all-reduce, which sends twice as much.
+(`comm_bytes` of metrics.jsonl). What is more are TCP's headers, and the sum of the gradients: gloo's reduce-scatter is
+an all-reduce, which sends twice as much.
 
 The plan's line: `qlora-dist plan --calibrate` on the same four ranks without a limit, and the link's speed. Losses of
 both runs must be equal to 1e-3: bf16 is added up in another order.
