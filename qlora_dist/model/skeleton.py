@@ -27,10 +27,15 @@ from qlora_dist.nf4.linear import NF4Linear
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
+def build_skeleton(folder: ModelFolder, config: ModelConfig, quantize: bool = True) -> LossModel:
     """A causal language model on meta whose quantizable layers are NF4Linear and whose forward gives the loss.
 
     Parameters that stay unquantized have the compute type. Nothing is trained yet.
+
+    Args:
+        folder: of the model.
+        config: how to quantize what is not in 4 bit yet, and the compute type.
+        quantize: False: what is in 16 bit in the folder stays so.
 
     Raises:
         UserError: the folder holds no causal language model that this transformers knows, or weights are missing.
@@ -46,7 +51,7 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
     for target in list(quantizable(model, embeddings=True)):
         parts = matrices(target, origins, folder)
         asked_for = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
-        if not asked_for and not any(part.name in folder.quantized for part in parts):
+        if not (asked_for and quantize) and not any(part.name in folder.quantized for part in parts):
             continue  # embeddings that stay in 16 bit, or what whoever quantized the folder left as it was
         layout = layout_of(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
         _replace(model, target, layout, len(parts), dtype)
