@@ -58,7 +58,7 @@ def chat(
         prompter: its tokenizer and template.
         sampling: how to choose tokens.
         end_tokens: what ends an answer.
-        read: the next line; raises EOFError after the last.
+        read: the next line; raises EOFError after the last, or KeyboardInterrupt.
         out: where answers go.
         system: the system's message.
 
@@ -107,7 +107,7 @@ def _next_line(loaded: Loaded, turn: int, read: Callable[[], str]) -> str | None
     if loaded.ranks.rank == 0:
         beat(phase="reading data", patience=_FOREVER)
         line: str | None = None
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
             line = read()
         loaded.store.set(key, json.dumps(line))
     else:

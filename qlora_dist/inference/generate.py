@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,17 +79,14 @@ def generate(
     Raises:
         UserError: a prompt leaves no room for an answer.
     """
-    limit = positions(loaded)
+    limit = positions(loaded.folder.config)
+    check_lengths(prompts, limit)
     batches = [list(prompts[first : first + batch_size]) for first in range(0, len(prompts), batch_size)]
     world, answers = loaded.ranks.world_size, []
     ends = sorted({*_end_tokens(loaded), *end_tokens})
     for first in range(0, len(batches), world):
         now = batches[first : first + world]
         longest = max(len(prompt) for batch in now for prompt in batch)
-        if limit is not None and longest >= limit:
-            raise UserError(
-                f"a prompt has {longest:,} tokens, and the model {limit:,} positions for prompt and answer; shorten it"
-            )
         steps = min(sampling.max_new_tokens, limit - longest) if limit is not None else sampling.max_new_tokens
         own = now[loaded.ranks.rank] if loaded.ranks.rank < len(now) else now[0][:1]
         torch.manual_seed(sampling.seed + first + loaded.ranks.rank)
@@ -98,11 +95,23 @@ def generate(
     return answers
 
 
-def positions(loaded: Loaded) -> int | None:
-    """How many tokens the model was made for; None: its configuration does not say."""
-    config = loaded.model.config.get_text_config()
-    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+def positions(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model was made for, by its config.json; None: that does not say."""
+    found = config.get("max_position_embeddings") or config.get("n_positions")
     return int(found) if found else None
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+    """See whether each prompt leaves room for an answer.
+
+    Raises:
+        UserError: one does not.
+    """
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and longest >= limit:
+        raise UserError(
+            f"a prompt has {longest:,} tokens, and the model {limit:,} positions for prompt and answer; shorten it"
+        )
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class HarnessModel(TemplateLM):
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         super().__init__()
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        self.max_length = positions(loaded) or _DEFAULT_POSITIONS
+        self.max_length = positions(loaded.folder.config) or _DEFAULT_POSITIONS
         self._loaded, self._device = loaded, loaded.device
         self._keeps = "logits_to_keep" in inspect.signature(super(type(loaded.model), loaded.model).forward).parameters
 

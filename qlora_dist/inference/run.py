@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,14 @@ from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.inference.adapter_folder import AdapterFolder, base_of, parse_adapters
 from qlora_dist.inference.chat import chat
-from qlora_dist.inference.generate import Sampling, generate
+from qlora_dist.inference.generate import Sampling, check_lengths, generate, positions
 from qlora_dist.inference.held_out import held_out_loss
 from qlora_dist.inference.load import Loaded, loaded_model
 from qlora_dist.inference.prompts import Prompt, Prompter, one_prompt, read_prompts
 from qlora_dist.inference.settings import inference_config
-from qlora_dist.inference.tasks import TaskOptions, check_harness, print_scores, run_tasks
+from qlora_dist.inference.tasks import TaskOptions, check_tasks, print_scores, run_tasks
 from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model.folder import read_json
 from qlora_dist.parallel.exchange import broadcast_json
 
 BASE = "base"
@@ -79,12 +81,14 @@ def run_generate(options: ModelOptions, asked: PromptOptions, sampling: Sampling
     end = prompter.end_of_turn()
     ends = [] if end is None else [end]
     tokens = [prompter.tokens(prompt) for prompt in prompts]
+    check_lengths(tokens, positions(read_json(Path(config.model.base) / "config.json")))
     if asked.chat:
         prompter.need_template("--chat")
     with loaded_model(config, adapters, options.quantize) as loaded:
         loaded.use(None if first == BASE else first)
         if asked.chat:
-            sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="replace")
             chat(loaded, prompter, sampling, ends, _ask, sys.stdout, asked.system)
             return
         tokens = broadcast_json(tokens)  # a file may have been changed on one node
@@ -106,7 +110,7 @@ def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None,
     if data is None and tasks is None:
         raise UserError("eval: nothing to evaluate on; give --data FILE, or --tasks NAMES")
     if tasks is not None:
-        check_harness()
+        check_tasks(tasks)
     adapters, config = _settings(options, data)
     speaks = ranks_from_environment().rank == 0
     progress = Console(stderr=True, quiet=not speaks)

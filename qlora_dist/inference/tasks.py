@@ -33,29 +33,30 @@ class TaskOptions:
     """Of tasks of one's own."""
 
 
-def check_harness() -> None:
-    """See whether it is installed, before a model is loaded.
+def check_tasks(options: TaskOptions) -> None:
+    """See whether the harness is installed and knows the tasks, before a model is loaded.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, or does not.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness; pip install 'qlora-dist[eval]'")
+    for name in ("lm_eval", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    _manager(tuple(options.names), options.folder)
 
 
 def run_tasks(loaded: Loaded, options: TaskOptions) -> dict[str, dict[str, Any]]:
     """Scores by task and metric. Called on all ranks; each of them computes the metrics.
 
     Raises:
-        UserError: there is no such task, or its data are not here.
+        UserError: there is no such task.
     """
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that computes
     from lm_eval.evaluator import simple_evaluate
 
     from qlora_dist.inference.harness import HarnessModel
 
-    for name in ("lm_eval", "lm-eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     model = HarnessModel(loaded, load_tokenizer(loaded.folder.path), options.batch_size)
     results = simple_evaluate(
         model,

@@ -33,8 +33,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     folder = tmp_path_factory.mktemp("inference")
     source = tiny.make_model(folder / "source", dtype=torch.float32, intermediate_size=192)
     base = quantize_folder(source, folder / "nf4", QuantizeOptions()).out
-    one = make_adapter(folder / "one", base, seed=1, target_modules="all-linear")
-    two = make_adapter(folder / "two", base, seed=2, r=2, target_modules=["q_proj", "o_proj"], use_rslora=True)
+    one = random_adapter(folder / "one", base, seed=1, target_modules="all-linear")
+    two = random_adapter(folder / "two", base, seed=2, r=2, target_modules=["q_proj", "o_proj"], use_rslora=True)
     return Material(source, base, one, two)
 
 
@@ -49,7 +49,7 @@ def load_plain(base: Path) -> Any:
     return model.eval()
 
 
-def make_adapter(out: Path, base: Path, seed: int, **settings: Any) -> Path:
+def random_adapter(out: Path, base: Path, seed: int, **settings: Any) -> Path:
     """Every value of it random."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", **({"r": 4} | settings))
     model = peft.get_peft_model(load_plain(base), config)
@@ -57,7 +57,9 @@ def make_adapter(out: Path, base: Path, seed: int, **settings: Any) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.2) if parameter.dim() > 1 else parameter.mul_(1.5)
+            elif "modules_to_save" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(out)
     return out
@@ -67,3 +69,9 @@ def make_adapter(out: Path, base: Path, seed: int, **settings: Any) -> Path:
 def plain_model_fixture() -> Callable[[Path], Any]:
     """`load_plain`."""
     return load_plain
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> Callable[..., Path]:
+    """`random_adapter`."""
+    return random_adapter

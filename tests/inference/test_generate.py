@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from ranks import run_ranks
 from safetensors.torch import save_file
 
@@ -65,6 +66,33 @@ def test_sharded_or_not_is_what_transformers_and_peft_write(material: Any, plain
     assert {name: alone[name] for name in expected} == expected
     assert alone["seed 3"] != alone["seed 4"]
     assert run_ranks(2, answers, given, PROMPTS, 2) == [alone] * 2  # samples too are those of the seed
+
+
+def test_a_base_in_16_bit_that_stays_so(material: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT's own layers, of DoRA, and a head trained whole, sharded; the plain model is whole."""
+    settings: dict[str, Any] = {
+        "use_dora": True,
+        "target_modules": ["q_proj", "up_proj"],
+        "modules_to_save": ["lm_head"],
+    }
+    adapter = make_adapter(tmp_path / "adapter", material.source, seed=3, **settings)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(material.source, dtype=torch.float32)
+    ids = torch.tensor(PROMPTS[1:2])
+    with torch.no_grad():
+        base = plain.eval()(input_ids=ids, use_cache=False).logits
+        expected = peft.PeftModel.from_pretrained(plain, adapter).eval()(input_ids=ids, use_cache=False).logits
+    for found in run_ranks(2, logits, str(adapter), PROMPTS[1:2]):
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - base).abs().max() > 0.1
+
+
+def logits(adapter: str, prompts: list[list[int]]) -> Any:
+    adapters = parse_adapters([adapter])
+    with loaded_model(inference_config(base_of(adapters), overrides=FP32), adapters, quantize=False) as loaded:
+        with torch.no_grad():
+            found = loaded.model(input_ids=torch.tensor(prompts), use_cache=False).logits
+        loaded.use(None)
+        return found.numpy()
 
 
 @pytest.mark.slow
