@@ -181,7 +181,7 @@ _SET = typer.Option("--set", help="section.key=value, winning over the run that 
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to answer.", metavar="[PROMPT]")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What to answer.", metavar="PROMPT")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: JSONL in the data formats, or lines. Prints JSONL.")
     ] = None,
@@ -220,7 +220,7 @@ def generate(
 @app.command(name="eval")
 def evaluate(
     folder: Annotated[
-        str | None, typer.Argument(help="Folder of an adapter, such as runs/NAME/adapter.", metavar="[ADAPTER]")
+        str | None, typer.Argument(help="Folder of an adapter, such as runs/NAME/adapter.", metavar="ADAPTER")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Held-out file, read as the run that made the adapter did.")] = None,
     adapter: Annotated[list[str] | None, _ADAPTERS] = None,
