@@ -127,19 +127,14 @@ def test_smollm2_on_two_ranks_writes_what_one_does(smollm2_folder: Path, tmp_pat
     prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France is", "Once upon a", "def main():\n")]
     (alone,) = run_ranks(1, written, str(adapter), prompts)
     assert run_ranks(2, written, str(adapter), prompts) == [alone] * 2
-    assert alone["adapter"] != alone["base"]
-    assert " Paris" in tokenizer.decode(alone["base"][0])
+    assert " Paris" in tokenizer.decode(alone[0])
 
 
-def written(adapter: str, prompts: list[list[int]]) -> dict[str, Any]:
-    """By the adapter and by the base; the two batches are of one prompt and of two."""
-    adapters = parse_adapters([f"adapter={adapter}"])
+def written(adapter: str, prompts: list[list[int]]) -> list[list[int]]:
+    """The two batches are of one prompt and of two."""
+    adapters = parse_adapters([adapter])
     with loaded_model(inference_config(base_of(adapters), overrides=FP32), adapters) as loaded:
-        found = {}
-        for name in ("adapter", None):
-            loaded.use(name)
-            found[name or "base"] = generate(loaded, prompts, Sampling(5, temperature=0.0), batch_size=2)
-    return found
+        return generate(loaded, prompts, Sampling(4, temperature=0.0), batch_size=2)
 
 
 def random_adapter(base: Path, out: Path) -> Path:
@@ -156,6 +151,6 @@ def random_adapter(base: Path, out: Path) -> Path:
         }
     out.mkdir()
     save_file(tensors, out / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": r, "lora_alpha": 64, "target_modules": ["q_proj"]}
+    settings = {"peft_type": "LORA", "r": r, "lora_alpha": 16, "target_modules": ["q_proj"]}
     (out / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
     return out
