@@ -91,9 +91,9 @@ def run_generate(options: ModelOptions, asked: PromptOptions, sampling: Sampling
                 sys.stdin.reconfigure(errors="replace")
             chat(loaded, prompter, sampling, ends, _ask, sys.stdout, asked.system)
             return
-        tokens = broadcast_json(tokens)  # a file may have been changed on one node
         names = [prompt.adapter or first for prompt in prompts]
-        texts = [""] * len(prompts)
+        tokens, names = broadcast_json([tokens, names])  # nodes may have different files of this name
+        texts = [""] * len(tokens)
         for answers in _by_adapter(loaded, names, tokens, sampling, ends, asked.batch_size):
             for index, answer in answers.items():
                 texts[index] = prompter.tokenizer.decode(answer, skip_special_tokens=True)
