@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Iterator
 
 import peft
@@ -62,16 +63,21 @@ def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.L
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    ours: dict[type, type] = {NF4Linear: LoraNF4, NF4Experts: LoraExperts}
-    result._register_custom_module(ours)
+    use_our_layers(result)
     return result
 
 
-def attach_adapter(model: nn.Module, config: peft.LoraConfig) -> None:
+def use_our_layers(config: peft.LoraConfig) -> None:
+    """Have PEFT put our layers around those in 4 bit."""
+    ours: dict[type, type] = {NF4Linear: LoraNF4, NF4Experts: LoraExperts}
+    config._register_custom_module(ours)
+
+
+def attach_adapter(model: nn.Module, config: peft.LoraConfig, name: str = ADAPTER_NAME) -> None:
     """Put the adapter into a model on the meta device, in fp32. Everything else is frozen.
 
     `inject_adapter_in_model` rather than `get_peft_model`: the model stays the class and keeps the names that
-    transformers gave it.
+    transformers gave it. Others may have been put in before, under other names.
 
     Raises:
         UserError: PEFT does not accept the targets.
@@ -84,12 +90,13 @@ def attach_adapter(model: nn.Module, config: peft.LoraConfig) -> None:
         config.exclude_modules = _experts(model) or None
     whole, config.modules_to_save = set(config.modules_to_save or ()), None
     try:
-        with torch.device("meta"):
-            peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # of another adapter
+            peft.inject_adapter_in_model(config, model, adapter_name=name)
     except ValueError as error:  # PEFT takes names of some sparse models for those of experts, which belong together
         raise UserError(f"lora.targets: {str(error).rstrip('.')}; name all of them, or none") from None
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_lora(name))
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_lora(parameter_name))
     for path, module in model.named_modules():
         if path in whole:  # in its place: PEFT would keep the frozen module beside the trained one
             module.to(torch.float32)

@@ -34,7 +34,7 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
         whole = gather(parameter).detach()
         if dist.get_rank() == 0:
             for key in (name, *tied.get(name, ())):
-                tensors[_peft_key(key)] = whole.float().cpu().contiguous().clone()
+                tensors[peft_key(key)] = whole.float().cpu().contiguous().clone()
     if dist.get_rank() == 0:
         if (wrong := wrong_values(tensors.items())) is not None:
             raise UserError(
@@ -73,14 +73,14 @@ def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
     return {f"{paths[id(embedding)]}.weight": [f"{paths[id(head)]}.weight"]}
 
 
-def _peft_key(name: str) -> str:
+def peft_key(name: str, adapter: str = ADAPTER_NAME) -> str:
     """PEFT's name in a file: without the adapter's, and without `.weight` behind a magnitude vector.
 
     PEFT wraps an experts module once for each parameter that is adapted, the projections into the experts before those
     out of them: so the first are found under `base_layer`.
     """
-    name = name.replace(f"lora_magnitude_vector.{ADAPTER_NAME}.weight", "lora_magnitude_vector")
-    name = name.replace(f".{ADAPTER_NAME}.", ".")
+    name = name.replace(f"lora_magnitude_vector.{adapter}.weight", "lora_magnitude_vector")
+    name = name.replace(f".{adapter}.", ".")
     name = re.sub(r"\.experts\.(gate_)?up_proj\.lora_", ".experts.base_layer.lora_", name)
     name = re.sub(r"\.experts\.down_proj\.lora_", ".experts.lora_", name)
     return "base_model.model." + name

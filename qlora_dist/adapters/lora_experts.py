@@ -29,9 +29,9 @@ class LoraExperts(LoraOfBytes):
     def bind(self) -> ExpertFunction:
         """As NF4Experts.bind. A and B are taken apart once, so that their gradients are put together once."""
         base = self.get_base_layer().bind()
-        if self.disable_adapters:
-            return base
         (name,) = self.active_adapters
+        if self.disable_adapters or name not in self.lora_A:
+            return base
         experts, r = self.get_base_layer().experts, self.r[name]
         a = self.lora_A[name].weight.view(experts, r, -1).unbind(0)
         b = self.lora_B[name].weight.view(-1, r, experts).unbind(2)

@@ -38,7 +38,7 @@ def fill(
     model: LossModel,
     folder: ModelFolder,
     device: torch.device,
-    seed: int,
+    seed: int | None,
     replicas: DeviceMesh | None = None,
     offload_base: bool = False,
     progress: Callable[[Reading], None] | None = None,
@@ -56,7 +56,7 @@ def fill(
         model: on meta, its parameters plain or DTensors.
         folder: where the weights are.
         device: where the model goes.
-        seed: of the adapters' first values.
+        seed: of the adapters' first values; None: they get none, others do that.
         replicas: 1-D mesh of the ranks that hold the same shard of the base as this one; None: there are no others.
         offload_base: keep the frozen parameters on the CPU; the engine copies them to the device.
         progress: called after each read of this rank.
@@ -82,7 +82,8 @@ def fill(
                 else:
                     put = partial(_put, local_part(parameter))
                 if is_lora(name):
-                    _fill_adapter(parameter, name, seed)
+                    if seed is not None:
+                        _fill_adapter(parameter, name, seed)
                 elif isinstance(module, NF4Linear | NF4Experts | NF4Vocabulary) and parameter is module.packed:
                     matrices = model.matrices[names[name]]
                     if matrices[0].name in folder.quantized:
@@ -105,7 +106,8 @@ def fill(
             quantize_in_turn(to_quantize, stream, replicas, device)
         with Stream(folder, trained, [], None, device) as others:  # the replicas of the base have other shards of these
             others.fill_shards()
-        _fill_magnitudes(model)
+        if seed is not None:
+            _fill_magnitudes(model)
         return stream.bytes_read + others.bytes_read
 
 

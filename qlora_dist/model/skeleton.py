@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +28,15 @@ from qlora_dist.nf4.linear import NF4Linear
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
+def build_skeleton(folder: ModelFolder, config: ModelConfig, quantize: bool = True) -> LossModel:
     """A causal language model on meta whose quantizable layers are NF4Linear and whose forward gives the loss.
 
     Parameters that stay unquantized have the compute type. Nothing is trained yet.
+
+    Args:
+        folder: of the model.
+        config: how to quantize what is not in 4 bit yet, and the compute type.
+        quantize: False: what is in 16 bit in the folder stays so.
 
     Raises:
         UserError: the folder holds no causal language model that this transformers knows, or weights are missing.
@@ -46,7 +52,7 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
     for target in list(quantizable(model, embeddings=True)):
         parts = matrices(target, origins, folder)
         asked_for = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
-        if not asked_for and not any(part.name in folder.quantized for part in parts):
+        if not (asked_for and quantize) and not any(part.name in folder.quantized for part in parts):
             continue  # embeddings that stay in 16 bit, or what whoever quantized the folder left as it was
         layout = layout_of(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
         _replace(model, target, layout, len(parts), dtype)
@@ -55,7 +61,12 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig) -> LossModel:
     model.requires_grad_(False)
     _check_complete(model, origins, folder)
     takes_positions = "position_ids" in inspect.signature(decoder_of(model).forward).parameters
-    attributes = {"origins": origins, "matrices": in_4_bit, "takes_positions": takes_positions}
+    attributes = {
+        "origins": origins,
+        "matrices": in_4_bit,
+        "takes_positions": takes_positions,
+        "forward": _with_signature(type(model).forward),
+    }
     model.__class__ = type(f"Loss{type(model).__name__}", (LossModel, type(model)), attributes)
     assert isinstance(model, LossModel)
     return model
@@ -172,6 +183,16 @@ def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and kept.intersection([*path.split("."), name]):
                 module._buffers[name] = buffer.float()
+
+
+def _with_signature(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Our forward pass with the signature of transformers': `generate` looks whether there are position_ids in it."""
+
+    @functools.wraps(theirs)
+    def forward(self: LossModel, *args: Any, **kwargs: Any) -> Any:
+        return LossModel.forward(self, *args, **kwargs)
+
+    return forward
 
 
 class LossModel(transformers.PreTrainedModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import peft
@@ -75,7 +76,7 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     for source in sources:
         if console is not None and (left_out := source.stats.left_out()):
             console.print(f"{source.path}: {left_out}", markup=False)
-    _check_ids(folder, model, sources)
+    check_ids(folder, model, sources)
     loader = Loader(
         [(source.rows, source.weight) for source in train],
         global_batch=config.train.global_batch,
@@ -125,7 +126,12 @@ def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[Mod
     return folder, model, adapter
 
 
-def _check_ids(folder: ModelFolder, model: LossModel, sources: list[PreparedSource]) -> None:
+def check_ids(folder: ModelFolder, model: LossModel, sources: Sequence[PreparedSource]) -> None:
+    """See whether the embedding has a row for each token of the data.
+
+    Raises:
+        UserError: it has not.
+    """
     size = model.config.get_text_config().vocab_size
     largest = max(source.stats.largest_token for source in sources)
     if largest >= size:
