@@ -15,6 +15,8 @@ from rich.progress import track
 
 from qlora_dist.errors import UserError
 from qlora_dist.merge.adapter import Values, read_adapter, read_values, update_rows
+from qlora_dist.merge.feedback import directions, round_with_feedback
+from qlora_dist.merge.note import write_note
 from qlora_dist.merge.plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
 from qlora_dist.merge.rows import packed_bytes, quantize_rows, rows_given, rows_of_bytes, rows_trained_on
 from qlora_dist.model.folder import ModelFolder
@@ -39,17 +41,24 @@ class Report:
     """Squares of what was trained: those weights and the update."""
     difference: float = 0.0
     """Squares of (what is written - what was trained)."""
+    kept: float = 0.0
+    """Products of (what is written - the weights trained on) with what the adapter adds."""
 
     def compare(self, written: torch.Tensor, trained_on: torch.Tensor, trained: torch.Tensor) -> None:
         """Add some rows: fp32[n, in_features] each, but for what is written, in its own type."""
-        self.updates += _squares(trained - trained_on)
+        update, written = trained - trained_on, written.float()
+        self.updates += _squares(update)
         self.trained += _squares(trained)
-        self.difference += _squares(written.float() - trained)
+        self.difference += _squares(written - trained)
+        self.kept += _product(written - trained_on, update)
 
 
 def _squares(tensor: torch.Tensor) -> float:
-    flat = tensor.flatten()
-    return float(flat.dot(flat))
+    return _product(tensor, tensor)
+
+
+def _product(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(one.flatten().dot(other.flatten()))
 
 
 def merge_folder(base: Path | None, adapter_path: Path, out: Path, options: MergeOptions, console: Console) -> Report:
@@ -81,6 +90,7 @@ def merge_folder(base: Path | None, adapter_path: Path, out: Path, options: Merg
     try:
         partial.mkdir(parents=True)
         _write_files(partial, plan, folder, options, report, console)
+        write_note(partial, adapter_path)
         finish_folder(partial, out, folder.path, _config(folder, plan, options))
     except OSError as error:  # a full disk, no permission
         raise UserError(f"{partial}: cannot be written ({error.strerror}); mend that and run again") from None
@@ -98,7 +108,7 @@ def print_report(report: Report, console: Console) -> None:
         of_weights, of_updates = (math.sqrt(report.difference / whole) for whole in (report.trained, report.updates))
         console.print(
             f"what is written differs from what was trained by {of_weights:.1e} of the weights, {of_updates:.1e} of "
-            "what the adapter adds (norms)",
+            f"what the adapter adds (norms), of which {report.kept / report.updates:.0%} are in it",
             highlight=False,
             soft_wrap=True,
         )
@@ -155,7 +165,12 @@ def _write_matrix(
 
     report.merged += values is not None
     if work.in_4_bit:
-        packed = quantize_rows((rows for _, rows in trained()), part.layout)
+        merged_rows = (rows for _, rows in trained())
+        if options.error_feedback and values is not None:
+            before_merging = packed_bytes(part, folder, reader)
+            packed = round_with_feedback(before_merging, merged_rows, part.layout, directions(values))
+        else:
+            packed = quantize_rows(merged_rows, part.layout)
         _write_4_bit(packed, part, writer)
         for (_, stored), (before, merged) in zip(rows_of_bytes(packed, part.layout), trained(), strict=True):
             report.compare(stored, before, merged)

@@ -35,6 +35,8 @@ class MergeOptions:
     """With a base in 16 bit, how the run quantized it; as the others."""
     block_size: int = 64
     double_quant: bool = True
+    error_feedback: bool = False
+    """Into nf4: round each weight with what the ones before it in its row have lost of the update."""
     file_bytes: int = 5_000_000_000
 
 
@@ -95,6 +97,8 @@ def make_merge_plan(folder: ModelFolder, adapter: Adapter, options: MergeOptions
         raise UserError(f"{folder.path}: is not in 4 bit; quantize it first, or merge --into dequantized")
     if options.into == "original" and folder.is_quantized:
         raise UserError(f"{folder.path}: is in 4 bit; give the 16-bit model with --base, or merge --into dequantized")
+    if options.error_feedback and options.into != "nf4":
+        raise UserError(f"--error-feedback: nothing is rounded to 4 bit by --into {options.into}; use --into nf4")
     model = causal_lm_on_meta(folder, torch.bfloat16)
     origins = find_origins(model, [*folder.entries, *folder.quantized])
     updates, whole = dict(adapter.low_rank), dict(adapter.whole)

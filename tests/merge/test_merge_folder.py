@@ -22,6 +22,7 @@ from qlora_dist.model.quantize_plan import QuantizeOptions
 
 PROMPT = torch.arange(3, 60).view(1, -1)
 QUIET = Console(quiet=True)
+FILE = "model-00001-of-00001.safetensors"
 
 
 def make_adapter(model: torch.nn.Module, out: Path, base: Path, **settings: Any) -> Path:
@@ -143,6 +144,29 @@ def test_into_nf4(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert 0.05 < (report.difference / report.trained) ** 0.5 < 0.2
+
+
+def test_into_nf4_with_error_feedback(tmp_path: Path) -> None:
+    """Rounding alone gives back the base where the update is small, as trained ones are; fed back, the update is
+    there. Scales stay as they are, and so do matrices without an update; the same again gives the same bytes.
+    """
+    torch.manual_seed(0)
+    source = tiny.make_model(tmp_path / "source", hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(block_size=64)).out
+    adapter = make_adapter(load(quantized), tmp_path / "adapter", quantized, r=2, target_modules=["up_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: t * 0.1 for name, t in tensors.items()}, adapter / "adapter_model.safetensors")
+    reports = {}
+    for out, feedback in (("rounded", False), ("fed", True), ("again", True)):
+        options = MergeOptions(into="nf4", error_feedback=feedback)
+        reports[out] = merge_folder(quantized, adapter, tmp_path / out, options, QUIET)
+    kept = {out: report.kept / report.updates for out, report in reports.items()}
+    assert abs(kept["rounded"]) < 0.2 and kept["fed"] == pytest.approx(1, abs=0.05)
+    base, fed, again = (load_file(tmp_path / name / FILE) for name in ("nf4", "fed", "again"))
+    assert all(torch.equal(fed[name], again[name]) for name in fed)
+    changed = [name for name in base if not torch.equal(base[name], fed[name])]
+    assert changed == ["model.layers.0.mlp.up_proj.weight"]
+    assert (base[changed[0]] != fed[changed[0]]).float().mean() < 0.2
 
 
 def test_files_are_no_larger_than_asked_for(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
