@@ -52,7 +52,8 @@ def merge_and_measure(
     ]
     losses = _measure("4-bit base", folder, read, data, as_trained, console)
     if not ModelFolder(folder).is_quantized:
-        losses |= _measure("16-bit base", folder, read, data, (), console, quantize=False)
+        experts = bool(read.config.target_parameters)  # whose adapters need a base in 4 bit
+        losses |= _measure("16-bit base", folder, read, data, (), console, quantize=False, alone=experts)
     report = merge_folder(base, adapter, out, options, console)
     merged = _measure(f"merged into {options.into}", str(out), read, data, (), console, quantize=False, alone=True)
     return report, losses | merged

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from qlora_dist.errors import UserError
-from qlora_dist.merge.adapter import Values, read_adapter, read_values, update_rows
+from qlora_dist.merge.adapter import LowRank, Values, expert_values, read_adapter, read_values, update_rows
 from qlora_dist.merge.feedback import directions, round_with_feedback
 from qlora_dist.merge.note import write_note
 from qlora_dist.merge.plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
@@ -121,6 +121,7 @@ def _write_files(
     files = [[plan.work[place] for place in file] for file in places]
     steps = iter(track(plan.work, "merging", console=console, disable=not console.is_terminal, transient=True))
     with Reader() as reader:
+        updates = _Updates(reader)
         for index, file in enumerate(files, 1):
             specs = [spec for work in file for spec in work.specs()]
             writer = Writer(partial / f"model-{index:05}-of-{len(files):05}.safetensors", specs)
@@ -129,7 +130,7 @@ def _write_files(
                 if work.copied is not None:
                     _copy(work, reader, writer)
                 for number, part in enumerate(work.parts):
-                    _write_matrix(work, number, part, folder, options, reader, writer, report)
+                    _write_matrix(work, number, part, folder, options, reader, updates, writer, report)
             writer.close()
 
 
@@ -149,6 +150,7 @@ def _write_matrix(
     folder: ModelFolder,
     options: MergeOptions,
     reader: Reader,
+    updates: _Updates,
     writer: Writer,
     report: Report,
 ) -> None:
@@ -156,7 +158,7 @@ def _write_matrix(
     if part.update is None and work.in_4_bit:
         _write_4_bit(packed_bytes(part, folder, reader), part, writer)
         return
-    values = None if part.update is None else read_values(part.update, reader)
+    values = updates.of(part)
 
     def trained() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows that the adapter was trained on, and what they became."""
@@ -183,6 +185,25 @@ def _write_matrix(
         if values is not None:
             report.compare(stored, before, merged)
     place.close()
+
+
+class _Updates:
+    """Of what the adapter does to a matrix, the values; those of a layer's experts are read together, once."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._last: tuple[LowRank, Values] | None = None
+
+    def of(self, part: Part) -> Values | None:
+        if part.update is None:
+            return None
+        if self._last is None or self._last[0] != part.update:
+            self._last = part.update, read_values(part.update, self._reader)
+        values = self._last[1]
+        if not part.update.experts:
+            return values
+        rows = slice(part.first_row, part.first_row + part.layout.shape[0])
+        return expert_values(values, part.update.experts, part.expert, rows)
 
 
 def _updated(rows: torch.Tensor, values: Values | None, first: int) -> torch.Tensor:

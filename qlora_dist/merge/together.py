@@ -103,6 +103,10 @@ def check_bases(given: Sequence[Given], adapters: Sequence[Adapter], options: Co
             raise UserError(
                 f"{one.path}: is DoRA, whose magnitudes have no sum; merge the adapters one after the other"
             )
+        if any(update.experts for update in adapter.low_rank.values()):
+            raise UserError(
+                f"{one.path}: adapts experts, which is not composed; merge the adapters one after the other"
+            )
     if options.how == "sequential":
         for before, one, adapter in zip(given, given[1:], adapters[1:], strict=False):
             check_follows(one.path, Path(adapter.base), before.path)

@@ -82,11 +82,35 @@ def test_the_merged_model_is_base_and_adapter(settings: dict[str, Any], tmp_path
     check(tiny.make_model(tmp_path / "source", arch=arch), tmp_path, **settings)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens(tied: bool, tmp_path: Path) -> None:
+    """An embedding with more rows than the base's, trained whole; a tied head stays tied to it."""
+    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=tied, num_hidden_layers=1)
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.3)).out
+
+    def resized() -> Any:
+        model = dequantized_model(source, quantized)
+        model.resize_token_embeddings(330, mean_resizing=False)
+        return model
+
+    whole = {"modules_to_save": ["embed_tokens"] if tied else ["embed_tokens", "lm_head"], "ensure_weight_tying": tied}
+    adapter = make_adapter(resized(), tmp_path / "adapter", quantized, target_modules=["q_proj"], **whole)
+    out = merge_folder(None, adapter, tmp_path / "merged", MergeOptions(dtype="fp32"), QUIET).out
+    merged = load(out)
+    assert merged.config.vocab_size == 330 and merged.config.tie_word_embeddings == tied
+    expected = logits(peft.PeftModel.from_pretrained(resized(), adapter))
+    assert expected.shape[-1] == 330
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT2", "Mixtral", "GptOss", "Gemma2", "Falcon"])
 def test_other_architectures(name: str, tmp_path: Path) -> None:
-    """Transposed matrices, a tensor per expert, all experts in one, tied embeddings, fused projections."""
-    targets = {"target_modules": ["q_proj", "o_proj"]} if name in ("Mixtral", "GptOss") else {}
+    """Transposed matrices, a tensor per expert, all experts in one, adapters of experts, tied embeddings, fused
+    projections."""
+    experts = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    sparse = {"target_modules": ["q_proj", "o_proj"], "target_parameters": experts}
+    targets = sparse if name in ("Mixtral", "GptOss") else {}
     out, _ = check(make_architecture(tmp_path / "source", name), tmp_path, **targets)
     saved = {name for path in (tmp_path / "source").glob("*.safetensors") for name in load_file(path)}
     assert {name for path in out.glob("*.safetensors") for name in load_file(path)} == saved
