@@ -17,7 +17,7 @@ from qlora_dist.nf4.layout import NF4Layout
 from qlora_dist.nf4.quantize import TORCH_DTYPES, absmax_of
 from qlora_dist.nf4.tables import code_table
 
-_WEIGHTS = 2**23
+_WEIGHTS = 2**22
 """At a time, about: a step is a column of them, and costs as much to begin as some thousand weights."""
 
 
