@@ -46,7 +46,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 # DeepSpeed's operators would be compiled; none is used
 $(VENV)/.dev: $(VENV)/.demo
-	DS_BUILD_OPS=0 $(PIP) --editable ".[demo,dev,mpi,zero]"
+	DS_BUILD_OPS=0 $(PIP) --editable ".[demo,dev,eval,mpi,zero]"
 	touch $@
 
 # two MPIs in one environment overwrite each other's mpirun. This one has Open MPI, and all else by a path to the first.

@@ -60,15 +60,8 @@ def train(
             typer.echo(dump_config(resolved), nl=False)
         return
     with _importing():
-        from torch.distributed.elastic.multiprocessing.errors import record
-
         from qlora_dist.train.run import train as run_training
-
-    # `record` hands an exception to torchrun, which shows that of the rank that failed first; a user's mistake is not
-    # for it
-    mistake = record(_mistake_of)(run_training, resolved, resume)
-    if mistake is not None:
-        raise mistake
+    _recorded(run_training, resolved, resume)
 
 
 @app.command()
@@ -225,6 +218,83 @@ def compose(
     print_report(compose(given, out, options), given, options, Console())
 
 
+_ADAPTERS = typer.Option("--adapter", help="NAME=FOLDER, or FOLDER; as often as there are adapters.")
+_BASE_FOLDER = typer.Option("--base", help="Folder of the model; without it, the one that the adapters name.")
+_NO_QUANTIZE = typer.Option("--no-quantize", help="Keep a base in 16 bit so, instead of quantizing it as train does.")
+_SET = typer.Option("--set", help="section.key=value, winning over the run that made the adapter; repeatable.")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to answer.", metavar="PROMPT")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts: JSONL in the data formats, or lines. Prints JSONL.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk: reads lines, answers as tokens come.")] = False,
+    adapter: Annotated[list[str] | None, _ADAPTERS] = None,
+    use: Annotated[
+        str | None, typer.Option(help="Name of the adapter that answers, or base; default: the first.")
+    ] = None,
+    base: Annotated[Path | None, _BASE_FOLDER] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="From the likeliest tokens that have this part of the chances.")] = 0.9,
+    top_k: Annotated[int, typer.Option(help="From so many of the likeliest tokens; 0: of all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same gives the same.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that a rank computes together.")] = 8,
+    system: Annotated[str | None, typer.Option(help="The system's message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue a text as it is, without the chat template.")] = False,
+    no_quantize: Annotated[bool, _NO_QUANTIZE] = False,
+    overrides: Annotated[list[str] | None, _SET] = None,
+) -> None:
+    """Answer a prompt, a file of prompts, or a person: alone, or on every rank that torchrun starts this on."""
+
+    def run() -> None:
+        from qlora_dist.inference.generate import Sampling
+        from qlora_dist.inference.run import ModelOptions, PromptOptions, run_generate
+
+        sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature, top_p, top_k, repetition_penalty, seed)
+        options = ModelOptions(adapter or (), base, not no_quantize, overrides or ())
+        run_generate(options, PromptOptions(prompt, prompts, chat, raw, system, use, batch_size), sampling)
+
+    _on_every_rank(run)
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[
+        str | None, typer.Argument(help="Folder of an adapter, such as runs/NAME/adapter.", metavar="ADAPTER")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out file, read as the run that made the adapter did.")] = None,
+    adapter: Annotated[list[str] | None, _ADAPTERS] = None,
+    base: Annotated[Path | None, _BASE_FOLDER] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, such as mmlu,arc_easy.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of YAML files of tasks of your own.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of tasks that a rank computes together.")] = 8,
+    no_quantize: Annotated[bool, _NO_QUANTIZE] = False,
+    overrides: Annotated[list[str] | None, _SET] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Print held-out loss and perplexity, and scores on tasks: alone, or on every rank that torchrun starts."""
+
+    def run() -> None:
+        from qlora_dist.inference.run import ModelOptions, run_eval
+        from qlora_dist.inference.tasks import TaskOptions
+
+        options = ModelOptions(
+            [*([folder] if folder else []), *(adapter or ())], base, not no_quantize, overrides or ()
+        )
+        named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        asked = TaskOptions(named, num_fewshot, limit, batch_size, task_folder) if named else None
+        run_eval(options, data, asked, as_json)
+
+    _on_every_rank(run)
+
+
 @app.command()
 def preprocess(
     config: ConfigFile,
@@ -372,6 +442,24 @@ def doctor(
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def _on_every_rank(function: Callable[[], None]) -> None:
+    """Run a verb that computes on all ranks, as `train` does."""
+    from qlora_dist.launch.mpi import agree_on_store
+
+    agree_on_store()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
+    _prepare_process()
+    _recorded(function)
+
+
+def _recorded(function: Callable[..., None], *args: Any) -> None:
+    """Hand an exception to torchrun, which shows that of the rank that failed first; a user's mistake is not for it."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    mistake = record(_mistake_of)(function, *args)
+    if mistake is not None:
+        raise mistake
 
 
 def _mistake_of(function: Callable[..., None], *args: Any) -> UserError | None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -49,6 +50,8 @@ class Loaded:
     """The names that `use` takes."""
     static_bytes: int
     """That this rank holds."""
+    store: dist.Store
+    """Where the ranks have met."""
     _whole: list[dict[str, torch.Tensor]] = field(default_factory=list)
     """Per adapter, this rank's parts of the parameters that it was trained with whole, by name."""
     _base: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -106,7 +109,7 @@ def loaded_model(config: Config, adapters: Sequence[AdapterFolder] = (), quantiz
     timeout_s = config.train.timeout
     with process_group(ranks, device, timeout_s) as store, watchdog(store, ranks, timeout_s):
         check_ranks_agree(config, ranks, device)
-        yield _load(config, ranks, device, sizes, skeleton, adapters)
+        yield _load(config, ranks, device, sizes, skeleton, adapters, store)
 
 
 def _build(config: Config, adapters: Sequence[AdapterFolder], quantize: bool) -> _Skeleton:
@@ -136,6 +139,7 @@ def _load(
     sizes: MeshSizes,
     skeleton: _Skeleton,
     adapters: Sequence[AdapterFolder],
+    store: dist.Store,
 ) -> Loaded:
     model, folder = skeleton.model, skeleton.folder
     offload = config.parallel.offload == "base"
@@ -150,7 +154,7 @@ def _load(
     whole, base = _read_adapters(model, skeleton.tensors, adapters)
     static_bytes = check_static_bytes(model, sizes)
     names = [adapter.name for adapter in adapters]
-    result = Loaded(config, ranks, device, folder, model, traffic, names, static_bytes, whole, base)
+    result = Loaded(config, ranks, device, folder, model, traffic, names, static_bytes, store, whole, base)
     result.use(names[0] if names else None)
     return result
 

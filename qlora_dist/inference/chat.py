@@ -1,0 +1,119 @@
+"""A conversation with a loaded model at a terminal, answers as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from transformers import TextStreamer
+
+from qlora_dist.data.row import Message
+from qlora_dist.errors import UserError
+from qlora_dist.inference.generate import Sampling, generate
+from qlora_dist.inference.load import Loaded
+from qlora_dist.inference.prompts import Prompt, Prompter
+from qlora_dist.train.beat import beat
+
+HELP = "/adapter NAME or /base: who answers; /reset: begin anew; /exit: end"
+
+_WAIT_S = 0.05
+_FOREVER = 1e9  # times the timeout: nobody is to be given up while a person thinks
+
+
+class _Voice(TextStreamer):
+    """Prints an answer token by token, without what ends it."""
+
+    def __init__(self, prompter: Prompter, ends: Sequence[int], out: TextIO) -> None:
+        super().__init__(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._ends, self._out = ends, out
+
+    def put(self, value: Any) -> None:
+        """The prompt, then each token."""
+        if self.next_tokens_are_prompt or int(value) not in self._ends:
+            super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """A piece of the answer."""
+        print(text, end="\n" if stream_end else "", flush=True, file=self._out)
+
+
+def chat(
+    loaded: Loaded,
+    prompter: Prompter,
+    sampling: Sampling,
+    end_tokens: Sequence[int],
+    read: Callable[[], str],
+    out: TextIO,
+    system: str | None = None,
+) -> None:
+    """Talk until `/exit` or the end of the input. Called on all ranks; rank 0 reads and prints.
+
+    A mistake, such as the name of an adapter that is not there, is told and forgotten.
+
+    Args:
+        loaded: the model.
+        prompter: its tokenizer and template.
+        sampling: how to choose tokens.
+        end_tokens: what ends an answer.
+        read: the next line; raises EOFError after the last, or KeyboardInterrupt.
+        out: where answers go.
+        system: the system's message.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    prompter.need_template("--chat")
+    first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages, turn = list(first), 0
+    speaks = loaded.ranks.rank == 0
+
+    def say(text: str) -> None:
+        if speaks:
+            print(text, file=out, flush=True)
+
+    say(HELP)
+    while (line := _next_line(loaded, turn, read)) is not None:
+        turn += 1
+        command, _, name = line.strip().partition(" ")
+        try:
+            if command == "/exit":
+                break
+            if command == "/reset":
+                messages = list(first)
+            elif command in ("/adapter", "/base"):
+                loaded.use(name.strip() if command == "/adapter" else None)
+            elif command.startswith("/"):
+                say(HELP)
+            elif line.strip():
+                asked: list[Message] = [*messages, {"role": "user", "content": line.strip()}]
+                tokens = prompter.tokens(Prompt(asked, place="the conversation"))
+                voice = _Voice(prompter, end_tokens, out) if speaks else None
+                (answer,) = generate(loaded, [tokens], sampling, end_tokens, streamer=voice)
+                said = prompter.tokenizer.decode(answer, skip_special_tokens=True)
+                messages = [*asked, {"role": "assistant", "content": said}]
+        except UserError as mistake:  # found by all ranks alike
+            say(str(mistake))
+
+
+def _next_line(loaded: Loaded, turn: int, read: Callable[[], str]) -> str | None:
+    """Rank 0's next line, on every rank; None: there is none.
+
+    By the store, not by a collective, which would give up on a person who thinks.
+    """
+    key = f"line/{turn}"
+    if loaded.ranks.rank == 0:
+        beat(phase="reading data", patience=_FOREVER)
+        line: str | None = None
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            line = read()
+        loaded.store.set(key, json.dumps(line))
+    else:
+        while not loaded.store.check([key]):
+            beat(phase="reading data")
+            time.sleep(_WAIT_S)
+        line = json.loads(loaded.store.get(key))
+    beat(turn + 1, "evaluating")
+    return line

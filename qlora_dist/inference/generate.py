@@ -1,0 +1,172 @@
+"""Text from a loaded model, sharded or not, by transformers' `generate`; all ranks in step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from qlora_dist.errors import UserError
+from qlora_dist.inference.load import Loaded
+from qlora_dist.model.folder import read_json
+from qlora_dist.parallel.exchange import gather_json
+from qlora_dist.train.beat import beat
+
+Stopping = Callable[[int, int], StoppingCriteriaList]
+"""Of the prompts' padded length and the batch's size, what ends it besides the end token."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, by the usual names."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    """0: always the likeliest token. The default, with that of `top_p`, is the QLoRA paper's (section 5.2)."""
+    top_p: float = 0.9
+    top_k: int = 0
+    """0: no limit."""
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """See whether each is in its range.
+
+        Raises:
+            UserError: one is not.
+        """
+        ranges = [
+            ("max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top-p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("top-k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0, "more than 0"),
+            ("seed", self.seed, 0 <= self.seed < 2**32, "from 0 to 4294967295"),
+        ]
+        for name, value, fits, allowed in ranges:
+            if not fits:
+                raise UserError(f"--{name} {value}: write a number {allowed}")
+
+
+def generate(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    end_tokens: Sequence[int] = (),
+    batch_size: int = 8,
+    streamer: BaseStreamer | None = None,
+    stopping: Stopping | None = None,
+) -> list[list[int]]:
+    """The continuation of each prompt, without its end token. Called on all ranks, with the same prompts.
+
+    Batches are made of the prompts in their order, and are the same on any number of ranks. Ranks take turns, a batch
+    each; whoever has none, or is done before the others, goes on with something that is thrown away, as all ranks are
+    needed to gather a layer. A batch has a seed of its own.
+
+    Args:
+        loaded: the model, with the adapter in use.
+        prompts: their tokens.
+        sampling: how to choose.
+        end_tokens: what ends an answer, besides the model's own end tokens.
+        batch_size: prompts that are computed together, padded on the left.
+        streamer: gets the tokens as they come, of a single prompt.
+        stopping: what else ends a batch.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer.
+    """
+    limit = positions(loaded.folder.config)
+    check_lengths(prompts, limit)
+    batches = [list(prompts[first : first + batch_size]) for first in range(0, len(prompts), batch_size)]
+    world, answers = loaded.ranks.world_size, []
+    ends = sorted({*_end_tokens(loaded), *end_tokens})
+    for first in range(0, len(batches), world):
+        now = batches[first : first + world]
+        longest = max(len(prompt) for batch in now for prompt in batch)
+        steps = min(sampling.max_new_tokens, limit - longest) if limit is not None else sampling.max_new_tokens
+        own = now[loaded.ranks.rank] if loaded.ranks.rank < len(now) else now[0][:1]
+        torch.manual_seed(sampling.seed + first + loaded.ranks.rank)
+        found = _generate_batch(loaded, own, sampling, steps, ends, streamer, stopping)
+        answers += [answer for batch in gather_json(found)[: len(now)] for answer in batch]
+    return answers
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model was made for, by its config.json; None: that does not say."""
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(found) if found else None
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+    """See whether each prompt leaves room for an answer.
+
+    Raises:
+        UserError: one does not.
+    """
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and longest >= limit:
+        raise UserError(
+            f"a prompt has {longest:,} tokens, and the model {limit:,} positions for prompt and answer; shorten it"
+        )
+
+
+@torch.no_grad()
+def _generate_batch(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    steps: int,
+    ends: Sequence[int],
+    streamer: BaseStreamer | None,
+    stopping: Stopping | None,
+) -> list[list[int]]:
+    length = max(map(len, prompts))
+    padding = ends[0] if ends else 0
+    ids = torch.tensor([[padding] * (length - len(p)) + list(p) for p in prompts], device=loaded.device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=loaded.device)
+    chosen: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        chosen = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
+    config = GenerationConfig(
+        max_new_tokens=steps,
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=list(ends) or None,
+        pad_token_id=padding,
+        use_cache=True,
+        **chosen,
+    )
+    # at every forward pass: a rank that is done goes through the others' without anything else being called
+    handle = loaded.model.register_forward_hook(lambda *_: beat())
+    try:
+        output = loaded.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            streamer=streamer,
+            stopping_criteria=None if stopping is None else stopping(length, len(prompts)),
+            synced_gpus=loaded.ranks.world_size > 1,
+        )
+    finally:
+        handle.remove()
+    return [_until(row, ends) for row in output[:, length:].tolist()]
+
+
+def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    return tokens[: next((index for index, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def _end_tokens(loaded: Loaded) -> set[int]:
+    """Those that the folder names, in generation_config.json or config.json."""
+    path = loaded.folder.path / "generation_config.json"
+    named = read_json(path).get("eos_token_id") if path.exists() else None
+    named = loaded.model.config.get_text_config().eos_token_id if named is None else named
+    return set() if named is None else {int(token) for token in (named if isinstance(named, list) else [named])}

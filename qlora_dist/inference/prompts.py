@@ -1,0 +1,192 @@
+"""Prompts, as what a model reads: a text as it is, or a conversation as the chat template writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from qlora_dist.data.files import read_file, suffix
+from qlora_dist.data.formats import typed_rows
+from qlora_dist.data.records import Record
+from qlora_dist.data.render import Refused, Renderer
+from qlora_dist.data.row import BadRow, CompletionRow, Message, MessagesRow
+from qlora_dist.data.template import SHIPPED, read_template
+from qlora_dist.errors import UserError
+
+_ANSWER = "answer"
+_ANSWERS: dict[str, tuple[str, Any]] = {
+    "prompt": ("completion", _ANSWER),
+    "instruction": ("output", _ANSWER),
+    "inputs": ("targets", _ANSWER),
+}
+"""What rows of the data formats have besides the question, and a row of prompts need not have."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question."""
+
+    asked: str | list[Message]
+    """A text to be continued, or a conversation to be answered."""
+    adapter: str | None = None
+    """Whose answer is wanted, if the row says so; `base`: none's."""
+    place: str = "the prompt"
+
+
+class Prompter:
+    """A tokenizer and a chat template, the same as in training.
+
+    Args:
+        tokenizer: of the base.
+        chat_template: `data.chat_template`; None: the tokenizer's own.
+
+    Raises:
+        UserError: the template is missing or does not compile.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        template = _template(tokenizer, chat_template)
+        try:
+            self._renderer = None if template is None else Renderer(template, tokenizer.special_tokens_map)
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template's line {error.lineno} does not compile ({error.message}); correct it or give "
+                "another with --set data.chat_template=NAME"
+            ) from None
+
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations can be written."""
+        return self._renderer is not None
+
+    def need_template(self, place: str) -> Renderer:
+        """The template.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self._renderer is None:
+            raise UserError(
+                f"{place} is a conversation, and the tokenizer has no chat template; write --set data.chat_template= "
+                f"with {', '.join(SHIPPED)} or the path of a Jinja file"
+            )
+        return self._renderer
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """What the model reads.
+
+        Raises:
+            UserError: there is no chat template, or it refuses the conversation; or nothing is asked.
+        """
+        if isinstance(prompt.asked, str):
+            ids = list(self.tokenizer(prompt.asked, verbose=False)["input_ids"])
+            if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                ids.pop()  # of a tokenizer that ends each text
+        else:
+            renderer = self.need_template(prompt.place)
+            try:
+                text = renderer.text(renderer.clean(prompt.asked), None, prompting=True)
+            except Refused as refused:
+                raise UserError(f"{prompt.place}: {refused}") from None
+            ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if not ids:
+            raise UserError(f"{prompt.place}: is empty; write something to be continued")
+        return ids
+
+    def end_of_turn(self) -> int | None:
+        """The token that the template writes behind an answer: what a model has learnt to stop with."""
+        if self._renderer is None:
+            return None
+        try:
+            messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+            behind = self._renderer.text(messages, None).rpartition(_ANSWER)[2]
+        except Refused:
+            return None
+        ids = self.tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids[0] if ids and ids[0] in self.tokenizer.added_tokens_decoder else None
+
+
+def one_prompt(text: str, prompter: Prompter, raw: bool = False, system: str | None = None) -> Prompt:
+    """A user's turn where there is a chat template, unless it is to be continued as it is."""
+    if raw or not prompter.has_template:
+        return Prompt(text)
+    return Prompt([*_system(system), {"role": "user", "content": text}])
+
+
+def read_prompts(path: Path, prompter: Prompter, raw: bool = False, system: str | None = None) -> list[Prompt]:
+    """The prompts of a file: rows of the data formats, whose answers are left out and may be missing, or lines.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of prompts; give JSONL, or lines of text")
+    if suffix(path):
+        found = list(_rows(path))
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); give lines of text in UTF-8") from None
+        found = [one_prompt(line, prompter, raw, system) for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"{path}: holds no prompt; write one a line")
+    return found
+
+
+def _rows(path: Path) -> Iterator[Prompt]:
+    adapters: dict[str, str] = {}
+
+    def completed() -> Iterator[Record | BadRow]:
+        for record in read_file(path):
+            if not isinstance(record, BadRow):
+                place, fields = record
+                if fields.get("adapter") is not None:
+                    adapters[place] = str(fields["adapter"])
+                record = place, _completed(fields)
+            yield record
+
+    for row in typed_rows(completed(), "auto", "the first row has it"):
+        if isinstance(row, BadRow):
+            raise row.error()
+        if isinstance(row, MessagesRow):
+            asked: str | list[Message] = _without_answer(row.messages)
+            if not asked:
+                raise UserError(f"{row.place}: the conversation holds no question; add one or take the row out")
+        else:
+            asked = row.prompt if isinstance(row, CompletionRow) else row.text
+        yield Prompt(asked, adapters.get(row.place), row.place)
+
+
+def _completed(fields: dict[str, Any]) -> dict[str, Any]:
+    for question, (answer, value) in _ANSWERS.items():
+        if question in fields and answer not in fields:
+            listed = isinstance(fields[question], list)
+            return {**fields, answer: [{"role": "assistant", "content": value}] if listed else value}
+    return fields
+
+
+def _without_answer(messages: Sequence[Message]) -> list[Message]:
+    asked = list(messages)
+    while asked and asked[-1]["role"] == "assistant":
+        asked.pop()
+    return asked
+
+
+def _system(text: str | None) -> list[Message]:
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
+    if chat_template is not None:
+        return read_template(chat_template, tokenizer)
+    try:
+        return tokenizer.get_chat_template()
+    except (ValueError, NotImplementedError):  # none, or several of which none is the default
+        return None

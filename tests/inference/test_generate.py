@@ -1,0 +1,137 @@
+"""If this fails, a sharded model writes another text than a whole one, or than plain transformers and PEFT do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from ranks import run_ranks
+from safetensors.torch import save_file
+
+from qlora_dist.data.tokenizer import load_tokenizer
+from qlora_dist.inference.adapter_folder import base_of, parse_adapters
+from qlora_dist.inference.generate import Sampling, generate
+from qlora_dist.inference.load import loaded_model
+from qlora_dist.inference.settings import inference_config
+
+PROMPTS = [[5, 6, 7], [3, 4, 5, 6, 7, 8, 9], [40, 41], [50, 51, 52, 53, 54], [60]]
+GREEDY = Sampling(max_new_tokens=8, temperature=0.0)
+FP32 = ("train.device=cpu", "model.compute_dtype=fp32")
+
+
+def answers(given: list[str], prompts: list[list[int]], batch_size: int) -> dict[str, Any]:
+    """Greedy ones of each adapter and of the base, and samples of two seeds."""
+    adapters = parse_adapters(given)
+    found: dict[str, Any] = {}
+    with loaded_model(inference_config(base_of(adapters), adapters[0].path, overrides=FP32), adapters) as loaded:
+        for name in (*loaded.adapters, None):
+            loaded.use(name)
+            found[name or "base"] = generate(loaded, prompts, GREEDY, batch_size=batch_size)
+        loaded.use(loaded.adapters[0])  # and back again
+        for seed in (3, 4):
+            sampling = Sampling(max_new_tokens=6, temperature=1.0, top_k=50, seed=seed)
+            found[f"seed {seed}"] = generate(loaded, prompts, sampling, batch_size=batch_size)
+    return found
+
+
+def test_sharded_or_not_is_what_transformers_and_peft_write(material: Any, plain_model: Callable[[Path], Any]) -> None:
+    """Greedy, of two adapters of PEFT's and the base; prompts of different length, more batches than ranks."""
+    given = [f"{name}={getattr(material, name)}" for name in ("one", "two")]
+    model = peft.PeftModel.from_pretrained(plain_model(material.base), material.one, adapter_name="one")
+    model.load_adapter(material.two, adapter_name="two")
+
+    def plain(prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=2
+            )
+        tokens = output[0, len(prompt) :].tolist()
+        return tokens[: tokens.index(2)] if 2 in tokens else tokens
+
+    expected: dict[str, Any] = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        expected[name] = [plain(prompt) for prompt in PROMPTS]
+    with model.disable_adapter():
+        expected["base"] = [plain(prompt) for prompt in PROMPTS]
+    assert expected["one"] != expected["two"] != expected["base"] != expected["one"]
+    (alone,) = run_ranks(1, answers, given, PROMPTS, 2)
+    assert {name: alone[name] for name in expected} == expected
+    assert alone["seed 3"] != alone["seed 4"]
+    assert run_ranks(2, answers, given, PROMPTS, 2) == [alone] * 2  # samples too are those of the seed
+
+
+def test_a_base_in_16_bit_that_stays_so(material: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT's own layers, of DoRA, and a head trained whole, sharded; the plain model is whole."""
+    settings: dict[str, Any] = {
+        "use_dora": True,
+        "target_modules": ["q_proj", "up_proj"],
+        "modules_to_save": ["lm_head"],
+    }
+    adapter = make_adapter(tmp_path / "adapter", material.source, seed=3, **settings)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(material.source, dtype=torch.float32)
+    ids = torch.tensor(PROMPTS[1:2])
+    with torch.no_grad():
+        base = plain.eval()(input_ids=ids, use_cache=False).logits
+        expected = peft.PeftModel.from_pretrained(plain, adapter).eval()(input_ids=ids, use_cache=False).logits
+    for found in run_ranks(2, logits, str(adapter), PROMPTS[1:2]):
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - base).abs().max() > 0.1
+
+
+def logits(adapter: str, prompts: list[list[int]]) -> Any:
+    adapters = parse_adapters([adapter])
+    with loaded_model(inference_config(base_of(adapters), overrides=FP32), adapters, quantize=False) as loaded:
+        with torch.no_grad():
+            found = loaded.model(input_ids=torch.tensor(prompts), use_cache=False).logits
+        loaded.use(None)
+        return found.numpy()
+
+
+@pytest.mark.slow
+def test_smollm2_on_two_ranks_writes_what_one_does(smollm2_folder: Path, tmp_path: Path) -> None:
+    """Quantized while it is loaded, tied embeddings, an adapter; prompts of different length."""
+    adapter = random_adapter(smollm2_folder, tmp_path / "adapter")
+    tokenizer = load_tokenizer(smollm2_folder)
+    prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France is", "Once upon a", "def main():\n")]
+    (alone,) = run_ranks(1, written, str(adapter), prompts)
+    assert run_ranks(2, written, str(adapter), prompts) == [alone] * 2
+    assert alone["adapter"] != alone["base"]
+    assert " Paris" in tokenizer.decode(alone["base"][0])
+
+
+def written(adapter: str, prompts: list[list[int]]) -> dict[str, Any]:
+    """By the adapter and by the base; the two batches are of one prompt and of two."""
+    adapters = parse_adapters([f"adapter={adapter}"])
+    with loaded_model(inference_config(base_of(adapters), overrides=FP32), adapters) as loaded:
+        found = {}
+        for name in ("adapter", None):
+            loaded.use(name)
+            found[name or "base"] = generate(loaded, prompts, Sampling(5, temperature=0.0), batch_size=2)
+    return found
+
+
+def random_adapter(base: Path, out: Path) -> Path:
+    """As PEFT writes it, small enough for the text to remain one."""
+    config = json.loads((base / "config.json").read_text())
+    hidden, r = config["hidden_size"], 4
+    torch.manual_seed(0)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors |= {
+            f"{name}.lora_A.weight": 0.02 * torch.randn(r, hidden),
+            f"{name}.lora_B.weight": 0.02 * torch.randn(hidden, r),
+        }
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": r, "lora_alpha": 64, "target_modules": ["q_proj"]}
+    (out / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    return out
