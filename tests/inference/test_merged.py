@@ -25,6 +25,7 @@ def measured(base: Path, adapter: Path, out: Path, into: str, data: str) -> Loss
     return merge_and_measure(base, adapter, out, options, data, QUIET)[1]
 
 
+@pytest.mark.slow
 def test_what_is_written_beside_what_it_was_made_of(tiny_llama: Path, tmp_path: Path) -> None:
     """Into fp32 the trained model has the loss that `train` printed, the original one that of the 16-bit base with the
     adapter beside it; a 16-bit base is quantized as the run did."""
