@@ -50,7 +50,7 @@ class HarnessModel(TemplateLM):
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.max_length = positions(loaded.folder.config) or _DEFAULT_POSITIONS
         self._loaded, self._device = loaded, loaded.device
-        self._keeps = "logits_to_keep" in inspect.signature(super(type(loaded.model), loaded.model).forward).parameters
+        self._keeps = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
 
     @property
     def eot_token_id(self) -> int:

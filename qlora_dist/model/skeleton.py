@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,12 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig, quantize: bool = Tr
     model.requires_grad_(False)
     _check_complete(model, origins, folder)
     takes_positions = "position_ids" in inspect.signature(decoder_of(model).forward).parameters
-    attributes = {"origins": origins, "matrices": in_4_bit, "takes_positions": takes_positions}
+    attributes = {
+        "origins": origins,
+        "matrices": in_4_bit,
+        "takes_positions": takes_positions,
+        "forward": _with_signature(type(model).forward),
+    }
     model.__class__ = type(f"Loss{type(model).__name__}", (LossModel, type(model)), attributes)
     assert isinstance(model, LossModel)
     return model
@@ -177,6 +183,16 @@ def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and kept.intersection([*path.split("."), name]):
                 module._buffers[name] = buffer.float()
+
+
+def _with_signature(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Our forward pass with the signature of transformers': `generate` looks whether there are position_ids in it."""
+
+    @functools.wraps(theirs)
+    def forward(self: LossModel, *args: Any, **kwargs: Any) -> Any:
+        return LossModel.forward(self, *args, **kwargs)
+
+    return forward
 
 
 class LossModel(transformers.PreTrainedModel):

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from architectures import dequantized_model, make_architecture
 from ranks import run_ranks
 from safetensors.torch import save_file
 
@@ -19,6 +20,8 @@ from qlora_dist.inference.adapter_folder import base_of, parse_adapters
 from qlora_dist.inference.generate import Sampling, generate
 from qlora_dist.inference.load import loaded_model
 from qlora_dist.inference.settings import inference_config
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
 
 PROMPTS = [[5, 6, 7], [3, 4, 5, 6, 7, 8, 9], [40, 41], [50, 51, 52, 53, 54], [60]]
 GREEDY = Sampling(max_new_tokens=8, temperature=0.0)
@@ -93,6 +96,27 @@ def logits(adapter: str, prompts: list[list[int]]) -> Any:
             found = loaded.model(input_ids=torch.tensor(prompts), use_cache=False).logits
         loaded.use(None)
         return found.numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT2", "Gemma2", "GptOss"])
+def test_padding_in_front_changes_nothing(name: str, tmp_path: Path) -> None:
+    """Learned positions, a soft cap with windows, sinks: in one batch what each prompt has alone from transformers."""
+    source = make_architecture(tmp_path / "source", name)
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.2)).out
+    prompts, plain, expected = [list(range(3, 43)), *PROMPTS[:2]], dequantized_model(source, quantized).eval(), []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            output = plain.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=2, eos_token_id=319)
+        expected.append(output[0, len(prompt) :].tolist())
+    (found,) = run_ranks(1, batched, str(quantized), prompts)
+    assert found == expected
+
+
+def batched(base: str, prompts: list[list[int]]) -> list[list[int]]:
+    with loaded_model(inference_config(base, overrides=FP32)) as loaded:
+        return generate(loaded, prompts, Sampling(6, temperature=0.0))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from architectures import make_architecture
 from ranks import run_ranks
 
 from qlora_dist.config_file import load_config
@@ -65,3 +66,24 @@ def test_a_16_bit_base_stays_so_if_it_is_to(tiny_llama: Path) -> None:
     folder = ModelFolder(config.model.base)
     assert build_skeleton(folder, config.model).matrices
     assert not build_skeleton(folder, config.model, quantize=False).matrices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tied", "experts"])
+def test_bases_in_16_bit_are_quantized_as_in_training(kind: str, tmp_path: Path) -> None:
+    """An embedding trained whole that is the head too; experts with adapters, beside an adapter without."""
+    settings = ["lora.modules_to_save=[embed_tokens]"] if kind == "tied" else ["lora.experts=true"]
+    if kind == "tied":
+        base = tiny.make_model(tmp_path / "source", tie_word_embeddings=True)
+    else:
+        base = make_architecture(tmp_path / "source", "Mixtral")
+    path = tiny.make_config(tmp_path, base, train__steps=2, train__micro_batch=2)
+    one, two = load_config(path, settings), load_config(path, ["run.name=plain", "lora.r=2"])
+    for config in (one, two):
+        run_ranks(1, train, config)
+    given = [str(run_path(config.run) / "adapter") for config in (one, two)]
+    for rank in run_ranks(2, held_out, given, str(one.data.eval)):
+        for config in (one, two):
+            expected = eval_losses(run_path(config.run))
+            assert rank[config.run.name].loss == pytest.approx(expected[-1], rel=1e-6)
+            assert rank["base"].loss == pytest.approx(expected[0], rel=1e-6)
