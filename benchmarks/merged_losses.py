@@ -56,6 +56,16 @@ MERGES: dict[str, dict[str, Any]] = {
     "nf4, error feedback": {"into": "nf4", "error_feedback": True},
     "original": {"into": "original"},
 }
+CLAIMS = {  # of two losses: that they are as equal as seeds are, or that one is above or below the other in every seed
+    "NF4 with double quantization matches 16-bit LoRA": ("QLoRA, NF4+DQ", "LoRA, 16 bit", "equal"),
+    "double quantization costs nothing": ("QLoRA, NF4+DQ", "QLoRA, NF4", "equal"),
+    "FP4 lags NF4": ("QLoRA, FP4", "QLoRA, NF4", "above"),
+    "merged into dequantized is base + adapter": ("merged, dequantized", "QLoRA, NF4+DQ", "equal"),
+    "merged into nf4 is base + adapter": ("merged, nf4", "QLoRA, NF4+DQ", "equal"),
+    "error feedback is better than rounding": ("merged, nf4, error feedback", "merged, nf4", "below"),
+    "merged into nf4 with error feedback is base + adapter": ("merged, nf4, error feedback", "QLoRA, NF4+DQ", "equal"),
+    "merged into original is base + adapter": ("merged, original", "QLoRA, NF4+DQ", "equal"),
+}
 QUIET = Console(quiet=True)
 
 
@@ -186,29 +196,23 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, dict[str, f
 
 
 def report(losses: dict[str, dict[str, float]], console: Console) -> dict[str, Any]:
-    table = Table("", "held-out loss (median)", "lowest to highest", "fell by")
+    table = Table("", "held-out loss (median)", "lowest to highest", "16-bit base lowered by")
     for name, by_seed in losses.items():
         values = list(by_seed.values())
         base = losses["base, 16 bit"]["0"]
         spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else ""
         table.add_row(name, f"{statistics.median(values):.4f}", spread, f"{1 - statistics.median(values) / base:.1%}")
     console.print(table)
-    claims = {
-        "NF4 with double quantization matches 16-bit LoRA": ("QLoRA, NF4+DQ", "LoRA, 16 bit"),
-        "FP4 lags NF4": ("QLoRA, FP4", "QLoRA, NF4"),
-        "merged into dequantized is base + adapter": ("merged, dequantized", "QLoRA, NF4+DQ"),
-        "merged into nf4 costs nothing": ("merged, nf4", "QLoRA, NF4+DQ"),
-        "error feedback lowers what nf4 costs": ("merged, nf4, error feedback", "merged, nf4"),
-        "merged into original costs nothing": ("merged, original", "QLoRA, NF4+DQ"),
-    }
     differences = {}
-    for claim, (one, other) in claims.items():
+    for claim, (one, other, relation) in CLAIMS.items():
         values = [losses[one][seed] - losses[other][seed] for seed in losses[one]]
-        differences[claim] = values
+        spread = max(max(losses[name].values()) - min(losses[name].values()) for name in (one, other))
+        median = statistics.median(values)
+        holds = {"equal": abs(median) <= spread, "above": min(values) > 0, "below": max(values) < 0}[relation]
+        differences[claim] = {"differences": values, "seeds_apart": spread, "holds": holds}
         console.print(
-            f"{claim}? {one} - {other}: {', '.join(f'{value:+.4f}' for value in values)}; "
-            f"median {statistics.median(values):+.4f}",
-            highlight=False,
+            f"{claim}: {'holds' if holds else 'does not hold'} here. {one} - {other}: "
+            f"{', '.join(f'{value:+.4f}' for value in values)}; seeds are up to {spread:.4f} apart",
             soft_wrap=True,
         )
     return differences
