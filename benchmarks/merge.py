@@ -1,6 +1,6 @@
-"""Merging from file to file: peak memory and parameters per second, for each of the three ways.
+"""Merging from file to file: peak memory and parameters per second, for each of the ways.
 
-python benchmarks/merge.py [--layers 9] [--dir /tmp] [--into dequantized nf4 original]
+python benchmarks/merge.py [--layers 9] [--dir /tmp] [--into dequantized nf4 nf4-feedback original]
 
 The model has Llama-3.1-8B's layers (0.44 GB each in bf16), the adapter rank 16 on every linear layer, in random values.
 It and the results are removed afterwards. Each merge runs in a process of its own; seconds include writing and syncing.
@@ -30,6 +30,12 @@ from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 
 RANK = 16
+WAYS = {
+    "dequantized": MergeOptions(),
+    "nf4": MergeOptions(into="nf4"),
+    "nf4-feedback": MergeOptions(into="nf4", error_feedback=True),
+    "original": MergeOptions(into="original"),
+}
 
 
 def write_adapter(source: Path, out: Path) -> None:
@@ -49,7 +55,7 @@ def write_adapter(source: Path, out: Path) -> None:
 def child(base: Path, adapter: Path, out: Path, into: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     before, started = restart_peak(), time.perf_counter()
-    report = merge_folder(base, adapter, out, MergeOptions(into=into), console)  # type: ignore[arg-type]
+    report = merge_folder(base, adapter, out, WAYS[into], console)
     seconds, peak = time.perf_counter() - started, resident_bytes("VmHWM") - before
     print_report(report, console)
     folder = ModelFolder(out)
@@ -64,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=9)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--into", nargs="+", default=["dequantized", "nf4", "original"])
+    parser.add_argument("--into", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -158,6 +158,13 @@ def merge(
     quant_type: Annotated[Literal["nf4", "fp4"], typer.Option(help="With a 16-bit base, as the run had it.")] = "nf4",
     block_size: Annotated[int, typer.Option(help="With a 16-bit base, as the run had it.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="With a 16-bit base, as the run had it.")] = True,
+    error_feedback: Annotated[
+        bool,
+        typer.Option("--error-feedback", help="Into nf4: what a weight's rounding loses of the update, the next keep."),
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="Held-out file: print the loss of what is written and of what it was made of.")
+    ] = None,
     file_size: Annotated[str, typer.Option(help="Largest size of a file, such as 5GB.")] = "5GB",
 ) -> None:
     """Make one model of a base and an adapter, from file to file."""
@@ -168,9 +175,47 @@ def merge(
     from qlora_dist.merge.plan import MergeOptions
     from qlora_dist.model.quantize_plan import parse_size
 
-    options = MergeOptions(into, dtype, quant_type, block_size, double_quant, parse_size(file_size))
+    options = MergeOptions(into, dtype, quant_type, block_size, double_quant, error_feedback, parse_size(file_size))
     console = Console()
-    print_report(merge_folder(base, adapter, out, options, console), console)
+    if data is None:
+        print_report(merge_folder(base, adapter, out, options, console), console)
+        return
+    from qlora_dist.inference.merged import merge_and_measure, print_losses
+
+    report, losses = merge_and_measure(base, adapter, out, options, data, console)
+    print_report(report, console)
+    print_losses(losses, console)
+
+
+@app.command()
+def compose(
+    adapters: Annotated[list[str], typer.Argument(help="The adapters.", metavar="NAME=FOLDER[:WEIGHT]...")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
+    how: Annotated[
+        str,
+        typer.Option(
+            help="cat, the sum itself; svd, the sum in fewer ranks; linear, ties, dare_linear, dare_ties or "
+            "magnitude_prune, and the last four with _svd: as in PEFT; sequential: each was trained on what the one "
+            "before it was merged into."
+        ),
+    ] = "cat",
+    rank: Annotated[int | None, typer.Option(help="Of svd; without it, the largest of the adapters'.")] = None,
+    density: Annotated[float, typer.Option(help="Part of the values that ties, dare and magnitude_prune leave.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the model, where the adapters name it differently.")
+    ] = None,
+) -> None:
+    """Make one adapter of several."""
+    _prepare_process()
+    from rich.console import Console
+
+    from qlora_dist.merge.compose import compose, print_report
+    from qlora_dist.merge.together import ComposeOptions, parse_given, parse_how
+
+    given = [parse_given(text) for text in adapters]
+    options = ComposeOptions(parse_how(how), rank, density, seed, base)
+    print_report(compose(given, out, options), given, options, Console())
 
 
 _ADAPTERS = typer.Option("--adapter", help="NAME=FOLDER, or FOLDER; as often as there are adapters.")

@@ -41,7 +41,7 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
                 f"{out}: no adapter is written, because {wrong}; train longer, or lower optim.lr", one_rank=True
             )
         try:
-            _write(tensors, config, out)
+            write_adapter(tensors, config, out)
         except (OSError, SafetensorError) as error:  # of a full disk safetensors says so in its own way
             raise UserError(
                 f"{out}: the adapter cannot be written ({error}); make room, then the same command goes on from the "
@@ -51,7 +51,8 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
     dist.barrier()
 
 
-def _write(tensors: dict[str, torch.Tensor], config: peft.LoraConfig, out: Path) -> None:
+def write_adapter(tensors: dict[str, torch.Tensor], config: peft.LoraConfig, out: Path) -> None:
+    """Write the folder: complete or not at all, in the place of one of that name."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

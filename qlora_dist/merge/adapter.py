@@ -14,12 +14,12 @@ import torch
 from qlora_dist.adapters.check import wrong_values
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import read_json
+from qlora_dist.model.matrices import EXPERT_WEIGHTS
 from qlora_dist.nf4.safetensors_file import Entry, Reader, read_header
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
 _OTHERS = {  # what PEFT can do besides, by key of adapter_config.json
-    "target_parameters": "adapters of experts",
     "trainable_token_indices": "trained rows of an embedding",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
@@ -33,13 +33,15 @@ class LowRank:
     """The update of one matrix."""
 
     a: Entry
-    """[r, in_features]"""
+    """[r, in_features]; of experts [experts * r, in_features], an expert's rows together."""
     b: Entry
-    """[out_features, r]"""
+    """[out_features, r]; of experts [out_features, r * experts], an expert's columns `experts` apart."""
     scaling: float
     """alpha / r, or alpha / sqrt(r) of rsLoRA."""
     magnitude: Entry | None
     """DoRA's, [out_features]; None: plain LoRA."""
+    experts: int = 0
+    """That have a pair of matrices each (`peft.tuners.lora.layer.ParamWrapper`); 0: a linear layer."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,13 @@ def read_adapter(path: Path) -> Adapter:
             parts.setdefault(match["module"], {})[match["part"]] = entry
         elif name == key or "lora_" in name:
             raise UserError(f"{path}: holds {key}, which is not merged here; only LoRA of linear layers is")
-        else:
-            whole[name.replace(".base_layer.", ".")] = entry  # a bias of a layer that has an update too
-    low_rank = {module: _low_rank(module, found, config, path) for module, found in parts.items()}
+        elif ".original_module." not in name:  # PEFT keeps the base's rows beside those of a resized embedding
+            # a bias of a layer that has an update too; an embedding that was resized, as PEFT names it then
+            whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = entry
+    low_rank = {}
+    for module, found in parts.items():
+        parameter = _parameter_of_experts(module, config)
+        low_rank[parameter or module] = _low_rank(module, found, config, path, experts=parameter is not None)
     with Reader() as reader:
         wrong = wrong_values((key, reader.read(entry)) for key, entry in entries.items())
     if wrong is not None:
@@ -97,16 +103,34 @@ def _check_kind(config: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _low_rank(module: str, found: Mapping[str, Entry], config: Mapping[str, Any], path: Path) -> LowRank:
+def _parameter_of_experts(module: str, config: Mapping[str, Any]) -> str | None:
+    """The parameter that PEFT has adapted where it names only a module of experts; None: it is a linear layer.
+
+    PEFT wraps the module once for each parameter, those into the experts before those out of them. The outermost
+    wrapper has the module's name, the others that of a `base_layer` each.
+    """
+    owner, inner = re.fullmatch(r"(.*?)((?:\.base_layer)*)", module).groups()  # type: ignore[union-attr]
+    targets = [target.rpartition(".") for target in config.get("target_parameters") or ()]
+    own = {name for path, _, name in targets if owner == path or owner.endswith(f".{path}")}
+    if not own:
+        return None
+    outwards = [name for name in EXPERT_WEIGHTS if name in own]
+    return f"{owner}.{outwards[-1 - inner.count('.')]}"
+
+
+def _low_rank(module: str, found: Mapping[str, Entry], config: Mapping[str, Any], path: Path, experts: bool) -> LowRank:
     a, b, magnitude = (found.get(part) for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
     if a is None or b is None or (magnitude is None) == bool(config.get("use_dora")):
         missing = "lora_A" if a is None else "lora_B" if b is None else "lora_magnitude_vector"
         raise UserError(f"{path}: {module} lacks its {missing}, or has it without need; export the adapter again")
     rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
     alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
+    count = a.shape[0] // rank if experts else 1
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == count * rank > 0:
         raise UserError(f"{path}: {module} has A {a.shape} and B {b.shape} for rank {rank}; export the adapter again")
-    return LowRank(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), magnitude)
+    return LowRank(
+        a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), magnitude, count if experts else 0
+    )
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -147,6 +171,13 @@ class Values:
 
 
 def read_values(update: LowRank, reader: Reader) -> Values:
-    """The tensors of an update."""
+    """The tensors of an update, those of all experts together."""
     magnitude = None if update.magnitude is None else reader.read(update.magnitude).float().flatten()
     return Values(reader.read(update.a).float(), reader.read(update.b).float(), update.scaling, magnitude)
+
+
+def expert_values(values: Values, experts: int, expert: int, rows: slice) -> Values:
+    """Of those of all experts, what changes some rows of one's matrix."""
+    a = values.a.view(experts, -1, values.a.shape[1])[expert]
+    b = values.b.view(len(values.b), -1, experts)[rows, :, expert]
+    return Values(a, b.contiguous(), values.scaling, None)

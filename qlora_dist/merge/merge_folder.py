@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.progress import track
 
 from qlora_dist.errors import UserError
-from qlora_dist.merge.adapter import Values, read_adapter, read_values, update_rows
+from qlora_dist.merge.adapter import LowRank, Values, expert_values, read_adapter, read_values, update_rows
+from qlora_dist.merge.feedback import directions, round_with_feedback
+from qlora_dist.merge.note import write_note
 from qlora_dist.merge.plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
 from qlora_dist.merge.rows import packed_bytes, quantize_rows, rows_given, rows_of_bytes, rows_trained_on
 from qlora_dist.model.folder import ModelFolder
@@ -39,17 +41,24 @@ class Report:
     """Squares of what was trained: those weights and the update."""
     difference: float = 0.0
     """Squares of (what is written - what was trained)."""
+    kept: float = 0.0
+    """Products of (what is written - the weights trained on) with what the adapter adds."""
 
     def compare(self, written: torch.Tensor, trained_on: torch.Tensor, trained: torch.Tensor) -> None:
         """Add some rows: fp32[n, in_features] each, but for what is written, in its own type."""
-        self.updates += _squares(trained - trained_on)
+        update, written = trained - trained_on, written.float()
+        self.updates += _squares(update)
         self.trained += _squares(trained)
-        self.difference += _squares(written.float() - trained)
+        self.difference += _squares(written - trained)
+        self.kept += _product(written - trained_on, update)
 
 
 def _squares(tensor: torch.Tensor) -> float:
-    flat = tensor.flatten()
-    return float(flat.dot(flat))
+    return _product(tensor, tensor)
+
+
+def _product(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(one.flatten().dot(other.flatten()))
 
 
 def merge_folder(base: Path | None, adapter_path: Path, out: Path, options: MergeOptions, console: Console) -> Report:
@@ -81,6 +90,7 @@ def merge_folder(base: Path | None, adapter_path: Path, out: Path, options: Merg
     try:
         partial.mkdir(parents=True)
         _write_files(partial, plan, folder, options, report, console)
+        write_note(partial, adapter_path)
         finish_folder(partial, out, folder.path, _config(folder, plan, options))
     except OSError as error:  # a full disk, no permission
         raise UserError(f"{partial}: cannot be written ({error.strerror}); mend that and run again") from None
@@ -98,7 +108,7 @@ def print_report(report: Report, console: Console) -> None:
         of_weights, of_updates = (math.sqrt(report.difference / whole) for whole in (report.trained, report.updates))
         console.print(
             f"what is written differs from what was trained by {of_weights:.1e} of the weights, {of_updates:.1e} of "
-            "what the adapter adds (norms)",
+            f"what the adapter adds (norms), of which {report.kept / report.updates:.0%} are in it",
             highlight=False,
             soft_wrap=True,
         )
@@ -111,6 +121,7 @@ def _write_files(
     files = [[plan.work[place] for place in file] for file in places]
     steps = iter(track(plan.work, "merging", console=console, disable=not console.is_terminal, transient=True))
     with Reader() as reader:
+        updates = _Updates(reader)
         for index, file in enumerate(files, 1):
             specs = [spec for work in file for spec in work.specs()]
             writer = Writer(partial / f"model-{index:05}-of-{len(files):05}.safetensors", specs)
@@ -119,7 +130,7 @@ def _write_files(
                 if work.copied is not None:
                     _copy(work, reader, writer)
                 for number, part in enumerate(work.parts):
-                    _write_matrix(work, number, part, folder, options, reader, writer, report)
+                    _write_matrix(work, number, part, folder, options, reader, updates, writer, report)
             writer.close()
 
 
@@ -139,6 +150,7 @@ def _write_matrix(
     folder: ModelFolder,
     options: MergeOptions,
     reader: Reader,
+    updates: _Updates,
     writer: Writer,
     report: Report,
 ) -> None:
@@ -146,7 +158,7 @@ def _write_matrix(
     if part.update is None and work.in_4_bit:
         _write_4_bit(packed_bytes(part, folder, reader), part, writer)
         return
-    values = None if part.update is None else read_values(part.update, reader)
+    values = updates.of(part)
 
     def trained() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows that the adapter was trained on, and what they became."""
@@ -155,7 +167,12 @@ def _write_matrix(
 
     report.merged += values is not None
     if work.in_4_bit:
-        packed = quantize_rows((rows for _, rows in trained()), part.layout)
+        merged_rows = (rows for _, rows in trained())
+        if options.error_feedback and values is not None:
+            before_merging = packed_bytes(part, folder, reader)
+            packed = round_with_feedback(before_merging, merged_rows, part.layout, directions(values))
+        else:
+            packed = quantize_rows(merged_rows, part.layout)
         _write_4_bit(packed, part, writer)
         for (_, stored), (before, merged) in zip(rows_of_bytes(packed, part.layout), trained(), strict=True):
             report.compare(stored, before, merged)
@@ -168,6 +185,25 @@ def _write_matrix(
         if values is not None:
             report.compare(stored, before, merged)
     place.close()
+
+
+class _Updates:
+    """Of what the adapter does to a matrix, the values; those of a layer's experts are read together, once."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._last: tuple[LowRank, Values] | None = None
+
+    def of(self, part: Part) -> Values | None:
+        if part.update is None:
+            return None
+        if self._last is None or self._last[0] != part.update:
+            self._last = part.update, read_values(part.update, self._reader)
+        values = self._last[1]
+        if not part.update.experts:
+            return values
+        rows = slice(part.first_row, part.first_row + part.layout.shape[0])
+        return expert_values(values, part.update.experts, part.expert, rows)
 
 
 def _updated(rows: torch.Tensor, values: Values | None, first: int) -> torch.Tensor:

@@ -35,6 +35,8 @@ class MergeOptions:
     """With a base in 16 bit, how the run quantized it; as the others."""
     block_size: int = 64
     double_quant: bool = True
+    error_feedback: bool = False
+    """Into nf4: round each weight with what the ones before it in its row have lost of the update."""
     file_bytes: int = 5_000_000_000
 
 
@@ -48,6 +50,10 @@ class Part:
     update: LowRank | None
     was_4_bit: bool
     """While the adapter was trained."""
+    expert: int
+    """Whose it is; 0 if there are none."""
+    first_row: int
+    """Of those that belong to the expert and are together one target of the update: the matrix's first."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ def make_merge_plan(folder: ModelFolder, adapter: Adapter, options: MergeOptions
         raise UserError(f"{folder.path}: is not in 4 bit; quantize it first, or merge --into dequantized")
     if options.into == "original" and folder.is_quantized:
         raise UserError(f"{folder.path}: is in 4 bit; give the 16-bit model with --base, or merge --into dequantized")
+    if options.error_feedback and options.into != "nf4":
+        raise UserError(f"--error-feedback: nothing is rounded to 4 bit by --into {options.into}; use --into nf4")
     model = causal_lm_on_meta(folder, torch.bfloat16)
     origins = find_origins(model, [*folder.entries, *folder.quantized])
     updates, whole = dict(adapter.low_rank), dict(adapter.whole)
@@ -140,25 +148,30 @@ def _matrices(
 ) -> Iterator[Work]:
     """A work per tensor: that of a plain matrix, or of all experts if they were in one."""
     in_4_bit = options.into == "nf4" and was_4_bit
-    by_key: dict[str, list[Matrix]] = {}
+    by_key: dict[str, list[Part]] = {}
+    each = len(parts) // (target.experts or 1)
     for index, matrix in enumerate(parts):
         key = tensor_of(matrix.key, index) if target.experts and not in_4_bit else matrix.key
-        by_key.setdefault(key, []).append(matrix)
+        part = Part(matrix, layout, update, was_4_bit, index // each, index % each * layout.shape[0])
+        by_key.setdefault(key, []).append(part)
     for key, own in by_key.items():
-        first = own[0]
+        first = own[0].matrix
         entry = folder.quantized[first.name].parts[0][1] if first.name in folder.quantized else folder.entries[key]
         shape = layout.shape[::-1] if first.transposed else layout.shape
         stacked = shape if key == first.key and first.index is None else (len(own), *shape)
         dtype = _dtype(getattr(torch, layout.dtype), options)
-        pieces = tuple(Part(matrix, layout, update, was_4_bit) for matrix in own)
-        yield Work(key, entry.path, entry.start, stacked, dtype, None, pieces, in_4_bit)
+        yield Work(key, entry.path, entry.start, stacked, dtype, None, tuple(own), in_4_bit)
 
 
 def _check_shape(update: LowRank | None, target: Target, adapter: Adapter) -> None:
-    if update is not None and (update.b.shape[0], update.a.shape[1]) != target.shape:
+    if update is None:
+        return
+    given, wanted = (update.b.shape[0], update.a.shape[1], update.experts), (*target.shape, target.experts)
+    if given != wanted:
+        there, here = (shape if shape[-1] else shape[:-1] for shape in (given, wanted))
         raise UserError(
-            f"{adapter.path}: {target.module} is {(update.b.shape[0], update.a.shape[1])} there and {target.shape} in "
-            "the base; give the model that it was trained on with --base"
+            f"{adapter.path}: {target.module} is {there} there and {here} in the base; give the model that it was "
+            "trained on with --base"
         )
 
 

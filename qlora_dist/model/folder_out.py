@@ -39,14 +39,14 @@ def finish_folder(partial: Path, out: Path, source: Path, config: Mapping[str, A
     """Add tokenizer, index and config.json to the weights in `partial`, which then gets the name `out`.
 
     Args:
-        partial: holds files model-*.safetensors.
+        partial: holds files model-*.safetensors; others that are there already are kept.
         out: is not there.
         source: the folder of the model that the weights were made of.
         config: config.json.
     """
     for pattern in _COPIED:
         for path in source.glob(pattern):
-            if not path.name.endswith(".index.json"):
+            if not path.name.endswith(".index.json") and not (partial / path.name).exists():
                 shutil.copy2(path, partial / path.name)
     weight_map: dict[str, str] = {}
     total = 0

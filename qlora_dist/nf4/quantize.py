@@ -120,7 +120,7 @@ def dequantize(packed: torch.Tensor, layout: NF4Layout, dtype: torch.dtype) -> t
     shape: the last byte's second code is dequantized too and dropped, and a large block is given as blocks of 1024
     with the same absmax.
     """
-    weight = _dequantize_flat(packed[layout.codes], _absmax(packed, layout), layout)
+    weight = _dequantize_flat(packed[layout.codes], absmax_of(packed, layout), layout)
     return weight[: layout.numel].view(layout.shape).to(dtype)
 
 
@@ -164,8 +164,8 @@ def _dequantize_flat(codes: torch.Tensor, absmax: torch.Tensor, layout: NF4Layou
     return weight.flatten()
 
 
-def _absmax(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
-    """absmax: fp32[layout.blocks]."""
+def absmax_of(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
+    """fp32[layout.blocks], in full precision."""
     if not layout.double_quant:
         return packed[layout.absmax].view(torch.float32)
     nested_absmax = packed[layout.nested_absmax].view(torch.float32)

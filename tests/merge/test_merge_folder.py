@@ -22,6 +22,7 @@ from qlora_dist.model.quantize_plan import QuantizeOptions
 
 PROMPT = torch.arange(3, 60).view(1, -1)
 QUIET = Console(quiet=True)
+FILE = "model-00001-of-00001.safetensors"
 
 
 def make_adapter(model: torch.nn.Module, out: Path, base: Path, **settings: Any) -> Path:
@@ -81,11 +82,35 @@ def test_the_merged_model_is_base_and_adapter(settings: dict[str, Any], tmp_path
     check(tiny.make_model(tmp_path / "source", arch=arch), tmp_path, **settings)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens(tied: bool, tmp_path: Path) -> None:
+    """An embedding with more rows than the base's, trained whole; a tied head stays tied to it."""
+    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=tied, num_hidden_layers=1)
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.3)).out
+
+    def resized() -> Any:
+        model = dequantized_model(source, quantized)
+        model.resize_token_embeddings(330, mean_resizing=False)
+        return model
+
+    whole = {"modules_to_save": ["embed_tokens"] if tied else ["embed_tokens", "lm_head"], "ensure_weight_tying": tied}
+    adapter = make_adapter(resized(), tmp_path / "adapter", quantized, target_modules=["q_proj"], **whole)
+    out = merge_folder(None, adapter, tmp_path / "merged", MergeOptions(dtype="fp32"), QUIET).out
+    merged = load(out)
+    assert merged.config.vocab_size == 330 and merged.config.tie_word_embeddings == tied
+    expected = logits(peft.PeftModel.from_pretrained(resized(), adapter))
+    assert expected.shape[-1] == 330
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT2", "Mixtral", "GptOss", "Gemma2", "Falcon"])
 def test_other_architectures(name: str, tmp_path: Path) -> None:
-    """Transposed matrices, a tensor per expert, all experts in one, tied embeddings, fused projections."""
-    targets = {"target_modules": ["q_proj", "o_proj"]} if name in ("Mixtral", "GptOss") else {}
+    """Transposed matrices, a tensor per expert, all experts in one, adapters of experts, tied embeddings, fused
+    projections."""
+    experts = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    sparse = {"target_modules": ["q_proj", "o_proj"], "target_parameters": experts}
+    targets = sparse if name in ("Mixtral", "GptOss") else {}
     out, _ = check(make_architecture(tmp_path / "source", name), tmp_path, **targets)
     saved = {name for path in (tmp_path / "source").glob("*.safetensors") for name in load_file(path)}
     assert {name for path in out.glob("*.safetensors") for name in load_file(path)} == saved
@@ -143,6 +168,29 @@ def test_into_nf4(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert 0.05 < (report.difference / report.trained) ** 0.5 < 0.2
+
+
+def test_into_nf4_with_error_feedback(tmp_path: Path) -> None:
+    """Rounding alone gives back the base where the update is small, as trained ones are; fed back, the update is
+    there. Scales stay as they are, and so do matrices without an update; the same again gives the same bytes.
+    """
+    torch.manual_seed(0)
+    source = tiny.make_model(tmp_path / "source", hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(block_size=64)).out
+    adapter = make_adapter(load(quantized), tmp_path / "adapter", quantized, r=2, target_modules=["up_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: t * 0.1 for name, t in tensors.items()}, adapter / "adapter_model.safetensors")
+    reports = {}
+    for out, feedback in (("rounded", False), ("fed", True), ("again", True)):
+        options = MergeOptions(into="nf4", error_feedback=feedback)
+        reports[out] = merge_folder(quantized, adapter, tmp_path / out, options, QUIET)
+    kept = {out: report.kept / report.updates for out, report in reports.items()}
+    assert abs(kept["rounded"]) < 0.2 and kept["fed"] == pytest.approx(1, abs=0.05)
+    base, fed, again = (load_file(tmp_path / name / FILE) for name in ("nf4", "fed", "again"))
+    assert all(torch.equal(fed[name], again[name]) for name in fed)
+    changed = [name for name in base if not torch.equal(base[name], fed[name])]
+    assert changed == ["model.layers.0.mlp.up_proj.weight"]
+    assert (base[changed[0]] != fed[changed[0]]).float().mean() < 0.2
 
 
 def test_files_are_no_larger_than_asked_for(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
