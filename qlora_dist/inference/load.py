@@ -104,12 +104,21 @@ def loaded_model(config: Config, adapters: Sequence[AdapterFolder] = (), quantiz
     """
     ranks = ranks_from_environment()
     device = resolve_device(config.train.device, ranks)
+    config = _for_ranks(config, ranks)
     sizes = mesh_sizes(config.parallel, ranks)
     skeleton = _build(config, adapters, quantize)
     timeout_s = config.train.timeout
     with process_group(ranks, device, timeout_s) as store, watchdog(store, ranks, timeout_s):
         check_ranks_agree(config, ranks, device)
         yield _load(config, ranks, device, sizes, skeleton, adapters, store)
+
+
+def _for_ranks(config: Config, ranks: Ranks) -> Config:
+    """A single rank has everything anyway: FSDP2 would copy each layer once more for every token."""
+    if ranks.world_size > 1 or config.parallel.offload != "none":
+        return config
+    parallel = config.parallel.model_copy(update={"engine": "zero2", "base": "replicate"})
+    return config.model_copy(update={"parallel": parallel})
 
 
 def _build(config: Config, adapters: Sequence[AdapterFolder], quantize: bool) -> _Skeleton:

@@ -47,9 +47,9 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     gradients = Gradients(units, meshes.adapter, traffic, updates.expect_after)
     gradients.answer(model)
     model.register_forward_pre_hook(lambda *_: updates.gather(), prepend=True)
-    for layer in layers:
-        layer.unshard = types.MethodType(lambda self: updates.gather(), layer)  # type: ignore[assignment]
-        layer.reshard = types.MethodType(lambda self: updates.expect(), layer)  # type: ignore[assignment]
+    for module in (*layers, model):
+        module.unshard = types.MethodType(lambda self: updates.gather(), module)  # type: ignore[assignment]
+        module.reshard = types.MethodType(lambda self: updates.expect(), module)  # type: ignore[assignment]
     return traffic
 
 
