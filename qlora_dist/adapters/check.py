@@ -1,10 +1,46 @@
-"""Whether an adapter's values are worth keeping."""
+"""Whether an adapter is of a kind that is known here, and its values are worth keeping."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from qlora_dist.errors import UserError
+
+_UNKNOWN = {
+    "trainable_token_indices": "trained rows of an embedding",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "lora_bias": "a bias of B",
+}
+"""What PEFT can do besides, by key of adapter_config.json."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+def check_kind(config: Mapping[str, Any], path: Path) -> None:
+    """See whether an adapter is LoRA on the base as it is, and no more than is known here.
+
+    Args:
+        config: adapter_config.json.
+        path: of its folder.
+
+    Raises:
+        UserError: it is not.
+    """
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: is an adapter of type {config.get('peft_type')}, not LORA; use it with PEFT")
+    for key, what in _UNKNOWN.items():
+        if config.get(key):
+            raise UserError(f"{path}: has {what} ({key}), which is not known here; load it with PEFT beside the base")
+    first = config.get("init_lora_weights", True)
+    if isinstance(first, str) and first.startswith(_CHANGES_BASE):
+        raise UserError(
+            f"{path}: began from {first}, which changed the base's weights too; save it with PEFT's "
+            "path_initial_model_for_weight_conversion first"
+        )
 
 
 def wrong_values(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:

@@ -12,6 +12,7 @@ import peft
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import has_tied_head, is_lora, use_our_layers
+from qlora_dist.adapters.check import check_kind
 from qlora_dist.adapters.export import peft_key
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import read_json
@@ -32,13 +33,6 @@ _TAKEN = (
     "use_dora",
 )
 """Keys of adapter_config.json that say what is computed."""
-_REFUSED = {
-    "trainable_token_indices": "trained rows of an embedding",
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA",
-    "lora_bias": "a bias of B",
-}
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -79,24 +73,14 @@ def read_adapter_folder(path: Path, name: str) -> AdapterFolder:
     """Read the configuration and the file's header.
 
     Raises:
-        UserError: it is missing, damaged, or no LoRA adapter; or it has something that is not computed here.
+        UserError: it is missing, damaged, or no LoRA adapter; or it has something that is not known here.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give that of an adapter, such as runs/NAME/adapter")
     if not (path / "adapter_config.json").exists():
         raise UserError(f"{path}: holds no adapter_config.json; give the folder of an adapter, such as {path}/adapter")
     content = read_json(path / "adapter_config.json")
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"{path}: is an adapter of type {content.get('peft_type')}, not LORA; load it with PEFT")
-    for key, what in _REFUSED.items():
-        if content.get(key):
-            raise UserError(f"{path}: has {what} ({key}), which is not computed here; load it with PEFT")
-    first = content.get("init_lora_weights", True)
-    if isinstance(first, str) and first.startswith(_CHANGES_BASE):
-        raise UserError(
-            f"{path}: began from {first}, which changed the base's weights too; save it with PEFT's "
-            "path_initial_model_for_weight_conversion first"
-        )
+    check_kind(content, path)
     base = str(content.get("base_model_name_or_path") or "")
     return AdapterFolder(name, path, base, _config(content, path), read_header(path / "adapter_model.safetensors"))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora_dist.adapters.check import wrong_values
+from qlora_dist.adapters.check import check_kind, wrong_values
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import read_json
 from qlora_dist.model.matrices import EXPERT_WEIGHTS
@@ -19,13 +19,6 @@ from qlora_dist.nf4.safetensors_file import Entry, Reader, read_header
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
-_OTHERS = {  # what PEFT can do besides, by key of adapter_config.json
-    "trainable_token_indices": "trained rows of an embedding",
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA",
-    "lora_bias": "a bias of B",
-}
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ def read_adapter(path: Path) -> Adapter:
             because every B is zero, or it has something that is not merged here.
     """
     config = read_json(path / "adapter_config.json")
-    _check_kind(config, path)
+    check_kind(config, path)
     entries = read_header(path / "adapter_model.safetensors")
     parts: dict[str, dict[str, Entry]] = {}
     whole: dict[str, Entry] = {}
@@ -87,20 +80,6 @@ def read_adapter(path: Path) -> Adapter:
     if wrong is not None:
         raise UserError(f"{path}: {wrong}; use an earlier checkpoint, or train longer")
     return Adapter(path, str(config.get("base_model_name_or_path") or ""), low_rank, whole)
-
-
-def _check_kind(config: Mapping[str, Any], path: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: is an adapter of type {config.get('peft_type')}, not LORA; merge it with PEFT")
-    for key, what in _OTHERS.items():
-        if config.get(key):
-            raise UserError(f"{path}: has {what} ({key}), which is not merged here; load it with PEFT beside the base")
-    first = config.get("init_lora_weights", True)
-    if isinstance(first, str) and first.startswith(_CHANGES_BASE):
-        raise UserError(
-            f"{path}: began from {first}, which changed the base's weights too; save it with PEFT's "
-            "path_initial_model_for_weight_conversion first"
-        )
 
 
 def _parameter_of_experts(module: str, config: Mapping[str, Any]) -> str | None:
