@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from qlora_dist.train.memory import peak_bytes
@@ -16,12 +17,14 @@ KINDS = ("compute", "dequantization", "communication", "paging", "data", "optimi
 """What a step is split into. compute is what is left over, Python among it."""
 
 Span = tuple[float, float]
-"""Begin and end."""
+"""Begin and end, in ns."""
 
 # ours, where nobody else marks the place
 DATA, STEP, OPTIMIZER, PAGE, WAIT = (f"qlora_dist::{name}" for name in ("data", "step", "optimizer", "page", "wait"))
 _COLLECTIVES = ("FSDP::", "c10d::", "gloo:", "nccl:", WAIT)
 """FSDP2's own marks hold its collectives, their copies and its waiting for them."""
+_MARKS = ("FSDP::", "c10d::", "qlora_dist::")
+"""Which the profiler also shows on a GPU, for as long as their kernels run."""
 
 
 class LastStep:
@@ -48,52 +51,67 @@ class LastStep:
         self._running = ExitStack()
         self._running.callback(setattr, dist.Work, "wait", dist.Work.wait)
         dist.Work.wait = _marked(dist.Work.wait)
-        self._profile = self._running.enter_context(profile(activities=activities, acc_events=True))
+        self._profile = self._running.enter_context(profile(activities=activities))
 
     def end(self) -> dict[str, float]:
         """Afterwards: of each of `KINDS` its share of the step, together 1. Empty, if there was no step."""
         if self._running is None:
             return {}
         self._running.close()
-        assert self._profile is not None
-        return shares_of(self._profile.events())
+        assert self._profile is not None and self._profile.profiler is not None
+        return shares_of(self._profile.profiler.kineto_results.events())
 
 
-def shares_of(events: Sequence[Any]) -> dict[str, float]:
+def shares_of(events: Iterable[Any]) -> dict[str, float]:
     """Split the last step among some events.
 
     On a CPU the time of the thread that trains is split. With CUDA (not run on a GPU) the device's: what computes
     counts before a collective beside it, and while the device has nothing to do, what the host waits for.
 
     Args:
-        events: of torch's profiler.
+        events: of torch's profiler, as it has collected them. Its list of them for Python takes a minute to make.
     """
-    step = [event for event in events if event.name == STEP and not _on_device(event)][-1]
-    host = [event for event in events if event.thread == step.thread and not _on_device(event)]
-    device = [event for event in events if _on_device(event)]
-    data = [event for event in host if event.name == DATA][-1]
-    paging, reading = _spans(host, PAGE), _spans(host, DATA)
-    if not device:
+    on_host, on_device = _by_name(events)
+    ((step, thread),) = on_host.pop(STEP)[-1:]
+    ours = {name: [span for span, other in spans if other == thread] for name, spans in on_host.items()}
+    begin, end = ours[DATA][-1][0], step[1]
+    paging, reading = ours.get(PAGE, []), ours[DATA]
+    if not on_device:
         layers = {
             "paging": paging,
             "data": reading,
-            "dequantization": [_span(event) for event in host if "dequantize" in event.name],
-            "communication": [_span(event) for event in host if event.name.startswith(_COLLECTIVES)],
-            "optimizer": _spans(host, OPTIMIZER),
+            "dequantization": _of(ours, lambda name: "dequantize" in name),
+            "communication": _of(ours, lambda name: name.startswith(_COLLECTIVES)),
+            "optimizer": ours.get(OPTIMIZER, []),
         }
-        return split(layers, data.time_range.start, step.time_range.end)
-    collective = [event for event in device if "nccl" in event.name.lower()]
-    kernels = [event for event in device if not event.is_user_annotation and event not in collective]
-    optimizer = _spans(device, OPTIMIZER)
+        return split(layers, begin, end)
+    device = {name: [span for span, _ in spans] for name, spans in on_device.items()}
+    optimizer = device.pop(OPTIMIZER, [])  # the mark, as long as its kernels run
     layers = {
-        "dequantization": [_span(event) for event in kernels if "dequant" in event.name.lower()],
+        "dequantization": _of(device, lambda name: "dequant" in name.lower()),
         "optimizer": optimizer,
-        "compute": [_span(event) for event in kernels],
-        "communication": [_span(event) for event in collective],
+        "compute": _of(device, lambda name: "nccl" not in name.lower() and not name.startswith(_MARKS)),
+        "communication": _of(device, lambda name: "nccl" in name.lower() and not name.startswith(_MARKS)),
         "paging": paging,
         "data": reading,
     }
-    return split(layers, data.time_range.start, max(step.time_range.end, *(end for _, end in optimizer), 0.0))
+    return split(layers, begin, max([end, *(last for _, last in optimizer)]))
+
+
+def _by_name(events: Iterable[Any]) -> tuple[dict[str, list[tuple[Span, int]]], dict[str, list[tuple[Span, int]]]]:
+    """When each ran and in which thread: on the host, and on the device."""
+    on_host: dict[str, list[tuple[Span, int]]] = {}
+    on_device: dict[str, list[tuple[Span, int]]] = {}
+    for event in events:
+        start = event.start_ns()
+        found = (start, start + event.duration_ns()), event.start_thread_id()
+        where = on_host if event.device_type() == DeviceType.CPU else on_device
+        where.setdefault(event.name(), []).append(found)
+    return on_host, on_device
+
+
+def _of(spans: dict[str, list[Span]], wanted: Callable[[str], bool]) -> list[Span]:
+    return [span for name, found in spans.items() if wanted(name) for span in found]
 
 
 def split(layers: dict[str, list[Span]], begin: float, end: float) -> dict[str, float]:
@@ -136,15 +154,3 @@ def _marked(wait: Any) -> Any:
             return wait(self, *args, **options)
 
     return marked_wait
-
-
-def _spans(events: Sequence[Any], name: str) -> list[Span]:
-    return [_span(event) for event in events if event.name == name]
-
-
-def _span(event: Any) -> Span:
-    return event.time_range.start, event.time_range.end
-
-
-def _on_device(event: Any) -> bool:
-    return event.device_type != torch.autograd.DeviceType.CPU
