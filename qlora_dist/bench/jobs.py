@@ -51,7 +51,7 @@ def run_job(cell: Cell, folder: Path) -> RunFiles:
         text = log.read_text(encoding="utf-8", errors="replace")
         said = re.findall(r"^qlora-dist: (.+)$", text, re.MULTILINE)
         if said:
-            raise UserError(f"{cell.layout} on {cell.ranks} ranks: {said[0]}")
+            raise UserError(f"{cell.words}: {said[0]}")
         raise RuntimeError(f"{cell.name} ended with exit code {code}\n" + "\n".join(text.splitlines()[-_LAST_LINES:]))
     run = Path(cell.config.run.dir) / cell.config.run.name
     files = read_run_files(run)

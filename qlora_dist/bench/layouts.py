@@ -43,9 +43,19 @@ class Cell:
     """What the layout changes, by `section.key`."""
 
     @property
+    def words(self) -> str:
+        """For people."""
+        return in_words(self.layout, self.ranks)
+
+    @property
     def name(self) -> str:
         """Of its runs."""
         return f"{self.layout}-{self.ranks}"
+
+
+def in_words(layout: str, ranks: int) -> str:
+    """For people."""
+    return f"{layout} on {ranks} {'rank' if ranks == 1 else 'ranks'}"
 
 
 Sections = dict[str, dict[str, Any]]

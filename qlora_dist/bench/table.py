@@ -7,6 +7,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
+from qlora_dist.bench.layouts import in_words
 from qlora_dist.bench.result import BenchResult, LayoutFigures, Spread
 
 _MIB = 2**20
@@ -63,7 +64,7 @@ def show(result: BenchResult, console: Console) -> None:
 
 def left_out_sentence(layout: str, ranks: int, reason: str) -> str:
     """For people."""
-    return f"left out: {layout} on {ranks} {'rank' if ranks == 1 else 'ranks'}: {reason}"
+    return f"left out: {in_words(layout, ranks)}: {reason}"
 
 
 def losses_sentence(result: BenchResult) -> str:
@@ -73,7 +74,7 @@ def losses_sentence(result: BenchResult) -> str:
     if losses.agree:
         return f"The losses of all layouts are within {off}, at equal tokens."
     worst = max(result.layouts, key=lambda f: f.loss_difference)
-    return f"The losses do not agree: those of {worst.layout} on {worst.ranks} ranks are off by {off}."
+    return f"The losses do not agree: those of {in_words(worst.layout, worst.ranks)} are off by {off}."
 
 
 def _range(spread: Spread) -> str:
