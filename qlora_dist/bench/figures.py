@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from qlora_dist.bench.jobs import threads_per_rank
 from qlora_dist.bench.layouts import Cell
@@ -13,17 +13,20 @@ from qlora_dist.errors import UserError
 from qlora_dist.report.read import RunFiles
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
-"""Relative, between the losses of two layouts, by compute type: sums are made in another order."""
+"""Relative, between the losses of two layouts, by compute type: sums are made in another order. In fp32 each step's
+must agree. In 16 bit it is the mean of all trained tokens: kernels round in another way for other numbers of threads,
+Adam's first updates magnify that, and single steps are off by a thousandth where nothing is wrong.
+"""
 
 
-def figures(cell: Cell, runs: Sequence[RunFiles], warm_up: int, reference: Sequence[float]) -> LayoutFigures:
+def figures(cell: Cell, runs: Sequence[RunFiles], warm_up: int, reference: RunFiles) -> LayoutFigures:
     """Of a layout.
 
     Args:
         cell: which it is.
         runs: its repeats.
         warm_up: steps at the beginning of each that are not timed; the last one, which was profiled, is not either.
-        reference: losses of each step, that these are compared with.
+        reference: whose losses these are compared with.
     """
     timed = [row for run in runs for row in run.steps[warm_up:-1]]
     last, summaries = runs[-1].steps[-1], [run.summary for run in runs]
@@ -50,7 +53,8 @@ def figures(cell: Cell, runs: Sequence[RunFiles], warm_up: int, reference: Seque
         read_bytes=summaries[0]["read_bytes"],
         load_s=_spread([summary["load_s"] for summary in summaries]),
         losses=losses_of(runs[0]),
-        loss_difference=max(_difference(losses_of(run), reference) for run in runs),
+        loss_difference_of_steps=max(_of_steps(run, reference) for run in runs),
+        loss_difference_of_mean=max(_of_mean(run, reference) for run in runs),
     )
 
 
@@ -68,12 +72,22 @@ def losses_of(run: RunFiles) -> list[float]:
 
 def compare_losses(reference: str, compute_dtype: str, layouts: Sequence[LayoutFigures]) -> Losses:
     """Whether all have trained the same."""
-    tolerance, largest = TOLERANCES[compute_dtype], max(figures.loss_difference for figures in layouts)
-    return Losses(reference=reference, tolerance=tolerance, largest_difference=largest, agree=largest <= tolerance)
+    by: Literal["step", "mean"] = "step" if compute_dtype == "fp32" else "mean"
+    tolerance, largest = TOLERANCES[compute_dtype], max(figures.loss_difference(by) for figures in layouts)
+    return Losses(
+        reference=reference, by=by, tolerance=tolerance, largest_difference=largest, agree=largest <= tolerance
+    )
 
 
-def _difference(losses: Sequence[float], reference: Sequence[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
+def _of_steps(run: RunFiles, reference: RunFiles) -> float:
+    return max(abs(a - b) / b for a, b in zip(losses_of(run), losses_of(reference), strict=True))
+
+
+def _of_mean(run: RunFiles, reference: RunFiles) -> float:
+    """Of all trained tokens; every run has the same ones in the same steps."""
+    tokens = [row["trained_tokens"] for row in reference.steps]
+    own, other = (sum(a * b for a, b in zip(losses_of(r), tokens, strict=True)) for r in (run, reference))
+    return abs(own - other) / other
 
 
 def _paged(row: dict[str, Any]) -> dict[str, int]:

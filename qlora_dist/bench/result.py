@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -57,8 +57,14 @@ class LayoutFigures(Part):
     """Of the slowest rank, over repeats."""
     losses: list[float]
     """Of each step of the first repeat."""
-    loss_difference: float
-    """The largest, relative to the reference, of any step of any repeat."""
+    loss_difference_of_steps: float
+    """Relative to the reference: the largest of any step of any repeat."""
+    loss_difference_of_mean: float
+    """Relative to the reference: of the mean of all trained tokens, the largest of any repeat."""
+
+    def loss_difference(self, by: Literal["step", "mean"]) -> float:
+        """The one of the two that decides."""
+        return self.loss_difference_of_steps if by == "step" else self.loss_difference_of_mean
 
 
 class LeftOut(Part):
@@ -74,6 +80,8 @@ class Losses(Part):
 
     reference: str
     """Whose losses the others are compared with."""
+    by: Literal["step", "mean"]
+    """What is compared: in fp32 the loss of each step; in 16 bit the mean of all trained tokens."""
     tolerance: float
     """Relative."""
     largest_difference: float

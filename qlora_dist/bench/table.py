@@ -11,6 +11,7 @@ from qlora_dist.bench.layouts import in_words
 from qlora_dist.bench.result import BenchResult, LayoutFigures, Spread
 
 _MIB = 2**20
+_WIDEST = 1000
 SPLIT = "The parts of a step are the shares of one more step, under the profiler."
 
 
@@ -37,7 +38,8 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
         ("loading, s", lambda f: f"{f.load_s.median:.2f}"),
         ("read by all ranks, MiB", lambda f: _mib(sum(f.read_bytes))),
         ("loss, last step", lambda f: f"{f.losses[-1]:.6f}"),
-        ("  off the reference", lambda f: f"{f.loss_difference:.1e}"),
+        ("  off the reference, any step", lambda f: f"{f.loss_difference_of_steps:.1e}"),
+        ("  off the reference, mean", lambda f: f"{f.loss_difference_of_mean:.1e}"),
     ]
     return [(label, [text(figures) for figures in result.layouts]) for label, text in lines]
 
@@ -55,11 +57,25 @@ def show(result: BenchResult, console: Console) -> None:
         table.add_column(column.replace(", ", "\n"), justify="right")
     for label, texts in rows(result):
         table.add_row(label, *texts)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+    else:  # a file has lines as long as they need be
+        width = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+        console.print(table, width=width, crop=False, no_wrap=True, soft_wrap=False)
     for left_out in result.left_out:
         console.print(left_out_sentence(left_out.layout, left_out.ranks, left_out.reason), markup=False, soft_wrap=True)
     console.print(losses_sentence(result), markup=False, soft_wrap=True)
     console.print(SPLIT, soft_wrap=True)
+
+
+def markdown(result: BenchResult) -> str:
+    """The same for a page of documentation, with the command under it."""
+    lines = [["", *columns(result)], ["---", *["---:"] * len(result.layouts)]]
+    lines += [[label.strip(), *texts] for label, texts in rows(result)]
+    notes = [left_out_sentence(left.layout, left.ranks, left.reason) for left in result.left_out]
+    notes += [losses_sentence(result), SPLIT]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table + "\n\n" + "\n".join(notes) + f"\n\n`{result.command}`\n"
 
 
 def left_out_sentence(layout: str, ranks: int, reason: str) -> str:
@@ -71,9 +87,10 @@ def losses_sentence(result: BenchResult) -> str:
     """For people."""
     losses = result.losses
     off = f"{losses.largest_difference:.1e} relative of those of {losses.reference}, {losses.tolerance:.0e} allowed"
+    what = "of each step" if losses.by == "step" else "of all trained tokens together"
     if losses.agree:
-        return f"The losses of all layouts are within {off}, at equal tokens."
-    worst = max(result.layouts, key=lambda f: f.loss_difference)
+        return f"The losses of all layouts, {what}, are within {off}."
+    worst = max(result.layouts, key=lambda f: f.loss_difference(losses.by))
     return f"The losses do not agree: those of {in_words(worst.layout, worst.ranks)} are off by {off}."
 
 

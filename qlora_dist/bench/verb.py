@@ -16,7 +16,7 @@ from qlora_dist.bench.machine import this_machine
 from qlora_dist.bench.page import render
 from qlora_dist.bench.plot import draw_files
 from qlora_dist.bench.result import BenchResult, LeftOut
-from qlora_dist.bench.table import left_out_sentence, losses_sentence, show
+from qlora_dist.bench.table import left_out_sentence, losses_sentence, markdown, show
 from qlora_dist.config import Config
 from qlora_dist.config_file import changed
 from qlora_dist.errors import UserError
@@ -76,7 +76,7 @@ def bench(config: Config, asked: Asked, console: Console) -> bool:
             runs[cell.name].append(run)
             speed = f"{run.steps[-2]['tokens_per_s']:,.0f} tokens/s, loss {losses_of(run)[-1]:.4f}"
             console.print(f"{cell.name}, {repeat + 1} of {repeats}: {speed}", markup=False, soft_wrap=True)
-    reference = losses_of(runs[cells[0].name][0])
+    reference = runs[cells[0].name][0]
     layouts = [figures(cell, runs[cell.name], WARM_UP, reference) for cell in cells]
     result = BenchResult(
         command=asked.command,
@@ -142,7 +142,7 @@ def _make(out: Path) -> None:
 
 def _write(result: BenchResult, out: Path, json_file: Path | None) -> Sequence[Path]:
     text = result.model_dump_json(indent=2) + "\n"
-    texts = {out / "bench.json": text, out / "bench.html": render(result)}
+    texts = {out / "bench.json": text, out / "bench.html": render(result), out / "bench.md": markdown(result)}
     if json_file is not None:
         texts[json_file] = text
     for path, content in texts.items():

@@ -17,6 +17,7 @@ import tiny
 from warm import warm_python
 
 from qlora_dist.bench import verb
+from qlora_dist.bench.figures import compare_losses
 from qlora_dist.bench.layouts import Cell, Sizes, make_cells
 from qlora_dist.bench.result import BenchResult
 from qlora_dist.cli import main
@@ -46,14 +47,9 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Pa
     return tiny.make_config(tmp_path_factory.mktemp("bench"), tiny_llama_nf4, train__global_batch=4, lora__dropout=0.1)
 
 
-@pytest.fixture(scope="module")
-def out(config: Path) -> Path:
-    """Where `test_the_whole_of_it` leaves what it has made."""
-    return config.parent / "out"
-
-
 @pytest.mark.slow
-def test_the_whole_of_it(cli: Cli, config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_of_it(cli: Cli, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
     compare = ["--compare", "single-paged,fsdp2,two-mesh", "--ranks", "1,2", "--quick"]
     with warm_python(out.parent) as python:
         monkeypatch.setattr(sys, "executable", str(python))
@@ -98,28 +94,39 @@ def test_the_whole_of_it(cli: Cli, config: Path, out: Path, monkeypatch: pytest.
     assert paged.static_bytes[0] < one.static_bytes[0]
     assert set(two.received_bytes_per_step) == {"world", "control"}
     assert two_mesh.received_bytes_per_step["world"] < two.received_bytes_per_step["world"]
+    assert (
+        f"| {' | '.join(f'{figures.losses[-1]:.6f}' for figures in result.layouts)} |" in (out / "bench.md").read_text()
+    )
     page = (out / "bench.html").read_text()
     assert not re.findall(r"<script|<link|<img|url\((?!#)|@import|href=\"(?!#)", page)
     assert all(f"<td>{figures.losses[-1]:.6f}</td>" in page for figures in result.layouts)
     assert all((out / f"{name}.png").stat().st_size > 1000 for name in ("throughput", "scaling", "split", "memory"))
+    check_losses_that_do_not_agree(cli, config, out, result, monkeypatch)
 
 
-@pytest.mark.slow
-def test_losses_that_do_not_agree(cli: Cli, config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_losses_that_do_not_agree(
+    cli: Cli, config: Path, out: Path, result: BenchResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same runs, but for the last loss of one."""
+
     def tampered(cell: Cell, folder: Path) -> RunFiles:
         run = read_run_files(out / "runs" / cell.name)
         off = 1 + 3e-5 * (cell.ranks == 2)
         return replace(run, steps=[*run.steps[:-1], {**run.steps[-1], "loss": run.steps[-1]["loss"] * off}])
 
     monkeypatch.setattr(verb, "run_job", tampered)
-    words = [config, "--compare", "fsdp2", "--repeats", "1", "--out", out.parent / "tampered"]
-    code, _, stderr = cli(*words, "--ranks", "1,2")
+    words = ["--compare", "fsdp2", "--ranks", "1,2", "--repeats", "1", "--out", out.parent / "tampered"]
+    code, _, stderr = cli(config, *words)
     assert code == 1
     assert stderr.startswith(
         "qlora-dist: The losses do not agree: those of fsdp2 on 2 ranks are off by 3.0e-05 relative"
     )
-    assert not json.loads((out.parent / "tampered" / "bench.json").read_text())["losses"]["agree"]
-    assert cli(*words, "--ranks", "1")[0] == 0
+    of_tampered = BenchResult.model_validate_json((out.parent / "tampered" / "bench.json").read_text())
+    assert not of_tampered.losses.agree and result.losses.agree
+    assert of_tampered.losses.by == "step"
+    assert 0 < of_tampered.layouts[1].loss_difference_of_mean < 2e-5
+    in_16_bit = compare_losses("fsdp2-1", "bf16", of_tampered.layouts)
+    assert in_16_bit.by == "mean" and in_16_bit.agree
 
 
 @pytest.mark.parametrize(
