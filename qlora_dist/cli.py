@@ -300,8 +300,10 @@ def bench(
     ranks: Annotated[
         str, typer.Option(help="Numbers of ranks of each; single-paged is on one.", metavar="N,N")
     ] = "1,2",
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each layout, in turns.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each run.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each layout, in turns.")] = 3,
+    steps: Annotated[
+        int, typer.Option(min=2, help="Of each run after the first one; the last of a layout's first run is profiled.")
+    ] = 2,
     quick: Annotated[
         bool, typer.Option("--quick", help="One run of each, with few steps of short rows: some minutes.")
     ] = False,

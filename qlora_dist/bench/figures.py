@@ -24,15 +24,14 @@ def figures(cell: Cell, runs: Sequence[RunFiles], warm_up: int, reference: RunFi
 
     Args:
         cell: which it is.
-        runs: its repeats.
-        warm_up: steps at the beginning of each that are not timed; the last one, which was profiled, is not either.
+        runs: its repeats. The last step of the first one was profiled, and is not timed.
+        warm_up: steps at the beginning of each that are not timed.
         reference: whose losses these are compared with.
     """
-    timed = [row for run in runs for row in run.steps[warm_up:-1]]
+    timed = [row for number, run in enumerate(runs) for row in run.steps[warm_up : -1 if number == 0 else None]]
     last, summaries = runs[-1].steps[-1], [run.summary for run in runs]
     step_s = _spread([row["step_s"] for row in timed])
-    kinds = summaries[0]["step_shares"]
-    shares = {kind: statistics.fmean(summary["step_shares"][kind] for summary in summaries) for kind in kinds}
+    shares = summaries[0]["step_shares"]
     return LayoutFigures(
         layout=cell.layout,
         ranks=cell.ranks,

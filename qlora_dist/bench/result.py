@@ -40,7 +40,7 @@ class LayoutFigures(Part):
     positions_per_s: Spread
     """Padding counted."""
     step_shares: dict[str, float]
-    """By kind, together 1: of a further step of each repeat, under the profiler; the mean of all ranks and repeats."""
+    """By kind, together 1: of the last step of the first repeat, under the profiler; the mean of all ranks."""
     step_split_s: dict[str, float]
     """These shares of the median step."""
     static_bytes: list[int]

@@ -12,7 +12,7 @@ from qlora_dist.bench.result import BenchResult, LayoutFigures, Spread
 
 _MIB = 2**20
 _WIDEST = 1000
-SPLIT = "The parts of a step are the shares of one more step, under the profiler."
+SPLIT = "The parts of a step are the shares of one that is not timed, under the profiler."
 
 
 def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
@@ -61,7 +61,7 @@ def show(result: BenchResult, console: Console) -> None:
         console.print(table)
     else:  # a file has lines as long as they need be
         width = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
-        console.print(table, width=width, crop=False, no_wrap=True, soft_wrap=False)
+        Console(file=console.file, width=width, highlight=False).print(table)
     for left_out in result.left_out:
         console.print(left_out_sentence(left_out.layout, left_out.ranks, left_out.reason), markup=False, soft_wrap=True)
     console.print(losses_sentence(result), markup=False, soft_wrap=True)

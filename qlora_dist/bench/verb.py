@@ -25,7 +25,7 @@ from qlora_dist.report.read import RunFiles
 WARM_UP = 1
 """Steps of each run in which memory is allocated and kernels are chosen."""
 _QUICK_LENGTH = 128
-_QUICK_STEPS = 2
+_QUICK_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Asked:
 
     compare: str = "single-paged,fsdp2,two-mesh,zero3"
     ranks: str = "1,2"
-    repeats: int = 5
-    steps: int = 4
-    """Timed, of each run."""
+    repeats: int = 3
+    steps: int = 2
+    """Of each run, after the warm-up; the last one of a layout's first run is profiled."""
     quick: bool = False
     json: Path | None = None
     out: Path | None = None
@@ -72,9 +72,9 @@ def bench(config: Config, asked: Asked, console: Console) -> bool:
     runs: dict[str, list[RunFiles]] = {cell.name: [] for cell in cells}
     for repeat in range(repeats):  # A B A B: a machine that gets slower does so for all
         for cell in cells:
-            run = run_job(_named(cell), out)
+            run = run_job(_job(cell, profile=repeat == 0), out)
             runs[cell.name].append(run)
-            speed = f"{run.steps[-2]['tokens_per_s']:,.0f} tokens/s, loss {losses_of(run)[-1]:.4f}"
+            speed = f"{run.steps[WARM_UP]['tokens_per_s']:,.0f} tokens/s, loss {losses_of(run)[-1]:.4f}"
             console.print(f"{cell.name}, {repeat + 1} of {repeats}: {speed}", markup=False, soft_wrap=True)
     reference = runs[cells[0].name][0]
     layouts = [figures(cell, runs[cell.name], WARM_UP, reference) for cell in cells]
@@ -99,7 +99,7 @@ def common_config(config: Config, out: Path, steps: int, quick: bool) -> Config:
 
     Without dropout: each rank draws its own, and the losses could not be compared.
     """
-    total = WARM_UP + steps + 1  # the last one is profiled
+    total = WARM_UP + steps
     sections: dict[str, dict[str, Any]] = {
         "lora": {"dropout": 0.0},
         "data": {"eval": None},
@@ -113,15 +113,15 @@ def common_config(config: Config, out: Path, steps: int, quick: bool) -> Config:
             "spike_factor": None,
             "on_spike": "warn",
         },
-        "run": {"dir": str(out / "runs"), "overwrite": True, "report": False, "profile": True, "trackers": []},
+        "run": {"dir": str(out / "runs"), "overwrite": True, "report": False, "trackers": []},
     }
     if quick:
         sections["data"]["seq_len"] = min(config.data.seq_len, _QUICK_LENGTH)
     return changed(config, sections)
 
 
-def _named(cell: Cell) -> Cell:
-    config = changed(cell.config, {"run": {"name": cell.name}})
+def _job(cell: Cell, profile: bool) -> Cell:
+    config = changed(cell.config, {"run": {"name": cell.name, "profile": profile}})
     return Cell(cell.layout, cell.ranks, config, cell.overrides)
 
 
