@@ -406,6 +406,45 @@ def report(
 
 
 @app.command()
+def bench(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    compare: Annotated[
+        str, typer.Option(help="Layouts: of single-paged, fsdp2, two-mesh, zero3.", metavar="NAME,NAME")
+    ] = "single-paged,fsdp2,two-mesh,zero3",
+    ranks: Annotated[
+        str, typer.Option(help="Numbers of ranks of each; single-paged is on one.", metavar="N,N")
+    ] = "1,2",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each layout, in turns.")] = 3,
+    steps: Annotated[
+        int, typer.Option(min=2, help="Of each run after the first one; the last of a layout's first run is profiled.")
+    ] = 2,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One run of each, with few steps of short rows: some minutes.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of what is written; without it, one in run.dir.")] = None,
+) -> None:
+    """Compare layouts on this machine: speed, a step's parts, memory, traffic, loading; the losses must agree."""
+    from qlora_dist.config_file import load_config
+
+    resolved = load_config(config, overrides or ())
+    _prepare_process()
+    import shlex
+    import sys
+
+    from rich.console import Console
+
+    from qlora_dist.bench.verb import Asked
+    from qlora_dist.bench.verb import bench as compare_layouts
+
+    command = shlex.join(["qlora-dist", *sys.argv[1:]])
+    asked = Asked(compare, ranks, repeats, steps, quick, json_file, out, command)
+    if not compare_layouts(resolved, asked, Console(highlight=False)):
+        raise typer.Exit(1)
+
+
+@app.command()
 def jobs(
     folder: Annotated[Path, _RUNS] = Path("runs"),
     follow: Annotated[str | None, typer.Option(help="Print what this run's rank 0 prints, until it ends.")] = None,

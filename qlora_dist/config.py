@@ -285,6 +285,9 @@ class RunConfig(Section):
     """Replace a run of that name."""
     report: bool = True
     """Write report.html at the end: loss, throughput, memory, configuration."""
+    profile: bool = False
+    """Run the last step under torch's profiler, and say in summary.json what its time went into (`step_shares`). That
+    step is slower."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     """Log metrics there too. Their settings come from their own environment variables."""
     project: str = "qlora-dist"

@@ -137,15 +137,21 @@ class Loader:
         """Labels of a step over all ranks that are not -100: what the summed loss is divided by."""
         return int(self._trained_tokens[self._filled(step)].sum())
 
+    def positions(self, step: int) -> int:
+        """Of a step's batches over all ranks, padding counted."""
+        total = 0
+        for micro in self._dealt(step).reshape(-1, self._micro_batch):
+            longest = int(np.where(micro == EMPTY, 0, self._tokens[micro]).max())
+            total += self.sources[0][0].length(longest) * len(micro)
+        return total
+
     def padding(self, steps: int) -> float:
         """The part of all positions of a run of so many steps that is padding, from a sample of its first epoch."""
         steps = min(steps, math.ceil(self.rows_per_epoch / self._global_batch))
         sample = np.unique(np.linspace(0, steps - 1, _SAMPLED_STEPS).astype(np.int64)).tolist()
         computed = 0
         for step in sample:
-            for micro in self._dealt(step).reshape(-1, self._micro_batch):
-                longest = int(np.where(micro == EMPTY, 0, self._tokens[micro]).max())
-                computed += self.sources[0][0].length(longest) * len(micro)
+            computed += self.positions(step)
         return 1 - sum(map(self.tokens, sample)) / computed
 
     def _filled(self, step: int) -> npt.NDArray[np.integer]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from torch.profiler import record_function
 
 from qlora_dist.paging.store import Store
 
@@ -291,7 +292,8 @@ class Pager:
     def _wait(self, slot: _Slot) -> None:
         if slot.transfer is not None:
             started = time.perf_counter()
-            slot.transfer.result()
+            with record_function("qlora_dist::page"):  # as `train/profile.py` knows it
+                slot.transfer.result()
             self.counts.stall_s += time.perf_counter() - started
             slot.transfer = None
 

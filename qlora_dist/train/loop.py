@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from qlora_dist.checkpoint.snapshot import trained
@@ -25,6 +26,7 @@ from qlora_dist.train.console import RunConsole
 from qlora_dist.train.evaluate import evaluate
 from qlora_dist.train.memory import peak_bytes
 from qlora_dist.train.optimizer import make_optimizer
+from qlora_dist.train.profile import DATA, LastStep
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.run_dir import RunDir, run_path
 from qlora_dist.train.setup import Setup
@@ -50,6 +52,10 @@ class History:
     """Of the base's layers, by this rank in the last step."""
     stalls: list[float] = field(default_factory=list)
     """Of each step the share of its time in which this rank waited for a layer of the base."""
+    peak_bytes: int | None = None
+    """This rank's, before the step that was profiled; None: none was."""
+    step_shares: dict[str, float] = field(default_factory=dict)
+    """This rank's, of that step, by kind; empty: none was profiled."""
 
 
 def train_loop(
@@ -117,13 +123,17 @@ def train_loop(
     history.stop = reason(asked)
     forget()
     step_s = 0.0
+    profiled = LastStep(setup.device) if setup.config.run.profile else None
     console.start_steps(setup.steps, progress.step)
     model.train()
     while history.stop is None and progress.step < last_step():
+        if profiled is not None and progress.step == last_step() - 1:
+            profiled.begin()
         started = time.perf_counter()
         beat(progress.step, "reading data")
         batch = progress.batch_index()
-        window = [_to(micro, setup.device) for micro in setup.loader.window(batch)]
+        with record_function(DATA):
+            window = [_to(micro, setup.device) for micro in setup.loader.window(batch)]
         tokens, trained_tokens = setup.loader.tokens(batch), setup.loader.trained_tokens(batch)
         data_s = time.perf_counter() - started
 
@@ -179,6 +189,7 @@ def train_loop(
                 "skipped": not result.finite,
                 "tokens": tokens,
                 "trained_tokens": trained_tokens,
+                "positions": setup.loader.positions(batch) if run_dir is not None else None,
                 "tokens_per_s": tokens / step_s,
                 "step_s": step_s,
                 "data_s": data_s,
@@ -205,6 +216,8 @@ def train_loop(
         requests.answered(asked)
         forget()  # the bytes of an evaluation or a checkpoint are no step's
     console.stop()
+    if profiled is not None and (shares := profiled.end()):
+        history.step_shares, history.peak_bytes = shares, profiled.peak_bytes
     beat(progress.step, "saving a checkpoint")
     checkpoints.close()
     return history

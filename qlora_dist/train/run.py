@@ -33,7 +33,7 @@ from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
 from qlora_dist.train.stop import BY_HAND
-from qlora_dist.train.summary import announce, summarize
+from qlora_dist.train.summary import Held, announce, summarize
 from qlora_dist.train.trackers import trackers
 from qlora_dist.train.watchdog import watchdog
 
@@ -86,7 +86,11 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
 
     pages = _page_base(setup, console)
     console.start_loading()
-    fill(model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, loaded, pages)
+    began = time.perf_counter()
+    read_bytes = fill(
+        model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, loaded, pages
+    )
+    load_s = time.perf_counter() - began
     in_pages = (pages.held_bytes, pages.budget) if pages is not None else (0, 0)
     static_bytes = check_static_bytes(model, setup.sizes, *in_pages)
     console.say_loaded(static_bytes)
@@ -106,7 +110,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
         return
     beat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter")
-    held = static_bytes, moments.resident_bytes
+    held = Held(static_bytes, moments.resident_bytes, read_bytes, load_s)
     summarize(setup, history, held, time.perf_counter() - started, expected, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE, step, "last step")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import adapter_parameters, is_lora_b
@@ -17,6 +18,7 @@ from qlora_dist.parallel.traffic import Traffic
 from qlora_dist.parallel.zero_optimizer import Optimizer
 from qlora_dist.sharded import local_part, take_gradient
 from qlora_dist.train.beat import beat
+from qlora_dist.train.profile import OPTIMIZER, STEP
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class AdapterShards:
             local.grad = None
 
 
+@record_function(STEP)
 def train_step(
     model: PreTrainedModel,
     window: Sequence[Batch],
@@ -105,7 +108,8 @@ def train_step(
     if finite:
         clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm is not None else 1.0
         torch._foreach_mul_(grads, clip / loss_scale.value)
-        optimizer.step()
+        with record_function(OPTIMIZER):
+            optimizer.step()
     shards.clear_gradients()
     loss_scale.update(finite)
     return StepResult(total_loss / trained_tokens, norm, finite, sums)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,20 @@ from qlora_dist.train.loop import History
 from qlora_dist.train.memory import peak_bytes
 from qlora_dist.train.run_dir import RunDir, run_path
 from qlora_dist.train.setup import Setup
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank has after loading."""
+
+    static_bytes: int
+    """Of its weights."""
+    moments_bytes: int
+    """Of its moments, on the device."""
+    read_bytes: int
+    """From the model's folder."""
+    load_s: float
+    """For all of the weights."""
 
 
 def announce(setup: Setup, console: RunConsole) -> None:
@@ -45,7 +60,7 @@ def announce(setup: Setup, console: RunConsole) -> None:
 def summarize(
     setup: Setup,
     history: History,
-    held_bytes: tuple[int, int],
+    held: Held,
     wall_s: float,
     expected: Expected | str,
     console: RunConsole,
@@ -56,13 +71,12 @@ def summarize(
     Args:
         setup: of the run.
         history: of its steps.
-        held_bytes: of this rank's weights, and of its moments on the device.
+        held: by this rank, and what it took to load it.
         wall_s: since the start.
         expected: what was planned.
         console: for the table.
         run_dir: for the file.
     """
-    static_bytes, moments_bytes = held_bytes
     progress = history.progress
     summary: dict[str, Any] = {
         "eval_loss_first": progress.eval_losses[0] if progress.eval_losses else None,
@@ -74,16 +88,20 @@ def summarize(
         "left_out_batches": progress.left_out,
         # none, if there was nothing left to do but to export the adapter
         "tokens_per_s": statistics.median(history.tokens_per_s or [0.0]),
-        "static_bytes": _of_all_ranks(static_bytes, setup.device),
-        "peak_bytes": _of_all_ranks(peak_bytes(setup.device), setup.device),
+        "static_bytes": _of_all_ranks(held.static_bytes, setup.device),
+        "peak_bytes": _of_all_ranks(history.peak_bytes or peak_bytes(setup.device), setup.device),
+        "read_bytes": _of_all_ranks(held.read_bytes, setup.device),
+        "load_s": max(_of_all_ranks(round(1e6 * held.load_s), setup.device)) / 1e6,
         "comm_bytes_per_step": history.comm_bytes,
         "base_fetched_bytes_per_step": history.fetched_bytes,
         "base_stall_share": statistics.median(history.stalls or [0.0]),
         "adapter": str(run_path(setup.config.run) / "adapter"),
         "wall_s": wall_s,
     }
+    if history.step_shares:
+        summary["step_shares"] = _mean_of_all_ranks(history.step_shares, setup.device)
     if isinstance(expected, Expected) and history.tokens_per_s:
-        summary["plan"] = expected.against(summary, moments_bytes)
+        summary["plan"] = expected.against(summary, held.moments_bytes)
     if run_dir is not None:
         run_dir.finish(summary)
     console.console.print(_table(summary))
@@ -98,6 +116,10 @@ def _table(summary: dict[str, Any]) -> Table:
     if summary["skipped_steps"]:
         table.add_row("skipped steps", f"{summary['skipped_steps']} (not finite)")
     table.add_row("tokens/s", f"{summary['tokens_per_s']:,.0f} (median, all ranks, padding not counted)")
+    if "step_shares" in summary:
+        shares = sorted(summary["step_shares"].items(), key=lambda item: -item[1])
+        split = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares if share >= 0.005)
+        table.add_row("last step, profiled", split)
     table.add_row("held per rank", ", ".join(map(gib, summary["static_bytes"])))
     table.add_row("peak per rank", ", ".join(map(gib, summary["peak_bytes"])))
     traffic = ", ".join(f"{dim} {gib(nbytes)}" for dim, nbytes in summary["comm_bytes_per_step"].items())
@@ -119,6 +141,12 @@ def _both(term: str, planned: float, measured: float) -> str:
     planned_text, measured_text = (gib(v) if "bytes" in term else f"{v:,.0f}" for v in (planned, measured))
     off = f" ({100 * (measured / planned - 1):+.1f} %)" if planned else ""
     return f"{planned_text}, measured {measured_text}{off}"
+
+
+def _mean_of_all_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    means = torch.tensor(list(values.values()), dtype=torch.float64, device=device) / dist.get_world_size()
+    dist.all_reduce(means)
+    return dict(zip(values, means.tolist(), strict=True))
 
 
 def _of_all_ranks(value: int, device: torch.device) -> list[int]:
