@@ -125,7 +125,7 @@ def one(system: System, ranks: int, args: argparse.Namespace, base: str, folder:
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)]
         command += ["--master-addr", "127.0.0.1", "--master-port", "29417"]
-    command += [str(HERE / system.script), "--base", base, *system.arguments]
+    command += [str(HERE / system.script), "--base", str(args.base) if system.quantizes else base, *system.arguments]
     if system.requirements is None:
         command += ["--data", str(args.data), "--rows", str(args.rows), "--seq-len", str(args.seq_len)]
     variables = {

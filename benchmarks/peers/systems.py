@@ -13,6 +13,8 @@ class System(NamedTuple):
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     default: bool = True
+    quantizes: bool = False
+    """It is given --base as it is, also in 16 bit."""
 
 
 SYSTEMS = {
@@ -24,4 +26,5 @@ SYSTEMS = {
     "accelerate FSDP2": System("trainer.py", "transformers", (2,), ("--fsdp", "2")),
     "fully_shard": System("fully_shard.py", "transformers", (2,)),
     "DeepSpeed ZeRO-3": System("trainer.py", "deepspeed", (2,), ("--zero3",), (("DS_ACCELERATOR", "cpu"),)),
+    "torchtune": System("torchtune_nf4.py", "torchtune", (2,), quantizes=True),
 }

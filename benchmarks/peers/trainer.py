@@ -15,6 +15,7 @@ from peft_model import peft_model
 ZERO3 = {
     "zero_optimization": {
         "stage": 3,
+        "reduce_bucket_size": "auto",
         # with the defaults everything would stay gathered between forward and backward
         "stage3_max_live_parameters": 0,
         "stage3_max_reuse_distance": 0,
@@ -66,6 +67,10 @@ def main() -> None:
         settings = {"version": int(args.fsdp), "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         more = {"fsdp": "full_shard auto_wrap" if args.fsdp == "1" else True, "fsdp_config": settings}
     if args.zero3:
+        import deepspeed
+
+        # bytes are counted where they pass, and ranks of one machine would hand some over in shared memory
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         more = {"deepspeed": ZERO3}
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
