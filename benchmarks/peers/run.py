@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,14 @@ def main() -> int:
         each = args.steps + 1
         write_material(folder / "material", base, str(args.data), args.rows, args.seq_len, each, each)
         steps = json.loads((folder / "material" / "steps.json").read_text())
-        runs = measure(args, base, folder)
-    tree = {
-        "settings": {key: getattr(args, key) for key in ("rows", "seq_len", "steps", "repeats", "threads")}
-        | {"base": args.base.name, "machine": platform.platform(), "cpus": os.cpu_count()},
-        "systems": figures(runs, steps, args.steps),
-        "runs": runs,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(tree, indent=1) + "\n")
+        runs: list[dict[str, Any]] = []
+        for run in measure(args, base, folder):
+            runs.append(run)
+            settings = {key: getattr(args, key) for key in ("rows", "seq_len", "steps", "repeats", "threads")}
+            settings |= {"base": args.base.name, "machine": platform.platform(), "cpus": os.cpu_count()}
+            tree = {"settings": settings, "systems": figures(runs, steps, args.steps), "runs": runs}
+            if args.json:  # each time: what is there is not lost if the rest is interrupted
+                args.json.write_text(json.dumps(tree, indent=1) + "\n")
     show(tree)
     return 0
 
@@ -94,9 +94,8 @@ def four_bit(base: Path, folder: Path) -> Path:
     return folder / "nf4"
 
 
-def measure(args: argparse.Namespace, base: str, folder: Path) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, base: str, folder: Path) -> Iterator[dict[str, Any]]:
     """A run of each system on each number of ranks in each repeat; what failed is not tried again."""
-    runs: list[dict[str, Any]] = []
     failed: set[tuple[str, int]] = set()
     for repeat in range(args.repeats):
         for name in args.systems:
@@ -105,11 +104,10 @@ def measure(args: argparse.Namespace, base: str, folder: Path) -> list[dict[str,
                     continue
                 print(f"repeat {repeat + 1} of {args.repeats}: {name}, {ranks} ranks", file=sys.stderr, flush=True)
                 run = {"system": name, "ranks": ranks, "repeat": repeat} | one(SYSTEMS[name], ranks, args, base, folder)
-                runs.append(run)
+                yield run
                 if run["error"]:
                     failed.add((name, ranks))
                     print(f"  {reason(run['error'])}", file=sys.stderr, flush=True)
-    return runs
 
 
 def one(system: System, ranks: int, args: argparse.Namespace, base: str, folder: Path) -> dict[str, Any]:

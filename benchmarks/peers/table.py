@@ -57,9 +57,13 @@ def show(tree: dict[str, Any], console: Console | None = None) -> None:
 
 
 def reason(error: str) -> str:
-    """The last line that names an exception, and what belongs to it."""
+    """The last line that names an exception, and what belongs to it; not that of a rank that has lost another."""
     lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in error.strip().splitlines()]
-    named = [index for index, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+    named = [
+        index
+        for index, line in enumerate(lines)
+        if re.match(r"[\w.]*(Error|Exception|Exit)\b(?!.*closed by peer)", line)
+    ]
     return " ".join(lines[named[-1] :][:4]) if named else lines[-1]
 
 
