@@ -56,14 +56,15 @@ def value(marks: list[dict[str, Any]], what: str) -> dict[str, Any]:
 def claims(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each thing that ours should be against each peer on as many ranks, and whether it is.
 
-    Ours is the best of its layouts, and the same one for all claims against a peer: that which wins most of them.
+    Like is compared with like: with a peer that keeps the base on each rank, ours that does so too, if it was run.
     """
     done = [line for line in lines if line["repeats"]]
     found = []
     for peer in (line for line in done if not line["system"].startswith("ours")):
         ways = [line for line in done if line["system"].startswith("ours") and line["ranks"] == peer["ranks"]]
-        best = max(ways, key=lambda way: sum(c["holds"] for c in against(way, peer)), default=None)
-        found += against(best, peer) if best else []
+        whole = peer["engine"] == "DistributedDataParallel"
+        alike = [way for way in ways if (way["engine"] == "base: replicate") == whole]
+        found += [claim for way in alike or ways[:1] for claim in against(way, peer)]
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from marks import IGNORED, WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps
-from peft_model import peft_model
+from peft_model import peft_model, warm
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 
@@ -19,6 +19,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dist.init_process_group("gloo")
+    warm(args.base)
     mark_and_restart_peak("imported")
     model = peft_model(args.base)
     mark("model")

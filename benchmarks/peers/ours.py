@@ -36,8 +36,8 @@ def main() -> None:
     more = {"parallel_base": args.parallel_base, "compiled": args.compiled}
     config = configuration(args.base, args.data, args.rows, args.seq_len, args.rows // WORLD_SIZE, **more)
     with process_group(ranks, torch.device("cpu")):
-        mark_and_restart_peak("imported")
         setup = set_up(config, ranks)
+        mark_and_restart_peak("imported")  # with tokenizer and data, which the others do not load
         traffic = parallelize(setup.model, build_meshes(setup.sizes, "cpu"), config)
         fill(setup.model, setup.folder, setup.device, config.train.seed)
         shards = AdapterShards(setup.model)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from marks import WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps
-from peft_model import peft_model
+from peft_model import peft_model, warm
 
 ZERO3 = {
     "zero_optimization": {
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--zero3", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    warm(args.base)
     mark_and_restart_peak("imported")
     batches = [padded_batch(step, rank, WORLD_SIZE) for step in steps() for rank in range(WORLD_SIZE)]
     more: dict[str, Any] = {}
