@@ -32,7 +32,7 @@ def configuration(base: str, data: str, rows: int, seq_len: int, micro_batch: in
             "lora": {"r": LORA_R, "alpha": LORA_ALPHA, "dropout": 0.0},
             "data": {"train": [data], "seq_len": seq_len},
             "parallel": {"base": more.get("parallel_base", "world")},
-            "optim": {"lr": LR, "warmup_steps": 0, "max_grad_norm": CLIP},
+            "optim": {"name": "adamw", "lr": LR, "warmup_steps": 0, "max_grad_norm": CLIP},
             "train": {
                 "global_batch": rows,
                 "micro_batch": micro_batch,
