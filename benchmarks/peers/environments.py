@@ -1,0 +1,39 @@
+"""A virtual environment for each file of requirements, made once and kept under the file's digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlora-dist" / "peers"
+
+
+def python_of(requirements: str, cache: Path = CACHE) -> Path:
+    """The Python that has a file of this folder installed, `transformers` for transformers.txt. Takes minutes once.
+
+    Raises:
+        RuntimeError: pip failed; with the end of what it said.
+    """
+    file = HERE / f"{requirements}.txt"
+    digest = hashlib.sha256(file.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    folder = cache / f"{requirements}-{digest}"
+    python = folder / "bin" / "python"
+    if (folder / "complete").is_file():
+        return python
+    shutil.rmtree(folder, ignore_errors=True)  # an installation that was interrupted
+    _run([sys.executable, "-m", "venv", str(folder)])
+    # DeepSpeed's kernels are compiled when first used, if they are
+    _run([str(python), "-m", "pip", "install", "--quiet", "-r", str(file)], DS_BUILD_OPS="0")
+    (folder / "complete").touch()
+    return python
+
+
+def _run(command: list[str], **variables: str) -> None:
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {(run.stderr or run.stdout)[-2000:]}")

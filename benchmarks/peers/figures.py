@@ -1,0 +1,83 @@
+"""What the marks of the runs say: medians over steps and repeats."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+
+def figures(runs: list[dict[str, Any]], steps: list[dict[str, Any]], timed: int) -> list[dict[str, Any]]:
+    """A line for each system and number of ranks, in the order of the runs. `steps`: full ones, then uneven ones."""
+    keys = list(dict.fromkeys((run["system"], run["ranks"]) for run in runs))
+    lines = []
+    for system, ranks in keys:
+        here = [run for run in runs if (run["system"], run["ranks"]) == (system, ranks)]
+        done = [of_run(run, steps, timed) for run in here if not run["error"]]
+        line: dict[str, Any] = {"system": system, "ranks": ranks, "repeats": len(done)}
+        line["error"] = next((run["error"] for run in here if run["error"]), None)
+        if done:
+            for kind in ("full", "uneven"):
+                rates = [rate for one in done for rate in one[kind]]
+                line[f"{kind}_tokens_per_s"] = statistics.median(rates)
+                line[f"{kind}_range"] = [min(rates), max(rates)]
+            for key in ("static_bytes", "load_peak_bytes", "train_peak_bytes", "wire_bytes", "load_s"):
+                values = [one[key] for one in done if one[key] is not None]
+                line[key] = statistics.median(values) if values else None
+            line |= {"losses": done[0]["losses"], "engine": done[0]["engine"]}
+        lines.append(line)
+    return lines
+
+
+def of_run(run: dict[str, Any], steps: list[dict[str, Any]], timed: int) -> dict[str, Any]:
+    marks = run["marks"][0]
+    ends = [mark for mark in marks if mark["what"] == "step"]
+    tokens = "our_tokens" if run["system"].startswith("ours") else "tokens"
+    rates: dict[str, list[float]] = {"full": [], "uneven": []}
+    for index in range(1, len(steps)):
+        if steps[index - 1]["kind"] == steps[index]["kind"]:  # the first of a kind is not timed
+            seconds = ends[index]["time"] - ends[index - 1]["time"]
+            rates[steps[index]["kind"]].append(steps[index][tokens] / seconds)
+    sent = (ends[timed]["sent"] - ends[0]["sent"]) / timed / run["ranks"] if run["namespace"] else None
+    return rates | {
+        "static_bytes": max(value(rank, "end")["static_bytes"] for rank in run["marks"]),
+        "load_peak_bytes": max(value(r, "loaded")["VmHWM"] - value(r, "imported")["VmRSS"] for r in run["marks"]),
+        "train_peak_bytes": max(value(rank, "end")["VmHWM"] for rank in run["marks"]),
+        "wire_bytes": sent,
+        "load_s": value(marks, "loaded")["time"] - value(marks, "imported")["time"],
+        "losses": [mark["loss"] for mark in marks if mark["what"] == "loss"][: timed + 1],
+        "engine": value(marks, "engine")["engine"],
+    }
+
+
+def value(marks: list[dict[str, Any]], what: str) -> dict[str, Any]:
+    return next(mark for mark in marks if mark["what"] == what)
+
+
+def claims(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each thing that ours should be against each peer on as many ranks, and whether it is.
+
+    Like is compared with like: with a peer that keeps the base on each rank, ours that does so too, if it was run.
+    """
+    done = [line for line in lines if line["repeats"]]
+    found = []
+    for peer in (line for line in done if not line["system"].startswith("ours")):
+        ways = [line for line in done if line["system"].startswith("ours") and line["ranks"] == peer["ranks"]]
+        whole = peer["engine"] == "DistributedDataParallel"
+        alike = [way for way in ways if (way["engine"] == "base: replicate") == whole]
+        found += [claim for way in alike or ways[:1] for claim in against(way, peer)]
+    return found
+
+
+def against(ours: dict[str, Any], peer: dict[str, Any]) -> list[dict[str, Any]]:
+    names = {"ours": ours["system"], "peer": peer["system"], "ranks": peer["ranks"]}
+    found = []
+    for key, least in (("full_tokens_per_s", 1.5), ("uneven_tokens_per_s", 2.0)):
+        ratio = ours[key] / peer[key]
+        found.append(names | {"what": key, "ratio": ratio, "limit": f">= {least}", "holds": ratio >= least})
+    for key in ("static_bytes", "load_peak_bytes", "wire_bytes"):
+        if ours[key] is not None and peer[key]:
+            ratio = ours[key] / peer[key]
+            found.append(names | {"what": key, "ratio": ratio, "limit": "<= 1", "holds": ratio <= 1})
+    worst = max(abs(a / b - 1) for a, b in zip(ours["losses"], peer["losses"], strict=True))
+    found.append(names | {"what": "losses", "ratio": worst, "limit": "<= 1e-2", "holds": worst <= 1e-2})
+    return found

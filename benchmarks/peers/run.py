@@ -1,0 +1,173 @@
+"""The same model, data, batch shape, LoRA and steps through qlora-dist and through the tools that people use.
+
+python benchmarks/peers/run.py --base FOLDER --data my-data.jsonl [--systems ours transformers ...] [--ranks 1 2]
+    [--rows 2] [--seq-len 1024] [--steps 3] [--repeats 3] [--json FILE]
+
+FOLDER is in 4 bit, as `qlora-dist quantize` makes it, or in 16 bit, and is then quantized first. Each peer runs in a
+virtual environment of its own with the versions of its file of requirements in this folder; the first time they are
+installed, which needs a network and some minutes (1.5 GB each). The systems take turns in each repeat. A system that
+cannot run is told with its own error.
+
+Every run trains one step that is not timed and --steps of full rows, the same for all; then one and --steps of uneven
+rows: ours packed, theirs as many conversations, one to a row, padded to the longest (material.py). One process has
+--threads threads, two ranks share them.
+
+tokens/s counts tokens that are not padding, median over the steps of all repeats, by the clock of rank 0 as steps end.
+Peaks are the kernel's VmHWM of a rank: at load beyond what was resident after the imports (mapped files count), in
+training all of it. Static: the storages of all tensors that are alive after the last step, each once, of the rank with
+most. Wire: what the loopback of a network namespace of its own has sent in a full step, over ranks; needs root or user
+namespaces, and is left out without. The adapter's first values are the same for all (torchtune's A is its own).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from environments import python_of
+from figures import figures
+from systems import SYSTEMS, System
+from table import reason, show
+
+HERE = Path(__file__).resolve().parent
+LIMIT_S = 1800
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="folder of the model, in 4 or 16 bit")
+    parser.add_argument("--data", type=Path, help="JSONL of conversations")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=[n for n, s in SYSTEMS.items() if s.default])
+    parser.add_argument("--ranks", type=int, nargs="+", choices=[1, 2], default=[1, 2])
+    parser.add_argument("--rows", type=int, default=2, help="of a step, over all ranks")
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each kind")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of all ranks together")
+    parser.add_argument("--json", type=Path, help="write figures, losses, errors and versions here")
+    parser.add_argument("--show", type=Path, help="only print the table of a file that --json has written")
+    args = parser.parse_args()
+    if args.show:
+        show(json.loads(args.show.read_text()))
+        return 0
+    if args.base is None or args.data is None:
+        parser.error("--base and --data are needed, or --show")
+    if args.rows % max(args.ranks):
+        parser.error(f"--rows {args.rows} is not divided by {max(args.ranks)} ranks")
+    from material import write_material  # behind the arguments: torch takes seconds
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = str(four_bit(args.base, folder))
+        each = args.steps + 1
+        write_material(folder / "material", base, str(args.data), args.rows, args.seq_len, each, each)
+        steps = json.loads((folder / "material" / "steps.json").read_text())
+        runs: list[dict[str, Any]] = []
+        for run in measure(args, base, folder):
+            runs.append(run)
+            settings = {key: getattr(args, key) for key in ("rows", "seq_len", "steps", "repeats", "threads")}
+            settings |= {"base": args.base.name, "machine": platform.platform(), "cpus": os.cpu_count()}
+            tree = {"settings": settings, "systems": figures(runs, steps, args.steps), "runs": runs}
+            if args.json:  # each time: what is there is not lost if the rest is interrupted
+                args.json.write_text(json.dumps(tree, indent=1) + "\n")
+    show(tree)
+    return 0
+
+
+def four_bit(base: Path, folder: Path) -> Path:
+    """The folder itself, or a quantized one of it."""
+    if "quantization_config" in json.loads((base / "config.json").read_text()):
+        return base
+    from qlora_dist.model.quantize_folder import quantize_folder
+    from qlora_dist.model.quantize_plan import QuantizeOptions
+
+    quantize_folder(base, folder / "nf4", QuantizeOptions())
+    return folder / "nf4"
+
+
+def measure(args: argparse.Namespace, base: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """A run of each system on each number of ranks in each repeat; what failed is not tried again."""
+    failed: set[tuple[str, int]] = set()
+    for repeat in range(args.repeats):
+        for name in args.systems:
+            for ranks in sorted(set(args.ranks) & set(SYSTEMS[name].ranks)):
+                if (name, ranks) in failed:
+                    continue
+                print(f"repeat {repeat + 1} of {args.repeats}: {name}, {ranks} ranks", file=sys.stderr, flush=True)
+                run = {"system": name, "ranks": ranks, "repeat": repeat} | one(SYSTEMS[name], ranks, args, base, folder)
+                yield run
+                if run["error"]:
+                    failed.add((name, ranks))
+                    print(f"  {reason(run['error'])}", file=sys.stderr, flush=True)
+
+
+def one(system: System, ranks: int, args: argparse.Namespace, base: str, folder: Path) -> dict[str, Any]:
+    """Its marks of each rank, its error or None, and whether it had a network of its own."""
+    try:
+        python = str(python_of(system.requirements)) if system.requirements else sys.executable
+    except RuntimeError as error:
+        return {"marks": [], "error": str(error), "namespace": False}
+    marks, namespace = folder / "marks", in_namespace()
+    shutil.rmtree(marks, ignore_errors=True)
+    marks.mkdir()
+    command = [python]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)]
+        command += ["--master-addr", "127.0.0.1", "--master-port", "29417"]
+    command += [str(HERE / system.script), "--base", str(args.base) if system.quantizes else base, *system.arguments]
+    if system.requirements is None:
+        command += ["--data", str(args.data), "--rows", str(args.rows), "--seq-len", str(args.seq_len)]
+    variables = {
+        "PEERS_MARKS": str(marks),
+        "PEERS_MATERIAL": str(folder / "material"),
+        "OMP_NUM_THREADS": str(max(1, args.threads // ranks)),
+        "OMP_WAIT_POLICY": "passive",  # or two threads wait for each other by spinning, on a machine that others use
+        "GLOO_SOCKET_IFNAME": "lo",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": f"{HERE.parents[1]}:{HERE}" if system.requirements is None else str(HERE),
+    } | dict(system.environment)
+    with (folder / "output.txt").open("w") as output:
+        run = subprocess.Popen(
+            [*namespace, *command], stdout=output, stderr=output, env=os.environ | variables, start_new_session=True
+        )
+        try:
+            code = run.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, 9)
+            run.wait()
+            code = -9
+    files = [marks / f"{rank}.jsonl" for rank in range(ranks)]
+    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.is_file()]
+    text = (folder / "output.txt").read_text()
+    return {"marks": lines, "error": error_of(text, code) if code else None, "namespace": bool(namespace)}
+
+
+def error_of(text: str, code: int) -> str:
+    """The end of what it wrote, without torchrun's own words behind it."""
+    lines = text.splitlines()
+    words = ("torch/distributed/elastic", "torch/distributed/run.py")
+    behind = next((index for index, line in enumerate(lines) if any(word in line for word in words)), len(lines))
+    return f"exit code {code}: " + "\n".join(lines[:behind] or lines)[-3000:]
+
+
+def in_namespace() -> list[str]:
+    """What to put before a command so that it has a loopback of its own; nothing where that isn't allowed."""
+    up = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    for unshare in (["unshare", "-n"], ["unshare", "-rn"]):
+        if shutil.which("unshare") and not subprocess.run([*unshare, *up, "true"], capture_output=True).returncode:
+            return [*unshare, *up]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""transformers' Trainer: alone, with accelerate's FSDP plugin (--fsdp 1 or 2), or with DeepSpeed's ZeRO-3 (--zero3)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from typing import Any
+
+import torch
+import transformers
+from marks import WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps
+from peft_model import peft_model, warm
+
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        # with the defaults everything would stay gathered between forward and backward
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 0,
+    },
+    "zero_allow_untested_optimizer": True,
+    "bf16": {"enabled": "auto"},
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+class InOrder(transformers.Trainer):
+    """An item of the data set is a rank's batch; they come as they are written."""
+
+    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class Marks(transformers.TrainerCallback):
+    def on_train_begin(self, *_: Any, **things: Any) -> None:
+        mark_and_restart_peak("loaded", wrapped=type(things["model"]).__name__)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        mark("step")
+
+    def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **___: Any) -> None:
+        if "loss" in logs:
+            mark("loss", loss=logs["loss"])
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        mark("end", static_bytes=static_bytes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--fsdp", choices=["1", "2"])
+    parser.add_argument("--zero3", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    warm(args.base)
+    mark_and_restart_peak("imported")
+    batches = [padded_batch(step, rank, WORLD_SIZE) for step in steps() for rank in range(WORLD_SIZE)]
+    more: dict[str, Any] = {}
+    if args.fsdp:
+        settings = {"version": int(args.fsdp), "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        more = {"fsdp": "full_shard auto_wrap" if args.fsdp == "1" else True, "fsdp_config": settings}
+    if args.zero3:
+        import deepspeed
+
+        # bytes are counted where they pass, and ranks of one machine would hand some over in shared memory
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        more = {"deepspeed": ZERO3}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            max_steps=len(batches) // WORLD_SIZE,
+            per_device_train_batch_size=1,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            optim="adamw_torch" if args.zero3 else "adamw_torch_fused",
+            bf16=True,
+            use_cpu=True,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            **more,
+        )
+        model = peft_model(args.base)  # behind the arguments: DeepSpeed must be known when the model is made
+        mark("model")
+        trainer = InOrder(
+            model=model,
+            args=arguments,
+            train_dataset=batches,
+            data_collator=lambda items: items[0],
+            callbacks=[Marks()],
+        )
+        trainer.train()
+        kinds = sorted({type(module).__name__ for module in trainer.model_wrapped.modules()})
+        engine = next((k for k in kinds if "FSDP" in k or "FullySharded" in k or "DeepSpeed" in k), None)
+        mark("engine", engine=engine or type(trainer.model_wrapped).__name__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""If this fails, the comparison with other tools tells a claim that its figures do not support, or hides an error."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
+sys.path.insert(0, str(PEERS))
+
+from figures import claims, figures  # type: ignore[import-not-found] # noqa: E402
+from systems import SYSTEMS  # type: ignore[import-not-found] # noqa: E402
+from table import reason, show  # type: ignore[import-not-found] # noqa: E402
+
+STEPS = [
+    {"kind": kind, "tokens": tokens, "our_tokens": 400} for kind, tokens in [("full", 400)] * 3 + [("uneven", 300)] * 3
+]
+ERROR = """exit code 1: ValueError: the mistake of the other rank
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "x.py", line 1, in <module>
+[rank1]: NotImplementedError: no kernel of that name
+on a CPU
+[rank0]: RuntimeError: Connection closed by peer [127.0.0.1]:1"""
+
+
+def run(system: str, ranks: int, seconds: float, static: int, **more: Any) -> dict[str, Any]:
+    """A run whose first step of each kind takes ten times as long."""
+    marks: list[dict[str, Any]] = [
+        {"what": "imported", "time": 0.0, "sent": 0, "VmRSS": 100, "VmHWM": 120},
+        {"what": "loaded", "time": 5.0, "sent": 10, "VmRSS": 200, "VmHWM": 350},
+    ]
+    now = 5.0
+    for index in range(len(STEPS)):
+        now += 10 * seconds if index % 3 == 0 else seconds
+        marks.append({"what": "step", "time": now, "sent": 1000 + 80 * index, "VmRSS": 0, "VmHWM": 0})
+        marks.append({"what": "loss", "loss": 2.0 - index / 10})
+    marks.append({"what": "end", "static_bytes": static, "VmHWM": 900})
+    marks.append({"what": "engine", "engine": more.pop("engine", "x")})
+    return {
+        "system": system,
+        "ranks": ranks,
+        "repeat": 0,
+        "marks": [marks] * ranks,
+        "error": None,
+        "namespace": True,
+    } | more
+
+
+@pytest.fixture
+def tree() -> dict[str, Any]:
+    runs = [
+        run("ours", 2, 1.0, 50),
+        run("fully_shard", 2, 1.6, 60),
+        run("accelerate FSDP2", 2, 1.2, 40, engine="DistributedDataParallel"),
+        {"system": "torchtune", "ranks": 2, "repeat": 0, "marks": [], "error": ERROR, "namespace": True},
+    ]
+    settings = {"base": "some-model", "rows": 2, "seq_len": 200}
+    return {"settings": settings, "systems": figures(runs, STEPS, 2), "runs": runs}
+
+
+def test_figures_leave_out_the_first_step_of_each_kind(tree: dict[str, Any]) -> None:
+    ours, theirs = tree["systems"][:2]
+    assert ours["full_tokens_per_s"] == pytest.approx(400)
+    assert ours["uneven_tokens_per_s"] == pytest.approx(400)
+    assert theirs["uneven_tokens_per_s"] == pytest.approx(300 / 1.6)
+    assert ours["wire_bytes"] == 40  # 80 a step over both ranks
+    assert ours["load_peak_bytes"] == 250
+
+
+def test_a_claim_holds_only_where_its_figures_say_so(tree: dict[str, Any]) -> None:
+    found = {(claim["peer"], claim["what"]): claim["holds"] for claim in claims(tree["systems"])}
+    assert found["fully_shard", "full_tokens_per_s"]
+    assert found["fully_shard", "uneven_tokens_per_s"]
+    assert found["fully_shard", "static_bytes"]
+    assert not found["accelerate FSDP2", "full_tokens_per_s"]
+    assert not found["accelerate FSDP2", "static_bytes"]
+    assert ("torchtune", "static_bytes") not in found
+
+
+def test_the_table_says_what_ran_and_what_did_not(tree: dict[str, Any]) -> None:
+    out = io.StringIO()
+    show(json.loads(json.dumps(tree)), Console(file=out, width=160))
+    assert "accelerate FSDP2: ran DDP" in out.getvalue()
+    assert "torchtune, 2 ranks: NotImplementedError: no kernel of that name" in out.getvalue()
+    assert "NO" in out.getvalue()
+
+
+def test_the_reason_is_not_that_of_the_rank_that_was_left_alone() -> None:
+    assert reason(ERROR).startswith("NotImplementedError: no kernel")
+
+
+def test_every_system_has_its_files() -> None:
+    for system in SYSTEMS.values():
+        assert (PEERS / system.script).is_file()
+        assert system.requirements is None or (PEERS / f"{system.requirements}.txt").is_file()
+
+
+def test_arguments_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
+    command = [sys.executable, str(PEERS / "run.py")]
+    missing = subprocess.run(command, capture_output=True, text=True)
+    odd = subprocess.run([*command, "--base", ".", "--data", "x", "--rows", "3"], capture_output=True, text=True)
+    assert missing.returncode == odd.returncode == 2
+    assert "--base and --data are needed" in missing.stderr
+    assert "--rows 3 is not divided by 2 ranks" in odd.stderr
