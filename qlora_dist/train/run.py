@@ -11,7 +11,6 @@ import torch
 
 from qlora_dist.adapters.export import export_adapter
 from qlora_dist.config import Config
-from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.fill import fill
 from qlora_dist.model.skeleton import decoder_layers
@@ -129,12 +128,12 @@ def _tracking(config: Config, run_dir: RunDir | None, fresh: bool, console: RunC
 
 def _report(path: Path, console: RunConsole) -> None:
     """Whatever becomes of it, the run is done."""
-    from qlora_dist.report.page import report
-
     try:
+        from qlora_dist.report.page import report
+
         console.say(f"report: {report([path])}")
-    except UserError as error:
-        console.say(f"no report: {error}")
+    except Exception as error:
+        console.say(f"no report: {type(error).__name__}: {error}; try qlora-dist report {path}")
 
 
 def _page_base(setup: Setup, console: RunConsole) -> PagedLayers | None:
