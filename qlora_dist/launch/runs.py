@@ -174,7 +174,7 @@ def _last_metrics(path: Path) -> list[dict[str, Any]]:
             lines = file.read().splitlines()
     except OSError:
         return []
-    rows = [row for line in lines if (row := _parse(line))]
+    rows = [row for line in lines if (row := parse_object(line))]
     numbers = ("tokens_per_s", "step_s")
     return [
         row
@@ -197,12 +197,13 @@ def _configured_steps(path: Path) -> int | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a file; empty if the file is not there, or not whole."""
     try:
-        return _parse(path.read_bytes())
+        return parse_object(path.read_bytes())
     except OSError:
         return {}
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def parse_object(text: bytes) -> dict[str, Any]:
+    """The JSON object of a file or line; empty if it is none, or not whole."""
     try:
         found = json.loads(text)
     except ValueError:  # half a file, of a process that was killed or is writing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from qlora_dist.config_file import flatten
 from qlora_dist.errors import UserError
+from qlora_dist.launch.runs import State, parse_object, read_json, read_run
 
 _WARM_UP = 2
 """Steps in which memory is allocated, and kernels are chosen: in no median, where there are others."""
@@ -23,8 +23,8 @@ class RunFiles:
 
     name: str
     path: Path
-    state: str
-    """`done`, `stopped`, `to be requeued`, or `no end`: it runs still, or has failed."""
+    state: State
+    """As `qlora-dist jobs` tells it without asking SLURM."""
     steps: list[dict[str, Any]]
     """metrics.jsonl, without what is known before the first step."""
     evals: list[tuple[int, float]]
@@ -79,34 +79,20 @@ def read_run_files(path: Path) -> RunFiles:
         raise UserError(f"{path}: holds no run (no config.yaml); name a folder such as runs/my-run") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{config_file}: cannot be read ({error}); name another run") from None
-    try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        summary = {}
-    markers = {"DONE": "done", "STOPPED": "stopped", "REQUEUE": "to be requeued"}
-    state = next((word for marker, word in markers.items() if (path / marker).exists()), "no end")
     return RunFiles(
         name=path.resolve().name,
         path=path,
-        state=state,
+        state=read_run(path, None).state,
         steps=[row for row in rows if "loss" in row],
         evals=[(row["step"], row["eval_loss"]) for row in rows if isinstance(row.get("eval_loss"), float)],
-        summary=summary if isinstance(summary, dict) else {},
+        summary=read_json(path / "summary.json"),
         config=flatten(tree if isinstance(tree, dict) else {}),
     )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError:
         return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    return [row for row in map(parse_object, lines) if isinstance(row.get("step"), int)]

@@ -133,9 +133,9 @@ def test_a_run_that_was_killed_has_a_page_too(runs: list[Path], tmp_path: Path) 
     whole = (runs[0] / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(whole[: whole.rindex('"loss"')])
     read = read_run_files(run)
-    assert (numbers(read)["state"], numbers(read)["steps"]) == ("no end", 2)
+    assert (numbers(read)["state"], numbers(read)["steps"]) == ("failed", 2)
     page = Page(report([run]))
-    assert page.row("state", 1) == ["no end"]
+    assert page.row("state", 1) == ["failed"]
     assert "b" not in page.tags and any("<b>killed" in cell for cell in page.cells)
     (run / "metrics.jsonl").unlink()  # it was killed while it loaded
     assert Page(report([run])).row("steps", 1) == ["0"]
