@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import ADAPTER_NAME, adapter_parameters, has_tied_head
+from qlora_dist.adapters.attach import adapter_parameters, has_tied_head
 from qlora_dist.adapters.check import wrong_values
+from qlora_dist.adapters.names import peft_key
 from qlora_dist.errors import UserError
 from qlora_dist.sharded import gather
 
@@ -72,16 +72,3 @@ def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     paths = {id(module): path for path, module in model.named_modules()}
     return {f"{paths[id(embedding)]}.weight": [f"{paths[id(head)]}.weight"]}
-
-
-def peft_key(name: str, adapter: str = ADAPTER_NAME) -> str:
-    """PEFT's name in a file: without the adapter's, and without `.weight` behind a magnitude vector.
-
-    PEFT wraps an experts module once for each parameter that is adapted, the projections into the experts before those
-    out of them: so the first are found under `base_layer`.
-    """
-    name = name.replace(f"lora_magnitude_vector.{adapter}.weight", "lora_magnitude_vector")
-    name = name.replace(f".{adapter}.", ".")
-    name = re.sub(r"\.experts\.(gate_)?up_proj\.lora_", ".experts.base_layer.lora_", name)
-    name = re.sub(r"\.experts\.down_proj\.lora_", ".experts.lora_", name)
-    return "base_model.model." + name

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from qlora_dist.bench.plot import draw_svg
 from qlora_dist.bench.result import BenchResult
 from qlora_dist.bench.table import SPLIT, columns, left_out_sentence, losses_sentence, rows
 from qlora_dist.config_file import flatten
+from qlora_dist.report.html import page
 
 
 def render(result: BenchResult) -> str:
     """The page's text."""
-    environment = Environment(
-        loader=PackageLoader("qlora_dist.bench"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     machine = result.machine
     links = (f"{name} {speed / 2**20:,.0f} MiB/s" for name, speed in machine.links_bytes_per_s.items())
     facts = {
@@ -33,7 +28,9 @@ def render(result: BenchResult) -> str:
         (name, ", ".join(f"{key}={value}" for key, value in figures.overrides.items()))
         for name, figures in zip(columns(result), result.layouts, strict=True)
     ]
-    return environment.get_template("bench.html.jinja").render(
+    return page(
+        "qlora_dist.bench",
+        "bench.html.jinja",
         title=f"bench {result.config['model']['base']}",
         command=result.command,
         columns=columns(result),
@@ -43,7 +40,7 @@ def render(result: BenchResult) -> str:
             losses_sentence(result),
             SPLIT,
         ],
-        charts=Markup(draw_svg(result)),
+        charts=draw_svg(result),
         facts=facts,
         changes=changes,
         config=flatten(result.config),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from qlora_dist.bench.result import BenchResult
 from qlora_dist.bench.table import columns
+from qlora_dist.report.html import SETTINGS, svg
 
 _MIB = 2**20
-_SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 8, "legend.fontsize": 7}
-_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 def draw_files(result: BenchResult, folder: Path) -> list[Path]:
@@ -21,7 +21,7 @@ def draw_files(result: BenchResult, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     files = []
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         for name, panel in _PANELS.items():
             figure = Figure(figsize=(6.5, 4), layout="constrained", dpi=150)
             panel(figure.subplots(), result)
@@ -30,21 +30,19 @@ def draw_files(result: BenchResult, folder: Path) -> list[Path]:
     return files
 
 
-def draw_svg(result: BenchResult) -> str:
+def draw_svg(result: BenchResult) -> Markup:
     """All of them as an `<svg>` element that needs nothing else."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(11, 10), layout="constrained")
         axes = list(figure.subplots(3, 2).flat)
         for axis, panel in zip(axes, _PANELS.values(), strict=False):
             panel(axis, result)
         for axis in axes[len(_PANELS) :]:
             axis.set_axis_off()
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata=_METADATA)
-    return file.getvalue()[file.getvalue().index("<svg") :]
+        return svg(figure)
 
 
 def _throughput(axis: Any, result: BenchResult) -> None:

@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import has_tied_head, is_lora, use_our_layers
 from qlora_dist.adapters.check import check_kind
-from qlora_dist.adapters.export import peft_key
+from qlora_dist.adapters.names import PREFIX, peft_key, plain_name
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import read_json
 from qlora_dist.nf4.safetensors_file import Entry, read_header
 
-_PREFIX = "base_model.model."
 _TAKEN = (
     "r",
     "lora_alpha",
@@ -115,7 +114,7 @@ def check_layers(adapter: AdapterFolder, model: PreTrainedModel, base: Path) -> 
         return  # experts have names of their own there; `check_tensors` looks at them
     paths = {path.replace(".base_layer", "") for path, _ in model.named_modules()}
     for key in adapter.entries:
-        module = re.sub(r"\.lora_.*", "", key.removeprefix(_PREFIX))
+        module = re.sub(r"\.lora_.*", "", key.removeprefix(PREFIX))
         if is_lora(key) and module not in paths:
             raise UserError(
                 f"{adapter.path}: adapts {module}, which {base} lacks; give the model that it was trained on"
@@ -150,8 +149,8 @@ def check_tensors(adapter: AdapterFolder, internal: str, model: PreTrainedModel,
     whole = {name.replace(".base_layer.", "."): name for name in parameters if not is_lora(name)}
     head = _tied_head(model)
     for key, entry in left.items():
-        plain = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        if head is not None and plain == head[0] and f"{_PREFIX}{head[1]}" in adapter.entries:
+        plain = plain_name(key)
+        if head is not None and plain == head[0] and f"{PREFIX}{head[1]}" in adapter.entries:
             continue  # PEFT writes a tied head twice
         if plain not in whole or is_lora(key):
             raise UserError(

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from qlora_dist.adapters.check import check_kind, wrong_values
+from qlora_dist.adapters.names import PREFIX, plain_name
 from qlora_dist.errors import UserError
 from qlora_dist.model.folder import read_json
 from qlora_dist.model.matrices import EXPERT_WEIGHTS
 from qlora_dist.nf4.safetensors_file import Entry, Reader, read_header
 
-_PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
 
 
@@ -63,14 +63,14 @@ def read_adapter(path: Path) -> Adapter:
     parts: dict[str, dict[str, Entry]] = {}
     whole: dict[str, Entry] = {}
     for key, entry in entries.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         if match := _LOW_RANK.match(name):
             parts.setdefault(match["module"], {})[match["part"]] = entry
         elif name == key or "lora_" in name:
             raise UserError(f"{path}: holds {key}, which is not merged here; only LoRA of linear layers is")
         elif ".original_module." not in name:  # PEFT keeps the base's rows beside those of a resized embedding
             # a bias of a layer that has an update too; an embedding that was resized, as PEFT names it then
-            whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = entry
+            whole[plain_name(key)] = entry
     low_rank = {}
     for module, found in parts.items():
         parameter = _parameter_of_experts(module, config)

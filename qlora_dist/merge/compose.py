@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from qlora_dist.adapters.check import wrong_values
 from qlora_dist.adapters.export import write_adapter
+from qlora_dist.adapters.names import PREFIX
 from qlora_dist.errors import UserError
 from qlora_dist.merge.adapter import Adapter, read_adapter, read_values
 from qlora_dist.merge.together import ComposeOptions, Given, check_bases, check_shapes, check_weights, owners_of_whole
@@ -77,13 +78,13 @@ def compose(given: Sequence[Given], out: Path, options: ComposeOptions) -> Repor
             torch.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
             a, b = compose_matrices(updates, options.how, report.rank, options.density, module)
             _compare(updates, a, b, report)
-            missing, key = report.rank - len(a), f"base_model.model.{module}"
+            missing, key = report.rank - len(a), f"{PREFIX}{module}"
             tensors[f"{key}.lora_A.weight"] = pad(a, (0, 0, 0, missing)).contiguous()
             tensors[f"{key}.lora_B.weight"] = pad(b, (0, missing)).contiguous()
         for name, owner in owners.items():
             module, _, leaf = name.rpartition(".")
             key = f"{module}.base_layer.{leaf}" if module in ranks else name  # a bias, as PEFT names it then
-            tensors[f"base_model.model.{key}"] = reader.read(owner.whole[name])
+            tensors[f"{PREFIX}{key}"] = reader.read(owner.whole[name])
     wrong = wrong_values(tensors.items())
     if wrong is None and report.written <= _NOTHING * report.parts:
         wrong = "the updates cancel each other"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from markupsafe import Markup
+
+from qlora_dist.report.html import SETTINGS, svg
 from qlora_dist.report.read import RunFiles
 
 _POINTS = 800
@@ -35,7 +36,7 @@ class Line:
     style: str = "-"
 
 
-def draw(runs: Sequence[RunFiles]) -> str:
+def draw(runs: Sequence[RunFiles]) -> Markup:
     """The pictures of runs.
 
     Returns:
@@ -43,12 +44,11 @@ def draw(runs: Sequence[RunFiles]) -> str:
     """
     drawn = [chart for chart in charts(runs) if chart.lines]
     if not drawn:
-        return ""
+        return Markup()
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8, "legend.fontsize": 7}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(SETTINGS):
         rows = -(-len(drawn) // 2)
         figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
         axes = list(figure.subplots(rows, 2, squeeze=False).flat)
@@ -61,9 +61,7 @@ def draw(runs: Sequence[RunFiles]) -> str:
             axis.grid(alpha=0.3)
         for axis in axes[len(drawn) :]:
             axis.set_axis_off()
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return file.getvalue()[file.getvalue().index("<svg") :]
+        return svg(figure)
 
 
 def _over_tokens(runs: Sequence[RunFiles]) -> bool:

@@ -6,12 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from qlora_dist import __version__
 from qlora_dist.errors import UserError
 from qlora_dist.report.charts import draw
+from qlora_dist.report.html import page
 from qlora_dist.report.read import RunFiles, read_run_files
 from qlora_dist.report.table import differences, numbers, table
 
@@ -52,14 +50,14 @@ def report_json(folders: Sequence[Path]) -> str:
 
 def render(runs: Sequence[RunFiles]) -> str:
     """The page's text."""
-    environment = Environment(
-        loader=PackageLoader("qlora_dist.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     different, equal = differences(runs)
-    return environment.get_template("report.html.jinja").render(
+    return page(
+        "qlora_dist.report",
+        "report.html.jinja",
+        title=", ".join(run.name for run in runs),
         runs=runs,
         table=table(runs),
-        charts=Markup(draw(runs)),
+        charts=draw(runs),
         different=different,
         equal=equal,
         plans=[(run.name, run.summary["plan"]) for run in runs if run.summary.get("plan")],
