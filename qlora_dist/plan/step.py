@@ -19,7 +19,7 @@ from qlora_dist.plan.traffic import trained_elements
 Phase = Literal["embedding", "layer_forward", "head", "layer_backward", "optimizer"]
 Terms = dict[str, int]
 _FP32 = 4
-_CHUNK_LOGITS = 2**23  # of model/head.py
+_CHUNK_LOGITS, _BLOCK_LOGITS = 2**24, 2**21  # of model/head.py
 
 
 def step_phases(run: Run) -> dict[Phase, Terms]:
@@ -86,20 +86,24 @@ class _Step:
         normed = t * (_FP32 + run.compute_bytes) * model.hidden
         yield kept | {"gathered": here.coming(last.last_buffer), "hidden states": normed}
 
-        # a chunk in fp32 and in the compute type; the one before it is let go of when this one is there
-        rows = max(1, _CHUNK_LOGITS // model.vocabulary)
-        chunks = 2 if t > rows else 1
-        rows = min(t, rows)
-        logits = chunks * rows * model.vocabulary * (_FP32 + run.compute_bytes + (_FP32 if model.soft_capped else 0))
+        # a chunk, its inputs, and what comes of it: a block in fp32, then the product with the weight, or the weight's
+        # gradient
+        rows, block = (min(t, max(1, n // model.vocabulary)) for n in (_CHUNK_LOGITS, _BLOCK_LOGITS))
+        in_fp32 = _FP32 * ((run.compute_bytes != _FP32) + model.soft_capped)
+        trained = units[0].parameters[0].trained
+        on_top = [block * model.vocabulary * in_fp32, rows * run.compute_bytes * model.hidden]
+        if trained:
+            on_top.append(run.compute_bytes * model.vocabulary * model.hidden)
+        chunk = rows * run.compute_bytes * (model.vocabulary + model.hidden)
         terms = kept | {
             "gathered": here.whole + here.last_buffer,
             "hidden states": normed,
-            "loss": self.hidden_bytes + logits + 2 * rows * run.compute_bytes * model.hidden,
+            "loss": self.hidden_bytes + chunk + max(on_top),
         }
         if model.embeddings == "4bit":
             terms["dequantized weight"] = run.compute_bytes * model.vocabulary * model.hidden
-        if units[0].parameters[0].trained:
-            terms["loss"] += (_FP32 + run.compute_bytes) * model.vocabulary * model.hidden
+        if trained:
+            terms["loss"] += _FP32 * model.vocabulary * model.hidden
         yield terms
 
         # backward of the loss and of the last norm, while the last layer is gathered again

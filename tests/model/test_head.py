@@ -20,7 +20,8 @@ SCALES = [LogitScale(), LogitScale(0.25), LogitScale(1.0, 3.0), LogitScale(2.0, 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("scale", SCALES, ids=str)
 def test_loss_and_gradients_are_autograds(scale: LogitScale, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "_CHUNK_LOGITS", 5 * 37)  # several chunks
+    monkeypatch.setattr(head, "_CHUNK_LOGITS", 5 * 37)  # several chunks, of several blocks
+    monkeypatch.setattr(head, "_BLOCK_LOGITS", 2 * 37)
     torch.manual_seed(0)
     hidden, weight = torch.randn(23, 16), torch.randn(37, 16)
     bias = torch.randn(37) if with_bias else None
