@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_dist.model.cache_blocks import rows_in_cache
 from qlora_dist.model.logits import UNSCALED, LogitScale
 from qlora_dist.nf4.embedding import NF4Vocabulary
 
@@ -14,7 +15,7 @@ IGNORE = -100
 """Label of a position that is not trained."""
 
 _CHUNK_LOGITS = 2**24  # elements of one product: fewer of them read the weight more seldom
-_BLOCK_LOGITS = 2**21  # elements at a time in fp32: 8 MiB, whose ten passes a processor's cache serves
+_BLOCK_LOGITS = 2**21  # elements at a time in fp32, on a CPU
 
 
 def give_loss(head: nn.Linear, scale: LogitScale) -> None:
@@ -83,9 +84,9 @@ def summed_loss(
 ) -> torch.Tensor:
     """Sum of the cross entropies over the positions whose label is not IGNORE.
 
-    The logits exist in chunks of 16 million, of trained positions only, and in fp32 two million at a time. The
-    gradients are computed along with the loss, so backward needs neither the logits nor the weight: a sharded head is
-    gathered once a step. That of a trained weight is summed in fp32.
+    The logits exist in chunks of 16 million, of trained positions only, and on a CPU in fp32 two million at a time.
+    The gradients are computed along with the loss, so backward needs neither the logits nor the weight: a sharded head
+    is gathered once a step. That of a trained weight is summed in fp32.
 
     `torch.nn.functional.linear_cross_entropy` (2.13) does the same in principle, but returns the sum in hidden's
     type (off by 0.8 % for 341 tokens in bf16) and takes twice the time or more on a CPU (docs/log.md).
@@ -145,8 +146,9 @@ class _SummedLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_weight and bias is not None else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         trained = (labels != IGNORE).nonzero().squeeze(1)
-        size, block = (max(1, elements // weight.shape[0]) for elements in (_CHUNK_LOGITS, _BLOCK_LOGITS))
+        size = max(1, _CHUNK_LOGITS // weight.shape[0])
         buffer = hidden.new_empty(min(size, len(trained)), weight.shape[0])
+        block = rows_in_cache(buffer, _BLOCK_LOGITS)
         for rows in trained.split(size):
             inputs, logits = hidden[rows], buffer[: len(rows)]
             if bias is None:

@@ -20,6 +20,7 @@ from qlora_dist.model.head import SharedHead, give_loss, share
 from qlora_dist.model.logits import LogitScale, decoder_of, measure_head
 from qlora_dist.model.matrices import Matrix, Target, is_tied, layout_of, matrices, quantizable
 from qlora_dist.model.origins import Origin, find_origins
+from qlora_dist.model.norm import fuse_norms
 from qlora_dist.nf4.embedding import NF4Vocabulary, use_nf4_vocabulary
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.layout import NF4Layout
@@ -45,6 +46,7 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig, quantize: bool = Tr
     model = causal_lm_on_meta(folder, dtype, config.attention)
     if config.attention != "eager":
         choose_attention(model, config.attention)
+    fuse_norms(model)
     _keep_buffers_in_fp32(model)
     origins = find_origins(model, [*folder.entries, *folder.quantized])
     scale, tied = measure_head(model), is_tied(model)

@@ -1,6 +1,7 @@
 """What a decoder layer needs for a micro-batch, per token: what it keeps for backward, and its peaks on the way.
 
-Every number is read off the code that runs: transformers' layer, `model/attention.py`, `adapters/lora_matmul.py`.
+Every number is read off the code that runs: transformers' layer, `model/attention.py`, `model/norm.py`,
+`adapters/lora_matmul.py`.
 Derivations: docs/planning.md. c is the number of bytes of the compute type.
 """
 
@@ -21,8 +22,8 @@ class Code:
 
     copies_attention: bool = True
     """What attention returns is copied into another order of dimensions."""
-    fused_norms: bool = False
-    """Norms keep their input as it is, not in fp32."""
+    fused_norms: bool = True
+    """Norms keep their input as it is, and a factor per row; else the input in fp32."""
     keeps_output: bool = False
     """A recomputed layer's output is there too."""
 
@@ -61,22 +62,22 @@ def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
     """Bytes that backward will need."""
     c, a, h = run.compute_bytes, layer.attention, layer.hidden
     of_norm = c if code.fused_norms else _FP32
-    # a norm computes in fp32 and keeps its input as such; one that is fp32 already is the checkpoint itself
-    total = of_norm * h * (layer.norms - (c == _FP32)) + (c * h if code.keeps_output else 0)
+    total = of_norm * h * layer.norms + (c * h if code.keeps_output else 0)
+    total += _FP32 * layer.norms if code.fused_norms else 0
     total += _inputs_kept(run, layer, copies_attention=run.device == "cuda" and code.copies_attention)
     q, k, v, o = a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim, a.heads * a.v_dim
     if a.by_scores and a.heads != a.kv_heads:
         k, v = a.heads * a.qk_dim, o  # repeated for every head
     total += c * (q + k + v)  # rotated queries and keys; values
     if a.normed:
-        total += _FP32 * (q + k)
+        total += of_norm * (q + k)
     if not a.by_scores:
         total += _FP32 * a.heads  # logarithms of the sums
         total += c * o  # what SDPA returned
     if a.latent is not None:
         q_rank, kv_rank = a.latent
         # their norms; values are a part of a tensor that the keys' unrotated part is in too
-        total += _FP32 * (q_rank + kv_rank) + c * a.heads * (a.qk_dim - layer.rotated)
+        total += of_norm * (q_rank + kv_rank) + c * a.heads * (a.qk_dim - layer.rotated)
     total += c * 3 * layer.intermediate  # gate, its activation, up
     if layer.experts_per_token:
         # gate and up in one tensor, the gate's activation; what the experts return, and that weighted
@@ -195,5 +196,5 @@ def _backward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
         yield t * c * h + weight, weight
     if a.by_scores:
         # the probabilities' gradient and the scores', both fp32, when the MLP has let go of what it kept
-        of_mlp = c * (3 * layer.intermediate + h) + 2 * _FP32 * h + (_inputs_kept_of(run, down) if down else 0)
+        of_mlp = c * (3 * layer.intermediate + h) + 2 * c * h + (_inputs_kept_of(run, down) if down else 0)
         yield _scores(run, layer) * (2 * _FP32 - c) - t * (of_mlp - 2 * c * h), 0

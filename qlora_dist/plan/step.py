@@ -19,7 +19,7 @@ from qlora_dist.plan.traffic import trained_elements
 Phase = Literal["embedding", "layer_forward", "head", "layer_backward", "optimizer"]
 Terms = dict[str, int]
 _FP32 = 4
-_CHUNK_LOGITS, _BLOCK_LOGITS = 2**24, 2**21  # of model/head.py
+_CHUNK_LOGITS = 2**24  # of model/head.py
 
 
 def step_phases(run: Run) -> dict[Phase, Terms]:
@@ -83,15 +83,14 @@ class _Step:
         units = [unit for unit in model.units if unit.kind in ("head", "shared_embedding")]
         here, (last, _) = gathered(run, units[0]), self._of_layers[id(self.layers[-1])]
         kept = self._always(len(self.layers))
-        normed = t * (_FP32 + run.compute_bytes) * model.hidden
+        normed = 2 * self.hidden_bytes  # what the last norm is given, and what it returns
         yield kept | {"gathered": here.coming(last.last_buffer), "hidden states": normed}
 
-        # a chunk, its inputs, and what comes of it: a block in fp32, then the product with the weight, or the weight's
-        # gradient
-        rows, block = (min(t, max(1, n // model.vocabulary)) for n in (_CHUNK_LOGITS, _BLOCK_LOGITS))
+        # a chunk, its inputs, and on top it in fp32, or the product with the weight, or the weight's gradient
+        rows = min(t, max(1, _CHUNK_LOGITS // model.vocabulary))
         in_fp32 = _FP32 * ((run.compute_bytes != _FP32) + model.soft_capped)
         trained = units[0].parameters[0].trained
-        on_top = [block * model.vocabulary * in_fp32, rows * run.compute_bytes * model.hidden]
+        on_top = [rows * model.vocabulary * in_fp32, rows * run.compute_bytes * model.hidden]
         if trained:
             on_top.append(run.compute_bytes * model.vocabulary * model.hidden)
         chunk = rows * run.compute_bytes * (model.vocabulary + model.hidden)
@@ -108,7 +107,7 @@ class _Step:
 
         # backward of the loss and of the last norm, while the last layer is gathered again
         working = max(2 * run.compute_bytes + 2 * _FP32, 4 * _FP32) * t * model.hidden
-        yield kept | {"gathered": last.buffer, "hidden states": _FP32 * t * model.hidden, "working memory": working}
+        yield kept | {"gathered": last.buffer, "hidden states": self.hidden_bytes, "working memory": working}
 
     def backward(self) -> Iterator[Terms]:
         for index in reversed(range(len(self.layers))):
@@ -120,7 +119,7 @@ class _Step:
             if not self._checkpointed(index):
                 kept["kept activations"] = kept.get("kept activations", 0) + self._kept(index)
             else:
-                kept["recomputed layer"] = layer.kept
+                kept["recomputed layer"] = layer.kept - self.hidden_bytes  # its first norm's input is the checkpoint
             yield kept | {
                 "gathered": here.whole + ahead * here.buffer,
                 "dequantized weight": layer.backward_weight,
@@ -182,7 +181,7 @@ class _Step:
     def _kept(self, index: int) -> int:
         """By a layer that is not checkpointed. The first one's input needs no gradient: its norm keeps nothing."""
         kept = self._of_layers[id(self.layers[index])][1].kept
-        return kept - (_FP32 * self.run.tokens * self.run.model.hidden if index == 0 else 0)
+        return kept - (self.hidden_bytes if index == 0 else 0)
 
     def _reduced(self, unit: Unit) -> int:
         """What a unit's reduce-scatter reads: kept until the next one begins."""

@@ -1,0 +1,131 @@
+"""RMS norms whose backward needs the norm's input as it is, and whose passes stay in a processor's cache.
+
+transformers' norms cast their input to fp32, and autograd keeps that, and the normed fp32 values too, each twice as
+large as the input. Here the input is kept, which for a layer's first norm is there anyway, with a factor per row.
+
+A class is replaced if it does what one of `_KINDS` does, bit for bit, to numbers that it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_dist.model.cache_blocks import rows_in_cache
+
+Kind = Literal["llama", "gemma"]
+"""Llama's scales what it has rounded by w; Gemma's scales by 1 + w, and rounds then."""
+
+_KINDS: tuple[Kind, ...] = ("llama", "gemma")
+_BLOCK = 2**17  # elements at a time
+
+
+def fuse_norms(model: PreTrainedModel) -> None:
+    """Replace the classes of a model's RMS norms, where they are known; parameters and names stay."""
+    fused: dict[type, type] = {}
+    for module in model.modules():
+        theirs = type(module)
+        if theirs not in fused:
+            kind = _kind(module)
+            fused[theirs] = type(f"Fused{theirs.__name__}", (_FusedNorm, theirs), {"kind": kind}) if kind else theirs
+        module.__class__ = fused[theirs]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Kind) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps), scaled; differentiable in x.
+
+    Args:
+        x: [..., h].
+        weight: [h], frozen.
+        eps: of the mean.
+        kind: how the weight scales.
+
+    Returns:
+        [..., h], in x's type (Llama's: in the wider one of x's and the weight's).
+    """
+    y: torch.Tensor = _RmsNorm.apply(x, weight, eps, kind)
+    return y
+
+
+class _FusedNorm:
+    """Mixed into a norm's class."""
+
+    kind: Kind
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x: [..., h] -> [..., h]. Compiled, or trained, it is the class's own."""
+        weight = cast(torch.Tensor, self.weight)  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling() or weight.requires_grad:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        return rms_norm(x, weight, _eps(self), self.kind)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Kind) -> torch.Tensor:
+        rows, ctx.kind = x.reshape(-1, x.shape[-1]), kind
+        dtype = torch.promote_types(x.dtype, weight.dtype) if kind == "llama" else x.dtype
+        y, factors = rows.new_empty(rows.shape, dtype=dtype), rows.new_empty(len(rows), 1, dtype=torch.float32)
+        scale = _scale(weight, kind)
+        for part, out, factor in _blocks(rows, y, factors):
+            values = part.float()
+            torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps, out=factor)
+            normed = values * factor
+            out.copy_((normed.to(x.dtype) if kind == "llama" else normed) * scale)
+        ctx.save_for_backward(x, weight, factors)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        x, weight, factors = ctx.saved_tensors
+        rows, scale = x.reshape(-1, x.shape[-1]), _scale(weight, ctx.kind)
+        result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        for grad, part, factor, out in _blocks(grads[0].reshape(rows.shape), rows, factors, result):
+            normed = part.float() * factor
+            wanted = (grad * scale).float()
+            # d/dx of x f, with f = 1 / sqrt(mean(x^2) + eps): f (g - n mean(g n)), n = x f
+            along = (wanted * normed).mean(-1, keepdim=True)
+            out.copy_(wanted.addcmul_(normed, along, value=-1).mul_(factor))
+        return result.view(x.shape), None, None, None
+
+
+def _scale(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
+    return weight if kind == "llama" else 1.0 + weight.float()
+
+
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Rows of all of them, so many at a time that the first one's are `_BLOCK` elements."""
+    size = rows_in_cache(tensors[0], _BLOCK)
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _eps(module: Any) -> float:
+    found = getattr(module, "variance_epsilon", None)
+    return cast(float, module.eps if found is None else found)
+
+
+def _kind(module: nn.Module) -> Kind | None:
+    """What the class does, tried on numbers; None: something else."""
+    names = [*module._parameters, *module._buffers, *module._modules]
+    if "RMSNorm" not in type(module).__name__ or names != ["weight"]:
+        return None
+    if not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    found: set[Kind] = set(_KINDS)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (
+            torch.randn(*shape, module.weight.numel(), generator=generator).to(dtype)  # type: ignore[union-attr,operator]
+            for shape in ((2, 3), ())
+        )
+        probe = copy.copy(module)
+        probe._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+        with torch.no_grad():
+            expected = probe(x)
+            found = {kind for kind in found if torch.equal(rms_norm(x, weight, _eps(module), kind), expected)}
+    return next(iter(found)) if len(found) == 1 else None

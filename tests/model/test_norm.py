@@ -1,0 +1,88 @@
+"""If this fails, a norm of ours computes or differentiates something else than transformers' of the same name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from qlora_dist.model import norm
+from qlora_dist.model.norm import fuse_norms
+
+
+class Model(nn.Module):
+    def __init__(self, theirs: nn.Module) -> None:
+        super().__init__()
+        self.norm = theirs
+
+
+def pair(kind: type[nn.Module], dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    theirs = kind(24, 1e-5)
+    theirs.weight = nn.Parameter(torch.randn(24).to(dtype), requires_grad=False)
+    ours = Model(copy.deepcopy(theirs))
+    fuse_norms(ours)  # type: ignore[arg-type]
+    assert type(ours.norm) is not kind and isinstance(ours.norm, kind)
+    return theirs, ours.norm
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_are_theirs_and_gradients_within_rounding(
+    kind: type[nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm, "_BLOCK", 4 * 24)  # several blocks, the last one shorter
+    theirs, ours = pair(kind, dtype)
+    x = torch.randn(2, 7, 24).to(dtype).transpose(0, 1).requires_grad_()
+    grad = torch.randn(7, 2, 24).to(dtype)
+    expected, found = theirs(x), ours(x)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (found, expected)]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+def test_only_the_input_is_kept() -> None:
+    _, ours = pair(LlamaRMSNorm, torch.bfloat16)
+    x = torch.randn(5, 24).bfloat16().requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        ours(x)
+    assert sorted(t.shape for t in kept) == sorted([x.shape, ours.weight.shape, torch.Size([5, 1])])
+    assert any(t.data_ptr() == x.data_ptr() for t in kept)
+
+
+def test_a_trained_norm_is_the_class_own() -> None:
+    theirs, ours = pair(LlamaRMSNorm, torch.float32)
+    ours.weight.requires_grad_()
+    x = torch.randn(3, 24)
+    ours(x).square().sum().backward()
+    theirs.weight.requires_grad_()
+    theirs(x).square().sum().backward()
+    assert torch.equal(ours.weight.grad, theirs.weight.grad)
+
+
+def test_what_only_looks_alike_is_left_alone() -> None:
+    class HalfRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) / 2
+
+    model = Model(HalfRMSNorm(8))
+    fuse_norms(model)  # type: ignore[arg-type]
+    assert type(model.norm) is HalfRMSNorm
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma2", "phi3", "deepseek_v3", "mixtral"])
+def test_norms_of_published_classes_are_known(architecture: str) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    small = {"num_key_value_heads": 2, "vocab_size": 8, "head_dim": 8, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(architecture, **sizes, **small)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    fuse_norms(model)
+    norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
+    assert norms and all(type(module).__name__.startswith("Fused") for module in norms)
