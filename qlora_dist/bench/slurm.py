@@ -57,7 +57,7 @@ class Where:
         """
         nodes, ranks_per_node = nodes_for(cell.ranks, self.ranks_per_node or most_ranks(self.cluster))
         job = make_job(cell.config, nodes, ranks_per_node)
-        refuse_second(job.run)
+        refuse_second(job.run, "or give another --out")
         once = {"max_requeues": 0, "sbatch": [*self.cluster.sbatch, "--no-requeue"]}
         return job, render(job, self.cluster.model_copy(update=once))
 

@@ -99,7 +99,7 @@ def launch_slurm(config: Config, cluster: Cluster, options: Options, console: Co
     job = make_job(config, options.nodes, options.ranks_per_node or most_ranks(cluster), options.array)
     script = render(job, cluster)
     if not options.dry_run and not cluster.singleton:
-        refuse_second(job.run)
+        refuse_second(job.run, "give run.name another value, or set singleton: true in the cluster's file")
     check_job(config, cluster, job.nodes, job.ranks_per_node, console)
     if options.dry_run:
         sys.stdout.write(script)
@@ -168,8 +168,12 @@ def _new_folder(run: Path) -> Path:
     return run / "jobs" / str(max(numbers, default=0) + 1)
 
 
-def refuse_second(run: Path) -> None:
+def refuse_second(run: Path, other: str) -> None:
     """Two jobs would write over one another.
+
+    Args:
+        run: its folder.
+        other: what to do but to cancel the one that there is.
 
     Raises:
         UserError: there is one already.
@@ -177,7 +181,4 @@ def refuse_second(run: Path) -> None:
     tree = read_json(run / JOB_FILE)
     job_id = tree.get("job_id") if tree.get("launcher") == "slurm" else None
     if job_id is not None and (state := (queued_jobs() or {}).get(str(job_id))) is not None:
-        raise UserError(
-            f"{run}: job {job_id} of this run is {state.lower()}; cancel it (qlora-dist cancel), give run.name another "
-            "value, or set singleton: true in the cluster's file"
-        )
+        raise UserError(f"{run}: job {job_id} of this run is {state.lower()}; cancel it (qlora-dist cancel), {other}")

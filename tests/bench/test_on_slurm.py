@@ -85,6 +85,24 @@ def test_without_slurm_a_sentence(
     assert (code, said) == (2, f"qlora-dist: {sentence}\n")
 
 
+def test_a_job_that_is_left_from_before_is_not_disturbed(
+    tiny_llama_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.make_config(tmp_path, tiny_llama_nf4, train__global_batch=4)
+    (tmp_path / "cluster.yaml").write_text("{}")
+    program(tmp_path, monkeypatch, "sbatch", f"touch {tmp_path}/submitted; exit 1")
+    program(tmp_path, monkeypatch, "squeue", "echo '7|RUNNING'")
+    run = tmp_path / "out" / "runs" / "fsdp2-2"
+    run.mkdir(parents=True)
+    (run / "job.json").write_text(json.dumps({"launcher": "slurm", "job_id": 7}))
+    (run / "metrics.jsonl").write_text("of the job that runs")
+    words = [config, "--on", "slurm", "--cluster", tmp_path / "cluster.yaml", "--compare", "fsdp2", "--ranks", "2"]
+    code, said = call([*map(str, words), "--out", str(tmp_path / "out")], monkeypatch, capfd)
+    assert code == 2
+    assert f"{run}: job 7 of this run is running; cancel it (qlora-dist cancel), or give another --out\n" in said
+    assert (run / "metrics.jsonl").exists() and not (tmp_path / "submitted").exists()
+
+
 def call(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> tuple[int | str | None, str]:
