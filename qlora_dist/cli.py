@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,9 @@ from qlora_dist import __version__
 from qlora_dist.cli_model import verbs
 from qlora_dist.cli_process import importing, prepare_process, recorded
 from qlora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_dist.launch.cluster import Cluster
 
 app = typer.Typer(
     name="qlora-dist",
@@ -98,17 +101,21 @@ def launch(
     if on != "slurm":
         launch_here(resolved, on, options)
         return
-    if cluster is None:
-        raise UserError("--on slurm needs --cluster, a file such as configs/clusters/slurm.yaml")
     from rich.console import Console
 
-    from qlora_dist.launch.cluster import load_cluster
-
-    where = load_cluster(cluster)
+    where = _cluster(cluster)
     if form is not None:
         where = where.model_copy(update={"form": form})
     prepare_process()
     launch_slurm(resolved, where, options, Console(stderr=dry_run))
+
+
+def _cluster(path: Path | None) -> Cluster:
+    if path is None:
+        raise UserError("--on slurm needs --cluster, a file such as configs/clusters/slurm.yaml")
+    from qlora_dist.launch.cluster import load_cluster
+
+    return load_cluster(path)
 
 
 @app.command()
@@ -240,22 +247,36 @@ def bench(
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of what is written; without it, one in run.dir.")] = None,
+    on: Annotated[
+        Literal["local", "slurm"], typer.Option(help="This machine, or SLURM jobs, one at a time.")
+    ] = "local",
+    cluster: Annotated[
+        Path | None, typer.Option(help="With --on slurm: YAML file of the cluster, as for launch.")
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="With --on slurm; without it, as many as a node has GPUs.")
+    ] = None,
 ) -> None:
-    """Compare layouts on this machine: speed, a step's parts, memory, traffic, loading; the losses must agree."""
+    """Compare layouts: speed, a step's parts, memory, traffic, loading; the losses must agree."""
     from qlora_dist.config_file import load_config
 
     resolved = load_config(config, overrides or ())
+    if on == "local" and (cluster is not None or ranks_per_node is not None):
+        raise UserError("bench: --cluster and --ranks-per-node are of jobs; add --on slurm, or leave them out")
+    of_jobs = _cluster(cluster) if on == "slurm" else None
     prepare_process()
     import shlex
     import sys
 
     from rich.console import Console
 
+    from qlora_dist.bench.slurm import Where
     from qlora_dist.bench.verb import Asked
     from qlora_dist.bench.verb import bench as compare_layouts
 
     command = shlex.join(["qlora-dist", *sys.argv[1:]])
-    asked = Asked(compare, ranks, repeats, steps, quick, json_file, out, command)
+    where = None if of_jobs is None else Where(of_jobs, ranks_per_node)
+    asked = Asked(compare, ranks, repeats, steps, quick, json_file, out, command, where)
     if not compare_layouts(resolved, asked, Console(highlight=False)):
         raise typer.Exit(1)
 

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from qlora_dist.bench.jobs import threads_per_rank
 from qlora_dist.bench.layouts import Cell
 from qlora_dist.bench.result import LayoutFigures, Losses, Spread
 from qlora_dist.errors import UserError
@@ -35,7 +34,8 @@ def figures(cell: Cell, runs: Sequence[RunFiles], warm_up: int, reference: RunFi
     return LayoutFigures(
         layout=cell.layout,
         ranks=cell.ranks,
-        threads_per_rank=threads_per_rank(cell.ranks),
+        threads_per_rank=runs[0].process["machine"]["threads"],
+        nodes=[nodes for run in runs if (nodes := run.process["nodes"]) is not None],
         overrides=cell.overrides,
         repeats=len(runs),
         timed_steps=len(timed),

@@ -13,6 +13,7 @@ from qlora_dist.bench.layouts import Cell
 from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
 from qlora_dist.report.read import RunFiles, read_run_files
+from qlora_dist.train.machine import cores
 
 _LAST_LINES = 40
 
@@ -20,11 +21,6 @@ _LAST_LINES = 40
 def threads_per_rank(ranks: int) -> int:
     """The cores of this process, shared among ranks."""
     return max(1, cores() // ranks)
-
-
-def cores() -> int:
-    """Which this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_job(cell: Cell, folder: Path) -> RunFiles:

@@ -1,55 +1,21 @@
-"""Where a benchmark was run. No torch."""
+"""Where a benchmark was run, as its runs say. No torch."""
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-from datetime import datetime, timezone
-from importlib import metadata
-from pathlib import Path
-
-import psutil
-
-from qlora_dist import __version__
-from qlora_dist.bench.jobs import cores
 from qlora_dist.bench.result import Machine
 from qlora_dist.plan.calibration import load_calibration
+from qlora_dist.report.read import RunFiles
 
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")
 
-
-def this_machine(gpus: list[str]) -> Machine:
-    """What it is.
+def machine_of(run: RunFiles, date: str) -> Machine:
+    """What its rank 0 was on, which may be another machine than this one.
 
     Args:
-        gpus: names of those that are used; none: a CPU computes.
+        run: the first of all.
+        date: when the benchmark began.
     """
-    versions = {"qlora-dist": __version__, "Python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return Machine(
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=versions,
-        system=platform.platform(),
-        processor=_processor(),
-        cores=cores(),
-        memory_bytes=psutil.virtual_memory().total,
-        device=", ".join(gpus) or "cpu",
-        links_bytes_per_s={} if gpus else _links(),
-        load_average=os.getloadavg()[0],
-    )
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+    found = {key: value for key, value in run.process["machine"].items() if key != "threads"}
+    return Machine(date=date, links_bytes_per_s=_links() if found["device"] == "cpu" else {}, **found)
 
 
 def _links() -> dict[str, float]:

@@ -27,6 +27,8 @@ class LayoutFigures(Part):
     layout: str
     ranks: int
     threads_per_rank: int
+    nodes: list[str]
+    """Of each repeat, as SLURM names them; empty: they were no jobs of SLURM's."""
     overrides: dict[str, Any]
     """What the layout changes in the configuration."""
     repeats: int
@@ -89,21 +91,21 @@ class Losses(Part):
 
 
 class Machine(Part):
-    """Where it was measured."""
+    """Where it was measured, as rank 0 of the first run has found it: of a job the first of its nodes."""
 
     date: str
     versions: dict[str, str]
     system: str
     processor: str
     cores: int
-    """Of this process."""
+    """Of this rank."""
     memory_bytes: int
     device: str
-    """cpu, or the names of the GPUs."""
+    """cpu, or the names of the GPUs that this rank sees."""
     links_bytes_per_s: dict[str, float]
     """As `plan --calibrate` has measured them; empty: nobody has."""
     load_average: float
-    """Of the last minute, before the first run."""
+    """Of the last minute, as the first run began."""
 
 
 class BenchResult(Part):

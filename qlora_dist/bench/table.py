@@ -35,6 +35,7 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
         ),
         ("paged of the base, MiB a step", lambda f: _mib(f.paged_bytes_per_step["base"])),
         ("paged of the optimizer, MiB", lambda f: _mib(f.paged_bytes_per_step["optimizer"])),
+        *([("nodes", lambda f: ", ".join(dict.fromkeys(f.nodes)))] if any(f.nodes for f in result.layouts) else []),
         ("loading, s", lambda f: f"{f.load_s.median:.2f}"),
         ("read by all ranks, MiB", lambda f: _mib(sum(f.read_bytes))),
         ("loss, last step", lambda f: f"{f.losses[-1]:.6f}"),

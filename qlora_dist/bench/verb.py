@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from rich.console import Console
 from qlora_dist.bench.figures import compare_losses, figures, losses_of
 from qlora_dist.bench.jobs import run_job
 from qlora_dist.bench.layouts import Cell, layout_names, make_cells, model_sizes, rank_numbers
-from qlora_dist.bench.machine import this_machine
+from qlora_dist.bench.machine import machine_of
 from qlora_dist.bench.page import render
 from qlora_dist.bench.plot import draw_files
 from qlora_dist.bench.result import BenchResult, LeftOut
+from qlora_dist.bench.slurm import Where, check_cells, run_as_job
 from qlora_dist.bench.table import left_out_sentence, losses_sentence, markdown, show
 from qlora_dist.config import Config
 from qlora_dist.config_file import changed
@@ -42,6 +44,8 @@ class Asked:
     out: Path | None = None
     """None: a folder in `run.dir`."""
     command: str = ""
+    where: Where | None = None
+    """None: on this machine."""
 
 
 def bench(config: Config, asked: Asked, console: Console) -> bool:
@@ -56,7 +60,8 @@ def bench(config: Config, asked: Asked, console: Console) -> bool:
         Whether the losses agree.
 
     Raises:
-        UserError: an unknown layout, a number of ranks that the batch cannot be divided by, or nothing left to compare.
+        UserError: an unknown layout, a number of ranks that the batch cannot be divided by, nothing left to compare, or
+            a run that has failed by a mistake of the user's or of the cluster's.
     """
     names, ranks = layout_names(asked.compare), rank_numbers(asked.ranks)
     out = asked.out or Path(config.run.dir) / f"bench-{config.run.name}"
@@ -67,12 +72,15 @@ def bench(config: Config, asked: Asked, console: Console) -> bool:
         console.print(left_out_sentence(layout, number, reason), markup=False, soft_wrap=True)
     if not cells:
         raise UserError("bench: nothing is left to compare; give other layouts with --compare, or numbers with --ranks")
+    if asked.where is not None:
+        check_cells([_job(cell, profile=True) for cell in cells], asked.where)
     _make(out)
-    machine = this_machine(_gpus(common))
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     runs: dict[str, list[RunFiles]] = {cell.name: [] for cell in cells}
     for repeat in range(repeats):  # A B A B: a machine that gets slower does so for all
         for cell in cells:
-            run = run_job(_job(cell, profile=repeat == 0), out)
+            job = _job(cell, profile=repeat == 0)
+            run = run_job(job, out) if asked.where is None else run_as_job(job, asked.where, console)
             runs[cell.name].append(run)
             speed = f"{run.steps[WARM_UP]['tokens_per_s']:,.0f} tokens/s, loss {losses_of(run)[-1]:.4f}"
             console.print(f"{cell.name}, {repeat + 1} of {repeats}: {speed}", markup=False, soft_wrap=True)
@@ -80,7 +88,7 @@ def bench(config: Config, asked: Asked, console: Console) -> bool:
     layouts = [figures(cell, runs[cell.name], WARM_UP, reference) for cell in cells]
     result = BenchResult(
         command=asked.command,
-        machine=machine,
+        machine=machine_of(reference, date),
         config=common.model_dump(mode="json"),
         losses=compare_losses(cells[0].name, common.model.compute_dtype, layouts),
         layouts=layouts,
@@ -123,14 +131,6 @@ def common_config(config: Config, out: Path, steps: int, quick: bool) -> Config:
 def _job(cell: Cell, profile: bool) -> Cell:
     config = changed(cell.config, {"run": {"name": cell.name, "profile": profile}})
     return Cell(cell.layout, cell.ranks, config, cell.overrides)
-
-
-def _gpus(config: Config) -> list[str]:
-    import torch
-
-    if config.train.device == "cpu" or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def _make(out: Path) -> None:

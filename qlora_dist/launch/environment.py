@@ -182,7 +182,9 @@ def meeting_name(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int | float | None]:
-    """How others find this process: its machine and number, its launcher's number, its SLURM job and step."""
+    """How others find this process: its machine and number, its launcher's number, its SLURM job and step, and that
+    job's nodes as SLURM names them.
+    """
     job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
     own_parent = launcher_of(environ) == "mpi" or started_by_torchrun(environ)
     return {
@@ -191,6 +193,7 @@ def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int
         "born": psutil.Process().create_time(),
         "launcher_pid": os.getppid() if own_parent else None,
         "job_id": f"{job}.{step}" if job and step else job,
+        "nodes": environ.get("SLURM_JOB_NODELIST"),
     }
 
 

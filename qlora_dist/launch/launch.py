@@ -96,33 +96,50 @@ def launch_slurm(config: Config, cluster: Cluster, options: Options, console: Co
     from qlora_dist.launch import submit
     from qlora_dist.launch.check import check_job
 
-    run = _absolute_run(config)
-    job = Job(
-        name=config.run.name,
-        cwd=Path.cwd(),
-        run=run,
-        folder=_new_folder(run),
-        nodes=options.nodes,
-        ranks_per_node=options.ranks_per_node or cluster.gpus_per_node or 1,
-        array=options.array,
-    )
+    job = make_job(config, options.nodes, options.ranks_per_node or most_ranks(cluster), options.array)
     script = render(job, cluster)
     if not options.dry_run and not cluster.singleton:
-        _refuse_second(run)
+        refuse_second(job.run, "give run.name another value, or set singleton: true in the cluster's file")
     check_job(config, cluster, job.nodes, job.ranks_per_node, console)
     if options.dry_run:
         sys.stdout.write(script)
         return
-    job.folder.mkdir(parents=True)
-    (job.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    job.script.write_text(script, encoding="utf-8")
-    job_id = submit.submit(job.script)
-    write_job(run, "slurm", job_id, None, job.output)
+    job_id = submit_job(config, job, script)
     console.print(f"job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {job.script}", soft_wrap=True)
     if options.follow:
         submit.follow(job_id, job.output)
         return
     console.print(f"watch it with `qlora-dist jobs`, or tail -f {job.output}", soft_wrap=True)
+
+
+def most_ranks(cluster: Cluster) -> int:
+    """On a node, unless somebody says otherwise."""
+    return cluster.gpus_per_node or 1
+
+
+def make_job(config: Config, nodes: int, ranks_per_node: int, array: int = 0) -> Job:
+    """The next submission of a run, from the current folder."""
+    run = _absolute_run(config)
+    return Job(config.run.name, Path.cwd(), run, _new_folder(run), nodes, ranks_per_node, array)
+
+
+def submit_job(config: Config, job: Job, script: str) -> int:
+    """Write what the job reads, submit it, and say in the run's folder who runs it.
+
+    Returns:
+        SLURM's number of it.
+
+    Raises:
+        UserError: there is no SLURM here, or it refuses.
+    """
+    from qlora_dist.launch.submit import submit
+
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    job.script.write_text(script, encoding="utf-8")
+    job_id = submit(job.script)
+    write_job(job.run, "slurm", job_id, None, job.output)
+    return job_id
 
 
 def write_job(run: Path, launcher: On, job_id: int | None, pid: int | None, log: Path | None) -> None:
@@ -151,12 +168,17 @@ def _new_folder(run: Path) -> Path:
     return run / "jobs" / str(max(numbers, default=0) + 1)
 
 
-def _refuse_second(run: Path) -> None:
-    """Two jobs would write over one another."""
+def refuse_second(run: Path, other: str) -> None:
+    """Two jobs would write over one another.
+
+    Args:
+        run: its folder.
+        other: what to do but to cancel the one that there is.
+
+    Raises:
+        UserError: there is one already.
+    """
     tree = read_json(run / JOB_FILE)
     job_id = tree.get("job_id") if tree.get("launcher") == "slurm" else None
     if job_id is not None and (state := (queued_jobs() or {}).get(str(job_id))) is not None:
-        raise UserError(
-            f"{run}: job {job_id} of this run is {state.lower()}; cancel it (qlora-dist cancel), give run.name another "
-            "value, or set singleton: true in the cluster's file"
-        )
+        raise UserError(f"{run}: job {job_id} of this run is {state.lower()}; cancel it (qlora-dist cancel), {other}")

@@ -4,12 +4,71 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import dataclass
 
 from qlora_dist.errors import UserError
 
 _ANSWER_S = 20.0
 """A client whose controller is gone tries for minutes."""
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT")
+
+
+_ENDED = (
+    *(
+        "COMPLETED",
+        "CANCELLED",
+        "FAILED",
+        "TIMEOUT",
+        "PREEMPTED",
+        "NODE_FAIL",
+        "BOOT_FAIL",
+        "OUT_OF_MEMORY",
+        "DEADLINE",
+    ),
+    *("REVOKED", "UNKNOWN"),
+)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """How a job is."""
+
+    state: str
+    """SLURM's word, such as PENDING; UNKNOWN: the job has ended, and nobody knows how."""
+    reason: str = ""
+    """Why it waits."""
+    nodes: str = ""
+    """As SLURM names them."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will do nothing more."""
+        return self.state in _ENDED
+
+
+def job_state(job_id: int) -> JobState | None:
+    """How a job is, or how it has ended, which SLURM knows for some minutes; None: it doesn't answer."""
+    command = ["squeue", f"--jobs={job_id}", "--states=all", "--noheader", "--format=%T|%r|%N"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode == 0 and (fields := done.stdout.strip().split("|"))[0]:
+        return JobState(*fields)
+    if done.returncode == 0 or "Invalid job id" in done.stderr:
+        return JobState(_accounted_state(job_id))
+    return None
+
+
+def _accounted_state(job_id: int) -> str:
+    """Of a job that the queue has forgotten."""
+    command = ["sacct", f"--jobs={job_id}", "--allocations", "--noheader", "--parsable2", "--format=State"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "UNKNOWN"
+    words = done.stdout.split()  # such as CANCELLED by 1000
+    return words[0] if done.returncode == 0 and words else "UNKNOWN"
 
 
 def queued_jobs() -> dict[str, str] | None:

@@ -12,6 +12,7 @@ import yaml
 from qlora_dist.config_file import flatten
 from qlora_dist.errors import UserError
 from qlora_dist.launch.runs import State, parse_object, read_json, read_run
+from qlora_dist.train.run_dir import PROCESS_FILE
 
 _WARM_UP = 2
 """Steps in which memory is allocated, and kernels are chosen: in no median, where there are others."""
@@ -33,6 +34,8 @@ class RunFiles:
     """summary.json; empty, as long as the run is not done."""
     config: dict[str, Any]
     """By `section.key`."""
+    process: dict[str, Any]
+    """process.json: where rank 0 runs."""
 
     def series(self, *names: str, per_step: bool = False) -> list[float | None]:
         """One value a step, None where there is none.
@@ -87,6 +90,7 @@ def read_run_files(path: Path) -> RunFiles:
         evals=[(row["step"], row["eval_loss"]) for row in rows if isinstance(row.get("eval_loss"), float)],
         summary=read_json(path / "summary.json"),
         config=flatten(tree if isinstance(tree, dict) else {}),
+        process=read_json(path / PROCESS_FILE),
     )
 
 

@@ -25,6 +25,7 @@ from qlora_dist.train.checkpoints import find_start
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.expected import expect
 from qlora_dist.train.loop import train_loop
+from qlora_dist.train.machine import this_machine
 from qlora_dist.train.memory import free_bytes
 from qlora_dist.train.optimizer import make_states
 from qlora_dist.train.out_of_memory import answered
@@ -67,7 +68,8 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     start = find_start(setup, resume, console)
     run_dir = None
     if setup.ranks.rank == 0:
-        run_dir = RunDir(config, start.step, fresh=start.manifest is None, steps=setup.steps)
+        machine = this_machine(setup.device.type)
+        run_dir = RunDir(config, start.step, fresh=start.manifest is None, steps=setup.steps, machine=machine)
     expected = expect(setup)
     announce(setup, console)
     console.say(expected if isinstance(expected, str) else expected.sentence())

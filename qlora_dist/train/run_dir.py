@@ -21,7 +21,8 @@ DONE, REQUEUE, STOPPED = "DONE", "REQUEUE", "STOPPED"
 before it, by hand. Each holds {"step", "reason"}. Launchers hide exit codes, or make them up."""
 MARKERS = (DONE, REQUEUE, STOPPED)
 PROCESS_FILE = "process.json"
-"""Where rank 0 runs, and how many steps it is going to do; for those who look at the run from outside."""
+"""Where rank 0 runs and on what (`machine`), and how many steps it is going to do; for those who look at the run from
+outside."""
 
 _REPLACED = ("adapter", "checkpoints", "tensorboard")
 """What a new run removes of an old one of its name."""
@@ -78,7 +79,9 @@ def _same_config(path: Path, config: Config) -> bool:
 class RunDir:
     """The folder of a run that has begun."""
 
-    def __init__(self, config: Config, step: int, fresh: bool, steps: int | None = None) -> None:
+    def __init__(
+        self, config: Config, step: int, fresh: bool, steps: int | None = None, machine: dict[str, Any] | None = None
+    ) -> None:
         """Make it.
 
         Args:
@@ -86,6 +89,7 @@ class RunDir:
             step: steps that are done; the metrics of later ones are taken out, because they will be done again.
             fresh: remove what an earlier run of that name has left.
             steps: when it is done.
+            machine: what it computes on (`this_machine`).
         """
         self.path = run_path(config.run)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,8 @@ class RunDir:
         for name in ("summary.json", "report.html", *MARKERS):
             (self.path / name).unlink(missing_ok=True)
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        (self.path / PROCESS_FILE).write_text(json.dumps({**this_process(), "steps": steps}) + "\n", encoding="utf-8")
+        process = {**this_process(), "steps": steps, "machine": machine}
+        (self.path / PROCESS_FILE).write_text(json.dumps(process) + "\n", encoding="utf-8")
         self._metrics = _metrics_until(self.path / "metrics.jsonl", -1 if fresh else step)
         self._unwritten: list[str] = []
         self.listeners: list[Callable[[dict[str, Any]], None]] = []

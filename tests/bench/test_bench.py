@@ -69,6 +69,8 @@ def test_the_whole_of_it(cli: Cli, config: Path, tmp_path: Path, monkeypatch: py
     assert [f"{f.layout}-{f.ranks}" for f in result.layouts] == RUNS
     assert [(left.layout, left.ranks) for left in result.left_out] == [("two-mesh", 1)]
     assert "left out: two-mesh on 1 rank: two nodes need an even number of ranks" in stdout
+    assert result.machine.device == "cpu" and {"torch", "Python"} < set(result.machine.versions)
+    assert not any(figures.nodes for figures in result.layouts)
     reference = result.layouts[0].losses
     for name, figures in zip(RUNS, result.layouts, strict=True):
         run, summary = (
