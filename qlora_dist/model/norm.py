@@ -37,7 +37,7 @@ def fuse_norms(model: PreTrainedModel) -> None:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Kind) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps), scaled; differentiable in x.
+    """X / sqrt(mean(x^2) + eps), scaled; differentiable in x.
 
     Args:
         x: [..., h].

@@ -19,8 +19,8 @@ from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.head import SharedHead, give_loss, share
 from qlora_dist.model.logits import LogitScale, decoder_of, measure_head
 from qlora_dist.model.matrices import Matrix, Target, is_tied, layout_of, matrices, quantizable
-from qlora_dist.model.origins import Origin, find_origins
 from qlora_dist.model.norm import fuse_norms
+from qlora_dist.model.origins import Origin, find_origins
 from qlora_dist.nf4.embedding import NF4Vocabulary, use_nf4_vocabulary
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.layout import NF4Layout

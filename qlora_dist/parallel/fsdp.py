@@ -64,6 +64,9 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     if head in units:
         head.set_unshard_in_backward(False)
 
+    if has_tied_head(model):
+        embedding.register_forward_pre_hook(_stay_for_the_head)
+
     _prefetch(layers, config.parallel.prefetch)
 
     traffic = Traffic()
@@ -95,6 +98,11 @@ def _placement(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Any
         return to_adapter_mesh(Shard(1 if wide and parameter.shape[1] % shards == 0 else 0))
 
     return place
+
+
+def _stay_for_the_head(embedding: FSDPModule, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Tied weights stay gathered from the lookup to the loss, where the step holds most, and come once, not twice."""
+    embedding.set_reshard_after_forward(inputs[0].is_floating_point())
 
 
 def _prefetch(layers: list[FSDPModule], count: int) -> None:

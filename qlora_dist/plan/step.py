@@ -56,6 +56,12 @@ class _Step:
         here = gathered(self.run, unit)
         yield self._always(-1) | {"gathered": here.coming(0), "hidden states": self.hidden_bytes}
 
+    @cached_property
+    def _kept_for_head(self) -> int:
+        """A tied embedding, which is not gathered twice."""
+        unit = self.run.model.units[0]
+        return gathered(self.run, unit).whole if unit.kind == "shared_embedding" else 0
+
     def forward(self) -> Iterator[Terms]:
         before = gathered(self.run, self.run.model.units[0]).last_buffer
         for index, unit in enumerate(self.layers):
@@ -65,8 +71,9 @@ class _Step:
             if not self._checkpointed(index):
                 kept |= {"hidden states": self.hidden_bytes}
             already = max(0, min(self.run.prefetch - 1, len(self.layers) - 1 - index))
-            yield kept | {"gathered": here.coming(before) + already * here.buffer}
-            terms = kept | {"gathered": here.whole + here.last_buffer + ahead * here.buffer}
+            yield kept | {"gathered": self._kept_for_head + here.coming(before) + already * here.buffer}
+            gathered_now = self._kept_for_head + here.whole + here.last_buffer + ahead * here.buffer
+            terms = kept | {"gathered": gathered_now}
             if self._checkpointed(index):
                 terms |= {
                     "dequantized weight": layer.forward_weight,
@@ -84,7 +91,10 @@ class _Step:
         here, (last, _) = gathered(run, units[0]), self._of_layers[id(self.layers[-1])]
         kept = self._always(len(self.layers))
         normed = 2 * self.hidden_bytes  # what the last norm is given, and what it returns
-        yield kept | {"gathered": here.coming(last.last_buffer), "hidden states": normed}
+        coming, buffer = here.coming(last.last_buffer), here.last_buffer
+        if self._kept_for_head:
+            coming, buffer = here.whole + last.last_buffer, last.last_buffer
+        yield kept | {"gathered": coming, "hidden states": normed}
 
         # a chunk, its inputs, and on top it in fp32, or the product with the weight, or the weight's gradient
         rows = min(t, max(1, _CHUNK_LOGITS // model.vocabulary))
@@ -95,7 +105,7 @@ class _Step:
             on_top.append(run.compute_bytes * model.vocabulary * model.hidden)
         chunk = rows * run.compute_bytes * (model.vocabulary + model.hidden)
         terms = kept | {
-            "gathered": here.whole + here.last_buffer,
+            "gathered": here.whole + buffer,
             "hidden states": normed,
             "loss": self.hidden_bytes + chunk + max(on_top),
         }

@@ -10,7 +10,7 @@ from qlora_dist.plan.shapes import Parameter, Unit, UnitKind, distinct_units
 
 _GATHERS: dict[UnitKind, int] = {
     "embedding": 1,  # frozen: not needed in backward
-    "shared_embedding": 2,  # once as the embedding, once as the head
+    "shared_embedding": 1,  # as the embedding, and kept for the head
     "head": 1,  # its gradient is computed in forward
     "layer": 2,  # forward and backward
     "root": 1,  # the last norm, kept from forward to backward
