@@ -18,7 +18,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -123,8 +122,7 @@ def test_commands_do_what_the_page_says(page: Path, material: Path, python: Path
     on_cluster = any(block.note == "a cluster" for block in blocks(page))
     if on_cluster and (reason := slurm_unavailable()) is not None:
         pytest.skip(reason)
-    # what a SLURM job starts must be its own
-    make_commands(tmp_path / ".bin", Path(sys.executable) if on_cluster else python)
+    make_commands(tmp_path / ".bin", python)
     for block in blocks(page):
         if block.language == "yaml":
             if block.note:

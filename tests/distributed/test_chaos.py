@@ -7,11 +7,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from warm import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,9 +21,10 @@ def test_a_run_that_is_killed_in_every_phase_ends_as_if_it_had_not_been(tmp_path
     data = tiny.make_data(tmp_path / "data.jsonl", 60)
     where = ["--base", tiny_llama_nf4, "--data", data, "--out", tmp_path / "runs", "--json", tmp_path / "result.json"]
     length = ["--kills", "5", "--steps", "12", "--seed", "3"]
-    command = [sys.executable, "benchmarks/chaos.py", *map(str, where), *length]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280)
+    with warm_python(tmp_path) as python:
+        command = [python, "benchmarks/chaos.py", *map(str, where), *length]
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert {kill["phase"] for kill in result["kills"]} == {"forward", "backward", "update", "write", "complete"}

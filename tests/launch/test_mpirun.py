@@ -90,17 +90,17 @@ def forked(config: Path) -> dict[int, torch.Tensor]:
 @BOTH
 def test_the_same_losses(name: str, config: Path, forked: dict[int, torch.Tensor], tmp_path: Path) -> None:
     """Under one of the MPIs with ZeRO-3, where the ranks that nobody has started have FSDP2."""
-    engine = {"mpich": "zero3", "openmpi": "fsdp2"}[name]
+    engine, ranks = {"mpich": ("zero3", 4), "openmpi": ("fsdp2", 2)}[name]
     need(engine == "fsdp2" or find_spec("deepspeed") is not None, "DeepSpeed")
-    words = [config, f"run.name={name}-4", f"parallel.engine={engine}"]
-    with mpirun(name, tmp_path / name, 4, *words, script=True) as process:
+    words = [config, f"run.name={name}-same", f"parallel.engine={engine}"]
+    with mpirun(name, tmp_path / name, ranks, *words, script=True) as process:
         code, err = end_of(process, tmp_path / name)
         assert code == 0, err
         assert not err.strip()
         assert wait_until(lambda: not alive(tmp_path / name), within_s=5)
-    torch.testing.assert_close(losses(config.parent / "runs" / f"{name}-4"), forked[4], rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses(config.parent / "runs" / f"{name}-same"), forked[ranks], rtol=1e-5, atol=0)
     out = (tmp_path / name / "out.txt").read_text()
-    assert "4 ranks on cpu" in out
+    assert f"{ranks} ranks on cpu" in out
     assert "\x1b" not in out  # lines, though Open MPI's ranks write to a terminal
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ import tiny
 from ranks import run_ranks
 from real_slurm import wait_for
 from rich.console import Console
+from warm import warm_python
 
 from qlora_dist.config_file import load_config
 from qlora_dist.launch.cluster import Cluster
@@ -50,12 +51,16 @@ class Scenario:
     extra: tuple[tuple[str, Any], ...] = ()
     """Of the cluster's file."""
     engine: str = "fsdp2"
+    warm: bool = False
+    """Its processes are forked, not started anew: it is the script and the ranks that are tried, not their start."""
 
 
 class Run:
     """A job that has been submitted."""
 
-    def __init__(self, slurm: Any, folder: Path, config: Path, name: str, scenario: Scenario) -> None:
+    def __init__(
+        self, slurm: Any, folder: Path, config: Path, name: str, scenario: Scenario, warm_script: Path
+    ) -> None:
         self.slurm, self.name, self.scenario = slurm, name, scenario
         self.neighbours: list[str] = []
         self.path = folder / "runs" / name
@@ -63,6 +68,7 @@ class Run:
             gpus_per_node=0,
             env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             form=scenario.form,
+            python=str(warm_script) if scenario.warm else None,
             sbatch=[f"--exclude={scenario.exclude}"],
             **{"preflight": False, "save_time": 5, **dict(scenario.extra)},
         )
@@ -135,10 +141,14 @@ def crash(run: Run) -> None:
 
 
 SCENARIOS = {
-    "signal": Scenario(signal_then_requeue, "n[3-7]"),
+    "signal": Scenario(signal_then_requeue, "n[3-7]", warm=True),
     "preempted": Scenario(preempt, "n[1-2,5-7]", form="torchrun"),
     "time": Scenario(
-        out_of_time, "n[3-7]", steps=100_000, extra=(("save_time", 60), ("preflight", True), ("preprocess", True))
+        out_of_time,
+        "n[3-7]",
+        steps=100_000,
+        extra=(("save_time", 60), ("preflight", True), ("preprocess", True)),
+        warm=True,
     ),
     "crash": Scenario(crash, "n[1-4]", engine="zero3" if find_spec("deepspeed") is not None else "fsdp2"),
 }
@@ -158,9 +168,11 @@ def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4
     folder = tmp_path_factory.mktemp("jobs")
     settings = {"optim__schedule": "constant", "train__save_every": SAVE_EVERY, "train__global_batch": 4}
     config = tiny.make_config(folder, tiny_llama_nf4, data__seq_len=48, data__eval=None, train__steps=STEPS, **settings)
-    runs = {name: Run(slurm, folder, config, name, scenario) for name, scenario in SCENARIOS.items()}
-    with ThreadPoolExecutor() as pool:
+    # a process that has threads is not to be forked: it starts before the pool
+    with warm_python(tmp_path_factory.mktemp("python")) as warm_script, ThreadPoolExecutor() as pool:
+        runs = {name: Run(slurm, folder, config, name, scenario, warm_script) for name, scenario in SCENARIOS.items()}
         states = {name: pool.submit(run.finish) for name, run in runs.items()}
+        wait(states.values())
     left = processes_of(folder)
     steps = max(len(run.losses()) for run in runs.values())
     at_home = load_config(config, ["run.name=home", f"train.steps={steps}"])
