@@ -12,12 +12,15 @@ SPARE_BYTES = 64 * MIB
 def show(tree: dict[str, Any]) -> str:
     """What was loaded, a line for each loader and number of ranks, and whether ours keeps to its limit."""
     keys = list(dict.fromkeys((run["number"], run["loader"]) for run in tree["runs"]))
-    groups = [[run for run in tree["runs"] if (run["number"], run["loader"]) == key] for key in sorted(keys)]
+    groups = [
+        [run for run in tree["runs"] if (run["number"], run["loader"]) == key]
+        for key in sorted(keys, key=lambda key: key[0])
+    ]
     machine, total = tree["machine"], tree["folder_bytes"]
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
     source = "the disk" if tree["cold"] else "the page cache"
     lines = [
-        f"{total / 1e9:.2f} GB in 4 bit, {tree['layers']} layers, read from {source}; {tree['repeats']} repeats; "
+        f"{total / 1e9:.2f} GB in 4 bit, {tree['layers']} layers, read from {source}; repeats: {tree['repeats']}; "
         f"{machine['cores']} cores of {machine['processor']}, {machine['memory_bytes'] / 2**30:.0f} GiB of memory, "
         f"load {machine['load_average']:.1f}; {versions}.",
         "",

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def one(system: System, ranks: int, args: argparse.Namespace, base: str, folder:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": f"{HERE.parents[1]}:{HERE}" if system.requirements is None else str(HERE),
     } | dict(system.environment)
-    started = time.monotonic()
+    started, used = time.monotonic(), cpu_s()
     with (folder / "output.txt").open("w") as output:
         run = subprocess.Popen(
             [*namespace, *command], stdout=output, stderr=output, env=os.environ | variables, start_new_session=True
@@ -154,7 +155,13 @@ def one(system: System, ranks: int, args: argparse.Namespace, base: str, folder:
     lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.is_file()]
     text = (folder / "output.txt").read_text()
     told = {"error": error_of(text, code) if code else None, "namespace": bool(namespace)}
-    return {"marks": lines, "seconds": time.monotonic() - started} | told
+    return {"marks": lines, "seconds": time.monotonic() - started, "cpu_s": cpu_s() - used} | told
+
+
+def cpu_s() -> float:
+    """Of all processes that have been waited for: what a busy machine adds to a run's seconds is not in it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def error_of(text: str, code: int) -> str:
