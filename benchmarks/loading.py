@@ -1,191 +1,147 @@
-"""Loading a 4-bit folder on several ranks: bytes read, peak memory and seconds, and transformers' loader beside it.
+"""Loading a 4-bit folder on one rank and several, and transformers' loader beside it: time, bytes, memory.
 
-python benchmarks/loading.py [--layers 19] [--ranks 4] [--dir /tmp] [--cold] [--repeats 1]
+python benchmarks/loading.py [--layers 38] [--ranks 1,2,4] [--repeats 3] [--cold] [--dir /tmp | --keep FOLDER]
+    [--json FILE] [--show FILE]
 
-The folder has Llama-3.1-8B's layers (0.11 GB each in 4 bit) and random codes; it is removed afterwards. The ranks are
-processes of this machine with gloo and one thread each, and load by the code of `train`: skeleton, adapter, sharding,
-fill. Once with one copy of the base (base: world), once with two, as on two nodes (base: node). Then one process loads
-the same folder with AutoModelForCausalLM.from_pretrained, and touches every page of the weights: without that they are
-mapped and not yet read.
+The folder has Llama-3.1-8B's layers (0.11 GB each in 4 bit; 38 are 4.3 GB) and random codes. It is made under --dir
+and removed, or kept in --keep and used again. Loaders take turns, A B A B.
 
-Bytes are those asked of the files; transformers maps the file, and has touched all of it in the end. Peak is the most
-that was resident, beyond what was before the weights came (VmHWM, restarted): the page cache is not in it, but where
-files are mapped their pages are. The limit is what the rank holds afterwards, the largest tensor of the folder, and 64
-MiB. Waiting is the share of the time in which there was nothing to do but wait for a read. --cold takes the folder out
-of the page cache before each loading.
+ours: ranks are processes with gloo and one thread each, which load by the code of `train`: skeleton, adapter,
+sharding, every rank's bytes. The base is over all ranks; on four and more also as two copies, as on two nodes.
+from_pretrained: what transformers does under torchrun, as many processes, each loading the whole with
+AutoModelForCausalLM and touching every page of the weights: without that they are mapped and not yet read. Before that
+each loads a tiny folder, so that imports count neither as time nor as memory. All begin together and keep what they
+have until the last is done.
+
+Seconds are those of the slowest rank, from opening the folder to the last byte in its place. Read: bytes asked of the
+files by a rank; what is mapped is all of it. Peak of a rank: the most that was resident, beyond what was before
+(VmHWM, restarted): the page cache is not in it, but where files are mapped their pages are. Held: what is resident
+when all are done. Held by all: their own memory, and of mapped files each page once, however many map it (RssAnon, Pss
+of files). Peak of all: that, and what each had at its peak beyond what it holds, as if all peaks were at once. --cold
+takes the folder out of the page cache before each loading, and tells what came from the disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import socket
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from synthetic import drop_from_page_cache, resident_bytes, restart_peak, write_nf4
+from loading_table import show
 
-from qlora_dist.adapters.attach import attach_adapter, peft_config
-from qlora_dist.config import Config
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.model.fill import fill
-from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.nf4.read_ahead import Reading
-from qlora_dist.parallel.fsdp import parallelize
-from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
-from qlora_dist.parallel.process_group import process_group
-from qlora_dist.parallel.static_bytes import check_static_bytes
-
-MIB = 2**20
-THEIRS = """
-import sys, time
-sys.path.insert(0, sys.argv[2])
-import torch, transformers
-from synthetic import resident_bytes, restart_peak
-before, started = restart_peak(), time.perf_counter()
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map="cpu")
-for parameter in model.parameters():
-    parameter.data.view(-1).view(torch.uint8)[::4096].sum()
-print(resident_bytes("VmHWM") - before, resident_bytes() - before, time.perf_counter() - started)
-"""
+SPARE_BYTES = 2 * 2**30
+"""Of the machine's memory, left to everything else."""
 
 
-def load(rank: int, world_size: int, nodes: int, port: int, folder: Path, pipe: Any) -> None:
-    """What `train` does up to the first step, on one rank."""
-    local = world_size // nodes
-    variables = (rank, world_size, rank % local, local, "127.0.0.1", port)
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    os.environ.update({name: str(value) for name, value in zip(names, variables, strict=True)})
-    torch.set_num_threads(1)
-    base = "world" if nodes == 1 else "node"
-    config = Config.model_validate(
-        {"model": {"base": str(folder)}, "lora": {"r": 16}, "data": {"train": ["-"]}, "parallel": {"base": base}}
-    )
-    ranks, device = ranks_from_environment(), torch.device("cpu")
-    source = ModelFolder(folder)
-    model = build_skeleton(source, config.model)
-    attach_adapter(model, peft_config(model, config.lora, config.model.base))
-    sizes = mesh_sizes(config.parallel, ranks)
-    readings = [Reading(0, 0, 0.0)]
-    with process_group(ranks, device):
-        meshes = build_meshes(sizes, "cpu")
-        parallelize(model, meshes, config)
-        torch.distributed.barrier()
-        before, started = restart_peak(), time.perf_counter()
-        read_bytes = fill(model, source, device, 0, meshes.base_replicas, progress=readings.append)
-        seconds, peak = time.perf_counter() - started, resident_bytes("VmHWM") - before
-        held = check_static_bytes(model, sizes)
-    pipe.send((read_bytes, peak, held, seconds, readings[-1].wait_s))
-
-
-def on_ranks(world_size: int, nodes: int, folder: Path) -> list[tuple[int, int, int, float, float]]:
-    """For each rank: bytes read, peak, bytes held, seconds, seconds of waiting for reads."""
+def together(functions: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> list[dict[str, Any]]:
+    """Run each in a process, the connection to here as last argument: what it sends in the end."""
     context = multiprocessing.get_context("fork")
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    pipes = [context.Pipe() for _ in functions]
     processes = [
-        context.Process(target=load, args=(rank, world_size, nodes, port, folder, pipes[rank][1]), daemon=True)
-        for rank in range(world_size)
+        context.Process(target=function, args=(*args, pipe[1]), daemon=True)
+        for (function, args), pipe in zip(functions, pipes, strict=True)
     ]
-    for process, (_, theirs) in zip(processes, pipes, strict=True):
+    for process, (_, end) in zip(processes, pipes, strict=True):
         process.start()
-        theirs.close()
+        end.close()
     try:
-        return [ours.recv() for ours, _ in pipes]
+        for _ in range(3):  # all are ready; have loaded; have looked at what they share
+            figures = [pipe.recv() for pipe, _ in pipes]
+            for pipe, _ in pipes:
+                pipe.send(None)
+        return figures
     finally:
         for process in processes:
             process.join(20)
             process.kill()
 
 
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def loaders(numbers: list[int], folder: Path, tiny: Path, total: int) -> Iterator[tuple[str, int, Any, int]]:
+    """Name, ranks, what to run on each, and the bytes that they hold together, in the order of a repeat."""
+    from loading_ranks import ours, theirs  # behind the arguments: torch takes seconds. The ranks are forks and have it
+
+    for n in numbers:
+        for nodes, name in ((1, "ours"), (2, "ours, two copies")):
+            if nodes == 1 or (n >= 4 and n % 2 == 0):
+                port = free_port()
+                yield name, n, [(ours, (rank, n, nodes, port, folder, tiny)) for rank in range(n)], nodes * total
+        yield "from_pretrained", n, [(theirs, (folder, tiny))] * n, n * total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=19)
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--ranks", type=lambda text: [int(word) for word in text.split(",")], default=[1, 2, 4])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the folder is made")
+    parser.add_argument("--keep", type=Path, help="a folder to make, or to use if it is there")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--show", type=Path, help="only print the table of a file that --json has written")
     args = parser.parse_args()
-    console = Console(width=120)
+    if args.show:
+        print(show(json.loads(args.show.read_text())))
+        return
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
-        folder = Path(directory) / "model"
-        total = write_nf4(folder, args.layers)
-        opened = ModelFolder(folder)
-        largest = max(
-            *(quantized.layout.total_bytes for quantized in opened.quantized.values()),
-            *(entry.nbytes for entry in opened.entries.values()),
-        )
-        console.print(f"{total / 1e9:.2f} GB in 4 bit, {args.layers} layers, {args.ranks} ranks, {cache(args.cold)}")
-        table = Table("loader", "read / folder", "peak MiB", "limit MiB", "held MiB", "s", "GB/s in all", "waiting")
-        rows: dict[str, list[tuple[str, ...]]] = {}
-        seconds: dict[str, list[float]] = {}
-        for _ in range(args.repeats):
-            for name, nodes in (("base: world", 1), ("base: node, 2 nodes", 2)):
-                prepare(folder, args.cold)
-                results = on_ranks(args.ranks, nodes, folder)
-                rows[name] = [
-                    row(f"{name}, rank {rank}", read, peak, held, s, total, wait, held + largest + 64 * MIB)
-                    for rank, (read, peak, held, s, wait) in enumerate(results)
-                ]
-                seconds.setdefault(name, []).append(max(result[3] for result in results))
-            prepare(folder, args.cold)
-            command = [sys.executable, "-c", THEIRS, str(folder), str(Path(__file__).parent)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            peak, held, s = (float(word) for word in output.stdout.split()[-3:])
-            rows["from_pretrained"] = [row("from_pretrained, one process", None, peak, held, s, total)]
-            seconds.setdefault("from_pretrained", []).append(s)
-    for lines in rows.values():
-        for line in lines:
-            table.add_row(*line)
-    console.print(table)
-    for name, times in seconds.items():
-        console.print(f"{name}: {statistics.median(times):.2f} s, median of {[round(t, 2) for t in times]}")
+        tree = measure(args, args.keep or Path(directory) / "model", Path(directory) / "tiny")
+    if args.json:
+        args.json.write_text(json.dumps(tree, indent=1) + "\n")
+    print(show(tree))
 
 
-def prepare(folder: Path, cold: bool) -> None:
-    if cold:
-        drop_from_page_cache(folder)
+def measure(args: argparse.Namespace, folder: Path, tiny: Path) -> dict[str, Any]:
+    import psutil
+    import transformers
+    from synthetic import drop_from_page_cache, write_nf4
 
+    from qlora_dist.bench.machine import this_machine
+    from qlora_dist.model.folder import ModelFolder
 
-def cache(cold: bool) -> str:
-    return "read from the disk" if cold else "read from the page cache"
-
-
-def row(
-    name: str,
-    read: float | None,
-    peak: float,
-    held: float,
-    seconds: float,
-    total: int,
-    wait_s: float | None = None,
-    limit: float | None = None,
-) -> tuple[str, ...]:
-    """A line of the table."""
-    return (
-        name,
-        f"{read / total:.4f}" if read is not None else "mapped",
-        f"{peak / MIB:.0f}",
-        f"{limit / MIB:.0f}" if limit is not None else "",
-        f"{held / MIB:.0f}",
-        f"{seconds:.2f}",
-        f"{total / 1e9 / seconds:.2f}",
-        f"{100 * wait_s / seconds:.0f} %" if wait_s is not None else "",
-    )
+    transformers.utils.logging.disable_progress_bar()
+    if not (folder / "model.safetensors").is_file():
+        write_nf4(folder, args.layers)
+    write_nf4(tiny, 1, hidden_size=256, intermediate_size=256, num_attention_heads=2, num_key_value_heads=2)
+    total = (folder / "model.safetensors").stat().st_size
+    opened = ModelFolder(folder)
+    largest = [quantized.layout.total_bytes for quantized in opened.quantized.values()]
+    largest += [entry.nbytes for entry in opened.entries.values()]
+    runs: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for repeat in range(args.repeats):
+        for name, n, functions, held in loaders(args.ranks, folder, tiny, total):
+            available = psutil.virtual_memory().available
+            if held + SPARE_BYTES > available:
+                left_out[f"{name}, {n}"] = f"{held / 1e9:.1f} GB, and {available / 1e9:.1f} GB are available"
+                continue
+            if args.cold:
+                drop_from_page_cache(folder)
+            print(f"repeat {repeat + 1} of {args.repeats}: {name}, {n}", file=sys.stderr, flush=True)
+            runs.append({"loader": name, "number": n, "repeat": repeat, "ranks": together(functions)})
+    return {
+        "layers": len({key.split(".")[2] for key in opened.quantized if ".layers." in key}),
+        "folder_bytes": total,
+        "largest_tensor_bytes": max(largest),
+        "cold": args.cold,
+        "repeats": args.repeats,
+        "machine": this_machine([]).model_dump(),
+        "runs": runs,
+        "left_out": left_out,
+    }
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ def drop_from_page_cache(folder: Path) -> None:
     """So that the next read of the folder's files comes from the disk."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)  # what is not written yet stays
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 

@@ -21,7 +21,9 @@ def figures(runs: list[dict[str, Any]], steps: list[dict[str, Any]], timed: int)
                 line[f"{kind}_tokens_per_s"] = statistics.median(rates)
                 line[f"{kind}_range"] = [min(rates), max(rates)]
             for key in ("static_bytes", "load_peak_bytes", "train_peak_bytes", "wire_bytes", "load_s"):
-                values = [one[key] for one in done if one[key] is not None]
+                # a first run also compiles what it imports, some of it while it loads
+                since = 1 if key in ("load_peak_bytes", "load_s") and len(done) > 1 else 0
+                values = [one[key] for one in done[since:] if one[key] is not None]
                 line[key] = statistics.median(values) if values else None
             line |= {"losses": done[0]["losses"], "engine": done[0]["engine"]}
         lines.append(line)

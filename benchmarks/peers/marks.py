@@ -5,6 +5,7 @@ A mark is a line of JSON in $PEERS_MARKS/RANK.jsonl. Nothing here but Python and
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -53,6 +54,7 @@ def static_bytes() -> int:
     return sum(storages.values())
 
 
+@functools.cache
 def steps() -> list[dict[str, Any]]:
     """What material.py has written."""
     return json.loads((MATERIAL / "steps.json").read_text())

@@ -3,20 +3,21 @@
 python benchmarks/peers/run.py --base FOLDER --data my-data.jsonl [--systems ours transformers ...] [--ranks 1 2]
     [--rows 2] [--seq-len 1024] [--steps 3] [--repeats 3] [--json FILE]
 
-FOLDER is in 4 bit, as `qlora-dist quantize` makes it, or in 16 bit, and is then quantized first. Each peer runs in a
-virtual environment of its own with the versions of its file of requirements in this folder; the first time they are
-installed, which needs a network and some minutes (1.5 GB each). The systems take turns in each repeat. A system that
-cannot run is told with its own error.
+FOLDER is in 16 bit and is quantized first, or in 4 bit, as `qlora-dist quantize` makes it, which torchtune refuses.
+Each peer runs in a virtual environment of its own with the versions of its file of requirements in this folder; the
+first time they are installed, which needs a network and some minutes (1.5 GB each). The systems take turns in each
+repeat. A system that cannot run is told with its own error. All is written in Markdown.
 
 Every run trains one step that is not timed and --steps of full rows, the same for all; then one and --steps of uneven
 rows: ours packed, theirs as many conversations, one to a row, padded to the longest (material.py). One process has
 --threads threads, two ranks share them.
 
 tokens/s counts tokens that are not padding, median over the steps of all repeats, by the clock of rank 0 as steps end.
-Peaks are the kernel's VmHWM of a rank: at load beyond what was resident after the imports (mapped files count), in
-training all of it. Static: the storages of all tensors that are alive after the last step, each once, of the rank with
-most. Wire: what the loopback of a network namespace of its own has sent in a full step, over ranks; needs root or user
-namespaces, and is left out without. The adapter's first values are the same for all (torchtune's A is its own).
+Peaks are the kernel's VmHWM of a rank: at load beyond what was resident after the imports (mapped files count; from
+the second repeat on, if there is one, as first imports are compiled), in training all of it. Static: the storages of
+all tensors that are alive after the last step, each once, of the rank with most. Wire: what the loopback of a network
+namespace of its own has sent in a full step, over ranks; needs root or user namespaces, and is left out without. The
+adapter's first values are the same for all (torchtune's A is its own).
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ def main() -> int:
     parser.add_argument("--show", type=Path, help="only print the table of a file that --json has written")
     args = parser.parse_args()
     if args.show:
-        show(json.loads(args.show.read_text()))
+        print(show(json.loads(args.show.read_text())))
         return 0
     if args.base is None or args.data is None:
         parser.error("--base and --data are needed, or --show")
@@ -65,21 +67,23 @@ def main() -> int:
         parser.error(f"--rows {args.rows} is not divided by {max(args.ranks)} ranks")
     from material import write_material  # behind the arguments: torch takes seconds
 
+    from qlora_dist.bench.machine import this_machine
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = str(four_bit(args.base, folder))
         each = args.steps + 1
         write_material(folder / "material", base, str(args.data), args.rows, args.seq_len, each, each)
         steps = json.loads((folder / "material" / "steps.json").read_text())
+        settings = {key: getattr(args, key) for key in ("rows", "seq_len", "steps", "repeats", "threads")}
+        settings |= {"base": args.base.name, "machine": this_machine([]).model_dump()}
         runs: list[dict[str, Any]] = []
         for run in measure(args, base, folder):
             runs.append(run)
-            settings = {key: getattr(args, key) for key in ("rows", "seq_len", "steps", "repeats", "threads")}
-            settings |= {"base": args.base.name, "machine": platform.platform(), "cpus": os.cpu_count()}
             tree = {"settings": settings, "systems": figures(runs, steps, args.steps), "runs": runs}
             if args.json:  # each time: what is there is not lost if the rest is interrupted
                 args.json.write_text(json.dumps(tree, indent=1) + "\n")
-    show(tree)
+    print(show(tree))
     return 0
 
 
@@ -115,7 +119,7 @@ def one(system: System, ranks: int, args: argparse.Namespace, base: str, folder:
     try:
         python = str(python_of(system.requirements)) if system.requirements else sys.executable
     except RuntimeError as error:
-        return {"marks": [], "error": str(error), "namespace": False}
+        return {"marks": [], "seconds": 0.0, "error": str(error), "namespace": False}
     marks, namespace = folder / "marks", in_namespace()
     shutil.rmtree(marks, ignore_errors=True)
     marks.mkdir()
@@ -136,6 +140,7 @@ def one(system: System, ranks: int, args: argparse.Namespace, base: str, folder:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": f"{HERE.parents[1]}:{HERE}" if system.requirements is None else str(HERE),
     } | dict(system.environment)
+    started, used = time.monotonic(), cpu_s()
     with (folder / "output.txt").open("w") as output:
         run = subprocess.Popen(
             [*namespace, *command], stdout=output, stderr=output, env=os.environ | variables, start_new_session=True
@@ -149,7 +154,14 @@ def one(system: System, ranks: int, args: argparse.Namespace, base: str, folder:
     files = [marks / f"{rank}.jsonl" for rank in range(ranks)]
     lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.is_file()]
     text = (folder / "output.txt").read_text()
-    return {"marks": lines, "error": error_of(text, code) if code else None, "namespace": bool(namespace)}
+    told = {"error": error_of(text, code) if code else None, "namespace": bool(namespace)}
+    return {"marks": lines, "seconds": time.monotonic() - started, "cpu_s": cpu_s() - used} | told
+
+
+def cpu_s() -> float:
+    """Of all processes that have been waited for: what a busy machine adds to a run's seconds is not in it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def error_of(text: str, code: int) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
 
 
 class System(NamedTuple):
@@ -15,16 +19,38 @@ class System(NamedTuple):
     default: bool = True
     quantizes: bool = False
     """It is given --base as it is, also in 16 bit."""
+    note: str = ""
+    """What else is to be known of its figures."""
+
+    def versions(self) -> list[str]:
+        """Of what its environment has installed, but for torch, which is the same for all."""
+        text = (HERE / f"{self.requirements}.txt").read_text() if self.requirements else ""
+        return [f"{name} {number}" for name, number in re.findall(r"^(\w+)==(\S+)", text, re.M) if name in NAMED]
 
 
+NAMED = ("transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "torchtune", "torchao")
 SYSTEMS = {
     "ours": System("ours.py", None, (1, 2)),
-    "ours, compiled": System("ours.py", None, (1, 2), ("--compiled",)),
+    "ours, compiled": System("ours.py", None, (1, 2), ("--compiled",), default=False),
     "ours, base on each rank": System("ours.py", None, (2,), ("--parallel-base", "replicate")),
     "transformers": System("trainer.py", "transformers", (1,)),
     "accelerate FSDP1": System("trainer.py", "transformers", (2,), ("--fsdp", "1")),
     "accelerate FSDP2": System("trainer.py", "transformers", (2,), ("--fsdp", "2")),
-    "fully_shard": System("fully_shard.py", "transformers", (2,)),
-    "DeepSpeed ZeRO-3": System("trainer.py", "deepspeed", (2,), ("--zero3",), (("DS_ACCELERATOR", "cpu"),)),
-    "torchtune": System("torchtune_nf4.py", "torchtune", (2,), quantizes=True),
+    "fully_shard": System("fully_shard.py", "transformers", (2,), note="the scales are whole on each rank"),
+    "DeepSpeed ZeRO-3": System(
+        "trainer.py",
+        "deepspeed",
+        (2,),
+        ("--zero3",),
+        (("DS_ACCELERATOR", "cpu"),),
+        note="through transformers' Trainer, without its shared memory, so that all bytes are counted",
+    ),
+    "torchtune": System(
+        "torchtune_nf4.py",
+        "torchtune",
+        (2,),
+        quantizes=True,
+        note="`lora_finetune_distributed`, without what asks a GPU for its memory; it quantizes itself. Adapters, "
+        "their gradients and moments are in bf16, where the others have fp32",
+    ),
 }

@@ -1,4 +1,4 @@
-"""The tables."""
+"""The tables, in Markdown: figures, what each peer that was asked for did, and each claim as a ratio."""
 
 from __future__ import annotations
 
@@ -6,54 +6,88 @@ import re
 from typing import Any
 
 from figures import claims
-from rich.console import Console
-from rich.table import Table
+from systems import SYSTEMS
 
-NAMES = {
-    "full_tokens_per_s": "tokens/s, same batch shape",
-    "uneven_tokens_per_s": "tokens/s, uneven lengths",
-    "static_bytes": "static bytes",
-    "load_peak_bytes": "peak at load",
-    "wire_bytes": "bytes on the wire",
+WHAT = {
+    "full_tokens_per_s": "full",
+    "uneven_tokens_per_s": "uneven",
+    "static_bytes": "static",
+    "load_peak_bytes": "at load",
+    "wire_bytes": "wire",
     "losses": "losses differ by",
 }
 
 
-def show(tree: dict[str, Any], console: Console | None = None) -> None:
-    """Figures of each system, errors, and each claim with its number."""
-    console = console or Console(width=150, highlight=False)
-    settings = tree["settings"]
-    heads = ("full, tokens/s", "min-max", "uneven, tokens/s", "min-max", "static MB", "peak at load MB")
-    table = Table(
-        title=f"{settings['base']}: {settings['rows']} rows of {settings['seq_len']} tokens a step",
-        title_justify="left",
+def show(tree: dict[str, Any]) -> str:
+    """All of it, tables one after another."""
+    done = [line for line in tree["systems"] if line["repeats"]]
+    peers = [line for line in tree["systems"] if not line["system"].startswith("ours")]
+    tables = [conditions(tree["settings"], tree["runs"]), figures_table(done)]
+    if peers:
+        tables.append(table(["asked for", "ranks", "what happened"], [happened(line) for line in peers]))
+    ratios = claims_table(claims(tree["systems"]), {line["system"]: called(line) for line in done})
+    return "\n\n".join(tables + ([ratios] if ratios else []))
+
+
+def conditions(settings: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    machine = settings["machine"]
+    versions = [f"{name} {machine['versions'][name]}" for name in ("qlora-dist", "torch", "transformers")]
+    minutes = sum(run["seconds"] for run in runs) / 60
+    return (
+        f"{settings['base']}: {settings['rows']} rows of {settings['seq_len']} tokens a step, "
+        f"{settings['steps']} timed of each kind in each of {settings['repeats']} repeats, {minutes:.0f} minutes; "
+        f"{settings['threads']} threads, {machine['cores']} cores of {machine['processor']}, "
+        f"load {machine['load_average']:.1f} before; {', '.join(versions)}."
     )
-    for head in ("system", "ranks", *heads, "peak in training MB", "wire MB a step", "first loss"):
-        table.add_column(head, justify="left" if head == "system" else "right", no_wrap=head == "system")
-    for line in tree["systems"]:
-        if not line["repeats"]:
-            table.add_row(line["system"], str(line["ranks"]), "-")
-            continue
-        cells = []
+
+
+def figures_table(lines: list[dict[str, Any]]) -> str:
+    """Medians, in brackets least and most."""
+    heads = ["system", "ranks", "full, tokens/s", "uneven, tokens/s", "static MB", "peak at load MB"]
+    heads += ["peak in training MB", "wire MB a step", "losses"]
+    rows = []
+    for line in lines:
+        cells = [called(line), str(line["ranks"])]
         for kind in ("full", "uneven"):
             low, high = line[f"{kind}_range"]
-            cells += [f"{line[f'{kind}_tokens_per_s']:.0f}", f"{low:.0f}-{high:.0f}"]
+            style = ".0f" if low >= 10 else ".1f"
+            cells.append(f"{line[f'{kind}_tokens_per_s']:{style}} ({low:{style}} - {high:{style}})")
         sizes = ("static_bytes", "load_peak_bytes", "train_peak_bytes", "wire_bytes")
-        cells += ["" if line[key] is None else f"{line[key] / 1e6:.1f}" for key in sizes]
-        table.add_row(called(line), str(line["ranks"]), *cells, f"{line['losses'][0]:.4f}")
-    console.print(table)
-    for line in tree["systems"]:
-        if line["error"]:
-            console.print(f"{line['system']}, {line['ranks']} ranks: {reason(line['error'])}", markup=False)
-    found = claims(tree["systems"])
-    verdicts = Table(title="claims", title_justify="left")
-    for head in ("peer", "ranks", "ours", "what", "ratio", "should be", "holds"):
-        verdicts.add_column(head, justify="right" if head in ("ranks", "ratio") else "left")
+        cells += ["-" if line[key] is None else f"{line[key] / 1e6:.1f}" for key in sizes]
+        rows.append([*cells, ", ".join(f"{loss:.4f}" for loss in line["losses"])])
+    return table(heads, rows)
+
+
+def happened(line: dict[str, Any]) -> list[str]:
+    """What was asked for, with versions, and what came of it, in its own words where it is an error."""
+    system = SYSTEMS[line["system"]]
+    asked = f"{line['system']}: {', '.join(system.versions())}"
+    if line["error"]:
+        did = f"`{reason(line['error'])}`".replace("|", "\\|")
+    elif ignored(line):
+        did = "ran as plain data parallelism (`DistributedDataParallel`): the plugin is ignored without a word"
+    else:
+        did = f"ran (`{line['engine']}`)"
+    return [asked, str(line["ranks"]), did + (f"; {system.note}" if system.note and not line["error"] else "")]
+
+
+def claims_table(found: list[dict[str, Any]], names: dict[str, str]) -> str:
+    """Ratios of ours to each peer's, of losses the largest relative difference; **no** where a claim does not hold."""
+    if not found:
+        return ""
+    limits = {what: next((c["limit"] for c in found if c["what"] == what), "") for what in WHAT}
+    heads = ["against", "ranks", "ours", *(f"{name} {limits[what]}".strip() for what, name in WHAT.items())]
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
     for claim in found:
-        ratio = f"{claim['ratio']:.1e}" if claim["what"] == "losses" else f"{claim['ratio']:.2f}"
-        cells = [str(claim[key]) for key in ("peer", "ranks", "ours")]
-        verdicts.add_row(*cells, NAMES[claim["what"]], ratio, claim["limit"], "yes" if claim["holds"] else "NO")
-    console.print(verdicts)
+        style = ".1e" if claim["what"] == "losses" else ".2f" if "per_s" in claim["what"] else ".3f"
+        ratio = f"{claim['ratio']:{style}}"
+        key = names[claim["peer"]], str(claim["ranks"]), claim["ours"]
+        rows.setdefault(key, {})[claim["what"]] = ratio + ("" if claim["holds"] else " **no**")
+    return table(heads, [[*key, *(cells.get(what, "-") for what in WHAT)] for key, cells in rows.items()])
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
 
 
 def reason(error: str) -> str:
@@ -67,7 +101,10 @@ def reason(error: str) -> str:
     return " ".join(lines[named[-1] :][:4]) if named else lines[-1]
 
 
+def ignored(line: dict[str, Any]) -> bool:
+    return line["system"].startswith("accelerate FSDP") and line["engine"] == "DistributedDataParallel"
+
+
 def called(line: dict[str, Any]) -> str:
     """A system that has run something else than it was asked for says so."""
-    ignored = line["system"].startswith("accelerate FSDP") and line["engine"] == "DistributedDataParallel"
-    return f"{line['system']}: ran DDP" if ignored else line["system"]
+    return f"{line['system']}: ran DDP" if ignored(line) else line["system"]

@@ -20,16 +20,17 @@ from omegaconf import OmegaConf
 
 
 class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """An item is a rank's batch of a step."""
+    """An item is a rank's batch of a step, made when it is asked for."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.items = [padded_batch(step, rank, WORLD_SIZE) for step in steps() for rank in range(WORLD_SIZE)]
+        pass
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(steps()) * WORLD_SIZE
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"tokens": self.items[index]["input_ids"], "labels": self.items[index]["labels"]}
+        batch = padded_batch(steps()[index // WORLD_SIZE], index % WORLD_SIZE, WORLD_SIZE)
+        return {"tokens": batch["input_ids"], "labels": batch["labels"]}
 
 
 def collate(items: list[dict[str, torch.Tensor]], padding_idx: int, ignore_idx: int) -> dict[str, torch.Tensor]:

@@ -31,8 +31,18 @@ ZERO3 = {
 }
 
 
+class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """An item is a rank's batch of a step, made when it is asked for: those of other steps count as nobody's memory."""
+
+    def __len__(self) -> int:
+        return len(steps()) * WORLD_SIZE
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return padded_batch(steps()[index // WORLD_SIZE], index % WORLD_SIZE, WORLD_SIZE)
+
+
 class InOrder(transformers.Trainer):
-    """An item of the data set is a rank's batch; they come as they are written."""
+    """They come as they are written."""
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -62,7 +72,6 @@ def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     warm(args.base)
     mark_and_restart_peak("imported")
-    batches = [padded_batch(step, rank, WORLD_SIZE) for step in steps() for rank in range(WORLD_SIZE)]
     more: dict[str, Any] = {}
     if args.fsdp:
         settings = {"version": int(args.fsdp), "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -76,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
-            max_steps=len(batches) // WORLD_SIZE,
+            max_steps=len(steps()),
             per_device_train_batch_size=1,
             learning_rate=2e-4,
             lr_scheduler_type="constant",
@@ -101,7 +110,7 @@ def main() -> None:
         trainer = InOrder(
             model=model,
             args=arguments,
-            train_dataset=batches,
+            train_dataset=Batches(),
             data_collator=lambda items: items[0],
             callbacks=[Marks()],
         )

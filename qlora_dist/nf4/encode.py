@@ -40,15 +40,15 @@ def encode(weights: torch.Tensor, block_size: int, quant_type: QuantType) -> tup
     """
     codes = torch.empty(weights.numel() // 2, dtype=torch.uint8)
     absmax = torch.empty(weights.numel() // block_size)
-    pairs, table = codes.numpy(), _table(quant_type)
+    pairs, table, scratch = codes.numpy(), _table(quant_type), _scratch()
     for start in range(0, weights.numel(), _PIECE):
         piece = weights[start : start + _PIECE].view(-1, block_size)
         piece_absmax = absmax[start // block_size :][: len(piece)]
-        blocks = _scratch.scaled[: piece.numel()].view(piece.shape).copy_(piece)
-        torch.abs(blocks, out=_scratch.magnitudes[: piece.numel()].view(piece.shape))
-        torch.amax(_scratch.magnitudes[: piece.numel()].view(piece.shape), 1, out=piece_absmax)
+        blocks = scratch.scaled[: piece.numel()].view(piece.shape).copy_(piece)
+        torch.abs(blocks, out=scratch.magnitudes[: piece.numel()].view(piece.shape))
+        torch.amax(scratch.magnitudes[: piece.numel()].view(piece.shape), 1, out=piece_absmax)
         blocks.mul_(piece_absmax.clamp(min=_SMALLEST_ABSMAX).reciprocal_().unsqueeze(1))
-        scaled, piece_codes = blocks.view(-1).numpy(), _scratch.codes[: piece.numel()]
+        scaled, piece_codes = blocks.view(-1).numpy(), scratch.codes[: piece.numel()]
         for first in range(0, piece.numel(), _COMPARED):
             table.encode(scaled[first : first + _COMPARED], piece_codes[first : first + _COMPARED])
         # Little-endian, the first of a pair is the low byte: 16 times it, plus the second, becomes the high byte.
@@ -69,7 +69,10 @@ class _Scratch(threading.local):
         self.above = np.empty((15, _COMPARED), dtype=np.bool_)
 
 
-_scratch = _Scratch()
+@functools.cache
+def _scratch() -> _Scratch:
+    """Made when something is quantized: who loads a folder in 4 bit holds none."""
+    return _Scratch()
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class _Table:
 
     def encode(self, scaled: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8]) -> None:
         """Fill `codes: uint8[n]` with the codes of `scaled: fp32[n]`, n at most _COMPARED."""
-        above = _scratch.above[:, : scaled.size]
+        above = _scratch().above[:, : scaled.size]
         np.greater(scaled, self.bounds[:, np.newaxis], out=above)
         changes = above.view(np.uint8)
         if self.changes is not None:

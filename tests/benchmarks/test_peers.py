@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 sys.path.insert(0, str(PEERS))
@@ -18,6 +16,8 @@ sys.path.insert(0, str(PEERS))
 from figures import claims, figures  # type: ignore[import-not-found] # noqa: E402
 from systems import SYSTEMS  # type: ignore[import-not-found] # noqa: E402
 from table import reason, show  # type: ignore[import-not-found] # noqa: E402
+
+from qlora_dist.bench.machine import this_machine  # noqa: E402
 
 STEPS = [
     {"kind": kind, "tokens": tokens, "our_tokens": 400} for kind, tokens in [("full", 400)] * 3 + [("uneven", 300)] * 3
@@ -50,6 +50,7 @@ def run(system: str, ranks: int, seconds: float, static: int, **more: Any) -> di
         "marks": [marks] * ranks,
         "error": None,
         "namespace": True,
+        "seconds": 40,
     } | more
 
 
@@ -59,9 +60,10 @@ def tree() -> dict[str, Any]:
         run("ours", 2, 1.0, 50),
         run("fully_shard", 2, 1.6, 60),
         run("accelerate FSDP2", 2, 1.2, 40, engine="DistributedDataParallel"),
-        {"system": "torchtune", "ranks": 2, "repeat": 0, "marks": [], "error": ERROR, "namespace": True},
+        {"system": "torchtune", "ranks": 2, "repeat": 0, "marks": [], "error": ERROR, "namespace": True, "seconds": 20},
     ]
-    settings = {"base": "some-model", "rows": 2, "seq_len": 200}
+    settings = {"base": "some-model", "rows": 2, "seq_len": 200, "steps": 2, "repeats": 1, "threads": 2}
+    settings |= {"machine": this_machine([]).model_dump()}
     return {"settings": settings, "systems": figures(runs, STEPS, 2), "runs": runs}
 
 
@@ -85,11 +87,21 @@ def test_a_claim_holds_only_where_its_figures_say_so(tree: dict[str, Any]) -> No
 
 
 def test_the_table_says_what_ran_and_what_did_not(tree: dict[str, Any]) -> None:
-    out = io.StringIO()
-    show(json.loads(json.dumps(tree)), Console(file=out, width=160))
-    assert "accelerate FSDP2: ran DDP" in out.getvalue()
-    assert "torchtune, 2 ranks: NotImplementedError: no kernel of that name" in out.getvalue()
-    assert "NO" in out.getvalue()
+    text = show(json.loads(json.dumps(tree)))
+    assert "| accelerate FSDP2: ran DDP | 2 | 333 (333 - 333) | 250 (250 - 250) |" in text
+    assert "| torchtune: torchtune 0.6.1, torchao 0.10.0 | 2 | `NotImplementedError: no kernel of that name" in text
+    assert "| accelerate FSDP2: ran DDP | 2 | ours | 1.20 **no** | 1.60 **no** | 1.250 **no** |" in text
+    assert "| fully_shard | 2 | ours | 1.60 | 2.13 | 0.833 |" in text
+    for part in text.split("\n\n"):  # a table whose rows have other numbers of cells is none
+        assert len({line.count("|") for line in part.splitlines()}) == 1
+
+
+def test_peaks_at_load_are_not_of_the_run_that_compiles_its_imports() -> None:
+    first, second = run("ours", 2, 1.0, 50), run("ours", 2, 1.0, 50)
+    for rank in first["marks"]:
+        rank[1] = rank[1] | {"VmHWM": 900}
+    (line,) = figures([first, second], STEPS, 2)
+    assert line["load_peak_bytes"] == 250
 
 
 def test_the_reason_is_not_that_of_the_rank_that_was_left_alone() -> None:

@@ -1,0 +1,98 @@
+"""What each process of loading.py does: load, by ours or by transformers, and tell its figures."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from synthetic import resident_bytes, restart_peak
+
+from qlora_dist.adapters.attach import attach_adapter, peft_config
+from qlora_dist.config import Config
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model.fill import fill
+from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.nf4.read_ahead import Reading
+from qlora_dist.parallel.fsdp import parallelize
+from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
+from qlora_dist.parallel.process_group import process_group
+from qlora_dist.parallel.static_bytes import check_static_bytes
+
+
+def ours(rank: int, world_size: int, nodes: int, port: int, folder: Path, tiny: Path, pipe: Any) -> None:
+    """What `train` does up to the first step, on one rank."""
+    local = world_size // nodes
+    variables = (rank, world_size, rank % local, local, "127.0.0.1", port)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ.update({name: str(value) for name, value in zip(names, variables, strict=True)})
+    torch.set_num_threads(1)
+    base = "world" if nodes == 1 else "node"
+    config = Config.model_validate(
+        {"model": {"base": str(folder)}, "lora": {"r": 16}, "data": {"train": ["-"]}, "parallel": {"base": base}}
+    )
+    ranks, device = ranks_from_environment(), torch.device("cpu")
+    readings = [Reading(0, 0, 0.0)]
+    with process_group(ranks, device):
+        sizes = mesh_sizes(config.parallel, ranks)
+        meshes = build_meshes(sizes, "cpu")
+
+        def load(path: Path) -> tuple[Any, dict[str, Any]]:
+            source = ModelFolder(path)
+            model = build_skeleton(source, config.model)
+            attach_adapter(model, peft_config(model, config.lora, config.model.base))
+            parallelize(model, meshes, config)
+            read_bytes = fill(model, source, device, 0, meshes.base_replicas, progress=readings.append)
+            return model, {"read_bytes": read_bytes, "waiting_s": readings[-1].wait_s}
+
+        load(tiny)
+        measured(pipe, lambda: load(folder), lambda model: {"static_bytes": check_static_bytes(model, sizes)})
+
+
+def theirs(folder: Path, tiny: Path, pipe: Any) -> None:
+    def load(path: Path) -> tuple[Any, dict[str, Any]]:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
+        for parameter in model.parameters():
+            state = getattr(parameter, "quant_state", None)
+            for tensor in [parameter.data] + ([state.absmax, state.state2.absmax] if state else []):
+                tensor.view(-1).view(torch.uint8)[::4096].sum()
+        return model, {"read_bytes": (path / "model.safetensors").stat().st_size}
+
+    torch.set_num_threads(1)
+    load(tiny)
+    measured(pipe, lambda: load(folder), lambda _: {})
+
+
+def measured(pipe: Any, load: Callable[[], tuple[Any, dict[str, Any]]], then: Callable[[Any], dict[str, Any]]) -> None:
+    """Send that this rank is ready; load when all are; tell figures, and the shared ones when all are done; stay."""
+    gc.collect()
+    pipe.send(None)
+    pipe.recv()
+    disk, shared, own = disk_bytes(), mapped_bytes(), resident_bytes("RssAnon")
+    before, started = restart_peak(), time.perf_counter()
+    model, figures = load()
+    figures["seconds"] = time.perf_counter() - started
+    figures |= {"peak_bytes": resident_bytes("VmHWM") - before, "held_bytes": resident_bytes() - before}
+    figures |= then(model) | {"disk_bytes": disk_bytes() - disk}
+    pipe.send(None)
+    pipe.recv()
+    pipe.send(figures | {"in_all_bytes": resident_bytes("RssAnon") - own + mapped_bytes() - shared})
+    pipe.recv()
+
+
+def mapped_bytes() -> int:
+    """Pages of files that this process maps, each divided by the number of processes that do."""
+    found = re.findall(r"^Pss_(?:File|Shmem):\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
+    return 1024 * sum(map(int, found))
+
+
+def disk_bytes() -> int:
+    """That this process has had read from the disk, pages of mapped files among them."""
+    return int(re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[1])  # type: ignore[index]

@@ -1,0 +1,55 @@
+"""If this fails, the comparison of loaders shows memory that is nobody's, or a limit as kept that is not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from loading_table import show  # type: ignore[import-not-found]
+
+from qlora_dist.bench.machine import this_machine
+
+MIB = 2**20
+
+
+def rank(seconds: float, read: int, peak: int, held: int, in_all: int) -> dict[str, Any]:
+    memory = {"peak_bytes": peak * MIB, "held_bytes": held * MIB, "in_all_bytes": in_all * MIB}
+    return memory | {
+        "seconds": seconds,
+        "waiting_s": 0.0,
+        "read_bytes": read * MIB,
+        "disk_bytes": 0,
+        "static_bytes": held * MIB,
+    }
+
+
+def tree(peak: int) -> dict[str, Any]:
+    """Two ranks that load 100 MiB, ours twice; transformers' share the pages that they map."""
+    ours = [{"ranks": [rank(s, 50, peak, 50, 50), rank(1, 50, 60, 50, 50)]} for s in (2, 4)]
+    theirs = {"ranks": [rank(1, 100, 100, 100, 50)] * 2}
+    return {
+        "layers": 1,
+        "folder_bytes": 100 * MIB,
+        "largest_tensor_bytes": 20 * MIB,
+        "cold": False,
+        "repeats": 2,
+        "machine": this_machine([]).model_dump(),
+        "runs": [run | {"loader": "ours", "number": 2} for run in ours]
+        + [theirs | {"loader": "from_pretrained", "number": 2}],
+        "left_out": {"from_pretrained, 4": "too large"},
+    }
+
+
+def test_the_slowest_rank_counts_and_shared_pages_count_once() -> None:
+    text = show(tree(90))
+    assert "| 2 | ours | 3.00 | 2.00 - 4.00 | 0.5000 | 90 | 150 | 50 | 100 |" in text
+    assert "| 2 | from_pretrained | 1.00 | 1.00 - 1.00 | 1.0000, mapped | 100 | 100 | 100 | 100 |" in text
+    assert "Left out: from_pretrained, 4: too large." in text
+
+
+def test_the_limit_is_the_largest_tensor_and_a_constant() -> None:
+    assert "is 84 MiB: kept" in show(tree(50 + 84))
+    assert "is 84 MiB: **not kept**" in show(tree(50 + 85))
