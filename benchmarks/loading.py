@@ -109,8 +109,8 @@ def measure(args: argparse.Namespace, folder: Path, tiny: Path) -> dict[str, Any
     import transformers
     from synthetic import drop_from_page_cache, write_nf4
 
-    from qlora_dist.bench.machine import this_machine
     from qlora_dist.model.folder import ModelFolder
+    from qlora_dist.train.machine import this_machine
 
     transformers.utils.logging.disable_progress_bar()
     if not (folder / "model.safetensors").is_file():
@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace, folder: Path, tiny: Path) -> dict[str, Any
         "largest_tensor_bytes": max(largest),
         "cold": args.cold,
         "repeats": args.repeats,
-        "machine": this_machine([]).model_dump(),
+        "machine": this_machine("cpu"),
         "runs": runs,
         "left_out": left_out,
     }

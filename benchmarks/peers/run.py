@@ -67,7 +67,7 @@ def main() -> int:
         parser.error(f"--rows {args.rows} is not divided by {max(args.ranks)} ranks")
     from material import write_material  # behind the arguments: torch takes seconds
 
-    from qlora_dist.bench.machine import this_machine
+    from qlora_dist.train.machine import this_machine
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,7 +76,7 @@ def main() -> int:
         write_material(folder / "material", base, str(args.data), args.rows, args.seq_len, each, each)
         steps = json.loads((folder / "material" / "steps.json").read_text())
         settings = {key: getattr(args, key) for key in ("rows", "seq_len", "steps", "repeats", "threads")}
-        settings |= {"base": args.base.name, "machine": this_machine([]).model_dump()}
+        settings |= {"base": args.base.name, "machine": this_machine("cpu")}
         runs: list[dict[str, Any]] = []
         for run in measure(args, base, folder):
             runs.append(run)

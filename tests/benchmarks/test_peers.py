@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
-sys.path.insert(0, str(PEERS))
+sys.path.append(str(PEERS))  # behind tests: it has modules of the same names
 
 from figures import claims, figures  # type: ignore[import-not-found] # noqa: E402
 from systems import SYSTEMS  # type: ignore[import-not-found] # noqa: E402
 from table import reason, show  # type: ignore[import-not-found] # noqa: E402
 
-from qlora_dist.bench.machine import this_machine  # noqa: E402
+from qlora_dist.train.machine import this_machine  # noqa: E402
 
 STEPS = [
     {"kind": kind, "tokens": tokens, "our_tokens": 400} for kind, tokens in [("full", 400)] * 3 + [("uneven", 300)] * 3
@@ -63,7 +63,7 @@ def tree() -> dict[str, Any]:
         {"system": "torchtune", "ranks": 2, "repeat": 0, "marks": [], "error": ERROR, "namespace": True, "seconds": 20},
     ]
     settings = {"base": "some-model", "rows": 2, "seq_len": 200, "steps": 2, "repeats": 1, "threads": 2}
-    settings |= {"machine": this_machine([]).model_dump()}
+    settings |= {"machine": this_machine("cpu")}
     return {"settings": settings, "systems": figures(runs, STEPS, 2), "runs": runs}
 
 

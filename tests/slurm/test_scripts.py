@@ -171,7 +171,7 @@ def test_the_script_to_start_from_saves_and_goes_on(slurm: Any, tmp_path: Path) 
     ]
     done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=True)
     job_id = int(done.stdout)
-    running(slurm, job_id)
+    wait_for((tmp_path / "run" / "0").exists, PATIENCE_S)  # a script that has not begun would not get the signal
     slurm("scancel", "--signal=USR1", "--batch", str(job_id))
     state = slurm.ends(job_id, PATIENCE_S)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), (tmp_path / "output").read_text()
