@@ -11,21 +11,9 @@ from qlora_dist.errors import UserError
 _ANSWER_S = 20.0
 """A client whose controller is gone tries for minutes."""
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT")
-
-
 _ENDED = (
-    *(
-        "COMPLETED",
-        "CANCELLED",
-        "FAILED",
-        "TIMEOUT",
-        "PREEMPTED",
-        "NODE_FAIL",
-        "BOOT_FAIL",
-        "OUT_OF_MEMORY",
-        "DEADLINE",
-    ),
-    *("REVOKED", "UNKNOWN"),
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED", "UNKNOWN"),
 )
 
 
@@ -49,9 +37,8 @@ class JobState:
 def job_state(job_id: int) -> JobState | None:
     """How a job is, or how it has ended, which SLURM knows for some minutes; None: it doesn't answer."""
     command = ["squeue", f"--jobs={job_id}", "--states=all", "--noheader", "--format=%T|%r|%N"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+    done = _ask(command)
+    if done is None:
         return None
     if done.returncode == 0 and (fields := done.stdout.strip().split("|"))[0]:
         return JobState(*fields)
@@ -63,12 +50,9 @@ def job_state(job_id: int) -> JobState | None:
 def _accounted_state(job_id: int) -> str:
     """Of a job that the queue has forgotten."""
     command = ["sacct", f"--jobs={job_id}", "--allocations", "--noheader", "--parsable2", "--format=State"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "UNKNOWN"
-    words = done.stdout.split()  # such as CANCELLED by 1000
-    return words[0] if done.returncode == 0 and words else "UNKNOWN"
+    done = _ask(command)
+    words = done.stdout.split() if done is not None and done.returncode == 0 else []  # such as CANCELLED by 1000
+    return words[0] if words else "UNKNOWN"
 
 
 def queued_jobs() -> dict[str, str] | None:
@@ -76,13 +60,18 @@ def queued_jobs() -> dict[str, str] | None:
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--me", "--noheader", "--format=%A|%T"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:
+    done = _ask(command)
+    if done is None or done.returncode != 0:
         return None
     return dict(line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)
+
+
+def _ask(command: list[str]) -> subprocess.CompletedProcess[str] | None:
+    """What SLURM says; None: it is not there, or doesn't answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def scancel(job: str) -> None:

@@ -3,14 +3,14 @@
 transformers' norms cast their input to fp32, and autograd keeps that, and the normed fp32 values too, each twice as
 large as the input. Here the input is kept, which for a layer's first norm is there anyway, with a factor per row.
 
-A class is replaced if it does what one of `_KINDS` does, bit for bit, to numbers that it is given.
+A class is replaced if it does what one of `Kind` does, bit for bit, to numbers that it is given.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from qlora_dist.model.cache_blocks import rows_in_cache
 Kind = Literal["llama", "gemma"]
 """Llama's scales what it has rounded by w; Gemma's scales by 1 + w, and rounds then."""
 
-_KINDS: tuple[Kind, ...] = ("llama", "gemma")
 _BLOCK = 2**17  # elements at a time
 
 
@@ -117,7 +116,7 @@ def _kind(module: nn.Module) -> Kind | None:
     if not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
         return None
     generator = torch.Generator().manual_seed(0)
-    found: set[Kind] = set(_KINDS)
+    found: set[Kind] = set(get_args(Kind))
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = (
             torch.randn(*shape, module.weight.numel(), generator=generator).to(dtype)  # type: ignore[union-attr,operator]
