@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from qlora_dist.checkpoint.manifest import (
     write_synced,
 )
 from qlora_dist.nf4.safetensors_file import Writer
+from qlora_dist.threads import in_background
 
 _VISIBLE_S = 60.0
 """How long rank 0 waits for a file of another node to appear: NFS may remember for a minute that it was not there."""
@@ -52,7 +53,7 @@ class Checkpointer:
         """
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._checkpoints, self._keep, self._say = checkpoints, keep, say
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = in_background("checkpoint")
         self._own: Future[None] | None = None
         self._commit: Future[None] | None = None
         self._manifest: Manifest | None = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
+
+from qlora_dist.threads import in_background
 
 PIECE_BYTES = 2**25
 """The most that is read at a time. Of any type a whole number of elements, of 16 and 32 bit weights a whole number of
@@ -54,7 +56,7 @@ class ReadAhead:
         largest = max((read.nbytes for read in reads), default=0)
         self._free, self._taken = (torch.empty(largest, dtype=torch.uint8) for _ in range(2))
         self._reads = iter(reads)
-        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._thread = in_background("read-ahead")
         self._next = self._begin()
 
     def __iter__(self) -> Iterator[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -12,6 +12,7 @@ import torch
 from torch.profiler import record_function
 
 from qlora_dist.paging.store import Store
+from qlora_dist.threads import in_background
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Pager:
         self._make_store, self._store = make_store, None  # type: Callable[[int], Store], Store | None
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream()
-        self._thread = ThreadPoolExecutor(1, "pager")
+        self._thread = in_background("pager")
         self._staying: dict[int, torch.Tensor] = {}
         self._slots: list[_Slot] = []
         self._stored: set[int] = set()  # pages that the store has; the others are zeros

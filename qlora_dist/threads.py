@@ -1,4 +1,9 @@
-"""Independent pieces of work on all the cores that this process may use."""
+"""Threads beside torch's own: for pieces of work on all the cores of this process, and for work in the background.
+
+In all of them torch's operators use one core. A thread would start a team of OpenMP's of its own otherwise; and once
+OpenMP has more threads than there are cores, it lets none wait by spinning any more, so that the main thread wakes its
+team for every operator.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +19,7 @@ Piece = TypeVar("Piece")
 def for_each(function: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:
     """Call `function` with every piece, in `torch.get_num_threads()` threads (`OMP_NUM_THREADS`: one of 1 is none).
 
-    It gains only as far as `function` works without Python's lock, as torch and numpy do on large arrays. In these
-    threads torch's own operators use one core each: every thread would start a team of its own otherwise, cores times
-    cores in all.
+    It gains only as far as `function` works without Python's lock, as torch and numpy do on large arrays.
 
     Raises:
         The error of the first piece that had one; pieces that were not begun are left.
@@ -33,10 +36,24 @@ def for_each(function: Callable[[Piece], None], pieces: Sequence[Piece]) -> None
             function(piece)
 
     # The threads live as long as the call: a pool that is kept would be dead, and waited for, in a forked process.
-    pool = ThreadPoolExecutor(min(threads, len(pieces)), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(min(threads, len(pieces)), initializer=_use_one_core)
     try:
         for _ in pool.map(in_callers_mode, pieces):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the number that threads started later take, which the pool's have changed
+
+
+def in_background(name: str) -> ThreadPoolExecutor:
+    """One thread, which is there at once."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(1, name)
+    pool.submit(_use_one_core).result()
+    torch.set_num_threads(threads)  # as above: threads that start later take this number, and MKL has but one for all
+    return pool
+
+
+def _use_one_core() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # the first call in a thread, also within an operator, takes the number of the process

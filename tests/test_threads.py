@@ -1,17 +1,18 @@
-"""If this fails, quantizing on several cores gives other bytes than on one, hangs, or slows the rest of the process."""
+"""If this fails, quantizing on several cores gives other bytes than on one, hangs, or threads of ours slow torch's."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from qlora_dist.nf4.quantize import quantize
-from qlora_dist.nf4.threads import for_each
+from qlora_dist.threads import for_each, in_background
 
 THREADS = 3
 
@@ -91,3 +92,23 @@ def test_an_error_is_the_callers_and_ends_the_work() -> None:
         for_each(piece, range(20_000))
     assert len(done) < 20_000 - 1
     assert torch.get_num_threads() == THREADS
+
+
+def test_a_thread_in_the_background_starts_no_team() -> None:
+    """Threads that OpenMP has more than cores keep all of its threads from waiting by spinning."""
+    large = torch.zeros(2**22)
+    large.add_(1)  # the team of this thread is there
+    with in_background("one") as pool:
+        before = len(list(Path("/proc/self/task").iterdir()))
+        assert pool.submit(lambda: (large.clone().add_(1).sum().item(), torch.get_num_threads())).result() == (2**23, 1)
+        assert len(list(Path("/proc/self/task").iterdir())) == before
+    assert torch.get_num_threads() == THREADS
+
+
+def test_a_thread_that_starts_later_has_a_team() -> None:
+    later: list[int] = []
+    with in_background("one"):
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+    assert later == [THREADS]
