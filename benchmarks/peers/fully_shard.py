@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from marks import IGNORED, WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps
+from marks import IGNORED, WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps, turn
 from peft_model import peft_model, warm
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -34,6 +34,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
     mark_and_restart_peak("loaded")
     for step in steps():
+        turn()
         batch = padded_batch(step)
         number = sum(token != IGNORED for row in step["rows"] for token in row["labels"][1:])
         loss = train(model, batch, number)

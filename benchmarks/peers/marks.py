@@ -1,6 +1,6 @@
 """What every system's script writes down, in any environment: times, memory as the kernel counts it, bytes sent.
 
-A mark is a line of JSON in $PEERS_MARKS/RANK.jsonl. Nothing here but Python and torch.
+A mark is a line of JSON in $PEERS_FOLDER/RANK.jsonl. Nothing here but Python and torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+FOLDER = Path(os.environ.get("PEERS_FOLDER", "."))
 MATERIAL = Path(os.environ.get("PEERS_MATERIAL", "."))
 IGNORED = -100
 
@@ -28,7 +29,7 @@ def mark(what: str, **values: Any) -> None:
     (loopback,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     sent = int(loopback.partition(":")[2].split()[8])
     line = {"what": what, "time": time.monotonic(), "sent": sent} | memory | values
-    with (Path(os.environ["PEERS_MARKS"]) / f"{RANK}.jsonl").open("a") as file:
+    with (FOLDER / f"{RANK}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -37,6 +38,14 @@ def mark_and_restart_peak(what: str, **values: Any) -> None:
     gc.collect()
     mark(what, **values)
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def turn() -> None:
+    """Called on every rank before a step: waits until it is this system's turn (turns.py)."""
+    mark("ready")
+    with (FOLDER / f"{RANK}.turn").open("rb") as pipe:
+        pipe.read(1)
+    mark("begin")
 
 
 def static_bytes() -> int:

@@ -25,7 +25,7 @@ LR, CLIP, LORA_R, LORA_ALPHA = 2e-4, 1.0, 16, 32
 
 
 def configuration(base: str, data: str, rows: int, seq_len: int, micro_batch: int, **more: Any) -> Config:
-    """Ours. `more`: parallel.base and train.compile."""
+    """Ours. `more`: parallel.base, train.checkpointing and train.compile."""
     return Config.model_validate(
         {
             "model": {"base": base},
@@ -36,7 +36,7 @@ def configuration(base: str, data: str, rows: int, seq_len: int, micro_batch: in
             "train": {
                 "global_batch": rows,
                 "micro_batch": micro_batch,
-                "checkpointing": "full",
+                "checkpointing": more.get("checkpointing", "full"),
                 "device": "cpu",
                 "compile": more.get("compiled", False),
             },

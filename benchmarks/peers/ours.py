@@ -6,7 +6,7 @@ import argparse
 import os
 
 import torch
-from marks import RANK, WORLD_SIZE, mark, mark_and_restart_peak, static_bytes, steps
+from marks import RANK, WORLD_SIZE, mark, mark_and_restart_peak, static_bytes, steps, turn
 from material import CLIP, configuration
 
 from qlora_dist.data.rows import IGNORED, Batch
@@ -29,11 +29,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--seq-len", type=int, required=True)
     parser.add_argument("--parallel-base", default="world")
+    parser.add_argument("--checkpointing", default="full")
     parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     ranks = ranks_from_environment()
-    more = {"parallel_base": args.parallel_base, "compiled": args.compiled}
+    more = {name: getattr(args, name) for name in ("parallel_base", "checkpointing", "compiled")}
     config = configuration(args.base, args.data, args.rows, args.seq_len, args.rows // WORLD_SIZE, **more)
     with process_group(ranks, torch.device("cpu")):
         setup = set_up(config, ranks)
@@ -46,6 +47,7 @@ def main() -> None:
         setup.model.train()
         mark_and_restart_peak("loaded")
         for step in steps():
+            turn()
             whole = [torch.tensor(part) for part in step["ours"]]
             trained = int((whole[1] != IGNORED).sum())
             batch = Batch(*(part[RANK::WORLD_SIZE] for part in whole))

@@ -5,14 +5,16 @@ python benchmarks/peers/run.py --base FOLDER --data my-data.jsonl [--systems our
 
 FOLDER is in 16 bit and is quantized first, or in 4 bit, as `qlora-dist quantize` makes it, which torchtune refuses.
 Each peer runs in a virtual environment of its own with the versions of its file of requirements in this folder; the
-first time they are installed, which needs a network and some minutes (1.5 GB each). The systems take turns in each
-repeat. A system that cannot run is told with its own error. All is written in Markdown.
+first time they are installed, which needs a network and some minutes (1.5 GB each). In each repeat the systems load one
+after another and then take turns, a step at a time (turns.py): all stay in memory, those that wait with some 0.8 GB a
+rank. A system that cannot run is told with its own error. All is written in Markdown.
 
 Every run trains one step that is not timed and --steps of full rows, the same for all; then one and --steps of uneven
 rows: ours packed, theirs as many conversations, one to a row, padded to the longest (material.py). One process has
 --threads threads, two ranks share them.
 
-tokens/s counts tokens that are not padding, median over the steps of all repeats, by the clock of rank 0 as steps end.
+tokens/s counts tokens that are not padding, median over the steps of all repeats, by the clock of rank 0 from a step's
+begin to its end. A ratio of speeds is the median over steps that followed each other, in brackets least and most.
 Peaks are the kernel's VmHWM of a rank: at load beyond what was resident after the imports (mapped files count; from
 the second repeat on, if there is one, as first imports are compiled), in training all of it. Static: the storages of
 all tensors that are alive after the last step, each once, of the rank with most. Wire: what the loopback of a network
@@ -24,24 +26,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from environments import python_of
 from figures import figures
-from systems import SYSTEMS, System
+from systems import SYSTEMS
 from table import reason, show
+from turns import Running
 
 HERE = Path(__file__).resolve().parent
-LIMIT_S = 1800
 
 
 def main() -> int:
@@ -73,12 +72,13 @@ def main() -> int:
         folder = Path(name)
         base = str(four_bit(args.base, folder))
         each = args.steps + 1
-        write_material(folder / "material", base, str(args.data), args.rows, args.seq_len, each, each)
-        steps = json.loads((folder / "material" / "steps.json").read_text())
+        args.material = folder / "material"
+        write_material(args.material, base, str(args.data), args.rows, args.seq_len, each, each)
+        steps = json.loads((args.material / "steps.json").read_text())
         settings = {key: getattr(args, key) for key in ("rows", "seq_len", "steps", "repeats", "threads")}
         settings |= {"base": args.base.name, "machine": this_machine("cpu")}
         runs: list[dict[str, Any]] = []
-        for run in measure(args, base, folder):
+        for run in measure(args, base, folder, len(steps)):
             runs.append(run)
             tree = {"settings": settings, "systems": figures(runs, steps, args.steps), "runs": runs}
             if args.json:  # each time: what is there is not lost if the rest is interrupted
@@ -98,70 +98,77 @@ def four_bit(base: Path, folder: Path) -> Path:
     return folder / "nf4"
 
 
-def measure(args: argparse.Namespace, base: str, folder: Path) -> Iterator[dict[str, Any]]:
+def measure(args: argparse.Namespace, base: str, folder: Path, steps: int) -> Iterator[dict[str, Any]]:
     """A run of each system on each number of ranks in each repeat; what failed is not tried again."""
     failed: set[tuple[str, int]] = set()
     for repeat in range(args.repeats):
-        for name in args.systems:
-            for ranks in sorted(set(args.ranks) & set(SYSTEMS[name].ranks)):
-                if (name, ranks) in failed:
-                    continue
-                print(f"repeat {repeat + 1} of {args.repeats}: {name}, {ranks} ranks", file=sys.stderr, flush=True)
-                run = {"system": name, "ranks": ranks, "repeat": repeat} | one(SYSTEMS[name], ranks, args, base, folder)
-                yield run
+        for ranks in sorted(args.ranks):
+            names = [name for name in args.systems if ranks in SYSTEMS[name].ranks and (name, ranks) not in failed]
+            for run in side_by_side(names, ranks, args, base, folder / f"{repeat}-{ranks}", steps):
                 if run["error"]:
-                    failed.add((name, ranks))
-                    print(f"  {reason(run['error'])}", file=sys.stderr, flush=True)
+                    failed.add((run["system"], ranks))
+                yield run | {"ranks": ranks, "repeat": repeat}
 
 
-def one(system: System, ranks: int, args: argparse.Namespace, base: str, folder: Path) -> dict[str, Any]:
-    """Its marks of each rank, its error or None, and whether it had a network of its own."""
+def side_by_side(
+    names: list[str], ranks: int, args: argparse.Namespace, base: str, folder: Path, steps: int
+) -> list[dict[str, Any]]:
+    """Load one after another, train in turns. Of each: its marks, its error or None, its seconds."""
+    namespace = in_namespace()
+    running: dict[str, Running] = {}
+    found = []
     try:
-        python = str(python_of(system.requirements)) if system.requirements else sys.executable
-    except RuntimeError as error:
-        return {"marks": [], "seconds": 0.0, "error": str(error), "namespace": False}
-    marks, namespace = folder / "marks", in_namespace()
-    shutil.rmtree(marks, ignore_errors=True)
-    marks.mkdir()
-    command = [python]
+        for name in names:
+            tell(f"{name}, {ranks} ranks: loads")
+            try:
+                command, variables = start_of(name, ranks, len(running), args, base)
+            except RuntimeError as error:  # its environment cannot be made
+                nothing = {"system": name, "marks": [], "seconds": 0.0, "cpu_s": 0.0, "namespace": False}
+                found.append(nothing | {"error": str(error)})
+                continue
+            variables["PEERS_MATERIAL"] = str(args.material)
+            running[name] = Running([*namespace, *command], ranks, folder / name.replace(" ", "-"), variables)
+        for step in range(steps):
+            tell(f"{ranks} ranks: step {step + 1} of {steps}")
+            for system in running.values():
+                if system.code is None:
+                    system.turn()
+    finally:
+        for system in running.values():
+            system.end()
+    for name, system in running.items():
+        error = error_of(system.output(), system.code) if system.code else None
+        if error:
+            tell(f"{name}, {ranks} ranks: {reason(error)}")
+        told = {"system": name, "marks": system.marks(), "seconds": system.seconds, "cpu_s": system.cpu_s}
+        found.append(told | {"error": error, "namespace": bool(namespace)})
+    return found
+
+
+def start_of(
+    name: str, ranks: int, index: int, args: argparse.Namespace, base: str
+) -> tuple[list[str], dict[str, str]]:
+    """The command that starts all its ranks, and its variables. RuntimeError: its environment cannot be made."""
+    system = SYSTEMS[name]
+    command = [str(python_of(system.requirements)) if system.requirements else sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", "29417"]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(29417 + index)]
     command += [str(HERE / system.script), "--base", str(args.base) if system.quantizes else base, *system.arguments]
     if system.requirements is None:
         command += ["--data", str(args.data), "--rows", str(args.rows), "--seq-len", str(args.seq_len)]
     variables = {
-        "PEERS_MARKS": str(marks),
-        "PEERS_MATERIAL": str(folder / "material"),
         "OMP_NUM_THREADS": str(max(1, args.threads // ranks)),
-        "OMP_WAIT_POLICY": "passive",  # or two threads wait for each other by spinning, on a machine that others use
         "GLOO_SOCKET_IFNAME": "lo",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": f"{HERE.parents[1]}:{HERE}" if system.requirements is None else str(HERE),
     } | dict(system.environment)
-    started, used = time.monotonic(), cpu_s()
-    with (folder / "output.txt").open("w") as output:
-        run = subprocess.Popen(
-            [*namespace, *command], stdout=output, stderr=output, env=os.environ | variables, start_new_session=True
-        )
-        try:
-            code = run.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, 9)
-            run.wait()
-            code = -9
-    files = [marks / f"{rank}.jsonl" for rank in range(ranks)]
-    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.is_file()]
-    text = (folder / "output.txt").read_text()
-    told = {"error": error_of(text, code) if code else None, "namespace": bool(namespace)}
-    return {"marks": lines, "seconds": time.monotonic() - started, "cpu_s": cpu_s() - used} | told
+    return command, variables
 
 
-def cpu_s() -> float:
-    """Of all processes that have been waited for: what a busy machine adds to a run's seconds is not in it."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def error_of(text: str, code: int) -> str:

@@ -29,11 +29,17 @@ class System(NamedTuple):
 
 
 NAMED = ("transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "torchtune", "torchao")
+KEPT = ("--checkpointing", "none")
 SYSTEMS = {
     "ours": System("ours.py", None, (1, 2)),
     "ours, compiled": System("ours.py", None, (1, 2), ("--compiled",), default=False),
+    "ours, nothing recomputed": System("ours.py", None, (1, 2), KEPT),
     "ours, base on each rank": System("ours.py", None, (2,), ("--parallel-base", "replicate")),
+    "ours, base on each rank, nothing recomputed": System(
+        "ours.py", None, (2,), ("--parallel-base", "replicate", *KEPT)
+    ),
     "transformers": System("trainer.py", "transformers", (1,)),
+    "transformers, nothing recomputed": System("trainer.py", "transformers", (1,), KEPT),
     "accelerate FSDP1": System("trainer.py", "transformers", (2,), ("--fsdp", "1")),
     "accelerate FSDP2": System("trainer.py", "transformers", (2,), ("--fsdp", "2")),
     "fully_shard": System("fully_shard.py", "transformers", (2,), note="the scales are whole on each rank"),

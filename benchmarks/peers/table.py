@@ -9,10 +9,11 @@ from figures import claims
 from systems import SYSTEMS
 
 WHAT = {
-    "full_tokens_per_s": "full",
-    "uneven_tokens_per_s": "uneven",
+    "full": "full",
+    "uneven": "uneven",
     "static_bytes": "static",
     "load_peak_bytes": "at load",
+    "train_peak_bytes": "in training",
     "wire_bytes": "wire",
     "losses": "losses differ by",
 }
@@ -72,15 +73,20 @@ def happened(line: dict[str, Any]) -> list[str]:
 
 
 def claims_table(found: list[dict[str, Any]], names: dict[str, str]) -> str:
-    """Ratios of ours to each peer's, of losses the largest relative difference; **no** where a claim does not hold."""
+    """Ratios of ours to each peer's, of speeds with the least and the most, of losses the largest relative difference.
+
+    **no** stands where a claim does not hold.
+    """
     if not found:
         return ""
     limits = {what: next((c["limit"] for c in found if c["what"] == what), "") for what in WHAT}
     heads = ["against", "ranks", "ours", *(f"{name} {limits[what]}".strip() for what, name in WHAT.items())]
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for claim in found:
-        style = ".1e" if claim["what"] == "losses" else ".2f" if "per_s" in claim["what"] else ".3f"
+        style = ".1e" if claim["what"] == "losses" else ".2f" if "range" in claim else ".3f"
         ratio = f"{claim['ratio']:{style}}"
+        if "range" in claim:
+            ratio += " ({:.2f} - {:.2f})".format(*claim["range"])
         key = names[claim["peer"]], str(claim["ranks"]), claim["ours"]
         rows.setdefault(key, {})[claim["what"]] = ratio + ("" if claim["holds"] else " **no**")
     return table(heads, [[*key, *(cells.get(what, "-") for what in WHAT)] for key, cells in rows.items()])

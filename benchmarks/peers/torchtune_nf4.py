@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torchtune.training
-from marks import IGNORED, WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps
+from marks import IGNORED, WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps, turn
 from omegaconf import OmegaConf
 
 
@@ -29,6 +29,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return len(steps()) * WORLD_SIZE
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        turn()  # nothing else of the recipe is called on all ranks when a step begins
         batch = padded_batch(steps()[index // WORLD_SIZE], index % WORLD_SIZE, WORLD_SIZE)
         return {"tokens": batch["input_ids"], "labels": batch["labels"]}
 

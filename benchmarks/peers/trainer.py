@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from marks import WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps
+from marks import WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps, turn
 from peft_model import peft_model, warm
 
 ZERO3 = {
@@ -52,6 +52,9 @@ class Marks(transformers.TrainerCallback):
     def on_train_begin(self, *_: Any, **things: Any) -> None:
         mark_and_restart_peak("loaded", wrapped=type(things["model"]).__name__)
 
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        turn()
+
     def on_step_end(self, *_: Any, **__: Any) -> None:
         mark("step")
 
@@ -68,6 +71,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--fsdp", choices=["1", "2"])
     parser.add_argument("--zero3", action="store_true")
+    parser.add_argument("--checkpointing", choices=["full", "none"], default="full")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     warm(args.base)
@@ -95,7 +99,7 @@ def main() -> None:
             optim="adamw_torch" if args.zero3 else "adamw_torch_fused",
             bf16=True,
             use_cpu=True,
-            gradient_checkpointing=True,
+            gradient_checkpointing=args.checkpointing == "full",
             gradient_checkpointing_kwargs={"use_reentrant": False},
             logging_steps=1,
             save_strategy="no",

@@ -16,6 +16,7 @@ sys.path.append(str(PEERS))  # behind tests: it has modules of the same names
 from figures import claims, figures  # type: ignore[import-not-found] # noqa: E402
 from systems import SYSTEMS  # type: ignore[import-not-found] # noqa: E402
 from table import reason, show  # type: ignore[import-not-found] # noqa: E402
+from turns import Running  # type: ignore[import-not-found] # noqa: E402
 
 from qlora_dist.train.machine import this_machine  # noqa: E402
 
@@ -38,6 +39,8 @@ def run(system: str, ranks: int, seconds: float, static: int, **more: Any) -> di
     ]
     now = 5.0
     for index in range(len(STEPS)):
+        now += 1000  # the others' turns
+        marks.append({"what": "begin", "time": now})
         now += 10 * seconds if index % 3 == 0 else seconds
         marks.append({"what": "step", "time": now, "sent": 1000 + 80 * index, "VmRSS": 0, "VmHWM": 0})
         marks.append({"what": "loss", "loss": 2.0 - index / 10})
@@ -78,10 +81,10 @@ def test_figures_leave_out_the_first_step_of_each_kind(tree: dict[str, Any]) -> 
 
 def test_a_claim_holds_only_where_its_figures_say_so(tree: dict[str, Any]) -> None:
     found = {(claim["peer"], claim["what"]): claim["holds"] for claim in claims(tree["systems"])}
-    assert found["fully_shard", "full_tokens_per_s"]
-    assert found["fully_shard", "uneven_tokens_per_s"]
+    assert found["fully_shard", "full"]
+    assert found["fully_shard", "uneven"]
     assert found["fully_shard", "static_bytes"]
-    assert not found["accelerate FSDP2", "full_tokens_per_s"]
+    assert not found["accelerate FSDP2", "full"]
     assert not found["accelerate FSDP2", "static_bytes"]
     assert ("torchtune", "static_bytes") not in found
 
@@ -90,8 +93,9 @@ def test_the_table_says_what_ran_and_what_did_not(tree: dict[str, Any]) -> None:
     text = show(json.loads(json.dumps(tree)))
     assert "| accelerate FSDP2: ran DDP | 2 | 333 (333 - 333) | 250 (250 - 250) |" in text
     assert "| torchtune: torchtune 0.6.1, torchao 0.10.0 | 2 | `NotImplementedError: no kernel of that name" in text
-    assert "| accelerate FSDP2: ran DDP | 2 | ours | 1.20 **no** | 1.60 **no** | 1.250 **no** |" in text
-    assert "| fully_shard | 2 | ours | 1.60 | 2.13 | 0.833 |" in text
+    ratios = "| 1.20 (1.20 - 1.20) **no** | 1.60 (1.60 - 1.60) **no** | 1.250 **no** |"
+    assert f"| accelerate FSDP2: ran DDP | 2 | ours {ratios}" in text
+    assert "| fully_shard | 2 | ours | 1.60 (1.60 - 1.60) | 2.13 (2.13 - 2.13) | 0.833 |" in text
     for part in text.split("\n\n"):  # a table whose rows have other numbers of cells is none
         assert len({line.count("|") for line in part.splitlines()}) == 1
 
@@ -102,6 +106,48 @@ def test_peaks_at_load_are_not_of_the_run_that_compiles_its_imports() -> None:
         rank[1] = rank[1] | {"VmHWM": 900}
     (line,) = figures([first, second], STEPS, 2)
     assert line["load_peak_bytes"] == 250
+
+
+def test_ratios_are_of_steps_that_followed_each_other() -> None:
+    """A machine that is three times as slow in the second repeat is so for both."""
+    runs = [run(name, 2, slow * s, 50) for slow in (1, 3, 3) for name, s in (("ours", 1.0), ("fully_shard", 1.6))]
+    del runs[-1]
+    found = {claim["what"]: claim for claim in claims(figures(runs, STEPS, 2))}
+    assert found["full"]["ratio"] == pytest.approx(1.6)
+    assert found["full"]["range"] == pytest.approx([1.6, 1.6])
+
+
+def test_what_a_peer_recomputes_ours_may_keep() -> None:
+    names = ["ours", "ours, nothing recomputed", "transformers", "transformers, nothing recomputed"]
+    found = {(c["ours"], c["peer"]) for c in claims(figures([run(name, 1, 1.0, 50) for name in names], STEPS, 2))}
+    assert found == {(names[0], names[2]), (names[1], names[2]), (names[1], names[3])}
+
+
+SYSTEM = """
+import sys
+sys.path[:0] = sys.argv[1:2]
+from marks import mark, turn
+for step in range(2):
+    turn()
+    mark("step")
+    if sys.argv[2] == "dies":
+        raise ValueError("in its first step")
+"""
+
+
+def test_systems_take_turns(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SYSTEM, str(PEERS)]
+    good, bad = (Running([*command, name], 1, tmp_path / name, {}) for name in ("lives", "dies"))
+    good.turn()
+    bad.turn()
+    assert (good.code, bad.code) == (None, 1)
+    good.turn()
+    assert good.code == 0
+    (marks,), (theirs,) = good.marks(), bad.marks()
+    assert [mark["what"] for mark in marks] == ["ready", "begin", "step"] * 2
+    assert marks[2]["time"] < theirs[1]["time"] < theirs[2]["time"] < marks[4]["time"], "they ran beside each other"
+    assert "in its first step" in bad.output()
+    assert good.cpu_s > 0
 
 
 def test_the_reason_is_not_that_of_the_rank_that_was_left_alone() -> None:

@@ -1,0 +1,106 @@
+"""Systems that run beside each other and train one step at a time: each waits, loaded, for its turn.
+
+So a system's step and its peers' are seconds apart. The machine's speed changes more from one minute to the next than
+the systems differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LIMIT_S = 1800  # of a turn
+POLL_S = 0.05
+
+
+class Running:
+    """A system's processes, from their start to their end.
+
+    Args:
+        command: starts all ranks.
+        ranks: their number.
+        folder: for its marks, output and turns; made here.
+        environment: variables besides our own.
+    """
+
+    def __init__(self, command: Sequence[str], ranks: int, folder: Path, environment: Mapping[str, str]) -> None:
+        folder.mkdir(parents=True)
+        self._folder, self._ranks = folder, ranks
+        self._turns = 0
+        self._pipes = [_pipe(folder / f"{rank}.turn") for rank in range(ranks)]
+        self.code: int | None = None
+        self.seconds = self.cpu_s = 0.0
+        """Of loading and of its turns; of all of its processes, without what a busy machine adds."""
+        started = time.monotonic()
+        with (folder / "output.txt").open("w") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=output,
+                env=os.environ | environment | {"PEERS_FOLDER": str(folder)},
+                start_new_session=True,
+            )
+        self._wait(started)
+
+    def turn(self) -> None:
+        """Have it train a step; after the last one it ends."""
+        started = time.monotonic()
+        self._turns += 1
+        for pipe in self._pipes:
+            os.write(pipe, b"\n")
+        self._wait(started)
+
+    def end(self) -> None:
+        """Kill what is still there."""
+        if self.code is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._reap()
+
+    def marks(self) -> list[list[dict[str, Any]]]:
+        """Of each rank that has left some."""
+        files = [self._folder / f"{rank}.jsonl" for rank in range(self._ranks)]
+        return [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.is_file()]
+
+    def output(self) -> str:
+        """All that its processes have written."""
+        return (self._folder / "output.txt").read_text()
+
+    def _wait(self, started: float) -> None:
+        """Until all ranks wait for their next turn, or have ended."""
+        while self.code is None and not self._ready():
+            if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                self._reap()
+            elif time.monotonic() - started > LIMIT_S:
+                self.end()
+            time.sleep(POLL_S)
+        self.seconds += time.monotonic() - started
+
+    def _ready(self) -> bool:
+        files = [self._folder / f"{rank}.jsonl" for rank in range(self._ranks)]
+        return all(file.is_file() and file.read_text().count('"ready"') > self._turns for file in files)
+
+    def _reap(self) -> None:
+        before = _children_cpu_s()
+        self.code = self._process.wait()
+        self.cpu_s = _children_cpu_s() - before
+        for pipe in self._pipes:
+            os.close(pipe)
+
+
+def _pipe(file: Path) -> int:
+    """Open for both, so that nobody waits here for a process that has died."""
+    os.mkfifo(file)
+    return os.open(file, os.O_RDWR)
+
+
+def _children_cpu_s() -> float:
+    """Of all processes that have been waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
