@@ -1,16 +1,17 @@
-"""A training step in one process: ours, eager and compiled, against transformers + PEFT + bitsandbytes.
+"""A training step in one process: ours against transformers + PEFT + bitsandbytes.
 
 python benchmarks/step.py --base my-model-nf4 --data my-data.jsonl [--what full|packed|ranks] [--threads 2]
 
 - full: both train on the same rows of `--seq-len` tokens, without padding, from the same first values of the adapter,
-  with gradient checkpointing. The losses are compared step by step.
+  with gradient checkpointing; ours also with nothing recomputed, which needs less memory than theirs with checkpointing
+  (benchmarks/peers/run.py has the bytes). The losses are compared step by step.
 - packed: conversations; ours packed into rows, theirs one to a row, shuffled and padded to the longest of the batch (as
   many as are in our rows; `--same`: the very same). Only tokens that are not padding count.
 - ranks: ours, two ranks of one thread each against one process of two threads; of each kind one run after another.
 
 The ways take turns in each repeat and see the same batches; medians are printed, of the time that passed and of the
-processor time, which neighbours on the machine disturb less (with more than one thread set OMP_WAIT_POLICY=passive, or
-waiting counts as work). Theirs is what a user would write: the
+processor time, which neighbours on the machine disturb less (with more than one thread waiting counts as work, unless
+OMP_WAIT_POLICY=passive is set, and then every operator wakes its threads). Theirs is what a user would write: the
 4-bit folder in bf16, `get_peft_model` with its defaults (which keep the adapter in fp32), r=16 on all linear layers,
 `model(input_ids, attention_mask, labels)`, torch's fused AdamW, clipping.
 """
@@ -52,8 +53,11 @@ LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]
 
 
-def configuration(args: argparse.Namespace, rows: int, compiled: bool = False) -> Config:
-    train = {"global_batch": args.rows, "micro_batch": rows, "checkpointing": args.checkpointing, "device": "cpu"}
+def configuration(
+    args: argparse.Namespace, rows: int, compiled: bool = False, checkpointing: str | None = None
+) -> Config:
+    kept = checkpointing or args.checkpointing
+    train = {"global_batch": args.rows, "micro_batch": rows, "checkpointing": kept, "device": "cpu"}
     if compiled:
         train["compile"] = True
     tree = {
@@ -162,8 +166,12 @@ def compare(args: argparse.Namespace) -> None:
     with process_group(ranks, torch.device("cpu")):
         setup, eager = our_step(configuration(args, args.rows))
         ways: dict[str, Step] = {"qlora-dist": eager}
-        if args.compile:
-            _, ways["qlora-dist, compiled"] = our_step(configuration(args, args.rows, compiled=True))
+        for compiled in (False, True)[: 1 + args.compile]:
+            name = "qlora-dist" + ", compiled" * compiled
+            if compiled:
+                _, ways[name] = our_step(configuration(args, args.rows, compiled))
+            if args.checkpointing == "full":
+                _, ways[f"{name}, nothing recomputed"] = our_step(configuration(args, args.rows, compiled, "none"))
         theirs = their_step(args)
         batches = (full_batches if args.what == "full" else packed_batches)(setup, args)
 

@@ -137,7 +137,7 @@ def side_by_side(
         for system in running.values():
             system.end()
     for name, system in running.items():
-        error = error_of(system.output(), system.code) if system.code else None
+        error = system.error()
         if error:
             tell(f"{name}, {ranks} ranks: {reason(error)}")
         told = {"system": name, "marks": system.marks(), "seconds": system.seconds, "cpu_s": system.cpu_s}
@@ -169,14 +169,6 @@ def start_of(
 
 def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def error_of(text: str, code: int) -> str:
-    """The end of what it wrote, without torchrun's own words behind it."""
-    lines = text.splitlines()
-    words = ("torch/distributed/elastic", "torch/distributed/run.py")
-    behind = next((index for index, line in enumerate(lines) if any(word in line for word in words)), len(lines))
-    return f"exit code {code}: " + "\n".join(lines[:behind] or lines)[-3000:]
 
 
 def in_namespace() -> list[str]:

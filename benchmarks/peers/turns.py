@@ -68,9 +68,17 @@ class Running:
         files = [self._folder / f"{rank}.jsonl" for rank in range(self._ranks)]
         return [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.is_file()]
 
-    def output(self) -> str:
-        """All that its processes have written."""
-        return (self._folder / "output.txt").read_text()
+    def error(self) -> str | None:
+        """If it has failed, its exit code and the end of what it wrote, without torchrun's own words behind that."""
+        if not self.code:
+            return None
+        text = (self._folder / "output.txt").read_text()
+        if self.code == -signal.SIGKILL or "Signal 9 (SIGKILL)" in text:
+            return f"exit code {self.code}: MemoryError: killed, as for memory; compare fewer --systems at a time"
+        lines = text.splitlines()
+        words = ("torch/distributed/elastic", "torch/distributed/run.py")
+        behind = next((index for index, line in enumerate(lines) if any(word in line for word in words)), len(lines))
+        return f"exit code {self.code}: " + "\n".join(lines[:behind] or lines)[-3000:]
 
     def _wait(self, started: float) -> None:
         """Until all ranks wait for their next turn, or have ended."""

@@ -124,12 +124,14 @@ def test_what_a_peer_recomputes_ours_may_keep() -> None:
 
 
 SYSTEM = """
-import sys
+import os, sys
 sys.path[:0] = sys.argv[1:2]
 from marks import mark, turn
 for step in range(2):
     turn()
     mark("step")
+    if sys.argv[2] == "is killed":
+        os.kill(os.getpid(), 9)
     if sys.argv[2] == "dies":
         raise ValueError("in its first step")
 """
@@ -146,8 +148,15 @@ def test_systems_take_turns(tmp_path: Path) -> None:
     (marks,), (theirs,) = good.marks(), bad.marks()
     assert [mark["what"] for mark in marks] == ["ready", "begin", "step"] * 2
     assert marks[2]["time"] < theirs[1]["time"] < theirs[2]["time"] < marks[4]["time"], "they ran beside each other"
-    assert "in its first step" in bad.output()
+    assert reason(bad.error()) == "ValueError: in its first step"
+    assert good.error() is None
     assert good.cpu_s > 0
+
+
+def test_a_system_that_the_kernel_has_killed(tmp_path: Path) -> None:
+    system = Running([sys.executable, "-c", SYSTEM, str(PEERS), "is killed"], 1, tmp_path / "system", {})
+    system.turn()
+    assert "fewer --systems at a time" in reason(system.error())
 
 
 def test_the_reason_is_not_that_of_the_rank_that_was_left_alone() -> None:
