@@ -33,7 +33,7 @@ class Running:
     def __init__(self, command: Sequence[str], ranks: int, folder: Path, environment: Mapping[str, str]) -> None:
         folder.mkdir(parents=True)
         self._folder, self._ranks = folder, ranks
-        self._turns = 0
+        self._turns, self._late = 0, False
         self._pipes = [_pipe(folder / f"{rank}.turn") for rank in range(ranks)]
         self.code: int | None = None
         self.seconds = self.cpu_s = 0.0
@@ -72,6 +72,8 @@ class Running:
         """If it has failed, its exit code and the end of what it wrote, without torchrun's own words behind that."""
         if not self.code:
             return None
+        if self._late:
+            return f"exit code {self.code}: TimeoutError: not ready for its next turn within {LIMIT_S} s"
         text = (self._folder / "output.txt").read_text()
         if self.code == -signal.SIGKILL or "Signal 9 (SIGKILL)" in text:
             return f"exit code {self.code}: MemoryError: killed, as for memory; compare fewer --systems at a time"
@@ -86,6 +88,7 @@ class Running:
             if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 self._reap()
             elif time.monotonic() - started > LIMIT_S:
+                self._late = True
                 self.end()
             time.sleep(POLL_S)
         self.seconds += time.monotonic() - started
