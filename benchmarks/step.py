@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,8 @@ LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]
 
 
-def configuration(
-    args: argparse.Namespace, rows: int, compiled: bool = False, checkpointing: str | None = None
-) -> Config:
-    kept = checkpointing or args.checkpointing
-    train = {"global_batch": args.rows, "micro_batch": rows, "checkpointing": kept, "device": "cpu"}
+def configuration(args: argparse.Namespace, rows: int, checkpointing: str, compiled: bool) -> Config:
+    train = {"global_batch": args.rows, "micro_batch": rows, "checkpointing": checkpointing, "device": "cpu"}
     if compiled:
         train["compile"] = True
     tree = {
@@ -164,14 +162,13 @@ def compare(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     ranks = ranks_from_environment({})
     with process_group(ranks, torch.device("cpu")):
-        setup, eager = our_step(configuration(args, args.rows))
-        ways: dict[str, Step] = {"qlora-dist": eager}
-        for compiled in (False, True)[: 1 + args.compile]:
+        ways: dict[str, Step] = {}
+        for compiled, checkpointing in product(
+            sorted({False, args.compile}), dict.fromkeys((args.checkpointing, "none"))
+        ):
             name = "qlora-dist" + ", compiled" * compiled
-            if compiled:
-                _, ways[name] = our_step(configuration(args, args.rows, compiled))
-            if args.checkpointing == "full":
-                _, ways[f"{name}, nothing recomputed"] = our_step(configuration(args, args.rows, compiled, "none"))
+            name += ", nothing recomputed" * (checkpointing != args.checkpointing)
+            setup, ways[name] = our_step(configuration(args, args.rows, checkpointing, compiled))
         theirs = their_step(args)
         batches = (full_batches if args.what == "full" else packed_batches)(setup, args)
 
@@ -260,7 +257,7 @@ def worker(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     times = []
     with process_group(ranks, torch.device("cpu")):
-        setup, step = our_step(configuration(args, args.rows // ranks.world_size, args.compile))
+        setup, step = our_step(configuration(args, args.rows // ranks.world_size, args.checkpointing, args.compile))
         for index, (batch, _) in enumerate(full_batches(setup, args)):
             if index == args.warmup + args.repeats:
                 break

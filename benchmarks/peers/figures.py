@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-KEPT = "nothing recomputed"
+from systems import SYSTEMS
 
 
 def figures(runs: list[dict[str, Any]], steps: list[dict[str, Any]], timed: int) -> list[dict[str, Any]]:
@@ -68,8 +68,8 @@ def claims(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for peer in (line for line in done if not line["system"].startswith("ours")):
         ways = [line for line in done if line["system"].startswith("ours") and line["ranks"] == peer["ranks"]]
-        if KEPT in peer["system"]:
-            ways = [way for way in ways if KEPT in way["system"]]
+        if not SYSTEMS[peer["system"]].recomputes:
+            ways = [way for way in ways if not SYSTEMS[way["system"]].recomputes]
         whole = peer["engine"] == "DistributedDataParallel"
         alike = [way for way in ways if (way["engine"] == "base: replicate") == whole]
         found += [claim for way in alike or ways for claim in against(way, peer)]

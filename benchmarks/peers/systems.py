@@ -22,6 +22,11 @@ class System(NamedTuple):
     note: str = ""
     """What else is to be known of its figures."""
 
+    @property
+    def recomputes(self) -> bool:
+        """Its layers in backward."""
+        return self.arguments[-2:] != KEPT
+
     def versions(self) -> list[str]:
         """Of what its environment has installed, but for torch, which is the same for all."""
         text = (HERE / f"{self.requirements}.txt").read_text() if self.requirements else ""

@@ -32,14 +32,14 @@ class Running:
 
     def __init__(self, command: Sequence[str], ranks: int, folder: Path, environment: Mapping[str, str]) -> None:
         folder.mkdir(parents=True)
-        self._folder, self._ranks = folder, ranks
+        self._output, self._files = folder / "output.txt", [folder / f"{rank}.jsonl" for rank in range(ranks)]
         self._turns, self._late = 0, False
         self._pipes = [_pipe(folder / f"{rank}.turn") for rank in range(ranks)]
         self.code: int | None = None
         self.seconds = self.cpu_s = 0.0
         """Of loading and of its turns; of all of its processes, without what a busy machine adds."""
         started = time.monotonic()
-        with (folder / "output.txt").open("w") as output:
+        with self._output.open("w") as output:
             self._process = subprocess.Popen(
                 command,
                 stdout=output,
@@ -65,8 +65,8 @@ class Running:
 
     def marks(self) -> list[list[dict[str, Any]]]:
         """Of each rank that has left some."""
-        files = [self._folder / f"{rank}.jsonl" for rank in range(self._ranks)]
-        return [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.is_file()]
+        files = filter(Path.is_file, self._files)
+        return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
     def error(self) -> str | None:
         """If it has failed, its exit code and the end of what it wrote, without torchrun's own words behind that."""
@@ -74,7 +74,7 @@ class Running:
             return None
         if self._late:
             return f"exit code {self.code}: TimeoutError: not ready for its next turn within {LIMIT_S} s"
-        text = (self._folder / "output.txt").read_text()
+        text = self._output.read_text()
         if self.code == -signal.SIGKILL or "Signal 9 (SIGKILL)" in text:
             return f"exit code {self.code}: MemoryError: killed, as for memory; compare fewer --systems at a time"
         lines = text.splitlines()
@@ -94,8 +94,7 @@ class Running:
         self.seconds += time.monotonic() - started
 
     def _ready(self) -> bool:
-        files = [self._folder / f"{rank}.jsonl" for rank in range(self._ranks)]
-        return all(file.is_file() and file.read_text().count('"ready"') > self._turns for file in files)
+        return all(file.is_file() and file.read_text().count('"ready"') > self._turns for file in self._files)
 
     def _reap(self) -> None:
         before = _children_cpu_s()
