@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 app.add_typer(verbs)
@@ -266,7 +269,6 @@ def bench(
     of_jobs = _cluster(cluster) if on == "slurm" else None
     prepare_process()
     import shlex
-    import sys
 
     from rich.console import Console
 
@@ -335,8 +337,9 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run a verb; a user's mistake is one sentence and exit code 2."""
+    """Run a verb; a user's mistake is one sentence, or a line for each, and exit code 2."""
     try:
+        _refuse_keys_as_options(sys.argv[1:])
         app()
     except UserError as error:
         from qlora_dist.launch.ending import leave
@@ -349,6 +352,19 @@ def main() -> None:
         from qlora_dist.launch.ending import leave_with_traceback
 
         leave_with_traceback(error)
+
+
+def _refuse_keys_as_options(words: list[str]) -> None:
+    """Refuse `--lora.r=16`, with the way to write it: no option has a dot in its name.
+
+    Raises:
+        UserError: a key of the configuration is written as an option.
+    """
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        key = re.fullmatch(r"--([a-z]\w*\.[\w.]+)(=.*)?", word, re.DOTALL)
+        if key is not None:
+            value = key[2] or f"={following or 'VALUE'}"
+            raise UserError(f"{word}: keys of the configuration have no dashes; write {key[1]}{value}")
 
 
 def _report(error: UserError) -> None:

@@ -1,21 +1,19 @@
-"""Reading the YAML: file and line in every complaint, `key=value` overrides, and writing it back."""
+"""Reading the YAML, with `key=value` overrides, and writing it back. `config_mistakes.py` explains what is wrong."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from qlora_dist.config import Config
+from qlora_dist.config_mistakes import Key, explain_mistakes, list_item
 from qlora_dist.errors import UserError
 
-Key = tuple[str, ...]
 Sections = Mapping[str, Mapping[str, Any]]
 """Values of some keys, by section."""
 _Sections = TypeVar("_Sections", bound=BaseModel)
@@ -85,7 +83,7 @@ def load_sections(
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_sentence(error.errors(), tree, path, places, _known_keys(kind))) from None
+        raise UserError(explain_mistakes(kind, error, tree, path, places, _Loader)) from None
 
 
 def config_from(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
@@ -105,7 +103,7 @@ def config_from(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         where = Path("configuration")
-        raise UserError(_sentence(error.errors(), tree, where, places, _known_keys(Config))) from None
+        raise UserError(explain_mistakes(Config, error, tree, where, places, _Loader)) from None
 
 
 def changed(config: Config, sections: Sections) -> Config:
@@ -149,14 +147,9 @@ def _lines(node: yaml.Node | None, prefix: Key = ()) -> Iterator[tuple[Key, int]
             yield from _lines(value_node, key)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            key = (*prefix, _item(index))
+            key = (*prefix, list_item(index))
             yield key, item.start_mark.line + 1
             yield from _lines(item, key)
-
-
-def _item(index: int) -> str:
-    """The index of a list's item as a part of a `Key`: no key of the user's, YAML knows no NUL."""
-    return f"\0{index}"
 
 
 def _apply_override(tree: dict[str, Any], places: dict[Key, str], override: str) -> None:
@@ -181,95 +174,6 @@ def _apply_override(tree: dict[str, Any], places: dict[Key, str], override: str)
         del places[replaced]
     for length in range(1, len(key) + 1):
         places[key[:length]] = f"override {override}"
-
-
-def _sentence(
-    errors: list[ErrorDetails], tree: dict[str, Any], path: Path, places: dict[Key, str], known: set[Key]
-) -> str:
-    """The first mistake in one sentence. A value of several allowed types has one error for each of them."""
-    where = {id(error): _location(error, tree) for error in errors}
-    # what is wrong within a mapping says more than that it is no text
-    errors = [e for e in errors if not any(_is_within(other, where[id(e)]) for other in where.values())]
-    error = min(errors, key=lambda e: e["type"] == "missing")  # a required key that is misspelt is missing too
-    location = where[id(error)]
-    place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), str(path))
-    key = tuple(part for part in location if not part.startswith("\0"))
-    if error["type"] not in ("extra_forbidden", "missing"):
-        key = _longest_known_prefix(key, known)
-    name = ".".join(key)
-    kind, context = error["type"], error.get("ctx", {})
-    if kind in ("extra_forbidden", "invalid_key"):  # the latter is a key that is no text, such as 1
-        nearest = _nearest(key, known)
-        hint = f"did you mean {'.'.join(nearest)}?" if nearest else _siblings(key, known)
-        return f"{place}: {name}: unknown key; {hint}"
-    if kind == "missing":
-        return f"{place}: {name}: is missing; add it"
-    if kind == "value_error":
-        return f"{path}: {context['error']}"
-    if error["input"] is None and kind in ("model_type", "model_attributes_type"):
-        return f"{place}: {name}: is an empty section; fill it or take the line out"
-    same = [e for e in errors if where[id(e)][: len(location)] == location]
-    messages = dict.fromkeys(re.sub(r"^\w+ should | or instance of \w+", "", e["msg"]) for e in same)
-    return f"{place}: {name}: should {', or '.join(messages)}, not {error['input']!r}"
-
-
-def _location(error: ErrorDetails, tree: Any) -> Key:
-    """Keys and list items from the root, without the union members that pydantic puts between."""
-    location: list[str] = []
-    for part in error["loc"]:
-        if isinstance(tree, list) and isinstance(part, int) and part < len(tree):
-            location.append(_item(part))
-            tree = tree[part]
-        elif isinstance(tree, dict) and part in tree:
-            location.append(str(part))
-            tree = tree[part]
-    if error["type"] == "missing":
-        location.append(str(error["loc"][-1]))
-    return tuple(location)
-
-
-def _is_within(location: Key, value: Key) -> bool:
-    rest = location[len(value) :]
-    return location[: len(value)] == value and any(not part.startswith("\0") for part in rest)
-
-
-def _longest_known_prefix(location: Key, known: set[Key]) -> Key:
-    """The key proper, where a value is a mapping of the user's own."""
-    return next((location[:n] for n in range(len(location), 0, -1) if location[:n] in known), location[:1])
-
-
-def _known_keys(section: type[BaseModel], prefix: Key = ()) -> set[Key]:
-    keys: set[Key] = set()
-    for name, field in section.model_fields.items():
-        keys.add((*prefix, name))
-        for inner in _sections(field.annotation):
-            keys |= _known_keys(inner, (*prefix, name))
-    return keys
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a field's value may be or hold."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections(argument)
-
-
-def _nearest(key: Key, known: set[Key]) -> Key | None:
-    """The known key of that name in another section, or of a similar name in the same one, or in any."""
-    same = {k[-1]: k for k in known if k[:-1] == key[:-1]}
-    anywhere = {k[-1]: k for k in sorted(known, key=lambda k: (-len(k), k))}  # the shortest wins
-    if key[-1] in anywhere:
-        return anywhere[key[-1]]
-    for names in (same, anywhere):
-        for name in difflib.get_close_matches(key[-1], names, n=1):
-            return names[name]
-    return None
-
-
-def _siblings(key: Key, known: set[Key]) -> str:
-    names = sorted(k[-1] for k in known if k[:-1] == key[:-1])
-    return f"this section knows {', '.join(names)}"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -149,6 +149,35 @@ def test_mistakes_in_the_configuration(cli, tmp_path, text, overrides, parts):
     assert_one_sentence(cli("train", path, *overrides), *parts)
 
 
+def test_several_mistakes_in_the_configuration_have_a_line_each(cli, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {base: m}\ndata: {train: [a]}\nlora: {rank: 8}\noptim: {lr: no}")
+    code, out, err = cli("train", path, "train.steps=0")
+    assert (code, out) == (2, "")
+    assert err.replace(str(path), "FILE").splitlines() == [
+        "qlora-dist: FILE: 3 mistakes",
+        "FILE, line 3: lora.rank: unknown key; write lora.r",
+        "FILE, line 4: optim.lr: should be a valid number, not False",
+        "override train.steps=0: train.steps: should be greater than or equal to 1, not 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [(["--lora.r=16"], "lora.r=16"), (["--lora.r", "16"], "lora.r=16"), (["--data.eval"], "data.eval=VALUE")],
+)
+def test_a_key_that_is_written_as_an_option_is_told_how_to_be_written(cli, tmp_path, words, remedy):
+    path = tiny.make_config(tmp_path, tmp_path / "no-model")
+    sentence = f"{words[0]}: keys of the configuration have no dashes; write {remedy}\n"
+    assert_one_sentence(cli("train", path, *words), sentence)
+
+
+def test_minus_h_is_help(cli):
+    code, out, _ = cli("train", "-h")
+    assert code == 0
+    assert "Usage" in out
+
+
 def truncated(folder: Path) -> Path:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from qlora_dist.config import Config, SourceConfig
 from qlora_dist.config_file import dump_config, load_config
+from qlora_dist.config_mistakes import known_keys
 from qlora_dist.errors import UserError
+from qlora_dist.foreign_keys import ADVICE
 
 BASE = "model: {base: m}\ndata: {train: [a.jsonl]}\n"
 
@@ -22,13 +25,18 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
-def mistake(path: Path, text: str | bytes, *overrides: str) -> str:
-    """The sentence that a file's mistake earns, the file's name written FILE."""
+def mistakes(path: Path, text: str | bytes, *overrides: str) -> list[str]:
+    """The lines that a file's mistakes earn, the file's name written FILE."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
         load_config(path, overrides)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).replace(str(path), "FILE")
+    return str(caught.value).replace(str(path), "FILE").split("\n")
+
+
+def mistake(path: Path, text: str | bytes, *overrides: str) -> str:
+    """The sentence that a file's only mistake earns."""
+    (sentence,) = mistakes(path, text, *overrides)
+    return sentence
 
 
 SOURCES = "model: {base: m}\ndata:\n  train:\n    - a.jsonl\n    - path: b.jsonl\n"
@@ -50,7 +58,6 @@ def test_a_source_is_a_path_or_a_mapping(path):
         ("      weight: 0", "FILE, line 6: data.train.weight: should be greater than 0, not 0"),
         ("      format: parquet", "FILE, line 6: data.train.format: should be 'auto', 'messages', "),
         ("    - {weight: 2}", "FILE, line 6: data.train.path: is missing; add it"),
-        ("    - {wieght: 2}", "FILE, line 6: data.train.wieght: unknown key; did you mean data.train.weight?"),
         ("    - 3", "FILE, line 6: data.train: should be a valid string, or be a valid dictionary, not 3"),
         ("    -", "FILE, line 6: data.train: should be a valid string, or be a valid dictionary, not None"),
         ("  eval: {path: b, splt: x}", "FILE, line 6: data.eval.splt: unknown key; did you mean data.eval.split?"),
@@ -80,7 +87,11 @@ def test_defaults_are_qloras(path):
     [
         ("trian: {steps: 3}", "FILE, line 3: trian: unknown key; did you mean train?"),
         ("train:\n  seed: 1\n  stpes: 3", "FILE, line 5: train.stpes: unknown key; did you mean train.steps?"),
-        ("optim: {learnrate: 1}\nlr: 3", "FILE, line 3: optim.learnrate: unknown key; this section knows beta1, "),
+        ("optim: {learnrate: 1}", "FILE, line 3: optim.learnrate: unknown key; this section knows beta1, "),
+        ("data2: {}", "FILE, line 3: data2: unknown key; did you mean data?"),
+        ("optim: {base: 1}", "FILE, line 3: optim.base: unknown key; did you mean model.base or parallel.base?"),
+        ("optim: {globalbatch: 1}", "FILE, line 3: optim.globalbatch: unknown key; did you mean train.global_batch?"),
+        ("train: {shufle: 1}", "FILE, line 3: train.shufle: unknown key; this section knows checkpointing, "),
         ("lr: 3", "FILE, line 3: lr: unknown key; did you mean optim.lr?"),
         ("train: {max_grad_norm: 1.0}", "FILE, line 3: train.max_grad_norm: unknown key; did you mean optim.max_grad"),
         ("1: 2", "FILE, line 3: 1: unknown key; this section knows data, lora, model, "),
@@ -99,7 +110,20 @@ def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):
         ("train: {steps: 0}", "FILE, line 3: train.steps: should be greater than or equal to 1, not 0"),
         ("train: {seed: }", "FILE, line 3: train.seed: should be a valid integer, not None"),
         ("train: {epochs: 0}", "FILE, line 3: train.epochs: should be greater than 0, not 0"),
-        ("optim: {lr: '2e-4'}", "FILE, line 3: optim.lr: should be a valid number, not '2e-4'"),
+        (
+            "optim: {lr: '2e-4'}",
+            "FILE, line 3: optim.lr: should be a valid number, not '2e-4'; write it without quotes",
+        ),
+        (
+            "train: {compile: 'yes'}",
+            "FILE, line 3: train.compile: should be a valid boolean, not 'yes'; write it without",
+        ),
+        ("train: {steps: 'many'}", "FILE, line 3: train.steps: should be a valid integer, not 'many'"),
+        (
+            "optim: paged_adamw_8bit",
+            "FILE, line 3: optim: should be a valid dictionary, not 'paged_adamw_8bit'; write optim",
+        ),
+        ("run: {trackers: wandb}", "FILE, line 3: run.trackers: should be a valid list, not 'wandb'; write [wandb]"),
         ("optim: {lr: -1}", "FILE, line 3: optim.lr: should be greater than 0, not -1"),
         ("model2: {}", "FILE, line 3: model2: unknown key; did you mean model?"),
         ("lora:", "FILE, line 3: lora: is an empty section; fill it or take the line out"),
@@ -113,19 +137,19 @@ def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):
         ("run: {name: ../up}", "FILE, line 3: run.name: should match pattern"),
         (
             "train:\n  global_batch: 16\n  micro_batch: 3",
-            "FILE: train.global_batch: 16 is not a multiple of train.micro_batch: 3; change one of them",
+            "FILE, line 4: train.global_batch: 16 is not a multiple of train.micro_batch: 3; change one of them",
         ),
         (
             "train: {steps: 5}",
-            "FILE: optim.warmup_steps: 10 is more than train.steps: 5; lower it",
+            "FILE, line 3: optim.warmup_steps: 10 is more than train.steps: 5; lower it",
         ),
         (
             "optim: {warmup_steps: 101}",
-            "FILE: optim.warmup_steps: 101 is more than train.steps: 100; lower it",
+            "FILE, line 3: optim.warmup_steps: 101 is more than train.steps: 100; lower it",
         ),
         (
             "train: {steps: 50, epochs: 3}",
-            "FILE: train.epochs: 3 and train.steps: 50 exclude each other; set one of them to null, or take it out",
+            "FILE, line 3: train.epochs: 3 and train.steps: 50 exclude each other; set one of them to null, or take",
         ),
     ],
 )
@@ -136,7 +160,6 @@ def test_wrong_values_are_named_with_line_and_what_is_wanted(path, text, message
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "FILE: model: is missing; add it"),
         ("model: {base: m}", "FILE: data: is missing; add it"),
         ("data: {train: [a]}\nmodel:\n  quant_type: nf4", "FILE, line 2: model.base: is missing; add it"),
         ("- model\n- data", "FILE: holds no mapping of sections; start with `model:` and `data:`"),
@@ -156,6 +179,99 @@ def test_wrong_values_are_named_with_line_and_what_is_wanted(path, text, message
 )
 def test_what_is_no_configuration_is_refused(path, text, message):
     assert mistake(path, text).startswith(message)
+
+
+def test_all_mistakes_are_in_one_answer_each_with_its_line(path):
+    text = """\
+model:
+  compute_dtype: bfloat16
+  block_size: '64'
+data: {train: a.jsonl}
+lora: {rank: 16}
+optim: {lr: "2e-4", warmup_steps: 200}
+train: {global_batch: 5, micro_batch: 2, steps: 100, epochs: 2, seed: -1}
+parallel: {base: paged, offload: base}
+"""
+    assert mistakes(path, text, "train.stpes=3", "train.steps=7") == [
+        "FILE: 11 mistakes",
+        "FILE, line 1: model.base: is missing; add it",
+        "FILE, line 2: model.compute_dtype: should be 'bf16', 'fp16' or 'fp32', not 'bfloat16'",
+        "FILE, line 3: model.block_size: should be 32, 64, 128, 256, 512, 1024, 2048 or 4096, not '64'; write it "
+        "without quotes",
+        "FILE, line 4: data.train: should be a valid list, not 'a.jsonl'; write [a.jsonl]",
+        "FILE, line 5: lora.rank: unknown key; write lora.r",
+        "FILE, line 6: optim.lr: should be a valid number, not '2e-4'; write it without quotes",
+        "FILE, line 7: train.seed: should be greater than or equal to 0, not -1",
+        "FILE, line 7: train.epochs: 2 and train.steps: 7 exclude each other; set one of them to null, or take it out",
+        "FILE, line 7: train.global_batch: 5 is not a multiple of train.micro_batch: 2; change one of them",
+        "FILE, line 8: parallel.offload: base and parallel.base: paged exclude each other; leave parallel.offload out",
+        "override train.stpes=3: train.stpes: unknown key; did you mean train.steps?",
+    ]
+
+
+def test_values_are_not_said_to_contradict_one_that_is_wrong_itself(path):
+    sentence = "FILE, line 3: train.micro_batch: should be greater than or equal to 1, not 0"
+    assert mistake(path, BASE + "train: {global_batch: 5, micro_batch: 0}") == sentence
+
+
+def test_a_misspelt_section_or_key_is_one_mistake(path):
+    assert (
+        mistake(path, "modle: {base: m}\ndata: {train: [a]}") == "FILE, line 1: modle: unknown key; did you mean model?"
+    )
+    assert mistake(path, "model: {bass: m}\ndata: {train: [a]}") == (
+        "FILE, line 1: model.bass: unknown key; did you mean model.base?"
+    )
+    missing = ["FILE: 2 mistakes", "FILE: model: is missing; add it", "FILE: data: is missing; add it"]
+    assert mistakes(path, "") == missing
+    assert mistakes(path, SOURCES + "    - {wieght: 2}") == [
+        "FILE: 2 mistakes",
+        "FILE, line 6: data.train.wieght: unknown key; did you mean data.train.weight?",
+        "FILE, line 6: data.train.path: is missing; add it",
+    ]
+
+
+AXOLOTL = """\
+base_model: NousResearch/Meta-Llama-3-8B
+load_in_4bit: true
+datasets:
+  - path: mydata.jsonl
+    type: chat_template
+sequence_len: 4096
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+learning_rate: 0.0002
+special_tokens: {pad_token: x}
+seed: 1
+loss_watchdog_patience: 3
+"""
+
+
+def test_a_file_of_another_trainer_is_answered_from_the_page_that_compares_keys(path):
+    always = "leave it out: training is always QLoRA, with a base in 4 bit"
+    assert mistakes(path, AXOLOTL) == [
+        'FILE: looks like a configuration of axolotl; see docs/training.md, "Coming from another trainer"',
+        "FILE, line 1: base_model: unknown key; write model.base",
+        f"FILE, line 2: load_in_4bit: unknown key; {always}",
+        "FILE, line 3: datasets: unknown key; write data.train",
+        "FILE, line 6: sequence_len: unknown key; write data.seq_len",
+        "FILE, line 7: micro_batch_size: unknown key; write train.micro_batch",
+        "FILE, line 8: gradient_accumulation_steps: unknown key; write train.global_batch: rows of a step, over all "
+        "ranks; only train.micro_batch is per rank",
+        "FILE, line 9: learning_rate: unknown key; write optim.lr",
+        "FILE, line 11: seed: unknown key; did you mean train.seed?",
+        "FILE: no key of the same name or meaning: special_tokens, loss_watchdog_patience",
+    ]
+    trl = "model_name_or_path: m\ndataset_name: d\nuse_peft: true\nlora_r: 16\noptim: adamw_torch"
+    assert mistakes(path, trl)[0].startswith("FILE: looks like a configuration of TRL; see ")
+    factory = "model_name_or_path: m\nstage: sft\nfinetuning_type: lora\ndataset: d\ncutoff_len: 9"
+    assert mistakes(path, factory)[0].startswith("FILE: looks like a configuration of LLaMA-Factory; see ")
+
+
+def test_what_is_advised_for_another_trainers_key_is_a_key():
+    known = {".".join(key) for key in known_keys(Config)}
+    for key, advice in ADVICE.items():
+        named = re.findall(r"\b(?:model|lora|data|parallel|optim|paging|train|run)\.\w+", advice)
+        assert set(named) <= known, key
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
@@ -200,8 +316,8 @@ def test_a_section_may_be_merged_from_another(path):
 
 
 def test_rows_that_are_packed_cannot_be_grouped_by_length(path):
-    message = "FILE: data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out"
-    assert mistake(path, BASE, "data.group_by_length=true") == message
+    message = "data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out"
+    assert mistake(path, BASE, "data.group_by_length=true") == f"override data.group_by_length=true: {message}"
     assert load_config(path, ["data.group_by_length=true", "data.packing=none"]).data.group_by_length
 
 
@@ -327,4 +443,6 @@ def test_no_text_whatsoever_makes_a_traceback(text):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError) as caught:
             load_config(path)
-        assert "\n" not in str(caught.value)
+        lines = str(caught.value).replace(str(path), "FILE").split("\n")
+        assert all(line.startswith("FILE") for line in lines)
+        assert len(lines) == 1 or lines[0] == f"FILE: {len(lines) - 1} mistakes"

@@ -1,0 +1,86 @@
+"""Keys of other trainers, and what to write here: docs/training.md, "Coming from another trainer"."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+PAGE = 'docs/training.md, "Coming from another trainer"'
+_ALWAYS_4BIT = "leave it out: training is always QLoRA, with a base in 4 bit"
+_OWN_FILE = "put these rows into a file of their own and name it in data.eval"
+_ALWAYS_LOGGED = "leave it out: metrics.jsonl has every step"
+_BATCH = "write train.global_batch: rows of a step, over all ranks; only train.micro_batch is per rank"
+_KEYS_OF = {
+    "model.base": "base_model model_name_or_path",
+    "model.compute_dtype": "bf16 fp16 dtype torch_dtype",
+    "model.attention": "attn_implementation flash_attention flash_attn sdp_attention",
+    "lora.r": "lora_r lora_rank rank",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "lora_target_modules target_modules lora_target lora_target_linear",
+    "lora.modules_to_save": "lora_modules_to_save additional_target",
+    "lora.rslora": "use_rslora peft_use_rslora",
+    "lora.dora": "use_dora peft_use_dora",
+    "data.train": "datasets dataset dataset_name",
+    "data.eval": "test_datasets eval_dataset",
+    "data.chat_template": "template",
+    "data.seq_len": "max_length max_seq_length max_seq_len cutoff_len sequence_len",
+    "data.packing": "sample_packing",
+    "data.mask": "train_on_inputs train_on_input train_on_prompt assistant_only_loss completion_only_loss",
+    "data.cache": "dataset_prepared_path",
+    "data.workers": "dataset_processes dataset_num_proc preprocessing_num_workers",
+    "parallel.base, parallel.adapter": "fsdp fsdp_config fsdp_version",
+    "parallel.engine": "deepspeed",
+    "optim.name": "optim optimizer",
+    "optim.lr": "learning_rate",
+    "optim.lora_plus_ratio": "loraplus_lr_ratio",
+    "optim.beta1": "adam_beta1",
+    "optim.beta2": "adam_beta2",
+    "optim.eps": "adam_epsilon",
+    "optim.schedule": "lr_scheduler lr_scheduler_type",
+    "optim.warmup_steps": "warmup_ratio",
+    "train.steps": "max_steps",
+    "train.epochs": "num_epochs num_train_epochs",
+    "train.micro_batch": "micro_batch_size per_device_train_batch_size",
+    "train.checkpointing": "gradient_checkpointing enable_activation_checkpointing",
+    "train.compile": "torch_compile",
+    "train.eval_every": "eval_steps",
+    "train.save_every": "save_steps",
+    "train.keep_checkpoints": "save_total_limit",
+    "run.dir, run.name": "output_dir",
+    "run.trackers": "report_to",
+    "run.project": "wandb_project",
+}
+ADVICE = {key: f"write {ours}" for ours, keys in _KEYS_OF.items() for key in keys.split()} | {
+    "gradient_accumulation_steps": _BATCH,
+    "batch_size": _BATCH,
+    "load_in_4bit": _ALWAYS_4BIT,
+    "quantization_bit": _ALWAYS_4BIT,
+    "use_peft": _ALWAYS_4BIT,
+    "adapter": _ALWAYS_4BIT,
+    "finetuning_type": _ALWAYS_4BIT,
+    "val_set_size": _OWN_FILE,
+    "val_size": _OWN_FILE,
+    "logging_steps": _ALWAYS_LOGGED,
+}
+"""What to do about a key, by its name in axolotl, LLaMA-Factory, TRL, transformers or torchtune."""
+_MARKS = {
+    "axolotl": {"base_model", "datasets", "sequence_len", "micro_batch_size", "num_epochs", "adapter", "val_set_size"},
+    "LLaMA-Factory": {"finetuning_type", "stage", "template", "cutoff_len", "lora_rank", "lora_target", "dataset"},
+    "TRL": {
+        "dataset_name",
+        "use_peft",
+        "load_in_4bit",
+        "lora_r",
+        "max_length",
+        "lora_target_modules",
+        "dataset_config",
+    },
+    "torchtune": {"tokenizer", "checkpointer", "recipe_checkpoint", "loss", "optimizer", "dataset"},
+}
+
+
+def foreign_trainer(keys: Collection[str]) -> str | None:
+    """Return the trainer whose file has these keys at its top, or None if fewer than two of them are foreign."""
+    if sum(key in ADVICE for key in keys) < 2:
+        return None
+    return max(_MARKS, key=lambda trainer: len(_MARKS[trainer].intersection(keys)))
