@@ -9,9 +9,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from qlora_dist.config import Config
-from qlora_dist.config_file import Sections, changed, dump_config
+from qlora_dist.config_file import Sections, changed, dump_config, flatten
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration import load_calibration
 from qlora_dist.plan.find_model import read_model_config
@@ -21,8 +22,10 @@ from qlora_dist.plan.plan import Plan, make_plan
 from qlora_dist.plan.run import make_run
 from qlora_dist.plan.verb import Asked, make_config
 
-_WORTHWHILE = 0.97
-"""A more involved configuration has to take no more than this part of the time: times are not known better."""
+_CLOSE = 1.1
+"""Ratio of two steps' times below which the simpler configuration is taken: times are not known that well."""
+_SHOWN = 5
+_KEYS = ("parallel.base", "parallel.adapter", "parallel.offload", "train.checkpointing", "train.micro_batch")
 
 
 @dataclass(frozen=True)
@@ -31,31 +34,100 @@ class Found:
 
     config: Config
     plan: Plan
+    start: Config
+    """What the search began from: defaults, and what was asked."""
+
+    @property
+    def differences(self) -> dict[str, Any]:
+        """Keys whose values are not those that the search began with."""
+        mine, theirs = flatten(self.config.model_dump()), flatten(self.start.model_dump())
+        return {key: mine[key] for key in (*_KEYS, "parallel.resident_bytes") if mine[key] != theirs[key]}
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the base lies in host memory, or partly."""
+        return self.config.parallel.offload != "none" or self.config.parallel.base == "paged"
+
+    def rank(self, least_s: float) -> tuple[bool, bool, int, float]:
+        """Return the order among all: about as fast as the fastest, base on the device, few keys set, time."""
+        step_s = self.plan.time.step_s
+        slow = step_s > _CLOSE * least_s
+        return (slow, False, 0, step_s) if slow else (slow, self.on_host, len(self.differences), step_s)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search has tried, and what fits of that."""
+
+    best: list[Found]
+    """The one to take, and the fastest of the others."""
+    fitting: int
+    tried: int
+    choices: dict[str, list[Any]]
+    """Values that were tried, by key."""
+
+    def sentence(self) -> str:
+        """Return what was tried, in one sentence."""
+        varied = {key: values for key, values in self.choices.items() if len(values) > 1}
+        tried = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in varied.items())
+        return f"Tried {self.tried} configurations, of which {self.fitting} fit: {tried or 'all keys were given'}."
 
 
 def print_fastest(asked: Asked, as_json: bool) -> None:
-    """Print the configuration as YAML, and on standard error what it costs; or both as JSON.
+    """Print the configuration as YAML, and on standard error what it costs and what else fits; or all as JSON.
 
     Raises:
         UserError: a mistake in what was asked, or nothing fits.
     """
-    found = fastest(asked)
+    found = search(asked)
+    best = found.best[0]
     if as_json:
-        tree = found.config.model_dump(mode="json")
-        typer.echo(json.dumps({"config": tree, "plan": found.plan.as_json()}, indent=2))
+        others = [
+            {"settings": f.differences, "fits_with_bytes": _spare(f.plan), "step_s": f.plan.time.step_s}
+            for f in found.best
+        ]
+        tree = best.config.model_dump(mode="json")
+        tried = {"configurations": found.tried, "fitting": found.fitting, "values": found.choices}
+        typer.echo(json.dumps({"config": tree, "plan": best.plan.as_json(), "best": others, "tried": tried}, indent=2))
         return
-    typer.echo(dump_config(found.config), nl=False)
+    typer.echo(dump_config(best.config), nl=False)
     from qlora_dist.plan.table import print_plan
 
-    print_plan(found.plan, asked.model, Console(stderr=True))
+    console = Console(stderr=True)
+    print_plan(best.plan, asked.model, console)
+    table = Table(title="What fits: the one above, and the fastest of the others", title_justify="left")
+    for column in ("tokens/s", "a step, s", "GiB to spare"):
+        table.add_column(column, justify="right")
+    table.add_column("settings that are not defaults or given")
+    for one in found.best:
+        time = one.plan.time
+        settings = " ".join(f"{key}={value}" for key, value in one.differences.items())
+        row = (
+            f"{time.tokens_per_s:,.0f}",
+            f"{time.step_s:,.2f}",
+            f"{_spare(one.plan) / 2**30:,.2f}",
+            settings or "none",
+        )
+        table.add_row(*row, style="bold" if one is best else None)
+    console.print(table)
+    console.print(
+        f"{found.sentence()} Of those within {_CLOSE - 1:.0%} of the fastest the simplest is taken, "
+        "one that keeps the base on the device before one that does not.",
+        highlight=False,
+    )
 
 
-def fastest(asked: Asked) -> Found:
+def _spare(plan: Plan) -> int:
+    """Return the bytes that a card has left, by the upper end of what the allocator reserves."""
+    return plan.gpu.memory_bytes - plan.memory.reserved_bytes[1] - CONTEXT_BYTES
+
+
+def search(asked: Asked) -> Search:
     """Try what can be chosen, at the same tokens of a step.
 
     Chosen are the meshes of base and adapters, rows of a micro-batch, which layers are checkpointed, offloading and
     paging of the base; what was asked for by name stays. The optimizer's pages follow from the room that is left
-    (`optim.resident_bytes: auto`). The simplest is taken of those that are about as fast.
+    (`optim.resident_bytes: auto`). Of those that are about as fast the simplest is taken.
 
     Raises:
         UserError: a mistake in what was asked, or nothing fits; it says what is missing.
@@ -65,7 +137,8 @@ def fastest(asked: Asked) -> Found:
     link, network = hardware.link(gpu.link), hardware.link(asked.network)
     start = make_config(asked)
     described = make_run(start, model_config, asked.ranks, asked.nodes).model
-    best: Found | None = None
+    fitting: list[Found] = []
+    tried: list[Config] = []
     least: Plan | None = None
 
     def plan_of(config: Config) -> Plan:
@@ -79,18 +152,26 @@ def fastest(asked: Asked) -> Found:
         if config.parallel.base == "paged" and "parallel.resident_bytes" not in named and plan.fits:
             config = changed(config, {"parallel": {"resident_bytes": _budget(plan)}})
             plan = plan_of(config)
-        if plan.fits and (best is None or plan.time.step_s < best.plan.time.step_s * _WORTHWHILE):
-            best = Found(config, plan)
+            if plan.memory.on_host == 0 and "parallel.base" not in named:
+                continue  # all layers stay on the device: the same as with `base: node`
+        tried.append(config)
+        if plan.fits:
+            fitting.append(Found(config, plan, start))
         if least is None or plan.memory.peak_bytes < least.memory.peak_bytes:
             least = plan
     assert least is not None
-    if best is None:
+    if not fitting:
         need = (least.memory.reserved_bytes[1]) / 2**30
         raise UserError(
             f"{asked.model} does not fit {asked.nodes} x {asked.gpus} {asked.gpu} with any setting: the least is "
             f"{need:.1f} GiB a GPU of {gpu.memory:g}; use more GPUs, a shorter data.seq_len, or a smaller lora.r"
         )
-    return best
+    least_s = min(found.plan.time.step_s for found in fitting)
+    best = min(fitting, key=lambda found: found.rank(least_s))
+    others = sorted((f for f in fitting if f is not best), key=lambda found: found.plan.time.step_s)
+    flat = [flatten(config.model_dump()) for config in tried]
+    choices = {key: list(dict.fromkeys(tree[key] for tree in flat)) for key in _KEYS}
+    return Search([best, *others[: _SHOWN - 1]], len(fitting), len(tried), choices)
 
 
 def _budget(least: Plan) -> int:

@@ -164,7 +164,9 @@ def step_time(run: Run, memory: Memory, speed: Speeds) -> StepTime:
     for unit, count in run.model.distinct:
         gather = _gather_seconds(run, unit, speed)
         if unit.layer is None:
-            for name, seconds in gather.items():
+            # nothing computes meanwhile: what lies in host memory is waited for, as the gathering is
+            fetch = {"paging": _layer_bytes(run, unit) / speed.host} if run.offload else {}
+            for name, seconds in _sum(gather, fetch).items():
                 step_s += count * seconds * run.accumulation
                 busy[name] += count * seconds * run.accumulation
             continue

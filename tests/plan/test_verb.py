@@ -15,7 +15,7 @@ from qlora_dist.cli import app
 from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.plan.hardware import load_hardware
-from qlora_dist.plan.search import fastest
+from qlora_dist.plan.search import search
 from qlora_dist.plan.verb import Asked, make_config, plan_for
 
 H100 = Asked("llama-3.1-405b", ["lora.r=16"], 8, "h100-80gb", 2, "infiniband-400g")
@@ -74,7 +74,7 @@ def test_the_global_batch_suits_the_ranks(overrides: list[str], batch: int) -> N
     ("asked", "sentence"),
     [
         ({"overrides": ["train.global_batch=12"]}, r"train\.global_batch: 12 is not a multiple of 16"),
-        ({"overrides": ["lora.rank=4"]}, r"lora\.rank: unknown key; did you mean"),
+        ({"overrides": ["lora.rank=4"]}, r"lora\.rank: unknown key; write lora\.r"),
         ({"overrides": ["parallel.base=3"]}, r"parallel\.base: 3 does not divide the world of 16 ranks"),
         ({"gpu": "h900"}, "--gpu: h900 is not known; choose from"),
         ({"network": "string"}, "string: no such link; choose from"),
@@ -112,18 +112,55 @@ def test_every_known_gpu_has_its_link() -> None:
 def test_search_finds_what_fits_and_keeps_what_was_asked_for(tmp_path: Path) -> None:
     asked = Asked("llama-3.1-70b", ["lora.r=16", "train.checkpointing=full"], 2, "rtx-4090", 1, "ethernet-25g")
     assert not plan_for(asked).fits
-    found = fastest(asked)
+    (found, *_) = search(asked).best
     assert found.plan.fits and found.config.train.checkpointing == "full" and found.config.lora.r == 16
     again = plan_for(asked, found.config)
     assert again.fits and again.time == found.plan.time
-    paged = fastest(Asked(**{**vars(asked), "overrides": ["lora.r=16", "parallel.base=paged"]}))
+    (paged, *_) = search(Asked(**{**vars(asked), "overrides": ["lora.r=16", "parallel.base=paged"]})).best
     assert paged.plan.fits and 2**30 < paged.config.parallel.resident_bytes < paged.plan.gpu.memory_bytes
     result = CliRunner().invoke(app, ["plan", "smollm2-135m", "--search"])
     assert result.exit_code == 0, result.output
     (tmp_path / "found.yaml").write_text(result.stdout)
     assert load_config(tmp_path / "found.yaml").train.checkpointing == "none"  # there is room enough
     with pytest.raises(UserError, match="does not fit 1 x 1 rtx-3090 with any setting"):
-        fastest(Asked("llama-3.1-405b", ["data.seq_len=65536"], 1, "rtx-3090", 1, "ethernet-25g"))
+        search(Asked("llama-3.1-405b", ["data.seq_len=65536"], 1, "rtx-3090", 1, "ethernet-25g"))
+
+
+def test_search_prefers_a_base_on_the_device_and_few_settings_among_equally_fast_ones() -> None:
+    asked = Asked("llama-3.1-8b", [], 2, "rtx-4090", 1, "infiniband-400g")
+    result = search(asked)
+    found = result.best[0]
+    assert (found.config.parallel.offload, found.config.parallel.base) == ("none", "node")
+    assert found.plan.time.step_s < 1.1 * min(other.plan.time.step_s for other in result.best)
+    assert len(result.best) == 5 and result.fitting >= 5
+    assert "parallel.offload: none, base" in result.sentence()
+    assert f"Tried {result.tried} configurations, of which {result.fitting} fit" in result.sentence()
+    # offloading is what is left where nothing else fits
+    large = search(Asked("llama-3.1-70b", [], 2, "rtx-4090", 1, "infiniband-400g"))
+    assert large.best[0].differences == {"parallel.offload": "base"}
+
+
+def test_search_says_what_else_fits_and_what_it_tried() -> None:
+    result = CliRunner().invoke(app, ["plan", "llama-3.1-8b", "--gpus", "2", "--gpu", "rtx-4090", "--search"])
+    said = " ".join(result.stderr.split())
+    assert "What fits: the one above, and the fastest of the others" in said
+    assert "Of those within 10% of the fastest the simplest is taken" in said
+    as_json = CliRunner().invoke(app, ["plan", "smollm2-135m", "--search", "--json"])
+    tree = json.loads(as_json.stdout)
+    assert len(tree["best"]) == 5
+    assert tree["best"][0]["step_s"] == tree["plan"]["step_s"]
+    assert tree["tried"]["values"]["parallel.offload"] == ["none", "base"]
+
+
+@pytest.mark.parametrize(("base", "shards"), [("replicate", 1), ("node", 2)])
+def test_offloading_costs_time_for_embedding_and_head_which_no_computation_hides(base: str, shards: int) -> None:
+    def step_s(offload: str) -> float:
+        keys = ["optim.name=adamw", "train.checkpointing=none", f"parallel.base={base}", f"parallel.offload={offload}"]
+        return plan_for(Asked("llama-3.1-8b", keys, 2, "rtx-4090", 1, "infiniband-400g")).time.step_s
+
+    embedding_and_head = 2 * 2 * 128256 * 4096 / shards  # bf16
+    micro_batches, bytes_per_s = 8, 22e9  # 16 rows over 2 ranks; host_gb_s of the card
+    assert step_s("base") - step_s("none") >= micro_batches * embedding_and_head / bytes_per_s
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path: Path) -> None:
