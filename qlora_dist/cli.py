@@ -147,7 +147,9 @@ def preprocess(
 def plan(
     model: Annotated[
         str | None,
-        typer.Argument(help="config.json, a folder with one, or a name such as llama-3.1-405b.", metavar="MODEL"),
+        typer.Argument(
+            help="config.json, a folder with one, a name such as llama-3.1-405b, or a run's YAML file.", metavar="MODEL"
+        ),
     ] = None,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 1,
@@ -185,7 +187,9 @@ def plan(
         calibrate(calibration, Console(highlight=False))
         return
     if model is None:
-        raise UserError("plan: no model; give a config.json, a folder with one, or a name such as llama-3.1-8b")
+        raise UserError(
+            "plan: no model; give a config.json, a folder with one, a name such as llama-3.1-8b, or a run's YAML file"
+        )
     from qlora_dist.plan.verb import Asked, plan_run
 
     plan_run(

@@ -30,9 +30,9 @@ def read_model_config(model: str) -> dict[str, Any]:
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
-        path = _SHIPPED / f"{model.lower()}.json"
+        path = _SHIPPED / f"{path.name.lower()}.json"  # also by its name on the hub, OWNER/NAME
         if not path.is_file():
-            near = difflib.get_close_matches(model.lower(), model_names(), n=3) or model_names()
+            near = difflib.get_close_matches(Path(model).name.lower(), model_names(), n=3) or model_names()
             raise UserError(
                 f"{model}: no config.json, no folder with one, and no model that is known by name; did you mean "
                 f"{', '.join(near)}?"

@@ -94,7 +94,7 @@ def print_fastest(asked: Asked, as_json: bool) -> None:
     from qlora_dist.plan.table import print_plan
 
     console = Console(stderr=True)
-    print_plan(best.plan, asked.model, console)
+    print_plan(best.plan, best.config.model.base, console)
     table = Table(title="What fits: the one above, and the fastest of the others", title_justify="left")
     for column in ("tokens/s", "a step, s", "GiB to spare"):
         table.add_column(column, justify="right")
@@ -132,10 +132,10 @@ def search(asked: Asked) -> Search:
     Raises:
         UserError: a mistake in what was asked, or nothing fits; it says what is missing.
     """
-    hardware, model_config = load_hardware(asked.hardware), read_model_config(asked.model)
+    hardware, start = load_hardware(asked.hardware), make_config(asked)
+    model_config = read_model_config(start.model.base)
     gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
     link, network = hardware.link(gpu.link), hardware.link(asked.network)
-    start = make_config(asked)
     described = make_run(start, model_config, asked.ranks, asked.nodes).model
     fitting: list[Found] = []
     tried: list[Config] = []
@@ -145,7 +145,7 @@ def search(asked: Asked) -> Search:
         run = make_run(config, model_config, asked.ranks, asked.nodes, described=described)
         return make_plan(run, asked.gpu, gpu, link, network, measured)
 
-    named = _named(asked)
+    named = _named(asked, start)
     for sections in _choices(asked, start, named):
         config = changed(start, sections)
         plan = plan_of(config)
@@ -163,7 +163,7 @@ def search(asked: Asked) -> Search:
     if not fitting:
         need = (least.memory.reserved_bytes[1]) / 2**30
         raise UserError(
-            f"{asked.model} does not fit {asked.nodes} x {asked.gpus} {asked.gpu} with any setting: the least is "
+            f"{start.model.base} does not fit {asked.nodes} x {asked.gpus} {asked.gpu} with any setting: the least is "
             f"{need:.1f} GiB a GPU of {gpu.memory:g}; use more GPUs, a shorter data.seq_len, or a smaller lora.r"
         )
     least_s = min(found.plan.time.step_s for found in fitting)
@@ -180,9 +180,15 @@ def _budget(least: Plan) -> int:
     return (least.memory.static["base"] + int(room)) // 2**20 * 2**20
 
 
-def _named(asked: Asked) -> set[str]:
+def _named(asked: Asked, start: Config) -> set[str]:
+    """Return the keys that are given: on the command line, or in a run's file."""
     named = {override.partition("=")[0].strip() for override in asked.overrides}
-    return named | ({"train.micro_batch"} if asked.micro_batch is not None else set())
+    if asked.micro_batch is not None:
+        named.add("train.micro_batch")
+    if asked.run_file is not None:
+        sections = {section: getattr(start, section) for section in start.model_fields_set}
+        named |= {f"{section}.{key}" for section, values in sections.items() for key in values.model_fields_set}
+    return named
 
 
 def _choices(asked: Asked, start: Config, named: set[str]) -> Iterator[Sections]:

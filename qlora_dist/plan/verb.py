@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from qlora_dist.config import Config
-from qlora_dist.config_file import changed, config_from
+from qlora_dist.config_file import changed, config_from, load_config
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration import load_calibration
 from qlora_dist.plan.find_model import read_model_config
@@ -27,6 +27,7 @@ class Asked:
     """What the command line says."""
 
     model: str
+    """A model, or the file of a run."""
     overrides: Sequence[str]
     gpus: int
     """Of each node."""
@@ -42,6 +43,12 @@ class Asked:
     def ranks(self) -> int:
         """Of all nodes."""
         return self.gpus * self.nodes
+
+    @property
+    def run_file(self) -> Path | None:
+        """The file of a run, if that is what is to be planned."""
+        path = Path(self.model)
+        return path if path.suffix in (".yaml", ".yml") else None
 
 
 def plan_run(asked: Asked, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
@@ -64,14 +71,15 @@ def plan_run(asked: Asked, search: bool, plot: Path | None, as_json: bool, with_
     if with_trace:
         from qlora_dist.plan import both_ways
 
-        traced = both_ways.trace_plan(planned, make_config(asked), read_model_config(asked.model))
+        config = make_config(asked)
+        traced = both_ways.trace_plan(planned, config, read_model_config(config.model.base))
     if as_json:
         of_trace = {"trace": both_ways.as_json(traced)} if traced is not None else {}
         typer.echo(json.dumps(planned.as_json() | of_trace, indent=2))
         return
     from qlora_dist.plan.table import print_plan
 
-    print_plan(planned, asked.model, Console())
+    print_plan(planned, make_config(asked).model.base, Console())
     if traced is not None:
         both_ways.print_both(planned, traced, Console())
 
@@ -93,18 +101,25 @@ def plan_for(asked: Asked, config: Config | None = None) -> Plan:
     """
     hardware = load_hardware(asked.hardware)
     gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
-    run = make_run(config or make_config(asked), read_model_config(asked.model), asked.ranks, asked.nodes)
+    config = config or make_config(asked)
+    run = make_run(config, read_model_config(config.model.base), asked.ranks, asked.nodes)
     return make_plan(run, asked.gpu, gpu, hardware.link(gpu.link), hardware.link(asked.network), measured)
 
 
 def make_config(asked: Asked) -> Config:
-    """The configuration that is planned: defaults, and what was asked.
+    """Return the configuration that is planned: a run's file or defaults, and what was asked.
 
-    `train.global_batch`, if not asked for, is 16 or so many that every rank has a micro-batch.
+    Without a run's file, `train.global_batch`, if not asked for, is 16 or so many that every rank has a micro-batch.
 
     Raises:
         UserError: as `load_config`.
     """
+    if asked.run_file is not None:
+        sizes = {"data.seq_len": asked.seq_len, "train.micro_batch": asked.micro_batch}
+        options = [f"{key}={value}" for key, value in sizes.items() if value is not None]
+        config = load_config(asked.run_file, [*asked.overrides, *options])
+        _check_global_batch(config, asked.ranks)
+        return config
     tree: dict[str, dict[str, Any]] = {"model": {"base": asked.model}, "data": {"train": ["data/train.jsonl"]}}
     if asked.seq_len is not None:
         tree["data"]["seq_len"] = asked.seq_len
@@ -116,12 +131,17 @@ def make_config(asked: Asked) -> Config:
     if not given:
         return changed(config, {"train": {"global_batch": rows * -(-16 // rows)}})
     config = config_from(tree, asked.overrides)
+    _check_global_batch(config, asked.ranks)
+    return config
+
+
+def _check_global_batch(config: Config, ranks: int) -> None:
+    rows = ranks * config.train.micro_batch
     if config.train.global_batch % rows:
         raise UserError(
-            f"train.global_batch: {config.train.global_batch} is not a multiple of {rows} ({asked.ranks} ranks x "
+            f"train.global_batch: {config.train.global_batch} is not a multiple of {rows} ({ranks} ranks x "
             f"train.micro_batch: {config.train.micro_batch}); change one of them"
         )
-    return config
 
 
 def _harmless(overrides: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -107,6 +108,35 @@ def test_every_known_gpu_has_its_link() -> None:
     assert set(names.split()) <= set(hardware.gpus)
     for name in hardware.gpus:
         hardware.gpu(name)
+
+
+RUN_FILE = """\
+model: {base: meta-llama/Llama-3.1-8B}
+data: {train: [no-such.jsonl], seq_len: 1024}
+lora: {r: 16}
+train: {micro_batch: 2, global_batch: 32, checkpointing: none}
+"""
+
+
+def test_the_file_of_a_run_is_planned_as_it_will_be_trained(tmp_path: Path) -> None:
+    path = tmp_path / "my-run.yaml"
+    path.write_text(RUN_FILE)
+    keys = ["lora.r=16", "train.micro_batch=2", "train.global_batch=32", "train.checkpointing=none"]
+
+    def plan(model: str, *overrides: str, **options: Any) -> dict[str, Any]:
+        return plan_for(Asked(model, overrides, 2, "rtx-4090", 1, "infiniband-400g", **options)).as_json()
+
+    assert plan(str(path)) == plan("llama-3.1-8b", *keys, "data.seq_len=1024")
+    assert plan(str(path), "lora.r=8") == plan("llama-3.1-8b", *keys, "data.seq_len=1024", "lora.r=8")
+    assert plan(str(path), seq_len=512) == plan("llama-3.1-8b", *keys, seq_len=512)
+    with pytest.raises(UserError, match=r"train\.global_batch: 32 is not a multiple of 6 \(3 ranks x"):
+        plan_for(Asked(str(path), [], 3, "rtx-4090", 1, "infiniband-400g"))
+    with pytest.raises(UserError, match=r"no-run\.yaml: no such configuration file"):
+        plan(str(tmp_path / "no-run.yaml"))
+    result = search(Asked(str(path), [], 2, "rtx-4090", 1, "infiniband-400g"))
+    found = result.best[0].config
+    assert (found.train.checkpointing, found.train.micro_batch, found.data.train) == ("none", 2, ["no-such.jsonl"])
+    assert result.choices["parallel.offload"] == ["none", "base"]
 
 
 def test_search_finds_what_fits_and_keeps_what_was_asked_for(tmp_path: Path) -> None:
