@@ -39,13 +39,18 @@ Overrides = Annotated[
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="Check all that can be checked without weights, and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            help="Check all that can be checked without weights, print the configuration and a verdict, and stop."
+        ),
+    ] = False,
     resume: Annotated[
         str, typer.Option(help="auto: go on from the run's newest whole checkpoint; none; or a checkpoint's folder.")
     ] = "auto",
 ) -> None:
     """Train an adapter: alone, or on every rank that torchrun starts this on."""
-    from qlora_dist.config_file import dump_config, load_config
+    from qlora_dist.config_file import load_config
     from qlora_dist.train.stop import listen
 
     if not dry_run:
@@ -56,15 +61,9 @@ def train(
     resolved = load_config(config, overrides or ())
     prepare_process()
     if dry_run:
-        from qlora_dist.launch.environment import ranks_from_environment
-        from qlora_dist.train.run_dir import check_run_dir
-        from qlora_dist.train.setup import set_up
-
-        ranks = ranks_from_environment()
-        check_run_dir(resolved, resume)
-        set_up(resolved, ranks)
-        if ranks.rank == 0:
-            typer.echo(dump_config(resolved), nl=False)
+        with importing():
+            from qlora_dist.train.dry_run import dry_run as check_run
+        check_run(resolved, resume)
         return
     with importing():
         from qlora_dist.train.run import train as run_training

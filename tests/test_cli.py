@@ -320,6 +320,15 @@ def test_a_run_that_is_there_is_not_overwritten(cli, tiny_llama, tmp_path):
     assert (run / "metrics.jsonl").read_text() == "{}\n"
 
 
+def test_a_dry_run_looks_at_the_runs_name_after_all_else(cli, tiny_llama, tmp_path):
+    path = tiny.make_config(tmp_path, tiny_llama)
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("{}\n")
+    assert_one_sentence(cli("train", path, "--dry-run", "lora.targets=[query]"), "query is no quantized layer")
+    assert_one_sentence(cli("train", path, "--dry-run"), run, "holds a run already")
+
+
 def test_half_of_torchruns_environment(cli, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     path = tiny.make_config(tmp_path, tiny_llama)
@@ -340,9 +349,14 @@ def test_a_dry_run_checks_all_and_prints_the_whole_configuration(cli, tiny_llama
     for name, value in WORLD_OF_4.items():
         monkeypatch.setenv(name, value)
     code, out, err = cli("train", path, "train.steps=7", "--dry-run")
-    assert (code, err) == (0, "")
+    assert code == 0, err
     assert not (tmp_path / "runs").exists()
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(out)
-    assert cli("train", resolved, "--dry-run") == (0, out, "")
+    assert cli("train", resolved, "--dry-run") == (0, out, err)
+    lines = err.splitlines()
+    assert lines[0].startswith("base: ")
+    assert any(line.startswith("7 steps of 12 rows = ") for line in lines)
+    assert lines[-2].startswith("plan: each rank holds ")
+    assert lines[-1] == "ok: configuration, model folder and data are fine; no weights were read"
     assert "steps: 7\n" in out

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_dist.bf16 import warn_of_bf16
 from qlora_dist.doctor.finding import Finding
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.nf4.layout import NF4Layout
@@ -29,7 +30,8 @@ def check_node(ranks: Ranks, device: torch.device, folder: Path) -> list[Finding
         device: of this rank.
         folder: where runs go.
     """
-    return [check_libraries(), check_devices(ranks), check_memory(device), check_kernels(device), check_disk(folder)]
+    on_device = [check_memory(device), check_compute_type(device), check_kernels(device)]
+    return [check_libraries(), check_devices(ranks), *on_device, check_disk(folder)]
 
 
 def check_libraries() -> Finding:
@@ -79,6 +81,15 @@ def check_memory(device: torch.device) -> Finding:
     if device.type == "cuda" and free < 0.9 * total:
         return Finding("memory", "warn", said, "see with nvidia-smi who else uses the GPU", values)
     return Finding("memory", "ok", said, values=values)
+
+
+def check_compute_type(device: torch.device) -> Finding:
+    """Look for bf16 instructions: bf16 is the default of `model.compute_dtype`."""
+    warning = warn_of_bf16(device)
+    if warning is None:
+        return Finding("compute type", "ok", f"bf16, the default, on {device.type}")
+    said, _, remedy = warning.rpartition("; ")
+    return Finding("compute type", "warn", said, remedy)
 
 
 def check_kernels(device: torch.device) -> Finding:

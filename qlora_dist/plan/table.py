@@ -18,6 +18,20 @@ PHASES = {
 }
 
 
+_TERMS = {
+    "weights_bytes": "weights, rank 0",
+    "moments_bytes": "optimizer states, rank 0",
+    "peak_bytes": "peak, rank 0",
+    "tokens_per_s": "tokens/s, all ranks",
+}
+
+
+def term_label(term: str) -> str:
+    """Return what a term of `plan` in a run's summary.json is called in a table."""
+    dimension = term.removesuffix("_bytes_per_step")
+    return _TERMS.get(term, f"received per step, {dimension}")
+
+
 def print_plan(plan: Plan, model: str, console: Console) -> None:
     """Two tables and a sentence."""
     run, memory, time = plan.run, plan.memory, plan.time

@@ -11,7 +11,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.report.charts import draw
 from qlora_dist.report.html import page
 from qlora_dist.report.read import RunFiles, read_run_files
-from qlora_dist.report.table import differences, numbers, table
+from qlora_dist.report.table import differences, numbers, plan_rows, table
 
 REPORT = "report.html"
 
@@ -60,6 +60,6 @@ def render(runs: Sequence[RunFiles]) -> str:
         charts=draw(runs),
         different=different,
         equal=equal,
-        plans=[(run.name, run.summary["plan"]) for run in runs if run.summary.get("plan")],
+        plans=[(run.name, plan_rows(run.summary["plan"])) for run in runs if run.summary.get("plan")],
         version=__version__,
     )

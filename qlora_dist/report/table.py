@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlora_dist.plan.table import term_label
 from qlora_dist.report.read import RunFiles
 
 
@@ -78,6 +79,15 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def plan_rows(plan: Mapping[str, Sequence[float | None]]) -> list[tuple[str, str, str]]:
+    """Return a label for each term of summary.json's `plan`, and what was planned and measured."""
+    rows = []
+    for term, (planned, measured) in plan.items():
+        name = "plan_bytes" if "bytes" in term else term
+        rows.append((term_label(term), _text(name, planned), _text(name, measured)))
+    return rows
 
 
 def differences(runs: Sequence[RunFiles]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]:

@@ -17,7 +17,6 @@ from qlora_dist.plan.table import PHASES
 from qlora_dist.plan.time import UNCERTAINTY, Speeds, speeds, step_time
 from qlora_dist.plan.traffic import step_traffic
 from qlora_dist.train.console import gib
-from qlora_dist.train.memory import resident_bytes
 from qlora_dist.train.setup import Setup
 
 _NETWORK = "infiniband-400g"  # where nobody has measured
@@ -25,20 +24,18 @@ _NETWORK = "infiniband-400g"  # where nobody has measured
 
 @dataclass(frozen=True)
 class Expected:
-    """Of each rank."""
+    """Predicted memory, traffic and speed, of each rank unless it says otherwise."""
 
     run: Run
     memory: Memory
     traffic: dict[str, int]
     tokens_per_s: float | None
-    """Of all ranks; None: nobody knows this device."""
+    """Of all ranks; None: the speed of this device is not known."""
     is_measured: bool
-    """The speeds behind it."""
-    before_bytes: int
-    """Of the process, before anything is loaded: a CPU's peak is the process's."""
+    """True if the device's speeds were measured by `plan --calibrate`, false if they come from its data sheet."""
 
     def sentence(self) -> str:
-        """For people."""
+        """Return the plan in one sentence."""
         memory = self.memory
         received = ", ".join(f"{dim} {gib(nbytes)}" for dim, nbytes in self.traffic.items() if dim != "control")
         how = "by what --calibrate has measured" if self.is_measured else f"+-{UNCERTAINTY:.0%}"
@@ -49,17 +46,21 @@ class Expected:
         )
 
     def against(self, measured: dict[str, Any], moments_bytes: int) -> dict[str, list[float | None]]:
-        """Planned and measured, by term; those of rank 0. None: not known.
+        """Return planned and measured figures of rank 0, by term; None where a figure is not known.
+
+        On a CPU the measured peak is the process's, with Python and its libraries, which no formula here has: it is
+        not compared.
 
         Args:
-            measured: of summary.json.
-            moments_bytes: of the optimizer, on the device.
+            measured: content of summary.json.
+            moments_bytes: bytes of the optimizer's states on the device.
         """
         terms: dict[str, list[float | None]] = {
             "weights_bytes": [self.memory.weights_bytes, measured["static_bytes"][0]],
             "moments_bytes": [self.memory.static["moments"], moments_bytes],
-            "peak_bytes": [self.memory.peak_bytes, measured["peak_bytes"][0] - self.before_bytes],
         }
+        if self.run.device == "cuda":
+            terms["peak_bytes"] = [self.memory.peak_bytes, measured["peak_bytes"][0]]
         for dim, nbytes in measured["comm_bytes_per_step"].items():
             if dim != "control":
                 terms[f"{dim}_bytes_per_step"] = [self.traffic.get(dim, 0), nbytes]
@@ -79,8 +80,7 @@ def expect(setup: Setup) -> Expected | str:
         return f"plan: none ({error})"
     except Exception as error:  # of a model that nobody has planned yet
         return f"plan: none ({type(error).__name__}: {error})"
-    before = resident_bytes() if setup.device.type == "cpu" else 0
-    return Expected(run, memory, traffic, tokens_per_s, is_measured, before)
+    return Expected(run, memory, traffic, tokens_per_s, is_measured)
 
 
 def run_of(setup: Setup, config: Config) -> Run:

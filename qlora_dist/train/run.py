@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -33,7 +34,7 @@ from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
 from qlora_dist.train.stop import BY_HAND
-from qlora_dist.train.summary import Held, announce, summarize
+from qlora_dist.train.summary import Held, announcement, summarize
 from qlora_dist.train.trackers import trackers
 from qlora_dist.train.watchdog import watchdog
 
@@ -56,8 +57,12 @@ def train(config: Config, resume: str = "auto") -> None:
         setup = set_up(config, ranks, console.console)
         with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s), answered(setup):
             run(setup, console, resume)
-        if ranks.rank == 0 and config.run.report and (run_path(config.run) / DONE).exists():
-            _report(run_path(config.run), console)
+        path = run_path(config.run)
+        if ranks.rank == 0 and (path / DONE).exists():
+            if config.run.report:
+                _report(path, console)
+            adapter = shlex.quote(str(path / "adapter"))
+            console.say(f"try it: qlora-dist generate 'Your question' --adapter {adapter}")
 
 
 def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
@@ -71,7 +76,8 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
         machine = this_machine(setup.device.type)
         run_dir = RunDir(config, start.step, fresh=start.manifest is None, steps=setup.steps, machine=machine)
     expected = expect(setup)
-    announce(setup, console)
+    for line in announcement(setup):
+        console.say(line)
     console.say(expected if isinstance(expected, str) else expected.sentence())
 
     torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # dropout: every rank its own

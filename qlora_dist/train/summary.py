@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_dist.adapters.attach import adapter_parameters
-from qlora_dist.train.console import RunConsole, gib
+from qlora_dist.bf16 import warn_of_bf16
+from qlora_dist.plan.table import term_label
+from qlora_dist.train.console import RunConsole, count, gib
 from qlora_dist.train.expected import Expected
 from qlora_dist.train.loop import History
 from qlora_dist.train.memory import peak_bytes
@@ -34,26 +37,46 @@ class Held:
     """For all of the weights."""
 
 
-def announce(setup: Setup, console: RunConsole) -> None:
-    """What is going to happen, in a few lines."""
-    config, sizes = setup.config, setup.sizes
+def announcement(setup: Setup) -> Iterator[str]:
+    """Yield what is going to happen, in a few lines."""
+    config = setup.config
     trained = sum(p.numel() for _, p in adapter_parameters(setup.model))
     quantized = "in 4 bit" if setup.folder.is_quantized else f"quantized to {config.model.quant_type} on loading"
-    console.say(f"base: {config.model.base}, {quantized}; {trained:,} trained parameters (r={config.lora.r})")
-    console.say(
-        f"{sizes.world_size} ranks on {setup.device.type}: a copy of the base on each {sizes.base_shards}, "
-        f"adapters and optimizer over {sizes.adapter_shards}"
-    )
+    yield f"base: {config.model.base}, {quantized}; {trained:,} trained parameters (r={config.lora.r})"
+    yield _placement(setup)
+    if config.model.compute_dtype == "bf16" and (warning := warn_of_bf16(setup.device)) is not None:
+        yield warning
     loader = setup.loader
     epochs = loader.epochs_in(setup.steps)
     for rows, weight in loader.sources:
         mixed = f"; weight {weight:g}: each row {epochs * weight:.2f} times" if len(loader.sources) > 1 else ""
-        console.say(f"{rows.sentence()}{mixed}")
+        yield f"{rows.sentence()}{mixed}"
     if setup.eval_rows is not None:
-        console.say(f"held out: {setup.eval_rows.sentence()}")
-    console.say(
-        f"{setup.steps:,} steps of {config.train.global_batch} rows = {epochs:.2f} epochs of "
-        f"{loader.rows_per_epoch:,.0f} rows; {100 * loader.padding(setup.steps):.1f} % padding"
+        yield f"held out: {setup.eval_rows.sentence()}"
+    rows_per_epoch = round(loader.rows_per_epoch)
+    yield (
+        f"{count(setup.steps, 'step')} of {count(config.train.global_batch, 'row')} = {epochs:.2f} epochs of "
+        f"{count(rows_per_epoch, 'row')}; {100 * loader.padding(setup.steps):.1f} % padding"
+    )
+
+
+def _placement(setup: Setup) -> str:
+    """Return which rank holds what, in one sentence."""
+    sizes = setup.sizes
+    ranks = f"{count(sizes.world_size, 'rank')} on {setup.device.type}"
+    if sizes.world_size == 1:
+        return f"{ranks}: base, adapters and optimizer states are whole on it"
+
+    def shared_by(shards: int) -> str:
+        if shards == 1:
+            return "whole on each"
+        if shards == sizes.world_size:
+            return f"sharded over all {shards}"
+        return f"sharded over {shards} ranks, in {sizes.world_size // shards} copies"
+
+    return (
+        f"{ranks}: the base is {shared_by(sizes.base_shards)}, "
+        f"adapters and optimizer states are {shared_by(sizes.adapter_shards)}"
     )
 
 
@@ -131,7 +154,7 @@ def _table(summary: dict[str, Any]) -> Table:
         )
     for term, (planned, measured) in summary.get("plan", {}).items():
         if planned is not None and measured is not None:
-            table.add_row(f"plan: {term.removesuffix('_per_step')}", _both(term, planned, measured))
+            table.add_row(term_label(term), _both(term, planned, measured))
     table.add_row("adapter", Text(summary["adapter"]))
     table.add_row("time", f"{summary['wall_s']:.0f} s")
     return table
@@ -139,8 +162,10 @@ def _table(summary: dict[str, Any]) -> Table:
 
 def _both(term: str, planned: float, measured: float) -> str:
     planned_text, measured_text = (gib(v) if "bytes" in term else f"{v:,.0f}" for v in (planned, measured))
+    if planned_text == measured_text:
+        return f"{measured_text}, as planned"
     off = f" ({100 * (measured / planned - 1):+.1f} %)" if planned else ""
-    return f"{planned_text}, measured {measured_text}{off}"
+    return f"{measured_text}, planned {planned_text}{off}"
 
 
 def _mean_of_all_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:

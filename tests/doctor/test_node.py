@@ -9,7 +9,15 @@ import pytest
 import torch
 
 import qlora_dist.doctor.node as node
-from qlora_dist.doctor.node import check_devices, check_disk, check_kernels, check_libraries, check_memory
+from qlora_dist import bf16
+from qlora_dist.doctor.node import (
+    check_compute_type,
+    check_devices,
+    check_disk,
+    check_kernels,
+    check_libraries,
+    check_memory,
+)
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.versions import TESTED
 
@@ -44,6 +52,17 @@ def test_kernels_are_compared_with_the_tables(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(node, "dequantize", wrong)
     assert check_kernels(CPU).status == "fail"
     assert "dequantizes wrongly on cpu, by up to 0.25" in check_kernels(CPU).said
+
+
+def test_a_processor_without_bf16_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bf16, "_CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("flags : avx2")
+    found = check_compute_type(CPU)
+    assert found.status == "warn" and found.remedy == "set model.compute_dtype=fp32"
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512_bf16")
+    assert check_compute_type(CPU).status == "ok"
+    findings = node.check_node(Ranks(0, 1, 0, 1, "none"), CPU, tmp_path)
+    assert "compute type" in [finding.check for finding in findings]
 
 
 def test_memory_and_disk_are_measured(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_train_leaves_a_page_of_its_own_numbers(runs: list[Path]) -> None:
     assert page.row("held-out loss, before", 1) == [f"{rows[0]['eval_loss']:.4f}"]
     assert page.row("optim.lr", 1) == ["0.01"]
     measured = json.loads((runs[0] / "summary.json").read_text())["plan"]["weights_bytes"][1]
-    assert page.row("weights_bytes", 2)[1] == f"{measured:,.0f}"
+    assert page.row("weights, rank 0", 2)[1] == f"{measured / 2**20:,.1f} MiB"
 
 
 def test_it_needs_no_network(runs: list[Path]) -> None:

@@ -15,7 +15,31 @@ import tiny
 from ranks import started_ranks
 
 from qlora_dist.cli import main
+from qlora_dist.config_file import config_from
+from qlora_dist.plan.find_model import read_model_config
+from qlora_dist.plan.memory import Memory
+from qlora_dist.plan.run import make_run
 from qlora_dist.train import loop
+from qlora_dist.train.expected import Expected
+
+
+def test_only_what_was_planned_is_compared() -> None:
+    """On a GPU the allocator's peak is; on a CPU the process's, with Python and its libraries, is not."""
+    measured = {
+        "static_bytes": [100],
+        "peak_bytes": [300],
+        "comm_bytes_per_step": {"world": 7, "control": 88},
+        "tokens_per_s": 50.0,
+    }
+    memory = Memory({"base": 90, "moments": 10}, {"head": {"loss": 200}})
+    terms = {}
+    for device in ("cuda", "cpu"):
+        config = config_from({"model": {"base": "smollm2-135m"}, "data": {"train": ["a"]}})
+        run = make_run(config, read_model_config("smollm2-135m"), 1, device=device)
+        terms[device] = Expected(run, memory, {"world": 7}, None, False).against(measured, 10)
+    assert terms["cuda"].pop("peak_bytes") == [300, 300]
+    assert terms["cuda"] == terms["cpu"]
+    assert terms["cpu"]["moments_bytes"] == [10, 10] and terms["cpu"]["world_bytes_per_step"] == [7, 7]
 
 
 def train(config: Path, *overrides: str, room: int | None = None) -> None:
@@ -46,10 +70,22 @@ def test_a_run_says_what_it_needs_and_what_it_needed(config: Path, tmp_path: Pat
     said = (tmp_path / "rank-0.txt").read_text()
     assert re.search(r"plan: each rank holds [\d.]+ KiB between steps and [\d.]+ \w+ in a layer's backward pass", said)
     plan = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["plan"]
-    for term in ("weights_bytes", "moments_bytes", "world_bytes_per_step"):
+    labels = {
+        "weights_bytes": "weights, rank 0",
+        "moments_bytes": "optimizer states, rank 0",
+        "world_bytes_per_step": "received per step, world",
+    }
+    for term, label in labels.items():
         planned, measured = plan[term]
         assert planned == measured, term
-        assert f"plan: {term.removesuffix('_per_step')}" in said
+        assert re.search(rf"{label} +│ [\d.]+ KiB, as planned", said), said
+    assert "peak_bytes" not in plan  # a CPU's peak is the process's, which no plan knows
+    assert (
+        "2 ranks on cpu: the base is sharded over all 2, adapters and optimizer states are sharded over all 2" in said
+    )
+    assert said.rstrip().endswith(
+        f"try it: qlora-dist generate 'Your question' --adapter {tmp_path / 'runs/run/adapter'}"
+    )
 
 
 @pytest.mark.slow

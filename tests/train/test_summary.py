@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 import tiny
 
+from qlora_dist import bf16
 from qlora_dist.config_file import load_config
 from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.train.console import RunConsole
 from qlora_dist.train.setup import set_up
-from qlora_dist.train.summary import announce
+from qlora_dist.train.summary import announcement
 
 
-def test_what_became_of_each_source(tiny_llama_nf4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_became_of_each_source(tiny_llama_nf4: Path, tmp_path: Path) -> None:
     path = tiny.make_config(tmp_path, tiny_llama_nf4, train__steps=None, train__epochs=2, data__seq_len=32)
     other = tiny.make_data(tmp_path / "other.jsonl", 10, seed=2, words=(1, 3))
     mixture = f"data.train=[{tmp_path / 'train.jsonl'}, {{path: {other}, weight: 0.5}}]"
 
     def announced(*overrides: str) -> str:
         setup = set_up(load_config(path, [mixture, *overrides]), ranks_from_environment({}))
-        announce(setup, RunConsole(0))
-        return capsys.readouterr().out
+        return "\n".join(announcement(setup))
 
     packed = announced("data.too_long=split")
     first, second, held_out, last = packed.splitlines()[-4:]
@@ -41,3 +40,35 @@ def test_what_became_of_each_source(tiny_llama_nf4: Path, tmp_path: Path, capsys
     unpacked = announced("data.packing=none", "data.too_long=drop")
     assert re.search(r"train.jsonl: 80 sequences, \d+ longer than 32 tokens dropped; .* trained; weight 1", unpacked)
     assert "packed" not in unpacked
+
+
+def test_bf16_on_a_processor_that_emulates_it_is_said_with_the_remedy(
+    tiny_llama_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.make_config(tmp_path, tiny_llama_nf4)
+    (tmp_path / "cpuinfo").write_text("processor : 0\nflags : fpu sse2 avx2\n")
+    monkeypatch.setattr(bf16, "_CPUINFO", tmp_path / "cpuinfo")
+
+    def warned(dtype: str) -> list[str]:
+        setup = set_up(load_config(path, [f"model.compute_dtype={dtype}"]), ranks_from_environment({}))
+        return [line for line in announcement(setup) if line.endswith("set model.compute_dtype=fp32")]
+
+    assert len(warned("bf16")) == 1
+    assert warned("fp32") == []
+
+
+def test_a_single_rank_and_a_single_row_are_singular(tiny_llama_nf4: Path, tmp_path: Path) -> None:
+    path = tiny.make_config(tmp_path, tiny_llama_nf4, train__steps=1, train__global_batch=1, optim__warmup_steps=0)
+    path_of_one = tiny.make_data(tmp_path / "one.jsonl", 1)
+    config = load_config(path, [f"data.train=[{path_of_one}]", "train.micro_batch=1"])
+    said = list(announcement(set_up(config, ranks_from_environment({}))))
+    assert "1 rank on cpu: base, adapters and optimizer states are whole on it" in said
+    assert said[-1].startswith("1 step of 1 row = 1.00 epochs of 1 row; ")
+    four = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h"}
+    ranks = ranks_from_environment(four | {"MASTER_PORT": "1", "GROUP_RANK": "0"})
+    config = load_config(path, ["train.micro_batch=1", "train.global_batch=4", "parallel.base=node"])
+    said = list(announcement(set_up(config, ranks)))
+    assert (
+        "4 ranks on cpu: the base is sharded over 2 ranks, in 2 copies, "
+        "adapters and optimizer states are sharded over all 4"
+    ) in said

@@ -1,0 +1,51 @@
+"""`train --dry-run`: all that can be checked without reading weights, and a verdict."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from rich.console import Console
+
+from qlora_dist.config import Config
+from qlora_dist.config_file import dump_config
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.train.expected import Expected, expect
+from qlora_dist.train.run_dir import check_run_dir
+from qlora_dist.train.setup import Setup, set_up
+from qlora_dist.train.summary import announcement
+
+
+def dry_run(config: Config, resume: str = "auto") -> None:
+    """Check a run, print its complete configuration, and on standard error what `train` says at its start.
+
+    Args:
+        config: of the run.
+        resume: as for `train`.
+
+    Raises:
+        UserError: what `train` would refuse on this machine. The run's name is looked at last.
+    """
+    ranks = ranks_from_environment()
+    console = Console(stderr=True, quiet=ranks.rank != 0, highlight=False, soft_wrap=True)
+    setup = set_up(config, ranks, console)
+    if ranks.rank != 0:
+        return
+    check_run_dir(config, resume)
+    sys.stdout.write(dump_config(config))
+    sys.stdout.flush()
+    expected = expect(setup)
+    plan = expected if isinstance(expected, str) else expected.sentence()
+    for line in [*announcement(setup), plan, _verdict(setup, expected)]:
+        console.print(line, markup=False)
+
+
+def _verdict(setup: Setup, expected: Expected | str) -> str:
+    if setup.device.type == "cuda" and isinstance(expected, Expected):
+        card = torch.cuda.mem_get_info(setup.device)[1]
+        if not expected.memory.fits(card):
+            return (
+                "ok, but by the plan it may not fit this GPU; `qlora-dist plan --search` finds settings that do. "
+                "No weights were read"
+            )
+    return "ok: configuration, model folder and data are fine; no weights were read"
