@@ -40,9 +40,6 @@ def main() -> None:
     foreseen: list[bool] = []
     for row in rows:
         name = f"{row['model']} {row['gpus']}x{row['gpu']} {row['batch_per_gpu']}x{row['seq_len']}"
-        if not row["seq_len"]:
-            print(f"{name}: no sequence length published; left out")
-            continue
         run, system = run_of(row, read_model_config(shape_of(row["model"]))), system_of(row)
         memory = memory_of(run, system)
         confidence = " (offload)" if system.offload else ""
@@ -88,7 +85,7 @@ def print_efficiencies(rows: list[dict[str, str]]) -> None:
     """For each row the efficiency with which the formulas would give what was published, found by halving."""
     hardware, found = load_hardware(), defaultdict(list)
     for row in rows:
-        if not row["seq_len"] or row["tokens_per_s_per_gpu"] in ("", "OOM") or row["gpu"] not in hardware.gpus:
+        if row["tokens_per_s_per_gpu"] in ("", "OOM") or row["gpu"] not in hardware.gpus:
             continue
         run, system, gpu = (
             run_of(row, read_model_config(shape_of(row["model"]))),

@@ -23,9 +23,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 _LEAST_NVME_PAGE = 2 * 2**20
-"""Of two moments, each of 1 MiB."""
+"""Bytes of two moments of 1 MiB each."""
 DEFAULT_STEPS = 100
-"""With neither `train.steps` nor `train.epochs`."""
+"""Steps of a run with neither `train.steps` nor `train.epochs`."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -94,7 +94,7 @@ class LoraConfig(Section):
     dropout: Fraction = 0.05
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Every quantized layer, or the last name parts of those to adapt, such as [q_proj, v_proj]."""
+    """all-linear: every quantized layer; or the last parts of the names of those to adapt, such as [q_proj, v_proj]."""
     experts: bool = False
     """Adapt the experts of sparse models too, each with matrices of its own. Needs dropout 0, as in PEFT."""
     modules_to_save: list[str] = []
@@ -129,67 +129,69 @@ class SourceConfig(Section):
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each of its rows is trained per epoch: 0.5, every other epoch; 2, twice an epoch."""
     format: Format | None = None
-    """Shape of its rows; none: `data.format`."""
+    """Shape of its rows; null: as `data.format` says."""
     split: str = "train"
-    """Of a data set with splits."""
+    """Name of the split to read, in a data set with splits."""
     subset: str | None = None
-    """Of a data set with several configurations."""
+    """Name of the configuration to read, in a data set with several."""
 
 
 class DataConfig(Section):
-    """The text."""
+    """Training and evaluation data."""
 
     train: Annotated[list[str | SourceConfig], Field(min_length=1)]
     """Files, folders or data sets; each a path, or a mapping with `path` and `weight`, `format`, `split`, `subset`."""
     eval: str | SourceConfig | None = None
-    """Held-out rows; none: no evaluation."""
+    """Held-out rows; null: no evaluation."""
     format: Format = "auto"
-    """Shape of the rows; auto: told by the fields of each source's first row."""
+    """Shape of the rows; auto: by the fields of each source's first row."""
     chat_template: str | None = None
-    """How conversations are written: none, as the tokenizer says; `chatml`, `alpaca` or `guanaco`, for a base model; or
-    the path of a Jinja file."""
+    """How conversations are written. null: by the tokenizer's template; `chatml`, `alpaca` or `guanaco`: for a base
+    model; or the path of a Jinja file."""
     seq_len: PositiveInt = 2048
     """Tokens per row of a batch."""
     too_long: Literal["truncate", "split", "drop"] = "truncate"
-    """What becomes of a sequence longer than that: cut there, cut into several, or left out."""
+    """What becomes of a sequence longer than that. truncate: it is cut there; split: it is cut into several; drop: it
+    is left out."""
     packing: Literal["best-fit", "none"] = "best-fit"
-    """Put several sequences in one row, none seeing another, or one sequence in each."""
+    """best-fit: several sequences in one row, none of which sees another; none: one sequence in each row."""
     group_by_length: bool = False
     """Without packing: put sequences of similar length into a step, so that little is padded. Changes the order."""
     mask: Literal["assistant", "last", "all"] = "assistant"
-    """Tokens that are trained: the assistant's turns, the last of them, or all. Rows of `text` train all, rows of
-    `prompt` and `completion` the completion unless all; `train` or `weight` (0 or 1) of a message overrides it."""
+    """Tokens that are trained. assistant: the assistant's turns; last: the last of them; all: every token. Rows of
+    `text` train all, rows of `prompt` and `completion` the completion unless all; `train` or `weight` (0 or 1) of a
+    message overrides it."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be used: stop there, or count it and go on."""
+    """What to do at a row that cannot be used. error: stop; skip: count it and go on."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 100
-    """Stop when more than so many rows of a source have been skipped."""
+    """Rows of a source that may be skipped; the run stops at more."""
     cache: str = "~/.cache/qlora-dist"
     """Folder of what has been tokenized, seen by all nodes or one on each."""
     workers: PositiveInt | Literal["auto"] = "auto"
-    """Processes that tokenize; auto: the processor cores this process may use, shared with the other ranks of a
-    node."""
+    """Processes that tokenize; auto: one for each processor core that this process may use."""
 
 
 class ParallelConfig(Section):
-    """Who holds what."""
+    """How base, adapters and optimizer states are distributed over the ranks."""
 
     engine: Literal["fsdp2", "zero2", "zero3"] = "fsdp2"
-    """What shards the model: PyTorch's FSDP2, or DeepSpeed's ZeRO-3 (`pip install 'qlora-dist[zero]'`). zero2: base and
+    """What shards the model. fsdp2: PyTorch's FSDP2; zero3: DeepSpeed's ZeRO-3 (`pip install 'qlora-dist[zero]'`).
+    zero2: base and
     adapters are whole on each rank (`base: replicate`), and only gradients and moments are cut. The numbers are the
     same, and a run may change its engine where it goes on from a checkpoint."""
     base: Literal["replicate", "node", "world", "paged"] | PositiveInt = "node"
-    """Ranks that share one copy of the frozen base: none (each has its own), those of a node, all, or that many. paged:
-    those of a node, and of its 4-bit layers a rank has `resident_bytes` on the device; the others are fetched ahead of
-    their use from where `paging` says."""
+    """Ranks that share one copy of the frozen base. replicate: each rank has a whole one; node: those of a node; world:
+    all; a number: that many. paged: those of a node, and a rank keeps `resident_bytes` of its 4-bit layers on the
+    device; the others are fetched ahead of their use from where `paging` says."""
     resident_bytes: Bytes | Literal["auto"] = "auto"
-    """With `base: paged`, of the rank's part of the layers, on the device: bytes, or text such as 2GiB, of at least two
-    layers; 0: two layers; auto: half of what is free before loading, after taking off what else the rank will hold. On
-    a CPU that is memory, and the node's ranks share it."""
+    """With `base: paged`, what a rank keeps of its part of the layers on the device: bytes, or text such as 2GiB, at
+    least two layers. 0: two layers; auto: half of what is free before loading, less what else the rank will hold. On a
+    CPU that is memory, and the node's ranks share it."""
     adapter: Literal["world", "node"] = "world"
-    """Ranks that share the adapters, their gradients and optimizer states: all, or those of a node, which then
-    all-reduce the gradients between nodes."""
+    """Ranks that share the adapters, their gradients and optimizer states. world: all; node: those of a node, and the
+    nodes all-reduce the gradients."""
     offload: Literal["none", "base"] = "none"
-    """Keep the frozen base's shards in host memory and copy each layer to the device when it is used."""
+    """base: keep the frozen base's shards in host memory and copy each layer to the device when it is used."""
     prefetch: Annotated[int, Field(ge=0)] = 1
     """Layers gathered ahead of the one in use."""
 
@@ -198,20 +200,20 @@ class OptimConfig(Section):
     """The update of the adapters."""
 
     name: Literal["adamw", "adamw-8bit", "paged-adamw-32bit", "paged-adamw-8bit", "zero-adamw"] = "paged-adamw-32bit"
-    """AdamW, its moments in 32 bit or in 8 (bitsandbytes' blockwise states), on the rank that holds the shard they
-    update. Paged: as many of them stay on the device as `resident_bytes` says, the others come and go by pages.
-    zero-adamw: with `parallel.engine: zero3`, DeepSpeed's optimizer, in 32 bit, where `offload` says."""
+    """AdamW. Its moments are in 32 bit, or in 8 bit (bitsandbytes' blockwise states), on the rank that holds the shard
+    they update. paged: `resident_bytes` of them stay on the device, the others come and go by pages. zero-adamw: with
+    `parallel.engine: zero3`, DeepSpeed's optimizer, in 32 bit, where `offload` says."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Of zero-adamw, where DeepSpeed has the moments and the fp32 values that it updates: on the device, in host
-    memory, or in files in `paging.dir`, which needs libaio and a C++ compiler; moved by `paging.page_bytes` of moments
-    or more."""
+    """With zero-adamw, where DeepSpeed keeps the moments and the fp32 values that it updates. none: on the device; cpu:
+    in host memory; nvme: in files in `paging.dir`, which needs libaio and a C++ compiler. They are moved by
+    `paging.page_bytes` of moments or more."""
     resident_bytes: Bytes | Literal["auto"] = "auto"
-    """Of a paged optimizer's moments, on the device, per rank: bytes, or text such as 2GiB, of at least two pages; 0:
-    two pages; auto: what the device has left after a step's peak."""
+    """With a paged optimizer, bytes of moments that each rank keeps on the device, or text such as 2GiB: at least two
+    pages. 0: two pages; auto: what the device has left after a step's peak."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
     """Learning rate after the warm-up."""
     lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
-    """The B matrices learn so many times as fast (LoRA+ recommends 16)."""
+    """Factor of the B matrices' learning rate (LoRA+ recommends 16)."""
     beta1: Fraction = 0.9
     """Decay of the first moment."""
     beta2: Fraction = 0.999
@@ -221,11 +223,11 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up: as it is, or down to zero at the last step."""
+    """Learning rate after the warm-up. constant: as it is; linear, cosine: down to zero at the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     """Steps over which the learning rate rises from zero."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 0.3
-    """The gradient of all adapters together is scaled down to this norm; null: never."""
+    """Norm to which the gradient of all adapters together is scaled down; null: no limit."""
 
 
 class PagingConfig(Section):
@@ -235,8 +237,8 @@ class PagingConfig(Section):
     """host: in host memory; disk: in a file; unified: CUDA's managed memory, moved by the driver, for optimizer states
     only; auto: host for GPUs, disk for CPUs."""
     dir: str | None = None
-    """Folder of that file, on storage of the node's own; none: the system's folder for temporary files. The file is
-    gone when the run is."""
+    """Folder of that file, on storage of the node's own; null: the system's folder for temporary files. The file is
+    removed when the run ends."""
     page_bytes: Annotated[Bytes, Field(ge=4096)] = 2**24
     """Bytes of a page of moments."""
     ahead: Annotated[int, Field(ge=0)] = 1
@@ -247,7 +249,7 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: PositiveInt | None = None
-    """Optimizer steps; none: as many as `epochs` takes, or 100 without it."""
+    """Optimizer steps; null: as many as `epochs` takes, or 100 without it."""
     epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     """Passes over the data, in place of `steps`."""
     global_batch: PositiveInt = 16
@@ -255,27 +257,28 @@ class TrainConfig(Section):
     micro_batch: PositiveInt = 1
     """Rows per forward pass of one rank."""
     checkpointing: Literal["none", "full"] | PositiveInt = "full"
-    """Activation checkpointing: no layer, every layer, or every k-th."""
+    """Activation checkpointing. none: no layer; full: every layer; a number k: every k-th."""
     compile: bool = False
     """Compile the decoder layers with torch.compile: minutes at the first step, then fewer passes over memory. Needs a
     C++ compiler."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the adapters' first values, the order of the data and dropout."""
     eval_every: Annotated[int, Field(ge=0)] = 50
-    """Evaluate each so many steps, and always before the first and after the last; 0: only then."""
+    """Steps between evaluations. One is made before the first step and one after the last in any case; 0: only
+    these."""
     save_every: Annotated[int, Field(ge=0)] = 50
-    """Write a checkpoint each so many steps, and always after the last; 0: only then."""
+    """Steps between checkpoints. One is written after the last step in any case; 0: only that one."""
     keep_checkpoints: PositiveInt = 2
-    """The newest so many stay."""
+    """Number of the most recent checkpoints to keep."""
     max_time: Annotated[timedelta, Field(strict=False, gt=timedelta(0))] | None = None
     """Stop in time to have a checkpoint after so long, such as 24:00:00 or P2D; to be started again."""
     spike_factor: Annotated[float, Field(gt=1)] | None = 4.0
-    """A loss of more than so many times the median of the last 20 steps is a spike; null: nothing is."""
+    """A step is a spike if its loss is more than this factor times the median of the last 20 steps; null: none is."""
     on_spike: Literal["warn", "rollback"] = "warn"
-    """At a spike, or a loss or gradient that is not finite: say so, or go back to the last checkpoint and leave that
-    global batch out."""
+    """What to do at a spike, or a loss or gradient that is not finite. warn: say so; rollback: go back to the last
+    checkpoint and leave that global batch out."""
     max_skipped_steps: PositiveInt = 5
-    """Stop after so many steps in a row whose loss or gradient was not finite."""
+    """Steps in a row whose loss or gradient was not finite after which the run stops."""
     timeout: PositiveInt = 600
     """Seconds without progress after which the run gives a rank up, and ends. More than the longest step
     takes."""
@@ -291,7 +294,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """This run's folder in it."""
     overwrite: bool = False
-    """Replace a run of that name."""
+    """Replace a run of the same name."""
     report: bool = True
     """Write report.html at the end: loss, throughput, memory, configuration."""
     profile: bool = False
@@ -300,7 +303,7 @@ class RunConfig(Section):
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     """Log metrics there too. Their settings come from their own environment variables."""
     project: str = "qlora-dist"
-    """Of wandb, and the experiment of mlflow."""
+    """Name of wandb's project and of mlflow's experiment."""
 
 
 class Config(Section):

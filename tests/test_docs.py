@@ -11,6 +11,7 @@ holds a tiny model (`my-model`; `my-model-nf4` in 4 bit, unless the page makes i
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -20,20 +21,25 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import pytest
 import tiny
+import typer
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from ranks import free_port
 from real_slurm import free_ports, slurm_unavailable
 from warm import warm_python
 
+from qlora_dist.cli import app
 from qlora_dist.config import Config, SourceConfig
 from qlora_dist.config_file import load_config
+from qlora_dist.foreign_keys import ADVICE, PAGE
 from qlora_dist.launch.cluster import Cluster, Container
 from qlora_dist.model import head
 from qlora_dist.model.quantize_folder import quantize_folder
@@ -274,6 +280,54 @@ def test_architecture_lists_every_file() -> None:
     assert not [str(path.relative_to(ROOT)) for path in files if f"`{path.name}`" not in text]
 
 
+def rooms() -> list[tuple[str, list[str]]]:
+    """Folder and files of each room, in the order of the table."""
+    table = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (?:`(\w+)`|\(root\))(?:, [^|]+)? \| (.*?) \|", table, re.M)
+    return [(room, re.findall(r"`(\w+\.py)`", files)) for room, files in rows]
+
+
+def test_rooms_import_only_those_above_them() -> None:
+    package = ROOT / "qlora_dist"
+    order = {str(Path(room) / file): row for row, (room, files) in enumerate(rooms()) for file in files}
+    down = []
+    for path in package.rglob("*.py"):
+        name = str(path.relative_to(package))
+        if path.name.startswith("__") or name.startswith("cli"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qlora_dist"):
+                module = "/".join(str(node.module).split(".")[1:])
+                candidates = [f"{module}.py", *(str(Path(module) / f"{alias.name}.py") for alias in node.names)]
+                down += [f"{name} -> {file}" for file in candidates if order.get(file, 0) > order[name]]
+                down += [f"{name} -> {file}" for file in candidates if file in order and file.startswith("cli")]
+    assert sorted(down) == ["train/run.py -> report/page.py"]
+
+
+OPTION = re.compile(r"--[a-z][\w-]+")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_of_verbs_that_are_named_exist(name: str) -> None:
+    """In code: `qlora-dist train my-run.yaml --dry-run`, or `plan --search`."""
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    text = (ROOT / name).read_text().replace("\\\n", " ")
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    lines = [line for language, block in fenced if language in ("", "bash") for line in block.splitlines()]
+    unknown = []
+    for code in [*lines, *re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))]:
+        call = re.match(
+            r"(?:.*\bqlora[-_]dist )?([a-z][a-z-]*)( .*)?$", code.partition("#")[0].partition("|")[0].strip()
+        )
+        if call is None or call[1] not in verbs or not call[2]:
+            continue
+        known = {
+            option for parameter in verbs[call[1]].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        unknown += [f"{call[1]} {option}" for option in OPTION.findall(call[2]) if option not in {*known, "--help"}]
+    assert not unknown
+
+
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -283,22 +337,79 @@ def test_every_key_is_in_the_reference() -> None:
     assert table in page, f"docs/training.md: the reference should be\n\n{table}"
 
 
+def test_another_trainers_keys_are_in_the_page_and_are_answered() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert PAGE == 'docs/training.md, "Coming from another trainer"'
+    table = page.partition("## Coming from another trainer")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.*?) \| ", table, re.M)
+    named = {name for row in rows for code in re.findall(r"`([^`]+)`", row) for name in re.findall(r"^\w+", code)}
+    values = {"paged_adamw_8bit", "adamw_bnb_8bit"}
+    ours = {key for field in Config.model_fields.values() for key in field.annotation.model_fields}  # type: ignore[union-attr]
+    assert named - values - ours == set(ADVICE) - ours
+
+
 def test_every_key_of_a_source_is_in_the_page_about_data() -> None:
-    rows = "\n".join(reference_row(key, field) for key, field in SourceConfig.model_fields.items())
+    rows = source_rows()
     assert rows in (ROOT / "docs" / "data.md").read_text(), f"docs/data.md: the table should be\n\n{rows}"
 
 
 def test_every_key_of_a_cluster_is_in_the_page_about_slurm() -> None:
+    table = cluster_rows()
+    assert table in (ROOT / "docs" / "slurm.md").read_text(), f"docs/slurm.md: the table should be\n\n{table}"
+
+
+def source_rows() -> str:
+    return "\n".join(reference_row(key, field) for key, field in SourceConfig.model_fields.items())
+
+
+def cluster_rows() -> str:
     rows = [reference_row(key, field) for key, field in Cluster.model_fields.items()]
     rows += [reference_row(f"container.{key}", field) for key, field in Container.model_fields.items()]
-    table = "\n".join(rows)
-    assert table in (ROOT / "docs" / "slurm.md").read_text(), f"docs/slurm.md: the table should be\n\n{table}"
+    return "\n".join(rows)
 
 
 def reference_row(key: str, field: FieldInfo) -> str:
     assert field.description
     default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-    return f"| `{key}` | {default} | {' '.join(field.description.split())} |"
+    return f"| `{key}` | {values(field)} | {default} | {' '.join(field.description.split())} |"
+
+
+def values(field: FieldInfo) -> str:
+    """What a key can be set to, from its type."""
+    return ", ".join(dict.fromkeys(words_of(field.annotation, field.metadata)))
+
+
+def words_of(kind: Any, limits: Sequence[Any] = ()) -> Iterator[str]:
+    """A type's values in words; its literals as they are written."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        inner, *more = arguments
+        flat = [limit for one in more for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+        yield from words_of(inner, [*flat, *limits])
+    elif origin is Literal:
+        yield from (f"`{value}`" for value in arguments)
+    elif origin in (Union, UnionType):
+        for argument in arguments:
+            yield from words_of(argument)
+    elif origin is list:
+        yield f"list of {' or '.join(words_of(arguments[0]))}"
+    elif origin is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        yield "mapping"
+    elif any(isinstance(limit, BeforeValidator) for limit in limits):
+        yield "bytes"
+    else:
+        names = {bool: "`true`, `false`", type(None): "`null`", str: "text", timedelta: "time"}
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        bounds = [
+            f"{sign} {getattr(limit, name):,.15g}"
+            for limit in limits
+            for name, sign in signs.items()
+            if kind in NUMBERS and hasattr(limit, name)
+        ]
+        yield f"{names.get(kind) or NUMBERS[kind]} {' and '.join(bounds)}".strip()
+
+
+NUMBERS = {int: "whole number", float: "number"}
 
 
 def configuration_reference() -> str:
@@ -309,7 +420,8 @@ def configuration_reference() -> str:
         assert isinstance(model, type) and issubclass(model, BaseModel)
         rows = [reference_row(f"{section}.{key}", field) for key, field in model.model_fields.items()]
         parts.append(
-            f"### {section}\n\n{model.__doc__}\n\n| key | default | meaning |\n| --- | --- | --- |\n" + "\n".join(rows)
+            f"### {section}\n\n{model.__doc__}\n\n| key | values | default | meaning |\n| --- | --- | --- | --- |\n"
+            + "\n".join(rows)
         )
     return "\n\n".join(parts)
 
@@ -438,3 +550,21 @@ def test_error_sentences_are_the_programs() -> None:
     for sentence in sentences:
         pieces = [piece.strip() for piece in sentence.split("...") if piece.strip()]
         assert not [piece for piece in pieces if piece not in source], sentence
+
+
+# --- writing the tables -----------------------------------------------------------------------------------------------
+
+
+def write_tables() -> None:
+    """Bring the tables of keys up to date: `python tests/test_docs.py`."""
+    training, data, slurm = (ROOT / "docs" / f"{name}.md" for name in ("training", "data", "slurm"))
+    before, _, _ = training.read_text().partition("## Every key\n")
+    training.write_text(f"{before}## Every key\n\n{configuration_reference()}\n")
+    for page, rows in ((data, source_rows()), (slurm, cluster_rows())):
+        text, first = page.read_text(), rows.partition(" | ")[0]
+        begin = text.index(f"\n{first} |") + 1
+        page.write_text(text[:begin] + rows + text[text.index("\n\n", begin) :])
+
+
+if __name__ == "__main__":
+    write_tables()

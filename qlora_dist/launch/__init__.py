@@ -1,1 +1,1 @@
-"""From the environment that a launcher left to ranks."""
+"""Launchers: the environment that they leave to ranks, how ranks end, SLURM jobs, and what lists and cancels runs."""

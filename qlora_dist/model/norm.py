@@ -36,7 +36,7 @@ def fuse_norms(model: PreTrainedModel) -> None:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Kind) -> torch.Tensor:
-    """X / sqrt(mean(x^2) + eps), scaled; differentiable in x.
+    """Return x / sqrt(mean(x^2) + eps), scaled; differentiable in x.
 
     Args:
         x: [..., h].

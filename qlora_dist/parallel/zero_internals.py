@@ -89,7 +89,7 @@ class Partitioner:
             group: of the ranks that share it.
             dtype: what it is gathered in; bytes and other integers stay what they are.
             on_host: keep the part in host memory.
-            is_first_copy: whether other groups hold copies and this is not the first of them.
+            is_first_copy: whether no rank before this one holds the same part.
         """
         dtype = dtype if parameter.is_floating_point() else parameter.dtype
         # of the whole's shape and of one element's memory: DeepSpeed looks at shapes

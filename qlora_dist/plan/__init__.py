@@ -1,1 +1,1 @@
-"""What a configuration costs, computed without a GPU and without torch."""
+"""Memory, traffic and time of a configuration, computed without a GPU. Only the trace and the calibration import torch."""

@@ -1,8 +1,7 @@
 """What a decoder layer needs for a micro-batch, per token: what it keeps for backward, and its peaks on the way.
 
-Every number is read off the code that runs: transformers' layer, `model/attention.py`, `model/norm.py`,
-`adapters/lora_matmul.py`.
-Derivations: docs/planning.md. c is the number of bytes of the compute type.
+Every number is read off the code that runs: transformers' layer, `model/attention.py`, `model/norm.py` and
+`adapters/lora_matmul.py`. Derivations: docs/planning.md. c is the number of bytes of the compute type.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ LAYOUTS = [
 TWO_MESHES, ONE_MESH_UNEVEN = LAYOUTS[2], LAYOUTS[1]
 CASES = [
     *(("untied", "bf16", layout) for layout in LAYOUTS),
-    # the element's size is a factor, and tied embeddings are a unit that is gathered twice
+    # the element's size is a factor, and tied embeddings are a unit that is gathered once and stays for the head
     *(pytest.param("untied", "fp32", layout, marks=pytest.mark.slow) for layout in (ONE_MESH_UNEVEN,)),
     *(pytest.param("tied", "bf16", layout, marks=pytest.mark.slow) for layout in (ONE_MESH_UNEVEN, LAYOUTS[3])),
 ]
