@@ -212,8 +212,10 @@ def _location(error: ErrorDetails, tree: Any) -> Key:
         elif isinstance(tree, dict) and part in tree:
             location.append(str(part))
             tree = tree[part]
-    if error["type"] == "missing":
-        location.append(str(error["loc"][-1]))
+    name = str(error["loc"][-1]) if error["loc"] else ""
+    # a key such as ~ or yes is null or true in the tree, and text in the error
+    if error["type"] == "missing" or (error["type"] == "invalid_key" and location[-1:] != [name]):
+        location.append(name)
     return tuple(location)
 
 

@@ -95,6 +95,7 @@ def test_defaults_are_qloras(path):
         ("lr: 3", "FILE, line 3: lr: unknown key; did you mean optim.lr?"),
         ("train: {max_grad_norm: 1.0}", "FILE, line 3: train.max_grad_norm: unknown key; did you mean optim.max_grad"),
         ("1: 2", "FILE, line 3: 1: unknown key; this section knows data, lora, model, "),
+        ("~: 2", "FILE: None: unknown key; this section knows data, lora, model, "),
     ],
 )
 def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):

@@ -1,1 +1,1 @@
-"""Memory, traffic and time of a configuration, computed without a GPU. Only the trace and the calibration import torch."""
+"""Memory, traffic and time of a configuration, without a GPU. Only the trace and the calibration import torch."""

@@ -32,11 +32,9 @@ def read_model_config(model: str) -> dict[str, Any]:
     elif not path.is_file():
         path = _SHIPPED / f"{path.name.lower()}.json"  # also by its name on the hub, OWNER/NAME
         if not path.is_file():
-            near = difflib.get_close_matches(Path(model).name.lower(), model_names(), n=3) or model_names()
-            raise UserError(
-                f"{model}: no config.json, no folder with one, and no model that is known by name; did you mean "
-                f"{', '.join(near)}?"
-            )
+            near = difflib.get_close_matches(Path(model).name.lower(), model_names(), n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else "give its config.json, or the folder of the model"
+            raise UserError(f"{model}: no config.json, no folder with one, and no model that is known by name; {hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -80,3 +80,8 @@ def test_what_is_no_model(content: str | None, sentence: str, tmp_path: Path) ->
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=sentence):
         read_model_config(str(tmp_path) if content is not None else "llama-3.1-8")
+
+
+def test_a_name_that_is_like_no_other_is_not_answered_with_all_of_them() -> None:
+    with pytest.raises(UserError, match=r"known by name; give its config\.json, or the folder of the model$"):
+        read_model_config("openai/gpt-oss-20b")
