@@ -232,7 +232,8 @@ def _longest_known_prefix(location: Key, known: set[Key]) -> Key:
 def known_keys(section: type[BaseModel], prefix: Key = ()) -> set[Key]:
     """Return the keys of a section, its own sections' included."""
     keys: set[Key] = set()
-    for name, field in section.model_fields.items():
+    for attribute, field in section.model_fields.items():
+        name = field.alias or attribute
         keys.add((*prefix, name))
         for inner in _sections(field.annotation):
             keys |= known_keys(inner, (*prefix, name))
@@ -297,7 +298,8 @@ def _take_out(tree: Any, key: Key) -> None:
 def _filled(section: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
     """Return the tree with something in each required key that it lacks."""
     filled = dict(tree)
-    for name, field in section.model_fields.items():
+    for attribute, field in section.model_fields.items():
+        name = field.alias or attribute
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             inner = filled.get(name)
             if field.is_required() or isinstance(inner, dict):

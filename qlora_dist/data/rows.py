@@ -83,9 +83,8 @@ class Rows:
 
     def sentence(self) -> str:
         """What became of the source, for people."""
-        packed = (
-            f"; packed into {len(self):,} rows, {100 * (1 - self.utilization):.1f} % padding" if self.packed else ""
-        )
+        rows = "1 row" if len(self) == 1 else f"{len(self):,} rows"
+        packed = f"; packed into {rows}, {100 * (1 - self.utilization):.1f} % padding" if self.packed else ""
         return f"{self.name}: {self.fate.sentence(self.seq_len)}{packed}"
 
     def row(self, index: int) -> Row:

@@ -14,7 +14,7 @@ from qlora_dist.checkpoint.writer import Checkpointer
 from qlora_dist.errors import UserError
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.exchange import broadcast_json
-from qlora_dist.train.console import RunConsole
+from qlora_dist.train.console import RunConsole, count
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.run_dir import REQUEUE, run_path
 from qlora_dist.train.setup import Setup
@@ -69,7 +69,7 @@ def find_start(setup: Setup, resume: str, console: RunConsole) -> Start:
             f"{folder}: is after {manifest.step} steps, and this run has {setup.steps}; raise train.steps, or give an "
             "earlier checkpoint with --resume"
         )
-    console.say(f"goes on after {manifest.step} steps, from {folder} ({manifest.world_size} ranks wrote it)")
+    console.say(f"goes on after {manifest.step} steps, from {folder} (written by {count(manifest.world_size, 'rank')})")
     return Start(identity, folder, manifest)
 
 

@@ -46,6 +46,11 @@ def announcement(setup: Setup) -> Iterator[str]:
     yield _placement(setup)
     if config.model.compute_dtype == "bf16" and (warning := warn_of_bf16(setup.device)) is not None:
         yield warning
+    yield from data_sentences(setup)
+
+
+def data_sentences(setup: Setup) -> Iterator[str]:
+    """Yield what becomes of each source, and how many steps and epochs the data take."""
     loader = setup.loader
     epochs = loader.epochs_in(setup.steps)
     for rows, weight in loader.sources:
@@ -53,10 +58,9 @@ def announcement(setup: Setup) -> Iterator[str]:
         yield f"{rows.sentence()}{mixed}"
     if setup.eval_rows is not None:
         yield f"held out: {setup.eval_rows.sentence()}"
-    rows_per_epoch = round(loader.rows_per_epoch)
     yield (
-        f"{count(setup.steps, 'step')} of {count(config.train.global_batch, 'row')} = {epochs:.2f} epochs of "
-        f"{count(rows_per_epoch, 'row')}; {100 * loader.padding(setup.steps):.1f} % padding"
+        f"{count(setup.steps, 'step')} of {count(setup.config.train.global_batch, 'row')} = {epochs:.2f} epochs of "
+        f"{count(round(loader.rows_per_epoch), 'row')}; {100 * loader.padding(setup.steps):.1f} % padding"
     )
 
 
