@@ -44,8 +44,8 @@ def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.L
         targets = sorted(set(config.targets))
         if passed := sorted(read.intersection(targets)):
             raise UserError(
-                f"lora.targets: the model's code reads the weight of {passed[0]} itself, where an adapter has no effect; "
-                f"choose from {', '.join(sorted(names))}"
+                f"lora.targets: the model's code reads the weight of {passed[0]} itself, where an adapter has no "
+                f"effect; choose from {', '.join(sorted(names))}"
             )
         unknown = [target for target in targets if target not in names]
         if unknown:
