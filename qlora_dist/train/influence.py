@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from qlora_dist.errors import UserError
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.step import AdapterShards
 
@@ -15,15 +14,10 @@ def say_without_influence(shards: AdapterShards, console: RunConsole) -> None:
     """Print one line that names the layers whose adapters have no gradient. Called on all ranks after the first step.
 
     As in PEFT they stay as they are, and are exported with B = 0.
-
-    Raises:
-        UserError: no adapter has a gradient.
     """
     names = shards.without_influence()
     if not names:
         return
     layers = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", re.split(r"\.lora_|\.weight$", name)[0]) for name in names})
-    if len(names) == len(shards.local):
-        raise UserError(f"lora.targets: no adapter has any influence on the loss ({layers[0]}); name other layers")
     listed = ", ".join(layers[:_SHOWN]) + (" and others" if len(layers) > _SHOWN else "")
     console.say(f"without influence on the loss, and exported as they began: the adapters of {listed}")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import adapter_parameters, is_lora_b
 from qlora_dist.data.rows import Batch
+from qlora_dist.errors import UserError
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.traffic import Traffic
 from qlora_dist.parallel.zero_optimizer import Optimizer
@@ -102,12 +103,17 @@ def train_step(
         max_grad_norm: None: no clipping.
         traffic: counts the one collective that is not the model's.
         told: what else the ranks have to tell each other, summed in the same collective.
+
+    Raises:
+        UserError: no adapter takes part in the loss.
     """
     device = window[0].input_ids.device
     summed_loss = torch.zeros((), dtype=torch.float64, device=device)
     for index, batch in enumerate(window):
         model.set_requires_gradient_sync(index == len(window) - 1)
         loss = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
+        if not loss.requires_grad:
+            raise UserError("lora.targets: no adapter has any influence on the loss; name other layers")
         (loss * (loss_scale.value / trained_tokens)).backward()
         summed_loss += loss.detach()
         beat()
