@@ -37,6 +37,8 @@ class FlatShard:
     """[shards * ceil(n / shards)], where this rank has all parts at all times (ZeRO's stage 2)."""
     gradient: torch.Tensor | None = None
     """Of `local`, summed over all ranks: what the engine leaves here after a window's last backward pass."""
+    had_gradient: bool = False
+    """Whether backward has ever come to the parameter on this rank."""
 
     @property
     def shard(self) -> int:
@@ -83,14 +85,13 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def take_gradient(parameter: nn.Parameter) -> torch.Tensor:
-    """The gradient of this rank's part, which the parameter then has no longer."""
+def take_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    """Return the gradient of this rank's part, which the parameter then has no longer; None: the loss has none."""
     flat = flat_shard(parameter)
     if flat is not None:
         gradient, flat.gradient = flat.gradient, None
     else:
         gradient, parameter.grad = parameter.grad, None
-    assert gradient is not None
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 

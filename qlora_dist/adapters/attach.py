@@ -36,11 +36,17 @@ def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.L
         UserError: a target is the name of no quantized layer, or the model has no experts to adapt, or no such module
             to train whole.
     """
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    read = weight_read_names(model)
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, NF4Linear)} - read
     if config.targets == "all-linear":
         targets = sorted(names)
     else:
         targets = sorted(set(config.targets))
+        if passed := sorted(read.intersection(targets)):
+            raise UserError(
+                f"lora.targets: the model's code reads the weight of {passed[0]} itself, where an adapter has no "
+                f"effect; choose from {', '.join(sorted(names))}"
+            )
         unknown = [target for target in targets if target not in names]
         if unknown:
             raise UserError(
@@ -65,6 +71,12 @@ def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.L
     )
     use_our_layers(result)
     return result
+
+
+def weight_read_names(model: nn.Module) -> set[str]:
+    """Return the last names of layers whose weight the model's code reads itself: an adapter would have no effect."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
+    return {name.rpartition(".")[2] for name, module in found if module.is_weight_read}
 
 
 def use_our_layers(config: peft.LoraConfig) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qlora_dist.adapters.attach import first_values, is_lora
 from qlora_dist.adapters.lora import LoraNF4, row_norms
+from qlora_dist.model.buffers import check_buffers, give_first_values
 from qlora_dist.model.deal import Piece, pieces, quantize_in_turn
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.skeleton import LossModel, decoder_layers, origin_names
@@ -67,6 +68,7 @@ def fill(
     """
     kept_elsewhere = {name for name, _ in model.named_parameters() if elsewhere is not None and name in elsewhere}
     materialize(model, device, offload_base, kept_elsewhere)
+    check_buffers(model)
     origins, names = model.origins, origin_names(model)
     parameter_names = {id(p): name for name, p in model.named_parameters()}
     shards: list[ShardInFolder] = []
@@ -126,10 +128,7 @@ def materialize(
         return torch.empty_like(tensor, device="cpu" if on_host else device)
 
     model._apply(empty)
-    owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
-    for owner in sorted(owners):
-        with torch.no_grad():
-            model._init_weights(model.get_submodule(owner))
+    give_first_values(model)
 
 
 def _put(local: torch.Tensor, first: int, values: torch.Tensor) -> None:

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_dist.errors import UserError
 from qlora_dist.nf4.checkpoint import QuantizedEntry, find_quantized, is_part_of_quantized
+from qlora_dist.nf4.read_ahead import pieces
 from qlora_dist.nf4.safetensors_file import Entry, Reader, read_header
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,16 +35,20 @@ class ModelFolder:
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder; give the folder of a Hugging Face model")
         self.config = read_json(self.path / "config.json")
+        self._equal: dict[tuple[str, str], bool] = {}
+        method = (self.config.get("quantization_config") or {}).get("quant_method")
+        if method not in (None, "bitsandbytes"):
+            raise UserError(f"{self.path}: is quantized with {method}, which is not read here; {_remedy(method)}")
         entries = self._read_entries()
         with Reader() as reader:
             self.quantized: dict[str, QuantizedEntry] = find_quantized(entries, reader)
         self.entries: dict[str, Entry] = {
             name: entry for name, entry in entries.items() if not is_part_of_quantized(name, self.quantized)
         }
-        method = (self.config.get("quantization_config") or {}).get("quant_method")
         if method is not None and not self.quantized:
             raise UserError(
-                f"{self.path}: is quantized with {method}, which is not 4-bit bitsandbytes; give the original model"
+                f"{self.path}: is quantized with bitsandbytes, but not in 4 bit, which is not read here; "
+                f"{_remedy(method)}"
             )
 
     @property
@@ -53,9 +60,45 @@ class ModelFolder:
         """Of a tensor, in 4 bit or not."""
         return self.quantized[name].layout.shape if name in self.quantized else self.entries[name].shape
 
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors, in 4 bit or not, have the same bytes; they are read up to the first difference."""
+        pair = one, other
+        if pair not in self._equal:
+            self._equal[pair] = self._compare(one, other)
+        return self._equal[pair]
+
+    def _compare(self, one: str, other: str) -> bool:
+        quantized = self.quantized.get(one), self.quantized.get(other)
+        if any(quantized):
+            if not all(quantized) or quantized[0].layout != quantized[1].layout:
+                return False
+            nbytes = quantized[0].layout.total_bytes
+        else:
+            entries = self.entries[one], self.entries[other]
+            if entries[0].shape != entries[1].shape or entries[0].dtype != entries[1].dtype:
+                return False
+            nbytes = entries[0].nbytes
+        with Reader() as reader:
+            for start, length in pieces(nbytes):
+                parts = torch.empty(2, min(length, nbytes - start), dtype=torch.uint8)
+                for part, name in zip(parts, (one, other), strict=True):
+                    if name in self.quantized:
+                        self.quantized[name].read_range(reader, part, start)
+                    else:
+                        reader.read_into(part, self.entries[name], start)
+                if not torch.equal(parts[0], parts[1]):
+                    return False
+        return True
+
     def missing(self, name: str) -> UserError:
         """What to say of a weight that config.json asks for and the folder does not hold."""
-        return UserError(f"{self.path}: the weight {name} is missing; get the folder anew")
+        stem = name.removesuffix(".weight")
+        alike = (key for key in sorted([*self.entries, *self.quantized]) if key.startswith(stem))
+        near = next((key for key in alike if key != f"{stem}.bias"), None)
+        remedy = "get the folder anew"
+        if near is not None:
+            remedy = f"{near} is there, a form that is not read here; give a copy of the model in 16 bit"
+        return UserError(f"{self.path}: the weight {name} is missing; {remedy}")
 
     def _read_entries(self) -> dict[str, Entry]:
         if (self.path / _INDEX).exists():
@@ -66,15 +109,38 @@ class ModelFolder:
         elif (self.path / _SINGLE).exists():
             files = [_SINGLE]
         else:
-            pickled = sorted(p.name for p in self.path.glob("*.bin"))
-            hint = f"{pickled[0]} is a pickle, which is never read; save the model as safetensors" if pickled else ""
-            raise UserError(f"{self.path}: holds no {_SINGLE}; {hint or 'give the folder of a Hugging Face model'}")
+            raise UserError(f"{self.path}: holds no {_SINGLE}; {self._other_files()}")
         entries: dict[str, Entry] = {}
         for file in files:
             if Path(file).name != file:
                 raise UserError(f"{self.path / _INDEX}: names a file outside the folder, {file}; get the folder anew")
             entries |= read_header(self.path / file)
         return entries
+
+    def _other_files(self) -> str:
+        """What to do about a folder without the files that are looked for."""
+        found = sorted(path.name for path in self.path.glob("*.safetensors"))
+        if any(name.startswith("model-") for name in found):
+            return f"its parts are there without {_INDEX}; copy that file too"
+        if any(name.startswith("consolidated") for name in found):
+            return f"{found[0]} has Mistral's own names of tensors; get the files that transformers loads"
+        if "adapter_model.safetensors" in found:
+            return "it is an adapter's folder; give that of its base"
+        pickled = sorted(path.name for path in self.path.glob("*.bin"))
+        if pickled:
+            return f"{pickled[0]} is a pickle, which is never read; save the model as safetensors"
+        return "give the folder of a Hugging Face model"
+
+
+_DEQUANTIZED = "load it with {config}(dequantize=True) of transformers, save it in 16 bit, and give that folder"
+_REMEDIES = {
+    "fp8": _DEQUANTIZED.format(config="FineGrainedFP8Config"),
+    "mxfp4": "give a copy of the model in bf16",
+}
+
+
+def _remedy(method: str) -> str:
+    return _REMEDIES.get(method, "give a copy of the model in 16 bit, or in 4 bit of bitsandbytes")
 
 
 def read_json(path: Path) -> dict[str, Any]:

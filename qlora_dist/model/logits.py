@@ -69,7 +69,7 @@ def measure_head(model: PreTrainedModel) -> LogitScale:
             ids = torch.zeros(1, 2, dtype=torch.int64)
             logits = model(input_ids=ids, use_cache=False, return_dict=True).logits.double().flatten()
         except Exception as error:  # of whatever kind: it is the model's code
-            raise _unknown(model, f"it cannot be followed: {error}") from error
+            raise _unknown(model, "its output head is not a single matrix after the decoder") from error
         z = probe(hidden).flatten()
     smallest = int(z.abs().argmin())  # the least of it is lost to a cap
     for cap in (None, *_caps(model)):

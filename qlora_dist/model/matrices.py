@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from qlora_dist.errors import UserError
 from qlora_dist.model.experts import is_experts
 from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.origins import Origin, expert_key
+from qlora_dist.model.origins import Origin, expert_key, rearranged
+from qlora_dist.model.weight_reads import find_weight_reads
 from qlora_dist.nf4.layout import NF4Layout, QuantType
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
@@ -57,13 +58,16 @@ class Matrix:
 def quantizable(model: PreTrainedModel, embeddings: bool = False) -> Iterator[Target]:
     """Every linear layer but the output head, as transformers' bitsandbytes has it, and the experts' projections.
 
+    A layer whose weight the model's code limits in place stays as it is: the code could not reach codes.
+
     Args:
         model: transformers' own class.
         embeddings: the input embedding and the output head too; one target where they are one matrix.
     """
     head = model.get_output_embeddings()
+    limited = {name for name, use in find_weight_reads(model).items() if use == "clamp"}
     for name, module in model.named_modules():
-        if _is_plain_linear(module) and module is not head:
+        if _is_plain_linear(module) and module is not head and name not in limited:
             transposed = isinstance(module, Conv1D)
             shape = tuple(module.weight.shape)
             has_bias = module.bias is not None
@@ -102,6 +106,8 @@ def matrices(target: Target, origins: Mapping[str, Origin], folder: ModelFolder)
     if target.name not in origins:
         raise folder.missing(target.name)
     origin = origins[target.name]
+    if len(origin.keys) > 1 and not origin.experts:
+        raise rearranged(target.name, "Concatenate")
     if origin.experts or not target.experts:
         return [Matrix(key, key, None, target.transposed) for key in origin.keys]
     (key,) = origin.keys

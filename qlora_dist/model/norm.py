@@ -3,12 +3,14 @@
 transformers' norms cast their input to fp32, and autograd keeps that, and the normed fp32 values too, each twice as
 large as the input. Here the input is kept, which for a layer's first norm is there anyway, with a factor per row.
 
-A class is replaced if it does what one of `Kind` does, bit for bit, to numbers that it is given.
+A norm is replaced only if its forward takes the hidden states alone, and its output on probe inputs equals that of one
+`Kind` bit for bit. A norm with a further argument, such as the gate of Mamba-2 and Qwen3-Next, keeps its class.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any, Literal, cast, get_args
 
@@ -26,13 +28,15 @@ _BLOCK = 2**17  # elements at a time
 
 def fuse_norms(model: PreTrainedModel) -> None:
     """Replace the classes of a model's RMS norms, where they are known; parameters and names stay."""
-    fused: dict[type, type] = {}
+    fused: dict[tuple[Any, ...], type] = {}
     for module in model.modules():
-        theirs = type(module)
-        if theirs not in fused:
+        if "RMSNorm" not in type(module).__name__:
+            continue
+        theirs, alike = type(module), _settings(module)
+        if alike not in fused:
             kind = _kind(module)
-            fused[theirs] = type(f"Fused{theirs.__name__}", (_FusedNorm, theirs), {"kind": kind}) if kind else theirs
-        module.__class__ = fused[theirs]
+            fused[alike] = type(f"Fused{theirs.__name__}", (_FusedNorm, theirs), {"kind": kind}) if kind else theirs
+        module.__class__ = fused[alike]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Kind) -> torch.Tensor:
@@ -56,11 +60,11 @@ class _FusedNorm:
 
     kind: Kind
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., h] -> [..., h]. Compiled, or trained, it is the class's own."""
         weight = cast(torch.Tensor, self.weight)  # type: ignore[attr-defined]
         if torch.compiler.is_compiling() or weight.requires_grad:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(x)  # type: ignore[misc,no-any-return]
         return rms_norm(x, weight, _eps(self), self.kind)
 
 
@@ -108,23 +112,36 @@ def _eps(module: Any) -> float:
     return cast(float, module.eps if found is None else found)
 
 
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """Return what decides a norm's result beside its weight's values: modules of equal settings are probed once."""
+    own = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+    shapes = {name: None if p is None else tuple(p.shape) for name, p in module._parameters.items()}
+    return type(module), tuple(sorted(own.items())), tuple(sorted(shapes.items()))
+
+
 def _kind(module: nn.Module) -> Kind | None:
-    """What the class does, tried on numbers; None: something else."""
+    """Return the kind whose results equal the module's on probe inputs; None: keep the class."""
     names = [*module._parameters, *module._buffers, *module._modules]
-    if "RMSNorm" not in type(module).__name__ or names != ["weight"]:
+    weight = module._parameters.get("weight")
+    if names != ["weight"] or weight is None or weight.dim() != 1 or not _takes_hidden_states_alone(module):
         return None
     if not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
         return None
     generator = torch.Generator().manual_seed(0)
     found: set[Kind] = set(get_args(Kind))
     for dtype in (torch.float32, torch.bfloat16):
-        x, weight = (
-            torch.randn(*shape, module.weight.numel(), generator=generator).to(dtype)  # type: ignore[union-attr,operator]
-            for shape in ((2, 3), ())
-        )
+        x, values = (torch.randn(*shape, weight.numel(), generator=generator).to(dtype) for shape in ((2, 3), ()))
         probe = copy.copy(module)
-        probe._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+        probe._parameters = {"weight": nn.Parameter(values, requires_grad=False)}
         with torch.no_grad():
-            expected = probe(x)
-            found = {kind for kind in found if torch.equal(rms_norm(x, weight, _eps(module), kind), expected)}
+            try:
+                expected = probe(x)
+            except Exception:  # of whatever kind: it is the model's code, and keeps its class
+                return None
+            found = {kind for kind in found if torch.equal(rms_norm(x, values, _eps(module), kind), expected)}
     return next(iter(found)) if len(found) == 1 else None
+
+
+def _takes_hidden_states_alone(module: nn.Module) -> bool:
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    return len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -34,7 +34,7 @@ class Origin:
     keys: tuple[str, ...]
     """Their names; those of stacked experts expert by expert, an expert's own from top to bottom."""
     experts: int = 0
-    """Number of experts whose matrices are tensors of their own; 0: `keys` is the one tensor, as it is."""
+    """Number of experts whose matrices are tensors of their own; 0: `keys` lie one above the other, or are one."""
 
 
 def expert_key(key: str, expert: int) -> str:
@@ -84,16 +84,24 @@ def find_origins(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Orig
     return origins
 
 
+def rearranged(target: str, how: str) -> UserError:
+    """What to say of a tensor that transformers makes of others in a way that is not known here."""
+    return UserError(
+        f"{target}: transformers rearranges it on loading ({how}), which is not supported here; give another model"
+    )
+
+
 def _stacked(target: str, by_pattern: Mapping[str, list[str]], converter_of: Mapping[str, WeightConverter]) -> Origin:
     columns = [by_pattern[""]] if "" in by_pattern else None
     if columns is None:
         converter = converter_of[next(iter(by_pattern))]
         kinds = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
         expected = [(MergeModulelist, 0), (Concatenate, 1)]
-        if len(converter.operations) != len(kinds) or kinds not in (expected, expected[:1]):
-            names = ", ".join(type(operation).__name__ for operation in converter.operations)
-            raise UserError(f"{target}: transformers rearranges it on loading ({names}), which is not supported here")
+        if len(converter.operations) != len(kinds) or kinds not in (expected, expected[:1], [(Concatenate, 0)]):
+            raise rearranged(target, ", ".join(type(operation).__name__ for operation in converter.operations))
         columns = [by_pattern.get(pattern, []) for pattern in converter.source_patterns]
+        if kinds == [(Concatenate, 0)] and [len(column) for column in columns] == [1] * len(columns):
+            return Origin(tuple(key for (key,) in columns))
     if len({len(column) for column in columns}) != 1:
         raise UserError(f"{target}: some of its experts' matrices are missing; get the folder anew")
     return Origin(tuple(key for expert in zip(*columns, strict=True) for key in expert), len(columns[0]))

@@ -36,6 +36,8 @@ class Report:
     read_bytes: int
     wait_s: float
     """Seconds in which there was nothing to do but wait for the disk."""
+    others_load: bool = True
+    """Whether plain transformers loads the folder."""
 
 
 def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: Console | None = None) -> Report:
@@ -76,7 +78,8 @@ def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: 
         raise UserError(
             f"{partial}: cannot be written ({error.strerror}); mend that and run again, it goes on where it stopped"
         ) from None
-    return Report(out, plan.counts, time.perf_counter() - started, reading.read_bytes, reading.wait_s)
+    seconds = time.perf_counter() - started
+    return Report(out, plan.counts, seconds, reading.read_bytes, reading.wait_s, plan.others_load)
 
 
 def _write_folder(
@@ -125,6 +128,13 @@ def print_report(report: Report, console: Console) -> None:
     lines += [
         f"  not quantized: {name} ({count:,})" for name, count in sorted(counts.left.items(), key=lambda item: -item[1])
     ]
+    if counts.unused:
+        lines.append(f"  copied, but not loaded by transformers, nor trained: {counts.unused:,} elements")
+    if not report.others_load:
+        lines.append(
+            "  plain transformers does not load this folder; to use its adapters there, give them the 16-bit model or "
+            "merge them"
+        )
     speed, waiting = report.read_bytes / 1e9 / report.seconds, 100 * report.wait_s / report.seconds
     lines.append(f"  {report.seconds:.1f} s at {speed:.2f} GB/s, {waiting:.0f} % of it waiting for reads")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
@@ -200,6 +210,8 @@ def _finish(
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": plan.skipped,
     }
+    if plan.unties_head:
+        config["tie_word_embeddings"] = False
     (partial / _PLAN).unlink()
     finish_folder(partial, out, folder.path, config)
 

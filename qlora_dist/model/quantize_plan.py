@@ -7,14 +7,18 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
+from qlora_dist.config import ModelConfig
 from qlora_dist.errors import UserError
+from qlora_dist.model.buffers import try_buffers
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.logits import measure_head
-from qlora_dist.model.matrices import Matrix, layout_of, matrices, quantizable
+from qlora_dist.model.matrices import Matrix, is_tied, layout_of, matrices, quantizable
 from qlora_dist.model.origins import find_origins
-from qlora_dist.model.skeleton import causal_lm_on_meta
+from qlora_dist.model.skeleton import build_skeleton, causal_lm_on_meta
 from qlora_dist.nf4.embedding import check_class
 from qlora_dist.nf4.layout import BLOCK_SIZES, NF4Layout, QuantType
 
@@ -89,6 +93,9 @@ class Counts:
     """Of those embeddings, and of the output head if it is one, that are in as many bits as before."""
     left: dict[str, int]
     """Of tensors that stay as they were, by name without layer numbers."""
+    unused: int = 0
+    """Elements of tensors that transformers does not load, such as layers that predict further tokens. They are copied
+    and not among the parameters."""
 
     @property
     def share(self) -> float:
@@ -105,6 +112,10 @@ class Plan:
     skipped: list[str]
     """Linear layers outside the decoder's that stay as they were, by name in transformers' class."""
     counts: Counts
+    unties_head: bool = False
+    """config.json ties the output head to the input embedding, and the folder holds another one."""
+    others_load: bool = True
+    """Whether plain transformers loads the result: it knows neither experts nor embeddings in 4 bit, nor Falcon's."""
 
 
 def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
@@ -117,15 +128,18 @@ def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
     measure_head(model)  # a model that cannot be trained is refused here, not after hours
     origins = find_origins(model, folder.entries)
     weights: dict[str, list[tuple[Matrix, NF4Layout]]] = {name: [] for name in folder.entries}
-    head_in_4_bit = False
+    head_in_4_bit, others_load = False, True
     for target in quantizable(model, options.embeddings):
         if target.role != "layer":
             check_class(model.get_submodule(target.module))
             head_in_4_bit |= target.role == "head"
+        plain = target.role == "layer" and not target.experts
+        others_load &= plain and not isinstance(model.get_submodule(target.module), FalconLinear)
         parts = matrices(target, origins, folder)
         layout = layout_of(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
         for matrix in parts:
             weights[matrix.key].append((matrix, layout))
+    try_buffers(build_skeleton(folder, _as_trained(folder, options)))  # what training would refuse is refused here
     head = model.get_output_embeddings()
     outside, head_name = set(), ""
     for path, module in model.named_modules():
@@ -134,16 +148,35 @@ def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
         if module is head or isinstance(module, nn.Embedding):
             names = [f"{path}.{name}" for name in module._parameters]
             outside |= {key for name in names if name in origins for key in origins[name].keys}
-    outside = {key for key in outside if not weights[key]}
+    if is_tied(model):  # a head that is stored beside an embedding which it equals
+        for key in origins[f"{head_name}.weight"].keys if f"{head_name}.weight" in origins else ():
+            weights.pop(key)
+    outside = {key for key in outside if key in weights and not weights[key]}
     skipped = [] if head_in_4_bit else sorted({head_name, "lm_head"})
-    return Plan(weights, skipped, _count(folder, weights, outside))
+    used = {key for origin in origins.values() for key in origin.keys}
+    published = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    unties = published.get_text_config().tie_word_embeddings and not model.config.get_text_config().tie_word_embeddings
+    return Plan(weights, skipped, _count(folder, weights, outside, used), bool(unties), others_load)
 
 
-def _count(folder: ModelFolder, weights: dict[str, list[tuple[Matrix, NF4Layout]]], outside: set[str]) -> Counts:
+def _as_trained(folder: ModelFolder, options: QuantizeOptions) -> ModelConfig:
+    return ModelConfig(
+        base=str(folder.path),
+        quant_type=options.quant_type,
+        block_size=options.block_size,  # type: ignore[arg-type]
+        double_quant=options.double_quant,
+        embeddings="4bit" if options.embeddings else "16bit",
+    )
+
+
+def _count(
+    folder: ModelFolder, weights: dict[str, list[tuple[Matrix, NF4Layout]]], outside: set[str], used: set[str]
+) -> Counts:
     left: Counter[str] = Counter()
     for name, parts in weights.items():
-        if not parts:
+        if not parts and name in used:
             left[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += torch.Size(folder.entries[name].shape).numel()
     quantized = sum(layout.numel for parts in weights.values() for _, layout in parts)
     outside_layers = sum(torch.Size(folder.entries[name].shape).numel() for name in outside)
-    return Counts(quantized + sum(left.values()), quantized, outside_layers, dict(left))
+    unused = sum(torch.Size(folder.entries[name].shape).numel() for name in weights if name not in used)
+    return Counts(quantized + sum(left.values()), quantized, outside_layers, dict(left), unused)

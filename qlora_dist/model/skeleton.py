@@ -21,6 +21,8 @@ from qlora_dist.model.logits import LogitScale, decoder_of, measure_head
 from qlora_dist.model.matrices import Matrix, Target, is_tied, layout_of, matrices, quantizable
 from qlora_dist.model.norm import fuse_norms
 from qlora_dist.model.origins import Origin, find_origins
+from qlora_dist.model.supported import check_model_class
+from qlora_dist.model.weight_reads import find_weight_reads
 from qlora_dist.nf4.embedding import NF4Vocabulary, use_nf4_vocabulary
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.layout import NF4Layout
@@ -51,6 +53,7 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig, quantize: bool = Tr
     origins = find_origins(model, [*folder.entries, *folder.quantized])
     scale, tied = measure_head(model), is_tied(model)
     in_4_bit: dict[str, Sequence[Matrix]] = {}
+    reads = find_weight_reads(model)
     for target in list(quantizable(model, embeddings=True)):
         parts = matrices(target, origins, folder)
         asked_for = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
@@ -58,6 +61,8 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig, quantize: bool = Tr
             continue  # embeddings that stay in 16 bit, or what whoever quantized the folder left as it was
         layout = layout_of(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
         _replace(model, target, layout, len(parts), dtype)
+        if isinstance(layer := model.get_submodule(target.module), NF4Linear):
+            layer.is_weight_read = target.module in reads
         in_4_bit[target.name] = parts
     _replace_head(model, scale, tied)
     model.requires_grad_(False)
@@ -91,16 +96,44 @@ def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = 
         if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
             attention = "eager"  # SDPA has no cap, and transformers would leave it out without a word
         requested = "eager" if attention == "eager" else None  # None: SDPA where the architecture has it
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=requested, trust_remote_code=False
-            )
+        model = _from_config(config, dtype, requested)
+        if is_tied(model) and _stores_another_head(model, folder):
+            for part in (config, config.get_text_config()):
+                part.tie_word_embeddings = False
+            model = _from_config(config, dtype, requested)
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{folder.path / 'config.json'}: transformers {transformers.__version__} makes no causal language model "
             f"of it ({reason}); give another model or upgrade transformers"
         ) from None
+    check_model_class(model, folder.path)
+    return model
+
+
+def _from_config(config: transformers.PretrainedConfig, dtype: torch.dtype, attention: str | None) -> Any:
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+
+
+def _stores_another_head(model: transformers.PreTrainedModel, folder: ModelFolder) -> bool:
+    """Whether a folder whose config.json ties the output head holds one that differs from the input embedding.
+
+    Merging a trained embedding and head leaves such folders, and transformers keeps both tensors on loading.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    head, embedding = (
+        f"{paths[id(module)]}.weight" for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    names = [*folder.entries, *folder.quantized]
+    if not any(name.endswith(head.rpartition(".")[0].rpartition(".")[2] + ".weight") for name in names):
+        return False  # the usual case, without a look at every name's meaning
+    origins = find_origins(model, names)
+    if head not in origins or embedding not in origins:
+        return False
+    return not folder.are_equal(origins[head].keys[0], origins[embedding].keys[0])
 
 
 def origin_names(model: nn.Module) -> dict[str, str]:
@@ -159,11 +192,14 @@ def _check_complete(model: nn.Module, origins: Mapping[str, Origin], folder: Mod
             raise folder.missing(names[name])
         if parameter.dtype == torch.uint8:
             continue  # checked when its layout was found
-        shapes = {folder.shape(key) for key in origin.keys}
-        shape = next(iter(shapes))
+        shapes = [folder.shape(key) for key in origin.keys]
+        shape, alike = shapes[0], len(set(shapes)) == 1
         if origin.experts:
             shape = (origin.experts, len(origin.keys) // origin.experts * shape[0], *shape[1:])
-        if len(shapes) > 1 or shape != tuple(parameter.shape):
+        elif len(shapes) > 1:  # one above the other
+            alike = len({part[1:] for part in shapes}) == 1
+            shape = (sum(rows for rows, *_ in shapes), *shape[1:])
+        if not alike or shape != tuple(parameter.shape):
             raise UserError(
                 f"{folder.path}: {origin.keys[0]} has the shape {shape} and config.json asks for "
                 f"{tuple(parameter.shape)}; get the folder anew"

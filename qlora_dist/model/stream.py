@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -32,7 +34,7 @@ class ShardInFolder:
     local: torch.Tensor
     """Contiguous, on any device, of the model's type; on meta, if `put` keeps it elsewhere."""
     keys: tuple[str, ...]
-    """Of the tensor in the folder; of several that lie one behind the other here, all of one size."""
+    """Of the tensor in the folder; of several that lie one behind the other here, all of one type."""
     start: int
     """First byte, counted from the first of them on; of a 4-bit weight, in its byte vector."""
     put: Put
@@ -112,13 +114,15 @@ class Stream:
             yield Read(count, self._read_into(shard.keys, shard.start + start))
 
     def _read_into(self, keys: tuple[str, ...], start: int) -> Callable[[torch.Tensor], None]:
-        size = _nbytes(self._folder, keys[0])
+        sizes = [_nbytes(self._folder, key) for key in keys]
+        begins = [0, *accumulate(sizes)]
 
         def read(out: torch.Tensor) -> None:
             done = 0
             while done < out.numel():
-                index, first = divmod(start + done, size)
-                part = out[done : done + size - first]
+                index = bisect_right(begins, start + done) - 1
+                first = start + done - begins[index]
+                part = out[done : done + sizes[index] - first]
                 if keys[index] in self._folder.quantized:
                     self._folder.quantized[keys[index]].read_range(self._reader, part, first)
                 else:

@@ -21,9 +21,12 @@ class NF4Linear(nn.Module):
     Args:
         layout: shape [out_features, in_features] and quantization of the weight.
         bias: bias[out_features] in `bias_dtype`, frozen.
-        bias_dtype: its type.
+        bias_dtype: the bias's type, and that of `weight`.
         device: where to make the parameters, "meta" for a skeleton.
     """
+
+    is_weight_read: bool = False
+    """Whether the model's code computes with `weight` itself, where an adapter around the layer has no effect."""
 
     def __init__(
         self,
@@ -33,7 +36,7 @@ class NF4Linear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout, self.dtype = layout, bias_dtype
         self.out_features, self.in_features = layout.shape
         self.packed = nn.Parameter(
             torch.empty(layout.total_bytes, dtype=torch.uint8, device=device), requires_grad=False
@@ -47,6 +50,13 @@ class NF4Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """weight: dtype[out_features, in_features]. Under an engine, only where `packed` is gathered."""
         return dequantize(self.packed, self.layout, dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Dequantize for code that reads the weight itself: [out_features, in_features], frozen, new at each call."""
+        if self.packed.is_meta:
+            return torch.empty(self.layout.shape, dtype=self.dtype, device="meta")
+        return self.dequantize(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features] -> [..., out_features], in x's type."""

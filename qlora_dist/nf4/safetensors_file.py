@@ -72,7 +72,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy the folder again") from None
     except KeyError as error:
-        raise UserError(f"{path}: has a tensor of a type that is not supported ({error})") from None
+        raise UserError(
+            f"{path}: has a tensor of a type that is not supported ({error}); give a copy of the model in 16 bit"
+        ) from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not a safetensors file ({error}); copy it again") from None
     end = max((entry.stop for entry in entries.values()), default=data_start)

@@ -78,6 +78,8 @@ class Gradients:
             Variable._execution_engine.queue_callback(self._end)
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.float(), None
+        if (shard := flat_shard(parameter)) is not None:
+            shard.had_gradient = True
         before = self._sums.get(parameter)
         self._sums[parameter] = gradient if before is None else before.add_(gradient)
         unit.waiting -= 1

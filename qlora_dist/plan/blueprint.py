@@ -39,6 +39,10 @@ class Blueprint(ModelFolder):
             for name, tensor in tensors.items()
         }
 
+    def are_equal(self, one: str, other: str) -> bool:
+        """True: no tensor has values, and what config.json ties is tied."""
+        return True
+
 
 def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """A config.json of fewer layers. Lists with an entry for each layer are cut."""

@@ -24,6 +24,7 @@ from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import Checkpoints, Start
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.evaluate import evaluate
+from qlora_dist.train.influence import say_without_influence
 from qlora_dist.train.memory import peak_bytes
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.profile import DATA, LastStep
@@ -152,6 +153,8 @@ def train_loop(
             traffic,
             told=[*checkpoints.progress, *requests.flags(step_s, checkpoints.seconds)],
         )
+        if not history.tokens_per_s:
+            say_without_influence(shards, console)
         written, failed, *asked = result.sums
         checkpoints.advance(int(written), int(failed))
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from qlora_dist.adapters.attach import attach_adapter, peft_config
+from qlora_dist.adapters.attach import attach_adapter, peft_config, weight_read_names
 from qlora_dist.config import DEFAULT_STEPS, Config
 from qlora_dist.data.loader import Loader, eval_batches
 from qlora_dist.data.prepare import PreparedSource, prepare
@@ -71,6 +71,10 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         check_compiler(device)
     sizes = mesh_sizes(config.parallel, ranks)
     folder, model, adapter = set_up_model(config)
+    if console is not None and config.lora.targets == "all-linear" and (read := sorted(weight_read_names(model))):
+        console.print(
+            f"lora.targets: without {', '.join(read)}, whose weight the model's code reads itself", markup=False
+        )
     train, held_out = prepare(config.data, load_tokenizer(folder.path), console)
     sources = train if held_out is None else [*train, held_out]
     for source in sources:

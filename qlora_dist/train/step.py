@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import adapter_parameters, is_lora_b
 from qlora_dist.data.rows import Batch
+from qlora_dist.errors import UserError
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.traffic import Traffic
 from qlora_dist.parallel.zero_optimizer import Optimizer
-from qlora_dist.sharded import local_part, take_gradient
+from qlora_dist.sharded import flat_shard, local_part, take_gradient
 from qlora_dist.train.beat import beat
 from qlora_dist.train.profile import OPTIMIZER, STEP
 
@@ -42,16 +44,29 @@ class AdapterShards:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._names = [name for name, _ in adapter_parameters(model)]
         self._sharded = [p for _, p in adapter_parameters(model)]
+        self._had_gradient = [False] * len(self._sharded)
         self.local = [nn.Parameter(local_part(p).detach()) for p in self._sharded]
         self.is_lora_b = [is_lora_b(name) for name, _ in adapter_parameters(model)]
 
     def take_gradients(self) -> list[torch.Tensor]:
-        """Hand the engine's gradients over to the local shards; those of empty shards are left out."""
-        for sharded, local in zip(self._sharded, self.local, strict=True):
-            gradient = take_gradient(sharded)
-            local.grad = gradient if local.numel() else None
+        """Hand the engine's gradients over to the local shards; those of empty shards are left out.
+
+        An adapter that takes no part in the loss has no gradient, and zeros stand for it: B stays zero.
+        """
+        for index, (sharded, local) in enumerate(zip(self._sharded, self.local, strict=True)):
+            gradient, flat = take_gradient(sharded), flat_shard(sharded)
+            self._had_gradient[index] |= gradient is not None if flat is None else flat.had_gradient
+            local.grad = (torch.zeros_like(local) if gradient is None else gradient) if local.numel() else None
         return [p.grad for p in self.local if p.grad is not None]
+
+    def without_influence(self) -> list[str]:
+        """Return the names of parameters that no rank has had a gradient for. Called on all ranks after a step."""
+        device = self.local[0].device
+        found = torch.tensor(self._had_gradient, dtype=torch.int32, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [name for name, had in zip(self._names, found.tolist(), strict=True) if not had]
 
     def clear_gradients(self) -> None:
         """Forget them."""
@@ -88,12 +103,17 @@ def train_step(
         max_grad_norm: None: no clipping.
         traffic: counts the one collective that is not the model's.
         told: what else the ranks have to tell each other, summed in the same collective.
+
+    Raises:
+        UserError: no adapter takes part in the loss.
     """
     device = window[0].input_ids.device
     summed_loss = torch.zeros((), dtype=torch.float64, device=device)
     for index, batch in enumerate(window):
         model.set_requires_gradient_sync(index == len(window) - 1)
         loss = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
+        if not loss.requires_grad:
+            raise UserError("lora.targets: no adapter has any influence on the loss; name other layers")
         (loss * (loss_scale.value / trained_tokens)).backward()
         summed_loss += loss.detach()
         beat()

@@ -119,7 +119,23 @@ DAMAGES = {
     ),
     "8 bit": (
         lambda folder: set_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
-        "not 4-bit bitsandbytes",
+        "with bitsandbytes, but not in 4 bit",
+    ),
+    "a method with a way out": (
+        lambda folder: set_config(folder, quantization_config={"quant_method": "fp8"}),
+        "FineGrainedFP8Config(dequantize=True) of transformers, save it in 16 bit",
+    ),
+    "gpt-oss as it is published": (
+        lambda folder: set_config(folder, quantization_config={"quant_method": "mxfp4"}),
+        "is quantized with mxfp4, which is not read here; give a copy of the model in bf16",
+    ),
+    "parts without an index": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"),
+        "its parts are there without model.safetensors.index.json; copy that file too",
+    ),
+    "Mistral's own file": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
+        "get the files that transformers loads",
     ),
     "index names a file that is not there": (
         lambda folder: set_index(folder, {"weight_map": {"a": "model-00001-of-00002.safetensors"}}),

@@ -1,0 +1,54 @@
+"""Buffers that no file holds, such as rotary frequencies: transformers' own first values are theirs."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_dist.errors import UserError
+
+
+def give_first_values(model: PreTrainedModel) -> None:
+    """Give the buffers that are not saved their values; they have memory already.
+
+    A class may set the buffers of a module where it initializes one around it, so those are asked too. Parameters keep
+    what they hold. A value that no class sets stays NaN, for `check_buffers`.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    paths: set[str] = set()
+    with torch.no_grad():
+        for name, buffer in model.named_non_persistent_buffers():
+            if buffer.is_floating_point():
+                buffer.fill_(float("nan"))
+            parts = name.split(".")[:-1]
+            paths |= {".".join(parts[:length]) for length in range(len(parts) + 1)}
+        for path in sorted(paths, key=lambda path: (-path.count("."), path)):
+            model._init_weights(model.get_submodule(path))
+
+
+def check_buffers(model: PreTrainedModel) -> None:
+    """See whether all buffers that are not saved have got their values.
+
+    Raises:
+        UserError: one has not.
+    """
+    for name, buffer in model.named_non_persistent_buffers():
+        if buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise UserError(
+                f"model_type {model.config.model_type}: the values of its buffer {name} are not known here; give "
+                "another model"
+            )
+
+
+def try_buffers(model: PreTrainedModel) -> None:
+    """See the same of a model on meta, whose buffers get memory on the CPU.
+
+    Raises:
+        UserError: one would not get its values.
+    """
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, last = name.rpartition(".")
+        model.get_submodule(path)._buffers[last] = torch.empty_like(buffer, device="cpu")
+    give_first_values(model)
+    check_buffers(model)

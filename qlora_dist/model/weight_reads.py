@@ -1,0 +1,139 @@
+"""Linear layers whose weight a model's code reads itself, instead of calling the layer as a module.
+
+Mamba's blocks hand the weight of their output projection to a fused kernel, and some routers multiply with it in fp32.
+There an adapter, which surrounds the call of the layer, has no effect: PEFT would train and export one that does
+nothing. The source of transformers' classes says which layers these are, without a forward pass, which could differ
+between a CPU and a GPU.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, get_args
+
+from torch import nn
+
+Use = Literal["value", "clamp", "change"]
+"""Whether code computes with a weight, limits its values in place (however often makes no difference), or changes them
+in place otherwise."""
+
+_FACTS = {"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "size", "dim", "element_size"}
+"""Attributes that say nothing of a weight's values."""
+_NO_FORWARD = {"__init__", "_init_weights", "extra_repr", "reset_parameters", "init_weights"}
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A use of a weight in a method of a class."""
+
+    chain: tuple[str, ...]
+    """The names in front of `weight`: ("self", "out_proj")."""
+    use: Use
+    conditions: tuple[tuple[ast.expr, bool], ...]
+    """Tests of the `if` statements around it, and what each must give for the use to be reached."""
+
+
+def find_weight_reads(model: nn.Module) -> dict[str, Use]:
+    """Return the modules whose `weight` the code of a model of transformers uses itself, by name.
+
+    Args:
+        model: transformers' own class.
+    """
+    found: dict[str, Use] = {}
+    children = [path for path, _ in model.named_modules() if path]
+    for path, module in model.named_modules():
+        inside = path and f"{path}."
+        for read in _reads_of_class(type(module)):
+            if any(_value(test, module) is (not wanted) for test, wanted in read.conditions):
+                continue  # the module's own settings never lead there
+            if read.chain[0] == "self":
+                names = [inside + ".".join(read.chain[1:])]
+            else:  # a loop's variable, whose class is not known: any module of that name below this one
+                end = "." + ".".join(read.chain[1:])
+                names = [child for child in children if child.startswith(inside) and f".{child}".endswith(end)]
+            for name in names:
+                found[name] = max(read.use, found.get(name, "value"), key=get_args(Use).index)
+    return found
+
+
+@cache
+def _reads_of_class(kind: type) -> tuple[_Read, ...]:
+    reads: list[_Read] = []
+    for base in kind.__mro__:
+        definition = _classes(base.__module__).get(base.__name__)
+        for method in definition.body if definition is not None else ():
+            if isinstance(method, ast.FunctionDef) and method.name not in _NO_FORWARD:
+                reads += _reads_of_method(method)
+    return tuple(reads)
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """Return the classes that a file of transformers' models defines; none, where no weight is read in it."""
+    if not module.startswith("transformers.models."):
+        return {}
+    source = inspect.getsource(sys.modules[module])
+    if re.search(r"\w\.\w+\.weight\b", source) is None:
+        return {}
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+
+def _reads_of_method(method: ast.FunctionDef) -> Iterator[_Read]:
+    parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and node.attr == "weight":
+            chain, use = _names(node.value), _use(node, parents)
+            if len(chain) > 1 and use is not None:
+                yield _Read(chain, use, tuple(_conditions(node, parents)))
+
+
+def _names(node: ast.expr) -> tuple[str, ...]:
+    """Return ("self", "a", "b") of `self.a.b`, and nothing of an expression that is no chain of names."""
+    if isinstance(node, ast.Name):
+        return (node.id,)
+    if isinstance(node, ast.Attribute) and (names := _names(node.value)):
+        return (*names, node.attr)
+    return ()
+
+
+def _use(weight: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> Use | None:
+    node: ast.AST = weight
+    while isinstance(parent := parents.get(node), ast.Attribute):
+        if parent.attr in _FACTS:
+            return None
+        if parent.attr.endswith("_") and not parent.attr.startswith("_"):
+            return "clamp" if parent.attr == "clamp_" else "change"
+        node = parent
+    return "value" if isinstance(getattr(node, "ctx", None), ast.Load) else "change"
+
+
+def _conditions(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[tuple[ast.expr, bool]]:
+    while (parent := parents.get(node)) is not None:
+        if isinstance(parent, ast.If | ast.IfExp) and node is not parent.test:
+            body = parent.body if isinstance(parent.body, list) else [parent.body]
+            yield parent.test, node in body
+        node = parent
+
+
+def _value(test: ast.expr, module: nn.Module) -> bool | None:
+    """Return what a condition of a module's own settings gives; None: it depends on more than these."""
+    if isinstance(test, ast.BoolOp):
+        values = [_value(part, module) for part in test.values]
+        decisive = isinstance(test.op, ast.Or)
+        return decisive if decisive in values else None if None in values else not decisive
+    names = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
+    kinds = (ast.Compare, ast.Attribute, ast.Name, ast.Constant, ast.UnaryOp, ast.Not, ast.cmpop, ast.expr_context)
+    if names != {"self"} or not all(isinstance(node, kinds) for node in ast.walk(test)):
+        return None
+    if any(isinstance(node, ast.Attribute) and node.attr == "training" for node in ast.walk(test)):
+        return None
+    try:
+        return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {"__builtins__": {}}, {"self": module}))
+    except AttributeError:
+        return None

@@ -1,0 +1,155 @@
+"""If this fails, a model whose code does more than call its layers is trained on another loss than its own, or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from architectures import dequantized_model, make_architecture
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+from trained import first_loss, losses
+
+from qlora_dist.config import Config
+from qlora_dist.config_file import load_config
+from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
+from qlora_dist.parallel.process_group import process_group
+from qlora_dist.train.console import RunConsole
+from qlora_dist.train.run import run
+from qlora_dist.train.run_dir import run_path
+from qlora_dist.train.setup import set_up
+
+_MAMBA = {"mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_expand": 2}
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    # a norm with a gate, which must not be replaced
+    "Qwen3Next": {
+        **_LINEAR,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 96,
+    },
+    # a norm whose gate is optional, and a weight that is handed to a kernel
+    "Bamba": {**_MAMBA, "attn_layer_indices": [1], "mamba_chunk_size": 64},
+    # buffers that a class sets from outside of the module that has them
+    "FalconH1": {**_MAMBA, "mamba_d_ssm": 128, "mamba_chunk_size": 64, "head_dim": 16},
+    # an indexer that only chooses what attention sees
+    "DeepseekV32": {
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 96,
+    },
+    # a convolution that is three tensors in the folder
+    "OlmoHybrid": {**_LINEAR, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+}
+
+
+class Lines(RunConsole):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def train_here(config: Config) -> list[str]:
+    """Train in this process; returns what was said."""
+    setup = set_up(config, ranks_from_environment({}))
+    with Lines() as console, process_group(setup.ranks, setup.device):
+        run(setup, console)
+    return console.lines
+
+
+def held_out_loss(config: Config, model: nn.Module) -> float:
+    """The loss of the held-out rows, each by itself and without what is padded."""
+    total, count = 0.0, 0
+    for batch in set_up(config, ranks_from_environment({})).eval_batches:
+        for row, labels, _ in zip(*batch, strict=True):
+            if (labels == -100).all():
+                continue  # fills up the last batch
+            length = int((labels != -100).nonzero().max()) + 1
+            with torch.no_grad():
+                logits = model(input_ids=row[None, :length], use_cache=False).logits[0]
+            total += float(cross_entropy(logits, labels[:length], reduction="sum"))
+            count += int((labels != -100).sum())
+    return total / count
+
+
+def make_run(name: str, folder: Path, *overrides: str) -> tuple[Path, Path, Config]:
+    source = make_architecture(folder / "source", name, **HYBRIDS[name])
+    quantized = quantize_folder(source, folder / "nf4", QuantizeOptions(min_share=0.5)).out
+    path = tiny.make_config(folder, quantized, train__steps=2, optim__warmup_steps=0, train__global_batch=4)
+    return source, quantized, load_config(path, ["data.packing=none", "train.micro_batch=4", *overrides])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(HYBRIDS))
+def test_the_loss_and_the_adapter_are_those_of_transformers_and_peft(name: str, tmp_path: Path) -> None:
+    source, quantized, config = make_run(name, tmp_path)
+    said = train_here(config)
+    plain = dequantized_model(source, quantized).eval()
+    assert losses(config)[0] == pytest.approx(first_loss(config, plain), rel=1e-6)
+
+    adapter = run_path(config.run) / "adapter"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    still = {key for key, value in tensors.items() if "lora_B" in key and not value.any()}
+    assert all("indexer" in key for key in still)
+    assert len(still) == (9 if name == "DeepseekV32" else 0)
+    lines = [line for line in said if "without influence" in line]
+    assert len(lines) == bool(still) and all("self_attn.indexer.wq_b" in line for line in lines)
+
+    rows = [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert abs(held_out[-1] / held_out[0] - 1) > 1e-3  # the adapter matters
+    peft_model = peft.PeftModel.from_pretrained(plain, adapter).eval()
+    assert held_out[-1] == pytest.approx(held_out_loss(config, peft_model), rel=1e-6)
+
+
+def test_adapters_none_of_which_counts_are_refused(tmp_path: Path) -> None:
+    _, _, config = make_run("DeepseekV32", tmp_path, "lora.targets=[wq_b, weights_proj]")
+    with pytest.raises(UserError, match="no adapter has any influence on the loss"):
+        train_here(config)
+
+
+def test_a_layer_whose_weight_is_read_takes_no_adapter(tmp_path: Path) -> None:
+    _, _, config = make_run("Bamba", tmp_path)
+    adapted = {
+        name.split(".lora_")[0]
+        for name, _ in set_up(config, ranks_from_environment({})).model.named_parameters()
+        if "lora_" in name
+    }
+    assert any(name.endswith("mamba.in_proj") for name in adapted)
+    assert not any(name.endswith("mamba.out_proj") for name in adapted)
+    named = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": ["in_proj", "out_proj"]})})
+    with pytest.raises(UserError, match="reads the weight of out_proj itself"):
+        set_up(named, ranks_from_environment({}))
