@@ -99,9 +99,10 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     with (
         closing(moments),
         closing(pages) if pages is not None else nullcontext(),
+        closing(run_dir) if run_dir is not None else nullcontext(),
         _tracking(config, run_dir, start.manifest is None, console),
     ):
-        history = train_loop(model, moments, setup, start, traffic, console, run_dir, pages)
+        history = train_loop(model, moments, setup, start, traffic, console, run_dir, pages, started)
     step = history.progress.step
     if history.stop is not None:
         marker = STOPPED if history.stop in BY_HAND else REQUEUE
@@ -112,7 +113,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     beat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter")
     held = Held(static_bytes, moments.resident_bytes, read_bytes, load_s)
-    summarize(setup, history, held, time.perf_counter() - started, expected, console, run_dir)
+    summarize(setup, history, held, expected, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE, step, "last step")
 
