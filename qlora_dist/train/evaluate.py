@@ -26,7 +26,7 @@ class EvalSums:
 
 
 def evaluate(model: PreTrainedModel, batches: Sequence[Batch], traffic: Traffic) -> float:
-    """Compute the mean loss over the trained tokens of all ranks' batches; every rank has as many batches as the others."""
+    """Compute the mean loss over the trained tokens of all ranks' batches, of which every rank has equally many."""
     loss = evaluate_until(model, batches, traffic, EvalSums(), lambda: False)
     assert loss is not None
     return loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -135,5 +136,6 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"qlora-dist: {text}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # stderr may be on the same disk
+        sys.stderr.write(f"qlora-dist: {text}\n")
+        sys.stderr.flush()

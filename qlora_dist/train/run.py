@@ -29,10 +29,11 @@ from qlora_dist.train.machine import this_machine
 from qlora_dist.train.memory import free_bytes
 from qlora_dist.train.optimizer import make_states
 from qlora_dist.train.out_of_memory import answered
+from qlora_dist.train.output import note_lost_output
 from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
-from qlora_dist.train.stop import BY_HAND
+from qlora_dist.train.stop import BY_HAND, drop_old_stop_file
 from qlora_dist.train.summary import Held, announce, summarize
 from qlora_dist.train.trackers import trackers
 from qlora_dist.train.watchdog import watchdog
@@ -53,6 +54,8 @@ def train(config: Config, resume: str = "auto") -> None:
         check_run_dir(config, resume)
     timeout_s = config.train.timeout
     with RunConsole(ranks.rank, lines=ranks.launcher == "mpi") as console:
+        if ranks.rank == 0 and (dropped := drop_old_stop_file(run_path(config.run))):
+            console.say(dropped)
         setup = set_up(config, ranks, console.console)
         with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s), answered(setup):
             run(setup, console, resume)
@@ -70,6 +73,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     if setup.ranks.rank == 0:
         machine = this_machine(setup.device.type)
         run_dir = RunDir(config, start.step, fresh=start.manifest is None, steps=setup.steps, machine=machine)
+        note_lost_output(run_dir.path)
     expected = expect(setup)
     announce(setup, console)
     console.say(expected if isinstance(expected, str) else expected.sentence())

@@ -141,7 +141,7 @@ def drop_old_stop_file(run: Path) -> str | None:
     stop = run / STOP_FILE
     try:
         with tempfile.NamedTemporaryFile(dir=run, prefix=".now-") as now:
-            age_s = os.stat(now.name).st_mtime - stop.stat().st_mtime
+            age_s = Path(now.name).stat().st_mtime - stop.stat().st_mtime
         if age_s <= time.time() - _start_of_launcher():
             return None
         stop.unlink()

@@ -75,10 +75,11 @@ def summarize(
         console: for the table.
         run_dir: for the file.
     """
-    progress = history.progress
+    progress, evals = history.progress, history.progress.eval_losses
+    first_is_base = len(evals) > 1 or progress.evaluated == 0
     summary: dict[str, Any] = {
-        "eval_loss_first": progress.eval_losses[0] if progress.eval_losses else None,
-        "eval_loss_last": progress.eval_losses[-1] if progress.eval_losses else None,
+        "eval_loss_first": evals[0] if evals and first_is_base else None,
+        "eval_loss_last": evals[-1] if evals else None,
         "loss_last": progress.loss,
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -112,9 +113,11 @@ def _speed(history: History, run_dir: RunDir | None) -> float | None:
 
 def _table(summary: dict[str, Any], trained_now: bool) -> Table:
     table = Table(show_header=False, title="summary", title_justify="left")
-    if summary["eval_loss_first"] is not None:
-        first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+    first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+    if first is not None:
         table.add_row("held-out loss", f"{first:.4f} -> {last:.4f} ({100 * (last / first - 1):+.1f} %)")
+    elif last is not None:
+        table.add_row("held-out loss", f"{last:.4f}")
     table.add_row("training loss", f"{summary['loss_last']:.4f} after {summary['steps']} steps")
     if summary["skipped_steps"]:
         table.add_row("skipped steps", f"{summary['skipped_steps']} (not finite)")
