@@ -244,7 +244,7 @@ def train_loop(
     console.stop()
     if profiled is not None and (shares := profiled.end()):
         history.step_shares, history.peak_bytes = shares, profiled.peak_bytes
-    beat(progress.step, "saving a checkpoint")
+    beat(progress.step, "completing the last checkpoint")
     checkpoints.close()
     return history
 

@@ -40,8 +40,8 @@ def outlive_output() -> None:
             pass  # lost already; the new stream finds out why
         if isinstance(stream, io.TextIOWrapper):
             encoding, errors = stream.encoding, stream.errors
-            # without a buffer: nothing is left to be flushed, and to fail, while Python ends
-            setattr(sys, name, io.TextIOWrapper(_Outlived(number), encoding, errors, write_through=True))
+            # a line is one write, as those of several ranks may go to one file
+            setattr(sys, name, io.TextIOWrapper(_Outlived(number), encoding, errors, line_buffering=True))
 
 
 def note_lost_output(run: Path) -> None:

@@ -110,7 +110,7 @@ def _what_follows(again: bool) -> str:
     elif now.phase in ("starting", "loading"):
         doing, without = "stopping as soon as the model is loaded, before the next step", "end at once"
     else:
-        doing, without = "the last step is done; finishing what is left to save", "end without it"
+        doing, without = "finishing what is left to save", "end without it"
     return f"{doing}{f'; press Ctrl-C again to {without}' if again else ''}"
 
 

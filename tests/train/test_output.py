@@ -33,7 +33,7 @@ def test_a_process_ends_well_without_its_output_and_notes_it(tmp_path: Path) -> 
     (tmp_path / "output-lost.txt").write_text("of an earlier start\n")
     reading, closed = os.pipe()
     os.close(reading)
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     with Path("/dev/full").open("w") as full, os.fdopen(closed, "w") as pipe:
         program = [sys.executable, "-c", PROGRAM, str(tmp_path)]
         assert subprocess.run(program, env=environ, stdout=full, stderr=pipe, check=False).returncode == 0
@@ -43,7 +43,7 @@ def test_a_process_ends_well_without_its_output_and_notes_it(tmp_path: Path) -> 
 
 
 def test_output_that_is_read_is_complete_and_in_order(tmp_path: Path) -> None:
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     program = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     done = subprocess.run(program, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
     assert done.stdout.decode() == "before" + 6 * "a line\n" + "another\nthe end\n"
