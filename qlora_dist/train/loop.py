@@ -128,6 +128,11 @@ def train_loop(
         patience,
     )
 
+    def told() -> list[float]:
+        """What the ranks tell each other at the end of a step; the next one may be twice as slow as any until now."""
+        ahead_s = 2 * longest_step_s + evaluations.longest_batch_s
+        return [*checkpoints.progress, *requests.flags(ahead_s)]
+
     def forget() -> None:
         traffic.take()
         if pages is not None:
@@ -172,11 +177,7 @@ def train_loop(
             loss_scale,
             setup.config.optim.max_grad_norm,
             traffic,
-            # the step that is being done, one more that notices, and a batch of an evaluation
-            told=[
-                *checkpoints.progress,
-                *requests.flags(2 * longest_step_s + evaluations.longest_batch_s),
-            ],
+            told=told,
         )
         written, failed, *asked = result.sums
         checkpoints.advance(int(written), int(failed))
