@@ -51,11 +51,13 @@ def train(
 ) -> None:
     """Train an adapter: alone, or on every rank that torchrun starts this on."""
     from qlora_dist.config_file import load_config
-    from qlora_dist.train.stop import listen
 
     if not dry_run:
         from qlora_dist.launch.mpi import agree_on_store
+        from qlora_dist.train.output import outlive_output
+        from qlora_dist.train.stop import listen
 
+        outlive_output()
         listen()  # before torch is imported, which takes a while
         agree_on_store()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
     resolved = load_config(config, overrides or ())

@@ -225,7 +225,7 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up. constant: as it is; linear, cosine: down to zero at the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10
-    """Steps over which the learning rate rises from zero."""
+    """Steps over which the learning rate rises from zero; cut to the run's steps."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 0.3
     """Norm to which the gradient of all adapters together is scaled down; null: no limit."""
 
@@ -349,9 +349,6 @@ class Config(Section):
                 f"train.epochs: {self.train.epochs:g} and train.steps: {self.train.steps} exclude each other; set one "
                 "of them to null, or take it out"
             )
-        steps = self.train.steps or DEFAULT_STEPS
-        if self.train.epochs is None and self.optim.warmup_steps > steps:  # of epochs, the data tell how many they are
-            yield (f"optim.warmup_steps: {self.optim.warmup_steps} is more than train.steps: {steps}; lower it")
         if self.train.global_batch % self.train.micro_batch:
             yield (
                 f"train.global_batch: {self.train.global_batch} is not a multiple of train.micro_batch: "

@@ -141,14 +141,6 @@ def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):
             "FILE, line 4: train.global_batch: 16 is not a multiple of train.micro_batch: 3; change one of them",
         ),
         (
-            "train: {steps: 5}",
-            "FILE, line 3: optim.warmup_steps: 10 is more than train.steps: 5; lower it",
-        ),
-        (
-            "optim: {warmup_steps: 101}",
-            "FILE, line 3: optim.warmup_steps: 101 is more than train.steps: 100; lower it",
-        ),
-        (
             "train: {steps: 50, epochs: 3}",
             "FILE, line 3: train.epochs: 3 and train.steps: 50 exclude each other; set one of them to null, or take",
         ),

@@ -17,11 +17,13 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
     Returns:
         Rising linearly over the warm-up, whose last step has `config.lr`; then constant, or falling linearly or as
-        half a cosine towards zero, which the step after the last would have.
+        half a cosine towards zero, which the step after the last would have. A warm-up that is longer than the run
+        is cut to the run's steps.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    warmup_steps = min(config.warmup_steps, steps)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     if config.schedule == "linear":
         return config.lr * (1 - progress)
     if config.schedule == "cosine":

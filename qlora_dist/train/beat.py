@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple, get_args
 Phase = Literal[
     "starting",
     "loading",
-    "evaluating",
     "saving a checkpoint",
+    "evaluating",
     "reading data",
     "training",
+    "completing the last checkpoint",
     "saving the adapter",
     "done",
 ]

@@ -76,6 +76,7 @@ class RunConsole:
 
     def start_steps(self, steps: int, done: int = 0) -> None:
         """Show the bar, where there is a terminal."""
+        self.stop()
         self._steps, self._done, self._start = steps, done, time.perf_counter()
         if self._live:
             self._show("step", steps, MofNCompleteColumn())

@@ -10,6 +10,7 @@ import torch
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
+from qlora_dist.adapters.attach import adapter_parameters
 from qlora_dist.checkpoint.snapshot import trained
 from qlora_dist.data.rows import Batch
 from qlora_dist.errors import UserError
@@ -23,7 +24,8 @@ from qlora_dist.parallel.zero_optimizer import ZeroStates
 from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import Checkpoints, Start
 from qlora_dist.train.console import RunConsole
-from qlora_dist.train.evaluate import evaluate
+from qlora_dist.train.eval_sums import EVAL_SUMS_FILE, KeptEvalSums
+from qlora_dist.train.evaluations import Evaluations
 from qlora_dist.train.influence import say_without_influence
 from qlora_dist.train.memory import peak_bytes
 from qlora_dist.train.optimizer import make_optimizer
@@ -36,6 +38,10 @@ from qlora_dist.train.stop import Requests, reason, wants_save
 
 _COMPILING = 6.0
 """Times the usual timeout, for steps and evaluations that may compile first."""
+
+
+_SLOW_DISK = 100e6
+"""Bytes per second at which a checkpoint is supposed to be written until one has been."""
 
 
 @dataclass
@@ -68,6 +74,7 @@ def train_loop(
     console: RunConsole,
     run_dir: RunDir | None,
     pages: PagedLayers | None = None,
+    began: float | None = None,
 ) -> History:
     """Train the adapters, from `start` to the last step or until somebody asks to stop.
 
@@ -80,6 +87,7 @@ def train_loop(
         console: for progress.
         run_dir: where metrics go; None on ranks other than 0.
         pages: of the base; None: it is not paged.
+        began: `time.perf_counter()` when this start began; None: now.
 
     Raises:
         UserError: too many steps in a row were not finite.
@@ -93,41 +101,60 @@ def train_loop(
     checkpoints = Checkpoints(setup, start, state, loss_scale, console)
     progress = checkpoints.start()
     history = History(progress)
-    requests = Requests(run_path(setup.config.run), run_dir is not None, cfg.max_time)
-    eval_batches = [_to(batch, setup.device) for batch in setup.eval_batches]
+    path = run_path(setup.config.run)
+    unmeasured_s = 12 * sum(p.numel() for _, p in adapter_parameters(model)) / _SLOW_DISK
+    requests = Requests(path, run_dir is not None, cfg.max_time, lambda: checkpoints.seconds or unmeasured_s)
+    began, before_s = time.perf_counter() if began is None else began, progress.wall_s
 
     def last_step() -> int:
         """Global batches that were left out are missing at the end of so many epochs."""
         return setup.steps if setup.loader.steps is None else setup.steps - len(progress.left_out)
 
-    def held_out(step: int) -> dict[str, float]:
-        due = step in (0, last_step()) or (cfg.eval_every and step % cfg.eval_every == 0)
-        if not eval_batches or not due:
-            return {}
-        beat(step, "evaluating", patience)
-        progress.eval_losses.append(evaluate(model, eval_batches, traffic))
-        console.say(f"held-out loss after {step} steps: {progress.eval_losses[-1]:.4f}")
-        return {"eval_loss": progress.eval_losses[-1]}
+    def save() -> None:
+        beat(progress.step, "saving a checkpoint")
+        progress.wall_s = before_s + time.perf_counter() - began
+        checkpoints.save(progress)
 
-    def log(metrics: dict[str, Any]) -> None:
-        if run_dir is not None:
-            run_dir.log(metrics)
+    evaluations = Evaluations(
+        model,
+        [_to(batch, setup.device) for batch in setup.eval_batches],
+        cfg.eval_every,
+        KeptEvalSums(path / EVAL_SUMS_FILE, setup, start.identity, shards.local),
+        traffic,
+        checkpoints,
+        save,
+        requests,
+        console,
+        run_dir,
+        patience,
+    )
+
+    def told() -> list[float]:
+        """What the ranks tell each other at the end of a step; the next one may be twice as slow as any until now."""
+        ahead_s = 2 * longest_step_s + evaluations.longest_batch_s
+        return [*checkpoints.progress, *requests.flags(ahead_s)]
 
     def forget() -> None:
         traffic.take()
         if pages is not None:
             pages.pager.take_counts()
 
-    if progress.step == 0 and (first := held_out(0)):
-        log({"step": 0, **first})
-    asked = traffic.all_reduce(torch.tensor(requests.flags(0.0, 0.0), dtype=torch.float64)).tolist()
+    asked = traffic.all_reduce(torch.tensor(requests.flags(0.0), dtype=torch.float64)).tolist()
     history.stop = reason(asked)
-    forget()
-    step_s = 0.0
+    requests.answered(asked, saved=False)
+    evaluations.take_up(
+        progress.step, start.folder is not None and start.folder.parent.resolve() == (path / "checkpoints").resolve()
+    )
+    longest_step_s = 0.0
     profiled = LastStep(setup.device) if setup.config.run.profile else None
-    console.start_steps(setup.steps, progress.step)
     model.train()
-    while history.stop is None and progress.step < last_step():
+    while history.stop is None:
+        history.stop = evaluations.evaluate(progress, last_step())
+        if history.stop is not None or progress.step >= last_step():
+            break
+        if longest_step_s == 0.0:
+            console.start_steps(setup.steps, progress.step)
+        forget()  # the bytes of an evaluation or a checkpoint are no step's
         if profiled is not None and progress.step == last_step() - 1:
             profiled.begin()
         started = time.perf_counter()
@@ -151,7 +178,7 @@ def train_loop(
             loss_scale,
             setup.config.optim.max_grad_norm,
             traffic,
-            told=[*checkpoints.progress, *requests.flags(step_s, checkpoints.seconds)],
+            told=told,
         )
         if not history.tokens_per_s:
             say_without_influence(shards, console)
@@ -170,10 +197,10 @@ def train_loop(
                     progress = history.progress = before
                     if run_dir is not None:
                         run_dir.go_back(progress.step)
-                    forget()  # the bytes of a step that is undone are no other step's
                     continue
         progress.count(result.loss, tokens, result.finite, spike)
         step_s = time.perf_counter() - started
+        longest_step_s = max(longest_step_s, step_s)
 
         history.tokens_per_s.append(tokens / step_s)
         history.comm_bytes = traffic.take()
@@ -183,45 +210,45 @@ def train_loop(
         history.stalls.append(base_paging.stall_s / step_s)
         peak = peak_bytes(setup.device)
         console.step(progress.step, result.loss, lr, tokens / step_s, peak)
-        log(
-            {
-                "step": progress.step,
-                "loss": result.loss,
-                "lr": lr,
-                "grad_norm": result.grad_norm,
-                "skipped": not result.finite,
-                "tokens": tokens,
-                "trained_tokens": trained_tokens,
-                "positions": setup.loader.positions(batch) if run_dir is not None else None,
-                "tokens_per_s": tokens / step_s,
-                "step_s": step_s,
-                "data_s": data_s,
-                "comm_bytes": history.comm_bytes,
-                "peak_bytes": peak,
-                "resident_bytes": moments.resident_bytes,
-                "paged_bytes": moments.paged_bytes,
-                "paging": asdict(paging),
-                **_paging(pages, base_paging),
-                **held_out(progress.step),
-            }
-        )
+        metrics = {
+            "step": progress.step,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "skipped": not result.finite,
+            "tokens": tokens,
+            "trained_tokens": trained_tokens,
+            "positions": setup.loader.positions(batch) if run_dir is not None else None,
+            "tokens_per_s": tokens / step_s,
+            "step_s": step_s,
+            "data_s": data_s,
+            "comm_bytes": history.comm_bytes,
+            "peak_bytes": peak,
+            "resident_bytes": moments.resident_bytes,
+            "paged_bytes": moments.paged_bytes,
+            "paging": asdict(paging),
+            **_paging(pages, base_paging),
+        }
+        if run_dir is not None:
+            run_dir.log(metrics)
         if progress.skipped_in_a_row == cfg.max_skipped_steps:
             raise UserError(
                 f"step {progress.step}: the loss or gradient was not finite {cfg.max_skipped_steps} times in a row; "
                 "lower optim.lr, or use model.compute_dtype=bf16"
             )
         last = progress.step == last_step()
-        history.stop = None if last else reason(asked)
+        history.stop = reason(asked)
+        if last and (history.stop == "max_time" or not evaluations.due(progress.step, progress.step)):
+            history.stop = None  # an evaluation sees by itself that time is up
         due = cfg.save_every and progress.step % cfg.save_every == 0
         if due or last or history.stop is not None or wants_save(asked):
-            beat(progress.step, "saving a checkpoint")
-            checkpoints.save(progress)
+            save()
         requests.answered(asked)
-        forget()  # the bytes of an evaluation or a checkpoint are no step's
+    progress.wall_s = before_s + time.perf_counter() - began
     console.stop()
     if profiled is not None and (shares := profiled.end()):
         history.step_shares, history.peak_bytes = shares, profiled.peak_bytes
-    beat(progress.step, "saving a checkpoint")
+    beat(progress.step, "completing the last checkpoint")
     checkpoints.close()
     return history
 

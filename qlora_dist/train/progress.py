@@ -25,6 +25,10 @@ class Progress:
     """Of the last steps, finite and no spikes."""
     eval_losses: list[float] = field(default_factory=list)
     """The first is that of the base model alone."""
+    evaluated: int = -1
+    """Step after which the last of `eval_losses` was measured; -1: not known."""
+    wall_s: float = 0.0
+    """Seconds that the run has taken until here, in all starts together."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     left_out: list[int] = field(default_factory=list)
@@ -53,6 +57,14 @@ class Progress:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if finite and not spike:
             self.recent_losses = [*self.recent_losses, loss][-_RECENT:]
+
+    def evaluate(self, eval_loss: float) -> None:
+        """Take note of the held-out loss after the last step; a value that is known already is not repeated."""
+        if self.evaluated < 0 and self.eval_losses[-1:] == [eval_loss]:
+            self.eval_losses.pop()  # of a checkpoint that does not say which step its values belong to
+        if self.evaluated != self.step:
+            self.eval_losses.append(eval_loss)
+        self.evaluated = self.step
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest; a loss that is no number is null."""

@@ -30,10 +30,11 @@ from qlora_dist.train.machine import this_machine
 from qlora_dist.train.memory import free_bytes
 from qlora_dist.train.optimizer import make_states
 from qlora_dist.train.out_of_memory import answered
+from qlora_dist.train.output import note_lost_output
 from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
 from qlora_dist.train.setup import Setup, set_up
-from qlora_dist.train.stop import BY_HAND
+from qlora_dist.train.stop import BY_HAND, drop_old_stop_file
 from qlora_dist.train.summary import Held, announcement, summarize
 from qlora_dist.train.trackers import trackers
 from qlora_dist.train.watchdog import watchdog
@@ -54,6 +55,8 @@ def train(config: Config, resume: str = "auto") -> None:
         check_run_dir(config, resume)
     timeout_s = config.train.timeout
     with RunConsole(ranks.rank, lines=ranks.launcher == "mpi") as console:
+        if ranks.rank == 0 and (dropped := drop_old_stop_file(run_path(config.run))):
+            console.say(dropped)
         setup = set_up(config, ranks, console.console)
         with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s), answered(setup):
             run(setup, console, resume)
@@ -75,6 +78,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     if setup.ranks.rank == 0:
         machine = this_machine(setup.device.type)
         run_dir = RunDir(config, start.step, fresh=start.manifest is None, steps=setup.steps, machine=machine)
+        note_lost_output(run_dir.path)
     expected = expect(setup)
     for line in announcement(setup):
         console.say(line)
@@ -105,9 +109,10 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     with (
         closing(moments),
         closing(pages) if pages is not None else nullcontext(),
+        closing(run_dir) if run_dir is not None else nullcontext(),
         _tracking(config, run_dir, start.manifest is None, console),
     ):
-        history = train_loop(model, moments, setup, start, traffic, console, run_dir, pages)
+        history = train_loop(model, moments, setup, start, traffic, console, run_dir, pages, started)
     step = history.progress.step
     if history.stop is not None:
         marker = STOPPED if history.stop in BY_HAND else REQUEUE
@@ -118,7 +123,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     beat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter")
     held = Held(static_bytes, moments.resident_bytes, read_bytes, load_s)
-    summarize(setup, history, held, time.perf_counter() - started, expected, console, run_dir)
+    summarize(setup, history, held, expected, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE, step, "last step")
 

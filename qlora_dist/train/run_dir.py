@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from qlora_dist.config import Config, RunConfig
 from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import this_process
+from qlora_dist.train.metrics_file import MetricsFile, finite
 
 DONE, REQUEUE, STOPPED = "DONE", "REQUEUE", "STOPPED"
 """The marker that a run leaves when it ends cleanly: at its last step; before it, to be started again by its launcher;
@@ -101,54 +99,45 @@ class RunDir:
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         process = {**this_process(), "steps": steps, "machine": machine}
         (self.path / PROCESS_FILE).write_text(json.dumps(process) + "\n", encoding="utf-8")
-        self._metrics = _metrics_until(self.path / "metrics.jsonl", -1 if fresh else step)
-        self._unwritten: list[str] = []
+        self._metrics = MetricsFile(self.path / "metrics.jsonl", -1 if fresh else step)
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with what is appended to the metrics."""
 
     def go_back(self, step: int) -> None:
         """Take out the metrics of steps after `step`."""
-        self._metrics.close()
-        self._metrics = _metrics_until(self.path / "metrics.jsonl", step)
+        self._metrics.go_back(step)
 
     def mark(self, marker: str, step: int, reason: str) -> None:
         """Leave a marker."""
         (self.path / marker).write_text(json.dumps({"step": step, "reason": reason}) + "\n", encoding="utf-8")
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append to metrics.jsonl; handed to the system before the next step.
+        """Append to metrics.jsonl; handed to the system before the next step."""
+        self._metrics.append(metrics)
+        self._tell(metrics)
 
-        A full disk must not end a run: the line is kept, and written with the next.
-        """
-        self._unwritten.append(json.dumps(_finite(metrics)) + "\n")
-        with suppress(OSError):
-            self._metrics.write("".join(self._unwritten).encode())
-            self._unwritten.clear()
+    def log_eval_loss(self, step: int, eval_loss: float) -> None:
+        """Add the held-out loss to the step's line in metrics.jsonl."""
+        self._metrics.extend(step, {"eval_loss": eval_loss})
+        self._tell({"step": step, "eval_loss": eval_loss})
+
+    def eval_loss(self, step: int) -> float | None:
+        """Return the held-out loss of the step that is done, if metrics.jsonl has it."""
+        value = self._metrics.value(step, "eval_loss")
+        return value if isinstance(value, float) else None
+
+    def values(self, key: str) -> list[float]:
+        """Return a number of each line that has it."""
+        return self._metrics.values(key)
+
+    def _tell(self, metrics: dict[str, Any]) -> None:
         for listener in self.listeners:
-            listener(_finite(metrics))
+            listener(finite(metrics))
+
+    def close(self) -> None:
+        """Write what is left of the metrics."""
+        self._metrics.close()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
-        self._metrics.close()
-        (self.path / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n", encoding="utf-8")
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinity, of a step that was skipped, are no JSON: null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def _metrics_until(path: Path, step: int) -> RawIOBase:
-    """Open for appending, behind the lines up to `step`. Unbuffered: a write fails at once or has been done."""
-    kept = []
-    if step >= 0 and path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # half a line, of a process that was killed
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
-    return path.open("ab", buffering=0)
+        (self.path / "summary.json").write_text(json.dumps(finite(summary), indent=2) + "\n", encoding="utf-8")

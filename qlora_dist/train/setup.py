@@ -92,11 +92,8 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         group_by_length=config.data.group_by_length,
     )
     steps = loader.steps or config.train.steps or DEFAULT_STEPS
-    if config.optim.warmup_steps > steps:
-        raise UserError(
-            f"optim.warmup_steps: {config.optim.warmup_steps} is more than the {steps} steps that train.epochs: "
-            f"{config.train.epochs:g} takes; lower it"
-        )
+    if console is not None and config.optim.warmup_steps > steps:
+        console.print(f"optim.warmup_steps: {config.optim.warmup_steps} is cut to the {steps} steps of this run")
     eval_rows = None if held_out is None else held_out.rows
     batches = (
         eval_batches(eval_rows, micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,7 @@ def train_step(
     loss_scale: LossScale,
     max_grad_norm: float | None,
     traffic: Traffic,
-    told: Sequence[float] = (),
+    told: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
     """Forward and backward over the accumulation window, clip over the whole world, update.
 
@@ -102,7 +102,7 @@ def train_step(
         loss_scale: for fp16.
         max_grad_norm: None: no clipping.
         traffic: counts the one collective that is not the model's.
-        told: what else the ranks have to tell each other, summed in the same collective.
+        told: returns what else is summed in the same collective; called as late as possible.
 
     Raises:
         UserError: no adapter takes part in the loss.
@@ -120,7 +120,9 @@ def train_step(
 
     grads = shards.take_gradients()
     squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())
-    own = torch.stack([summed_loss, squares / adapter_replicas, *torch.tensor(told, dtype=torch.float64).to(device)])
+    squares.item()  # waits for the device, so that a request to stop that comes during the step is seen in this step
+    flags = torch.tensor(told(), dtype=torch.float64).to(device)
+    own = torch.stack([summed_loss, squares / adapter_replicas, *flags])
     total_loss, total_squares, *sums = traffic.all_reduce(own).tolist()
 
     norm = math.sqrt(total_squares) / loss_scale.value

@@ -88,7 +88,6 @@ def summarize(
     setup: Setup,
     history: History,
     held: Held,
-    wall_s: float,
     expected: Expected | str,
     console: RunConsole,
     run_dir: RunDir | None,
@@ -99,22 +98,21 @@ def summarize(
         setup: of the run.
         history: of its steps.
         held: by this rank, and what it took to load it.
-        wall_s: since the start.
         expected: what was planned.
         console: for the table.
         run_dir: for the file.
     """
-    progress = history.progress
+    progress, evals = history.progress, history.progress.eval_losses
+    first_is_base = len(evals) > 1 or progress.evaluated == 0
     summary: dict[str, Any] = {
-        "eval_loss_first": progress.eval_losses[0] if progress.eval_losses else None,
-        "eval_loss_last": progress.eval_losses[-1] if progress.eval_losses else None,
+        "eval_loss_first": evals[0] if evals and first_is_base else None,
+        "eval_loss_last": evals[-1] if evals else None,
         "loss_last": progress.loss,
         "steps": progress.step,
         "tokens": progress.tokens,
         "skipped_steps": progress.skipped_steps,
         "left_out_batches": progress.left_out,
-        # none, if there was nothing left to do but to export the adapter
-        "tokens_per_s": statistics.median(history.tokens_per_s or [0.0]),
+        "tokens_per_s": _speed(history, run_dir),
         "static_bytes": _of_all_ranks(held.static_bytes, setup.device),
         "peak_bytes": _of_all_ranks(history.peak_bytes or peak_bytes(setup.device), setup.device),
         "read_bytes": _of_all_ranks(held.read_bytes, setup.device),
@@ -123,7 +121,7 @@ def summarize(
         "base_fetched_bytes_per_step": history.fetched_bytes,
         "base_stall_share": statistics.median(history.stalls or [0.0]),
         "adapter": str(run_path(setup.config.run) / "adapter"),
-        "wall_s": wall_s,
+        "wall_s": progress.wall_s,
     }
     if history.step_shares:
         summary["step_shares"] = _mean_of_all_ranks(history.step_shares, setup.device)
@@ -131,26 +129,36 @@ def summarize(
         summary["plan"] = expected.against(summary, held.moments_bytes)
     if run_dir is not None:
         run_dir.finish(summary)
-    console.console.print(_table(summary))
+    console.console.print(_table(summary, bool(history.tokens_per_s)))
 
 
-def _table(summary: dict[str, Any]) -> Table:
+def _speed(history: History, run_dir: RunDir | None) -> float | None:
+    """Return the median of this start, or of earlier ones where nothing was left to do but to evaluate and export."""
+    speeds = history.tokens_per_s or (run_dir.values("tokens_per_s") if run_dir is not None else [])
+    return statistics.median(speeds) if speeds else None
+
+
+def _table(summary: dict[str, Any], trained_now: bool) -> Table:
     table = Table(show_header=False, title="summary", title_justify="left")
-    if summary["eval_loss_first"] is not None:
-        first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+    first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+    if first is not None:
         table.add_row("held-out loss", f"{first:.4f} -> {last:.4f} ({100 * (last / first - 1):+.1f} %)")
+    elif last is not None:
+        table.add_row("held-out loss", f"{last:.4f}")
     table.add_row("training loss", f"{summary['loss_last']:.4f} after {summary['steps']} steps")
     if summary["skipped_steps"]:
         table.add_row("skipped steps", f"{summary['skipped_steps']} (not finite)")
-    table.add_row("tokens/s", f"{summary['tokens_per_s']:,.0f} (median, all ranks, padding not counted)")
+    if summary["tokens_per_s"] is not None:
+        table.add_row("tokens/s", f"{summary['tokens_per_s']:,.0f} (median, all ranks, padding not counted)")
     if "step_shares" in summary:
         shares = sorted(summary["step_shares"].items(), key=lambda item: -item[1])
         split = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares if share >= 0.005)
         table.add_row("last step, profiled", split)
     table.add_row("held per rank", ", ".join(map(gib, summary["static_bytes"])))
     table.add_row("peak per rank", ", ".join(map(gib, summary["peak_bytes"])))
-    traffic = ", ".join(f"{dim} {gib(nbytes)}" for dim, nbytes in summary["comm_bytes_per_step"].items())
-    table.add_row("received per step", f"{traffic or 'nothing'} (rank 0)")
+    if trained_now:
+        traffic = ", ".join(f"{dim} {gib(nbytes)}" for dim, nbytes in summary["comm_bytes_per_step"].items())
+        table.add_row("received per step", f"{traffic or 'nothing'} (rank 0)")
     if summary["base_fetched_bytes_per_step"]:
         fetched, stall = gib(summary["base_fetched_bytes_per_step"]), 100 * summary["base_stall_share"]
         table.add_row(
@@ -160,7 +168,7 @@ def _table(summary: dict[str, Any]) -> Table:
         if planned is not None and measured is not None:
             table.add_row(term_label(term), _both(term, planned, measured))
     table.add_row("adapter", Text(summary["adapter"]))
-    table.add_row("time", f"{summary['wall_s']:.0f} s")
+    table.add_row("time", f"{summary['wall_s']:.0f} s, all starts together")
     return table
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import tiny
 from ranks import run_ranks
+from rich.console import Console
 
 from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.optim.schedule import learning_rate
 from qlora_dist.train.run import train
 from qlora_dist.train.run_dir import run_path
 from qlora_dist.train.setup import set_up
@@ -107,12 +109,13 @@ def test_the_ways_are_what_they_say(path: Path) -> None:
     assert setup.loader.indices(setup.steps - 1).min() < 0, "the last batch is not full"
 
 
-def test_warm_up_longer_than_the_epochs(path: Path) -> None:
-    config = load_config(path, ["train.steps=null", "train.epochs=1", "optim.warmup_steps=30"])
-    with pytest.raises(
-        UserError, match=r"warmup_steps: 30 is more than the \d steps that train.epochs: 1 takes; lower"
-    ):
-        set_up(config, ranks_from_environment({}))
+def test_warm_up_longer_than_the_run_is_cut(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for steps in (["train.steps=null", "train.epochs=1"], ["train.steps=5"]):
+        config = load_config(path, [*steps, "optim.warmup_steps=30"])
+        setup = set_up(config, ranks_from_environment({}), Console(soft_wrap=True))
+        said = f"optim.warmup_steps: 30 is cut to the {setup.steps} steps of this run"
+        assert said in capsys.readouterr().out
+        assert learning_rate(setup.steps - 1, setup.steps, config.optim) == config.optim.lr
 
 
 @pytest.mark.slow

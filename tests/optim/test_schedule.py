@@ -34,7 +34,8 @@ def test_without_warm_up_the_first_step_has_the_full_rate():
 
 
 def test_a_run_that_is_all_warm_up():
-    assert rates(4, schedule="cosine", warmup_steps=4) == pytest.approx([2, 4, 6, 8])
+    for warmup_steps in (4, 5, 1000):  # one that is longer than the run is cut
+        assert rates(4, schedule="cosine", warmup_steps=warmup_steps) == pytest.approx([2, 4, 6, 8])
 
 
 def test_a_run_of_one_step():

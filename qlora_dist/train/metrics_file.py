@@ -1,0 +1,141 @@
+"""metrics.jsonl: one line of JSON for each step, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from contextlib import suppress
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """The metrics of a run, open behind the lines of the steps that are done.
+
+    A full disk ends no run. Lines that cannot be written are kept in memory, and written as soon as there is room.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Keep the lines of steps up to `step` and drop later ones, because those steps will be done again.
+
+        Args:
+            path: of the file.
+            step: -1: keep none.
+        """
+        self._path = path
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        lines = _lines_until(self._path, step)
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(self._path)
+        # unbuffered: a write fails at once or has been done
+        self._file: RawIOBase = self._path.open("r+b", buffering=0)
+        self._written = sum(len(line.encode()) for line in lines)
+        """Bytes of whole lines in the file."""
+        self._last = lines[-1].encode() if lines else b""
+        """The last line, written or not."""
+        self._unwritten: list[bytes] = []
+        self._replaced = b""
+        """The line that the first unwritten one stands in for, as it is in the file."""
+        self._failing = False
+
+    def go_back(self, step: int) -> None:
+        """Drop the lines of steps after `step`."""
+        self.flush()
+        self._file.close()
+        self._open(step)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append a line; handed to the system before this returns, unless the disk is full."""
+        self._last = (json.dumps(finite(row)) + "\n").encode()
+        self._unwritten.append(self._last)
+        self.flush()
+
+    def extend(self, step: int, values: dict[str, Any]) -> None:
+        """Add values to the end of the last line if it is the step's, or append a line with them.
+
+        Only what is new is written, so that those who follow the file see each line once.
+        """
+        before = json.loads(self._last) if self._last else {}
+        if before.get("step") != step:
+            self.append({"step": step, **values})
+            return
+        row = before | finite(values)
+        if row == before:
+            return
+        line = (json.dumps(row) + "\n").encode()
+        if self._unwritten:
+            self._unwritten[-1] = line
+        else:
+            self._written -= len(self._last)
+            self._unwritten, self._replaced = [line], self._last
+        self._last = line
+        self.flush()
+
+    def value(self, step: int, key: str) -> Any:
+        """Return a value of the last line; None if it is not the step's, or has no such value."""
+        row = json.loads(self._last) if self._last else {}
+        return row.get(key) if row.get("step") == step else None
+
+    def values(self, key: str) -> list[float]:
+        """Return a number of each line in the file that has it."""
+        rows = map(json.loads, _lines_until(self._path, sys.maxsize))
+        return [row[key] for row in rows if isinstance(row.get(key), (int, float))]
+
+    def flush(self) -> bool:
+        """Write what could not be written before; False if it still cannot."""
+        try:
+            while self._unwritten:
+                line = self._unwritten[0]
+                self._file.seek(self._written)
+                count = self._file.write(line) or 0
+                if count < len(line):
+                    self._file.truncate(self._written)
+                    self._file.seek(self._written)
+                    self._file.write(self._replaced)
+                    raise OSError(f"{count} of {len(line)} bytes were written")
+                self._written += len(line)
+                self._replaced = b""
+                del self._unwritten[0]
+        except OSError as error:
+            if not self._failing:
+                self._failing = True
+                reason = error.strerror or str(error)
+                _say(f"{self._path}: cannot be written ({reason}); its lines are kept and written as soon as it can")
+            return False
+        self._failing = False
+        return True
+
+    def close(self) -> None:
+        """Write what is left, if that is possible."""
+        if not self.flush():
+            _say(f"{self._path}: the lines of its last {len(self._unwritten)} steps could not be written")
+        self._file.close()
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace NaN and infinity, as of a step that was skipped, by null, because JSON has no such numbers."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    kept: list[str] = []
+    if step < 0 or not path.exists():
+        return kept
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line, of a process that was killed
+    return kept
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # stderr may be on the same disk
+        sys.stderr.write(f"qlora-dist: {text}\n")
+        sys.stderr.flush()

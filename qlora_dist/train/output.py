@@ -1,0 +1,104 @@
+"""Console output that may get lost: a run does not end because a terminal was closed or a disk is full. No torch."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+NOTE_FILE = "output-lost.txt"
+"""In the run's folder: which output was lost, since when and why."""
+_BUSY_S = 5.0
+"""Seconds to wait for a pipe that is full and does not block."""
+
+_lost: list[str] = []
+_note: Path | None = None
+
+
+def outlive_output() -> None:
+    """Make stdout and stderr of this process streams that never fail.
+
+    A write that fails is dropped. After a full disk the next one is tried as usual; a pipe or terminal that was closed
+    is replaced by /dev/null, for libraries and subprocesses too.
+    """
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        try:
+            if stream.fileno() != number:
+                continue
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass  # lost already; the new stream finds out why
+        if isinstance(stream, io.TextIOWrapper):
+            encoding, errors = stream.encoding, stream.errors
+            # a line is one write, as those of several ranks may go to one file
+            setattr(sys, name, io.TextIOWrapper(_Outlived(number), encoding, errors, line_buffering=True))
+
+
+def note_lost_output(run: Path) -> None:
+    """Have lost output noted in the run's folder from here on. Called on rank 0."""
+    global _note
+    _note = run / NOTE_FILE
+    with suppress(OSError):
+        _note.unlink()
+    lost = _lost.copy()
+    _lost.clear()
+    for line in lost:
+        _lose(line)
+
+
+def _lose(line: str) -> None:
+    _lost.append(line)
+    if _note is not None:
+        with suppress(OSError), _note.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+
+class _Outlived(io.RawIOBase):
+    def __init__(self, number: int) -> None:
+        self._number, self._failing = number, False
+
+    def fileno(self) -> int:
+        return self._number
+
+    def isatty(self) -> bool:
+        return os.isatty(self._number)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: ReadableBuffer, /) -> int:
+        left = memoryview(content).cast("B")
+        size = len(left)
+        try:
+            while left:
+                try:
+                    left = left[os.write(self._number, left) :]
+                except BlockingIOError:
+                    if not select.select([], [self._number], [], _BUSY_S)[1]:
+                        raise
+            self._failing = False
+        except OSError as error:
+            self._fail(error)
+        return size
+
+    def _fail(self, error: OSError) -> None:
+        if not self._failing:
+            self._failing = True
+            name, now = {1: "stdout", 2: "stderr"}[self._number], time.strftime("%Y-%m-%d %H:%M:%S")
+            _lose(f"{now}: {name} cannot be written ({error.strerror}); the run goes on without it\n")
+        if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
+            with suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._number)
+                if nowhere != self._number:
+                    os.close(nowhere)
