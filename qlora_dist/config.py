@@ -97,6 +97,10 @@ class LoraConfig(Section):
     """Train each output's magnitude apart from its direction (DoRA)."""
 
 
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str | dict) else value
+
+
 Format = Literal[
     "auto",
     "messages",
@@ -130,8 +134,9 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """The text."""
 
-    train: Annotated[list[str | SourceConfig], Field(min_length=1)]
-    """Files, folders or data sets; each a path, or a mapping with `path` and `weight`, `format`, `split`, `subset`."""
+    train: Annotated[list[str | SourceConfig], Field(min_length=1), BeforeValidator(_listed)]
+    """Files, folders or data sets; each a path, or a mapping with `path` and `weight`, `format`, `split`, `subset`. One
+    alone need not be a list."""
     eval: str | SourceConfig | None = None
     """Held-out rows; none: no evaluation."""
     format: Format = "auto"
@@ -152,8 +157,9 @@ class DataConfig(Section):
     `prompt` and `completion` the completion unless all; `train` or `weight` (0 or 1) of a message overrides it."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be used: stop there, or count it and go on."""
-    max_bad_rows: Annotated[int, Field(ge=0)] = 100
-    """Stop when more than so many rows of a source have been skipped."""
+    max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] = 100
+    """Most rows of a source that may be skipped: a number, or a share such as 1%, which is checked at the end of the
+    source."""
     cache: str = "~/.cache/qlora-dist"
     """Folder of what has been tokenized, seen by all nodes or one on each."""
     workers: PositiveInt | Literal["auto"] = "auto"
