@@ -112,12 +112,12 @@ def _with_fields(
             if missing is not None:
                 record = BadRow(place, f"the row has no `{missing}` ({why}); add it or take the row out")
             else:
-                names.add_row(fields, read)
-                if shape.asks:
-                    try:
+                try:
+                    if shape.asks:
                         check_row_fields(fields, shape.optional)
-                    except Unusable as error:
-                        record = BadRow(place, str(error))
+                    names.add_row(fields, read)
+                except Unusable as error:
+                    record = BadRow(place, str(error))
         yield record
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _SEQUENCES = "sequences.arrow"
 _STATS = "stats.json"
+_MOST_NAMES = 12
+"""Ignored fields that are named in a line."""
 BAD_ROWS = "bad-rows.txt"
 """The file in a cache entry that names every bad row with its reason."""
 
@@ -95,8 +97,10 @@ def remarks(train: Sequence[PreparedSource], held_out: PreparedSource | None) ->
     """Say for people which fields are not read, and where to find all bad rows, in a line for each source."""
     said = []
     for source in (*train, *([] if held_out is None else [held_out])):
-        if source.stats.ignored:
-            said.append(f"{source.path}: not read: {', '.join(source.stats.ignored)}")
+        ignored = source.stats.ignored
+        if ignored:
+            more = f" and {len(ignored) - _MOST_NAMES} more" if len(ignored) > _MOST_NAMES else ""
+            said.append(f"{source.path}: not read: {', '.join(ignored[:_MOST_NAMES])}{more}")
         if source.stats.bad_rows > len(source.stats.bad_places):
             said.append(f"{source.path}: all bad rows and what is wrong with them: {source.folder / BAD_ROWS}")
     same = [source for source in train if held_out is not None and source.stats.sha256 == held_out.stats.sha256]

@@ -31,6 +31,9 @@ _PREFERENCES = ("label", "kto_tag")
 
 _KNOWN = frozenset({*HONOURED, *_MASKS, *_PREFERENCES, "functions"})
 
+_MOST_NAMES = 1000
+"""Names that are collected. Rows may have names of their own, such as a key for each user."""
+
 _RESERVED = ("messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message")
 """Variables of a template that come from the row itself."""
 
@@ -47,16 +50,17 @@ class FieldNames:
 
     def add_row(self, fields: dict[str, Any], read: frozenset[str]) -> None:
         """Add a row's fields which are not among those that are read."""
-        if fields.keys() <= read or fields.keys() <= self.rows | read:
+        unread = fields.keys() - read
+        if unread <= self.rows or len(self.rows) >= _MOST_NAMES:
             return
-        self.rows |= {name for name in fields.keys() - read if fields[name] is not None}
+        self.rows |= {name for name in unread if fields[name] is not None}
 
     def add_conversation(self, row: MessagesRow) -> None:
         """Add what the messages of a row hold besides a role, a content and tool calls."""
         for message in row.messages:
-            if len(message) > 2:
+            if len(message) > 2 and len(self.messages) < _MOST_NAMES:
                 self.messages |= message.keys() - _OF_MESSAGES
-        if row.variables:
+        if row.variables and len(self.variables) < _MOST_NAMES:
             self.variables |= row.variables.keys()
 
     def ignored(self, template: Any) -> list[str]:
@@ -74,7 +78,8 @@ class FieldNames:
         ]
 
 
-_OF_MESSAGES = {"role", "content", "tool_calls", "train"}
+_OF_MESSAGES = {"role", "content", "tool_calls", "function_call", "train", "reasoning_content", "reasoning", "thinking"}
+"""Fields that are read, or refused where the chat template does not write them."""
 
 
 def check_row_fields(fields: dict[str, Any], honoured: Iterable[str]) -> None:

@@ -86,7 +86,9 @@ class _Turns:
 
     def _answer(self, index: int) -> Span:
         if index == 0:
-            raise Refused("the conversation starts with the assistant; put a user's message before it")
+            raise Refused(
+                "the conversation starts with the assistant; put a user's message before it, or set `train`: false"
+            )
         prompt = self._renderer.text(self._messages[:index], self._tools, prompting=True)
         if not self._text.startswith(prompt):
             raise _rewritten("the prompt", index)

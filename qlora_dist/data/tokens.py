@@ -16,6 +16,7 @@ from qlora_dist.data.mask import tokens_inside
 from qlora_dist.data.render import Span
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 
@@ -55,6 +56,8 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._byte_lengths = byte_lengths(tokenizer)
+        added = tokenizer.added_tokens_decoder.items()
+        self._swallowing = frozenset(index for index, token in added if token.lstrip or token.rstrip)
         self._before, self._behind = added_tokens(tokenizer)
 
     def encode(self, texts: Sequence[Text], closed: bool) -> list[Encoded]:
@@ -89,11 +92,26 @@ class TextEncoder:
         for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
             trained = np.ones(len(tokens), np.bool_)
             if text.spans is not None:
-                inside = tokens_inside(batch.encodings[index], text.spans)[removed[index] :][: len(tokens)]
+                inside = tokens_inside(batch.encodings[index], text.spans)
+                if not self._swallowing.isdisjoint(tokens):
+                    self._correct_swallowing(inside, batch.encodings[index], text)
+                inside = inside[removed[index] :][: len(tokens)]
                 trained[: len(inside)] = inside != text.inverted
                 trained[len(tokens) - 1 :] |= closed and self._is_ended(tokens)
             encoded.append(Encoded(np.array(tokens, np.int32), trained))
         return encoded
+
+    def _correct_swallowing(self, inside: npt.NDArray[np.bool_], encoding: Encoding, text: Text) -> None:
+        """Count a token that takes the white space beside it where its own text stands.
+
+        Phi-3's `<|assistant|>` is one: an answer that begins with white space would make the model learn to write it.
+        """
+        for place, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            if token in self._swallowing:
+                written = text.text[start:end]
+                first = start + len(written) - len(written.lstrip())
+                last = start + len(written.rstrip())
+                inside[place] = any(max(first, one) < min(last, other) for one, other in text.spans or ())
 
     def _by_bytes(
         self, texts: Sequence[Text], closed: bool, byte_lengths: npt.NDArray[np.int64]

@@ -123,6 +123,9 @@ def test_equals_the_tokenizers_own_call_and_its_offsets(kind, batch, closed):
         if closed and encoded.tokens[-1] == tokenizer.eos_token_id:
             assert flags.pop()
         for (first, last), flag in zip(offsets, flags, strict=False):
+            if text.text[first:last].strip() == "<x>":  # its own text counts, not the white space that it takes
+                first = text.text.index("<x>", first)
+                last = first + len("<x>")
             if first < last:
                 inside = any(max(first, start) < min(last, end) for start, end in text.spans)
                 assert flag == (inside != text.inverted)
@@ -235,3 +238,14 @@ def test_special_tokens_that_are_split_are_no_beginning_and_no_end():
     (encoded,) = TextEncoder(tokenizer).encode([Text("<|begin_of_text|>the<|eot_id|>", None)], closed=True)
     assert (encoded.tokens[0], encoded.tokens[-1]) == (bos, eos)
     assert not {bos, eos} & set(encoded.tokens[1:-1].tolist())
+
+
+@pytest.mark.parametrize("answer", ["sat", " sat", "\n\n sat"])
+def test_a_token_that_takes_the_white_space_of_an_answer_is_not_trained(answer):
+    """Phi-3's `<|assistant|>`: trained, the model would learn to begin turns of its own."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True), AddedToken("<|end|>", lstrip=True)])
+    prompt, end = "the cat<|assistant|>\n", "<|end|>"
+    text = prompt + answer + " " + end
+    (encoded,) = TextEncoder(tokenizer).encode([Text(text, [(len(prompt), len(text))])], closed=False)
+    assert tokenizer.decode(encoded.tokens[encoded.trained]) == f"sat{end}"
