@@ -77,11 +77,8 @@ def rows_of_batch(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
         for row in rows if readers else ():
             for name, read in readers:
                 row[name] = read(row[name])
-    except (
-        ValueError,
-        OverflowError,
-        KeyError,
-    ) as error:  # text that is not UTF-8, a date before the year 1, a time zone, a key that stands twice in a map
+    except (ValueError, OverflowError, KeyError, TypeError) as error:
+        # text that is not UTF-8, a date before the year 1, a time zone, a map's key that is an object or stands twice
         if batch.num_rows > 1:  # one of them; find it
             return [row for index in range(batch.num_rows) for row in rows_of_batch(batch.slice(index, 1))]
         return [f"cannot be read ({told(error)}); correct it or take the row out"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any
 
 from qlora_dist.data.records import quoted
 from qlora_dist.data.row import Message
@@ -29,10 +28,10 @@ _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _MARK = "zqxjv"
 """A content that no template writes by itself."""
 
-_USER = {"role": "user", "content": "a"}
-_ANSWER = {"role": "assistant", "content": "b"}
+_USER: Message = {"role": "user", "content": "a"}
+_ANSWER: Message = {"role": "assistant", "content": "b"}
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {}}}
-_CALLS = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 
 
 class Refused(Exception):
@@ -116,7 +115,7 @@ class Probed:
             return
 
     def _writes_role(self, role: str) -> bool:
-        said = {"role": role, "content": _MARK, "name": "f", "tool_call_id": _CALL["id"]}
+        said: Message = {"role": role, "content": _MARK, "name": "f", "tool_call_id": _CALL["id"]}
         probes = [[said, _USER], [_USER, _CALLS, said], [_USER, said], [said, _USER, _ANSWER]]
         return any(_MARK in self._rendered(probe) for probe in probes)
 
@@ -156,5 +155,5 @@ class Probed:
 
 
 def _remedy(role: str) -> str:
-    near: Any = _OTHER_NAMES.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), ROLES, n=1)), None)
+    near = _OTHER_NAMES.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), ROLES, n=1)), None)
     return f"write {near}" if near else f"write one of {', '.join(ROLES)}"

@@ -77,8 +77,9 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         if console is not None and (left_out := source.stats.left_out()):
             console.print(f"{source.path}: {left_out}", markup=False)
     check_ids(folder, model, sources)
-    for remark in remarks(train, held_out) if console is not None else ():
-        console.print(remark, markup=False)
+    if console is not None:
+        for remark in remarks(train, held_out):
+            console.print(remark, markup=False)
     loader = Loader(
         [(source.rows, source.weight) for source in train],
         global_batch=config.train.global_batch,

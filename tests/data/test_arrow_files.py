@@ -76,6 +76,17 @@ def test_values_that_datasets_keeps_as_json_are_decoded(tmp_path, save):
     assert [row.messages for row in found] == [[HELLO[0], *calls, HELLO[1]], HELLO]
 
 
+@pytest.mark.parametrize(
+    ("keys", "kind"), [(["x", "x"], pa.string()), ([{"k": 1}, {"k": 2}], pa.struct({"k": pa.int64()}))]
+)
+def test_maps_that_are_no_objects_are_bad_rows(path, keys, kind):
+    maps = pa.array([None, list(zip(keys, [1, 2], strict=True))], pa.map_(kind, pa.int64()))
+    pq.write_table(pa.table({"text": ["a", "b"], "more": maps}), path)
+    good, bad = rows(path)
+    assert good.text == "a"
+    assert isinstance(bad, BadRow) and bad.reason.startswith("cannot be read (")
+
+
 def test_values_that_json_does_not_know(path):
     day = datetime.date(2026, 1, 31)
     table = pa.table({"text": pa.array([b"a", None], pa.binary()), "day": [day, day]})
