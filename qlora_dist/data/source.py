@@ -67,13 +67,13 @@ def _records(source: SourceConfig) -> Iterator[Record | BadRow]:
 
 def _local(source: SourceConfig) -> Path | None:
     """The file or folder; None: it is a name on the hub."""
+    if "://" in source.path:
+        hub = "data set's name (owner/name)" if source.path.startswith("hf://") else "path of a local copy"
+        raise UserError(f"{source.path}: URLs are not read; give the {hub}")
     # os.path's functions, because Path's raise where there is no such user or the name is too long
     path = Path(os.path.expanduser(source.path))  # noqa: PTH111
     if not source.path.strip():
         raise UserError("data: the path of a source is empty; give a file, a folder or a data set's name")
-    if "://" in source.path:
-        hub = "data set's name (owner/name)" if source.path.startswith("hf://") else "path of a local copy"
-        raise UserError(f"{source.path}: URLs are not read; give the {hub}")
     if not os.path.exists(path):  # noqa: PTH110
         if source.path.startswith((".", "/", "~")) or suffix(path) or not is_hub_name(source.path):
             raise UserError(f"{source.path}: no such data file; give the path of a file or folder that is there")

@@ -86,9 +86,7 @@ class _Turns:
 
     def _answer(self, index: int) -> Span:
         if index == 0:
-            raise Refused(
-                "the conversation starts with the assistant; put a user's message before it, or set `train`: false"
-            )
+            raise Refused("the conversation starts with the assistant; put a user's message before it")
         prompt = self._renderer.text(self._messages[:index], self._tools, prompting=True)
         if not self._text.startswith(prompt):
             raise _rewritten("the prompt", index)
