@@ -106,6 +106,10 @@ class LoraConfig(Section):
     """Train each output's magnitude apart from its direction (DoRA)."""
 
 
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str | dict) else value
+
+
 Format = Literal[
     "auto",
     "messages",
@@ -139,8 +143,9 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Training and evaluation data."""
 
-    train: Annotated[list[str | SourceConfig], Field(min_length=1)]
-    """Files, folders or data sets; each a path, or a mapping with `path` and `weight`, `format`, `split`, `subset`."""
+    train: Annotated[list[str | SourceConfig], Field(min_length=1), BeforeValidator(_listed)]
+    """Files, folders or data sets; each a path, or a mapping with `path` and `weight`, `format`, `split`, `subset`. One
+    alone need not be a list."""
     eval: str | SourceConfig | None = None
     """Held-out rows; null: no evaluation."""
     format: Format = "auto"
@@ -163,8 +168,9 @@ class DataConfig(Section):
     message overrides it."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do at a row that cannot be used. error: stop; skip: count it and go on."""
-    max_bad_rows: Annotated[int, Field(ge=0)] = 100
-    """Rows of a source that may be skipped; the run stops at more."""
+    max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] = 100
+    """Most rows of a source that may be skipped: a number, or a share such as 1%, which is checked at the end of the
+    source."""
     cache: str = "~/.cache/qlora-dist"
     """Folder of what has been tokenized, seen by all nodes or one on each."""
     workers: PositiveInt | Literal["auto"] = "auto"

@@ -136,7 +136,7 @@ def test_version(cli):
         ("modle: {base: m}\ndata: {train: [a]}", [], ["line 1: modle: unknown key; did you mean model?"]),
         ("model: {base: m}\ndata: {trian: [a]}", [], ["line 2: data.trian: unknown key; did you mean data.train?"]),
         ("model: {base: m}\ndata: {}", [], ["line 2: data.train: is missing; add it"]),
-        ("model: {base: m}\ndata: {train: a}", [], ["line 2: data.train: should be a valid list, not 'a'"]),
+        ("model: {base: m}\ndata: {train: 3}", [], ["line 2: data.train: should be a valid list, not 3"]),
         ("model: {base: m}\ndata: {train: [a]}", ["train.steps"], ["an override is written section.key=value"]),
         ("model: {base: m}\ndata: {train: [a]}", ["run.name=\0"], ["not valid YAML"]),
         ("model: {base: m}\ndata: {train: [a]}\nrun: {name: \0}", [], ["not valid YAML"]),

@@ -68,6 +68,17 @@ def test_mistakes_in_a_source_are_named_with_their_line(path, text, message):
     assert mistake(path, SOURCES + text).startswith(message)
 
 
+def test_one_source_need_not_be_a_list(path):
+    path.write_text("model: {base: m}\ndata: {train: a.jsonl, max_bad_rows: 1.5%}")
+    config = load_config(path)
+    assert (config.data.train, config.data.max_bad_rows) == (["a.jsonl"], "1.5%")
+    assert load_config(path, ["data.train={path: b, weight: 2}"]).data.train == [SourceConfig(path="b", weight=2)]
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    for share in ("1", "-1%", "1 %"):
+        assert "data.max_bad_rows: should " in mistake(path, BASE, f"data.max_bad_rows='{share}'")
+
+
 def test_mistakes_of_an_override_are_not_blamed_on_the_file(path):
     override = "data.train=[a.jsonl, {path: b.jsonl, wieght: 2}]"
     message = mistake(path, SOURCES + "      weight: 1", override)

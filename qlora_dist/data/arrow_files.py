@@ -54,7 +54,7 @@ def _read(path: Path, batches: Callable[[Path], Iterator[pa.RecordBatch]]) -> It
     try:
         for batch in batches(path):
             for start in range(0, batch.num_rows, _ROWS):
-                for fields in _fields(batch.slice(start, _ROWS)):
+                for fields in rows_of_batch(batch.slice(start, _ROWS)):
                     row += 1
                     place = f"{path}, row {row}"
                     yield BadRow(place, fields) if isinstance(fields, str) else (place, fields)
@@ -64,39 +64,47 @@ def _read(path: Path, batches: Callable[[Path], Iterator[pa.RecordBatch]]) -> It
         ) from None
 
 
-def _fields(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
-    """Each row's fields, or what is wrong with it."""
-    decoders = {field.name: decode for field in batch.schema if (decode := _json_decoder(field.type))}
+def rows_of_batch(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
+    """Return each row's fields, or what is wrong with the row.
+
+    A struct column gives every object the fields of all objects, and Arrow fills those that an object lacks with null.
+    Such a null would be trained as an argument of a tool call. It is left out: Arrow cannot tell it from a null that
+    was written. The nulls in lists, in maps and in JSON text are kept, and so is a column's.
+    """
+    readers = [(field.name, read) for field in batch.schema if (read := _value_reader(field.type))]
     try:
-        rows = batch.to_pylist()
-        for row in rows if decoders else ():
-            for name, decode in decoders.items():
-                row[name] = decode(row[name])
-    except (
-        ValueError,
-        OverflowError,
-        KeyError,
-    ) as error:  # text that is not UTF-8, a date before the year 1, a time zone
+        rows = batch.to_pylist(maps_as_pydicts="strict")
+        for row in rows if readers else ():
+            for name, read in readers:
+                row[name] = read(row[name])
+    except (ValueError, OverflowError, KeyError, TypeError) as error:
+        # text that is not UTF-8, a date before the year 1, a time zone, a map's key that is an object or stands twice
         if batch.num_rows > 1:  # one of them; find it
-            return [row for index in range(batch.num_rows) for row in _fields(batch.slice(index, 1))]
+            return [row for index in range(batch.num_rows) for row in rows_of_batch(batch.slice(index, 1))]
         return [f"cannot be read ({told(error)}); correct it or take the row out"]
     return rows
 
 
-def _json_decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
-    """What makes values of text in JSON, which is how `datasets` keeps lists of objects that differ; None: no such."""
+def _value_reader(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Return what turns a value of this type into the row's; None: the value stays as it is.
+
+    Objects lose the fields that are null. Text in JSON, which `datasets` writes for objects that differ, is decoded.
+    """
     import pyarrow as pa
 
+    types = pa.types
     if isinstance(kind, pa.JsonType):
         return lambda value: None if value is None else parse(value)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        item = _json_decoder(kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        item = _value_reader(kind.value_type)
         return item and (lambda values: values and [item(value) for value in values])
-    if pa.types.is_struct(kind):
-        inner = {field.name: decode for field in kind if (decode := _json_decoder(field.type))}
-        return (
-            (lambda struct: struct and {name: inner[name](v) if name in inner else v for name, v in struct.items()})
-            if inner
-            else None
+    if types.is_map(kind):
+        value_of = _value_reader(kind.item_type)
+        return value_of and (lambda map: map and {key: value_of(value) for key, value in map.items()})
+    if types.is_struct(kind):
+        inner = [(field.name, _value_reader(field.type)) for field in kind]
+        return lambda struct: (
+            struct
+            and {name: read(struct[name]) if read else struct[name] for name, read in inner if struct[name] is not None}
         )
     return None

@@ -60,6 +60,11 @@ class Encoder:
         if self._template is not None:
             self._renderer(self._template)
 
+    @property
+    def template(self) -> Any:
+        """Text of the chat template; a mapping of names to texts, of a tokenizer that has several; None."""
+        return self._tokenizer.chat_template if self._template is None else self._template
+
     def __reduce__(self) -> tuple[Any, ...]:
         # for worker processes: a compiled template cannot be sent
         return Encoder, (self._tokenizer, self._mask, self._chat_template)
@@ -110,6 +115,7 @@ class Encoder:
 
     def _conversation(self, row: MessagesRow) -> Text:
         renderer = self._renderer(self._template_of(row))
+        renderer = renderer.given(row.variables)
         messages, tools = renderer.clean(row.messages), renderer.tools(row.tools)
         trained = self._trained(row.messages)
         everything = self._mask == "all"
@@ -138,8 +144,10 @@ class Encoder:
         try:
             return self._tokenizer.get_chat_template(tools=row.tools or None)
         except (ValueError, NotImplementedError):  # none, or several of which none is the default
+            several = self._tokenizer.chat_template
+            has = f"only chat templates named {', '.join(several)}, and no default" if several else "no chat template"
             raise UserError(
-                f"{row.place}: the row is a conversation, and the tokenizer has no chat template; write "
+                f"{row.place}: the row is a conversation, and the tokenizer has {has}; write "
                 f"data.chat_template: {', '.join(SHIPPED)} or the path of a Jinja file, or use an instruct model's "
                 "tokenizer"
             ) from None

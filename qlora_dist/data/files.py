@@ -18,6 +18,7 @@ from qlora_dist.errors import UserError
 
 _TEXT: dict[str, Callable[[str, BinaryIO], Iterator[Record | BadRow]]] = {
     ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
 }
@@ -55,7 +56,7 @@ def read_file(path: Path) -> Iterator[Record | BadRow]:
     """
     kind = suffix(path)
     if kind is None:
-        raise UserError(f"{path}: not known from its ending what the file is; rename it to end in {KNOWN}")
+        raise UserError(f"{path}: {_unread(path)}")
     if kind == ".parquet":
         yield from read_parquet(path)
         return
@@ -66,6 +67,24 @@ def read_file(path: Path) -> Iterator[Record | BadRow]:
         raise UserError(f"{path}: no gzip file, or damaged or cut off ({told(error)}); get it anew") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a file that can") from None
+
+
+_PACKED = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".7z", ".br")
+_TEXTS = (".txt", ".md", ".html")
+
+
+def _unread(path: Path) -> str:
+    """Say what to do with a file that is not read."""
+    name = path.name.lower()
+    if name.endswith(_PACKED):
+        return f"files that are packed as {path.suffix} are not read; unpack it, or pack it with gzip"
+    if name.endswith(_TEXTS):
+        return 'plain text has no rows; write each document as {"text": ...} on a line of a .jsonl file'
+    if name.endswith((".tsv", ".tab")):
+        return "cells that tabs separate are not read; write them with commas, as .csv"
+    if name.endswith((".arrow", ".feather")):
+        return "a single Arrow file is not read; give the folder that `save_to_disk` wrote, or write Parquet"
+    return f"not known from its ending what the file is; rename it to end in {KNOWN}"
 
 
 def _open(path: Path) -> BinaryIO:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ENCODER_VERSION = 1
+ENCODER_VERSION = 2
 """Raise it with every change of the code that changes tokens or masks: what has been cached is then made anew."""
 
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from qlora_dist.config import Format
 from qlora_dist.data import oasst
 from qlora_dist.data.messages import conversation, tools
-from qlora_dist.data.records import Record, Unusable, filled, kind, listed, string
+from qlora_dist.data.records import Record, Unusable, filled, kind, listed, quoted, string
 from qlora_dist.data.row import BadRow, CompletionRow, Message, MessagesRow, Row, TextRow
+from qlora_dist.data.row_fields import HONOURED, FieldNames, check_row_fields, with_row_fields
 from qlora_dist.data.sharegpt import sharegpt_row, with_system
 
 
@@ -25,19 +26,27 @@ class Shape(NamedTuple):
     """What becomes of the place and the fields of a row; raises `Unusable`."""
     gather: Callable[[Iterator[Record | BadRow]], Iterator[Record | BadRow]] | None = None
     """What makes one row of several, before."""
+    optional: tuple[str, ...] = ()
+    """Fields that a row may have besides."""
+    asks: bool = False
+    """The row says by fields of its own what is asked and what is answered."""
 
 
-def typed_rows(records: Iterator[Record | BadRow], format: Format, why: str) -> Iterator[Row | BadRow]:
+def typed_rows(
+    records: Iterator[Record | BadRow], format: Format, why: str, names: FieldNames | None = None
+) -> Iterator[Row | BadRow]:
     """The rows of a source.
 
     Args:
         records: what its files hold.
         format: its shape; auto: that of the first row that has one.
         why: who says so, for the complaint about a row that has another: 'data.format is text'.
+        names: where the fields that no format reads are collected.
 
     Raises:
         UserError: no row has a known shape.
     """
+    names = FieldNames() if names is None else names
     unknown: BadRow | None = None
     for record in records:
         if isinstance(record, BadRow):
@@ -48,9 +57,9 @@ def typed_rows(records: Iterator[Record | BadRow], format: Format, why: str) -> 
         if shape:
             if format == "auto":
                 why = f"the first row has it: {place}"
-            yield from _shaped(chain([record], records), shape, why)
+            yield from _shaped(chain([record], records), shape, why, names)
             return
-        bad = BadRow(place, f"its fields ({listed(fields)}) are of no known format; rename them to those of {_KNOWN}")
+        bad = BadRow(place, _unknown(fields))
         yield bad
         unknown = unknown or bad
     if unknown:
@@ -65,41 +74,68 @@ def _shape(fields: dict[str, Any], format: Format) -> Shape | None:
     return next((shape for shape in SHAPES if fields.keys() >= set(shape.fields)), None)
 
 
-def _shaped(records: Iterator[Record | BadRow], shape: Shape, why: str) -> Iterator[Row | BadRow]:
-    whole = _with_fields(records, shape, why)
+def _unknown(fields: dict[str, Any]) -> str:
+    """Say what is wrong with a row of no format. A field that holds rows is no row's field."""
+    for name, value in fields.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and _shape(value[0], "auto"):
+            return f"it is no row, and its field {quoted(name)} holds rows; write that list alone, as a file of its own"
+    return f"its fields ({listed(fields)}) are of no known format; rename them to those of {_KNOWN}"
+
+
+def _shaped(records: Iterator[Record | BadRow], shape: Shape, why: str, names: FieldNames) -> Iterator[Row | BadRow]:
+    whole = _with_fields(records, shape, why, names)
     for record in shape.gather(whole) if shape.gather else whole:
         if isinstance(record, BadRow):
             yield record
             continue
         place, fields = record
         try:
-            yield shape.row(place, fields)
+            row = shape.row(place, fields)
+            if shape.asks:
+                row = with_row_fields(row, fields)
         except Unusable as error:
             yield BadRow(place, str(error))
+            continue
+        if isinstance(row, MessagesRow):
+            names.add_conversation(row)
+        yield row
 
 
-def _with_fields(records: Iterator[Record | BadRow], shape: Shape, why: str) -> Iterator[Record | BadRow]:
+def _with_fields(
+    records: Iterator[Record | BadRow], shape: Shape, why: str, names: FieldNames
+) -> Iterator[Record | BadRow]:
+    read = frozenset((*shape.fields, *shape.optional))
     for record in records:
         if not isinstance(record, BadRow):
             place, fields = record
-            for field in shape.fields:
-                if field not in fields:
-                    record = BadRow(place, f"the row has no `{field}` ({why}); add it or take the row out")
-                    break
+            missing = next((field for field in shape.fields if field not in fields), None)
+            if missing is not None:
+                record = BadRow(place, f"the row has no `{missing}` ({why}); add it or take the row out")
+            else:
+                try:
+                    if shape.asks:
+                        check_row_fields(fields, shape.optional)
+                    names.add_row(fields, read)
+                except Unusable as error:
+                    record = BadRow(place, str(error))
         yield record
 
 
 def _messages(place: str, fields: dict[str, Any]) -> MessagesRow:
-    return MessagesRow(place, conversation(fields["messages"], "messages"), tools(fields.get("tools")))
+    messages = with_system(conversation(fields["messages"], "messages"), fields.get("system"))
+    return MessagesRow(place, messages, tools(fields.get("tools")))
 
 
 def _prompt_completion(place: str, fields: dict[str, Any]) -> CompletionRow | MessagesRow:
     prompt, completion = fields["prompt"], fields["completion"]
+    system = fields.get("system")
     if not isinstance(prompt, list) or not isinstance(completion, list):
+        if system is not None and string(system, "`system`").strip():
+            raise Unusable("the row has a `system`, and its prompt is a text; write it into the prompt")
         return CompletionRow(place, string(prompt, "`prompt`"), filled(completion, "`completion`"))
     # a conversation in two parts, as TRL has it
-    messages = conversation(prompt, "prompt", trained=False) + conversation(completion, "completion", trained=True)
-    return MessagesRow(place, messages, tools(fields.get("tools")))
+    asked = with_system(conversation(prompt, "prompt", trained=False), system, trained=False)
+    return MessagesRow(place, asked + conversation(completion, "completion", trained=True), tools(fields.get("tools")))
 
 
 def _alpaca(place: str, fields: dict[str, Any]) -> MessagesRow:
@@ -127,6 +163,11 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 
 
 def _hh_rlhf(place: str, fields: dict[str, Any]) -> MessagesRow:
+    if isinstance(fields["chosen"], list):
+        raise Unusable(
+            "`chosen` is a list, so the row is preference data, of which only HH-RLHF's texts are read; write the "
+            "conversation that ends with the chosen answer as `messages`"
+        )
     before, *turns = _SPEAKER.split(string(fields["chosen"], "`chosen`"))
     if before.strip() or not turns:
         raise Unusable(
@@ -154,13 +195,33 @@ def _text(place: str, fields: dict[str, Any]) -> TextRow:
     return TextRow(place, filled(fields["text"], "`text`"))
 
 
+_OF_CONVERSATIONS = ("system", *HONOURED)
+
 SHAPES = (
-    Shape("messages", ("messages",), _messages),
-    Shape("sharegpt", ("conversations",), sharegpt_row),
-    Shape("alpaca", ("instruction", "output"), _alpaca),
-    Shape("prompt-completion", ("prompt", "completion"), _prompt_completion),
+    Shape("messages", ("messages",), _messages, optional=("tools", *_OF_CONVERSATIONS), asks=True),
+    Shape("sharegpt", ("conversations",), sharegpt_row, optional=("tools", *_OF_CONVERSATIONS), asks=True),
+    Shape(
+        "alpaca",
+        ("instruction", "output"),
+        _alpaca,
+        optional=("input", "history", *_OF_CONVERSATIONS),
+        asks=True,
+    ),
+    Shape(
+        "prompt-completion",
+        ("prompt", "completion"),
+        _prompt_completion,
+        optional=("tools", *_OF_CONVERSATIONS),
+        asks=True,
+    ),
     Shape("oasst", ("message_tree_id", "prompt"), oasst.oasst_row),
-    Shape("oasst", ("message_id", "parent_id", "role", "text"), oasst.oasst_row, oasst.trees),
+    Shape(
+        "oasst",
+        ("message_id", "parent_id", "role", "text"),
+        oasst.oasst_row,
+        oasst.trees,
+        optional=("message_tree_id", "rank", "deleted", "review_result"),
+    ),
     Shape("hh-rlhf", ("chosen",), _hh_rlhf),
     Shape("flan", ("inputs", "targets"), _flan),
     Shape("longform", ("input", "output"), _longform),

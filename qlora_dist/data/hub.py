@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 
+from qlora_dist.data.arrow_files import rows_of_batch
 from qlora_dist.data.records import Record, told
 from qlora_dist.data.row import BadRow
 from qlora_dist.errors import UserError
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _TIMEOUT_S = 10
+_ROWS = 64
+"""Rows made into Python objects at a time."""
 
 
 def is_hub_name(name: str) -> bool:
@@ -54,10 +58,14 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[Record | Bad
 
     row = 0
     try:
-        rows = iter(datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True))
-        while (fields := next(rows, None)) is not None:
-            row += 1
-            yield f"{name}, row {row}", fields
+        streamed = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
+        for table in streamed.with_format("arrow").iter(
+            _ROWS
+        ):  # as Arrow, because its types tell which nulls it filled
+            for fields in chain.from_iterable(map(rows_of_batch, table.to_batches())):
+                row += 1
+                place = f"{name}, row {row}"
+                yield BadRow(place, fields) if isinstance(fields, str) else (place, fields)
     except Exception as error:
         where = f"after row {row}" if row else f"with split: {split}" + (f", subset: {subset}" if subset else "")
         raise UserError(

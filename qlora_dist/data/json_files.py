@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from json import JSONDecodeError
 from typing import Any, BinaryIO
 
-from qlora_dist.data.json_text import DECODER, LENIENT, parse, reason
+from qlora_dist.data.json_text import DECODER, LENIENT, NoNumberError, parse, reason
 from qlora_dist.data.records import Record, kind
 from qlora_dist.data.row import BadRow
 from qlora_dist.errors import UserError
@@ -53,6 +53,8 @@ def read_jsonl(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
             tree = parse(line.rstrip().decode("utf-8"))  # or a string cut off would be one with a line feed in it
         except UnicodeDecodeError as error:
             yield BadRow(place, not_utf8(error))
+        except NoNumberError as error:
+            yield BadRow(place, f"not valid JSON: {error}; write null there, or take the field out")
         except ValueError as error:
             yield BadRow(place, f"not valid JSON ({error}); write one complete JSON object per line")
         else:
@@ -193,8 +195,18 @@ def _decode(text: str, start: int) -> tuple[Any, str | None, int]:
     except JSONDecodeError:
         raise
     except ValueError as error:
-        return None, reason(error), LENIENT.raw_decode(text, start)[1]
+        end = LENIENT.raw_decode(text, start)[1]
+        problem = _problem(text[start:end]) if isinstance(error, NoNumberError) else reason(error)
+        return None, problem, end
     return value, None, end
+
+
+def _problem(text: str) -> str:
+    try:
+        parse(text)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("the value was refused before")
 
 
 def _record(tree: Any, place: str, remedy: str) -> Record | BadRow:

@@ -7,8 +7,12 @@ from json import JSONDecodeError
 from typing import Any, NoReturn
 
 
+class NoNumberError(ValueError):
+    """NaN or Infinity stands where JSON has a number or null."""
+
+
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
+    raise NoNumberError(f"{name} is no number in JSON")
 
 
 DECODER = json.JSONDecoder(parse_constant=_no_constant)
@@ -26,8 +30,37 @@ def parse(text: str) -> Any:
     """
     try:
         return DECODER.decode(text)
+    except NoNumberError:
+        raise NoNumberError(_constant(text)) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(reason(error)) from None
+
+
+class _Constant(str):
+    """The name of a constant, in its place."""
+
+    __slots__ = ()
+
+
+def _constant(text: str) -> str:
+    """Say where the first constant stands: '`scores[2].mean` is NaN, which is no number in JSON'."""
+    left: list[tuple[str, Any]] = [("", json.loads(text, parse_constant=_Constant, parse_int=len))]
+    while left:  # a tree may be as deep as Python's stack
+        where, value = left.pop()
+        if isinstance(value, _Constant):
+            name = where.removeprefix(".")[:80]
+            return (
+                f"`{name}` is {value}, which is no number in JSON"
+                if name.isprintable() and name
+                else f"{value} is no number in JSON"
+            )
+        inner: list[tuple[str, Any]] = []
+        if isinstance(value, dict):
+            inner = [(f"{where}.{key}", child) for key, child in value.items()]
+        elif isinstance(value, list):
+            inner = [(f"{where}[{index}]", child) for index, child in enumerate(value)]
+        left += reversed(inner)
+    raise AssertionError("the text has no constant")
 
 
 def reason(error: ValueError | RecursionError, start: int = 0) -> str:

@@ -14,7 +14,7 @@ from qlora_dist.data.cache import Say, prepared
 from qlora_dist.data.source import source_files
 from qlora_dist.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same rows are stored in another way, or read in another."""
 
 _BLOCK_BYTES = 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_dist.data.json_text import parse
-from qlora_dist.data.records import Unusable, check_tree, filled, has_utf8, kind, quoted, string
+from qlora_dist.data.records import Unusable, check_tree, filled, has_utf8, kind, listed, quoted, string
 from qlora_dist.data.row import Message
 
 
@@ -13,13 +13,14 @@ def conversation(value: Any, field: str, trained: bool | None = None) -> list[Me
     """The messages of a list.
 
     Args:
-        value: the list.
+        value: the list, or its JSON text.
         field: its name in the row.
         trained: the `train` of messages that have none.
 
     Raises:
         Unusable: naming the message by its number, from 1.
     """
+    value = decoded(value, f"`{field}`")
     if not isinstance(value, list):
         raise Unusable(f"`{field}` is {kind(value)}; write a list of objects with `role` and `content`")
     if not value:
@@ -43,13 +44,13 @@ def message(item: Any, where: str, trained: bool | None = None) -> Message:
     if "role" not in item:
         raise _lacks("role", where)
     role = string(item["role"], f"{where}: `role`")
-    calls = made.pop("tool_calls", None)
+    calls = decoded(made.pop("tool_calls", None), f"{where}: `tool_calls`")
     if calls:
         made["tool_calls"] = _tool_calls(calls, where)
     trained = _trained(made, where, trained)
     if trained is not None:
         made["train"] = trained
-    if "content" in made or not calls:
+    if "content" in made or not (calls or "function_call" in made):
         if "content" not in item:
             raise _lacks("content", where)
         content = made["content"] = _content(item["content"], f"{where}: `content`")
@@ -89,24 +90,52 @@ def _content(value: Any, where: str) -> str:
             what = part.get("type") if isinstance(part, dict) else None
             what = f"of the type {quoted(what)}" if isinstance(what, str) else "no object with a `type`"
             raise Unusable(f'{where}: part {number} is {what}; only parts of {{"type": "text", "text": ...}} are read')
-        texts.append(string(part.get("text"), f"{where}: part {number}: `text`"))
+        name = next((name for name in _TEXT_OF_PART if name in part), None)
+        if name is None:
+            raise Unusable(f'{where}: part {number} has no `text`; write {{"type": "text", "text": ...}}')
+        texts.append(string(part[name], f"{where}: part {number}: `{name}`"))
     return "".join(texts)
 
 
+_TEXT_OF_PART = ("text", "value")
+"""Names of a part's text: OpenAI's, and LLaMA-Factory's."""
+
+_FLAGS = ("loss_weight", "loss", "training")
+"""Names that LLaMA-Factory, ms-swift and axolotl have for `train`."""
+_UNREAD_FLAGS = ("mask", "masked", "loss_mask", "loss_scale", "train_detail", "training_detail")
+"""Fields by which others mask a message or a part of it."""
+
+
 def _trained(made: Message, where: str, default: bool | None) -> bool | None:
-    """Take `train` and `weight` out of the message; `train` wins."""
+    """Take whatever says whether the message is trained out of it; `train` wins, then `weight`."""
     weight, train = made.pop("weight", None), made.pop("train", None)
+    others = {name: _flag(made.pop(name), f"{where}: `{name}`") for name in _FLAGS if name in made}
+    unread = next((name for name in _UNREAD_FLAGS if name in made), None)
+    if unread is not None:
+        raise Unusable(
+            f"{where} has a `{unread}`, which is not read; write `train`: true or false, for a whole message"
+        )
     if train is not None:
         if not isinstance(train, bool):
             raise Unusable(f"{where}: `train` is {kind(train)}; write true or false")
         return train
     if weight is None:
-        return default
+        if len(set(others.values())) > 1:
+            raise Unusable(f"{where}: {listed(others)} contradict each other; keep one of them")
+        return next(iter(others.values()), default)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise Unusable(f"{where}: `weight` is {kind(weight)}; write 0 or 1")
     if weight not in (0, 1):
         raise Unusable(f"{where}: `weight` is neither 0 nor 1; write one of them")
     return bool(weight)
+
+
+def _flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool | int | float):
+        raise Unusable(f"{where} is {kind(value)}; write true or false")
+    if value not in (0, 1):
+        raise Unusable(f"{where} is neither 0 nor 1; write one of them, because a message is trained or it is not")
+    return bool(value)
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
@@ -162,6 +191,20 @@ def tools(value: Any) -> list[dict[str, Any]] | None:
             raise Unusable(f"`tools`: item {number} is {kind(tool)}; write an object")
         check_tree(tool, f"`tools`: item {number}")
     return value
+
+
+def decoded(value: Any, where: str) -> Any:
+    """Return the list or object that a text in JSON stands for, as in CSV or Parquet; another value as it is.
+
+    Raises:
+        Unusable: the text begins as JSON does, and is none.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.startswith(("[", "{")):
+        return json_value(text, where)
+    return None if text in ("", "null") else value
 
 
 def json_value(text: str, where: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +15,7 @@ from qlora_dist.data.cache import NOTE, prepared, remove
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.key import file_states, source_key
 from qlora_dist.data.progress import RowProgress
+from qlora_dist.data.row_fields import FieldNames
 from qlora_dist.data.rows import Rows, build_rows
 from qlora_dist.data.sequences import Sequences
 from qlora_dist.data.source import read_rows, source_files
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 
 _SEQUENCES = "sequences.arrow"
 _STATS = "stats.json"
+_MOST_NAMES = 12
+"""Ignored fields that are named in a line."""
+BAD_ROWS = "bad-rows.txt"
+"""The file in a cache entry that names every bad row with its reason."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,37 @@ def prepare(
     def one(given: str | SourceConfig) -> PreparedSource:
         source = given if isinstance(given, SourceConfig) else SourceConfig(path=given)
         folder = _prepared_entry(source, config, encoder, fingerprint, console, force)
+        stats = Stats(**json.loads((folder / _STATS).read_text(encoding="utf-8")))
         return PreparedSource(
             path=source.path,
             weight=source.weight,
-            stats=Stats(**json.loads((folder / _STATS).read_text(encoding="utf-8"))),
-            rows=build_rows(Sequences.open(folder / _SEQUENCES), config, padding_id(tokenizer), source.path),
+            stats=stats,
+            rows=build_rows(
+                Sequences.open(folder / _SEQUENCES), config, padding_id(tokenizer, stats.largest_token), source.path
+            ),
             folder=folder,
         )
 
     return Prepared([one(source) for source in config.train], None if config.eval is None else one(config.eval))
+
+
+def remarks(train: Sequence[PreparedSource], held_out: PreparedSource | None) -> list[str]:
+    """Say for people which fields are not read, and where to find all bad rows, in a line for each source."""
+    said = []
+    for source in (*train, *([] if held_out is None else [held_out])):
+        ignored = source.stats.ignored
+        if ignored:
+            more = f" and {len(ignored) - _MOST_NAMES} more" if len(ignored) > _MOST_NAMES else ""
+            said.append(f"{source.path}: not read: {', '.join(ignored[:_MOST_NAMES])}{more}")
+        if source.stats.bad_rows > len(source.stats.bad_places):
+            said.append(f"{source.path}: all bad rows and what is wrong with them: {source.folder / BAD_ROWS}")
+    same = [source for source in train if held_out is not None and source.stats.sha256 == held_out.stats.sha256]
+    if held_out is not None and same:
+        said.append(
+            f"{held_out.path}: data.eval holds the rows of {same[0].path}, which are trained, so that its loss does "
+            "not show overfitting"
+        )
+    return said
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -97,19 +125,22 @@ def _prepared_entry(
 
     def make(folder: Path) -> None:
         before = file_states(source_files(source))
+        names = FieldNames()
         with RowProgress(console, source.path, folder / NOTE) as progress:
             stats = tokenize(
-                read_rows(source, config.format),
+                read_rows(source, config.format, names),
                 encoder,
                 folder / _SEQUENCES,
                 workers=config.workers,
                 on_bad_row=config.on_bad_row,
                 max_bad_rows=config.max_bad_rows,
+                rejected=folder / BAD_ROWS,
                 name=source.path,
                 progress=progress,
             )
         if file_states(source_files(source)) != before:
             raise UserError(f"{source.path}: was changed while it was read; start again when it is written")
+        stats.ignored = names.ignored(encoder.template)
         (folder / _STATS).write_text(json.dumps(asdict(stats), indent=2) + "\n", encoding="utf-8")
 
     cache = cache_folder(config)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qlora_dist.data.probe import Probed, Refused
 from qlora_dist.data.row import Message
 
 Span = tuple[int, int]
 """First character and the one after the last."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class Refused(Exception):
-    """A row that cannot be encoded. Its text is what is wrong and the remedy, without the place."""
 
 
 class Renderer:
@@ -41,14 +39,27 @@ class Renderer:
         self._alias = getattr(theirs, "_alias_reasoning_fields", lambda messages: messages)
         self._special_tokens = dict(special_tokens)
         self._variables = {**self._template.globals, **special_tokens, "documents": None}
-        self._writes = {name: name in template for name in ("tools", "tool_calls")}
+        self._writes = {name: name in template for name in ("tools", "tool_calls", "function_call")}
+        self._probed = Probed(template, lambda messages: self.text(messages, None))
+
+    def given(self, variables: Mapping[str, Any] | None) -> Renderer:
+        """Return the template with a row's own variables, as `apply_chat_template(..., **variables)` has them."""
+        if not variables:
+            return self
+        other = copy.copy(self)
+        other._special_tokens = {**self._special_tokens, **variables}
+        other._variables = {**self._variables, **variables}
+        other._probed = self._probed.of(lambda messages: other.text(messages, None))
+        return other
 
     def clean(self, messages: list[Message]) -> list[Message]:
         """The messages as the template is to see them; what `text` and `marks` take.
 
         Raises:
-            Refused: there are tool calls, and the template does not write any, or their arguments are no object.
+            Refused: there are tool calls, and the template does not write any, or their arguments are no object; or the
+                template writes nothing for a message or for what the assistant thought; or nobody knows a role.
         """
+        self._probed.check_roles(messages)
         if all(len(message) == 2 and message.get("content") is not None for message in messages):
             return messages  # a role and a content
         cleaned = []
@@ -57,8 +68,14 @@ class Renderer:
             message = {key: value for key, value in message.items() if value is not None and key != "train"}
             if "tool_calls" in message:
                 message["tool_calls"] = self._tool_calls(message["tool_calls"])
+            if "function_call" in message and not self._writes["function_call"]:
+                raise Refused(
+                    "the row has a `function_call`, which the chat template does not write; write it as `tool_calls`"
+                )
             cleaned.append(message)
-        return self._alias(cleaned)
+        seen = self._alias(cleaned)
+        self._probed.check_thoughts(seen, cleaned)
+        return seen
 
     def text(self, messages: list[Message], tools: list[dict[str, Any]] | None, prompting: bool = False) -> str:
         """The conversation, or with `prompting` what the assistant gets to see before it answers.

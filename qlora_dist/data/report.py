@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_dist.config import Config
-from qlora_dist.data.prepare import Prepared, PreparedSource, cache_folder, prepare
+from qlora_dist.data.prepare import Prepared, PreparedSource, cache_folder, prepare, remarks
 from qlora_dist.data.tokenizer import load_tokenizer
 
 Decode = Callable[[npt.NDArray[np.int32]], str]
@@ -53,6 +53,9 @@ def preprocess(
         said = [f"{figure['path']}: {figure['folder']}", *(f"  skipped: {place}" for place in figure["bad_places"])]
         console.print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
 
+    for remark in remarks(prepared.train, prepared.eval):
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+
     def decode(tokens: npt.NDArray[np.int32]) -> str:
         return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -86,6 +89,7 @@ def _figures(name: str, source: PreparedSource, config: Config) -> dict[str, Any
         "rows_per_epoch": len(rows) * source.weight,
         # without packing it depends on which rows meet in a batch
         "padding": 1 - rows.utilization if rows.packed else None,
+        "ignored_fields": stats.ignored,
         "key": source.folder.name,
         "folder": str(source.folder),
     }

@@ -38,6 +38,8 @@ class MessagesRow:
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the functions that may be called, for templates that write them."""
+    variables: dict[str, Any] | None = None
+    """Variables of the chat template besides those that each conversation has: `chat_template_kwargs`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_dist.data.messages import json_value, message, tool_call, tools
+from qlora_dist.data.messages import decoded, json_value, message, tool_call, tools
 from qlora_dist.data.records import Unusable, kind, quoted, string
 from qlora_dist.data.row import Message, MessagesRow
 
@@ -30,17 +30,35 @@ def sharegpt_row(place: str, tree: dict[str, Any]) -> MessagesRow:
     Raises:
         Unusable: naming the message by its number, from 1.
     """
-    items = tree["conversations"]
+    items = decoded(tree["conversations"], "`conversations`")
     if not isinstance(items, list):
         raise Unusable(f"`conversations` is {kind(items)}; write a list of objects with `from` and `value`")
     if not items:
         raise Unusable("`conversations` is empty; add a message or take the row out")
-    messages = [_message(item, f"message {number}") for number, item in enumerate(items, start=1)]
+    messages = _with_call_ids([_message(item, f"message {number}") for number, item in enumerate(items, start=1)])
     return MessagesRow(place, with_system(messages, tree.get("system")), tools(tree.get("tools")))
 
 
-def with_system(messages: list[Message], system: Any) -> list[Message]:
-    """The messages behind a system message of this text, if there is one.
+def _with_call_ids(messages: list[Message]) -> list[Message]:
+    """Give calls and their results the ids that ShareGPT has no field for and some templates ask for.
+
+    Mistral's wants nine letters and digits.
+    """
+    number = 0
+    open_calls: list[str] = []
+    for made in messages:
+        if made.get("tool_calls"):
+            open_calls.clear()
+        for call in made.get("tool_calls", ()):
+            number += 1
+            open_calls.append(call.setdefault("id", f"call{number:05d}"))
+        if made["role"] == "tool" and open_calls and "tool_call_id" not in made:
+            made["tool_call_id"] = open_calls.pop(0)
+    return messages
+
+
+def with_system(messages: list[Message], system: Any, trained: bool | None = None) -> list[Message]:
+    """The messages behind a system message of this text, if there is one; `trained` is its `train`.
 
     Raises:
         Unusable: it is no text, or the messages start with another one.
@@ -48,7 +66,8 @@ def with_system(messages: list[Message], system: Any) -> list[Message]:
     if system is None or not string(system, "`system`").strip():
         return messages
     if messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages]
+        flag = {} if trained is None else {"train": trained}
+        return [{"role": "system", "content": system, **flag}, *messages]
     if messages[0].get("content") != system:
         raise Unusable("the row has a `system`, and its first message is another; take one of them out")
     return messages

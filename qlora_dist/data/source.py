@@ -12,22 +12,26 @@ from qlora_dist.data.formats import typed_rows
 from qlora_dist.data.hub import is_hub_name, read_hub
 from qlora_dist.data.records import Record
 from qlora_dist.data.row import BadRow, Row
+from qlora_dist.data.row_fields import FieldNames
 from qlora_dist.data.saved import is_saved, read_saved, saved_files
 from qlora_dist.errors import UserError
 
 
-def read_rows(source: SourceConfig, default: Format = "auto") -> Iterator[Row | BadRow]:
+def read_rows(
+    source: SourceConfig, default: Format = "auto", names: FieldNames | None = None
+) -> Iterator[Row | BadRow]:
     """The rows of a source, in their order, one held at a time.
 
     Args:
         source: a file, a folder of files, a folder saved by `datasets`, or a data set's name on the hub.
         default: the format, if the source names none (`data.format`).
+        names: where the fields that no format reads are collected.
 
     Raises:
         UserError: in the course of it: what no single row is to blame for.
     """
     why = f"the source's format is {source.format}" if source.format else f"data.format is {default}"
-    rows = typed_rows(_records(source), source.format or default, why)
+    rows = typed_rows(_records(source), source.format or default, why, names)
     empty = True
     for row in rows:
         empty = False
@@ -63,6 +67,9 @@ def _records(source: SourceConfig) -> Iterator[Record | BadRow]:
 
 def _local(source: SourceConfig) -> Path | None:
     """The file or folder; None: it is a name on the hub."""
+    if "://" in source.path:
+        hub = "data set's name (owner/name)" if source.path.startswith("hf://") else "path of a local copy"
+        raise UserError(f"{source.path}: URLs are not read; give the {hub}")
     # os.path's functions, because Path's raise where there is no such user or the name is too long
     path = Path(os.path.expanduser(source.path))  # noqa: PTH111
     if not source.path.strip():

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TextIO
 
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.row import BadRow, CompletionRow, Row, TextRow
@@ -54,6 +54,8 @@ class Stats:
     """Of these, predicted and trained; never a sequence's first."""
     largest_token: int = 0
     """The highest token number."""
+    ignored: list[str] = field(default_factory=list)
+    """Fields of the rows and their messages which neither the format nor the chat template reads."""
     sha256: str = ""
     """Over all tokens, which of them are trained, and the lengths: what the sequences are, wherever they came from."""
 
@@ -83,7 +85,8 @@ def tokenize(
     *,
     workers: int | Literal["auto"] = "auto",
     on_bad_row: Literal["error", "skip"] = "error",
-    max_bad_rows: int = 100,
+    max_bad_rows: int | str = 100,
+    rejected: Path | None = None,
     name: str = "data",
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Stats:
@@ -95,7 +98,8 @@ def tokenize(
         out: the file, for `Sequences.open`.
         workers: processes that encode; auto: the cores that this process may use.
         on_bad_row: stop at the first bad row, or skip it.
-        max_bad_rows: how many may be skipped.
+        max_bad_rows: how many may be skipped: a number, or a share of all rows such as 1%.
+        rejected: a file for the places and reasons of all bad rows; none is written without one.
         name: of the source in a complaint.
         progress: called now and then with the number of rows done.
 
@@ -106,11 +110,12 @@ def tokenize(
     """
     stats = Stats()
     digests = [hashlib.sha256() for _ in range(3)]
-    with SequenceWriter(out) as writer:
+    with SequenceWriter(out) as writer, _Rejects(rejected) as rejects:
         for part in _encoded(rows, encoder, workers):
             stats.rows += part.rows
             for bad in part.bad:
                 _count(bad, stats, on_bad_row, max_bad_rows, name)
+                rejects.append(bad)
             stats.untrained_rows += part.untrained
             stats.sequences += len(part.sequences.lengths)
             stats.tokens += len(part.sequences.tokens)
@@ -121,6 +126,7 @@ def tokenize(
                 digest.update(array.tobytes())
             writer.append(part.sequences)
             progress(stats.rows)
+        _check_share(stats, max_bad_rows, name)
         if not stats.sequences:
             skipped = f" ({stats.bad_rows} of them could not be used)" if stats.bad_rows else ""
             raise UserError(
@@ -131,17 +137,48 @@ def tokenize(
     return stats
 
 
-def _count(bad: BadRow, stats: Stats, on_bad_row: str, max_bad_rows: int, name: str) -> None:
+def _count(bad: BadRow, stats: Stats, on_bad_row: str, max_bad_rows: int | str, name: str) -> None:
     if on_bad_row == "error":
         raise bad.error()
     stats.bad_rows += 1
     if len(stats.bad_places) < _PLACES:
         stats.bad_places.append(str(bad.error()))
-    if stats.bad_rows > max_bad_rows:
-        raise UserError(
-            f"{name}: more than data.max_bad_rows: {max_bad_rows} of its rows cannot be used (the first: "
-            f"{stats.bad_places[0]}); mend them, or raise that number"
-        )
+    if isinstance(max_bad_rows, int) and stats.bad_rows > max_bad_rows:
+        raise _too_many(stats, max_bad_rows, name)
+
+
+def _check_share(stats: Stats, max_bad_rows: int | str, name: str) -> None:
+    """Refuse a larger share of bad rows, which is known once all rows are read."""
+    if isinstance(max_bad_rows, str) and stats.bad_rows > stats.rows * float(max_bad_rows.rstrip("%")) / 100:
+        raise _too_many(stats, max_bad_rows, name)
+
+
+def _too_many(stats: Stats, max_bad_rows: int | str, name: str) -> UserError:
+    count = f"{stats.bad_rows:,} of {stats.rows:,}, " if isinstance(max_bad_rows, str) else ""
+    return UserError(
+        f"{name}: more than data.max_bad_rows: {max_bad_rows} of its rows cannot be used ({count}the first: "
+        f"{stats.bad_places[0]}); mend them, or raise that number"
+    )
+
+
+class _Rejects:
+    """The file of all bad rows, which is written if there are any."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def append(self, bad: BadRow) -> None:
+        if self._path is not None:
+            self._file = self._file or self._path.open("w", encoding="utf-8")
+            self._file.write(f"{bad.error()}\n")
+
+    def __enter__(self) -> _Rejects:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _encoded(rows: Iterable[Row | BadRow], encoder: Encoder, workers: int | Literal["auto"]) -> Iterator[_Part]:

@@ -28,7 +28,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: holds no tokenizer ({reason}); copy it there from the original model") from None
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id that the embedding has: no label and no other sequence sees the padding."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in known if token is not None)
+def padding_id(tokenizer: PreTrainedTokenizerBase, largest: int) -> int:
+    """Return an id that the embedding has: no label and no other sequence sees the padding.
+
+    Args:
+        tokenizer: its padding token is taken if possible; `[PAD]`, added to Llama 2, lies beyond the embedding.
+        largest: the highest token number of the data, which the embedding must have anyway.
+    """
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None and token <= largest), 0)

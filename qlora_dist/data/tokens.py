@@ -16,6 +16,7 @@ from qlora_dist.data.mask import tokens_inside
 from qlora_dist.data.render import Span
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 
@@ -45,13 +46,19 @@ class TextEncoder:
     """A tokenizer: `encode(texts, closed)`.
 
     The tokens are those of `tokenizer(texts, add_special_tokens=closed)`, with the end-of-sequence token behind closed
-    texts. A token is trained if it overlaps a span, by the offsets that the tokenizer gives. To keep track of these is
-    a fifth of its work, and where tokens are the text's bytes they follow from the tokens.
+    texts. A text that was rendered before has these tokens itself: nothing is put before a text that begins with it,
+    and no end-of-sequence token behind one that ends with it, white space aside.
+
+    A token is trained if it overlaps a span, by the offsets that the tokenizer gives. To keep track of these is a fifth
+    of its work, and where tokens are the text's bytes they follow from the tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._byte_lengths = byte_lengths(tokenizer)
+        added = tokenizer.added_tokens_decoder.items()
+        self._swallowing = frozenset(index for index, token in added if token.lstrip or token.rstrip)
+        self._before, self._behind = added_tokens(tokenizer)
 
     def encode(self, texts: Sequence[Text], closed: bool) -> list[Encoded]:
         """Encode texts which are all closed, or all not."""
@@ -80,16 +87,31 @@ class TextEncoder:
             verbose=False,
         )
         ids = batch["input_ids"]
-        ended = self._end(ids) if closed else False
+        removed = self._close(ids, texts) if closed else [0] * len(texts)
         encoded = []
         for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
             trained = np.ones(len(tokens), np.bool_)
             if text.spans is not None:
                 inside = tokens_inside(batch.encodings[index], text.spans)
+                if not self._swallowing.isdisjoint(tokens):
+                    self._correct_swallowing(inside, batch.encodings[index], text)
+                inside = inside[removed[index] :][: len(tokens)]
                 trained[: len(inside)] = inside != text.inverted
-                trained[len(tokens) - 1 :] |= ended
+                trained[len(tokens) - 1 :] |= closed and self._is_ended(tokens)
             encoded.append(Encoded(np.array(tokens, np.int32), trained))
         return encoded
+
+    def _correct_swallowing(self, inside: npt.NDArray[np.bool_], encoding: Encoding, text: Text) -> None:
+        """Count a token that takes the white space beside it where its own text stands.
+
+        Phi-3's `<|assistant|>` is one: an answer that begins with white space would make the model learn to write it.
+        """
+        for place, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            if token in self._swallowing:
+                written = text.text[start:end]
+                first = start + len(written) - len(written.lstrip())
+                last = start + len(written.rstrip())
+                inside[place] = any(max(first, one) < min(last, other) for one, other in text.spans or ())
 
     def _by_bytes(
         self, texts: Sequence[Text], closed: bool, byte_lengths: npt.NDArray[np.int64]
@@ -102,7 +124,8 @@ class TextEncoder:
         encodings = rules.encode_batch_fast([text.text for text in texts], add_special_tokens=closed)
         ids = [encoding.ids for encoding in encodings]
         counts = [len(tokens) for tokens in ids]
-        ended = self._end(ids) if closed else False
+        if closed:
+            self._close(ids, texts)
 
         # all texts one behind the other: numpy's calls are worth it for thousands of tokens, not for a hundred
         bounds = np.cumsum([0, *map(len, ids)])
@@ -125,7 +148,7 @@ class TextEncoder:
             if not usable[index]:
                 continue
             trained[first:last] = text.inverted
-            trained[last - 1 : last] |= ended
+            trained[last - 1 : last] |= closed and self._is_ended(ids[index])
             for span in text.spans:
                 if span[0] < span[1]:  # a token that straddles an empty span is not in it
                     borders += (start + _bytes(text.text, span[0]), start + _bytes(text.text, span[1]) - 1)
@@ -138,13 +161,38 @@ class TextEncoder:
             for (first, last), use in zip(rows, usable, strict=True)
         ]
 
-    def _end(self, ids: list[list[int]]) -> bool:
-        """Put the end-of-sequence token behind each; some tokenizers put it there themselves."""
-        eos = self._tokenizer.eos_token_id
-        for tokens in ids:
-            if eos is not None and tokens[-1:] != [eos]:
+    def _is_ended(self, tokens: list[int]) -> bool:
+        return bool(tokens) and tokens[-1] == self._tokenizer.eos_token_id
+
+    def _close(self, ids: list[list[int]], texts: Sequence[Text]) -> list[int]:
+        """Give each text one beginning and one end, whether they come from the text, the tokenizer or neither.
+
+        Returns:
+            For each text the number of tokens that were removed in front of it.
+        """
+        eos, before = self._tokenizer.eos_token_id, self._before
+        removed = [len(before) * (tokens[: 2 * len(before)] == before * 2) for tokens in ids]
+        for tokens, text, front in zip(ids, texts, removed, strict=True):
+            del tokens[:front]
+            if eos is None:
+                continue
+            behind = len(self._behind) * (self._behind == [eos] and tokens[-1:] == [eos])
+            own = len(tokens) - behind
+            # the token is looked for as well, because a tokenizer may be set to split the texts of special tokens
+            if text.text.rstrip().endswith(str(self._tokenizer.eos_token)) and eos in tokens[:own]:
+                del tokens[own:]
+            elif not self._is_ended(tokens):
                 tokens.append(eos)
-        return eos is not None
+        return removed
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the tokens that the tokenizer puts before and behind every text."""
+    with_them, alone = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
+    for start in range(len(with_them) - len(alone) + 1):
+        if alone and with_them[start : start + len(alone)] == alone:
+            return list(with_them[:start]), list(with_them[start + len(alone) :])
+    return [], []
 
 
 def _bytes(text: str, end: int | None = None) -> int:

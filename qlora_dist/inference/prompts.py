@@ -16,6 +16,7 @@ from qlora_dist.data.records import Record
 from qlora_dist.data.render import Refused, Renderer
 from qlora_dist.data.row import BadRow, CompletionRow, Message, MessagesRow
 from qlora_dist.data.template import SHIPPED, read_template
+from qlora_dist.data.tokens import added_tokens
 from qlora_dist.errors import UserError
 
 _ANSWER = "answer"
@@ -36,6 +37,10 @@ class Prompt:
     adapter: str | None = None
     """Whose answer is wanted, if the row says so; `base`: none's."""
     place: str = "the prompt"
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the functions that may be called."""
+    variables: dict[str, Any] | None = None
+    """Variables of the chat template: `chat_template_kwargs`."""
 
 
 class Prompter:
@@ -88,10 +93,15 @@ class Prompter:
             ids = list(self.tokenizer(prompt.asked, verbose=False)["input_ids"])
             if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids.pop()  # of a tokenizer that ends each text
+            before = added_tokens(self.tokenizer)[0]
+            if (
+                ids[: 2 * len(before)] == before * 2
+            ):  # a prompt that was rendered before begins by itself, as in training
+                del ids[: len(before)]
         else:
-            renderer = self.need_template(prompt.place)
+            renderer = self.need_template(prompt.place).given(prompt.variables)
             try:
-                text = renderer.text(renderer.clean(prompt.asked), None, prompting=True)
+                text = renderer.text(renderer.clean(prompt.asked), renderer.tools(prompt.tools), prompting=True)
             except Refused as refused:
                 raise UserError(f"{prompt.place}: {refused}") from None
             ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -161,7 +171,8 @@ def _rows(path: Path) -> Iterator[Prompt]:
                 raise UserError(f"{row.place}: the conversation holds no question; add one or take the row out")
         else:
             asked = row.prompt if isinstance(row, CompletionRow) else row.text
-        yield Prompt(asked, adapters.get(row.place), row.place)
+        of_conversation = (row.tools, row.variables) if isinstance(row, MessagesRow) else ()
+        yield Prompt(asked, adapters.get(row.place), row.place, *of_conversation)
 
 
 def _completed(fields: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from qlora_dist.adapters.attach import attach_adapter, peft_config, weight_read_names
 from qlora_dist.config import DEFAULT_STEPS, Config
 from qlora_dist.data.loader import Loader, eval_batches
-from qlora_dist.data.prepare import PreparedSource, prepare
+from qlora_dist.data.prepare import PreparedSource, prepare, remarks
 from qlora_dist.data.rows import Batch, Rows
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
@@ -81,6 +81,9 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         if console is not None and (left_out := source.stats.left_out()):
             console.print(f"{source.path}: {left_out}", markup=False)
     check_ids(folder, model, sources)
+    if console is not None:
+        for remark in remarks(train, held_out):
+            console.print(remark, markup=False)
     loader = Loader(
         [(source.rows, source.weight) for source in train],
         global_batch=config.train.global_batch,

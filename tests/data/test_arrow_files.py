@@ -11,8 +11,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from published import make_tokenizer
 
 from qlora_dist.config import SourceConfig
+from qlora_dist.data import hub
+from qlora_dist.data.encode import Encoder
+from qlora_dist.data.formats import typed_rows
 from qlora_dist.data.row import BadRow, MessagesRow, TextRow
 from qlora_dist.data.source import read_rows, source_files
 from qlora_dist.errors import UserError
@@ -72,6 +76,17 @@ def test_values_that_datasets_keeps_as_json_are_decoded(tmp_path, save):
     assert [row.messages for row in found] == [[HELLO[0], *calls, HELLO[1]], HELLO]
 
 
+@pytest.mark.parametrize(
+    ("keys", "kind"), [(["x", "x"], pa.string()), ([{"k": 1}, {"k": 2}], pa.struct({"k": pa.int64()}))]
+)
+def test_maps_that_are_no_objects_are_bad_rows(path, keys, kind):
+    maps = pa.array([None, list(zip(keys, [1, 2], strict=True))], pa.map_(kind, pa.int64()))
+    pq.write_table(pa.table({"text": ["a", "b"], "more": maps}), path)
+    good, bad = rows(path)
+    assert good.text == "a"
+    assert isinstance(bad, BadRow) and bad.reason.startswith("cannot be read (")
+
+
 def test_values_that_json_does_not_know(path):
     day = datetime.date(2026, 1, 31)
     table = pa.table({"text": pa.array([b"a", None], pa.binary()), "day": [day, day]})
@@ -106,6 +121,54 @@ def test_parquet_that_is_none_or_was_cut_off(path, refusal):
         message = refusal(error.value)
         assert message.startswith(f"{path}: cannot be read after row 0 (")
         assert message.endswith("; it is damaged or not of this type, get it anew")
+
+
+ADD = {"type": "object", "properties": {"a": {"type": "integer", "enum": [1, None]}}, "required": ["a"]}
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+def called(name: str, arguments: dict, parameters: dict) -> dict:
+    """A row whose only function has its own arguments."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    tool = {"type": "function", "function": {"name": name, "parameters": parameters}}
+    return {"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [tool]}
+
+
+CALLED = [called("add", {"a": 1, "b": {"c": [1, None]}}, ADD), called("weather", {"city": "Oslo"}, WEATHER)]
+
+
+@pytest.mark.parametrize("source", ["parquet", "disk", "hub"])
+def test_arguments_that_other_rows_have_are_not_trained(tmp_path, monkeypatch, source):
+    """Arrow gives every call the arguments of all calls, as nulls. The same rows as JSONL are the measure."""
+    jsonl = tmp_path / "rows.jsonl"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in CALLED))
+    table, target = pa.Table.from_pylist(CALLED), tmp_path / "made"
+    assert json.dumps(table.to_pylist()).count(": null") > 4
+    tokenizer = make_tokenizer("qwen3")
+    encoder = Encoder(tokenizer, "assistant")
+    expected = encoder.encode(rows(jsonl))
+    assert "null" not in tokenizer.decode(expected[1].tokens)
+    if source == "disk":
+        datasets.Dataset(table).save_to_disk(target)
+        found = rows(target)
+    else:
+        target.mkdir()
+        pq.write_table(table, target / "train.parquet")
+        found = rows(target / "train.parquet")
+    if source == "hub":  # streamed by `datasets` from this folder; only the question for the commit needs a network
+        monkeypatch.setattr(hub, "hub_revision", lambda name: None)
+        found = list(typed_rows(hub.read_hub(str(target), None, "train"), "auto", ""))
+    assert [(row.messages, row.tools) for row in found] == [(row.messages, row.tools) for row in rows(jsonl)]
+    for one, other in zip(encoder.encode(found), expected, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.trained.tolist() == other.trained.tolist()
+
+
+def test_nulls_of_lists_and_maps_are_kept(path):
+    kind = pa.struct({"a": pa.list_(pa.int64()), "m": pa.map_(pa.string(), pa.int64()), "n": pa.int64()})
+    values = [{"a": [1, None], "m": [("x", 1), ("y", None)], "n": None}, None]
+    pq.write_table(pa.table({"chat_template_kwargs": pa.array(values, kind), "messages": [HELLO] * 2}), path)
+    assert [row.variables for row in rows(path)] == [{"a": [1, None], "m": {"x": 1, "y": None}}, None]
 
 
 # --- save_to_disk -----------------------------------------------------------------------------------------------------

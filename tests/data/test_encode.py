@@ -44,6 +44,13 @@ def pieces(tokenizer, encoded) -> list[tuple[str, bool]]:
     return [(tokenizer.decode(tokens), flag) for tokens, flag in runs]
 
 
+def test_a_tokenizer_whose_templates_have_names_and_no_default(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    with pytest.raises(UserError, match="has only chat templates named rag, tool_use, and no default; write"):
+        Encoder(tokenizer, "assistant").encode([conversation(*TURNS)])
+
+
 def test_token_by_token(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     encoded = encode(Encoder(tokenizer, "assistant"), conversation(*TURNS[1:3]))

@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import pytest
+from published import make_tokenizer
 
+from qlora_dist.data.encode import Encoded, Encoder
 from qlora_dist.data.formats import SHAPES, typed_rows
 from qlora_dist.data.row import BadRow, CompletionRow, MessagesRow, Row, TextRow
 
@@ -108,7 +110,7 @@ def test_other_fields_of_a_message_are_kept_and_nulls_are_not():
 
 
 def test_parts_of_text_are_joined():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "value": " b"}]  # the latter as LLaMA-Factory has it
     assert messages(messages=[{"role": "user", "content": parts}, HELLO[1]])[0] == {"role": "user", "content": "a b"}
 
 
@@ -130,6 +132,46 @@ def test_arguments_of_tool_calls_become_objects(call):
     given[1]["content"] = ""
     expected[1] = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     assert messages(messages=given) == expected
+
+
+def test_lists_as_json_text():
+    """CSV has nothing else, and in Parquet it keeps objects apart that differ."""
+    given = [HELLO[0], {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}]
+    expected = [HELLO[0], {"role": "assistant", "tool_calls": [CALL]}]
+    assert messages(messages=given) == messages(messages=json.dumps(given)) == expected
+    assert messages(messages=[HELLO[0] | {"tool_calls": "null"}, HELLO[1] | {"tool_calls": ""}]) == HELLO
+    assert messages(conversations=json.dumps(ROWS["sharegpt"]["conversations"])) == HELLO
+
+
+def test_a_file_whose_rows_lie_under_a_name():
+    """As SQuAD's: `data` is no format's field, and renaming it would be wrong."""
+    for name in ("data", "train"):
+        bad = next(typed_rows(iter([("here", {"version": 1, name: [{"messages": HELLO}]})]), "auto", ""))
+        assert isinstance(bad, BadRow)
+        assert bad.reason == (
+            f"it is no row, and its field `{name}` holds rows; write that list alone, as a file of its own"
+        )
+
+
+def test_ids_of_calls_for_templates_that_ask_for_them():
+    """ShareGPT has no field for them; Mistral's template wants nine letters and digits."""
+    call = json.dumps({"name": "what", "arguments": {}})
+    given = [
+        {"from": "human", "value": "the cat"},
+        {"from": "function_call", "value": f"[{call}, {call}]"},
+        {"from": "observation", "value": "1"},
+        {"from": "observation", "value": "2"},
+        {"from": "function_call", "value": call},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "sat"},
+    ]
+    made = row(conversations=given)
+    assert isinstance(made, MessagesRow)
+    ids = [call["id"] for message in made.messages for call in message.get("tool_calls", ())]
+    assert ids == [message["tool_call_id"] for message in made.messages if message["role"] == "tool"]
+    assert len(set(ids)) == 3 and all(len(name) == 9 and name.isalnum() for name in ids)
+    (encoded,) = Encoder(make_tokenizer("mistral-nemo"), "assistant").encode([made])
+    assert isinstance(encoded, Encoded), encoded
 
 
 @pytest.mark.parametrize("arguments", ["", None, {}, "{}"])
@@ -209,7 +251,8 @@ for _ in range(200):
             '{"type": "text", "text": ...} are read',
         ),
         ([{"role": "user", "content": ["a"]}], "message 1: `content`: part 1 is no object with a `type`; only parts "),
-        ([{"role": "user", "content": [{"type": "text"}]}], "message 1: `content`: part 1: `text` is null; write a "),
+        ([{"role": "user", "content": [{"type": "text"}]}], "message 1: `content`: part 1 has no `text`; write {"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "message 1: `content`: part 1: `text` is nu"),
     ],
 )
 def test_bad_messages(given, expected):
@@ -282,12 +325,13 @@ def test_sharegpt_weights_and_other_fields():
 )
 def test_function_calls(value):
     given = [*ROWS["sharegpt"]["conversations"], {"from": "function_call", "value": value}]
-    assert messages(conversations=given) == [*HELLO, {"role": "assistant", "tool_calls": [CALL]}]
+    assert messages(conversations=given) == [*HELLO, {"role": "assistant", "tool_calls": [CALL | {"id": "call00001"}]}]
 
 
 def test_function_calls_at_once():
     given = [{"from": "function_call", "value": json.dumps([CALL, CALL])}]
-    assert messages(conversations=given) == [{"role": "assistant", "tool_calls": [CALL, CALL]}]
+    calls = [CALL | {"id": "call00001"}, CALL | {"id": "call00002"}]
+    assert messages(conversations=given) == [{"role": "assistant", "tool_calls": calls}]
 
 
 @pytest.mark.parametrize("format", ["sharegpt", "alpaca"])

@@ -109,9 +109,9 @@ def test_what_is_no_object_is_a_bad_row(path, monkeypatch):
             "a string, not an object; write one array of objects",
             "null, not an object; write one array of objects",
             "a list, not an object; write one array of objects",
-            "not valid JSON (NaN is no number in JSON); correct it or take the row out",
+            "not valid JSON (`text` is NaN, which is no number in JSON); correct it or take the row out",
             "not valid JSON (a number of more than 4300 digits); correct it or take the row out",
-            "not valid JSON (NaN is no number in JSON); correct it or take the row out",
+            "not valid JSON (`[0]` is NaN, which is no number in JSON); correct it or take the row out",
         ]
 
 

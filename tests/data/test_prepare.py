@@ -8,7 +8,7 @@ import pytest
 
 from qlora_dist.config import DataConfig, SourceConfig
 from qlora_dist.data.encode import Encoder
-from qlora_dist.data.prepare import Prepared, prepare
+from qlora_dist.data.prepare import Prepared, prepare, remarks
 from qlora_dist.errors import UserError
 
 ANSWERED = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]}
@@ -106,3 +106,36 @@ def test_evaluation_without_a_trained_token_is_named(make_tokenizer, write_rows,
     with pytest.raises(UserError) as error:
         prepare_data(make_tokenizer("chatml"), train=[train], eval=held_out)
     assert refusal(error.value).startswith(f"{held_out}: none of the 1 rows")
+
+
+def test_a_padding_token_beyond_the_embedding_is_not_used(make_tokenizer, write_rows, prepare_data):
+    """Llama 2's `[PAD]` is one: a step would end in an IndexError, on a GPU in an assertion of the device."""
+    tokenizer = make_tokenizer("none")
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == size
+    (source,), _ = prepare_data(tokenizer, train=[write_rows({"text": "the cat sat"})], seq_len=9)
+    assert source.rows.pad_id == tokenizer.eos_token_id
+    assert int(source.rows.batch([0]).input_ids.max()) < size
+
+
+def test_what_is_said_about_the_data(make_tokenizer, write_rows, prepare_data):
+    """Ignored fields, bad rows that are not listed, and held-out rows that are trained: a line for each."""
+    named = {"messages": [ANSWERED["messages"][0] | {"name": "Ada"}, ANSWERED["messages"][1]], "id": 1}
+    train = write_rows(named, *[{"messages": []}] * 7, name="a.jsonl")
+    held_out = write_rows(named | {"split": "test"}, name="eval.jsonl")
+    tokenizer = make_tokenizer("chatml")
+    prepared = prepare_data(tokenizer, train=train, eval=held_out, on_bad_row="skip")
+    cached = prepare_data(tokenizer, train=train, eval=held_out, on_bad_row="skip")
+    assert remarks(*cached) == remarks(*prepared)
+    rejected = prepared.train[0].folder / "bad-rows.txt"
+    assert remarks(*prepared) == [
+        f"{train}: not read: `id`, `name` of messages",
+        f"{train}: all bad rows and what is wrong with them: {rejected}",
+        f"{held_out}: not read: `id`, `split`, `name` of messages",
+        f"{held_out}: data.eval holds the rows of {train}, which are trained, so that its loss does not show "
+        "overfitting",
+    ]
+    lines = rejected.read_text().splitlines()
+    assert len(lines) == 7 and lines[6] == f"{train}, line 8: `messages` is empty; add a message or take the row out"
+    assert remarks(*prepare_data(tokenizer, train=write_rows(ANSWERED, name="b.jsonl"))) == []

@@ -73,8 +73,10 @@ def test_a_tilde_is_the_home(tmp_path, write_rows, monkeypatch):
         (b'{"text": "a"} {"text": "b"}', "not valid JSON (Extra data at character 15); write one complete"),
         (b'{"text": "a', "not valid JSON (Unterminated string starting at character 10); write one"),
         (b"[" * 100_000, "not valid JSON (nested too deeply); write one"),
-        (b'{"text": NaN}', "not valid JSON (NaN is no number in JSON); write one"),
-        (b'{"text": -Infinity}', "not valid JSON (-Infinity is no number in JSON); write one"),
+        (b'{"text": NaN}', "not valid JSON: `text` is NaN, which is no number in JSON; write null there, or take the"),
+        (b'{"text": "a", "x": [{"y": -Infinity}]}', "not valid JSON: `x[0].y` is -Infinity, which is no number in JSO"),
+        (b"NaN", "not valid JSON: NaN is no number in JSON; write null there"),
+        (b'{"a":' * 900 + b"NaN" + b"}" * 900, "not valid JSON: `a.a.a.a.a."),
         (b'{"text": ' + b"9" * 5000 + b"}", "not valid JSON (a number of more than 4300 digits); write one"),
         (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at position 14); save the file as UTF-8"),
         (b'["a"]', "a list, not an object; write one JSON object per line, or call a file of one array .json"),
@@ -156,6 +158,8 @@ def test_format_set_by_the_user_is_named(write_rows):
         ("~nobody-of-that-name/x", "~nobody-of-that-name/x: no such data file; "),
         ("a/b/c", "a/b/c: no such data file; "),
         ("a b", "a b: no such data file; "),
+        ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl: URLs are not read; give the path of a local copy"),
+        ("hf://datasets/owner/name/a.jsonl", "hf://datasets/owner/name/a.jsonl: URLs are not read; give the data set"),
         ("x" * 5000 + "/", "xxx"),
         ("nul\0byte", "nul"),
         ("", "data: the path of a source is empty; give a file, a folder or a data set's name"),
@@ -171,6 +175,12 @@ def test_what_is_no_file(refusal, path, message):
         assert refusal(error.value).startswith(message)
 
 
+def test_ndjson_is_jsonl(write_rows):
+    path = write_rows({"text": "a"}, name="a.ndjson")
+    assert rows(path) == [TextRow(f"{path}, line 1", "a")]
+    assert source_files(SourceConfig(path=str(Path(path).parent))) == [Path(path)]
+
+
 def test_what_cannot_be_read(tmp_path, write_rows, refusal):
     def message(path: object, **keys) -> str:
         with pytest.raises(UserError) as error:
@@ -181,10 +191,15 @@ def test_what_cannot_be_read(tmp_path, write_rows, refusal):
     empty.mkdir()
     known = ".jsonl, .json, .csv (each also with .gz) or .parquet"
     assert message(empty) == f"HERE/empty: the folder has no data file; put files ending in {known} there"
-    (tmp_path / "a.txt").write_text("text")
-    assert message(tmp_path / "a.txt") == (
-        f"HERE/a.txt: not known from its ending what the file is; rename it to end in {known}"
-    )
+    for name, expected in (
+        ("a.data", f"not known from its ending what the file is; rename it to end in {known}"),
+        ("a.txt", 'plain text has no rows; write each document as {"text": ...} on a line of a .jsonl file'),
+        ("a.tsv", "cells that tabs separate are not read; write them with commas, as .csv"),
+        ("a.jsonl.ZST", "files that are packed as .ZST are not read; unpack it, or pack it with gzip"),
+        ("a.arrow", "a single Arrow file is not read; give the folder that `save_to_disk` wrote, or write Parquet"),
+    ):
+        (tmp_path / name).write_text("text")
+        assert message(tmp_path / name) == f"HERE/{name}: {expected}"
     path = write_rows({"text": "a"})
     assert message(path, split="test") == "HERE/train.jsonl: has no splits; take split: test out"
     assert message(path, subset="x") == ("HERE/train.jsonl: only data sets on the hub have subsets; take subset: x out")

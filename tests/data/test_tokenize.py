@@ -125,6 +125,26 @@ def test_a_file_that_breaks_off_is_told_after_the_rows_before(tmp_path, small_ch
         assert refusal(error.value) == expected
 
 
+def test_a_share_of_the_rows_may_be_skipped(tmp_path, refusal):
+    options = {"workers": 1, "on_bad_row": "skip", "name": "a.jsonl"}
+    texts = ["aB", "aB", None, "aB!"] * 10
+    rejected = tmp_path / "bad.txt"
+    stats = tokenize(rows_of(texts), Encoder(), tmp_path / "a", max_bad_rows="50%", rejected=rejected, **options)
+    assert (stats.bad_rows, len(stats.bad_places)) == (20, 5)
+    assert rejected.read_text().splitlines()[-2:] == [
+        "a.jsonl, line 39: is null; write a string",
+        "a.jsonl, line 40: shouts; be quiet",
+    ]
+    with pytest.raises(UserError) as error:
+        tokenize(rows_of(texts), Encoder(), tmp_path / "a", max_bad_rows="49.9%", **options)
+    assert refusal(error.value) == (
+        "a.jsonl: more than data.max_bad_rows: 49.9% of its rows cannot be used (20 of 40, the first: a.jsonl, line 3: "
+        "is null; write a string); mend them, or raise that number"
+    )
+    tokenize(rows_of(["aB"]), Encoder(), tmp_path / "a", max_bad_rows="0%", rejected=tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_not_too_many_are_skipped(tmp_path, small_chunks, refusal, workers):
     texts = ["aB", None, "aB!"] * 10

@@ -112,16 +112,20 @@ def test_equals_the_tokenizers_own_call_and_its_offsets(kind, batch, closed):
     for text, encoded in zip(batch, results, strict=True):
         expected = tokenizer(text.text, add_special_tokens=closed, return_offsets_mapping=True)
         ids, offsets = expected["input_ids"], expected["offset_mapping"]
-        ended = closed and ids[-1:] != [tokenizer.eos_token_id]
+        has_end = text.text.rstrip().endswith(tokenizer.eos_token)
+        ended = closed and not has_end
         assert encoded.tokens.tolist() == ids + [tokenizer.eos_token_id] * ended
         assert (encoded.tokens.dtype, encoded.trained.dtype) == (np.int32, np.bool_)
         if text.spans is None:
             assert encoded.trained.all()
             continue
         flags = encoded.trained.tolist()
-        if closed:
+        if closed and encoded.tokens[-1] == tokenizer.eos_token_id:
             assert flags.pop()
         for (first, last), flag in zip(offsets, flags, strict=False):
+            if text.text[first:last].strip() == "<x>":  # its own text counts, not the white space that it takes
+                first = text.text.index("<x>", first)
+                last = first + len("<x>")
             if first < last:
                 inside = any(max(first, start) < min(last, end) for start, end in text.spans)
                 assert flag == (inside != text.inverted)
@@ -188,3 +192,60 @@ def test_tokenizer_with_a_way_of_its_own():
 
     tokenizer.__class__ = Own
     assert byte_lengths(tokenizer) is None
+
+
+def both_ends(make: Callable[[], Any]) -> Any:
+    """Writes a token before and behind every text."""
+    tokenizer = make()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)],
+    )
+    return tokenizer
+
+
+RENDERED = {
+    "byte-level": beginning,
+    "byte-level, both ends": functools.partial(both_ends, beginning),
+    "sentencepiece": functools.partial(make_tokenizer, "gemma"),
+    "sentencepiece, both ends": functools.partial(both_ends, functools.partial(make_tokenizer, "gemma")),
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+@pytest.mark.parametrize("spanned", [False, True])
+def test_a_text_that_was_rendered_before_gets_no_second_beginning_or_end(name, spanned):
+    """The second beginning would be a target, and the model would learn to go on after the end of its answer."""
+    tokenizer = RENDERED[name]()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    prompt, answer = f"{bos}the cat", " sat on the mat"
+    for end in ("", eos, f"{eos}\n", f"{eos} \n\n"):
+        text = prompt + answer + end
+        spans = [(len(prompt), len(text))] if spanned else None
+        (encoded,) = TextEncoder(tokenizer).encode([Text(text, spans)], closed=True)
+        expected = tokenizer(text if end else text + eos, add_special_tokens=False)
+        assert encoded.tokens.tolist() == expected["input_ids"]
+        assert encoded.tokens.tolist().count(tokenizer.eos_token_id) == 1
+        start = expected.char_to_token(len(prompt)) if spanned else 0
+        assert encoded.trained.tolist() == [place >= start for place in range(len(encoded.tokens))]
+
+
+def test_special_tokens_that_are_split_are_no_beginning_and_no_end():
+    tokenizer = both_ends(beginning)
+    tokenizer.split_special_tokens = True
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    (encoded,) = TextEncoder(tokenizer).encode([Text("<|begin_of_text|>the<|eot_id|>", None)], closed=True)
+    assert (encoded.tokens[0], encoded.tokens[-1]) == (bos, eos)
+    assert not {bos, eos} & set(encoded.tokens[1:-1].tolist())
+
+
+@pytest.mark.parametrize("answer", ["sat", " sat", "\n\n sat"])
+def test_a_token_that_takes_the_white_space_of_an_answer_is_not_trained(answer):
+    """Phi-3's `<|assistant|>`: trained, the model would learn to begin turns of its own."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True), AddedToken("<|end|>", lstrip=True)])
+    prompt, end = "the cat<|assistant|>\n", "<|end|>"
+    text = prompt + answer + " " + end
+    (encoded,) = TextEncoder(tokenizer).encode([Text(text, [(len(prompt), len(text))])], closed=False)
+    assert tokenizer.decode(encoded.tokens[encoded.trained]) == f"sat{end}"

@@ -1,0 +1,222 @@
+"""If this fails, a field that says what to train is ignored, or a row of preferences is trained as a good answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from published import make_tokenizer
+
+from qlora_dist.data.encode import Encoded, Encoder
+from qlora_dist.data.formats import typed_rows
+from qlora_dist.data.row import BadRow, MessagesRow, Row
+from qlora_dist.data.row_fields import FieldNames
+
+HI, HELLO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+SYSTEM = {"role": "system", "content": "be brief"}
+CONVERSATION = [HI, HELLO, HI, HELLO]
+SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+ASKING: list[dict[str, Any]] = [
+    {"messages": CONVERSATION},
+    {"conversations": SHAREGPT},
+    {"instruction": "hi", "output": "hello"},
+    {"prompt": "hi", "completion": "hello"},
+    {"prompt": [HI], "completion": [HELLO]},
+]
+
+
+def row(**fields: Any) -> Row | BadRow:
+    (found,) = typed_rows(iter([("1", fields)]), "auto", "")
+    return found
+
+
+def flags(**fields: Any) -> list[bool | None]:
+    """Each message's `train`."""
+    found = row(**fields)
+    assert isinstance(found, MessagesRow), found
+    return [message.get("train") for message in found.messages]
+
+
+def reason(**fields: Any) -> str:
+    found = row(**fields)
+    assert isinstance(found, BadRow), found
+    assert "; " in found.reason and not found.reason.endswith(".")
+    return found.reason
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["loss_weight", "loss", "training"])
+@pytest.mark.parametrize(("value", "expected"), [(0, False), (0.0, False), (False, False), (1.0, True), (True, True)])
+def test_other_names_of_train(name, value, expected):
+    """LLaMA-Factory's, ms-swift's and axolotl's."""
+    assert flags(messages=[HI, HELLO | {name: value}, HI, HELLO]) == [None, expected, None, None]
+    assert flags(conversations=[SHAREGPT[0], SHAREGPT[1] | {name: value}]) == [None, expected]
+    assert flags(messages=[HI, HELLO | {name: value, "train": not expected}]) == [None, not expected]
+    assert flags(messages=[HI, HELLO | {name: None}]) == [None, None]
+    found = row(messages=[HI, HELLO | {name: value}])
+    assert isinstance(found, MessagesRow) and name not in found.messages[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"loss_weight": 0.5}, "message 2: `loss_weight` is neither 0 nor 1; write one of them"),
+        ({"loss": "no"}, "message 2: `loss` is a string; write true or false"),
+        ({"loss": True, "training": False}, "message 2: `loss`, `training` contradict each other; keep one of them"),
+        ({"mask": True}, "message 2 has a `mask`, which is not read; write `train`"),
+        ({"train_detail": []}, "message 2 has a `train_detail`, which is not read; write `train`"),
+        ({"loss_scale": 2}, "message 2 has a `loss_scale`, which is not read; write `train`"),
+    ],
+)
+def test_masks_that_cannot_be_followed(fields, expected):
+    assert reason(messages=[HI, HELLO | fields]).startswith(expected)
+
+
+def test_a_call_in_the_old_form_is_not_lost():
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    for content in (None, "calling"):
+        (found,) = Encoder(make_tokenizer("qwen3"), "assistant").encode(
+            [row(messages=[HI, call | {"content": content}])]
+        )
+        assert isinstance(found, BadRow)
+        assert found.reason == (
+            "the row has a `function_call`, which the chat template does not write; write it as `tool_calls`"
+        )
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_mask_of_a_row():
+    """LLaMA-Factory's: one number for each message, and a 0 leaves it out."""
+    assert flags(messages=CONVERSATION, loss_mask=[0, 0, 0, 1]) == [False, False, False, None]
+    assert flags(messages=CONVERSATION, loss_mask=[1, False, 1, True]) == [None, False, None, None]
+    assert flags(conversations=SHAREGPT * 2, loss_mask="[0, 0, 0, 1]") == [False, False, False, None]
+    assert flags(messages=[SYSTEM, *CONVERSATION], loss_mask=[1, 0, 1, 1]) == [None, None, False, None, None]
+    assert flags(messages=CONVERSATION, system="be brief", loss_mask=[1, 0, 1, 1]) == [None, None, False, None, None]
+    assert flags(instruction="hi", output="hello", history=[["hi", "hello"]], loss_mask=[0, 0, 1, 1]) == [
+        False, False, None, None
+    ]  # fmt: skip
+    assert flags(messages=CONVERSATION, loss_mask=None) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([0, 1], "`loss_mask` has 2 items for 4 messages; write one for each message"),
+        ([0, 1, 0, 0.5], "`loss_mask` is no list of 0 and 1; write one of them for each message"),
+        (1, "`loss_mask` is no list of 0 and 1; "),
+        ("[0", "`loss_mask` is not valid JSON ("),
+    ],
+)
+def test_loss_masks_that_cannot_be_followed(mask, expected):
+    assert reason(messages=CONVERSATION, loss_mask=mask).startswith(expected)
+    assert reason(prompt="hi", completion="hello", loss_mask=[0, 1]).startswith(
+        "the row has a `loss_mask`, and it is no conversation; "
+    )
+
+
+@pytest.mark.parametrize("fields", ASKING)
+@pytest.mark.parametrize("label", [True, False, "True", "false"])
+def test_preferences_are_no_good_answers(fields, label):
+    """TRL's and ms-swift's data for KTO: a row of `label` false is an answer to be avoided."""
+    assert reason(**fields, label=label) == (
+        f"`label` is {str(label).lower()}, so the row is preference data (KTO), which is not trained; keep the rows of "
+        "good answers and take `label` out of them"
+    )
+
+
+def test_labels_of_other_data():
+    for label in (3, "positive", None):
+        assert not isinstance(row(prompt="hi", completion="hello", label=label), BadRow)
+    assert not isinstance(row(text="hi", label=False), BadRow)
+
+
+def test_preferences_in_lists():
+    assert reason(prompt=[HI], chosen=[HELLO], rejected=[HELLO]) == (
+        "`chosen` is a list, so the row is preference data, of which only HH-RLHF's texts are read; write the "
+        "conversation that ends with the chosen answer as `messages`"
+    )
+
+
+@pytest.mark.parametrize("fields", ASKING)
+@pytest.mark.parametrize(
+    ("name", "value"), [("loss_weight", 0.5), ("loss", False), ("train", False), ("completion_mask", [0, 1])]
+)
+def test_masks_of_rows_that_are_not_read(fields, name, value):
+    assert reason(**fields, **{name: value}).startswith(f"the row has a `{name}`, which is read in messages only; ")
+    assert not isinstance(row(**fields, **{name: True}), BadRow)
+    assert not isinstance(row(text="a", **{name: value}), BadRow)
+
+
+def test_functions_are_tools():
+    functions = [{"name": "f", "parameters": {}}]
+    assert reason(messages=CONVERSATION, functions=functions).startswith(
+        "the row has `functions`, which are not read; "
+    )
+
+
+def test_system_beside_messages():
+    system = "be brief"
+    found = row(messages=CONVERSATION, system=system)
+    assert isinstance(found, MessagesRow) and found.messages == [SYSTEM, *CONVERSATION]
+    assert flags(prompt=[HI], completion=[HELLO], system=system) == [False, False, True]
+    assert row(messages=[SYSTEM, *CONVERSATION], system=system) == found
+    assert "its first message is another" in reason(messages=[SYSTEM, *CONVERSATION], system="be wordy")
+    assert reason(prompt="hi", completion="hello", system=system) == (
+        "the row has a `system`, and its prompt is a text; write it into the prompt"
+    )
+    assert not isinstance(row(prompt="hi", completion="hello", system=" "), BadRow)
+
+
+# --- variables of the template ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_variables_of_the_template(as_text):
+    """The tokens are those of `apply_chat_template` with the same variables."""
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.chat_template = "{% if shout %}the mat {% endif %}" + tokenizer.chat_template
+    variables = {"shout": True, "enable_thinking": False}
+    given = json.dumps(variables) if as_text else variables
+    rows = [row(messages=CONVERSATION[:2], chat_template_kwargs=value) for value in (given, None)]
+    with_them, without = Encoder(tokenizer, "assistant").encode(rows)
+    assert isinstance(with_them, Encoded) and isinstance(without, Encoded)
+    assert with_them.tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION[:2], **variables)["input_ids"]
+    assert without.tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION[:2])["input_ids"]
+    # Qwen 3's prompt holds an empty thought then, which is not trained
+    trained = [tokenizer.decode(item.tokens[item.trained]) for item in (with_them, without)]
+    assert trained == ["hello<|im_end|>", "<think>\n\n</think>\n\nhello<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (["a"], "`chat_template_kwargs` is a list; write an object"),
+        ("{", "`chat_template_kwargs` is not valid JSON ("),
+        ({"tools": []}, "`chat_template_kwargs` holds `tools`, which comes from the row itself; take it out"),
+    ],
+)
+def test_variables_that_cannot_be_given(value, expected):
+    assert reason(messages=CONVERSATION, chat_template_kwargs=value).startswith(expected)
+    assert "it is no conversation; " in reason(prompt="a", completion="b", chat_template_kwargs={"a": 1})
+
+
+# --- what is ignored --------------------------------------------------------------------------------------------------
+
+
+def test_fields_that_nothing_reads_are_named():
+    names = FieldNames()
+    messages = [HI | {"name": "Ada", "mood": "good"}, HELLO]
+    records = [
+        ("1", {"messages": messages, "id": 1, "tools": None, "x": None}),
+        ("2", {"messages": messages, "url": "a", "chat_template_kwargs": {"enable_thinking": True, "y": 1}}),
+    ]
+    assert not any(isinstance(found, BadRow) for found in typed_rows(iter(records), "auto", "", names))
+    template = "{{ message.name }}\nmood_of {{ enable_thinking }}"
+    assert names.ignored(template) == ["`id`", "`url`", "`mood` of messages", "`y` of chat_template_kwargs"]
+    assert names.ignored({"default": "mood", "tool_use": template}) == ["`id`", "`url`", "`y` of chat_template_kwargs"]
+    assert "`name` of messages" in names.ignored(None)

@@ -1,0 +1,36 @@
+"""If this fails, a model is asked otherwise than it was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from published import make_tokenizer
+from tokenizers import processors
+
+from qlora_dist.inference.prompts import Prompter, one_prompt, read_prompts
+
+USER = {"role": "user", "content": "the cat"}
+TOOLS = [{"type": "function", "function": {"name": "what", "parameters": {}}}]
+
+
+def test_tools_and_variables_of_a_row_reach_the_template(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("qwen3")
+    path = tmp_path / "a.jsonl"
+    row = {"messages": [USER], "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
+    path.write_text(json.dumps(row))
+    prompter = Prompter(tokenizer)
+    (tokens,) = [prompter.tokens(prompt) for prompt in read_prompts(path, prompter)]
+    expected = tokenizer.apply_chat_template([USER], TOOLS, add_generation_prompt=True, enable_thinking=False)
+    assert tokens == expected["input_ids"]
+
+
+def test_a_prompt_that_was_rendered_before_gets_no_second_beginning() -> None:
+    tokenizer = make_tokenizer("llama-3")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    prompter = Prompter(tokenizer)
+    plain = prompter.tokens(one_prompt("the cat", prompter, raw=True))
+    assert tokenizer.decode(plain) == "<|begin_of_text|>the cat"
+    assert prompter.tokens(one_prompt("<|begin_of_text|>the cat", prompter, raw=True)) == plain
