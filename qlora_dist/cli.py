@@ -54,14 +54,15 @@ def train(
     prepare_process()
     if dry_run:
         from qlora_dist.launch.environment import ranks_from_environment
-        from qlora_dist.train.run_dir import check_run_dir
+        from qlora_dist.train.claim import dry_run_note
         from qlora_dist.train.setup import set_up
 
         ranks = ranks_from_environment()
-        check_run_dir(resolved, resume)
         set_up(resolved, ranks)
         if ranks.rank == 0:
             typer.echo(dump_config(resolved), nl=False)
+            if (note := dry_run_note(resolved, resume)) is not None:
+                typer.echo(f"qlora-dist: {note}", err=True)
         return
     with importing():
         from qlora_dist.train.run import train as run_training

@@ -90,7 +90,7 @@ def train_loop(
     loss_scale = LossScale(setup.config.model.compute_dtype)
     state = trained(model, shards.local, optimizer, setup.device)
     checkpoints = Checkpoints(setup, start, state, loss_scale, console)
-    progress = checkpoints.start()
+    progress = checkpoints.start(run_dir)
     history = History(progress)
     requests = Requests(run_path(setup.config.run), run_dir is not None, cfg.max_time)
     eval_batches = [_to(batch, setup.device) for batch in setup.eval_batches]

@@ -22,15 +22,17 @@ from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes
 from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import find_start
+from qlora_dist.train.claim import claim, touch_done
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.expected import expect
+from qlora_dist.train.hold import hold
 from qlora_dist.train.loop import train_loop
 from qlora_dist.train.machine import this_machine
 from qlora_dist.train.memory import free_bytes
 from qlora_dist.train.optimizer import make_states
 from qlora_dist.train.out_of_memory import answered
 from qlora_dist.train.preflight import check_ranks_agree
-from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
+from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, run_path
 from qlora_dist.train.setup import Setup, set_up
 from qlora_dist.train.stop import BY_HAND
 from qlora_dist.train.summary import Held, announce, summarize
@@ -49,15 +51,25 @@ def train(config: Config, resume: str = "auto") -> None:
         UserError: what the user has to mend; nearly always before any rank waits for another.
     """
     ranks = ranks_from_environment()
-    if ranks.rank == 0:
-        check_run_dir(config, resume)
-    timeout_s = config.train.timeout
+    timeout_s, path = config.train.timeout, run_path(config.run)
+    found = claim(config, resume)
     with RunConsole(ranks.rank, lines=ranks.launcher == "mpi") as console:
-        setup = set_up(config, ranks, console.console)
-        with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s), answered(setup):
-            run(setup, console, resume)
-        if ranks.rank == 0 and config.run.report and (run_path(config.run) / DONE).exists():
-            _report(run_path(config.run), console)
+        if found.way == "done":  # every rank sees it, and none waits for another
+            if ranks.rank == 0:
+                touch_done(path)
+            console.say(found.note or "")
+            return
+        # only rank 0 holds the folder: where it goes, the others go
+        with hold(path, console.say) if ranks.rank == 0 else nullcontext():
+            setup = set_up(config, ranks, console.console)
+            with (
+                process_group(ranks, setup.device, timeout_s) as store,
+                watchdog(store, ranks, timeout_s),
+                answered(setup),
+            ):
+                run(setup, console, resume)
+            if ranks.rank == 0 and config.run.report and (path / DONE).exists():
+                _report(path, console)
 
 
 def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
@@ -69,7 +81,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     run_dir = None
     if setup.ranks.rank == 0:
         machine = this_machine(setup.device.type)
-        run_dir = RunDir(config, start.step, fresh=start.manifest is None, steps=setup.steps, machine=machine)
+        run_dir = RunDir(config, start.manifest is None, start.replaces, setup.steps, machine)
     expected = expect(setup)
     announce(setup, console)
     console.say(expected if isinstance(expected, str) else expected.sentence())
