@@ -50,14 +50,16 @@ def train(
 
         listen()  # before torch is imported, which takes a while
         agree_on_store()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
-    resolved = load_config(config, overrides or ())
+    from qlora_dist.launch.environment import ranks_from_environment
+    from qlora_dist.train.claim import dry_run_note, has_nothing_to_do
+
+    resolved, ranks = load_config(config, overrides or ()), ranks_from_environment()
+    if not dry_run and has_nothing_to_do(resolved, resume, ranks.rank):  # before torch, too
+        return
     prepare_process()
     if dry_run:
-        from qlora_dist.launch.environment import ranks_from_environment
-        from qlora_dist.train.claim import dry_run_note
         from qlora_dist.train.setup import set_up
 
-        ranks = ranks_from_environment()
         set_up(resolved, ranks)
         if ranks.rank == 0:
             typer.echo(dump_config(resolved), nl=False)

@@ -126,10 +126,20 @@ def dry_run_note(config: Config, resume: str) -> str | None:
     return found.note
 
 
-def touch_done(path: Path) -> None:
-    """Renew the marker's time: a job script takes markers that are newer than its own start."""
-    with suppress(OSError):
-        os.utime(path / DONE)
+def has_nothing_to_do(config: Config, resume: str, rank: int) -> bool:
+    """Return whether the run is done; rank 0 says so. Every rank sees it by itself, and none waits for another.
+
+    Raises:
+        UserError: as `claim`.
+    """
+    found = claim(config, resume)
+    if found.way != "done":
+        return False
+    if rank == 0:
+        with suppress(OSError):
+            os.utime(run_path(config.run) / DONE)  # a job script takes markers that are newer than its own start
+        print(found.note, flush=True)
+    return True
 
 
 def _done_note(path: Path, steps: int) -> str:

@@ -22,7 +22,7 @@ from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes
 from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import find_start
-from qlora_dist.train.claim import claim, touch_done
+from qlora_dist.train.claim import has_nothing_to_do
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.expected import expect
 from qlora_dist.train.hold import hold
@@ -51,25 +51,19 @@ def train(config: Config, resume: str = "auto") -> None:
         UserError: what the user has to mend; nearly always before any rank waits for another.
     """
     ranks = ranks_from_environment()
+    if has_nothing_to_do(config, resume, ranks.rank):
+        return
     timeout_s, path = config.train.timeout, run_path(config.run)
-    found = claim(config, resume)
-    with RunConsole(ranks.rank, lines=ranks.launcher == "mpi") as console:
-        if found.way == "done":  # every rank sees it, and none waits for another
-            if ranks.rank == 0:
-                touch_done(path)
-            console.say(found.note or "")
-            return
+    with (
+        RunConsole(ranks.rank, lines=ranks.launcher == "mpi") as console,
         # only rank 0 holds the folder: where it goes, the others go
-        with hold(path, console.say) if ranks.rank == 0 else nullcontext():
-            setup = set_up(config, ranks, console.console)
-            with (
-                process_group(ranks, setup.device, timeout_s) as store,
-                watchdog(store, ranks, timeout_s),
-                answered(setup),
-            ):
-                run(setup, console, resume)
-            if ranks.rank == 0 and config.run.report and (path / DONE).exists():
-                _report(path, console)
+        hold(path, console.say) if ranks.rank == 0 else nullcontext(),
+    ):
+        setup = set_up(config, ranks, console.console)
+        with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s), answered(setup):
+            run(setup, console, resume)
+        if ranks.rank == 0 and config.run.report and (path / DONE).exists():
+            _report(path, console)
 
 
 def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
