@@ -16,7 +16,7 @@ from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import same_launch, this_launch
 from qlora_dist.train.folder_check import check_folder
-from qlora_dist.train.run_dir import CHECKPOINTS, DONE, METRICS, done_steps, launch_of, run_path
+from qlora_dist.train.run_dir import CHECKPOINTS, CONFIG_FILE, DONE, METRICS, done_steps, launch_of, run_path
 
 _FREE_SECTIONS = ("parallel", "paging", "run")
 _FREE_KEYS = {
@@ -95,7 +95,9 @@ def _claim(config: Config, resume: str, path: Path) -> Claim:
         raise UserError(f"{path}: holds a run already; {other}")
     if has_checkpoint or resume not in ("auto", "none"):
         return Claim("resume", resume)
-    if has_adapter:
+    # without a configuration it is no run that has failed, but somebody else's file
+    is_foreign = (path / METRICS).exists() and not (path / CONFIG_FILE).exists()
+    if has_adapter or is_foreign:
         raise UserError(f"{path}: holds a run already; {other}")
     return Claim("begin", note=_begin_note(path, config))
 
@@ -166,7 +168,7 @@ def _begin_note(path: Path, config: Config) -> str | None:
 def _is_same_training(path: Path, config: Config) -> bool:
     """Return whether the run's configuration is this one, but for what changes nothing in the adapter."""
     try:
-        saved = load_config(path / "config.yaml")
+        saved = load_config(path / CONFIG_FILE)
     except UserError:
         return False
     return _trained(saved) == _trained(config)

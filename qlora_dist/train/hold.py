@@ -37,13 +37,14 @@ def hold(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the folder of a run. Called on rank 0.
 
     Args:
-        path: the run's folder; made if it is not there, and removed again if it is empty at the end.
+        path: the run's folder; made if it is not there, and removed again if it is then empty at the end.
         say: called with a line if a holder has to be waited for that may be dead.
 
     Raises:
         UserError: another run holds it and lives, or the folder cannot be written.
     """
     lease = make_lease(path / LOCK, lambda loss: _end(path, loss))
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         _acquire(path, lease, say)
@@ -58,7 +59,8 @@ def hold(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         with suppress(OSError):
             (path / _NOTE).unlink(missing_ok=True)
             lease.release()
-            path.rmdir()  # only an empty folder goes
+            for folder in made:
+                folder.rmdir()  # an empty one: the start has failed
 
 
 def _acquire(path: Path, lease: SoftFileLease, say: Callable[[str], None]) -> None:

@@ -207,6 +207,13 @@ def test_a_folder_of_another_kind_is_a_sentence(name: str, config: Config) -> No
         claim(config)
 
 
+def test_metrics_that_no_run_has_written_stay(config: Config) -> None:
+    path = make_run(config)
+    (path / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds a run already"):
+        claim(config)
+
+
 def test_a_marker_that_says_nothing_is_none(config: Config) -> None:
     path = make_run(config, "checkpoint")
     for content in (b"xx", b"[]", b'{"step": "17"}', b'{"step": -1}', b"\xff", b"[" * 200_000):

@@ -76,8 +76,8 @@ def test_a_folder_that_was_free_is_free_again(path: Path) -> None:
     said: list[str] = []
     with hold(path, said.append):
         assert (path / LOCK).exists()
-    assert not path.exists(), "a start that has failed leaves no folder"
-    path.mkdir()
+    assert not path.parent.exists(), "a start that has failed leaves no folder"
+    path.mkdir(parents=True)
     (path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="a mistake"), hold(path, said.append):
         raise UserError("a mistake")
