@@ -60,7 +60,12 @@ def train(
         outlive_output()
         listen()  # before torch is imported, which takes a while
         agree_on_store()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
-    resolved = load_config(config, overrides or ())
+    from qlora_dist.launch.environment import ranks_from_environment
+    from qlora_dist.train.claim import has_nothing_to_do
+
+    resolved, ranks = load_config(config, overrides or ()), ranks_from_environment()
+    if not dry_run and has_nothing_to_do(resolved, resume, ranks.rank):  # before torch, too
+        return
     prepare_process()
     if dry_run:
         with importing():

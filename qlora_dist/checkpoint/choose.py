@@ -7,44 +7,61 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from qlora_dist.checkpoint.manifest import DamagedError, Manifest, check_file, find_checkpoints, read_manifest
+from qlora_dist.checkpoint.contents import check_contents
+from qlora_dist.checkpoint.manifest import (
+    DamagedError,
+    Manifest,
+    check_file,
+    file_of_rank,
+    find_checkpoints,
+    read_manifest,
+)
 from qlora_dist.errors import UserError
 from qlora_dist.parallel.exchange import broadcast_json, gather_json
 
+Check = Callable[[Manifest], None]
+"""A check of what only the caller knows of a manifest. It raises `DamagedError`."""
 
-def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+
+def newest_whole(
+    checkpoints: Path, say: Callable[[str], None], check: Check | None = None
+) -> tuple[Path, Manifest] | None:
     """The newest checkpoint of a run all of whose bytes are as they were written; None: there is none.
 
-    Called on all ranks, which share the reading. Damaged ones are passed over, with a line that says why.
+    Called on all ranks, which share the reading. Damaged ones are passed over, with a line that says why. A folder
+    without a manifest is not one of ours, or never was complete, and is passed over like those.
     """
     # rank 0's list: file systems do not show all nodes the same at the same moment
     for folder in map(Path, broadcast_json([str(path) for path in find_checkpoints(checkpoints)])):
-        damage = _damage(folder)
+        damage = _damage(folder, check)
         if damage is None:
             return folder, read_manifest(folder)
         say(f"{folder}: {damage}; it is passed over")
     return None
 
 
-def whole(folder: Path) -> Manifest:
+def whole(folder: Path, check: Check | None = None) -> Manifest:
     """The manifest of a checkpoint that was named. Called on all ranks.
 
     Raises:
         UserError: on all ranks, if it is no checkpoint or damaged.
     """
-    damage = _damage(folder)
+    damage = _damage(folder, check)
     if damage is not None:
         raise UserError(f"{folder}: {damage}; give another checkpoint, or --resume auto")
     return read_manifest(folder)
 
 
-def _damage(folder: Path) -> str | None:
+def _damage(folder: Path, check: Check | None) -> str | None:
     """What is wrong, the same on all ranks."""
     own = None
     try:
         manifest = read_manifest(folder)
-        for name, (nbytes, sha256) in sorted(manifest.files.items())[dist.get_rank() :: dist.get_world_size()]:
-            check_file(folder, name, nbytes, sha256)
+        if check is not None:
+            check(manifest)
+        for rank in range(dist.get_rank(), manifest.world_size, dist.get_world_size()):
+            check_file(folder, file_of_rank(rank), *manifest.files[file_of_rank(rank)])
+            check_contents(folder, rank, manifest)
     except DamagedError as error:
         own = str(error)
     found = [reason for reason in gather_json(own) if reason is not None]

@@ -47,6 +47,11 @@ def compare(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[st
     for name, what in (("base", "another base model"), ("data", "other training data")):
         if saved.get(name) != now[name]:
             raise UserError(f"{folder}: was made with {what} than this run's; give the same, {start_over}")
+    if foreign := sorted(saved["config"].keys() - now["config"].keys()):
+        raise UserError(
+            f"{folder}: names the key {foreign[0]}, which this version does not know; take the version that wrote it, "
+            f"{start_over}"
+        )
     told = []
     for key, value in now["config"].items():
         before = saved["config"].get(key, value)
@@ -56,6 +61,15 @@ def compare(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[st
             raise UserError(f"{folder}: was made with {key}: {before}, not {value}; set it back, {start_over}")
         told.append(f"{key}: {value} from here on, {before} before")
     return told
+
+
+def is_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> bool:
+    """Return whether a run of the identity `now` could go on from a checkpoint in `folder`."""
+    try:
+        compare(saved, now, folder)
+    except UserError:
+        return False
+    return True
 
 
 def base_fingerprint(folder: Path) -> str:

@@ -5,7 +5,8 @@
       rank-00001.safetensors
       manifest.json            every file's size and sha256, how tensors are cut, the run's state; written last
 
-A folder without a manifest does not count. The manifest carries its own sha256, over its bytes with that of zeros.
+A folder without a manifest does not count. The manifest carries its own sha256, over its bytes with that of zeros, and
+has the types of `schema.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.checkpoint.shards import Cut
+from pydantic import ValidationError
+
+from qlora_dist.checkpoint.schema import FORMAT, ManifestSchema
+from qlora_dist.checkpoint.shards import ROW, Cut
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+ABANDONED = "abandoned"
+"""Folder, beside checkpoints, of those that the run does not go on from any more."""
 _STEP = re.compile(r"step-(\d{6,})")
 _ZEROS = "0" * 64
 
@@ -45,6 +51,11 @@ class Manifest:
     """What a run that goes on from here must have in common."""
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     """By name: bytes and sha256."""
+
+    @property
+    def optimizer_bits(self) -> int:
+        """Bits of the moments; a manifest that does not say means 32."""
+        return int(self.state.get("optimizer_bits", 32))
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -72,15 +83,41 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
     """The folders that have a checkpoint's name, complete or not, newest first."""
     if not checkpoints.is_dir():
         return []
-    steps = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(steps, reverse=True)]
+    found = [path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name)]
+    return sorted(found, key=step_of_folder, reverse=True)
+
+
+def step_of_folder(folder: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    match = _STEP.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a checkpoint to where no run goes on from, under a name that is free there.
+
+    Returns:
+        Where it is now.
+    """
+    aside = folder.with_name(ABANDONED)
+    aside.mkdir(exist_ok=True)
+    names = (f"{folder.name}{'' if number == 1 else f'-{number}'}" for number in count(1))
+    free = next(aside / name for name in names if not os.path.lexists(aside / name))
+    folder.rename(free)
+    return free
+
+
+def written_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return the folders that have a checkpoint's name and a manifest, newest first. Others were never complete."""
+    return [path for path in find_checkpoints(checkpoints) if (path / MANIFEST).exists()]
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder.
 
     Raises:
-        DamagedError: it is missing, or not what was written.
+        DamagedError: it is missing, not what was written, or of other types than a manifest.
     """
     path = folder / MANIFEST
     try:
@@ -94,11 +131,42 @@ def read_manifest(folder: Path) -> Manifest:
             raise DamagedError(f"{MANIFEST} is not what was written")
         if tree["format"] != FORMAT:
             raise DamagedError(f"{MANIFEST} has format {tree['format']}, and this version reads {FORMAT}")
-        cuts = {name: Cut(tuple(cut["shape"]), cut["dim"], cut["shards"]) for name, cut in tree["cuts"].items()}
-        files = {name: (size, sha256) for name, (size, sha256) in tree["files"].items()}
-        return Manifest(tree["step"], tree["world_size"], cuts, tree["state"], tree["identity"], files)
+        found = ManifestSchema.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DamagedError(f"{MANIFEST} is not one of a checkpoint: {place}: {first['msg']}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedError(f"{MANIFEST} is not what was written") from None
+    cuts = {name: Cut(cut.shape, cut.dim, cut.shards) for name, cut in found.cuts.items()}
+    manifest = Manifest(
+        found.step, found.world_size, cuts, tree["state"], found.identity.model_dump(), dict(found.files)
+    )
+    _check_whole(folder, manifest)
+    return manifest
+
+
+def _check_whole(folder: Path, manifest: Manifest) -> None:
+    """Compare the parts of a manifest with each other and with the folder's name."""
+    expected = {file_of_rank(rank) for rank in range(manifest.world_size)}
+    if other := sorted(expected ^ manifest.files.keys()):
+        raise DamagedError(f"{MANIFEST} of {manifest.world_size} ranks and its list of files differ: {other[0]}")
+    for name, cut in manifest.cuts.items():
+        if cut.shards > manifest.world_size or not ROW <= cut.dim < len(cut.shape):
+            raise DamagedError(f"{MANIFEST} cuts {name} in a way that {manifest.world_size} ranks cannot")
+    named = _STEP.fullmatch(folder.name)
+    if named is not None and int(named[1]) != manifest.step:
+        raise DamagedError(f"{MANIFEST} is of step {manifest.step}")
+
+
+def manifest_if_whole(folder: Path) -> Manifest | None:
+    """Return the manifest of a checkpoint whose files have their sizes, without reading them; None: they have not."""
+    try:
+        manifest = read_manifest(folder)
+        sizes = all((folder / name).stat().st_size == nbytes for name, (nbytes, _) in manifest.files.items())
+        return manifest if sizes else None
+    except (DamagedError, OSError):
+        return None
 
 
 def check_file(folder: Path, name: str, nbytes: int, sha256: str) -> None:

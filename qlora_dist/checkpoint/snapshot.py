@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from qlora_dist.adapters.attach import adapter_parameters
+from qlora_dist.checkpoint.contents import RANDOM_CPU, RANDOM_CUDA
 from qlora_dist.checkpoint.manifest import Manifest, file_of_rank
 from qlora_dist.checkpoint.shards import ROW, Cut, copies
 from qlora_dist.nf4.safetensors_file import Entry, Reader, read_header
@@ -19,8 +20,6 @@ from qlora_dist.optim.convert import as_fp32, from_fp32
 from qlora_dist.optim.moments import MOMENTS, moment_names
 from qlora_dist.parallel.zero_optimizer import Optimizer
 from qlora_dist.sharded import flat_shard
-
-_RANDOM_CPU, _RANDOM_CUDA = "random.cpu", "random.cuda"
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,9 @@ def snapshot(state: Trained) -> dict[str, torch.Tensor]:
 
     Empty shards are left out.
     """
-    tensors = {_RANDOM_CPU: torch.get_rng_state()}
+    tensors = {RANDOM_CPU: torch.get_rng_state()}
     if state.device.type == "cuda":
-        tensors[_RANDOM_CUDA] = torch.cuda.get_rng_state(state.device)
+        tensors[RANDOM_CUDA] = torch.cuda.get_rng_state(state.device)
     if state.is_writer:
         for (name, parameter), moments in zip(state.local.items(), state.optimizer.moments.read(), strict=True):
             if parameter.numel():
@@ -109,7 +108,7 @@ def _saved_shards(
     state: Trained, manifest: Manifest, folder: Path, reader: Reader
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Put back one parameter after the other, and give the moments of each."""
-    bits, saved_bits = state.optimizer.moments.bits, manifest.state.get("optimizer_bits", 32)
+    bits, saved_bits = state.optimizer.moments.bits, manifest.optimizer_bits
     headers: dict[int, dict[str, Entry]] = {}
 
     def saved(shard: int, name: str, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -142,6 +141,6 @@ def _restore_random(state: Trained, manifest: Manifest, folder: Path, reader: Re
     if manifest.world_size != world_size:
         return
     header: Mapping[str, Entry] = read_header(folder / file_of_rank(torch.distributed.get_rank()))
-    torch.set_rng_state(reader.read(header[_RANDOM_CPU]))
-    if state.device.type == "cuda" and _RANDOM_CUDA in header:
-        torch.cuda.set_rng_state(reader.read(header[_RANDOM_CUDA]), state.device)
+    torch.set_rng_state(reader.read(header[RANDOM_CPU]))
+    if state.device.type == "cuda" and RANDOM_CUDA in header:
+        torch.cuda.set_rng_state(reader.read(header[RANDOM_CUDA]), state.device)

@@ -11,6 +11,7 @@ A rank that cannot write (a full disk) says so; the others' files are then remov
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -22,16 +23,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from qlora_dist.checkpoint.identity import is_same_run
 from qlora_dist.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     file_of_rank,
-    find_checkpoints,
     folder_of_step,
+    manifest_if_whole,
     partial_folder,
+    set_aside,
     sha256_of,
     sync_folder,
     write_synced,
+    written_checkpoints,
 )
 from qlora_dist.nf4.safetensors_file import Writer
 from qlora_dist.threads import in_background
@@ -48,7 +52,7 @@ class Checkpointer:
 
         Args:
             checkpoints: the folder of checkpoints, seen by all ranks.
-            keep: how many complete ones stay.
+            keep: how many complete ones of this run stay.
             say: for rank 0's lines.
         """
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -73,8 +77,6 @@ class Checkpointer:
             tensors: of this rank, on the CPU, not changed any more.
         """
         self.wait()
-        if folder_of_step(self._checkpoints, manifest.step).exists():
-            return  # a run that went back to it and is there again
         self._manifest, self._since = manifest, time.perf_counter()
         self._own = self._thread.submit(self._write_own, self._folder(), dict(tensors))
 
@@ -146,13 +148,26 @@ class Checkpointer:
             _note(folder / file_of_rank(rank)).unlink()
         write_synced(folder / MANIFEST, replace(manifest, files=files).to_bytes())
         sync_folder(folder)
-        folder.rename(folder_of_step(self._checkpoints, manifest.step))
+        final = folder_of_step(self._checkpoints, manifest.step)
+        if os.path.lexists(final):
+            set_aside(final)  # a damaged one that the run went back behind, or a stranger's
+        folder.rename(final)
         sync_folder(self._checkpoints)
         self.seconds = time.perf_counter() - self._since
         nbytes = sum(size for size, _ in files.values())
         self._say(f"checkpoint after {manifest.step} steps: {nbytes / 2**20:.1f} MiB in {self.seconds:.1f} s")
-        for old in find_checkpoints(self._checkpoints)[self._keep :]:
+        for old in self._of_this_run(manifest)[self._keep :]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _of_this_run(self, newest: Manifest) -> list[Path]:
+        """Return this run's checkpoints up to the newest, newest first. What lies beside them is left alone."""
+        return [
+            folder
+            for folder in written_checkpoints(self._checkpoints)
+            if (found := manifest_if_whole(folder)) is not None
+            and found.step <= newest.step
+            and is_same_run(found.identity, newest.identity, folder)
+        ]
 
     def _complain(self, error: BaseException) -> None:
         assert self._manifest is not None

@@ -18,22 +18,18 @@ import os
 import random
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import OwnerRecord, SoftFileLease, Timeout
+from filelock import SoftFileLease, Timeout
 
 from qlora_dist.errors import UserError
+from qlora_dist.lease import HolderWatch, host_of, make_lease
 
 Say = Callable[[str], None]
 
-LEASE_S = 45.0
-"""A holder that has not been heard of for so long counts as dead; one on this host does as soon as its process is gone.
-All processes that share a cache must agree on it."""
-_HEARTBEAT_S = 5.0
 _POLL_S = (0.05, 2.0)
 """Least and most seconds between two looks at the lock; a tenth of what has been waited already."""
 _SAY_S = (2.0, 30.0)
@@ -90,7 +86,7 @@ def remove(folder: Path) -> None:
 
 def _make_or_wait(folder: Path, make: Callable[[Path], None], say: Say) -> None:
     # one object for the whole wait: it remembers since when the holder has given no sign of life
-    lock = SoftFileLease(_beside(folder, "lock"), lease_duration=LEASE_S, heartbeat_interval=_HEARTBEAT_S)
+    lock = make_lease(_beside(folder, "lock"))
     waiting = _Waiting(folder, lock, say)
     while not is_complete(folder):
         try:
@@ -177,41 +173,25 @@ class _Waiting:
 
     def __init__(self, folder: Path, lock: SoftFileLease, say: Say) -> None:
         self._folder = folder
-        self._lock = lock
+        self._watch = HolderWatch(lock)
         self._say = say
         self._holders: set[str | None] = set()
-        self._since = self._sign_seen = time.monotonic()
-        self._sign: tuple[str | None, int] | None = None
+        self._since = time.monotonic()
         self._next_line_s = _SAY_S[0]
 
     def look(self) -> None:
         """Remember who holds the lock, say so now and then, and break it if that process is gone."""
-        owner = self._lock.owner
-        self._break_if_gone(owner)
+        owner = self._watch.look()  # should it break a successor's lock, there are two holders, and that does no harm
         if owner is None:
             return
         self._holders.add(owner.token)
         waited_s = time.monotonic() - self._since
         if waited_s >= self._next_line_s:
             self._next_line_s = waited_s + _SAY_S[1]
-            host = owner.hostname.partition("?")[0]  # behind it the number of a container's namespace
             note = self._note(owner.token)
-            self._say(f"waiting for {host}, process {owner.pid}, to prepare {self._folder} ({waited_s:.0f} s{note})")
-
-    def _break_if_gone(self, owner: OwnerRecord | None) -> None:
-        """Break a lock that filelock leaves alone.
-
-        It has to where two names cannot be exchanged (NFS, Lustre), and does where a holder was killed before it wrote
-        its own. Should this hit a successor's lock, there are two holders, and here they do no harm.
-        """
-        try:
-            sign = (owner and owner.token, Path(self._lock.lock_file).stat().st_mtime_ns)
-        except FileNotFoundError:
-            return
-        if sign != self._sign:
-            self._sign, self._sign_seen = sign, time.monotonic()
-        if time.monotonic() - self._sign_seen > LEASE_S + _HEARTBEAT_S or (owner is not None and _has_ended(owner)):
-            self._lock.break_lock()
+            self._say(
+                f"waiting for {host_of(owner)}, process {owner.pid}, to prepare {self._folder} ({waited_s:.0f} s{note})"
+            )
 
     def _note(self, token: str | None) -> str:
         with contextlib.suppress(OSError):
@@ -232,19 +212,6 @@ class _Waiting:
         least, most = _POLL_S
         waited_s = time.monotonic() - self._since
         time.sleep(min(max(waited_s / 10, least), most) * random.uniform(0.5, 1.0))
-
-
-def _has_ended(owner: OwnerRecord) -> bool:
-    """Whether it is certain: a process of this host, and no such process. In a container the name has an addition."""
-    if owner.hostname != socket.gethostname():
-        return False
-    try:
-        os.kill(owner.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
 
 
 def _beside(folder: Path, suffix: str) -> Path:

@@ -17,7 +17,6 @@ from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.plan.memory import plan_memory
 from qlora_dist.plan.run import make_run
 from qlora_dist.plan.table import PHASES
-from qlora_dist.train.run_dir import check_run_dir
 from qlora_dist.train.setup import set_up, set_up_model
 
 _VALUE_BYTES = 4
@@ -39,7 +38,6 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
             "(gpus_per_node); use one rank per GPU"
         )
     ranks = Ranks(0, nodes * ranks_per_node, 0, ranks_per_node, "none")
-    check_run_dir(config)
     sizes = mesh_sizes(config.parallel, ranks)
     if cluster.preprocess:
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,8 +35,6 @@ class Ranks:
     launcher: Launcher
     """Whose variables say so; `torchrun`: also DeepSpeed's launcher, whose are the same but for one; `srun`: one
     process per rank without torchrun; `none`: a single process."""
-    restarts: int = 0
-    """How often the launcher has started this again by itself."""
 
 
 def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
@@ -52,7 +51,7 @@ def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
         return _ranks(launcher, environ, _DEEPSPEED if started_by_deepspeed(environ) else _TORCHRUN)
     if launcher == "mpi":
         return _ranks(launcher, environ, _OPEN_MPI if started_by_open_mpi(environ) else _HYDRA)
-    return _slurm_ranks(environ) if launcher == "srun" else Ranks(0, 1, 0, 1, "none", _restarts(environ))
+    return _slurm_ranks(environ) if launcher == "srun" else Ranks(0, 1, 0, 1, "none")
 
 
 def launcher_of(environ: Mapping[str, str] = os.environ) -> Launcher:
@@ -80,7 +79,7 @@ def _ranks(launcher: Launcher, environ: Mapping[str, str], names: tuple[str, ...
             f"the environment says rank {rank} of {world_size}, {local_rank} of {local_world_size} on this node; "
             f"start with {command}, or unset {names[0]} and {names[1]}"
         )
-    return Ranks(rank, world_size, local_rank, local_world_size, launcher, _restarts(environ))
+    return Ranks(rank, world_size, local_rank, local_world_size, launcher)
 
 
 def _slurm_ranks(environ: Mapping[str, str]) -> Ranks:
@@ -95,7 +94,7 @@ def _slurm_ranks(environ: Mapping[str, str]) -> Ranks:
     sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", tasks)}
     if len(sizes) != 1:
         raise UserError(f"srun started {tasks} tasks on the nodes; start equally many on each (--ntasks-per-node)")
-    return Ranks(rank, world_size, local_rank, sizes.pop(), "srun", _restarts(environ))
+    return Ranks(rank, world_size, local_rank, sizes.pop(), "srun")
 
 
 def _numbers(command: str, environ: Mapping[str, str], names: tuple[str, ...]) -> tuple[int, ...]:
@@ -105,12 +104,6 @@ def _numbers(command: str, environ: Mapping[str, str], names: tuple[str, ...]) -
         raise UserError(
             f"{command}'s variables in the environment are no numbers; unset {names[0]} and {names[1]}"
         ) from None
-
-
-def _restarts(environ: Mapping[str, str]) -> int:
-    """By torchrun (--max-restarts) or by SLURM (requeue)."""
-    counts = (environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return sum(int(count) for count in counts if count.isdigit())
 
 
 @dataclass(frozen=True)
@@ -195,6 +188,42 @@ def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int
         "job_id": f"{job}.{step}" if job and step else job,
         "nodes": environ.get("SLURM_JOB_NODELIST"),
     }
+
+
+def this_launch(environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+    """Return what identifies the launch that this process belongs to, to find the same launch after a restart.
+
+    Returns:
+        `agent`: torchrun's agent on this node, which starts ranks again; `torchrun`: its run id; `job`: the SLURM job,
+        or the array that it is a part of; `start`: which start of that job this is.
+    """
+    agent = run_id = job = None
+    if started_by_torchrun(environ):
+        run_id = environ["TORCHELASTIC_RUN_ID"]
+        with suppress(psutil.Error):
+            agent = f"{socket.gethostname()}/{os.getppid()}/{psutil.Process(os.getppid()).create_time():.0f}"
+    number = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
+    if number:
+        job = f"{environ.get('SLURM_CLUSTER_NAME', '')}/{number}"
+    start = "/".join(environ.get(name) or "0" for name in ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"))
+    return {"agent": agent, "torchrun": run_id, "job": job, "start": start}
+
+
+def same_launch(before: object, now: Mapping[str, str | None], environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a launcher has started its command again, by what `this_launch` gave `before` and gives `now`.
+
+    A second command in one SLURM job is another launch. A requeued job, and the next job of an array, are the same.
+    """
+    if not isinstance(before, Mapping):
+        return False
+
+    def both(key: str) -> bool:
+        return now[key] is not None and before.get(key) == now[key]
+
+    restarted = environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if both("agent") or (restarted and both("torchrun") and now["torchrun"] != "none"):
+        return True
+    return both("job") and before.get("start") != now["start"]
 
 
 def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:

@@ -43,14 +43,16 @@ def launch_here(config: Config, on: On, options: Options) -> None:
     Raises:
         UserError: more than one node, or a name that is taken.
     """
-    from qlora_dist.train.run_dir import check_run_dir
+    from qlora_dist.train.claim import check_name
 
     if options.nodes > 1:
         raise UserError(
             f"--nodes: --on {on} starts this machine's ranks alone; use --on slurm, launch/torchrun.sh on each node, "
             "or launch/mpirun.sh with a list of hosts"
         )
-    check_run_dir(config)
+    if (done := check_name(config)) is not None:
+        print(done)
+        return
     run = _absolute_run(config)
     folder = _new_folder(run)
     ranks = options.ranks_per_node or 1
@@ -95,11 +97,15 @@ def launch_slurm(config: Config, cluster: Cluster, options: Options, console: Co
     """
     from qlora_dist.launch import submit
     from qlora_dist.launch.check import check_job
+    from qlora_dist.train.claim import check_name
 
     job = make_job(config, options.nodes, options.ranks_per_node or most_ranks(cluster), options.array)
     script = render(job, cluster)
     if not options.dry_run and not cluster.singleton:
         refuse_second(job.run, "give run.name another value, or set singleton: true in the cluster's file")
+    if (done := check_name(config)) is not None:
+        console.print(done, highlight=False, markup=False, soft_wrap=True)
+        return
     check_job(config, cluster, job.nodes, job.ranks_per_node, console)
     if options.dry_run:
         sys.stdout.write(script)

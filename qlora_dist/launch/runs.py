@@ -25,6 +25,13 @@ JOB_FILE = "job.json"
 State = Literal["running", "waiting", "done", "stopped", "to be requeued", "failed"]
 _TAIL_BYTES = 2**16
 _RECENT = 20
+_NUMBERS = (
+    *("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "data_s"),
+    *("peak_bytes", "resident_bytes", "paged_bytes", "base_resident_bytes"),
+)
+_GROUPS = ("comm_bytes", "paging", "base_paging")
+"""What others read of a line of metrics.jsonl: numbers, and objects of numbers."""
+_LARGEST = 1e300
 _SILENT_S = 600.0
 """After so long without a metric, a process on another machine is taken for gone."""
 
@@ -106,7 +113,7 @@ def read_run(path: Path, queue: dict[str, str] | None) -> Run:
         queue: SLURM's jobs (`queued_jobs`).
     """
     job, process = read_json(path / JOB_FILE), read_json(path / PROCESS_FILE)
-    markers = {name: read_json(path / name) for name in (DONE, STOPPED, REQUEUE) if (path / name).exists()}
+    markers = {name: read_json(path / name) for name in (DONE, STOPPED, REQUEUE) if (path / name).is_file()}
     metrics = _last_metrics(path / "metrics.jsonl")
     state = _state(path, job, process, set(markers), queue)
     marker = next(iter(markers.values()), {})
@@ -167,7 +174,7 @@ def _lives(process: dict[str, Any], born: Any) -> bool:
 
 
 def _last_metrics(path: Path) -> list[dict[str, Any]]:
-    """The last steps that are whole, oldest first."""
+    """The last steps that are whole, oldest first. Lines of other types than a step's are left out."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -177,11 +184,7 @@ def _last_metrics(path: Path) -> list[dict[str, Any]]:
     rows = [row for line in lines if (row := parse_object(line))]
     numbers = ("tokens_per_s", "step_s")
     return [
-        row
-        for row in rows
-        if _is_int(row.get("step"))
-        and "loss" in row
-        and all(isinstance(row.get(name), (int, float)) for name in numbers)
+        row for row in rows if "loss" in row and is_metrics(row) and all(row.get(name) is not None for name in numbers)
     ]
 
 
@@ -206,9 +209,27 @@ def parse_object(text: bytes) -> dict[str, Any]:
     """The JSON object of a file or line; empty if it is none, or not whole."""
     try:
         found = json.loads(text)
-    except ValueError:  # half a file, of a process that was killed or is writing
+    except (ValueError, RecursionError):  # half a file, of a process that was killed or is writing
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def is_metrics(row: dict[str, Any]) -> bool:
+    """Return whether a line of metrics.jsonl has a step and numbers where a run writes numbers; null is one, too."""
+    return (
+        _is_int(row.get("step"))
+        and all(row.get(name) is None or is_number(row[name]) for name in _NUMBERS)
+        and all(_is_group(row[name]) for name in _GROUPS if row.get(name) is not None)
+    )
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number of a size that can be computed with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+
+
+def _is_group(value: object) -> bool:
+    return isinstance(value, dict) and all(number is None or is_number(number) for number in value.values())
 
 
 def _seconds(time_of_day: Any) -> float | None:

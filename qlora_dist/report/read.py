@@ -11,7 +11,7 @@ import yaml
 
 from qlora_dist.config_file import flatten
 from qlora_dist.errors import UserError
-from qlora_dist.launch.runs import State, parse_object, read_json, read_run
+from qlora_dist.launch.runs import State, is_metrics, is_number, parse_object, read_json, read_run
 from qlora_dist.train.run_dir import PROCESS_FILE
 
 _WARM_UP = 2
@@ -63,13 +63,13 @@ class RunFiles:
         """Trained on, after each step."""
         total, done = 0, []
         for row in self.steps:
-            total += row.get("tokens", 0)
+            total += row.get("tokens") or 0
             done.append(total)
         return done
 
 
 def read_run_files(path: Path) -> RunFiles:
-    """Read a run. Lines of metrics that are half-written are left out.
+    """Read a run. Lines of metrics that are half-written, or of other types, are left out.
 
     Raises:
         UserError: the folder is no run's, or its configuration cannot be read.
@@ -80,7 +80,7 @@ def read_run_files(path: Path) -> RunFiles:
         tree = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: holds no run (no config.yaml); name a folder such as runs/my-run") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{config_file}: cannot be read ({error}); name another run") from None
     return RunFiles(
         name=path.resolve().name,
@@ -88,7 +88,7 @@ def read_run_files(path: Path) -> RunFiles:
         state=read_run(path, None).state,
         steps=[row for row in rows if "loss" in row],
         evals=[(row["step"], row["eval_loss"]) for row in rows if isinstance(row.get("eval_loss"), float)],
-        summary=read_json(path / "summary.json"),
+        summary=_summary(path / "summary.json"),
         config=flatten(tree if isinstance(tree, dict) else {}),
         process=read_json(path / PROCESS_FILE),
     )
@@ -99,4 +99,21 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().splitlines()
     except OSError:
         return []
-    return [row for row in map(parse_object, lines) if isinstance(row.get("step"), int)]
+    return [row for row in map(parse_object, lines) if is_metrics(row)]
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """Return summary.json without the values whose types are not those that a run writes."""
+    kept = read_json(path)
+    sizes, wall_s, plan = kept.get("static_bytes"), kept.get("wall_s"), kept.get("plan")
+    if not (isinstance(sizes, list) and all(map(is_number, sizes))):
+        kept.pop("static_bytes", None)
+    if not is_number(wall_s):
+        kept.pop("wall_s", None)
+    if not (isinstance(plan, dict) and all(map(_is_planned, plan.values()))):
+        kept.pop("plan", None)
+    return kept
+
+
+def _is_planned(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(value is None or is_number(value) for value in pair)

@@ -15,12 +15,16 @@ def numbers(run: RunFiles) -> dict[str, Any]:
 
     Bytes are of rank 0, shares of a step's time.
     """
-    received = [sum(row["comm_bytes"].values()) for row in run.steps if isinstance(row.get("comm_bytes"), dict)]
+    received = [
+        sum(value or 0 for value in row["comm_bytes"].values())
+        for row in run.steps
+        if isinstance(row.get("comm_bytes"), dict)
+    ]
     peaks = [value for value in run.series("peak_bytes") if value is not None]
     return {
         "state": run.state,
         "steps": run.steps[-1]["step"] if run.steps else 0,
-        "tokens": sum(row.get("tokens", 0) for row in run.steps),
+        "tokens": sum(row.get("tokens") or 0 for row in run.steps),
         "loss_last": run.steps[-1]["loss"] if run.steps else None,
         "eval_loss_first": run.evals[0][1] if run.evals else None,
         "eval_loss_last": run.evals[-1][1] if run.evals else None,

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
+
+from qlora_dist.adapters.attach import adapter_parameters
 from qlora_dist.checkpoint.choose import newest_whole, whole
 from qlora_dist.checkpoint.identity import base_fingerprint, compare, identity_of
-from qlora_dist.checkpoint.manifest import Manifest
+from qlora_dist.checkpoint.manifest import MANIFEST, DamagedError, Manifest, step_of_folder, written_checkpoints
 from qlora_dist.checkpoint.snapshot import Trained, restore, snapshot
 from qlora_dist.checkpoint.writer import Checkpointer
 from qlora_dist.errors import UserError
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.exchange import broadcast_json
+from qlora_dist.train.claim import Claim, claim
 from qlora_dist.train.console import RunConsole, count
 from qlora_dist.train.progress import Progress
-from qlora_dist.train.run_dir import REQUEUE, run_path
+from qlora_dist.train.run_dir import CHECKPOINTS, RunDir, run_path
 from qlora_dist.train.setup import Setup
+
+_REQUIRED = frozenset(
+    {
+        "step",
+        "optimizer_steps",
+        "tokens",
+        "loss",
+        "recent_losses",
+        "eval_losses",
+        "skipped_steps",
+        "skipped_in_a_row",
+        "left_out",
+    }
+)
+"""Counters that every checkpoint has. Those that `Progress` has been given later have defaults."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,8 @@ class Start:
     folder: Path | None
     """None: at the beginning."""
     manifest: Manifest | None
+    replaces: bool = False
+    """Whether the run takes the place of another one, of which nothing stays."""
 
     @property
     def step(self) -> int:
@@ -47,21 +70,22 @@ def find_start(setup: Setup, resume: str, console: RunConsole) -> Start:
         UserError: the checkpoint belongs to another run, or the run is at its end.
     """
     config, run = setup.config, run_path(setup.config.run)
-    # an overwriting command that its launcher repeats goes on with what it has begun itself
-    again = setup.ranks.restarts > 0 or (run / REQUEUE).exists()
-    fresh = resume == "none" or (resume == "auto" and config.run.overwrite and not again)
-    fresh = broadcast_json(fresh)
+    # rank 0's answer: other nodes may see the folder as it was before
+    found = Claim(**broadcast_json(claim(config, resume).to_json() if setup.ranks.rank == 0 else None))
     base = broadcast_json(base_fingerprint(setup.folder.path) if setup.ranks.rank == 0 else None)
     identity = identity_of(config, base, setup.data_sha256["train"])
-    if fresh:
-        return Start(identity, None, None)
-    if resume == "auto":
-        found = newest_whole(run / "checkpoints", console.say)
-        if found is None:
-            return Start(identity, None, None)
-        folder, manifest = found
+    if found.note is not None:
+        console.say(found.note)
+    replaces, named = found.way == "replace", found.resume not in ("auto", "none")
+    if not named and found.way in ("begin", "replace"):
+        return Start(identity, None, None, replaces)
+    if named:
+        folder, manifest = Path(found.resume), whole(Path(found.resume), _check_state)
     else:
-        folder, manifest = Path(resume), whole(Path(resume))
+        newest = newest_whole(run / CHECKPOINTS, console.say, _check_state)
+        if newest is None:
+            return Start(identity, None, None)
+        folder, manifest = newest
     for line in compare(manifest.identity, identity, folder):
         console.say(line)
     if manifest.step > setup.steps:
@@ -69,23 +93,75 @@ def find_start(setup: Setup, resume: str, console: RunConsole) -> Start:
             f"{folder}: is after {manifest.step} steps, and this run has {setup.steps}; raise train.steps, or give an "
             "earlier checkpoint with --resume"
         )
+    shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(setup.model)}
+    if {name: cut.shape for name, cut in manifest.cuts.items()} != shapes:
+        raise UserError(f"{folder}: holds other adapters than this run's; give another checkpoint with --resume")
     console.say(f"goes on after {manifest.step} steps, from {folder} (written by {count(manifest.world_size, 'rank')})")
-    return Start(identity, folder, manifest)
+    return Start(identity, folder, manifest, replaces and not _is_within(folder, run))
+
+
+def _is_within(folder: Path, run: Path) -> bool:
+    return folder.resolve().is_relative_to(run.resolve())
+
+
+def _check_state(manifest: Manifest) -> None:
+    """Check the counters of a checkpoint.
+
+    Raises:
+        DamagedError: they are not those of `Progress`, or contradict the manifest.
+    """
+    saved = manifest.state["progress"]
+    if missing := sorted(_REQUIRED - saved.keys()):
+        raise DamagedError(f"{MANIFEST} lacks the counter {missing[0]}")
+    try:
+        loss = {"loss": float("nan") if saved["loss"] is None else saved["loss"]}
+        progress = TypeAdapter(Progress).validate_json(json.dumps({**saved, **loss}), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DamagedError(f"{MANIFEST} is not one of a checkpoint: state.progress.{place}: {first['msg']}") from None
+    counters = (progress.optimizer_steps, progress.tokens, progress.skipped_steps, progress.skipped_in_a_row)
+    if progress.step != manifest.step or min(*counters, *progress.left_out, 0) < 0:
+        raise DamagedError(f"{MANIFEST} has counters that contradict each other")
+    if progress.optimizer_steps != manifest.state["optimizer_steps"] or progress.optimizer_steps > progress.step:
+        raise DamagedError(f"{MANIFEST} has counters that contradict each other")
 
 
 class Checkpoints(Checkpointer):
     """Those of a run: the writer, and what goes into it and out of it again. Methods are called on all ranks."""
 
     def __init__(self, setup: Setup, start: Start, state: Trained, loss_scale: LossScale, console: RunConsole) -> None:
-        self._path = run_path(setup.config.run) / "checkpoints"
+        self._path = run_path(setup.config.run) / CHECKPOINTS
         super().__init__(self._path, setup.config.train.keep_checkpoints, console.say)
         self._start, self._state, self._loss_scale, self._say = start, state, loss_scale, console.say
 
-    def start(self) -> Progress:
-        """Take over the checkpoint that the run starts from, if there is one."""
-        if self._start.manifest is None or self._start.folder is None:
-            return Progress()
-        return self._restore(self._start.folder, self._start.manifest)
+    def start(self, run_dir: RunDir | None) -> Progress:
+        """Take over the checkpoint that the run starts from, if there is one.
+
+        Once all ranks have it, the checkpoints that the run does not go on from are set aside, and metrics of later
+        steps are taken out: a start that fails before leaves everything as it was.
+
+        Args:
+            run_dir: on rank 0.
+        """
+        folder, manifest = self._start.folder, self._start.manifest
+        progress = Progress() if manifest is None or folder is None else self._restore(folder, manifest)
+        dist.barrier()
+        if run_dir is not None:
+            own = folder is not None and _is_within(folder, run_dir.path)
+            moved = run_dir.start(progress.step if own else -1, self._abandoned(folder if own else None, progress.step))
+            if moved:
+                names = ", ".join(path.name for path in reversed(moved))
+                self._say(f"checkpoints that this run does not go on from are now in {moved[0].parent}: {names}")
+        return progress
+
+    def _abandoned(self, folder: Path | None, step: int) -> list[Path]:
+        """Return the run's checkpoints that are not before `folder`, newest first; all of them if that is None."""
+        there = written_checkpoints(self._path)
+        if folder is None:
+            return there
+        start = folder.resolve()
+        return [path for path in there if step_of_folder(path) >= step and path.resolve() != start]
 
     def save(self, progress: Progress) -> None:
         """Begin a checkpoint of this moment."""
@@ -101,7 +177,7 @@ class Checkpoints(Checkpointer):
     def go_back(self, progress: Progress, leave_out: int) -> Progress | None:
         """To the last checkpoint, and never to global batch `leave_out` again; None: there is no checkpoint."""
         self.wait()
-        found = newest_whole(self._path, self._say)
+        found = newest_whole(self._path, self._say, _check_state)
         if found is None:
             return None
         before = self._restore(*found)
@@ -110,7 +186,7 @@ class Checkpoints(Checkpointer):
         return before
 
     def _restore(self, folder: Path, manifest: Manifest) -> Progress:
-        saved, now = manifest.state.get("optimizer_bits", 32), self._state.optimizer.moments.bits
+        saved, now = manifest.optimizer_bits, self._state.optimizer.moments.bits
         if saved != now:
             self._say(f"{folder}: the optimizer's moments go from {saved} to {now} bit; losses will not be the same")
         restore(self._state, manifest, folder)

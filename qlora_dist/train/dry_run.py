@@ -10,8 +10,8 @@ from rich.console import Console
 from qlora_dist.config import Config
 from qlora_dist.config_file import dump_config
 from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.train.claim import REFUSES, dry_run_note
 from qlora_dist.train.expected import Expected, expect
-from qlora_dist.train.run_dir import check_run_dir
 from qlora_dist.train.setup import Setup, set_up
 from qlora_dist.train.summary import announcement
 
@@ -24,23 +24,25 @@ def dry_run(config: Config, resume: str = "auto") -> None:
         resume: as for `train`.
 
     Raises:
-        UserError: what `train` would refuse on this machine. The run's name is looked at last.
+        UserError: what `train` would refuse on this machine, but for a run's name that is taken, which is a line.
     """
     ranks = ranks_from_environment()
     console = Console(stderr=True, quiet=ranks.rank != 0, highlight=False, soft_wrap=True)
     setup = set_up(config, ranks, console)
     if ranks.rank != 0:
         return
-    check_run_dir(config, resume)
     sys.stdout.write(dump_config(config))
     sys.stdout.flush()
     expected = expect(setup)
     plan = expected if isinstance(expected, str) else expected.sentence()
-    for line in [*announcement(setup), plan, _verdict(setup, expected)]:
+    note = dry_run_note(config, resume)
+    for line in [*announcement(setup), plan, *([note] if note else []), _verdict(setup, expected, note)]:
         console.print(line, markup=False)
 
 
-def _verdict(setup: Setup, expected: Expected | str) -> str:
+def _verdict(setup: Setup, expected: Expected | str, note: str | None) -> str:
+    if note is not None and note.startswith(REFUSES):
+        return "everything else is fine; no weights were read"
     if setup.device.type == "cuda" and isinstance(expected, Expected):
         card = torch.cuda.mem_get_info(setup.device)[1]
         if not expected.memory.fits(card):

@@ -99,7 +99,7 @@ def train_loop(
     loss_scale = LossScale(setup.config.model.compute_dtype)
     state = trained(model, shards.local, optimizer, setup.device)
     checkpoints = Checkpoints(setup, start, state, loss_scale, console)
-    progress = checkpoints.start()
+    progress = checkpoints.start(run_dir)
     history = History(progress)
     path = run_path(setup.config.run)
     unmeasured_s = 12 * sum(p.numel() for _, p in adapter_parameters(model)) / _SLOW_DISK

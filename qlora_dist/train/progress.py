@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
 
 _RECENT = 20
 
@@ -12,6 +14,8 @@ _RECENT = 20
 @dataclass
 class Progress:
     """Goes into every checkpoint."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     step: int = 0
     """Optimizer steps done, those included that were skipped because something was not finite."""

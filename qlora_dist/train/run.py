@@ -23,8 +23,10 @@ from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes
 from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import find_start
+from qlora_dist.train.claim import has_nothing_to_do
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.expected import expect
+from qlora_dist.train.hold import hold
 from qlora_dist.train.loop import train_loop
 from qlora_dist.train.machine import this_machine
 from qlora_dist.train.memory import free_bytes
@@ -32,7 +34,7 @@ from qlora_dist.train.optimizer import make_states
 from qlora_dist.train.out_of_memory import answered
 from qlora_dist.train.output import note_lost_output
 from qlora_dist.train.preflight import check_ranks_agree
-from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, check_run_dir, run_path
+from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, run_path
 from qlora_dist.train.setup import Setup, set_up
 from qlora_dist.train.stop import BY_HAND, drop_old_stop_file
 from qlora_dist.train.summary import Held, announcement, summarize
@@ -51,16 +53,19 @@ def train(config: Config, resume: str = "auto") -> None:
         UserError: what the user has to mend; nearly always before any rank waits for another.
     """
     ranks = ranks_from_environment()
-    if ranks.rank == 0:
-        check_run_dir(config, resume)
-    timeout_s = config.train.timeout
-    with RunConsole(ranks.rank, lines=ranks.launcher == "mpi") as console:
-        if ranks.rank == 0 and (dropped := drop_old_stop_file(run_path(config.run))):
+    if has_nothing_to_do(config, resume, ranks.rank):
+        return
+    timeout_s, path = config.train.timeout, run_path(config.run)
+    with (
+        RunConsole(ranks.rank, lines=ranks.launcher == "mpi") as console,
+        # only rank 0 holds the folder: where it goes, the others go
+        hold(path, console.say) if ranks.rank == 0 else nullcontext(),
+    ):
+        if ranks.rank == 0 and (dropped := drop_old_stop_file(path)):
             console.say(dropped)
         setup = set_up(config, ranks, console.console)
         with process_group(ranks, setup.device, timeout_s) as store, watchdog(store, ranks, timeout_s), answered(setup):
             run(setup, console, resume)
-        path = run_path(config.run)
         if ranks.rank == 0 and (path / DONE).exists():
             if config.run.report:
                 _report(path, console)
@@ -77,7 +82,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     run_dir = None
     if setup.ranks.rank == 0:
         machine = this_machine(setup.device.type)
-        run_dir = RunDir(config, start.step, fresh=start.manifest is None, steps=setup.steps, machine=machine)
+        run_dir = RunDir(config, start.manifest is None, start.replaces, setup.steps, machine)
         note_lost_output(run_dir.path)
     expected = expect(setup)
     for line in announcement(setup):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qlora_dist.checkpoint.manifest import set_aside
 from qlora_dist.config import Config, RunConfig
 from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import this_process
+from qlora_dist.launch.environment import this_launch, this_process
 from qlora_dist.train.metrics_file import MetricsFile, finite
 
 DONE, REQUEUE, STOPPED = "DONE", "REQUEUE", "STOPPED"
@@ -19,10 +21,12 @@ DONE, REQUEUE, STOPPED = "DONE", "REQUEUE", "STOPPED"
 before it, by hand. Each holds {"step", "reason"}. Launchers hide exit codes, or make them up."""
 MARKERS = (DONE, REQUEUE, STOPPED)
 PROCESS_FILE = "process.json"
-"""Where rank 0 runs and on what (`machine`), and how many steps it is going to do; for those who look at the run from
-outside."""
+"""Where rank 0 runs and on what (`machine`), how many steps it is going to do, and which launch has started it; for
+those who look at the run from outside."""
 
-_REPLACED = ("adapter", "checkpoints", "tensorboard")
+METRICS, CONFIG_FILE = "metrics.jsonl", "config.yaml"
+CHECKPOINTS = "checkpoints"
+FOLDERS = (CHECKPOINTS, "adapter", "tensorboard")
 """What a new run removes of an old one of its name."""
 
 
@@ -31,77 +35,88 @@ def run_path(config: RunConfig) -> Path:
     return Path(config.dir) / config.name
 
 
-def check_run_dir(config: Config, resume: str = "auto") -> None:
-    """Refuse a name that is taken by a run that this one does not go on with.
-
-    Args:
-        config: of the run.
-        resume: `auto`, `none`, or a checkpoint's folder.
-
-    Raises:
-        UserError: the folder holds a finished run, or one that this one would destroy.
-    """
-    path = run_path(config.run)
-    if config.run.overwrite:
-        return
-    other = "give run.name another value, or run.overwrite=true to replace it"
-    done_steps = _done_steps(path)
-    if resume != "none" and done_steps is not None:
-        if config.train.steps is None or config.train.steps > done_steps:
-            return  # goes on where it ended
-        raise UserError(f"{path}: holds a run that is finished after {done_steps} steps; raise train.steps, {other}")
-    has_checkpoint = any((path / "checkpoints").glob("step-*"))
-    stopped = any((path / marker).exists() for marker in (REQUEUE, STOPPED))
-    begun = not (path / "adapter").exists() and (stopped or _same_config(path, config))
-    if resume != "none" and (has_checkpoint or begun):
-        return
-    if any((path / name).exists() for name in ("metrics.jsonl", *_REPLACED)):
-        raise UserError(f"{path}: holds a run already; {other}")
-
-
-def _done_steps(path: Path) -> int | None:
-    try:
-        return int(json.loads((path / DONE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _same_config(path: Path, config: Config) -> bool:
-    """Whether a run that left nothing but its beginning was one of this configuration."""
-    try:
-        return (path / "config.yaml").read_text(encoding="utf-8") == dump_config(config)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
 class RunDir:
     """The folder of a run that has begun."""
 
     def __init__(
-        self, config: Config, step: int, fresh: bool, steps: int | None = None, machine: dict[str, Any] | None = None
+        self,
+        config: Config,
+        begins: bool,
+        replaces: bool = False,
+        steps: int | None = None,
+        machine: dict[str, Any] | None = None,
     ) -> None:
-        """Make it.
+        """Make it. What an earlier start can go on from stays as it is until `start`.
 
         Args:
             config: of the run.
-            step: steps that are done; the metrics of later ones are taken out, because they will be done again.
-            fresh: remove what an earlier run of that name has left.
+            begins: the run starts from no checkpoint.
+            replaces: remove what an earlier run of that name has left.
             steps: when it is done.
             machine: what it computes on (`this_machine`).
+
+        Raises:
+            UserError: the folder cannot be written.
         """
         self.path = run_path(config.run)
-        self.path.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            for name in _REPLACED:
-                shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("summary.json", "report.html", *MARKERS):
-            (self.path / name).unlink(missing_ok=True)
-        (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        process = {**this_process(), "steps": steps, "machine": machine}
-        (self.path / PROCESS_FILE).write_text(json.dumps(process) + "\n", encoding="utf-8")
-        self._metrics = MetricsFile(self.path / "metrics.jsonl", -1 if fresh else step)
+        # until `start` it is the launch of the start before: only a launch that has started goes on by itself
+        launch = None if replaces else launch_of(self.path)
+        self._process = {**this_process(), "steps": steps, "machine": machine, "launch": launch}
+        self._metrics_file: MetricsFile | None = None
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with what is appended to the metrics."""
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in FOLDERS:
+                if replaces or (begins and name != CHECKPOINTS):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+            for name in ("summary.json", "report.html", *MARKERS):
+                (self.path / name).unlink(missing_ok=True)
+            (self.path / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+            self._write_process()
+
+    def start(self, step: int, abandoned: Sequence[Path]) -> list[Path]:
+        """Begin to write. Until here an earlier start's checkpoints and metrics are as it left them.
+
+        Args:
+            step: steps that are done; the metrics of later ones are taken out, because they will be done again. -1:
+                all are taken out.
+            abandoned: checkpoints that the run does not go on from, the newest first.
+
+        Returns:
+            Where those checkpoints are now.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        with self._writing():
+            # first these, newest first: a start that dies in between goes on from an older one, which has its metrics
+            moved = [set_aside(folder) for folder in abandoned]
+            self._metrics_file = MetricsFile(self.path / METRICS, step)
+            self._process["launch"] = this_launch()
+            self._write_process()
+        return moved
+
+    def _write_process(self) -> None:
+        partial = self.path / f"{PROCESS_FILE}.partial"
+        partial.write_text(json.dumps(self._process) + "\n", encoding="utf-8")
+        partial.replace(self.path / PROCESS_FILE)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.path}: cannot be written ({error.strerror}); mend that, or give run.dir "
+                "another value",
+                one_rank=True,
+            ) from None
+
+    @property
+    def _metrics(self) -> MetricsFile:
+        assert self._metrics_file is not None, "start() comes first"
+        return self._metrics_file
 
     def go_back(self, step: int) -> None:
         """Take out the metrics of steps after `step`."""
@@ -136,8 +151,31 @@ class RunDir:
 
     def close(self) -> None:
         """Write what is left of the metrics."""
-        self._metrics.close()
+        if self._metrics_file is not None:
+            self._metrics_file.close()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
         (self.path / "summary.json").write_text(json.dumps(finite(summary), indent=2) + "\n", encoding="utf-8")
+
+
+def launch_of(path: Path) -> Any:
+    """Return the launch (`this_launch`) that has last started in a run's folder; None: that is not known."""
+    return _object(path / PROCESS_FILE).get("launch")
+
+
+def done_steps(path: Path) -> int | None:
+    """Return the steps after which the run of a folder is done; None: it is not."""
+    return _count(_object(path / DONE).get("step"))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

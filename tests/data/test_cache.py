@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from filelock import SoftFileLease
 
+from qlora_dist import lease
 from qlora_dist.data import cache
 from qlora_dist.data.cache import is_complete, prepared
 from qlora_dist.errors import UserError
@@ -106,8 +107,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "LEASE_S", 1.0)
-    monkeypatch.setattr(cache, "_HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(lease, "LEASE_S", 1.0)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.2)
 
 
 @pytest.fixture(params=["a disk", "NFS"])
@@ -180,7 +181,7 @@ def test_a_killed_holder_is_replaced_at_once(folder, file_system):
     ranks.kill(makers(folder)[0])
     let_go(folder)
     assert [error for error, _ in ranks.results()] == [None] * (RANKS - 1)
-    assert time.monotonic() - started < cache.LEASE_S / 2
+    assert time.monotonic() - started < lease.LEASE_S / 2
     assert len(makers(folder)) == 2
     assert is_complete(folder)
     assert not beside(folder), "what the dead one has left is gone"
@@ -190,15 +191,15 @@ def test_a_holder_on_a_node_that_is_gone_is_replaced(folder, short_lease, file_s
     """Its process cannot be asked for from here: its lock is no longer refreshed, that is all."""
     let_go(folder)
     lock = folder.with_name("abc.lock")
-    lease = SoftFileLease(lock, lease_duration=cache.LEASE_S, heartbeat_interval=0.9)
-    lease.acquire()
+    holder = SoftFileLease(lock, lease_duration=lease.LEASE_S, heartbeat_interval=0.9)
+    holder.acquire()
     text = re.sub("^host=.*$", "host=node7", lock.read_text(), flags=re.M)
-    lease.release()
+    holder.release()
     lock.write_text(text)
     said: list[str] = []
     started = time.monotonic()
     prepared(folder, make, said.append)
-    assert time.monotonic() - started >= cache.LEASE_S
+    assert time.monotonic() - started >= lease.LEASE_S
     assert is_complete(folder)
     assert said[0].startswith("waiting for node7, process ")
 

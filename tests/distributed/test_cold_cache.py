@@ -19,10 +19,10 @@ from qlora_dist import cli
 from qlora_dist.config import SourceConfig
 from qlora_dist.config_file import load_config
 from qlora_dist.data import prepare
-from qlora_dist.data.cache import LEASE_S
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.key import source_key
 from qlora_dist.data.tokenizer import load_tokenizer
+from qlora_dist.lease import LEASE_S
 
 RANKS = 8
 TIMEOUT_S = 500

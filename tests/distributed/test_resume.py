@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from qlora_dist.checkpoint.manifest import find_checkpoints, read_manifest
 from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
-from qlora_dist.errors import UserError
 from qlora_dist.train.run import train
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, run_path
 from qlora_dist.train.stop import listen
@@ -335,11 +334,6 @@ def test_another_base_is_refused(config: Path, tiny_llama_nf4: Path, tmp_path: P
     file.write_bytes(content)
     with pytest.raises(RuntimeError, match="was made with another base model"):
         run_ranks(1, train, resolve(config, "base", "train.steps=4", f"model.base={other}"))
-
-
-def test_a_finished_run_is_not_done_again(config: Path, undisturbed: Config) -> None:
-    with pytest.raises(UserError, match="holds a run that is finished after 8 steps"):
-        train(resolve(config, "undisturbed"))
 
 
 def rare_words(path: Path) -> None:

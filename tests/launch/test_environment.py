@@ -80,7 +80,7 @@ PROXY = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)
         (STEP, Ranks(3, 4, 1, 2, "srun")),
         (PMI2, Ranks(3, 4, 1, 2, "srun")),
         (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,2"}, Ranks(3, 4, 1, 2, "srun")),
-        (STEP | {"SLURM_RESTART_COUNT": "2"}, Ranks(3, 4, 1, 2, "srun", restarts=2)),
+        (STEP | {"SLURM_RESTART_COUNT": "2"}, Ranks(3, 4, 1, 2, "srun")),
         # a launcher inside of another: the inner one knows
         (STEP | TORCHRUN, Ranks(5, 8, 1, 4, "torchrun")),
         (OPEN_MPI | TORCHRUN, Ranks(5, 8, 1, 4, "torchrun")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from qlora_dist.cli import app
 from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
+from qlora_dist.launch.runs import read_run
 from qlora_dist.report.charts import charts
 from qlora_dist.report.page import report
 from qlora_dist.report.read import read_run_files
@@ -24,6 +26,9 @@ from qlora_dist.report.table import numbers
 from qlora_dist.train.run import train
 
 pytestmark = pytest.mark.slow
+
+ODD: list[object] = ["text", [1], {"a": {"b": 1}}, True, float("nan"), 10**400]
+"""What is no number that can be drawn."""
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,36 @@ def test_a_run_that_was_killed_has_a_page_too(runs: list[Path], tmp_path: Path) 
     assert "b" not in page.tags and any("<b>killed" in cell for cell in page.cells)
     (run / "metrics.jsonl").unlink()  # it was killed while it loaded
     assert Page(report([run])).row("steps", 1) == ["0"]
+
+
+def test_values_of_other_types_are_read_past(runs: list[Path], tmp_path: Path) -> None:
+    """Somebody's own lines in metrics.jsonl, or those of another program, are no steps."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    whole = {**metrics(run)[-1], "step": 4}
+    others: list[object] = [
+        *({**whole, name: value} for name in ("step", "loss", "tokens", "lr", "comm_bytes", "paging") for value in ODD),
+        *({**whole, "comm_bytes": {"world": value}} for value in ODD),
+        *(3, None, [], "text", {"step": 4}),
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in others)
+        file.write("[" * 100_000 + "\n")
+    assert read_run_files(run).steps == read_run_files(runs[0]).steps
+    for name in ("static_bytes", "wall_s", "plan"):
+        summary = json.loads((runs[0] / "summary.json").read_text())
+        for value in (*ODD, {"term": 1}, {"term": ["x", None]}):
+            (run / "summary.json").write_text(json.dumps({**summary, name: value}))
+            assert numbers(read_run_files(run))["steps"] == 3
+    assert Page(report([run])).row("steps", 1) == ["3"]
+    assert read_run(run, None).step == 3
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    assert (read_run(run, None).loss, read_run_files(run).steps) == (None, [])
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").mkdir()
+    with pytest.raises(UserError, match=r"config\.yaml: cannot be read"):
+        report([run])
 
 
 def test_mistakes_are_sentences(runs: list[Path], tmp_path: Path) -> None:
