@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from qlora_dist.config import DataConfig, SourceConfig
@@ -73,11 +74,12 @@ def prepare(
     def one(given: str | SourceConfig) -> PreparedSource:
         source = given if isinstance(given, SourceConfig) else SourceConfig(path=given)
         folder = _prepared_entry(source, config, encoder, fingerprint, console, force)
+        stats, sequences = _read_entry(folder)
         return PreparedSource(
             path=source.path,
             weight=source.weight,
-            stats=Stats(**json.loads((folder / _STATS).read_text(encoding="utf-8"))),
-            rows=build_rows(Sequences.open(folder / _SEQUENCES), config, padding_id(tokenizer), source.path),
+            stats=stats,
+            rows=build_rows(sequences, config, padding_id(tokenizer), source.path),
             folder=folder,
         )
 
@@ -116,4 +118,18 @@ def _prepared_entry(
     entry = cache / "sequences" / source_key(source, config, fingerprint, cache, say)
     if force:
         remove(entry)
-    return prepared(entry, make, say)
+    return prepared(entry, make, say, _read_entry)
+
+
+def _read_entry(folder: Path) -> tuple[Stats, Sequences]:
+    """Open the files of an entry.
+
+    Raises:
+        ValueError: they are not what `tokenize` writes, or not of each other. pyarrow's errors are of this type.
+    """
+    stats = TypeAdapter(Stats).validate_json((folder / _STATS).read_bytes(), strict=True)
+    sequences = Sequences.open(folder / _SEQUENCES)
+    found = len(sequences), int(sequences.lengths.sum()), int(sequences.trained_lengths.sum())
+    if found != (stats.sequences, stats.tokens, stats.trained_tokens):
+        raise ValueError(f"{_STATS} counts other sequences or tokens than {_SEQUENCES} holds")
+    return stats, sequences
