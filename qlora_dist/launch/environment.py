@@ -7,11 +7,10 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import psutil
+from typing import Any, Literal
 
 from qlora_dist.errors import UserError
+from qlora_dist.launch.birth import birth
 
 Launcher = Literal["torchrun", "mpi", "srun", "none"]
 
@@ -181,7 +180,7 @@ def meeting_name(environ: Mapping[str, str] = os.environ) -> str:
     return "/".join(environ.get(name, "") for name in names)
 
 
-def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int | float | None]:
+def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """How others find this process: its machine and number, its launcher's number, its SLURM job and step, and that
     job's nodes as SLURM names them.
     """
@@ -190,7 +189,7 @@ def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "born": psutil.Process().create_time(),
+        **birth(os.getpid()),
         "launcher_pid": os.getppid() if own_parent else None,
         "job_id": f"{job}.{step}" if job and step else job,
         "nodes": environ.get("SLURM_JOB_NODELIST"),

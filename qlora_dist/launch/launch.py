@@ -17,6 +17,7 @@ from rich.console import Console
 from qlora_dist.config import Config
 from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
+from qlora_dist.launch.birth import birth
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.render import Job, render
 from qlora_dist.launch.runs import JOB_FILE, read_json
@@ -150,6 +151,7 @@ def write_job(run: Path, launcher: On, job_id: int | None, pid: int | None, log:
         "job_id": job_id,
         "host": socket.gethostname(),
         "pid": pid,
+        **({} if pid is None else birth(pid)),
         "log": None if log is None else str(log),
         "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
