@@ -97,12 +97,13 @@ def launch(
     from qlora_dist.launch.launch import Options, launch_here, launch_slurm
 
     resolved = load_config(config, overrides or ())
-    options = Options(nodes, ranks_per_node, array, dry_run, follow)
-    if on != "slurm":
-        launch_here(resolved, on, options)
-        return
+    options = Options(nodes, ranks_per_node, array, dry_run, follow, (str(config), *(overrides or ())))
     from rich.console import Console
 
+    if on != "slurm":
+        prepare_process()
+        launch_here(resolved, on, options, Console(stderr=True))
+        return
     where = _cluster(cluster)
     if form is not None:
         where = where.model_copy(update={"form": form})
@@ -339,12 +340,14 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        from qlora_dist.launch.agent import MISTAKE_CODE, leave_in_report
         from qlora_dist.launch.ending import leave
         from qlora_dist.launch.mistake import leave_word
 
         leave_word(error)
+        leave_in_report(error)
         _report(error)
-        leave(2)
+        leave(MISTAKE_CODE)
     except Exception as error:
         from qlora_dist.launch.ending import leave_with_traceback
 

@@ -36,6 +36,19 @@ def resolve_device(name: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
+def idle_gpus(ranks: Ranks, device: torch.device, count: int) -> str | None:
+    """Say that a single process leaves GPUs of this machine without work; None: it does not.
+
+    Args:
+        ranks: who this process is.
+        device: of this rank.
+        count: GPUs that it sees.
+    """
+    if device.type != "cuda" or ranks.launcher != "none" or count <= 1:
+        return None
+    return f"this process uses one of {count} GPUs; `qlora-dist launch CONFIG --on torchrun` uses all, one rank on each"
+
+
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) -> Iterator[dist.Store]:
     """The default process group: gloo on the CPU, NCCL beside it on CUDA (that branch was not run on a GPU).
