@@ -43,6 +43,9 @@ def train(
 ) -> None:
     """Train an adapter: alone, or on every rank that torchrun starts this on."""
     from qlora_dist.config_file import dump_config, load_config
+    from qlora_dist.system import check_system
+
+    check_system()  # before what it has not is imported
     from qlora_dist.train.stop import listen
 
     if not dry_run:
@@ -93,6 +96,9 @@ def launch(
     follow: Annotated[bool, typer.Option("--follow", help="Print what the job writes, until it is over.")] = False,
 ) -> None:
     """Start a run: here, or as a job that saves before its time is up, and goes on."""
+    from qlora_dist.system import check_system
+
+    check_system()
     from qlora_dist.config_file import load_config
     from qlora_dist.launch.launch import Options, launch_here, launch_slurm
 

@@ -22,6 +22,7 @@ from qlora_dist.data.encode import Encoder
 from qlora_dist.data.row import BadRow, CompletionRow, Row, TextRow
 from qlora_dist.data.sequences import Flat, SequenceWriter
 from qlora_dist.errors import UserError
+from qlora_dist.system import cores
 
 _CHUNK_ROWS = 256
 _CHUNK_CHARACTERS = 2**20
@@ -147,8 +148,9 @@ def _count(bad: BadRow, stats: Stats, on_bad_row: str, max_bad_rows: int, name: 
 def _encoded(rows: Iterable[Row | BadRow], encoder: Encoder, workers: int | Literal["auto"]) -> Iterator[_Part]:
     """Every chunk's tokens, in order; what `rows` raises comes after the chunks before it."""
     chunks = _chunks(rows)
-    # more processes than chunks would only be started; and one has the work done sooner than it starts another
-    most = _cores() if workers == "auto" else workers
+    # more processes than chunks would only be started; and one has the work done sooner than it starts another. Other
+    # ranks wait for what these do: they need not share the cores
+    most = cores() if workers == "auto" else workers
     first = list(islice(chunks, most)) if most > 1 else []
     chunks = chain(first, chunks)
     if len(first) < 2:
@@ -163,11 +165,6 @@ def _encoded(rows: Iterable[Row | BadRow], encoder: Encoder, workers: int | Lite
                 yield _result(pending.popleft())
         while pending:
             yield _result(pending.popleft())
-
-
-def _cores() -> int:
-    """Those that this process may use. Other ranks wait for what it does: it need not share them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chunks(rows: Iterable[Row | BadRow]) -> Iterator[Chunk | UserError]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
+from qlora_dist.launch.interfaces import check_interfaces
 from qlora_dist.parallel.rendezvous import meet
 
 
@@ -69,6 +70,8 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) 
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if ranks.world_size > 1:
+        check_interfaces(device.type)
     store = dist.HashStore() if ranks.world_size == 1 else meet(ranks, timeout_s)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
