@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora_dist.data.row import Message
+from qlora_dist.data.template_limit import LIMITED
 
 Span = tuple[int, int]
 """First character and the one after the last."""
@@ -70,7 +71,7 @@ class Renderer:
             given = {"messages": messages, "tools": tools, "add_generation_prompt": prompting}
             # what Template.render does, with the globals merged in beforehand
             context = self._template.new_context({**self._variables, **given}, shared=True)
-            text = "".join(self._template.root_render_func(context))
+            text = LIMITED.call("".join, self._template.root_render_func(context))
         except Exception as error:  # what a template does to values it did not expect is its own
             raise _refusal(error) from None
         return _checked(text)
@@ -82,7 +83,8 @@ class Renderer:
             Refused: by the template.
         """
         try:
-            text, spans = self._render_marked(self._template, messages, tools, None, False, **self._special_tokens)
+            given = self._template, messages, tools, None, False
+            text, spans = LIMITED.call(self._render_marked, *given, **self._special_tokens)
         except Exception as error:
             raise _refusal(error) from None
         return _checked(text), spans

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.row import BadRow, CompletionRow, Row, TextRow
 from qlora_dist.data.sequences import Flat, SequenceWriter
+from qlora_dist.data.template_limit import LIMITED
 from qlora_dist.errors import UserError
 from qlora_dist.system import cores
 
@@ -215,7 +216,8 @@ def _result(future: Future[_Part] | UserError) -> _Part:
 
 
 def _encode(chunk: Chunk, encoder: Encoder) -> _Part:
-    results = iter(encoder.encode([row for row in chunk if not isinstance(row, BadRow)]))
+    with LIMITED.armed():
+        results = iter(encoder.encode([row for row in chunk if not isinstance(row, BadRow)]))
     bad, kept = [], []
     untrained = 0
     for row in chunk:
