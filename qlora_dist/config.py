@@ -155,7 +155,7 @@ class DataConfig(Section):
     max_bad_rows: Annotated[int, Field(ge=0)] = 100
     """Stop when more than so many rows of a source have been skipped."""
     cache: str = "~/.cache/qlora-dist"
-    """Folder of what has been tokenized, seen by all nodes or one on each."""
+    """Folder of what has been tokenized, seen by all nodes or one on each. The default follows XDG_CACHE_HOME."""
     workers: PositiveInt | Literal["auto"] = "auto"
     """Processes that tokenize; auto: the processor cores this process may use, shared with the other ranks of a
     node."""

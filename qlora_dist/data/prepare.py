@@ -21,6 +21,7 @@ from qlora_dist.data.source import read_rows, source_files
 from qlora_dist.data.tokenize import Stats, tokenize
 from qlora_dist.data.tokenizer import padding_id
 from qlora_dist.errors import UserError
+from qlora_dist.system import user_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,8 +88,17 @@ def prepare(
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where the entries are."""
-    return Path(config.cache).expanduser()
+    """Where the entries are.
+
+    Raises:
+        UserError: in the home of a user who has none.
+    """
+    if config.cache == DataConfig.model_fields["cache"].default:
+        return user_cache()  # the same folder, unless XDG_CACHE_HOME names another
+    try:
+        return Path(config.cache).expanduser()
+    except RuntimeError:
+        raise UserError(f"data.cache: {config.cache}: there is no such home folder; give a whole path") from None
 
 
 def _prepared_entry(
