@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from qlora_dist.data.row import Message
 from qlora_dist.data.template_limit import LIMITED
 
@@ -34,7 +36,10 @@ class Renderer:
 
         self.marked = _GENERATION.search(template) is not None
         """It says itself what the assistant generates."""
-        self._template = theirs._compile_jinja_template(template).environment.from_string(template)
+        try:
+            self._template = theirs._compile_jinja_template(template).environment.from_string(template)
+        except RecursionError:
+            raise TemplateSyntaxError("it is nested too deeply", 1) from None
         # jinja's ChainMap is walked through in Python for each rendering, which takes as long as a short conversation
         self._template.globals = dict(self._template.globals)
         self._render_marked: Callable[..., tuple[str, list[Span]]] = theirs._render_with_assistant_indices

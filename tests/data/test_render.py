@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from published import FAMILIES, make_tokenizer
 
 from qlora_dist.data import template_limit
@@ -187,3 +187,8 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch, template, reason, wr
     with pytest.raises(Refused, match=rf"\({reason}\); change or take out the row"):
         getattr(renderer, write)([{"role": "user", "content": "hello"}], None)
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+def test_a_template_that_is_nested_without_end_does_not_compile():
+    with pytest.raises(TemplateSyntaxError, match="nested too deeply"):
+        Renderer("{% if a %}" * 3000 + "{% endif %}" * 3000, {})
