@@ -23,6 +23,6 @@ fi
 # A signal meant for ranks (SLURM's warning before a time limit) would end torchrun and leave them behind. What is ignored
 # here stays ignored in torchrun; the ranks listen to it again.
 trap '' USR1 USR2
-exec "${PYTHON:-python}" -m torch.distributed.run \
+exec "${PYTHON:-python}" -m qlora_dist.launch.agent \
   --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "${MAX_RESTARTS:-0}" "${where[@]}" \
   -m qlora_dist train "$@"

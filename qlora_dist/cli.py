@@ -51,7 +51,9 @@ def train(
 ) -> None:
     """Train an adapter: alone, or on every rank that torchrun starts this on."""
     from qlora_dist.config_file import load_config
+    from qlora_dist.system import check_system
 
+    check_system()  # before modules are imported that the system lacks
     if not dry_run:
         from qlora_dist.launch.mpi import agree_on_store
         from qlora_dist.train.output import outlive_output
@@ -102,16 +104,20 @@ def launch(
     follow: Annotated[bool, typer.Option("--follow", help="Print what the job writes, until it is over.")] = False,
 ) -> None:
     """Start a run: here, or as a job that saves before its time is up, and goes on."""
+    from qlora_dist.system import check_system
+
+    check_system()
     from qlora_dist.config_file import load_config
     from qlora_dist.launch.launch import Options, launch_here, launch_slurm
 
     resolved = load_config(config, overrides or ())
-    options = Options(nodes, ranks_per_node, array, dry_run, follow)
-    if on != "slurm":
-        launch_here(resolved, on, options)
-        return
+    options = Options(nodes, ranks_per_node, array, dry_run, follow, (str(config), *(overrides or ())))
     from rich.console import Console
 
+    if on != "slurm":
+        prepare_process()
+        launch_here(resolved, on, options, Console(stderr=True))
+        return
     where = _cluster(cluster)
     if form is not None:
         where = where.model_copy(update={"form": form})
@@ -352,12 +358,14 @@ def main() -> None:
         _refuse_keys_as_options(sys.argv[1:])
         app()
     except UserError as error:
+        from qlora_dist.launch.agent import MISTAKE_CODE, leave_in_report
         from qlora_dist.launch.ending import leave
         from qlora_dist.launch.mistake import leave_word
 
         leave_word(error)
+        leave_in_report(error)
         _report(error)
-        leave(2)
+        leave(MISTAKE_CODE)
     except Exception as error:
         from qlora_dist.launch.ending import leave_with_traceback
 

@@ -56,7 +56,9 @@ def prepare_process() -> None:
         UserError: they are not.
     """
     from qlora_dist.launch.orphans import die_with_parent
+    from qlora_dist.system import check_system
     from qlora_dist.versions import check_versions
 
+    check_system()
     die_with_parent()
     check_versions()

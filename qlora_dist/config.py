@@ -172,7 +172,7 @@ class DataConfig(Section):
     """Most rows of a source that may be skipped: a number, or a share such as 1%, which is checked at the end of the
     source."""
     cache: str = "~/.cache/qlora-dist"
-    """Folder of what has been tokenized, seen by all nodes or one on each."""
+    """Folder of what has been tokenized, seen by all nodes or one on each. The default follows XDG_CACHE_HOME."""
     workers: PositiveInt | Literal["auto"] = "auto"
     """Processes that tokenize; auto: one for each processor core that this process may use."""
 

@@ -13,7 +13,7 @@ from qlora_dist.bench.layouts import Cell
 from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
 from qlora_dist.report.read import RunFiles, read_run_files
-from qlora_dist.train.machine import cores
+from qlora_dist.system import cores
 
 _LAST_LINES = 40
 

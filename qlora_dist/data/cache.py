@@ -3,7 +3,8 @@
 It works wherever the cache lies: exclusive creation of a file and renaming are all it needs, and NFS and Lustre have
 both. Nodes with a cache of their own prepare one each.
 
-    NAME/           the entry, under its name only once it is complete; `entry.json` has the sizes of its files
+    NAME/           the entry, under its name only once it is complete, with the sizes and sums of its files
+    NAME.checked    which files of it have been compared with their sums, so that one process of a start does so
     NAME.lock       who prepares it; refreshed while that process lives
     NAME.partial-*  what it has so far
     NAME.failed     what went wrong, for those who wait
@@ -25,6 +26,7 @@ from typing import Any
 
 from filelock import SoftFileLease, Timeout
 
+from qlora_dist.data.entry_files import changed_file, is_complete, note_check, was_checked, write_manifest
 from qlora_dist.errors import UserError
 from qlora_dist.lease import HolderWatch, host_of, make_lease
 
@@ -34,21 +36,24 @@ _POLL_S = (0.05, 2.0)
 """Least and most seconds between two looks at the lock; a tenth of what has been waited already."""
 _SAY_S = (2.0, 30.0)
 """Seconds of waiting before the first line, and between the others."""
-_MANIFEST = "entry.json"
 NOTE = "progress"
 """A file that `make` may write: a line for those who wait. It is no part of the entry."""
 
 
-def prepared(folder: Path, make: Callable[[Path], None], say: Say) -> Path:
+def prepared(
+    folder: Path, make: Callable[[Path], None], say: Say, read: Callable[[Path], object] = lambda folder: None
+) -> Path:
     """The entry `folder`, made by `make` unless it is there; by one process, however many ask for it at a time.
 
-    A holder that others take for dead, but that was only stopped for long, does no harm: each writes into a folder of
-    its own, and the one that is complete first gets the name.
+    An entry that is there is compared with its sums first, by one process for all that start within some minutes, and
+    made anew if it differs. A holder that others take for dead, but that was only stopped for long, does no harm: each
+    writes into a folder of its own, and the one that is complete first gets the name.
 
     Args:
         folder: the entry. Its name says what is in it: the same name, the same content.
         make: fills the folder it is given, which is there and empty.
         say: told that the entry is damaged, and now and then for whom this process waits.
+        read: reads the entry, and raises an error if it is not of the kind that `make` writes.
 
     Returns:
         `folder`.
@@ -57,23 +62,32 @@ def prepared(folder: Path, make: Callable[[Path], None], say: Say) -> Path:
         UserError: `make`'s own, in the process that called it and in all that were waiting for that one; or the cache
             cannot be written.
     """
-    if is_complete(folder):  # perhaps in a cache that this user cannot write
+    if _is_known_whole(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _make_or_wait(folder, make, say)
+        _make_or_wait(folder, make, say, read)
     except OSError as error:
-        raise _unwritable(folder, error) from None
-    return folder
+        if _damage(folder, read) is not None:
+            raise _unwritable(folder, error) from None
+    return folder  # after an OSError: of a cache that this user cannot write
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the entry is there, with every file of the size it was written with."""
+def _is_known_whole(folder: Path) -> bool:
+    return was_checked(folder, _beside(folder, "checked"))
+
+
+def _damage(folder: Path, read: Callable[[Path], object]) -> str | None:
+    """Say what is wrong with an entry; None: nothing."""
+    if not is_complete(folder):
+        return "a file is missing, or has another size"
     try:
-        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+        if (name := changed_file(folder)) is not None:
+            return f"the content of {name} has changed"
+        read(folder)
+    except Exception as error:  # whatever foreign content does to the readers of these formats
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
 
 
 def remove(folder: Path) -> None:
@@ -81,14 +95,16 @@ def remove(folder: Path) -> None:
     aside = _partial(folder)
     with contextlib.suppress(FileNotFoundError):
         folder.rename(aside)
+    if aside.is_symlink():  # planted: what it points to is not the cache's
+        aside.unlink()
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _make_or_wait(folder: Path, make: Callable[[Path], None], say: Say) -> None:
+def _make_or_wait(folder: Path, make: Callable[[Path], None], say: Say, read: Callable[[Path], object]) -> None:
     # one object for the whole wait: it remembers since when the holder has given no sign of life
     lock = make_lease(_beside(folder, "lock"))
     waiting = _Waiting(folder, lock, say)
-    while not is_complete(folder):
+    while not _is_known_whole(folder):
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -97,18 +113,24 @@ def _make_or_wait(folder: Path, make: Callable[[Path], None], say: Say) -> None:
             waiting.pause()
             continue
         try:
-            if not is_complete(folder):  # by now
+            if _is_known_whole(folder):  # by now
+                return
+            damage = _damage(folder, read)
+            if damage is not None:
                 waiting.raise_if_failed()
-                _make(folder, make, lock, say)
+                if os.path.lexists(folder):
+                    say(f"{folder}: is damaged ({damage}), and made anew")
+                _make(folder, make, lock)
+            if is_complete(folder):  # else another process has taken over and is not done
+                note_check(folder, _beside(folder, "checked"))
+                return
         finally:
             lock.release()
 
 
-def _make(folder: Path, make: Callable[[Path], None], lock: SoftFileLease, say: Say) -> None:
+def _make(folder: Path, make: Callable[[Path], None], lock: SoftFileLease) -> None:
     """Make the entry; it is not there afterwards if another process has taken over and is not done."""
-    if folder.exists():
-        say(f"{folder}: is damaged, and made anew")
-        remove(folder)
+    remove(folder)
     for left in folder.parent.glob(f"{folder.name}.partial-*"):
         remove(left)  # renamed first: one that is slow and not dead finds no folder to go on in
     partial = _beside(folder, f"partial-{lock.token}")
@@ -134,13 +156,8 @@ def _make(folder: Path, make: Callable[[Path], None], lock: SoftFileLease, say: 
 def _commit(partial: Path, folder: Path) -> None:
     """Give the folder its name when all of it is on the disk, its manifest last."""
     (partial / NOTE).unlink(missing_ok=True)
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    for path in files:
+    for path in write_manifest(partial):
         _sync(path)
-    sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
-    manifest = partial / _MANIFEST
-    manifest.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-    _sync(manifest)
     with contextlib.suppress(OSError):  # not every file system lets folders be synchronized
         _sync(partial)
     try:
@@ -202,10 +219,11 @@ class _Waiting:
         """Raise what a process raised that this one has waited for; an older failure is none of its business."""
         try:
             failure: dict[str, Any] = json.loads(_beside(self._folder, "failed").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            token, sentence = failure["token"], failure["sentence"]
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             return
-        if failure["token"] in self._holders:
-            raise UserError(failure["sentence"])
+        if token in self._holders:
+            raise UserError(sentence)
 
     def pause(self) -> None:
         """Sleep, the longer the longer it takes, and not in step with others."""

@@ -11,13 +11,13 @@ from typing import Any
 
 from qlora_dist.config import DataConfig, SourceConfig
 from qlora_dist.data.cache import Say, prepared
+from qlora_dist.data.entry_files import sha256_of
 from qlora_dist.data.source import source_files
 from qlora_dist.errors import UserError
 
 VERSION = 2
 """Raised whenever the same rows are stored in another way, or read in another."""
 
-_BLOCK_BYTES = 2**20
 _THREADS = 8
 _DIGESTS = "digests.json"
 
@@ -86,19 +86,20 @@ def _digests(files: list[Path], cache: Path, say: Say) -> list[str]:
             )
         (folder / _DIGESTS).write_text(json.dumps(digests) + "\n", encoding="utf-8")
 
-    folder = prepared(cache / "digests" / _sha256(states), make, say)
-    return json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
+    def read(folder: Path) -> list[str]:
+        digests: list[str] = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
+        if len(digests) != len(files) or not all(isinstance(digest, str) for digest in digests):
+            raise ValueError(f"{_DIGESTS} has not one digest for each file")
+        return digests
+
+    return read(prepared(cache / "digests" / _sha256(states), make, say, read))
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)  # other threads run meanwhile
+        return sha256_of(path)
     except OSError as error:
         raise _unreadable(path, error) from None
-    return digest.hexdigest()
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from qlora_dist.config import DataConfig, SourceConfig
@@ -22,6 +23,7 @@ from qlora_dist.data.source import read_rows, source_files
 from qlora_dist.data.tokenize import Stats, tokenize
 from qlora_dist.data.tokenizer import padding_id
 from qlora_dist.errors import UserError
+from qlora_dist.system import user_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,14 +81,12 @@ def prepare(
     def one(given: str | SourceConfig) -> PreparedSource:
         source = given if isinstance(given, SourceConfig) else SourceConfig(path=given)
         folder = _prepared_entry(source, config, encoder, fingerprint, console, force)
-        stats = Stats(**json.loads((folder / _STATS).read_text(encoding="utf-8")))
+        stats, sequences = _read_entry(folder)
         return PreparedSource(
             path=source.path,
             weight=source.weight,
             stats=stats,
-            rows=build_rows(
-                Sequences.open(folder / _SEQUENCES), config, padding_id(tokenizer, stats.largest_token), source.path
-            ),
+            rows=build_rows(sequences, config, padding_id(tokenizer, stats.largest_token), source.path),
             folder=folder,
         )
 
@@ -113,8 +113,17 @@ def remarks(train: Sequence[PreparedSource], held_out: PreparedSource | None) ->
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where the entries are."""
-    return Path(config.cache).expanduser()
+    """Where the entries are.
+
+    Raises:
+        UserError: in the home of a user who has none.
+    """
+    if config.cache == DataConfig.model_fields["cache"].default:
+        return user_cache()  # the same folder, unless XDG_CACHE_HOME names another
+    try:
+        return Path(config.cache).expanduser()
+    except RuntimeError:
+        raise UserError(f"data.cache: {config.cache}: there is no such home folder; give a whole path") from None
 
 
 def _prepared_entry(
@@ -147,4 +156,18 @@ def _prepared_entry(
     entry = cache / "sequences" / source_key(source, config, fingerprint, cache, say)
     if force:
         remove(entry)
-    return prepared(entry, make, say)
+    return prepared(entry, make, say, _read_entry)
+
+
+def _read_entry(folder: Path) -> tuple[Stats, Sequences]:
+    """Open the files of an entry.
+
+    Raises:
+        ValueError: they are not what `tokenize` writes, or not of each other. pyarrow's errors are of this type.
+    """
+    stats = TypeAdapter(Stats).validate_json((folder / _STATS).read_bytes(), strict=True)
+    sequences = Sequences.open(folder / _SEQUENCES)
+    found = len(sequences), int(sequences.lengths.sum()), int(sequences.trained_lengths.sum())
+    if found != (stats.sequences, stats.tokens, stats.trained_tokens):
+        raise ValueError(f"{_STATS} counts other sequences or tokens than {_SEQUENCES} holds")
+    return stats, sequences

@@ -8,8 +8,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from qlora_dist.data.probe import Probed, Refused
 from qlora_dist.data.row import Message
+from qlora_dist.data.template_limit import LIMITED
 
 Span = tuple[int, int]
 """First character and the one after the last."""
@@ -31,7 +34,10 @@ class Renderer:
 
         self.marked = _GENERATION.search(template) is not None
         """It says itself what the assistant generates."""
-        self._template = theirs._compile_jinja_template(template).environment.from_string(template)
+        try:
+            self._template = theirs._compile_jinja_template(template).environment.from_string(template)
+        except RecursionError:
+            raise TemplateSyntaxError("it is nested too deeply", 1) from None
         # jinja's ChainMap is walked through in Python for each rendering, which takes as long as a short conversation
         self._template.globals = dict(self._template.globals)
         self._render_marked: Callable[..., tuple[str, list[Span]]] = theirs._render_with_assistant_indices
@@ -87,7 +93,7 @@ class Renderer:
             given = {"messages": messages, "tools": tools, "add_generation_prompt": prompting}
             # what Template.render does, with the globals merged in beforehand
             context = self._template.new_context({**self._variables, **given}, shared=True)
-            text = "".join(self._template.root_render_func(context))
+            text = LIMITED.call("".join, self._template.root_render_func(context))
         except Exception as error:  # what a template does to values it did not expect is its own
             raise _refusal(error) from None
         return _checked(text)
@@ -99,7 +105,8 @@ class Renderer:
             Refused: by the template.
         """
         try:
-            text, spans = self._render_marked(self._template, messages, tools, None, False, **self._special_tokens)
+            given = self._template, messages, tools, None, False
+            text, spans = LIMITED.call(self._render_marked, *given, **self._special_tokens)
         except Exception as error:
             raise _refusal(error) from None
         return _checked(text), spans

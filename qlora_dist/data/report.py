@@ -61,7 +61,8 @@ def preprocess(
 
     for _, source in _named(prepared):
         for index in range(min(show, len(source.rows.sequences))):
-            console.print(_sample(source, index, decode, marks=console.color_system is None), soft_wrap=True)
+            colourless = console.color_system is None or console.no_color  # NO_COLOR leaves a terminal bold alone
+            console.print(_sample(source, index, decode, marks=colourless), soft_wrap=True)
 
 
 def _named(prepared: Prepared) -> list[tuple[str, PreparedSource]]:

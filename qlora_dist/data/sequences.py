@@ -56,7 +56,12 @@ class Sequences:
         """
         with pa.memory_map(str(path)) as source:  # the batches keep the mapping
             reader = pa.ipc.open_file(source)
-            return cls([reader.get_batch(index) for index in range(reader.num_record_batches)])
+            if not reader.schema.equals(_SCHEMA):
+                raise pa.ArrowInvalid(f"{path.name} has other columns than sequences of tokens")
+            batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        for batch in batches:
+            batch.validate(full=True)  # of offsets beyond the tokens, which numpy would follow
+        return cls(batches)
 
     @classmethod
     def of(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Sequences:

@@ -21,7 +21,9 @@ from typing import Literal, NamedTuple, TextIO
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.row import BadRow, CompletionRow, Row, TextRow
 from qlora_dist.data.sequences import Flat, SequenceWriter
+from qlora_dist.data.template_limit import LIMITED
 from qlora_dist.errors import UserError
+from qlora_dist.system import cores
 
 _CHUNK_ROWS = 256
 _CHUNK_CHARACTERS = 2**20
@@ -184,8 +186,9 @@ class _Rejects:
 def _encoded(rows: Iterable[Row | BadRow], encoder: Encoder, workers: int | Literal["auto"]) -> Iterator[_Part]:
     """Every chunk's tokens, in order; what `rows` raises comes after the chunks before it."""
     chunks = _chunks(rows)
-    # more processes than chunks would only be started; and one has the work done sooner than it starts another
-    most = _cores() if workers == "auto" else workers
+    # more processes than chunks would only be started; and one has the work done sooner than it starts another. Other
+    # ranks wait for what these do: they need not share the cores
+    most = cores() if workers == "auto" else workers
     first = list(islice(chunks, most)) if most > 1 else []
     chunks = chain(first, chunks)
     if len(first) < 2:
@@ -200,11 +203,6 @@ def _encoded(rows: Iterable[Row | BadRow], encoder: Encoder, workers: int | Lite
                 yield _result(pending.popleft())
         while pending:
             yield _result(pending.popleft())
-
-
-def _cores() -> int:
-    """Those that this process may use. Other ranks wait for what it does: it need not share them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chunks(rows: Iterable[Row | BadRow]) -> Iterator[Chunk | UserError]:
@@ -255,7 +253,8 @@ def _result(future: Future[_Part] | UserError) -> _Part:
 
 
 def _encode(chunk: Chunk, encoder: Encoder) -> _Part:
-    results = iter(encoder.encode([row for row in chunk if not isinstance(row, BadRow)]))
+    with LIMITED.armed():
+        results = iter(encoder.encode([row for row in chunk if not isinstance(row, BadRow)]))
     bad, kept = [], []
     untrained = 0
     for row in chunk:

@@ -23,7 +23,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: no such folder; give the folder of a Hugging Face model")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever its readers do to files that are of another kind, or nested without end
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: holds no tokenizer ({reason}); copy it there from the original model") from None
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
 import socket
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,10 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from qlora_dist.doctor.finding import Finding
 from qlora_dist.doctor.node import existing_folder
 from qlora_dist.launch.environment import Ranks
-from qlora_dist.parallel.exchange import broadcast_json, gather_json
+from qlora_dist.parallel.exchange import gather_json
+from qlora_dist.parallel.shared_folder import look_for_sharing
 
 _CONNECT_S = 5.0
-_SHARED_S = 10.0
 _SKEW_S = 1.0
 _TRIAL_BYTES = 2**20
 _LARGEST_BYTES = 2**28
@@ -75,27 +73,11 @@ def check_ports(nodes: list[str], ranks: Ranks) -> Finding:
 def check_shared_folder(nodes: list[str], ranks: Ranks, folder: Path) -> Finding:
     """A file that rank 0 writes is seen by all nodes. Nothing is left of it."""
     existing = existing_folder(folder)
-    path, token = existing / f".qlora-dist-doctor-{secrets.token_hex(4)}", secrets.token_hex(8)
-    written = True
-    if ranks.rank == 0:
-        try:
-            path.write_text(token)
-        except OSError:
-            written = False
-    path, token, written = broadcast_json([str(path), token, written])
-    seen = False
-    end = time.monotonic() + _SHARED_S
-    while written and not seen and time.monotonic() < end:  # NFS shows new files after a while
-        with suppress(OSError):
-            seen = Path(path).read_text() == token
-        if not seen:
-            time.sleep(0.2)
-    by_rank = gather_json(seen)
-    if ranks.rank == 0:
-        Path(path).unlink(missing_ok=True)
-    if not written:
-        return Finding("shared folder", "fail", f"rank 0 cannot write {existing}", "name another folder in run.dir")
-    blind = [name for index, name in enumerate(nodes) if not by_rank[index * ranks.local_world_size]]
+    sharing = look_for_sharing(existing)
+    if sharing.failure is not None:
+        said = f"rank 0 cannot write {existing} ({sharing.failure})"
+        return Finding("shared folder", "fail", said, "name another folder in run.dir")
+    blind = [name for index, name in enumerate(nodes) if index * ranks.local_world_size in sharing.blind]
     if blind:
         said = f"{existing} of {nodes[0]} is not seen by {', '.join(blind)}"
         return Finding("shared folder", "fail", said, "name a folder that all nodes share in run.dir")

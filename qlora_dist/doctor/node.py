@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import torch
 
 from qlora_dist.bf16 import warn_of_bf16
 from qlora_dist.doctor.finding import Finding
 from qlora_dist.launch.environment import Ranks
+from qlora_dist.launch.hosts import why_unknown
 from qlora_dist.nf4.layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize, quantize
 from qlora_dist.nf4.tables import code_table, nested_code_table
+from qlora_dist.system import cores
 from qlora_dist.versions import TESTED
 
 _LITTLE_DISK = 10 * 2**30
@@ -31,7 +36,7 @@ def check_node(ranks: Ranks, device: torch.device, folder: Path) -> list[Finding
         folder: where runs go.
     """
     on_device = [check_memory(device), check_compute_type(device), check_kernels(device)]
-    return [check_libraries(), check_devices(ranks), *on_device, check_disk(folder)]
+    return [check_libraries(), check_devices(ranks), *on_device, check_disk(folder), check_host_name()]
 
 
 def check_libraries() -> Finding:
@@ -56,14 +61,14 @@ def check_libraries() -> Finding:
 
 def check_devices(ranks: Ranks) -> Finding:
     """One GPU for each rank of the node (with GPUs: not run)."""
-    cores, here = len(os.sched_getaffinity(0)), ranks.local_world_size
+    own, here = cores(), ranks.local_world_size
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else " (torch is built without CUDA)"
-        said = f"no CUDA device{built}; {here} {_plural(here, 'rank')} on {cores} {_plural(cores, 'core')}"
+        said = f"no CUDA device{built}; {here} {_plural(here, 'rank')} on {own} {_plural(own, 'core')}"
         return Finding("devices", "warn", said, "fine for trying; for GPUs, install torch with CUDA, and the driver")
     count = torch.cuda.device_count()
     names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
-    said = f"{count} x {', '.join(names)}; {here} {_plural(here, 'rank')}, {cores} {_plural(cores, 'core')}"
+    said = f"{count} x {', '.join(names)}; {here} {_plural(here, 'rank')}, {own} {_plural(own, 'core')}"
     if count < here and count != 1:  # with one for each rank (--gpus-per-task=1) a rank sees its own only
         return Finding("devices", "fail", said, f"start {count} ranks on this node")
     return Finding("devices", "ok", said)
@@ -74,8 +79,8 @@ def check_memory(device: torch.device) -> Finding:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:
-        pages = os.sysconf("SC_PAGE_SIZE")
-        free, total = os.sysconf("SC_AVPHYS_PAGES") * pages, os.sysconf("SC_PHYS_PAGES") * pages
+        memory = psutil.virtual_memory()
+        free, total = memory.free, memory.total
     values = {"free_bytes": free, "total_bytes": total}
     said = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free" + (" on the GPU" if device.type == "cuda" else "")
     if device.type == "cuda" and free < 0.9 * total:
@@ -120,6 +125,18 @@ def check_disk(folder: Path) -> Finding:
     if free < _LITTLE_DISK:
         return Finding("disk", "warn", said, "checkpoints need twelve bytes for each trained parameter", values)
     return Finding("disk", "ok", said, values=values)
+
+
+def check_host_name(environ: Mapping[str, str] = os.environ) -> Finding:
+    """Names by which ranks meet: this machine's own, which torchrun takes, and the one in MASTER_ADDR."""
+    own, master = socket.gethostname(), environ.get("MASTER_ADDR")
+    if master and (reason := why_unknown(master)) is not None:
+        remedy = "set MASTER_ADDR to an address of rank 0's machine, or add the name to the DNS or to /etc/hosts"
+        return Finding("host name", "fail", f"MASTER_ADDR: {master} leads nowhere ({reason})", remedy)
+    if (reason := why_unknown(own)) is not None:
+        remedy = "add it to /etc/hosts; on one machine, start torchrun with --local-addr 127.0.0.1, as launch does"
+        return Finding("host name", "warn", f"{own}, this machine's own name, leads nowhere ({reason})", remedy)
+    return Finding("host name", "ok", f"{own} is known here")
 
 
 def existing_folder(folder: Path) -> Path:

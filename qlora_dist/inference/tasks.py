@@ -18,6 +18,9 @@ from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.inference.load import Loaded
 
+_NETWORK_LIBRARIES = {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
+"""Whose errors say that something was not reached; which of them is there depends on releases."""
+
 
 @dataclass(frozen=True)
 class TaskOptions:
@@ -34,7 +37,7 @@ class TaskOptions:
 
 
 def check_tasks(options: TaskOptions) -> None:
-    """See whether the harness is installed and knows the tasks, before a model is loaded.
+    """See whether the harness is installed, knows the tasks and has their data, before a model is loaded.
 
     Raises:
         UserError: it is not, or does not.
@@ -43,7 +46,7 @@ def check_tasks(options: TaskOptions) -> None:
         raise UserError("--tasks needs lm-evaluation-harness; pip install 'qlora-dist[eval]'")
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    _manager(tuple(options.names), options.folder)
+    _manager(tuple(options.names), options.folder).load_ahead(list(options.names))
 
 
 def run_tasks(loaded: Loaded, options: TaskOptions) -> dict[str, dict[str, Any]]:
@@ -75,13 +78,49 @@ def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
     """What knows the tasks. All of the harness's own are read, in seconds, where the folder has not all."""
     from lm_eval.tasks import TaskManager
 
+    class Manager(TaskManager):
+        """The harness's own, which says in a sentence that data is out of reach, and loads it before the model too."""
+
+        ahead: Any = None
+        """What was loaded ahead, for the first evaluation: the harness changes the tasks that it evaluates."""
+
+        def load_ahead(self, task_list: list[str]) -> None:
+            self.ahead = self.load(task_list)
+
+        def load(self, task_list: Any) -> Any:
+            if self.ahead is not None:
+                loaded, self.ahead = self.ahead, None
+                return loaded
+            try:
+                return super().load(task_list)
+            except Exception as error:
+                if not _is_out_of_reach(error):
+                    raise
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise UserError(
+                    f"--tasks {','.join(names)}: the data of a task cannot be loaded ({reason}); run the same command "
+                    "where there is a network, with --limit 1, and give this machine its cache (HF_HOME)"
+                ) from None
+
     path = None if folder is None else str(folder)
     for defaults in (False, True) if folder is not None else (True,):
-        manager = TaskManager(include_path=path, include_defaults=defaults)
+        manager = Manager(include_path=path, include_defaults=defaults)
         missing = [name for name in names if not manager.match_tasks([name])]
         if not missing:
             return manager
     raise UserError(f"--tasks {missing[0]}: no such task; see `lm-eval ls tasks`, or give --task-folder")
+
+
+def _is_out_of_reach(error: Exception) -> bool:
+    """Whether it is about files or a network, and not a mistake in what was loaded."""
+    from datasets.exceptions import DatasetsError
+
+    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return (
+        isinstance(error, (OSError, DatasetsError))
+        or not libraries.isdisjoint(_NETWORK_LIBRARIES)
+        or str(error).startswith("Couldn't find cache for")  # of datasets: another part of it was loaded
+    )
 
 
 def _numbers(found: dict[str, Any]) -> dict[str, Any]:

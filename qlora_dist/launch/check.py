@@ -11,7 +11,7 @@ from qlora_dist.data.source import source_files
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
-from qlora_dist.launch.environment import Ranks
+from qlora_dist.launch.environment import Launcher, Ranks
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.plan.memory import plan_memory
@@ -53,6 +53,16 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
         folder, model = setup.folder, setup.model
     _check_memory(config, cluster, model, sizes, console)
     _check_plan(config, cluster, folder, ranks.world_size, nodes, console)
+
+
+def check_here(config: Config, launcher: str, ranks_per_node: int, console: Console) -> None:
+    """Check what `train --dry-run` does, for the ranks that a launcher is going to start on this machine.
+
+    Raises:
+        UserError: whatever is wrong.
+    """
+    names: dict[str, Launcher] = {"torchrun": "torchrun", "mpi": "mpi"}
+    set_up(config, Ranks(0, ranks_per_node, 0, ranks_per_node, names.get(launcher, "none")), console)
 
 
 def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, sizes: MeshSizes, console: Console) -> None:

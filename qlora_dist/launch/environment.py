@@ -8,11 +8,12 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 from qlora_dist.errors import UserError
+from qlora_dist.launch.birth import birth
 
 Launcher = Literal["torchrun", "mpi", "srun", "none"]
 
@@ -174,7 +175,7 @@ def meeting_name(environ: Mapping[str, str] = os.environ) -> str:
     return "/".join(environ.get(name, "") for name in names)
 
 
-def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int | float | None]:
+def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """How others find this process: its machine and number, its launcher's number, its SLURM job and step, and that
     job's nodes as SLURM names them.
     """
@@ -183,7 +184,7 @@ def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, str | int
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "born": psutil.Process().create_time(),
+        **birth(os.getpid()),
         "launcher_pid": os.getppid() if own_parent else None,
         "job_id": f"{job}.{step}" if job and step else job,
         "nodes": environ.get("SLURM_JOB_NODELIST"),
@@ -201,7 +202,8 @@ def this_launch(environ: Mapping[str, str] = os.environ) -> dict[str, str | None
     if started_by_torchrun(environ):
         run_id = environ["TORCHELASTIC_RUN_ID"]
         with suppress(psutil.Error):
-            agent = f"{socket.gethostname()}/{os.getppid()}/{psutil.Process(os.getppid()).create_time():.0f}"
+            born = birth(os.getppid())
+            agent = f"{socket.gethostname()}/{os.getppid()}/{born.get('start_ticks', born['born'])}"
     number = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
     if number:
         job = f"{environ.get('SLURM_CLUSTER_NAME', '')}/{number}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +19,7 @@ from rich.console import Console
 from qlora_dist.config import Config
 from qlora_dist.config_file import dump_config
 from qlora_dist.errors import UserError
+from qlora_dist.launch.birth import birth
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.render import Job, render
 from qlora_dist.launch.runs import JOB_FILE, read_json
@@ -35,14 +38,23 @@ class Options:
     array: int = 0
     dry_run: bool = False
     follow: bool = False
+    given: Sequence[str] = ()
+    """The configuration's file and what overrides it, as given."""
 
 
-def launch_here(config: Config, on: On, options: Options) -> None:
-    """Start a run on this machine, in this process's place. Returns only from a dry run.
+def launch_here(config: Config, on: On, options: Options, console: Console) -> None:
+    """Check a run and start it on this machine, in this process's place. Returns only from a dry run.
+
+    Args:
+        config: of the run.
+        on: what starts its ranks.
+        options: of the command line.
+        console: for progress; of a dry run the command goes to stdout.
 
     Raises:
-        UserError: more than one node, or a name that is taken.
+        UserError: more than one node, a name that is taken, or what `train --dry-run` refuses.
     """
+    from qlora_dist.launch.check import check_here
     from qlora_dist.train.claim import check_name
 
     if options.nodes > 1:
@@ -50,25 +62,22 @@ def launch_here(config: Config, on: On, options: Options) -> None:
             f"--nodes: --on {on} starts this machine's ranks alone; use --on slurm, launch/torchrun.sh on each node, "
             "or launch/mpirun.sh with a list of hosts"
         )
+    if on == "local" and (options.ranks_per_node or 1) > 1:
+        raise UserError(
+            f"--ranks-per-node: {options.ranks_per_node} ranks are more than the one process that --on local starts; "
+            "use --on torchrun"
+        )
     if (done := check_name(config)) is not None:
         print(done)
         return
+    ranks = 1 if on == "local" else options.ranks_per_node or _ranks_here(console)
+    if on != "local" or options.dry_run:  # a single process says itself what is wrong, and says it last
+        check_here(config, on, ranks, console)
+    if options.dry_run:
+        print(shlex.join(_command(on, ranks, options.given)))
+        return
     run = _absolute_run(config)
     folder = _new_folder(run)
-    ranks = options.ranks_per_node or 1
-    train = ["-m", "qlora_dist", "train", str(folder / "config.yaml")]
-    commands = {
-        "local": [sys.executable, *train],
-        "torchrun": [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
-            *train,
-        ],
-        "mpi": ["mpirun", "-n", str(ranks), "--bind-to", "none", sys.executable, *train],
-    }
-    command = commands[on]
-    if options.dry_run:
-        print(*command)
-        return
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     write_job(run, on, None, os.getpid(), None)
@@ -77,10 +86,29 @@ def launch_here(config: Config, on: On, options: Options) -> None:
     os.environ.update({"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # torchrun would end; the ranks listen to them
         signal.signal(number, signal.SIG_IGN)
+    command = _command(on, ranks, [str(folder / "config.yaml")])
     try:
         os.execvp(command[0], command)
     except FileNotFoundError:
         raise UserError(f"{command[0]}: there is no such command; install an MPI, such as mpich from PyPI") from None
+
+
+def _command(on: On, ranks: int, given: Sequence[str]) -> list[str]:
+    train = ["-m", "qlora_dist", "train", *given]
+    if on == "torchrun":
+        torchrun = [sys.executable, "-m", "qlora_dist.launch.agent", "--standalone", f"--nproc-per-node={ranks}"]
+        return [*torchrun, *train]
+    return [*(["mpirun", "-n", str(ranks), "--bind-to", "none"] if on == "mpi" else []), sys.executable, *train]
+
+
+def _ranks_here(console: Console) -> int:
+    """Count the GPUs that this machine lets its processes see, one rank for each."""
+    import torch
+
+    if count := torch.cuda.device_count():
+        return count
+    console.print("no GPU here: one rank; --ranks-per-node starts more", highlight=False)
+    return 1
 
 
 def launch_slurm(config: Config, cluster: Cluster, options: Options, console: Console) -> None:
@@ -156,6 +184,7 @@ def write_job(run: Path, launcher: On, job_id: int | None, pid: int | None, log:
         "job_id": job_id,
         "host": socket.gethostname(),
         "pid": pid,
+        **({} if pid is None else birth(pid)),
         "log": None if log is None else str(log),
         "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

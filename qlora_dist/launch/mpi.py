@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-import re
 import socket
 from collections.abc import Mapping
 
@@ -22,6 +21,7 @@ from qlora_dist.launch.environment import (
     started_by_open_mpi,
     store_address,
 )
+from qlora_dist.launch.interfaces import is_chosen
 
 _REMEDY = "or set MASTER_ADDR and MASTER_PORT"
 _listening: socket.socket | None = None
@@ -95,7 +95,7 @@ def own_address(environ: Mapping[str, str] = os.environ) -> str:
     if named := environ.get("GLOO_SOCKET_IFNAME"):
         interfaces = {name: interfaces[name] for name in named.split(",") if name in interfaces}
     elif named := environ.get("NCCL_SOCKET_IFNAME"):
-        interfaces = {name: there for name, there in interfaces.items() if _chosen(name, named)}
+        interfaces = {name: there for name, there in interfaces.items() if is_chosen(name, named)}
     else:
         with contextlib.suppress(OSError):
             for *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
@@ -127,10 +127,3 @@ def _addresses() -> dict[str, list[str]]:
         if name in up and usable:
             found[name] = usable
     return found
-
-
-def _chosen(name: str, pattern: str) -> bool:
-    """NCCL's rule: prefixes; `=` before them means whole names, `^` all but these."""
-    sign, names = re.match(r"(\^?=?)(.*)", pattern).groups()  # type: ignore[union-attr]
-    fits = name in names.split(",") if "=" in sign else name.startswith(tuple(names.split(",")))
-    return fits != ("^" in sign)

@@ -17,6 +17,7 @@ import yaml
 
 from qlora_dist.config import DEFAULT_STEPS
 from qlora_dist.errors import UserError
+from qlora_dist.launch.birth import is_same_process
 from qlora_dist.launch.squeue import WAITING, queued_jobs
 from qlora_dist.train.run_dir import DONE, PROCESS_FILE, REQUEUE, STOPPED
 
@@ -153,7 +154,7 @@ def _state(
         if queued is not None:
             return "running"
         return "to be requeued" if REQUEUE in markers else "failed"
-    if _lives(job, _seconds(job.get("submitted"))) or _lives(process, process.get("born")):
+    if _lives({"born": _seconds(job.get("submitted")), **job}) or _lives(process):
         return "running"
     if REQUEUE in markers:
         return "to be requeued"
@@ -161,14 +162,13 @@ def _state(
     return "running" if elsewhere and time.time() - _touched(path) < _SILENT_S else "failed"
 
 
-def _lives(process: dict[str, Any], born: Any) -> bool:
+def _lives(process: dict[str, Any]) -> bool:
     """Whether it is a process of this machine that runs, and no later one with the same number."""
     if process.get("host") != socket.gethostname() or not _is_int(process.get("pid")):
         return False
     try:
-        found = psutil.Process(process["pid"])
-        late = isinstance(born, (int, float)) and found.create_time() > born + 60
-        return found.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) and not late
+        ended = psutil.Process(process["pid"]).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return not ended and is_same_process(process, process["pid"])
     except (psutil.Error, ValueError, OverflowError):
         return False
 

@@ -78,10 +78,10 @@ class PagedAdamW:
             shard.detach() if is_whole else _slice(shard.detach(), piece)
             for shard, piece, is_whole in zip(shards, pieces, whole, strict=True)
         ]
-        views = [self.moments.views(memory, number, piece) for piece in pieces]
-        for view, parameter in zip(views, parameters, strict=True):
-            for name in MOMENTS:
-                view[name] = view[name].view(parameter.shape)
+        views = [
+            self.moments.views(memory, number, piece, parameter.shape)
+            for piece, parameter in zip(pieces, parameters, strict=True)
+        ]
         codes = [view[name] for name in MOMENTS for view in views]
         return _Part(factor, pieces, whole, parameters, views, codes[: len(views)], codes[len(views) :])
 

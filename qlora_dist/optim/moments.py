@@ -108,12 +108,22 @@ class Moments:
                     view.copy_(moments[name].view(-1)[start : start + view.numel()])
             self.pager.write(number, memory)
 
-    def views(self, memory: torch.Tensor, number: int, piece: Piece) -> dict[str, torch.Tensor]:
-        """The moments of a piece in page `number`, which lies in memory: uint8[nbytes]."""
+    def views(self, memory: torch.Tensor, number: int, piece: Piece, shape: torch.Size) -> dict[str, torch.Tensor]:
+        """Return the moments of a piece in page `number`, as the update kernels take them.
+
+        Args:
+            memory: uint8[nbytes], where the page lies.
+            number: of the page.
+            piece: part of a shard.
+            shape: of the part of the parameter, which `MOMENTS` take on.
+        """
         views = _views(memory, self.pages[number], piece, self.bits)
+        views |= {name: views[name].view(shape) for name in MOMENTS}
         if self.is_managed:
             for view in views.values():
-                view.is_paged = True  # type: ignore[attr-defined]  # bitsandbytes' mark, which slices lose
+                # bitsandbytes' mark is an attribute, which every further view would lose; without it the kernels
+                # refuse managed memory, a tensor on the CPU, beside a gradient on the GPU
+                view.is_paged = True  # type: ignore[attr-defined]
         return views
 
     def close(self) -> None:

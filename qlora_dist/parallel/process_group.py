@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
+from qlora_dist.launch.interfaces import check_interfaces
 from qlora_dist.parallel.rendezvous import meet
 
 
@@ -36,6 +37,19 @@ def resolve_device(name: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
+def idle_gpus(ranks: Ranks, device: torch.device, count: int) -> str | None:
+    """Say that a single process leaves GPUs of this machine without work; None: it does not.
+
+    Args:
+        ranks: who this process is.
+        device: of this rank.
+        count: GPUs that it sees.
+    """
+    if device.type != "cuda" or ranks.launcher != "none" or count <= 1:
+        return None
+    return f"this process uses one of {count} GPUs; `qlora-dist launch CONFIG --on torchrun` uses all, one rank on each"
+
+
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) -> Iterator[dist.Store]:
     """The default process group: gloo on the CPU, NCCL beside it on CUDA (that branch was not run on a GPU).
@@ -56,6 +70,8 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) 
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if ranks.world_size > 1:
+        check_interfaces(device.type)
     store = dist.HashStore() if ranks.world_size == 1 else meet(ranks, timeout_s)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

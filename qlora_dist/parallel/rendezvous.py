@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import json
 import secrets
+import socket
+import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks, StoreAddress, agent_keeps_store, meeting_name, store_address
+from qlora_dist.launch.hosts import check_meeting_host
 from qlora_dist.launch.mpi import listening_socket
 
 _ATTEMPT = "attempt"
 _LONGEST_SLEEP_S = 0.2
+_ANSWER_S = 30.0
+"""Seconds that a store may take to answer a rank that has connected."""
 
 
 def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
@@ -48,24 +54,60 @@ def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
 
 
 def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> dist.Store:
-    try:
-        return dist.TCPStore(
-            address.host,
-            address.port,
-            is_master=ranks.rank == 0 and not agent_keeps_store(),
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=True,
-            master_listen_fd=listening_socket(),
-        )
-    except dist.DistError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"the ranks can't meet at {address.host}:{address.port} ({reason}); see that rank 0 is started there, and "
-            "that this machine reaches it",
-            one_rank=True,
-            passing=True,
-        ) from None
+    """Connect to the store, or open it on rank 0.
+
+    Raises:
+        UserError: its machine is not known, it is not there, or who listens there is no store.
+    """
+    check_meeting_host(address.host)
+    made: list[dist.Store | dist.DistError] = []
+
+    def make() -> None:
+        try:
+            store = dist.TCPStore(
+                address.host,
+                address.port,
+                is_master=ranks.rank == 0 and not agent_keeps_store(),
+                timeout=timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+                multi_tenant=True,
+                master_listen_fd=listening_socket(),
+            )
+            made.append(store)
+        except dist.DistError as error:
+            made.append(error)
+
+    # in a thread: torch heeds its timeout while nothing listens, and waits for ever for a listener that is silent
+    attempt = threading.Thread(target=make, name="store", daemon=True)
+    attempt.start()
+    silent_since = None
+    while not made:
+        attempt.join(0.5)
+        if not attempt.is_alive():
+            break
+        if silent_since is None and _listens(address):
+            silent_since = time.monotonic()
+        if silent_since is not None and time.monotonic() - silent_since > _ANSWER_S:
+            raise _no_meeting(address, "what listens there does not answer, and is not rank 0")
+    (store,) = made
+    if isinstance(store, dist.DistError):
+        raise _no_meeting(address, str(store).strip().split("\n")[0])
+    return store
+
+
+def _listens(address: StoreAddress) -> bool:
+    with suppress(OSError), socket.create_connection((address.host, address.port), timeout=_ANSWER_S) as connection:
+        return connection.getsockname() != connection.getpeername()  # which a free port may give to its own caller
+    return False
+
+
+def _no_meeting(address: StoreAddress, reason: str) -> UserError:
+    return UserError(
+        f"the ranks can't meet at {address.host}:{address.port} ({reason}); see that rank 0 is started there, that "
+        "this machine reaches it, and that no other program has the port (MASTER_PORT)",
+        one_rank=True,
+        passing=True,
+    )
 
 
 def _call(store: dist.Store, ranks: Ranks, end: float) -> dist.Store | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from qlora_dist.config import Section
 from qlora_dist.errors import UserError
 from qlora_dist.plan.hardware import Positive
 from qlora_dist.plan.time import Speeds
+from qlora_dist.system import user_cache
 
 
 class Measured(Section):
@@ -39,7 +39,7 @@ class Calibration(Section):
 
 def default_path() -> Path:
     """In the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-dist" / "calibration.json"
+    return user_cache() / "calibration.json"
 
 
 def load_calibration(path: Path | None = None) -> Calibration:
@@ -51,7 +51,10 @@ def load_calibration(path: Path | None = None) -> Calibration:
     Raises:
         UserError: there is no such file, or it is another one.
     """
-    where = path or default_path()
+    try:
+        where = path or default_path()
+    except UserError:  # a user without a home
+        return Calibration()
     try:
         return Calibration.model_validate(json.loads(where.read_text(encoding="utf-8")))
     except FileNotFoundError:

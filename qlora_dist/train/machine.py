@@ -12,13 +12,9 @@ from typing import Any
 import psutil
 
 from qlora_dist import __version__
+from qlora_dist.system import cores
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")
-
-
-def cores() -> int:
-    """Which this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def this_machine(device: str) -> dict[str, Any]:

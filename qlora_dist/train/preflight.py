@@ -19,6 +19,8 @@ from qlora_dist.config import Config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.parallel.exchange import gather_json
+from qlora_dist.parallel.shared_folder import look_for_sharing
+from qlora_dist.train.run_dir import run_path
 
 MAY_DIFFER = ("data.cache", "data.workers", "paging.dir")
 """Keys whose values are a node's own affair."""
@@ -57,6 +59,27 @@ def check_ranks_agree(
         raise UserError(difference)
     if (mistake := misplaced(gather_json([host, ranks.local_rank, _gpu(device)]), ranks.local_world_size)) is not None:
         raise UserError(mistake)
+
+
+def check_shared_run_dir(config: Config, ranks: Ranks) -> None:
+    """See whether all ranks write into one run's folder. Called on all ranks, or the first checkpoint finds out.
+
+    Raises:
+        UserError: on all ranks, if a rank does not see what rank 0 writes there.
+    """
+    if ranks.world_size == 1:
+        return
+    path = run_path(config.run)
+    sharing = look_for_sharing(path)
+    if sharing.failure is not None:
+        raise UserError(f"{path}: cannot be written ({sharing.failure}); give run.dir a folder that can")
+    if sharing.blind:
+        rank = sharing.blind[0]
+        more = f" (and {len(sharing.blind) - 1} more)" if len(sharing.blind) > 1 else ""
+        raise UserError(
+            f"{path}: rank {rank}{more} on {sharing.hosts[rank]} does not see what rank 0 on {sharing.hosts[0]} writes "
+            "there; give run.dir a folder that all nodes share, by its whole path"
+        )
 
 
 def facts(config: Config, ranks: Ranks, device: torch.device, data: Mapping[str, str] | None) -> Facts:

@@ -33,7 +33,7 @@ from qlora_dist.train.memory import free_bytes
 from qlora_dist.train.optimizer import make_states
 from qlora_dist.train.out_of_memory import answered
 from qlora_dist.train.output import note_lost_output
-from qlora_dist.train.preflight import check_ranks_agree
+from qlora_dist.train.preflight import check_ranks_agree, check_shared_run_dir
 from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, run_path
 from qlora_dist.train.setup import Setup, set_up
 from qlora_dist.train.stop import BY_HAND, drop_old_stop_file
@@ -78,6 +78,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     started = time.perf_counter()
     config, model = setup.config, setup.model
     check_ranks_agree(config, setup.ranks, setup.device, setup.data_sha256)
+    check_shared_run_dir(config, setup.ranks)
     start = find_start(setup, resume, console)
     run_dir = None
     if setup.ranks.rank == 0:

@@ -26,7 +26,7 @@ from qlora_dist.model.skeleton import LossModel, build_skeleton
 from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
-from qlora_dist.parallel.process_group import resolve_device
+from qlora_dist.parallel.process_group import idle_gpus, resolve_device
 from qlora_dist.train.trackers import check_trackers
 
 
@@ -65,6 +65,8 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         UserError: whatever is wrong, before a process group exists and a GPU waits.
     """
     device = resolve_device(config.train.device, ranks)
+    if console is not None and (idle := idle_gpus(ranks, device, torch.cuda.device_count())) is not None:
+        console.print(idle, markup=False, highlight=False)
     check_engine(config, device)
     check_trackers(config)
     if config.train.compile:

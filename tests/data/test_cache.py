@@ -53,7 +53,12 @@ def await_(what: str, happened: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def rank(pipe: Connection, folder: Path, make: Callable[[Path], None]) -> None:
+def sign(folder: Path) -> None:
+    with (folder.parent / "readers").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def rank(pipe: Connection, folder: Path, make: Callable[[Path], None], read: Callable[[Path], None]) -> None:
     said: list[str] = []
 
     def say(line: str) -> None:
@@ -61,7 +66,7 @@ def rank(pipe: Connection, folder: Path, make: Callable[[Path], None]) -> None:
         (folder.parent / f"waiting-{os.getpid()}").touch()
 
     try:
-        prepared(folder, make, say)
+        prepared(folder, make, say, read)
         pipe.send((None, said))
     except Exception as error:
         pipe.send((f"{type(error).__name__}: {error}", said))
@@ -70,11 +75,17 @@ def rank(pipe: Connection, folder: Path, make: Callable[[Path], None]) -> None:
 class Ranks:
     """Processes that all want the same entry."""
 
-    def __init__(self, folder: Path, make: Callable[[Path], None], count: int = RANKS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        make: Callable[[Path], None],
+        count: int = RANKS,
+        read: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         self.pipes = {}
         for _ in range(count):
             ours, theirs = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=rank, args=(theirs, folder, make))
+            process = CONTEXT.Process(target=rank, args=(theirs, folder, make, read))
             process.start()
             theirs.close()
             self.pipes[ours] = process
@@ -133,8 +144,8 @@ def let_go_when_all_wait(folder: Path, count: int = RANKS) -> None:
 
 
 def beside(folder: Path) -> set[str]:
-    """What preparing has left."""
-    return {path.name for path in folder.parent.iterdir() if path.name.startswith("abc.")}
+    """What preparing has left, without the note that the entry was checked."""
+    return {path.name for path in folder.parent.iterdir() if path.name.startswith("abc.")} - {"abc.checked"}
 
 
 def test_one_prepares_and_all_get_it(folder):
@@ -146,7 +157,7 @@ def test_one_prepares_and_all_get_it(folder):
     lines = [line for _, said in results for line in said]
     assert len(lines) == RANKS - 1
     assert all(f"process {maker}, to prepare {folder} (" in line for line in lines)
-    assert {path.name for path in folder.iterdir()} == {"first", "second", "entry.json"}
+    assert {path.name for path in folder.iterdir()} == {"first", "second", "sums.json", "entry.json"}
     assert not beside(folder), "no lock, nothing half-written"
     prepared(folder, fail, print)  # is there: not made again
 
@@ -231,7 +242,7 @@ def test_a_holder_that_was_only_stopped_does_no_harm(folder, short_lease, first)
         assert [error for error, _ in successor.results()] == [None]
     assert len(makers(folder)) == 2
     assert is_complete(folder)
-    assert {path.name for path in folder.iterdir()} == {"first", "second", "entry.json"}
+    assert {path.name for path in folder.iterdir()} == {"first", "second", "sums.json", "entry.json"}
     assert not beside(folder)
 
 
@@ -251,17 +262,71 @@ def cut_off_the_manifest(folder: Path) -> None:
     (folder / "entry.json").write_text('{"first": 10')
 
 
-@pytest.mark.parametrize("damage", [cut_off, lose_a_part, lose_the_manifest, cut_off_the_manifest])
+def change_bytes(folder: Path) -> None:
+    (folder / "first").write_text("x" * 500 + "z" + "x" * 499)
+
+
+def change_bytes_and_sums(folder: Path) -> None:
+    change_bytes(folder)
+    (folder / "sums.json").write_text((folder / "sums.json").read_text().replace("first", "tsrif"))
+
+
+def point_elsewhere(folder: Path) -> None:
+    (folder / "entry.json").write_text('{"../../../../etc/passwd": 1}')
+
+
+def plant_a_link(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to(folder.with_name("elsewhere"))
+    cut_off(folder)
+
+
+DAMAGES = [cut_off, lose_a_part, lose_the_manifest, cut_off_the_manifest]
+DAMAGES += [change_bytes, change_bytes_and_sums, point_elsewhere, plant_a_link]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_made_anew(folder, damage):
     let_go(folder)
     prepared(folder, make, print)
     damage(folder)
     said: list[str] = []
     prepared(folder, make, said.append)
-    assert said == [f"{folder}: is damaged, and made anew"]
+    (line,) = said
+    assert re.fullmatch(rf"{folder}: is damaged \(.+\), and made anew", line)
     assert (folder / "first").read_text() == "x" * 1000
     assert is_complete(folder)
     assert not beside(folder)
+
+
+def test_one_process_of_a_start_compares_the_sums(folder):
+    """Sixty-four ranks that read a terabyte each, and a disk that changes bits between two starts."""
+    let_go(folder)
+    prepared(folder, make, print)
+    folder.with_name("abc.checked").unlink()
+    ranks = Ranks(folder, fail, read=sign)
+    assert ranks.results() == [(None, [])] * RANKS
+    assert len((folder.parent / "readers").read_text().split()) == 1
+    old = time.time() - 3600
+    os.utime(folder.with_name("abc.checked"), (old, old))
+    prepared(folder, fail, print, sign)
+    assert len((folder.parent / "readers").read_text().split()) == 2, "the next start checks anew"
+
+
+def test_a_cache_that_cannot_be_written_is_checked_all_the_same(folder, refusal, monkeypatch):
+    let_go(folder)
+    prepared(folder, make, print)
+    folder.with_name("abc.checked").unlink()
+
+    def refused(self: SoftFileLease, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(SoftFileLease, "acquire", refused)  # permissions would not keep root out
+    assert prepared(folder, fail, print) == folder
+    change_bytes(folder)
+    with pytest.raises(UserError) as error:
+        prepared(folder, fail, print)
+    assert refusal(error.value).startswith(f"{folder.parent}: the cache cannot be written (Permission denied); ")
 
 
 def test_a_full_disk(folder, refusal):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from rich.console import Console
 
 from qlora_dist.config import DataConfig, SourceConfig
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.prepare import Prepared, prepare, remarks
+from qlora_dist.data.sequences import Sequences
 from qlora_dist.errors import UserError
 
 ANSWERED = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]}
@@ -72,6 +79,78 @@ def test_what_is_tokenized_is_not_tokenized_again(make_tokenizer, write_rows, pr
     assert second.stats == first.stats
     assert second.rows.fate.truncated == 1
     assert first.rows.fate.truncated == 1
+
+
+def change_tokens(entry: Path) -> None:
+    """Other tokens, in a file that is as whole as the first; its times are put back."""
+    path = entry / "sequences.arrow"
+    before, whole = path.stat(), bytearray(path.read_bytes())
+    tokens = Sequences.open(path).tokens(0)
+    at = whole.index(tokens.tobytes())
+    whole[at : at + 4] = tokens[1:2].tobytes()
+    path.write_bytes(whole)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def blank_stats(entry: Path) -> None:
+    path = entry / "stats.json"
+    path.write_text("{" + " " * (path.stat().st_size - 1))
+
+
+def plant(files: dict[str, bytes]) -> Callable[[Path], None]:
+    """An entry of somebody else's, its sizes right and without sums."""
+
+    def damage(entry: Path) -> None:
+        (entry / "sums.json").unlink()
+        for name, content in files.items():
+            (entry / name).write_bytes(content)
+        sizes = {path.name: path.stat().st_size for path in entry.iterdir() if path.name != "entry.json"}
+        (entry / "entry.json").write_text(json.dumps(sizes))
+
+    return damage
+
+
+def other_columns() -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"tokens": ["a"], "trained": [1.5], "trained_length": [[]]})
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+DAMAGES = {
+    "other tokens": change_tokens,
+    "blank stats": blank_stats,
+    "no files": lambda entry: (entry / "entry.json").write_text("{}"),
+    "a list": lambda entry: (entry / "entry.json").write_text("[]"),
+    "no arrow": plant({"sequences.arrow": b"evil"}),
+    "other columns": plant({"sequences.arrow": other_columns()}),
+    "foreign stats": plant({"stats.json": b'{"sequences": "many", "sha256": []}'}),
+    "nested stats": plant({"stats.json": b"[" * 200_000}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_not_trained(make_tokenizer, write_rows, tmp_path, damage):
+    """Or the run trains on tokens that are in no file, or ends in the embedding."""
+    tokenizer, output = make_tokenizer("chatml"), StringIO()
+    config = DataConfig(cache=str(tmp_path / "cache"), train=[write_rows({"text": "the cat sat on the mat the dog"})])
+    (first,), _ = prepare(config, tokenizer)
+    tokens = first.rows.sequences.tokens(0).tolist()
+    DAMAGES[damage](first.folder)
+    (again,), _ = prepare(config, tokenizer, Console(file=output, width=1000))
+    assert again.rows.sequences.tokens(0).tolist() == tokens
+    assert again.stats == first.stats
+    assert f"{first.folder}: is damaged (" in output.getvalue()
+
+
+def test_digests_of_another_kind_are_made_anew(make_tokenizer, write_rows, prepare_data, tmp_path):
+    tokenizer, path = make_tokenizer("chatml"), write_rows({"text": "the cat"})
+    (first,), _ = prepare_data(tokenizer, train=[path])
+    (entry,) = (entry for entry in (tmp_path / "cache" / "digests").iterdir() if entry.is_dir())
+    plant({"digests.json": b"[[], {}]"})(entry)
+    (again,), _ = prepare_data(tokenizer, train=[path])
+    assert again.folder == first.folder
 
 
 def test_a_file_that_is_written_meanwhile_is_refused(make_tokenizer, write_rows, prepare_data, refusal, monkeypatch):

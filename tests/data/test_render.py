@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import signal
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from published import FAMILIES, make_tokenizer
 
+from qlora_dist.data import template_limit
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.render import Refused, Renderer
 from qlora_dist.data.row import MessagesRow
@@ -171,3 +173,30 @@ def test_template_for_tools_where_the_tokenizer_has_two():
     messages = [{"role": "user", "content": "a"}]
     rows = encoder.encode([MessagesRow("1", messages), MessagesRow("2", messages, TOOLS)])
     assert [tokenizer.decode(row.tokens) for row in rows] == ["1", "1 tools"]
+
+
+LOOP = "{% for a in range(100000) %}{% for b in range(100000) %}{% for c in range(100000) %}{% endfor %}{% endfor %}"
+HUNGRY = "{% set ns = namespace(text='x' * 1000) %}{% for n in range(100000) %}{% set ns.text = ns.text ~ ns.text %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (f"{LOOP}{{% endfor %}}", "it takes more than 0.5 s of processor time"),
+        (f"{HUNGRY}{{% endfor %}}", "it takes more than 0.125 GiB of memory"),
+    ],
+)
+@pytest.mark.parametrize("write", ["text", "marks"])
+def test_a_template_that_never_ends_is_stopped(monkeypatch, template, reason, write):
+    """It came with somebody's model: the run waited for ever, or the machine was out of memory."""
+    monkeypatch.setattr(template_limit, "PROCESSOR_S", 0.5 if "processor" in reason else 30.0)
+    monkeypatch.setattr(template_limit, "MEMORY_BYTES", 2**27)
+    renderer = Renderer(template, {})
+    with pytest.raises(Refused, match=rf"\({reason}\); change or take out the row"):
+        getattr(renderer, write)([{"role": "user", "content": "hello"}], None)
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+def test_a_template_that_is_nested_without_end_does_not_compile():
+    with pytest.raises(TemplateSyntaxError, match="nested too deeply"):
+        Renderer("{% if a %}" * 3000 + "{% endif %}" * 3000, {})

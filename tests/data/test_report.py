@@ -84,6 +84,12 @@ def test_samples_in_colour(config):
     assert "[[" not in text
 
 
+def test_samples_without_colour_in_a_terminal(config, monkeypatch):
+    """What is trained was bold there, as the title is, and nothing else."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "[[" in printed(config(), color=True, show=1)
+
+
 def test_force_makes_it_anew(config):
     def inode() -> int:
         train, _ = json.loads(printed(config(), as_json=True, force=force))["sources"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from qlora_dist.doctor.node import (
     check_compute_type,
     check_devices,
     check_disk,
+    check_host_name,
     check_kernels,
     check_libraries,
     check_memory,
@@ -70,6 +73,25 @@ def test_memory_and_disk_are_measured(tmp_path: Path) -> None:
     assert memory.values is not None and 0 < memory.values["free_bytes"] <= memory.values["total_bytes"]
     disk = check_disk(tmp_path / "not" / "there")
     assert disk.values is not None and disk.values["free_bytes"] > 0 and str(tmp_path) in disk.said
+
+
+def test_the_names_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun waits for a name that leads nowhere for minutes, and says nothing."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    assert check_host_name({}).status == "ok"
+    found = check_host_name({"MASTER_ADDR": "node0.invalid"})
+    assert found.status == "fail" and found.said.startswith("MASTER_ADDR: node0.invalid leads nowhere (")
+    monkeypatch.setattr(socket, "gethostname", lambda: "me.invalid")
+    found = check_host_name({"MASTER_ADDR": "127.0.0.1"})
+    assert found.status == "warn" and found.said.startswith("me.invalid, this machine's own name, leads nowhere (")
+
+
+def test_a_mac_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no affinity of processes, and not all names of sysconf."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delattr(os, "sysconf")
+    findings = node.check_node(Ranks(0, 1, 0, 1, "none"), CPU, Path())
+    assert {finding.check for finding in findings} >= {"devices", "memory", "host name"}
 
 
 def test_a_cpu_is_no_gpu() -> None:

@@ -12,10 +12,12 @@ import pytest
 import tiny
 from ranks import run_ranks
 
+from qlora_dist.errors import UserError
+from qlora_dist.inference import tasks
 from qlora_dist.inference.adapter_folder import base_of, parse_adapters
 from qlora_dist.inference.load import loaded_model
 from qlora_dist.inference.settings import inference_config
-from qlora_dist.inference.tasks import TaskOptions, run_tasks
+from qlora_dist.inference.tasks import TaskOptions, check_tasks, run_tasks
 
 CHOICE, TEXT, WRITE = "tiny_choice", "tiny_text", "tiny_write"
 
@@ -83,6 +85,27 @@ def keep(model: Any, kind: str, asked: dict[str, Any]) -> None:
         return found
 
     setattr(model, kind, noted)
+
+
+def test_data_that_is_out_of_reach_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """A compute node has no network, as these tests have none (HF_HUB_OFFLINE)."""
+    pytest.importorskip("lm_eval")
+    task = {"task": "far", "dataset_path": "no-such-owner/no-such-data", "output_type": "loglikelihood_rolling"}
+    (tmp_path / "far.yaml").write_text(
+        json.dumps({**task, "test_split": "test", "doc_to_text": "", "doc_to_target": "t"})
+    )
+    with pytest.raises(UserError, match=r"^--tasks far: the data of a task cannot be loaded \(.*HF_HOME\)$"):
+        check_tasks(TaskOptions(("far",), folder=tmp_path))
+
+
+def test_what_was_loaded_ahead_is_evaluated_once(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    options = TaskOptions((CHOICE,), folder=make_tasks(tmp_path / "tasks"))
+    check_tasks(options)
+    manager = tasks._manager(options.names, options.folder)
+    first, second = manager.load([CHOICE]), manager.load([CHOICE])
+    assert first["tasks"].keys() == second["tasks"].keys() == {CHOICE}
+    assert first["tasks"][CHOICE] is not second["tasks"][CHOICE], "the harness changes what it evaluates"
 
 
 @pytest.mark.slow

@@ -21,10 +21,13 @@ from ranks import started_ranks
 
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cancel import cancel
+from qlora_dist.launch.environment import this_process
 from qlora_dist.launch.jobs import follow, list_runs
 from qlora_dist.launch.runs import find_runs, read_run
 
-HERE = {"host": socket.gethostname(), "pid": os.getpid(), "born": psutil.Process().create_time(), "steps": 100}
+BORN = psutil.Process().create_time()
+HERE = {"host": socket.gethostname(), "pid": os.getpid(), "born": BORN, "steps": 100}
+COUNTED = HERE | this_process()
 STEP = {"loss": 2.0, "tokens_per_s": 1000.0, "step_s": 0.5}
 
 
@@ -54,6 +57,11 @@ def make_run(folder: Path, steps: int = 10, **files: object) -> Path:
         ({"REQUEUE": {"step": 10, "reason": "SIGTERM"}, "process_json": HERE}, None, "running"),
         ({"process_json": HERE}, None, "running"),
         ({"process_json": HERE | {"born": HERE["born"] - 1000}}, None, "failed"),  # a number that was given anew
+        # the clock was set meanwhile: the same process seems to have been born two minutes later than it wrote
+        ({"process_json": COUNTED | {"born": BORN - 120}}, None, "running"),
+        ({"job_json": COUNTED | {"submitted": "2020-01-01T00:00:00+00:00", "born": BORN - 120}}, None, "running"),
+        ({"process_json": COUNTED | {"start_ticks": COUNTED["start_ticks"] - 1}}, None, "failed"),
+        ({"process_json": COUNTED | {"boot": "of another day"}}, None, "failed"),
         ({"process_json": HERE | {"host": "elsewhere"}}, None, "running"),  # it has just written
         ({"job_json": {"launcher": "torchrun", "job_id": None, **HERE}}, None, "running"),
         ({}, None, "failed"),

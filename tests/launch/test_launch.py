@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 from rich.console import Console
 
 from qlora_dist.config import Config
@@ -19,7 +21,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.check import check_job, static_bytes
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.environment import Ranks
-from qlora_dist.launch.launch import Options, launch_here, launch_slurm
+from qlora_dist.launch.launch import On, Options, launch_here, launch_slurm
 from qlora_dist.launch.mistake import leave_word
 from qlora_dist.launch.preflight import in_names_of_nodes, slow_nodes
 from qlora_dist.parallel.mesh import mesh_sizes
@@ -99,9 +101,37 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(config: Config, capsys: 
     script = capsys.readouterr().out
     assert script.startswith("#!/bin/bash\n") and "\n#SBATCH --nodes=2\n" in script
     assert not (Path(config.run.dir) / "run").exists()
-    launch_here(config, "torchrun", Options(ranks_per_node=2, dry_run=True))
-    assert "--nproc-per-node=2" in capsys.readouterr().out
     assert not (Path(config.run.dir) / "run").exists()
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 1), (4, 4)])
+def test_a_dry_run_here_prints_a_command_that_can_be_pasted(
+    gpus: int, ranks: int, config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the user's own file, as no other is written; and a rank for each GPU, or the second card idles."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    said = io.StringIO()
+    given = ("my run.yaml", "run.name=run")
+    launch_here(config, "torchrun", Options(dry_run=True, given=given), Console(file=said))
+    words = shlex.split(capsys.readouterr().out)
+    assert f"--nproc-per-node={ranks}" in words
+    assert words[-3:] == ["train", *given]
+    assert ("no GPU here: one rank; --ranks-per-node starts more" in said.getvalue()) == (gpus == 0)
+    assert not (Path(config.run.dir) / "run").exists()
+
+
+@pytest.mark.parametrize("on", ["torchrun", "mpi"])
+def test_a_mistake_is_found_before_ranks_are_started(on: On, config: Config) -> None:
+    """Or its sentence stands above forty lines of the launcher's own."""
+    wrong = changed(config, parallel={"base": 3})
+    with pytest.raises(UserError, match=r"parallel\.base: 3 does not divide the world of 4 ranks"):
+        launch_here(wrong, on, Options(ranks_per_node=4), Console(quiet=True))
+    assert not (Path(config.run.dir) / "run").exists()
+
+
+def test_one_process_is_not_several_ranks(config: Config) -> None:
+    with pytest.raises(UserError, match=r"--ranks-per-node: 2 ranks are more than the one process"):
+        launch_here(config, "local", Options(ranks_per_node=2), Console(quiet=True))
 
 
 def test_without_slurm_a_sentence(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -112,7 +142,7 @@ def test_without_slurm_a_sentence(config: Config, monkeypatch: pytest.MonkeyPatc
 
 def test_several_nodes_are_not_started_from_here(config: Config) -> None:
     with pytest.raises(UserError, match=r"--nodes: --on torchrun starts this machine's ranks alone"):
-        launch_here(config, "torchrun", Options(nodes=2))
+        launch_here(config, "torchrun", Options(nodes=2), Console(quiet=True))
 
 
 def test_a_mistake_is_left_for_the_script_and_a_lost_node_is_none(

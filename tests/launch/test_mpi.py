@@ -9,7 +9,8 @@ import pytest
 
 from qlora_dist.errors import UserError
 from qlora_dist.launch import mpi
-from qlora_dist.launch.mpi import _chosen, own_address
+from qlora_dist.launch.interfaces import check_interfaces, is_chosen
+from qlora_dist.launch.mpi import own_address
 
 
 def interfaces() -> dict[str, list[str]]:
@@ -55,4 +56,17 @@ def test_a_name_that_means_the_machine_itself_is_not_sent_to_others(monkeypatch:
     ],
 )
 def test_nccls_own_pattern(pattern: str, fitting: list[str]) -> None:
-    assert [name for name in ("eth0", "eth1", "ib0", "docker0") if _chosen(name, pattern)] == fitting
+    assert [name for name in ("eth0", "eth1", "ib0", "docker0") if is_chosen(name, pattern)] == fitting
+
+
+def test_an_interface_that_gloo_or_nccl_would_miss_is_refused() -> None:
+    """Gloo would end in frames of C++."""
+    there = next(iter(psutil.net_if_addrs()))
+    for device in ("cpu", "cuda"):
+        check_interfaces(device, {})
+        check_interfaces(device, {"GLOO_SOCKET_IFNAME": there, "NCCL_SOCKET_IFNAME": f"={there}"})
+        with pytest.raises(UserError, match=r"^GLOO_SOCKET_IFNAME: .* has no network interface nosuch0; set it to one"):
+            check_interfaces(device, {"GLOO_SOCKET_IFNAME": f"{there},nosuch0"})
+    with pytest.raises(UserError, match=r"^NCCL_SOCKET_IFNAME: .* has no network interface nosuch;"):
+        check_interfaces("cuda", {"NCCL_SOCKET_IFNAME": "nosuch"})
+    check_interfaces("cpu", {"NCCL_SOCKET_IFNAME": "nosuch"})

@@ -193,6 +193,21 @@ def test_managed_memory_is_updated_by_the_kernels_that_know_it() -> None:
     torch.testing.assert_close(train(mine, optimizer, 20), train(reference, theirs(reference, 32), 20))
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_the_kernels_accept_managed_moments_beside_gradients_of_a_device(bits: int) -> None:
+    """On a GPU `paging.to: unified` ended at the first step: managed memory is a CPU tensor to torch, and bitsandbytes
+    refuses it beside a device's gradient unless the very tensor that it gets bears its mark. Here the device is meta.
+    """
+    meta = torch.device("meta")
+    shards = [nn.Parameter(torch.zeros(64, 8, device=meta)), nn.Parameter(torch.zeros(300, device=meta))]
+    optimizer = ours(shards, f"paged-adamw-{bits}bit", page_bytes=4096)
+    sizes = optimizer.moments.pager.sizes
+    optimizer.moments.pager = UnifiedPager(sizes, CPU, lambda nbytes, device: torch.zeros(nbytes, dtype=torch.uint8))
+    for shard in shards:
+        shard.grad = torch.zeros_like(shard)
+    optimizer.step()  # through is_on_gpu of bitsandbytes; its operator then dispatches to the device
+
+
 def test_both_32_bit_kernels_agree() -> None:
     config = OptimConfig.model_validate(VALUES)
     values = [[torch.rand(1000, generator=torch.Generator().manual_seed(i)) for i in range(4)] for _ in range(2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,9 @@ import pytest
 import torch.distributed as dist
 
 from qlora_dist.errors import UserError
+from qlora_dist.launch import hosts
 from qlora_dist.launch.environment import Ranks
+from qlora_dist.parallel import rendezvous
 from qlora_dist.parallel.rendezvous import meet
 
 
@@ -60,3 +63,22 @@ def test_a_store_that_is_not_there(monkeypatch, agent):
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(UserError, match=r"^the ranks can't meet at 127.0.0.1:1 \(.*see that rank 0 is started there"):
         meet(rank(1), 1.0)
+
+
+def test_a_silent_program_at_the_port(monkeypatch, agent):
+    """torch waits for its answer for ever, whatever the timeout; and the other rank's GPUs idle meanwhile."""
+    monkeypatch.setattr(rendezvous, "_ANSWER_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MASTER_PORT", str(silent.getsockname()[1]))
+        with pytest.raises(UserError, match=r"\(what listens there does not answer, and is not rank 0\); see that"):
+            meet(rank(1), 600)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+        with pytest.raises(UserError, match=r"^the ranks can't meet at .*that no other program has the port"):
+            meet(rank(0), 600)  # cannot listen there
+
+
+def test_a_master_without_an_address(monkeypatch, agent):
+    monkeypatch.setattr(hosts, "_PATIENCE_S", 0.0)
+    monkeypatch.setenv("MASTER_ADDR", "node0.invalid")
+    with pytest.raises(UserError, match=r"^node0\.invalid: .* does not know this machine, where the ranks are to meet"):
+        meet(rank(1), 600)

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class Scenario:
     act: Callable[[Any, int], object] = lambda slurm, job: None
     array: int = 0
     folder: str = "run"
+    before: Sequence[str] = ()
+    """States of an array's jobs before the last: who saves and hands on has not failed, or `afterok` never comes."""
 
 
 def running(slurm: Any, job: int) -> None:
@@ -100,7 +102,20 @@ SCENARIOS = {
         ask_at_once,
     ),
     "chain": Scenario(
-        '((start > 2)) && touch "$run/DONE" && exit; touch "$run/REQUEUE"', "COMPLETED", 3, "2 of the array", array=4
+        '((start > 2)) && touch "$run/DONE" && exit; touch "$run/REQUEUE"',
+        "COMPLETED",
+        3,
+        "2 of the array",
+        array=4,
+        before=["COMPLETED", "COMPLETED", "COMPLETED"],
+    ),
+    "chain that is too short": Scenario(
+        '((start == 1)) && exit 1; touch "$run/REQUEUE"',
+        "FAILED",
+        3,
+        "this was the last job of the array, and the run is not done; submit it again",
+        array=3,
+        before=["FAILED", "COMPLETED"],
     ),
 }
 
@@ -135,6 +150,8 @@ def test_a_job_ends_as_it_should(name: str, jobs: dict[str, tuple[Job, int]], sl
     state = slurm.ends(last, PATIENCE_S)
     output = job.output.read_text()
     assert state["JobState"] == scenario.state, output
+    states = [slurm.job(f"{job_id}_{index}")["JobState"] for index in range(len(scenario.before))]
+    assert states == list(scenario.before), output
     assert len((job.run / "starts").read_text()) == scenario.starts, output
     assert scenario.says in output
     if scenario.state == "COMPLETED":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks, ranks_from_environment
+from qlora_dist.parallel import shared_folder
 from qlora_dist.parallel.process_group import process_group
 from qlora_dist.train.preflight import MAY_DIFFER, check_ranks_agree, facts, first_difference, misplaced
 
@@ -52,6 +54,30 @@ def test_another_configuration_or_version_ends_all_ranks_with_one_sentence(tiny_
     assert sentences[1].startswith(f"{start}bitsandbytes is 99.1 there and 0.")
     assert sentences[1].endswith(" here; install the same versions on all nodes\n")
     assert not (tmp_path / "runs").exists()
+
+
+def train_in(folder: Path, *words: str | Path) -> None:
+    os.chdir(folder)
+    train(*words)
+
+
+def test_a_run_folder_that_is_not_shared_is_found_at_the_start(tiny_llama_nf4, tmp_path, monkeypatch):
+    """Two nodes with a disk each: it was the first checkpoint that never came, hours later."""
+    monkeypatch.setattr(shared_folder, "_WAIT_S", 0.5)
+    config, words = tiny.make_config(tmp_path, tiny_llama_nf4), ("run.dir=runs", "train.timeout=60")
+    nodes = [tmp_path / "node0", tmp_path / "node1"]
+    for node in nodes:
+        node.mkdir()
+    with started_ranks([partial(train_in, node, config, *words) for node in nodes], tmp_path, nodes=2) as processes:
+        for process in processes:
+            process.join(60)
+    assert [process.exitcode for process in processes] == [2, 2]
+    said = (tmp_path / "rank-0.txt").read_text()
+    assert said.endswith(
+        f"qlora-dist: runs/run: rank 1 on {HOST} does not see what rank 0 on {HOST} writes there; give run.dir a "
+        "folder that all nodes share, by its whole path\n"
+    )
+    assert list((nodes[0] / "runs" / "run").iterdir()) == [], "the same command may start once it is shared"
 
 
 def config_of(train: list[str], **changes: object) -> Config:

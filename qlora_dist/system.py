@@ -1,0 +1,40 @@
+"""The operating system: which are supported, and what differs between them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from qlora_dist.errors import UserError
+
+
+def check_system() -> None:
+    """Refuse Windows, which has neither the signals by which runs are stopped nor the forks by which data is read.
+
+    Raises:
+        UserError: this is Windows.
+    """
+    if sys.platform == "win32":
+        raise UserError(
+            "qlora-dist trains on Linux, and on macOS for trying, not on Windows; start it in WSL 2 (wsl --install)"
+        )
+
+
+def cores() -> int:
+    """Count those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def user_cache() -> Path:
+    """Name the folder of what may be made anew: in XDG_CACHE_HOME, or in the user's home.
+
+    Raises:
+        UserError: the user has no home, as in some containers.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-dist"
+    except RuntimeError:
+        raise UserError(
+            "this user has no home folder; set HOME or XDG_CACHE_HOME, or give data.cache a folder"
+        ) from None

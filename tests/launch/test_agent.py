@@ -1,0 +1,48 @@
+"""If this fails, the sentence about a mistake under torchrun scrolls away above torchrun's own report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launchers import environment
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from qlora_dist.errors import UserError
+from qlora_dist.launch import agent, hosts
+from qlora_dist.launch.agent import leave_in_report
+
+
+def test_torchruns_report_shows_the_sentence(tmp_path: Path) -> None:
+    """The plain command's too: torch reads the file that it has named for the rank."""
+    file = tmp_path / "error.json"
+    leave_in_report(UserError("lora.rr: unknown key; did you mean lora.r?"), {"TORCHELASTIC_ERROR_FILE": str(file)})
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    report = str(ChildFailedError("qlora_dist", {0: failure}))
+    assert report.splitlines()[-2] == "  traceback : lora.rr: unknown key; did you mean lora.r?"
+    assert agent._mistake(failure) == "lora.rr: unknown key; did you mean lora.r?"
+
+
+@pytest.mark.slow
+def test_the_sentence_is_last(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("lora: {rr: 5}")
+    command = [sys.executable, "-m", "qlora_dist.launch.agent", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "qlora_dist", "train", "my.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=200)
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith("qlora-dist: my.yaml"), done.stderr
+    assert "lora.rr: unknown key" in lines[-1]
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+
+
+def test_an_unknown_master_is_told_before_torchrun_waits_for_it(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun asks for it again and again, for minutes and without a line."""
+    monkeypatch.setattr(hosts, "_PATIENCE_S", 0.0)
+    where = ["--nnodes=2", "--node-rank=1", "--master-addr=node0.invalid", "--master-port=29500"]
+    assert agent.main([*where, "-m", "qlora_dist", "train", "my.yaml"]) == 2
+    assert capfd.readouterr().err.startswith("qlora-dist: node0.invalid: ")
