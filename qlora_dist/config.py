@@ -150,6 +150,10 @@ class DataConfig(Section):
     mask: Literal["assistant", "last", "all"] = "assistant"
     """Tokens that are trained: the assistant's turns, the last of them, or all. Rows of `text` train all, rows of
     `prompt` and `completion` the completion unless all; `train` or `weight` (0 or 1) of a message overrides it."""
+    multi_turn: Literal["auto", "whole", "per-answer"] = "auto"
+    """Form in which a conversation of several answers is trained. whole: one row. per-answer: one row for each trained
+    answer, with the prompt that inference would see. auto: whole, and per-answer where the chat template rewrites
+    history."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be used: stop there, or count it and go on."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 100
@@ -332,6 +336,11 @@ class Config(Section):
         if self.data.group_by_length and self.data.packing != "none":
             raise ValueError(
                 "data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out"
+            )
+        if self.data.multi_turn == "per-answer" and self.data.mask == "all":
+            raise ValueError(
+                "data.multi_turn: per-answer trains answers only, and data.mask is all; set data.mask: assistant or "
+                "last, or leave data.multi_turn out"
             )
         if self.train.steps is not None and self.train.epochs is not None:
             raise ValueError(

@@ -67,7 +67,7 @@ def prepare(
         UserError: naming file, line and remedy.
     """
     console = console or Console(quiet=True)
-    encoder = Encoder(tokenizer, config.mask, config.chat_template)
+    encoder = Encoder(tokenizer, config.mask, config.chat_template, config.multi_turn)
     fingerprint = encoder.fingerprint()  # of some tokenizers it takes a second
 
     def one(given: str | SourceConfig) -> PreparedSource:

@@ -45,6 +45,29 @@ def write(
     return text, sorted(marks + _Turns(renderer, messages, tools, text, end_tokens).spans(others))
 
 
+class Rewritten(Refused):
+    """A conversation that the template does not write in one piece as inference would see it at each answer."""
+
+
+def need_prompt(index: int) -> None:
+    """See whether an answer has something to answer.
+
+    Raises:
+        Refused: it is the first message.
+    """
+    if index == 0:
+        raise Refused("the conversation starts with the assistant; put a user's message before it")
+
+
+def end_of_turn(text: str, end: int, added_tokens: tuple[str, ...]) -> int:
+    """Return where a turn ends that is written up to `end`, without white space behind the token that ends it.
+
+    ChatML writes a line feed after <|im_end|>; generation has stopped by then.
+    """
+    stripped = text[:end].rstrip()
+    return len(stripped) if stripped.endswith(added_tokens) else end
+
+
 class _Turns:
     """The turns of one conversation, found by rendering parts of it.
 
@@ -78,15 +101,11 @@ class _Turns:
         for index in reversed(indices):  # the last answer tells the most
             assistant = self._messages[index]["role"] == "assistant"
             start, end = self._answer(index) if assistant else self._turn(index)
-            stripped = self._text[:end].rstrip()
-            # the line feed that ChatML writes after <|im_end|>: generation has stopped by then
-            end = len(stripped) if stripped.endswith(self._end_tokens) else end
-            spans.append((start, max(start, end)))
+            spans.append((start, max(start, end_of_turn(self._text, end, self._end_tokens))))
         return spans[::-1]
 
     def _answer(self, index: int) -> Span:
-        if index == 0:
-            raise Refused("the conversation starts with the assistant; put a user's message before it")
+        need_prompt(index)
         prompt = self._renderer.text(self._messages[:index], self._tools, prompting=True)
         if not self._text.startswith(prompt):
             raise _rewritten("the prompt", index)
@@ -190,9 +209,9 @@ def _common_end(one: str, other: str) -> str:
     return one[len(one) - _common_start(one[::-1], other[::-1]) :]
 
 
-def _rewritten(what: str, index: int) -> Refused:
-    return Refused(
-        f"the chat template rewrites history ({what} of message {index + 1} changes with what follows), so the mask "
-        "of this row cannot be derived; use rows of one answer, data.mask: last or all, or another chat template "
-        "(data.chat_template), best one with {% generation %} markers"
+def _rewritten(what: str, index: int) -> Rewritten:
+    return Rewritten(
+        f"the chat template rewrites history ({what} of message {index + 1} changes with what follows), so the "
+        "conversation cannot be trained as one row; set data.multi_turn: auto, or give data.chat_template a template "
+        "that does not, best one with {% generation %} markers"
     )

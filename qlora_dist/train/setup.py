@@ -74,8 +74,9 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     train, held_out = prepare(config.data, load_tokenizer(folder.path), console)
     sources = train if held_out is None else [*train, held_out]
     for source in sources:
-        if console is not None and (left_out := source.stats.left_out()):
-            console.print(f"{source.path}: {left_out}", markup=False)
+        for said in (source.stats.left_out(), source.stats.per_answer()) if console is not None else ():
+            if said:
+                console.print(f"{source.path}: {said}", markup=False)
     check_ids(folder, model, sources)
     loader = Loader(
         [(source.rows, source.weight) for source in train],
