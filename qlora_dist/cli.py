@@ -53,14 +53,19 @@ def train(
     resolved = load_config(config, overrides or ())
     prepare_process()
     if dry_run:
+        from rich.console import Console
+
         from qlora_dist.launch.environment import ranks_from_environment
         from qlora_dist.train.run_dir import check_run_dir
         from qlora_dist.train.setup import set_up
+        from qlora_dist.train.summary import data_sentences
 
         ranks = ranks_from_environment()
         check_run_dir(resolved, resume)
-        set_up(resolved, ranks)
+        setup = set_up(resolved, ranks, Console(stderr=True, quiet=ranks.rank != 0, highlight=False, soft_wrap=True))
         if ranks.rank == 0:
+            for sentence in data_sentences(setup):
+                typer.echo(sentence, err=True)
             typer.echo(dump_config(resolved), nl=False)
         return
     with importing():

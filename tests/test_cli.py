@@ -311,9 +311,13 @@ def test_a_dry_run_checks_all_and_prints_the_whole_configuration(cli, tiny_llama
     for name, value in WORLD_OF_4.items():
         monkeypatch.setenv(name, value)
     code, out, err = cli("train", path, "train.steps=7", "--dry-run")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert "80 sequences; 2,816 tokens, 734 trained; packed into 34 rows" in err
+    assert "held out: " in err and err.splitlines()[-1].startswith("7 steps of 12 rows")
     assert not (tmp_path / "runs").exists()
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(out)
-    assert cli("train", resolved, "--dry-run") == (0, out, "")
+    assert cli("train", resolved, "--dry-run") == (0, out, err)
+    code, _, cut = cli("train", resolved, "data.seq_len=24", "data.packing=none", "--dry-run")
+    assert code == 0 and "cut to 24 tokens, losing " in cut
     assert "steps: 7\n" in out

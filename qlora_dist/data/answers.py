@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from qlora_dist.data.render import Refused, Renderer, Span
 from qlora_dist.data.row import Message
-from qlora_dist.data.spans import end_of_turn, need_prompt
+from qlora_dist.data.spans import common_start, end_of_turn, need_prompt
 
 _THOUGHTS = (
     ("<think>", "</think>"),
@@ -98,9 +97,7 @@ def _continue(
     start = _whole_tokens(asked, written, added_tokens)
     opened, rest = asked[start:], written[start:]
     thought = opened.strip()
-    if not thought or any(
-        thought.startswith(opening) and thought.endswith(closing) for opening, closing in _THOUGHTS
-    ):
+    if not thought or any(thought.startswith(opening) and thought.endswith(closing) for opening, closing in _THOUGHTS):
         return rest  # the prompt has white space or an empty thought more, and the answer goes on from there
     for opening, closing in _THOUGHTS:
         if thought == opening:
@@ -146,7 +143,7 @@ def unused_mark(text: str) -> str:
 
 def _whole_tokens(one: str, other: str, added_tokens: tuple[str, ...]) -> int:
     """Return the length of the common beginning of two texts, without a part of a special token."""
-    length = len(commonprefix([one, other]))
+    length = common_start(one, other)
     tokens = {*added_tokens, *(tag for pair in _THOUGHTS for tag in pair)}
     starts = [
         start
@@ -158,11 +155,14 @@ def _whole_tokens(one: str, other: str, added_tokens: tuple[str, ...]) -> int:
 
 
 def _thought_and_rest(answer: Message, index: int, opened: str, rest: str, opening: str, closing: str) -> str:
-    """Return the answer to a prompt that opens a thought, where the template leaves the thought out.
+    """Return the answer to a prompt that opens a thought.
 
-    Inference parses the thought off; the row has it back, as the content holds it.
+    Where the template leaves the thought out of a conversation, it is taken from the content: inference generates it.
     """
     content = answer.get("content")
+    thought, closed, _ = rest.partition(closing)
+    if closed and opening not in thought:
+        return rest
     if isinstance(content, str) and closing in content:
         said = content.lstrip().removeprefix(opening)
         said = said.removeprefix(opened[opened.index(opening) + len(opening) :])

@@ -25,7 +25,14 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, template: Any, mask: str, mu
         multi_turn: as in the configuration.
     """
     digest = hashlib.sha256()
-    settings = [ENCODER_VERSION, mask, multi_turn, template, tokenizer.special_tokens_map, tokenizer.split_special_tokens]
+    settings = [
+        ENCODER_VERSION,
+        mask,
+        multi_turn,
+        template,
+        tokenizer.special_tokens_map,
+        tokenizer.split_special_tokens,
+    ]
     for part in (json.dumps(settings, sort_keys=True).encode(), *_tokenizer_parts(tokenizer)):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)

@@ -36,9 +36,10 @@ def write(
     wanted = [index for index in answers if index in indices]
     if wanted != answers:
         if wanted and len(marks) != len(answers):
-            raise Refused(
+            raise Rewritten(
                 f"the chat template marks {len(marks)} passages for {len(answers)} messages of the assistant, so one "
-                "message cannot be told from another; train all of them, or use another chat template"
+                "message cannot be told from another; set data.multi_turn: auto, train all of them, or use another "
+                "chat template"
             )
         marks = [mark for index, mark in zip(answers, marks, strict=True) if index in indices] if wanted else []
     others = [index for index in indices if index not in answers]
@@ -46,7 +47,7 @@ def write(
 
 
 class Rewritten(Refused):
-    """A conversation that the template does not write in one piece as inference would see it at each answer."""
+    """A conversation of which one rendering does not show each answer as inference would see it."""
 
 
 def need_prompt(index: int) -> None:
@@ -169,7 +170,7 @@ class _Turns:
         marked = self._renderer.text(
             self._with_content(index, lambda content: mark + content)[: index + 1], self._tools
         )
-        start = _common_start(turned, marked)
+        start = common_start(turned, marked)
         if not marked.startswith(mark, start):
             raise Refused(
                 f"`train` of message {index + 1} is true, and the chat template writes no turn for that message; "
@@ -199,14 +200,14 @@ class _Turns:
         return content
 
 
-def _common_start(one: str, other: str) -> int:
-    """Length of what two texts begin with."""
+def common_start(one: str, other: str) -> int:
+    """Return the length of the common beginning of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _common_end(one: str, other: str) -> str:
-    return one[len(one) - _common_start(one[::-1], other[::-1]) :]
+    return one[len(one) - common_start(one[::-1], other[::-1]) :]
 
 
 def _rewritten(what: str, index: int) -> Rewritten:

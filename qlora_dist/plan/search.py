@@ -20,6 +20,7 @@ from qlora_dist.plan.memory import CONTEXT_BYTES, RESERVED
 from qlora_dist.plan.plan import Plan, make_plan
 from qlora_dist.plan.run import make_run
 from qlora_dist.plan.verb import Asked, make_config
+from qlora_dist.positions import check_seq_len
 
 _WORTHWHILE = 0.97
 """A more involved configuration has to take no more than this part of the time: times are not known better."""
@@ -64,6 +65,7 @@ def fastest(asked: Asked) -> Found:
     gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
     link, network = hardware.link(gpu.link), hardware.link(asked.network)
     start = make_config(asked)
+    check_seq_len(start.data.seq_len, model_config, asked.model)
     described = make_run(start, model_config, asked.ranks, asked.nodes).model
     best: Found | None = None
     least: Plan | None = None

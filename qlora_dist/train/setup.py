@@ -27,6 +27,7 @@ from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.parallel.process_group import resolve_device
+from qlora_dist.positions import check_seq_len
 from qlora_dist.train.trackers import check_trackers
 
 
@@ -71,6 +72,7 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         check_compiler(device)
     sizes = mesh_sizes(config.parallel, ranks)
     folder, model, adapter = set_up_model(config)
+    check_seq_len(config.data.seq_len, model.config.to_dict(), str(folder.path))
     train, held_out = prepare(config.data, load_tokenizer(folder.path), console)
     sources = train if held_out is None else [*train, held_out]
     for source in sources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +45,21 @@ def announce(setup: Setup, console: RunConsole) -> None:
         f"{sizes.world_size} ranks on {setup.device.type}: a copy of the base on each {sizes.base_shards}, "
         f"adapters and optimizer over {sizes.adapter_shards}"
     )
+    for sentence in data_sentences(setup):
+        console.say(sentence)
+
+
+def data_sentences(setup: Setup) -> Iterator[str]:
+    """Yield what becomes of each source, what its cut loses included, and how many steps the data take."""
     loader = setup.loader
     epochs = loader.epochs_in(setup.steps)
     for rows, weight in loader.sources:
         mixed = f"; weight {weight:g}: each row {epochs * weight:.2f} times" if len(loader.sources) > 1 else ""
-        console.say(f"{rows.sentence()}{mixed}")
+        yield f"{rows.sentence()}{mixed}"
     if setup.eval_rows is not None:
-        console.say(f"held out: {setup.eval_rows.sentence()}")
-    console.say(
-        f"{setup.steps:,} steps of {config.train.global_batch} rows = {epochs:.2f} epochs of "
+        yield f"held out: {setup.eval_rows.sentence()}"
+    yield (
+        f"{setup.steps:,} steps of {setup.config.train.global_batch} rows = {epochs:.2f} epochs of "
         f"{loader.rows_per_epoch:,.0f} rows; {100 * loader.padding(setup.steps):.1f} % padding"
     )
 
