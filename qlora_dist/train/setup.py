@@ -17,6 +17,7 @@ from qlora_dist.config import DEFAULT_STEPS, Config
 from qlora_dist.data.loader import Loader, eval_batches
 from qlora_dist.data.prepare import PreparedSource, prepare
 from qlora_dist.data.rows import Batch, Rows
+from qlora_dist.data.served import ServedTokenizer, served_tokenizer
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
@@ -50,6 +51,8 @@ class Setup:
     """None: no `data.eval`."""
     eval_batches: list[Batch]
     """Of this rank; empty without `data.eval`."""
+    served: ServedTokenizer
+    """What is saved beside the adapter."""
     data_sha256: dict[str, str]
     """Of the sequences and weights of `train`, and of the sequences of `eval` if there are any."""
 
@@ -73,7 +76,9 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     sizes = mesh_sizes(config.parallel, ranks)
     folder, model, adapter = set_up_model(config)
     check_seq_len(config.data.seq_len, model.config.to_dict(), str(folder.path))
-    train, held_out = prepare(config.data, load_tokenizer(folder.path), console)
+    tokenizer = load_tokenizer(folder.path)
+    train, held_out = prepare(config.data, tokenizer, console)
+    served = served_tokenizer(tokenizer, config.data.chat_template, folder.path)
     sources = train if held_out is None else [*train, held_out]
     for source in sources:
         for said in (source.stats.left_out(), source.stats.per_answer()) if console is not None else ():
@@ -106,7 +111,9 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     data_sha256 = {"train": hashlib.sha256(contents).hexdigest()}
     if held_out is not None:
         data_sha256["eval"] = held_out.stats.sha256
-    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches, data_sha256)
+    return Setup(
+        config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches, served, data_sha256
+    )
 
 
 def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[ModelFolder, LossModel, peft.LoraConfig]:
