@@ -14,6 +14,7 @@ from qlora_dist.data.cache import NOTE, prepared, remove
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.key import file_states, source_key
 from qlora_dist.data.progress import RowProgress
+from qlora_dist.data.revision import choose_revision, not_prepared, remember
 from qlora_dist.data.rows import Rows, build_rows
 from qlora_dist.data.sequences import Sequences
 from qlora_dist.data.source import read_rows, source_files
@@ -95,11 +96,18 @@ def _prepared_entry(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
+    cache = cache_folder(config)
+    memory = "" if source_files(source) else source_key(source, config, fingerprint, cache, say)
+    hub = choose_revision(source.path, cache, memory, say) if memory else None
+    revision = None if hub is None else hub.revision
+
     def make(folder: Path) -> None:
+        if hub is not None and not hub.reachable:
+            raise not_prepared(source.path, "its rows are no longer in the cache")
         before = file_states(source_files(source))
         with RowProgress(console, source.path, folder / NOTE) as progress:
             stats = tokenize(
-                read_rows(source, config.format),
+                read_rows(source, config.format, revision),
                 encoder,
                 folder / _SEQUENCES,
                 workers=config.workers,
@@ -112,8 +120,10 @@ def _prepared_entry(
             raise UserError(f"{source.path}: was changed while it was read; start again when it is written")
         (folder / _STATS).write_text(json.dumps(asdict(stats), indent=2) + "\n", encoding="utf-8")
 
-    cache = cache_folder(config)
-    entry = cache / "sequences" / source_key(source, config, fingerprint, cache, say)
-    if force:
+    entry = cache / "sequences" / source_key(source, config, fingerprint, cache, say, revision)
+    if force and (hub is None or hub.reachable):
         remove(entry)
-    return prepared(entry, make, say)
+    prepared(entry, make, say)
+    if hub is not None and hub.reachable:
+        remember(cache, memory, source.path, hub.revision)
+    return entry

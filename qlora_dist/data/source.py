@@ -7,27 +7,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_dist.config import Format, SourceConfig
-from qlora_dist.data.files import files_of_folder, read_file, suffix
+from qlora_dist.data.files import read_file, suffix
 from qlora_dist.data.formats import typed_rows
 from qlora_dist.data.hub import is_hub_name, read_hub
+from qlora_dist.data.layout import files_by_split, files_of_pattern, has_pattern
 from qlora_dist.data.records import Record
 from qlora_dist.data.row import BadRow, Row
 from qlora_dist.data.saved import is_saved, read_saved, saved_files
 from qlora_dist.errors import UserError
 
 
-def read_rows(source: SourceConfig, default: Format = "auto") -> Iterator[Row | BadRow]:
+def read_rows(source: SourceConfig, default: Format = "auto", revision: str | None = None) -> Iterator[Row | BadRow]:
     """The rows of a source, in their order, one held at a time.
 
     Args:
         source: a file, a folder of files, a folder saved by `datasets`, or a data set's name on the hub.
         default: the format, if the source names none (`data.format`).
+        revision: commit of a data set on the hub; None: the newest.
 
     Raises:
         UserError: in the course of it: what no single row is to blame for.
     """
     why = f"the source's format is {source.format}" if source.format else f"data.format is {default}"
-    rows = typed_rows(_records(source), source.format or default, why)
+    rows = typed_rows(_records(source, revision), source.format or default, why)
     empty = True
     for row in rows:
         empty = False
@@ -45,15 +47,16 @@ def source_files(source: SourceConfig) -> list[Path]:
     path = _local(source)
     if path is None:
         return []
-    if not path.is_dir():
-        return [path]
-    return saved_files(path, source.split) if is_saved(path) else files_of_folder(path)
+    if path.is_dir():
+        saved = is_saved(path)
+        return saved_files(path, source.split) if saved else files_by_split(path, source.subset, source.split)
+    return [path] if path.exists() else files_of_pattern(str(path))
 
 
-def _records(source: SourceConfig) -> Iterator[Record | BadRow]:
+def _records(source: SourceConfig, revision: str | None) -> Iterator[Record | BadRow]:
     path = _local(source)
     if path is None:
-        yield from read_hub(source.path, source.subset, source.split)
+        yield from read_hub(source.path, source.subset, source.split, revision)
     elif is_saved(path):
         yield from read_saved(path, source.split)
     else:
@@ -62,16 +65,19 @@ def _records(source: SourceConfig) -> Iterator[Record | BadRow]:
 
 
 def _local(source: SourceConfig) -> Path | None:
-    """The file or folder; None: it is a name on the hub."""
+    """The file, the folder, or a pattern of files; None: it is a name on the hub."""
     # os.path's functions, because Path's raise where there is no such user or the name is too long
     path = Path(os.path.expanduser(source.path))  # noqa: PTH111
     if not source.path.strip():
         raise UserError("data: the path of a source is empty; give a file, a folder or a data set's name")
-    if not os.path.exists(path):  # noqa: PTH110
+    pattern = not os.path.exists(path) and has_pattern(source.path)  # noqa: PTH110
+    if not pattern and not os.path.exists(path):  # noqa: PTH110
         if source.path.startswith((".", "/", "~")) or suffix(path) or not is_hub_name(source.path):
             raise UserError(f"{source.path}: no such data file; give the path of a file or folder that is there")
         return None
-    if not path.is_dir() and not path.is_file():
+    if path.is_dir() and not is_saved(path):
+        return path  # its files say which subsets and splits there are
+    if not pattern and not path.is_dir() and not path.is_file():
         raise UserError(f"{path}: neither a file nor a folder; give the path of one")
     if source.subset is not None:
         raise UserError(f"{path}: only data sets on the hub have subsets; take subset: {source.subset} out")
