@@ -18,6 +18,7 @@ from qlora_dist.train.setup import set_up
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LINEAR = {"type": "linear", "factor": 2.0}
+DEEPSEEK = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
 
 
@@ -32,7 +33,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
         ({"max_position_embeddings": 32768, "rope_scaling": YARN}, 131072),
         ({"max_position_embeddings": 32768, "rope_parameters": YARN | {"rope_theta": 1e6}}, 131072),
         ({"max_position_embeddings": 131072, "rope_scaling": LLAMA3}, 131072),
-        ({"max_position_embeddings": 163840, "rope_scaling": YARN | {"original_max_position_embeddings": 4096}}, 163840),
+        ({"max_position_embeddings": 163840, "rope_scaling": DEEPSEEK}, 163840),
         ({"model_type": "gemma3_text", "max_position_embeddings": 131072, "rope_scaling": LINEAR}, 131072),
         # no limit: ALiBi, no positions, state spaces, nothing said
         ({"model_type": "bloom", "seq_length": 2048}, None),

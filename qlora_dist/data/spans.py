@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qlora_dist.data.landmarks import derive_spans
 from qlora_dist.data.render import Refused, Renderer, Span
 from qlora_dist.data.row import Message
 
@@ -99,9 +100,13 @@ class _Turns:
         with the content. White space after the token that ends a turn is left out.
         """
         spans = []
+        answers = [index for index in indices if self._messages[index]["role"] == "assistant"]
+        derived = derive_spans(self._renderer, self._messages, self._tools, self._text, answers, self._answer)
         for index in reversed(indices):  # the last answer tells the most
-            assistant = self._messages[index]["role"] == "assistant"
-            start, end = self._answer(index) if assistant else self._turn(index)
+            if index in derived:
+                start, end = derived[index]
+            else:
+                start, end = self._answer(index) if index in answers else self._turn(index)
             spans.append((start, max(start, end_of_turn(self._text, end, self._end_tokens))))
         return spans[::-1]
 
