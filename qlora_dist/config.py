@@ -115,8 +115,8 @@ class SourceConfig(Section):
     """One source of a mixture."""
 
     path: str
-    """File (JSONL, JSON, Parquet, CSV), pattern or folder of such files, folder saved by `datasets`, or a data set's name
-    on the Hugging Face hub."""
+    """File (JSONL, JSON, Parquet, CSV), pattern or folder of such files, folder saved by `datasets`, or a data set's
+    name on the Hugging Face hub."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each of its rows is trained per epoch: 0.5, every other epoch; 2, twice an epoch."""
     format: Format | None = None
