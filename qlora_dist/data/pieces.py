@@ -73,7 +73,7 @@ class Fate:
             said.append(f"{self.dropped:,} longer than {seq_len:,} tokens dropped")
         if self.cut_trained_tokens:
             answers = f" and {self.cut_answers:,} whole answers" if self.cut_answers else ""
-            said.append(f"losing {self.cut_trained_tokens:,} trained tokens{answers}")
+            said.append(f"{self.cut_trained_tokens:,} trained tokens{answers} lost to the length")
         if self.untrained:
             said.append(f"{self.untrained:,} without a token to train left out")
         return f"{', '.join(said)}; {self.tokens:,} tokens, {self.trained_tokens:,} trained"

@@ -96,11 +96,11 @@ def test_by_hand(too_long, expected, fate):
 
 def test_what_is_told():
     assert [cut(BY_HAND, 4, too_long)[1].sentence(4) for too_long in ("truncate", "split", "drop")] == [
-        "7 sequences, 2 cut to 4 tokens, losing 9 trained tokens and 2 whole answers, "
+        "7 sequences, 2 cut to 4 tokens, 9 trained tokens and 2 whole answers lost to the length, "
         "4 without a token to train left out; 12 tokens, 8 trained",
-        "7 sequences, 4 split into 9 pieces, losing 4 trained tokens, "
+        "7 sequences, 4 split into 9 pieces, 4 trained tokens lost to the length, "
         "6 without a token to train left out; 20 tokens, 13 trained",
-        "7 sequences, 4 longer than 4 tokens dropped, losing 15 trained tokens and 4 whole answers, "
+        "7 sequences, 4 longer than 4 tokens dropped, 15 trained tokens and 4 whole answers lost to the length, "
         "2 without a token to train left out; 4 tokens, 2 trained",
     ]
 
