@@ -26,7 +26,8 @@ def derive_spans(
 
     Answers that a template could not tell apart, but for their contents and number, form a group. Of each
     group five are found by `exact`: the first two, one in the middle and the last two. What these have between
-    themselves and their neighbours' contents is looked for around the others, at places that marks tell.
+    themselves and their neighbours' contents is looked for around the others, at places that marks tell; an answer
+    around which there is something else is found by `exact` too.
 
     Args:
         renderer: the template.
@@ -37,7 +38,7 @@ def derive_spans(
         exact: where an answer begins and ends, by rendering the conversation up to it.
 
     Returns:
-        The answers that were found, those of `exact` too. Any answer may be missing.
+        The answers that were found. Those beside which no content could be marked are missing.
 
     Raises:
         Refused: by `exact`.
@@ -52,18 +53,18 @@ def derive_spans(
     found: dict[int, Span] = {}
     for group in groups.values():
         samples = {group[place] for place in (0, 1, len(group) // 2, -2, -1) if -len(group) <= place < len(group)}
-        around = set()
-        for index in sorted(samples, reverse=True):
+        befores: set[str] = set()
+        behinds: set[str] = set()
+        for index in sorted(group, key=lambda index: (index not in samples, -index)):
+            first, last = contents[index - 1][1], contents[index + 1][0]
+            starts = [first + len(before) for before in befores if text.startswith(before, first)]
+            ends = [last - len(behind) for behind in behinds if text.startswith(behind, last - len(behind))]
+            if index not in samples and len(starts) == len(ends) == 1 and starts[0] <= ends[0]:
+                found[index] = starts[0], ends[0]
+                continue
             start, end = found[index] = exact(index)
-            around.add((text[contents[index - 1][1] : start], text[end : contents[index + 1][0]]))
-        if len(around) > 1:
-            continue
-        ((before, behind),) = around
-        for index in group:
-            start = contents[index - 1][1] + len(before)
-            end = contents[index + 1][0] - len(behind)
-            if start <= end and text.startswith(before, start - len(before)) and text.startswith(behind, end):
-                found.setdefault(index, (start, end))
+            befores.add(text[first:start])
+            behinds.add(text[end:last])
     return found
 
 
