@@ -124,8 +124,8 @@ def _kinds(messages: list[Message]) -> list[tuple[object, ...]]:
 
 def _own_kind(message: Message) -> tuple[object, ...]:
     content = message.get("content")
-    written = isinstance(content, str)
-    return message["role"], *sorted(message), written and bool(content.strip()), written and "</think>" in content
+    text = content if isinstance(content, str) else ""
+    return message["role"], *sorted(message), bool(text.strip()), "</think>" in text
 
 
 def _seen_since_question(messages: list[Message], own: list[tuple[object, ...]]) -> list[frozenset[object]]:

@@ -81,8 +81,8 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     served = served_tokenizer(tokenizer, config.data.chat_template, folder.path)
     sources = train if held_out is None else [*train, held_out]
     for source in sources:
-        for said in (source.stats.left_out(), source.stats.per_answer()) if console is not None else ():
-            if said:
+        for said in (source.stats.left_out(), source.stats.per_answer()):
+            if said and console is not None:
                 console.print(f"{source.path}: {said}", markup=False)
     check_ids(folder, model, sources)
     loader = Loader(
