@@ -128,8 +128,8 @@ class SourceConfig(Section):
     """One source of a mixture."""
 
     path: str
-    """File (JSONL, JSON, Parquet, CSV), folder of such files, folder saved by `datasets`, or a data set's name on the
-    Hugging Face hub."""
+    """File (JSONL, JSON, Parquet, CSV), pattern or folder of such files, folder saved by `datasets`, or a data set's
+    name on the Hugging Face hub."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each of its rows is trained per epoch: 0.5, every other epoch; 2, twice an epoch."""
     format: Format | None = None
@@ -166,6 +166,10 @@ class DataConfig(Section):
     """Tokens that are trained. assistant: the assistant's turns; last: the last of them; all: every token. Rows of
     `text` train all, rows of `prompt` and `completion` the completion unless all; `train` or `weight` (0 or 1) of a
     message overrides it."""
+    multi_turn: Literal["auto", "whole", "per-answer"] = "auto"
+    """Form in which a conversation of several answers is trained. whole: one row. per-answer: one row for each trained
+    answer, with the prompt that inference would see. auto: whole, and per-answer where the chat template rewrites
+    history."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do at a row that cannot be used. error: stop; skip: count it and go on."""
     max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] = 100
@@ -350,6 +354,11 @@ class Config(Section):
             )
         if self.data.group_by_length and self.data.packing != "none":
             yield ("data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out")
+        if self.data.multi_turn == "per-answer" and self.data.mask == "all":
+            yield (
+                "data.multi_turn: per-answer trains answers only, and data.mask is all; set data.mask: assistant or "
+                "last, or leave data.multi_turn out"
+            )
         if self.train.steps is not None and self.train.epochs is not None:
             yield (
                 f"train.epochs: {self.train.epochs:g} and train.steps: {self.train.steps} exclude each other; set one "

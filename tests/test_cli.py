@@ -350,6 +350,8 @@ def test_a_dry_run_checks_all_and_prints_the_whole_configuration(cli, tiny_llama
         monkeypatch.setenv(name, value)
     code, out, err = cli("train", path, "train.steps=7", "--dry-run")
     assert code == 0, err
+    assert "80 sequences; 2,816 tokens, 734 trained; packed into 34 rows" in err
+    assert "held out: " in err
     assert not (tmp_path / "runs").exists()
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(out)
@@ -359,4 +361,6 @@ def test_a_dry_run_checks_all_and_prints_the_whole_configuration(cli, tiny_llama
     assert any(line.startswith("7 steps of 12 rows = ") for line in lines)
     assert lines[-2].startswith("plan: each rank holds ")
     assert lines[-1] == "ok: configuration, model folder and data are fine; no weights were read"
+    code, _, cut = cli("train", resolved, "data.seq_len=24", "data.packing=none", "--dry-run")
+    assert code == 0 and "cut to 24 tokens, " in cut and "lost to the length" in cut
     assert "steps: 7\n" in out

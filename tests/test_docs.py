@@ -105,7 +105,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a user has at the start, under the names that the pages use."""
     folder = tmp_path_factory.mktemp("material")
     # bitsandbytes' kernel for transformers' own layers refuses sizes that are no multiple of 32 on some processors
-    tiny.make_model(folder / "my-model", intermediate_size=192)
+    tiny.make_model(folder / "my-model", intermediate_size=192, max_position_embeddings=2048)
     quantize_folder(folder / "my-model", folder / "my-model-nf4", QuantizeOptions())
     tiny.make_data(folder / "my-data.jsonl", 40)
     tiny.make_data(folder / "my-eval.jsonl", 6, seed=1)

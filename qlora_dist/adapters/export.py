@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -19,11 +20,19 @@ from qlora_dist.errors import UserError
 from qlora_dist.sharded import gather
 
 
-def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -> None:
+def export_adapter(
+    model: PreTrainedModel, config: peft.LoraConfig, out: Path, add_files: Callable[[Path], None] | None = None
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32), as `PeftModel.from_pretrained` reads them.
 
     Called on all ranks: each parameter is gathered by all, and kept by rank 0 alone. The folder appears complete or
     not at all; one of that name is replaced.
+
+    Args:
+        model: with the adapter.
+        config: of the adapter.
+        out: the folder.
+        add_files: called on rank 0 with the folder, to write what belongs beside the adapter.
 
     Raises:
         UserError: on rank 0, if it cannot be written, or is not worth it: an empty one is not found out elsewhere.
@@ -41,7 +50,7 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
                 f"{out}: no adapter is written, because {wrong}; train longer, or lower optim.lr", one_rank=True
             )
         try:
-            write_adapter(tensors, config, out)
+            write_adapter(tensors, config, out, add_files)
         except (OSError, SafetensorError) as error:  # of a full disk safetensors says so in its own way
             raise UserError(
                 f"{out}: the adapter cannot be written ({error}); make room, then the same command goes on from the "
@@ -51,7 +60,12 @@ def export_adapter(model: PreTrainedModel, config: peft.LoraConfig, out: Path) -
     dist.barrier()
 
 
-def write_adapter(tensors: dict[str, torch.Tensor], config: peft.LoraConfig, out: Path) -> None:
+def write_adapter(
+    tensors: dict[str, torch.Tensor],
+    config: peft.LoraConfig,
+    out: Path,
+    add_files: Callable[[Path], None] | None = None,
+) -> None:
     """Write the folder: complete or not at all, in the place of one of that name."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -59,6 +73,8 @@ def write_adapter(tensors: dict[str, torch.Tensor], config: peft.LoraConfig, out
         partial.mkdir(parents=True)
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(partial))
+        if add_files is not None:
+            add_files(partial)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     finally:

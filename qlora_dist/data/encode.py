@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from jinja2 import TemplateSyntaxError
 
+from qlora_dist.data.answers import Answer, write_answers
 from qlora_dist.data.fingerprint import fingerprint
 from qlora_dist.data.render import Refused, Renderer
 from qlora_dist.data.row import BadRow, CompletionRow, Message, MessagesRow, Row, TextRow
-from qlora_dist.data.spans import write
+from qlora_dist.data.spans import Rewritten, write
 from qlora_dist.data.template import SHIPPED, read_template
 from qlora_dist.data.tokens import Encoded, Text, TextEncoder
 from qlora_dist.errors import UserError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Mask = Literal["assistant", "last", "all"]
+MultiTurn = Literal["auto", "whole", "per-answer"]
 
 
 class Encoder:
@@ -38,18 +41,29 @@ class Encoder:
     Of a prompt with a completion, the completion and the end-of-sequence token are trained, which is put after it; a
     token that straddles the border counts as completion. Of a text all tokens are trained, and that one.
 
+    A conversation is one sequence (`whole`), or one for each trained answer (`per-answer`), which holds the prompt that
+    inference would see and the answer. `auto` takes the second form where the template rewrites history.
+
     Args:
         tokenizer: of any kind; masks need a fast one.
         mask: what is trained of conversations and completions.
         chat_template: `chatml`, `alpaca`, `guanaco` or the path of a Jinja file; None: the tokenizer's.
+        multi_turn: how a conversation becomes sequences.
 
     Raises:
         UserError: the template is missing, does not compile, or does not go with the tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask: Mask, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        mask: Mask,
+        chat_template: str | None = None,
+        multi_turn: MultiTurn = "whole",
+    ) -> None:
         self._tokenizer = tokenizer
         self._mask = mask
+        self._multi_turn = multi_turn
         self._chat_template = chat_template
         # <|im_end|> is an added token, and not always a "special" one
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
@@ -67,26 +81,29 @@ class Encoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # for worker processes: a compiled template cannot be sent
-        return Encoder, (self._tokenizer, self._mask, self._chat_template)
+        return Encoder, (self._tokenizer, self._mask, self._chat_template, self._multi_turn)
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
+    def encode(self, rows: Sequence[Row]) -> list[Encoded | list[Encoded] | BadRow]:
         """Encode rows, each independent of the others, in their order.
 
         They are tokenized together, on all cores unless TOKENIZERS_PARALLELISM is off: best some hundred at a time.
 
         Returns:
-            For each row its tokens, or why it cannot be used: the template refuses it, or its mask cannot be derived.
+            For each row its tokens; a list of them, one for each answer; or why it cannot be used: the template refuses
+            it, or its mask cannot be derived.
 
         Raises:
             UserError: no row of this kind can be encoded: there is no chat template, or the tokenizer does not tell
                 where its tokens lie in the text, which the mask needs.
         """
-        done: list[Encoded | BadRow | None] = [None] * len(rows)
+        done: list[Encoded | list[Encoded] | BadRow | None] = [None] * len(rows)
         texts: dict[bool, list[tuple[int, Text]]] = {False: [], True: []}
         for index, row in enumerate(rows):
             text = self._write(row)
             if isinstance(text, BadRow):
                 done[index] = text
+            elif isinstance(text, list):
+                done[index] = self._encode_answers(text)
             else:
                 texts[text.closed].append((index, text))
         for closed, batch in texts.items():
@@ -97,9 +114,25 @@ class Encoder:
     def fingerprint(self) -> str:
         """SHA-256 in hex of what tokens and flags depend on besides the row (and the date, if a template writes it)."""
         template = self._tokenizer.chat_template if self._template is None else self._template
-        return fingerprint(self._tokenizer, template, self._mask)
+        return fingerprint(self._tokenizer, template, self._mask, self._multi_turn)
 
-    def _write(self, row: Row) -> Text | BadRow:
+    def _encode_answers(self, answers: list[Answer]) -> list[Encoded]:
+        """Encode each answer behind its prompt, of which the tokens are those that inference gives the model."""
+        wholes = self._texts.encode([_text(answer) for answer in answers], False)
+        prompts = self._texts.encode([Text(answer.prompt, []) for answer in answers], False)
+        encoded = []
+        for answer, whole, prompt in zip(answers, wholes, prompts, strict=True):
+            length = len(prompt.tokens)
+            if np.array_equal(whole.tokens[:length], prompt.tokens) or not self._texts.are_bytes:
+                encoded.append(whole)
+                continue
+            # a token straddles the border (two line feeds), which the model never sees when it is asked
+            (rest,) = self._texts.encode([Text(answer.text, answer.spans)], False)
+            tokens = np.concatenate([prompt.tokens, rest.tokens])
+            encoded.append(Encoded(tokens, np.concatenate([prompt.trained, rest.trained])))
+        return encoded
+
+    def _write(self, row: Row) -> Text | list[Answer] | BadRow:
         if isinstance(row, TextRow):
             return Text(row.text, None, closed=True)
         if isinstance(row, CompletionRow):
@@ -113,7 +146,7 @@ class Encoder:
         except Refused as refused:
             return BadRow(row.place, str(refused))
 
-    def _conversation(self, row: MessagesRow) -> Text:
+    def _conversation(self, row: MessagesRow) -> Text | list[Answer]:
         renderer = self._renderer(self._template_of(row))
         renderer = renderer.given(row.variables)
         messages, tools = renderer.clean(row.messages), renderer.tools(row.tools)
@@ -123,8 +156,14 @@ class Encoder:
             return Text(renderer.text(messages, tools), None)
         self._check_offsets(row.place)
         indices = [index for index, flag in enumerate(trained) if flag != everything]
-        text, spans = write(renderer, messages, tools, indices, self._end_tokens)
-        return Text(text, spans, inverted=everything)
+        if self._multi_turn != "per-answer" or everything or not indices:
+            try:
+                text, spans = write(renderer, messages, tools, indices, self._end_tokens)
+                return Text(text, spans, inverted=everything)
+            except Rewritten:
+                if self._multi_turn == "whole" or everything:
+                    raise
+        return write_answers(renderer, messages, tools, indices, self._end_tokens)
 
     def _trained(self, messages: list[Message]) -> list[bool]:
         """For every message, whether it is trained."""
@@ -170,3 +209,8 @@ class Encoder:
                 f"{place}: this tokenizer does not tell where its tokens lie in the text, which data.mask: "
                 f"{self._mask} needs for this row; use a model folder with tokenizer.json, or data.mask: all"
             )
+
+
+def _text(answer: Answer) -> Text:
+    start = len(answer.prompt)
+    return Text(answer.prompt + answer.text, [(start + first, start + last) for first, last in answer.spans])

@@ -32,22 +32,6 @@ def suffix(path: Path) -> str | None:
     return next((end for end in known if name.endswith(end) or (end in _TEXT and name.endswith(f"{end}.gz"))), None)
 
 
-def files_of_folder(folder: Path) -> list[Path]:
-    """The files of known types in a folder, by name; neither hidden ones nor those of its folders.
-
-    Raises:
-        UserError: there is none, or the folder cannot be read.
-    """
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror or error}); give a folder that can") from None
-    found = [path for path in paths if suffix(path)]
-    if not found:
-        raise UserError(f"{folder}: the folder has no data file; put files ending in {KNOWN} there")
-    return found
-
-
 def read_file(path: Path) -> Iterator[Record | BadRow]:
     """The rows of a file.
 

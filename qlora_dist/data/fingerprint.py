@@ -15,16 +15,24 @@ ENCODER_VERSION = 2
 """Raise it with every change of the code that changes tokens or masks: what has been cached is then made anew."""
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase, template: Any, mask: str) -> str:
+def fingerprint(tokenizer: PreTrainedTokenizerBase, template: Any, mask: str, multi_turn: str) -> str:
     """SHA-256 in hex.
 
     Args:
         tokenizer: its vocabulary, rules and special tokens count; where it lies does not.
         template: text of the chat template; a mapping of names to texts; None.
         mask: as in the configuration.
+        multi_turn: as in the configuration.
     """
     digest = hashlib.sha256()
-    settings = [ENCODER_VERSION, mask, template, tokenizer.special_tokens_map, tokenizer.split_special_tokens]
+    settings = [
+        ENCODER_VERSION,
+        mask,
+        multi_turn,
+        template,
+        tokenizer.special_tokens_map,
+        tokenizer.split_special_tokens,
+    ]
     for part in (json.dumps(settings, sort_keys=True).encode(), *_tokenizer_parts(tokenizer)):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)

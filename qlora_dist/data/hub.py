@@ -22,11 +22,22 @@ def is_hub_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+class Unreachable(UserError):
+    """The hub cannot be asked."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"{name}: no such file or folder here, and the Hugging Face hub can't be asked ({reason}); correct the "
+            "path, or download the data set where there is a network"
+        )
+        self.reason = reason
+
+
 def hub_revision(name: str) -> str:
     """The commit at which a data set is now.
 
     Raises:
-        UserError: it isn't on the hub, or the hub can't be reached; within seconds.
+        UserError: it isn't on the hub, or (`Unreachable`) the hub can't be reached; within seconds.
     """
     from huggingface_hub import HfApi  # and not by way of `datasets`, which tries for half a minute
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -41,19 +52,22 @@ def hub_revision(name: str) -> str:
             "log in if the data set is private (hf auth login)"
         ) from None
     except Exception as error:  # the libraries below have dozens, of several families
-        raise UserError(
-            f"{name}: no such file or folder here, and the Hugging Face hub can't be asked ({told(error)}); correct "
-            "the path, or download the data set where there is a network"
-        ) from None
+        raise Unreachable(name, told(error)) from None
 
 
-def read_hub(name: str, subset: str | None, split: str) -> Iterator[Record | BadRow]:
+def read_hub(name: str, subset: str | None, split: str, revision: str | None = None) -> Iterator[Record | BadRow]:
     """The rows of a data set on the hub. No code of the data set's is run: `datasets` no longer can.
+
+    Args:
+        name: of the data set.
+        subset: its configuration.
+        split: one of its splits.
+        revision: a commit; None: the newest.
 
     Raises:
         UserError: as `hub_revision`; or there is no such split or subset; or the connection breaks.
     """
-    revision = hub_revision(name)
+    revision = revision or hub_revision(name)
     import datasets  # seconds
 
     row = 0

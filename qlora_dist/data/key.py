@@ -22,8 +22,17 @@ _THREADS = 8
 _DIGESTS = "digests.json"
 
 
-def source_key(source: SourceConfig, config: DataConfig, encoder_fingerprint: str, cache: Path, say: Say) -> str:
+def source_key(
+    source: SourceConfig,
+    config: DataConfig,
+    encoder_fingerprint: str,
+    cache: Path,
+    say: Say,
+    revision: str | None = None,
+) -> str:
     """SHA-256 in hex: the same for the same content, wherever the files lie and whenever they were written.
+
+    Of a data set on the hub, `revision` stands for the content.
 
     Not in it, since sequences are stored whole: lengths, packing and weights.
 
@@ -34,7 +43,7 @@ def source_key(source: SourceConfig, config: DataConfig, encoder_fingerprint: st
     return _sha256(
         {
             "version": VERSION,
-            "content": _content(source, cache, say),
+            "content": _content(source, cache, say, revision),
             "format": source.format or config.format,
             "split": source.split,
             "encoder": encoder_fingerprint,
@@ -59,12 +68,10 @@ def file_states(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
     return states
 
 
-def _content(source: SourceConfig, cache: Path, say: Say) -> Any:
+def _content(source: SourceConfig, cache: Path, say: Say, revision: str | None) -> Any:
     files = source_files(source)
     if not files:
-        from qlora_dist.data.hub import hub_revision
-
-        return {"hub": source.path, "subset": source.subset, "revision": hub_revision(source.path)}
+        return {"hub": source.path, "subset": source.subset, "revision": revision}
     return [(_ending(path), digest) for path, digest in zip(files, _digests(files, cache, say), strict=True)]
 
 

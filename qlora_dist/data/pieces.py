@@ -57,6 +57,10 @@ class Fate:
     """In these pieces."""
     trained_tokens: int
     """Of these, targets; never a piece's first."""
+    cut_answers: int = 0
+    """Trained stretches that lie whole behind the cut, or in a sequence that was dropped."""
+    cut_trained_tokens: int = 0
+    """Targets that are not trained because of the length."""
 
     def sentence(self, seq_len: int) -> str:
         """For people, without what did not happen."""
@@ -67,6 +71,9 @@ class Fate:
             said.append(f"{self.split:,} split into {self.split_pieces:,} pieces")
         if self.dropped:
             said.append(f"{self.dropped:,} longer than {seq_len:,} tokens dropped")
+        if self.cut_trained_tokens:
+            answers = f" and {self.cut_answers:,} whole answers" if self.cut_answers else ""
+            said.append(f"{self.cut_trained_tokens:,} trained tokens{answers} lost to the length")
         if self.untrained:
             said.append(f"{self.untrained:,} without a token to train left out")
         return f"{', '.join(said)}; {self.tokens:,} tokens, {self.trained_tokens:,} trained"
@@ -90,9 +97,13 @@ def cut(sequences: Sequences, seq_len: int, too_long: TooLong) -> tuple[Pieces, 
     longer = np.flatnonzero(lengths > seq_len)
     whole = np.flatnonzero((lengths <= seq_len) & (trained > 0))
     untrained = len(sequences) - len(longer) - len(whole)
-    truncated = split = split_pieces = 0
+    truncated = split = split_pieces = cut_answers = 0
     columns = [array("q") for _ in fields(Pieces)]
-    for index in longer.tolist() if too_long != "drop" else []:
+    for index in longer.tolist():
+        if too_long != "split":
+            cut_answers += _stretches_from(sequences.trained(index), seq_len if too_long == "truncate" else 0)
+        if too_long == "drop":
+            continue
         end = int(lengths[index]) if too_long == "split" else seq_len
         starts = np.arange(0, end, seq_len)
         flags = sequences.trained(index)[:end]
@@ -115,18 +126,30 @@ def cut(sequences: Sequences, seq_len: int, too_long: TooLong) -> tuple[Pieces, 
     )
     if columns[0]:
         pieces = pieces.take(np.argsort(pieces.sequence, kind="stable"))
+    trained_tokens = int(pieces.trained.sum(dtype=np.int64))
     fate = Fate(
         sequences=len(sequences),
         truncated=truncated,
         split=split,
         split_pieces=split_pieces,
         dropped=len(longer) if too_long == "drop" else 0,
+        cut_answers=cut_answers,
+        cut_trained_tokens=int(trained.sum()) - trained_tokens,
         untrained=untrained,
         pieces=len(pieces),
         tokens=int(pieces.length.sum(dtype=np.int64)),
-        trained_tokens=int(pieces.trained.sum(dtype=np.int64)),
+        trained_tokens=trained_tokens,
     )
     return pieces, fate
+
+
+def _stretches_from(flags: npt.NDArray[np.bool_], start: int) -> int:
+    """Return how many stretches of trained tokens begin at `start` or later."""
+    begins = flags[start:].copy()
+    begins[1:] &= ~flags[start:-1]
+    if start and len(begins):
+        begins[0] &= ~flags[start - 1]
+    return int(begins.sum())
 
 
 def _joined(some: npt.NDArray[np.integer], others: array[int], dtype: type[np.integer] = np.int32) -> npt.NDArray:

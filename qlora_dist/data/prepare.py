@@ -16,6 +16,7 @@ from qlora_dist.data.cache import NOTE, prepared, remove
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.key import file_states, source_key
 from qlora_dist.data.progress import RowProgress
+from qlora_dist.data.revision import choose_revision, not_prepared, remember
 from qlora_dist.data.row_fields import FieldNames
 from qlora_dist.data.rows import Rows, build_rows
 from qlora_dist.data.sequences import Sequences
@@ -75,7 +76,7 @@ def prepare(
         UserError: naming file, line and remedy.
     """
     console = console or Console(quiet=True)
-    encoder = Encoder(tokenizer, config.mask, config.chat_template)
+    encoder = Encoder(tokenizer, config.mask, config.chat_template, config.multi_turn)
     fingerprint = encoder.fingerprint()  # of some tokenizers it takes a second
 
     def one(given: str | SourceConfig) -> PreparedSource:
@@ -132,12 +133,19 @@ def _prepared_entry(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
+    cache = cache_folder(config)
+    memory = "" if source_files(source) else source_key(source, config, fingerprint, cache, say)
+    hub = choose_revision(source.path, cache, memory, say) if memory else None
+    revision = None if hub is None else hub.revision
+
     def make(folder: Path) -> None:
+        if hub is not None and not hub.reachable:
+            raise not_prepared(source.path, "its rows are no longer in the cache")
         before = file_states(source_files(source))
         names = FieldNames()
         with RowProgress(console, source.path, folder / NOTE) as progress:
             stats = tokenize(
-                read_rows(source, config.format, names),
+                read_rows(source, config.format, names, revision),
                 encoder,
                 folder / _SEQUENCES,
                 workers=config.workers,
@@ -152,11 +160,13 @@ def _prepared_entry(
         stats.ignored = names.ignored(encoder.template)
         (folder / _STATS).write_text(json.dumps(asdict(stats), indent=2) + "\n", encoding="utf-8")
 
-    cache = cache_folder(config)
-    entry = cache / "sequences" / source_key(source, config, fingerprint, cache, say)
-    if force:
+    entry = cache / "sequences" / source_key(source, config, fingerprint, cache, say, revision)
+    if force and (hub is None or hub.reachable):
         remove(entry)
-    return prepared(entry, make, say, _read_entry)
+    prepared(entry, make, say, _read_entry)
+    if hub is not None and hub.reachable:
+        remember(cache, memory, source.path, hub.revision)
+    return entry
 
 
 def _read_entry(folder: Path) -> tuple[Stats, Sequences]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_dist.config import Format, SourceConfig
-from qlora_dist.data.files import files_of_folder, read_file, suffix
+from qlora_dist.data.files import read_file, suffix
 from qlora_dist.data.formats import typed_rows
 from qlora_dist.data.hub import is_hub_name, read_hub
+from qlora_dist.data.layout import files_by_split, files_of_pattern, has_pattern
 from qlora_dist.data.records import Record
 from qlora_dist.data.row import BadRow, Row
 from qlora_dist.data.row_fields import FieldNames
@@ -18,7 +19,7 @@ from qlora_dist.errors import UserError
 
 
 def read_rows(
-    source: SourceConfig, default: Format = "auto", names: FieldNames | None = None
+    source: SourceConfig, default: Format = "auto", names: FieldNames | None = None, revision: str | None = None
 ) -> Iterator[Row | BadRow]:
     """The rows of a source, in their order, one held at a time.
 
@@ -26,12 +27,13 @@ def read_rows(
         source: a file, a folder of files, a folder saved by `datasets`, or a data set's name on the hub.
         default: the format, if the source names none (`data.format`).
         names: where the fields that no format reads are collected.
+        revision: commit of a data set on the hub; None: the newest.
 
     Raises:
         UserError: in the course of it: what no single row is to blame for.
     """
     why = f"the source's format is {source.format}" if source.format else f"data.format is {default}"
-    rows = typed_rows(_records(source), source.format or default, why, names)
+    rows = typed_rows(_records(source, revision), source.format or default, why, names)
     empty = True
     for row in rows:
         empty = False
@@ -49,15 +51,16 @@ def source_files(source: SourceConfig) -> list[Path]:
     path = _local(source)
     if path is None:
         return []
-    if not path.is_dir():
-        return [path]
-    return saved_files(path, source.split) if is_saved(path) else files_of_folder(path)
+    if path.is_dir():
+        saved = is_saved(path)
+        return saved_files(path, source.split) if saved else files_by_split(path, source.subset, source.split)
+    return [path] if path.exists() else files_of_pattern(str(path))
 
 
-def _records(source: SourceConfig) -> Iterator[Record | BadRow]:
+def _records(source: SourceConfig, revision: str | None) -> Iterator[Record | BadRow]:
     path = _local(source)
     if path is None:
-        yield from read_hub(source.path, source.subset, source.split)
+        yield from read_hub(source.path, source.subset, source.split, revision)
     elif is_saved(path):
         yield from read_saved(path, source.split)
     else:
@@ -66,7 +69,7 @@ def _records(source: SourceConfig) -> Iterator[Record | BadRow]:
 
 
 def _local(source: SourceConfig) -> Path | None:
-    """The file or folder; None: it is a name on the hub."""
+    """The file, the folder, or a pattern of files; None: it is a name on the hub."""
     if "://" in source.path:
         hub = "data set's name (owner/name)" if source.path.startswith("hf://") else "path of a local copy"
         raise UserError(f"{source.path}: URLs are not read; give the {hub}")
@@ -74,11 +77,14 @@ def _local(source: SourceConfig) -> Path | None:
     path = Path(os.path.expanduser(source.path))  # noqa: PTH111
     if not source.path.strip():
         raise UserError("data: the path of a source is empty; give a file, a folder or a data set's name")
-    if not os.path.exists(path):  # noqa: PTH110
+    pattern = not os.path.exists(path) and has_pattern(source.path)  # noqa: PTH110
+    if not pattern and not os.path.exists(path):  # noqa: PTH110
         if source.path.startswith((".", "/", "~")) or suffix(path) or not is_hub_name(source.path):
             raise UserError(f"{source.path}: no such data file; give the path of a file or folder that is there")
         return None
-    if not path.is_dir() and not path.is_file():
+    if path.is_dir() and not is_saved(path):
+        return path  # its files say which subsets and splits there are
+    if not pattern and not path.is_dir() and not path.is_file():
         raise UserError(f"{path}: neither a file nor a folder; give the path of one")
     if source.subset is not None:
         raise UserError(f"{path}: only data sets on the hub have subsets; take subset: {source.subset} out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qlora_dist.data.landmarks import derive_spans
 from qlora_dist.data.render import Refused, Renderer, Span
 from qlora_dist.data.row import Message
 
@@ -36,13 +37,37 @@ def write(
     wanted = [index for index in answers if index in indices]
     if wanted != answers:
         if wanted and len(marks) != len(answers):
-            raise Refused(
+            raise Rewritten(
                 f"the chat template marks {len(marks)} passages for {len(answers)} messages of the assistant, so one "
-                "message cannot be told from another; train all of them, or use another chat template"
+                "message cannot be told from another; set data.multi_turn: auto, train all of them, or use another "
+                "chat template"
             )
         marks = [mark for index, mark in zip(answers, marks, strict=True) if index in indices] if wanted else []
     others = [index for index in indices if index not in answers]
     return text, sorted(marks + _Turns(renderer, messages, tools, text, end_tokens).spans(others))
+
+
+class Rewritten(Refused):
+    """A conversation of which one rendering does not show each answer as inference would see it."""
+
+
+def need_prompt(index: int) -> None:
+    """See whether an answer has something to answer.
+
+    Raises:
+        Refused: it is the first message.
+    """
+    if index == 0:
+        raise Refused("the conversation starts with the assistant; put a user's message before it")
+
+
+def end_of_turn(text: str, end: int, added_tokens: tuple[str, ...]) -> int:
+    """Return where a turn ends that is written up to `end`, without white space behind the token that ends it.
+
+    ChatML writes a line feed after <|im_end|>; generation has stopped by then.
+    """
+    stripped = text[:end].rstrip()
+    return len(stripped) if stripped.endswith(added_tokens) else end
 
 
 class _Turns:
@@ -75,18 +100,18 @@ class _Turns:
         with the content. White space after the token that ends a turn is left out.
         """
         spans = []
+        answers = [index for index in indices if self._messages[index]["role"] == "assistant"]
+        derived = derive_spans(self._renderer, self._messages, self._tools, self._text, answers, self._answer)
         for index in reversed(indices):  # the last answer tells the most
-            assistant = self._messages[index]["role"] == "assistant"
-            start, end = self._answer(index) if assistant else self._turn(index)
-            stripped = self._text[:end].rstrip()
-            # the line feed that ChatML writes after <|im_end|>: generation has stopped by then
-            end = len(stripped) if stripped.endswith(self._end_tokens) else end
-            spans.append((start, max(start, end)))
+            if index in derived:
+                start, end = derived[index]
+            else:
+                start, end = self._answer(index) if index in answers else self._turn(index)
+            spans.append((start, max(start, end_of_turn(self._text, end, self._end_tokens))))
         return spans[::-1]
 
     def _answer(self, index: int) -> Span:
-        if index == 0:
-            raise Refused("the conversation starts with the assistant; put a user's message before it")
+        need_prompt(index)
         prompt = self._renderer.text(self._messages[:index], self._tools, prompting=True)
         if not self._text.startswith(prompt):
             raise _rewritten("the prompt", index)
@@ -150,7 +175,7 @@ class _Turns:
         marked = self._renderer.text(
             self._with_content(index, lambda content: mark + content)[: index + 1], self._tools
         )
-        start = _common_start(turned, marked)
+        start = common_start(turned, marked)
         if not marked.startswith(mark, start):
             raise Refused(
                 f"`train` of message {index + 1} is true, and the chat template writes no turn for that message; "
@@ -180,19 +205,19 @@ class _Turns:
         return content
 
 
-def _common_start(one: str, other: str) -> int:
-    """Length of what two texts begin with."""
+def common_start(one: str, other: str) -> int:
+    """Return the length of the common beginning of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _common_end(one: str, other: str) -> str:
-    return one[len(one) - _common_start(one[::-1], other[::-1]) :]
+    return one[len(one) - common_start(one[::-1], other[::-1]) :]
 
 
-def _rewritten(what: str, index: int) -> Refused:
-    return Refused(
-        f"the chat template rewrites history ({what} of message {index + 1} changes with what follows), so the mask "
-        "of this row cannot be derived; use rows of one answer, data.mask: last or all, or another chat template "
-        "(data.chat_template), best one with {% generation %} markers"
+def _rewritten(what: str, index: int) -> Rewritten:
+    return Rewritten(
+        f"the chat template rewrites history ({what} of message {index + 1} changes with what follows), so the "
+        "conversation cannot be trained as one row; set data.multi_turn: auto, or give data.chat_template a template "
+        "that does not, best one with {% generation %} markers"
     )

@@ -48,8 +48,12 @@ class Stats:
     """The first of these, each with its reason."""
     untrained_rows: int = 0
     """Left out because nothing in them is trained, however long a row of a batch is."""
+    per_answer_rows: int = 0
+    """Conversations that became one sequence per trained answer."""
+    per_answer_sequences: int = 0
+    """Sequences that these became."""
     sequences: int = 0
-    """Written, one for each other row."""
+    """Written: one for each other row, and those of conversations that became several."""
     tokens: int = 0
     """In these."""
     trained_tokens: int = 0
@@ -70,6 +74,15 @@ class Stats:
             said.append(f"{self.untrained_rows:,} have no token to train")
         return f"of {self.rows:,} rows {', '.join(said)}" if said else ""
 
+    def per_answer(self) -> str:
+        """Say which rows are trained answer by answer; empty if none are."""
+        if not self.per_answer_rows:
+            return ""
+        return (
+            f"{self.per_answer_rows:,} of {self.rows:,} rows are trained as one sequence per answer, "
+            f"{self.per_answer_sequences:,} in all, each with the prompt that inference would see (data.multi_turn)"
+        )
+
 
 class _Part(NamedTuple):
     """A chunk in tokens."""
@@ -77,6 +90,8 @@ class _Part(NamedTuple):
     rows: int
     bad: list[BadRow]
     untrained: int
+    per_answer: int
+    answers: int
     sequences: Flat
 
 
@@ -119,6 +134,8 @@ def tokenize(
                 _count(bad, stats, on_bad_row, max_bad_rows, name)
                 rejects.append(bad)
             stats.untrained_rows += part.untrained
+            stats.per_answer_rows += part.per_answer
+            stats.per_answer_sequences += part.answers
             stats.sequences += len(part.sequences.lengths)
             stats.tokens += len(part.sequences.tokens)
             stats.trained_tokens += int(part.sequences.trained.sum())
@@ -256,16 +273,19 @@ def _encode(chunk: Chunk, encoder: Encoder) -> _Part:
     with LIMITED.armed():
         results = iter(encoder.encode([row for row in chunk if not isinstance(row, BadRow)]))
     bad, kept = [], []
-    untrained = 0
+    untrained = per_answer = answers = 0
     for row in chunk:
         encoded = row if isinstance(row, BadRow) else next(results)
         if isinstance(encoded, BadRow):
             bad.append(encoded)
+        elif isinstance(encoded, list):
+            per_answer, answers = per_answer + 1, answers + len(encoded)
+            kept += [(answer.tokens, answer.trained) for answer in encoded]
         elif encoded.trained[1:].any():  # nothing predicts the first
             kept.append((encoded.tokens, encoded.trained))
         else:
             untrained += 1
-    return _Part(len(chunk), bad, untrained, Flat.of(kept))
+    return _Part(len(chunk), bad, untrained, per_answer, answers, Flat.of(kept))
 
 
 # --- the workers ------------------------------------------------------------------------------------------------------

@@ -60,6 +60,11 @@ class TextEncoder:
         self._swallowing = frozenset(index for index, token in added if token.lstrip or token.rstrip)
         self._before, self._behind = added_tokens(tokenizer)
 
+    @property
+    def are_bytes(self) -> bool:
+        """Whether tokens are the text's bytes, so that parts of a text may be tokenized apart."""
+        return self._byte_lengths is not None
+
     def encode(self, texts: Sequence[Text], closed: bool) -> list[Encoded]:
         """Encode texts which are all closed, or all not."""
         if not texts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.inference.load import Loaded
 from qlora_dist.model.folder import read_json
 from qlora_dist.parallel.exchange import gather_json
+from qlora_dist.positions import positions
 from qlora_dist.train.beat import beat
 
 Stopping = Callable[[int, int], StoppingCriteriaList]
@@ -93,12 +94,6 @@ def generate(
         found = _generate_batch(loaded, own, sampling, steps, ends, streamer, stopping)
         answers += [answer for batch in gather_json(found)[: len(now)] for answer in batch]
     return answers
-
-
-def positions(config: Mapping[str, Any]) -> int | None:
-    """How many tokens a model was made for, by its config.json; None: that does not say."""
-    found = config.get("max_position_embeddings") or config.get("n_positions")
-    return int(found) if found else None
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:

@@ -23,9 +23,10 @@ from lm_eval.models.utils import (
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dist.inference.generate import Sampling, generate, positions
+from qlora_dist.inference.generate import Sampling, generate
 from qlora_dist.inference.load import Loaded
 from qlora_dist.parallel.exchange import gather_json
+from qlora_dist.positions import positions
 from qlora_dist.train.beat import beat
 
 _T = TypeVar("_T")

@@ -15,6 +15,7 @@ from qlora_dist.data.formats import typed_rows
 from qlora_dist.data.records import Record
 from qlora_dist.data.render import Refused, Renderer
 from qlora_dist.data.row import BadRow, CompletionRow, Message, MessagesRow
+from qlora_dist.data.served import default_template, end_token
 from qlora_dist.data.template import SHIPPED, read_template
 from qlora_dist.data.tokens import added_tokens
 from qlora_dist.errors import UserError
@@ -111,15 +112,7 @@ class Prompter:
 
     def end_of_turn(self) -> int | None:
         """The token that the template writes behind an answer: what a model has learnt to stop with."""
-        if self._renderer is None:
-            return None
-        try:
-            messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
-            behind = self._renderer.text(messages, None).rpartition(_ANSWER)[2]
-        except Refused:
-            return None
-        ids = self.tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids[0] if ids and ids[0] in self.tokenizer.added_tokens_decoder else None
+        return None if self._renderer is None else end_token(self.tokenizer, self._renderer)
 
 
 def one_prompt(text: str, prompter: Prompter, raw: bool = False, system: str | None = None) -> Prompt:
@@ -197,7 +190,4 @@ def _system(text: str | None) -> list[Message]:
 def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
     if chat_template is not None:
         return read_template(chat_template, tokenizer)
-    try:
-        return tokenizer.get_chat_template()
-    except (ValueError, NotImplementedError):  # none, or several of which none is the default
-        return None
+    return default_template(tokenizer)

@@ -19,7 +19,7 @@ from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.inference.adapter_folder import AdapterFolder, base_of, parse_adapters
 from qlora_dist.inference.chat import chat
-from qlora_dist.inference.generate import Sampling, check_lengths, generate, positions
+from qlora_dist.inference.generate import Sampling, check_lengths, generate
 from qlora_dist.inference.held_out import held_out_loss
 from qlora_dist.inference.load import Loaded, loaded_model
 from qlora_dist.inference.prompts import Prompt, Prompter, one_prompt, read_prompts
@@ -28,6 +28,7 @@ from qlora_dist.inference.tasks import TaskOptions, check_tasks, print_scores, r
 from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.folder import read_json
 from qlora_dist.parallel.exchange import broadcast_json
+from qlora_dist.positions import positions
 
 BASE = "base"
 """What stands for no adapter."""

@@ -17,6 +17,7 @@ from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.plan.memory import plan_memory
 from qlora_dist.plan.run import make_run
 from qlora_dist.plan.table import PHASES
+from qlora_dist.positions import check_seq_len
 from qlora_dist.train.setup import set_up, set_up_model
 
 _VALUE_BYTES = 4
@@ -42,6 +43,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
     if cluster.preprocess:
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)
         folder, model, _ = set_up_model(config)
+        check_seq_len(config.data.seq_len, model.config.to_dict(), str(folder.path))
         load_tokenizer(folder.path)
         for source in [*config.data.train, *([config.data.eval] if config.data.eval else [])]:
             source_files(source if isinstance(source, SourceConfig) else SourceConfig(path=source))

@@ -19,6 +19,7 @@ from qlora_dist.merge.feedback import directions, round_with_feedback
 from qlora_dist.merge.note import write_note
 from qlora_dist.merge.plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
 from qlora_dist.merge.rows import packed_bytes, quantize_rows, rows_given, rows_of_bytes, rows_trained_on
+from qlora_dist.merge.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.folder_out import finish_folder, in_files
 from qlora_dist.nf4.checkpoint import tensors
@@ -91,7 +92,8 @@ def merge_folder(base: Path | None, adapter_path: Path, out: Path, options: Merg
         partial.mkdir(parents=True)
         _write_files(partial, plan, folder, options, report, console)
         write_note(partial, adapter_path)
-        finish_folder(partial, out, folder.path, _config(folder, plan, options))
+        replaced = TOKENIZER_FILES if copy_tokenizer(adapter_path, partial) else ()
+        finish_folder(partial, out, folder.path, _config(folder, plan, options), replaced)
     except OSError as error:  # a full disk, no permission
         raise UserError(f"{partial}: cannot be written ({error.strerror}); mend that and run again") from None
     finally:

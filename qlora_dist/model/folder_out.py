@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +35,9 @@ def in_files(sizes: Mapping[_T, int], file_bytes: int) -> list[list[_T]]:
     return files
 
 
-def finish_folder(partial: Path, out: Path, source: Path, config: Mapping[str, Any]) -> None:
+def finish_folder(
+    partial: Path, out: Path, source: Path, config: Mapping[str, Any], replaced: Sequence[str] = ()
+) -> None:
     """Add tokenizer, index and config.json to the weights in `partial`, which then gets the name `out`.
 
     Args:
@@ -43,10 +45,12 @@ def finish_folder(partial: Path, out: Path, source: Path, config: Mapping[str, A
         out: is not there.
         source: the folder of the model that the weights were made of.
         config: config.json.
+        replaced: patterns of files that are not taken from `source`, because `partial` holds their like.
     """
     for pattern in _COPIED:
         for path in source.glob(pattern):
-            if not path.name.endswith(".index.json") and not (partial / path.name).exists():
+            unwanted = path.name.endswith(".index.json") or any(path.match(name) for name in replaced)
+            if not unwanted and not (partial / path.name).exists():
                 shutil.copy2(path, partial / path.name)
     weight_map: dict[str, str] = {}
     total = 0

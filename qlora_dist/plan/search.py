@@ -21,6 +21,7 @@ from qlora_dist.plan.memory import CONTEXT_BYTES, RESERVED
 from qlora_dist.plan.plan import Plan, make_plan
 from qlora_dist.plan.run import make_run
 from qlora_dist.plan.verb import Asked, make_config
+from qlora_dist.positions import check_seq_len
 
 _CLOSE = 1.1
 """Ratio of two steps' times below which the simpler configuration is taken: times are not known that well."""
@@ -136,6 +137,7 @@ def search(asked: Asked) -> Search:
     model_config = read_model_config(start.model.base)
     gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
     link, network = hardware.link(gpu.link), hardware.link(asked.network)
+    check_seq_len(start.data.seq_len, model_config, start.model.base)
     described = make_run(start, model_config, asked.ranks, asked.nodes).model
     fitting: list[Found] = []
     tried: list[Config] = []

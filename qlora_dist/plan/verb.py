@@ -20,6 +20,7 @@ from qlora_dist.plan.find_model import read_model_config
 from qlora_dist.plan.hardware import load_hardware
 from qlora_dist.plan.plan import Plan, make_plan
 from qlora_dist.plan.run import make_run
+from qlora_dist.positions import check_seq_len
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def plan_for(asked: Asked, config: Config | None = None) -> Plan:
     hardware = load_hardware(asked.hardware)
     gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
     config = config or make_config(asked)
-    run = make_run(config, read_model_config(config.model.base), asked.ranks, asked.nodes)
+    model_config = read_model_config(config.model.base)
+    check_seq_len(config.data.seq_len, model_config, config.model.base)
+    run = make_run(config, model_config, asked.ranks, asked.nodes)
     return make_plan(run, asked.gpu, gpu, hardware.link(gpu.link), hardware.link(asked.network), measured)
 
 

@@ -127,7 +127,7 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
             run_dir.mark(marker, step, history.stop)
         return
     beat(step, "saving the adapter")
-    export_adapter(model, setup.adapter, run_path(config.run) / "adapter")
+    export_adapter(model, setup.adapter, run_path(config.run) / "adapter", setup.served.save)
     held = Held(static_bytes, moments.resident_bytes, read_bytes, load_s)
     summarize(setup, history, held, expected, console, run_dir)
     if run_dir is not None:

@@ -17,6 +17,7 @@ from qlora_dist.config import DEFAULT_STEPS, Config
 from qlora_dist.data.loader import Loader, eval_batches
 from qlora_dist.data.prepare import PreparedSource, prepare, remarks
 from qlora_dist.data.rows import Batch, Rows
+from qlora_dist.data.served import ServedTokenizer, served_tokenizer
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
@@ -27,6 +28,7 @@ from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.parallel.process_group import idle_gpus, resolve_device
+from qlora_dist.positions import check_seq_len
 from qlora_dist.train.trackers import check_trackers
 
 
@@ -49,6 +51,8 @@ class Setup:
     """None: no `data.eval`."""
     eval_batches: list[Batch]
     """Of this rank; empty without `data.eval`."""
+    served: ServedTokenizer
+    """What is saved beside the adapter."""
     data_sha256: dict[str, str]
     """Of the sequences and weights of `train`, and of the sequences of `eval` if there are any."""
 
@@ -77,11 +81,15 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         console.print(
             f"lora.targets: without {', '.join(read)}, whose weight the model's code reads itself", markup=False
         )
-    train, held_out = prepare(config.data, load_tokenizer(folder.path), console)
+    check_seq_len(config.data.seq_len, model.config.to_dict(), str(folder.path))
+    tokenizer = load_tokenizer(folder.path)
+    train, held_out = prepare(config.data, tokenizer, console)
+    served = served_tokenizer(tokenizer, config.data.chat_template, folder.path)
     sources = train if held_out is None else [*train, held_out]
     for source in sources:
-        if console is not None and (left_out := source.stats.left_out()):
-            console.print(f"{source.path}: {left_out}", markup=False)
+        for said in (source.stats.left_out(), source.stats.per_answer()):
+            if said and console is not None:
+                console.print(f"{source.path}: {said}", markup=False)
     check_ids(folder, model, sources)
     if console is not None:
         for remark in remarks(train, held_out):
@@ -109,7 +117,9 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     data_sha256 = {"train": hashlib.sha256(contents).hexdigest()}
     if held_out is not None:
         data_sha256["eval"] = held_out.stats.sha256
-    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches, data_sha256)
+    return Setup(
+        config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches, served, data_sha256
+    )
 
 
 def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[ModelFolder, LossModel, peft.LoraConfig]:

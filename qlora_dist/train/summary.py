@@ -50,7 +50,7 @@ def announcement(setup: Setup) -> Iterator[str]:
 
 
 def data_sentences(setup: Setup) -> Iterator[str]:
-    """Yield what becomes of each source, and how many steps and epochs the data take."""
+    """Yield what becomes of each source, what its cut loses included, and how many steps the data take."""
     loader = setup.loader
     epochs = loader.epochs_in(setup.steps)
     for rows, weight in loader.sources:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -164,3 +165,83 @@ def test_a_hub_that_cannot_be_reached(tmp_path, refusal, environ):
 )  # fmt: skip
 def test_names_of_data_sets(name, possible):
     assert is_hub_name(name) == possible
+
+
+PREPARE = """
+import io, json, multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from rich.console import Console
+from qlora_dist.config import DataConfig
+from qlora_dist.data.prepare import prepare
+from qlora_dist.data.tokenizer import load_tokenizer
+from qlora_dist.errors import UserError
+
+tokenizer, cache = sys.argv[1:]
+
+def rank(split):
+    tree = {"train": [{"path": "owner/name", "split": split}], "cache": cache, "on_bad_row": "skip"}
+    said = io.StringIO()
+    try:
+        (source,), _ = prepare(
+            DataConfig.model_validate(tree), load_tokenizer(Path(tokenizer)), Console(file=said, width=1000)
+        )
+        return [*said.getvalue().splitlines(), source.stats.rows]
+    except UserError as error:
+        return [str(error)]
+
+for splits in sys.stdin:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        print(json.dumps(list(pool.map(rank, splits.split()))), flush=True)
+"""
+
+
+class Counting(Hub):
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path.split("?")[0])
+        super().do_GET()
+
+    do_HEAD = do_GET
+
+
+@pytest.mark.slow
+def test_prepared_with_a_network_and_used_without(make_tokenizer, tmp_path):
+    """On a login node, and then on nodes of a cluster. The ranks of a start make one request together."""
+    make_tokenizer("none").save_pretrained(tmp_path / "tokenizer")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    own |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[2]), "no_proxy": "127.0.0.1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", PREPARE, str(tmp_path / "tokenizer"), str(tmp_path / "cache")],
+        env=own | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+
+        def ranks(*splits: str) -> list[list[Any]]:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(" ".join(splits) + "\n")
+            process.stdin.flush()
+            found: list[list[Any]] = json.loads(process.stdout.readline())
+            return found
+
+        assert [said[-1] for said in ranks("train", "train")] == [3, 3]
+        times = [path for path in Counting.asked if path == f"{API}/name"]
+        assert len(times) <= 2, "one request, however many ranks; or two, if a minute ends in between"
+        (memory,) = (tmp_path / "cache" / "hub").glob("*.json")
+        assert json.loads(memory.read_text()) == {"name": "owner/name", "revision": SHA}
+
+        server.shutdown()
+        server.server_close()
+        for answer in memory.parent.glob("*-*"):  # as if the minute were over
+            shutil.rmtree(answer)
+        (line, rows), (refused,) = ranks("train", "test")
+        process.stdin.close()
+    assert rows == 3
+    assert line.startswith("owner/name: the Hugging Face hub can't be asked (")
+    assert line.endswith("the rows of revision 000000000000 are used, which were prepared before")
+    assert "can't be asked (" in refused and "; correct the path, or run qlora-dist preprocess with this" in refused

@@ -38,20 +38,52 @@ BY_HAND = make_sequences(
             "truncate",
             [(0, 0, 4, 3), (1, 0, 4, 2), (6, 0, 4, 3)],
             Fate(
-                7, truncated=2, split=0, split_pieces=0, dropped=0, untrained=4, pieces=3, tokens=12, trained_tokens=8
+                7,
+                truncated=2,
+                split=0,
+                split_pieces=0,
+                dropped=0,
+                untrained=4,
+                pieces=3,
+                tokens=12,
+                trained_tokens=8,
+                cut_answers=2,
+                cut_trained_tokens=9,
             ),
         ),
         (
             "split",
             [(0, 0, 4, 3), (0, 4, 4, 3), (0, 8, 2, 1), (1, 0, 4, 2), (2, 4, 2, 1), (6, 0, 4, 3)],
             Fate(
-                7, truncated=0, split=4, split_pieces=9, dropped=0, untrained=6, pieces=6, tokens=20, trained_tokens=13
+                7,
+                truncated=0,
+                split=4,
+                split_pieces=9,
+                dropped=0,
+                untrained=6,
+                pieces=6,
+                tokens=20,
+                trained_tokens=13,
+                cut_answers=0,
+                cut_trained_tokens=4,
             ),
         ),
         (
             "drop",
             [(1, 0, 4, 2)],
-            Fate(7, truncated=0, split=0, split_pieces=0, dropped=4, untrained=2, pieces=1, tokens=4, trained_tokens=2),
+            Fate(
+                7,
+                truncated=0,
+                split=0,
+                split_pieces=0,
+                dropped=4,
+                untrained=2,
+                pieces=1,
+                tokens=4,
+                trained_tokens=2,
+                cut_answers=4,
+                cut_trained_tokens=15,
+            ),
         ),
     ],
 )
@@ -64,9 +96,12 @@ def test_by_hand(too_long, expected, fate):
 
 def test_what_is_told():
     assert [cut(BY_HAND, 4, too_long)[1].sentence(4) for too_long in ("truncate", "split", "drop")] == [
-        "7 sequences, 2 cut to 4 tokens, 4 without a token to train left out; 12 tokens, 8 trained",
-        "7 sequences, 4 split into 9 pieces, 6 without a token to train left out; 20 tokens, 13 trained",
-        "7 sequences, 4 longer than 4 tokens dropped, 2 without a token to train left out; 4 tokens, 2 trained",
+        "7 sequences, 2 cut to 4 tokens, 9 trained tokens and 2 whole answers lost to the length, "
+        "4 without a token to train left out; 12 tokens, 8 trained",
+        "7 sequences, 4 split into 9 pieces, 4 trained tokens lost to the length, "
+        "6 without a token to train left out; 20 tokens, 13 trained",
+        "7 sequences, 4 longer than 4 tokens dropped, 15 trained tokens and 4 whole answers lost to the length, "
+        "2 without a token to train left out; 4 tokens, 2 trained",
     ]
 
 

@@ -15,6 +15,7 @@ from qlora_dist.cli import main
 from qlora_dist.config import Config
 from qlora_dist.data.prepare import _SEQUENCES
 from qlora_dist.data.report import preprocess
+from qlora_dist.errors import UserError
 
 SHORT = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat\non [red]"}]}
 LONG = {"messages": SHORT["messages"] * 3}
@@ -76,6 +77,44 @@ def test_the_table_and_the_samples(config):
     assert "the[[ dog sat<|eos|>]]" in text
     assert text.count("sequence 1: ") == 2
     assert "sequence 2: " not in text
+
+
+def test_what_the_cut_takes_is_shown(config):
+    """LONG has three answers, and two of them lie behind the cut."""
+    text = printed(config(), show=9)
+    whole = json.loads(printed(config(seq_len=100), as_json=True))["sources"][0]
+    train, _ = json.loads(printed(config(), as_json=True))["sources"]
+    assert (whole["cut_sequences"], whole["cut_answers"], whole["cut_trained_tokens"]) == (0, 0, 0)
+    assert (train["cut_sequences"], train["cut_answers"], train["trained_sequences"]) == (1, 2, 2)
+    lost = whole["trained_within_seq_len"] - train["trained_within_seq_len"]
+    assert 0 < lost == train["cut_trained_tokens"]
+    short, long = text.split("sequence 1")[1].split("sequence 2")
+    assert long.startswith(f", tokens 1 to 24 of {train['longest']}, ")
+    assert short.count("[[") == 1 and long.split("eval.jsonl")[0].count("[[") == 1
+    assert "whole answers lost" in text and "cut to that, or into pieces" in text
+    # what is not trained is not shown
+    text = printed(config(too_long="drop"), show=9)
+    assert "train.jsonl, sequence 1: " in text and "train.jsonl, sequence 2" not in text
+    dropped, _ = json.loads(printed(config(too_long="drop"), as_json=True))["sources"]
+    assert (dropped["dropped_sequences"], dropped["cut_answers"]) == (1, 3)
+
+
+def test_rows_that_are_trained_answer_by_answer(config, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer("chatml")
+    end = "{{ '<|eos|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>' }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", end)
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = printed(config(), show=9)
+    assert "train.jsonl: 1 of 4 rows are trained as one sequence per answer, 3 in all, each with the prompt" in text
+    train, _ = json.loads(printed(config(), as_json=True))["sources"]
+    assert (train["per_answer_rows"], train["per_answer_sequences"], train["sequences"]) == (1, 3, 4)
+
+
+def test_a_length_that_the_model_does_not_have(config, tmp_path, refusal):
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 16}')
+    with pytest.raises(UserError) as error:
+        printed(config())
+    assert refusal(error.value).startswith("data.seq_len: 24 is more than the 16 positions of ")
 
 
 def test_samples_in_colour(config):

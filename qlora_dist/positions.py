@@ -1,0 +1,89 @@
+"""Number of positions a model was made for, by its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_dist.errors import UserError
+
+_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_seq_length",
+    "model_max_length",
+)
+_WITHOUT = (
+    "falcon_mamba",
+    "jamba",
+    "mamba",
+    "mamba2",
+    "mpt",
+    "nemotron_h",
+    "recurrent_gemma",
+    "rwkv",
+    "xlstm",
+    "zamba",
+)
+"""Types whose layers take no positions, or any number of them, whatever their config.json says."""
+_STRETCHED = ("linear", "dynamic", "ntk", "yarn")
+"""Kinds of rope scaling of which `max_position_embeddings` is the length before scaling."""
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model was made for, rope scaling included.
+
+    Args:
+        config: config.json.
+
+    Returns:
+        None where config.json does not say, or the model has no limit (ALiBi, state spaces).
+    """
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and (found := positions(text)) is not None:
+        return found
+    kind = config.get("model_type")
+    if kind in _WITHOUT or _has_alibi(config) or config.get("position_embedding_type") in ("alibi", "nope"):
+        return None
+    found = next((config[name] for name in _NAMES if isinstance(config.get(name), int) and config[name] > 0), None)
+    return None if found is None else max(found, _scaled(config, found))
+
+
+def check_seq_len(seq_len: int, config: Mapping[str, Any], where: str) -> None:
+    """See whether the model has a position for each token of a row.
+
+    Args:
+        seq_len: `data.seq_len`.
+        config: config.json.
+        where: the model's folder or name.
+
+    Raises:
+        UserError: it has not.
+    """
+    limit = positions(config)
+    if limit is not None and seq_len > limit:
+        raise UserError(
+            f"data.seq_len: {seq_len:,} is more than the {limit:,} positions of {where}; set data.seq_len to {limit} "
+            "or less, or use a model that was made for longer texts (rope scaling in config.json counts)"
+        )
+
+
+def _has_alibi(config: Mapping[str, Any]) -> bool:
+    attention = config.get("attn_config")
+    return bool(config.get("alibi")) or (isinstance(attention, Mapping) and bool(attention.get("alibi")))
+
+
+def _scaled(config: Mapping[str, Any], found: int) -> int:
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    # Gemma 3's max_position_embeddings is the length after scaling
+    if not isinstance(scaling, Mapping) or "gemma3" in str(config.get("model_type")):
+        return found
+    factor = scaling.get("factor")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind not in _STRETCHED or not isinstance(factor, int | float):
+        return found
+    original = scaling.get("original_max_position_embeddings")
+    return int((original if isinstance(original, int) else found) * factor)
