@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import re
 import warnings
 from collections.abc import Iterator
 
 import peft
 import torch
+from peft.tuners.lora.layer import LoraLayer, dispatch_default
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.lora import LoraNF4, LoraOfBytes
+from qlora_dist.adapters.lora import LoraNF4
 from qlora_dist.adapters.lora_experts import LoraExperts
+from qlora_dist.adapters.targets import Targets, find_targets, peft_names, target_name, targets_of
 from qlora_dist.config import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.nf4.experts import NF4Experts
@@ -25,37 +26,31 @@ ADAPTER_NAME = "default"
 
 
 def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.LoraConfig:
-    """PEFT's configuration of the adapter, with `all-linear` resolved to the layers' names.
+    """PEFT's configuration of the adapter, whose names mean the matrices that the section `lora` asks for.
 
     Args:
-        model: whose linear layers are NF4Linear.
-        config: the `lora` section.
+        model: a skeleton without adapters.
+        config: the section.
         base: the base model's folder, recorded in the adapter.
 
     Raises:
         UserError: a target is the name of no quantized layer, or the model has no experts to adapt, or no such module
-            to train whole.
+            to train whole, or PEFT knows no such adapter.
     """
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, NF4Linear)}
-    if config.targets == "all-linear":
-        targets = sorted(names)
-    else:
-        targets = sorted(set(config.targets))
-        unknown = [target for target in targets if target not in names]
-        if unknown:
-            raise UserError(
-                f"lora.targets: {unknown[0]} is no quantized layer of {base}; choose from {', '.join(sorted(names))}"
-            )
+    targets = find_targets(model, config, base)
     modules_to_save = _modules_to_save(model, config.modules_to_save, base)
-    experts = sorted({re.sub(r".*\.\d+\.", "", path) for path in _experts(model)}) if config.experts else []
-    if config.experts and not experts:
-        raise UserError(f"lora.experts: {base} has no experts in 4 bit; leave the key out")
-    result = peft.LoraConfig(
+    modules, parameters = peft_names(model, targets)
+    if config.dora and (names := sorted({target_name(p.removesuffix(".weight")) for p in parameters})):
+        raise UserError(
+            f"lora.dora: PEFT takes {' and '.join(names)} of this model for parameters, for which it knows no DoRA; set "
+            "lora.dora: false, or leave them out of lora.targets"
+        )
+    return peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=targets,
-        target_parameters=experts or None,  # elsewhere experts are parameters of a module
+        target_modules=modules,
+        target_parameters=parameters or None,
         modules_to_save=modules_to_save or None,
         ensure_weight_tying=bool(modules_to_save) and has_tied_head(model),
         use_rslora=config.rslora,
@@ -63,48 +58,75 @@ def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.L
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    use_our_layers(result)
-    return result
 
 
-def use_our_layers(config: peft.LoraConfig) -> None:
-    """Have PEFT put our layers around those in 4 bit."""
-    ours: dict[type, type] = {NF4Linear: LoraNF4, NF4Experts: LoraExperts}
-    config._register_custom_module(ours)
+def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = ADAPTER_NAME) -> None:
+    """Put a new adapter into a model on the meta device, in fp32. Everything else is frozen.
 
+    Layers are put in by hand rather than by PEFT's `inject_adapter_in_model`: its conversion of names from transformers
+    4 misreads a skeleton. The model stays the class and keeps the names that transformers gave it.
 
-def attach_adapter(model: nn.Module, config: peft.LoraConfig, name: str = ADAPTER_NAME) -> None:
-    """Put the adapter into a model on the meta device, in fp32. Everything else is frozen.
-
-    `inject_adapter_in_model` rather than `get_peft_model`: the model stays the class and keeps the names that
-    transformers gave it. Others may have been put in before, under other names.
-
-    Raises:
-        UserError: PEFT does not accept the targets.
+    Args:
+        model: without adapters.
+        config: as `peft_config` gives it.
+        name: of the adapter.
     """
-    config = copy.copy(config)  # here experts are modules, whose last names may also be those of linear layers
-    if config.target_parameters:
-        config.target_modules = {*config.target_modules, *_experts(model)}
-        config.target_parameters = None
-    else:
-        config.exclude_modules = _experts(model) or None
-    whole, config.modules_to_save = set(config.modules_to_save or ()), None
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # of another adapter
-            peft.inject_adapter_in_model(config, model, adapter_name=name)
-    except ValueError as error:  # PEFT takes names of some sparse models for those of experts, which belong together
-        raise UserError(f"lora.targets: {str(error).rstrip('.')}; name all of them, or none") from None
+    whole = set(config.modules_to_save or ())
+    targets = targets_of(model, config)
+    for path in (*targets.linear, *targets.experts):
+        put_lora(model, path, config, name, config.r, config.lora_alpha)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(is_lora(parameter_name))
     for path, module in model.named_modules():
         if path in whole:  # in its place: PEFT would keep the frozen module beside the trained one
             module.to(torch.float32)
             module.requires_grad_(True)
-    for module in model.modules():
-        if isinstance(module, LoraOfBytes):
-            for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
-                part.to(torch.float32)
+
+
+def put_lora(model: nn.Module, path: str, config: peft.LoraConfig, name: str, r: int, alpha: float) -> None:
+    """Put the matrices of an adapter, on meta and in fp32, beside one of the model's.
+
+    Args:
+        model: on meta; other adapters may be in it.
+        path: of the layer, without the `base_layer` of another adapter.
+        config: says what else is computed (rsLoRA, DoRA, dropout).
+        name: of the adapter.
+        r: of this matrix.
+        alpha: of this matrix.
+    """
+    layer = model.get_submodule(path)
+    with torch.device("meta"):
+        if isinstance(layer, LoraLayer):
+            layer.update_layer(name, r, lora_alpha=alpha, config=config)
+        else:
+            layer = _wrapped(layer, name, config, r, alpha)
+            model.set_submodule(path, layer)
+    for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        part.to(torch.float32)
+
+
+def _wrapped(layer: nn.Module, name: str, config: peft.LoraConfig, r: int, alpha: float) -> nn.Module:
+    if isinstance(layer, NF4Linear | NF4Experts):
+        ours = LoraNF4 if isinstance(layer, NF4Linear) else LoraExperts
+        return ours(layer, name, config, r=r, lora_alpha=alpha)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # a copy of the configuration gets it right
+        return dispatch_default(layer, name, copy.copy(config), r=r, lora_alpha=alpha)
+
+
+def check_attached(model: nn.Module, targets: Targets, base: str) -> None:
+    """See whether each matrix that was asked for has an adapter, and no other one.
+
+    Raises:
+        UserError: it is not so.
+    """
+    adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if adapted != targets.paths:
+        odd = min(adapted ^ targets.paths)
+        raise UserError(
+            f"lora.targets: {len(targets.paths)} matrices of {base} are to have an adapter and {len(adapted)} have, "
+            f"such as {odd}, which {'has one' if odd in adapted else 'has none'}; set lora.targets to names without it"
+        )
 
 
 def _modules_to_save(model: nn.Module, names: list[str], base: str) -> list[str]:
@@ -136,10 +158,6 @@ def is_lora(name: str) -> bool:
 def is_lora_b(name: str) -> bool:
     """Whether it is a B matrix, which LoRA+ teaches faster."""
     return ".lora_B." in name
-
-
-def _experts(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if isinstance(module, NF4Experts)]
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

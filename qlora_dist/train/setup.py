@@ -12,7 +12,10 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from qlora_dist.adapters.attach import attach_adapter, peft_config
+from qlora_dist.adapters.attach import attach_adapter, check_attached, peft_config
+from qlora_dist.adapters.export import saved_config, saved_shapes
+from qlora_dist.adapters.read_back import check_read_back
+from qlora_dist.adapters.targets import find_targets
 from qlora_dist.config import DEFAULT_STEPS, Config
 from qlora_dist.data.loader import Loader, eval_batches
 from qlora_dist.data.prepare import PreparedSource, prepare
@@ -22,7 +25,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.packable import check_packable
-from qlora_dist.model.skeleton import LossModel, build_skeleton
+from qlora_dist.model.skeleton import LossModel, build_skeleton, causal_lm_on_meta
 from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
@@ -121,8 +124,13 @@ def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[Mod
     model = build_skeleton(folder, config.model)
     if config.data.packing != "none":
         check_packable(model)
-    adapter = peft_config(model, config.lora, config.model.base)
+    base = config.model.base
+    targets = find_targets(model, config.lora, base)
+    adapter = peft_config(model, config.lora, base)
     attach_adapter(model, adapter)
+    check_attached(model, targets, base)
+    plain = causal_lm_on_meta(folder, torch.float32)
+    check_read_back(plain, saved_config(adapter), saved_shapes(model), base)
     return folder, model, adapter
 
 
