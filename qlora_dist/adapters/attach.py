@@ -42,7 +42,7 @@ def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.L
     modules, parameters = peft_names(model, targets)
     if config.dora and (names := sorted({target_name(p.removesuffix(".weight")) for p in parameters})):
         raise UserError(
-            f"lora.dora: PEFT takes {' and '.join(names)} of this model for parameters, for which it knows no DoRA; set "
+            f"lora.dora: PEFT adapts {', '.join(names)} of this model as parameters, without DoRA; set "
             "lora.dora: false, or leave them out of lora.targets"
         )
     return peft.LoraConfig(

@@ -10,10 +10,16 @@ import peft
 import torch
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from qlora_dist.errors import UserError
 
 _NAME = "default"
+
+
+def is_converted(config: peft.LoraConfig, model_type: str) -> bool:
+    """Whether PEFT reads an adapter of such models by more than the ends of names: asking it takes some seconds."""
+    return bool(config.target_parameters) or get_checkpoint_conversion_mapping(model_type) is not None
 
 
 def check_read_back(

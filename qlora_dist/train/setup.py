@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_dist.adapters.attach import attach_adapter, check_attached, peft_config
 from qlora_dist.adapters.export import saved_config, saved_shapes
-from qlora_dist.adapters.read_back import check_read_back
+from qlora_dist.adapters.read_back import check_read_back, is_converted
 from qlora_dist.adapters.targets import find_targets
 from qlora_dist.config import DEFAULT_STEPS, Config
 from qlora_dist.data.loader import Loader, eval_batches
@@ -129,8 +129,9 @@ def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[Mod
     adapter = peft_config(model, config.lora, base)
     attach_adapter(model, adapter)
     check_attached(model, targets, base)
-    plain = causal_lm_on_meta(folder, torch.float32)
-    check_read_back(plain, saved_config(adapter), saved_shapes(model), base)
+    if is_converted(adapter, model.config.model_type):
+        plain = causal_lm_on_meta(folder, torch.float32)
+        check_read_back(plain, saved_config(adapter), saved_shapes(model), base)
     return folder, model, adapter
 
 
