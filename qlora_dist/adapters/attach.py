@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.lora import LoraNF4
-from qlora_dist.adapters.lora_experts import LoraExperts
+from qlora_dist.adapters.lora_experts import LoraExperts, is_swapped
 from qlora_dist.adapters.targets import Targets, find_targets, peft_names, target_name, targets_of
 from qlora_dist.config import LoraConfig
 from qlora_dist.errors import UserError
@@ -99,16 +99,18 @@ def put_lora(model: nn.Module, path: str, config: peft.LoraConfig, name: str, r:
         if isinstance(layer, LoraLayer):
             layer.update_layer(name, r, lora_alpha=alpha, config=config)
         else:
-            layer = _wrapped(layer, name, config, r, alpha)
+            owner = model.get_submodule(path.rpartition(".")[0])
+            layer = _wrapped(layer, name, config, r, alpha, owner)
             model.set_submodule(path, layer)
     for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
         part.to(torch.float32)
 
 
-def _wrapped(layer: nn.Module, name: str, config: peft.LoraConfig, r: int, alpha: float) -> nn.Module:
-    if isinstance(layer, NF4Linear | NF4Experts):
-        ours = LoraNF4 if isinstance(layer, NF4Linear) else LoraExperts
-        return ours(layer, name, config, r=r, lora_alpha=alpha)
+def _wrapped(layer: nn.Module, name: str, config: peft.LoraConfig, r: int, alpha: float, owner: nn.Module) -> nn.Module:
+    if isinstance(layer, NF4Linear):
+        return LoraNF4(layer, name, config, r=r, lora_alpha=alpha)
+    if isinstance(layer, NF4Experts):
+        return LoraExperts(layer, name, config, r=r, lora_alpha=alpha, swapped=is_swapped(owner))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # a copy of the configuration gets it right
         return dispatch_default(layer, name, copy.copy(config), r=r, lora_alpha=alpha)

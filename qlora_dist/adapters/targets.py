@@ -53,11 +53,11 @@ def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Targe
     chosen = linear
     if config.targets != "all-linear":
         for target in config.targets:
-            if not any(_is_end(target, path) for path in linear):
+            if target not in names:
                 raise UserError(
                     f"lora.targets: {target} is no quantized layer of {base}; choose from {', '.join(names)}"
                 )
-        chosen = [path for path in linear if any(_is_end(target, path) for target in config.targets)]
+        chosen = [path for path in linear if target_name(path) in config.targets]
     unread = [path for path in chosen if _model_type(model) in _UNREAD and target_name(path) == "out_proj"]
     if unread:
         rest = sorted({target_name(path) for path in chosen if path not in unread})
@@ -159,4 +159,4 @@ def _is_any_end(names: Iterable[str], path: str) -> bool:
 
 
 def _model_type(model: PreTrainedModel) -> str | None:
-    return getattr(model.config, "model_type", None)
+    return getattr(getattr(model, "config", None), "model_type", None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from qlora_dist.config import Config
 from qlora_dist.errors import UserError
@@ -81,6 +82,30 @@ def expect(setup: Setup) -> Expected | str:
         return f"plan: none ({type(error).__name__}: {error})"
     before = resident_bytes() if setup.device.type == "cpu" else 0
     return Expected(run, memory, traffic, tokens_per_s, is_measured, before)
+
+
+def check_trained(run: Run, model: nn.Module) -> None:
+    """Compare the elements that the plan counts as trained with the model's, before any weight is read.
+
+    The bytes of adapters and moments follow from their number. A folder that has only some of its layers in 4 bit has
+    another number of adapters than its config.json tells, and is not compared.
+
+    Args:
+        run: as planned.
+        model: on meta, with its adapters, not sharded.
+
+    Raises:
+        UserError: they differ, with both figures.
+    """
+    parameters = [parameter for unit in run.model.units for parameter in unit.parameters]
+    planned = sum(parameter.numel for parameter in parameters if parameter.trained)
+    real = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    in_4_bit = sum(parameter.dtype == torch.uint8 for parameter in model.parameters())
+    if real != planned and in_4_bit == sum(parameter.is_bytes for parameter in parameters):
+        raise UserError(
+            f"lora: {real:,} elements are to be trained and the plan counts {planned:,}, so a matrix may lack its "
+            "adapter; report this with the model's config.json, and name some layers in lora.targets until then"
+        )
 
 
 def run_of(setup: Setup, config: Config) -> Run:

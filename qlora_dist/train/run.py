@@ -23,7 +23,7 @@ from qlora_dist.parallel.static_bytes import check_static_bytes
 from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import find_start
 from qlora_dist.train.console import RunConsole
-from qlora_dist.train.expected import expect
+from qlora_dist.train.expected import Expected, check_trained, expect
 from qlora_dist.train.loop import train_loop
 from qlora_dist.train.machine import this_machine
 from qlora_dist.train.memory import free_bytes
@@ -71,6 +71,8 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
         machine = this_machine(setup.device.type)
         run_dir = RunDir(config, start.step, fresh=start.manifest is None, steps=setup.steps, machine=machine)
     expected = expect(setup)
+    if isinstance(expected, Expected):
+        check_trained(expected.run, model)
     announce(setup, console)
     console.say(expected if isinstance(expected, str) else expected.sentence())
 

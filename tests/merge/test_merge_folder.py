@@ -223,7 +223,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
             lambda t: t.update({"base_model.model.other.weight": torch.ones(3)}),
             "has other.weight, which the base lacks",
         ),
-        (lambda t: t.update({Q + "lora_embedding_A": torch.ones(3)}), "only LoRA of linear layers is"),
+        (lambda t: t.update({Q + "lora_embedding_A": torch.ones(3)}), "has LoRA on an embedding"),
+        (lambda t: t.update({Q + "lora_C": torch.ones(3)}), "only LoRA of linear layers and experts is"),
     ],
 )
 def test_an_adapter_that_is_not_as_it_should_be(
