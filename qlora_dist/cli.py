@@ -43,6 +43,7 @@ def train(
 ) -> None:
     """Train an adapter: alone, or on every rank that torchrun starts this on."""
     from qlora_dist.config_file import dump_config, load_config
+    from qlora_dist.lora_from import with_adapter
     from qlora_dist.train.stop import listen
 
     if not dry_run:
@@ -50,7 +51,7 @@ def train(
 
         listen()  # before torch is imported, which takes a while
         agree_on_store()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
-    resolved = load_config(config, overrides or ())
+    resolved = with_adapter(load_config(config, overrides or ()))
     prepare_process()
     if dry_run:
         from qlora_dist.launch.environment import ranks_from_environment
@@ -95,8 +96,9 @@ def launch(
     """Start a run: here, or as a job that saves before its time is up, and goes on."""
     from qlora_dist.config_file import load_config
     from qlora_dist.launch.launch import Options, launch_here, launch_slurm
+    from qlora_dist.lora_from import with_adapter
 
-    resolved = load_config(config, overrides or ())
+    resolved = with_adapter(load_config(config, overrides or ()))
     options = Options(nodes, ranks_per_node, array, dry_run, follow)
     if on != "slurm":
         launch_here(resolved, on, options)
@@ -201,8 +203,9 @@ _RUNS = typer.Option("--dir", help="Folder of all runs (run.dir).")
 def export_ds_config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the DeepSpeed JSON that engine zero3 runs with."""
     from qlora_dist.config_file import load_config
+    from qlora_dist.lora_from import with_adapter
 
-    resolved = load_config(config, overrides or ())
+    resolved = with_adapter(load_config(config, overrides or ()))
     prepare_process()
     import json
 
@@ -259,8 +262,9 @@ def bench(
 ) -> None:
     """Compare layouts: speed, a step's parts, memory, traffic, loading; the losses must agree."""
     from qlora_dist.config_file import load_config
+    from qlora_dist.lora_from import with_adapter
 
-    resolved = load_config(config, overrides or ())
+    resolved = with_adapter(load_config(config, overrides or ()))
     if on == "local" and (cluster is not None or ranks_per_node is not None):
         raise UserError("bench: --cluster and --ranks-per-node are of jobs; add --on slurm, or leave them out")
     of_jobs = _cluster(cluster) if on == "slurm" else None

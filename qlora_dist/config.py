@@ -78,6 +78,12 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """The trained adapter."""
 
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    from_adapter: Annotated[str, Field(min_length=1)] | None = Field(default=None, alias="from")
+    """Folder of an adapter to begin from, written here or by PEFT. Its rank, alpha, targets, experts, modules_to_save,
+    rslora and dora are taken where the key is not set, and compared where it is. None: begin from random A and zero
+    B."""
     r: PositiveInt = 64
     """Rank."""
     alpha: Annotated[float, Field(gt=0)] = 16

@@ -240,7 +240,8 @@ def _longest_known_prefix(location: Key, known: set[Key]) -> Key:
 
 def _known_keys(section: type[BaseModel], prefix: Key = ()) -> set[Key]:
     keys: set[Key] = set()
-    for name, field in section.model_fields.items():
+    for attribute, field in section.model_fields.items():
+        name = field.alias or attribute
         keys.add((*prefix, name))
         for inner in _sections(field.annotation):
             keys |= _known_keys(inner, (*prefix, name))

@@ -14,9 +14,10 @@ from peft.tuners.lora.layer import LoraLayer, dispatch_default
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_dist.adapter_files import target_name
 from qlora_dist.adapters.lora import LoraNF4
 from qlora_dist.adapters.lora_experts import LoraExperts, is_swapped
-from qlora_dist.adapters.targets import Targets, find_targets, peft_names, target_name, targets_of
+from qlora_dist.adapters.targets import Targets, find_targets, peft_names, targets_of
 from qlora_dist.config import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.nf4.experts import NF4Experts
@@ -116,13 +117,18 @@ def _wrapped(layer: nn.Module, name: str, config: peft.LoraConfig, r: int, alpha
         return dispatch_default(layer, name, copy.copy(config), r=r, lora_alpha=alpha)
 
 
+def adapted_paths(model: nn.Module) -> set[str]:
+    """The paths of the layers that have an adapter."""
+    return {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
 def check_attached(model: nn.Module, targets: Targets, base: str) -> None:
     """See whether each matrix that was asked for has an adapter, and no other one.
 
     Raises:
         UserError: it is not so.
     """
-    adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted = adapted_paths(model)
     if adapted != targets.paths:
         odd = min(adapted ^ targets.paths)
         raise UserError(
@@ -131,7 +137,7 @@ def check_attached(model: nn.Module, targets: Targets, base: str) -> None:
         )
 
 
-def _modules_to_save(model: nn.Module, names: list[str], base: str) -> list[str]:
+def _modules_to_save(model: PreTrainedModel, names: list[str], base: str) -> list[str]:
     """The whole names of modules that are to be trained whole: PEFT takes a part for the end of any name."""
     paths: dict[str, list[str]] = {}
     for path, module in model.named_modules():
@@ -139,12 +145,21 @@ def _modules_to_save(model: nn.Module, names: list[str], base: str) -> list[str]
         if parameters and all(p.is_floating_point() and p.dim() < 3 for p in parameters):
             paths.setdefault(path.rpartition(".")[2], []).append(path)
     for name in names:
+        if name not in paths and has_tied_head(model) and _is_head(model, name):
+            raise UserError(
+                f"lora.modules_to_save: {name} is the embedding in {base} (tied); leave it out, it follows embed_tokens"
+            )
         if name not in paths:
             raise UserError(
                 f"lora.modules_to_save: {name} is no module of {base} whose own weights are in 16 bit; choose from "
                 f"{', '.join(sorted(paths))}"
             )
     return sorted(path for name in set(names) for path in paths[name])
+
+
+def _is_head(model: PreTrainedModel, name: str) -> bool:
+    head = model.get_output_embeddings()
+    return any(module is head and path.rpartition(".")[2] == name for path, module in model.named_modules())
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import peft
@@ -12,6 +12,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_dist.adapter_files import is_any_end, target_name
 from qlora_dist.config import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.nf4.experts import NF4Experts
@@ -83,9 +84,9 @@ def targets_of(model: nn.Module, config: peft.LoraConfig) -> Targets:
     linear = [
         path
         for path in _paths(model, NF4Linear)
-        if check_target_module_exists(config, path) or _is_any_end(parameters, f"{path}.weight")
+        if check_target_module_exists(config, path) or is_any_end(parameters, f"{path}.weight")
     ]
-    experts = [path for path in _paths(model, NF4Experts) if _is_any_end(parameters, path)]
+    experts = [path for path in _paths(model, NF4Experts) if is_any_end(parameters, path)]
     return Targets(tuple(linear), tuple(experts))
 
 
@@ -115,11 +116,6 @@ def peft_names(model: PreTrainedModel, targets: Targets) -> tuple[list[str], lis
     )
 
 
-def target_name(path: str) -> str:
-    """The last part of a module's path, and with it the part before where the last one is a number."""
-    return re.search(r"[^.]+(\.\d+)*$", path)[0]  # type: ignore[index]
-
-
 def _in_layer(path: str) -> str:
     """The path within a decoder layer."""
     return _LAYER.sub("", path)
@@ -130,7 +126,7 @@ def _shortest(paths: Collection[str], known: Sequence[str], ways: Sequence[Calla
     left, names = set(paths), set()
     for way in ways:
         for name in {way(path) for path in left}:
-            found = {path for path in known if _is_end(name, path)}
+            found = {path for path in known if is_any_end([name], path)}
             if found <= set(paths):
                 names.add(name)
                 left -= found
@@ -148,14 +144,6 @@ def _is_taken(model: PreTrainedModel, name: str) -> bool:
 
 def _paths(model: nn.Module, kind: type[nn.Module]) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, kind)]
-
-
-def _is_end(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _is_any_end(names: Iterable[str], path: str) -> bool:
-    return any(_is_end(name, path) for name in names)
 
 
 def _model_type(model: PreTrainedModel) -> str | None:

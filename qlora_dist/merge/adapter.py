@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from qlora_dist.adapter_files import TENSORS
 from qlora_dist.adapters.check import wrong_values
-from qlora_dist.adapters.saved import TENSORS, Adapter, LowRank, read_saved_adapter
+from qlora_dist.adapters.saved import Adapter, LowRank, read_saved_adapter
 from qlora_dist.errors import UserError
 from qlora_dist.nf4.safetensors_file import Reader, read_header
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch.nn.functional import pad
 
+from qlora_dist.adapter_files import PREFIX
 from qlora_dist.adapters.check import wrong_values
 from qlora_dist.adapters.export import write_adapter
-from qlora_dist.adapters.names import PREFIX
 from qlora_dist.adapters.saved import Adapter
 from qlora_dist.errors import UserError
 from qlora_dist.merge.adapter import read_adapter, read_values

@@ -15,6 +15,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.exchange import broadcast_json
 from qlora_dist.train.console import RunConsole
+from qlora_dist.train.first_adapter import adapter_sha256
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.run_dir import REQUEUE, run_path
 from qlora_dist.train.setup import Setup
@@ -52,7 +53,9 @@ def find_start(setup: Setup, resume: str, console: RunConsole) -> Start:
     fresh = resume == "none" or (resume == "auto" and config.run.overwrite and not again)
     fresh = broadcast_json(fresh)
     base = broadcast_json(base_fingerprint(setup.folder.path) if setup.ranks.rank == 0 else None)
-    identity = identity_of(config, base, setup.data_sha256["train"])
+    first = config.lora.from_adapter
+    adapter = broadcast_json(adapter_sha256(Path(first)) if first is not None and setup.ranks.rank == 0 else None)
+    identity = identity_of(config, base, setup.data_sha256["train"], adapter)
     if fresh:
         return Start(identity, None, None)
     if resume == "auto":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_dist.adapters.attach import is_lora
 from qlora_dist.config import Config
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration import load_calibration, measured_speeds
@@ -85,7 +86,7 @@ def expect(setup: Setup) -> Expected | str:
 
 
 def check_trained(run: Run, model: nn.Module) -> None:
-    """Compare the elements that the plan counts as trained with the model's, before any weight is read.
+    """Compare the elements of adapters that the plan counts with the model's, before any weight is read.
 
     The bytes of adapters and moments follow from their number. A folder that has only some of its layers in 4 bit has
     another number of adapters than its config.json tells, and is not compared.
@@ -98,12 +99,12 @@ def check_trained(run: Run, model: nn.Module) -> None:
         UserError: they differ, with both figures.
     """
     parameters = [parameter for unit in run.model.units for parameter in unit.parameters]
-    planned = sum(parameter.numel for parameter in parameters if parameter.trained)
-    real = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    planned = sum(p.numel for p in parameters if p.trained and not p.by_rows)  # without modules trained whole
+    real = sum(p.numel() for name, p in model.named_parameters() if is_lora(name))
     in_4_bit = sum(parameter.dtype == torch.uint8 for parameter in model.parameters())
     if real != planned and in_4_bit == sum(parameter.is_bytes for parameter in parameters):
         raise UserError(
-            f"lora: {real:,} elements are to be trained and the plan counts {planned:,}, so a matrix may lack its "
+            f"lora: the adapters have {real:,} elements and the plan counts {planned:,}, so a matrix may lack its "
             "adapter; report this with the model's config.json, and name some layers in lora.targets until then"
         )
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import peft
 import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from qlora_dist.adapters.attach import attach_adapter, check_attached, peft_config
+from qlora_dist.adapters.attach import adapted_paths, attach_adapter, check_attached, peft_config
 from qlora_dist.adapters.export import saved_config, saved_shapes
 from qlora_dist.adapters.read_back import check_read_back, is_converted
 from qlora_dist.adapters.targets import find_targets
@@ -26,10 +27,12 @@ from qlora_dist.launch.environment import Ranks
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.packable import check_packable
 from qlora_dist.model.skeleton import LossModel, build_skeleton, causal_lm_on_meta
+from qlora_dist.nf4.safetensors_file import Entry
 from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.parallel.process_group import resolve_device
+from qlora_dist.train.first_adapter import find_first_values
 from qlora_dist.train.trackers import check_trackers
 
 
@@ -45,6 +48,8 @@ class Setup:
     model: LossModel
     """On meta, adapters attached, not sharded."""
     adapter: peft.LoraConfig
+    first_values: Mapping[str, Entry]
+    """Of the adapter that the run begins from, by the parameter's name; empty without `lora.from`."""
     loader: Loader
     steps: int
     """Optimizer steps, whether the configuration counts steps or epochs."""
@@ -74,6 +79,10 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         check_compiler(device)
     sizes = mesh_sizes(config.parallel, ranks)
     folder, model, adapter = set_up_model(config)
+    first_values = {}
+    if config.lora.from_adapter is not None:
+        targets = adapted_paths(model)
+        first_values = find_first_values(Path(config.lora.from_adapter), model, targets, folder.path)
     train, held_out = prepare(config.data, load_tokenizer(folder.path), console)
     sources = train if held_out is None else [*train, held_out]
     for source in sources:
@@ -106,7 +115,21 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     data_sha256 = {"train": hashlib.sha256(contents).hexdigest()}
     if held_out is not None:
         data_sha256["eval"] = held_out.stats.sha256
-    return Setup(config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches, data_sha256)
+    return Setup(
+        config,
+        ranks,
+        device,
+        sizes,
+        folder,
+        model,
+        adapter,
+        first_values,
+        loader,
+        steps,
+        eval_rows,
+        batches,
+        data_sha256,
+    )
 
 
 def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[ModelFolder, LossModel, peft.LoraConfig]:

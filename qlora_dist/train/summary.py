@@ -40,6 +40,8 @@ def announce(setup: Setup, console: RunConsole) -> None:
     trained = sum(p.numel() for _, p in adapter_parameters(setup.model))
     quantized = "in 4 bit" if setup.folder.is_quantized else f"quantized to {config.model.quant_type} on loading"
     console.say(f"base: {config.model.base}, {quantized}; {trained:,} trained parameters (r={config.lora.r})")
+    if config.lora.from_adapter is not None:
+        console.say(f"the adapter begins from {config.lora.from_adapter}")
     console.say(
         f"{sizes.world_size} ranks on {setup.device.type}: a copy of the base on each {sizes.base_shards}, "
         f"adapters and optimizer over {sizes.adapter_shards}"
