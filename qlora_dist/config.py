@@ -96,7 +96,8 @@ class LoraConfig(Section):
     """Adapt the experts of sparse models too, each with matrices of its own. Needs dropout 0, as in PEFT."""
     modules_to_save: list[str] = []
     """Modules that are trained whole, by the last part of their names, such as [embed_tokens, lm_head] for the sake of
-    new tokens. Their weights, in fp32, are sharded like the adapters; a tied head follows its embedding."""
+    new tokens. Their weights, in fp32, are sharded like the adapters; a tied head follows its embedding, so name
+    [embed_tokens] alone there."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (rank-stabilized LoRA)."""
     dora: bool = False

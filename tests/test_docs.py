@@ -307,7 +307,7 @@ def configuration_reference() -> str:
     for section, section_field in Config.model_fields.items():
         model = section_field.annotation
         assert isinstance(model, type) and issubclass(model, BaseModel)
-        rows = [reference_row(f"{section}.{key}", field) for key, field in model.model_fields.items()]
+        rows = [reference_row(f"{section}.{field.alias or key}", field) for key, field in model.model_fields.items()]
         parts.append(
             f"### {section}\n\n{model.__doc__}\n\n| key | default | meaning |\n| --- | --- | --- |\n" + "\n".join(rows)
         )

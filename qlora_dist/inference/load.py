@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -131,6 +132,11 @@ def _build(config: Config, adapters: Sequence[AdapterFolder], quantize: bool) ->
     tensors = []
     for index, adapter in enumerate(adapters):
         attach_saved(model, adapter.saved, _internal(index), folder.path)
+    if config.data.eval is not None and isinstance(model.get_output_embeddings(), LoraLayer):
+        raise UserError(
+            f"{adapters[0].path}: has LoRA on the output head, and no loss is computed with it here; merge it "
+            "(qlora-dist merge), and evaluate the merged folder with --base"
+        )
     for index, adapter in enumerate(adapters):
         tensors.append(saved_tensors(model, adapter.saved, _internal(index), folder.path))
     parameters = dict(model.named_parameters())

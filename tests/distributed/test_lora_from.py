@@ -67,12 +67,11 @@ def test_an_adapter_of_pefts_own_with_experts(tmp_path: Path) -> None:
     run_ranks(2, train, config)
     assert losses(config)[0] == pytest.approx(expected, rel=1e-6)
 
-    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "moved")
-    adapted.get_submodule("base_model.model.model.layers.0.self_attn.o_proj").lora_A["default"].weight.data.zero_()
+    with torch.no_grad():
+        adapted.get_submodule("base_model.model.model.layers.0.self_attn.o_proj").lora_A["default"].weight.zero_()
     adapted.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"was made with another lora\.from than this run's"):
-        resumed = load_config(path, ["train.steps=2"])
-        run_ranks(1, train, with_adapter(resumed))
+    with pytest.raises(RuntimeError, match=r"was made with another lora\.from than this run's"):
+        run_ranks(1, train, with_adapter(load_config(path, ["train.steps=2"])))
 
 
 @pytest.mark.slow
