@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_dist.adapter_files import (
+    CONFIG,
+    PEFTS_DEFAULT,
     PREFIX,
     by_pattern,
     low_rank_part,
@@ -49,9 +52,18 @@ def settings_of(path: Path) -> dict[str, Any]:
         UserError: it is no folder of a LoRA adapter, or of one that no section describes.
     """
     config = read_adapter_config(path)
-    if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
+    if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: is an adapter of type {config.get('peft_type')}, not LORA; give one that is")
-    linear, experts, whole = set(), set(), set()
+    try:
+        return _settings(path, config)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{path / CONFIG}: is not as PEFT writes it ({error}); export the adapter again") from None
+
+
+def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    linear: set[str] = set()
+    experts: set[str] = set()
+    whole: set[str] = set()
     for key in tensor_names(path):
         if (part := low_rank_part(key)) is None:
             whole |= set() if "lora_" in key else {key.removeprefix(PREFIX)}
@@ -63,10 +75,10 @@ def settings_of(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: adapts no linear layer, and a run always does; give an adapter that does")
     if biases := [name for name in whole if name.endswith(".bias") and config.get("bias", "none") != "none"]:
         raise UserError(f"{path}: has trained biases ({biases[0]}), which a run does not train; give another adapter")
-    modules = linear | experts
+    r, alpha = config.get("r", PEFTS_DEFAULT), config.get("lora_alpha", PEFTS_DEFAULT)
     return {
-        "r": int(_only("rank", config.get("rank_pattern"), config["r"], modules, path)),
-        "alpha": float(_only("alpha", config.get("alpha_pattern"), config["lora_alpha"], modules, path)),
+        "r": int(_only("rank", config.get("rank_pattern"), r, linear | experts, path)),
+        "alpha": float(_only("alpha", config.get("alpha_pattern"), alpha, linear | experts, path)),
         "rslora": bool(config.get("use_rslora")),
         "dora": bool(config.get("use_dora")),
         "targets": sorted({target_name(module) for module in linear}),

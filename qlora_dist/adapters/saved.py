@@ -12,6 +12,8 @@ from typing import Any
 import peft
 
 from qlora_dist.adapter_files import (
+    CONFIG,
+    PEFTS_DEFAULT,
     PREFIX,
     TENSORS,
     by_pattern,
@@ -111,9 +113,12 @@ def read_saved_adapter(path: Path) -> Adapter:
     if not parts and not whole:
         raise UserError(f"{path / TENSORS}: holds no tensors of an adapter; export the adapter again")
     low_rank = {}
-    for module, found in parts.items():
-        parameter = parameter_of_experts(module, config)
-        low_rank[parameter or module] = _low_rank(parameter or module, found, config, path, parameter is not None)
+    try:
+        for module, found in parts.items():
+            parameter = parameter_of_experts(module, config)
+            low_rank[parameter or module] = _low_rank(parameter or module, found, config, path, parameter is not None)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{path / CONFIG}: is not as PEFT writes it ({error}); export the adapter again") from None
     return Adapter(path, str(config.get("base_model_name_or_path") or ""), config, low_rank, whole)
 
 
@@ -132,9 +137,9 @@ def _low_rank(module: str, found: Mapping[str, Entry], config: Mapping[str, Any]
     if a is None or b is None or (magnitude is None) == bool(config.get("use_dora")):
         missing = "lora_A" if a is None else "lora_B" if b is None else "lora_magnitude_vector"
         raise UserError(f"{path}: {module} lacks its {missing}, or has it without need; export the adapter again")
-    rank = int(by_pattern(config.get("rank_pattern"), module, config["r"]))
-    alpha = float(by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
-    count = a.shape[0] // rank if experts else 1
+    rank = int(by_pattern(config.get("rank_pattern"), module, config.get("r", PEFTS_DEFAULT)))
+    alpha = float(by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", PEFTS_DEFAULT)))
+    count = a.shape[0] // rank if experts and a.shape and rank > 0 else 1
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == count * rank > 0:
         raise UserError(f"{path}: {module} has A {a.shape} and B {b.shape} for rank {rank}; export the adapter again")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

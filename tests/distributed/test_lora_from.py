@@ -113,3 +113,7 @@ def test_what_differs_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"several values of rank \(2, 4\), and a run has one"):
         configured(path, tmp_path / "a")
+    broken = re.sub(r'"target_parameters": null', '"target_parameters": 3', text)
+    (tmp_path / "a" / "adapter_config.json").write_text(broken)
+    with pytest.raises(UserError, match=r"adapter_config\.json: is not as PEFT writes it .*; export the adapter again"):
+        configured(path, tmp_path / "a")
