@@ -51,6 +51,7 @@ def train(
 ) -> None:
     """Train an adapter: alone, or on every rank that torchrun starts this on."""
     from qlora_dist.config_file import load_config
+    from qlora_dist.lora_from import with_adapter
     from qlora_dist.system import check_system
 
     check_system()  # before modules are imported that the system lacks
@@ -65,7 +66,7 @@ def train(
     from qlora_dist.launch.environment import ranks_from_environment
     from qlora_dist.train.claim import has_nothing_to_do
 
-    resolved, ranks = load_config(config, overrides or ()), ranks_from_environment()
+    resolved, ranks = with_adapter(load_config(config, overrides or ())), ranks_from_environment()
     if not dry_run and has_nothing_to_do(resolved, resume, ranks.rank):  # before torch, too
         return
     prepare_process()
@@ -109,8 +110,9 @@ def launch(
     check_system()
     from qlora_dist.config_file import load_config
     from qlora_dist.launch.launch import Options, launch_here, launch_slurm
+    from qlora_dist.lora_from import with_adapter
 
-    resolved = load_config(config, overrides or ())
+    resolved = with_adapter(load_config(config, overrides or ()))
     options = Options(nodes, ranks_per_node, array, dry_run, follow, (str(config), *(overrides or ())))
     from rich.console import Console
 
@@ -220,8 +222,9 @@ _RUNS = typer.Option("--dir", help="Folder of all runs (run.dir).")
 def export_ds_config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the DeepSpeed JSON that engine zero3 runs with."""
     from qlora_dist.config_file import load_config
+    from qlora_dist.lora_from import with_adapter
 
-    resolved = load_config(config, overrides or ())
+    resolved = with_adapter(load_config(config, overrides or ()))
     prepare_process()
     import json
 
@@ -278,8 +281,9 @@ def bench(
 ) -> None:
     """Compare layouts: speed, a step's parts, memory, traffic, loading; the losses must agree."""
     from qlora_dist.config_file import load_config
+    from qlora_dist.lora_from import with_adapter
 
-    resolved = load_config(config, overrides or ())
+    resolved = with_adapter(load_config(config, overrides or ()))
     if on == "local" and (cluster is not None or ranks_per_node is not None):
         raise UserError("bench: --cluster and --ranks-per-node are of jobs; add --on slurm, or leave them out")
     of_jobs = _cluster(cluster) if on == "slurm" else None

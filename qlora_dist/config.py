@@ -87,6 +87,12 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """The trained adapter."""
 
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    from_adapter: Annotated[str, Field(min_length=1)] | None = Field(default=None, alias="from")
+    """Folder of an adapter to begin from, written here or by PEFT. Its rank, alpha, targets, experts, modules_to_save,
+    rslora and dora are taken where the key is not set, and compared where it is. None: begin from random A and zero
+    B."""
     r: PositiveInt = 64
     """Rank."""
     alpha: Annotated[float, Field(gt=0)] = 16
@@ -99,7 +105,8 @@ class LoraConfig(Section):
     """Adapt the experts of sparse models too, each with matrices of its own. Needs dropout 0, as in PEFT."""
     modules_to_save: list[str] = []
     """Modules that are trained whole, by the last part of their names, such as [embed_tokens, lm_head] for the sake of
-    new tokens. Their weights, in fp32, are sharded like the adapters; a tied head follows its embedding."""
+    new tokens. Their weights, in fp32, are sharded like the adapters; a tied head follows its embedding, so name
+    [embed_tokens] alone there."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (rank-stabilized LoRA)."""
     dora: bool = False

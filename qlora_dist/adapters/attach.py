@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import re
 import warnings
 from collections.abc import Iterator
 
 import peft
 import torch
+from peft.tuners.lora.layer import LoraLayer, dispatch_default
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.lora import LoraNF4, LoraOfBytes
-from qlora_dist.adapters.lora_experts import LoraExperts
+from qlora_dist.adapter_files import target_name
+from qlora_dist.adapters.lora import LoraNF4
+from qlora_dist.adapters.lora_experts import LoraExperts, is_swapped
+from qlora_dist.adapters.targets import Targets, find_targets, peft_names, targets_of
 from qlora_dist.config import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.nf4.experts import NF4Experts
@@ -25,43 +27,31 @@ ADAPTER_NAME = "default"
 
 
 def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.LoraConfig:
-    """PEFT's configuration of the adapter, with `all-linear` resolved to the layers' names.
+    """PEFT's configuration of the adapter, whose names mean the matrices that the section `lora` asks for.
 
     Args:
-        model: whose linear layers are NF4Linear.
-        config: the `lora` section.
+        model: a skeleton without adapters.
+        config: the section.
         base: the base model's folder, recorded in the adapter.
 
     Raises:
         UserError: a target is the name of no quantized layer, or the model has no experts to adapt, or no such module
-            to train whole.
+            to train whole, or PEFT knows no such adapter.
     """
-    read = weight_read_names(model)
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, NF4Linear)} - read
-    if config.targets == "all-linear":
-        targets = sorted(names)
-    else:
-        targets = sorted(set(config.targets))
-        if passed := sorted(read.intersection(targets)):
-            raise UserError(
-                f"lora.targets: the model's code reads the weight of {passed[0]} itself, where an adapter has no "
-                f"effect; choose from {', '.join(sorted(names))}"
-            )
-        unknown = [target for target in targets if target not in names]
-        if unknown:
-            raise UserError(
-                f"lora.targets: {unknown[0]} is no quantized layer of {base}; choose from {', '.join(sorted(names))}"
-            )
+    targets = find_targets(model, config, base)
     modules_to_save = _modules_to_save(model, config.modules_to_save, base)
-    experts = sorted({re.sub(r".*\.\d+\.", "", path) for path in _experts(model)}) if config.experts else []
-    if config.experts and not experts:
-        raise UserError(f"lora.experts: {base} has no experts in 4 bit; leave the key out")
-    result = peft.LoraConfig(
+    modules, parameters = peft_names(model, targets)
+    if config.dora and (names := sorted({target_name(p.removesuffix(".weight")) for p in parameters})):
+        raise UserError(
+            f"lora.dora: PEFT adapts {', '.join(names)} of this model as parameters, without DoRA; set "
+            "lora.dora: false, or leave them out of lora.targets"
+        )
+    return peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=targets,
-        target_parameters=experts or None,  # elsewhere experts are parameters of a module
+        target_modules=modules,
+        target_parameters=parameters or None,
         modules_to_save=modules_to_save or None,
         ensure_weight_tying=bool(modules_to_save) and has_tied_head(model),
         use_rslora=config.rslora,
@@ -69,57 +59,91 @@ def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.L
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    use_our_layers(result)
-    return result
 
 
 def weight_read_names(model: nn.Module) -> set[str]:
     """Return the last names of layers whose weight the model's code reads itself: an adapter would have no effect."""
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
-    return {name.rpartition(".")[2] for name, module in found if module.is_weight_read}
+    return {target_name(name) for name, module in found if module.is_weight_read}
 
 
-def use_our_layers(config: peft.LoraConfig) -> None:
-    """Have PEFT put our layers around those in 4 bit."""
-    ours: dict[type, type] = {NF4Linear: LoraNF4, NF4Experts: LoraExperts}
-    config._register_custom_module(ours)
+def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = ADAPTER_NAME) -> None:
+    """Put a new adapter into a model on the meta device, in fp32. Everything else is frozen.
 
+    Layers are put in by hand rather than by PEFT's `inject_adapter_in_model`: its conversion of names from transformers
+    4 misreads a skeleton. The model stays the class and keeps the names that transformers gave it.
 
-def attach_adapter(model: nn.Module, config: peft.LoraConfig, name: str = ADAPTER_NAME) -> None:
-    """Put the adapter into a model on the meta device, in fp32. Everything else is frozen.
-
-    `inject_adapter_in_model` rather than `get_peft_model`: the model stays the class and keeps the names that
-    transformers gave it. Others may have been put in before, under other names.
-
-    Raises:
-        UserError: PEFT does not accept the targets.
+    Args:
+        model: without adapters.
+        config: as `peft_config` gives it.
+        name: of the adapter.
     """
-    config = copy.copy(config)  # here experts are modules, whose last names may also be those of linear layers
-    if config.target_parameters:
-        config.target_modules = {*config.target_modules, *_experts(model)}
-        config.target_parameters = None
-    else:
-        config.exclude_modules = _experts(model) or None
-    whole, config.modules_to_save = set(config.modules_to_save or ()), None
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # of another adapter
-            peft.inject_adapter_in_model(config, model, adapter_name=name)
-    except ValueError as error:  # PEFT takes names of some sparse models for those of experts, which belong together
-        raise UserError(f"lora.targets: {str(error).rstrip('.')}; name all of them, or none") from None
+    whole = set(config.modules_to_save or ())
+    targets = targets_of(model, config)
+    for path in (*targets.linear, *targets.experts):
+        put_lora(model, path, config, name, config.r, config.lora_alpha)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(is_lora(parameter_name))
     for path, module in model.named_modules():
         if path in whole:  # in its place: PEFT would keep the frozen module beside the trained one
             module.to(torch.float32)
             module.requires_grad_(True)
-    for module in model.modules():
-        if isinstance(module, LoraOfBytes):
-            for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
-                part.to(torch.float32)
 
 
-def _modules_to_save(model: nn.Module, names: list[str], base: str) -> list[str]:
+def put_lora(model: nn.Module, path: str, config: peft.LoraConfig, name: str, r: int, alpha: float) -> None:
+    """Put the matrices of an adapter, on meta and in fp32, beside one of the model's.
+
+    Args:
+        model: on meta; other adapters may be in it.
+        path: of the layer, without the `base_layer` of another adapter.
+        config: says what else is computed (rsLoRA, DoRA, dropout).
+        name: of the adapter.
+        r: of this matrix.
+        alpha: of this matrix.
+    """
+    layer = model.get_submodule(path)
+    with torch.device("meta"):
+        if isinstance(layer, LoraLayer):
+            layer.update_layer(name, r, lora_alpha=alpha, config=config)
+        else:
+            owner = model.get_submodule(path.rpartition(".")[0])
+            layer = _wrapped(layer, name, config, r, alpha, owner)
+            model.set_submodule(path, layer)
+    for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        part.to(torch.float32)
+
+
+def _wrapped(layer: nn.Module, name: str, config: peft.LoraConfig, r: int, alpha: float, owner: nn.Module) -> nn.Module:
+    if isinstance(layer, NF4Linear):
+        return LoraNF4(layer, name, config, r=r, lora_alpha=alpha)
+    if isinstance(layer, NF4Experts):
+        return LoraExperts(layer, name, config, r=r, lora_alpha=alpha, swapped=is_swapped(owner))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # a copy of the configuration gets it right
+        return dispatch_default(layer, name, copy.copy(config), r=r, lora_alpha=alpha)
+
+
+def adapted_paths(model: nn.Module) -> set[str]:
+    """The paths of the layers that have an adapter."""
+    return {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def check_attached(model: nn.Module, targets: Targets, base: str) -> None:
+    """See whether each matrix that was asked for has an adapter, and no other one.
+
+    Raises:
+        UserError: it is not so.
+    """
+    adapted = adapted_paths(model)
+    if adapted != targets.paths:
+        odd = min(adapted ^ targets.paths)
+        raise UserError(
+            f"lora.targets: {len(targets.paths)} matrices of {base} are to have an adapter and {len(adapted)} have, "
+            f"such as {odd}, which {'has one' if odd in adapted else 'has none'}; set lora.targets to names without it"
+        )
+
+
+def _modules_to_save(model: PreTrainedModel, names: list[str], base: str) -> list[str]:
     """The whole names of modules that are to be trained whole: PEFT takes a part for the end of any name."""
     paths: dict[str, list[str]] = {}
     for path, module in model.named_modules():
@@ -127,12 +151,21 @@ def _modules_to_save(model: nn.Module, names: list[str], base: str) -> list[str]
         if parameters and all(p.is_floating_point() and p.dim() < 3 for p in parameters):
             paths.setdefault(path.rpartition(".")[2], []).append(path)
     for name in names:
+        if name not in paths and has_tied_head(model) and _is_head(model, name):
+            raise UserError(
+                f"lora.modules_to_save: {name} is the embedding in {base} (tied); leave it out, it follows embed_tokens"
+            )
         if name not in paths:
             raise UserError(
                 f"lora.modules_to_save: {name} is no module of {base} whose own weights are in 16 bit; choose from "
                 f"{', '.join(sorted(paths))}"
             )
     return sorted(path for name in set(names) for path in paths[name])
+
+
+def _is_head(model: PreTrainedModel, name: str) -> bool:
+    head = model.get_output_embeddings()
+    return any(module is head and path.rpartition(".")[2] == name for path, module in model.named_modules())
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:
@@ -148,10 +181,6 @@ def is_lora(name: str) -> bool:
 def is_lora_b(name: str) -> bool:
     """Whether it is a B matrix, which LoRA+ teaches faster."""
     return ".lora_B." in name
-
-
-def _experts(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if isinstance(module, NF4Experts)]
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def export_adapter(
                 f"{out}: no adapter is written, because {wrong}; train longer, or lower optim.lr", one_rank=True
             )
         try:
-            write_adapter(tensors, config, out, add_files)
+            write_adapter(tensors, saved_config(config), out, add_files)
         except (OSError, SafetensorError) as error:  # of a full disk safetensors says so in its own way
             raise UserError(
                 f"{out}: the adapter cannot be written ({error}); make room, then the same command goes on from the "
@@ -58,6 +59,24 @@ def export_adapter(
                 one_rank=True,
             ) from None
     dist.barrier()
+
+
+def saved_config(config: peft.LoraConfig) -> peft.LoraConfig:
+    """Return the configuration as it is saved: PEFT knows no dropout where an adapter's targets are parameters."""
+    saved = copy.copy(config)
+    if saved.target_parameters:
+        saved.lora_dropout = 0.0
+    return saved
+
+
+def saved_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that `export_adapter` writes, by PEFT's names. The model is not sharded yet."""
+    tied = _tied(model)
+    return {
+        peft_key(key): tuple(parameter.shape)
+        for name, parameter in adapter_parameters(model)
+        for key in (name, *tied.get(name, ()))
+    }
 
 
 def write_adapter(

@@ -23,7 +23,7 @@ class LoraOfBytes(nn.Module, LoraLayer):
         adapter_name: str,
         config: peft.LoraConfig,
         r: int = 0,
-        lora_alpha: int = 1,
+        lora_alpha: float = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__()

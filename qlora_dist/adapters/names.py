@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
+from qlora_dist.adapter_files import PREFIX
 from qlora_dist.adapters.attach import ADAPTER_NAME
-
-PREFIX = "base_model.model."
 
 
 def peft_key(name: str, adapter: str = ADAPTER_NAME) -> str:

@@ -16,25 +16,27 @@ _SOME = {
     "train": ("global_batch", "seed", "checkpointing"),
 }
 """What of these sections is compared; of model, lora and optim it is all."""
-_FREE = ("model.base", "model.attention")
-"""Keys of the compared sections that may change: where the base lies is not what it is."""
+_FREE = ("model.base", "model.attention", "lora.from")
+"""Keys of the compared sections that may change: where a base or an adapter lies is not what it is."""
+_CONTENTS = (("base", "another base model"), ("data", "other training data"), ("adapter", "another lora.from"))
 _TOLD = ("optim", "lora.dropout", "model.compute_dtype", "train.checkpointing")
 """May change, and the run says so."""
 
 
-def identity_of(config: Config, base: str, data: str) -> dict[str, Any]:
+def identity_of(config: Config, base: str, data: str, adapter: str | None = None) -> dict[str, Any]:
     """What the manifest keeps of a run.
 
     Args:
         config: of the run.
         base: fingerprint of the base model (`base_fingerprint`).
         data: fingerprint of the training data.
+        adapter: sha256 of the adapter that it began from; None: it began from none.
     """
     tree = config.model_dump(mode="json")
     compared = {section: tree[section] for section in ("model", "lora", "optim")}
     compared |= {section: {key: tree[section][key] for key in keys} for section, keys in _SOME.items()}
     kept = {f"{section}.{key}": value for section, part in compared.items() for key, value in part.items()}
-    return {"base": base, "data": data, "config": kept}
+    return {"base": base, "data": data, "adapter": adapter, "config": kept}
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
@@ -44,8 +46,8 @@ def compare(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[st
         UserError: naming the first thing that differs and may not.
     """
     start_over = "or start over with run.overwrite=true --resume none"
-    for name, what in (("base", "another base model"), ("data", "other training data")):
-        if saved.get(name) != now[name]:
+    for name, what in _CONTENTS:
+        if saved.get(name) != now.get(name):
             raise UserError(f"{folder}: was made with {what} than this run's; give the same, {start_over}")
     if foreign := sorted(saved["config"].keys() - now["config"].keys()):
         raise UserError(

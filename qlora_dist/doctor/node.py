@@ -15,7 +15,7 @@ import torch
 
 from qlora_dist.bf16 import warn_of_bf16
 from qlora_dist.doctor.finding import Finding
-from qlora_dist.launch.environment import Ranks
+from qlora_dist.launch.environment import Ranks, master_name
 from qlora_dist.launch.hosts import why_unknown
 from qlora_dist.nf4.layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize, quantize
@@ -129,7 +129,7 @@ def check_disk(folder: Path) -> Finding:
 
 def check_host_name(environ: Mapping[str, str] = os.environ) -> Finding:
     """Names by which ranks meet: this machine's own, which torchrun takes, and the one in MASTER_ADDR."""
-    own, master = socket.gethostname(), environ.get("MASTER_ADDR")
+    own, master = socket.gethostname(), master_name(environ)
     if master and (reason := why_unknown(master)) is not None:
         remedy = "set MASTER_ADDR to an address of rank 0's machine, or add the name to the DNS or to /etc/hosts"
         return Finding("host name", "fail", f"MASTER_ADDR: {master} leads nowhere ({reason})", remedy)

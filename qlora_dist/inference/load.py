@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qlora_dist.adapters.attach import attach_adapter, is_lora
+from qlora_dist.adapters.attach import is_lora
 from qlora_dist.adapters.check import wrong_values
+from qlora_dist.adapters.load_saved import attach_saved, read_part, saved_tensors
 from qlora_dist.config import Config
 from qlora_dist.errors import UserError
-from qlora_dist.inference.adapter_folder import AdapterFolder, check_layers, check_tensors
+from qlora_dist.inference.adapter_folder import AdapterFolder
 from qlora_dist.launch.environment import Ranks, ranks_from_environment
 from qlora_dist.model.fill import fill
 from qlora_dist.model.folder import ModelFolder
@@ -29,7 +31,7 @@ from qlora_dist.parallel.mesh import MeshSizes, build_meshes, mesh_sizes
 from qlora_dist.parallel.process_group import process_group, resolve_device
 from qlora_dist.parallel.static_bytes import check_static_bytes
 from qlora_dist.parallel.traffic import Traffic
-from qlora_dist.sharded import first_element, local_part, part_of
+from qlora_dist.sharded import local_part
 from qlora_dist.train.beat import beat
 from qlora_dist.train.preflight import check_ranks_agree
 from qlora_dist.train.watchdog import watchdog
@@ -129,12 +131,14 @@ def _build(config: Config, adapters: Sequence[AdapterFolder], quantize: bool) ->
         check_packable(model)
     tensors = []
     for index, adapter in enumerate(adapters):
-        check_layers(adapter, model, folder.path)
-        if adapter.config.target_parameters and not model.matrices:
-            raise UserError(f"{adapter.path}: adapts experts, which need a base in 4 bit; leave out --no-quantize")
-        attach_adapter(model, adapter.config, _internal(index))
+        attach_saved(model, adapter.saved, _internal(index), folder.path)
+    if config.data.eval is not None and isinstance(model.get_output_embeddings(), LoraLayer):
+        raise UserError(
+            f"{adapters[0].path}: has LoRA on the output head, and no loss is computed with it here; merge it "
+            "(qlora-dist merge), and evaluate the merged folder with --base"
+        )
     for index, adapter in enumerate(adapters):
-        tensors.append(check_tensors(adapter, _internal(index), model, folder.path))
+        tensors.append(saved_tensors(model, adapter.saved, _internal(index), folder.path))
     parameters = dict(model.named_parameters())
     for name in {name for found in tensors for name in found if not is_lora(name)}:
         parameters[name].data = parameters[name].data.float()  # as it was trained
@@ -187,11 +191,11 @@ def _read_adapters(
         for entries, kept in zip(tensors, whole, strict=True):
             for name, entry in entries.items():
                 beat(phase="loading")
-                parameter = parameters[name]
+                values = read_part(parameters[name], entry, reader, is_low_rank=is_lora(name))
                 if is_lora(name):
-                    local_part(parameter).copy_(part_of(parameter, reader.read(entry)))
+                    local_part(parameters[name]).copy_(values)
                 else:
-                    kept[name] = _read_rows(parameter, entry, reader)
+                    kept[name] = values
             shards = [(name, kept[name] if name in kept else local_part(parameters[name])) for name in entries]
             wrong.append(wrong_values(shards))
     base = {name: local_part(parameters[name]).clone() for kept in whole for name in kept}
@@ -210,15 +214,6 @@ def _check_values(
         told = [what for what in found if what is not None and "finite" in what]
         if told or (all(found) and not whole[index]):
             raise UserError(f"{adapter.path}: {(told or found)[0]}; use an earlier checkpoint, or train longer")
-
-
-def _read_rows(parameter: torch.Tensor, entry: Entry, reader: Reader) -> torch.Tensor:
-    """This rank's part of a parameter that is cut by rows, without reading the others'."""
-    local = local_part(parameter)
-    values = torch.empty(local.numel(), dtype=entry.dtype)
-    if local.numel():
-        reader.read_into(values, entry, first_element(parameter) * entry.dtype.itemsize)
-    return values.view(local.shape).to(local)
 
 
 def _choose(model: PreTrainedModel, index: int | None) -> None:

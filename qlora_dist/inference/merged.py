@@ -52,7 +52,7 @@ def merge_and_measure(
     ]
     losses = _measure("4-bit base", folder, read, data, as_trained, console)
     if not ModelFolder(folder).is_quantized:
-        experts = bool(read.config.target_parameters)  # whose adapters need a base in 4 bit
+        experts = any(update.experts for update in read.saved.low_rank.values())  # whose adapters need a base in 4 bit
         losses |= _measure("16-bit base", folder, read, data, (), console, quantize=False, alone=experts)
     report = merge_folder(base, adapter, out, options, console)
     merged = _measure(f"merged into {options.into}", str(out), read, data, (), console, quantize=False, alone=True)

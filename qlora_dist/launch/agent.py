@@ -12,27 +12,26 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_dist.errors import UserError
+from qlora_dist.launch.environment import error_report
 from qlora_dist.launch.hosts import check_meeting_host
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 MISTAKE_CODE = 2
 """With which a process ends after a mistake of the user's."""
 
 
 def leave_in_report(error: UserError, environ: Mapping[str, str] = os.environ) -> None:
     """Write the sentence where torchrun looks for the reason of a rank's end, so that its report shows it."""
-    if (path := environ.get(_ERROR_FILE)) is not None:
+    if (path := error_report(environ)) is not None:
         # the form in which torch's own `record` writes an exception; with less, torch logs complaints
         more = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
         with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": more}}), encoding="utf-8")
+            path.write_text(json.dumps({"message": {"message": str(error), "extraInfo": more}}), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -137,6 +138,17 @@ def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress | Non
 def agent_keeps_store(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the store is kept by torchrun's agent, and outlives the ranks; else rank 0 keeps it."""
     return "RANK" in environ and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def master_name(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the name of rank 0's machine that the environment gives; None: it gives none."""
+    return environ.get("MASTER_ADDR") or None
+
+
+def error_report(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the file in which torchrun looks for the reason of this rank's end; None: there is no torchrun."""
+    path = environ.get("TORCHELASTIC_ERROR_FILE")
+    return None if path is None else Path(path)
 
 
 def set_store_address(host: str, port: int) -> None:

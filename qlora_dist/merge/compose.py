@@ -14,14 +14,14 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch.nn.functional import pad
 
+from qlora_dist.adapter_files import PREFIX
 from qlora_dist.adapters.check import wrong_values
 from qlora_dist.adapters.export import write_adapter
-from qlora_dist.adapters.names import PREFIX
+from qlora_dist.adapters.saved import Adapter
 from qlora_dist.errors import UserError
-from qlora_dist.merge.adapter import Adapter, read_adapter, read_values
+from qlora_dist.merge.adapter import read_adapter, read_values
 from qlora_dist.merge.together import ComposeOptions, Given, check_bases, check_shapes, check_weights, owners_of_whole
 from qlora_dist.merge.ways import Factors, compose_matrices
-from qlora_dist.model.folder import read_json
 from qlora_dist.nf4.safetensors_file import Reader
 
 _NOTHING = 1e-12  # of squares in fp64, of tensors in fp32
@@ -136,7 +136,7 @@ def _config(
     adapters: Sequence[Adapter], owners: Mapping[str, Adapter], modules: list[str], rank: int, options: ComposeOptions
 ) -> peft.LoraConfig:
     """PEFT's configuration: that of the first for what all have in common."""
-    configs = [read_json(adapter.path / "adapter_config.json") for adapter in adapters]
+    configs = [adapter.config for adapter in adapters]
     first = configs[0]
     alike = all(set(adapter.low_rank) == set(modules) for adapter in adapters)
     plain = isinstance(first.get("target_modules"), list) and not any(
@@ -146,10 +146,17 @@ def _config(
     own = [config for adapter, config in zip(adapters, configs, strict=True) if adapter.path in paths]
     whole = sorted({name for config in own for name in config.get("modules_to_save") or ()})
     biases = {config.get("bias", "none") for config in own} - {"none"}
+    if alike and plain:
+        targets, parameters = first["target_modules"], first.get("target_parameters") or ()
+    else:
+        layers = {module for adapter in adapters for module in adapter.layers_as_parameters()}
+        targets = [module for module in modules if module not in layers]
+        parameters = [f"{module}.weight" for module in modules if module in layers]
     return peft.LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted(first["target_modules"] if alike and plain else modules),
+        target_modules=sorted(targets),
+        target_parameters=sorted(parameters) or None,
         modules_to_save=whole or None,
         ensure_weight_tying=any(config.get("ensure_weight_tying", False) for config in own),
         bias="all" if len(biases) > 1 else next(iter(biases), "none"),

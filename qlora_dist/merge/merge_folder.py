@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from qlora_dist.adapters.saved import LowRank
 from qlora_dist.errors import UserError
-from qlora_dist.merge.adapter import LowRank, Values, expert_values, read_adapter, read_values, update_rows
+from qlora_dist.merge.adapter import Values, expert_values, read_adapter, read_values, update_rows
 from qlora_dist.merge.feedback import directions, round_with_feedback
 from qlora_dist.merge.note import write_note
 from qlora_dist.merge.plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
@@ -205,7 +206,7 @@ class _Updates:
         if not part.update.experts:
             return values
         rows = slice(part.first_row, part.first_row + part.layout.shape[0])
-        return expert_values(values, part.update.experts, part.expert, rows)
+        return expert_values(values, part.update, part.expert, rows)
 
 
 def _updated(rows: torch.Tensor, values: Values | None, first: int) -> torch.Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from qlora_dist.adapters.lora_experts import is_swapped
+from qlora_dist.adapters.saved import Adapter, LowRank, lacks
 from qlora_dist.errors import UserError
-from qlora_dist.merge.adapter import Adapter, LowRank
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.matrices import Matrix, Target, is_tied, layout_of, matrices, quantizable
 from qlora_dist.model.origins import find_origins, tensor_of
@@ -114,6 +115,8 @@ def make_merge_plan(folder: ModelFolder, adapter: Adapter, options: MergeOptions
             continue  # it stays as it is
         layout = layout_of(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
         update = updates.pop(target.module, None)
+        if update is not None and target.experts and is_swapped(model.get_submodule(target.module.rpartition(".")[0])):
+            update = replace(update, swapped=True)
         _check_shape(update, target, adapter)
         was_4_bit = in_folder or (not folder.is_quantized and target.role == "layer")
         if options.into == "original" and update is None:
@@ -122,10 +125,7 @@ def make_merge_plan(folder: ModelFolder, adapter: Adapter, options: MergeOptions
             work[item.key] = item
     replaced, untied = _trained_whole(whole, {name: origin.keys[0] for name, origin in origins.items()}, model, adapter)
     if updates:
-        raise UserError(
-            f"{adapter.path}: has {next(iter(updates))}, which is no linear layer of {folder.path}; give the model "
-            "that it was trained on with --base"
-        )
+        raise lacks(adapter, next(iter(updates)), folder.path)
     for key, entry in folder.entries.items():
         if key not in work:
             given = replaced.pop(key, entry)
@@ -166,7 +166,10 @@ def _matrices(
 def _check_shape(update: LowRank | None, target: Target, adapter: Adapter) -> None:
     if update is None:
         return
-    given, wanted = (update.b.shape[0], update.a.shape[1], update.experts), (*target.shape, target.experts)
+    rows, columns = update.b.shape[0], update.a.shape[1]
+    given, wanted = (rows, columns, update.experts), (*target.shape, target.experts)
+    if update.swapped:
+        given = (columns, rows, update.experts)
     if given != wanted:
         there, here = (shape if shape[-1] else shape[:-1] for shape in (given, wanted))
         raise UserError(

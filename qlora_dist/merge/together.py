@@ -11,8 +11,8 @@ from typing import cast
 
 import torch
 
+from qlora_dist.adapters.saved import Adapter
 from qlora_dist.errors import UserError
-from qlora_dist.merge.adapter import Adapter
 from qlora_dist.merge.note import check_follows
 from qlora_dist.merge.ways import WAYS, How
 from qlora_dist.model.folder import ModelFolder

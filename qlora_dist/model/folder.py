@@ -68,11 +68,11 @@ class ModelFolder:
         return self._equal[pair]
 
     def _compare(self, one: str, other: str) -> bool:
-        quantized = self.quantized.get(one), self.quantized.get(other)
-        if any(quantized):
-            if not all(quantized) or quantized[0].layout != quantized[1].layout:
+        first, second = self.quantized.get(one), self.quantized.get(other)
+        if first is not None or second is not None:
+            if first is None or second is None or first.layout != second.layout:
                 return False
-            nbytes = quantized[0].layout.total_bytes
+            nbytes = first.layout.total_bytes
         else:
             entries = self.entries[one], self.entries[other]
             if entries[0].shape != entries[1].shape or entries[0].dtype != entries[1].dtype:

@@ -28,8 +28,6 @@ class Matrix:
     """0: a plain linear layer."""
     parts: int = 1
     """Matrices one above the other in each expert (gate and up)."""
-    is_taken: bool = False
-    """PEFT 0.21 takes the name for an expert's projection, as it was before transformers 5, and adapts nothing."""
     adapted: bool = True
     """By the section `lora`."""
 
@@ -108,8 +106,6 @@ def _wants(matrix: Matrix, lora: LoraConfig) -> bool:
     """Whether the section `lora` adapts a projection."""
     if matrix.experts:
         return lora.experts
-    if matrix.is_taken:
-        return False
     return lora.targets == "all-linear" or matrix.name in lora.targets
 
 
@@ -141,11 +137,10 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> Layer:
         intermediate = config["intermediate_size"]
     if intermediate:
         bias = bool(config.get("mlp_bias", False)) and config["model_type"] == "llama"
-        is_taken = config["model_type"] in ("qwen3_moe", "deepseek_v3")
         matrices += [
-            Matrix("gate_proj", intermediate, hidden, bias, is_taken=is_taken),
-            Matrix("up_proj", intermediate, hidden, bias, is_taken=is_taken),
-            Matrix("down_proj", hidden, intermediate, bias, is_taken=is_taken),
+            Matrix("gate_proj", intermediate, hidden, bias),
+            Matrix("up_proj", intermediate, hidden, bias),
+            Matrix("down_proj", hidden, intermediate, bias),
         ]
     marked = tuple(replace(matrix, adapted=_wants(matrix, lora)) for matrix in matrices)
     return Layer(

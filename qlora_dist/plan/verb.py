@@ -15,6 +15,7 @@ from rich.console import Console
 from qlora_dist.config import Config
 from qlora_dist.config_file import changed, config_from, load_config
 from qlora_dist.errors import UserError
+from qlora_dist.lora_from import with_adapter
 from qlora_dist.plan.calibration import load_calibration
 from qlora_dist.plan.find_model import read_model_config
 from qlora_dist.plan.hardware import load_hardware
@@ -120,7 +121,7 @@ def make_config(asked: Asked) -> Config:
     if asked.run_file is not None:
         sizes = {"data.seq_len": asked.seq_len, "train.micro_batch": asked.micro_batch}
         options = [f"{key}={value}" for key, value in sizes.items() if value is not None]
-        config = load_config(asked.run_file, [*asked.overrides, *options])
+        config = with_adapter(load_config(asked.run_file, [*asked.overrides, *options]))
         _check_global_batch(config, asked.ranks)
         return config
     tree: dict[str, dict[str, Any]] = {"model": {"base": asked.model}, "data": {"train": ["data/train.jsonl"]}}
@@ -128,12 +129,12 @@ def make_config(asked: Asked) -> Config:
         tree["data"]["seq_len"] = asked.seq_len
     if asked.micro_batch is not None:
         tree["train"] = {"micro_batch": asked.micro_batch, "global_batch": asked.micro_batch}
-    config = config_from(json.loads(json.dumps(tree)), _harmless(asked.overrides))
+    config = with_adapter(config_from(json.loads(json.dumps(tree)), _harmless(asked.overrides)))
     rows = asked.ranks * config.train.micro_batch
     given = [o for o in asked.overrides if o.partition("=")[0].strip() == "train.global_batch"]
     if not given:
         return changed(config, {"train": {"global_batch": rows * -(-16 // rows)}})
-    config = config_from(tree, asked.overrides)
+    config = with_adapter(config_from(tree, asked.overrides))
     _check_global_batch(config, asked.ranks)
     return config
 

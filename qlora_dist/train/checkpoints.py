@@ -21,6 +21,7 @@ from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.exchange import broadcast_json
 from qlora_dist.train.claim import Claim, claim
 from qlora_dist.train.console import RunConsole, count
+from qlora_dist.train.first_adapter import adapter_sha256
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.run_dir import CHECKPOINTS, RunDir, run_path
 from qlora_dist.train.setup import Setup
@@ -73,7 +74,9 @@ def find_start(setup: Setup, resume: str, console: RunConsole) -> Start:
     # rank 0's answer: other nodes may see the folder as it was before
     found = Claim(**broadcast_json(claim(config, resume).to_json() if setup.ranks.rank == 0 else None))
     base = broadcast_json(base_fingerprint(setup.folder.path) if setup.ranks.rank == 0 else None)
-    identity = identity_of(config, base, setup.data_sha256["train"])
+    first = config.lora.from_adapter
+    adapter = broadcast_json(adapter_sha256(Path(first)) if first is not None and setup.ranks.rank == 0 else None)
+    identity = identity_of(config, base, setup.data_sha256["train"], adapter)
     if found.note is not None:
         console.say(found.note)
     replaces, named = found.way == "replace", found.resume not in ("auto", "none")

@@ -35,10 +35,6 @@ _FREE_KEYS = {
 """Keys that a repeated command may change, and a finished run is finished all the same."""
 
 
-REFUSES = "train would refuse this"
-"""Beginning of a dry run's line about a name that is taken."""
-
-
 @dataclass(frozen=True)
 class Claim:
     """What a command does in the folder of its run."""
@@ -117,11 +113,12 @@ def check_name(config: Config) -> str | None:
 
 
 def dry_run_note(config: Config, resume: str) -> str | None:
-    """Return a line on what `train` would do about the run that the folder holds; None: it holds none."""
-    try:
-        found = claim(config, resume)
-    except UserError as error:
-        return f"{REFUSES}: {error}"
+    """Return a line on what `train` would do about the run that the folder holds; None: it holds none.
+
+    Raises:
+        UserError: as `claim`.
+    """
+    found = claim(config, resume)
     path = run_path(config.run)
     if found.way == "done":
         return f"train would do nothing: {found.note}"

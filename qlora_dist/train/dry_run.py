@@ -10,7 +10,7 @@ from rich.console import Console
 from qlora_dist.config import Config
 from qlora_dist.config_file import dump_config
 from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.train.claim import REFUSES, dry_run_note
+from qlora_dist.train.claim import dry_run_note
 from qlora_dist.train.expected import Expected, expect
 from qlora_dist.train.setup import Setup, set_up
 from qlora_dist.train.summary import announcement
@@ -24,25 +24,23 @@ def dry_run(config: Config, resume: str = "auto") -> None:
         resume: as for `train`.
 
     Raises:
-        UserError: what `train` would refuse on this machine, but for a run's name that is taken, which is a line.
+        UserError: what `train` would refuse on this machine. The run's name is looked at last.
     """
     ranks = ranks_from_environment()
     console = Console(stderr=True, quiet=ranks.rank != 0, highlight=False, soft_wrap=True)
     setup = set_up(config, ranks, console)
     if ranks.rank != 0:
         return
+    note = dry_run_note(config, resume)
     sys.stdout.write(dump_config(config))
     sys.stdout.flush()
     expected = expect(setup)
     plan = expected if isinstance(expected, str) else expected.sentence()
-    note = dry_run_note(config, resume)
-    for line in [*announcement(setup), plan, *([note] if note else []), _verdict(setup, expected, note)]:
+    for line in [*announcement(setup), plan, *([note] if note else []), _verdict(setup, expected)]:
         console.print(line, markup=False)
 
 
-def _verdict(setup: Setup, expected: Expected | str, note: str | None) -> str:
-    if note is not None and note.startswith(REFUSES):
-        return "everything else is fine; no weights were read"
+def _verdict(setup: Setup, expected: Expected | str) -> str:
     if setup.device.type == "cuda" and isinstance(expected, Expected):
         card = torch.cuda.mem_get_info(setup.device)[1]
         if not expected.memory.fits(card):

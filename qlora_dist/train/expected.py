@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from qlora_dist.adapters.attach import is_lora
 from qlora_dist.config import Config
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration import load_calibration, measured_speeds
@@ -81,6 +83,30 @@ def expect(setup: Setup) -> Expected | str:
     except Exception as error:  # of a model that nobody has planned yet
         return f"plan: none ({type(error).__name__}: {error})"
     return Expected(run, memory, traffic, tokens_per_s, is_measured)
+
+
+def check_trained(run: Run, model: nn.Module) -> None:
+    """Compare the elements of adapters that the plan counts with the model's, before any weight is read.
+
+    The bytes of adapters and moments follow from their number. A folder that has only some of its layers in 4 bit has
+    another number of adapters than its config.json tells, and is not compared.
+
+    Args:
+        run: as planned.
+        model: on meta, with its adapters, not sharded.
+
+    Raises:
+        UserError: they differ, with both figures.
+    """
+    parameters = [parameter for unit in run.model.units for parameter in unit.parameters]
+    planned = sum(p.numel for p in parameters if p.trained and not p.by_rows)  # without modules trained whole
+    real = sum(p.numel() for name, p in model.named_parameters() if is_lora(name))
+    in_4_bit = sum(parameter.dtype == torch.uint8 for parameter in model.parameters())
+    if real != planned and in_4_bit == sum(parameter.is_bytes for parameter in parameters):
+        raise UserError(
+            f"lora: the adapters have {real:,} elements and the plan counts {planned:,}, so a matrix may lack its "
+            "adapter; report this with the model's config.json, and name some layers in lora.targets until then"
+        )
 
 
 def run_of(setup: Setup, config: Config) -> Run:

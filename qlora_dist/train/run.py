@@ -25,7 +25,8 @@ from qlora_dist.train.beat import beat
 from qlora_dist.train.checkpoints import find_start
 from qlora_dist.train.claim import has_nothing_to_do
 from qlora_dist.train.console import RunConsole
-from qlora_dist.train.expected import expect
+from qlora_dist.train.expected import Expected, check_trained, expect
+from qlora_dist.train.first_adapter import read_first_values
 from qlora_dist.train.hold import hold
 from qlora_dist.train.loop import train_loop
 from qlora_dist.train.machine import this_machine
@@ -86,6 +87,8 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
         run_dir = RunDir(config, start.manifest is None, start.replaces, setup.steps, machine)
         note_lost_output(run_dir.path)
     expected = expect(setup)
+    if isinstance(expected, Expected):
+        check_trained(expected.run, model)
     for line in announcement(setup):
         console.say(line)
     console.say(expected if isinstance(expected, str) else expected.sentence())
@@ -107,6 +110,8 @@ def run(setup: Setup, console: RunConsole, resume: str = "auto") -> None:
     read_bytes = fill(
         model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, loaded, pages
     )
+    if setup.first_values and start.manifest is None:
+        read_first_values(model, setup.first_values)
     load_s = time.perf_counter() - began
     in_pages = (pages.held_bytes, pages.budget) if pages is not None else (0, 0)
     static_bytes = check_static_bytes(model, setup.sizes, *in_pages)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import peft
 import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from qlora_dist.adapters.attach import attach_adapter, peft_config, weight_read_names
+from qlora_dist.adapters.attach import (
+    adapted_paths,
+    attach_adapter,
+    check_attached,
+    peft_config,
+    weight_read_names,
+)
+from qlora_dist.adapters.export import saved_config, saved_shapes
+from qlora_dist.adapters.read_back import check_read_back, is_converted
+from qlora_dist.adapters.targets import find_targets
 from qlora_dist.config import DEFAULT_STEPS, Config
 from qlora_dist.data.loader import Loader, eval_batches
 from qlora_dist.data.prepare import PreparedSource, prepare, remarks
@@ -23,12 +33,14 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import Ranks
 from qlora_dist.model.folder import ModelFolder
 from qlora_dist.model.packable import check_packable
-from qlora_dist.model.skeleton import LossModel, build_skeleton
+from qlora_dist.model.skeleton import LossModel, build_skeleton, causal_lm_on_meta
+from qlora_dist.nf4.safetensors_file import Entry
 from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.parallel.process_group import idle_gpus, resolve_device
 from qlora_dist.positions import check_seq_len
+from qlora_dist.train.first_adapter import find_first_values
 from qlora_dist.train.trackers import check_trackers
 
 
@@ -44,6 +56,8 @@ class Setup:
     model: LossModel
     """On meta, adapters attached, not sharded."""
     adapter: peft.LoraConfig
+    first_values: Mapping[str, Entry]
+    """Of the adapter that the run begins from, by the parameter's name; empty without `lora.from`."""
     loader: Loader
     steps: int
     """Optimizer steps, whether the configuration counts steps or epochs."""
@@ -82,6 +96,10 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
             f"lora.targets: without {', '.join(read)}, whose weight the model's code reads itself", markup=False
         )
     check_seq_len(config.data.seq_len, model.config.to_dict(), str(folder.path))
+    first_values = {}
+    if config.lora.from_adapter is not None:
+        targets = adapted_paths(model)
+        first_values = find_first_values(Path(config.lora.from_adapter), model, targets, folder.path)
     tokenizer = load_tokenizer(folder.path)
     train, held_out = prepare(config.data, tokenizer, console)
     served = served_tokenizer(tokenizer, config.data.chat_template, folder.path)
@@ -118,7 +136,20 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     if held_out is not None:
         data_sha256["eval"] = held_out.stats.sha256
     return Setup(
-        config, ranks, device, sizes, folder, model, adapter, loader, steps, eval_rows, batches, served, data_sha256
+        config,
+        ranks,
+        device,
+        sizes,
+        folder,
+        model,
+        adapter,
+        first_values,
+        loader,
+        steps,
+        eval_rows,
+        batches,
+        served,
+        data_sha256,
     )
 
 
@@ -137,8 +168,14 @@ def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[Mod
     model = build_skeleton(folder, config.model)
     if config.data.packing != "none":
         check_packable(model)
-    adapter = peft_config(model, config.lora, config.model.base)
+    base = config.model.base
+    targets = find_targets(model, config.lora, base)
+    adapter = peft_config(model, config.lora, base)
     attach_adapter(model, adapter)
+    check_attached(model, targets, base)
+    if is_converted(adapter, model.config.model_type):
+        plain = causal_lm_on_meta(folder, torch.float32)
+        check_read_back(plain, saved_config(adapter), saved_shapes(model), base)
     return folder, model, adapter
 
 

@@ -43,6 +43,8 @@ def announcement(setup: Setup) -> Iterator[str]:
     trained = sum(p.numel() for _, p in adapter_parameters(setup.model))
     quantized = "in 4 bit" if setup.folder.is_quantized else f"quantized to {config.model.quant_type} on loading"
     yield f"base: {config.model.base}, {quantized}; {trained:,} trained parameters (r={config.lora.r})"
+    if config.lora.from_adapter is not None:
+        yield f"the adapter begins from {config.lora.from_adapter}"
     yield _placement(setup)
     if config.model.compute_dtype == "bf16" and (warning := warn_of_bf16(setup.device)) is not None:
         yield warning

@@ -1,22 +1,91 @@
-"""If this fails, targets that PEFT does not accept end in its traceback."""
+"""If this fails, a matrix that was to be trained has no adapter, or PEFT loads another one than was trained."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import tiny
+import torch
+import transformers
+from architectures import make_architecture
+from peft.tuners.lora.layer import LoraLayer
 
+from qlora_dist.adapters.attach import adapter_parameters
+from qlora_dist.adapters.export import saved_config, write_adapter
+from qlora_dist.adapters.names import peft_key
 from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.train.setup import set_up_model
 
+# of each: layers and experts' parameters that are to have an adapter, of those that PEFT takes for others too
+CASES: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
+    ("DeepseekV3", {}, ("lora.experts=true",), 3 * 5 + 3 + 2 * (3 + 2)),  # a dense layer, two with shared experts
+    ("Qwen3Moe", {"mlp_only_layers": [0]}, ("lora.targets=[q_proj,gate_proj]",), 3 + 1),
+    ("Llama4", {}, ("lora.experts=true",), 3 * (4 + 3 + 2)),  # PEFT takes the experts' inputs for their outputs
+    ("CTRL", {"dff": 96}, (), 3 * 6),  # layers with numbers for names
+]
 
-def test_a_part_of_what_peft_takes_for_experts(tmp_path: Path) -> None:
-    sparse = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    model = tiny.make_model(tmp_path / "model", arch="Qwen3Moe", mlp_only_layers=[0], **sparse)
-    config = load_config(tiny.make_config(tmp_path, model), ["lora.targets=[q_proj,gate_proj]"])
-    with pytest.raises(
-        UserError, match=r"^lora\.targets: .*gate_proj without also targeting up_proj .*; name all of them"
+
+@pytest.mark.parametrize(("name", "settings", "overrides", "count"), CASES, ids=[case[0] for case in CASES])
+def test_peft_loads_what_is_trained(
+    name: str, settings: dict[str, Any], overrides: tuple[str, ...], count: int, tmp_path: Path
+) -> None:
+    source = make_architecture(tmp_path / "source", name, **settings)
+    config = load_config(tiny.make_config(tmp_path, source), ["data.packing=none", *overrides])
+    _, model, adapter = set_up_model(config)
+    adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert len(adapted) == count
+    tensors = {peft_key(parameter): torch.randn(p.shape) for parameter, p in adapter_parameters(model)}
+    assert len(tensors) == 2 * count
+    write_adapter(tensors, saved_config(adapter), tmp_path / "adapter")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(source)
+    loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert sum(p.numel() for n, p in loaded.named_parameters() if "lora_" in n) == sum(
+        map(torch.numel, tensors.values())
+    )
+    back = peft.get_peft_model_state_dict(loaded)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensors[key]) for key in tensors)
+
+
+def test_what_peft_does_not_read_is_refused(tmp_path: Path) -> None:
+    """Before a run starts: PEFT would leave out the shared experts of Laguna, and knows no DoRA of a parameter."""
+    for name, settings, override, message in (
+        (
+            "Laguna",
+            {},
+            "lora.r=4",
+            r"^lora: PEFT would read \d+ tensors .*shared_experts.* differs .*; adapt fewer layers",
+        ),
+        (
+            "DeepseekV3",
+            {},
+            "lora.dora=true",
+            r"^lora\.dora: PEFT adapts down_proj, gate_proj, up_proj of this model as",
+        ),
     ):
+        folder = tmp_path / name
+        source = make_architecture(folder / "source", name, **settings)
+        config = load_config(tiny.make_config(folder, source), ["data.packing=none", override])
+        with pytest.raises(UserError, match=message) as error:
+            set_up_model(config)
+        assert "\n" not in str(error.value)
+
+
+def test_a_tied_head_is_not_trained_apart(tmp_path: Path) -> None:
+    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=True)
+    config = load_config(tiny.make_config(tmp_path, source), ["lora.modules_to_save=[embed_tokens,lm_head]"])
+    with pytest.raises(UserError, match=r"lm_head is the embedding in .* \(tied\); leave it out, it follows"):
         set_up_model(config)
+
+
+def test_dropout_is_not_saved_where_peft_knows_none(tmp_path: Path) -> None:
+    source = make_architecture(tmp_path / "source", "DeepseekV3")
+    config = load_config(tiny.make_config(tmp_path, source), ["data.packing=none", "lora.dropout=0.1"])
+    _, model, adapter = set_up_model(config)
+    assert model.get_submodule("model.layers.0.mlp.up_proj").lora_dropout["default"].p == 0.1
+    saved_config(adapter).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
@@ -119,7 +121,9 @@ def test_prompts_are_written_as_in_training(tmp_path: Path) -> None:
     assert prompter.tokens(one_prompt("hello", prompter, raw=True)) == plain
 
 
-def mistakes(material: Any, tmp_path: Path) -> dict[str, tuple[Callable[..., None], tuple[Any, ...]]]:
+def mistakes(
+    material: Any, make_adapter: Callable[..., Path], tmp_path: Path
+) -> dict[str, tuple[Callable[..., None], tuple[Any, ...]]]:
     """What is said, and what is wrong."""
     other = tiny.make_model(tmp_path / "other", hidden_size=32)
     silent = tiny.make_model(tmp_path / "silent")
@@ -128,6 +132,20 @@ def mistakes(material: Any, tmp_path: Path) -> dict[str, tuple[Callable[..., Non
     (tmp_path / "broken.jsonl").write_text('{"prompt": "hello"}\n{"prompt":\n')
     (tmp_path / "stranger.jsonl").write_text('{"prompt": "hello", "adapter": "nobody"}\n')
     one, prompt = [f"one={material.one}"], PromptOptions("hello")
+    data = str(tiny.make_data(tmp_path / "data.jsonl", 3))
+    old, run = tmp_path / "old", tmp_path / "run"
+    old.mkdir()
+    (old / "adapter_config.json").write_text((material.one / "adapter_config.json").read_text())
+    (old / "adapter_model.bin").touch()
+    shutil.copytree(material.one, run / "adapter")
+    (run / "checkpoints" / "step-000001").mkdir(parents=True)
+    head = make_adapter(tmp_path / "head", material.base, seed=3, target_modules=["q_proj", "lm_head"])
+    rows = make_adapter(tmp_path / "rows", material.base, seed=3, target_modules=["q_proj", "embed_tokens"])
+    experts = tmp_path / "experts"
+    shutil.copytree(material.two, experts)
+    tensors = load_file(material.two / "adapter_model.safetensors")
+    renamed = {key.replace("self_attn.q_proj", "mlp.experts.0.up_proj"): value for key, value in tensors.items()}
+    save_file(renamed, experts / "adapter_model.safetensors")
 
     def model(adapters: list[str] = one, base: Path | None = None, *overrides: str) -> ModelOptions:
         return ModelOptions(adapters, base, overrides=(*CPU, *overrides))
@@ -135,6 +153,19 @@ def mistakes(material: Any, tmp_path: Path) -> dict[str, tuple[Callable[..., Non
     return {
         "no such folder": (run_generate, (model(["nowhere"]), prompt, GREEDY)),
         "holds no adapter_config.json": (run_generate, (model([str(material.base)]), prompt, GREEDY)),
+        "that is a model's folder; give that of an adapter": (
+            run_generate,
+            (model([str(material.base)]), prompt, GREEDY),
+        ),
+        f"give {run / 'adapter'}": (run_generate, (model([str(run)]), prompt, GREEDY)),
+        f"a checkpoint is no adapter; give {run / 'adapter'}": (
+            run_generate,
+            (model([f"a={run / 'checkpoints' / 'step-000001'}"]), prompt, GREEDY),
+        ),
+        "load it with PEFT and save it again": (run_generate, (model([str(old)]), prompt, GREEDY)),
+        "has LoRA on the output head": (run_eval, (model([str(head)]), data, None)),
+        "has LoRA on an embedding (model.embed_tokens)": (run_generate, (model([str(rows)]), prompt, GREEDY)),
+        "one expert's layer as transformers 4 had it": (run_generate, (model([str(experts)]), prompt, GREEDY)),
         "stands twice": (run_generate, (model(one * 2), prompt, GREEDY)),
         "has the shape": (run_generate, (model(base=other), prompt, GREEDY)),
         "no adapter and no base": (run_generate, (model([]), prompt, GREEDY)),
@@ -157,8 +188,8 @@ def mistakes(material: Any, tmp_path: Path) -> dict[str, tuple[Callable[..., Non
     }
 
 
-def test_mistakes_are_one_sentence(material: Any, tmp_path: Path) -> None:
-    for said, (function, arguments) in mistakes(material, tmp_path).items():
+def test_mistakes_are_one_sentence(material: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    for said, (function, arguments) in mistakes(material, make_adapter, tmp_path).items():
         with pytest.raises(UserError, match=re.escape(said)) as caught:
             function(*arguments)
         sentence = str(caught.value)

@@ -104,13 +104,14 @@ def test_new_tokens(tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["GPT2", "Mixtral", "GptOss", "Gemma2", "Falcon"])
+@pytest.mark.parametrize("name", ["GPT2", "Mixtral", "GptOss", "Gemma2", "Falcon", "DeepseekV3", "Llama4"])
 def test_other_architectures(name: str, tmp_path: Path) -> None:
     """Transposed matrices, a tensor per expert, all experts in one, adapters of experts, tied embeddings, fused
-    projections."""
-    experts = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    projections; names that PEFT converts to experts of twice the rank; experts whose inputs it takes for outputs."""
+    experts = ["experts.down_proj", "experts.gate_up_proj"]
     sparse = {"target_modules": ["q_proj", "o_proj"], "target_parameters": experts}
-    targets = sparse if name in ("Mixtral", "GptOss") else {}
+    converted = {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}
+    targets = sparse if name in ("Mixtral", "GptOss", "Llama4") else converted if name == "DeepseekV3" else {}
     out, _ = check(make_architecture(tmp_path / "source", name), tmp_path, **targets)
     saved = {name for path in (tmp_path / "source").glob("*.safetensors") for name in load_file(path)}
     assert {name for path in out.glob("*.safetensors") for name in load_file(path)} == saved
@@ -223,7 +224,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
             lambda t: t.update({"base_model.model.other.weight": torch.ones(3)}),
             "has other.weight, which the base lacks",
         ),
-        (lambda t: t.update({Q + "lora_embedding_A": torch.ones(3)}), "only LoRA of linear layers is"),
+        (lambda t: t.update({Q + "lora_embedding_A": torch.ones(3)}), "has LoRA on an embedding"),
+        (lambda t: t.update({Q + "lora_C": torch.ones(3)}), "only LoRA of linear layers and experts is"),
     ],
 )
 def test_an_adapter_that_is_not_as_it_should_be(

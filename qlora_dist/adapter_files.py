@@ -1,0 +1,122 @@
+"""The two files of a LoRA adapter's folder, as PEFT writes them: their names, keys and configuration, without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.errors import UserError
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PEFTS_DEFAULT = 8
+"""Of `r` and of `lora_alpha`, where a configuration leaves them out."""
+_LOW_RANK = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
+_EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # in the order in which PEFT wraps them
+_LARGEST_HEADER_BYTES = 100_000_000  # as in the safetensors library
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json.
+
+    Raises:
+        UserError: the folder is missing or is no adapter's; the message says where the adapter is, if that is seen.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give that of an adapter, such as runs/NAME/adapter")
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path}: holds no {CONFIG}; {_hint(path)}")
+    try:
+        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / CONFIG}: cannot be read as JSON ({error}); export the adapter again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path / CONFIG}: holds no JSON object; export the adapter again")
+    if not (path / TENSORS).is_file():
+        if (path / "adapter_model.bin").exists():
+            raise UserError(
+                f"{path}: holds adapter_model.bin, which may run code on loading, and no {TENSORS}; load it with PEFT "
+                "and save it again"
+            )
+        raise UserError(f"{path}: holds no {TENSORS}; copy the folder again, or export the adapter again")
+    return content
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of the tensors in an adapter's file.
+
+    Raises:
+        UserError: it is no safetensors file.
+    """
+    try:
+        with (path / TENSORS).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= _LARGEST_HEADER_BYTES:
+                raise ValueError("its first bytes are not a safetensors header")
+            return [name for name in json.loads(file.read(length)) if name != "__metadata__"]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / TENSORS}: is not a safetensors file ({error}); copy it again") from None
+
+
+def low_rank_part(key: str) -> tuple[str, str] | None:
+    """The module, as PEFT names it, and the part of it that a tensor of LoRA's is; None: it is something else."""
+    match = _LOW_RANK.match(key.removeprefix(PREFIX))
+    return (match["module"], match["part"]) if match else None
+
+
+def parameter_of_experts(module: str, config: Mapping[str, Any]) -> str | None:
+    """The parameter that PEFT has adapted where it names only a module of experts; None: it is a linear layer.
+
+    PEFT wraps the module once for each parameter, those into the experts before those out of them. The outermost
+    wrapper has the module's name, the others that of a `base_layer` each.
+    """
+    owner, inner = re.fullmatch(r"(.*?)((?:\.base_layer)*)", module).groups()  # type: ignore[union-attr]
+    parameters = sorted(config.get("target_parameters") or ())
+    if not inner and (_is_module(owner, config.get("target_modules")) or is_any_end(parameters, f"{owner}.weight")):
+        return None
+    own = [name for name in _EXPERTS if is_any_end(parameters, f"{owner}.{name}")]  # outwards
+    return f"{owner}.{own[-1 - inner.count('.')]}" if inner.count(".") < len(own) else None
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule (`peft.utils.other.get_pattern_key`): the first pattern that is the end of the module's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def target_name(path: str) -> str:
+    """The last part of a module's path, and with it the part before where the last one is a number."""
+    return re.search(r"[^.]+(\.\d+)*$", path)[0]  # type: ignore[index]
+
+
+def is_any_end(names: Iterable[str], path: str) -> bool:
+    """Whether one of the names is a path or the end of it."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _is_module(path: str, targets: str | Sequence[str] | None) -> bool:
+    """Whether PEFT's `target_modules` name a module, which is a linear layer then."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return is_any_end(targets or (), path)
+
+
+def _hint(path: Path) -> str:
+    """Where the adapter is that was meant, as far as that can be seen."""
+    if path.parent.name == "checkpoints" or (path / "manifest.json").is_file():
+        adapter = path.parent.parent / "adapter"
+        if (adapter / CONFIG).is_file():
+            return f"a checkpoint is no adapter; give {adapter}"
+        return "a checkpoint is no adapter; finish the run, which writes one"
+    if (path / "adapter" / CONFIG).is_file():
+        return f"give {path / 'adapter'}"
+    if (path / "checkpoints").is_dir():
+        return "the run has written no adapter yet; finish it"
+    if (path / "config.json").is_file():
+        return "that is a model's folder; give that of an adapter, such as runs/NAME/adapter"
+    return "give the folder of an adapter, such as runs/NAME/adapter"

@@ -1,0 +1,60 @@
+"""Whether PEFT will read from an adapter's folder what was trained, asked of PEFT itself before a run starts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+
+import peft
+import torch
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from qlora_dist.errors import UserError
+
+_NAME = "default"
+
+
+def is_converted(config: peft.LoraConfig, model_type: str) -> bool:
+    """Whether PEFT reads an adapter of such models by more than the ends of names: asking it takes some seconds."""
+    return bool(config.target_parameters) or get_checkpoint_conversion_mapping(model_type) is not None
+
+
+def check_read_back(
+    plain: PreTrainedModel, config: peft.LoraConfig, shapes: Mapping[str, tuple[int, ...]], base: str
+) -> None:
+    """See whether PEFT makes of the folder the parameters that are in it, no more and no fewer.
+
+    Args:
+        plain: transformers' own class on meta, without weights; PEFT changes it.
+        config: as it will be saved.
+        shapes: of the tensors that will be saved, by PEFT's names.
+        base: the base model's folder, for messages.
+
+    Raises:
+        UserError: PEFT would leave out what was trained, or add what was not.
+    """
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what PEFT leaves out; the comparison says more
+            model = peft.get_peft_model(plain, copy.deepcopy(config), adapter_name=_NAME)
+            wanted = peft.get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+            tensors = {key: torch.empty(shape) for key, shape in shapes.items()}
+            given = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[_NAME], tensors, _NAME)
+    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise UserError(
+            f"lora: PEFT could not read such an adapter of {base} ({reason}); adapt fewer layers with lora.targets"
+        ) from None
+    there = {key: tuple(tensor.shape) for key, tensor in given.items()}
+    expected = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    differing = sorted(key for key in there.keys() | expected.keys() if there.get(key) != expected.get(key))
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"lora: PEFT would read {len(expected)} tensors from such an adapter of {base} in place of {len(there)}; "
+            f"{key} differs ({there.get(key, 'none')}, not {expected.get(key, 'none')}); adapt fewer "
+            "layers with lora.targets"
+        )

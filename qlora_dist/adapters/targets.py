@@ -1,0 +1,157 @@
+"""The matrices of a model that an adapter is for, and the names by which PEFT's configuration means just these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import peft
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_dist.adapter_files import is_any_end, target_name
+from qlora_dist.config import LoraConfig
+from qlora_dist.errors import UserError
+from qlora_dist.nf4.experts import NF4Experts
+from qlora_dist.nf4.linear import NF4Linear
+
+_LAYER = re.compile(r".*\.\d+\.(?=[^.]*[^.\d])")
+_UNREAD = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Types of models with Mamba's layers on whose `out_proj` PEFT puts no adapter."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Matrices that have an adapter, by their paths in a skeleton, in its order."""
+
+    linear: tuple[str, ...]
+    """Linear layers."""
+    experts: tuple[str, ...] = ()
+    """Projections of all experts of a layer, which are parameters in transformers' class."""
+
+    @property
+    def paths(self) -> set[str]:
+        """All of them."""
+        return {*self.linear, *self.experts}
+
+
+def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Targets:
+    """The matrices that the section `lora` asks for.
+
+    Args:
+        model: a skeleton without adapters.
+        config: the section.
+        base: the base model's folder, for messages.
+
+    Raises:
+        UserError: a target is the name of no quantized layer, or of one whose weight the model's code reads itself, or
+            PEFT could not read its adapter, or there are no experts.
+    """
+    read = {target_name(p) for p, m in model.named_modules() if isinstance(m, NF4Linear) and m.is_weight_read}
+    linear = [path for path in _paths(model, NF4Linear) if target_name(path) not in read]
+    names = sorted({target_name(path) for path in linear})
+    chosen = linear
+    if config.targets != "all-linear":
+        for target in config.targets:
+            if target in read:
+                raise UserError(
+                    f"lora.targets: the model's code reads the weight of {target} itself, where an adapter has no "
+                    f"effect; choose from {', '.join(names)}"
+                )
+            if target not in names:
+                raise UserError(
+                    f"lora.targets: {target} is no quantized layer of {base}; choose from {', '.join(names)}"
+                )
+        chosen = [path for path in linear if target_name(path) in config.targets]
+    unread = [path for path in chosen if _model_type(model) in _UNREAD and target_name(path) == "out_proj"]
+    if unread:
+        rest = sorted({target_name(path) for path in chosen if path not in unread})
+        raise UserError(
+            f"lora.targets: PEFT reads no adapter of out_proj, which is {unread[0]} in {base}; name others, such as "
+            f"[{', '.join(rest)}]"
+        )
+    experts = _paths(model, NF4Experts) if config.experts else []
+    if config.experts and not experts:
+        raise UserError(f"lora.experts: {base} has no experts in 4 bit; leave the key out")
+    if not chosen and not experts:
+        raise UserError(f"lora.targets: {base} has no quantized linear layer; set lora.experts: true")
+    return Targets(tuple(chosen), tuple(experts))
+
+
+def targets_of(model: nn.Module, config: peft.LoraConfig) -> Targets:
+    """The matrices of a skeleton without adapters that PEFT's configuration names.
+
+    PEFT's rules are followed without its conversion of names from transformers 4. A skeleton has modules where
+    transformers has the experts' parameters, and the conversion takes their paths for those of old linear layers.
+    """
+    parameters = sorted(config.target_parameters or ())
+    linear = [
+        path
+        for path in _paths(model, NF4Linear)
+        if check_target_module_exists(config, path) or is_any_end(parameters, f"{path}.weight")
+    ]
+    experts = [path for path in _paths(model, NF4Experts) if is_any_end(parameters, path)]
+    return Targets(tuple(linear), tuple(experts))
+
+
+def peft_names(model: PreTrainedModel, targets: Targets) -> tuple[list[str], list[str]]:
+    """What `target_modules` and `target_parameters` are to be, so that PEFT adapts the targets and nothing else.
+
+    In the models whose experts were linear layers in transformers 4, PEFT takes some names of linear layers for those
+    of experts (`_convert_peft_config_moe`). Such layers are named as parameters, `mlp.up_proj.weight`, which PEFT
+    leaves as they are: the tensors are the same.
+
+    Args:
+        model: a skeleton without adapters.
+        targets: of it.
+    """
+    modules = [path for path, module in model.named_modules() if path and not isinstance(module, NF4Experts)]
+    taken = {name for name in {path.rpartition(".")[2] for path in targets.linear} if _is_taken(model, name)}
+    plain = [path for path in targets.linear if path.rpartition(".")[2] not in taken]
+    as_parameters = [f"{path}.weight" for path in targets.linear if path.rpartition(".")[2] in taken]
+    parameters = [
+        path if isinstance(module, NF4Experts) else f"{path}.{'weight' if name == 'packed' else name}"
+        for path, module in model.named_modules()
+        for name in module._parameters
+    ]
+    return (
+        _shortest(plain, modules, (target_name, _in_layer)),
+        _shortest([*as_parameters, *targets.experts], parameters, (_in_layer,)),
+    )
+
+
+def _in_layer(path: str) -> str:
+    """The path within a decoder layer."""
+    return _LAYER.sub("", path)
+
+
+def _shortest(paths: Collection[str], known: Sequence[str], ways: Sequence[Callable[[str], str]]) -> list[str]:
+    """The fewest names that are ends of these paths and of no other known one; whole paths where there are none."""
+    left, names = set(paths), set()
+    for way in ways:
+        for name in {way(path) for path in left}:
+            found = {path for path in known if is_any_end([name], path)}
+            if found <= set(paths):
+                names.add(name)
+                left -= found
+    return sorted(names | left)
+
+
+def _is_taken(model: PreTrainedModel, name: str) -> bool:
+    probe = peft.LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    except ValueError:  # it belongs together with other names
+        return True
+    return name not in probe.target_modules
+
+
+def _paths(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, kind)]
+
+
+def _model_type(model: PreTrainedModel) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
