@@ -11,8 +11,9 @@ from qlora_dist.errors import UserError
 def give_first_values(model: PreTrainedModel) -> None:
     """Give the buffers that are not saved their values; they have memory already.
 
-    A class may set the buffers of a module where it initializes one around it, so those are asked too. Parameters keep
-    what they hold. A value that no class sets stays NaN, for `check_buffers`.
+    A class may set the buffers of a module where it initializes one around it, so those are asked too. As in
+    transformers, a module's values are set by the innermost model that it is part of. Parameters keep what they hold.
+    A value that no class sets stays NaN, for `check_buffers`.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -23,8 +24,16 @@ def give_first_values(model: PreTrainedModel) -> None:
                 buffer.fill_(float("nan"))
             parts = name.split(".")[:-1]
             paths |= {".".join(parts[:length]) for length in range(len(parts) + 1)}
-        for path in sorted(paths, key=lambda path: (-path.count("."), path)):
-            model._init_weights(model.get_submodule(path))
+        for path in sorted(paths, key=lambda path: (-path.count("."), not path, path)):
+            _model_around(model, path)._init_weights(model.get_submodule(path))
+
+
+def _model_around(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    parts = path.split(".") if path else []
+    for length in range(len(parts), 0, -1):
+        if isinstance(module := model.get_submodule(".".join(parts[:length])), PreTrainedModel):
+            return module
+    return model
 
 
 def check_buffers(model: PreTrainedModel) -> None:

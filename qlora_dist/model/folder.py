@@ -68,11 +68,13 @@ class ModelFolder:
         return self._equal[pair]
 
     def _compare(self, one: str, other: str) -> bool:
-        first, second = self.quantized.get(one), self.quantized.get(other)
-        if first is not None or second is not None:
-            if first is None or second is None or first.layout != second.layout:
+        if one in self.quantized and other in self.quantized:
+            layout = self.quantized[one].layout
+            if layout != self.quantized[other].layout:
                 return False
-            nbytes = first.layout.total_bytes
+            nbytes = layout.total_bytes
+        elif one in self.quantized or other in self.quantized:
+            return False
         else:
             entries = self.entries[one], self.entries[other]
             if entries[0].shape != entries[1].shape or entries[0].dtype != entries[1].dtype:
@@ -80,7 +82,7 @@ class ModelFolder:
             nbytes = entries[0].nbytes
         with Reader() as reader:
             for start, length in pieces(nbytes):
-                parts = torch.empty(2, min(length, nbytes - start), dtype=torch.uint8)
+                parts = torch.empty(2, length, dtype=torch.uint8)
                 for part, name in zip(parts, (one, other), strict=True):
                     if name in self.quantized:
                         self.quantized[name].read_range(reader, part, start)
@@ -95,10 +97,12 @@ class ModelFolder:
         stem = name.removesuffix(".weight")
         alike = (key for key in sorted([*self.entries, *self.quantized]) if key.startswith(stem))
         near = next((key for key in alike if key != f"{stem}.bias"), None)
-        remedy = "get the folder anew"
-        if near is not None:
-            remedy = f"{near} is there, a form that is not read here; give a copy of the model in 16 bit"
-        return UserError(f"{self.path}: the weight {name} is missing; {remedy}")
+        if near is None:
+            return UserError(f"{self.path}: the weight {name} is missing; get the folder anew")
+        return UserError(
+            f"{self.path}: the weight {name} is missing; {near} is there, a form that is not read here; give a copy of "
+            "the model in 16 bit"
+        )
 
     def _read_entries(self) -> dict[str, Entry]:
         if (self.path / _INDEX).exists():

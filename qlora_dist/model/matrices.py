@@ -87,7 +87,8 @@ def quantizable(model: PreTrainedModel, embeddings: bool = False) -> Iterator[Ta
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the output head has the embedding's weight."""
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return weight is not None and weight is getattr(model.get_input_embeddings(), "weight", None)
 
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:

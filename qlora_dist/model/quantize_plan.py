@@ -155,8 +155,8 @@ def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
     skipped = [] if head_in_4_bit else sorted({head_name, "lm_head"})
     used = {key for origin in origins.values() for key in origin.keys}
     published = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-    unties = published.get_text_config().tie_word_embeddings and not model.config.get_text_config().tie_word_embeddings
-    return Plan(weights, skipped, _count(folder, weights, outside, used), bool(unties), others_load)
+    ties, tied = (getattr(c.get_text_config(), "tie_word_embeddings", False) for c in (published, model.config))
+    return Plan(weights, skipped, _count(folder, weights, outside, used), bool(ties and not tied), others_load)
 
 
 def _as_trained(folder: ModelFolder, options: QuantizeOptions) -> ModelConfig:

@@ -97,6 +97,7 @@ def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = 
             attention = "eager"  # SDPA has no cap, and transformers would leave it out without a word
         requested = "eager" if attention == "eager" else None  # None: SDPA where the architecture has it
         model = _from_config(config, dtype, requested)
+        check_model_class(model, folder.path)
         if is_tied(model) and _stores_another_head(model, folder):
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
@@ -107,7 +108,6 @@ def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = 
             f"{folder.path / 'config.json'}: transformers {transformers.__version__} makes no causal language model "
             f"of it ({reason}); give another model or upgrade transformers"
         ) from None
-    check_model_class(model, folder.path)
     return model
 
 

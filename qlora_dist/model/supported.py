@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.errors import UserError
+from qlora_dist.model.matrices import is_tied
 from qlora_dist.model.weight_reads import find_weight_reads
 
 _CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention"}
@@ -39,7 +40,7 @@ def check_model_class(model: PreTrainedModel, path: Path) -> None:
     if (names := _shared(model)) is not None:
         raise _unsupported(path, kind, f"has one weight in two places, {names[0]} and {names[1]}")
     head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and _has_embedding_weight(model) and head.bias is not None:
+    if isinstance(head, nn.Linear) and is_tied(model) and head.bias is not None:
         raise _unsupported(path, kind, "has an output head that is the input embedding's weight with a bias")
     changed = [name for name, use in find_weight_reads(model).items() if use == "change"]
     if changed:
@@ -51,11 +52,6 @@ def _unsupported(path: Path, kind: str, what: str) -> UserError:
         f"{path / 'config.json'}: a model of type {kind} {what}, which cannot be trained here; give another causal "
         "language model"
     )
-
-
-def _has_embedding_weight(model: PreTrainedModel) -> bool:
-    embedding = model.get_input_embeddings()
-    return embedding is not None and model.get_output_embeddings().weight is embedding.weight
 
 
 def _shared(model: PreTrainedModel) -> tuple[str, str] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from qlora_dist.nf4.layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize
@@ -53,9 +54,14 @@ class NF4Linear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Dequantize for code that reads the weight itself: [out_features, in_features], frozen, new at each call."""
-        if self.packed.is_meta:
-            return torch.empty(self.layout.shape, dtype=self.dtype, device="meta")
+        """Dequantize for code that reads the weight itself: [out_features, in_features], frozen, new at each call.
+
+        Where an engine has not gathered `packed`, there are no values: it is on meta.
+        """
+        if self.packed.is_meta or isinstance(self.packed, DTensor) or self.packed.numel() != self.layout.total_bytes:
+            nothing = torch.empty(self.layout.shape, dtype=self.dtype, device="meta")
+            nothing._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
+            return nothing
         return self.dequantize(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from qlora_dist.model import norm
 from qlora_dist.model.norm import fuse_norms
@@ -86,3 +88,35 @@ def test_norms_of_published_classes_are_known(architecture: str) -> None:
     fuse_norms(model)
     norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
     assert norms and all(type(module).__name__.startswith("Fused") for module in norms)
+
+
+class GatedRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(hidden_states if gate is None else hidden_states * nn.functional.silu(gate))
+
+
+class FailingRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        raise ValueError("only for four dimensions")
+
+
+@pytest.mark.parametrize("kind", [GatedRMSNorm, FailingRMSNorm, Qwen3NextRMSNormGated, BambaRMSNormGated])
+def test_a_norm_that_takes_more_or_cannot_be_tried_keeps_its_class(kind: type[nn.Module]) -> None:
+    model = Model(kind(8, 8) if kind is BambaRMSNormGated else kind(8))
+    fuse_norms(model)  # type: ignore[arg-type]
+    assert type(model.norm) is kind
+
+
+def test_each_module_of_a_class_counts_by_its_own_settings() -> None:
+    class ScaledRMSNorm(LlamaRMSNorm):
+        factor = 1.0
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) * self.factor
+
+    plain, doubled, bare = ScaledRMSNorm(8), ScaledRMSNorm(8), ScaledRMSNorm(8)
+    doubled.factor = 2.0
+    bare.weight = None
+    fuse_norms(nn.ModuleList([plain, doubled, bare]))  # type: ignore[arg-type]
+    assert type(plain) is not ScaledRMSNorm
+    assert type(doubled) is type(bare) is ScaledRMSNorm

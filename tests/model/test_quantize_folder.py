@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import io
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -21,14 +24,17 @@ import transformers
 from architectures import make_architecture
 from ranks import run_ranks
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qlora_dist.adapters.attach import has_tied_head
+from qlora_dist.config import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.model import matrices, quantize_plan
 from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_folder import print_report, quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions, make_options, parse_size
-from qlora_dist.model.skeleton import causal_lm_on_meta
+from qlora_dist.model.skeleton import build_skeleton, causal_lm_on_meta
 from qlora_dist.nf4 import read_ahead
 from qlora_dist.nf4.quantize import dequantize, quantize
 from qlora_dist.nf4.safetensors_file import Reader, Writer, read_header
@@ -425,3 +431,87 @@ def test_a_file_that_cannot_be_written_is_one_sentence_and_not_the_end(tiny_llam
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "nf4").exists()
     assert quantize_folder(tiny_llama, tmp_path / "nf4", QuantizeOptions()).out.is_dir()
+
+
+def change_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+UNTRAINABLE = {
+    "no head": (False, lambda t: t.pop("lm_head.weight"), "the weight lm_head.weight is missing"),
+    "no embedding": (
+        True,
+        lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
+        "the weight model.embed_tokens.weight is missing",
+    ),
+    "another vocabulary": (
+        True,
+        lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:300].clone()}),
+        "model.embed_tokens.weight has the shape (300, 64) and config.json asks for (320, 64)",
+    ),
+    "a form of its own": (
+        True,
+        lambda t: t.update({"model.norm.weight_blocks": t.pop("model.norm.weight")}),
+        "the weight model.norm.weight is missing; model.norm.weight_blocks is there, a form that is not read here",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", list(UNTRAINABLE))
+def test_what_training_would_refuse_is_refused_before_anything_is_written(damage, tmp_path):
+    tied, change, message = UNTRAINABLE[damage]
+    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=tied)
+    change_tensors(source, change)
+    with pytest.raises(UserError) as caught:
+        quantize_folder(source, tmp_path / "out", QuantizeOptions())
+    assert message in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_stored_head_that_differs_from_a_tied_embedding_is_the_models(tmp_path, quantized):
+    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=True)
+    head = torch.randn(320, 64).bfloat16()
+    change_tensors(source, lambda t: t.update({"lm_head.weight": head}))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert torch.equal(plain.get_output_embeddings().weight, head)  # what transformers does with such a folder
+    base = source
+    if quantized:
+        base = quantize_folder(source, tmp_path / "out", QuantizeOptions()).out
+        assert json.loads((base / "config.json").read_text())["tie_word_embeddings"] is False
+    model = build_skeleton(ModelFolder(base), ModelConfig(base=str(base)))
+    assert not has_tied_head(model)
+    assert model.origins["lm_head.weight"].keys == ("lm_head.weight",)
+
+
+def test_a_stored_head_that_equals_a_tied_embedding_is_left_out(tmp_path):
+    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=True)
+    change_tensors(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert has_tied_head(build_skeleton(ModelFolder(source), ModelConfig(base=str(source))))
+    out = quantize_folder(source, tmp_path / "out", QuantizeOptions(embeddings=True)).out
+    assert "lm_head.weight" not in ModelFolder(out).entries
+    assert has_tied_head(build_skeleton(ModelFolder(out), ModelConfig(base=str(out))))
+
+
+def test_tensors_that_transformers_does_not_load_count_for_nothing(tiny_llama, tmp_path):
+    source = shutil.copytree(tiny_llama, tmp_path / "source")
+    expected = quantize_folder(source, tmp_path / "without", QuantizeOptions()).counts
+    change_tensors(source, lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(512, 512)}))
+    console = Console(file=io.StringIO(), width=120)
+    report = quantize_folder(source, tmp_path / "out", QuantizeOptions(), console)
+    assert report.counts == dataclasses.replace(expected, unused=512 * 512)
+    assert "model.layers.3.eh_proj.weight" in ModelFolder(report.out).entries
+    print_report(report, console)
+    assert f"nor trained: {512 * 512:,} elements" in console.file.getvalue()
+    assert "plain transformers does not load" not in console.file.getvalue()
+
+
+def test_a_folder_that_plain_transformers_does_not_load_says_so(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    for name in ("Mixtral", "Falcon"):
+        source = make_architecture(tmp_path / name, name)
+        report = quantize_folder(source, tmp_path / f"{name}-nf4", QuantizeOptions())
+        print_report(report, console)
+    assert console.file.getvalue().count("plain transformers does not load this folder") == 2

@@ -113,9 +113,9 @@ def make_run(name: str, folder: Path, *overrides: str) -> tuple[Path, Path, Conf
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(HYBRIDS))
-def test_the_loss_and_the_adapter_are_those_of_transformers_and_peft(name: str, tmp_path: Path) -> None:
-    source, quantized, config = make_run(name, tmp_path)
+@pytest.mark.parametrize(("name", "engine"), [*((name, "fsdp2") for name in HYBRIDS), ("DeepseekV32", "zero2")])
+def test_the_loss_and_the_adapter_are_those_of_transformers_and_peft(name: str, engine: str, tmp_path: Path) -> None:
+    source, quantized, config = make_run(name, tmp_path, f"parallel.engine={engine}", "parallel.base=replicate")
     said = train_here(config)
     plain = dequantized_model(source, quantized).eval()
     assert losses(config)[0] == pytest.approx(first_loss(config, plain), rel=1e-6)
