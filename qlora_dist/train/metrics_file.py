@@ -30,13 +30,13 @@ class MetricsFile:
     def _open(self, step: int) -> None:
         lines = _lines_until(self._path, step)
         partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(lines), encoding="utf-8")
+        partial.write_bytes(b"".join(lines))
         partial.replace(self._path)
         # unbuffered: a write fails at once or has been done
         self._file: RawIOBase = self._path.open("r+b", buffering=0)
-        self._written = sum(len(line.encode()) for line in lines)
+        self._written = sum(map(len, lines))
         """Bytes of whole lines in the file."""
-        self._last = lines[-1].encode() if lines else b""
+        self._last = lines[-1] if lines else b""
         """The last line, written or not."""
         self._unwritten: list[bytes] = []
         self._replaced = b""
@@ -122,17 +122,22 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    kept: list[str] = []
+def _lines_until(path: Path, step: int) -> list[bytes]:
+    """Return the lines of steps up to `step`, in their order; of two lines for a step the later one.
+
+    A line that is no object with a step is half a line, of a process that was killed.
+    """
+    kept: dict[int, bytes] = {}
     if step < 0 or not path.exists():
-        return kept
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        return []
+    for line in path.read_bytes().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line, of a process that was killed
-    return kept
+            done = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(done, int) and 0 <= done <= step:
+            kept[done] = line + b"\n"
+    return [kept[done] for done in sorted(kept)]
 
 
 def _say(text: str) -> None:
