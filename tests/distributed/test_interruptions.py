@@ -93,7 +93,7 @@ def train_until(config: Config, number: int, way: str) -> None:
         # 24 batches: in the first evaluation, and twice in that after step 2
         (1, [(10, "TERM"), (18, "KILL"), (3, "TERM")]),
         # 12 batches on each rank
-        pytest.param(2, [(5, "TERM"), (9, "TERM"), (3, "TERM")], marks=pytest.mark.slow),
+        pytest.param(2, [(5, "TERM"), (9, "TERM")], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_gets_past_an_evaluation_that_is_longer_than_the_grace(
@@ -114,7 +114,7 @@ def test_a_run_gets_past_an_evaluation_that_is_longer_than_the_grace(
     batches = EVAL_ROWS // ranks
     done = starts[0][0] + starts[1][0] - batches
     # a killed start loses its sums, and the next one begins the evaluation anew; step 2 stays done
-    assert reached == [(0, starts[0][0]), (2, 3)] if ranks == 1 else [(0, 5), (2, done), (2, done + 3)]
+    assert reached == [(0, starts[0][0]), (2, 3)] if ranks == 1 else [(0, 5), (2, done)]
     run_ranks(ranks, train, run)
     assert curves(run) == curves(whole)
     assert all(torch.equal(adapter(run)[name], tensor) for name, tensor in adapter(whole).items())
