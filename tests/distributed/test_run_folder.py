@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -287,6 +289,20 @@ def choose_after_each_edit(checkpoints: Path) -> list[tuple[str, str | None, lis
     return found
 
 
+def choose_as_another_user(checkpoints: Path) -> str:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    try:
+        found = newest_whole(checkpoints, print, _check_state)
+        return "" if found is None else found[0].name
+    except UserError as error:
+        return str(error)
+
+
 def signed(tree: dict[str, Any]) -> bytes:
     import hashlib
 
@@ -305,3 +321,20 @@ def test_a_manifest_that_does_not_fit_its_files_is_passed_over(config: Path) -> 
     for what, taken, said in found:
         assert taken == "step-000002", (what, said)
         assert len(said) == 1 and "it is passed over" in said[0], (what, said)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(config: Path) -> None:
+    """The one before would cost the steps in between, and somebody only has to change a mode."""
+    checkpoints = Path(tempfile.mkdtemp()) / "checkpoints"
+    try:
+        run = resolve(config, "forbidden", "train.steps=4")
+        run_ranks(1, train, run)
+        shutil.copytree(run_path(run.run) / "checkpoints", checkpoints)
+        checkpoints.parent.chmod(0o755)
+        assert run_ranks(2, choose_as_another_user, checkpoints) == ["step-000004"] * 2
+        (checkpoints / "step-000004" / "rank-00000.safetensors").chmod(0)
+        sentence = f"{checkpoints}/step-000004: rank-00000.safetensors cannot be read (Permission denied); change"
+        assert [said.startswith(sentence) for said in run_ranks(2, choose_as_another_user, checkpoints)] == [True] * 2
+    finally:
+        shutil.rmtree(checkpoints.parent)
