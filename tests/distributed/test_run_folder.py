@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import tiny
 from ranks import run_ranks, started_ranks
+from typer.testing import CliRunner
 
 from qlora_dist import lease
 from qlora_dist.checkpoint.choose import newest_whole
 from qlora_dist.checkpoint.manifest import MANIFEST, find_checkpoints, read_manifest
-from qlora_dist.cli import main
+from qlora_dist.cli import app, main
 from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
@@ -113,6 +114,16 @@ def test_a_finished_run_does_nothing_when_it_is_started_again(finished: Config) 
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != DONE} == before
 
 
+def test_a_dry_run_checks_all_else_and_then_says_what_train_would_do(config: Path, finished: Config) -> None:
+    words = ["train", str(config), "run.name=finished", "--dry-run"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "train would do nothing" in done.stderr and "  name: finished\n" in done.stdout
+    taken = CliRunner().invoke(app, [*words, "lora.alpha=3"])
+    assert taken.exit_code == 0 and "train would refuse this" in taken.stderr
+    mistaken = CliRunner().invoke(app, [*words, "lora.targets=[none]"])
+    assert isinstance(mistaken.exception, UserError) and "none is no quantized layer" in str(mistaken.exception)
+
+
 @pytest.mark.slow
 def test_a_branch_from_an_older_checkpoint_is_what_goes_on(config: Path, finished: Config) -> None:
     path = run_path(finished.run)
@@ -159,11 +170,13 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_be_mended(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_whose_step_is_there_again_is_written_again(config: Path) -> None:
-    """A damaged one is passed over; it must not stand in the way of the next of its step."""
+def test_a_checkpoint_whose_step_is_there_again_is_written_again(config: Path, tmp_path: Path) -> None:
+    """A damaged one is passed over; it must not stand in the way of the next of its step, also on another disk."""
     run = resolve(config, "again", "train.steps=4")
     run_ranks(1, train, run)
     checkpoints = run_path(run.run) / "checkpoints"
+    shutil.move(checkpoints, tmp_path / "elsewhere")
+    checkpoints.symlink_to(tmp_path / "elsewhere")
     (checkpoints / "step-000004" / "rank-00000.safetensors").write_bytes(b"x")
     run_ranks(1, train, resolve(config, "again", "train.steps=5"))
     assert steps(run) == list(range(1, 6))
