@@ -10,6 +10,7 @@ import torch.distributed as dist
 from qlora_dist.checkpoint.contents import check_contents
 from qlora_dist.checkpoint.manifest import (
     DamagedError,
+    ForbiddenError,
     Manifest,
     check_file,
     file_of_rank,
@@ -30,6 +31,9 @@ def newest_whole(
 
     Called on all ranks, which share the reading. Damaged ones are passed over, with a line that says why. A folder
     without a manifest is not one of ours, or never was complete, and is passed over like those.
+
+    Raises:
+        UserError: on all ranks, if one of them may not read a checkpoint.
     """
     # rank 0's list: file systems do not show all nodes the same at the same moment
     for folder in map(Path, broadcast_json([str(path) for path in find_checkpoints(checkpoints)])):
@@ -53,8 +57,12 @@ def whole(folder: Path, check: Check | None = None) -> Manifest:
 
 
 def _damage(folder: Path, check: Check | None) -> str | None:
-    """What is wrong, the same on all ranks."""
-    own = None
+    """What is wrong, the same on all ranks.
+
+    Raises:
+        UserError: on all ranks, if one of them may not read a file.
+    """
+    own, is_forbidden = None, False
     try:
         manifest = read_manifest(folder)
         if check is not None:
@@ -63,6 +71,9 @@ def _damage(folder: Path, check: Check | None) -> str | None:
             check_file(folder, file_of_rank(rank), *manifest.files[file_of_rank(rank)])
             check_contents(folder, rank, manifest)
     except DamagedError as error:
-        own = str(error)
-    found = [reason for reason in gather_json(own) if reason is not None]
-    return found[0] if found else None
+        own, is_forbidden = str(error), isinstance(error, ForbiddenError)
+    found = [answer for answer in gather_json([own, is_forbidden]) if answer[0] is not None]
+    for reason, forbidden in found:
+        if forbidden:
+            raise UserError(f"{folder}: {reason}; change its owner or mode")
+    return found[0][0] if found else None

@@ -36,6 +36,10 @@ class DamagedError(Exception):
     """A checkpoint that cannot be used, and why."""
 
 
+class ForbiddenError(DamagedError):
+    """A checkpoint that this user may not read: it may be whole, and must not be passed over for an older one."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What rank 0 writes when all ranks' files are there."""
@@ -184,6 +188,8 @@ def check_file(folder: Path, name: str, nbytes: int, sha256: str) -> None:
             raise DamagedError(f"{name} is not what was written: its sha256 differs")
     except FileNotFoundError:
         raise DamagedError(f"{name} is missing") from None
+    except PermissionError as error:
+        raise ForbiddenError(f"{name} cannot be read ({error.strerror})") from None
     except OSError as error:
         raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
 

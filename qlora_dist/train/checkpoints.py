@@ -104,7 +104,8 @@ def find_start(setup: Setup, resume: str, console: RunConsole) -> Start:
 
 
 def _is_within(folder: Path, run: Path) -> bool:
-    return folder.resolve().is_relative_to(run.resolve())
+    """Return whether a checkpoint is the run's own. Its folder of checkpoints may be a link to another disk."""
+    return any(folder.resolve().is_relative_to(place.resolve()) for place in (run, run / CHECKPOINTS))
 
 
 def _check_state(manifest: Manifest) -> None:

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from qlora_dist.checkpoint.manifest import MANIFEST
 from qlora_dist.errors import UserError
 from qlora_dist.train.run_dir import CHECKPOINTS, CONFIG_FILE, FOLDERS, MARKERS, METRICS, PROCESS_FILE
 
@@ -48,12 +49,10 @@ def check_folder(path: Path) -> None:
 
 def _check_checkpoint(folder: Path) -> None:
     """Refuse one that cannot be read: it is not damaged, and must not be passed over for an older one."""
-    if not folder.is_dir():
-        return
-    _need(folder, os.R_OK | os.W_OK | os.X_OK, "read and written")
-    for file in sorted(folder.iterdir()):
-        if file.is_file():
-            _need(file, os.R_OK, "read")
+    if folder.is_dir():
+        _need(folder, os.R_OK | os.W_OK | os.X_OK, "read and written")
+        if (folder / MANIFEST).is_file():
+            _need(folder / MANIFEST, os.R_OK, "read")
 
 
 def _need(path: Path, mode: int, done: str, remedy: str = "") -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +17,12 @@ from typing import Any
 import pytest
 import tiny
 from ranks import run_ranks, started_ranks
+from typer.testing import CliRunner
 
 from qlora_dist import lease
 from qlora_dist.checkpoint.choose import newest_whole
 from qlora_dist.checkpoint.manifest import MANIFEST, find_checkpoints, read_manifest
-from qlora_dist.cli import main
+from qlora_dist.cli import app, main
 from qlora_dist.config import Config
 from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
@@ -111,6 +114,16 @@ def test_a_finished_run_does_nothing_when_it_is_started_again(finished: Config) 
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != DONE} == before
 
 
+def test_a_dry_run_checks_all_else_and_then_says_what_train_would_do(config: Path, finished: Config) -> None:
+    words = ["train", str(config), "run.name=finished", "--dry-run"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "train would do nothing" in done.stderr and "  name: finished\n" in done.stdout
+    taken = CliRunner().invoke(app, [*words, "lora.alpha=3"])
+    assert taken.exit_code == 0 and "train would refuse this" in taken.stderr
+    mistaken = CliRunner().invoke(app, [*words, "lora.targets=[none]"])
+    assert isinstance(mistaken.exception, UserError) and "none is no quantized layer" in str(mistaken.exception)
+
+
 @pytest.mark.slow
 def test_a_branch_from_an_older_checkpoint_is_what_goes_on(config: Path, finished: Config) -> None:
     path = run_path(finished.run)
@@ -157,11 +170,13 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_be_mended(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_whose_step_is_there_again_is_written_again(config: Path) -> None:
-    """A damaged one is passed over; it must not stand in the way of the next of its step."""
+def test_a_checkpoint_whose_step_is_there_again_is_written_again(config: Path, tmp_path: Path) -> None:
+    """A damaged one is passed over; it must not stand in the way of the next of its step, also on another disk."""
     run = resolve(config, "again", "train.steps=4")
     run_ranks(1, train, run)
     checkpoints = run_path(run.run) / "checkpoints"
+    shutil.move(checkpoints, tmp_path / "elsewhere")
+    checkpoints.symlink_to(tmp_path / "elsewhere")
     (checkpoints / "step-000004" / "rank-00000.safetensors").write_bytes(b"x")
     run_ranks(1, train, resolve(config, "again", "train.steps=5"))
     assert steps(run) == list(range(1, 6))
@@ -287,6 +302,20 @@ def choose_after_each_edit(checkpoints: Path) -> list[tuple[str, str | None, lis
     return found
 
 
+def choose_as_another_user(checkpoints: Path) -> str:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    try:
+        found = newest_whole(checkpoints, print, _check_state)
+        return "" if found is None else found[0].name
+    except UserError as error:
+        return str(error)
+
+
 def signed(tree: dict[str, Any]) -> bytes:
     import hashlib
 
@@ -305,3 +334,20 @@ def test_a_manifest_that_does_not_fit_its_files_is_passed_over(config: Path) -> 
     for what, taken, said in found:
         assert taken == "step-000002", (what, said)
         assert len(said) == 1 and "it is passed over" in said[0], (what, said)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(config: Path) -> None:
+    """The one before would cost the steps in between, and somebody only has to change a mode."""
+    checkpoints = Path(tempfile.mkdtemp()) / "checkpoints"
+    try:
+        run = resolve(config, "forbidden", "train.steps=4")
+        run_ranks(1, train, run)
+        shutil.copytree(run_path(run.run) / "checkpoints", checkpoints)
+        checkpoints.parent.chmod(0o755)
+        assert run_ranks(2, choose_as_another_user, checkpoints) == ["step-000004"] * 2
+        (checkpoints / "step-000004" / "rank-00000.safetensors").chmod(0)
+        sentence = f"{checkpoints}/step-000004: rank-00000.safetensors cannot be read (Permission denied); change"
+        assert [said.startswith(sentence) for said in run_ranks(2, choose_as_another_user, checkpoints)] == [True] * 2
+    finally:
+        shutil.rmtree(checkpoints.parent)
