@@ -32,6 +32,7 @@ class Renderer:
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
         from transformers.utils import chat_template_utils as theirs
 
+        self.source = template
         self.marked = _GENERATION.search(template) is not None
         """It says itself what the assistant generates."""
         try:

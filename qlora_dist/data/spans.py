@@ -121,7 +121,7 @@ class _Turns:
         answered = self._until(index)
         if not answered.startswith(prompt):
             raise _rewritten("the prompt", index)
-        self._learn_around(index, answered[len(prompt) :])
+        self._learn_around(index, prompt, answered)
         if self._text.startswith(answered):
             return len(prompt), len(answered)
         return len(prompt), self._end_in_history(index, prompt, answered)
@@ -141,14 +141,21 @@ class _Turns:
                     return start + len(answer)
         return None
 
-    def _learn_around(self, index: int, answer: str) -> None:
-        content = self._content(index)
+    def _learn_around(self, index: int, prompt: str, answered: str) -> None:
+        content, answer = self._content(index), answered[len(prompt) :]
         if not content or content != content.strip() or "tool_calls" in self._messages[index]:
             return  # the template might have taken some of it, or the calls stand in between
         # what stands before the content may hold it too: what comes after is then too long, and fits nowhere
         at = answer.find(content)
-        if at >= 0:
+        # a template may write such text by itself, and leave the content out
+        if at >= 0 and (content not in self._renderer.source or self._is_content(index, prompt + answer[:at] + content)):
             self._around = answer[:at], answer[at + len(content) :]
+
+    def _is_content(self, index: int, upto: str) -> bool:
+        """Return whether `upto` ends with the content itself, not with something that the template writes by itself."""
+        mark = self._mark(index)
+        marked = self._with_content(index, lambda content: content + mark)
+        return self._renderer.text(marked[: index + 1], self._tools).startswith(upto + mark)
 
     def _end_in_history(self, index: int, prompt: str, answered: str) -> int:
         """Where the answer ends that is written otherwise once there is a later turn (Qwen 3 leaves out thoughts).

@@ -190,3 +190,27 @@ def test_content_that_is_no_string():
     tokenizer.chat_template = "{% for m in messages %}{{ m.content[0].text }}<|im_end|>{% endfor %}"
     (row,) = Encoder(tokenizer, "assistant").encode([MessagesRow("train.jsonl, line 7", messages)])
     assert isinstance(row, BadRow) and row.reason == "the content of message 1 is no string; write a string"
+
+
+def test_a_content_that_the_template_also_writes_by_itself():
+    # as GLM-4.5's: without `reasoning_content`, what stands before </think> is taken for the thought, and left out
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}\n<think>"
+        "{{ m.reasoning_content if loop.last and m.reasoning_content is string else '' }}</think>"
+        "{% set said = m.content if m.reasoning_content is string else m.content.split('</think>')[-1] %}"
+        "{{ '\n' + said if said else '' }}{% else %}\n{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    thoughtful = {"role": "assistant", "content": "</think>", "reasoning_content": "who?"}
+    thoughtless = {"role": "assistant", "content": "</think>"}
+    user = {"role": "user", "content": "the cat"}
+    written, left_out = "<think></think></think>", "<think></think>"
+    for answers, expected in (
+        ((thoughtful, thoughtless, thoughtless), (written, left_out, left_out)),
+        ((thoughtless, thoughtful, thoughtless), (left_out, written, left_out)),
+    ):
+        row = MessagesRow("1", [message for answer in answers for message in (user, answer)])
+        (found,) = encoder_of(template).encode([row])
+        assert isinstance(found, Encoded)
+        said = published("chatml").decode(found.tokens[found.trained]).replace("\n", "")
+        assert said == "".join(expected)
