@@ -11,7 +11,7 @@ import tiny
 from qlora_dist.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.plan.search import fastest
+from qlora_dist.plan.search import search
 from qlora_dist.plan.verb import Asked, plan_for
 from qlora_dist.positions import check_seq_len, positions
 from qlora_dist.train.setup import set_up
@@ -58,6 +58,6 @@ def test_training_and_plans_are_refused(tiny_llama: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"data.seq_len: 513 is more than the 512 positions of .*; set data.seq_len"):
         set_up(config, ranks_from_environment({}))
     asked = Asked("llama-2-7b", ["data.seq_len=32768"], 1, "h100-80gb", 1, "infiniband-400g")
-    for plan in (plan_for, fastest):
+    for plan in (plan_for, search):
         with pytest.raises(UserError, match=r"32,768 is more than the 4,096 positions of llama-2-7b; set data.seq_len"):
             plan(asked)

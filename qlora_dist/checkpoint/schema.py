@@ -34,6 +34,8 @@ class IdentitySchema(_Strict):
     """Fingerprint of the training data."""
     config: Annotated[dict[str, Any], Field(min_length=1)]
     """Values by `section.key`."""
+    adapter: str | None = None
+    """Fingerprint of the adapter that the run began from."""
 
 
 class StateSchema(_Strict):

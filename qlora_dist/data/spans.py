@@ -148,7 +148,9 @@ class _Turns:
         # what stands before the content may hold it too: what comes after is then too long, and fits nowhere
         at = answer.find(content)
         # a template may write such text by itself, and leave the content out
-        if at >= 0 and (content not in self._renderer.source or self._is_content(index, prompt + answer[:at] + content)):
+        if at >= 0 and (
+            content not in self._renderer.source or self._is_content(index, prompt + answer[:at] + content)
+        ):
             self._around = answer[:at], answer[at + len(content) :]
 
     def _is_content(self, index: int, upto: str) -> bool:

@@ -27,7 +27,7 @@ class Blueprint(ModelFolder):
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self.path, self.config, self.quantized = path, dict(config), {}
+        self.path, self.config, self.quantized, self.entries = path, dict(config), {}, {}
         self.config.pop("quantization_config", None)
         (path / "config.json").write_text(json.dumps(self.config))
         saved_as = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")

@@ -10,6 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from architectures import dequantized_model, make_architecture
 from safetensors.torch import load_file
 from torch import nn
@@ -85,8 +86,12 @@ class Lines(RunConsole):
 def train_here(config: Config) -> list[str]:
     """Train in this process; returns what was said."""
     setup = set_up(config, ranks_from_environment({}))
-    with Lines() as console, process_group(setup.ranks, setup.device):
-        run(setup, console)
+    try:
+        with Lines() as console, process_group(setup.ranks, setup.device):
+            run(setup, console)
+    finally:
+        if dist.is_initialized():  # a mistake leaves the group to the end of the process
+            dist.destroy_process_group()
     return console.lines
 
 
