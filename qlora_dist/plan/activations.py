@@ -7,7 +7,7 @@ Every number is read off the code that runs: transformers' layer, `model/attenti
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_dist.plan.layers import Layer, Matrix
 from qlora_dist.plan.run import Run
@@ -84,6 +84,13 @@ def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
         adapted = [m for m in layer.matrices if m.experts and m.adapted]
         total += layer.experts_per_token * c * sum(m.columns + run.model.r for m in adapted)  # inputs, and `A x`
     return total
+
+
+def _kept_by_mlp(run: Run, layer: Layer) -> int:
+    """Return the bytes per token that backward needs of a dense MLP, or of shared experts."""
+    matrices = tuple(m for m in layer.matrices if not m.experts and m.name in ("gate_proj", "up_proj", "down_proj"))
+    of_adapters = _inputs_kept(run, replace(layer, matrices=matrices), copies_attention=False)
+    return run.compute_bytes * 3 * layer.intermediate + of_adapters
 
 
 def _weighted(run: Run, layer: Layer) -> int:
@@ -190,8 +197,8 @@ def _backward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
     if layer.experts_per_token:
         weight = max(weight_bytes(run, m) for m in layer.matrices if m.experts)
         n = layer.experts_per_token
-        # at the end of recomputing: the same, but for what is kept
-        yield t * h * (c * (3 + n) + 2 * n * _weighted(run, layer)), 0
+        # at the end of recomputing: the same, but for what is kept; shared experts have their turn after the others
+        yield t * (h * (c * (3 + n) + 2 * n * _weighted(run, layer)) - _kept_by_mlp(run, layer)), 0
         yield t * c * h + weight, weight
     if a.by_scores:
         # the probabilities' gradient and the scores', both fp32, when the MLP has let go of what it kept

@@ -69,7 +69,8 @@ def test_a_few_renderings(name, steps, monkeypatch):
     found = []
     for long in (1, 4):
         rng = random.Random(0)
-        messages = run(40 * long, rng, 1.0, CONTENTS[:3]) if steps else []
+        thoughts = float(name == "qwen3")  # other templates write none
+        messages = run(40 * long, rng, thoughts, CONTENTS[:3]) if steps else []
         for _ in range(0 if steps else 40 * long):
             messages += run(0, rng, 0.0, CONTENTS[:3])
         rendered.clear()

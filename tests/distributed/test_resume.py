@@ -315,7 +315,9 @@ def test_other_data_is_refused(config: Path, tmp_path: Path) -> None:
     rows = Path(source).read_text().splitlines()
     other.write_text("\n".join(rows) + "\n")
     run_ranks(1, train, resolve(config, "data", "train.steps=3", f"data.train=[{other}]"))  # the same, elsewhere
-    rows[0] = rows[0].replace("alpha", "omega") if "alpha" in rows[0] else rows[0].replace("is", "si")
+    row = json.loads(rows[0])
+    row["messages"][0]["content"] = " ".join(reversed(row["messages"][0]["content"].split()))
+    rows[0] = json.dumps(row)
     other.write_text("\n".join(rows) + "\n")
     with pytest.raises(RuntimeError, match="was made with other training data"):
         run_ranks(1, train, resolve(config, "data", "train.steps=4", f"data.train=[{other}]"))

@@ -27,7 +27,7 @@ def test_torchruns_report_shows_the_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_sentence_is_last(tmp_path: Path) -> None:
-    (tmp_path / "my.yaml").write_text("lora: {rr: 5}")
+    (tmp_path / "my.yaml").write_text("model: {base: m}\ndata: {train: [d]}\nlora: {rr: 5}")
     command = [sys.executable, "-m", "qlora_dist.launch.agent", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "qlora_dist", "train", "my.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=200)

@@ -77,7 +77,7 @@ def test_a_run_folder_that_is_not_shared_is_found_at_the_start(tiny_llama_nf4, t
         f"qlora-dist: runs/run: rank 1 on {HOST} does not see what rank 0 on {HOST} writes there; give run.dir a "
         "folder that all nodes share, by its whole path\n"
     )
-    assert list((nodes[0] / "runs" / "run").iterdir()) == [], "the same command may start once it is shared"
+    assert not (nodes[0] / "runs").exists(), "the same command may start once it is shared"
 
 
 def config_of(train: list[str], **changes: object) -> Config:
