@@ -13,7 +13,7 @@ from qlora_dist.errors import UserError
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PEFTS_DEFAULT = 8
-"""Of `r` and of `lora_alpha`, where a configuration leaves them out."""
+"""Value of `r` and of `lora_alpha` where a configuration leaves them out."""
 _LOW_RANK = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
 _EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # in the order in which PEFT wraps them
 _LARGEST_HEADER_BYTES = 100_000_000  # as in the safetensors library

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +10,7 @@ import typer
 
 from qlora_dist import __version__
 from qlora_dist.cli_model import verbs
-from qlora_dist.cli_process import importing, prepare_process, recorded
+from qlora_dist.cli_process import importing, prepare_process, recorded, refuse_keys_as_options
 from qlora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -359,7 +358,7 @@ def version() -> None:
 def main() -> None:
     """Run a verb; a user's mistake is one sentence, or a line for each, and exit code 2."""
     try:
-        _refuse_keys_as_options(sys.argv[1:])
+        refuse_keys_as_options(sys.argv[1:])
         app()
     except UserError as error:
         from qlora_dist.launch.agent import MISTAKE_CODE, leave_in_report
@@ -374,19 +373,6 @@ def main() -> None:
         from qlora_dist.launch.ending import leave_with_traceback
 
         leave_with_traceback(error)
-
-
-def _refuse_keys_as_options(words: list[str]) -> None:
-    """Refuse `--lora.r=16`, with the way to write it: no option has a dot in its name.
-
-    Raises:
-        UserError: a key of the configuration is written as an option.
-    """
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        key = re.fullmatch(r"--([a-z]\w*\.[\w.]+)(=.*)?", word, re.DOTALL)
-        if key is not None:
-            value = key[2] or f"={following or 'VALUE'}"
-            raise UserError(f"{word}: keys of the configuration have no dashes; write {key[1]}{value}")
 
 
 def _report(error: UserError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,3 +63,16 @@ def prepare_process() -> None:
     check_system()
     die_with_parent()
     check_versions()
+
+
+def refuse_keys_as_options(words: list[str]) -> None:
+    """Refuse `--lora.r=16`, with the way to write it: no option has a dot in its name.
+
+    Raises:
+        UserError: a key of the configuration is written as an option.
+    """
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        key = re.fullmatch(r"--([a-z]\w*\.[\w.]+)(=.*)?", word, re.DOTALL)
+        if key is not None:
+            value = key[2] or f"={following or 'VALUE'}"
+            raise UserError(f"{word}: keys of the configuration have no dashes; write {key[1]}{value}")

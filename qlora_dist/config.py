@@ -6,7 +6,6 @@ documentation. No torch in here: ``--help`` and every configuration error come w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Annotated, Literal
 
@@ -337,75 +336,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        contradictions = [*self._contradictions(), *self._engine_contradictions()]
-        if contradictions:
-            raise ContradictionError(contradictions)
+        from qlora_dist.config_rules import contradictions  # it is about these classes
+
+        if found := list(contradictions(self)):
+            raise ContradictionError(found)
         return self
-
-    def _contradictions(self) -> Iterator[str]:
-        if self.lora.experts and (self.lora.dropout or self.lora.dora):
-            yield ("lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false")
-        if self.parallel.base == "paged" and self.paging.to == "unified":
-            yield (
-                "paging.to: unified memory is for optimizer states only, and parallel.base: paged pages the base too; "
-                "set paging.to to host or disk"
-            )
-        if self.parallel.base == "paged" and self.parallel.offload != "none":
-            yield ("parallel.offload: base and parallel.base: paged exclude each other; leave parallel.offload out")
-        paged = self.optim.name.startswith("paged")
-        least = 2 * self.paging.page_bytes
-        if paged and self.optim.resident_bytes != "auto" and 0 < self.optim.resident_bytes < least:
-            yield (
-                f"optim.resident_bytes: {self.optim.resident_bytes} is less than two pages, {least}; raise it, set it "
-                "to 0 for just two pages, or lower paging.page_bytes"
-            )
-        if self.data.group_by_length and self.data.packing != "none":
-            yield ("data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out")
-        if self.data.multi_turn == "per-answer" and self.data.mask == "all":
-            yield (
-                "data.multi_turn: per-answer trains answers only, and data.mask is all; set data.mask: assistant or "
-                "last, or leave data.multi_turn out"
-            )
-        if self.train.steps is not None and self.train.epochs is not None:
-            yield (
-                f"train.epochs: {self.train.epochs:g} and train.steps: {self.train.steps} exclude each other; set one "
-                "of them to null, or take it out"
-            )
-        if self.train.global_batch % self.train.micro_batch:
-            yield (
-                f"train.global_batch: {self.train.global_batch} is not a multiple of train.micro_batch: "
-                f"{self.train.micro_batch}; change one of them"
-            )
-
-    def _engine_contradictions(self) -> Iterator[str]:
-        parallel = self.parallel
-        if parallel.engine == "zero3" and parallel.base == "paged":
-            yield (
-                "parallel.base: paged: engine zero3 has no pages; set parallel.engine: fsdp2, or keep the base in host "
-                "memory with parallel.base: node and parallel.offload: base"
-            )
-        if parallel.engine == "zero3" and self.train.compile:
-            yield (
-                "train.compile: layers with the hooks of engine zero3 cannot be compiled; leave train.compile out, or "
-                "set parallel.engine: fsdp2"
-            )
-        if self.optim.name == "zero-adamw" and parallel.engine != "zero3":
-            yield (
-                f"optim.name: zero-adamw is of engine zero3, and parallel.engine is {parallel.engine}; set optim.name: "
-                "paged-adamw-32bit, or parallel.engine: zero3"
-            )
-        if self.optim.offload != "none" and self.optim.name != "zero-adamw":
-            yield (
-                f"optim.offload: {self.optim.offload} is for optim.name: zero-adamw, and DeepSpeed does not move the "
-                f"states of {self.optim.name} rightly; leave it out, and say with paging.to where they go"
-            )
-        if self.optim.offload == "nvme" and self.paging.page_bytes < _LEAST_NVME_PAGE:
-            yield (
-                f"paging.page_bytes: {self.paging.page_bytes} is less than {_LEAST_NVME_PAGE}, and DeepSpeed leaves in "
-                "memory what is less than 1 MiB; raise it, or leave out optim.offload: nvme"
-            )
-        if parallel.engine == "zero2" and (parallel.base not in ("replicate", 1) or parallel.offload != "none"):
-            yield (
-                "parallel.engine: zero2 has the whole base on each rank's device; set parallel.base: replicate and "
-                "parallel.offload: none, or parallel.engine: zero3"
-            )

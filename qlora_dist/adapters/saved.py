@@ -47,7 +47,7 @@ class LowRank:
     experts: int = 0
     """That have a pair of matrices each (`peft.tuners.lora.layer.ParamWrapper`); 0: a linear layer."""
     swapped: bool = False
-    """Of experts whose inputs PEFT takes for their outputs (`lora_experts.is_swapped`)."""
+    """Whether PEFT takes the experts' inputs for their outputs (`lora_experts.is_swapped`)."""
 
     def parts(self) -> dict[str, Entry]:
         """The tensors, by the names that they have within a layer of PEFT's."""
@@ -65,7 +65,7 @@ class Adapter:
     config: Mapping[str, Any]
     """adapter_config.json."""
     low_rank: dict[str, LowRank] = field(default_factory=dict)
-    """By the name that the module, or the parameter of experts, has in transformers' class."""
+    """Updates by the name of the module, or of the experts' parameter, in transformers' class."""
     whole: dict[str, Entry] = field(default_factory=dict)
     """Trained whole (`modules_to_save`, biases), by the parameter's name."""
 

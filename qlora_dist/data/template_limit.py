@@ -15,7 +15,7 @@ import psutil
 PROCESSOR_S = 30.0
 """Seconds of processor time to write one conversation; hundreds of turns take less than one."""
 MEMORY_BYTES = 4 * 2**30
-"""By which the process may grow meanwhile."""
+"""Bytes by which the process may grow while one text is rendered."""
 _LOOK_S = 0.05
 """Seconds of processor time between two looks at the clock and the memory."""
 _T = TypeVar("_T")

@@ -10,7 +10,7 @@ import psutil
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SLACK_S = 60.0
-"""By which a time of birth may be off where there is no count, as the time of day may be set meanwhile."""
+"""Seconds by which a start time may be off where the kernel gives no count: the clock may have been set meanwhile."""
 
 
 def birth(pid: int) -> dict[str, Any]:

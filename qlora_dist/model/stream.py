@@ -34,7 +34,7 @@ class ShardInFolder:
     local: torch.Tensor
     """Contiguous, on any device, of the model's type; on meta, if `put` keeps it elsewhere."""
     keys: tuple[str, ...]
-    """Of the tensor in the folder; of several that lie one behind the other here, all of one type."""
+    """Names of the tensors in the folder. Several lie one behind the other in the parameter, and have one type."""
     start: int
     """First byte, counted from the first of them on; of a 4-bit weight, in its byte vector."""
     put: Put

@@ -18,7 +18,7 @@ _OTHER_LOSSES = {
     "xlm": "lets a position see those behind it",
     "xlnet": "lets a position see those behind it",
 }
-"""By `model_type`, what makes the loss another one than that of a causal language model."""
+"""Reason, by `model_type`, why the loss differs from that of a causal language model."""
 
 
 def check_model_class(model: PreTrainedModel, path: Path) -> None:

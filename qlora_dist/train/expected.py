@@ -32,7 +32,7 @@ class Expected:
     memory: Memory
     traffic: dict[str, int]
     tokens_per_s: float | None
-    """Of all ranks; None: the speed of this device is not known."""
+    """Tokens per second of all ranks together; None: the speed of this device is not known."""
     is_measured: bool
     """True if the device's speeds were measured by `plan --calibrate`, false if they come from its data sheet."""
 

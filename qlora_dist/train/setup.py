@@ -57,7 +57,7 @@ class Setup:
     """On meta, adapters attached, not sharded."""
     adapter: peft.LoraConfig
     first_values: Mapping[str, Entry]
-    """Of the adapter that the run begins from, by the parameter's name; empty without `lora.from`."""
+    """Tensors of the adapter that the run begins from, by the parameter's name; empty without `lora.from`."""
     loader: Loader
     steps: int
     """Optimizer steps, whether the configuration counts steps or epochs."""
