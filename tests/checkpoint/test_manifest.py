@@ -26,7 +26,7 @@ MANIFEST_OF_ALL = Manifest(
     2,
     {"layer.lora_A": Cut((16, 64), 1, 2)},
     {"progress": {"loss": 1.25, "nothing": None}, "optimizer_steps": 1, "optimizer_bits": 8, "loss_scale": [1.0, 0]},
-    {"base": "0" * 64, "data": "1" * 64, "config": {"lora.r": 16}},
+    {"base": "0" * 64, "data": "1" * 64, "adapter": None, "config": {"lora.r": 16}},
     {f"rank-0000{rank}.safetensors": (1000, "a" * 64) for rank in (0, 1)},
 )
 
