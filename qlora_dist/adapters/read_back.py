@@ -53,8 +53,9 @@ def check_read_back(
     differing = sorted(key for key in there.keys() | expected.keys() if there.get(key) != expected.get(key))
     if differing:
         key = differing[0]
+        here, in_peft = there.get(key, "missing"), expected.get(key, "missing")
         raise UserError(
-            f"lora: PEFT would read {len(expected)} tensors from such an adapter of {base} in place of {len(there)}; "
-            f"{key} differs ({there.get(key, 'none')}, not {expected.get(key, 'none')}); adapt fewer "
-            "layers with lora.targets"
+            f"lora: PEFT would read other tensors from an adapter of {base} than are in it ({len(there)} are in it, "
+            f"and PEFT has {len(expected)}; {key} is {here} there and {in_peft} in PEFT); adapt fewer layers with "
+            "lora.targets"
         )

@@ -13,12 +13,13 @@ from qlora_dist.model.weight_reads import find_weight_reads
 
 _CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention"}
 """What transformers calls attention to the states of an encoder."""
-_OTHER_LOSSES = {
+_UNSUPPORTED = {
     "cpmant": "puts a prompt of its own in front of each sequence",
+    "reformer": "takes sequences of one length only, which axial_pos_shape gives",
     "xlm": "lets a position see those behind it",
     "xlnet": "lets a position see those behind it",
 }
-"""Reason, by `model_type`, why the loss differs from that of a causal language model."""
+"""Reason, by `model_type`, why it is no causal language model that trains on rows of any length."""
 
 
 def check_model_class(model: PreTrainedModel, path: Path) -> None:
@@ -32,7 +33,7 @@ def check_model_class(model: PreTrainedModel, path: Path) -> None:
         UserError: with what stands in the way.
     """
     kind = model.config.model_type
-    if (what := _OTHER_LOSSES.get(kind)) is not None:
+    if (what := _UNSUPPORTED.get(kind)) is not None:
         raise _unsupported(path, kind, what)
     attends = any(name.rpartition(".")[2] in _CROSS_ATTENTION for name, _ in model.named_modules())
     if attends or getattr(type(model.config), "is_encoder_decoder", False):

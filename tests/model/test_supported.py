@@ -16,6 +16,10 @@ _SMALL = {"vocab_size": 320, "hidden_size": 64, "d_model": 64, "num_attention_he
 REFUSED = {
     "bart": ({"encoder_layers": 1, "decoder_layers": 1}, "attends to the states of an encoder"),
     "bert-generation": ({"is_decoder": True}, "has an output head that is the input embedding's weight with a bias"),
+    "reformer": (
+        {"is_decoder": True, "attn_layers": ["local"], "attention_head_size": 16, "axial_pos_embds_dim": [32, 32]},
+        "takes sequences of one length only, which axial_pos_shape gives",
+    ),
     "rwkv": ({"num_hidden_layers": 1}, "changes the weight of rwkv.blocks.0.attention.output while it computes"),
     "xlnet": ({"n_layer": 1, "n_head": 4}, "lets a position see those behind it"),
     "zamba": (
