@@ -178,7 +178,7 @@ class DataConfig(Section):
     history."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do at a row that cannot be used. error: stop; skip: count it and go on."""
-    max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] = 100
+    max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^(100|\d{1,2}(\.\d+)?)%$")] = 100
     """Most rows of a source that may be skipped: a number, or a share such as 1%, which is checked at the end of the
     source."""
     cache: str = "~/.cache/qlora-dist"

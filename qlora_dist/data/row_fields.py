@@ -23,6 +23,8 @@ _MASKS = (
     "train_detail",
     "assistant_masks",
     "completion_mask",
+    "mask",
+    "masked",
 )
 """Fields by which others say how a whole row is trained."""
 
@@ -101,7 +103,7 @@ def check_row_fields(fields: dict[str, Any], honoured: Iterable[str]) -> None:
                 f"`{name}` is {str(value).lower()}, so the row is preference data (KTO), which is not trained; keep "
                 f"the rows of good answers and take `{name}` out of them"
             )
-    for name in _MASKS:
+    for name in (*_MASKS, *(["weight"] if fields.get("weight") == 0 else [])):
         if fields.get(name) not in (None, True):
             raise Unusable(
                 f"the row has a `{name}`, which is read in messages only; write `train`: true or false there, or take "

@@ -80,6 +80,12 @@ def _claim(config: Config, resume: str, path: Path) -> Claim:
     if same_launch(launch_of(path), this_launch()):
         resume = "auto" if has_checkpoint or resume == "none" else resume
     elif config.run.overwrite:
+        first = config.lora.from_adapter
+        if first is not None and Path(first).resolve().is_relative_to(path.resolve()):
+            raise UserError(
+                f"lora.from: {first} lies in the folder of this run, which run.overwrite=true replaces; give run.name "
+                "another value"
+            )
         return Claim("replace", resume)
     other = "give run.name another value, or run.overwrite=true to replace it"
     done = done_steps(path)

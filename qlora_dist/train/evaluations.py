@@ -98,6 +98,9 @@ class Evaluations:
             return None
         if step in self._known:
             progress.evaluate(self._known[step])
+            # a step that is done again after a rollback has a new line
+            if self._run_dir is not None and self._run_dir.eval_loss(step) is None:
+                self._run_dir.log_eval_loss(step, self._known[step])
             return None
         if not self.due(step, last_step):
             return None

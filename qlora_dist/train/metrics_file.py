@@ -44,10 +44,15 @@ class MetricsFile:
         self._failing = False
 
     def go_back(self, step: int) -> None:
-        """Drop the lines of steps after `step`."""
+        """Drop the lines of steps after `step`, written or not. It needs no room on the disk."""
         self.flush()
-        self._file.close()
-        self._open(step)
+        kept = _lines_until(self._path, step)
+        self._unwritten = [line for line in self._unwritten if (step_of(line) or 0) <= step]
+        if kept[-1:] != [self._replaced]:
+            self._replaced = b""
+        self._written = sum(map(len, kept)) - len(self._replaced)
+        self._file.truncate(self._written + len(self._replaced))
+        self._last = (self._unwritten or kept or [b""])[-1]
 
     def append(self, row: dict[str, Any]) -> None:
         """Append a line; handed to the system before this returns, unless the disk is full."""

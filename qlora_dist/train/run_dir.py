@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ class RunDir:
         self._metrics.go_back(step)
 
     def mark(self, marker: str, step: int, reason: str) -> None:
-        """Leave a marker."""
-        (self.path / marker).write_text(json.dumps({"step": step, "reason": reason}) + "\n", encoding="utf-8")
+        """Leave a marker, whole or not at all."""
+        self._write(marker, json.dumps({"step": step, "reason": reason}))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append to metrics.jsonl; handed to the system before the next step."""
@@ -156,7 +157,18 @@ class RunDir:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
-        (self.path / "summary.json").write_text(json.dumps(finite(summary), indent=2) + "\n", encoding="utf-8")
+        self._write("summary.json", json.dumps(finite(summary), indent=2))
+
+    def _write(self, name: str, text: str) -> None:
+        """Write a file at the end of a run. A full disk is said, and takes nothing from what was saved before."""
+        partial = self.path / f"{name}.partial"
+        try:
+            partial.write_text(text + "\n", encoding="utf-8")
+            partial.replace(self.path / name)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+                print(f"qlora-dist: {self.path / name}: cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def launch_of(path: Path) -> Any:

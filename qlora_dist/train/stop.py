@@ -116,7 +116,7 @@ def _what_follows(again: bool) -> str:
 
 def _end_at_once(speaks: bool) -> None:
     if speaks:
-        _say("ended by the second Ctrl-C without a checkpoint; the same command goes on from the newest one there is")
+        _say("ended by the second Ctrl-C without a checkpoint; the same command goes on from the newest one, if any")
     with suppress(OSError):
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # a progress bar has hidden the cursor

@@ -312,3 +312,10 @@ def test_a_dry_run_refuses_what_train_would_refuse(
     make_run(config, *traces)
     with pytest.raises(UserError, match=message):
         dry_run_note(command(config), "auto")
+
+
+def test_a_run_does_not_replace_the_adapter_that_it_begins_from(config: Config) -> None:
+    path = make_run(config, "DONE", "adapter")
+    command = changed(overwriting(config), {"lora": {"from": str(path / "adapter")}})
+    with pytest.raises(UserError, match=r"lora.from: .* lies in the folder of this run, which run.overwrite=true"):
+        claim(command)

@@ -79,3 +79,24 @@ def test_a_run_that_goes_on_keeps_the_steps_that_are_done(tmp_path: Path) -> Non
     metrics.go_back(1)
     metrics.append({"step": 2})
     assert rows(path)[1:] == [{"step": 2}]
+
+
+@pytest.mark.parametrize("back_to", [1, 3, 5])
+def test_a_rollback_while_the_disk_is_full_keeps_the_steps_before_it(
+    back_to: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, -1)
+    for step in range(1, 4):
+        metrics.append({"step": step, "loss": 1.0})
+    with room_for(path, 0):
+        metrics.extend(3, {"eval_loss": 2.0})
+        for step in range(4, 7):
+            metrics.append({"step": step, "loss": 1.0})
+        metrics.go_back(back_to)
+    for step in range(back_to + 1, 8):
+        metrics.append({"step": step, "loss": 3.0})
+    metrics.close()
+    old = [{"step": step, "loss": 1.0, **({"eval_loss": 2.0} if step == 3 else {})} for step in range(1, back_to + 1)]
+    assert rows(path) == [*old, *({"step": step, "loss": 3.0} for step in range(back_to + 1, 8))]
+    assert "cannot be written" in capsys.readouterr().err
