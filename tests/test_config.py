@@ -75,7 +75,7 @@ def test_one_source_need_not_be_a_list(path):
     assert load_config(path, ["data.train={path: b, weight: 2}"]).data.train == [SourceConfig(path="b", weight=2)]
     path.write_text(dump_config(config))
     assert load_config(path) == config
-    for share in ("1", "-1%", "1 %"):
+    for share in ("1", "-1%", "1 %", "101%"):
         assert "data.max_bad_rows: should " in mistake(path, BASE, f"data.max_bad_rows='{share}'")
 
 

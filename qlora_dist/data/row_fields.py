@@ -31,7 +31,7 @@ _MASKS = (
 _PREFERENCES = ("label", "kto_tag")
 """Fields that say whether an answer is a good one: the preference data of KTO."""
 
-_KNOWN = frozenset({*HONOURED, *_MASKS, *_PREFERENCES, "functions"})
+_KNOWN = frozenset({*HONOURED, *_MASKS, *_PREFERENCES, "functions", "weight"})
 
 _MOST_NAMES = 1000
 """Names that are collected. Rows may have names of their own, such as a key for each user."""

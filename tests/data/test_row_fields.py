@@ -75,6 +75,11 @@ def test_masks_that_cannot_be_followed(fields, expected):
     assert reason(messages=[HI, HELLO | fields]).startswith(expected)
 
 
+@pytest.mark.parametrize("fields", [{"mask": [0, 1]}, {"masked": "yes"}, {"weight": 0}, {"loss_weight": 0}])
+def test_masks_of_a_whole_row_are_refused(fields):
+    assert "which is read in messages only" in reason(messages=[HI, HELLO], **fields)
+
+
 def test_a_call_in_the_old_form_is_not_lost():
     call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     for content in (None, "calling"):
