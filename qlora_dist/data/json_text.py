@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from json import JSONDecodeError
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -72,3 +73,12 @@ def reason(error: ValueError | RecursionError, start: int = 0) -> str:
     if "digits" in str(error):  # Python's remedy is none for a user
         return "a number of more than 4300 digits"
     return str(error)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a small file; empty if it cannot be read or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

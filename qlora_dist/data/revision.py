@@ -9,10 +9,11 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qlora_dist.data.cache import Say, prepared, remove
 from qlora_dist.data.hub import Unreachable, hub_revision
+from qlora_dist.data.json_text import read_object
 from qlora_dist.errors import UserError
 
 _WINDOW_S = 60
@@ -90,7 +91,7 @@ def ask_revision(name: str, cache: Path, say: Say) -> tuple[str | None, str]:
                 remove(old)
 
     prepared(folder, make, say)
-    answer = _read(folder / _ANSWER)
+    answer = read_object(folder / _ANSWER)
     if answer.get("revision") is None and answer.get("time", 0) < _STARTED:  # the network may be back since
         return _ask(name)
     return answer.get("revision"), str(answer.get("unreachable", ""))
@@ -98,7 +99,7 @@ def ask_revision(name: str, cache: Path, say: Say) -> tuple[str | None, str]:
 
 def remembered(cache: Path, key: str) -> str | None:
     """Return the revision whose rows were prepared last under this key; None: none was."""
-    revision = _read(_memory(cache, key)).get("revision")
+    revision = read_object(_memory(cache, key)).get("revision")
     return revision if isinstance(revision, str) else None
 
 
@@ -123,11 +124,3 @@ def _ask(name: str) -> tuple[str | None, str]:
         return hub_revision(name), ""
     except Unreachable as error:
         return None, error.reason
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError
 
+from qlora_dist.data.json_text import read_object
 from qlora_dist.data.render import Refused, Renderer
 from qlora_dist.data.template import read_template
 
@@ -59,8 +60,8 @@ def served_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
             end = end_token(tokenizer, Renderer(template, tokenizer.special_tokens_map))
     if end is not None and chat_template is not None and "eos_token" not in (template or ""):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    generation = _json(base / _GENERATION)
-    ends = _ids(generation.get("eos_token_id")) or _config_ends(_json(base / "config.json"))
+    generation = read_object(base / _GENERATION)
+    ends = _ids(generation.get("eos_token_id")) or _config_ends(read_object(base / "config.json"))
     if end is not None and end not in ends:
         ends = [end, *ends]
     return ServedTokenizer(tokenizer, generation | ({"eos_token_id": ends} if ends else {}))
@@ -93,11 +94,3 @@ def _config_ends(config: dict[str, Any]) -> list[int]:
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [token for token in values if isinstance(token, int)]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
