@@ -69,6 +69,14 @@ def end_of(process: subprocess.Popen, folder: Path, within_s: float = 500) -> tu
     return code, (folder / "err.txt").read_text()
 
 
+def codes_of(name: str, code: int) -> set[int]:
+    """Return the exit codes that mpirun may have after a rank exits with `code`.
+
+    MPICH's mpirun combines the codes of all ranks by a bitwise or, and kills the ranks that are left with SIGKILL.
+    """
+    return {code, code | signal.SIGKILL} if name == "mpich" else {code}
+
+
 def losses(run: Path) -> torch.Tensor:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -137,7 +145,7 @@ def test_a_killed_mpirun_leaves_no_rank(name: str, number: int, tmp_path: Path) 
 def test_a_mistake_is_told_once(name: str, config: Path, tmp_path: Path) -> None:
     with mpirun(name, tmp_path / name, 2, config, "train.stpes=3", script=True) as process:
         code, err = end_of(process, tmp_path / name)
-    assert code == 2  # and Open MPI says in some lines of its own who has brought it about
+    assert code in codes_of(name, 2)  # Open MPI adds some lines of its own
     assert [line for line in err.splitlines() if "qlora-dist" in line] == [
         "qlora-dist: override train.stpes=3: train.stpes: unknown key; did you mean train.steps?"
     ]
@@ -152,7 +160,7 @@ def test_an_error_of_one_rank_ends_all_with_its_traceback(name: str, tmp_path: P
     with mpirun(name, tmp_path / name, 2, "-c", JOIN + fail) as process:
         code, err = end_of(process, tmp_path / name)
         assert wait_until(lambda: not alive(tmp_path / name), within_s=5)
-    assert code == 1
+    assert code in codes_of(name, 1)
     assert err.count("ValueError: seven is no prime") == 1
 
 
@@ -162,7 +170,7 @@ def test_two_different_mpis_are_refused(name: str, config: Path, tmp_path: Path)
     other = mpi("openmpi" if name == "mpich" else "mpich") / "python"
     with mpirun(name, tmp_path / name, 2, "-m", "qlora_dist", "train", config, python=other) as process:
         code, err = end_of(process, tmp_path / name)
-    assert code == 2
+    assert code in codes_of(name, 2)
     (sentence,) = [line for line in err.splitlines() if "qlora-dist" in line]
     assert re.match(
         r"qlora-dist: mpi4py uses (Open MPI v|MPICH Version: )\S+, and the mpirun that started 2 ranks is of another "
@@ -178,7 +186,7 @@ def test_a_missing_mpi4py_is_a_sentence(config: Path, tmp_path: Path) -> None:
     run = with_stub + "from qlora_dist.cli import main; main()"
     with mpirun("mpich", folder, 2, "-c", run) as process:
         code, err = end_of(process, folder)
-    assert code == 2
+    assert code in codes_of("mpich", 2)
     assert err == (
         "qlora-dist: mpirun started 2 ranks, which find each other by mpi4py, and there is none that works (No module "
         "named 'mpi4py'); install mpi4py, or set MASTER_ADDR and MASTER_PORT\n"
