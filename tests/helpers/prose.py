@@ -22,8 +22,8 @@ PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile")
 SKIPPED = ("tests/helpers/prose.py", "tests/test_prose.py")
 
 DENIED = re.compile(
-    r"\b(so many|so-and-so\w*|without a word|nobody|those of|what it has|what they have|(?:is|are|was|were|be|been) told|"
-    r"for people|hand in hand|gets? on no|still at it|by and by|in so far|of theirs|of its own accord)\b",
+    r"\b(so many|so-and-so\w*|without a word|nobody|those of|what it has|what they have|"
+    r"(?:is|are|was|were|be|been) told|for people|hand in hand|gets? on no|still at it|by and by|in so far|of theirs|of its own accord)\b",
     re.IGNORECASE,
 )
 PERSONIFIED = re.compile(
@@ -106,7 +106,7 @@ def paragraphs(text: str, line: int, kind: str) -> Iterator[Text]:
         elif fenced:
             continue
         table = stripped.startswith("|")
-        heading = stripped.startswith("#") or stripped.startswith("<") or stripped in SECTIONS
+        heading = stripped.startswith(("#", "<")) or stripped in SECTIONS
         item = re.match(r"(?:[-*+]|\d+[.)])\s+", stripped)
         entry = section and re.match(r"(\w[\w, *|.]*): (?=\S)", stripped)
         if held and (not stripped or item or heading or table or entry):
@@ -164,9 +164,10 @@ def python_texts(source: str) -> Iterator[Text]:
             for number, item in enumerate(found):
                 yield item._replace(kind=kind) if number == 0 and item.kind == "docstring" else item
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in seen:
-            if node.value.count(" ") >= 2:
-                yield Text(node.lineno, "message", node.value)
+        if not (isinstance(node, ast.Constant) and isinstance(node.value, str)) or id(node) in seen:
+            continue
+        if node.value.count(" ") >= 2:
+            yield Text(node.lineno, "message", node.value)
     yield from comments(source)
 
 
