@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE := # and keeps them, whatever the shell says
 .PHONY: quickstart test unit lint format clean launchers
 
 quickstart: $(VENV)/.demo  ## train a real model on two ranks, in about four minutes
-	$(BIN)/python -m qlora_dist.demo
+	$(BIN)/python -m examples.quickstart
 
 test: lint launchers  ## everything
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal --durations 20

@@ -34,9 +34,9 @@ from rich.table import Table
 from synthetic import write_nf4
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from qlora_dist.config import Config
-from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.skeleton import build_skeleton, decoder_layers
+from qlora_dist.config.schema import Config
+from qlora_dist.model.meta_model import build_skeleton, decoder_layers
+from qlora_dist.model.model_folder import ModelFolder
 
 MIB = 2**20
 MOST_TOKENS = 4096

@@ -33,13 +33,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qlora_dist.checkpoint.checkpointer import Checkpointer
 from qlora_dist.checkpoint.manifest import find_checkpoints
-from qlora_dist.checkpoint.writer import Checkpointer
-from qlora_dist.config import Config
+from qlora_dist.config.schema import Config
 from qlora_dist.optim.adamw import PagedAdamW
-from qlora_dist.train import loop
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import DONE, run_path
+from qlora_dist.runs.run_dir import DONE, run_path
+from qlora_dist.train import trainer
+from qlora_dist.train.run_training import train
 
 PHASES = ("forward", "backward", "update", "write", "complete")
 _LONGEST_RUN_S = 900.0
@@ -105,7 +105,7 @@ def arm(kill: Kill) -> None:
 
     match kill.phase:
         case "forward":
-            before(loop, "train_step")
+            before(trainer, "train_step")
         case "backward":
             before(torch.Tensor, "backward")
         case "update":

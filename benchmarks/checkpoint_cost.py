@@ -22,9 +22,9 @@ from typing import Any
 from chaos import attempt  # beside this file
 
 from qlora_dist.checkpoint.manifest import find_checkpoints
-from qlora_dist.checkpoint.shards import Cut
-from qlora_dist.config import Config
-from qlora_dist.train.run_dir import RunDir, run_path
+from qlora_dist.checkpoint.resharding import Cut
+from qlora_dist.config.schema import Config
+from qlora_dist.runs.run_dir import RunDir, run_path
 
 
 def configuration(args: argparse.Namespace, out: str) -> Config:

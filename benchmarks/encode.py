@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from qlora_dist.data.encode import Encoded, Encoder
-from qlora_dist.data.row import BadRow, CompletionRow, MessagesRow, Row, TextRow
+from qlora_dist.data.row_encoder import Encoded, Encoder
+from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, Row, TextRow
 
 
 def read(path: str, rows: int) -> list[Row]:

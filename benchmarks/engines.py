@@ -27,19 +27,19 @@ from rich.console import Console
 from rich.table import Table
 from synthetic import resident_bytes, restart_peak
 
-from qlora_dist.config import Config
-from qlora_dist.data.rows import IGNORED
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.model.fill import fill
+from qlora_dist.config.schema import Config
+from qlora_dist.data.collate import IGNORED
+from qlora_dist.model.load_weights import fill
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.moments import Moments
+from qlora_dist.optim.optimizer_state import Moments
 from qlora_dist.parallel.engine import parallelize
 from qlora_dist.parallel.mesh import build_meshes
-from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes
-from qlora_dist.train.setup import set_up
-from qlora_dist.train.step import AdapterShards, shard_sizes, train_step
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.train_step import AdapterShards, shard_sizes, train_step
 
 MIB = 2**20
 

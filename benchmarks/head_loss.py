@@ -22,8 +22,8 @@ from rich.table import Table
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 
-from qlora_dist.model.head import IGNORE, summed_loss
-from qlora_dist.train.memory import peak_bytes
+from qlora_dist.model.loss import IGNORE, summed_loss
+from qlora_dist.runtime.device_memory import peak_bytes
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

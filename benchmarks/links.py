@@ -37,11 +37,11 @@ from base_paging import write_base
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.config import Config
-from qlora_dist.plan.calibration import load_calibration, measured_speeds
-from qlora_dist.plan.memory import plan_memory
-from qlora_dist.plan.run import make_run
-from qlora_dist.plan.time import Speeds, step_time
+from qlora_dist.config.schema import Config
+from qlora_dist.plan.calibration_file import load_calibration, measured_speeds
+from qlora_dist.plan.memory_estimate import plan_memory
+from qlora_dist.plan.run_spec import make_run
+from qlora_dist.plan.step_time import Speeds, step_time
 
 LAYOUTS = {"full sharding": "world", "two meshes": "node"}
 """parallel.base; adapters are cut over all ranks in both."""

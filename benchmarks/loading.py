@@ -109,8 +109,8 @@ def measure(args: argparse.Namespace, folder: Path, tiny: Path) -> dict[str, Any
     import transformers
     from synthetic import drop_from_page_cache, write_nf4
 
-    from qlora_dist.model.folder import ModelFolder
-    from qlora_dist.train.machine import this_machine
+    from qlora_dist.model.model_folder import ModelFolder
+    from qlora_dist.runtime.machine_info import this_machine
 
     transformers.utils.logging.disable_progress_bar()
     if not (folder / "model.safetensors").is_file():

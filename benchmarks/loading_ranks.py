@@ -15,16 +15,16 @@ import transformers
 from synthetic import resident_bytes, restart_peak
 
 from qlora_dist.adapters.attach import attach_adapter, peft_config
-from qlora_dist.config import Config
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.model.fill import fill
-from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.nf4.read_ahead import Reading
-from qlora_dist.parallel.fsdp import parallelize
+from qlora_dist.config.schema import Config
+from qlora_dist.io.read_ahead import Reading
+from qlora_dist.model.load_weights import fill
+from qlora_dist.model.meta_model import build_skeleton
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.parallel.fsdp2 import parallelize
 from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
-from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
 
 
 def ours(rank: int, world_size: int, nodes: int, port: int, folder: Path, tiny: Path, pipe: Any) -> None:

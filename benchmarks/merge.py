@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from synthetic import resident_bytes, restart_peak, write_bf16
 
 from qlora_dist.merge.merge_folder import merge_folder, print_report
-from qlora_dist.merge.plan import MergeOptions
-from qlora_dist.model.folder import ModelFolder
+from qlora_dist.merge.merge_plan import MergeOptions
+from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 

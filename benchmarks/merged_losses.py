@@ -29,20 +29,20 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 
+from examples.quickstart import python_docs, smollm2
 from qlora_dist.adapters.attach import first_values
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
-from qlora_dist.data.loader import eval_batches
-from qlora_dist.data.rows import IGNORED, Batch
-from qlora_dist.demo import python_docs, smollm2
-from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.data.collate import IGNORED, Batch
+from qlora_dist.data.dataloader import eval_batches
 from qlora_dist.merge.merge_folder import merge_folder
-from qlora_dist.merge.plan import MergeOptions
+from qlora_dist.merge.merge_plan import MergeOptions
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.optim.schedule import learning_rate
-from qlora_dist.train.run import train
-from qlora_dist.train.setup import set_up
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.run_training import train
 
 BASES: dict[str, dict[str, Any] | None] = {
     "16 bit": None,

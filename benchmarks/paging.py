@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from qlora_dist.config import OptimConfig, PagingConfig
+from qlora_dist.config.schema import OptimConfig, PagingConfig
 from qlora_dist.optim.adamw import PagedAdamW
-from qlora_dist.optim.moments import Moments
+from qlora_dist.optim.optimizer_state import Moments
 
 CPU = torch.device("cpu")
 SHARD = 2**18

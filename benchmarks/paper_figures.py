@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_dist.config import LoraConfig
-from qlora_dist.nf4.layout import NF4Layout
-from qlora_dist.plan.find_model import read_model_config
-from qlora_dist.plan.layers import decoder_layers
-from qlora_dist.plan.shapes import describe
+from qlora_dist.config.schema import LoraConfig
+from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.plan.layer_spec import decoder_layers
+from qlora_dist.plan.model_config import read_model_config
+from qlora_dist.plan.model_spec import describe
 
 GIB = 2**30
 TOTALS = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}  # figure 6, sequences of 512, one

@@ -1,4 +1,4 @@
-"""The planner's two ways against each other: formulas (`plan/memory.py`, `plan/traffic.py`) and the trace of a step.
+"""The planner's formulas (`plan/memory_estimate.py`, `plan/step_traffic.py`) against the trace of a step.
 
 python benchmarks/plan_grid.py [--only llama-3.1-405b] [--quick] [--json FILE]
 
@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.config import Config
-from qlora_dist.plan.find_model import read_model_config
-from qlora_dist.plan.memory import plan_memory
-from qlora_dist.plan.run import make_run
-from qlora_dist.plan.trace import trace
-from qlora_dist.plan.traffic import step_traffic
+from qlora_dist.config.schema import Config
+from qlora_dist.plan.memory_estimate import plan_memory
+from qlora_dist.plan.model_config import read_model_config
+from qlora_dist.plan.run_spec import make_run
+from qlora_dist.plan.step_traffic import step_traffic
+from qlora_dist.trace.trace_step import trace
 
 SHAPES = [(1, 1), (2, 1), (8, 1), (16, 2), (64, 8), (512, 64)]
 """Ranks and nodes."""

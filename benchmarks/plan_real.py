@@ -2,7 +2,7 @@
 
 python benchmarks/plan_real.py --base models/SmolLM2-135M-nf4 [--ranks 1 2 4] [--seq-len 512] [KEY=VALUE...]
 
-Both are counted by `plan/live_memory.py`: here what torch's dispatcher makes on real CPU tensors in a gloo run. Exits
+Both are counted by `trace/live_memory.py`: here what torch's dispatcher makes on real CPU tensors in a gloo run. Exits
 with 1 where weights or bytes of a step differ at all, or the peak by more than 2 %.
 """
 
@@ -21,21 +21,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import config_from
-from qlora_dist.data.rows import Batch
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.model.fill import fill
-from qlora_dist.model.folder import ModelFolder
-from qlora_dist.optim.moments import Moments
-from qlora_dist.parallel.fsdp import parallelize
+from qlora_dist.config.config_file import config_from
+from qlora_dist.config.schema import Config
+from qlora_dist.data.collate import Batch
+from qlora_dist.model.load_weights import fill
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.parallel.fsdp2 import parallelize
 from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
-from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import static_bytes
-from qlora_dist.plan.live_memory import by_phase
-from qlora_dist.plan.trace import trace_folder, watch_steps
-from qlora_dist.train.setup import set_up_model
-from qlora_dist.train.step import shard_sizes
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.trace.live_memory import by_phase
+from qlora_dist.trace.trace_step import trace_folder, watch_steps
+from qlora_dist.train.run_setup import set_up_model
+from qlora_dist.train.train_step import shard_sizes
 
 Figures = tuple[int, dict[str, int], dict[str, int]]
 """Bytes of the weights, at the peak of each phase, and received by mesh dimension."""

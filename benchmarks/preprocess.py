@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_dist.config import DataConfig
-from qlora_dist.data.prepare import prepare
+from qlora_dist.config.schema import DataConfig
+from qlora_dist.data.prepare_datasets import prepare
 from qlora_dist.data.tokenizer import load_tokenizer
 
 

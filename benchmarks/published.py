@@ -16,8 +16,8 @@ from statistics import median
 
 from published_systems import memory_of, reserved_of, run_of, shape_of, system_of, tokens_per_s
 
-from qlora_dist.plan.find_model import read_model_config
 from qlora_dist.plan.hardware import load_hardware
+from qlora_dist.plan.model_config import read_model_config
 
 ROWS = Path(__file__).parent / "data" / "published_qlora.csv"
 GIB = 2**30

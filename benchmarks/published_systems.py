@@ -11,15 +11,15 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dist.config import LoraConfig
-from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.config.schema import LoraConfig
+from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.plan.activations import Code, layer_memory
 from qlora_dist.plan.hardware import Gpu, Link
-from qlora_dist.plan.memory import CONTEXT_BYTES, Memory
-from qlora_dist.plan.run import Run
-from qlora_dist.plan.shapes import Unit, describe
-from qlora_dist.plan.time import Speeds, backward_work, forward_work, head_work, speeds
-from qlora_dist.plan.traffic import Sharding
+from qlora_dist.plan.memory_estimate import CONTEXT_BYTES, Memory
+from qlora_dist.plan.model_spec import Unit, describe
+from qlora_dist.plan.run_spec import Run
+from qlora_dist.plan.step_time import Speeds, backward_work, forward_work, head_work, speeds
+from qlora_dist.plan.step_traffic import Sharding
 
 FP32 = 4
 NAMES = {

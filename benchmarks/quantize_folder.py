@@ -25,13 +25,13 @@ import torch
 from rich.console import Console
 from synthetic import drop_from_page_cache, resident_bytes, restart_peak, write_bf16
 
-from qlora_dist.model.folder import ModelFolder
+from qlora_dist.io.read_ahead import PIECE_BYTES
+from qlora_dist.io.safetensors_file import Reader
+from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
-from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import quantize
-from qlora_dist.nf4.read_ahead import PIECE_BYTES
-from qlora_dist.nf4.safetensors_file import Reader
 
 MIB = 2**20
 

@@ -37,18 +37,18 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_dist.adapters.attach import first_values
-from qlora_dist.config import Config
-from qlora_dist.data.rows import IGNORED, Batch
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.model.fill import fill
+from qlora_dist.config.schema import Config
+from qlora_dist.data.collate import IGNORED, Batch
+from qlora_dist.model.load_weights import fill
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.moments import Moments
-from qlora_dist.parallel.fsdp import parallelize
+from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.parallel.fsdp2 import parallelize
 from qlora_dist.parallel.mesh import build_meshes
-from qlora_dist.parallel.process_group import process_group
-from qlora_dist.train.setup import Setup, set_up
-from qlora_dist.train.step import AdapterShards, shard_sizes, train_step
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.run_setup import Setup, set_up
+from qlora_dist.train.train_step import AdapterShards, shard_sizes, train_step
 
 LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import transformers
 
-from qlora_dist.model.matrices import quantizable
-from qlora_dist.nf4.checkpoint import tensor_specs, tensors
-from qlora_dist.nf4.layout import NF4Layout
-from qlora_dist.nf4.safetensors_file import Writer
+from qlora_dist.io.safetensors_file import Writer
+from qlora_dist.model.quantizable import quantizable
+from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.nf4.quant_state import tensor_specs, tensors
 
 NF4 = {
     "quant_method": "bitsandbytes",

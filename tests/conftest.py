@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import sys
 from pathlib import Path
 
 # one thread per process: the multi-rank tests share few cores, and sums keep their order
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent))  # tests import the helpers beside this file
 
 import pytest
-import tiny
 import torch
 from filelock import FileLock
 from hypothesis import settings
-from launchers import need
+
+from tests.helpers import tiny_models
+from tests.helpers.launchers import need
 
 # an example takes as long as the machine's other work lets it
 settings.register_profile("ours", deadline=None)
@@ -28,7 +27,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 folder of a 3-layer Llama."""
-    return tiny.make_model(tmp_path_factory.mktemp("llama"))
+    return tiny_models.make_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +46,7 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct, unpacked once for all of pytest's workers. Where tests decide about a merge its absence is
     a failure, not a skipped test.
     """
-    from qlora_dist.demo import smollm2
+    from examples.quickstart import smollm2
     from qlora_dist.errors import UserError
 
     try:

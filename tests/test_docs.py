@@ -27,26 +27,26 @@ from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import pytest
-import tiny
 import typer
 import yaml
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
-from ranks import free_port
-from real_slurm import free_ports, slurm_unavailable
-from warm import warm_python
 
-from qlora_dist.cli import app
-from qlora_dist.config import Config, SourceConfig
-from qlora_dist.config_file import load_config
-from qlora_dist.foreign_keys import ADVICE, PAGE
+from qlora_dist.cli.main import app
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.other_trainers import ADVICE, PAGE
+from qlora_dist.config.schema import Config, SourceConfig
 from qlora_dist.launch.cluster import Cluster, Container
-from qlora_dist.model import head
+from qlora_dist.model import loss
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
-from qlora_dist.nf4.layout import NF4Layout
-from qlora_dist.plan.shapes import Unit, describe
-from qlora_dist.plan.traffic import Sharding, shard_elements, step_traffic
+from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.plan.model_spec import Unit, describe
+from qlora_dist.plan.step_traffic import Sharding, shard_elements, step_traffic
+from tests.helpers import tiny_models
+from tests.helpers.ranks import free_port
+from tests.helpers.real_slurm import free_ports, slurm_unavailable
+from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,10 +105,10 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a user has at the start, under the names that the pages use."""
     folder = tmp_path_factory.mktemp("material")
     # bitsandbytes' kernel for transformers' own layers refuses sizes that are no multiple of 32 on some processors
-    tiny.make_model(folder / "my-model", intermediate_size=192, max_position_embeddings=2048)
+    tiny_models.make_model(folder / "my-model", intermediate_size=192, max_position_embeddings=2048)
     quantize_folder(folder / "my-model", folder / "my-model-nf4", QuantizeOptions())
-    tiny.make_data(folder / "my-data.jsonl", 40)
-    tiny.make_data(folder / "my-eval.jsonl", 6, seed=1)
+    tiny_models.make_data(folder / "my-data.jsonl", 40)
+    tiny_models.make_data(folder / "my-eval.jsonl", 6, seed=1)
     return folder
 
 
@@ -301,7 +301,7 @@ def test_rooms_import_only_those_above_them() -> None:
                 candidates = [f"{module}.py", *(str(Path(module) / f"{alias.name}.py") for alias in node.names)]
                 down += [f"{name} -> {file}" for file in candidates if order.get(file, 0) > order[name]]
                 down += [f"{name} -> {file}" for file in candidates if file in order and file.startswith("cli")]
-    assert sorted(down) == ["train/run.py -> report/page.py"]
+    assert sorted(down) == ["train/run_training.py -> report/write_report.py"]
 
 
 OPTION = re.compile(r"--[a-z][\w-]+")
@@ -527,7 +527,7 @@ def test_readme_bytes_per_gather() -> None:
 
 
 def test_size_of_the_heads_chunks() -> None:
-    size = f"chunks of {4 * head._CHUNK_LOGITS // 2**20} MiB"
+    size = f"chunks of {4 * loss._CHUNK_LOGITS // 2**20} MiB"
     assert not [
         page.name for page in PAGES if page.name in ("architecture.md", "memory.md") and size not in page.read_text()
     ]

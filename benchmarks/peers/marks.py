@@ -41,7 +41,7 @@ def mark_and_restart_peak(what: str, **values: Any) -> None:
 
 
 def turn() -> None:
-    """Called on every rank before a step: waits until it is this system's turn (turns.py)."""
+    """Called on every rank before a step: waits until it is this system's turn (peer_process.py)."""
     mark("ready")
     with (FOLDER / f"{RANK}.turn").open("rb") as pipe:
         pipe.read(1)
@@ -65,7 +65,7 @@ def static_bytes() -> int:
 
 @functools.cache
 def steps() -> list[dict[str, Any]]:
-    """What material.py has written."""
+    """What workload.py has written."""
     return json.loads((MATERIAL / "steps.json").read_text())
 
 

@@ -6,11 +6,11 @@ python benchmarks/peers/run.py --base FOLDER --data my-data.jsonl [--systems our
 FOLDER is in 16 bit and is quantized first, or in 4 bit, as `qlora-dist quantize` makes it, which torchtune refuses.
 Each peer runs in a virtual environment of its own with the versions of its file of requirements in this folder; the
 first time they are installed, which needs a network and some minutes (1.5 GB each). In each repeat the systems load one
-after another and then take turns, a step at a time (turns.py): all stay in memory, those that wait with some 0.8 GB a
-rank. A system that cannot run is told with its own error. All is written in Markdown.
+after another and then take turns, a step at a time (peer_process.py). All stay in memory; those that wait need some
+0.8 GB a rank. A system that cannot run is told with its own error. All is written in Markdown.
 
 Every run trains one step that is not timed and --steps of full rows, the same for all; then one and --steps of uneven
-rows: ours packed, theirs as many conversations, one to a row, padded to the longest (material.py). One process has
+rows: ours packed, theirs as many conversations, one to a row, padded to the longest (workload.py). One process has
 --threads threads, two ranks share them.
 
 tokens/s counts tokens that are not padding, median over the steps of all repeats, by the clock of rank 0 from a step's
@@ -36,9 +36,9 @@ from typing import Any
 
 from environments import python_of
 from figures import figures
+from peer_process import Running
 from systems import SYSTEMS
 from table import reason, show
-from turns import Running
 
 HERE = Path(__file__).resolve().parent
 
@@ -64,9 +64,9 @@ def main() -> int:
         parser.error("--base and --data are needed, or --show")
     if args.rows % max(args.ranks):
         parser.error(f"--rows {args.rows} is not divided by {max(args.ranks)} ranks")
-    from material import write_material  # behind the arguments: torch takes seconds
+    from workload import write_material  # behind the arguments: torch takes seconds
 
-    from qlora_dist.train.machine import this_machine
+    from qlora_dist.runtime.machine_info import this_machine
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

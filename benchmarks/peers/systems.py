@@ -36,12 +36,12 @@ class System(NamedTuple):
 NAMED = ("transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "torchtune", "torchao")
 KEPT = ("--checkpointing", "none")
 SYSTEMS = {
-    "ours": System("ours.py", None, (1, 2)),
-    "ours, compiled": System("ours.py", None, (1, 2), ("--compiled",), default=False),
-    "ours, nothing recomputed": System("ours.py", None, (1, 2), KEPT),
-    "ours, base on each rank": System("ours.py", None, (2,), ("--parallel-base", "replicate")),
+    "ours": System("qlora_dist_trainer.py", None, (1, 2)),
+    "ours, compiled": System("qlora_dist_trainer.py", None, (1, 2), ("--compiled",), default=False),
+    "ours, nothing recomputed": System("qlora_dist_trainer.py", None, (1, 2), KEPT),
+    "ours, base on each rank": System("qlora_dist_trainer.py", None, (2,), ("--parallel-base", "replicate")),
     "ours, base on each rank, nothing recomputed": System(
-        "ours.py", None, (2,), ("--parallel-base", "replicate", *KEPT)
+        "qlora_dist_trainer.py", None, (2,), ("--parallel-base", "replicate", *KEPT)
     ),
     "transformers": System("trainer.py", "transformers", (1,)),
     "transformers, nothing recomputed": System("trainer.py", "transformers", (1,), KEPT),

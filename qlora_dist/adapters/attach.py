@@ -14,12 +14,12 @@ from peft.tuners.lora.layer import LoraLayer, dispatch_default
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.adapter_files import target_name
 from qlora_dist.adapters.lora import LoraNF4
 from qlora_dist.adapters.lora_experts import LoraExperts, is_swapped
 from qlora_dist.adapters.targets import Targets, find_targets, peft_names, targets_of
-from qlora_dist.config import LoraConfig
+from qlora_dist.config.schema import LoraConfig
 from qlora_dist.errors import UserError
+from qlora_dist.io.adapter_files import target_name
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import adapter_parameters, has_tied_head
-from qlora_dist.adapters.check import wrong_values
-from qlora_dist.adapters.names import peft_key
+from qlora_dist.adapters.peft_keys import peft_key
+from qlora_dist.adapters.validate_adapter import wrong_values
 from qlora_dist.errors import UserError
-from qlora_dist.sharded import gather
+from qlora_dist.shard_view import gather
 
 
 def export_adapter(

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from qlora_dist.nf4.layout import NF4Layout, QuantType
 from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
 from qlora_dist.nf4.quantize import dequantize
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]

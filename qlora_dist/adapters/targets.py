@@ -12,9 +12,9 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.adapter_files import is_any_end, target_name
-from qlora_dist.config import LoraConfig
+from qlora_dist.config.schema import LoraConfig
 from qlora_dist.errors import UserError
+from qlora_dist.io.adapter_files import is_any_end, target_name
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_dist.checkpoint.schema import FORMAT, ManifestSchema
-from qlora_dist.checkpoint.shards import ROW, Cut
+from qlora_dist.checkpoint.manifest_schema import FORMAT, ManifestSchema
+from qlora_dist.checkpoint.resharding import ROW, Cut
 
 MANIFEST = "manifest.json"
 ABANDONED = "abandoned"

@@ -12,14 +12,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from qlora_dist.adapters.attach import adapter_parameters
-from qlora_dist.checkpoint.contents import RANDOM_CPU, RANDOM_CUDA
 from qlora_dist.checkpoint.manifest import Manifest, file_of_rank
-from qlora_dist.checkpoint.shards import ROW, Cut, copies
-from qlora_dist.nf4.safetensors_file import Entry, Reader, read_header
+from qlora_dist.checkpoint.rank_file import RANDOM_CPU, RANDOM_CUDA
+from qlora_dist.checkpoint.resharding import ROW, Cut, copies
+from qlora_dist.io.safetensors_file import Entry, Reader, read_header
 from qlora_dist.optim.convert import as_fp32, from_fp32
-from qlora_dist.optim.moments import MOMENTS, moment_names
-from qlora_dist.parallel.zero_optimizer import Optimizer
-from qlora_dist.sharded import flat_shard
+from qlora_dist.optim.optimizer_state import MOMENTS, moment_names
+from qlora_dist.parallel.deepspeed_optimizer import Optimizer
+from qlora_dist.shard_view import flat_shard
 
 
 @dataclass(frozen=True)

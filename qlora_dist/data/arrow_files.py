@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_dist.data.json_text import parse
-from qlora_dist.data.records import Record, told
-from qlora_dist.data.row import BadRow
+from qlora_dist.data.source_row import BadRow
+from qlora_dist.data.strict_json import parse
+from qlora_dist.data.validate import Record, told
 from qlora_dist.errors import UserError
 
 if TYPE_CHECKING:

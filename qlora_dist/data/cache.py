@@ -26,9 +26,9 @@ from typing import Any
 
 from filelock import SoftFileLease, Timeout
 
-from qlora_dist.data.entry_files import changed_file, is_complete, note_check, was_checked, write_manifest
+from qlora_dist.data.entry_manifest import changed_file, is_complete, note_check, was_checked, write_manifest
 from qlora_dist.errors import UserError
-from qlora_dist.lease import HolderWatch, host_of, make_lease
+from qlora_dist.runtime.lease import HolderWatch, host_of, make_lease
 
 Say = Callable[[str], None]
 

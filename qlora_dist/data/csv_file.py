@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from qlora_dist.data.json_files import LONGEST_ROW, TOO_LONG, lines, not_utf8
-from qlora_dist.data.records import Record, Unusable, listed
-from qlora_dist.data.row import BadRow
+from qlora_dist.data.source_row import BadRow
+from qlora_dist.data.validate import Record, Unusable, listed
 from qlora_dist.errors import UserError
 
 

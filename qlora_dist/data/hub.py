@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import chain
 
 from qlora_dist.data.arrow_files import rows_of_batch
-from qlora_dist.data.records import Record, told
-from qlora_dist.data.row import BadRow
+from qlora_dist.data.source_row import BadRow
+from qlora_dist.data.validate import Record, told
 from qlora_dist.errors import UserError
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)

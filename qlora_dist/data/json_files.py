@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from json import JSONDecodeError
 from typing import Any, BinaryIO
 
-from qlora_dist.data.json_text import DECODER, LENIENT, NoNumberError, parse, reason
-from qlora_dist.data.records import Record, kind
-from qlora_dist.data.row import BadRow
+from qlora_dist.data.source_row import BadRow
+from qlora_dist.data.strict_json import DECODER, LENIENT, NoNumberError, parse, reason
+from qlora_dist.data.validate import Record, kind
 from qlora_dist.errors import UserError
 
 LONGEST_ROW = 16 << 20

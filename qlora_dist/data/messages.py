@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_dist.data.json_text import parse
-from qlora_dist.data.records import Unusable, check_tree, filled, has_utf8, kind, listed, quoted, string
-from qlora_dist.data.row import Message
+from qlora_dist.data.source_row import Message
+from qlora_dist.data.strict_json import parse
+from qlora_dist.data.validate import Unusable, check_tree, filled, has_utf8, kind, listed, quoted, string
 
 
 def conversation(value: Any, field: str, trained: bool | None = None) -> list[Message]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_dist.data.records import Record, Unusable, filled, kind, quoted, string
-from qlora_dist.data.row import BadRow, MessagesRow
+from qlora_dist.data.source_row import BadRow, MessagesRow
+from qlora_dist.data.validate import Record, Unusable, filled, kind, quoted, string
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 

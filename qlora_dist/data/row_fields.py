@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from qlora_dist.data.messages import decoded
-from qlora_dist.data.records import Unusable, check_tree, kind, quoted
-from qlora_dist.data.row import Message, MessagesRow, Row
+from qlora_dist.data.source_row import Message, MessagesRow, Row
+from qlora_dist.data.validate import Unusable, check_tree, kind, quoted
 
 HONOURED = ("loss_mask", "chat_template_kwargs")
 """Fields that rows of every format have which becomes a conversation of its own fields."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_dist.data.messages import decoded, json_value, message, tool_call, tools
-from qlora_dist.data.records import Unusable, kind, quoted, string
-from qlora_dist.data.row import Message, MessagesRow
+from qlora_dist.data.source_row import Message, MessagesRow
+from qlora_dist.data.validate import Unusable, kind, quoted, string
 
 _ROLES = {
     "system": "system",

@@ -6,15 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_dist.config import Format, SourceConfig
-from qlora_dist.data.files import read_file, suffix
-from qlora_dist.data.formats import typed_rows
+from qlora_dist.config.schema import Format, SourceConfig
+from qlora_dist.data.data_files import read_file, suffix
 from qlora_dist.data.hub import is_hub_name, read_hub
-from qlora_dist.data.layout import files_by_split, files_of_pattern, has_pattern
-from qlora_dist.data.records import Record
-from qlora_dist.data.row import BadRow, Row
 from qlora_dist.data.row_fields import FieldNames
-from qlora_dist.data.saved import is_saved, read_saved, saved_files
+from qlora_dist.data.row_formats import typed_rows
+from qlora_dist.data.saved_dataset import is_saved, read_saved, saved_files
+from qlora_dist.data.source_row import BadRow, Row
+from qlora_dist.data.split_files import files_by_split, files_of_pattern, has_pattern
+from qlora_dist.data.validate import Record
 from qlora_dist.errors import UserError
 
 

@@ -18,12 +18,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
-from qlora_dist.data.encode import Encoder
-from qlora_dist.data.row import BadRow, CompletionRow, Row, TextRow
-from qlora_dist.data.sequences import Flat, SequenceWriter
+from qlora_dist.data.row_encoder import Encoder
+from qlora_dist.data.source_row import BadRow, CompletionRow, Row, TextRow
 from qlora_dist.data.template_limit import LIMITED
+from qlora_dist.data.tokenized import Flat, SequenceWriter
 from qlora_dist.errors import UserError
-from qlora_dist.system import cores
+from qlora_dist.runtime.system import cores
 
 _CHUNK_ROWS = 256
 _CHUNK_CHARACTERS = 2**20

@@ -10,12 +10,12 @@ from typing import Any, TextIO
 
 from transformers import TextStreamer
 
-from qlora_dist.data.row import Message
+from qlora_dist.data.source_row import Message
 from qlora_dist.errors import UserError
 from qlora_dist.inference.generate import Sampling, generate
-from qlora_dist.inference.load import Loaded
+from qlora_dist.inference.inference_model import Loaded
 from qlora_dist.inference.prompts import Prompt, Prompter
-from qlora_dist.train.beat import beat
+from qlora_dist.runtime.heartbeat import beat
 
 HELP = "/adapter NAME or /base: who answers; /reset: begin anew; /exit: end"
 

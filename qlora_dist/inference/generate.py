@@ -10,12 +10,12 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from qlora_dist.config.max_positions import positions
 from qlora_dist.errors import UserError
-from qlora_dist.inference.load import Loaded
-from qlora_dist.model.folder import read_json
-from qlora_dist.parallel.exchange import gather_json
-from qlora_dist.positions import positions
-from qlora_dist.train.beat import beat
+from qlora_dist.inference.inference_model import Loaded
+from qlora_dist.model.model_folder import read_json
+from qlora_dist.runtime.heartbeat import beat
+from qlora_dist.runtime.object_collectives import gather_json
 
 Stopping = Callable[[int, int], StoppingCriteriaList]
 """Of the prompts' padded length and the batch's size, what ends it besides the end token."""

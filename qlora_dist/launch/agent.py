@@ -15,8 +15,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import error_report
-from qlora_dist.launch.hosts import check_meeting_host
+from qlora_dist.runtime.environment import error_report
+from qlora_dist.runtime.hosts import check_meeting_host
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

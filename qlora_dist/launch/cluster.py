@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from qlora_dist.config import PositiveInt, Section
-from qlora_dist.config_file import load_sections
+from qlora_dist.config.config_file import load_sections
+from qlora_dist.config.schema import PositiveInt, Section
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
 

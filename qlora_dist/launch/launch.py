@@ -16,14 +16,14 @@ from typing import Literal
 
 from rich.console import Console
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import dump_config
+from qlora_dist.config.config_file import dump_config
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.birth import birth
 from qlora_dist.launch.cluster import Cluster
-from qlora_dist.launch.render import Job, render
-from qlora_dist.launch.runs import JOB_FILE, read_json
-from qlora_dist.launch.squeue import queued_jobs
+from qlora_dist.launch.job_script import Job, render
+from qlora_dist.launch.run_status import JOB_FILE, read_json
+from qlora_dist.launch.slurm_queue import queued_jobs
+from qlora_dist.runtime.process_identity import birth
 
 On = Literal["local", "torchrun", "slurm", "mpi"]
 
@@ -54,8 +54,8 @@ def launch_here(config: Config, on: On, options: Options, console: Console) -> N
     Raises:
         UserError: more than one node, a name that is taken, or what `train --dry-run` refuses.
     """
-    from qlora_dist.launch.check import check_here
-    from qlora_dist.train.claim import check_name
+    from qlora_dist.launch.job_check import check_here
+    from qlora_dist.runs.run_action import check_name
 
     if options.nodes > 1:
         raise UserError(
@@ -124,8 +124,8 @@ def launch_slurm(config: Config, cluster: Cluster, options: Options, console: Co
         UserError: what the user has to mend, before anything is submitted.
     """
     from qlora_dist.launch import submit
-    from qlora_dist.launch.check import check_job
-    from qlora_dist.train.claim import check_name
+    from qlora_dist.launch.job_check import check_job
+    from qlora_dist.runs.run_action import check_name
 
     job = make_job(config, options.nodes, options.ranks_per_node or most_ranks(cluster), options.array)
     script = render(job, cluster)
@@ -192,7 +192,7 @@ def write_job(run: Path, launcher: On, job_id: int | None, pid: int | None, log:
 
 
 def _absolute_run(config: Config) -> Path:
-    from qlora_dist.train.run_dir import run_path
+    from qlora_dist.runs.run_dir import run_path
 
     return Path.cwd() / run_path(config.run)
 

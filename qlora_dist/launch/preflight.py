@@ -17,7 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.runtime.environment import ranks_from_environment
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +49,8 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from qlora_dist.parallel.exchange import gather_json
-    from qlora_dist.parallel.process_group import process_group
+    from qlora_dist.runtime.object_collectives import gather_json
+    from qlora_dist.runtime.process_group import process_group
 
     ranks = ranks_from_environment()
     host = socket.gethostname()

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.jobs import print_from
-from qlora_dist.launch.squeue import queued_jobs
+from qlora_dist.launch.run_list import print_from
+from qlora_dist.launch.slurm_queue import queued_jobs
 
 _POLL_S = 1.0
 

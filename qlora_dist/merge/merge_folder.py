@@ -13,19 +13,19 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from qlora_dist.adapters.saved import LowRank
+from qlora_dist.adapters.saved_adapter import LowRank
 from qlora_dist.errors import UserError
-from qlora_dist.merge.adapter import Values, expert_values, read_adapter, read_values, update_rows
-from qlora_dist.merge.feedback import directions, round_with_feedback
-from qlora_dist.merge.note import write_note
-from qlora_dist.merge.plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
-from qlora_dist.merge.rows import packed_bytes, quantize_rows, rows_given, rows_of_bytes, rows_trained_on
+from qlora_dist.io.read_ahead import pieces
+from qlora_dist.io.safetensors_file import Reader, Writer, specs_bytes
+from qlora_dist.merge.error_feedback import directions, round_with_feedback
+from qlora_dist.merge.lora_update import Values, expert_values, read_adapter, read_values, update_rows
+from qlora_dist.merge.merge_plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
+from qlora_dist.merge.merged_adapter_file import write_note
 from qlora_dist.merge.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
-from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.folder_out import finish_folder, in_files
-from qlora_dist.nf4.checkpoint import tensors
-from qlora_dist.nf4.read_ahead import pieces
-from qlora_dist.nf4.safetensors_file import Reader, Writer, specs_bytes
+from qlora_dist.merge.weight_rows import packed_bytes, quantize_rows, rows_given, rows_of_bytes, rows_trained_on
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.model.save_model_folder import finish_folder, in_files
+from qlora_dist.nf4.quant_state import tensors
 
 
 @dataclass

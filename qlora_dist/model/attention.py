@@ -24,10 +24,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_dist.cpu.cpu_attention import causal_attention
 from qlora_dist.errors import UserError
 from qlora_dist.model.block_mask import block_mask, dense_mask
-from qlora_dist.model.boundaries import boundaries, sequences
-from qlora_dist.model.cpu_attention import causal_attention
+from qlora_dist.sequence_starts import boundaries, sequences
 
 PACKED = "qlora_packed"
 FLEX = "qlora_flex"

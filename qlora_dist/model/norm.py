@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.model.cache_blocks import rows_in_cache
+from qlora_dist.model.row_chunks import rows_in_cache
 
 Kind = Literal["llama", "gemma"]
 """Llama's scales what it has rounded by w; Gemma's scales by 1 + w, and rounds then."""

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from qlora_dist.errors import UserError
-from qlora_dist.model.folder import ModelFolder, read_json
-from qlora_dist.model.folder_out import finish_folder, in_files
+from qlora_dist.io.read_ahead import Read, ReadAhead, Reading, pieces
+from qlora_dist.io.safetensors_file import Reader, Writer, specs_bytes
+from qlora_dist.model.model_folder import ModelFolder, read_json
 from qlora_dist.model.quantize_plan import Counts, Plan, QuantizeOptions, make_plan
-from qlora_dist.model.stream import quantize_next, tensor_reads
-from qlora_dist.nf4.checkpoint import tensor_specs, tensors
-from qlora_dist.nf4.read_ahead import Read, ReadAhead, Reading, pieces
-from qlora_dist.nf4.safetensors_file import Reader, Writer, specs_bytes
+from qlora_dist.model.save_model_folder import finish_folder, in_files
+from qlora_dist.model.shard_reader import quantize_next, tensor_reads
+from qlora_dist.nf4.quant_state import tensor_specs, tensors
 
 _PLAN = "quantize-plan.json"
 

@@ -11,16 +11,16 @@ import transformers
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from qlora_dist.config import ModelConfig
+from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.model.buffers import try_buffers
-from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.logits import measure_head
-from qlora_dist.model.matrices import Matrix, is_tied, layout_of, matrices, quantizable
-from qlora_dist.model.origins import find_origins
-from qlora_dist.model.skeleton import build_skeleton, causal_lm_on_meta
+from qlora_dist.model.logit_scale import measure_head
+from qlora_dist.model.meta_model import build_skeleton, causal_lm_on_meta
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.model.quantizable import Matrix, is_tied, layout_of, matrices, quantizable
+from qlora_dist.model.weight_sources import find_origins
 from qlora_dist.nf4.embedding import check_class
-from qlora_dist.nf4.layout import BLOCK_SIZES, NF4Layout, QuantType
+from qlora_dist.nf4.nf4_layout import BLOCK_SIZES, NF4Layout, QuantType
 
 
 @dataclass(frozen=True)

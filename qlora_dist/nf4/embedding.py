@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qlora_dist.errors import UserError
-from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize, dequantize_rows
 
 

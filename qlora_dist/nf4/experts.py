@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_dist.nf4.layout import NF4Layout
+from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize
 
 ExpertFunction = Callable[[torch.Tensor, int], torch.Tensor]

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import torch
 
-from qlora_dist.bnb import functional as bnb
-from qlora_dist.nf4.encode import encode
-from qlora_dist.nf4.layout import NESTED_BLOCK_SIZE, NF4Layout, QuantType
-from qlora_dist.nf4.tables import nested_code_table
-from qlora_dist.threads import for_each
+from qlora_dist.compat.bitsandbytes import functional as bnb
+from qlora_dist.cpu.cpu_quantize import encode
+from qlora_dist.nf4.code_tables import nested_code_table
+from qlora_dist.nf4.nf4_layout import NESTED_BLOCK_SIZE, NF4Layout, QuantType
+from qlora_dist.runtime.threads import for_each
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

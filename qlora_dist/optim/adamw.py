@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlora_dist.config import OptimConfig
-from qlora_dist.optim.kernels import update_8bit, update_32bit, update_paged
-from qlora_dist.optim.layout import Piece
-from qlora_dist.optim.moments import MOMENTS, Moments
+from qlora_dist.config.schema import OptimConfig
+from qlora_dist.optim.adamw_kernels import update_8bit, update_32bit, update_paged
+from qlora_dist.optim.optimizer_state import MOMENTS, Moments
+from qlora_dist.optim.state_pages import Piece
 
 
 class PagedAdamW:

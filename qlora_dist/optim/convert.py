@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qlora_dist.optim.kernels import dequantize_moment, quantize_moment
-from qlora_dist.optim.moments import MOMENTS
+from qlora_dist.optim.adamw_kernels import dequantize_moment, quantize_moment
+from qlora_dist.optim.optimizer_state import MOMENTS
 
 
 def as_fp32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

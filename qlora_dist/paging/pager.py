@@ -11,8 +11,8 @@ from itertools import accumulate
 import torch
 from torch.profiler import record_function
 
-from qlora_dist.paging.store import Store
-from qlora_dist.threads import in_background
+from qlora_dist.paging.page_store import Store
+from qlora_dist.runtime.threads import in_background
 
 
 @dataclass
@@ -293,7 +293,7 @@ class Pager:
     def _wait(self, slot: _Slot) -> None:
         if slot.transfer is not None:
             started = time.perf_counter()
-            with record_function("qlora_dist::page"):  # as `train/profile.py` knows it
+            with record_function("qlora_dist::page"):  # as `train/step_profiler.py` knows it
                 slot.transfer.result()
             self.counts.stall_s += time.perf_counter() - started
             slot.transfer = None

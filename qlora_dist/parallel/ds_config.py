@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from qlora_dist.config import Config, OptimConfig, PagingConfig
+from qlora_dist.config.schema import Config, OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
 
 _MOMENTS_BYTES = 8

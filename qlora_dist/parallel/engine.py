@@ -7,11 +7,11 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from qlora_dist.config import Config
-from qlora_dist.parallel import fsdp, zero, zero2
+from qlora_dist.compat.deepspeed import check_async_io, check_deepspeed
+from qlora_dist.config.schema import Config
+from qlora_dist.parallel import fsdp2, zero2, zero3
+from qlora_dist.parallel.comm_counter import Traffic
 from qlora_dist.parallel.mesh import Meshes
-from qlora_dist.parallel.traffic import Traffic
-from qlora_dist.parallel.zero_internals import check_async_io, check_deepspeed
 
 
 def check_engine(config: Config, device: torch.device) -> None:
@@ -28,5 +28,5 @@ def check_engine(config: Config, device: torch.device) -> None:
 
 def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
     """Shard a skeleton in place with the engine that the configuration names; see `fsdp.parallelize`."""
-    engines = {"fsdp2": fsdp.parallelize, "zero3": zero.parallelize, "zero2": zero2.parallelize}
+    engines = {"fsdp2": fsdp2.parallelize, "zero3": zero3.parallelize, "zero2": zero2.parallelize}
     return engines[config.parallel.engine](model, meshes, config)

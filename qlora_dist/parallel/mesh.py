@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from qlora_dist.config import ParallelConfig
+from qlora_dist.config.schema import ParallelConfig
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import Ranks
+from qlora_dist.runtime.environment import Ranks
 
 
 @dataclass(frozen=True)

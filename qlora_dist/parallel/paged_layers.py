@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from qlora_dist.config import PagingConfig
+from qlora_dist.compat.fsdp import ALIGNMENT, Pass, frozen_shards, page_frozen
+from qlora_dist.config.schema import PagingConfig
 from qlora_dist.errors import UserError
+from qlora_dist.paging.page_store import store_maker
 from qlora_dist.paging.pager import Pager
-from qlora_dist.paging.store import store_maker
-from qlora_dist.parallel.fsdp_internals import ALIGNMENT, Pass, frozen_shards, page_frozen
-from qlora_dist.sharded import local_part
+from qlora_dist.shard_view import local_part
 
 _WHAT = "the base's layers"
 _REMEDY = "name another folder in paging.dir, or raise parallel.resident_bytes"

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qlora_dist.parallel.mesh import MeshSizes
-from qlora_dist.sharded import flat_shard, whole_shape
+from qlora_dist.shard_view import flat_shard, whole_shape
 
 TOLERANCE = 0.01
 

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.config import Config
-from qlora_dist.model.skeleton import COMPUTE_DTYPES, decoder_layers
+from qlora_dist.config.schema import Config
+from qlora_dist.model.meta_model import COMPUTE_DTYPES, decoder_layers
+from qlora_dist.parallel.activation_checkpointing import prepare_layers
+from qlora_dist.parallel.comm_counter import Traffic
+from qlora_dist.parallel.gradient_reducer import Gradients, trained_units
 from qlora_dist.parallel.mesh import Meshes
-from qlora_dist.parallel.recompute import prepare_layers
-from qlora_dist.parallel.traffic import Traffic
-from qlora_dist.parallel.zero_gradients import Gradients, trained_units
-from qlora_dist.sharded import FlatShard, flat_shard, round_values, set_flat_shard
+from qlora_dist.shard_view import FlatShard, flat_shard, round_values, set_flat_shard
 
 
 def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qlora_dist.plan.layers import Layer, Matrix
-from qlora_dist.plan.run import Run
+from qlora_dist.plan.layer_spec import Layer, Matrix
+from qlora_dist.plan.run_spec import Run
 
 _FP32 = 4
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qlora_dist.config import Section
-from qlora_dist.config_file import load_sections
+from qlora_dist.config.config_file import load_sections
+from qlora_dist.config.schema import Section
 from qlora_dist.errors import UserError
 
 Positive = Annotated[float, Field(gt=0)]

@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from qlora_dist.nf4.read_ahead import Reading
+from qlora_dist.io.read_ahead import Reading
 
 _LOAD_LINE_INTERVAL_S = 10.0
 

@@ -7,12 +7,12 @@ import sys
 import torch
 from rich.console import Console
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import dump_config
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.train.claim import dry_run_note
-from qlora_dist.train.expected import Expected, expect
-from qlora_dist.train.setup import Setup, set_up
+from qlora_dist.config.config_file import dump_config
+from qlora_dist.config.schema import Config
+from qlora_dist.runs.run_action import dry_run_note
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.prediction import Expected, expect
+from qlora_dist.train.run_setup import Setup, set_up
 from qlora_dist.train.summary import announcement
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from qlora_dist.optim.adamw import PagedAdamW
-from qlora_dist.optim.moments import Moments
-from qlora_dist.parallel.zero_optimizer import Optimizer, ZeroAdamW, ZeroStates
-from qlora_dist.train.memory import left_bytes
-from qlora_dist.train.setup import Setup
-from qlora_dist.train.step import AdapterShards, shard_sizes
+from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.parallel.deepspeed_optimizer import Optimizer, ZeroAdamW, ZeroStates
+from qlora_dist.runtime.device_memory import left_bytes
+from qlora_dist.train.run_setup import Setup
+from qlora_dist.train.train_step import AdapterShards, shard_sizes
 
 
 def make_states(model: nn.Module, setup: Setup) -> Moments | ZeroStates:

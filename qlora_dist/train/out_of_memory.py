@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from qlora_dist.config_file import Sections, changed
+from qlora_dist.config.config_file import Sections, changed
 from qlora_dist.errors import UserError
 from qlora_dist.plan.hardware import load_hardware
-from qlora_dist.plan.memory import CONTEXT_BYTES, RESERVED, Memory, plan_memory
-from qlora_dist.plan.run import Run
-from qlora_dist.plan.table import PHASES
-from qlora_dist.plan.time import Speeds, speeds, step_time
+from qlora_dist.plan.memory_estimate import CONTEXT_BYTES, RESERVED, Memory, plan_memory
+from qlora_dist.plan.print_plan import PHASES
+from qlora_dist.plan.run_spec import Run
+from qlora_dist.plan.step_time import Speeds, speeds, step_time
+from qlora_dist.runtime.device_memory import free_bytes, peak_bytes, resident_bytes
 from qlora_dist.train.console import gib
-from qlora_dist.train.expected import run_of, speeds_of
-from qlora_dist.train.memory import free_bytes, peak_bytes, resident_bytes
-from qlora_dist.train.setup import Setup
+from qlora_dist.train.prediction import run_of, speeds_of
+from qlora_dist.train.run_setup import Setup
 
 _ANSWERS = 3
 

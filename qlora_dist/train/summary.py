@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_dist.adapters.attach import adapter_parameters
-from qlora_dist.bf16 import warn_of_bf16
-from qlora_dist.plan.table import term_label
+from qlora_dist.plan.print_plan import term_label
+from qlora_dist.runs.run_dir import RunDir, run_path
+from qlora_dist.runtime.bf16_support import warn_of_bf16
+from qlora_dist.runtime.device_memory import peak_bytes
 from qlora_dist.train.console import RunConsole, count, gib
-from qlora_dist.train.expected import Expected
-from qlora_dist.train.loop import History
-from qlora_dist.train.memory import peak_bytes
-from qlora_dist.train.run_dir import RunDir, run_path
-from qlora_dist.train.setup import Setup
+from qlora_dist.train.prediction import Expected
+from qlora_dist.train.run_setup import Setup
+from qlora_dist.train.trainer import History
 
 
 @dataclass(frozen=True)

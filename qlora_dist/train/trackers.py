@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import flatten
+from qlora_dist.config.config_file import flatten
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 
 _IDS = "trackers.json"

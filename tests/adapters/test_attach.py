@@ -8,18 +8,18 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 import transformers
-from architectures import make_architecture
 from peft.tuners.lora.layer import LoraLayer
 
 from qlora_dist.adapters.attach import adapter_parameters
 from qlora_dist.adapters.export import saved_config, write_adapter
-from qlora_dist.adapters.names import peft_key
-from qlora_dist.config_file import load_config
+from qlora_dist.adapters.peft_keys import peft_key
+from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.train.setup import set_up_model
+from qlora_dist.train.run_setup import set_up_model
+from tests.helpers import tiny_models
+from tests.helpers.architectures import make_architecture
 
 # of each: layers and experts' parameters that are to have an adapter, of those that PEFT takes for others too
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
@@ -35,7 +35,7 @@ def test_peft_loads_what_is_trained(
     name: str, settings: dict[str, Any], overrides: tuple[str, ...], count: int, tmp_path: Path
 ) -> None:
     source = make_architecture(tmp_path / "source", name, **settings)
-    config = load_config(tiny.make_config(tmp_path, source), ["data.packing=none", *overrides])
+    config = load_config(tiny_models.make_config(tmp_path, source), ["data.packing=none", *overrides])
     _, model, adapter = set_up_model(config)
     adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
     assert len(adapted) == count
@@ -69,22 +69,22 @@ def test_what_peft_does_not_read_is_refused(tmp_path: Path) -> None:
     ):
         folder = tmp_path / name
         source = make_architecture(folder / "source", name, **settings)
-        config = load_config(tiny.make_config(folder, source), ["data.packing=none", override])
+        config = load_config(tiny_models.make_config(folder, source), ["data.packing=none", override])
         with pytest.raises(UserError, match=message) as error:
             set_up_model(config)
         assert "\n" not in str(error.value)
 
 
 def test_a_tied_head_is_not_trained_apart(tmp_path: Path) -> None:
-    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=True)
-    config = load_config(tiny.make_config(tmp_path, source), ["lora.modules_to_save=[embed_tokens,lm_head]"])
+    source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=True)
+    config = load_config(tiny_models.make_config(tmp_path, source), ["lora.modules_to_save=[embed_tokens,lm_head]"])
     with pytest.raises(UserError, match=r"lm_head is the embedding in .* \(tied\); leave it out, it follows"):
         set_up_model(config)
 
 
 def test_dropout_is_not_saved_where_peft_knows_none(tmp_path: Path) -> None:
     source = make_architecture(tmp_path / "source", "DeepseekV3")
-    config = load_config(tiny.make_config(tmp_path, source), ["data.packing=none", "lora.dropout=0.1"])
+    config = load_config(tiny_models.make_config(tmp_path, source), ["data.packing=none", "lora.dropout=0.1"])
     _, model, adapter = set_up_model(config)
     assert model.get_submodule("model.layers.0.mlp.up_proj").lora_dropout["default"].p == 0.1
     saved_config(adapter).save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from qlora_dist.adapters import lora_matmul as fused
 from qlora_dist.adapters.attach import attach_adapter, peft_config
 from qlora_dist.adapters.lora import LoraNF4
 from qlora_dist.adapters.lora_matmul import lora_matmul
-from qlora_dist.config import LoraConfig
+from qlora_dist.config.schema import LoraConfig
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.quantize import quantize
 

@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # behind tests: 
 
 from loading_table import show  # type: ignore[import-not-found]
 
-from qlora_dist.train.machine import this_machine
+from qlora_dist.runtime.machine_info import this_machine
 
 MIB = 2**20
 

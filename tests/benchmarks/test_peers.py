@@ -14,11 +14,11 @@ PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 sys.path.append(str(PEERS))  # behind tests: it has modules of the same names
 
 from figures import claims, figures  # type: ignore[import-not-found] # noqa: E402
+from peer_process import Running  # type: ignore[import-not-found] # noqa: E402
 from systems import SYSTEMS  # type: ignore[import-not-found] # noqa: E402
 from table import reason, show  # type: ignore[import-not-found] # noqa: E402
-from turns import Running  # type: ignore[import-not-found] # noqa: E402
 
-from qlora_dist.train.machine import this_machine  # noqa: E402
+from qlora_dist.runtime.machine_info import this_machine  # noqa: E402
 
 STEPS = [
     {"kind": kind, "tokens": tokens, "our_tokens": 400} for kind, tokens in [("full", 400)] * 3 + [("uneven", 300)] * 3

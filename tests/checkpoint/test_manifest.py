@@ -19,7 +19,7 @@ from qlora_dist.checkpoint.manifest import (
     read_manifest,
     sha256_of,
 )
-from qlora_dist.checkpoint.shards import Cut
+from qlora_dist.checkpoint.resharding import Cut
 
 MANIFEST_OF_ALL = Manifest(
     120,

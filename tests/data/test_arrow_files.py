@@ -11,15 +11,15 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from published import make_tokenizer
 
-from qlora_dist.config import SourceConfig
+from qlora_dist.config.schema import SourceConfig
 from qlora_dist.data import hub
-from qlora_dist.data.encode import Encoder
-from qlora_dist.data.formats import typed_rows
-from qlora_dist.data.row import BadRow, MessagesRow, TextRow
+from qlora_dist.data.row_encoder import Encoder
+from qlora_dist.data.row_formats import typed_rows
 from qlora_dist.data.source import read_rows, source_files
+from qlora_dist.data.source_row import BadRow, MessagesRow, TextRow
 from qlora_dist.errors import UserError
+from tests.helpers.published_tokenizers import make_tokenizer
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from filelock import SoftFileLease
 
-from qlora_dist import lease
 from qlora_dist.data import cache
 from qlora_dist.data.cache import is_complete, prepared
 from qlora_dist.errors import UserError
+from qlora_dist.runtime import lease
 
 CONTEXT = multiprocessing.get_context("fork")
 RANKS = 6

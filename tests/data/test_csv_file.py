@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config import SourceConfig
+from qlora_dist.config.schema import SourceConfig
 from qlora_dist.data import csv_file, json_files
-from qlora_dist.data.row import BadRow, CompletionRow, TextRow
 from qlora_dist.data.source import read_rows
+from qlora_dist.data.source_row import BadRow, CompletionRow, TextRow
 from qlora_dist.errors import UserError
 
 

@@ -79,7 +79,7 @@ def hub() -> Iterator[str]:
 
 READ = """
 import json, sys, dataclasses
-from qlora_dist.config import SourceConfig
+from qlora_dist.config.schema import SourceConfig
 from qlora_dist.data.source import read_rows
 from qlora_dist.errors import UserError
 for source in json.loads(sys.argv[1]):
@@ -172,8 +172,8 @@ import io, json, multiprocessing, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from rich.console import Console
-from qlora_dist.config import DataConfig
-from qlora_dist.data.prepare import prepare
+from qlora_dist.config.schema import DataConfig
+from qlora_dist.data.prepare_datasets import prepare
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 

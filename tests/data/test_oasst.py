@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.data.formats import typed_rows
-from qlora_dist.data.row import BadRow, MessagesRow
+from qlora_dist.data.row_formats import typed_rows
+from qlora_dist.data.source_row import BadRow, MessagesRow
 
 
 def node(text: str, *replies: dict[str, Any], by: str = "", **fields: Any) -> dict[str, Any]:

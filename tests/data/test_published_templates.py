@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from published import make_tokenizer, token_texts
 
-from qlora_dist.data.encode import Encoded, Encoder, Mask
-from qlora_dist.data.row import BadRow, MessagesRow
+from qlora_dist.data.row_encoder import Encoded, Encoder, Mask
+from qlora_dist.data.source_row import BadRow, MessagesRow
+from tests.helpers.published_tokenizers import make_tokenizer, token_texts
 
 Flagged = list[tuple[str, bool]]
 

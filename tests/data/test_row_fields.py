@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from published import make_tokenizer
 
-from qlora_dist.data.encode import Encoded, Encoder
-from qlora_dist.data.formats import typed_rows
-from qlora_dist.data.row import BadRow, MessagesRow, Row
+from qlora_dist.data.row_encoder import Encoded, Encoder
 from qlora_dist.data.row_fields import FieldNames
+from qlora_dist.data.row_formats import typed_rows
+from qlora_dist.data.source_row import BadRow, MessagesRow, Row
+from tests.helpers.published_tokenizers import make_tokenizer
 
 HI, HELLO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 SYSTEM = {"role": "system", "content": "be brief"}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config import Format, SourceConfig
-from qlora_dist.data.row import BadRow, MessagesRow, TextRow
+from qlora_dist.config.schema import Format, SourceConfig
 from qlora_dist.data.source import read_rows, source_files
+from qlora_dist.data.source_row import BadRow, MessagesRow, TextRow
 from qlora_dist.errors import UserError
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config import Format, SourceConfig
-from qlora_dist.data.formats import SHAPES
-from qlora_dist.data.row import BadRow, CompletionRow, MessagesRow, Row, TextRow
+from qlora_dist.config.schema import Format, SourceConfig
+from qlora_dist.data.row_formats import SHAPES
 from qlora_dist.data.source import read_rows
+from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, Row, TextRow
 from qlora_dist.errors import UserError
 
 FORMATS = typing.get_args(Format)

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.data import tokenize as tokenize_module
-from qlora_dist.data.encode import Encoded
-from qlora_dist.data.row import BadRow, CompletionRow, MessagesRow, Row, TextRow
-from qlora_dist.data.sequences import Sequences
+from qlora_dist.data.row_encoder import Encoded
+from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, Row, TextRow
 from qlora_dist.data.tokenize import Stats, tokenize
+from qlora_dist.data.tokenized import Sequences
 from qlora_dist.errors import UserError
 
 

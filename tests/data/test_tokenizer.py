@@ -6,7 +6,7 @@ import pytest
 
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
-from qlora_dist.model.folder import read_json
+from qlora_dist.model.model_folder import read_json
 
 CONTENTS = {"nested": "[" * 100_000, "closed": '{"a":' * 50_000 + "1" + "}" * 50_000, "null": "null", "a list": "[]"}
 

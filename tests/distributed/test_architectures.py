@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import peft
 import pytest
-import tiny
 import torch
-from architectures import ARCHITECTURES, dequantized_model, make_architecture
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from trained import PROMPT, first_loss, losses, train_and_give_logits
 
-from qlora_dist.config import ModelConfig
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import UserError
-from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.meta_model import build_skeleton
+from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
-from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.train.run_dir import run_path
+from qlora_dist.runs.run_dir import run_path
+from tests.helpers import tiny_models
+from tests.helpers.architectures import ARCHITECTURES, dequantized_model, make_architecture
+from tests.helpers.ranks import run_ranks
+from tests.helpers.train_helpers import PROMPT, first_loss, losses, train_and_give_logits
 
 STEPS = 2
 SPARSE = ("Mixtral", "DeepseekV3", "GptOss")  # of one name per expert, of a dense layer too, of transposed experts
@@ -35,7 +35,7 @@ SPARSE = ("Mixtral", "DeepseekV3", "GptOss")  # of one name per expert, of a den
 def test_an_architecture_trains_as_in_transformers(name: str, experts: bool, tmp_path: Path) -> None:
     source = make_architecture(tmp_path / "source", name)
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.95)).out
-    path = tiny.make_config(tmp_path, quantized, train__steps=STEPS, optim__warmup_steps=0)
+    path = tiny_models.make_config(tmp_path, quantized, train__steps=STEPS, optim__warmup_steps=0)
     packing = "none" if name in ("Falcon", "Bloom") else "best-fit"
     overrides = [f"data.packing={packing}", f"lora.experts={str(experts).lower()}"]
     configs = [load_config(path, [f"run.name={n}-ranks", f"train.micro_batch={12 // n}", *overrides]) for n in (1, 2)]

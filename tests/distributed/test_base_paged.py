@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from ranks import run_ranks
 
-import qlora_dist.train.run as run_module
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
+import qlora_dist.train.run_training as run_module
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.model.folder import ModelFolder
+from qlora_dist.model.meta_model import build_skeleton, decoder_layers
+from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
-from qlora_dist.model.skeleton import build_skeleton, decoder_layers
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import RunDir, run_path
+from qlora_dist.runs.run_dir import RunDir, run_path
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 6
@@ -34,11 +34,11 @@ PAGED = ("parallel.base=paged", "parallel.resident_bytes=0")
 
 def write(folder: Path, **settings: Any) -> Path:
     base = quantize_folder(
-        tiny.make_model(folder / "source", hidden_size=32, intermediate_size=80, head_dim=8, **settings),
+        tiny_models.make_model(folder / "source", hidden_size=32, intermediate_size=80, head_dim=8, **settings),
         folder / "nf4",
         QuantizeOptions(),
     ).out
-    return tiny.make_config(
+    return tiny_models.make_config(
         folder,
         base,
         data__seq_len=48,

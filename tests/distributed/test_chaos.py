@@ -10,15 +10,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import tiny
-from warm import warm_python
+
+from tests.helpers import tiny_models
+from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_in_every_phase_ends_as_if_it_had_not_been(tmp_path: Path, tiny_llama_nf4: Path) -> None:
-    data = tiny.make_data(tmp_path / "data.jsonl", 60)
+    data = tiny_models.make_data(tmp_path / "data.jsonl", 60)
     where = ["--base", tiny_llama_nf4, "--data", data, "--out", tmp_path / "runs", "--json", tmp_path / "result.json"]
     length = ["--kills", "5", "--steps", "12", "--seed", "3"]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from filelock import SoftFileLease
-from ranks import free_port, started_ranks
 
-from qlora_dist import cli
-from qlora_dist.config import SourceConfig
-from qlora_dist.config_file import load_config
-from qlora_dist.data import prepare
-from qlora_dist.data.encode import Encoder
-from qlora_dist.data.key import source_key
+from qlora_dist.cli.main import main
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import SourceConfig
+from qlora_dist.data import prepare_datasets
+from qlora_dist.data.cache_key import source_key
+from qlora_dist.data.row_encoder import Encoder
 from qlora_dist.data.tokenizer import load_tokenizer
-from qlora_dist.lease import LEASE_S
+from qlora_dist.runtime.lease import LEASE_S
+from tests.helpers import tiny_models
+from tests.helpers.ranks import free_port, started_ranks
 
 RANKS = 8
 TIMEOUT_S = 500
@@ -30,22 +30,22 @@ TIMEOUT_S = 500
 
 def train_and_sign(config: Path, log: Path) -> None:
     """The command line, which signs in a file whenever it tokenizes."""
-    tokenize = prepare.tokenize
+    tokenize = prepare_datasets.tokenize
 
     def counted(*args: Any, **options: Any) -> Any:
         with log.open("a") as file:
             file.write(options["name"] + "\n")
         return tokenize(*args, **options)
 
-    prepare.tokenize = counted
+    prepare_datasets.tokenize = counted
     sys.argv = ["qlora-dist", "train", str(config)]
-    cli.main()
+    main.main()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 60)
 def test_eight_ranks_start_on_a_cold_cache(tiny_llama_nf4, tmp_path):
-    path = tiny.make_config(tmp_path, tiny_llama_nf4, train__steps=2, train__global_batch=8)
+    path = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__steps=2, train__global_batch=8)
     config = load_config(path)
     cache = Path(config.data.cache)
     train, held_out = config.data.train[0], config.data.eval

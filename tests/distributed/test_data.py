@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from ranks import run_ranks
 from rich.console import Console
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.optim.schedule import learning_rate
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import run_path
-from qlora_dist.train.setup import set_up
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
 
 MIXTURE = "data.train=[{path: FOLDER/train.jsonl, weight: 0.5}, {path: FOLDER/other.jsonl, weight: 1.5}]"
 # each with some (ranks, rows of a micro-batch), which are compared with one rank that has all twelve rows at once
@@ -45,9 +45,9 @@ WAYS = {
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    path = tiny.make_config(folder, tiny_llama_nf4, data__seq_len=48)
-    tiny.make_data(folder / "train.jsonl", 60, words=(1, 30))
-    tiny.make_data(folder / "other.jsonl", 20, seed=2, words=(1, 8))
+    path = tiny_models.make_config(folder, tiny_llama_nf4, data__seq_len=48)
+    tiny_models.make_data(folder / "train.jsonl", 60, words=(1, 30))
+    tiny_models.make_data(folder / "other.jsonl", 20, seed=2, words=(1, 8))
     return path
 
 

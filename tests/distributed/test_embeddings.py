@@ -7,22 +7,22 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 import transformers
-from architectures import dequantized_model, make_architecture
-from ranks import run_ranks
-from trained import first_loss, losses
 
-from qlora_dist.config_file import load_config
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.model.folder import ModelFolder
+from qlora_dist.config.config_file import load_config
+from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.nf4.embedding import NF4Embedding, NF4Head
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import run_path
-from qlora_dist.train.setup import set_up
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.architectures import dequantized_model, make_architecture
+from tests.helpers.ranks import run_ranks
+from tests.helpers.train_helpers import first_loss, losses
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("Llama", {}),
@@ -40,7 +40,7 @@ def train_on(ranks: int, path: Path, name: str, *overrides: str) -> list[float]:
 
 def check(source: Path, tmp_path: Path) -> None:
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(embeddings=True)).out
-    path = tiny.make_config(tmp_path, quantized, train__steps=2, optim__warmup_steps=0)
+    path = tiny_models.make_config(tmp_path, quantized, train__steps=2, optim__warmup_steps=0)
     from_16_bit = (f"model.base={source}", "model.embeddings=4bit")
     one = train_on(1, path, "folder")
     assert len(one) == 2
@@ -58,7 +58,7 @@ def check(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_are_those_of_the_dequantized_weights(name: str, tmp_path: Path) -> None:
     arch, settings = MODELS[name]
-    check(tiny.make_model(tmp_path / "source", arch, torch.float32, initializer_range=0.1, **settings), tmp_path)
+    check(tiny_models.make_model(tmp_path / "source", arch, torch.float32, initializer_range=0.1, **settings), tmp_path)
 
 
 @pytest.mark.slow
@@ -72,8 +72,8 @@ def test_other_architectures_too(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_4_bit_folder_whose_embeddings_are_in_16_bit(ranks: int, tmp_path: Path) -> None:
     """As nearly everybody's are: what is missing is quantized on loading."""
-    source = tiny.make_model(tmp_path / "source")
-    path = tiny.make_config(tmp_path, source, train__steps=3)
+    source = tiny_models.make_model(tmp_path / "source")
+    path = tiny_models.make_config(tmp_path, source, train__steps=3)
     whole = quantize_folder(source, tmp_path / "whole", QuantizeOptions(embeddings=True)).out
     layers = quantize_folder(source, tmp_path / "layers", QuantizeOptions()).out
     expected = train_on(1, path, "whole", f"model.base={whole}")
@@ -83,7 +83,7 @@ def test_a_4_bit_folder_whose_embeddings_are_in_16_bit(ranks: int, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_head_that_others_have_quantized(tmp_path: Path) -> None:
-    source = tiny.make_model(tmp_path / "source", intermediate_size=192)
+    source = tiny_models.make_model(tmp_path / "source", intermediate_size=192)
     options = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -95,9 +95,9 @@ def test_a_head_that_others_have_quantized(tmp_path: Path) -> None:
         source, quantization_config=options, dtype=torch.bfloat16, device_map="cpu"
     )
     theirs.save_pretrained(tmp_path / "published")
-    tiny.make_tokenizer().save_pretrained(tmp_path / "published")
+    tiny_models.make_tokenizer().save_pretrained(tmp_path / "published")
     assert "lm_head.weight" in ModelFolder(tmp_path / "published").quantized
-    path = tiny.make_config(tmp_path, tmp_path / "published", train__steps=2, optim__warmup_steps=0)
+    path = tiny_models.make_config(tmp_path, tmp_path / "published", train__steps=2, optim__warmup_steps=0)
     config = load_config(path)
     model = set_up(config, ranks_from_environment({})).model
     assert isinstance(model.get_output_embeddings(), NF4Head)

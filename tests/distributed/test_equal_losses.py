@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
-from trained import adapter_difference
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
-from qlora_dist.train.run import train
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
+from tests.helpers.train_helpers import adapter_difference
 
 # (ranks, nodes, base, adapter), the first being what the others are compared with
 LAYOUTS = {
@@ -57,7 +57,7 @@ def losses(metrics: list[dict[str, Any]]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
-    return tiny.make_config(tmp_path_factory.mktemp("equal"), tiny_llama_nf4, train__steps=6)
+    return tiny_models.make_config(tmp_path_factory.mktemp("equal"), tiny_llama_nf4, train__steps=6)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+from tests.helpers import tiny_models
 
 GPUS = torch.cuda.device_count()
 
@@ -24,7 +25,7 @@ def losses(config: Path, name: str, launcher: list[str], *overrides: str) -> lis
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
-    return tiny.make_config(tmp_path_factory.mktemp("gpu"), tiny_llama_nf4, train__steps=4)
+    return tiny_models.make_config(tmp_path_factory.mktemp("gpu"), tiny_llama_nf4, train__steps=4)
 
 
 @pytest.mark.slow

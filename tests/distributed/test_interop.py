@@ -6,19 +6,19 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from ranks import run_ranks
-from trained import PROMPT, losses, plain_losses, train_and_give_logits
 
 from qlora_dist.adapters.attach import first_values
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.train.run_dir import run_path
-from qlora_dist.train.setup import set_up
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.run_setup import set_up
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
+from tests.helpers.train_helpers import PROMPT, losses, plain_losses, train_and_give_logits
 
 
 def train_reference(config: Config, steps: int) -> list[float]:
@@ -59,7 +59,7 @@ def fp32_nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qlora_dist.model.quantize_plan import QuantizeOptions
 
     folder = tmp_path_factory.mktemp("interop")
-    source = tiny.make_model(folder / "source", dtype=torch.float32, intermediate_size=192, head_dim=16)
+    source = tiny_models.make_model(folder / "source", dtype=torch.float32, intermediate_size=192, head_dim=16)
     return quantize_folder(source, folder / "nf4", QuantizeOptions()).out
 
 
@@ -70,7 +70,7 @@ def test_losses_adapter_and_logits_are_those_of_transformers_and_peft(
 ) -> None:
     flags = [] if variant == "lora" else [f"lora.{variant}=true"]
     config = load_config(
-        tiny.make_config(tmp_path, fp32_nf4, train__steps=6),
+        tiny_models.make_config(tmp_path, fp32_nf4, train__steps=6),
         ["optim.schedule=constant", "optim.warmup_steps=0", *flags],
     )
     results = [torch.from_numpy(logits) for logits in run_ranks(2, train_and_give_logits, config)]
@@ -94,7 +94,7 @@ def test_losses_adapter_and_logits_are_those_of_transformers_and_peft(
 
 def test_an_adapter_folder_names_its_base_and_targets(fp32_nf4: Path, tmp_path: Path) -> None:
     config = load_config(
-        tiny.make_config(tmp_path, fp32_nf4, train__steps=2), ["lora.targets=[q_proj,v_proj]", "lora.r=3"]
+        tiny_models.make_config(tmp_path, fp32_nf4, train__steps=2), ["lora.targets=[q_proj,v_proj]", "lora.r=3"]
     )
     run_ranks(1, train_and_give_logits, config)
     loaded = peft.PeftConfig.from_pretrained(run_path(config.run) / "adapter")

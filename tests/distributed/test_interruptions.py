@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
 
 from qlora_dist.checkpoint.manifest import find_checkpoints
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
-from qlora_dist.train import evaluate
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import REQUEUE, STOPPED, RunDir, run_path
-from qlora_dist.train.stop import STOP_FILE, listen
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.runs.run_dir import REQUEUE, STOPPED, RunDir, run_path
+from qlora_dist.train import evaluation_loop
+from qlora_dist.train.run_training import train
+from qlora_dist.train.stop_requests import STOP_FILE, listen
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 EVAL_ROWS = 24
@@ -36,8 +36,8 @@ EVAL_ROWS = 24
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
     folder = tmp_path_factory.mktemp("interruptions")
     steps = {"train__steps": 4, "train__save_every": 2, "train__eval_every": 2, "train__global_batch": 2}
-    path = tiny.make_config(folder, tiny_llama_nf4, data__packing="none", **steps)
-    tiny.make_data(folder / "eval.jsonl", EVAL_ROWS, seed=1)
+    path = tiny_models.make_config(folder, tiny_llama_nf4, data__packing="none", **steps)
+    tiny_models.make_data(folder / "eval.jsonl", EVAL_ROWS, seed=1)
     return path
 
 
@@ -59,7 +59,7 @@ def adapter(config: Config) -> dict[str, torch.Tensor]:
 
 def at_batch(number: int, action: Any) -> None:
     """In this process: do something after that many batches of evaluations, and after each one that follows."""
-    beat, batches = evaluate.beat, 0
+    beat, batches = evaluation_loop.beat, 0
 
     def counted(*args: Any) -> None:
         nonlocal batches
@@ -68,7 +68,7 @@ def at_batch(number: int, action: Any) -> None:
         if batches >= number:
             action(batches - number)
 
-    evaluate.beat = counted  # type: ignore[attr-defined]
+    evaluation_loop.beat = counted  # type: ignore[attr-defined]
 
 
 def train_until(config: Config, number: int, way: str) -> None:

@@ -9,22 +9,22 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from architectures import dequantized_model, make_architecture
-from ranks import run_ranks
-from trained import first_loss, losses
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import dump_config, load_config
+from qlora_dist.config.config_file import dump_config, load_config
+from qlora_dist.config.lora_from_adapter import with_adapter
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.lora_from import with_adapter
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import run_path
-from qlora_dist.train.setup import set_up
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.architectures import dequantized_model, make_architecture
+from tests.helpers.ranks import run_ranks
+from tests.helpers.train_helpers import first_loss, losses
 
 
 def configured(path: Path, adapter: Path, *overrides: str) -> Config:
@@ -57,7 +57,7 @@ def test_an_adapter_of_pefts_own_with_experts(tmp_path: Path) -> None:
             if "lora_" in name:
                 parameter.normal_(std=0.2)
     adapted.save_pretrained(tmp_path / "adapter")
-    path = tiny.make_config(tmp_path, quantized, train__steps=1, optim__warmup_steps=0, data__eval=None)
+    path = tiny_models.make_config(tmp_path, quantized, train__steps=1, optim__warmup_steps=0, data__eval=None)
     config = configured(path, tmp_path / "adapter")
     assert (config.lora.r, config.lora.alpha, config.lora.rslora, config.lora.experts) == (3, 5.0, True, True)
     assert config.lora.targets == ["o_proj", "q_a_proj", "q_b_proj", "up_proj"]
@@ -76,7 +76,7 @@ def test_an_adapter_of_pefts_own_with_experts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_goes_on_where_another_has_ended(tiny_llama_nf4: Path, tmp_path: Path) -> None:
-    path = tiny.make_config(tmp_path, tiny_llama_nf4, train__steps=2)
+    path = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__steps=2)
     first = load_config(path, ["lora.dora=true", "lora.modules_to_save=[norm, lm_head]", "run.name=first"])
     run_ranks(1, train, first)
     second = configured(path, run_path(first.run) / "adapter", "run.name=second")
@@ -89,10 +89,10 @@ def test_a_run_goes_on_where_another_has_ended(tiny_llama_nf4: Path, tmp_path: P
 
 
 def test_what_differs_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    model = tiny.transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = tiny_models.transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     targets = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
     peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, **targets)).save_pretrained(tmp_path / "a")
-    path = tiny.make_config(tmp_path, tiny_llama)
+    path = tiny_models.make_config(tmp_path, tiny_llama)
     for overrides, message in {
         ("lora.r=4",): r"lora\.r: is 4, and .* has 2; leave the key out",
         ("lora.alpha=16",): r"lora\.alpha: is 16\.0, and .* has 6\.0",

@@ -7,22 +7,22 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
-from architectures import dequantized_model
-from ranks import run_ranks
 from safetensors.torch import load_file
-from trained import PROMPT, losses, plain_losses, train_and_give_logits
 
 from qlora_dist.adapters.attach import first_values
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
-from qlora_dist.train.run_dir import run_path
-from qlora_dist.train.setup import set_up
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.run_setup import set_up
+from tests.helpers import tiny_models
+from tests.helpers.architectures import dequantized_model
+from tests.helpers.ranks import run_ranks
+from tests.helpers.train_helpers import PROMPT, losses, plain_losses, train_and_give_logits
 
 STEPS = 4
 
@@ -52,9 +52,9 @@ def reference_losses(config: Config, source: Path, quantized: Path, names: list[
     ],
 )
 def test_modules_trained_whole(tied: bool, names: list[str], layout: tuple[int, int, str], tmp_path: Path) -> None:
-    source = tiny.make_model(tmp_path / "source", dtype=torch.float32, tie_word_embeddings=tied)
+    source = tiny_models.make_model(tmp_path / "source", dtype=torch.float32, tie_word_embeddings=tied)
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions()).out
-    path = tiny.make_config(tmp_path, quantized, train__steps=STEPS, optim__warmup_steps=0)
+    path = tiny_models.make_config(tmp_path, quantized, train__steps=STEPS, optim__warmup_steps=0)
     world_size, nodes, base = layout
     overrides = ["optim.schedule=constant", f"lora.modules_to_save={json.dumps(names)}"]
     one, many = (
@@ -79,20 +79,20 @@ def test_modules_trained_whole(tied: bool, names: list[str], layout: tuple[int, 
 
 
 def test_an_unknown_module_is_refused(tiny_llama_nf4: Path, tmp_path: Path) -> None:
-    path = tiny.make_config(tmp_path, tiny_llama_nf4)
+    path = tiny_models.make_config(tmp_path, tiny_llama_nf4)
     with pytest.raises(UserError, match=r"lora\.modules_to_save: q_proj is no module .* choose from embed_tokens, "):
         set_up(load_config(path, ["lora.modules_to_save=[q_proj]"]), ranks_from_environment({}))
 
 
 def test_a_model_without_experts_has_none_to_adapt(tiny_llama_nf4: Path, tmp_path: Path) -> None:
-    path = tiny.make_config(tmp_path, tiny_llama_nf4)
+    path = tiny_models.make_config(tmp_path, tiny_llama_nf4)
     with pytest.raises(UserError, match=r"lora\.experts: .* has no experts in 4 bit"):
         set_up(load_config(path, ["lora.experts=true"]), ranks_from_environment({}))
 
 
 def test_tokens_that_the_embedding_has_no_rows_for(tmp_path: Path) -> None:
-    base = tiny.make_model(tmp_path / "model", vocab_size=250)  # of 310 that the tokenizer knows
-    path = tiny.make_config(tmp_path, base)
+    base = tiny_models.make_model(tmp_path / "model", vocab_size=250)  # of 310 that the tokenizer knows
+    path = tiny_models.make_config(tmp_path, base)
     with pytest.raises(
         UserError, match=r"the data's tokens go up to number \d+ and the embedding has 250 rows; resize"
     ):

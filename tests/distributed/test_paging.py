@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from ranks import run_ranks
-from trained import losses
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import run_path
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
+from tests.helpers.train_helpers import losses
 
 STEPS = 6
 PAGED = ("paging.page_bytes=4096", "paging.to=disk", "optim.resident_bytes=16KiB")
@@ -25,7 +25,7 @@ PAGED = ("paging.page_bytes=4096", "paging.to=disk", "optim.resident_bytes=16KiB
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
     folder = tmp_path_factory.mktemp("paging")
-    return tiny.make_config(
+    return tiny_models.make_config(
         folder, tiny_llama_nf4, train__steps=STEPS, train__save_every=3, train__global_batch=8, train__micro_batch=2
     )
 
@@ -124,7 +124,7 @@ def test_no_room_is_told_before_a_weight_is_read(config: Path) -> None:
 
 
 def train_and_tell_what_was_read(config: Config) -> None:
-    import qlora_dist.train.run as run
+    import qlora_dist.train.run_training as run
 
     def fill(*args: object) -> None:
         raise AssertionError("weights were read")

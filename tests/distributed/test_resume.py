@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
 
 from qlora_dist.checkpoint.manifest import find_checkpoints, read_manifest
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import DONE, REQUEUE, STOPPED, RunDir, run_path
-from qlora_dist.train.stop import listen
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.runs.run_dir import DONE, REQUEUE, STOPPED, RunDir, run_path
+from qlora_dist.train.run_training import train
+from qlora_dist.train.stop_requests import listen
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
 
 STEPS = 8
 
@@ -31,7 +31,7 @@ STEPS = 8
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     steps = {"train__steps": STEPS, "train__save_every": 2, "train__global_batch": 8, "train__micro_batch": 2}
-    return tiny.make_config(folder, tiny_llama_nf4, **steps)
+    return tiny_models.make_config(folder, tiny_llama_nf4, **steps)
 
 
 def resolve(config: Path, name: str, *overrides: str) -> Config:
@@ -175,7 +175,7 @@ def choose_after_each_damage(checkpoints: str, names: list[str], scratch: str) -
     """On each rank of a group: which checkpoint is taken after each damage to the newest."""
     import torch.distributed as dist
 
-    from qlora_dist.checkpoint.choose import newest_whole
+    from qlora_dist.checkpoint.select import newest_whole
 
     dist.init_process_group("gloo")
     found = []
@@ -349,7 +349,7 @@ def rare_words(path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_goes_back_before_a_spike(tmp_path: Path, tiny_llama_nf4: Path) -> None:
-    config = tiny.make_config(
+    config = tiny_models.make_config(
         tmp_path,
         tiny_llama_nf4,
         train__steps=60,

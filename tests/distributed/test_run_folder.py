@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from ranks import run_ranks, started_ranks
 from typer.testing import CliRunner
 
-from qlora_dist import lease
-from qlora_dist.checkpoint.choose import newest_whole
 from qlora_dist.checkpoint.manifest import MANIFEST, find_checkpoints, read_manifest
-from qlora_dist.cli import app, main
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
+from qlora_dist.checkpoint.select import newest_whole
+from qlora_dist.cli.main import app, main
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.train import run as training
-from qlora_dist.train.checkpoints import _check_state
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import DONE, RunDir, run_path
+from qlora_dist.runs.run_dir import DONE, RunDir, run_path
+from qlora_dist.runtime import lease
+from qlora_dist.train import run_training as training
+from qlora_dist.train.run_checkpointer import _check_state
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks, started_ranks
 
 STEPS = 8
 
@@ -38,7 +38,7 @@ STEPS = 8
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
     sizes = {"train__global_batch": 2, "data__seq_len": 32, "data__eval": None, "optim__schedule": "constant"}
     saves = {"train__steps": STEPS, "train__save_every": 2, "train__keep_checkpoints": 3}
-    return tiny.make_config(tmp_path_factory.mktemp("run-folder"), tiny_llama_nf4, **sizes, **saves)
+    return tiny_models.make_config(tmp_path_factory.mktemp("run-folder"), tiny_llama_nf4, **sizes, **saves)
 
 
 def resolve(config: Path, name: str, *overrides: str) -> Config:

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
-from ranks import run_ranks
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import run_path
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
 
 
 def metrics(config: Config, world_size: int) -> list[dict[str, float]]:
@@ -22,10 +22,10 @@ def metrics(config: Config, world_size: int) -> list[dict[str, float]]:
 
 def test_one_rank_with_four_sequences_is_four_ranks_with_one(tiny_llama_nf4: Path, tmp_path: Path) -> None:
     """Sequences of very different lengths: a mean of the ranks' means would be far off."""
-    path = tiny.make_config(
+    path = tiny_models.make_config(
         tmp_path, tiny_llama_nf4, data__packing="none", data__seq_len=256, train__steps=6, train__global_batch=4
     )
-    tiny.make_data(tmp_path / "train.jsonl", 40, words=(1, 60))
+    tiny_models.make_data(tmp_path / "train.jsonl", 40, words=(1, 60))
     one = metrics(load_config(path, ["train.micro_batch=4", "run.name=one"]), 1)
     four = metrics(load_config(path, ["train.micro_batch=1", "run.name=four"]), 4)
     two = metrics(load_config(path, ["train.micro_batch=1", "run.name=two"]), 2)
@@ -40,10 +40,10 @@ def test_one_rank_with_four_sequences_is_four_ranks_with_one(tiny_llama_nf4: Pat
 @pytest.mark.parametrize("attention", ["sdpa", "flex", "eager"])
 def test_packed_and_unpacked_sequences_have_one_loss(arch: str, attention: str, tmp_path: Path) -> None:
     """All the data in one step, so that both runs train on the same sequences; the gradient counts as well."""
-    base = tiny.make_model(tmp_path / "model", arch, **({"sliding_window": 32} if arch == "Mistral" else {}))
-    path = tiny.make_config(tmp_path, base, train__steps=2, data__seq_len=256, model__attention=attention)
-    from qlora_dist.launch.environment import ranks_from_environment
-    from qlora_dist.train.setup import set_up
+    base = tiny_models.make_model(tmp_path / "model", arch, **({"sliding_window": 32} if arch == "Mistral" else {}))
+    path = tiny_models.make_config(tmp_path, base, train__steps=2, data__seq_len=256, model__attention=attention)
+    from qlora_dist.runtime.environment import ranks_from_environment
+    from qlora_dist.train.run_setup import set_up
 
     rows = {}
     for packing in ("best-fit", "none"):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-import tiny
+
+from tests.helpers import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
@@ -67,7 +68,7 @@ def torchrun(config: Path, output: Path) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_restart_in_place_and_a_killed_agent(tiny_llama_nf4, tmp_path):
     endless = {"train__steps": 10**6, "train__global_batch": 2, "train__save_every": 1, "data__eval": None}
-    config = tiny.make_config(tmp_path, tiny_llama_nf4, **endless)
+    config = tiny_models.make_config(tmp_path, tiny_llama_nf4, **endless)
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
 
     def steps() -> int:

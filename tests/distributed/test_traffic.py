@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.model.fill import fill
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.model.load_weights import fill
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.moments import Moments
-from qlora_dist.parallel.fsdp import parallelize
+from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.parallel.fsdp2 import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.paged_layers import PagedLayers
-from qlora_dist.parallel.process_group import process_group
-from qlora_dist.plan.shapes import describe
-from qlora_dist.plan.traffic import Sharding, step_traffic
-from qlora_dist.train.setup import set_up
-from qlora_dist.train.step import AdapterShards, shard_sizes, train_step
+from qlora_dist.plan.model_spec import describe
+from qlora_dist.plan.step_traffic import Sharding, step_traffic
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.train_step import AdapterShards, shard_sizes, train_step
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
 
 # (ranks, nodes, base, adapter)
 LAYOUTS = [
@@ -124,7 +124,9 @@ def two_steps(config: Config) -> tuple[list[Collective], dict[str, int], int]:
 @pytest.fixture(scope="module", params=["untied", pytest.param("tied", marks=pytest.mark.slow)])
 def config_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("traffic")
-    return tiny.make_config(folder, tiny.make_model(folder / "model", tie_word_embeddings=request.param == "tied"))
+    return tiny_models.make_config(
+        folder, tiny_models.make_model(folder / "model", tie_word_embeddings=request.param == "tied")
+    )
 
 
 @pytest.mark.parametrize(("config_path", "compute_dtype", "layout"), CASES, indirect=["config_path"], ids=str)

@@ -14,12 +14,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import tiny
-from ranks import started_ranks
 
-from qlora_dist.cli import main
+from qlora_dist.cli.main import main
 from qlora_dist.errors import UserError
-from qlora_dist.train import loop
+from qlora_dist.train import trainer
+from tests.helpers import tiny_models
+from tests.helpers.ranks import started_ranks
 
 HOST = socket.gethostname()
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,13 +29,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def config(tiny_llama_nf4: Path, tmp_path: Path) -> Path:
     """A run without end."""
     steps = {"train__steps": 10**6, "train__global_batch": 6, "train__timeout": 5}
-    return tiny.make_config(tmp_path, tiny_llama_nf4, data__eval=None, data__seq_len=32, **steps)
+    return tiny_models.make_config(tmp_path, tiny_llama_nf4, data__eval=None, data__seq_len=32, **steps)
 
 
 def train(*words: str | Path, at_step: int = -1, fault: Callable[[], None] | None = None) -> None:
     """The command line. `fault` happens in the main thread, after that many steps."""
     if fault is not None:
-        step, done = loop.train_step, 0
+        step, done = trainer.train_step, 0
 
         def train_step(*args, **kwargs):
             nonlocal done
@@ -44,7 +44,7 @@ def train(*words: str | Path, at_step: int = -1, fault: Callable[[], None] | Non
             done += 1
             return step(*args, **kwargs)
 
-        loop.train_step = train_step
+        trainer.train_step = train_step
     sys.argv = ["qlora-dist", "train", *map(str, words)]
     main()
 

@@ -23,7 +23,8 @@ SKIPPED = ("tests/helpers/prose.py", "tests/test_prose.py")
 
 DENIED = re.compile(
     r"\b(so many|so-and-so\w*|without a word|nobody|those of|what it has|what they have|"
-    r"(?:is|are|was|were|be|been) told|for people|hand in hand|gets? on no|still at it|by and by|in so far|of theirs|of its own accord)\b",
+    r"(?:is|are|was|were|be|been) told|for people|hand in hand|gets? on no|still at it|by and by|"
+    r"in so far|of theirs|of its own accord)\b",
     re.IGNORECASE,
 )
 PERSONIFIED = re.compile(

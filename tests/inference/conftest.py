@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import peft
 import pytest
-import tiny
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
+from tests.helpers import tiny_models
 
 
 class Material(NamedTuple):
@@ -31,7 +31,7 @@ class Material(NamedTuple):
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     """Widths are multiples of the block size: elsewhere bitsandbytes misreads absmax on AVX512."""
     folder = tmp_path_factory.mktemp("inference")
-    source = tiny.make_model(folder / "source", dtype=torch.float32, intermediate_size=192)
+    source = tiny_models.make_model(folder / "source", dtype=torch.float32, intermediate_size=192)
     base = quantize_folder(source, folder / "nf4", QuantizeOptions()).out
     one = random_adapter(folder / "one", base, seed=1, target_modules="all-linear")
     two = random_adapter(folder / "two", base, seed=2, r=2, target_modules=["q_proj", "o_proj"], use_rslora=True)

@@ -11,17 +11,17 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import dequantized_model, make_architecture
-from ranks import run_ranks
 from safetensors.torch import save_file
 
 from qlora_dist.data.tokenizer import load_tokenizer
-from qlora_dist.inference.adapter_folder import base_of, parse_adapters
 from qlora_dist.inference.generate import Sampling, generate
-from qlora_dist.inference.load import loaded_model
-from qlora_dist.inference.settings import inference_config
+from qlora_dist.inference.inference_config import inference_config
+from qlora_dist.inference.inference_model import loaded_model
+from qlora_dist.inference.named_adapter import base_of, parse_adapters
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
+from tests.helpers.architectures import dequantized_model, make_architecture
+from tests.helpers.ranks import run_ranks
 
 PROMPTS = [[5, 6, 7], [3, 4, 5, 6, 7, 8, 9], [40, 41], [50, 51, 52, 53, 54], [60]]
 GREEDY = Sampling(max_new_tokens=8, temperature=0.0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from published import make_tokenizer
 from tokenizers import processors
 
 from qlora_dist.inference.prompts import Prompter, one_prompt, read_prompts
+from tests.helpers.published_tokenizers import make_tokenizer
 
 USER = {"role": "user", "content": "the cat"}
 TOOLS = [{"type": "function", "function": {"name": "what", "parameters": {}}}]

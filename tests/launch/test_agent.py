@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from launchers import environment
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch import agent, hosts
+from qlora_dist.launch import agent
 from qlora_dist.launch.agent import leave_in_report
+from qlora_dist.runtime import hosts
+from tests.helpers.launchers import environment
 
 
 def test_torchruns_report_shows_the_sentence(tmp_path: Path) -> None:

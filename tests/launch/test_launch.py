@@ -11,29 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from rich.console import Console
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.check import check_job, static_bytes
 from qlora_dist.launch.cluster import Cluster
-from qlora_dist.launch.environment import Ranks
+from qlora_dist.launch.job_check import check_job, static_bytes
 from qlora_dist.launch.launch import On, Options, launch_here, launch_slurm
-from qlora_dist.launch.mistake import leave_word
 from qlora_dist.launch.preflight import in_names_of_nodes, slow_nodes
 from qlora_dist.parallel.mesh import mesh_sizes
-from qlora_dist.plan.shapes import describe
-from qlora_dist.train.setup import set_up_model
+from qlora_dist.plan.model_spec import describe
+from qlora_dist.runtime.environment import Ranks
+from qlora_dist.runtime.user_error_file import leave_word
+from qlora_dist.train.run_setup import set_up_model
+from tests.helpers import tiny_models
 
 CPU = Cluster(gpus_per_node=0, preprocess=True)
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_llama_nf4: Path) -> Config:
-    return load_config(tiny.make_config(tmp_path, tiny_llama_nf4))
+    return load_config(tiny_models.make_config(tmp_path, tiny_llama_nf4))
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:

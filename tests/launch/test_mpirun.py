@@ -13,13 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from launchers import ROOT, alive, environment, mpi, need, wait_until
-from ranks import run_ranks
 
-from qlora_dist.config_file import load_config
-from qlora_dist.train.run import train
+from qlora_dist.config.config_file import load_config
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.launchers import ROOT, alive, environment, mpi, need, wait_until
+from tests.helpers.ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = ROOT / "launch" / "mpirun.sh"
@@ -31,7 +31,7 @@ JOIN = "import os, sys, time; from qlora_dist.launch import ending, environment,
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
     folder = tmp_path_factory.mktemp("mpi")
     small = {"data__seq_len": 32, "data__eval": None, "train__global_batch": 4, "train__steps": 3}
-    return tiny.make_config(folder, tiny_llama_nf4, optim__schedule="constant", **small)
+    return tiny_models.make_config(folder, tiny_llama_nf4, optim__schedule="constant", **small)
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def test_a_missing_mpi4py_is_a_sentence(config: Path, tmp_path: Path) -> None:
     (tmp_path / "mpi4py.py").write_text("raise ImportError(\"No module named 'mpi4py'\")\n")
     folder = tmp_path / "mpich"
     with_stub = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[1:] = ['train', {str(config)!r}]; "
-    run = with_stub + "from qlora_dist.cli import main; main()"
+    run = with_stub + "from qlora_dist.cli.main import main; main()"
     with mpirun("mpich", folder, 2, "-c", run) as process:
         code, err = end_of(process, folder)
     assert code in codes_of("mpich", 2)

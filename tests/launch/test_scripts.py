@@ -12,12 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tiny
-from launchers import ROOT, alive, environment, need, wait_until
-from ranks import run_ranks
 
-from qlora_dist.config_file import load_config
-from qlora_dist.train.run import train
+from qlora_dist.config.config_file import load_config
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.launchers import ROOT, alive, environment, need, wait_until
+from tests.helpers.ranks import run_ranks
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
@@ -52,7 +52,7 @@ def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: P
     small = {"train__steps": 10**6, "train__global_batch": 2, "data__eval": None, "data__seq_len": 32}
     folder = tmp_path / "with a blank"  # every value is quoted
     folder.mkdir()
-    config = tiny.make_config(folder, tiny_llama_nf4, **small)
+    config = tiny_models.make_config(folder, tiny_llama_nf4, **small)
     run = folder / "runs" / "run"
     environ = environment(folder) | {"PYTHON": sys.executable, "NPROC_PER_NODE": "2"}
     with (tmp_path / "out.txt").open("w") as out:

@@ -7,18 +7,18 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 import transformers
-from architectures import dequantized_model, make_architecture
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.errors import UserError
 from qlora_dist.merge.merge_folder import Report, merge_folder
-from qlora_dist.merge.plan import MergeOptions
+from qlora_dist.merge.merge_plan import MergeOptions
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
+from tests.helpers import tiny_models
+from tests.helpers.architectures import dequantized_model, make_architecture
 
 PROMPT = torch.arange(3, 60).view(1, -1)
 QUIET = Console(quiet=True)
@@ -79,13 +79,13 @@ def check(source: Path, tmp_path: Path, **settings: Any) -> tuple[Path, Report]:
 )
 def test_the_merged_model_is_base_and_adapter(settings: dict[str, Any], tmp_path: Path) -> None:
     arch = "Qwen2" if settings.get("bias") else "Llama"
-    check(tiny.make_model(tmp_path / "source", arch=arch), tmp_path, **settings)
+    check(tiny_models.make_model(tmp_path / "source", arch=arch), tmp_path, **settings)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_tokens(tied: bool, tmp_path: Path) -> None:
     """An embedding with more rows than the base's, trained whole; a tied head stays tied to it."""
-    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=tied, num_hidden_layers=1)
+    source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=tied, num_hidden_layers=1)
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.3)).out
 
     def resized() -> Any:
@@ -121,7 +121,7 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A 16-bit folder, the same in 4 bit, and an adapter of that."""
     folder = tmp_path_factory.mktemp("merge")
-    source = tiny.make_model(folder / "source")
+    source = tiny_models.make_model(folder / "source")
     quantized = quantize_folder(source, folder / "nf4", QuantizeOptions()).out
     return (
         source,
@@ -176,7 +176,7 @@ def test_into_nf4_with_error_feedback(tmp_path: Path) -> None:
     there. Scales stay as they are, and so do matrices without an update; the same again gives the same bytes.
     """
     torch.manual_seed(0)
-    source = tiny.make_model(tmp_path / "source", hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
+    source = tiny_models.make_model(tmp_path / "source", hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(block_size=64)).out
     adapter = make_adapter(load(quantized), tmp_path / "adapter", quantized, r=2, target_modules=["up_proj"])
     tensors = load_file(adapter / "adapter_model.safetensors")

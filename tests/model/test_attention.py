@@ -6,14 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_dist.errors import UserError
 from qlora_dist.model.attention import FLEX, PACKED, attend, attend_by_blocks, choose_attention
-from qlora_dist.model.boundaries import boundaries, sequences
+from qlora_dist.sequence_starts import boundaries, sequences
+from tests.helpers import tiny_models
 
 ROWS = [[5, 20, 1, 14], [40]]
 """Lengths of the sequences of each row."""
@@ -168,7 +168,7 @@ def test_flex_leaves_out_no_dropout_without_a_word() -> None:
 def test_logits_with_a_cache_or_padding_are_transformers(arch: str, attention: str, tmp_path: Any) -> None:
     """Without labels nothing of ours may show: generation and evaluation go this way."""
     window = {"sliding_window": 8} if arch == "Mistral" else {}
-    folder = tiny.make_model(tmp_path, arch, torch.float32, **window)
+    folder = tiny_models.make_model(tmp_path, arch, torch.float32, **window)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.randint(3, 300, (2, 24))
     mask = torch.ones_like(ids)

@@ -17,7 +17,7 @@ from transformers.integrations import flex_attention as transformers_flex
 from qlora_dist.model import attention
 from qlora_dist.model.attention import attend_by_blocks
 from qlora_dist.model.block_mask import block_mask, dense_mask
-from qlora_dist.model.boundaries import boundaries
+from qlora_dist.sequence_starts import boundaries
 
 ROWS = [[130, 200, 3, 167], [500]]  # four blocks, the last one not full
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import make_architecture
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import adapter_parameters, attach_adapter, peft_config
-from qlora_dist.config import LoraConfig, ModelConfig
-from qlora_dist.launch.environment import ranks_from_environment
+from qlora_dist.config.schema import LoraConfig, ModelConfig
 from qlora_dist.model.attention import FLEX, PACKED
-from qlora_dist.model.fill import fill
-from qlora_dist.model.folder import ModelFolder
-from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.parallel.process_group import process_group
+from qlora_dist.model.load_weights import fill
+from qlora_dist.model.meta_model import build_skeleton
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from tests.helpers.architectures import make_architecture
 
 LENGTHS = [[30, 7, 1, 19], [41, 16]]
 """Of the sequences of each row; what is left of SEQ_LEN is padding."""

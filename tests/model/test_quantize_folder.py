@@ -18,26 +18,26 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
-import tiny
 import torch
 import transformers
-from architectures import make_architecture
-from ranks import run_ranks
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_dist.adapters.attach import has_tied_head
-from qlora_dist.config import ModelConfig
+from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import UserError
-from qlora_dist.model import matrices, quantize_plan
-from qlora_dist.model.folder import ModelFolder
+from qlora_dist.io import read_ahead
+from qlora_dist.io.safetensors_file import Reader, Writer, read_header
+from qlora_dist.model import quantizable, quantize_plan
+from qlora_dist.model.meta_model import build_skeleton, causal_lm_on_meta
+from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import print_report, quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions, make_options, parse_size
-from qlora_dist.model.skeleton import build_skeleton, causal_lm_on_meta
-from qlora_dist.nf4 import read_ahead
 from qlora_dist.nf4.quantize import dequantize, quantize
-from qlora_dist.nf4.safetensors_file import Reader, Writer, read_header
+from tests.helpers import tiny_models
+from tests.helpers.architectures import make_architecture
+from tests.helpers.ranks import run_ranks
 
 EACH_ITS_FILE = QuantizeOptions(file_bytes=1)
 
@@ -68,7 +68,7 @@ def our_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("arch", "config"), ARCHITECTURES)
 def test_plain_transformers_loads_it_as_the_same_model(tmp_path, arch, config):
-    source = tiny.make_model(tmp_path / "source", arch, **config)
+    source = tiny_models.make_model(tmp_path / "source", arch, **config)
     out = tmp_path / "out"
     report = quantize_folder(source, out, QuantizeOptions())
 
@@ -129,23 +129,23 @@ def test_options_are_those_of_every_weight_and_of_the_configuration(tiny_llama, 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_too_and_once_if_tied(tmp_path, tied):
-    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=tied)
+    source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=tied)
     without = quantize_folder(source, tmp_path / "without", QuantizeOptions()).counts
     counts = quantize_folder(source, tmp_path / "out", QuantizeOptions(embeddings=True)).counts
     ours, original = our_weights(tmp_path / "out"), ModelFolder(source).entries
-    matrices = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
-    assert ours.keys() - our_weights(tmp_path / "without").keys() == matrices
+    quantizable = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert ours.keys() - our_weights(tmp_path / "without").keys() == quantizable
     with Reader() as reader:
-        for name in matrices:
+        for name in quantizable:
             packed, layout = quantize(reader.read(original[name]))
             assert torch.equal(ours[name], dequantize(packed, layout, torch.bfloat16))
 
-    of_embeddings = len(matrices) * 320 * 64
+    of_embeddings = len(quantizable) * 320 * 64
     assert counts.parameters == without.parameters
     assert counts.quantized == without.quantized + of_embeddings
     assert (counts.outside_layers, without.outside_layers) == (0, of_embeddings)
     assert counts.share == counts.quantized / counts.parameters > without.share > 0.99
-    assert not matrices & counts.left.keys()
+    assert not quantizable & counts.left.keys()
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["llm_int8_skip_modules"] == (["lm_head"] if tied else [])
 
@@ -177,7 +177,7 @@ def test_an_embedding_that_cannot_be_in_4_bit_is_refused_before_anything_is_writ
 
 def test_experts_that_would_stay_in_16_bit_are_no_success(tmp_path, monkeypatch):
     source = make_architecture(tmp_path / "source", "Mixtral")
-    monkeypatch.setattr(matrices, "is_experts", lambda module: False)  # an architecture of tomorrow
+    monkeypatch.setattr(quantizable, "is_experts", lambda module: False)  # an architecture of tomorrow
     message = r"only \d+\.\d % of the parameters .* others: model\.layers\.\*\.block_sparse_moe\.experts\.\*\.w\d"
     with pytest.raises(UserError, match=message):
         quantize_folder(source, tmp_path / "out", QuantizeOptions())
@@ -188,7 +188,7 @@ def test_experts_that_would_stay_in_16_bit_are_no_success(tmp_path, monkeypatch)
 
 def test_fp32_and_fp16_sources_are_rounded_where_bitsandbytes_rounds(tmp_path):
     for dtype in (torch.float32, torch.float16):
-        source = tiny.make_model(tmp_path / f"{dtype}", dtype=dtype, num_hidden_layers=1)
+        source = tiny_models.make_model(tmp_path / f"{dtype}", dtype=dtype, num_hidden_layers=1)
         out = tmp_path / f"{dtype}-4bit"
         quantize_folder(source, out, QuantizeOptions())
         layouts = {entry.layout.dtype for entry in ModelFolder(out).quantized.values()}
@@ -302,14 +302,14 @@ def test_what_a_killed_run_left_is_not_used_for_other_work(tiny_llama, tmp_path,
     options = QuantizeOptions(block_size=128, file_bytes=1) if change == "options" else EACH_ITS_FILE
     source = tiny_llama
     if change == "source":
-        source = tiny.make_model(tmp_path / "other", initializer_range=0.1)
+        source = tiny_models.make_model(tmp_path / "other", initializer_range=0.1)
     quantize_folder(source, killed, options)
     quantize_folder(source, tmp_path / "fresh", options)
     assert contents(killed) == contents(tmp_path / "fresh")
 
 
 def test_a_truncated_source_is_refused_before_anything_is_written(tmp_path):
-    tiny.make_model(tmp_path / "source", num_hidden_layers=1)
+    tiny_models.make_model(tmp_path / "source", num_hidden_layers=1)
     file = tmp_path / "source" / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
@@ -462,7 +462,7 @@ UNTRAINABLE = {
 @pytest.mark.parametrize("damage", list(UNTRAINABLE))
 def test_what_training_would_refuse_is_refused_before_anything_is_written(damage, tmp_path):
     tied, change, message = UNTRAINABLE[damage]
-    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=tied)
+    source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=tied)
     change_tensors(source, change)
     with pytest.raises(UserError) as caught:
         quantize_folder(source, tmp_path / "out", QuantizeOptions())
@@ -472,7 +472,7 @@ def test_what_training_would_refuse_is_refused_before_anything_is_written(damage
 
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_stored_head_that_differs_from_a_tied_embedding_is_the_models(tmp_path, quantized):
-    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=True)
+    source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=True)
     head = torch.randn(320, 64).bfloat16()
     change_tensors(source, lambda t: t.update({"lm_head.weight": head}))
     plain = transformers.AutoModelForCausalLM.from_pretrained(source)
@@ -487,7 +487,7 @@ def test_a_stored_head_that_differs_from_a_tied_embedding_is_the_models(tmp_path
 
 
 def test_a_stored_head_that_equals_a_tied_embedding_is_left_out(tmp_path):
-    source = tiny.make_model(tmp_path / "source", tie_word_embeddings=True)
+    source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=True)
     change_tensors(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert has_tied_head(build_skeleton(ModelFolder(source), ModelConfig(base=str(source))))
     out = quantize_folder(source, tmp_path / "out", QuantizeOptions(embeddings=True)).out

@@ -12,8 +12,8 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
 
 from qlora_dist.errors import UserError
-from qlora_dist.model.head import IGNORE, give_loss, share, summed_loss
-from qlora_dist.model.logits import LogitScale
+from qlora_dist.model.logit_scale import LogitScale
+from qlora_dist.model.loss import IGNORE, give_loss, share, summed_loss
 from qlora_dist.nf4 import embedding as nf4_embedding
 from qlora_dist.nf4.embedding import NF4Embedding, NF4Head, use_nf4_vocabulary
 from qlora_dist.nf4.quantize import dequantize, quantize

@@ -10,7 +10,7 @@ import torch._dynamo.utils
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.nf4.layout import BLOCK_SIZES
+from qlora_dist.nf4.nf4_layout import BLOCK_SIZES
 from qlora_dist.nf4.quantize import dequantize, quantize
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

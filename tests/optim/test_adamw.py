@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qlora_dist.config import OptimConfig, PagingConfig
+from qlora_dist.config.schema import OptimConfig, PagingConfig
 from qlora_dist.optim.adamw import PagedAdamW
-from qlora_dist.optim.kernels import update_32bit, update_paged
-from qlora_dist.optim.moments import Moments
-from qlora_dist.paging.unified import UnifiedPager
+from qlora_dist.optim.adamw_kernels import update_32bit, update_paged
+from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.paging.unified_memory import UnifiedPager
 
 CPU = torch.device("cpu")
 VALUES = {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.05}

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_dist.paging.page_store import FileStore, HostStore, Store
 from qlora_dist.paging.pager import Pager
-from qlora_dist.paging.store import FileStore, HostStore, Store
 
 CPU = torch.device("cpu")
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import torch._inductor.config as inductor
 
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.parallel.compile import check_compiler
-from qlora_dist.train.setup import set_up
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.run_setup import set_up
+from tests.helpers import tiny_models
 
 
 def test_no_compiler(tiny_llama_nf4: Path, tmp_path: Path) -> None:
-    config = load_config(tiny.make_config(tmp_path, tiny_llama_nf4), ["train.compile=true"])
+    config = load_config(tiny_models.make_config(tmp_path, tiny_llama_nf4), ["train.compile=true"])
     # not monkeypatch: it puts torch's settings, which are proxies, back by deleting them
     no_compiler = inductor.patch({"cpp.cxx": (None, "no-such-compiler")})
     with no_compiler, pytest.raises(UserError, match="has no C\\+\\+ compiler; install g"):

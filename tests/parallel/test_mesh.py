@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_dist.config import ParallelConfig
+from qlora_dist.config.schema import ParallelConfig
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import Ranks
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
+from qlora_dist.runtime.environment import Ranks
 
 
 @pytest.mark.parametrize(

@@ -5,30 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from ranks import run_ranks
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.model import stream
-from qlora_dist.model.fill import fill
-from qlora_dist.model.folder import ModelFolder
-from qlora_dist.nf4 import read_ahead
-from qlora_dist.parallel.fsdp import parallelize
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.io import read_ahead
+from qlora_dist.model import shard_reader
+from qlora_dist.model.load_weights import fill
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.parallel.fsdp2 import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.paged_layers import PagedLayers
-from qlora_dist.parallel.process_group import process_group
 from qlora_dist.parallel.static_bytes import check_static_bytes, static_bytes
-from qlora_dist.sharded import local_range
-from qlora_dist.train.setup import set_up
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.shard_view import local_range
+from qlora_dist.train.run_setup import set_up
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_large_config(tmp_path_factory.mktemp("static"))
+    return tiny_models.make_large_config(tmp_path_factory.mktemp("static"))
 
 
 def load(config: Config, tamper: str = "") -> dict[str, int | str]:
@@ -163,7 +163,7 @@ def test_shards_put_together_are_the_folder(
     piece_bytes: int, config_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Quantized on the way by three owners in turn, read by range by three ranks, exchanged by replicas: the same."""
-    monkeypatch.setattr(stream, "_EXCHANGED_BYTES", min(piece_bytes, 2000))
+    monkeypatch.setattr(shard_reader, "_EXCHANGED_BYTES", min(piece_bytes, 2000))
     monkeypatch.setattr(read_ahead, "PIECE_BYTES", piece_bytes)  # a tensor has up to 36 of the smaller ones
     nf4 = load_config(config_path, ["parallel.base=world"])
     source = load_config(config_path, ["parallel.base=world", f"model.base={config_path.parent / 'source'}"])

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import make_architecture
-from counted import counted
-from ranks import run_ranks
 
-from qlora_dist.config import Config
-from qlora_dist.model.folder import read_json
-from qlora_dist.plan.memory import plan_memory
-from qlora_dist.plan.run import make_run
+from qlora_dist.config.schema import Config
+from qlora_dist.model.model_folder import read_json
+from qlora_dist.plan.memory_estimate import plan_memory
+from qlora_dist.plan.run_spec import make_run
+from tests.helpers.architectures import make_architecture
+from tests.helpers.measured_step import counted
+from tests.helpers.ranks import run_ranks
 
 SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 8, "num_key_value_heads": 4}
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.plan.verb import Asked, plan_for
+from qlora_dist.cli.plan_command import Asked, plan_for
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from ranks import run_ranks
 from typer.testing import CliRunner
 
-from qlora_dist.cli import app
-from qlora_dist.config_file import load_config
+from qlora_dist.cli.main import app
+from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.runs import read_run
-from qlora_dist.report.charts import charts
-from qlora_dist.report.page import report
-from qlora_dist.report.read import read_run_files
-from qlora_dist.report.table import numbers
-from qlora_dist.train.run import train
+from qlora_dist.launch.run_status import read_run
+from qlora_dist.report.report_charts import charts
+from qlora_dist.report.report_table import numbers
+from qlora_dist.report.run_files import read_run_files
+from qlora_dist.report.write_report import report
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ ODD: list[object] = ["text", [1], {"a": {"b": 1}}, True, float("nan"), 10**400]
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> list[Path]:
     """A run and one with another learning rate, as `train` leaves them."""
     folder = tmp_path_factory.mktemp("report")
-    config = tiny.make_config(folder, tiny_llama_nf4, train__steps=3, data__seq_len=48, train__global_batch=2)
+    config = tiny_models.make_config(folder, tiny_llama_nf4, train__steps=3, data__seq_len=48, train__global_batch=2)
     for name, lr, pages in (("first", 1e-2, "auto"), ("second", 1e-3, "0")):
         overrides = [f"run.name={name}", f"optim.lr={lr}", f"optim.resident_bytes={pages}", "run.report=true"]
         run_ranks(1, train, load_config(config, overrides))

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_slurm import free_ports, slurm_unavailable, wait_for
+
+from tests.helpers.real_slurm import free_ports, slurm_unavailable, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "slurm" / "local_cluster.sh")

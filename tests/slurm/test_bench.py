@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from real_slurm import wait_for
 from rich.console import Console
-from warm import warm_python
 
-from qlora_dist.bench.result import BenchResult
-from qlora_dist.cli import main
-from qlora_dist.config_file import load_config
+from qlora_dist.bench.bench_result import BenchResult
+from qlora_dist.cli.main import main
+from qlora_dist.config.config_file import load_config
 from qlora_dist.launch.cluster import load_cluster
 from qlora_dist.launch.launch import Options, launch_slurm
+from tests.helpers import tiny_models
+from tests.helpers.real_slurm import wait_for
+from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120.0
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path:
-    return tiny.make_config(tmp_path_factory.mktemp("bench"), tiny_llama_nf4, train__global_batch=4)
+    return tiny_models.make_config(tmp_path_factory.mktemp("bench"), tiny_llama_nf4, train__global_batch=4)
 
 
 def cluster_file(folder: Path, python: Path) -> Path:

@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from ranks import run_ranks
-from real_slurm import wait_for
 from rich.console import Console
-from warm import warm_python
 
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.launch import Options, launch_slurm
-from qlora_dist.train.run import train
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
+from tests.helpers.real_slurm import wait_for
+from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 40, 4
@@ -167,7 +167,9 @@ class Results:
 def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Results:
     folder = tmp_path_factory.mktemp("jobs")
     settings = {"optim__schedule": "constant", "train__save_every": SAVE_EVERY, "train__global_batch": 4}
-    config = tiny.make_config(folder, tiny_llama_nf4, data__seq_len=48, data__eval=None, train__steps=STEPS, **settings)
+    config = tiny_models.make_config(
+        folder, tiny_llama_nf4, data__seq_len=48, data__eval=None, train__steps=STEPS, **settings
+    )
     # a process that has threads is not to be forked: it starts before the pool
     with warm_python(tmp_path_factory.mktemp("python")) as warm_script, ThreadPoolExecutor() as pool:
         runs = {name: Run(slurm, folder, config, name, scenario, warm_script) for name, scenario in SCENARIOS.items()}

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from ranks import run_ranks
 from rich.console import Console
-from warm import warm_python
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.launch import Options, launch_slurm
-from qlora_dist.train.run import train
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
+from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = (
@@ -42,7 +42,7 @@ def losses(folder: Path, name: str) -> list[float]:
 @pytest.mark.timeout(900)
 def test_smollm2_as_a_job_is_smollm2_at_home(slurm: Any, tmp_path: Path, smollm2_folder: Path) -> None:
     """In both forms at the same time, quantized while it is loaded."""
-    tiny.make_data(tmp_path / "train.jsonl", 50)
+    tiny_models.make_data(tmp_path / "train.jsonl", 50)
     jobs = {}
     with warm_python(tmp_path) as python:  # other jobs of this room start anew
         for form, others in (("srun", "n[3-7]"), ("torchrun", "n[1-2,5-7]")):

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_slurm import wait_for
 
 from qlora_dist.launch.cluster import Cluster
-from qlora_dist.launch.render import Job, render
+from qlora_dist.launch.job_script import Job, render
 from qlora_dist.launch.submit import submit
+from tests.helpers.real_slurm import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120.0

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qlora_dist.nf4.read_ahead import Reading
+from qlora_dist.io.read_ahead import Reading
 from qlora_dist.train import console
 from qlora_dist.train.console import RunConsole
 

@@ -8,26 +8,26 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
-from architectures import dequantized_model, make_architecture
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
-from trained import first_loss, losses
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import ranks_from_environment
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
-from qlora_dist.parallel.process_group import process_group
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.console import RunConsole
-from qlora_dist.train.run import run
-from qlora_dist.train.run_dir import run_path
-from qlora_dist.train.setup import set_up
+from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.run_training import run
+from tests.helpers import tiny_models
+from tests.helpers.architectures import dequantized_model, make_architecture
+from tests.helpers.train_helpers import first_loss, losses
 
 _MAMBA = {"mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_expand": 2}
 _LINEAR = {
@@ -113,7 +113,7 @@ def held_out_loss(config: Config, model: nn.Module) -> float:
 def make_run(name: str, folder: Path, *overrides: str) -> tuple[Path, Path, Config]:
     source = make_architecture(folder / "source", name, **HYBRIDS[name])
     quantized = quantize_folder(source, folder / "nf4", QuantizeOptions(min_share=0.5)).out
-    path = tiny.make_config(folder, quantized, train__steps=2, optim__warmup_steps=0, train__global_batch=4)
+    path = tiny_models.make_config(folder, quantized, train__steps=2, optim__warmup_steps=0, train__global_batch=4)
     return source, quantized, load_config(path, ["data.packing=none", "train.micro_batch=4", *overrides])
 
 

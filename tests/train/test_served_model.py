@@ -7,15 +7,15 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
 import transformers
 from rich.console import Console
 
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
 from qlora_dist.merge.merge_folder import merge_folder
-from qlora_dist.merge.plan import MergeOptions
-from qlora_dist.train.run import train
+from qlora_dist.merge.merge_plan import MergeOptions
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
 
 QUESTION = [{"role": "user", "content": "hello"}]
 MESSAGES = [*QUESTION, {"role": "assistant", "content": "world"}]
@@ -25,12 +25,12 @@ MESSAGES = [*QUESTION, {"role": "assistant", "content": "world"}]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a base model whose texts end with `<pad>`, and of a run that taught it ChatML."""
     folder = tmp_path_factory.mktemp("served")
-    tiny.make_model(folder / "base", num_hidden_layers=1, eos_token_id=0, pad_token_id=0)
-    tokenizer = tiny.make_tokenizer(None)
+    tiny_models.make_model(folder / "base", num_hidden_layers=1, eos_token_id=0, pad_token_id=0)
+    tokenizer = tiny_models.make_tokenizer(None)
     tokenizer.eos_token = "<pad>"
     tokenizer.save_pretrained(folder / "base")
     assert json.loads((folder / "base" / "generation_config.json").read_text())["eos_token_id"] == 0
-    path = tiny.make_config(
+    path = tiny_models.make_config(
         folder,
         folder / "base",
         data__chat_template="chatml",

@@ -6,18 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
 
-from qlora_dist import bf16
-from qlora_dist.config_file import load_config
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.train.setup import set_up
+from qlora_dist.config.config_file import load_config
+from qlora_dist.runtime import bf16_support
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.run_setup import set_up
 from qlora_dist.train.summary import announcement
+from tests.helpers import tiny_models
 
 
 def test_what_became_of_each_source(tiny_llama_nf4: Path, tmp_path: Path) -> None:
-    path = tiny.make_config(tmp_path, tiny_llama_nf4, train__steps=None, train__epochs=2, data__seq_len=32)
-    other = tiny.make_data(tmp_path / "other.jsonl", 10, seed=2, words=(1, 3))
+    path = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__steps=None, train__epochs=2, data__seq_len=32)
+    other = tiny_models.make_data(tmp_path / "other.jsonl", 10, seed=2, words=(1, 3))
     mixture = f"data.train=[{tmp_path / 'train.jsonl'}, {{path: {other}, weight: 0.5}}]"
 
     def announced(*overrides: str) -> str:
@@ -47,9 +47,9 @@ def test_what_became_of_each_source(tiny_llama_nf4: Path, tmp_path: Path) -> Non
 def test_bf16_on_a_processor_that_emulates_it_is_said_with_the_remedy(
     tiny_llama_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tiny.make_config(tmp_path, tiny_llama_nf4)
+    path = tiny_models.make_config(tmp_path, tiny_llama_nf4)
     (tmp_path / "cpuinfo").write_text("processor : 0\nflags : fpu sse2 avx2\n")
-    monkeypatch.setattr(bf16, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(bf16_support, "_CPUINFO", tmp_path / "cpuinfo")
 
     def warned(dtype: str) -> list[str]:
         setup = set_up(load_config(path, [f"model.compute_dtype={dtype}"]), ranks_from_environment({}))
@@ -60,8 +60,10 @@ def test_bf16_on_a_processor_that_emulates_it_is_said_with_the_remedy(
 
 
 def test_a_single_rank_and_a_single_row_are_singular(tiny_llama_nf4: Path, tmp_path: Path) -> None:
-    path = tiny.make_config(tmp_path, tiny_llama_nf4, train__steps=1, train__global_batch=1, optim__warmup_steps=0)
-    path_of_one = tiny.make_data(tmp_path / "one.jsonl", 1)
+    path = tiny_models.make_config(
+        tmp_path, tiny_llama_nf4, train__steps=1, train__global_batch=1, optim__warmup_steps=0
+    )
+    path_of_one = tiny_models.make_data(tmp_path / "one.jsonl", 1)
     config = load_config(path, [f"data.train=[{path_of_one}]", "train.micro_batch=1"])
     said = list(announcement(set_up(config, ranks_from_environment({}))))
     assert "1 rank on cpu: base, adapters and optimizer states are whole on it" in said

@@ -6,22 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
-from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.train.run import train
+from qlora_dist.train.run_training import train
 from qlora_dist.train.trackers import trackers
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
 
 SETTINGS = {"data__seq_len": 48, "train__steps": 2, "train__global_batch": 2, "run__trackers": ["tensorboard"]}
 
 
 @pytest.mark.slow
 def test_tensorboard_has_what_the_metrics_have_in_a_run_that_goes_on_too(tmp_path: Path, tiny_llama_nf4: Path) -> None:
-    config = tiny.make_config(tmp_path, tiny_llama_nf4, **SETTINGS)
+    config = tiny_models.make_config(tmp_path, tiny_llama_nf4, **SETTINGS)
     run_ranks(2, train, load_config(config, []))
     run_ranks(1, train, load_config(config, ["train.steps=3"]))
     run = tmp_path / "runs" / "run"
@@ -56,6 +56,6 @@ def test_one_that_is_not_installed_is_a_sentence(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     settings = SETTINGS | {"run__trackers": ["mlflow"]}
-    config = load_config(tiny.make_config(tmp_path, tiny_llama_nf4, **settings), [])
+    config = load_config(tiny_models.make_config(tmp_path, tiny_llama_nf4, **settings), [])
     with pytest.raises(UserError, match=r"run\.trackers: mlflow is not installed; pip install mlflow"):
         train(config)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import pytest
-from launchers import need
+
+from tests.helpers.launchers import need
 
 
 @pytest.fixture(scope="session", autouse=True)

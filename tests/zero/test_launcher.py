@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from launchers import alive, environment
-from ranks import free_port, run_ranks
 
-from qlora_dist.config import Config
-from qlora_dist.config_file import load_config
-from qlora_dist.train.run import train
-from qlora_dist.train.run_dir import run_path
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.launchers import alive, environment
+from tests.helpers.ranks import free_port, run_ranks
 
 
 def losses(config: Config) -> torch.Tensor:
@@ -29,7 +29,7 @@ def losses(config: Config) -> torch.Tensor:
 @pytest.mark.slow
 def test_the_same_losses_under_the_deepspeed_launcher(tmp_path: Path, tiny_llama_nf4: Path) -> None:
     small = {"data__seq_len": 32, "data__eval": None, "train__global_batch": 4, "train__steps": 2}
-    path = tiny.make_config(tmp_path, tiny_llama_nf4, **small)
+    path = tiny_models.make_config(tmp_path, tiny_llama_nf4, **small)
     one = load_config(path, ["run.name=one", "train.micro_batch=2"])
     run_ranks(1, train, one)
     overrides = ["run.name=two", "parallel.engine=zero3", "optim.name=zero-adamw"]

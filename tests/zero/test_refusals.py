@@ -7,18 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
-from qlora_dist.cli import main
-from qlora_dist.config_file import load_config
+from qlora_dist.cli.main import main
+from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.environment import ranks_from_environment
-from qlora_dist.train.setup import set_up, set_up_model
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.run_setup import set_up, set_up_model
+from tests.helpers import tiny_models
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_llama_nf4: Path) -> Path:
-    return tiny.make_config(tmp_path, tiny_llama_nf4)
+    return tiny_models.make_config(tmp_path, tiny_llama_nf4)
 
 
 @pytest.mark.parametrize(

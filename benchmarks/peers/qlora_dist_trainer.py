@@ -1,0 +1,64 @@
+"""qlora-dist, by the code of `train`: setup, sharding, loading, step."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from marks import RANK, WORLD_SIZE, mark, mark_and_restart_peak, static_bytes, steps, turn
+from workload import CLIP, configuration
+
+from qlora_dist.data.collate import IGNORED, Batch
+from qlora_dist.model.load_weights import fill
+from qlora_dist.optim.adamw import PagedAdamW
+from qlora_dist.optim.loss_scale import LossScale
+from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.parallel.fsdp2 import parallelize
+from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.train_step import AdapterShards, shard_sizes, train_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--seq-len", type=int, required=True)
+    parser.add_argument("--parallel-base", default="world")
+    parser.add_argument("--checkpointing", default="full")
+    parser.add_argument("--compiled", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    ranks = ranks_from_environment()
+    more = {name: getattr(args, name) for name in ("parallel_base", "checkpointing", "compiled")}
+    config = configuration(args.base, args.data, args.rows, args.seq_len, args.rows // WORLD_SIZE, **more)
+    with process_group(ranks, torch.device("cpu")):
+        setup = set_up(config, ranks)
+        mark_and_restart_peak("imported")  # with tokenizer and data, which the others do not load
+        traffic = parallelize(setup.model, build_meshes(setup.sizes, "cpu"), config)
+        fill(setup.model, setup.folder, setup.device, config.train.seed)
+        shards = AdapterShards(setup.model)
+        moments = Moments(shard_sizes(setup.model), config.optim, config.paging, setup.device)
+        optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
+        setup.model.train()
+        mark_and_restart_peak("loaded")
+        for step in steps():
+            turn()
+            whole = [torch.tensor(part) for part in step["ours"]]
+            trained = int((whole[1] != IGNORED).sum())
+            batch = Batch(*(part[RANK::WORLD_SIZE] for part in whole))
+            replicas = setup.sizes.adapter_replicas
+            result = train_step(setup.model, [batch], trained, shards, replicas, optimizer, scale, CLIP, traffic)
+            mark("step")
+            mark("loss", loss=result.loss)
+            del batch, whole
+        mark("end", static_bytes=static_bytes())
+        mark("engine", engine=f"base: {args.parallel_base}")
+
+
+if __name__ == "__main__":
+    main()

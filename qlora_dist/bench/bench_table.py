@@ -1,0 +1,107 @@
+"""The figures as lines of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_dist.bench.bench_layouts import in_words
+from qlora_dist.bench.bench_result import BenchResult, LayoutFigures, Spread
+
+_MIB = 2**20
+_WIDEST = 1000
+SPLIT = "The parts of a step are the shares of one that is not timed, under the profiler."
+
+
+def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
+    """Label, and one text a layout."""
+    kinds = list(result.layouts[0].step_shares)
+    dims = sorted({dim for figures in result.layouts for dim in figures.received_bytes_per_step} - {"control"})
+    lines: list[tuple[str, Callable[[LayoutFigures], str]]] = [
+        ("tokens/s, median", lambda f: _number(f.tokens_per_s.median)),
+        ("  least - most", lambda f: _range(f.tokens_per_s)),
+        ("trained tokens/s", lambda f: f"{f.trained_tokens_per_s.median:,.0f}"),
+        ("with padding, tokens/s", lambda f: f"{f.positions_per_s.median:,.0f}"),
+        ("seconds a step, median", lambda f: _number(f.step_s.median)),
+        ("  least - most", lambda f: _range(f.step_s)),
+        *((f"  {kind}, % of a step", lambda f, kind=kind: f"{100 * f.step_shares[kind]:.1f}") for kind in kinds),  # type: ignore[misc]
+        ("held by a rank, MiB", lambda f: f"{max(f.static_bytes) / _MIB:,.2f}"),
+        ("peak of a rank, MiB", lambda f: f"{max(f.peak_bytes) / _MIB:,.0f}"),
+        *(
+            (f"received over {dim}, MiB a step", lambda f, dim=dim: _mib(f.received_bytes_per_step.get(dim, 0)))  # type: ignore[misc]
+            for dim in dims
+        ),
+        ("paged of the base, MiB a step", lambda f: _mib(f.paged_bytes_per_step["base"])),
+        ("paged of the optimizer, MiB", lambda f: _mib(f.paged_bytes_per_step["optimizer"])),
+        *([("nodes", lambda f: ", ".join(dict.fromkeys(f.nodes)))] if any(f.nodes for f in result.layouts) else []),
+        ("loading, s", lambda f: f"{f.load_s.median:.2f}"),
+        ("read by all ranks, MiB", lambda f: _mib(sum(f.read_bytes))),
+        ("loss, last step", lambda f: f"{f.losses[-1]:.6f}"),
+        ("  off the reference, any step", lambda f: f"{f.loss_difference_of_steps:.1e}"),
+        ("  off the reference, mean", lambda f: f"{f.loss_difference_of_mean:.1e}"),
+    ]
+    return [(label, [text(figures) for figures in result.layouts]) for label, text in lines]
+
+
+def columns(result: BenchResult) -> list[str]:
+    """The layouts' names."""
+    return [f"{f.layout}, {f.ranks} {'rank' if f.ranks == 1 else 'ranks'}" for f in result.layouts]
+
+
+def show(result: BenchResult, console: Console) -> None:
+    """Print it."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for column in columns(result):
+        table.add_column(column.replace(", ", "\n"), justify="right")
+    for label, texts in rows(result):
+        table.add_row(label, *texts)
+    if console.is_terminal:
+        console.print(table)
+    else:  # a file has lines as long as they need be
+        width = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+        Console(file=console.file, width=width, highlight=False).print(table)
+    for left_out in result.left_out:
+        console.print(left_out_sentence(left_out.layout, left_out.ranks, left_out.reason), markup=False, soft_wrap=True)
+    console.print(losses_sentence(result), markup=False, soft_wrap=True)
+    console.print(SPLIT, soft_wrap=True)
+
+
+def markdown(result: BenchResult) -> str:
+    """The same for a page of documentation, with the command under it."""
+    lines = [["", *columns(result)], ["---", *["---:"] * len(result.layouts)]]
+    lines += [[label.strip(), *texts] for label, texts in rows(result)]
+    notes = [left_out_sentence(left.layout, left.ranks, left.reason) for left in result.left_out]
+    notes += [losses_sentence(result), SPLIT]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table + "\n\n" + "\n".join(notes) + f"\n\n`{result.command}`\n"
+
+
+def left_out_sentence(layout: str, ranks: int, reason: str) -> str:
+    """For people."""
+    return f"left out: {in_words(layout, ranks)}: {reason}"
+
+
+def losses_sentence(result: BenchResult) -> str:
+    """For people."""
+    losses = result.losses
+    off = f"{losses.largest_difference:.1e} relative of those of {losses.reference}, {losses.tolerance:.0e} allowed"
+    what = "of each step" if losses.by == "step" else "of all trained tokens together"
+    if losses.agree:
+        return f"The losses of all layouts, {what}, are within {off}."
+    worst = max(result.layouts, key=lambda f: f.loss_difference(losses.by))
+    return f"The losses do not agree: those of {in_words(worst.layout, worst.ranks)} are off by {off}."
+
+
+def _range(spread: Spread) -> str:
+    return f"{_number(spread.least)} - {_number(spread.most)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / _MIB:,.2f}" if nbytes else "-"

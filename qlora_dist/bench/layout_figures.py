@@ -1,0 +1,101 @@
+"""From the files of runs to figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from qlora_dist.bench.bench_layouts import Cell
+from qlora_dist.bench.bench_result import LayoutFigures, Losses, Spread
+from qlora_dist.errors import UserError
+from qlora_dist.report.run_files import RunFiles
+
+TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+"""Relative, between the losses of two layouts, by compute type: sums are made in another order. In fp32 each step's
+must agree. In 16 bit it is the mean of all trained tokens: kernels round in another way for other numbers of threads,
+Adam's first updates magnify that, and single steps are off by a thousandth where nothing is wrong.
+"""
+
+
+def figures(cell: Cell, runs: Sequence[RunFiles], warm_up: int, reference: RunFiles) -> LayoutFigures:
+    """Of a layout.
+
+    Args:
+        cell: which it is.
+        runs: its repeats. The last step of the first one was profiled, and is not timed.
+        warm_up: steps at the beginning of each that are not timed.
+        reference: whose losses these are compared with.
+    """
+    timed = [row for number, run in enumerate(runs) for row in run.steps[warm_up : -1 if number == 0 else None]]
+    last, summaries = runs[-1].steps[-1], [run.summary for run in runs]
+    step_s = _spread([row["step_s"] for row in timed])
+    shares = summaries[0]["step_shares"]
+    return LayoutFigures(
+        layout=cell.layout,
+        ranks=cell.ranks,
+        threads_per_rank=runs[0].process["machine"]["threads"],
+        nodes=[nodes for run in runs if (nodes := run.process["nodes"]) is not None],
+        overrides=cell.overrides,
+        repeats=len(runs),
+        timed_steps=len(timed),
+        step_s=step_s,
+        tokens_per_s=_spread([row["tokens"] / row["step_s"] for row in timed]),
+        trained_tokens_per_s=_spread([row["trained_tokens"] / row["step_s"] for row in timed]),
+        positions_per_s=_spread([row["positions"] / row["step_s"] for row in timed]),
+        step_shares=shares,
+        step_split_s={kind: share * step_s.median for kind, share in shares.items()},
+        static_bytes=summaries[0]["static_bytes"],
+        peak_bytes=[max(ranks) for ranks in zip(*(summary["peak_bytes"] for summary in summaries), strict=True)],
+        received_bytes_per_step=summaries[0]["comm_bytes_per_step"],
+        paged_bytes_per_step=_paged(last),
+        read_bytes=summaries[0]["read_bytes"],
+        load_s=_spread([summary["load_s"] for summary in summaries]),
+        losses=losses_of(runs[0]),
+        loss_difference_of_steps=max(_of_steps(run, reference) for run in runs),
+        loss_difference_of_mean=max(_of_mean(run, reference) for run in runs),
+    )
+
+
+def losses_of(run: RunFiles) -> list[float]:
+    """Of each step.
+
+    Raises:
+        UserError: one was not finite.
+    """
+    losses = [row["loss"] for row in run.steps]
+    if None in losses:
+        raise UserError(f"{run.name}: the loss of step {losses.index(None) + 1} was not finite; lower optim.lr")
+    return losses
+
+
+def compare_losses(reference: str, compute_dtype: str, layouts: Sequence[LayoutFigures]) -> Losses:
+    """Whether all have trained the same."""
+    by: Literal["step", "mean"] = "step" if compute_dtype == "fp32" else "mean"
+    tolerance, largest = TOLERANCES[compute_dtype], max(figures.loss_difference(by) for figures in layouts)
+    return Losses(
+        reference=reference, by=by, tolerance=tolerance, largest_difference=largest, agree=largest <= tolerance
+    )
+
+
+def _of_steps(run: RunFiles, reference: RunFiles) -> float:
+    return max(abs(a - b) / b for a, b in zip(losses_of(run), losses_of(reference), strict=True))
+
+
+def _of_mean(run: RunFiles, reference: RunFiles) -> float:
+    """Of all trained tokens; every run has the same ones in the same steps."""
+    tokens = [row["trained_tokens"] for row in reference.steps]
+    own, other = (sum(a * b for a, b in zip(losses_of(r), tokens, strict=True)) for r in (run, reference))
+    return abs(own - other) / other
+
+
+def _paged(row: dict[str, Any]) -> dict[str, int]:
+    base, optimizer = row.get("base_paging") or {}, row.get("paging") or {}
+    return {
+        "base": base.get("bytes_in", 0),
+        "optimizer": optimizer.get("bytes_in", 0) + optimizer.get("bytes_out", 0),
+    }
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(median=statistics.median(values), least=min(values), most=max(values))

@@ -1,0 +1,116 @@
+"""The pictures of a comparison: PNG files, and one SVG for its page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from qlora_dist.bench.bench_result import BenchResult
+from qlora_dist.bench.bench_table import columns
+from qlora_dist.report.html_page import SETTINGS, svg
+
+_MIB = 2**20
+
+
+def draw_files(result: BenchResult, folder: Path) -> list[Path]:
+    """Each picture as a PNG file of its name."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    files = []
+    with matplotlib.rc_context(SETTINGS):
+        for name, panel in _PANELS.items():
+            figure = Figure(figsize=(6.5, 4), layout="constrained", dpi=150)
+            panel(figure.subplots(), result)
+            files.append(folder / f"{name}.png")
+            figure.savefig(files[-1])
+    return files
+
+
+def draw_svg(result: BenchResult) -> Markup:
+    """All of them as an `<svg>` element that needs nothing else."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(11, 10), layout="constrained")
+        axes = list(figure.subplots(3, 2).flat)
+        for axis, panel in zip(axes, _PANELS.values(), strict=False):
+            panel(axis, result)
+        for axis in axes[len(_PANELS) :]:
+            axis.set_axis_off()
+        return svg(figure)
+
+
+def _throughput(axis: Any, result: BenchResult) -> None:
+    spreads = [figures.tokens_per_s for figures in result.layouts]
+    medians = [spread.median for spread in spreads]
+    below = [spread.median - spread.least for spread in spreads]
+    above = [spread.most - spread.median for spread in spreads]
+    axis.bar(range(len(medians)), medians, yerr=[below, above], capsize=3)
+    _name(axis, result, "throughput: median, least and most", "tokens/s, all ranks")
+
+
+def _scaling(axis: Any, result: BenchResult) -> None:
+    for layout in dict.fromkeys(figures.layout for figures in result.layouts):
+        points = [(f.ranks, f.tokens_per_s) for f in result.layouts if f.layout == layout]
+        x, medians = [ranks for ranks, _ in points], [spread.median for _, spread in points]
+        below = [spread.median - spread.least for _, spread in points]
+        above = [spread.most - spread.median for _, spread in points]
+        axis.errorbar(x, medians, yerr=[below, above], marker="o", markersize=4, capsize=3, label=layout)
+    axis.set(title="throughput against ranks", xlabel="ranks", ylabel="tokens/s, all ranks", ylim=(0, None))
+    axis.set_xticks(sorted({figures.ranks for figures in result.layouts}))
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _split(axis: Any, result: BenchResult) -> None:
+    _stack(axis, result, {k: [f.step_split_s[k] for f in result.layouts] for k in result.layouts[0].step_split_s})
+    _name(axis, result, "what a step goes into", "s of the median step")
+
+
+def _memory(axis: Any, result: BenchResult) -> None:
+    count = range(len(result.layouts))
+    axis.bar([x - 0.2 for x in count], [max(f.static_bytes) / _MIB for f in result.layouts], 0.4, label="held")
+    axis.bar([x + 0.2 for x in count], [max(f.peak_bytes) / _MIB for f in result.layouts], 0.4, label="peak")
+    _name(axis, result, "memory of the largest rank", "MiB")
+    axis.legend()
+
+
+def _traffic(axis: Any, result: BenchResult) -> None:
+    dims = sorted({dim for f in result.layouts for dim in f.received_bytes_per_step} - {"control"})
+    heights = {
+        f"over {dim}": [f.received_bytes_per_step.get(dim, 0) / _MIB for f in result.layouts] for dim in dims
+    } | {
+        f"pages of the {what}": [f.paged_bytes_per_step[what] / _MIB for f in result.layouts]
+        for what in ("base", "optimizer")
+    }
+    _stack(axis, result, {label: values for label, values in heights.items() if any(values)})
+    _name(axis, result, "moved by rank 0", "MiB a step")
+
+
+_PANELS: dict[str, Callable[[Any, BenchResult], None]] = {
+    "throughput": _throughput,
+    "scaling": _scaling,
+    "split": _split,
+    "memory": _memory,
+    "traffic": _traffic,
+}
+
+
+def _stack(axis: Any, result: BenchResult, parts: dict[str, list[float]]) -> None:
+    bottom = [0.0] * len(result.layouts)
+    for label, heights in parts.items():
+        axis.bar(range(len(heights)), heights, bottom=bottom, label=label)
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    if parts:
+        axis.legend()
+
+
+def _name(axis: Any, result: BenchResult, title: str, unit: str) -> None:
+    axis.set(title=title, ylabel=unit)
+    axis.set_xticks(range(len(result.layouts)), [name.replace(", ", "\n") for name in columns(result)])
+    axis.grid(alpha=0.3, axis="y")

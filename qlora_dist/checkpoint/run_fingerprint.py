@@ -1,0 +1,94 @@
+"""What a run must have in common with the checkpoint that it goes on from, and what it may change."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.config.schema import Config
+from qlora_dist.errors import UserError
+
+_SAMPLE_BYTES = 1 << 16
+
+_SOME = {
+    "data": ("seq_len", "too_long", "packing", "group_by_length"),
+    "train": ("global_batch", "seed", "checkpointing"),
+}
+"""What of these sections is compared; of model, lora and optim it is all."""
+_FREE = ("model.base", "model.attention", "lora.from")
+"""Keys of the compared sections that may change: where a base or an adapter lies is not what it is."""
+_CONTENTS = (("base", "another base model"), ("data", "other training data"), ("adapter", "another lora.from"))
+_TOLD = ("optim", "lora.dropout", "model.compute_dtype", "train.checkpointing")
+"""May change, and the run says so."""
+
+
+def identity_of(config: Config, base: str, data: str, adapter: str | None = None) -> dict[str, Any]:
+    """What the manifest keeps of a run.
+
+    Args:
+        config: of the run.
+        base: fingerprint of the base model (`base_fingerprint`).
+        data: fingerprint of the training data.
+        adapter: sha256 of the adapter that it began from; None: it began from none.
+    """
+    tree = config.model_dump(mode="json")
+    compared = {section: tree[section] for section in ("model", "lora", "optim")}
+    compared |= {section: {key: tree[section][key] for key in keys} for section, keys in _SOME.items()}
+    kept = {f"{section}.{key}": value for section, part in compared.items() for key, value in part.items()}
+    return {"base": base, "data": data, "adapter": adapter, "config": kept}
+
+
+def compare(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
+    """What differs and may, as lines to print.
+
+    Raises:
+        UserError: naming the first thing that differs and may not.
+    """
+    start_over = "or start over with run.overwrite=true --resume none"
+    for name, what in _CONTENTS:
+        if saved.get(name) != now.get(name):
+            raise UserError(f"{folder}: was made with {what} than this run's; give the same, {start_over}")
+    if foreign := sorted(saved["config"].keys() - now["config"].keys()):
+        raise UserError(
+            f"{folder}: names the key {foreign[0]}, which this version does not know; take the version that wrote it, "
+            f"{start_over}"
+        )
+    told = []
+    for key, value in now["config"].items():
+        before = saved["config"].get(key, value)
+        if before == value or key in _FREE:
+            continue
+        if not key.startswith(_TOLD):
+            raise UserError(f"{folder}: was made with {key}: {before}, not {value}; set it back, {start_over}")
+        told.append(f"{key}: {value} from here on, {before} before")
+    return told
+
+
+def is_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> bool:
+    """Return whether a run of the identity `now` could go on from a checkpoint in `folder`."""
+    try:
+        compare(saved, now, folder)
+    except UserError:
+        return False
+    return True
+
+
+def base_fingerprint(folder: Path) -> str:
+    """sha256 of a model folder's index, and of each file's size, header and some bytes from its middle.
+
+    Headers alone do not tell one fine-tuned model from another of its shape, and reading 200 GB takes minutes.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors*")):
+        digest.update(path.name.encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+            continue
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(size // 2)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""The verbs about models and adapters: one function call each. Imports are lazy, as in `cli.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qlora_dist.cli.command_process import on_every_rank, prepare_process
+
+verbs = typer.Typer()
+
+
+@verbs.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face model in 16 or 32 bit.", metavar="SRC")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
+    quant_type: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
+    block_size: Annotated[int, typer.Option(help="Weights per absmax.")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="Quantize the absmax values too.")] = True,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Quantize the input embedding and the output head too.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    file_size: Annotated[str, typer.Option(help="Largest size of a file, such as 5GB.")] = "5GB",
+    min_share: Annotated[
+        float, typer.Option(help="Fail if less than this part of the layers' parameters would be in 4 bit.")
+    ] = 0.9,
+) -> None:
+    """Quantize a model to 4 bit, in bitsandbytes' own format; an interrupted run goes on where it stopped."""
+    prepare_process()
+    from rich.console import Console
+
+    from qlora_dist.model.quantize_folder import print_report, quantize_folder
+    from qlora_dist.model.quantize_plan import make_options
+
+    console = Console()
+    options = make_options(quant_type, block_size, double_quant, device, file_size, min_share, embeddings)
+    print_report(quantize_folder(source, out, options, console), console)
+
+
+@verbs.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, such as runs/NAME/adapter.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the model; without it, the one that the adapter names.")
+    ] = None,
+    into: Annotated[
+        Literal["dequantized", "original", "nf4"],
+        typer.Option(
+            help="What is added to and written: the 4-bit weights in 16 bit, which is what was trained; the weights of "
+            "a 16-bit --base; or the 4-bit weights, quantized again."
+        ),
+    ] = "dequantized",
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of what is not in 4 bit; auto: as the base's.")
+    ] = "auto",
+    quant_type: Annotated[Literal["nf4", "fp4"], typer.Option(help="With a 16-bit base, as the run had it.")] = "nf4",
+    block_size: Annotated[int, typer.Option(help="With a 16-bit base, as the run had it.")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="With a 16-bit base, as the run had it.")] = True,
+    error_feedback: Annotated[
+        bool,
+        typer.Option("--error-feedback", help="Into nf4: what a weight's rounding loses of the update, the next keep."),
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="Held-out file: print the loss of what is written and of what it was made of.")
+    ] = None,
+    file_size: Annotated[str, typer.Option(help="Largest size of a file, such as 5GB.")] = "5GB",
+) -> None:
+    """Make one model of a base and an adapter, from file to file."""
+    prepare_process()
+    from rich.console import Console
+
+    from qlora_dist.merge.merge_folder import merge_folder, print_report
+    from qlora_dist.merge.merge_plan import MergeOptions
+    from qlora_dist.model.quantize_plan import parse_size
+
+    options = MergeOptions(into, dtype, quant_type, block_size, double_quant, error_feedback, parse_size(file_size))
+    console = Console()
+    if data is None:
+        print_report(merge_folder(base, adapter, out, options, console), console)
+        return
+    from qlora_dist.inference.merge_and_evaluate import merge_and_measure, print_losses
+
+    report, losses = merge_and_measure(base, adapter, out, options, data, console)
+    print_report(report, console)
+    print_losses(losses, console)
+
+
+@verbs.command()
+def compose(
+    adapters: Annotated[list[str], typer.Argument(help="The adapters.", metavar="NAME=FOLDER[:WEIGHT]...")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
+    how: Annotated[
+        str,
+        typer.Option(
+            help="cat, the sum itself; svd, the sum in fewer ranks; linear, ties, dare_linear, dare_ties or "
+            "magnitude_prune, and the last four with _svd: as in PEFT; sequential: each was trained on what the one "
+            "before it was merged into."
+        ),
+    ] = "cat",
+    rank: Annotated[int | None, typer.Option(help="Of svd; without it, the largest of the adapters'.")] = None,
+    density: Annotated[float, typer.Option(help="Part of the values that ties, dare and magnitude_prune leave.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the model, where the adapters name it differently.")
+    ] = None,
+) -> None:
+    """Make one adapter of several."""
+    prepare_process()
+    from rich.console import Console
+
+    from qlora_dist.merge.compose_adapters import compose, print_report
+    from qlora_dist.merge.compose_options import ComposeOptions, parse_given, parse_how
+
+    given = [parse_given(text) for text in adapters]
+    options = ComposeOptions(parse_how(how), rank, density, seed, base)
+    print_report(compose(given, out, options), given, options, Console())
+
+
+_ADAPTERS = typer.Option("--adapter", help="NAME=FOLDER, or FOLDER; as often as there are adapters.")
+_BASE_FOLDER = typer.Option("--base", help="Folder of the model; without it, the one that the adapters name.")
+_NO_QUANTIZE = typer.Option("--no-quantize", help="Keep a base in 16 bit so, instead of quantizing it as train does.")
+_SET = typer.Option("--set", help="section.key=value, winning over the run that made the adapter; repeatable.")
+
+
+@verbs.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to answer.", metavar="PROMPT")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts: JSONL in the data formats, or lines. Prints JSONL.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk: reads lines, answers as tokens come.")] = False,
+    adapter: Annotated[list[str] | None, _ADAPTERS] = None,
+    use: Annotated[
+        str | None, typer.Option(help="Name of the adapter that answers, or base; default: the first.")
+    ] = None,
+    base: Annotated[Path | None, _BASE_FOLDER] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="From the likeliest tokens that have this part of the chances.")] = 0.9,
+    top_k: Annotated[int, typer.Option(help="From so many of the likeliest tokens; 0: of all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same gives the same.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that a rank computes together.")] = 8,
+    system: Annotated[str | None, typer.Option(help="The system's message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue a text as it is, without the chat template.")] = False,
+    no_quantize: Annotated[bool, _NO_QUANTIZE] = False,
+    overrides: Annotated[list[str] | None, _SET] = None,
+) -> None:
+    """Answer a prompt, a file of prompts, or a person: alone, or on every rank that torchrun starts this on."""
+
+    def run() -> None:
+        from qlora_dist.inference.generate import Sampling
+        from qlora_dist.inference.inference_commands import ModelOptions, PromptOptions, run_generate
+
+        sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature, top_p, top_k, repetition_penalty, seed)
+        options = ModelOptions(adapter or (), base, not no_quantize, overrides or ())
+        run_generate(options, PromptOptions(prompt, prompts, chat, raw, system, use, batch_size), sampling)
+
+    on_every_rank(run)
+
+
+@verbs.command(name="eval")
+def evaluate(
+    folder: Annotated[
+        str | None, typer.Argument(help="Folder of an adapter, such as runs/NAME/adapter.", metavar="ADAPTER")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out file, read as the run that made the adapter did.")] = None,
+    adapter: Annotated[list[str] | None, _ADAPTERS] = None,
+    base: Annotated[Path | None, _BASE_FOLDER] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, such as mmlu,arc_easy.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of YAML files of tasks of your own.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of tasks that a rank computes together.")] = 8,
+    no_quantize: Annotated[bool, _NO_QUANTIZE] = False,
+    overrides: Annotated[list[str] | None, _SET] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Print held-out loss and perplexity, and scores on tasks: alone, or on every rank that torchrun starts."""
+
+    def run() -> None:
+        from qlora_dist.inference.inference_commands import ModelOptions, run_eval
+        from qlora_dist.inference.lm_eval_tasks import TaskOptions
+
+        options = ModelOptions(
+            [*([folder] if folder else []), *(adapter or ())], base, not no_quantize, overrides or ()
+        )
+        named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        asked = TaskOptions(named, num_fewshot, limit, batch_size, task_folder) if named else None
+        run_eval(options, data, asked, as_json)
+
+    on_every_rank(run)

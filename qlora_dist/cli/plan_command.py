@@ -1,0 +1,154 @@
+"""`qlora-dist plan`: from the command line to a plan."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from qlora_dist.config.config_file import changed, config_from, load_config
+from qlora_dist.config.lora_from_adapter import with_adapter
+from qlora_dist.config.max_positions import check_seq_len
+from qlora_dist.config.schema import Config
+from qlora_dist.errors import UserError
+from qlora_dist.plan.calibration_file import load_calibration
+from qlora_dist.plan.hardware import load_hardware
+from qlora_dist.plan.model_config import read_model_config
+from qlora_dist.plan.run_spec import make_run
+from qlora_dist.plan.training_plan import Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says."""
+
+    model: str
+    """A model, or the file of a run."""
+    overrides: Sequence[str]
+    gpus: int
+    """Of each node."""
+    gpu: str
+    nodes: int
+    network: str
+    seq_len: int | None = None
+    micro_batch: int | None = None
+    hardware: Path | None = None
+    calibration: Path | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Of all nodes."""
+        return self.gpus * self.nodes
+
+    @property
+    def run_file(self) -> Path | None:
+        """The file of a run, if that is what is to be planned."""
+        path = Path(self.model)
+        return path if path.suffix in (".yaml", ".yml") else None
+
+
+def plan_run(asked: Asked, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
+    """Print a plan, or the configuration that a search has found.
+
+    Raises:
+        UserError: a mistake in what was asked, or nothing fits.
+    """
+    if search:
+        from qlora_dist.plan.plan_search import print_fastest
+
+        print_fastest(asked, as_json)
+        return
+    planned = plan_for(asked)
+    if plot is not None:
+        from qlora_dist.plan.plot_plan import draw
+
+        draw(planned, _on_other_nodes(asked), plot)
+    traced = None
+    if with_trace:
+        from qlora_dist.trace import compare_trace
+
+        config = make_config(asked)
+        traced = compare_trace.trace_plan(planned, config, read_model_config(config.model.base))
+    if as_json:
+        of_trace = {"trace": compare_trace.as_json(traced)} if traced is not None else {}
+        typer.echo(json.dumps(planned.as_json() | of_trace, indent=2))
+        return
+    from qlora_dist.plan.print_plan import print_plan
+
+    print_plan(planned, make_config(asked).model.base, Console())
+    if traced is not None:
+        compare_trace.print_both(planned, traced, Console())
+
+
+def _on_other_nodes(asked: Asked) -> list[tuple[int, Plan]]:
+    """The same on more nodes and on fewer, where the configuration allows it."""
+    plans = []
+    for nodes in (1, 2, 4, 8, 16, 32, 64):
+        with contextlib.suppress(UserError):
+            plans.append((nodes, plan_for(replace(asked, nodes=nodes))))
+    return plans
+
+
+def plan_for(asked: Asked, config: Config | None = None) -> Plan:
+    """The plan of what was asked, or of another configuration on the same machines.
+
+    Raises:
+        UserError: a mistake in what was asked.
+    """
+    hardware = load_hardware(asked.hardware)
+    gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
+    config = config or make_config(asked)
+    model_config = read_model_config(config.model.base)
+    check_seq_len(config.data.seq_len, model_config, config.model.base)
+    run = make_run(config, model_config, asked.ranks, asked.nodes)
+    return make_plan(run, asked.gpu, gpu, hardware.link(gpu.link), hardware.link(asked.network), measured)
+
+
+def make_config(asked: Asked) -> Config:
+    """Return the configuration that is planned: a run's file or defaults, and what was asked.
+
+    Without a run's file, `train.global_batch`, if not asked for, is 16 or so many that every rank has a micro-batch.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    if asked.run_file is not None:
+        sizes = {"data.seq_len": asked.seq_len, "train.micro_batch": asked.micro_batch}
+        options = [f"{key}={value}" for key, value in sizes.items() if value is not None]
+        config = with_adapter(load_config(asked.run_file, [*asked.overrides, *options]))
+        _check_global_batch(config, asked.ranks)
+        return config
+    tree: dict[str, dict[str, Any]] = {"model": {"base": asked.model}, "data": {"train": ["data/train.jsonl"]}}
+    if asked.seq_len is not None:
+        tree["data"]["seq_len"] = asked.seq_len
+    if asked.micro_batch is not None:
+        tree["train"] = {"micro_batch": asked.micro_batch, "global_batch": asked.micro_batch}
+    config = with_adapter(config_from(json.loads(json.dumps(tree)), _harmless(asked.overrides)))
+    rows = asked.ranks * config.train.micro_batch
+    given = [o for o in asked.overrides if o.partition("=")[0].strip() == "train.global_batch"]
+    if not given:
+        return changed(config, {"train": {"global_batch": rows * -(-16 // rows)}})
+    config = with_adapter(config_from(tree, asked.overrides))
+    _check_global_batch(config, asked.ranks)
+    return config
+
+
+def _check_global_batch(config: Config, ranks: int) -> None:
+    rows = ranks * config.train.micro_batch
+    if config.train.global_batch % rows:
+        raise UserError(
+            f"train.global_batch: {config.train.global_batch} is not a multiple of {rows} ({ranks} ranks x "
+            f"train.micro_batch: {config.train.micro_batch}); change one of them"
+        )
+
+
+def _harmless(overrides: Sequence[str]) -> list[str]:
+    """A micro-batch of any size goes with a global batch that is not asked for."""
+    sizes = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "train.micro_batch"]
+    return [*overrides, *(f"train.global_batch={size}" for size in sizes[-1:])]

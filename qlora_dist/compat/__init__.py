@@ -1,0 +1,1 @@
+"""Private APIs of torch, transformers, PEFT, bitsandbytes and DeepSpeed, one file per library."""

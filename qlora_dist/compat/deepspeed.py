@@ -1,0 +1,220 @@
+"""Everything of DeepSpeed that we use but its optimizer (`zero_optimizer.py`), behind functions of ours.
+
+DeepSpeed's own way is `deepspeed.initialize`: it wants a whole model on every rank and an optimizer. Used here is what
+lies beneath it, ZeRO-3's parameters (`zero.Init`) and their gathering (`DeepSpeedZeRoOffload`): modules fetch their
+parameters before they run and release them after. When a release of DeepSpeed moves any of this,
+tests/zero/test_deepspeed_internals.py fails and this file is the one to change.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qlora_dist.errors import UserError
+from qlora_dist.runtime.environment import set_device_index
+from qlora_dist.shard_view import FlatShard, set_flat_shard
+
+OnGather = Callable[[dist.ProcessGroup, int], None]
+"""Told of each all-gather: its group, and the bytes this rank receives in it."""
+
+
+def check_deepspeed() -> None:
+    """See whether DeepSpeed is there, without importing it.
+
+    Raises:
+        UserError: it is not.
+    """
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "parallel.engine: zero3 needs DeepSpeed, which is not installed; pip install 'qlora-dist[zero]', with "
+            "DS_BUILD_OPS=0 in the environment, or set parallel.engine=fsdp2"
+        )
+
+
+def check_async_io(device: torch.device) -> None:
+    """See whether DeepSpeed can read and write files: compile what it does that with, if it never has been.
+
+    Raises:
+        UserError: there is no compiler, or no libaio.
+    """
+    _import(device)
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    reason = "it finds no libaio or no C++ compiler"
+    try:
+        if AsyncIOBuilder().is_compatible(verbose=False):
+            AsyncIOBuilder().load(verbose=False)
+            return
+    except (RuntimeError, OSError, AssertionError, ImportError, subprocess.CalledProcessError) as error:
+        reason = str(error).strip().partition("\n")[0]
+    raise UserError(
+        f"optim.offload: nvme needs async_io of DeepSpeed, which is compiled at its first use ({reason}); install "
+        "libaio with its headers, ninja and a C++ compiler, or set optim.name: paged-adamw-32bit and paging.to: disk, "
+        "which need none of it"
+    )
+
+
+class Partitioner:
+    """Turns parameters into those of ZeRO-3, and hangs its hooks on a model.
+
+    Args:
+        device: of this rank. The default process group must be there; it is DeepSpeed's too.
+        on_gather: told of all that is gathered.
+    """
+
+    def __init__(self, device: torch.device, on_gather: OnGather) -> None:
+        _start(device, on_gather)
+        from deepspeed.runtime.zero.partition_parameters import Init, free_param
+
+        self._device, self._free = device, free_param
+        # not entered as a context: there it casts every floating tensor that anybody makes
+        self._init = Init(data_parallel_group=dist.group.WORLD, mem_efficient_linear=False)
+
+    def cut(
+        self, parameter: nn.Parameter, group: dist.ProcessGroup, dtype: torch.dtype, on_host: bool, is_first_copy: bool
+    ) -> nn.Parameter:
+        """A parameter in the place of another one on meta, with room for this rank's part, and no values.
+
+        Args:
+            parameter: on meta.
+            group: of the ranks that share it.
+            dtype: what it is gathered in; bytes and other integers stay what they are.
+            on_host: keep the part in host memory.
+            is_first_copy: whether no rank before this one holds the same part.
+        """
+        dtype = dtype if parameter.is_floating_point() else parameter.dtype
+        # of the whole's shape and of one element's memory: DeepSpeed looks at shapes
+        blank = torch.empty((), dtype=dtype, device=self._device).expand(parameter.shape)
+        ours = nn.Parameter(blank, requires_grad=parameter.requires_grad)
+        ours.ds_zero_partition_process_group = group  # else the world
+        ours._is_hf_initialized = True  # or transformers would give it first values, and it has no elements
+        self._init._convert_to_deepspeed_param(ours)
+        numel, size = parameter.numel(), -(-parameter.numel() // group.size())
+        device = torch.device("cpu") if on_host else self._device
+        pinned = on_host and self._device.type == "cuda"
+        padded = torch.empty(size, dtype=parameter.dtype, device=device, pin_memory=pinned)
+        padded[max(0, numel - group.rank() * size) :] = 0
+        part = padded if dtype == parameter.dtype else torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
+        set_flat_shard(ours, FlatShard(parameter.shape, padded, part, group, is_first_copy))
+        from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
+        ours.ds_tensor = part.view(-1)  # DeepSpeed writes attributes on it
+        ours.ds_tensor.ds_numel = size
+        ours.ds_tensor.status = PartitionedParamStatus.AVAILABLE
+        ours.ds_tensor.final_location = None
+        ours.ds_numel_aligned = size * group.size()
+        self._free(ours)
+        return ours
+
+    def hook(self, model: nn.Module, units: Sequence[nn.Module], settings: dict[str, Any]) -> Gathering:
+        """Have the modules of a model fetch their parameters, each unit all of its own at once.
+
+        Args:
+            model: all of whose parameters have been cut.
+            units: modules that are gathered as one, such as decoder layers.
+            settings: `zero_optimization` of DeepSpeed's JSON.
+        """
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.utils import set_z3_leaf_module
+
+        for unit in units:
+            set_z3_leaf_module(unit, True)
+        zero = DeepSpeedZeroConfig(**settings)
+        return Gathering(
+            DeepSpeedZeRoOffload(
+                model,
+                timers=None,
+                ds_config=None,
+                overlap_comm=zero.overlap_comm,
+                prefetch_bucket_size=zero.prefetch_bucket_size,
+                max_reuse_distance=zero.max_reuse_distance,
+                max_live_parameters=zero.max_live_parameters,
+                param_persistence_threshold=zero.param_persistence_threshold,
+                model_persistence_threshold=zero.model_persistence_threshold,
+            )
+        )
+
+
+class Gathering:
+    """ZeRO-3's hooks on a model."""
+
+    def __init__(self, offload: Any) -> None:
+        self._offload = offload
+
+    def release_all(self) -> None:
+        """Release what is still gathered or on its way: after backward, or after a forward pass that has none.
+
+        DeepSpeed keeps what it believes to be needed soon, and an optimizer's step in between would not be seen.
+        """
+        self._offload.release_backward_leftovers()
+        self._offload.partition_all_parameters()
+
+    @staticmethod
+    def skip_backward(module: nn.Module) -> None:
+        """Don't gather a module in backward, where its parameters are not needed."""
+        module.pre_bwd_fn = module.post_bwd_fn = _Nothing
+
+
+class _Nothing:
+    """In place of the autograd functions that DeepSpeed puts around a module."""
+
+    @staticmethod
+    def apply(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def gather_now(parameters: Iterable[nn.Parameter]) -> None:
+    """Gather parameters outside of forward and backward. Called on all ranks that share them."""
+    first, *others = parameters
+    first.all_gather_coalesced([first, *others]).wait()
+
+
+def release_now(parameters: Iterable[nn.Parameter]) -> None:
+    """Release what `gather_now` has gathered; changes are lost."""
+    first, *others = parameters
+    first.partition(param_list=[first, *others])
+
+
+def gathered_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of those that are gathered at this moment, each of which takes memory as a whole."""
+    return sum(parameter.untyped_storage().nbytes() for parameter in parameters)
+
+
+def _start(device: torch.device, on_gather: OnGather) -> None:
+    """Import DeepSpeed, and have it use this device and torch's default process group."""
+    set_device_index(device.index or 0)
+    _import(device)
+    import deepspeed
+    from deepspeed import comm
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    set_accelerator(CUDA_Accelerator() if device.type == "cuda" else CPU_Accelerator())
+    # On a CPU it would compile one at its start, for tensor parallelism. Gathering needs no operator of its own.
+    deepspeed.ops.__compatible_ops__ = {}
+    if not comm.is_initialized():
+        comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+    def all_gather(output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False) -> Any:
+        on_gather(group, output_tensor.nbytes - input_tensor.nbytes)
+        return dist.all_gather_single(output_tensor, input_tensor, group, async_op)
+
+    comm.comm.cdb.all_gather_into_tensor = all_gather
+
+
+def _import(device: torch.device) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for one, and complains if there is none
+    import deepspeed  # noqa: F401
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,0 +1,203 @@
+"""Everything of FSDP2 that torch keeps private, behind functions of ours.
+
+torch 2.13 lets `shard_placement_fn` return a mesh per parameter, but has not published the type it returns; and a
+unit whose parameters lie on several meshes refuses the public setters of its communication. When a torch release
+moves any of this, tests/compat/test_fsdp.py fails and this file is the one to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy
+from torch.distributed.tensor import Shard
+
+try:
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+    from torch.distributed.fsdp._fully_shard._fsdp_common import (
+        FSDPMeshInfo,
+        HSDPMeshInfo,
+        ShardPlacementResult,
+        TrainingState,
+    )
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+except ImportError as error:  # pragma: no cover (another torch)
+    raise ImportError(
+        f"torch {torch.__version__} has moved parts of FSDP2 that qlora-dist uses ({error}); install torch 2.13"
+    ) from error
+
+OnCollective = Callable[[str, str, int], None]
+"""Told of each collective: its name, the mesh dimension, and the bytes this rank receives in it."""
+
+
+Pass = Literal["forward", "backward"]
+GetPage = Callable[[Pass], torch.Tensor]
+"""Gives a unit's page, on its device, for the pass that needs it: uint8[n]."""
+PageDone = Callable[[torch.Event | None], None]
+"""Told when the page has been read, or will have been when the device has come to an event of another stream."""
+ALIGNMENT = 16  # bytes, of a shard in a page: a multiple of every element
+
+
+class MeshPlacement:
+    """Where a parameter goes that does not lie on the mesh given to `fully_shard`.
+
+    FSDP2 groups parameters by the identity of the mesh's description, so there is one for all parameters of a mesh.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        if mesh.ndim == 1:
+            self._info = FSDPMeshInfo(mesh, shard_mesh_dim=0)
+        else:
+            self._info = HSDPMeshInfo(mesh, replicate_mesh_dim=0, shard_mesh_dim=1)
+
+    def __call__(self, placement: Shard) -> ShardPlacementResult:
+        """Cut a parameter along `placement.dim` over this mesh."""
+        return ShardPlacementResult(placement, self._info)
+
+
+def observe_collectives(unit: FSDPModule, on_collective: OnCollective) -> None:
+    """Have a unit report every collective that it issues."""
+    for group in _groups(unit):
+        dim = _shard_dim_name(group)
+        group._all_gather_comm = _ObservedAllGather(dim, on_collective)
+        group._reduce_scatter_comm = _ObservedReduceScatter(dim, on_collective)
+        if isinstance(group.mesh_info, HSDPMeshInfo):
+            replicas = group.mesh_info.replicate_mesh_size
+
+            def report(reduced: torch.Tensor, replicas: int = replicas) -> None:
+                # a ring all-reduce is a reduce-scatter and an all-gather
+                on_collective("all_reduce", "replica", 2 * reduced.nbytes * (replicas - 1) // replicas)
+
+            group._all_reduce_hook = report
+
+
+def keep_trained_on_device(unit: FSDPModule) -> None:
+    """Of a unit with an offload policy, offload the frozen parameters only."""
+    for group in _groups(unit):
+        if any(p.sharded_param.requires_grad for p in group.fsdp_params):
+            group.offload_policy = OffloadPolicy()
+            for parameter in group.fsdp_params:
+                parameter.offload_to_cpu = parameter.pin_memory = False
+
+
+def frozen_shards(unit: FSDPModule) -> list[tuple[nn.Parameter, int, int]]:
+    """A unit's frozen parameters, as they lie one behind the other in a page.
+
+    Returns:
+        Of each: the parameter, where this rank's shard begins, and how many bytes it has, with what FSDP2 pads.
+    """
+    shards, start = [], 0
+    for group in _groups(unit):
+        for parameter in group.fsdp_params:
+            if not parameter.sharded_param.requires_grad:
+                nbytes = parameter._sharded_param_data.nbytes
+                shards.append((parameter.sharded_param, start, nbytes))
+                start += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return shards
+
+
+def page_frozen(unit: FSDPModule, get_page: GetPage, page_done: PageDone) -> None:
+    """Have a unit take its frozen shards from a page, whenever it gathers them. The parameters stay on meta.
+
+    A page is asked for at the moment in which FSDP2 reads the shards, and is done with when it has: with several ranks
+    in `unshard`, which copies them into the all-gather's buffer, on one rank in `wait_for_unshard`. So one page is in
+    use at a time, whatever FSDP2 prefetches.
+
+    Args:
+        unit: sharded; its parameters on meta.
+        get_page: gives the bytes as `frozen_shards` says they lie.
+        page_done: called after each `get_page`.
+    """
+    starts = {id(parameter): (start, nbytes) for parameter, start, nbytes in frozen_shards(unit)}
+    for group in _groups(unit):
+        frozen = [(p, *starts[id(p.sharded_param)]) for p in group.fsdp_params if id(p.sharded_param) in starts]
+        if frozen:
+            _page_group(group, frozen, get_page, page_done)
+
+
+def _page_group(
+    group: FSDPParamGroup, frozen: list[tuple[FSDPParam, int, int]], get_page: GetPage, page_done: PageDone
+) -> None:
+    unshard, wait_for_unshard = group.unshard, group.wait_for_unshard
+    assert isinstance(group.mesh_info, FSDPMeshInfo)
+    alone = group.mesh_info.shard_mesh_size == 1
+    on_meta = [parameter._sharded_param_data for parameter, _, _ in frozen]
+
+    def with_page(read: Callable[[], None], used_on: Callable[[], torch.Event | None]) -> None:
+        page = get_page("backward" if group._training_state == TrainingState.PRE_BACKWARD else "forward")
+        for (parameter, start, nbytes), blank in zip(frozen, on_meta, strict=True):
+            parameter._sharded_param_data = page[start : start + nbytes].view(blank.dtype)
+        read()
+        page_done(used_on())
+        for (parameter, _, _), blank in zip(frozen, on_meta, strict=True):
+            parameter._sharded_param_data = blank
+
+    def paged_unshard(async_op: bool = False) -> None:
+        def copied_in() -> torch.Event:
+            stream, _ = group.comm_ctx.get_all_gather_streams(async_op, group._training_state)
+            return stream.record_event()
+
+        reads = not alone and group._all_gather_result is None and not group.is_unsharded
+        if reads:
+            with_page(lambda: unshard(async_op), copied_in)
+        else:
+            unshard(async_op)
+
+    def paged_wait_for_unshard() -> None:
+        if alone and group._all_gather_result is not None:
+            with_page(wait_for_unshard, lambda: None)
+        else:
+            wait_for_unshard()
+
+    group.unshard, group.wait_for_unshard = paged_unshard, paged_wait_for_unshard
+    group._validate_no_meta_params = lambda: None  # it wants frozen ones to hold memory
+
+
+def _groups(unit: nn.Module) -> Iterator[FSDPParamGroup]:
+    assert isinstance(unit, FSDPModule)
+    yield from unit._get_fsdp_state()._fsdp_param_groups
+
+
+def _shard_dim_name(group: FSDPParamGroup) -> str:
+    info = group.mesh_info
+    assert isinstance(info, FSDPMeshInfo) and info.mesh.mesh_dim_names is not None
+    return info.mesh.mesh_dim_names[info.shard_mesh_dim]
+
+
+class _ObservedAllGather(DefaultAllGather):
+    def __init__(self, dim: str, on_collective: OnCollective) -> None:
+        super().__init__()
+        self._dim, self._on_collective = dim, on_collective
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        self._on_collective("all_gather", self._dim, output_tensor.nbytes - input_tensor.nbytes)
+        return super().__call__(output_tensor, input_tensor, group, async_op)
+
+
+class _ObservedReduceScatter(DefaultReduceScatter):
+    def __init__(self, dim: str, on_collective: OnCollective) -> None:
+        super().__init__()
+        self._dim, self._on_collective = dim, on_collective
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp,
+        async_op: bool = False,
+    ) -> dist.Work:
+        self._on_collective("reduce_scatter", self._dim, input_tensor.nbytes - output_tensor.nbytes)
+        return super().__call__(output_tensor, input_tensor, group, op, async_op)

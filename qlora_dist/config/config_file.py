@@ -1,0 +1,185 @@
+"""Reading the YAML, with `key=value` overrides, and writing it back. `config_mistakes.py` explains what is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qlora_dist.config.config_errors import Key, explain_mistakes, list_item
+from qlora_dist.config.schema import Config
+from qlora_dist.errors import UserError
+
+Sections = Mapping[str, Mapping[str, Any]]
+"""Values of some keys, by section."""
+_Sections = TypeVar("_Sections", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load, except that 2e-4 is a number and 2026-01-31 is text, as in JSON, and a key stands once."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except ValueError as error:  # `!!int x`
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """yaml.safe_dump for what `_Loader` reads: text such as 1e5 gets quotes."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` each, the value in YAML; they win over the file.
+
+    Raises:
+        UserError: naming file and line (or the override), the key, and the remedy.
+    """
+    return load_sections(path, Config, overrides, start="`model:` and `data:`")
+
+
+def load_sections(
+    path: str | Path, kind: type[_Sections], overrides: Iterable[str] = (), start: str = "one of them"
+) -> _Sections:
+    """Read a file of that kind, as `load_config` does; `start` is what a file begins with, for a complaint."""
+    path = Path(path)
+    tree, places = _read(path, start)
+    for override in overrides:
+        _apply_override(tree, places, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain_mistakes(kind, error, tree, path, places, _Loader)) from None
+
+
+def config_from(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """A configuration that lies in no file.
+
+    Args:
+        tree: sections and keys; changed.
+        overrides: as for `load_config`.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    places: dict[Key, str] = {}
+    for override in overrides:
+        _apply_override(tree, places, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        where = Path("configuration")
+        raise UserError(explain_mistakes(Config, error, tree, where, places, _Loader)) from None
+
+
+def changed(config: Config, sections: Sections) -> Config:
+    """The configuration with other values for some keys."""
+    tree = config.model_dump()
+    return Config.model_validate(tree | {section: {**tree[section], **keys} for section, keys in sections.items()})
+
+
+def dump_config(config: Config) -> str:
+    """The complete configuration as YAML, which `load_config` reads back to an equal one."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path, start: str) -> tuple[dict[str, Any], dict[Key, str]]:
+    """The file's tree, and for each key where it stands ('FILE, line N')."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file; give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a YAML file in UTF-8") from None
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=_Loader) if node is not None else {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}, line {line}: not valid YAML: {error.problem}; correct that line") from None
+    except yaml.YAMLError as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: not valid YAML: {reason}; correct it") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds no mapping of sections; start with {start}")
+    return tree, {key: f"{path}, line {line}" for key, line in _lines(node)}
+
+
+def _lines(node: yaml.Node | None, prefix: Key = ()) -> Iterator[tuple[Key, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = (*prefix, str(key_node.value))
+            yield key, key_node.start_mark.line + 1
+            yield from _lines(value_node, key)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            key = (*prefix, list_item(index))
+            yield key, item.start_mark.line + 1
+            yield from _lines(item, key)
+
+
+def _apply_override(tree: dict[str, Any], places: dict[Key, str], override: str) -> None:
+    name, equals, text = override.partition("=")
+    key = tuple(name.strip().split("."))
+    if not equals or not all(key):
+        raise UserError(f"'{override}': an override is written section.key=value, such as train.steps=10")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"'{override}': the value is not valid YAML; put it in quotes") from None
+    parent = tree
+    for part in key[:-1]:
+        child = parent.setdefault(part, {})
+        if child is None:  # a section that is named in the file and left empty
+            child = parent[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"'{override}': {part} is not a section; write section.key=value")
+        parent = child
+    parent[key[-1]] = value
+    for replaced in [place for place in places if place[: len(key)] == key]:
+        del places[replaced]
+    for length in range(1, len(key) + 1):
+        places[key[:length]] = f"override {override}"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat

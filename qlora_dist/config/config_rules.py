@@ -1,0 +1,84 @@
+"""Rules between keys of the configuration that are right by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qlora_dist.config.schema import Config
+
+_LEAST_NVME_PAGE = 2 * 2**20
+"""Bytes of a page of two moments, each of 1 MiB."""
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Yield a sentence for each pair of values that exclude one another, the key first."""
+    if config.lora.experts and (config.lora.dropout or config.lora.dora):
+        yield ("lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false")
+    if config.parallel.base == "paged" and config.paging.to == "unified":
+        yield (
+            "paging.to: unified memory is for optimizer states only, and parallel.base: paged pages the base too; "
+            "set paging.to to host or disk"
+        )
+    if config.parallel.base == "paged" and config.parallel.offload != "none":
+        yield ("parallel.offload: base and parallel.base: paged exclude each other; leave parallel.offload out")
+    paged = config.optim.name.startswith("paged")
+    least = 2 * config.paging.page_bytes
+    if paged and config.optim.resident_bytes != "auto" and 0 < config.optim.resident_bytes < least:
+        yield (
+            f"optim.resident_bytes: {config.optim.resident_bytes} is less than two pages, {least}; raise it, set it "
+            "to 0 for just two pages, or lower paging.page_bytes"
+        )
+    if config.data.group_by_length and config.data.packing != "none":
+        yield ("data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out")
+    if config.data.multi_turn == "per-answer" and config.data.mask == "all":
+        yield (
+            "data.multi_turn: per-answer trains answers only, and data.mask is all; set data.mask: assistant or "
+            "last, or leave data.multi_turn out"
+        )
+    if config.train.steps is not None and config.train.epochs is not None:
+        yield (
+            f"train.epochs: {config.train.epochs:g} and train.steps: {config.train.steps} exclude each other; set one "
+            "of them to null, or take it out"
+        )
+    if config.train.global_batch % config.train.micro_batch:
+        yield (
+            f"train.global_batch: {config.train.global_batch} is not a multiple of train.micro_batch: "
+            f"{config.train.micro_batch}; change one of them"
+        )
+    yield from _engine_contradictions(config)
+
+
+def _engine_contradictions(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.engine == "zero3" and parallel.base == "paged":
+        yield (
+            "parallel.base: paged: engine zero3 has no pages; set parallel.engine: fsdp2, or keep the base in host "
+            "memory with parallel.base: node and parallel.offload: base"
+        )
+    if parallel.engine == "zero3" and config.train.compile:
+        yield (
+            "train.compile: layers with the hooks of engine zero3 cannot be compiled; leave train.compile out, or "
+            "set parallel.engine: fsdp2"
+        )
+    if config.optim.name == "zero-adamw" and parallel.engine != "zero3":
+        yield (
+            f"optim.name: zero-adamw is of engine zero3, and parallel.engine is {parallel.engine}; set optim.name: "
+            "paged-adamw-32bit, or parallel.engine: zero3"
+        )
+    if config.optim.offload != "none" and config.optim.name != "zero-adamw":
+        yield (
+            f"optim.offload: {config.optim.offload} is for optim.name: zero-adamw, and DeepSpeed does not move the "
+            f"states of {config.optim.name} rightly; leave it out, and say with paging.to where they go"
+        )
+    if config.optim.offload == "nvme" and config.paging.page_bytes < _LEAST_NVME_PAGE:
+        yield (
+            f"paging.page_bytes: {config.paging.page_bytes} is less than {_LEAST_NVME_PAGE}, and DeepSpeed leaves in "
+            "memory what is less than 1 MiB; raise it, or leave out optim.offload: nvme"
+        )
+    if parallel.engine == "zero2" and (parallel.base not in ("replicate", 1) or parallel.offload != "none"):
+        yield (
+            "parallel.engine: zero2 has the whole base on each rank's device; set parallel.base: replicate and "
+            "parallel.offload: none, or parallel.engine: zero3"
+        )

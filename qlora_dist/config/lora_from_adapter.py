@@ -1,0 +1,106 @@
+"""The section `lora` of a run that begins from an existing adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.config.schema import Config, LoraConfig
+from qlora_dist.errors import UserError
+from qlora_dist.io.adapter_files import (
+    CONFIG,
+    PEFTS_DEFAULT,
+    PREFIX,
+    by_pattern,
+    low_rank_part,
+    parameter_of_experts,
+    read_adapter_config,
+    target_name,
+    tensor_names,
+)
+
+
+def with_adapter(config: Config) -> Config:
+    """The configuration with what its `lora.from` says in the keys of `lora` that are not set.
+
+    Which layers an adapter changes is compared with `lora.targets` later, when the model is known.
+
+    Raises:
+        UserError: the folder is no adapter's, or a key that is set says something else.
+    """
+    lora = config.lora
+    if lora.from_adapter is None:
+        return config
+    given = settings_of(Path(lora.from_adapter))
+    for key in lora.model_fields_set & given.keys() - {"targets"}:
+        value, there = getattr(lora, key), given[key]
+        if (sorted(value) if isinstance(value, list) else value) != there:
+            raise UserError(f"lora.{key}: is {value}, and {lora.from_adapter} has {there}; leave the key out")
+    missing = {key: value for key, value in given.items() if key not in lora.model_fields_set}
+    if given["experts"] and "dropout" not in lora.model_fields_set:
+        missing["dropout"] = 0.0  # experts know none
+    section = LoraConfig.model_validate({**lora.model_dump(include=lora.model_fields_set), **missing})
+    return Config.model_validate({**dict(config), "lora": section})
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The keys of `lora` that an adapter's folder says, by key.
+
+    Raises:
+        UserError: it is no folder of a LoRA adapter, or of one that no section describes.
+    """
+    config = read_adapter_config(path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: is an adapter of type {config.get('peft_type')}, not LORA; give one that is")
+    try:
+        return _settings(path, config)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{path / CONFIG}: is not as PEFT writes it ({error}); export the adapter again") from None
+
+
+def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    linear: set[str] = set()
+    experts: set[str] = set()
+    whole: set[str] = set()
+    for key in tensor_names(path):
+        if (part := low_rank_part(key)) is None:
+            whole |= set() if "lora_" in key else {key.removeprefix(PREFIX)}
+        elif (parameter := parameter_of_experts(part[0], config)) is not None:
+            experts.add(parameter)
+        else:
+            linear.add(part[0])
+    if not linear:
+        raise UserError(f"{path}: adapts no linear layer, and a run always does; give an adapter that does")
+    if biases := [name for name in whole if name.endswith(".bias") and config.get("bias", "none") != "none"]:
+        raise UserError(f"{path}: has trained biases ({biases[0]}), which a run does not train; give another adapter")
+    r, alpha = config.get("r", PEFTS_DEFAULT), config.get("lora_alpha", PEFTS_DEFAULT)
+    return {
+        "r": int(_only("rank", config.get("rank_pattern"), r, linear | experts, path)),
+        "alpha": float(_only("alpha", config.get("alpha_pattern"), alpha, linear | experts, path)),
+        "rslora": bool(config.get("use_rslora")),
+        "dora": bool(config.get("use_dora")),
+        "targets": sorted({target_name(module) for module in linear}),
+        "experts": bool(experts),
+        "modules_to_save": _whole_modules(config, whole),
+    }
+
+
+def _only(what: str, patterns: Mapping[str, Any] | None, default: Any, modules: Iterable[str], path: Path) -> Any:
+    """The value that all matrices have."""
+    values = {by_pattern(patterns, module, default) for module in modules}
+    if len(values) > 1:
+        raise UserError(
+            f"{path}: has matrices of several values of {what} ({', '.join(map(str, sorted(values)))}), and a run has "
+            "one; give another adapter"
+        )
+    return values.pop()
+
+
+def _whole_modules(config: Mapping[str, Any], whole: set[str]) -> list[str]:
+    """The last parts of the names of modules that were trained whole, a tied head left out."""
+    names = {target_name(name) for name in config.get("modules_to_save") or ()} if whole else set()
+    if config.get("ensure_weight_tying") and "embed_tokens" in names:
+        names.discard("lm_head")
+    return sorted(names)

@@ -1,0 +1,168 @@
+"""A chat template, compiled once: messages -> text, by transformers' own rules at the cost of the rendering alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+
+from qlora_dist.data.source_row import Message
+from qlora_dist.data.template_limit import LIMITED
+from qlora_dist.data.template_probe import Probed, Refused
+
+Span = tuple[int, int]
+"""First character and the one after the last."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Renderer:
+    """Writes conversations as `tokenizer.apply_chat_template` does.
+
+    All that is private to transformers is called here: its sandbox and its tracker of `{% generation %}` blocks.
+
+    Raises:
+        jinja2.TemplateSyntaxError: the template does not compile.
+    """
+
+    def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
+        from transformers.utils import chat_template_utils as theirs
+
+        self.source = template
+        self.marked = _GENERATION.search(template) is not None
+        """It says itself what the assistant generates."""
+        try:
+            self._template = theirs._compile_jinja_template(template).environment.from_string(template)
+        except RecursionError:
+            raise TemplateSyntaxError("it is nested too deeply", 1) from None
+        # jinja's ChainMap is walked through in Python for each rendering, which takes as long as a short conversation
+        self._template.globals = dict(self._template.globals)
+        self._render_marked: Callable[..., tuple[str, list[Span]]] = theirs._render_with_assistant_indices
+        # other names of `reasoning_content`, of which older releases of transformers know nothing
+        self._alias = getattr(theirs, "_alias_reasoning_fields", lambda messages: messages)
+        self._special_tokens = dict(special_tokens)
+        self._variables = {**self._template.globals, **special_tokens, "documents": None}
+        self._writes = {name: name in template for name in ("tools", "tool_calls", "function_call")}
+        self._probed = Probed(template, lambda messages: self.text(messages, None))
+
+    def given(self, variables: Mapping[str, Any] | None) -> Renderer:
+        """Return the template with a row's own variables, as `apply_chat_template(..., **variables)` has them."""
+        if not variables:
+            return self
+        other = copy.copy(self)
+        other._special_tokens = {**self._special_tokens, **variables}
+        other._variables = {**self._variables, **variables}
+        other._probed = self._probed.of(lambda messages: other.text(messages, None))
+        return other
+
+    def clean(self, messages: list[Message]) -> list[Message]:
+        """The messages as the template is to see them; what `text` and `marks` take.
+
+        Raises:
+            Refused: there are tool calls, and the template does not write any, or their arguments are no object; or the
+                template writes nothing for a message or for what the assistant thought; or nobody knows a role.
+        """
+        self._probed.check_roles(messages)
+        if all(len(message) == 2 and message.get("content") is not None for message in messages):
+            return messages  # a role and a content
+        cleaned = []
+        for message in messages:
+            # null is no value (apply_chat_template drops it too), and `train` is not the template's business
+            message = {key: value for key, value in message.items() if value is not None and key != "train"}
+            if "tool_calls" in message:
+                message["tool_calls"] = self._tool_calls(message["tool_calls"])
+            if "function_call" in message and not self._writes["function_call"]:
+                raise Refused(
+                    "the row has a `function_call`, which the chat template does not write; write it as `tool_calls`"
+                )
+            cleaned.append(message)
+        seen = self._alias(cleaned)
+        self._probed.check_thoughts(seen, cleaned)
+        return seen
+
+    def text(self, messages: list[Message], tools: list[dict[str, Any]] | None, prompting: bool = False) -> str:
+        """The conversation, or with `prompting` what the assistant gets to see before it answers.
+
+        Raises:
+            Refused: by the template.
+        """
+        try:
+            given = {"messages": messages, "tools": tools, "add_generation_prompt": prompting}
+            # what Template.render does, with the globals merged in beforehand
+            context = self._template.new_context({**self._variables, **given}, shared=True)
+            text = LIMITED.call("".join, self._template.root_render_func(context))
+        except Exception as error:  # what a template does to values it did not expect is its own
+            raise _refusal(error) from None
+        return _checked(text)
+
+    def marks(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[str, list[Span]]:
+        """The conversation, and where in it the template marks what the assistant generates.
+
+        Raises:
+            Refused: by the template.
+        """
+        try:
+            given = self._template, messages, tools, None, False
+            text, spans = LIMITED.call(self._render_marked, *given, **self._special_tokens)
+        except Exception as error:
+            raise _refusal(error) from None
+        return _checked(text), spans
+
+    def tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """The tools as the template is to see them.
+
+        Raises:
+            Refused: the template does not write any.
+        """
+        if not tools:
+            return None
+        if not self._writes["tools"]:
+            raise Refused(
+                "the row has `tools`, which the chat template does not write; use one that does, or take them out"
+            )
+        return tools
+
+    def _tool_calls(self, calls: Any) -> Any:
+        if not calls:
+            return calls
+        if not self._writes["tool_calls"]:
+            raise Refused(
+                "the row has `tool_calls`, which the chat template does not write; use one that does, or take the row "
+                "out"
+            )
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise Refused("`tool_calls` is no list of objects; write one object per call")
+        return [_with_object(call) for call in calls]
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with its arguments as an object: OpenAI writes them as a string, which templates would write quoted."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise Refused("the `arguments` of a tool call are no JSON object; write an object, or take the row out")
+    return {**call, "arguments": parsed}
+
+
+def _refusal(error: Exception) -> Refused:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return Refused(f"the chat template refuses the conversation ({reason}); change or take out the row")
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a tokenizer would refuse the whole batch
+        raise Refused("the conversation holds half of a surrogate pair; write the whole character") from None
+    return text

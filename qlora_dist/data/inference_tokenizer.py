@@ -1,0 +1,96 @@
+"""What a served model needs beside its weights to speak as it was trained: tokenizer, chat template and end tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateSyntaxError
+
+from qlora_dist.data.chat_renderer import Refused, Renderer
+from qlora_dist.data.chat_template import read_template
+from qlora_dist.data.strict_json import read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GENERATION = "generation_config.json"
+_ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class ServedTokenizer:
+    """A tokenizer with the chat template and the end tokens of training, ready to be saved."""
+
+    tokenizer: PreTrainedTokenizerBase
+    generation: dict[str, Any]
+    """generation_config.json, its end tokens included; empty: neither the base nor the template names one."""
+
+    def save(self, out: Path) -> None:
+        """Write the tokenizer's files and generation_config.json.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.tokenizer.save_pretrained(out)
+        if self.generation:
+            (out / _GENERATION).write_text(json.dumps(self.generation, indent=2) + "\n", encoding="utf-8")
+
+
+def served_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, base: Path) -> ServedTokenizer:
+    """Give the tokenizer, which is changed, the chat template and the end token that training uses.
+
+    Where `data.chat_template` ends turns with another token than the tokenizer's end-of-sequence token, that token
+    takes its place, unless the template itself writes `eos_token`.
+
+    Args:
+        tokenizer: of the base.
+        chat_template: `data.chat_template`.
+        base: folder of the base, for the end tokens that it names.
+    """
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template, tokenizer)
+    template = default_template(tokenizer)
+    end = None
+    if template is not None:
+        with contextlib.suppress(TemplateSyntaxError):  # conversations refuse it, and other rows need none
+            end = end_token(tokenizer, Renderer(template, tokenizer.special_tokens_map))
+    if end is not None and chat_template is not None and "eos_token" not in (template or ""):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    generation = read_object(base / _GENERATION)
+    ends = _ids(generation.get("eos_token_id")) or _config_ends(read_object(base / "config.json"))
+    if end is not None and end not in ends:
+        ends = [end, *ends]
+    return ServedTokenizer(tokenizer, generation | ({"eos_token_id": ends} if ends else {}))
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the tokenizer's chat template for conversations without tools; None: it has none."""
+    try:
+        return tokenizer.get_chat_template()
+    except (ValueError, NotImplementedError):  # none, or several of which none is the default
+        return None
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> int | None:
+    """Return the token that the template writes behind an answer; None: text, or nothing, ends the turn."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        behind = renderer.text(messages, None).rpartition(_ANSWER)[2]
+    except Refused:
+        return None
+    ids = tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"]
+    return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def _config_ends(config: dict[str, Any]) -> list[int]:
+    text = config.get("text_config")
+    return _ids(config.get("eos_token_id")) or (_ids(text.get("eos_token_id")) if isinstance(text, dict) else [])
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [token for token in values if isinstance(token, int)]

@@ -1,0 +1,192 @@
+"""`qlora-dist preprocess`: the data of a run, tokenized into the cache, in figures and samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from qlora_dist.config.max_positions import check_seq_len
+from qlora_dist.config.schema import Config
+from qlora_dist.data.prepare_datasets import Prepared, PreparedSource, cache_folder, prepare, remarks
+from qlora_dist.data.tokenizer import load_tokenizer
+from qlora_dist.data.truncate import Pieces
+from qlora_dist.errors import UserError
+
+Decode = Callable[[npt.NDArray[np.int32]], str]
+
+_TRAINED_STYLE = "bold green"
+_TRAINED_MARKS = "[[", "]]"
+
+
+def preprocess(
+    config: Config, console: Console, progress: Console, *, show: int = 0, as_json: bool = False, force: bool = False
+) -> None:
+    """Prepare the data and print what became of it.
+
+    Args:
+        config: of the run; of its model only the tokenizer is read.
+        console: for the result.
+        progress: for what is said meanwhile.
+        show: number of sequences of each source to print, as they are trained.
+        as_json: one object instead of a table.
+        force: tokenize anew what is in the cache.
+
+    Raises:
+        UserError: naming file, line and remedy.
+    """
+    base = Path(config.model.base)
+    tokenizer = load_tokenizer(base)
+    if (base / "config.json").is_file():
+        check_seq_len(config.data.seq_len, _read(base / "config.json"), config.model.base)
+    prepared = prepare(config.data, tokenizer, progress, force)
+    figures = [_figures(name, source, config) for name, source in _named(prepared)]
+    if as_json:
+        tree = {"cache": str(cache_folder(config.data)), "sources": figures}
+        console.print(json.dumps(tree, indent=2), markup=False, highlight=False, soft_wrap=True)
+        return
+    console.print(_table(figures, config.data.seq_len))
+    for figure, (_, source) in zip(figures, _named(prepared), strict=True):
+        if per_answer := source.stats.per_answer():
+            console.print(f"{source.path}: {per_answer}", markup=False, highlight=False, soft_wrap=True)
+        said = [f"{figure['path']}: {figure['folder']}", *(f"  skipped: {place}" for place in figure["bad_places"])]
+        console.print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
+
+    for remark in remarks(prepared.train, prepared.eval):
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+
+    def decode(tokens: npt.NDArray[np.int32]) -> str:
+        return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    for _, source in _named(prepared):
+        colourless = console.color_system is None or console.no_color  # NO_COLOR leaves a terminal bold alone
+        for sample in _samples(source, show, decode, marks=colourless):
+            console.print(sample, soft_wrap=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); get the file anew") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _named(prepared: Prepared) -> list[tuple[str, PreparedSource]]:
+    held_out = [] if prepared.eval is None else [("eval", prepared.eval)]
+    return [*(("train", source) for source in prepared.train), *held_out]
+
+
+def _figures(name: str, source: PreparedSource, config: Config) -> dict[str, Any]:
+    stats, rows, lengths = source.stats, source.rows, source.rows.sequences.lengths
+    fate = rows.fate
+    return {
+        "set": name,
+        "path": source.path,
+        "weight": source.weight,
+        "rows": stats.rows,
+        "bad_rows": stats.bad_rows,
+        "bad_places": stats.bad_places,
+        "untrained_rows": stats.untrained_rows,
+        "per_answer_rows": stats.per_answer_rows,
+        "per_answer_sequences": stats.per_answer_sequences,
+        "sequences": stats.sequences,
+        "tokens": stats.tokens,
+        "trained_tokens": stats.trained_tokens,
+        "longest": int(lengths.max()),
+        "length_p50": float(np.percentile(lengths, 50)),
+        "length_p95": float(np.percentile(lengths, 95)),
+        "over_seq_len": float((lengths > config.data.seq_len).mean()),
+        "cut_sequences": fate.truncated + fate.split,
+        "dropped_sequences": fate.dropped,
+        "cut_answers": fate.cut_answers,
+        "cut_trained_tokens": fate.cut_trained_tokens,
+        "untrained_pieces": fate.untrained,
+        "trained_sequences": fate.pieces,
+        "trained_within_seq_len": fate.trained_tokens,
+        "rows_per_epoch": len(rows) * source.weight,
+        # without packing it depends on which rows meet in a batch
+        "padding": 1 - rows.utilization if rows.packed else None,
+        "ignored_fields": stats.ignored,
+        "key": source.folder.name,
+        "folder": str(source.folder),
+    }
+
+
+def _table(figures: list[dict[str, Any]], seq_len: int) -> Table:
+    """A column for each source: there are more figures than sources."""
+    table = Table("", *(escape(f"{figure['set']}: {Path(figure['path']).name}") for figure in figures))
+    lines: dict[str, Callable[[dict[str, Any]], str]] = {
+        "rows": lambda f: f"{f['rows']:,}",
+        "bad, skipped": lambda f: f"{f['bad_rows']:,}",
+        "nothing to train, left out": lambda f: f"{f['untrained_rows']:,}",
+        "trained answer by answer": lambda f: f"{f['per_answer_rows']:,}",
+        "sequences": lambda f: f"{f['sequences']:,}",
+        "tokens": lambda f: f"{f['tokens']:,}",
+        "trained": lambda f: f"{f['trained_tokens']:,} ({100 * f['trained_tokens'] / f['tokens']:.1f} %)",
+        "length, median": lambda f: f"{f['length_p50']:,.0f}",
+        "length, 95 % below": lambda f: f"{f['length_p95']:,.0f}",
+        "longest": lambda f: f"{f['longest']:,}",
+        f"longer than {seq_len:,}": lambda f: f"{100 * f['over_seq_len']:.1f} %",
+        "cut to that, or into pieces": lambda f: f"{f['cut_sequences']:,}",
+        "dropped for their length": lambda f: f"{f['dropped_sequences']:,}",
+        "whole answers lost": lambda f: f"{f['cut_answers']:,}",
+        "trained tokens lost": lambda f: f"{f['cut_trained_tokens']:,}",
+        "nothing to train after that": lambda f: f"{f['untrained_pieces']:,}",
+        "sequences that are trained": lambda f: f"{f['trained_sequences']:,}",
+        "rows of a batch, per epoch": lambda f: f"{f['rows_per_epoch']:,.0f}",
+        "padding in them": lambda f: "depends on the batch" if f["padding"] is None else f"{100 * f['padding']:.1f} %",
+        "cache key": lambda f: f["key"][:16],
+    }
+    for name, value in lines.items():
+        table.add_row(name, *(Text(value(figure), justify="right") for figure in figures))
+    return table
+
+
+def _first_pieces(pieces: Pieces, count: int) -> Pieces:
+    """Return the first pieces by their place in the source; those of a source lie in the order of the packed rows."""
+    return pieces.take(np.lexsort((pieces.start, pieces.sequence))[:count])
+
+
+def _samples(source: PreparedSource, count: int, decode: Decode, marks: bool) -> Iterator[Text]:
+    """Yield the first sequences as text, cut as they are trained; what is trained is in colour, or between marks."""
+    sequences = source.rows.sequences
+    pieces = _first_pieces(source.rows.pieces, count)
+    for index, start, length in zip(
+        *(column.tolist() for column in (pieces.sequence, pieces.start, pieces.length)), strict=True
+    ):
+        whole = len(sequences.tokens(index))
+        tokens, trained = (part[start : start + length] for part in (sequences.tokens(index), sequences.trained(index)))
+        trained = trained.copy()
+        trained[0] = False
+        of = f", tokens {start + 1:,} to {start + length:,} of {whole:,}" if length < whole else f": {whole:,} tokens"
+        title = f"{source.path}, sequence {index + 1}{of}, {int(trained.sum()):,} trained"
+        yield _written(title, tokens, trained, decode, marks)
+
+
+def _written(
+    title: str, tokens: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_], decode: Decode, marks: bool
+) -> Text:
+    """Return tokens as text, special tokens and all."""
+    text = Text.assemble(("\n" + title + "\n", "bold"))
+    borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
+    written = ""
+    for start, end in pairwise(borders):
+        # the whole beginning, since some tokenizers drop the space before the first word of a text
+        upto = decode(tokens[:end])
+        part, written = upto[len(written) :], upto
+        if trained[start]:
+            before, after = _TRAINED_MARKS if marks else ("", "")
+            text.append(f"{before}{part}{after}", _TRAINED_STYLE)
+        else:
+            text.append(part)
+    return text

@@ -1,0 +1,159 @@
+"""What a chat template writes, found by rendering small conversations: roles, and what the assistant thought."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from qlora_dist.data.source_row import Message
+from qlora_dist.data.validate import quoted
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
+"""Roles that chat templates have. A message of another role would never be trained, whoever it is by."""
+
+_OTHER_NAMES = {
+    "model": "assistant",
+    "bot": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "ai": "assistant",
+    "human": "user",
+    "prompter": "user",
+}
+"""Names that other formats have for roles."""
+
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Fields of what the assistant thought, as transformers knows them."""
+
+_MARK = "zqxjv"
+"""A content that no template writes by itself."""
+
+_USER: Message = {"role": "user", "content": "a"}
+_ANSWER: Message = {"role": "assistant", "content": "b"}
+_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {}}}
+_CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+
+
+class Refused(Exception):
+    """A row that cannot be encoded. Its text is what is wrong and the remedy, without the place."""
+
+
+class Probed:
+    """A template's knowledge of roles and thoughts, each found when a row first needs it.
+
+    The answers depend on the template alone, so that every process comes to the same.
+
+    Args:
+        template: its text.
+        render: writes messages, or raises `Refused`.
+    """
+
+    def __init__(self, template: str, render: Callable[[list[Message]], str]) -> None:
+        self._template = template
+        self._render = render
+        self._usual = {"user", "assistant"}
+        """Roles that are known and written."""
+        self._named: frozenset[str] | None = None
+        self._thoughts: dict[bool, bool] = {}
+        """Whether thoughts are written: of an answer, and of one that calls tools."""
+
+    def of(self, render: Callable[[list[Message]], str]) -> Probed:
+        """Return what the template knows with other variables."""
+        return Probed(self._template, render)
+
+    def check_roles(self, messages: list[Message]) -> None:
+        """Check that every role is known and that the template writes its messages.
+
+        Raises:
+            Refused: naming the message by its number, from 1.
+        """
+        if self._usual.issuperset([message["role"] for message in messages]):
+            return
+        for index, message in enumerate(messages):
+            role = message["role"]
+            if role in self._usual:
+                continue
+            known = role in ROLES or (role not in _OTHER_NAMES and role in self._named_roles())
+            if not known and "train" not in message:
+                raise Refused(
+                    f"message {index + 1} has the role {quoted(role)}, which is not known; {_remedy(role)}, or give "
+                    "the message a `train` of true or false"
+                )
+            if self._writes_role(role):
+                if known:
+                    self._usual.add(role)
+            elif self._is_lost(messages, index, "content"):
+                raise Refused(
+                    f"message {index + 1} has the role {quoted(role)}, and the chat template writes nothing for it; "
+                    "give it a role that the template writes, or use another template"
+                )
+
+    def check_thoughts(self, messages: list[Message], given: list[Message]) -> None:
+        """Check that the template writes what the assistant thought, at least in the last turn that has a thought.
+
+        Many templates leave out the thoughts of earlier turns, because a model does not see these at inference.
+
+        Args:
+            messages: as the template sees them, with every name of a thought.
+            given: the same messages with the names that the row has.
+
+        Raises:
+            Refused: it writes none.
+        """
+        for index in reversed(range(len(messages))):
+            message = given[index]
+            field = next((name for name in _THOUGHTS if message.get(name) and str(message[name]).strip()), None)
+            if field is None or message["role"] != "assistant":
+                continue
+            if not self._writes_thoughts(bool(message.get("tool_calls"))) and self._is_lost(
+                messages[: index + 1], index, *_THOUGHTS
+            ):
+                raise Refused(
+                    f"message {index + 1} has a `{field}`, which the chat template does not write; use a template that "
+                    "does, write the thought into `content`, or take it out"
+                )
+            return
+
+    def _writes_role(self, role: str) -> bool:
+        said: Message = {"role": role, "content": _MARK, "name": "f", "tool_call_id": _CALL["id"]}
+        probes = [[said, _USER], [_USER, _CALLS, said], [_USER, said], [said, _USER, _ANSWER]]
+        return any(_MARK in self._rendered(probe) for probe in probes)
+
+    def _writes_thoughts(self, calls: bool) -> bool:
+        if calls not in self._thoughts:
+            answer = {**(_CALLS if calls else _ANSWER), **dict.fromkeys(_THOUGHTS, _MARK)}
+            self._thoughts[calls] = _MARK in self._rendered([_USER, answer])
+        return self._thoughts[calls]
+
+    def _is_lost(self, messages: list[Message], index: int, *fields: str) -> bool:
+        """Return whether the text is the same whatever these fields of the message hold."""
+        message = messages[index]
+        given = {name: f"{message[name]}{_MARK}" for name in fields if message.get(name)}
+        if not given:
+            return False
+        changed = [*messages[:index], {**message, **given}, *messages[index + 1 :]]
+        text = self._rendered(messages)
+        return text != "" and text == self._rendered(changed)
+
+    def _rendered(self, messages: list[Message]) -> str:
+        try:
+            return self._render(messages)
+        except Refused:
+            return ""
+
+    def _named_roles(self) -> frozenset[str]:
+        """Return the words that the template compares something with: roles of its own are among them."""
+        if self._named is None:
+            from jinja2 import nodes
+            from transformers.utils import chat_template_utils
+
+            environment = chat_template_utils._compile_jinja_template(self._template).environment
+            compared = environment.parse(self._template).find_all(nodes.Compare)
+            words = (const.value for node in compared for const in node.find_all(nodes.Const))
+            self._named = frozenset(word for word in words if isinstance(word, str))
+        return self._named
+
+
+def _remedy(role: str) -> str:
+    near = _OTHER_NAMES.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), ROLES, n=1)), None)
+    return f"write {near}" if near else f"write one of {', '.join(ROLES)}"

@@ -1,0 +1,232 @@
+"""The text of a conversation, and where in it its turns lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qlora_dist.data.answer_spans import derive_spans
+from qlora_dist.data.chat_renderer import Refused, Renderer, Span
+from qlora_dist.data.source_row import Message
+
+
+def write(
+    renderer: Renderer,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    indices: Sequence[int],
+    end_tokens: tuple[str, ...],
+) -> tuple[str, list[Span]]:
+    """A conversation's text, and where in it the messages `indices` lie, in ascending order.
+
+    Args:
+        renderer: the template.
+        messages: from `Renderer.clean`.
+        tools: from `Renderer.tools`.
+        indices: of messages, ascending.
+        end_tokens: texts of the tokens that may end a turn.
+
+    Raises:
+        Refused: the template refuses, or what it writes for a message cannot be told from the rest.
+    """
+    if not renderer.marked:
+        text = renderer.text(messages, tools)
+        return text, _Turns(renderer, messages, tools, text, end_tokens).spans(indices)
+    text, marks = renderer.marks(messages, tools)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = [index for index in answers if index in indices]
+    if wanted != answers:
+        if wanted and len(marks) != len(answers):
+            raise Rewritten(
+                f"the chat template marks {len(marks)} passages for {len(answers)} messages of the assistant, so one "
+                "message cannot be told from another; set data.multi_turn: auto, train all of them, or use another "
+                "chat template"
+            )
+        marks = [mark for index, mark in zip(answers, marks, strict=True) if index in indices] if wanted else []
+    others = [index for index in indices if index not in answers]
+    return text, sorted(marks + _Turns(renderer, messages, tools, text, end_tokens).spans(others))
+
+
+class Rewritten(Refused):
+    """A conversation of which one rendering does not show each answer as inference would see it."""
+
+
+def need_prompt(index: int) -> None:
+    """See whether an answer has something to answer.
+
+    Raises:
+        Refused: it is the first message.
+    """
+    if index == 0:
+        raise Refused("the conversation starts with the assistant; put a user's message before it")
+
+
+def end_of_turn(text: str, end: int, added_tokens: tuple[str, ...]) -> int:
+    """Return where a turn ends that is written up to `end`, without white space behind the token that ends it.
+
+    ChatML writes a line feed after <|im_end|>; generation has stopped by then.
+    """
+    stripped = text[:end].rstrip()
+    return len(stripped) if stripped.endswith(added_tokens) else end
+
+
+class _Turns:
+    """The turns of one conversation, found by rendering parts of it.
+
+    The parts are compared as text: token by token, an answer that starts with a line feed would be refused, because
+    that line feed and the prompt's become one token.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        text: str,
+        end_tokens: tuple[str, ...],
+    ) -> None:
+        self._renderer = renderer
+        self._messages = messages
+        self._tools = tools
+        self._text = text
+        self._end_tokens = end_tokens
+        self._around: tuple[str, str] | None = None
+        """What the template writes before and after the content of an answer, once that is known."""
+
+    def spans(self, indices: Sequence[int]) -> list[Span]:
+        """What is said in these messages, and what ends their turns.
+
+        For an assistant's message that is what the template writes after prompting for it. For another's it begins
+        with the content. White space after the token that ends a turn is left out.
+        """
+        spans = []
+        answers = [index for index in indices if self._messages[index]["role"] == "assistant"]
+        derived = derive_spans(self._renderer, self._messages, self._tools, self._text, answers, self._answer)
+        for index in reversed(indices):  # the last answer tells the most
+            if index in derived:
+                start, end = derived[index]
+            else:
+                start, end = self._answer(index) if index in answers else self._turn(index)
+            spans.append((start, max(start, end_of_turn(self._text, end, self._end_tokens))))
+        return spans[::-1]
+
+    def _answer(self, index: int) -> Span:
+        need_prompt(index)
+        prompt = self._renderer.text(self._messages[:index], self._tools, prompting=True)
+        if not self._text.startswith(prompt):
+            raise _rewritten("the prompt", index)
+        end = self._end_as_it_stands(index, len(prompt))
+        if end is not None:
+            return len(prompt), end
+        answered = self._until(index)
+        if not answered.startswith(prompt):
+            raise _rewritten("the prompt", index)
+        self._learn_around(index, prompt, answered)
+        if self._text.startswith(answered):
+            return len(prompt), len(answered)
+        return len(prompt), self._end_in_history(index, prompt, answered)
+
+    def _end_as_it_stands(self, index: int, start: int) -> int | None:
+        """Where the answer ends, if the prompt is followed by its content and by what ends an answer, word for word.
+
+        It saves half of the renderings. None: that is not so, or not known.
+        """
+        if self._around is None or "tool_calls" in self._messages[index]:
+            return None
+        before, after = self._around
+        content = self._content(index)
+        for written in (content, content.strip()):
+            for answer in (before + written + after, written + after):
+                if self._text.startswith(answer, start):
+                    return start + len(answer)
+        return None
+
+    def _learn_around(self, index: int, prompt: str, answered: str) -> None:
+        content, answer = self._content(index), answered[len(prompt) :]
+        if not content or content != content.strip() or "tool_calls" in self._messages[index]:
+            return  # the template might have taken some of it, or the calls stand in between
+        # what stands before the content may hold it too: what comes after is then too long, and fits nowhere
+        at = answer.find(content)
+        # a template may write such text by itself, and leave the content out
+        if at >= 0 and (
+            content not in self._renderer.source or self._is_content(index, prompt + answer[:at] + content)
+        ):
+            self._around = answer[:at], answer[at + len(content) :]
+
+    def _is_content(self, index: int, upto: str) -> bool:
+        """Return whether `upto` ends with the content itself, not with something that the template writes by itself."""
+        mark = self._mark(index)
+        marked = self._with_content(index, lambda content: content + mark)
+        return self._renderer.text(marked[: index + 1], self._tools).startswith(upto + mark)
+
+    def _end_in_history(self, index: int, prompt: str, answered: str) -> int:
+        """Where the answer ends that is written otherwise once there is a later turn (Qwen 3 leaves out thoughts).
+
+        A mark is put after the content. What follows the mark does not depend on the answer. Where the answer comes
+        last that is what ends the turn, and here it has to begin the same way.
+        """
+        mark = self._mark(index)
+        marked = self._with_content(index, lambda content: content + mark)
+        closing = _common_end(answered, self._renderer.text(marked[: index + 1], self._tools))
+        whole = self._renderer.text(marked, self._tools)
+        rest = _common_end(self._text, whole)
+        written = whole.startswith(prompt) and whole[: len(whole) - len(rest)].endswith(mark)
+        end = len(self._text) - len(rest) + len(closing)
+        if not written or not rest.startswith(closing) or end < len(prompt):
+            raise _rewritten("an earlier turn", index)
+        return end
+
+    def _turn(self, index: int) -> Span:
+        turned = self._until(index)
+        if not self._text.startswith(turned):
+            raise _rewritten("an earlier turn", index)
+        mark = self._mark(index)
+        marked = self._renderer.text(
+            self._with_content(index, lambda content: mark + content)[: index + 1], self._tools
+        )
+        start = common_start(turned, marked)
+        if not marked.startswith(mark, start):
+            raise Refused(
+                f"`train` of message {index + 1} is true, and the chat template writes no turn for that message; "
+                "take `train` out, or use another chat template"
+            )
+        return start, len(turned)
+
+    def _until(self, index: int) -> str:
+        """The conversation up to this message."""
+        if index == len(self._messages) - 1:
+            return self._text
+        return self._renderer.text(self._messages[: index + 1], self._tools)
+
+    def _mark(self, index: int) -> str:
+        """A character which the content does not hold, and no template trims."""
+        return next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in self._content(index))
+
+    def _with_content(self, index: int, change: Callable[[str], str]) -> list[Message]:
+        messages = list(self._messages)
+        messages[index] = {**messages[index], "content": change(self._content(index))}
+        return messages
+
+    def _content(self, index: int) -> str:
+        content = self._messages[index].get("content", "")
+        if not isinstance(content, str):
+            raise Refused(f"the content of message {index + 1} is no string; write a string")
+        return content
+
+
+def common_start(one: str, other: str) -> int:
+    """Return the length of the common beginning of two texts."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _common_end(one: str, other: str) -> str:
+    return one[len(one) - common_start(one[::-1], other[::-1]) :]
+
+
+def _rewritten(what: str, index: int) -> Rewritten:
+    return Rewritten(
+        f"the chat template rewrites history ({what} of message {index + 1} changes with what follows), so the "
+        "conversation cannot be trained as one row; set data.multi_turn: auto, or give data.chat_template a template "
+        "that does not, best one with {% generation %} markers"
+    )

@@ -1,0 +1,179 @@
+"""Checks between the nodes of a job. Each function is called on all ranks; what it gives is the same on all."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from qlora_dist.doctor.finding import Finding
+from qlora_dist.doctor.node_checks import existing_folder
+from qlora_dist.runtime.environment import Ranks
+from qlora_dist.runtime.object_collectives import gather_json
+from qlora_dist.runtime.shared_folder import look_for_sharing
+
+_CONNECT_S = 5.0
+_SKEW_S = 1.0
+_TRIAL_BYTES = 2**20
+_LARGEST_BYTES = 2**28
+_TRANSFER_S = 0.4
+_REPEATS = 5
+
+
+def check_names(nodes: list[str], ranks: Ranks) -> Finding:
+    """Every node finds every other one by its name.
+
+    Args:
+        nodes: host names, in the order of ranks.
+        ranks: who this process is.
+    """
+    unknown = []
+    if ranks.local_rank == 0:
+        for name in nodes:
+            try:
+                socket.getaddrinfo(name, None)
+            except OSError:
+                unknown.append(name)
+    by_rank = gather_json([socket.gethostname(), unknown])
+    bad = [f"{node} does not know {', '.join(names)}" for node, names in by_rank if names]
+    if bad:
+        return Finding("names", "fail", "; ".join(bad), "add them to the DNS, or to /etc/hosts of each node")
+    return Finding("names", "ok", f"the {len(nodes)} nodes know each other's names")
+
+
+def check_ports(nodes: list[str], ranks: Ranks) -> Finding:
+    """Every node reaches the next one at a port that the system has chosen, as the ranks' connections are made."""
+    node = ranks.rank // ranks.local_world_size
+    refused = ""
+    with socket.socket() as listening:
+        if ranks.local_rank == 0:
+            listening.bind(("", 0))
+            listening.listen()
+        ports = gather_json(listening.getsockname()[1] if ranks.local_rank == 0 else 0)
+        if ranks.local_rank == 0 and len(nodes) > 1:
+            after = (node + 1) % len(nodes)
+            host, port = nodes[after], ports[after * ranks.local_world_size]
+            try:
+                socket.create_connection((host, port), _CONNECT_S).close()
+            except OSError as error:
+                refused = f"{nodes[node]} does not reach {host}:{port} ({error.strerror or error})"
+        bad = [text for text in gather_json(refused) if text]
+    if bad:
+        remedy = "open all ports between the nodes, or name the right network in GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
+        return Finding("ports", "fail", "; ".join(bad), remedy)
+    return Finding("ports", "ok", "each node reaches the next")
+
+
+def check_shared_folder(nodes: list[str], ranks: Ranks, folder: Path) -> Finding:
+    """A file that rank 0 writes is seen by all nodes. Nothing is left of it."""
+    existing = existing_folder(folder)
+    sharing = look_for_sharing(existing)
+    if sharing.failure is not None:
+        said = f"rank 0 cannot write {existing} ({sharing.failure})"
+        return Finding("shared folder", "fail", said, "name another folder in run.dir")
+    blind = [name for index, name in enumerate(nodes) if index * ranks.local_world_size in sharing.blind]
+    if blind:
+        said = f"{existing} of {nodes[0]} is not seen by {', '.join(blind)}"
+        return Finding("shared folder", "fail", said, "name a folder that all nodes share in run.dir")
+    return Finding("shared folder", "ok", f"what {nodes[0]} writes in {existing} is seen by all")
+
+
+def check_clocks(nodes: list[str], ranks: Ranks) -> Finding:
+    """How far the nodes' clocks are from rank 0's: half-way between question and answer, of the quickest of some."""
+    own = 0.0
+    for index in range(1, len(nodes)):
+        other = index * ranks.local_world_size
+        if ranks.rank == other:
+            own = min(_ask_the_time() for _ in range(_REPEATS))[1]
+        elif ranks.rank == 0:
+            for _ in range(_REPEATS):
+                _tell_the_time(other)
+    found = gather_json(own)[:: ranks.local_world_size]
+    worst = max(range(len(nodes)), key=lambda index: abs(found[index]))
+    values = {"skew_s": dict(zip(nodes, found, strict=True))}
+    if abs(found[worst]) > _SKEW_S:
+        said = f"that of {nodes[worst]} is {abs(found[worst]):.1f} s {'ahead' if found[worst] > 0 else 'behind'}"
+        return Finding("clocks", "warn", said, "let the nodes set their clocks (chrony, ntpd)", values)
+    return Finding("clocks", "ok", f"within {max(map(abs, found)) * 1000:.1f} ms of {nodes[0]}'s", values=values)
+
+
+def _ask_the_time() -> tuple[float, float]:
+    """Seconds that the question took, and by how much this clock is ahead of rank 0's."""
+    clock = torch.zeros(1, dtype=torch.float64)
+    asked = time.time()
+    dist.send(clock, 0)
+    dist.recv(clock, 0)
+    answered = time.time()
+    return answered - asked, (asked + answered) / 2 - float(clock)
+
+
+def _tell_the_time(rank: int) -> None:
+    clock = torch.zeros(1, dtype=torch.float64)
+    dist.recv(clock, rank)
+    clock[0] = time.time()
+    dist.send(clock, rank)
+
+
+def check_bandwidth(ranks: Ranks, device: torch.device) -> list[Finding]:
+    """What collectives reach, over each dimension of the meshes.
+
+    `node`: the ranks of a node, between which the base travels by default; `across`: the ranks of one number on all
+    nodes; `world`: all, between which adapters travel. Bytes per second that each rank receives: of an all-gather of n
+    bytes in all (ranks - 1) / ranks * n, of a ring's all-reduce twice as many. The slowest group counts.
+    """
+    local, count = ranks.local_world_size, ranks.world_size // ranks.local_world_size
+    mesh = init_device_mesh(device.type, (count, local), mesh_dim_names=("across", "node"))
+    dims: list[tuple[str, DeviceMesh | None]] = []
+    if local > 1 and count > 1:
+        dims += [("node", mesh["node"]), ("across", mesh["across"])]
+    dims.append(("world", None))
+    return [_bandwidth(name, dim, ranks, device) for name, dim in dims]
+
+
+def _bandwidth(name: str, mesh: DeviceMesh | None, ranks: Ranks, device: torch.device) -> Finding:
+    group = mesh.get_group() if mesh is not None else None
+    size = dist.get_world_size(group)
+    speeds: dict[str, float] = {}
+    for collective in ("all_gather", "all_reduce"):
+        trial = median_seconds(_collective(collective, _TRIAL_BYTES, size, group, device), device, 2)
+        nbytes = int(_TRIAL_BYTES * min(max(_TRANSFER_S / trial, 1), _LARGEST_BYTES / _TRIAL_BYTES))
+        nbytes = min(gather_json(nbytes)) // (4 * size) * 4 * size
+        seconds = max(gather_json(median_seconds(_collective(collective, nbytes, size, group, device), device)))
+        received = nbytes * (size - 1) / size * (2 if collective == "all_reduce" else 1)
+        speeds[collective] = received / seconds
+    said = ", ".join(f"{collective} {_speed(speed)}" for collective, speed in speeds.items())
+    values = {f"{collective}_bytes_per_s": speed for collective, speed in speeds.items()}
+    return Finding(f"bandwidth {name}", "ok", f"{size} ranks: {said}", values=values)
+
+
+def _collective(
+    name: str, nbytes: int, size: int, group: dist.ProcessGroup | None, device: torch.device
+) -> Callable[[], None]:
+    whole = torch.zeros(nbytes // 4 // size * size, dtype=torch.float32, device=device)
+    if name == "all_reduce":
+        return lambda: dist.all_reduce(whole, group=group) and None
+    part = torch.zeros(len(whole) // size, dtype=torch.float32, device=device)
+    return lambda: dist.all_gather_single(whole, part, group=group) and None
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
+    """That a call takes, begun on all ranks at once. In a process group."""
+    backend, seconds = torch.get_device_module(device), []
+    for _ in range(repeats):
+        dist.barrier()
+        backend.synchronize()
+        started = time.perf_counter()
+        call()
+        backend.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _speed(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.2f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.1f} MB/s"

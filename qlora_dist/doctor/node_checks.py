@@ -1,0 +1,159 @@
+"""Checks that a node does by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+
+from qlora_dist.compat.versions import TESTED
+from qlora_dist.doctor.finding import Finding
+from qlora_dist.nf4.code_tables import code_table, nested_code_table
+from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.nf4.quantize import dequantize, quantize
+from qlora_dist.runtime.bf16_support import warn_of_bf16
+from qlora_dist.runtime.environment import Ranks, master_name
+from qlora_dist.runtime.hosts import why_unknown
+from qlora_dist.runtime.system import cores
+
+_LITTLE_DISK = 10 * 2**30
+_GIB = 2**30
+
+
+def check_node(ranks: Ranks, device: torch.device, folder: Path) -> list[Finding]:
+    """All of them, always in the same order.
+
+    Args:
+        ranks: who this process is.
+        device: of this rank.
+        folder: where runs go.
+    """
+    on_device = [check_memory(device), check_compute_type(device), check_kernels(device)]
+    return [check_libraries(), check_devices(ranks), *on_device, check_disk(folder), check_host_name()]
+
+
+def check_libraries() -> Finding:
+    """The installed versions against those that the tests were run with."""
+    others, missing = [], []
+    for package, tested in TESTED.items():
+        try:
+            installed = metadata.version(package).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            missing.append(package)
+            continue
+        if installed != tested:
+            others.append(f"{package} {installed} (tested: {tested})")
+    python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    if missing:
+        return Finding("libraries", "fail", f"{python}, without {', '.join(missing)}", "pip install qlora-dist")
+    if others:
+        remedy = "if something is odd, install the tested ones (constraints.txt)"
+        return Finding("libraries", "warn", f"{python}, {', '.join(others)}", remedy)
+    return Finding("libraries", "ok", f"{python}, and {len(TESTED)} libraries in the tested versions")
+
+
+def check_devices(ranks: Ranks) -> Finding:
+    """One GPU for each rank of the node (with GPUs: not run)."""
+    own, here = cores(), ranks.local_world_size
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else " (torch is built without CUDA)"
+        said = f"no CUDA device{built}; {here} {_plural(here, 'rank')} on {own} {_plural(own, 'core')}"
+        return Finding("devices", "warn", said, "fine for trying; for GPUs, install torch with CUDA, and the driver")
+    count = torch.cuda.device_count()
+    names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
+    said = f"{count} x {', '.join(names)}; {here} {_plural(here, 'rank')}, {own} {_plural(own, 'core')}"
+    if count < here and count != 1:  # with one for each rank (--gpus-per-task=1) a rank sees its own only
+        return Finding("devices", "fail", said, f"start {count} ranks on this node")
+    return Finding("devices", "ok", said)
+
+
+def check_memory(device: torch.device) -> Finding:
+    """What is free: of the GPU (not run), or of the system."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.free, memory.total
+    values = {"free_bytes": free, "total_bytes": total}
+    said = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free" + (" on the GPU" if device.type == "cuda" else "")
+    if device.type == "cuda" and free < 0.9 * total:
+        return Finding("memory", "warn", said, "see with nvidia-smi who else uses the GPU", values)
+    return Finding("memory", "ok", said, values=values)
+
+
+def check_compute_type(device: torch.device) -> Finding:
+    """Look for bf16 instructions: bf16 is the default of `model.compute_dtype`."""
+    warning = warn_of_bf16(device)
+    if warning is None:
+        return Finding("compute type", "ok", f"bf16, the default, on {device.type}")
+    said, _, remedy = warning.rpartition("; ")
+    return Finding("compute type", "warn", said, remedy)
+
+
+def check_kernels(device: torch.device) -> Finding:
+    """A matrix dequantized by the kernels of bitsandbytes, and by looking it up in the tables."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        packed, layout = quantize(torch.randn(96, 80, generator=generator).to(device))
+        found = dequantize(packed, layout, torch.float32).cpu()
+    except (RuntimeError, OSError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        return Finding("kernels", "fail", f"bitsandbytes on {device.type}: {reason}", "reinstall bitsandbytes")
+    expected = _look_up(packed.cpu(), layout)
+    if not torch.equal(found, expected):
+        worst = float((found - expected).abs().max())
+        version = metadata.version("bitsandbytes")
+        said = f"bitsandbytes {version} dequantizes wrongly on {device.type}, by up to {worst:.3g}"
+        return Finding("kernels", "fail", said, "install another version of bitsandbytes (constraints.txt)")
+    return Finding("kernels", "ok", f"bitsandbytes dequantizes on {device.type} to the last bit")
+
+
+def check_disk(folder: Path) -> Finding:
+    """Room where runs go."""
+    existing = existing_folder(folder)
+    if not os.access(existing, os.W_OK):
+        return Finding("disk", "fail", f"{existing} cannot be written", "name another folder in run.dir")
+    free = shutil.disk_usage(existing).free
+    said, values = f"{free / _GIB:.0f} GiB are free in {existing}", {"free_bytes": free}
+    if free < _LITTLE_DISK:
+        return Finding("disk", "warn", said, "checkpoints need twelve bytes for each trained parameter", values)
+    return Finding("disk", "ok", said, values=values)
+
+
+def check_host_name(environ: Mapping[str, str] = os.environ) -> Finding:
+    """Names by which ranks meet: this machine's own, which torchrun takes, and the one in MASTER_ADDR."""
+    own, master = socket.gethostname(), master_name(environ)
+    if master and (reason := why_unknown(master)) is not None:
+        remedy = "set MASTER_ADDR to an address of rank 0's machine, or add the name to the DNS or to /etc/hosts"
+        return Finding("host name", "fail", f"MASTER_ADDR: {master} leads nowhere ({reason})", remedy)
+    if (reason := why_unknown(own)) is not None:
+        remedy = "add it to /etc/hosts; on one machine, start torchrun with --local-addr 127.0.0.1, as launch does"
+        return Finding("host name", "warn", f"{own}, this machine's own name, leads nowhere ({reason})", remedy)
+    return Finding("host name", "ok", f"{own} is known here")
+
+
+def existing_folder(folder: Path) -> Path:
+    """It, or the nearest one above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _look_up(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
+    """By tables alone: two codes a byte, the first in the high half; QLoRA, section 3."""
+    codes = torch.stack([packed[layout.codes] >> 4, packed[layout.codes] & 15], dim=1).flatten()[: layout.numel]
+    scales = packed[layout.nested_absmax].view(torch.float32)
+    quantized = packed[layout.absmax].int()
+    nested = nested_code_table(torch.device("cpu"))[quantized] * scales[torch.arange(len(quantized)) // 256]
+    absmax = nested + packed[layout.offset].view(torch.float32)
+    blocks = torch.arange(layout.numel) // layout.block_size
+    return (code_table("nf4")[codes.int()] * absmax[blocks]).view(layout.shape)
+
+
+def _plural(count: int, word: str) -> str:
+    return word if count == 1 else f"{word}s"

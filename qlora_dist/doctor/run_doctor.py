@@ -1,0 +1,100 @@
+"""All checks: of this machine, or, on the ranks of a job, of all of them and what lies between."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_dist.doctor.finding import Finding, merged, worst
+from qlora_dist.doctor.job_checks import check_bandwidth, check_clocks, check_names, check_ports, check_shared_folder
+from qlora_dist.doctor.node_checks import check_node
+from qlora_dist.errors import UserError
+from qlora_dist.runtime.environment import Ranks, ranks_from_environment
+from qlora_dist.runtime.object_collectives import gather_json
+from qlora_dist.runtime.process_group import process_group, resolve_device
+
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def doctor(folder: Path, device: str = "auto", timeout_s: float = 60.0, as_json: bool = False) -> bool:
+    """Check, and print what was found, on rank 0.
+
+    Args:
+        folder: where runs go.
+        device: `auto`, `cpu` or `cuda`.
+        timeout_s: how long to wait for the other ranks.
+        as_json: print JSON instead of a table.
+
+    Returns:
+        Whether nothing failed. Warnings are no failures.
+
+    Raises:
+        UserError: a rank has not come.
+    """
+    ranks = ranks_from_environment()
+    try:
+        chosen = resolve_device(device, ranks)
+    except (
+        UserError
+    ) as error:  # fewer GPUs than ranks: it is found with the devices, and the rest can still be looked at
+        if device == "cuda":
+            raise
+        chosen = torch.device("cpu")
+        del error
+    findings = check_node(ranks, chosen, folder)
+    if ranks.world_size > 1:
+        with process_group(ranks, chosen, timeout_s):
+            findings = _of_the_job(findings, ranks, chosen, folder)
+    if ranks.rank == 0:
+        _print(findings, ranks, as_json)
+    return all(finding.status != "fail" for finding in findings)
+
+
+def _of_the_job(own: list[Finding], ranks: Ranks, device: torch.device, folder: Path) -> list[Finding]:
+    by_rank = gather_json([socket.gethostname(), [finding.to_json() for finding in own]])
+    local = ranks.local_world_size
+    nodes = [name for name, _ in by_rank[::local]]
+    # nodes that are emulated on one machine may share its name
+    names = [name if nodes.count(name) == 1 else f"{name} (node {index})" for index, name in enumerate(nodes)]
+    by_node = {}
+    for index, name in enumerate(names):
+        of_its_ranks = [[Finding(**found) for found in findings] for _, findings in by_rank[index * local :][:local]]
+        by_node[name] = [worst(list(findings)) for findings in zip(*of_its_ranks, strict=True)]
+    return [
+        *merged(by_node),
+        check_names(nodes, ranks),
+        check_ports(nodes, ranks),
+        check_shared_folder(names, ranks, folder),
+        check_clocks(names, ranks),
+        *check_bandwidth(ranks, device),
+    ]
+
+
+def _print(findings: list[Finding], ranks: Ranks, as_json: bool) -> None:
+    status = next((status for status in ("fail", "warn") if any(f.status == status for f in findings)), "ok")
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "status": status,
+                    "ranks": ranks.world_size,
+                    "nodes": ranks.world_size // ranks.local_world_size,
+                    "findings": [finding.to_json() for finding in findings],
+                },
+                indent=2,
+            )
+        )
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in findings:
+        style = _STYLES[finding.status]
+        table.add_row(f"[{style}]{finding.status}[/]", finding.check, escape(finding.said))
+        if finding.remedy:
+            table.add_row("", "", f"[dim]{escape(finding.remedy)}[/]")
+    Console().print(table)

@@ -1,0 +1,64 @@
+"""Held-out loss of a loaded model, as `train` computes it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from qlora_dist.data.collate import Batch
+from qlora_dist.data.dataloader import eval_batches
+from qlora_dist.data.prepare_datasets import prepare
+from qlora_dist.data.tokenizer import load_tokenizer
+from qlora_dist.errors import UserError
+from qlora_dist.inference.inference_model import Loaded
+from qlora_dist.runtime.heartbeat import beat
+from qlora_dist.runtime.object_collectives import gather_json
+from qlora_dist.train.evaluation_loop import evaluate
+from qlora_dist.train.run_setup import check_ids
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a file says of a model."""
+
+    loss: float
+    """Mean over the trained tokens of all rows, in nats."""
+    tokens: int
+    """So many."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is too large for a number."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def held_out_loss(loaded: Loaded, data: str, console: Console | None = None) -> HeldOut:
+    """The loss of the model with the adapter in use, by the run's templates, masks and packing. Called on all ranks.
+
+    Args:
+        loaded: the model.
+        data: the file, folder or data set; `data.*` of `loaded.config` says how it is read.
+        console: for the progress of tokenizing; none: silent.
+
+    Raises:
+        UserError: the data cannot be used, or ranks have read different data.
+    """
+    batches, tokens = held_out_batches(loaded, data, console)
+    beat(phase="evaluating")
+    return HeldOut(evaluate(loaded.model, batches, loaded.traffic), tokens)
+
+
+def held_out_batches(loaded: Loaded, data: str, console: Console | None = None) -> tuple[list[Batch], int]:
+    """This rank's batches, and the trained tokens of all ranks'."""
+    config = loaded.config
+    only = config.data.model_copy(update={"train": [], "eval": data})
+    source = prepare(only, load_tokenizer(loaded.folder.path), console).eval
+    assert source is not None
+    check_ids(loaded.folder, loaded.model, [source])
+    if len(set(gather_json(source.stats.sha256))) > 1:
+        raise UserError(f"{data}: is not the same on all ranks; copy the same file to all nodes")
+    rows, ranks = source.rows, loaded.ranks
+    batches = eval_batches(rows, micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size)
+    return [Batch(*(t.to(loaded.device) for t in batch)) for batch in batches], int(rows.trained_tokens.sum())

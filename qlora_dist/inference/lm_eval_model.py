@@ -1,0 +1,183 @@
+"""lm-evaluation-harness over a loaded model: its `LM`, for models that no single device holds.
+
+Every rank gets all requests and gives all answers. Within, the requests are cut into batches, and ranks take turns; a
+rank whose turn is nobody's computes another's batch too, because all are needed to gather a layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from transformers import PreTrainedTokenizerBase
+
+from qlora_dist.config.max_positions import positions
+from qlora_dist.inference.generate import Sampling, generate
+from qlora_dist.inference.inference_model import Loaded
+from qlora_dist.runtime.heartbeat import beat
+from qlora_dist.runtime.object_collectives import gather_json
+
+_T = TypeVar("_T")
+_DEFAULT_POSITIONS = 2048
+Scored = tuple[float, bool]
+"""The log-likelihood of a continuation, and whether greedy decoding would give it."""
+Request = tuple[Any, list[int], list[int]]
+"""The texts, which may be missing; the context's tokens and the continuation's."""
+
+
+class HarnessModel(TemplateLM):
+    """What lm-evaluation-harness asks, answered by the adapter in use.
+
+    Args:
+        loaded: the model.
+        tokenizer: of the base.
+        batch_size: requests to a forward pass of a rank.
+    """
+
+    def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        super().__init__()
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.max_length = positions(loaded.folder.config) or _DEFAULT_POSITIONS
+        self._loaded, self._device = loaded, loaded.device
+        self._keeps = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before the first token of a text."""
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else int(first)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For its caches."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Tokens, by the rules of the harness's own `hf` model."""
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        if not special and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
+            special = {"add_special_tokens": False}
+        return list(self.tokenizer.encode(string, verbose=False, **special))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As the harness's own `hf` model does."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Scored]:
+        """Of continuations."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Of whole texts, in windows of the model's length."""
+        windows: list[Request] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            rolling = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            own = [(None, *utils.make_disjoint_window(window)) for window in rolling]
+            windows += own
+            counts.append(len(own))
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Texts, until one of the stop sequences or the end token."""
+        end = self.tokenizer.decode([self.eot_token_id])
+        answers: list[str] = [""] * len(requests)
+        by_options: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_options.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(index)
+        for indices in by_options.values():
+            options: dict[str, Any] = dict(normalize_gen_kwargs(requests[indices[0]].args[1]))
+            until = handle_stop_sequences(options.get("until"), eos=end)
+            sampling = Sampling(
+                max_new_tokens=options["max_gen_toks"],
+                temperature=float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0,
+                top_p=float(options.get("top_p", 1.0)),
+                top_k=int(options.get("top_k", 0)),
+                repetition_penalty=float(options.get("repetition_penalty", 1.0)),
+            )
+            room = self.max_length - sampling.max_new_tokens
+            prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
+            found = generate(
+                self._loaded,
+                prompts,
+                sampling,
+                [self.eot_token_id],
+                self.batch_size,
+                stopping=lambda length, batch, until=until: stop_sequences_criteria(  # type: ignore[misc]
+                    self.tokenizer, until, length, batch
+                ),
+            )
+            for index, tokens in zip(indices, found, strict=True):
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                answers[index] = postprocess_generated_text(text, until, None)
+        return answers
+
+    def _loglikelihood_tokens(self, requests: list[Request], **kwargs: Any) -> list[Scored]:
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
+        batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
+        found = in_turn(self._loaded, batches, lambda batch: self._score([requests[index] for index in batch]))
+        scores: list[Scored] = [(0.0, False)] * len(requests)
+        for batch, answers in zip(batches, found, strict=True):
+            for index, (score, greedy) in zip(batch, answers, strict=True):
+                scores[index] = (score, greedy)
+        return scores
+
+    @torch.no_grad()
+    def _score(self, requests: Sequence[Request]) -> list[Scored]:
+        """Of a batch, padded behind, where no earlier position sees it. Only the continuations' logits are computed."""
+        rows = [(context + more)[-(self.max_length + 1) :] for _, context, more in requests]
+        length = max(len(row) for row in rows) - 1
+        ids = torch.tensor([row[:-1] + [0] * (length - len(row) + 1) for row in rows], device=self._device)
+        spans = [(len(row) - 1 - len(more), len(row) - 1) for row, (_, _, more) in zip(rows, requests, strict=True)]
+        first = min(start for start, _ in spans)
+        keep = {"logits_to_keep": torch.arange(first, length, device=self._device)} if self._keeps else {}
+        logits = self._loaded.model(input_ids=ids, use_cache=False, **keep).logits
+        offset = first if self._keeps else 0
+        beat()
+        found = []
+        for row, (start, stop), (_, _, more) in zip(logits, spans, requests, strict=True):
+            targets = torch.tensor(more, device=self._device)
+            chances = row[start - offset : stop - offset].float().log_softmax(dim=-1)
+            greedy = bool((chances.argmax(dim=-1) == targets).all())
+            found.append((float(chances.gather(1, targets.unsqueeze(1)).double().sum()), greedy))
+        return found
+
+
+def in_turn(loaded: Loaded, work: Sequence[_T], do: Callable[[_T], Any]) -> list[Any]:
+    """What `do` gives for each piece of work, on every rank; a piece to a rank, round by round. What comes is JSON."""
+    ranks, results = loaded.ranks, []
+    for first in range(0, len(work), ranks.world_size):
+        now = work[first : first + ranks.world_size]
+        answer = do(now[min(ranks.rank, len(now) - 1)])
+        results += gather_json(answer)[: len(now)]
+    return results

@@ -1,0 +1,128 @@
+"""Everything about a job that can be found out before it waits in a queue."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from qlora_dist.config.max_positions import check_seq_len
+from qlora_dist.config.schema import Config, SourceConfig
+from qlora_dist.data.dataloader import gradient_accumulation
+from qlora_dist.data.source import source_files
+from qlora_dist.data.tokenizer import load_tokenizer
+from qlora_dist.errors import UserError
+from qlora_dist.launch.cluster import Cluster
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
+from qlora_dist.plan.memory_estimate import plan_memory
+from qlora_dist.plan.print_plan import PHASES
+from qlora_dist.plan.run_spec import make_run
+from qlora_dist.runtime.environment import Launcher, Ranks
+from qlora_dist.train.run_setup import set_up, set_up_model
+
+_VALUE_BYTES = 4
+"""Of an adapter's element, in fp32."""
+_COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int, console: Console) -> None:
+    """Check what `train --dry-run` does, for the world that the job will have. The device is the nodes' affair.
+
+    Where the cluster's file says `preprocess`, the data is not read here but on a node.
+
+    Raises:
+        UserError: whatever is wrong, or the static part of the memory is more than a GPU has.
+    """
+    if cluster.gpus_per_node and ranks_per_node > cluster.gpus_per_node:
+        raise UserError(
+            f"--ranks-per-node: {ranks_per_node} is more than the {cluster.gpus_per_node} GPUs of a node "
+            "(gpus_per_node); use one rank per GPU"
+        )
+    ranks = Ranks(0, nodes * ranks_per_node, 0, ranks_per_node, "none")
+    sizes = mesh_sizes(config.parallel, ranks)
+    if cluster.preprocess:
+        gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)
+        folder, model, _ = set_up_model(config)
+        check_seq_len(config.data.seq_len, model.config.to_dict(), str(folder.path))
+        load_tokenizer(folder.path)
+        for source in [*config.data.train, *([config.data.eval] if config.data.eval else [])]:
+            source_files(source if isinstance(source, SourceConfig) else SourceConfig(path=source))
+    else:
+        # what is compiled is the nodes' affair too
+        here = config.train.model_copy(update={"device": "cpu", "compile": False})
+        optim = config.optim.model_copy(update={"offload": "none"})
+        setup = set_up(config.model_copy(update={"train": here, "optim": optim}), ranks, console)
+        folder, model = setup.folder, setup.model
+    _check_memory(config, cluster, model, sizes, console)
+    _check_plan(config, cluster, folder, ranks.world_size, nodes, console)
+
+
+def check_here(config: Config, launcher: str, ranks_per_node: int, console: Console) -> None:
+    """Check what `train --dry-run` does, for the ranks that a launcher is going to start on this machine.
+
+    Raises:
+        UserError: whatever is wrong.
+    """
+    names: dict[str, Launcher] = {"torchrun": "torchrun", "mpi": "mpi"}
+    set_up(config, Ranks(0, ranks_per_node, 0, ranks_per_node, names.get(launcher, "none")), console)
+
+
+def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, sizes: MeshSizes, console: Console) -> None:
+    base, adapters = static_bytes(model, sizes, config)
+    if config.parallel.offload == "base" or config.parallel.base == "paged":
+        base = 0.0 if config.parallel.resident_bytes == "auto" else float(config.parallel.resident_bytes)
+    total_gib = (base + adapters) / 2**30
+    static = (
+        f"a rank holds {total_gib:.3g} GiB between steps ({base / 2**30:.3g} of the base, {adapters / 2**30:.3g} of "
+        "adapters, gradients and moments)"
+    )
+    if cluster.gpu_memory is not None and total_gib > cluster.gpu_memory:
+        raise UserError(
+            f"{static} and a GPU has {cluster.gpu_memory:g}; use more ranks, another parallel.base, or "
+            "parallel.base=paged"
+        )
+    console.print(static, highlight=False, soft_wrap=True)
+
+
+def _check_plan(
+    config: Config, cluster: Cluster, folder: ModelFolder, world_size: int, nodes: int, console: Console
+) -> None:
+    """Refuse what is more than a GPU has by the plan; say so where that is not certain."""
+    card = None if cluster.gpu_memory is None else int(cluster.gpu_memory * 2**30)
+    try:
+        memory = plan_memory(make_run(config, folder.config, world_size, nodes), card)
+    except UserError as error:  # of a model or an engine that there are no formulas for
+        console.print(f"plan: none ({error})", highlight=False, soft_wrap=True)
+        return
+    peak = f"plan: a rank needs {memory.peak_bytes / 2**30:.3g} GiB {PHASES[memory.peak_phase]}"
+    if card is not None and memory.peak_bytes > card:
+        raise UserError(
+            f"{peak}, and a GPU has {cluster.gpu_memory:g}; `qlora-dist plan --search` finds a configuration that fits"
+        )
+    tight = "; with what the allocator adds that may not fit" if card is not None and not memory.fits(card) else ""
+    console.print(f"{peak}{tight}", highlight=False, soft_wrap=True)
+
+
+def static_bytes(model: PreTrainedModel, sizes: MeshSizes, config: Config) -> tuple[float, float]:
+    """Bytes that a rank holds between steps, without padding: of the base; of adapters, their gradients and moments.
+
+    Moments that are paged need no more than they find.
+
+    Args:
+        model: on meta, adapters attached.
+        sizes: how it will be cut.
+        config: `parallel.engine`, the optimizer and `model.compute_dtype`.
+    """
+    parameters = list(model.parameters())
+    base = sum(p.nbytes for p in parameters if not p.requires_grad) / sizes.base_shards
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    engine, optim, compute = config.parallel.engine, config.optim, _COMPUTE_BYTES[config.model.compute_dtype]
+    own = _VALUE_BYTES + 4 + 2 * (1 if optim.name.endswith("8bit") else 4)
+    if optim.name == "zero-adamw":  # keeps the sums of gradients where the moments are
+        own += 4 if optim.offload == "none" else -8
+    if engine == "zero3" and compute != _VALUE_BYTES:
+        own += compute  # the same rounded, to be gathered
+    if engine == "zero2":  # all of them in the type that is computed with; in fp32 the rank's values are a part of that
+        own -= _VALUE_BYTES if compute == _VALUE_BYTES else 0
+        return base, own * trained / sizes.adapter_shards + compute * trained
+    return base, own * trained / sizes.adapter_shards

@@ -1,0 +1,251 @@
+"""How a run is, told from its folder and SLURM's queue. Whatever is missing or half-written is not known, no error."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import yaml
+
+from qlora_dist.config.schema import DEFAULT_STEPS
+from qlora_dist.errors import UserError
+from qlora_dist.launch.slurm_queue import WAITING, queued_jobs
+from qlora_dist.runs.run_dir import DONE, PROCESS_FILE, REQUEUE, STOPPED
+from qlora_dist.runtime.process_identity import is_same_process
+
+JOB_FILE = "job.json"
+"""Of `qlora-dist launch`: launcher, job_id, host, pid, log, submitted."""
+State = Literal["running", "waiting", "done", "stopped", "to be requeued", "failed"]
+_TAIL_BYTES = 2**16
+_RECENT = 20
+_NUMBERS = (
+    *("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "data_s"),
+    *("peak_bytes", "resident_bytes", "paged_bytes", "base_resident_bytes"),
+)
+_GROUPS = ("comm_bytes", "paging", "base_paging")
+"""What others read of a line of metrics.jsonl: numbers, and objects of numbers."""
+_LARGEST = 1e300
+_SILENT_S = 600.0
+"""After so long without a metric, a process on another machine is taken for gone."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known; None where it is not."""
+
+    name: str
+    path: Path
+    state: State
+    reason: str | None
+    """Why it has ended."""
+    step: int | None
+    steps: int | None
+    loss: float | None
+    tokens_per_s: float | None
+    left_s: float | None
+    job: dict[str, Any]
+    """job.json."""
+    process: dict[str, Any]
+    """Rank 0's."""
+
+    @property
+    def job_id(self) -> str | None:
+        """SLURM's."""
+        found = self.job.get("job_id") or self.process.get("job_id")
+        return None if found is None else str(found)
+
+    @property
+    def active(self) -> bool:
+        """Whether there is something to wait for, or to end."""
+        return self.state in ("running", "waiting")
+
+    def to_json(self) -> dict[str, Any]:
+        """For other programs."""
+        own = ("name", "state", "reason", "step", "steps", "loss", "tokens_per_s", "left_s")
+        host = self.process.get("host") or self.job.get("host")
+        extra = {"path": str(self.path), "job_id": self.job_id, "host": host, "log": self.job.get("log")}
+        return {name: getattr(self, name) for name in own} | extra
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Folders of runs, the newest first."""
+    traces = ("config.yaml", JOB_FILE, "metrics.jsonl")
+    try:
+        found = [path for path in folder.iterdir() if any((path / name).is_file() for name in traces)]
+        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    except OSError:
+        return []
+
+
+def run_folder(folder: Path, name: str) -> Path:
+    """The folder of one run.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    runs = {path.name: path for path in find_runs(folder)}
+    if name not in runs:
+        there = ", ".join(sorted(runs)[:10]) or "no runs"
+        raise UserError(f"{folder / name}: no such run; {folder} holds {there}; name their folder with --dir")
+    return runs[name]
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """How runs are. SLURM is asked only where one of them is a job."""
+    runs = [read_run(path, None) for path in paths]
+    if all(run.job_id is None for run in runs) or (queue := queued_jobs()) is None:
+        return runs
+    return [read_run(path, queue) for path in paths]
+
+
+def read_run(path: Path, queue: dict[str, str] | None) -> Run:
+    """How a run is.
+
+    Args:
+        path: its folder.
+        queue: SLURM's jobs (`queued_jobs`).
+    """
+    job, process = read_json(path / JOB_FILE), read_json(path / PROCESS_FILE)
+    markers = {name: read_json(path / name) for name in (DONE, STOPPED, REQUEUE) if (path / name).is_file()}
+    metrics = _last_metrics(path / "metrics.jsonl")
+    state = _state(path, job, process, set(markers), queue)
+    marker = next(iter(markers.values()), {})
+    recent = metrics[-_RECENT:]
+    step = metrics[-1]["step"] if metrics else None
+    if _is_int(marker.get("step")):  # the last line of the metrics may have had no room on the disk
+        step = max(step or 0, marker["step"])
+    steps = process["steps"] if _is_int(process.get("steps")) else _configured_steps(path / "config.yaml")
+    left_s = None
+    if state == "running" and recent and steps is not None and step is not None:
+        left_s = max(0, steps - step) * statistics.median(row["step_s"] for row in recent)
+    return Run(
+        path.name,
+        path,
+        state,
+        marker.get("reason") if isinstance(marker.get("reason"), str) and state != "running" else None,
+        step,
+        steps,
+        recent[-1]["loss"] if recent else None,
+        statistics.median(row["tokens_per_s"] for row in recent) if recent else None,
+        left_s,
+        job,
+        process,
+    )
+
+
+def _state(
+    path: Path, job: dict[str, Any], process: dict[str, Any], markers: set[str], queue: dict[str, str] | None
+) -> State:
+    job_id = str(job.get("job_id") or process.get("job_id") or "").split(".")[0]
+    queued = (queue or {}).get(job_id)
+    if queued in WAITING:
+        return "waiting"
+    if DONE in markers or STOPPED in markers:
+        return "done" if DONE in markers else "stopped"
+    if job_id and queue is not None:
+        if queued is not None:
+            return "running"
+        return "to be requeued" if REQUEUE in markers else "failed"
+    if _lives({"born": _seconds(job.get("submitted")), **job}) or _lives(process):
+        return "running"
+    if REQUEUE in markers:
+        return "to be requeued"
+    elsewhere = process.get("host", socket.gethostname()) != socket.gethostname()
+    return "running" if elsewhere and time.time() - _touched(path) < _SILENT_S else "failed"
+
+
+def _lives(process: dict[str, Any]) -> bool:
+    """Whether it is a process of this machine that runs, and no later one with the same number."""
+    if process.get("host") != socket.gethostname() or not _is_int(process.get("pid")):
+        return False
+    try:
+        ended = psutil.Process(process["pid"]).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return not ended and is_same_process(process, process["pid"])
+    except (psutil.Error, ValueError, OverflowError):
+        return False
+
+
+def _last_metrics(path: Path) -> list[dict[str, Any]]:
+    """The last steps that are whole, oldest first. Lines of other types than a step's are left out."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    rows = [row for line in lines if (row := parse_object(line))]
+    numbers = ("tokens_per_s", "step_s")
+    return [
+        row for row in rows if "loss" in row and is_metrics(row) and all(row.get(name) is not None for name in numbers)
+    ]
+
+
+def _configured_steps(path: Path) -> int | None:
+    try:
+        train = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]
+        steps = train.get("steps") or (None if train.get("epochs") else DEFAULT_STEPS)
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
+    return steps if _is_int(steps) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file; empty if the file is not there, or not whole."""
+    try:
+        return parse_object(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """The JSON object of a file or line; empty if it is none, or not whole."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # half a file, of a process that was killed or is writing
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_metrics(row: dict[str, Any]) -> bool:
+    """Return whether a line of metrics.jsonl has a step and numbers where a run writes numbers; null is one, too."""
+    return (
+        _is_int(row.get("step"))
+        and all(row.get(name) is None or is_number(row[name]) for name in _NUMBERS)
+        and all(_is_group(row[name]) for name in _GROUPS if row.get(name) is not None)
+    )
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number of a size that can be computed with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+
+
+def _is_group(value: object) -> bool:
+    return isinstance(value, dict) and all(number is None or is_number(number) for number in value.values())
+
+
+def _seconds(time_of_day: Any) -> float | None:
+    try:
+        return datetime.fromisoformat(time_of_day).timestamp()
+    except (ValueError, TypeError):
+        return None
+
+
+def _touched(path: Path) -> float:
+    """When the run last wrote something."""
+    try:
+        return max(entry.stat().st_mtime for entry in path.iterdir())
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,72 @@
+"""A LoRA adapter in PEFT's folder: what it changes, checked before anything is made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_dist.adapters.saved_adapter import Adapter, LowRank, read_saved_adapter
+from qlora_dist.adapters.validate_adapter import wrong_values
+from qlora_dist.errors import UserError
+from qlora_dist.io.adapter_files import TENSORS
+from qlora_dist.io.safetensors_file import Reader, read_header
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read a folder's configuration and its file's header, and look at every value once.
+
+    Raises:
+        UserError: as `read_saved_adapter`, or a value is not finite, or it changes nothing because every B is zero.
+    """
+    adapter = read_saved_adapter(path)
+    with Reader() as reader:
+        wrong = wrong_values((key, reader.read(entry)) for key, entry in read_header(path / TENSORS).items())
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong}; use an earlier checkpoint, or train longer")
+    return adapter
+
+
+def update_rows(weight: torch.Tensor, update: Values, first: int) -> torch.Tensor:
+    """Rows of the merged matrix.
+
+    Args:
+        weight: fp32[n, in_features], rows `first` to `first + n` of the base's.
+        update: what is added.
+        first: number of the first row.
+
+    Returns:
+        fp32[n, in_features]: W + s B A, and of DoRA m (W + s B A) / |W + s B A|, norms by row (arXiv:2402.09353,
+        equation 5).
+    """
+    rows = slice(first, first + weight.shape[0])
+    merged = torch.addmm(weight, update.b[rows], update.a, alpha=update.scaling)
+    if update.magnitude is not None:
+        merged *= (update.magnitude[rows] / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
+    return merged
+
+
+@dataclass(frozen=True)
+class Values:
+    """A `LowRank` that has been read, in fp32."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None
+
+
+def read_values(update: LowRank, reader: Reader) -> Values:
+    """The tensors of an update, those of all experts together."""
+    magnitude = None if update.magnitude is None else reader.read(update.magnitude).float().flatten()
+    return Values(reader.read(update.a).float(), reader.read(update.b).float(), update.scaling, magnitude)
+
+
+def expert_values(values: Values, update: LowRank, expert: int, rows: slice) -> Values:
+    """Of those of all experts, what changes some rows of one's matrix."""
+    a = values.a.view(update.experts, -1, values.a.shape[1])[expert]
+    b = values.b.view(len(values.b), -1, update.experts)[:, :, expert]
+    if update.swapped:
+        a, b = b.t(), a.t()
+    return Values(a.contiguous(), b[rows].contiguous(), values.scaling, None)

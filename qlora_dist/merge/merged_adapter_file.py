@@ -1,0 +1,50 @@
+"""The note in a merged folder of what was merged, by which an adapter trained on it finds its place behind another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from qlora_dist.errors import UserError
+from qlora_dist.model.model_folder import read_json
+
+NOTE = "merged_adapter.json"
+"""`qlora-dist quantize` copies it, as it does all of a folder's JSON files."""
+
+
+def write_note(folder: Path, adapter: Path) -> None:
+    """Say in a merged folder which adapter it holds."""
+    note = {"adapter": str(adapter), "adapter_sha256": _sha256(adapter)}
+    (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def check_follows(adapter: Path, base: Path, before: Path) -> None:
+    """Check that an adapter was trained on a folder that another was merged into.
+
+    Args:
+        adapter: the later one, for the message.
+        base: the folder that it was trained on.
+        before: the earlier one.
+
+    Raises:
+        UserError: it was not, or the folder is gone.
+    """
+    if not (base / NOTE).exists():
+        raise UserError(
+            f"{adapter}: was trained on {base}, which is no folder here that qlora-dist merge has written; merge "
+            f"{before} and train on that, or compose adapters of one base with --how cat"
+        )
+    if read_json(base / NOTE).get("adapter_sha256") != _sha256(before):
+        raise UserError(
+            f"{adapter}: was trained on {base}, which holds another adapter than {before}; name the adapters in the "
+            "order of their training"
+        )
+
+
+def _sha256(adapter: Path) -> str:
+    digest = hashlib.sha256()
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

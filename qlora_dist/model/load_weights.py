@@ -1,0 +1,181 @@
+"""Filling a skeleton, sharded or not: every rank reads its own bytes, and no rank ever holds the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from qlora_dist.adapters.attach import first_values, is_lora
+from qlora_dist.adapters.lora import LoraNF4, row_norms
+from qlora_dist.io.read_ahead import Reading
+from qlora_dist.model.buffers import check_buffers, give_first_values
+from qlora_dist.model.meta_model import LossModel, decoder_layers, origin_names
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.model.quantize_scatter import Piece, pieces, quantize_in_turn
+from qlora_dist.model.shard_reader import Put, ShardInFolder, Stream
+from qlora_dist.nf4.embedding import NF4Vocabulary
+from qlora_dist.nf4.experts import NF4Experts
+from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.shard_view import first_element, flat_shard, local_part, part_of, whole_shape
+
+
+class Elsewhere(Protocol):
+    """What keeps the values of some parameters itself; these stay on meta."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it keeps the parameter of that name."""
+
+    def put(self, name: str, first: int, values: torch.Tensor) -> None:
+        """Keep values: [n], of any type and device, as the elements of this rank's shard from `first` on."""
+
+
+def fill(
+    model: LossModel,
+    folder: ModelFolder,
+    device: torch.device,
+    seed: int | None,
+    replicas: DeviceMesh | None = None,
+    offload_base: bool = False,
+    progress: Callable[[Reading], None] | None = None,
+    elsewhere: Elsewhere | None = None,
+) -> int:
+    """Give every parameter and buffer of a skeleton its value.
+
+    Called on all ranks of the default process group. Of a parameter that is cut into shards a rank reads the bytes of
+    its shard; where the base has several copies, those who hold the same shard read a part of it each and exchange
+    them, so that all ranks together read the folder once. A weight to be quantized on the way is read whole by one
+    rank, its owner (they take turns), which quantizes it, sends each rank its shard, and drops it; the owners of a
+    round quantize side by side.
+
+    Args:
+        model: on meta, its parameters plain or DTensors.
+        folder: where the weights are.
+        device: where the model goes.
+        seed: of the adapters' first values; None: they get none, others do that.
+        replicas: 1-D mesh of the ranks that hold the same shard of the base as this one; None: there are no others.
+        offload_base: keep the frozen parameters on the CPU; the engine copies them to the device.
+        progress: called after each read of this rank.
+        elsewhere: keeps frozen parameters that are to hold no memory themselves.
+
+    Returns:
+        Bytes read by this rank.
+    """
+    kept_elsewhere = {name for name, _ in model.named_parameters() if elsewhere is not None and name in elsewhere}
+    materialize(model, device, offload_base, kept_elsewhere)
+    check_buffers(model)
+    origins, names = model.origins, origin_names(model)
+    parameter_names = {id(p): name for name, p in model.named_parameters()}
+    shards: list[ShardInFolder] = []
+    trained: list[ShardInFolder] = []
+    to_quantize: list[Piece] = []
+    in_fewer_bits: list[tuple[torch.Tensor, str, Put]] = []
+    with torch.no_grad():
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                name = parameter_names[id(parameter)]
+                if elsewhere is not None and name in kept_elsewhere:
+                    put: Put = partial(elsewhere.put, name)
+                else:
+                    put = partial(_put, local_part(parameter))
+                if is_lora(name):
+                    if seed is not None:
+                        _fill_adapter(parameter, name, seed)
+                elif isinstance(module, NF4Linear | NF4Experts | NF4Vocabulary) and parameter is module.packed:
+                    matrices = model.matrices[names[name]]
+                    if matrices[0].name in folder.quantized:
+                        shards.append(_shard(parameter, tuple(matrix.name for matrix in matrices), folder, put))
+                    else:
+                        to_quantize += pieces(parameter, module.layout, matrices, put)
+                elif (key := origins[names[name]].keys[0]) in folder.quantized:
+                    in_fewer_bits.append((parameter, key, put))
+                elif parameter.requires_grad:
+                    trained.append(_shard(parameter, origins[names[name]].keys, folder, put))
+                else:
+                    shards.append(_shard(parameter, origins[names[name]].keys, folder, put))
+        buffers = [(buffer, origins[name].keys) for name, buffer in model.named_buffers() if name in origins]
+        shards += [_shard(buffer, keys, folder, partial(_put, buffer)) for buffer, keys in buffers]
+        own = [piece.matrix for piece in to_quantize[dist.get_rank() :: dist.get_world_size()]]
+        with Stream(folder, shards, own, replicas, device, progress) as stream:
+            stream.fill_shards()
+            for parameter, key, put in in_fewer_bits:
+                _fill_dequantized(parameter, key, stream, put)
+            quantize_in_turn(to_quantize, stream, replicas, device)
+        with Stream(folder, trained, [], None, device) as others:  # the replicas of the base have other shards of these
+            others.fill_shards()
+        if seed is not None:
+            _fill_magnitudes(model)
+        return stream.bytes_read + others.bytes_read
+
+
+def materialize(
+    model: LossModel, device: torch.device, offload_base: bool = False, kept_elsewhere: Collection[str] = ()
+) -> None:
+    """Memory for what is on meta, and values for the buffers that no file holds (rotary frequencies)."""
+    elsewhere = {id(parameter) for name, parameter in model.named_parameters() if name in kept_elsewhere}
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:  # as nn.Module.to_empty, with a choice of device
+        if id(tensor) in elsewhere:
+            return torch.empty_like(tensor)
+        if flat_shard(tensor) is not None:
+            return tensor  # its part is there, and it holds nothing itself
+        on_host = offload_base and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        return torch.empty_like(tensor, device="cpu" if on_host else device)
+
+    model._apply(empty)
+    give_first_values(model)
+
+
+def _put(local: torch.Tensor, first: int, values: torch.Tensor) -> None:
+    local.view(-1)[first : first + values.numel()].copy_(values)
+
+
+def _shard(parameter: torch.Tensor, keys: tuple[str, ...], folder: ModelFolder, put: Put) -> ShardInFolder:
+    local, first = local_part(parameter), first_element(parameter)
+    if keys[0] in folder.quantized or not first:
+        return ShardInFolder(local, keys, first, put)
+    nbytes = sum(folder.entries[key].nbytes for key in keys)
+    return ShardInFolder(local, keys, first * nbytes // whole_shape(parameter).numel(), put)
+
+
+def _fill_dequantized(parameter: torch.Tensor, key: str, stream: Stream, put: Put) -> None:
+    """A parameter that this model keeps in 16 bit and the folder has in 4: the routers of sparse models, which others
+    quantize. Every rank reads it whole; they are small.
+    """
+    whole = stream.read_dequantized(key, local_part(parameter).dtype)
+    put(0, part_of(parameter, whole).reshape(-1))
+
+
+def _fill_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:
+    whole = first_values(name, whole_shape(parameter), seed)
+    if whole is not None:
+        local_part(parameter).copy_(part_of(parameter, whole))
+
+
+def _fill_magnitudes(model: LossModel) -> None:
+    """DoRA's magnitudes start as the row norms of W, layer by layer, each gathered for the moment."""
+    if not any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
+        return
+    for layer in decoder_layers(model):
+        sharded = hasattr(layer, "unshard")
+        norms = {}
+        if sharded:
+            layer.unshard()
+        for name, module in layer.named_modules():
+            if isinstance(module, LoraNF4):
+                for adapter in module.lora_magnitude_vector:
+                    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+                    weight = module.get_base_layer().dequantize(a.dtype)
+                    norms[f"{name}.lora_magnitude_vector.{adapter}.weight"] = row_norms(
+                        weight, a, b, module.scaling[adapter]
+                    )
+        if sharded:
+            layer.reshard()
+        for name, norm in norms.items():
+            parameter = layer.get_parameter(name)
+            local_part(parameter).copy_(part_of(parameter, norm))

@@ -1,0 +1,181 @@
+"""The output head: logits, or straight the loss without ever holding the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_dist.model.logit_scale import UNSCALED, LogitScale
+from qlora_dist.model.row_chunks import rows_in_cache
+from qlora_dist.nf4.embedding import NF4Vocabulary
+
+IGNORE = -100
+"""Label of a position that is not trained."""
+
+_CHUNK_LOGITS = 2**24  # elements of one product: fewer of them read the weight more seldom
+_BLOCK_LOGITS = 2**21  # elements at a time in fp32, on a CPU
+
+
+def give_loss(head: nn.Linear, scale: LogitScale) -> None:
+    """Have an output head, of whatever class, give the loss when it is given labels."""
+    head.__class__ = type("LossHead", (_LossHead, type(head)), {"scale": scale})
+
+
+def share(embedding: nn.Embedding, scale: LogitScale) -> None:
+    """Have a frozen embedding be the output head too (tied weights): one parameter, one unit of sharding.
+
+    Two modules in two units could not share a parameter, and one unit of both would stay gathered from the first
+    layer to the last.
+    """
+    embedding.__class__ = type("SharedEmbedding", (_SharedEmbedding, type(embedding)), {"scale": scale})
+
+
+class _LossHead:
+    """Mixed into a linear layer's class."""
+
+    scale: LogitScale
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden: [..., h] -> logits [..., vocabulary], or with labels int64[...] the summed loss, fp32[]."""
+        if labels is None:
+            return super().forward(hidden)  # type: ignore[misc]
+        return summed_loss(hidden.flatten(0, -2), _weight(self, hidden), self.bias, labels.flatten(), self.scale)  # type: ignore[attr-defined]
+
+
+class _SharedEmbedding:
+    """Mixed into an embedding's class, which may scale what it looks up."""
+
+    scale: LogitScale
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """ids: int64[...] -> [..., h], or hidden: [..., h] -> as the loss head."""
+        if not x.is_floating_point():
+            return super().forward(x)  # type: ignore[misc]
+        if labels is None:
+            return nn.functional.linear(x, _weight(self, x))
+        return summed_loss(x.flatten(0, -2), _weight(self, x), None, labels.flatten(), self.scale)
+
+
+class SharedHead(nn.Module):
+    """Stands where `lm_head` stood, and calls the embedding as a module, so that its unit is gathered for it."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self._embedding = [embedding]  # in a list: not a submodule, or its parameter would be listed twice
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """As the loss head."""
+        return self._embedding[0](hidden, labels)
+
+
+def _weight(module: object, like: torch.Tensor) -> torch.Tensor:
+    """[vocabulary, h]; one in 4 bit is dequantized for the call."""
+    return module.dequantize(like.dtype) if isinstance(module, NF4Vocabulary) else module.weight  # type: ignore[attr-defined,no-any-return]
+
+
+def summed_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    scale: LogitScale = UNSCALED,
+) -> torch.Tensor:
+    """Sum of the cross entropies over the positions whose label is not IGNORE.
+
+    The logits exist in chunks of 16 million, of trained positions only, and on a CPU in fp32 two million at a time.
+    The gradients are computed along with the loss, so backward needs neither the logits nor the weight: a sharded head
+    is gathered once a step. That of a trained weight is summed in fp32.
+
+    `torch.nn.functional.linear_cross_entropy` (2.13) does the same in principle, but returns the sum in hidden's
+    type (off by 0.8 % for 341 tokens in bf16) and takes twice the time or more on a CPU (docs/log.md).
+
+    Args:
+        hidden: [n, h], bf16, fp16 or fp32.
+        weight: [vocabulary, h].
+        bias: [vocabulary] or None.
+        labels: int64[n].
+        scale: what the model does to its logits.
+
+    Returns:
+        fp32[].
+    """
+    loss: torch.Tensor = _SummedLoss.apply(hidden, weight, bias, labels, scale)
+    return loss
+
+
+def _to_slope_(
+    logits: torch.Tensor, targets: torch.Tensor, scale: LogitScale, grad_bias: torch.Tensor | None, wants_grad: bool
+) -> torch.Tensor:
+    """The summed loss of logits[n, vocabulary], targets[n, 1]; the logits become d loss / d logits, if that is wanted.
+
+    That is softmax - one-hot, and the slope of what the model does to its logits.
+    """
+    values = logits.float()  # fp32 logits: themselves
+    slope = scale.apply_(values, with_slope=wants_grad)
+    peak, target_logits = values.amax(dim=1, keepdim=True), values.gather(1, targets)
+    exponentials = values.sub_(peak).exp_()
+    total = exponentials.sum(dim=1, keepdim=True)
+    loss = (total.log() + peak - target_logits).sum()
+    if wants_grad:
+        probabilities = exponentials.div_(total)
+        probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=values.dtype))
+        if slope is not None:
+            probabilities.mul_(slope)
+        if grad_bias is not None:
+            grad_bias += probabilities.sum(dim=0)
+        logits.copy_(probabilities)
+    return loss
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        scale: LogitScale,
+    ) -> torch.Tensor:
+        wants_weight = any(ctx.needs_input_grad[1:3])
+        wants_grad = ctx.needs_input_grad[0] or wants_weight
+        grad = torch.zeros_like(hidden) if wants_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_weight and bias is not None else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        trained = (labels != IGNORE).nonzero().squeeze(1)
+        size = max(1, _CHUNK_LOGITS // weight.shape[0])
+        buffer = hidden.new_empty(min(size, len(trained)), weight.shape[0])
+        block = rows_in_cache(buffer, _BLOCK_LOGITS)
+        for rows in trained.split(size):
+            inputs, logits = hidden[rows], buffer[: len(rows)]
+            if bias is None:
+                torch.mm(inputs, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, inputs, weight.t(), out=logits)
+            for part, targets in zip(logits.split(block), labels[rows].split(block), strict=True):
+                loss += _to_slope_(part, targets.unsqueeze(1), scale, grad_bias, wants_grad)
+            if grad is None:
+                continue
+            grad[rows] = logits @ weight
+            if grad_weight is not None:
+                grad_weight += logits.t() @ inputs
+        ctx.gradients = grad, grad_weight, grad_bias
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_loss,) = grads
+        (grad, grad_weight, grad_bias), ctx.gradients = ctx.gradients, None
+        weight_dtype, bias_dtype = ctx.dtypes
+        # multiplied in fp32: a loss scale over few tokens is infinite in fp16
+        return (
+            (grad.float() * grad_loss).to(grad.dtype),
+            None if grad_weight is None else grad_weight.mul_(grad_loss).to(weight_dtype),
+            None if grad_bias is None else grad_bias.mul_(grad_loss).to(bias_dtype),
+            None,
+            None,
+        )

@@ -1,0 +1,253 @@
+"""The model without its weights: transformers' own class, on the meta device, with 4-bit layers and our head."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from qlora_dist.config.schema import ModelConfig
+from qlora_dist.errors import UserError
+from qlora_dist.model.attention import choose_attention, with_boundaries
+from qlora_dist.model.logit_scale import LogitScale, decoder_of, measure_head
+from qlora_dist.model.loss import SharedHead, give_loss, share
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.model.model_support import check_model_class
+from qlora_dist.model.moe import use_nf4_experts
+from qlora_dist.model.norm import fuse_norms
+from qlora_dist.model.quantizable import Matrix, Target, is_tied, layout_of, matrices, quantizable
+from qlora_dist.model.weight_reads import find_weight_reads
+from qlora_dist.model.weight_sources import Origin, find_origins
+from qlora_dist.nf4.embedding import NF4Vocabulary, use_nf4_vocabulary
+from qlora_dist.nf4.experts import NF4Experts
+from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.nf4.nf4_layout import NF4Layout
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def build_skeleton(folder: ModelFolder, config: ModelConfig, quantize: bool = True) -> LossModel:
+    """A causal language model on meta whose quantizable layers are NF4Linear and whose forward gives the loss.
+
+    Parameters that stay unquantized have the compute type. Nothing is trained yet.
+
+    Args:
+        folder: of the model.
+        config: how to quantize what is not in 4 bit yet, and the compute type.
+        quantize: False: what is in 16 bit in the folder stays so.
+
+    Raises:
+        UserError: the folder holds no causal language model that this transformers knows, or weights are missing.
+    """
+    dtype = COMPUTE_DTYPES[config.compute_dtype]
+    model = causal_lm_on_meta(folder, dtype, config.attention)
+    if config.attention != "eager":
+        choose_attention(model, config.attention)
+    fuse_norms(model)
+    _keep_buffers_in_fp32(model)
+    origins = find_origins(model, [*folder.entries, *folder.quantized])
+    scale, tied = measure_head(model), is_tied(model)
+    in_4_bit: dict[str, Sequence[Matrix]] = {}
+    reads = find_weight_reads(model)
+    for target in list(quantizable(model, embeddings=True)):
+        parts = matrices(target, origins, folder)
+        asked_for = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
+        if not (asked_for and quantize) and not any(part.name in folder.quantized for part in parts):
+            continue  # embeddings that stay in 16 bit, or what whoever quantized the folder left as it was
+        layout = layout_of(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
+        _replace(model, target, layout, len(parts), dtype)
+        if isinstance(layer := model.get_submodule(target.module), NF4Linear):
+            layer.is_weight_read = target.module in reads
+        in_4_bit[target.name] = parts
+    _replace_head(model, scale, tied)
+    model.requires_grad_(False)
+    _check_complete(model, origins, folder)
+    takes_positions = "position_ids" in inspect.signature(decoder_of(model).forward).parameters
+    attributes = {
+        "origins": origins,
+        "matrices": in_4_bit,
+        "takes_positions": takes_positions,
+        "forward": _with_signature(type(model).forward),
+    }
+    model.__class__ = type(f"Loss{type(model).__name__}", (LossModel, type(model)), attributes)
+    assert isinstance(model, LossModel)
+    return model
+
+
+def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = "sdpa") -> transformers.PreTrainedModel:
+    """Transformers' causal language model for the folder's config.json, without weights.
+
+    Raises:
+        UserError: the architecture is not supported, or transformers has no such class.
+    """
+    if any(key in folder.config for key in ("vision_config", "audio_config")):
+        raise UserError(
+            f"{folder.path / 'config.json'}: describes a model of more than text; give a causal language model"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # it describes how transformers would load the folder; we load it
+        if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            attention = "eager"  # SDPA has no cap, and transformers would leave it out without a word
+        requested = "eager" if attention == "eager" else None  # None: SDPA where the architecture has it
+        model = _from_config(config, dtype, requested)
+        check_model_class(model, folder.path)
+        if is_tied(model) and _stores_another_head(model, folder):
+            for part in (config, config.get_text_config()):
+                part.tie_word_embeddings = False
+            model = _from_config(config, dtype, requested)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{folder.path / 'config.json'}: transformers {transformers.__version__} makes no causal language model "
+            f"of it ({reason}); give another model or upgrade transformers"
+        ) from None
+    return model
+
+
+def _from_config(config: transformers.PretrainedConfig, dtype: torch.dtype, attention: str | None) -> Any:
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+
+
+def _stores_another_head(model: transformers.PreTrainedModel, folder: ModelFolder) -> bool:
+    """Whether a folder whose config.json ties the output head holds one that differs from the input embedding.
+
+    Merging a trained embedding and head leaves such folders, and transformers keeps both tensors on loading.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    head, embedding = (
+        f"{paths[id(module)]}.weight" for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    names = [*folder.entries, *folder.quantized]
+    if not any(name.endswith(head.rpartition(".")[0].rpartition(".")[2] + ".weight") for name in names):
+        return False  # the usual case, without a look at every name's meaning
+    origins = find_origins(model, names)
+    if head not in origins or embedding not in origins:
+        return False
+    return not folder.are_equal(origins[head].keys[0], origins[embedding].keys[0])
+
+
+def origin_names(model: nn.Module) -> dict[str, str]:
+    """By the name of a skeleton's parameter, the name that transformers' own class gives what it stands for."""
+    names: dict[str, str] = {}
+    for path, module in model.named_modules():
+        ours = path.replace(".base_layer", "")  # an adapter around it
+        for name in module._parameters:
+            full = f"{ours}.{name}" if ours else name
+            if isinstance(module, NF4Linear | NF4Vocabulary) and name == "packed":
+                full = f"{ours}.weight"
+            elif isinstance(module, NF4Experts):
+                full = ours
+            names[f"{path}.{name}" if path else name] = full
+    return names
+
+
+def decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(path.count("."), m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    blocks = [(depth, m) for depth, m in lists if len(m) == count]
+    return min(blocks or lists, key=lambda item: item[0])[1]
+
+
+def _replace(
+    model: transformers.PreTrainedModel, target: Target, layout: NF4Layout, parts: int, dtype: torch.dtype
+) -> None:
+    if target.role != "layer":
+        use_nf4_vocabulary(model.get_submodule(target.module), layout, dtype)  # type: ignore[arg-type]
+        return
+    if not target.experts:
+        model.set_submodule(target.module, NF4Linear(layout, target.has_bias, dtype, "meta"))
+        return
+    path, _, name = target.module.rpartition(".")
+    experts = model.get_submodule(path)
+    delattr(experts, name)
+    setattr(experts, name, NF4Experts(layout, target.experts, parts // target.experts, "meta"))
+    use_nf4_experts(experts)
+
+
+def _replace_head(model: transformers.PreTrainedModel, scale: LogitScale, tied: bool) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if tied:
+        share(embedding, scale)
+        model.set_output_embeddings(SharedHead(embedding))
+    else:
+        give_loss(head, scale)
+
+
+def _check_complete(model: nn.Module, origins: Mapping[str, Origin], folder: ModelFolder) -> None:
+    names = origin_names(model)
+    for name, parameter in model.named_parameters():
+        origin = origins.get(names[name])
+        if origin is None:
+            raise folder.missing(names[name])
+        if parameter.dtype == torch.uint8:
+            continue  # checked when its layout was found
+        shapes = [folder.shape(key) for key in origin.keys]
+        shape, alike = shapes[0], len(set(shapes)) == 1
+        if origin.experts:
+            shape = (origin.experts, len(origin.keys) // origin.experts * shape[0], *shape[1:])
+        elif len(shapes) > 1:  # one above the other
+            alike = len({part[1:] for part in shapes}) == 1
+            shape = (sum(rows for rows, *_ in shapes), *shape[1:])
+        if not alike or shape != tuple(parameter.shape):
+            raise UserError(
+                f"{folder.path}: {origin.keys[0]} has the shape {shape} and config.json asks for "
+                f"{tuple(parameter.shape)}; get the folder anew"
+            )
+
+    saved = model.state_dict()
+    for name, _ in model.named_buffers():
+        if name in saved and name not in origins:
+            raise folder.missing(name)
+
+
+def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
+    """Those that the class wants so: DeepSeek's router chooses other experts if its bias is rounded.
+
+    Parameters of that kind are gathered in the compute type like all others.
+    """
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and kept.intersection([*path.split("."), name]):
+                module._buffers[name] = buffer.float()
+
+
+def _with_signature(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Our forward pass with the signature of transformers': `generate` looks whether there are position_ids in it."""
+
+    @functools.wraps(theirs)
+    def forward(self: LossModel, *args: Any, **kwargs: Any) -> Any:
+        return LossModel.forward(self, *args, **kwargs)
+
+    return forward
+
+
+class LossModel(transformers.PreTrainedModel):
+    """Mixed into transformers' class: with labels, forward gives the summed loss straight from the head."""
+
+    origins: Mapping[str, Origin]
+    """By the name of a tensor in transformers' own class, those of the folder that it is made of."""
+    matrices: Mapping[str, Sequence[Matrix]]
+    """By the same name, the matrices of those that are in 4 bit here."""
+    takes_positions: bool
+    """Whether the decoder takes position_ids: BLOOM counts for itself, Mamba has no use for them."""
+
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """labels: int64[batch, sequence], each the target of its own position, IGNORE where not trained."""
+        if labels is None:
+            return super().forward(*args, **kwargs)
+        if not self.takes_positions:
+            kwargs.pop("position_ids", None)  # rows are not packed then
+        hidden = decoder_of(self)(*args, **with_boundaries(self, kwargs), use_cache=False).last_hidden_state
+        return self.get_output_embeddings()(hidden, labels)

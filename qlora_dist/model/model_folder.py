@@ -1,0 +1,164 @@
+"""A Hugging Face model folder: what is in it, without reading the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_dist.errors import UserError
+from qlora_dist.io.read_ahead import pieces
+from qlora_dist.io.safetensors_file import Entry, Reader, read_header
+from qlora_dist.nf4.quant_state import QuantizedEntry, find_quantized, is_part_of_quantized
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class ModelFolder:
+    """config.json and the tensors of a folder, 4-bit weights told from the others.
+
+    Attributes:
+        path: the folder.
+        config: config.json.
+        entries: the tensors that are not part of a 4-bit weight, by name.
+        quantized: the 4-bit weights, by name.
+
+    Raises:
+        UserError: the folder, its config.json or one of its safetensors files is missing or damaged, or the weights
+            are of a kind that is not supported.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such folder; give the folder of a Hugging Face model")
+        self.config = read_json(self.path / "config.json")
+        self._equal: dict[tuple[str, str], bool] = {}
+        method = (self.config.get("quantization_config") or {}).get("quant_method")
+        if method not in (None, "bitsandbytes"):
+            raise UserError(f"{self.path}: is quantized with {method}, which is not read here; {_remedy(method)}")
+        entries = self._read_entries()
+        with Reader() as reader:
+            self.quantized: dict[str, QuantizedEntry] = find_quantized(entries, reader)
+        self.entries: dict[str, Entry] = {
+            name: entry for name, entry in entries.items() if not is_part_of_quantized(name, self.quantized)
+        }
+        if method is not None and not self.quantized:
+            raise UserError(
+                f"{self.path}: is quantized with bitsandbytes, but not in 4 bit, which is not read here; "
+                f"{_remedy(method)}"
+            )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the linear layers are in 4 bit."""
+        return bool(self.quantized)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, in 4 bit or not."""
+        return self.quantized[name].layout.shape if name in self.quantized else self.entries[name].shape
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors, in 4 bit or not, have the same bytes; they are read up to the first difference."""
+        pair = one, other
+        if pair not in self._equal:
+            self._equal[pair] = self._compare(one, other)
+        return self._equal[pair]
+
+    def _compare(self, one: str, other: str) -> bool:
+        if one in self.quantized and other in self.quantized:
+            layout = self.quantized[one].layout
+            if layout != self.quantized[other].layout:
+                return False
+            nbytes = layout.total_bytes
+        elif one in self.quantized or other in self.quantized:
+            return False
+        else:
+            entries = self.entries[one], self.entries[other]
+            if entries[0].shape != entries[1].shape or entries[0].dtype != entries[1].dtype:
+                return False
+            nbytes = entries[0].nbytes
+        with Reader() as reader:
+            for start, length in pieces(nbytes):
+                parts = torch.empty(2, length, dtype=torch.uint8)
+                for part, name in zip(parts, (one, other), strict=True):
+                    if name in self.quantized:
+                        self.quantized[name].read_range(reader, part, start)
+                    else:
+                        reader.read_into(part, self.entries[name], start)
+                if not torch.equal(parts[0], parts[1]):
+                    return False
+        return True
+
+    def missing(self, name: str) -> UserError:
+        """What to say of a weight that config.json asks for and the folder does not hold."""
+        stem = name.removesuffix(".weight")
+        alike = (key for key in sorted([*self.entries, *self.quantized]) if key.startswith(stem))
+        near = next((key for key in alike if key != f"{stem}.bias"), None)
+        if near is None:
+            return UserError(f"{self.path}: the weight {name} is missing; get the folder anew")
+        return UserError(
+            f"{self.path}: the weight {name} is missing; {near} is there, a form that is not read here; give a copy of "
+            "the model in 16 bit"
+        )
+
+    def _read_entries(self) -> dict[str, Entry]:
+        if (self.path / _INDEX).exists():
+            weight_map = read_json(self.path / _INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise UserError(f"{self.path / _INDEX}: names no files; get the folder anew")
+            files = sorted(set(weight_map.values()))
+        elif (self.path / _SINGLE).exists():
+            files = [_SINGLE]
+        else:
+            raise UserError(f"{self.path}: holds no {_SINGLE}; {self._other_files()}")
+        entries: dict[str, Entry] = {}
+        for file in files:
+            if Path(file).name != file:
+                raise UserError(f"{self.path / _INDEX}: names a file outside the folder, {file}; get the folder anew")
+            entries |= read_header(self.path / file)
+        return entries
+
+    def _other_files(self) -> str:
+        """What to do about a folder without the files that are looked for."""
+        found = sorted(path.name for path in self.path.glob("*.safetensors"))
+        if any(name.startswith("model-") for name in found):
+            return f"its parts are there without {_INDEX}; copy that file too"
+        if any(name.startswith("consolidated") for name in found):
+            return f"{found[0]} has Mistral's own names of tensors; get the files that transformers loads"
+        if "adapter_model.safetensors" in found:
+            return "it is an adapter's folder; give that of its base"
+        pickled = sorted(path.name for path in self.path.glob("*.bin"))
+        if pickled:
+            return f"{pickled[0]} is a pickle, which is never read; save the model as safetensors"
+        return "give the folder of a Hugging Face model"
+
+
+_DEQUANTIZED = "load it with {config}(dequantize=True) of transformers, save it in 16 bit, and give that folder"
+_REMEDIES = {
+    "fp8": _DEQUANTIZED.format(config="FineGrainedFP8Config"),
+    "mxfp4": "give a copy of the model in bf16",
+}
+
+
+def _remedy(method: str) -> str:
+    return _REMEDIES.get(method, "give a copy of the model in 16 bit, or in 4 bit of bitsandbytes")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: missing, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; give the folder of a Hugging Face model") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); get the file anew") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object; get the file anew")
+    return content

@@ -1,0 +1,70 @@
+"""What of a model's class decides that it cannot be trained here, seen before a weight is read or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_dist.errors import UserError
+from qlora_dist.model.quantizable import is_tied
+from qlora_dist.model.weight_reads import find_weight_reads
+
+_CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention"}
+"""What transformers calls attention to the states of an encoder."""
+_UNSUPPORTED = {
+    "cpmant": "puts a prompt of its own in front of each sequence",
+    "reformer": "takes sequences of one length only, which axial_pos_shape gives",
+    "xlm": "lets a position see those behind it",
+    "xlnet": "lets a position see those behind it",
+}
+"""Reason, by `model_type`, why it is no causal language model that trains on rows of any length."""
+
+
+def check_model_class(model: PreTrainedModel, path: Path) -> None:
+    """Refuse a class of which no causal language model can be trained right.
+
+    Args:
+        model: transformers' own class, on meta.
+        path: of the folder, for the message.
+
+    Raises:
+        UserError: with what stands in the way.
+    """
+    kind = model.config.model_type
+    if (what := _UNSUPPORTED.get(kind)) is not None:
+        raise _unsupported(path, kind, what)
+    attends = any(name.rpartition(".")[2] in _CROSS_ATTENTION for name, _ in model.named_modules())
+    if attends or getattr(type(model.config), "is_encoder_decoder", False):
+        raise _unsupported(path, kind, "attends to the states of an encoder")
+    if (names := _shared(model)) is not None:
+        raise _unsupported(path, kind, f"has one weight in two places, {names[0]} and {names[1]}")
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and is_tied(model) and head.bias is not None:
+        raise _unsupported(path, kind, "has an output head that is the input embedding's weight with a bias")
+    changed = [name for name, use in find_weight_reads(model).items() if use == "change"]
+    if changed:
+        raise _unsupported(path, kind, f"changes the weight of {changed[0]} while it computes")
+
+
+def _unsupported(path: Path, kind: str, what: str) -> UserError:
+    return UserError(
+        f"{path / 'config.json'}: a model of type {kind} {what}, which cannot be trained here; give another causal "
+        "language model"
+    )
+
+
+def _shared(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Return two names of one parameter; that of the embedding may be the output head's as well."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    allowed = {id(module.weight) for module in (head, embedding) if hasattr(module, "weight")}
+    allowed |= {id(head.bias)} if getattr(head, "bias", None) is not None else set()
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in allowed:
+                full = f"{path}.{name}" if path else name
+                if first.setdefault(id(parameter), full) != full:
+                    return first[id(parameter)], full
+    return None

@@ -1,0 +1,64 @@
+"""Finishing a folder of a model whose weights have been written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_dist.io.safetensors_file import read_header
+
+_T = TypeVar("_T")
+
+_COPIED = (  # what a model needs beside its weights; nothing that holds weights or code
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "README*",
+)
+
+
+def in_files(sizes: Mapping[_T, int], file_bytes: int) -> list[list[_T]]:
+    """Cut a list, with bytes for each of it, into files of at most `file_bytes`; what is larger has its own."""
+    files: list[list[_T]] = []
+    size = 0
+    for item, nbytes in sizes.items():
+        if not files or size + nbytes > file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(item)
+        size += nbytes
+    return files
+
+
+def finish_folder(
+    partial: Path, out: Path, source: Path, config: Mapping[str, Any], replaced: Sequence[str] = ()
+) -> None:
+    """Add tokenizer, index and config.json to the weights in `partial`, which then gets the name `out`.
+
+    Args:
+        partial: holds files model-*.safetensors; others that are there already are kept.
+        out: is not there.
+        source: the folder of the model that the weights were made of.
+        config: config.json.
+        replaced: patterns of files that are not taken from `source`, because `partial` holds their like.
+    """
+    for pattern in _COPIED:
+        for path in source.glob(pattern):
+            unwanted = path.name.endswith(".index.json") or any(path.match(name) for name in replaced)
+            if not unwanted and not (partial / path.name).exists():
+                shutil.copy2(path, partial / path.name)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for path in sorted(partial.glob("model-*.safetensors")):
+        for name, entry in read_header(path).items():
+            weight_map[name] = path.name
+            total += entry.nbytes
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    partial.rename(out)

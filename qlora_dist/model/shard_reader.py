@@ -1,0 +1,209 @@
+"""From the files of a folder into shards, piece by piece, the next piece being read while one is put in its place."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from qlora_dist.io.read_ahead import Read, ReadAhead, Reading, pieces
+from qlora_dist.io.safetensors_file import Entry, Reader
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.model.quantizable import Matrix
+from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.nf4.quantize import dequantize, quantize_pieces
+
+_EXCHANGED_BYTES = 2**20  # at a time, of all replicas together: gloo keeps up to twenty times as much for itself
+_ALIGNMENT = 8  # bytes, of parts: a multiple of every element
+
+
+Put = Callable[[int, torch.Tensor], None]
+"""Keeps values: [n], of any type and device, as the elements of a shard from a first one on."""
+
+
+@dataclass(frozen=True)
+class ShardInFolder:
+    """What a rank holds of a tensor, and which of the tensor's bytes it is."""
+
+    local: torch.Tensor
+    """Contiguous, on any device, of the model's type; on meta, if `put` keeps it elsewhere."""
+    keys: tuple[str, ...]
+    """Names of the tensors in the folder. Several lie one behind the other in the parameter, and have one type."""
+    start: int
+    """First byte, counted from the first of them on; of a 4-bit weight, in its byte vector."""
+    put: Put
+    """Keeps its elements."""
+
+
+class Stream:
+    """The reads of a rank, known as a whole before the first one begins.
+
+    Shards that have copies on other ranks are read by all these together, a part each, and exchanged: the ranks of
+    `replicas` must be given the same shards. First the shards are to be filled, then the weights quantized, in the
+    order in which they are given. Memory: the shards, two pieces, and the weight that is being quantized, packed.
+
+    Args:
+        folder: where the bytes are.
+        shards: what to fill with them; `self.shards` has them in the order of the files.
+        to_quantize: 16 or 32 bit weights that this rank reads as a whole.
+        replicas: 1-D mesh of the ranks that hold the same shards, or None.
+        device: where the ranks exchange and quantize.
+        progress: called after each read.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        shards: Iterable[ShardInFolder],
+        to_quantize: Sequence[Matrix],
+        replicas: DeviceMesh | None,
+        device: torch.device,
+        progress: Callable[[Reading], None] | None = None,
+    ) -> None:
+        self.shards = sorted((s for s in shards if s.local.numel()), key=lambda shard: _place(folder, shard))
+        self._folder, self._replicas, self._device = folder, replicas, device
+        self._reader = Reader()
+        reads = [read for shard in self.shards for read in self._shard_reads(shard)]
+        reads += [read for m in to_quantize for read in tensor_reads(self._reader, folder.entries[m.key], m.index)]
+        self._ahead = ReadAhead(reads, progress)
+
+    @property
+    def bytes_read(self) -> int:
+        """From the files, so far."""
+        return self._reader.bytes_read
+
+    def fill_shards(self) -> None:
+        """Fill all shards. A collective of the replicas."""
+        for shard in self.shards:
+            for start, nbytes, _ in self._parts(shard):
+                data = next(self._ahead)
+                if self._replicas is None:
+                    self._put(shard, start, data)
+                else:
+                    self._exchange(shard, start, nbytes, data)
+
+    def quantize_next(self, layout: NF4Layout, transposed: bool) -> torch.Tensor:
+        """packed: uint8[layout.total_bytes] on the device, of the next weight of `to_quantize`."""
+        return quantize_next(self._ahead, layout, transposed, self._device)
+
+    def read_dequantized(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """A whole 4-bit weight as `dtype` on the device, read now."""
+        weight = self._folder.quantized[key]
+        packed = torch.empty(weight.layout.total_bytes, dtype=torch.uint8)
+        weight.read_range(self._reader, packed, 0)
+        return dequantize(packed.to(self._device), weight.layout, dtype)
+
+    def _parts(self, shard: ShardInFolder) -> Iterator[tuple[int, int, int]]:
+        """The pieces that are read of a shard: the first byte within it, and how many; and how many by this rank.
+
+        Each of the replicas reads one contiguous part, all of them equally many pieces; the last parts may be shorter.
+        """
+        total, part_bytes = self._nbytes(shard), self._part_bytes(shard)
+        own = self._replicas.get_local_rank() * part_bytes if self._replicas is not None else 0
+        for start, nbytes in pieces(part_bytes):
+            yield own + start, nbytes, max(0, min(nbytes, total - own - start))
+
+    def _shard_reads(self, shard: ShardInFolder) -> Iterator[Read]:
+        for start, _, count in self._parts(shard):
+            yield Read(count, self._read_into(shard.keys, shard.start + start))
+
+    def _read_into(self, keys: tuple[str, ...], start: int) -> Callable[[torch.Tensor], None]:
+        sizes = [_nbytes(self._folder, key) for key in keys]
+        begins = [0, *accumulate(sizes)]
+
+        def read(out: torch.Tensor) -> None:
+            done = 0
+            while done < out.numel():
+                index = bisect_right(begins, start + done) - 1
+                first = start + done - begins[index]
+                part = out[done : done + sizes[index] - first]
+                if keys[index] in self._folder.quantized:
+                    self._folder.quantized[keys[index]].read_range(self._reader, part, first)
+                else:
+                    self._reader.read_into(part, self._folder.entries[keys[index]], first)
+                done += part.numel()
+
+        return read
+
+    def _exchange(self, shard: ShardInFolder, start: int, nbytes: int, data: torch.Tensor) -> None:
+        """Put in its place what each of the replicas has read: uint8[at most nbytes] from `start` on by this one."""
+        assert self._replicas is not None
+        count, total, part_bytes = self._replicas.size(), self._nbytes(shard), self._part_bytes(shard)
+        within = start - self._replicas.get_local_rank() * part_bytes
+        for first, width in pieces(nbytes, max(_ALIGNMENT, _EXCHANGED_BYTES // count // _ALIGNMENT * _ALIGNMENT)):
+            mine = data[first : first + width].to(self._device)
+            mine = torch.nn.functional.pad(mine, (0, width - mine.numel()))
+            for replica, theirs in enumerate(gather_parts(mine, self._replicas).view(count, width)):
+                position = replica * part_bytes + within + first
+                self._put(shard, position, theirs[: max(0, total - position)])
+
+    def _put(self, shard: ShardInFolder, start: int, data: torch.Tensor) -> None:
+        """Copy uint8[n] to where its first byte is byte `start` of the shard as it lies in the file."""
+        values = data.view(self._dtype(shard))
+        shard.put(start // values.itemsize, values)
+
+    def _part_bytes(self, shard: ShardInFolder) -> int:
+        nbytes = self._nbytes(shard)
+        if self._replicas is None:
+            return nbytes
+        return -(-nbytes // self._replicas.size() // _ALIGNMENT) * _ALIGNMENT
+
+    def _dtype(self, shard: ShardInFolder) -> torch.dtype:
+        key = shard.keys[0]
+        return torch.uint8 if key in self._folder.quantized else self._folder.entries[key].dtype
+
+    def _nbytes(self, shard: ShardInFolder) -> int:
+        return shard.local.numel() * self._dtype(shard).itemsize
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ahead.__exit__(None, None, None)
+        self._reader.close()
+
+
+def gather_parts(part: torch.Tensor, replicas: DeviceMesh) -> torch.Tensor:
+    """uint8[n] of each of the replicas, one behind the other."""
+    parts = torch.empty(part.numel() * replicas.size(), dtype=torch.uint8, device=part.device)
+    dist.all_gather_single(parts, part, group=replicas.get_group())
+    return parts
+
+
+def tensor_reads(reader: Reader, entry: Entry, index: int | None = None) -> Iterator[Read]:
+    """The reads of a whole tensor, or of one of the matrices of a three-dimensional one."""
+    size = entry.nbytes if index is None else entry.nbytes // entry.shape[0]
+    first = (index or 0) * size
+    for start, nbytes in pieces(size):
+        yield Read(nbytes, lambda out, start=first + start: reader.read_into(out, entry, start))  # type: ignore[misc]
+
+
+def quantize_next(ahead: ReadAhead, layout: NF4Layout, transposed: bool, device: torch.device) -> torch.Tensor:
+    """packed: uint8[layout.total_bytes] on the device, of a weight whose `tensor_reads` are the next ones.
+
+    One that lies transposed in the file is held whole.
+    """
+    dtype = getattr(torch, layout.dtype)
+    flat: Iterator[torch.Tensor] = (next(ahead).view(dtype) for _ in pieces(layout.numel * dtype.itemsize))
+    if transposed:
+        rows, columns = layout.shape
+        weight = torch.cat([piece.clone() for piece in flat])
+        flat = iter([weight.view(columns, rows).T.contiguous().view(-1)])
+    return quantize_pieces(flat, layout, device)
+
+
+def _nbytes(folder: ModelFolder, key: str) -> int:
+    return folder.quantized[key].layout.total_bytes if key in folder.quantized else folder.entries[key].nbytes
+
+
+def _place(folder: ModelFolder, shard: ShardInFolder) -> tuple[Path, int]:
+    key = shard.keys[0]
+    quantized = folder.quantized.get(key)
+    entry = quantized.parts[0][1] if quantized is not None else folder.entries[key]
+    return entry.path, entry.start

@@ -1,0 +1,27 @@
+"""The values that codes stand for."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from qlora_dist.compat.bitsandbytes import functional as bnb
+from qlora_dist.nf4.nf4_layout import QuantType
+
+
+@functools.cache
+def nested_code_table(device: torch.device) -> torch.Tensor:
+    """fp32[256]: the values of the 8-bit codes of double quantization.
+
+    Made at first use and never inside a module's constructor: DeepSpeed's `zero.Init` casts every float tensor that
+    is created under it, and a bf16 table read as fp32 gives NaN without an error.
+    """
+    return bnb.create_dynamic_map().to(device)
+
+
+@functools.cache
+def code_table(quant_type: QuantType) -> torch.Tensor:
+    """fp32[16] on the CPU: the values of the 4-bit codes."""
+    # the device must be named: bitsandbytes' default is "cuda"
+    return bnb.get_4bit_type(quant_type, device="cpu")

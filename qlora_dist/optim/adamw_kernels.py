@@ -1,0 +1,131 @@
+"""The update itself, on the parts of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from qlora_dist.compat.bitsandbytes import functional as bnb
+from qlora_dist.config.schema import OptimConfig
+from qlora_dist.optim.state_pages import BLOCK
+
+
+@cache
+def code_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the first moment, which has a sign, and the second: fp32[256] each (Dettmers et al. 2022, section 1.3)."""
+    return tuple(bnb.create_dynamic_map(signed=signed).to(device) for signed in (True, False))  # type: ignore[return-value]
+
+
+def update_32bit(
+    parameters: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    first: Sequence[torch.Tensor],
+    second: Sequence[torch.Tensor],
+    config: OptimConfig,
+    lr: float,
+    step: int,
+) -> None:
+    """Fused AdamW of torch, in place, on fp32[n] each.
+
+    Args:
+        parameters: parts of shards.
+        gradients: theirs.
+        first: exp_avg.
+        second: exp_avg_sq.
+        config: betas, eps and weight decay.
+        lr: learning rate.
+        step: how many updates there are with this one.
+    """
+    if not parameters:
+        return
+    count = torch.full((), float(step), device=parameters[0].device)
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        first,
+        second,
+        [],
+        [count] * len(parameters),
+        lr=lr,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        weight_decay=config.weight_decay,
+        eps=config.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def update_paged(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    config: OptimConfig,
+    lr: float,
+    step: int,
+) -> None:
+    """The 32-bit AdamW of bitsandbytes, in place, on fp32[n] each: the moments may be CUDA's managed memory."""
+    bnb.optimizer_update_32bit(
+        "adam",
+        gradient,
+        parameter,
+        first,
+        config.beta1,
+        config.eps,
+        step,
+        lr,
+        state2=second,
+        beta2=config.beta2,
+        weight_decay=config.weight_decay,
+    )
+
+
+def update_8bit(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    first: tuple[torch.Tensor, torch.Tensor],
+    second: tuple[torch.Tensor, torch.Tensor],
+    config: OptimConfig,
+    lr: float,
+    step: int,
+) -> None:
+    """The blockwise AdamW of bitsandbytes, in place.
+
+    Parameter and gradient are fp32[n], a moment codes uint8[n] and absmax fp32[ceil(n / BLOCK)].
+    """
+    signed, unsigned = code_tables(parameter.device)
+    bnb.optimizer_update_8bit_blockwise(
+        "adam",
+        gradient,
+        parameter,
+        first[0],
+        second[0],
+        config.beta1,
+        config.beta2,
+        0.0,
+        0.0,
+        config.eps,
+        step,
+        lr,
+        signed,
+        unsigned,
+        first[1],
+        second[1],
+        weight_decay=config.weight_decay,
+    )
+
+
+def quantize_moment(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """values: fp32[n] -> codes uint8[n], absmax fp32[ceil(n / BLOCK)], as the update quantizes them."""
+    table = code_tables(values.device)[0 if signed else 1]
+    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, table, BLOCK)
+    return codes, absmax
+
+
+def dequantize_moment(codes: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tensor:
+    """The other way: fp32[n]."""
+    table = code_tables(codes.device)[0 if signed else 1]
+    return torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, table, BLOCK, torch.float32)

@@ -1,0 +1,278 @@
+"""ZeRO's own optimizer over the parts that ZeRO-3 has cut: DeepSpeed's partitions, its offload, its files.
+
+`DeepSpeedZeroOptimizer_Stage3` sums gradients after every micro-batch, in hooks on the layers; that of a layer whose
+input needs no gradient, as the first one's, comes before there is one. Used here is what lies behind that: it is given
+sums over all ranks, and keeps, moves and updates the states. When a release of DeepSpeed moves any of this,
+tests/zero/test_deepspeed_optimizer.py fails and this file is the one to change.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qlora_dist.adapters.attach import adapter_parameters, is_lora_b
+from qlora_dist.config.schema import OptimConfig, PagingConfig
+from qlora_dist.errors import UserError
+from qlora_dist.optim.adamw import PagedAdamW
+from qlora_dist.optim.optimizer_state import MOMENTS
+from qlora_dist.parallel.ds_config import zero_optimizer_settings
+from qlora_dist.shard_view import FlatShard, flat_shard
+
+
+class ZeroStates:
+    """Both moments of a rank's parts and, with offload, fp32 values of its own, as DeepSpeed keeps them.
+
+    Args:
+        model: cut by `zero.parallelize`; its parts lie elsewhere afterwards, one behind the other.
+        config: of the update, and where the states are.
+        paging: how much is moved at a time, and where files go.
+        device: of the parts.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+
+    bits = 32
+
+    def __init__(self, model: nn.Module, config: OptimConfig, paging: PagingConfig, device: torch.device) -> None:
+        self._folder: Path | None = None
+        if config.offload == "nvme":
+            self._folder = _own_folder(paging)
+        named = [(name, flat_shard(parameter), parameter) for name, parameter in adapter_parameters(model)]
+        self._shards = [shard for _, shard, _ in named if shard is not None]
+        self._partitions = [_partition(shard, p.ds_id) for _, shard, p in named if shard is not None]
+        factors = [config.lora_plus_ratio if is_lora_b(name) else 1.0 for name, _, _ in named]
+        self._zero = _stage3(self._partitions, factors, config, paging, device, self._folder)
+        for (_, _, parameter), shard, partition in zip(named, self._shards, self._partitions, strict=True):
+            if shard.gathered is shard.padded:
+                shard.gathered = partition.ds_tensor
+                parameter.ds_tensor.data = partition.ds_tensor.data
+            shard.padded = partition.ds_tensor
+        self._opened: int | None = None
+        for index, values in enumerate(self._zero.fp32_partitioned_groups_flat):
+            self._open(index)
+            zeros = {name: torch.zeros_like(values.detach()) for name in MOMENTS}
+            self._zero.optimizer.state[values] = {"step": torch.zeros((), device=values.device), **zeros}
+        self._close()
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of moments, on the device."""
+        return 0 if self._zero.offload_optimizer else self._bytes
+
+    @property
+    def paged_bytes(self) -> int:
+        """Of those in host memory or files."""
+        return self._bytes if self._zero.offload_optimizer else 0
+
+    @property
+    def _bytes(self) -> int:
+        return 2 * 4 * sum(self._zero.fp16_partitioned_groups_flat_numel)
+
+    def take_values(self) -> None:
+        """The parts have been given values."""
+        for partition, shard in zip(self._partitions, self._shards, strict=True):
+            self._view(partition).copy_(shard.padded)
+        self._close()
+
+    def update(self, gradients: Sequence[torch.Tensor | None], lr: float, steps: int) -> None:
+        """AdamW, by gradients of each part, fp32[n] summed over all ranks, or none of an empty part.
+
+        Args:
+            gradients: in the order of the model's parameters.
+            lr: learning rate, before the factor of LoRA+.
+            steps: how many updates there are with this one.
+        """
+        zero = self._zero
+        parts = [_padded(g, shard) for g, shard in zip(gradients, self._shards, strict=True)]
+        zero.partition_grads(self._partitions, parts)
+        zero.independent_gradient_partition_epilogue()
+        for group in zero.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        for values in zero.fp32_partitioned_groups_flat:
+            zero.optimizer.state[values]["step"].fill_(steps - 1)
+        zero.step()
+
+    def read(self) -> list[dict[str, torch.Tensor]]:
+        """What `Moments.read` gives."""
+        result = []
+        for partition, shard in zip(self._partitions, self._shards, strict=True):
+            count = shard.local.numel()
+            names = MOMENTS if count else ()
+            result.append({name: self._view(partition, name)[:count].to("cpu", copy=True) for name in names})
+        self._close()
+        return result
+
+    def write(self, shards: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Replace all moments by what `read` gave, and values by those of the parts."""
+        for partition, shard, moments in zip(self._partitions, self._shards, shards, strict=True):
+            for name, values in moments.items():
+                self._view(partition, name)[: values.numel()].copy_(values.view(-1))
+            self._view(partition).copy_(shard.padded)
+        self._close()
+
+    def close(self) -> None:
+        """Give the files back."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @torch.no_grad()
+    def _view(self, partition: Any, name: str | None = None) -> torch.Tensor:
+        """A partition's moment of that name, or its values; valid until another sub-group's is asked for."""
+        index, first, length = self._zero.grad_position[partition.ds_id]
+        self._open(index)
+        values = self._zero.fp32_partitioned_groups_flat[index]
+        whole = values.detach() if name is None else self._zero.optimizer.state[values][name]
+        return whole.narrow(0, first, length)
+
+    def _open(self, index: int) -> None:
+        """Have a sub-group in memory, and no other whose place is a file."""
+        if index == self._opened:
+            return
+        self._close()
+        self._opened = index
+        if self._zero._swappable_optimizer_subgroup(index):
+            self._zero._optimizer_states_and_gradient_swap_in(index)
+
+    def _close(self) -> None:
+        if self._opened is not None and self._zero._swappable_optimizer_subgroup(self._opened):
+            self._zero._optimizer_states_and_gradient_swap_out(self._opened)
+        self._opened = None
+
+
+class ZeroAdamW:
+    """ZeRO's optimizer under the names of `PagedAdamW`.
+
+    Args:
+        shards: fp32 parts with values, of which a gradient is taken at each step.
+        states: of these parts.
+        config: the section `optim`.
+    """
+
+    def __init__(self, shards: Sequence[nn.Parameter], states: ZeroStates, config: OptimConfig) -> None:
+        self.shards, self.moments = list(shards), states
+        self.lr = config.lr
+        self.steps = 0
+        """Updates so far, which correct the moments' bias."""
+        states.take_values()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all parts by their gradients; the learning rate is `lr` times each one's factor."""
+        self.steps += 1
+        self.moments.update([shard.grad for shard in self.shards], self.lr, self.steps)
+
+
+Optimizer = PagedAdamW | ZeroAdamW
+
+
+def _own_folder(paging: PagingConfig) -> Path:
+    """DeepSpeed's files have equal names in all runs."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="qlora-dist-", dir=paging.dir))
+    except OSError as error:
+        raise UserError(
+            f"{paging.dir}: cannot make a folder for optimizer states there ({error.strerror}); set paging.dir to "
+            "another folder, or leave out optim.offload",
+            one_rank=True,
+        ) from None
+
+
+def _partition(shard: FlatShard, ds_id: int) -> Any:
+    """A part as a parameter of stage 3, in fp32 whatever is gathered: DeepSpeed rounds nothing, the engine does."""
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
+    partition: Any = nn.Parameter(shard.padded)
+    partition.ds_tensor = shard.padded.view(-1)
+    partition.ds_tensor.ds_numel = size = shard.padded.numel()
+    partition.ds_tensor.status = PartitionedParamStatus.AVAILABLE
+    partition.ds_id, partition.ds_process_group, partition.ds_numel = ds_id, shard.group, shard.shape.numel()
+    partition.partition_numel = lambda: size
+    partition.padding_size = lambda: size * shard.shards - shard.shape.numel()
+    partition.ds_secondary_tensor = None
+    return partition
+
+
+def _stage3(
+    partitions: Sequence[Any],
+    factors: Sequence[float],
+    config: OptimConfig,
+    paging: PagingConfig,
+    device: torch.device,
+    folder: Path | None,
+) -> Any:
+    """DeepSpeed's optimizer over partitions, without the half of it that gathers and reduces."""
+    from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.utils.timer import NoopTimer
+
+    class Stage3(DeepSpeedZeroOptimizer_Stage3):
+        def initialize_ds_offload(self, *_: Any, **__: Any) -> Any:
+            """The model's hooks are on it already, and release everything before a step."""
+            coordinator = SimpleNamespace()
+            return SimpleNamespace(
+                dp_process_group=dist.group.WORLD,
+                persistent_parameters=[],
+                get_param_coordinator=lambda: coordinator,
+                partition_all_parameters=lambda: None,
+            )
+
+        def create_reduce_and_remove_grad_hooks(self) -> None:
+            """Sums come from `zero_gradients`."""
+
+        def _create_fp32_partitions(self) -> None:
+            # it compares a device with a name, and would hold a second copy of the values
+            if not self.offload_optimizer:
+                self.device = device
+            super()._create_fp32_partitions()
+
+        def _get_norm_groups(self) -> list[torch.Tensor]:
+            """Known to be finite, and clipped already: nothing is to be exchanged."""
+            return [torch.zeros(())]
+
+    groups = [
+        {"params": [p for p, f in zip(partitions, factors, strict=True) if f == factor], "lr_factor": factor}
+        for factor in sorted(set(factors))
+    ]
+    settings = zero_optimizer_settings(config, paging, device.type == "cuda")
+    zero = DeepSpeedZeroConfig(stage=3, **settings)
+    offload = zero.offload_optimizer
+    if offload is not None:
+        offload.nvme_path = folder
+    betas = config.beta1, config.beta2
+    adamw = torch.optim.AdamW(
+        groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+    stage3 = Stage3(
+        nn.Module(),
+        adamw,
+        param_names={},
+        timers=NoopTimer(),
+        ds_config=None,
+        contiguous_gradients=False,
+        communication_data_type=torch.float32,
+        offload_optimizer_config=offload,
+        sub_group_size=zero.sub_group_size,
+        offload_ratio=1.0,
+        aio_config=get_aio_config({}),
+    )
+    stage3.set_gradient_accumulation_boundary(True)
+    for partition in partitions:
+        partition.data = partition.ds_tensor  # the values lie elsewhere now
+    return stage3
+
+
+def _padded(gradient: torch.Tensor | None, shard: FlatShard) -> torch.Tensor:
+    if gradient is None:
+        return shard.padded  # an empty part, which DeepSpeed leaves out
+    return nn.functional.pad(gradient.view(-1), (0, shard.padded.numel() - gradient.numel()))

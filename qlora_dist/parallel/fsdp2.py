@@ -1,0 +1,114 @@
+"""The parallel plan of a model under FSDP2, as one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import Shard
+from transformers import PreTrainedModel
+
+from qlora_dist.adapters.attach import has_tied_head, is_lora
+from qlora_dist.compat.fsdp import MeshPlacement, keep_trained_on_device, observe_collectives
+from qlora_dist.config.schema import Config
+from qlora_dist.model.meta_model import COMPUTE_DTYPES, decoder_layers
+from qlora_dist.parallel.activation_checkpointing import prepare_layers
+from qlora_dist.parallel.comm_counter import Traffic
+from qlora_dist.parallel.mesh import Meshes
+
+
+def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
+    """Compile, checkpoint and shard a skeleton in place. Always run: on one rank every step of it is a no-op.
+
+    Args:
+        model: on the meta device, adapters attached.
+        meshes: of base and adapters.
+        config: the sections `parallel`, `train.checkpointing`, `train.compile` and `model.compute_dtype`.
+
+    Returns:
+        The counter of all bytes that the model will communicate.
+    """
+    layers = list(decoder_layers(model))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+
+    prepare_layers(layers, config.train)
+
+    offload = config.parallel.offload == "base"
+    options: dict[str, Any] = {
+        "mesh": meshes.base,
+        "shard_placement_fn": _placement(model, meshes),
+        # the bytes are no floating type and stay as they are; gradients are summed in fp32
+        "mp_policy": MixedPrecisionPolicy(COMPUTE_DTYPES[config.model.compute_dtype], torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=meshes.base.device_type == "cuda")
+        if offload
+        else OffloadPolicy(),
+    }
+    # embedding and head are units of their own: in the root they would stay gathered through the step
+    units = [embedding, *layers, *([] if has_tied_head(model) else [head])]
+    for unit in units:
+        fully_shard(unit, **options)
+    fully_shard(model, **options)
+
+    # Neither is needed in backward: an embedding's gradient does not depend on its values, and the head computes its
+    # own in forward.
+    embedding.set_unshard_in_backward(False)
+    if head in units:
+        head.set_unshard_in_backward(False)
+
+    if has_tied_head(model):
+        embedding.register_forward_pre_hook(_stay_for_the_head)
+
+    _prefetch(layers, config.parallel.prefetch)
+
+    traffic = Traffic()
+    for unit in (*units, model):
+        # The loss is divided by the tokens of the whole window before backward: gradients are summed, not averaged.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+        observe_collectives(unit, traffic.add)
+        if offload:
+            keep_trained_on_device(unit)
+    return traffic
+
+
+def _placement(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Any]:
+    """Base along dim 0 of its mesh; adapters over theirs, A along its long side.
+
+    A is [r, in]: over a world larger than r, cutting rows would pad it to one row per rank and leave most ranks with
+    nothing. FSDP2 cuts dimensions other than 0 only where they divide. Modules that are trained whole are read from
+    files, by rows.
+    """
+    to_adapter_mesh = (lambda placement: placement) if meshes.one_group else MeshPlacement(meshes.adapter)
+    shards = meshes.sizes.adapter_shards
+    lora = {id(parameter) for name, parameter in model.named_parameters() if is_lora(name)}
+
+    def place(parameter: nn.Parameter) -> Any:
+        if not parameter.requires_grad:
+            return None
+        wide = id(parameter) in lora and parameter.dim() == 2 and parameter.shape[1] > parameter.shape[0]
+        return to_adapter_mesh(Shard(1 if wide and parameter.shape[1] % shards == 0 else 0))
+
+    return place
+
+
+def _stay_for_the_head(embedding: FSDPModule, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Tied weights stay gathered from the lookup to the loss, where the step holds most, and come once, not twice."""
+    embedding.set_reshard_after_forward(inputs[0].is_floating_point())
+
+
+def _prefetch(layers: list[FSDPModule], count: int) -> None:
+    """Gather the next layers while one computes, in the order of use."""
+    if count == 0:
+        return
+    for index, layer in enumerate(layers):
+        layer.set_modules_to_forward_prefetch(layers[index + 1 : index + 1 + count])
+        layer.set_modules_to_backward_prefetch(layers[max(0, index - count) : index][::-1])

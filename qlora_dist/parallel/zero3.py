@@ -1,0 +1,116 @@
+"""The parallel plan of a model under DeepSpeed ZeRO-3, as one function."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_dist.compat.deepspeed import Gathering, Partitioner, gather_now, release_now
+from qlora_dist.config.schema import Config
+from qlora_dist.model.meta_model import COMPUTE_DTYPES, decoder_layers
+from qlora_dist.parallel.activation_checkpointing import prepare_layers
+from qlora_dist.parallel.comm_counter import Traffic
+from qlora_dist.parallel.ds_config import ds_config
+from qlora_dist.parallel.gradient_reducer import Gradients, trained_units
+from qlora_dist.parallel.mesh import Meshes
+from qlora_dist.shard_view import FlatShard, flat_shard, round_values, whole_shape
+
+
+def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
+    """Checkpoint and shard a skeleton in place, as `fsdp.parallelize` does, with ZeRO-3.
+
+    The frozen base is cut over its own group of ranks, the adapters over theirs. Every rank takes the room for its
+    parts; `fill` gives them values. The model then answers to the names that FSDP2 gives: layers to `unshard` and
+    `reshard`, the model to `set_requires_gradient_sync`.
+
+    Args:
+        model: on the meta device, adapters attached.
+        meshes: of base and adapters.
+        config: the sections `parallel`, `train` and `model.compute_dtype`.
+
+    Returns:
+        The counter of all bytes that the model will communicate.
+    """
+    layers = list(decoder_layers(model))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    prepare_layers(layers, config.train)
+
+    traffic = Traffic()
+    partitioner = Partitioner(meshes.device, _counted(traffic, meshes))
+    _cut_all(model, meshes, config, partitioner)
+
+    settings = ds_config(config, largest_layer(model))["zero_optimization"]
+    # A layer is one unit: its parameters come in one collective per type and group, and the base layer within LoraNF4,
+    # which is not called as a module, is there. So are all for a layer that is recomputed.
+    gathering = partitioner.hook(model, layers, settings)
+    for module in (embedding, head):
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            # an embedding's gradient does not depend on its values, and the head computes its own in forward
+            gathering.skip_backward(module)
+
+    gradients = Gradients(trained_units(model), meshes.adapter, traffic, lambda _: gathering.release_all())
+    gradients.answer(model)
+    for layer in layers:
+        layer.unshard = types.MethodType(_unshard, layer)  # type: ignore[assignment]
+        layer.reshard = types.MethodType(lambda self: release_now(self.parameters()), layer)  # type: ignore[assignment]
+    _around_forward(model, gathering)
+    return traffic
+
+
+def largest_layer(model: PreTrainedModel) -> int:
+    """Elements of the largest decoder layer's parameters, sharded or not, as DeepSpeed counts: a byte is one."""
+    return max(sum(whole_shape(p).numel() for p in layer.parameters()) for layer in decoder_layers(model))
+
+
+def _counted(traffic: Traffic, meshes: Meshes) -> Any:
+    """Counts by the names of the meshes' dimensions."""
+    names = {}
+    for mesh in (meshes.adapter, meshes.base):
+        assert mesh.mesh_dim_names is not None
+        names[mesh.get_group(mesh.ndim - 1).group_name] = mesh.mesh_dim_names[-1]
+
+    def count(group: dist.ProcessGroup, nbytes: int) -> None:
+        traffic.add("all_gather", names[group.group_name], nbytes)
+
+    return count
+
+
+def _cut_all(model: nn.Module, meshes: Meshes, config: Config, partitioner: Partitioner) -> None:
+    base, adapter = meshes.base.get_group(), meshes.adapter_group
+    first_base = meshes.base_replicas is None or meshes.base_replicas.get_local_rank() == 0
+    offload = config.parallel.offload == "base"
+    dtype = COMPUTE_DTYPES[config.model.compute_dtype]
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            trained = parameter.requires_grad
+            group, first = (adapter, meshes.is_first_adapter) if trained else (base, first_base)
+            module._parameters[name] = partitioner.cut(parameter, group, dtype, offload and not trained, first)
+
+
+def _unshard(layer: nn.Module) -> None:
+    round_values(_shards(layer))
+    gather_now(layer.parameters())
+
+
+def _around_forward(model: nn.Module, gathering: Gathering) -> None:
+    """Before: round the values to the type that is gathered. After one without backward: release everything."""
+    shards = _shards(model)
+
+    def before(*_: Any) -> None:
+        round_values(shards)
+
+    def after(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            gathering.release_all()
+
+    model.register_forward_pre_hook(before, prepend=True)
+    model.register_forward_hook(after)
+
+
+def _shards(module: nn.Module) -> list[FlatShard]:
+    return [shard for parameter in module.parameters() if (shard := flat_shard(parameter)) is not None]

@@ -1,0 +1,91 @@
+"""What `qlora-dist plan --calibrate` has measured, by kind of device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from qlora_dist.config.schema import Section
+from qlora_dist.errors import UserError
+from qlora_dist.plan.hardware import Positive
+from qlora_dist.plan.step_time import Speeds
+from qlora_dist.runtime.system import user_cache
+
+
+class Measured(Section):
+    """Of one kind of device, and of what lies between its ranks when it was measured. Per second."""
+
+    device: str
+    """As the driver calls it."""
+    torch: str
+    flops: Positive
+    dequantized_bytes: Positive
+    streamed_bytes: Positive
+    host_bytes: Positive
+    inside_bytes: Positive | None = None
+    """Received by a rank from those of its node. None: there was one."""
+    between_bytes: Positive | None = None
+    """Received by all ranks of a node together from other nodes. None: there was one node."""
+
+
+class Calibration(Section):
+    """A file of it."""
+
+    devices: dict[str, Measured] = Field(default_factory=dict)
+
+
+def default_path() -> Path:
+    """In the user's cache."""
+    return user_cache() / "calibration.json"
+
+
+def load_calibration(path: Path | None = None) -> Calibration:
+    """What has been measured; nothing, if nobody has.
+
+    Args:
+        path: of a file; None: the user's, if there is one.
+
+    Raises:
+        UserError: there is no such file, or it is another one.
+    """
+    try:
+        where = path or default_path()
+    except UserError:  # a user without a home
+        return Calibration()
+    try:
+        return Calibration.model_validate(json.loads(where.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        if path is None:
+            return Calibration()
+        raise UserError(f"{path}: no such file; make it with `qlora-dist plan --calibrate`") from None
+    except (OSError, ValueError, ValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{where}: holds no calibration ({reason}); make it anew with `plan --calibrate`") from None
+
+
+def save(kind: str, measured: Measured, path: Path | None = None) -> Path:
+    """Add what was measured of a kind of device, in place of what was known of it. Returns the file."""
+    where = path or default_path()
+    known = load_calibration(where) if where.exists() else Calibration()
+    where.parent.mkdir(parents=True, exist_ok=True)
+    both = Calibration(devices=known.devices | {kind: measured})
+    part = where.with_suffix(".part")
+    part.write_text(both.model_dump_json(indent=2))
+    part.replace(where)
+    return where
+
+
+def measured_speeds(measured: Measured, assumed: Speeds) -> Speeds:
+    """A rank's speeds, as far as they were measured; the others as they are assumed."""
+    return replace(
+        assumed,
+        flops=measured.flops,
+        dequantizing=measured.dequantized_bytes,
+        streaming=measured.streamed_bytes,
+        host=measured.host_bytes,
+        inside=measured.inside_bytes or assumed.inside,
+        between=measured.between_bytes or assumed.between,
+    )

@@ -1,0 +1,229 @@
+"""What a decoder layer of each architecture is made of, from config.json.
+
+The names are those of transformers' classes. A new architecture is a line in `_KINDS`, if its blocks are Llama's up to
+norms, biases or experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_dist.config.schema import LoraConfig
+from qlora_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A quantized projection, or that of all experts of a layer."""
+
+    name: str
+    rows: int
+    """out_features; of one of its parts."""
+    columns: int
+    """in_features."""
+    has_bias: bool = False
+    experts: int = 0
+    """0: a plain linear layer."""
+    parts: int = 1
+    """Matrices one above the other in each expert (gate and up)."""
+    adapted: bool = True
+    """By the section `lora`."""
+
+    @property
+    def numel(self) -> int:
+        """Weights, of all experts together."""
+        return self.rows * self.columns * self.parts * (self.experts or 1)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Sizes of the attention of a layer."""
+
+    heads: int
+    kv_heads: int
+    qk_dim: int
+    """Of a head's queries and keys."""
+    v_dim: int
+    """Of a head's values."""
+    window: int | None = None
+    """A position sees so many; None: all before it."""
+    by_scores: bool = False
+    """The whole matrix of scores is computed: SDPA has no soft cap."""
+    normed: bool = False
+    """Norms of queries and keys."""
+    latent: tuple[int, int] | None = None
+    """Ranks of the queries (0: none) and of keys and values, of multi-head latent attention."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer."""
+
+    matrices: tuple[Matrix, ...]
+    attention: Attention
+    plain: tuple[tuple[int, ...], ...]
+    """Shapes of what is not quantized, biases left out: norms, routers."""
+    hidden: int
+    intermediate: int
+    """Of the dense MLP, or of the shared experts; 0: there is none."""
+    expert_intermediate: int = 0
+    experts_per_token: int = 0
+    weighs_in_fp32: bool = False
+    """The router's weights are fp32, and so is what the experts return once it is weighted."""
+    norms: int = 2
+    """Over the hidden dimension."""
+    rotated: int = 0
+    """Dimensions of a head that are rotated by the position."""
+    buffer_bytes: int = 0
+
+
+def decoder_layers(config: Mapping[str, Any], lora: LoraConfig) -> list[Layer]:
+    """The layers in forward order; equal ones are the same object.
+
+    Args:
+        config: config.json.
+        lora: says which projections have adapters.
+
+    Raises:
+        UserError: an architecture that is not known here.
+    """
+    kind = config.get("model_type")
+    if kind not in _KINDS:
+        raise UserError(
+            f"model_type {kind} is not among those that can be planned ({', '.join(sorted(_KINDS))}); give one of these"
+        )
+    distinct: dict[Layer, Layer] = {}
+    layers = []
+    for index in range(config["num_hidden_layers"]):
+        layer = _layer(config, index, lora)
+        layers.append(distinct.setdefault(layer, layer))
+    return layers
+
+
+def _wants(matrix: Matrix, lora: LoraConfig) -> bool:
+    """Whether the section `lora` adapts a projection."""
+    if matrix.experts:
+        return lora.experts
+    return lora.targets == "all-linear" or matrix.name in lora.targets
+
+
+_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral", "qwen3_moe", "deepseek_v3")
+
+
+def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> Layer:
+    hidden = config["hidden_size"]
+    if config["model_type"] == "deepseek_v3":
+        attention, matrices, plain = _latent_attention(config)
+    else:
+        attention, matrices, plain = _attention(config, index)
+    norms = 4 if config["model_type"] == "gemma2" else 2
+    plain += [(hidden,)] * norms
+    intermediate = expert_intermediate = per_token = buffer_bytes = 0
+    if _is_sparse(config, index):
+        experts = config.get("num_local_experts") or config.get("num_experts") or config["n_routed_experts"]
+        expert_intermediate = config.get("moe_intermediate_size") or config["intermediate_size"]
+        per_token = config["num_experts_per_tok"]
+        plain.append((experts, hidden))  # the router
+        matrices += [
+            Matrix("gate_up_proj", expert_intermediate, hidden, experts=experts, parts=2),
+            Matrix("down_proj", hidden, expert_intermediate, experts=experts),
+        ]
+        if config["model_type"] == "deepseek_v3":
+            intermediate = expert_intermediate * config["n_shared_experts"]
+            buffer_bytes = 4 * experts  # what corrects the router's scores, fp32
+    else:
+        intermediate = config["intermediate_size"]
+    if intermediate:
+        bias = bool(config.get("mlp_bias", False)) and config["model_type"] == "llama"
+        matrices += [
+            Matrix("gate_proj", intermediate, hidden, bias),
+            Matrix("up_proj", intermediate, hidden, bias),
+            Matrix("down_proj", hidden, intermediate, bias),
+        ]
+    marked = tuple(replace(matrix, adapted=_wants(matrix, lora)) for matrix in matrices)
+    return Layer(
+        marked,
+        attention,
+        tuple(plain),
+        hidden,
+        intermediate,
+        expert_intermediate,
+        per_token,
+        bool(per_token) and config["model_type"] != "qwen3_moe",
+        norms,
+        config.get("qk_rope_head_dim") or head_dim(config),
+        buffer_bytes,
+    )
+
+
+def _attention(config: Mapping[str, Any], index: int) -> tuple[Attention, list[Matrix], list[tuple[int, ...]]]:
+    kind, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    size = head_dim(config)
+    by_config = bool(config.get("attention_bias", False)) and kind not in ("mistral", "mixtral", "qwen2")
+    qkv_bias, o_bias = kind == "qwen2" or by_config, by_config
+    normed = kind in ("qwen3", "qwen3_moe")
+    attention = Attention(
+        heads,
+        kv_heads,
+        size,
+        size,
+        _window(config, index),
+        by_scores=kind == "gemma2" and config.get("attn_logit_softcapping", 50.0) is not None,
+        normed=normed,
+    )
+    matrices = [
+        Matrix("q_proj", heads * size, hidden, qkv_bias),
+        Matrix("k_proj", kv_heads * size, hidden, qkv_bias),
+        Matrix("v_proj", kv_heads * size, hidden, qkv_bias),
+        Matrix("o_proj", hidden, heads * size, o_bias),
+    ]
+    return attention, matrices, [(size,), (size,)] if normed else []
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Elements of a head's queries, for attention that is not latent."""
+    default = 256 if config["model_type"] == "gemma2" else config["hidden_size"] // config["num_attention_heads"]
+    return config.get("head_dim") or default
+
+
+def _latent_attention(config: Mapping[str, Any]) -> tuple[Attention, list[Matrix], list[tuple[int, ...]]]:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
+    hidden, heads, bias = config["hidden_size"], config["num_attention_heads"], bool(config.get("attention_bias"))
+    rotated, plain_dim, v_dim = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
+    q_rank, kv_rank, qk_dim = config.get("q_lora_rank") or 0, config["kv_lora_rank"], rotated + plain_dim
+    norms: list[tuple[int, ...]] = [(kv_rank,)]
+    if q_rank:
+        matrices = [Matrix("q_a_proj", q_rank, hidden, bias), Matrix("q_b_proj", heads * qk_dim, q_rank)]
+        norms.append((q_rank,))
+    else:
+        matrices = [Matrix("q_proj", heads * qk_dim, hidden)]
+    matrices += [
+        Matrix("kv_a_proj_with_mqa", kv_rank + rotated, hidden, bias),
+        Matrix("kv_b_proj", heads * (plain_dim + v_dim), kv_rank),
+        Matrix("o_proj", hidden, heads * v_dim, bias),
+    ]
+    return Attention(heads, heads, qk_dim, v_dim, latent=(q_rank, kv_rank)), matrices, norms
+
+
+def _window(config: Mapping[str, Any], index: int) -> int | None:
+    kind, window = config["model_type"], config.get("sliding_window")
+    if kind in ("mistral", "mixtral"):
+        return window
+    if kind == "gemma2":
+        return window if index % 2 == 0 else None
+    if config.get("use_sliding_window", False):  # Qwen's
+        return window if index >= config.get("max_window_layers", 0) else None
+    return None
+
+
+def _is_sparse(config: Mapping[str, Any], index: int) -> bool:
+    kind = config["model_type"]
+    if kind == "qwen3_moe":
+        dense = index in (config.get("mlp_only_layers") or [])
+        return not dense and (index + 1) % (config.get("decoder_sparse_step") or 1) == 0
+    if kind == "deepseek_v3":
+        return index >= config["first_k_dense_replace"]
+    return kind == "mixtral"

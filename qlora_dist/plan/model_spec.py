@@ -1,0 +1,164 @@
+"""A decoder model's parameters, from its config.json: what the engine gathers together, and how large it is."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from qlora_dist.config.schema import LoraConfig
+from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.plan.layer_spec import Layer, Matrix, decoder_layers, head_dim
+
+UnitKind = Literal["embedding", "shared_embedding", "layer", "head", "root"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as the engine sees it."""
+
+    shape: tuple[int, ...]
+    trained: bool = False
+    is_bytes: bool = False
+    """A quantized weight's byte vector; every other one has a floating type."""
+    by_rows: bool = False
+    """Trained, and cut along its first dimension whatever its shape: a module that is trained whole."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered and freed together."""
+
+    kind: UnitKind
+    parameters: tuple[Parameter, ...]
+    layer: Layer | None = None
+    """What a decoder layer computes; None for other units."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with its adapters."""
+
+    units: tuple[Unit, ...]
+    """In forward order."""
+    hidden: int
+    vocabulary: int
+    tied: bool
+    """Embedding and head are one matrix."""
+    embeddings: Literal["16bit", "4bit"]
+    block_size: int
+    double_quant: bool
+    r: int
+    """Rank of the adapters."""
+    soft_capped: bool
+    """The logits are."""
+    buffer_bytes: int
+    """Of tensors that are on every rank whole: rotary frequencies, corrections of routers."""
+
+    @cached_property
+    def layers(self) -> list[Unit]:
+        """The decoder layers."""
+        return [unit for unit in self.units if unit.layer is not None]
+
+    @cached_property
+    def distinct(self) -> list[tuple[Unit, int]]:
+        """Units that differ, and how many there are of each: layers are mostly alike."""
+        return distinct_units(self.units)
+
+    def layout(self, matrix: Matrix) -> NF4Layout:
+        """Of one of a layer's quantized matrices."""
+        return NF4Layout((matrix.rows, matrix.columns), "nf4", self.block_size, self.double_quant)
+
+
+def distinct_units(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
+    """Units that differ, and how many there are of each."""
+    every = list(units)
+    counts = Counter(map(id, every))
+    return [(unit, counts[key]) for key, unit in {id(unit): unit for unit in every}.items()]
+
+
+def describe(
+    config: Mapping[str, Any],
+    lora: LoraConfig,
+    block_size: int = 64,
+    double_quant: bool = True,
+    embeddings: Literal["16bit", "4bit"] = "16bit",
+) -> Model:
+    """A model with its adapters.
+
+    Args:
+        config: config.json.
+        lora: the section `lora`.
+        block_size: of the quantized base.
+        double_quant: of the quantized base.
+        embeddings: of the input embedding and the output head.
+
+    Raises:
+        UserError: an architecture whose shapes are not known here.
+    """
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    tied = bool(config.get("tie_word_embeddings", config["model_type"] in _TIED_BY_DEFAULT))
+    layers = decoder_layers(config, lora)
+    units = {layer: Unit("layer", tuple(_parameters(layer, lora, block_size, double_quant)), layer) for layer in layers}
+
+    def matrix(name: str) -> Parameter:
+        if name in lora.modules_to_save or (tied and {"embed_tokens", "lm_head"} & {*lora.modules_to_save}):
+            return Parameter((vocabulary, hidden), trained=True, by_rows=True)
+        if embeddings == "4bit":
+            layout = NF4Layout((vocabulary, hidden), "nf4", block_size, double_quant)
+            return Parameter((layout.total_bytes,), is_bytes=True)
+        return Parameter((vocabulary, hidden))
+
+    return Model(
+        (
+            Unit("shared_embedding" if tied else "embedding", (matrix("embed_tokens"),)),
+            *(units[layer] for layer in layers),
+            *([] if tied else [Unit("head", (matrix("lm_head"),))]),
+            Unit("root", (Parameter((hidden,)),)),
+        ),
+        hidden,
+        vocabulary,
+        tied,
+        embeddings,
+        block_size,
+        double_quant,
+        lora.r,
+        bool(config.get("final_logit_softcapping")),
+        sum(layer.buffer_bytes for layer in layers) + _rotary_bytes(config),
+    )
+
+
+_TIED_BY_DEFAULT = ("gemma2",)  # of the classes here, whose config.json may leave `tie_word_embeddings` out
+
+
+def _parameters(layer: Layer, lora: LoraConfig, block_size: int, double_quant: bool) -> list[Parameter]:
+    parameters = [Parameter(shape) for shape in layer.plain]
+    for matrix in layer.matrices:
+        layout = NF4Layout((matrix.rows, matrix.columns), "nf4", block_size, double_quant)
+        count = matrix.experts * matrix.parts if matrix.experts else 1
+        parameters.append(Parameter((count * layout.total_bytes,), is_bytes=True))
+        if matrix.has_bias:
+            parameters.append(Parameter((matrix.rows,)))
+        if matrix.adapted:
+            pairs, rows = matrix.experts or 1, matrix.rows * matrix.parts
+            parameters += [
+                Parameter((pairs * lora.r, matrix.columns), trained=True),
+                Parameter((rows, lora.r * pairs), trained=True),
+            ]
+            if lora.dora:
+                parameters.append(Parameter((rows,), trained=True))
+    return parameters
+
+
+def _rotary_bytes(config: Mapping[str, Any]) -> int:
+    """The frequencies, fp32, of which transformers keeps a copy, and with Gemma the embedding's scale."""
+    rotated = config.get("qk_rope_head_dim") or head_dim(config)
+    return 2 * 4 * -(-rotated // 2) + (2 if config["model_type"] == "gemma2" else 0)

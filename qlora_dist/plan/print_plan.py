@@ -1,0 +1,95 @@
+"""A plan for people: every term of a rank's memory, and what a step takes."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_dist.plan.memory_estimate import CONTEXT_BYTES
+from qlora_dist.plan.step_time import UNCERTAINTY
+from qlora_dist.plan.training_plan import Plan
+
+PHASES = {
+    "embedding": "at the embedding",
+    "layer_forward": "in a layer's forward pass",
+    "head": "at the head",
+    "layer_backward": "in a layer's backward pass",
+    "optimizer": "at the update",
+}
+
+
+_TERMS = {
+    "weights_bytes": "weights, rank 0",
+    "moments_bytes": "optimizer states, rank 0",
+    "peak_bytes": "peak, rank 0",
+    "tokens_per_s": "tokens/s, all ranks",
+}
+
+
+def term_label(term: str) -> str:
+    """Return what a term of `plan` in a run's summary.json is called in a table."""
+    dimension = term.removesuffix("_bytes_per_step")
+    return _TERMS.get(term, f"received per step, {dimension}")
+
+
+def print_plan(plan: Plan, model: str, console: Console) -> None:
+    """Two tables and a sentence."""
+    run, memory, time = plan.run, plan.memory, plan.time
+    ranks = run.sharding.world_size
+    table = Table(
+        title=f"{model} on {run.nodes} x {run.ranks_per_node} {plan.gpu_name}: memory of a rank", title_justify="left"
+    )
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    for name, nbytes in memory.static.items():
+        if nbytes:
+            table.add_row(name, gib(nbytes))
+    table.add_row("between steps", gib(memory.static_bytes), style="bold", end_section=True)
+    for name, nbytes in memory.phases[memory.peak_phase].items():
+        if nbytes:
+            table.add_row(name, gib(nbytes))
+    table.add_row(f"peak, {PHASES[memory.peak_phase]}", gib(memory.peak_bytes), style="bold", end_section=True)
+    low, high = memory.reserved_bytes
+    table.add_row("reserved by the allocator", f"{gib(low)} to {gib(high)}")
+    table.add_row("CUDA context", gib(CONTEXT_BYTES))
+    table.add_row(f"the card ({plan.gpu_name})", gib(plan.gpu.memory_bytes), style="bold")
+    console.print(table)
+
+    rows = [
+        ("host memory of a node, besides Python's and CUDA's", f"{gib(plan.host_bytes)} GiB"),
+        (
+            "read at the start, a base in 4 bit",
+            f"{plan.read_bytes / 1e9:,.1f} GB, {plan.load_s:,.0f} s at 2 GB/s a node",
+        ),
+        ("read at the start, a base in 16 bit", f"{plan.read_16bit_bytes / 1e9:,.1f} GB"),
+        ("sent and received by a rank in a step, inside its node", f"{plan.inside_bytes / 1e9:,.2f} GB"),
+        ("and between nodes", f"{plan.between_bytes / 1e9:,.2f} GB"),
+        ("micro-batches of a step", f"{run.accumulation} x {run.micro_batch} x {run.seq_len:,} tokens"),
+        ("operations of a rank in a step", f"{time.flops / 1e12:,.1f} TFLOP"),
+        *((f"  {name}", f"{seconds:,.2f} s") for name, seconds in time.busy_s.items() if seconds > 0.005),
+        ("a step", f"{time.step_s:,.2f} s"),
+        ("all ranks together", f"{time.tokens_per_s:,.0f} tokens/s ({time.tokens_per_s / ranks:,.0f} a GPU)"),
+    ]
+    how = "by what --calibrate has measured" if plan.is_measured else f"+-{UNCERTAINTY:.0%}: nothing was measured"
+    times = Table(title=f"A step (times {how})", title_justify="left", show_header=False)
+    times.add_column()
+    times.add_column(justify="right")
+    for row in rows:
+        times.add_row(*row)
+    console.print(times)
+    console.print(f"Bound by {time.bound_by}. {_verdict(plan)}", highlight=False)
+
+
+def gib(nbytes: int) -> str:
+    """With two digits behind the point."""
+    return f"{nbytes / 2**30:,.2f}"
+
+
+def _verdict(plan: Plan) -> str:
+    low, high = (nbytes + CONTEXT_BYTES for nbytes in plan.memory.reserved_bytes)
+    card = plan.gpu.memory_bytes
+    if high <= card:
+        return f"It fits, with {gib(card - high)} GiB to spare."
+    if low <= card:
+        return "It fits if the allocator reserves little more than it needs: too close to promise."
+    return f"It does not fit: {gib(low - card)} GiB are missing."

@@ -1,0 +1,142 @@
+"""All that memory, traffic and time of a run depend on, from its configuration and the model's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qlora_dist.config.schema import Config
+from qlora_dist.errors import UserError
+from qlora_dist.plan.model_spec import Model, describe
+from qlora_dist.plan.step_traffic import Sharding
+
+_ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration on so many ranks."""
+
+    model: Model
+    sharding: Sharding
+    nodes: int
+    seq_len: int
+    micro_batch: int
+    accumulation: int
+    """Micro-batches of a step, on each rank."""
+    checkpointing: int
+    """Every so-and-so-many-th layer, from the first on; 0: none."""
+    prefetch: int
+    compute_bytes: int
+    """Of an element in the compute type."""
+    dropout: bool
+    """Of the adapters' inputs."""
+    moment_bits: Literal[32, 8]
+    paged_moments: bool
+    """As many moments stay on the device as there is room for, or as `resident_moments` says."""
+    resident_moments: int | None
+    """Bytes of moments on the device; None: by the room there is, or all."""
+    page_bytes: int
+    """Of moments."""
+    paged_base: bool
+    resident_base: int | None
+    """With `paged_base`, bytes of layers on the device; None: by the room there is."""
+    ahead: int
+    """Pages fetched ahead."""
+    offload: bool
+    """The frozen base lies in host memory."""
+    packed: bool
+    """A row holds several sequences."""
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def tokens(self) -> int:
+        """Of a rank's micro-batch."""
+        return self.seq_len * self.micro_batch
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Equal on all nodes."""
+        return self.sharding.world_size // self.nodes
+
+    @property
+    def checkpointed(self) -> int:
+        """Layers that keep their input only."""
+        return -(-len(self.model.layers) // self.checkpointing) if self.checkpointing else 0
+
+
+def make_run(
+    config: Config,
+    model_config: Mapping[str, Any],
+    world_size: int,
+    nodes: int = 1,
+    device: Literal["cuda", "cpu"] = "cuda",
+    described: Model | None = None,
+) -> Run:
+    """The run of a configuration.
+
+    Args:
+        config: of the run.
+        model_config: config.json.
+        world_size: ranks of all nodes together.
+        nodes: of equally many ranks.
+        device: what the ranks compute on.
+        described: what `describe` says of the model, if that is known already.
+
+    Raises:
+        UserError: another engine than FSDP2, meshes that do not divide the world, a global batch that does not divide
+            among the ranks, or an architecture that is not known.
+    """
+    model, parallel, optim, train = config.model, config.parallel, config.optim, config.train
+    if parallel.engine != "fsdp2":
+        raise UserError(
+            f"parallel.engine: {parallel.engine}: there are formulas for fsdp2 only; plan that, and compare"
+        )
+    check_nodes(world_size, nodes)
+    per_node = world_size // nodes
+    named = {"replicate": 1, "node": per_node, "paged": per_node, "world": world_size}
+    base = parallel.base if isinstance(parallel.base, int) else named[parallel.base]
+    if world_size % base:
+        raise UserError(f"parallel.base: {base} does not divide the world of {world_size} ranks; use one that does")
+    return Run(
+        model=described or _described(config, model_config),
+        sharding=Sharding(world_size, base, named[parallel.adapter]),
+        nodes=nodes,
+        seq_len=config.data.seq_len,
+        micro_batch=train.micro_batch,
+        accumulation=-(-train.global_batch // (world_size * train.micro_batch)),
+        checkpointing={"none": 0, "full": 1}.get(train.checkpointing, train.checkpointing),  # type: ignore[arg-type]
+        prefetch=parallel.prefetch,
+        compute_bytes=_ELEMENT_BYTES[model.compute_dtype],
+        dropout=config.lora.dropout > 0,
+        moment_bits=8 if optim.name.endswith("8bit") else 32,
+        paged_moments=optim.name.startswith("paged"),
+        resident_moments=None if optim.resident_bytes == "auto" else optim.resident_bytes,
+        page_bytes=config.paging.page_bytes,
+        paged_base=parallel.base == "paged",
+        resident_base=None if parallel.resident_bytes == "auto" else parallel.resident_bytes,
+        ahead=config.paging.ahead,
+        offload=parallel.offload == "base",
+        packed=config.data.packing != "none",
+        device=device,
+    )
+
+
+def check_nodes(world_size: int, nodes: int) -> None:
+    """See whether nodes can have equally many ranks.
+
+    Raises:
+        UserError: they can't.
+    """
+    if world_size % nodes:
+        raise UserError(f"{world_size} ranks are not a multiple of {nodes} nodes; give equal nodes")
+
+
+def _described(config: Config, model_config: Mapping[str, Any]) -> Model:
+    """The model; of a base that is in 4 bit already, its own config.json says whether scales are quantized too."""
+    model, double_quant = config.model, config.model.double_quant
+    quantization = model_config.get("quantization_config") or {}
+    if quantization.get("quant_method") == "bitsandbytes":
+        double_quant = bool(quantization.get("bnb_4bit_use_double_quant", False))
+    return describe(model_config, config.lora, model.block_size, double_quant, model.embeddings)

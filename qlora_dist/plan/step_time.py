@@ -1,0 +1,272 @@
+"""How long a step takes, by a roofline with overlap. Uncalibrated: +-30 %. Derivations: docs/planning.md."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from qlora_dist.plan.gather_memory import gathered
+from qlora_dist.plan.hardware import Gpu, Link
+from qlora_dist.plan.layer_spec import Layer
+from qlora_dist.plan.memory_estimate import Memory, shard_bytes
+from qlora_dist.plan.model_spec import Unit
+from qlora_dist.plan.run_spec import Run
+from qlora_dist.plan.step_traffic import trained_elements
+
+UNCERTAINTY = 0.3
+"""Of every time that is not calibrated."""
+_STREAMING = 0.7  # part of the memory bandwidth that element-wise kernels reach
+_DEQUANTIZING = 0.6  # and bitsandbytes' dequantization
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Of one optimizer step."""
+
+    step_s: float
+    tokens_per_s: float
+    """Of all ranks."""
+    flops: int
+    """Of a rank in a step; what is computed again counts."""
+    busy_s: dict[str, float]
+    """What each resource would take by itself."""
+    bound_by: str
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a rank has: bytes and operations per second."""
+
+    flops: float
+    dequantizing: float
+    """Bytes read and written by it."""
+    streaming: float
+    """By element-wise operations."""
+    inside: float
+    """To the ranks of its node."""
+    between: float
+    """Into its node from all others; shared by the node's ranks."""
+    host: float
+
+
+def speeds(run: Run, gpu: Gpu, link: Link, network: Link) -> Speeds:
+    """Of a rank, from data sheets and the parts of them that are reached."""
+    ranks = run.ranks_per_node
+    return Speeds(
+        1e12 * gpu.tflops * gpu.efficiency,
+        1e9 * gpu.memory_gb_s * _DEQUANTIZING,
+        1e9 * gpu.memory_gb_s * _STREAMING,
+        link.bytes_per_s(ranks),
+        network.bytes_per_s(ranks) * ranks,
+        1e9 * gpu.host_gb_s,
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a pass of one layer over a micro-batch."""
+
+    flops: float
+    dequantized_bytes: float
+    """Read and written for it."""
+    streamed_bytes: float
+    """Of element-wise operations."""
+
+    def seconds(self, speed: Speeds) -> dict[str, float]:
+        """One after the other: they are kernels of one stream."""
+        return {
+            "matrix products": self.flops / speed.flops,
+            "dequantization": self.dequantized_bytes / speed.dequantizing,
+            "element-wise operations": self.streamed_bytes / speed.streaming,
+        }
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops,
+            self.dequantized_bytes + other.dequantized_bytes,
+            self.streamed_bytes + other.streamed_bytes,
+        )
+
+
+def forward_work(run: Run, layer: Layer) -> Work:
+    """Of a forward pass."""
+    t, c, a = run.tokens, run.compute_bytes, layer.attention
+    products, lora, outputs = _per_token(run, layer)
+    elements = 4 * c * outputs + 36 * layer.hidden * layer.norms + 6 * layer.hidden
+    elements += 8 * c * a.heads * a.qk_dim + 5 * c * (layer.intermediate + layer.experts_per_token * layer.hidden)
+    return Work(
+        t * (products + lora + _attention_flops(run, layer)), _dequantized(run, layer), float(t * elements // 2)
+    )
+
+
+def backward_work(run: Run, layer: Layer, checkpointed: bool) -> Work:
+    """Of a backward pass, with the second forward pass of a checkpointed layer: all but its last product."""
+    forward = forward_work(run, layer)
+    products, lora, _ = _per_token(run, layer)
+    # of frozen weights no gradient, of A and B both
+    work = Work(
+        run.tokens * (products + 2 * lora + 2.5 * _attention_flops(run, layer)),
+        _dequantized(run, layer),
+        2 * forward.streamed_bytes,
+    )
+    if not checkpointed:
+        return work
+    last = max((m for m in layer.matrices if not m.experts), key=lambda m: m.name == "down_proj")
+    again = forward + Work(-2.0 * run.tokens * last.numel, 0, 0) if last.name == "down_proj" else forward
+    return work + again
+
+
+def head_work(run: Run) -> Work:
+    """The loss with its gradient: logits, and their gradient times the weight."""
+    model = run.model
+    logits = run.tokens * model.vocabulary
+    return Work(4.0 * logits * model.hidden, 0, 30.0 * logits)
+
+
+def _per_token(run: Run, layer: Layer) -> tuple[float, float, float]:
+    """Operations of the products with the base and with the adapters, and elements of their outputs."""
+    products = lora = outputs = 0.0
+    for m in layer.matrices:
+        used = layer.experts_per_token if m.experts else 1
+        rows = m.rows * m.parts
+        products += 2 * used * rows * m.columns
+        outputs += used * rows
+        if m.adapted:
+            lora += 2 * used * run.model.r * (rows + m.columns)
+    return products, lora, outputs
+
+
+def _attention_flops(run: Run, layer: Layer) -> float:
+    """For each token, queries by keys and probabilities by values, of half the square or what a window leaves of it."""
+    a, length = layer.attention, run.seq_len
+    window = min(a.window or length, length)
+    seen = length if a.by_scores else window * (1 - window / (2 * length))
+    return 2.0 * a.heads * (a.qk_dim + a.v_dim) * seen
+
+
+def _dequantized(run: Run, layer: Layer) -> float:
+    """Bytes read and written to dequantize all matrices once; of experts those that a token chose."""
+    total = 0.0
+    for m in layer.matrices:
+        used = 1.0
+        if m.experts:
+            used = min(1.0, run.tokens * layer.experts_per_token / m.experts)
+        total += used * m.numel * (0.516 + run.compute_bytes)
+    return total
+
+
+def step_time(run: Run, memory: Memory, speed: Speeds) -> StepTime:
+    """Of a step."""
+    busy: defaultdict[str, float] = defaultdict(float)
+    step_s, flops = 0.0, 0.0
+    fetched = _fetched_share(run, memory)
+    checkpointed_share = run.checkpointed / len(run.model.layers)
+    for unit, count in run.model.distinct:
+        gather = _gather_seconds(run, unit, speed)
+        if unit.layer is None:
+            # nothing computes meanwhile: what lies in host memory is waited for, as the gathering is
+            fetch = {"paging": _layer_bytes(run, unit) / speed.host} if run.offload else {}
+            for name, seconds in _sum(gather, fetch).items():
+                step_s += count * seconds * run.accumulation
+                busy[name] += count * seconds * run.accumulation
+            continue
+        page = {"paging": fetched * _layer_bytes(run, unit) / speed.host} if fetched else {}
+        forward = forward_work(run, unit.layer)
+        with_again = backward_work(run, unit.layer, True)
+        without = backward_work(run, unit.layer, False)
+        reduce = _reduce_seconds(run, unit, speed)
+        for backward, share in ((with_again, checkpointed_share), (without, 1 - checkpointed_share)):
+            if not share:
+                continue
+            flops += share * count * run.accumulation * (forward.flops + backward.flops)
+            for work, sent, times in (
+                (forward, gather, run.accumulation),
+                (backward, gather, run.accumulation - 1),
+                (backward, _sum(gather, reduce), 1),
+            ):
+                kernels, moved = work.seconds(speed), _sum(sent, page)
+                computing, moving = sum(kernels.values()), max([*moved.values(), 0.0])
+                # asked for no prefetching, FSDP2 gathers ahead in backward all the same
+                overlaps = run.prefetch > 0 or work is not forward
+                spent = max(computing, moving) if overlaps else computing + sum(moved.values())
+                step_s += share * count * times * spent
+                for name, seconds in [*kernels.items(), *moved.items()]:
+                    busy[name] += share * count * times * seconds
+    head = head_work(run)
+    flops += run.accumulation * head.flops
+    for name, seconds in head.seconds(speed).items():
+        busy[name] += run.accumulation * seconds
+        step_s += run.accumulation * seconds
+    for name, seconds in _update_seconds(run, memory, speed).items():
+        busy[name] += seconds
+        step_s += seconds
+    bound_by = max(busy, key=lambda name: busy[name])
+    tokens = run.tokens * run.accumulation * run.sharding.world_size
+    return StepTime(step_s, tokens / step_s, round(flops), dict(busy), bound_by)
+
+
+def _sum(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}
+
+
+def collective_seconds(run: Run, received: float, shards: int, speed: Speeds) -> dict[str, float]:
+    """Of an all-gather or a reduce-scatter in which a rank receives so many bytes.
+
+    Inside a node every rank's own link carries them. Between nodes a ring enters each node once, whatever its number
+    of ranks: the node's links together carry what one rank receives.
+    """
+    if shards == 1:
+        return {}
+    if shards <= run.ranks_per_node:
+        return {INSIDE: received / speed.inside}
+    if run.ranks_per_node == 1:
+        return {BETWEEN: received / speed.between}
+    return {INSIDE: received / speed.inside, BETWEEN: received / speed.between}
+
+
+INSIDE, BETWEEN = "communication inside a node", "communication between nodes"
+
+
+def _gather_seconds(run: Run, unit: Unit, speed: Speeds) -> dict[str, float]:
+    """Of one gathering of a unit."""
+    here, sharding = gathered(run, unit), run.sharding
+    seconds: dict[str, float] = {}
+    for nbytes, shards in ((here.base, sharding.base_shards), (here.adapters, sharding.adapter_shards)):
+        seconds = _sum(seconds, collective_seconds(run, nbytes * (shards - 1) / shards, shards, speed))
+    return seconds
+
+
+def _reduce_seconds(run: Run, unit: Unit, speed: Speeds) -> dict[str, float]:
+    """Of summing a unit's gradients, fp32."""
+    shards = run.sharding.adapter_shards
+    shard = 4 * trained_elements(unit, shards)
+    seconds = collective_seconds(run, shard * (shards - 1), shards, speed)
+    replicas = run.sharding.world_size // shards
+    if replicas > 1:  # every rank its own shard, all at once
+        per_rank = speed.between / run.ranks_per_node
+        seconds = _sum(seconds, {BETWEEN: 2 * shard * (replicas - 1) / replicas / per_rank})
+    return seconds
+
+
+def _layer_bytes(run: Run, unit: Unit) -> int:
+    return sum(shard_bytes(run, p) for p in unit.parameters if not p.trained)
+
+
+def _fetched_share(run: Run, memory: Memory) -> float:
+    """Of the base's layers, what comes from host memory at each use."""
+    if run.offload:
+        return 1.0
+    if not run.paged_base:
+        return 0.0
+    whole = sum(count * _layer_bytes(run, unit) for unit, count in run.model.distinct if unit.layer is not None)
+    return 1 - min(1.0, memory.static["base"] / whole)
+
+
+def _update_seconds(run: Run, memory: Memory, speed: Speeds) -> dict[str, float]:
+    """Weight, gradient and moments are read, weight and moments written; pages that moved come and go."""
+    shards = run.sharding.adapter_shards
+    elements = sum(count * trained_elements(unit, shards) for unit, count in run.model.distinct)
+    seconds = {"element-wise operations": 28 * elements / speed.streaming}
+    if memory.paged_moments:
+        seconds["paging"] = 2 * memory.paged_moments / speed.host
+    return seconds

@@ -1,0 +1,92 @@
+"""Bytes on the wire of one optimizer step, under FSDP2 with two meshes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qlora_dist.plan.model_spec import Parameter, Unit, UnitKind, distinct_units
+
+_GATHERS: dict[UnitKind, int] = {
+    "embedding": 1,  # frozen: not needed in backward
+    "shared_embedding": 1,  # as the embedding, and kept for the head
+    "head": 1,  # its gradient is computed in forward
+    "layer": 2,  # forward and backward
+    "root": 1,  # the last norm, kept from forward to backward
+}
+_GRADIENT_BYTES = 4  # gradients are summed in fp32
+_CONTROL_BYTES = 2 * 8  # summed loss and squared gradient norm, fp64
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How many ranks share a copy of the base, and of the adapters."""
+
+    world_size: int
+    base_shards: int
+    adapter_shards: int
+
+
+def step_traffic(
+    units: Iterable[Unit], sharding: Sharding, gradient_accumulation: int, compute_bytes: int
+) -> dict[str, int]:
+    """Bytes that one rank receives, by mesh dimension; in a ring it sends as many.
+
+    Args:
+        units: of the model.
+        sharding: the meshes.
+        gradient_accumulation: micro-batches of a step. Parameters are gathered for each, gradients sent once.
+        compute_bytes: of an element in the compute type, in which floating parameters are gathered.
+
+    Returns:
+        `shard`: among the ranks that share a copy of the base (or, with `adapter: node`, of the adapters); `world`:
+        among all; `replica`: between copies of the adapters; `control`: loss and gradient norm. Dimensions with no
+        traffic are left out.
+
+    Formulas: an all-gather of a shard of s bytes over n ranks receives (n - 1) s; a reduce-scatter into one of s
+    bytes the same; a ring all-reduce of b bytes receives 2 b (n - 1) / n. FSDP2 cuts whole rows along the cut
+    dimension, padded to the same number on every rank.
+    """
+    world, replicas = sharding.world_size, sharding.world_size // sharding.adapter_shards
+    base_dim = "world" if sharding.base_shards == world else "shard"
+    adapter_dim = "world" if replicas == 1 else "shard"
+    traffic: Counter[str] = Counter()
+    for unit, count in distinct_units(units):  # layers are mostly alike
+        gathers = count * _GATHERS[unit.kind] * gradient_accumulation
+        gradient = 0
+        for parameter in unit.parameters:
+            shards = sharding.adapter_shards if parameter.trained else sharding.base_shards
+            elements = shard_elements(parameter, shards)
+            element_bytes = 1 if parameter.is_bytes else compute_bytes
+            dim = adapter_dim if parameter.trained else base_dim
+            traffic[dim] += gathers * (shards - 1) * elements * element_bytes
+            if parameter.trained:
+                traffic[dim] += count * (shards - 1) * elements * _GRADIENT_BYTES
+                gradient += elements * _GRADIENT_BYTES
+        traffic["replica"] += count * (2 * gradient * (replicas - 1) // replicas)
+    traffic["control"] = 2 * _CONTROL_BYTES * (world - 1) // world
+    return {dim: nbytes for dim, nbytes in traffic.items() if nbytes}
+
+
+def shard_elements(parameter: Parameter, shards: int) -> int:
+    """Elements of a rank's shard, padding included.
+
+    Along dim 0, except a matrix of an adapter that is wider than high (LoRA's A), which is cut along dim 1 where that
+    divides.
+    """
+    cut = parameter.shape[1 if cut_by_columns(parameter, shards) else 0]
+    return parameter.numel // cut * -(-cut // shards)
+
+
+def trained_elements(unit: Unit, shards: int) -> int:
+    """Elements of a rank's shards of what is trained in a unit, padding included."""
+    return sum(shard_elements(p, shards) for p in unit.parameters if p.trained)
+
+
+def cut_by_columns(parameter: Parameter, shards: int) -> bool:
+    """Whether it is a matrix of an adapter that is cut along dim 1."""
+    if not parameter.trained or parameter.by_rows or len(parameter.shape) != 2:
+        return False
+    rows, columns = parameter.shape
+    return columns > rows and columns % shards == 0

@@ -1,0 +1,128 @@
+"""A plan: whether a run fits a GPU, what it moves, and how long a step takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_dist.plan.calibration_file import Measured, measured_speeds
+from qlora_dist.plan.hardware import Gpu, Link
+from qlora_dist.plan.memory_estimate import CONTEXT_BYTES, Memory, plan_memory
+from qlora_dist.plan.run_spec import Run
+from qlora_dist.plan.step_time import UNCERTAINTY, StepTime, speeds, step_time
+from qlora_dist.plan.step_traffic import step_traffic
+
+_DISK_BYTES_PER_S = 2e9  # of a node: assumed, local NVMe or a parallel file system
+_PIECES = 2 * 2**25  # host memory of a rank while it loads: two pieces of 32 MiB (`model/shard_reader.py`)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one run on one kind of GPU."""
+
+    run: Run
+    gpu_name: str
+    gpu: Gpu
+    memory: Memory
+    traffic: dict[str, int]
+    """Bytes that a rank receives in a step, by mesh dimension."""
+    inside_bytes: int
+    """Of these, in collectives among ranks of a node."""
+    between_bytes: int
+    """And in those that span nodes."""
+    time: StepTime
+    is_measured: bool
+    """The speeds that time is reckoned with: by `plan --calibrate`."""
+    host_bytes: int
+    """Host memory of a node, on top of what Python and CUDA take."""
+    read_bytes: int
+    """From storage at the start, all ranks together; a base in 4 bit."""
+    read_16bit_bytes: int
+    """If the base is quantized on loading."""
+
+    @property
+    def fits(self) -> bool:
+        """With the upper end of what the allocator reserves."""
+        return self.memory.fits(self.gpu.memory_bytes)
+
+    @property
+    def load_s(self) -> float:
+        """To read a base in 4 bit, each node its part."""
+        return self.read_bytes / self.run.nodes / _DISK_BYTES_PER_S
+
+    def as_json(self) -> dict[str, Any]:
+        """What `plan --json` prints."""
+        memory, time = self.memory, self.time
+        return {
+            "fits": self.fits,
+            "gpu": self.gpu_name,
+            "card_bytes": self.gpu.memory_bytes,
+            "ranks": self.run.sharding.world_size,
+            "nodes": self.run.nodes,
+            "per_rank": {
+                "static_bytes": memory.static_bytes,
+                "peak_bytes": memory.peak_bytes,
+                "reserved_bytes": list(memory.reserved_bytes),
+                "context_bytes": CONTEXT_BYTES,
+                "peak_phase": memory.peak_phase,
+                "terms": {**memory.static, **memory.phases[memory.peak_phase]},
+                "static_terms": memory.static,
+                "phases": {
+                    phase: {"bytes": memory.phase_bytes(phase), "terms": terms}
+                    for phase, terms in memory.phases.items()
+                },
+            },
+            "host": {"node_bytes": self.host_bytes},
+            "load": {"bytes": self.read_bytes, "bytes_from_16bit": self.read_16bit_bytes, "s": self.load_s},
+            "traffic": {
+                "intra_node_bytes": self.inside_bytes,
+                "inter_node_bytes": self.between_bytes,
+                "by_mesh": self.traffic,
+            },
+            "flops": time.flops,
+            "step_s": time.step_s,
+            "tokens_per_s": time.tokens_per_s,
+            "uncertainty": None if self.is_measured else UNCERTAINTY,
+            "busy_s": time.busy_s,
+            "bound_by": time.bound_by,
+        }
+
+
+def make_plan(run: Run, gpu_name: str, gpu: Gpu, link: Link, network: Link, measured: Measured | None = None) -> Plan:
+    """Plan a run.
+
+    Args:
+        run: what is planned.
+        gpu_name: for people.
+        gpu: of every rank.
+        link: between the GPUs of a node.
+        network: between nodes.
+        measured: what such GPUs and their links have reached.
+    """
+    speed = speeds(run, gpu, link, network)
+    if measured is not None:
+        speed = measured_speeds(measured, speed)
+    memory = plan_memory(run, gpu.memory_bytes)
+    sharding = run.sharding
+    traffic = step_traffic(run.model.units, sharding, run.accumulation, run.compute_bytes)
+    sizes = {"shard": min(sharding.base_shards, sharding.adapter_shards), "world": sharding.world_size}
+    between = sum(nbytes for dim, nbytes in traffic.items() if sizes.get(dim, sharding.world_size) > run.ranks_per_node)
+    on_node = run.ranks_per_node * (_PIECES + memory.on_host + memory.paged_moments)
+    frozen = [p for unit in run.model.units for p in unit.parameters if not p.trained]
+    read = sum(p.numel * (1 if p.is_bytes else 2) for p in frozen)
+    weights = sum(m.numel for unit in run.model.layers if unit.layer for m in unit.layer.matrices)
+    in_16_bit = 2 * (weights + sum(p.numel for p in frozen if not p.is_bytes))
+    return Plan(
+        run,
+        gpu_name,
+        gpu,
+        memory,
+        traffic,
+        sum(traffic.values()) - between,
+        between,
+        step_time(run, memory, speed),
+        measured is not None,
+        on_node,
+        read,
+        in_16_bit,
+    )

@@ -1,0 +1,156 @@
+"""The pictures of a report, as one SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from qlora_dist.report.html_page import SETTINGS, svg
+from qlora_dist.report.run_files import RunFiles
+
+_POINTS = 800
+"""Of a line; a longer run's neighbouring steps are averaged."""
+_STYLES = ("-", "--", ":", "-.")
+
+
+@dataclass
+class Chart:
+    """Lines over steps, or over tokens."""
+
+    title: str
+    unit: str
+    lines: list[Line] = field(default_factory=list)
+
+
+@dataclass
+class Line:
+    """Of one run, whose number is its colour."""
+
+    run: int
+    label: str
+    x: list[float]
+    y: list[float]
+    style: str = "-"
+
+
+def draw(runs: Sequence[RunFiles]) -> Markup:
+    """The pictures of runs.
+
+    Returns:
+        An `<svg>` element that needs nothing else; empty, if no run has made a step.
+    """
+    drawn = [chart for chart in charts(runs) if chart.lines]
+    if not drawn:
+        return Markup()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        rows = -(-len(drawn) // 2)
+        figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
+        axes = list(figure.subplots(rows, 2, squeeze=False).flat)
+        for axis, chart in zip(axes, drawn, strict=False):
+            for line in chart.lines:
+                axis.plot(line.x, line.y, line.style, color=f"C{line.run}", linewidth=1, markersize=4, label=line.label)
+            axis.set(title=chart.title, ylabel=chart.unit, xlabel="tokens" if _over_tokens(runs) else "step")
+            if len(chart.lines) > 1:
+                axis.legend()
+            axis.grid(alpha=0.3)
+        for axis in axes[len(drawn) :]:
+            axis.set_axis_off()
+        return svg(figure)
+
+
+def _over_tokens(runs: Sequence[RunFiles]) -> bool:
+    """Whether steps of one run are not those of another."""
+    batch = ("train.global_batch", "data.seq_len", "data.packing", "data.train")
+    return len({str([run.config.get(key) for key in batch]) for run in runs}) > 1
+
+
+def charts(runs: Sequence[RunFiles]) -> list[Chart]:
+    """What is drawn; those without lines are left out of the picture."""
+    mib, percent = 1 / 2**20, 100.0
+    dims = sorted({dim for run in runs for row in run.steps for dim in (row.get("comm_bytes") or {})} - {"control"})
+    loss = _chart(runs, "loss", "per trained token", {"training": ("loss",)})
+    for number, run in enumerate(runs):
+        if run.evals:
+            tokens = [0, *run.tokens_done()]
+            x = [float(tokens[min(s, len(tokens) - 1)] if _over_tokens(runs) else s) for s, _ in run.evals]
+            loss.lines.append(Line(number, _label(runs, run, "held out"), x, [value for _, value in run.evals], "o"))
+    return [
+        loss,
+        _chart(runs, "gradient norm", "before clipping", {"": ("grad_norm",)}),
+        _chart(runs, "throughput", "tokens/s, all ranks", {"": ("tokens_per_s",)}),
+        _chart(
+            runs,
+            "memory of rank 0",
+            "MiB",
+            {
+                "peak": ("peak_bytes",),
+                "optimizer, resident": ("resident_bytes",),
+                "optimizer, paged out": ("paged_bytes",),
+                "layers, resident": ("base_resident_bytes",),
+            },
+            mib,
+        ),
+        _chart(runs, "received by rank 0", "MiB a step", {dim: ("comm_bytes", dim) for dim in dims}, mib),
+        _chart(
+            runs,
+            "waiting",
+            "% of a step",
+            {"data": ("data_s",), "optimizer's pages": ("paging", "stall_s"), "layers": ("base_paging", "stall_s")},
+            percent,
+            per_step=True,
+        ),
+        _chart(
+            runs,
+            "paged by rank 0",
+            "MiB a step",
+            {
+                "optimizer, in": ("paging", "bytes_in"),
+                "optimizer, out": ("paging", "bytes_out"),
+                "layers, in": ("base_paging", "bytes_in"),
+            },
+            mib,
+        ),
+        _chart(runs, "learning rate", "", {"": ("lr",)}),
+    ]
+
+
+def _chart(
+    runs: Sequence[RunFiles],
+    title: str,
+    unit: str,
+    names: dict[str, tuple[str, ...]],
+    scale: float = 1.0,
+    per_step: bool = False,
+) -> Chart:
+    """What is zero throughout is not shown."""
+    chart = Chart(title, unit)
+    for number, run in enumerate(runs):
+        steps: list[float] = run.tokens_done() if _over_tokens(runs) else [row["step"] for row in run.steps]  # type: ignore[assignment]
+        for place, (label, path) in enumerate(names.items()):
+            points = [
+                (x, y * scale)
+                for x, y in zip(steps, run.series(*path, per_step=per_step), strict=True)
+                if y is not None and math.isfinite(y)
+            ]
+            if any(y for _, y in points):
+                x, y = _fewer(points)
+                chart.lines.append(Line(number, _label(runs, run, label), x, y, _STYLES[place % len(_STYLES)]))
+    return chart
+
+
+def _label(runs: Sequence[RunFiles], run: RunFiles, label: str) -> str:
+    """A dollar sign would begin a formula."""
+    words = [run.name] if len(runs) > 1 else []
+    return " ".join([*words, *([label] if label else [])]).replace("$", r"\$")
+
+
+def _fewer(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    size = -(-len(points) // _POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [group[-1][0] for group in groups], [sum(y for _, y in group) / len(group) for group in groups]

@@ -1,0 +1,119 @@
+"""A run's folder, read for its report. No torch."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_dist.config.config_file import flatten
+from qlora_dist.errors import UserError
+from qlora_dist.launch.run_status import State, is_metrics, is_number, parse_object, read_json, read_run
+from qlora_dist.runs.run_dir import PROCESS_FILE
+
+_WARM_UP = 2
+"""Steps in which memory is allocated, and kernels are chosen: in no median, where there are others."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run has left."""
+
+    name: str
+    path: Path
+    state: State
+    """As `qlora-dist jobs` tells it without asking SLURM."""
+    steps: list[dict[str, Any]]
+    """metrics.jsonl, without what is known before the first step."""
+    evals: list[tuple[int, float]]
+    """Step and held-out loss; step 0 is the base model alone."""
+    summary: dict[str, Any]
+    """summary.json; empty, as long as the run is not done."""
+    config: dict[str, Any]
+    """By `section.key`."""
+    process: dict[str, Any]
+    """process.json: where rank 0 runs."""
+
+    def series(self, *names: str, per_step: bool = False) -> list[float | None]:
+        """One value a step, None where there is none.
+
+        Args:
+            names: of the metric, and of what is within it.
+            per_step: as a share of the step's time.
+        """
+        found = []
+        for row in self.steps:
+            value: Any = row
+            for name in names:
+                value = value.get(name) if isinstance(value, dict) else None
+            if per_step and value is not None:
+                value = value / row["step_s"] if row.get("step_s") else None
+            found.append(value)
+        return found
+
+    def median(self, *names: str, per_step: bool = False) -> float | None:
+        """Over steps, without the first two."""
+        values = [value for value in self.series(*names, per_step=per_step) if value is not None]
+        return statistics.median(values[_WARM_UP:] or values) if values else None
+
+    def tokens_done(self) -> list[int]:
+        """Trained on, after each step."""
+        total, done = 0, []
+        for row in self.steps:
+            total += row.get("tokens") or 0
+            done.append(total)
+        return done
+
+
+def read_run_files(path: Path) -> RunFiles:
+    """Read a run. Lines of metrics that are half-written, or of other types, are left out.
+
+    Raises:
+        UserError: the folder is no run's, or its configuration cannot be read.
+    """
+    rows = _rows(path / "metrics.jsonl")
+    config_file = path / "config.yaml"
+    try:
+        tree = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: holds no run (no config.yaml); name a folder such as runs/my-run") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{config_file}: cannot be read ({error}); name another run") from None
+    return RunFiles(
+        name=path.resolve().name,
+        path=path,
+        state=read_run(path, None).state,
+        steps=[row for row in rows if "loss" in row],
+        evals=[(row["step"], row["eval_loss"]) for row in rows if isinstance(row.get("eval_loss"), float)],
+        summary=_summary(path / "summary.json"),
+        config=flatten(tree if isinstance(tree, dict) else {}),
+        process=read_json(path / PROCESS_FILE),
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    return [row for row in map(parse_object, lines) if is_metrics(row)]
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """Return summary.json without the values whose types are not those that a run writes."""
+    kept = read_json(path)
+    sizes, wall_s, plan = kept.get("static_bytes"), kept.get("wall_s"), kept.get("plan")
+    if not (isinstance(sizes, list) and all(map(is_number, sizes))):
+        kept.pop("static_bytes", None)
+    if not is_number(wall_s):
+        kept.pop("wall_s", None)
+    if not (isinstance(plan, dict) and all(map(_is_planned, plan.values()))):
+        kept.pop("plan", None)
+    return kept
+
+
+def _is_planned(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(value is None or is_number(value) for value in pair)

@@ -1,0 +1,66 @@
+"""Can a run's folder be used: is everything in it of the right kind, and may this user write it?"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from qlora_dist.checkpoint.manifest import MANIFEST
+from qlora_dist.errors import UserError
+from qlora_dist.runs.run_dir import CHECKPOINTS, CONFIG_FILE, FOLDERS, MARKERS, METRICS, PROCESS_FILE
+
+_WRITTEN = (METRICS, CONFIG_FILE, PROCESS_FILE)
+"""Files that are read, and written to in their place."""
+_FILES = (*_WRITTEN, "summary.json", "report.html", *MARKERS, "STOP", "SAVE")
+"""Files of a run; `train/stop_requests.py` has the last two."""
+
+
+def check_folder(path: Path) -> None:
+    """Check the folder of a run that is about to start, or its parents if it is not there yet.
+
+    Raises:
+        UserError: something is of the wrong kind, or may not be read or written.
+        OSError: something cannot be looked at.
+    """
+    if not os.path.lexists(path):
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not parent.is_dir():
+            raise UserError(f"{parent}: is no folder; give run.dir another value")
+        _need(parent, os.W_OK | os.X_OK, "written", "give run.dir another value")
+        return
+    if not path.is_dir():
+        raise UserError(f"{path}: is no folder, and a run's name is that of one; give run.name another value")
+    _need(path, os.R_OK | os.W_OK | os.X_OK, "read and written", "give run.name another value")
+    for name in _FILES:
+        if (path / name).is_dir() or (os.path.lexists(path / name) and not (path / name).is_file()):
+            raise UserError(f"{path / name}: is no file, and a run has one there; move it away")
+        if name in _WRITTEN and (path / name).exists():
+            _need(path / name, os.R_OK | os.W_OK, "read and written")
+    for name in FOLDERS:
+        if os.path.lexists(path / name):
+            if not (path / name).is_dir():
+                raise UserError(f"{path / name}: is no folder, and a run has one there; move it away")
+            _need(path / name, os.R_OK | os.W_OK | os.X_OK, "read and written")
+    if (path / CHECKPOINTS).is_dir():
+        for folder in sorted((path / CHECKPOINTS).glob("step-*")):
+            _check_checkpoint(folder)
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """Refuse one that cannot be read: it is not damaged, and must not be passed over for an older one."""
+    if folder.is_dir():
+        _need(folder, os.R_OK | os.W_OK | os.X_OK, "read and written")
+        if (folder / MANIFEST).is_file():
+            _need(folder / MANIFEST, os.R_OK, "read")
+
+
+def _need(path: Path, mode: int, done: str, remedy: str = "") -> None:
+    if os.access(path, mode):
+        return
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        reason = "the file system is read-only"
+    else:
+        status = path.stat()
+        reason = f"of user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):03o}, and this is user {os.geteuid()}"
+    raise UserError(f"{path}: cannot be {done} ({reason}); change that{f', or {remedy}' if remedy else ''}")

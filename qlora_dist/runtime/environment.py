@@ -1,0 +1,255 @@
+"""Who am I? The only place that reads a launcher's variables."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from qlora_dist.errors import UserError
+from qlora_dist.runtime.process_identity import birth
+
+Launcher = Literal["torchrun", "mpi", "srun", "none"]
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_DEEPSPEED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH, Intel MPI, MVAPICH
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
+_PORTS = range(20_000, 32_000)  # above what services use, below what Linux gives to connections
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: Launcher
+    """Whose variables say so; `torchrun`: also DeepSpeed's launcher, whose are the same but for one; `srun`: one
+    process per rank without torchrun; `none`: a single process."""
+
+
+def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """The ranks as the nearest launcher has numbered them, or a single process where there was none.
+
+    torchrun and mpirun come before SLURM, whose variables they inherit in a job. A batch script's own shell has those
+    of its first task, too, and is none: only a step has a number.
+
+    Raises:
+        UserError: some of the launcher's variables are set and others not, they are no numbers, or nodes are unequal.
+    """
+    launcher = launcher_of(environ)
+    if launcher == "torchrun":
+        return _ranks(launcher, environ, _DEEPSPEED if started_by_deepspeed(environ) else _TORCHRUN)
+    if launcher == "mpi":
+        return _ranks(launcher, environ, _OPEN_MPI if started_by_open_mpi(environ) else _HYDRA)
+    return _slurm_ranks(environ) if launcher == "srun" else Ranks(0, 1, 0, 1, "none")
+
+
+def launcher_of(environ: Mapping[str, str] = os.environ) -> Launcher:
+    """The nearest one, by its variables."""
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return "torchrun"
+    # srun --mpi=pmi2 sets PMI_RANK as well, and numbers the ranks of a node in its own way only
+    hydra = "PMI_SIZE" in environ and ("MPI_LOCALNRANKS" in environ or "SLURM_STEP_ID" not in environ)
+    if started_by_open_mpi(environ) or hydra:
+        return "mpi"
+    return "srun" if "SLURM_STEP_ID" in environ else "none"
+
+
+def _ranks(launcher: Launcher, environ: Mapping[str, str], names: tuple[str, ...]) -> Ranks:
+    command = "mpirun" if launcher == "mpi" else "deepspeed" if names is _DEEPSPEED else "torchrun"
+    missing = [name for name in names if name not in environ]
+    if missing:
+        raise UserError(
+            f"the environment has some of {command}'s variables and not {missing[0]}; start with {command}, or unset "
+            f"{names[0]} and {names[1]}"
+        )
+    rank, world_size, local_rank, local_world_size = _numbers(command, environ, names[:4])
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        raise UserError(
+            f"the environment says rank {rank} of {world_size}, {local_rank} of {local_world_size} on this node; "
+            f"start with {command}, or unset {names[0]} and {names[1]}"
+        )
+    return Ranks(rank, world_size, local_rank, local_world_size, launcher)
+
+
+def _slurm_ranks(environ: Mapping[str, str]) -> Ranks:
+    missing = [name for name in (*_SLURM, "SLURM_STEP_TASKS_PER_NODE") if name not in environ]
+    if missing:
+        raise UserError(
+            f"the environment is a SLURM step's (SLURM_STEP_ID) without {missing[0]}; start with srun, or unset "
+            "SLURM_STEP_ID"
+        )
+    rank, world_size, local_rank, _ = _numbers("srun", environ, _SLURM)
+    tasks = environ["SLURM_STEP_TASKS_PER_NODE"]  # such as 8(x3),4
+    sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", tasks)}
+    if len(sizes) != 1:
+        raise UserError(f"srun started {tasks} tasks on the nodes; start equally many on each (--ntasks-per-node)")
+    return Ranks(rank, world_size, local_rank, sizes.pop(), "srun")
+
+
+def _numbers(command: str, environ: Mapping[str, str], names: tuple[str, ...]) -> tuple[int, ...]:
+    try:
+        return tuple(int(environ[name]) for name in names)
+    except ValueError:
+        raise UserError(
+            f"{command}'s variables in the environment are no numbers; unset {names[0]} and {names[1]}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class StoreAddress:
+    """Where the ranks meet: a key-value store of torch's."""
+
+    host: str
+    port: int
+
+
+def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress | None:
+    """The store's address: MASTER_ADDR and MASTER_PORT, or the first node of the SLURM step and a port of its own.
+
+    Returns:
+        None: nobody has said (under mpirun: rank 0 is to choose it).
+
+    Raises:
+        UserError: the port is none, or the step's nodes are not known.
+    """
+    host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if launcher_of(environ) == "srun":
+        host, port = host or _first_host(environ), port or str(_slurm_port(environ))
+    if not host or not port:
+        return None
+    if not (port.isdigit() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT is {port} in the environment; give a port below 65536")
+    return StoreAddress(host, int(port))
+
+
+def agent_keeps_store(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the store is kept by torchrun's agent, and outlives the ranks; else rank 0 keeps it."""
+    return "RANK" in environ and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def master_name(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the name of rank 0's machine that the environment gives; None: it gives none."""
+    return environ.get("MASTER_ADDR") or None
+
+
+def error_report(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the file in which torchrun looks for the reason of this rank's end; None: there is no torchrun."""
+    path = environ.get("TORCHELASTIC_ERROR_FILE")
+    return None if path is None else Path(path)
+
+
+def set_store_address(host: str, port: int) -> None:
+    """For this process, and for torch, which looks there too."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
+
+
+def set_device_index(index: int) -> None:
+    """For this process's libraries that take the device whose index LOCAL_RANK is. Not every launcher sets it."""
+    os.environ["LOCAL_RANK"] = str(index)
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    """Of a list such as `gpu[01-03,07]-ib,cpu1`: gpu01-ib, where SLURM puts rank 0. On one node it need not resolve."""
+    if environ.get("SLURM_STEP_NUM_NODES") == "1":
+        return "127.0.0.1"
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    first = re.match(r"(?:\[[^]]*\]|[^],[])+", hosts)
+    if first is None:
+        raise UserError("the SLURM step names no nodes (SLURM_STEP_NODELIST); set MASTER_ADDR to that of rank 0")
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """Two jobs may share a node, so may two steps of a job, and a job that is started again its own late end."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    job, step, restarts = (int(text) if (text := environ.get(name, "")).isdigit() else 0 for name in names)
+    return _PORTS[(97 * job + 7 * step + restarts) % len(_PORTS)]
+
+
+def meeting_name(environ: Mapping[str, str] = os.environ) -> str:
+    """What ranks that srun has started have in common with no others, should two jobs come to use one port."""
+    if launcher_of(environ) != "srun":
+        return ""
+    names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return "/".join(environ.get(name, "") for name in names)
+
+
+def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """How others find this process: its machine and number, its launcher's number, its SLURM job and step, and that
+    job's nodes as SLURM names them.
+    """
+    job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
+    own_parent = launcher_of(environ) == "mpi" or started_by_torchrun(environ)
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        **birth(os.getpid()),
+        "launcher_pid": os.getppid() if own_parent else None,
+        "job_id": f"{job}.{step}" if job and step else job,
+        "nodes": environ.get("SLURM_JOB_NODELIST"),
+    }
+
+
+def this_launch(environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+    """Return what identifies the launch that this process belongs to, to find the same launch after a restart.
+
+    Returns:
+        `agent`: torchrun's agent on this node, which starts ranks again; `torchrun`: its run id; `job`: the SLURM job,
+        or the array that it is a part of; `start`: which start of that job this is.
+    """
+    agent = run_id = job = None
+    if started_by_torchrun(environ):
+        run_id = environ["TORCHELASTIC_RUN_ID"]
+        with suppress(psutil.Error):
+            born = birth(os.getppid())
+            agent = f"{socket.gethostname()}/{os.getppid()}/{born.get('start_ticks', born['born'])}"
+    number = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
+    if number:
+        job = f"{environ.get('SLURM_CLUSTER_NAME', '')}/{number}"
+    start = "/".join(environ.get(name) or "0" for name in ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"))
+    return {"agent": agent, "torchrun": run_id, "job": job, "start": start}
+
+
+def same_launch(before: object, now: Mapping[str, str | None], environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a launcher has started its command again, by what `this_launch` gave `before` and gives `now`.
+
+    A second command in one SLURM job is another launch. A requeued job, and the next job of an array, are the same.
+    """
+    if not isinstance(before, Mapping):
+        return False
+
+    def both(key: str) -> bool:
+        return now[key] is not None and before.get(key) == now[key]
+
+    restarted = environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if both("agent") or (restarted and both("torchrun") and now["torchrun"] != "none"):
+        return True
+    return both("job") and before.get("start") != now["start"]
+
+
+def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun's agent is (most likely) this process's parent: no mere setting of RANK and the like."""
+    return "TORCHELASTIC_RUN_ID" in environ
+
+
+def started_by_deepspeed(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether it is the `deepspeed` command that has numbered the ranks."""
+    return "CROSS_SIZE" in environ and "LOCAL_WORLD_SIZE" not in environ
+
+
+def started_by_open_mpi(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether it is Open MPI's mpirun that has numbered the ranks."""
+    return "OMPI_COMM_WORLD_SIZE" in environ

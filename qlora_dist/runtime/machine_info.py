@@ -1,0 +1,56 @@
+"""What a run computes on, for those who look at its figures later."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qlora_dist import __version__
+from qlora_dist.runtime.system import cores
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")
+
+
+def this_machine(device: str) -> dict[str, Any]:
+    """The machine of this process, and what it has of it.
+
+    Args:
+        device: cpu or cuda: what is computed on.
+
+    Returns:
+        versions, system, processor, cores (of this process), memory_bytes, device (cpu, or the names of the GPUs that
+        this process sees), threads (of this process, in an operator), load_average (of the last minute).
+    """
+    import torch
+
+    gpus = range(torch.cuda.device_count() if device == "cuda" else 0)
+    versions = {"qlora-dist": __version__, "Python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": ", ".join(torch.cuda.get_device_name(number) for number in gpus) or "cpu",
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,0 +1,64 @@
+"""Whether a folder is one and the same on all ranks. Called on all of them; what it gives is the same on all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from qlora_dist.runtime.object_collectives import broadcast_json, gather_json
+
+_WAIT_S = 20.0
+"""Seconds until a rank counts as blind: some file systems show what another node has written after a while."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What came of it."""
+
+    failure: str | None
+    """Why rank 0 cannot write into the folder; None: it can."""
+    blind: list[int]
+    """Ranks that do not see what rank 0 has written."""
+    hosts: list[str]
+    """The machine of each rank."""
+
+
+def look_for_sharing(folder: Path) -> Sharing:
+    """Have rank 0 write a file into `folder`, and each rank look for it in what it knows by that name.
+
+    Nothing is left of the file. Rank 0 makes the folder if it is not there.
+    """
+    name, token, failure = f".qlora-dist-{secrets.token_hex(8)}", secrets.token_hex(8), None
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(token, encoding="utf-8")
+        except OSError as error:
+            failure = str(error.strerror or error)
+    name, token, failure = broadcast_json([name, token, failure])
+    seen = failure is None and _sees(folder, name, token)
+    by_rank = gather_json([seen, socket.gethostname()])
+    if dist.get_rank() == 0:
+        with suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
+    blind = [] if failure is not None else [rank for rank, (seen, _) in enumerate(by_rank) if not seen]
+    return Sharing(failure, blind, [host for _, host in by_rank])
+
+
+def _sees(folder: Path, name: str, token: str) -> bool:
+    end = time.monotonic() + _WAIT_S
+    while True:
+        with suppress(OSError):
+            os.listdir(folder)  # noqa: PTH208  # opening a folder has NFS ask the server for what is new in it
+            if (folder / name).read_text(encoding="utf-8") == token:
+                return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.2)

@@ -1,0 +1,51 @@
+"""`qlora-dist plan --trace`: the formulas' figures beside those of a traced step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_dist.config.schema import Config
+from qlora_dist.plan.print_plan import gib
+from qlora_dist.plan.training_plan import Plan
+from qlora_dist.trace.trace_step import Trace, trace
+
+
+def trace_plan(plan: Plan, config: Config, model_config: Mapping[str, Any]) -> Trace:
+    """The trace of a plan's run, with as many moments on the device as the plan has there.
+
+    Raises:
+        UserError: as `trace`.
+    """
+    traced = trace(config, model_config, plan.run.sharding.world_size, plan.run.nodes)
+    held = min(plan.memory.static["moments"], traced.moments_bytes)
+    paged = traced.moments_bytes - held
+    return replace(
+        traced, moments_bytes=held, phases={phase: nbytes - paged for phase, nbytes in traced.phases.items()}
+    )
+
+
+def as_json(traced: Trace) -> dict[str, Any]:
+    """What `plan --json` says of it."""
+    return {**asdict(traced), "static_bytes": traced.static_bytes, "peak_bytes": traced.peak_bytes}
+
+
+def print_both(plan: Plan, traced: Trace, console: Console) -> None:
+    """A table of the two."""
+    memory = plan.memory
+    rows: list[tuple[str, int, int]] = [("between steps", memory.static_bytes, traced.static_bytes)]
+    for phase, nbytes in traced.phases.items():
+        rows.append((phase.replace("_", " "), memory.phase_bytes(phase), nbytes))
+    rows.append(("peak", memory.peak_bytes, traced.peak_bytes))
+    for dim in traced.traffic:
+        rows.append((f"received in a step, {dim}", plan.traffic.get(dim, 0), traced.traffic[dim]))
+    table = Table("GiB of a rank", title="Formulas, and a step of the code itself", title_justify="left")
+    for heading in ("formula", "trace", "difference"):
+        table.add_column(heading, justify="right")
+    for name, formula, found in rows:
+        table.add_row(name, gib(formula), gib(found), f"{100 * (formula / found - 1) if found else 0.0:+.2f} %")
+    console.print(table)

@@ -1,0 +1,76 @@
+"""An evaluation that was interrupted: its sums, kept in the run's folder, so that the next start goes on with it.
+
+Without them an evaluation that takes longer than a job's time limit would never end, however often the job is started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_dist.runtime.object_collectives import broadcast_json, gather_json
+from qlora_dist.train.evaluation_loop import EvalSums
+from qlora_dist.train.run_setup import Setup
+
+EVAL_SUMS_FILE = "evaluation.json"
+
+
+class KeptEvalSums:
+    """The file with the sums of all ranks. Methods are called on all ranks, and rank 0 reads and writes.
+
+    The sums are taken up only by ranks that would compute the same: as many, with the same data, settings and weights.
+    """
+
+    def __init__(self, path: Path, setup: Setup, identity: dict[str, Any], weights: Sequence[torch.Tensor]) -> None:
+        """Only look.
+
+        Args:
+            path: of the file.
+            setup: the run.
+            identity: what a checkpoint of the run says of it.
+            weights: this rank's trained weights.
+        """
+        self._path, self._is_first, self._weights = path, setup.ranks.rank == 0, weights
+        same = [identity, setup.data_sha256.get("eval"), setup.config.train.micro_batch, setup.ranks.world_size]
+        self._identity = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+    def take(self, step: int) -> EvalSums:
+        """Return this rank's sums after `step`, or those of an evaluation that has not begun. The file is removed."""
+        kept = broadcast_json(self._read() if self._is_first else None)
+        sums, weights = EvalSums(), None
+        with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
+            if (kept["step"], kept["identity"]) == (step, self._identity):
+                batches, loss, tokens, weights = kept["ranks"][torch.distributed.get_rank()]
+                sums = EvalSums(int(batches), float(loss), float(tokens))
+        fits = gather_json([weights == self._weights_sum(), sums.batches])
+        self.remove()
+        return sums if all(fit == [True, sums.batches] for fit in fits) else EvalSums()
+
+    def keep(self, step: int, sums: EvalSums) -> None:
+        """Write the sums of all ranks."""
+        ranks = gather_json([sums.batches, sums.loss, sums.tokens, self._weights_sum()])
+        if self._is_first and sums.batches:
+            with suppress(OSError):  # a full disk: the evaluation begins anew
+                text = json.dumps({"step": step, "identity": self._identity, "ranks": ranks})
+                self._path.write_text(text + "\n", encoding="utf-8")
+
+    def remove(self) -> None:
+        """Remove the file."""
+        if self._is_first:
+            with suppress(OSError):
+                self._path.unlink()
+
+    def _read(self) -> Any:
+        try:
+            return json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _weights_sum(self) -> float:
+        return sum(float(weight.detach().double().sum()) for weight in self._weights)

@@ -1,0 +1,151 @@
+"""The evaluations of a run: when they are due, what interrupts them, and how they are made up for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_dist.data.collate import Batch
+from qlora_dist.parallel.comm_counter import Traffic
+from qlora_dist.runs.run_dir import RunDir
+from qlora_dist.runtime.heartbeat import beat
+from qlora_dist.runtime.object_collectives import broadcast_json
+from qlora_dist.train.console import RunConsole
+from qlora_dist.train.eval_sums_file import KeptEvalSums
+from qlora_dist.train.evaluation_loop import EvalSums, evaluate_until
+from qlora_dist.train.run_checkpointer import Checkpoints
+from qlora_dist.train.run_progress import Progress
+from qlora_dist.train.stop_requests import Requests, reason, wants_save
+
+
+class Evaluations:
+    """Evaluations that are interrupted by requests to stop, between any two batches, on all ranks together.
+
+    The metrics of the step are written before its evaluation, and so is its checkpoint where one is due. An evaluation
+    that was interrupted goes on when the run is started again.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        every: int,
+        kept: KeptEvalSums,
+        traffic: Traffic,
+        checkpoints: Checkpoints,
+        save: Callable[[], None],
+        requests: Requests,
+        console: RunConsole,
+        run_dir: RunDir | None,
+        patience: float | None,
+    ) -> None:
+        """Begin with none.
+
+        Args:
+            model: sharded and filled.
+            batches: this rank's, on its device; empty: there is nothing to evaluate on.
+            every: steps between two evaluations; 0: only before the first step and after the last.
+            kept: the sums of an evaluation that an earlier start has left.
+            traffic: counts the collectives.
+            checkpoints: of the run.
+            save: begins a checkpoint of this moment.
+            requests: to stop or to save.
+            console: for the losses.
+            run_dir: where they are written; None on ranks other than 0.
+            patience: times the usual timeout that a batch may take.
+        """
+        self._model, self._batches, self._every, self._kept = model, batches, every, kept
+        self._traffic, self._checkpoints, self._save, self._requests = traffic, checkpoints, save, requests
+        self._console, self._run_dir, self._patience = console, run_dir, patience
+        self._known: dict[int, float] = {}
+        self._longest_batch_s, self._resumes = 0.0, True
+
+    @property
+    def longest_batch_s(self) -> float:
+        """Time of the slowest batch until now."""
+        return self._longest_batch_s
+
+    def take_up(self, step: int, same_run: bool) -> None:
+        """Look up in the metrics whether the evaluation after `step`, where the run starts, was completed.
+
+        The checkpoint does not know: it was begun before the evaluation.
+
+        Args:
+            step: that is done.
+            same_run: whether the metrics until there are those of the checkpoint.
+        """
+        there = self._run_dir.eval_loss(step) if self._run_dir is not None and same_run else None
+        loss = broadcast_json(there)
+        if loss is not None:
+            self._known[step] = loss
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether there is an evaluation after this step."""
+        due = step in (0, last_step) or (self._every > 0 and step % self._every == 0)
+        return bool(self._batches) and due
+
+    def evaluate(self, progress: Progress, last_step: int) -> str | None:
+        """Evaluate if that is due after this step and has not been done.
+
+        Returns:
+            Why to stop, if the evaluation was interrupted.
+        """
+        step = progress.step
+        if progress.evaluated == step:
+            return None
+        if step in self._known:
+            progress.evaluate(self._known[step])
+            # a step that is done again after a rollback has a new line
+            if self._run_dir is not None and self._run_dir.eval_loss(step) is None:
+                self._run_dir.log_eval_loss(step, self._known[step])
+            return None
+        if not self.due(step, last_step):
+            return None
+        beat(step, "evaluating", self._patience)
+        asked: list[float] = []
+        since = time.perf_counter()
+        # what an earlier start has left is of the step that this one starts from, or of no use
+        sums = self._kept.take(step) if self._resumes else EvalSums()
+        self._resumes = False
+        if sums.batches:
+            self._console.say(
+                f"the evaluation after {step} steps goes on after {sums.batches} of {self._count} batches"
+            )
+
+        def interrupted() -> bool:
+            nonlocal asked, since
+            now = time.perf_counter()
+            self._longest_batch_s, since = max(self._longest_batch_s, now - since), now
+            flags = self._requests.flags(2 * self._longest_batch_s)
+            told = torch.tensor([*self._checkpoints.progress, *flags], dtype=torch.float64)
+            written, failed, *asked = self._traffic.all_reduce(told).tolist()
+            self._checkpoints.advance(int(written), int(failed))
+            stops = reason(asked) is not None
+            if step > 0 and (stops or wants_save(asked)):
+                self._save()
+                beat(step, "evaluating", self._patience)
+            self._requests.answered(asked, saved=step > 0)
+            return stops
+
+        loss = evaluate_until(self._model, self._batches, self._traffic, sums, interrupted)
+        if loss is None:
+            self._kept.keep(step, sums)
+            why = reason(asked)
+            self._console.say(
+                f"{why} interrupts the evaluation after {step} steps, at {sums.batches} of {self._count} batches; "
+                "the next start goes on with it"
+            )
+            return why
+        self._known[step] = loss
+        progress.evaluate(loss)
+        self._console.say(f"held-out loss after {step} steps: {loss:.4f}")
+        if self._run_dir is not None:
+            self._run_dir.log_eval_loss(step, loss)
+        return None
+
+    @property
+    def _count(self) -> int:
+        return len(self._batches)

@@ -1,0 +1,158 @@
+"""Are all ranks about to do the same? Asked once, before any weight is read: afterwards a difference is a hang, or a
+model that nobody meant to train.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from qlora_dist import __version__
+from qlora_dist.config.schema import Config
+from qlora_dist.errors import UserError
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.runtime.environment import Ranks
+from qlora_dist.runtime.object_collectives import gather_json
+from qlora_dist.runtime.shared_folder import look_for_sharing
+
+MAY_DIFFER = ("data.cache", "data.workers", "paging.dir")
+"""Keys whose values are a node's own affair."""
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+_LONGEST = 80
+"""Characters of a value that are sent as they are; of a longer one its hash."""
+_REMEDIES = {
+    "config": "give all ranks the same file and overrides",
+    "packages": "install the same versions on all nodes",
+    "device": "start the run on machines that are alike, or set train.device",
+    "data": "copy the same files to all nodes",
+    "node": "start equally many ranks on each node",
+}
+
+Facts = dict[str, dict[str, str]]
+"""By kind and name."""
+
+
+def check_ranks_agree(
+    config: Config, ranks: Ranks, device: torch.device, data: Mapping[str, str] | None = None
+) -> None:
+    """Compare configuration, versions, device, data and nodes. Called on all ranks.
+
+    Args:
+        config: what this rank was given.
+        ranks: this one among all.
+        device: which this rank is going to use; only its kind counts.
+        data: fingerprints of what it has read, by `train` and `eval`.
+
+    Raises:
+        UserError: on all ranks, with the first difference of the first rank that has one.
+    """
+    host = socket.gethostname()
+    answers = gather_json([host, facts(config, ranks, device, data)])
+    if (difference := first_difference(answers)) is not None:
+        raise UserError(difference)
+    if (mistake := misplaced(gather_json([host, ranks.local_rank, _gpu(device)]), ranks.local_world_size)) is not None:
+        raise UserError(mistake)
+
+
+def check_shared_run_dir(config: Config, ranks: Ranks) -> None:
+    """See whether all ranks write into one run's folder. Called on all ranks, or the first checkpoint finds out.
+
+    Raises:
+        UserError: on all ranks, if a rank does not see what rank 0 writes there.
+    """
+    if ranks.world_size == 1:
+        return
+    path = run_path(config.run)
+    sharing = look_for_sharing(path)
+    if sharing.failure is not None:
+        raise UserError(f"{path}: cannot be written ({sharing.failure}); give run.dir a folder that can")
+    if sharing.blind:
+        rank = sharing.blind[0]
+        more = f" (and {len(sharing.blind) - 1} more)" if len(sharing.blind) > 1 else ""
+        raise UserError(
+            f"{path}: rank {rank}{more} on {sharing.hosts[rank]} does not see what rank 0 on {sharing.hosts[0]} writes "
+            "there; give run.dir a folder that all nodes share, by its whole path"
+        )
+
+
+def facts(config: Config, ranks: Ranks, device: torch.device, data: Mapping[str, str] | None) -> Facts:
+    """What has to be the same on all ranks."""
+    packages = {name: metadata.version(name) for name in _PACKAGES}
+    python = ".".join(platform.python_version_tuple()[:2])
+    leaves = dict(_leaves(config.model_dump(mode="json")))
+    return {
+        "packages": {"qlora-dist": __version__, "Python": python, **packages},
+        "config": {key: _short(value) for key, value in leaves.items() if key not in MAY_DIFFER},
+        "device": {"the device": device.type},
+        "node": {"the number of ranks on the node": str(ranks.local_world_size)},
+        "data": {f"the content of data.{name}": f"sha256:{sha256[:16]}" for name, sha256 in (data or {}).items()},
+    }
+
+
+def first_difference(answers: Sequence[tuple[str, Facts] | list[Any]]) -> str | None:
+    """A sentence about the first rank that differs from rank 0; None: there is none.
+
+    Args:
+        answers: host and facts of each rank.
+    """
+    first_host, first = answers[0]
+    for rank, (host, own) in enumerate(answers):
+        if own == first:
+            continue
+        for kind, remedy in _REMEDIES.items():
+            for name in sorted(first[kind].keys() | own[kind].keys()):
+                value, expected = own[kind].get(name, "none"), first[kind].get(name, "none")
+                if value != expected:
+                    return (
+                        f"rank {rank} on {host} differs from rank 0 on {first_host}: {name} is {value} there and "
+                        f"{expected} here; {remedy}"
+                    )
+    return None
+
+
+def misplaced(places: Sequence[tuple[str, int, str] | list[Any]], local_world_size: int) -> str | None:
+    """A sentence about the first rank that the launcher has put where it must not be; None: there is none.
+
+    Args:
+        places: host, number on the node, and GPU ("" without one) of each rank.
+        local_world_size: ranks on a node.
+    """
+    users: dict[tuple[str, str], int] = {}
+    for rank, (host, local_rank, gpu) in enumerate(places):
+        if local_rank != (expected := rank % local_world_size):
+            return (
+                f"rank {rank} is number {local_rank} on {host}, not number {expected}: neighbouring ranks belong on "
+                "one node; start with srun --distribution=block, or mpirun --map-by slot"
+            )
+        other = users.setdefault((host, gpu), rank)
+        if gpu and other != rank:
+            return (
+                f"ranks {other} and {rank} on {host} have the same GPU ({gpu}); start one rank per GPU, or give each "
+                "its own (srun --gpus-per-task=1)"
+            )
+    return None
+
+
+def _gpu(device: torch.device) -> str:
+    """Which one it is, whatever number it has here."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for name, child in tree.items():
+            yield from _leaves(child, f"{key}.{name}" if key else name)
+    else:
+        yield key, tree
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -1,0 +1,194 @@
+"""Everything that can be checked before the ranks join: the same on each of them, and no weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from qlora_dist.adapters.attach import (
+    adapted_paths,
+    attach_adapter,
+    check_attached,
+    peft_config,
+    weight_read_names,
+)
+from qlora_dist.adapters.export import saved_config, saved_shapes
+from qlora_dist.adapters.peft_roundtrip import check_read_back, is_converted
+from qlora_dist.adapters.targets import find_targets
+from qlora_dist.config.max_positions import check_seq_len
+from qlora_dist.config.schema import DEFAULT_STEPS, Config
+from qlora_dist.data.collate import Batch, Rows
+from qlora_dist.data.dataloader import Loader, eval_batches
+from qlora_dist.data.inference_tokenizer import ServedTokenizer, served_tokenizer
+from qlora_dist.data.prepare_datasets import PreparedSource, prepare, remarks
+from qlora_dist.data.tokenizer import load_tokenizer
+from qlora_dist.errors import UserError
+from qlora_dist.io.safetensors_file import Entry
+from qlora_dist.model.meta_model import LossModel, build_skeleton, causal_lm_on_meta
+from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.model.packable import check_packable
+from qlora_dist.parallel.compile import check_compiler
+from qlora_dist.parallel.engine import check_engine
+from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
+from qlora_dist.runtime.environment import Ranks
+from qlora_dist.runtime.process_group import idle_gpus, resolve_device
+from qlora_dist.train.initial_adapter import find_first_values
+from qlora_dist.train.trackers import check_trackers
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to start."""
+
+    config: Config
+    ranks: Ranks
+    device: torch.device
+    sizes: MeshSizes
+    folder: ModelFolder
+    model: LossModel
+    """On meta, adapters attached, not sharded."""
+    adapter: peft.LoraConfig
+    first_values: Mapping[str, Entry]
+    """Tensors of the adapter that the run begins from, by the parameter's name; empty without `lora.from`."""
+    loader: Loader
+    steps: int
+    """Optimizer steps, whether the configuration counts steps or epochs."""
+    eval_rows: Rows | None
+    """None: no `data.eval`."""
+    eval_batches: list[Batch]
+    """Of this rank; empty without `data.eval`."""
+    served: ServedTokenizer
+    """What is saved beside the adapter."""
+    data_sha256: dict[str, str]
+    """Of the sequences and weights of `train`, and of the sequences of `eval` if there are any."""
+
+
+def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setup:
+    """Check the configuration against the machine, the model's folder and the data.
+
+    Args:
+        config: of the run.
+        ranks: who this process is.
+        console: for the progress of tokenizing; none: silent.
+
+    Raises:
+        UserError: whatever is wrong, before a process group exists and a GPU waits.
+    """
+    device = resolve_device(config.train.device, ranks)
+    if console is not None and (idle := idle_gpus(ranks, device, torch.cuda.device_count())) is not None:
+        console.print(idle, markup=False, highlight=False)
+    check_engine(config, device)
+    check_trackers(config)
+    if config.train.compile:
+        check_compiler(device)
+    sizes = mesh_sizes(config.parallel, ranks)
+    folder, model, adapter = set_up_model(config)
+    if console is not None and config.lora.targets == "all-linear" and (read := sorted(weight_read_names(model))):
+        console.print(
+            f"lora.targets: without {', '.join(read)}, whose weight the model's code reads itself", markup=False
+        )
+    check_seq_len(config.data.seq_len, model.config.to_dict(), str(folder.path))
+    first_values = {}
+    if config.lora.from_adapter is not None:
+        targets = adapted_paths(model)
+        first_values = find_first_values(Path(config.lora.from_adapter), model, targets, folder.path)
+    tokenizer = load_tokenizer(folder.path)
+    train, held_out = prepare(config.data, tokenizer, console)
+    served = served_tokenizer(tokenizer, config.data.chat_template, folder.path)
+    sources = train if held_out is None else [*train, held_out]
+    for source in sources:
+        for said in (source.stats.left_out(), source.stats.per_answer()):
+            if said and console is not None:
+                console.print(f"{source.path}: {said}", markup=False)
+    check_ids(folder, model, sources)
+    if console is not None:
+        for remark in remarks(train, held_out):
+            console.print(remark, markup=False)
+    loader = Loader(
+        [(source.rows, source.weight) for source in train],
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.train.seed,
+        epochs=config.train.epochs,
+        group_by_length=config.data.group_by_length,
+    )
+    steps = loader.steps or config.train.steps or DEFAULT_STEPS
+    if console is not None and config.optim.warmup_steps > steps:
+        console.print(f"optim.warmup_steps: {config.optim.warmup_steps} is cut to the {steps} steps of this run")
+    eval_rows = None if held_out is None else held_out.rows
+    batches = (
+        eval_batches(eval_rows, micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size)
+        if eval_rows is not None
+        else []
+    )
+    contents = json.dumps([[source.stats.sha256, source.weight] for source in train]).encode()
+    data_sha256 = {"train": hashlib.sha256(contents).hexdigest()}
+    if held_out is not None:
+        data_sha256["eval"] = held_out.stats.sha256
+    return Setup(
+        config,
+        ranks,
+        device,
+        sizes,
+        folder,
+        model,
+        adapter,
+        first_values,
+        loader,
+        steps,
+        eval_rows,
+        batches,
+        served,
+        data_sha256,
+    )
+
+
+def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[ModelFolder, LossModel, peft.LoraConfig]:
+    """The model's folder, the model on meta with its adapters, and what those are.
+
+    Args:
+        config: of the run.
+        folder: None: that of `model.base`.
+
+    Raises:
+        UserError: no such model, or the adapters don't fit it.
+    """
+    transformers_logging.set_verbosity_error()
+    folder = folder or ModelFolder(config.model.base)
+    model = build_skeleton(folder, config.model)
+    if config.data.packing != "none":
+        check_packable(model)
+    base = config.model.base
+    targets = find_targets(model, config.lora, base)
+    adapter = peft_config(model, config.lora, base)
+    attach_adapter(model, adapter)
+    check_attached(model, targets, base)
+    if is_converted(adapter, model.config.model_type):
+        plain = causal_lm_on_meta(folder, torch.float32)
+        check_read_back(plain, saved_config(adapter), saved_shapes(model), base)
+    return folder, model, adapter
+
+
+def check_ids(folder: ModelFolder, model: LossModel, sources: Sequence[PreparedSource]) -> None:
+    """See whether the embedding has a row for each token of the data.
+
+    Raises:
+        UserError: it has not.
+    """
+    size = model.config.get_text_config().vocab_size
+    largest = max(source.stats.largest_token for source in sources)
+    if largest >= size:
+        raise UserError(
+            f"{folder.path}: the data's tokens go up to number {largest:,} and the embedding has {size:,} rows; resize "
+            "it (resize_token_embeddings of transformers), save the model and quantize it again"
+        )

@@ -1,0 +1,262 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+from transformers import PreTrainedModel
+
+from qlora_dist.adapters.attach import adapter_parameters
+from qlora_dist.checkpoint.snapshot import trained
+from qlora_dist.data.collate import Batch
+from qlora_dist.errors import UserError
+from qlora_dist.optim.loss_scale import LossScale
+from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.optim.schedule import learning_rate
+from qlora_dist.paging.pager import Counts
+from qlora_dist.parallel.comm_counter import Traffic
+from qlora_dist.parallel.deepspeed_optimizer import ZeroStates
+from qlora_dist.parallel.paged_layers import PagedLayers
+from qlora_dist.runs.run_dir import RunDir, run_path
+from qlora_dist.runtime.device_memory import peak_bytes
+from qlora_dist.runtime.heartbeat import beat
+from qlora_dist.train.console import RunConsole
+from qlora_dist.train.eval_sums_file import EVAL_SUMS_FILE, KeptEvalSums
+from qlora_dist.train.evaluator import Evaluations
+from qlora_dist.train.optimizer import make_optimizer
+from qlora_dist.train.run_checkpointer import Checkpoints, Start
+from qlora_dist.train.run_progress import Progress
+from qlora_dist.train.run_setup import Setup
+from qlora_dist.train.step_profiler import DATA, LastStep
+from qlora_dist.train.stop_requests import Requests, reason, wants_save
+from qlora_dist.train.train_step import AdapterShards, train_step
+from qlora_dist.train.unused_adapters import say_without_influence
+
+_COMPILING = 6.0
+"""Times the usual timeout, for steps and evaluations that may compile first."""
+
+
+_SLOW_DISK = 100e6
+"""Bytes per second at which a checkpoint is supposed to be written until one has been."""
+
+
+@dataclass
+class History:
+    """What the loop leaves behind; equal on all ranks."""
+
+    progress: Progress
+    stop: str | None = None
+    """Why it ended before its last step (one of `stop.REASONS`); None: it did not."""
+    tokens_per_s: list[float] = field(default_factory=list)
+    """Of the steps that this process has done."""
+    comm_bytes: dict[str, int] = field(default_factory=dict)
+    """This rank's, received in the last step, by mesh dimension."""
+    fetched_bytes: int = 0
+    """Of the base's layers, by this rank in the last step."""
+    stalls: list[float] = field(default_factory=list)
+    """Of each step the share of its time in which this rank waited for a layer of the base."""
+    peak_bytes: int | None = None
+    """This rank's, before the step that was profiled; None: none was."""
+    step_shares: dict[str, float] = field(default_factory=dict)
+    """This rank's, of that step, by kind; empty: none was profiled."""
+
+
+def train_loop(
+    model: PreTrainedModel,
+    moments: Moments | ZeroStates,
+    setup: Setup,
+    start: Start,
+    traffic: Traffic,
+    console: RunConsole,
+    run_dir: RunDir | None,
+    pages: PagedLayers | None = None,
+    began: float | None = None,
+) -> History:
+    """Train the adapters, from `start` to the last step or until somebody asks to stop.
+
+    Args:
+        model: sharded and filled.
+        moments: of the optimizer, for this rank's shards.
+        setup: the run.
+        start: the beginning, or a checkpoint.
+        traffic: what the model's collectives are counted in.
+        console: for progress.
+        run_dir: where metrics go; None on ranks other than 0.
+        pages: of the base; None: it is not paged.
+        began: `time.perf_counter()` when this start began; None: now.
+
+    Raises:
+        UserError: too many steps in a row were not finite.
+    """
+    cfg = setup.config.train
+    patience = _COMPILING if cfg.compile else None
+    shards = AdapterShards(model)
+    optimizer = make_optimizer(shards, moments, setup)
+    loss_scale = LossScale(setup.config.model.compute_dtype)
+    state = trained(model, shards.local, optimizer, setup.device)
+    checkpoints = Checkpoints(setup, start, state, loss_scale, console)
+    progress = checkpoints.start(run_dir)
+    history = History(progress)
+    path = run_path(setup.config.run)
+    unmeasured_s = 12 * sum(p.numel() for _, p in adapter_parameters(model)) / _SLOW_DISK
+    requests = Requests(path, run_dir is not None, cfg.max_time, lambda: checkpoints.seconds or unmeasured_s)
+    began, before_s = time.perf_counter() if began is None else began, progress.wall_s
+
+    def last_step() -> int:
+        """Global batches that were left out are missing at the end of so many epochs."""
+        return setup.steps if setup.loader.steps is None else setup.steps - len(progress.left_out)
+
+    def save() -> None:
+        beat(progress.step, "saving a checkpoint")
+        progress.wall_s = before_s + time.perf_counter() - began
+        checkpoints.save(progress)
+
+    evaluations = Evaluations(
+        model,
+        [_to(batch, setup.device) for batch in setup.eval_batches],
+        cfg.eval_every,
+        KeptEvalSums(path / EVAL_SUMS_FILE, setup, start.identity, shards.local),
+        traffic,
+        checkpoints,
+        save,
+        requests,
+        console,
+        run_dir,
+        patience,
+    )
+
+    def told() -> list[float]:
+        """What the ranks tell each other at the end of a step; the next one may be twice as slow as any until now."""
+        ahead_s = 2 * longest_step_s + evaluations.longest_batch_s
+        return [*checkpoints.progress, *requests.flags(ahead_s)]
+
+    def forget() -> None:
+        traffic.take()
+        if pages is not None:
+            pages.pager.take_counts()
+
+    asked = traffic.all_reduce(torch.tensor(requests.flags(0.0), dtype=torch.float64)).tolist()
+    history.stop = reason(asked)
+    requests.answered(asked, saved=False)
+    evaluations.take_up(
+        progress.step, start.folder is not None and start.folder.parent.resolve() == (path / "checkpoints").resolve()
+    )
+    longest_step_s = 0.0
+    profiled = LastStep(setup.device) if setup.config.run.profile else None
+    model.train()
+    while history.stop is None:
+        history.stop = evaluations.evaluate(progress, last_step())
+        if history.stop is not None or progress.step >= last_step():
+            break
+        if longest_step_s == 0.0:
+            console.start_steps(setup.steps, progress.step)
+        forget()  # the bytes of an evaluation or a checkpoint are no step's
+        if profiled is not None and progress.step == last_step() - 1:
+            profiled.begin()
+        started = time.perf_counter()
+        beat(progress.step, "reading data")
+        batch = progress.batch_index()
+        with record_function(DATA):
+            window = [_to(micro, setup.device) for micro in setup.loader.window(batch)]
+        tokens, trained_tokens = setup.loader.tokens(batch), setup.loader.trained_tokens(batch)
+        data_s = time.perf_counter() - started
+
+        lr = learning_rate(progress.step, setup.steps, setup.config.optim)
+        optimizer.lr = lr
+        beat(progress.step, "training", None if history.tokens_per_s else patience)
+        result = train_step(
+            model,
+            window,
+            trained_tokens,
+            shards,
+            setup.sizes.adapter_replicas,
+            optimizer,
+            loss_scale,
+            setup.config.optim.max_grad_norm,
+            traffic,
+            told=told,
+        )
+        if not history.tokens_per_s:
+            say_without_influence(shards, console)
+        written, failed, *asked = result.sums
+        checkpoints.advance(int(written), int(failed))
+
+        spike = progress.spikes(result.loss, cfg.spike_factor)
+        if spike or not result.finite:
+            what = f"loss {result.loss:.4f}, gradient norm {result.grad_norm:.3g}, global batch {batch}"
+            console.say(f"step {progress.step + 1}: {'a spike' if spike else 'not finite'} ({what})")
+            # fp16 overflows now and then while its loss scale is found
+            if cfg.on_spike == "rollback" and (spike or setup.config.model.compute_dtype != "fp16"):
+                beat(progress.step, "saving a checkpoint")
+                before = checkpoints.go_back(progress, batch)
+                if before is not None:
+                    progress = history.progress = before
+                    if run_dir is not None:
+                        run_dir.go_back(progress.step)
+                    continue
+        progress.count(result.loss, tokens, result.finite, spike)
+        step_s = time.perf_counter() - started
+        longest_step_s = max(longest_step_s, step_s)
+
+        history.tokens_per_s.append(tokens / step_s)
+        history.comm_bytes = traffic.take()
+        paging = moments.pager.take_counts() if isinstance(moments, Moments) else Counts()
+        base_paging = pages.pager.take_counts() if pages is not None else Counts()
+        history.fetched_bytes = base_paging.bytes_in
+        history.stalls.append(base_paging.stall_s / step_s)
+        peak = peak_bytes(setup.device)
+        console.step(progress.step, result.loss, lr, tokens / step_s, peak)
+        metrics = {
+            "step": progress.step,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "skipped": not result.finite,
+            "tokens": tokens,
+            "trained_tokens": trained_tokens,
+            "positions": setup.loader.positions(batch) if run_dir is not None else None,
+            "tokens_per_s": tokens / step_s,
+            "step_s": step_s,
+            "data_s": data_s,
+            "comm_bytes": history.comm_bytes,
+            "peak_bytes": peak,
+            "resident_bytes": moments.resident_bytes,
+            "paged_bytes": moments.paged_bytes,
+            "paging": asdict(paging),
+            **_paging(pages, base_paging),
+        }
+        if run_dir is not None:
+            run_dir.log(metrics)
+        if progress.skipped_in_a_row == cfg.max_skipped_steps:
+            raise UserError(
+                f"step {progress.step}: the loss or gradient was not finite {cfg.max_skipped_steps} times in a row; "
+                "lower optim.lr, or use model.compute_dtype=bf16"
+            )
+        last = progress.step == last_step()
+        history.stop = reason(asked)
+        if last and (history.stop == "max_time" or not evaluations.due(progress.step, progress.step)):
+            history.stop = None  # an evaluation sees by itself that time is up
+        due = cfg.save_every and progress.step % cfg.save_every == 0
+        if due or last or history.stop is not None or wants_save(asked):
+            save()
+        requests.answered(asked)
+    progress.wall_s = before_s + time.perf_counter() - began
+    console.stop()
+    if profiled is not None and (shares := profiled.end()):
+        history.step_shares, history.peak_bytes = shares, profiled.peak_bytes
+    beat(progress.step, "completing the last checkpoint")
+    checkpoints.close()
+    return history
+
+
+def _paging(pages: PagedLayers | None, counts: Counts) -> dict[str, Any]:
+    """What metrics say of a base that is paged."""
+    return {} if pages is None else {"base_paging": asdict(counts), "base_resident_bytes": pages.held_bytes}
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(tensor.to(device) for tensor in batch))

@@ -1,0 +1,53 @@
+"""If this fails, an adapter that does nothing, or answers with nonsense, leaves training as if it were a good one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_dist.adapters.export import export_adapter
+from qlora_dist.adapters.validate_adapter import wrong_values
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.errors import UserError
+from qlora_dist.model.load_weights import fill
+from qlora_dist.parallel.fsdp2 import parallelize
+from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.run_setup import set_up
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
+
+
+def export_untrained(config: Config, out: Path) -> str:
+    ranks = ranks_from_environment()
+    setup = set_up(config, ranks)
+    with process_group(ranks, setup.device):
+        parallelize(setup.model, build_meshes(setup.sizes, "cpu"), config)
+        fill(setup.model, setup.folder, setup.device, 0, None)
+        try:
+            export_adapter(setup.model, setup.adapter, out)
+        except UserError as error:
+            return str(error)
+    return "exported"
+
+
+def test_an_untrained_adapter_is_not_exported(tiny_llama_nf4: Path, tmp_path: Path) -> None:
+    config = load_config(tiny_models.make_config(tmp_path, tiny_llama_nf4))
+    (sentence,) = run_ranks(1, export_untrained, config, tmp_path / "adapter")
+    assert sentence == (
+        f"{tmp_path / 'adapter'}: no adapter is written, because every B is zero, so it changes nothing; train longer, "
+        "or lower optim.lr"
+    )
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(value: float) -> None:
+    tensors = {"x.lora_A.weight": torch.ones(2, 3), "x.lora_B.weight": torch.ones(3, 2)}
+    assert wrong_values(tensors.items()) is None
+    tensors["x.lora_A.weight"][1, 1] = value
+    assert wrong_values(tensors.items()) == "x.lora_A.weight holds values that are not finite"

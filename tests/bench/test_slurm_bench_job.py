@@ -1,0 +1,193 @@
+"""If this fails, a mistake in `bench --on slurm` is found only in the queue, or a job that has ended early is explained
+by something that was not so. With a cluster: tests/slurm/test_bench.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_dist.bench.slurm_bench_job import in_words, nodes_for, unfinished
+from qlora_dist.cli.main import main
+from qlora_dist.errors import UserError
+from qlora_dist.launch.job_script import Job
+from qlora_dist.launch.slurm_queue import JobState, job_state
+from tests.helpers import tiny_models
+
+
+@given(st.integers(1, 200), st.integers(1, 16))
+def test_ranks_fill_nodes(ranks: int, most: int) -> None:
+    if ranks > most and ranks % most:
+        with pytest.raises(UserError, match=f"--ranks: {ranks} cannot be dealt out to nodes of {most} ranks each"):
+            nodes_for(ranks, most)
+        return
+    nodes, on_each = nodes_for(ranks, most)
+    assert nodes * on_each == ranks
+    assert on_each <= most
+    assert nodes == 1 or on_each == most
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--on", "slurm"], "--on slurm needs --cluster, a file such as configs/clusters/slurm.yaml"),
+        (["--cluster", "{cluster}"], "bench: --cluster and --ranks-per-node are of jobs; add --on slurm"),
+        (["--ranks-per-node", "2"], "bench: --cluster and --ranks-per-node are of jobs; add --on slurm"),
+        (["--on", "slurm", "--cluster", "{cluster}", "--ranks", "3"], "--ranks: 3 cannot be dealt out to nodes of 2"),
+        (
+            ["--on", "slurm", "--cluster", "{cluster}", "--ranks-per-node", "4"],
+            "fsdp2 on 4 ranks: --ranks-per-node: 4 is more than the 2 GPUs of a node",
+        ),
+        (
+            ["--on", "slurm", "--cluster", "{cluster}", "data.train=[none.jsonl]"],
+            "fsdp2 on 4 ranks: ",
+        ),
+        (
+            ["--on", "slurm", "--cluster", "{cluster}", "--out", "{cluster}/out"],
+            "cluster.yaml/out: cannot be made (Not a directory); give another folder",
+        ),
+    ],
+)
+def test_mistakes_submit_nothing(
+    words: list[str],
+    sentence: str,
+    tiny_llama_nf4: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    config = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__global_batch=12)
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("gpus_per_node: 2\n")
+    program(tmp_path, monkeypatch, "sbatch", f"touch {tmp_path}/submitted; exit 1")
+    given_words = [word.format(cluster=cluster) for word in words]
+    own = ["--compare", "fsdp2", "--ranks", "4", "--out", str(tmp_path / "out")]
+    code, said = call([str(config), *own, *given_words], monkeypatch, capfd)
+    assert code == 2
+    assert sentence in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "submitted").exists()
+
+
+def test_without_slurm_a_sentence(
+    tiny_llama_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__global_batch=4)
+    (tmp_path / "cluster.yaml").write_text("{}")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = [config, "--on", "slurm", "--cluster", tmp_path / "cluster.yaml", "--compare", "fsdp2", "--ranks", "2"]
+    code, said = call([str(word) for word in words], monkeypatch, capfd)
+    sentence = "--on slurm: there is no command sbatch; call this on a login node of a SLURM cluster"
+    assert (code, said) == (2, f"qlora-dist: {sentence}\n")
+
+
+def test_a_job_that_is_left_from_before_is_not_disturbed(
+    tiny_llama_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__global_batch=4)
+    (tmp_path / "cluster.yaml").write_text("{}")
+    program(tmp_path, monkeypatch, "sbatch", f"touch {tmp_path}/submitted; exit 1")
+    program(tmp_path, monkeypatch, "squeue", "echo '7|RUNNING'")
+    run = tmp_path / "out" / "runs" / "fsdp2-2"
+    run.mkdir(parents=True)
+    (run / "job.json").write_text(json.dumps({"launcher": "slurm", "job_id": 7}))
+    (run / "metrics.jsonl").write_text("of the job that runs")
+    words = [config, "--on", "slurm", "--cluster", tmp_path / "cluster.yaml", "--compare", "fsdp2", "--ranks", "2"]
+    code, said = call([*map(str, words), "--out", str(tmp_path / "out")], monkeypatch, capfd)
+    assert code == 2
+    assert f"{run}: job 7 of this run is running; cancel it (qlora-dist cancel), or give another --out\n" in said
+    assert (run / "metrics.jsonl").exists() and not (tmp_path / "submitted").exists()
+
+
+def call(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> tuple[int | str | None, str]:
+    monkeypatch.setattr(sys, "argv", ["qlora-dist", "bench", *words])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code, capfd.readouterr().err
+
+
+def program(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
+    """A command of SLURM's."""
+    path = folder / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(path.parent), prepend=":")
+
+
+@pytest.mark.parametrize(
+    ("state", "files", "sentence"),
+    [
+        ("CANCELLED", ["output"], ": job 7 was cancelled; start the benchmark again (its output: {output})"),
+        ("CANCELLED", [], ": job 7 was cancelled; start the benchmark again"),
+        ("CANCELLED", ["output", "REQUEUE"], ": job 7 was cancelled; start the benchmark again (its output: {output})"),
+        ("TIMEOUT", [], ": job 7 has reached its time limit; raise time in the cluster's file"),
+        ("FAILED", ["output", "MISTAKE"], ", job 7: lora.r: is wrong; lower it"),
+        (
+            "FAILED",
+            ["output", "REQUEUE"],
+            ": job 7 was told to end before its last step (SIGUSR1), as jobs are before their time limit; raise time "
+            "in the cluster's file (its output: {output})",
+        ),
+        (
+            "COMPLETED",
+            ["output", "STOPPED"],
+            ": job 7 was stopped by hand; start the benchmark again (its output: {output})",
+        ),
+        ("FAILED", [], ": job 7 has left no output at {output}; give an --out that all nodes see"),
+        ("FAILED", ["output"], ": job 7 has failed (FAILED); see {output}"),
+        ("UNKNOWN", ["output"], ": job 7 has failed (UNKNOWN); see {output}"),
+    ],
+)
+def test_why_a_job_has_not_come_to_its_end(state: str, files: list[str], sentence: str, tmp_path: Path) -> None:
+    job = Job("fsdp2-2", tmp_path, tmp_path, tmp_path / "jobs" / "1", 1, 2)
+    job.folder.mkdir(parents=True)
+    texts = {
+        "output": (job.output, "much"),
+        "MISTAKE": (job.folder / "MISTAKE", "lora.r: is wrong; lower it\n"),
+        "REQUEUE": (job.run / "REQUEUE", json.dumps({"step": 1, "reason": "SIGUSR1"})),
+        "STOPPED": (job.run / "STOPPED", json.dumps({"step": 1, "reason": "STOP"})),
+    }
+    for name in files:
+        path, text = texts[name]
+        path.write_text(text)
+    assert unfinished(job, 7, JobState(state)) == sentence.replace("{output}", str(job.output))
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "expected"),
+    [
+        ("echo 'PENDING|Resources|'", "exit 1", (JobState("PENDING", "Resources", ""), False, "waits (Resources)")),
+        ("echo 'RUNNING|None|n[1-2]'", "exit 1", (JobState("RUNNING", "None", "n[1-2]"), False, "runs on n[1-2]")),
+        ("echo 'COMPLETED|None|n1'", "exit 1", (JobState("COMPLETED", "None", "n1"), True, None)),
+        # the queue has forgotten it, and accounts are kept or are not
+        (
+            "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1",
+            "echo CANCELLED by 0",
+            (JobState("CANCELLED"), True, None),
+        ),
+        ("true", "echo disabled >&2; exit 1", (JobState("UNKNOWN"), True, None)),
+        ("echo Unable to contact slurm controller >&2; exit 1", "exit 1", (None, False, "is not known")),
+    ],
+)
+def test_how_a_job_is(
+    squeue: str,
+    sacct: str,
+    expected: tuple[JobState | None, bool, str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, script in (("squeue", squeue), ("sacct", sacct)):
+        program(tmp_path, monkeypatch, name, script)
+    state, (as_expected, has_ended, words) = job_state(7), expected
+    assert state == as_expected
+    assert (state is not None and state.has_ended) == has_ended
+    if words is not None:
+        assert in_words(state).startswith(words)

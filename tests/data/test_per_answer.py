@@ -1,0 +1,263 @@
+"""If this fails, models whose templates rewrite history are trained on what they never see, or not on all answers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_dist.data.row_encoder import Encoded, Encoder, Mask, MultiTurn
+from qlora_dist.data.source_row import BadRow, MessagesRow
+from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
+
+
+def says(role: str, content: str, **fields: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **fields}
+
+
+CHAT = [says("user", "the cat"), says("assistant", "sat on"), says("user", "the dog"), says("assistant", "the log")]
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "what", "arguments": {"role": "cat"}}}
+
+_TURN = "<|im_start|>{{ m.role }}\n"
+_ASKED = "{% if m.role != 'assistant' %}" + _TURN + "{{ m.content }}<|im_end|>\n"
+_END = "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+# Qwen 3.5's way: the prompt opens a thought, the last answer has one, and earlier answers have none
+OPENS_AND_FORGETS = (
+    "{% for m in messages %}" + _ASKED + "{% else %}" + _TURN + "{% if loop.last %}<think>\n"
+    "{{ m.reasoning_content | default('') }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n" + _END
+    + "<think>\n{% endif %}"
+)  # fmt: skip
+# DeepSeek R1's: the prompt opens a thought, and no answer is written with one
+OPENS = (
+    "{% for m in messages %}" + _ASKED + "{% else %}" + _TURN + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+    + _END + "<think>\n{% endif %}"
+)  # fmt: skip
+# Nemotron 3's: an answer without a thought is written with an empty one, in other words than the prompt's
+CLOSES = OPENS.replace("{{ m.content.split('</think>')[-1] }}", "<think></think>{{ m.content }}")
+# Gemma 4's: the prompt has an empty thought, and the answer none
+EMPTY = OPENS.replace("<think>\n{% endif %}", "<think>\n\n</think>\n\n{% endif %}")
+# the prompt has an empty thought where the data have one
+THINKS_UNASKED = OPENS_AND_FORGETS.replace("<think>\n{% endif %}", "<think>\n\n</think>\n\n{% endif %}")
+# Mistral's: the system message is written into the question as long as that is the last message
+MOVES = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% if loop.last and messages[0].role == 'system' %}"
+    "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}<|im_end|>{% elif m.role == 'assistant' %}"
+    " {{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
+)
+# GPT-OSS's: the last answer ends otherwise than the others
+ENDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASKED = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+AGAIN = ASKED + "sat on<|im_end|>\n<|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n"
+
+
+def encode(
+    template: str | None, messages: list[dict], mode: MultiTurn = "auto", mask: Mask = "assistant", name: str = "qwen3"
+) -> Any:
+    tokenizer = make_tokenizer(name)
+    if template is not None:
+        tokenizer.chat_template = template
+    (encoded,) = Encoder(tokenizer, mask, None, mode).encode([MessagesRow("train.jsonl, line 7", messages)])
+    return encoded
+
+
+def written(encoded: Any) -> list[tuple[str, str]]:
+    """Of each sequence, the text before the first trained token and what is trained."""
+    tokenizer = make_tokenizer("qwen3")
+    texts = []
+    for item in encoded:
+        start = int(item.trained.argmax())
+        stop = len(item.trained) - int(item.trained[::-1].argmax())
+        assert item.trained[start:stop].all()
+        assert not tokenizer.decode(item.tokens[stop:]).strip()
+        texts.append((tokenizer.decode(item.tokens[:start]), tokenizer.decode(item.tokens[start:stop])))
+    return texts
+
+
+THOUGHTS = [
+    says("user", "the cat"),
+    says("assistant", "sat on", reasoning_content="who?"),
+    says("user", "the dog"),
+    says("assistant", "the log"),
+]
+INLINE = [
+    CHAT[0],
+    says("assistant", "<think>\nwho?\n</think>\n\nsat on"),
+    CHAT[2],
+    says("assistant", "what\n</think>\n\nthe log"),
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (
+            OPENS_AND_FORGETS,
+            THOUGHTS,
+            [
+                (ASKED + "<think>\n", "who?\n</think>\n\nsat on<|im_end|>"),
+                (AGAIN + "<think>\n", "\n</think>\n\nthe log<|im_end|>"),
+            ],
+        ),
+        (
+            OPENS,
+            INLINE,
+            [
+                (ASKED + "<think>\n", "who?\n</think>\n\nsat on<|im_end|>"),
+                (AGAIN.replace("sat on", "\n\nsat on") + "<think>\n", "what\n</think>\n\nthe log<|im_end|>"),
+            ],
+        ),
+        (
+            CLOSES,
+            CHAT,
+            [
+                (ASKED + "<think>\n", "</think>sat on<|im_end|>"),
+                (AGAIN.replace("sat on", "<think></think>sat on") + "<think>\n", "</think>the log<|im_end|>"),
+            ],
+        ),
+        (
+            EMPTY,
+            CHAT,
+            [
+                (ASKED + "<think>\n\n</think>\n\n", "sat on<|im_end|>"),
+                (AGAIN + "<think>\n\n</think>\n\n", "the log<|im_end|>"),
+            ],
+        ),
+        (
+            MOVES,
+            [says("system", "You are a cat."), *CHAT],
+            [
+                ("<|im_start|>You are a cat.\n\nthe cat<|im_end|>", " sat on<|endoftext|>"),
+                (
+                    "<|im_start|>the cat<|im_end|> sat on<|endoftext|><|im_start|>You are a cat.\n\nthe dog<|im_end|>",
+                    " the log<|endoftext|>",
+                ),
+            ],
+        ),
+        (
+            ENDS,
+            CHAT,
+            [
+                (ASKED.replace("\n<|im_s", "<|im_s"), "sat on<|endoftext|>"),
+                (AGAIN.replace("\n<|im_s", "<|im_s"), "the log<|endoftext|>"),
+            ],
+        ),
+    ],
+    ids=["opens and forgets", "opens", "closes", "empty", "moves", "ends"],
+)
+def test_one_sequence_per_answer_where_history_is_rewritten(template, messages, expected):
+    assert isinstance(encode(template, messages, "whole"), BadRow)
+    for mode in ("auto", "per-answer"):
+        encoded = encode(template, messages, mode)
+        assert isinstance(encoded, list), encoded
+        assert written(encoded) == expected
+        tokenizer = make_tokenizer("qwen3")
+        tokenizer.chat_template = template
+        for item, end in zip(encoded, (len(messages) - 3, len(messages) - 1), strict=True):
+            prompt = tokenizer.apply_chat_template(messages[:end], add_generation_prompt=True, return_dict=False)
+            assert item.tokens[: len(prompt)].tolist() == prompt, "what the model is asked with, token by token"
+            assert not item.trained[: len(prompt)].any() and item.trained[len(prompt)]
+
+
+@functools.cache
+def encoder(name: str, mode: MultiTurn, mask: Mask) -> Encoder:
+    return Encoder(make_tokenizer(name), mask, None, mode)
+
+
+CONTENTS = st.sampled_from(["a", "the cat", " sat \n", "\n\nfoo", "字🙂", "<think>\nwho?\n</think>\n\nme"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), mask=st.sampled_from(["assistant", "last"]))
+def test_published_templates(name, data, mask):
+    """Each answer that the mask names is trained once, behind the tokens that inference would see."""
+    tokenizer, end = make_tokenizer(name), FAMILIES[name].end
+    messages = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        messages.append(says("user", data.draw(CONTENTS)))
+        messages.append(says("assistant", data.draw(CONTENTS), train=data.draw(st.sampled_from([None, True, False]))))
+    row = MessagesRow("train.jsonl, line 7", messages)
+    (whole,), (auto,), (each,) = (encoder(name, mode, mask).encode([row]) for mode in ("whole", "auto", "per-answer"))
+    answers = range(1, len(messages), 2)
+    masked = answers[-1:] if mask == "last" else answers
+    wanted = [i for i in answers if messages[i]["train"] or (messages[i]["train"] is None and i in masked)]
+    if not wanted:
+        assert isinstance(each, Encoded) and not each.trained.any()
+        return
+    plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    assert isinstance(each, list) and len(each) == len(wanted)
+    for index, item in zip(wanted, each, strict=True):
+        prompt = tokenizer.apply_chat_template(plain[:index], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(plain[: index + 1], tokenize=False)
+        assert text.startswith(prompt)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if FAMILIES[name].words == "bytes":
+            assert item.tokens[: len(ids)].tolist() == ids
+            assert not item.trained[: len(ids)].any()
+            answer = text[len(prompt) :]
+            assert tokenizer.decode(item.tokens[item.trained]) == answer[: answer.index(end) + len(end)]
+        assert tokenizer.decode(item.tokens) == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if isinstance(whole, Encoded):
+        assert isinstance(auto, Encoded)
+        assert (auto.tokens.tolist(), auto.trained.tolist()) == (whole.tokens.tolist(), whole.trained.tolist())
+        # history is written as it was answered, and no line feed of an answer becomes one token with the prompt's
+        if name in ("chatml", "llama-3", "llama-3.1") and not any(m["content"][0] in " \n" for m in messages):
+            tail = [tokenizer.decode(item.tokens[item.trained]) for item in each]
+            assert "".join(tail) == tokenizer.decode(whole.tokens[whole.trained])
+    else:
+        assert isinstance(auto, list)
+
+
+def test_calls_and_what_follows_the_last_answer():
+    messages = [
+        CHAT[0],
+        says("assistant", "", reasoning_content="who?", tool_calls=[CALL]),
+        says("tool", "you"),
+        CHAT[1],
+        CHAT[2],
+        CHAT[3],
+        says("user", "and?"),
+    ]
+    first, second, last = encode(None, messages)
+    tokenizer = make_tokenizer("qwen3")
+    assert tokenizer.decode(first.tokens[first.trained]).startswith("<think>\nwho?\n</think>\n\n<tool_call>")
+    assert tokenizer.decode(second.tokens).count("who?") == 1, "the thought belongs to the question that is answered"
+    assert tokenizer.decode(last.tokens).count("who?") == 0
+    assert tokenizer.decode(last.tokens[last.trained]) == "<think>\n\n</think>\n\nthe log<|im_end|>"
+    assert "and?" not in tokenizer.decode(last.tokens)
+
+
+def test_marked_templates_are_taken_at_their_word():
+    words = "{{ m.content }}<|im_end|>\n" + _END
+    assert words in OPENS_AND_FORGETS
+    marked = OPENS_AND_FORGETS.replace(words, "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n" + _END)
+    encoded = encode(marked, CHAT, "per-answer")
+    assert [text for _, text in written(encoded)] == ["sat on<|im_end|>", "the log<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "mode", "expected"),
+    [
+        (OPENS, CHAT, "auto", "prompt for message 2 opens a thought ('<think>\\n') and the answer holds none; begin "),
+        (ENDS, [{**CHAT[0], "train": True}, *CHAT[1:]], "auto", "message 1 is trained and is not the assistant's"),
+        (ENDS, CHAT, "whole", "cannot be trained as one row; set data.multi_turn: auto, or give data.chat_template"),
+        (ENDS, CHAT[1:], "per-answer", "starts with the assistant"),
+        (
+            THINKS_UNASKED,
+            THOUGHTS,
+            "auto",
+            "prompt for message 2 ends with '\\n</think>\\n\\n', and the answer does not",
+        ),
+    ],
+)
+def test_what_cannot_be_done_right_is_refused(template, messages, mode, expected, refusal):
+    row = encode(template, messages, mode)
+    assert isinstance(row, BadRow)
+    assert expected in refusal(row.error())

@@ -1,0 +1,251 @@
+"""If this fails, the fast way tokenizes or masks otherwise than transformers and its offsets would."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+
+from qlora_dist.data.byte_level import byte_lengths
+from qlora_dist.data.text_encoder import Encoded, Text, TextEncoder
+from tests.helpers.published_tokenizers import make_tokenizer
+
+
+def plain() -> Any:
+    return make_tokenizer("chatml")
+
+
+def composing() -> Any:
+    """Qwen's way: an e and an accent become one character, shorter than its tokens' bytes."""
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()])
+    return tokenizer
+
+
+def swallowing() -> Any:
+    """Added tokens that take the white space beside them: it is in no token then."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.add_tokens([AddedToken("<x>", lstrip=True, rstrip=True), AddedToken("<y>", normalized=True)])
+    return tokenizer
+
+
+def without_some_bytes(unknown: str | None) -> Any:
+    tokenizer = make_tokenizer("chatml")
+    rules = tokenizer.backend_tokenizer.to_str()
+    for letter in ("å", "Ń", "ð"):  # bytes 0xE5, 0xAD and 0xF0
+        rules = rules.replace(f'"{letter}":', f'"unused {ord(letter)}":')
+    if unknown:
+        rules = rules.replace('"unk_token":null', f'"unk_token":"{unknown}"')
+    changed = type(tokenizer)(tokenizer_object=Tokenizer.from_str(rules), eos_token="<|im_end|>")
+    assert len(changed("字🙂")["input_ids"]) < 7 or unknown
+    return changed
+
+
+def beginning() -> Any:
+    """Writes a token before every text."""
+    tokenizer = make_tokenizer("llama-3")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    return tokenizer
+
+
+BYTE_LEVEL: dict[str, Callable[[], Any]] = {
+    "plain": plain,
+    "composing": composing,
+    "swallowing": swallowing,
+    "without some bytes": functools.partial(without_some_bytes, None),
+    "unknown bytes": functools.partial(without_some_bytes, "<|endoftext|>"),
+    "beginning": beginning,
+}
+OTHERS = {"sentencepiece": functools.partial(make_tokenizer, "gemma")}
+
+
+@functools.cache
+def encoder(kind: str) -> TextEncoder:
+    return TextEncoder({**BYTE_LEVEL, **OTHERS}[kind]())
+
+
+PARTS = [
+    "the",
+    " cat",
+    "  ",
+    "\n",
+    "字",
+    "🙂",
+    "é",
+    "e\u0301",
+    "\u1100\u1161",
+    "<x>",
+    " <y> ",
+    "<|im_end|>",
+    "<|endoftext|>",
+]
+
+
+@st.composite
+def texts(draw: Any) -> list[Text]:
+    drawn = []
+    for _ in range(draw(st.integers(1, 4))):
+        text = draw(st.lists(st.sampled_from(PARTS), max_size=8).map("".join))
+        cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=4)))
+        spans = list(zip(cuts[::2], cuts[1::2], strict=False)) if draw(st.booleans()) else None
+        drawn.append(Text(text, spans, inverted=draw(st.booleans())))
+    return drawn
+
+
+@pytest.mark.parametrize("kind", [*BYTE_LEVEL, *OTHERS])
+@settings(max_examples=80, deadline=None)
+@given(batch=texts(), closed=st.booleans())
+def test_equals_the_tokenizers_own_call_and_its_offsets(kind, batch, closed):
+    tokenizer = encoder(kind)._tokenizer
+    if closed:  # of a conversation alone some turns can be left out
+        batch = [text._replace(inverted=False) for text in batch]
+    results = encoder(kind).encode(batch, closed)
+    assert len(results) == len(batch)
+    for text, encoded in zip(batch, results, strict=True):
+        expected = tokenizer(text.text, add_special_tokens=closed, return_offsets_mapping=True)
+        ids, offsets = expected["input_ids"], expected["offset_mapping"]
+        has_end = text.text.rstrip().endswith(tokenizer.eos_token)
+        ended = closed and not has_end
+        assert encoded.tokens.tolist() == ids + [tokenizer.eos_token_id] * ended
+        assert (encoded.tokens.dtype, encoded.trained.dtype) == (np.int32, np.bool_)
+        if text.spans is None:
+            assert encoded.trained.all()
+            continue
+        flags = encoded.trained.tolist()
+        if closed and encoded.tokens[-1] == tokenizer.eos_token_id:
+            assert flags.pop()
+        for (first, last), flag in zip(offsets, flags, strict=False):
+            if text.text[first:last].strip() == "<x>":  # its own text counts, not the white space that it takes
+                first = text.text.index("<x>", first)
+                last = first + len("<x>")
+            if first < last:
+                inside = any(max(first, start) < min(last, end) for start, end in text.spans)
+                assert flag == (inside != text.inverted)
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+def test_most_texts_go_the_fast_way(kind, monkeypatch):
+    """The test above would not see if none did."""
+    slow: list[Text] = []
+    monkeypatch.setattr(
+        TextEncoder, "_by_offsets", lambda self, texts, closed: slow.extend(texts) or [None] * len(texts)
+    )
+    results = encoder(kind).encode([Text("the cat é", [(4, 7)]), Text("e\u0301", None), Text("\n", [])], closed=False)
+    assert not slow
+    assert all(isinstance(item, Encoded) for item in results)
+
+
+def test_only_the_texts_that_need_it_go_the_slow_way(monkeypatch):
+    slow: list[str] = []
+    by_offsets = TextEncoder._by_offsets
+
+    def noted(self: TextEncoder, texts: list[Text], closed: bool) -> list[Encoded]:
+        slow.extend(text.text for text in texts)
+        return by_offsets(self, texts, closed)
+
+    monkeypatch.setattr(TextEncoder, "_by_offsets", noted)
+    encoder("composing").encode(
+        [Text("the cat", [(0, 3)]), Text("e\u0301", [(0, 2)]), Text("字", [(0, 1)])], closed=False
+    )
+    encoder("swallowing").encode([Text("the <x>", [(0, 3)]), Text("the<x>", [(0, 3)])], closed=False)
+    encoder("unknown bytes").encode([Text("the é", [(0, 3)]), Text("字", [(0, 1)])], closed=False)
+    assert slow == ["e\u0301", "the <x>", "字"]
+
+
+def prefixing() -> Any:
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def lowering() -> Any:
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def dropping() -> Any:
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.backend_tokenizer.model.dropout = 0.1
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [prefixing, lowering, dropping, *OTHERS.values()])
+def test_tokenizers_of_another_kind(make):
+    assert byte_lengths(make()) is None
+
+
+def test_tokenizer_with_a_way_of_its_own():
+    tokenizer = make_tokenizer("chatml")
+
+    class Own(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, *args: Any, **options: Any) -> Any:
+            return super()._encode_plus(*args, **options)
+
+    tokenizer.__class__ = Own
+    assert byte_lengths(tokenizer) is None
+
+
+def both_ends(make: Callable[[], Any]) -> Any:
+    """Writes a token before and behind every text."""
+    tokenizer = make()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)],
+    )
+    return tokenizer
+
+
+RENDERED = {
+    "byte-level": beginning,
+    "byte-level, both ends": functools.partial(both_ends, beginning),
+    "sentencepiece": functools.partial(make_tokenizer, "gemma"),
+    "sentencepiece, both ends": functools.partial(both_ends, functools.partial(make_tokenizer, "gemma")),
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+@pytest.mark.parametrize("spanned", [False, True])
+def test_a_text_that_was_rendered_before_gets_no_second_beginning_or_end(name, spanned):
+    """The second beginning would be a target, and the model would learn to go on after the end of its answer."""
+    tokenizer = RENDERED[name]()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    prompt, answer = f"{bos}the cat", " sat on the mat"
+    for end in ("", eos, f"{eos}\n", f"{eos} \n\n"):
+        text = prompt + answer + end
+        spans = [(len(prompt), len(text))] if spanned else None
+        (encoded,) = TextEncoder(tokenizer).encode([Text(text, spans)], closed=True)
+        expected = tokenizer(text if end else text + eos, add_special_tokens=False)
+        assert encoded.tokens.tolist() == expected["input_ids"]
+        assert encoded.tokens.tolist().count(tokenizer.eos_token_id) == 1
+        start = expected.char_to_token(len(prompt)) if spanned else 0
+        assert encoded.trained.tolist() == [place >= start for place in range(len(encoded.tokens))]
+
+
+def test_special_tokens_that_are_split_are_no_beginning_and_no_end():
+    tokenizer = both_ends(beginning)
+    tokenizer.split_special_tokens = True
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    (encoded,) = TextEncoder(tokenizer).encode([Text("<|begin_of_text|>the<|eot_id|>", None)], closed=True)
+    assert (encoded.tokens[0], encoded.tokens[-1]) == (bos, eos)
+    assert not {bos, eos} & set(encoded.tokens[1:-1].tolist())
+
+
+@pytest.mark.parametrize("answer", ["sat", " sat", "\n\n sat"])
+def test_a_token_that_takes_the_white_space_of_an_answer_is_not_trained(answer):
+    """Phi-3's `<|assistant|>`: trained, the model would learn to begin turns of its own."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True), AddedToken("<|end|>", lstrip=True)])
+    prompt, end = "the cat<|assistant|>\n", "<|end|>"
+    text = prompt + answer + " " + end
+    (encoded,) = TextEncoder(tokenizer).encode([Text(text, [(len(prompt), len(text))])], closed=False)
+    assert tokenizer.decode(encoded.tokens[encoded.trained]) == f"sat{end}"

@@ -1,0 +1,65 @@
+"""What tests of launchers need: which are installed, and what is left of what they have started."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def need(there: bool, what: str) -> None:
+    """Skip the test where something is missing; fail where continuous integration has said that nothing may be."""
+    if there:
+        return
+    if os.environ.get("QLORA_DIST_REQUIRE_LAUNCHERS") == "1":
+        pytest.fail(f"{what} is missing")
+    pytest.skip(f"{what} is missing")
+
+
+def mpi(name: str) -> Path:
+    """The `bin` of the environment that holds MPICH (this Python's own) or Open MPI (one beside it)."""
+    folder = Path(sys.prefix) if name == "mpich" else ROOT / ".venv-openmpi"
+    need((folder / "bin" / ("mpichversion" if name == "mpich" else "ompi_info")).exists(), f"{name} in {folder}")
+    return folder / "bin"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For a launcher, by itself: without what this process may have from one. `folder` marks all of its processes."""
+    foreign = ("SLURM_", "OMPI_", "PMI", "PMIX_", "TORCHELASTIC_", "MASTER_")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "QLORA_DIST_TEST": str(folder),
+    }
+
+
+def alive(folder: Path) -> list[int]:
+    """Processes with that folder in their environment, wherever they have gone."""
+    mark = f"QLORA_DIST_TEST={folder}".encode()
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0"):
+                state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+                found += [] if state in "ZX" else [int(process.name)]
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(true: Callable[[], object], within_s: float) -> bool:
+    end = time.monotonic() + within_s
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True

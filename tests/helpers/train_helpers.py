@@ -1,0 +1,79 @@
+"""A run on real ranks, and what is left of it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from qlora_dist.config.schema import Config
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.console import RunConsole
+from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.run_training import run
+
+PROMPT = torch.arange(3, 60).view(1, -1)
+
+
+def train_and_give_logits(config: Config) -> np.ndarray:
+    """Train, then run the sharded model on PROMPT: its logits."""
+    ranks = ranks_from_environment()
+    setup = set_up(config, ranks)
+    with RunConsole(1) as console, process_group(ranks, setup.device):
+        run(setup, console)
+        setup.model.eval()
+        with torch.no_grad():
+            logits = setup.model(input_ids=PROMPT, use_cache=False).logits
+    return logits.float().numpy()  # a tensor would be shared memory of a process that is gone
+
+
+def losses(config: Config) -> list[float]:
+    rows = [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def adapter_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """|a - b| / |a| of all adapter weights together."""
+    assert a.keys() == b.keys()
+    difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).double().norm()
+    return float(difference / torch.cat([t.flatten() for t in a.values()]).double().norm())
+
+
+def plain_losses(model: nn.Module, config: Config, steps: int) -> list[float]:
+    """The same steps in one process by plain autograd: whole logits, torch's AdamW, whatever requires a gradient."""
+    loader = set_up(config, ranks_from_environment({})).loader
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.optim.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    result = []
+    for step in range(steps):
+        window = loader.window(step)
+        tokens, total = sum(int((batch.labels != -100).sum()) for batch in window), 0.0
+        for batch in window:
+            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+            loss = cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum") / tokens
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        result.append(total)
+    return result
+
+
+def first_loss(config: Config, model: nn.Module) -> float:
+    """The loss of transformers' model on what the first step trains on, each sequence of a row by itself."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in set_up(config, ranks_from_environment({})).loader.window(0):
+            for row, labels, positions in zip(*batch, strict=True):
+                starts = (positions == 0).nonzero().flatten().tolist()
+                for begin, end in zip(starts, [*starts[1:], len(row)], strict=True):
+                    logits = model(input_ids=row[None, begin:end], use_cache=False).logits[0]
+                    total += float(cross_entropy(logits, labels[begin:end], reduction="sum"))
+                    count += int((labels[begin:end] != -100).sum())
+    return total / count

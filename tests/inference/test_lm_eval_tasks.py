@@ -1,0 +1,155 @@
+"""If this fails, lm-evaluation-harness scores another model than the one that was trained, or a sharded one hangs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+
+from qlora_dist.errors import UserError
+from qlora_dist.inference import lm_eval_tasks
+from qlora_dist.inference.inference_config import inference_config
+from qlora_dist.inference.inference_model import loaded_model
+from qlora_dist.inference.lm_eval_tasks import TaskOptions, check_tasks, run_tasks
+from qlora_dist.inference.named_adapter import base_of, parse_adapters
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
+
+CHOICE, TEXT, WRITE = "tiny_choice", "tiny_text", "tiny_write"
+
+
+def make_tasks(folder: Path) -> Path:
+    """Multiple choice with examples, a text's perplexity, and an answer to be written; none asks a network."""
+    rows = [
+        {"question": f"{a} {b}", "choices": [b, f"{a} {a}", "who"], "answer": index % 3, "text": f"{a} about {b} " * 40}
+        for index, (a, b) in enumerate(zip(tiny_models.WORDS, tiny_models.WORDS[3:], strict=False))
+    ]
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+    }
+    choice = {
+        "output_type": "multiple_choice",
+        "fewshot_split": "test",
+        "doc_to_text": "{{question}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "num_fewshot": 2,
+    }
+    text = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    write = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    for name, task in ((CHOICE, choice), (TEXT, text), (WRITE, write)):
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))
+    return folder
+
+
+def ours(adapter: Path, folder: Path) -> Any:
+    """All scores, and what the harness asks and gets."""
+    from qlora_dist.inference.lm_eval_model import HarnessModel
+
+    asked: dict[str, Any] = {}
+    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        keep(HarnessModel, kind, asked)  # in this rank's process alone
+    adapters = parse_adapters([f"one={adapter}"])
+    overrides = ("train.device=cpu", "model.compute_dtype=fp32")
+    with loaded_model(inference_config(base_of(adapters), adapter, overrides=overrides), adapters) as loaded:
+        scores = run_tasks(loaded, TaskOptions((CHOICE, TEXT, WRITE), batch_size=4, limit=5, folder=folder))
+    return scores, asked
+
+
+def keep(model: Any, kind: str, asked: dict[str, Any]) -> None:
+    """Note what a class, or an instance, answers."""
+    answer = getattr(model, kind)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        found, requests = answer(*args, **kwargs), args[-1]
+        asked[kind] = [[list(map(str, request.args)), result] for request, result in zip(requests, found, strict=True)]
+        return found
+
+    setattr(model, kind, noted)
+
+
+def test_data_that_is_out_of_reach_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """A compute node has no network, as these tests have none (HF_HUB_OFFLINE)."""
+    pytest.importorskip("lm_eval")
+    task = {"task": "far", "dataset_path": "no-such-owner/no-such-data", "output_type": "loglikelihood_rolling"}
+    (tmp_path / "far.yaml").write_text(
+        json.dumps({**task, "test_split": "test", "doc_to_text": "", "doc_to_target": "t"})
+    )
+    with pytest.raises(UserError, match=r"^--tasks far: the data of a task cannot be loaded \(.*HF_HOME\)$"):
+        check_tasks(TaskOptions(("far",), folder=tmp_path))
+
+
+def test_what_was_loaded_ahead_is_evaluated_once(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    options = TaskOptions((CHOICE,), folder=make_tasks(tmp_path / "tasks"))
+    check_tasks(options)
+    manager = lm_eval_tasks._manager(options.names, options.folder)
+    first, second = manager.load([CHOICE]), manager.load([CHOICE])
+    assert first["tasks"].keys() == second["tasks"].keys() == {CHOICE}
+    assert first["tasks"][CHOICE] is not second["tasks"][CHOICE], "the harness changes what it evaluates"
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_plain_hf_model(
+    material: Any, plain_model: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness's own model with transformers, bitsandbytes and PEFT beside ours, on one rank and on two."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # which asks the machine for seconds
+    folder = make_tasks(tmp_path / "tasks")
+    theirs: dict[str, Any] = {}
+    model = peft.PeftModel.from_pretrained(plain_model(material.base), material.one)
+    plain = HFLM(pretrained=model, tokenizer=str(material.base), batch_size=4)
+    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        keep(plain, kind, theirs)
+    lm_eval.simple_evaluate(
+        plain,
+        tasks=[CHOICE, TEXT, WRITE],
+        limit=5,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    ((scores, alone),) = run_ranks(1, ours, material.one, folder)
+    assert len(theirs) == 3
+    assert set(scores) == {CHOICE, TEXT, WRITE}
+    for kind, rows in theirs.items():
+        assert len(rows) >= 5
+        assert [asked for asked, _ in rows] == [asked for asked, _ in alone[kind]]
+        answers = [[result for _, result in found] for found in (rows, alone[kind])]
+        if kind == "loglikelihood":
+            assert [greedy for _, greedy in answers[0]] == [greedy for _, greedy in answers[1]]
+            answers = [[score for score, _ in found] for found in answers]
+        if kind == "generate_until":
+            assert answers[0] == answers[1]
+        else:
+            assert answers[1] == pytest.approx(answers[0], abs=1e-3)
+            assert len(set(answers[0])) > 3
+    for both, found in run_ranks(2, ours, material.one, folder):
+        for kind in theirs:
+            assert [asked for asked, _ in found[kind]] == [asked for asked, _ in alone[kind]]
+        for (_, (score, _)), (_, (expected, _)) in zip(found["loglikelihood"], alone["loglikelihood"], strict=True):
+            assert score == pytest.approx(expected, abs=1e-4)
+        assert [text for _, text in found["generate_until"]] == [text for _, text in alone["generate_until"]]
+        assert not both or both[CHOICE]["acc"] == scores[CHOICE]["acc"]

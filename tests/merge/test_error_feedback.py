@@ -1,0 +1,55 @@
+"""If this fails, rounding with error feedback loses the update, or disturbs weights that have none."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_dist.merge.error_feedback import directions, round_with_feedback
+from qlora_dist.merge.lora_update import Values
+from qlora_dist.nf4.quantize import dequantize, quantize
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 150),
+    st.sampled_from(["nf4", "fp4"]),
+    st.sampled_from([32, 64]),
+    st.booleans(),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_weights_without_an_update_stay(
+    rows: int, columns: int, quant_type: str, block_size: int, double_quant: bool, dtype: torch.dtype
+) -> None:
+    """Of every shape, also where a row ends within a block or a byte; a block of zeros too."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    weight.view(-1)[:block_size] = 0
+    packed, layout = quantize(weight, quant_type, block_size, double_quant)  # type: ignore[arg-type]
+    before = dequantize(packed, layout, torch.float32)
+    again = round_with_feedback(packed, iter([before]), layout, torch.randn(3, columns))
+    assert torch.equal(dequantize(again, layout, torch.float32), before)
+
+
+def test_an_update_that_rounding_loses() -> None:
+    """What the update does to the inputs that it sees is there to an eighth where rounding leaves nothing."""
+    torch.manual_seed(0)
+    packed, layout = quantize(torch.randn(256, 1024).bfloat16())
+    before = dequantize(packed, layout, torch.float32)
+    update = Values(torch.randn(4, 1024) / 32, torch.randn(256, 4) * 5e-2, 1.0, None)
+    wanted = before + update.b @ update.a
+    fed = dequantize(round_with_feedback(packed, iter([wanted]), layout, directions(update)), layout, torch.float32)
+    rounded = dequantize(quantize(wanted.bfloat16())[0], layout, torch.float32)
+    seen = torch.linalg.qr(update.a.T)[0]
+    effect = (wanted - before) @ seen
+    assert ((fed - wanted) @ seen).norm() < 0.15 * effect.norm()
+    assert ((rounded - wanted) @ seen).norm() > 0.9 * effect.norm()
+    assert (fed - wanted).norm() < 0.05 * before.norm()  # the first quantization cost a tenth
+
+
+def test_directions_see_what_the_update_does() -> None:
+    torch.manual_seed(0)
+    update = Values(torch.randn(4, 50), torch.randn(30, 4), 1.0, None)
+    x = torch.randn(50, 20)
+    torch.testing.assert_close((directions(update) @ x).norm(dim=0), (update.b @ update.a @ x).norm(dim=0))

@@ -1,0 +1,53 @@
+"""If this fails, the planner plans another model than the one that is trained."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_dist.config.schema import Config
+from qlora_dist.plan.model_spec import describe
+from qlora_dist.train.run_setup import set_up_model
+from tests.helpers.architectures import make_architecture
+
+# of each architecture that the planner knows, what its config.json may say that changes parameters
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("Llama", {"attention_bias": True, "mlp_bias": True}, {"targets": ["q_proj", "down_proj"]}),
+    ("Llama", {"tie_word_embeddings": True}, {"dora": True}),
+    ("Mistral", {}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    ("Qwen2", {"tie_word_embeddings": False}, {}),
+    ("Qwen3", {"attention_bias": True}, {}),
+    ("Gemma2", {}, {}),
+    ("Mixtral", {}, {"experts": True, "dropout": 0.0}),
+    ("Qwen3Moe", {"decoder_sparse_step": 2, "mlp_only_layers": []}, {}),
+    ("Qwen3Moe", {}, {}),
+    ("DeepseekV3", {}, {}),
+    ("DeepseekV3", {"q_lora_rank": None}, {"targets": ["q_proj", "o_proj"]}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "lora"), CASES, ids=lambda value: str(value))
+def test_shapes_are_those_of_the_model_that_is_trained(
+    name: str, settings: dict[str, Any], lora: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = make_architecture(tmp_path, name, torch.bfloat16, **settings)
+    packing = "none" if name == "Gemma2" else "best-fit"
+    config = Config.model_validate(
+        {
+            "model": {"base": str(folder)},
+            "lora": {"r": 4, **lora},
+            "data": {"train": ["none"], "packing": packing},
+        }
+    )
+    _, model, _ = set_up_model(config)
+    planned = describe(json.loads((folder / "config.json").read_text()), config.lora)
+
+    ours = Counter((p.shape, p.trained, p.is_bytes) for unit in planned.units for p in unit.parameters)
+    real = Counter((tuple(p.shape), p.requires_grad, p.dtype == torch.uint8) for p in model.parameters())
+    assert ours == real
+    assert planned.buffer_bytes == sum(buffer.nbytes for buffer in model.buffers())

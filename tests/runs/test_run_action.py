@@ -1,0 +1,321 @@
+"""If this fails, a command destroys a run, or refuses to start one for which nothing stands in the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.config.config_file import changed, dump_config, load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.errors import UserError
+from qlora_dist.runs.run_action import claim, dry_run_note
+from qlora_dist.runs.run_dir import run_path
+from qlora_dist.runtime.environment import this_launch
+from qlora_dist.train.run_training import train
+from tests.helpers import tiny_models
+from tests.helpers.launchers import need
+from tests.helpers.ranks import run_ranks
+
+STOPPED_AT = 17
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(tiny_models.make_config(tmp_path, tmp_path / "no-model"))
+
+
+def make_run(config: Config, *traces: str, steps: int = STOPPED_AT) -> Path:
+    """A folder as a run leaves it; `traces` are what there is besides its configuration and metrics."""
+    path = run_path(config.run)
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(dump_config(config))
+    rows = [{"step": 0, "eval_loss": 3.0}, *({"step": step, "loss": 2.0} for step in range(1, steps + 1))]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for trace in traces:
+        if trace == "checkpoint":
+            (path / "checkpoints" / "step-000005").mkdir(parents=True)
+            (path / "checkpoints" / "step-000005" / "manifest.json").write_text("{}")
+        elif trace == "adapter":
+            (path / "adapter").mkdir()
+        else:
+            (path / trace).write_text(json.dumps({"step": steps, "reason": "of the test"}))
+    return path
+
+
+def more_steps(config: Config) -> Config:
+    return changed(config, {"train": {"steps": 100}})
+
+
+def fewer_steps(config: Config) -> Config:
+    return changed(config, {"train": {"steps": 5}})
+
+
+def another_rate(config: Config) -> Config:
+    return changed(config, {"optim": {"lr": 1e-3}})
+
+
+def another_layout(config: Config) -> Config:
+    return changed(config, {"train": {"micro_batch": 2}, "parallel": {"base": "replicate"}, "data": {"workers": 1}})
+
+
+def overwriting(config: Config) -> Config:
+    return changed(config, {"run": {"overwrite": True}})
+
+
+def the_same(config: Config) -> Config:
+    return config
+
+
+@pytest.mark.parametrize(
+    ("traces", "command", "resume", "way"),
+    [
+        (("DONE", "adapter", "checkpoint"), the_same, "auto", "done"),
+        (("DONE", "adapter", "checkpoint"), the_same, "none", "done"),  # the same command once more
+        (("DONE", "adapter", "checkpoint"), another_layout, "auto", "done"),
+        (("DONE", "adapter", "checkpoint"), more_steps, "auto", "resume"),
+        (("DONE", "adapter", "checkpoint"), fewer_steps, "auto", "holds a run that is finished after 17 steps"),
+        (("DONE", "adapter", "checkpoint"), another_rate, "auto", "holds a run that is finished after 17 steps"),
+        (("DONE", "adapter", "checkpoint"), overwriting, "auto", "replace"),
+        (("STOPPED", "checkpoint"), the_same, "auto", "resume"),
+        (("STOPPED", "checkpoint"), another_rate, "auto", "resume"),  # the checkpoint tells what may change
+        (("STOPPED", "checkpoint"), the_same, "none", "holds a run already"),
+        (("REQUEUE", "checkpoint"), overwriting, "auto", "replace"),
+        (("adapter",), the_same, "auto", "holds a run already"),
+        ((), the_same, "auto", "begin"),
+        ((), another_rate, "auto", "begin"),
+        ((), another_rate, "none", "begin"),
+        (("DONE",), lambda config: changed(config, {"train": {"steps": None}}), "auto", "resume"),  # 100 of them
+    ],
+)
+def test_what_a_command_does_where_a_run_has_been(
+    traces: tuple[str, ...], command: Callable[[Config], Config], resume: str, way: str, config: Config
+) -> None:
+    make_run(config, *traces)
+    if way in ("begin", "replace", "resume", "done"):
+        assert claim(command(config), resume).way == way
+    else:
+        with pytest.raises(UserError, match=way):
+            claim(command(config), resume)
+
+
+def test_a_run_without_a_checkpoint_says_what_is_lost(config: Config) -> None:
+    """An out-of-memory error in the first steps is mended by another configuration of the same name."""
+    assert claim(config).note is None
+    make_run(config)
+    assert claim(config).note is None  # the same run, which a loss of a node has ended
+    found = claim(another_rate(config))
+    assert found.note is not None and f"held {STOPPED_AT} steps of a run with another configuration" in found.note
+
+
+@pytest.mark.parametrize("variables", ["torchrun", "srun", "mpirun"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_finished_run_is_done_on_each_rank_alone(
+    variables: str, rank: int, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No rank waits for another, so one that is alone ends as well; there is no model to load, either."""
+    environ = {
+        "torchrun": {
+            "RANK": rank,
+            "WORLD_SIZE": 2,
+            "LOCAL_RANK": rank,
+            "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "192.0.2.1",
+            "MASTER_PORT": 1,
+            "TORCHELASTIC_RUN_ID": "x",
+        },
+        "srun": {
+            "SLURM_JOB_ID": 7,
+            "SLURM_STEP_ID": 0,
+            "SLURM_PROCID": rank,
+            "SLURM_STEP_NUM_TASKS": 2,
+            "SLURM_LOCALID": 0,
+            "SLURM_NODEID": rank,
+            "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        },
+        "mpirun": {"PMI_RANK": rank, "PMI_SIZE": 2, "MPI_LOCALRANKID": rank, "MPI_LOCALNRANKS": 2},
+    }[variables]
+    for name, value in environ.items():
+        monkeypatch.setenv(name, str(value))
+    path = make_run(config, "DONE", "adapter", "checkpoint")
+    os.utime(path / "DONE", (0, 0))
+    train(config)
+    said = capsys.readouterr().out
+    assert said == (f"{claim(config).note}\n" if rank == 0 else "")
+    # a job script goes by markers that are newer than its start
+    assert ((path / "DONE").stat().st_mtime > 0) == (rank == 0)
+
+
+JOB = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": "7"}
+ARRAY = {**JOB, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "way"),
+    [
+        ({}, {}, "replace"),
+        (JOB, JOB | {"SLURM_RESTART_COUNT": "1"}, "resume"),
+        (JOB, JOB, "replace"),  # a second command in one allocation
+        (JOB, JOB | {"SLURM_JOB_ID": "8"}, "replace"),
+        (ARRAY, ARRAY | {"SLURM_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "1"}, "resume"),
+        ({"TORCHELASTIC_RUN_ID": "a"}, {"TORCHELASTIC_RUN_ID": "a"}, "resume"),  # of the same agent
+        ({}, {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "1"}, "replace"),
+    ],
+)
+@pytest.mark.parametrize("resume", ["auto", "none", "elsewhere/step-000003"])
+def test_a_launcher_goes_on_with_what_its_command_has_begun(
+    before: dict[str, str], now: dict[str, str], way: str, resume: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run.overwrite` and `--resume` are for the first start: a requeued job would lose its work again and again."""
+    path = make_run(config, "checkpoint")
+    (path / "process.json").write_text(json.dumps({"launch": this_launch(before)}))
+    for name, value in now.items():
+        monkeypatch.setenv(name, value)
+    found = claim(overwriting(config), resume)
+    assert (found.way, found.resume) == (way, resume if way == "replace" else "auto")
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "config.yaml", "process.json", "summary.json", "DONE", "REQUEUE", "SAVE", "STOP"]
+)
+@pytest.mark.parametrize("kind", ["a folder", "a pipe"])
+def test_a_file_of_another_kind_is_a_sentence(name: str, kind: str, config: Config) -> None:
+    path = make_run(config, "checkpoint")
+    (path / name).unlink(missing_ok=True)
+    if kind == "a folder":
+        (path / name).mkdir()
+    else:
+        os.mkfifo(path / name)
+    with pytest.raises(UserError, match=f"{name}: is no file, and a run has one there; move it away"):
+        claim(config)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter", "tensorboard", "."])
+def test_a_folder_of_another_kind_is_a_sentence(name: str, config: Config) -> None:
+    path = make_run(config) / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.write_text("x")
+    with pytest.raises(UserError, match="is no folder"):
+        claim(config)
+
+
+def test_metrics_that_no_run_has_written_stay(config: Config) -> None:
+    path = make_run(config)
+    (path / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds a run already"):
+        claim(config)
+
+
+def test_a_marker_that_says_nothing_is_none(config: Config) -> None:
+    path = make_run(config, "checkpoint")
+    for content in (b"xx", b"[]", b'{"step": "17"}', b'{"step": -1}', b"\xff", b"[" * 200_000):
+        (path / "DONE").write_bytes(content)
+        assert claim(config).way == "resume", content
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Every user may look into it: those of pytest are root's."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def as_another_user(config: Config) -> str:
+    """The sentence that a user gets who is not root, whom no mode stops."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    try:
+        return claim(config).way
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")
+def test_what_may_not_be_read_or_written_is_a_sentence(config: Config, open_folder: Path) -> None:
+    config = changed(config, {"run": {"dir": str(open_folder / "runs")}})
+    path = make_run(config, "checkpoint")
+    for mine in (path.parent, path, *path.rglob("*")):
+        os.chown(mine, 65534, 65534)
+    assert run_ranks(1, as_another_user, config) == ["resume"]
+    newest = path / "checkpoints" / "step-000005"
+    for spoilt, mode in [
+        (path, 0o555),
+        (path / "metrics.jsonl", 0o000),
+        (path / "metrics.jsonl", 0o444),
+        (path / "config.yaml", 0o444),
+        (path / "checkpoints", 0o000),
+        (path / "checkpoints", 0o555),
+        (newest, 0o000),
+        (newest / "manifest.json", 0o000),
+    ]:
+        before = spoilt.stat().st_mode
+        spoilt.chmod(mode)
+        (said,) = run_ranks(1, as_another_user, config)
+        spoilt.chmod(before)
+        assert said.startswith(f"{spoilt}: cannot be ") and f"mode {mode:03o}, and this is user 65534" in said, said
+    new = changed(config, {"run": {"name": "new"}})
+    path.parent.chmod(0o555)
+    assert "give run.dir another value" in run_ranks(1, as_another_user, new)[0]
+
+
+def test_a_read_only_file_system_is_a_sentence(config: Config, tmp_path: Path) -> None:
+    need(os.geteuid() == 0, "root, to mount,")
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+    try:
+        config = changed(config, {"run": {"dir": str(folder)}})
+        make_run(config, "checkpoint")
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        for name in ("run", "new"):
+            with pytest.raises(UserError, match=r"cannot be .*the file system is read-only"):
+                claim(changed(config, {"run": {"name": name}}))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("traces", "command", "note"),
+    [
+        ((), the_same, None),
+        (("DONE",), the_same, "train would do nothing: .* is done after 17 steps"),
+        (("checkpoint",), the_same, "train would go on with the run in"),
+        (("DONE",), overwriting, "train would replace the run in"),
+    ],
+)
+def test_a_dry_run_says_what_train_would_do(
+    traces: tuple[str, ...], command: Callable[[Config], Config], note: str | None, config: Config
+) -> None:
+    make_run(config, *traces)
+    said = dry_run_note(command(config), "auto")
+    assert said == note or re.match(str(note), str(said)), said
+
+
+@pytest.mark.parametrize(
+    ("traces", "command", "message"),
+    [(("DONE",), another_rate, "holds a run that is finished"), (("adapter",), the_same, "holds a run already")],
+)
+def test_a_dry_run_refuses_what_train_would_refuse(
+    traces: tuple[str, ...], command: Callable[[Config], Config], message: str, config: Config
+) -> None:
+    make_run(config, *traces)
+    with pytest.raises(UserError, match=message):
+        dry_run_note(command(config), "auto")
+
+
+def test_a_run_does_not_replace_the_adapter_that_it_begins_from(config: Config) -> None:
+    path = make_run(config, "DONE", "adapter")
+    command = changed(overwriting(config), {"lora": {"from": str(path / "adapter")}})
+    with pytest.raises(UserError, match=r"lora.from: .* lies in the folder of this run, which run.overwrite=true"):
+        claim(command)

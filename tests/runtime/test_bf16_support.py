@@ -1,0 +1,43 @@
+"""If this fails, a run takes ten times as long as it has to on an older processor or GPU, and nothing says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_dist.runtime import bf16_support
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+ROME = "processor\t: 0\nmodel name\t: AMD EPYC 7742\nflags\t\t: fpu vme sse4_2 avx avx2 f16c fma sha_ni\n"
+SAPPHIRE_RAPIDS = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile amx_int8\n"
+GENOA = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16 avx512_vnni\n"
+GRAVITON_2 = "processor\t: 0\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp\n"
+GRAVITON_3 = GRAVITON_2.replace("asimdhp", "asimdhp svebf16 i8mm bf16")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "slow"),
+    [(ROME, True), (SAPPHIRE_RAPIDS, False), (GENOA, False), (GRAVITON_2, True), (GRAVITON_3, False), ("", False)],
+)
+def test_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str, slow: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(bf16_support, "_CPUINFO", tmp_path / "cpuinfo")
+    said = bf16_support.warn_of_bf16(CPU)
+    assert (said is not None) == slow
+    assert said is None or said.endswith("set model.compute_dtype=fp32")
+
+
+def test_a_system_that_does_not_say_is_not_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bf16_support, "_CPUINFO", tmp_path / "none")
+    assert bf16_support.warn_of_bf16(CPU) is None
+
+
+@pytest.mark.parametrize(("capability", "slow"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], slow: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    said = bf16_support.warn_of_bf16(GPU)
+    assert (said is not None) == slow
+    assert said is None or ("Tesla T4 (compute capability 7.5" in said and "set model.compute_dtype=fp16" in said)

@@ -1,0 +1,203 @@
+"""If this fails, a process takes itself for another rank, or for a single one among many."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.errors import UserError
+from qlora_dist.runtime.environment import (
+    Ranks,
+    StoreAddress,
+    agent_keeps_store,
+    meeting_name,
+    ranks_from_environment,
+    store_address,
+)
+
+PACKAGE = Path(__file__).resolve().parents[2] / "qlora_dist"
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+    "HOME": "/home/me",
+}
+DEEPSPEED = {  # `deepspeed`, in the place of torchrun
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "4",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+JOB = {  # as SLURM 22.05 sets it for all steps, and for a batch script's own shell
+    "SLURM_JOB_ID": "123",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+}
+STEP = JOB | {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+PMI2 = STEP | {"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_FD": "9"}
+"""srun --mpi=pmi2"""
+PROXY = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1"}
+"""What SLURM says of MPICH's own process on a node, which starts the ranks there."""
+
+
+@pytest.mark.parametrize(
+    ("environ", "ranks"),
+    [
+        (TORCHRUN, Ranks(5, 8, 1, 4, "torchrun")),
+        (DEEPSPEED, Ranks(5, 8, 1, 4, "torchrun")),
+        (OPEN_MPI, Ranks(2, 4, 0, 2, "mpi")),
+        (HYDRA, Ranks(3, 4, 1, 2, "mpi")),
+        (STEP, Ranks(3, 4, 1, 2, "srun")),
+        (PMI2, Ranks(3, 4, 1, 2, "srun")),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,2"}, Ranks(3, 4, 1, 2, "srun")),
+        (STEP | {"SLURM_RESTART_COUNT": "2"}, Ranks(3, 4, 1, 2, "srun")),
+        # a launcher inside of another: the inner one knows
+        (STEP | TORCHRUN, Ranks(5, 8, 1, 4, "torchrun")),
+        (OPEN_MPI | TORCHRUN, Ranks(5, 8, 1, 4, "torchrun")),
+        (PROXY | HYDRA, Ranks(3, 4, 1, 2, "mpi")),
+        (PROXY | OPEN_MPI, Ranks(2, 4, 0, 2, "mpi")),
+        # a batch script's own shell, or another's leftovers, make no rank
+        (JOB, Ranks(0, 1, 0, 1, "none")),
+        ({}, Ranks(0, 1, 0, 1, "none")),
+        ({"HOME": "/home/me", "MASTER_ADDR": "node0", "LOCAL_RANK": "3"}, Ranks(0, 1, 0, 1, "none")),
+    ],
+)
+def test_who_am_i(environ, ranks):
+    assert ranks_from_environment(environ) == ranks
+
+
+@pytest.mark.parametrize(
+    ("complete", "name"),
+    [
+        *((TORCHRUN, name) for name in TORCHRUN if name != "HOME"),
+        *((DEEPSPEED, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR")),
+        *((OPEN_MPI, name) for name in OPEN_MPI if name != "OMPI_COMM_WORLD_SIZE"),
+        *((HYDRA, name) for name in HYDRA if name != "PMI_SIZE"),
+        *((STEP, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE")),
+    ],
+)
+def test_one_variable_missing_is_refused_and_named(complete, name):
+    environ = {key: value for key, value in complete.items() if key != name}
+    with pytest.raises(UserError, match=f"(not|without) {name};"):
+        ranks_from_environment(environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        *((TORCHRUN, name) for name in ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]),
+        *((environ, next(iter(environ))) for environ in (OPEN_MPI, HYDRA)),
+        (STEP, "SLURM_PROCID"),
+    ],
+)
+@pytest.mark.parametrize("value", ["", "two", "1.5"])
+def test_variables_that_are_no_numbers_are_refused(environ, name, value):
+    with pytest.raises(UserError, match="no numbers"):
+        ranks_from_environment(environ | {name: value})
+
+
+def test_unequal_nodes_are_refused_on_all_ranks_with_the_same_sentence():
+    # by the node's own number only the smaller one would find it out
+    for node in ("0", "1"):
+        environ = STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": node}
+        with pytest.raises(UserError, match=re.escape("srun started 2(x3),1 tasks on the nodes; start equally many")):
+            ranks_from_environment(environ)
+
+
+def test_reads_the_environment_of_the_process(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert ranks_from_environment().rank == 5
+
+
+def test_nobody_else_reads_a_launchers_variables():
+    # OMPI_ALLOW_RUN_AS_ROOT is told to Open MPI, and says nothing of ranks; nor does SLURM_CONF
+    other = r"(?!OMPI_ALLOW|SLURM_CONF)"
+    variables = re.compile(
+        rf"[\"'](RANK|WORLD_SIZE|LOCAL_\w+|{other}(TORCHELASTIC|OMPI|PMIX?|MPI|SLURM|MASTER)_\w+)[\"']"
+    )
+    files = [path for path in PACKAGE.rglob("*.py") if variables.search(path.read_text())]
+    assert [path.name for path in files] == ["environment.py"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "host"),
+    [
+        (TORCHRUN, "node0"),
+        (STEP, "n1"),
+        (STEP | {"MASTER_ADDR": "10.0.0.1"}, "10.0.0.1"),
+        (STEP | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "n2"}, "127.0.0.1"),
+        (STEP | {"SLURM_STEP_NODELIST": "cpu7,gpu[01-03,07]"}, "cpu7"),
+        (STEP | {"SLURM_STEP_NODELIST": "gpu[03,07-09]-ib,cpu7"}, "gpu03-ib"),
+        (STEP | {"SLURM_STEP_NODELIST": "rack[2-3]n[10-11].site.org"}, "rack2n10.site.org"),
+    ],
+)
+def test_where_the_ranks_meet(environ, host):
+    assert store_address(environ).host == host
+
+
+def test_steps_and_restarts_have_ports_of_their_own():
+    changes = [{}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "124"}]
+    ports = [store_address(STEP | change).port for change in changes]
+    assert len(set(ports)) == 4
+    assert all(20_000 <= port < 32_000 for port in ports)
+    assert store_address(STEP | {"MASTER_PORT": "29500"}).port == 29500
+
+
+def test_jobs_that_come_to_use_one_port_do_not_meet():
+    step = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
+    names = {meeting_name(step | {key: "3"}) for key in step}
+    assert len(names | {meeting_name(step)}) == 5
+    assert meeting_name({"RANK": "0", "WORLD_SIZE": "2", **step}) == ""
+
+
+def test_under_mpirun_rank_0_chooses():
+    assert store_address(OPEN_MPI) is None
+    assert store_address(OPEN_MPI | {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}) == StoreAddress("n1", 29500)
+
+
+def test_a_step_without_nodes_is_refused():
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        store_address({name: value for name, value in STEP.items() if "NODELIST" not in name})
+
+
+def test_who_keeps_the_store():
+    assert not agent_keeps_store(TORCHRUN)
+    assert agent_keeps_store(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert not agent_keeps_store(STEP | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "http"])
+def test_a_port_that_is_none_is_refused(port):
+    with pytest.raises(UserError, match=f"MASTER_PORT is {port} in the environment; give a port below 65536"):
+        store_address(TORCHRUN | {"MASTER_PORT": port})

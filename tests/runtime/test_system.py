@@ -1,0 +1,46 @@
+"""If this fails, who starts a run on Windows gets a traceback about a signal, or a small home fills up."""
+
+from __future__ import annotations
+
+import pwd
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.cli.main import app
+from qlora_dist.config.schema import DataConfig
+from qlora_dist.data.prepare_datasets import cache_folder
+from qlora_dist.errors import UserError
+from qlora_dist.plan.calibration_file import load_calibration
+
+
+@pytest.mark.parametrize("words", [["train", "my.yaml", "--dry-run"], ["launch", "my.yaml"], ["quantize", "a", "b"]])
+def test_windows_is_refused_in_a_sentence(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the file is read and modules are imported that Windows has not."""
+    monkeypatch.setitem(sys.modules, "qlora_dist.train.stop_requests", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(UserError, match=r"^qlora-dist trains on Linux, .*, not on Windows; start it in WSL 2"):
+        app(words, standalone_mode=False)
+
+
+def test_the_cache_is_where_the_user_has_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home has a quota, and XDG_CACHE_HOME is how its owner says so."""
+    default = DataConfig.model_validate({"train": ["a.jsonl"]})
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder(default) == tmp_path / "home" / ".cache" / "qlora-dist"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "scratch"))
+    assert cache_folder(default) == tmp_path / "scratch" / "qlora-dist"
+    assert cache_folder(default.model_copy(update={"cache": "~/mine"})) == tmp_path / "home" / "mine"
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a number that the container does not know."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    for cache in ("~/.cache/qlora-dist", "~/mine"):
+        with pytest.raises(UserError, match="home folder"):
+            cache_folder(DataConfig(train=["a.jsonl"], cache=cache))
+    assert load_calibration().devices == {}

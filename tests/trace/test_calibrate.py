@@ -1,0 +1,49 @@
+"""If this fails, what a user has measured is not what plans reckon with, or collectives are forgotten."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from qlora_dist.cli.plan_command import Asked, plan_for
+from qlora_dist.errors import UserError
+from qlora_dist.plan.calibration_file import Measured, load_calibration, save
+from qlora_dist.trace.calibrate import calibrate
+from tests.helpers.ranks import run_ranks
+
+
+@pytest.mark.slow
+def test_two_nodes_are_measured_side_by_side(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "calibration.json"
+    run_ranks(4, calibrate, path, Console(quiet=True), nodes=2)
+    (measured,) = load_calibration(path).devices.values()
+    for name, value in measured.model_dump(exclude={"device", "torch"}).items():
+        assert 1e5 < value < 1e15, name
+
+
+def test_plans_reckon_with_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    asked = Asked("llama-3.1-8b", [], 8, "h100-80gb", 2, "ethernet-100g", calibration=path)
+    slow = Measured(
+        device="H100", torch="2.13", flops=1e12, dequantized_bytes=1e12, streamed_bytes=1e12, host_bytes=1e10
+    )
+    save("a100-80gb", slow, path)
+    before = plan_for(asked)
+    assert not before.is_measured
+    save("h100-80gb", slow, path)
+    after = plan_for(asked)
+    assert after.is_measured
+    assert after.as_json()["uncertainty"] is None
+    assert after.time.busy_s["matrix products"] == pytest.approx(after.time.flops / 1e12)
+    links = "communication inside a node"
+    assert after.time.busy_s[links] == before.time.busy_s[links]  # as assumed, where nobody has measured
+    assert set(load_calibration(path).devices) == {"a100-80gb", "h100-80gb"}
+    path.write_text(json.dumps({"devices": {"h100-80gb": {"flops": "fast"}}}))
+    with pytest.raises(UserError, match="make it anew"):
+        plan_for(asked)
+    with pytest.raises(UserError, match="no such file"):
+        plan_for(replace(asked, calibration=tmp_path / "nowhere.json"))

@@ -1,0 +1,50 @@
+"""If this fails, a run ends because nobody reads its output any more, or the disk of its log file is full."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from qlora_dist.train.tolerant_output import note_lost_output, outlive_output
+print("before", end="")
+outlive_output()
+console = Console()
+for _ in range(3):
+    console.print("a line")
+    print("a line", file=sys.stderr)
+note_lost_output(Path(sys.argv[1]))
+console.print("another")
+print("the end", flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_process_ends_well_without_its_output_and_notes_it(tmp_path: Path) -> None:
+    """A fresh interpreter: flushing at exit must not fail, either."""
+    (tmp_path / "output-lost.txt").write_text("of an earlier start\n")
+    reading, closed = os.pipe()
+    os.close(reading)
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    with Path("/dev/full").open("w") as full, os.fdopen(closed, "w") as pipe:
+        program = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+        assert subprocess.run(program, env=environ, stdout=full, stderr=pipe, check=False).returncode == 0
+    first, second = (tmp_path / "output-lost.txt").read_text().splitlines()
+    assert first.endswith(": stdout cannot be written (No space left on device); the run goes on without it")
+    assert second.endswith(": stderr cannot be written (Broken pipe); the run goes on without it")
+
+
+def test_output_that_is_read_is_complete_and_in_order(tmp_path: Path) -> None:
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    program = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    done = subprocess.run(program, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
+    assert done.stdout.decode() == "before" + 6 * "a line\n" + "another\nthe end\n"
+    assert not list(tmp_path.iterdir())

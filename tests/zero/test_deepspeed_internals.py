@@ -1,0 +1,59 @@
+"""If this fails, another DeepSpeed has moved what `compat/deepspeed.py` uses, which is the file to change."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qlora_dist.compat.deepspeed import Partitioner, gather_now, gathered_bytes, release_now
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.shard_view import flat_shard, gather, part_of, whole_shape
+from tests.helpers.ranks import run_ranks
+
+SHAPES = {"0.weight": (5, 7), "0.bias": (5,), "1.weight": (3, 5), "1.bias": (3,)}
+
+
+def use_internals() -> list[int]:
+    ranks, seen = ranks_from_environment(), []
+    os.environ |= {"CXX": "/bin/false", "CC": "/bin/false", "PATH": ""}  # no compiler is needed
+    plain = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    with torch.no_grad():
+        for index, parameter in enumerate(plain.parameters()):
+            parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape) / 100 + index)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    model.requires_grad_(False)
+    with process_group(ranks, torch.device("cpu")):
+        partitioner = Partitioner(torch.device("cpu"), lambda group, nbytes: seen.append(nbytes))
+        for module in model:
+            for name, parameter in module.named_parameters():
+                module._parameters[name] = partitioner.cut(parameter, dist.group.WORLD, torch.float32, False, True)
+        for name, parameter in model.named_parameters():
+            assert whole_shape(parameter) == SHAPES[name] and parameter.numel() == 0
+            flat_shard(parameter).local.copy_(part_of(parameter, plain.get_parameter(name).detach()))
+            assert torch.equal(gather(parameter), plain.get_parameter(name))
+        settings = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+        settings |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+        gathering = partitioner.hook(model, [model[0]], settings)
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+        for _ in range(3):  # it records, and from the third on uses what it has recorded
+            torch.testing.assert_close(model(x), plain(x))
+            assert gathered_bytes(model.parameters()) == 0
+        gather_now(model.parameters())
+        assert gathered_bytes(model.parameters()) >= 4 * (35 + 5 + 15 + 3)
+        release_now(model.parameters())
+        gathering.release_all()
+        assert gathered_bytes(model.parameters()) == 0
+    return seen
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_parameters_come_and_go(ranks: int) -> None:
+    for seen in run_ranks(ranks, use_internals):
+        # a module's parameters of one type come in one collective, padded to equal parts; alone, none is needed
+        assert seen[:2] == ([] if ranks == 1 else [8 * (12 + 2), 8 * (5 + 1)])

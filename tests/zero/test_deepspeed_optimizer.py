@@ -1,0 +1,105 @@
+"""If this fails, ZeRO's own optimizer updates other values than ours, wherever its states are, or gives back others; or
+another DeepSpeed has moved what `parallel/deepspeed_optimizer.py` uses, which is the file to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config, PagingConfig
+from qlora_dist.errors import UserError
+from qlora_dist.model.load_weights import fill
+from qlora_dist.parallel.deepspeed_optimizer import _own_folder
+from qlora_dist.parallel.engine import parallelize
+from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.optimizer import make_optimizer, make_states
+from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.train_step import AdapterShards
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
+
+OURS = "paged-adamw-32bit"
+
+
+class NoCollective(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.namespace != "c10d", "nothing is counted here"
+        return func(*args, **(kwargs or {}))
+
+
+def update(config: Config, names: list[str]) -> dict[str, list[torch.Tensor]]:
+    """Two updates with each optimizer, and two more after a restart from the first one's values and states."""
+    ranks = ranks_from_environment()
+    results = {}
+    with process_group(ranks, torch.device("cpu")):
+        saved: Any = None
+        for name in names:
+            optim = {"name": OURS} if name == OURS else {"name": "zero-adamw", "offload": name}
+            setup = set_up(config.model_copy(update={"optim": config.optim.model_copy(update=optim)}), ranks)
+            meshes = build_meshes(setup.sizes, "cpu")
+            parallelize(setup.model, meshes, setup.config)
+            states = make_states(setup.model, setup)
+            fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
+            shards = AdapterShards(setup.model)
+            optimizer = make_optimizer(shards, states, setup)
+            random = torch.Generator().manual_seed(ranks.rank)
+            for step in range(4):
+                if step == 2:
+                    now = [shard.detach().clone() for shard in shards.local], states.read()
+                    saved = saved or now
+                    torch.testing.assert_close(now, saved, rtol=1e-5, atol=1e-8)
+                    for shard, values in zip(shards.local, saved[0], strict=True):
+                        shard.detach().copy_(values)
+                    optimizer.moments.write(iter(saved[1]))
+                for shard in shards.local:
+                    shard.grad = torch.randn(shard.shape, generator=random) if shard.numel() else None
+                optimizer.lr = 0.01 * (step + 1)
+                with NoCollective():
+                    optimizer.step()
+            held = states.resident_bytes, states.paged_bytes
+            assert name == OURS or (held[name == "none"] == 0 and sum(held) >= 8 * sum(s.numel() for s in shards.local))
+            if name == "nvme":
+                assert len(list(Path(config.paging.dir or "").rglob("*exp_avg_sq*.swp"))) >= 3  # nothing small is moved
+            flat = [tensor for moments in states.read() for tensor in moments.values()]
+            results[name] = [t.numpy().copy() for t in (*(s.detach() for s in shards.local), *flat)]
+            states.close()
+    return results
+
+
+@pytest.mark.slow
+def test_the_same_values_and_moments_wherever_they_are(tmp_path: Path, tiny_llama_nf4: Path) -> None:
+    """In sub-groups, with two learning rates; three ranks do not divide the matrices."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    theirs, overrides = ["none", "cpu"], ["paging.page_bytes=16KiB"]
+    if AsyncIOBuilder().is_compatible(verbose=False):  # what uses libaio is compiled now, if it never was: minutes
+        theirs, overrides = [*theirs, "nvme"], ["lora.r=768", "paging.page_bytes=2MiB", f"paging.dir={tmp_path}"]
+    overrides += ["parallel.engine=zero3", "optim.weight_decay=0.1", "optim.lora_plus_ratio=4", "train.micro_batch=2"]
+    config = load_config(tiny_models.make_config(tmp_path, tiny_llama_nf4, model__compute_dtype="bf16"), overrides)
+    for results in run_ranks(3, update, config, [OURS, *theirs]):
+        for name in theirs:
+            for found, wanted in zip(results[name], results[OURS], strict=True):
+                torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(wanted), rtol=1e-5, atol=1e-8)
+    assert not list(tmp_path.glob("qlora-dist-*"))
+
+
+def test_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot make a folder for optimizer states there"):
+        _own_folder(PagingConfig(dir=str(tmp_path / "nowhere")))
+
+
+def test_a_missing_compiler_is_a_sentence(
+    tmp_path: Path, tiny_llama_nf4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_models.make_config(tmp_path, tiny_llama_nf4)
+    nvme = ["parallel.engine=zero3", "optim.name=zero-adamw", "optim.offload=nvme"]
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"nvme needs async_io of DeepSpeed.*paging.to: disk"):
+        set_up(load_config(config, nvme), ranks_from_environment({}))

@@ -1,0 +1,155 @@
+"""If this fails, a rank holds more of the model than its share, or layers stay gathered after they were used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_dist.compat.deepspeed import gathered_bytes
+from qlora_dist.config.config_file import load_config
+from qlora_dist.config.schema import Config
+from qlora_dist.data.dataloader import Loader
+from qlora_dist.launch.job_check import static_bytes as planned_bytes
+from qlora_dist.model.load_weights import fill
+from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.parallel.engine import parallelize
+from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.static_bytes import check_static_bytes, static_bytes
+from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.process_group import process_group
+from qlora_dist.shard_view import gather, local_range, whole_shape
+from qlora_dist.train.evaluation_loop import evaluate
+from qlora_dist.train.run_setup import set_up
+from tests.helpers import tiny_models
+from tests.helpers.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.make_large_config(tmp_path_factory.mktemp("zero-memory"))
+
+
+class LiveBytes(TorchDispatchMode):
+    """At each matrix multiplication: bytes of the layers that are gathered, of 4-bit weights and of all else."""
+
+    def __init__(self, layers: list[torch.nn.Module]) -> None:
+        super().__init__()
+        packed = [m.packed for layer in layers for m in layer.modules() if isinstance(m, NF4Linear)]
+        ids = {id(p) for p in packed}
+        self.parameters = packed, [p for layer in layers for p in layer.parameters() if id(p) not in ids]
+        self.peaks = [0, 0]
+        self.looks = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.looks += 1
+            now = [gathered_bytes(parameters) for parameters in self.parameters]
+            self.peaks = [max(pair) for pair in zip(self.peaks, now, strict=True)]
+        return func(*args, **(kwargs or {}))
+
+
+def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
+    """Load, then three steps with an evaluation between the first two; what was held and what was gathered."""
+    ranks = ranks_from_environment()
+    setup = set_up(config, ranks)
+    model, layers = setup.model, list(setup.model.model.layers)
+    whole = {True: 0, False: 0}
+    for parameter in model.parameters():
+        whole[parameter.requires_grad] += parameter.nbytes
+    layer = sum(p.nbytes for p in layers[0].parameters() if p.dtype == torch.uint8)
+    planned = sum(planned_bytes(model, setup.sizes, config)) - 12 * whole[True] / 4 / setup.sizes.adapter_shards
+    with process_group(ranks, torch.device("cpu")):
+        meshes = build_meshes(setup.sizes, "cpu")
+        traffic = parallelize(model, meshes, config)
+        bytes_read = fill(model, setup.folder, setup.device, 0, meshes.base_replicas, config.parallel.offload == "base")
+        base = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        shards = {
+            n: (local_range(p)[1][0], local_range(p)[0].view(torch.uint8).numpy().tobytes()) for n, p in base.items()
+        }
+        if tamper:
+            layers[0].unshard()
+        try:
+            held: int | str = check_static_bytes(model, setup.sizes)
+        except RuntimeError as error:
+            return {"held": str(error)}
+        loader: Loader = setup.loader
+        live = LiveBytes(layers)
+        for step in range(3):
+            with live:
+                for last, batch in zip((False, True), loader.window(step)[:2], strict=True):
+                    model.set_requires_gradient_sync(last)
+                    model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels).backward()
+            if step == 0:
+                evaluate(model, setup.eval_batches, traffic)
+        same = all(shards[n][1] == local_range(p)[0].view(torch.uint8).numpy().tobytes() for n, p in base.items())
+        return {
+            "held": held,
+            "planned": planned,
+            "held after": static_bytes(model),
+            "base": whole[False],
+            "adapters": whole[True],
+            "read": bytes_read,
+            "layer": layer,
+            "live": live.peaks,
+            "looks": live.looks,
+            "same": same,
+            "shards": shards,
+            "a": gather(layers[1].mlp.up_proj.lora_A["default"].weight).tolist(),
+            "shape": whole_shape(layers[1].mlp.up_proj.lora_A["default"].weight),
+        }
+
+
+@pytest.fixture(scope="module")
+def alone(config_path: Path) -> dict[str, Any]:
+    """FSDP2 in one process."""
+    return run_ranks(1, load_and_train, load_config(config_path, ["parallel.base=world", "train.micro_batch=6"]))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "nodes", "base_shards", "overrides"),
+    [
+        (2, 1, 2, ("parallel.base=world", "parallel.prefetch=0")),
+        (3, 1, 3, ("parallel.base=world", "parallel.prefetch=1", "train.checkpointing=none")),
+        (4, 2, 2, ("parallel.base=node", "parallel.prefetch=2", "model.base={source}")),
+    ],
+)
+def test_a_rank_holds_its_share_and_gathers_a_layer(
+    world_size: int,
+    nodes: int,
+    base_shards: int,
+    overrides: tuple[str, ...],
+    config_path: Path,
+    alone: dict[str, Any],
+) -> None:
+    """And reads no more than its share, whether from a folder in 4 bit or one that is quantized on the way."""
+    source = config_path.parent / "source"
+    config = load_config(config_path, ["parallel.engine=zero3", *(o.format(source=source) for o in overrides)])
+    results = run_ranks(world_size, load_and_train, config, nodes=nodes)
+    for result in results:
+        # adapters in fp32, and rounded to bf16 for being gathered
+        share = result["base"] / base_shards + 1.5 * result["adapters"] / world_size
+        assert result["held"] == pytest.approx(share, rel=0.01)
+        assert result["planned"] == pytest.approx(share)  # what `launch` says before, without gradients and moments
+        assert result["held after"] == result["held"]
+        assert result["looks"] > 100
+        ahead = config.parallel.prefetch
+        assert max(ahead, 1) * result["layer"] <= result["live"][0] <= (ahead + 1) * result["layer"]
+        assert result["live"][1] <= (ahead + 1) * result["adapters"] / 2 / 4 * 1.05  # bf16, and norms
+        assert result["same"]
+        assert result["shape"] == torch.tensor(result["a"]).shape and result["a"] == results[0]["a"]
+    if not source.samefile(config.model.base):
+        assert all(result["read"] <= 1.05 * result["base"] / world_size for result in results)
+    # put together, the parts are the same as those of one process
+    for name, (_, whole) in alone["shards"].items():
+        assert b"".join(result["shards"][name][1] for result in results[:base_shards]) == whole, name
+
+
+def test_what_stays_gathered_is_refused(config_path: Path) -> None:
+    config = load_config(config_path, ["parallel.base=world", "parallel.engine=zero3"])
+    for result in run_ranks(2, load_and_train, config, True):
+        assert "holds" in result["held"] and "share" in result["held"]
