@@ -120,7 +120,9 @@ def _wrapped(layer: nn.Module, name: str, config: peft.LoraConfig, r: int, alpha
         return LoraExperts(layer, name, config, r=r, lora_alpha=alpha, swapped=is_swapped(owner))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # a copy of the configuration gets it right
-        return dispatch_default(layer, name, copy.copy(config), r=r, lora_alpha=alpha)
+        wrapped: nn.Module | None = dispatch_default(layer, name, copy.copy(config), r=r, lora_alpha=alpha)
+    assert wrapped is not None, f"PEFT has no LoRA for {type(layer).__name__}"
+    return wrapped
 
 
 def adapted_paths(model: nn.Module) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import peft
@@ -15,7 +16,23 @@ from qlora_dist.nf4.linear import NF4Linear
 
 
 class LoraOfBytes(nn.Module, LoraLayer):
-    """What PEFT's LoRA layers here have in common: a base layer whose weight is a vector of bytes."""
+    """What PEFT's LoRA layers here have in common: a base layer whose weight is a vector of bytes.
+
+    The attributes are PEFT's, which has no types. The mappings have the adapter's name as key.
+    """
+
+    base_layer: NF4Linear | NF4Experts
+    in_features: int
+    out_features: int
+    active_adapters: list[str]
+    disable_adapters: bool
+    r: dict[str, int]
+    scaling: dict[str, float]
+    lora_A: MutableMapping[str, nn.Linear]  # a `ModuleDict`, which has no type parameter
+    lora_B: MutableMapping[str, nn.Linear]
+    lora_dropout: MutableMapping[str, nn.Module]
+    lora_magnitude_vector: MutableMapping[str, _Magnitude]
+    lora_variant: dict[str, DoraNF4]
 
     def __init__(
         self,
@@ -32,6 +49,10 @@ class LoraOfBytes(nn.Module, LoraLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
+    def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, as PEFT does."""
+        LoraLayer.update_layer(self, adapter_name, r, *args, **kwargs)
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, NF4Linear | NF4Experts)
         return module.in_features, module.out_features
@@ -44,7 +65,9 @@ class LoraNF4(LoraOfBytes):
     precision has gathered them in it. Merging is not PEFT's here: an NF4Linear has no `weight` to merge into.
     """
 
-    def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> LoraVariant | None:
+    base_layer: NF4Linear
+
+    def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> DoraNF4 | None:
         """DoRA, or none."""
         return DoraNF4() if config.use_dora else None
 
@@ -57,7 +80,7 @@ class LoraNF4(LoraOfBytes):
             dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
             a, b = self.lora_A[name].weight, self.lora_B[name].weight
             return lora_matmul(x, self.base_layer, a, b, self.scaling[name], dropped)
-        y = self.base_layer(x)
+        y: torch.Tensor = self.base_layer(x)
         for name in names:
             if name in self.lora_variant:
                 y = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y)
@@ -66,6 +89,14 @@ class LoraNF4(LoraOfBytes):
                 update = lora_B(lora_A(self.lora_dropout[name](x.to(lora_A.weight.dtype))))
                 y = y + update.to(y.dtype) * self.scaling[name]
         return y
+
+
+class _Magnitude(nn.Module):
+    """Holder of DoRA's magnitudes, which PEFT's file format names `lora_magnitude_vector.NAME.weight`."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
 
 
 class DoraNF4(LoraVariant):
@@ -77,21 +108,19 @@ class DoraNF4(LoraVariant):
     """
 
     @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """Add the magnitudes, fp32[out_features]. Their values need W: `init_magnitudes` sets them."""
+    def init(module: LoraNF4, adapter_name: str, **kwargs: Any) -> None:
+        """Add the magnitudes, fp32[out_features]. Their values need W: `qlora_dist.model.load_weights` sets them."""
         magnitude = nn.Parameter(torch.empty(module.out_features, device=module.lora_A[adapter_name].weight.device))
-        holder = nn.Module()  # PEFT's file format names it `lora_magnitude_vector.NAME.weight`
-        holder.weight = magnitude
-        module.lora_magnitude_vector[adapter_name] = holder
+        module.lora_magnitude_vector[adapter_name] = _Magnitude(magnitude)
 
     @staticmethod
     def forward(
-        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+        module: LoraNF4, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """The whole layer's output, given the base layer's."""
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
-        base = module.get_base_layer()
+        base = module.base_layer
         weight = base.dequantize(x.dtype).detach()
         norm = row_norms(weight, lora_A.weight, lora_B.weight, scaling)
         scale = module.lora_magnitude_vector[active_adapter].weight / norm.to(x.dtype)
@@ -101,8 +130,10 @@ class DoraNF4(LoraVariant):
             # the direction sees the dropped-out input in both of its terms, as in PEFT
             x = dropout(x)
             dropped = base(x) if base.bias is None else base(x) - base.bias
-            return result + (scale - 1) * dropped + scale * lora_B(lora_A(x)) * scaling
-        return result + (scale - 1) * without_bias + scale * lora_B(lora_A(x)) * scaling
+            y: torch.Tensor = result + (scale - 1) * dropped + scale * lora_B(lora_A(x)) * scaling
+        else:
+            y = result + (scale - 1) * without_bias + scale * lora_B(lora_A(x)) * scaling
+        return y
 
 
 @torch.no_grad()
@@ -114,7 +145,7 @@ def row_norms(
 ) -> torch.Tensor:
     """|W + scaling * B A| of each row, as fp32[out_features]; W: [out, in], A: [r, in], B: [out, r]."""
     a, b = lora_A.float(), lora_B.float()
-    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    squares: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
     cross = ((weight @ lora_A.to(weight.dtype).T).float() * b).sum(dim=1)
     update = ((b @ (a @ a.T)) * b).sum(dim=1)
     return (squares + 2 * scaling * cross + scaling**2 * update).clamp_min(0).sqrt()

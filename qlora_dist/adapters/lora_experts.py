@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora_dist.adapters.lora import LoraOfBytes
-from qlora_dist.nf4.experts import ExpertFunction
+from qlora_dist.nf4.experts import ExpertFunction, NF4Experts
 
 
 def is_swapped(owner: nn.Module) -> bool:
@@ -31,6 +31,8 @@ class LoraExperts(LoraOfBytes):
         swapped: whether lora_A is [experts * r, out_features] and lora_B [in_features, r * experts] (`is_swapped`).
     """
 
+    base_layer: NF4Experts
+
     def __init__(self, *args: Any, swapped: bool = False, **kwargs: Any) -> None:
         self._swapped = swapped
         super().__init__(*args, **kwargs)
@@ -38,7 +40,7 @@ class LoraExperts(LoraOfBytes):
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
         """PEFT's, with a pair of matrices for each expert."""
         super().update_layer(adapter_name, r, *args, **kwargs)
-        experts = self.get_base_layer().experts
+        experts = self.base_layer.experts
         columns, rows = self.in_features, self.out_features
         if self._swapped:
             columns, rows = rows, columns
@@ -47,11 +49,11 @@ class LoraExperts(LoraOfBytes):
 
     def bind(self) -> ExpertFunction:
         """As NF4Experts.bind. A and B are taken apart once, so that their gradients are put together once."""
-        base = self.get_base_layer().bind()
+        base = self.base_layer.bind()
         (name,) = self.active_adapters
         if self.disable_adapters or name not in self.lora_A:
             return base
-        experts, r = self.get_base_layer().experts, self.r[name]
+        experts, r = self.base_layer.experts, self.r[name]
         a = self.lora_A[name].weight.view(experts, r, -1).unbind(0)
         b = self.lora_B[name].weight.view(-1, r, experts).unbind(2)
         if self._swapped:

@@ -159,7 +159,7 @@ def _operator(
     double_quant: bool,
     dtype: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = _layout(out_features, in_features, quant_type, block_size, double_quant, dtype)  # type: ignore[arg-type]
+    layout = _layout(out_features, in_features, quant_type, block_size, double_quant, dtype)
     h = (x if dropped is None else dropped) @ a.t()
     y = x.new_empty(x.shape[0], out_features)
     _fill(y, x, h, b, dequantize(packed, layout, x.dtype), bias, scaling)
@@ -191,7 +191,7 @@ def _operator_backward(
     dtype: str,
 ) -> list[torch.Tensor]:
     """Those of the gradients that are wanted."""
-    layout = _layout(out_features, in_features, quant_type, block_size, double_quant, dtype)  # type: ignore[arg-type]
+    layout = _layout(out_features, in_features, quant_type, block_size, double_quant, dtype)
     weight = dequantize(packed, layout, grad.dtype) if packed is not None else None
     grads = _gradients(grad, adapter_input, a, b, h, weight, scaling, dropout)
     return [g.contiguous() for g in grads if g is not None]

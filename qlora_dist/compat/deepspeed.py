@@ -13,7 +13,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,55 @@ from torch import nn
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import set_device_index
 from qlora_dist.shard_view import FlatShard, set_flat_shard
+
+
+class ZeroPart(torch.Tensor):
+    """A rank's part of a parameter, with the attributes that DeepSpeed reads on it.
+
+    The class only names types: no instance is made, because DeepSpeed uses plain tensors.
+    """
+
+    ds_numel: int
+    status: object
+    """A member of DeepSpeed's `PartitionedParamStatus`."""
+    final_location: object
+
+
+class ZeroParameter(nn.Parameter):
+    """A parameter with those attributes of ZeRO-3's that are used here.
+
+    The class only names types: no instance is made, because DeepSpeed uses plain parameters.
+    """
+
+    ds_id: int
+    ds_numel: int
+    ds_numel_aligned: int
+    ds_tensor: ZeroPart
+    ds_secondary_tensor: torch.Tensor | None
+    ds_process_group: dist.ProcessGroup
+    ds_zero_partition_process_group: dist.ProcessGroup
+    all_gather_coalesced: Callable[[Sequence[nn.Parameter]], _Handle]
+    partition: Callable[[Sequence[nn.Parameter]], None]
+    partition_numel: Callable[[], int]
+    padding_size: Callable[[], int]
+
+
+class _Handle(Protocol):
+    """A collective in progress."""
+
+    def wait(self) -> None:
+        """Wait until the parameters are gathered."""
+
+
+class _Offload(Protocol):
+    """The part of `DeepSpeedZeRoOffload` that is used after its construction."""
+
+    def release_backward_leftovers(self) -> None:
+        """Release what a backward pass has left gathered."""
+
+    def partition_all_parameters(self) -> None:
+        """Release every parameter."""
+
 
 OnGather = Callable[[dist.ProcessGroup, int], None]
 """Told of each all-gather: its group, and the bytes this rank receives in it."""
@@ -94,9 +143,10 @@ class Partitioner:
         dtype = dtype if parameter.is_floating_point() else parameter.dtype
         # of the whole's shape and of one element's memory: DeepSpeed looks at shapes
         blank = torch.empty((), dtype=dtype, device=self._device).expand(parameter.shape)
-        ours = nn.Parameter(blank, requires_grad=parameter.requires_grad)
+        ours = zero_parameter(nn.Parameter(blank, requires_grad=parameter.requires_grad))
         ours.ds_zero_partition_process_group = group  # else the world
-        ours._is_hf_initialized = True  # or transformers would give it first values, and it has no elements
+        # or transformers would give it first values, and it has no elements
+        ours._is_hf_initialized = True  # type: ignore[attr-defined]
         self._init._convert_to_deepspeed_param(ours)
         numel, size = parameter.numel(), -(-parameter.numel() // group.size())
         device = torch.device("cpu") if on_host else self._device
@@ -107,7 +157,7 @@ class Partitioner:
         set_flat_shard(ours, FlatShard(parameter.shape, padded, part, group, is_first_copy))
         from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
-        ours.ds_tensor = part.view(-1)  # DeepSpeed writes attributes on it
+        ours.ds_tensor = zero_part(part.view(-1))
         ours.ds_tensor.ds_numel = size
         ours.ds_tensor.status = PartitionedParamStatus.AVAILABLE
         ours.ds_tensor.final_location = None
@@ -148,7 +198,7 @@ class Partitioner:
 class Gathering:
     """ZeRO-3's hooks on a model."""
 
-    def __init__(self, offload: Any) -> None:
+    def __init__(self, offload: _Offload) -> None:
         self._offload = offload
 
     def release_all(self) -> None:
@@ -162,7 +212,8 @@ class Gathering:
     @staticmethod
     def skip_backward(module: nn.Module) -> None:
         """Don't gather a module in backward, where its parameters are not needed."""
-        module.pre_bwd_fn = module.post_bwd_fn = _Nothing
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            setattr(module, name, _Nothing)  # torch's types let a module have tensors and modules only
 
 
 class _Nothing:
@@ -173,16 +224,28 @@ class _Nothing:
         return tensor
 
 
+def zero_parameter(parameter: nn.Parameter) -> ZeroParameter:
+    """Return the parameter itself, with the type of one that DeepSpeed has partitioned or is about to."""
+    # The cast is sure because DeepSpeed sets the attributes on this object, or its caller does.
+    return cast(ZeroParameter, parameter)
+
+
+def zero_part(part: torch.Tensor) -> ZeroPart:
+    """Return the tensor itself, with the type of a partition. Its attributes have no values yet."""
+    # The cast is sure because a tensor takes any attribute, and the class adds nothing else.
+    return cast(ZeroPart, part)
+
+
 def gather_now(parameters: Iterable[nn.Parameter]) -> None:
     """Gather parameters outside of forward and backward. Called on all ranks that share them."""
     first, *others = parameters
-    first.all_gather_coalesced([first, *others]).wait()
+    zero_parameter(first).all_gather_coalesced([first, *others]).wait()
 
 
 def release_now(parameters: Iterable[nn.Parameter]) -> None:
     """Release what `gather_now` has gathered; changes are lost."""
     first, *others = parameters
-    first.partition(param_list=[first, *others])
+    zero_parameter(first).partition([first, *others])
 
 
 def gathered_bytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -155,18 +155,20 @@ def _page_group(
         else:
             wait_for_unshard()
 
-    group.unshard, group.wait_for_unshard = paged_unshard, paged_wait_for_unshard
-    group._validate_no_meta_params = lambda: None  # it wants frozen ones to hold memory
+    # FSDP2 has no hook at these places, so the methods of this one group are replaced
+    group.unshard = paged_unshard  # type: ignore[method-assign]
+    group.wait_for_unshard = paged_wait_for_unshard  # type: ignore[method-assign]
+    group._validate_no_meta_params = lambda: None  # type: ignore[method-assign]  # it wants memory for frozen ones
 
 
-def _groups(unit: nn.Module) -> Iterator[FSDPParamGroup]:
-    assert isinstance(unit, FSDPModule)
+def _groups(unit: FSDPModule) -> Iterator[FSDPParamGroup]:
     yield from unit._get_fsdp_state()._fsdp_param_groups
 
 
 def _shard_dim_name(group: FSDPParamGroup) -> str:
     info = group.mesh_info
-    assert isinstance(info, FSDPMeshInfo) and info.mesh.mesh_dim_names is not None
+    assert isinstance(info, FSDPMeshInfo) and info.shard_mesh_dim is not None
+    assert info.mesh.mesh_dim_names is not None
     return info.mesh.mesh_dim_names[info.shard_mesh_dim]
 
 

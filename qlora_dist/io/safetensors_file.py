@@ -104,7 +104,7 @@ class Reader:
 
     def read_into(self, out: torch.Tensor, entry: Entry, start: int = 0) -> None:
         """Fill `out` (contiguous, on the CPU, any type) with the entry's bytes from `start` on."""
-        view = memoryview(out.view(torch.uint8).numpy()).cast("B") if out.numel() else memoryview(b"")
+        view = out.view(torch.uint8).numpy().data.cast("B") if out.numel() else memoryview(b"")
         if entry.path not in self._descriptors:
             self._descriptors[entry.path] = os.open(entry.path, os.O_RDONLY)
         position, done = entry.start + start, 0
@@ -170,7 +170,7 @@ class Writer:
         assert start + data.nbytes <= nbytes, f"{name}: {data.nbytes} bytes from {start} on for {nbytes}"
         self._written[name] += data.nbytes
         self._file.seek(self._data_start + first + start)
-        self._file.write(memoryview(data))
+        self._file.write(data.data)
 
     def close(self) -> None:
         """Sync the file and give it its name."""

@@ -69,10 +69,12 @@ def _meeting_host(options: Any) -> str:
 
 def _mistake(failure: ProcessFailure) -> str | None:
     """Return the sentence that a rank has left; None: it has ended in another way."""
-    if failure.exitcode != MISTAKE_CODE or not isinstance(failure.message, dict):
+    # torch annotates the message as a str; it is a dict where a rank has left a report of an exception
+    message: Any = failure.message
+    if failure.exitcode != MISTAKE_CODE or not isinstance(message, dict):
         return None
-    sentence = failure.message.get("message")
-    return sentence if sentence == failure.message.get("extraInfo", {}).get("py_callstack") else None
+    sentence = message.get("message")
+    return sentence if sentence == message.get("extraInfo", {}).get("py_callstack") else None
 
 
 def _say(sentence: str) -> int:

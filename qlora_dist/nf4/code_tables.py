@@ -17,11 +17,13 @@ def nested_code_table(device: torch.device) -> torch.Tensor:
     Made at first use and never inside a module's constructor: DeepSpeed's `zero.Init` casts every float tensor that
     is created under it, and a bf16 table read as fp32 gives NaN without an error.
     """
-    return bnb.create_dynamic_map().to(device)
+    table: torch.Tensor = bnb.create_dynamic_map()
+    return table.to(device)
 
 
 @functools.cache
 def code_table(quant_type: QuantType) -> torch.Tensor:
     """fp32[16] on the CPU: the values of the 4-bit codes."""
     # the device must be named: bitsandbytes' default is "cuda"
-    return bnb.get_4bit_type(quant_type, device="cpu")
+    table: torch.Tensor = bnb.get_4bit_type(quant_type, device="cpu")
+    return table

@@ -34,7 +34,7 @@ class NF4Vocabulary(nn.Module):
         return nothing
 
 
-class NF4Embedding(NF4Vocabulary, nn.Embedding):
+class NF4Embedding(NF4Vocabulary, nn.Embedding):  # type: ignore[override]  # torch's `weight` can be assigned
     """An embedding of which only the rows that are looked up are dequantized, where blocks end with the rows."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class NF4Embedding(NF4Vocabulary, nn.Embedding):
         return dequantize_rows(self.packed, self.layout, ids.flatten(), self.dtype).view(*ids.shape, h)
 
 
-class NF4Head(NF4Vocabulary, nn.Linear):
+class NF4Head(NF4Vocabulary, nn.Linear):  # type: ignore[override]  # torch's `weight` can be assigned
     """An output head. It is no NF4Linear: adapters are for the layers, and a head is gathered in forward alone."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

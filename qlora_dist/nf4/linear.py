@@ -66,7 +66,8 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features] -> [..., out_features], in x's type."""
-        return _Matmul.apply(x, self)
+        y: torch.Tensor = _Matmul.apply(x, self)
+        return y
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

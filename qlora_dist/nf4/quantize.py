@@ -170,10 +170,11 @@ def absmax_of(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
         return packed[layout.absmax].view(torch.float32)
     nested_absmax = packed[layout.nested_absmax].view(torch.float32)
     offset = packed[layout.offset].view(torch.float32)
-    return offset + torch.ops.bitsandbytes.dequantize_blockwise(
+    absmax: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
         packed[layout.absmax],
         nested_absmax,
         nested_code_table(packed.device),
         NESTED_BLOCK_SIZE,
         torch.float32,
     )
+    return offset + absmax

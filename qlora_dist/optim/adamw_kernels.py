@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -15,14 +14,15 @@ from qlora_dist.optim.state_pages import BLOCK
 @cache
 def code_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the first moment, which has a sign, and the second: fp32[256] each (Dettmers et al. 2022, section 1.3)."""
-    return tuple(bnb.create_dynamic_map(signed=signed).to(device) for signed in (True, False))  # type: ignore[return-value]
+    signed, unsigned = (bnb.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
+    return signed, unsigned
 
 
 def update_32bit(
-    parameters: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    first: Sequence[torch.Tensor],
-    second: Sequence[torch.Tensor],
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    first: list[torch.Tensor],
+    second: list[torch.Tensor],
     config: OptimConfig,
     lr: float,
     step: int,
@@ -128,4 +128,5 @@ def quantize_moment(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, t
 def dequantize_moment(codes: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tensor:
     """The other way: fp32[n]."""
     table = code_tables(codes.device)[0 if signed else 1]
-    return torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, table, BLOCK, torch.float32)
+    values: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, table, BLOCK, torch.float32)
+    return values

@@ -104,7 +104,7 @@ class FileStore:
             OSError: the disk fails.
         """
         host = torch.empty_like(out, device="cpu", pin_memory=True) if self._staged else out
-        left = memoryview(host.numpy())
+        left = host.numpy().data
         while left:
             done = os.preadv(self._file, [left], start)
             if done == 0:
@@ -119,7 +119,7 @@ class FileStore:
         Raises:
             OSError: the disk fails.
         """
-        left = memoryview(values.cpu().numpy())
+        left = values.cpu().numpy().data
         while left:
             done = os.pwrite(self._file, left, start)
             left, start = left[done:], start + done

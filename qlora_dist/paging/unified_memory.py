@@ -13,7 +13,7 @@ from qlora_dist.paging.pager import Counts
 
 def _managed(nbytes: int, device: torch.device) -> torch.Tensor:
     """Not run on a GPU."""
-    memory = bnb.get_paged(nbytes, dtype=torch.uint8, device=device)
+    memory: torch.Tensor = bnb.get_paged(nbytes, dtype=torch.uint8, device=device)
     bnb.fill(memory, 0)
     return memory
 

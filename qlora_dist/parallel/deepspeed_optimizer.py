@@ -13,19 +13,51 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from qlora_dist.adapters.attach import adapter_parameters, is_lora_b
+from qlora_dist.compat.deepspeed import ZeroParameter, zero_parameter, zero_part
 from qlora_dist.config.schema import OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.optimizer_state import MOMENTS
 from qlora_dist.parallel.ds_config import zero_optimizer_settings
 from qlora_dist.shard_view import FlatShard, flat_shard
+
+
+class _ZeroOptimizer(Protocol):
+    """The part of `DeepSpeedZeroOptimizer_Stage3` that is used here."""
+
+    offload_optimizer: bool
+    optimizer: torch.optim.Optimizer
+    fp32_partitioned_groups_flat: list[torch.Tensor]
+    """Values of each sub-group: fp32[n]."""
+    fp16_partitioned_groups_flat_numel: list[int]
+    """Elements of each sub-group."""
+    grad_position: dict[int, list[int]]
+    """Sub-group, first element in it and number of elements of each partition, by its `ds_id`."""
+
+    def partition_grads(self, params: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor]) -> None:
+        """Take the gradient of each partition."""
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """End the reduction of gradients."""
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the next gradients are the last ones before a step."""
+
+    def step(self) -> None:
+        """Update all values."""
+
+    def _swappable_optimizer_subgroup(self, index: int) -> bool: ...
+
+    def _optimizer_states_and_gradient_swap_in(self, index: int) -> None: ...
+
+    def _optimizer_states_and_gradient_swap_out(self, index: int) -> None: ...
 
 
 class ZeroStates:
@@ -49,13 +81,13 @@ class ZeroStates:
             self._folder = _own_folder(paging)
         named = [(name, flat_shard(parameter), parameter) for name, parameter in adapter_parameters(model)]
         self._shards = [shard for _, shard, _ in named if shard is not None]
-        self._partitions = [_partition(shard, p.ds_id) for _, shard, p in named if shard is not None]
+        self._partitions = [_partition(shard, zero_parameter(p).ds_id) for _, shard, p in named if shard is not None]
         factors = [config.lora_plus_ratio if is_lora_b(name) else 1.0 for name, _, _ in named]
         self._zero = _stage3(self._partitions, factors, config, paging, device, self._folder)
         for (_, _, parameter), shard, partition in zip(named, self._shards, self._partitions, strict=True):
             if shard.gathered is shard.padded:
                 shard.gathered = partition.ds_tensor
-                parameter.ds_tensor.data = partition.ds_tensor.data
+                zero_parameter(parameter).ds_tensor.data = partition.ds_tensor.data
             shard.padded = partition.ds_tensor
         self._opened: int | None = None
         for index, values in enumerate(self._zero.fp32_partitioned_groups_flat):
@@ -126,12 +158,12 @@ class ZeroStates:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     @torch.no_grad()
-    def _view(self, partition: Any, name: str | None = None) -> torch.Tensor:
+    def _view(self, partition: ZeroParameter, name: str | None = None) -> torch.Tensor:
         """A partition's moment of that name, or its values; valid until another sub-group's is asked for."""
         index, first, length = self._zero.grad_position[partition.ds_id]
         self._open(index)
         values = self._zero.fp32_partitioned_groups_flat[index]
-        whole = values.detach() if name is None else self._zero.optimizer.state[values][name]
+        whole: torch.Tensor = values.detach() if name is None else self._zero.optimizer.state[values][name]
         return whole.narrow(0, first, length)
 
     def _open(self, index: int) -> None:
@@ -187,12 +219,12 @@ def _own_folder(paging: PagingConfig) -> Path:
         ) from None
 
 
-def _partition(shard: FlatShard, ds_id: int) -> Any:
+def _partition(shard: FlatShard, ds_id: int) -> ZeroParameter:
     """A part as a parameter of stage 3, in fp32 whatever is gathered: DeepSpeed rounds nothing, the engine does."""
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
-    partition: Any = nn.Parameter(shard.padded)
-    partition.ds_tensor = shard.padded.view(-1)
+    partition = zero_parameter(nn.Parameter(shard.padded))
+    partition.ds_tensor = zero_part(shard.padded.view(-1))
     partition.ds_tensor.ds_numel = size = shard.padded.numel()
     partition.ds_tensor.status = PartitionedParamStatus.AVAILABLE
     partition.ds_id, partition.ds_process_group, partition.ds_numel = ds_id, shard.group, shard.shape.numel()
@@ -203,13 +235,13 @@ def _partition(shard: FlatShard, ds_id: int) -> Any:
 
 
 def _stage3(
-    partitions: Sequence[Any],
+    partitions: Sequence[ZeroParameter],
     factors: Sequence[float],
     config: OptimConfig,
     paging: PagingConfig,
     device: torch.device,
     folder: Path | None,
-) -> Any:
+) -> _ZeroOptimizer:
     """DeepSpeed's optimizer over partitions, without the half of it that gathers and reduces."""
     from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -253,7 +285,7 @@ def _stage3(
     adamw = torch.optim.AdamW(
         groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
-    stage3 = Stage3(
+    stage3: _ZeroOptimizer = Stage3(
         nn.Module(),
         adamw,
         param_names={},

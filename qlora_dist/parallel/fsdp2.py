@@ -54,9 +54,8 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     }
     # embedding and head are units of their own: in the root they would stay gathered through the step
     units = [embedding, *layers, *([] if has_tied_head(model) else [head])]
-    for unit in units:
-        fully_shard(unit, **options)
-    fully_shard(model, **options)
+    sharded = [fully_shard(unit, **options) for unit in units]
+    sharded.append(fully_shard(model, **options))
 
     # Neither is needed in backward: an embedding's gradient does not depend on its values, and the head computes its
     # own in forward.
@@ -67,10 +66,10 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     if has_tied_head(model):
         embedding.register_forward_pre_hook(_stay_for_the_head)
 
-    _prefetch(layers, config.parallel.prefetch)
+    _prefetch(sharded[1 : 1 + len(layers)], config.parallel.prefetch)
 
     traffic = Traffic()
-    for unit in (*units, model):
+    for unit in sharded:
         # The loss is divided by the tokens of the whole window before backward: gradients are summed, not averaged.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)

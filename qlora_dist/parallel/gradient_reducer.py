@@ -62,7 +62,7 @@ class Gradients:
         self._in_backward = False
         for unit in self._units:
             for parameter in unit.parameters:
-                parameter.register_post_accumulate_grad_hook(lambda p, unit=unit: self._add(unit, p))  # type: ignore[misc]
+                parameter.register_post_accumulate_grad_hook(lambda p, unit=unit: self._add(unit, p))
 
     def answer(self, model: nn.Module) -> None:
         """Have a model answer to the name under which FSDP2 is told of a window's last backward pass."""
@@ -70,6 +70,7 @@ class Gradients:
         def set_requires_gradient_sync(_: nn.Module, last: bool) -> None:
             self.sync = last
 
+        # torch's types let a module have tensors and modules as attributes, and nothing else
         model.set_requires_gradient_sync = types.MethodType(set_requires_gradient_sync, model)  # type: ignore[assignment]
 
     def _add(self, unit: _Unit, parameter: nn.Parameter) -> None:

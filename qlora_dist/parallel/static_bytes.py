@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from qlora_dist.parallel.mesh import MeshSizes
 from qlora_dist.shard_view import flat_shard, whole_shape
@@ -105,4 +105,4 @@ def _cut_into(parameter: torch.Tensor) -> int:
         return whole_shape(parameter).numel()
     if not isinstance(parameter, DTensor):
         return parameter.shape[0]
-    return parameter.shape[next((p.dim for p in parameter.placements if p.is_shard()), 0)]
+    return parameter.shape[next((p.dim for p in parameter.placements if isinstance(p, Shard)), 0)]

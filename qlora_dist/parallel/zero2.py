@@ -7,7 +7,6 @@ base that fits on each device this is the least that ranks can send each other. 
 from __future__ import annotations
 
 import types
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,13 +42,14 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
 
     traffic = Traffic()
     units = trained_units(model)
-    updates = _Updates(units, group, traffic, meshes.adapter.mesh_dim_names)
+    assert meshes.adapter.mesh_dim_names is not None
+    updates = _Updates(units, group, traffic, meshes.adapter.mesh_dim_names[-1])
     gradients = Gradients(units, meshes.adapter, traffic, updates.expect_after)
     gradients.answer(model)
     model.register_forward_pre_hook(lambda *_: updates.gather(), prepend=True)
     for module in (*layers, model):
-        module.unshard = types.MethodType(lambda self: updates.gather(), module)  # type: ignore[assignment]
-        module.reshard = types.MethodType(lambda self: updates.expect(), module)  # type: ignore[assignment]
+        module.unshard = types.MethodType(lambda self: updates.gather(), module)
+        module.reshard = types.MethodType(lambda self: updates.expect(), module)
     return traffic
 
 
@@ -62,7 +62,7 @@ def _with_part(
     own = whole[group.rank() * size : (group.rank() + 1) * size]
     values = own if dtype == parameter.dtype else torch.zeros(size, dtype=parameter.dtype, device=device)
     ours = nn.Parameter(whole[:numel].view(parameter.shape))
-    ours._is_hf_initialized = True
+    ours._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
     set_flat_shard(ours, FlatShard(parameter.shape, values, own, group, is_first_copy, whole=whole))
     return ours
 
@@ -70,9 +70,9 @@ def _with_part(
 class _Updates:
     """Gathers what other ranks have updated, before the first forward pass that follows."""
 
-    def __init__(self, units: list[list[nn.Parameter]], group: dist.ProcessGroup, traffic: Traffic, names: Any) -> None:
+    def __init__(self, units: list[list[nn.Parameter]], group: dist.ProcessGroup, traffic: Traffic, dim: str) -> None:
         self._units = [[shard for p in unit if (shard := flat_shard(p)) is not None] for unit in units]
-        self._group, self._traffic, self._dim = group, traffic, names[-1]
+        self._group, self._traffic, self._dim = group, traffic, dim
         self._expected = True
 
     def expect(self) -> None:

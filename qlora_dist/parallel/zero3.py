@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.compat.deepspeed import Gathering, Partitioner, gather_now, release_now
+from qlora_dist.compat.deepspeed import Gathering, OnGather, Partitioner, gather_now, release_now
 from qlora_dist.config.schema import Config
 from qlora_dist.model.meta_model import COMPUTE_DTYPES, decoder_layers
 from qlora_dist.parallel.activation_checkpointing import prepare_layers
@@ -55,7 +55,7 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
 
     gradients = Gradients(trained_units(model), meshes.adapter, traffic, lambda _: gathering.release_all())
     gradients.answer(model)
-    for layer in layers:
+    for layer in layers:  # torch's types let a module have tensors and modules as attributes, and nothing else
         layer.unshard = types.MethodType(_unshard, layer)  # type: ignore[assignment]
         layer.reshard = types.MethodType(lambda self: release_now(self.parameters()), layer)  # type: ignore[assignment]
     _around_forward(model, gathering)
@@ -67,7 +67,7 @@ def largest_layer(model: PreTrainedModel) -> int:
     return max(sum(whole_shape(p).numel() for p in layer.parameters()) for layer in decoder_layers(model))
 
 
-def _counted(traffic: Traffic, meshes: Meshes) -> Any:
+def _counted(traffic: Traffic, meshes: Meshes) -> OnGather:
     """Counts by the names of the meshes' dimensions."""
     names = {}
     for mesh in (meshes.adapter, meshes.base):

@@ -42,6 +42,8 @@ def _unknown(variable: str, name: str, there: list[str]) -> UserError:
 
 def is_chosen(name: str, pattern: str) -> bool:
     """NCCL's rule: prefixes; `=` before them means whole names, `^` all but these."""
-    sign, names = re.match(r"(\^?=?)(.*)", pattern).groups()  # type: ignore[union-attr]
+    match = re.match(r"(\^?=?)(.*)", pattern)
+    assert match is not None, "both groups may be empty"
+    sign, names = match.groups()
     fits = name in names.split(",") if "=" in sign else name.startswith(tuple(names.split(",")))
     return fits != ("^" in sign)

@@ -76,8 +76,9 @@ def _broadcast(value: tuple[str, int] | None, ranks: Ranks) -> tuple[str, int]:
 
 def _listen(ranks: Ranks) -> tuple[str, int]:
     global _listening
-    both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-    _listening = socket.create_server(("", 0), backlog=2048, **both)  # type: ignore[arg-type]
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    _listening = socket.create_server(("", 0), family=family, backlog=2048, dualstack_ipv6=both)
     host = "127.0.0.1" if ranks.local_world_size == ranks.world_size else own_address()
     return host, _listening.getsockname()[1]
 

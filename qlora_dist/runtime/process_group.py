@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import Ranks
@@ -51,7 +52,7 @@ def idle_gpus(ranks: Ranks, device: torch.device, count: int) -> str | None:
 
 
 @contextmanager
-def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) -> Iterator[dist.Store]:
+def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) -> Iterator[Store]:
     """The default process group: gloo on the CPU, NCCL beside it on CUDA (that branch was not run on a GPU).
 
     A single process gets a group of one, so that there is one code path.
@@ -72,7 +73,9 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) 
         torch.cuda.set_device(device)
     if ranks.world_size > 1:
         check_interfaces(device.type)
-    store = dist.HashStore() if ranks.world_size == 1 else meet(ranks, timeout_s)
+        store = meet(ranks, timeout_s)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch documents it and exports it in no `__all__`
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=2 * timeout_s),

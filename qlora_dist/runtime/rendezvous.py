@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import Ranks, StoreAddress, agent_keeps_store, meeting_name, store_address
@@ -28,7 +29,7 @@ _ANSWER_S = 30.0
 """Seconds that a store may take to answer a rank that has connected."""
 
 
-def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
+def meet(ranks: Ranks, timeout_s: float) -> Store:
     """Wait until all ranks are there.
 
     Returns:
@@ -41,7 +42,7 @@ def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
     address = store_address()
     if address is None:
         raise UserError("the environment does not say where the ranks can meet; set MASTER_ADDR and MASTER_PORT")
-    store = dist.PrefixStore(f"qlora-dist/{meeting_name()}", _connect(address, ranks, timeout_s))
+    store = PrefixStore(f"qlora-dist/{meeting_name()}", _connect(address, ranks, timeout_s))
     here = _call(store, ranks, end) if ranks.rank == 0 else _answer(store, ranks, end)
     if here is None:
         raise UserError(
@@ -53,18 +54,18 @@ def meet(ranks: Ranks, timeout_s: float) -> dist.Store:
     return here
 
 
-def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> dist.Store:
+def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> Store:
     """Connect to the store, or open it on rank 0.
 
     Raises:
         UserError: its machine is not known, it is not there, or who listens there is no store.
     """
     check_meeting_host(address.host)
-    made: list[dist.Store | dist.DistError] = []
+    made: list[Store | dist.DistError] = []
 
     def make() -> None:
         try:
-            store = dist.TCPStore(
+            store = dist.TCPStore(  # type: ignore[attr-defined]  # torch documents it and exports it in no `__all__`
                 address.host,
                 address.port,
                 is_master=ranks.rank == 0 and not agent_keeps_store(),
@@ -97,7 +98,8 @@ def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> dist.Stor
 
 def _listens(address: StoreAddress) -> bool:
     with suppress(OSError), socket.create_connection((address.host, address.port), timeout=_ANSWER_S) as connection:
-        return connection.getsockname() != connection.getpeername()  # which a free port may give to its own caller
+        # a free port may connect a caller to itself
+        return bool(connection.getsockname() != connection.getpeername())
     return False
 
 
@@ -110,10 +112,10 @@ def _no_meeting(address: StoreAddress, reason: str) -> UserError:
     )
 
 
-def _call(store: dist.Store, ranks: Ranks, end: float) -> dist.Store | None:
+def _call(store: Store, ranks: Ranks, end: float) -> Store | None:
     """Rank 0: open an attempt, and say who has come to it."""
     attempt = store.add(_ATTEMPT, 1)
-    here = dist.PrefixStore(f"{_ATTEMPT}/{attempt}", store)
+    here = PrefixStore(f"{_ATTEMPT}/{attempt}", store)
     others = [f"came/{rank}" for rank in range(1, ranks.world_size)]
     while not here.check(others):
         if time.monotonic() > end:
@@ -123,13 +125,13 @@ def _call(store: dist.Store, ranks: Ranks, end: float) -> dist.Store | None:
     return here
 
 
-def _answer(store: dist.Store, ranks: Ranks, end: float) -> dist.Store | None:
+def _answer(store: Store, ranks: Ranks, end: float) -> Store | None:
     """The others: come to the newest attempt, until rank 0 names this very process. A stale attempt's never does."""
     name = secrets.token_hex(8)
     came_to, sleep_s = 0, 0.01
     while time.monotonic() < end:
         attempt = store.add(_ATTEMPT, 0)
-        here = dist.PrefixStore(f"{_ATTEMPT}/{attempt}", store)
+        here = PrefixStore(f"{_ATTEMPT}/{attempt}", store)
         if attempt > came_to:
             here.set(f"came/{ranks.rank}", name)
             came_to = attempt
@@ -140,10 +142,10 @@ def _answer(store: dist.Store, ranks: Ranks, end: float) -> dist.Store | None:
     return None
 
 
-def _missing(store: dist.Store, ranks: Ranks) -> str:
+def _missing(store: Store, ranks: Ranks) -> str:
     if ranks.rank != 0:
         return "rank 0, or one that it waits for,"
-    here = dist.PrefixStore(f"{_ATTEMPT}/{store.add(_ATTEMPT, 0)}", store)
+    here = PrefixStore(f"{_ATTEMPT}/{store.add(_ATTEMPT, 0)}", store)
     missing = [rank for rank in range(1, ranks.world_size) if not here.check([f"came/{rank}"])]
     more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
     return f"rank {missing[0]}{more}" if missing else "a rank"  # it comes too late, just now

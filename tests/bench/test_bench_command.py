@@ -17,8 +17,7 @@ import pytest
 from qlora_dist.bench.bench_layouts import Cell, Sizes, make_cells
 from qlora_dist.bench.bench_result import BenchResult
 from qlora_dist.bench.layout_figures import compare_losses
-from qlora_dist.cli import bench_command
-from qlora_dist.cli.main import main
+from qlora_dist.cli.main import bench_command, main
 from qlora_dist.config.config_file import load_config
 from qlora_dist.report.run_files import RunFiles, read_run_files
 from tests.helpers import tiny_models
