@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qlora_dist.data.render import Refused, Renderer, Span
+from qlora_dist.data.probe import Refused
+from qlora_dist.data.render import Renderer, Span
 from qlora_dist.data.row import Message
 from qlora_dist.data.spans import common_start, end_of_turn, need_prompt
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateSyntaxError
 
 from qlora_dist.data.json_text import read_object
-from qlora_dist.data.render import Refused, Renderer
+from qlora_dist.data.probe import Refused
+from qlora_dist.data.render import Renderer
 from qlora_dist.data.template import read_template
 
 if TYPE_CHECKING:
@@ -70,9 +71,10 @@ def served_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the tokenizer's chat template for conversations without tools; None: it has none."""
     try:
-        return tokenizer.get_chat_template()
+        template: str = tokenizer.get_chat_template()
     except (ValueError, NotImplementedError):  # none, or several of which none is the default
         return None
+    return template
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> int | None:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qlora_dist.data.landmarks import derive_spans
-from qlora_dist.data.render import Refused, Renderer, Span
+from qlora_dist.data.probe import Refused
+from qlora_dist.data.render import Renderer, Span
 from qlora_dist.data.row import Message
 
 

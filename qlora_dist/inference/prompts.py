@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.data.files import read_file, suffix
 from qlora_dist.data.formats import typed_rows
+from qlora_dist.data.probe import Refused
 from qlora_dist.data.records import Record
-from qlora_dist.data.render import Refused, Renderer
+from qlora_dist.data.render import Renderer
 from qlora_dist.data.row import BadRow, CompletionRow, Message, MessagesRow
 from qlora_dist.data.served import default_template, end_token
 from qlora_dist.data.template import SHIPPED, read_template

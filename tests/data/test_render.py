@@ -14,7 +14,8 @@ from published import FAMILIES, make_tokenizer
 
 from qlora_dist.data import template_limit
 from qlora_dist.data.encode import Encoder
-from qlora_dist.data.render import Refused, Renderer
+from qlora_dist.data.probe import Refused
+from qlora_dist.data.render import Renderer
 from qlora_dist.data.row import MessagesRow
 from qlora_dist.data.template import SHIPPED, read_template
 
