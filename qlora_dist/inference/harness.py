@@ -89,7 +89,8 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Scored]:
         """Of continuations."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        scored: list[Scored] = super().loglikelihood(requests, disable_tqdm=True)
+        return scored
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Of whole texts, in windows of the model's length."""
