@@ -128,15 +128,17 @@ class HarnessModel(TemplateLM):
             )
             room = self.max_length - sampling.max_new_tokens
             prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
+
+            def stopping(length: int, batch: int, until: list[str] = until) -> Any:
+                return stop_sequences_criteria(self.tokenizer, until, length, batch)
+
             found = generate(
                 self._loaded,
                 prompts,
                 sampling,
                 [self.eot_token_id],
                 self.batch_size,
-                stopping=lambda length, batch, until=until: stop_sequences_criteria(  # type: ignore[misc]
-                    self.tokenizer, until, length, batch
-                ),
+                stopping=stopping,
             )
             for index, tokens in zip(indices, found, strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
