@@ -328,7 +328,7 @@ def _imported(value: object, name: str) -> Iterator[Entry]:
         yield Entry("class", name, f"class {name}", _shortened(text, len(name) + 6))
         return
     try:
-        signature = str(inspect.signature(value))  # type: ignore[arg-type]
+        signature = str(inspect.signature(value)) if callable(value) else "(...)"
     except (ValueError, TypeError):
         signature = "(...)"
     signature = re.sub(r"\(\$?self, /(, )?|\(\$?self(, )?", "(", signature)

@@ -26,11 +26,11 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
         ("with padding, tokens/s", lambda f: f"{f.positions_per_s.median:,.0f}"),
         ("seconds a step, median", lambda f: _number(f.step_s.median)),
         ("  least - most", lambda f: _range(f.step_s)),
-        *((f"  {kind}, % of a step", lambda f, kind=kind: f"{100 * f.step_shares[kind]:.1f}") for kind in kinds),  # type: ignore[misc]
+        *((f"  {kind}, % of a step", lambda f, kind=kind: f"{100 * f.step_shares[kind]:.1f}") for kind in kinds),
         ("held by a rank, MiB", lambda f: f"{max(f.static_bytes) / _MIB:,.2f}"),
         ("peak of a rank, MiB", lambda f: f"{max(f.peak_bytes) / _MIB:,.0f}"),
         *(
-            (f"received over {dim}, MiB a step", lambda f, dim=dim: _mib(f.received_bytes_per_step.get(dim, 0)))  # type: ignore[misc]
+            (f"received over {dim}, MiB a step", lambda f, dim=dim: _mib(f.received_bytes_per_step.get(dim, 0)))
             for dim in dims
         ),
         ("paged of the base, MiB a step", lambda f: _mib(f.paged_bytes_per_step["base"])),

@@ -84,7 +84,7 @@ def _of_steps(run: RunFiles, reference: RunFiles) -> float:
 
 def _of_mean(run: RunFiles, reference: RunFiles) -> float:
     """Of all trained tokens; every run has the same ones in the same steps."""
-    tokens = [row["trained_tokens"] for row in reference.steps]
+    tokens: list[int] = [row["trained_tokens"] for row in reference.steps]
     own, other = (sum(a * b for a, b in zip(losses_of(r), tokens, strict=True)) for r in (run, reference))
     return abs(own - other) / other
 

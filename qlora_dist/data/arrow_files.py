@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ def _read(path: Path, batches: Callable[[Path], Iterator[pa.RecordBatch]]) -> It
         ) from None
 
 
-def rows_of_batch(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
+def rows_of_batch(batch: pa.RecordBatch) -> Sequence[dict[str, Any] | str]:
     """Return each row's fields, or what is wrong with the row.
 
     A struct column gives every object the fields of all objects, and Arrow fills those that an object lacks with null.
@@ -73,7 +73,7 @@ def rows_of_batch(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
     """
     readers = [(field.name, read) for field in batch.schema if (read := _value_reader(field.type))]
     try:
-        rows = batch.to_pylist(maps_as_pydicts="strict")
+        rows: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="strict")
         for row in rows if readers else ():
             for name, read in readers:
                 row[name] = read(row[name])

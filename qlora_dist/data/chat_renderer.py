@@ -16,6 +16,7 @@ from qlora_dist.data.template_probe import Probed, Refused
 
 Span = tuple[int, int]
 """First character and the one after the last."""
+_Alias = Callable[[list[Message]], list[Message]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -43,7 +44,7 @@ class Renderer:
         self._template.globals = dict(self._template.globals)
         self._render_marked: Callable[..., tuple[str, list[Span]]] = theirs._render_with_assistant_indices
         # other names of `reasoning_content`, of which older releases of transformers know nothing
-        self._alias = getattr(theirs, "_alias_reasoning_fields", lambda messages: messages)
+        self._alias: _Alias = getattr(theirs, "_alias_reasoning_fields", lambda messages: messages)
         self._special_tokens = dict(special_tokens)
         self._variables = {**self._template.globals, **special_tokens, "documents": None}
         self._writes = {name: name in template for name in ("tools", "tool_calls", "function_call")}

@@ -90,7 +90,9 @@ class Rows:
     def row(self, index: int) -> Row:
         """Read a row from the sequences."""
         here = slice(*self.offsets[index : index + 2].tolist())
-        tokens, labels, starts = [], [], []
+        tokens: list[npt.NDArray[np.int32]] = []
+        labels: list[npt.ArrayLike] = []
+        starts: list[int] = []
         at = 0
         for sequence, start, length in zip(
             *(column[here].tolist() for column in (self.pieces.sequence, self.pieces.start, self.pieces.length)),

@@ -73,5 +73,5 @@ def _unread(path: Path) -> str:
 
 def _open(path: Path) -> BinaryIO:
     if path.name.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.open(path), 1 << 20)  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.open(path), 1 << 20)
     return path.open("rb", buffering=1 << 20)

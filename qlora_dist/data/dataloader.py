@@ -156,12 +156,14 @@ class Loader:
 
     def _filled(self, step: int) -> npt.NDArray[np.integer]:
         indices = self.indices(step)
-        return indices[indices != EMPTY]
+        filled: npt.NDArray[np.bool_] = indices != EMPTY
+        return indices[filled]
 
     def _dealt(self, step: int) -> npt.NDArray[np.integer]:
         """int[accumulation, rank, micro_batch]. What would be empty on all ranks is left out, by all of them."""
         dealt = self.indices(step).reshape(-1, self._world_size, self._micro_batch)
-        return dealt[(dealt != EMPTY).any(axis=(1, 2))]
+        filled: npt.NDArray[np.bool_] = (dealt != EMPTY).any(axis=(1, 2))
+        return dealt[filled]
 
     def _batch(self, indices: npt.NDArray[np.integer]) -> Batch:
         rows = []

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError
 
-from qlora_dist.data.chat_renderer import Refused, Renderer
+from qlora_dist.data.chat_renderer import Renderer
 from qlora_dist.data.chat_template import read_template
 from qlora_dist.data.strict_json import read_object
+from qlora_dist.data.template_probe import Refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,9 +71,10 @@ def served_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the tokenizer's chat template for conversations without tools; None: it has none."""
     try:
-        return tokenizer.get_chat_template()
+        template: str = tokenizer.get_chat_template()
     except (ValueError, NotImplementedError):  # none, or several of which none is the default
         return None
+    return template
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from qlora_dist.data.source_row import Message
 from qlora_dist.data.strict_json import parse
@@ -64,7 +64,7 @@ def message(item: Any, where: str, trained: bool | None = None) -> Message:
     return made
 
 
-def _is_plain(item: Any) -> bool:
+def _is_plain(item: Any) -> TypeGuard[Message]:
     """Whether it is a role and a content and nothing is wrong with it: nearly all are, and this is quick."""
     if type(item) is not dict or len(item) != 2:
         return False

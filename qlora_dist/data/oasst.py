@@ -85,7 +85,7 @@ def trees(records: Iterator[Record | BadRow]) -> Iterator[Record | BadRow]:
 
 def _is_of_another_tree(fields: dict[str, Any], first: dict[str, Any]) -> bool:
     if "message_tree_id" in first:
-        return fields.get("message_tree_id") != first["message_tree_id"]
+        return bool(fields.get("message_tree_id") != first["message_tree_id"])
     return not fields["parent_id"]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qlora_dist.data.chat_renderer import Refused, Renderer, Span
+from qlora_dist.data.chat_renderer import Renderer, Span
 from qlora_dist.data.source_row import Message
+from qlora_dist.data.template_probe import Refused
 from qlora_dist.data.turn_spans import common_start, end_of_turn, need_prompt
 
 _THOUGHTS = (

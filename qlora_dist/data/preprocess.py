@@ -165,8 +165,8 @@ def _samples(source: PreparedSource, count: int, decode: Decode, marks: bool) ->
         *(column.tolist() for column in (pieces.sequence, pieces.start, pieces.length)), strict=True
     ):
         whole = len(sequences.tokens(index))
-        tokens, trained = (part[start : start + length] for part in (sequences.tokens(index), sequences.trained(index)))
-        trained = trained.copy()
+        tokens = sequences.tokens(index)[start : start + length]
+        trained = sequences.trained(index)[start : start + length].copy()
         trained[0] = False
         of = f", tokens {start + 1:,} to {start + length:,} of {whole:,}" if length < whole else f": {whole:,} tokens"
         title = f"{source.path}, sequence {index + 1}{of}, {int(trained.sum()):,} trained"

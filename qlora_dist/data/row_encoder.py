@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jinja2 import TemplateSyntaxError
 
-from qlora_dist.data.chat_renderer import Refused, Renderer
+from qlora_dist.data.chat_renderer import Renderer
 from qlora_dist.data.chat_template import SHIPPED, read_template
 from qlora_dist.data.encoder_fingerprint import fingerprint
 from qlora_dist.data.per_answer import Answer, write_answers
 from qlora_dist.data.source_row import BadRow, CompletionRow, Message, MessagesRow, Row, TextRow
+from qlora_dist.data.template_probe import Refused
 from qlora_dist.data.text_encoder import Encoded, Text, TextEncoder
 from qlora_dist.data.turn_spans import Rewritten, write
 from qlora_dist.errors import UserError
@@ -181,7 +182,7 @@ class Encoder:
         if self._template is not None:
             return self._template
         try:
-            return self._tokenizer.get_chat_template(tools=row.tools or None)
+            template: str = self._tokenizer.get_chat_template(tools=row.tools or None)
         except (ValueError, NotImplementedError):  # none, or several of which none is the default
             several = self._tokenizer.chat_template
             has = f"only chat templates named {', '.join(several)}, and no default" if several else "no chat template"
@@ -190,6 +191,7 @@ class Encoder:
                 f"data.chat_template: {', '.join(SHIPPED)} or the path of a Jinja file, or use an instruct model's "
                 "tokenizer"
             ) from None
+        return template
 
     def _renderer(self, template: str) -> Renderer:
         if template not in self._renderers:

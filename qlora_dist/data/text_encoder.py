@@ -77,11 +77,12 @@ class TextEncoder:
         if self._byte_lengths is None or (adds and any(text.spans is not None for text in texts)):
             return self._by_offsets(texts, closed)
         encoded = self._by_bytes(texts, closed, self._byte_lengths)
-        again = [index for index, item in enumerate(encoded) if item is None]
-        if again:
-            other = iter(self._by_offsets([texts[index] for index in again], closed))
-            return [next(other) if item is None else item for item in encoded]
-        return encoded  # type: ignore[return-value]
+        by_bytes = [item for item in encoded if item is not None]
+        if len(by_bytes) == len(encoded):
+            return by_bytes
+        again = [text for text, item in zip(texts, encoded, strict=True) if item is None]
+        other = iter(self._by_offsets(again, closed))
+        return [next(other) if item is None else item for item in encoded]
 
     def _by_offsets(self, texts: Sequence[Text], closed: bool) -> list[Encoded]:
         batch = self._tokenizer(

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -160,11 +160,11 @@ def _record_batch(parts: Sequence[Flat]) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=_SCHEMA)
 
 
-def _arrow(values: npt.NDArray, kind: pa.DataType) -> pa.Array:
+def _arrow(values: npt.NDArray[np.generic], kind: pa.DataType) -> pa.Array:
     """As `pa.array`, which imports pandas."""
     buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=kind.to_pandas_dtype()))
     return pa.Array.from_buffers(kind, len(values), [None, buffer])
 
 
-def _values(batch: pa.RecordBatch, name: str) -> npt.NDArray:
+def _values(batch: pa.RecordBatch, name: str) -> npt.NDArray[Any]:
     return np.from_dlpack(batch.column(name).values)  # to_numpy would import pandas: half a second in every rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from qlora_dist.data.tokenized import Sequences
 
 TooLong = Literal["truncate", "split", "drop"]
+_Int = TypeVar("_Int", bound=np.integer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +121,9 @@ def cut(sequences: Sequences, seq_len: int, too_long: TooLong) -> tuple[Pieces, 
             column.frombytes(value.tobytes())
     pieces = Pieces(
         _joined(whole, columns[0], np.int32 if len(sequences) < 2**31 else np.int64),
-        _joined(np.zeros(len(whole), dtype=np.int32), columns[1]),
-        _joined(lengths[whole], columns[2]),
-        _joined(trained[whole], columns[3]),
+        _joined(np.zeros(len(whole), dtype=np.int32), columns[1], np.int32),
+        _joined(lengths[whole], columns[2], np.int32),
+        _joined(trained[whole], columns[3], np.int32),
     )
     if columns[0]:
         pieces = pieces.take(np.argsort(pieces.sequence, kind="stable"))
@@ -152,5 +153,5 @@ def _stretches_from(flags: npt.NDArray[np.bool_], start: int) -> int:
     return int(begins.sum())
 
 
-def _joined(some: npt.NDArray[np.integer], others: array[int], dtype: type[np.integer] = np.int32) -> npt.NDArray:
+def _joined(some: npt.NDArray[np.integer], others: array[int], dtype: type[_Int]) -> npt.NDArray[_Int]:
     return np.concatenate([some.astype(dtype), np.frombuffer(others, dtype=np.int64).astype(dtype)])

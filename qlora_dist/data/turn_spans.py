@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qlora_dist.data.answer_spans import derive_spans
-from qlora_dist.data.chat_renderer import Refused, Renderer, Span
+from qlora_dist.data.chat_renderer import Renderer, Span
 from qlora_dist.data.source_row import Message
+from qlora_dist.data.template_probe import Refused
 
 
 def write(

@@ -49,9 +49,10 @@ def filled(value: Any, where: str) -> str:
     Raises:
         Unusable: it is not.
     """
-    if not string(value, where).strip():
+    text = string(value, where)
+    if not text.strip():
         raise Unusable(f"{where} is empty; fill it or take the row out")
-    return value
+    return text
 
 
 def check_tree(value: Any, where: str) -> None:

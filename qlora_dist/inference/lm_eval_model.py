@@ -89,7 +89,8 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Scored]:
         """Of continuations."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        scored: list[Scored] = super().loglikelihood(requests, disable_tqdm=True)
+        return scored
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Of whole texts, in windows of the model's length."""
@@ -127,15 +128,17 @@ class HarnessModel(TemplateLM):
             )
             room = self.max_length - sampling.max_new_tokens
             prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
+
+            def stopping(length: int, batch: int, until: list[str] = until) -> Any:
+                return stop_sequences_criteria(self.tokenizer, until, length, batch)
+
             found = generate(
                 self._loaded,
                 prompts,
                 sampling,
                 [self.eot_token_id],
                 self.batch_size,
-                stopping=lambda length, batch, until=until: stop_sequences_criteria(  # type: ignore[misc]
-                    self.tokenizer, until, length, batch
-                ),
+                stopping=stopping,
             )
             for index, tokens in zip(indices, found, strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)

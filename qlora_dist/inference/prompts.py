@@ -10,12 +10,13 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dist.data.chat_renderer import Refused, Renderer
+from qlora_dist.data.chat_renderer import Renderer
 from qlora_dist.data.chat_template import SHIPPED, read_template
 from qlora_dist.data.data_files import read_file, suffix
 from qlora_dist.data.inference_tokenizer import default_template, end_token
 from qlora_dist.data.row_formats import typed_rows
 from qlora_dist.data.source_row import BadRow, CompletionRow, Message, MessagesRow
+from qlora_dist.data.template_probe import Refused
 from qlora_dist.data.text_encoder import added_tokens
 from qlora_dist.data.validate import Record
 from qlora_dist.errors import UserError

@@ -73,7 +73,9 @@ def parameter_of_experts(module: str, config: Mapping[str, Any]) -> str | None:
     PEFT wraps the module once for each parameter, those into the experts before those out of them. The outermost
     wrapper has the module's name, the others that of a `base_layer` each.
     """
-    owner, inner = re.fullmatch(r"(.*?)((?:\.base_layer)*)", module).groups()  # type: ignore[union-attr]
+    match = re.fullmatch(r"(.*?)((?:\.base_layer)*)", module)
+    assert match is not None, "`low_rank_part` finds no module of several lines"
+    owner, inner = match.groups()
     parameters = sorted(config.get("target_parameters") or ())
     if not inner and (_is_module(owner, config.get("target_modules")) or is_any_end(parameters, f"{owner}.weight")):
         return None
@@ -90,8 +92,15 @@ def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
 
 
 def target_name(path: str) -> str:
-    """The last part of a module's path, and with it the part before where the last one is a number."""
-    return re.search(r"[^.]+(\.\d+)*$", path)[0]  # type: ignore[index]
+    """Return the last part of a module's path, and with it the part before where the last one is a number.
+
+    Raises:
+        ValueError: the path is empty, or ends in a dot.
+    """
+    match = re.search(r"[^.]+(\.\d+)*$", path)
+    if match is None:
+        raise ValueError(f"{path!r} is not the path of a module")
+    return match[0]
 
 
 def is_any_end(names: Iterable[str], path: str) -> bool:

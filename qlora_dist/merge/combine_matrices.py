@@ -83,9 +83,11 @@ def compose_matrices(
 
 
 def _combine(tensors: list[torch.Tensor], weights: torch.Tensor, how: str, density: float) -> torch.Tensor:
+    combined: torch.Tensor
     if how == "linear":
-        return merge_utils.task_arithmetic(tensors, weights)
-    combined: torch.Tensor = getattr(merge_utils, how)(tensors, weights, density)
+        combined = merge_utils.task_arithmetic(tensors, weights)
+    else:
+        combined = getattr(merge_utils, how)(tensors, weights, density)
     return combined
 
 

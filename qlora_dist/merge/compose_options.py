@@ -71,7 +71,7 @@ def parse_how(text: str) -> How:
     """
     if text not in WAYS:
         raise UserError(f"--how {text}: no such way; choose from {', '.join(WAYS)}")
-    return cast(How, text)
+    return cast(How, text)  # WAYS has the values of How
 
 
 def check_weights(given: Sequence[Given], options: ComposeOptions) -> None:

@@ -23,7 +23,8 @@ _WEIGHTS = 2**22
 
 def directions(update: Values) -> torch.Tensor:
     """D: fp32[r, in_features] with |D x| = |B A x| for every x: R A, where B = Q R."""
-    return torch.linalg.qr(update.b)[1] @ update.a
+    r: torch.Tensor = torch.linalg.qr(update.b)[1]
+    return r @ update.a
 
 
 def round_with_feedback(

@@ -181,7 +181,9 @@ def _by_blocks(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _has_kernels(query.device):
         mask = block_mask(bounds, length, window, query.device)
-        return flex_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap, s_aux=s_aux)[0]
+        output: torch.Tensor
+        output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap, s_aux=s_aux)
+        return output
     output = _by_scores(query, key, value, dense_mask(bounds, length, window), 0.0, scale, softcap, s_aux)
     return output.transpose(1, 2).contiguous()
 
@@ -218,8 +220,8 @@ def attend_to(
     for q, k, v in zip(*(t.split(ends, dim=2) for t in (query, key, value)), strict=True):
         windowed = window is not None and window < q.shape[2]
         if softcap is not None or s_aux is not None:
-            mask = _causal_mask(q, q.shape[2], window)
-            outputs.append(_by_scores(q, k, v, mask, dropout, scale, softcap, s_aux))
+            seen = _causal_mask(q, q.shape[2], window)
+            outputs.append(_by_scores(q, k, v, seen, dropout, scale, softcap, s_aux))
             continue
         mask = _causal_mask(q, q.shape[2], window) if windowed else None
         grouped = q.shape[1] != k.shape[1]

@@ -16,7 +16,7 @@ def give_first_values(model: PreTrainedModel) -> None:
     A value that no class sets stays NaN, for `check_buffers`.
     """
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        parameter._is_hf_initialized = True
     paths: set[str] = set()
     with torch.no_grad():
         for name, buffer in model.named_non_persistent_buffers():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from qlora_dist.adapters.attach import first_values, is_lora
 from qlora_dist.adapters.lora import LoraNF4, row_norms
@@ -23,6 +24,17 @@ from qlora_dist.nf4.embedding import NF4Vocabulary
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.shard_view import first_element, flat_shard, local_part, part_of, whole_shape
+
+
+class _LoraWithMagnitudes(Protocol):
+    """A LoraNF4, by the attributes of PEFT's LoraLayer that magnitudes are computed from."""
+
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_magnitude_vector: Mapping[str, nn.Module]
+    scaling: Mapping[str, float]
+
+    def get_base_layer(self) -> NF4Linear: ...
 
 
 class Elsewhere(Protocol):
@@ -162,19 +174,19 @@ def _fill_magnitudes(model: LossModel) -> None:
     if not any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
         return
     for layer in decoder_layers(model):
-        sharded = hasattr(layer, "unshard")
         norms = {}
-        if sharded:
+        if isinstance(layer, FSDPModule):
             layer.unshard()
         for name, module in layer.named_modules():
             if isinstance(module, LoraNF4):
-                for adapter in module.lora_magnitude_vector:
-                    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-                    weight = module.get_base_layer().dequantize(a.dtype)
+                lora = cast(_LoraWithMagnitudes, module)  # PEFT's untyped base class makes these attributes
+                for adapter in lora.lora_magnitude_vector:
+                    a, b = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
+                    weight = lora.get_base_layer().dequantize(a.dtype)
                     norms[f"{name}.lora_magnitude_vector.{adapter}.weight"] = row_norms(
-                        weight, a, b, module.scaling[adapter]
+                        weight, a, b, lora.scaling[adapter]
                     )
-        if sharded:
+        if isinstance(layer, FSDPModule):
             layer.reshard()
         for name, norm in norms.items():
             parameter = layer.get_parameter(name)

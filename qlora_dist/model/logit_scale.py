@@ -7,7 +7,7 @@ told is refused, because trained on another loss it would learn something else w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,7 @@ def _caps(model: PreTrainedModel) -> list[float]:
 def _stand_ins(model: PreTrainedModel, hidden: torch.Tensor, probe: nn.Linear) -> Iterator[None]:
     decoder, head = decoder_of(model), model.get_output_embeddings()
     output = _Output((hidden,))
-    decoder.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    decoder.forward = lambda *args, **kwargs: output
     model.set_output_embeddings(probe)
     try:
         yield
@@ -105,10 +105,14 @@ def _stand_ins(model: PreTrainedModel, hidden: torch.Tensor, probe: nn.Linear) -
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """What a causal language model calls before its output head."""
     decoder: nn.Module = model.get_decoder()
-    if decoder is not model:
-        return decoder
-    embedding = model.get_input_embeddings()  # where a class and its prefix disagree, as Llama-4's
-    return next(child for child in model.children() if any(module is embedding for module in child.modules()))
+    return _child_with_embedding(model) if decoder is model else decoder
+
+
+def _child_with_embedding(model: PreTrainedModel) -> nn.Module:
+    """Return the decoder of a class whose prefix names another, such as Llama-4's."""
+    embedding: nn.Module = model.get_input_embeddings()
+    children: Iterable[nn.Module] = model.children()
+    return next(child for child in children if any(module is embedding for module in child.modules()))
 
 
 class _Output(tuple[torch.Tensor]):

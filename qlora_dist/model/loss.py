@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,12 @@ from qlora_dist.nf4.embedding import NF4Vocabulary
 
 IGNORE = -100
 """Label of a position that is not trained."""
+
+if TYPE_CHECKING:
+    _Embedding = nn.Embedding
+    _Linear = nn.Linear
+else:  # without a base of its own, a mixin calls the forward pass of the class that it is mixed into
+    _Embedding = _Linear = object
 
 _CHUNK_LOGITS = 2**24  # elements of one product: fewer of them read the weight more seldom
 _BLOCK_LOGITS = 2**21  # elements at a time in fp32, on a CPU
@@ -32,7 +38,7 @@ def share(embedding: nn.Embedding, scale: LogitScale) -> None:
     embedding.__class__ = type("SharedEmbedding", (_SharedEmbedding, type(embedding)), {"scale": scale})
 
 
-class _LossHead:
+class _LossHead(_Linear):
     """Mixed into a linear layer's class."""
 
     scale: LogitScale
@@ -40,11 +46,11 @@ class _LossHead:
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """hidden: [..., h] -> logits [..., vocabulary], or with labels int64[...] the summed loss, fp32[]."""
         if labels is None:
-            return super().forward(hidden)  # type: ignore[misc]
-        return summed_loss(hidden.flatten(0, -2), _weight(self, hidden), self.bias, labels.flatten(), self.scale)  # type: ignore[attr-defined]
+            return super().forward(hidden)
+        return summed_loss(hidden.flatten(0, -2), _weight(self, hidden), self.bias, labels.flatten(), self.scale)
 
 
-class _SharedEmbedding:
+class _SharedEmbedding(_Embedding):
     """Mixed into an embedding's class, which may scale what it looks up."""
 
     scale: LogitScale
@@ -52,7 +58,7 @@ class _SharedEmbedding:
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """ids: int64[...] -> [..., h], or hidden: [..., h] -> as the loss head."""
         if not x.is_floating_point():
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         if labels is None:
             return nn.functional.linear(x, _weight(self, x))
         return summed_loss(x.flatten(0, -2), _weight(self, x), None, labels.flatten(), self.scale)
@@ -67,12 +73,13 @@ class SharedHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """As the loss head."""
-        return self._embedding[0](hidden, labels)
+        output: torch.Tensor = self._embedding[0](hidden, labels)
+        return output
 
 
-def _weight(module: object, like: torch.Tensor) -> torch.Tensor:
+def _weight(module: nn.Embedding | nn.Linear, like: torch.Tensor) -> torch.Tensor:
     """[vocabulary, h]; one in 4 bit is dequantized for the call."""
-    return module.dequantize(like.dtype) if isinstance(module, NF4Vocabulary) else module.weight  # type: ignore[attr-defined,no-any-return]
+    return module.dequantize(like.dtype) if isinstance(module, NF4Vocabulary) else module.weight
 
 
 def summed_loss(

@@ -163,7 +163,7 @@ def _replace(
     model: transformers.PreTrainedModel, target: Target, layout: NF4Layout, parts: int, dtype: torch.dtype
 ) -> None:
     if target.role != "layer":
-        use_nf4_vocabulary(model.get_submodule(target.module), layout, dtype)  # type: ignore[arg-type]
+        use_nf4_vocabulary(model.get_submodule(target.module), layout, dtype)
         return
     if not target.experts:
         model.set_submodule(target.module, NF4Linear(layout, target.has_bias, dtype, "meta"))

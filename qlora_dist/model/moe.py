@@ -8,9 +8,35 @@ transformers' own.
 from __future__ import annotations
 
 import types
+from typing import Protocol
 
 import torch
 from torch import nn
+
+from qlora_dist.nf4.experts import NF4Experts
+
+
+class SparseExperts(Protocol):
+    """Experts of a transformers class that `use_experts_implementation` decorates, in 4 bit.
+
+    A class has `gate_up_proj` and `_apply_gate` if `has_gate`, else `up_proj`. Its biases, which some classes lack, are
+    `gate_up_proj_bias` or `up_proj_bias`, and `down_proj_bias`: [experts, out_features] each.
+    """
+
+    num_experts: int
+    has_gate: bool
+    has_post_expert_norm: bool
+    gate_up_proj: NF4Experts
+    up_proj: NF4Experts
+    down_proj: NF4Experts
+
+    def _apply_gate(self, gate_up_out: torch.Tensor, /) -> torch.Tensor: ...
+
+    def act_fn(self, x: torch.Tensor, /) -> torch.Tensor:
+        """Activation of an expert, of the shape of x."""
+
+    def post_expert_norm(self, x: torch.Tensor, /) -> torch.Tensor:
+        """Norm of the experts' outputs x: [n, h], if `has_post_expert_norm`."""
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -21,11 +47,11 @@ def is_experts(module: nn.Module) -> bool:
 def use_nf4_experts(module: nn.Module) -> None:
     """Replace the forward pass of a module whose projections are NF4Experts now."""
     forward = llama4_experts_forward if _is_llama4(module) else experts_forward
-    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(forward, module)
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: SparseExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The weighted sum of each token's experts.
 
@@ -67,7 +93,7 @@ def experts_forward(
     return by_token.sum(dim=1).to(hidden_states.dtype)
 
 
-def llama4_experts_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def llama4_experts_forward(self: SparseExperts, hidden_states: torch.Tensor) -> torch.Tensor:
     """Llama-4's, which gives every expert a weighted copy of every token, most of them zero.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -55,16 +55,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Kind) -> t
     return y
 
 
-class _FusedNorm:
+if TYPE_CHECKING:
+    _Norm = nn.RMSNorm
+else:  # without a base of its own, a mixin calls the forward pass of the class that it is mixed into
+    _Norm = object
+
+
+class _FusedNorm(_Norm):
     """Mixed into a norm's class."""
 
     kind: Kind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., h] -> [..., h]. Compiled, or trained, it is the class's own."""
-        weight = cast(torch.Tensor, self.weight)  # type: ignore[attr-defined]
+        weight = self.weight
         if torch.compiler.is_compiling() or weight.requires_grad:
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+            return super().forward(x)
         return rms_norm(x, weight, _eps(self), self.kind)
 
 
@@ -109,7 +115,8 @@ def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 def _eps(module: Any) -> float:
     found = getattr(module, "variance_epsilon", None)
-    return cast(float, module.eps if found is None else found)
+    eps: float = module.eps if found is None else found
+    return eps
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:

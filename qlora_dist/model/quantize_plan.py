@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import transformers
@@ -80,7 +81,8 @@ def make_options(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     file_bytes = parse_size(file_size)
-    return QuantizeOptions(quant_type, block_size, double_quant, device, file_bytes, min_share, embeddings)  # type: ignore[arg-type]
+    kind = cast(QuantType, quant_type)  # one of the two, as checked above
+    return QuantizeOptions(kind, block_size, double_quant, device, file_bytes, min_share, embeddings)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _as_trained(folder: ModelFolder, options: QuantizeOptions) -> ModelConfig:
     return ModelConfig(
         base=str(folder.path),
         quant_type=options.quant_type,
-        block_size=options.block_size,  # type: ignore[arg-type]
+        block_size=options.block_size,  # type: ignore[arg-type]  # `make_options` has checked it, pydantic does again
         double_quant=options.double_quant,
         embeddings="4bit" if options.embeddings else "16bit",
     )

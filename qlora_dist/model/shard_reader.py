@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def tensor_reads(reader: Reader, entry: Entry, index: int | None = None) -> Iter
     size = entry.nbytes if index is None else entry.nbytes // entry.shape[0]
     first = (index or 0) * size
     for start, nbytes in pieces(size):
-        yield Read(nbytes, lambda out, start=first + start: reader.read_into(out, entry, start))  # type: ignore[misc]
+        yield Read(nbytes, partial(reader.read_into, entry=entry, start=first + start))
 
 
 def quantize_next(ahead: ReadAhead, layout: NF4Layout, transposed: bool, device: torch.device) -> torch.Tensor:

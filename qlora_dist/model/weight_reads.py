@@ -49,7 +49,7 @@ def find_weight_reads(model: nn.Module) -> dict[str, Use]:
     children = [path for path, _ in model.named_modules() if path]
     for path, module in model.named_modules():
         inside = path and f"{path}."
-        for read in _reads_of_class(type(module)):  # type: ignore[arg-type]
+        for read in _reads_of_class(type(module)):  # type: ignore[arg-type]  # mypy takes no class for hashable
             if any(_value(test, module) is (not wanted) for test, wanted in read.conditions):
                 continue  # the module's own settings never lead there
             if read.chain[0] == "self":

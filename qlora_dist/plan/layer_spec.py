@@ -220,10 +220,12 @@ def _window(config: Mapping[str, Any], index: int) -> int | None:
 
 
 def _is_sparse(config: Mapping[str, Any], index: int) -> bool:
-    kind = config["model_type"]
+    kind: str = config["model_type"]
     if kind == "qwen3_moe":
         dense = index in (config.get("mlp_only_layers") or [])
-        return not dense and (index + 1) % (config.get("decoder_sparse_step") or 1) == 0
+        step: int = config.get("decoder_sparse_step") or 1
+        return not dense and (index + 1) % step == 0
     if kind == "deepseek_v3":
-        return index >= config["first_k_dense_replace"]
+        first: int = config["first_k_dense_replace"]
+        return index >= first
     return kind == "mixtral"

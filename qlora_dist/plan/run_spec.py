@@ -66,6 +66,12 @@ class Run:
         return -(-len(self.model.layers) // self.checkpointing) if self.checkpointing else 0
 
 
+def _every_kth(checkpointing: Literal["none", "full"] | int) -> int:
+    if checkpointing == "none":
+        return 0
+    return 1 if checkpointing == "full" else checkpointing
+
+
 def make_run(
     config: Config,
     model_config: Mapping[str, Any],
@@ -106,7 +112,7 @@ def make_run(
         seq_len=config.data.seq_len,
         micro_batch=train.micro_batch,
         accumulation=-(-train.global_batch // (world_size * train.micro_batch)),
-        checkpointing={"none": 0, "full": 1}.get(train.checkpointing, train.checkpointing),  # type: ignore[arg-type]
+        checkpointing=_every_kth(train.checkpointing),
         prefetch=parallel.prefetch,
         compute_bytes=_ELEMENT_BYTES[model.compute_dtype],
         dropout=config.lora.dropout > 0,

@@ -131,7 +131,7 @@ def _chart(
     """What is zero throughout is not shown."""
     chart = Chart(title, unit)
     for number, run in enumerate(runs):
-        steps: list[float] = run.tokens_done() if _over_tokens(runs) else [row["step"] for row in run.steps]  # type: ignore[assignment]
+        steps: list[int] = run.tokens_done() if _over_tokens(runs) else [row["step"] for row in run.steps]
         for place, (label, path) in enumerate(names.items()):
             points = [
                 (x, y * scale)
@@ -150,7 +150,7 @@ def _label(runs: Sequence[RunFiles], run: RunFiles, label: str) -> str:
     return " ".join([*words, *([label] if label else [])]).replace("$", r"\$")
 
 
-def _fewer(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _fewer(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     size = -(-len(points) // _POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [group[-1][0] for group in groups], [sum(y for _, y in group) / len(group) for group in groups]

@@ -62,7 +62,7 @@ def watchdog(store: dist.Store, ranks: Ranks, timeout_s: float) -> Iterator[None
 class _Watch:
     def __init__(self, store: dist.Store, ranks: Ranks, timeout_s: float) -> None:
         # a connection of its own: requests on one connection wait for each other, and some of the ranks' wait long
-        self._store = dist.PrefixStore("watchdog", store).clone()
+        self._store = dist.PrefixStore("watchdog", store).clone()  # type: ignore[attr-defined]  # torch's stubs lack it
         self._ranks, self._timeout_s = ranks, timeout_s
         self._keeps_store = ranks.rank == 0 and not agent_keeps_store()
         self._signs = [f"sign/{rank}" for rank in range(ranks.world_size)]

@@ -79,4 +79,5 @@ def _bandwidths(ranks: Ranks, device: torch.device) -> dict[str, float]:
 def _slowest(call: Callable[[], object], device: torch.device) -> float:
     """Seconds: of five the median, of all ranks the slowest."""
     call()
-    return max(gather_json(median_seconds(call, device)))
+    slowest: float = max(gather_json(median_seconds(call, device)))
+    return slowest

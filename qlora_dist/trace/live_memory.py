@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.plan.phase_memory import Phase
+
+if TYPE_CHECKING:
+    from qlora_dist.model.meta_model import LossModel
 
 Place = tuple[Phase, int]
 """A phase, and of a layer's which layer: counted from 0."""
@@ -68,13 +71,13 @@ class LiveMemory(TorchDispatchMode):
             self._see(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[assignment]
+        torch.UntypedStorage.resize_ = resized  # type: ignore[assignment]  # replaced until `__exit__`
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """No more."""
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # the method itself again
         super().__exit__(*error)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -104,18 +107,18 @@ def by_phase(peaks: Mapping[Place, int]) -> dict[Phase, int]:
     return found
 
 
-def mark_phases(model: nn.Module, layers: Iterable[nn.Module], optimizer: PagedAdamW, memory: LiveMemory) -> None:
+def mark_phases(model: LossModel, layers: Iterable[nn.Module], optimizer: PagedAdamW, memory: LiveMemory) -> None:
     """Have a model say where a step is. After `parallelize`: what FSDP2 does for a unit belongs to the unit's place.
 
     Hooks that `prepend` run before FSDP2's. Recomputing calls the layer's `forward`, no hooks.
 
     Args:
-        model: a LossModel.
+        model: skeleton, sharded.
         layers: its decoder layers.
         optimizer: of its adapters.
         memory: whose place is set.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
 
     def embedding_or_head(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         memory.place = ("head" if args[0].is_floating_point() else "embedding", 0)
@@ -132,7 +135,7 @@ def mark_phases(model: nn.Module, layers: Iterable[nn.Module], optimizer: PagedA
         memory.place = "optimizer", 0
         update()
 
-    optimizer.step = step  # type: ignore[method-assign]
+    optimizer.step = step  # type: ignore[method-assign]  # marks the phase, then calls the method
 
 
 def _at(memory: LiveMemory, place: Place) -> Callable[..., None]:

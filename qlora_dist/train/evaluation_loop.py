@@ -69,4 +69,5 @@ def evaluate_until(
         sums.loss, sums.tokens = totals.tolist()
         return None
     loss, tokens = traffic.all_reduce(totals).tolist()
-    return loss / tokens
+    mean: float = loss / tokens
+    return mean

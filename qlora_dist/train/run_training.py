@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from qlora_dist.adapters.export import export_adapter
 from qlora_dist.config.schema import Config
@@ -166,7 +167,10 @@ def _page_base(setup: Setup, console: RunConsole) -> PagedLayers | None:
     if parallel.base != "paged":
         return None
     free = free_bytes(setup.device, setup.ranks.local_world_size)
-    layers = list(decoder_layers(setup.model))
+    layers: list[FSDPModule] = []
+    for layer in decoder_layers(setup.model):
+        assert isinstance(layer, FSDPModule), "only the fsdp2 engine pages the base"
+        layers.append(layer)
     pages = PagedLayers(setup.model, layers, setup.device, parallel.resident_bytes, free, setup.config.paging)
     console.say(pages.sentence())
     return pages

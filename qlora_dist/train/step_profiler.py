@@ -50,7 +50,7 @@ class LastStep:
             activities.append(ProfilerActivity.CUDA)
         self._running = ExitStack()
         self._running.callback(setattr, dist.Work, "wait", dist.Work.wait)
-        dist.Work.wait = _marked(dist.Work.wait)
+        dist.Work.wait = _marked(dist.Work.wait)  # type: ignore[method-assign]  # replaced on purpose, until `end`
         self._profile = self._running.enter_context(profile(activities=activities))
 
     def end(self) -> dict[str, float]:
@@ -59,7 +59,9 @@ class LastStep:
             return {}
         self._running.close()
         assert self._profile is not None and self._profile.profiler is not None
-        return shares_of(self._profile.profiler.kineto_results.events())
+        results = self._profile.profiler.kineto_results
+        assert results is not None
+        return shares_of(results.events())
 
 
 def shares_of(events: Iterable[Any]) -> dict[str, float]:

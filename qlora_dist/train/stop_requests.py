@@ -153,11 +153,13 @@ def drop_old_stop_file(run: Path) -> str | None:
 def _start_of_launcher() -> float:
     """Time at which the run was started: by torchrun and the like, their start, for ranks take seconds to follow."""
     own = psutil.Process()
+    started: float = own.create_time()
     try:
         launcher = own.parent() if launcher_of() != "none" else None
-        return min(own.create_time(), launcher.create_time() if launcher is not None else own.create_time())
+        launched: float = started if launcher is None else launcher.create_time()
     except psutil.Error:
-        return own.create_time()
+        return started
+    return min(started, launched)
 
 
 class Requests:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ def trackers(
         numbers = {key: value for key, value in flatten(metrics).items() if isinstance(value, (int, float))}
         step = int(numbers.pop("step"))
         for name, tracker in list(opened.items()):
-            attempt(name, lambda tracker=tracker: tracker.log(numbers, step))  # type: ignore[misc]
+            attempt(name, partial(tracker.log, numbers, step))
 
     for wanted in config.run.trackers:
-        tracker = attempt(wanted, lambda wanted=wanted: _OPEN[wanted](config, path, ids))  # type: ignore[misc]
+        tracker = attempt(wanted, partial(_OPEN[wanted], config, path, ids))
         if tracker is not None:
             opened[wanted] = tracker
     if ids:

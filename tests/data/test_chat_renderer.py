@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from qlora_dist.data import template_limit
-from qlora_dist.data.chat_renderer import Refused, Renderer
+from qlora_dist.data.chat_renderer import Renderer
 from qlora_dist.data.chat_template import SHIPPED, read_template
 from qlora_dist.data.row_encoder import Encoder
 from qlora_dist.data.source_row import MessagesRow
-from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
+from qlora_dist.data.template_probe import Refused
 
 published = functools.cache(make_tokenizer)
 

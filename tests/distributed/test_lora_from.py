@@ -113,7 +113,10 @@ def test_what_differs_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"several values of rank \(2, 4\), and a run has one"):
         configured(path, tmp_path / "a")
-    broken = re.sub(r'"target_parameters": null', '"target_parameters": 3', text)
-    (tmp_path / "a" / "adapter_config.json").write_text(broken)
-    with pytest.raises(UserError, match=r"adapter_config\.json: is not as PEFT writes it .*; export the adapter again"):
-        configured(path, tmp_path / "a")
+    for changes, reason in (
+        ({"target_parameters": 3}, ".*"),
+        ({"modules_to_save": ["norm."]}, r"\('norm\.' is not the path of a module\)"),
+    ):
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(json.loads(text) | changes))
+        with pytest.raises(UserError, match=rf"adapter_config\.json: is not as PEFT writes it {reason}; export the"):
+            configured(path, tmp_path / "a")
