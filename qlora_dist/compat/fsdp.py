@@ -198,7 +198,7 @@ class _ObservedReduceScatter(DefaultReduceScatter):
         output_tensor: torch.Tensor,
         input_tensor: torch.Tensor,
         group: dist.ProcessGroup,
-        op: dist.ReduceOp,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> dist.Work:
         self._on_collective("reduce_scatter", self._dim, input_tensor.nbytes - output_tensor.nbytes)

@@ -141,8 +141,9 @@ def tokenize(
             stats.trained_tokens += int(part.sequences.trained.sum())
             stats.largest_token = max(stats.largest_token, int(part.sequences.tokens.max(initial=0)))
             flat = part.sequences
-            for digest, array in zip(digests, (flat.tokens, flat.trained, flat.lengths), strict=True):
-                digest.update(array.tobytes())
+            contents = (flat.tokens.tobytes(), flat.trained.tobytes(), flat.lengths.tobytes())
+            for digest, content in zip(digests, contents, strict=True):
+                digest.update(content)
             writer.append(part.sequences)
             progress(stats.rows)
         _check_share(stats, max_bad_rows, name)

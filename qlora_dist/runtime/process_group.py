@@ -75,7 +75,7 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) 
         check_interfaces(device.type)
         store = meet(ranks, timeout_s)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # torch documents it and exports it in no `__all__`
+        store = dist.HashStore()
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=2 * timeout_s),

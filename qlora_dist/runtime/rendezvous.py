@@ -65,7 +65,7 @@ def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> Store:
 
     def make() -> None:
         try:
-            store = dist.TCPStore(  # type: ignore[attr-defined]  # torch documents it and exports it in no `__all__`
+            store = dist.TCPStore(
                 address.host,
                 address.port,
                 is_master=ranks.rank == 0 and not agent_keeps_store(),

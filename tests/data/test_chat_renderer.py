@@ -17,6 +17,7 @@ from qlora_dist.data.chat_template import SHIPPED, read_template
 from qlora_dist.data.row_encoder import Encoder
 from qlora_dist.data.source_row import MessagesRow
 from qlora_dist.data.template_probe import Refused
+from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
 
 published = functools.cache(make_tokenizer)
 
