@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,17 +24,6 @@ from qlora_dist.nf4.embedding import NF4Vocabulary
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.shard_view import first_element, flat_shard, local_part, part_of, whole_shape
-
-
-class _LoraWithMagnitudes(Protocol):
-    """A LoraNF4, by the attributes of PEFT's LoraLayer that magnitudes are computed from."""
-
-    lora_A: Mapping[str, nn.Linear]
-    lora_B: Mapping[str, nn.Linear]
-    lora_magnitude_vector: Mapping[str, nn.Module]
-    scaling: Mapping[str, float]
-
-    def get_base_layer(self) -> NF4Linear: ...
 
 
 class Elsewhere(Protocol):
@@ -179,12 +168,12 @@ def _fill_magnitudes(model: LossModel) -> None:
             layer.unshard()
         for name, module in layer.named_modules():
             if isinstance(module, LoraNF4):
-                lora = cast(_LoraWithMagnitudes, module)  # PEFT's untyped base class makes these attributes
-                for adapter in lora.lora_magnitude_vector:
-                    a, b = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
-                    weight = lora.get_base_layer().dequantize(a.dtype)
+                assert isinstance(module.base_layer, NF4Linear)
+                for adapter in module.lora_magnitude_vector:
+                    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+                    weight = module.base_layer.dequantize(a.dtype)
                     norms[f"{name}.lora_magnitude_vector.{adapter}.weight"] = row_norms(
-                        weight, a, b, lora.scaling[adapter]
+                        weight, a, b, module.scaling[adapter]
                     )
         if isinstance(layer, FSDPModule):
             layer.reshard()

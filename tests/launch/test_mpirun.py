@@ -24,7 +24,7 @@ from tests.helpers.ranks import run_ranks
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = ROOT / "launch" / "mpirun.sh"
 BOTH = pytest.mark.parametrize("name", ["mpich", "openmpi"])
-JOIN = "import os, sys, time; from qlora_dist.launch import ending, environment, mpi, orphans; "
+JOIN = "import os, sys, time; from qlora_dist.runtime import environment, mpi, orphans, process_exit; "
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_a_mistake_is_told_once(name: str, config: Path, tmp_path: Path) -> None
 def test_an_error_of_one_rank_ends_all_with_its_traceback(name: str, tmp_path: Path) -> None:
     fail = (
         "mpi.agree_on_store(); environment.ranks_from_environment().rank or time.sleep(100); "
-        "ending.leave_with_traceback(ValueError('seven is no prime'))"
+        "process_exit.leave_with_traceback(ValueError('seven is no prime'))"
     )
     with mpirun(name, tmp_path / name, 2, "-c", JOIN + fail) as process:
         code, err = end_of(process, tmp_path / name)
