@@ -35,7 +35,7 @@ from synthetic import write_nf4
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from qlora_dist.config.schema import Config
-from qlora_dist.model.meta_model import build_skeleton, decoder_layers
+from qlora_dist.model.meta_model import build_meta_model, get_decoder_layers
 from qlora_dist.model.model_folder import ModelFolder
 
 MIB = 2**20
@@ -58,8 +58,8 @@ def write_base(folder: Path, args: argparse.Namespace) -> None:
 
 def layer_sizes(config: Config) -> list[int]:
     """Bytes of each layer's frozen parameters."""
-    model = build_skeleton(ModelFolder(config.model.base), config.model)
-    return [sum(-(-p.nbytes // 16) * 16 for p in layer.parameters()) for layer in decoder_layers(model)]
+    model = build_meta_model(ModelFolder(config.model.base), config.model)
+    return [sum(-(-p.nbytes // 16) * 16 for p in layer.parameters()) for layer in get_decoder_layers(model)]
 
 
 def configuration(folder: Path, args: argparse.Namespace, name: str, parallel: dict[str, Any], ahead: int) -> Config:
@@ -129,7 +129,7 @@ def drop_pages(pid: int) -> None:
         pass  # the process has just ended
 
 
-def measured(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+def measure_run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     rows, peak = train(config, args.cold)
     steps = [row for row in rows if "loss" in row]
     later = steps[1:] or steps
@@ -168,14 +168,14 @@ def main() -> int:
         )
         plain = configuration(folder, args, "fits", {"base": "node"}, 1)
         sizes = layer_sizes(plain)
-        runs = [{"share": None, "ahead": None} | measured(plain, args)]
+        runs = [{"share": None, "ahead": None} | measure_run(plain, args)]
         for share in args.shares:
             for ahead in args.ahead:
                 budget = int(share * sum(sizes)) if share else 0
                 parallel = {"base": "paged", "resident_bytes": budget}
                 config = configuration(folder, args, f"paged-{share}-{ahead}", parallel, ahead)
-                runs.append({"share": share, "ahead": ahead} | measured(config, args))
-    show(runs, sizes)
+                runs.append({"share": share, "ahead": ahead} | measure_run(config, args))
+    print_runs(runs, sizes)
     equal = all(run["losses"] == runs[0]["losses"] for run in runs)
     print(f"losses of {len(runs)} runs: {'equal' if equal else 'NOT EQUAL'}")
     if args.json:
@@ -184,7 +184,7 @@ def main() -> int:
     return 0 if equal else 1
 
 
-def show(runs: list[dict[str, Any]], sizes: list[int]) -> None:
+def print_runs(runs: list[dict[str, Any]], sizes: list[int]) -> None:
     console = Console(width=120)
     console.print(f"{len(sizes)} layers, {sum(sizes) / MIB:.0f} MiB")
     table = Table(

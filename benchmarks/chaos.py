@@ -37,9 +37,9 @@ from qlora_dist.checkpoint.checkpointer import Checkpointer
 from qlora_dist.checkpoint.manifest import find_checkpoints
 from qlora_dist.config.schema import Config
 from qlora_dist.optim.adamw import PagedAdamW
-from qlora_dist.runs.run_dir import DONE, run_path
+from qlora_dist.runs.run_dir import DONE_MARKER, run_path
 from qlora_dist.train import trainer
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 
 PHASES = ("forward", "backward", "update", "write", "complete")
 _LONGEST_RUN_S = 900.0
@@ -83,7 +83,7 @@ def configuration(args: argparse.Namespace, name: str) -> Config:
     )
 
 
-def arm(kill: Kill) -> None:
+def install_kill(kill: Kill) -> None:
     """In a rank that is to die: wait for the moment."""
     count = 0
 
@@ -123,11 +123,11 @@ def rank_main(config: Config, environ: dict[str, str], kill: Kill | None, log: s
     os.environ.update(environ)
     torch.set_num_threads(1)
     if kill is not None and kill.victim in ("all", int(environ["RANK"])):
-        arm(kill)
-    train(config)
+        install_kill(kill)
+    run_training(config)
 
 
-def attempt(config: Config, ranks: int, kill: Kill | None, log: str) -> bool:
+def run_attempt(config: Config, ranks: int, kill: Kill | None, log: str) -> bool:
     """Start all ranks; when one ends badly, end the others. Returns whether the run is done."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -161,7 +161,7 @@ def attempt(config: Config, ranks: int, kill: Kill | None, log: str) -> bool:
     return all(p.exitcode == 0 for p in processes)
 
 
-def result(config: Config) -> tuple[dict[int, float], str]:
+def losses_and_adapter_hash(config: Config) -> tuple[dict[int, float], str]:
     """Losses by step, and the adapter's sha256."""
     path = run_path(config.run)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -189,7 +189,7 @@ def newest_step(config: Config) -> int:
     return int(found[0].name.removeprefix("step-")) if found else 0
 
 
-def draw(rng: random.Random, index: int, args: argparse.Namespace, left: int) -> Kill:
+def draw_kill(rng: random.Random, index: int, args: argparse.Namespace, left: int) -> Kill:
     phase = PHASES[index % len(PHASES)]
     victims = [*range(args.ranks), "all"]
     victim = 0 if phase == "complete" else rng.choice(victims)  # rank 0 completes
@@ -224,19 +224,19 @@ def main() -> int:
             console.print(f"{run_path(config.run)}: exists; give another --out")
             return 2
     log = str(Path(args.out) / "output.log")
-    if not attempt(whole, args.ranks, None, log):
+    if not run_attempt(whole, args.ranks, None, log):
         console.print(f"the undisturbed run failed; see {log}")
         return 1
 
     kills: list[Kill] = []
-    while len(kills) < args.kills and not (run_path(chaos.run) / DONE).exists():
-        kill = draw(rng, len(kills), args, args.steps - newest_step(chaos))
-        if attempt(chaos, args.ranks, kill, log):
+    while len(kills) < args.kills and not (run_path(chaos.run) / DONE_MARKER).exists():
+        kill = draw_kill(rng, len(kills), args, args.steps - newest_step(chaos))
+        if run_attempt(chaos, args.ranks, kill, log):
             break
         kill.after_step, kill.goes_on_from = last_step(chaos), newest_step(chaos)
         kills.append(kill)
         console.print(f"{len(kills)}: {kill.victim} in {kill.phase}, after step {kill.after_step}", highlight=False)
-    done = (run_path(chaos.run) / DONE).exists() or attempt(chaos, args.ranks, None, log)
+    done = (run_path(chaos.run) / DONE_MARKER).exists() or run_attempt(chaos, args.ranks, None, log)
 
     table = Table("kill", "victim", "during", "after step", "goes on from", "steps done again")
     for number, kill in enumerate(kills, start=1):
@@ -247,7 +247,7 @@ def main() -> int:
     if not done:
         console.print(f"the last start failed; see {log}")
         return 1
-    (losses, adapter), (their_losses, their_adapter) = result(chaos), result(whole)
+    (losses, adapter), (their_losses, their_adapter) = losses_and_adapter_hash(chaos), losses_and_adapter_hash(whole)
     equal_losses, equal_adapters = losses == their_losses, adapter == their_adapter
     console.print(
         f"{len(kills)} kills; losses of {len(their_losses)} steps {'equal' if equal_losses else 'DIFFER'}, "

@@ -22,7 +22,7 @@ from typing import Any
 from chaos import attempt  # beside this file
 
 from qlora_dist.checkpoint.manifest import find_checkpoints
-from qlora_dist.checkpoint.resharding import Cut
+from qlora_dist.checkpoint.resharding import ShardSpec
 from qlora_dist.config.schema import Config
 from qlora_dist.runs.run_dir import RunDir, run_path
 
@@ -71,7 +71,7 @@ def main() -> int:
         newest = find_checkpoints(path / "checkpoints")[0]
         nbytes = sum(file.stat().st_size for file in newest.iterdir())
         cuts = json.loads((newest / "manifest.json").read_text())["cuts"].values()
-        parameters = sum(Cut(tuple(cut["shape"]), 0, 1).numel(0) for cut in cuts)
+        parameters = sum(ShardSpec(tuple(cut["shape"]), 0, 1).numel(0) for cut in cuts)
 
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for before, row in itertools.pairwise(rows[2:]):  # not the first steps, which warm up

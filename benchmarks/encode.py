@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from qlora_dist.data.row_encoder import Encoded, Encoder
-from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, Row, TextRow
+from qlora_dist.data.row_encoder import Encoded, RowEncoder
+from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, SourceRow, TextRow
 
 
-def read(path: str, rows: int) -> list[Row]:
-    read: list[Row] = []
+def read(path: str, rows: int) -> list[SourceRow]:
+    read: list[SourceRow] = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()[:rows], start=1):
         tree, place = json.loads(line), f"{path}, line {number}"
         if "messages" in tree:
@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    encoder = Encoder(tokenizer, args.mask, args.template)
+    encoder = RowEncoder(tokenizer, args.mask, args.template)
     rows = read(args.data, args.rows)
     batches = [rows[start : start + args.batch] for start in range(0, len(rows), args.batch)]
     encoded = [item for batch in batches for item in encoder.encode(batch)]

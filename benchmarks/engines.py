@@ -28,18 +28,18 @@ from rich.table import Table
 from synthetic import resident_bytes, restart_peak
 
 from qlora_dist.config.schema import Config
-from qlora_dist.data.collate import IGNORED
-from qlora_dist.model.load_weights import fill
+from qlora_dist.data.collate import LABEL_IGNORE_INDEX
+from qlora_dist.model.load_weights import load_weights
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.optim.optimizer_state import PagedOptimizerState
 from qlora_dist.parallel.engine import parallelize
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.static_bytes import check_static_bytes
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.train_step import AdapterShards, shard_sizes, train_step
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
 
 MIB = 2**20
 
@@ -59,23 +59,23 @@ def configuration(folder: Path, engine: str, ranks: int, args: argparse.Namespac
 
 def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, Any]:
     """On each rank; rank 0 says what it has measured."""
-    ranks = ranks_from_environment()
+    ranks = read_rank_info()
     config = configuration(folder, engine, ranks.world_size, args)
-    setup = set_up(config, ranks)
+    setup = set_up_run(config, ranks)
     with process_group(ranks, setup.device):
         meshes = build_meshes(setup.sizes, "cpu")
         traffic = parallelize(setup.model, meshes, config)
-        fill(setup.model, setup.folder, setup.device, config.train.seed, meshes.base_replicas)
+        load_weights(setup.model, setup.folder, setup.device, config.train.seed, meshes.base_replicas)
         held = check_static_bytes(setup.model, setup.sizes)
         shards = AdapterShards(setup.model)
-        moments = Moments(shard_sizes(setup.model), config.optim, config.paging, setup.device)
+        moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
         optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
         setup.model.train()
         loaded = restart_peak()
         seconds, processor, losses = [], [], []
         for step in range(args.steps):
             window = setup.loader.window(step)
-            trained = ranks.world_size * sum(int((batch.labels != IGNORED).sum()) for batch in window)
+            trained = ranks.world_size * sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in window)
             started, cpu = time.perf_counter(), time.process_time()
             replicas = setup.sizes.adapter_replicas
             result = train_step(setup.model, window, trained, shards, replicas, optimizer, scale, 1.0, traffic)
@@ -117,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         result = measure(Path(args.dir), args.worker, args)
-        if ranks_from_environment().rank == 0:
+        if read_rank_info().rank == 0:
             (Path(args.dir) / "result.json").write_text(json.dumps(result))
         return
     results: dict[tuple[int, str], list[dict[str, Any]]] = {}
@@ -129,12 +129,12 @@ def main() -> None:
             for _ in range(args.repeats):
                 for engine in ("fsdp2", "zero3"):
                     results.setdefault((ranks, engine), []).append(run(folder, engine, ranks, args))
-    show(results)
+    print_results(results)
     if args.json:
         Path(args.json).write_text(json.dumps({f"{r} {e}": runs for (r, e), runs in results.items()}))
 
 
-def show(results: dict[tuple[int, str], list[dict[str, Any]]]) -> None:
+def print_results(results: dict[tuple[int, str], list[dict[str, Any]]]) -> None:
     columns = ["ranks", "engine", "held, MiB", "on top, MiB", "step, s", "processor, s", "received, MiB", "loss"]
     table = Table(*columns, box=None)
     for (ranks, engine), runs in results.items():

@@ -22,8 +22,8 @@ from rich.table import Table
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 
-from qlora_dist.model.loss import IGNORE, summed_loss
-from qlora_dist.runtime.device_memory import peak_bytes
+from qlora_dist.model.loss import IGNORE_INDEX, linear_cross_entropy_sum
+from qlora_dist.runtime.device_memory import peak_memory_bytes
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -41,7 +41,7 @@ def torch_chunked(policy: str) -> Loss:
 
 
 WAYS: dict[str, Loss] = {
-    "qlora-dist": lambda hidden, weight, labels: summed_loss(hidden, weight, None, labels),
+    "qlora-dist": lambda hidden, weight, labels: linear_cross_entropy_sum(hidden, weight, None, labels),
     "plain logits": plain,
     "torch, auto": torch_chunked("auto"),
     "torch, compact": torch_chunked("compact"),
@@ -55,7 +55,7 @@ def inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.
     hidden = torch.empty(args.tokens, args.hidden, dtype=dtype).normal_().requires_grad_()
     weight = torch.empty(args.vocabulary, args.hidden, dtype=dtype).normal_(std=0.05)
     labels = torch.randint(0, args.vocabulary, (args.tokens,))
-    labels[::3] = IGNORE
+    labels[::3] = IGNORE_INDEX
     return hidden, weight, labels
 
 
@@ -78,9 +78,9 @@ def main() -> None:
 
     if args.only:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
-        before = peak_bytes(torch.device("cpu"))
+        before = peak_memory_bytes(torch.device("cpu"))
         WAYS[args.only](hidden, weight, labels).backward()
-        print((peak_bytes(torch.device("cpu")) - before) / 2**20)
+        print((peak_memory_bytes(torch.device("cpu")) - before) / 2**20)
         return
 
     reference = plain(hidden.detach().double(), weight.double(), labels).item()

@@ -38,10 +38,10 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_dist.config.schema import Config
-from qlora_dist.plan.calibration_file import load_calibration, measured_speeds
-from qlora_dist.plan.memory_estimate import plan_memory
-from qlora_dist.plan.run_spec import make_run
-from qlora_dist.plan.step_time import Speeds, step_time
+from qlora_dist.plan.calibration_file import calibrated_speeds, load_calibration
+from qlora_dist.plan.memory_estimate import estimate_memory
+from qlora_dist.plan.run_spec import make_run_spec
+from qlora_dist.plan.step_time import RankSpeeds, estimate_step_time
 
 LAYOUTS = {"full sharding": "world", "two meshes": "node"}
 """parallel.base; adapters are cut over all ranks in both."""
@@ -174,22 +174,22 @@ def measure(link: Link, folder: Path, args: argparse.Namespace, layout: str) -> 
     return result
 
 
-def planned(folder: Path, args: argparse.Namespace, layout: str, mbit: int) -> float:
+def planned_step_s(folder: Path, args: argparse.Namespace, layout: str, mbit: int) -> float:
     """Tokens/s by the plan, with the machine's speeds as calibrated."""
     model = json.loads((folder / "model" / "config.json").read_text())
-    run = make_run(configuration(folder, args, layout), model, NODES * RANKS_PER_NODE, NODES, "cpu")
-    speeds = measured_speeds(load_calibration(folder / "speeds.json").devices["cpu"], Speeds(0, 0, 0, 0, 0, 0))
+    run = make_run_spec(configuration(folder, args, layout), model, NODES * RANKS_PER_NODE, NODES, "cpu")
+    speeds = calibrated_speeds(load_calibration(folder / "speeds.json").devices["cpu"], RankSpeeds(0, 0, 0, 0, 0, 0))
     if mbit:
         speeds = replace(speeds, between=min(speeds.between, 1e6 * mbit / 8))
-    return step_time(run, plan_memory(run), speeds).tokens_per_s
+    return estimate_step_time(run, estimate_memory(run), speeds).tokens_per_s
 
 
-def crossing(row: dict[str, Any]) -> int:
+def inter_node_bytes(row: dict[str, Any]) -> int:
     """Bytes of a step that cross nodes, by the counter: those of the mesh over all ranks."""
     return row["comm_bytes"].get("world", 0)
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
+def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="two nodes of two ranks", title_justify="left")
     for head in (
         "Mbit/s",
@@ -215,7 +215,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
             f"{row['tokens_per_s']:.1f}",
             f"{row['planned_tokens_per_s']:.1f}",
             f"{row['sent_bytes'] / 1e6:.2f}",
-            f"{crossing(row) / 1e6:.2f}",
+            f"{inter_node_bytes(row) / 1e6:.2f}",
             f"{row['tokens_per_s'] / full['tokens_per_s']:.2f}",
         )
     console.print(table)
@@ -262,8 +262,8 @@ def main() -> int:
         rows = []
         for layout in LAYOUTS:
             for row in measure(link, folder, args, layout):
-                rows.append({**row, "planned_tokens_per_s": planned(folder, args, layout, row["mbit"])})
-    show(rows, console)
+                rows.append({**row, "planned_tokens_per_s": planned_step_s(folder, args, layout, row["mbit"])})
+    print_rows(rows, console)
     if args.json:
         args.json.write_text(json.dumps({"ranks": [NODES, RANKS_PER_NODE], "rows": rows}, indent=2) + "\n")
     if args.plot:

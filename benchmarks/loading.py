@@ -42,7 +42,7 @@ SPARE_BYTES = 2 * 2**30
 """Of the machine's memory, left to everything else."""
 
 
-def together(functions: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> list[dict[str, Any]]:
+def run_concurrently(functions: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> list[dict[str, Any]]:
     """Run each in a process, the connection to here as last argument: what it sends in the end."""
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in functions]
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace, folder: Path, tiny: Path) -> dict[str, Any
     from synthetic import drop_from_page_cache, write_nf4
 
     from qlora_dist.model.model_folder import ModelFolder
-    from qlora_dist.runtime.machine_info import this_machine
+    from qlora_dist.runtime.machine_info import machine_info
 
     transformers.utils.logging.disable_progress_bar()
     if not (folder / "model.safetensors").is_file():
@@ -131,14 +131,14 @@ def measure(args: argparse.Namespace, folder: Path, tiny: Path) -> dict[str, Any
             if args.cold:
                 drop_from_page_cache(folder)
             print(f"repeat {repeat + 1} of {args.repeats}: {name}, {n}", file=sys.stderr, flush=True)
-            runs.append({"loader": name, "number": n, "repeat": repeat, "ranks": together(functions)})
+            runs.append({"loader": name, "number": n, "repeat": repeat, "ranks": run_concurrently(functions)})
     return {
         "layers": len({key.split(".")[2] for key in opened.quantized if ".layers." in key}),
         "folder_bytes": total,
         "largest_tensor_bytes": max(largest),
         "cold": args.cold,
         "repeats": args.repeats,
-        "machine": this_machine("cpu"),
+        "machine": machine_info("cpu"),
         "runs": runs,
         "left_out": left_out,
     }

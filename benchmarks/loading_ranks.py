@@ -14,20 +14,22 @@ import torch
 import transformers
 from synthetic import resident_bytes, restart_peak
 
-from qlora_dist.adapters.attach import attach_adapter, peft_config
+from qlora_dist.adapters.attach import attach_adapter, make_peft_config
 from qlora_dist.config.schema import Config
-from qlora_dist.io.read_ahead import Reading
-from qlora_dist.model.load_weights import fill
-from qlora_dist.model.meta_model import build_skeleton
+from qlora_dist.io.read_ahead import ReadProgress
+from qlora_dist.model.load_weights import load_weights
+from qlora_dist.model.meta_model import build_meta_model
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.parallel.fsdp2 import parallelize
+from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
 from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
 from qlora_dist.parallel.static_bytes import check_static_bytes
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 
 
-def ours(rank: int, world_size: int, nodes: int, port: int, folder: Path, tiny: Path, pipe: Any) -> None:
+def load_with_qlora_dist(
+    rank: int, world_size: int, nodes: int, port: int, folder: Path, tiny: Path, pipe: Any
+) -> None:
     """What `train` does up to the first step, on one rank."""
     local = world_size // nodes
     variables = (rank, world_size, rank % local, local, "127.0.0.1", port)
@@ -38,25 +40,25 @@ def ours(rank: int, world_size: int, nodes: int, port: int, folder: Path, tiny: 
     config = Config.model_validate(
         {"model": {"base": str(folder)}, "lora": {"r": 16}, "data": {"train": ["-"]}, "parallel": {"base": base}}
     )
-    ranks, device = ranks_from_environment(), torch.device("cpu")
-    readings = [Reading(0, 0, 0.0)]
+    ranks, device = read_rank_info(), torch.device("cpu")
+    readings = [ReadProgress(0, 0, 0.0)]
     with process_group(ranks, device):
         sizes = mesh_sizes(config.parallel, ranks)
         meshes = build_meshes(sizes, "cpu")
 
         def load(path: Path) -> tuple[Any, dict[str, Any]]:
             source = ModelFolder(path)
-            model = build_skeleton(source, config.model)
-            attach_adapter(model, peft_config(model, config.lora, config.model.base))
-            parallelize(model, meshes, config)
-            read_bytes = fill(model, source, device, 0, meshes.base_replicas, progress=readings.append)
+            model = build_meta_model(source, config.model)
+            attach_adapter(model, make_peft_config(model, config.lora, config.model.base))
+            parallelize_fsdp2(model, meshes, config)
+            read_bytes = load_weights(model, source, device, 0, meshes.base_replicas, progress=readings.append)
             return model, {"read_bytes": read_bytes, "waiting_s": readings[-1].wait_s}
 
         load(tiny)
-        measured(pipe, lambda: load(folder), lambda model: {"static_bytes": check_static_bytes(model, sizes)})
+        measure_load(pipe, lambda: load(folder), lambda model: {"static_bytes": check_static_bytes(model, sizes)})
 
 
-def theirs(folder: Path, tiny: Path, pipe: Any) -> None:
+def load_with_transformers(folder: Path, tiny: Path, pipe: Any) -> None:
     def load(path: Path) -> tuple[Any, dict[str, Any]]:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
         for parameter in model.parameters():
@@ -67,10 +69,12 @@ def theirs(folder: Path, tiny: Path, pipe: Any) -> None:
 
     torch.set_num_threads(1)
     load(tiny)
-    measured(pipe, lambda: load(folder), lambda _: {})
+    measure_load(pipe, lambda: load(folder), lambda _: {})
 
 
-def measured(pipe: Any, load: Callable[[], tuple[Any, dict[str, Any]]], then: Callable[[Any], dict[str, Any]]) -> None:
+def measure_load(
+    pipe: Any, load: Callable[[], tuple[Any, dict[str, Any]]], then: Callable[[Any], dict[str, Any]]
+) -> None:
     """Send that this rank is ready; load when all are; tell figures, and the shared ones when all are done; stay."""
     gc.collect()
     pipe.send(None)

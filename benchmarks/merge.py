@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from synthetic import resident_bytes, restart_peak, write_bf16
 
-from qlora_dist.merge.merge_folder import merge_folder, print_report
+from qlora_dist.merge.merge_folder import merge_folder, print_merge_report
 from qlora_dist.merge.merge_plan import MergeOptions
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
@@ -52,12 +52,12 @@ def write_adapter(source: Path, out: Path) -> None:
     (out / "adapter_config.json").write_text(json.dumps(config))
 
 
-def child(base: Path, adapter: Path, out: Path, into: str) -> None:
+def merge_in_child(base: Path, adapter: Path, out: Path, into: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     before, started = restart_peak(), time.perf_counter()
     report = merge_folder(base, adapter, out, WAYS[into], console)
     seconds, peak = time.perf_counter() - started, resident_bytes("VmHWM") - before
-    print_report(report, console)
+    print_merge_report(report, console)
     folder = ModelFolder(out)
     parameters = sum(torch.Size(folder.shape(name)).numel() for name in [*folder.entries, *folder.quantized])
     console.print(
@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         *paths, into = args.child
-        child(*map(Path, paths), into)
+        merge_in_child(*map(Path, paths), into)
         return
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
         source, adapter, quantized, out = (Path(directory) / name for name in ("source", "adapter", "nf4", "out"))

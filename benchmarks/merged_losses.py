@@ -30,19 +30,19 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from examples.quickstart import python_docs, smollm2
-from qlora_dist.adapters.attach import first_values
+from qlora_dist.adapters.attach import init_lora_weight
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
-from qlora_dist.data.collate import IGNORED, Batch
+from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
 from qlora_dist.data.dataloader import eval_batches
 from qlora_dist.merge.merge_folder import merge_folder
 from qlora_dist.merge.merge_plan import MergeOptions
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.optim.schedule import learning_rate
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.run_training import train
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.run_training import run_training
 
 BASES: dict[str, dict[str, Any] | None] = {
     "16 bit": None,
@@ -69,23 +69,23 @@ CLAIMS = {  # of two losses: that they are as equal as seeds are, or that one is
 QUIET = Console(quiet=True)
 
 
-def folder_of(args: argparse.Namespace, base: str) -> Path:
+def base_folder(args: argparse.Namespace, base: str) -> Path:
     return args.dir / "bases" / base.replace(" ", "-").replace("+", "-")
 
 
 def make_bases(args: argparse.Namespace) -> None:
-    smollm2.unpack(folder_of(args, "16 bit"))
+    smollm2.unpack_smollm2(base_folder(args, "16 bit"))
     if not (args.dir / "docs" / "eval.jsonl").exists():
-        python_docs.build(args.dir / "docs")
+        python_docs.build_python_docs(args.dir / "docs")
     for base, options in BASES.items():
-        if options is not None and not folder_of(args, base).exists():
-            quantize_folder(folder_of(args, "16 bit"), folder_of(args, base), QuantizeOptions(**options), QUIET)
+        if options is not None and not base_folder(args, base).exists():
+            quantize_folder(base_folder(args, "16 bit"), base_folder(args, base), QuantizeOptions(**options), QUIET)
 
 
-def config_of(args: argparse.Namespace, base: str, seed: int) -> Config:
+def training_config(args: argparse.Namespace, base: str, seed: int) -> Config:
     docs = args.dir / "docs"
     tree = {
-        "model.base": str(folder_of(args, base)),
+        "model.base": str(base_folder(args, base)),
         "model.compute_dtype": args.dtype,
         "data.train": [str(docs / "train.jsonl")],
         "train.steps": args.steps,
@@ -93,7 +93,7 @@ def config_of(args: argparse.Namespace, base: str, seed: int) -> Config:
         "train.seed": seed,
         "train.device": "cpu",
         "run.dir": str(args.dir / "runs"),
-        "run.name": f"{folder_of(args, base).name}-{seed}",
+        "run.name": f"{base_folder(args, base).name}-{seed}",
         "run.overwrite": True,
     }
     evaluated = f"data.eval={json.dumps(str(docs / 'eval.jsonl'))}" if base == "16 bit" else "data.eval=null"
@@ -103,21 +103,21 @@ def config_of(args: argparse.Namespace, base: str, seed: int) -> Config:
     )
 
 
-def adapter_of(args: argparse.Namespace, base: str, seed: int) -> Path:
+def trained_adapter(args: argparse.Namespace, base: str, seed: int) -> Path:
     """Trained now, if it was not before."""
-    config = config_of(args, base, seed)
+    config = training_config(args, base, seed)
     out = args.dir / "runs" / config.run.name / "adapter"
     if not out.exists():
         if base == "16 bit":
             train_plain(config, out)
         else:
-            train(config, resume="none")
+            run_training(config, resume="none")
     return out
 
 
 def train_plain(config: Config, out: Path) -> None:
     """16-bit LoRA as anybody would: whole logits, torch's AdamW, PEFT's layers."""
-    setup = set_up(config, ranks_from_environment({}))
+    setup = set_up_run(config, read_rank_info({}))
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.model.compute_dtype]
     lora = peft.LoraConfig(
         r=config.lora.r,
@@ -129,7 +129,7 @@ def train_plain(config: Config, out: Path) -> None:
     model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(config.model.base, dtype=dtype), lora)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
-        parameter.data = first_values(name.removeprefix("base_model.model."), parameter.shape, config.train.seed)
+        parameter.data = init_lora_weight(name.removeprefix("base_model.model."), parameter.shape, config.train.seed)
     optim = config.optim
     optimizer = torch.optim.AdamW(
         trained.values(), betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=optim.weight_decay
@@ -146,11 +146,13 @@ def train_plain(config: Config, out: Path) -> None:
 
 def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
     logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-    return cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return cross_entropy(
+        logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=LABEL_IGNORE_INDEX, reduction="sum"
+    )
 
 
 @torch.no_grad()
-def held_out_loss(folder: Path, adapter: Path | None, batches: list[Batch]) -> float:
+def plain_eval_loss(folder: Path, adapter: Path | None, batches: list[Batch]) -> float:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     if getattr(model, "quantization_method", None) is not None:
         model = model.dequantize(torch.float32)
@@ -158,19 +160,19 @@ def held_out_loss(folder: Path, adapter: Path | None, batches: list[Batch]) -> f
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
     total = sum(float(summed_loss(model, batch)) for batch in batches)
-    return total / sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    return total / sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in batches)
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, dict[str, float]]:
     """Losses by what was measured and seed; those of bases have one."""
     kept = args.dir / "losses.json"
     losses: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
-    setup = set_up(config_of(args, "16 bit", 0), ranks_from_environment({}))
+    setup = set_up_run(training_config(args, "16 bit", 0), read_rank_info({}))
     assert setup.eval_rows is not None
     batches = eval_batches(setup.eval_rows, micro_batch=1, rank=0, world_size=1)
 
     def add(name: str, seed: int, folder: Path, adapter: Path | None = None) -> None:
-        loss = held_out_loss(folder, adapter, batches)
+        loss = plain_eval_loss(folder, adapter, batches)
         losses.setdefault(name, {})[str(seed)] = loss
         kept.write_text(json.dumps(losses, indent=2))
         console.print(f"{name}, seed {seed}: {loss:.4f}")
@@ -178,18 +180,18 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, dict[str, f
 
     for base in BASES:
         if f"base, {base}" not in losses:
-            add(f"base, {base}", 0, folder_of(args, base))
+            add(f"base, {base}", 0, base_folder(args, base))
     for seed in range(args.seeds):
         for base in BASES:
             name = f"LoRA, {base}" if base == "16 bit" else f"QLoRA, {base}"
             if str(seed) not in losses.get(name, {}):
-                add(name, seed, folder_of(args, base), adapter_of(args, base, seed))
+                add(name, seed, base_folder(args, base), trained_adapter(args, base, seed))
         for merge, settings in MERGES.items():
             if str(seed) not in losses.get(f"merged, {merge}", {}):
                 merged = args.dir / "merged"
                 shutil.rmtree(merged, ignore_errors=True)
-                base = folder_of(args, "16 bit" if merge == "original" else "NF4+DQ")
-                merge_folder(base, adapter_of(args, "NF4+DQ", seed), merged, MergeOptions(**settings), QUIET)
+                base = base_folder(args, "16 bit" if merge == "original" else "NF4+DQ")
+                merge_folder(base, trained_adapter(args, "NF4+DQ", seed), merged, MergeOptions(**settings), QUIET)
                 add(f"merged, {merge}", seed, merged)
                 shutil.rmtree(merged)
     return losses

@@ -29,14 +29,14 @@ from torch import nn
 
 from qlora_dist.config.schema import OptimConfig, PagingConfig
 from qlora_dist.optim.adamw import PagedAdamW
-from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.optim.optimizer_state import PagedOptimizerState
 
 CPU = torch.device("cpu")
 SHARD = 2**18
 
 
 @dataclass
-class Way:
+class OptimizerVariant:
     name: str
     update: Callable[[], None]
     optimizer: PagedAdamW | None
@@ -53,18 +53,18 @@ def make_shards(elements: int) -> list[nn.Parameter]:
     return shards
 
 
-def unpaged(shards: list[nn.Parameter], bits: int) -> Way:
+def unpaged(shards: list[nn.Parameter], bits: int) -> OptimizerVariant:
     optimizer = torch.optim.AdamW(shards, fused=True) if bits == 32 else bitsandbytes.optim.AdamW8bit(shards)
-    return Way("torch" if bits == 32 else "bitsandbytes", optimizer.step, None)
+    return OptimizerVariant("torch" if bits == 32 else "bitsandbytes", optimizer.step, None)
 
 
-def paged(args: argparse.Namespace, shards: list[nn.Parameter], share: float, ahead: int) -> Way:
-    def moments(resident_bytes: int) -> tuple[Moments, OptimConfig]:
+def paged(args: argparse.Namespace, shards: list[nn.Parameter], share: float, ahead: int) -> OptimizerVariant:
+    def moments(resident_bytes: int) -> tuple[PagedOptimizerState, OptimConfig]:
         config = OptimConfig.model_validate(
             {"name": f"paged-adamw-{args.bits}bit", "resident_bytes": resident_bytes, "weight_decay": 0.01}
         )
         paging = PagingConfig.model_validate({"to": args.to, "page_bytes": args.page_bytes, "ahead": ahead})
-        return Moments([SHARD] * len(shards), config, paging, CPU), config
+        return PagedOptimizerState([SHARD] * len(shards), config, paging, CPU), config
 
     whole, _ = moments(2**62)
     total = whole.pager.total_bytes
@@ -72,10 +72,10 @@ def paged(args: argparse.Namespace, shards: list[nn.Parameter], share: float, ah
     budget = max(int(share * total), 2 * args.page_bytes) if share else 0
     ours, config = moments(budget)
     optimizer = PagedAdamW(shards, ours, config)
-    return Way(f"{share:.0%}" + ("" if share == 1 else f", {ahead} ahead"), optimizer.step, optimizer)
+    return OptimizerVariant(f"{share:.0%}" + ("" if share == 1 else f", {ahead} ahead"), optimizer.step, optimizer)
 
 
-def busy(seconds: float) -> None:
+def spin_cpu(seconds: float) -> None:
     """A computation of about so long."""
     left, right = torch.randn(256, 256), torch.randn(256, 256)
     end = time.perf_counter() + seconds
@@ -83,7 +83,7 @@ def busy(seconds: float) -> None:
         torch.mm(left, right)
 
 
-def measure(ways: list[Way], repeats: int, compute_s: float = 0.0) -> None:
+def measure(ways: list[OptimizerVariant], repeats: int, compute_s: float = 0.0) -> None:
     """In turns, the first way being what the others are compared with."""
     for way in ways:
         way.seconds, way.ratios, way.stalls = [], [], []
@@ -95,7 +95,7 @@ def measure(ways: list[Way], repeats: int, compute_s: float = 0.0) -> None:
                 way.optimizer.moments.pager.take_counts()
             started = time.perf_counter()
             if compute_s:
-                busy(compute_s)
+                spin_cpu(compute_s)
             way.update()
             way.seconds.append(time.perf_counter() - started)
             way.ratios.append(way.seconds[-1] / ways[0].seconds[-1])

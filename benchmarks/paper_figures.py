@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from qlora_dist.config.schema import LoraConfig
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.plan.layer_spec import decoder_layers
+from qlora_dist.plan.layer_spec import decoder_layer_specs
 from qlora_dist.plan.model_config import read_model_config
-from qlora_dist.plan.model_spec import describe
+from qlora_dist.plan.model_spec import make_model_spec
 
 GIB = 2**30
 TOTALS = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}  # figure 6, sequences of 512, one
@@ -21,7 +21,7 @@ GUANACO = {"llama-7b": 5, "llama-13b": 10, "llama-33b": 21, "llama-65b": 41}  # 
 
 
 @dataclass(frozen=True)
-class States:
+class ModelStates:
     """Bytes of what a single GPU holds."""
 
     base: int
@@ -52,18 +52,18 @@ class States:
         return self.embeddings_fp32 + self.adapters + self.gradients + self.moments + self.inputs + self.context
 
 
-def states(name: str, r: int = 64) -> States:
+def states(name: str, r: int = 64) -> ModelStates:
     """Of a model, with adapters on all linear layers."""
     config = read_model_config(name)
     lora = LoraConfig(r=r)
-    matrices = [matrix for layer in decoder_layers(config, lora) for matrix in layer.matrices]
-    plain = [p for unit in describe(config, lora).units for p in unit.parameters if not p.is_bytes]
+    matrices = [matrix for layer in decoder_layer_specs(config, lora) for matrix in layer.matrices]
+    plain = [p for unit in make_model_spec(config, lora).units for p in unit.parameters if not p.is_bytes]
     adapters = sum(p.numel for p in plain if p.trained)
 
     def base(double_quant: bool) -> int:
         return sum(NF4Layout((m.rows, m.columns), "nf4", 64, double_quant).total_bytes for m in matrices)
 
-    return States(
+    return ModelStates(
         base(True),
         base(False),
         4 * sum(p.numel for p in plain if not p.trained),

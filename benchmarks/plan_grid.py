@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_dist.config.schema import Config
-from qlora_dist.plan.memory_estimate import plan_memory
+from qlora_dist.plan.memory_estimate import estimate_memory
 from qlora_dist.plan.model_config import read_model_config
-from qlora_dist.plan.run_spec import make_run
+from qlora_dist.plan.run_spec import make_run_spec
 from qlora_dist.plan.step_traffic import step_traffic
-from qlora_dist.trace.trace_step import trace
+from qlora_dist.trace.trace_step import trace_step
 
 SHAPES = [(1, 1), (2, 1), (8, 1), (16, 2), (64, 8), (512, 64)]
 """Ranks and nodes."""
@@ -76,11 +76,11 @@ def configuration(settings: dict[str, dict[str, Any]], world_size: int) -> Confi
 def compare(model: str, world_size: int, nodes: int, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Both ways, in bytes."""
     config, model_config = configuration(settings, world_size), read_model_config(model)
-    run = make_run(config, model_config, world_size, nodes)
-    memory = plan_memory(run)
+    run = make_run_spec(config, model_config, world_size, nodes)
+    memory = estimate_memory(run)
     traffic = step_traffic(run.model.units, run.sharding, run.accumulation, run.compute_bytes)
     started = time.process_time()
-    traced = trace(config, model_config, world_size, nodes)
+    traced = trace_step(config, model_config, world_size, nodes)
     return {
         "static": (memory.static_bytes, traced.static_bytes),
         "peak": (memory.peak_bytes, traced.peak_bytes),
@@ -90,16 +90,18 @@ def compare(model: str, world_size: int, nodes: int, settings: dict[str, dict[st
     }
 
 
-def is_bad(found: dict[str, Any]) -> bool:
+def exceeds_tolerance(found: dict[str, Any]) -> bool:
     """Whether formulas and trace are further apart than they may be."""
     largest = max(found["phases"], key=lambda phase: found["phases"][phase][1])
     peak = 0.06 if largest == "layer_backward" else 0.03
     return bool(
-        found["static"][0] != found["static"][1] or abs(off(found["peak"])) > peak or abs(off(found["traffic"])) > 1e-3
+        found["static"][0] != found["static"][1]
+        or abs(relative_error(found["peak"])) > peak
+        or abs(relative_error(found["traffic"])) > 1e-3
     )
 
 
-def off(pair: tuple[int, int]) -> float:
+def relative_error(pair: tuple[int, int]) -> float:
     """By which share the formula is above the trace."""
     return pair[0] / pair[1] - 1 if pair[1] else float(pair[0] != 0)
 
@@ -127,20 +129,23 @@ def main() -> None:
     for model, name, settings, (world_size, nodes) in cases:
         found = compare(model, world_size, nodes, settings)
         results.append({"model": model, "setting": name, "ranks": world_size, "nodes": nodes, **found})
-        bad += is_bad(found)
-        phases = [f"{100 * off(found['phases'][phase]):+.2f}" for phase in ("layer_forward", "head", "layer_backward")]
-        static = "=" if off(found["static"]) == 0 else f"{100 * off(found['static']):+.3f} %"
+        bad += exceeds_tolerance(found)
+        phases = [
+            f"{100 * relative_error(found['phases'][phase]):+.2f}"
+            for phase in ("layer_forward", "head", "layer_backward")
+        ]
+        static = "=" if relative_error(found["static"]) == 0 else f"{100 * relative_error(found['static']):+.3f} %"
         row = [
             model,
             name,
             f"{world_size}/{nodes}",
             static,
             f"{found['peak'][1] / 2**30:.3f}",
-            f"{100 * off(found['peak']):+.2f} %",
+            f"{100 * relative_error(found['peak']):+.2f} %",
         ]
-        row += [*phases, f"{100 * off(found['traffic']):+.3f} %", f"{found['cpu_s']:.0f}"]
-        table.add_row(*row, style="red" if is_bad(found) else None)
-        print(*row, "BAD" if is_bad(found) else "", flush=True, sep=" | ")
+        row += [*phases, f"{100 * relative_error(found['traffic']):+.3f} %", f"{found['cpu_s']:.0f}"]
+        table.add_row(*row, style="red" if exceeds_tolerance(found) else None)
+        print(*row, "BAD" if exceeds_tolerance(found) else "", flush=True, sep=" | ")
     Console(width=150).print(table)
     if args.json:
         Path(args.json).write_text(json.dumps(results))

@@ -21,47 +21,47 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.config.config_file import config_from
+from qlora_dist.config.config_file import config_from_tree
 from qlora_dist.config.schema import Config
 from qlora_dist.data.collate import Batch
-from qlora_dist.model.load_weights import fill
+from qlora_dist.model.load_weights import load_weights
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.optim.optimizer_state import Moments
-from qlora_dist.parallel.fsdp2 import parallelize
+from qlora_dist.optim.optimizer_state import PagedOptimizerState
+from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
 from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
-from qlora_dist.parallel.static_bytes import static_bytes
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.parallel.static_bytes import model_static_bytes
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.trace.live_memory import by_phase
-from qlora_dist.trace.trace_step import trace_folder, watch_steps
+from qlora_dist.trace.trace_step import record_peaks, trace_checkpoint
 from qlora_dist.train.run_setup import set_up_model
-from qlora_dist.train.train_step import shard_sizes
+from qlora_dist.train.train_step import adapter_shard_numels
 
 Figures = tuple[int, dict[str, int], dict[str, int]]
 """Bytes of the weights, at the peak of each phase, and received by mesh dimension."""
 
 
-def real(config: Config) -> Figures:
+def measure_real_step(config: Config) -> Figures:
     """Two steps of a rank, of which the second counts."""
-    ranks, device = ranks_from_environment(), torch.device("cpu")
+    ranks, device = read_rank_info(), torch.device("cpu")
     sizes = mesh_sizes(config.parallel, ranks)
     folder, model, _ = set_up_model(config)
     with process_group(ranks, device):
         meshes = build_meshes(sizes, "cpu")
-        traffic = parallelize(model, meshes, config)
-        moments = Moments(shard_sizes(model), config.optim, config.paging, device)
-        fill(model, folder, device, 0, meshes.base_replicas)
+        traffic = parallelize_fsdp2(model, meshes, config)
+        moments = PagedOptimizerState(adapter_shard_numels(model), config.optim, config.paging, device)
+        load_weights(model, folder, device, 0, meshes.base_replicas)
         shape = config.train.micro_batch, config.data.seq_len
         ids, positions = torch.randint(3, 1000, shape), torch.arange(shape[1]).expand(shape).contiguous()
         count = config.train.global_batch // (shape[0] * ranks.world_size)
         window = [Batch(ids.clone(), ids.clone(), positions.clone()) for _ in range(count)]
-        memory, _ = watch_steps(model, moments, window, sizes.adapter_replicas, config, traffic, steps=2)
-        return static_bytes(model), by_phase(memory.peaks), traffic.take()
+        memory, _ = record_peaks(model, moments, window, sizes.adapter_replicas, config, traffic, steps=2)
+        return model_static_bytes(model), by_phase(memory.peaks), traffic.take()
 
 
-def traced(config: Config, world_size: int) -> Figures:
+def measure_traced_step(config: Config, world_size: int) -> Figures:
     """The same of no rank."""
-    found = trace_folder(config, ModelFolder(config.model.base), world_size, device="cpu")
+    found = trace_checkpoint(config, ModelFolder(config.model.base), world_size, device="cpu")
     return found.weights_bytes, by_phase(found.places), found.traffic
 
 
@@ -102,14 +102,16 @@ def main() -> None:
             "parallel": {"base": "world"},
             "train": {"micro_batch": 1, "global_batch": 2 * world_size},
         }
-        config = config_from(tree, args.overrides)
+        config = config_from_tree(tree, args.overrides)
         environments = [
             {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
             for rank in range(world_size)
         ]
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port + world_size)}
-        ranks = in_processes([{k: str(v) for k, v in e.items()} | where for e in environments], real, config)
-        (trace,) = in_processes([{}], traced, config, world_size)
+        ranks = in_processes(
+            [{k: str(v) for k, v in e.items()} | where for e in environments], measure_real_step, config
+        )
+        (trace,) = in_processes([{}], measure_traced_step, config, world_size)
         for weights, phases, received in ranks[:1]:
             peaks = {"peak": (max(phases.values()), max(trace[1].values()))}
             peaks |= {phase: (nbytes, trace[1][phase]) for phase, nbytes in phases.items()}

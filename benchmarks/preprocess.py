@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_dist.config.schema import DataConfig
-from qlora_dist.data.prepare_datasets import prepare
+from qlora_dist.data.prepare_datasets import prepare_datasets
 from qlora_dist.data.tokenizer import load_tokenizer
 
 
@@ -60,10 +60,10 @@ def main() -> None:
         for repeat in range(args.repeats + 1):
             config = DataConfig(train=[str(data)], cache=f"{folder}/{repeat}", workers=workers)
             theirs.append(seconds(lambda: tokenizer(texts, add_special_tokens=False)))
-            ours.append(seconds(lambda config=config: prepare(config, tokenizer)))
+            ours.append(seconds(lambda config=config: prepare_datasets(config, tokenizer)))
         theirs, ours = theirs[1:], ours[1:]  # the first turn warms up
-        (source,), _ = prepare(config, tokenizer)
-        warm = seconds(lambda: prepare(config, tokenizer))
+        (source,), _ = prepare_datasets(config, tokenizer)
+        warm = seconds(lambda: prepare_datasets(config, tokenizer))
 
     tokens, cores = source.stats.tokens, len(os.sched_getaffinity(0))
     print(f"{args.rows:,} rows, {tokens:,} tokens, {cores} cores, medians of {args.repeats}")

@@ -13,13 +13,13 @@ from typing import Any
 
 from qlora_dist.config.schema import LoraConfig
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.plan.activations import Code, layer_memory
+from qlora_dist.plan.activations import ImplementationTraits, layer_activations
 from qlora_dist.plan.hardware import Gpu, Link
-from qlora_dist.plan.memory_estimate import CONTEXT_BYTES, Memory
-from qlora_dist.plan.model_spec import Unit, describe
-from qlora_dist.plan.run_spec import Run
-from qlora_dist.plan.step_time import Speeds, backward_work, forward_work, head_work, speeds
-from qlora_dist.plan.step_traffic import Sharding
+from qlora_dist.plan.memory_estimate import CUDA_CONTEXT_BYTES, MemoryEstimate
+from qlora_dist.plan.model_spec import FsdpUnit, make_model_spec
+from qlora_dist.plan.run_spec import RunSpec
+from qlora_dist.plan.step_time import RankSpeeds, backward_work, data_sheet_speeds, forward_work, head_work
+from qlora_dist.plan.step_traffic import ShardCounts
 
 FP32 = 4
 NAMES = {
@@ -33,13 +33,13 @@ NAMES = {
 }
 
 
-def shape_of(model: str) -> str:
+def bundled_model_name(model: str) -> str:
     """The name here of a model as the hub calls it: Meta-Llama-3-8B, Mistral-7B-v0.1."""
     return re.sub(r"^meta-|-hf$|-v0\.\d|-instruct|-base$", "", model.lower())
 
 
 @dataclass(frozen=True)
-class System:
+class TrainerSystem:
     """What a trainer does."""
 
     gathers: bool
@@ -56,7 +56,7 @@ class System:
     """Of a logit, at the loss. transformers before 4.45: logits in bf16 and in fp32, a shifted copy, log-probabilities:
     2 + 4 + 4 + 4; that all are there at once is inferred from how rows grow with tokens. Fused cross-entropy: its
     gradient stands in place of the shifted copy: 4 + 4. Chunked: none."""
-    code: Code
+    code: ImplementationTraits
     offload: bool
     reserved_kind: str
     """What the memory that was reported is."""
@@ -79,14 +79,14 @@ class System:
         return ", ".join(parts)
 
 
-def system_of(row: dict[str, str]) -> System:
+def trainer_system_of_row(row: dict[str, str]) -> TrainerSystem:
     """The switches of a published row."""
     gathers = row["engine"] not in ("none", "ddp")
     fused = row["fused_kernels"] in ("yes", "compile")
     answer = row["source"].startswith("fsdp_qlora")
     logit_bytes = 0 if row["chunked_loss"] == "yes" else 8 if fused else 14
     casts = row["fused_kernels"] == "no" and row["source"].startswith("fms") and not gathers
-    return System(
+    return TrainerSystem(
         gathers=gathers,
         fsdp1=row["engine"] == "fsdp1",
         # fsdp_qlora trains bf16 adapters with bf16 moments
@@ -94,13 +94,13 @@ def system_of(row: dict[str, str]) -> System:
         adapter_bytes=2 if answer else FP32,
         residual_bytes=FP32 if casts else 2,
         logit_bytes=logit_bytes,
-        code=Code(copies_attention=False, fused_norms=fused, keeps_output=True),
+        code=ImplementationTraits(copies_attention=False, fused_norms=fused, keeps_output=True),
         offload=row["cpu_offload"] == "yes",
         reserved_kind="nvidia-smi" if row["source"].startswith("peft") else "reserved",
     )
 
 
-def run_of(row: dict[str, str], model_config: dict[str, Any]) -> Run:
+def run_spec_of_row(row: dict[str, str], model_config: dict[str, Any]) -> RunSpec:
     """A row as a run of ours, before its switches."""
     targets = row["lora_targets"]
     lora = LoraConfig(
@@ -110,9 +110,9 @@ def run_of(row: dict[str, str], model_config: dict[str, Any]) -> Run:
     )
     world = int(row["gpus"])
     shards = 1 if row["engine"] in ("none", "ddp") else world
-    return Run(
-        model=describe(model_config, lora),
-        sharding=Sharding(world, shards, shards),
+    return RunSpec(
+        model=make_model_spec(model_config, lora),
+        sharding=ShardCounts(world, shards, shards),
         nodes=1,
         seq_len=int(row["seq_len"]),
         micro_batch=int(row["batch_per_gpu"]),
@@ -133,7 +133,7 @@ def run_of(row: dict[str, str], model_config: dict[str, Any]) -> Run:
     )
 
 
-def memory_of(run: Run, system: System) -> Memory:
+def system_memory(run: RunSpec, system: TrainerSystem) -> MemoryEstimate:
     """Between steps, and at the two moments that need most."""
     model, shards, t = run.model, run.sharding.base_shards, run.tokens
     codes, scales = _base(run)
@@ -151,7 +151,7 @@ def memory_of(run: Run, system: System) -> Memory:
     }
     layer = model.layers[0]
     assert layer.layer is not None
-    here = layer_memory(run, layer.layer, system.code)
+    here = layer_activations(run, layer.layer, system.code)
     gathered = _layer_bytes(layer) if system.gathers else 0
     root = vocabulary if system.fsdp1 else 0  # embedding and head are in the root, which stays gathered
     inputs = len(model.layers) * t * model.hidden * system.residual_bytes
@@ -169,18 +169,18 @@ def memory_of(run: Run, system: System) -> Memory:
         "dequantized weight": here.backward_weight,
         "working memory": here.backward - here.backward_weight,
     }
-    return Memory(static, {"head": loss, "layer_backward": backward})
+    return MemoryEstimate(static, {"head": loss, "layer_backward": backward})
 
 
-def reserved_of(memory: Memory, system: System) -> tuple[float, float]:
+def system_reserved_bytes(memory: MemoryEstimate, system: TrainerSystem) -> tuple[float, float]:
     """What the allocator has taken: the planner's band. Logits that are there whole leave blocks behind that nothing
     but logits fits into, and backward asks for as many again: they are counted a second time in the upper end."""
     low, high = memory.reserved_bytes
-    context = CONTEXT_BYTES if system.reserved_kind == "nvidia-smi" else 0
+    context = CUDA_CONTEXT_BYTES if system.reserved_kind == "nvidia-smi" else 0
     return low + context, high + context + memory.phases["head"]["loss"]
 
 
-def _base(run: Run) -> tuple[int, int]:
+def _base(run: RunSpec) -> tuple[int, int]:
     """Bytes of the codes, and of the scales of double quantization."""
     codes = scales = 0
     for unit in run.model.layers:
@@ -193,19 +193,19 @@ def _base(run: Run) -> tuple[int, int]:
     return codes, scales
 
 
-def _layer_bytes(unit: Unit) -> int:
+def _layer_bytes(unit: FsdpUnit) -> int:
     return sum(p.numel * (1 if p.is_bytes else 2) for p in unit.parameters)
 
 
-def tokens_per_s(run: Run, system: System, gpu: Gpu, link: Link, efficiency: float | None = None) -> float:
+def tokens_per_s(run: RunSpec, system: TrainerSystem, gpu: Gpu, link: Link, efficiency: float | None = None) -> float:
     """Of one GPU. Layers are gathered ahead of their use; a base in host memory is copied for each gathering."""
     if efficiency is not None:
         gpu = gpu.model_copy(update={"efficiency": efficiency})
-    speed = speeds(run, gpu, link, link)
+    speed = data_sheet_speeds(run, gpu, link, link)
     return run.tokens / seconds(run, system, speed)
 
 
-def seconds(run: Run, system: System, speed: Speeds) -> float:
+def seconds(run: RunSpec, system: TrainerSystem, speed: RankSpeeds) -> float:
     """Of a step of one micro-batch."""
     head = sum(head_work(run).seconds(speed).values())
     total = head

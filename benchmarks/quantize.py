@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.nf4.quantize import quantize
+from qlora_dist.nf4.quantize import quantize_weight
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -43,7 +43,7 @@ def main() -> None:
         for quant_type in ("nf4", "fp4"):
 
             def ours(weight: torch.Tensor = weight, quant_type: str = quant_type) -> object:
-                return quantize(weight, quant_type)  # type: ignore[arg-type]
+                return quantize_weight(weight, quant_type)  # type: ignore[arg-type]
 
             def theirs(weight: torch.Tensor = weight, quant_type: str = quant_type) -> object:
                 return bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=quant_type)

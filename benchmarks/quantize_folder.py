@@ -25,18 +25,18 @@ import torch
 from rich.console import Console
 from synthetic import drop_from_page_cache, resident_bytes, restart_peak, write_bf16
 
-from qlora_dist.io.read_ahead import PIECE_BYTES
-from qlora_dist.io.safetensors_file import Reader
+from qlora_dist.io.read_ahead import READ_CHUNK_BYTES
+from qlora_dist.io.safetensors_file import SafetensorsReader
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import quantize
+from qlora_dist.nf4.quantize import quantize_weight
 
 MIB = 2**20
 
 
-def child(source: Path, out: Path, warm_up: Path) -> None:
+def quantize_in_child(source: Path, out: Path, warm_up: Path) -> None:
     """Quantize a small folder first: what is imported and made at first use is no memory of the work."""
     quantize_folder(warm_up, out.with_name("warm-up"), QuantizeOptions(min_share=0.0))  # it has no layers
     before = restart_peak()
@@ -53,7 +53,7 @@ def sample(source: Path, count: int, repeats: int = 3) -> tuple[int, dict[str, f
         if len(entry.shape) == 2:
             by_shape.setdefault(entry.shape, []).append(name)
     weights, best = 0, {"ours": 0.0, "bitsandbytes": 0.0}
-    with Reader() as reader:
+    with SafetensorsReader() as reader:
         for names in by_shape.values():
             for name in names[:count]:
                 weight = reader.read(entries[name])
@@ -61,7 +61,7 @@ def sample(source: Path, count: int, repeats: int = 3) -> tuple[int, dict[str, f
                 times: dict[str, list[float]] = {way: [] for way in best}
                 for _ in range(repeats):
                     started = time.perf_counter()
-                    quantize(weight)
+                    quantize_weight(weight)
                     between = time.perf_counter()
                     bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
                     times["ours"].append(between - started)
@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
-        child(*args.child)
+        quantize_in_child(*args.child)
         return
 
     console = Console(highlight=False, soft_wrap=True)
@@ -105,7 +105,7 @@ def main() -> None:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         parameters, seconds, wait_s, read_bytes, peak = (float(word) for word in output.split()[-5:])
         largest = max(entry.shape for entry in ModelFolder(source).entries.values())
-        bound = NF4Layout(largest).total_bytes + 2 * PIECE_BYTES
+        bound = NF4Layout(largest).total_bytes + 2 * READ_CHUNK_BYTES
         console.print(
             f"quantize_folder: {parameters / 1e6 / seconds:.0f} M parameters/s, {read_bytes / 1e9 / seconds:.2f} GB/s, "
             f"{seconds:.1f} s, {100 * wait_s / seconds:.0f} % of it waiting for reads"

@@ -36,19 +36,19 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.adapters.attach import first_values
+from qlora_dist.adapters.attach import init_lora_weight
 from qlora_dist.config.schema import Config
-from qlora_dist.data.collate import IGNORED, Batch
-from qlora_dist.model.load_weights import fill
+from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
+from qlora_dist.model.load_weights import load_weights
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.optimizer_state import Moments
-from qlora_dist.parallel.fsdp2 import parallelize
+from qlora_dist.optim.optimizer_state import PagedOptimizerState
+from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
 from qlora_dist.parallel.mesh import build_meshes
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.run_setup import Setup, set_up
-from qlora_dist.train.train_step import AdapterShards, shard_sizes, train_step
+from qlora_dist.train.run_setup import RunSetup, set_up_run
+from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
 
 LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]
@@ -69,25 +69,25 @@ def configuration(args: argparse.Namespace, rows: int, checkpointing: str, compi
     return Config.model_validate(tree)
 
 
-def our_step(config: Config) -> tuple[Setup, Step]:
+def make_qlora_dist_step(config: Config) -> tuple[RunSetup, Step]:
     """Ours, on however many ranks there are. The process group exists."""
-    setup = set_up(config, ranks_from_environment())
-    traffic = parallelize(setup.model, build_meshes(setup.sizes, "cpu"), config)
-    fill(setup.model, setup.folder, setup.device, config.train.seed)
+    setup = set_up_run(config, read_rank_info())
+    traffic = parallelize_fsdp2(setup.model, build_meshes(setup.sizes, "cpu"), config)
+    load_weights(setup.model, setup.folder, setup.device, config.train.seed)
     shards = AdapterShards(setup.model)
-    moments = Moments(shard_sizes(setup.model), config.optim, config.paging, setup.device)
+    moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
     optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
     setup.model.train()
 
     def step(window: list[Batch]) -> float:
-        trained = setup.ranks.world_size * sum(int((batch.labels != IGNORED).sum()) for batch in window)
+        trained = setup.ranks.world_size * sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in window)
         replicas = setup.sizes.adapter_replicas
         return train_step(setup.model, window, trained, shards, replicas, optimizer, scale, CLIP, traffic).loss
 
     return setup, step
 
 
-def their_step(args: argparse.Namespace) -> Callable[[dict[str, torch.Tensor]], float]:
+def make_peft_step(args: argparse.Namespace) -> Callable[[dict[str, torch.Tensor]], float]:
     model = transformers.AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16)
     model = peft.get_peft_model(
         model,
@@ -96,7 +96,7 @@ def their_step(args: argparse.Namespace) -> Callable[[dict[str, torch.Tensor]], 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                value = first_values(name.removeprefix("base_model.model."), parameter.shape, 0)
+                value = init_lora_weight(name.removeprefix("base_model.model."), parameter.shape, 0)
                 assert value is not None
                 parameter.copy_(value)
     if args.checkpointing == "full":
@@ -116,21 +116,21 @@ def their_step(args: argparse.Namespace) -> Callable[[dict[str, torch.Tensor]], 
     return step
 
 
-def full_batches(setup: Setup, args: argparse.Namespace) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+def full_batches(setup: RunSetup, args: argparse.Namespace) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
     """Rows without padding or boundaries: the data set's tokens one after another, all of them trained."""
     ((rows, _),) = setup.loader.sources
     sequences = rows.sequences
     tokens = torch.from_numpy(np.concatenate([sequences.tokens(i) for i in range(len(sequences))])).long()
     for ids in tokens.split(args.rows * args.seq_len):
         ids = ids.view(args.rows, args.seq_len)
-        labels = torch.full_like(ids, IGNORED)
+        labels = torch.full_like(ids, LABEL_IGNORE_INDEX)
         labels[:, :-1] = ids[:, 1:]
         positions = torch.arange(args.seq_len).expand_as(ids).contiguous()
         theirs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         yield Batch(ids, labels, positions), theirs
 
 
-def packed_batches(setup: Setup, args: argparse.Namespace) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+def packed_batches(setup: RunSetup, args: argparse.Namespace) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
     """Ours: packed rows. Theirs: as many conversations of the same data, shuffled, one to a row, padded to the longest.
 
     `--same` gives theirs the very conversations of our rows: the losses are then comparable, but best-fit has put
@@ -145,7 +145,7 @@ def packed_batches(setup: Setup, args: argparse.Namespace) -> Iterator[tuple[Bat
         if not args.same:
             chosen, order = order[: len(chosen)], order[len(chosen) :]
         shape = len(chosen), int(rows.pieces.length[chosen].max())
-        ids, mask, labels = (torch.full(shape, v) for v in (rows.pad_id, 0, IGNORED))
+        ids, mask, labels = (torch.full(shape, v) for v in (rows.pad_id, 0, LABEL_IGNORE_INDEX))
         for row, piece in enumerate(chosen):
             sequence, start, length = (
                 int(c[piece]) for c in (rows.pieces.sequence, rows.pieces.start, rows.pieces.length)
@@ -153,14 +153,14 @@ def packed_batches(setup: Setup, args: argparse.Namespace) -> Iterator[tuple[Bat
             whole = rows.sequences.tokens(sequence), rows.sequences.trained(sequence)
             tokens, trained = (torch.from_numpy(t[start : start + length].copy()) for t in whole)
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens.long(), 1
-            labels[row, : len(tokens)] = torch.where(trained, tokens.long(), IGNORED)
-            labels[row, 0] = IGNORED
+            labels[row, : len(tokens)] = torch.where(trained, tokens.long(), LABEL_IGNORE_INDEX)
+            labels[row, 0] = LABEL_IGNORE_INDEX
         yield ours, {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def compare(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    ranks = ranks_from_environment({})
+    ranks = read_rank_info({})
     with process_group(ranks, torch.device("cpu")):
         ways: dict[str, Step] = {}
         for compiled, checkpointing in product(
@@ -168,8 +168,8 @@ def compare(args: argparse.Namespace) -> None:
         ):
             name = "qlora-dist" + ", compiled" * compiled
             name += ", nothing recomputed" * (checkpointing != args.checkpointing)
-            setup, ways[name] = our_step(configuration(args, args.rows, checkpointing, compiled))
-        theirs = their_step(args)
+            setup, ways[name] = make_qlora_dist_step(configuration(args, args.rows, checkpointing, compiled))
+        theirs = make_peft_step(args)
         batches = (full_batches if args.what == "full" else packed_batches)(setup, args)
 
         seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ("transformers", *ways)}
@@ -253,11 +253,13 @@ def matrix_flops_per_token(args: argparse.Namespace) -> float:
 
 def worker(args: argparse.Namespace) -> None:
     """One run of a world: prints its tokens/s of each step, counted over all ranks."""
-    ranks = ranks_from_environment()
+    ranks = read_rank_info()
     torch.set_num_threads(args.threads)
     times = []
     with process_group(ranks, torch.device("cpu")):
-        setup, step = our_step(configuration(args, args.rows // ranks.world_size, args.checkpointing, args.compile))
+        setup, step = make_qlora_dist_step(
+            configuration(args, args.rows // ranks.world_size, args.checkpointing, args.compile)
+        )
         for index, (batch, _) in enumerate(full_batches(setup, args)):
             if index == args.warmup + args.repeats:
                 break

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import transformers
 
-from qlora_dist.io.safetensors_file import Writer
-from qlora_dist.model.quantizable import quantizable
+from qlora_dist.io.safetensors_file import SafetensorsWriter
+from qlora_dist.model.quantizable import quantizable_parameters
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quant_state import tensor_specs, tensors
+from qlora_dist.nf4.quant_state import quant_state_specs, quant_state_tensors
 
 NF4 = {
     "quant_method": "bitsandbytes",
@@ -51,7 +51,7 @@ def llama(layers: int, **settings: Any) -> tuple[transformers.LlamaConfig, dict[
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return config, shapes, {target.name for target in quantizable(model)}
+    return config, shapes, {target.name for target in quantizable_parameters(model)}
 
 
 def write_nf4(folder: Path, layers: int, **settings: Any) -> int:
@@ -60,7 +60,7 @@ def write_nf4(folder: Path, layers: int, **settings: Any) -> int:
     layouts = {name: NF4Layout(shapes[name]) for name in quantized}
     specs: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for name, shape in shapes.items():
-        specs += tensor_specs(name, layouts[name]) if name in layouts else [(name, torch.bfloat16, shape)]
+        specs += quant_state_specs(name, layouts[name]) if name in layouts else [(name, torch.bfloat16, shape)]
     writer = _begin(folder, config, specs, {"quantization_config": NF4})
     generator = np.random.default_rng(0)
     for name, shape in shapes.items():
@@ -69,7 +69,7 @@ def write_nf4(folder: Path, layers: int, **settings: Any) -> int:
             nested = layouts[name].nested_absmax
             packed[nested] = torch.full(((nested.stop - nested.start) // 4,), 0.01).view(torch.uint8)
             packed[layouts[name].offset] = torch.tensor([0.05]).view(torch.uint8)
-            for key, tensor in tensors(name, packed, layouts[name]).items():
+            for key, tensor in quant_state_tensors(name, packed, layouts[name]).items():
                 writer.write(key, tensor)
         else:
             writer.write(name, torch.ones(shape, dtype=torch.bfloat16))
@@ -89,10 +89,10 @@ def write_bf16(folder: Path, layers: int) -> int:
     return (folder / "model.safetensors").stat().st_size
 
 
-def _begin(folder: Path, config: transformers.LlamaConfig, specs: Any, more: dict[str, Any]) -> Writer:
+def _begin(folder: Path, config: transformers.LlamaConfig, specs: Any, more: dict[str, Any]) -> SafetensorsWriter:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "bfloat16"} | more))
-    return Writer(folder / "model.safetensors", specs)
+    return SafetensorsWriter(folder / "model.safetensors", specs)
 
 
 def drop_from_page_cache(folder: Path) -> None:

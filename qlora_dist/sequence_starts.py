@@ -7,7 +7,7 @@ import torch
 _MULTIPLE = 64  # boundaries are padded to a multiple: a compiled layer sees one shape for nearly all batches
 
 
-def boundaries(position_ids: torch.Tensor) -> torch.Tensor:
+def sequence_starts(position_ids: torch.Tensor) -> torch.Tensor:
     """Where each sequence of each row begins.
 
     Args:
@@ -29,11 +29,11 @@ def boundaries(position_ids: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def sequences(bounds: torch.Tensor, length: int) -> list[tuple[slice, int, int]]:
+def sequence_slices(bounds: torch.Tensor, length: int) -> list[tuple[slice, int, int]]:
     """(rows, first, end) of each sequence. Rows that are one sequence each are given together.
 
     Args:
-        bounds: of `boundaries`.
+        bounds: of `sequence_starts`.
         length: of a row.
     """
     rows = [[start for start in row if start < length] for row in bounds[0, 0].tolist()]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-_ATTRIBUTE = "flat_shard"
+_FLAT_SHARD_ATTRIBUTE = "flat_shard"
 
 
 @dataclass
@@ -63,31 +63,31 @@ class FlatShard:
 
 def set_flat_shard(parameter: nn.Parameter, shard: FlatShard) -> None:
     """Say what of a parameter is this rank's."""
-    setattr(parameter, _ATTRIBUTE, shard)
+    setattr(parameter, _FLAT_SHARD_ATTRIBUTE, shard)
 
 
-def flat_shard(parameter: torch.Tensor) -> FlatShard | None:
+def get_flat_shard(parameter: torch.Tensor) -> FlatShard | None:
     """None: an engine with whole rows has cut it, or none."""
-    return getattr(parameter, _ATTRIBUTE, None)
+    return getattr(parameter, _FLAT_SHARD_ATTRIBUTE, None)
 
 
-def whole_shape(parameter: torch.Tensor) -> torch.Size:
+def full_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of all parts together."""
-    flat = flat_shard(parameter)
+    flat = get_flat_shard(parameter)
     return parameter.shape if flat is None else flat.shape
 
 
-def local_part(parameter: torch.Tensor) -> torch.Tensor:
+def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's part, an alias: a shard as FSDP2 cuts, [n] as ZeRO-3 does, or the whole."""
-    flat = flat_shard(parameter)
+    flat = get_flat_shard(parameter)
     if flat is not None:
         return flat.local
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def take_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+def pop_local_grad(parameter: nn.Parameter) -> torch.Tensor | None:
     """Return the gradient of this rank's part, which the parameter then has no longer; None: the loss has none."""
-    flat = flat_shard(parameter)
+    flat = get_flat_shard(parameter)
     if flat is not None:
         gradient, flat.gradient = flat.gradient, None
     else:
@@ -96,27 +96,27 @@ def take_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def round_values(shards: Sequence[FlatShard]) -> None:
+def update_gathered(shards: Sequence[FlatShard]) -> None:
     """Bring what is gathered up to date, where that is of another type."""
     rounded = [shard for shard in shards if shard.gathered is not shard.padded]
     if rounded:
         torch._foreach_copy_([shard.gathered for shard in rounded], [shard.padded for shard in rounded])
 
 
-def part_of(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+def local_slice(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """Of a tensor of the parameter's whole shape, what lies where this rank's part does."""
-    flat = flat_shard(parameter)
+    flat = get_flat_shard(parameter)
     if flat is not None:
         return whole.reshape(-1)[flat.first : flat.first + flat.local.numel()]
-    local, offset = local_range(parameter)
+    local, offset = local_tensor_and_offset(parameter)
     for dim, start in enumerate(offset):
         whole = whole.narrow(dim, min(start, whole.shape[dim]), local.shape[dim])
     return whole
 
 
-def gather(parameter: torch.Tensor) -> torch.Tensor:
+def full_tensor(parameter: torch.Tensor) -> torch.Tensor:
     """The whole, in the parameter's own type. Called on all ranks that share it."""
-    flat = flat_shard(parameter)
+    flat = get_flat_shard(parameter)
     if flat is None:
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     parts = flat.padded.new_empty(flat.shards * flat.padded.numel())
@@ -124,9 +124,9 @@ def gather(parameter: torch.Tensor) -> torch.Tensor:
     return parts[: flat.shape.numel()].view(flat.shape)
 
 
-def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+def local_tensor_and_offset(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """This rank's part of a parameter, and where in the whole it starts: by dimension, or as one number in the row."""
-    flat = flat_shard(parameter)
+    flat = get_flat_shard(parameter)
     if flat is not None:
         return flat.local, (flat.first,)
     if not isinstance(parameter, DTensor):
@@ -143,11 +143,11 @@ def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]
     return local, tuple(offset)
 
 
-def first_element(parameter: torch.Tensor) -> int:
+def flat_offset(parameter: torch.Tensor) -> int:
     """Where this rank's part starts in the whole's elements in a row; the part must lie there in one piece."""
-    flat = flat_shard(parameter)
+    flat = get_flat_shard(parameter)
     if flat is not None:
         return flat.first
-    _, offset = local_range(parameter)
+    _, offset = local_tensor_and_offset(parameter)
     assert not any(offset[1:])
     return offset[0] * math.prod(parameter.shape[1:]) if offset else 0

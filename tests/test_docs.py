@@ -34,15 +34,15 @@ from pydantic.fields import FieldInfo
 
 from qlora_dist.cli.main import app
 from qlora_dist.config.config_file import load_config
-from qlora_dist.config.other_trainers import ADVICE, PAGE
+from qlora_dist.config.other_trainers import KEY_ADVICE, MIGRATION_PAGE
 from qlora_dist.config.schema import Config, SourceConfig
 from qlora_dist.launch.cluster import Cluster, Container
 from qlora_dist.model import loss
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.plan.model_spec import Unit, describe
-from qlora_dist.plan.step_traffic import Sharding, shard_elements, step_traffic
+from qlora_dist.plan.model_spec import FsdpUnit, make_model_spec
+from qlora_dist.plan.step_traffic import ShardCounts, shard_elements, step_traffic
 from tests.helpers import tiny_models
 from tests.helpers.ranks import free_port
 from tests.helpers.real_slurm import free_ports, slurm_unavailable
@@ -101,7 +101,7 @@ def test_configurations_are_valid(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a user has at the start, under the names that the pages use."""
     folder = tmp_path_factory.mktemp("material")
     # bitsandbytes' kernel for transformers' own layers refuses sizes that are no multiple of 32 on some processors
@@ -132,7 +132,7 @@ def test_commands_do_what_the_page_says(page: Path, material: Path, python: Path
     for block in blocks(page):
         if block.language == "yaml":
             if block.note:
-                (tmp_path / block.note).write_text(json.dumps(made_small(block.text)))
+                (tmp_path / block.note).write_text(json.dumps(shrink_config(block.text)))
         elif block.language == "python":
             run([str(python), "-c", block.text], tmp_path)
         else:
@@ -151,7 +151,7 @@ def test_commands_do_what_the_page_says(page: Path, material: Path, python: Path
         assert set(summary["comm_bytes_per_step"]) == {"shard", "world", "control"}
 
 
-def made_small(text: str) -> dict[str, Any]:
+def shrink_config(text: str) -> dict[str, Any]:
     tree = yaml.safe_load(text)
     for section, values in SMALL.items():
         tree.setdefault(section, {}).update(values)
@@ -187,12 +187,12 @@ def run(command: list[str], folder: Path, nodes: list[int] | None = None) -> Non
             process.wait(timeout=500)
     finally:
         for process in processes:
-            end(process)
+            terminate(process)
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, f"{command[-1]}\n{output.read_text()}"
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def terminate(process: subprocess.Popen[bytes]) -> None:
     """End a process that we have started and all that it has: torchrun ends its ranks when it is asked, not killed."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
@@ -280,7 +280,7 @@ def test_architecture_lists_every_file() -> None:
     assert not [str(path.relative_to(ROOT)) for path in files if f"`{path.name}`" not in text]
 
 
-def rooms() -> list[tuple[str, list[str]]]:
+def packages() -> list[tuple[str, list[str]]]:
     """Folder and files of each room, in the order of the table."""
     table = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| (?:`(\w+)`|\(root\))(?:, [^|]+)? \| (.*?) \|", table, re.M)
@@ -289,7 +289,7 @@ def rooms() -> list[tuple[str, list[str]]]:
 
 def test_rooms_import_only_those_above_them() -> None:
     package = ROOT / "qlora_dist"
-    order = {str(Path(room) / file): row for row, (room, files) in enumerate(rooms()) for file in files}
+    order = {str(Path(room) / file): row for row, (room, files) in enumerate(packages()) for file in files}
     down = []
     for path in package.rglob("*.py"):
         name = str(path.relative_to(package))
@@ -339,13 +339,13 @@ def test_every_key_is_in_the_reference() -> None:
 
 def test_another_trainers_keys_are_in_the_page_and_are_answered() -> None:
     page = (ROOT / "docs" / "training.md").read_text()
-    assert PAGE == 'docs/training.md, "Coming from another trainer"'
+    assert MIGRATION_PAGE == 'docs/training.md, "Coming from another trainer"'
     table = page.partition("## Coming from another trainer")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (.*?) \| ", table, re.M)
     named = {name for row in rows for code in re.findall(r"`([^`]+)`", row) for name in re.findall(r"^\w+", code)}
     values = {"paged_adamw_8bit", "adamw_bnb_8bit"}
     ours = {key for field in Config.model_fields.values() for key in field.annotation.model_fields}  # type: ignore[union-attr]
-    assert named - values - ours == set(ADVICE) - ours
+    assert named - values - ours == set(KEY_ADVICE) - ours
 
 
 def test_every_key_of_a_source_is_in_the_page_about_data() -> None:
@@ -376,23 +376,23 @@ def reference_row(key: str, field: FieldInfo) -> str:
 
 def values(field: FieldInfo) -> str:
     """What a key can be set to, from its type."""
-    return ", ".join(dict.fromkeys(words_of(field.annotation, field.metadata)))
+    return ", ".join(dict.fromkeys(type_words(field.annotation, field.metadata)))
 
 
-def words_of(kind: Any, limits: Sequence[Any] = ()) -> Iterator[str]:
+def type_words(kind: Any, limits: Sequence[Any] = ()) -> Iterator[str]:
     """A type's values in words; its literals as they are written."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         inner, *more = arguments
         flat = [limit for one in more for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
-        yield from words_of(inner, [*flat, *limits])
+        yield from type_words(inner, [*flat, *limits])
     elif origin is Literal:
         yield from (f"`{value}`" for value in arguments)
     elif origin in (Union, UnionType):
         for argument in arguments:
-            yield from words_of(argument)
+            yield from type_words(argument)
     elif origin is list:
-        yield f"list of {' or '.join(words_of(arguments[0]))}"
+        yield f"list of {' or '.join(type_words(arguments[0]))}"
     elif origin is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
         yield "mapping"
     elif any(isinstance(limit, BeforeValidator) for limit in limits):
@@ -431,7 +431,7 @@ def test_size_of_embeddings_in_4_bit() -> None:
     lora = load_config(ROOT / "configs/recipes/llama-3.1-8b.yaml").lora
 
     def elements(embeddings: Any) -> int:
-        units = describe(LLAMAS["8B"], lora, embeddings=embeddings).units
+        units = make_model_spec(LLAMAS["8B"], lora, embeddings=embeddings).units
         return sum(p.numel for unit in units if unit.kind in ("embedding", "head") for p in unit.parameters)
 
     in_4_bit, in_16_bit = elements("4bit"), 2 * elements("16bit")
@@ -442,13 +442,13 @@ def test_memory_table() -> None:
     text = (ROOT / "docs" / "memory.md").read_text()
     for name, model in LLAMAS.items():
         config = load_config(ROOT / f"configs/recipes/llama-3.1-{name.lower()}.yaml")
-        units = describe(model, config.lora).units
+        units = make_model_spec(model, config.lora).units
         cells = [f"Llama-3.1-{name}", str(config.lora.r), *(gib(part) for part in whole_model(units))]
         cells += [gib(static_bytes(units, base, adapter)) for base, adapter in ((1, 1), (8, 8), (8, 16), (16, 16))]
         assert f"| {' | '.join(cells)} |" in text, f"| {' | '.join(cells)} |"
 
 
-def whole_model(units: Sequence[Unit]) -> tuple[int, int, int]:
+def whole_model(units: Sequence[FsdpUnit]) -> tuple[int, int, int]:
     """Bytes of the 4-bit weights, of the frozen rest in bf16, and of adapters, gradients and optimizer."""
     parameters = [p for unit in units for p in unit.parameters]
     return (
@@ -458,7 +458,7 @@ def whole_model(units: Sequence[Unit]) -> tuple[int, int, int]:
     )
 
 
-def static_bytes(units: Sequence[Unit], base_shards: int, adapter_shards: int) -> int:
+def static_bytes(units: Sequence[FsdpUnit], base_shards: int, adapter_shards: int) -> int:
     total = 0
     for parameter in (p for unit in units for p in unit.parameters):
         shards, element_bytes = (
@@ -472,7 +472,7 @@ def test_momentary_memory_table() -> None:
     text = (ROOT / "docs" / "memory.md").read_text()
     for name, model in LLAMAS.items():
         config = load_config(ROOT / f"configs/recipes/llama-3.1-{name.lower()}.yaml")
-        layer = describe(model, config.lora).units[1]
+        layer = make_model_spec(model, config.lora).units[1]
         hidden, tokens = model["hidden_size"], config.data.seq_len
         cells = [
             f"Llama-3.1-{name}",
@@ -504,11 +504,11 @@ def test_replicated_scales() -> None:
 def test_traffic_table() -> None:
     text = (ROOT / "docs" / "multi-node.md").read_text()
     config = load_config(ROOT / "configs/recipes/llama-3.1-405b.yaml")
-    units = describe(LLAMAS["405B"], config.lora).units
+    units = make_model_spec(LLAMAS["405B"], config.lora).units
     accumulation = config.train.global_batch // (16 * config.train.micro_batch)
     layouts = {("node", "world"): (8, 16), ("node", "node"): (8, 8), ("world", "world"): (16, 16)}
     for (base, adapter), (base_shards, adapter_shards) in layouts.items():
-        traffic = step_traffic(units, Sharding(16, base_shards, adapter_shards), accumulation, 2)
+        traffic = step_traffic(units, ShardCounts(16, base_shards, adapter_shards), accumulation, 2)
         columns = [f"{traffic[dim] / 1e9:,.1f} GB" if dim in traffic else "-" for dim in ("shard", "world", "replica")]
         row = f"| `base: {base}`, `adapter: {adapter}` | {' | '.join(columns)} |"
         assert row in text, row
@@ -517,7 +517,9 @@ def test_traffic_table() -> None:
 def test_readme_bytes_per_gather() -> None:
     parameters = [
         p
-        for unit in describe(LLAMAS["405B"], load_config(ROOT / "configs/recipes/llama-3.1-405b.yaml").lora).units
+        for unit in make_model_spec(
+            LLAMAS["405B"], load_config(ROOT / "configs/recipes/llama-3.1-405b.yaml").lora
+        ).units
         for p in unit.parameters
     ]
     adapters = 2 * sum(p.numel for p in parameters if p.trained)

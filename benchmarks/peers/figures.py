@@ -14,7 +14,7 @@ def figures(runs: list[dict[str, Any]], steps: list[dict[str, Any]], timed: int)
     lines = []
     for system, ranks in keys:
         here = [run for run in runs if (run["system"], run["ranks"]) == (system, ranks)]
-        done = [of_run(run, steps, timed) for run in here if not run["error"]]
+        done = [summarize_run_marks(run, steps, timed) for run in here if not run["error"]]
         line: dict[str, Any] = {"system": system, "ranks": ranks, "repeats": len(done)}
         line["error"] = next((run["error"] for run in here if run["error"]), None)
         if done:
@@ -33,7 +33,7 @@ def figures(runs: list[dict[str, Any]], steps: list[dict[str, Any]], timed: int)
     return lines
 
 
-def of_run(run: dict[str, Any], steps: list[dict[str, Any]], timed: int) -> dict[str, Any]:
+def summarize_run_marks(run: dict[str, Any], steps: list[dict[str, Any]], timed: int) -> dict[str, Any]:
     marks = run["marks"][0]
     begins, ends = ([mark for mark in marks if mark["what"] == what] for what in ("begin", "step"))
     tokens = "our_tokens" if run["system"].startswith("ours") else "tokens"
@@ -44,17 +44,19 @@ def of_run(run: dict[str, Any], steps: list[dict[str, Any]], timed: int) -> dict
             rates[steps[index]["kind"]].append(steps[index][tokens] / seconds)
     sent = (ends[timed]["sent"] - ends[0]["sent"]) / timed / run["ranks"] if run["namespace"] else None
     return rates | {
-        "static_bytes": max(value(rank, "end")["static_bytes"] for rank in run["marks"]),
-        "load_peak_bytes": max(value(r, "loaded")["VmHWM"] - value(r, "imported")["VmRSS"] for r in run["marks"]),
-        "train_peak_bytes": max(value(rank, "end")["VmHWM"] for rank in run["marks"]),
+        "static_bytes": max(find_mark(rank, "end")["static_bytes"] for rank in run["marks"]),
+        "load_peak_bytes": max(
+            find_mark(r, "loaded")["VmHWM"] - find_mark(r, "imported")["VmRSS"] for r in run["marks"]
+        ),
+        "train_peak_bytes": max(find_mark(rank, "end")["VmHWM"] for rank in run["marks"]),
         "wire_bytes": sent,
-        "load_s": value(marks, "loaded")["time"] - value(marks, "imported")["time"],
+        "load_s": find_mark(marks, "loaded")["time"] - find_mark(marks, "imported")["time"],
         "losses": [mark["loss"] for mark in marks if mark["what"] == "loss"][: timed + 1],
-        "engine": value(marks, "engine")["engine"],
+        "engine": find_mark(marks, "engine")["engine"],
     }
 
 
-def value(marks: list[dict[str, Any]], what: str) -> dict[str, Any]:
+def find_mark(marks: list[dict[str, Any]], what: str) -> dict[str, Any]:
     return next(mark for mark in marks if mark["what"] == what)
 
 
@@ -72,11 +74,11 @@ def claims(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ways = [way for way in ways if not SYSTEMS[way["system"]].recomputes]
         whole = peer["engine"] == "DistributedDataParallel"
         alike = [way for way in ways if (way["engine"] == "base: replicate") == whole]
-        found += [claim for way in alike or ways for claim in against(way, peer)]
+        found += [claim for way in alike or ways for claim in compare_with_peer(way, peer)]
     return found
 
 
-def against(ours: dict[str, Any], peer: dict[str, Any]) -> list[dict[str, Any]]:
+def compare_with_peer(ours: dict[str, Any], peer: dict[str, Any]) -> list[dict[str, Any]]:
     names = {"ours": ours["system"], "peer": peer["system"], "ranks": peer["ranks"]}
     found = []
     for kind, least in (("full", 1.5), ("uneven", 2.0)):

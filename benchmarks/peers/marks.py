@@ -22,7 +22,7 @@ MATERIAL = Path(os.environ.get("PEERS_MATERIAL", "."))
 IGNORED = -100
 
 
-def mark(what: str, **values: Any) -> None:
+def write_mark(what: str, **values: Any) -> None:
     """With the time, which all processes of a machine share, VmRSS, VmHWM, and what the loopback has sent so far."""
     status = Path("/proc/self/status").read_text()
     memory = {name: 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) for name in ("VmRSS", "VmHWM")}  # type: ignore[index]
@@ -36,16 +36,16 @@ def mark(what: str, **values: Any) -> None:
 def mark_and_restart_peak(what: str, **values: Any) -> None:
     """VmHWM of the next mark is the most since this one."""
     gc.collect()
-    mark(what, **values)
+    write_mark(what, **values)
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def turn() -> None:
+def wait_for_turn() -> None:
     """Called on every rank before a step: waits until it is this system's turn (peer_process.py)."""
-    mark("ready")
+    write_mark("ready")
     with (FOLDER / f"{RANK}.turn").open("rb") as pipe:
         pipe.read(1)
-    mark("begin")
+    write_mark("begin")
 
 
 def static_bytes() -> int:

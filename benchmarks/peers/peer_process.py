@@ -20,7 +20,7 @@ LIMIT_S = 1800  # of a turn
 POLL_S = 0.05
 
 
-class Running:
+class PeerProcess:
     """A system's processes, from their start to their end.
 
     Args:

@@ -9,7 +9,7 @@ from marks import MATERIAL
 from safetensors.torch import load_file
 
 
-def warm(base: str) -> None:
+def warm_up_imports(base: str) -> None:
     """Import all that loading imports, so that it does not count as the model's memory."""
     import bitsandbytes  # noqa: F401
 

@@ -9,17 +9,17 @@ import torch
 from marks import RANK, WORLD_SIZE, mark, mark_and_restart_peak, static_bytes, steps, turn
 from workload import CLIP, configuration
 
-from qlora_dist.data.collate import IGNORED, Batch
-from qlora_dist.model.load_weights import fill
+from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
+from qlora_dist.model.load_weights import load_weights
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.optimizer_state import Moments
-from qlora_dist.parallel.fsdp2 import parallelize
+from qlora_dist.optim.optimizer_state import PagedOptimizerState
+from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
 from qlora_dist.parallel.mesh import build_meshes
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.train_step import AdapterShards, shard_sizes, train_step
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
 
 
 def main() -> None:
@@ -33,23 +33,23 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    ranks = ranks_from_environment()
+    ranks = read_rank_info()
     more = {name: getattr(args, name) for name in ("parallel_base", "checkpointing", "compiled")}
     config = configuration(args.base, args.data, args.rows, args.seq_len, args.rows // WORLD_SIZE, **more)
     with process_group(ranks, torch.device("cpu")):
-        setup = set_up(config, ranks)
+        setup = set_up_run(config, ranks)
         mark_and_restart_peak("imported")  # with tokenizer and data, which the others do not load
-        traffic = parallelize(setup.model, build_meshes(setup.sizes, "cpu"), config)
-        fill(setup.model, setup.folder, setup.device, config.train.seed)
+        traffic = parallelize_fsdp2(setup.model, build_meshes(setup.sizes, "cpu"), config)
+        load_weights(setup.model, setup.folder, setup.device, config.train.seed)
         shards = AdapterShards(setup.model)
-        moments = Moments(shard_sizes(setup.model), config.optim, config.paging, setup.device)
+        moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
         optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
         setup.model.train()
         mark_and_restart_peak("loaded")
         for step in steps():
             turn()
             whole = [torch.tensor(part) for part in step["ours"]]
-            trained = int((whole[1] != IGNORED).sum())
+            trained = int((whole[1] != LABEL_IGNORE_INDEX).sum())
             batch = Batch(*(part[RANK::WORLD_SIZE] for part in whole))
             replicas = setup.sizes.adapter_replicas
             result = train_step(setup.model, [batch], trained, shards, replicas, optimizer, scale, CLIP, traffic)

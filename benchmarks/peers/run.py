@@ -66,17 +66,17 @@ def main() -> int:
         parser.error(f"--rows {args.rows} is not divided by {max(args.ranks)} ranks")
     from workload import write_material  # behind the arguments: torch takes seconds
 
-    from qlora_dist.runtime.machine_info import this_machine
+    from qlora_dist.runtime.machine_info import machine_info
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = str(four_bit(args.base, folder))
+        base = str(quantize_base(args.base, folder))
         each = args.steps + 1
         args.material = folder / "material"
         write_material(args.material, base, str(args.data), args.rows, args.seq_len, each, each)
         steps = json.loads((args.material / "steps.json").read_text())
         settings = {key: getattr(args, key) for key in ("rows", "seq_len", "steps", "repeats", "threads")}
-        settings |= {"base": args.base.name, "machine": this_machine("cpu")}
+        settings |= {"base": args.base.name, "machine": machine_info("cpu")}
         runs: list[dict[str, Any]] = []
         for run in measure(args, base, folder, len(steps)):
             runs.append(run)
@@ -87,7 +87,7 @@ def main() -> int:
     return 0
 
 
-def four_bit(base: Path, folder: Path) -> Path:
+def quantize_base(base: Path, folder: Path) -> Path:
     """The folder itself, or a quantized one of it."""
     if "quantization_config" in json.loads((base / "config.json").read_text()):
         return base
@@ -114,14 +114,14 @@ def side_by_side(
     names: list[str], ranks: int, args: argparse.Namespace, base: str, folder: Path, steps: int
 ) -> list[dict[str, Any]]:
     """Load one after another, train in turns. Of each: its marks, its error or None, its seconds."""
-    namespace = in_namespace()
+    namespace = network_namespace_prefix()
     running: dict[str, Running] = {}
     found = []
     try:
         for name in names:
-            tell(f"{name}, {ranks} ranks: loads")
+            log(f"{name}, {ranks} ranks: loads")
             try:
-                command, variables = start_of(name, ranks, len(running), args, base)
+                command, variables = peer_command(name, ranks, len(running), args, base)
             except RuntimeError as error:  # its environment cannot be made
                 nothing = {"system": name, "marks": [], "seconds": 0.0, "cpu_s": 0.0, "namespace": False}
                 found.append(nothing | {"error": str(error)})
@@ -129,7 +129,7 @@ def side_by_side(
             variables["PEERS_MATERIAL"] = str(args.material)
             running[name] = Running([*namespace, *command], ranks, folder / name.replace(" ", "-"), variables)
         for step in range(steps):
-            tell(f"{ranks} ranks: step {step + 1} of {steps}")
+            log(f"{ranks} ranks: step {step + 1} of {steps}")
             for system in running.values():
                 if system.code is None:
                     system.turn()
@@ -139,13 +139,13 @@ def side_by_side(
     for name, system in running.items():
         error = system.error()
         if error:
-            tell(f"{name}, {ranks} ranks: {reason(error)}")
+            log(f"{name}, {ranks} ranks: {reason(error)}")
         told = {"system": name, "marks": system.marks(), "seconds": system.seconds, "cpu_s": system.cpu_s}
         found.append(told | {"error": error, "namespace": bool(namespace)})
     return found
 
 
-def start_of(
+def peer_command(
     name: str, ranks: int, index: int, args: argparse.Namespace, base: str
 ) -> tuple[list[str], dict[str, str]]:
     """The command that starts all its ranks, and its variables. RuntimeError: its environment cannot be made."""
@@ -167,11 +167,11 @@ def start_of(
     return command, variables
 
 
-def tell(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def in_namespace() -> list[str]:
+def network_namespace_prefix() -> list[str]:
     """What to put before a command so that it has a loopback of its own; nothing where that isn't allowed."""
     up = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     for unshare in (["unshare", "-n"], ["unshare", "-rn"]):

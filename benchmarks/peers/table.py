@@ -19,14 +19,14 @@ WHAT = {
 }
 
 
-def show(tree: dict[str, Any]) -> str:
+def render_tables(tree: dict[str, Any]) -> str:
     """All of it, tables one after another."""
     done = [line for line in tree["systems"] if line["repeats"]]
     peers = [line for line in tree["systems"] if not line["system"].startswith("ours")]
     tables = [conditions(tree["settings"], tree["runs"]), figures_table(done)]
     if peers:
-        tables.append(table(["asked for", "ranks", "what happened"], [happened(line) for line in peers]))
-    ratios = claims_table(claims(tree["systems"]), {line["system"]: called(line) for line in done})
+        tables.append(markdown_table(["asked for", "ranks", "what happened"], [figure_cells(line) for line in peers]))
+    ratios = claims_table(claims(tree["systems"]), {line["system"]: system_label(line) for line in done})
     return "\n\n".join(tables + ([ratios] if ratios else []))
 
 
@@ -48,7 +48,7 @@ def figures_table(lines: list[dict[str, Any]]) -> str:
     heads += ["peak in training MB", "wire MB a step", "losses"]
     rows = []
     for line in lines:
-        cells = [called(line), str(line["ranks"])]
+        cells = [system_label(line), str(line["ranks"])]
         for kind in ("full", "uneven"):
             low, high = line[f"{kind}_range"]
             style = ".0f" if low >= 10 else ".1f"
@@ -56,15 +56,15 @@ def figures_table(lines: list[dict[str, Any]]) -> str:
         sizes = ("static_bytes", "load_peak_bytes", "train_peak_bytes", "wire_bytes")
         cells += ["-" if line[key] is None else f"{line[key] / 1e6:.1f}" for key in sizes]
         rows.append([*cells, ", ".join(f"{loss:.4f}" for loss in line["losses"])])
-    return table(heads, rows)
+    return markdown_table(heads, rows)
 
 
-def happened(line: dict[str, Any]) -> list[str]:
+def figure_cells(line: dict[str, Any]) -> list[str]:
     """What was asked for, with versions, and what came of it, in its own words where it is an error."""
     system = SYSTEMS[line["system"]]
     asked = f"{line['system']}: {', '.join(system.versions())}"
     if line["error"]:
-        did = f"`{reason(line['error'])}`".replace("|", "\\|")
+        did = f"`{exception_line(line['error'])}`".replace("|", "\\|")
     elif ignored(line):
         did = "ran as plain data parallelism (`DistributedDataParallel`): the plugin is ignored without a word"
     else:
@@ -89,14 +89,14 @@ def claims_table(found: list[dict[str, Any]], names: dict[str, str]) -> str:
             ratio += " ({:.2f} - {:.2f})".format(*claim["range"])
         key = names[claim["peer"]], str(claim["ranks"]), claim["ours"]
         rows.setdefault(key, {})[claim["what"]] = ratio + ("" if claim["holds"] else " **no**")
-    return table(heads, [[*key, *(cells.get(what, "-") for what in WHAT)] for key, cells in rows.items()])
+    return markdown_table(heads, [[*key, *(cells.get(what, "-") for what in WHAT)] for key, cells in rows.items()])
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
+def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
 
 
-def reason(error: str) -> str:
+def exception_line(error: str) -> str:
     """The last line that names an exception, and what belongs to it; not that of a rank that has lost another."""
     lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in error.strip().splitlines()]
     named = [
@@ -111,6 +111,6 @@ def ignored(line: dict[str, Any]) -> bool:
     return line["system"].startswith("accelerate FSDP") and line["engine"] == "DistributedDataParallel"
 
 
-def called(line: dict[str, Any]) -> str:
+def system_label(line: dict[str, Any]) -> str:
     """A system that has run something else than it was asked for says so."""
     return f"{line['system']}: ran DDP" if ignored(line) else line["system"]

@@ -41,14 +41,14 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return padded_batch(steps()[index // WORLD_SIZE], index % WORLD_SIZE, WORLD_SIZE)
 
 
-class InOrder(transformers.Trainer):
+class SequentialTrainer(transformers.Trainer):
     """They come as they are written."""
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-class Marks(transformers.TrainerCallback):
+class MarkCallback(transformers.TrainerCallback):
     def on_train_begin(self, *_: Any, **things: Any) -> None:
         mark_and_restart_peak("loaded", wrapped=type(things["model"]).__name__)
 
@@ -111,12 +111,12 @@ def main() -> None:
         )
         model = peft_model(args.base)  # behind the arguments: DeepSpeed must be known when the model is made
         mark("model")
-        trainer = InOrder(
+        trainer = SequentialTrainer(
             model=model,
             args=arguments,
             train_dataset=Batches(),
             data_collator=lambda items: items[0],
-            callbacks=[Marks()],
+            callbacks=[MarkCallback()],
         )
         trainer.train()
         kinds = sorted({type(module).__name__ for module in trainer.model_wrapped.modules()})

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from qlora_dist.adapters.attach import adapter_parameters, first_values
+from qlora_dist.adapters.attach import init_lora_weight, named_trainable_parameters
 from qlora_dist.config.schema import Config
-from qlora_dist.data.collate import IGNORED, Batch
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import Setup, set_up
+from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import RunSetup, set_up_run
 
 LR, CLIP, LORA_R, LORA_ALPHA = 2e-4, 1.0, 16, 32
 
@@ -46,26 +46,26 @@ def configuration(base: str, data: str, rows: int, seq_len: int, micro_batch: in
 
 def write_material(folder: Path, base: str, data: str, rows: int, seq_len: int, full: int, uneven: int) -> None:
     """`full` steps, then `uneven` ones."""
-    setup = set_up(configuration(base, data, rows, seq_len, rows), ranks_from_environment({}))
+    setup = set_up_run(configuration(base, data, rows, seq_len, rows), read_rank_info({}))
     folder.mkdir(parents=True, exist_ok=True)
     steps = full_steps(setup, rows, seq_len, full) + uneven_steps(setup, uneven)
     (folder / "steps.json").write_text(json.dumps(steps))
     values = {}
-    for name, parameter in adapter_parameters(setup.model):
-        value = first_values(name, parameter.shape, setup.config.train.seed)
+    for name, parameter in named_trainable_parameters(setup.model):
+        value = init_lora_weight(name, parameter.shape, setup.config.train.seed)
         assert value is not None
         values[name] = value
     save_file(values, folder / "adapter.safetensors")
 
 
-def full_steps(setup: Setup, rows: int, seq_len: int, count: int) -> list[dict[str, Any]]:
+def full_steps(setup: RunSetup, rows: int, seq_len: int, count: int) -> list[dict[str, Any]]:
     ((source, _),) = setup.loader.sources
     needed, tokens, index = count * rows * seq_len, [], 0
     while sum(map(len, tokens)) < needed:
         tokens.append(source.sequences.tokens(index % len(source.sequences)))
         index += 1
     ids = torch.from_numpy(np.concatenate(tokens)[:needed].astype(np.int64)).view(count, rows, seq_len)
-    labels = torch.full_like(ids, IGNORED)
+    labels = torch.full_like(ids, LABEL_IGNORE_INDEX)
     labels[..., :-1] = ids[..., 1:]
     positions = torch.arange(seq_len).expand(rows, seq_len)
     return [
@@ -80,7 +80,7 @@ def full_steps(setup: Setup, rows: int, seq_len: int, count: int) -> list[dict[s
     ]
 
 
-def uneven_steps(setup: Setup, count: int) -> list[dict[str, Any]]:
+def uneven_steps(setup: RunSetup, count: int) -> list[dict[str, Any]]:
     ((source, _),) = setup.loader.sources
     order = torch.randperm(len(source.pieces), generator=torch.Generator().manual_seed(0)).tolist()
     steps = []
@@ -94,7 +94,7 @@ def uneven_steps(setup: Setup, count: int) -> list[dict[str, Any]]:
             sequence, start, length = (int(column[piece]) for column in columns)
             here = slice(start, start + length)
             ids, trained = source.sequences.tokens(sequence)[here], source.sequences.trained(sequence)[here]
-            rows.append({"ids": ids.tolist(), "labels": np.where(trained, ids, IGNORED).tolist()})
+            rows.append({"ids": ids.tolist(), "labels": np.where(trained, ids, LABEL_IGNORE_INDEX).tolist()})
         steps.append(
             {
                 "kind": "uneven",

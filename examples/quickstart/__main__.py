@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from examples.quickstart.quickstart import StageFailed, run
+from examples.quickstart.quickstart import StageError, run_quickstart
 from qlora_dist.errors import UserError
 
 
-def main(arguments: list[str] | None = None) -> int:
+def quickstart_main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run the quickstart.
 
     Returns:
@@ -27,11 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.ranks < 1:
         parser.error(f"--ranks: {options.ranks} is less than one")
     try:
-        return run(options.dir, options.ranks, options.recipe)
+        return run_quickstart(options.dir, options.ranks, options.recipe)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except StageFailed as error:
+    except StageError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -39,4 +39,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quickstart_main())

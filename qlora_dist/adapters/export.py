@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import adapter_parameters, has_tied_head
+from qlora_dist.adapters.attach import has_tied_head, named_trainable_parameters
 from qlora_dist.adapters.peft_keys import peft_key
-from qlora_dist.adapters.validate_adapter import wrong_values
+from qlora_dist.adapters.validate_adapter import find_invalid_values
 from qlora_dist.errors import UserError
-from qlora_dist.shard_view import gather
+from qlora_dist.shard_view import full_tensor
 
 
 def export_adapter(
@@ -39,19 +39,19 @@ def export_adapter(
         UserError: on rank 0, if it cannot be written, or is not worth it: an empty one is not found out elsewhere.
     """
     tensors: dict[str, torch.Tensor] = {}
-    tied = _tied(model)
-    for name, parameter in adapter_parameters(model):
-        whole = gather(parameter).detach()
+    tied = _tied_names(model)
+    for name, parameter in named_trainable_parameters(model):
+        whole = full_tensor(parameter).detach()
         if dist.get_rank() == 0:
             for key in (name, *tied.get(name, ())):
                 tensors[peft_key(key)] = whole.float().cpu().contiguous().clone()
     if dist.get_rank() == 0:
-        if (wrong := wrong_values(tensors.items())) is not None:
+        if (wrong := find_invalid_values(tensors.items())) is not None:
             raise UserError(
                 f"{out}: no adapter is written, because {wrong}; train longer, or lower optim.lr", one_rank=True
             )
         try:
-            write_adapter(tensors, saved_config(config), out, add_files)
+            write_adapter(tensors, config_to_save(config), out, add_files)
         except (OSError, SafetensorError) as error:  # of a full disk safetensors says so in its own way
             raise UserError(
                 f"{out}: the adapter cannot be written ({error}); make room, then the same command goes on from the "
@@ -61,7 +61,7 @@ def export_adapter(
     dist.barrier()
 
 
-def saved_config(config: peft.LoraConfig) -> peft.LoraConfig:
+def config_to_save(config: peft.LoraConfig) -> peft.LoraConfig:
     """Return the configuration as it is saved: PEFT knows no dropout where an adapter's targets are parameters."""
     saved = copy.copy(config)
     if saved.target_parameters:
@@ -69,12 +69,12 @@ def saved_config(config: peft.LoraConfig) -> peft.LoraConfig:
     return saved
 
 
-def saved_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def shapes_to_save(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that `export_adapter` writes, by PEFT's names. The model is not sharded yet."""
-    tied = _tied(model)
+    tied = _tied_names(model)
     return {
         peft_key(key): tuple(parameter.shape)
-        for name, parameter in adapter_parameters(model)
+        for name, parameter in named_trainable_parameters(model)
         for key in (name, *tied.get(name, ()))
     }
 
@@ -100,7 +100,7 @@ def write_adapter(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
+def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
     """By the name of a parameter, other names under which PEFT looks for it: those of a tied output head."""
     if not has_tied_head(model):
         return {}

@@ -10,16 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_dist.adapters.attach import has_tied_head, is_lora, put_lora
-from qlora_dist.adapters.saved_adapter import Adapter, lacks
+from qlora_dist.adapters.attach import add_lora_layer, has_tied_head, is_lora_parameter
+from qlora_dist.adapters.saved_adapter import SavedAdapter, missing_module_error
 from qlora_dist.errors import UserError
-from qlora_dist.io.safetensors_file import Entry, Reader
+from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
-from qlora_dist.shard_view import first_element, local_part, part_of
+from qlora_dist.shard_view import flat_offset, local_slice, local_tensor
 
 
-def attach_saved(model: PreTrainedModel, adapter: Adapter, name: str, base: Path) -> None:
+def attach_saved_adapter(model: PreTrainedModel, adapter: SavedAdapter, name: str, base: Path) -> None:
     """Put the matrices that a folder holds into a model on meta. Everything is frozen.
 
     Args:
@@ -38,7 +38,7 @@ def attach_saved(model: PreTrainedModel, adapter: Adapter, name: str, base: Path
         if update.experts and parameter in _parameters(model, modules.get(owner)):
             raise UserError(f"{adapter.path}: adapts experts, which need a base in 4 bit; leave out --no-quantize")
         if path not in modules:
-            raise lacks(adapter, path, base)
+            raise missing_module_error(adapter, path, base)
         layer = model.get_submodule(path)
         inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         if not isinstance(inner, NF4Linear | NF4Experts | nn.Linear | Conv1D):
@@ -46,11 +46,13 @@ def attach_saved(model: PreTrainedModel, adapter: Adapter, name: str, base: Path
                 f"{adapter.path}: adapts {path}, a {type(inner).__name__}, which is no linear layer; use the adapter "
                 "with PEFT"
             )
-        put_lora(model, path, config, name, update.rank, update.alpha)
+        add_lora_layer(model, path, config, name, update.rank, update.alpha)
     model.requires_grad_(False)
 
 
-def saved_tensors(model: PreTrainedModel, adapter: Adapter, name: str, base: Path) -> dict[str, Entry]:
+def saved_entries_by_parameter(
+    model: PreTrainedModel, adapter: SavedAdapter, name: str, base: Path
+) -> dict[str, TensorEntry]:
     """The entries of the folder's file, by the model's name of the parameter.
 
     Args:
@@ -66,13 +68,13 @@ def saved_tensors(model: PreTrainedModel, adapter: Adapter, name: str, base: Pat
         UserError: a tensor has another shape than the model's, or is nothing that the model has.
     """
     parameters = dict(model.named_parameters())
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorEntry] = {}
     for path, update in adapter.low_rank.items():
         for part, entry in update.parts().items():
             parameter = f"{path}.{part}.{name}.weight"
             _check_shape(adapter, f"{path}.{part}", entry.shape, tuple(parameters[parameter].shape), base)
             found[parameter] = entry
-    whole = {name.replace(".base_layer.", "."): name for name in parameters if not is_lora(name)}
+    whole = {name.replace(".base_layer.", "."): name for name in parameters if not is_lora_parameter(name)}
     for plain, entry in _without_tied_head(model, adapter, base).items():
         if plain not in whole:
             raise UserError(
@@ -85,7 +87,9 @@ def saved_tensors(model: PreTrainedModel, adapter: Adapter, name: str, base: Pat
 
 
 @torch.no_grad()
-def read_part(parameter: torch.Tensor, entry: Entry, reader: Reader, is_low_rank: bool) -> torch.Tensor:
+def read_local_shard(
+    parameter: torch.Tensor, entry: TensorEntry, reader: SafetensorsReader, is_low_rank: bool
+) -> torch.Tensor:
     """This rank's part of a saved tensor, in the type and on the device of the parameter's own.
 
     Args:
@@ -94,16 +98,16 @@ def read_part(parameter: torch.Tensor, entry: Entry, reader: Reader, is_low_rank
         reader: of it.
         is_low_rank: read all of it and keep a part; else only the part, which lies there in one piece.
     """
-    local = local_part(parameter)
+    local = local_tensor(parameter)
     if is_low_rank:
-        return part_of(parameter, reader.read(entry)).to(local)
+        return local_slice(parameter, reader.read(entry)).to(local)
     values = torch.empty(local.numel(), dtype=entry.dtype)
     if local.numel():
-        reader.read_into(values, entry, first_element(parameter) * entry.dtype.itemsize)
+        reader.read_into(values, entry, flat_offset(parameter) * entry.dtype.itemsize)
     return values.view(local.shape).to(local)
 
 
-def _without_tied_head(model: PreTrainedModel, adapter: Adapter, base: Path) -> Mapping[str, Entry]:
+def _without_tied_head(model: PreTrainedModel, adapter: SavedAdapter, base: Path) -> Mapping[str, TensorEntry]:
     """What was trained whole, without the copy of a tied embedding that PEFT writes for the head."""
     if not has_tied_head(model):
         return adapter.whole
@@ -112,7 +116,7 @@ def _without_tied_head(model: PreTrainedModel, adapter: Adapter, base: Path) -> 
     embedding = f"{paths[id(model.get_input_embeddings())]}.weight"
     if head not in adapter.whole:
         return adapter.whole
-    if embedding not in adapter.whole or not _are_equal(adapter.whole[head], adapter.whole[embedding]):
+    if embedding not in adapter.whole or not _tensors_equal(adapter.whole[head], adapter.whole[embedding]):
         raise UserError(
             f"{adapter.path}: was trained with a head of its own ({head}), and the head of {base} is its embedding; "
             "merge them (qlora-dist merge), and use the merged folder"
@@ -120,12 +124,14 @@ def _without_tied_head(model: PreTrainedModel, adapter: Adapter, base: Path) -> 
     return {name: entry for name, entry in adapter.whole.items() if name != head}
 
 
-def _are_equal(one: Entry, other: Entry) -> bool:
-    with Reader() as reader:
+def _tensors_equal(one: TensorEntry, other: TensorEntry) -> bool:
+    with SafetensorsReader() as reader:
         return one.shape == other.shape and torch.equal(reader.read(one), reader.read(other))
 
 
-def _check_shape(adapter: Adapter, name: str, shape: tuple[int, ...], expected: tuple[int, ...], base: Path) -> None:
+def _check_shape(
+    adapter: SavedAdapter, name: str, shape: tuple[int, ...], expected: tuple[int, ...], base: Path
+) -> None:
     if shape != expected:
         raise UserError(
             f"{adapter.path}: {name} has the shape {shape} where {base} asks for {expected}; give the model that it "

@@ -15,7 +15,7 @@ from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 
 
-class LoraOfBytes(nn.Module, LoraLayer):
+class NF4LoraLayer(nn.Module, LoraLayer):
     """What PEFT's LoRA layers here have in common: a base layer whose weight is a vector of bytes.
 
     The attributes are PEFT's, which has no types. The mappings have the adapter's name as key.
@@ -32,7 +32,7 @@ class LoraOfBytes(nn.Module, LoraLayer):
     lora_B: MutableMapping[str, nn.Linear]
     lora_dropout: MutableMapping[str, nn.Module]
     lora_magnitude_vector: MutableMapping[str, _Magnitude]
-    lora_variant: dict[str, DoraNF4]
+    lora_variant: dict[str, NF4DoraVariant]
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class LoraOfBytes(nn.Module, LoraLayer):
         return module.in_features, module.out_features
 
 
-class LoraNF4(LoraOfBytes):
+class NF4LoraLinear(NF4LoraLayer):
     """`y = base(x) + scaling * B(A(dropout(x)))`, registered with PEFT for NF4Linear.
 
     Shapes: lora_A [r, in_features], lora_B [out_features, r]; fp32, computed in x's type once the engine's mixed
@@ -67,9 +67,9 @@ class LoraNF4(LoraOfBytes):
 
     base_layer: NF4Linear
 
-    def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> DoraNF4 | None:
+    def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> NF4DoraVariant | None:
         """DoRA, or none."""
-        return DoraNF4() if config.use_dora else None
+        return NF4DoraVariant() if config.use_dora else None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x: [..., in_features] -> [..., out_features]."""
@@ -99,7 +99,7 @@ class _Magnitude(nn.Module):
         self.weight = weight
 
 
-class DoraNF4(LoraVariant):
+class NF4DoraVariant(LoraVariant):
     """DoRA: `y = m * (W x + s B A x) / |W + s B A|`, norms by row and detached (arXiv:2402.09353, section 4.3).
 
     PEFT's own computes B A by sending an identity of in_features squared through the layers and keeps the dense sum
@@ -108,21 +108,21 @@ class DoraNF4(LoraVariant):
     """
 
     @staticmethod
-    def init(module: LoraNF4, adapter_name: str, **kwargs: Any) -> None:
+    def init(module: NF4LoraLinear, adapter_name: str, **kwargs: Any) -> None:
         """Add the magnitudes, fp32[out_features]. Their values need W: `qlora_dist.model.load_weights` sets them."""
         magnitude = nn.Parameter(torch.empty(module.out_features, device=module.lora_A[adapter_name].weight.device))
         module.lora_magnitude_vector[adapter_name] = _Magnitude(magnitude)
 
     @staticmethod
     def forward(
-        module: LoraNF4, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+        module: NF4LoraLinear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """The whole layer's output, given the base layer's."""
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         base = module.base_layer
         weight = base.dequantize(x.dtype).detach()
-        norm = row_norms(weight, lora_A.weight, lora_B.weight, scaling)
+        norm = dora_weight_norm(weight, lora_A.weight, lora_B.weight, scaling)
         scale = module.lora_magnitude_vector[active_adapter].weight / norm.to(x.dtype)
         without_bias = result if base.bias is None else result - base.bias
         del weight
@@ -137,7 +137,7 @@ class DoraNF4(LoraVariant):
 
 
 @torch.no_grad()
-def row_norms(
+def dora_weight_norm(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,

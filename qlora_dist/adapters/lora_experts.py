@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_dist.adapters.lora import LoraOfBytes
-from qlora_dist.nf4.experts import ExpertFunction, NF4Experts
+from qlora_dist.adapters.lora import NF4LoraLayer
+from qlora_dist.nf4.experts import ExpertForward, NF4Experts
 
 
-def is_swapped(owner: nn.Module) -> bool:
+def peft_swaps_in_out(owner: nn.Module) -> bool:
     """Whether PEFT takes the inputs of a module's experts for their outputs.
 
     Their parameters are [experts, in, out] then, and no attribute says so (Llama-4): `peft.tuners.lora.ParamWrapper`
@@ -20,7 +20,7 @@ def is_swapped(owner: nn.Module) -> bool:
     return not hasattr(owner, "is_transposed")
 
 
-class LoraExperts(LoraOfBytes):
+class NF4LoraExperts(NF4LoraLayer):
     """`y = base(x, expert) + scaling * B[expert](A[expert](x))`, registered with PEFT for NF4Experts.
 
     The matrices of all experts are one parameter each, in the shapes and the order of `peft.tuners.lora.ParamWrapper`,
@@ -28,7 +28,7 @@ class LoraExperts(LoraOfBytes):
     [out_features, r * experts], an expert's columns `experts` apart. Like it, it knows no dropout.
 
     Args:
-        swapped: whether lora_A is [experts * r, out_features] and lora_B [in_features, r * experts] (`is_swapped`).
+        swapped: whether lora_A is [experts * r, out_features] and lora_B [in_features, r * experts] (`peft_swaps_in_out`).
     """
 
     base_layer: NF4Experts
@@ -47,7 +47,7 @@ class LoraExperts(LoraOfBytes):
         self.lora_A[adapter_name] = nn.Linear(columns, experts * r, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r * experts, rows, bias=False)
 
-    def bind(self) -> ExpertFunction:
+    def bind(self) -> ExpertForward:
         """As NF4Experts.bind. A and B are taken apart once, so that their gradients are put together once."""
         base = self.base_layer.bind()
         (name,) = self.active_adapters

@@ -17,9 +17,9 @@ import torch
 
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
-from qlora_dist.nf4.quantize import dequantize
+from qlora_dist.nf4.quantize import dequantize_weight
 
-Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]
+_LoraGradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]
 
 
 def lora_matmul(
@@ -51,15 +51,17 @@ def lora_matmul(
     adapter_rows = None if dropped is None else dropped.reshape(-1, x.shape[-1])
     a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
     if torch.compiler.is_compiling():
-        y: torch.Tensor = _operator(rows, adapter_rows, a, b, base.packed, base.bias, scaling, *_plain(base.layout))[0]
+        y: torch.Tensor = _lora_matmul_op(
+            rows, adapter_rows, a, b, base.packed, base.bias, scaling, *_layout_args(base.layout)
+        )[0]
         return y.view(shape)
-    y, h = _Lora.apply(rows, adapter_rows, a, b, base, scaling)
+    y, h = _LoraMatmul.apply(rows, adapter_rows, a, b, base, scaling)
     with torch.no_grad():
-        _fill(y, rows, h, b, base.dequantize(x.dtype), base.bias, scaling)
+        _compute_output(y, rows, h, b, base.dequantize(x.dtype), base.bias, scaling)
     return y.view(shape)
 
 
-class _Lora(torch.autograd.Function):
+class _LoraMatmul(torch.autograd.Function):
     """Keeps what backward needs and returns h, and y with nothing in it yet.
 
     y is computed afterwards: in a checkpointed layer that is recomputed, torch stops as soon as the last tensor that
@@ -90,7 +92,7 @@ class _Lora(torch.autograd.Function):
         return *_gradients(grads[0], adapter_input, a, b, h, weight, ctx.scaling, ctx.dropout), None, None
 
 
-def _fill(
+def _compute_output(
     y: torch.Tensor,
     x: torch.Tensor,
     h: torch.Tensor,
@@ -115,7 +117,7 @@ def _gradients(
     weight: torch.Tensor | None,
     scaling: float,
     dropout: bool,
-) -> Gradients:
+) -> _LoraGradients:
     """Of x, dropped, A and B; of x only where the weight is given, and of x alone where there is no dropout."""
     grad_h = (grad @ b).mul_(scaling)
     grad_a = grad_h.t() @ adapter_input
@@ -131,20 +133,20 @@ def _gradients(
 # --- for torch.compile: the same as one operator, which is nothing to be traced ---------------------------------------
 
 
-def _plain(layout: NF4Layout) -> tuple[int, int, str, int, bool, str]:
+def _layout_args(layout: NF4Layout) -> tuple[int, int, str, int, bool, str]:
     out_features, in_features = layout.shape
     return out_features, in_features, layout.quant_type, layout.block_size, layout.double_quant, layout.dtype
 
 
 @cache
-def _layout(
+def _layout_from_args(
     out_features: int, in_features: int, quant_type: QuantType, block_size: int, double_quant: bool, dtype: str
 ) -> NF4Layout:
     return NF4Layout((out_features, in_features), quant_type, block_size, double_quant, dtype)
 
 
 @torch.library.custom_op("qlora_dist::lora_matmul", mutates_args=())
-def _operator(
+def _lora_matmul_op(
     x: torch.Tensor,
     dropped: torch.Tensor | None,
     a: torch.Tensor,
@@ -159,14 +161,14 @@ def _operator(
     double_quant: bool,
     dtype: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = _layout(out_features, in_features, quant_type, block_size, double_quant, dtype)
+    layout = _layout_from_args(out_features, in_features, quant_type, block_size, double_quant, dtype)
     h = (x if dropped is None else dropped) @ a.t()
     y = x.new_empty(x.shape[0], out_features)
-    _fill(y, x, h, b, dequantize(packed, layout, x.dtype), bias, scaling)
+    _compute_output(y, x, h, b, dequantize_weight(packed, layout, x.dtype), bias, scaling)
     return y, h
 
 
-@_operator.register_fake
+@_lora_matmul_op.register_fake
 def _(
     x: torch.Tensor, dropped: Any, a: torch.Tensor, b: Any, packed: Any, bias: Any, scaling: Any, out: int, *layout: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +176,7 @@ def _(
 
 
 @torch.library.custom_op("qlora_dist::lora_matmul_backward", mutates_args=())
-def _operator_backward(
+def _lora_matmul_backward_op(
     grad: torch.Tensor,
     adapter_input: torch.Tensor,
     a: torch.Tensor,
@@ -191,13 +193,13 @@ def _operator_backward(
     dtype: str,
 ) -> list[torch.Tensor]:
     """Those of the gradients that are wanted."""
-    layout = _layout(out_features, in_features, quant_type, block_size, double_quant, dtype)
-    weight = dequantize(packed, layout, grad.dtype) if packed is not None else None
+    layout = _layout_from_args(out_features, in_features, quant_type, block_size, double_quant, dtype)
+    weight = dequantize_weight(packed, layout, grad.dtype) if packed is not None else None
     grads = _gradients(grad, adapter_input, a, b, h, weight, scaling, dropout)
     return [g.contiguous() for g in grads if g is not None]
 
 
-@_operator_backward.register_fake
+@_lora_matmul_backward_op.register_fake
 def _(
     grad: torch.Tensor,
     adapter_input: torch.Tensor,
@@ -213,17 +215,17 @@ def _(
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*wanted, a, b)]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, dropped, a, b, packed, _, ctx.scaling, *ctx.layout = inputs
     ctx.dropout = dropped is not None
     # the gathered bytes, whose memory the engine frees and fills again; never the dequantized weight
     ctx.save_for_backward(x if dropped is None else dropped, a, b, output[1], packed)
 
 
-def _backpropagate(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _autograd_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *saved, packed = ctx.saved_tensors
     wants_x = ctx.needs_input_grad[0]
-    found = _operator_backward(
+    found = _lora_matmul_backward_op(
         grads[0].contiguous(), *saved, packed if wants_x else None, ctx.scaling, ctx.dropout, *ctx.layout
     )
     grad_x = found.pop(0) if wants_x else None
@@ -231,4 +233,4 @@ def _backpropagate(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None,
     return grad_x, grad_dropped, *found, *[None] * (3 + len(ctx.layout))
 
 
-_operator.register_autograd(_backpropagate, setup_context=_keep)
+_lora_matmul_op.register_autograd(_autograd_backward, setup_context=_setup_context)

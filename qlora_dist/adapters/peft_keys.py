@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from qlora_dist.adapters.attach import ADAPTER_NAME
-from qlora_dist.io.adapter_files import PREFIX
+from qlora_dist.io.adapter_files import PEFT_PREFIX
 
 
 def peft_key(name: str, adapter: str = ADAPTER_NAME) -> str:
@@ -18,9 +18,9 @@ def peft_key(name: str, adapter: str = ADAPTER_NAME) -> str:
     name = name.replace(f".{adapter}.", ".")
     name = re.sub(r"\.experts\.(gate_)?up_proj\.lora_", ".experts.base_layer.lora_", name)
     name = re.sub(r"\.experts\.down_proj\.lora_", ".experts.lora_", name)
-    return PREFIX + name
+    return PEFT_PREFIX + name
 
 
-def plain_name(key: str) -> str:
+def parameter_name(key: str) -> str:
     """The parameter's name in the model, of one that was trained whole: a bias, or a module that PEFT has wrapped."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    return key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")

@@ -17,12 +17,12 @@ from qlora_dist.errors import UserError
 _NAME = "default"
 
 
-def is_converted(config: peft.LoraConfig, model_type: str) -> bool:
+def needs_peft_conversion(config: peft.LoraConfig, model_type: str) -> bool:
     """Whether PEFT reads an adapter of such models by more than the ends of names: asking it takes some seconds."""
     return bool(config.target_parameters) or get_checkpoint_conversion_mapping(model_type) is not None
 
 
-def check_read_back(
+def check_peft_roundtrip(
     plain: PreTrainedModel, config: peft.LoraConfig, shapes: Mapping[str, tuple[int, ...]], base: str
 ) -> None:
     """See whether PEFT makes of the folder the parameters that are in it, no more and no fewer.

@@ -11,52 +11,52 @@ from typing import Any
 
 import peft
 
-from qlora_dist.adapters.peft_keys import plain_name
-from qlora_dist.adapters.validate_adapter import check_kind
+from qlora_dist.adapters.peft_keys import parameter_name
+from qlora_dist.adapters.validate_adapter import check_adapter_type
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import (
-    CONFIG,
-    PEFTS_DEFAULT,
-    PREFIX,
-    TENSORS,
-    by_pattern,
-    is_any_end,
-    low_rank_part,
-    parameter_of_experts,
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    PEFT_DEFAULT_R_AND_ALPHA,
+    PEFT_PREFIX,
+    expert_parameter_name,
+    get_pattern_value,
+    matches_any_suffix,
     read_adapter_config,
+    split_lora_key,
 )
-from qlora_dist.io.safetensors_file import Entry, read_header
+from qlora_dist.io.safetensors_file import TensorEntry, read_safetensors_header
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankUpdate:
     """The update of one matrix."""
 
-    a: Entry
+    a: TensorEntry
     """[r, in_features]; of experts [experts * r, in_features], an expert's rows together."""
-    b: Entry
+    b: TensorEntry
     """[out_features, r]; of experts [out_features, r * experts], an expert's columns `experts` apart."""
     rank: int
     alpha: float
     scaling: float
     """alpha / r, or alpha / sqrt(r) of rsLoRA."""
-    magnitude: Entry | None
+    magnitude: TensorEntry | None
     """DoRA's, [out_features]; None: plain LoRA."""
     experts: int = 0
     """That have a pair of matrices each (`peft.tuners.lora.layer.ParamWrapper`); 0: a linear layer."""
     swapped: bool = False
     """Whether PEFT takes the experts' inputs for their outputs (`lora_experts.is_swapped`)."""
 
-    def parts(self) -> dict[str, Entry]:
+    def parts(self) -> dict[str, TensorEntry]:
         """The tensors, by the names that they have within a layer of PEFT's."""
         parts = {"lora_A": self.a, "lora_B": self.b}
         return parts if self.magnitude is None else {**parts, "lora_magnitude_vector": self.magnitude}
 
 
 @dataclass(frozen=True)
-class Adapter:
+class SavedAdapter:
     """What an adapter changes."""
 
     path: Path
@@ -64,15 +64,15 @@ class Adapter:
     """The folder that it was trained on, as its configuration names it; may be empty."""
     config: Mapping[str, Any]
     """adapter_config.json."""
-    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    low_rank: dict[str, LowRankUpdate] = field(default_factory=dict)
     """Updates by the name of the module, or of the experts' parameter, in transformers' class."""
-    whole: dict[str, Entry] = field(default_factory=dict)
+    whole: dict[str, TensorEntry] = field(default_factory=dict)
     """Trained whole (`modules_to_save`, biases), by the parameter's name."""
 
     def layers_as_parameters(self) -> list[str]:
         """The linear layers that the configuration names by their parameter `weight`."""
         parameters = sorted(self.config.get("target_parameters") or ())
-        return [module for module in self.low_rank if is_any_end(parameters, f"{module}.weight")]
+        return [module for module in self.low_rank if matches_any_suffix(parameters, f"{module}.weight")]
 
     def peft_config(self) -> peft.LoraConfig:
         """What PEFT's layers need to know to compute with it."""
@@ -84,7 +84,7 @@ class Adapter:
         )
 
 
-def read_saved_adapter(path: Path) -> Adapter:
+def read_saved_adapter(path: Path) -> SavedAdapter:
     """Read a folder's configuration and its file's header.
 
     Raises:
@@ -92,13 +92,13 @@ def read_saved_adapter(path: Path) -> Adapter:
             that is not known here.
     """
     config = read_adapter_config(path)
-    check_kind(config, path)
-    entries = read_header(path / TENSORS)
-    parts: dict[str, dict[str, Entry]] = {}
-    whole: dict[str, Entry] = {}
+    check_adapter_type(config, path)
+    entries = read_safetensors_header(path / ADAPTER_WEIGHTS_NAME)
+    parts: dict[str, dict[str, TensorEntry]] = {}
+    whole: dict[str, TensorEntry] = {}
     for key, entry in entries.items():
-        name = key.removeprefix(PREFIX)
-        if (part := low_rank_part(key)) is not None:
+        name = key.removeprefix(PEFT_PREFIX)
+        if (part := split_lora_key(key)) is not None:
             parts.setdefault(part[0], {})[part[1]] = entry
         elif ".lora_embedding_" in name:
             raise UserError(
@@ -109,20 +109,22 @@ def read_saved_adapter(path: Path) -> Adapter:
             raise UserError(f"{path}: holds {key}, which is not known here; only LoRA of linear layers and experts is")
         elif ".original_module." not in name:  # PEFT keeps the base's rows beside those of a resized embedding
             # a bias of a layer that has an update too; an embedding that was resized, as PEFT names it then
-            whole[plain_name(key)] = entry
+            whole[parameter_name(key)] = entry
     if not parts and not whole:
-        raise UserError(f"{path / TENSORS}: holds no tensors of an adapter; export the adapter again")
+        raise UserError(f"{path / ADAPTER_WEIGHTS_NAME}: holds no tensors of an adapter; export the adapter again")
     low_rank = {}
     try:
         for module, found in parts.items():
-            parameter = parameter_of_experts(module, config)
+            parameter = expert_parameter_name(module, config)
             low_rank[parameter or module] = _low_rank(parameter or module, found, config, path, parameter is not None)
     except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise UserError(f"{path / CONFIG}: is not as PEFT writes it ({error}); export the adapter again") from None
-    return Adapter(path, str(config.get("base_model_name_or_path") or ""), config, low_rank, whole)
+        raise UserError(
+            f"{path / ADAPTER_CONFIG_NAME}: is not as PEFT writes it ({error}); export the adapter again"
+        ) from None
+    return SavedAdapter(path, str(config.get("base_model_name_or_path") or ""), config, low_rank, whole)
 
 
-def lacks(adapter: Adapter, module: str, base: Path) -> UserError:
+def missing_module_error(adapter: SavedAdapter, module: str, base: Path) -> UserError:
     """The error about a matrix that an adapter changes and a model lacks."""
     if _ONE_EXPERT.search(module):
         return UserError(
@@ -132,15 +134,19 @@ def lacks(adapter: Adapter, module: str, base: Path) -> UserError:
     return UserError(f"{adapter.path}: adapts {module}, which {base} lacks; give the model that it was trained on")
 
 
-def _low_rank(module: str, found: Mapping[str, Entry], config: Mapping[str, Any], path: Path, experts: bool) -> LowRank:
+def _low_rank(
+    module: str, found: Mapping[str, TensorEntry], config: Mapping[str, Any], path: Path, experts: bool
+) -> LowRankUpdate:
     a, b, magnitude = (found.get(part) for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
     if a is None or b is None or (magnitude is None) == bool(config.get("use_dora")):
         missing = "lora_A" if a is None else "lora_B" if b is None else "lora_magnitude_vector"
         raise UserError(f"{path}: {module} lacks its {missing}, or has it without need; export the adapter again")
-    rank = int(by_pattern(config.get("rank_pattern"), module, config.get("r", PEFTS_DEFAULT)))
-    alpha = float(by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", PEFTS_DEFAULT)))
+    rank = int(get_pattern_value(config.get("rank_pattern"), module, config.get("r", PEFT_DEFAULT_R_AND_ALPHA)))
+    alpha = float(
+        get_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", PEFT_DEFAULT_R_AND_ALPHA))
+    )
     count = a.shape[0] // rank if experts and a.shape and rank > 0 else 1
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == count * rank > 0:
         raise UserError(f"{path}: {module} has A {a.shape} and B {b.shape} for rank {rank}; export the adapter again")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LowRank(a, b, rank, alpha, scaling, magnitude, count if experts else 0)
+    return LowRankUpdate(a, b, rank, alpha, scaling, magnitude, count if experts else 0)

@@ -14,17 +14,17 @@ from transformers import PreTrainedModel
 
 from qlora_dist.config.schema import LoraConfig
 from qlora_dist.errors import UserError
-from qlora_dist.io.adapter_files import is_any_end, target_name
+from qlora_dist.io.adapter_files import matches_any_suffix, target_module_name
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 
 _LAYER = re.compile(r".*\.\d+\.(?=[^.]*[^.\d])")
-_UNREAD = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_TYPES_WITHOUT_OUT_PROJ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Types of models with Mamba's layers on whose `out_proj` PEFT puts no adapter."""
 
 
 @dataclass(frozen=True)
-class Targets:
+class AdapterTargets:
     """Matrices that have an adapter, by their paths in a skeleton, in its order."""
 
     linear: tuple[str, ...]
@@ -38,7 +38,7 @@ class Targets:
         return {*self.linear, *self.experts}
 
 
-def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Targets:
+def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> AdapterTargets:
     """The matrices that the section `lora` asks for.
 
     Args:
@@ -50,9 +50,9 @@ def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Targe
         UserError: a target is the name of no quantized layer, or of one whose weight the model's code reads itself, or
             PEFT could not read its adapter, or there are no experts.
     """
-    read = {target_name(p) for p, m in model.named_modules() if isinstance(m, NF4Linear) and m.is_weight_read}
-    linear = [path for path in _paths(model, NF4Linear) if target_name(path) not in read]
-    names = sorted({target_name(path) for path in linear})
+    read = {target_module_name(p) for p, m in model.named_modules() if isinstance(m, NF4Linear) and m.is_weight_read}
+    linear = [path for path in _paths(model, NF4Linear) if target_module_name(path) not in read]
+    names = sorted({target_module_name(path) for path in linear})
     chosen = linear
     if config.targets != "all-linear":
         for target in config.targets:
@@ -65,10 +65,14 @@ def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Targe
                 raise UserError(
                     f"lora.targets: {target} is no quantized layer of {base}; choose from {', '.join(names)}"
                 )
-        chosen = [path for path in linear if target_name(path) in config.targets]
-    unread = [path for path in chosen if _model_type(model) in _UNREAD and target_name(path) == "out_proj"]
+        chosen = [path for path in linear if target_module_name(path) in config.targets]
+    unread = [
+        path
+        for path in chosen
+        if _model_type(model) in _TYPES_WITHOUT_OUT_PROJ and target_module_name(path) == "out_proj"
+    ]
     if unread:
-        rest = sorted({target_name(path) for path in chosen if path not in unread})
+        rest = sorted({target_module_name(path) for path in chosen if path not in unread})
         raise UserError(
             f"lora.targets: PEFT reads no adapter of out_proj, which is {unread[0]} in {base}; name others, such as "
             f"[{', '.join(rest)}]"
@@ -78,10 +82,10 @@ def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Targe
         raise UserError(f"lora.experts: {base} has no experts in 4 bit; leave the key out")
     if not chosen and not experts:
         raise UserError(f"lora.targets: {base} has no quantized linear layer; set lora.experts: true")
-    return Targets(tuple(chosen), tuple(experts))
+    return AdapterTargets(tuple(chosen), tuple(experts))
 
 
-def targets_of(model: nn.Module, config: peft.LoraConfig) -> Targets:
+def targets_from_peft_config(model: nn.Module, config: peft.LoraConfig) -> AdapterTargets:
     """The matrices of a skeleton without adapters that PEFT's configuration names.
 
     PEFT's rules are followed without its conversion of names from transformers 4. A skeleton has modules where
@@ -91,13 +95,13 @@ def targets_of(model: nn.Module, config: peft.LoraConfig) -> Targets:
     linear = [
         path
         for path in _paths(model, NF4Linear)
-        if check_target_module_exists(config, path) or is_any_end(parameters, f"{path}.weight")
+        if check_target_module_exists(config, path) or matches_any_suffix(parameters, f"{path}.weight")
     ]
-    experts = [path for path in _paths(model, NF4Experts) if is_any_end(parameters, path)]
-    return Targets(tuple(linear), tuple(experts))
+    experts = [path for path in _paths(model, NF4Experts) if matches_any_suffix(parameters, path)]
+    return AdapterTargets(tuple(linear), tuple(experts))
 
 
-def peft_names(model: PreTrainedModel, targets: Targets) -> tuple[list[str], list[str]]:
+def peft_target_names(model: PreTrainedModel, targets: AdapterTargets) -> tuple[list[str], list[str]]:
     """What `target_modules` and `target_parameters` are to be, so that PEFT adapts the targets and nothing else.
 
     In the models whose experts were linear layers in transformers 4, PEFT takes some names of linear layers for those
@@ -109,7 +113,7 @@ def peft_names(model: PreTrainedModel, targets: Targets) -> tuple[list[str], lis
         targets: of it.
     """
     modules = [path for path, module in model.named_modules() if path and not isinstance(module, NF4Experts)]
-    taken = {name for name in {path.rpartition(".")[2] for path in targets.linear} if _is_taken(model, name)}
+    taken = {name for name in {path.rpartition(".")[2] for path in targets.linear} if _peft_converts(model, name)}
     plain = [path for path in targets.linear if path.rpartition(".")[2] not in taken]
     as_parameters = [f"{path}.weight" for path in targets.linear if path.rpartition(".")[2] in taken]
     parameters = [
@@ -118,8 +122,8 @@ def peft_names(model: PreTrainedModel, targets: Targets) -> tuple[list[str], lis
         for name in module._parameters
     ]
     return (
-        _shortest(plain, modules, (target_name, _in_layer)),
-        _shortest([*as_parameters, *targets.experts], parameters, (_in_layer,)),
+        _shortest_suffixes(plain, modules, (target_module_name, _in_layer)),
+        _shortest_suffixes([*as_parameters, *targets.experts], parameters, (_in_layer,)),
     )
 
 
@@ -128,19 +132,19 @@ def _in_layer(path: str) -> str:
     return _LAYER.sub("", path)
 
 
-def _shortest(paths: Collection[str], known: Sequence[str], ways: Sequence[Callable[[str], str]]) -> list[str]:
+def _shortest_suffixes(paths: Collection[str], known: Sequence[str], ways: Sequence[Callable[[str], str]]) -> list[str]:
     """The fewest names that are ends of these paths and of no other known one; whole paths where there are none."""
     left, names = set(paths), set()
     for way in ways:
         for name in {way(path) for path in left}:
-            found = {path for path in known if is_any_end([name], path)}
+            found = {path for path in known if matches_any_suffix([name], path)}
             if found <= set(paths):
                 names.add(name)
                 left -= found
     return sorted(names | left)
 
 
-def _is_taken(model: PreTrainedModel, name: str) -> bool:
+def _peft_converts(model: PreTrainedModel, name: str) -> bool:
     probe = peft.LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(probe, model=model, conversions=None)

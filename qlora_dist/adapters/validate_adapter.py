@@ -10,17 +10,17 @@ import torch
 
 from qlora_dist.errors import UserError
 
-_UNKNOWN = {
+_UNSUPPORTED_KEYS = {
     "trainable_token_indices": "trained rows of an embedding",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
     "lora_bias": "a bias of B",
 }
 """What PEFT can do besides, by key of adapter_config.json."""
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_INITS_THAT_CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
-def check_kind(config: Mapping[str, Any], path: Path) -> None:
+def check_adapter_type(config: Mapping[str, Any], path: Path) -> None:
     """See whether an adapter is LoRA on the base as it is, and no more than is known here.
 
     Args:
@@ -32,18 +32,18 @@ def check_kind(config: Mapping[str, Any], path: Path) -> None:
     """
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: is an adapter of type {config.get('peft_type')}, not LORA; use it with PEFT")
-    for key, what in _UNKNOWN.items():
+    for key, what in _UNSUPPORTED_KEYS.items():
         if config.get(key):
             raise UserError(f"{path}: has {what} ({key}), which is not known here; load it with PEFT beside the base")
     first = config.get("init_lora_weights", True)
-    if isinstance(first, str) and first.startswith(_CHANGES_BASE):
+    if isinstance(first, str) and first.startswith(_INITS_THAT_CHANGE_BASE):
         raise UserError(
             f"{path}: began from {first}, which changed the base's weights too; save it with PEFT's "
             "path_initial_model_for_weight_conversion first"
         )
 
 
-def wrong_values(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+def find_invalid_values(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """What is wrong with an adapter's tensors, by PEFT's names; None: nothing.
 
     A value is not finite; or all B are zero, as they are before training: such an adapter changes nothing.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qlora_dist.bench.bench_result import Machine
+from qlora_dist.bench.bench_result import BenchMachine
 from qlora_dist.plan.calibration_file import load_calibration
 from qlora_dist.report.run_files import RunFiles
 
 
-def machine_of(run: RunFiles, date: str) -> Machine:
+def bench_machine_of_run(run: RunFiles, date: str) -> BenchMachine:
     """What its rank 0 was on, which may be another machine than this one.
 
     Args:
@@ -15,7 +15,7 @@ def machine_of(run: RunFiles, date: str) -> Machine:
         date: when the benchmark began.
     """
     found = {key: value for key, value in run.process["machine"].items() if key != "threads"}
-    return Machine(date=date, links_bytes_per_s=_links() if found["device"] == "cpu" else {}, **found)
+    return BenchMachine(date=date, links_bytes_per_s=_links() if found["device"] == "cpu" else {}, **found)
 
 
 def _links() -> dict[str, float]:

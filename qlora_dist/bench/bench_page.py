@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from qlora_dist.bench.bench_result import BenchResult
-from qlora_dist.bench.bench_table import SPLIT, columns, left_out_sentence, losses_sentence, rows
-from qlora_dist.bench.plot_bench import draw_svg
-from qlora_dist.config.config_file import flatten
-from qlora_dist.report.html_page import page
+from qlora_dist.bench.bench_table import (
+    STEP_SPLIT_NOTE,
+    bench_table_rows,
+    layout_labels,
+    loss_comparison_message,
+    skipped_layout_message,
+)
+from qlora_dist.bench.plot_bench import draw_bench_svg
+from qlora_dist.config.config_file import flatten_keys
+from qlora_dist.report.html_page import render_html
 
 
-def render(result: BenchResult) -> str:
+def render_bench_page(result: BenchResult) -> str:
     """The page's text."""
     machine = result.machine
     links = (f"{name} {speed / 2**20:,.0f} MiB/s" for name, speed in machine.links_bytes_per_s.items())
@@ -26,22 +32,22 @@ def render(result: BenchResult) -> str:
     }
     changes = [
         (name, ", ".join(f"{key}={value}" for key, value in figures.overrides.items()))
-        for name, figures in zip(columns(result), result.layouts, strict=True)
+        for name, figures in zip(layout_labels(result), result.layouts, strict=True)
     ]
-    return page(
+    return render_html(
         "qlora_dist.bench",
         "bench.html.jinja",
         title=f"bench {result.config['model']['base']}",
         command=result.command,
-        columns=columns(result),
-        rows=rows(result),
+        columns=layout_labels(result),
+        rows=bench_table_rows(result),
         notes=[
-            *(left_out_sentence(left.layout, left.ranks, left.reason) for left in result.left_out),
-            losses_sentence(result),
-            SPLIT,
+            *(skipped_layout_message(left.layout, left.ranks, left.reason) for left in result.left_out),
+            loss_comparison_message(result),
+            STEP_SPLIT_NOTE,
         ],
-        charts=draw_svg(result),
+        charts=draw_bench_svg(result),
         facts=facts,
         changes=changes,
-        config=flatten(result.config),
+        config=flatten_keys(result.config),
     )

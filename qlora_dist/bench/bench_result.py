@@ -7,13 +7,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class Part(BaseModel):
+class ResultSection(BaseModel):
     """Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class Spread(Part):
+class Spread(ResultSection):
     """Of all timed steps of all repeats."""
 
     median: float
@@ -21,7 +21,7 @@ class Spread(Part):
     most: float
 
 
-class LayoutFigures(Part):
+class LayoutResult(ResultSection):
     """A layout on a number of ranks."""
 
     layout: str
@@ -69,7 +69,7 @@ class LayoutFigures(Part):
         return self.loss_difference_of_steps if by == "step" else self.loss_difference_of_mean
 
 
-class LeftOut(Part):
+class SkippedLayout(ResultSection):
     """A layout that there is not."""
 
     layout: str
@@ -77,7 +77,7 @@ class LeftOut(Part):
     reason: str
 
 
-class Losses(Part):
+class LossComparison(ResultSection):
     """Whether all layouts have trained the same."""
 
     reference: str
@@ -90,7 +90,7 @@ class Losses(Part):
     agree: bool
 
 
-class Machine(Part):
+class BenchMachine(ResultSection):
     """Where it was measured, as rank 0 of the first run has found it: of a job the first of its nodes."""
 
     date: str
@@ -108,14 +108,14 @@ class Machine(Part):
     """Of the last minute, as the first run began."""
 
 
-class BenchResult(Part):
+class BenchResult(ResultSection):
     """All of it."""
 
     format: int = 1
     command: str
-    machine: Machine
+    machine: BenchMachine
     config: dict[str, Any]
     """What the layouts have in common."""
-    losses: Losses
-    layouts: list[LayoutFigures]
-    left_out: list[LeftOut]
+    losses: LossComparison
+    layouts: list[LayoutResult]
+    left_out: list[SkippedLayout]

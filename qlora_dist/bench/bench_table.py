@@ -7,19 +7,19 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.bench.bench_layouts import in_words
-from qlora_dist.bench.bench_result import BenchResult, LayoutFigures, Spread
+from qlora_dist.bench.bench_layouts import layout_label
+from qlora_dist.bench.bench_result import BenchResult, LayoutResult, Spread
 
 _MIB = 2**20
 _WIDEST = 1000
-SPLIT = "The parts of a step are the shares of one that is not timed, under the profiler."
+STEP_SPLIT_NOTE = "The parts of a step are the shares of one that is not timed, under the profiler."
 
 
-def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
+def bench_table_rows(result: BenchResult) -> list[tuple[str, list[str]]]:
     """Label, and one text a layout."""
     kinds = list(result.layouts[0].step_shares)
     dims = sorted({dim for figures in result.layouts for dim in figures.received_bytes_per_step} - {"control"})
-    lines: list[tuple[str, Callable[[LayoutFigures], str]]] = [
+    lines: list[tuple[str, Callable[[LayoutResult], str]]] = [
         ("tokens/s, median", lambda f: _number(f.tokens_per_s.median)),
         ("  least - most", lambda f: _range(f.tokens_per_s)),
         ("trained tokens/s", lambda f: f"{f.trained_tokens_per_s.median:,.0f}"),
@@ -45,18 +45,18 @@ def rows(result: BenchResult) -> list[tuple[str, list[str]]]:
     return [(label, [text(figures) for figures in result.layouts]) for label, text in lines]
 
 
-def columns(result: BenchResult) -> list[str]:
+def layout_labels(result: BenchResult) -> list[str]:
     """The layouts' names."""
     return [f"{f.layout}, {f.ranks} {'rank' if f.ranks == 1 else 'ranks'}" for f in result.layouts]
 
 
-def show(result: BenchResult, console: Console) -> None:
+def print_bench_table(result: BenchResult, console: Console) -> None:
     """Print it."""
     table = Table(box=None, header_style="bold")
     table.add_column("", no_wrap=True)
-    for column in columns(result):
+    for column in layout_labels(result):
         table.add_column(column.replace(", ", "\n"), justify="right")
-    for label, texts in rows(result):
+    for label, texts in bench_table_rows(result):
         table.add_row(label, *texts)
     if console.is_terminal:
         console.print(table)
@@ -64,27 +64,29 @@ def show(result: BenchResult, console: Console) -> None:
         width = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
         Console(file=console.file, width=width, highlight=False).print(table)
     for left_out in result.left_out:
-        console.print(left_out_sentence(left_out.layout, left_out.ranks, left_out.reason), markup=False, soft_wrap=True)
-    console.print(losses_sentence(result), markup=False, soft_wrap=True)
-    console.print(SPLIT, soft_wrap=True)
+        console.print(
+            skipped_layout_message(left_out.layout, left_out.ranks, left_out.reason), markup=False, soft_wrap=True
+        )
+    console.print(loss_comparison_message(result), markup=False, soft_wrap=True)
+    console.print(STEP_SPLIT_NOTE, soft_wrap=True)
 
 
-def markdown(result: BenchResult) -> str:
+def bench_markdown(result: BenchResult) -> str:
     """The same for a page of documentation, with the command under it."""
-    lines = [["", *columns(result)], ["---", *["---:"] * len(result.layouts)]]
-    lines += [[label.strip(), *texts] for label, texts in rows(result)]
-    notes = [left_out_sentence(left.layout, left.ranks, left.reason) for left in result.left_out]
-    notes += [losses_sentence(result), SPLIT]
+    lines = [["", *layout_labels(result)], ["---", *["---:"] * len(result.layouts)]]
+    lines += [[label.strip(), *texts] for label, texts in bench_table_rows(result)]
+    notes = [skipped_layout_message(left.layout, left.ranks, left.reason) for left in result.left_out]
+    notes += [loss_comparison_message(result), STEP_SPLIT_NOTE]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return table + "\n\n" + "\n".join(notes) + f"\n\n`{result.command}`\n"
 
 
-def left_out_sentence(layout: str, ranks: int, reason: str) -> str:
+def skipped_layout_message(layout: str, ranks: int, reason: str) -> str:
     """For people."""
-    return f"left out: {in_words(layout, ranks)}: {reason}"
+    return f"left out: {layout_label(layout, ranks)}: {reason}"
 
 
-def losses_sentence(result: BenchResult) -> str:
+def loss_comparison_message(result: BenchResult) -> str:
     """For people."""
     losses = result.losses
     off = f"{losses.largest_difference:.1e} relative of those of {losses.reference}, {losses.tolerance:.0e} allowed"
@@ -92,7 +94,7 @@ def losses_sentence(result: BenchResult) -> str:
     if losses.agree:
         return f"The losses of all layouts, {what}, are within {off}."
     worst = max(result.layouts, key=lambda f: f.loss_difference(losses.by))
-    return f"The losses do not agree: those of {in_words(worst.layout, worst.ranks)} are off by {off}."
+    return f"The losses do not agree: those of {layout_label(worst.layout, worst.ranks)} are off by {off}."
 
 
 def _range(spread: Spread) -> str:

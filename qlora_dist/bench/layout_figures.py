@@ -6,19 +6,19 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from qlora_dist.bench.bench_layouts import Cell
-from qlora_dist.bench.bench_result import LayoutFigures, Losses, Spread
+from qlora_dist.bench.bench_layouts import BenchCase
+from qlora_dist.bench.bench_result import LayoutResult, LossComparison, Spread
 from qlora_dist.errors import UserError
 from qlora_dist.report.run_files import RunFiles
 
-TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+LOSS_TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 """Relative, between the losses of two layouts, by compute type: sums are made in another order. In fp32 each step's
 must agree. In 16 bit it is the mean of all trained tokens: kernels round in another way for other numbers of threads,
 Adam's first updates magnify that, and single steps are off by a thousandth where nothing is wrong.
 """
 
 
-def figures(cell: Cell, runs: Sequence[RunFiles], warm_up: int, reference: RunFiles) -> LayoutFigures:
+def summarize_layout(cell: BenchCase, runs: Sequence[RunFiles], warm_up: int, reference: RunFiles) -> LayoutResult:
     """Of a layout.
 
     Args:
@@ -31,7 +31,7 @@ def figures(cell: Cell, runs: Sequence[RunFiles], warm_up: int, reference: RunFi
     last, summaries = runs[-1].steps[-1], [run.summary for run in runs]
     step_s = _spread([row["step_s"] for row in timed])
     shares = summaries[0]["step_shares"]
-    return LayoutFigures(
+    return LayoutResult(
         layout=cell.layout,
         ranks=cell.ranks,
         threads_per_rank=runs[0].process["machine"]["threads"],
@@ -48,16 +48,16 @@ def figures(cell: Cell, runs: Sequence[RunFiles], warm_up: int, reference: RunFi
         static_bytes=summaries[0]["static_bytes"],
         peak_bytes=[max(ranks) for ranks in zip(*(summary["peak_bytes"] for summary in summaries), strict=True)],
         received_bytes_per_step=summaries[0]["comm_bytes_per_step"],
-        paged_bytes_per_step=_paged(last),
+        paged_bytes_per_step=_paged_bytes(last),
         read_bytes=summaries[0]["read_bytes"],
         load_s=_spread([summary["load_s"] for summary in summaries]),
-        losses=losses_of(runs[0]),
-        loss_difference_of_steps=max(_of_steps(run, reference) for run in runs),
-        loss_difference_of_mean=max(_of_mean(run, reference) for run in runs),
+        losses=step_losses(runs[0]),
+        loss_difference_of_steps=max(_largest_step_difference(run, reference) for run in runs),
+        loss_difference_of_mean=max(_mean_loss_difference(run, reference) for run in runs),
     )
 
 
-def losses_of(run: RunFiles) -> list[float]:
+def step_losses(run: RunFiles) -> list[float]:
     """Of each step.
 
     Raises:
@@ -69,27 +69,27 @@ def losses_of(run: RunFiles) -> list[float]:
     return losses
 
 
-def compare_losses(reference: str, compute_dtype: str, layouts: Sequence[LayoutFigures]) -> Losses:
+def compare_losses(reference: str, compute_dtype: str, layouts: Sequence[LayoutResult]) -> LossComparison:
     """Whether all have trained the same."""
     by: Literal["step", "mean"] = "step" if compute_dtype == "fp32" else "mean"
-    tolerance, largest = TOLERANCES[compute_dtype], max(figures.loss_difference(by) for figures in layouts)
-    return Losses(
+    tolerance, largest = LOSS_TOLERANCES[compute_dtype], max(figures.loss_difference(by) for figures in layouts)
+    return LossComparison(
         reference=reference, by=by, tolerance=tolerance, largest_difference=largest, agree=largest <= tolerance
     )
 
 
-def _of_steps(run: RunFiles, reference: RunFiles) -> float:
-    return max(abs(a - b) / b for a, b in zip(losses_of(run), losses_of(reference), strict=True))
+def _largest_step_difference(run: RunFiles, reference: RunFiles) -> float:
+    return max(abs(a - b) / b for a, b in zip(step_losses(run), step_losses(reference), strict=True))
 
 
-def _of_mean(run: RunFiles, reference: RunFiles) -> float:
+def _mean_loss_difference(run: RunFiles, reference: RunFiles) -> float:
     """Of all trained tokens; every run has the same ones in the same steps."""
     tokens: list[int] = [row["trained_tokens"] for row in reference.steps]
-    own, other = (sum(a * b for a, b in zip(losses_of(r), tokens, strict=True)) for r in (run, reference))
+    own, other = (sum(a * b for a, b in zip(step_losses(r), tokens, strict=True)) for r in (run, reference))
     return abs(own - other) / other
 
 
-def _paged(row: dict[str, Any]) -> dict[str, int]:
+def _paged_bytes(row: dict[str, Any]) -> dict[str, int]:
     base, optimizer = row.get("base_paging") or {}, row.get("paging") or {}
     return {
         "base": base.get("bytes_in", 0),

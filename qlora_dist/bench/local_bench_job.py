@@ -9,21 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qlora_dist.bench.bench_layouts import Cell
+from qlora_dist.bench.bench_layouts import BenchCase
 from qlora_dist.config.config_file import dump_config
 from qlora_dist.errors import UserError
 from qlora_dist.report.run_files import RunFiles, read_run_files
-from qlora_dist.runtime.system import cores
+from qlora_dist.runtime.system import usable_cpu_count
 
 _LAST_LINES = 40
 
 
 def threads_per_rank(ranks: int) -> int:
     """The cores of this process, shared among ranks."""
-    return max(1, cores() // ranks)
+    return max(1, usable_cpu_count() // ranks)
 
 
-def run_job(cell: Cell, folder: Path) -> RunFiles:
+def run_local_job(cell: BenchCase, folder: Path) -> RunFiles:
     """Train, in one process or on torchrun's ranks, and read what the run has left.
 
     Args:

@@ -9,19 +9,19 @@ from typing import Any
 from markupsafe import Markup
 
 from qlora_dist.bench.bench_result import BenchResult
-from qlora_dist.bench.bench_table import columns
-from qlora_dist.report.html_page import SETTINGS, svg
+from qlora_dist.bench.bench_table import layout_labels
+from qlora_dist.report.html_page import MATPLOTLIB_SETTINGS, figure_to_svg
 
 _MIB = 2**20
 
 
-def draw_files(result: BenchResult, folder: Path) -> list[Path]:
+def save_bench_plots(result: BenchResult, folder: Path) -> list[Path]:
     """Each picture as a PNG file of its name."""
     import matplotlib
     from matplotlib.figure import Figure
 
     files = []
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(MATPLOTLIB_SETTINGS):
         for name, panel in _PANELS.items():
             figure = Figure(figsize=(6.5, 4), layout="constrained", dpi=150)
             panel(figure.subplots(), result)
@@ -30,31 +30,31 @@ def draw_files(result: BenchResult, folder: Path) -> list[Path]:
     return files
 
 
-def draw_svg(result: BenchResult) -> Markup:
+def draw_bench_svg(result: BenchResult) -> Markup:
     """All of them as an `<svg>` element that needs nothing else."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(MATPLOTLIB_SETTINGS):
         figure = Figure(figsize=(11, 10), layout="constrained")
         axes = list(figure.subplots(3, 2).flat)
         for axis, panel in zip(axes, _PANELS.values(), strict=False):
             panel(axis, result)
         for axis in axes[len(_PANELS) :]:
             axis.set_axis_off()
-        return svg(figure)
+        return figure_to_svg(figure)
 
 
-def _throughput(axis: Any, result: BenchResult) -> None:
+def _plot_throughput(axis: Any, result: BenchResult) -> None:
     spreads = [figures.tokens_per_s for figures in result.layouts]
     medians = [spread.median for spread in spreads]
     below = [spread.median - spread.least for spread in spreads]
     above = [spread.most - spread.median for spread in spreads]
     axis.bar(range(len(medians)), medians, yerr=[below, above], capsize=3)
-    _name(axis, result, "throughput: median, least and most", "tokens/s, all ranks")
+    _label_axis(axis, result, "throughput: median, least and most", "tokens/s, all ranks")
 
 
-def _scaling(axis: Any, result: BenchResult) -> None:
+def _plot_scaling(axis: Any, result: BenchResult) -> None:
     for layout in dict.fromkeys(figures.layout for figures in result.layouts):
         points = [(f.ranks, f.tokens_per_s) for f in result.layouts if f.layout == layout]
         x, medians = [ranks for ranks, _ in points], [spread.median for _, spread in points]
@@ -67,20 +67,20 @@ def _scaling(axis: Any, result: BenchResult) -> None:
     axis.legend()
 
 
-def _split(axis: Any, result: BenchResult) -> None:
+def _plot_step_split(axis: Any, result: BenchResult) -> None:
     _stack(axis, result, {k: [f.step_split_s[k] for f in result.layouts] for k in result.layouts[0].step_split_s})
-    _name(axis, result, "what a step goes into", "s of the median step")
+    _label_axis(axis, result, "what a step goes into", "s of the median step")
 
 
-def _memory(axis: Any, result: BenchResult) -> None:
+def _plot_memory(axis: Any, result: BenchResult) -> None:
     count = range(len(result.layouts))
     axis.bar([x - 0.2 for x in count], [max(f.static_bytes) / _MIB for f in result.layouts], 0.4, label="held")
     axis.bar([x + 0.2 for x in count], [max(f.peak_bytes) / _MIB for f in result.layouts], 0.4, label="peak")
-    _name(axis, result, "memory of the largest rank", "MiB")
+    _label_axis(axis, result, "memory of the largest rank", "MiB")
     axis.legend()
 
 
-def _traffic(axis: Any, result: BenchResult) -> None:
+def _plot_traffic(axis: Any, result: BenchResult) -> None:
     dims = sorted({dim for f in result.layouts for dim in f.received_bytes_per_step} - {"control"})
     heights = {
         f"over {dim}": [f.received_bytes_per_step.get(dim, 0) / _MIB for f in result.layouts] for dim in dims
@@ -89,15 +89,15 @@ def _traffic(axis: Any, result: BenchResult) -> None:
         for what in ("base", "optimizer")
     }
     _stack(axis, result, {label: values for label, values in heights.items() if any(values)})
-    _name(axis, result, "moved by rank 0", "MiB a step")
+    _label_axis(axis, result, "moved by rank 0", "MiB a step")
 
 
 _PANELS: dict[str, Callable[[Any, BenchResult], None]] = {
-    "throughput": _throughput,
-    "scaling": _scaling,
-    "split": _split,
-    "memory": _memory,
-    "traffic": _traffic,
+    "throughput": _plot_throughput,
+    "scaling": _plot_scaling,
+    "split": _plot_step_split,
+    "memory": _plot_memory,
+    "traffic": _plot_traffic,
 }
 
 
@@ -110,7 +110,7 @@ def _stack(axis: Any, result: BenchResult, parts: dict[str, list[float]]) -> Non
         axis.legend()
 
 
-def _name(axis: Any, result: BenchResult, title: str, unit: str) -> None:
+def _label_axis(axis: Any, result: BenchResult, title: str, unit: str) -> None:
     axis.set(title=title, ylabel=unit)
-    axis.set_xticks(range(len(result.layouts)), [name.replace(", ", "\n") for name in columns(result)])
+    axis.set_xticks(range(len(result.layouts)), [name.replace(", ", "\n") for name in layout_labels(result)])
     axis.grid(alpha=0.3, axis="y")

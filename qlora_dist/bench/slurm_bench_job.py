@@ -14,18 +14,18 @@ from types import FrameType
 
 from rich.console import Console
 
-from qlora_dist.bench.bench_layouts import Cell
+from qlora_dist.bench.bench_layouts import BenchCase
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
-from qlora_dist.launch.job_script import Job, render
-from qlora_dist.launch.launch import make_job, most_ranks, refuse_second, submit_job
-from qlora_dist.launch.run_status import read_json
-from qlora_dist.launch.slurm_queue import WAITING, JobState, job_state, scancel
+from qlora_dist.launch.job_script import SlurmJob, render_job_script
+from qlora_dist.launch.launch import check_not_queued, default_ranks_per_node, make_job, submit_job
+from qlora_dist.launch.run_status import read_json_object
+from qlora_dist.launch.slurm_queue import WAITING_STATES, JobState, job_state, scancel
 from qlora_dist.report.run_files import RunFiles, read_run_files
-from qlora_dist.runs.run_dir import DONE, MARKERS, REQUEUE, STOPPED
-from qlora_dist.runtime.user_error_file import MISTAKE
+from qlora_dist.runs.run_dir import DONE_MARKER, MARKERS, REQUEUE_MARKER, STOPPED_MARKER
+from qlora_dist.runtime.user_error_file import USER_ERROR_FILE
 
-_ENDINGS = {
+_JOB_STATE_MESSAGES = {
     "CANCELLED": "was cancelled; start the benchmark again",
     "PREEMPTED": "was preempted; start the benchmark again, or give another partition or qos in the cluster's file",
     "TIMEOUT": "has reached its time limit; raise time in the cluster's file",
@@ -33,21 +33,21 @@ _ENDINGS = {
     "BOOT_FAIL": "has lost a node; start the benchmark again",
     "OUT_OF_MEMORY": "had less host memory than it needs; raise memory in the cluster's file",
 }
-_ASK_S, _SELDOM_S = 1.0, 10.0
+_MIN_POLL_S, _MAX_POLL_S = 1.0, 10.0
 """Between two questions to SLURM, at first and for jobs that take minutes."""
-_FILES_S = 60.0
+_FILE_TIMEOUT_S = 60.0
 """Until this machine sees what nodes have written to a file system that they share."""
 
 
 @dataclass(frozen=True)
-class Where:
+class SlurmPlacement:
     """What the command line says of the cluster."""
 
     cluster: Cluster
     ranks_per_node: int | None = None
     """None: as many as a node has GPUs."""
 
-    def job(self, cell: Cell) -> tuple[Job, str]:
+    def job(self, cell: BenchCase) -> tuple[SlurmJob, str]:
         """The layout's next job, and its script.
 
         It is started once: a second start would go on from a checkpoint, and time less than the others.
@@ -55,14 +55,16 @@ class Where:
         Raises:
             UserError: the ranks fill no nodes, another job is at work in the run's folder, or a script can't name it.
         """
-        nodes, ranks_per_node = nodes_for(cell.ranks, self.ranks_per_node or most_ranks(self.cluster))
+        nodes, ranks_per_node = split_into_nodes(
+            cell.ranks, self.ranks_per_node or default_ranks_per_node(self.cluster)
+        )
         job = make_job(cell.config, nodes, ranks_per_node)
-        refuse_second(job.run, "or give another --out")
+        check_not_queued(job.run, "or give another --out")
         once = {"max_requeues": 0, "sbatch": [*self.cluster.sbatch, "--no-requeue"]}
-        return job, render(job, self.cluster.model_copy(update=once))
+        return job, render_job_script(job, self.cluster.model_copy(update=once))
 
 
-def nodes_for(ranks: int, most: int) -> tuple[int, int]:
+def split_into_nodes(ranks: int, most: int) -> tuple[int, int]:
     """Nodes, and ranks on each.
 
     Args:
@@ -82,7 +84,7 @@ def nodes_for(ranks: int, most: int) -> tuple[int, int]:
     return ranks // most, most
 
 
-def check_cells(cells: Sequence[Cell], where: Where) -> None:
+def check_slurm_cases(cells: Sequence[BenchCase], where: SlurmPlacement) -> None:
     """Find what is wrong with any job before the first one is submitted.
 
     Raises:
@@ -100,7 +102,7 @@ def check_cells(cells: Sequence[Cell], where: Where) -> None:
             raise UserError(f"{cell.words}: {error}") from None
 
 
-def run_as_job(cell: Cell, where: Where, console: Console) -> RunFiles:
+def run_slurm_job(cell: BenchCase, where: SlurmPlacement, console: Console) -> RunFiles:
     """Submit it, wait for it, and read what the run has left. Whatever ends the waiting ends the job.
 
     Args:
@@ -114,52 +116,52 @@ def run_as_job(cell: Cell, where: Where, console: Console) -> RunFiles:
     job, script = where.job(cell)
     _clear(job.run)
     job_id = None
-    with _signals_raise():
+    with _signals_to_exit():
         try:
-            with _undisturbed():  # or nobody would know the job's number
+            with _signals_blocked():  # or nobody would know the job's number
                 job_id = submit_job(cell.config, job, script)
             state = _wait(cell.words, job_id, console)
         except BaseException:
             if job_id is not None:
-                with _undisturbed():
+                with _signals_blocked():
                     _cancel(job_id)
             raise
-    _wait_for_files(job.run / DONE, state)
-    if not (job.run / DONE).exists():
-        raise UserError(f"{cell.words}{unfinished(job, job_id, state)}")
+    _wait_for_files(job.run / DONE_MARKER, state)
+    if not (job.run / DONE_MARKER).exists():
+        raise UserError(f"{cell.words}{explain_unfinished_job(job, job_id, state)}")
     files = read_run_files(job.run)
     shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
     return files
 
 
-def unfinished(job: Job, job_id: int, state: JobState) -> str:
+def explain_unfinished_job(job: SlurmJob, job_id: int, state: JobState) -> str:
     """Why a job has not come to its end, to be put behind the layout's name."""
     try:
-        return f", job {job_id}: {(job.folder / MISTAKE).read_text(encoding='utf-8').strip()}"
+        return f", job {job_id}: {(job.folder / USER_ERROR_FILE).read_text(encoding='utf-8').strip()}"
     except OSError:
         pass  # it was none of the user's
     has_output = job.output.exists()
     output = f" (its output: {job.output})" if has_output else ""
-    if state.state in _ENDINGS:
-        return f": job {job_id} {_ENDINGS[state.state]}{output}"
-    if (job.run / REQUEUE).exists():
-        reason = read_json(job.run / REQUEUE).get("reason")
+    if state.state in _JOB_STATE_MESSAGES:
+        return f": job {job_id} {_JOB_STATE_MESSAGES[state.state]}{output}"
+    if (job.run / REQUEUE_MARKER).exists():
+        reason = read_json_object(job.run / REQUEUE_MARKER).get("reason")
         return (
             f": job {job_id} was told to end before its last step ({reason}), as jobs are before their time limit; "
             f"raise time in the cluster's file{output}"
         )
-    if (job.run / STOPPED).exists():
+    if (job.run / STOPPED_MARKER).exists():
         return f": job {job_id} was stopped by hand; start the benchmark again{output}"
     if not has_output:
         return f": job {job_id} has left no output at {job.output}; give an --out that all nodes see"
     return f": job {job_id} has failed ({state.state}); see {job.output}"
 
 
-def in_words(state: JobState | None) -> str:
+def job_state_label(state: JobState | None) -> str:
     """How a job is."""
     if state is None:
         return "is not known, SLURM does not answer"
-    if state.state in WAITING:
+    if state.state in WAITING_STATES:
         return f"waits ({state.reason})" if state.reason not in ("", "None") else "waits"
     return "ends" if state.state == "COMPLETING" else f"runs on {state.nodes}"
 
@@ -171,17 +173,17 @@ def _wait(words: str, job_id: int, console: Console) -> JobState:
         state = job_state(job_id)
         if state is not None and state.has_ended:
             return state
-        if (now := in_words(state)) != said:
+        if (now := job_state_label(state)) != said:
             console.print(f"{words}: job {job_id} {now}", markup=False, soft_wrap=True)
             said = now
-        time.sleep(min(_SELDOM_S, max(_ASK_S, (time.monotonic() - started) / 20)))
+        time.sleep(min(_MAX_POLL_S, max(_MIN_POLL_S, (time.monotonic() - started) / 20)))
 
 
 def _wait_for_files(marker: Path, state: JobState) -> None:
     """A network file system shows some things late."""
-    until = time.monotonic() + (_FILES_S if state.state in ("COMPLETED", "UNKNOWN") else 0)
-    while time.monotonic() < until and not (marker.exists() or marker.with_name(STOPPED).exists()):
-        time.sleep(_ASK_S)
+    until = time.monotonic() + (_FILE_TIMEOUT_S if state.state in ("COMPLETED", "UNKNOWN") else 0)
+    while time.monotonic() < until and not (marker.exists() or marker.with_name(STOPPED_MARKER).exists()):
+        time.sleep(_MIN_POLL_S)
 
 
 def _clear(run: Path) -> None:
@@ -201,7 +203,7 @@ def _cancel(job_id: int) -> None:
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
+def _signals_to_exit() -> Iterator[None]:
     """Signals that would end this process at once leave it time to cancel its job."""
 
     def end(number: int, _: FrameType | None) -> None:
@@ -217,7 +219,7 @@ def _signals_raise() -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _signals_blocked() -> Iterator[None]:
     """Signals wait, also those to the commands that are called: Ctrl-C goes to all of them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:

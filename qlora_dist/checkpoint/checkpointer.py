@@ -24,21 +24,21 @@ import torch
 import torch.distributed as dist
 
 from qlora_dist.checkpoint.manifest import (
-    MANIFEST,
+    CHECKPOINT_MANIFEST,
     Manifest,
-    file_of_rank,
-    folder_of_step,
-    manifest_if_whole,
+    abandon_checkpoint,
+    file_sha256,
+    find_written_checkpoints,
+    fsync_folder,
     partial_folder,
-    set_aside,
-    sha256_of,
-    sync_folder,
-    write_synced,
-    written_checkpoints,
+    rank_file_name,
+    read_manifest_if_complete,
+    step_folder,
+    write_and_fsync,
 )
 from qlora_dist.checkpoint.run_fingerprint import is_same_run
-from qlora_dist.io.safetensors_file import Writer
-from qlora_dist.runtime.threads import in_background
+from qlora_dist.io.safetensors_file import SafetensorsWriter
+from qlora_dist.runtime.threads import background_executor
 
 _VISIBLE_S = 60.0
 """How long rank 0 waits for a file of another node to appear: NFS may remember for a minute that it was not there."""
@@ -57,7 +57,7 @@ class Checkpointer:
         """
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._checkpoints, self._keep, self._say = checkpoints, keep, say
-        self._thread = in_background("checkpoint")
+        self._thread = background_executor("checkpoint")
         self._own: Future[None] | None = None
         self._commit: Future[None] | None = None
         self._manifest: Manifest | None = None
@@ -121,17 +121,17 @@ class Checkpointer:
 
     def _folder(self) -> Path:
         assert self._manifest is not None
-        return partial_folder(folder_of_step(self._checkpoints, self._manifest.step))
+        return partial_folder(step_folder(self._checkpoints, self._manifest.step))
 
     def _write_own(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / file_of_rank(self._rank)
+        path = folder / rank_file_name(self._rank)
         try:
-            writer = Writer(path, [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
+            writer = SafetensorsWriter(path, [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
             writer.close()
-            write_synced(_note(path), json.dumps([path.stat().st_size, sha256_of(path)]).encode())
+            write_and_fsync(_rank_note_path(path), json.dumps([path.stat().st_size, file_sha256(path)]).encode())
         except OSError:
             for left in folder.glob(f"{path.stem}.*"):  # at once: the run's other files want the room too
                 left.unlink(missing_ok=True)
@@ -141,18 +141,18 @@ class Checkpointer:
         """Rank 0, when all files are there."""
         files = {}
         for rank in range(self._world_size):
-            path = folder / file_of_rank(rank)
-            nbytes, sha256 = json.loads(_read_when_visible(_note(path)))
+            path = folder / rank_file_name(rank)
+            nbytes, sha256 = json.loads(_read_when_visible(_rank_note_path(path)))
             files[path.name] = nbytes, sha256
         for rank in range(self._world_size):
-            _note(folder / file_of_rank(rank)).unlink()
-        write_synced(folder / MANIFEST, replace(manifest, files=files).to_bytes())
-        sync_folder(folder)
-        final = folder_of_step(self._checkpoints, manifest.step)
+            _rank_note_path(folder / rank_file_name(rank)).unlink()
+        write_and_fsync(folder / CHECKPOINT_MANIFEST, replace(manifest, files=files).to_bytes())
+        fsync_folder(folder)
+        final = step_folder(self._checkpoints, manifest.step)
         if os.path.lexists(final):
-            set_aside(final)  # a damaged one that the run went back behind, or a stranger's
+            abandon_checkpoint(final)  # a damaged one that the run went back behind, or a stranger's
         folder.rename(final)
-        sync_folder(self._checkpoints)
+        fsync_folder(self._checkpoints)
         self.seconds = time.perf_counter() - self._since
         nbytes = sum(size for size, _ in files.values())
         self._say(f"checkpoint after {manifest.step} steps: {nbytes / 2**20:.1f} MiB in {self.seconds:.1f} s")
@@ -163,8 +163,8 @@ class Checkpointer:
         """Return this run's checkpoints up to the newest, newest first. What lies beside them is left alone."""
         return [
             folder
-            for folder in written_checkpoints(self._checkpoints)
-            if (found := manifest_if_whole(folder)) is not None
+            for folder in find_written_checkpoints(self._checkpoints)
+            if (found := read_manifest_if_complete(folder)) is not None
             and found.step <= newest.step
             and is_same_run(found.identity, newest.identity, folder)
         ]
@@ -180,7 +180,7 @@ class Checkpointer:
         )
 
 
-def _note(path: Path) -> Path:
+def _rank_note_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 

@@ -22,21 +22,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_dist.checkpoint.manifest_schema import FORMAT, ManifestSchema
-from qlora_dist.checkpoint.resharding import ROW, Cut
+from qlora_dist.checkpoint.manifest_schema import MANIFEST_FORMAT, ManifestSchema
+from qlora_dist.checkpoint.resharding import FLAT_DIM, ShardSpec
 
-MANIFEST = "manifest.json"
-ABANDONED = "abandoned"
+CHECKPOINT_MANIFEST = "manifest.json"
+ABANDONED_FOLDER = "abandoned"
 """Folder, beside checkpoints, of those that the run does not go on from any more."""
 _STEP = re.compile(r"step-(\d{6,})")
 _ZEROS = "0" * 64
 
 
-class DamagedError(Exception):
+class DamagedCheckpointError(Exception):
     """A checkpoint that cannot be used, and why."""
 
 
-class ForbiddenError(DamagedError):
+class CheckpointPermissionError(DamagedCheckpointError):
     """A checkpoint that this user may not read: it may be whole, and must not be passed over for an older one."""
 
 
@@ -47,7 +47,7 @@ class Manifest:
     step: int
     """Optimizer steps that are done."""
     world_size: int
-    cuts: dict[str, Cut]
+    cuts: dict[str, ShardSpec]
     """Of each trained parameter and its moments."""
     state: dict[str, Any]
     """What is the same on all ranks: counters, loss scale, the batches that were left out."""
@@ -63,17 +63,17 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        tree = {"format": FORMAT, "sha256": _ZEROS, **asdict(self)}
+        tree = {"format": MANIFEST_FORMAT, "sha256": _ZEROS, **asdict(self)}
         blank = _dump(tree)
         return _dump({**tree, "sha256": hashlib.sha256(blank).hexdigest()})
 
 
-def file_of_rank(rank: int) -> str:
+def rank_file_name(rank: int) -> str:
     """The name of a rank's file."""
     return f"rank-{rank:05d}.safetensors"
 
 
-def folder_of_step(checkpoints: Path, step: int) -> Path:
+def step_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lies when it is complete."""
     return checkpoints / f"step-{step:06d}"
 
@@ -88,23 +88,23 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     found = [path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name)]
-    return sorted(found, key=step_of_folder, reverse=True)
+    return sorted(found, key=folder_step, reverse=True)
 
 
-def step_of_folder(folder: Path) -> int:
+def folder_step(folder: Path) -> int:
     """Return the step in the name of a checkpoint's folder."""
     match = _STEP.fullmatch(folder.name)
     assert match is not None
     return int(match[1])
 
 
-def set_aside(folder: Path) -> Path:
+def abandon_checkpoint(folder: Path) -> Path:
     """Move a checkpoint to where no run goes on from, under a name that is free there.
 
     Returns:
         Where it is now.
     """
-    aside = folder.with_name(ABANDONED)
+    aside = folder.with_name(ABANDONED_FOLDER)
     aside.mkdir(exist_ok=True)
     names = (f"{folder.name}{'' if number == 1 else f'-{number}'}" for number in count(1))
     free = next(aside / name for name in names if not os.path.lexists(aside / name))
@@ -112,9 +112,9 @@ def set_aside(folder: Path) -> Path:
     return free
 
 
-def written_checkpoints(checkpoints: Path) -> list[Path]:
+def find_written_checkpoints(checkpoints: Path) -> list[Path]:
     """Return the folders that have a checkpoint's name and a manifest, newest first. Others were never complete."""
-    return [path for path in find_checkpoints(checkpoints) if (path / MANIFEST).exists()]
+    return [path for path in find_checkpoints(checkpoints) if (path / CHECKPOINT_MANIFEST).exists()]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -123,53 +123,61 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         DamagedError: it is missing, not what was written, or of other types than a manifest.
     """
-    path = folder / MANIFEST
+    path = folder / CHECKPOINT_MANIFEST
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DamagedError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+        raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} cannot be read ({error.strerror})") from None
     try:
         tree = json.loads(content)
         digest, tree["sha256"] = tree["sha256"], _ZEROS
         if hashlib.sha256(_dump(tree)).hexdigest() != digest or _dump({**tree, "sha256": digest}) != content:
-            raise DamagedError(f"{MANIFEST} is not what was written")
-        if tree["format"] != FORMAT:
-            raise DamagedError(f"{MANIFEST} has format {tree['format']}, and this version reads {FORMAT}")
+            raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} is not what was written")
+        if tree["format"] != MANIFEST_FORMAT:
+            raise DamagedCheckpointError(
+                f"{CHECKPOINT_MANIFEST} has format {tree['format']}, and this version reads {MANIFEST_FORMAT}"
+            )
         found = ManifestSchema.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise DamagedError(f"{MANIFEST} is not one of a checkpoint: {place}: {first['msg']}") from None
+        raise DamagedCheckpointError(
+            f"{CHECKPOINT_MANIFEST} is not one of a checkpoint: {place}: {first['msg']}"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise DamagedError(f"{MANIFEST} is not what was written") from None
-    cuts = {name: Cut(cut.shape, cut.dim, cut.shards) for name, cut in found.cuts.items()}
+        raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} is not what was written") from None
+    cuts = {name: ShardSpec(cut.shape, cut.dim, cut.shards) for name, cut in found.cuts.items()}
     manifest = Manifest(
         found.step, found.world_size, cuts, tree["state"], found.identity.model_dump(), dict(found.files)
     )
-    _check_whole(folder, manifest)
+    _check_consistent(folder, manifest)
     return manifest
 
 
-def _check_whole(folder: Path, manifest: Manifest) -> None:
+def _check_consistent(folder: Path, manifest: Manifest) -> None:
     """Compare the parts of a manifest with each other and with the folder's name."""
-    expected = {file_of_rank(rank) for rank in range(manifest.world_size)}
+    expected = {rank_file_name(rank) for rank in range(manifest.world_size)}
     if other := sorted(expected ^ manifest.files.keys()):
-        raise DamagedError(f"{MANIFEST} of {manifest.world_size} ranks and its list of files differ: {other[0]}")
+        raise DamagedCheckpointError(
+            f"{CHECKPOINT_MANIFEST} of {manifest.world_size} ranks and its list of files differ: {other[0]}"
+        )
     for name, cut in manifest.cuts.items():
-        if cut.shards > manifest.world_size or not ROW <= cut.dim < len(cut.shape):
-            raise DamagedError(f"{MANIFEST} cuts {name} in a way that {manifest.world_size} ranks cannot")
+        if cut.shards > manifest.world_size or not FLAT_DIM <= cut.dim < len(cut.shape):
+            raise DamagedCheckpointError(
+                f"{CHECKPOINT_MANIFEST} cuts {name} in a way that {manifest.world_size} ranks cannot"
+            )
     named = _STEP.fullmatch(folder.name)
     if named is not None and int(named[1]) != manifest.step:
-        raise DamagedError(f"{MANIFEST} is of step {manifest.step}")
+        raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} is of step {manifest.step}")
 
 
-def manifest_if_whole(folder: Path) -> Manifest | None:
+def read_manifest_if_complete(folder: Path) -> Manifest | None:
     """Return the manifest of a checkpoint whose files have their sizes, without reading them; None: they have not."""
     try:
         manifest = read_manifest(folder)
         sizes = all((folder / name).stat().st_size == nbytes for name, (nbytes, _) in manifest.files.items())
         return manifest if sizes else None
-    except (DamagedError, OSError):
+    except (DamagedCheckpointError, OSError):
         return None
 
 
@@ -183,18 +191,18 @@ def check_file(folder: Path, name: str, nbytes: int, sha256: str) -> None:
     try:
         size = path.stat().st_size
         if size != nbytes:
-            raise DamagedError(f"{name} has {size:,} of {nbytes:,} bytes")
-        if sha256_of(path) != sha256:
-            raise DamagedError(f"{name} is not what was written: its sha256 differs")
+            raise DamagedCheckpointError(f"{name} has {size:,} of {nbytes:,} bytes")
+        if file_sha256(path) != sha256:
+            raise DamagedCheckpointError(f"{name} is not what was written: its sha256 differs")
     except FileNotFoundError:
-        raise DamagedError(f"{name} is missing") from None
+        raise DamagedCheckpointError(f"{name} is missing") from None
     except PermissionError as error:
-        raise ForbiddenError(f"{name} cannot be read ({error.strerror})") from None
+        raise CheckpointPermissionError(f"{name} cannot be read ({error.strerror})") from None
     except OSError as error:
-        raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
+        raise DamagedCheckpointError(f"{name} cannot be read ({error.strerror})") from None
 
 
-def sha256_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """Of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
@@ -203,7 +211,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_synced(path: Path, content: bytes) -> None:
+def write_and_fsync(path: Path, content: bytes) -> None:
     """A small file that is on disk when this returns."""
     with path.open("wb") as file:
         file.write(content)
@@ -211,7 +219,7 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
     """Its names are on disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

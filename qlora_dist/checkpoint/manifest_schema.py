@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints
 
-FORMAT = 1
+MANIFEST_FORMAT = 1
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -14,7 +14,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class CutSchema(_Strict):
+class ShardSpecSchema(_Strict):
     """A `Cut`."""
 
     shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -25,7 +25,7 @@ class CutSchema(_Strict):
     """Number of parts."""
 
 
-class IdentitySchema(_Strict):
+class RunFingerprintSchema(_Strict):
     """What `identity_of` gives."""
 
     base: str
@@ -38,7 +38,7 @@ class IdentitySchema(_Strict):
     """Fingerprint of the adapter that the run began from."""
 
 
-class StateSchema(_Strict):
+class TrainStateSchema(_Strict):
     """What is the same on all ranks."""
 
     progress: dict[str, Any]
@@ -62,11 +62,11 @@ class ManifestSchema(_Strict):
     """Optimizer steps that are done."""
     world_size: PositiveInt
     """Number of ranks that wrote it."""
-    cuts: Annotated[dict[str, CutSchema], Field(min_length=1)]
+    cuts: Annotated[dict[str, ShardSpecSchema], Field(min_length=1)]
     """How each trained parameter and its moments are cut."""
-    state: StateSchema
+    state: TrainStateSchema
     """Counters and scales."""
-    identity: IdentitySchema
+    identity: RunFingerprintSchema
     """What a run that goes on from here must have in common."""
     files: dict[str, tuple[NonNegativeInt, _Sha256]]
     """Bytes and sha256 of each rank's file."""

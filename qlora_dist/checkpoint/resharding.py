@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ROW = -1
+FLAT_DIM = -1
 """In place of a dimension: the elements are cut as one row, as ZeRO-3 cuts."""
 
-_Box = tuple[tuple[int, int], ...]
+_Slices = tuple[tuple[int, int], ...]
 """A range along each dimension."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class ShardSpec:
     """A tensor over `shards` ranks: equal parts along `dim`, the last ones shorter or empty, as both engines cut."""
 
     shape: tuple[int, ...]
@@ -30,14 +30,14 @@ class Cut:
 
     def part(self, shard: int) -> tuple[int, int]:
         """Where shard `shard` begins along `dim`, and where it ends."""
-        size = math.prod(self.shape) if self.dim == ROW else self.shape[self.dim]
+        size = math.prod(self.shape) if self.dim == FLAT_DIM else self.shape[self.dim]
         rows = -(-size // self.shards)
         return min(shard * rows, size), min((shard + 1) * rows, size)
 
     def part_shape(self, shard: int) -> tuple[int, ...]:
         """Shape of a shard."""
         start, stop = self.part(shard)
-        if self.dim == ROW:
+        if self.dim == FLAT_DIM:
             return (stop - start,)
         return (*self.shape[: self.dim], stop - start, *self.shape[self.dim + 1 :])
 
@@ -45,14 +45,14 @@ class Cut:
         """Elements of a shard."""
         return math.prod(self.part_shape(shard))
 
-    def boxes(self, shard: int) -> Iterator[tuple[int, _Box]]:
+    def boxes(self, shard: int) -> Iterator[tuple[int, _Slices]]:
         """The boxes of the whole that a shard consists of, one behind the other; of each, the shard's first element."""
         start, stop = self.part(shard)
         if start == stop:
             return
-        if self.dim == ROW:
+        if self.dim == FLAT_DIM:
             first = 0
-            for box in _row_boxes(self.shape, start, stop):
+            for box in _flat_slices(self.shape, start, stop):
                 yield first, box
                 first += _volume(box)
             return
@@ -62,7 +62,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ShardLocation:
     """A part of a shard: among its elements in a row, from `first` on, a box of `shape`, and ranges within that."""
 
     first: int
@@ -75,26 +75,26 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class CopyOp:
     """A part of a saved shard, and where it goes in a wanted one."""
 
     shard: int
     """The saved one."""
-    source: Place
-    target: Place
+    source: ShardLocation
+    target: ShardLocation
 
 
-def copies(saved: Cut, wanted: Cut, shard: int) -> Iterator[Copy]:
+def copy_ops(saved: ShardSpec, wanted: ShardSpec, shard: int) -> Iterator[CopyOp]:
     """What to read to fill shard `shard` of `wanted`, whatever dimension and number of parts was saved."""
     assert saved.shape == wanted.shape
     for index in range(saved.shards):
         for (source, have), (target, want) in product(saved.boxes(index), list(wanted.boxes(shard))):
             both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(have, want, strict=True))
             if all(start < stop for start, stop in both):
-                yield Copy(index, _place(source, have, both), _place(target, want, both))
+                yield CopyOp(index, _shard_location(source, have, both), _shard_location(target, want, both))
 
 
-def _row_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Box]:
+def _flat_slices(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Slices]:
     """Elements of a row as boxes, in their order: the rest of a slice, whole slices, the beginning of one."""
     if start == stop:
         return
@@ -105,18 +105,18 @@ def _row_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Box]:
     first, last = start // inner, stop // inner
     if start % inner or first == last:
         end = min(stop, (first + 1) * inner)
-        for box in _row_boxes(shape[1:], start - first * inner, end - first * inner):
+        for box in _flat_slices(shape[1:], start - first * inner, end - first * inner):
             yield ((first, first + 1), *box)
-        yield from _row_boxes(shape, end, stop)
+        yield from _flat_slices(shape, end, stop)
         return
     yield ((first, last), *((0, size) for size in shape[1:]))
-    yield from _row_boxes(shape, last * inner, stop)
+    yield from _flat_slices(shape, last * inner, stop)
 
 
-def _place(first: int, outer: _Box, box: _Box) -> Place:
+def _shard_location(first: int, outer: _Slices, box: _Slices) -> ShardLocation:
     ranges = tuple(slice(start - begin, stop - begin) for (start, stop), (begin, _) in zip(box, outer, strict=True))
-    return Place(first, tuple(stop - start for start, stop in outer), ranges)
+    return ShardLocation(first, tuple(stop - start for start, stop in outer), ranges)
 
 
-def _volume(box: _Box) -> int:
+def _volume(box: _Slices) -> int:
     return math.prod(stop - start for start, stop in box)

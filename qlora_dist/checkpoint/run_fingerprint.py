@@ -11,19 +11,19 @@ from qlora_dist.errors import UserError
 
 _SAMPLE_BYTES = 1 << 16
 
-_SOME = {
+_COMPARED_KEYS = {
     "data": ("seq_len", "too_long", "packing", "group_by_length"),
     "train": ("global_batch", "seed", "checkpointing"),
 }
 """What of these sections is compared; of model, lora and optim it is all."""
-_FREE = ("model.base", "model.attention", "lora.from")
+_IGNORED_KEYS = ("model.base", "model.attention", "lora.from")
 """Keys of the compared sections that may change: where a base or an adapter lies is not what it is."""
-_CONTENTS = (("base", "another base model"), ("data", "other training data"), ("adapter", "another lora.from"))
-_TOLD = ("optim", "lora.dropout", "model.compute_dtype", "train.checkpointing")
+_COMPARED_HASHES = (("base", "another base model"), ("data", "other training data"), ("adapter", "another lora.from"))
+_REPORTED_KEYS = ("optim", "lora.dropout", "model.compute_dtype", "train.checkpointing")
 """May change, and the run says so."""
 
 
-def identity_of(config: Config, base: str, data: str, adapter: str | None = None) -> dict[str, Any]:
+def run_fingerprint(config: Config, base: str, data: str, adapter: str | None = None) -> dict[str, Any]:
     """What the manifest keeps of a run.
 
     Args:
@@ -34,19 +34,19 @@ def identity_of(config: Config, base: str, data: str, adapter: str | None = None
     """
     tree = config.model_dump(mode="json")
     compared = {section: tree[section] for section in ("model", "lora", "optim")}
-    compared |= {section: {key: tree[section][key] for key in keys} for section, keys in _SOME.items()}
+    compared |= {section: {key: tree[section][key] for key in keys} for section, keys in _COMPARED_KEYS.items()}
     kept = {f"{section}.{key}": value for section, part in compared.items() for key, value in part.items()}
     return {"base": base, "data": data, "adapter": adapter, "config": kept}
 
 
-def compare(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
+def compare_fingerprints(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
     """What differs and may, as lines to print.
 
     Raises:
         UserError: naming the first thing that differs and may not.
     """
     start_over = "or start over with run.overwrite=true --resume none"
-    for name, what in _CONTENTS:
+    for name, what in _COMPARED_HASHES:
         if saved.get(name) != now.get(name):
             raise UserError(f"{folder}: was made with {what} than this run's; give the same, {start_over}")
     if foreign := sorted(saved["config"].keys() - now["config"].keys()):
@@ -57,9 +57,9 @@ def compare(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[st
     told = []
     for key, value in now["config"].items():
         before = saved["config"].get(key, value)
-        if before == value or key in _FREE:
+        if before == value or key in _IGNORED_KEYS:
             continue
-        if not key.startswith(_TOLD):
+        if not key.startswith(_REPORTED_KEYS):
             raise UserError(f"{folder}: was made with {key}: {before}, not {value}; set it back, {start_over}")
         told.append(f"{key}: {value} from here on, {before} before")
     return told
@@ -68,7 +68,7 @@ def compare(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[st
 def is_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> bool:
     """Return whether a run of the identity `now` could go on from a checkpoint in `folder`."""
     try:
-        compare(saved, now, folder)
+        compare_fingerprints(saved, now, folder)
     except UserError:
         return False
     return True

@@ -8,24 +8,24 @@ from pathlib import Path
 import torch.distributed as dist
 
 from qlora_dist.checkpoint.manifest import (
-    DamagedError,
-    ForbiddenError,
+    CheckpointPermissionError,
+    DamagedCheckpointError,
     Manifest,
     check_file,
-    file_of_rank,
     find_checkpoints,
+    rank_file_name,
     read_manifest,
 )
-from qlora_dist.checkpoint.rank_file import check_contents
+from qlora_dist.checkpoint.rank_file import check_rank_file
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.object_collectives import broadcast_json, gather_json
+from qlora_dist.runtime.object_collectives import all_gather_json, broadcast_json
 
-Check = Callable[[Manifest], None]
-"""A check of what only the caller knows of a manifest. It raises `DamagedError`."""
+CheckManifest = Callable[[Manifest], None]
+"""A check of what only the caller knows of a manifest. It raises `DamagedCheckpointError`."""
 
 
-def newest_whole(
-    checkpoints: Path, say: Callable[[str], None], check: Check | None = None
+def latest_complete(
+    checkpoints: Path, say: Callable[[str], None], check: CheckManifest | None = None
 ) -> tuple[Path, Manifest] | None:
     """The newest checkpoint of a run all of whose bytes are as they were written; None: there is none.
 
@@ -37,26 +37,26 @@ def newest_whole(
     """
     # rank 0's list: file systems do not show all nodes the same at the same moment
     for folder in map(Path, broadcast_json([str(path) for path in find_checkpoints(checkpoints)])):
-        damage = _damage(folder, check)
+        damage = _find_damage(folder, check)
         if damage is None:
             return folder, read_manifest(folder)
         say(f"{folder}: {damage}; it is passed over")
     return None
 
 
-def whole(folder: Path, check: Check | None = None) -> Manifest:
+def verify_checkpoint(folder: Path, check: CheckManifest | None = None) -> Manifest:
     """The manifest of a checkpoint that was named. Called on all ranks.
 
     Raises:
         UserError: on all ranks, if it is no checkpoint or damaged.
     """
-    damage = _damage(folder, check)
+    damage = _find_damage(folder, check)
     if damage is not None:
         raise UserError(f"{folder}: {damage}; give another checkpoint, or --resume auto")
     return read_manifest(folder)
 
 
-def _damage(folder: Path, check: Check | None) -> str | None:
+def _find_damage(folder: Path, check: CheckManifest | None) -> str | None:
     """What is wrong, the same on all ranks.
 
     Raises:
@@ -68,11 +68,11 @@ def _damage(folder: Path, check: Check | None) -> str | None:
         if check is not None:
             check(manifest)
         for rank in range(dist.get_rank(), manifest.world_size, dist.get_world_size()):
-            check_file(folder, file_of_rank(rank), *manifest.files[file_of_rank(rank)])
-            check_contents(folder, rank, manifest)
-    except DamagedError as error:
-        own, is_forbidden = str(error), isinstance(error, ForbiddenError)
-    found = [answer for answer in gather_json([own, is_forbidden]) if answer[0] is not None]
+            check_file(folder, rank_file_name(rank), *manifest.files[rank_file_name(rank)])
+            check_rank_file(folder, rank, manifest)
+    except DamagedCheckpointError as error:
+        own, is_forbidden = str(error), isinstance(error, CheckpointPermissionError)
+    found = [answer for answer in all_gather_json([own, is_forbidden]) if answer[0] is not None]
     for reason, forbidden in found:
         if forbidden:
             raise UserError(f"{folder}: {reason}; change its owner or mode")

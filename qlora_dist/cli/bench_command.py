@@ -10,28 +10,39 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_dist.bench.bench_layouts import Cell, layout_names, make_cells, model_sizes, rank_numbers
-from qlora_dist.bench.bench_machine import machine_of
-from qlora_dist.bench.bench_page import render
-from qlora_dist.bench.bench_result import BenchResult, LeftOut
-from qlora_dist.bench.bench_table import left_out_sentence, losses_sentence, markdown, show
-from qlora_dist.bench.layout_figures import compare_losses, figures, losses_of
-from qlora_dist.bench.local_bench_job import run_job
-from qlora_dist.bench.plot_bench import draw_files
-from qlora_dist.bench.slurm_bench_job import Where, check_cells, run_as_job
-from qlora_dist.config.config_file import changed
+from qlora_dist.bench.bench_layouts import (
+    BenchCase,
+    count_model_bytes,
+    make_bench_cases,
+    parse_layout_names,
+    parse_rank_counts,
+)
+from qlora_dist.bench.bench_machine import bench_machine_of_run
+from qlora_dist.bench.bench_page import render_bench_page
+from qlora_dist.bench.bench_result import BenchResult, SkippedLayout
+from qlora_dist.bench.bench_table import (
+    bench_markdown,
+    loss_comparison_message,
+    print_bench_table,
+    skipped_layout_message,
+)
+from qlora_dist.bench.layout_figures import compare_losses, step_losses, summarize_layout
+from qlora_dist.bench.local_bench_job import run_local_job
+from qlora_dist.bench.plot_bench import save_bench_plots
+from qlora_dist.bench.slurm_bench_job import SlurmPlacement, check_slurm_cases, run_slurm_job
+from qlora_dist.config.config_file import apply_changes
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.report.run_files import RunFiles
 
-WARM_UP = 1
+WARM_UP_STEPS = 1
 """Steps of each run in which memory is allocated and kernels are chosen."""
 _QUICK_LENGTH = 128
 _QUICK_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchArgs:
     """What the command line says besides the configuration."""
 
     compare: str = "single-paged,fsdp2,two-mesh,zero3"
@@ -44,11 +55,11 @@ class Asked:
     out: Path | None = None
     """None: a folder in `run.dir`."""
     command: str = ""
-    where: Where | None = None
+    where: SlurmPlacement | None = None
     """None: on this machine."""
 
 
-def bench(config: Config, asked: Asked, console: Console) -> bool:
+def run_bench(config: Config, asked: BenchArgs, console: Console) -> bool:
     """Run the layouts in turns, and show and write what they do.
 
     Args:
@@ -63,51 +74,51 @@ def bench(config: Config, asked: Asked, console: Console) -> bool:
         UserError: an unknown layout, a number of ranks that the batch cannot be divided by, nothing left to compare, or
             a run that has failed by a mistake of the user's or of the cluster's.
     """
-    names, ranks = layout_names(asked.compare), rank_numbers(asked.ranks)
+    names, ranks = parse_layout_names(asked.compare), parse_rank_counts(asked.ranks)
     out = asked.out or Path(config.run.dir) / f"bench-{config.run.name}"
     steps, repeats = (_QUICK_STEPS, 1) if asked.quick else (asked.steps, asked.repeats)
-    common = common_config(config, out, steps, asked.quick)
-    cells, left_out = make_cells(common, names, ranks, model_sizes(common))
+    common = bench_config(config, out, steps, asked.quick)
+    cells, left_out = make_bench_cases(common, names, ranks, count_model_bytes(common))
     for layout, number, reason in left_out:
-        console.print(left_out_sentence(layout, number, reason), markup=False, soft_wrap=True)
+        console.print(skipped_layout_message(layout, number, reason), markup=False, soft_wrap=True)
     if not cells:
         raise UserError("bench: nothing is left to compare; give other layouts with --compare, or numbers with --ranks")
     if asked.where is not None:
-        check_cells([_job(cell, profile=True) for cell in cells], asked.where)
+        check_slurm_cases([_named_case(cell, profile=True) for cell in cells], asked.where)
     _make(out)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     runs: dict[str, list[RunFiles]] = {cell.name: [] for cell in cells}
     for repeat in range(repeats):  # A B A B: a machine that gets slower does so for all
         for cell in cells:
-            job = _job(cell, profile=repeat == 0)
-            run = run_job(job, out) if asked.where is None else run_as_job(job, asked.where, console)
+            job = _named_case(cell, profile=repeat == 0)
+            run = run_local_job(job, out) if asked.where is None else run_slurm_job(job, asked.where, console)
             runs[cell.name].append(run)
-            speed = f"{run.steps[WARM_UP]['tokens_per_s']:,.0f} tokens/s, loss {losses_of(run)[-1]:.4f}"
+            speed = f"{run.steps[WARM_UP_STEPS]['tokens_per_s']:,.0f} tokens/s, loss {step_losses(run)[-1]:.4f}"
             console.print(f"{cell.name}, {repeat + 1} of {repeats}: {speed}", markup=False, soft_wrap=True)
     reference = runs[cells[0].name][0]
-    layouts = [figures(cell, runs[cell.name], WARM_UP, reference) for cell in cells]
+    layouts = [summarize_layout(cell, runs[cell.name], WARM_UP_STEPS, reference) for cell in cells]
     result = BenchResult(
         command=asked.command,
-        machine=machine_of(reference, date),
+        machine=bench_machine_of_run(reference, date),
         config=common.model_dump(mode="json"),
         losses=compare_losses(cells[0].name, common.model.compute_dtype, layouts),
         layouts=layouts,
-        left_out=[LeftOut(layout=layout, ranks=number, reason=reason) for layout, number, reason in left_out],
+        left_out=[SkippedLayout(layout=layout, ranks=number, reason=reason) for layout, number, reason in left_out],
     )
-    show(result, console)
-    for path in _write(result, out, asked.json):
+    print_bench_table(result, console)
+    for path in _write_results(result, out, asked.json):
         console.print(str(path), markup=False, soft_wrap=True)
     if not result.losses.agree:
-        Console(stderr=True).print(f"qlora-dist: {losses_sentence(result)}", markup=False, soft_wrap=True)
+        Console(stderr=True).print(f"qlora-dist: {loss_comparison_message(result)}", markup=False, soft_wrap=True)
     return result.losses.agree
 
 
-def common_config(config: Config, out: Path, steps: int, quick: bool) -> Config:
+def bench_config(config: Config, out: Path, steps: int, quick: bool) -> Config:
     """What all layouts train: the configuration with so many steps, and nothing beside them.
 
     Without dropout: each rank draws its own, and the losses could not be compared.
     """
-    total = WARM_UP + steps
+    total = WARM_UP_STEPS + steps
     sections: dict[str, dict[str, Any]] = {
         "lora": {"dropout": 0.0},
         "data": {"eval": None},
@@ -125,12 +136,12 @@ def common_config(config: Config, out: Path, steps: int, quick: bool) -> Config:
     }
     if quick:
         sections["data"]["seq_len"] = min(config.data.seq_len, _QUICK_LENGTH)
-    return changed(config, sections)
+    return apply_changes(config, sections)
 
 
-def _job(cell: Cell, profile: bool) -> Cell:
-    config = changed(cell.config, {"run": {"name": cell.name, "profile": profile}})
-    return Cell(cell.layout, cell.ranks, config, cell.overrides)
+def _named_case(cell: BenchCase, profile: bool) -> BenchCase:
+    config = apply_changes(cell.config, {"run": {"name": cell.name, "profile": profile}})
+    return BenchCase(cell.layout, cell.ranks, config, cell.overrides)
 
 
 def _make(out: Path) -> None:
@@ -140,9 +151,13 @@ def _make(out: Path) -> None:
         raise UserError(f"--out: {out}: cannot be made ({error.strerror}); give another folder") from None
 
 
-def _write(result: BenchResult, out: Path, json_file: Path | None) -> Sequence[Path]:
+def _write_results(result: BenchResult, out: Path, json_file: Path | None) -> Sequence[Path]:
     text = result.model_dump_json(indent=2) + "\n"
-    texts = {out / "bench.json": text, out / "bench.html": render(result), out / "bench.md": markdown(result)}
+    texts = {
+        out / "bench.json": text,
+        out / "bench.html": render_bench_page(result),
+        out / "bench.md": bench_markdown(result),
+    }
     if json_file is not None:
         texts[json_file] = text
     for path, content in texts.items():
@@ -150,4 +165,4 @@ def _write(result: BenchResult, out: Path, json_file: Path | None) -> Sequence[P
             path.write_text(content, encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); give another file with --json") from None
-    return [*texts, *draw_files(result, out)]
+    return [*texts, *save_bench_plots(result, out)]

@@ -11,25 +11,25 @@ from typing import Any
 from qlora_dist.errors import UserError
 
 
-def on_every_rank(function: Callable[[], None]) -> None:
+def run_on_every_rank(function: Callable[[], None]) -> None:
     """Run a verb that computes on all ranks, as `train` does."""
-    from qlora_dist.runtime.mpi import agree_on_store
+    from qlora_dist.runtime.mpi import share_store_address
 
-    agree_on_store()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
+    share_store_address()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
     prepare_process()
-    recorded(function)
+    run_recorded(function)
 
 
-def recorded(function: Callable[..., None], *args: Any) -> None:
+def run_recorded(function: Callable[..., None], *args: Any) -> None:
     """Hand an exception to torchrun, which shows that of the rank that failed first; a user's mistake is not for it."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    mistake = record(_mistake_of)(function, *args)
+    mistake = record(_catch_user_error)(function, *args)
     if mistake is not None:
         raise mistake
 
 
-def _mistake_of(function: Callable[..., None], *args: Any) -> UserError | None:
+def _catch_user_error(function: Callable[..., None], *args: Any) -> UserError | None:
     try:
         function(*args)
     except UserError as error:
@@ -38,7 +38,7 @@ def _mistake_of(function: Callable[..., None], *args: Any) -> UserError | None:
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Imports make a million objects that stay; without the collector, which looks through them again and again, they
     take a tenth less time.
     """
@@ -58,14 +58,14 @@ def prepare_process() -> None:
     """
     from qlora_dist.compat.versions import check_versions
     from qlora_dist.runtime.orphans import die_with_parent
-    from qlora_dist.runtime.system import check_system
+    from qlora_dist.runtime.system import check_platform
 
-    check_system()
+    check_platform()
     die_with_parent()
     check_versions()
 
 
-def refuse_keys_as_options(words: list[str]) -> None:
+def reject_keys_as_options(words: list[str]) -> None:
     """Refuse `--lora.r=16`, with the way to write it: no option has a dot in its name.
 
     Raises:

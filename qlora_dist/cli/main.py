@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qlora_dist import __version__
-from qlora_dist.cli.command_process import importing, prepare_process, recorded, refuse_keys_as_options
-from qlora_dist.cli.model_commands import verbs
+from qlora_dist.cli.command_process import gc_disabled, prepare_process, reject_keys_as_options, run_recorded
+from qlora_dist.cli.model_commands import model_app
 from qlora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(verbs)
+app.add_typer(model_app)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -50,33 +50,33 @@ def train(
 ) -> None:
     """Train an adapter: alone, or on every rank that torchrun starts this on."""
     from qlora_dist.config.config_file import load_config
-    from qlora_dist.config.lora_from_adapter import with_adapter
-    from qlora_dist.runtime.system import check_system
+    from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
+    from qlora_dist.runtime.system import check_platform
 
-    check_system()  # before modules are imported that the system lacks
+    check_platform()  # before modules are imported that the system lacks
     if not dry_run:
-        from qlora_dist.runtime.mpi import agree_on_store
-        from qlora_dist.train.stop_requests import listen
-        from qlora_dist.train.tolerant_output import outlive_output
+        from qlora_dist.runtime.mpi import share_store_address
+        from qlora_dist.train.stop_requests import install_signal_handlers
+        from qlora_dist.train.tolerant_output import tolerate_output_errors
 
-        outlive_output()
-        listen()  # before torch is imported, which takes a while
-        agree_on_store()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
-    from qlora_dist.runs.run_action import has_nothing_to_do
-    from qlora_dist.runtime.environment import ranks_from_environment
+        tolerate_output_errors()
+        install_signal_handlers()  # before torch is imported, which takes a while
+        share_store_address()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
+    from qlora_dist.runs.run_action import skip_if_finished
+    from qlora_dist.runtime.environment import read_rank_info
 
-    resolved, ranks = with_adapter(load_config(config, overrides or ())), ranks_from_environment()
-    if not dry_run and has_nothing_to_do(resolved, resume, ranks.rank):  # before torch, too
+    resolved, ranks = fill_lora_from_adapter(load_config(config, overrides or ())), read_rank_info()
+    if not dry_run and skip_if_finished(resolved, resume, ranks.rank):  # before torch, too
         return
     prepare_process()
     if dry_run:
-        with importing():
+        with gc_disabled():
             from qlora_dist.train.dry_run import dry_run as check_run
         check_run(resolved, resume)
         return
-    with importing():
-        from qlora_dist.train.run_training import train as run_training
-    recorded(run_training, resolved, resume)
+    with gc_disabled():
+        from qlora_dist.train.run_training import run_training as run_training
+    run_recorded(run_training, resolved, resume)
 
 
 @app.command()
@@ -104,29 +104,29 @@ def launch(
     follow: Annotated[bool, typer.Option("--follow", help="Print what the job writes, until it is over.")] = False,
 ) -> None:
     """Start a run: here, or as a job that saves before its time is up, and goes on."""
-    from qlora_dist.runtime.system import check_system
+    from qlora_dist.runtime.system import check_platform
 
-    check_system()
+    check_platform()
     from qlora_dist.config.config_file import load_config
-    from qlora_dist.config.lora_from_adapter import with_adapter
-    from qlora_dist.launch.launch import Options, launch_here, launch_slurm
+    from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
+    from qlora_dist.launch.launch import LaunchOptions, launch_local, launch_slurm
 
-    resolved = with_adapter(load_config(config, overrides or ()))
-    options = Options(nodes, ranks_per_node, array, dry_run, follow, (str(config), *(overrides or ())))
+    resolved = fill_lora_from_adapter(load_config(config, overrides or ()))
+    options = LaunchOptions(nodes, ranks_per_node, array, dry_run, follow, (str(config), *(overrides or ())))
     from rich.console import Console
 
     if on != "slurm":
         prepare_process()
-        launch_here(resolved, on, options, Console(stderr=True))
+        launch_local(resolved, on, options, Console(stderr=True))
         return
-    where = _cluster(cluster)
+    where = _require_cluster(cluster)
     if form is not None:
         where = where.model_copy(update={"form": form})
     prepare_process()
     launch_slurm(resolved, where, options, Console(stderr=dry_run))
 
 
-def _cluster(path: Path | None) -> Cluster:
+def _require_cluster(path: Path | None) -> Cluster:
     if path is None:
         raise UserError("--on slurm needs --cluster, a file such as configs/clusters/slurm.yaml")
     from qlora_dist.launch.cluster import load_cluster
@@ -135,7 +135,7 @@ def _cluster(path: Path | None) -> Cluster:
 
 
 @app.command()
-def preprocess(
+def preprocess_data(
     config: ConfigFile,
     overrides: Overrides = None,
     show: Annotated[
@@ -151,9 +151,9 @@ def preprocess(
     prepare_process()
     from rich.console import Console
 
-    from qlora_dist.data.preprocess import preprocess
+    from qlora_dist.data.preprocess import preprocess_data
 
-    preprocess(resolved, Console(), Console(stderr=True), show=show, as_json=as_json, force=force)
+    preprocess_data(resolved, Console(), Console(stderr=True), show=show, as_json=as_json, force=force)
 
 
 @app.command()
@@ -203,10 +203,10 @@ def plan(
         raise UserError(
             "plan: no model; give a config.json, a folder with one, a name such as llama-3.1-8b, or a run's YAML file"
         )
-    from qlora_dist.cli.plan_command import Asked, plan_run
+    from qlora_dist.cli.plan_command import PlanArgs, run_plan
 
-    plan_run(
-        Asked(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware, calibration),
+    run_plan(
+        PlanArgs(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware, calibration),
         search,
         plot,
         as_json,
@@ -214,29 +214,29 @@ def plan(
     )
 
 
-_RUNS = typer.Option("--dir", help="Folder of all runs (run.dir).")
+_RUNS_DIR_OPTION = typer.Option("--dir", help="Folder of all runs (run.dir).")
 
 
 @app.command()
 def export_ds_config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the DeepSpeed JSON that engine zero3 runs with."""
     from qlora_dist.config.config_file import load_config
-    from qlora_dist.config.lora_from_adapter import with_adapter
+    from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
 
-    resolved = with_adapter(load_config(config, overrides or ()))
+    resolved = fill_lora_from_adapter(load_config(config, overrides or ()))
     prepare_process()
     import json
 
     from qlora_dist.parallel.ds_config import ds_config
-    from qlora_dist.parallel.zero3 import largest_layer
+    from qlora_dist.parallel.zero3 import largest_layer_numel
     from qlora_dist.train.run_setup import set_up_model
 
     _, model, _ = set_up_model(resolved)
-    typer.echo(json.dumps(ds_config(resolved, largest_layer(model)), indent=2))
+    typer.echo(json.dumps(ds_config(resolved, largest_layer_numel(model)), indent=2))
 
 
 @app.command()
-def report(
+def write_report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/my-run.", metavar="RUN...")],
     out: Annotated[
         Path | None, typer.Option(help="HTML file; without it report.html, of one run in its own folder.")
@@ -244,9 +244,9 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and write nothing.")] = False,
 ) -> None:
     """Show a run on one page, or several side by side: loss, throughput, memory, paging, configuration."""
-    from qlora_dist.report.write_report import report, report_json
+    from qlora_dist.report.write_report import report_json, write_report
 
-    typer.echo(report_json(runs) if as_json else str(report(runs, out)))
+    typer.echo(report_json(runs) if as_json else str(write_report(runs, out)))
 
 
 @app.command()
@@ -280,31 +280,31 @@ def bench(
 ) -> None:
     """Compare layouts: speed, a step's parts, memory, traffic, loading; the losses must agree."""
     from qlora_dist.config.config_file import load_config
-    from qlora_dist.config.lora_from_adapter import with_adapter
+    from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
 
-    resolved = with_adapter(load_config(config, overrides or ()))
+    resolved = fill_lora_from_adapter(load_config(config, overrides or ()))
     if on == "local" and (cluster is not None or ranks_per_node is not None):
         raise UserError("bench: --cluster and --ranks-per-node are of jobs; add --on slurm, or leave them out")
-    of_jobs = _cluster(cluster) if on == "slurm" else None
+    of_jobs = _require_cluster(cluster) if on == "slurm" else None
     prepare_process()
     import shlex
 
     from rich.console import Console
 
-    from qlora_dist.bench.slurm_bench_job import Where
-    from qlora_dist.cli.bench_command import Asked
-    from qlora_dist.cli.bench_command import bench as compare_layouts
+    from qlora_dist.bench.slurm_bench_job import SlurmPlacement
+    from qlora_dist.cli.bench_command import BenchArgs
+    from qlora_dist.cli.bench_command import run_bench as compare_layouts
 
     command = shlex.join(["qlora-dist", *sys.argv[1:]])
-    where = None if of_jobs is None else Where(of_jobs, ranks_per_node)
-    asked = Asked(compare, ranks, repeats, steps, quick, json_file, out, command, where)
+    where = None if of_jobs is None else SlurmPlacement(of_jobs, ranks_per_node)
+    asked = BenchArgs(compare, ranks, repeats, steps, quick, json_file, out, command, where)
     if not compare_layouts(resolved, asked, Console(highlight=False)):
         raise typer.Exit(1)
 
 
 @app.command()
 def jobs(
-    folder: Annotated[Path, _RUNS] = Path("runs"),
+    folder: Annotated[Path, _RUNS_DIR_OPTION] = Path("runs"),
     follow: Annotated[str | None, typer.Option(help="Print what this run's rank 0 prints, until it ends.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -312,22 +312,22 @@ def jobs(
     from qlora_dist.launch import run_list
 
     if follow is None:
-        run_list.list_runs(folder, as_json)
+        run_list.print_runs(folder, as_json)
     else:
-        run_list.follow(folder, follow)
+        run_list.follow_run(folder, follow)
 
 
 @app.command()
-def cancel(
+def cancel_run(
     name: Annotated[str, typer.Argument(help="Of the run.", metavar="NAME")],
-    folder: Annotated[Path, _RUNS] = Path("runs"),
+    folder: Annotated[Path, _RUNS_DIR_OPTION] = Path("runs"),
     now: Annotated[bool, typer.Option("--now", help="Without a checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
     """Stop a run, with a checkpoint, and wait until it has stopped."""
-    from qlora_dist.launch.cancel_run import cancel
+    from qlora_dist.launch.cancel_run import cancel_run
 
-    cancel(folder, name, now, as_json)
+    cancel_run(folder, name, now, as_json)
 
 
 @app.command()
@@ -338,12 +338,12 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check this machine; on the ranks that torchrun, srun or mpirun starts, all nodes and what lies between them."""
-    from qlora_dist.runtime.mpi import agree_on_store
+    from qlora_dist.runtime.mpi import share_store_address
     from qlora_dist.runtime.orphans import die_with_parent
 
-    agree_on_store()
+    share_store_address()
     die_with_parent()
-    from qlora_dist.doctor.run_doctor import doctor as examine
+    from qlora_dist.doctor.run_doctor import run_doctor as examine
 
     if not examine(folder, device, timeout, as_json):
         raise typer.Exit(1)
@@ -358,33 +358,33 @@ def version() -> None:
 def main() -> None:
     """Run a verb; a user's mistake is one sentence, or a line for each, and exit code 2."""
     try:
-        refuse_keys_as_options(sys.argv[1:])
+        reject_keys_as_options(sys.argv[1:])
         app()
     except UserError as error:
-        from qlora_dist.launch.agent import MISTAKE_CODE, leave_in_report
-        from qlora_dist.runtime.process_exit import leave
-        from qlora_dist.runtime.user_error_file import leave_word
+        from qlora_dist.launch.agent import USER_ERROR_EXIT_CODE, write_torchrun_error_file
+        from qlora_dist.runtime.process_exit import exit_process
+        from qlora_dist.runtime.user_error_file import write_user_error_file
 
-        leave_word(error)
-        leave_in_report(error)
-        _report(error)
-        leave(MISTAKE_CODE)
+        write_user_error_file(error)
+        write_torchrun_error_file(error)
+        _print_user_error(error)
+        exit_process(USER_ERROR_EXIT_CODE)
     except Exception as error:
-        from qlora_dist.runtime.process_exit import leave_with_traceback
+        from qlora_dist.runtime.process_exit import exit_with_traceback
 
-        leave_with_traceback(error)
+        exit_with_traceback(error)
 
 
-def _report(error: UserError) -> None:
+def _print_user_error(error: UserError) -> None:
     """Nearly every mistake is found by all ranks, and rank 0 tells it; else the one that finds it."""
-    from qlora_dist.runtime.environment import ranks_from_environment
-    from qlora_dist.runtime.process_exit import let_rank_0_speak
+    from qlora_dist.runtime.environment import read_rank_info
+    from qlora_dist.runtime.process_exit import wait_for_rank_0_report
 
     try:
-        ranks = ranks_from_environment()
+        ranks = read_rank_info()
     except UserError:
         typer.echo(f"qlora-dist: {error}", err=True)
         return
-    alone = error.one_rank or (ranks.rank != 0 and let_rank_0_speak(ranks))
+    alone = error.one_rank or (ranks.rank != 0 and wait_for_rank_0_report(ranks))
     if ranks.rank == 0 or alone:
         typer.echo(f"qlora-dist: {f'[rank {ranks.rank}] ' if alone else ''}{error}", err=True)

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from qlora_dist.cli.command_process import on_every_rank, prepare_process
+from qlora_dist.cli.command_process import prepare_process, run_on_every_rank
 
-verbs = typer.Typer()
+model_app = typer.Typer()
 
 
-@verbs.command()
+@model_app.command()
 def quantize(
     source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face model in 16 or 32 bit.", metavar="SRC")],
     out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
@@ -32,15 +32,15 @@ def quantize(
     prepare_process()
     from rich.console import Console
 
-    from qlora_dist.model.quantize_folder import print_report, quantize_folder
-    from qlora_dist.model.quantize_plan import make_options
+    from qlora_dist.model.quantize_folder import print_quantize_report, quantize_folder
+    from qlora_dist.model.quantize_plan import parse_quantize_options
 
     console = Console()
-    options = make_options(quant_type, block_size, double_quant, device, file_size, min_share, embeddings)
-    print_report(quantize_folder(source, out, options, console), console)
+    options = parse_quantize_options(quant_type, block_size, double_quant, device, file_size, min_share, embeddings)
+    print_quantize_report(quantize_folder(source, out, options, console), console)
 
 
-@verbs.command()
+@model_app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, such as runs/NAME/adapter.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
@@ -73,24 +73,24 @@ def merge(
     prepare_process()
     from rich.console import Console
 
-    from qlora_dist.merge.merge_folder import merge_folder, print_report
+    from qlora_dist.merge.merge_folder import merge_folder, print_merge_report
     from qlora_dist.merge.merge_plan import MergeOptions
     from qlora_dist.model.quantize_plan import parse_size
 
     options = MergeOptions(into, dtype, quant_type, block_size, double_quant, error_feedback, parse_size(file_size))
     console = Console()
     if data is None:
-        print_report(merge_folder(base, adapter, out, options, console), console)
+        print_merge_report(merge_folder(base, adapter, out, options, console), console)
         return
-    from qlora_dist.inference.merge_and_evaluate import merge_and_measure, print_losses
+    from qlora_dist.inference.merge_and_evaluate import merge_and_evaluate, print_loss_table
 
-    report, losses = merge_and_measure(base, adapter, out, options, data, console)
-    print_report(report, console)
-    print_losses(losses, console)
+    report, losses = merge_and_evaluate(base, adapter, out, options, data, console)
+    print_merge_report(report, console)
+    print_loss_table(losses, console)
 
 
-@verbs.command()
-def compose(
+@model_app.command()
+def compose_adapters(
     adapters: Annotated[list[str], typer.Argument(help="The adapters.", metavar="NAME=FOLDER[:WEIGHT]...")],
     out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
     how: Annotated[
@@ -112,32 +112,36 @@ def compose(
     prepare_process()
     from rich.console import Console
 
-    from qlora_dist.merge.compose_adapters import compose, print_report
-    from qlora_dist.merge.compose_options import ComposeOptions, parse_given, parse_how
+    from qlora_dist.merge.compose_adapters import compose_adapters, print_compose_report
+    from qlora_dist.merge.compose_options import ComposeOptions, parse_combination_type, parse_weighted_adapter
 
-    given = [parse_given(text) for text in adapters]
-    options = ComposeOptions(parse_how(how), rank, density, seed, base)
-    print_report(compose(given, out, options), given, options, Console())
-
-
-_ADAPTERS = typer.Option("--adapter", help="NAME=FOLDER, or FOLDER; as often as there are adapters.")
-_BASE_FOLDER = typer.Option("--base", help="Folder of the model; without it, the one that the adapters name.")
-_NO_QUANTIZE = typer.Option("--no-quantize", help="Keep a base in 16 bit so, instead of quantizing it as train does.")
-_SET = typer.Option("--set", help="section.key=value, winning over the run that made the adapter; repeatable.")
+    given = [parse_weighted_adapter(text) for text in adapters]
+    options = ComposeOptions(parse_combination_type(how), rank, density, seed, base)
+    print_compose_report(compose_adapters(given, out, options), given, options, Console())
 
 
-@verbs.command()
+_ADAPTER_OPTION = typer.Option("--adapter", help="NAME=FOLDER, or FOLDER; as often as there are adapters.")
+_BASE_OPTION = typer.Option("--base", help="Folder of the model; without it, the one that the adapters name.")
+_NO_QUANTIZE_OPTION = typer.Option(
+    "--no-quantize", help="Keep a base in 16 bit so, instead of quantizing it as train does."
+)
+_OVERRIDES_OPTION = typer.Option(
+    "--set", help="section.key=value, winning over the run that made the adapter; repeatable."
+)
+
+
+@model_app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to answer.", metavar="PROMPT")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: JSONL in the data formats, or lines. Prints JSONL.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Talk: reads lines, answers as tokens come.")] = False,
-    adapter: Annotated[list[str] | None, _ADAPTERS] = None,
+    adapter: Annotated[list[str] | None, _ADAPTER_OPTION] = None,
     use: Annotated[
         str | None, typer.Option(help="Name of the adapter that answers, or base; default: the first.")
     ] = None,
-    base: Annotated[Path | None, _BASE_FOLDER] = None,
+    base: Annotated[Path | None, _BASE_OPTION] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="From the likeliest tokens that have this part of the chances.")] = 0.9,
@@ -148,37 +152,39 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that a rank computes together.")] = 8,
     system: Annotated[str | None, typer.Option(help="The system's message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue a text as it is, without the chat template.")] = False,
-    no_quantize: Annotated[bool, _NO_QUANTIZE] = False,
-    overrides: Annotated[list[str] | None, _SET] = None,
+    no_quantize: Annotated[bool, _NO_QUANTIZE_OPTION] = False,
+    overrides: Annotated[list[str] | None, _OVERRIDES_OPTION] = None,
 ) -> None:
     """Answer a prompt, a file of prompts, or a person: alone, or on every rank that torchrun starts this on."""
 
     def run() -> None:
-        from qlora_dist.inference.generate import Sampling
+        from qlora_dist.inference.generate import SamplingOptions
         from qlora_dist.inference.inference_commands import ModelOptions, PromptOptions, run_generate
 
-        sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature, top_p, top_k, repetition_penalty, seed)
+        sampling = SamplingOptions(
+            max_new_tokens, 0.0 if greedy else temperature, top_p, top_k, repetition_penalty, seed
+        )
         options = ModelOptions(adapter or (), base, not no_quantize, overrides or ())
         run_generate(options, PromptOptions(prompt, prompts, chat, raw, system, use, batch_size), sampling)
 
-    on_every_rank(run)
+    run_on_every_rank(run)
 
 
-@verbs.command(name="eval")
+@model_app.command(name="eval")
 def evaluate(
     folder: Annotated[
         str | None, typer.Argument(help="Folder of an adapter, such as runs/NAME/adapter.", metavar="ADAPTER")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Held-out file, read as the run that made the adapter did.")] = None,
-    adapter: Annotated[list[str] | None, _ADAPTERS] = None,
-    base: Annotated[Path | None, _BASE_FOLDER] = None,
+    adapter: Annotated[list[str] | None, _ADAPTER_OPTION] = None,
+    base: Annotated[Path | None, _BASE_OPTION] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, such as mmlu,arc_easy.")] = None,
     task_folder: Annotated[Path | None, typer.Option(help="Folder of YAML files of tasks of your own.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests of tasks that a rank computes together.")] = 8,
-    no_quantize: Annotated[bool, _NO_QUANTIZE] = False,
-    overrides: Annotated[list[str] | None, _SET] = None,
+    no_quantize: Annotated[bool, _NO_QUANTIZE_OPTION] = False,
+    overrides: Annotated[list[str] | None, _OVERRIDES_OPTION] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Print held-out loss and perplexity, and scores on tasks: alone, or on every rank that torchrun starts."""
@@ -194,4 +200,4 @@ def evaluate(
         asked = TaskOptions(named, num_fewshot, limit, batch_size, task_folder) if named else None
         run_eval(options, data, asked, as_json)
 
-    on_every_rank(run)
+    run_on_every_rank(run)

@@ -12,20 +12,20 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from qlora_dist.config.config_file import changed, config_from, load_config
-from qlora_dist.config.lora_from_adapter import with_adapter
+from qlora_dist.config.config_file import apply_changes, config_from_tree, load_config
+from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
 from qlora_dist.config.max_positions import check_seq_len
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration_file import load_calibration
 from qlora_dist.plan.hardware import load_hardware
 from qlora_dist.plan.model_config import read_model_config
-from qlora_dist.plan.run_spec import make_run
-from qlora_dist.plan.training_plan import Plan, make_plan
+from qlora_dist.plan.run_spec import make_run_spec
+from qlora_dist.plan.training_plan import TrainingPlan, make_training_plan
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanArgs:
     """What the command line says."""
 
     model: str
@@ -53,49 +53,49 @@ class Asked:
         return path if path.suffix in (".yaml", ".yml") else None
 
 
-def plan_run(asked: Asked, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
+def run_plan(asked: PlanArgs, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
     """Print a plan, or the configuration that a search has found.
 
     Raises:
         UserError: a mistake in what was asked, or nothing fits.
     """
     if search:
-        from qlora_dist.plan.plan_search import print_fastest
+        from qlora_dist.plan.plan_search import print_fastest_plan
 
-        print_fastest(asked, as_json)
+        print_fastest_plan(asked, as_json)
         return
-    planned = plan_for(asked)
+    planned = plan_from_args(asked)
     if plot is not None:
-        from qlora_dist.plan.plot_plan import draw
+        from qlora_dist.plan.plot_plan import plot_plan
 
-        draw(planned, _on_other_nodes(asked), plot)
+        plot_plan(planned, _plans_by_nodes(asked), plot)
     traced = None
     if with_trace:
         from qlora_dist.trace import compare_trace
 
-        config = make_config(asked)
+        config = config_to_plan(asked)
         traced = compare_trace.trace_plan(planned, config, read_model_config(config.model.base))
     if as_json:
-        of_trace = {"trace": compare_trace.as_json(traced)} if traced is not None else {}
+        of_trace = {"trace": compare_trace.trace_as_json(traced)} if traced is not None else {}
         typer.echo(json.dumps(planned.as_json() | of_trace, indent=2))
         return
     from qlora_dist.plan.print_plan import print_plan
 
-    print_plan(planned, make_config(asked).model.base, Console())
+    print_plan(planned, config_to_plan(asked).model.base, Console())
     if traced is not None:
-        compare_trace.print_both(planned, traced, Console())
+        compare_trace.print_trace_comparison(planned, traced, Console())
 
 
-def _on_other_nodes(asked: Asked) -> list[tuple[int, Plan]]:
+def _plans_by_nodes(asked: PlanArgs) -> list[tuple[int, TrainingPlan]]:
     """The same on more nodes and on fewer, where the configuration allows it."""
     plans = []
     for nodes in (1, 2, 4, 8, 16, 32, 64):
         with contextlib.suppress(UserError):
-            plans.append((nodes, plan_for(replace(asked, nodes=nodes))))
+            plans.append((nodes, plan_from_args(replace(asked, nodes=nodes))))
     return plans
 
 
-def plan_for(asked: Asked, config: Config | None = None) -> Plan:
+def plan_from_args(asked: PlanArgs, config: Config | None = None) -> TrainingPlan:
     """The plan of what was asked, or of another configuration on the same machines.
 
     Raises:
@@ -103,14 +103,14 @@ def plan_for(asked: Asked, config: Config | None = None) -> Plan:
     """
     hardware = load_hardware(asked.hardware)
     gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
-    config = config or make_config(asked)
+    config = config or config_to_plan(asked)
     model_config = read_model_config(config.model.base)
     check_seq_len(config.data.seq_len, model_config, config.model.base)
-    run = make_run(config, model_config, asked.ranks, asked.nodes)
-    return make_plan(run, asked.gpu, gpu, hardware.link(gpu.link), hardware.link(asked.network), measured)
+    run = make_run_spec(config, model_config, asked.ranks, asked.nodes)
+    return make_training_plan(run, asked.gpu, gpu, hardware.link(gpu.link), hardware.link(asked.network), measured)
 
 
-def make_config(asked: Asked) -> Config:
+def config_to_plan(asked: PlanArgs) -> Config:
     """Return the configuration that is planned: a run's file or defaults, and what was asked.
 
     Without a run's file, `train.global_batch`, if not asked for, is 16 or so many that every rank has a micro-batch.
@@ -121,7 +121,7 @@ def make_config(asked: Asked) -> Config:
     if asked.run_file is not None:
         sizes = {"data.seq_len": asked.seq_len, "train.micro_batch": asked.micro_batch}
         options = [f"{key}={value}" for key, value in sizes.items() if value is not None]
-        config = with_adapter(load_config(asked.run_file, [*asked.overrides, *options]))
+        config = fill_lora_from_adapter(load_config(asked.run_file, [*asked.overrides, *options]))
         _check_global_batch(config, asked.ranks)
         return config
     tree: dict[str, dict[str, Any]] = {"model": {"base": asked.model}, "data": {"train": ["data/train.jsonl"]}}
@@ -129,12 +129,14 @@ def make_config(asked: Asked) -> Config:
         tree["data"]["seq_len"] = asked.seq_len
     if asked.micro_batch is not None:
         tree["train"] = {"micro_batch": asked.micro_batch, "global_batch": asked.micro_batch}
-    config = with_adapter(config_from(json.loads(json.dumps(tree)), _harmless(asked.overrides)))
+    config = fill_lora_from_adapter(
+        config_from_tree(json.loads(json.dumps(tree)), _with_matching_global_batch(asked.overrides))
+    )
     rows = asked.ranks * config.train.micro_batch
     given = [o for o in asked.overrides if o.partition("=")[0].strip() == "train.global_batch"]
     if not given:
-        return changed(config, {"train": {"global_batch": rows * -(-16 // rows)}})
-    config = with_adapter(config_from(tree, asked.overrides))
+        return apply_changes(config, {"train": {"global_batch": rows * -(-16 // rows)}})
+    config = fill_lora_from_adapter(config_from_tree(tree, asked.overrides))
     _check_global_batch(config, asked.ranks)
     return config
 
@@ -148,7 +150,7 @@ def _check_global_batch(config: Config, ranks: int) -> None:
         )
 
 
-def _harmless(overrides: Sequence[str]) -> list[str]:
+def _with_matching_global_batch(overrides: Sequence[str]) -> list[str]:
     """A micro-batch of any size goes with a global batch that is not asked for."""
     sizes = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "train.micro_batch"]
     return [*overrides, *(f"train.global_batch={size}" for size in sizes[-1:])]

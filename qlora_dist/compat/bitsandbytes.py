@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 
-def _compile_at_first_call(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def _lazy_compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     compiled: list[Callable[..., Any]] = []
 
     @wraps(function)
@@ -25,11 +25,11 @@ def _compile_at_first_call(function: Callable[..., Any], **options: Any) -> Call
     return call
 
 
-_compile_now = torch.compile
-torch.compile = _compile_at_first_call  # type: ignore[assignment]
+_torch_compile = torch.compile
+torch.compile = _lazy_compile  # type: ignore[assignment]
 try:
     import bitsandbytes.functional as functional
 finally:
-    torch.compile = _compile_now
+    torch.compile = _torch_compile
 
 __all__ = ["functional"]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import set_device_index
+from qlora_dist.runtime.environment import set_local_rank
 from qlora_dist.shard_view import FlatShard, set_flat_shard
 
 
@@ -72,7 +72,7 @@ class _Offload(Protocol):
         """Release every parameter."""
 
 
-OnGather = Callable[[dist.ProcessGroup, int], None]
+OnAllGather = Callable[[dist.ProcessGroup, int], None]
 """Told of each all-gather: its group, and the bytes this rank receives in it."""
 
 
@@ -95,7 +95,7 @@ def check_async_io(device: torch.device) -> None:
     Raises:
         UserError: there is no compiler, or no libaio.
     """
-    _import(device)
+    _import_deepspeed(device)
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     reason = "it finds no libaio or no C++ compiler"
@@ -120,8 +120,8 @@ class Partitioner:
         on_gather: told of all that is gathered.
     """
 
-    def __init__(self, device: torch.device, on_gather: OnGather) -> None:
-        _start(device, on_gather)
+    def __init__(self, device: torch.device, on_gather: OnAllGather) -> None:
+        _init_deepspeed(device, on_gather)
         from deepspeed.runtime.zero.partition_parameters import Init, free_param
 
         self._device, self._free = device, free_param
@@ -165,7 +165,7 @@ class Partitioner:
         self._free(ours)
         return ours
 
-    def hook(self, model: nn.Module, units: Sequence[nn.Module], settings: dict[str, Any]) -> Gathering:
+    def hook(self, model: nn.Module, units: Sequence[nn.Module], settings: dict[str, Any]) -> GatherHooks:
         """Have the modules of a model fetch their parameters, each unit all of its own at once.
 
         Args:
@@ -180,7 +180,7 @@ class Partitioner:
         for unit in units:
             set_z3_leaf_module(unit, True)
         zero = DeepSpeedZeroConfig(**settings)
-        return Gathering(
+        return GatherHooks(
             DeepSpeedZeRoOffload(
                 model,
                 timers=None,
@@ -195,7 +195,7 @@ class Partitioner:
         )
 
 
-class Gathering:
+class GatherHooks:
     """ZeRO-3's hooks on a model."""
 
     def __init__(self, offload: _Offload) -> None:
@@ -213,10 +213,10 @@ class Gathering:
     def skip_backward(module: nn.Module) -> None:
         """Don't gather a module in backward, where its parameters are not needed."""
         for name in ("pre_bwd_fn", "post_bwd_fn"):
-            setattr(module, name, _Nothing)  # torch's types let a module have tensors and modules only
+            setattr(module, name, _IdentityFunction)  # torch's types let a module have tensors and modules only
 
 
-class _Nothing:
+class _IdentityFunction:
     """In place of the autograd functions that DeepSpeed puts around a module."""
 
     @staticmethod
@@ -236,14 +236,14 @@ def zero_part(part: torch.Tensor) -> ZeroPart:
     return cast(ZeroPart, part)
 
 
-def gather_now(parameters: Iterable[nn.Parameter]) -> None:
+def gather_parameters(parameters: Iterable[nn.Parameter]) -> None:
     """Gather parameters outside of forward and backward. Called on all ranks that share them."""
     first, *others = parameters
     zero_parameter(first).all_gather_coalesced([first, *others]).wait()
 
 
-def release_now(parameters: Iterable[nn.Parameter]) -> None:
-    """Release what `gather_now` has gathered; changes are lost."""
+def release_parameters(parameters: Iterable[nn.Parameter]) -> None:
+    """Release what `gather_parameters` has gathered; changes are lost."""
     first, *others = parameters
     zero_parameter(first).partition([first, *others])
 
@@ -253,10 +253,10 @@ def gathered_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.untyped_storage().nbytes() for parameter in parameters)
 
 
-def _start(device: torch.device, on_gather: OnGather) -> None:
+def _init_deepspeed(device: torch.device, on_gather: OnAllGather) -> None:
     """Import DeepSpeed, and have it use this device and torch's default process group."""
-    set_device_index(device.index or 0)
-    _import(device)
+    set_local_rank(device.index or 0)
+    _import_deepspeed(device)
     import deepspeed
     from deepspeed import comm
     from deepspeed.accelerator import set_accelerator
@@ -276,7 +276,7 @@ def _start(device: torch.device, on_gather: OnGather) -> None:
     comm.comm.cdb.all_gather_into_tensor = all_gather
 
 
-def _import(device: torch.device) -> None:
+def _import_deepspeed(device: torch.device) -> None:
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for one, and complains if there is none
     import deepspeed  # noqa: F401
 

@@ -36,12 +36,12 @@ OnCollective = Callable[[str, str, int], None]
 """Told of each collective: its name, the mesh dimension, and the bytes this rank receives in it."""
 
 
-Pass = Literal["forward", "backward"]
-GetPage = Callable[[Pass], torch.Tensor]
+PassDirection = Literal["forward", "backward"]
+AcquirePage = Callable[[PassDirection], torch.Tensor]
 """Gives a unit's page, on its device, for the pass that needs it: uint8[n]."""
-PageDone = Callable[[torch.Event | None], None]
+ReleasePage = Callable[[torch.Event | None], None]
 """Told when the page has been read, or will have been when the device has come to an event of another stream."""
-ALIGNMENT = 16  # bytes, of a shard in a page: a multiple of every element
+PAGE_ALIGNMENT = 16  # bytes, of a shard in a page: a multiple of every element
 
 
 class MeshPlacement:
@@ -77,7 +77,7 @@ def observe_collectives(unit: FSDPModule, on_collective: OnCollective) -> None:
             group._all_reduce_hook = report
 
 
-def keep_trained_on_device(unit: FSDPModule) -> None:
+def offload_frozen_only(unit: FSDPModule) -> None:
     """Of a unit with an offload policy, offload the frozen parameters only."""
     for group in _groups(unit):
         if any(p.sharded_param.requires_grad for p in group.fsdp_params):
@@ -98,11 +98,11 @@ def frozen_shards(unit: FSDPModule) -> list[tuple[nn.Parameter, int, int]]:
             if not parameter.sharded_param.requires_grad:
                 nbytes = parameter._sharded_param_data.nbytes
                 shards.append((parameter.sharded_param, start, nbytes))
-                start += -(-nbytes // ALIGNMENT) * ALIGNMENT
+                start += -(-nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
     return shards
 
 
-def page_frozen(unit: FSDPModule, get_page: GetPage, page_done: PageDone) -> None:
+def page_frozen_parameters(unit: FSDPModule, get_page: AcquirePage, page_done: ReleasePage) -> None:
     """Have a unit take its frozen shards from a page, whenever it gathers them. The parameters stay on meta.
 
     A page is asked for at the moment in which FSDP2 reads the shards, and is done with when it has: with several ranks
@@ -122,7 +122,7 @@ def page_frozen(unit: FSDPModule, get_page: GetPage, page_done: PageDone) -> Non
 
 
 def _page_group(
-    group: FSDPParamGroup, frozen: list[tuple[FSDPParam, int, int]], get_page: GetPage, page_done: PageDone
+    group: FSDPParamGroup, frozen: list[tuple[FSDPParam, int, int]], get_page: AcquirePage, page_done: ReleasePage
 ) -> None:
     unshard, wait_for_unshard = group.unshard, group.wait_for_unshard
     assert isinstance(group.mesh_info, FSDPMeshInfo)

@@ -7,7 +7,7 @@ from importlib import metadata
 
 from qlora_dist.errors import UserError
 
-_OLDEST = {
+_MIN_VERSIONS = {
     # older FSDP2 casts every parameter to the compute type, bytes included, and has no mesh per parameter
     "torch": (2, 13),
     "transformers": (5, 0),
@@ -15,7 +15,13 @@ _OLDEST = {
     "bitsandbytes": (0, 50),
 }
 
-TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "bitsandbytes": "0.50.2", "datasets": "5.2.0"}
+TESTED_VERSIONS = {
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "peft": "0.21.2",
+    "bitsandbytes": "0.50.2",
+    "datasets": "5.2.0",
+}
 """What the tests were run with; constraints.txt has it all."""
 
 
@@ -25,17 +31,17 @@ def check_versions() -> None:
     Raises:
         UserError: one is too old or absent.
     """
-    for package, oldest in _OLDEST.items():
+    for package, oldest in _MIN_VERSIONS.items():
         wanted = ".".join(map(str, oldest))
         try:
             installed = metadata.version(package)
         except metadata.PackageNotFoundError:
             raise UserError(f"{package} is not installed; pip install '{package}>={wanted}'") from None
-        if _release(installed) < oldest:
+        if _parse_release(installed) < oldest:
             raise UserError(f"{package} {installed} is too old, {wanted} is needed; pip install '{package}>={wanted}'")
 
 
-def _release(version: str) -> tuple[int, ...]:
+def _parse_release(version: str) -> tuple[int, ...]:
     """(2, 13) of 2.13.0+cpu; a pre-release counts as its release."""
     numbers = []
     for part in version.partition("+")[0].split(".")[:2]:

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from qlora_dist.config.config_errors import Key, explain_mistakes, list_item
+from qlora_dist.config.config_errors import KeyPath, explain_validation_error, list_item_key
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 
-Sections = Mapping[str, Mapping[str, Any]]
+ConfigChanges = Mapping[str, Mapping[str, Any]]
 """Values of some keys, by section."""
-_Sections = TypeVar("_Sections", bound=BaseModel)
+_ConfigT = TypeVar("_ConfigT", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,24 +69,24 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         UserError: naming file and line (or the override), the key, and the remedy.
     """
-    return load_sections(path, Config, overrides, start="`model:` and `data:`")
+    return load_yaml_config(path, Config, overrides, start="`model:` and `data:`")
 
 
-def load_sections(
-    path: str | Path, kind: type[_Sections], overrides: Iterable[str] = (), start: str = "one of them"
-) -> _Sections:
+def load_yaml_config(
+    path: str | Path, kind: type[_ConfigT], overrides: Iterable[str] = (), start: str = "one of them"
+) -> _ConfigT:
     """Read a file of that kind, as `load_config` does; `start` is what a file begins with, for a complaint."""
     path = Path(path)
-    tree, places = _read(path, start)
+    tree, places = _read_yaml(path, start)
     for override in overrides:
         _apply_override(tree, places, override)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(explain_mistakes(kind, error, tree, path, places, _Loader)) from None
+        raise UserError(explain_validation_error(kind, error, tree, path, places, _Loader)) from None
 
 
-def config_from(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
+def config_from_tree(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
     """A configuration that lies in no file.
 
     Args:
@@ -96,17 +96,17 @@ def config_from(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
     Raises:
         UserError: as `load_config`.
     """
-    places: dict[Key, str] = {}
+    places: dict[KeyPath, str] = {}
     for override in overrides:
         _apply_override(tree, places, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         where = Path("configuration")
-        raise UserError(explain_mistakes(Config, error, tree, where, places, _Loader)) from None
+        raise UserError(explain_validation_error(Config, error, tree, where, places, _Loader)) from None
 
 
-def changed(config: Config, sections: Sections) -> Config:
+def apply_changes(config: Config, sections: ConfigChanges) -> Config:
     """The configuration with other values for some keys."""
     tree = config.model_dump()
     return Config.model_validate(tree | {section: {**tree[section], **keys} for section, keys in sections.items()})
@@ -117,7 +117,7 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _read(path: Path, start: str) -> tuple[dict[str, Any], dict[Key, str]]:
+def _read_yaml(path: Path, start: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """The file's tree, and for each key where it stands ('FILE, line N')."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -136,23 +136,23 @@ def _read(path: Path, start: str) -> tuple[dict[str, Any], dict[Key, str]]:
         raise UserError(f"{path}: not valid YAML: {reason}; correct it") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds no mapping of sections; start with {start}")
-    return tree, {key: f"{path}, line {line}" for key, line in _lines(node)}
+    return tree, {key: f"{path}, line {line}" for key, line in _key_lines(node)}
 
 
-def _lines(node: yaml.Node | None, prefix: Key = ()) -> Iterator[tuple[Key, int]]:
+def _key_lines(node: yaml.Node | None, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             key = (*prefix, str(key_node.value))
             yield key, key_node.start_mark.line + 1
-            yield from _lines(value_node, key)
+            yield from _key_lines(value_node, key)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            key = (*prefix, list_item(index))
+            key = (*prefix, list_item_key(index))
             yield key, item.start_mark.line + 1
-            yield from _lines(item, key)
+            yield from _key_lines(item, key)
 
 
-def _apply_override(tree: dict[str, Any], places: dict[Key, str], override: str) -> None:
+def _apply_override(tree: dict[str, Any], places: dict[KeyPath, str], override: str) -> None:
     name, equals, text = override.partition("=")
     key = tuple(name.strip().split("."))
     if not equals or not all(key):
@@ -176,10 +176,10 @@ def _apply_override(tree: dict[str, Any], places: dict[Key, str], override: str)
         places[key[:length]] = f"override {override}"
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+        flat.update(flatten_keys(value, f"{name}.") if isinstance(value, dict) else {name: value})
     return flat

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qlora_dist.config.schema import Config
 
-_LEAST_NVME_PAGE = 2 * 2**20
+_MIN_NVME_PAGE_BYTES = 2 * 2**20
 """Bytes of a page of two moments, each of 1 MiB."""
 
 
-def contradictions(config: Config) -> Iterator[str]:
+def find_contradictions(config: Config) -> Iterator[str]:
     """Yield a sentence for each pair of values that exclude one another, the key first."""
     if config.lora.experts and (config.lora.dropout or config.lora.dora):
         yield ("lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false")
@@ -47,10 +47,10 @@ def contradictions(config: Config) -> Iterator[str]:
             f"train.global_batch: {config.train.global_batch} is not a multiple of train.micro_batch: "
             f"{config.train.micro_batch}; change one of them"
         )
-    yield from _engine_contradictions(config)
+    yield from _find_engine_contradictions(config)
 
 
-def _engine_contradictions(config: Config) -> Iterator[str]:
+def _find_engine_contradictions(config: Config) -> Iterator[str]:
     parallel = config.parallel
     if parallel.engine == "zero3" and parallel.base == "paged":
         yield (
@@ -72,9 +72,9 @@ def _engine_contradictions(config: Config) -> Iterator[str]:
             f"optim.offload: {config.optim.offload} is for optim.name: zero-adamw, and DeepSpeed does not move the "
             f"states of {config.optim.name} rightly; leave it out, and say with paging.to where they go"
         )
-    if config.optim.offload == "nvme" and config.paging.page_bytes < _LEAST_NVME_PAGE:
+    if config.optim.offload == "nvme" and config.paging.page_bytes < _MIN_NVME_PAGE_BYTES:
         yield (
-            f"paging.page_bytes: {config.paging.page_bytes} is less than {_LEAST_NVME_PAGE}, and DeepSpeed leaves in "
+            f"paging.page_bytes: {config.paging.page_bytes} is less than {_MIN_NVME_PAGE_BYTES}, and DeepSpeed leaves in "
             "memory what is less than 1 MiB; raise it, or leave out optim.offload: nvme"
         )
     if parallel.engine == "zero2" and (parallel.base not in ("replicate", 1) or parallel.offload != "none"):

@@ -10,19 +10,19 @@ from typing import Any
 from qlora_dist.config.schema import Config, LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import (
-    CONFIG,
-    PEFTS_DEFAULT,
-    PREFIX,
-    by_pattern,
-    low_rank_part,
-    parameter_of_experts,
+    ADAPTER_CONFIG_NAME,
+    PEFT_DEFAULT_R_AND_ALPHA,
+    PEFT_PREFIX,
+    adapter_tensor_names,
+    expert_parameter_name,
+    get_pattern_value,
     read_adapter_config,
-    target_name,
-    tensor_names,
+    split_lora_key,
+    target_module_name,
 )
 
 
-def with_adapter(config: Config) -> Config:
+def fill_lora_from_adapter(config: Config) -> Config:
     """The configuration with what its `lora.from` says in the keys of `lora` that are not set.
 
     Which layers an adapter changes is compared with `lora.targets` later, when the model is known.
@@ -33,7 +33,7 @@ def with_adapter(config: Config) -> Config:
     lora = config.lora
     if lora.from_adapter is None:
         return config
-    given = settings_of(Path(lora.from_adapter))
+    given = adapter_lora_settings(Path(lora.from_adapter))
     for key in lora.model_fields_set & given.keys() - {"targets"}:
         value, there = getattr(lora, key), given[key]
         if (sorted(value) if isinstance(value, list) else value) != there:
@@ -45,7 +45,7 @@ def with_adapter(config: Config) -> Config:
     return Config.model_validate({**dict(config), "lora": section})
 
 
-def settings_of(path: Path) -> dict[str, Any]:
+def adapter_lora_settings(path: Path) -> dict[str, Any]:
     """The keys of `lora` that an adapter's folder says, by key.
 
     Raises:
@@ -55,19 +55,21 @@ def settings_of(path: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: is an adapter of type {config.get('peft_type')}, not LORA; give one that is")
     try:
-        return _settings(path, config)
+        return _parse_lora_settings(path, config)
     except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise UserError(f"{path / CONFIG}: is not as PEFT writes it ({error}); export the adapter again") from None
+        raise UserError(
+            f"{path / ADAPTER_CONFIG_NAME}: is not as PEFT writes it ({error}); export the adapter again"
+        ) from None
 
 
-def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_lora_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     linear: set[str] = set()
     experts: set[str] = set()
     whole: set[str] = set()
-    for key in tensor_names(path):
-        if (part := low_rank_part(key)) is None:
-            whole |= set() if "lora_" in key else {key.removeprefix(PREFIX)}
-        elif (parameter := parameter_of_experts(part[0], config)) is not None:
+    for key in adapter_tensor_names(path):
+        if (part := split_lora_key(key)) is None:
+            whole |= set() if "lora_" in key else {key.removeprefix(PEFT_PREFIX)}
+        elif (parameter := expert_parameter_name(part[0], config)) is not None:
             experts.add(parameter)
         else:
             linear.add(part[0])
@@ -75,21 +77,23 @@ def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: adapts no linear layer, and a run always does; give an adapter that does")
     if biases := [name for name in whole if name.endswith(".bias") and config.get("bias", "none") != "none"]:
         raise UserError(f"{path}: has trained biases ({biases[0]}), which a run does not train; give another adapter")
-    r, alpha = config.get("r", PEFTS_DEFAULT), config.get("lora_alpha", PEFTS_DEFAULT)
+    r, alpha = config.get("r", PEFT_DEFAULT_R_AND_ALPHA), config.get("lora_alpha", PEFT_DEFAULT_R_AND_ALPHA)
     return {
-        "r": int(_only("rank", config.get("rank_pattern"), r, linear | experts, path)),
-        "alpha": float(_only("alpha", config.get("alpha_pattern"), alpha, linear | experts, path)),
+        "r": int(_single_value("rank", config.get("rank_pattern"), r, linear | experts, path)),
+        "alpha": float(_single_value("alpha", config.get("alpha_pattern"), alpha, linear | experts, path)),
         "rslora": bool(config.get("use_rslora")),
         "dora": bool(config.get("use_dora")),
-        "targets": sorted({target_name(module) for module in linear}),
+        "targets": sorted({target_module_name(module) for module in linear}),
         "experts": bool(experts),
-        "modules_to_save": _whole_modules(config, whole),
+        "modules_to_save": _find_modules_to_save(config, whole),
     }
 
 
-def _only(what: str, patterns: Mapping[str, Any] | None, default: Any, modules: Iterable[str], path: Path) -> Any:
+def _single_value(
+    what: str, patterns: Mapping[str, Any] | None, default: Any, modules: Iterable[str], path: Path
+) -> Any:
     """The value that all matrices have."""
-    values = {by_pattern(patterns, module, default) for module in modules}
+    values = {get_pattern_value(patterns, module, default) for module in modules}
     if len(values) > 1:
         raise UserError(
             f"{path}: has matrices of several values of {what} ({', '.join(map(str, sorted(values)))}), and a run has "
@@ -98,9 +102,9 @@ def _only(what: str, patterns: Mapping[str, Any] | None, default: Any, modules: 
     return values.pop()
 
 
-def _whole_modules(config: Mapping[str, Any], whole: set[str]) -> list[str]:
+def _find_modules_to_save(config: Mapping[str, Any], whole: set[str]) -> list[str]:
     """The last parts of the names of modules that were trained whole, a tied head left out."""
-    names = {target_name(name) for name in config.get("modules_to_save") or ()} if whole else set()
+    names = {target_module_name(name) for name in config.get("modules_to_save") or ()} if whole else set()
     if config.get("ensure_weight_tying") and "embed_tokens" in names:
         names.discard("lm_head")
     return sorted(names)

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_dist.errors import UserError
 
-_NAMES = (
+_LENGTH_KEYS = (
     "max_position_embeddings",
     "n_positions",
     "n_ctx",
@@ -16,7 +16,7 @@ _NAMES = (
     "max_seq_length",
     "model_max_length",
 )
-_WITHOUT = (
+_UNLIMITED_MODEL_TYPES = (
     "falcon_mamba",
     "jamba",
     "mamba",
@@ -29,11 +29,11 @@ _WITHOUT = (
     "zamba",
 )
 """Types whose layers take no positions, or any number of them, whatever their config.json says."""
-_STRETCHED = ("linear", "dynamic", "ntk", "yarn")
+_SCALED_ROPE_TYPES = ("linear", "dynamic", "ntk", "yarn")
 """Kinds of rope scaling of which `max_position_embeddings` is the length before scaling."""
 
 
-def positions(config: Mapping[str, Any]) -> int | None:
+def max_positions(config: Mapping[str, Any]) -> int | None:
     """Return how many tokens a model was made for, rope scaling included.
 
     Args:
@@ -43,13 +43,19 @@ def positions(config: Mapping[str, Any]) -> int | None:
         None where config.json does not say, or the model has no limit (ALiBi, state spaces).
     """
     text = config.get("text_config")
-    if isinstance(text, Mapping) and (found := positions(text)) is not None:
+    if isinstance(text, Mapping) and (found := max_positions(text)) is not None:
         return found
     kind = config.get("model_type")
-    if kind in _WITHOUT or _has_alibi(config) or config.get("position_embedding_type") in ("alibi", "nope"):
+    if (
+        kind in _UNLIMITED_MODEL_TYPES
+        or _has_alibi(config)
+        or config.get("position_embedding_type") in ("alibi", "nope")
+    ):
         return None
-    found = next((config[name] for name in _NAMES if isinstance(config.get(name), int) and config[name] > 0), None)
-    return None if found is None else max(found, _scaled(config, found))
+    found = next(
+        (config[name] for name in _LENGTH_KEYS if isinstance(config.get(name), int) and config[name] > 0), None
+    )
+    return None if found is None else max(found, _rope_scaled_length(config, found))
 
 
 def check_seq_len(seq_len: int, config: Mapping[str, Any], where: str) -> None:
@@ -63,7 +69,7 @@ def check_seq_len(seq_len: int, config: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: it has not.
     """
-    limit = positions(config)
+    limit = max_positions(config)
     if limit is not None and seq_len > limit:
         raise UserError(
             f"data.seq_len: {seq_len:,} is more than the {limit:,} positions of {where}; set data.seq_len to {limit} "
@@ -76,14 +82,14 @@ def _has_alibi(config: Mapping[str, Any]) -> bool:
     return bool(config.get("alibi")) or (isinstance(attention, Mapping) and bool(attention.get("alibi")))
 
 
-def _scaled(config: Mapping[str, Any], found: int) -> int:
+def _rope_scaled_length(config: Mapping[str, Any], found: int) -> int:
     scaling = config.get("rope_scaling") or config.get("rope_parameters")
     # Gemma 3's max_position_embeddings is the length after scaling
     if not isinstance(scaling, Mapping) or "gemma3" in str(config.get("model_type")):
         return found
     factor = scaling.get("factor")
     kind = scaling.get("rope_type", scaling.get("type"))
-    if kind not in _STRETCHED or not isinstance(factor, int | float):
+    if kind not in _SCALED_ROPE_TYPES or not isinstance(factor, int | float):
         return found
     original = scaling.get("original_max_position_embeddings")
     return int((original if isinstance(original, int) else found) * factor)

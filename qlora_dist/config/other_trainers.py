@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-PAGE = 'docs/training.md, "Coming from another trainer"'
+MIGRATION_PAGE = 'docs/training.md, "Coming from another trainer"'
 _ALWAYS_4BIT = "leave it out: training is always QLoRA, with a base in 4 bit"
-_OWN_FILE = "put these rows into a file of their own and name it in data.eval"
+_EVAL_FILE_ADVICE = "put these rows into a file of their own and name it in data.eval"
 _ALWAYS_LOGGED = "leave it out: metrics.jsonl has every step"
-_BATCH = "write train.global_batch: rows of a step, over all ranks; only train.micro_batch is per rank"
-_KEYS_OF = {
+_GLOBAL_BATCH_ADVICE = "write train.global_batch: rows of a step, over all ranks; only train.micro_batch is per rank"
+_FOREIGN_KEYS = {
     "model.base": "base_model model_name_or_path",
     "model.compute_dtype": "bf16 fp16 dtype torch_dtype",
     "model.attention": "attn_implementation flash_attention flash_attn sdp_attention",
@@ -50,20 +50,20 @@ _KEYS_OF = {
     "run.trackers": "report_to",
     "run.project": "wandb_project",
 }
-ADVICE = {key: f"write {ours}" for ours, keys in _KEYS_OF.items() for key in keys.split()} | {
-    "gradient_accumulation_steps": _BATCH,
-    "batch_size": _BATCH,
+KEY_ADVICE = {key: f"write {ours}" for ours, keys in _FOREIGN_KEYS.items() for key in keys.split()} | {
+    "gradient_accumulation_steps": _GLOBAL_BATCH_ADVICE,
+    "batch_size": _GLOBAL_BATCH_ADVICE,
     "load_in_4bit": _ALWAYS_4BIT,
     "quantization_bit": _ALWAYS_4BIT,
     "use_peft": _ALWAYS_4BIT,
     "adapter": _ALWAYS_4BIT,
     "finetuning_type": _ALWAYS_4BIT,
-    "val_set_size": _OWN_FILE,
-    "val_size": _OWN_FILE,
+    "val_set_size": _EVAL_FILE_ADVICE,
+    "val_size": _EVAL_FILE_ADVICE,
     "logging_steps": _ALWAYS_LOGGED,
 }
 """What to do about a key, by its name in axolotl, LLaMA-Factory, TRL, transformers or torchtune."""
-_MARKS = {
+_TYPICAL_KEYS = {
     "axolotl": {"base_model", "datasets", "sequence_len", "micro_batch_size", "num_epochs", "adapter", "val_set_size"},
     "LLaMA-Factory": {"finetuning_type", "stage", "template", "cutoff_len", "lora_rank", "lora_target", "dataset"},
     "TRL": {
@@ -79,8 +79,8 @@ _MARKS = {
 }
 
 
-def foreign_trainer(keys: Collection[str]) -> str | None:
+def detect_trainer(keys: Collection[str]) -> str | None:
     """Return the trainer whose file has these keys at its top, or None if fewer than two of them are foreign."""
-    if sum(key in ADVICE for key in keys) < 2:
+    if sum(key in KEY_ADVICE for key in keys) < 2:
         return None
-    return max(_MARKS, key=lambda trainer: len(_MARKS[trainer].intersection(keys)))
+    return max(_TYPICAL_KEYS, key=lambda trainer: len(_TYPICAL_KEYS[trainer].intersection(keys)))

@@ -30,7 +30,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-def _bytes(value: object) -> object:
+def _parse_bytes(value: object) -> object:
     if not isinstance(value, str) or value == "auto":
         return value
     try:
@@ -40,7 +40,7 @@ def _bytes(value: object) -> object:
 
 
 _BYTE_SIZE = TypeAdapter(ByteSize)
-Bytes = Annotated[int, Field(ge=0), BeforeValidator(_bytes)]
+ByteCount = Annotated[int, Field(ge=0), BeforeValidator(_parse_bytes)]
 """A number, or text such as 16MiB."""
 
 
@@ -52,7 +52,7 @@ class ContradictionError(ValueError):
         self.sentences = sentences
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """A part of the configuration: immutable, unknown keys refused."""
 
     model_config = ConfigDict(
@@ -60,7 +60,7 @@ class Section(BaseModel):
     )
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigSection):
     """The frozen base model."""
 
     base: str
@@ -83,7 +83,7 @@ class ModelConfig(Section):
     transformers' plain formulas, with masks."""
 
 
-class LoraConfig(Section):
+class LoraConfig(ConfigSection):
     """The trained adapter."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
@@ -112,11 +112,11 @@ class LoraConfig(Section):
     """Train each output's magnitude apart from its direction (DoRA)."""
 
 
-def _listed(value: object) -> object:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str | dict) else value
 
 
-Format = Literal[
+DataFormat = Literal[
     "auto",
     "messages",
     "sharegpt",
@@ -130,7 +130,7 @@ Format = Literal[
 ]
 
 
-class SourceConfig(Section):
+class SourceConfig(ConfigSection):
     """One source of a mixture."""
 
     path: str
@@ -138,7 +138,7 @@ class SourceConfig(Section):
     name on the Hugging Face hub."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each of its rows is trained per epoch: 0.5, every other epoch; 2, twice an epoch."""
-    format: Format | None = None
+    format: DataFormat | None = None
     """Shape of its rows; null: as `data.format` says."""
     split: str = "train"
     """Name of the split to read, in a data set with splits."""
@@ -146,15 +146,15 @@ class SourceConfig(Section):
     """Name of the configuration to read, in a data set with several."""
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """Training and evaluation data."""
 
-    train: Annotated[list[str | SourceConfig], Field(min_length=1), BeforeValidator(_listed)]
+    train: Annotated[list[str | SourceConfig], Field(min_length=1), BeforeValidator(_as_list)]
     """Files, folders or data sets; each a path, or a mapping with `path` and `weight`, `format`, `split`, `subset`. One
     alone need not be a list."""
     eval: str | SourceConfig | None = None
     """Held-out rows; null: no evaluation."""
-    format: Format = "auto"
+    format: DataFormat = "auto"
     """Shape of the rows; auto: by the fields of each source's first row."""
     chat_template: str | None = None
     """How conversations are written. null: by the tokenizer's template; `chatml`, `alpaca` or `guanaco`: for a base
@@ -187,7 +187,7 @@ class DataConfig(Section):
     """Processes that tokenize; auto: one for each processor core that this process may use."""
 
 
-class ParallelConfig(Section):
+class ParallelConfig(ConfigSection):
     """How base, adapters and optimizer states are distributed over the ranks."""
 
     engine: Literal["fsdp2", "zero2", "zero3"] = "fsdp2"
@@ -199,7 +199,7 @@ class ParallelConfig(Section):
     """Ranks that share one copy of the frozen base. replicate: each rank has a whole one; node: those of a node; world:
     all; a number: that many. paged: those of a node, and a rank keeps `resident_bytes` of its 4-bit layers on the
     device; the others are fetched ahead of their use from where `paging` says."""
-    resident_bytes: Bytes | Literal["auto"] = "auto"
+    resident_bytes: ByteCount | Literal["auto"] = "auto"
     """With `base: paged`, what a rank keeps of its part of the layers on the device: bytes, or text such as 2GiB, at
     least two layers. 0: two layers; auto: half of what is free before loading, less what else the rank will hold. On a
     CPU that is memory, and the node's ranks share it."""
@@ -212,7 +212,7 @@ class ParallelConfig(Section):
     """Layers gathered ahead of the one in use."""
 
 
-class OptimConfig(Section):
+class OptimConfig(ConfigSection):
     """The update of the adapters."""
 
     name: Literal["adamw", "adamw-8bit", "paged-adamw-32bit", "paged-adamw-8bit", "zero-adamw"] = "paged-adamw-32bit"
@@ -223,7 +223,7 @@ class OptimConfig(Section):
     """With zero-adamw, where DeepSpeed keeps the moments and the fp32 values that it updates. none: on the device; cpu:
     in host memory; nvme: in files in `paging.dir`, which needs libaio and a C++ compiler. They are moved by
     `paging.page_bytes` of moments or more."""
-    resident_bytes: Bytes | Literal["auto"] = "auto"
+    resident_bytes: ByteCount | Literal["auto"] = "auto"
     """With a paged optimizer, bytes of moments that each rank keeps on the device, or text such as 2GiB: at least two
     pages. 0: two pages; auto: what the device has left after a step's peak."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
@@ -246,7 +246,7 @@ class OptimConfig(Section):
     """Norm to which the gradient of all adapters together is scaled down; null: no limit."""
 
 
-class PagingConfig(Section):
+class PagingConfig(ConfigSection):
     """Where the pages lie that are not on the device."""
 
     to: Literal["auto", "unified", "host", "disk"] = "auto"
@@ -255,13 +255,13 @@ class PagingConfig(Section):
     dir: str | None = None
     """Folder of that file, on storage of the node's own; null: the system's folder for temporary files. The file is
     removed when the run ends."""
-    page_bytes: Annotated[Bytes, Field(ge=4096)] = 2**24
+    page_bytes: Annotated[ByteCount, Field(ge=4096)] = 2**24
     """Bytes of a page of moments."""
     ahead: Annotated[int, Field(ge=0)] = 1
     """Pages fetched ahead of the one in use."""
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigSection):
     """The loop."""
 
     steps: PositiveInt | None = None
@@ -302,7 +302,7 @@ class TrainConfig(Section):
     """Where to compute; auto: CUDA where there is one."""
 
 
-class RunConfig(Section):
+class RunConfig(ConfigSection):
     """Where results go."""
 
     dir: str = "runs"
@@ -322,7 +322,7 @@ class RunConfig(Section):
     """Name of wandb's project and of mlflow's experiment."""
 
 
-class Config(Section):
+class Config(ConfigSection):
     """One run. Only `parallel` differs between one device and a cluster."""
 
     model: ModelConfig
@@ -336,8 +336,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        from qlora_dist.config.config_rules import contradictions  # it is about these classes
+        from qlora_dist.config.config_rules import find_contradictions  # it is about these classes
 
-        if found := list(contradictions(self)):
+        if found := list(find_contradictions(self)):
             raise ContradictionError(found)
         return self

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from qlora_dist.sequence_starts import sequences
+from qlora_dist.sequence_starts import sequence_slices
 
-_SHORT = 384  # positions: below, backward is faster in fp32
+_FP32_BACKWARD_LENGTH = 384  # positions: below, backward is faster in fp32
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def causal_attention(
+def packed_causal_attention_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Attention within each sequence.
@@ -46,7 +46,7 @@ def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     output, logsumexp = _outputs(query)
-    for rows, first, end in sequences(bounds, query.shape[2]):
+    for rows, first, end in sequence_slices(bounds, query.shape[2]):
         q, k, v = (t[rows, :, first:end] for t in (query, key, value))
         part, part_logsumexp = _forward(q, k, v, 0.0, True, scale=scale)
         output[rows, first:end] = part.transpose(1, 2)
@@ -66,7 +66,7 @@ def _outputs(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.library.custom_op("qlora_dist::causal_attention_backward", mutates_args=())
-def _gradients(
+def _attention_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -76,10 +76,10 @@ def _gradients(
     bounds: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = _like(query), _like(key), _like(value)
-    for rows, first, end in sequences(bounds, query.shape[2]):
+    grads = _empty_grad(query), _empty_grad(key), _empty_grad(value)
+    for rows, first, end in sequence_slices(bounds, query.shape[2]):
         parts = [t[rows, :, first:end] for t in (grad.transpose(1, 2), query, key, value, output.transpose(1, 2))]
-        if end - first < _SHORT and query.dtype != torch.float64:
+        if end - first < _FP32_BACKWARD_LENGTH and query.dtype != torch.float64:
             parts = [part.float() for part in parts]
         found = _backward(*parts, logsumexp[rows, first:end].transpose(1, 2), 0.0, True, scale=scale)
         for whole, part in zip(grads, found, strict=True):
@@ -87,27 +87,27 @@ def _gradients(
     return grads
 
 
-@_gradients.register_fake
+@_attention_backward.register_fake
 def _(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _like(query), _like(key), _like(value)
+    return _empty_grad(query), _empty_grad(key), _empty_grad(value)
 
 
-def _like(tensor: torch.Tensor) -> torch.Tensor:
+def _empty_grad(tensor: torch.Tensor) -> torch.Tensor:
     """[batch, heads, length, d], in memory [batch, length, heads, d]: what flows back to a projection's output."""
     batch, heads, length, size = tensor.shape
     return tensor.new_empty(batch, length, heads, size).transpose(1, 2)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     query, key, value, bounds, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, *output, bounds)
 
 
-def _backpropagate(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _autograd_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *saved, bounds = ctx.saved_tensors
-    return *_gradients(grads[0], *saved, bounds, ctx.scale), None, None
+    return *_attention_backward(grads[0], *saved, bounds, ctx.scale), None, None
 
 
-_attention.register_autograd(_backpropagate, setup_context=_keep)
+_attention.register_autograd(_autograd_backward, setup_context=_setup_context)

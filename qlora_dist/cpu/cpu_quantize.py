@@ -24,7 +24,9 @@ _PIECE = 2**17  # weights that are scaled at a time: 0.5 MiB of fp32, for a core
 _COMPARED = 2**15  # weights that are compared at a time: 15 comparisons each, 0.5 MiB in all
 
 
-def encode(weights: torch.Tensor, block_size: int, quant_type: QuantType) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_4bit_cpu(
+    weights: torch.Tensor, block_size: int, quant_type: QuantType
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and absmax of whole blocks.
 
     Args:
@@ -76,7 +78,7 @@ def _scratch() -> _Scratch:
 
 
 @dataclass(frozen=True)
-class _Table:
+class _CodeBounds:
     bounds: npt.NDArray[np.float32]
     """fp32[15]: half way between neighbouring code values, ascending."""
     first: int
@@ -97,10 +99,10 @@ class _Table:
 
 
 @functools.cache
-def _table(quant_type: QuantType) -> _Table:
+def _table(quant_type: QuantType) -> _CodeBounds:
     values = code_table(quant_type)
     order = torch.argsort(values)
     ranked = values[order]
     bounds = (ranked[:-1] + ranked[1:]) / 2
     changes = order.diff().remainder(256).to(torch.uint8).numpy()
-    return _Table(bounds.numpy(), int(order[0]), None if (changes == 1).all() else changes)
+    return _CodeBounds(bounds.numpy(), int(order[0]), None if (changes == 1).all() else changes)

@@ -7,21 +7,21 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qlora_dist.data.chat_renderer import Renderer, Span
+from qlora_dist.data.chat_renderer import CharSpan, ChatRenderer
 from qlora_dist.data.source_row import Message
 
-MANY = 24
+MIN_ANSWERS_TO_DERIVE = 24
 """A conversation of fewer answers is rendered up to each of them."""
 
 
-def derive_spans(
-    renderer: Renderer,
+def derive_answer_spans(
+    renderer: ChatRenderer,
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
     text: str,
     indices: Sequence[int],
-    exact: Callable[[int], Span],
-) -> dict[int, Span]:
+    exact: Callable[[int], CharSpan],
+) -> dict[int, CharSpan]:
     """Find where most answers lie without rendering the conversation up to each of them.
 
     Answers that a template could not tell apart, but for their contents and number, form a group. Of each
@@ -43,14 +43,14 @@ def derive_spans(
     Raises:
         Refused: by `exact`.
     """
-    if len(indices) < MANY:
+    if len(indices) < MIN_ANSWERS_TO_DERIVE:
         return {}
-    contents, kinds = _contents(renderer, messages, tools, text), _kinds(messages)
+    contents, kinds = _content_spans(renderer, messages, tools, text), _context_keys(messages)
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index in indices:
         if index - 1 in contents and index + 1 in contents:
             groups[kinds[index]].append(index)
-    found: dict[int, Span] = {}
+    found: dict[int, CharSpan] = {}
     for group in groups.values():
         samples = {group[place] for place in (0, 1, len(group) // 2, -2, -1) if -len(group) <= place < len(group)}
         befores: set[str] = set()
@@ -68,9 +68,9 @@ def derive_spans(
     return found
 
 
-def _contents(
-    renderer: Renderer, messages: list[Message], tools: list[dict[str, Any]] | None, text: str
-) -> dict[int, Span]:
+def _content_spans(
+    renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, text: str
+) -> dict[int, CharSpan]:
     """Return where the contents of others than the assistant lie; empty if marks around them change the text."""
     number = 0
     while (word := f"qzj{number}z") in text:
@@ -104,17 +104,17 @@ def _contents(
     return spans
 
 
-def _kinds(messages: list[Message]) -> list[tuple[object, ...]]:
+def _context_keys(messages: list[Message]) -> list[tuple[object, ...]]:
     """Return for each message what a template may tell it apart by, contents left aside.
 
     A template that rewrites history does so from one question on, or up to it (thoughts), or by what else has been
     said since: so the question that is answered counts, and the kinds of answers before and after it up to the next.
     """
-    own = [_own_kind(message) for message in messages]
+    own = [_message_key(message) for message in messages]
     questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
     last = questions[-1] if questions else -1
-    before = _seen_since_question(messages, own)
-    after = _seen_since_question(messages[::-1], own[::-1])[::-1]
+    before = _keys_since_question(messages, own)
+    after = _keys_since_question(messages[::-1], own[::-1])[::-1]
     neighbours = zip([None, *own[:-1]], [*own[1:], None], strict=True)
     return [
         (kind, *sides, seen, to_come, index > last)
@@ -122,13 +122,13 @@ def _kinds(messages: list[Message]) -> list[tuple[object, ...]]:
     ]
 
 
-def _own_kind(message: Message) -> tuple[object, ...]:
+def _message_key(message: Message) -> tuple[object, ...]:
     content = message.get("content")
     text = content if isinstance(content, str) else ""
     return message["role"], *sorted(message), bool(text.strip()), "</think>" in text
 
 
-def _seen_since_question(messages: list[Message], own: list[tuple[object, ...]]) -> list[frozenset[object]]:
+def _keys_since_question(messages: list[Message], own: list[tuple[object, ...]]) -> list[frozenset[object]]:
     """Return for each message the kinds of those before it, back to a user's message."""
     seen: frozenset[object] = frozenset()
     found = []

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] | None:
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] | None:
     """Bytes of each token's text: int64[vocabulary]; None for tokenizers of another kind.
 
     Byte-level BPE, as of GPT-2, Llama 3, Qwen and others. What is left of their normalizers and added tokens can only

@@ -26,22 +26,28 @@ from typing import Any
 
 from filelock import SoftFileLease, Timeout
 
-from qlora_dist.data.entry_manifest import changed_file, is_complete, note_check, was_checked, write_manifest
+from qlora_dist.data.entry_manifest import (
+    find_changed_file,
+    is_entry_complete,
+    record_verification,
+    was_verified,
+    write_entry_manifest,
+)
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.lease import HolderWatch, host_of, make_lease
+from qlora_dist.runtime.lease import LeaseMonitor, make_lease, owner_host
 
-Say = Callable[[str], None]
+LogFn = Callable[[str], None]
 
-_POLL_S = (0.05, 2.0)
+_POLL_RANGE_S = (0.05, 2.0)
 """Least and most seconds between two looks at the lock; a tenth of what has been waited already."""
-_SAY_S = (2.0, 30.0)
+_WAIT_LOG_INTERVALS_S = (2.0, 30.0)
 """Seconds of waiting before the first line, and between the others."""
-NOTE = "progress"
+PROGRESS_FILE = "progress"
 """A file that `make` may write: a line for those who wait. It is no part of the entry."""
 
 
-def prepared(
-    folder: Path, make: Callable[[Path], None], say: Say, read: Callable[[Path], object] = lambda folder: None
+def get_or_create_entry(
+    folder: Path, make: Callable[[Path], None], say: LogFn, read: Callable[[Path], object] = lambda folder: None
 ) -> Path:
     """The entry `folder`, made by `make` unless it is there; by one process, however many ask for it at a time.
 
@@ -62,27 +68,27 @@ def prepared(
         UserError: `make`'s own, in the process that called it and in all that were waiting for that one; or the cache
             cannot be written.
     """
-    if _is_known_whole(folder):
+    if _is_verified(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _make_or_wait(folder, make, say, read)
+        _create_or_wait(folder, make, say, read)
     except OSError as error:
-        if _damage(folder, read) is not None:
-            raise _unwritable(folder, error) from None
+        if _find_damage(folder, read) is not None:
+            raise _unwritable_cache_error(folder, error) from None
     return folder  # after an OSError: of a cache that this user cannot write
 
 
-def _is_known_whole(folder: Path) -> bool:
-    return was_checked(folder, _beside(folder, "checked"))
+def _is_verified(folder: Path) -> bool:
+    return was_verified(folder, _sibling_path(folder, "checked"))
 
 
-def _damage(folder: Path, read: Callable[[Path], object]) -> str | None:
+def _find_damage(folder: Path, read: Callable[[Path], object]) -> str | None:
     """Say what is wrong with an entry; None: nothing."""
-    if not is_complete(folder):
+    if not is_entry_complete(folder):
         return "a file is missing, or has another size"
     try:
-        if (name := changed_file(folder)) is not None:
+        if (name := find_changed_file(folder)) is not None:
             return f"the content of {name} has changed"
         read(folder)
     except Exception as error:  # whatever foreign content does to the readers of these formats
@@ -90,9 +96,9 @@ def _damage(folder: Path, read: Callable[[Path], object]) -> str | None:
     return None
 
 
-def remove(folder: Path) -> None:
+def remove_entry(folder: Path) -> None:
     """Remove an entry, if it is there. Its name is free at once; who has its files open keeps them."""
-    aside = _partial(folder)
+    aside = _partial_path(folder)
     with contextlib.suppress(FileNotFoundError):
         folder.rename(aside)
     if aside.is_symlink():  # planted: what it points to is not the cache's
@@ -100,11 +106,11 @@ def remove(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _make_or_wait(folder: Path, make: Callable[[Path], None], say: Say, read: Callable[[Path], object]) -> None:
+def _create_or_wait(folder: Path, make: Callable[[Path], None], say: LogFn, read: Callable[[Path], object]) -> None:
     # one object for the whole wait: it remembers since when the holder has given no sign of life
-    lock = make_lease(_beside(folder, "lock"))
-    waiting = _Waiting(folder, lock, say)
-    while not _is_known_whole(folder):
+    lock = make_lease(_sibling_path(folder, "lock"))
+    waiting = _EntryWaiter(folder, lock, say)
+    while not _is_verified(folder):
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -113,27 +119,27 @@ def _make_or_wait(folder: Path, make: Callable[[Path], None], say: Say, read: Ca
             waiting.pause()
             continue
         try:
-            if _is_known_whole(folder):  # by now
+            if _is_verified(folder):  # by now
                 return
-            damage = _damage(folder, read)
+            damage = _find_damage(folder, read)
             if damage is not None:
                 waiting.raise_if_failed()
                 if os.path.lexists(folder):
                     say(f"{folder}: is damaged ({damage}), and made anew")
-                _make(folder, make, lock)
-            if is_complete(folder):  # else another process has taken over and is not done
-                note_check(folder, _beside(folder, "checked"))
+                _create_entry(folder, make, lock)
+            if is_entry_complete(folder):  # else another process has taken over and is not done
+                record_verification(folder, _sibling_path(folder, "checked"))
                 return
         finally:
             lock.release()
 
 
-def _make(folder: Path, make: Callable[[Path], None], lock: SoftFileLease) -> None:
+def _create_entry(folder: Path, make: Callable[[Path], None], lock: SoftFileLease) -> None:
     """Make the entry; it is not there afterwards if another process has taken over and is not done."""
-    remove(folder)
+    remove_entry(folder)
     for left in folder.parent.glob(f"{folder.name}.partial-*"):
-        remove(left)  # renamed first: one that is slow and not dead finds no folder to go on in
-    partial = _beside(folder, f"partial-{lock.token}")
+        remove_entry(left)  # renamed first: one that is slow and not dead finds no folder to go on in
+    partial = _sibling_path(folder, f"partial-{lock.token}")
     partial.mkdir()
     try:
         try:
@@ -142,21 +148,21 @@ def _make(folder: Path, make: Callable[[Path], None], lock: SoftFileLease) -> No
         except OSError as error:
             if not partial.exists():  # another process has taken over, and cleaned up
                 return
-            raise _unwritable(folder, error) from None
+            raise _unwritable_cache_error(folder, error) from None
     except UserError as error:
-        remove(partial)  # before the sentence is written: the disk may be full
-        _leave_failure(folder, lock.token, str(error))
+        remove_entry(partial)  # before the sentence is written: the disk may be full
+        _write_failure(folder, lock.token, str(error))
         raise
     except BaseException:
-        remove(partial)
+        remove_entry(partial)
         raise
-    _beside(folder, "failed").unlink(missing_ok=True)
+    _sibling_path(folder, "failed").unlink(missing_ok=True)
 
 
 def _commit(partial: Path, folder: Path) -> None:
     """Give the folder its name when all of it is on the disk, its manifest last."""
-    (partial / NOTE).unlink(missing_ok=True)
-    for path in write_manifest(partial):
+    (partial / PROGRESS_FILE).unlink(missing_ok=True)
+    for path in write_entry_manifest(partial):
         _sync(path)
     with contextlib.suppress(OSError):  # not every file system lets folders be synchronized
         _sync(partial)
@@ -165,36 +171,36 @@ def _commit(partial: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if is_complete(folder):  # a process that we had taken for dead was first
-            remove(partial)
+        if is_entry_complete(folder):  # a process that we had taken for dead was first
+            remove_entry(partial)
         else:
-            remove(folder)
+            remove_entry(folder)
             partial.rename(folder)
     with contextlib.suppress(OSError):
         _sync(folder.parent)
 
 
-def _leave_failure(folder: Path, token: str | None, sentence: str) -> None:
+def _write_failure(folder: Path, token: str | None, sentence: str) -> None:
     """Tell the others. If that fails too, they find out for themselves."""
-    written = _partial(folder)
+    written = _partial_path(folder)
     with contextlib.suppress(OSError):
         try:
             written.write_text(json.dumps({"token": token, "sentence": sentence}), encoding="utf-8")
-            written.rename(_beside(folder, "failed"))
+            written.rename(_sibling_path(folder, "failed"))
         finally:
             written.unlink(missing_ok=True)
 
 
-class _Waiting:
+class _EntryWaiter:
     """One process's wait for another's entry."""
 
-    def __init__(self, folder: Path, lock: SoftFileLease, say: Say) -> None:
+    def __init__(self, folder: Path, lock: SoftFileLease, say: LogFn) -> None:
         self._folder = folder
-        self._watch = HolderWatch(lock)
+        self._watch = LeaseMonitor(lock)
         self._say = say
         self._holders: set[str | None] = set()
         self._since = time.monotonic()
-        self._next_line_s = _SAY_S[0]
+        self._next_line_s = _WAIT_LOG_INTERVALS_S[0]
 
     def look(self) -> None:
         """Remember who holds the lock, say so now and then, and break it if that process is gone."""
@@ -204,21 +210,21 @@ class _Waiting:
         self._holders.add(owner.token)
         waited_s = time.monotonic() - self._since
         if waited_s >= self._next_line_s:
-            self._next_line_s = waited_s + _SAY_S[1]
+            self._next_line_s = waited_s + _WAIT_LOG_INTERVALS_S[1]
             note = self._note(owner.token)
             self._say(
-                f"waiting for {host_of(owner)}, process {owner.pid}, to prepare {self._folder} ({waited_s:.0f} s{note})"
+                f"waiting for {owner_host(owner)}, process {owner.pid}, to prepare {self._folder} ({waited_s:.0f} s{note})"
             )
 
     def _note(self, token: str | None) -> str:
         with contextlib.suppress(OSError):
-            return f"; {(_beside(self._folder, f'partial-{token}') / NOTE).read_text(encoding='utf-8')}"
+            return f"; {(_sibling_path(self._folder, f'partial-{token}') / PROGRESS_FILE).read_text(encoding='utf-8')}"
         return ""
 
     def raise_if_failed(self) -> None:
         """Raise what a process raised that this one has waited for; an older failure is none of its business."""
         try:
-            failure: dict[str, Any] = json.loads(_beside(self._folder, "failed").read_text(encoding="utf-8"))
+            failure: dict[str, Any] = json.loads(_sibling_path(self._folder, "failed").read_text(encoding="utf-8"))
             token, sentence = failure["token"], failure["sentence"]
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return
@@ -227,20 +233,20 @@ class _Waiting:
 
     def pause(self) -> None:
         """Sleep, the longer the longer it takes, and not in step with others."""
-        least, most = _POLL_S
+        least, most = _POLL_RANGE_S
         waited_s = time.monotonic() - self._since
         time.sleep(min(max(waited_s / 10, least), most) * random.uniform(0.5, 1.0))
 
 
-def _beside(folder: Path, suffix: str) -> Path:
+def _sibling_path(folder: Path, suffix: str) -> Path:
     return folder.with_name(f"{folder.name}.{suffix}")
 
 
-def _partial(folder: Path) -> Path:
-    return _beside(folder, f"partial-{secrets.token_hex(8)}")
+def _partial_path(folder: Path) -> Path:
+    return _sibling_path(folder, f"partial-{secrets.token_hex(8)}")
 
 
-def _unwritable(folder: Path, error: OSError) -> UserError:
+def _unwritable_cache_error(folder: Path, error: OSError) -> UserError:
     reason = str(error.strerror or error).split("\n")[0]
     return UserError(
         f"{folder.parent}: the cache cannot be written ({reason}); free space there, or give data.cache another folder"

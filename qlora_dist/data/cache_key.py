@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.config.schema import DataConfig, SourceConfig
-from qlora_dist.data.cache import Say, prepared
-from qlora_dist.data.entry_manifest import sha256_of
+from qlora_dist.data.cache import LogFn, get_or_create_entry
+from qlora_dist.data.entry_manifest import sha256_hexdigest
 from qlora_dist.data.source import source_files
 from qlora_dist.errors import UserError
 
-VERSION = 2
+CACHE_KEY_VERSION = 2
 """Raised whenever the same rows are stored in another way, or read in another."""
 
 _THREADS = 8
 _DIGESTS = "digests.json"
 
 
-def source_key(
+def source_cache_key(
     source: SourceConfig,
     config: DataConfig,
     encoder_fingerprint: str,
     cache: Path,
-    say: Say,
+    say: LogFn,
     revision: str | None = None,
 ) -> str:
     """SHA-256 in hex: the same for the same content, wherever the files lie and whenever they were written.
@@ -42,7 +42,7 @@ def source_key(
     bad_rows = {"most": config.max_bad_rows} if config.on_bad_row == "skip" else None
     return _sha256(
         {
-            "version": VERSION,
+            "version": CACHE_KEY_VERSION,
             "content": _content(source, cache, say, revision),
             "format": source.format or config.format,
             "split": source.split,
@@ -52,7 +52,7 @@ def source_key(
     )
 
 
-def file_states(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
+def source_file_stats(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
     """Path, size, time of the last change and inode of each: if these are the same, so is the content.
 
     Raises:
@@ -68,26 +68,26 @@ def file_states(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
     return states
 
 
-def _content(source: SourceConfig, cache: Path, say: Say, revision: str | None) -> Any:
+def _content(source: SourceConfig, cache: Path, say: LogFn, revision: str | None) -> Any:
     files = source_files(source)
     if not files:
         return {"hub": source.path, "subset": source.subset, "revision": revision}
-    return [(_ending(path), digest) for path, digest in zip(files, _digests(files, cache, say), strict=True)]
+    return [(_file_extension(path), digest) for path, digest in zip(files, _digests(files, cache, say), strict=True)]
 
 
-def _ending(path: Path) -> str:
+def _file_extension(path: Path) -> str:
     """It says how the file is read, '.jsonl' or '.jsonl.gz'; the rest of the name says nothing."""
     return "".join(path.suffixes[-2 if path.suffix.lower() == ".gz" else -1 :]).lower()
 
 
-def _digests(files: list[Path], cache: Path, say: Say) -> list[str]:
+def _digests(files: list[Path], cache: Path, say: LogFn) -> list[str]:
     """Each file's SHA-256. They are read by one process, and once as long as they stay as they are."""
-    states = file_states(files)
+    states = source_file_stats(files)
 
     def make(folder: Path) -> None:
         with ThreadPoolExecutor(_THREADS) as pool:
             digests = list(pool.map(_digest, files))
-        if file_states(files) != states:
+        if source_file_stats(files) != states:
             raise UserError(
                 f"{files[0]}: was changed while it was read, or one beside it; start again when it is written"
             )
@@ -99,12 +99,12 @@ def _digests(files: list[Path], cache: Path, say: Say) -> list[str]:
             raise ValueError(f"{_DIGESTS} has not one digest for each file")
         return digests
 
-    return read(prepared(cache / "digests" / _sha256(states), make, say, read))
+    return read(get_or_create_entry(cache / "digests" / _sha256(states), make, say, read))
 
 
 def _digest(path: Path) -> str:
     try:
-        return sha256_of(path)
+        return sha256_hexdigest(path)
     except OSError as error:
         raise _unreadable(path, error) from None
 

@@ -11,17 +11,17 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 
 from qlora_dist.data.source_row import Message
-from qlora_dist.data.template_limit import LIMITED
-from qlora_dist.data.template_probe import Probed, Refused
+from qlora_dist.data.template_limit import TEMPLATE_LIMITER
+from qlora_dist.data.template_probe import TemplateProbe, UnsupportedConversationError
 
-Span = tuple[int, int]
+CharSpan = tuple[int, int]
 """First character and the one after the last."""
 _Alias = Callable[[list[Message]], list[Message]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class Renderer:
+class ChatRenderer:
     """Writes conversations as `tokenizer.apply_chat_template` does.
 
     All that is private to transformers is called here: its sandbox and its tracker of `{% generation %}` blocks.
@@ -42,15 +42,15 @@ class Renderer:
             raise TemplateSyntaxError("it is nested too deeply", 1) from None
         # jinja's ChainMap is walked through in Python for each rendering, which takes as long as a short conversation
         self._template.globals = dict(self._template.globals)
-        self._render_marked: Callable[..., tuple[str, list[Span]]] = theirs._render_with_assistant_indices
+        self._render_marked: Callable[..., tuple[str, list[CharSpan]]] = theirs._render_with_assistant_indices
         # other names of `reasoning_content`, of which older releases of transformers know nothing
         self._alias: _Alias = getattr(theirs, "_alias_reasoning_fields", lambda messages: messages)
         self._special_tokens = dict(special_tokens)
         self._variables = {**self._template.globals, **special_tokens, "documents": None}
         self._writes = {name: name in template for name in ("tools", "tool_calls", "function_call")}
-        self._probed = Probed(template, lambda messages: self.text(messages, None))
+        self._probed = TemplateProbe(template, lambda messages: self.text(messages, None))
 
-    def given(self, variables: Mapping[str, Any] | None) -> Renderer:
+    def given(self, variables: Mapping[str, Any] | None) -> ChatRenderer:
         """Return the template with a row's own variables, as `apply_chat_template(..., **variables)` has them."""
         if not variables:
             return self
@@ -77,7 +77,7 @@ class Renderer:
             if "tool_calls" in message:
                 message["tool_calls"] = self._tool_calls(message["tool_calls"])
             if "function_call" in message and not self._writes["function_call"]:
-                raise Refused(
+                raise UnsupportedConversationError(
                     "the row has a `function_call`, which the chat template does not write; write it as `tool_calls`"
                 )
             cleaned.append(message)
@@ -95,12 +95,12 @@ class Renderer:
             given = {"messages": messages, "tools": tools, "add_generation_prompt": prompting}
             # what Template.render does, with the globals merged in beforehand
             context = self._template.new_context({**self._variables, **given}, shared=True)
-            text = LIMITED.call("".join, self._template.root_render_func(context))
+            text = TEMPLATE_LIMITER.call("".join, self._template.root_render_func(context))
         except Exception as error:  # what a template does to values it did not expect is its own
             raise _refusal(error) from None
-        return _checked(text)
+        return _require_utf8(text)
 
-    def marks(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[str, list[Span]]:
+    def marks(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[str, list[CharSpan]]:
         """The conversation, and where in it the template marks what the assistant generates.
 
         Raises:
@@ -108,10 +108,10 @@ class Renderer:
         """
         try:
             given = self._template, messages, tools, None, False
-            text, spans = LIMITED.call(self._render_marked, *given, **self._special_tokens)
+            text, spans = TEMPLATE_LIMITER.call(self._render_marked, *given, **self._special_tokens)
         except Exception as error:
             raise _refusal(error) from None
-        return _checked(text), spans
+        return _require_utf8(text), spans
 
     def tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
         """The tools as the template is to see them.
@@ -122,7 +122,7 @@ class Renderer:
         if not tools:
             return None
         if not self._writes["tools"]:
-            raise Refused(
+            raise UnsupportedConversationError(
                 "the row has `tools`, which the chat template does not write; use one that does, or take them out"
             )
         return tools
@@ -131,19 +131,19 @@ class Renderer:
         if not calls:
             return calls
         if not self._writes["tool_calls"]:
-            raise Refused(
+            raise UnsupportedConversationError(
                 "the row has `tool_calls`, which the chat template does not write; use one that does, or take the row "
                 "out"
             )
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise Refused("`tool_calls` is no list of objects; write one object per call")
-        return [_with_object(call) for call in calls]
+            raise UnsupportedConversationError("`tool_calls` is no list of objects; write one object per call")
+        return [_parse_call_arguments(call) for call in calls]
 
 
-def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+def _parse_call_arguments(call: dict[str, Any]) -> dict[str, Any]:
     """The call with its arguments as an object: OpenAI writes them as a string, which templates would write quoted."""
     if isinstance(call.get("function"), dict):
-        return {**call, "function": _with_object(call["function"])}
+        return {**call, "function": _parse_call_arguments(call["function"])}
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         return call
@@ -152,18 +152,24 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
-        raise Refused("the `arguments` of a tool call are no JSON object; write an object, or take the row out")
+        raise UnsupportedConversationError(
+            "the `arguments` of a tool call are no JSON object; write an object, or take the row out"
+        )
     return {**call, "arguments": parsed}
 
 
-def _refusal(error: Exception) -> Refused:
+def _refusal(error: Exception) -> UnsupportedConversationError:
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return Refused(f"the chat template refuses the conversation ({reason}); change or take out the row")
+    return UnsupportedConversationError(
+        f"the chat template refuses the conversation ({reason}); change or take out the row"
+    )
 
 
-def _checked(text: str) -> str:
+def _require_utf8(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # a tokenizer would refuse the whole batch
-        raise Refused("the conversation holds half of a surrogate pair; write the whole character") from None
+        raise UnsupportedConversationError(
+            "the conversation holds half of a surrogate pair; write the whole character"
+        ) from None
     return text

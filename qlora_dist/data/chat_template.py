@@ -11,26 +11,26 @@ from qlora_dist.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHIPPED = ("chatml", "alpaca", "guanaco")
+SHIPPED_TEMPLATES = ("chatml", "alpaca", "guanaco")
 """For base models, which have no template. With `{% generation %}` markers, in `templates/NAME.jinja`."""
 
 _CHATML_END = "<|im_end|>"
 
 
-def read_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def read_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The Jinja text behind `data.chat_template`.
 
     Raises:
         UserError: no such file, or the tokenizer lacks the token that ends a turn of a shipped template.
     """
-    if chat_template in SHIPPED:
+    if chat_template in SHIPPED_TEMPLATES:
         return _shipped(chat_template, tokenizer)
     path = Path(chat_template).expanduser()
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
-            f"data.chat_template: {chat_template}: no such file; write {', '.join(SHIPPED)} or the path of a Jinja file"
+            f"data.chat_template: {chat_template}: no such file; write {', '.join(SHIPPED_TEMPLATES)} or the path of a Jinja file"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"

@@ -11,16 +11,16 @@ import numpy.typing as npt
 import torch
 
 from qlora_dist.config.schema import DataConfig
-from qlora_dist.data.packing import pack
-from qlora_dist.data.tokenized import Sequences
-from qlora_dist.data.truncate import Fate, Pieces, cut
+from qlora_dist.data.packing import pack_sequences
+from qlora_dist.data.tokenized import TokenizedSequences
+from qlora_dist.data.truncate import Segments, TruncationStats, truncate_sequences
 from qlora_dist.errors import UserError
 
-IGNORED = -100
+LABEL_IGNORE_INDEX = -100
 """The label of a position that is not trained (torch.nn.functional.cross_entropy's ignore_index)."""
-EMPTY = -1
+PADDING_ROW = -1
 """In a list of row indices: a row of padding, of weight zero."""
-LENGTH_MULTIPLE = 16
+PAD_TO_MULTIPLE_OF = 16
 """Without packing, batches are padded to a multiple of it: kernels like that, and shapes repeat."""
 
 
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     """int64[micro_batch, length], from 0 in each sequence; the padding behind is a sequence of its own."""
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """What a row holds, without padding."""
 
     tokens: npt.NDArray[np.int32]
@@ -47,22 +47,22 @@ class Row(NamedTuple):
     """Where each sequence begins."""
 
 
-NOTHING = Row(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64), [])
-"""The row `EMPTY`."""
+EMPTY_ROW = PackedRow(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64), [])
+"""The row `PADDING_ROW`."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedDataset:
     """The rows of one source. The same on every rank, so that any of them can count any row's tokens."""
 
     name: str
     """The source's, for people."""
-    sequences: Sequences
-    pieces: Pieces
+    sequences: TokenizedSequences
+    pieces: Segments
     """In the order of the rows."""
     offsets: npt.NDArray[np.int64]
     """int64[rows + 1]: row i holds the pieces offsets[i]:offsets[i + 1]."""
-    fate: Fate
+    fate: TruncationStats
     """What became of the sequences."""
     seq_len: int
     packed: bool
@@ -87,7 +87,7 @@ class Rows:
         packed = f"; packed into {rows}, {100 * (1 - self.utilization):.1f} % padding" if self.packed else ""
         return f"{self.name}: {self.fate.sentence(self.seq_len)}{packed}"
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """Read a row from the sequences."""
         here = slice(*self.offsets[index : index + 2].tolist())
         tokens: list[npt.NDArray[np.int32]] = []
@@ -101,26 +101,26 @@ class Rows:
             piece = self.sequences.tokens(sequence)[start : start + length]
             trained = self.sequences.trained(sequence)[start : start + length]
             # the first token is nobody's label, and the last has none
-            labels += [np.where(trained[1:], piece[1:], IGNORED), [IGNORED]]
+            labels += [np.where(trained[1:], piece[1:], LABEL_IGNORE_INDEX), [LABEL_IGNORE_INDEX]]
             tokens.append(piece)
             starts.append(at)
             at += length
-        return Row(np.concatenate(tokens), np.concatenate(labels), starts)
+        return PackedRow(np.concatenate(tokens), np.concatenate(labels), starts)
 
     def length(self, longest: int) -> int:
         """How long a batch is whose longest row has so many tokens."""
         return self.seq_len if self.packed else min(self.seq_len, _round_up(longest))
 
     def batch(self, indices: Sequence[int] | npt.NDArray[np.integer]) -> Batch:
-        """The rows `indices` (`EMPTY`: nothing but padding) as one batch."""
-        return self.collate([self.row(int(index)) if index != EMPTY else NOTHING for index in indices])
+        """The rows `indices` (`PADDING_ROW`: nothing but padding) as one batch."""
+        return self.collate([self.row(int(index)) if index != PADDING_ROW else EMPTY_ROW for index in indices])
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[PackedRow]) -> Batch:
         """Rows, of this source or another of the same configuration, as one batch."""
         length = self.length(max(len(row.tokens) for row in rows))
         shape = (len(rows), length)
         input_ids = np.full(shape, self.pad_id, dtype=np.int64)
-        labels = np.full(shape, IGNORED, dtype=np.int64)
+        labels = np.full(shape, LABEL_IGNORE_INDEX, dtype=np.int64)
         position_ids = np.empty(shape, dtype=np.int64)
         for index, row in enumerate(rows):
             input_ids[index, : len(row.tokens)] = row.tokens
@@ -132,10 +132,12 @@ class Rows:
 
 
 def _round_up(longest: int) -> int:
-    return max(1, -(-longest // LENGTH_MULTIPLE)) * LENGTH_MULTIPLE
+    return max(1, -(-longest // PAD_TO_MULTIPLE_OF)) * PAD_TO_MULTIPLE_OF
 
 
-def build_rows(sequences: Sequences, config: DataConfig, pad_id: int, name: str = "data") -> Rows:
+def build_packed_dataset(
+    sequences: TokenizedSequences, config: DataConfig, pad_id: int, name: str = "data"
+) -> PackedDataset:
     """Cut, pack and count a source's sequences.
 
     Args:
@@ -147,15 +149,15 @@ def build_rows(sequences: Sequences, config: DataConfig, pad_id: int, name: str 
     Raises:
         UserError: none of the sequences has a token to train.
     """
-    pieces, fate = cut(sequences, config.seq_len, config.too_long)
+    pieces, fate = truncate_sequences(sequences, config.seq_len, config.too_long)
     if not len(pieces):
         raise UserError(
             f"{name}: none of the {len(sequences)} rows has a token to train within data.seq_len: {config.seq_len}; "
             "raise it, or give rows with a non-empty `text` or with messages of the role 'assistant'"
         )
-    order, offsets = pack(pieces.length, config.seq_len, config.packing)
+    order, offsets = pack_sequences(pieces.length, config.seq_len, config.packing)
     pieces = pieces.take(order)
-    return Rows(
+    return PackedDataset(
         name=name,
         sequences=sequences,
         pieces=pieces,

@@ -6,13 +6,13 @@ import csv
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from qlora_dist.data.json_files import LONGEST_ROW, TOO_LONG, lines, not_utf8
+from qlora_dist.data.json_files import MAX_ROW_SIZE, ROW_TOO_LONG_REASON, format_utf8_error, read_lines
 from qlora_dist.data.source_row import BadRow
-from qlora_dist.data.validate import Record, Unusable, listed
+from qlora_dist.data.validate import InvalidRowError, RawRow, join_names
 from qlora_dist.errors import UserError
 
 
-def read_csv(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
+def read_csv_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
     """Cells separated by commas and quoted with ", below a line that names the columns; every cell is text.
 
     A row's place is the line on which it starts: quoted cells may hold line feeds.
@@ -24,13 +24,13 @@ def read_csv(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
     for line, cells in _rows(file):
         place = f"{name}, line {line}"
         if not columns:
-            if isinstance(cells, Unusable):
+            if isinstance(cells, InvalidRowError):
                 raise UserError(f"{place}: {cells}")
             columns = cells
             twice = {column for column in columns if columns.count(column) > 1}
             if twice:
-                raise UserError(f"{place}: the header names a column twice ({listed(sorted(twice))}); rename one")
-        elif isinstance(cells, Unusable):
+                raise UserError(f"{place}: the header names a column twice ({join_names(sorted(twice))}); rename one")
+        elif isinstance(cells, InvalidRowError):
             yield BadRow(place, str(cells))
         elif len(cells) != len(columns):
             yield BadRow(
@@ -41,9 +41,9 @@ def read_csv(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
             yield place, dict(zip(columns, cells, strict=True))
 
 
-def _rows(file: BinaryIO) -> Iterator[tuple[int, list[str] | Unusable]]:
+def _rows(file: BinaryIO) -> Iterator[tuple[int, list[str] | InvalidRowError]]:
     """Where each row starts, and its cells or what is wrong with it; blank lines are skipped."""
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_ROW))  # the process's; Python's own is 128 KiB
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_SIZE))  # the process's; Python's own is 128 KiB
     mistakes: list[str] = []
     reader = csv.reader(_text(file, mistakes), strict=True)
     while True:
@@ -56,7 +56,7 @@ def _rows(file: BinaryIO) -> Iterator[tuple[int, list[str] | Unusable]]:
             mistakes.append(f"not valid CSV ({error}); double the quotes within a quoted cell")
             cells = []
         if mistakes:
-            yield start, Unusable(mistakes[0])
+            yield start, InvalidRowError(mistakes[0])
             mistakes.clear()
         elif cells:
             yield start, cells
@@ -64,11 +64,11 @@ def _rows(file: BinaryIO) -> Iterator[tuple[int, list[str] | Unusable]]:
 
 def _text(file: BinaryIO, mistakes: list[str]) -> Iterator[str]:
     """The lines. A mistake is noted and not raised: the reader above us could not go on after it."""
-    for _, line in lines(file):
-        if len(line) > LONGEST_ROW:
-            mistakes.append(f"the line is {TOO_LONG}")
+    for _, line in read_lines(file):
+        if len(line) > MAX_ROW_SIZE:
+            mistakes.append(f"the line is {ROW_TOO_LONG_REASON}")
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            mistakes.append(not_utf8(error))
+            mistakes.append(format_utf8_error(error))
             yield line.decode("utf-8", errors="replace")

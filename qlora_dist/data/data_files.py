@@ -9,66 +9,70 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from qlora_dist.data.arrow_files import read_parquet
-from qlora_dist.data.csv_file import read_csv
-from qlora_dist.data.json_files import read_json, read_jsonl
+from qlora_dist.data.arrow_files import read_parquet_rows
+from qlora_dist.data.csv_file import read_csv_rows
+from qlora_dist.data.json_files import read_json_rows, read_jsonl_rows
 from qlora_dist.data.source_row import BadRow
-from qlora_dist.data.validate import Record, told
+from qlora_dist.data.validate import RawRow, format_exception_message
 from qlora_dist.errors import UserError
 
-_TEXT: dict[str, Callable[[str, BinaryIO], Iterator[Record | BadRow]]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".json": read_json,
-    ".csv": read_csv,
+_TEXT_READERS: dict[str, Callable[[str, BinaryIO], Iterator[RawRow | BadRow]]] = {
+    ".jsonl": read_jsonl_rows,
+    ".ndjson": read_jsonl_rows,
+    ".json": read_json_rows,
+    ".csv": read_csv_rows,
 }
-KNOWN = ".jsonl, .json, .csv (each also with .gz) or .parquet"
+DATA_FILE_TYPES = ".jsonl, .json, .csv (each also with .gz) or .parquet"
 
 
-def suffix(path: Path) -> str | None:
+def data_file_type(path: Path) -> str | None:
     """The type of a file, '.jsonl' for 'a.JSONL.gz' as well; None: not known."""
     name = path.name.lower()
-    known = (".parquet", *_TEXT)
-    return next((end for end in known if name.endswith(end) or (end in _TEXT and name.endswith(f"{end}.gz"))), None)
+    known = (".parquet", *_TEXT_READERS)
+    return next(
+        (end for end in known if name.endswith(end) or (end in _TEXT_READERS and name.endswith(f"{end}.gz"))), None
+    )
 
 
-def read_file(path: Path) -> Iterator[Record | BadRow]:
+def read_data_file(path: Path) -> Iterator[RawRow | BadRow]:
     """The rows of a file.
 
     Raises:
         UserError: the file as a whole cannot be read.
     """
-    kind = suffix(path)
+    kind = data_file_type(path)
     if kind is None:
-        raise UserError(f"{path}: {_unread(path)}")
+        raise UserError(f"{path}: {_unsupported_file_reason(path)}")
     if kind == ".parquet":
-        yield from read_parquet(path)
+        yield from read_parquet_rows(path)
         return
     try:
         with _open(path) as file:
-            yield from _TEXT[kind](str(path), file)
+            yield from _TEXT_READERS[kind](str(path), file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: no gzip file, or damaged or cut off ({told(error)}); get it anew") from None
+        raise UserError(
+            f"{path}: no gzip file, or damaged or cut off ({format_exception_message(error)}); get it anew"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a file that can") from None
 
 
-_PACKED = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".7z", ".br")
-_TEXTS = (".txt", ".md", ".html")
+_ARCHIVE_SUFFIXES = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".7z", ".br")
+_PLAIN_TEXT_SUFFIXES = (".txt", ".md", ".html")
 
 
-def _unread(path: Path) -> str:
+def _unsupported_file_reason(path: Path) -> str:
     """Say what to do with a file that is not read."""
     name = path.name.lower()
-    if name.endswith(_PACKED):
+    if name.endswith(_ARCHIVE_SUFFIXES):
         return f"files that are packed as {path.suffix} are not read; unpack it, or pack it with gzip"
-    if name.endswith(_TEXTS):
+    if name.endswith(_PLAIN_TEXT_SUFFIXES):
         return 'plain text has no rows; write each document as {"text": ...} on a line of a .jsonl file'
     if name.endswith((".tsv", ".tab")):
         return "cells that tabs separate are not read; write them with commas, as .csv"
     if name.endswith((".arrow", ".feather")):
         return "a single Arrow file is not read; give the folder that `save_to_disk` wrote, or write Parquet"
-    return f"not known from its ending what the file is; rename it to end in {KNOWN}"
+    return f"not known from its ending what the file is; rename it to end in {DATA_FILE_TYPES}"
 
 
 def _open(path: Path) -> BinaryIO:

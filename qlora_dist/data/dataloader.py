@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from qlora_dist.data.collate import EMPTY, NOTHING, Batch, Rows
-from qlora_dist.data.shuffle import epoch_at, epoch_order, grouped_by_length, rows_before, rows_of_epochs
+from qlora_dist.data.collate import EMPTY_ROW, PADDING_ROW, Batch, PackedDataset
+from qlora_dist.data.shuffle import epoch_of_position, length_grouped_order, rows_before, rows_in_epochs, shuffled_epoch
 from qlora_dist.errors import UserError
 
 _SAMPLED_STEPS = 64
@@ -33,7 +33,7 @@ def gradient_accumulation(global_batch: int, micro_batch: int, world_size: int) 
     return global_batch // unit
 
 
-class Loader:
+class TrainDataLoader:
     """Training batches, endless unless the number of epochs is given.
 
     The order is one stream of row numbers (`order.py`); step s takes stream[s * global_batch : (s + 1) * global_batch].
@@ -45,7 +45,7 @@ class Loader:
 
     def __init__(
         self,
-        sources: Sequence[tuple[Rows, float]],
+        sources: Sequence[tuple[PackedDataset, float]],
         *,
         global_batch: int,
         micro_batch: int,
@@ -78,7 +78,7 @@ class Loader:
             raise UserError(
                 f"data.train: the weights leave {self.rows_per_epoch:.2g} rows to an epoch; raise one of them"
             )
-        self._end = None if epochs is None else rows_of_epochs(epochs, self._counts)
+        self._end = None if epochs is None else rows_in_epochs(epochs, self._counts)
         self.steps = None if self._end is None else -(-self._end // global_batch)
         """None: endless."""
         self._firsts = np.cumsum([0, *(len(rows) for rows, _ in sources)])
@@ -109,21 +109,21 @@ class Loader:
 
         Returns:
             int[global_batch], numbered through all sources. An end of an epoch may repeat one. Where the stream ends
-            within a step, `EMPTY` behind its last rows.
+            within a step, `PADDING_ROW` behind its last rows.
         """
         begin, end = step * self._global_batch, (step + 1) * self._global_batch
         last = end if self._end is None else min(end, self._end)
         parts = []
         position = begin
         while position < last:
-            epoch = epoch_at(position, self._counts)
+            epoch = epoch_of_position(position, self._counts)
             order, first = self._epoch(epoch), rows_before(epoch, self._counts)
             parts.append(order[position - first : last - first])
             position += len(parts[-1])
         rows = np.concatenate(parts)
         if not self._packed:
             rows = rows[np.argsort(-self._tokens[rows], kind="stable")]
-        return np.concatenate([rows, np.full(end - last, EMPTY, dtype=rows.dtype)])
+        return np.concatenate([rows, np.full(end - last, PADDING_ROW, dtype=rows.dtype)])
 
     def window(self, step: int) -> list[Batch]:
         """This rank's part of a step: `gradient_accumulation` batches, or fewer where the stream ends."""
@@ -141,7 +141,7 @@ class Loader:
         """Of a step's batches over all ranks, padding counted."""
         total = 0
         for micro in self._dealt(step).reshape(-1, self._micro_batch):
-            longest = int(np.where(micro == EMPTY, 0, self._tokens[micro]).max())
+            longest = int(np.where(micro == PADDING_ROW, 0, self._tokens[micro]).max())
             total += self.sources[0][0].length(longest) * len(micro)
         return total
 
@@ -156,34 +156,36 @@ class Loader:
 
     def _filled(self, step: int) -> npt.NDArray[np.integer]:
         indices = self.indices(step)
-        filled: npt.NDArray[np.bool_] = indices != EMPTY
+        filled: npt.NDArray[np.bool_] = indices != PADDING_ROW
         return indices[filled]
 
     def _dealt(self, step: int) -> npt.NDArray[np.integer]:
         """int[accumulation, rank, micro_batch]. What would be empty on all ranks is left out, by all of them."""
         dealt = self.indices(step).reshape(-1, self._world_size, self._micro_batch)
-        filled: npt.NDArray[np.bool_] = (dealt != EMPTY).any(axis=(1, 2))
+        filled: npt.NDArray[np.bool_] = (dealt != PADDING_ROW).any(axis=(1, 2))
         return dealt[filled]
 
     def _batch(self, indices: npt.NDArray[np.integer]) -> Batch:
         rows = []
         for index in indices.tolist():
             source = int(np.searchsorted(self._firsts, index, side="right")) - 1
-            rows.append(NOTHING if index == EMPTY else self.sources[source][0].row(index - int(self._firsts[source])))
+            rows.append(
+                EMPTY_ROW if index == PADDING_ROW else self.sources[source][0].row(index - int(self._firsts[source]))
+            )
         return self.sources[0][0].collate(rows)
 
     def _epoch(self, epoch: int) -> npt.NDArray[np.integer]:
         if epoch not in self._epochs:
-            order = epoch_order(epoch, self._counts, self._seed)
+            order = shuffled_epoch(epoch, self._counts, self._seed)
             if self._group_by_length:
                 position = rows_before(epoch, self._counts)
-                order = grouped_by_length(order, self._tokens, self._global_batch, position, epoch, self._seed)
+                order = length_grouped_order(order, self._tokens, self._global_batch, position, epoch, self._seed)
             # two of them: a step at an epoch's end is looked up several times
             self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1} | {epoch: order}
         return self._epochs[epoch]
 
 
-def eval_batches(rows: Rows, *, micro_batch: int, rank: int, world_size: int) -> list[Batch]:
+def eval_batches(rows: PackedDataset, *, micro_batch: int, rank: int, world_size: int) -> list[Batch]:
     """This rank's part of the whole data set, dealt out as [batch, rank, micro_batch]: in order, without packing the
     longest first.
 
@@ -193,6 +195,6 @@ def eval_batches(rows: Rows, *, micro_batch: int, rank: int, world_size: int) ->
     assert 0 <= rank < world_size
     unit = world_size * micro_batch
     batches = -(-len(rows) // unit)
-    dealt = np.full(batches * unit, EMPTY, dtype=np.int64)
+    dealt = np.full(batches * unit, PADDING_ROW, dtype=np.int64)
     dealt[: len(rows)] = np.arange(len(rows)) if rows.packed else np.argsort(-rows.tokens, kind="stable")
     return [rows.batch(micro) for micro in dealt.reshape(batches, world_size, micro_batch)[:, rank]]

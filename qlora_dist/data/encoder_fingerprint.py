@@ -15,7 +15,7 @@ ENCODER_VERSION = 2
 """Raise it with every change of the code that changes tokens or masks: what has been cached is then made anew."""
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase, template: Any, mask: str, multi_turn: str) -> str:
+def encoder_fingerprint(tokenizer: PreTrainedTokenizerBase, template: Any, mask: str, multi_turn: str) -> str:
     """SHA-256 in hex.
 
     Args:

@@ -10,34 +10,34 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-MANIFEST = "entry.json"
+ENTRY_MANIFEST_FILE = "entry.json"
 """The file that holds the size of every other file of the entry."""
-SUMS = "sums.json"
+ENTRY_CHECKSUMS_FILE = "sums.json"
 """The file that holds the SHA-256 of the files beside it. An entry of an earlier version has none: its sizes count."""
 _BLOCK_BYTES = 2**20
-_VALID_S = 600.0
+_VERIFICATION_VALID_S = 600.0
 """Seconds for which a check counts, as long as the files stay as they are: the ranks of a start need one in all."""
 
 
-def write_manifest(folder: Path) -> list[Path]:
+def write_entry_manifest(folder: Path) -> list[Path]:
     """Write sums and sizes of all files in `folder`, and return these two files last."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
-    (folder / SUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-    files.append(folder / SUMS)
+    sums = {path.relative_to(folder).as_posix(): sha256_hexdigest(path) for path in files}
+    (folder / ENTRY_CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+    files.append(folder / ENTRY_CHECKSUMS_FILE)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    (folder / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-    return [*files, folder / MANIFEST]
+    (folder / ENTRY_MANIFEST_FILE).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    return [*files, folder / ENTRY_MANIFEST_FILE]
 
 
-def is_complete(folder: Path) -> bool:
+def is_entry_complete(folder: Path) -> bool:
     """Whether the entry is there, with every file of the size it was written with."""
-    return states(folder) is not None
+    return entry_file_stats(folder) is not None
 
 
-def states(folder: Path) -> list[list[Any]] | None:
+def entry_file_stats(folder: Path) -> list[list[Any]] | None:
     """Name, size, inode and times of each file, which are other ones after any change; None: the entry is not whole."""
-    sizes = _strings_to(_read(folder / MANIFEST), int)
+    sizes = _strings_to(_read(folder / ENTRY_MANIFEST_FILE), int)
     found: list[list[Any]] = []
     for name, size in (sizes or {}).items():
         try:
@@ -50,39 +50,39 @@ def states(folder: Path) -> list[list[Any]] | None:
     return found or None
 
 
-def changed_file(folder: Path) -> str | None:
+def find_changed_file(folder: Path) -> str | None:
     """Return the name of a file whose content is not what was written; None: there is none."""
-    sizes = _strings_to(_read(folder / MANIFEST), int) or {}
-    if SUMS not in sizes:
+    sizes = _strings_to(_read(folder / ENTRY_MANIFEST_FILE), int) or {}
+    if ENTRY_CHECKSUMS_FILE not in sizes:
         return None
-    sums = _strings_to(_read(folder / SUMS), str) or {}
+    sums = _strings_to(_read(folder / ENTRY_CHECKSUMS_FILE), str) or {}
     for name in sizes:
-        if name != SUMS and (name not in sums or sha256_of(folder / name) != sums[name]):
+        if name != ENTRY_CHECKSUMS_FILE and (name not in sums or sha256_hexdigest(folder / name) != sums[name]):
             return name
     return None
 
 
-def note_check(folder: Path, note: Path) -> None:
+def record_verification(folder: Path, note: Path) -> None:
     """Write down in `note` that the entry has just been found whole."""
     partial = note.with_name(f"{note.name}.{os.getpid()}")
     with suppress(OSError):  # then the next process checks as well
         try:
-            partial.write_text(json.dumps(states(folder)), encoding="utf-8")
+            partial.write_text(json.dumps(entry_file_stats(folder)), encoding="utf-8")
             partial.rename(note)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def was_checked(folder: Path, note: Path) -> bool:
+def was_verified(folder: Path, note: Path) -> bool:
     """Whether a check lately found these very files whole."""
     try:
         age_s = time.time() - note.stat().st_mtime
     except OSError:
         return False
-    return abs(age_s) < _VALID_S and (now := states(folder)) is not None and _read(note) == now
+    return abs(age_s) < _VERIFICATION_VALID_S and (now := entry_file_stats(folder)) is not None and _read(note) == now
 
 
-def sha256_of(path: Path) -> str:
+def sha256_hexdigest(path: Path) -> str:
     """Read a file in blocks; other threads run meanwhile.
 
     Raises:

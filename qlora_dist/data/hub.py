@@ -6,23 +6,23 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 
-from qlora_dist.data.arrow_files import rows_of_batch
+from qlora_dist.data.arrow_files import record_batch_to_rows
 from qlora_dist.data.source_row import BadRow
-from qlora_dist.data.validate import Record, told
+from qlora_dist.data.validate import RawRow, format_exception_message
 from qlora_dist.errors import UserError
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _TIMEOUT_S = 10
-_ROWS = 64
+_ROWS_PER_BATCH = 64
 """Rows made into Python objects at a time."""
 
 
-def is_hub_name(name: str) -> bool:
+def is_hub_dataset_name(name: str) -> bool:
     """Whether it can be a data set's name ('owner/name', 'name')."""
     return _NAME.fullmatch(name) is not None
 
 
-class Unreachable(UserError):
+class HubUnreachableError(UserError):
     """The hub cannot be asked."""
 
     def __init__(self, name: str, reason: str) -> None:
@@ -33,11 +33,11 @@ class Unreachable(UserError):
         self.reason = reason
 
 
-def hub_revision(name: str) -> str:
+def fetch_hub_revision(name: str) -> str:
     """The commit at which a data set is now.
 
     Raises:
-        UserError: it isn't on the hub, or (`Unreachable`) the hub can't be reached; within seconds.
+        UserError: it isn't on the hub, or (`HubUnreachableError`) the hub can't be reached; within seconds.
     """
     from huggingface_hub import HfApi  # and not by way of `datasets`, which tries for half a minute
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -52,10 +52,12 @@ def hub_revision(name: str) -> str:
             "log in if the data set is private (hf auth login)"
         ) from None
     except Exception as error:  # the libraries below have dozens, of several families
-        raise Unreachable(name, told(error)) from None
+        raise HubUnreachableError(name, format_exception_message(error)) from None
 
 
-def read_hub(name: str, subset: str | None, split: str, revision: str | None = None) -> Iterator[Record | BadRow]:
+def read_hub_dataset(
+    name: str, subset: str | None, split: str, revision: str | None = None
+) -> Iterator[RawRow | BadRow]:
     """The rows of a data set on the hub. No code of the data set's is run: `datasets` no longer can.
 
     Args:
@@ -65,24 +67,24 @@ def read_hub(name: str, subset: str | None, split: str, revision: str | None = N
         revision: a commit; None: the newest.
 
     Raises:
-        UserError: as `hub_revision`; or there is no such split or subset; or the connection breaks.
+        UserError: as `fetch_hub_revision`; or there is no such split or subset; or the connection breaks.
     """
-    revision = revision or hub_revision(name)
+    revision = revision or fetch_hub_revision(name)
     import datasets  # seconds
 
     row = 0
     try:
         streamed = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
         for table in streamed.with_format("arrow").iter(
-            _ROWS
+            _ROWS_PER_BATCH
         ):  # as Arrow, because its types tell which nulls it filled
-            for fields in chain.from_iterable(map(rows_of_batch, table.to_batches())):
+            for fields in chain.from_iterable(map(record_batch_to_rows, table.to_batches())):
                 row += 1
                 place = f"{name}, row {row}"
                 yield BadRow(place, fields) if isinstance(fields, str) else (place, fields)
     except Exception as error:
         where = f"after row {row}" if row else f"with split: {split}" + (f", subset: {subset}" if subset else "")
         raise UserError(
-            f"{name}: cannot be read from the Hugging Face hub {where} ({told(error)}); correct that, or download the "
+            f"{name}: cannot be read from the Hugging Face hub {where} ({format_exception_message(error)}); correct that, or download the "
             "data set and give the folder"
         ) from None

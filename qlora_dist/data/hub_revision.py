@@ -11,20 +11,20 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_dist.data.cache import Say, prepared, remove
-from qlora_dist.data.hub import Unreachable, hub_revision
-from qlora_dist.data.strict_json import read_object
+from qlora_dist.data.cache import LogFn, get_or_create_entry, remove_entry
+from qlora_dist.data.hub import HubUnreachableError, fetch_hub_revision
+from qlora_dist.data.strict_json import load_json_object
 from qlora_dist.errors import UserError
 
-_WINDOW_S = 60
+_QUERY_INTERVAL_S = 60
 """Processes that ask within the same stretch of this length get one answer."""
-_KEPT = 10
+_KEPT_INTERVALS = 10
 """Stretches for which answers are kept: slow processes may still read them."""
-_STARTED = time.time()
+_PROCESS_START_S = time.time()
 _ANSWER = "answer.json"
 
 
-class Chosen(NamedTuple):
+class HubRevision(NamedTuple):
     """The revision whose rows a run uses."""
 
     revision: str
@@ -32,7 +32,7 @@ class Chosen(NamedTuple):
     """The hub has named it. Else it is the one that was prepared last."""
 
 
-def choose_revision(name: str, cache: Path, key: str, say: Say) -> Chosen:
+def resolve_hub_revision(name: str, cache: Path, key: str, say: LogFn) -> HubRevision:
     """Return the data set's newest revision, or without a network the one that was prepared last.
 
     Args:
@@ -45,20 +45,20 @@ def choose_revision(name: str, cache: Path, key: str, say: Say) -> Chosen:
         UserError: the hub has no such data set or does not give access, or it cannot be reached and nothing was
             prepared.
     """
-    revision, reason = ask_revision(name, cache, say)
+    revision, reason = query_hub_revision(name, cache, say)
     if revision is not None:
-        return Chosen(revision, True)
-    revision = remembered(cache, key)
+        return HubRevision(revision, True)
+    revision = last_prepared_revision(cache, key)
     if revision is None:
-        raise not_prepared(name, reason)
+        raise unprepared_dataset_error(name, reason)
     say(
         f"{name}: the Hugging Face hub can't be asked ({reason}); the rows of revision {revision[:12]} are used, which "
         "were prepared before"
     )
-    return Chosen(revision, False)
+    return HubRevision(revision, False)
 
 
-def not_prepared(name: str, reason: str) -> UserError:
+def unprepared_dataset_error(name: str, reason: str) -> UserError:
     """Return the refusal of a data set that is neither reachable nor in the cache."""
     return UserError(
         f"{name}: no such file or folder here, and the Hugging Face hub can't be asked ({reason}); correct the path, "
@@ -67,7 +67,7 @@ def not_prepared(name: str, reason: str) -> UserError:
     )
 
 
-def ask_revision(name: str, cache: Path, say: Say) -> tuple[str | None, str]:
+def query_hub_revision(name: str, cache: Path, say: LogFn) -> tuple[str | None, str]:
     """Return the data set's revision; or None, and why the hub cannot be reached.
 
     All processes that share the cache and ask within a minute make one request together.
@@ -76,38 +76,38 @@ def ask_revision(name: str, cache: Path, say: Say) -> tuple[str | None, str]:
         UserError: the hub has no such data set, or it does not give access.
     """
     if cache.exists() and not os.access(cache, os.W_OK):  # what lies in it may still be used
-        return _ask(name)
-    stretch = int(time.time() // _WINDOW_S)
+        return _try_fetch_revision(name)
+    stretch = int(time.time() // _QUERY_INTERVAL_S)
     prefix = hashlib.sha256(name.encode()).hexdigest()
     folder = cache / "hub" / f"{prefix}-{stretch}"
 
     def make(partial: Path) -> None:
-        revision, reason = _ask(name)
+        revision, reason = _try_fetch_revision(name)
         answer = {"name": name, "revision": revision, "unreachable": reason, "time": time.time()}
         (partial / _ANSWER).write_text(json.dumps(answer) + "\n", encoding="utf-8")
         for old in folder.parent.glob(f"{prefix}-*"):
             number = old.name.removeprefix(f"{prefix}-")
-            if number.isdigit() and int(number) < stretch - _KEPT:
-                remove(old)
+            if number.isdigit() and int(number) < stretch - _KEPT_INTERVALS:
+                remove_entry(old)
 
-    prepared(folder, make, say)
-    answer = read_object(folder / _ANSWER)
-    if answer.get("revision") is None and answer.get("time", 0) < _STARTED:  # the network may be back since
-        return _ask(name)
+    get_or_create_entry(folder, make, say)
+    answer = load_json_object(folder / _ANSWER)
+    if answer.get("revision") is None and answer.get("time", 0) < _PROCESS_START_S:  # the network may be back since
+        return _try_fetch_revision(name)
     return answer.get("revision"), str(answer.get("unreachable", ""))
 
 
-def remembered(cache: Path, key: str) -> str | None:
+def last_prepared_revision(cache: Path, key: str) -> str | None:
     """Return the revision whose rows were prepared last under this key; None: none was."""
-    revision = read_object(_memory(cache, key)).get("revision")
+    revision = load_json_object(_revision_path(cache, key)).get("revision")
     return revision if isinstance(revision, str) else None
 
 
-def remember(cache: Path, key: str, name: str, revision: str) -> None:
+def record_prepared_revision(cache: Path, key: str, name: str, revision: str) -> None:
     """Note which revision has been prepared. A cache that cannot be written stays as it is."""
-    if remembered(cache, key) == revision:
+    if last_prepared_revision(cache, key) == revision:
         return
-    path = _memory(cache, key)
+    path = _revision_path(cache, key)
     written = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,12 +115,12 @@ def remember(cache: Path, key: str, name: str, revision: str) -> None:
         written.replace(path)
 
 
-def _memory(cache: Path, key: str) -> Path:
+def _revision_path(cache: Path, key: str) -> Path:
     return cache / "hub" / f"{key}.json"
 
 
-def _ask(name: str) -> tuple[str | None, str]:
+def _try_fetch_revision(name: str) -> tuple[str | None, str]:
     try:
-        return hub_revision(name), ""
-    except Unreachable as error:
+        return fetch_hub_revision(name), ""
+    except HubUnreachableError as error:
         return None, error.reason

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError
 
-from qlora_dist.data.chat_renderer import Renderer
-from qlora_dist.data.chat_template import read_template
-from qlora_dist.data.strict_json import read_object
-from qlora_dist.data.template_probe import Refused
+from qlora_dist.data.chat_renderer import ChatRenderer
+from qlora_dist.data.chat_template import read_chat_template
+from qlora_dist.data.strict_json import load_json_object
+from qlora_dist.data.template_probe import UnsupportedConversationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ _ANSWER = "answer"
 
 
 @dataclass(frozen=True)
-class ServedTokenizer:
+class InferenceTokenizer:
     """A tokenizer with the chat template and the end tokens of training, ready to be saved."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,7 +41,9 @@ class ServedTokenizer:
             (out / _GENERATION).write_text(json.dumps(self.generation, indent=2) + "\n", encoding="utf-8")
 
 
-def served_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, base: Path) -> ServedTokenizer:
+def make_inference_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, base: Path
+) -> InferenceTokenizer:
     """Give the tokenizer, which is changed, the chat template and the end token that training uses.
 
     Where `data.chat_template` ends turns with another token than the tokenizer's end-of-sequence token, that token
@@ -53,22 +55,22 @@ def served_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         base: folder of the base, for the end tokens that it names.
     """
     if chat_template is not None:
-        tokenizer.chat_template = read_template(chat_template, tokenizer)
-    template = default_template(tokenizer)
+        tokenizer.chat_template = read_chat_template(chat_template, tokenizer)
+    template = default_chat_template(tokenizer)
     end = None
     if template is not None:
         with contextlib.suppress(TemplateSyntaxError):  # conversations refuse it, and other rows need none
-            end = end_token(tokenizer, Renderer(template, tokenizer.special_tokens_map))
+            end = end_of_turn_token_id(tokenizer, ChatRenderer(template, tokenizer.special_tokens_map))
     if end is not None and chat_template is not None and "eos_token" not in (template or ""):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    generation = read_object(base / _GENERATION)
-    ends = _ids(generation.get("eos_token_id")) or _config_ends(read_object(base / "config.json"))
+    generation = load_json_object(base / _GENERATION)
+    ends = _ids(generation.get("eos_token_id")) or _config_ends(load_json_object(base / "config.json"))
     if end is not None and end not in ends:
         ends = [end, *ends]
-    return ServedTokenizer(tokenizer, generation | ({"eos_token_id": ends} if ends else {}))
+    return InferenceTokenizer(tokenizer, generation | ({"eos_token_id": ends} if ends else {}))
 
 
-def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the tokenizer's chat template for conversations without tools; None: it has none."""
     try:
         template: str = tokenizer.get_chat_template()
@@ -77,12 +79,12 @@ def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return template
 
 
-def end_token(tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> int | None:
+def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase, renderer: ChatRenderer) -> int | None:
     """Return the token that the template writes behind an answer; None: text, or nothing, ends the turn."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
         behind = renderer.text(messages, None).rpartition(_ANSWER)[2]
-    except Refused:
+    except UnsupportedConversationError:
         return None
     ids = tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"]
     return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None

@@ -9,51 +9,57 @@ from json import JSONDecodeError
 from typing import Any, BinaryIO
 
 from qlora_dist.data.source_row import BadRow
-from qlora_dist.data.strict_json import DECODER, LENIENT, NoNumberError, parse, reason
-from qlora_dist.data.validate import Record, kind
+from qlora_dist.data.strict_json import (
+    LENIENT_JSON_DECODER,
+    STRICT_JSON_DECODER,
+    NonFiniteNumberError,
+    json_error_reason,
+    parse_json,
+)
+from qlora_dist.data.validate import RawRow, json_type_name
 from qlora_dist.errors import UserError
 
-LONGEST_ROW = 16 << 20
+MAX_ROW_SIZE = 16 << 20
 """Bytes of a line, and characters of a row in a JSON array. No conversation is that long; a file without line feeds
 is."""
-TOO_LONG = f"longer than {LONGEST_ROW >> 20} MiB; cut it, or put each row in a line of its own"
+ROW_TOO_LONG_REASON = f"longer than {MAX_ROW_SIZE >> 20} MiB; cut it, or put each row in a line of its own"
 
-_PIECE = 1 << 18
+_BLOCK_BYTES = 1 << 18
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of each line; of one that is too long, its first LONGEST_ROW + 1 bytes."""
     number = 0
-    while line := file.readline(LONGEST_ROW + 1):
+    while line := file.readline(MAX_ROW_SIZE + 1):
         number += 1
-        if len(line) > LONGEST_ROW:
+        if len(line) > MAX_ROW_SIZE:
             rest = line
             while rest and not rest.endswith(b"\n"):
-                rest = file.readline(_PIECE)
+                rest = file.readline(_BLOCK_BYTES)
         yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def not_utf8(error: UnicodeDecodeError, before: int = 0) -> str:
+def format_utf8_error(error: UnicodeDecodeError, before: int = 0) -> str:
     """The complaint about a byte, `before` bytes after what is meant by its position."""
     byte = error.object[error.start]
     return f"not UTF-8 (byte {byte:#04x} at position {before + error.start + 1}); save the file as UTF-8"
 
 
-def read_jsonl(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
+def read_jsonl_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
     """One object per line; blank lines are skipped and counted."""
-    for number, line in lines(file):
+    for number, line in read_lines(file):
         if line.isspace():
             continue
         place = f"{name}, line {number}"
-        if len(line) > LONGEST_ROW:
-            yield BadRow(place, f"the line is {TOO_LONG}")
+        if len(line) > MAX_ROW_SIZE:
+            yield BadRow(place, f"the line is {ROW_TOO_LONG_REASON}")
             continue
         try:
-            tree = parse(line.rstrip().decode("utf-8"))  # or a string cut off would be one with a line feed in it
+            tree = parse_json(line.rstrip().decode("utf-8"))  # or a string cut off would be one with a line feed in it
         except UnicodeDecodeError as error:
-            yield BadRow(place, not_utf8(error))
-        except NoNumberError as error:
+            yield BadRow(place, format_utf8_error(error))
+        except NonFiniteNumberError as error:
             yield BadRow(place, f"not valid JSON: {error}; write null there, or take the field out")
         except ValueError as error:
             yield BadRow(place, f"not valid JSON ({error}); write one complete JSON object per line")
@@ -61,7 +67,7 @@ def read_jsonl(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
             yield _record(tree, place, "write one JSON object per line, or call a file of one array .json")
 
 
-def read_json(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
+def read_json_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
     """One array of objects, or one object, which is a row or holds rows under names, or in truth JSONL.
 
     An array is read in pieces, an object whole.
@@ -69,56 +75,56 @@ def read_json(name: str, file: BinaryIO) -> Iterator[Record | BadRow]:
     Raises:
         UserError: what cannot be blamed on one row, such as a bracket that is missing.
     """
-    if file.read(_PIECE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    if file.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         file.seek(0)
-        yield from _array(name, _pieces(name, file))
+        yield from _array(name, _decode_blocks(name, file))
         return
     file.seek(0)
-    filled = (line for _, line in lines(file) if not line.isspace())
+    filled = (line for _, line in read_lines(file) if not line.isspace())
     first, second = next(filled, b""), next(filled, b"")
     file.seek(0)
     if second and _is_object(first):
-        yield from read_jsonl(name, file)
+        yield from read_jsonl_rows(name, file)
     elif first:
-        yield from _object(name, "".join(_pieces(name, file)))
+        yield from _object(name, "".join(_decode_blocks(name, file)))
 
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(parse(line.decode("utf-8")), dict)
+        return isinstance(parse_json(line.decode("utf-8")), dict)
     except ValueError:
         return False
 
 
-def _object(name: str, text: str) -> Iterator[Record | BadRow]:
+def _object(name: str, text: str) -> Iterator[RawRow | BadRow]:
     try:
-        tree = parse(text)
+        tree = parse_json(text)
     except ValueError as error:
         raise UserError(f"{name}: not valid JSON ({error}); write one array of objects") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{name}: holds {kind(tree)}; write one array of objects")
+        raise UserError(f"{name}: holds {json_type_name(tree)}; write one array of objects")
     children = list(tree.values())
     rows = children if children and all(isinstance(child, dict) for child in children) else [tree]
     for number, row in enumerate(rows, start=1):
         yield f"{name}, row {number}", row
 
 
-def _pieces(name: str, file: BinaryIO) -> Iterator[str]:
+def _decode_blocks(name: str, file: BinaryIO) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     done = 0
     while True:
-        piece = file.read(_PIECE)
+        piece = file.read(_BLOCK_BYTES)
         done += len(piece)
         try:
             yield decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
-            raise UserError(f"{name}: {not_utf8(error, done - len(error.object))}") from None
+            raise UserError(f"{name}: {format_utf8_error(error, done - len(error.object))}") from None
         if not piece:
             return
 
 
-def _array(name: str, pieces: Iterator[str]) -> Iterator[Record | BadRow]:
-    window = _Window(pieces)
+def _array(name: str, pieces: Iterator[str]) -> Iterator[RawRow | BadRow]:
+    window = _JSONCursor(pieces)
     window.take("[")
     row = 0
     closed = window.take("]")
@@ -137,7 +143,7 @@ def _array(name: str, pieces: Iterator[str]) -> Iterator[Record | BadRow]:
         raise UserError(f"{name}: something follows the array of {row} rows; write one array of objects")
 
 
-class _Window:
+class _JSONCursor:
     """What has been read of a text and not yet been used: `text` from `at` on."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
@@ -170,11 +176,11 @@ class _Window:
                     self._at = end
                     return value, problem
             except (JSONDecodeError, RecursionError) as error:
-                if len(self._text) - self._at > LONGEST_ROW:
-                    raise UserError(f"{place}: not valid JSON, or {TOO_LONG}") from None
+                if len(self._text) - self._at > MAX_ROW_SIZE:
+                    raise UserError(f"{place}: not valid JSON, or {ROW_TOO_LONG_REASON}") from None
                 if isinstance(error, RecursionError) or not self._more():
                     raise UserError(
-                        f"{place}: not valid JSON ({reason(error, self._at)}), or the file was cut off; "
+                        f"{place}: not valid JSON ({json_error_reason(error, self._at)}), or the file was cut off; "
                         "write one array of objects"
                     ) from None
 
@@ -191,23 +197,29 @@ class _Window:
 
 def _decode(text: str, start: int) -> tuple[Any, str | None, int]:
     try:
-        value, end = DECODER.raw_decode(text, start)
+        value, end = STRICT_JSON_DECODER.raw_decode(text, start)
     except JSONDecodeError:
         raise
     except ValueError as error:
-        end = LENIENT.raw_decode(text, start)[1]
-        problem = _problem(text[start:end]) if isinstance(error, NoNumberError) else reason(error)
+        end = LENIENT_JSON_DECODER.raw_decode(text, start)[1]
+        problem = (
+            _invalid_value_reason(text[start:end])
+            if isinstance(error, NonFiniteNumberError)
+            else json_error_reason(error)
+        )
         return None, problem, end
     return value, None, end
 
 
-def _problem(text: str) -> str:
+def _invalid_value_reason(text: str) -> str:
     try:
-        parse(text)
+        parse_json(text)
     except ValueError as error:
         return str(error)
     raise AssertionError("the value was refused before")
 
 
-def _record(tree: Any, place: str, remedy: str) -> Record | BadRow:
-    return (place, tree) if isinstance(tree, dict) else BadRow(place, f"{kind(tree)}, not an object; {remedy}")
+def _record(tree: Any, place: str, remedy: str) -> RawRow | BadRow:
+    return (
+        (place, tree) if isinstance(tree, dict) else BadRow(place, f"{json_type_name(tree)}, not an object; {remedy}")
+    )

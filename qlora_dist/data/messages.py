@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 from qlora_dist.data.source_row import Message
-from qlora_dist.data.strict_json import parse
-from qlora_dist.data.validate import Unusable, check_tree, filled, has_utf8, kind, listed, quoted, string
+from qlora_dist.data.strict_json import parse_json
+from qlora_dist.data.validate import (
+    InvalidRowError,
+    check_json_value,
+    is_valid_utf8,
+    join_names,
+    json_type_name,
+    quote,
+    require_nonempty_str,
+    require_str,
+)
 
 
-def conversation(value: Any, field: str, trained: bool | None = None) -> list[Message]:
+def parse_messages(value: Any, field: str, trained: bool | None = None) -> list[Message]:
     """The messages of a list.
 
     Args:
@@ -20,16 +29,18 @@ def conversation(value: Any, field: str, trained: bool | None = None) -> list[Me
     Raises:
         Unusable: naming the message by its number, from 1.
     """
-    value = decoded(value, f"`{field}`")
+    value = decode_json_field(value, f"`{field}`")
     if not isinstance(value, list):
-        raise Unusable(f"`{field}` is {kind(value)}; write a list of objects with `role` and `content`")
+        raise InvalidRowError(
+            f"`{field}` is {json_type_name(value)}; write a list of objects with `role` and `content`"
+        )
     if not value:
-        raise Unusable(f"`{field}` is empty; add a message or take the row out")
+        raise InvalidRowError(f"`{field}` is empty; add a message or take the row out")
     where = "message" if field == "messages" else f"`{field}`: message"
-    return [message(item, f"{where} {number}", trained) for number, item in enumerate(value, start=1)]
+    return [parse_message(item, f"{where} {number}", trained) for number, item in enumerate(value, start=1)]
 
 
-def message(item: Any, where: str, trained: bool | None = None) -> Message:
+def parse_message(item: Any, where: str, trained: bool | None = None) -> Message:
     """One message: `content` is text, `tool_calls` hold objects, `train` is a boolean, and nothing is null.
 
     Raises:
@@ -38,29 +49,29 @@ def message(item: Any, where: str, trained: bool | None = None) -> Message:
     if trained is None and _is_plain(item):
         return item
     if not isinstance(item, dict):
-        raise Unusable(f"{where} is {kind(item)}; write an object with `role` and `content`")
+        raise InvalidRowError(f"{where} is {json_type_name(item)}; write an object with `role` and `content`")
     # Parquet gives every message all fields; a null is none, but templates ask `is defined`
     made = {name: value for name, value in item.items() if value is not None}
     if "role" not in item:
-        raise _lacks("role", where)
-    role = string(item["role"], f"{where}: `role`")
-    calls = decoded(made.pop("tool_calls", None), f"{where}: `tool_calls`")
+        raise _missing_field_error("role", where)
+    role = require_str(item["role"], f"{where}: `role`")
+    calls = decode_json_field(made.pop("tool_calls", None), f"{where}: `tool_calls`")
     if calls:
         made["tool_calls"] = _tool_calls(calls, where)
-    trained = _trained(made, where, trained)
+    trained = _pop_train_flag(made, where, trained)
     if trained is not None:
         made["train"] = trained
     if "content" in made or not (calls or "function_call" in made):
         if "content" not in item:
-            raise _lacks("content", where)
+            raise _missing_field_error("content", where)
         content = made["content"] = _content(item["content"], f"{where}: `content`")
         if role == "assistant" and not calls and trained is not False and not content.strip():
-            raise Unusable(f"{where}: the assistant says nothing; give it `content`, or `train`: false")
-    if made.keys() - _CHECKED:
+            raise InvalidRowError(f"{where}: the assistant says nothing; give it `content`, or `train`: false")
+    if made.keys() - _CHECKED_FIELDS:
         for name, value in made.items():
-            string(name, f"{where}: a name")
-            if name not in _CHECKED and isinstance(value, str | list | dict):
-                check_tree(value, f"{where}: {quoted(name)}")
+            require_str(name, f"{where}: a name")
+            if name not in _CHECKED_FIELDS and isinstance(value, str | list | dict):
+                check_json_value(value, f"{where}: {quote(name)}")
     return made
 
 
@@ -69,131 +80,141 @@ def _is_plain(item: Any) -> TypeGuard[Message]:
     if type(item) is not dict or len(item) != 2:
         return False
     role, content = item.get("role"), item.get("content")
-    if type(role) is not str or type(content) is not str or not has_utf8(role) or not has_utf8(content):
+    if type(role) is not str or type(content) is not str or not is_valid_utf8(role) or not is_valid_utf8(content):
         return False
     return role != "assistant" or (content != "" and not content.isspace())
 
 
-_CHECKED = {"role", "content", "tool_calls", "train"}
+_CHECKED_FIELDS = {"role", "content", "tool_calls", "train"}
 
 
-def _lacks(field: str, where: str) -> Unusable:
-    return Unusable(f"{where} has no `{field}`; give each message a `role` and a `content`")
+def _missing_field_error(field: str, where: str) -> InvalidRowError:
+    return InvalidRowError(f"{where} has no `{field}`; give each message a `role` and a `content`")
 
 
 def _content(value: Any, where: str) -> str:
     if not isinstance(value, list):
-        return string(value, where)
+        return require_str(value, where)
     texts = []
     for number, part in enumerate(value, start=1):
         if not isinstance(part, dict) or part.get("type") != "text":
             what = part.get("type") if isinstance(part, dict) else None
-            what = f"of the type {quoted(what)}" if isinstance(what, str) else "no object with a `type`"
-            raise Unusable(f'{where}: part {number} is {what}; only parts of {{"type": "text", "text": ...}} are read')
-        name = next((name for name in _TEXT_OF_PART if name in part), None)
+            what = f"of the type {quote(what)}" if isinstance(what, str) else "no object with a `type`"
+            raise InvalidRowError(
+                f'{where}: part {number} is {what}; only parts of {{"type": "text", "text": ...}} are read'
+            )
+        name = next((name for name in _TEXT_PART_FIELDS if name in part), None)
         if name is None:
-            raise Unusable(f'{where}: part {number} has no `text`; write {{"type": "text", "text": ...}}')
-        texts.append(string(part[name], f"{where}: part {number}: `{name}`"))
+            raise InvalidRowError(f'{where}: part {number} has no `text`; write {{"type": "text", "text": ...}}')
+        texts.append(require_str(part[name], f"{where}: part {number}: `{name}`"))
     return "".join(texts)
 
 
-_TEXT_OF_PART = ("text", "value")
+_TEXT_PART_FIELDS = ("text", "value")
 """Names of a part's text: OpenAI's, and LLaMA-Factory's."""
 
-_FLAGS = ("loss_weight", "loss", "training")
+_TRAIN_FLAG_ALIASES = ("loss_weight", "loss", "training")
 """Names that LLaMA-Factory, ms-swift and axolotl have for `train`."""
-_UNREAD_FLAGS = ("mask", "masked", "loss_mask", "loss_scale", "train_detail", "training_detail")
+_UNSUPPORTED_TRAIN_FLAGS = ("mask", "masked", "loss_mask", "loss_scale", "train_detail", "training_detail")
 """Fields by which others mask a message or a part of it."""
 
 
-def _trained(made: Message, where: str, default: bool | None) -> bool | None:
+def _pop_train_flag(made: Message, where: str, default: bool | None) -> bool | None:
     """Take whatever says whether the message is trained out of it; `train` wins, then `weight`."""
     weight, train = made.pop("weight", None), made.pop("train", None)
-    others = {name: _flag(made.pop(name), f"{where}: `{name}`") for name in _FLAGS if name in made}
-    unread = next((name for name in _UNREAD_FLAGS if name in made), None)
+    others = {name: _flag(made.pop(name), f"{where}: `{name}`") for name in _TRAIN_FLAG_ALIASES if name in made}
+    unread = next((name for name in _UNSUPPORTED_TRAIN_FLAGS if name in made), None)
     if unread is not None:
-        raise Unusable(
+        raise InvalidRowError(
             f"{where} has a `{unread}`, which is not read; write `train`: true or false, for a whole message"
         )
     if train is not None:
         if not isinstance(train, bool):
-            raise Unusable(f"{where}: `train` is {kind(train)}; write true or false")
+            raise InvalidRowError(f"{where}: `train` is {json_type_name(train)}; write true or false")
         return train
     if weight is None:
         if len(set(others.values())) > 1:
-            raise Unusable(f"{where}: {listed(others)} contradict each other; keep one of them")
+            raise InvalidRowError(f"{where}: {join_names(others)} contradict each other; keep one of them")
         return next(iter(others.values()), default)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise Unusable(f"{where}: `weight` is {kind(weight)}; write 0 or 1")
+        raise InvalidRowError(f"{where}: `weight` is {json_type_name(weight)}; write 0 or 1")
     if weight not in (0, 1):
-        raise Unusable(f"{where}: `weight` is neither 0 nor 1; write one of them")
+        raise InvalidRowError(f"{where}: `weight` is neither 0 nor 1; write one of them")
     return bool(weight)
 
 
 def _flag(value: Any, where: str) -> bool:
     if not isinstance(value, bool | int | float):
-        raise Unusable(f"{where} is {kind(value)}; write true or false")
+        raise InvalidRowError(f"{where} is {json_type_name(value)}; write true or false")
     if value not in (0, 1):
-        raise Unusable(f"{where} is neither 0 nor 1; write one of them, because a message is trained or it is not")
+        raise InvalidRowError(
+            f"{where} is neither 0 nor 1; write one of them, because a message is trained or it is not"
+        )
     return bool(value)
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        raise Unusable(f"{where}: `tool_calls` is {kind(value)}; write a list of objects with `function`")
-    return [tool_call(call, f"{where}: tool call {number}") for number, call in enumerate(value, start=1)]
+        raise InvalidRowError(
+            f"{where}: `tool_calls` is {json_type_name(value)}; write a list of objects with `function`"
+        )
+    return [parse_tool_call(call, f"{where}: tool call {number}") for number, call in enumerate(value, start=1)]
 
 
-def tool_call(value: Any, where: str) -> dict[str, Any]:
+def parse_tool_call(value: Any, where: str) -> dict[str, Any]:
     """A call with its `function`, whose `arguments` are an object: OpenAI writes a string, templates write JSON anew.
 
     Raises:
         Unusable: it cannot be made so.
     """
     if not isinstance(value, dict):
-        raise Unusable(f"{where} is {kind(value)}; write an object with `function`")
+        raise InvalidRowError(f"{where} is {json_type_name(value)}; write an object with `function`")
     made = {name: child for name, child in value.items() if child is not None}
     function = made.pop("function", None)
     if function is None:  # {"name": ..., "arguments": ...} alone, as some templates have it
         function = {name: made.pop(name) for name in ("name", "arguments") if name in made}
     if not isinstance(function, dict):
-        raise Unusable(f"{where}: `function` is {kind(function)}; write an object with `name` and `arguments`")
+        raise InvalidRowError(
+            f"{where}: `function` is {json_type_name(function)}; write an object with `name` and `arguments`"
+        )
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
-        arguments = json_value(arguments, f"{where}: `arguments`")
+        arguments = decode_json_text(arguments, f"{where}: `arguments`")
     if arguments is None or arguments == "":
         arguments = {}
     if not isinstance(arguments, dict):
-        raise Unusable(f"{where}: `arguments` is {kind(arguments)}; write an object, or one as JSON in a string")
+        raise InvalidRowError(
+            f"{where}: `arguments` is {json_type_name(arguments)}; write an object, or one as JSON in a string"
+        )
     function = function | {
-        "name": filled(function.get("name"), f"{where}: `name`"),
+        "name": require_nonempty_str(function.get("name"), f"{where}: `name`"),
         "arguments": arguments,
     }
     made = {"type": "function"} | made | {"function": function}
-    check_tree(made, where)
+    check_json_value(made, where)
     return made
 
 
-def tools(value: Any) -> list[dict[str, Any]] | None:
+def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     """The functions that may be called: a list of JSON schemas, or one as JSON in a string; none where it is empty.
 
     Raises:
         Unusable: it is something else.
     """
     if isinstance(value, str) and value.strip():
-        value = json_value(value, "`tools`")
+        value = decode_json_text(value, "`parse_tools`")
     if not value and (value is None or isinstance(value, str | list)):
         return None
     if not isinstance(value, list):
-        raise Unusable(f"`tools` is {kind(value)}; write a list of objects")
+        raise InvalidRowError(f"`parse_tools` is {json_type_name(value)}; write a list of objects")
     for number, tool in enumerate(value, start=1):
         if not isinstance(tool, dict):
-            raise Unusable(f"`tools`: item {number} is {kind(tool)}; write an object")
-        check_tree(tool, f"`tools`: item {number}")
+            raise InvalidRowError(f"`parse_tools`: item {number} is {json_type_name(tool)}; write an object")
+        check_json_value(tool, f"`parse_tools`: item {number}")
     return value
 
 
-def decoded(value: Any, where: str) -> Any:
+def decode_json_field(value: Any, where: str) -> Any:
     """Return the list or object that a text in JSON stands for, as in CSV or Parquet; another value as it is.
 
     Raises:
@@ -203,17 +224,17 @@ def decoded(value: Any, where: str) -> Any:
         return value
     text = value.strip()
     if text.startswith(("[", "{")):
-        return json_value(text, where)
+        return decode_json_text(text, where)
     return None if text in ("", "null") else value
 
 
-def json_value(text: str, where: str) -> Any:
+def decode_json_text(text: str, where: str) -> Any:
     """What a string holds that is JSON.
 
     Raises:
         Unusable: it holds none.
     """
     try:
-        return parse(text)
+        return parse_json(text)
     except ValueError as error:
-        raise Unusable(f"{where} is not valid JSON ({error}); correct it") from None
+        raise InvalidRowError(f"{where} is not valid JSON ({error}); correct it") from None

@@ -8,14 +8,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Packing = Literal["best-fit", "none"]
+PackingMethod = Literal["best-fit", "none"]
 
-WINDOW = 2**17
+PACKING_WINDOW = 2**17
 """Sequences that are packed at a time, so that a row's lie near each other in the data, and any number of them takes
 bounded memory. Windows of twice the size fill less than 0.1 % more."""
 
 
-class Packed(NamedTuple):
+class PackingResult(NamedTuple):
     """Sequences dealt out to rows."""
 
     order: npt.NDArray[np.int64]
@@ -24,7 +24,9 @@ class Packed(NamedTuple):
     """int64[rows + 1]: row i holds order[offsets[i]:offsets[i + 1]]."""
 
 
-def pack(lengths: npt.NDArray[np.integer], seq_len: int, method: Packing, window: int = WINDOW) -> Packed:
+def pack_sequences(
+    lengths: npt.NDArray[np.integer], seq_len: int, method: PackingMethod, window: int = PACKING_WINDOW
+) -> PackingResult:
     """Put sequences into rows of at most `seq_len` tokens.
 
     best-fit: in each window of the data, the longest sequence first (ties: lowest index first), each into the row that
@@ -42,13 +44,13 @@ def pack(lengths: npt.NDArray[np.integer], seq_len: int, method: Packing, window
     """
     assert not len(lengths) or (lengths.min() >= 1 and lengths.max() <= seq_len), "cut before they are packed"
     if method == "none":
-        return Packed(np.arange(len(lengths)), np.arange(len(lengths) + 1))
+        return PackingResult(np.arange(len(lengths)), np.arange(len(lengths) + 1))
     orders, counts = [np.empty(0, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
     for begin in range(0, len(lengths), window):
-        order, count = _by_row(_best_fit(lengths[begin : begin + window], seq_len))
+        order, count = _group_by_row(_best_fit(lengths[begin : begin + window], seq_len))
         orders.append(order + begin)
         counts.append(count)
-    return Packed(np.concatenate(orders), np.cumsum(np.concatenate(counts)))
+    return PackingResult(np.concatenate(orders), np.cumsum(np.concatenate(counts)))
 
 
 def _best_fit(lengths: npt.NDArray[np.integer], seq_len: int) -> npt.NDArray[np.int64]:
@@ -95,7 +97,7 @@ def _best_fit(lengths: npt.NDArray[np.integer], seq_len: int) -> npt.NDArray[np.
     return row_of
 
 
-def _by_row(row_of: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _group_by_row(row_of: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """The sequences row by row, rows in the order of their first sequence; and how many each row has."""
     order = np.argsort(row_of, kind="stable")
     counts = np.bincount(row_of)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qlora_dist.data.chat_renderer import Renderer, Span
+from qlora_dist.data.chat_renderer import CharSpan, ChatRenderer
 from qlora_dist.data.source_row import Message
-from qlora_dist.data.template_probe import Refused
-from qlora_dist.data.turn_spans import common_start, end_of_turn, need_prompt
+from qlora_dist.data.template_probe import UnsupportedConversationError
+from qlora_dist.data.turn_spans import common_prefix_length, find_turn_end, require_prompt
 
-_THOUGHTS = (
+_REASONING_TAGS = (
     ("<think>", "</think>"),
     ("<|channel>", "<channel|>"),
     ("[THINK]", "[/THINK]"),
@@ -19,24 +19,24 @@ _THOUGHTS = (
 """What opens and closes a thought in the templates of reasoning models."""
 
 
-class Answer(NamedTuple):
+class RenderedAnswer(NamedTuple):
     """One answer with its prompt."""
 
     prompt: str
     """What `apply_chat_template` gives inference to see before the answer."""
     text: str
     """What follows the prompt."""
-    spans: list[Span]
+    spans: list[CharSpan]
     """Trained characters of `text`, in ascending order."""
 
 
-def write_answers(
-    renderer: Renderer,
+def render_answers(
+    renderer: ChatRenderer,
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
     indices: Sequence[int],
     added_tokens: tuple[str, ...],
-) -> list[Answer]:
+) -> list[RenderedAnswer]:
     """Write each answer behind the prompt that inference would see. What comes after the answer plays no part.
 
     Args:
@@ -52,18 +52,18 @@ def write_answers(
     """
     others = [index for index in indices if messages[index]["role"] != "assistant"]
     if others:
-        raise Refused(
+        raise UnsupportedConversationError(
             f"message {others[0] + 1} is trained and is not the assistant's, which one row per answer cannot hold; "
             "take its `train` out, or give data.chat_template a template that does not rewrite history"
         )
-    return [_write_answer(renderer, messages[: index + 1], tools, added_tokens) for index in indices]
+    return [_render_answer(renderer, messages[: index + 1], tools, added_tokens) for index in indices]
 
 
-def _write_answer(
-    renderer: Renderer, messages: list[Message], tools: list[dict[str, Any]] | None, added_tokens: tuple[str, ...]
-) -> Answer:
+def _render_answer(
+    renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, added_tokens: tuple[str, ...]
+) -> RenderedAnswer:
     index = len(messages) - 1
-    need_prompt(index)
+    require_prompt(index)
     prompt = renderer.text(messages[:index], tools, prompting=True)
     text, marks = renderer.marks(messages, tools) if renderer.marked else (renderer.text(messages, tools), [])
     if text.startswith(prompt):
@@ -71,16 +71,16 @@ def _write_answer(
         spans = [(max(first, start) - start, last - start) for first, last in marks if last > start]
         answer = text[start:]
         if renderer.marked and not spans:
-            raise Refused(
+            raise UnsupportedConversationError(
                 f"the chat template marks nothing of message {index + 1} with {{% generation %}}; use another template"
             )
-        return Answer(prompt, answer, spans or [(0, end_of_turn(answer, len(answer), added_tokens))])
-    answer = _continue(renderer, messages, tools, prompt, text, added_tokens)
-    return Answer(prompt, answer, [(0, end_of_turn(answer, len(answer), added_tokens))])
+        return RenderedAnswer(prompt, answer, spans or [(0, find_turn_end(answer, len(answer), added_tokens))])
+    answer = _continue_from_prompt(renderer, messages, tools, prompt, text, added_tokens)
+    return RenderedAnswer(prompt, answer, [(0, find_turn_end(answer, len(answer), added_tokens))])
 
 
-def _continue(
-    renderer: Renderer,
+def _continue_from_prompt(
+    renderer: ChatRenderer,
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
     prompt: str,
@@ -94,47 +94,49 @@ def _continue(
     message before the answer is compared.
     """
     index = len(messages) - 1
-    asked, written = _behind_question(renderer, messages, tools, prompt, text)
-    start = _whole_tokens(asked, written, added_tokens)
+    asked, written = _text_after_question(renderer, messages, tools, prompt, text)
+    start = _common_prefix_of_whole_tokens(asked, written, added_tokens)
     opened, rest = asked[start:], written[start:]
     thought = opened.strip()
-    if not thought or any(thought.startswith(opening) and thought.endswith(closing) for opening, closing in _THOUGHTS):
+    if not thought or any(
+        thought.startswith(opening) and thought.endswith(closing) for opening, closing in _REASONING_TAGS
+    ):
         return rest  # the prompt has white space or an empty thought more, and the answer goes on from there
-    for opening, closing in _THOUGHTS:
+    for opening, closing in _REASONING_TAGS:
         if thought == opening:
-            return _thought_and_rest(messages[index], index, opened, rest, opening, closing)
-    raise Refused(
+            return _continue_open_reasoning(messages[index], index, opened, rest, opening, closing)
+    raise UnsupportedConversationError(
         f"the chat template's prompt for message {index + 1} ends with {opened[-60:]!r}, and the answer does not "
         "continue that; take a thought out of the answer that this template does not ask for, or give "
         "data.chat_template another template"
     )
 
 
-def _behind_question(
-    renderer: Renderer, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: str, text: str
+def _text_after_question(
+    renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: str, text: str
 ) -> tuple[str, str]:
     """Return what follows the last message before the answer: in the prompt, and where the answer is written."""
     question = messages[-2]
     content = question.get("content", "")
-    mark = unused_mark(prompt + text)
+    mark = unused_marker(prompt + text)
     if isinstance(content, str):
         marked = [*messages[:-2], {**question, "content": content + mark}]
-        before, asked = _parted(renderer.text(marked, tools, prompting=True), mark)
-        behind, written = _parted(renderer.text([*marked, messages[-1]], tools), mark)
+        before, asked = _text_after_marker(renderer.text(marked, tools, prompting=True), mark)
+        behind, written = _text_after_marker(renderer.text([*marked, messages[-1]], tools), mark)
         if before and behind and prompt.endswith(asked) and text.endswith(written):
             return asked, written
-    raise Refused(
+    raise UnsupportedConversationError(
         f"the chat template writes message {len(messages) - 1} otherwise once it is answered, so the answer cannot be "
         "told from the prompt; give data.chat_template another template"
     )
 
 
-def _parted(text: str, mark: str) -> tuple[bool, str]:
+def _text_after_marker(text: str, mark: str) -> tuple[bool, str]:
     """Whether the mark is there once, and what follows it."""
     return text.count(mark) == 1, text.partition(mark)[2]
 
 
-def unused_mark(text: str) -> str:
+def unused_marker(text: str) -> str:
     """Return a word that the text does not hold. Letters and digits survive a template's trimming and JSON."""
     number = 0
     while (mark := f"qzj{number}jzq") in text:
@@ -142,10 +144,10 @@ def unused_mark(text: str) -> str:
     return mark
 
 
-def _whole_tokens(one: str, other: str, added_tokens: tuple[str, ...]) -> int:
+def _common_prefix_of_whole_tokens(one: str, other: str, added_tokens: tuple[str, ...]) -> int:
     """Return the length of the common beginning of two texts, without a part of a special token."""
-    length = common_start(one, other)
-    tokens = {*added_tokens, *(tag for pair in _THOUGHTS for tag in pair)}
+    length = common_prefix_length(one, other)
+    tokens = {*added_tokens, *(tag for pair in _REASONING_TAGS for tag in pair)}
     starts = [
         start
         for token in tokens
@@ -155,7 +157,7 @@ def _whole_tokens(one: str, other: str, added_tokens: tuple[str, ...]) -> int:
     return min(starts, default=length)
 
 
-def _thought_and_rest(answer: Message, index: int, opened: str, rest: str, opening: str, closing: str) -> str:
+def _continue_open_reasoning(answer: Message, index: int, opened: str, rest: str, opening: str, closing: str) -> str:
     """Return the answer to a prompt that opens a thought.
 
     Where the template leaves the thought out of a conversation, it is taken from the content: inference generates it.
@@ -171,7 +173,7 @@ def _thought_and_rest(answer: Message, index: int, opened: str, rest: str, openi
         for kept in (words, words.strip()):
             if rest.startswith(kept):
                 return (said if kept == words else said.rstrip()) + rest[len(kept) :]
-    raise Refused(
+    raise UnsupportedConversationError(
         f"the chat template's prompt for message {index + 1} opens a thought ({opened!r}) and the answer holds none; "
         f"begin its `content` with {opening}...{closing}, which may be empty, or give data.chat_template a template "
         "that opens none"

@@ -12,28 +12,28 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from qlora_dist.config.schema import DataConfig, SourceConfig
-from qlora_dist.data.cache import NOTE, prepared, remove
-from qlora_dist.data.cache_key import file_states, source_key
-from qlora_dist.data.collate import Rows, build_rows
-from qlora_dist.data.hub_revision import choose_revision, not_prepared, remember
-from qlora_dist.data.row_encoder import Encoder
-from qlora_dist.data.row_fields import FieldNames
-from qlora_dist.data.source import read_rows, source_files
-from qlora_dist.data.tokenize import Stats, tokenize
+from qlora_dist.data.cache import PROGRESS_FILE, get_or_create_entry, remove_entry
+from qlora_dist.data.cache_key import source_cache_key, source_file_stats
+from qlora_dist.data.collate import PackedDataset, build_packed_dataset
+from qlora_dist.data.hub_revision import record_prepared_revision, resolve_hub_revision, unprepared_dataset_error
+from qlora_dist.data.row_encoder import RowEncoder
+from qlora_dist.data.row_fields import UnreadFields
+from qlora_dist.data.source import read_source_rows, source_files
+from qlora_dist.data.tokenize import TokenizeStats, tokenize_to_file
 from qlora_dist.data.tokenize_progress import RowProgress
-from qlora_dist.data.tokenized import Sequences
-from qlora_dist.data.tokenizer import padding_id
+from qlora_dist.data.tokenized import TokenizedSequences
+from qlora_dist.data.tokenizer import choose_pad_token_id
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.system import user_cache
+from qlora_dist.runtime.system import user_cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SEQUENCES = "sequences.arrow"
 _STATS = "stats.json"
-_MOST_NAMES = 12
+_MAX_LISTED_FIELDS = 12
 """Ignored fields that are named in a line."""
-BAD_ROWS = "bad-rows.txt"
+BAD_ROWS_FILE = "bad-rows.txt"
 """The file in a cache entry that names every bad row with its reason."""
 
 
@@ -44,14 +44,14 @@ class PreparedSource:
     path: str
     """As the configuration names it."""
     weight: float
-    stats: Stats
+    stats: TokenizeStats
     """Of reading and tokenizing."""
-    rows: Rows
+    rows: PackedDataset
     folder: Path
     """The cache entry."""
 
 
-class Prepared(NamedTuple):
+class PreparedDatasets(NamedTuple):
     """The data of a run."""
 
     train: list[PreparedSource]
@@ -59,9 +59,9 @@ class Prepared(NamedTuple):
     """None: the configuration names no file for it."""
 
 
-def prepare(
+def prepare_datasets(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console | None = None, force: bool = False
-) -> Prepared:
+) -> PreparedDatasets:
     """Read, encode and pack the training and the held-out data; only what is not in the cache is read and encoded.
 
     Called by every process of a run, without any of them knowing of the others.
@@ -76,34 +76,36 @@ def prepare(
         UserError: naming file, line and remedy.
     """
     console = console or Console(quiet=True)
-    encoder = Encoder(tokenizer, config.mask, config.chat_template, config.multi_turn)
+    encoder = RowEncoder(tokenizer, config.mask, config.chat_template, config.multi_turn)
     fingerprint = encoder.fingerprint()  # of some tokenizers it takes a second
 
     def one(given: str | SourceConfig) -> PreparedSource:
         source = given if isinstance(given, SourceConfig) else SourceConfig(path=given)
-        folder = _prepared_entry(source, config, encoder, fingerprint, console, force)
+        folder = _prepare_entry(source, config, encoder, fingerprint, console, force)
         stats, sequences = _read_entry(folder)
         return PreparedSource(
             path=source.path,
             weight=source.weight,
             stats=stats,
-            rows=build_rows(sequences, config, padding_id(tokenizer, stats.largest_token), source.path),
+            rows=build_packed_dataset(
+                sequences, config, choose_pad_token_id(tokenizer, stats.largest_token), source.path
+            ),
             folder=folder,
         )
 
-    return Prepared([one(source) for source in config.train], None if config.eval is None else one(config.eval))
+    return PreparedDatasets([one(source) for source in config.train], None if config.eval is None else one(config.eval))
 
 
-def remarks(train: Sequence[PreparedSource], held_out: PreparedSource | None) -> list[str]:
+def data_warnings(train: Sequence[PreparedSource], held_out: PreparedSource | None) -> list[str]:
     """Say for people which fields are not read, and where to find all bad rows, in a line for each source."""
     said = []
     for source in (*train, *([] if held_out is None else [held_out])):
         ignored = source.stats.ignored
         if ignored:
-            more = f" and {len(ignored) - _MOST_NAMES} more" if len(ignored) > _MOST_NAMES else ""
-            said.append(f"{source.path}: not read: {', '.join(ignored[:_MOST_NAMES])}{more}")
+            more = f" and {len(ignored) - _MAX_LISTED_FIELDS} more" if len(ignored) > _MAX_LISTED_FIELDS else ""
+            said.append(f"{source.path}: not read: {', '.join(ignored[:_MAX_LISTED_FIELDS])}{more}")
         if source.stats.bad_rows > len(source.stats.bad_places):
-            said.append(f"{source.path}: all bad rows and what is wrong with them: {source.folder / BAD_ROWS}")
+            said.append(f"{source.path}: all bad rows and what is wrong with them: {source.folder / BAD_ROWS_FILE}")
     same = [source for source in train if held_out is not None and source.stats.sha256 == held_out.stats.sha256]
     if held_out is not None and same:
         said.append(
@@ -113,70 +115,70 @@ def remarks(train: Sequence[PreparedSource], held_out: PreparedSource | None) ->
     return said
 
 
-def cache_folder(config: DataConfig) -> Path:
+def data_cache_folder(config: DataConfig) -> Path:
     """Where the entries are.
 
     Raises:
         UserError: in the home of a user who has none.
     """
     if config.cache == DataConfig.model_fields["cache"].default:
-        return user_cache()  # the same folder, unless XDG_CACHE_HOME names another
+        return user_cache_dir()  # the same folder, unless XDG_CACHE_HOME names another
     try:
         return Path(config.cache).expanduser()
     except RuntimeError:
         raise UserError(f"data.cache: {config.cache}: there is no such home folder; give a whole path") from None
 
 
-def _prepared_entry(
-    source: SourceConfig, config: DataConfig, encoder: Encoder, fingerprint: str, console: Console, force: bool
+def _prepare_entry(
+    source: SourceConfig, config: DataConfig, encoder: RowEncoder, fingerprint: str, console: Console, force: bool
 ) -> Path:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
-    cache = cache_folder(config)
-    memory = "" if source_files(source) else source_key(source, config, fingerprint, cache, say)
-    hub = choose_revision(source.path, cache, memory, say) if memory else None
+    cache = data_cache_folder(config)
+    memory = "" if source_files(source) else source_cache_key(source, config, fingerprint, cache, say)
+    hub = resolve_hub_revision(source.path, cache, memory, say) if memory else None
     revision = None if hub is None else hub.revision
 
     def make(folder: Path) -> None:
         if hub is not None and not hub.reachable:
-            raise not_prepared(source.path, "its rows are no longer in the cache")
-        before = file_states(source_files(source))
-        names = FieldNames()
-        with RowProgress(console, source.path, folder / NOTE) as progress:
-            stats = tokenize(
-                read_rows(source, config.format, names, revision),
+            raise unprepared_dataset_error(source.path, "its rows are no longer in the cache")
+        before = source_file_stats(source_files(source))
+        names = UnreadFields()
+        with RowProgress(console, source.path, folder / PROGRESS_FILE) as progress:
+            stats = tokenize_to_file(
+                read_source_rows(source, config.format, names, revision),
                 encoder,
                 folder / _SEQUENCES,
                 workers=config.workers,
                 on_bad_row=config.on_bad_row,
                 max_bad_rows=config.max_bad_rows,
-                rejected=folder / BAD_ROWS,
+                rejected=folder / BAD_ROWS_FILE,
                 name=source.path,
                 progress=progress,
             )
-        if file_states(source_files(source)) != before:
+        if source_file_stats(source_files(source)) != before:
             raise UserError(f"{source.path}: was changed while it was read; start again when it is written")
         stats.ignored = names.ignored(encoder.template)
         (folder / _STATS).write_text(json.dumps(asdict(stats), indent=2) + "\n", encoding="utf-8")
 
-    entry = cache / "sequences" / source_key(source, config, fingerprint, cache, say, revision)
+    entry = cache / "sequences" / source_cache_key(source, config, fingerprint, cache, say, revision)
     if force and (hub is None or hub.reachable):
-        remove(entry)
-    prepared(entry, make, say, _read_entry)
+        remove_entry(entry)
+    get_or_create_entry(entry, make, say, _read_entry)
     if hub is not None and hub.reachable:
-        remember(cache, memory, source.path, hub.revision)
+        record_prepared_revision(cache, memory, source.path, hub.revision)
     return entry
 
 
-def _read_entry(folder: Path) -> tuple[Stats, Sequences]:
+def _read_entry(folder: Path) -> tuple[TokenizeStats, TokenizedSequences]:
     """Open the files of an entry.
 
     Raises:
-        ValueError: they are not what `tokenize` writes, or not of each other. pyarrow's errors are of this type.
+        ValueError: they are not what `tokenize_to_file` writes, or not of each other. pyarrow's errors are of this type.
     """
-    stats = TypeAdapter(Stats).validate_json((folder / _STATS).read_bytes(), strict=True)
-    sequences = Sequences.open(folder / _SEQUENCES)
+    stats = TypeAdapter(TokenizeStats).validate_json((folder / _STATS).read_bytes(), strict=True)
+    sequences = TokenizedSequences.open(folder / _SEQUENCES)
     found = len(sequences), int(sequences.lengths.sum()), int(sequences.trained_lengths.sum())
     if found != (stats.sequences, stats.tokens, stats.trained_tokens):
         raise ValueError(f"{_STATS} counts other sequences or tokens than {_SEQUENCES} holds")

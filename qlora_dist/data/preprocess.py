@@ -17,18 +17,24 @@ from rich.text import Text
 
 from qlora_dist.config.max_positions import check_seq_len
 from qlora_dist.config.schema import Config
-from qlora_dist.data.prepare_datasets import Prepared, PreparedSource, cache_folder, prepare, remarks
+from qlora_dist.data.prepare_datasets import (
+    PreparedDatasets,
+    PreparedSource,
+    data_cache_folder,
+    data_warnings,
+    prepare_datasets,
+)
 from qlora_dist.data.tokenizer import load_tokenizer
-from qlora_dist.data.truncate import Pieces
+from qlora_dist.data.truncate import Segments
 from qlora_dist.errors import UserError
 
-Decode = Callable[[npt.NDArray[np.int32]], str]
+DecodeFn = Callable[[npt.NDArray[np.int32]], str]
 
 _TRAINED_STYLE = "bold green"
 _TRAINED_MARKS = "[[", "]]"
 
 
-def preprocess(
+def preprocess_data(
     config: Config, console: Console, progress: Console, *, show: int = 0, as_json: bool = False, force: bool = False
 ) -> None:
     """Prepare the data and print what became of it.
@@ -48,10 +54,10 @@ def preprocess(
     tokenizer = load_tokenizer(base)
     if (base / "config.json").is_file():
         check_seq_len(config.data.seq_len, _read(base / "config.json"), config.model.base)
-    prepared = prepare(config.data, tokenizer, progress, force)
+    prepared = prepare_datasets(config.data, tokenizer, progress, force)
     figures = [_figures(name, source, config) for name, source in _named(prepared)]
     if as_json:
-        tree = {"cache": str(cache_folder(config.data)), "sources": figures}
+        tree = {"cache": str(data_cache_folder(config.data)), "sources": figures}
         console.print(json.dumps(tree, indent=2), markup=False, highlight=False, soft_wrap=True)
         return
     console.print(_table(figures, config.data.seq_len))
@@ -61,7 +67,7 @@ def preprocess(
         said = [f"{figure['path']}: {figure['folder']}", *(f"  skipped: {place}" for place in figure["bad_places"])]
         console.print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
 
-    for remark in remarks(prepared.train, prepared.eval):
+    for remark in data_warnings(prepared.train, prepared.eval):
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
 
     def decode(tokens: npt.NDArray[np.int32]) -> str:
@@ -69,7 +75,7 @@ def preprocess(
 
     for _, source in _named(prepared):
         colourless = console.color_system is None or console.no_color  # NO_COLOR leaves a terminal bold alone
-        for sample in _samples(source, show, decode, marks=colourless):
+        for sample in _sample_texts(source, show, decode, marks=colourless):
             console.print(sample, soft_wrap=True)
 
 
@@ -81,7 +87,7 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _named(prepared: Prepared) -> list[tuple[str, PreparedSource]]:
+def _named(prepared: PreparedDatasets) -> list[tuple[str, PreparedSource]]:
     held_out = [] if prepared.eval is None else [("eval", prepared.eval)]
     return [*(("train", source) for source in prepared.train), *held_out]
 
@@ -152,12 +158,12 @@ def _table(figures: list[dict[str, Any]], seq_len: int) -> Table:
     return table
 
 
-def _first_pieces(pieces: Pieces, count: int) -> Pieces:
+def _first_pieces(pieces: Segments, count: int) -> Segments:
     """Return the first pieces by their place in the source; those of a source lie in the order of the packed rows."""
     return pieces.take(np.lexsort((pieces.start, pieces.sequence))[:count])
 
 
-def _samples(source: PreparedSource, count: int, decode: Decode, marks: bool) -> Iterator[Text]:
+def _sample_texts(source: PreparedSource, count: int, decode: DecodeFn, marks: bool) -> Iterator[Text]:
     """Yield the first sequences as text, cut as they are trained; what is trained is in colour, or between marks."""
     sequences = source.rows.sequences
     pieces = _first_pieces(source.rows.pieces, count)
@@ -170,11 +176,11 @@ def _samples(source: PreparedSource, count: int, decode: Decode, marks: bool) ->
         trained[0] = False
         of = f", tokens {start + 1:,} to {start + length:,} of {whole:,}" if length < whole else f": {whole:,} tokens"
         title = f"{source.path}, sequence {index + 1}{of}, {int(trained.sum()):,} trained"
-        yield _written(title, tokens, trained, decode, marks)
+        yield _mark_trained_tokens(title, tokens, trained, decode, marks)
 
 
-def _written(
-    title: str, tokens: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_], decode: Decode, marks: bool
+def _mark_trained_tokens(
+    title: str, tokens: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_], decode: DecodeFn, marks: bool
 ) -> Text:
     """Return tokens as text, special tokens and all."""
     text = Text.assemble(("\n" + title + "\n", "bold"))

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jinja2 import TemplateSyntaxError
 
-from qlora_dist.data.chat_renderer import Renderer
-from qlora_dist.data.chat_template import SHIPPED, read_template
-from qlora_dist.data.encoder_fingerprint import fingerprint
-from qlora_dist.data.per_answer import Answer, write_answers
-from qlora_dist.data.source_row import BadRow, CompletionRow, Message, MessagesRow, Row, TextRow
-from qlora_dist.data.template_probe import Refused
-from qlora_dist.data.text_encoder import Encoded, Text, TextEncoder
-from qlora_dist.data.turn_spans import Rewritten, write
+from qlora_dist.data.chat_renderer import ChatRenderer
+from qlora_dist.data.chat_template import SHIPPED_TEMPLATES, read_chat_template
+from qlora_dist.data.encoder_fingerprint import encoder_fingerprint
+from qlora_dist.data.per_answer import RenderedAnswer, render_answers
+from qlora_dist.data.source_row import BadRow, CompletionRow, Message, MessagesRow, SourceRow, TextRow
+from qlora_dist.data.template_probe import UnsupportedConversationError
+from qlora_dist.data.text_encoder import EncodedSequence, MaskedText, TextEncoder
+from qlora_dist.data.turn_spans import RewrittenHistoryError, render_with_turn_spans
 from qlora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Mask = Literal["assistant", "last", "all"]
-MultiTurn = Literal["auto", "whole", "per-answer"]
+MaskMode = Literal["assistant", "last", "all"]
+MultiTurnMode = Literal["auto", "whole", "per-answer"]
 
 
-class Encoder:
+class RowEncoder:
     """A tokenizer, a chat template and the mask: `encode(rows)`.
 
     These tokens of a conversation are trained: with mask `assistant` every assistant turn, with `last` the last of
@@ -58,9 +58,9 @@ class Encoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        mask: Mask,
+        mask: MaskMode,
         chat_template: str | None = None,
-        multi_turn: MultiTurn = "whole",
+        multi_turn: MultiTurnMode = "whole",
     ) -> None:
         self._tokenizer = tokenizer
         self._mask = mask
@@ -69,9 +69,9 @@ class Encoder:
         # <|im_end|> is an added token, and not always a "special" one
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         self._end_tokens = tuple(text for text in added if text.strip())
-        self._template = None if chat_template is None else read_template(chat_template, tokenizer)
+        self._template = None if chat_template is None else read_chat_template(chat_template, tokenizer)
         self._texts = TextEncoder(tokenizer)
-        self._renderers: dict[str, Renderer] = {}
+        self._renderers: dict[str, ChatRenderer] = {}
         if self._template is not None:
             self._renderer(self._template)
 
@@ -82,9 +82,9 @@ class Encoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # for worker processes: a compiled template cannot be sent
-        return Encoder, (self._tokenizer, self._mask, self._chat_template, self._multi_turn)
+        return RowEncoder, (self._tokenizer, self._mask, self._chat_template, self._multi_turn)
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded | list[Encoded] | BadRow]:
+    def encode(self, rows: Sequence[SourceRow]) -> list[EncodedSequence | list[EncodedSequence] | BadRow]:
         """Encode rows, each independent of the others, in their order.
 
         They are tokenized together, on all cores unless TOKENIZERS_PARALLELISM is off: best some hundred at a time.
@@ -97,8 +97,8 @@ class Encoder:
             UserError: no row of this kind can be encoded: there is no chat template, or the tokenizer does not tell
                 where its tokens lie in the text, which the mask needs.
         """
-        done: list[Encoded | list[Encoded] | BadRow | None] = [None] * len(rows)
-        texts: dict[bool, list[tuple[int, Text]]] = {False: [], True: []}
+        done: list[EncodedSequence | list[EncodedSequence] | BadRow | None] = [None] * len(rows)
+        texts: dict[bool, list[tuple[int, MaskedText]]] = {False: [], True: []}
         for index, row in enumerate(rows):
             text = self._write(row)
             if isinstance(text, BadRow):
@@ -115,12 +115,12 @@ class Encoder:
     def fingerprint(self) -> str:
         """SHA-256 in hex of what tokens and flags depend on besides the row (and the date, if a template writes it)."""
         template = self._tokenizer.chat_template if self._template is None else self._template
-        return fingerprint(self._tokenizer, template, self._mask, self._multi_turn)
+        return encoder_fingerprint(self._tokenizer, template, self._mask, self._multi_turn)
 
-    def _encode_answers(self, answers: list[Answer]) -> list[Encoded]:
+    def _encode_answers(self, answers: list[RenderedAnswer]) -> list[EncodedSequence]:
         """Encode each answer behind its prompt, of which the tokens are those that inference gives the model."""
         wholes = self._texts.encode([_text(answer) for answer in answers], False)
-        prompts = self._texts.encode([Text(answer.prompt, []) for answer in answers], False)
+        prompts = self._texts.encode([MaskedText(answer.prompt, []) for answer in answers], False)
         encoded = []
         for answer, whole, prompt in zip(answers, wholes, prompts, strict=True):
             length = len(prompt.tokens)
@@ -128,43 +128,43 @@ class Encoder:
                 encoded.append(whole)
                 continue
             # a token straddles the border (two line feeds), which the model never sees when it is asked
-            (rest,) = self._texts.encode([Text(answer.text, answer.spans)], False)
+            (rest,) = self._texts.encode([MaskedText(answer.text, answer.spans)], False)
             tokens = np.concatenate([prompt.tokens, rest.tokens])
-            encoded.append(Encoded(tokens, np.concatenate([prompt.trained, rest.trained])))
+            encoded.append(EncodedSequence(tokens, np.concatenate([prompt.trained, rest.trained])))
         return encoded
 
-    def _write(self, row: Row) -> Text | list[Answer] | BadRow:
+    def _write(self, row: SourceRow) -> MaskedText | list[RenderedAnswer] | BadRow:
         if isinstance(row, TextRow):
-            return Text(row.text, None, closed=True)
+            return MaskedText(row.text, None, closed=True)
         if isinstance(row, CompletionRow):
             text = row.prompt + row.completion
             if self._mask == "all":
-                return Text(text, None, closed=True)
+                return MaskedText(text, None, closed=True)
             self._check_offsets(row.place)
-            return Text(text, [(len(row.prompt), len(text))], closed=True)
+            return MaskedText(text, [(len(row.prompt), len(text))], closed=True)
         try:
             return self._conversation(row)
-        except Refused as refused:
+        except UnsupportedConversationError as refused:
             return BadRow(row.place, str(refused))
 
-    def _conversation(self, row: MessagesRow) -> Text | list[Answer]:
+    def _conversation(self, row: MessagesRow) -> MaskedText | list[RenderedAnswer]:
         renderer = self._renderer(self._template_of(row))
         renderer = renderer.given(row.variables)
         messages, tools = renderer.clean(row.messages), renderer.tools(row.tools)
         trained = self._trained(row.messages)
         everything = self._mask == "all"
         if everything and all(trained):
-            return Text(renderer.text(messages, tools), None)
+            return MaskedText(renderer.text(messages, tools), None)
         self._check_offsets(row.place)
         indices = [index for index, flag in enumerate(trained) if flag != everything]
         if self._multi_turn != "per-answer" or everything or not indices:
             try:
-                text, spans = write(renderer, messages, tools, indices, self._end_tokens)
-                return Text(text, spans, inverted=everything)
-            except Rewritten:
+                text, spans = render_with_turn_spans(renderer, messages, tools, indices, self._end_tokens)
+                return MaskedText(text, spans, inverted=everything)
+            except RewrittenHistoryError:
                 if self._multi_turn == "whole" or everything:
                     raise
-        return write_answers(renderer, messages, tools, indices, self._end_tokens)
+        return render_answers(renderer, messages, tools, indices, self._end_tokens)
 
     def _trained(self, messages: list[Message]) -> list[bool]:
         """For every message, whether it is trained."""
@@ -188,15 +188,15 @@ class Encoder:
             has = f"only chat templates named {', '.join(several)}, and no default" if several else "no chat template"
             raise UserError(
                 f"{row.place}: the row is a conversation, and the tokenizer has {has}; write "
-                f"data.chat_template: {', '.join(SHIPPED)} or the path of a Jinja file, or use an instruct model's "
+                f"data.chat_template: {', '.join(SHIPPED_TEMPLATES)} or the path of a Jinja file, or use an instruct model's "
                 "tokenizer"
             ) from None
         return template
 
-    def _renderer(self, template: str) -> Renderer:
+    def _renderer(self, template: str) -> ChatRenderer:
         if template not in self._renderers:
             try:
-                self._renderers[template] = Renderer(template, self._tokenizer.special_tokens_map)
+                self._renderers[template] = ChatRenderer(template, self._tokenizer.special_tokens_map)
             except TemplateSyntaxError as error:
                 whose = self._chat_template or "none, so the tokenizer's is used"
                 raise UserError(
@@ -213,6 +213,6 @@ class Encoder:
             )
 
 
-def _text(answer: Answer) -> Text:
+def _text(answer: RenderedAnswer) -> MaskedText:
     start = len(answer.prompt)
-    return Text(answer.prompt + answer.text, [(start + first, start + last) for first, last in answer.spans])
+    return MaskedText(answer.prompt + answer.text, [(start + first, start + last) for first, last in answer.spans])

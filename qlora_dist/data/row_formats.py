@@ -7,24 +7,32 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from qlora_dist.config.schema import Format
+from qlora_dist.config.schema import DataFormat
 from qlora_dist.data import oasst
-from qlora_dist.data.messages import conversation, tools
-from qlora_dist.data.row_fields import HONOURED, FieldNames, check_row_fields, with_row_fields
-from qlora_dist.data.sharegpt import sharegpt_row, with_system
-from qlora_dist.data.source_row import BadRow, CompletionRow, Message, MessagesRow, Row, TextRow
-from qlora_dist.data.validate import Record, Unusable, filled, kind, listed, quoted, string
+from qlora_dist.data.messages import parse_messages, parse_tools
+from qlora_dist.data.row_fields import CONVERSATION_ROW_FIELDS, UnreadFields, apply_row_fields, check_row_fields
+from qlora_dist.data.sharegpt import parse_sharegpt_row, prepend_system_message
+from qlora_dist.data.source_row import BadRow, CompletionRow, Message, MessagesRow, SourceRow, TextRow
+from qlora_dist.data.validate import (
+    InvalidRowError,
+    RawRow,
+    join_names,
+    json_type_name,
+    quote,
+    require_nonempty_str,
+    require_str,
+)
 
 
-class Shape(NamedTuple):
+class RowFormat(NamedTuple):
     """A way to write rows."""
 
-    format: Format
+    format: DataFormat
     fields: tuple[str, ...]
     """What every row of it has, and by which it is told."""
-    row: Callable[[str, dict[str, Any]], Row]
-    """What becomes of the place and the fields of a row; raises `Unusable`."""
-    gather: Callable[[Iterator[Record | BadRow]], Iterator[Record | BadRow]] | None = None
+    row: Callable[[str, dict[str, Any]], SourceRow]
+    """What becomes of the place and the fields of a row; raises `InvalidRowError`."""
+    gather: Callable[[Iterator[RawRow | BadRow]], Iterator[RawRow | BadRow]] | None = None
     """What makes one row of several, before."""
     optional: tuple[str, ...] = ()
     """Fields that a row may have besides."""
@@ -32,9 +40,9 @@ class Shape(NamedTuple):
     """The row says by fields of its own what is asked and what is answered."""
 
 
-def typed_rows(
-    records: Iterator[Record | BadRow], format: Format, why: str, names: FieldNames | None = None
-) -> Iterator[Row | BadRow]:
+def parse_rows(
+    records: Iterator[RawRow | BadRow], format: DataFormat, why: str, names: UnreadFields | None = None
+) -> Iterator[SourceRow | BadRow]:
     """The rows of a source.
 
     Args:
@@ -46,44 +54,46 @@ def typed_rows(
     Raises:
         UserError: no row has a known shape.
     """
-    names = FieldNames() if names is None else names
+    names = UnreadFields() if names is None else names
     unknown: BadRow | None = None
     for record in records:
         if isinstance(record, BadRow):
             yield record
             continue
         place, fields = record
-        shape = _shape(fields, format)
+        shape = _match_format(fields, format)
         if shape:
             if format == "auto":
                 why = f"the first row has it: {place}"
-            yield from _shaped(chain([record], records), shape, why, names)
+            yield from _parse_matched_rows(chain([record], records), shape, why, names)
             return
-        bad = BadRow(place, _unknown(fields))
+        bad = BadRow(place, _unknown_format_reason(fields))
         yield bad
         unknown = unknown or bad
     if unknown:
         raise unknown.error()
 
 
-def _shape(fields: dict[str, Any], format: Format) -> Shape | None:
+def _match_format(fields: dict[str, Any], format: DataFormat) -> RowFormat | None:
     """The first shape whose fields are all there; of a format that is given, the one with most of them."""
     if format != "auto":
-        shapes = [shape for shape in SHAPES if shape.format == format]
+        shapes = [shape for shape in ROW_FORMATS if shape.format == format]
         return max(shapes, key=lambda shape: len(fields.keys() & set(shape.fields)))
-    return next((shape for shape in SHAPES if fields.keys() >= set(shape.fields)), None)
+    return next((shape for shape in ROW_FORMATS if fields.keys() >= set(shape.fields)), None)
 
 
-def _unknown(fields: dict[str, Any]) -> str:
+def _unknown_format_reason(fields: dict[str, Any]) -> str:
     """Say what is wrong with a row of no format. A field that holds rows is no row's field."""
     for name, value in fields.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict) and _shape(value[0], "auto"):
-            return f"it is no row, and its field {quoted(name)} holds rows; write that list alone, as a file of its own"
-    return f"its fields ({listed(fields)}) are of no known format; rename them to those of {_KNOWN}"
+        if isinstance(value, list) and value and isinstance(value[0], dict) and _match_format(value[0], "auto"):
+            return f"it is no row, and its field {quote(name)} holds rows; write that list alone, as a file of its own"
+    return f"its fields ({join_names(fields)}) are of no known format; rename them to those of {_KNOWN_FORMATS}"
 
 
-def _shaped(records: Iterator[Record | BadRow], shape: Shape, why: str, names: FieldNames) -> Iterator[Row | BadRow]:
-    whole = _with_fields(records, shape, why, names)
+def _parse_matched_rows(
+    records: Iterator[RawRow | BadRow], shape: RowFormat, why: str, names: UnreadFields
+) -> Iterator[SourceRow | BadRow]:
+    whole = _check_fields(records, shape, why, names)
     for record in shape.gather(whole) if shape.gather else whole:
         if isinstance(record, BadRow):
             yield record
@@ -92,8 +102,8 @@ def _shaped(records: Iterator[Record | BadRow], shape: Shape, why: str, names: F
         try:
             row = shape.row(place, fields)
             if shape.asks:
-                row = with_row_fields(row, fields)
-        except Unusable as error:
+                row = apply_row_fields(row, fields)
+        except InvalidRowError as error:
             yield BadRow(place, str(error))
             continue
         if isinstance(row, MessagesRow):
@@ -101,9 +111,9 @@ def _shaped(records: Iterator[Record | BadRow], shape: Shape, why: str, names: F
         yield row
 
 
-def _with_fields(
-    records: Iterator[Record | BadRow], shape: Shape, why: str, names: FieldNames
-) -> Iterator[Record | BadRow]:
+def _check_fields(
+    records: Iterator[RawRow | BadRow], shape: RowFormat, why: str, names: UnreadFields
+) -> Iterator[RawRow | BadRow]:
     read = frozenset((*shape.fields, *shape.optional))
     for record in records:
         if not isinstance(record, BadRow):
@@ -116,47 +126,54 @@ def _with_fields(
                     if shape.asks:
                         check_row_fields(fields, shape.optional)
                     names.add_row(fields, read)
-                except Unusable as error:
+                except InvalidRowError as error:
                     record = BadRow(place, str(error))
         yield record
 
 
 def _messages(place: str, fields: dict[str, Any]) -> MessagesRow:
-    messages = with_system(conversation(fields["messages"], "messages"), fields.get("system"))
-    return MessagesRow(place, messages, tools(fields.get("tools")))
+    messages = prepend_system_message(parse_messages(fields["messages"], "messages"), fields.get("system"))
+    return MessagesRow(place, messages, parse_tools(fields.get("tools")))
 
 
 def _prompt_completion(place: str, fields: dict[str, Any]) -> CompletionRow | MessagesRow:
     prompt, completion = fields["prompt"], fields["completion"]
     system = fields.get("system")
     if not isinstance(prompt, list) or not isinstance(completion, list):
-        if system is not None and string(system, "`system`").strip():
-            raise Unusable("the row has a `system`, and its prompt is a text; write it into the prompt")
-        return CompletionRow(place, string(prompt, "`prompt`"), filled(completion, "`completion`"))
+        if system is not None and require_str(system, "`system`").strip():
+            raise InvalidRowError("the row has a `system`, and its prompt is a text; write it into the prompt")
+        return CompletionRow(place, require_str(prompt, "`prompt`"), require_nonempty_str(completion, "`completion`"))
     # a conversation in two parts, as TRL has it
-    asked = with_system(conversation(prompt, "prompt", trained=False), system, trained=False)
-    return MessagesRow(place, asked + conversation(completion, "completion", trained=True), tools(fields.get("tools")))
+    asked = prepend_system_message(parse_messages(prompt, "prompt", trained=False), system, trained=False)
+    return MessagesRow(
+        place, asked + parse_messages(completion, "completion", trained=True), parse_tools(fields.get("tools"))
+    )
 
 
 def _alpaca(place: str, fields: dict[str, Any]) -> MessagesRow:
-    instruction = string(fields["instruction"], "`instruction`")
+    instruction = require_str(fields["instruction"], "`instruction`")
     given = fields.get("input")
-    if given is not None and string(given, "`input`").strip():
+    if given is not None and require_str(given, "`input`").strip():
         instruction = f"{instruction}\n\n{given}" if instruction else given
     messages: list[Message] = []
     history = fields.get("history") or []
     if not isinstance(history, list):
-        raise Unusable(f"`history` is {kind(history)}; write a list of pairs of question and answer")
+        raise InvalidRowError(f"`history` is {json_type_name(history)}; write a list of pairs of question and answer")
     for number, pair in enumerate(history, start=1):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Unusable(f"`history`: item {number} is no pair; write a list of question and answer")
-        messages += _turn(string(pair[0], f"`history`: question {number}"), pair[1], f"`history`: answer {number}")
-    messages += _turn(filled(instruction, "`instruction`"), fields["output"], "`output`")
-    return MessagesRow(place, with_system(messages, fields.get("system")))
+            raise InvalidRowError(f"`history`: item {number} is no pair; write a list of question and answer")
+        messages += _question_and_answer(
+            require_str(pair[0], f"`history`: question {number}"), pair[1], f"`history`: answer {number}"
+        )
+    messages += _question_and_answer(require_nonempty_str(instruction, "`instruction`"), fields["output"], "`output`")
+    return MessagesRow(place, prepend_system_message(messages, fields.get("system")))
 
 
-def _turn(question: str, answer: Any, where: str) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": filled(answer, where)}]
+def _question_and_answer(question: str, answer: Any, where: str) -> list[Message]:
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": require_nonempty_str(answer, where)},
+    ]
 
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
@@ -164,13 +181,13 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 
 def _hh_rlhf(place: str, fields: dict[str, Any]) -> MessagesRow:
     if isinstance(fields["chosen"], list):
-        raise Unusable(
+        raise InvalidRowError(
             "`chosen` is a list, so the row is preference data, of which only HH-RLHF's texts are read; write the "
             "conversation that ends with the chosen answer as `messages`"
         )
-    before, *turns = _SPEAKER.split(string(fields["chosen"], "`chosen`"))
+    before, *turns = _SPEAKER.split(require_str(fields["chosen"], "`chosen`"))
     if before.strip() or not turns:
-        raise Unusable(
+        raise InvalidRowError(
             '`chosen` does not start with a turn; write "\\n\\nHuman: ...\\n\\nAssistant: ...", or `messages` instead'
         )
     messages: list[Message] = []
@@ -179,55 +196,59 @@ def _hh_rlhf(place: str, fields: dict[str, Any]) -> MessagesRow:
             messages.append({"role": "user", "content": content})
         else:
             where = f"`chosen`: turn {len(messages) + 1}"
-            messages.append({"role": "assistant", "content": filled(content, where)})
+            messages.append({"role": "assistant", "content": require_nonempty_str(content, where)})
     return MessagesRow(place, messages)
 
 
 def _flan(place: str, fields: dict[str, Any]) -> CompletionRow:
-    return CompletionRow(place, string(fields["inputs"], "`inputs`"), filled(fields["targets"], "`targets`"))
+    return CompletionRow(
+        place, require_str(fields["inputs"], "`inputs`"), require_nonempty_str(fields["targets"], "`targets`")
+    )
 
 
 def _longform(place: str, fields: dict[str, Any]) -> MessagesRow:
-    return MessagesRow(place, _turn(filled(fields["input"], "`input`"), fields["output"], "`output`"))
+    return MessagesRow(
+        place, _question_and_answer(require_nonempty_str(fields["input"], "`input`"), fields["output"], "`output`")
+    )
 
 
 def _text(place: str, fields: dict[str, Any]) -> TextRow:
-    return TextRow(place, filled(fields["text"], "`text`"))
+    return TextRow(place, require_nonempty_str(fields["text"], "`text`"))
 
 
-_OF_CONVERSATIONS = ("system", *HONOURED)
+_CONVERSATION_FIELDS = ("system", *CONVERSATION_ROW_FIELDS)
 
-SHAPES = (
-    Shape("messages", ("messages",), _messages, optional=("tools", *_OF_CONVERSATIONS), asks=True),
-    Shape("sharegpt", ("conversations",), sharegpt_row, optional=("tools", *_OF_CONVERSATIONS), asks=True),
-    Shape(
+ROW_FORMATS = (
+    RowFormat("messages", ("messages",), _messages, optional=("tools", *_CONVERSATION_FIELDS), asks=True),
+    RowFormat("sharegpt", ("conversations",), parse_sharegpt_row, optional=("tools", *_CONVERSATION_FIELDS), asks=True),
+    RowFormat(
         "alpaca",
         ("instruction", "output"),
         _alpaca,
-        optional=("input", "history", *_OF_CONVERSATIONS),
+        optional=("input", "history", *_CONVERSATION_FIELDS),
         asks=True,
     ),
-    Shape(
+    RowFormat(
         "prompt-completion",
         ("prompt", "completion"),
         _prompt_completion,
-        optional=("tools", *_OF_CONVERSATIONS),
+        optional=("tools", *_CONVERSATION_FIELDS),
         asks=True,
     ),
-    Shape("oasst", ("message_tree_id", "prompt"), oasst.oasst_row),
-    Shape(
+    RowFormat("oasst", ("message_tree_id", "prompt"), oasst.parse_oasst_tree),
+    RowFormat(
         "oasst",
         ("message_id", "parent_id", "role", "text"),
-        oasst.oasst_row,
-        oasst.trees,
+        oasst.parse_oasst_tree,
+        oasst.assemble_oasst_trees,
         optional=("message_tree_id", "rank", "deleted", "review_result"),
     ),
-    Shape("hh-rlhf", ("chosen",), _hh_rlhf),
-    Shape("flan", ("inputs", "targets"), _flan),
-    Shape("longform", ("input", "output"), _longform),
-    Shape("text", ("text",), _text),
+    RowFormat("hh-rlhf", ("chosen",), _hh_rlhf),
+    RowFormat("flan", ("inputs", "targets"), _flan),
+    RowFormat("longform", ("input", "output"), _longform),
+    RowFormat("text", ("text",), _text),
 )
 """In order of priority, where a row has the fields of several: Stanford's Alpaca has a `text` too, and OASST's flat
 table; what a conversation is rendered to comes last."""
 
-_KNOWN = ", ".join(f"{shape.format} ({listed(shape.fields)})" for shape in SHAPES)
+_KNOWN_FORMATS = ", ".join(f"{shape.format} ({join_names(shape.fields)})" for shape in ROW_FORMATS)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_dist.data.messages import decoded, json_value, message, tool_call, tools
+from qlora_dist.data.messages import decode_json_field, decode_json_text, parse_message, parse_tool_call, parse_tools
 from qlora_dist.data.source_row import Message, MessagesRow
-from qlora_dist.data.validate import Unusable, kind, quoted, string
+from qlora_dist.data.validate import InvalidRowError, json_type_name, quote, require_str
 
 _ROLES = {
     "system": "system",
@@ -24,19 +24,21 @@ _ROLES = {
 _SPEAKERS = _ROLES.keys() - {"function_call"}
 
 
-def sharegpt_row(place: str, tree: dict[str, Any]) -> MessagesRow:
+def parse_sharegpt_row(place: str, tree: dict[str, Any]) -> MessagesRow:
     """The conversation, opened by the row's `system` if it has one.
 
     Raises:
         Unusable: naming the message by its number, from 1.
     """
-    items = decoded(tree["conversations"], "`conversations`")
+    items = decode_json_field(tree["conversations"], "`conversations`")
     if not isinstance(items, list):
-        raise Unusable(f"`conversations` is {kind(items)}; write a list of objects with `from` and `value`")
+        raise InvalidRowError(
+            f"`conversations` is {json_type_name(items)}; write a list of objects with `from` and `value`"
+        )
     if not items:
-        raise Unusable("`conversations` is empty; add a message or take the row out")
+        raise InvalidRowError("`conversations` is empty; add a message or take the row out")
     messages = _with_call_ids([_message(item, f"message {number}") for number, item in enumerate(items, start=1)])
-    return MessagesRow(place, with_system(messages, tree.get("system")), tools(tree.get("tools")))
+    return MessagesRow(place, prepend_system_message(messages, tree.get("system")), parse_tools(tree.get("tools")))
 
 
 def _with_call_ids(messages: list[Message]) -> list[Message]:
@@ -57,38 +59,38 @@ def _with_call_ids(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def with_system(messages: list[Message], system: Any, trained: bool | None = None) -> list[Message]:
+def prepend_system_message(messages: list[Message], system: Any, trained: bool | None = None) -> list[Message]:
     """The messages behind a system message of this text, if there is one; `trained` is its `train`.
 
     Raises:
         Unusable: it is no text, or the messages start with another one.
     """
-    if system is None or not string(system, "`system`").strip():
+    if system is None or not require_str(system, "`system`").strip():
         return messages
     if messages[0]["role"] != "system":
         flag = {} if trained is None else {"train": trained}
         return [{"role": "system", "content": system, **flag}, *messages]
     if messages[0].get("content") != system:
-        raise Unusable("the row has a `system`, and its first message is another; take one of them out")
+        raise InvalidRowError("the row has a `system`, and its first message is another; take one of them out")
     return messages
 
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, dict):
-        raise Unusable(f"{where} is {kind(item)}; write an object with `from` and `value`")
+        raise InvalidRowError(f"{where} is {json_type_name(item)}; write an object with `from` and `value`")
     if len(item) == 2 and type(item.get("from")) is str and "value" in item and item["from"] in _SPEAKERS:
-        return message({"role": _ROLES[item["from"]], "content": item["value"]}, where)
+        return parse_message({"role": _ROLES[item["from"]], "content": item["value"]}, where)
     names = ("role", "content") if "from" not in item and "role" in item else ("from", "value")
     for name in names:
         if name not in item and not item.get("tool_calls"):
-            raise Unusable(f"{where} has no `{name}`; give each message a `{names[0]}` and a `{names[1]}`")
-    speaker, value = string(item.get(names[0]), f"{where}: `{names[0]}`"), item.get(names[1])
+            raise InvalidRowError(f"{where} has no `{name}`; give each message a `{names[0]}` and a `{names[1]}`")
+    speaker, value = require_str(item.get(names[0]), f"{where}: `{names[0]}`"), item.get(names[1])
     if speaker not in _ROLES:
-        raise Unusable(f"{where} is from {quoted(speaker)}, who is not known; write one of {', '.join(_ROLES)}")
+        raise InvalidRowError(f"{where} is from {quote(speaker)}, who is not known; write one of {', '.join(_ROLES)}")
     made = {name: child for name, child in item.items() if name not in names}
     made |= {"role": _ROLES[speaker], "content": value}
     if speaker == "function_call":
-        calls = json_value(value, f"{where}: the call") if isinstance(value, str) else value
+        calls = decode_json_text(value, f"{where}: the call") if isinstance(value, str) else value
         calls = calls if isinstance(calls, list) else [calls]
-        made |= {"content": None, "tool_calls": [tool_call(call, f"{where}: the call") for call in calls]}
-    return message(made, where)
+        made |= {"content": None, "tool_calls": [parse_tool_call(call, f"{where}: the call") for call in calls]}
+    return parse_message(made, where)

@@ -11,26 +11,26 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Sources = Sequence[tuple[int, float]]
+SourceSizes = Sequence[tuple[int, float]]
 """Rows and weight of each source."""
-MEGA_BATCH = 50
+MEGA_BATCH_MULT = 50
 """Batches that are sorted together when rows are grouped by length: more would leave less to chance, and hardly less to
 pad."""
 
 
-def rows_before(epoch: int, sources: Sources) -> int:
+def rows_before(epoch: int, sources: SourceSizes) -> int:
     """Rows of the stream before this epoch, counted from 0."""
     return sum(round(epoch * count * weight) for count, weight in sources)
 
 
-def rows_of_epochs(epochs: float, sources: Sources) -> int:
+def rows_in_epochs(epochs: float, sources: SourceSizes) -> int:
     """Rows of the stream in so many epochs, the last of which may be a part; at least one."""
     whole = int(epochs)
     start, end = rows_before(whole, sources), rows_before(whole + 1, sources)
     return max(1, start + round((epochs - whole) * (end - start)))
 
 
-def epoch_at(position: int, sources: Sources) -> int:
+def epoch_of_position(position: int, sources: SourceSizes) -> int:
     """The epoch that holds a position of the stream."""
     epoch = int(position / sum(count * weight for count, weight in sources))
     while rows_before(epoch, sources) > position:
@@ -40,7 +40,7 @@ def epoch_at(position: int, sources: Sources) -> int:
     return epoch
 
 
-def epoch_order(epoch: int, sources: Sources, seed: int) -> npt.NDArray[np.integer]:
+def shuffled_epoch(epoch: int, sources: SourceSizes, seed: int) -> npt.NDArray[np.integer]:
     """The rows of an epoch, shuffled.
 
     Each source has an endless stream of its own, one permutation of its rows after another; epoch e takes the positions
@@ -65,7 +65,7 @@ def epoch_order(epoch: int, sources: Sources, seed: int) -> npt.NDArray[np.integ
     return _generator(seed, epoch).permutation(rows)
 
 
-def grouped_by_length(
+def length_grouped_order(
     order: npt.NDArray[np.integer],
     lengths: npt.NDArray[np.integer],
     global_batch: int,
@@ -75,7 +75,7 @@ def grouped_by_length(
 ) -> npt.NDArray[np.integer]:
     """The same rows, so that those of a step have similar lengths.
 
-    `MEGA_BATCH` batches at a time are sorted by length, cut into batches, and the epoch's batches are shuffled. The
+    `MEGA_BATCH_MULT` batches at a time are sorted by length, cut into batches, and the epoch's batches are shuffled. The
     rows at the epoch's ends that share a step with another epoch stay as they are.
 
     Args:
@@ -89,8 +89,8 @@ def grouped_by_length(
     begin = min(-position % global_batch, len(order))
     end = begin + (len(order) - begin) // global_batch * global_batch
     whole = order[begin:end].copy()
-    for start in range(0, len(whole), MEGA_BATCH * global_batch):
-        mega = whole[start : start + MEGA_BATCH * global_batch]
+    for start in range(0, len(whole), MEGA_BATCH_MULT * global_batch):
+        mega = whole[start : start + MEGA_BATCH_MULT * global_batch]
         mega[:] = mega[np.argsort(lengths[mega], kind="stable")]
     batches = _generator(seed, epoch, 0, 1).permutation(whole.reshape(-1, global_batch))
     return np.concatenate([order[:begin], batches.reshape(-1), order[end:]])

@@ -6,21 +6,21 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_dist.config.schema import Format, SourceConfig
-from qlora_dist.data.data_files import read_file, suffix
-from qlora_dist.data.hub import is_hub_name, read_hub
-from qlora_dist.data.row_fields import FieldNames
-from qlora_dist.data.row_formats import typed_rows
-from qlora_dist.data.saved_dataset import is_saved, read_saved, saved_files
-from qlora_dist.data.source_row import BadRow, Row
-from qlora_dist.data.split_files import files_by_split, files_of_pattern, has_pattern
-from qlora_dist.data.validate import Record
+from qlora_dist.config.schema import DataFormat, SourceConfig
+from qlora_dist.data.data_files import data_file_type, read_data_file
+from qlora_dist.data.hub import is_hub_dataset_name, read_hub_dataset
+from qlora_dist.data.row_fields import UnreadFields
+from qlora_dist.data.row_formats import parse_rows
+from qlora_dist.data.saved_dataset import is_saved_dataset, read_saved_dataset, saved_dataset_files
+from qlora_dist.data.source_row import BadRow, SourceRow
+from qlora_dist.data.split_files import find_split_files, glob_data_files, has_pattern
+from qlora_dist.data.validate import RawRow
 from qlora_dist.errors import UserError
 
 
-def read_rows(
-    source: SourceConfig, default: Format = "auto", names: FieldNames | None = None, revision: str | None = None
-) -> Iterator[Row | BadRow]:
+def read_source_rows(
+    source: SourceConfig, default: DataFormat = "auto", names: UnreadFields | None = None, revision: str | None = None
+) -> Iterator[SourceRow | BadRow]:
     """The rows of a source, in their order, one held at a time.
 
     Args:
@@ -33,7 +33,7 @@ def read_rows(
         UserError: in the course of it: what no single row is to blame for.
     """
     why = f"the source's format is {source.format}" if source.format else f"data.format is {default}"
-    rows = typed_rows(_records(source, revision), source.format or default, why, names)
+    rows = parse_rows(_read_raw_rows(source, revision), source.format or default, why, names)
     empty = True
     for row in rows:
         empty = False
@@ -48,27 +48,27 @@ def source_files(source: SourceConfig) -> list[Path]:
     Raises:
         UserError: there are none.
     """
-    path = _local(source)
+    path = _local_path(source)
     if path is None:
         return []
     if path.is_dir():
-        saved = is_saved(path)
-        return saved_files(path, source.split) if saved else files_by_split(path, source.subset, source.split)
-    return [path] if path.exists() else files_of_pattern(str(path))
+        saved = is_saved_dataset(path)
+        return saved_dataset_files(path, source.split) if saved else find_split_files(path, source.subset, source.split)
+    return [path] if path.exists() else glob_data_files(str(path))
 
 
-def _records(source: SourceConfig, revision: str | None) -> Iterator[Record | BadRow]:
-    path = _local(source)
+def _read_raw_rows(source: SourceConfig, revision: str | None) -> Iterator[RawRow | BadRow]:
+    path = _local_path(source)
     if path is None:
-        yield from read_hub(source.path, source.subset, source.split, revision)
-    elif is_saved(path):
-        yield from read_saved(path, source.split)
+        yield from read_hub_dataset(source.path, source.subset, source.split, revision)
+    elif is_saved_dataset(path):
+        yield from read_saved_dataset(path, source.split)
     else:
         for file in source_files(source):
-            yield from read_file(file)
+            yield from read_data_file(file)
 
 
-def _local(source: SourceConfig) -> Path | None:
+def _local_path(source: SourceConfig) -> Path | None:
     """The file, the folder, or a pattern of files; None: it is a name on the hub."""
     if "://" in source.path:
         hub = "data set's name (owner/name)" if source.path.startswith("hf://") else "path of a local copy"
@@ -79,15 +79,15 @@ def _local(source: SourceConfig) -> Path | None:
         raise UserError("data: the path of a source is empty; give a file, a folder or a data set's name")
     pattern = not os.path.exists(path) and has_pattern(source.path)  # noqa: PTH110
     if not pattern and not os.path.exists(path):  # noqa: PTH110
-        if source.path.startswith((".", "/", "~")) or suffix(path) or not is_hub_name(source.path):
+        if source.path.startswith((".", "/", "~")) or data_file_type(path) or not is_hub_dataset_name(source.path):
             raise UserError(f"{source.path}: no such data file; give the path of a file or folder that is there")
         return None
-    if path.is_dir() and not is_saved(path):
+    if path.is_dir() and not is_saved_dataset(path):
         return path  # its files say which subsets and splits there are
     if not pattern and not path.is_dir() and not path.is_file():
         raise UserError(f"{path}: neither a file nor a folder; give the path of one")
     if source.subset is not None:
         raise UserError(f"{path}: only data sets on the hub have subsets; take subset: {source.subset} out")
-    if source.split != "train" and not is_saved(path):
+    if source.split != "train" and not is_saved_dataset(path):
         raise UserError(f"{path}: has no splits; take split: {source.split} out")
     return path

@@ -55,4 +55,4 @@ class BadRow:
         return UserError(f"{self.place}: {self.reason}")
 
 
-Row = TextRow | CompletionRow | MessagesRow
+SourceRow = TextRow | CompletionRow | MessagesRow

@@ -8,33 +8,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_dist.data.data_files import KNOWN, suffix
-from qlora_dist.data.validate import listed
+from qlora_dist.data.data_files import DATA_FILE_TYPES, data_file_type
+from qlora_dist.data.validate import join_names
 from qlora_dist.errors import UserError
 
-_SPLIT = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
+_SHARD_NAME = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
 """Name of a shard as `datasets` writes it: train-00000-of-00002, the old form with a hash too."""
-_NAMED = {
+_SPLIT_ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
 """Splits that a file or a folder may be named after."""
-_DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+_METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 """JSON files that hold no rows."""
 _DATA = "data"
 """Folder within a data set that is no configuration's."""
-_DEPTH = 3
+_MAX_FOLDER_DEPTH = 3
 
 
-class _File(NamedTuple):
+class _DataFile(NamedTuple):
     path: Path
     configuration: str | None
     split: str | None
     """None: its name says nothing of splits."""
 
 
-def files_by_split(folder: Path, subset: str | None, split: str) -> list[Path]:
+def find_split_files(folder: Path, subset: str | None, split: str) -> list[Path]:
     """Return the files of a folder that belong to a split, by name.
 
     Where no file is named after another split than `train`, there is one split, and all files are in it. Folders within
@@ -48,12 +48,12 @@ def files_by_split(folder: Path, subset: str | None, split: str) -> list[Path]:
     Raises:
         UserError: there is no such file, or the names leave it open.
     """
-    found = [_File(path, None, _split_of(path)) for path in _files_in(folder)]
+    found = [_DataFile(path, None, _split_of(path)) for path in _files_in(folder)]
     if subset is not None or not found:
-        within = list(_within(folder, None, None, 1))
-        found = _of_subset(folder, within, subset) if within or subset is not None else found
+        within = list(_nested_files(folder, None, None, 1))
+        found = _select_subset(folder, within, subset) if within or subset is not None else found
     if not found:
-        raise UserError(f"{folder}: the folder has no data file; put files ending in {KNOWN} there")
+        raise UserError(f"{folder}: the folder has no data file; put files ending in {DATA_FILE_TYPES} there")
     splits = sorted({file.split for file in found if file.split is not None})
     others = [file.path.name for file in found if file.split is None]
     if not splits or splits == ["train"]:
@@ -62,15 +62,15 @@ def files_by_split(folder: Path, subset: str | None, split: str) -> list[Path]:
         return [file.path for file in found]
     if others:
         raise UserError(
-            f"{folder}: has files of the splits {listed(splits)} and others ({others[0]}); give a file, or a pattern "
+            f"{folder}: has files of the splits {join_names(splits)} and others ({others[0]}); give a file, or a pattern "
             "such as FOLDER/*.jsonl, as the path"
         )
-    wanted = _NAMED.get(split, split)
+    wanted = _SPLIT_ALIASES.get(split, split)
     if len(splits) == 1 and split == "train":  # the default, and there is nothing to choose
         wanted = splits[0]
     chosen = [file.path for file in found if file.split == wanted]
     if not chosen:
-        raise UserError(f"{folder}: has no split '{split}'; set `split` to one of {listed(splits)}")
+        raise UserError(f"{folder}: has no split '{split}'; set `split` to one of {join_names(splits)}")
     return chosen
 
 
@@ -79,7 +79,7 @@ def has_pattern(path: str) -> bool:
     return glob.has_magic(path)
 
 
-def files_of_pattern(pattern: str) -> list[Path]:
+def glob_data_files(pattern: str) -> list[Path]:
     """Return the files that match a pattern such as `data/*.jsonl`, by name.
 
     Raises:
@@ -98,41 +98,41 @@ def _files_in(folder: Path) -> list[Path]:
         paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror or error}); give a folder that can") from None
-    return [path for path in paths if suffix(path) and path.name not in _DESCRIPTIONS]
+    return [path for path in paths if data_file_type(path) and path.name not in _METADATA_FILES]
 
 
-def _within(folder: Path, configuration: str | None, split: str | None, depth: int) -> Iterator[_File]:
+def _nested_files(folder: Path, configuration: str | None, split: str | None, depth: int) -> Iterator[_DataFile]:
     """Yield the files of the folders within; their names are configurations' or splits'."""
-    if depth > _DEPTH:
+    if depth > _MAX_FOLDER_DEPTH:
         return
     try:
         inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror or error}); give a folder that can") from None
     for path in inner:
-        own_split = _NAMED.get(path.name, split)
-        own = configuration if path.name == _DATA or path.name in _NAMED else path.name
+        own_split = _SPLIT_ALIASES.get(path.name, split)
+        own = configuration if path.name == _DATA or path.name in _SPLIT_ALIASES else path.name
         for file in _files_in(path):
-            yield _File(file, own, _split_of(file) or own_split)
-        yield from _within(path, own, own_split, depth + 1)
+            yield _DataFile(file, own, _split_of(file) or own_split)
+        yield from _nested_files(path, own, own_split, depth + 1)
 
 
 def _split_of(path: Path) -> str | None:
     stem = path.name[: -len("".join(path.suffixes[-2 if path.suffix.lower() == ".gz" else -1 :]))]
-    shard = _SPLIT.fullmatch(stem)
+    shard = _SHARD_NAME.fullmatch(stem)
     name = shard["split"] if shard else stem
-    return _NAMED.get(name.lower(), name if shard else None)
+    return _SPLIT_ALIASES.get(name.lower(), name if shard else None)
 
 
-def _of_subset(folder: Path, files: list[_File], subset: str | None) -> list[_File]:
+def _select_subset(folder: Path, files: list[_DataFile], subset: str | None) -> list[_DataFile]:
     names = sorted({file.configuration for file in files if file.configuration is not None})
     if subset is not None:
         chosen = [file for file in files if file.configuration == subset]
         if not chosen:
-            known = f"set it to one of {listed(names)}" if names else f"take subset: {subset} out"
+            known = f"set it to one of {join_names(names)}" if names else f"take subset: {subset} out"
             raise UserError(f"{folder}: has no subset '{subset}'; {known}")
         return chosen
     plain = [file for file in files if file.configuration is None]
     if plain or len(names) == 1:
         return plain or files
-    raise UserError(f"{folder}: has several configurations; set `subset` to one of {listed(names)}")
+    raise UserError(f"{folder}: has several configurations; set `subset` to one of {join_names(names)}")

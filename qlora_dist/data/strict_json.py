@@ -8,47 +8,47 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-class NoNumberError(ValueError):
+class NonFiniteNumberError(ValueError):
     """NaN or Infinity stands where JSON has a number or null."""
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise NoNumberError(f"{name} is no number in JSON")
+    raise NonFiniteNumberError(f"{name} is no number in JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_constant)
+STRICT_JSON_DECODER = json.JSONDecoder(parse_constant=_no_constant)
 """Python's own takes NaN and Infinity, which no other reader does."""
 
-LENIENT = json.JSONDecoder(parse_int=len)
-"""Takes NaN and numbers of any length: it finds where a value ends that `DECODER` refuses."""
+LENIENT_JSON_DECODER = json.JSONDecoder(parse_int=len)
+"""Takes NaN and numbers of any length: it finds where a value ends that `STRICT_JSON_DECODER` refuses."""
 
 
-def parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """The value that the text holds.
 
     Raises:
         ValueError: what is wrong, without the text itself.
     """
     try:
-        return DECODER.decode(text)
-    except NoNumberError:
-        raise NoNumberError(_constant(text)) from None
+        return STRICT_JSON_DECODER.decode(text)
+    except NonFiniteNumberError:
+        raise NonFiniteNumberError(_locate_constant(text)) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(reason(error)) from None
+        raise ValueError(json_error_reason(error)) from None
 
 
-class _Constant(str):
+class _NonFiniteConstant(str):
     """The name of a constant, in its place."""
 
     __slots__ = ()
 
 
-def _constant(text: str) -> str:
+def _locate_constant(text: str) -> str:
     """Say where the first constant stands: '`scores[2].mean` is NaN, which is no number in JSON'."""
-    left: list[tuple[str, Any]] = [("", json.loads(text, parse_constant=_Constant, parse_int=len))]
+    left: list[tuple[str, Any]] = [("", json.loads(text, parse_constant=_NonFiniteConstant, parse_int=len))]
     while left:  # a tree may be as deep as Python's stack
         where, value = left.pop()
-        if isinstance(value, _Constant):
+        if isinstance(value, _NonFiniteConstant):
             name = where.removeprefix(".")[:80]
             return (
                 f"`{name}` is {value}, which is no number in JSON"
@@ -64,7 +64,7 @@ def _constant(text: str) -> str:
     raise AssertionError("the text has no constant")
 
 
-def reason(error: ValueError | RecursionError, start: int = 0) -> str:
+def json_error_reason(error: ValueError | RecursionError, start: int = 0) -> str:
     """What a decoder complains of, in words; `start` is the position of the value in the text that it was given."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
@@ -75,7 +75,7 @@ def reason(error: ValueError | RecursionError, start: int = 0) -> str:
     return str(error)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def load_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a small file; empty if it cannot be read or holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

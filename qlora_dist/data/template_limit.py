@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import psutil
 
-PROCESSOR_S = 30.0
+MAX_CPU_S = 30.0
 """Seconds of processor time to write one conversation; hundreds of turns take less than one."""
-MEMORY_BYTES = 4 * 2**30
+MAX_MEMORY_GROWTH_BYTES = 4 * 2**30
 """Bytes by which the process may grow while one text is rendered."""
-_LOOK_S = 0.05
+_CHECK_INTERVAL_S = 0.05
 """Seconds of processor time between two looks at the clock and the memory."""
 _T = TypeVar("_T")
 
@@ -25,7 +25,7 @@ class TemplateLimitError(Exception):
     """A template has used up what it may use."""
 
 
-class Limited:
+class TemplateLimiter:
     """Calls that end with TemplateLimitError as soon as they have used too much.
 
     Signals reach the main thread alone, so in other threads there is no limit. An operation of C is not interrupted.
@@ -42,7 +42,7 @@ class Limited:
             yield
             return
         before = signal.signal(signal.SIGPROF, self._look)
-        signal.setitimer(signal.ITIMER_PROF, _LOOK_S, _LOOK_S)
+        signal.setitimer(signal.ITIMER_PROF, _CHECK_INTERVAL_S, _CHECK_INTERVAL_S)
         self._is_armed = True
         try:
             yield
@@ -72,12 +72,12 @@ class Limited:
     def _look(self, number: int, frame: FrameType | None) -> None:
         if not self._is_writing:
             return
-        if time.process_time() - self._began_s > PROCESSOR_S:
-            raise TemplateLimitError(f"it takes more than {PROCESSOR_S:g} s of processor time")
+        if time.process_time() - self._began_s > MAX_CPU_S:
+            raise TemplateLimitError(f"it takes more than {MAX_CPU_S:g} s of processor time")
         held_bytes = psutil.Process().memory_info().rss
         self._began_bytes = self._began_bytes or held_bytes
-        if held_bytes - self._began_bytes > MEMORY_BYTES:
-            raise TemplateLimitError(f"it takes more than {MEMORY_BYTES / 2**30:g} GiB of memory")
+        if held_bytes - self._began_bytes > MAX_MEMORY_GROWTH_BYTES:
+            raise TemplateLimitError(f"it takes more than {MAX_MEMORY_GROWTH_BYTES / 2**30:g} GiB of memory")
 
 
-LIMITED = Limited()
+TEMPLATE_LIMITER = TemplateLimiter()

@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Callable
 
 from qlora_dist.data.source_row import Message
-from qlora_dist.data.validate import quoted
+from qlora_dist.data.validate import quote
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 """Roles that chat templates have. A message of another role would never be trained, whoever it is by."""
 
-_OTHER_NAMES = {
+_ROLE_ALIASES = {
     "model": "assistant",
     "bot": "assistant",
     "gpt": "assistant",
@@ -22,7 +22,7 @@ _OTHER_NAMES = {
 }
 """Names that other formats have for roles."""
 
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Fields of what the assistant thought, as transformers knows them."""
 
 _MARK = "zqxjv"
@@ -34,18 +34,18 @@ _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "argum
 _CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 
 
-class Refused(Exception):
+class UnsupportedConversationError(Exception):
     """A row that cannot be encoded. Its text is what is wrong and the remedy, without the place."""
 
 
-class Probed:
+class TemplateProbe:
     """A template's knowledge of roles and thoughts, each found when a row first needs it.
 
     The answers depend on the template alone, so that every process comes to the same.
 
     Args:
         template: its text.
-        render: writes messages, or raises `Refused`.
+        render: writes messages, or raises `UnsupportedConversationError`.
     """
 
     def __init__(self, template: str, render: Callable[[list[Message]], str]) -> None:
@@ -57,9 +57,9 @@ class Probed:
         self._thoughts: dict[bool, bool] = {}
         """Whether thoughts are written: of an answer, and of one that calls tools."""
 
-    def of(self, render: Callable[[list[Message]], str]) -> Probed:
+    def of(self, render: Callable[[list[Message]], str]) -> TemplateProbe:
         """Return what the template knows with other variables."""
-        return Probed(self._template, render)
+        return TemplateProbe(self._template, render)
 
     def check_roles(self, messages: list[Message]) -> None:
         """Check that every role is known and that the template writes its messages.
@@ -73,18 +73,18 @@ class Probed:
             role = message["role"]
             if role in self._usual:
                 continue
-            known = role in ROLES or (role not in _OTHER_NAMES and role in self._named_roles())
+            known = role in CHAT_ROLES or (role not in _ROLE_ALIASES and role in self._named_roles())
             if not known and "train" not in message:
-                raise Refused(
-                    f"message {index + 1} has the role {quoted(role)}, which is not known; {_remedy(role)}, or give "
+                raise UnsupportedConversationError(
+                    f"message {index + 1} has the role {quote(role)}, which is not known; {_role_suggestion(role)}, or give "
                     "the message a `train` of true or false"
                 )
             if self._writes_role(role):
                 if known:
                     self._usual.add(role)
             elif self._is_lost(messages, index, "content"):
-                raise Refused(
-                    f"message {index + 1} has the role {quoted(role)}, and the chat template writes nothing for it; "
+                raise UnsupportedConversationError(
+                    f"message {index + 1} has the role {quote(role)}, and the chat template writes nothing for it; "
                     "give it a role that the template writes, or use another template"
                 )
 
@@ -102,13 +102,13 @@ class Probed:
         """
         for index in reversed(range(len(messages))):
             message = given[index]
-            field = next((name for name in _THOUGHTS if message.get(name) and str(message[name]).strip()), None)
+            field = next((name for name in _REASONING_FIELDS if message.get(name) and str(message[name]).strip()), None)
             if field is None or message["role"] != "assistant":
                 continue
             if not self._writes_thoughts(bool(message.get("tool_calls"))) and self._is_lost(
-                messages[: index + 1], index, *_THOUGHTS
+                messages[: index + 1], index, *_REASONING_FIELDS
             ):
-                raise Refused(
+                raise UnsupportedConversationError(
                     f"message {index + 1} has a `{field}`, which the chat template does not write; use a template that "
                     "does, write the thought into `content`, or take it out"
                 )
@@ -121,7 +121,7 @@ class Probed:
 
     def _writes_thoughts(self, calls: bool) -> bool:
         if calls not in self._thoughts:
-            answer = {**(_CALLS if calls else _ANSWER), **dict.fromkeys(_THOUGHTS, _MARK)}
+            answer = {**(_CALLS if calls else _ANSWER), **dict.fromkeys(_REASONING_FIELDS, _MARK)}
             self._thoughts[calls] = _MARK in self._rendered([_USER, answer])
         return self._thoughts[calls]
 
@@ -138,7 +138,7 @@ class Probed:
     def _rendered(self, messages: list[Message]) -> str:
         try:
             return self._render(messages)
-        except Refused:
+        except UnsupportedConversationError:
             return ""
 
     def _named_roles(self) -> frozenset[str]:
@@ -154,6 +154,6 @@ class Probed:
         return self._named
 
 
-def _remedy(role: str) -> str:
-    near = _OTHER_NAMES.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), ROLES, n=1)), None)
-    return f"write {near}" if near else f"write one of {', '.join(ROLES)}"
+def _role_suggestion(role: str) -> str:
+    near = _ROLE_ALIASES.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), CHAT_ROLES, n=1)), None)
+    return f"write {near}" if near else f"write one of {', '.join(CHAT_ROLES)}"

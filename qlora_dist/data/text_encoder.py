@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qlora_dist.data.byte_level import byte_lengths
-from qlora_dist.data.chat_renderer import Span
-from qlora_dist.data.label_mask import tokens_inside
+from qlora_dist.data.byte_level import token_byte_lengths
+from qlora_dist.data.chat_renderer import CharSpan
+from qlora_dist.data.label_mask import loss_mask_from_spans
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedSequence:
     """A row in tokens."""
 
     tokens: npt.NDArray[np.int32]
@@ -30,11 +30,11 @@ class Encoded:
     """bool[n]. The first token is predicted from nothing: its flag has no effect."""
 
 
-class Text(NamedTuple):
+class MaskedText(NamedTuple):
     """What a row is written as."""
 
     text: str
-    spans: list[Span] | None
+    spans: list[CharSpan] | None
     """Where its trained characters are, in ascending order; None: everywhere."""
     inverted: bool = False
     """The spans are those that are not trained."""
@@ -55,17 +55,17 @@ class TextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._byte_lengths = byte_lengths(tokenizer)
+        self._byte_lengths = token_byte_lengths(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
         self._swallowing = frozenset(index for index, token in added if token.lstrip or token.rstrip)
-        self._before, self._behind = added_tokens(tokenizer)
+        self._before, self._behind = surrounding_special_tokens(tokenizer)
 
     @property
     def are_bytes(self) -> bool:
         """Whether tokens are the text's bytes, so that parts of a text may be tokenized apart."""
         return self._byte_lengths is not None
 
-    def encode(self, texts: Sequence[Text], closed: bool) -> list[Encoded]:
+    def encode(self, texts: Sequence[MaskedText], closed: bool) -> list[EncodedSequence]:
         """Encode texts which are all closed, or all not."""
         if not texts:
             return []
@@ -84,7 +84,7 @@ class TextEncoder:
         other = iter(self._by_offsets(again, closed))
         return [next(other) if item is None else item for item in encoded]
 
-    def _by_offsets(self, texts: Sequence[Text], closed: bool) -> list[Encoded]:
+    def _by_offsets(self, texts: Sequence[MaskedText], closed: bool) -> list[EncodedSequence]:
         batch = self._tokenizer(
             [text.text for text in texts],
             add_special_tokens=closed,
@@ -98,16 +98,16 @@ class TextEncoder:
         for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
             trained = np.ones(len(tokens), np.bool_)
             if text.spans is not None:
-                inside = tokens_inside(batch.encodings[index], text.spans)
+                inside = loss_mask_from_spans(batch.encodings[index], text.spans)
                 if not self._swallowing.isdisjoint(tokens):
                     self._correct_swallowing(inside, batch.encodings[index], text)
                 inside = inside[removed[index] :][: len(tokens)]
                 trained[: len(inside)] = inside != text.inverted
                 trained[len(tokens) - 1 :] |= closed and self._is_ended(tokens)
-            encoded.append(Encoded(np.array(tokens, np.int32), trained))
+            encoded.append(EncodedSequence(np.array(tokens, np.int32), trained))
         return encoded
 
-    def _correct_swallowing(self, inside: npt.NDArray[np.bool_], encoding: Encoding, text: Text) -> None:
+    def _correct_swallowing(self, inside: npt.NDArray[np.bool_], encoding: Encoding, text: MaskedText) -> None:
         """Count a token that takes the white space beside it where its own text stands.
 
         Phi-3's `<|assistant|>` is one: an answer that begins with white space would make the model learn to write it.
@@ -120,8 +120,8 @@ class TextEncoder:
                 inside[place] = any(max(first, one) < min(last, other) for one, other in text.spans or ())
 
     def _by_bytes(
-        self, texts: Sequence[Text], closed: bool, byte_lengths: npt.NDArray[np.int64]
-    ) -> list[Encoded | None]:
+        self, texts: Sequence[MaskedText], closed: bool, byte_lengths: npt.NDArray[np.int64]
+    ) -> list[EncodedSequence | None]:
         """None: the text is not what its tokens are written as."""
         rules = self._tokenizer.backend_tokenizer
         rules.no_truncation()  # what the tokenizer's own call sets each time
@@ -150,27 +150,27 @@ class TextEncoder:
                 int(places[first]),
                 int(places[first + counts[index]]),
             )  # in bytes, without what was put behind it
-            usable[index] = end - start == _bytes(text.text) and unicodedata.is_normalized("NFC", text.text)
+            usable[index] = end - start == _utf8_length(text.text) and unicodedata.is_normalized("NFC", text.text)
             if not usable[index]:
                 continue
             trained[first:last] = text.inverted
             trained[last - 1 : last] |= closed and self._is_ended(ids[index])
             for span in text.spans:
                 if span[0] < span[1]:  # a token that straddles an empty span is not in it
-                    borders += (start + _bytes(text.text, span[0]), start + _bytes(text.text, span[1]) - 1)
+                    borders += (start + _utf8_length(text.text, span[0]), start + _utf8_length(text.text, span[1]) - 1)
                     values.append(not text.inverted)
         found = (places.searchsorted(borders, side="right") - 1).tolist()
         for value, first, last in zip(values, found[::2], found[1::2], strict=True):
             trained[first : last + 1] = value
         return [
-            Encoded(tokens[first:last], trained[first:last]) if use else None
+            EncodedSequence(tokens[first:last], trained[first:last]) if use else None
             for (first, last), use in zip(rows, usable, strict=True)
         ]
 
     def _is_ended(self, tokens: list[int]) -> bool:
         return bool(tokens) and tokens[-1] == self._tokenizer.eos_token_id
 
-    def _close(self, ids: list[list[int]], texts: Sequence[Text]) -> list[int]:
+    def _close(self, ids: list[list[int]], texts: Sequence[MaskedText]) -> list[int]:
         """Give each text one beginning and one end, whether they come from the text, the tokenizer or neither.
 
         Returns:
@@ -192,7 +192,7 @@ class TextEncoder:
         return removed
 
 
-def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def surrounding_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the tokens that the tokenizer puts before and behind every text."""
     with_them, alone = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
     for start in range(len(with_them) - len(alone) + 1):
@@ -201,7 +201,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     return [], []
 
 
-def _bytes(text: str, end: int | None = None) -> int:
+def _utf8_length(text: str, end: int | None = None) -> int:
     """Bytes of the text up to a character."""
     if text.isascii():
         return len(text) if end is None else end

@@ -18,26 +18,26 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
-from qlora_dist.data.row_encoder import Encoder
-from qlora_dist.data.source_row import BadRow, CompletionRow, Row, TextRow
-from qlora_dist.data.template_limit import LIMITED
-from qlora_dist.data.tokenized import Flat, SequenceWriter
+from qlora_dist.data.row_encoder import RowEncoder
+from qlora_dist.data.source_row import BadRow, CompletionRow, SourceRow, TextRow
+from qlora_dist.data.template_limit import TEMPLATE_LIMITER
+from qlora_dist.data.tokenized import FlatSequences, SequenceWriter
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.system import cores
+from qlora_dist.runtime.system import usable_cpu_count
 
 _CHUNK_ROWS = 256
 _CHUNK_CHARACTERS = 2**20
 """A worker gets so many rows at a time, or as many as have so much text."""
-_AHEAD = 3
+_CHUNKS_AHEAD_PER_WORKER = 3
 """Chunks read ahead for each worker."""
-_PLACES = 5
+_MAX_NAMED_BAD_ROWS = 5
 """Bad rows that are remembered."""
 
-Chunk = list[Row | BadRow]
+RowChunk = list[SourceRow | BadRow]
 
 
 @dataclass(slots=True)
-class Stats:
+class TokenizeStats:
     """What became of a source's rows."""
 
     rows: int = 0
@@ -84,7 +84,7 @@ class Stats:
         )
 
 
-class _Part(NamedTuple):
+class _EncodedChunk(NamedTuple):
     """A chunk in tokens."""
 
     rows: int
@@ -92,12 +92,12 @@ class _Part(NamedTuple):
     untrained: int
     per_answer: int
     answers: int
-    sequences: Flat
+    sequences: FlatSequences
 
 
-def tokenize(
-    rows: Iterable[Row | BadRow],
-    encoder: Encoder,
+def tokenize_to_file(
+    rows: Iterable[SourceRow | BadRow],
+    encoder: RowEncoder,
     out: Path,
     *,
     workers: int | Literal["auto"] = "auto",
@@ -106,7 +106,7 @@ def tokenize(
     rejected: Path | None = None,
     name: str = "data",
     progress: Callable[[int], None] = lambda rows: None,
-) -> Stats:
+) -> TokenizeStats:
     """Encode rows and write those with something to train. The file depends on the rows alone, not on `workers`.
 
     Args:
@@ -125,13 +125,13 @@ def tokenize(
             whatever `rows` raises, at its place among the rows.
         OSError: `out` cannot be written.
     """
-    stats = Stats()
+    stats = TokenizeStats()
     digests = [hashlib.sha256() for _ in range(3)]
-    with SequenceWriter(out) as writer, _Rejects(rejected) as rejects:
-        for part in _encoded(rows, encoder, workers):
+    with SequenceWriter(out) as writer, _BadRowFile(rejected) as rejects:
+        for part in _encode_chunks(rows, encoder, workers):
             stats.rows += part.rows
             for bad in part.bad:
-                _count(bad, stats, on_bad_row, max_bad_rows, name)
+                _count_bad_row(bad, stats, on_bad_row, max_bad_rows, name)
                 rejects.append(bad)
             stats.untrained_rows += part.untrained
             stats.per_answer_rows += part.per_answer
@@ -146,7 +146,7 @@ def tokenize(
                 digest.update(content)
             writer.append(part.sequences)
             progress(stats.rows)
-        _check_share(stats, max_bad_rows, name)
+        _check_bad_row_share(stats, max_bad_rows, name)
         if not stats.sequences:
             skipped = f" ({stats.bad_rows} of them could not be used)" if stats.bad_rows else ""
             raise UserError(
@@ -157,23 +157,23 @@ def tokenize(
     return stats
 
 
-def _count(bad: BadRow, stats: Stats, on_bad_row: str, max_bad_rows: int | str, name: str) -> None:
+def _count_bad_row(bad: BadRow, stats: TokenizeStats, on_bad_row: str, max_bad_rows: int | str, name: str) -> None:
     if on_bad_row == "error":
         raise bad.error()
     stats.bad_rows += 1
-    if len(stats.bad_places) < _PLACES:
+    if len(stats.bad_places) < _MAX_NAMED_BAD_ROWS:
         stats.bad_places.append(str(bad.error()))
     if isinstance(max_bad_rows, int) and stats.bad_rows > max_bad_rows:
-        raise _too_many(stats, max_bad_rows, name)
+        raise _too_many_bad_rows_error(stats, max_bad_rows, name)
 
 
-def _check_share(stats: Stats, max_bad_rows: int | str, name: str) -> None:
+def _check_bad_row_share(stats: TokenizeStats, max_bad_rows: int | str, name: str) -> None:
     """Refuse a larger share of bad rows, which is known once all rows are read."""
     if isinstance(max_bad_rows, str) and stats.bad_rows > stats.rows * float(max_bad_rows.rstrip("%")) / 100:
-        raise _too_many(stats, max_bad_rows, name)
+        raise _too_many_bad_rows_error(stats, max_bad_rows, name)
 
 
-def _too_many(stats: Stats, max_bad_rows: int | str, name: str) -> UserError:
+def _too_many_bad_rows_error(stats: TokenizeStats, max_bad_rows: int | str, name: str) -> UserError:
     count = f"{stats.bad_rows:,} of {stats.rows:,}, " if isinstance(max_bad_rows, str) else ""
     return UserError(
         f"{name}: more than data.max_bad_rows: {max_bad_rows} of its rows cannot be used ({count}the first: "
@@ -181,7 +181,7 @@ def _too_many(stats: Stats, max_bad_rows: int | str, name: str) -> UserError:
     )
 
 
-class _Rejects:
+class _BadRowFile:
     """The file of all bad rows, which is written if there are any."""
 
     def __init__(self, path: Path | None) -> None:
@@ -193,7 +193,7 @@ class _Rejects:
             self._file = self._file or self._path.open("w", encoding="utf-8")
             self._file.write(f"{bad.error()}\n")
 
-    def __enter__(self) -> _Rejects:
+    def __enter__(self) -> _BadRowFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -201,36 +201,38 @@ class _Rejects:
             self._file.close()
 
 
-def _encoded(rows: Iterable[Row | BadRow], encoder: Encoder, workers: int | Literal["auto"]) -> Iterator[_Part]:
+def _encode_chunks(
+    rows: Iterable[SourceRow | BadRow], encoder: RowEncoder, workers: int | Literal["auto"]
+) -> Iterator[_EncodedChunk]:
     """Every chunk's tokens, in order; what `rows` raises comes after the chunks before it."""
     chunks = _chunks(rows)
     # more processes than chunks would only be started; and one has the work done sooner than it starts another. Other
     # ranks wait for what these do: they need not share the cores
-    most = cores() if workers == "auto" else workers
+    most = usable_cpu_count() if workers == "auto" else workers
     first = list(islice(chunks, most)) if most > 1 else []
     chunks = chain(first, chunks)
     if len(first) < 2:
         for chunk in chunks:
-            yield _encode(_checked(chunk), encoder)
+            yield _encode(_raise_if_error(chunk), encoder)
         return
-    with _pool(len(first), encoder) as pool:
-        pending: deque[Future[_Part] | UserError] = deque()
+    with _worker_pool(len(first), encoder) as pool:
+        pending: deque[Future[_EncodedChunk] | UserError] = deque()
         for chunk in chunks:
-            pending.append(chunk if isinstance(chunk, UserError) else pool.submit(_encode_here, chunk))
-            if len(pending) > _AHEAD * len(first):
+            pending.append(chunk if isinstance(chunk, UserError) else pool.submit(_encode_in_worker, chunk))
+            if len(pending) > _CHUNKS_AHEAD_PER_WORKER * len(first):
                 yield _result(pending.popleft())
         while pending:
             yield _result(pending.popleft())
 
 
-def _chunks(rows: Iterable[Row | BadRow]) -> Iterator[Chunk | UserError]:
+def _chunks(rows: Iterable[SourceRow | BadRow]) -> Iterator[RowChunk | UserError]:
     """Rows as they are handed to a worker; last of all the mistake that ended them, if one did."""
-    chunk: Chunk = []
+    chunk: RowChunk = []
     characters = 0
     try:
         for row in rows:
             chunk.append(row)
-            characters += _characters(row)
+            characters += _num_characters(row)
             if len(chunk) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
                 yield chunk
                 chunk, characters = [], 0
@@ -242,7 +244,7 @@ def _chunks(rows: Iterable[Row | BadRow]) -> Iterator[Chunk | UserError]:
         yield chunk
 
 
-def _characters(row: Row | BadRow) -> int:
+def _num_characters(row: SourceRow | BadRow) -> int:
     """About how much text it is."""
     if isinstance(row, BadRow):
         return 0
@@ -253,13 +255,13 @@ def _characters(row: Row | BadRow) -> int:
     return sum(len(message.get("content") or "") for message in row.messages)
 
 
-def _checked(chunk: Chunk | UserError) -> Chunk:
+def _raise_if_error(chunk: RowChunk | UserError) -> RowChunk:
     if isinstance(chunk, UserError):
         raise chunk
     return chunk
 
 
-def _result(future: Future[_Part] | UserError) -> _Part:
+def _result(future: Future[_EncodedChunk] | UserError) -> _EncodedChunk:
     if isinstance(future, UserError):
         raise future
     try:
@@ -270,8 +272,8 @@ def _result(future: Future[_Part] | UserError) -> _Part:
         ) from None
 
 
-def _encode(chunk: Chunk, encoder: Encoder) -> _Part:
-    with LIMITED.armed():
+def _encode(chunk: RowChunk, encoder: RowEncoder) -> _EncodedChunk:
+    with TEMPLATE_LIMITER.armed():
         results = iter(encoder.encode([row for row in chunk if not isinstance(row, BadRow)]))
     bad, kept = [], []
     untrained = per_answer = answers = 0
@@ -286,21 +288,21 @@ def _encode(chunk: Chunk, encoder: Encoder) -> _Part:
             kept.append((encoded.tokens, encoded.trained))
         else:
             untrained += 1
-    return _Part(len(chunk), bad, untrained, per_answer, answers, Flat.of(kept))
+    return _EncodedChunk(len(chunk), bad, untrained, per_answer, answers, FlatSequences.of(kept))
 
 
 # --- the workers ------------------------------------------------------------------------------------------------------
 # Forked: they have transformers and the tokenizer at once, where a fresh process takes seconds to import them. Not safe
 # after a fork would be using the parent's threads, torch's or the tokenizers library's: they use neither.
 
-_ENCODER: Encoder
+_ENCODER: RowEncoder
 
 
 @contextlib.contextmanager
-def _pool(workers: int, encoder: Encoder) -> Iterator[ProcessPoolExecutor]:
+def _worker_pool(workers: int, encoder: RowEncoder) -> Iterator[ProcessPoolExecutor]:
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (encoder,))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _init_worker, (encoder,))
     try:
         yield pool
     finally:
@@ -310,15 +312,15 @@ def _pool(workers: int, encoder: Encoder) -> Iterator[ProcessPoolExecutor]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _start(encoder: Encoder) -> None:
+def _init_worker(encoder: RowEncoder) -> None:
     global _ENCODER
     _ENCODER = encoder
     gc.freeze()  # looking through all of the parent's objects for garbage would copy the pages they lie on
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent answers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """A killed parent would leave workers that wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -326,5 +328,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_here(chunk: Chunk) -> _Part:
+def _encode_in_worker(chunk: RowChunk) -> _EncodedChunk:
     return _encode(chunk, _ENCODER)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-BATCH_TOKENS = 2**22
+RECORD_BATCH_TOKENS = 2**22
 """A record batch is written as soon as it has so many tokens (20 MiB of them with their flags)."""
 
 _SCHEMA = pa.schema(
@@ -24,7 +24,7 @@ _SCHEMA = pa.schema(
 )
 
 
-class Sequences:
+class TokenizedSequences:
     """Sequences by number. Nothing of a file's tokens is in memory but what the operating system keeps of it."""
 
     lengths: npt.NDArray[np.int64]
@@ -48,7 +48,7 @@ class Sequences:
         self.trained_lengths = np.concatenate(nothing + [part.astype(np.int64) for part in counts])
 
     @classmethod
-    def open(cls, path: Path) -> Sequences:
+    def open(cls, path: Path) -> TokenizedSequences:
         """Map a file that `SequenceWriter` has written.
 
         Raises:
@@ -64,10 +64,10 @@ class Sequences:
         return cls(batches)
 
     @classmethod
-    def of(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Sequences:
+    def of(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> TokenizedSequences:
         """In memory, of (tokens, trained) each. Nothing predicts a first token: its flag is taken for False."""
         pairs = [(np.asarray(tokens, np.int32), np.asarray(trained, np.bool_)) for tokens, trained in sequences]
-        return cls([_record_batch([Flat.of(pairs)])])
+        return cls([_record_batch([FlatSequences.of(pairs)])])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -91,7 +91,7 @@ class Sequences:
         return batch, int(offsets[row]), int(offsets[row + 1])
 
 
-class Flat(NamedTuple):
+class FlatSequences(NamedTuple):
     """Sequences one behind the other."""
 
     lengths: npt.NDArray[np.int64]
@@ -102,7 +102,7 @@ class Flat(NamedTuple):
     """bool[tokens]. False for the first of each sequence, which nothing predicts."""
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]) -> Flat:
+    def of(cls, pairs: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]) -> FlatSequences:
         """Of (tokens, trained) each; a first token's flag is taken for False."""
         lengths = np.array([len(tokens) for tokens, _ in pairs], dtype=np.int64)
         tokens = np.concatenate([np.empty(0, dtype=np.int32), *(tokens for tokens, _ in pairs)])
@@ -114,13 +114,13 @@ class Flat(NamedTuple):
 class SequenceWriter:
     """Writes sequences one after another; holds no more than a record batch."""
 
-    def __init__(self, path: Path, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, path: Path, batch_tokens: int = RECORD_BATCH_TOKENS) -> None:
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, _SCHEMA)
         self._batch_tokens = batch_tokens
-        self._pending: list[Flat] = []
+        self._pending: list[FlatSequences] = []
 
-    def append(self, sequences: Flat) -> None:
+    def append(self, sequences: FlatSequences) -> None:
         """Add some.
 
         Raises:
@@ -147,7 +147,7 @@ class SequenceWriter:
                 self._writer.close()
 
 
-def _record_batch(parts: Sequence[Flat]) -> pa.RecordBatch:
+def _record_batch(parts: Sequence[FlatSequences]) -> pa.RecordBatch:
     lengths, tokens, trained = (np.concatenate(column) for column in zip(*parts, strict=True))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     trained_lengths = np.diff(np.concatenate([[0], np.cumsum(trained)])[offsets])

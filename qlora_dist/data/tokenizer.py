@@ -28,7 +28,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: holds no tokenizer ({reason}); copy it there from the original model") from None
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase, largest: int) -> int:
+def choose_pad_token_id(tokenizer: PreTrainedTokenizerBase, largest: int) -> int:
     """Return an id that the embedding has: no label and no other sequence sees the padding.
 
     Args:

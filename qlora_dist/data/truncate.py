@@ -9,14 +9,14 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from qlora_dist.data.tokenized import Sequences
+from qlora_dist.data.tokenized import TokenizedSequences
 
-TooLong = Literal["truncate", "split", "drop"]
+TruncationMode = Literal["truncate", "split", "drop"]
 _Int = TypeVar("_Int", bound=np.integer)
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
+class Segments:
     """Parts of sequences, each with a token to train. Arrays, no Python object for each: 16 bytes a piece."""
 
     sequence: npt.NDArray[np.integer]
@@ -31,13 +31,13 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.sequence)
 
-    def take(self, order: npt.NDArray[np.int64]) -> Pieces:
+    def take(self, order: npt.NDArray[np.int64]) -> Segments:
         """These of them, in this order."""
-        return Pieces(*(getattr(self, field.name)[order] for field in fields(self)))
+        return Segments(*(getattr(self, field.name)[order] for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
+class TruncationStats:
     """What became of a source's sequences."""
 
     sequences: int
@@ -80,7 +80,9 @@ class Fate:
         return f"{', '.join(said)}; {self.tokens:,} tokens, {self.trained_tokens:,} trained"
 
 
-def cut(sequences: Sequences, seq_len: int, too_long: TooLong) -> tuple[Pieces, Fate]:
+def truncate_sequences(
+    sequences: TokenizedSequences, seq_len: int, too_long: TruncationMode
+) -> tuple[Segments, TruncationStats]:
     """Cut sequences to at most `seq_len` tokens, and leave out what has no target then.
 
     truncate: the first `seq_len` tokens. split: one behind the other, all but the last of `seq_len` tokens: full rows,
@@ -99,10 +101,10 @@ def cut(sequences: Sequences, seq_len: int, too_long: TooLong) -> tuple[Pieces, 
     whole = np.flatnonzero((lengths <= seq_len) & (trained > 0))
     untrained = len(sequences) - len(longer) - len(whole)
     truncated = split = split_pieces = cut_answers = 0
-    columns = [array("q") for _ in fields(Pieces)]
+    columns = [array("q") for _ in fields(Segments)]
     for index in longer.tolist():
         if too_long != "split":
-            cut_answers += _stretches_from(sequences.trained(index), seq_len if too_long == "truncate" else 0)
+            cut_answers += _count_trained_runs(sequences.trained(index), seq_len if too_long == "truncate" else 0)
         if too_long == "drop":
             continue
         end = int(lengths[index]) if too_long == "split" else seq_len
@@ -119,7 +121,7 @@ def cut(sequences: Sequences, seq_len: int, too_long: TooLong) -> tuple[Pieces, 
         values = np.full(len(kept), index), starts[kept], (ends - starts)[kept], targets[kept]
         for column, value in zip(columns, values, strict=True):
             column.frombytes(value.tobytes())
-    pieces = Pieces(
+    pieces = Segments(
         _joined(whole, columns[0], np.int32 if len(sequences) < 2**31 else np.int64),
         _joined(np.zeros(len(whole), dtype=np.int32), columns[1], np.int32),
         _joined(lengths[whole], columns[2], np.int32),
@@ -128,7 +130,7 @@ def cut(sequences: Sequences, seq_len: int, too_long: TooLong) -> tuple[Pieces, 
     if columns[0]:
         pieces = pieces.take(np.argsort(pieces.sequence, kind="stable"))
     trained_tokens = int(pieces.trained.sum(dtype=np.int64))
-    fate = Fate(
+    fate = TruncationStats(
         sequences=len(sequences),
         truncated=truncated,
         split=split,
@@ -144,7 +146,7 @@ def cut(sequences: Sequences, seq_len: int, too_long: TooLong) -> tuple[Pieces, 
     return pieces, fate
 
 
-def _stretches_from(flags: npt.NDArray[np.bool_], start: int) -> int:
+def _count_trained_runs(flags: npt.NDArray[np.bool_], start: int) -> int:
     """Return how many stretches of trained tokens begin at `start` or later."""
     begins = flags[start:].copy()
     begins[1:] &= ~flags[start:-1]

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qlora_dist.data.answer_spans import derive_spans
-from qlora_dist.data.chat_renderer import Renderer, Span
+from qlora_dist.data.answer_spans import derive_answer_spans
+from qlora_dist.data.chat_renderer import CharSpan, ChatRenderer
 from qlora_dist.data.source_row import Message
-from qlora_dist.data.template_probe import Refused
+from qlora_dist.data.template_probe import UnsupportedConversationError
 
 
-def write(
-    renderer: Renderer,
+def render_with_turn_spans(
+    renderer: ChatRenderer,
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
     indices: Sequence[int],
     end_tokens: tuple[str, ...],
-) -> tuple[str, list[Span]]:
+) -> tuple[str, list[CharSpan]]:
     """A conversation's text, and where in it the messages `indices` lie, in ascending order.
 
     Args:
@@ -32,37 +32,37 @@ def write(
     """
     if not renderer.marked:
         text = renderer.text(messages, tools)
-        return text, _Turns(renderer, messages, tools, text, end_tokens).spans(indices)
+        return text, _TurnFinder(renderer, messages, tools, text, end_tokens).spans(indices)
     text, marks = renderer.marks(messages, tools)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [index for index in answers if index in indices]
     if wanted != answers:
         if wanted and len(marks) != len(answers):
-            raise Rewritten(
+            raise RewrittenHistoryError(
                 f"the chat template marks {len(marks)} passages for {len(answers)} messages of the assistant, so one "
                 "message cannot be told from another; set data.multi_turn: auto, train all of them, or use another "
                 "chat template"
             )
         marks = [mark for index, mark in zip(answers, marks, strict=True) if index in indices] if wanted else []
     others = [index for index in indices if index not in answers]
-    return text, sorted(marks + _Turns(renderer, messages, tools, text, end_tokens).spans(others))
+    return text, sorted(marks + _TurnFinder(renderer, messages, tools, text, end_tokens).spans(others))
 
 
-class Rewritten(Refused):
+class RewrittenHistoryError(UnsupportedConversationError):
     """A conversation of which one rendering does not show each answer as inference would see it."""
 
 
-def need_prompt(index: int) -> None:
+def require_prompt(index: int) -> None:
     """See whether an answer has something to answer.
 
     Raises:
         Refused: it is the first message.
     """
     if index == 0:
-        raise Refused("the conversation starts with the assistant; put a user's message before it")
+        raise UnsupportedConversationError("the conversation starts with the assistant; put a user's message before it")
 
 
-def end_of_turn(text: str, end: int, added_tokens: tuple[str, ...]) -> int:
+def find_turn_end(text: str, end: int, added_tokens: tuple[str, ...]) -> int:
     """Return where a turn ends that is written up to `end`, without white space behind the token that ends it.
 
     ChatML writes a line feed after <|im_end|>; generation has stopped by then.
@@ -71,7 +71,7 @@ def end_of_turn(text: str, end: int, added_tokens: tuple[str, ...]) -> int:
     return len(stripped) if stripped.endswith(added_tokens) else end
 
 
-class _Turns:
+class _TurnFinder:
     """The turns of one conversation, found by rendering parts of it.
 
     The parts are compared as text: token by token, an answer that starts with a line feed would be refused, because
@@ -80,7 +80,7 @@ class _Turns:
 
     def __init__(
         self,
-        renderer: Renderer,
+        renderer: ChatRenderer,
         messages: list[Message],
         tools: list[dict[str, Any]] | None,
         text: str,
@@ -94,7 +94,7 @@ class _Turns:
         self._around: tuple[str, str] | None = None
         """What the template writes before and after the content of an answer, once that is known."""
 
-    def spans(self, indices: Sequence[int]) -> list[Span]:
+    def spans(self, indices: Sequence[int]) -> list[CharSpan]:
         """What is said in these messages, and what ends their turns.
 
         For an assistant's message that is what the template writes after prompting for it. For another's it begins
@@ -102,26 +102,26 @@ class _Turns:
         """
         spans = []
         answers = [index for index in indices if self._messages[index]["role"] == "assistant"]
-        derived = derive_spans(self._renderer, self._messages, self._tools, self._text, answers, self._answer)
+        derived = derive_answer_spans(self._renderer, self._messages, self._tools, self._text, answers, self._answer)
         for index in reversed(indices):  # the last answer tells the most
             if index in derived:
                 start, end = derived[index]
             else:
                 start, end = self._answer(index) if index in answers else self._turn(index)
-            spans.append((start, max(start, end_of_turn(self._text, end, self._end_tokens))))
+            spans.append((start, max(start, find_turn_end(self._text, end, self._end_tokens))))
         return spans[::-1]
 
-    def _answer(self, index: int) -> Span:
-        need_prompt(index)
+    def _answer(self, index: int) -> CharSpan:
+        require_prompt(index)
         prompt = self._renderer.text(self._messages[:index], self._tools, prompting=True)
         if not self._text.startswith(prompt):
-            raise _rewritten("the prompt", index)
+            raise _rewritten_history_error("the prompt", index)
         end = self._end_as_it_stands(index, len(prompt))
         if end is not None:
             return len(prompt), end
         answered = self._until(index)
         if not answered.startswith(prompt):
-            raise _rewritten("the prompt", index)
+            raise _rewritten_history_error("the prompt", index)
         self._learn_around(index, prompt, answered)
         if self._text.startswith(answered):
             return len(prompt), len(answered)
@@ -168,26 +168,26 @@ class _Turns:
         """
         mark = self._mark(index)
         marked = self._with_content(index, lambda content: content + mark)
-        closing = _common_end(answered, self._renderer.text(marked[: index + 1], self._tools))
+        closing = _common_suffix(answered, self._renderer.text(marked[: index + 1], self._tools))
         whole = self._renderer.text(marked, self._tools)
-        rest = _common_end(self._text, whole)
+        rest = _common_suffix(self._text, whole)
         written = whole.startswith(prompt) and whole[: len(whole) - len(rest)].endswith(mark)
         end = len(self._text) - len(rest) + len(closing)
         if not written or not rest.startswith(closing) or end < len(prompt):
-            raise _rewritten("an earlier turn", index)
+            raise _rewritten_history_error("an earlier turn", index)
         return end
 
-    def _turn(self, index: int) -> Span:
+    def _turn(self, index: int) -> CharSpan:
         turned = self._until(index)
         if not self._text.startswith(turned):
-            raise _rewritten("an earlier turn", index)
+            raise _rewritten_history_error("an earlier turn", index)
         mark = self._mark(index)
         marked = self._renderer.text(
             self._with_content(index, lambda content: mark + content)[: index + 1], self._tools
         )
-        start = common_start(turned, marked)
+        start = common_prefix_length(turned, marked)
         if not marked.startswith(mark, start):
-            raise Refused(
+            raise UnsupportedConversationError(
                 f"`train` of message {index + 1} is true, and the chat template writes no turn for that message; "
                 "take `train` out, or use another chat template"
             )
@@ -211,22 +211,22 @@ class _Turns:
     def _content(self, index: int) -> str:
         content = self._messages[index].get("content", "")
         if not isinstance(content, str):
-            raise Refused(f"the content of message {index + 1} is no string; write a string")
+            raise UnsupportedConversationError(f"the content of message {index + 1} is no string; write a string")
         return content
 
 
-def common_start(one: str, other: str) -> int:
+def common_prefix_length(one: str, other: str) -> int:
     """Return the length of the common beginning of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _common_end(one: str, other: str) -> str:
-    return one[len(one) - common_start(one[::-1], other[::-1]) :]
+def _common_suffix(one: str, other: str) -> str:
+    return one[len(one) - common_prefix_length(one[::-1], other[::-1]) :]
 
 
-def _rewritten(what: str, index: int) -> Rewritten:
-    return Rewritten(
+def _rewritten_history_error(what: str, index: int) -> RewrittenHistoryError:
+    return RewrittenHistoryError(
         f"the chat template rewrites history ({what} of message {index + 1} changes with what follows), so the "
         "conversation cannot be trained as one row; set data.multi_turn: auto, or give data.chat_template a template "
         "that does not, best one with {% generation %} markers"

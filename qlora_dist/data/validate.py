@@ -6,33 +6,33 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-Record = tuple[str, dict[str, Any]]
+RawRow = tuple[str, dict[str, Any]]
 """The place ('FILE, line N') and the fields of a row."""
 
-DEEPEST = 100
+MAX_JSON_DEPTH = 100
 """Levels of nesting that a template's `tojson` is trusted with."""
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
-class Unusable(Exception):
+class InvalidRowError(Exception):
     """What is wrong with a row, and the remedy: the `reason` of a `BadRow`."""
 
 
-def string(value: Any, where: str) -> str:
+def require_str(value: Any, where: str) -> str:
     """The value, if it is text.
 
     Raises:
         Unusable: it is something else, or text that has no UTF-8.
     """
     if not isinstance(value, str):
-        raise Unusable(f"{where} is {kind(value)}; write a string")
-    if not has_utf8(value):
-        raise Unusable(f"{where} holds half of a surrogate pair; write the whole character")
+        raise InvalidRowError(f"{where} is {json_type_name(value)}; write a string")
+    if not is_valid_utf8(value):
+        raise InvalidRowError(f"{where} holds half of a surrogate pair; write the whole character")
     return value
 
 
-def has_utf8(value: str) -> bool:
+def is_valid_utf8(value: str) -> bool:
     """Whether it is text. Half of a surrogate pair is valid JSON and none; a tokenizer would not say where."""
     if value.isascii():
         return True
@@ -43,38 +43,38 @@ def has_utf8(value: str) -> bool:
     return True
 
 
-def filled(value: Any, where: str) -> str:
+def require_nonempty_str(value: Any, where: str) -> str:
     """The value, if it is text of more than white space: training on less teaches silence.
 
     Raises:
         Unusable: it is not.
     """
-    text = string(value, where)
+    text = require_str(value, where)
     if not text.strip():
-        raise Unusable(f"{where} is empty; fill it or take the row out")
+        raise InvalidRowError(f"{where} is empty; fill it or take the row out")
     return text
 
 
-def check_tree(value: Any, where: str) -> None:
-    """Raise `Unusable` unless a template can write the value as JSON, which is how it is found out.
+def check_json_value(value: Any, where: str) -> None:
+    """Raise `InvalidRowError` unless a template can write the value as JSON, which is how it is found out.
 
     A value that is only just not too deep for us may be so further down the stack: there is a margin.
     """
     try:
         text = _ENCODER.encode(value)
         text.encode("utf-8")
-        deep = text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST
+        deep = text.count("[") + text.count("{") > MAX_JSON_DEPTH and _nesting_depth(value) > MAX_JSON_DEPTH
     except UnicodeEncodeError:
-        raise Unusable(f"{where} holds half of a surrogate pair; write the whole character") from None
+        raise InvalidRowError(f"{where} holds half of a surrogate pair; write the whole character") from None
     except RecursionError:
         deep = True
     except (TypeError, ValueError) as error:  # a date, bytes; not a number
-        raise Unusable(f"{where} cannot be written as JSON ({error}); write what JSON knows") from None
+        raise InvalidRowError(f"{where} cannot be written as JSON ({error}); write what JSON knows") from None
     if deep:
-        raise Unusable(f"{where} is nested more than {DEEPEST} levels deep; flatten it")
+        raise InvalidRowError(f"{where} is nested more than {MAX_JSON_DEPTH} levels deep; flatten it")
 
 
-def _depth(value: Any) -> int:
+def _nesting_depth(value: Any) -> int:
     """Levels of nesting: 0 of a number, 1 of a list of numbers."""
     level, depth = [value], -1
     while level:
@@ -84,7 +84,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def kind(value: Any) -> str:
+def json_type_name(value: Any) -> str:
     """What JSON calls the value."""
     if value is None:
         return "null"
@@ -94,19 +94,19 @@ def kind(value: Any) -> str:
     return kinds.get(type(value), f"a value of the type {type(value).__name__}")  # Parquet knows dates and bytes
 
 
-def quoted(text: str) -> str:
+def quote(text: str) -> str:
     """A word of the user's, fit for a sentence: one line, printable, not too long."""
     return f"`{text[:40] if text[:40].isprintable() else ascii(text[:40])[1:-1]}{'...' if len(text) > 40 else ''}`"
 
 
-def listed(names: Iterable[str], most: int = 12) -> str:
+def join_names(names: Iterable[str], most: int = 12) -> str:
     """The names one behind the other."""
-    words = [quoted(name) for name in names]
+    words = [quote(name) for name in names]
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return (", ".join(words[:most]) or "none") + more
 
 
-def told(error: Exception) -> str:
+def format_exception_message(error: Exception) -> str:
     """What a library says is wrong, fit for a sentence: one line, printable, not too long."""
     words = " ".join(str(error).split()).replace(". ", ": ")[:200].rstrip(".")
     return "".join(character if character.isprintable() else "?" for character in words) or type(error).__name__

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-Status = Literal["ok", "warn", "fail"]
-_SEVERITY: dict[Status, int] = {"ok": 0, "warn": 1, "fail": 2}
+FindingStatus = Literal["ok", "warn", "fail"]
+_SEVERITY: dict[FindingStatus, int] = {"ok": 0, "warn": 1, "fail": 2}
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Finding:
     """The result of one check."""
 
     check: str
-    status: Status
+    status: FindingStatus
     said: str
     remedy: str = ""
     """What the user can do; empty if it is ok."""
@@ -26,12 +26,12 @@ class Finding:
         return asdict(self)
 
 
-def worst(findings: list[Finding]) -> Finding:
+def worst_finding(findings: list[Finding]) -> Finding:
     """The first of the worst status."""
     return max(findings, key=lambda finding: _SEVERITY[finding.status])
 
 
-def merged(by_node: dict[str, list[Finding]]) -> list[Finding]:
+def merge_findings(by_node: dict[str, list[Finding]]) -> list[Finding]:
     """What all nodes have found: each line once, with the nodes' names where they differ.
 
     Args:

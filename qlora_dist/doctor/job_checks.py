@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qlora_dist.doctor.finding import Finding
-from qlora_dist.doctor.node_checks import existing_folder
-from qlora_dist.runtime.environment import Ranks
-from qlora_dist.runtime.object_collectives import gather_json
-from qlora_dist.runtime.shared_folder import look_for_sharing
+from qlora_dist.doctor.node_checks import nearest_existing_folder
+from qlora_dist.runtime.environment import RankInfo
+from qlora_dist.runtime.object_collectives import all_gather_json
+from qlora_dist.runtime.shared_folder import probe_shared_folder
 
 _CONNECT_S = 5.0
 _SKEW_S = 1.0
@@ -26,7 +26,7 @@ _TRANSFER_S = 0.4
 _REPEATS = 5
 
 
-def check_names(nodes: list[str], ranks: Ranks) -> Finding:
+def check_peer_host_names(nodes: list[str], ranks: RankInfo) -> Finding:
     """Every node finds every other one by its name.
 
     Args:
@@ -40,14 +40,14 @@ def check_names(nodes: list[str], ranks: Ranks) -> Finding:
                 socket.getaddrinfo(name, None)
             except OSError:
                 unknown.append(name)
-    by_rank = gather_json([socket.gethostname(), unknown])
+    by_rank = all_gather_json([socket.gethostname(), unknown])
     bad = [f"{node} does not know {', '.join(names)}" for node, names in by_rank if names]
     if bad:
         return Finding("names", "fail", "; ".join(bad), "add them to the DNS, or to /etc/hosts of each node")
     return Finding("names", "ok", f"the {len(nodes)} nodes know each other's names")
 
 
-def check_ports(nodes: list[str], ranks: Ranks) -> Finding:
+def check_peer_ports(nodes: list[str], ranks: RankInfo) -> Finding:
     """Every node reaches the next one at a port that the system has chosen, as the ranks' connections are made."""
     node = ranks.rank // ranks.local_world_size
     refused = ""
@@ -55,7 +55,7 @@ def check_ports(nodes: list[str], ranks: Ranks) -> Finding:
         if ranks.local_rank == 0:
             listening.bind(("", 0))
             listening.listen()
-        ports = gather_json(listening.getsockname()[1] if ranks.local_rank == 0 else 0)
+        ports = all_gather_json(listening.getsockname()[1] if ranks.local_rank == 0 else 0)
         if ranks.local_rank == 0 and len(nodes) > 1:
             after = (node + 1) % len(nodes)
             host, port = nodes[after], ports[after * ranks.local_world_size]
@@ -63,17 +63,17 @@ def check_ports(nodes: list[str], ranks: Ranks) -> Finding:
                 socket.create_connection((host, port), _CONNECT_S).close()
             except OSError as error:
                 refused = f"{nodes[node]} does not reach {host}:{port} ({error.strerror or error})"
-        bad = [text for text in gather_json(refused) if text]
+        bad = [text for text in all_gather_json(refused) if text]
     if bad:
         remedy = "open all ports between the nodes, or name the right network in GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
         return Finding("ports", "fail", "; ".join(bad), remedy)
     return Finding("ports", "ok", "each node reaches the next")
 
 
-def check_shared_folder(nodes: list[str], ranks: Ranks, folder: Path) -> Finding:
+def check_shared_run_folder(nodes: list[str], ranks: RankInfo, folder: Path) -> Finding:
     """A file that rank 0 writes is seen by all nodes. Nothing is left of it."""
-    existing = existing_folder(folder)
-    sharing = look_for_sharing(existing)
+    existing = nearest_existing_folder(folder)
+    sharing = probe_shared_folder(existing)
     if sharing.failure is not None:
         said = f"rank 0 cannot write {existing} ({sharing.failure})"
         return Finding("shared folder", "fail", said, "name another folder in run.dir")
@@ -84,17 +84,17 @@ def check_shared_folder(nodes: list[str], ranks: Ranks, folder: Path) -> Finding
     return Finding("shared folder", "ok", f"what {nodes[0]} writes in {existing} is seen by all")
 
 
-def check_clocks(nodes: list[str], ranks: Ranks) -> Finding:
+def check_clocks(nodes: list[str], ranks: RankInfo) -> Finding:
     """How far the nodes' clocks are from rank 0's: half-way between question and answer, of the quickest of some."""
     own = 0.0
     for index in range(1, len(nodes)):
         other = index * ranks.local_world_size
         if ranks.rank == other:
-            own = min(_ask_the_time() for _ in range(_REPEATS))[1]
+            own = min(_measure_clock_skew() for _ in range(_REPEATS))[1]
         elif ranks.rank == 0:
             for _ in range(_REPEATS):
-                _tell_the_time(other)
-    found = gather_json(own)[:: ranks.local_world_size]
+                _send_clock(other)
+    found = all_gather_json(own)[:: ranks.local_world_size]
     worst = max(range(len(nodes)), key=lambda index: abs(found[index]))
     values = {"skew_s": dict(zip(nodes, found, strict=True))}
     if abs(found[worst]) > _SKEW_S:
@@ -103,7 +103,7 @@ def check_clocks(nodes: list[str], ranks: Ranks) -> Finding:
     return Finding("clocks", "ok", f"within {max(map(abs, found)) * 1000:.1f} ms of {nodes[0]}'s", values=values)
 
 
-def _ask_the_time() -> tuple[float, float]:
+def _measure_clock_skew() -> tuple[float, float]:
     """Seconds that the question took, and by how much this clock is ahead of rank 0's."""
     clock = torch.zeros(1, dtype=torch.float64)
     asked = time.time()
@@ -113,14 +113,14 @@ def _ask_the_time() -> tuple[float, float]:
     return answered - asked, (asked + answered) / 2 - float(clock)
 
 
-def _tell_the_time(rank: int) -> None:
+def _send_clock(rank: int) -> None:
     clock = torch.zeros(1, dtype=torch.float64)
     dist.recv(clock, rank)
     clock[0] = time.time()
     dist.send(clock, rank)
 
 
-def check_bandwidth(ranks: Ranks, device: torch.device) -> list[Finding]:
+def check_bandwidth(ranks: RankInfo, device: torch.device) -> list[Finding]:
     """What collectives reach, over each dimension of the meshes.
 
     `node`: the ranks of a node, between which the base travels by default; `across`: the ranks of one number on all
@@ -136,15 +136,15 @@ def check_bandwidth(ranks: Ranks, device: torch.device) -> list[Finding]:
     return [_bandwidth(name, dim, ranks, device) for name, dim in dims]
 
 
-def _bandwidth(name: str, mesh: DeviceMesh | None, ranks: Ranks, device: torch.device) -> Finding:
+def _bandwidth(name: str, mesh: DeviceMesh | None, ranks: RankInfo, device: torch.device) -> Finding:
     group = mesh.get_group() if mesh is not None else None
     size = dist.get_world_size(group)
     speeds: dict[str, float] = {}
     for collective in ("all_gather", "all_reduce"):
         trial = median_seconds(_collective(collective, _TRIAL_BYTES, size, group, device), device, 2)
         nbytes = int(_TRIAL_BYTES * min(max(_TRANSFER_S / trial, 1), _LARGEST_BYTES / _TRIAL_BYTES))
-        nbytes = min(gather_json(nbytes)) // (4 * size) * 4 * size
-        seconds = max(gather_json(median_seconds(_collective(collective, nbytes, size, group, device), device)))
+        nbytes = min(all_gather_json(nbytes)) // (4 * size) * 4 * size
+        seconds = max(all_gather_json(median_seconds(_collective(collective, nbytes, size, group, device), device)))
         received = nbytes * (size - 1) / size * (2 if collective == "all_reduce" else 1)
         speeds[collective] = received / seconds
     said = ", ".join(f"{collective} {_speed(speed)}" for collective, speed in speeds.items())

@@ -13,21 +13,21 @@ from pathlib import Path
 import psutil
 import torch
 
-from qlora_dist.compat.versions import TESTED
+from qlora_dist.compat.versions import TESTED_VERSIONS
 from qlora_dist.doctor.finding import Finding
 from qlora_dist.nf4.code_tables import code_table, nested_code_table
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import dequantize, quantize
-from qlora_dist.runtime.bf16_support import warn_of_bf16
-from qlora_dist.runtime.environment import Ranks, master_name
-from qlora_dist.runtime.hosts import why_unknown
-from qlora_dist.runtime.system import cores
+from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
+from qlora_dist.runtime.bf16_support import bf16_warning
+from qlora_dist.runtime.environment import RankInfo, master_addr
+from qlora_dist.runtime.hosts import resolve_error
+from qlora_dist.runtime.system import usable_cpu_count
 
-_LITTLE_DISK = 10 * 2**30
+_MIN_FREE_DISK_BYTES = 10 * 2**30
 _GIB = 2**30
 
 
-def check_node(ranks: Ranks, device: torch.device, folder: Path) -> list[Finding]:
+def check_node(ranks: RankInfo, device: torch.device, folder: Path) -> list[Finding]:
     """All of them, always in the same order.
 
     Args:
@@ -35,14 +35,14 @@ def check_node(ranks: Ranks, device: torch.device, folder: Path) -> list[Finding
         device: of this rank.
         folder: where runs go.
     """
-    on_device = [check_memory(device), check_compute_type(device), check_kernels(device)]
-    return [check_libraries(), check_devices(ranks), *on_device, check_disk(folder), check_host_name()]
+    on_device = [check_free_memory(device), check_compute_type(device), check_dequantize_kernel(device)]
+    return [check_libraries(), check_devices(ranks), *on_device, check_free_disk(folder), check_own_host_name()]
 
 
 def check_libraries() -> Finding:
     """The installed versions against those that the tests were run with."""
     others, missing = [], []
-    for package, tested in TESTED.items():
+    for package, tested in TESTED_VERSIONS.items():
         try:
             installed = metadata.version(package).partition("+")[0]
         except metadata.PackageNotFoundError:
@@ -56,12 +56,12 @@ def check_libraries() -> Finding:
     if others:
         remedy = "if something is odd, install the tested ones (constraints.txt)"
         return Finding("libraries", "warn", f"{python}, {', '.join(others)}", remedy)
-    return Finding("libraries", "ok", f"{python}, and {len(TESTED)} libraries in the tested versions")
+    return Finding("libraries", "ok", f"{python}, and {len(TESTED_VERSIONS)} libraries in the tested versions")
 
 
-def check_devices(ranks: Ranks) -> Finding:
+def check_devices(ranks: RankInfo) -> Finding:
     """One GPU for each rank of the node (with GPUs: not run)."""
-    own, here = cores(), ranks.local_world_size
+    own, here = usable_cpu_count(), ranks.local_world_size
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else " (torch is built without CUDA)"
         said = f"no CUDA device{built}; {here} {_plural(here, 'rank')} on {own} {_plural(own, 'core')}"
@@ -74,7 +74,7 @@ def check_devices(ranks: Ranks) -> Finding:
     return Finding("devices", "ok", said)
 
 
-def check_memory(device: torch.device) -> Finding:
+def check_free_memory(device: torch.device) -> Finding:
     """What is free: of the GPU (not run), or of the system."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -90,23 +90,23 @@ def check_memory(device: torch.device) -> Finding:
 
 def check_compute_type(device: torch.device) -> Finding:
     """Look for bf16 instructions: bf16 is the default of `model.compute_dtype`."""
-    warning = warn_of_bf16(device)
+    warning = bf16_warning(device)
     if warning is None:
         return Finding("compute type", "ok", f"bf16, the default, on {device.type}")
     said, _, remedy = warning.rpartition("; ")
     return Finding("compute type", "warn", said, remedy)
 
 
-def check_kernels(device: torch.device) -> Finding:
+def check_dequantize_kernel(device: torch.device) -> Finding:
     """A matrix dequantized by the kernels of bitsandbytes, and by looking it up in the tables."""
     generator = torch.Generator().manual_seed(0)
     try:
-        packed, layout = quantize(torch.randn(96, 80, generator=generator).to(device))
-        found = dequantize(packed, layout, torch.float32).cpu()
+        packed, layout = quantize_weight(torch.randn(96, 80, generator=generator).to(device))
+        found = dequantize_weight(packed, layout, torch.float32).cpu()
     except (RuntimeError, OSError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         return Finding("kernels", "fail", f"bitsandbytes on {device.type}: {reason}", "reinstall bitsandbytes")
-    expected = _look_up(packed.cpu(), layout)
+    expected = _dequantize_by_table(packed.cpu(), layout)
     if not torch.equal(found, expected):
         worst = float((found - expected).abs().max())
         version = metadata.version("bitsandbytes")
@@ -115,36 +115,36 @@ def check_kernels(device: torch.device) -> Finding:
     return Finding("kernels", "ok", f"bitsandbytes dequantizes on {device.type} to the last bit")
 
 
-def check_disk(folder: Path) -> Finding:
+def check_free_disk(folder: Path) -> Finding:
     """Room where runs go."""
-    existing = existing_folder(folder)
+    existing = nearest_existing_folder(folder)
     if not os.access(existing, os.W_OK):
         return Finding("disk", "fail", f"{existing} cannot be written", "name another folder in run.dir")
     free = shutil.disk_usage(existing).free
     said, values = f"{free / _GIB:.0f} GiB are free in {existing}", {"free_bytes": free}
-    if free < _LITTLE_DISK:
+    if free < _MIN_FREE_DISK_BYTES:
         return Finding("disk", "warn", said, "checkpoints need twelve bytes for each trained parameter", values)
     return Finding("disk", "ok", said, values=values)
 
 
-def check_host_name(environ: Mapping[str, str] = os.environ) -> Finding:
+def check_own_host_name(environ: Mapping[str, str] = os.environ) -> Finding:
     """Names by which ranks meet: this machine's own, which torchrun takes, and the one in MASTER_ADDR."""
-    own, master = socket.gethostname(), master_name(environ)
-    if master and (reason := why_unknown(master)) is not None:
+    own, master = socket.gethostname(), master_addr(environ)
+    if master and (reason := resolve_error(master)) is not None:
         remedy = "set MASTER_ADDR to an address of rank 0's machine, or add the name to the DNS or to /etc/hosts"
         return Finding("host name", "fail", f"MASTER_ADDR: {master} leads nowhere ({reason})", remedy)
-    if (reason := why_unknown(own)) is not None:
+    if (reason := resolve_error(own)) is not None:
         remedy = "add it to /etc/hosts; on one machine, start torchrun with --local-addr 127.0.0.1, as launch does"
         return Finding("host name", "warn", f"{own}, this machine's own name, leads nowhere ({reason})", remedy)
     return Finding("host name", "ok", f"{own} is known here")
 
 
-def existing_folder(folder: Path) -> Path:
+def nearest_existing_folder(folder: Path) -> Path:
     """It, or the nearest one above it that is there."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def _look_up(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
+def _dequantize_by_table(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
     """By tables alone: two codes a byte, the first in the high half; QLoRA, section 3."""
     codes = torch.stack([packed[layout.codes] >> 4, packed[layout.codes] & 15], dim=1).flatten()[: layout.numel]
     scales = packed[layout.nested_absmax].view(torch.float32)

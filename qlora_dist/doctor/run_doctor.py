@@ -11,18 +11,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_dist.doctor.finding import Finding, merged, worst
-from qlora_dist.doctor.job_checks import check_bandwidth, check_clocks, check_names, check_ports, check_shared_folder
+from qlora_dist.doctor.finding import Finding, merge_findings, worst_finding
+from qlora_dist.doctor.job_checks import (
+    check_bandwidth,
+    check_clocks,
+    check_peer_host_names,
+    check_peer_ports,
+    check_shared_run_folder,
+)
 from qlora_dist.doctor.node_checks import check_node
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import Ranks, ranks_from_environment
-from qlora_dist.runtime.object_collectives import gather_json
+from qlora_dist.runtime.environment import RankInfo, read_rank_info
+from qlora_dist.runtime.object_collectives import all_gather_json
 from qlora_dist.runtime.process_group import process_group, resolve_device
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def doctor(folder: Path, device: str = "auto", timeout_s: float = 60.0, as_json: bool = False) -> bool:
+def run_doctor(folder: Path, device: str = "auto", timeout_s: float = 60.0, as_json: bool = False) -> bool:
     """Check, and print what was found, on rank 0.
 
     Args:
@@ -37,7 +43,7 @@ def doctor(folder: Path, device: str = "auto", timeout_s: float = 60.0, as_json:
     Raises:
         UserError: a rank has not come.
     """
-    ranks = ranks_from_environment()
+    ranks = read_rank_info()
     try:
         chosen = resolve_device(device, ranks)
     except (
@@ -50,14 +56,14 @@ def doctor(folder: Path, device: str = "auto", timeout_s: float = 60.0, as_json:
     findings = check_node(ranks, chosen, folder)
     if ranks.world_size > 1:
         with process_group(ranks, chosen, timeout_s):
-            findings = _of_the_job(findings, ranks, chosen, folder)
+            findings = _job_findings(findings, ranks, chosen, folder)
     if ranks.rank == 0:
         _print(findings, ranks, as_json)
     return all(finding.status != "fail" for finding in findings)
 
 
-def _of_the_job(own: list[Finding], ranks: Ranks, device: torch.device, folder: Path) -> list[Finding]:
-    by_rank = gather_json([socket.gethostname(), [finding.to_json() for finding in own]])
+def _job_findings(own: list[Finding], ranks: RankInfo, device: torch.device, folder: Path) -> list[Finding]:
+    by_rank = all_gather_json([socket.gethostname(), [finding.to_json() for finding in own]])
     local = ranks.local_world_size
     nodes = [name for name, _ in by_rank[::local]]
     # nodes that are emulated on one machine may share its name
@@ -65,18 +71,18 @@ def _of_the_job(own: list[Finding], ranks: Ranks, device: torch.device, folder: 
     by_node = {}
     for index, name in enumerate(names):
         of_its_ranks = [[Finding(**found) for found in findings] for _, findings in by_rank[index * local :][:local]]
-        by_node[name] = [worst(list(findings)) for findings in zip(*of_its_ranks, strict=True)]
+        by_node[name] = [worst_finding(list(findings)) for findings in zip(*of_its_ranks, strict=True)]
     return [
-        *merged(by_node),
-        check_names(nodes, ranks),
-        check_ports(nodes, ranks),
-        check_shared_folder(names, ranks, folder),
+        *merge_findings(by_node),
+        check_peer_host_names(nodes, ranks),
+        check_peer_ports(nodes, ranks),
+        check_shared_run_folder(names, ranks, folder),
         check_clocks(names, ranks),
         *check_bandwidth(ranks, device),
     ]
 
 
-def _print(findings: list[Finding], ranks: Ranks, as_json: bool) -> None:
+def _print(findings: list[Finding], ranks: RankInfo, as_json: bool) -> None:
     status = next((status for status in ("fail", "warn") if any(f.status == status for f in findings)), "ok")
     if as_json:
         print(

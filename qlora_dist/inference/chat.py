@@ -12,21 +12,21 @@ from transformers import TextStreamer
 
 from qlora_dist.data.source_row import Message
 from qlora_dist.errors import UserError
-from qlora_dist.inference.generate import Sampling, generate
-from qlora_dist.inference.inference_model import Loaded
-from qlora_dist.inference.prompts import Prompt, Prompter
-from qlora_dist.runtime.heartbeat import beat
+from qlora_dist.inference.generate import SamplingOptions, generate_tokens
+from qlora_dist.inference.inference_model import InferenceModel
+from qlora_dist.inference.prompts import Prompt, PromptEncoder
+from qlora_dist.runtime.heartbeat import record_heartbeat
 
-HELP = "/adapter NAME or /base: who answers; /reset: begin anew; /exit: end"
+CHAT_HELP = "/adapter NAME or /base: who answers; /reset: begin anew; /exit: end"
 
 _WAIT_S = 0.05
-_FOREVER = 1e9  # times the timeout: nobody is to be given up while a person thinks
+_UNLIMITED_TIMEOUT_FACTOR = 1e9  # times the timeout: nobody is to be given up while a person thinks
 
 
-class _Voice(TextStreamer):
+class _AnswerStreamer(TextStreamer):
     """Prints an answer token by token, without what ends it."""
 
-    def __init__(self, prompter: Prompter, ends: Sequence[int], out: TextIO) -> None:
+    def __init__(self, prompter: PromptEncoder, ends: Sequence[int], out: TextIO) -> None:
         super().__init__(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._ends, self._out = ends, out
 
@@ -41,9 +41,9 @@ class _Voice(TextStreamer):
 
 
 def chat(
-    loaded: Loaded,
-    prompter: Prompter,
-    sampling: Sampling,
+    loaded: InferenceModel,
+    prompter: PromptEncoder,
+    sampling: SamplingOptions,
     end_tokens: Sequence[int],
     read: Callable[[], str],
     out: TextIO,
@@ -74,7 +74,7 @@ def chat(
         if speaks:
             print(text, file=out, flush=True)
 
-    say(HELP)
+    say(CHAT_HELP)
     while (line := _next_line(loaded, turn, read)) is not None:
         turn += 1
         command, _, name = line.strip().partition(" ")
@@ -86,34 +86,34 @@ def chat(
             elif command in ("/adapter", "/base"):
                 loaded.use(name.strip() if command == "/adapter" else None)
             elif command.startswith("/"):
-                say(HELP)
+                say(CHAT_HELP)
             elif line.strip():
                 asked: list[Message] = [*messages, {"role": "user", "content": line.strip()}]
                 tokens = prompter.tokens(Prompt(asked, place="the conversation"))
-                voice = _Voice(prompter, end_tokens, out) if speaks else None
-                (answer,) = generate(loaded, [tokens], sampling, end_tokens, streamer=voice)
+                voice = _AnswerStreamer(prompter, end_tokens, out) if speaks else None
+                (answer,) = generate_tokens(loaded, [tokens], sampling, end_tokens, streamer=voice)
                 said = prompter.tokenizer.decode(answer, skip_special_tokens=True)
                 messages = [*asked, {"role": "assistant", "content": said}]
         except UserError as mistake:  # found by all ranks alike
             say(str(mistake))
 
 
-def _next_line(loaded: Loaded, turn: int, read: Callable[[], str]) -> str | None:
+def _next_line(loaded: InferenceModel, turn: int, read: Callable[[], str]) -> str | None:
     """Rank 0's next line, on every rank; None: there is none.
 
     By the store, not by a collective, which would give up on a person who thinks.
     """
     key = f"line/{turn}"
     if loaded.ranks.rank == 0:
-        beat(phase="reading data", patience=_FOREVER)
+        record_heartbeat(phase="reading data", patience=_UNLIMITED_TIMEOUT_FACTOR)
         line: str | None = None
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             line = read()
         loaded.store.set(key, json.dumps(line))
     else:
         while not loaded.store.check([key]):
-            beat(phase="reading data")
+            record_heartbeat(phase="reading data")
             time.sleep(_WAIT_S)
         line = json.loads(loaded.store.get(key))
-    beat(turn + 1, "evaluating")
+    record_heartbeat(turn + 1, "evaluating")
     return line

@@ -9,18 +9,18 @@ from rich.console import Console
 
 from qlora_dist.data.collate import Batch
 from qlora_dist.data.dataloader import eval_batches
-from qlora_dist.data.prepare_datasets import prepare
+from qlora_dist.data.prepare_datasets import prepare_datasets
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
-from qlora_dist.inference.inference_model import Loaded
-from qlora_dist.runtime.heartbeat import beat
-from qlora_dist.runtime.object_collectives import gather_json
-from qlora_dist.train.evaluation_loop import evaluate
-from qlora_dist.train.run_setup import check_ids
+from qlora_dist.inference.inference_model import InferenceModel
+from qlora_dist.runtime.heartbeat import record_heartbeat
+from qlora_dist.runtime.object_collectives import all_gather_json
+from qlora_dist.train.evaluation_loop import evaluate_model
+from qlora_dist.train.run_setup import check_token_ids
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvalLoss:
     """What a file says of a model."""
 
     loss: float
@@ -34,7 +34,7 @@ class HeldOut:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def held_out_loss(loaded: Loaded, data: str, console: Console | None = None) -> HeldOut:
+def compute_eval_loss(loaded: InferenceModel, data: str, console: Console | None = None) -> EvalLoss:
     """The loss of the model with the adapter in use, by the run's templates, masks and packing. Called on all ranks.
 
     Args:
@@ -45,19 +45,19 @@ def held_out_loss(loaded: Loaded, data: str, console: Console | None = None) -> 
     Raises:
         UserError: the data cannot be used, or ranks have read different data.
     """
-    batches, tokens = held_out_batches(loaded, data, console)
-    beat(phase="evaluating")
-    return HeldOut(evaluate(loaded.model, batches, loaded.traffic), tokens)
+    batches, tokens = load_eval_batches(loaded, data, console)
+    record_heartbeat(phase="evaluating")
+    return EvalLoss(evaluate_model(loaded.model, batches, loaded.traffic), tokens)
 
 
-def held_out_batches(loaded: Loaded, data: str, console: Console | None = None) -> tuple[list[Batch], int]:
+def load_eval_batches(loaded: InferenceModel, data: str, console: Console | None = None) -> tuple[list[Batch], int]:
     """This rank's batches, and the trained tokens of all ranks'."""
     config = loaded.config
     only = config.data.model_copy(update={"train": [], "eval": data})
-    source = prepare(only, load_tokenizer(loaded.folder.path), console).eval
+    source = prepare_datasets(only, load_tokenizer(loaded.folder.path), console).eval
     assert source is not None
-    check_ids(loaded.folder, loaded.model, [source])
-    if len(set(gather_json(source.stats.sha256))) > 1:
+    check_token_ids(loaded.folder, loaded.model, [source])
+    if len(set(all_gather_json(source.stats.sha256))) > 1:
         raise UserError(f"{data}: is not the same on all ranks; copy the same file to all nodes")
     rows, ranks = source.rows, loaded.ranks
     batches = eval_batches(rows, micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size)

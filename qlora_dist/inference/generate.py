@@ -1,4 +1,4 @@
-"""Text from a loaded model, sharded or not, by transformers' `generate`; all ranks in step."""
+"""Text from a loaded model, sharded or not, by transformers' `generate_tokens`; all ranks in step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from qlora_dist.config.max_positions import positions
+from qlora_dist.config.max_positions import max_positions
 from qlora_dist.errors import UserError
-from qlora_dist.inference.inference_model import Loaded
-from qlora_dist.model.model_folder import read_json
-from qlora_dist.runtime.heartbeat import beat
-from qlora_dist.runtime.object_collectives import gather_json
+from qlora_dist.inference.inference_model import InferenceModel
+from qlora_dist.model.model_folder import read_model_json
+from qlora_dist.runtime.heartbeat import record_heartbeat
+from qlora_dist.runtime.object_collectives import all_gather_json
 
-Stopping = Callable[[int, int], StoppingCriteriaList]
+StoppingCriteriaFactory = Callable[[int, int], StoppingCriteriaList]
 """Of the prompts' padded length and the batch's size, what ends it besides the end token."""
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingOptions:
     """How the next token is chosen, by the usual names."""
 
     max_new_tokens: int = 256
@@ -53,14 +53,14 @@ class Sampling:
                 raise UserError(f"--{name} {value}: write a number {allowed}")
 
 
-def generate(
-    loaded: Loaded,
+def generate_tokens(
+    loaded: InferenceModel,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingOptions,
     end_tokens: Sequence[int] = (),
     batch_size: int = 8,
     streamer: BaseStreamer | None = None,
-    stopping: Stopping | None = None,
+    stopping: StoppingCriteriaFactory | None = None,
 ) -> list[list[int]]:
     """The continuation of each prompt, without its end token. Called on all ranks, with the same prompts.
 
@@ -80,8 +80,8 @@ def generate(
     Raises:
         UserError: a prompt leaves no room for an answer.
     """
-    limit = positions(loaded.folder.config)
-    check_lengths(prompts, limit)
+    limit = max_positions(loaded.folder.config)
+    check_prompt_lengths(prompts, limit)
     batches = [list(prompts[first : first + batch_size]) for first in range(0, len(prompts), batch_size)]
     world, answers = loaded.ranks.world_size, []
     ends = sorted({*_end_tokens(loaded), *end_tokens})
@@ -92,11 +92,11 @@ def generate(
         own = now[loaded.ranks.rank] if loaded.ranks.rank < len(now) else now[0][:1]
         torch.manual_seed(sampling.seed + first + loaded.ranks.rank)
         found = _generate_batch(loaded, own, sampling, steps, ends, streamer, stopping)
-        answers += [answer for batch in gather_json(found)[: len(now)] for answer in batch]
+        answers += [answer for batch in all_gather_json(found)[: len(now)] for answer in batch]
     return answers
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+def check_prompt_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
     """See whether each prompt leaves room for an answer.
 
     Raises:
@@ -111,13 +111,13 @@ def check_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
 
 @torch.no_grad()
 def _generate_batch(
-    loaded: Loaded,
+    loaded: InferenceModel,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingOptions,
     steps: int,
     ends: Sequence[int],
     streamer: BaseStreamer | None,
-    stopping: Stopping | None,
+    stopping: StoppingCriteriaFactory | None,
 ) -> list[list[int]]:
     length = max(map(len, prompts))
     padding = ends[0] if ends else 0
@@ -140,7 +140,7 @@ def _generate_batch(
         **chosen,
     )
     # at every forward pass: a rank that is done goes through the others' without anything else being called
-    handle = loaded.model.register_forward_hook(lambda *_: beat())
+    handle = loaded.model.register_forward_hook(lambda *_: record_heartbeat())
     try:
         output = loaded.model.generate(
             input_ids=ids,
@@ -152,16 +152,16 @@ def _generate_batch(
         )
     finally:
         handle.remove()
-    return [_until(row, ends) for row in output[:, length:].tolist()]
+    return [_before_end_token(row, ends) for row in output[:, length:].tolist()]
 
 
-def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
+def _before_end_token(tokens: list[int], ends: Sequence[int]) -> list[int]:
     return tokens[: next((index for index, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
-def _end_tokens(loaded: Loaded) -> set[int]:
+def _end_tokens(loaded: InferenceModel) -> set[int]:
     """Those that the folder names, in generation_config.json or config.json."""
     path = loaded.folder.path / "generation_config.json"
-    named = read_json(path).get("eos_token_id") if path.exists() else None
+    named = read_model_json(path).get("eos_token_id") if path.exists() else None
     named = loaded.model.config.get_text_config().eos_token_id if named is None else named
     return set() if named is None else {int(token) for token in (named if isinstance(named, list) else [named])}

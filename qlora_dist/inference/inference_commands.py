@@ -1,4 +1,4 @@
-"""The verbs `generate` and `eval`, from the command line's words to what they print."""
+"""The verbs `generate_tokens` and `eval`, from the command line's words to what they print."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.config.max_positions import positions
+from qlora_dist.config.max_positions import max_positions
 from qlora_dist.config.schema import Config
-from qlora_dist.data.prepare_datasets import prepare
+from qlora_dist.data.prepare_datasets import prepare_datasets
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.inference.chat import chat
-from qlora_dist.inference.eval_loss import held_out_loss
-from qlora_dist.inference.generate import Sampling, check_lengths, generate
+from qlora_dist.inference.eval_loss import compute_eval_loss
+from qlora_dist.inference.generate import SamplingOptions, check_prompt_lengths, generate_tokens
 from qlora_dist.inference.inference_config import inference_config
-from qlora_dist.inference.inference_model import Loaded, loaded_model
+from qlora_dist.inference.inference_model import InferenceModel, open_inference_model
 from qlora_dist.inference.lm_eval_tasks import TaskOptions, check_tasks, print_scores, run_tasks
-from qlora_dist.inference.named_adapter import AdapterFolder, base_of, parse_adapters
-from qlora_dist.inference.prompts import Prompt, Prompter, one_prompt, read_prompts
-from qlora_dist.model.model_folder import read_json
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.inference.named_adapter import NamedAdapter, common_base, parse_named_adapters
+from qlora_dist.inference.prompts import Prompt, PromptEncoder, make_prompt, read_prompts
+from qlora_dist.model.model_folder import read_model_json
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.object_collectives import broadcast_json
 
-BASE = "base"
+BASE_MODEL_NAME = "base"
 """What stands for no adapter."""
 
 
@@ -62,7 +62,7 @@ class PromptOptions:
     batch_size: int = 8
 
 
-def run_generate(options: ModelOptions, asked: PromptOptions, sampling: Sampling) -> None:
+def run_generate(options: ModelOptions, asked: PromptOptions, sampling: SamplingOptions) -> None:
     """Answer one prompt, the prompts of a file, or a person. Called on every rank; rank 0 prints.
 
     Raises:
@@ -71,31 +71,31 @@ def run_generate(options: ModelOptions, asked: PromptOptions, sampling: Sampling
     sampling.check()
     if (asked.prompt is not None) + (asked.file is not None) + asked.chat != 1:
         raise UserError("generate: give one of a prompt, --prompts FILE and --chat")
-    adapters, config = _settings(options, None)
-    prompter = Prompter(load_tokenizer(Path(config.model.base)), config.data.chat_template)
+    adapters, config = _parse_model_options(options, None)
+    prompter = PromptEncoder(load_tokenizer(Path(config.model.base)), config.data.chat_template)
     prompts = _prompts(asked, prompter)
-    first = asked.use or (adapters[0].name if adapters else BASE)
+    first = asked.use or (adapters[0].name if adapters else BASE_MODEL_NAME)
     for prompt in [*prompts, Prompt("", first, f"--use {first}")]:
-        if prompt.adapter not in (None, BASE, *(adapter.name for adapter in adapters)):
-            known = ", ".join((*(adapter.name for adapter in adapters), BASE))
+        if prompt.adapter not in (None, BASE_MODEL_NAME, *(adapter.name for adapter in adapters)):
+            known = ", ".join((*(adapter.name for adapter in adapters), BASE_MODEL_NAME))
             raise UserError(f"{prompt.place}: no adapter of the name {prompt.adapter} is given; choose from {known}")
     end = prompter.end_of_turn()
     ends = [] if end is None else [end]
     tokens = [prompter.tokens(prompt) for prompt in prompts]
-    check_lengths(tokens, positions(read_json(Path(config.model.base) / "config.json")))
+    check_prompt_lengths(tokens, max_positions(read_model_json(Path(config.model.base) / "config.json")))
     if asked.chat:
         prompter.need_template("--chat")
-    with loaded_model(config, adapters, options.quantize) as loaded:
-        loaded.use(None if first == BASE else first)
+    with open_inference_model(config, adapters, options.quantize) as loaded:
+        loaded.use(None if first == BASE_MODEL_NAME else first)
         if asked.chat:
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(errors="replace")
-            chat(loaded, prompter, sampling, ends, _ask, sys.stdout, asked.system)
+            chat(loaded, prompter, sampling, ends, _read_line, sys.stdout, asked.system)
             return
         names = [prompt.adapter or first for prompt in prompts]
         tokens, names = broadcast_json([tokens, names])  # nodes may have different files of this name
         texts = [""] * len(tokens)
-        for answers in _by_adapter(loaded, names, tokens, sampling, ends, asked.batch_size):
+        for answers in _generate_by_adapter(loaded, names, tokens, sampling, ends, asked.batch_size):
             for index, answer in answers.items():
                 texts[index] = prompter.tokenizer.decode(answer, skip_special_tokens=True)
         if loaded.ranks.rank == 0:
@@ -112,24 +112,24 @@ def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None,
         raise UserError("eval: nothing to evaluate on; give --data FILE, or --tasks NAMES")
     if tasks is not None:
         check_tasks(tasks)
-    adapters, config = _settings(options, data)
-    speaks = ranks_from_environment().rank == 0
+    adapters, config = _parse_model_options(options, data)
+    speaks = read_rank_info().rank == 0
     progress = Console(stderr=True, quiet=not speaks)
     if data is not None:  # tokenized before any rank waits for another
         only = config.data.model_copy(update={"train": []})
-        prepare(only, load_tokenizer(Path(config.model.base)), progress)
+        prepare_datasets(only, load_tokenizer(Path(config.model.base)), progress)
     rows: list[dict[str, Any]] = []
     scores: dict[str, Any] = {}
-    with loaded_model(config, adapters, options.quantize) as loaded:
+    with open_inference_model(config, adapters, options.quantize) as loaded:
         for name in (*loaded.adapters,) or (None,):
             loaded.use(name)
             if data is not None:
-                found = held_out_loss(loaded, data)
+                found = compute_eval_loss(loaded, data)
                 rows.append(
                     {"adapter": name, "loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
                 )
             if tasks is not None:
-                scores[name or BASE] = run_tasks(loaded, tasks)
+                scores[name or BASE_MODEL_NAME] = run_tasks(loaded, tasks)
     if not speaks:
         return
     if as_json:
@@ -144,17 +144,17 @@ def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None,
         print_scores(name, score)
 
 
-def _settings(options: ModelOptions, data: str | None) -> tuple[list[AdapterFolder], Config]:
-    adapters = parse_adapters(options.adapters)
-    base = str(options.base) if options.base is not None else base_of(adapters)
+def _parse_model_options(options: ModelOptions, data: str | None) -> tuple[list[NamedAdapter], Config]:
+    adapters = parse_named_adapters(options.adapters)
+    base = str(options.base) if options.base is not None else common_base(adapters)
     first = adapters[0].path if adapters else None
     return adapters, inference_config(base, first, data, options.overrides)
 
 
-def _prompts(asked: PromptOptions, prompter: Prompter) -> list[Prompt]:
+def _prompts(asked: PromptOptions, prompter: PromptEncoder) -> list[Prompt]:
     if asked.file is not None:
         return read_prompts(asked.file, prompter, asked.raw, asked.system)
-    return [] if asked.prompt is None else [one_prompt(asked.prompt, prompter, asked.raw, asked.system)]
+    return [] if asked.prompt is None else [make_prompt(asked.prompt, prompter, asked.raw, asked.system)]
 
 
 def _print_answers(asked: PromptOptions, prompts: Sequence[Prompt], names: Sequence[str], texts: Sequence[str]) -> None:
@@ -166,28 +166,28 @@ def _print_answers(asked: PromptOptions, prompts: Sequence[Prompt], names: Seque
         print(json.dumps({key: prompt.asked, "completion": text, "adapter": name}, ensure_ascii=False))
 
 
-def _ask() -> str:
+def _read_line() -> str:
     return input("> ") if sys.stdin.isatty() else input()
 
 
-def _by_adapter(
-    loaded: Loaded,
+def _generate_by_adapter(
+    loaded: InferenceModel,
     names: Sequence[str],
     tokens: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingOptions,
     ends: Sequence[int],
     batch_size: int,
 ) -> Iterator[dict[int, list[int]]]:
     """For each adapter, the answers to its prompts by their place."""
     for name in dict.fromkeys(names):
-        loaded.use(None if name == BASE else name)
+        loaded.use(None if name == BASE_MODEL_NAME else name)
         own = [index for index, other in enumerate(names) if other == name]
-        answers = generate(loaded, [tokens[index] for index in own], sampling, ends, batch_size)
+        answers = generate_tokens(loaded, [tokens[index] for index in own], sampling, ends, batch_size)
         yield dict(zip(own, answers, strict=True))
 
 
 def _table(data: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table("adapter", "held-out loss", "perplexity", title=f"{data}: {rows[0]['tokens']:,} tokens")
     for row in rows:
-        table.add_row(row["adapter"] or BASE, f"{row['loss']:.4f}", f"{row['perplexity']:.4g}")
+        table.add_row(row["adapter"] or BASE_MODEL_NAME, f"{row['loss']:.4f}", f"{row['perplexity']:.4g}")
     return table

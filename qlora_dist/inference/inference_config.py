@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.config.config_file import config_from, load_config
+from qlora_dist.config.config_file import config_from_tree, load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 
@@ -29,7 +29,7 @@ def inference_config(
     Raises:
         UserError: an override, or the run's configuration, is not valid.
     """
-    run = _run_of(adapter)
+    run = _training_config(adapter)
     tree: dict[str, dict[str, Any]] = {
         "model": {"base": base},
         "data": {"train": [data or "-"], "eval": data},
@@ -41,13 +41,13 @@ def inference_config(
         tree["train"] = {"micro_batch": run.train.micro_batch, "global_batch": run.train.global_batch}
         if run.parallel.base == "world":
             tree["parallel"] = {"base": "world", "adapter": "world"}
-    config = config_from(tree, overrides)
+    config = config_from_tree(tree, overrides)
     if config.parallel.engine != "fsdp2" or config.parallel.base == "paged":
         raise UserError("--set parallel: only engine fsdp2 and a base that is not paged generate and evaluate")
     return config
 
 
-def _run_of(adapter: Path | None) -> Config | None:
+def _training_config(adapter: Path | None) -> Config | None:
     """The run that left this folder; None: it is not in a run's."""
     if adapter is None or adapter.resolve().name != "adapter":
         return None

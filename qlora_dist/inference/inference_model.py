@@ -12,42 +12,42 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qlora_dist.adapters.attach import is_lora
-from qlora_dist.adapters.load_adapter import attach_saved, read_part, saved_tensors
-from qlora_dist.adapters.validate_adapter import wrong_values
+from qlora_dist.adapters.attach import is_lora_parameter
+from qlora_dist.adapters.load_adapter import attach_saved_adapter, read_local_shard, saved_entries_by_parameter
+from qlora_dist.adapters.validate_adapter import find_invalid_values
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.inference.named_adapter import AdapterFolder
-from qlora_dist.io.read_ahead import Reading
-from qlora_dist.io.safetensors_file import Entry, Reader
-from qlora_dist.model.load_weights import fill
-from qlora_dist.model.meta_model import LossModel, build_skeleton
+from qlora_dist.inference.named_adapter import NamedAdapter
+from qlora_dist.io.read_ahead import ReadProgress
+from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
+from qlora_dist.model.load_weights import load_weights
+from qlora_dist.model.meta_model import LossModel, build_meta_model
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.packable import check_packable
-from qlora_dist.parallel.comm_counter import Traffic
+from qlora_dist.model.packable import check_packing_support
+from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.engine import parallelize
 from qlora_dist.parallel.mesh import MeshSizes, build_meshes, mesh_sizes
 from qlora_dist.parallel.static_bytes import check_static_bytes
-from qlora_dist.runtime.environment import Ranks, ranks_from_environment
-from qlora_dist.runtime.heartbeat import beat
-from qlora_dist.runtime.object_collectives import gather_json
+from qlora_dist.runtime.environment import RankInfo, read_rank_info
+from qlora_dist.runtime.heartbeat import record_heartbeat
+from qlora_dist.runtime.object_collectives import all_gather_json
 from qlora_dist.runtime.process_group import process_group, resolve_device
 from qlora_dist.runtime.watchdog import watchdog
-from qlora_dist.shard_view import local_part
+from qlora_dist.shard_view import local_tensor
 from qlora_dist.train.rank_consistency import check_ranks_agree
 
 
 @dataclass
-class Loaded:
+class InferenceModel:
     """A model that is ready to answer, on each rank of the process group."""
 
     config: Config
-    ranks: Ranks
+    ranks: RankInfo
     device: torch.device
     folder: ModelFolder
     model: LossModel
     """In eval mode, sharded and filled."""
-    traffic: Traffic
+    traffic: CommCounter
     adapters: Sequence[str]
     """The names that `use` takes."""
     static_bytes: int
@@ -70,25 +70,27 @@ class Loaded:
             known = ", ".join(self.adapters) or "none is loaded"
             raise UserError(f"{name}: no adapter of that name; choose from {known}")
         index = None if name is None else self.adapters.index(name)
-        _choose(self.model, index)
+        _activate_adapter(self.model, index)
         self.model.reshard()  # the root's parameters stay gathered after a forward pass, and these are to be changed
         parameters = dict(self.model.named_parameters())
         for parameter_name, value in (self._base | (self._whole[index] if index is not None else {})).items():
-            local_part(parameters[parameter_name]).copy_(value)
+            local_tensor(parameters[parameter_name]).copy_(value)
 
 
 @dataclass(frozen=True)
-class _Skeleton:
+class _PreparedModel:
     """What is known before the ranks meet."""
 
     folder: ModelFolder
     model: LossModel
-    tensors: list[dict[str, Entry]]
+    tensors: list[dict[str, TensorEntry]]
     """Per adapter, the entries of its file by the model's parameter."""
 
 
 @contextmanager
-def loaded_model(config: Config, adapters: Sequence[AdapterFolder] = (), quantize: bool = True) -> Iterator[Loaded]:
+def open_inference_model(
+    config: Config, adapters: Sequence[NamedAdapter] = (), quantize: bool = True
+) -> Iterator[InferenceModel]:
     """Load base and adapters; the first adapter is the one in use. Called on every rank, or in a single process.
 
     A sharded model is never whole on a rank: the way is that of `train`.
@@ -104,18 +106,18 @@ def loaded_model(config: Config, adapters: Sequence[AdapterFolder] = (), quantiz
     Raises:
         UserError: no such model, or an adapter that does not fit it, nearly always before any rank waits for another.
     """
-    ranks = ranks_from_environment()
+    ranks = read_rank_info()
     device = resolve_device(config.train.device, ranks)
-    config = _for_ranks(config, ranks)
+    config = _adjust_for_single_rank(config, ranks)
     sizes = mesh_sizes(config.parallel, ranks)
-    skeleton = _build(config, adapters, quantize)
+    skeleton = _prepare_model(config, adapters, quantize)
     timeout_s = config.train.timeout
     with process_group(ranks, device, timeout_s) as store, watchdog(store, ranks, timeout_s):
         check_ranks_agree(config, ranks, device)
-        yield _load(config, ranks, device, sizes, skeleton, adapters, store)
+        yield _load_inference_model(config, ranks, device, sizes, skeleton, adapters, store)
 
 
-def _for_ranks(config: Config, ranks: Ranks) -> Config:
+def _adjust_for_single_rank(config: Config, ranks: RankInfo) -> Config:
     """A single rank has everything anyway: FSDP2 would copy each layer once more for every token."""
     if ranks.world_size > 1 or config.parallel.offload != "none":
         return config
@@ -123,58 +125,58 @@ def _for_ranks(config: Config, ranks: Ranks) -> Config:
     return config.model_copy(update={"parallel": parallel})
 
 
-def _build(config: Config, adapters: Sequence[AdapterFolder], quantize: bool) -> _Skeleton:
+def _prepare_model(config: Config, adapters: Sequence[NamedAdapter], quantize: bool) -> _PreparedModel:
     transformers_logging.set_verbosity_error()
     folder = ModelFolder(config.model.base)
-    model = build_skeleton(folder, config.model, quantize)
+    model = build_meta_model(folder, config.model, quantize)
     if config.data.packing != "none" and config.data.eval is not None:
-        check_packable(model)
+        check_packing_support(model)
     tensors = []
     for index, adapter in enumerate(adapters):
-        attach_saved(model, adapter.saved, _internal(index), folder.path)
+        attach_saved_adapter(model, adapter.saved, _peft_adapter_name(index), folder.path)
     if config.data.eval is not None and isinstance(model.get_output_embeddings(), LoraLayer):
         raise UserError(
             f"{adapters[0].path}: has LoRA on the output head, and no loss is computed with it here; merge it "
             "(qlora-dist merge), and evaluate the merged folder with --base"
         )
     for index, adapter in enumerate(adapters):
-        tensors.append(saved_tensors(model, adapter.saved, _internal(index), folder.path))
+        tensors.append(saved_entries_by_parameter(model, adapter.saved, _peft_adapter_name(index), folder.path))
     parameters = dict(model.named_parameters())
-    for name in {name for found in tensors for name in found if not is_lora(name)}:
+    for name in {name for found in tensors for name in found if not is_lora_parameter(name)}:
         parameters[name].data = parameters[name].data.float()  # as it was trained
-    return _Skeleton(folder, model, tensors)
+    return _PreparedModel(folder, model, tensors)
 
 
-def _load(
+def _load_inference_model(
     config: Config,
-    ranks: Ranks,
+    ranks: RankInfo,
     device: torch.device,
     sizes: MeshSizes,
-    skeleton: _Skeleton,
-    adapters: Sequence[AdapterFolder],
+    skeleton: _PreparedModel,
+    adapters: Sequence[NamedAdapter],
     store: dist.Store,
-) -> Loaded:
+) -> InferenceModel:
     model, folder = skeleton.model, skeleton.folder
     offload = config.parallel.offload == "base"
     meshes = build_meshes(sizes, device.type, separate=offload)
     traffic = parallelize(model, meshes, config)
 
-    def loaded(reading: Reading) -> None:
-        beat(phase="loading")
+    def loaded(reading: ReadProgress) -> None:
+        record_heartbeat(phase="loading")
 
-    fill(model, folder, device, None, meshes.base_replicas, offload, loaded)
+    load_weights(model, folder, device, None, meshes.base_replicas, offload, loaded)
     model.eval()
     whole, base = _read_adapters(model, skeleton.tensors, adapters)
     static_bytes = check_static_bytes(model, sizes)
     names = [adapter.name for adapter in adapters]
-    result = Loaded(config, ranks, device, folder, model, traffic, names, static_bytes, store, whole, base)
+    result = InferenceModel(config, ranks, device, folder, model, traffic, names, static_bytes, store, whole, base)
     result.use(names[0] if names else None)
     return result
 
 
 @torch.no_grad()
 def _read_adapters(
-    model: PreTrainedModel, tensors: Sequence[Mapping[str, Entry]], adapters: Sequence[AdapterFolder]
+    model: PreTrainedModel, tensors: Sequence[Mapping[str, TensorEntry]], adapters: Sequence[NamedAdapter]
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Fill this rank's parts of the LoRA matrices.
 
@@ -187,26 +189,26 @@ def _read_adapters(
     parameters = dict(model.named_parameters())
     whole: list[dict[str, torch.Tensor]] = [{} for _ in tensors]
     wrong: list[str | None] = []
-    with Reader() as reader:
+    with SafetensorsReader() as reader:
         for entries, kept in zip(tensors, whole, strict=True):
             for name, entry in entries.items():
-                beat(phase="loading")
-                values = read_part(parameters[name], entry, reader, is_low_rank=is_lora(name))
-                if is_lora(name):
-                    local_part(parameters[name]).copy_(values)
+                record_heartbeat(phase="loading")
+                values = read_local_shard(parameters[name], entry, reader, is_low_rank=is_lora_parameter(name))
+                if is_lora_parameter(name):
+                    local_tensor(parameters[name]).copy_(values)
                 else:
                     kept[name] = values
-            shards = [(name, kept[name] if name in kept else local_part(parameters[name])) for name in entries]
-            wrong.append(wrong_values(shards))
-    base = {name: local_part(parameters[name]).clone() for kept in whole for name in kept}
-    _check_values(gather_json(wrong), whole, adapters)
+            shards = [(name, kept[name] if name in kept else local_tensor(parameters[name])) for name in entries]
+            wrong.append(find_invalid_values(shards))
+    base = {name: local_tensor(parameters[name]).clone() for kept in whole for name in kept}
+    _check_values(all_gather_json(wrong), whole, adapters)
     return whole, base
 
 
 def _check_values(
     answers: Sequence[Sequence[str | None]],
     whole: Sequence[Mapping[str, torch.Tensor]],
-    adapters: Sequence[AdapterFolder],
+    adapters: Sequence[NamedAdapter],
 ) -> None:
     """Raise if a rank has found a value that is not finite, or all ranks nothing but zeros in an adapter's B."""
     for index, adapter in enumerate(adapters):
@@ -216,15 +218,15 @@ def _check_values(
             raise UserError(f"{adapter.path}: {(told or found)[0]}; use an earlier checkpoint, or train longer")
 
 
-def _choose(model: PreTrainedModel, index: int | None) -> None:
+def _activate_adapter(model: PreTrainedModel, index: int | None) -> None:
     for module in model.modules():
         if hasattr(module, "lora_A") and hasattr(module, "set_adapter"):
             module.enable_adapters(False)
             if index is not None:
                 module._disable_adapters = False
-                module.set_adapter(_internal(index), inference_mode=True)
+                module.set_adapter(_peft_adapter_name(index), inference_mode=True)
 
 
-def _internal(index: int) -> str:
+def _peft_adapter_name(index: int) -> str:
     """What PEFT calls an adapter. A user's name may be one that a module cannot have."""
     return f"a{index}"

@@ -23,21 +23,21 @@ from lm_eval.models.utils import (
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dist.config.max_positions import positions
-from qlora_dist.inference.generate import Sampling, generate
-from qlora_dist.inference.inference_model import Loaded
-from qlora_dist.runtime.heartbeat import beat
-from qlora_dist.runtime.object_collectives import gather_json
+from qlora_dist.config.max_positions import max_positions
+from qlora_dist.inference.generate import SamplingOptions, generate_tokens
+from qlora_dist.inference.inference_model import InferenceModel
+from qlora_dist.runtime.heartbeat import record_heartbeat
+from qlora_dist.runtime.object_collectives import all_gather_json
 
 _T = TypeVar("_T")
 _DEFAULT_POSITIONS = 2048
-Scored = tuple[float, bool]
+LogLikelihood = tuple[float, bool]
 """The log-likelihood of a continuation, and whether greedy decoding would give it."""
-Request = tuple[Any, list[int], list[int]]
+LogLikelihoodRequest = tuple[Any, list[int], list[int]]
 """The texts, which may be missing; the context's tokens and the continuation's."""
 
 
-class HarnessModel(TemplateLM):
+class LmEvalModel(TemplateLM):
     """What lm-evaluation-harness asks, answered by the adapter in use.
 
     Args:
@@ -46,10 +46,10 @@ class HarnessModel(TemplateLM):
         batch_size: requests to a forward pass of a rank.
     """
 
-    def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+    def __init__(self, loaded: InferenceModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         super().__init__()
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        self.max_length = positions(loaded.folder.config) or _DEFAULT_POSITIONS
+        self.max_length = max_positions(loaded.folder.config) or _DEFAULT_POSITIONS
         self._loaded, self._device = loaded, loaded.device
         self._keeps = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
 
@@ -87,14 +87,14 @@ class HarnessModel(TemplateLM):
             )
         )
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Scored]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[LogLikelihood]:
         """Of continuations."""
-        scored: list[Scored] = super().loglikelihood(requests, disable_tqdm=True)
+        scored: list[LogLikelihood] = super().loglikelihood(requests, disable_tqdm=True)
         return scored
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Of whole texts, in windows of the model's length."""
-        windows: list[Request] = []
+        windows: list[LogLikelihoodRequest] = []
         counts = []
         for (text,) in (request.args for request in requests):
             rolling = utils.get_rolling_token_windows(
@@ -119,7 +119,7 @@ class HarnessModel(TemplateLM):
         for indices in by_options.values():
             options: dict[str, Any] = dict(normalize_gen_kwargs(requests[indices[0]].args[1]))
             until = handle_stop_sequences(options.get("until"), eos=end)
-            sampling = Sampling(
+            sampling = SamplingOptions(
                 max_new_tokens=options["max_gen_toks"],
                 temperature=float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0,
                 top_p=float(options.get("top_p", 1.0)),
@@ -132,7 +132,7 @@ class HarnessModel(TemplateLM):
             def stopping(length: int, batch: int, until: list[str] = until) -> Any:
                 return stop_sequences_criteria(self.tokenizer, until, length, batch)
 
-            found = generate(
+            found = generate_tokens(
                 self._loaded,
                 prompts,
                 sampling,
@@ -145,18 +145,18 @@ class HarnessModel(TemplateLM):
                 answers[index] = postprocess_generated_text(text, until, None)
         return answers
 
-    def _loglikelihood_tokens(self, requests: list[Request], **kwargs: Any) -> list[Scored]:
+    def _loglikelihood_tokens(self, requests: list[LogLikelihoodRequest], **kwargs: Any) -> list[LogLikelihood]:
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
         batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
-        found = in_turn(self._loaded, batches, lambda batch: self._score([requests[index] for index in batch]))
-        scores: list[Scored] = [(0.0, False)] * len(requests)
+        found = map_over_ranks(self._loaded, batches, lambda batch: self._score([requests[index] for index in batch]))
+        scores: list[LogLikelihood] = [(0.0, False)] * len(requests)
         for batch, answers in zip(batches, found, strict=True):
             for index, (score, greedy) in zip(batch, answers, strict=True):
                 scores[index] = (score, greedy)
         return scores
 
     @torch.no_grad()
-    def _score(self, requests: Sequence[Request]) -> list[Scored]:
+    def _score(self, requests: Sequence[LogLikelihoodRequest]) -> list[LogLikelihood]:
         """Of a batch, padded behind, where no earlier position sees it. Only the continuations' logits are computed."""
         rows = [(context + more)[-(self.max_length + 1) :] for _, context, more in requests]
         length = max(len(row) for row in rows) - 1
@@ -166,7 +166,7 @@ class HarnessModel(TemplateLM):
         keep = {"logits_to_keep": torch.arange(first, length, device=self._device)} if self._keeps else {}
         logits = self._loaded.model(input_ids=ids, use_cache=False, **keep).logits
         offset = first if self._keeps else 0
-        beat()
+        record_heartbeat()
         found = []
         for row, (start, stop), (_, _, more) in zip(logits, spans, requests, strict=True):
             targets = torch.tensor(more, device=self._device)
@@ -176,11 +176,11 @@ class HarnessModel(TemplateLM):
         return found
 
 
-def in_turn(loaded: Loaded, work: Sequence[_T], do: Callable[[_T], Any]) -> list[Any]:
+def map_over_ranks(loaded: InferenceModel, work: Sequence[_T], do: Callable[[_T], Any]) -> list[Any]:
     """What `do` gives for each piece of work, on every rank; a piece to a rank, round by round. What comes is JSON."""
     ranks, results = loaded.ranks, []
     for first in range(0, len(work), ranks.world_size):
         now = work[first : first + ranks.world_size]
         answer = do(now[min(ranks.rank, len(now) - 1)])
-        results += gather_json(answer)[: len(now)]
+        results += all_gather_json(answer)[: len(now)]
     return results

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
-from qlora_dist.inference.inference_model import Loaded
+from qlora_dist.inference.inference_model import InferenceModel
 
 _NETWORK_LIBRARIES = {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
 """Whose errors say that something was not reached; which of them is there depends on releases."""
@@ -46,10 +46,10 @@ def check_tasks(options: TaskOptions) -> None:
         raise UserError("--tasks needs lm-evaluation-harness; pip install 'qlora-dist[eval]'")
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    _manager(tuple(options.names), options.folder).load_ahead(list(options.names))
+    _task_manager(tuple(options.names), options.folder).load_ahead(list(options.names))
 
 
-def run_tasks(loaded: Loaded, options: TaskOptions) -> dict[str, dict[str, Any]]:
+def run_tasks(loaded: InferenceModel, options: TaskOptions) -> dict[str, dict[str, Any]]:
     """Scores by task and metric. Called on all ranks; each of them computes the metrics.
 
     Raises:
@@ -58,23 +58,23 @@ def run_tasks(loaded: Loaded, options: TaskOptions) -> dict[str, dict[str, Any]]
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that computes
     from lm_eval.evaluator import simple_evaluate
 
-    from qlora_dist.inference.lm_eval_model import HarnessModel
+    from qlora_dist.inference.lm_eval_model import LmEvalModel
 
-    model = HarnessModel(loaded, load_tokenizer(loaded.folder.path), options.batch_size)
+    model = LmEvalModel(loaded, load_tokenizer(loaded.folder.path), options.batch_size)
     results = simple_evaluate(
         model,
         tasks=list(options.names),
         num_fewshot=options.num_fewshot,
         limit=options.limit,
-        task_manager=_manager(tuple(options.names), options.folder),
+        task_manager=_task_manager(tuple(options.names), options.folder),
         log_samples=False,
         bootstrap_iters=1000,
     )
-    return {} if results is None else {name: _numbers(found) for name, found in results["results"].items()}
+    return {} if results is None else {name: _numeric_metrics(found) for name, found in results["results"].items()}
 
 
 @cache
-def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
+def _task_manager(names: tuple[str, ...], folder: Path | None) -> Any:
     """What knows the tasks. All of the harness's own are read, in seconds, where the folder has not all."""
     from lm_eval.tasks import TaskManager
 
@@ -94,7 +94,7 @@ def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
             try:
                 return super().load(task_list)
             except Exception as error:
-                if not _is_out_of_reach(error):
+                if not _is_data_unavailable(error):
                     raise
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise UserError(
@@ -111,7 +111,7 @@ def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
     raise UserError(f"--tasks {missing[0]}: no such task; see `lm-eval ls tasks`, or give --task-folder")
 
 
-def _is_out_of_reach(error: Exception) -> bool:
+def _is_data_unavailable(error: Exception) -> bool:
     """Whether it is about files or a network, and not a mistake in what was loaded."""
     from datasets.exceptions import DatasetsError
 
@@ -123,7 +123,7 @@ def _is_out_of_reach(error: Exception) -> bool:
     )
 
 
-def _numbers(found: dict[str, Any]) -> dict[str, Any]:
+def _numeric_metrics(found: dict[str, Any]) -> dict[str, Any]:
     """Of `acc,none` and the like, with the filter's name where there is one."""
     return {
         key.removesuffix(",none"): value

@@ -10,20 +10,20 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_dist.errors import UserError
-from qlora_dist.inference.eval_loss import HeldOut, held_out_loss
+from qlora_dist.inference.eval_loss import EvalLoss, compute_eval_loss
 from qlora_dist.inference.inference_config import inference_config
-from qlora_dist.inference.inference_model import loaded_model
-from qlora_dist.inference.named_adapter import AdapterFolder, read_adapter_folder
-from qlora_dist.merge.merge_folder import Report, merge_folder
+from qlora_dist.inference.inference_model import open_inference_model
+from qlora_dist.inference.named_adapter import NamedAdapter, read_named_adapter
+from qlora_dist.merge.merge_folder import MergeReport, merge_folder
 from qlora_dist.merge.merge_plan import MergeOptions
 from qlora_dist.model.model_folder import ModelFolder
 
-Losses = dict[str, HeldOut]
+LossByModel = dict[str, EvalLoss]
 
 
-def merge_and_measure(
+def merge_and_evaluate(
     base: Path | None, adapter: Path, out: Path, options: MergeOptions, data: str, console: Console
-) -> tuple[Report, Losses]:
+) -> tuple[MergeReport, LossByModel]:
     """Merge, and measure the loss of what is written, of the 4-bit base with and without the adapter, and of a 16-bit
     base likewise if that is what was given.
 
@@ -39,46 +39,48 @@ def merge_and_measure(
     written, so that a mistake in the data is found first.
 
     Raises:
-        UserError: as `merge_folder` and `held_out_loss`.
+        UserError: as `merge_folder` and `compute_eval_loss`.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
-    read = read_adapter_folder(adapter, "adapter")
+    read = read_named_adapter(adapter, "adapter")
     folder = str(base or read.base)
     as_trained = [
         f"model.quant_type={options.quant_type}",
         f"model.block_size={options.block_size}",
         f"model.double_quant={str(options.double_quant).lower()}",
     ]
-    losses = _measure("4-bit base", folder, read, data, as_trained, console)
+    losses = _evaluate_model("4-bit base", folder, read, data, as_trained, console)
     if not ModelFolder(folder).is_quantized:
         experts = any(update.experts for update in read.saved.low_rank.values())  # whose adapters need a base in 4 bit
-        losses |= _measure("16-bit base", folder, read, data, (), console, quantize=False, alone=experts)
+        losses |= _evaluate_model("16-bit base", folder, read, data, (), console, quantize=False, alone=experts)
     report = merge_folder(base, adapter, out, options, console)
-    merged = _measure(f"merged into {options.into}", str(out), read, data, (), console, quantize=False, alone=True)
+    merged = _evaluate_model(
+        f"merged into {options.into}", str(out), read, data, (), console, quantize=False, alone=True
+    )
     return report, losses | merged
 
 
-def _measure(
+def _evaluate_model(
     name: str,
     base: str,
-    adapter: AdapterFolder,
+    adapter: NamedAdapter,
     data: str,
     overrides: Sequence[str],
     console: Console,
     quantize: bool = True,
     alone: bool = False,
-) -> Losses:
+) -> LossByModel:
     """Of a base, and of base and adapter unless it is to be `alone`."""
     config = inference_config(base, adapter.path, data, overrides)
     quiet = nullcontext() if not console.is_terminal else console.status(f"held-out loss: {name}")
-    with quiet, loaded_model(config, [] if alone else [adapter], quantize) as loaded:
-        losses = {} if alone else {f"{name} + adapter": held_out_loss(loaded, data, console)}
+    with quiet, open_inference_model(config, [] if alone else [adapter], quantize) as loaded:
+        losses = {} if alone else {f"{name} + adapter": compute_eval_loss(loaded, data, console)}
         loaded.use(None)
-        return losses | {name: held_out_loss(loaded, data, console)}
+        return losses | {name: compute_eval_loss(loaded, data, console)}
 
 
-def print_losses(losses: Losses, console: Console) -> None:
+def print_loss_table(losses: LossByModel, console: Console) -> None:
     """As a table, the best first."""
     tokens = next(iter(losses.values())).tokens
     table = Table("model", "held-out loss", "perplexity", title=f"{tokens:,} tokens", title_justify="left")

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_dist.adapters.saved_adapter import Adapter, read_saved_adapter
+from qlora_dist.adapters.saved_adapter import SavedAdapter, read_saved_adapter
 from qlora_dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class AdapterFolder:
+class NamedAdapter:
     """An adapter that has a name."""
 
     name: str
     """By which it is chosen."""
     path: Path
-    saved: Adapter
+    saved: SavedAdapter
 
     @property
     def base(self) -> str:
@@ -25,13 +25,13 @@ class AdapterFolder:
         return self.saved.base
 
 
-def parse_adapters(given: Sequence[str]) -> list[AdapterFolder]:
+def parse_named_adapters(given: Sequence[str]) -> list[NamedAdapter]:
     """The adapters of `NAME=FOLDER` or `FOLDER`, which is named as its run (`runs/NAME/adapter`), or as itself.
 
     Raises:
         UserError: a name stands twice or is no name, or a folder holds no adapter.
     """
-    folders: dict[str, AdapterFolder] = {}
+    folders: dict[str, NamedAdapter] = {}
     for text in given:
         name, equals, where = text.partition("=")
         if not equals:
@@ -41,20 +41,20 @@ def parse_adapters(given: Sequence[str]) -> list[AdapterFolder]:
             raise UserError(f"--adapter {text}: {name or 'nothing'} is no name for an adapter; write NAME=FOLDER")
         if name in folders:
             raise UserError(f"--adapter {text}: {name} stands twice; write another NAME=FOLDER")
-        folders[name] = read_adapter_folder(Path(where), name)
+        folders[name] = read_named_adapter(Path(where), name)
     return list(folders.values())
 
 
-def read_adapter_folder(path: Path, name: str) -> AdapterFolder:
+def read_named_adapter(path: Path, name: str) -> NamedAdapter:
     """Read the configuration and the file's header.
 
     Raises:
         UserError: it is missing, damaged, or no LoRA adapter; or it has something that is not known here.
     """
-    return AdapterFolder(name, path, read_saved_adapter(path))
+    return NamedAdapter(name, path, read_saved_adapter(path))
 
 
-def base_of(adapters: Sequence[AdapterFolder]) -> str:
+def common_base(adapters: Sequence[NamedAdapter]) -> str:
     """The folder that all of them were trained on.
 
     Raises:

@@ -10,22 +10,22 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dist.data.chat_renderer import Renderer
-from qlora_dist.data.chat_template import SHIPPED, read_template
-from qlora_dist.data.data_files import read_file, suffix
-from qlora_dist.data.inference_tokenizer import default_template, end_token
-from qlora_dist.data.row_formats import typed_rows
+from qlora_dist.data.chat_renderer import ChatRenderer
+from qlora_dist.data.chat_template import SHIPPED_TEMPLATES, read_chat_template
+from qlora_dist.data.data_files import data_file_type, read_data_file
+from qlora_dist.data.inference_tokenizer import default_chat_template, end_of_turn_token_id
+from qlora_dist.data.row_formats import parse_rows
 from qlora_dist.data.source_row import BadRow, CompletionRow, Message, MessagesRow
-from qlora_dist.data.template_probe import Refused
-from qlora_dist.data.text_encoder import added_tokens
-from qlora_dist.data.validate import Record
+from qlora_dist.data.template_probe import UnsupportedConversationError
+from qlora_dist.data.text_encoder import surrounding_special_tokens
+from qlora_dist.data.validate import RawRow
 from qlora_dist.errors import UserError
 
-_ANSWER = "answer"
-_ANSWERS: dict[str, tuple[str, Any]] = {
-    "prompt": ("completion", _ANSWER),
-    "instruction": ("output", _ANSWER),
-    "inputs": ("targets", _ANSWER),
+_PLACEHOLDER_ANSWER = "answer"
+_ANSWER_COLUMNS: dict[str, tuple[str, Any]] = {
+    "prompt": ("completion", _PLACEHOLDER_ANSWER),
+    "instruction": ("output", _PLACEHOLDER_ANSWER),
+    "inputs": ("targets", _PLACEHOLDER_ANSWER),
 }
 """What rows of the data formats have besides the question, and a row of prompts need not have."""
 
@@ -45,7 +45,7 @@ class Prompt:
     """Variables of the chat template: `chat_template_kwargs`."""
 
 
-class Prompter:
+class PromptEncoder:
     """A tokenizer and a chat template, the same as in training.
 
     Args:
@@ -60,7 +60,7 @@ class Prompter:
         self.tokenizer = tokenizer
         template = _template(tokenizer, chat_template)
         try:
-            self._renderer = None if template is None else Renderer(template, tokenizer.special_tokens_map)
+            self._renderer = None if template is None else ChatRenderer(template, tokenizer.special_tokens_map)
         except TemplateSyntaxError as error:
             raise UserError(
                 f"the chat template's line {error.lineno} does not compile ({error.message}); correct it or give "
@@ -72,7 +72,7 @@ class Prompter:
         """Whether conversations can be written."""
         return self._renderer is not None
 
-    def need_template(self, place: str) -> Renderer:
+    def need_template(self, place: str) -> ChatRenderer:
         """The template.
 
         Raises:
@@ -81,7 +81,7 @@ class Prompter:
         if self._renderer is None:
             raise UserError(
                 f"{place} is a conversation, and the tokenizer has no chat template; write --set data.chat_template= "
-                f"with {', '.join(SHIPPED)} or the path of a Jinja file"
+                f"with {', '.join(SHIPPED_TEMPLATES)} or the path of a Jinja file"
             )
         return self._renderer
 
@@ -95,7 +95,7 @@ class Prompter:
             ids = list(self.tokenizer(prompt.asked, verbose=False)["input_ids"])
             if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids.pop()  # of a tokenizer that ends each text
-            before = added_tokens(self.tokenizer)[0]
+            before = surrounding_special_tokens(self.tokenizer)[0]
             if (
                 ids[: 2 * len(before)] == before * 2
             ):  # a prompt that was rendered before begins by itself, as in training
@@ -104,7 +104,7 @@ class Prompter:
             renderer = self.need_template(prompt.place).given(prompt.variables)
             try:
                 text = renderer.text(renderer.clean(prompt.asked), renderer.tools(prompt.tools), prompting=True)
-            except Refused as refused:
+            except UnsupportedConversationError as refused:
                 raise UserError(f"{prompt.place}: {refused}") from None
             ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if not ids:
@@ -113,17 +113,17 @@ class Prompter:
 
     def end_of_turn(self) -> int | None:
         """The token that the template writes behind an answer: what a model has learnt to stop with."""
-        return None if self._renderer is None else end_token(self.tokenizer, self._renderer)
+        return None if self._renderer is None else end_of_turn_token_id(self.tokenizer, self._renderer)
 
 
-def one_prompt(text: str, prompter: Prompter, raw: bool = False, system: str | None = None) -> Prompt:
+def make_prompt(text: str, prompter: PromptEncoder, raw: bool = False, system: str | None = None) -> Prompt:
     """A user's turn where there is a chat template, unless it is to be continued as it is."""
     if raw or not prompter.has_template:
         return Prompt(text)
     return Prompt([*_system(system), {"role": "user", "content": text}])
 
 
-def read_prompts(path: Path, prompter: Prompter, raw: bool = False, system: str | None = None) -> list[Prompt]:
+def read_prompts(path: Path, prompter: PromptEncoder, raw: bool = False, system: str | None = None) -> list[Prompt]:
     """The prompts of a file: rows of the data formats, whose answers are left out and may be missing, or lines.
 
     Raises:
@@ -131,14 +131,14 @@ def read_prompts(path: Path, prompter: Prompter, raw: bool = False, system: str 
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file of prompts; give JSONL, or lines of text")
-    if suffix(path):
+    if data_file_type(path):
         found = list(_rows(path))
     else:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); give lines of text in UTF-8") from None
-        found = [one_prompt(line, prompter, raw, system) for line in lines if line.strip()]
+        found = [make_prompt(line, prompter, raw, system) for line in lines if line.strip()]
     if not found:
         raise UserError(f"{path}: holds no prompt; write one a line")
     return found
@@ -147,16 +147,16 @@ def read_prompts(path: Path, prompter: Prompter, raw: bool = False, system: str 
 def _rows(path: Path) -> Iterator[Prompt]:
     adapters: dict[str, str] = {}
 
-    def completed() -> Iterator[Record | BadRow]:
-        for record in read_file(path):
+    def completed() -> Iterator[RawRow | BadRow]:
+        for record in read_data_file(path):
             if not isinstance(record, BadRow):
                 place, fields = record
                 if fields.get("adapter") is not None:
                     adapters[place] = str(fields["adapter"])
-                record = place, _completed(fields)
+                record = place, _fill_missing_answer(fields)
             yield record
 
-    for row in typed_rows(completed(), "auto", "the first row has it"):
+    for row in parse_rows(completed(), "auto", "the first row has it"):
         if isinstance(row, BadRow):
             raise row.error()
         if isinstance(row, MessagesRow):
@@ -169,8 +169,8 @@ def _rows(path: Path) -> Iterator[Prompt]:
         yield Prompt(asked, adapters.get(row.place), row.place, *of_conversation)
 
 
-def _completed(fields: dict[str, Any]) -> dict[str, Any]:
-    for question, (answer, value) in _ANSWERS.items():
+def _fill_missing_answer(fields: dict[str, Any]) -> dict[str, Any]:
+    for question, (answer, value) in _ANSWER_COLUMNS.items():
         if question in fields and answer not in fields:
             listed = isinstance(fields[question], list)
             return {**fields, answer: [{"role": "assistant", "content": value}] if listed else value}
@@ -190,5 +190,5 @@ def _system(text: str | None) -> list[Message]:
 
 def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
     if chat_template is not None:
-        return read_template(chat_template, tokenizer)
-    return default_template(tokenizer)
+        return read_chat_template(chat_template, tokenizer)
+    return default_chat_template(tokenizer)

@@ -10,13 +10,13 @@ from typing import Any
 
 from qlora_dist.errors import UserError
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-PEFTS_DEFAULT = 8
+ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+PEFT_DEFAULT_R_AND_ALPHA = 8
 """Value of `r` and of `lora_alpha` where a configuration leaves them out."""
-_LOW_RANK = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
-_EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # in the order in which PEFT wraps them
-_LARGEST_HEADER_BYTES = 100_000_000  # as in the safetensors library
+_LORA_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
+_EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # in the order in which PEFT wraps them
+_MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
@@ -27,63 +27,67 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give that of an adapter, such as runs/NAME/adapter")
-    if not (path / CONFIG).is_file():
-        raise UserError(f"{path}: holds no {CONFIG}; {_hint(path)}")
+    if not (path / ADAPTER_CONFIG_NAME).is_file():
+        raise UserError(f"{path}: holds no {ADAPTER_CONFIG_NAME}; {_adapter_location_hint(path)}")
     try:
-        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        content = json.loads((path / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / CONFIG}: cannot be read as JSON ({error}); export the adapter again") from None
+        raise UserError(
+            f"{path / ADAPTER_CONFIG_NAME}: cannot be read as JSON ({error}); export the adapter again"
+        ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path / CONFIG}: holds no JSON object; export the adapter again")
-    if not (path / TENSORS).is_file():
+        raise UserError(f"{path / ADAPTER_CONFIG_NAME}: holds no JSON object; export the adapter again")
+    if not (path / ADAPTER_WEIGHTS_NAME).is_file():
         if (path / "adapter_model.bin").exists():
             raise UserError(
-                f"{path}: holds adapter_model.bin, which may run code on loading, and no {TENSORS}; load it with PEFT "
+                f"{path}: holds adapter_model.bin, which may run code on loading, and no {ADAPTER_WEIGHTS_NAME}; load it with PEFT "
                 "and save it again"
             )
-        raise UserError(f"{path}: holds no {TENSORS}; copy the folder again, or export the adapter again")
+        raise UserError(f"{path}: holds no {ADAPTER_WEIGHTS_NAME}; copy the folder again, or export the adapter again")
     return content
 
 
-def tensor_names(path: Path) -> list[str]:
+def adapter_tensor_names(path: Path) -> list[str]:
     """The names of the tensors in an adapter's file.
 
     Raises:
         UserError: it is no safetensors file.
     """
     try:
-        with (path / TENSORS).open("rb") as file:
+        with (path / ADAPTER_WEIGHTS_NAME).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= _LARGEST_HEADER_BYTES:
+            if not 2 <= length <= _MAX_HEADER_BYTES:
                 raise ValueError("its first bytes are not a safetensors header")
             return [name for name in json.loads(file.read(length)) if name != "__metadata__"]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / TENSORS}: is not a safetensors file ({error}); copy it again") from None
+        raise UserError(f"{path / ADAPTER_WEIGHTS_NAME}: is not a safetensors file ({error}); copy it again") from None
 
 
-def low_rank_part(key: str) -> tuple[str, str] | None:
+def split_lora_key(key: str) -> tuple[str, str] | None:
     """The module, as PEFT names it, and the part of it that a tensor of LoRA's is; None: it is something else."""
-    match = _LOW_RANK.match(key.removeprefix(PREFIX))
+    match = _LORA_KEY.match(key.removeprefix(PEFT_PREFIX))
     return (match["module"], match["part"]) if match else None
 
 
-def parameter_of_experts(module: str, config: Mapping[str, Any]) -> str | None:
+def expert_parameter_name(module: str, config: Mapping[str, Any]) -> str | None:
     """The parameter that PEFT has adapted where it names only a module of experts; None: it is a linear layer.
 
     PEFT wraps the module once for each parameter, those into the experts before those out of them. The outermost
     wrapper has the module's name, the others that of a `base_layer` each.
     """
     match = re.fullmatch(r"(.*?)((?:\.base_layer)*)", module)
-    assert match is not None, "`low_rank_part` finds no module of several lines"
+    assert match is not None, "`split_lora_key` finds no module of several lines"
     owner, inner = match.groups()
     parameters = sorted(config.get("target_parameters") or ())
-    if not inner and (_is_module(owner, config.get("target_modules")) or is_any_end(parameters, f"{owner}.weight")):
+    if not inner and (
+        _is_target_module(owner, config.get("target_modules")) or matches_any_suffix(parameters, f"{owner}.weight")
+    ):
         return None
-    own = [name for name in _EXPERTS if is_any_end(parameters, f"{owner}.{name}")]  # outwards
+    own = [name for name in _EXPERT_PARAMETERS if matches_any_suffix(parameters, f"{owner}.{name}")]  # outwards
     return f"{owner}.{own[-1 - inner.count('.')]}" if inner.count(".") < len(own) else None
 
 
-def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def get_pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's rule (`peft.utils.other.get_pattern_key`): the first pattern that is the end of the module's name."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -91,7 +95,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
     return default
 
 
-def target_name(path: str) -> str:
+def target_module_name(path: str) -> str:
     """Return the last part of a module's path, and with it the part before where the last one is a number.
 
     Raises:
@@ -103,26 +107,26 @@ def target_name(path: str) -> str:
     return match[0]
 
 
-def is_any_end(names: Iterable[str], path: str) -> bool:
+def matches_any_suffix(names: Iterable[str], path: str) -> bool:
     """Whether one of the names is a path or the end of it."""
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _is_module(path: str, targets: str | Sequence[str] | None) -> bool:
+def _is_target_module(path: str, targets: str | Sequence[str] | None) -> bool:
     """Whether PEFT's `target_modules` name a module, which is a linear layer then."""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
-    return is_any_end(targets or (), path)
+    return matches_any_suffix(targets or (), path)
 
 
-def _hint(path: Path) -> str:
+def _adapter_location_hint(path: Path) -> str:
     """Where the adapter is that was meant, as far as that can be seen."""
     if path.parent.name == "checkpoints" or (path / "manifest.json").is_file():
         adapter = path.parent.parent / "adapter"
-        if (adapter / CONFIG).is_file():
+        if (adapter / ADAPTER_CONFIG_NAME).is_file():
             return f"a checkpoint is no adapter; give {adapter}"
         return "a checkpoint is no adapter; finish the run, which writes one"
-    if (path / "adapter" / CONFIG).is_file():
+    if (path / "adapter" / ADAPTER_CONFIG_NAME).is_file():
         return f"give {path / 'adapter'}"
     if (path / "checkpoints").is_dir():
         return "the run has written no adapter yet; finish it"

@@ -10,15 +10,15 @@ from types import TracebackType
 
 import torch
 
-from qlora_dist.runtime.threads import in_background
+from qlora_dist.runtime.threads import background_executor
 
-PIECE_BYTES = 2**25
+READ_CHUNK_BYTES = 2**25
 """The most that is read at a time. Of any type a whole number of elements, of 16 and 32 bit weights a whole number of
 blocks of every size."""
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadRequest:
     """A read to come."""
 
     nbytes: int
@@ -27,7 +27,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadProgress:
     """How far the reads have come."""
 
     read_bytes: int
@@ -49,14 +49,14 @@ class ReadAhead:
     Raises, where the read is asked for, whatever it raised.
     """
 
-    def __init__(self, reads: Sequence[Read], progress: Callable[[Reading], None] | None = None) -> None:
+    def __init__(self, reads: Sequence[ReadRequest], progress: Callable[[ReadProgress], None] | None = None) -> None:
         self.wait_s = 0.0
         self._read_bytes, self._total_bytes = 0, sum(read.nbytes for read in reads)
         self._progress = progress
         largest = max((read.nbytes for read in reads), default=0)
         self._free, self._taken = (torch.empty(largest, dtype=torch.uint8) for _ in range(2))
         self._reads = iter(reads)
-        self._thread = in_background("read-ahead")
+        self._thread = background_executor("read-ahead")
         self._next = self._begin()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -74,12 +74,12 @@ class ReadAhead:
         self._next = self._begin()
         self._read_bytes += out.numel()
         if self._progress is not None:
-            self._progress(Reading(self._read_bytes, self._total_bytes, self.wait_s))
+            self._progress(ReadProgress(self._read_bytes, self._total_bytes, self.wait_s))
         return out
 
     def _begin(self) -> Future[torch.Tensor] | None:
         read = next(self._reads, None)
-        return None if read is None else self._thread.submit(_perform, read, self._free[: read.nbytes])
+        return None if read is None else self._thread.submit(_run_request, read, self._free[: read.nbytes])
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -90,13 +90,13 @@ class ReadAhead:
         self._thread.shutdown(cancel_futures=True)  # waits for a read that has begun: its file stays open till then
 
 
-def _perform(read: Read, out: torch.Tensor) -> torch.Tensor:
+def _run_request(read: ReadRequest, out: torch.Tensor) -> torch.Tensor:
     read.into(out)
     return out
 
 
-def pieces(nbytes: int, piece_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+def read_chunks(nbytes: int, piece_bytes: int | None = None) -> Iterator[tuple[int, int]]:
     """First byte and length of the parts, of at most `piece_bytes` or PIECE_BYTES, in which so many bytes are read."""
-    piece_bytes = piece_bytes or PIECE_BYTES
+    piece_bytes = piece_bytes or READ_CHUNK_BYTES
     for start in range(0, nbytes, piece_bytes):
         yield start, min(piece_bytes, nbytes - start)

@@ -19,7 +19,7 @@ import torch
 
 from qlora_dist.errors import UserError
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "I16": torch.int16,
@@ -31,12 +31,12 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _LARGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor in a file."""
 
     path: Path
@@ -52,7 +52,7 @@ class Entry:
         return self.stop - self.start
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a file, by name.
 
     Raises:
@@ -83,11 +83,11 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(path: Path, name: str, item: dict[str, Any], data_start: int) -> Entry:
-    dtype, shape, (start, stop) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
+def _entry(path: Path, name: str, item: dict[str, Any], data_start: int) -> TensorEntry:
+    dtype, shape, (start, stop) = SAFETENSORS_DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
     if start < 0 or min(shape, default=0) < 0 or stop - start != dtype.itemsize * math.prod(shape):
         raise ValueError(f"{name} has bytes {start} to {stop} for {item['dtype']} of shape {shape}")
-    return Entry(path, dtype, shape, data_start + start, data_start + stop)
+    return TensorEntry(path, dtype, shape, data_start + start, data_start + stop)
 
 
 def specs_bytes(specs: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> int:
@@ -95,14 +95,14 @@ def specs_bytes(specs: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> in
     return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in specs)
 
 
-class Reader:
+class SafetensorsReader:
     """Reads ranges of tensors, and counts the bytes. Files are opened at first use."""
 
     def __init__(self) -> None:
         self.bytes_read = 0
         self._descriptors: dict[Path, int] = {}
 
-    def read_into(self, out: torch.Tensor, entry: Entry, start: int = 0) -> None:
+    def read_into(self, out: torch.Tensor, entry: TensorEntry, start: int = 0) -> None:
         """Fill `out` (contiguous, on the CPU, any type) with the entry's bytes from `start` on."""
         view = out.view(torch.uint8).numpy().data.cast("B") if out.numel() else memoryview(b"")
         if entry.path not in self._descriptors:
@@ -115,7 +115,7 @@ class Reader:
             done += count
         self.bytes_read += done
 
-    def read(self, entry: Entry) -> torch.Tensor:
+    def read(self, entry: TensorEntry) -> torch.Tensor:
         """The whole tensor."""
         out = torch.empty(entry.shape, dtype=entry.dtype)
         self.read_into(out.flatten(), entry)
@@ -127,7 +127,7 @@ class Reader:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> SafetensorsReader:
         return self
 
     def __exit__(
@@ -136,7 +136,7 @@ class Reader:
         self.close()
 
 
-class Writer:
+class SafetensorsWriter:
     """Writes a file whose tensors are known by type and shape beforehand, one tensor at a time.
 
     The file has its name only when it is complete: until `close` it is called `NAME.partial`.

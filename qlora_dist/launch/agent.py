@@ -15,26 +15,26 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import error_report
-from qlora_dist.runtime.hosts import check_meeting_host
+from qlora_dist.runtime.environment import torchrun_error_file
+from qlora_dist.runtime.hosts import check_rendezvous_host
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-MISTAKE_CODE = 2
+USER_ERROR_EXIT_CODE = 2
 """With which a process ends after a mistake of the user's."""
 
 
-def leave_in_report(error: UserError, environ: Mapping[str, str] = os.environ) -> None:
+def write_torchrun_error_file(error: UserError, environ: Mapping[str, str] = os.environ) -> None:
     """Write the sentence where torchrun looks for the reason of a rank's end, so that its report shows it."""
-    if (path := error_report(environ)) is not None:
+    if (path := torchrun_error_file(environ)) is not None:
         # the form in which torch's own `record` writes an exception; with less, torch logs complaints
         more = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
         with suppress(OSError):
             path.write_text(json.dumps({"message": {"message": str(error), "extraInfo": more}}), encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> int:
+def run_agent(argv: list[str] | None = None) -> int:
     """Run torchrun's agent and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     from torch.distributed import run
@@ -46,42 +46,42 @@ def main(argv: list[str] | None = None) -> int:
         if options.local_addr is None and options.standalone:
             argv = ["--local-addr", "127.0.0.1", *argv]  # else the ranks ask for this machine by its name
         elif not options.standalone:
-            check_meeting_host(_meeting_host(options))
+            check_rendezvous_host(_rendezvous_host(options))
         run.main(argv)
     except UserError as error:
-        return _say(str(error))
+        return _report_user_error(str(error))
     except ChildFailedError as error:
-        sentences = [sentence for failure in error.failures.values() if (sentence := _mistake(failure))]
+        sentences = [sentence for failure in error.failures.values() if (sentence := _user_error_message(failure))]
         if not sentences:
             raise
-        return _say(sentences[0])
+        return _report_user_error(sentences[0])
     except SignalException as error:
         return 128 + error.sigval
     return 0
 
 
-def _meeting_host(options: Any) -> str:
+def _rendezvous_host(options: Any) -> str:
     """Name the machine where torchrun's options have the nodes meet."""
     endpoint = str(options.rdzv_endpoint or options.master_addr)
     host, colon, port = endpoint.rpartition(":")
     return (host if colon and port.isdigit() else endpoint).strip("[]")
 
 
-def _mistake(failure: ProcessFailure) -> str | None:
+def _user_error_message(failure: ProcessFailure) -> str | None:
     """Return the sentence that a rank has left; None: it has ended in another way."""
     # torch annotates the message as a str; it is a dict where a rank has left a report of an exception
     message: Any = failure.message
-    if failure.exitcode != MISTAKE_CODE or not isinstance(message, dict):
+    if failure.exitcode != USER_ERROR_EXIT_CODE or not isinstance(message, dict):
         return None
     sentence = message.get("message")
     return sentence if sentence == message.get("extraInfo", {}).get("py_callstack") else None
 
 
-def _say(sentence: str) -> int:
+def _report_user_error(sentence: str) -> int:
     sys.stdout.flush()
     print(f"qlora-dist: {sentence}", file=sys.stderr, flush=True)
-    return MISTAKE_CODE
+    return USER_ERROR_EXIT_CODE
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_agent())

@@ -12,17 +12,17 @@ import psutil
 from rich.console import Console
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.run_status import Run, read_runs, run_folder
+from qlora_dist.launch.run_status import RunStatus, find_run_dir, read_run_statuses
 from qlora_dist.launch.slurm_queue import scancel
-from qlora_dist.runs.run_dir import REQUEUE, STOPPED
+from qlora_dist.runs.run_dir import REQUEUE_MARKER, STOPPED_MARKER
 from qlora_dist.train.stop_requests import STOP_FILE
 
-_LOOK_S = 0.5
-_ASK_S = 2.0
-_DEAD_S = 120.0
+_LOCAL_POLL_S = 0.5
+_SLURM_POLL_S = 2.0
+_EXIT_TIMEOUT_S = 120.0
 
 
-def cancel(folder: Path, name: str, now: bool, as_json: bool) -> None:
+def cancel_run(folder: Path, name: str, now: bool, as_json: bool) -> None:
     """Have a run stop, and wait until it has.
 
     Args:
@@ -34,20 +34,20 @@ def cancel(folder: Path, name: str, now: bool, as_json: bool) -> None:
     Raises:
         UserError: there is nothing to stop, or it cannot be stopped from here.
     """
-    path = run_folder(folder, name)
-    (run,) = read_runs([path])
+    path = find_run_dir(folder, name)
+    (run,) = read_run_statuses([path])
     if not run.active:
         raise UserError(f"{path}: does not run ({run.state}); `qlora-dist jobs` shows those that do")
     if run.state == "waiting" and run.job_id is not None:
         scancel(run.job_id.split(".")[0])
-        _wait(run, f"{run.name}: leaves the queue", _DEAD_S)
-        _mark(run, "cancelled while it waited")
+        _wait_until_inactive(run, f"{run.name}: leaves the queue", _EXIT_TIMEOUT_S)
+        _write_stopped_marker(run, "cancelled while it waited")
     elif now:
-        _end(run)
-        _mark(run, "cancelled at once")
+        _terminate(run)
+        _write_stopped_marker(run, "cancelled at once")
     else:
-        _stop(run)
-    (run,) = read_runs([path])
+        _request_stop(run)
+    (run,) = read_run_statuses([path])
     if as_json:
         sys.stdout.write(json.dumps(run.to_json()) + "\n")
     else:
@@ -55,23 +55,23 @@ def cancel(folder: Path, name: str, now: bool, as_json: bool) -> None:
         sys.stdout.write(f"{run.name}: {run.state}{done}{f' ({run.reason})' if run.reason else ''}\n")
 
 
-def _stop(run: Run) -> None:
+def _request_stop(run: RunStatus) -> None:
     """After the step that it is at."""
     stop = run.path / STOP_FILE
     stop.touch()
-    _wait(run, f"{run.name}: finishes its step and writes a checkpoint")
+    _wait_until_inactive(run, f"{run.name}: finishes its step and writes a checkpoint")
     stop.unlink(missing_ok=True)  # a run that has failed meanwhile has not taken it away, and would stop when started
 
 
-def _end(run: Run) -> None:
+def _terminate(run: RunStatus) -> None:
     if run.job_id is not None:
         scancel(run.job_id)
     else:
-        _kill(run)
-    _wait(run, f"{run.name}: ends", _DEAD_S)
+        _kill_processes(run)
+    _wait_until_inactive(run, f"{run.name}: ends", _EXIT_TIMEOUT_S)
 
 
-def _kill(run: Run) -> None:
+def _kill_processes(run: RunStatus) -> None:
     """The launcher with all that it has started, or else the process itself; ranks on other nodes notice."""
     process = run.job if run.job.get("pid") else run.process
     if process.get("host") != socket.gethostname():
@@ -88,16 +88,18 @@ def _kill(run: Run) -> None:
             continue
 
 
-def _wait(run: Run, what: str, longest_s: float | None = None) -> None:
+def _wait_until_inactive(run: RunStatus, what: str, longest_s: float | None = None) -> None:
     started = time.monotonic()
     with Console(stderr=True).status(what):
-        while read_runs([run.path])[0].active:
+        while read_run_statuses([run.path])[0].active:
             if longest_s is not None and time.monotonic() - started > longest_s:
                 raise UserError(f"{run.path}: has not ended after {longest_s:.0f} s; look at its processes")
-            time.sleep(_LOOK_S if run.job_id is None else _ASK_S)
+            time.sleep(_LOCAL_POLL_S if run.job_id is None else _SLURM_POLL_S)
 
 
-def _mark(run: Run, reason: str) -> None:
+def _write_stopped_marker(run: RunStatus, reason: str) -> None:
     """It cannot do that itself any more."""
-    (run.path / REQUEUE).unlink(missing_ok=True)
-    (run.path / STOPPED).write_text(json.dumps({"step": run.step or 0, "reason": reason}) + "\n", encoding="utf-8")
+    (run.path / REQUEUE_MARKER).unlink(missing_ok=True)
+    (run.path / STOPPED_MARKER).write_text(
+        json.dumps({"step": run.step or 0, "reason": reason}) + "\n", encoding="utf-8"
+    )

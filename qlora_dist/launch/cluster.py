@@ -9,29 +9,29 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from qlora_dist.config.config_file import load_sections
-from qlora_dist.config.schema import PositiveInt, Section
+from qlora_dist.config.config_file import load_yaml_config
+from qlora_dist.config.schema import ConfigSection, PositiveInt
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
 
-Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:@/&|*!()\[\]+=-]+$")]
+SbatchWord = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:@/&|*!()\[\]+=-]+$")]
 """What may stand in a line of `#SBATCH`: sbatch takes those lines apart in its own way."""
-Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$")]
-Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+SingleLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$")]
+EnvVarName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
-class Container(Section):
+class Container(ConfigSection):
     """Where the ranks run."""
 
     runtime: Literal["pyxis", "apptainer"]
     """pyxis: options of srun; apptainer: a command before each rank's."""
-    image: Line
+    image: SingleLine
     """As that runtime names images."""
-    mounts: list[Line] = Field(default=[])
+    mounts: list[SingleLine] = Field(default=[])
     """HOST:CONTAINER each. The run's folder, the model and the data must be there under the names they have here."""
 
 
-class Cluster(Section):
+class Cluster(ConfigSection):
     """One cluster, or one kind of its nodes."""
 
     gpus_per_node: Annotated[int, Field(ge=0)] = 8
@@ -40,17 +40,17 @@ class Cluster(Section):
     """GiB of one GPU. A run that needs more by its plan is refused."""
     cpus_per_task: PositiveInt | None = None
     """Processor cores of a rank; null: what SLURM gives by itself."""
-    memory: Word | None = None
+    memory: SbatchWord | None = None
     """Host memory of a node, such as 480G; "0": all of it; null: what SLURM gives by itself."""
-    partition: Word | None = None
+    partition: SbatchWord | None = None
     """Where jobs go; null: the cluster's default."""
-    account: Word | None = None
+    account: SbatchWord | None = None
     """Who pays."""
-    qos: Word | None = None
+    qos: SbatchWord | None = None
     """Quality of service."""
-    constraint: Word | None = None
+    constraint: SbatchWord | None = None
     """Features that nodes must have."""
-    reservation: Word | None = None
+    reservation: SbatchWord | None = None
     """Nodes that are reserved."""
     exclusive: bool = False
     """Have the nodes alone."""
@@ -65,17 +65,17 @@ class Cluster(Section):
     """Start a job only when no other of its name and user runs."""
     form: Literal["srun", "torchrun"] = "srun"
     """Who starts the ranks: srun all of them, or srun one torchrun on each node."""
-    interface: Word | None = None
+    interface: SbatchWord | None = None
     """Network interface for NCCL's and gloo's connections (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); null: their
     choice."""
-    env: dict[Variable, Line] = Field(default={})
+    env: dict[EnvVarName, SingleLine] = Field(default={})
     """Variables of the job. The job has those of the shell that submits it, too."""
-    modules: list[Line] = Field(default=[])
+    modules: list[SingleLine] = Field(default=[])
     """Loaded by `module load`."""
-    setup: list[Line] = Field(default=[])
+    setup: list[SingleLine] = Field(default=[])
     """Lines of bash that run first on the job's first node, such as `source /shared/venv/bin/activate`. They are not
     quoted: they are a script of yours."""
-    python: Line | None = None
+    python: SingleLine | None = None
     """The Python that has qlora-dist; null: the one that submits, and python3 in a container or after `setup`."""
     container: Container | None = None
     """Run in a container."""
@@ -114,4 +114,4 @@ def load_cluster(path: str | Path) -> Cluster:
     Raises:
         UserError: naming file and line, the key, and the remedy.
     """
-    return load_sections(path, Cluster, start="`gpus_per_node:` and `partition:`")
+    return load_yaml_config(path, Cluster, start="`gpus_per_node:` and `partition:`")

@@ -14,13 +14,13 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
-from qlora_dist.plan.memory_estimate import plan_memory
-from qlora_dist.plan.print_plan import PHASES
-from qlora_dist.plan.run_spec import make_run
-from qlora_dist.runtime.environment import Launcher, Ranks
-from qlora_dist.train.run_setup import set_up, set_up_model
+from qlora_dist.plan.memory_estimate import estimate_memory
+from qlora_dist.plan.print_plan import PHASE_LABELS
+from qlora_dist.plan.run_spec import make_run_spec
+from qlora_dist.runtime.environment import Launcher, RankInfo
+from qlora_dist.train.run_setup import set_up_model, set_up_run
 
-_VALUE_BYTES = 4
+_FP32_BYTES = 4
 """Of an adapter's element, in fp32."""
 _COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -38,7 +38,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
             f"--ranks-per-node: {ranks_per_node} is more than the {cluster.gpus_per_node} GPUs of a node "
             "(gpus_per_node); use one rank per GPU"
         )
-    ranks = Ranks(0, nodes * ranks_per_node, 0, ranks_per_node, "none")
+    ranks = RankInfo(0, nodes * ranks_per_node, 0, ranks_per_node, "none")
     sizes = mesh_sizes(config.parallel, ranks)
     if cluster.preprocess:
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)
@@ -51,24 +51,24 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
         # what is compiled is the nodes' affair too
         here = config.train.model_copy(update={"device": "cpu", "compile": False})
         optim = config.optim.model_copy(update={"offload": "none"})
-        setup = set_up(config.model_copy(update={"train": here, "optim": optim}), ranks, console)
+        setup = set_up_run(config.model_copy(update={"train": here, "optim": optim}), ranks, console)
         folder, model = setup.folder, setup.model
     _check_memory(config, cluster, model, sizes, console)
     _check_plan(config, cluster, folder, ranks.world_size, nodes, console)
 
 
-def check_here(config: Config, launcher: str, ranks_per_node: int, console: Console) -> None:
+def check_local_run(config: Config, launcher: str, ranks_per_node: int, console: Console) -> None:
     """Check what `train --dry-run` does, for the ranks that a launcher is going to start on this machine.
 
     Raises:
         UserError: whatever is wrong.
     """
     names: dict[str, Launcher] = {"torchrun": "torchrun", "mpi": "mpi"}
-    set_up(config, Ranks(0, ranks_per_node, 0, ranks_per_node, names.get(launcher, "none")), console)
+    set_up_run(config, RankInfo(0, ranks_per_node, 0, ranks_per_node, names.get(launcher, "none")), console)
 
 
 def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, sizes: MeshSizes, console: Console) -> None:
-    base, adapters = static_bytes(model, sizes, config)
+    base, adapters = estimate_static_bytes(model, sizes, config)
     if config.parallel.offload == "base" or config.parallel.base == "paged":
         base = 0.0 if config.parallel.resident_bytes == "auto" else float(config.parallel.resident_bytes)
     total_gib = (base + adapters) / 2**30
@@ -90,11 +90,11 @@ def _check_plan(
     """Refuse what is more than a GPU has by the plan; say so where that is not certain."""
     card = None if cluster.gpu_memory is None else int(cluster.gpu_memory * 2**30)
     try:
-        memory = plan_memory(make_run(config, folder.config, world_size, nodes), card)
+        memory = estimate_memory(make_run_spec(config, folder.config, world_size, nodes), card)
     except UserError as error:  # of a model or an engine that there are no formulas for
         console.print(f"plan: none ({error})", highlight=False, soft_wrap=True)
         return
-    peak = f"plan: a rank needs {memory.peak_bytes / 2**30:.3g} GiB {PHASES[memory.peak_phase]}"
+    peak = f"plan: a rank needs {memory.peak_bytes / 2**30:.3g} GiB {PHASE_LABELS[memory.peak_phase]}"
     if card is not None and memory.peak_bytes > card:
         raise UserError(
             f"{peak}, and a GPU has {cluster.gpu_memory:g}; `qlora-dist plan --search` finds a configuration that fits"
@@ -103,7 +103,7 @@ def _check_plan(
     console.print(f"{peak}{tight}", highlight=False, soft_wrap=True)
 
 
-def static_bytes(model: PreTrainedModel, sizes: MeshSizes, config: Config) -> tuple[float, float]:
+def estimate_static_bytes(model: PreTrainedModel, sizes: MeshSizes, config: Config) -> tuple[float, float]:
     """Bytes that a rank holds between steps, without padding: of the base; of adapters, their gradients and moments.
 
     Moments that are paged need no more than they find.
@@ -117,12 +117,12 @@ def static_bytes(model: PreTrainedModel, sizes: MeshSizes, config: Config) -> tu
     base = sum(p.nbytes for p in parameters if not p.requires_grad) / sizes.base_shards
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     engine, optim, compute = config.parallel.engine, config.optim, _COMPUTE_BYTES[config.model.compute_dtype]
-    own = _VALUE_BYTES + 4 + 2 * (1 if optim.name.endswith("8bit") else 4)
+    own = _FP32_BYTES + 4 + 2 * (1 if optim.name.endswith("8bit") else 4)
     if optim.name == "zero-adamw":  # keeps the sums of gradients where the moments are
         own += 4 if optim.offload == "none" else -8
-    if engine == "zero3" and compute != _VALUE_BYTES:
+    if engine == "zero3" and compute != _FP32_BYTES:
         own += compute  # the same rounded, to be gathered
     if engine == "zero2":  # all of them in the type that is computed with; in fp32 the rank's values are a part of that
-        own -= _VALUE_BYTES if compute == _VALUE_BYTES else 0
+        own -= _FP32_BYTES if compute == _FP32_BYTES else 0
         return base, own * trained / sizes.adapter_shards + compute * trained
     return base, own * trained / sizes.adapter_shards

@@ -16,7 +16,7 @@ from qlora_dist.launch.cluster import Cluster
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What a script is for."""
 
     name: str
@@ -43,7 +43,7 @@ class Job:
         return self.folder / "output.log"
 
 
-def render(job: Job, cluster: Cluster) -> str:
+def render_job_script(job: SlurmJob, cluster: Cluster) -> str:
     """The script, every value quoted.
 
     Raises:
@@ -63,13 +63,13 @@ def render(job: Job, cluster: Cluster) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # it is no HTML; what is a value goes through `q`
     )
-    environment.filters["q"] = quote
+    environment.filters["q"] = bash_quote
     network = {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
     is_torchrun = cluster.form == "torchrun"
     cores = cluster.cpus_per_task
     return environment.get_template("job.sbatch.jinja").render(
         script=job.script,
-        options=list(_options(job, cluster)),
+        options=list(_sbatch_options(job, cluster)),
         cwd=job.cwd,
         run=job.run,
         job=job.folder,
@@ -84,21 +84,21 @@ def render(job: Job, cluster: Cluster) -> str:
         tasks_per_node=1 if is_torchrun else job.ranks_per_node,
         form=cluster.form,
         max_requeues=cluster.max_requeues,
-        srun=_pyxis(job, cluster),
-        apptainer=_apptainer(job, cluster),
+        srun=_pyxis_options(job, cluster),
+        apptainer=_apptainer_command(job, cluster),
         preflight=cluster.preflight and job.nodes > 1,
         preprocess=cluster.preprocess,
     )
 
 
-def quote(value: object) -> str:
+def bash_quote(value: object) -> str:
     """A value, or each of several, as one word of bash."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "".join(f"{shlex.quote(str(part))} " for part in value)
     return shlex.quote(str(value))
 
 
-def _options(job: Job, cluster: Cluster) -> Iterator[str]:
+def _sbatch_options(job: SlurmJob, cluster: Cluster) -> Iterator[str]:
     """Literal ones: those lines expand no variables."""
     is_torchrun = cluster.form == "torchrun"
     yield f"--job-name={job.name}"
@@ -115,7 +115,7 @@ def _options(job: Job, cluster: Cluster) -> Iterator[str]:
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "reservation": cluster.reservation,
-        "time": cluster.time and slurm_time(cluster.time),
+        "time": cluster.time and format_slurm_time(cluster.time),
     }
     yield from (f"--{name}={value}" for name, value in named.items() if value is not None)
     if cluster.exclusive:
@@ -132,13 +132,13 @@ def _options(job: Job, cluster: Cluster) -> Iterator[str]:
     yield from cluster.sbatch
 
 
-def slurm_time(time: timedelta) -> str:
+def format_slurm_time(time: timedelta) -> str:
     """In whole minutes, rounded up, as D-HH:MM."""
     minutes = -(-time // timedelta(minutes=1))
     return f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}"
 
 
-def _pyxis(job: Job, cluster: Cluster) -> list[str]:
+def _pyxis_options(job: SlurmJob, cluster: Cluster) -> list[str]:
     container = cluster.container
     if container is None or container.runtime != "pyxis":
         return []
@@ -146,7 +146,7 @@ def _pyxis(job: Job, cluster: Cluster) -> list[str]:
     return [f"--container-image={container.image}", *mounts, f"--container-workdir={job.cwd}"]
 
 
-def _apptainer(job: Job, cluster: Cluster) -> list[str]:
+def _apptainer_command(job: SlurmJob, cluster: Cluster) -> list[str]:
     container = cluster.container
     if container is None or container.runtime != "apptainer":
         return []

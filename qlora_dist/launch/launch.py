@@ -20,16 +20,16 @@ from qlora_dist.config.config_file import dump_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
-from qlora_dist.launch.job_script import Job, render
-from qlora_dist.launch.run_status import JOB_FILE, read_json
+from qlora_dist.launch.job_script import SlurmJob, render_job_script
+from qlora_dist.launch.run_status import JOB_FILE, read_json_object
 from qlora_dist.launch.slurm_queue import queued_jobs
-from qlora_dist.runtime.process_identity import birth
+from qlora_dist.runtime.process_identity import process_identity
 
-On = Literal["local", "torchrun", "slurm", "mpi"]
+LaunchTarget = Literal["local", "torchrun", "slurm", "mpi"]
 
 
 @dataclass(frozen=True)
-class Options:
+class LaunchOptions:
     """What the command line says besides the configuration."""
 
     nodes: int = 1
@@ -42,7 +42,7 @@ class Options:
     """The configuration's file and what overrides it, as given."""
 
 
-def launch_here(config: Config, on: On, options: Options, console: Console) -> None:
+def launch_local(config: Config, on: LaunchTarget, options: LaunchOptions, console: Console) -> None:
     """Check a run and start it on this machine, in this process's place. Returns only from a dry run.
 
     Args:
@@ -54,8 +54,8 @@ def launch_here(config: Config, on: On, options: Options, console: Console) -> N
     Raises:
         UserError: more than one node, a name that is taken, or what `train --dry-run` refuses.
     """
-    from qlora_dist.launch.job_check import check_here
-    from qlora_dist.runs.run_action import check_name
+    from qlora_dist.launch.job_check import check_local_run
+    from qlora_dist.runs.run_action import finished_run_note
 
     if options.nodes > 1:
         raise UserError(
@@ -67,20 +67,20 @@ def launch_here(config: Config, on: On, options: Options, console: Console) -> N
             f"--ranks-per-node: {options.ranks_per_node} ranks are more than the one process that --on local starts; "
             "use --on torchrun"
         )
-    if (done := check_name(config)) is not None:
+    if (done := finished_run_note(config)) is not None:
         print(done)
         return
-    ranks = 1 if on == "local" else options.ranks_per_node or _ranks_here(console)
+    ranks = 1 if on == "local" else options.ranks_per_node or _visible_gpu_count(console)
     if on != "local" or options.dry_run:  # a single process says itself what is wrong, and says it last
-        check_here(config, on, ranks, console)
+        check_local_run(config, on, ranks, console)
     if options.dry_run:
         print(shlex.join(_command(on, ranks, options.given)))
         return
-    run = _absolute_run(config)
-    folder = _new_folder(run)
+    run = _absolute_run_path(config)
+    folder = _new_submission_dir(run)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    write_job(run, on, None, os.getpid(), None)
+    write_job_file(run, on, None, os.getpid(), None)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # or every rank computes on all cores
     # Open MPI refuses to run as root, as containers do, unless told to
     os.environ.update({"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
@@ -93,7 +93,7 @@ def launch_here(config: Config, on: On, options: Options, console: Console) -> N
         raise UserError(f"{command[0]}: there is no such command; install an MPI, such as mpich from PyPI") from None
 
 
-def _command(on: On, ranks: int, given: Sequence[str]) -> list[str]:
+def _command(on: LaunchTarget, ranks: int, given: Sequence[str]) -> list[str]:
     train = ["-m", "qlora_dist", "train", *given]
     if on == "torchrun":
         torchrun = [sys.executable, "-m", "qlora_dist.launch.agent", "--standalone", f"--nproc-per-node={ranks}"]
@@ -101,7 +101,7 @@ def _command(on: On, ranks: int, given: Sequence[str]) -> list[str]:
     return [*(["mpirun", "-n", str(ranks), "--bind-to", "none"] if on == "mpi" else []), sys.executable, *train]
 
 
-def _ranks_here(console: Console) -> int:
+def _visible_gpu_count(console: Console) -> int:
     """Count the GPUs that this machine lets its processes see, one rank for each."""
     import torch
 
@@ -111,7 +111,7 @@ def _ranks_here(console: Console) -> int:
     return 1
 
 
-def launch_slurm(config: Config, cluster: Cluster, options: Options, console: Console) -> None:
+def launch_slurm(config: Config, cluster: Cluster, options: LaunchOptions, console: Console) -> None:
     """Check, render and submit a job.
 
     Args:
@@ -125,13 +125,13 @@ def launch_slurm(config: Config, cluster: Cluster, options: Options, console: Co
     """
     from qlora_dist.launch import submit
     from qlora_dist.launch.job_check import check_job
-    from qlora_dist.runs.run_action import check_name
+    from qlora_dist.runs.run_action import finished_run_note
 
-    job = make_job(config, options.nodes, options.ranks_per_node or most_ranks(cluster), options.array)
-    script = render(job, cluster)
+    job = make_job(config, options.nodes, options.ranks_per_node or default_ranks_per_node(cluster), options.array)
+    script = render_job_script(job, cluster)
     if not options.dry_run and not cluster.singleton:
-        refuse_second(job.run, "give run.name another value, or set singleton: true in the cluster's file")
-    if (done := check_name(config)) is not None:
+        check_not_queued(job.run, "give run.name another value, or set singleton: true in the cluster's file")
+    if (done := finished_run_note(config)) is not None:
         console.print(done, highlight=False, markup=False, soft_wrap=True)
         return
     check_job(config, cluster, job.nodes, job.ranks_per_node, console)
@@ -141,23 +141,23 @@ def launch_slurm(config: Config, cluster: Cluster, options: Options, console: Co
     job_id = submit_job(config, job, script)
     console.print(f"job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {job.script}", soft_wrap=True)
     if options.follow:
-        submit.follow(job_id, job.output)
+        submit.follow_job(job_id, job.output)
         return
     console.print(f"watch it with `qlora-dist jobs`, or tail -f {job.output}", soft_wrap=True)
 
 
-def most_ranks(cluster: Cluster) -> int:
+def default_ranks_per_node(cluster: Cluster) -> int:
     """On a node, unless somebody says otherwise."""
     return cluster.gpus_per_node or 1
 
 
-def make_job(config: Config, nodes: int, ranks_per_node: int, array: int = 0) -> Job:
+def make_job(config: Config, nodes: int, ranks_per_node: int, array: int = 0) -> SlurmJob:
     """The next submission of a run, from the current folder."""
-    run = _absolute_run(config)
-    return Job(config.run.name, Path.cwd(), run, _new_folder(run), nodes, ranks_per_node, array)
+    run = _absolute_run_path(config)
+    return SlurmJob(config.run.name, Path.cwd(), run, _new_submission_dir(run), nodes, ranks_per_node, array)
 
 
-def submit_job(config: Config, job: Job, script: str) -> int:
+def submit_job(config: Config, job: SlurmJob, script: str) -> int:
     """Write what the job reads, submit it, and say in the run's folder who runs it.
 
     Returns:
@@ -166,17 +166,17 @@ def submit_job(config: Config, job: Job, script: str) -> int:
     Raises:
         UserError: there is no SLURM here, or it refuses.
     """
-    from qlora_dist.launch.submit import submit
+    from qlora_dist.launch.submit import sbatch
 
     job.folder.mkdir(parents=True)
     (job.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     job.script.write_text(script, encoding="utf-8")
-    job_id = submit(job.script)
-    write_job(job.run, "slurm", job_id, None, job.output)
+    job_id = sbatch(job.script)
+    write_job_file(job.run, "slurm", job_id, None, job.output)
     return job_id
 
 
-def write_job(run: Path, launcher: On, job_id: int | None, pid: int | None, log: Path | None) -> None:
+def write_job_file(run: Path, launcher: LaunchTarget, job_id: int | None, pid: int | None, log: Path | None) -> None:
     """Say in the run's folder who runs it."""
     run.mkdir(parents=True, exist_ok=True)
     tree = {
@@ -184,26 +184,26 @@ def write_job(run: Path, launcher: On, job_id: int | None, pid: int | None, log:
         "job_id": job_id,
         "host": socket.gethostname(),
         "pid": pid,
-        **({} if pid is None else birth(pid)),
+        **({} if pid is None else process_identity(pid)),
         "log": None if log is None else str(log),
         "submitted": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     (run / JOB_FILE).write_text(json.dumps(tree) + "\n", encoding="utf-8")
 
 
-def _absolute_run(config: Config) -> Path:
+def _absolute_run_path(config: Config) -> Path:
     from qlora_dist.runs.run_dir import run_path
 
     return Path.cwd() / run_path(config.run)
 
 
-def _new_folder(run: Path) -> Path:
+def _new_submission_dir(run: Path) -> Path:
     """Of this submission: a job that waits must not read what a later one brings."""
     numbers = [int(path.name) for path in (run / "jobs").glob("*") if path.name.isdecimal()]
     return run / "jobs" / str(max(numbers, default=0) + 1)
 
 
-def refuse_second(run: Path, other: str) -> None:
+def check_not_queued(run: Path, other: str) -> None:
     """Two jobs would write over one another.
 
     Args:
@@ -213,7 +213,7 @@ def refuse_second(run: Path, other: str) -> None:
     Raises:
         UserError: there is one already.
     """
-    tree = read_json(run / JOB_FILE)
+    tree = read_json_object(run / JOB_FILE)
     job_id = tree.get("job_id") if tree.get("launcher") == "slurm" else None
     if job_id is not None and (state := (queued_jobs() or {}).get(str(job_id))) is not None:
         raise UserError(f"{run}: job {job_id} of this run is {state.lower()}; cancel it (qlora-dist cancel), {other}")

@@ -17,30 +17,30 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 
 if TYPE_CHECKING:
     import torch
 
-TIMEOUT_S = 120.0
+PREFLIGHT_TIMEOUT_S = 120.0
 """For all nodes to come, and for any exchange."""
-SLOW = 4.0
+SLOW_FACTOR = 4.0
 """Times the median, at which a node is called slow."""
-_MIB = 16
-_TIMES = 3
+_PAYLOAD_MIB = 16
+_EXCHANGE_REPEATS = 3
 
 
-def slow_nodes(times: Sequence[tuple[float, float]]) -> list[int]:
+def find_slow_nodes(times: Sequence[tuple[float, float]]) -> list[int]:
     """The nodes that are slow with both of their neighbours.
 
     Args:
         times: of each node, seconds that it took with its left and with its right neighbour.
     """
     best = [min(pair) for pair in times]
-    return [node for node, seconds in enumerate(best) if seconds > SLOW * median(best)]
+    return [node for node, seconds in enumerate(best) if seconds > SLOW_FACTOR * median(best)]
 
 
-def main() -> None:
+def run_preflight() -> None:
     """Meet, exchange, judge.
 
     Raises:
@@ -49,29 +49,32 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from qlora_dist.runtime.object_collectives import gather_json
+    from qlora_dist.runtime.object_collectives import all_gather_json
     from qlora_dist.runtime.process_group import process_group
 
-    ranks = ranks_from_environment()
+    ranks = read_rank_info()
     host = socket.gethostname()
     started = time.monotonic()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    with process_group(ranks, device, TIMEOUT_S):
+    with process_group(ranks, device, PREFLIGHT_TIMEOUT_S):
         met_s = time.monotonic() - started
-        data = torch.ones(_MIB << 18, device=device)
+        data = torch.ones(_PAYLOAD_MIB << 18, device=device)
         dist.all_reduce(data)  # opens the connections
-        pair = (_exchange_s(data, ranks.rank, ranks.world_size, 0), _exchange_s(data, ranks.rank, ranks.world_size, 1))
-        answers = gather_json([host, met_s, *pair])
+        pair = (
+            _time_exchange(data, ranks.rank, ranks.world_size, 0),
+            _time_exchange(data, ranks.rank, ranks.world_size, 1),
+        )
+        answers = all_gather_json([host, met_s, *pair])
     if ranks.rank != 0:
         return
     hosts, times = [answer[0] for answer in answers], [(answer[2], answer[3]) for answer in answers]
-    rate = _MIB * 2**20 * 8 / median(min(pair) for pair in times) / 1e9
+    rate = _PAYLOAD_MIB * 2**20 * 8 / median(min(pair) for pair in times) / 1e9
     print(f"preflight: {len(hosts)} nodes have met after {max(a[1] for a in answers):.1f} s, {rate:.1f} Gbit/s")
-    for node in slow_nodes(times):
-        print(f"preflight: {hosts[node]} is slow: {_MIB * 2**20 * 8 / min(times[node]) / 1e9:.2f} Gbit/s")
+    for node in find_slow_nodes(times):
+        print(f"preflight: {hosts[node]} is slow: {_PAYLOAD_MIB * 2**20 * 8 / min(times[node]) / 1e9:.2f} Gbit/s")
 
 
-def _exchange_s(data: torch.Tensor, rank: int, world_size: int, shift: int) -> float:
+def _time_exchange(data: torch.Tensor, rank: int, world_size: int, shift: int) -> float:
     """Seconds to swap `data` with a neighbour in a ring: pairs (0, 1), (2, 3)... or, shifted, (1, 2), (3, 4)..."""
     import torch
     import torch.distributed as dist
@@ -81,7 +84,7 @@ def _exchange_s(data: torch.Tensor, rank: int, world_size: int, shift: int) -> f
         partner %= world_size
     received = torch.empty_like(data)
     best = float("inf")
-    for _ in range(_TIMES):
+    for _ in range(_EXCHANGE_REPEATS):
         dist.barrier()
         if not 0 <= partner < world_size:
             continue
@@ -98,19 +101,19 @@ def _exchange_s(data: torch.Tensor, rank: int, world_size: int, shift: int) -> f
     return best
 
 
-def in_names_of_nodes(sentence: str, nodes: Sequence[str]) -> str:
+def add_node_names(sentence: str, nodes: Sequence[str]) -> str:
     """With the node behind each rank that is named; here a rank is a node."""
     return re.sub(r"rank (\d+)", lambda match: f"{match[0]} ({nodes[int(match[1])]})", sentence)
 
 
-def _nodes() -> list[str]:
+def _job_nodes() -> list[str]:
     command = ["scontrol", "show", "hostnames"]  # of the job
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
 
 
 if __name__ == "__main__":
     try:
-        main()
+        run_preflight()
     except UserError as error:
-        print(f"preflight: {in_names_of_nodes(str(error), _nodes())}", file=sys.stderr)
+        print(f"preflight: {add_node_names(str(error), _job_nodes())}", file=sys.stderr)
         sys.exit(1)  # no mistake of the user's: another start may do

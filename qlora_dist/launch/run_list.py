@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.run_status import Run, find_runs, read_runs, run_folder
+from qlora_dist.launch.run_status import RunStatus, find_run_dir, find_run_dirs, read_run_statuses
 
-_LOOK_S = 0.5
-_ASK_S = 3.0
+_OUTPUT_POLL_S = 0.5
+_STATUS_POLL_S = 3.0
 _COLOURS = {"running": "green", "waiting": "yellow", "failed": "red", "to be requeued": "yellow"}
 
 
-def list_runs(folder: Path, as_json: bool) -> None:
+def print_runs(folder: Path, as_json: bool) -> None:
     """Print all runs of a folder, the newest first."""
-    runs = read_runs(find_runs(folder))
+    runs = read_run_statuses(find_run_dirs(folder))
     if as_json:
         sys.stdout.write(json.dumps([run.to_json() for run in runs], indent=2) + "\n")
         return
@@ -32,7 +32,7 @@ def list_runs(folder: Path, as_json: bool) -> None:
     console.print(_table(runs))
 
 
-def _table(runs: list[Run]) -> Table:
+def _table(runs: list[RunStatus]) -> Table:
     table = Table("run", "state", "step", "loss", "tokens/s", "left", "where")
     for run in runs:
         steps = f"{'-' if run.step is None else run.step} of {'?' if run.steps is None else run.steps}"
@@ -50,29 +50,29 @@ def _table(runs: list[Run]) -> Table:
     return table
 
 
-def follow(folder: Path, name: str) -> None:
+def follow_run(folder: Path, name: str) -> None:
     """Print what rank 0 prints, from its beginning until the run ends.
 
     Raises:
         UserError: there is no such run, or nobody knows where its output goes.
     """
-    path = run_folder(folder, name)
-    (run,) = read_runs([path])
+    path = find_run_dir(folder, name)
+    (run,) = read_run_statuses([path])
     if not isinstance(run.job.get("log"), str):
         raise UserError(
             f"{path}: who started this run did not say where its output goes; look where its launcher writes"
         )
     log, position, asked = Path(run.job["log"]), 0, time.monotonic()
     while True:
-        if time.monotonic() - asked > _ASK_S:
-            (run,), asked = read_runs([path]), time.monotonic()
-        position = print_from(log, position)
+        if time.monotonic() - asked > _STATUS_POLL_S:
+            (run,), asked = read_run_statuses([path]), time.monotonic()
+        position = print_new_output(log, position)
         if not run.active:
             return
-        time.sleep(_LOOK_S)
+        time.sleep(_OUTPUT_POLL_S)
 
 
-def print_from(log: Path, position: int) -> int:
+def print_new_output(log: Path, position: int) -> int:
     """Print what has come to an output since it had `position` bytes, and return how many it has now."""
     try:
         with log.open("rb") as file:

@@ -17,33 +17,33 @@ import yaml
 
 from qlora_dist.config.schema import DEFAULT_STEPS
 from qlora_dist.errors import UserError
-from qlora_dist.launch.slurm_queue import WAITING, queued_jobs
-from qlora_dist.runs.run_dir import DONE, PROCESS_FILE, REQUEUE, STOPPED
+from qlora_dist.launch.slurm_queue import WAITING_STATES, queued_jobs
+from qlora_dist.runs.run_dir import DONE_MARKER, PROCESS_FILE, REQUEUE_MARKER, STOPPED_MARKER
 from qlora_dist.runtime.process_identity import is_same_process
 
 JOB_FILE = "job.json"
 """Of `qlora-dist launch`: launcher, job_id, host, pid, log, submitted."""
-State = Literal["running", "waiting", "done", "stopped", "to be requeued", "failed"]
+RunState = Literal["running", "waiting", "done", "stopped", "to be requeued", "failed"]
 _TAIL_BYTES = 2**16
-_RECENT = 20
-_NUMBERS = (
+_RECENT_ROWS = 20
+_NUMBER_KEYS = (
     *("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "data_s"),
     *("peak_bytes", "resident_bytes", "paged_bytes", "base_resident_bytes"),
 )
-_GROUPS = ("comm_bytes", "paging", "base_paging")
+_GROUP_KEYS = ("comm_bytes", "paging", "base_paging")
 """What others read of a line of metrics.jsonl: numbers, and objects of numbers."""
-_LARGEST = 1e300
-_SILENT_S = 600.0
+_MAX_NUMBER = 1e300
+_MAX_SILENCE_S = 600.0
 """After so long without a metric, a process on another machine is taken for gone."""
 
 
 @dataclass(frozen=True)
-class Run:
+class RunStatus:
     """What is known; None where it is not."""
 
     name: str
     path: Path
-    state: State
+    state: RunState
     reason: str | None
     """Why it has ended."""
     step: int | None
@@ -75,7 +75,7 @@ class Run:
         return {name: getattr(self, name) for name in own} | extra
 
 
-def find_runs(folder: Path) -> list[Path]:
+def find_run_dirs(folder: Path) -> list[Path]:
     """Folders of runs, the newest first."""
     traces = ("config.yaml", JOB_FILE, "metrics.jsonl")
     try:
@@ -85,40 +85,44 @@ def find_runs(folder: Path) -> list[Path]:
         return []
 
 
-def run_folder(folder: Path, name: str) -> Path:
+def find_run_dir(folder: Path, name: str) -> Path:
     """The folder of one run.
 
     Raises:
         UserError: there is none of that name.
     """
-    runs = {path.name: path for path in find_runs(folder)}
+    runs = {path.name: path for path in find_run_dirs(folder)}
     if name not in runs:
         there = ", ".join(sorted(runs)[:10]) or "no runs"
         raise UserError(f"{folder / name}: no such run; {folder} holds {there}; name their folder with --dir")
     return runs[name]
 
 
-def read_runs(paths: list[Path]) -> list[Run]:
+def read_run_statuses(paths: list[Path]) -> list[RunStatus]:
     """How runs are. SLURM is asked only where one of them is a job."""
-    runs = [read_run(path, None) for path in paths]
+    runs = [read_run_status(path, None) for path in paths]
     if all(run.job_id is None for run in runs) or (queue := queued_jobs()) is None:
         return runs
-    return [read_run(path, queue) for path in paths]
+    return [read_run_status(path, queue) for path in paths]
 
 
-def read_run(path: Path, queue: dict[str, str] | None) -> Run:
+def read_run_status(path: Path, queue: dict[str, str] | None) -> RunStatus:
     """How a run is.
 
     Args:
         path: its folder.
         queue: SLURM's jobs (`queued_jobs`).
     """
-    job, process = read_json(path / JOB_FILE), read_json(path / PROCESS_FILE)
-    markers = {name: read_json(path / name) for name in (DONE, STOPPED, REQUEUE) if (path / name).is_file()}
+    job, process = read_json_object(path / JOB_FILE), read_json_object(path / PROCESS_FILE)
+    markers = {
+        name: read_json_object(path / name)
+        for name in (DONE_MARKER, STOPPED_MARKER, REQUEUE_MARKER)
+        if (path / name).is_file()
+    }
     metrics = _last_metrics(path / "metrics.jsonl")
-    state = _state(path, job, process, set(markers), queue)
+    state = _derive_state(path, job, process, set(markers), queue)
     marker = next(iter(markers.values()), {})
-    recent = metrics[-_RECENT:]
+    recent = metrics[-_RECENT_ROWS:]
     step = metrics[-1]["step"] if metrics else None
     if _is_int(marker.get("step")):  # the last line of the metrics may have had no room on the disk
         step = max(step or 0, marker["step"])
@@ -126,7 +130,7 @@ def read_run(path: Path, queue: dict[str, str] | None) -> Run:
     left_s = None
     if state == "running" and recent and steps is not None and step is not None:
         left_s = max(0, steps - step) * statistics.median(row["step_s"] for row in recent)
-    return Run(
+    return RunStatus(
         path.name,
         path,
         state,
@@ -141,28 +145,28 @@ def read_run(path: Path, queue: dict[str, str] | None) -> Run:
     )
 
 
-def _state(
+def _derive_state(
     path: Path, job: dict[str, Any], process: dict[str, Any], markers: set[str], queue: dict[str, str] | None
-) -> State:
+) -> RunState:
     job_id = str(job.get("job_id") or process.get("job_id") or "").split(".")[0]
     queued = (queue or {}).get(job_id)
-    if queued in WAITING:
+    if queued in WAITING_STATES:
         return "waiting"
-    if DONE in markers or STOPPED in markers:
-        return "done" if DONE in markers else "stopped"
+    if DONE_MARKER in markers or STOPPED_MARKER in markers:
+        return "done" if DONE_MARKER in markers else "stopped"
     if job_id and queue is not None:
         if queued is not None:
             return "running"
-        return "to be requeued" if REQUEUE in markers else "failed"
-    if _lives({"born": _seconds(job.get("submitted")), **job}) or _lives(process):
+        return "to be requeued" if REQUEUE_MARKER in markers else "failed"
+    if _is_alive({"born": _parse_timestamp(job.get("submitted")), **job}) or _is_alive(process):
         return "running"
-    if REQUEUE in markers:
+    if REQUEUE_MARKER in markers:
         return "to be requeued"
     elsewhere = process.get("host", socket.gethostname()) != socket.gethostname()
-    return "running" if elsewhere and time.time() - _touched(path) < _SILENT_S else "failed"
+    return "running" if elsewhere and time.time() - _last_write_time(path) < _MAX_SILENCE_S else "failed"
 
 
-def _lives(process: dict[str, Any]) -> bool:
+def _is_alive(process: dict[str, Any]) -> bool:
     """Whether it is a process of this machine that runs, and no later one with the same number."""
     if process.get("host") != socket.gethostname() or not _is_int(process.get("pid")):
         return False
@@ -181,10 +185,12 @@ def _last_metrics(path: Path) -> list[dict[str, Any]]:
             lines = file.read().splitlines()
     except OSError:
         return []
-    rows = [row for line in lines if (row := parse_object(line))]
+    rows = [row for line in lines if (row := parse_json_object(line))]
     numbers = ("tokens_per_s", "step_s")
     return [
-        row for row in rows if "loss" in row and is_metrics(row) and all(row.get(name) is not None for name in numbers)
+        row
+        for row in rows
+        if "loss" in row and is_metrics_row(row) and all(row.get(name) is not None for name in numbers)
     ]
 
 
@@ -197,15 +203,15 @@ def _configured_steps(path: Path) -> int | None:
     return steps if _is_int(steps) else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object of a file; empty if the file is not there, or not whole."""
     try:
-        return parse_object(path.read_bytes())
+        return parse_json_object(path.read_bytes())
     except OSError:
         return {}
 
 
-def parse_object(text: bytes) -> dict[str, Any]:
+def parse_json_object(text: bytes) -> dict[str, Any]:
     """The JSON object of a file or line; empty if it is none, or not whole."""
     try:
         found = json.loads(text)
@@ -214,32 +220,32 @@ def parse_object(text: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def is_metrics(row: dict[str, Any]) -> bool:
+def is_metrics_row(row: dict[str, Any]) -> bool:
     """Return whether a line of metrics.jsonl has a step and numbers where a run writes numbers; null is one, too."""
     return (
         _is_int(row.get("step"))
-        and all(row.get(name) is None or is_number(row[name]) for name in _NUMBERS)
-        and all(_is_group(row[name]) for name in _GROUPS if row.get(name) is not None)
+        and all(row.get(name) is None or is_finite_number(row[name]) for name in _NUMBER_KEYS)
+        and all(_is_group(row[name]) for name in _GROUP_KEYS if row.get(name) is not None)
     )
 
 
-def is_number(value: object) -> bool:
+def is_finite_number(value: object) -> bool:
     """Return whether a value is a finite number of a size that can be computed with."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MAX_NUMBER
 
 
 def _is_group(value: object) -> bool:
-    return isinstance(value, dict) and all(number is None or is_number(number) for number in value.values())
+    return isinstance(value, dict) and all(number is None or is_finite_number(number) for number in value.values())
 
 
-def _seconds(time_of_day: Any) -> float | None:
+def _parse_timestamp(time_of_day: Any) -> float | None:
     try:
         return datetime.fromisoformat(time_of_day).timestamp()
     except (ValueError, TypeError):
         return None
 
 
-def _touched(path: Path) -> float:
+def _last_write_time(path: Path) -> float:
     """When the run last wrote something."""
     try:
         return max(entry.stat().st_mtime for entry in path.iterdir())

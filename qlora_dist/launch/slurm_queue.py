@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from qlora_dist.errors import UserError
 
-_ANSWER_S = 20.0
+_SLURM_TIMEOUT_S = 20.0
 """A client whose controller is gone tries for minutes."""
-WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT")
-_ENDED = (
+WAITING_STATES = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT")
+_ENDED_STATES = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY"),
     *("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED", "UNKNOWN"),
 )
@@ -31,13 +31,13 @@ class JobState:
     @property
     def has_ended(self) -> bool:
         """Whether it will do nothing more."""
-        return self.state in _ENDED
+        return self.state in _ENDED_STATES
 
 
 def job_state(job_id: int) -> JobState | None:
     """How a job is, or how it has ended, which SLURM knows for some minutes; None: it doesn't answer."""
     command = ["squeue", f"--jobs={job_id}", "--states=all", "--noheader", "--format=%T|%r|%N"]
-    done = _ask(command)
+    done = _run_slurm_command(command)
     if done is None:
         return None
     if done.returncode == 0 and (fields := done.stdout.strip().split("|"))[0]:
@@ -50,7 +50,7 @@ def job_state(job_id: int) -> JobState | None:
 def _accounted_state(job_id: int) -> str:
     """Of a job that the queue has forgotten."""
     command = ["sacct", f"--jobs={job_id}", "--allocations", "--noheader", "--parsable2", "--format=State"]
-    done = _ask(command)
+    done = _run_slurm_command(command)
     words = done.stdout.split() if done is not None and done.returncode == 0 else []  # such as CANCELLED by 1000
     return words[0] if words else "UNKNOWN"
 
@@ -60,16 +60,16 @@ def queued_jobs() -> dict[str, str] | None:
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--me", "--noheader", "--format=%A|%T"]
-    done = _ask(command)
+    done = _run_slurm_command(command)
     if done is None or done.returncode != 0:
         return None
     return dict(line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)
 
 
-def _ask(command: list[str]) -> subprocess.CompletedProcess[str] | None:
+def _run_slurm_command(command: list[str]) -> subprocess.CompletedProcess[str] | None:
     """What SLURM says; None: it is not there, or doesn't answer."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
 
@@ -81,7 +81,7 @@ def scancel(job: str) -> None:
         UserError: SLURM refuses.
     """
     try:
-        done = subprocess.run(["scancel", job], capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+        done = subprocess.run(["scancel", job], capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"job {job}: scancel does not answer ({error}); run it where SLURM is") from None
     if done.returncode != 0:

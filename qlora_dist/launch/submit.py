@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.run_list import print_from
+from qlora_dist.launch.run_list import print_new_output
 from qlora_dist.launch.slurm_queue import queued_jobs
 
 _POLL_S = 1.0
 
 
-def submit(script: Path) -> int:
+def sbatch(script: Path) -> int:
     """Submit a script.
 
     Returns:
@@ -41,11 +41,11 @@ def submit(script: Path) -> int:
     return int(answer.stdout.strip().split(";")[0])
 
 
-def follow(job_id: int, log: Path) -> None:
+def follow_job(job_id: int, log: Path) -> None:
     """Print what the job writes, until it is over."""
     position, over = 0, False
     while True:
-        position = print_from(log, position)
+        position = print_new_output(log, position)
         if over:
             return
         jobs = queued_jobs()

@@ -12,7 +12,7 @@ from peft.utils import merge_utils
 
 from qlora_dist.errors import UserError
 
-How = Literal[
+CombinationType = Literal[
     "cat",
     "linear",
     "svd",
@@ -26,11 +26,11 @@ How = Literal[
     "magnitude_prune_svd",
     "sequential",
 ]
-WAYS: tuple[str, ...] = get_args(How)
+COMBINATION_TYPES: tuple[str, ...] = get_args(CombinationType)
 
 
 @dataclass(frozen=True)
-class Factors:
+class WeightedLoraFactors:
     """An adapter's update of one matrix, weight x scaling x B A."""
 
     a: torch.Tensor
@@ -41,8 +41,8 @@ class Factors:
     weight: float
 
 
-def compose_matrices(
-    updates: Sequence[Factors], how: How, rank: int, density: float, name: str = ""
+def combine_matrices(
+    updates: Sequence[WeightedLoraFactors], how: CombinationType, rank: int, density: float, name: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of the sum of some updates, whose scaling is 1.
 

@@ -15,28 +15,28 @@ from safetensors import SafetensorError
 from torch.nn.functional import pad
 
 from qlora_dist.adapters.export import write_adapter
-from qlora_dist.adapters.saved_adapter import Adapter
-from qlora_dist.adapters.validate_adapter import wrong_values
+from qlora_dist.adapters.saved_adapter import SavedAdapter
+from qlora_dist.adapters.validate_adapter import find_invalid_values
 from qlora_dist.errors import UserError
-from qlora_dist.io.adapter_files import PREFIX
-from qlora_dist.io.safetensors_file import Reader
-from qlora_dist.merge.combine_matrices import Factors, compose_matrices
+from qlora_dist.io.adapter_files import PEFT_PREFIX
+from qlora_dist.io.safetensors_file import SafetensorsReader
+from qlora_dist.merge.combine_matrices import WeightedLoraFactors, combine_matrices
 from qlora_dist.merge.compose_options import (
     ComposeOptions,
-    Given,
-    check_bases,
-    check_shapes,
-    check_weights,
-    owners_of_whole,
+    WeightedAdapter,
+    check_common_base,
+    check_compose_options,
+    check_update_shapes,
+    full_tensor_owners,
 )
-from qlora_dist.merge.lora_update import read_adapter, read_values
+from qlora_dist.merge.lora_update import read_checked_adapter, read_lora_update
 
-_NOTHING = 1e-12  # of squares in fp64, of tensors in fp32
+_ZERO_TOLERANCE = 1e-12  # of squares in fp64, of tensors in fp32
 
 
 @dataclass
-class Report:
-    """What `compose` did. Squares of norms, over all matrices."""
+class ComposeReport:
+    """What `compose_adapters` did. Squares of norms, over all matrices."""
 
     out: Path
     rank: int = 0
@@ -50,7 +50,7 @@ class Report:
     """Squares of (what is written - that sum)."""
 
 
-def compose(given: Sequence[Given], out: Path, options: ComposeOptions) -> Report:
+def compose_adapters(given: Sequence[WeightedAdapter], out: Path, options: ComposeOptions) -> ComposeReport:
     """Write an adapter in PEFT's format that does what several do, and check it as one that leaves training.
 
     All have one rank in the file, rows of zeros where a module has less, and alpha = rank.
@@ -62,38 +62,38 @@ def compose(given: Sequence[Given], out: Path, options: ComposeOptions) -> Repor
         raise UserError(f"{out}: is there already; remove it or give another name")
     if len(given) < 2 or len({one.name for one in given}) < len(given):
         raise UserError("compose: give two adapters or more, each with a name of its own")
-    adapters = [read_adapter(one.path) for one in given]
-    check_weights(given, options)
-    check_bases(given, adapters, options)
-    check_shapes(adapters, options)
-    owners = owners_of_whole(adapters)
+    adapters = [read_checked_adapter(one.path) for one in given]
+    check_compose_options(given, options)
+    check_common_base(given, adapters, options)
+    check_update_shapes(adapters, options)
+    owners = full_tensor_owners(adapters)
     ranks: dict[str, list[int]] = {}
     for adapter in adapters:
         for module, update in adapter.low_rank.items():
             ranks.setdefault(module, []).append(update.a.shape[0])
-    report = Report(out, _rank(ranks, options), len(ranks))
+    report = ComposeReport(out, _rank(ranks, options), len(ranks))
     tensors: dict[str, torch.Tensor] = {}
-    with Reader() as reader, torch.random.fork_rng(devices=[]):
+    with SafetensorsReader() as reader, torch.random.fork_rng(devices=[]):
         for module in ranks:
             read = [
-                (read_values(adapter.low_rank[module], reader), one.weight)
+                (read_lora_update(adapter.low_rank[module], reader), one.weight)
                 for one, adapter in zip(given, adapters, strict=True)
                 if module in adapter.low_rank
             ]
-            updates = [Factors(values.a, values.b, values.scaling, weight) for values, weight in read]
+            updates = [WeightedLoraFactors(values.a, values.b, values.scaling, weight) for values, weight in read]
             digest = hashlib.sha256(f"{options.seed}:{module}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
-            a, b = compose_matrices(updates, options.how, report.rank, options.density, module)
-            _compare(updates, a, b, report)
-            missing, key = report.rank - len(a), f"{PREFIX}{module}"
+            a, b = combine_matrices(updates, options.how, report.rank, options.density, module)
+            _accumulate_norms(updates, a, b, report)
+            missing, key = report.rank - len(a), f"{PEFT_PREFIX}{module}"
             tensors[f"{key}.lora_A.weight"] = pad(a, (0, 0, 0, missing)).contiguous()
             tensors[f"{key}.lora_B.weight"] = pad(b, (0, missing)).contiguous()
         for name, owner in owners.items():
             module, _, leaf = name.rpartition(".")
             key = f"{module}.base_layer.{leaf}" if module in ranks else name  # a bias, as PEFT names it then
-            tensors[f"{PREFIX}{key}"] = reader.read(owner.whole[name])
-    wrong = wrong_values(tensors.items())
-    if wrong is None and report.written <= _NOTHING * report.parts:
+            tensors[f"{PEFT_PREFIX}{key}"] = reader.read(owner.whole[name])
+    wrong = find_invalid_values(tensors.items())
+    if wrong is None and report.written <= _ZERO_TOLERANCE * report.parts:
         wrong = "the updates cancel each other"
     if wrong is not None:
         raise UserError(f"{out}: no adapter is written, because {wrong}; give other weights, or a larger --density")
@@ -104,7 +104,9 @@ def compose(given: Sequence[Given], out: Path, options: ComposeOptions) -> Repor
     return report
 
 
-def print_report(report: Report, given: Sequence[Given], options: ComposeOptions, console: Console) -> None:
+def print_compose_report(
+    report: ComposeReport, given: Sequence[WeightedAdapter], options: ComposeOptions, console: Console
+) -> None:
     """What was composed, and how far it is from the sum."""
     parts = " + ".join(f"{one.weight:g} x {one.name}" for one in given)
     apart = math.sqrt(report.difference / report.sums) if report.sums else 0.0
@@ -124,7 +126,9 @@ def _rank(ranks: Mapping[str, Sequence[int]], options: ComposeOptions) -> int:
     return (options.rank or largest) if options.how.endswith("svd") else largest
 
 
-def _compare(updates: Sequence[Factors], a: torch.Tensor, b: torch.Tensor, report: Report) -> None:
+def _accumulate_norms(
+    updates: Sequence[WeightedLoraFactors], a: torch.Tensor, b: torch.Tensor, report: ComposeReport
+) -> None:
     """Add |sum|^2 and |B A - sum|^2; neither is formed: |B A|^2 is the sum of (B^T B) * (A A^T)."""
     all_a = torch.cat([update.a * (update.weight * update.scaling) for update in updates]).double()
     all_b = torch.cat([update.b for update in updates], dim=1).double()
@@ -140,7 +144,11 @@ def _square_of_product(b: torch.Tensor, a: torch.Tensor) -> float:
 
 
 def _config(
-    adapters: Sequence[Adapter], owners: Mapping[str, Adapter], modules: list[str], rank: int, options: ComposeOptions
+    adapters: Sequence[SavedAdapter],
+    owners: Mapping[str, SavedAdapter],
+    modules: list[str],
+    rank: int,
+    options: ComposeOptions,
 ) -> peft.LoraConfig:
     """PEFT's configuration: that of the first for what all have in common."""
     configs = [adapter.config for adapter in adapters]

@@ -11,19 +11,19 @@ from typing import cast
 
 import torch
 
-from qlora_dist.adapters.saved_adapter import Adapter
+from qlora_dist.adapters.saved_adapter import SavedAdapter
 from qlora_dist.errors import UserError
-from qlora_dist.merge.combine_matrices import WAYS, How
-from qlora_dist.merge.merged_adapter_file import check_follows
+from qlora_dist.merge.combine_matrices import COMBINATION_TYPES, CombinationType
+from qlora_dist.merge.merged_adapter_file import check_trained_on_merged
 from qlora_dist.model.meta_model import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.quantizable import quantizable
+from qlora_dist.model.quantizable import quantizable_parameters
 
-_PRUNES = ("ties", "dare", "magnitude")
+_PRUNING_TYPES = ("ties", "dare", "magnitude")
 
 
 @dataclass(frozen=True)
-class Given:
+class WeightedAdapter:
     """An adapter as the command line names it."""
 
     name: str
@@ -35,7 +35,7 @@ class Given:
 class ComposeOptions:
     """How to compose."""
 
-    how: How = "cat"
+    how: CombinationType = "cat"
     rank: int | None = None
     """Of what `svd` leaves; None: the largest of the adapters'."""
     density: float = 0.5
@@ -46,7 +46,7 @@ class ComposeOptions:
     """Folder of the model, to be recorded; None: the one that the adapters name."""
 
 
-def parse_given(text: str) -> Given:
+def parse_weighted_adapter(text: str) -> WeightedAdapter:
     """NAME=FOLDER[:WEIGHT].
 
     Raises:
@@ -55,32 +55,32 @@ def parse_given(text: str) -> Given:
     name, equals, rest = text.partition("=")
     folder, _, weight = rest.rpartition(":")
     try:
-        given = Given(name, Path(folder), float(weight)) if folder else Given(name, Path(rest))
+        given = WeightedAdapter(name, Path(folder), float(weight)) if folder else WeightedAdapter(name, Path(rest))
     except ValueError:  # a colon within the folder's name
-        given = Given(name, Path(rest))
+        given = WeightedAdapter(name, Path(rest))
     if not (name and equals and rest) or not math.isfinite(given.weight):
         raise UserError(f"{text}: is no adapter with a name; write NAME=FOLDER or NAME=FOLDER:WEIGHT")
     return given
 
 
-def parse_how(text: str) -> How:
+def parse_combination_type(text: str) -> CombinationType:
     """A way by its name.
 
     Raises:
         UserError: there is none of that name.
     """
-    if text not in WAYS:
-        raise UserError(f"--how {text}: no such way; choose from {', '.join(WAYS)}")
-    return cast(How, text)  # WAYS has the values of How
+    if text not in COMBINATION_TYPES:
+        raise UserError(f"--how {text}: no such way; choose from {', '.join(COMBINATION_TYPES)}")
+    return cast(CombinationType, text)  # WAYS has the values of How
 
 
-def check_weights(given: Sequence[Given], options: ComposeOptions) -> None:
+def check_compose_options(given: Sequence[WeightedAdapter], options: ComposeOptions) -> None:
     """That the numbers given are some that the way can use.
 
     Raises:
         UserError: one is not.
     """
-    if options.how.startswith(_PRUNES) and not 0 < options.density < 1:
+    if options.how.startswith(_PRUNING_TYPES) and not 0 < options.density < 1:
         raise UserError(f"--density: {options.density:g} is no part of the values; give one between 0 and 1")
     if options.rank is not None and (options.rank < 1 or not options.how.endswith("svd")):
         raise UserError(f"--rank: --how {options.how} has no choice of rank {options.rank}; leave it out, or use svd")
@@ -92,7 +92,9 @@ def check_weights(given: Sequence[Given], options: ComposeOptions) -> None:
             )
 
 
-def check_bases(given: Sequence[Given], adapters: Sequence[Adapter], options: ComposeOptions) -> None:
+def check_common_base(
+    given: Sequence[WeightedAdapter], adapters: Sequence[SavedAdapter], options: ComposeOptions
+) -> None:
     """That all are updates of one base, or each of what the one before it was merged into.
 
     Raises:
@@ -109,22 +111,22 @@ def check_bases(given: Sequence[Given], adapters: Sequence[Adapter], options: Co
             )
     if options.how == "sequential":
         for before, one, adapter in zip(given, given[1:], adapters[1:], strict=False):
-            check_follows(one.path, Path(adapter.base), before.path)
+            check_trained_on_merged(one.path, Path(adapter.base), before.path)
     elif options.base is None:
         first = adapters[0].base
         for one, adapter in zip(given, adapters, strict=True):
-            if _place(adapter.base) != _place(first):
+            if _real_path(adapter.base) != _real_path(first):
                 raise UserError(
                     f"{one.path}: was trained on {adapter.base or 'no base that it names'}, and {given[0].path} on "
                     f"{first or 'none that it names'}; compose adapters of one base, or say with --base that it is one"
                 )
 
 
-def _place(base: str) -> str:
+def _real_path(base: str) -> str:
     return os.path.realpath(base) if base else ""
 
 
-def check_shapes(adapters: Sequence[Adapter], options: ComposeOptions) -> None:
+def check_update_shapes(adapters: Sequence[SavedAdapter], options: ComposeOptions) -> None:
     """That the adapters agree on the shape of each matrix, and the base with them if it was given.
 
     Raises:
@@ -135,7 +137,7 @@ def check_shapes(adapters: Sequence[Adapter], options: ComposeOptions) -> None:
     if options.base is not None:
         base = str(options.base)
         model = causal_lm_on_meta(ModelFolder(options.base), torch.bfloat16)
-        shapes = {target.module: target.shape for target in quantizable(model, embeddings=True)}
+        shapes = {target.module: target.shape for target in quantizable_parameters(model, embeddings=True)}
     for adapter in adapters:
         for module, update in adapter.low_rank.items():
             shape = (update.b.shape[0], update.a.shape[1])
@@ -148,13 +150,13 @@ def check_shapes(adapters: Sequence[Adapter], options: ComposeOptions) -> None:
                 )
 
 
-def owners_of_whole(adapters: Sequence[Adapter]) -> dict[str, Adapter]:
+def full_tensor_owners(adapters: Sequence[SavedAdapter]) -> dict[str, SavedAdapter]:
     """Of each tensor that was trained whole, the adapter that has it.
 
     Raises:
         UserError: there are two.
     """
-    owners: dict[str, Adapter] = {}
+    owners: dict[str, SavedAdapter] = {}
     for adapter in adapters:
         for name in adapter.whole:
             if name in owners:

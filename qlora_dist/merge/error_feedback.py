@@ -12,16 +12,16 @@ from collections.abc import Iterator
 
 import torch
 
-from qlora_dist.merge.lora_update import Values
+from qlora_dist.merge.lora_update import LoraUpdate
 from qlora_dist.nf4.code_tables import code_table
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import TORCH_DTYPES, absmax_of
+from qlora_dist.nf4.quantize import TORCH_DTYPES, dequantize_absmax
 
-_WEIGHTS = 2**22
+_WEIGHTS_PER_BATCH = 2**22
 """At a time, about: a step is a column of them, and costs as much to begin as some thousand weights."""
 
 
-def directions(update: Values) -> torch.Tensor:
+def update_directions(update: LoraUpdate) -> torch.Tensor:
     """D: fp32[r, in_features] with |D x| = |B A x| for every x: R A, where B = Q R."""
     r: torch.Tensor = torch.linalg.qr(update.b)[1]
     return r @ update.a
@@ -45,9 +45,9 @@ def round_with_feedback(
     j is rounded from w_j + c, where c = -(s . D_j) / (|D_j|^2 + l) has the least |s + c D_j|^2 + l c^2. It is noise
     shaping, as in sigma-delta modulation, with a state of r numbers for each row.
     """
-    result, absmax = packed.clone(), absmax_of(packed, layout)
+    result, absmax = packed.clone(), dequantize_absmax(packed, layout)
     done = 0
-    for piece in _gathered(rows):
+    for piece in _batch_rows(rows):
         count = piece.numel()
         codes = _round(piece, _scales(absmax, done, piece, layout), layout, along).flatten()
         if count % 2:
@@ -77,12 +77,12 @@ def _round(rows: torch.Tensor, scales: torch.Tensor, layout: NF4Layout, along: t
     return order.to(torch.uint8)[codes.T.int()]
 
 
-def _gathered(rows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _batch_rows(rows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The same in larger pieces."""
     held: list[torch.Tensor] = []
     for piece in rows:
         held.append(piece)
-        if sum(one.numel() for one in held) >= _WEIGHTS:
+        if sum(one.numel() for one in held) >= _WEIGHTS_PER_BATCH:
             yield torch.cat(held)
             held = []
     if held:

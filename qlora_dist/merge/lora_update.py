@@ -7,28 +7,30 @@ from pathlib import Path
 
 import torch
 
-from qlora_dist.adapters.saved_adapter import Adapter, LowRank, read_saved_adapter
-from qlora_dist.adapters.validate_adapter import wrong_values
+from qlora_dist.adapters.saved_adapter import LowRankUpdate, SavedAdapter, read_saved_adapter
+from qlora_dist.adapters.validate_adapter import find_invalid_values
 from qlora_dist.errors import UserError
-from qlora_dist.io.adapter_files import TENSORS
-from qlora_dist.io.safetensors_file import Reader, read_header
+from qlora_dist.io.adapter_files import ADAPTER_WEIGHTS_NAME
+from qlora_dist.io.safetensors_file import SafetensorsReader, read_safetensors_header
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_checked_adapter(path: Path) -> SavedAdapter:
     """Read a folder's configuration and its file's header, and look at every value once.
 
     Raises:
         UserError: as `read_saved_adapter`, or a value is not finite, or it changes nothing because every B is zero.
     """
     adapter = read_saved_adapter(path)
-    with Reader() as reader:
-        wrong = wrong_values((key, reader.read(entry)) for key, entry in read_header(path / TENSORS).items())
+    with SafetensorsReader() as reader:
+        wrong = find_invalid_values(
+            (key, reader.read(entry)) for key, entry in read_safetensors_header(path / ADAPTER_WEIGHTS_NAME).items()
+        )
     if wrong is not None:
         raise UserError(f"{path}: {wrong}; use an earlier checkpoint, or train longer")
     return adapter
 
 
-def update_rows(weight: torch.Tensor, update: Values, first: int) -> torch.Tensor:
+def add_update_to_rows(weight: torch.Tensor, update: LoraUpdate, first: int) -> torch.Tensor:
     """Rows of the merged matrix.
 
     Args:
@@ -48,8 +50,8 @@ def update_rows(weight: torch.Tensor, update: Values, first: int) -> torch.Tenso
 
 
 @dataclass(frozen=True)
-class Values:
-    """A `LowRank` that has been read, in fp32."""
+class LoraUpdate:
+    """A `LowRankUpdate` that has been read, in fp32."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -57,16 +59,16 @@ class Values:
     magnitude: torch.Tensor | None
 
 
-def read_values(update: LowRank, reader: Reader) -> Values:
+def read_lora_update(update: LowRankUpdate, reader: SafetensorsReader) -> LoraUpdate:
     """The tensors of an update, those of all experts together."""
     magnitude = None if update.magnitude is None else reader.read(update.magnitude).float().flatten()
-    return Values(reader.read(update.a).float(), reader.read(update.b).float(), update.scaling, magnitude)
+    return LoraUpdate(reader.read(update.a).float(), reader.read(update.b).float(), update.scaling, magnitude)
 
 
-def expert_values(values: Values, update: LowRank, expert: int, rows: slice) -> Values:
+def expert_lora_update(values: LoraUpdate, update: LowRankUpdate, expert: int, rows: slice) -> LoraUpdate:
     """Of those of all experts, what changes some rows of one's matrix."""
     a = values.a.view(update.experts, -1, values.a.shape[1])[expert]
     b = values.b.view(len(values.b), -1, update.experts)[:, :, expert]
     if update.swapped:
         a, b = b.t(), a.t()
-    return Values(a.contiguous(), b[rows].contiguous(), values.scaling, None)
+    return LoraUpdate(a.contiguous(), b[rows].contiguous(), values.scaling, None)

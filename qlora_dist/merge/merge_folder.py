@@ -13,23 +13,35 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from qlora_dist.adapters.saved_adapter import LowRank
+from qlora_dist.adapters.saved_adapter import LowRankUpdate
 from qlora_dist.errors import UserError
-from qlora_dist.io.read_ahead import pieces
-from qlora_dist.io.safetensors_file import Reader, Writer, specs_bytes
-from qlora_dist.merge.error_feedback import directions, round_with_feedback
-from qlora_dist.merge.lora_update import Values, expert_values, read_adapter, read_values, update_rows
-from qlora_dist.merge.merge_plan import DTYPES, MergeOptions, MergePlan, Part, Work, make_merge_plan
-from qlora_dist.merge.merged_adapter_file import write_note
+from qlora_dist.io.read_ahead import read_chunks
+from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, specs_bytes
+from qlora_dist.merge.error_feedback import round_with_feedback, update_directions
+from qlora_dist.merge.lora_update import (
+    LoraUpdate,
+    add_update_to_rows,
+    expert_lora_update,
+    read_checked_adapter,
+    read_lora_update,
+)
+from qlora_dist.merge.merge_plan import MERGE_DTYPES, MatrixMerge, MergeOptions, MergePlan, TensorMerge, make_merge_plan
+from qlora_dist.merge.merged_adapter_file import write_merged_adapter_file
 from qlora_dist.merge.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
-from qlora_dist.merge.weight_rows import packed_bytes, quantize_rows, rows_given, rows_of_bytes, rows_trained_on
+from qlora_dist.merge.weight_rows import (
+    base_weight_rows,
+    dequantized_weight_rows,
+    packed_weight,
+    quantize_weight_rows,
+    training_weight_rows,
+)
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.save_model_folder import finish_folder, in_files
-from qlora_dist.nf4.quant_state import tensors
+from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files
+from qlora_dist.nf4.quant_state import quant_state_tensors
 
 
 @dataclass
-class Report:
+class MergeReport:
     """What `merge_folder` did. Sums of squares are over the matrices with an update."""
 
     out: Path
@@ -63,7 +75,9 @@ def _product(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(one.flatten().dot(other.flatten()))
 
 
-def merge_folder(base: Path | None, adapter_path: Path, out: Path, options: MergeOptions, console: Console) -> Report:
+def merge_folder(
+    base: Path | None, adapter_path: Path, out: Path, options: MergeOptions, console: Console
+) -> MergeReport:
     """Write the merged model as a folder that plain transformers loads.
 
     Args:
@@ -81,20 +95,20 @@ def merge_folder(base: Path | None, adapter_path: Path, out: Path, options: Merg
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
-    adapter = read_adapter(adapter_path)
+    adapter = read_checked_adapter(adapter_path)
     if base is None and not adapter.base:
         raise UserError(f"{adapter_path}: names no base; give its folder with --base")
     folder = ModelFolder(base or adapter.base)
     plan = make_merge_plan(folder, adapter, options)
     partial = out.with_name(out.name + ".partial")
-    report = Report(out, replaced=len(adapter.whole))
+    report = MergeReport(out, replaced=len(adapter.whole))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         _write_files(partial, plan, folder, options, report, console)
-        write_note(partial, adapter_path)
+        write_merged_adapter_file(partial, adapter_path)
         replaced = TOKENIZER_FILES if copy_tokenizer(adapter_path, partial) else ()
-        finish_folder(partial, out, folder.path, _config(folder, plan, options), replaced)
+        finish_model_folder(partial, out, folder.path, _config(folder, plan, options), replaced)
     except OSError as error:  # a full disk, no permission
         raise UserError(f"{partial}: cannot be written ({error.strerror}); mend that and run again") from None
     finally:
@@ -102,7 +116,7 @@ def merge_folder(base: Path | None, adapter_path: Path, out: Path, options: Merg
     return report
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_merge_report(report: MergeReport, console: Console) -> None:
     """What was merged, and how far what is written is from what was trained."""
     console.print(
         f"{report.out}: {report.merged} matrices are merged, {report.replaced} tensors replaced", soft_wrap=True
@@ -118,16 +132,18 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _write_files(
-    partial: Path, plan: MergePlan, folder: ModelFolder, options: MergeOptions, report: Report, console: Console
+    partial: Path, plan: MergePlan, folder: ModelFolder, options: MergeOptions, report: MergeReport, console: Console
 ) -> None:
-    places = in_files({place: specs_bytes(work.specs()) for place, work in enumerate(plan.work)}, options.file_bytes)
+    places = split_into_files(
+        {place: specs_bytes(work.specs()) for place, work in enumerate(plan.work)}, options.file_bytes
+    )
     files = [[plan.work[place] for place in file] for file in places]
     steps = iter(track(plan.work, "merging", console=console, disable=not console.is_terminal, transient=True))
-    with Reader() as reader:
-        updates = _Updates(reader)
+    with SafetensorsReader() as reader:
+        updates = _UpdateCache(reader)
         for index, file in enumerate(files, 1):
             specs = [spec for work in file for spec in work.specs()]
-            writer = Writer(partial / f"model-{index:05}-of-{len(files):05}.safetensors", specs)
+            writer = SafetensorsWriter(partial / f"model-{index:05}-of-{len(files):05}.safetensors", specs)
             for _ in file:
                 work = next(steps)
                 if work.copied is not None:
@@ -137,91 +153,91 @@ def _write_files(
             writer.close()
 
 
-def _copy(work: Work, reader: Reader, writer: Writer) -> None:
+def _copy(work: TensorMerge, reader: SafetensorsReader, writer: SafetensorsWriter) -> None:
     assert work.copied is not None
     size = work.copied.dtype.itemsize
-    for start, nbytes in pieces(work.copied.nbytes):
+    for start, nbytes in read_chunks(work.copied.nbytes):
         piece = torch.empty(nbytes // size, dtype=work.copied.dtype)
         reader.read_into(piece, work.copied, start)
         writer.write(work.key, piece.to(work.dtype), start // size * work.dtype.itemsize)
 
 
 def _write_matrix(
-    work: Work,
+    work: TensorMerge,
     number: int,
-    part: Part,
+    part: MatrixMerge,
     folder: ModelFolder,
     options: MergeOptions,
-    reader: Reader,
-    updates: _Updates,
-    writer: Writer,
-    report: Report,
+    reader: SafetensorsReader,
+    updates: _UpdateCache,
+    writer: SafetensorsWriter,
+    report: MergeReport,
 ) -> None:
     """One matrix of those of a tensor, merged; and how far it is from what was trained."""
     if part.update is None and work.in_4_bit:
-        _write_4_bit(packed_bytes(part, folder, reader), part, writer)
+        _write_4_bit(packed_weight(part, folder, reader), part, writer)
         return
     values = updates.of(part)
 
     def trained() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows that the adapter was trained on, and what they became."""
-        for first, rows in rows_trained_on(part, folder, reader):
-            yield rows, _updated(rows, values, first)
+        for first, rows in training_weight_rows(part, folder, reader):
+            yield rows, _merge_rows(rows, values, first)
 
     report.merged += values is not None
     if work.in_4_bit:
         merged_rows = (rows for _, rows in trained())
         if options.error_feedback and values is not None:
-            before_merging = packed_bytes(part, folder, reader)
-            packed = round_with_feedback(before_merging, merged_rows, part.layout, directions(values))
+            before_merging = packed_weight(part, folder, reader)
+            packed = round_with_feedback(before_merging, merged_rows, part.layout, update_directions(values))
         else:
-            packed = quantize_rows(merged_rows, part.layout)
+            packed = quantize_weight_rows(merged_rows, part.layout)
         _write_4_bit(packed, part, writer)
-        for (_, stored), (before, merged) in zip(rows_of_bytes(packed, part.layout), trained(), strict=True):
+        for (_, stored), (before, merged) in zip(dequantized_weight_rows(packed, part.layout), trained(), strict=True):
             report.compare(stored, before, merged)
         return
-    given = rows_given(part, folder, reader) if options.into == "original" else None
-    place = _Place(work, number, part, writer)
+    given = base_weight_rows(part, folder, reader) if options.into == "original" else None
+    place = _MatrixWriter(work, number, part, writer)
     for before, merged in trained():
         first, rows = next(given) if given is not None else (0, None)
-        stored = place.write(merged if rows is None else _updated(rows, values, first))
+        stored = place.write(merged if rows is None else _merge_rows(rows, values, first))
         if values is not None:
             report.compare(stored, before, merged)
     place.close()
 
 
-class _Updates:
+class _UpdateCache:
     """Of what the adapter does to a matrix, the values; those of a layer's experts are read together, once."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: SafetensorsReader) -> None:
         self._reader = reader
-        self._last: tuple[LowRank, Values] | None = None
+        self._last: tuple[LowRankUpdate, LoraUpdate] | None = None
 
-    def of(self, part: Part) -> Values | None:
+    def of(self, part: MatrixMerge) -> LoraUpdate | None:
         if part.update is None:
             return None
         if self._last is None or self._last[0] != part.update:
-            self._last = part.update, read_values(part.update, self._reader)
+            self._last = part.update, read_lora_update(part.update, self._reader)
         values = self._last[1]
         if not part.update.experts:
             return values
         rows = slice(part.first_row, part.first_row + part.layout.shape[0])
-        return expert_values(values, part.update, part.expert, rows)
+        return expert_lora_update(values, part.update, part.expert, rows)
 
 
-def _updated(rows: torch.Tensor, values: Values | None, first: int) -> torch.Tensor:
-    return rows if values is None else update_rows(rows, values, first)
+def _merge_rows(rows: torch.Tensor, values: LoraUpdate | None, first: int) -> torch.Tensor:
+    return rows if values is None else add_update_to_rows(rows, values, first)
 
 
-def _write_4_bit(packed: torch.Tensor, part: Part, writer: Writer) -> None:
-    for key, tensor in tensors(part.matrix.name, packed, part.layout).items():
+def _write_4_bit(packed: torch.Tensor, part: MatrixMerge, writer: SafetensorsWriter) -> None:
+    for key, tensor in quant_state_tensors(part.matrix.name, packed, part.layout).items():
         writer.write(key, tensor)
 
 
-class _Place:
+class _MatrixWriter:
     """Where the rows of a matrix go in 16 or 32 bit, from the first on; those of a transposed one are held."""
 
-    def __init__(self, work: Work, number: int, part: Part, writer: Writer) -> None:
+    def __init__(self, work: TensorMerge, number: int, part: MatrixMerge, writer: SafetensorsWriter) -> None:
         rows, columns = part.layout.shape
         self._first = number * rows * columns * work.dtype.itemsize
         self._work, self._writer, self._transposed = work, writer, part.matrix.transposed
@@ -250,7 +266,7 @@ def _config(folder: ModelFolder, plan: MergePlan, options: MergeOptions) -> dict
         config.pop("quantization_config", None)
     if options.dtype != "auto":
         config.pop("torch_dtype", None)
-        config["dtype"] = str(DTYPES[options.dtype]).removeprefix("torch.")
+        config["dtype"] = str(MERGE_DTYPES[options.dtype]).removeprefix("torch.")
     if plan.untied:
         config["tie_word_embeddings"] = False
     if plan.vocabulary is not None:

@@ -10,26 +10,33 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.lora_experts import is_swapped
-from qlora_dist.adapters.saved_adapter import Adapter, LowRank, lacks
+from qlora_dist.adapters.lora_experts import peft_swaps_in_out
+from qlora_dist.adapters.saved_adapter import LowRankUpdate, SavedAdapter, missing_module_error
 from qlora_dist.errors import UserError
-from qlora_dist.io.safetensors_file import Entry, Reader
+from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
 from qlora_dist.model.meta_model import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.quantizable import Matrix, Target, is_tied, layout_of, matrices, quantizable
-from qlora_dist.model.weight_sources import find_origins, tensor_of
+from qlora_dist.model.quantizable import (
+    QuantizableParameter,
+    SourceMatrix,
+    common_layout,
+    has_tied_embeddings,
+    quantizable_parameters,
+    source_matrices,
+)
+from qlora_dist.model.weight_sources import find_weight_sources, stacked_tensor_name
 from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
-from qlora_dist.nf4.quant_state import tensor_specs
+from qlora_dist.nf4.quant_state import quant_state_specs
 
-Into = Literal["dequantized", "original", "nf4"]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MergeFormat = Literal["dequantized", "original", "nf4"]
+MERGE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class MergeOptions:
     """How to merge."""
 
-    into: Into = "dequantized"
+    into: MergeFormat = "dequantized"
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of what is not in 4 bit; auto: as it was before it was quantized."""
     quant_type: QuantType = "nf4"
@@ -42,13 +49,13 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
-class Part:
+class MatrixMerge:
     """A matrix of the model."""
 
-    matrix: Matrix
+    matrix: SourceMatrix
     layout: NF4Layout
     """In 4 bit: as it lies in the folder, or as the run quantized it."""
-    update: LowRank | None
+    update: LowRankUpdate | None
     was_4_bit: bool
     """While the adapter was trained."""
     expert: int
@@ -58,7 +65,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Work:
+class TensorMerge:
     """A tensor of the source, and what is written for it."""
 
     key: str
@@ -67,16 +74,16 @@ class Work:
     position: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    copied: Entry | None = None
+    copied: TensorEntry | None = None
     """From the base, or from the adapter where it was trained whole."""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[MatrixMerge, ...] = ()
     in_4_bit: bool = False
 
     def specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, type and shape of what is written."""
         if self.in_4_bit:
             for part in self.parts:
-                yield from tensor_specs(part.matrix.name, part.layout)
+                yield from quant_state_specs(part.matrix.name, part.layout)
         else:
             yield self.key, self.dtype, self.shape
 
@@ -85,14 +92,14 @@ class Work:
 class MergePlan:
     """The tensors in the order of the source's files."""
 
-    work: list[Work]
+    work: list[TensorMerge]
     untied: bool
     """The output head is a matrix of its own from now on."""
     vocabulary: int | None
     """Rows of the embedding, if it was trained whole."""
 
 
-def make_merge_plan(folder: ModelFolder, adapter: Adapter, options: MergeOptions) -> MergePlan:
+def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOptions) -> MergePlan:
     """Decide on every tensor.
 
     Raises:
@@ -105,54 +112,60 @@ def make_merge_plan(folder: ModelFolder, adapter: Adapter, options: MergeOptions
     if options.error_feedback and options.into != "nf4":
         raise UserError(f"--error-feedback: nothing is rounded to 4 bit by --into {options.into}; use --into nf4")
     model = causal_lm_on_meta(folder, torch.bfloat16)
-    origins = find_origins(model, [*folder.entries, *folder.quantized])
+    origins = find_weight_sources(model, [*folder.entries, *folder.quantized])
     updates, whole = dict(adapter.low_rank), dict(adapter.whole)
-    work: dict[str, Work] = {}
-    for target in quantizable(model, embeddings=True):
-        parts = matrices(target, origins, folder)
+    work: dict[str, TensorMerge] = {}
+    for target in quantizable_parameters(model, embeddings=True):
+        parts = source_matrices(target, origins, folder)
         in_folder = parts[0].name in folder.quantized
         if not in_folder and (folder.is_quantized or target.role != "layer") and target.module not in updates:
             continue  # it stays as it is
-        layout = layout_of(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
+        layout = common_layout(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
         update = updates.pop(target.module, None)
-        if update is not None and target.experts and is_swapped(model.get_submodule(target.module.rpartition(".")[0])):
+        if (
+            update is not None
+            and target.experts
+            and peft_swaps_in_out(model.get_submodule(target.module.rpartition(".")[0]))
+        ):
             update = replace(update, swapped=True)
         _check_shape(update, target, adapter)
         was_4_bit = in_folder or (not folder.is_quantized and target.role == "layer")
         if options.into == "original" and update is None:
             continue
-        for item in _matrices(target, parts, layout, update, folder, options, was_4_bit):
+        for item in _plan_matrices(target, parts, layout, update, folder, options, was_4_bit):
             work[item.key] = item
-    replaced, untied = _trained_whole(whole, {name: origin.keys[0] for name, origin in origins.items()}, model, adapter)
+    replaced, untied = _plan_replaced_tensors(
+        whole, {name: origin.keys[0] for name, origin in origins.items()}, model, adapter
+    )
     if updates:
-        raise lacks(adapter, next(iter(updates)), folder.path)
+        raise missing_module_error(adapter, next(iter(updates)), folder.path)
     for key, entry in folder.entries.items():
         if key not in work:
             given = replaced.pop(key, entry)
-            work[key] = Work(key, entry.path, entry.start, given.shape, _dtype(entry.dtype, options), given)
+            work[key] = TensorMerge(key, entry.path, entry.start, given.shape, _dtype(entry.dtype, options), given)
     for key, entry in replaced.items():  # a head that was the embedding
-        work[key] = Work(key, entry.path, entry.start, entry.shape, _dtype(torch.bfloat16, options), entry)
+        work[key] = TensorMerge(key, entry.path, entry.start, entry.shape, _dtype(torch.bfloat16, options), entry)
     embedding = adapter.whole.get(_embedding(model))
     vocabulary = embedding.shape[0] if embedding is not None else None
     return MergePlan(sorted(work.values(), key=lambda item: (str(item.source), item.position)), untied, vocabulary)
 
 
-def _matrices(
-    target: Target,
-    parts: list[Matrix],
+def _plan_matrices(
+    target: QuantizableParameter,
+    parts: list[SourceMatrix],
     layout: NF4Layout,
-    update: LowRank | None,
+    update: LowRankUpdate | None,
     folder: ModelFolder,
     options: MergeOptions,
     was_4_bit: bool,
-) -> Iterator[Work]:
+) -> Iterator[TensorMerge]:
     """A work per tensor: that of a plain matrix, or of all experts if they were in one."""
     in_4_bit = options.into == "nf4" and was_4_bit
-    by_key: dict[str, list[Part]] = {}
+    by_key: dict[str, list[MatrixMerge]] = {}
     each = len(parts) // (target.experts or 1)
     for index, matrix in enumerate(parts):
-        key = tensor_of(matrix.key, index) if target.experts and not in_4_bit else matrix.key
-        part = Part(matrix, layout, update, was_4_bit, index // each, index % each * layout.shape[0])
+        key = stacked_tensor_name(matrix.key, index) if target.experts and not in_4_bit else matrix.key
+        part = MatrixMerge(matrix, layout, update, was_4_bit, index // each, index % each * layout.shape[0])
         by_key.setdefault(key, []).append(part)
     for key, own in by_key.items():
         first = own[0].matrix
@@ -160,10 +173,10 @@ def _matrices(
         shape = layout.shape[::-1] if first.transposed else layout.shape
         stacked = shape if key == first.key and first.index is None else (len(own), *shape)
         dtype = _dtype(getattr(torch, layout.dtype), options)
-        yield Work(key, entry.path, entry.start, stacked, dtype, None, tuple(own), in_4_bit)
+        yield TensorMerge(key, entry.path, entry.start, stacked, dtype, None, tuple(own), in_4_bit)
 
 
-def _check_shape(update: LowRank | None, target: Target, adapter: Adapter) -> None:
+def _check_shape(update: LowRankUpdate | None, target: QuantizableParameter, adapter: SavedAdapter) -> None:
     if update is None:
         return
     rows, columns = update.b.shape[0], update.a.shape[1]
@@ -178,12 +191,12 @@ def _check_shape(update: LowRank | None, target: Target, adapter: Adapter) -> No
         )
 
 
-def _trained_whole(
-    whole: dict[str, Entry], keys: dict[str, str], model: PreTrainedModel, adapter: Adapter
-) -> tuple[dict[str, Entry], bool]:
+def _plan_replaced_tensors(
+    whole: dict[str, TensorEntry], keys: dict[str, str], model: PreTrainedModel, adapter: SavedAdapter
+) -> tuple[dict[str, TensorEntry], bool]:
     """What replaces tensors of the folder, by their names there; whether a tied head becomes a matrix of its own."""
     replaced, untied = {}, False
-    tied = is_tied(model)
+    tied = has_tied_embeddings(model)
     paths = {id(module): path for path, module in model.named_modules()}
     head = f"{paths[id(model.get_output_embeddings())]}.weight"
     embedding = _embedding(model)
@@ -207,10 +220,10 @@ def _embedding(model: PreTrainedModel) -> str:
     return next(f"{path}.weight" for path, module in model.named_modules() if module is embedding)
 
 
-def _equal(one: Entry, other: Entry) -> bool:
-    with Reader() as reader:
+def _equal(one: TensorEntry, other: TensorEntry) -> bool:
+    with SafetensorsReader() as reader:
         return one.shape == other.shape and torch.equal(reader.read(one), reader.read(other))
 
 
 def _dtype(before: torch.dtype, options: MergeOptions) -> torch.dtype:
-    return before if options.dtype == "auto" or not before.is_floating_point else DTYPES[options.dtype]
+    return before if options.dtype == "auto" or not before.is_floating_point else MERGE_DTYPES[options.dtype]

@@ -7,19 +7,19 @@ import json
 from pathlib import Path
 
 from qlora_dist.errors import UserError
-from qlora_dist.model.model_folder import read_json
+from qlora_dist.model.model_folder import read_model_json
 
-NOTE = "merged_adapter.json"
+MERGED_ADAPTER_FILE = "merged_adapter.json"
 """`qlora-dist quantize` copies it, as it does all of a folder's JSON files."""
 
 
-def write_note(folder: Path, adapter: Path) -> None:
+def write_merged_adapter_file(folder: Path, adapter: Path) -> None:
     """Say in a merged folder which adapter it holds."""
     note = {"adapter": str(adapter), "adapter_sha256": _sha256(adapter)}
-    (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    (folder / MERGED_ADAPTER_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
-def check_follows(adapter: Path, base: Path, before: Path) -> None:
+def check_trained_on_merged(adapter: Path, base: Path, before: Path) -> None:
     """Check that an adapter was trained on a folder that another was merged into.
 
     Args:
@@ -30,12 +30,12 @@ def check_follows(adapter: Path, base: Path, before: Path) -> None:
     Raises:
         UserError: it was not, or the folder is gone.
     """
-    if not (base / NOTE).exists():
+    if not (base / MERGED_ADAPTER_FILE).exists():
         raise UserError(
             f"{adapter}: was trained on {base}, which is no folder here that qlora-dist merge has written; merge "
             f"{before} and train on that, or compose adapters of one base with --how cat"
         )
-    if read_json(base / NOTE).get("adapter_sha256") != _sha256(before):
+    if read_model_json(base / MERGED_ADAPTER_FILE).get("adapter_sha256") != _sha256(before):
         raise UserError(
             f"{adapter}: was trained on {base}, which holds another adapter than {before}; name the adapters in the "
             "order of their training"

@@ -2,11 +2,11 @@
 
 transformers builds a dense mask for a row of several sequences, and `scaled_dot_product_attention` then computes all
 pairs of positions, nearly all of which are masked. Here the places where sequences begin reach the attention function
-instead of a mask: `attend` is registered with transformers under `PACKED`, and the boundaries travel as
+instead of a mask: `packed_attention_forward` is registered with transformers under `PACKED_ATTENTION`, and the boundaries travel as
 `attention_mask`, which transformers hands through untouched when it has four dimensions. A call without boundaries
 (plain logits, a cache, a user's padding mask) is transformers' own SDPA with its own masks.
 
-`attend_by_blocks`, registered under `FLEX`, is the same by torch's flex_attention: one kernel for all sequences of a
+`packed_flex_attention_forward`, registered under `PACKED_FLEX_ATTENTION`, is the same by torch's flex_attention: one kernel for all sequences of a
 row, with their windows, soft caps and sinks.
 """
 
@@ -24,17 +24,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_dist.cpu.cpu_attention import causal_attention
+from qlora_dist.cpu.cpu_attention import packed_causal_attention_cpu
 from qlora_dist.errors import UserError
-from qlora_dist.model.block_mask import block_mask, dense_mask
-from qlora_dist.sequence_starts import boundaries, sequences
+from qlora_dist.model.block_mask import create_packed_block_mask, create_packed_mask
+from qlora_dist.sequence_starts import sequence_slices, sequence_starts
 
-PACKED = "qlora_packed"
-FLEX = "qlora_flex"
+PACKED_ATTENTION = "qlora_packed"
+PACKED_FLEX_ATTENTION = "qlora_flex"
 
 
-def choose_attention(model: PreTrainedModel, attention: str = "sdpa") -> None:
-    """Replace transformers' attention by `attend` ("sdpa") or `attend_by_blocks` ("flex") in a model that keeps to the
+def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> None:
+    """Replace transformers' attention by `packed_attention_forward` ("sdpa") or `packed_flex_attention_forward` ("flex") in a model that keeps to the
     contract of its flash attention.
 
     That is: attention is looked up by name, it is causal, and window, soft cap and sinks are handed to the function, as
@@ -66,23 +66,23 @@ def choose_attention(model: PreTrainedModel, attention: str = "sdpa") -> None:
                 "it; use sdpa, or set attention_dropout (GPT-2: attn_pdrop) to 0 there"
             )
     if qualifies:
-        model.set_attn_implementation(FLEX if attention == "flex" else PACKED)
+        model.set_attn_implementation(PACKED_FLEX_ATTENTION if attention == "flex" else PACKED_ATTENTION)
 
 
-def takes_boundaries(model: PreTrainedModel) -> bool:
+def takes_sequence_starts(model: PreTrainedModel) -> bool:
     """Whether attention takes the boundaries of packed sequences."""
-    return model.config._attn_implementation in (PACKED, FLEX)
+    return model.config._attn_implementation in (PACKED_ATTENTION, PACKED_FLEX_ATTENTION)
 
 
-def with_boundaries(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+def add_sequence_starts(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
     """The decoder's keyword arguments, with the sequences' boundaries where its attention takes them."""
     positions = inputs.get("position_ids")
-    if not takes_boundaries(model) or positions is None or inputs.get("attention_mask") is not None:
+    if not takes_sequence_starts(model) or positions is None or inputs.get("attention_mask") is not None:
         return inputs
-    return inputs | {"attention_mask": boundaries(positions)}
+    return inputs | {"attention_mask": sequence_starts(positions)}
 
 
-def attend(
+def packed_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -102,7 +102,7 @@ def attend(
         query: [batch, heads, length, d].
         key: [batch, heads / groups, length, d], never repeated: all paths take grouped heads as they are.
         value: as key.
-        attention_mask: of `boundaries`, or transformers' mask, or None.
+        attention_mask: of `sequence_starts`, or transformers' mask, or None.
         dropout: of the probabilities.
         scaling: of the scores; None: 1 / sqrt(d).
         sliding_window: a position sees so many, itself included.
@@ -118,7 +118,7 @@ def attend(
     if attention_mask is None or attention_mask.dtype != torch.int32:
         if by_scores:
             mask = attention_mask if attention_mask is not None else _causal_mask(query, key.shape[2], None)
-            output = _by_scores(query, key, value, mask, dropout, scale, softcap, s_aux)
+            output = _eager_attention(query, key, value, mask, dropout, scale, softcap, s_aux)
             return output.transpose(1, 2).contiguous(), None
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs
@@ -126,8 +126,8 @@ def attend(
         return output, None
     assert kwargs.get("position_bias") is None, "attention with a position bias needs model.attention=eager"
     if query.device.type == "cpu" and has_cpu_kernel(query, value, dropout, sliding_window, softcap, s_aux):
-        return causal_attention(query, key, value, attention_mask, scale), None
-    return _piece_by_piece(query, key, value, attention_mask, dropout, scale, sliding_window, softcap, s_aux), None
+        return packed_causal_attention_cpu(query, key, value, attention_mask, scale), None
+    return _uncompiled_sdpa(query, key, value, attention_mask, dropout, scale, sliding_window, softcap, s_aux), None
 
 
 def has_cpu_kernel(
@@ -138,12 +138,12 @@ def has_cpu_kernel(
     softcap: float | None,
     s_aux: torch.Tensor | None,
 ) -> bool:
-    """Whether `causal_attention` does on a CPU what `attend` is to do."""
+    """Whether `packed_causal_attention_cpu` does on a CPU what `packed_attention_forward` is to do."""
     windowed = window is not None and window < query.shape[2]
     return not (windowed or dropout or softcap or s_aux is not None) and query.shape[-1] == value.shape[-1]
 
 
-def attend_by_blocks(
+def packed_flex_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -151,15 +151,15 @@ def attend_by_blocks(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`attend`, its arguments and its result, by flex_attention where sequences have boundaries. Without dropout."""
+    """`packed_attention_forward`, its arguments and its result, by flex_attention where sequences have boundaries. Without dropout."""
     if attention_mask is None or attention_mask.dtype != torch.int32:
-        return attend(module, query, key, value, attention_mask, **kwargs)
+        return packed_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert not kwargs.pop("dropout", 0.0), "flex_attention has no dropout"
-    return _by_blocks(module, query, key, value, attention_mask, **kwargs), None
+    return _flex_attention(module, query, key, value, attention_mask, **kwargs), None
 
 
 @torch.compiler.disable  # flex_attention is compiled by itself, and the mask is made of numbers
-def _by_blocks(
+def _flex_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -179,28 +179,28 @@ def _by_blocks(
     length = query.shape[2]
     window = sliding_window if sliding_window is not None and sliding_window < length else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if _has_kernels(query.device):
-        mask = block_mask(bounds, length, window, query.device)
+    if _has_flex_kernels(query.device):
+        mask = create_packed_block_mask(bounds, length, window, query.device)
         output: torch.Tensor
         output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap, s_aux=s_aux)
         return output
-    output = _by_scores(query, key, value, dense_mask(bounds, length, window), 0.0, scale, softcap, s_aux)
+    output = _eager_attention(query, key, value, create_packed_mask(bounds, length, window), 0.0, scale, softcap, s_aux)
     return output.transpose(1, 2).contiguous()
 
 
-def _has_kernels(device: torch.device) -> bool:
+def _has_flex_kernels(device: torch.device) -> bool:
     """Whether flex_attention has a forward and a backward there."""
     return device.type != "cpu"
 
 
 @torch.compiler.disable
-def _piece_by_piece(
+def _uncompiled_sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, *how: Any
 ) -> torch.Tensor:
-    return attend_to(sequences(bounds, query.shape[2]), query, key, value, *how)
+    return sdpa_per_sequence(sequence_slices(bounds, query.shape[2]), query, key, value, *how)
 
 
-def attend_to(
+def sdpa_per_sequence(
     pieces: Sequence[tuple[slice, int, int]],
     query: torch.Tensor,
     key: torch.Tensor,
@@ -211,7 +211,7 @@ def attend_to(
     softcap: float | None,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One call per sequence, by differentiable operations. Of `sequences` the pieces; the rest as `attend` takes it."""
+    """One call per sequence, by differentiable operations. Of `sequence_slices` the pieces; the rest as `packed_attention_forward` takes it."""
     batch = query.shape[0]
     ends = [end - first for _, first, end in pieces]
     if len(pieces) > 1:  # the rows one after another, so that one split, whose gradient is one copy, gives the pieces
@@ -221,7 +221,7 @@ def attend_to(
         windowed = window is not None and window < q.shape[2]
         if softcap is not None or s_aux is not None:
             seen = _causal_mask(q, q.shape[2], window)
-            outputs.append(_by_scores(q, k, v, seen, dropout, scale, softcap, s_aux))
+            outputs.append(_eager_attention(q, k, v, seen, dropout, scale, softcap, s_aux))
             continue
         mask = _causal_mask(q, q.shape[2], window) if windowed else None
         grouped = q.shape[1] != k.shape[1]
@@ -243,7 +243,7 @@ def _causal_mask(query: torch.Tensor, keys: int, window: int | None) -> torch.Te
     return seen if window is None else seen & (k > q - window)
 
 
-def _by_scores(
+def _eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -269,7 +269,7 @@ def _by_scores(
     return drop(probabilities, dropout).to(value.dtype) @ value
 
 
-ALL_ATTENTION_FUNCTIONS.register(PACKED, attend)
-ALL_ATTENTION_FUNCTIONS.register(FLEX, attend_by_blocks)
-for _name in (PACKED, FLEX):
+ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention_forward)
+ALL_ATTENTION_FUNCTIONS.register(PACKED_FLEX_ATTENTION, packed_flex_attention_forward)
+for _name in (PACKED_ATTENTION, PACKED_FLEX_ATTENTION):
     ALL_MASK_ATTENTION_FUNCTIONS.register(_name, sdpa_mask)

@@ -11,11 +11,11 @@ from functools import lru_cache
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-BLOCK = 128  # positions: torch's own choice for its kernels
+FLEX_BLOCK_SIZE = 128  # positions: torch's own choice for its kernels
 
 
 @lru_cache(maxsize=4)  # the layers of a forward pass share it, and those computed again in backward
-def block_mask(bounds: torch.Tensor, length: int, window: int | None, device: torch.device) -> BlockMask:
+def create_packed_block_mask(bounds: torch.Tensor, length: int, window: int | None, device: torch.device) -> BlockMask:
     """Causal, within each sequence.
 
     Args:
@@ -31,33 +31,44 @@ def block_mask(bounds: torch.Tensor, length: int, window: int | None, device: to
     batch = bounds.shape[2]
     places = torch.arange(length, dtype=torch.int32).repeat(batch, 1)
     sequence = torch.searchsorted(bounds[0, 0], places, right=True, out_int32=True)  # [batch, length], ascending
-    blocks = torch.arange(-(-length // BLOCK))
-    first, last = (sequence[:, place] for place in (blocks * BLOCK, (blocks * BLOCK + BLOCK - 1).clamp(max=length - 1)))
-    apart = BLOCK * (blocks[:, None] - blocks)  # positions from the first of the keys to the first of the queries
+    blocks = torch.arange(-(-length // FLEX_BLOCK_SIZE))
+    first, last = (
+        sequence[:, place]
+        for place in (blocks * FLEX_BLOCK_SIZE, (blocks * FLEX_BLOCK_SIZE + FLEX_BLOCK_SIZE - 1).clamp(max=length - 1))
+    )
+    apart = FLEX_BLOCK_SIZE * (
+        blocks[:, None] - blocks
+    )  # positions from the first of the keys to the first of the queries
     some = (apart >= 0) & (last[:, None, :] >= first[:, :, None])
     every = (apart > 0) & (first[:, None, :] == last[:, :, None])
-    every[:, -1] &= length % BLOCK == 0  # queries behind the end see nothing
+    every[:, -1] &= length % FLEX_BLOCK_SIZE == 0  # queries behind the end see nothing
     if window is not None:
-        some &= apart - (BLOCK - 1) < window
-        every &= apart + (BLOCK - 1) < window
+        some &= apart - (FLEX_BLOCK_SIZE - 1) < window
+        every &= apart + (FLEX_BLOCK_SIZE - 1) < window
     sequence = sequence.to(device)
 
     def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         seen = (sequence[row, query] == sequence[row, key]) & (query >= key)
         return seen if window is None else seen & (query - key < window)
 
-    mask = BlockMask.from_kv_blocks(*_listed(some & ~every), *_listed(every), BLOCK, sees, (length, length))
+    mask = BlockMask.from_kv_blocks(
+        *_block_counts_and_indices(some & ~every),
+        *_block_counts_and_indices(every),
+        FLEX_BLOCK_SIZE,
+        sees,
+        (length, length),
+    )
     return mask.to(device)
 
 
 @lru_cache(maxsize=2)
-def dense_mask(bounds: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
-    """The pairs of `block_mask`: bool[batch, 1, length, length] on the CPU."""
-    mask = block_mask(bounds, length, window, torch.device("cpu"))
+def create_packed_mask(bounds: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
+    """The pairs of `create_packed_block_mask`: bool[batch, 1, length, length] on the CPU."""
+    mask = create_packed_block_mask(bounds, length, window, torch.device("cpu"))
     return create_mask(mask.mask_mod, bounds.shape[2], None, length, length, "cpu")
 
 
-def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _block_counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """From bool[batch, queries, keys]: int32[batch, 1, queries], how many there are of each block of queries, and
     int32[batch, 1, queries, keys], which, then the others.
     """

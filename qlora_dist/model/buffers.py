@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 from qlora_dist.errors import UserError
 
 
-def give_first_values(model: PreTrainedModel) -> None:
+def init_buffers(model: PreTrainedModel) -> None:
     """Give the buffers that are not saved their values; they have memory already.
 
     A class may set the buffers of a module where it initializes one around it, so those are asked too. As in
     transformers, a module's values are set by the innermost model that it is part of. Parameters keep what they hold.
-    A value that no class sets stays NaN, for `check_buffers`.
+    A value that no class sets stays NaN, for `check_buffers_initialized`.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
@@ -25,10 +25,10 @@ def give_first_values(model: PreTrainedModel) -> None:
             parts = name.split(".")[:-1]
             paths |= {".".join(parts[:length]) for length in range(len(parts) + 1)}
         for path in sorted(paths, key=lambda path: (-path.count("."), not path, path)):
-            _model_around(model, path)._init_weights(model.get_submodule(path))
+            _innermost_model(model, path)._init_weights(model.get_submodule(path))
 
 
-def _model_around(model: PreTrainedModel, path: str) -> PreTrainedModel:
+def _innermost_model(model: PreTrainedModel, path: str) -> PreTrainedModel:
     parts = path.split(".") if path else []
     for length in range(len(parts), 0, -1):
         if isinstance(module := model.get_submodule(".".join(parts[:length])), PreTrainedModel):
@@ -36,7 +36,7 @@ def _model_around(model: PreTrainedModel, path: str) -> PreTrainedModel:
     return model
 
 
-def check_buffers(model: PreTrainedModel) -> None:
+def check_buffers_initialized(model: PreTrainedModel) -> None:
     """See whether all buffers that are not saved have got their values.
 
     Raises:
@@ -50,7 +50,7 @@ def check_buffers(model: PreTrainedModel) -> None:
             )
 
 
-def try_buffers(model: PreTrainedModel) -> None:
+def check_meta_buffers(model: PreTrainedModel) -> None:
     """See the same of a model on meta, whose buffers get memory on the CPU.
 
     Raises:
@@ -59,5 +59,5 @@ def try_buffers(model: PreTrainedModel) -> None:
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, last = name.rpartition(".")
         model.get_submodule(path)._buffers[last] = torch.empty_like(buffer, device="cpu")
-    give_first_values(model)
-    check_buffers(model)
+    init_buffers(model)
+    check_buffers_initialized(model)

@@ -12,21 +12,21 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from qlora_dist.adapters.attach import first_values, is_lora
-from qlora_dist.adapters.lora import LoraNF4, row_norms
-from qlora_dist.io.read_ahead import Reading
-from qlora_dist.model.buffers import check_buffers, give_first_values
-from qlora_dist.model.meta_model import LossModel, decoder_layers, origin_names
+from qlora_dist.adapters.attach import init_lora_weight, is_lora_parameter
+from qlora_dist.adapters.lora import NF4LoraLinear, dora_weight_norm
+from qlora_dist.io.read_ahead import ReadProgress
+from qlora_dist.model.buffers import check_buffers_initialized, init_buffers
+from qlora_dist.model.meta_model import LossModel, get_decoder_layers, transformers_names
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.quantize_scatter import Piece, pieces, quantize_in_turn
-from qlora_dist.model.shard_reader import Put, ShardInFolder, Stream
-from qlora_dist.nf4.embedding import NF4Vocabulary
+from qlora_dist.model.quantize_scatter import ScatteredMatrix, quantize_and_scatter, scattered_matrices
+from qlora_dist.model.shard_reader import LocalShard, ShardReader, WriteShard
+from qlora_dist.nf4.embedding import NF4VocabMixin
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
-from qlora_dist.shard_view import first_element, flat_shard, local_part, part_of, whole_shape
+from qlora_dist.shard_view import flat_offset, full_shape, get_flat_shard, local_slice, local_tensor
 
 
-class Elsewhere(Protocol):
+class ParameterStore(Protocol):
     """What keeps the values of some parameters itself; these stay on meta."""
 
     def __contains__(self, name: str) -> bool:
@@ -36,15 +36,15 @@ class Elsewhere(Protocol):
         """Keep values: [n], of any type and device, as the elements of this rank's shard from `first` on."""
 
 
-def fill(
+def load_weights(
     model: LossModel,
     folder: ModelFolder,
     device: torch.device,
     seed: int | None,
     replicas: DeviceMesh | None = None,
     offload_base: bool = False,
-    progress: Callable[[Reading], None] | None = None,
-    elsewhere: Elsewhere | None = None,
+    progress: Callable[[ReadProgress], None] | None = None,
+    elsewhere: ParameterStore | None = None,
 ) -> int:
     """Give every parameter and buffer of a skeleton its value.
 
@@ -69,48 +69,50 @@ def fill(
     """
     kept_elsewhere = {name for name, _ in model.named_parameters() if elsewhere is not None and name in elsewhere}
     materialize(model, device, offload_base, kept_elsewhere)
-    check_buffers(model)
-    origins, names = model.origins, origin_names(model)
+    check_buffers_initialized(model)
+    origins, names = model.origins, transformers_names(model)
     parameter_names = {id(p): name for name, p in model.named_parameters()}
-    shards: list[ShardInFolder] = []
-    trained: list[ShardInFolder] = []
-    to_quantize: list[Piece] = []
-    in_fewer_bits: list[tuple[torch.Tensor, str, Put]] = []
+    shards: list[LocalShard] = []
+    trained: list[LocalShard] = []
+    to_quantize: list[ScatteredMatrix] = []
+    in_fewer_bits: list[tuple[torch.Tensor, str, WriteShard]] = []
     with torch.no_grad():
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 name = parameter_names[id(parameter)]
                 if elsewhere is not None and name in kept_elsewhere:
-                    put: Put = partial(elsewhere.put, name)
+                    put: WriteShard = partial(elsewhere.put, name)
                 else:
-                    put = partial(_put, local_part(parameter))
-                if is_lora(name):
+                    put = partial(_write_local, local_tensor(parameter))
+                if is_lora_parameter(name):
                     if seed is not None:
-                        _fill_adapter(parameter, name, seed)
-                elif isinstance(module, NF4Linear | NF4Experts | NF4Vocabulary) and parameter is module.packed:
+                        _init_adapter(parameter, name, seed)
+                elif isinstance(module, NF4Linear | NF4Experts | NF4VocabMixin) and parameter is module.packed:
                     matrices = model.matrices[names[name]]
                     if matrices[0].name in folder.quantized:
-                        shards.append(_shard(parameter, tuple(matrix.name for matrix in matrices), folder, put))
+                        shards.append(_local_shard(parameter, tuple(matrix.name for matrix in matrices), folder, put))
                     else:
-                        to_quantize += pieces(parameter, module.layout, matrices, put)
+                        to_quantize += scattered_matrices(parameter, module.layout, matrices, put)
                 elif (key := origins[names[name]].keys[0]) in folder.quantized:
                     in_fewer_bits.append((parameter, key, put))
                 elif parameter.requires_grad:
-                    trained.append(_shard(parameter, origins[names[name]].keys, folder, put))
+                    trained.append(_local_shard(parameter, origins[names[name]].keys, folder, put))
                 else:
-                    shards.append(_shard(parameter, origins[names[name]].keys, folder, put))
+                    shards.append(_local_shard(parameter, origins[names[name]].keys, folder, put))
         buffers = [(buffer, origins[name].keys) for name, buffer in model.named_buffers() if name in origins]
-        shards += [_shard(buffer, keys, folder, partial(_put, buffer)) for buffer, keys in buffers]
+        shards += [_local_shard(buffer, keys, folder, partial(_write_local, buffer)) for buffer, keys in buffers]
         own = [piece.matrix for piece in to_quantize[dist.get_rank() :: dist.get_world_size()]]
-        with Stream(folder, shards, own, replicas, device, progress) as stream:
+        with ShardReader(folder, shards, own, replicas, device, progress) as stream:
             stream.fill_shards()
             for parameter, key, put in in_fewer_bits:
-                _fill_dequantized(parameter, key, stream, put)
-            quantize_in_turn(to_quantize, stream, replicas, device)
-        with Stream(folder, trained, [], None, device) as others:  # the replicas of the base have other shards of these
+                _load_dequantized(parameter, key, stream, put)
+            quantize_and_scatter(to_quantize, stream, replicas, device)
+        with ShardReader(
+            folder, trained, [], None, device
+        ) as others:  # the replicas of the base have other shards of these
             others.fill_shards()
         if seed is not None:
-            _fill_magnitudes(model)
+            _init_dora_magnitudes(model)
         return stream.bytes_read + others.bytes_read
 
 
@@ -123,60 +125,60 @@ def materialize(
     def empty(tensor: torch.Tensor) -> torch.Tensor:  # as nn.Module.to_empty, with a choice of device
         if id(tensor) in elsewhere:
             return torch.empty_like(tensor)
-        if flat_shard(tensor) is not None:
+        if get_flat_shard(tensor) is not None:
             return tensor  # its part is there, and it holds nothing itself
         on_host = offload_base and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         return torch.empty_like(tensor, device="cpu" if on_host else device)
 
     model._apply(empty)
-    give_first_values(model)
+    init_buffers(model)
 
 
-def _put(local: torch.Tensor, first: int, values: torch.Tensor) -> None:
+def _write_local(local: torch.Tensor, first: int, values: torch.Tensor) -> None:
     local.view(-1)[first : first + values.numel()].copy_(values)
 
 
-def _shard(parameter: torch.Tensor, keys: tuple[str, ...], folder: ModelFolder, put: Put) -> ShardInFolder:
-    local, first = local_part(parameter), first_element(parameter)
+def _local_shard(parameter: torch.Tensor, keys: tuple[str, ...], folder: ModelFolder, put: WriteShard) -> LocalShard:
+    local, first = local_tensor(parameter), flat_offset(parameter)
     if keys[0] in folder.quantized or not first:
-        return ShardInFolder(local, keys, first, put)
+        return LocalShard(local, keys, first, put)
     nbytes = sum(folder.entries[key].nbytes for key in keys)
-    return ShardInFolder(local, keys, first * nbytes // whole_shape(parameter).numel(), put)
+    return LocalShard(local, keys, first * nbytes // full_shape(parameter).numel(), put)
 
 
-def _fill_dequantized(parameter: torch.Tensor, key: str, stream: Stream, put: Put) -> None:
+def _load_dequantized(parameter: torch.Tensor, key: str, stream: ShardReader, put: WriteShard) -> None:
     """A parameter that this model keeps in 16 bit and the folder has in 4: the routers of sparse models, which others
     quantize. Every rank reads it whole; they are small.
     """
-    whole = stream.read_dequantized(key, local_part(parameter).dtype)
-    put(0, part_of(parameter, whole).reshape(-1))
+    whole = stream.read_dequantized(key, local_tensor(parameter).dtype)
+    put(0, local_slice(parameter, whole).reshape(-1))
 
 
-def _fill_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:
-    whole = first_values(name, whole_shape(parameter), seed)
+def _init_adapter(parameter: torch.Tensor, name: str, seed: int) -> None:
+    whole = init_lora_weight(name, full_shape(parameter), seed)
     if whole is not None:
-        local_part(parameter).copy_(part_of(parameter, whole))
+        local_tensor(parameter).copy_(local_slice(parameter, whole))
 
 
-def _fill_magnitudes(model: LossModel) -> None:
+def _init_dora_magnitudes(model: LossModel) -> None:
     """DoRA's magnitudes start as the row norms of W, layer by layer, each gathered for the moment."""
     if not any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
         return
-    for layer in decoder_layers(model):
+    for layer in get_decoder_layers(model):
         norms = {}
         if isinstance(layer, FSDPModule):
             layer.unshard()
         for name, module in layer.named_modules():
-            if isinstance(module, LoraNF4):
+            if isinstance(module, NF4LoraLinear):
                 assert isinstance(module.base_layer, NF4Linear)
                 for adapter in module.lora_magnitude_vector:
                     a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
                     weight = module.base_layer.dequantize(a.dtype)
-                    norms[f"{name}.lora_magnitude_vector.{adapter}.weight"] = row_norms(
+                    norms[f"{name}.lora_magnitude_vector.{adapter}.weight"] = dora_weight_norm(
                         weight, a, b, module.scaling[adapter]
                     )
         if isinstance(layer, FSDPModule):
             layer.reshard()
         for name, norm in norms.items():
             parameter = layer.get_parameter(name)
-            local_part(parameter).copy_(part_of(parameter, norm))
+            local_tensor(parameter).copy_(local_slice(parameter, norm))

@@ -44,10 +44,10 @@ class LogitScale:
         return slope
 
 
-UNSCALED = LogitScale()
+NO_LOGIT_SCALE = LogitScale()
 
 
-def measure_head(model: PreTrainedModel) -> LogitScale:
+def measure_logit_scale(model: PreTrainedModel) -> LogitScale:
     """Find the scale by running the model's own forward pass with a stand-in for all that comes before the head.
 
     Args:
@@ -59,17 +59,19 @@ def measure_head(model: PreTrainedModel) -> LogitScale:
     generator = torch.Generator().manual_seed(0)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise _unknown(model, "its output head is no linear layer")
+        raise _unknown_logit_scale_error(model, "its output head is no linear layer")
     probe = nn.Linear(head.in_features, 64, bias=head.bias is not None, dtype=torch.float64)
     for parameter in probe.parameters():
         parameter.data.normal_(generator=generator)
     hidden = torch.randn(1, 2, head.in_features, generator=generator, dtype=torch.float64)
-    with torch.no_grad(), _stand_ins(model, hidden, probe):
+    with torch.no_grad(), _probe_decoder_and_head(model, hidden, probe):
         try:
             ids = torch.zeros(1, 2, dtype=torch.int64)
             logits = model(input_ids=ids, use_cache=False, return_dict=True).logits.double().flatten()
         except Exception as error:  # of whatever kind: it is the model's code
-            raise _unknown(model, "its output head is not a single matrix after the decoder") from error
+            raise _unknown_logit_scale_error(
+                model, "its output head is not a single matrix after the decoder"
+            ) from error
         z = probe(hidden).flatten()
     smallest = int(z.abs().argmin())  # the least of it is lost to a cap
     for cap in (None, *_caps(model)):
@@ -80,7 +82,7 @@ def measure_head(model: PreTrainedModel) -> LogitScale:
         scale.apply_(ours)
         if torch.allclose(ours, logits, rtol=_TOLERANCE, atol=_TOLERANCE):
             return scale
-    raise _unknown(model, "neither a factor nor a soft cap explains its logits")
+    raise _unknown_logit_scale_error(model, "neither a factor nor a soft cap explains its logits")
 
 
 def _caps(model: PreTrainedModel) -> list[float]:
@@ -90,8 +92,8 @@ def _caps(model: PreTrainedModel) -> list[float]:
 
 
 @contextmanager
-def _stand_ins(model: PreTrainedModel, hidden: torch.Tensor, probe: nn.Linear) -> Iterator[None]:
-    decoder, head = decoder_of(model), model.get_output_embeddings()
+def _probe_decoder_and_head(model: PreTrainedModel, hidden: torch.Tensor, probe: nn.Linear) -> Iterator[None]:
+    decoder, head = find_decoder(model), model.get_output_embeddings()
     output = _Output((hidden,))
     decoder.forward = lambda *args, **kwargs: output
     model.set_output_embeddings(probe)
@@ -102,7 +104,7 @@ def _stand_ins(model: PreTrainedModel, hidden: torch.Tensor, probe: nn.Linear) -
         model.set_output_embeddings(head)
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
+def find_decoder(model: PreTrainedModel) -> nn.Module:
     """What a causal language model calls before its output head."""
     decoder: nn.Module = model.get_decoder()
     return _child_with_embedding(model) if decoder is model else decoder
@@ -122,7 +124,7 @@ class _Output(tuple[torch.Tensor]):
         return self[0] if name == "last_hidden_state" else None
 
 
-def _unknown(model: PreTrainedModel, why: str) -> UserError:
+def _unknown_logit_scale_error(model: PreTrainedModel, why: str) -> UserError:
     return UserError(
         f"model_type {model.config.model_type}: what it does to its logits is not known here ({why}); give another "
         "model"

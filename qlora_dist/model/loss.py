@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_dist.model.logit_scale import UNSCALED, LogitScale
-from qlora_dist.model.row_chunks import rows_in_cache
-from qlora_dist.nf4.embedding import NF4Vocabulary
+from qlora_dist.model.logit_scale import NO_LOGIT_SCALE, LogitScale
+from qlora_dist.model.row_chunks import rows_per_chunk
+from qlora_dist.nf4.embedding import NF4VocabMixin
 
-IGNORE = -100
+IGNORE_INDEX = -100
 """Label of a position that is not trained."""
 
 if TYPE_CHECKING:
@@ -24,18 +24,18 @@ _CHUNK_LOGITS = 2**24  # elements of one product: fewer of them read the weight 
 _BLOCK_LOGITS = 2**21  # elements at a time in fp32, on a CPU
 
 
-def give_loss(head: nn.Linear, scale: LogitScale) -> None:
+def use_loss_head(head: nn.Linear, scale: LogitScale) -> None:
     """Have an output head, of whatever class, give the loss when it is given labels."""
     head.__class__ = type("LossHead", (_LossHead, type(head)), {"scale": scale})
 
 
-def share(embedding: nn.Embedding, scale: LogitScale) -> None:
+def tie_head_to_embedding(embedding: nn.Embedding, scale: LogitScale) -> None:
     """Have a frozen embedding be the output head too (tied weights): one parameter, one unit of sharding.
 
     Two modules in two units could not share a parameter, and one unit of both would stay gathered from the first
     layer to the last.
     """
-    embedding.__class__ = type("SharedEmbedding", (_SharedEmbedding, type(embedding)), {"scale": scale})
+    embedding.__class__ = type("SharedEmbedding", (_TiedEmbedding, type(embedding)), {"scale": scale})
 
 
 class _LossHead(_Linear):
@@ -47,10 +47,12 @@ class _LossHead(_Linear):
         """hidden: [..., h] -> logits [..., vocabulary], or with labels int64[...] the summed loss, fp32[]."""
         if labels is None:
             return super().forward(hidden)
-        return summed_loss(hidden.flatten(0, -2), _weight(self, hidden), self.bias, labels.flatten(), self.scale)
+        return linear_cross_entropy_sum(
+            hidden.flatten(0, -2), _weight(self, hidden), self.bias, labels.flatten(), self.scale
+        )
 
 
-class _SharedEmbedding(_Embedding):
+class _TiedEmbedding(_Embedding):
     """Mixed into an embedding's class, which may scale what it looks up."""
 
     scale: LogitScale
@@ -61,10 +63,10 @@ class _SharedEmbedding(_Embedding):
             return super().forward(x)
         if labels is None:
             return nn.functional.linear(x, _weight(self, x))
-        return summed_loss(x.flatten(0, -2), _weight(self, x), None, labels.flatten(), self.scale)
+        return linear_cross_entropy_sum(x.flatten(0, -2), _weight(self, x), None, labels.flatten(), self.scale)
 
 
-class SharedHead(nn.Module):
+class TiedHead(nn.Module):
     """Stands where `lm_head` stood, and calls the embedding as a module, so that its unit is gathered for it."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
@@ -79,15 +81,15 @@ class SharedHead(nn.Module):
 
 def _weight(module: nn.Embedding | nn.Linear, like: torch.Tensor) -> torch.Tensor:
     """[vocabulary, h]; one in 4 bit is dequantized for the call."""
-    return module.dequantize(like.dtype) if isinstance(module, NF4Vocabulary) else module.weight
+    return module.dequantize(like.dtype) if isinstance(module, NF4VocabMixin) else module.weight
 
 
-def summed_loss(
+def linear_cross_entropy_sum(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    scale: LogitScale = UNSCALED,
+    scale: LogitScale = NO_LOGIT_SCALE,
 ) -> torch.Tensor:
     """Sum of the cross entropies over the positions whose label is not IGNORE.
 
@@ -108,11 +110,11 @@ def summed_loss(
     Returns:
         fp32[].
     """
-    loss: torch.Tensor = _SummedLoss.apply(hidden, weight, bias, labels, scale)
+    loss: torch.Tensor = _LinearCrossEntropySum.apply(hidden, weight, bias, labels, scale)
     return loss
 
 
-def _to_slope_(
+def _softmax_grad_(
     logits: torch.Tensor, targets: torch.Tensor, scale: LogitScale, grad_bias: torch.Tensor | None, wants_grad: bool
 ) -> torch.Tensor:
     """The summed loss of logits[n, vocabulary], targets[n, 1]; the logits become d loss / d logits, if that is wanted.
@@ -136,7 +138,7 @@ def _to_slope_(
     return loss
 
 
-class _SummedLoss(torch.autograd.Function):
+class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -152,10 +154,10 @@ class _SummedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_weight and bias is not None else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        trained = (labels != IGNORE).nonzero().squeeze(1)
+        trained = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         size = max(1, _CHUNK_LOGITS // weight.shape[0])
         buffer = hidden.new_empty(min(size, len(trained)), weight.shape[0])
-        block = rows_in_cache(buffer, _BLOCK_LOGITS)
+        block = rows_per_chunk(buffer, _BLOCK_LOGITS)
         for rows in trained.split(size):
             inputs, logits = hidden[rows], buffer[: len(rows)]
             if bias is None:
@@ -163,7 +165,7 @@ class _SummedLoss(torch.autograd.Function):
             else:
                 torch.addmm(bias, inputs, weight.t(), out=logits)
             for part, targets in zip(logits.split(block), labels[rows].split(block), strict=True):
-                loss += _to_slope_(part, targets.unsqueeze(1), scale, grad_bias, wants_grad)
+                loss += _softmax_grad_(part, targets.unsqueeze(1), scale, grad_bias, wants_grad)
             if grad is None:
                 continue
             grad[rows] = logits @ weight

@@ -13,17 +13,24 @@ from torch import nn
 
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import UserError
-from qlora_dist.model.attention import choose_attention, with_boundaries
-from qlora_dist.model.logit_scale import LogitScale, decoder_of, measure_head
-from qlora_dist.model.loss import SharedHead, give_loss, share
+from qlora_dist.model.attention import add_sequence_starts, set_packed_attention
+from qlora_dist.model.logit_scale import LogitScale, find_decoder, measure_logit_scale
+from qlora_dist.model.loss import TiedHead, tie_head_to_embedding, use_loss_head
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.model_support import check_model_class
-from qlora_dist.model.moe import use_nf4_experts
-from qlora_dist.model.norm import fuse_norms
-from qlora_dist.model.quantizable import Matrix, Target, is_tied, layout_of, matrices, quantizable
+from qlora_dist.model.moe import replace_experts_forward
+from qlora_dist.model.norm import fuse_rms_norms
+from qlora_dist.model.quantizable import (
+    QuantizableParameter,
+    SourceMatrix,
+    common_layout,
+    has_tied_embeddings,
+    quantizable_parameters,
+    source_matrices,
+)
 from qlora_dist.model.weight_reads import find_weight_reads
-from qlora_dist.model.weight_sources import Origin, find_origins
-from qlora_dist.nf4.embedding import NF4Vocabulary, use_nf4_vocabulary
+from qlora_dist.model.weight_sources import WeightSource, find_weight_sources
+from qlora_dist.nf4.embedding import NF4VocabMixin, use_nf4_vocab
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.nf4_layout import NF4Layout
@@ -31,7 +38,7 @@ from qlora_dist.nf4.nf4_layout import NF4Layout
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def build_skeleton(folder: ModelFolder, config: ModelConfig, quantize: bool = True) -> LossModel:
+def build_meta_model(folder: ModelFolder, config: ModelConfig, quantize: bool = True) -> LossModel:
     """A causal language model on meta whose quantizable layers are NF4Linear and whose forward gives the loss.
 
     Parameters that stay unquantized have the compute type. Nothing is trained yet.
@@ -47,32 +54,32 @@ def build_skeleton(folder: ModelFolder, config: ModelConfig, quantize: bool = Tr
     dtype = COMPUTE_DTYPES[config.compute_dtype]
     model = causal_lm_on_meta(folder, dtype, config.attention)
     if config.attention != "eager":
-        choose_attention(model, config.attention)
-    fuse_norms(model)
+        set_packed_attention(model, config.attention)
+    fuse_rms_norms(model)
     _keep_buffers_in_fp32(model)
-    origins = find_origins(model, [*folder.entries, *folder.quantized])
-    scale, tied = measure_head(model), is_tied(model)
-    in_4_bit: dict[str, Sequence[Matrix]] = {}
+    origins = find_weight_sources(model, [*folder.entries, *folder.quantized])
+    scale, tied = measure_logit_scale(model), has_tied_embeddings(model)
+    in_4_bit: dict[str, Sequence[SourceMatrix]] = {}
     reads = find_weight_reads(model)
-    for target in list(quantizable(model, embeddings=True)):
-        parts = matrices(target, origins, folder)
+    for target in list(quantizable_parameters(model, embeddings=True)):
+        parts = source_matrices(target, origins, folder)
         asked_for = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
         if not (asked_for and quantize) and not any(part.name in folder.quantized for part in parts):
             continue  # embeddings that stay in 16 bit, or what whoever quantized the folder left as it was
-        layout = layout_of(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
-        _replace(model, target, layout, len(parts), dtype)
+        layout = common_layout(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
+        _replace_with_nf4(model, target, layout, len(parts), dtype)
         if isinstance(layer := model.get_submodule(target.module), NF4Linear):
             layer.is_weight_read = target.module in reads
         in_4_bit[target.name] = parts
     _replace_head(model, scale, tied)
     model.requires_grad_(False)
-    _check_complete(model, origins, folder)
-    takes_positions = "position_ids" in inspect.signature(decoder_of(model).forward).parameters
+    _check_weights_present(model, origins, folder)
+    takes_positions = "position_ids" in inspect.signature(find_decoder(model).forward).parameters
     attributes = {
         "origins": origins,
         "matrices": in_4_bit,
         "takes_positions": takes_positions,
-        "forward": _with_signature(type(model).forward),
+        "forward": _loss_forward_like(type(model).forward),
     }
     model.__class__ = type(f"Loss{type(model).__name__}", (LossModel, type(model)), attributes)
     assert isinstance(model, LossModel)
@@ -98,7 +105,7 @@ def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = 
         requested = "eager" if attention == "eager" else None  # None: SDPA where the architecture has it
         model = _from_config(config, dtype, requested)
         check_model_class(model, folder.path)
-        if is_tied(model) and _stores_another_head(model, folder):
+        if has_tied_embeddings(model) and _stores_untied_head(model, folder):
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
             model = _from_config(config, dtype, requested)
@@ -118,7 +125,7 @@ def _from_config(config: transformers.PretrainedConfig, dtype: torch.dtype, atte
         )
 
 
-def _stores_another_head(model: transformers.PreTrainedModel, folder: ModelFolder) -> bool:
+def _stores_untied_head(model: transformers.PreTrainedModel, folder: ModelFolder) -> bool:
     """Whether a folder whose config.json ties the output head holds one that differs from the input embedding.
 
     Merging a trained embedding and head leaves such folders, and transformers keeps both tensors on loading.
@@ -130,20 +137,20 @@ def _stores_another_head(model: transformers.PreTrainedModel, folder: ModelFolde
     names = [*folder.entries, *folder.quantized]
     if not any(name.endswith(head.rpartition(".")[0].rpartition(".")[2] + ".weight") for name in names):
         return False  # the usual case, without a look at every name's meaning
-    origins = find_origins(model, names)
+    origins = find_weight_sources(model, names)
     if head not in origins or embedding not in origins:
         return False
     return not folder.are_equal(origins[head].keys[0], origins[embedding].keys[0])
 
 
-def origin_names(model: nn.Module) -> dict[str, str]:
+def transformers_names(model: nn.Module) -> dict[str, str]:
     """By the name of a skeleton's parameter, the name that transformers' own class gives what it stands for."""
     names: dict[str, str] = {}
     for path, module in model.named_modules():
         ours = path.replace(".base_layer", "")  # an adapter around it
         for name in module._parameters:
             full = f"{ours}.{name}" if ours else name
-            if isinstance(module, NF4Linear | NF4Vocabulary) and name == "packed":
+            if isinstance(module, NF4Linear | NF4VocabMixin) and name == "packed":
                 full = f"{ours}.weight"
             elif isinstance(module, NF4Experts):
                 full = ours
@@ -151,7 +158,7 @@ def origin_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
+def get_decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
     """The transformer blocks."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [(path.count("."), m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
@@ -159,11 +166,11 @@ def decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
     return min(blocks or lists, key=lambda item: item[0])[1]
 
 
-def _replace(
-    model: transformers.PreTrainedModel, target: Target, layout: NF4Layout, parts: int, dtype: torch.dtype
+def _replace_with_nf4(
+    model: transformers.PreTrainedModel, target: QuantizableParameter, layout: NF4Layout, parts: int, dtype: torch.dtype
 ) -> None:
     if target.role != "layer":
-        use_nf4_vocabulary(model.get_submodule(target.module), layout, dtype)
+        use_nf4_vocab(model.get_submodule(target.module), layout, dtype)
         return
     if not target.experts:
         model.set_submodule(target.module, NF4Linear(layout, target.has_bias, dtype, "meta"))
@@ -172,20 +179,20 @@ def _replace(
     experts = model.get_submodule(path)
     delattr(experts, name)
     setattr(experts, name, NF4Experts(layout, target.experts, parts // target.experts, "meta"))
-    use_nf4_experts(experts)
+    replace_experts_forward(experts)
 
 
 def _replace_head(model: transformers.PreTrainedModel, scale: LogitScale, tied: bool) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if tied:
-        share(embedding, scale)
-        model.set_output_embeddings(SharedHead(embedding))
+        tie_head_to_embedding(embedding, scale)
+        model.set_output_embeddings(TiedHead(embedding))
     else:
-        give_loss(head, scale)
+        use_loss_head(head, scale)
 
 
-def _check_complete(model: nn.Module, origins: Mapping[str, Origin], folder: ModelFolder) -> None:
-    names = origin_names(model)
+def _check_weights_present(model: nn.Module, origins: Mapping[str, WeightSource], folder: ModelFolder) -> None:
+    names = transformers_names(model)
     for name, parameter in model.named_parameters():
         origin = origins.get(names[name])
         if origin is None:
@@ -223,7 +230,7 @@ def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
                 module._buffers[name] = buffer.float()
 
 
-def _with_signature(theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _loss_forward_like(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """Our forward pass with the signature of transformers': `generate` looks whether there are position_ids in it."""
 
     @functools.wraps(theirs)
@@ -236,9 +243,9 @@ def _with_signature(theirs: Callable[..., Any]) -> Callable[..., Any]:
 class LossModel(transformers.PreTrainedModel):
     """Mixed into transformers' class: with labels, forward gives the summed loss straight from the head."""
 
-    origins: Mapping[str, Origin]
+    origins: Mapping[str, WeightSource]
     """By the name of a tensor in transformers' own class, those of the folder that it is made of."""
-    matrices: Mapping[str, Sequence[Matrix]]
+    source_matrices: Mapping[str, Sequence[SourceMatrix]]
     """By the same name, the matrices of those that are in 4 bit here."""
     takes_positions: bool
     """Whether the decoder takes position_ids: BLOOM counts for itself, Mamba has no use for them."""
@@ -249,5 +256,5 @@ class LossModel(transformers.PreTrainedModel):
             return super().forward(*args, **kwargs)
         if not self.takes_positions:
             kwargs.pop("position_ids", None)  # rows are not packed then
-        hidden = decoder_of(self)(*args, **with_boundaries(self, kwargs), use_cache=False).last_hidden_state
+        hidden = find_decoder(self)(*args, **add_sequence_starts(self, kwargs), use_cache=False).last_hidden_state
         return self.get_output_embeddings()(hidden, labels)

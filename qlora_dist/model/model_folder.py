@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from qlora_dist.errors import UserError
-from qlora_dist.io.read_ahead import pieces
-from qlora_dist.io.safetensors_file import Entry, Reader, read_header
-from qlora_dist.nf4.quant_state import QuantizedEntry, find_quantized, is_part_of_quantized
+from qlora_dist.io.read_ahead import read_chunks
+from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, read_safetensors_header
+from qlora_dist.nf4.quant_state import QuantizedWeightEntry, find_quantized_weights, is_part_of_quantized
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -34,21 +34,23 @@ class ModelFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder; give the folder of a Hugging Face model")
-        self.config = read_json(self.path / "config.json")
+        self.config = read_model_json(self.path / "config.json")
         self._equal: dict[tuple[str, str], bool] = {}
         method = (self.config.get("quantization_config") or {}).get("quant_method")
         if method not in (None, "bitsandbytes"):
-            raise UserError(f"{self.path}: is quantized with {method}, which is not read here; {_remedy(method)}")
+            raise UserError(
+                f"{self.path}: is quantized with {method}, which is not read here; {_quant_method_hint(method)}"
+            )
         entries = self._read_entries()
-        with Reader() as reader:
-            self.quantized: dict[str, QuantizedEntry] = find_quantized(entries, reader)
-        self.entries: dict[str, Entry] = {
+        with SafetensorsReader() as reader:
+            self.quantized: dict[str, QuantizedWeightEntry] = find_quantized_weights(entries, reader)
+        self.entries: dict[str, TensorEntry] = {
             name: entry for name, entry in entries.items() if not is_part_of_quantized(name, self.quantized)
         }
         if method is not None and not self.quantized:
             raise UserError(
                 f"{self.path}: is quantized with bitsandbytes, but not in 4 bit, which is not read here; "
-                f"{_remedy(method)}"
+                f"{_quant_method_hint(method)}"
             )
 
     @property
@@ -80,8 +82,8 @@ class ModelFolder:
             if entries[0].shape != entries[1].shape or entries[0].dtype != entries[1].dtype:
                 return False
             nbytes = entries[0].nbytes
-        with Reader() as reader:
-            for start, length in pieces(nbytes):
+        with SafetensorsReader() as reader:
+            for start, length in read_chunks(nbytes):
                 parts = torch.empty(2, length, dtype=torch.uint8)
                 for part, name in zip(parts, (one, other), strict=True):
                     if name in self.quantized:
@@ -104,9 +106,9 @@ class ModelFolder:
             "the model in 16 bit"
         )
 
-    def _read_entries(self) -> dict[str, Entry]:
+    def _read_entries(self) -> dict[str, TensorEntry]:
         if (self.path / _INDEX).exists():
-            weight_map = read_json(self.path / _INDEX).get("weight_map")
+            weight_map = read_model_json(self.path / _INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise UserError(f"{self.path / _INDEX}: names no files; get the folder anew")
             files = sorted(set(weight_map.values()))
@@ -114,11 +116,11 @@ class ModelFolder:
             files = [_SINGLE]
         else:
             raise UserError(f"{self.path}: holds no {_SINGLE}; {self._other_files()}")
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorEntry] = {}
         for file in files:
             if Path(file).name != file:
                 raise UserError(f"{self.path / _INDEX}: names a file outside the folder, {file}; get the folder anew")
-            entries |= read_header(self.path / file)
+            entries |= read_safetensors_header(self.path / file)
         return entries
 
     def _other_files(self) -> str:
@@ -137,17 +139,17 @@ class ModelFolder:
 
 
 _DEQUANTIZED = "load it with {config}(dequantize=True) of transformers, save it in 16 bit, and give that folder"
-_REMEDIES = {
+_QUANT_METHOD_HINTS = {
     "fp8": _DEQUANTIZED.format(config="FineGrainedFP8Config"),
     "mxfp4": "give a copy of the model in bf16",
 }
 
 
-def _remedy(method: str) -> str:
-    return _REMEDIES.get(method, "give a copy of the model in 16 bit, or in 4 bit of bitsandbytes")
+def _quant_method_hint(method: str) -> str:
+    return _QUANT_METHOD_HINTS.get(method, "give a copy of the model in 16 bit, or in 4 bit of bitsandbytes")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_model_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.errors import UserError
-from qlora_dist.model.quantizable import is_tied
+from qlora_dist.model.quantizable import has_tied_embeddings
 from qlora_dist.model.weight_reads import find_weight_reads
 
 _CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention"}
@@ -38,10 +38,10 @@ def check_model_class(model: PreTrainedModel, path: Path) -> None:
     attends = any(name.rpartition(".")[2] in _CROSS_ATTENTION for name, _ in model.named_modules())
     if attends or getattr(type(model.config), "is_encoder_decoder", False):
         raise _unsupported(path, kind, "attends to the states of an encoder")
-    if (names := _shared(model)) is not None:
+    if (names := _shared_parameter_names(model)) is not None:
         raise _unsupported(path, kind, f"has one weight in two places, {names[0]} and {names[1]}")
     head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and is_tied(model) and head.bias is not None:
+    if isinstance(head, nn.Linear) and has_tied_embeddings(model) and head.bias is not None:
         raise _unsupported(path, kind, "has an output head that is the input embedding's weight with a bias")
     changed = [name for name, use in find_weight_reads(model).items() if use == "change"]
     if changed:
@@ -55,7 +55,7 @@ def _unsupported(path: Path, kind: str, what: str) -> UserError:
     )
 
 
-def _shared(model: PreTrainedModel) -> tuple[str, str] | None:
+def _shared_parameter_names(model: PreTrainedModel) -> tuple[str, str] | None:
     """Return two names of one parameter; that of the embedding may be the output head's as well."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     allowed = {id(module.weight) for module in (head, embedding) if hasattr(module, "weight")}

@@ -39,12 +39,12 @@ class SparseExperts(Protocol):
         """Norm of the experts' outputs x: [n, h], if `has_post_expert_norm`."""
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module is one whose forward pass `use_nf4_experts` can replace."""
+def is_moe_experts(module: nn.Module) -> bool:
+    """Whether a module is one whose forward pass `replace_experts_forward` can replace."""
     return hasattr(module, "_apply_gate") or _is_llama4(module)
 
 
-def use_nf4_experts(module: nn.Module) -> None:
+def replace_experts_forward(module: nn.Module) -> None:
     """Replace the forward pass of a module whose projections are NF4Experts now."""
     forward = llama4_experts_forward if _is_llama4(module) else experts_forward
     module.forward = types.MethodType(forward, module)

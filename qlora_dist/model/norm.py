@@ -4,7 +4,7 @@ transformers' norms cast their input to fp32, and autograd keeps that, and the n
 large as the input. Here the input is kept, which for a layer's first norm is there anyway, with a factor per row.
 
 A norm is replaced only if its forward takes the hidden states alone, and its output on probe inputs equals that of one
-`Kind` bit for bit. A norm with a further argument, such as the gate of Mamba-2 and Qwen3-Next, keeps its class.
+`RMSNormKind` bit for bit. A norm with a further argument, such as the gate of Mamba-2 and Qwen3-Next, keeps its class.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.model.row_chunks import rows_in_cache
+from qlora_dist.model.row_chunks import rows_per_chunk
 
-Kind = Literal["llama", "gemma"]
+RMSNormKind = Literal["llama", "gemma"]
 """Llama's scales what it has rounded by w; Gemma's scales by 1 + w, and rounds then."""
 
 _BLOCK = 2**17  # elements at a time
 
 
-def fuse_norms(model: PreTrainedModel) -> None:
+def fuse_rms_norms(model: PreTrainedModel) -> None:
     """Replace the classes of a model's RMS norms, where they are known; parameters and names stay."""
     fused: dict[tuple[Any, ...], type] = {}
     for module in model.modules():
@@ -34,12 +34,12 @@ def fuse_norms(model: PreTrainedModel) -> None:
             continue
         theirs, alike = type(module), _settings(module)
         if alike not in fused:
-            kind = _kind(module)
+            kind = _matching_kind(module)
             fused[alike] = type(f"Fused{theirs.__name__}", (_FusedNorm, theirs), {"kind": kind}) if kind else theirs
         module.__class__ = fused[alike]
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Kind) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: RMSNormKind) -> torch.Tensor:
     """Return x / sqrt(mean(x^2) + eps), scaled; differentiable in x.
 
     Args:
@@ -64,7 +64,7 @@ else:  # without a base of its own, a mixin calls the forward pass of the class 
 class _FusedNorm(_Norm):
     """Mixed into a norm's class."""
 
-    kind: Kind
+    kind: RMSNormKind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., h] -> [..., h]. Compiled, or trained, it is the class's own."""
@@ -76,12 +76,12 @@ class _FusedNorm(_Norm):
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Kind) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: RMSNormKind) -> torch.Tensor:
         rows, ctx.kind = x.reshape(-1, x.shape[-1]), kind
         dtype = torch.promote_types(x.dtype, weight.dtype) if kind == "llama" else x.dtype
         y, factors = rows.new_empty(rows.shape, dtype=dtype), rows.new_empty(len(rows), 1, dtype=torch.float32)
         scale = _scale(weight, kind)
-        for part, out, factor in _blocks(rows, y, factors):
+        for part, out, factor in _row_chunks(rows, y, factors):
             values = part.float()
             torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps, out=factor)
             normed = values * factor
@@ -94,7 +94,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, factors = ctx.saved_tensors
         rows, scale = x.reshape(-1, x.shape[-1]), _scale(weight, ctx.kind)
         result = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        for grad, part, factor, out in _blocks(grads[0].reshape(rows.shape), rows, factors, result):
+        for grad, part, factor, out in _row_chunks(grads[0].reshape(rows.shape), rows, factors, result):
             normed = part.float() * factor
             wanted = (grad * scale).float()
             # d/dx of x f, with f = 1 / sqrt(mean(x^2) + eps): f (g - n mean(g n)), n = x f
@@ -103,13 +103,13 @@ class _RmsNorm(torch.autograd.Function):
         return result.view(x.shape), None, None, None
 
 
-def _scale(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
+def _scale(weight: torch.Tensor, kind: RMSNormKind) -> torch.Tensor:
     return weight if kind == "llama" else 1.0 + weight.float()
 
 
-def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def _row_chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Rows of all of them, so many at a time that the first one's are `_BLOCK` elements."""
-    size = rows_in_cache(tensors[0], _BLOCK)
+    size = rows_per_chunk(tensors[0], _BLOCK)
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
@@ -126,7 +126,7 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     return type(module), tuple(sorted(own.items())), tuple(sorted(shapes.items()))
 
 
-def _kind(module: nn.Module) -> Kind | None:
+def _matching_kind(module: nn.Module) -> RMSNormKind | None:
     """Return the kind whose results equal the module's on probe inputs; None: keep the class."""
     names = [*module._parameters, *module._buffers, *module._modules]
     weight = module._parameters.get("weight")
@@ -135,7 +135,7 @@ def _kind(module: nn.Module) -> Kind | None:
     if not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
         return None
     generator = torch.Generator().manual_seed(0)
-    found: set[Kind] = set(get_args(Kind))
+    found: set[RMSNormKind] = set(get_args(RMSNormKind))
     for dtype in (torch.float32, torch.bfloat16):
         x, values = (torch.randn(*shape, weight.numel(), generator=generator).to(dtype) for shape in ((2, 3), ()))
         probe = copy.copy(module)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from qlora_dist.errors import UserError
-from qlora_dist.model.attention import takes_boundaries
+from qlora_dist.model.attention import takes_sequence_starts
 
-MASKED = frozenset(
+PACKABLE_MODEL_TYPES = frozenset(
     """
     apertus arcee cohere cohere2 cohere2_moe cwm deepseek_v3 ernie4_5 ernie4_5_moe exaone4 gemma gemma2 gemma3_text
     glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense
@@ -20,13 +20,13 @@ MASKED = frozenset(
 OPT, Falcon and AFMoE (transformers 5.23) let a sequence see the ones before it in its row, without a message."""
 
 
-def check_packable(model: PreTrainedModel) -> None:
+def check_packing_support(model: PreTrainedModel) -> None:
     """Refuse to pack rows for a model of which it is not known that it keeps their sequences apart.
 
     Raises:
         UserError: with the way out.
     """
-    if not takes_boundaries(model) and model.config.model_type not in MASKED:
+    if not takes_sequence_starts(model) and model.config.model_type not in PACKABLE_MODEL_TYPES:
         raise UserError(
             f"data.packing: a model of type {model.config.model_type} with {model.config._attn_implementation} "
             "attention may let the sequences of a packed row see each other; set data.packing: none"

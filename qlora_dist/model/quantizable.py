@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_dist.errors import UserError
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.moe import is_experts
+from qlora_dist.model.moe import is_moe_experts
 from qlora_dist.model.weight_reads import find_weight_reads
-from qlora_dist.model.weight_sources import Origin, expert_key, rearranged
+from qlora_dist.model.weight_sources import WeightSource, expert_key, unsupported_conversion_error
 from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
@@ -25,7 +25,7 @@ EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Target:
+class QuantizableParameter:
     """A parameter of transformers' class that is to be in 4 bit."""
 
     name: str
@@ -43,7 +43,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class SourceMatrix:
     """A matrix in a folder, a tensor of its own or one of those of a three-dimensional one."""
 
     key: str
@@ -55,7 +55,7 @@ class Matrix:
     transposed: bool
 
 
-def quantizable(model: PreTrainedModel, embeddings: bool = False) -> Iterator[Target]:
+def quantizable_parameters(model: PreTrainedModel, embeddings: bool = False) -> Iterator[QuantizableParameter]:
     """Every linear layer but the output head, as transformers' bitsandbytes has it, and the experts' projections.
 
     A layer whose weight the model's code limits in place stays as it is: the code could not reach codes.
@@ -71,21 +71,23 @@ def quantizable(model: PreTrainedModel, embeddings: bool = False) -> Iterator[Ta
             transposed = isinstance(module, Conv1D)
             shape = tuple(module.weight.shape)
             has_bias = module.bias is not None
-            yield Target(f"{name}.weight", name, shape[::-1] if transposed else shape, 0, transposed, has_bias)
+            yield QuantizableParameter(
+                f"{name}.weight", name, shape[::-1] if transposed else shape, 0, transposed, has_bias
+            )
         for weight in EXPERT_WEIGHTS:
             parameter = module._parameters.get(weight)
-            if parameter is not None and parameter.dim() == 3 and is_experts(module):
+            if parameter is not None and parameter.dim() == 3 and is_moe_experts(module):
                 experts, *shape = parameter.shape
                 transposed = getattr(module, "is_transposed", True)  # Llama-4's, which has no such attribute, is
                 path = f"{name}.{weight}"
-                yield Target(path, path, tuple(shape[::-1] if transposed else shape), experts, transposed)
+                yield QuantizableParameter(path, path, tuple(shape[::-1] if transposed else shape), experts, transposed)
         if embeddings and module is model.get_input_embeddings():
-            yield Target(f"{name}.weight", name, tuple(module.weight.shape), 0, False, role="embedding")
-        if embeddings and module is head and not is_tied(model):
-            yield Target(f"{name}.weight", name, tuple(module.weight.shape), 0, False, role="head")
+            yield QuantizableParameter(f"{name}.weight", name, tuple(module.weight.shape), 0, False, role="embedding")
+        if embeddings and module is head and not has_tied_embeddings(model):
+            yield QuantizableParameter(f"{name}.weight", name, tuple(module.weight.shape), 0, False, role="head")
 
 
-def is_tied(model: PreTrainedModel) -> bool:
+def has_tied_embeddings(model: PreTrainedModel) -> bool:
     """Whether the output head has the embedding's weight."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
     return weight is not None and weight is getattr(model.get_input_embeddings(), "weight", None)
@@ -98,7 +100,9 @@ def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     return isinstance(module, Conv1D)
 
 
-def matrices(target: Target, origins: Mapping[str, Origin], folder: ModelFolder) -> list[Matrix]:
+def source_matrices(
+    target: QuantizableParameter, origins: Mapping[str, WeightSource], folder: ModelFolder
+) -> list[SourceMatrix]:
     """The matrices that a target is made of, expert by expert, an expert's own from top to bottom.
 
     Raises:
@@ -108,16 +112,16 @@ def matrices(target: Target, origins: Mapping[str, Origin], folder: ModelFolder)
         raise folder.missing(target.name)
     origin = origins[target.name]
     if len(origin.keys) > 1 and not origin.experts:
-        raise rearranged(target.name, "Concatenate")
+        raise unsupported_conversion_error(target.name, "Concatenate")
     if origin.experts or not target.experts:
-        return [Matrix(key, key, None, target.transposed) for key in origin.keys]
+        return [SourceMatrix(key, key, None, target.transposed) for key in origin.keys]
     (key,) = origin.keys
-    return [Matrix(key, expert_key(key, index), index, target.transposed) for index in range(target.experts)]
+    return [SourceMatrix(key, expert_key(key, index), index, target.transposed) for index in range(target.experts)]
 
 
-def layout_of(
-    parts: list[Matrix],
-    target: Target,
+def common_layout(
+    parts: list[SourceMatrix],
+    target: QuantizableParameter,
     folder: ModelFolder,
     quant_type: QuantType,
     block_size: int,
@@ -150,7 +154,7 @@ def layout_of(
 
 
 def _layout(
-    matrix: Matrix, folder: ModelFolder, quant_type: QuantType, block_size: int, double_quant: bool
+    matrix: SourceMatrix, folder: ModelFolder, quant_type: QuantType, block_size: int, double_quant: bool
 ) -> NF4Layout:
     if matrix.name in folder.quantized:
         return folder.quantized[matrix.name].layout

@@ -15,23 +15,23 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from qlora_dist.errors import UserError
-from qlora_dist.io.read_ahead import Read, ReadAhead, Reading, pieces
-from qlora_dist.io.safetensors_file import Reader, Writer, specs_bytes
-from qlora_dist.model.model_folder import ModelFolder, read_json
-from qlora_dist.model.quantize_plan import Counts, Plan, QuantizeOptions, make_plan
-from qlora_dist.model.save_model_folder import finish_folder, in_files
-from qlora_dist.model.shard_reader import quantize_next, tensor_reads
-from qlora_dist.nf4.quant_state import tensor_specs, tensors
+from qlora_dist.io.read_ahead import ReadAhead, ReadProgress, ReadRequest, read_chunks
+from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, specs_bytes
+from qlora_dist.model.model_folder import ModelFolder, read_model_json
+from qlora_dist.model.quantize_plan import ParameterCounts, QuantizeOptions, QuantizePlan, make_quantize_plan
+from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files
+from qlora_dist.model.shard_reader import quantize_from_reads, tensor_reads
+from qlora_dist.nf4.quant_state import quant_state_specs, quant_state_tensors
 
-_PLAN = "quantize-plan.json"
+_PLAN_FILE = "quantize-plan.json"
 
 
 @dataclass(frozen=True)
-class Report:
+class QuantizeReport:
     """What `quantize_folder` did."""
 
     out: Path
-    counts: Counts
+    counts: ParameterCounts
     seconds: float
     read_bytes: int
     wait_s: float
@@ -40,7 +40,9 @@ class Report:
     """Whether plain transformers loads the folder."""
 
 
-def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: Console | None = None) -> Report:
+def quantize_folder(
+    source: Path, out: Path, options: QuantizeOptions, console: Console | None = None
+) -> QuantizeReport:
     """Quantize every linear layer but the output head, experts included, in bitsandbytes' serialized format.
 
     With `options.embeddings` the input embedding and the output head too, once if they are one matrix. transformers
@@ -62,7 +64,7 @@ def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: 
         raise UserError(f"{source}: is in 4 bit already; use it as model.base")
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
-    plan = make_plan(folder, options)
+    plan = make_quantize_plan(folder, options)
     if plan.counts.share < options.min_share:
         share = 100 * plan.counts.share
         kept = ", ".join(name for name, _ in Counter(plan.counts.left).most_common(3))
@@ -79,34 +81,34 @@ def quantize_folder(source: Path, out: Path, options: QuantizeOptions, console: 
             f"{partial}: cannot be written ({error.strerror}); mend that and run again, it goes on where it stopped"
         ) from None
     seconds = time.perf_counter() - started
-    return Report(out, plan.counts, seconds, reading.read_bytes, reading.wait_s, plan.others_load)
+    return QuantizeReport(out, plan.counts, seconds, reading.read_bytes, reading.wait_s, plan.others_load)
 
 
 def _write_folder(
     partial: Path,
     out: Path,
     folder: ModelFolder,
-    plan: Plan,
+    plan: QuantizePlan,
     options: QuantizeOptions,
     console: Console,
-) -> Reading:
+) -> ReadProgress:
     """Returns what was read, and how long that was waited for."""
     files = _files(plan, folder, options.file_bytes)
-    _begin(partial, folder, options)
+    _prepare_partial_folder(partial, folder, options)
     work = [
         (partial / f"model-{index:05}-of-{len(files):05}.safetensors", names) for index, names in enumerate(files, 1)
     ]
     todo = [(path, names) for path, names in work if not path.exists()]
     total = sum(entry.nbytes for entry in folder.entries.values())
-    with _progress(console) as progress, Reader() as reader:
+    with _progress(console) as progress, SafetensorsReader() as reader:
         reads = [read for _, names in todo for name in names for read in _reads(name, plan, folder, reader)]
         # what an earlier run has done is no work of this one's: it would count as speed
         done = total - sum(read.nbytes for read in reads)
         task = progress.add_task("quantizing", total=total, completed=done)
 
-        reading = Reading(0, 0, 0.0)
+        reading = ReadProgress(0, 0, 0.0)
 
-        def show(now: Reading) -> None:
+        def show(now: ReadProgress) -> None:
             nonlocal reading
             reading = now
             progress.update(task, completed=done + now.read_bytes)
@@ -114,11 +116,11 @@ def _write_folder(
         with ReadAhead(reads, show) as ahead:
             for path, names in todo:
                 _write_file(path, names, plan, folder, ahead, torch.device(options.device))
-    _finish(partial, out, folder, plan, options)
+    _write_config_and_index(partial, out, folder, plan, options)
     return reading
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_quantize_report(report: QuantizeReport, console: Console) -> None:
     """What is now in 4 bit and what is not."""
     counts = report.counts
     lines = [
@@ -140,66 +142,68 @@ def print_report(report: Report, console: Console) -> None:
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def _files(plan: Plan, folder: ModelFolder, file_bytes: int) -> list[list[str]]:
+def _files(plan: QuantizePlan, folder: ModelFolder, file_bytes: int) -> list[list[str]]:
     """The tensors of each file, in the order in which they lie in the source."""
     names = sorted(plan.weights, key=lambda name: (folder.entries[name].path, folder.entries[name].start))
-    return in_files({name: specs_bytes(_specs([name], plan, folder)) for name in names}, file_bytes)
+    return split_into_files({name: specs_bytes(_specs([name], plan, folder)) for name in names}, file_bytes)
 
 
-def _begin(partial: Path, folder: ModelFolder, options: QuantizeOptions) -> None:
+def _prepare_partial_folder(partial: Path, folder: ModelFolder, options: QuantizeOptions) -> None:
     """Keep what an interrupted run of the same work has left, and nothing else."""
     sources = {entry.path for entry in folder.entries.values()}
     stats = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(sources)}
     plan = json.dumps({"source": str(folder.path.resolve()), "files": stats, "options": vars(options)}, sort_keys=True)
-    if (partial / _PLAN).exists() and (partial / _PLAN).read_text() == plan:
+    if (partial / _PLAN_FILE).exists() and (partial / _PLAN_FILE).read_text() == plan:
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / _PLAN).write_text(plan)
+    (partial / _PLAN_FILE).write_text(plan)
 
 
 def _write_file(
     path: Path,
     names: list[str],
-    plan: Plan,
+    plan: QuantizePlan,
     folder: ModelFolder,
     ahead: ReadAhead,
     device: torch.device,
 ) -> None:
-    writer = Writer(path, _specs(names, plan, folder))
+    writer = SafetensorsWriter(path, _specs(names, plan, folder))
     for name in names:
         if not plan.weights[name]:
-            for start, _ in pieces(folder.entries[name].nbytes):
+            for start, _ in read_chunks(folder.entries[name].nbytes):
                 writer.write(name, next(ahead), start)
         for matrix, layout in plan.weights[name]:
-            packed = quantize_next(ahead, layout, matrix.transposed, device)
-            for key, tensor in tensors(matrix.name, packed, layout).items():
+            packed = quantize_from_reads(ahead, layout, matrix.transposed, device)
+            for key, tensor in quant_state_tensors(matrix.name, packed, layout).items():
                 writer.write(key, tensor)
     writer.close()
 
 
-def _reads(name: str, plan: Plan, folder: ModelFolder, reader: Reader) -> Iterator[Read]:
+def _reads(name: str, plan: QuantizePlan, folder: ModelFolder, reader: SafetensorsReader) -> Iterator[ReadRequest]:
     for index in [matrix.index for matrix, _ in plan.weights[name]] or [None]:
         yield from tensor_reads(reader, folder.entries[name], index)
 
 
-def _specs(names: list[str], plan: Plan, folder: ModelFolder) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+def _specs(
+    names: list[str], plan: QuantizePlan, folder: ModelFolder
+) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
     for name in names:
         if not plan.weights[name]:
             yield name, folder.entries[name].dtype, folder.entries[name].shape
         for matrix, layout in plan.weights[name]:
-            yield from tensor_specs(matrix.name, layout)
+            yield from quant_state_specs(matrix.name, layout)
 
 
-def _finish(
+def _write_config_and_index(
     partial: Path,
     out: Path,
     folder: ModelFolder,
-    plan: Plan,
+    plan: QuantizePlan,
     options: QuantizeOptions,
 ) -> None:
     """Index, config.json and tokenizer; then the folder's name."""
-    config = read_json(folder.path / "config.json")
+    config = read_model_json(folder.path / "config.json")
     config["quantization_config"] = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -212,8 +216,8 @@ def _finish(
     }
     if plan.unties_head:
         config["tie_word_embeddings"] = False
-    (partial / _PLAN).unlink()
-    finish_folder(partial, out, folder.path, config)
+    (partial / _PLAN_FILE).unlink()
+    finish_model_folder(partial, out, folder.path, config)
 
 
 def _progress(console: Console) -> Progress:

@@ -14,13 +14,19 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import UserError
-from qlora_dist.model.buffers import try_buffers
-from qlora_dist.model.logit_scale import measure_head
-from qlora_dist.model.meta_model import build_skeleton, causal_lm_on_meta
+from qlora_dist.model.buffers import check_meta_buffers
+from qlora_dist.model.logit_scale import measure_logit_scale
+from qlora_dist.model.meta_model import build_meta_model, causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.quantizable import Matrix, is_tied, layout_of, matrices, quantizable
-from qlora_dist.model.weight_sources import find_origins
-from qlora_dist.nf4.embedding import check_class
+from qlora_dist.model.quantizable import (
+    SourceMatrix,
+    common_layout,
+    has_tied_embeddings,
+    quantizable_parameters,
+    source_matrices,
+)
+from qlora_dist.model.weight_sources import find_weight_sources
+from qlora_dist.nf4.embedding import check_vocab_class
 from qlora_dist.nf4.nf4_layout import BLOCK_SIZES, NF4Layout, QuantType
 
 
@@ -54,7 +60,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-def make_options(
+def parse_quantize_options(
     quant_type: str,
     block_size: int,
     double_quant: bool,
@@ -86,7 +92,7 @@ def make_options(
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParameterCounts:
     """Parameters of a folder once it is quantized."""
 
     parameters: int
@@ -106,42 +112,44 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizePlan:
     """What becomes of each tensor of the folder."""
 
-    weights: dict[str, list[tuple[Matrix, NF4Layout]]]
+    weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]]
     """By tensor, the matrices in it that are quantized; none: it is copied."""
     skipped: list[str]
     """Linear layers outside the decoder's that stay as they were, by name in transformers' class."""
-    counts: Counts
+    counts: ParameterCounts
     unties_head: bool = False
     """config.json ties the output head to the input embedding, and the folder holds another one."""
     others_load: bool = True
     """Whether plain transformers loads the result: it knows neither experts nor embeddings in 4 bit, nor Falcon's."""
 
 
-def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
+def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> QuantizePlan:
     """Decide on every tensor of a folder.
 
     Raises:
         UserError: the model cannot be used, or a weight is missing or damaged.
     """
     model = causal_lm_on_meta(folder, torch.bfloat16)
-    measure_head(model)  # a model that cannot be trained is refused here, not after hours
-    origins = find_origins(model, folder.entries)
-    weights: dict[str, list[tuple[Matrix, NF4Layout]]] = {name: [] for name in folder.entries}
+    measure_logit_scale(model)  # a model that cannot be trained is refused here, not after hours
+    origins = find_weight_sources(model, folder.entries)
+    weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]] = {name: [] for name in folder.entries}
     head_in_4_bit, others_load = False, True
-    for target in quantizable(model, options.embeddings):
+    for target in quantizable_parameters(model, options.embeddings):
         if target.role != "layer":
-            check_class(model.get_submodule(target.module))
+            check_vocab_class(model.get_submodule(target.module))
             head_in_4_bit |= target.role == "head"
         plain = target.role == "layer" and not target.experts
         others_load &= plain and not isinstance(model.get_submodule(target.module), FalconLinear)
-        parts = matrices(target, origins, folder)
-        layout = layout_of(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
+        parts = source_matrices(target, origins, folder)
+        layout = common_layout(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
         for matrix in parts:
             weights[matrix.key].append((matrix, layout))
-    try_buffers(build_skeleton(folder, _as_trained(folder, options)))  # what training would refuse is refused here
+    check_meta_buffers(
+        build_meta_model(folder, _model_config(folder, options))
+    )  # what training would refuse is refused here
     head = model.get_output_embeddings()
     outside, head_name = set(), ""
     for path, module in model.named_modules():
@@ -150,7 +158,7 @@ def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
         if module is head or isinstance(module, nn.Embedding):
             names = [f"{path}.{name}" for name in module._parameters]
             outside |= {key for name in names if name in origins for key in origins[name].keys}
-    if is_tied(model):  # a head that is stored beside an embedding which it equals
+    if has_tied_embeddings(model):  # a head that is stored beside an embedding which it equals
         for key in origins[f"{head_name}.weight"].keys if f"{head_name}.weight" in origins else ():
             weights.pop(key)
     outside = {key for key in outside if key in weights and not weights[key]}
@@ -158,22 +166,22 @@ def make_plan(folder: ModelFolder, options: QuantizeOptions) -> Plan:
     used = {key for origin in origins.values() for key in origin.keys}
     published = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     ties, tied = (getattr(c.get_text_config(), "tie_word_embeddings", False) for c in (published, model.config))
-    return Plan(weights, skipped, _count(folder, weights, outside, used), bool(ties and not tied), others_load)
+    return QuantizePlan(weights, skipped, _count(folder, weights, outside, used), bool(ties and not tied), others_load)
 
 
-def _as_trained(folder: ModelFolder, options: QuantizeOptions) -> ModelConfig:
+def _model_config(folder: ModelFolder, options: QuantizeOptions) -> ModelConfig:
     return ModelConfig(
         base=str(folder.path),
         quant_type=options.quant_type,
-        block_size=options.block_size,  # type: ignore[arg-type]  # `make_options` has checked it, pydantic does again
+        block_size=options.block_size,  # type: ignore[arg-type]  # `parse_quantize_options` has checked it, pydantic does again
         double_quant=options.double_quant,
         embeddings="4bit" if options.embeddings else "16bit",
     )
 
 
 def _count(
-    folder: ModelFolder, weights: dict[str, list[tuple[Matrix, NF4Layout]]], outside: set[str], used: set[str]
-) -> Counts:
+    folder: ModelFolder, weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]], outside: set[str], used: set[str]
+) -> ParameterCounts:
     left: Counter[str] = Counter()
     for name, parts in weights.items():
         if not parts and name in used:
@@ -181,4 +189,4 @@ def _count(
     quantized = sum(layout.numel for parts in weights.values() for _, layout in parts)
     outside_layers = sum(torch.Size(folder.entries[name].shape).numel() for name in outside)
     unused = sum(torch.Size(folder.entries[name].shape).numel() for name in weights if name not in used)
-    return Counts(quantized + sum(left.values()), quantized, outside_layers, dict(left), unused)
+    return ParameterCounts(quantized + sum(left.values()), quantized, outside_layers, dict(left), unused)

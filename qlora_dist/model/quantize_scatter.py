@@ -9,27 +9,27 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from qlora_dist.model.quantizable import Matrix
-from qlora_dist.model.shard_reader import Put, Stream, gather_parts
+from qlora_dist.model.quantizable import SourceMatrix
+from qlora_dist.model.shard_reader import ShardReader, WriteShard, all_gather_bytes
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.shard_view import local_range, whole_shape
+from qlora_dist.shard_view import full_shape, local_tensor_and_offset
 
 
 @dataclass(frozen=True)
-class Piece:
+class ScatteredMatrix:
     """A matrix that is to be quantized, and its place in a parameter's byte vector."""
 
     parameter: torch.Tensor
     """uint8[n], sharded or not."""
     start: int
     layout: NF4Layout
-    matrix: Matrix
-    put: Put
+    matrix: SourceMatrix
+    put: WriteShard
     """Keeps bytes of this rank's shard."""
 
     def span(self, shard: int, shards: int) -> tuple[int, int]:
         """The bytes of the matrix that lie in a shard: first, and one past the last; equal where there are none."""
-        shard_bytes = -(-whole_shape(self.parameter).numel() // shards)
+        shard_bytes = -(-full_shape(self.parameter).numel() // shards)
         first = min(max(shard * shard_bytes - self.start, 0), self.layout.total_bytes)
         last = min(max((shard + 1) * shard_bytes - self.start, 0), self.layout.total_bytes)
         return first, last
@@ -42,12 +42,18 @@ class Piece:
         return min(first + copy * part_bytes, last), min(first + (copy + 1) * part_bytes, last)
 
 
-def pieces(parameter: torch.Tensor, layout: NF4Layout, matrices: Sequence[Matrix], put: Put) -> list[Piece]:
+def scattered_matrices(
+    parameter: torch.Tensor, layout: NF4Layout, matrices: Sequence[SourceMatrix], put: WriteShard
+) -> list[ScatteredMatrix]:
     """The pieces of a parameter, one behind the other."""
-    return [Piece(parameter, i * layout.total_bytes, layout, matrix, put) for i, matrix in enumerate(matrices)]
+    return [
+        ScatteredMatrix(parameter, i * layout.total_bytes, layout, matrix, put) for i, matrix in enumerate(matrices)
+    ]
 
 
-def quantize_in_turn(work: Sequence[Piece], stream: Stream, replicas: DeviceMesh | None, device: torch.device) -> None:
+def quantize_and_scatter(
+    work: Sequence[ScatteredMatrix], stream: ShardReader, replicas: DeviceMesh | None, device: torch.device
+) -> None:
     """Read, quantize and deal out all pieces. Called on all ranks of the default process group.
 
     A rank's next pieces, every world_size-th of `work`, are the next ones of its stream.
@@ -77,6 +83,6 @@ def quantize_in_turn(work: Sequence[Piece], stream: Stream, replicas: DeviceMesh
                 continue
             if replicas is not None:
                 padding = -(-(last - first) // copies) - part.numel()
-                part = gather_parts(torch.nn.functional.pad(part, (0, padding)), replicas)[: last - first]
-            _, offset = local_range(piece.parameter)
+                part = all_gather_bytes(torch.nn.functional.pad(part, (0, padding)), replicas)[: last - first]
+            _, offset = local_tensor_and_offset(piece.parameter)
             piece.put(piece.start + first - offset[0], part)

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-def rows_in_cache(tensor: torch.Tensor, elements: int) -> int:
+def rows_per_chunk(tensor: torch.Tensor, elements: int) -> int:
     """On a CPU as many rows of tensor[n, m] as have so many elements, so that a cache holds what passes between.
 
     Elsewhere all of them: a GPU's kernels are launched one by one, and its memory is fast. Tensors without memory

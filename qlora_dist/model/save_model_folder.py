@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_dist.io.safetensors_file import read_header
+from qlora_dist.io.safetensors_file import read_safetensors_header
 
 _T = TypeVar("_T")
 
-_COPIED = (  # what a model needs beside its weights; nothing that holds weights or code
+_COPIED_PATTERNS = (  # what a model needs beside its weights; nothing that holds weights or code
     "*.json",
     "*.jinja",
     "*.model",
@@ -22,7 +22,7 @@ _COPIED = (  # what a model needs beside its weights; nothing that holds weights
 )
 
 
-def in_files(sizes: Mapping[_T, int], file_bytes: int) -> list[list[_T]]:
+def split_into_files(sizes: Mapping[_T, int], file_bytes: int) -> list[list[_T]]:
     """Cut a list, with bytes for each of it, into files of at most `file_bytes`; what is larger has its own."""
     files: list[list[_T]] = []
     size = 0
@@ -35,7 +35,7 @@ def in_files(sizes: Mapping[_T, int], file_bytes: int) -> list[list[_T]]:
     return files
 
 
-def finish_folder(
+def finish_model_folder(
     partial: Path, out: Path, source: Path, config: Mapping[str, Any], replaced: Sequence[str] = ()
 ) -> None:
     """Add tokenizer, index and config.json to the weights in `partial`, which then gets the name `out`.
@@ -47,7 +47,7 @@ def finish_folder(
         config: config.json.
         replaced: patterns of files that are not taken from `source`, because `partial` holds their like.
     """
-    for pattern in _COPIED:
+    for pattern in _COPIED_PATTERNS:
         for path in source.glob(pattern):
             unwanted = path.name.endswith(".index.json") or any(path.match(name) for name in replaced)
             if not unwanted and not (partial / path.name).exists():
@@ -55,7 +55,7 @@ def finish_folder(
     weight_map: dict[str, str] = {}
     total = 0
     for path in sorted(partial.glob("model-*.safetensors")):
-        for name, entry in read_header(path).items():
+        for name, entry in read_safetensors_header(path).items():
             weight_map[name] = path.name
             total += entry.nbytes
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -13,23 +13,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from qlora_dist.io.read_ahead import Read, ReadAhead, Reading, pieces
-from qlora_dist.io.safetensors_file import Entry, Reader
+from qlora_dist.io.read_ahead import ReadAhead, ReadProgress, ReadRequest, read_chunks
+from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.quantizable import Matrix
+from qlora_dist.model.quantizable import SourceMatrix
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import dequantize, quantize_pieces
+from qlora_dist.nf4.quantize import dequantize_weight, quantize_chunks
 
 _EXCHANGED_BYTES = 2**20  # at a time, of all replicas together: gloo keeps up to twenty times as much for itself
 _ALIGNMENT = 8  # bytes, of parts: a multiple of every element
 
 
-Put = Callable[[int, torch.Tensor], None]
+WriteShard = Callable[[int, torch.Tensor], None]
 """Keeps values: [n], of any type and device, as the elements of a shard from a first one on."""
 
 
 @dataclass(frozen=True)
-class ShardInFolder:
+class LocalShard:
     """What a rank holds of a tensor, and which of the tensor's bytes it is."""
 
     local: torch.Tensor
@@ -38,11 +38,11 @@ class ShardInFolder:
     """Names of the tensors in the folder. Several lie one behind the other in the parameter, and have one type."""
     start: int
     """First byte, counted from the first of them on; of a 4-bit weight, in its byte vector."""
-    put: Put
+    put: WriteShard
     """Keeps its elements."""
 
 
-class Stream:
+class ShardReader:
     """The reads of a rank, known as a whole before the first one begins.
 
     Shards that have copies on other ranks are read by all these together, a part each, and exchanged: the ranks of
@@ -61,15 +61,15 @@ class Stream:
     def __init__(
         self,
         folder: ModelFolder,
-        shards: Iterable[ShardInFolder],
-        to_quantize: Sequence[Matrix],
+        shards: Iterable[LocalShard],
+        to_quantize: Sequence[SourceMatrix],
         replicas: DeviceMesh | None,
         device: torch.device,
-        progress: Callable[[Reading], None] | None = None,
+        progress: Callable[[ReadProgress], None] | None = None,
     ) -> None:
-        self.shards = sorted((s for s in shards if s.local.numel()), key=lambda shard: _place(folder, shard))
+        self.shards = sorted((s for s in shards if s.local.numel()), key=lambda shard: _file_position(folder, shard))
         self._folder, self._replicas, self._device = folder, replicas, device
-        self._reader = Reader()
+        self._reader = SafetensorsReader()
         reads = [read for shard in self.shards for read in self._shard_reads(shard)]
         reads += [read for m in to_quantize for read in tensor_reads(self._reader, folder.entries[m.key], m.index)]
         self._ahead = ReadAhead(reads, progress)
@@ -91,28 +91,28 @@ class Stream:
 
     def quantize_next(self, layout: NF4Layout, transposed: bool) -> torch.Tensor:
         """packed: uint8[layout.total_bytes] on the device, of the next weight of `to_quantize`."""
-        return quantize_next(self._ahead, layout, transposed, self._device)
+        return quantize_from_reads(self._ahead, layout, transposed, self._device)
 
     def read_dequantized(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         """A whole 4-bit weight as `dtype` on the device, read now."""
         weight = self._folder.quantized[key]
         packed = torch.empty(weight.layout.total_bytes, dtype=torch.uint8)
         weight.read_range(self._reader, packed, 0)
-        return dequantize(packed.to(self._device), weight.layout, dtype)
+        return dequantize_weight(packed.to(self._device), weight.layout, dtype)
 
-    def _parts(self, shard: ShardInFolder) -> Iterator[tuple[int, int, int]]:
+    def _parts(self, shard: LocalShard) -> Iterator[tuple[int, int, int]]:
         """The pieces that are read of a shard: the first byte within it, and how many; and how many by this rank.
 
         Each of the replicas reads one contiguous part, all of them equally many pieces; the last parts may be shorter.
         """
         total, part_bytes = self._nbytes(shard), self._part_bytes(shard)
         own = self._replicas.get_local_rank() * part_bytes if self._replicas is not None else 0
-        for start, nbytes in pieces(part_bytes):
+        for start, nbytes in read_chunks(part_bytes):
             yield own + start, nbytes, max(0, min(nbytes, total - own - start))
 
-    def _shard_reads(self, shard: ShardInFolder) -> Iterator[Read]:
+    def _shard_reads(self, shard: LocalShard) -> Iterator[ReadRequest]:
         for start, _, count in self._parts(shard):
-            yield Read(count, self._read_into(shard.keys, shard.start + start))
+            yield ReadRequest(count, self._read_into(shard.keys, shard.start + start))
 
     def _read_into(self, keys: tuple[str, ...], start: int) -> Callable[[torch.Tensor], None]:
         sizes = [_nbytes(self._folder, key) for key in keys]
@@ -132,37 +132,37 @@ class Stream:
 
         return read
 
-    def _exchange(self, shard: ShardInFolder, start: int, nbytes: int, data: torch.Tensor) -> None:
+    def _exchange(self, shard: LocalShard, start: int, nbytes: int, data: torch.Tensor) -> None:
         """Put in its place what each of the replicas has read: uint8[at most nbytes] from `start` on by this one."""
         assert self._replicas is not None
         count, total, part_bytes = self._replicas.size(), self._nbytes(shard), self._part_bytes(shard)
         within = start - self._replicas.get_local_rank() * part_bytes
-        for first, width in pieces(nbytes, max(_ALIGNMENT, _EXCHANGED_BYTES // count // _ALIGNMENT * _ALIGNMENT)):
+        for first, width in read_chunks(nbytes, max(_ALIGNMENT, _EXCHANGED_BYTES // count // _ALIGNMENT * _ALIGNMENT)):
             mine = data[first : first + width].to(self._device)
             mine = torch.nn.functional.pad(mine, (0, width - mine.numel()))
-            for replica, theirs in enumerate(gather_parts(mine, self._replicas).view(count, width)):
+            for replica, theirs in enumerate(all_gather_bytes(mine, self._replicas).view(count, width)):
                 position = replica * part_bytes + within + first
                 self._put(shard, position, theirs[: max(0, total - position)])
 
-    def _put(self, shard: ShardInFolder, start: int, data: torch.Tensor) -> None:
+    def _put(self, shard: LocalShard, start: int, data: torch.Tensor) -> None:
         """Copy uint8[n] to where its first byte is byte `start` of the shard as it lies in the file."""
         values = data.view(self._dtype(shard))
         shard.put(start // values.itemsize, values)
 
-    def _part_bytes(self, shard: ShardInFolder) -> int:
+    def _part_bytes(self, shard: LocalShard) -> int:
         nbytes = self._nbytes(shard)
         if self._replicas is None:
             return nbytes
         return -(-nbytes // self._replicas.size() // _ALIGNMENT) * _ALIGNMENT
 
-    def _dtype(self, shard: ShardInFolder) -> torch.dtype:
+    def _dtype(self, shard: LocalShard) -> torch.dtype:
         key = shard.keys[0]
         return torch.uint8 if key in self._folder.quantized else self._folder.entries[key].dtype
 
-    def _nbytes(self, shard: ShardInFolder) -> int:
+    def _nbytes(self, shard: LocalShard) -> int:
         return shard.local.numel() * self._dtype(shard).itemsize
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> ShardReader:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -170,40 +170,40 @@ class Stream:
         self._reader.close()
 
 
-def gather_parts(part: torch.Tensor, replicas: DeviceMesh) -> torch.Tensor:
+def all_gather_bytes(part: torch.Tensor, replicas: DeviceMesh) -> torch.Tensor:
     """uint8[n] of each of the replicas, one behind the other."""
     parts = torch.empty(part.numel() * replicas.size(), dtype=torch.uint8, device=part.device)
     dist.all_gather_single(parts, part, group=replicas.get_group())
     return parts
 
 
-def tensor_reads(reader: Reader, entry: Entry, index: int | None = None) -> Iterator[Read]:
+def tensor_reads(reader: SafetensorsReader, entry: TensorEntry, index: int | None = None) -> Iterator[ReadRequest]:
     """The reads of a whole tensor, or of one of the matrices of a three-dimensional one."""
     size = entry.nbytes if index is None else entry.nbytes // entry.shape[0]
     first = (index or 0) * size
-    for start, nbytes in pieces(size):
-        yield Read(nbytes, partial(reader.read_into, entry=entry, start=first + start))
+    for start, nbytes in read_chunks(size):
+        yield ReadRequest(nbytes, partial(reader.read_into, entry=entry, start=first + start))
 
 
-def quantize_next(ahead: ReadAhead, layout: NF4Layout, transposed: bool, device: torch.device) -> torch.Tensor:
+def quantize_from_reads(ahead: ReadAhead, layout: NF4Layout, transposed: bool, device: torch.device) -> torch.Tensor:
     """packed: uint8[layout.total_bytes] on the device, of a weight whose `tensor_reads` are the next ones.
 
     One that lies transposed in the file is held whole.
     """
     dtype = getattr(torch, layout.dtype)
-    flat: Iterator[torch.Tensor] = (next(ahead).view(dtype) for _ in pieces(layout.numel * dtype.itemsize))
+    flat: Iterator[torch.Tensor] = (next(ahead).view(dtype) for _ in read_chunks(layout.numel * dtype.itemsize))
     if transposed:
         rows, columns = layout.shape
         weight = torch.cat([piece.clone() for piece in flat])
         flat = iter([weight.view(columns, rows).T.contiguous().view(-1)])
-    return quantize_pieces(flat, layout, device)
+    return quantize_chunks(flat, layout, device)
 
 
 def _nbytes(folder: ModelFolder, key: str) -> int:
     return folder.quantized[key].layout.total_bytes if key in folder.quantized else folder.entries[key].nbytes
 
 
-def _place(folder: ModelFolder, shard: ShardInFolder) -> tuple[Path, int]:
+def _file_position(folder: ModelFolder, shard: LocalShard) -> tuple[Path, int]:
     key = shard.keys[0]
     quantized = folder.quantized.get(key)
     entry = quantized.parts[0][1] if quantized is not None else folder.entries[key]

@@ -19,38 +19,38 @@ from typing import Literal, get_args
 
 from torch import nn
 
-Use = Literal["value", "clamp", "change"]
+WeightUse = Literal["value", "clamp", "change"]
 """Whether code computes with a weight, limits its values in place (however often makes no difference), or changes them
 in place otherwise."""
 
-_FACTS = {"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "size", "dim", "element_size"}
+_METADATA_ATTRIBUTES = {"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "size", "dim", "element_size"}
 """Attributes that say nothing of a weight's values."""
 _NO_FORWARD = {"__init__", "_init_weights", "extra_repr", "reset_parameters", "init_weights"}
 
 
 @dataclass(frozen=True)
-class _Read:
+class _WeightRead:
     """A use of a weight in a method of a class."""
 
     chain: tuple[str, ...]
     """The names in front of `weight`: ("self", "out_proj")."""
-    use: Use
+    use: WeightUse
     conditions: tuple[tuple[ast.expr, bool], ...]
     """Tests of the `if` statements around it, and what each must give for the use to be reached."""
 
 
-def find_weight_reads(model: nn.Module) -> dict[str, Use]:
+def find_weight_reads(model: nn.Module) -> dict[str, WeightUse]:
     """Return the modules whose `weight` the code of a model of transformers uses itself, by name.
 
     Args:
         model: transformers' own class.
     """
-    found: dict[str, Use] = {}
+    found: dict[str, WeightUse] = {}
     children = [path for path, _ in model.named_modules() if path]
     for path, module in model.named_modules():
         inside = path and f"{path}."
         for read in _reads_of_class(type(module)):  # type: ignore[arg-type]  # mypy takes no class for hashable
-            if any(_value(test, module) is (not wanted) for test, wanted in read.conditions):
+            if any(_evaluate_condition(test, module) is (not wanted) for test, wanted in read.conditions):
                 continue  # the module's own settings never lead there
             if read.chain[0] == "self":
                 names = [inside + ".".join(read.chain[1:])]
@@ -58,13 +58,13 @@ def find_weight_reads(model: nn.Module) -> dict[str, Use]:
                 end = "." + ".".join(read.chain[1:])
                 names = [child for child in children if child.startswith(inside) and f".{child}".endswith(end)]
             for name in names:
-                found[name] = max(read.use, found.get(name, "value"), key=get_args(Use).index)
+                found[name] = max(read.use, found.get(name, "value"), key=get_args(WeightUse).index)
     return found
 
 
 @cache
-def _reads_of_class(kind: type) -> tuple[_Read, ...]:
-    reads: list[_Read] = []
+def _reads_of_class(kind: type) -> tuple[_WeightRead, ...]:
+    reads: list[_WeightRead] = []
     for base in kind.__mro__:
         definition = _classes(base.__module__).get(base.__name__)
         for method in definition.body if definition is not None else ():
@@ -84,28 +84,28 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
     return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 
-def _reads_of_method(method: ast.FunctionDef) -> Iterator[_Read]:
+def _reads_of_method(method: ast.FunctionDef) -> Iterator[_WeightRead]:
     parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node.attr == "weight":
-            chain, use = _names(node.value), _use(node, parents)
+            chain, use = _attribute_chain(node.value), _use(node, parents)
             if len(chain) > 1 and use is not None:
-                yield _Read(chain, use, tuple(_conditions(node, parents)))
+                yield _WeightRead(chain, use, tuple(_conditions(node, parents)))
 
 
-def _names(node: ast.expr) -> tuple[str, ...]:
+def _attribute_chain(node: ast.expr) -> tuple[str, ...]:
     """Return ("self", "a", "b") of `self.a.b`, and nothing of an expression that is no chain of names."""
     if isinstance(node, ast.Name):
         return (node.id,)
-    if isinstance(node, ast.Attribute) and (names := _names(node.value)):
+    if isinstance(node, ast.Attribute) and (names := _attribute_chain(node.value)):
         return (*names, node.attr)
     return ()
 
 
-def _use(weight: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> Use | None:
+def _use(weight: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> WeightUse | None:
     node: ast.AST = weight
     while isinstance(parent := parents.get(node), ast.Attribute):
-        if parent.attr in _FACTS:
+        if parent.attr in _METADATA_ATTRIBUTES:
             return None
         if parent.attr.endswith("_") and not parent.attr.startswith("_"):
             return "clamp" if parent.attr == "clamp_" else "change"
@@ -121,10 +121,10 @@ def _conditions(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[tupl
         node = parent
 
 
-def _value(test: ast.expr, module: nn.Module) -> bool | None:
+def _evaluate_condition(test: ast.expr, module: nn.Module) -> bool | None:
     """Return what a condition of a module's own settings gives; None: it depends on more than these."""
     if isinstance(test, ast.BoolOp):
-        values = [_value(part, module) for part in test.values]
+        values = [_evaluate_condition(part, module) for part in test.values]
         decisive = isinstance(test.op, ast.Or)
         return decisive if decisive in values else None if None in values else not decisive
     names = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}

@@ -28,7 +28,7 @@ _ONE_EXPERT = re.compile(r"(?P<tensor>.+)\.(?P<expert>\d+)\.weight")
 
 
 @dataclass(frozen=True)
-class Origin:
+class WeightSource:
     """The tensors of a folder that one of the model's is made of."""
 
     keys: tuple[str, ...]
@@ -42,13 +42,13 @@ def expert_key(key: str, expert: int) -> str:
     return f"{key}.{expert}.weight"
 
 
-def tensor_of(key: str, expert: int) -> str:
+def stacked_tensor_name(key: str, expert: int) -> str:
     """The tensor that held all experts, if `key` is what `expert_key` calls a matrix of it; else `key`."""
     match = _ONE_EXPERT.fullmatch(key)
     return match["tensor"] if match and key == expert_key(match["tensor"], expert) else key
 
 
-def find_origins(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Origin]:
+def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[str, WeightSource]:
     """For each tensor of the model that the folder holds, where it comes from.
 
     Args:
@@ -64,7 +64,7 @@ def find_origins(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Orig
     converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
     targets = model.state_dict()
     prefix = model.base_model_prefix
-    origins: dict[str, Origin] = {}
+    origins: dict[str, WeightSource] = {}
     stacked: dict[str, dict[str, list[str]]] = {}
     for key in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, prefix, targets)
@@ -76,32 +76,36 @@ def find_origins(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Orig
         if target not in targets:
             continue  # nothing of the model's: another head, a mask that older versions saved
         if pattern is None:
-            origins[target] = Origin((key,))
+            origins[target] = WeightSource((key,))
         else:
             stacked.setdefault(target, {}).setdefault(pattern, []).append(key)
     for target, by_pattern in stacked.items():
-        origins[target] = _stacked(target, by_pattern, converter_of)
+        origins[target] = _stacked_source(target, by_pattern, converter_of)
     return origins
 
 
-def rearranged(target: str, how: str) -> UserError:
+def unsupported_conversion_error(target: str, how: str) -> UserError:
     """What to say of a tensor that transformers makes of others in a way that is not known here."""
     return UserError(
         f"{target}: transformers rearranges it on loading ({how}), which is not supported here; give another model"
     )
 
 
-def _stacked(target: str, by_pattern: Mapping[str, list[str]], converter_of: Mapping[str, WeightConverter]) -> Origin:
+def _stacked_source(
+    target: str, by_pattern: Mapping[str, list[str]], converter_of: Mapping[str, WeightConverter]
+) -> WeightSource:
     columns = [by_pattern[""]] if "" in by_pattern else None
     if columns is None:
         converter = converter_of[next(iter(by_pattern))]
         kinds = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
         expected = [(MergeModulelist, 0), (Concatenate, 1)]
         if len(converter.operations) != len(kinds) or kinds not in (expected, expected[:1], [(Concatenate, 0)]):
-            raise rearranged(target, ", ".join(type(operation).__name__ for operation in converter.operations))
+            raise unsupported_conversion_error(
+                target, ", ".join(type(operation).__name__ for operation in converter.operations)
+            )
         columns = [by_pattern.get(pattern, []) for pattern in converter.source_patterns]
         if kinds == [(Concatenate, 0)] and [len(column) for column in columns] == [1] * len(columns):
-            return Origin(tuple(key for (key,) in columns))
+            return WeightSource(tuple(key for (key,) in columns))
     if len({len(column) for column in columns}) != 1:
         raise UserError(f"{target}: some of its experts' matrices are missing; get the folder anew")
-    return Origin(tuple(key for expert in zip(*columns, strict=True) for key in expert), len(columns[0]))
+    return WeightSource(tuple(key for expert in zip(*columns, strict=True) for key in expert), len(columns[0]))

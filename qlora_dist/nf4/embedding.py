@@ -7,10 +7,10 @@ from torch import nn
 
 from qlora_dist.errors import UserError
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import dequantize, dequantize_rows
+from qlora_dist.nf4.quantize import dequantize_rows, dequantize_weight
 
 
-class NF4Vocabulary(nn.Module):
+class NF4VocabMixin(nn.Module):
     """Mixed into an embedding's or a linear layer's class: `packed` stands where `weight` stood, frozen."""
 
     layout: NF4Layout
@@ -21,7 +21,7 @@ class NF4Vocabulary(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """weight: dtype[vocabulary, h]. Under an engine, only where `packed` is gathered."""
-        return dequantize(self.packed, self.layout, dtype)
+        return dequantize_weight(self.packed, self.layout, dtype)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -34,18 +34,18 @@ class NF4Vocabulary(nn.Module):
         return nothing
 
 
-class NF4Embedding(NF4Vocabulary, nn.Embedding):  # type: ignore[override]  # torch's `weight` can be assigned
+class NF4Embedding(NF4VocabMixin, nn.Embedding):  # type: ignore[override]  # torch's `weight` can be assigned
     """An embedding of which only the rows that are looked up are dequantized, where blocks end with the rows."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: int64[...] -> dtype[..., h], equal to the rows of `dequantize`."""
+        """ids: int64[...] -> dtype[..., h], equal to the rows of `dequantize_weight`."""
         vocabulary, h = self.layout.shape
         if h % self.layout.block_size or not 0 < ids.numel() < vocabulary:
             return nn.functional.embedding(ids, self.dequantize(self.dtype))
         return dequantize_rows(self.packed, self.layout, ids.flatten(), self.dtype).view(*ids.shape, h)
 
 
-class NF4Head(NF4Vocabulary, nn.Linear):  # type: ignore[override]  # torch's `weight` can be assigned
+class NF4Head(NF4VocabMixin, nn.Linear):  # type: ignore[override]  # torch's `weight` can be assigned
     """An output head. It is no NF4Linear: adapters are for the layers, and a head is gathered in forward alone."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ class NF4Head(NF4Vocabulary, nn.Linear):  # type: ignore[override]  # torch's `w
         return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)
 
 
-def use_nf4_vocabulary(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: torch.dtype) -> None:
+def use_nf4_vocab(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: torch.dtype) -> None:
     """Have an embedding or an output head keep its weight in 4 bit, whatever else its class does (Gemma's scales).
 
     It stays the module it is, so whatever refers to it still does. `packed` has no values yet.
@@ -66,19 +66,19 @@ def use_nf4_vocabulary(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtyp
     Raises:
         UserError: its class computes with the weight itself.
     """
-    check_class(module)
+    check_vocab_class(module)
     base, ours = (nn.Embedding, NF4Embedding) if isinstance(module, nn.Embedding) else (nn.Linear, NF4Head)
     packed = torch.empty(layout.total_bytes, dtype=torch.uint8, device=module.weight.device)
     del module.weight
     # behind the module's own class: what that calls `super().forward` is ours
     theirs = type(module)
     module.__class__ = ours if theirs is base else type(f"NF4{theirs.__name__}", (theirs, ours), {})
-    assert isinstance(module, NF4Vocabulary)
+    assert isinstance(module, NF4VocabMixin)
     module.layout, module.dtype = layout, dtype
     module.packed = nn.Parameter(packed, requires_grad=False)
 
 
-def check_class(module: nn.Module) -> None:
+def check_vocab_class(module: nn.Module) -> None:
     """See whether an embedding or output head can be in 4 bit.
 
     Raises:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import dequantize
+from qlora_dist.nf4.quantize import dequantize_weight
 
-ExpertFunction = Callable[[torch.Tensor, int], torch.Tensor]
+ExpertForward = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class NF4Experts(nn.Module):
@@ -42,10 +42,10 @@ class NF4Experts(nn.Module):
         """weight: dtype[out_features, in_features] of one expert. Under an engine, only where `packed` is gathered."""
         size = self.layout.total_bytes
         vectors = self.packed.narrow(0, expert * self.matrices * size, self.matrices * size).split(size)
-        parts = [dequantize(vector, self.layout, dtype) for vector in vectors]
+        parts = [dequantize_weight(vector, self.layout, dtype) for vector in vectors]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def bind(self) -> ExpertFunction:
+    def bind(self) -> ExpertForward:
         """The function of one forward pass: x: [tokens, in_features], expert -> [tokens, out_features] in x's type."""
         return lambda x, expert: _Matmul.apply(x, self, expert)
 

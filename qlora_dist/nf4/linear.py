@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import dequantize
+from qlora_dist.nf4.quantize import dequantize_weight
 
 
 class NF4Linear(nn.Module):
@@ -50,7 +50,7 @@ class NF4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """weight: dtype[out_features, in_features]. Under an engine, only where `packed` is gathered."""
-        return dequantize(self.packed, self.layout, dtype)
+        return dequantize_weight(self.packed, self.layout, dtype)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_dist.errors import UserError
-from qlora_dist.io.safetensors_file import Entry, Reader
+from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
 from qlora_dist.nf4.code_tables import code_table, nested_code_table
 from qlora_dist.nf4.nf4_layout import NESTED_BLOCK_SIZE, NF4Layout
 from qlora_dist.nf4.quantize import TORCH_DTYPES
@@ -29,16 +29,16 @@ _LONGEST_FLOAT = 25  # characters of a double's repr; the JSON is padded to a le
 
 
 @dataclass(frozen=True)
-class QuantizedEntry:
+class QuantizedWeightEntry:
     """A 4-bit weight in a folder."""
 
     layout: NF4Layout
-    parts: tuple[tuple[slice, Entry], ...]
+    parts: tuple[tuple[slice, TensorEntry], ...]
     """Bytes of the vector, and the tensor of the file that holds them."""
     offset: float | None
     """The one part that is not a tensor in the file but a number in the JSON."""
 
-    def read_range(self, reader: Reader, out: torch.Tensor, start: int) -> None:
+    def read_range(self, reader: SafetensorsReader, out: torch.Tensor, start: int) -> None:
         """Fill `out: uint8[n]` (CPU) with bytes start .. start+n of the vector, reading no others."""
         position, stop = start, start + out.numel()
         for span, entry in self.parts:
@@ -56,7 +56,9 @@ class QuantizedEntry:
                 out[lo - start : hi - start] = value[lo - span.start : hi - span.start]
 
 
-def find_quantized(entries: Mapping[str, Entry], reader: Reader) -> dict[str, QuantizedEntry]:
+def find_quantized_weights(
+    entries: Mapping[str, TensorEntry], reader: SafetensorsReader
+) -> dict[str, QuantizedWeightEntry]:
     """The 4-bit weights among a folder's tensors, by name (`....weight`).
 
     Raises:
@@ -65,13 +67,13 @@ def find_quantized(entries: Mapping[str, Entry], reader: Reader) -> dict[str, Qu
     return {key.partition(_STATE)[0]: _quantized_entry(key, entries, reader) for key in entries if _STATE in key}
 
 
-def is_part_of_quantized(name: str, quantized: Mapping[str, QuantizedEntry]) -> bool:
+def is_part_of_quantized(name: str, quantized: Mapping[str, QuantizedWeightEntry]) -> bool:
     """Whether a tensor is one of those beside a 4-bit weight, or the weight itself."""
     parts = name.split(".")
     return any(".".join(parts[:n]) in quantized for n in range(1, len(parts) + 1))
 
 
-def _quantized_entry(key: str, entries: Mapping[str, Entry], reader: Reader) -> QuantizedEntry:
+def _quantized_entry(key: str, entries: Mapping[str, TensorEntry], reader: SafetensorsReader) -> QuantizedWeightEntry:
     name, _, quant_type = key.partition(_STATE)
     try:
         state = json.loads(bytes(reader.read(entries[key]).numpy()))
@@ -101,11 +103,11 @@ def _quantized_entry(key: str, entries: Mapping[str, Entry], reader: Reader) -> 
         raise UserError(
             f"{entries[key].path}: the 4-bit weight {name} cannot be used ({error}); quantize the model again"
         ) from None
-    return QuantizedEntry(layout, tuple(parts), offset)
+    return QuantizedWeightEntry(layout, tuple(parts), offset)
 
 
-def tensor_specs(name: str, layout: NF4Layout) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Name, type and shape of the tensors that `tensors` gives, known before the values are."""
+def quant_state_specs(name: str, layout: NF4Layout) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, type and shape of the tensors that `quant_state_tensors` gives, known before the values are."""
     yield name, torch.uint8, (layout.codes.stop, 1)
     if layout.double_quant:
         yield f"{name}.absmax", torch.uint8, (layout.blocks,)
@@ -118,7 +120,7 @@ def tensor_specs(name: str, layout: NF4Layout) -> Iterator[tuple[str, torch.dtyp
     yield f"{name}{_STATE}{layout.quant_type}", torch.uint8, (len(_state_json(layout, 0.0)),)
 
 
-def tensors(name: str, packed: torch.Tensor, layout: NF4Layout) -> dict[str, torch.Tensor]:
+def quant_state_tensors(name: str, packed: torch.Tensor, layout: NF4Layout) -> dict[str, torch.Tensor]:
     """A packed weight as bitsandbytes' tensors, by name."""
     packed = packed.cpu()
     offset = packed[layout.offset].view(torch.float32).item() if layout.double_quant else 0.0
@@ -128,7 +130,7 @@ def tensors(name: str, packed: torch.Tensor, layout: NF4Layout) -> dict[str, tor
     values.append(torch.frombuffer(bytearray(_state_json(layout, offset)), dtype=torch.uint8))
     return {
         key: value.contiguous().view(dtype).view(shape)
-        for (key, dtype, shape), value in zip(tensor_specs(name, layout), values, strict=True)
+        for (key, dtype, shape), value in zip(quant_state_specs(name, layout), values, strict=True)
     }
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 
 from qlora_dist.compat.bitsandbytes import functional as bnb
-from qlora_dist.cpu.cpu_quantize import encode
+from qlora_dist.cpu.cpu_quantize import quantize_4bit_cpu
 from qlora_dist.nf4.code_tables import nested_code_table
 from qlora_dist.nf4.nf4_layout import NESTED_BLOCK_SIZE, NF4Layout, QuantType
-from qlora_dist.runtime.threads import for_each
+from qlora_dist.runtime.threads import parallel_for_each
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -18,7 +18,7 @@ _LARGEST_KERNEL_BLOCK = 1024  # weights
 _CHUNK = 2**19  # weights that one core quantizes at a time, a multiple of every block size
 
 
-def quantize(
+def quantize_weight(
     weight: torch.Tensor, quant_type: QuantType = "nf4", block_size: int = 64, double_quant: bool = True
 ) -> tuple[torch.Tensor, NF4Layout]:
     """Quantize a weight.
@@ -34,15 +34,15 @@ def quantize(
 
     Source: `bitsandbytes.functional.quantize_4bit(compress_statistics=double_quant)`, whose bytes these are. On the
     CPU it takes 14 bytes per weight for a moment (12 GB for one matrix of Llama-3.1-405B) and most of its time in a
-    binary search: there the codes are ours (`encode`), a chunk at a time, on `torch.get_num_threads()` cores.
+    binary search: there the codes are ours (`quantize_4bit_cpu`), a chunk at a time, on `torch.get_num_threads()` cores.
     """
     layout = NF4Layout(
         tuple(weight.shape), quant_type, block_size, double_quant, str(weight.dtype).removeprefix("torch.")
     )
-    return quantize_pieces([weight.detach().contiguous().view(-1)], layout, weight.device), layout
+    return quantize_chunks([weight.detach().contiguous().view(-1)], layout, weight.device), layout
 
 
-def quantize_pieces(pieces: Iterable[torch.Tensor], layout: NF4Layout, device: torch.device) -> torch.Tensor:
+def quantize_chunks(pieces: Iterable[torch.Tensor], layout: NF4Layout, device: torch.device) -> torch.Tensor:
     """Quantize a weight that is never there as a whole.
 
     Args:
@@ -58,7 +58,7 @@ def quantize_pieces(pieces: Iterable[torch.Tensor], layout: NF4Layout, device: t
     absmax = torch.empty(layout.blocks, dtype=torch.float32, device=device)
     done = 0
     for piece in pieces:
-        _quantize_piece(piece.to(device), layout, packed[done // 2 :], absmax[done // layout.block_size :])
+        _quantize_chunk(piece.to(device), layout, packed[done // 2 :], absmax[done // layout.block_size :])
         done += piece.numel()
     assert done == layout.numel, f"{done} weights for {layout.shape}"
     if layout.double_quant:
@@ -72,7 +72,7 @@ def quantize_pieces(pieces: Iterable[torch.Tensor], layout: NF4Layout, device: t
     return packed
 
 
-def _quantize_piece(flat: torch.Tensor, layout: NF4Layout, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+def _quantize_chunk(flat: torch.Tensor, layout: NF4Layout, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     """Fill the first codes and the first absmax values."""
     block_size = layout.block_size
 
@@ -82,7 +82,7 @@ def _quantize_piece(flat: torch.Tensor, layout: NF4Layout, codes: torch.Tensor, 
         absmax[start // block_size :][: chunk_absmax.numel()] = chunk_absmax
 
     chunk = _CHUNK if flat.device.type == "cpu" else flat.numel()
-    for_each(quantize_from, range(0, flat.numel(), chunk))
+    parallel_for_each(quantize_from, range(0, flat.numel(), chunk))
 
 
 def _codes(weights: torch.Tensor, block_size: int, quant_type: QuantType) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +91,7 @@ def _codes(weights: torch.Tensor, block_size: int, quant_type: QuantType) -> tup
     """
     whole = weights.numel() - weights.numel() % block_size if weights.device.type == "cpu" else 0
     if whole:
-        codes, absmax = encode(weights[:whole], block_size, quant_type)
+        codes, absmax = quantize_4bit_cpu(weights[:whole], block_size, quant_type)
         if not absmax.isfinite().all():
             whole = 0
     if whole == weights.numel():
@@ -102,7 +102,7 @@ def _codes(weights: torch.Tensor, block_size: int, quant_type: QuantType) -> tup
     return torch.cat([codes, rest.flatten()]), torch.cat([absmax, state.absmax])
 
 
-def dequantize(packed: torch.Tensor, layout: NF4Layout, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_weight(packed: torch.Tensor, layout: NF4Layout, dtype: torch.dtype) -> torch.Tensor:
     """The weight that the bytes stand for.
 
     Args:
@@ -120,7 +120,7 @@ def dequantize(packed: torch.Tensor, layout: NF4Layout, dtype: torch.dtype) -> t
     shape: the last byte's second code is dequantized too and dropped, and a large block is given as blocks of 1024
     with the same absmax.
     """
-    weight = _dequantize_flat(packed[layout.codes], absmax_of(packed, layout), layout)
+    weight = _dequantize_flat(packed[layout.codes], dequantize_absmax(packed, layout), layout)
     return weight[: layout.numel].view(layout.shape).to(dtype)
 
 
@@ -134,7 +134,7 @@ def dequantize_rows(packed: torch.Tensor, layout: NF4Layout, rows: torch.Tensor,
         dtype: of the result.
 
     Returns:
-        dtype[n, columns], the values that `dequantize` gives.
+        dtype[n, columns], the values that `dequantize_weight` gives.
     """
     count, columns = layout.shape
     blocks = columns // layout.block_size
@@ -164,7 +164,7 @@ def _dequantize_flat(codes: torch.Tensor, absmax: torch.Tensor, layout: NF4Layou
     return weight.flatten()
 
 
-def absmax_of(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
+def dequantize_absmax(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
     """fp32[layout.blocks], in full precision."""
     if not layout.double_quant:
         return packed[layout.absmax].view(torch.float32)

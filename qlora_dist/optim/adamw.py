@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from qlora_dist.config.schema import OptimConfig
-from qlora_dist.optim.adamw_kernels import update_8bit, update_32bit, update_paged
-from qlora_dist.optim.optimizer_state import MOMENTS, Moments
-from qlora_dist.optim.state_pages import Piece
+from qlora_dist.optim.adamw_kernels import bnb_adamw_8bit, bnb_adamw_32bit, fused_adamw
+from qlora_dist.optim.optimizer_state import STATE_NAMES, PagedOptimizerState
+from qlora_dist.optim.state_pages import PageSlice
 
 
 class PagedAdamW:
@@ -31,7 +31,7 @@ class PagedAdamW:
     def __init__(
         self,
         shards: Sequence[nn.Parameter],
-        moments: Moments,
+        moments: PagedOptimizerState,
         config: OptimConfig,
         lr_factors: Sequence[float] | None = None,
         left_bytes: Callable[[int], int] | None = None,
@@ -42,7 +42,7 @@ class PagedAdamW:
         """Updates so far, which correct the moments' bias."""
         self._factors = list(lr_factors) if lr_factors is not None else [1.0] * len(self.shards)
         self._left_bytes = left_bytes
-        self._kept: dict[tuple[int, int], list[_Part]] = {}  # by page, and where it lies
+        self._kept: dict[tuple[int, int], list[_UpdateGroup]] = {}  # by page, and where it lies
 
     @torch.no_grad()
     def step(self) -> None:
@@ -59,7 +59,7 @@ class PagedAdamW:
                 self._update(part)
             self.moments.done(number)
 
-    def _parts(self, number: int, memory: torch.Tensor) -> list[_Part]:
+    def _parts(self, number: int, memory: torch.Tensor) -> list[_UpdateGroup]:
         """What is updated with a page, by learning rate. Kept: making slices takes as long as small updates."""
         key = number, memory.untyped_storage()._cdata
         if key not in self._kept:
@@ -71,7 +71,7 @@ class PagedAdamW:
             ]
         return self._kept[key]
 
-    def _part(self, number: int, memory: torch.Tensor, pieces: Sequence[Piece], factor: float) -> _Part:
+    def _part(self, number: int, memory: torch.Tensor, pieces: Sequence[PageSlice], factor: float) -> _UpdateGroup:
         shards = [self.shards[piece.shard] for piece in pieces]
         whole = [piece.length == shard.numel() for piece, shard in zip(pieces, shards, strict=True)]
         parameters = [
@@ -82,10 +82,10 @@ class PagedAdamW:
             self.moments.views(memory, number, piece, parameter.shape)
             for piece, parameter in zip(pieces, parameters, strict=True)
         ]
-        codes = [view[name] for name in MOMENTS for view in views]
-        return _Part(factor, pieces, whole, parameters, views, codes[: len(views)], codes[len(views) :])
+        codes = [view[name] for name in STATE_NAMES for view in views]
+        return _UpdateGroup(factor, pieces, whole, parameters, views, codes[: len(views)], codes[len(views) :])
 
-    def _update(self, part: _Part) -> None:
+    def _update(self, part: _UpdateGroup) -> None:
         lr = self.lr * part.lr_factor
         gradients = []
         for piece, is_whole in zip(part.pieces, part.is_whole, strict=True):
@@ -93,22 +93,22 @@ class PagedAdamW:
             assert gradient is not None, "every shard that is not empty has a gradient"
             gradients.append(gradient if is_whole else _slice(gradient, piece))
         if self.moments.bits == 32 and not self.moments.is_managed:
-            update_32bit(part.parameters, gradients, part.first, part.second, self.config, lr, self.steps)
+            fused_adamw(part.parameters, gradients, part.first, part.second, self.config, lr, self.steps)
             return
         for parameter, gradient, view in zip(part.parameters, gradients, part.views, strict=True):
             if self.moments.bits == 32:
-                update_paged(parameter, gradient, view["exp_avg"], view["exp_avg_sq"], self.config, lr, self.steps)
+                bnb_adamw_32bit(parameter, gradient, view["exp_avg"], view["exp_avg_sq"], self.config, lr, self.steps)
             else:
-                codes = [(view[name], view[f"{name}.absmax"]) for name in MOMENTS]
-                update_8bit(parameter, gradient, codes[0], codes[1], self.config, lr, self.steps)
+                codes = [(view[name], view[f"{name}.absmax"]) for name in STATE_NAMES]
+                bnb_adamw_8bit(parameter, gradient, codes[0], codes[1], self.config, lr, self.steps)
 
 
 @dataclass(frozen=True)
-class _Part:
+class _UpdateGroup:
     """The pieces of a page that have one learning rate, and what lies where."""
 
     lr_factor: float
-    pieces: Sequence[Piece]
+    pieces: Sequence[PageSlice]
     is_whole: Sequence[bool]
     """Of each piece: whether it is a shard, in its shape, or a flat part of one."""
     parameters: list[torch.Tensor]
@@ -118,5 +118,5 @@ class _Part:
     second: list[torch.Tensor]
 
 
-def _slice(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+def _slice(tensor: torch.Tensor, piece: PageSlice) -> torch.Tensor:
     return tensor.view(-1)[piece.start : piece.start + piece.length]

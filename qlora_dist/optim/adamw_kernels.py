@@ -8,17 +8,17 @@ import torch
 
 from qlora_dist.compat.bitsandbytes import functional as bnb
 from qlora_dist.config.schema import OptimConfig
-from qlora_dist.optim.state_pages import BLOCK
+from qlora_dist.optim.state_pages import STATE_BLOCK_SIZE
 
 
 @cache
-def code_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def state_code_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the first moment, which has a sign, and the second: fp32[256] each (Dettmers et al. 2022, section 1.3)."""
     signed, unsigned = (bnb.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
     return signed, unsigned
 
 
-def update_32bit(
+def fused_adamw(
     parameters: list[torch.Tensor],
     gradients: list[torch.Tensor],
     first: list[torch.Tensor],
@@ -58,7 +58,7 @@ def update_32bit(
     )
 
 
-def update_paged(
+def bnb_adamw_32bit(
     parameter: torch.Tensor,
     gradient: torch.Tensor,
     first: torch.Tensor,
@@ -83,7 +83,7 @@ def update_paged(
     )
 
 
-def update_8bit(
+def bnb_adamw_8bit(
     parameter: torch.Tensor,
     gradient: torch.Tensor,
     first: tuple[torch.Tensor, torch.Tensor],
@@ -96,7 +96,7 @@ def update_8bit(
 
     Parameter and gradient are fp32[n], a moment codes uint8[n] and absmax fp32[ceil(n / BLOCK)].
     """
-    signed, unsigned = code_tables(parameter.device)
+    signed, unsigned = state_code_tables(parameter.device)
     bnb.optimizer_update_8bit_blockwise(
         "adam",
         gradient,
@@ -118,15 +118,17 @@ def update_8bit(
     )
 
 
-def quantize_moment(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_state(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """values: fp32[n] -> codes uint8[n], absmax fp32[ceil(n / BLOCK)], as the update quantizes them."""
-    table = code_tables(values.device)[0 if signed else 1]
-    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, table, BLOCK)
+    table = state_code_tables(values.device)[0 if signed else 1]
+    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, table, STATE_BLOCK_SIZE)
     return codes, absmax
 
 
-def dequantize_moment(codes: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tensor:
+def dequantize_state(codes: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tensor:
     """The other way: fp32[n]."""
-    table = code_tables(codes.device)[0 if signed else 1]
-    values: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, table, BLOCK, torch.float32)
+    table = state_code_tables(codes.device)[0 if signed else 1]
+    values: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+        codes, absmax, table, STATE_BLOCK_SIZE, torch.float32
+    )
     return values

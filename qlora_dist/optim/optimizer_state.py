@@ -9,27 +9,27 @@ import torch
 
 from qlora_dist.config.schema import OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
-from qlora_dist.optim.state_pages import BLOCK, Page, Piece, page_layout
-from qlora_dist.paging.page_store import store_maker
+from qlora_dist.optim.state_pages import STATE_BLOCK_SIZE, PageSlice, StatePage, page_layout
+from qlora_dist.paging.page_store import page_store_factory
 from qlora_dist.paging.pager import Pager
 from qlora_dist.paging.unified_memory import UnifiedPager
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_NAMES = ("exp_avg", "exp_avg_sq")
 """First and second, of a shard's elements each: fp32[n]; in 8 bit uint8[n], and beside them NAME.absmax,
 fp32[ceil(n / BLOCK)]."""
 
 
-def moment_names(bits: int) -> tuple[str, ...]:
+def state_tensor_names(bits: int) -> tuple[str, ...]:
     """Of the tensors that make up a shard's moments."""
-    return MOMENTS if bits == 32 else (*MOMENTS, *(f"{name}.absmax" for name in MOMENTS))
+    return STATE_NAMES if bits == 32 else (*STATE_NAMES, *(f"{name}.absmax" for name in STATE_NAMES))
 
 
 _UNLIMITED = 2**62
-_WHAT = "optimizer states"
-_REMEDY = "set paging.dir to another folder, or raise optim.resident_bytes"
+_STORE_CONTENT = "optimizer states"
+_STORE_HINT = "set paging.dir to another folder, or raise optim.resident_bytes"
 
 
-class Moments:
+class PagedOptimizerState:
     """The moments, wherever they lie.
 
     Args:
@@ -85,7 +85,7 @@ class Moments:
         self.pager.done(number, changed=True)
 
     def read(self) -> list[dict[str, torch.Tensor]]:
-        """Copies on the CPU of each shard's moments, flat, by `moment_names`; nothing for an empty one."""
+        """Copies on the CPU of each shard's moments, flat, by `state_tensor_names`; nothing for an empty one."""
         parts: list[dict[str, list[torch.Tensor]]] = [{} for _ in range(self._shards)]
         for number, page in enumerate(self.pages):
             memory = self.pager.read(number)
@@ -104,21 +104,21 @@ class Moments:
                 while shard < piece.shard:
                     shard, moments = next(values)
                 for name, view in _views(memory, page, piece, self.bits).items():
-                    start = piece.start // (BLOCK if name.endswith(".absmax") else 1)
+                    start = piece.start // (STATE_BLOCK_SIZE if name.endswith(".absmax") else 1)
                     view.copy_(moments[name].view(-1)[start : start + view.numel()])
             self.pager.write(number, memory)
 
-    def views(self, memory: torch.Tensor, number: int, piece: Piece, shape: torch.Size) -> dict[str, torch.Tensor]:
+    def views(self, memory: torch.Tensor, number: int, piece: PageSlice, shape: torch.Size) -> dict[str, torch.Tensor]:
         """Return the moments of a piece in page `number`, as the update kernels take them.
 
         Args:
             memory: uint8[nbytes], where the page lies.
             number: of the page.
             piece: part of a shard.
-            shape: of the part of the parameter, which `MOMENTS` take on.
+            shape: of the part of the parameter, which `STATE_NAMES` take on.
         """
         views = _views(memory, self.pages[number], piece, self.bits)
-        views |= {name: views[name].view(shape) for name in MOMENTS}
+        views |= {name: views[name].view(shape) for name in STATE_NAMES}
         if self.is_managed:
             for view in views.values():
                 # bitsandbytes' mark is an attribute, which every further view would lose; without it the kernels
@@ -131,15 +131,15 @@ class Moments:
         self.pager.close()
 
 
-def _views(memory: torch.Tensor, page: Page, piece: Piece, bits: int) -> dict[str, torch.Tensor]:
+def _views(memory: torch.Tensor, page: StatePage, piece: PageSlice, bits: int) -> dict[str, torch.Tensor]:
     """A page holds all first moments, then all second; in 8 bit both codes, then both absmax."""
     n, begin, end = page.elements, piece.at, piece.at + piece.length
     if bits == 32:
-        return {name: memory.view(torch.float32)[k * n + begin : k * n + end] for k, name in enumerate(MOMENTS)}
-    blocks = slice(begin // BLOCK, -(-end // BLOCK))
-    absmax = memory[2 * n :].view(torch.float32).view(2, n // BLOCK)
-    views = {name: memory[k * n + begin : k * n + end] for k, name in enumerate(MOMENTS)}
-    return views | {f"{name}.absmax": absmax[k, blocks] for k, name in enumerate(MOMENTS)}
+        return {name: memory.view(torch.float32)[k * n + begin : k * n + end] for k, name in enumerate(STATE_NAMES)}
+    blocks = slice(begin // STATE_BLOCK_SIZE, -(-end // STATE_BLOCK_SIZE))
+    absmax = memory[2 * n :].view(torch.float32).view(2, n // STATE_BLOCK_SIZE)
+    views = {name: memory[k * n + begin : k * n + end] for k, name in enumerate(STATE_NAMES)}
+    return views | {f"{name}.absmax": absmax[k, blocks] for k, name in enumerate(STATE_NAMES)}
 
 
 def _open_pager(
@@ -150,7 +150,7 @@ def _open_pager(
     budget = _UNLIMITED
     if config.name.startswith("paged"):
         budget = 0 if config.resident_bytes == "auto" else config.resident_bytes
-    make_store = store_maker(paging, device, _WHAT, _REMEDY)
+    make_store = page_store_factory(paging, device, _STORE_CONTENT, _STORE_HINT)
     try:
         return Pager(sizes, device, budget, make_store, paging.ahead)
     except torch.OutOfMemoryError:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-BLOCK = 256
+STATE_BLOCK_SIZE = 256
 """Elements that share one absmax in 8-bit moments (bitsandbytes, `Optimizer2State`). In 32 bit, too, a page begins at a
 multiple of it within a shard: vectorized kernels treat the last few elements of what they get in another way, and the
 numbers would depend on the pages."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class PageSlice:
     """The part of a shard whose moments lie in one page."""
 
     shard: int
@@ -25,21 +25,21 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Page:
+class StatePage:
     """Moments of some elements, those of whole blocks."""
 
     elements: int
     """A multiple of BLOCK."""
     nbytes: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PageSlice, ...]
 
 
-def block_bytes(bits: int) -> int:
+def state_block_bytes(bits: int) -> int:
     """Both moments of a block: fp32, or a byte each and their two absmax."""
-    return 2 * 4 * BLOCK if bits == 32 else 2 * (BLOCK + 4)
+    return 2 * 4 * STATE_BLOCK_SIZE if bits == 32 else 2 * (STATE_BLOCK_SIZE + 4)
 
 
-def page_layout(sizes: Sequence[int], bits: int, page_bytes: int) -> list[Page]:
+def page_layout(sizes: Sequence[int], bits: int, page_bytes: int) -> list[StatePage]:
     """Cut the moments of shards into pages.
 
     All lie one behind the other as if they were one tensor, each shard from a new block on. All pages but the last
@@ -50,9 +50,9 @@ def page_layout(sizes: Sequence[int], bits: int, page_bytes: int) -> list[Page]:
         bits: 32 or 8.
         page_bytes: at least a block.
     """
-    room = page_bytes // block_bytes(bits) * BLOCK
+    room = page_bytes // state_block_bytes(bits) * STATE_BLOCK_SIZE
     assert room, "a page holds a block at least"
-    pages: list[list[Piece]] = []
+    pages: list[list[PageSlice]] = []
     at = room
     for shard, size in enumerate(sizes):
         start = 0
@@ -61,11 +61,11 @@ def page_layout(sizes: Sequence[int], bits: int, page_bytes: int) -> list[Page]:
                 pages.append([])
                 at = 0
             length = min(size - start, room - at)
-            pages[-1].append(Piece(shard, start, length, at))
+            pages[-1].append(PageSlice(shard, start, length, at))
             start += length
-            at += -(-length // BLOCK) * BLOCK
+            at += -(-length // STATE_BLOCK_SIZE) * STATE_BLOCK_SIZE
     elements = [room] * (len(pages) - 1) + [at] * bool(pages)
     return [
-        Page(count, count // BLOCK * block_bytes(bits), tuple(pieces))
+        StatePage(count, count // STATE_BLOCK_SIZE * state_block_bytes(bits), tuple(pieces))
         for count, pieces in zip(elements, pages, strict=True)
     ]

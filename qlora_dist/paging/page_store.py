@@ -14,7 +14,7 @@ from qlora_dist.config.schema import PagingConfig
 from qlora_dist.errors import UserError
 
 
-class Store(Protocol):
+class PageStore(Protocol):
     """Bytes behind a device. They are zeros until they are written."""
 
     def read(self, start: int, out: torch.Tensor) -> None:
@@ -27,11 +27,13 @@ class Store(Protocol):
         """Give the room back."""
 
 
-def store_maker(paging: PagingConfig, device: torch.device, what: str, remedy: str) -> Callable[[int], Store]:
+def page_store_factory(
+    paging: PagingConfig, device: torch.device, what: str, remedy: str
+) -> Callable[[int], PageStore]:
     """Makes the store that the section `paging` asks for, of so many bytes; for the rest see `FileStore`."""
     on_host = paging.to == "host" or (paging.to == "auto" and device.type != "cpu")
 
-    def make_store(nbytes: int) -> Store:
+    def make_store(nbytes: int) -> PageStore:
         if on_host:
             return HostStore(nbytes, device)
         return FileStore(nbytes, Path(paging.dir or tempfile.gettempdir()), device, what, remedy)
@@ -51,15 +53,15 @@ class HostStore:
         self._bytes = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def read(self, start: int, out: torch.Tensor) -> None:
-        """See `Store`. The copy to a GPU is queued on its current stream."""
+        """See `PageStore`. The copy to a GPU is queued on its current stream."""
         out.copy_(self._bytes[start : start + out.numel()], non_blocking=True)
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        """See `Store`. The copy from a GPU is queued on its current stream."""
+        """See `PageStore`. The copy from a GPU is queued on its current stream."""
         self._bytes[start : start + values.numel()].copy_(values, non_blocking=True)
 
     def close(self) -> None:
-        """See `Store`."""
+        """See `PageStore`."""
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
 
@@ -98,7 +100,7 @@ class FileStore:
         self._staged = device.type != "cpu"
 
     def read(self, start: int, out: torch.Tensor) -> None:
-        """See `Store`.
+        """See `PageStore`.
 
         Raises:
             OSError: the disk fails.
@@ -114,7 +116,7 @@ class FileStore:
             out.copy_(host)
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        """See `Store`.
+        """See `PageStore`.
 
         Raises:
             OSError: the disk fails.
@@ -125,5 +127,5 @@ class FileStore:
             left, start = left[done:], start + done
 
     def close(self) -> None:
-        """See `Store`."""
+        """See `PageStore`."""
         os.close(self._file)

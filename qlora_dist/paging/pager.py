@@ -11,12 +11,12 @@ from itertools import accumulate
 import torch
 from torch.profiler import record_function
 
-from qlora_dist.paging.page_store import Store
-from qlora_dist.runtime.threads import in_background
+from qlora_dist.paging.page_store import PageStore
+from qlora_dist.runtime.threads import background_executor
 
 
 @dataclass
-class Counts:
+class PagingStats:
     """What a pager has done since they were last taken."""
 
     hits: int = 0
@@ -67,20 +67,20 @@ class Pager:
         sizes: Sequence[int],
         device: torch.device,
         budget: int,
-        make_store: Callable[[int], Store],
+        make_store: Callable[[int], PageStore],
         ahead: int = 1,
     ) -> None:
         self.sizes, self.device, self.ahead = list(sizes), device, ahead
-        self.counts = Counts()
+        self.counts = PagingStats()
         self.held_bytes = 0
         """On the device now."""
         self.moving: list[int] = []
         """The pages that do not stay."""
         self._starts = [0, *accumulate(self.sizes)]
-        self._make_store, self._store = make_store, None  # type: Callable[[int], Store], Store | None
+        self._make_store, self._store = make_store, None  # type: Callable[[int], PageStore], PageStore | None
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream()
-        self._thread = in_background("pager")
+        self._thread = background_executor("pager")
         self._staying: dict[int, torch.Tensor] = {}
         self._slots: list[_Slot] = []
         self._stored: set[int] = set()  # pages that the store has; the others are zeros
@@ -188,9 +188,9 @@ class Pager:
         for page, values in pages.items():
             self.write(page, values)
 
-    def take_counts(self) -> Counts:
+    def take_counts(self) -> PagingStats:
         """What was done since the last call."""
-        counts, self.counts = self.counts, Counts()
+        counts, self.counts = self.counts, PagingStats()
         return counts
 
     def close(self) -> None:

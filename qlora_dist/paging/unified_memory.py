@@ -8,10 +8,10 @@ import torch
 
 from qlora_dist.compat.bitsandbytes import functional as bnb
 from qlora_dist.errors import UserError
-from qlora_dist.paging.pager import Counts
+from qlora_dist.paging.pager import PagingStats
 
 
-def _managed(nbytes: int, device: torch.device) -> torch.Tensor:
+def _allocate_managed(nbytes: int, device: torch.device) -> torch.Tensor:
     """Not run on a GPU."""
     memory: torch.Tensor = bnb.get_paged(nbytes, dtype=torch.uint8, device=device)
     bnb.fill(memory, 0)
@@ -47,7 +47,7 @@ class UnifiedPager:
             raise UserError("paging.to: unified memory is CUDA's, and this run is on a CPU; set it to host or disk")
         self.moving = list(range(len(sizes)))
         self.sizes, self.device = list(sizes), device
-        self._pages = [(allocate or _managed)(size, device) for size in sizes]
+        self._pages = [(allocate or _allocate_managed)(size, device) for size in sizes]
         self._backend = torch.get_device_module(device)
 
     def use(self, page: int, then: Sequence[int] = ()) -> torch.Tensor:
@@ -72,9 +72,9 @@ class UnifiedPager:
     def resize(self, budget: int) -> None:
         """See `Pager`: the driver decides."""
 
-    def take_counts(self) -> Counts:
+    def take_counts(self) -> PagingStats:
         """See `Pager`: nothing is counted."""
-        return Counts()
+        return PagingStats()
 
     def close(self) -> None:
         """Drop the pages; CUDA's go with the process."""

@@ -13,7 +13,7 @@ from qlora_dist.config.schema import TrainConfig
 from qlora_dist.parallel.compile import compile_layer
 
 
-def prepare_layers(layers: Sequence[nn.Module], config: TrainConfig) -> None:
+def apply_ac_and_compile(layers: Sequence[nn.Module], config: TrainConfig) -> None:
     """Compile and checkpoint layers in place, as `compile` and `checkpointing` say.
 
     Before sharding, so that the engine's hooks lie outside: a recomputed layer is not gathered a third time.
@@ -22,7 +22,7 @@ def prepare_layers(layers: Sequence[nn.Module], config: TrainConfig) -> None:
         if config.compile:
             compile_layer(layer)
         if _is_checkpointed(index, config.checkpointing):
-            _checkpoint(layer)
+            _checkpoint_layer(layer)
 
 
 def _is_checkpointed(index: int, setting: str | int) -> bool:
@@ -31,7 +31,7 @@ def _is_checkpointed(index: int, setting: str | int) -> bool:
     return setting == "full"
 
 
-def _checkpoint(layer: nn.Module) -> None:
+def _checkpoint_layer(layer: nn.Module) -> None:
     """Keep only the layer's input for backward. Replaces `forward`, so that parameters keep their names."""
     forward = layer.forward
 

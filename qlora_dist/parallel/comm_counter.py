@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 
-class Traffic:
+class CommCounter:
     """Bytes that this rank has received, by (collective, mesh dimension). A ring sends as many as it receives."""
 
     def __init__(self) -> None:

@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qlora_dist.adapters.attach import adapter_parameters, is_lora_b
+from qlora_dist.adapters.attach import is_lora_b_parameter, named_trainable_parameters
 from qlora_dist.compat.deepspeed import ZeroParameter, zero_parameter, zero_part
 from qlora_dist.config.schema import OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
 from qlora_dist.optim.adamw import PagedAdamW
-from qlora_dist.optim.optimizer_state import MOMENTS
+from qlora_dist.optim.optimizer_state import STATE_NAMES
 from qlora_dist.parallel.ds_config import zero_optimizer_settings
-from qlora_dist.shard_view import FlatShard, flat_shard
+from qlora_dist.shard_view import FlatShard, get_flat_shard
 
 
 class _ZeroOptimizer(Protocol):
@@ -60,7 +60,7 @@ class _ZeroOptimizer(Protocol):
     def _optimizer_states_and_gradient_swap_out(self, index: int) -> None: ...
 
 
-class ZeroStates:
+class ZeroOptimizerState:
     """Both moments of a rank's parts and, with offload, fp32 values of its own, as DeepSpeed keeps them.
 
     Args:
@@ -78,12 +78,14 @@ class ZeroStates:
     def __init__(self, model: nn.Module, config: OptimConfig, paging: PagingConfig, device: torch.device) -> None:
         self._folder: Path | None = None
         if config.offload == "nvme":
-            self._folder = _own_folder(paging)
-        named = [(name, flat_shard(parameter), parameter) for name, parameter in adapter_parameters(model)]
+            self._folder = _make_swap_folder(paging)
+        named = [(name, get_flat_shard(parameter), parameter) for name, parameter in named_trainable_parameters(model)]
         self._shards = [shard for _, shard, _ in named if shard is not None]
-        self._partitions = [_partition(shard, zero_parameter(p).ds_id) for _, shard, p in named if shard is not None]
-        factors = [config.lora_plus_ratio if is_lora_b(name) else 1.0 for name, _, _ in named]
-        self._zero = _stage3(self._partitions, factors, config, paging, device, self._folder)
+        self._partitions = [
+            _make_partition(shard, zero_parameter(p).ds_id) for _, shard, p in named if shard is not None
+        ]
+        factors = [config.lora_plus_ratio if is_lora_b_parameter(name) else 1.0 for name, _, _ in named]
+        self._zero = _make_stage3_optimizer(self._partitions, factors, config, paging, device, self._folder)
         for (_, _, parameter), shard, partition in zip(named, self._shards, self._partitions, strict=True):
             if shard.gathered is shard.padded:
                 shard.gathered = partition.ds_tensor
@@ -92,7 +94,7 @@ class ZeroStates:
         self._opened: int | None = None
         for index, values in enumerate(self._zero.fp32_partitioned_groups_flat):
             self._open(index)
-            zeros = {name: torch.zeros_like(values.detach()) for name in MOMENTS}
+            zeros = {name: torch.zeros_like(values.detach()) for name in STATE_NAMES}
             self._zero.optimizer.state[values] = {"step": torch.zeros((), device=values.device), **zeros}
         self._close()
 
@@ -139,7 +141,7 @@ class ZeroStates:
         result = []
         for partition, shard in zip(self._partitions, self._shards, strict=True):
             count = shard.local.numel()
-            names = MOMENTS if count else ()
+            names = STATE_NAMES if count else ()
             result.append({name: self._view(partition, name)[:count].to("cpu", copy=True) for name in names})
         self._close()
         return result
@@ -190,7 +192,7 @@ class ZeroAdamW:
         config: the section `optim`.
     """
 
-    def __init__(self, shards: Sequence[nn.Parameter], states: ZeroStates, config: OptimConfig) -> None:
+    def __init__(self, shards: Sequence[nn.Parameter], states: ZeroOptimizerState, config: OptimConfig) -> None:
         self.shards, self.moments = list(shards), states
         self.lr = config.lr
         self.steps = 0
@@ -204,10 +206,10 @@ class ZeroAdamW:
         self.moments.update([shard.grad for shard in self.shards], self.lr, self.steps)
 
 
-Optimizer = PagedAdamW | ZeroAdamW
+AdapterOptimizer = PagedAdamW | ZeroAdamW
 
 
-def _own_folder(paging: PagingConfig) -> Path:
+def _make_swap_folder(paging: PagingConfig) -> Path:
     """DeepSpeed's files have equal names in all runs."""
     try:
         return Path(tempfile.mkdtemp(prefix="qlora-dist-", dir=paging.dir))
@@ -219,7 +221,7 @@ def _own_folder(paging: PagingConfig) -> Path:
         ) from None
 
 
-def _partition(shard: FlatShard, ds_id: int) -> ZeroParameter:
+def _make_partition(shard: FlatShard, ds_id: int) -> ZeroParameter:
     """A part as a parameter of stage 3, in fp32 whatever is gathered: DeepSpeed rounds nothing, the engine does."""
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
@@ -234,7 +236,7 @@ def _partition(shard: FlatShard, ds_id: int) -> ZeroParameter:
     return partition
 
 
-def _stage3(
+def _make_stage3_optimizer(
     partitions: Sequence[ZeroParameter],
     factors: Sequence[float],
     config: OptimConfig,

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_dist.config.schema import Config, OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
 
-_MOMENTS_BYTES = 8
+_ADAM_STATE_BYTES = 8
 """Both moments of an element, fp32."""
 
 
@@ -56,7 +56,7 @@ def zero_optimizer_settings(config: OptimConfig, paging: PagingConfig, pinned: b
         paging: of the run.
         pinned: whether host memory is read and written by a device.
     """
-    settings: dict[str, Any] = {"sub_group_size": paging.page_bytes // _MOMENTS_BYTES}
+    settings: dict[str, Any] = {"sub_group_size": paging.page_bytes // _ADAM_STATE_BYTES}
     if config.offload != "none":
         settings["offload_optimizer"] = {"device": config.offload, "pin_memory": pinned}
     if config.offload == "nvme":

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from qlora_dist.compat.deepspeed import check_async_io, check_deepspeed
 from qlora_dist.config.schema import Config
 from qlora_dist.parallel import fsdp2, zero2, zero3
-from qlora_dist.parallel.comm_counter import Traffic
+from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.mesh import Meshes
 
 
@@ -26,7 +26,7 @@ def check_engine(config: Config, device: torch.device) -> None:
             check_async_io(device)
 
 
-def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
+def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
     """Shard a skeleton in place with the engine that the configuration names; see `fsdp.parallelize`."""
-    engines = {"fsdp2": fsdp2.parallelize, "zero3": zero3.parallelize, "zero2": zero2.parallelize}
+    engines = {"fsdp2": fsdp2.parallelize_fsdp2, "zero3": zero3.parallelize_zero3, "zero2": zero2.parallelize_zero2}
     return engines[config.parallel.engine](model, meshes, config)

@@ -17,16 +17,16 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import has_tied_head, is_lora
-from qlora_dist.compat.fsdp import MeshPlacement, keep_trained_on_device, observe_collectives
+from qlora_dist.adapters.attach import has_tied_head, is_lora_parameter
+from qlora_dist.compat.fsdp import MeshPlacement, observe_collectives, offload_frozen_only
 from qlora_dist.config.schema import Config
-from qlora_dist.model.meta_model import COMPUTE_DTYPES, decoder_layers
-from qlora_dist.parallel.activation_checkpointing import prepare_layers
-from qlora_dist.parallel.comm_counter import Traffic
+from qlora_dist.model.meta_model import COMPUTE_DTYPES, get_decoder_layers
+from qlora_dist.parallel.activation_checkpointing import apply_ac_and_compile
+from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.mesh import Meshes
 
 
-def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
+def parallelize_fsdp2(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
     """Compile, checkpoint and shard a skeleton in place. Always run: on one rank every step of it is a no-op.
 
     Args:
@@ -37,15 +37,15 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     Returns:
         The counter of all bytes that the model will communicate.
     """
-    layers = list(decoder_layers(model))
+    layers = list(get_decoder_layers(model))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
 
-    prepare_layers(layers, config.train)
+    apply_ac_and_compile(layers, config.train)
 
     offload = config.parallel.offload == "base"
     options: dict[str, Any] = {
         "mesh": meshes.base,
-        "shard_placement_fn": _placement(model, meshes),
+        "shard_placement_fn": _shard_placement_fn(model, meshes),
         # the bytes are no floating type and stay as they are; gradients are summed in fp32
         "mp_policy": MixedPrecisionPolicy(COMPUTE_DTYPES[config.model.compute_dtype], torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=meshes.base.device_type == "cuda")
@@ -64,22 +64,22 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
         head.set_unshard_in_backward(False)
 
     if has_tied_head(model):
-        embedding.register_forward_pre_hook(_stay_for_the_head)
+        embedding.register_forward_pre_hook(_keep_tied_weight_gathered)
 
     _prefetch(sharded[1 : 1 + len(layers)], config.parallel.prefetch)
 
-    traffic = Traffic()
+    traffic = CommCounter()
     for unit in sharded:
         # The loss is divided by the tokens of the whole window before backward: gradients are summed, not averaged.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         observe_collectives(unit, traffic.add)
         if offload:
-            keep_trained_on_device(unit)
+            offload_frozen_only(unit)
     return traffic
 
 
-def _placement(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Any]:
+def _shard_placement_fn(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Any]:
     """Base along dim 0 of its mesh; adapters over theirs, A along its long side.
 
     A is [r, in]: over a world larger than r, cutting rows would pad it to one row per rank and leave most ranks with
@@ -88,7 +88,7 @@ def _placement(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Any
     """
     to_adapter_mesh = (lambda placement: placement) if meshes.one_group else MeshPlacement(meshes.adapter)
     shards = meshes.sizes.adapter_shards
-    lora = {id(parameter) for name, parameter in model.named_parameters() if is_lora(name)}
+    lora = {id(parameter) for name, parameter in model.named_parameters() if is_lora_parameter(name)}
 
     def place(parameter: nn.Parameter) -> Any:
         if not parameter.requires_grad:
@@ -99,7 +99,7 @@ def _placement(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Any
     return place
 
 
-def _stay_for_the_head(embedding: FSDPModule, inputs: tuple[torch.Tensor, ...]) -> None:
+def _keep_tied_weight_gathered(embedding: FSDPModule, inputs: tuple[torch.Tensor, ...]) -> None:
     """Tied weights stay gathered from the lookup to the loss, where the step holds most, and come once, not twice."""
     embedding.set_reshard_after_forward(inputs[0].is_floating_point())
 

@@ -12,14 +12,14 @@ from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from qlora_dist.model.meta_model import decoder_layers
-from qlora_dist.parallel.comm_counter import Traffic
-from qlora_dist.shard_view import flat_shard
+from qlora_dist.model.meta_model import get_decoder_layers
+from qlora_dist.parallel.comm_counter import CommCounter
+from qlora_dist.shard_view import get_flat_shard
 
 
-def trained_units(model: PreTrainedModel) -> list[list[nn.Parameter]]:
+def trainable_units(model: PreTrainedModel) -> list[list[nn.Parameter]]:
     """The trained parameters of each decoder layer together, and the others one by one."""
-    units = [[p for p in layer.parameters() if p.requires_grad] for layer in decoder_layers(model)]
+    units = [[p for p in layer.parameters() if p.requires_grad] for layer in get_decoder_layers(model)]
     in_layers = {id(p) for unit in units for p in unit}
     units += [[p] for p in model.parameters() if p.requires_grad and id(p) not in in_layers]
     return [unit for unit in units if unit]
@@ -34,7 +34,7 @@ class _Unit:
         """How many have no gradient yet in this backward pass."""
 
 
-class Gradients:
+class GradientReducer:
     """Sums gradients in fp32, a unit at a time, as soon as backward has come through it.
 
     ZeRO-3 itself would do so after every micro-batch. Here it is once a window, as under FSDP2; until then a rank has
@@ -51,7 +51,7 @@ class Gradients:
         self,
         units: Sequence[Sequence[nn.Parameter]],
         mesh: DeviceMesh,
-        traffic: Traffic,
+        traffic: CommCounter,
         after_backward: Callable[[bool], None],
     ) -> None:
         self.sync = True
@@ -79,7 +79,7 @@ class Gradients:
             Variable._execution_engine.queue_callback(self._end)
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.float(), None
-        if (shard := flat_shard(parameter)) is not None:
+        if (shard := get_flat_shard(parameter)) is not None:
             shard.had_gradient = True
         before = self._sums.get(parameter)
         self._sums[parameter] = gradient if before is None else before.add_(gradient)
@@ -97,7 +97,7 @@ class Gradients:
         self._after_backward(self.sync)
 
     def _reduce(self, unit: _Unit) -> None:
-        shards = [flat_shard(parameter) for parameter in unit.parameters]
+        shards = [get_flat_shard(parameter) for parameter in unit.parameters]
         sizes, count, device = [], self._mesh.size(-1), None
         columns = []
         for parameter, shard in zip(unit.parameters, shards, strict=True):

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qlora_dist.config.schema import ParallelConfig
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import Ranks
+from qlora_dist.runtime.environment import RankInfo
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Meshes:
         return self.adapter.ndim == 1 or self.adapter.get_local_rank(0) == 0
 
 
-def mesh_sizes(config: ParallelConfig, ranks: Ranks) -> MeshSizes:
+def mesh_sizes(config: ParallelConfig, ranks: RankInfo) -> MeshSizes:
     """The sizes of the meshes.
 
     Raises:

@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from qlora_dist.compat.fsdp import ALIGNMENT, Pass, frozen_shards, page_frozen
+from qlora_dist.compat.fsdp import PAGE_ALIGNMENT, PassDirection, frozen_shards, page_frozen_parameters
 from qlora_dist.config.schema import PagingConfig
 from qlora_dist.errors import UserError
-from qlora_dist.paging.page_store import store_maker
+from qlora_dist.paging.page_store import page_store_factory
 from qlora_dist.paging.pager import Pager
-from qlora_dist.shard_view import local_part
+from qlora_dist.shard_view import local_tensor
 
-_WHAT = "the base's layers"
-_REMEDY = "name another folder in paging.dir, or raise parallel.resident_bytes"
+_STORE_CONTENT = "the base's layers"
+_STORE_HINT = "name another folder in paging.dir, or raise parallel.resident_bytes"
 
 
 @dataclass(frozen=True)
-class _Place:
+class _PageLocation:
     """Of a parameter's shard."""
 
     page: int
@@ -60,13 +60,13 @@ class PagedLayers:
         paging: PagingConfig,
     ) -> None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, _PageLocation] = {}
         sizes = []
         for page, layer in enumerate(layers):
             end = 0
             for parameter, start, nbytes in frozen_shards(layer):
-                self._places[names[id(parameter)]] = _Place(page, start, parameter.dtype)
-                end = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
+                self._places[names[id(parameter)]] = _PageLocation(page, start, parameter.dtype)
+                end = start + -(-nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
             sizes.append(end)
         least = 2 * max(sizes)
         if resident_bytes == "auto":
@@ -78,7 +78,9 @@ class PagedLayers:
             )
         else:
             self.budget = resident_bytes or least
-        self.pager = Pager(sizes, device, self.budget, store_maker(paging, device, _WHAT, _REMEDY), paging.ahead)
+        self.pager = Pager(
+            sizes, device, self.budget, page_store_factory(paging, device, _STORE_CONTENT, _STORE_HINT), paging.ahead
+        )
         for page, layer in enumerate(layers):
             self._attach(page, layer)
 
@@ -111,22 +113,22 @@ class PagedLayers:
     def _rest_bytes(self, model: nn.Module) -> int:
         """Of this rank, between steps: what is in no page; of what is trained, values, gradients and two moments."""
         return sum(
-            (4 if parameter.requires_grad else 1) * local_part(parameter).nbytes
+            (4 if parameter.requires_grad else 1) * local_tensor(parameter).nbytes
             for name, parameter in model.named_parameters()
             if name not in self
         )
 
     def _attach(self, page: int, layer: FSDPModule) -> None:
-        def get_page(which: Pass) -> torch.Tensor:
+        def get_page(which: PassDirection) -> torch.Tensor:
             return self.pager.use(page, then=_next_pages(page, len(self.pager.sizes), which))
 
         def page_done(used: torch.Event | None) -> None:
             self.pager.done(page, changed=False, used=used)
 
-        page_frozen(layer, get_page, page_done)
+        page_frozen_parameters(layer, get_page, page_done)
 
 
-def _next_pages(page: int, count: int, which: Pass) -> list[int]:
+def _next_pages(page: int, count: int, which: PassDirection) -> list[int]:
     """The other pages, in the order in which they are used next.
 
     Down again after the way up, unless nothing will be differentiated: then from below. After the way down, up.

@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from qlora_dist.parallel.mesh import MeshSizes
-from qlora_dist.shard_view import flat_shard, whole_shape
+from qlora_dist.shard_view import full_shape, get_flat_shard
 
-TOLERANCE = 0.01
+STATIC_BYTES_TOLERANCE = 0.01
 
 
 def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, budget: int = 0) -> int:
@@ -37,10 +37,10 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, bu
     excess: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         shards = sizes.adapter_shards if parameter.requires_grad else sizes.base_shards
-        parts, rows = _shards(parameter), _cut_into(parameter)
-        whole = whole_shape(parameter).numel() * sum(part.element_size() for part in parts)
+        parts, rows = _shards(parameter), _num_rows(parameter)
+        whole = full_shape(parameter).numel() * sum(part.element_size() for part in parts)
         padded = whole / rows * -(-rows // shards)
-        everywhere = _on_every_rank(parameter)
+        everywhere = _replicated_bytes(parameter)
         share += whole / shards + everywhere
         padding += padded - whole / shards
         excess[name] = sum(_storage(part).nbytes() for part in parts) - padded - everywhere
@@ -48,16 +48,16 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, bu
         raise RuntimeError(f"this rank holds {in_pages:,} bytes of pages where its budget is {budget:,}")
     held = sum(s.nbytes() for s in _storages(model))
     buffers = sum(b.nbytes for b in model.buffers())  # rotary frequencies, on every rank
-    if held > share * (1 + TOLERANCE) + padding + buffers:
+    if held > share * (1 + STATIC_BYTES_TOLERANCE) + padding + buffers:
         worst = sorted(excess, key=excess.__getitem__, reverse=True)[:3]
         raise RuntimeError(
             f"this rank holds {held:,} bytes where its share is {share:,.0f}; the largest excess is in "
             + ", ".join(f"{name} (+{excess[name]:,.0f})" for name in worst)
         )
-    return static_bytes(model) + in_pages
+    return model_static_bytes(model) + in_pages
 
 
-def static_bytes(model: nn.Module) -> int:
+def model_static_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that a model's modules hold on this rank, each storage once, shards padded as they are."""
     return sum(s.nbytes() for s in _storages(model) if s.device.type != "meta")
 
@@ -80,7 +80,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 def _shards(parameter: nn.Parameter) -> list[torch.Tensor]:
     """What a rank is to hold its share of: under ZeRO-3 also what it gathers, if that is of another type."""
-    flat = flat_shard(parameter)
+    flat = get_flat_shard(parameter)
     if flat is None:
         return [parameter]
     if flat.whole is not None:
@@ -88,9 +88,9 @@ def _shards(parameter: nn.Parameter) -> list[torch.Tensor]:
     return [flat.padded] if flat.gathered is flat.padded else [flat.padded, flat.gathered]
 
 
-def _on_every_rank(parameter: nn.Parameter) -> int:
+def _replicated_bytes(parameter: nn.Parameter) -> int:
     """Bytes that a rank is to hold whatever the number of ranks."""
-    flat = flat_shard(parameter)
+    flat = get_flat_shard(parameter)
     return 0 if flat is None or flat.whole is None else flat.whole.nbytes
 
 
@@ -99,10 +99,10 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return local.untyped_storage()
 
 
-def _cut_into(parameter: torch.Tensor) -> int:
+def _num_rows(parameter: torch.Tensor) -> int:
     """Of how many equal pieces, that stay whole, the engine makes its cuts."""
-    if flat_shard(parameter) is not None:
-        return whole_shape(parameter).numel()
+    if get_flat_shard(parameter) is not None:
+        return full_shape(parameter).numel()
     if not isinstance(parameter, DTensor):
         return parameter.shape[0]
     return parameter.shape[next((p.dim for p in parameter.placements if isinstance(p, Shard)), 0)]

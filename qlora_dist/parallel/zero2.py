@@ -14,15 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.config.schema import Config
-from qlora_dist.model.meta_model import COMPUTE_DTYPES, decoder_layers
-from qlora_dist.parallel.activation_checkpointing import prepare_layers
-from qlora_dist.parallel.comm_counter import Traffic
-from qlora_dist.parallel.gradient_reducer import Gradients, trained_units
+from qlora_dist.model.meta_model import COMPUTE_DTYPES, get_decoder_layers
+from qlora_dist.parallel.activation_checkpointing import apply_ac_and_compile
+from qlora_dist.parallel.comm_counter import CommCounter
+from qlora_dist.parallel.gradient_reducer import GradientReducer, trainable_units
 from qlora_dist.parallel.mesh import Meshes
-from qlora_dist.shard_view import FlatShard, flat_shard, round_values, set_flat_shard
+from qlora_dist.shard_view import FlatShard, get_flat_shard, set_flat_shard, update_gathered
 
 
-def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
+def parallelize_zero2(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
     """Checkpoint a skeleton and cut its adapters' gradients and updates, in place; see `zero.parallelize`.
 
     Args:
@@ -30,21 +30,23 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
         meshes: of the adapters; the base is on each rank.
         config: the sections `train` and `model.compute_dtype`.
     """
-    layers = list(decoder_layers(model))
-    prepare_layers(layers, config.train)
+    layers = list(get_decoder_layers(model))
+    apply_ac_and_compile(layers, config.train)
     dtype, group = COMPUTE_DTYPES[config.model.compute_dtype], meshes.adapter_group
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                module._parameters[key] = _with_part(parameter, group, dtype, meshes.device, meshes.is_first_adapter)
+                module._parameters[key] = _whole_parameter(
+                    parameter, group, dtype, meshes.device, meshes.is_first_adapter
+                )
             elif parameter.is_floating_point():  # some are to be in fp32 in files, and are computed with as all others
                 module._parameters[key] = nn.Parameter(parameter.to(dtype), requires_grad=False)
 
-    traffic = Traffic()
-    units = trained_units(model)
+    traffic = CommCounter()
+    units = trainable_units(model)
     assert meshes.adapter.mesh_dim_names is not None
-    updates = _Updates(units, group, traffic, meshes.adapter.mesh_dim_names[-1])
-    gradients = Gradients(units, meshes.adapter, traffic, updates.expect_after)
+    updates = _UpdateGather(units, group, traffic, meshes.adapter.mesh_dim_names[-1])
+    gradients = GradientReducer(units, meshes.adapter, traffic, updates.expect_after)
     gradients.answer(model)
     model.register_forward_pre_hook(lambda *_: updates.gather(), prepend=True)
     for module in (*layers, model):
@@ -53,7 +55,7 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     return traffic
 
 
-def _with_part(
+def _whole_parameter(
     parameter: nn.Parameter, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device, is_first_copy: bool
 ) -> nn.Parameter:
     """A whole parameter of the type that is computed with, a part of which is this rank's to update."""
@@ -67,11 +69,13 @@ def _with_part(
     return ours
 
 
-class _Updates:
+class _UpdateGather:
     """Gathers what other ranks have updated, before the first forward pass that follows."""
 
-    def __init__(self, units: list[list[nn.Parameter]], group: dist.ProcessGroup, traffic: Traffic, dim: str) -> None:
-        self._units = [[shard for p in unit if (shard := flat_shard(p)) is not None] for unit in units]
+    def __init__(
+        self, units: list[list[nn.Parameter]], group: dist.ProcessGroup, traffic: CommCounter, dim: str
+    ) -> None:
+        self._units = [[shard for p in unit if (shard := get_flat_shard(p)) is not None] for unit in units]
         self._group, self._traffic, self._dim = group, traffic, dim
         self._expected = True
 
@@ -90,7 +94,7 @@ class _Updates:
             return
         self._expected = False
         for shards in self._units:
-            round_values(shards)
+            update_gathered(shards)
             if self._group.size() == 1:
                 continue
             own = torch.cat([shard.gathered for shard in shards])

@@ -10,18 +10,18 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.compat.deepspeed import Gathering, OnGather, Partitioner, gather_now, release_now
+from qlora_dist.compat.deepspeed import GatherHooks, OnAllGather, Partitioner, gather_parameters, release_parameters
 from qlora_dist.config.schema import Config
-from qlora_dist.model.meta_model import COMPUTE_DTYPES, decoder_layers
-from qlora_dist.parallel.activation_checkpointing import prepare_layers
-from qlora_dist.parallel.comm_counter import Traffic
+from qlora_dist.model.meta_model import COMPUTE_DTYPES, get_decoder_layers
+from qlora_dist.parallel.activation_checkpointing import apply_ac_and_compile
+from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.ds_config import ds_config
-from qlora_dist.parallel.gradient_reducer import Gradients, trained_units
+from qlora_dist.parallel.gradient_reducer import GradientReducer, trainable_units
 from qlora_dist.parallel.mesh import Meshes
-from qlora_dist.shard_view import FlatShard, flat_shard, round_values, whole_shape
+from qlora_dist.shard_view import FlatShard, full_shape, get_flat_shard, update_gathered
 
 
-def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traffic:
+def parallelize_zero3(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
     """Checkpoint and shard a skeleton in place, as `fsdp.parallelize` does, with ZeRO-3.
 
     The frozen base is cut over its own group of ranks, the adapters over theirs. Every rank takes the room for its
@@ -36,15 +36,15 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
     Returns:
         The counter of all bytes that the model will communicate.
     """
-    layers = list(decoder_layers(model))
+    layers = list(get_decoder_layers(model))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    prepare_layers(layers, config.train)
+    apply_ac_and_compile(layers, config.train)
 
-    traffic = Traffic()
-    partitioner = Partitioner(meshes.device, _counted(traffic, meshes))
-    _cut_all(model, meshes, config, partitioner)
+    traffic = CommCounter()
+    partitioner = Partitioner(meshes.device, _count_all_gathers(traffic, meshes))
+    _partition_parameters(model, meshes, config, partitioner)
 
-    settings = ds_config(config, largest_layer(model))["zero_optimization"]
+    settings = ds_config(config, largest_layer_numel(model))["zero_optimization"]
     # A layer is one unit: its parameters come in one collective per type and group, and the base layer within LoraNF4,
     # which is not called as a module, is there. So are all for a layer that is recomputed.
     gathering = partitioner.hook(model, layers, settings)
@@ -53,21 +53,21 @@ def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> Traff
             # an embedding's gradient does not depend on its values, and the head computes its own in forward
             gathering.skip_backward(module)
 
-    gradients = Gradients(trained_units(model), meshes.adapter, traffic, lambda _: gathering.release_all())
+    gradients = GradientReducer(trainable_units(model), meshes.adapter, traffic, lambda _: gathering.release_all())
     gradients.answer(model)
     for layer in layers:  # torch's types let a module have tensors and modules as attributes, and nothing else
         layer.unshard = types.MethodType(_unshard, layer)  # type: ignore[assignment]
-        layer.reshard = types.MethodType(lambda self: release_now(self.parameters()), layer)  # type: ignore[assignment]
-    _around_forward(model, gathering)
+        layer.reshard = types.MethodType(lambda self: release_parameters(self.parameters()), layer)  # type: ignore[assignment]
+    _register_forward_hooks(model, gathering)
     return traffic
 
 
-def largest_layer(model: PreTrainedModel) -> int:
+def largest_layer_numel(model: PreTrainedModel) -> int:
     """Elements of the largest decoder layer's parameters, sharded or not, as DeepSpeed counts: a byte is one."""
-    return max(sum(whole_shape(p).numel() for p in layer.parameters()) for layer in decoder_layers(model))
+    return max(sum(full_shape(p).numel() for p in layer.parameters()) for layer in get_decoder_layers(model))
 
 
-def _counted(traffic: Traffic, meshes: Meshes) -> OnGather:
+def _count_all_gathers(traffic: CommCounter, meshes: Meshes) -> OnAllGather:
     """Counts by the names of the meshes' dimensions."""
     names = {}
     for mesh in (meshes.adapter, meshes.base):
@@ -80,7 +80,7 @@ def _counted(traffic: Traffic, meshes: Meshes) -> OnGather:
     return count
 
 
-def _cut_all(model: nn.Module, meshes: Meshes, config: Config, partitioner: Partitioner) -> None:
+def _partition_parameters(model: nn.Module, meshes: Meshes, config: Config, partitioner: Partitioner) -> None:
     base, adapter = meshes.base.get_group(), meshes.adapter_group
     first_base = meshes.base_replicas is None or meshes.base_replicas.get_local_rank() == 0
     offload = config.parallel.offload == "base"
@@ -93,16 +93,16 @@ def _cut_all(model: nn.Module, meshes: Meshes, config: Config, partitioner: Part
 
 
 def _unshard(layer: nn.Module) -> None:
-    round_values(_shards(layer))
-    gather_now(layer.parameters())
+    update_gathered(_flat_shards(layer))
+    gather_parameters(layer.parameters())
 
 
-def _around_forward(model: nn.Module, gathering: Gathering) -> None:
+def _register_forward_hooks(model: nn.Module, gathering: GatherHooks) -> None:
     """Before: round the values to the type that is gathered. After one without backward: release everything."""
-    shards = _shards(model)
+    shards = _flat_shards(model)
 
     def before(*_: Any) -> None:
-        round_values(shards)
+        update_gathered(shards)
 
     def after(*_: Any) -> None:
         if not torch.is_grad_enabled():
@@ -112,5 +112,5 @@ def _around_forward(model: nn.Module, gathering: Gathering) -> None:
     model.register_forward_hook(after)
 
 
-def _shards(module: nn.Module) -> list[FlatShard]:
-    return [shard for parameter in module.parameters() if (shard := flat_shard(parameter)) is not None]
+def _flat_shards(module: nn.Module) -> list[FlatShard]:
+    return [shard for parameter in module.parameters() if (shard := get_flat_shard(parameter)) is not None]

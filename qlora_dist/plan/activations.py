@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qlora_dist.plan.layer_spec import Layer, Matrix
-from qlora_dist.plan.run_spec import Run
+from qlora_dist.plan.layer_spec import LayerSpec, LinearSpec
+from qlora_dist.plan.run_spec import RunSpec
 
 _FP32 = 4
 
 
 @dataclass(frozen=True)
-class Code:
+class ImplementationTraits:
     """What differs in the code of other trainers (`benchmarks/published.py`)."""
 
     copies_attention: bool = True
@@ -27,11 +27,11 @@ class Code:
     """A recomputed layer's output is there too."""
 
 
-OURS = Code()
+OWN_IMPLEMENTATION = ImplementationTraits()
 
 
 @dataclass(frozen=True)
-class LayerMemory:
+class LayerActivations:
     """Bytes for a rank's micro-batch."""
 
     kept: int
@@ -48,22 +48,24 @@ class LayerMemory:
     """Of the last product of a forward pass, when all that is kept is there."""
 
 
-def layer_memory(run: Run, layer: Layer, code: Code = OURS) -> LayerMemory:
+def layer_activations(
+    run: RunSpec, layer: LayerSpec, code: ImplementationTraits = OWN_IMPLEMENTATION
+) -> LayerActivations:
     """Of one layer."""
-    kept = run.tokens * kept_per_token(run, layer, code) + _scores_kept(run, layer)
+    kept = run.tokens * saved_bytes_per_token(run, layer, code) + _saved_score_bytes(run, layer)
     forward, forward_weight = max(_forward_peaks(run, layer))
     backward, backward_weight = max(_backward_peaks(run, layer))
-    last_weight = _being_dequantized(run, layer.matrices[-1])
-    return LayerMemory(kept, forward, backward, forward_weight, backward_weight, last_weight)
+    last_weight = _dequantize_peak_bytes(run, layer.matrices[-1])
+    return LayerActivations(kept, forward, backward, forward_weight, backward_weight, last_weight)
 
 
-def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
+def saved_bytes_per_token(run: RunSpec, layer: LayerSpec, code: ImplementationTraits = OWN_IMPLEMENTATION) -> int:
     """Bytes that backward will need."""
     c, a, h = run.compute_bytes, layer.attention, layer.hidden
     of_norm = c if code.fused_norms else _FP32
     total = of_norm * h * layer.norms + (c * h if code.keeps_output else 0)
     total += _FP32 * layer.norms if code.fused_norms else 0
-    total += _inputs_kept(run, layer, copies_attention=run.device == "cuda" and code.copies_attention)
+    total += _saved_lora_inputs(run, layer, copies_attention=run.device == "cuda" and code.copies_attention)
     q, k, v, o = a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim, a.heads * a.v_dim
     if a.by_scores and a.heads != a.kv_heads:
         k, v = a.heads * a.qk_dim, o  # repeated for every head
@@ -80,25 +82,27 @@ def kept_per_token(run: Run, layer: Layer, code: Code = OURS) -> int:
     total += c * 3 * layer.intermediate  # gate, its activation, up
     if layer.experts_per_token:
         # gate and up in one tensor, the gate's activation; what the experts return, and that weighted
-        total += layer.experts_per_token * (c * (3 * layer.expert_intermediate + h) + _weighted(run, layer) * h)
+        total += layer.experts_per_token * (
+            c * (3 * layer.expert_intermediate + h) + _weighted_element_bytes(run, layer) * h
+        )
         adapted = [m for m in layer.matrices if m.experts and m.adapted]
         total += layer.experts_per_token * c * sum(m.columns + run.model.r for m in adapted)  # inputs, and `A x`
     return total
 
 
-def _kept_by_mlp(run: Run, layer: Layer) -> int:
+def _saved_by_mlp(run: RunSpec, layer: LayerSpec) -> int:
     """Return the bytes per token that backward needs of a dense MLP, or of shared experts."""
     matrices = tuple(m for m in layer.matrices if not m.experts and m.name in ("gate_proj", "up_proj", "down_proj"))
-    of_adapters = _inputs_kept(run, replace(layer, matrices=matrices), copies_attention=False)
+    of_adapters = _saved_lora_inputs(run, replace(layer, matrices=matrices), copies_attention=False)
     return run.compute_bytes * 3 * layer.intermediate + of_adapters
 
 
-def _weighted(run: Run, layer: Layer) -> int:
+def _weighted_element_bytes(run: RunSpec, layer: LayerSpec) -> int:
     """Bytes of an element of what experts return, once it is weighted."""
     return _FP32 if layer.weighs_in_fp32 else run.compute_bytes
 
 
-def _inputs_kept(run: Run, layer: Layer, copies_attention: bool) -> int:
+def _saved_lora_inputs(run: RunSpec, layer: LayerSpec, copies_attention: bool) -> int:
     """The inputs of adapters: one for each tensor that several projections take, or a dropped-out copy for each.
 
     That of o_proj is what SDPA returned, unless it is copied into another order of dimensions. Dropout keeps which
@@ -108,12 +112,12 @@ def _inputs_kept(run: Run, layer: Layer, copies_attention: bool) -> int:
     adapted = [m for m in layer.matrices if m.adapted and not m.experts]
     total = sum(c * run.model.r for _ in adapted)
     if run.dropout:
-        return total + sum(_inputs_kept_of(run, m) for m in adapted)
-    shared = {_input_of(m): m.columns for m in adapted if m.name != "o_proj" or copies_attention}
+        return total + sum(_saved_lora_input(run, m) for m in adapted)
+    shared = {_shared_input_name(m): m.columns for m in adapted if m.name != "o_proj" or copies_attention}
     return total + sum(c * columns for columns in shared.values())
 
 
-def _inputs_kept_of(run: Run, matrix: Matrix) -> int:
+def _saved_lora_input(run: RunSpec, matrix: LinearSpec) -> int:
     """Per token, of one projection that shares its input with no other."""
     if not matrix.adapted:
         return 0
@@ -121,7 +125,7 @@ def _inputs_kept_of(run: Run, matrix: Matrix) -> int:
     return (run.compute_bytes + kept_mask) * matrix.columns
 
 
-def _input_of(matrix: Matrix) -> str:
+def _shared_input_name(matrix: LinearSpec) -> str:
     """Projections with an equal answer take the same tensor."""
     for name in (("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj")):
         if matrix.name in name:
@@ -129,28 +133,28 @@ def _input_of(matrix: Matrix) -> str:
     return matrix.name
 
 
-def _scores(run: Run, layer: Layer) -> int:
+def _score_elements(run: RunSpec, layer: LayerSpec) -> int:
     """Elements of the matrix of scores, if there is one."""
     return run.micro_batch * layer.attention.heads * run.seq_len**2 if layer.attention.by_scores else 0
 
 
-def _scores_kept(run: Run, layer: Layer) -> int:
+def _saved_score_bytes(run: RunSpec, layer: LayerSpec) -> int:
     """With a soft cap, its tangent, and the probabilities, in fp32 both and the latter in the compute type too."""
-    return _scores(run, layer) * (2 * _FP32 + run.compute_bytes)
+    return _score_elements(run, layer) * (2 * _FP32 + run.compute_bytes)
 
 
-def weight_bytes(run: Run, matrix: Matrix) -> int:
+def dequantized_weight_bytes(run: RunSpec, matrix: LinearSpec) -> int:
     """Of a matrix when it is dequantized; of experts, of one of them."""
     return run.compute_bytes * matrix.rows * matrix.parts * matrix.columns
 
 
-def _being_dequantized(run: Run, matrix: Matrix) -> int:
+def _dequantize_peak_bytes(run: RunSpec, matrix: LinearSpec) -> int:
     """With the absmax values, which are fp32 for the moment."""
     layout = run.model.layout(matrix)
-    return weight_bytes(run, matrix) + (_FP32 * layout.blocks if layout.double_quant else 0)
+    return dequantized_weight_bytes(run, matrix) + (_FP32 * layout.blocks if layout.double_quant else 0)
 
 
-def _forward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
+def _forward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
     """Of a layer that keeps nothing: bytes, and of these the dequantized weight."""
     c, t, h, a = run.compute_bytes, run.tokens, layer.hidden, layer.attention
     q, k, v = a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim
@@ -159,48 +163,48 @@ def _forward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
     # rotating the queries, which are there four times
     yield t * c * (h + 4 * q + k + v), 0
     if "up_proj" in by_name:
-        i, dropped = layer.intermediate, _dropped(run, by_name["up_proj"])
-        weight = _being_dequantized(run, by_name["up_proj"])
+        i, dropped = layer.intermediate, _dropout_copy_bytes(run, by_name["up_proj"])
+        weight = _dequantize_peak_bytes(run, by_name["up_proj"])
         # residual, normed; the gate's activation; up's output
         yield t * (c * (2 * h + 2 * i) + dropped) + weight, weight
         yield t * c * (2 * h + 3 * i), 0
-        weight = _being_dequantized(run, by_name["down_proj"])
-        dropped = _dropped(run, by_name["down_proj"])
+        weight = _dequantize_peak_bytes(run, by_name["down_proj"])
+        dropped = _dropout_copy_bytes(run, by_name["down_proj"])
         yield t * (c * (3 * h + i) + dropped) + weight, weight
     if layer.experts_per_token:
-        weight = max(_being_dequantized(run, m) for m in layer.matrices if m.experts)
+        weight = max(_dequantize_peak_bytes(run, m) for m in layer.matrices if m.experts)
         n = layer.experts_per_token
         # residual and normed input; what the experts return, in pieces and as one; that weighted, and in tokens' order
-        yield t * h * (c * (2 + 2 * n) + 3 * n * _weighted(run, layer)), 0
+        yield t * h * (c * (2 + 2 * n) + 3 * n * _weighted_element_bytes(run, layer)), 0
         yield t * c * (2 * h + n * h) + weight, weight
     if a.by_scores:
         # scores, those divided by the cap, and the tangent
-        yield _scores(run, layer) * 3 * _FP32 + t * c * (2 * h + 3 * q + k + v), 0
+        yield _score_elements(run, layer) * 3 * _FP32 + t * c * (2 * h + 3 * q + k + v), 0
 
 
-def _dropped(run: Run, matrix: Matrix) -> int:
+def _dropout_copy_bytes(run: RunSpec, matrix: LinearSpec) -> int:
     return run.compute_bytes * matrix.columns if run.dropout and matrix.adapted else 0
 
 
-def _backward_peaks(run: Run, layer: Layer) -> Iterator[tuple[int, int]]:
+def _backward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
     """On top of all that is kept."""
     c, t, h, a = run.compute_bytes, run.tokens, layer.hidden, layer.attention
     down = next((m for m in layer.matrices if m.name == "down_proj" and not m.experts), None)
     if down is not None:
-        weight = weight_bytes(run, down)
+        weight = dequantized_weight_bytes(run, down)
         factors = c * run.model.r * (down.rows + down.columns) if down.adapted else 0
         gradients = 2 if run.dropout and down.adapted else 1
         yield t * c * (h + gradients * layer.intermediate + run.model.r) + weight + factors, weight
         # the gradients of the product, of the gate's activation and of up, when the product itself is gone
-        product = _inputs_kept_of(run, down)
+        product = _saved_lora_input(run, down)
         yield t * (c * (h + 3 * layer.intermediate) - product) + factors, 0
     if layer.experts_per_token:
-        weight = max(weight_bytes(run, m) for m in layer.matrices if m.experts)
+        weight = max(dequantized_weight_bytes(run, m) for m in layer.matrices if m.experts)
         n = layer.experts_per_token
         # at the end of recomputing: the same, but for what is kept; shared experts have their turn after the others
-        yield t * (h * (c * (3 + n) + 2 * n * _weighted(run, layer)) - _kept_by_mlp(run, layer)), 0
+        yield t * (h * (c * (3 + n) + 2 * n * _weighted_element_bytes(run, layer)) - _saved_by_mlp(run, layer)), 0
         yield t * c * h + weight, weight
     if a.by_scores:
         # the probabilities' gradient and the scores', both fp32, when the MLP has let go of what it kept
-        of_mlp = c * (3 * layer.intermediate + h) + 2 * c * h + (_inputs_kept_of(run, down) if down else 0)
-        yield _scores(run, layer) * (2 * _FP32 - c) - t * (of_mlp - 2 * c * h), 0
+        of_mlp = c * (3 * layer.intermediate + h) + 2 * c * h + (_saved_lora_input(run, down) if down else 0)
+        yield _score_elements(run, layer) * (2 * _FP32 - c) - t * (of_mlp - 2 * c * h), 0

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from qlora_dist.config.schema import Section
+from qlora_dist.config.schema import ConfigSection
 from qlora_dist.errors import UserError
 from qlora_dist.plan.hardware import Positive
-from qlora_dist.plan.step_time import Speeds
-from qlora_dist.runtime.system import user_cache
+from qlora_dist.plan.step_time import RankSpeeds
+from qlora_dist.runtime.system import user_cache_dir
 
 
-class Measured(Section):
+class MeasuredSpeeds(ConfigSection):
     """Of one kind of device, and of what lies between its ranks when it was measured. Per second."""
 
     device: str
@@ -31,15 +31,15 @@ class Measured(Section):
     """Received by all ranks of a node together from other nodes. None: there was one node."""
 
 
-class Calibration(Section):
+class Calibration(ConfigSection):
     """A file of it."""
 
-    devices: dict[str, Measured] = Field(default_factory=dict)
+    devices: dict[str, MeasuredSpeeds] = Field(default_factory=dict)
 
 
-def default_path() -> Path:
+def default_calibration_path() -> Path:
     """In the user's cache."""
-    return user_cache() / "calibration.json"
+    return user_cache_dir() / "calibration.json"
 
 
 def load_calibration(path: Path | None = None) -> Calibration:
@@ -52,7 +52,7 @@ def load_calibration(path: Path | None = None) -> Calibration:
         UserError: there is no such file, or it is another one.
     """
     try:
-        where = path or default_path()
+        where = path or default_calibration_path()
     except UserError:  # a user without a home
         return Calibration()
     try:
@@ -66,9 +66,9 @@ def load_calibration(path: Path | None = None) -> Calibration:
         raise UserError(f"{where}: holds no calibration ({reason}); make it anew with `plan --calibrate`") from None
 
 
-def save(kind: str, measured: Measured, path: Path | None = None) -> Path:
+def save_calibration(kind: str, measured: MeasuredSpeeds, path: Path | None = None) -> Path:
     """Add what was measured of a kind of device, in place of what was known of it. Returns the file."""
-    where = path or default_path()
+    where = path or default_calibration_path()
     known = load_calibration(where) if where.exists() else Calibration()
     where.parent.mkdir(parents=True, exist_ok=True)
     both = Calibration(devices=known.devices | {kind: measured})
@@ -78,7 +78,7 @@ def save(kind: str, measured: Measured, path: Path | None = None) -> Path:
     return where
 
 
-def measured_speeds(measured: Measured, assumed: Speeds) -> Speeds:
+def calibrated_speeds(measured: MeasuredSpeeds, assumed: RankSpeeds) -> RankSpeeds:
     """A rank's speeds, as far as they were measured; the others as they are assumed."""
     return replace(
         assumed,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_dist.plan.model_spec import Unit
-from qlora_dist.plan.run_spec import Run
-from qlora_dist.plan.step_traffic import cut_by_columns, shard_elements
+from qlora_dist.plan.model_spec import FsdpUnit
+from qlora_dist.plan.run_spec import RunSpec
+from qlora_dist.plan.step_traffic import is_column_sharded, shard_elements
 
 
 @dataclass(frozen=True)
-class Gathered:
+class UnitGatherMemory:
     """Bytes of a unit's parameters, whole and padded, in the type in which they are gathered."""
 
     base: int
@@ -54,7 +54,7 @@ class Gathered:
         return max(self.buffer + self.base, self.adapter_buffer + self.whole + self.by_columns)
 
 
-def gathered(run: Run, unit: Unit) -> Gathered:
+def unit_gather_memory(run: RunSpec, unit: FsdpUnit) -> UnitGatherMemory:
     """Of a unit."""
     sharding, base, adapters, by_columns = run.sharding, 0, 0, 0
     for parameter in unit.parameters:
@@ -62,11 +62,11 @@ def gathered(run: Run, unit: Unit) -> Gathered:
         nbytes = shard_elements(parameter, shards) * shards * (1 if parameter.is_bytes else run.compute_bytes)
         if parameter.trained:
             adapters += nbytes
-            by_columns += nbytes if shards > 1 and cut_by_columns(parameter, shards) else 0
+            by_columns += nbytes if shards > 1 and is_column_sharded(parameter, shards) else 0
         else:
             base += nbytes
     one_mesh = sharding.base_shards == sharding.adapter_shards == sharding.world_size and not run.offload
-    return Gathered(
+    return UnitGatherMemory(
         base,
         adapters,
         base if sharding.base_shards > 1 else 0,

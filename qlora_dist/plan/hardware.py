@@ -7,22 +7,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qlora_dist.config.config_file import load_sections
-from qlora_dist.config.schema import Section
+from qlora_dist.config.config_file import load_yaml_config
+from qlora_dist.config.schema import ConfigSection
 from qlora_dist.errors import UserError
 
 Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
+UnitFraction = Annotated[float, Field(gt=0, le=1)]
 
 
-class Gpu(Section):
+class Gpu(ConfigSection):
     """A kind of GPU."""
 
     memory: Positive
     """GiB that a program sees."""
     tflops: Positive
     """Dense, bf16 with fp32 accumulation: the data sheet's."""
-    efficiency: Share
+    efficiency: UnitFraction
     """Part of it that QLoRA's matrix products reach."""
     memory_gb_s: Positive
     """GB/s of its memory."""
@@ -37,12 +37,12 @@ class Gpu(Section):
         return int(self.memory * 2**30)
 
 
-class Link(Section):
+class Link(ConfigSection):
     """A kind of connection."""
 
     gb_s: Positive
     """GB/s in one direction: the data sheet's."""
-    efficiency: Share
+    efficiency: UnitFraction
     """Part of it that collectives reach."""
     per: Literal["gpu", "node"] = "gpu"
     """Whether each GPU has its own, or those of a node share it."""
@@ -52,7 +52,7 @@ class Link(Section):
         return 1e9 * self.gb_s * self.efficiency / (ranks_per_node if self.per == "node" else 1)
 
 
-class Hardware(Section):
+class Hardware(ConfigSection):
     """All that are known."""
 
     gpus: dict[str, Gpu] = Field(default_factory=dict)
@@ -97,8 +97,8 @@ def load_hardware(own: Path | None = None) -> Hardware:
     Raises:
         UserError: a mistake in that file.
     """
-    known = load_sections(Path(__file__).with_name("gpus.yaml"), Hardware)
+    known = load_yaml_config(Path(__file__).with_name("gpus.yaml"), Hardware)
     if own is None:
         return known
-    added = load_sections(own, Hardware, start="`gpus:` or `links:`")
+    added = load_yaml_config(own, Hardware, start="`gpus:` or `links:`")
     return Hardware(gpus=known.gpus | added.gpus, links=known.links | added.links)

@@ -1,6 +1,6 @@
 """What a decoder layer of each architecture is made of, from config.json.
 
-The names are those of transformers' classes. A new architecture is a line in `_KINDS`, if its blocks are Llama's up to
+The names are those of transformers' classes. A new architecture is a line in `_SUPPORTED_MODEL_TYPES`, if its blocks are Llama's up to
 norms, biases or experts.
 """
 
@@ -15,7 +15,7 @@ from qlora_dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class Matrix:
+class LinearSpec:
     """A quantized projection, or that of all experts of a layer."""
 
     name: str
@@ -38,7 +38,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionSpec:
     """Sizes of the attention of a layer."""
 
     heads: int
@@ -58,11 +58,11 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerSpec:
     """A decoder layer."""
 
-    matrices: tuple[Matrix, ...]
-    attention: Attention
+    matrices: tuple[LinearSpec, ...]
+    attention: AttentionSpec
     plain: tuple[tuple[int, ...], ...]
     """Shapes of what is not quantized, biases left out: norms, routers."""
     hidden: int
@@ -79,7 +79,7 @@ class Layer:
     buffer_bytes: int = 0
 
 
-def decoder_layers(config: Mapping[str, Any], lora: LoraConfig) -> list[Layer]:
+def decoder_layer_specs(config: Mapping[str, Any], lora: LoraConfig) -> list[LayerSpec]:
     """The layers in forward order; equal ones are the same object.
 
     Args:
@@ -90,11 +90,11 @@ def decoder_layers(config: Mapping[str, Any], lora: LoraConfig) -> list[Layer]:
         UserError: an architecture that is not known here.
     """
     kind = config.get("model_type")
-    if kind not in _KINDS:
+    if kind not in _SUPPORTED_MODEL_TYPES:
         raise UserError(
-            f"model_type {kind} is not among those that can be planned ({', '.join(sorted(_KINDS))}); give one of these"
+            f"model_type {kind} is not among those that can be planned ({', '.join(sorted(_SUPPORTED_MODEL_TYPES))}); give one of these"
         )
-    distinct: dict[Layer, Layer] = {}
+    distinct: dict[LayerSpec, LayerSpec] = {}
     layers = []
     for index in range(config["num_hidden_layers"]):
         layer = _layer(config, index, lora)
@@ -102,17 +102,17 @@ def decoder_layers(config: Mapping[str, Any], lora: LoraConfig) -> list[Layer]:
     return layers
 
 
-def _wants(matrix: Matrix, lora: LoraConfig) -> bool:
+def _has_lora(matrix: LinearSpec, lora: LoraConfig) -> bool:
     """Whether the section `lora` adapts a projection."""
     if matrix.experts:
         return lora.experts
     return lora.targets == "all-linear" or matrix.name in lora.targets
 
 
-_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral", "qwen3_moe", "deepseek_v3")
+_SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral", "qwen3_moe", "deepseek_v3")
 
 
-def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> Layer:
+def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> LayerSpec:
     hidden = config["hidden_size"]
     if config["model_type"] == "deepseek_v3":
         attention, matrices, plain = _latent_attention(config)
@@ -127,8 +127,8 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> Layer:
         per_token = config["num_experts_per_tok"]
         plain.append((experts, hidden))  # the router
         matrices += [
-            Matrix("gate_up_proj", expert_intermediate, hidden, experts=experts, parts=2),
-            Matrix("down_proj", hidden, expert_intermediate, experts=experts),
+            LinearSpec("gate_up_proj", expert_intermediate, hidden, experts=experts, parts=2),
+            LinearSpec("down_proj", hidden, expert_intermediate, experts=experts),
         ]
         if config["model_type"] == "deepseek_v3":
             intermediate = expert_intermediate * config["n_shared_experts"]
@@ -138,12 +138,12 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> Layer:
     if intermediate:
         bias = bool(config.get("mlp_bias", False)) and config["model_type"] == "llama"
         matrices += [
-            Matrix("gate_proj", intermediate, hidden, bias),
-            Matrix("up_proj", intermediate, hidden, bias),
-            Matrix("down_proj", hidden, intermediate, bias),
+            LinearSpec("gate_proj", intermediate, hidden, bias),
+            LinearSpec("up_proj", intermediate, hidden, bias),
+            LinearSpec("down_proj", hidden, intermediate, bias),
         ]
-    marked = tuple(replace(matrix, adapted=_wants(matrix, lora)) for matrix in matrices)
-    return Layer(
+    marked = tuple(replace(matrix, adapted=_has_lora(matrix, lora)) for matrix in matrices)
+    return LayerSpec(
         marked,
         attention,
         tuple(plain),
@@ -158,14 +158,14 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> Layer:
     )
 
 
-def _attention(config: Mapping[str, Any], index: int) -> tuple[Attention, list[Matrix], list[tuple[int, ...]]]:
+def _attention(config: Mapping[str, Any], index: int) -> tuple[AttentionSpec, list[LinearSpec], list[tuple[int, ...]]]:
     kind, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     size = head_dim(config)
     by_config = bool(config.get("attention_bias", False)) and kind not in ("mistral", "mixtral", "qwen2")
     qkv_bias, o_bias = kind == "qwen2" or by_config, by_config
     normed = kind in ("qwen3", "qwen3_moe")
-    attention = Attention(
+    attention = AttentionSpec(
         heads,
         kv_heads,
         size,
@@ -175,10 +175,10 @@ def _attention(config: Mapping[str, Any], index: int) -> tuple[Attention, list[M
         normed=normed,
     )
     matrices = [
-        Matrix("q_proj", heads * size, hidden, qkv_bias),
-        Matrix("k_proj", kv_heads * size, hidden, qkv_bias),
-        Matrix("v_proj", kv_heads * size, hidden, qkv_bias),
-        Matrix("o_proj", hidden, heads * size, o_bias),
+        LinearSpec("q_proj", heads * size, hidden, qkv_bias),
+        LinearSpec("k_proj", kv_heads * size, hidden, qkv_bias),
+        LinearSpec("v_proj", kv_heads * size, hidden, qkv_bias),
+        LinearSpec("o_proj", hidden, heads * size, o_bias),
     ]
     return attention, matrices, [(size,), (size,)] if normed else []
 
@@ -189,23 +189,23 @@ def head_dim(config: Mapping[str, Any]) -> int:
     return config.get("head_dim") or default
 
 
-def _latent_attention(config: Mapping[str, Any]) -> tuple[Attention, list[Matrix], list[tuple[int, ...]]]:
+def _latent_attention(config: Mapping[str, Any]) -> tuple[AttentionSpec, list[LinearSpec], list[tuple[int, ...]]]:
     """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
     hidden, heads, bias = config["hidden_size"], config["num_attention_heads"], bool(config.get("attention_bias"))
     rotated, plain_dim, v_dim = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
     q_rank, kv_rank, qk_dim = config.get("q_lora_rank") or 0, config["kv_lora_rank"], rotated + plain_dim
     norms: list[tuple[int, ...]] = [(kv_rank,)]
     if q_rank:
-        matrices = [Matrix("q_a_proj", q_rank, hidden, bias), Matrix("q_b_proj", heads * qk_dim, q_rank)]
+        matrices = [LinearSpec("q_a_proj", q_rank, hidden, bias), LinearSpec("q_b_proj", heads * qk_dim, q_rank)]
         norms.append((q_rank,))
     else:
-        matrices = [Matrix("q_proj", heads * qk_dim, hidden)]
+        matrices = [LinearSpec("q_proj", heads * qk_dim, hidden)]
     matrices += [
-        Matrix("kv_a_proj_with_mqa", kv_rank + rotated, hidden, bias),
-        Matrix("kv_b_proj", heads * (plain_dim + v_dim), kv_rank),
-        Matrix("o_proj", hidden, heads * v_dim, bias),
+        LinearSpec("kv_a_proj_with_mqa", kv_rank + rotated, hidden, bias),
+        LinearSpec("kv_b_proj", heads * (plain_dim + v_dim), kv_rank),
+        LinearSpec("o_proj", hidden, heads * v_dim, bias),
     ]
-    return Attention(heads, heads, qk_dim, v_dim, latent=(q_rank, kv_rank)), matrices, norms
+    return AttentionSpec(heads, heads, qk_dim, v_dim, latent=(q_rank, kv_rank)), matrices, norms
 
 
 def _window(config: Mapping[str, Any], index: int) -> int | None:

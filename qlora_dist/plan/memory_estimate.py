@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_dist.plan.model_spec import Parameter
-from qlora_dist.plan.phase_memory import Phase, step_phases
-from qlora_dist.plan.run_spec import Run
+from qlora_dist.plan.model_spec import ParameterSpec
+from qlora_dist.plan.phase_memory import StepPhase, peak_terms_by_phase
+from qlora_dist.plan.run_spec import RunSpec
 from qlora_dist.plan.step_traffic import shard_elements
 
 _MASTER_BYTES = 4  # adapters are trained in fp32
 
 
-RESERVED = (1.10, 1.20)
+RESERVED_RATIOS = (1.10, 1.20)
 """What torch's allocator reserves, in parts of what is allocated at the peak."""
-CONTEXT_BYTES = 2**29
+CUDA_CONTEXT_BYTES = 2**29
 """Of the CUDA context and the libraries' own buffers, in no figure of torch's."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes on the device of one rank, term by term, and what lies behind it."""
 
     static: dict[str, int]
     """Held between steps."""
-    phases: dict[Phase, dict[str, int]]
+    phases: dict[StepPhase, dict[str, int]]
     """On top of that, at the peak of each phase."""
     paged_moments: int = 0
     """Of the optimizer, that come and go."""
@@ -41,12 +41,12 @@ class Memory:
         """What a run compares with its share after loading: static, without moments."""
         return self.static_bytes - self.static["moments"]
 
-    def phase_bytes(self, phase: Phase) -> int:
+    def phase_bytes(self, phase: StepPhase) -> int:
         """All that is allocated at the peak of a phase."""
         return self.static_bytes + sum(self.phases[phase].values())
 
     @property
-    def peak_phase(self) -> Phase:
+    def peak_phase(self) -> StepPhase:
         """The phase that needs most."""
         return max(self.phases, key=self.phase_bytes)
 
@@ -58,14 +58,14 @@ class Memory:
     @property
     def reserved_bytes(self) -> tuple[int, int]:
         """What the allocator will have taken of the device: from, to."""
-        return round(self.peak_bytes * RESERVED[0]), round(self.peak_bytes * RESERVED[1])
+        return round(self.peak_bytes * RESERVED_RATIOS[0]), round(self.peak_bytes * RESERVED_RATIOS[1])
 
     def fits(self, card_bytes: int) -> bool:
         """Whether even the upper end, with the context, has room on a card."""
-        return self.reserved_bytes[1] + CONTEXT_BYTES <= card_bytes
+        return self.reserved_bytes[1] + CUDA_CONTEXT_BYTES <= card_bytes
 
 
-def static_terms(run: Run) -> dict[str, int]:
+def static_memory_terms(run: RunSpec) -> dict[str, int]:
     """What a rank holds between steps, if nothing is paged or offloaded: exact.
 
     Shards are padded as FSDP2 pads them (`shard_elements`).
@@ -73,7 +73,7 @@ def static_terms(run: Run) -> dict[str, int]:
     terms = {"base": 0, "embeddings and norms": 0, "adapters": 0}
     for unit, count in run.model.distinct:
         for parameter in unit.parameters:
-            nbytes = count * shard_bytes(run, parameter)
+            nbytes = count * parameter_shard_bytes(run, parameter)
             if parameter.trained:
                 terms["adapters"] += nbytes
             elif parameter.is_bytes and unit.kind == "layer":
@@ -81,11 +81,11 @@ def static_terms(run: Run) -> dict[str, int]:
             else:
                 terms["embeddings and norms"] += nbytes
     terms["buffers"] = run.model.buffer_bytes
-    terms["moments"] = moment_bytes(run)
+    terms["moments"] = optimizer_state_bytes(run)
     return terms
 
 
-def shard_bytes(run: Run, parameter: Parameter) -> int:
+def parameter_shard_bytes(run: RunSpec, parameter: ParameterSpec) -> int:
     """Of a rank's shard of a parameter, as it is kept."""
     if parameter.trained:
         return _MASTER_BYTES * shard_elements(parameter, run.sharding.adapter_shards)
@@ -93,7 +93,7 @@ def shard_bytes(run: Run, parameter: Parameter) -> int:
     return element * shard_elements(parameter, run.sharding.base_shards)
 
 
-def moment_bytes(run: Run) -> int:
+def optimizer_state_bytes(run: RunSpec) -> int:
     """Both moments of a rank's adapter shards, wherever they lie: of whole blocks of 256 elements of each shard.
 
     fp32, or in 8 bit a byte each and an fp32 scale a block (`optim/state_pages.py`).
@@ -108,7 +108,7 @@ def moment_bytes(run: Run) -> int:
     return block * sum(shards)
 
 
-def plan_memory(run: Run, card_bytes: int | None = None) -> Memory:
+def estimate_memory(run: RunSpec, card_bytes: int | None = None) -> MemoryEstimate:
     """All of it.
 
     Args:
@@ -116,22 +116,30 @@ def plan_memory(run: Run, card_bytes: int | None = None) -> Memory:
         card_bytes: of the device, by which paged moments and a paged base settle on how many stay; None: all stay
             whose number the configuration does not say.
     """
-    static, phases = static_terms(run), step_phases(run)
+    static, phases = static_memory_terms(run), peak_terms_by_phase(run)
     on_host = 0
     if run.offload:
         on_host, static["base"], static["embeddings and norms"] = static["base"] + static["embeddings and norms"], 0, 0
     if run.paged_base:
         pages = [
-            sum(-(-shard_bytes(run, p) // _ALIGNMENT) * _ALIGNMENT for p in unit.parameters if not p.trained)
+            sum(
+                -(-parameter_shard_bytes(run, p) // _PAGE_ALIGNMENT) * _PAGE_ALIGNMENT
+                for p in unit.parameters
+                if not p.trained
+            )
             for unit in run.model.layers
         ]
         rest = static["embeddings and norms"] + 4 * static["adapters"]
-        frozen_of_layers = sum(shard_bytes(run, p) for u in run.model.layers for p in u.parameters if not p.trained)
+        frozen_of_layers = sum(
+            parameter_shard_bytes(run, p) for u in run.model.layers for p in u.parameters if not p.trained
+        )
         static["embeddings and norms"] -= frozen_of_layers - static["base"]  # norms and biases are in the pages
         budget = run.resident_base
         if budget is None:
-            budget = sum(pages) if card_bytes is None else max(2 * max(pages), (card_bytes - CONTEXT_BYTES - rest) // 2)
-        static["base"] = _held(pages, budget, run.ahead)
+            budget = (
+                sum(pages) if card_bytes is None else max(2 * max(pages), (card_bytes - CUDA_CONTEXT_BYTES - rest) // 2)
+            )
+        static["base"] = _resident_page_bytes(pages, budget, run.ahead)
         on_host = sum(pages) if static["base"] < sum(pages) else 0
     moments = static["moments"]
     if run.paged_moments and moments:
@@ -139,18 +147,18 @@ def plan_memory(run: Run, card_bytes: int | None = None) -> Memory:
         if budget is None:
             budget = moments
             if card_bytes is not None:
-                without = Memory({**static, "moments": 0}, phases)
-                budget = max(0, card_bytes - card_bytes // 20 - without.reserved_bytes[0] - CONTEXT_BYTES)
+                without = MemoryEstimate({**static, "moments": 0}, phases)
+                budget = max(0, card_bytes - card_bytes // 20 - without.reserved_bytes[0] - CUDA_CONTEXT_BYTES)
         page = run.page_bytes
         pages = [page] * (moments // page) + [moments % page] * bool(moments % page)
-        static["moments"] = _held(pages, budget, run.ahead)
-    return Memory(static, phases, moments - static["moments"], on_host)
+        static["moments"] = _resident_page_bytes(pages, budget, run.ahead)
+    return MemoryEstimate(static, phases, moments - static["moments"], on_host)
 
 
-_ALIGNMENT = 16  # of a parameter in a page (`compat/fsdp.py`)
+_PAGE_ALIGNMENT = 16  # of a parameter in a page (`compat/fsdp.py`)
 
 
-def _held(pages: list[int], budget: int, ahead: int) -> int:
+def _resident_page_bytes(pages: list[int], budget: int, ahead: int) -> int:
     """What `paging/pager.py` has on the device: all pages; or some that stay, and slots for the others."""
     if sum(pages) <= budget:
         return sum(pages)

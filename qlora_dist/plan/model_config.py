@@ -9,19 +9,19 @@ from typing import Any
 
 from qlora_dist.errors import UserError
 
-_SHIPPED = Path(__file__).parent / "models"
+_BUNDLED_MODELS = Path(__file__).parent / "models"
 
 
-def model_names() -> list[str]:
+def bundled_model_names() -> list[str]:
     """Of the shapes that come with the package."""
-    return sorted(path.stem for path in _SHIPPED.glob("*.json"))
+    return sorted(path.stem for path in _BUNDLED_MODELS.glob("*.json"))
 
 
 def read_model_config(model: str) -> dict[str, Any]:
     """A model's config.json.
 
     Args:
-        model: a config.json, a folder that holds one, or a name of `model_names`.
+        model: a config.json, a folder that holds one, or a name of `bundled_model_names`.
 
     Raises:
         UserError: there is none, or it is no model's.
@@ -30,9 +30,9 @@ def read_model_config(model: str) -> dict[str, Any]:
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
-        path = _SHIPPED / f"{path.name.lower()}.json"  # also by its name on the hub, OWNER/NAME
+        path = _BUNDLED_MODELS / f"{path.name.lower()}.json"  # also by its name on the hub, OWNER/NAME
         if not path.is_file():
-            near = difflib.get_close_matches(Path(model).name.lower(), model_names(), n=3)
+            near = difflib.get_close_matches(Path(model).name.lower(), bundled_model_names(), n=3)
             hint = f"did you mean {', '.join(near)}?" if near else "give its config.json, or the folder of the model"
             raise UserError(f"{model}: no config.json, no folder with one, and no model that is known by name; {hint}")
     try:
@@ -41,10 +41,10 @@ def read_model_config(model: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error}); give a model's config.json") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{path}: has no model_type; give the config.json of a language model")
-    missing = [key for key in _NEEDED if key not in config]
+    missing = [key for key in _REQUIRED_KEYS if key not in config]
     if missing:
         raise UserError(f"{path}: has no {missing[0]}; give the config.json of a language model")
     return config
 
 
-_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+_REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from qlora_dist.config.schema import LoraConfig
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.plan.layer_spec import Layer, Matrix, decoder_layers, head_dim
+from qlora_dist.plan.layer_spec import LayerSpec, LinearSpec, decoder_layer_specs, head_dim
 
-UnitKind = Literal["embedding", "shared_embedding", "layer", "head", "root"]
+FsdpUnitKind = Literal["embedding", "shared_embedding", "layer", "head", "root"]
 
 
 @dataclass(frozen=True)
-class Parameter:
+class ParameterSpec:
     """A parameter as the engine sees it."""
 
     shape: tuple[int, ...]
@@ -34,20 +34,20 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Unit:
+class FsdpUnit:
     """Parameters that are gathered and freed together."""
 
-    kind: UnitKind
-    parameters: tuple[Parameter, ...]
-    layer: Layer | None = None
+    kind: FsdpUnitKind
+    parameters: tuple[ParameterSpec, ...]
+    layer: LayerSpec | None = None
     """What a decoder layer computes; None for other units."""
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSpec:
     """A model with its adapters."""
 
-    units: tuple[Unit, ...]
+    units: tuple[FsdpUnit, ...]
     """In forward order."""
     hidden: int
     vocabulary: int
@@ -64,34 +64,34 @@ class Model:
     """Of tensors that are on every rank whole: rotary frequencies, corrections of routers."""
 
     @cached_property
-    def layers(self) -> list[Unit]:
+    def layers(self) -> list[FsdpUnit]:
         """The decoder layers."""
         return [unit for unit in self.units if unit.layer is not None]
 
     @cached_property
-    def distinct(self) -> list[tuple[Unit, int]]:
+    def distinct(self) -> list[tuple[FsdpUnit, int]]:
         """Units that differ, and how many there are of each: layers are mostly alike."""
-        return distinct_units(self.units)
+        return count_distinct_units(self.units)
 
-    def layout(self, matrix: Matrix) -> NF4Layout:
+    def layout(self, matrix: LinearSpec) -> NF4Layout:
         """Of one of a layer's quantized matrices."""
         return NF4Layout((matrix.rows, matrix.columns), "nf4", self.block_size, self.double_quant)
 
 
-def distinct_units(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
+def count_distinct_units(units: Iterable[FsdpUnit]) -> list[tuple[FsdpUnit, int]]:
     """Units that differ, and how many there are of each."""
     every = list(units)
     counts = Counter(map(id, every))
     return [(unit, counts[key]) for key, unit in {id(unit): unit for unit in every}.items()]
 
 
-def describe(
+def make_model_spec(
     config: Mapping[str, Any],
     lora: LoraConfig,
     block_size: int = 64,
     double_quant: bool = True,
     embeddings: Literal["16bit", "4bit"] = "16bit",
-) -> Model:
+) -> ModelSpec:
     """A model with its adapters.
 
     Args:
@@ -106,23 +106,25 @@ def describe(
     """
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     tied = bool(config.get("tie_word_embeddings", config["model_type"] in _TIED_BY_DEFAULT))
-    layers = decoder_layers(config, lora)
-    units = {layer: Unit("layer", tuple(_parameters(layer, lora, block_size, double_quant)), layer) for layer in layers}
+    layers = decoder_layer_specs(config, lora)
+    units = {
+        layer: FsdpUnit("layer", tuple(_parameters(layer, lora, block_size, double_quant)), layer) for layer in layers
+    }
 
-    def matrix(name: str) -> Parameter:
+    def matrix(name: str) -> ParameterSpec:
         if name in lora.modules_to_save or (tied and {"embed_tokens", "lm_head"} & {*lora.modules_to_save}):
-            return Parameter((vocabulary, hidden), trained=True, by_rows=True)
+            return ParameterSpec((vocabulary, hidden), trained=True, by_rows=True)
         if embeddings == "4bit":
             layout = NF4Layout((vocabulary, hidden), "nf4", block_size, double_quant)
-            return Parameter((layout.total_bytes,), is_bytes=True)
-        return Parameter((vocabulary, hidden))
+            return ParameterSpec((layout.total_bytes,), is_bytes=True)
+        return ParameterSpec((vocabulary, hidden))
 
-    return Model(
+    return ModelSpec(
         (
-            Unit("shared_embedding" if tied else "embedding", (matrix("embed_tokens"),)),
+            FsdpUnit("shared_embedding" if tied else "embedding", (matrix("embed_tokens"),)),
             *(units[layer] for layer in layers),
-            *([] if tied else [Unit("head", (matrix("lm_head"),))]),
-            Unit("root", (Parameter((hidden,)),)),
+            *([] if tied else [FsdpUnit("head", (matrix("lm_head"),))]),
+            FsdpUnit("root", (ParameterSpec((hidden,)),)),
         ),
         hidden,
         vocabulary,
@@ -139,22 +141,22 @@ def describe(
 _TIED_BY_DEFAULT = ("gemma2",)  # of the classes here, whose config.json may leave `tie_word_embeddings` out
 
 
-def _parameters(layer: Layer, lora: LoraConfig, block_size: int, double_quant: bool) -> list[Parameter]:
-    parameters = [Parameter(shape) for shape in layer.plain]
+def _parameters(layer: LayerSpec, lora: LoraConfig, block_size: int, double_quant: bool) -> list[ParameterSpec]:
+    parameters = [ParameterSpec(shape) for shape in layer.plain]
     for matrix in layer.matrices:
         layout = NF4Layout((matrix.rows, matrix.columns), "nf4", block_size, double_quant)
         count = matrix.experts * matrix.parts if matrix.experts else 1
-        parameters.append(Parameter((count * layout.total_bytes,), is_bytes=True))
+        parameters.append(ParameterSpec((count * layout.total_bytes,), is_bytes=True))
         if matrix.has_bias:
-            parameters.append(Parameter((matrix.rows,)))
+            parameters.append(ParameterSpec((matrix.rows,)))
         if matrix.adapted:
             pairs, rows = matrix.experts or 1, matrix.rows * matrix.parts
             parameters += [
-                Parameter((pairs * lora.r, matrix.columns), trained=True),
-                Parameter((rows, lora.r * pairs), trained=True),
+                ParameterSpec((pairs * lora.r, matrix.columns), trained=True),
+                ParameterSpec((rows, lora.r * pairs), trained=True),
             ]
             if lora.dora:
-                parameters.append(Parameter((rows,), trained=True))
+                parameters.append(ParameterSpec((rows,), trained=True))
     return parameters
 
 

@@ -11,22 +11,22 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Literal
 
-from qlora_dist.plan.activations import LayerMemory, layer_memory
-from qlora_dist.plan.gather_memory import Gathered, gathered
-from qlora_dist.plan.model_spec import Unit
-from qlora_dist.plan.run_spec import Run
-from qlora_dist.plan.step_traffic import trained_elements
+from qlora_dist.plan.activations import LayerActivations, layer_activations
+from qlora_dist.plan.gather_memory import UnitGatherMemory, unit_gather_memory
+from qlora_dist.plan.model_spec import FsdpUnit
+from qlora_dist.plan.run_spec import RunSpec
+from qlora_dist.plan.step_traffic import trained_shard_elements
 
-Phase = Literal["embedding", "layer_forward", "head", "layer_backward", "optimizer"]
-Terms = dict[str, int]
+StepPhase = Literal["embedding", "layer_forward", "head", "layer_backward", "optimizer"]
+MemoryTerms = dict[str, int]
 _FP32 = 4
 _CHUNK_LOGITS = 2**24  # of model/loss.py
 
 
-def step_phases(run: Run) -> dict[Phase, Terms]:
+def peak_terms_by_phase(run: RunSpec) -> dict[StepPhase, MemoryTerms]:
     """What each phase has at its peak, on top of what is there between steps."""
-    step = _Step(run)
-    candidates: dict[Phase, Iterator[Terms]] = {
+    step = _StepMemory(run)
+    candidates: dict[StepPhase, Iterator[MemoryTerms]] = {
         "embedding": step.embedding(),
         "layer_forward": step.forward(),
         "head": step.head(),
@@ -36,35 +36,35 @@ def step_phases(run: Run) -> dict[Phase, Terms]:
     return {phase: max(found, key=lambda terms: sum(terms.values())) for phase, found in candidates.items()}
 
 
-class _Step:
+class _StepMemory:
     """Sums over layers that several phases need."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunSpec) -> None:
         self.run, self.layers = run, run.model.layers
         self.hidden_bytes = run.tokens * run.compute_bytes * run.model.hidden
         """Of what a layer is given, and returns."""
 
     @cached_property
-    def _of_layers(self) -> dict[int, tuple[Gathered, LayerMemory]]:
+    def _of_layers(self) -> dict[int, tuple[UnitGatherMemory, LayerActivations]]:
         return {
-            id(unit): (gathered(self.run, unit), layer_memory(self.run, unit.layer))
+            id(unit): (unit_gather_memory(self.run, unit), layer_activations(self.run, unit.layer))
             for unit, _ in self.run.model.distinct
             if unit.layer is not None
         }
 
-    def embedding(self) -> Iterator[Terms]:
+    def embedding(self) -> Iterator[MemoryTerms]:
         unit = self.run.model.units[0]
-        here = gathered(self.run, unit)
+        here = unit_gather_memory(self.run, unit)
         yield self._always(-1) | {"gathered": here.coming(0), "hidden states": self.hidden_bytes}
 
     @cached_property
     def _kept_for_head(self) -> int:
         """A tied embedding, which is not gathered twice."""
         unit = self.run.model.units[0]
-        return gathered(self.run, unit).whole if unit.kind == "shared_embedding" else 0
+        return unit_gather_memory(self.run, unit).whole if unit.kind == "shared_embedding" else 0
 
-    def forward(self) -> Iterator[Terms]:
-        before = gathered(self.run, self.run.model.units[0]).last_buffer
+    def forward(self) -> Iterator[MemoryTerms]:
+        before = unit_gather_memory(self.run, self.run.model.units[0]).last_buffer
         for index, unit in enumerate(self.layers):
             here, layer = self._of_layers[id(unit)]
             ahead = min(self.run.prefetch, len(self.layers) - 1 - index)
@@ -86,10 +86,10 @@ class _Step:
             yield terms
             before = here.last_buffer
 
-    def head(self) -> Iterator[Terms]:
+    def head(self) -> Iterator[MemoryTerms]:
         run, model, t = self.run, self.run.model, self.run.tokens
         units = [unit for unit in model.units if unit.kind in ("head", "shared_embedding")]
-        here, (last, _) = gathered(run, units[0]), self._of_layers[id(self.layers[-1])]
+        here, (last, _) = unit_gather_memory(run, units[0]), self._of_layers[id(self.layers[-1])]
         kept = self._always(len(self.layers))
         normed = 2 * self.hidden_bytes  # what the last norm is given, and what it returns
         coming, buffer = here.coming(last.last_buffer), here.last_buffer
@@ -120,7 +120,7 @@ class _Step:
         working = max(2 * run.compute_bytes + 2 * _FP32, 4 * _FP32) * t * model.hidden
         yield kept | {"gathered": last.buffer, "hidden states": self.hidden_bytes, "working memory": working}
 
-    def backward(self) -> Iterator[Terms]:
+    def backward(self) -> Iterator[MemoryTerms]:
         for index in reversed(range(len(self.layers))):
             here, layer = self._of_layers[id(self.layers[index])]
             ahead = min(self.run.prefetch or 1, index)  # asked for none, FSDP2 gathers one ahead in backward
@@ -152,10 +152,10 @@ class _Step:
             sums.append(sums[-1] + of_layers[id(unit)])
         return sums[::-1]
 
-    def _shards(self, unit: Unit) -> int:
-        return _FP32 * trained_elements(unit, self.run.sharding.adapter_shards)
+    def _shards(self, unit: FsdpUnit) -> int:
+        return _FP32 * trained_shard_elements(unit, self.run.sharding.adapter_shards)
 
-    def _always(self, index: int) -> Terms:
+    def _always(self, index: int) -> MemoryTerms:
         """What is there while layer `index` is at work: inputs, and what layers before it have left for backward."""
         run = self.run
         inputs = len(range(0, min(index + 1, len(self.layers)), run.checkpointing)) if run.checkpointing else 0
@@ -194,7 +194,7 @@ class _Step:
         kept = self._of_layers[id(self.layers[index])][1].kept
         return kept - (self.hidden_bytes if index == 0 else 0)
 
-    def _reduced(self, unit: Unit) -> int:
+    def _reduced(self, unit: FsdpUnit) -> int:
         """What a unit's reduce-scatter reads: kept until the next one begins."""
         return self.run.sharding.adapter_shards * self._shards(unit)
 

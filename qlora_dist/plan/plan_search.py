@@ -11,38 +11,38 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.cli.plan_command import Asked, make_config
-from qlora_dist.config.config_file import Sections, changed, dump_config, flatten
+from qlora_dist.cli.plan_command import PlanArgs, config_to_plan
+from qlora_dist.config.config_file import ConfigChanges, apply_changes, dump_config, flatten_keys
 from qlora_dist.config.max_positions import check_seq_len
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration_file import load_calibration
 from qlora_dist.plan.hardware import load_hardware
-from qlora_dist.plan.memory_estimate import CONTEXT_BYTES, RESERVED
+from qlora_dist.plan.memory_estimate import CUDA_CONTEXT_BYTES, RESERVED_RATIOS
 from qlora_dist.plan.model_config import read_model_config
-from qlora_dist.plan.run_spec import make_run
-from qlora_dist.plan.training_plan import Plan, make_plan
+from qlora_dist.plan.run_spec import make_run_spec
+from qlora_dist.plan.training_plan import TrainingPlan, make_training_plan
 
-_CLOSE = 1.1
+_TIE_RATIO = 1.1
 """Ratio of two steps' times below which the simpler configuration is taken: times are not known that well."""
-_SHOWN = 5
-_KEYS = ("parallel.base", "parallel.adapter", "parallel.offload", "train.checkpointing", "train.micro_batch")
+_MAX_SHOWN = 5
+_SEARCHED_KEYS = ("parallel.base", "parallel.adapter", "parallel.offload", "train.checkpointing", "train.micro_batch")
 
 
 @dataclass(frozen=True)
-class Found:
+class PlanCandidate:
     """A configuration that fits."""
 
     config: Config
-    plan: Plan
+    plan: TrainingPlan
     start: Config
     """What the search began from: defaults, and what was asked."""
 
     @property
     def differences(self) -> dict[str, Any]:
         """Keys whose values are not those that the search began with."""
-        mine, theirs = flatten(self.config.model_dump()), flatten(self.start.model_dump())
-        return {key: mine[key] for key in (*_KEYS, "parallel.resident_bytes") if mine[key] != theirs[key]}
+        mine, theirs = flatten_keys(self.config.model_dump()), flatten_keys(self.start.model_dump())
+        return {key: mine[key] for key in (*_SEARCHED_KEYS, "parallel.resident_bytes") if mine[key] != theirs[key]}
 
     @property
     def on_host(self) -> bool:
@@ -52,15 +52,15 @@ class Found:
     def rank(self, least_s: float) -> tuple[bool, bool, int, float]:
         """Return the order among all: about as fast as the fastest, base on the device, few keys set, time."""
         step_s = self.plan.time.step_s
-        slow = step_s > _CLOSE * least_s
+        slow = step_s > _TIE_RATIO * least_s
         return (slow, False, 0, step_s) if slow else (slow, self.on_host, len(self.differences), step_s)
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchResult:
     """What a search has tried, and what fits of that."""
 
-    best: list[Found]
+    best: list[PlanCandidate]
     """The one to take, and the fastest of the others."""
     fitting: int
     tried: int
@@ -74,17 +74,17 @@ class Search:
         return f"Tried {self.tried} configurations, of which {self.fitting} fit: {tried or 'all keys were given'}."
 
 
-def print_fastest(asked: Asked, as_json: bool) -> None:
+def print_fastest_plan(asked: PlanArgs, as_json: bool) -> None:
     """Print the configuration as YAML, and on standard error what it costs and what else fits; or all as JSON.
 
     Raises:
         UserError: a mistake in what was asked, or nothing fits.
     """
-    found = search(asked)
+    found = search_plans(asked)
     best = found.best[0]
     if as_json:
         others = [
-            {"settings": f.differences, "fits_with_bytes": _spare(f.plan), "step_s": f.plan.time.step_s}
+            {"settings": f.differences, "fits_with_bytes": _free_bytes(f.plan), "step_s": f.plan.time.step_s}
             for f in found.best
         ]
         tree = best.config.model_dump(mode="json")
@@ -106,24 +106,24 @@ def print_fastest(asked: Asked, as_json: bool) -> None:
         row = (
             f"{time.tokens_per_s:,.0f}",
             f"{time.step_s:,.2f}",
-            f"{_spare(one.plan) / 2**30:,.2f}",
+            f"{_free_bytes(one.plan) / 2**30:,.2f}",
             settings or "none",
         )
         table.add_row(*row, style="bold" if one is best else None)
     console.print(table)
     console.print(
-        f"{found.sentence()} Of those within {_CLOSE - 1:.0%} of the fastest the simplest is taken, "
+        f"{found.sentence()} Of those within {_TIE_RATIO - 1:.0%} of the fastest the simplest is taken, "
         "one that keeps the base on the device before one that does not.",
         highlight=False,
     )
 
 
-def _spare(plan: Plan) -> int:
+def _free_bytes(plan: TrainingPlan) -> int:
     """Return the bytes that a card has left, by the upper end of what the allocator reserves."""
-    return plan.gpu.memory_bytes - plan.memory.reserved_bytes[1] - CONTEXT_BYTES
+    return plan.gpu.memory_bytes - plan.memory.reserved_bytes[1] - CUDA_CONTEXT_BYTES
 
 
-def search(asked: Asked) -> Search:
+def search_plans(asked: PlanArgs) -> SearchResult:
     """Try what can be chosen, at the same tokens of a step.
 
     Chosen are the meshes of base and adapters, rows of a micro-batch, which layers are checkpointed, offloading and
@@ -133,32 +133,32 @@ def search(asked: Asked) -> Search:
     Raises:
         UserError: a mistake in what was asked, or nothing fits; it says what is missing.
     """
-    hardware, start = load_hardware(asked.hardware), make_config(asked)
+    hardware, start = load_hardware(asked.hardware), config_to_plan(asked)
     model_config = read_model_config(start.model.base)
     gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
     link, network = hardware.link(gpu.link), hardware.link(asked.network)
     check_seq_len(start.data.seq_len, model_config, start.model.base)
-    described = make_run(start, model_config, asked.ranks, asked.nodes).model
-    fitting: list[Found] = []
+    described = make_run_spec(start, model_config, asked.ranks, asked.nodes).model
+    fitting: list[PlanCandidate] = []
     tried: list[Config] = []
-    least: Plan | None = None
+    least: TrainingPlan | None = None
 
-    def plan_of(config: Config) -> Plan:
-        run = make_run(config, model_config, asked.ranks, asked.nodes, described=described)
-        return make_plan(run, asked.gpu, gpu, link, network, measured)
+    def plan_of(config: Config) -> TrainingPlan:
+        run = make_run_spec(config, model_config, asked.ranks, asked.nodes, described=described)
+        return make_training_plan(run, asked.gpu, gpu, link, network, measured)
 
-    named = _named(asked, start)
-    for sections in _choices(asked, start, named):
-        config = changed(start, sections)
+    named = _explicit_keys(asked, start)
+    for sections in _candidate_settings(asked, start, named):
+        config = apply_changes(start, sections)
         plan = plan_of(config)
         if config.parallel.base == "paged" and "parallel.resident_bytes" not in named and plan.fits:
-            config = changed(config, {"parallel": {"resident_bytes": _budget(plan)}})
+            config = apply_changes(config, {"parallel": {"resident_bytes": _largest_resident_bytes(plan)}})
             plan = plan_of(config)
             if plan.memory.on_host == 0 and "parallel.base" not in named:
                 continue  # all layers stay on the device: the same as with `base: node`
         tried.append(config)
         if plan.fits:
-            fitting.append(Found(config, plan, start))
+            fitting.append(PlanCandidate(config, plan, start))
         if least is None or plan.memory.peak_bytes < least.memory.peak_bytes:
             least = plan
     assert least is not None
@@ -171,18 +171,18 @@ def search(asked: Asked) -> Search:
     least_s = min(found.plan.time.step_s for found in fitting)
     best = min(fitting, key=lambda found: found.rank(least_s))
     others = sorted((f for f in fitting if f is not best), key=lambda found: found.plan.time.step_s)
-    flat = [flatten(config.model_dump()) for config in tried]
-    choices = {key: list(dict.fromkeys(tree[key] for tree in flat)) for key in _KEYS}
-    return Search([best, *others[: _SHOWN - 1]], len(fitting), len(tried), choices)
+    flat = [flatten_keys(config.model_dump()) for config in tried]
+    choices = {key: list(dict.fromkeys(tree[key] for tree in flat)) for key in _SEARCHED_KEYS}
+    return SearchResult([best, *others[: _MAX_SHOWN - 1]], len(fitting), len(tried), choices)
 
 
-def _budget(least: Plan) -> int:
+def _largest_resident_bytes(least: TrainingPlan) -> int:
     """Of layers on a device, so many whole MiB that a plan just fits; from one with the fewest that there can be."""
-    room = (least.gpu.memory_bytes - CONTEXT_BYTES) / RESERVED[1] - least.memory.peak_bytes
+    room = (least.gpu.memory_bytes - CUDA_CONTEXT_BYTES) / RESERVED_RATIOS[1] - least.memory.peak_bytes
     return (least.memory.static["base"] + int(room)) // 2**20 * 2**20
 
 
-def _named(asked: Asked, start: Config) -> set[str]:
+def _explicit_keys(asked: PlanArgs, start: Config) -> set[str]:
     """Return the keys that are given: on the command line, or in a run's file."""
     named = {override.partition("=")[0].strip() for override in asked.overrides}
     if asked.micro_batch is not None:
@@ -193,7 +193,7 @@ def _named(asked: Asked, start: Config) -> set[str]:
     return named
 
 
-def _choices(asked: Asked, start: Config, named: set[str]) -> Iterator[Sections]:
+def _candidate_settings(asked: PlanArgs, start: Config, named: set[str]) -> Iterator[ConfigChanges]:
     """From simple to involved; what was asked for by name is left as it is."""
     ranks = asked.ranks
 
@@ -207,7 +207,7 @@ def _choices(asked: Asked, start: Config, named: set[str]) -> Iterator[Sections]
             *(n for n in range(1, ranks + 1) if ranks % n == 0 and (asked.gpus % n == 0 or n % asked.gpus == 0)),
         }
     )
-    bases: list[Any] = ["node", *(_name(n, asked) for n in shards if n != asked.gpus), "paged"]
+    bases: list[Any] = ["node", *(_base_value(n, asked) for n in shards if n != asked.gpus), "paged"]
     per_rank = start.train.global_batch // ranks
     micro_batches = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
     for base in of("parallel.base", bases):
@@ -222,7 +222,7 @@ def _choices(asked: Asked, start: Config, named: set[str]) -> Iterator[Sections]
                         }
 
 
-def _name(shards: int, asked: Asked) -> str | int:
+def _base_value(shards: int, asked: PlanArgs) -> str | int:
     if shards == 1:
         return "replicate"
     return "world" if shards == asked.ranks else shards

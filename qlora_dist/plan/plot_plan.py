@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_dist.errors import UserError
-from qlora_dist.plan.memory_estimate import CONTEXT_BYTES
-from qlora_dist.plan.training_plan import Plan
+from qlora_dist.plan.memory_estimate import CUDA_CONTEXT_BYTES
+from qlora_dist.plan.training_plan import TrainingPlan
 
 
-def draw(plan: Plan, by_nodes: Sequence[tuple[int, Plan]], path: Path) -> None:
+def plot_plan(plan: TrainingPlan, by_nodes: Sequence[tuple[int, TrainingPlan]], path: Path) -> None:
     """Two pictures in one file, whose kind its name says (.png, .svg, .pdf).
 
     Args:
@@ -34,7 +34,7 @@ def draw(plan: Plan, by_nodes: Sequence[tuple[int, Plan]], path: Path) -> None:
         if max(heights) > 0.001 * plan.gpu.memory:
             left.bar([phase.replace("_", " ") for phase in phases], heights, bottom=bottom, label=name)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    left.axhline(plan.gpu.memory - CONTEXT_BYTES / 2**30, color="black", linestyle="--", label=plan.gpu_name)
+    left.axhline(plan.gpu.memory - CUDA_CONTEXT_BYTES / 2**30, color="black", linestyle="--", label=plan.gpu_name)
     left.axhspan(*(nbytes / 2**30 for nbytes in memory.reserved_bytes), color="grey", alpha=0.2, label="reserved")
     left.set(ylabel="GiB of a rank", title="memory, by phase of a step")
     left.legend(fontsize="small")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.plan.memory_estimate import CONTEXT_BYTES
-from qlora_dist.plan.step_time import UNCERTAINTY
-from qlora_dist.plan.training_plan import Plan
+from qlora_dist.plan.memory_estimate import CUDA_CONTEXT_BYTES
+from qlora_dist.plan.step_time import TIME_UNCERTAINTY
+from qlora_dist.plan.training_plan import TrainingPlan
 
-PHASES = {
+PHASE_LABELS = {
     "embedding": "at the embedding",
     "layer_forward": "in a layer's forward pass",
     "head": "at the head",
@@ -18,7 +18,7 @@ PHASES = {
 }
 
 
-_TERMS = {
+_TERM_LABELS = {
     "weights_bytes": "weights, rank 0",
     "moments_bytes": "optimizer states, rank 0",
     "peak_bytes": "peak, rank 0",
@@ -29,10 +29,10 @@ _TERMS = {
 def term_label(term: str) -> str:
     """Return what a term of `plan` in a run's summary.json is called in a table."""
     dimension = term.removesuffix("_bytes_per_step")
-    return _TERMS.get(term, f"received per step, {dimension}")
+    return _TERM_LABELS.get(term, f"received per step, {dimension}")
 
 
-def print_plan(plan: Plan, model: str, console: Console) -> None:
+def print_plan(plan: TrainingPlan, model: str, console: Console) -> None:
     """Two tables and a sentence."""
     run, memory, time = plan.run, plan.memory, plan.time
     ranks = run.sharding.world_size
@@ -43,20 +43,22 @@ def print_plan(plan: Plan, model: str, console: Console) -> None:
     table.add_column("GiB", justify="right")
     for name, nbytes in memory.static.items():
         if nbytes:
-            table.add_row(name, gib(nbytes))
-    table.add_row("between steps", gib(memory.static_bytes), style="bold", end_section=True)
+            table.add_row(name, format_gib(nbytes))
+    table.add_row("between steps", format_gib(memory.static_bytes), style="bold", end_section=True)
     for name, nbytes in memory.phases[memory.peak_phase].items():
         if nbytes:
-            table.add_row(name, gib(nbytes))
-    table.add_row(f"peak, {PHASES[memory.peak_phase]}", gib(memory.peak_bytes), style="bold", end_section=True)
+            table.add_row(name, format_gib(nbytes))
+    table.add_row(
+        f"peak, {PHASE_LABELS[memory.peak_phase]}", format_gib(memory.peak_bytes), style="bold", end_section=True
+    )
     low, high = memory.reserved_bytes
-    table.add_row("reserved by the allocator", f"{gib(low)} to {gib(high)}")
-    table.add_row("CUDA context", gib(CONTEXT_BYTES))
-    table.add_row(f"the card ({plan.gpu_name})", gib(plan.gpu.memory_bytes), style="bold")
+    table.add_row("reserved by the allocator", f"{format_gib(low)} to {format_gib(high)}")
+    table.add_row("CUDA context", format_gib(CUDA_CONTEXT_BYTES))
+    table.add_row(f"the card ({plan.gpu_name})", format_gib(plan.gpu.memory_bytes), style="bold")
     console.print(table)
 
     rows = [
-        ("host memory of a node, besides Python's and CUDA's", f"{gib(plan.host_bytes)} GiB"),
+        ("host memory of a node, besides Python's and CUDA's", f"{format_gib(plan.host_bytes)} GiB"),
         (
             "read at the start, a base in 4 bit",
             f"{plan.read_bytes / 1e9:,.1f} GB, {plan.load_s:,.0f} s at 2 GB/s a node",
@@ -70,26 +72,26 @@ def print_plan(plan: Plan, model: str, console: Console) -> None:
         ("a step", f"{time.step_s:,.2f} s"),
         ("all ranks together", f"{time.tokens_per_s:,.0f} tokens/s ({time.tokens_per_s / ranks:,.0f} a GPU)"),
     ]
-    how = "by what --calibrate has measured" if plan.is_measured else f"+-{UNCERTAINTY:.0%}: nothing was measured"
+    how = "by what --calibrate has measured" if plan.is_measured else f"+-{TIME_UNCERTAINTY:.0%}: nothing was measured"
     times = Table(title=f"A step (times {how})", title_justify="left", show_header=False)
     times.add_column()
     times.add_column(justify="right")
     for row in rows:
         times.add_row(*row)
     console.print(times)
-    console.print(f"Bound by {time.bound_by}. {_verdict(plan)}", highlight=False)
+    console.print(f"Bound by {time.bound_by}. {_describe_fit(plan)}", highlight=False)
 
 
-def gib(nbytes: int) -> str:
+def format_gib(nbytes: int) -> str:
     """With two digits behind the point."""
     return f"{nbytes / 2**30:,.2f}"
 
 
-def _verdict(plan: Plan) -> str:
-    low, high = (nbytes + CONTEXT_BYTES for nbytes in plan.memory.reserved_bytes)
+def _describe_fit(plan: TrainingPlan) -> str:
+    low, high = (nbytes + CUDA_CONTEXT_BYTES for nbytes in plan.memory.reserved_bytes)
     card = plan.gpu.memory_bytes
     if high <= card:
-        return f"It fits, with {gib(card - high)} GiB to spare."
+        return f"It fits, with {format_gib(card - high)} GiB to spare."
     if low <= card:
         return "It fits if the allocator reserves little more than it needs: too close to promise."
-    return f"It does not fit: {gib(low - card)} GiB are missing."
+    return f"It does not fit: {format_gib(low - card)} GiB are missing."

@@ -8,18 +8,18 @@ from typing import Any, Literal
 
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.plan.model_spec import Model, describe
-from qlora_dist.plan.step_traffic import Sharding
+from qlora_dist.plan.model_spec import ModelSpec, make_model_spec
+from qlora_dist.plan.step_traffic import ShardCounts
 
 _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSpec:
     """A configuration on so many ranks."""
 
-    model: Model
-    sharding: Sharding
+    model: ModelSpec
+    sharding: ShardCounts
     nodes: int
     seq_len: int
     micro_batch: int
@@ -72,14 +72,14 @@ def _every_kth(checkpointing: Literal["none", "full"] | int) -> int:
     return 1 if checkpointing == "full" else checkpointing
 
 
-def make_run(
+def make_run_spec(
     config: Config,
     model_config: Mapping[str, Any],
     world_size: int,
     nodes: int = 1,
     device: Literal["cuda", "cpu"] = "cuda",
-    described: Model | None = None,
-) -> Run:
+    described: ModelSpec | None = None,
+) -> RunSpec:
     """The run of a configuration.
 
     Args:
@@ -88,7 +88,7 @@ def make_run(
         world_size: ranks of all nodes together.
         nodes: of equally many ranks.
         device: what the ranks compute on.
-        described: what `describe` says of the model, if that is known already.
+        described: what `make_model_spec` says of the model, if that is known already.
 
     Raises:
         UserError: another engine than FSDP2, meshes that do not divide the world, a global batch that does not divide
@@ -99,15 +99,15 @@ def make_run(
         raise UserError(
             f"parallel.engine: {parallel.engine}: there are formulas for fsdp2 only; plan that, and compare"
         )
-    check_nodes(world_size, nodes)
+    check_equal_nodes(world_size, nodes)
     per_node = world_size // nodes
     named = {"replicate": 1, "node": per_node, "paged": per_node, "world": world_size}
     base = parallel.base if isinstance(parallel.base, int) else named[parallel.base]
     if world_size % base:
         raise UserError(f"parallel.base: {base} does not divide the world of {world_size} ranks; use one that does")
-    return Run(
-        model=described or _described(config, model_config),
-        sharding=Sharding(world_size, base, named[parallel.adapter]),
+    return RunSpec(
+        model=described or _run_model_spec(config, model_config),
+        sharding=ShardCounts(world_size, base, named[parallel.adapter]),
         nodes=nodes,
         seq_len=config.data.seq_len,
         micro_batch=train.micro_batch,
@@ -129,7 +129,7 @@ def make_run(
     )
 
 
-def check_nodes(world_size: int, nodes: int) -> None:
+def check_equal_nodes(world_size: int, nodes: int) -> None:
     """See whether nodes can have equally many ranks.
 
     Raises:
@@ -139,10 +139,10 @@ def check_nodes(world_size: int, nodes: int) -> None:
         raise UserError(f"{world_size} ranks are not a multiple of {nodes} nodes; give equal nodes")
 
 
-def _described(config: Config, model_config: Mapping[str, Any]) -> Model:
+def _run_model_spec(config: Config, model_config: Mapping[str, Any]) -> ModelSpec:
     """The model; of a base that is in 4 bit already, its own config.json says whether scales are quantized too."""
     model, double_quant = config.model, config.model.double_quant
     quantization = model_config.get("quantization_config") or {}
     if quantization.get("quant_method") == "bitsandbytes":
         double_quant = bool(quantization.get("bnb_4bit_use_double_quant", False))
-    return describe(model_config, config.lora, model.block_size, double_quant, model.embeddings)
+    return make_model_spec(model_config, config.lora, model.block_size, double_quant, model.embeddings)

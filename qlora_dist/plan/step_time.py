@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from qlora_dist.plan.gather_memory import gathered
+from qlora_dist.plan.gather_memory import unit_gather_memory
 from qlora_dist.plan.hardware import Gpu, Link
-from qlora_dist.plan.layer_spec import Layer
-from qlora_dist.plan.memory_estimate import Memory, shard_bytes
-from qlora_dist.plan.model_spec import Unit
-from qlora_dist.plan.run_spec import Run
-from qlora_dist.plan.step_traffic import trained_elements
+from qlora_dist.plan.layer_spec import LayerSpec
+from qlora_dist.plan.memory_estimate import MemoryEstimate, parameter_shard_bytes
+from qlora_dist.plan.model_spec import FsdpUnit
+from qlora_dist.plan.run_spec import RunSpec
+from qlora_dist.plan.step_traffic import trained_shard_elements
 
-UNCERTAINTY = 0.3
+TIME_UNCERTAINTY = 0.3
 """Of every time that is not calibrated."""
-_STREAMING = 0.7  # part of the memory bandwidth that element-wise kernels reach
-_DEQUANTIZING = 0.6  # and bitsandbytes' dequantization
+_ELEMENTWISE_EFFICIENCY = 0.7  # part of the memory bandwidth that element-wise kernels reach
+_DEQUANTIZE_EFFICIENCY = 0.6  # and bitsandbytes' dequantization
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class Speeds:
+class RankSpeeds:
     """What a rank has: bytes and operations per second."""
 
     flops: float
@@ -49,13 +49,13 @@ class Speeds:
     host: float
 
 
-def speeds(run: Run, gpu: Gpu, link: Link, network: Link) -> Speeds:
+def data_sheet_speeds(run: RunSpec, gpu: Gpu, link: Link, network: Link) -> RankSpeeds:
     """Of a rank, from data sheets and the parts of them that are reached."""
     ranks = run.ranks_per_node
-    return Speeds(
+    return RankSpeeds(
         1e12 * gpu.tflops * gpu.efficiency,
-        1e9 * gpu.memory_gb_s * _DEQUANTIZING,
-        1e9 * gpu.memory_gb_s * _STREAMING,
+        1e9 * gpu.memory_gb_s * _DEQUANTIZE_EFFICIENCY,
+        1e9 * gpu.memory_gb_s * _ELEMENTWISE_EFFICIENCY,
         link.bytes_per_s(ranks),
         network.bytes_per_s(ranks) * ranks,
         1e9 * gpu.host_gb_s,
@@ -63,7 +63,7 @@ def speeds(run: Run, gpu: Gpu, link: Link, network: Link) -> Speeds:
 
 
 @dataclass(frozen=True)
-class Work:
+class KernelWork:
     """Of a pass of one layer over a micro-batch."""
 
     flops: float
@@ -72,7 +72,7 @@ class Work:
     streamed_bytes: float
     """Of element-wise operations."""
 
-    def seconds(self, speed: Speeds) -> dict[str, float]:
+    def seconds(self, speed: RankSpeeds) -> dict[str, float]:
         """One after the other: they are kernels of one stream."""
         return {
             "matrix products": self.flops / speed.flops,
@@ -80,50 +80,50 @@ class Work:
             "element-wise operations": self.streamed_bytes / speed.streaming,
         }
 
-    def __add__(self, other: Work) -> Work:
-        return Work(
+    def __add__(self, other: KernelWork) -> KernelWork:
+        return KernelWork(
             self.flops + other.flops,
             self.dequantized_bytes + other.dequantized_bytes,
             self.streamed_bytes + other.streamed_bytes,
         )
 
 
-def forward_work(run: Run, layer: Layer) -> Work:
+def forward_work(run: RunSpec, layer: LayerSpec) -> KernelWork:
     """Of a forward pass."""
     t, c, a = run.tokens, run.compute_bytes, layer.attention
-    products, lora, outputs = _per_token(run, layer)
+    products, lora, outputs = _flops_per_token(run, layer)
     elements = 4 * c * outputs + 36 * layer.hidden * layer.norms + 6 * layer.hidden
     elements += 8 * c * a.heads * a.qk_dim + 5 * c * (layer.intermediate + layer.experts_per_token * layer.hidden)
-    return Work(
-        t * (products + lora + _attention_flops(run, layer)), _dequantized(run, layer), float(t * elements // 2)
+    return KernelWork(
+        t * (products + lora + _attention_flops(run, layer)), _dequantized_bytes(run, layer), float(t * elements // 2)
     )
 
 
-def backward_work(run: Run, layer: Layer, checkpointed: bool) -> Work:
+def backward_work(run: RunSpec, layer: LayerSpec, checkpointed: bool) -> KernelWork:
     """Of a backward pass, with the second forward pass of a checkpointed layer: all but its last product."""
     forward = forward_work(run, layer)
-    products, lora, _ = _per_token(run, layer)
+    products, lora, _ = _flops_per_token(run, layer)
     # of frozen weights no gradient, of A and B both
-    work = Work(
+    work = KernelWork(
         run.tokens * (products + 2 * lora + 2.5 * _attention_flops(run, layer)),
-        _dequantized(run, layer),
+        _dequantized_bytes(run, layer),
         2 * forward.streamed_bytes,
     )
     if not checkpointed:
         return work
     last = max((m for m in layer.matrices if not m.experts), key=lambda m: m.name == "down_proj")
-    again = forward + Work(-2.0 * run.tokens * last.numel, 0, 0) if last.name == "down_proj" else forward
+    again = forward + KernelWork(-2.0 * run.tokens * last.numel, 0, 0) if last.name == "down_proj" else forward
     return work + again
 
 
-def head_work(run: Run) -> Work:
+def head_work(run: RunSpec) -> KernelWork:
     """The loss with its gradient: logits, and their gradient times the weight."""
     model = run.model
     logits = run.tokens * model.vocabulary
-    return Work(4.0 * logits * model.hidden, 0, 30.0 * logits)
+    return KernelWork(4.0 * logits * model.hidden, 0, 30.0 * logits)
 
 
-def _per_token(run: Run, layer: Layer) -> tuple[float, float, float]:
+def _flops_per_token(run: RunSpec, layer: LayerSpec) -> tuple[float, float, float]:
     """Operations of the products with the base and with the adapters, and elements of their outputs."""
     products = lora = outputs = 0.0
     for m in layer.matrices:
@@ -136,7 +136,7 @@ def _per_token(run: Run, layer: Layer) -> tuple[float, float, float]:
     return products, lora, outputs
 
 
-def _attention_flops(run: Run, layer: Layer) -> float:
+def _attention_flops(run: RunSpec, layer: LayerSpec) -> float:
     """For each token, queries by keys and probabilities by values, of half the square or what a window leaves of it."""
     a, length = layer.attention, run.seq_len
     window = min(a.window or length, length)
@@ -144,7 +144,7 @@ def _attention_flops(run: Run, layer: Layer) -> float:
     return 2.0 * a.heads * (a.qk_dim + a.v_dim) * seen
 
 
-def _dequantized(run: Run, layer: Layer) -> float:
+def _dequantized_bytes(run: RunSpec, layer: LayerSpec) -> float:
     """Bytes read and written to dequantize all matrices once; of experts those that a token chose."""
     total = 0.0
     for m in layer.matrices:
@@ -155,22 +155,22 @@ def _dequantized(run: Run, layer: Layer) -> float:
     return total
 
 
-def step_time(run: Run, memory: Memory, speed: Speeds) -> StepTime:
+def estimate_step_time(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) -> StepTime:
     """Of a step."""
     busy: defaultdict[str, float] = defaultdict(float)
     step_s, flops = 0.0, 0.0
-    fetched = _fetched_share(run, memory)
+    fetched = _paged_in_fraction(run, memory)
     checkpointed_share = run.checkpointed / len(run.model.layers)
     for unit, count in run.model.distinct:
         gather = _gather_seconds(run, unit, speed)
         if unit.layer is None:
             # nothing computes meanwhile: what lies in host memory is waited for, as the gathering is
-            fetch = {"paging": _layer_bytes(run, unit) / speed.host} if run.offload else {}
-            for name, seconds in _sum(gather, fetch).items():
+            fetch = {"paging": _frozen_bytes(run, unit) / speed.host} if run.offload else {}
+            for name, seconds in _add_seconds(gather, fetch).items():
                 step_s += count * seconds * run.accumulation
                 busy[name] += count * seconds * run.accumulation
             continue
-        page = {"paging": fetched * _layer_bytes(run, unit) / speed.host} if fetched else {}
+        page = {"paging": fetched * _frozen_bytes(run, unit) / speed.host} if fetched else {}
         forward = forward_work(run, unit.layer)
         with_again = backward_work(run, unit.layer, True)
         without = backward_work(run, unit.layer, False)
@@ -182,9 +182,9 @@ def step_time(run: Run, memory: Memory, speed: Speeds) -> StepTime:
             for work, sent, times in (
                 (forward, gather, run.accumulation),
                 (backward, gather, run.accumulation - 1),
-                (backward, _sum(gather, reduce), 1),
+                (backward, _add_seconds(gather, reduce), 1),
             ):
-                kernels, moved = work.seconds(speed), _sum(sent, page)
+                kernels, moved = work.seconds(speed), _add_seconds(sent, page)
                 computing, moving = sum(kernels.values()), max([*moved.values(), 0.0])
                 # asked for no prefetching, FSDP2 gathers ahead in backward all the same
                 overlaps = run.prefetch > 0 or work is not forward
@@ -205,11 +205,11 @@ def step_time(run: Run, memory: Memory, speed: Speeds) -> StepTime:
     return StepTime(step_s, tokens / step_s, round(flops), dict(busy), bound_by)
 
 
-def _sum(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+def _add_seconds(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
     return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}
 
 
-def collective_seconds(run: Run, received: float, shards: int, speed: Speeds) -> dict[str, float]:
+def collective_seconds(run: RunSpec, received: float, shards: int, speed: RankSpeeds) -> dict[str, float]:
     """Of an all-gather or a reduce-scatter in which a rank receives so many bytes.
 
     Inside a node every rank's own link carries them. Between nodes a ring enters each node once, whatever its number
@@ -218,54 +218,54 @@ def collective_seconds(run: Run, received: float, shards: int, speed: Speeds) ->
     if shards == 1:
         return {}
     if shards <= run.ranks_per_node:
-        return {INSIDE: received / speed.inside}
+        return {INTRA_NODE: received / speed.inside}
     if run.ranks_per_node == 1:
-        return {BETWEEN: received / speed.between}
-    return {INSIDE: received / speed.inside, BETWEEN: received / speed.between}
+        return {INTER_NODE: received / speed.between}
+    return {INTRA_NODE: received / speed.inside, INTER_NODE: received / speed.between}
 
 
-INSIDE, BETWEEN = "communication inside a node", "communication between nodes"
+INTRA_NODE, INTER_NODE = "communication inside a node", "communication between nodes"
 
 
-def _gather_seconds(run: Run, unit: Unit, speed: Speeds) -> dict[str, float]:
+def _gather_seconds(run: RunSpec, unit: FsdpUnit, speed: RankSpeeds) -> dict[str, float]:
     """Of one gathering of a unit."""
-    here, sharding = gathered(run, unit), run.sharding
+    here, sharding = unit_gather_memory(run, unit), run.sharding
     seconds: dict[str, float] = {}
     for nbytes, shards in ((here.base, sharding.base_shards), (here.adapters, sharding.adapter_shards)):
-        seconds = _sum(seconds, collective_seconds(run, nbytes * (shards - 1) / shards, shards, speed))
+        seconds = _add_seconds(seconds, collective_seconds(run, nbytes * (shards - 1) / shards, shards, speed))
     return seconds
 
 
-def _reduce_seconds(run: Run, unit: Unit, speed: Speeds) -> dict[str, float]:
+def _reduce_seconds(run: RunSpec, unit: FsdpUnit, speed: RankSpeeds) -> dict[str, float]:
     """Of summing a unit's gradients, fp32."""
     shards = run.sharding.adapter_shards
-    shard = 4 * trained_elements(unit, shards)
+    shard = 4 * trained_shard_elements(unit, shards)
     seconds = collective_seconds(run, shard * (shards - 1), shards, speed)
     replicas = run.sharding.world_size // shards
     if replicas > 1:  # every rank its own shard, all at once
         per_rank = speed.between / run.ranks_per_node
-        seconds = _sum(seconds, {BETWEEN: 2 * shard * (replicas - 1) / replicas / per_rank})
+        seconds = _add_seconds(seconds, {INTER_NODE: 2 * shard * (replicas - 1) / replicas / per_rank})
     return seconds
 
 
-def _layer_bytes(run: Run, unit: Unit) -> int:
-    return sum(shard_bytes(run, p) for p in unit.parameters if not p.trained)
+def _frozen_bytes(run: RunSpec, unit: FsdpUnit) -> int:
+    return sum(parameter_shard_bytes(run, p) for p in unit.parameters if not p.trained)
 
 
-def _fetched_share(run: Run, memory: Memory) -> float:
+def _paged_in_fraction(run: RunSpec, memory: MemoryEstimate) -> float:
     """Of the base's layers, what comes from host memory at each use."""
     if run.offload:
         return 1.0
     if not run.paged_base:
         return 0.0
-    whole = sum(count * _layer_bytes(run, unit) for unit, count in run.model.distinct if unit.layer is not None)
+    whole = sum(count * _frozen_bytes(run, unit) for unit, count in run.model.distinct if unit.layer is not None)
     return 1 - min(1.0, memory.static["base"] / whole)
 
 
-def _update_seconds(run: Run, memory: Memory, speed: Speeds) -> dict[str, float]:
+def _update_seconds(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) -> dict[str, float]:
     """Weight, gradient and moments are read, weight and moments written; pages that moved come and go."""
     shards = run.sharding.adapter_shards
-    elements = sum(count * trained_elements(unit, shards) for unit, count in run.model.distinct)
+    elements = sum(count * trained_shard_elements(unit, shards) for unit, count in run.model.distinct)
     seconds = {"element-wise operations": 28 * elements / speed.streaming}
     if memory.paged_moments:
         seconds["paging"] = 2 * memory.paged_moments / speed.host

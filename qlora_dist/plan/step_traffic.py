@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qlora_dist.plan.model_spec import Parameter, Unit, UnitKind, distinct_units
+from qlora_dist.plan.model_spec import FsdpUnit, FsdpUnitKind, ParameterSpec, count_distinct_units
 
-_GATHERS: dict[UnitKind, int] = {
+_GATHERS: dict[FsdpUnitKind, int] = {
     "embedding": 1,  # frozen: not needed in backward
     "shared_embedding": 1,  # as the embedding, and kept for the head
     "head": 1,  # its gradient is computed in forward
@@ -20,7 +20,7 @@ _CONTROL_BYTES = 2 * 8  # summed loss and squared gradient norm, fp64
 
 
 @dataclass(frozen=True)
-class Sharding:
+class ShardCounts:
     """How many ranks share a copy of the base, and of the adapters."""
 
     world_size: int
@@ -29,7 +29,7 @@ class Sharding:
 
 
 def step_traffic(
-    units: Iterable[Unit], sharding: Sharding, gradient_accumulation: int, compute_bytes: int
+    units: Iterable[FsdpUnit], sharding: ShardCounts, gradient_accumulation: int, compute_bytes: int
 ) -> dict[str, int]:
     """Bytes that one rank receives, by mesh dimension; in a ring it sends as many.
 
@@ -52,7 +52,7 @@ def step_traffic(
     base_dim = "world" if sharding.base_shards == world else "shard"
     adapter_dim = "world" if replicas == 1 else "shard"
     traffic: Counter[str] = Counter()
-    for unit, count in distinct_units(units):  # layers are mostly alike
+    for unit, count in count_distinct_units(units):  # layers are mostly alike
         gathers = count * _GATHERS[unit.kind] * gradient_accumulation
         gradient = 0
         for parameter in unit.parameters:
@@ -69,22 +69,22 @@ def step_traffic(
     return {dim: nbytes for dim, nbytes in traffic.items() if nbytes}
 
 
-def shard_elements(parameter: Parameter, shards: int) -> int:
+def shard_elements(parameter: ParameterSpec, shards: int) -> int:
     """Elements of a rank's shard, padding included.
 
     Along dim 0, except a matrix of an adapter that is wider than high (LoRA's A), which is cut along dim 1 where that
     divides.
     """
-    cut = parameter.shape[1 if cut_by_columns(parameter, shards) else 0]
+    cut = parameter.shape[1 if is_column_sharded(parameter, shards) else 0]
     return parameter.numel // cut * -(-cut // shards)
 
 
-def trained_elements(unit: Unit, shards: int) -> int:
+def trained_shard_elements(unit: FsdpUnit, shards: int) -> int:
     """Elements of a rank's shards of what is trained in a unit, padding included."""
     return sum(shard_elements(p, shards) for p in unit.parameters if p.trained)
 
 
-def cut_by_columns(parameter: Parameter, shards: int) -> bool:
+def is_column_sharded(parameter: ParameterSpec, shards: int) -> bool:
     """Whether it is a matrix of an adapter that is cut along dim 1."""
     if not parameter.trained or parameter.by_rows or len(parameter.shape) != 2:
         return False

@@ -5,25 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dist.plan.calibration_file import Measured, measured_speeds
+from qlora_dist.plan.calibration_file import MeasuredSpeeds, calibrated_speeds
 from qlora_dist.plan.hardware import Gpu, Link
-from qlora_dist.plan.memory_estimate import CONTEXT_BYTES, Memory, plan_memory
-from qlora_dist.plan.run_spec import Run
-from qlora_dist.plan.step_time import UNCERTAINTY, StepTime, speeds, step_time
+from qlora_dist.plan.memory_estimate import CUDA_CONTEXT_BYTES, MemoryEstimate, estimate_memory
+from qlora_dist.plan.run_spec import RunSpec
+from qlora_dist.plan.step_time import TIME_UNCERTAINTY, StepTime, data_sheet_speeds, estimate_step_time
 from qlora_dist.plan.step_traffic import step_traffic
 
 _DISK_BYTES_PER_S = 2e9  # of a node: assumed, local NVMe or a parallel file system
-_PIECES = 2 * 2**25  # host memory of a rank while it loads: two pieces of 32 MiB (`model/shard_reader.py`)
+_LOADING_BUFFER_BYTES = (
+    2 * 2**25
+)  # host memory of a rank while it loads: two pieces of 32 MiB (`model/shard_reader.py`)
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Of one run on one kind of GPU."""
 
-    run: Run
+    run: RunSpec
     gpu_name: str
     gpu: Gpu
-    memory: Memory
+    memory: MemoryEstimate
     traffic: dict[str, int]
     """Bytes that a rank receives in a step, by mesh dimension."""
     inside_bytes: int
@@ -63,7 +65,7 @@ class Plan:
                 "static_bytes": memory.static_bytes,
                 "peak_bytes": memory.peak_bytes,
                 "reserved_bytes": list(memory.reserved_bytes),
-                "context_bytes": CONTEXT_BYTES,
+                "context_bytes": CUDA_CONTEXT_BYTES,
                 "peak_phase": memory.peak_phase,
                 "terms": {**memory.static, **memory.phases[memory.peak_phase]},
                 "static_terms": memory.static,
@@ -82,13 +84,15 @@ class Plan:
             "flops": time.flops,
             "step_s": time.step_s,
             "tokens_per_s": time.tokens_per_s,
-            "uncertainty": None if self.is_measured else UNCERTAINTY,
+            "uncertainty": None if self.is_measured else TIME_UNCERTAINTY,
             "busy_s": time.busy_s,
             "bound_by": time.bound_by,
         }
 
 
-def make_plan(run: Run, gpu_name: str, gpu: Gpu, link: Link, network: Link, measured: Measured | None = None) -> Plan:
+def make_training_plan(
+    run: RunSpec, gpu_name: str, gpu: Gpu, link: Link, network: Link, measured: MeasuredSpeeds | None = None
+) -> TrainingPlan:
     """Plan a run.
 
     Args:
@@ -99,20 +103,20 @@ def make_plan(run: Run, gpu_name: str, gpu: Gpu, link: Link, network: Link, meas
         network: between nodes.
         measured: what such GPUs and their links have reached.
     """
-    speed = speeds(run, gpu, link, network)
+    speed = data_sheet_speeds(run, gpu, link, network)
     if measured is not None:
-        speed = measured_speeds(measured, speed)
-    memory = plan_memory(run, gpu.memory_bytes)
+        speed = calibrated_speeds(measured, speed)
+    memory = estimate_memory(run, gpu.memory_bytes)
     sharding = run.sharding
     traffic = step_traffic(run.model.units, sharding, run.accumulation, run.compute_bytes)
     sizes = {"shard": min(sharding.base_shards, sharding.adapter_shards), "world": sharding.world_size}
     between = sum(nbytes for dim, nbytes in traffic.items() if sizes.get(dim, sharding.world_size) > run.ranks_per_node)
-    on_node = run.ranks_per_node * (_PIECES + memory.on_host + memory.paged_moments)
+    on_node = run.ranks_per_node * (_LOADING_BUFFER_BYTES + memory.on_host + memory.paged_moments)
     frozen = [p for unit in run.model.units for p in unit.parameters if not p.trained]
     read = sum(p.numel * (1 if p.is_bytes else 2) for p in frozen)
     weights = sum(m.numel for unit in run.model.layers if unit.layer for m in unit.layer.matrices)
     in_16_bit = 2 * (weights + sum(p.numel for p in frozen if not p.is_bytes))
-    return Plan(
+    return TrainingPlan(
         run,
         gpu_name,
         gpu,
@@ -120,7 +124,7 @@ def make_plan(run: Run, gpu_name: str, gpu: Gpu, link: Link, network: Link, meas
         traffic,
         sum(traffic.values()) - between,
         between,
-        step_time(run, memory, speed),
+        estimate_step_time(run, memory, speed),
         measured is not None,
         on_node,
         read,

@@ -11,12 +11,12 @@ from markupsafe import Markup
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "qlora-dist", "font.size": 8, "legend.fontsize": 7}
+MATPLOTLIB_SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "qlora-dist", "font.size": 8, "legend.fontsize": 7}
 """Matplotlib's, for a picture in a page."""
 _METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
-def page(package: str, template: str, **values: Any) -> str:
+def render_html(package: str, template: str, **values: Any) -> str:
     """The text of a page.
 
     Args:
@@ -29,8 +29,8 @@ def page(package: str, template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def svg(figure: Figure) -> Markup:
-    """A picture as an `<svg>` element, the same each time. Called with `SETTINGS` in force."""
+def figure_to_svg(figure: Figure) -> Markup:
+    """A picture as an `<svg>` element, the same each time. Called with `MATPLOTLIB_SETTINGS` in force."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=_METADATA)
     return Markup(file.getvalue()[file.getvalue().index("<svg") :])

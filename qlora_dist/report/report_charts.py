@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from qlora_dist.report.html_page import SETTINGS, svg
+from qlora_dist.report.html_page import MATPLOTLIB_SETTINGS, figure_to_svg
 from qlora_dist.report.run_files import RunFiles
 
 _POINTS = 800
@@ -22,11 +22,11 @@ class Chart:
 
     title: str
     unit: str
-    lines: list[Line] = field(default_factory=list)
+    lines: list[ChartLine] = field(default_factory=list)
 
 
 @dataclass
-class Line:
+class ChartLine:
     """Of one run, whose number is its colour."""
 
     run: int
@@ -36,19 +36,19 @@ class Line:
     style: str = "-"
 
 
-def draw(runs: Sequence[RunFiles]) -> Markup:
+def draw_charts(runs: Sequence[RunFiles]) -> Markup:
     """The pictures of runs.
 
     Returns:
         An `<svg>` element that needs nothing else; empty, if no run has made a step.
     """
-    drawn = [chart for chart in charts(runs) if chart.lines]
+    drawn = [chart for chart in make_charts(runs) if chart.lines]
     if not drawn:
         return Markup()
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(MATPLOTLIB_SETTINGS):
         rows = -(-len(drawn) // 2)
         figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
         axes = list(figure.subplots(rows, 2, squeeze=False).flat)
@@ -61,7 +61,7 @@ def draw(runs: Sequence[RunFiles]) -> Markup:
             axis.grid(alpha=0.3)
         for axis in axes[len(drawn) :]:
             axis.set_axis_off()
-        return svg(figure)
+        return figure_to_svg(figure)
 
 
 def _over_tokens(runs: Sequence[RunFiles]) -> bool:
@@ -70,7 +70,7 @@ def _over_tokens(runs: Sequence[RunFiles]) -> bool:
     return len({str([run.config.get(key) for key in batch]) for run in runs}) > 1
 
 
-def charts(runs: Sequence[RunFiles]) -> list[Chart]:
+def make_charts(runs: Sequence[RunFiles]) -> list[Chart]:
     """What is drawn; those without lines are left out of the picture."""
     mib, percent = 1 / 2**20, 100.0
     dims = sorted({dim for run in runs for row in run.steps for dim in (row.get("comm_bytes") or {})} - {"control"})
@@ -79,7 +79,9 @@ def charts(runs: Sequence[RunFiles]) -> list[Chart]:
         if run.evals:
             tokens = [0, *run.tokens_done()]
             x = [float(tokens[min(s, len(tokens) - 1)] if _over_tokens(runs) else s) for s, _ in run.evals]
-            loss.lines.append(Line(number, _label(runs, run, "held out"), x, [value for _, value in run.evals], "o"))
+            loss.lines.append(
+                ChartLine(number, _label(runs, run, "held out"), x, [value for _, value in run.evals], "o")
+            )
     return [
         loss,
         _chart(runs, "gradient norm", "before clipping", {"": ("grad_norm",)}),
@@ -139,8 +141,8 @@ def _chart(
                 if y is not None and math.isfinite(y)
             ]
             if any(y for _, y in points):
-                x, y = _fewer(points)
-                chart.lines.append(Line(number, _label(runs, run, label), x, y, _STYLES[place % len(_STYLES)]))
+                x, y = _downsample(points)
+                chart.lines.append(ChartLine(number, _label(runs, run, label), x, y, _STYLES[place % len(_STYLES)]))
     return chart
 
 
@@ -150,7 +152,7 @@ def _label(runs: Sequence[RunFiles], run: RunFiles, label: str) -> str:
     return " ".join([*words, *([label] if label else [])]).replace("$", r"\$")
 
 
-def _fewer(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _downsample(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     size = -(-len(points) // _POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [group[-1][0] for group in groups], [sum(y for _, y in group) / len(group) for group in groups]

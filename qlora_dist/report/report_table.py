@@ -10,7 +10,7 @@ from qlora_dist.plan.print_plan import term_label
 from qlora_dist.report.run_files import RunFiles
 
 
-def numbers(run: RunFiles) -> dict[str, Any]:
+def summarize_run(run: RunFiles) -> dict[str, Any]:
     """What a run has done, what it took, and what it waited for; None where it is not known.
 
     Bytes are of rank 0, shares of a step's time.
@@ -61,9 +61,9 @@ _LABELS = {
 }
 
 
-def table(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
+def report_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """Label and one text a run; lines of which no run knows anything are left out."""
-    columns = [numbers(run) for run in runs]
+    columns = [summarize_run(run) for run in runs]
     return [
         (label, [_text(name, column[name]) for column in columns])
         for name, label in _LABELS.items()
@@ -85,7 +85,7 @@ def _text(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def plan_rows(plan: Mapping[str, Sequence[float | None]]) -> list[tuple[str, str, str]]:
+def plan_comparison_rows(plan: Mapping[str, Sequence[float | None]]) -> list[tuple[str, str, str]]:
     """Return a label for each term of summary.json's `plan`, and what was planned and measured."""
     rows = []
     for term, (planned, measured) in plan.items():
@@ -94,7 +94,7 @@ def plan_rows(plan: Mapping[str, Sequence[float | None]]) -> list[tuple[str, str
     return rows
 
 
-def differences(runs: Sequence[RunFiles]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]:
+def split_config_keys(runs: Sequence[RunFiles]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]:
     """Of configurations: keys whose values differ, with one text a run; and the others, with theirs."""
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     different, equal = [], []

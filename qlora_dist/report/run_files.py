@@ -9,12 +9,19 @@ from typing import Any
 
 import yaml
 
-from qlora_dist.config.config_file import flatten
+from qlora_dist.config.config_file import flatten_keys
 from qlora_dist.errors import UserError
-from qlora_dist.launch.run_status import State, is_metrics, is_number, parse_object, read_json, read_run
+from qlora_dist.launch.run_status import (
+    RunState,
+    is_finite_number,
+    is_metrics_row,
+    parse_json_object,
+    read_json_object,
+    read_run_status,
+)
 from qlora_dist.runs.run_dir import PROCESS_FILE
 
-_WARM_UP = 2
+_WARM_UP_STEPS = 2
 """Steps in which memory is allocated, and kernels are chosen: in no median, where there are others."""
 
 
@@ -24,7 +31,7 @@ class RunFiles:
 
     name: str
     path: Path
-    state: State
+    state: RunState
     """As `qlora-dist jobs` tells it without asking SLURM."""
     steps: list[dict[str, Any]]
     """metrics.jsonl, without what is known before the first step."""
@@ -57,7 +64,7 @@ class RunFiles:
     def median(self, *names: str, per_step: bool = False) -> float | None:
         """Over steps, without the first two."""
         values = [value for value in self.series(*names, per_step=per_step) if value is not None]
-        return statistics.median(values[_WARM_UP:] or values) if values else None
+        return statistics.median(values[_WARM_UP_STEPS:] or values) if values else None
 
     def tokens_done(self) -> list[int]:
         """Trained on, after each step."""
@@ -74,7 +81,7 @@ def read_run_files(path: Path) -> RunFiles:
     Raises:
         UserError: the folder is no run's, or its configuration cannot be read.
     """
-    rows = _rows(path / "metrics.jsonl")
+    rows = _read_metrics(path / "metrics.jsonl")
     config_file = path / "config.yaml"
     try:
         tree = yaml.safe_load(config_file.read_text(encoding="utf-8"))
@@ -85,35 +92,35 @@ def read_run_files(path: Path) -> RunFiles:
     return RunFiles(
         name=path.resolve().name,
         path=path,
-        state=read_run(path, None).state,
+        state=read_run_status(path, None).state,
         steps=[row for row in rows if "loss" in row],
         evals=[(row["step"], row["eval_loss"]) for row in rows if isinstance(row.get("eval_loss"), float)],
         summary=_summary(path / "summary.json"),
-        config=flatten(tree if isinstance(tree, dict) else {}),
-        process=read_json(path / PROCESS_FILE),
+        config=flatten_keys(tree if isinstance(tree, dict) else {}),
+        process=read_json_object(path / PROCESS_FILE),
     )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
         return []
-    return [row for row in map(parse_object, lines) if is_metrics(row)]
+    return [row for row in map(parse_json_object, lines) if is_metrics_row(row)]
 
 
 def _summary(path: Path) -> dict[str, Any]:
     """Return summary.json without the values whose types are not those that a run writes."""
-    kept = read_json(path)
+    kept = read_json_object(path)
     sizes, wall_s, plan = kept.get("static_bytes"), kept.get("wall_s"), kept.get("plan")
-    if not (isinstance(sizes, list) and all(map(is_number, sizes))):
+    if not (isinstance(sizes, list) and all(map(is_finite_number, sizes))):
         kept.pop("static_bytes", None)
-    if not is_number(wall_s):
+    if not is_finite_number(wall_s):
         kept.pop("wall_s", None)
-    if not (isinstance(plan, dict) and all(map(_is_planned, plan.values()))):
+    if not (isinstance(plan, dict) and all(map(_is_number_pair, plan.values()))):
         kept.pop("plan", None)
     return kept
 
 
-def _is_planned(pair: object) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and all(value is None or is_number(value) for value in pair)
+def _is_number_pair(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(value is None or is_finite_number(value) for value in pair)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from qlora_dist import __version__
 from qlora_dist.errors import UserError
-from qlora_dist.report.html_page import page
-from qlora_dist.report.report_charts import draw
-from qlora_dist.report.report_table import differences, numbers, plan_rows, table
+from qlora_dist.report.html_page import render_html
+from qlora_dist.report.report_charts import draw_charts
+from qlora_dist.report.report_table import plan_comparison_rows, report_rows, split_config_keys, summarize_run
 from qlora_dist.report.run_files import RunFiles, read_run_files
 
-REPORT = "report.html"
+REPORT_FILE = "report.html"
 
 
-def report(folders: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page of one run, or of several side by side.
 
     Args:
@@ -30,8 +30,8 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
         UserError: a folder holds no run, or the file cannot be written.
     """
     runs = [read_run_files(folder) for folder in folders]
-    path = out or (folders[0] / REPORT if len(folders) == 1 else Path(REPORT))
-    html = render(runs)
+    path = out or (folders[0] / REPORT_FILE if len(folders) == 1 else Path(REPORT_FILE))
+    html = render_report(runs)
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(html, encoding="utf-8")
@@ -44,22 +44,22 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
 def report_json(folders: Sequence[Path]) -> str:
     """The same numbers for other programs: a list with an object a run."""
     runs = [read_run_files(folder) for folder in folders]
-    tree = [{"name": run.name, "path": str(run.path), **numbers(run), "config": run.config} for run in runs]
+    tree = [{"name": run.name, "path": str(run.path), **summarize_run(run), "config": run.config} for run in runs]
     return json.dumps(tree, indent=2, allow_nan=False)
 
 
-def render(runs: Sequence[RunFiles]) -> str:
+def render_report(runs: Sequence[RunFiles]) -> str:
     """The page's text."""
-    different, equal = differences(runs)
-    return page(
+    different, equal = split_config_keys(runs)
+    return render_html(
         "qlora_dist.report",
         "report.html.jinja",
         title=", ".join(run.name for run in runs),
         runs=runs,
-        table=table(runs),
-        charts=draw(runs),
+        table=report_rows(runs),
+        charts=draw_charts(runs),
         different=different,
         equal=equal,
-        plans=[(run.name, plan_rows(run.summary["plan"])) for run in runs if run.summary.get("plan")],
+        plans=[(run.name, plan_comparison_rows(run.summary["plan"])) for run in runs if run.summary.get("plan")],
         version=__version__,
     )

@@ -47,7 +47,7 @@ class MetricsFile:
         """Drop the lines of steps after `step`, written or not. It needs no room on the disk."""
         self.flush()
         kept = _lines_until(self._path, step)
-        self._unwritten = [line for line in self._unwritten if (step_of(line) or 0) <= step]
+        self._unwritten = [line for line in self._unwritten if (parse_step(line) or 0) <= step]
         if kept[-1:] != [self._replaced]:
             self._replaced = b""
         self._written = sum(map(len, kept)) - len(self._replaced)
@@ -56,7 +56,7 @@ class MetricsFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Append a line; handed to the system before this returns, unless the disk is full."""
-        self._last = (json.dumps(finite(row)) + "\n").encode()
+        self._last = (json.dumps(nonfinite_to_none(row)) + "\n").encode()
         self._unwritten.append(self._last)
         self.flush()
 
@@ -69,7 +69,7 @@ class MetricsFile:
         if before.get("step") != step:
             self.append({"step": step, **values})
             return
-        row = before | finite(values)
+        row = before | nonfinite_to_none(values)
         if row == before:
             return
         line = (json.dumps(row) + "\n").encode()
@@ -122,12 +122,12 @@ class MetricsFile:
         self._file.close()
 
 
-def finite(values: dict[str, Any]) -> dict[str, Any]:
+def nonfinite_to_none(values: dict[str, Any]) -> dict[str, Any]:
     """Replace NaN and infinity, as of a step that was skipped, by null, because JSON has no such numbers."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def step_of(line: bytes) -> int | None:
+def parse_step(line: bytes) -> int | None:
     """Return the step that a line of metrics.jsonl is about; None: it is not such a line."""
     try:
         step = json.loads(line)["step"]
@@ -144,7 +144,7 @@ def _lines_until(path: Path, step: int) -> list[bytes]:
     kept: dict[int, bytes] = {}
     if step >= 0 and path.exists():
         for line in path.read_bytes().splitlines():
-            done = step_of(line)
+            done = parse_step(line)
             if done is not None and done <= step:
                 kept[done] = line + b"\n"
     return [kept[done] for done in sorted(kept)]

@@ -14,12 +14,20 @@ from typing import Any, Literal
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import DEFAULT_STEPS, Config
 from qlora_dist.errors import UserError
-from qlora_dist.runs.run_dir import CHECKPOINTS, CONFIG_FILE, DONE, METRICS, done_steps, launch_of, run_path
-from qlora_dist.runs.run_dir_check import check_folder
-from qlora_dist.runtime.environment import same_launch, this_launch
+from qlora_dist.runs.run_dir import (
+    CHECKPOINTS_DIR,
+    CONFIG_FILE,
+    DONE_MARKER,
+    METRICS_FILE,
+    finished_steps,
+    last_launch,
+    run_path,
+)
+from qlora_dist.runs.run_dir_check import check_run_dir
+from qlora_dist.runtime.environment import is_same_launch, launch_id
 
-_FREE_SECTIONS = ("parallel", "paging", "run")
-_FREE_KEYS = {
+_IGNORED_SECTIONS = ("parallel", "paging", "run")
+_IGNORED_KEYS_BY_SECTION = {
     "data": ("cache", "workers"),
     "train": (
         "micro_batch",
@@ -36,7 +44,7 @@ _FREE_KEYS = {
 
 
 @dataclass(frozen=True)
-class Claim:
+class RunAction:
     """What a command does in the folder of its run."""
 
     way: Literal["begin", "replace", "resume", "done"]
@@ -52,7 +60,7 @@ class Claim:
         return asdict(self)
 
 
-def claim(config: Config, resume: str = "auto") -> Claim:
+def choose_run_action(config: Config, resume: str = "auto") -> RunAction:
     """Decide what this command does in the run's folder. Nothing is changed.
 
     A launcher that starts its command again goes on with what the command has begun, whatever `run.overwrite` and
@@ -67,17 +75,17 @@ def claim(config: Config, resume: str = "auto") -> Claim:
     """
     path = run_path(config.run)
     try:
-        check_folder(path)
-        return _claim(config, resume, path)
+        check_run_dir(path)
+        return _choose_run_action(config, resume, path)
     except OSError as error:
         raise UserError(
             f"{error.filename or path}: cannot be used ({error.strerror}); mend that, or give run.name another value"
         ) from None
 
 
-def _claim(config: Config, resume: str, path: Path) -> Claim:
-    has_checkpoint = any((path / CHECKPOINTS).glob("step-*/manifest.json"))
-    if same_launch(launch_of(path), this_launch()):
+def _choose_run_action(config: Config, resume: str, path: Path) -> RunAction:
+    has_checkpoint = any((path / CHECKPOINTS_DIR).glob("step-*/manifest.json"))
+    if is_same_launch(last_launch(path), launch_id()):
         resume = "auto" if has_checkpoint or resume == "none" else resume
     elif config.run.overwrite:
         first = config.lora.from_adapter
@@ -86,35 +94,35 @@ def _claim(config: Config, resume: str, path: Path) -> Claim:
                 f"lora.from: {first} lies in the folder of this run, which run.overwrite=true replaces; give run.name "
                 "another value"
             )
-        return Claim("replace", resume)
+        return RunAction("replace", resume)
     other = "give run.name another value, or run.overwrite=true to replace it"
-    done = done_steps(path)
+    done = finished_steps(path)
     if done is not None:
         if _is_same_training(path, config):
-            return Claim("done", note=_done_note(path, done))
+            return RunAction("done", note=_format_finished_note(path, done))
         wanted = config.train.steps or (DEFAULT_STEPS if config.train.epochs is None else None)
         if resume != "none" and (wanted is None or wanted > done):
-            return Claim("resume", resume)
+            return RunAction("resume", resume)
         raise UserError(f"{path}: holds a run that is finished after {done} steps; raise train.steps, {other}")
     has_adapter = (path / "adapter").exists()
     if resume == "none" and (has_checkpoint or has_adapter):
         raise UserError(f"{path}: holds a run already; {other}")
     if has_checkpoint or resume not in ("auto", "none"):
-        return Claim("resume", resume)
+        return RunAction("resume", resume)
     # without a configuration it is no run that has failed, but somebody else's file
-    is_foreign = (path / METRICS).exists() and not (path / CONFIG_FILE).exists()
+    is_foreign = (path / METRICS_FILE).exists() and not (path / CONFIG_FILE).exists()
     if has_adapter or is_foreign:
         raise UserError(f"{path}: holds a run already; {other}")
-    return Claim("begin", note=_begin_note(path, config))
+    return RunAction("begin", note=_lost_steps_note(path, config))
 
 
-def check_name(config: Config) -> str | None:
+def finished_run_note(config: Config) -> str | None:
     """Return the line about a run that is done and needs no other start; None: there is something to do.
 
     Raises:
-        UserError: as `claim`.
+        UserError: as `choose_run_action`.
     """
-    found = claim(config)
+    found = choose_run_action(config)
     return found.note if found.way == "done" else None
 
 
@@ -122,46 +130,46 @@ def dry_run_note(config: Config, resume: str) -> str | None:
     """Return a line on what `train` would do about the run that the folder holds; None: it holds none.
 
     Raises:
-        UserError: as `claim`.
+        UserError: as `choose_run_action`.
     """
-    found = claim(config, resume)
+    found = choose_run_action(config, resume)
     path = run_path(config.run)
     if found.way == "done":
         return f"train would do nothing: {found.note}"
     if found.way == "replace":
-        return f"train would replace the run in {path}" if (path / METRICS).exists() else None
+        return f"train would replace the run in {path}" if (path / METRICS_FILE).exists() else None
     if found.way == "resume":
         return f"train would go on with the run in {path}"
     return found.note
 
 
-def has_nothing_to_do(config: Config, resume: str, rank: int) -> bool:
+def skip_if_finished(config: Config, resume: str, rank: int) -> bool:
     """Return whether the run is done; rank 0 says so. Every rank sees it by itself, and none waits for another.
 
     Raises:
-        UserError: as `claim`.
+        UserError: as `choose_run_action`.
     """
-    found = claim(config, resume)
+    found = choose_run_action(config, resume)
     if found.way != "done":
         return False
     if rank == 0:
         with suppress(OSError):
-            os.utime(run_path(config.run) / DONE)  # a job script takes markers that are newer than its own start
+            os.utime(run_path(config.run) / DONE_MARKER)  # a job script takes markers that are newer than its own start
         print(found.note, flush=True)
     return True
 
 
-def _done_note(path: Path, steps: int) -> str:
+def _format_finished_note(path: Path, steps: int) -> str:
     return (
         f"{path}: is done after {steps} steps, and there is nothing to do; for more, raise train.steps, or give "
         "run.overwrite=true to begin it anew"
     )
 
 
-def _begin_note(path: Path, config: Config) -> str | None:
+def _lost_steps_note(path: Path, config: Config) -> str | None:
     """Return what is lost by beginning anew, if that is something and the configuration is another."""
     try:
-        steps = (path / METRICS).read_bytes().count(b'"loss"')
+        steps = (path / METRICS_FILE).read_bytes().count(b'"loss"')
     except FileNotFoundError:
         return None
     if not steps or _is_same_training(path, config):
@@ -178,13 +186,13 @@ def _is_same_training(path: Path, config: Config) -> bool:
         saved = load_config(path / CONFIG_FILE)
     except UserError:
         return False
-    return _trained(saved) == _trained(config)
+    return _training_settings(saved) == _training_settings(config)
 
 
-def _trained(config: Config) -> dict[str, dict[str, Any]]:
+def _training_settings(config: Config) -> dict[str, dict[str, Any]]:
     tree = config.model_dump(mode="json")
     return {
-        section: {key: value for key, value in keys.items() if key not in _FREE_KEYS.get(section, ())}
+        section: {key: value for key, value in keys.items() if key not in _IGNORED_KEYS_BY_SECTION.get(section, ())}
         for section, keys in tree.items()
-        if section not in _FREE_SECTIONS
+        if section not in _IGNORED_SECTIONS
     }

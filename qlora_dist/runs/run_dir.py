@@ -10,24 +10,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.checkpoint.manifest import set_aside
+from qlora_dist.checkpoint.manifest import abandon_checkpoint
 from qlora_dist.config.config_file import dump_config
 from qlora_dist.config.schema import Config, RunConfig
 from qlora_dist.errors import UserError
-from qlora_dist.runs.metrics_file import MetricsFile, finite
-from qlora_dist.runtime.environment import this_launch, this_process
+from qlora_dist.runs.metrics_file import MetricsFile, nonfinite_to_none
+from qlora_dist.runtime.environment import launch_id, process_record
 
-DONE, REQUEUE, STOPPED = "DONE", "REQUEUE", "STOPPED"
+DONE_MARKER, REQUEUE_MARKER, STOPPED_MARKER = "DONE", "REQUEUE", "STOPPED"
 """The marker that a run leaves when it ends cleanly: at its last step; before it, to be started again by its launcher;
 before it, by hand. Each holds {"step", "reason"}. Launchers hide exit codes, or make them up."""
-MARKERS = (DONE, REQUEUE, STOPPED)
+MARKERS = (DONE_MARKER, REQUEUE_MARKER, STOPPED_MARKER)
 PROCESS_FILE = "process.json"
 """Where rank 0 runs and on what (`machine`), how many steps it is going to do, and which launch has started it; for
 those who look at the run from outside."""
 
-METRICS, CONFIG_FILE = "metrics.jsonl", "config.yaml"
-CHECKPOINTS = "checkpoints"
-FOLDERS = (CHECKPOINTS, "adapter", "tensorboard")
+METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.yaml"
+CHECKPOINTS_DIR = "checkpoints"
+RUN_SUBDIRS = (CHECKPOINTS_DIR, "adapter", "tensorboard")
 """What a new run removes of an old one of its name."""
 
 
@@ -61,15 +61,15 @@ class RunDir:
         """
         self.path = run_path(config.run)
         # until `start` it is the launch of the start before: only a launch that has started goes on by itself
-        launch = None if replaces else launch_of(self.path)
-        self._process = {**this_process(), "steps": steps, "machine": machine, "launch": launch}
+        launch = None if replaces else last_launch(self.path)
+        self._process = {**process_record(), "steps": steps, "machine": machine, "launch": launch}
         self._metrics_file: MetricsFile | None = None
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with what is appended to the metrics."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in FOLDERS:
-                if replaces or (begins and name != CHECKPOINTS):
+            for name in RUN_SUBDIRS:
+                if replaces or (begins and name != CHECKPOINTS_DIR):
                     shutil.rmtree(self.path / name, ignore_errors=True)
             for name in ("summary.json", "report.html", *MARKERS):
                 (self.path / name).unlink(missing_ok=True)
@@ -92,9 +92,9 @@ class RunDir:
         """
         with self._writing():
             # first these, newest first: a start that dies in between goes on from an older one, which has its metrics
-            moved = [set_aside(folder) for folder in abandoned]
-            self._metrics_file = MetricsFile(self.path / METRICS, step)
-            self._process["launch"] = this_launch()
+            moved = [abandon_checkpoint(folder) for folder in abandoned]
+            self._metrics_file = MetricsFile(self.path / METRICS_FILE, step)
+            self._process["launch"] = launch_id()
             self._write_process()
         return moved
 
@@ -148,7 +148,7 @@ class RunDir:
 
     def _tell(self, metrics: dict[str, Any]) -> None:
         for listener in self.listeners:
-            listener(finite(metrics))
+            listener(nonfinite_to_none(metrics))
 
     def close(self) -> None:
         """Write what is left of the metrics."""
@@ -157,7 +157,7 @@ class RunDir:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
-        self._write("summary.json", json.dumps(finite(summary), indent=2))
+        self._write("summary.json", json.dumps(nonfinite_to_none(summary), indent=2))
 
     def _write(self, name: str, text: str) -> None:
         """Write a file at the end of a run. A full disk is said, and takes nothing from what was saved before."""
@@ -171,17 +171,17 @@ class RunDir:
                 print(f"qlora-dist: {self.path / name}: cannot be written ({error.strerror})", file=sys.stderr)
 
 
-def launch_of(path: Path) -> Any:
-    """Return the launch (`this_launch`) that has last started in a run's folder; None: that is not known."""
-    return _object(path / PROCESS_FILE).get("launch")
+def last_launch(path: Path) -> Any:
+    """Return the launch (`launch_id`) that has last started in a run's folder; None: that is not known."""
+    return _read_json(path / PROCESS_FILE).get("launch")
 
 
-def done_steps(path: Path) -> int | None:
+def finished_steps(path: Path) -> int | None:
     """Return the steps after which the run of a folder is done; None: it is not."""
-    return _count(_object(path / DONE).get("step"))
+    return _as_count(_read_json(path / DONE_MARKER).get("step"))
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -189,5 +189,5 @@ def _object(path: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _count(value: object) -> int | None:
+def _as_count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

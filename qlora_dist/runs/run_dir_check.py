@@ -6,17 +6,17 @@ import os
 import stat
 from pathlib import Path
 
-from qlora_dist.checkpoint.manifest import MANIFEST
+from qlora_dist.checkpoint.manifest import CHECKPOINT_MANIFEST
 from qlora_dist.errors import UserError
-from qlora_dist.runs.run_dir import CHECKPOINTS, CONFIG_FILE, FOLDERS, MARKERS, METRICS, PROCESS_FILE
+from qlora_dist.runs.run_dir import CHECKPOINTS_DIR, CONFIG_FILE, MARKERS, METRICS_FILE, PROCESS_FILE, RUN_SUBDIRS
 
-_WRITTEN = (METRICS, CONFIG_FILE, PROCESS_FILE)
+_READ_WRITE_FILES = (METRICS_FILE, CONFIG_FILE, PROCESS_FILE)
 """Files that are read, and written to in their place."""
-_FILES = (*_WRITTEN, "summary.json", "report.html", *MARKERS, "STOP", "SAVE")
+_FILES = (*_READ_WRITE_FILES, "summary.json", "report.html", *MARKERS, "STOP", "SAVE")
 """Files of a run; `train/stop_requests.py` has the last two."""
 
 
-def check_folder(path: Path) -> None:
+def check_run_dir(path: Path) -> None:
     """Check the folder of a run that is about to start, or its parents if it is not there yet.
 
     Raises:
@@ -27,35 +27,35 @@ def check_folder(path: Path) -> None:
         parent = next(parent for parent in path.absolute().parents if parent.exists())
         if not parent.is_dir():
             raise UserError(f"{parent}: is no folder; give run.dir another value")
-        _need(parent, os.W_OK | os.X_OK, "written", "give run.dir another value")
+        _require_access(parent, os.W_OK | os.X_OK, "written", "give run.dir another value")
         return
     if not path.is_dir():
         raise UserError(f"{path}: is no folder, and a run's name is that of one; give run.name another value")
-    _need(path, os.R_OK | os.W_OK | os.X_OK, "read and written", "give run.name another value")
+    _require_access(path, os.R_OK | os.W_OK | os.X_OK, "read and written", "give run.name another value")
     for name in _FILES:
         if (path / name).is_dir() or (os.path.lexists(path / name) and not (path / name).is_file()):
             raise UserError(f"{path / name}: is no file, and a run has one there; move it away")
-        if name in _WRITTEN and (path / name).exists():
-            _need(path / name, os.R_OK | os.W_OK, "read and written")
-    for name in FOLDERS:
+        if name in _READ_WRITE_FILES and (path / name).exists():
+            _require_access(path / name, os.R_OK | os.W_OK, "read and written")
+    for name in RUN_SUBDIRS:
         if os.path.lexists(path / name):
             if not (path / name).is_dir():
                 raise UserError(f"{path / name}: is no folder, and a run has one there; move it away")
-            _need(path / name, os.R_OK | os.W_OK | os.X_OK, "read and written")
-    if (path / CHECKPOINTS).is_dir():
-        for folder in sorted((path / CHECKPOINTS).glob("step-*")):
+            _require_access(path / name, os.R_OK | os.W_OK | os.X_OK, "read and written")
+    if (path / CHECKPOINTS_DIR).is_dir():
+        for folder in sorted((path / CHECKPOINTS_DIR).glob("step-*")):
             _check_checkpoint(folder)
 
 
 def _check_checkpoint(folder: Path) -> None:
     """Refuse one that cannot be read: it is not damaged, and must not be passed over for an older one."""
     if folder.is_dir():
-        _need(folder, os.R_OK | os.W_OK | os.X_OK, "read and written")
-        if (folder / MANIFEST).is_file():
-            _need(folder / MANIFEST, os.R_OK, "read")
+        _require_access(folder, os.R_OK | os.W_OK | os.X_OK, "read and written")
+        if (folder / CHECKPOINT_MANIFEST).is_file():
+            _require_access(folder / CHECKPOINT_MANIFEST, os.R_OK, "read")
 
 
-def _need(path: Path, mode: int, done: str, remedy: str = "") -> None:
+def _require_access(path: Path, mode: int, done: str, remedy: str = "") -> None:
     if os.access(path, mode):
         return
     if os.statvfs(path).f_flag & os.ST_RDONLY:

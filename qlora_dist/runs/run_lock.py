@@ -4,7 +4,7 @@
     run.lock.json  which launch the holder belongs to, so that its own restart need not wait
 
 A holder that is dead loses its lease: at once on its own host, and to a restart of its own launch; to others when no
-heartbeat has come for `LEASE_S` seconds.
+heartbeat has come for `LEASE_DURATION_S` seconds.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import Any
 from filelock import LeaseCompromise, LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import same_launch, this_launch
-from qlora_dist.runtime.lease import LEASE_S, HolderWatch, host_of, make_lease
-from qlora_dist.runtime.user_error_file import leave_word
+from qlora_dist.runtime.environment import is_same_launch, launch_id
+from qlora_dist.runtime.lease import LEASE_DURATION_S, LeaseMonitor, make_lease, owner_host
+from qlora_dist.runtime.user_error_file import write_user_error_file
 
-LOCK = "run.lock"
-_NOTE = "run.lock.json"
-_LOOK_S = 0.2
-_SAY_S = 2.0
+LOCK_FILE = "run.lock"
+_LAUNCH_FILE = "run.lock.json"
+_LOCK_POLL_S = 0.2
+_WAIT_NOTICE_S = 2.0
 """Seconds of waiting before the line that says so."""
 
 
 @contextmanager
-def hold(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+def lock_run_dir(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the folder of a run. Called on rank 0.
 
     Args:
@@ -43,7 +43,7 @@ def hold(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     Raises:
         UserError: another run holds it and lives, or the folder cannot be written.
     """
-    lease = make_lease(path / LOCK, lambda loss: _end(path, loss))
+    lease = make_lease(path / LOCK_FILE, lambda loss: _exit_on_lost_lease(path, loss))
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -51,20 +51,20 @@ def hold(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     except (OSError, LeaseSettingsMismatch) as error:
         reason = getattr(error, "strerror", None) or "it is another program's"
         raise UserError(
-            f"{path / LOCK}: cannot be written ({reason}); mend that, or give run.name another value"
+            f"{path / LOCK_FILE}: cannot be written ({reason}); mend that, or give run.name another value"
         ) from None
     try:
         yield
     finally:
         with suppress(OSError):
-            (path / _NOTE).unlink(missing_ok=True)
+            (path / _LAUNCH_FILE).unlink(missing_ok=True)
             lease.release()
             for folder in made:
                 folder.rmdir()  # an empty one: the start has failed
 
 
 def _acquire(path: Path, lease: SoftFileLease, say: Callable[[str], None]) -> None:
-    watch, since, has_said = HolderWatch(lease), time.monotonic(), False
+    watch, since, has_said = LeaseMonitor(lease), time.monotonic(), False
     while True:
         try:
             lease.acquire(blocking=False)
@@ -76,39 +76,39 @@ def _acquire(path: Path, lease: SoftFileLease, say: Callable[[str], None]) -> No
             continue
         if owner is not None and watch.has_beaten:
             raise UserError(
-                f"{path}: another run is at work in it (process {owner.pid} on {host_of(owner)}); wait for its end, "
+                f"{path}: another run is at work in it (process {owner.pid} on {owner_host(owner)}); wait for its end, "
                 f"stop it with `qlora-dist cancel {path.name}`, or give run.name another value"
             )
-        if owner is not None and not has_said and time.monotonic() - since > _SAY_S:
+        if owner is not None and not has_said and time.monotonic() - since > _WAIT_NOTICE_S:
             has_said = True
             say(
-                f"{path}: process {owner.pid} on {host_of(owner)} holds it; waiting for a heartbeat of it, at most "
-                f"{LEASE_S:.0f} s"
+                f"{path}: process {owner.pid} on {owner_host(owner)} holds it; waiting for a heartbeat of it, at most "
+                f"{LEASE_DURATION_S:.0f} s"
             )
-        time.sleep(_LOOK_S)
-    note = {"token": lease.token, "launch": this_launch()}
-    partial = path / f"{_NOTE}.partial"
+        time.sleep(_LOCK_POLL_S)
+    note = {"token": lease.token, "launch": launch_id()}
+    partial = path / f"{_LAUNCH_FILE}.partial"
     partial.write_text(json.dumps(note) + "\n", encoding="utf-8")
-    partial.replace(path / _NOTE)
+    partial.replace(path / _LAUNCH_FILE)
 
 
 def _is_our_launch(path: Path, owner: OwnerRecord) -> bool:
     """Return whether the holder is an earlier start of this process's own launch."""
     try:
-        note: Any = json.loads((path / _NOTE).read_text(encoding="utf-8"))
-        return note["token"] == owner.token and same_launch(note["launch"], this_launch())
+        note: Any = json.loads((path / _LAUNCH_FILE).read_text(encoding="utf-8"))
+        return note["token"] == owner.token and is_same_launch(note["launch"], launch_id())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _end(path: Path, loss: LeaseCompromise) -> None:
+def _exit_on_lost_lease(path: Path, loss: LeaseCompromise) -> None:
     """End this process if another one has taken its lease: it was taken for dead, and both would write."""
     if loss.reason != "owner-changed":
         return  # the lease's file was removed, or the file system does not answer: no other process writes
     error = UserError(
-        f"{path}: another run has taken it over, because this one gave no sign of life for {LEASE_S:.0f} s; this one "
+        f"{path}: another run has taken it over, because this one gave no sign of life for {LEASE_DURATION_S:.0f} s; this one "
         "ends"
     )
-    leave_word(error)
+    write_user_error_file(error)
     print(f"qlora-dist: {error}", file=sys.stderr, flush=True)
     os._exit(2)

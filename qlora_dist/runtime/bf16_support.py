@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 
 _CPUINFO = Path("/proc/cpuinfo")
-_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
+_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of x86 processors, and the feature of Arm's."""
-_LEAST_CAPABILITY = (8, 0)
+_MIN_CAPABILITY = (8, 0)
 """NVIDIA's Ampere."""
 
 
-def warn_of_bf16(device: torch.device) -> str | None:
+def bf16_warning(device: torch.device) -> str | None:
     """Return a sentence with the remedy where the device lacks bf16 instructions; None where it has them, or may."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        if capability >= _LEAST_CAPABILITY:
+        if capability >= _MIN_CAPABILITY:
             return None
         name, number = torch.cuda.get_device_name(device), ".".join(map(str, capability))
         return (
@@ -29,7 +29,7 @@ def warn_of_bf16(device: torch.device) -> str | None:
     except OSError:
         return None
     lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
-    if not lines or _INSTRUCTIONS & set(lines[0].split()):
+    if not lines or _BF16_CPU_FLAGS & set(lines[0].split()):
         return None
     return (
         "this processor has no bf16 instructions: bf16 is ten or more times slower here than fp32; "

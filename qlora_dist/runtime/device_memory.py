@@ -10,38 +10,38 @@ from pathlib import Path
 import torch
 
 
-def peak_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """On CUDA the allocator's peak (not run on a GPU); on the CPU the process's peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # not getrusage where it can be helped: its maximum outlives exec, and so includes the launcher's
-    own = _kilobytes("/proc/self/status")
+    own = _read_proc_bytes("/proc/self/status")
     if "VmHWM" in own:
         return own["VmHWM"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident_bytes() -> int:
+def process_resident_bytes() -> int:
     """Of this process, now; 0 where nobody knows."""
-    return _kilobytes("/proc/self/status").get("VmRSS", 0)
+    return _read_proc_bytes("/proc/self/status").get("VmRSS", 0)
 
 
-def free_bytes(device: torch.device, local_world_size: int) -> int:
+def free_memory_bytes(device: torch.device, local_world_size: int) -> int:
     """What a rank can have of a device: on CUDA what is free of it (not run on a GPU), on the CPU its part of the
     memory that the system has available, and the cgroups that this process is in. 0 where nobody knows.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = _kilobytes("/proc/meminfo").get("MemAvailable", 0)
-    return min(available, *_free_in_cgroups()) // local_world_size
+    available = _read_proc_bytes("/proc/meminfo").get("MemAvailable", 0)
+    return min(available, *_cgroup_free_bytes()) // local_world_size
 
 
-def left_bytes(device: torch.device, held: int, local_world_size: int) -> int:
+def memory_budget_bytes(device: torch.device, held: int, local_world_size: int) -> int:
     """How much of a device's memory something can have that holds `held` bytes of it, if the rest grows no more.
 
     On CUDA what the allocator has not reserved, and it has reserved the peak (not run on a GPU). On the CPU what the
-    rank can have of it (`free_bytes`), less what this process had at its peak and has given back.
+    rank can have of it (`free_memory_bytes`), less what this process had at its peak and has given back.
     A twentieth of all memory stays free.
 
     Args:
@@ -52,14 +52,19 @@ def left_bytes(device: torch.device, held: int, local_world_size: int) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return held + free - total // 20
-    total = _kilobytes("/proc/meminfo").get("MemTotal", 0)
-    own = _kilobytes("/proc/self/status")
+    total = _read_proc_bytes("/proc/meminfo").get("MemTotal", 0)
+    own = _read_proc_bytes("/proc/self/status")
     if not total or "VmRSS" not in own:
         return held
-    return held + free_bytes(device, local_world_size) - total // 20 // local_world_size - (own["VmHWM"] - own["VmRSS"])
+    return (
+        held
+        + free_memory_bytes(device, local_world_size)
+        - total // 20 // local_world_size
+        - (own["VmHWM"] - own["VmRSS"])
+    )
 
 
-def _free_in_cgroups() -> list[int]:
+def _cgroup_free_bytes() -> list[int]:
     """Up to the limits of the process's cgroups (version 2), its own and those around it; cached files can go."""
     free = [sys.maxsize]
     try:
@@ -77,7 +82,7 @@ def _free_in_cgroups() -> list[int]:
     return free
 
 
-def _kilobytes(path: str) -> dict[str, int]:
+def _read_proc_bytes(path: str) -> dict[str, int]:
     """The lines of that unit, in bytes; of a system that has no such file, none."""
     try:
         text = Path(path).read_text()

@@ -11,13 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from qlora_dist.runtime.heartbeat import PHASES
+from qlora_dist.runtime.heartbeat import RUN_PHASES
 
-State = Literal["gone", "stopped", "unknown"]
+ProcessState = Literal["gone", "stopped", "unknown"]
 
 
 @cache
-def _pid_space() -> str:
+def _pid_namespace() -> str:
     """Where a process number means the same process: containers of one machine have numbers of their own."""
     try:
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
@@ -26,7 +26,7 @@ def _pid_space() -> str:
 
 
 @dataclass(frozen=True)
-class Sign:
+class RankStatus:
     """A rank's sign of life, published every second by a thread of its own."""
 
     rank: int
@@ -44,14 +44,14 @@ class Sign:
     """Why it has ended or is about to: empty, it is done; else the user's mistake."""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    pid_space: str = field(default_factory=_pid_space)
+    pid_space: str = field(default_factory=_pid_namespace)
 
     def to_json(self) -> str:
         """For the store."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: bytes) -> Sign:
+    def from_json(cls, text: bytes) -> RankStatus:
         """The inverse."""
         return cls(**json.loads(text))
 
@@ -68,11 +68,11 @@ class Sign:
     @property
     def place(self) -> tuple[int, int]:
         """How far it is, for comparisons."""
-        return self.step, PHASES.index(self.phase)
+        return self.step, RUN_PHASES.index(self.phase)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """Why the run ends, on all ranks."""
 
     sentence: str
@@ -87,60 +87,64 @@ class Verdict:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: bytes) -> Verdict:
+    def from_json(cls, text: bytes) -> Diagnosis:
         """The inverse."""
         return cls(**json.loads(text))
 
 
-def unknown(rank: int) -> Sign:
+def unknown_status(rank: int) -> RankStatus:
     """In place of a sign that a rank has not given yet."""
-    return Sign(rank, 0, 0, PHASES[0], 0.0, 0.0, False, host="an unknown host", pid_space="")
+    return RankStatus(rank, 0, 0, RUN_PHASES[0], 0.0, 0.0, False, host="an unknown host", pid_space="")
 
 
-def process_state(sign: Sign) -> State:
+def process_state(sign: RankStatus) -> ProcessState:
     """Whether a rank on this machine still runs; unknown also if it does, which doesn't mean that it gets on."""
-    if not sign.pid_space or sign.pid_space != _pid_space():
+    if not sign.pid_space or sign.pid_space != _pid_namespace():
         return "unknown"
     try:
         state = Path(f"/proc/{sign.pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "gone"
-    states: dict[str, State] = {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}
+    states: dict[str, ProcessState] = {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}
     return states.get(state, "unknown")
 
 
-def failed(sign: Sign, error: BaseException) -> Verdict:
+def diagnose_exception(sign: RankStatus, error: BaseException) -> Diagnosis:
     """Of a rank with an error of its own."""
     reason = (str(error).strip().splitlines() or [""])[0]
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-    return Verdict(f"{sign.who} failed {sign.when}: {what}; its traceback is in its output", [sign.rank])
+    return Diagnosis(f"{sign.who} failed {sign.when}: {what}; its traceback is in its output", [sign.rank])
 
 
-def mistaken(sign: Sign, mistake: str) -> Verdict:
+def diagnose_user_error(sign: RankStatus, mistake: str) -> Diagnosis:
     """Of a rank that has found a mistake of the user's which the others have not."""
-    return Verdict(f"{sign.who} has stopped: {mistake}", [sign.rank], exit_code=2)
+    return Diagnosis(f"{sign.who} has stopped: {mistake}", [sign.rank], exit_code=2)
 
 
-def store_lost(sign: Sign) -> Verdict:
+def diagnose_lost_store(sign: RankStatus) -> Diagnosis:
     """Nobody answers where the ranks have met. `sign` is this rank's own."""
-    return Verdict(
+    return Diagnosis(
         f"rank 0 or its launcher went away {sign.when}: the store that they keep is gone; look at the end of that "
         "node's output",
         [0],
     )
 
 
-def without_word(signs: Sequence[Sign], state: Callable[[Sign], State] = process_state) -> Verdict | None:
+def diagnose_exited_ranks(
+    signs: Sequence[RankStatus], state: Callable[[RankStatus], ProcessState] = process_state
+) -> Diagnosis | None:
     """Whoever has left, or is known to be dead; None: nobody."""
     for sign in signs:
         if sign.left:
-            return mistaken(sign, sign.left)
-    return _gone([sign for sign in signs if sign.left is None and state(sign) == "gone"], signs)
+            return diagnose_user_error(sign, sign.left)
+    return _diagnose_gone([sign for sign in signs if sign.left is None and state(sign) == "gone"], signs)
 
 
-def judge(
-    before: Sequence[Sign], after: Sequence[Sign], state: Callable[[Sign], State] = process_state
-) -> Verdict | None:
+def diagnose(
+    before: Sequence[RankStatus],
+    after: Sequence[RankStatus],
+    state: Callable[[RankStatus], ProcessState] = process_state,
+) -> Diagnosis | None:
     """Why there is no progress.
 
     Args:
@@ -151,48 +155,48 @@ def judge(
     Returns:
         None: those who are behind are at work, and not for too long.
     """
-    if (verdict := without_word(after, state)) is not None:
+    if (verdict := diagnose_exited_ranks(after, state)) is not None:
         return verdict
     silent = [new for old, new in zip(before, after, strict=True) if new.tick == old.tick and new.left is None]
     stopped = [sign for sign in silent if state(sign) == "stopped"]
     if stopped:
-        return Verdict(
-            f"{_names(stopped)} was stopped by a signal {_furthest(after).when}; let it go on, or end it, and start "
+        return Diagnosis(
+            f"{_rank_labels(stopped)} was stopped by a signal {_most_advanced(after).when}; let it go on, or end it, and start "
             "the run again",
             [sign.rank for sign in stopped],
         )
-    return _gone(silent, after) or _stuck(after)
+    return _diagnose_gone(silent, after) or _diagnose_stuck(after)
 
 
-def _gone(signs: Sequence[Sign], everyone: Sequence[Sign]) -> Verdict | None:
+def _diagnose_gone(signs: Sequence[RankStatus], everyone: Sequence[RankStatus]) -> Diagnosis | None:
     if not signs:
         return None
-    return Verdict(
-        f"{_names(signs)} went away {_furthest(everyone).when}; look at the end of its node's output: without a "
+    return Diagnosis(
+        f"{_rank_labels(signs)} went away {_most_advanced(everyone).when}; look at the end of its node's output: without a "
         "traceback there, the system has killed it, most often for want of memory",
         [sign.rank for sign in signs],
     )
 
 
-def _stuck(signs: Sequence[Sign]) -> Verdict | None:
+def _diagnose_stuck(signs: Sequence[RankStatus]) -> Diagnosis | None:
     there = [sign for sign in signs if sign.left is None]
     last = [sign for sign in there if sign.place == min(other.place for other in there)]
     if not last or any(sign.idle_s < sign.limit_s for sign in last):
         return None
     last = [sign for sign in last if not sign.waiting] or last  # those in a collective wait for the others
     idle_s = min(sign.idle_s for sign in last)
-    return Verdict(
-        f"{_names(last)} has made no progress for {idle_s:.0f} s {last[0].when}; its stack is in its output; raise "
+    return Diagnosis(
+        f"{_rank_labels(last)} has made no progress for {idle_s:.0f} s {last[0].when}; its stack is in its output; raise "
         "train.timeout if it only takes that long",
         [sign.rank for sign in last],
         stuck=True,
     )
 
 
-def _furthest(signs: Sequence[Sign]) -> Sign:
+def _most_advanced(signs: Sequence[RankStatus]) -> RankStatus:
     """Ranks go hand in hand: the dead have been as far as the living are, and no more than their last sign is old."""
     return max(signs, key=lambda sign: sign.place)
 
 
-def _names(signs: Sequence[Sign]) -> str:
+def _rank_labels(signs: Sequence[RankStatus]) -> str:
     return signs[0].who + (f" (and {len(signs) - 1} more)" if len(signs) > 1 else "")

@@ -14,20 +14,20 @@ from typing import Any, Literal
 import psutil
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.process_identity import birth
+from qlora_dist.runtime.process_identity import process_identity
 
 Launcher = Literal["torchrun", "mpi", "srun", "none"]
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_DEEPSPEED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
-_HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH, Intel MPI, MVAPICH
-_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_DEEPSPEED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OPEN_MPI_VARIABLES = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_HYDRA_VARIABLES = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH, Intel MPI, MVAPICH
+_SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
 _PORTS = range(20_000, 32_000)  # above what services use, below what Linux gives to connections
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankInfo:
     """This process among all."""
 
     rank: int
@@ -39,7 +39,7 @@ class Ranks:
     process per rank without torchrun; `none`: a single process."""
 
 
-def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
+def read_rank_info(environ: Mapping[str, str] = os.environ) -> RankInfo:
     """The ranks as the nearest launcher has numbered them, or a single process where there was none.
 
     torchrun and mpirun come before SLURM, whose variables they inherit in a job. A batch script's own shell has those
@@ -48,15 +48,19 @@ def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
     Raises:
         UserError: some of the launcher's variables are set and others not, they are no numbers, or nodes are unequal.
     """
-    launcher = launcher_of(environ)
+    launcher = detect_launcher(environ)
     if launcher == "torchrun":
-        return _ranks(launcher, environ, _DEEPSPEED if started_by_deepspeed(environ) else _TORCHRUN)
+        return _read_variables(
+            launcher, environ, _DEEPSPEED_VARIABLES if started_by_deepspeed(environ) else _TORCHRUN_VARIABLES
+        )
     if launcher == "mpi":
-        return _ranks(launcher, environ, _OPEN_MPI if started_by_open_mpi(environ) else _HYDRA)
-    return _slurm_ranks(environ) if launcher == "srun" else Ranks(0, 1, 0, 1, "none")
+        return _read_variables(
+            launcher, environ, _OPEN_MPI_VARIABLES if started_by_open_mpi(environ) else _HYDRA_VARIABLES
+        )
+    return _read_slurm_variables(environ) if launcher == "srun" else RankInfo(0, 1, 0, 1, "none")
 
 
-def launcher_of(environ: Mapping[str, str] = os.environ) -> Launcher:
+def detect_launcher(environ: Mapping[str, str] = os.environ) -> Launcher:
     """The nearest one, by its variables."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return "torchrun"
@@ -67,39 +71,39 @@ def launcher_of(environ: Mapping[str, str] = os.environ) -> Launcher:
     return "srun" if "SLURM_STEP_ID" in environ else "none"
 
 
-def _ranks(launcher: Launcher, environ: Mapping[str, str], names: tuple[str, ...]) -> Ranks:
-    command = "mpirun" if launcher == "mpi" else "deepspeed" if names is _DEEPSPEED else "torchrun"
+def _read_variables(launcher: Launcher, environ: Mapping[str, str], names: tuple[str, ...]) -> RankInfo:
+    command = "mpirun" if launcher == "mpi" else "deepspeed" if names is _DEEPSPEED_VARIABLES else "torchrun"
     missing = [name for name in names if name not in environ]
     if missing:
         raise UserError(
             f"the environment has some of {command}'s variables and not {missing[0]}; start with {command}, or unset "
             f"{names[0]} and {names[1]}"
         )
-    rank, world_size, local_rank, local_world_size = _numbers(command, environ, names[:4])
+    rank, world_size, local_rank, local_world_size = _parse_ints(command, environ, names[:4])
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise UserError(
             f"the environment says rank {rank} of {world_size}, {local_rank} of {local_world_size} on this node; "
             f"start with {command}, or unset {names[0]} and {names[1]}"
         )
-    return Ranks(rank, world_size, local_rank, local_world_size, launcher)
+    return RankInfo(rank, world_size, local_rank, local_world_size, launcher)
 
 
-def _slurm_ranks(environ: Mapping[str, str]) -> Ranks:
-    missing = [name for name in (*_SLURM, "SLURM_STEP_TASKS_PER_NODE") if name not in environ]
+def _read_slurm_variables(environ: Mapping[str, str]) -> RankInfo:
+    missing = [name for name in (*_SLURM_VARIABLES, "SLURM_STEP_TASKS_PER_NODE") if name not in environ]
     if missing:
         raise UserError(
             f"the environment is a SLURM step's (SLURM_STEP_ID) without {missing[0]}; start with srun, or unset "
             "SLURM_STEP_ID"
         )
-    rank, world_size, local_rank, _ = _numbers("srun", environ, _SLURM)
+    rank, world_size, local_rank, _ = _parse_ints("srun", environ, _SLURM_VARIABLES)
     tasks = environ["SLURM_STEP_TASKS_PER_NODE"]  # such as 8(x3),4
     sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", tasks)}
     if len(sizes) != 1:
         raise UserError(f"srun started {tasks} tasks on the nodes; start equally many on each (--ntasks-per-node)")
-    return Ranks(rank, world_size, local_rank, sizes.pop(), "srun")
+    return RankInfo(rank, world_size, local_rank, sizes.pop(), "srun")
 
 
-def _numbers(command: str, environ: Mapping[str, str], names: tuple[str, ...]) -> tuple[int, ...]:
+def _parse_ints(command: str, environ: Mapping[str, str], names: tuple[str, ...]) -> tuple[int, ...]:
     try:
         return tuple(int(environ[name]) for name in names)
     except ValueError:
@@ -126,7 +130,7 @@ def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress | Non
         UserError: the port is none, or the step's nodes are not known.
     """
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    if launcher_of(environ) == "srun":
+    if detect_launcher(environ) == "srun":
         host, port = host or _first_host(environ), port or str(_slurm_port(environ))
     if not host or not port:
         return None
@@ -135,17 +139,17 @@ def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress | Non
     return StoreAddress(host, int(port))
 
 
-def agent_keeps_store(environ: Mapping[str, str] = os.environ) -> bool:
+def agent_hosts_store(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the store is kept by torchrun's agent, and outlives the ranks; else rank 0 keeps it."""
     return "RANK" in environ and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def master_name(environ: Mapping[str, str] = os.environ) -> str | None:
+def master_addr(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the name of rank 0's machine that the environment gives; None: it gives none."""
     return environ.get("MASTER_ADDR") or None
 
 
-def error_report(environ: Mapping[str, str] = os.environ) -> Path | None:
+def torchrun_error_file(environ: Mapping[str, str] = os.environ) -> Path | None:
     """Return the file in which torchrun looks for the reason of this rank's end; None: there is no torchrun."""
     path = environ.get("TORCHELASTIC_ERROR_FILE")
     return None if path is None else Path(path)
@@ -156,7 +160,7 @@ def set_store_address(host: str, port: int) -> None:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
 
 
-def set_device_index(index: int) -> None:
+def set_local_rank(index: int) -> None:
     """For this process's libraries that take the device whose index LOCAL_RANK is. Not every launcher sets it."""
     os.environ["LOCAL_RANK"] = str(index)
 
@@ -179,31 +183,31 @@ def _slurm_port(environ: Mapping[str, str]) -> int:
     return _PORTS[(97 * job + 7 * step + restarts) % len(_PORTS)]
 
 
-def meeting_name(environ: Mapping[str, str] = os.environ) -> str:
+def rendezvous_id(environ: Mapping[str, str] = os.environ) -> str:
     """What ranks that srun has started have in common with no others, should two jobs come to use one port."""
-    if launcher_of(environ) != "srun":
+    if detect_launcher(environ) != "srun":
         return ""
     names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return "/".join(environ.get(name, "") for name in names)
 
 
-def this_process(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def process_record(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """How others find this process: its machine and number, its launcher's number, its SLURM job and step, and that
     job's nodes as SLURM names them.
     """
     job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
-    own_parent = launcher_of(environ) == "mpi" or started_by_torchrun(environ)
+    own_parent = detect_launcher(environ) == "mpi" or started_by_torchrun(environ)
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        **birth(os.getpid()),
+        **process_identity(os.getpid()),
         "launcher_pid": os.getppid() if own_parent else None,
         "job_id": f"{job}.{step}" if job and step else job,
         "nodes": environ.get("SLURM_JOB_NODELIST"),
     }
 
 
-def this_launch(environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+def launch_id(environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
     """Return what identifies the launch that this process belongs to, to find the same launch after a restart.
 
     Returns:
@@ -214,7 +218,7 @@ def this_launch(environ: Mapping[str, str] = os.environ) -> dict[str, str | None
     if started_by_torchrun(environ):
         run_id = environ["TORCHELASTIC_RUN_ID"]
         with suppress(psutil.Error):
-            born = birth(os.getppid())
+            born = process_identity(os.getppid())
             agent = f"{socket.gethostname()}/{os.getppid()}/{born.get('start_ticks', born['born'])}"
     number = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
     if number:
@@ -223,8 +227,8 @@ def this_launch(environ: Mapping[str, str] = os.environ) -> dict[str, str | None
     return {"agent": agent, "torchrun": run_id, "job": job, "start": start}
 
 
-def same_launch(before: object, now: Mapping[str, str | None], environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether a launcher has started its command again, by what `this_launch` gave `before` and gives `now`.
+def is_same_launch(before: object, now: Mapping[str, str | None], environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a launcher has started its command again, by what `launch_id` gave `before` and gives `now`.
 
     A second command in one SLURM job is another launch. A requeued job, and the next job of an array, are the same.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-Phase = Literal[
+RunPhase = Literal[
     "starting",
     "loading",
     "saving a checkpoint",
@@ -16,25 +16,25 @@ Phase = Literal[
     "done",
 ]
 """In the order in which they come after the same number of steps."""
-PHASES: tuple[str, ...] = get_args(Phase)
+RUN_PHASES: tuple[str, ...] = get_args(RunPhase)
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """Where the main thread was when it last said so."""
 
     number: int = 0
     """How often it has."""
     step: int = 0
     """Optimizer steps that are done."""
-    phase: Phase = "starting"
+    phase: RunPhase = "starting"
     patience: float = 1.0
     """Times `train.timeout` that may pass before the next."""
 
 
-_now = Beat()
+_last = Heartbeat()
 
 
-def beat(step: int | None = None, phase: Phase | None = None, patience: float | None = None) -> None:
+def record_heartbeat(step: int | None = None, phase: RunPhase | None = None, patience: float | None = None) -> None:
     """Say that there is progress. To be called by the main thread, more often than every `train.timeout` seconds.
 
     Args:
@@ -43,13 +43,13 @@ def beat(step: int | None = None, phase: Phase | None = None, patience: float | 
         patience: how many times the timeout it may take until the next call; None: once for a new phase, else as
             before.
     """
-    global _now
-    before = _now
+    global _last
+    before = _last
     if patience is None:
         patience = before.patience if phase is None else 1.0
-    _now = Beat(before.number + 1, before.step if step is None else step, phase or before.phase, patience)
+    _last = Heartbeat(before.number + 1, before.step if step is None else step, phase or before.phase, patience)
 
 
-def last_beat() -> Beat:
+def last_heartbeat() -> Heartbeat:
     """The last one."""
-    return _now
+    return _last

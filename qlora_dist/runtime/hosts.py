@@ -7,11 +7,11 @@ import time
 
 from qlora_dist.errors import UserError
 
-_PATIENCE_S = 10.0
+_DNS_TIMEOUT_S = 10.0
 """How long a name server may be silent before a name counts as unknown."""
 
 
-def why_unknown(host: str, patience_s: float = 0.0) -> str | None:
+def resolve_error(host: str, patience_s: float = 0.0) -> str | None:
     """Return the reason why a name or address leads nowhere; None: it leads somewhere.
 
     Args:
@@ -30,13 +30,13 @@ def why_unknown(host: str, patience_s: float = 0.0) -> str | None:
         time.sleep(0.5)
 
 
-def check_meeting_host(host: str) -> None:
+def check_rendezvous_host(host: str) -> None:
     """See whether this machine knows the machine where the ranks meet.
 
     Raises:
         UserError: it does not.
     """
-    if (reason := why_unknown(host, _PATIENCE_S)) is not None:
+    if (reason := resolve_error(host, _DNS_TIMEOUT_S)) is not None:
         own = " (with `torchrun --local-addr 127.0.0.1` the ranks of one machine need no name)"
         raise UserError(
             f"{host}: {socket.gethostname()} does not know this machine, where the ranks are to meet ({reason}); set "

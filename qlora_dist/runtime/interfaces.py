@@ -26,13 +26,13 @@ def check_interfaces(device_type: str, environ: Mapping[str, str] = os.environ) 
     if gloo := environ.get("GLOO_SOCKET_IFNAME"):
         missing = [name for name in gloo.split(",") if name not in there]
         if missing:
-            raise _unknown("GLOO_SOCKET_IFNAME", missing[0], there)
+            raise _unknown_interface_error("GLOO_SOCKET_IFNAME", missing[0], there)
     nccl = environ.get("NCCL_SOCKET_IFNAME")
-    if nccl and device_type == "cuda" and not any(is_chosen(name, nccl) for name in there):
-        raise _unknown("NCCL_SOCKET_IFNAME", nccl, there)
+    if nccl and device_type == "cuda" and not any(matches_nccl_ifname(name, nccl) for name in there):
+        raise _unknown_interface_error("NCCL_SOCKET_IFNAME", nccl, there)
 
 
-def _unknown(variable: str, name: str, there: list[str]) -> UserError:
+def _unknown_interface_error(variable: str, name: str, there: list[str]) -> UserError:
     return UserError(
         f"{variable}: {socket.gethostname()} has no network interface {name}; set it to one of {', '.join(there)}, or "
         "unset it",
@@ -40,7 +40,7 @@ def _unknown(variable: str, name: str, there: list[str]) -> UserError:
     )
 
 
-def is_chosen(name: str, pattern: str) -> bool:
+def matches_nccl_ifname(name: str, pattern: str) -> bool:
     """NCCL's rule: prefixes; `=` before them means whole names, `^` all but these."""
     match = re.match(r"(\^?=?)(.*)", pattern)
     assert match is not None, "both groups may be empty"

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 from filelock import LeaseCompromise, OwnerRecord, SoftFileLease
 
-LEASE_S = 45.0
+LEASE_DURATION_S = 45.0
 """Seconds without a heartbeat after which a holder counts as dead. A holder on this host counts as dead as soon as its
 process is gone. All processes that share a file system must agree on it."""
-HEARTBEAT_S = 5.0
+LEASE_HEARTBEAT_S = 5.0
 """Seconds between two heartbeats of a holder."""
 
 
@@ -28,10 +28,12 @@ def make_lease(path: Path, on_loss: Callable[[LeaseCompromise], None] | None = N
         path: the lease's file.
         on_loss: called from a thread when this process held the lease and has lost it.
     """
-    return SoftFileLease(path, lease_duration=LEASE_S, heartbeat_interval=HEARTBEAT_S, on_compromise=on_loss)
+    return SoftFileLease(
+        path, lease_duration=LEASE_DURATION_S, heartbeat_interval=LEASE_HEARTBEAT_S, on_compromise=on_loss
+    )
 
 
-class HolderWatch:
+class LeaseMonitor:
     """Observer of a lease that another process holds. One object for the whole wait: it remembers the heartbeats."""
 
     def __init__(self, lease: SoftFileLease) -> None:
@@ -56,7 +58,9 @@ class HolderWatch:
             same_holder = self._sign is not None and owner is not None and self._sign[0] == owner.token
             self.has_beaten = same_holder
             self._sign, self._sign_seen = sign, time.monotonic()
-        if time.monotonic() - self._sign_seen > LEASE_S + HEARTBEAT_S or (owner is not None and _has_ended(owner)):
+        if time.monotonic() - self._sign_seen > LEASE_DURATION_S + LEASE_HEARTBEAT_S or (
+            owner is not None and _has_ended(owner)
+        ):
             self._lease.break_lock()
         return owner
 
@@ -77,6 +81,6 @@ def _has_ended(owner: OwnerRecord) -> bool:
         return False
 
 
-def host_of(owner: OwnerRecord) -> str:
+def owner_host(owner: OwnerRecord) -> str:
     """Return the holder's host without the addition that names a container's namespace."""
     return owner.hostname.partition("?")[0]

@@ -12,12 +12,12 @@ from typing import Any
 import psutil
 
 from qlora_dist import __version__
-from qlora_dist.runtime.system import cores
+from qlora_dist.runtime.system import usable_cpu_count
 
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")
+_REPORTED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")
 
 
-def this_machine(device: str) -> dict[str, Any]:
+def machine_info(device: str) -> dict[str, Any]:
     """The machine of this process, and what it has of it.
 
     Args:
@@ -31,7 +31,7 @@ def this_machine(device: str) -> dict[str, Any]:
 
     gpus = range(torch.cuda.device_count() if device == "cuda" else 0)
     versions = {"qlora-dist": __version__, "Python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in _REPORTED_PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -40,7 +40,7 @@ def this_machine(device: str) -> dict[str, Any]:
         "versions": versions,
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": cores(),
+        "cores": usable_cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": ", ".join(torch.cuda.get_device_name(number) for number in gpus) or "cpu",
         "threads": torch.get_num_threads(),

@@ -15,19 +15,19 @@ import psutil
 
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import (
-    Ranks,
-    ranks_from_environment,
+    RankInfo,
+    read_rank_info,
     set_store_address,
     started_by_open_mpi,
     store_address,
 )
-from qlora_dist.runtime.interfaces import is_chosen
+from qlora_dist.runtime.interfaces import matches_nccl_ifname
 
 _REMEDY = "or set MASTER_ADDR and MASTER_PORT"
-_listening: socket.socket | None = None
+_listening_socket: socket.socket | None = None
 
 
-def agree_on_store() -> None:
+def share_store_address() -> None:
     """Have rank 0 say where the ranks are going to meet. Called on all ranks, before anything that takes long.
 
     Nothing happens under another launcher, or if the environment says where.
@@ -35,19 +35,19 @@ def agree_on_store() -> None:
     Raises:
         UserError: there is no mpi4py, or it is another MPI's than mpirun.
     """
-    ranks = ranks_from_environment()
+    ranks = read_rank_info()
     if ranks.launcher == "mpi" and ranks.world_size > 1 and store_address() is None:
-        set_store_address(*_broadcast(_listen(ranks) if ranks.rank == 0 else None, ranks))
+        set_store_address(*_broadcast(_open_listening_socket(ranks) if ranks.rank == 0 else None, ranks))
 
 
-def listening_socket() -> int | None:
+def take_listening_socket() -> int | None:
     """Hand over the socket that rank 0 listens on since its address was told, so that nobody else takes the port."""
-    global _listening
-    taken, _listening = _listening, None
+    global _listening_socket
+    taken, _listening_socket = _listening_socket, None
     return None if taken is None else taken.detach()
 
 
-def _broadcast(value: tuple[str, int] | None, ranks: Ranks) -> tuple[str, int]:
+def _broadcast(value: tuple[str, int] | None, ranks: RankInfo) -> tuple[str, int]:
     try:
         import mpi4py
 
@@ -74,16 +74,16 @@ def _broadcast(value: tuple[str, int] | None, ranks: Ranks) -> tuple[str, int]:
     return value
 
 
-def _listen(ranks: Ranks) -> tuple[str, int]:
-    global _listening
+def _open_listening_socket(ranks: RankInfo) -> tuple[str, int]:
+    global _listening_socket
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    _listening = socket.create_server(("", 0), family=family, backlog=2048, dualstack_ipv6=both)
-    host = "127.0.0.1" if ranks.local_world_size == ranks.world_size else own_address()
-    return host, _listening.getsockname()[1]
+    _listening_socket = socket.create_server(("", 0), family=family, backlog=2048, dualstack_ipv6=both)
+    host = "127.0.0.1" if ranks.local_world_size == ranks.world_size else reachable_address()
+    return host, _listening_socket.getsockname()[1]
 
 
-def own_address(environ: Mapping[str, str] = os.environ) -> str:
+def reachable_address(environ: Mapping[str, str] = os.environ) -> str:
     """An address by which other nodes reach this one.
 
     That of the interface that gloo or NCCL are told to use; else what the host's name stands for; else that of the
@@ -92,11 +92,11 @@ def own_address(environ: Mapping[str, str] = os.environ) -> str:
     Raises:
         UserError: there is none.
     """
-    interfaces = _addresses()
+    interfaces = _interface_addresses()
     if named := environ.get("GLOO_SOCKET_IFNAME"):
         interfaces = {name: interfaces[name] for name in named.split(",") if name in interfaces}
     elif named := environ.get("NCCL_SOCKET_IFNAME"):
-        interfaces = {name: there for name, there in interfaces.items() if is_chosen(name, named)}
+        interfaces = {name: there for name, there in interfaces.items() if matches_nccl_ifname(name, named)}
     else:
         with contextlib.suppress(OSError):
             for *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
@@ -112,7 +112,7 @@ def own_address(environ: Mapping[str, str] = os.environ) -> str:
     return found
 
 
-def _addresses() -> dict[str, list[str]]:
+def _interface_addresses() -> dict[str, list[str]]:
     """Of the interfaces that are up, without loopback and link-local ones; IPv4 first."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     found: dict[str, list[str]] = {}

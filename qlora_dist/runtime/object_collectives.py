@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 
-def gather_json(value: Any) -> list[Any]:
+def all_gather_json(value: Any) -> list[Any]:
     """Each rank's value, in the order of ranks. Called on all ranks."""
     content = json.dumps(value).encode()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]

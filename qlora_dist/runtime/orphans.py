@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 
-from qlora_dist.runtime.environment import launcher_of, started_by_torchrun
+from qlora_dist.runtime.environment import detect_launcher, started_by_torchrun
 
 _PR_SET_PDEATHSIG = 1
-_LOOK_S = 0.5
+_PARENT_POLL_S = 0.5
 
 
 def die_with_parent() -> None:
@@ -29,13 +29,13 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it went away in between
             os.kill(os.getpid(), signal.SIGKILL)
-    elif launcher_of() in ("mpi", "srun"):
+    elif detect_launcher() in ("mpi", "srun"):
         # the kernel's signal comes when the thread ends that has forked, and Open MPI forks many ranks from threads of
         # no long life
-        threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
+        threading.Thread(target=_kill_when_orphaned, args=(parent,), name="parent", daemon=True).start()
 
 
-def _watch(parent: int) -> None:
+def _kill_when_orphaned(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(_LOOK_S)
+        time.sleep(_PARENT_POLL_S)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,50 +12,50 @@ import time
 import traceback
 from typing import NoReturn
 
-from qlora_dist.runtime.environment import Ranks, launcher_of
+from qlora_dist.runtime.environment import RankInfo, detect_launcher
 
-_RANK_0_S = 10.0
-_LAST_WORDS_S = 2.0
-
-
-def _at_once() -> bool:
-    return launcher_of() in ("mpi", "srun")
+_RANK_0_REPORT_S = 10.0
+_PEER_REPORT_S = 2.0
 
 
-def let_rank_0_speak(ranks: Ranks) -> bool:
+def _launcher_kills_at_once() -> bool:
+    return detect_launcher() in ("mpi", "srun")
+
+
+def wait_for_rank_0_report(ranks: RankInfo) -> bool:
     """Wait for the end that rank 0's end brings, after a mistake that it most likely has found as well.
 
     Returns:
         Whether it has not found it, as far as can be known, and this rank is the one of its node to tell it.
     """
-    if not _at_once():
+    if not _launcher_kills_at_once():
         return False
-    time.sleep(_RANK_0_S)
+    time.sleep(_RANK_0_REPORT_S)
     return ranks.local_rank == 0
 
 
-def let_others_speak() -> None:
+def delay_exit_for_peers() -> None:
     """Before this rank's end is theirs."""
-    if _at_once():
-        time.sleep(_LAST_WORDS_S)
+    if _launcher_kills_at_once():
+        time.sleep(_PEER_REPORT_S)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End the process.
 
     Under mpirun at once: MPICH takes a rank that leaves in good order for one that is done, whatever its exit code, and
     lets the others wait for it.
     """
-    if launcher_of() != "mpi":
+    if detect_launcher() != "mpi":
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def leave_with_traceback(error: Exception) -> NoReturn:
+def exit_with_traceback(error: Exception) -> NoReturn:
     """After an error of ours."""
-    if launcher_of() != "mpi":
+    if detect_launcher() != "mpi":
         raise error
     traceback.print_exception(error)
-    leave(1)
+    exit_process(1)

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import Ranks
+from qlora_dist.runtime.environment import RankInfo
 from qlora_dist.runtime.interfaces import check_interfaces
-from qlora_dist.runtime.rendezvous import meet
+from qlora_dist.runtime.rendezvous import join_rendezvous
 
 
-def resolve_device(name: str, ranks: Ranks) -> torch.device:
+def resolve_device(name: str, ranks: RankInfo) -> torch.device:
     """The device of this rank.
 
     Args:
@@ -38,7 +38,7 @@ def resolve_device(name: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
-def idle_gpus(ranks: Ranks, device: torch.device, count: int) -> str | None:
+def idle_gpus_warning(ranks: RankInfo, device: torch.device, count: int) -> str | None:
     """Say that a single process leaves GPUs of this machine without work; None: it does not.
 
     Args:
@@ -52,7 +52,7 @@ def idle_gpus(ranks: Ranks, device: torch.device, count: int) -> str | None:
 
 
 @contextmanager
-def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) -> Iterator[Store]:
+def process_group(ranks: RankInfo, device: torch.device, timeout_s: float = 600.0) -> Iterator[Store]:
     """The default process group: gloo on the CPU, NCCL beside it on CUDA (that branch was not run on a GPU).
 
     A single process gets a group of one, so that there is one code path.
@@ -73,7 +73,7 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 600.0) 
         torch.cuda.set_device(device)
     if ranks.world_size > 1:
         check_interfaces(device.type)
-        store = meet(ranks, timeout_s)
+        store = join_rendezvous(ranks, timeout_s)
     else:
         store = dist.HashStore()
     dist.init_process_group(

@@ -9,11 +9,11 @@ from typing import Any
 import psutil
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_SLACK_S = 60.0
+_CLOCK_TOLERANCE_S = 60.0
 """Seconds by which a start time may be off where the kernel gives no count: the clock may have been set meanwhile."""
 
 
-def birth(pid: int) -> dict[str, Any]:
+def process_identity(pid: int) -> dict[str, Any]:
     """Return what tells a process from a later one with the same number, for `is_same_process`.
 
     Raises:
@@ -29,13 +29,13 @@ def birth(pid: int) -> dict[str, Any]:
 
 
 def is_same_process(record: Mapping[str, Any], pid: int) -> bool:
-    """Whether the process of this number is the one of `record`, which `birth` wrote; true if the record is silent.
+    """Whether the process of this number is the one of `record`, which `process_identity` wrote; true if the record is silent.
 
     Raises:
         psutil.Error: there is no such process.
     """
-    now = birth(pid)
+    now = process_identity(pid)
     if "start_ticks" in now and record.get("start_ticks") is not None:
         return bool(now["start_ticks"] == record["start_ticks"] and now["boot"] == record.get("boot"))
     born = record.get("born")
-    return not isinstance(born, (int, float)) or bool(now["born"] <= born + _SLACK_S)
+    return not isinstance(born, (int, float)) or bool(now["born"] <= born + _CLOCK_TOLERANCE_S)

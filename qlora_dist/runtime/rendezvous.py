@@ -19,17 +19,17 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import Ranks, StoreAddress, agent_keeps_store, meeting_name, store_address
-from qlora_dist.runtime.hosts import check_meeting_host
-from qlora_dist.runtime.mpi import listening_socket
+from qlora_dist.runtime.environment import RankInfo, StoreAddress, agent_hosts_store, rendezvous_id, store_address
+from qlora_dist.runtime.hosts import check_rendezvous_host
+from qlora_dist.runtime.mpi import take_listening_socket
 
 _ATTEMPT = "attempt"
 _LONGEST_SLEEP_S = 0.2
-_ANSWER_S = 30.0
+_CONNECT_TIMEOUT_S = 30.0
 """Seconds that a store may take to answer a rank that has connected."""
 
 
-def meet(ranks: Ranks, timeout_s: float) -> Store:
+def join_rendezvous(ranks: RankInfo, timeout_s: float) -> Store:
     """Wait until all ranks are there.
 
     Returns:
@@ -42,11 +42,11 @@ def meet(ranks: Ranks, timeout_s: float) -> Store:
     address = store_address()
     if address is None:
         raise UserError("the environment does not say where the ranks can meet; set MASTER_ADDR and MASTER_PORT")
-    store = PrefixStore(f"qlora-dist/{meeting_name()}", _connect(address, ranks, timeout_s))
-    here = _call(store, ranks, end) if ranks.rank == 0 else _answer(store, ranks, end)
+    store = PrefixStore(f"qlora-dist/{rendezvous_id()}", _connect(address, ranks, timeout_s))
+    here = _open_round(store, ranks, end) if ranks.rank == 0 else _join_round(store, ranks, end)
     if here is None:
         raise UserError(
-            f"{_missing(store, ranks)} of {ranks.world_size} has not come within {timeout_s:.0f} s; look at its node's "
+            f"{_missing_ranks(store, ranks)} of {ranks.world_size} has not come within {timeout_s:.0f} s; look at its node's "
             "output, and raise train.timeout if it is only slow",
             one_rank=ranks.local_rank == 0,
             passing=True,
@@ -54,13 +54,13 @@ def meet(ranks: Ranks, timeout_s: float) -> Store:
     return here
 
 
-def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> Store:
+def _connect(address: StoreAddress, ranks: RankInfo, timeout_s: float) -> Store:
     """Connect to the store, or open it on rank 0.
 
     Raises:
         UserError: its machine is not known, it is not there, or who listens there is no store.
     """
-    check_meeting_host(address.host)
+    check_rendezvous_host(address.host)
     made: list[Store | dist.DistError] = []
 
     def make() -> None:
@@ -68,11 +68,11 @@ def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> Store:
             store = dist.TCPStore(
                 address.host,
                 address.port,
-                is_master=ranks.rank == 0 and not agent_keeps_store(),
+                is_master=ranks.rank == 0 and not agent_hosts_store(),
                 timeout=timedelta(seconds=timeout_s),
                 wait_for_workers=False,
                 multi_tenant=True,
-                master_listen_fd=listening_socket(),
+                master_listen_fd=take_listening_socket(),
             )
             made.append(store)
         except dist.DistError as error:
@@ -88,22 +88,25 @@ def _connect(address: StoreAddress, ranks: Ranks, timeout_s: float) -> Store:
             break
         if silent_since is None and _listens(address):
             silent_since = time.monotonic()
-        if silent_since is not None and time.monotonic() - silent_since > _ANSWER_S:
-            raise _no_meeting(address, "what listens there does not answer, and is not rank 0")
+        if silent_since is not None and time.monotonic() - silent_since > _CONNECT_TIMEOUT_S:
+            raise _rendezvous_error(address, "what listens there does not answer, and is not rank 0")
     (store,) = made
     if isinstance(store, dist.DistError):
-        raise _no_meeting(address, str(store).strip().split("\n")[0])
+        raise _rendezvous_error(address, str(store).strip().split("\n")[0])
     return store
 
 
 def _listens(address: StoreAddress) -> bool:
-    with suppress(OSError), socket.create_connection((address.host, address.port), timeout=_ANSWER_S) as connection:
+    with (
+        suppress(OSError),
+        socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT_S) as connection,
+    ):
         # a free port may connect a caller to itself
         return bool(connection.getsockname() != connection.getpeername())
     return False
 
 
-def _no_meeting(address: StoreAddress, reason: str) -> UserError:
+def _rendezvous_error(address: StoreAddress, reason: str) -> UserError:
     return UserError(
         f"the ranks can't meet at {address.host}:{address.port} ({reason}); see that rank 0 is started there, that "
         "this machine reaches it, and that no other program has the port (MASTER_PORT)",
@@ -112,7 +115,7 @@ def _no_meeting(address: StoreAddress, reason: str) -> UserError:
     )
 
 
-def _call(store: Store, ranks: Ranks, end: float) -> Store | None:
+def _open_round(store: Store, ranks: RankInfo, end: float) -> Store | None:
     """Rank 0: open an attempt, and say who has come to it."""
     attempt = store.add(_ATTEMPT, 1)
     here = PrefixStore(f"{_ATTEMPT}/{attempt}", store)
@@ -125,7 +128,7 @@ def _call(store: Store, ranks: Ranks, end: float) -> Store | None:
     return here
 
 
-def _answer(store: Store, ranks: Ranks, end: float) -> Store | None:
+def _join_round(store: Store, ranks: RankInfo, end: float) -> Store | None:
     """The others: come to the newest attempt, until rank 0 names this very process. A stale attempt's never does."""
     name = secrets.token_hex(8)
     came_to, sleep_s = 0, 0.01
@@ -142,7 +145,7 @@ def _answer(store: Store, ranks: Ranks, end: float) -> Store | None:
     return None
 
 
-def _missing(store: Store, ranks: Ranks) -> str:
+def _missing_ranks(store: Store, ranks: RankInfo) -> str:
     if ranks.rank != 0:
         return "rank 0, or one that it waits for,"
     here = PrefixStore(f"{_ATTEMPT}/{store.add(_ATTEMPT, 0)}", store)

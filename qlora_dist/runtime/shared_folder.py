@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from qlora_dist.runtime.object_collectives import broadcast_json, gather_json
+from qlora_dist.runtime.object_collectives import all_gather_json, broadcast_json
 
-_WAIT_S = 20.0
+_VISIBLE_TIMEOUT_S = 20.0
 """Seconds until a rank counts as blind: some file systems show what another node has written after a while."""
 
 
 @dataclass(frozen=True)
-class Sharing:
+class SharedFolderCheck:
     """What came of it."""
 
     failure: str | None
@@ -30,7 +30,7 @@ class Sharing:
     """The machine of each rank."""
 
 
-def look_for_sharing(folder: Path) -> Sharing:
+def probe_shared_folder(folder: Path) -> SharedFolderCheck:
     """Have rank 0 write a file into `folder`, and each rank look for it in what it knows by that name.
 
     Nothing is left of the file. Rank 0 makes the folder if it is not there.
@@ -43,17 +43,17 @@ def look_for_sharing(folder: Path) -> Sharing:
         except OSError as error:
             failure = str(error.strerror or error)
     name, token, failure = broadcast_json([name, token, failure])
-    seen = failure is None and _sees(folder, name, token)
-    by_rank = gather_json([seen, socket.gethostname()])
+    seen = failure is None and _file_is_visible(folder, name, token)
+    by_rank = all_gather_json([seen, socket.gethostname()])
     if dist.get_rank() == 0:
         with suppress(OSError):
             (folder / name).unlink(missing_ok=True)
     blind = [] if failure is not None else [rank for rank, (seen, _) in enumerate(by_rank) if not seen]
-    return Sharing(failure, blind, [host for _, host in by_rank])
+    return SharedFolderCheck(failure, blind, [host for _, host in by_rank])
 
 
-def _sees(folder: Path, name: str, token: str) -> bool:
-    end = time.monotonic() + _WAIT_S
+def _file_is_visible(folder: Path, name: str, token: str) -> bool:
+    end = time.monotonic() + _VISIBLE_TIMEOUT_S
     while True:
         with suppress(OSError):
             os.listdir(folder)  # noqa: PTH208  # opening a folder has NFS ask the server for what is new in it

@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_dist.errors import UserError
 
 
-def check_system() -> None:
+def check_platform() -> None:
     """Refuse Windows, which has neither the signals by which runs are stopped nor the forks by which data is read.
 
     Raises:
@@ -21,12 +21,12 @@ def check_system() -> None:
         )
 
 
-def cores() -> int:
+def usable_cpu_count() -> int:
     """Count those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def user_cache() -> Path:
+def user_cache_dir() -> Path:
     """Name the folder of what may be made anew: in XDG_CACHE_HOME, or in the user's home.
 
     Raises:

@@ -13,10 +13,10 @@ from typing import TypeVar
 
 import torch
 
-Piece = TypeVar("Piece")
+Item = TypeVar("Item")
 
 
-def for_each(function: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:
+def parallel_for_each(function: Callable[[Item], None], pieces: Sequence[Item]) -> None:
     """Call `function` with every piece, in `torch.get_num_threads()` threads (`OMP_NUM_THREADS`: one of 1 is none).
 
     It gains only as far as `function` works without Python's lock, as torch and numpy do on large arrays.
@@ -31,12 +31,12 @@ def for_each(function: Callable[[Piece], None], pieces: Sequence[Piece]) -> None
         return
     inference = torch.is_inference_mode_enabled()  # a matter of each thread: the caller's tensors need it in all
 
-    def in_callers_mode(piece: Piece) -> None:
+    def in_callers_mode(piece: Item) -> None:
         with torch.inference_mode(inference):
             function(piece)
 
     # The threads live as long as the call: a pool that is kept would be dead, and waited for, in a forked process.
-    pool = ThreadPoolExecutor(min(threads, len(pieces)), initializer=_use_one_core)
+    pool = ThreadPoolExecutor(min(threads, len(pieces)), initializer=_use_one_thread)
     try:
         for _ in pool.map(in_callers_mode, pieces):
             pass
@@ -45,15 +45,15 @@ def for_each(function: Callable[[Piece], None], pieces: Sequence[Piece]) -> None
         torch.set_num_threads(threads)  # the number that threads started later take, which the pool's have changed
 
 
-def in_background(name: str) -> ThreadPoolExecutor:
+def background_executor(name: str) -> ThreadPoolExecutor:
     """One thread, which is there at once."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(1, name)
-    pool.submit(_use_one_core).result()
+    pool.submit(_use_one_thread).result()
     torch.set_num_threads(threads)  # as above: threads that start later take this number, and MKL has but one for all
     return pool
 
 
-def _use_one_core() -> None:
+def _use_one_thread() -> None:
     torch.set_num_threads(1)
     torch.get_num_threads()  # the first call in a thread, also within an operator, takes the number of the process

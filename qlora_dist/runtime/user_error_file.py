@@ -8,15 +8,15 @@ from pathlib import Path
 
 from qlora_dist.errors import UserError
 
-FOLDER = "QLORA_DIST_JOB"
+JOB_DIR_VARIABLE = "QLORA_DIST_JOB"
 """The variable in which a rendered job script names its folder."""
-MISTAKE = "MISTAKE"
+USER_ERROR_FILE = "MISTAKE"
 """The file in there that holds the sentence."""
 
 
-def leave_word(error: UserError) -> None:
+def write_user_error_file(error: UserError) -> None:
     """Write the sentence down, if this runs in such a job. An exit code would not reach the script."""
-    folder = os.environ.get(FOLDER)
+    folder = os.environ.get(JOB_DIR_VARIABLE)
     if folder and not error.passing:
         with suppress(OSError):
-            (Path(folder) / MISTAKE).write_text(f"{error}\n", encoding="utf-8")
+            (Path(folder) / USER_ERROR_FILE).write_text(f"{error}\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """A rank that dies or stalls ends the run, and the run says which.
 
-A thread of each rank publishes how far its main thread is (`beat`). A rank whose main thread gets on no more, or whose
+A thread of each rank publishes how far its main thread is (`record_heartbeat`). A rank whose main thread gets on no more, or whose
 collective fails, looks at what the others have published, and the first to find a reason writes it down for all. They
 say it in one line and end at once: a process that waits in a collective ends in no other way.
 """
@@ -23,19 +23,28 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.diagnosis import Sign, Verdict, failed, judge, mistaken, store_lost, unknown, without_word
-from qlora_dist.runtime.environment import Ranks, agent_keeps_store
-from qlora_dist.runtime.heartbeat import beat, last_beat
-from qlora_dist.runtime.process_exit import let_others_speak
+from qlora_dist.runtime.diagnosis import (
+    Diagnosis,
+    RankStatus,
+    diagnose,
+    diagnose_exception,
+    diagnose_exited_ranks,
+    diagnose_lost_store,
+    diagnose_user_error,
+    unknown_status,
+)
+from qlora_dist.runtime.environment import RankInfo, agent_hosts_store
+from qlora_dist.runtime.heartbeat import last_heartbeat, record_heartbeat
+from qlora_dist.runtime.process_exit import delay_exit_for_peers
 
 _T = TypeVar("_T")
-_ANSWER_S = 5.0
+_STORE_TIMEOUT_S = 5.0
 """The store has no timeout of its own for a request whose answer gets lost."""
-_LONGEST_ENDING_S = 30.0
+_MAX_EXIT_S = 30.0
 
 
 @contextmanager
-def watchdog(store: dist.Store, ranks: Ranks, timeout_s: float) -> Iterator[None]:
+def watchdog(store: dist.Store, ranks: RankInfo, timeout_s: float) -> Iterator[None]:
     """Watch this rank and the others.
 
     An error of this rank's own passes through, and ends the other ranks. One that is only the echo of another rank's
@@ -49,8 +58,8 @@ def watchdog(store: dist.Store, ranks: Ranks, timeout_s: float) -> Iterator[None
     if ranks.world_size == 1:
         yield
         return
-    beat(0, "starting")
-    watch = _Watch(store, ranks, timeout_s)
+    record_heartbeat(0, "starting")
+    watch = _Watchdog(store, ranks, timeout_s)
     try:
         yield
     except BaseException as error:
@@ -59,12 +68,12 @@ def watchdog(store: dist.Store, ranks: Ranks, timeout_s: float) -> Iterator[None
     watch.finish()
 
 
-class _Watch:
-    def __init__(self, store: dist.Store, ranks: Ranks, timeout_s: float) -> None:
+class _Watchdog:
+    def __init__(self, store: dist.Store, ranks: RankInfo, timeout_s: float) -> None:
         # a connection of its own: requests on one connection wait for each other, and some of the ranks' wait long
         self._store = dist.PrefixStore("watchdog", store).clone()  # type: ignore[attr-defined]  # torch's stubs lack it
         self._ranks, self._timeout_s = ranks, timeout_s
-        self._keeps_store = ranks.rank == 0 and not agent_keeps_store()
+        self._keeps_store = ranks.rank == 0 and not agent_hosts_store()
         self._signs = [f"sign/{rank}" for rank in range(ranks.world_size)]
         first = ranks.rank - ranks.local_rank
         self._node = range(first, first + ranks.local_world_size)
@@ -77,7 +86,7 @@ class _Watch:
         self._finished = threading.Event()
         self._ending = threading.Lock()
         self._publish()
-        self._neighbours: list[Sign] = []
+        self._neighbours: list[RankStatus] = []
         """The first signs of this node's ranks: where their processes are."""
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -86,55 +95,55 @@ class _Watch:
 
     def _run(self) -> None:
         unanswered_s = failing_s = 0.0
-        sample: tuple[float, list[Sign]] | None = None
+        sample: tuple[float, list[RankStatus]] | None = None
         last = time.monotonic()
         while not self._finished.wait(self._tick_s):
             # ticks are counted, not the clock: where all ranks are suspended and go on, nothing has been too slow
             passed_s = min(time.monotonic() - last, 2 * self._tick_s)
             last = time.monotonic()
-            now = last_beat()
+            now = last_heartbeat()
             self._count, self._idle_s = now.number, self._idle_s + passed_s if now.number == self._count else 0.0
             failing_s += passed_s if self._failing else 0.0
-            if failing_s > _LONGEST_ENDING_S:  # the error has been told, and something holds up the end
+            if failing_s > _MAX_EXIT_S:  # the error has been told, and something holds up the end
                 os._exit(1)
             limit_s = self._limit_s() + 0.01 * self._ranks.rank  # not all look at all at the same moment
-            verdict: Verdict | None = None
+            verdict: Diagnosis | None = None
             try:
-                verdict = _answer(self._exchange)
+                verdict = _call_store(self._exchange)
                 unanswered_s = 0.0
                 if verdict is None and self._idle_s < limit_s - self._sample_s:
                     sample = None
                 elif verdict is None and (sample is None or self._idle_s >= max(limit_s, sample[0] + self._sample_s)):
-                    signs = _answer(self._look)
-                    verdict = self._declare(judge(sample[1], signs)) if sample is not None else None
+                    signs = _call_store(self._look)
+                    verdict = self._declare(diagnose(sample[1], signs)) if sample is not None else None
                     sample = self._idle_s, signs
             except (RuntimeError, TimeoutError):
                 unanswered_s += passed_s
                 verdict = self._dead_neighbour()
                 if unanswered_s > self._timeout_s:
-                    verdict = verdict or store_lost(self._sign())
+                    verdict = verdict or diagnose_lost_store(self._sign())
             if verdict is not None and not self._failing and not self._finished.is_set():
                 self._end(verdict)
 
-    def _exchange(self) -> Verdict | None:
+    def _exchange(self) -> Diagnosis | None:
         self._publish()
         if not self._neighbours and self._store.check(keys := [self._signs[rank] for rank in self._node]):
-            self._neighbours = [Sign.from_json(text) for text in self._store.multi_get(keys)]
+            self._neighbours = [RankStatus.from_json(text) for text in self._store.multi_get(keys)]
         return self._verdict()
 
     def _publish(self) -> None:
         self._tick += 1
         self._store.set(self._signs[self._ranks.rank], self._sign().to_json())
 
-    def _sign(self) -> Sign:
-        now = last_beat()
-        waiting = _is_waiting(sys._current_frames().get(self._main))
-        return Sign(
+    def _sign(self) -> RankStatus:
+        now = last_heartbeat()
+        waiting = _is_in_collective(sys._current_frames().get(self._main))
+        return RankStatus(
             self._ranks.rank, self._tick, now.step, now.phase, self._idle_s, self._limit_s(), waiting, self._left
         )
 
     def _limit_s(self) -> float:
-        return self._timeout_s * last_beat().patience
+        return self._timeout_s * last_heartbeat().patience
 
     # --- the main thread ----------------------------------------------------------------------------------------------
 
@@ -143,84 +152,86 @@ class _Watch:
         self._failing = True
         try:
             own = self._own(error)
-            verdict = self._reason() if _is_echo(error) else None
+            verdict = self._reason() if _is_communication_error(error) else None
             if verdict is None and own is not None:
-                verdict = _answer(lambda: self._declare(own))
+                verdict = _call_store(lambda: self._declare(own))
                 if verdict != own:
                     _say(f"[rank {self._ranks.rank}] failed as well: {type(error).__name__}: {error}")
         except (RuntimeError, TimeoutError):  # no store any more
             verdict = own
         if verdict is not None and verdict != own:
             self._end(verdict)
-        self._goodbye(_ANSWER_S)
+        self._goodbye(_STORE_TIMEOUT_S)
 
-    def _own(self, error: BaseException) -> Verdict | None:
+    def _own(self, error: BaseException) -> Diagnosis | None:
         """What the others are to end with; None: they find the same by themselves."""
         if isinstance(error, UserError):
             if error.one_rank:
-                return mistaken(self._sign(), str(error))
+                return diagnose_user_error(self._sign(), str(error))
             self._left = str(error)
         elif isinstance(error, Exception):
-            return failed(self._sign(), error)
+            return diagnose_exception(self._sign(), error)
         else:
             self._left = "" if isinstance(error, SystemExit) and not error.code else f"ended by {type(error).__name__}"
-        _answer(self._publish)
+        _call_store(self._publish)
         return None
 
-    def _reason(self) -> Verdict | None:
+    def _reason(self) -> Diagnosis | None:
         """Why a collective has failed: somebody has said so, or died without a word; None: nobody has."""
         time.sleep(min(2.0, 0.01 * self._ranks.rank))  # one of many finds it out, and spares the others a look at all
         try:
-            _answer(self._publish)
-            before = _answer(self._look)
+            _call_store(self._publish)
+            before = _call_store(self._look)
             end = time.monotonic() + 3 * self._tick_s
             while True:
-                verdict = _answer(self._verdict) or _answer(lambda: self._declare(without_word(before)))
+                verdict = _call_store(self._verdict) or _call_store(
+                    lambda: self._declare(diagnose_exited_ranks(before))
+                )
                 if verdict is not None:
                     return verdict
                 if time.monotonic() > end:
-                    return _answer(lambda: self._declare(judge(before, self._look())))
+                    return _call_store(lambda: self._declare(diagnose(before, self._look())))
                 time.sleep(0.1)
         except (RuntimeError, TimeoutError):
-            return self._dead_neighbour() or store_lost(self._sign())
+            return self._dead_neighbour() or diagnose_lost_store(self._sign())
 
     def finish(self) -> None:
         """The run is done."""
         self._left = ""
         with contextlib.suppress(RuntimeError, TimeoutError):
-            _answer(self._publish)
+            _call_store(self._publish)
         if not self._keeps_store:  # which may be gone as soon as the last has left
             self._finished.set()
         self._goodbye(2 * self._timeout_s)
         self._finished.set()
-        self._thread.join(_ANSWER_S)
+        self._thread.join(_STORE_TIMEOUT_S)
 
     # --- both ---------------------------------------------------------------------------------------------------------
 
-    def _look(self) -> list[Sign]:
+    def _look(self) -> list[RankStatus]:
         if self._store.check(self._signs):
-            return [Sign.from_json(text) for text in self._store.multi_get(self._signs)]
+            return [RankStatus.from_json(text) for text in self._store.multi_get(self._signs)]
         there = [self._store.check([key]) for key in self._signs]
         return [
-            Sign.from_json(self._store.get(self._signs[rank])) if given else unknown(rank)
+            RankStatus.from_json(self._store.get(self._signs[rank])) if given else unknown_status(rank)
             for rank, given in enumerate(there)
         ]
 
-    def _dead_neighbour(self) -> Verdict | None:
+    def _dead_neighbour(self) -> Diagnosis | None:
         """What can be found out without the store; the dead was as far as this rank, give or take a step."""
         own = self._sign()
-        return without_word([replace(sign, step=own.step, phase=own.phase) for sign in self._neighbours])
+        return diagnose_exited_ranks([replace(sign, step=own.step, phase=own.phase) for sign in self._neighbours])
 
-    def _verdict(self) -> Verdict | None:
-        return Verdict.from_json(self._store.get("end")) if self._store.check(["end"]) else None
+    def _verdict(self) -> Diagnosis | None:
+        return Diagnosis.from_json(self._store.get("end")) if self._store.check(["end"]) else None
 
-    def _declare(self, verdict: Verdict | None) -> Verdict | None:
+    def _declare(self, verdict: Diagnosis | None) -> Diagnosis | None:
         """Make it all ranks' verdict, unless there is one: that is returned then."""
         if verdict is None:
             return None
-        return Verdict.from_json(self._store.compare_set("end", "", verdict.to_json()))
+        return Diagnosis.from_json(self._store.compare_set("end", "", verdict.to_json()))
 
-    def _end(self, verdict: Verdict) -> NoReturn:
+    def _end(self, verdict: Diagnosis) -> NoReturn:
         with self._ending:  # thread or main thread, not both
             rank = self._ranks.rank
             others = [r for r in self._node if r not in verdict.ranks]
@@ -229,25 +240,25 @@ class _Watch:
             if rank in verdict.ranks and verdict.stuck:
                 stack = traceback.format_stack(sys._current_frames()[self._main])
                 _say(f"[rank {rank}] is here:\n{''.join(stack).rstrip()}")
-            self._goodbye(_ANSWER_S, gone=0 if verdict.stuck else len(verdict.ranks))
+            self._goodbye(_STORE_TIMEOUT_S, gone=0 if verdict.stuck else len(verdict.ranks))
             with contextlib.suppress(OSError):
                 if sys.stdout.isatty():
                     sys.stdout.write("\x1b[?25h")  # a progress bar has hidden the cursor
                 sys.stdout.flush()
-            let_others_speak()
+            delay_exit_for_peers()
             os._exit(verdict.exit_code)
 
     def _goodbye(self, longest_s: float, gone: int = 0) -> None:
         """Whoever keeps the store leaves last, so that nobody takes its end for a failure."""
         end = time.monotonic() + longest_s
         with contextlib.suppress(RuntimeError, TimeoutError):
-            left = _answer(lambda: self._store.add("goodbye", 1))
+            left = _call_store(lambda: self._store.add("goodbye", 1))
             while self._keeps_store and left < self._ranks.world_size - gone and time.monotonic() < end:
                 time.sleep(0.05)
-                left = _answer(lambda: self._store.add("goodbye", 0))
+                left = _call_store(lambda: self._store.add("goodbye", 0))
 
 
-def _answer(question: Callable[[], _T]) -> _T:
+def _call_store(question: Callable[[], _T]) -> _T:
     """What the store answers.
 
     Raises:
@@ -265,7 +276,7 @@ def _answer(question: Callable[[], _T]) -> _T:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(_ANSWER_S)
+    thread.join(_STORE_TIMEOUT_S)
     if errors:
         raise errors[0]
     if not answers:
@@ -273,14 +284,14 @@ def _answer(question: Callable[[], _T]) -> _T:
     return answers[0]
 
 
-def _is_echo(error: BaseException) -> bool:
+def _is_communication_error(error: BaseException) -> bool:
     """Whether an error may be another rank's doing: it comes from torch's communication."""
     if isinstance(error, UserError) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or re.search(r"\bgloo\b|\bNCCL", str(error)) is not None
 
 
-def _is_waiting(frame: FrameType | None) -> bool:
+def _is_in_collective(frame: FrameType | None) -> bool:
     files: list[str] = []
     while frame is not None and len(files) < 3:
         files.append(frame.f_code.co_filename.replace(os.sep, "/"))

@@ -11,16 +11,16 @@ from rich.console import Console
 
 from qlora_dist.doctor.job_checks import check_bandwidth, median_seconds
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import dequantize
-from qlora_dist.plan.calibration_file import Measured, save
+from qlora_dist.nf4.quantize import dequantize_weight
+from qlora_dist.plan.calibration_file import MeasuredSpeeds, save_calibration
 from qlora_dist.plan.hardware import load_hardware
-from qlora_dist.runtime.environment import Ranks, ranks_from_environment
-from qlora_dist.runtime.object_collectives import gather_json
+from qlora_dist.runtime.environment import RankInfo, read_rank_info
+from qlora_dist.runtime.object_collectives import all_gather_json
 from qlora_dist.runtime.process_group import process_group, resolve_device
 
-_SIDE = {"cuda": 8192, "cpu": 1024}
+_MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 """Of square matrices."""
-_COPIED = {"cuda": 2**28, "cpu": 2**26}
+_COPY_BYTES = {"cuda": 2**28, "cpu": 2**26}
 """Bytes."""
 
 
@@ -31,35 +31,35 @@ def calibrate(path: Path | None, console: Console) -> None:
         path: of the file; None: the user's.
         console: for what was found, on rank 0.
     """
-    ranks = ranks_from_environment()
+    ranks = read_rank_info()
     device = resolve_device("auto", ranks)
     with process_group(ranks, device):
-        measured = measure(ranks, device)
+        measured = measure_speeds(ranks, device)
         if ranks.rank == 0:
             kind = "cpu" if device.type == "cpu" else load_hardware().kind_of(measured.device) or measured.device
-            where = save(kind, measured, path)
+            where = save_calibration(kind, measured, path)
             for name, value in measured.model_dump(exclude_none=True).items():
                 console.print(f"{name}: {value if isinstance(value, str) else f'{value:.3g} /s'}", markup=False)
             console.print(f"kept as {kind} in {where}", markup=False)
 
 
-def measure(ranks: Ranks, device: torch.device) -> Measured:
+def measure_speeds(ranks: RankInfo, device: torch.device) -> MeasuredSpeeds:
     """What the slowest rank reaches. Matrix products and dequantization in bf16, as in training."""
-    side, nbytes = _SIDE[device.type], _COPIED[device.type]
+    side, nbytes = _MATRIX_SIDE[device.type], _COPY_BYTES[device.type]
     x = torch.randn(side, side, dtype=torch.bfloat16, device=device)
-    product = _slowest(lambda: x @ x, device)
+    product = _slowest_rank_seconds(lambda: x @ x, device)
     layout = NF4Layout((side, side))
     packed = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
-    dequantized = _slowest(lambda: dequantize(packed, layout, torch.bfloat16), device)
+    dequantized = _slowest_rank_seconds(lambda: dequantize_weight(packed, layout, torch.bfloat16), device)
     here = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    streamed = _slowest(lambda: here.view(torch.bfloat16).mul_(1.0), device)
+    streamed = _slowest_rank_seconds(lambda: here.view(torch.bfloat16).mul_(1.0), device)
     host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    copied = _slowest(lambda: here.copy_(host), device)
+    copied = _slowest_rank_seconds(lambda: here.copy_(host), device)
     nodes = ranks.world_size // ranks.local_world_size
     found = _bandwidths(ranks, device) if ranks.world_size > 1 else {}
     inside = found.get("bandwidth node" if nodes > 1 else "bandwidth world") if ranks.local_world_size > 1 else None
     across = found["bandwidth across" if ranks.local_world_size > 1 else "bandwidth world"] if nodes > 1 else None
-    return Measured(
+    return MeasuredSpeeds(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         torch=torch.__version__,
         flops=2 * side**3 / product,
@@ -71,13 +71,13 @@ def measure(ranks: Ranks, device: torch.device) -> Measured:
     )
 
 
-def _bandwidths(ranks: Ranks, device: torch.device) -> dict[str, float]:
+def _bandwidths(ranks: RankInfo, device: torch.device) -> dict[str, float]:
     """What a rank receives in a second of an all-gather, by the doctor's checks."""
     return {f.check: f.values["all_gather_bytes_per_s"] for f in check_bandwidth(ranks, device) if f.values is not None}
 
 
-def _slowest(call: Callable[[], object], device: torch.device) -> float:
+def _slowest_rank_seconds(call: Callable[[], object], device: torch.device) -> float:
     """Seconds: of five the median, of all ranks the slowest."""
     call()
-    slowest: float = max(gather_json(median_seconds(call, device)))
+    slowest: float = max(all_gather_json(median_seconds(call, device)))
     return slowest

@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_dist.config.schema import Config
-from qlora_dist.plan.print_plan import gib
-from qlora_dist.plan.training_plan import Plan
-from qlora_dist.trace.trace_step import Trace, trace
+from qlora_dist.plan.print_plan import format_gib
+from qlora_dist.plan.training_plan import TrainingPlan
+from qlora_dist.trace.trace_step import StepTrace, trace_step
 
 
-def trace_plan(plan: Plan, config: Config, model_config: Mapping[str, Any]) -> Trace:
+def trace_plan(plan: TrainingPlan, config: Config, model_config: Mapping[str, Any]) -> StepTrace:
     """The trace of a plan's run, with as many moments on the device as the plan has there.
 
     Raises:
-        UserError: as `trace`.
+        UserError: as `trace_step`.
     """
-    traced = trace(config, model_config, plan.run.sharding.world_size, plan.run.nodes)
+    traced = trace_step(config, model_config, plan.run.sharding.world_size, plan.run.nodes)
     held = min(plan.memory.static["moments"], traced.moments_bytes)
     paged = traced.moments_bytes - held
     return replace(
@@ -29,12 +29,12 @@ def trace_plan(plan: Plan, config: Config, model_config: Mapping[str, Any]) -> T
     )
 
 
-def as_json(traced: Trace) -> dict[str, Any]:
+def trace_as_json(traced: StepTrace) -> dict[str, Any]:
     """What `plan --json` says of it."""
     return {**asdict(traced), "static_bytes": traced.static_bytes, "peak_bytes": traced.peak_bytes}
 
 
-def print_both(plan: Plan, traced: Trace, console: Console) -> None:
+def print_trace_comparison(plan: TrainingPlan, traced: StepTrace, console: Console) -> None:
     """A table of the two."""
     memory = plan.memory
     rows: list[tuple[str, int, int]] = [("between steps", memory.static_bytes, traced.static_bytes)]
@@ -47,5 +47,7 @@ def print_both(plan: Plan, traced: Trace, console: Console) -> None:
     for heading in ("formula", "trace", "difference"):
         table.add_column(heading, justify="right")
     for name, formula, found in rows:
-        table.add_row(name, gib(formula), gib(found), f"{100 * (formula / found - 1) if found else 0.0:+.2f} %")
+        table.add_row(
+            name, format_gib(formula), format_gib(found), f"{100 * (formula / found - 1) if found else 0.0:+.2f} %"
+        )
     console.print(table)

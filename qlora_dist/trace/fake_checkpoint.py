@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from qlora_dist.io.safetensors_file import Entry
+from qlora_dist.io.safetensors_file import TensorEntry
 from qlora_dist.model.meta_model import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 
 
-class Blueprint(ModelFolder):
+class FakeCheckpoint(ModelFolder):
     """The tensors that transformers would save for a config.json, in 16 bit, none of which exist.
 
     Args:
@@ -35,7 +35,7 @@ class Blueprint(ModelFolder):
         # by the names of a checkpoint: an expert's matrices are tensors of their own there
         tensors = revert_weight_conversion(model, model.state_dict())
         self.entries = {
-            name: Entry(path / "model.safetensors", tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
+            name: TensorEntry(path / "model.safetensors", tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
             for name, tensor in tensors.items()
         }
 
@@ -44,7 +44,7 @@ class Blueprint(ModelFolder):
         return True
 
 
-def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def truncate_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """A config.json of fewer layers. Lists with an entry for each layer are cut."""
     count = config["num_hidden_layers"]
     cut = {

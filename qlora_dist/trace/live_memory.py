@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_dist.optim.adamw import PagedAdamW
-from qlora_dist.plan.phase_memory import Phase
+from qlora_dist.plan.phase_memory import StepPhase
 
 if TYPE_CHECKING:
     from qlora_dist.model.meta_model import LossModel
 
-Place = tuple[Phase, int]
+LayerPhase = tuple[StepPhase, int]
 """A phase, and of a layer's which layer: counted from 0."""
 
 
@@ -36,14 +36,14 @@ class LiveMemory(TorchDispatchMode):
     Attributes:
         live_bytes: now.
         peaks: the most at any time, by place; clear it to begin anew.
-        place: where the step is; set it as it goes on (`mark_phases`).
+        place: where the step is; set it as it goes on (`register_phase_hooks`).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = 0
-        self.peaks: dict[Place, int] = {}
-        self.place: Place = ("embedding", 0)
+        self.peaks: dict[LayerPhase, int] = {}
+        self.place: LayerPhase = ("embedding", 0)
         self._storages: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -99,15 +99,17 @@ class LiveMemory(TorchDispatchMode):
             self.peaks[self.place] = self.live_bytes
 
 
-def by_phase(peaks: Mapping[Place, int]) -> dict[Phase, int]:
+def by_phase(peaks: Mapping[LayerPhase, int]) -> dict[StepPhase, int]:
     """Of each phase the most."""
-    found: dict[Phase, int] = {}
+    found: dict[StepPhase, int] = {}
     for (phase, _), nbytes in peaks.items():
         found[phase] = max(found.get(phase, 0), nbytes)
     return found
 
 
-def mark_phases(model: LossModel, layers: Iterable[nn.Module], optimizer: PagedAdamW, memory: LiveMemory) -> None:
+def register_phase_hooks(
+    model: LossModel, layers: Iterable[nn.Module], optimizer: PagedAdamW, memory: LiveMemory
+) -> None:
     """Have a model say where a step is. After `parallelize`: what FSDP2 does for a unit belongs to the unit's place.
 
     Hooks that `prepend` run before FSDP2's. Recomputing calls the layer's `forward`, no hooks.
@@ -123,12 +125,12 @@ def mark_phases(model: LossModel, layers: Iterable[nn.Module], optimizer: PagedA
     def embedding_or_head(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         memory.place = ("head" if args[0].is_floating_point() else "embedding", 0)
 
-    model.register_forward_pre_hook(_at(memory, ("embedding", 0)), prepend=True)
+    model.register_forward_pre_hook(_phase_hook(memory, ("embedding", 0)), prepend=True)
     embedding.register_forward_pre_hook(embedding_or_head, prepend=True)
     head.register_forward_pre_hook(embedding_or_head, prepend=True)
     for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(_at(memory, ("layer_forward", index)), prepend=True)
-        layer.register_forward_hook(_at_its_gradient(memory, ("layer_backward", index)), prepend=True)
+        layer.register_forward_pre_hook(_phase_hook(memory, ("layer_forward", index)), prepend=True)
+        layer.register_forward_hook(_phase_gradient_hook(memory, ("layer_backward", index)), prepend=True)
     update = optimizer.step
 
     def step() -> None:
@@ -138,17 +140,17 @@ def mark_phases(model: LossModel, layers: Iterable[nn.Module], optimizer: PagedA
     optimizer.step = step  # type: ignore[method-assign]  # marks the phase, then calls the method
 
 
-def _at(memory: LiveMemory, place: Place) -> Callable[..., None]:
+def _phase_hook(memory: LiveMemory, place: LayerPhase) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         memory.place = place
 
     return hook
 
 
-def _at_its_gradient(memory: LiveMemory, place: Place) -> Callable[..., None]:
+def _phase_gradient_hook(memory: LiveMemory, place: LayerPhase) -> Callable[..., None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         if hidden.requires_grad:
-            hidden.register_hook(_at(memory, place))
+            hidden.register_hook(_phase_hook(memory, place))
 
     return hook

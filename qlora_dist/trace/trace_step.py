@@ -1,6 +1,6 @@
 """What a rank holds and sends in a step, by running the step itself on tensors that have no memory.
 
-The second way to a plan, independent of the formulas: the run's own `set_up_model`, `parallelize` and `train_step`,
+The second way to a plan, independent of the formulas: the run's own `set_up_model`, `parallelize_fsdp2` and `train_step`,
 under torch's FakeTensorMode, on one rank of a process group in which nobody else is. Every allocation that a rank of
 8 or 1,024 would make passes by (`trace/live_memory.py`), every collective is counted (`parallel/comm_counter.py`).
 
@@ -38,45 +38,45 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_dist.config.schema import Config
-from qlora_dist.cpu.cpu_attention import causal_attention
+from qlora_dist.cpu.cpu_attention import packed_causal_attention_cpu
 from qlora_dist.data.collate import Batch
 from qlora_dist.data.dataloader import gradient_accumulation
 from qlora_dist.errors import UserError
-from qlora_dist.model.attention import attend_to, has_cpu_kernel, takes_boundaries
+from qlora_dist.model.attention import has_cpu_kernel, sdpa_per_sequence, takes_sequence_starts
 from qlora_dist.model.load_weights import materialize
-from qlora_dist.model.meta_model import LossModel, decoder_layers
+from qlora_dist.model.meta_model import LossModel, get_decoder_layers
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.nf4.code_tables import nested_code_table
 from qlora_dist.optim.adamw import PagedAdamW
-from qlora_dist.optim.adamw_kernels import code_tables
+from qlora_dist.optim.adamw_kernels import state_code_tables
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.optimizer_state import Moments
-from qlora_dist.parallel.comm_counter import Traffic
-from qlora_dist.parallel.fsdp2 import parallelize
+from qlora_dist.optim.optimizer_state import PagedOptimizerState
+from qlora_dist.parallel.comm_counter import CommCounter
+from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
 from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
-from qlora_dist.plan.phase_memory import Phase
-from qlora_dist.plan.run_spec import check_nodes
-from qlora_dist.runtime.environment import Ranks
-from qlora_dist.trace.fake_checkpoint import Blueprint, with_layers
-from qlora_dist.trace.live_memory import LiveMemory, Place, mark_phases
+from qlora_dist.plan.phase_memory import StepPhase
+from qlora_dist.plan.run_spec import check_equal_nodes
+from qlora_dist.runtime.environment import RankInfo
+from qlora_dist.trace.fake_checkpoint import FakeCheckpoint, truncate_layers
+from qlora_dist.trace.live_memory import LayerPhase, LiveMemory, register_phase_hooks
 from qlora_dist.train.run_setup import set_up_model
-from qlora_dist.train.train_step import AdapterShards, shard_sizes, train_step
+from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
 
-Device = Literal["cuda", "cpu"]
+TracedDevice = Literal["cuda", "cpu"]
 _CPU = torch.device("cpu")
-_MOST_MICRO_BATCHES = 3  # the first, one in the middle, and the last, which communicates gradients
-_EVERYTHING = 2**62  # bytes
+_MAX_MICRO_BATCHES = 3  # the first, one in the middle, and the last, which communicates gradients
+_UNLIMITED_BYTES = 2**62  # bytes
 
 
 @dataclass(frozen=True)
-class Trace:
+class StepTrace:
     """Of one rank, in a step."""
 
     weights_bytes: int
     """Parameters and buffers, what a run compares with its share after loading."""
     moments_bytes: int
     """Of the optimizer; all of them on the device."""
-    phases: dict[Phase, int]
+    phases: dict[StepPhase, int]
     """All bytes that are alive at the peak of each phase."""
     traffic: dict[str, int]
     """Bytes received in a step, by mesh dimension, as a run counts them."""
@@ -93,19 +93,19 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Traced:
-    """As `Trace`, of a model as it was traced, by places instead of phases."""
+class PartialTrace:
+    """As `StepTrace`, of a model as it was traced, by places instead of phases."""
 
     layers: int
     weights_bytes: int
     moments_bytes: int
-    places: dict[Place, int]
+    places: dict[LayerPhase, int]
     traffic: dict[str, int]
 
 
-def trace(
-    config: Config, model_config: Mapping[str, Any], world_size: int, nodes: int = 1, device: Device = "cuda"
-) -> Trace:
+def trace_step(
+    config: Config, model_config: Mapping[str, Any], world_size: int, nodes: int = 1, device: TracedDevice = "cuda"
+) -> StepTrace:
     """Trace a step of a run, by as few layers as it takes.
 
     The process must be in no process group, nor come into one later: torch keeps meshes. It takes seconds, whatever the
@@ -121,19 +121,19 @@ def trace(
     Raises:
         UserError: what a run would say of the configuration; or a base that is paged or offloaded, or experts.
     """
-    few, more, edges = layers_to_trace(config, model_config)
+    few, more, edges = layer_counts_to_trace(config, model_config)
     count = model_config["num_hidden_layers"]
     traced = []
     for layers in (few, more) if more < count else (count,):
         with tempfile.TemporaryDirectory() as folder:
-            blueprint = Blueprint(Path(folder), with_layers(model_config, layers))
-            traced.append(trace_folder(config, blueprint, world_size, nodes, device))
+            blueprint = FakeCheckpoint(Path(folder), truncate_layers(model_config, layers))
+            traced.append(trace_checkpoint(config, blueprint, world_size, nodes, device))
     if len(traced) == 1:
         edges = count, count
-    return extrapolate(traced[0], traced[-1], count, edges)
+    return extrapolate_trace(traced[0], traced[-1], count, edges)
 
 
-def layers_to_trace(config: Config, model_config: Mapping[str, Any]) -> tuple[int, int, tuple[int, int]]:
+def layer_counts_to_trace(config: Config, model_config: Mapping[str, Any]) -> tuple[int, int, tuple[int, int]]:
     """Two numbers of layers that lie on one line with the model's: 3 and 5 where all layers are alike.
 
     Returns:
@@ -157,25 +157,25 @@ def layers_to_trace(config: Config, model_config: Mapping[str, Any]) -> tuple[in
     return few, few + repeat * -(-2 // repeat), (few - ahead, few - first - ahead)
 
 
-def extrapolate(few: Traced, more: Traced, layers: int, edges: tuple[int, int]) -> Trace:
+def extrapolate_trace(few: PartialTrace, more: PartialTrace, layers: int, edges: tuple[int, int]) -> StepTrace:
     """A model of `layers` layers, from two that are alike but for their number.
 
     Args:
         few: of the two.
         more: of the two; the same: nothing is left to be extrapolated.
         layers: of the model.
-        edges: of `layers_to_trace`.
+        edges: of `layer_counts_to_trace`.
     """
 
     def line(one: int, other: int) -> int:
         return one if few is more else one + (other - one) * (layers - few.layers) // (more.layers - few.layers)
 
-    phases: dict[Phase, int] = {}
-    before, behind = _by_edges(few, edges), _by_edges(more, edges)
+    phases: dict[StepPhase, int] = {}
+    before, behind = _peaks_by_edge_index(few, edges), _peaks_by_edge_index(more, edges)
     for phase, number in before.keys() & behind.keys():
         nbytes = line(before[phase, number], behind[phase, number])
         phases[phase] = max(phases.get(phase, 0), nbytes)
-    return Trace(
+    return StepTrace(
         line(few.weights_bytes, more.weights_bytes),
         line(few.moments_bytes, more.moments_bytes),
         phases,
@@ -183,7 +183,7 @@ def extrapolate(few: Traced, more: Traced, layers: int, edges: tuple[int, int]) 
     )
 
 
-def _by_edges(traced: Traced, edges: tuple[int, int]) -> dict[Place, int]:
+def _peaks_by_edge_index(traced: PartialTrace, edges: tuple[int, int]) -> dict[LayerPhase, int]:
     """Places of layers, counted from the first (0, 1, ...) and from the last (-1, -2, ...)."""
     found = {}
     from_first, from_last = edges
@@ -197,9 +197,9 @@ def _by_edges(traced: Traced, edges: tuple[int, int]) -> dict[Place, int]:
     return found
 
 
-def trace_folder(
-    config: Config, folder: ModelFolder, world_size: int, nodes: int = 1, device: Device = "cuda"
-) -> Traced:
+def trace_checkpoint(
+    config: Config, folder: ModelFolder, world_size: int, nodes: int = 1, device: TracedDevice = "cuda"
+) -> PartialTrace:
     """Trace a step of all layers of a model.
 
     Args:
@@ -210,25 +210,25 @@ def trace_folder(
         device: whose way through attention is traced.
 
     Raises:
-        UserError: as `trace`.
+        UserError: as `trace_step`.
     """
-    _check(config, folder, world_size, nodes)
-    sizes = mesh_sizes(config.parallel, Ranks(0, world_size, 0, world_size // nodes, "none"))
+    _check_traceable(config, folder, world_size, nodes)
+    sizes = mesh_sizes(config.parallel, RankInfo(0, world_size, 0, world_size // nodes, "none"))
     micro_batches = gradient_accumulation(config.train.global_batch, config.train.micro_batch, world_size)
     model = set_up_model(config, folder)[1]
-    nested_code_table(_CPU), code_tables(_CPU)  # made at first use and kept: not as fake ones
-    with _nobody_else(world_size):
-        traffic = parallelize(model, build_meshes(sizes, "cpu"), config)
-        if takes_boundaries(model):
-            model.set_attn_implementation(_ATTENTION[device, config.data.packing != "none"])
-        optim = config.optim.model_copy(update={"resident_bytes": _EVERYTHING})
-        with FakeTensorMode(allow_non_fake_inputs=True), _Values(), _dropout(device):
+    nested_code_table(_CPU), state_code_tables(_CPU)  # made at first use and kept: not as fake ones
+    with _fake_process_group(world_size):
+        traffic = parallelize_fsdp2(model, build_meshes(sizes, "cpu"), config)
+        if takes_sequence_starts(model):
+            model.set_attn_implementation(_TRACED_ATTENTION[device, config.data.packing != "none"])
+        optim = config.optim.model_copy(update={"resident_bytes": _UNLIMITED_BYTES})
+        with FakeTensorMode(allow_non_fake_inputs=True), _ConstantValues(), _native_dropout(device):
             materialize(model, _CPU)
-            moments = Moments(shard_sizes(model), optim, config.paging, _CPU)
+            moments = PagedOptimizerState(adapter_shard_numels(model), optim, config.paging, _CPU)
             shape = config.train.micro_batch, config.data.seq_len
             batches = [Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3))) for _ in range(micro_batches)]
-            window = batches[:_MOST_MICRO_BATCHES]
-            memory, weights_bytes = watch_steps(model, moments, window, sizes.adapter_replicas, config, traffic)
+            window = batches[:_MAX_MICRO_BATCHES]
+            memory, weights_bytes = record_peaks(model, moments, window, sizes.adapter_replicas, config, traffic)
         moments.close()
     received: Counter[str] = Counter()
     for (collective, dim), nbytes in traffic.bytes.items():
@@ -236,16 +236,16 @@ def trace_folder(
         received[dim] += nbytes * micro_batches // len(window) if collective == "all_gather" else nbytes
     waiting = sum(tensor.nbytes for batch in batches[len(window) :] for tensor in batch)
     places = {place: peak + waiting for place, peak in memory.peaks.items()}
-    return Traced(len(decoder_layers(model)), weights_bytes, moments.resident_bytes, places, dict(received))
+    return PartialTrace(len(get_decoder_layers(model)), weights_bytes, moments.resident_bytes, places, dict(received))
 
 
-def watch_steps(
+def record_peaks(
     model: LossModel,
-    moments: Moments,
+    moments: PagedOptimizerState,
     window: Sequence[Batch],
     adapter_replicas: int,
     config: Config,
-    traffic: Traffic,
+    traffic: CommCounter,
     steps: int = 1,
 ) -> tuple[LiveMemory, int]:
     """Do training steps, of which the last is counted; on real tensors or on fake ones.
@@ -265,7 +265,7 @@ def watch_steps(
     shards = AdapterShards(model)
     optimizer = PagedAdamW(shards.local, moments, config.optim)
     memory = LiveMemory()
-    mark_phases(model, decoder_layers(model), optimizer, memory)
+    register_phase_hooks(model, get_decoder_layers(model), optimizer, memory)
     memory.hold([*model.parameters(), *model.buffers()])
     weights_bytes = memory.live_bytes
     memory.hold([moments.use(number) for number in range(len(moments.pages))])
@@ -281,7 +281,7 @@ def watch_steps(
     return memory, weights_bytes
 
 
-def _check(config: Config, folder: ModelFolder, world_size: int, nodes: int) -> None:
+def _check_traceable(config: Config, folder: ModelFolder, world_size: int, nodes: int) -> None:
     experts = {"num_local_experts", "num_experts", "n_routed_experts"} & {k for k, v in folder.config.items() if v}
     if experts:
         raise UserError(
@@ -293,11 +293,11 @@ def _check(config: Config, folder: ModelFolder, world_size: int, nodes: int) -> 
             "parallel: a base that is paged or offloaded cannot be traced, as device and host are one in a trace; "
             "plan without --trace"
         )
-    check_nodes(world_size, nodes)
+    check_equal_nodes(world_size, nodes)
 
 
 @contextmanager
-def _nobody_else(world_size: int) -> Iterator[None]:
+def _fake_process_group(world_size: int) -> Iterator[None]:
     """A process group whose collectives do nothing; this is rank 0."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
@@ -307,7 +307,7 @@ def _nobody_else(world_size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _dropout(device: Device) -> Iterator[None]:
+def _native_dropout(device: TracedDevice) -> Iterator[None]:
     """On CUDA what is left out is kept as booleans; on a CPU as factors in the compute type."""
     plain = torch.nn.functional.dropout
     if device == "cuda":
@@ -320,7 +320,7 @@ def _dropout(device: Device) -> Iterator[None]:
         torch.nn.functional.dropout = plain
 
 
-class _Values(TorchDispatchMode):
+class _ConstantValues(TorchDispatchMode):
     """Answers what depends on values, which fake tensors have none of: a number is 1, and nothing is zero."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -333,7 +333,7 @@ class _Values(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _attention(device: Device, packed: bool) -> Callable[..., tuple[torch.Tensor, None]]:
+def _make_traced_attention(device: TracedDevice, packed: bool) -> Callable[..., tuple[torch.Tensor, None]]:
     """`attend` of model/attention.py, its arguments and its result, where boundaries have no values."""
 
     def attend(
@@ -353,21 +353,21 @@ def _attention(device: Device, packed: bool) -> Callable[..., tuple[torch.Tensor
         scale = size**-0.5 if scaling is None else scaling
         if device == "cpu" and has_cpu_kernel(query, value, dropout, sliding_window, softcap, s_aux):
             nowhere = query.new_empty(1, 1, batch, 0, dtype=torch.int32)
-            return causal_attention(query, key, value, nowhere, scale), None
+            return packed_causal_attention_cpu(query, key, value, nowhere, scale), None
         pieces = [(slice(0, batch), 0, length)]
         # where the whole matrix of scores is there, a row of one sequence costs most
         if packed and softcap is None and s_aux is None:
             middle = length // 2
             pieces = [(slice(i, i + 1), *ends) for i in range(batch) for ends in ((0, middle), (middle, length))]
-        return attend_to(pieces, query, key, value, dropout, scale, sliding_window, softcap, s_aux), None
+        return sdpa_per_sequence(pieces, query, key, value, dropout, scale, sliding_window, softcap, s_aux), None
 
     return attend
 
 
-_ATTENTION = {
+_TRACED_ATTENTION = {
     (device, packed): f"qlora_traced_{device}_{'packed' if packed else 'plain'}"
-    for device in get_args(Device)
+    for device in get_args(TracedDevice)
     for packed in (True, False)
 }
-for (_device, _packed), _name in _ATTENTION.items():
-    ALL_ATTENTION_FUNCTIONS.register(_name, _attention(_device, _packed))
+for (_device, _packed), _name in _TRACED_ATTENTION.items():
+    ALL_ATTENTION_FUNCTIONS.register(_name, _make_traced_attention(_device, _packed))

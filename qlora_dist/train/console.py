@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from qlora_dist.io.read_ahead import Reading
+from qlora_dist.io.read_ahead import ReadProgress
 
 _LOAD_LINE_INTERVAL_S = 10.0
 
@@ -37,7 +37,7 @@ class RunConsole:
         self._live = self.console.is_terminal and rank == 0
         self._progress: Progress | None = None
         self._load_start = self._load_line = time.perf_counter()
-        self.reading = Reading(0, 0, 0.0)
+        self.reading = ReadProgress(0, 0, 0.0)
 
     def say(self, text: str) -> None:
         """One line."""
@@ -47,7 +47,7 @@ class RunConsole:
         """From here on `loaded` counts the seconds."""
         self._load_start = self._load_line = time.perf_counter()
 
-    def loaded(self, reading: Reading) -> None:
+    def loaded(self, reading: ReadProgress) -> None:
         """After each read of the base: a bar where there is a terminal, else a line every few seconds."""
         self.reading = reading
         if self._live:
@@ -64,15 +64,15 @@ class RunConsole:
             seconds = now - self._load_start
             rate = reading.read_bytes / seconds
             left_s = seconds * (reading.total_bytes / max(reading.read_bytes, 1) - 1)
-            done = f"{gib(reading.read_bytes)} of {gib(reading.total_bytes)} read by this rank"
-            self.say(f"loading: {done}, {gib(rate)}/s, {left_s:.0f} s left")
+            done = f"{format_bytes(reading.read_bytes)} of {format_bytes(reading.total_bytes)} read by this rank"
+            self.say(f"loading: {done}, {format_bytes(rate)}/s, {left_s:.0f} s left")
 
     def say_loaded(self, static_bytes: int) -> None:
         """One line on how it went."""
         seconds = time.perf_counter() - self._load_start
-        reading = f"{gib(self.reading.read_bytes)} read by this rank in {seconds:.1f} s"
+        reading = f"{format_bytes(self.reading.read_bytes)} read by this rank in {seconds:.1f} s"
         waiting = f"{100 * self.reading.wait_s / seconds:.0f} % of it waiting for reads"
-        self.say(f"loaded: {reading}, {waiting}; it holds {gib(static_bytes)}")
+        self.say(f"loaded: {reading}, {waiting}; it holds {format_bytes(static_bytes)}")
 
     def start_steps(self, steps: int, done: int = 0) -> None:
         """Show the bar, where there is a terminal."""
@@ -89,7 +89,7 @@ class RunConsole:
 
     def step(self, step: int, loss: float, lr: float, tokens_per_s: float, peak_bytes: int) -> None:
         """After a step, counted from 1."""
-        text = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s  {gib(peak_bytes)}"
+        text = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s  {format_bytes(peak_bytes)}"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=text)
             return
@@ -111,7 +111,7 @@ class RunConsole:
         self.stop()
 
 
-def gib(nbytes: float) -> str:
+def format_bytes(nbytes: float) -> str:
     """Bytes for people."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if nbytes >= size:
@@ -119,6 +119,6 @@ def gib(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
-def count(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural but for one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -10,10 +10,10 @@ from rich.console import Console
 from qlora_dist.config.config_file import dump_config
 from qlora_dist.config.schema import Config
 from qlora_dist.runs.run_action import dry_run_note
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.prediction import Expected, expect
-from qlora_dist.train.run_setup import Setup, set_up
-from qlora_dist.train.summary import announcement
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.prediction import RunPrediction, predict_run
+from qlora_dist.train.run_setup import RunSetup, set_up_run
+from qlora_dist.train.summary import describe_run
 
 
 def dry_run(config: Config, resume: str = "auto") -> None:
@@ -26,22 +26,22 @@ def dry_run(config: Config, resume: str = "auto") -> None:
     Raises:
         UserError: what `train` would refuse on this machine. The run's name is looked at last.
     """
-    ranks = ranks_from_environment()
+    ranks = read_rank_info()
     console = Console(stderr=True, quiet=ranks.rank != 0, highlight=False, soft_wrap=True)
-    setup = set_up(config, ranks, console)
+    setup = set_up_run(config, ranks, console)
     if ranks.rank != 0:
         return
     note = dry_run_note(config, resume)
     sys.stdout.write(dump_config(config))
     sys.stdout.flush()
-    expected = expect(setup)
+    expected = predict_run(setup)
     plan = expected if isinstance(expected, str) else expected.sentence()
-    for line in [*announcement(setup), plan, *([note] if note else []), _verdict(setup, expected)]:
+    for line in [*describe_run(setup), plan, *([note] if note else []), _dry_run_result(setup, expected)]:
         console.print(line, markup=False)
 
 
-def _verdict(setup: Setup, expected: Expected | str) -> str:
-    if setup.device.type == "cuda" and isinstance(expected, Expected):
+def _dry_run_result(setup: RunSetup, expected: RunPrediction | str) -> str:
+    if setup.device.type == "cuda" and isinstance(expected, RunPrediction):
         card = torch.cuda.mem_get_info(setup.device)[1]
         if not expected.memory.fits(card):
             return (

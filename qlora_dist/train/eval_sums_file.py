@@ -14,20 +14,20 @@ from typing import Any
 
 import torch
 
-from qlora_dist.runtime.object_collectives import broadcast_json, gather_json
+from qlora_dist.runtime.object_collectives import all_gather_json, broadcast_json
 from qlora_dist.train.evaluation_loop import EvalSums
-from qlora_dist.train.run_setup import Setup
+from qlora_dist.train.run_setup import RunSetup
 
 EVAL_SUMS_FILE = "evaluation.json"
 
 
-class KeptEvalSums:
+class EvalSumsFile:
     """The file with the sums of all ranks. Methods are called on all ranks, and rank 0 reads and writes.
 
     The sums are taken up only by ranks that would compute the same: as many, with the same data, settings and weights.
     """
 
-    def __init__(self, path: Path, setup: Setup, identity: dict[str, Any], weights: Sequence[torch.Tensor]) -> None:
+    def __init__(self, path: Path, setup: RunSetup, identity: dict[str, Any], weights: Sequence[torch.Tensor]) -> None:
         """Only look.
 
         Args:
@@ -48,13 +48,13 @@ class KeptEvalSums:
             if (kept["step"], kept["identity"]) == (step, self._identity):
                 batches, loss, tokens, weights = kept["ranks"][torch.distributed.get_rank()]
                 sums = EvalSums(int(batches), float(loss), float(tokens))
-        fits = gather_json([weights == self._weights_sum(), sums.batches])
+        fits = all_gather_json([weights == self._weights_sum(), sums.batches])
         self.remove()
         return sums if all(fit == [True, sums.batches] for fit in fits) else EvalSums()
 
     def keep(self, step: int, sums: EvalSums) -> None:
         """Write the sums of all ranks."""
-        ranks = gather_json([sums.batches, sums.loss, sums.tokens, self._weights_sum()])
+        ranks = all_gather_json([sums.batches, sums.loss, sums.tokens, self._weights_sum()])
         if self._is_first and sums.batches:
             with suppress(OSError):  # a full disk: the evaluation begins anew
                 text = json.dumps({"step": step, "identity": self._identity, "ranks": ranks})

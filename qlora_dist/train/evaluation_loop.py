@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from qlora_dist.data.collate import IGNORED, Batch
-from qlora_dist.parallel.comm_counter import Traffic
-from qlora_dist.runtime.heartbeat import beat
+from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
+from qlora_dist.parallel.comm_counter import CommCounter
+from qlora_dist.runtime.heartbeat import record_heartbeat
 
 
 @dataclass
@@ -25,22 +25,22 @@ class EvalSums:
     """Number of these tokens."""
 
 
-def evaluate(model: PreTrainedModel, batches: Sequence[Batch], traffic: Traffic) -> float:
+def evaluate_model(model: PreTrainedModel, batches: Sequence[Batch], traffic: CommCounter) -> float:
     """Compute the mean loss over the trained tokens of all ranks' batches, of which every rank has equally many."""
-    loss = evaluate_until(model, batches, traffic, EvalSums(), lambda: False)
+    loss = evaluation_loop(model, batches, traffic, EvalSums(), lambda: False)
     assert loss is not None
     return loss
 
 
 @torch.no_grad()
-def evaluate_until(
+def evaluation_loop(
     model: PreTrainedModel,
     batches: Sequence[Batch],
-    traffic: Traffic,
+    traffic: CommCounter,
     sums: EvalSums,
     interrupted: Callable[[], bool],
 ) -> float | None:
-    """Evaluate as `evaluate` does, unless it is interrupted.
+    """Evaluate as `evaluate_model` does, unless it is interrupted.
 
     Args:
         model: sharded and filled.
@@ -61,9 +61,9 @@ def evaluate_until(
         if stopped:
             break
         totals[0] += model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
-        totals[1] += (batch.labels != IGNORED).sum()
+        totals[1] += (batch.labels != LABEL_IGNORE_INDEX).sum()
         sums.batches += 1
-        beat()
+        record_heartbeat()
     model.train(was_training)
     if stopped:
         sums.loss, sums.tokens = totals.tolist()

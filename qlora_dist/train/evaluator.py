@@ -9,19 +9,19 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_dist.data.collate import Batch
-from qlora_dist.parallel.comm_counter import Traffic
+from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.runs.run_dir import RunDir
-from qlora_dist.runtime.heartbeat import beat
+from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.runtime.object_collectives import broadcast_json
 from qlora_dist.train.console import RunConsole
-from qlora_dist.train.eval_sums_file import KeptEvalSums
-from qlora_dist.train.evaluation_loop import EvalSums, evaluate_until
-from qlora_dist.train.run_checkpointer import Checkpoints
-from qlora_dist.train.run_progress import Progress
-from qlora_dist.train.stop_requests import Requests, reason, wants_save
+from qlora_dist.train.eval_sums_file import EvalSumsFile
+from qlora_dist.train.evaluation_loop import EvalSums, evaluation_loop
+from qlora_dist.train.run_checkpointer import RunCheckpointer
+from qlora_dist.train.run_progress import RunProgress
+from qlora_dist.train.stop_requests import StopRequests, is_save_requested, stop_reason
 
 
-class Evaluations:
+class Evaluator:
     """Evaluations that are interrupted by requests to stop, between any two batches, on all ranks together.
 
     The metrics of the step are written before its evaluation, and so is its checkpoint where one is due. An evaluation
@@ -33,11 +33,11 @@ class Evaluations:
         model: PreTrainedModel,
         batches: Sequence[Batch],
         every: int,
-        kept: KeptEvalSums,
-        traffic: Traffic,
-        checkpoints: Checkpoints,
+        kept: EvalSumsFile,
+        traffic: CommCounter,
+        checkpoints: RunCheckpointer,
         save: Callable[[], None],
-        requests: Requests,
+        requests: StopRequests,
         console: RunConsole,
         run_dir: RunDir | None,
         patience: float | None,
@@ -87,7 +87,7 @@ class Evaluations:
         due = step in (0, last_step) or (self._every > 0 and step % self._every == 0)
         return bool(self._batches) and due
 
-    def evaluate(self, progress: Progress, last_step: int) -> str | None:
+    def evaluate(self, progress: RunProgress, last_step: int) -> str | None:
         """Evaluate if that is due after this step and has not been done.
 
         Returns:
@@ -104,7 +104,7 @@ class Evaluations:
             return None
         if not self.due(step, last_step):
             return None
-        beat(step, "evaluating", self._patience)
+        record_heartbeat(step, "evaluating", self._patience)
         asked: list[float] = []
         since = time.perf_counter()
         # what an earlier start has left is of the step that this one starts from, or of no use
@@ -123,17 +123,17 @@ class Evaluations:
             told = torch.tensor([*self._checkpoints.progress, *flags], dtype=torch.float64)
             written, failed, *asked = self._traffic.all_reduce(told).tolist()
             self._checkpoints.advance(int(written), int(failed))
-            stops = reason(asked) is not None
-            if step > 0 and (stops or wants_save(asked)):
+            stops = stop_reason(asked) is not None
+            if step > 0 and (stops or is_save_requested(asked)):
                 self._save()
-                beat(step, "evaluating", self._patience)
+                record_heartbeat(step, "evaluating", self._patience)
             self._requests.answered(asked, saved=step > 0)
             return stops
 
-        loss = evaluate_until(self._model, self._batches, self._traffic, sums, interrupted)
+        loss = evaluation_loop(self._model, self._batches, self._traffic, sums, interrupted)
         if loss is None:
             self._kept.keep(step, sums)
-            why = reason(asked)
+            why = stop_reason(asked)
             self._console.say(
                 f"{why} interrupts the evaluation after {step} steps, at {sums.batches} of {self._count} batches; "
                 "the next start goes on with it"

@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import ADAPTER_NAME, adapter_parameters, is_lora
-from qlora_dist.adapters.load_adapter import read_part, saved_tensors
-from qlora_dist.adapters.saved_adapter import lacks, read_saved_adapter
-from qlora_dist.adapters.validate_adapter import wrong_values
+from qlora_dist.adapters.attach import ADAPTER_NAME, is_lora_parameter, named_trainable_parameters
+from qlora_dist.adapters.load_adapter import read_local_shard, saved_entries_by_parameter
+from qlora_dist.adapters.saved_adapter import missing_module_error, read_saved_adapter
+from qlora_dist.adapters.validate_adapter import find_invalid_values
 from qlora_dist.errors import UserError
-from qlora_dist.io.adapter_files import TENSORS
-from qlora_dist.io.safetensors_file import Entry, Reader
-from qlora_dist.runtime.object_collectives import gather_json
-from qlora_dist.shard_view import local_part
+from qlora_dist.io.adapter_files import ADAPTER_WEIGHTS_NAME
+from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
+from qlora_dist.runtime.object_collectives import all_gather_json
+from qlora_dist.shard_view import local_tensor
 
 _CHUNK_BYTES = 1 << 24
 
 
-def find_first_values(path: Path, model: PreTrainedModel, targets: Set[str], base: Path) -> dict[str, Entry]:
+def find_initial_tensors(path: Path, model: PreTrainedModel, targets: Set[str], base: Path) -> dict[str, TensorEntry]:
     """The entries in an adapter's file for each parameter that is trained.
 
     Args:
@@ -37,15 +37,15 @@ def find_first_values(path: Path, model: PreTrainedModel, targets: Set[str], bas
     adapter = read_saved_adapter(path)
     for module in sorted(adapter.low_rank.keys() - targets):
         if module not in {name for name, _ in model.named_modules()}:
-            raise lacks(adapter, module, base)
+            raise missing_module_error(adapter, module, base)
         raise UserError(f"lora.targets: leaves out {module}, which {path} adapts; leave the key out")
     for module in sorted(targets - adapter.low_rank.keys()):
         raise UserError(
             f"lora.from: {path} does not adapt {module}, which lora.targets names; set lora.targets to layers that it "
             "adapts everywhere, or begin without it"
         )
-    entries = saved_tensors(model, adapter, ADAPTER_NAME, base)
-    trained = {name for name, _ in adapter_parameters(model)}
+    entries = saved_entries_by_parameter(model, adapter, ADAPTER_NAME, base)
+    trained = {name for name, _ in named_trainable_parameters(model)}
     for name in sorted(trained ^ entries.keys()):
         where = "is trained whole by this run and not in" if name in trained else "is not trained by this run and in"
         raise UserError(f"lora.from: {name} {where} {path}; set lora.modules_to_save as it was there")
@@ -53,20 +53,20 @@ def find_first_values(path: Path, model: PreTrainedModel, targets: Set[str], bas
 
 
 @torch.no_grad()
-def read_first_values(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
+def load_initial_tensors(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> None:
     """Fill this rank's parts of the trained parameters. Called on all ranks, when the model has its memory.
 
     Raises:
         UserError: on all ranks, if a value is not finite.
     """
     wrong = None
-    with Reader() as reader:
-        for name, parameter in adapter_parameters(model):
-            values = read_part(parameter, entries[name], reader, is_low_rank=is_lora(name))
-            local_part(parameter).copy_(values)
-            found = wrong_values([(name, values)])
+    with SafetensorsReader() as reader:
+        for name, parameter in named_trainable_parameters(model):
+            values = read_local_shard(parameter, entries[name], reader, is_low_rank=is_lora_parameter(name))
+            local_tensor(parameter).copy_(values)
+            found = find_invalid_values([(name, values)])
             wrong = wrong or (found if found is not None and "finite" in found else None)
-    told = [answer for answer in gather_json(wrong) if answer is not None]
+    told = [answer for answer in all_gather_json(wrong) if answer is not None]
     if told:
         raise UserError(f"lora.from: {told[0]}; begin from an earlier adapter")
 
@@ -74,7 +74,7 @@ def read_first_values(model: PreTrainedModel, entries: Mapping[str, Entry]) -> N
 def adapter_sha256(path: Path) -> str:
     """sha256 of an adapter's tensors."""
     digest = hashlib.sha256()
-    with (path / TENSORS).open("rb") as file:
+    with (path / ADAPTER_WEIGHTS_NAME).open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -8,28 +8,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_dist.adapters.attach import is_lora
+from qlora_dist.adapters.attach import is_lora_parameter
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.plan.calibration_file import load_calibration, measured_speeds
+from qlora_dist.plan.calibration_file import calibrated_speeds, load_calibration
 from qlora_dist.plan.hardware import load_hardware
-from qlora_dist.plan.memory_estimate import Memory, plan_memory
-from qlora_dist.plan.print_plan import PHASES
-from qlora_dist.plan.run_spec import Run, make_run
-from qlora_dist.plan.step_time import UNCERTAINTY, Speeds, speeds, step_time
+from qlora_dist.plan.memory_estimate import MemoryEstimate, estimate_memory
+from qlora_dist.plan.print_plan import PHASE_LABELS
+from qlora_dist.plan.run_spec import RunSpec, make_run_spec
+from qlora_dist.plan.step_time import TIME_UNCERTAINTY, RankSpeeds, data_sheet_speeds, estimate_step_time
 from qlora_dist.plan.step_traffic import step_traffic
-from qlora_dist.train.console import gib
-from qlora_dist.train.run_setup import Setup
+from qlora_dist.train.console import format_bytes
+from qlora_dist.train.run_setup import RunSetup
 
-_NETWORK = "infiniband-400g"  # where nobody has measured
+_DEFAULT_NETWORK = "infiniband-400g"  # where nobody has measured
 
 
 @dataclass(frozen=True)
-class Expected:
+class RunPrediction:
     """Predicted memory, traffic and speed, of each rank unless it says otherwise."""
 
-    run: Run
-    memory: Memory
+    run: RunSpec
+    memory: MemoryEstimate
     traffic: dict[str, int]
     tokens_per_s: float | None
     """Tokens per second of all ranks together; None: the speed of this device is not known."""
@@ -39,12 +39,14 @@ class Expected:
     def sentence(self) -> str:
         """Return the plan in one sentence."""
         memory = self.memory
-        received = ", ".join(f"{dim} {gib(nbytes)}" for dim, nbytes in self.traffic.items() if dim != "control")
-        how = "by what --calibrate has measured" if self.is_measured else f"+-{UNCERTAINTY:.0%}"
+        received = ", ".join(
+            f"{dim} {format_bytes(nbytes)}" for dim, nbytes in self.traffic.items() if dim != "control"
+        )
+        how = "by what --calibrate has measured" if self.is_measured else f"+-{TIME_UNCERTAINTY:.0%}"
         speed = f"; {self.tokens_per_s:,.0f} tokens/s ({how})" if self.tokens_per_s is not None else ""
         return (
-            f"plan: each rank holds {gib(memory.static_bytes)} between steps and {gib(memory.peak_bytes)} "
-            f"{PHASES[memory.peak_phase]}, and receives {received or 'nothing'} per step{speed}"
+            f"plan: each rank holds {format_bytes(memory.static_bytes)} between steps and {format_bytes(memory.peak_bytes)} "
+            f"{PHASE_LABELS[memory.peak_phase]}, and receives {received or 'nothing'} per step{speed}"
         )
 
     def against(self, measured: dict[str, Any], moments_bytes: int) -> dict[str, list[float | None]]:
@@ -69,23 +71,23 @@ class Expected:
         return terms | {"tokens_per_s": [self.tokens_per_s, measured["tokens_per_s"] or None]}
 
 
-def expect(setup: Setup) -> Expected | str:
+def predict_run(setup: RunSetup) -> RunPrediction | str:
     """The plan of a run, or why there is none. A run must not fail because of its plan."""
     try:
-        run = run_of(setup, setup.config)
-        known, is_measured = speeds_of(setup.device, run)
+        run = planned_run(setup, setup.config)
+        known, is_measured = device_speeds(setup.device, run)
         card = torch.cuda.mem_get_info(setup.device)[1] if setup.device.type == "cuda" else None
-        memory = plan_memory(run, card)
-        tokens_per_s = step_time(run, memory, known).tokens_per_s if known is not None else None
+        memory = estimate_memory(run, card)
+        tokens_per_s = estimate_step_time(run, memory, known).tokens_per_s if known is not None else None
         traffic = step_traffic(run.model.units, run.sharding, run.accumulation, run.compute_bytes)
     except UserError as error:
         return f"plan: none ({error})"
     except Exception as error:  # of a model that nobody has planned yet
         return f"plan: none ({type(error).__name__}: {error})"
-    return Expected(run, memory, traffic, tokens_per_s, is_measured)
+    return RunPrediction(run, memory, traffic, tokens_per_s, is_measured)
 
 
-def check_trained(run: Run, model: nn.Module) -> None:
+def check_adapter_numel(run: RunSpec, model: nn.Module) -> None:
     """Compare the elements of adapters that the plan counts with the model's, before any weight is read.
 
     The bytes of adapters and moments follow from their number. A folder that has only some of its layers in 4 bit has
@@ -100,7 +102,7 @@ def check_trained(run: Run, model: nn.Module) -> None:
     """
     parameters = [parameter for unit in run.model.units for parameter in unit.parameters]
     planned = sum(p.numel for p in parameters if p.trained and not p.by_rows)  # without modules trained whole
-    real = sum(p.numel() for name, p in model.named_parameters() if is_lora(name))
+    real = sum(p.numel() for name, p in model.named_parameters() if is_lora_parameter(name))
     in_4_bit = sum(parameter.dtype == torch.uint8 for parameter in model.parameters())
     if real != planned and in_4_bit == sum(parameter.is_bytes for parameter in parameters):
         raise UserError(
@@ -109,13 +111,15 @@ def check_trained(run: Run, model: nn.Module) -> None:
         )
 
 
-def run_of(setup: Setup, config: Config) -> Run:
+def planned_run(setup: RunSetup, config: Config) -> RunSpec:
     """What the planner knows of a run, or of the same run with another configuration."""
     world_size, nodes = setup.ranks.world_size, setup.ranks.world_size // setup.ranks.local_world_size
-    return make_run(config, setup.folder.config, world_size, nodes, "cuda" if setup.device.type == "cuda" else "cpu")
+    return make_run_spec(
+        config, setup.folder.config, world_size, nodes, "cuda" if setup.device.type == "cuda" else "cpu"
+    )
 
 
-def speeds_of(device: torch.device, run: Run) -> tuple[Speeds | None, bool]:
+def device_speeds(device: torch.device, run: RunSpec) -> tuple[RankSpeeds | None, bool]:
     """As measured (`plan --calibrate`) or by the GPU's name, and whether they were measured. None: nobody knows."""
     hardware, measured = load_hardware(), load_calibration().devices
     if device.type == "cpu":
@@ -126,11 +130,11 @@ def speeds_of(device: torch.device, run: Run) -> tuple[Speeds | None, bool]:
             or (nodes > 1 and not of_cpu.between_bytes)
         ):
             return None, False
-        return measured_speeds(of_cpu, Speeds(0, 0, 0, 0, 0, 0)), True
+        return calibrated_speeds(of_cpu, RankSpeeds(0, 0, 0, 0, 0, 0)), True
     name = torch.cuda.get_device_name(device)
     kind = hardware.kind_of(name)
     if kind is None:
         return None, False
     gpu = hardware.gpu(kind)
-    assumed = speeds(run, gpu, hardware.link(gpu.link), hardware.link(_NETWORK))
-    return (measured_speeds(measured[kind], assumed), True) if kind in measured else (assumed, False)
+    assumed = data_sheet_speeds(run, gpu, hardware.link(gpu.link), hardware.link(_DEFAULT_NETWORK))
+    return (calibrated_speeds(measured[kind], assumed), True) if kind in measured else (assumed, False)

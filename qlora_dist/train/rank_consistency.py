@@ -18,14 +18,14 @@ from qlora_dist import __version__
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.runtime.environment import Ranks
-from qlora_dist.runtime.object_collectives import gather_json
-from qlora_dist.runtime.shared_folder import look_for_sharing
+from qlora_dist.runtime.environment import RankInfo
+from qlora_dist.runtime.object_collectives import all_gather_json
+from qlora_dist.runtime.shared_folder import probe_shared_folder
 
-MAY_DIFFER = ("data.cache", "data.workers", "paging.dir")
+PER_NODE_KEYS = ("data.cache", "data.workers", "paging.dir")
 """Keys whose values are a node's own affair."""
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
-_LONGEST = 80
+_COMPARED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+_MAX_VALUE_CHARS = 80
 """Characters of a value that are sent as they are; of a longer one its hash."""
 _REMEDIES = {
     "config": "give all ranks the same file and overrides",
@@ -35,12 +35,12 @@ _REMEDIES = {
     "node": "start equally many ranks on each node",
 }
 
-Facts = dict[str, dict[str, str]]
+RankFacts = dict[str, dict[str, str]]
 """By kind and name."""
 
 
 def check_ranks_agree(
-    config: Config, ranks: Ranks, device: torch.device, data: Mapping[str, str] | None = None
+    config: Config, ranks: RankInfo, device: torch.device, data: Mapping[str, str] | None = None
 ) -> None:
     """Compare configuration, versions, device, data and nodes. Called on all ranks.
 
@@ -54,14 +54,18 @@ def check_ranks_agree(
         UserError: on all ranks, with the first difference of the first rank that has one.
     """
     host = socket.gethostname()
-    answers = gather_json([host, facts(config, ranks, device, data)])
+    answers = all_gather_json([host, rank_facts(config, ranks, device, data)])
     if (difference := first_difference(answers)) is not None:
         raise UserError(difference)
-    if (mistake := misplaced(gather_json([host, ranks.local_rank, _gpu(device)]), ranks.local_world_size)) is not None:
+    if (
+        mistake := find_misplaced_rank(
+            all_gather_json([host, ranks.local_rank, _gpu_uuid(device)]), ranks.local_world_size
+        )
+    ) is not None:
         raise UserError(mistake)
 
 
-def check_shared_run_dir(config: Config, ranks: Ranks) -> None:
+def check_shared_run_dir(config: Config, ranks: RankInfo) -> None:
     """See whether all ranks write into one run's folder. Called on all ranks, or the first checkpoint finds out.
 
     Raises:
@@ -70,7 +74,7 @@ def check_shared_run_dir(config: Config, ranks: Ranks) -> None:
     if ranks.world_size == 1:
         return
     path = run_path(config.run)
-    sharing = look_for_sharing(path)
+    sharing = probe_shared_folder(path)
     if sharing.failure is not None:
         raise UserError(f"{path}: cannot be written ({sharing.failure}); give run.dir a folder that can")
     if sharing.blind:
@@ -82,21 +86,21 @@ def check_shared_run_dir(config: Config, ranks: Ranks) -> None:
         )
 
 
-def facts(config: Config, ranks: Ranks, device: torch.device, data: Mapping[str, str] | None) -> Facts:
+def rank_facts(config: Config, ranks: RankInfo, device: torch.device, data: Mapping[str, str] | None) -> RankFacts:
     """What has to be the same on all ranks."""
-    packages = {name: metadata.version(name) for name in _PACKAGES}
+    packages = {name: metadata.version(name) for name in _COMPARED_PACKAGES}
     python = ".".join(platform.python_version_tuple()[:2])
     leaves = dict(_leaves(config.model_dump(mode="json")))
     return {
         "packages": {"qlora-dist": __version__, "Python": python, **packages},
-        "config": {key: _short(value) for key, value in leaves.items() if key not in MAY_DIFFER},
+        "config": {key: _shorten(value) for key, value in leaves.items() if key not in PER_NODE_KEYS},
         "device": {"the device": device.type},
         "node": {"the number of ranks on the node": str(ranks.local_world_size)},
         "data": {f"the content of data.{name}": f"sha256:{sha256[:16]}" for name, sha256 in (data or {}).items()},
     }
 
 
-def first_difference(answers: Sequence[tuple[str, Facts] | list[Any]]) -> str | None:
+def first_difference(answers: Sequence[tuple[str, RankFacts] | list[Any]]) -> str | None:
     """A sentence about the first rank that differs from rank 0; None: there is none.
 
     Args:
@@ -117,7 +121,7 @@ def first_difference(answers: Sequence[tuple[str, Facts] | list[Any]]) -> str | 
     return None
 
 
-def misplaced(places: Sequence[tuple[str, int, str] | list[Any]], local_world_size: int) -> str | None:
+def find_misplaced_rank(places: Sequence[tuple[str, int, str] | list[Any]], local_world_size: int) -> str | None:
     """A sentence about the first rank that the launcher has put where it must not be; None: there is none.
 
     Args:
@@ -140,7 +144,7 @@ def misplaced(places: Sequence[tuple[str, int, str] | list[Any]], local_world_si
     return None
 
 
-def _gpu(device: torch.device) -> str:
+def _gpu_uuid(device: torch.device) -> str:
     """Which one it is, whatever number it has here."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
@@ -153,6 +157,6 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, tree
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= _LONGEST else f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return text if len(text) <= _MAX_VALUE_CHARS else f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -10,23 +10,29 @@ from typing import Any
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 
-from qlora_dist.adapters.attach import adapter_parameters
+from qlora_dist.adapters.attach import named_trainable_parameters
 from qlora_dist.checkpoint.checkpointer import Checkpointer
-from qlora_dist.checkpoint.manifest import MANIFEST, DamagedError, Manifest, step_of_folder, written_checkpoints
-from qlora_dist.checkpoint.run_fingerprint import base_fingerprint, compare, identity_of
-from qlora_dist.checkpoint.select import newest_whole, whole
-from qlora_dist.checkpoint.snapshot import Trained, restore, snapshot
+from qlora_dist.checkpoint.manifest import (
+    CHECKPOINT_MANIFEST,
+    DamagedCheckpointError,
+    Manifest,
+    find_written_checkpoints,
+    folder_step,
+)
+from qlora_dist.checkpoint.run_fingerprint import base_fingerprint, compare_fingerprints, run_fingerprint
+from qlora_dist.checkpoint.select import latest_complete, verify_checkpoint
+from qlora_dist.checkpoint.snapshot import TrainableState, restore, snapshot
 from qlora_dist.errors import UserError
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.runs.run_action import Claim, claim
-from qlora_dist.runs.run_dir import CHECKPOINTS, RunDir, run_path
+from qlora_dist.runs.run_action import RunAction, choose_run_action
+from qlora_dist.runs.run_dir import CHECKPOINTS_DIR, RunDir, run_path
 from qlora_dist.runtime.object_collectives import broadcast_json
-from qlora_dist.train.console import RunConsole, count
+from qlora_dist.train.console import RunConsole, pluralize
 from qlora_dist.train.initial_adapter import adapter_sha256
-from qlora_dist.train.run_progress import Progress
-from qlora_dist.train.run_setup import Setup
+from qlora_dist.train.run_progress import RunProgress
+from qlora_dist.train.run_setup import RunSetup
 
-_REQUIRED = frozenset(
+_REQUIRED_COUNTERS = frozenset(
     {
         "step",
         "optimizer_steps",
@@ -39,11 +45,11 @@ _REQUIRED = frozenset(
         "left_out",
     }
 )
-"""Counters that every checkpoint has. Those that `Progress` has been given later have defaults."""
+"""Counters that every checkpoint has. Those that `RunProgress` has been given later have defaults."""
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a run starts."""
 
     identity: dict[str, Any]
@@ -59,7 +65,7 @@ class Start:
         return self.manifest.step if self.manifest is not None else 0
 
 
-def find_start(setup: Setup, resume: str, console: RunConsole) -> Start:
+def find_resume_point(setup: RunSetup, resume: str, console: RunConsole) -> ResumePoint:
     """Where a run starts, before any weight is read. Called on all ranks.
 
     Args:
@@ -72,74 +78,80 @@ def find_start(setup: Setup, resume: str, console: RunConsole) -> Start:
     """
     config, run = setup.config, run_path(setup.config.run)
     # rank 0's answer: other nodes may see the folder as it was before
-    found = Claim(**broadcast_json(claim(config, resume).to_json() if setup.ranks.rank == 0 else None))
+    found = RunAction(**broadcast_json(choose_run_action(config, resume).to_json() if setup.ranks.rank == 0 else None))
     base = broadcast_json(base_fingerprint(setup.folder.path) if setup.ranks.rank == 0 else None)
     first = config.lora.from_adapter
     adapter = broadcast_json(adapter_sha256(Path(first)) if first is not None and setup.ranks.rank == 0 else None)
-    identity = identity_of(config, base, setup.data_sha256["train"], adapter)
+    identity = run_fingerprint(config, base, setup.data_sha256["train"], adapter)
     if found.note is not None:
         console.say(found.note)
     replaces, named = found.way == "replace", found.resume not in ("auto", "none")
     if not named and found.way in ("begin", "replace"):
-        return Start(identity, None, None, replaces)
+        return ResumePoint(identity, None, None, replaces)
     if named:
-        folder, manifest = Path(found.resume), whole(Path(found.resume), _check_state)
+        folder, manifest = Path(found.resume), verify_checkpoint(Path(found.resume), _check_counters)
     else:
-        newest = newest_whole(run / CHECKPOINTS, console.say, _check_state)
+        newest = latest_complete(run / CHECKPOINTS_DIR, console.say, _check_counters)
         if newest is None:
-            return Start(identity, None, None)
+            return ResumePoint(identity, None, None)
         folder, manifest = newest
-    for line in compare(manifest.identity, identity, folder):
+    for line in compare_fingerprints(manifest.identity, identity, folder):
         console.say(line)
     if manifest.step > setup.steps:
         raise UserError(
             f"{folder}: is after {manifest.step} steps, and this run has {setup.steps}; raise train.steps, or give an "
             "earlier checkpoint with --resume"
         )
-    shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(setup.model)}
+    shapes = {name: tuple(parameter.shape) for name, parameter in named_trainable_parameters(setup.model)}
     if {name: cut.shape for name, cut in manifest.cuts.items()} != shapes:
         raise UserError(f"{folder}: holds other adapters than this run's; give another checkpoint with --resume")
-    console.say(f"goes on after {manifest.step} steps, from {folder} (written by {count(manifest.world_size, 'rank')})")
-    return Start(identity, folder, manifest, replaces and not _is_within(folder, run))
+    console.say(
+        f"goes on after {manifest.step} steps, from {folder} (written by {pluralize(manifest.world_size, 'rank')})"
+    )
+    return ResumePoint(identity, folder, manifest, replaces and not _is_within(folder, run))
 
 
 def _is_within(folder: Path, run: Path) -> bool:
     """Return whether a checkpoint is the run's own. Its folder of checkpoints may be a link to another disk."""
-    return any(folder.resolve().is_relative_to(place.resolve()) for place in (run, run / CHECKPOINTS))
+    return any(folder.resolve().is_relative_to(place.resolve()) for place in (run, run / CHECKPOINTS_DIR))
 
 
-def _check_state(manifest: Manifest) -> None:
+def _check_counters(manifest: Manifest) -> None:
     """Check the counters of a checkpoint.
 
     Raises:
-        DamagedError: they are not those of `Progress`, or contradict the manifest.
+        DamagedError: they are not those of `RunProgress`, or contradict the manifest.
     """
     saved = manifest.state["progress"]
-    if missing := sorted(_REQUIRED - saved.keys()):
-        raise DamagedError(f"{MANIFEST} lacks the counter {missing[0]}")
+    if missing := sorted(_REQUIRED_COUNTERS - saved.keys()):
+        raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} lacks the counter {missing[0]}")
     try:
         loss = {"loss": float("nan") if saved["loss"] is None else saved["loss"]}
-        progress = TypeAdapter(Progress).validate_json(json.dumps({**saved, **loss}), strict=True)
+        progress = TypeAdapter(RunProgress).validate_json(json.dumps({**saved, **loss}), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise DamagedError(f"{MANIFEST} is not one of a checkpoint: state.progress.{place}: {first['msg']}") from None
+        raise DamagedCheckpointError(
+            f"{CHECKPOINT_MANIFEST} is not one of a checkpoint: state.progress.{place}: {first['msg']}"
+        ) from None
     counters = (progress.optimizer_steps, progress.tokens, progress.skipped_steps, progress.skipped_in_a_row)
     if progress.step != manifest.step or min(*counters, *progress.left_out, 0) < 0:
-        raise DamagedError(f"{MANIFEST} has counters that contradict each other")
+        raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} has counters that contradict each other")
     if progress.optimizer_steps != manifest.state["optimizer_steps"] or progress.optimizer_steps > progress.step:
-        raise DamagedError(f"{MANIFEST} has counters that contradict each other")
+        raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} has counters that contradict each other")
 
 
-class Checkpoints(Checkpointer):
+class RunCheckpointer(Checkpointer):
     """Those of a run: the writer, and what goes into it and out of it again. Methods are called on all ranks."""
 
-    def __init__(self, setup: Setup, start: Start, state: Trained, loss_scale: LossScale, console: RunConsole) -> None:
-        self._path = run_path(setup.config.run) / CHECKPOINTS
+    def __init__(
+        self, setup: RunSetup, start: ResumePoint, state: TrainableState, loss_scale: LossScale, console: RunConsole
+    ) -> None:
+        self._path = run_path(setup.config.run) / CHECKPOINTS_DIR
         super().__init__(self._path, setup.config.train.keep_checkpoints, console.say)
         self._start, self._state, self._loss_scale, self._say = start, state, loss_scale, console.say
 
-    def start(self, run_dir: RunDir | None) -> Progress:
+    def start(self, run_dir: RunDir | None) -> RunProgress:
         """Take over the checkpoint that the run starts from, if there is one.
 
         Once all ranks have it, the checkpoints that the run does not go on from are set aside, and metrics of later
@@ -149,7 +161,7 @@ class Checkpoints(Checkpointer):
             run_dir: on rank 0.
         """
         folder, manifest = self._start.folder, self._start.manifest
-        progress = Progress() if manifest is None or folder is None else self._restore(folder, manifest)
+        progress = RunProgress() if manifest is None or folder is None else self._restore(folder, manifest)
         dist.barrier()
         if run_dir is not None:
             own = folder is not None and _is_within(folder, run_dir.path)
@@ -161,13 +173,13 @@ class Checkpoints(Checkpointer):
 
     def _abandoned(self, folder: Path | None, step: int) -> list[Path]:
         """Return the run's checkpoints that are not before `folder`, newest first; all of them if that is None."""
-        there = written_checkpoints(self._path)
+        there = find_written_checkpoints(self._path)
         if folder is None:
             return there
         start = folder.resolve()
-        return [path for path in there if step_of_folder(path) >= step and path.resolve() != start]
+        return [path for path in there if folder_step(path) >= step and path.resolve() != start]
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: RunProgress) -> None:
         """Begin a checkpoint of this moment."""
         state = {
             "progress": progress.to_json(),
@@ -178,10 +190,10 @@ class Checkpoints(Checkpointer):
         manifest = Manifest(progress.step, self._world_size, self._state.cuts, state, self._start.identity)
         self.write(manifest, snapshot(self._state))
 
-    def go_back(self, progress: Progress, leave_out: int) -> Progress | None:
+    def go_back(self, progress: RunProgress, leave_out: int) -> RunProgress | None:
         """To the last checkpoint, and never to global batch `leave_out` again; None: there is no checkpoint."""
         self.wait()
-        found = newest_whole(self._path, self._say, _check_state)
+        found = latest_complete(self._path, self._say, _check_counters)
         if found is None:
             return None
         before = self._restore(*found)
@@ -189,10 +201,10 @@ class Checkpoints(Checkpointer):
         self._say(f"goes back to {found[0]}, and leaves out global batch {leave_out}")
         return before
 
-    def _restore(self, folder: Path, manifest: Manifest) -> Progress:
+    def _restore(self, folder: Path, manifest: Manifest) -> RunProgress:
         saved, now = manifest.optimizer_bits, self._state.optimizer.moments.bits
         if saved != now:
             self._say(f"{folder}: the optimizer's moments go from {saved} to {now} bit; losses will not be the same")
         restore(self._state, manifest, folder)
         self._loss_scale.load(manifest.state["loss_scale"])
-        return Progress.from_json(manifest.state["progress"])
+        return RunProgress.from_json(manifest.state["progress"])

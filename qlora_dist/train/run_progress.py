@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
-_RECENT = 20
+_RECENT_STEPS = 20
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Goes into every checkpoint."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -47,7 +47,7 @@ class Progress:
 
     def spikes(self, loss: float, factor: float | None) -> bool:
         """Whether a loss is more than `factor` times the median of the last 20 steps'; False before there are 20."""
-        if factor is None or len(self.recent_losses) < _RECENT:
+        if factor is None or len(self.recent_losses) < _RECENT_STEPS:
             return False
         return loss > factor * statistics.median(self.recent_losses)
 
@@ -60,7 +60,7 @@ class Progress:
         self.skipped_steps += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if finite and not spike:
-            self.recent_losses = [*self.recent_losses, loss][-_RECENT:]
+            self.recent_losses = [*self.recent_losses, loss][-_RECENT_STEPS:]
 
     def evaluate(self, eval_loss: float) -> None:
         """Take note of the held-out loss after the last step; a value that is known already is not repeated."""
@@ -76,7 +76,7 @@ class Progress:
         return {**tree, "loss": self.loss if self.loss == self.loss and abs(self.loss) != float("inf") else None}
 
     @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> Progress:
+    def from_json(cls, tree: dict[str, Any]) -> RunProgress:
         """The inverse."""
         known = {**tree, "loss": float("nan") if tree["loss"] is None else tree["loss"]}
         return cls(**known)

@@ -16,62 +16,62 @@ from transformers.utils import logging as transformers_logging
 from qlora_dist.adapters.attach import (
     adapted_paths,
     attach_adapter,
-    check_attached,
-    peft_config,
+    check_attached_targets,
+    make_peft_config,
     weight_read_names,
 )
-from qlora_dist.adapters.export import saved_config, saved_shapes
-from qlora_dist.adapters.peft_roundtrip import check_read_back, is_converted
+from qlora_dist.adapters.export import config_to_save, shapes_to_save
+from qlora_dist.adapters.peft_roundtrip import check_peft_roundtrip, needs_peft_conversion
 from qlora_dist.adapters.targets import find_targets
 from qlora_dist.config.max_positions import check_seq_len
 from qlora_dist.config.schema import DEFAULT_STEPS, Config
-from qlora_dist.data.collate import Batch, Rows
-from qlora_dist.data.dataloader import Loader, eval_batches
-from qlora_dist.data.inference_tokenizer import ServedTokenizer, served_tokenizer
-from qlora_dist.data.prepare_datasets import PreparedSource, prepare, remarks
+from qlora_dist.data.collate import Batch, PackedDataset
+from qlora_dist.data.dataloader import TrainDataLoader, eval_batches
+from qlora_dist.data.inference_tokenizer import InferenceTokenizer, make_inference_tokenizer
+from qlora_dist.data.prepare_datasets import PreparedSource, data_warnings, prepare_datasets
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
-from qlora_dist.io.safetensors_file import Entry
-from qlora_dist.model.meta_model import LossModel, build_skeleton, causal_lm_on_meta
+from qlora_dist.io.safetensors_file import TensorEntry
+from qlora_dist.model.meta_model import LossModel, build_meta_model, causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.packable import check_packable
+from qlora_dist.model.packable import check_packing_support
 from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
-from qlora_dist.runtime.environment import Ranks
-from qlora_dist.runtime.process_group import idle_gpus, resolve_device
-from qlora_dist.train.initial_adapter import find_first_values
+from qlora_dist.runtime.environment import RankInfo
+from qlora_dist.runtime.process_group import idle_gpus_warning, resolve_device
+from qlora_dist.train.initial_adapter import find_initial_tensors
 from qlora_dist.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
-class Setup:
+class RunSetup:
     """A run that is ready to start."""
 
     config: Config
-    ranks: Ranks
+    ranks: RankInfo
     device: torch.device
     sizes: MeshSizes
     folder: ModelFolder
     model: LossModel
     """On meta, adapters attached, not sharded."""
     adapter: peft.LoraConfig
-    first_values: Mapping[str, Entry]
+    first_values: Mapping[str, TensorEntry]
     """Tensors of the adapter that the run begins from, by the parameter's name; empty without `lora.from`."""
-    loader: Loader
+    loader: TrainDataLoader
     steps: int
     """Optimizer steps, whether the configuration counts steps or epochs."""
-    eval_rows: Rows | None
+    eval_rows: PackedDataset | None
     """None: no `data.eval`."""
     eval_batches: list[Batch]
     """Of this rank; empty without `data.eval`."""
-    served: ServedTokenizer
+    served: InferenceTokenizer
     """What is saved beside the adapter."""
     data_sha256: dict[str, str]
     """Of the sequences and weights of `train`, and of the sequences of `eval` if there are any."""
 
 
-def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setup:
+def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) -> RunSetup:
     """Check the configuration against the machine, the model's folder and the data.
 
     Args:
@@ -83,7 +83,7 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
         UserError: whatever is wrong, before a process group exists and a GPU waits.
     """
     device = resolve_device(config.train.device, ranks)
-    if console is not None and (idle := idle_gpus(ranks, device, torch.cuda.device_count())) is not None:
+    if console is not None and (idle := idle_gpus_warning(ranks, device, torch.cuda.device_count())) is not None:
         console.print(idle, markup=False, highlight=False)
     check_engine(config, device)
     check_trackers(config)
@@ -99,20 +99,20 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     first_values = {}
     if config.lora.from_adapter is not None:
         targets = adapted_paths(model)
-        first_values = find_first_values(Path(config.lora.from_adapter), model, targets, folder.path)
+        first_values = find_initial_tensors(Path(config.lora.from_adapter), model, targets, folder.path)
     tokenizer = load_tokenizer(folder.path)
-    train, held_out = prepare(config.data, tokenizer, console)
-    served = served_tokenizer(tokenizer, config.data.chat_template, folder.path)
+    train, held_out = prepare_datasets(config.data, tokenizer, console)
+    served = make_inference_tokenizer(tokenizer, config.data.chat_template, folder.path)
     sources = train if held_out is None else [*train, held_out]
     for source in sources:
         for said in (source.stats.left_out(), source.stats.per_answer()):
             if said and console is not None:
                 console.print(f"{source.path}: {said}", markup=False)
-    check_ids(folder, model, sources)
+    check_token_ids(folder, model, sources)
     if console is not None:
-        for remark in remarks(train, held_out):
+        for remark in data_warnings(train, held_out):
             console.print(remark, markup=False)
-    loader = Loader(
+    loader = TrainDataLoader(
         [(source.rows, source.weight) for source in train],
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
@@ -135,7 +135,7 @@ def set_up(config: Config, ranks: Ranks, console: Console | None = None) -> Setu
     data_sha256 = {"train": hashlib.sha256(contents).hexdigest()}
     if held_out is not None:
         data_sha256["eval"] = held_out.stats.sha256
-    return Setup(
+    return RunSetup(
         config,
         ranks,
         device,
@@ -165,21 +165,21 @@ def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[Mod
     """
     transformers_logging.set_verbosity_error()
     folder = folder or ModelFolder(config.model.base)
-    model = build_skeleton(folder, config.model)
+    model = build_meta_model(folder, config.model)
     if config.data.packing != "none":
-        check_packable(model)
+        check_packing_support(model)
     base = config.model.base
     targets = find_targets(model, config.lora, base)
-    adapter = peft_config(model, config.lora, base)
+    adapter = make_peft_config(model, config.lora, base)
     attach_adapter(model, adapter)
-    check_attached(model, targets, base)
-    if is_converted(adapter, model.config.model_type):
+    check_attached_targets(model, targets, base)
+    if needs_peft_conversion(adapter, model.config.model_type):
         plain = causal_lm_on_meta(folder, torch.float32)
-        check_read_back(plain, saved_config(adapter), saved_shapes(model), base)
+        check_peft_roundtrip(plain, config_to_save(adapter), shapes_to_save(model), base)
     return folder, model, adapter
 
 
-def check_ids(folder: ModelFolder, model: LossModel, sources: Sequence[PreparedSource]) -> None:
+def check_token_ids(folder: ModelFolder, model: LossModel, sources: Sequence[PreparedSource]) -> None:
     """See whether the embedding has a row for each token of the data.
 
     Raises:

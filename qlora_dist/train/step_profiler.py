@@ -11,23 +11,25 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qlora_dist.runtime.device_memory import peak_bytes
+from qlora_dist.runtime.device_memory import peak_memory_bytes
 
-KINDS = ("compute", "dequantization", "communication", "paging", "data", "optimizer")
+STEP_KINDS = ("compute", "dequantization", "communication", "paging", "data", "optimizer")
 """What a step is split into. compute is what is left over, Python among it."""
 
-Span = tuple[float, float]
+TimeSpan = tuple[float, float]
 """Begin and end, in ns."""
 
 # ours, where nobody else marks the place
-DATA, STEP, OPTIMIZER, PAGE, WAIT = (f"qlora_dist::{name}" for name in ("data", "step", "optimizer", "page", "wait"))
-_COLLECTIVES = ("FSDP::", "c10d::", "gloo:", "nccl:", WAIT)
+DATA_LABEL, STEP_LABEL, OPTIMIZER_LABEL, PAGE_LABEL, WAIT_LABEL = (
+    f"qlora_dist::{name}" for name in ("data", "step", "optimizer", "page", "wait")
+)
+_COLLECTIVE_PREFIXES = ("FSDP::", "c10d::", "gloo:", "nccl:", WAIT_LABEL)
 """FSDP2's own marks hold its collectives, their copies and its waiting for them."""
-_MARKS = ("FSDP::", "c10d::", "qlora_dist::")
+_LABEL_PREFIXES = ("FSDP::", "c10d::", "qlora_dist::")
 """Which the profiler also shows on a GPU, for as long as their kernels run."""
 
 
-class LastStep:
+class StepProfiler:
     """The profile of one step on this rank, and its peak of memory before it: profiles take memory.
 
     Args:
@@ -44,27 +46,27 @@ class LastStep:
         """Before the step; once is enough."""
         if self._running is not None:
             return
-        self.peak_bytes = peak_bytes(self._device)
+        self.peak_bytes = peak_memory_bytes(self._device)
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._running = ExitStack()
         self._running.callback(setattr, dist.Work, "wait", dist.Work.wait)
-        dist.Work.wait = _marked(dist.Work.wait)  # type: ignore[method-assign]  # replaced on purpose, until `end`
+        dist.Work.wait = _label_wait(dist.Work.wait)  # type: ignore[method-assign]  # replaced on purpose, until `end`
         self._profile = self._running.enter_context(profile(activities=activities))
 
     def end(self) -> dict[str, float]:
-        """Afterwards: of each of `KINDS` its share of the step, together 1. Empty, if there was no step."""
+        """Afterwards: of each of `STEP_KINDS` its share of the step, together 1. Empty, if there was no step."""
         if self._running is None:
             return {}
         self._running.close()
         assert self._profile is not None and self._profile.profiler is not None
         results = self._profile.profiler.kineto_results
         assert results is not None
-        return shares_of(results.events())
+        return compute_step_shares(results.events())
 
 
-def shares_of(events: Iterable[Any]) -> dict[str, float]:
+def compute_step_shares(events: Iterable[Any]) -> dict[str, float]:
     """Split the last step among some events.
 
     On a CPU the time of the thread that trains is split. With CUDA (not run on a GPU) the device's: what computes
@@ -73,37 +75,43 @@ def shares_of(events: Iterable[Any]) -> dict[str, float]:
     Args:
         events: of torch's profiler, as it has collected them. Its list of them for Python takes a minute to make.
     """
-    on_host, on_device = _by_name(events)
-    ((step, thread),) = on_host.pop(STEP)[-1:]
+    on_host, on_device = _group_events(events)
+    ((step, thread),) = on_host.pop(STEP_LABEL)[-1:]
     ours = {name: [span for span, other in spans if other == thread] for name, spans in on_host.items()}
-    begin, end = ours[DATA][-1][0], step[1]
-    paging, reading = ours.get(PAGE, []), ours[DATA]
+    begin, end = ours[DATA_LABEL][-1][0], step[1]
+    paging, reading = ours.get(PAGE_LABEL, []), ours[DATA_LABEL]
     if not on_device:
         layers = {
             "paging": paging,
             "data": reading,
-            "dequantization": _of(ours, lambda name: "dequantize" in name),
-            "communication": _of(ours, lambda name: name.startswith(_COLLECTIVES)),
-            "optimizer": ours.get(OPTIMIZER, []),
+            "dequantization": _select_spans(ours, lambda name: "dequantize" in name),
+            "communication": _select_spans(ours, lambda name: name.startswith(_COLLECTIVE_PREFIXES)),
+            "optimizer": ours.get(OPTIMIZER_LABEL, []),
         }
-        return split(layers, begin, end)
+        return split_time(layers, begin, end)
     device = {name: [span for span, _ in spans] for name, spans in on_device.items()}
-    optimizer = device.pop(OPTIMIZER, [])  # the mark, as long as its kernels run
+    optimizer = device.pop(OPTIMIZER_LABEL, [])  # the mark, as long as its kernels run
     layers = {
-        "dequantization": _of(device, lambda name: "dequant" in name.lower()),
+        "dequantization": _select_spans(device, lambda name: "dequant" in name.lower()),
         "optimizer": optimizer,
-        "compute": _of(device, lambda name: "nccl" not in name.lower() and not name.startswith(_MARKS)),
-        "communication": _of(device, lambda name: "nccl" in name.lower() and not name.startswith(_MARKS)),
+        "compute": _select_spans(
+            device, lambda name: "nccl" not in name.lower() and not name.startswith(_LABEL_PREFIXES)
+        ),
+        "communication": _select_spans(
+            device, lambda name: "nccl" in name.lower() and not name.startswith(_LABEL_PREFIXES)
+        ),
         "paging": paging,
         "data": reading,
     }
-    return split(layers, begin, max([end, *(last for _, last in optimizer)]))
+    return split_time(layers, begin, max([end, *(last for _, last in optimizer)]))
 
 
-def _by_name(events: Iterable[Any]) -> tuple[dict[str, list[tuple[Span, int]]], dict[str, list[tuple[Span, int]]]]:
+def _group_events(
+    events: Iterable[Any],
+) -> tuple[dict[str, list[tuple[TimeSpan, int]]], dict[str, list[tuple[TimeSpan, int]]]]:
     """When each ran and in which thread: on the host, and on the device."""
-    on_host: dict[str, list[tuple[Span, int]]] = {}
-    on_device: dict[str, list[tuple[Span, int]]] = {}
+    on_host: dict[str, list[tuple[TimeSpan, int]]] = {}
+    on_device: dict[str, list[tuple[TimeSpan, int]]] = {}
     for event in events:
         start = event.start_ns()
         found = (start, start + event.duration_ns()), event.start_thread_id()
@@ -112,11 +120,11 @@ def _by_name(events: Iterable[Any]) -> tuple[dict[str, list[tuple[Span, int]]], 
     return on_host, on_device
 
 
-def _of(spans: dict[str, list[Span]], wanted: Callable[[str], bool]) -> list[Span]:
+def _select_spans(spans: dict[str, list[TimeSpan]], wanted: Callable[[str], bool]) -> list[TimeSpan]:
     return [span for name, found in spans.items() if wanted(name) for span in found]
 
 
-def split(layers: dict[str, list[Span]], begin: float, end: float) -> dict[str, float]:
+def split_time(layers: dict[str, list[TimeSpan]], begin: float, end: float) -> dict[str, float]:
     """Shares of the time from `begin` to `end`.
 
     Args:
@@ -124,12 +132,12 @@ def split(layers: dict[str, list[Span]], begin: float, end: float) -> dict[str, 
         begin: of the whole.
         end: of the whole.
     """
-    shares = dict.fromkeys(KINDS, 0.0)
-    taken: list[Span] = []
+    shares = dict.fromkeys(STEP_KINDS, 0.0)
+    taken: list[TimeSpan] = []
     covered = 0.0
     for kind, spans in layers.items():
         inside = [(max(a, begin), min(b, end)) for a, b in spans if a < end and b > begin]
-        taken = merged([*taken, *inside])
+        taken = merge_spans([*taken, *inside])
         total = sum(b - a for a, b in taken)
         shares[kind] += (total - covered) / (end - begin)
         covered = total
@@ -137,9 +145,9 @@ def split(layers: dict[str, list[Span]], begin: float, end: float) -> dict[str, 
     return shares
 
 
-def merged(spans: Sequence[Span]) -> list[Span]:
+def merge_spans(spans: Sequence[TimeSpan]) -> list[TimeSpan]:
     """The same times, in order and without overlaps."""
-    out: list[Span] = []
+    out: list[TimeSpan] = []
     for a, b in sorted(spans):
         if out and a <= out[-1][1]:
             out[-1] = (out[-1][0], max(b, out[-1][1]))
@@ -148,11 +156,11 @@ def merged(spans: Sequence[Span]) -> list[Span]:
     return out
 
 
-def _marked(wait: Any) -> Any:
+def _label_wait(wait: Any) -> Any:
     """Torch marks when a collective is issued and when it runs, not that somebody waits for it."""
 
     def marked_wait(self: Any, *args: Any, **options: Any) -> Any:
-        with record_function(WAIT):
+        with record_function(WAIT_LABEL):
             return wait(self, *args, **options)
 
     return marked_wait

@@ -19,54 +19,54 @@ from types import FrameType
 import psutil
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import launcher_of, ranks_from_environment
-from qlora_dist.runtime.heartbeat import last_beat
+from qlora_dist.runtime.environment import detect_launcher, read_rank_info
+from qlora_dist.runtime.heartbeat import last_heartbeat
 
-SIGNALS = {
+STOP_SIGNALS = {
     "SIGTERM": signal.SIGTERM,
     "SIGUSR1": signal.SIGUSR1,
     "SIGUSR2": signal.SIGUSR2,
     "SIGINT": signal.SIGINT,
     "SIGHUP": signal.SIGHUP,
 }
-REASONS = (*SIGNALS, "STOP", "max_time")
+STOP_REASONS = (*STOP_SIGNALS, "STOP", "max_time")
 """Why a run stops before its last step, in the order of the flags."""
-BY_HAND = ("SIGINT", "STOP")
+MANUAL_STOP_REASONS = ("SIGINT", "STOP")
 """Stop reasons given by a person. A scheduler must not restart the run after one of these."""
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 
 _received: set[str] = set()
-_started = time.monotonic()
+_process_started = time.monotonic()
 
 
-def listen() -> None:
+def install_signal_handlers() -> None:
     """Take note of signals from here on, and go on. The second SIGINT ends the process at once.
 
     The others may come as often as they like: SLURM under torchrun sends SIGTERM twice, job scripts repeat theirs.
     SIGHUP stays ignored where it is ignored already, as under nohup.
     """
-    for name, number in SIGNALS.items():
+    for name, number in STOP_SIGNALS.items():
         if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _note)
-    _answer_at_once()
-    atexit.register(_listen_no_more)
+            signal.signal(number, _record_signal)
+    _start_signal_thread()
+    atexit.register(_ignore_late_signals)
 
 
-def _listen_no_more() -> None:
+def _ignore_late_signals() -> None:
     """Ignore late signals while Python ends.
 
     Python restores the default handlers at exit. A late signal would kill a rank that has saved, and the launcher would
     then kill ranks that are still saving.
     """
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
-        signal.signal(SIGNALS[name], signal.SIG_IGN)
+        signal.signal(STOP_SIGNALS[name], signal.SIG_IGN)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _record_signal(number: int, frame: FrameType | None) -> None:
     _received.add(signal.Signals(number).name)
 
 
-def _answer_at_once() -> None:
+def _start_signal_thread() -> None:
     """Answer each signal in a thread: Python runs handlers in the main thread only, and not while that computes.
 
     A step or a collective may keep the main thread for a minute. The file descriptor is written to by the system's own
@@ -78,28 +78,30 @@ def _answer_at_once() -> None:
     # the workers of a pool share the pipe: a signal to one of them is none to the run
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     try:
-        speaks = ranks_from_environment().rank == 0
+        speaks = read_rank_info().rank == 0
     except UserError:
         speaks = True
-    threading.Thread(target=_answer, args=(reading, speaks), name="signals", daemon=True).start()
+    threading.Thread(target=_acknowledge_signals, args=(reading, speaks), name="signals", daemon=True).start()
 
 
-def _answer(reading: int, speaks: bool) -> None:
-    names = {int(number): name for name, number in SIGNALS.items()}
+def _acknowledge_signals(reading: int, speaks: bool) -> None:
+    names = {int(number): name for name, number in STOP_SIGNALS.items()}
     answered: set[str] = set()
     while True:
         for number in os.read(reading, 64):
             name = names.get(number)
             if name == "SIGINT" and name in answered:
-                _end_at_once(speaks)
+                _exit_at_once(speaks)
             elif name is not None and name not in answered:
                 answered.add(name)
                 if speaks:
-                    _say(f"{'Ctrl-C' if name == 'SIGINT' else name}: {_what_follows(again=name == 'SIGINT')}")
+                    _write_stderr(
+                        f"{'Ctrl-C' if name == 'SIGINT' else name}: {_describe_next_action(again=name == 'SIGINT')}"
+                    )
 
 
-def _what_follows(again: bool) -> str:
-    now = last_beat()
+def _describe_next_action(again: bool) -> str:
+    now = last_heartbeat()
     step = f"step {now.step + 1}"
     if now.phase in ("reading data", "training"):
         doing, without = f"finishing {step}, then saving a checkpoint", "end without one"
@@ -114,22 +116,24 @@ def _what_follows(again: bool) -> str:
     return f"{doing}{f'; press Ctrl-C again to {without}' if again else ''}"
 
 
-def _end_at_once(speaks: bool) -> None:
+def _exit_at_once(speaks: bool) -> None:
     if speaks:
-        _say("ended by the second Ctrl-C without a checkpoint; the same command goes on from the newest one, if any")
+        _write_stderr(
+            "ended by the second Ctrl-C without a checkpoint; the same command goes on from the newest one, if any"
+        )
     with suppress(OSError):
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # a progress bar has hidden the cursor
     os._exit(128 + signal.SIGINT)
 
 
-def _say(text: str) -> None:
+def _write_stderr(text: str) -> None:
     with suppress(OSError):  # a terminal that was closed
         # a progress bar leaves the cursor at the end of its line
         os.write(2, f"{chr(10) if os.isatty(2) else ''}qlora-dist: {text}\n".encode())
 
 
-def drop_old_stop_file(run: Path) -> str | None:
+def remove_stale_stop_file(run: Path) -> str | None:
     """Remove a STOP file that was there before this run was started: it was meant for an earlier start.
 
     One that is newer is left, and obeyed. Both ages are differences on one clock: that of the file system, and that of
@@ -142,7 +146,7 @@ def drop_old_stop_file(run: Path) -> str | None:
     try:
         with tempfile.NamedTemporaryFile(dir=run, prefix=".now-") as now:
             age_s = Path(now.name).stat().st_mtime - stop.stat().st_mtime
-        if age_s <= time.time() - _start_of_launcher():
+        if age_s <= time.time() - _launcher_start_time():
             return None
         stop.unlink()
     except OSError:
@@ -150,19 +154,19 @@ def drop_old_stop_file(run: Path) -> str | None:
     return f"{stop}: was there before this start, and is removed; create it again to stop this run"
 
 
-def _start_of_launcher() -> float:
+def _launcher_start_time() -> float:
     """Time at which the run was started: by torchrun and the like, their start, for ranks take seconds to follow."""
     own = psutil.Process()
     started: float = own.create_time()
     try:
-        launcher = own.parent() if launcher_of() != "none" else None
+        launcher = own.parent() if detect_launcher() != "none" else None
         launched: float = started if launcher is None else launcher.create_time()
     except psutil.Error:
         return started
     return min(started, launched)
 
 
-class Requests:
+class StopRequests:
     """What this rank is asked for. Files and clock are looked at by rank 0 only."""
 
     def __init__(
@@ -185,10 +189,10 @@ class Requests:
         Args:
             ahead_s: time until a run that goes on now can begin its last checkpoint.
         """
-        signals = [float(name in _received) for name in SIGNALS]
+        signals = [float(name in _received) for name in STOP_SIGNALS]
         if not self._is_first:
             return [*signals, 0.0, 0.0, 0.0]
-        end_s = time.monotonic() - _started + ahead_s + self._saving_s()
+        end_s = time.monotonic() - _process_started + ahead_s + self._saving_s()
         late = self._max_time_s is not None and end_s > self._max_time_s
         return [*signals, self._there(STOP_FILE), float(late), self._there(SAVE_FILE)]
 
@@ -199,7 +203,7 @@ class Requests:
             sums: of the flags.
             saved: whether a checkpoint was written, if one was asked for.
         """
-        asked = {STOP_FILE: sums[REASONS.index(STOP_FILE)] > 0, SAVE_FILE: saved and wants_save(sums)}
+        asked = {STOP_FILE: sums[STOP_REASONS.index(STOP_FILE)] > 0, SAVE_FILE: saved and is_save_requested(sums)}
         for name, known in asked.items():
             if known and self._is_first:
                 with suppress(OSError):
@@ -209,11 +213,11 @@ class Requests:
         return float((self._run / name).exists())
 
 
-def reason(sums: Sequence[float]) -> str | None:
+def stop_reason(sums: Sequence[float]) -> str | None:
     """Why to stop, from the flags' sums over the ranks."""
-    return next((name for name, count in zip(REASONS, sums, strict=False) if count), None)
+    return next((name for name, count in zip(STOP_REASONS, sums, strict=False) if count), None)
 
 
-def wants_save(sums: Sequence[float]) -> bool:
+def is_save_requested(sums: Sequence[float]) -> bool:
     """Whether a checkpoint was asked for."""
-    return sums[len(REASONS)] > 0
+    return sums[len(STOP_REASONS)] > 0

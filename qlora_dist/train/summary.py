@@ -12,19 +12,19 @@ import torch.distributed as dist
 from rich.table import Table
 from rich.text import Text
 
-from qlora_dist.adapters.attach import adapter_parameters
+from qlora_dist.adapters.attach import named_trainable_parameters
 from qlora_dist.plan.print_plan import term_label
 from qlora_dist.runs.run_dir import RunDir, run_path
-from qlora_dist.runtime.bf16_support import warn_of_bf16
-from qlora_dist.runtime.device_memory import peak_bytes
-from qlora_dist.train.console import RunConsole, count, gib
-from qlora_dist.train.prediction import Expected
-from qlora_dist.train.run_setup import Setup
-from qlora_dist.train.trainer import History
+from qlora_dist.runtime.bf16_support import bf16_warning
+from qlora_dist.runtime.device_memory import peak_memory_bytes
+from qlora_dist.train.console import RunConsole, format_bytes, pluralize
+from qlora_dist.train.prediction import RunPrediction
+from qlora_dist.train.run_setup import RunSetup
+from qlora_dist.train.trainer import TrainResult
 
 
 @dataclass(frozen=True)
-class Held:
+class LoadStats:
     """What a rank has after loading."""
 
     static_bytes: int
@@ -37,21 +37,21 @@ class Held:
     """For all of the weights."""
 
 
-def announcement(setup: Setup) -> Iterator[str]:
+def describe_run(setup: RunSetup) -> Iterator[str]:
     """Yield what is going to happen, in a few lines."""
     config = setup.config
-    trained = sum(p.numel() for _, p in adapter_parameters(setup.model))
+    trained = sum(p.numel() for _, p in named_trainable_parameters(setup.model))
     quantized = "in 4 bit" if setup.folder.is_quantized else f"quantized to {config.model.quant_type} on loading"
     yield f"base: {config.model.base}, {quantized}; {trained:,} trained parameters (r={config.lora.r})"
     if config.lora.from_adapter is not None:
         yield f"the adapter begins from {config.lora.from_adapter}"
-    yield _placement(setup)
-    if config.model.compute_dtype == "bf16" and (warning := warn_of_bf16(setup.device)) is not None:
+    yield _describe_placement(setup)
+    if config.model.compute_dtype == "bf16" and (warning := bf16_warning(setup.device)) is not None:
         yield warning
-    yield from data_sentences(setup)
+    yield from describe_data(setup)
 
 
-def data_sentences(setup: Setup) -> Iterator[str]:
+def describe_data(setup: RunSetup) -> Iterator[str]:
     """Yield what becomes of each source, what its cut loses included, and how many steps the data take."""
     loader = setup.loader
     epochs = loader.epochs_in(setup.steps)
@@ -61,15 +61,15 @@ def data_sentences(setup: Setup) -> Iterator[str]:
     if setup.eval_rows is not None:
         yield f"held out: {setup.eval_rows.sentence()}"
     yield (
-        f"{count(setup.steps, 'step')} of {count(setup.config.train.global_batch, 'row')} = {epochs:.2f} epochs of "
-        f"{count(round(loader.rows_per_epoch), 'row')}; {100 * loader.padding(setup.steps):.1f} % padding"
+        f"{pluralize(setup.steps, 'step')} of {pluralize(setup.config.train.global_batch, 'row')} = {epochs:.2f} epochs of "
+        f"{pluralize(round(loader.rows_per_epoch), 'row')}; {100 * loader.padding(setup.steps):.1f} % padding"
     )
 
 
-def _placement(setup: Setup) -> str:
+def _describe_placement(setup: RunSetup) -> str:
     """Return which rank holds what, in one sentence."""
     sizes = setup.sizes
-    ranks = f"{count(sizes.world_size, 'rank')} on {setup.device.type}"
+    ranks = f"{pluralize(sizes.world_size, 'rank')} on {setup.device.type}"
     if sizes.world_size == 1:
         return f"{ranks}: base, adapters and optimizer states are whole on it"
 
@@ -87,10 +87,10 @@ def _placement(setup: Setup) -> str:
 
 
 def summarize(
-    setup: Setup,
-    history: History,
-    held: Held,
-    expected: Expected | str,
+    setup: RunSetup,
+    history: TrainResult,
+    held: LoadStats,
+    expected: RunPrediction | str,
     console: RunConsole,
     run_dir: RunDir | None,
 ) -> None:
@@ -114,11 +114,11 @@ def summarize(
         "tokens": progress.tokens,
         "skipped_steps": progress.skipped_steps,
         "left_out_batches": progress.left_out,
-        "tokens_per_s": _speed(history, run_dir),
-        "static_bytes": _of_all_ranks(held.static_bytes, setup.device),
-        "peak_bytes": _of_all_ranks(history.peak_bytes or peak_bytes(setup.device), setup.device),
-        "read_bytes": _of_all_ranks(held.read_bytes, setup.device),
-        "load_s": max(_of_all_ranks(round(1e6 * held.load_s), setup.device)) / 1e6,
+        "tokens_per_s": _median_tokens_per_s(history, run_dir),
+        "static_bytes": _gather_int(held.static_bytes, setup.device),
+        "peak_bytes": _gather_int(history.peak_bytes or peak_memory_bytes(setup.device), setup.device),
+        "read_bytes": _gather_int(held.read_bytes, setup.device),
+        "load_s": max(_gather_int(round(1e6 * held.load_s), setup.device)) / 1e6,
         "comm_bytes_per_step": history.comm_bytes,
         "base_fetched_bytes_per_step": history.fetched_bytes,
         "base_stall_share": statistics.median(history.stalls or [0.0]),
@@ -126,15 +126,15 @@ def summarize(
         "wall_s": progress.wall_s,
     }
     if history.step_shares:
-        summary["step_shares"] = _mean_of_all_ranks(history.step_shares, setup.device)
-    if isinstance(expected, Expected) and history.tokens_per_s:
+        summary["step_shares"] = _mean_over_ranks(history.step_shares, setup.device)
+    if isinstance(expected, RunPrediction) and history.tokens_per_s:
         summary["plan"] = expected.against(summary, held.moments_bytes)
     if run_dir is not None:
         run_dir.finish(summary)
     console.console.print(_table(summary, bool(history.tokens_per_s)))
 
 
-def _speed(history: History, run_dir: RunDir | None) -> float | None:
+def _median_tokens_per_s(history: TrainResult, run_dir: RunDir | None) -> float | None:
     """Return the median of this start, or of earlier ones where nothing was left to do but to evaluate and export."""
     speeds = history.tokens_per_s or (run_dir.values("tokens_per_s") if run_dir is not None else [])
     return statistics.median(speeds) if speeds else None
@@ -156,39 +156,39 @@ def _table(summary: dict[str, Any], trained_now: bool) -> Table:
         shares = sorted(summary["step_shares"].items(), key=lambda item: -item[1])
         split = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares if share >= 0.005)
         table.add_row("last step, profiled", split)
-    table.add_row("held per rank", ", ".join(map(gib, summary["static_bytes"])))
-    table.add_row("peak per rank", ", ".join(map(gib, summary["peak_bytes"])))
+    table.add_row("held per rank", ", ".join(map(format_bytes, summary["static_bytes"])))
+    table.add_row("peak per rank", ", ".join(map(format_bytes, summary["peak_bytes"])))
     if trained_now:
-        traffic = ", ".join(f"{dim} {gib(nbytes)}" for dim, nbytes in summary["comm_bytes_per_step"].items())
+        traffic = ", ".join(f"{dim} {format_bytes(nbytes)}" for dim, nbytes in summary["comm_bytes_per_step"].items())
         table.add_row("received per step", f"{traffic or 'nothing'} (rank 0)")
     if summary["base_fetched_bytes_per_step"]:
-        fetched, stall = gib(summary["base_fetched_bytes_per_step"]), 100 * summary["base_stall_share"]
+        fetched, stall = format_bytes(summary["base_fetched_bytes_per_step"]), 100 * summary["base_stall_share"]
         table.add_row(
             "fetched per step", f"{fetched} of the base's layers, {stall:.0f} % of the time spent waiting (rank 0)"
         )
     for term, (planned, measured) in summary.get("plan", {}).items():
         if planned is not None and measured is not None:
-            table.add_row(term_label(term), _both(term, planned, measured))
+            table.add_row(term_label(term), _planned_and_measured(term, planned, measured))
     table.add_row("adapter", Text(summary["adapter"]))
     table.add_row("time", f"{summary['wall_s']:.0f} s, all starts together")
     return table
 
 
-def _both(term: str, planned: float, measured: float) -> str:
-    planned_text, measured_text = (gib(v) if "bytes" in term else f"{v:,.0f}" for v in (planned, measured))
+def _planned_and_measured(term: str, planned: float, measured: float) -> str:
+    planned_text, measured_text = (format_bytes(v) if "bytes" in term else f"{v:,.0f}" for v in (planned, measured))
     if planned_text == measured_text:
         return f"{measured_text}, as planned"
     off = f" ({100 * (measured / planned - 1):+.1f} %)" if planned else ""
     return f"{measured_text}, planned {planned_text}{off}"
 
 
-def _mean_of_all_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+def _mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     means = torch.tensor(list(values.values()), dtype=torch.float64, device=device) / dist.get_world_size()
     dist.all_reduce(means)
     return dict(zip(values, means.tolist(), strict=True))
 
 
-def _of_all_ranks(value: int, device: torch.device) -> list[int]:
+def _gather_int(value: int, device: torch.device) -> list[int]:
     values = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     values[dist.get_rank()] = value
     dist.all_reduce(values)

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-NOTE_FILE = "output-lost.txt"
+LOST_OUTPUT_FILE = "output-lost.txt"
 """In the run's folder: which output was lost, since when and why."""
-_BUSY_S = 5.0
+_FULL_PIPE_WAIT_S = 5.0
 """Seconds to wait for a pipe that is full and does not block."""
 
 _lost: list[str] = []
-_note: Path | None = None
+_lost_output_path: Path | None = None
 
 
-def outlive_output() -> None:
+def tolerate_output_errors() -> None:
     """Make stdout and stderr of this process streams that never fail.
 
     A write that fails is dropped. After a full disk the next one is tried as usual; a pipe or terminal that was closed
@@ -41,29 +41,29 @@ def outlive_output() -> None:
         if isinstance(stream, io.TextIOWrapper):
             encoding, errors = stream.encoding, stream.errors
             # a line is one write, as those of several ranks may go to one file
-            setattr(sys, name, io.TextIOWrapper(_Outlived(number), encoding, errors, line_buffering=True))
+            setattr(sys, name, io.TextIOWrapper(_TolerantStream(number), encoding, errors, line_buffering=True))
 
 
-def note_lost_output(run: Path) -> None:
+def record_lost_output(run: Path) -> None:
     """Have lost output noted in the run's folder from here on. Called on rank 0."""
-    global _note
-    _note = run / NOTE_FILE
+    global _lost_output_path
+    _lost_output_path = run / LOST_OUTPUT_FILE
     with suppress(OSError):
-        _note.unlink()
+        _lost_output_path.unlink()
     lost = _lost.copy()
     _lost.clear()
     for line in lost:
-        _lose(line)
+        _record_loss(line)
 
 
-def _lose(line: str) -> None:
+def _record_loss(line: str) -> None:
     _lost.append(line)
-    if _note is not None:
-        with suppress(OSError), _note.open("a", encoding="utf-8") as file:
+    if _lost_output_path is not None:
+        with suppress(OSError), _lost_output_path.open("a", encoding="utf-8") as file:
             file.write(line)
 
 
-class _Outlived(io.RawIOBase):
+class _TolerantStream(io.RawIOBase):
     def __init__(self, number: int) -> None:
         self._number, self._failing = number, False
 
@@ -84,7 +84,7 @@ class _Outlived(io.RawIOBase):
                 try:
                     left = left[os.write(self._number, left) :]
                 except BlockingIOError:
-                    if not select.select([], [self._number], [], _BUSY_S)[1]:
+                    if not select.select([], [self._number], [], _FULL_PIPE_WAIT_S)[1]:
                         raise
             self._failing = False
         except OSError as error:
@@ -95,7 +95,7 @@ class _Outlived(io.RawIOBase):
         if not self._failing:
             self._failing = True
             name, now = {1: "stdout", 2: "stderr"}[self._number], time.strftime("%Y-%m-%d %H:%M:%S")
-            _lose(f"{now}: {name} cannot be written ({error.strerror}); the run goes on without it\n")
+            _record_loss(f"{now}: {name} cannot be written ({error.strerror}); the run goes on without it\n")
         if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
             with suppress(OSError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.config.config_file import flatten
+from qlora_dist.config.config_file import flatten_keys
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 
-_IDS = "trackers.json"
+_IDS_FILE = "trackers.json"
 """In the run's folder: under which ids the run is known, so that it goes on there."""
 
 
@@ -44,7 +44,7 @@ def check_trackers(config: Config) -> None:
 
 
 @contextmanager
-def trackers(
+def open_trackers(
     config: Config, path: Path, fresh: bool, say: Callable[[str], None]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Open what the configuration names, and close it at the end, whatever that is.
@@ -61,7 +61,7 @@ def trackers(
         What takes a line of metrics.jsonl, and hands on its numbers; those within are named as `paging.hits`.
     """
     opened: dict[str, Tracker] = {}
-    ids = {} if fresh else _read(path / _IDS)
+    ids = {} if fresh else _read(path / _IDS_FILE)
 
     def attempt(name: str, action: Callable[[], Any]) -> Any:
         try:
@@ -71,18 +71,18 @@ def trackers(
             say(f"{name}: {type(error).__name__}: {error}; the run goes on without it, metrics.jsonl has all")
 
     def log(metrics: dict[str, Any]) -> None:
-        numbers = {key: value for key, value in flatten(metrics).items() if isinstance(value, (int, float))}
+        numbers = {key: value for key, value in flatten_keys(metrics).items() if isinstance(value, (int, float))}
         step = int(numbers.pop("step"))
         for name, tracker in list(opened.items()):
             attempt(name, partial(tracker.log, numbers, step))
 
     for wanted in config.run.trackers:
-        tracker = attempt(wanted, partial(_OPEN[wanted], config, path, ids))
+        tracker = attempt(wanted, partial(_TRACKER_FACTORIES[wanted], config, path, ids))
         if tracker is not None:
             opened[wanted] = tracker
     if ids:
         with suppress(OSError):
-            (path / _IDS).write_text(json.dumps(ids) + "\n", encoding="utf-8")
+            (path / _IDS_FILE).write_text(json.dumps(ids) + "\n", encoding="utf-8")
     try:
         yield log
     finally:
@@ -130,7 +130,7 @@ def _mlflow(config: Config, path: Path, ids: dict[str, str]) -> Tracker:
     return Tracker(lambda numbers, step: mlflow.log_metrics(numbers, step=step), mlflow.end_run)
 
 
-_OPEN: dict[str, Callable[[Config, Path, dict[str, str]], Tracker]] = {
+_TRACKER_FACTORIES: dict[str, Callable[[Config, Path, dict[str, str]], Tracker]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,
@@ -138,7 +138,7 @@ _OPEN: dict[str, Callable[[Config, Path, dict[str, str]], Tracker]] = {
 
 
 def _settings(config: Config) -> dict[str, str]:
-    return {key: str(value) for key, value in flatten(config.model_dump(mode="json")).items()}
+    return {key: str(value) for key, value in flatten_keys(config.model_dump(mode="json")).items()}
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -12,15 +12,15 @@ from torch import nn
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import adapter_parameters, is_lora_b
+from qlora_dist.adapters.attach import is_lora_b_parameter, named_trainable_parameters
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.parallel.comm_counter import Traffic
-from qlora_dist.parallel.deepspeed_optimizer import Optimizer
-from qlora_dist.runtime.heartbeat import beat
-from qlora_dist.shard_view import flat_shard, local_part, take_gradient
-from qlora_dist.train.step_profiler import OPTIMIZER, STEP
+from qlora_dist.parallel.comm_counter import CommCounter
+from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer
+from qlora_dist.runtime.heartbeat import record_heartbeat
+from qlora_dist.shard_view import get_flat_shard, local_tensor, pop_local_grad
+from qlora_dist.train.step_profiler import OPTIMIZER_LABEL, STEP_LABEL
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class AdapterShards:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = [name for name, _ in adapter_parameters(model)]
-        self._sharded = [p for _, p in adapter_parameters(model)]
+        self._names = [name for name, _ in named_trainable_parameters(model)]
+        self._sharded = [p for _, p in named_trainable_parameters(model)]
         self._had_gradient = [False] * len(self._sharded)
-        self.local = [nn.Parameter(local_part(p).detach()) for p in self._sharded]
-        self.is_lora_b = [is_lora_b(name) for name, _ in adapter_parameters(model)]
+        self.local = [nn.Parameter(local_tensor(p).detach()) for p in self._sharded]
+        self.is_lora_b = [is_lora_b_parameter(name) for name, _ in named_trainable_parameters(model)]
 
     def take_gradients(self) -> list[torch.Tensor]:
         """Hand the engine's gradients over to the local shards; those of empty shards are left out.
@@ -56,7 +56,7 @@ class AdapterShards:
         An adapter that takes no part in the loss has no gradient, and zeros stand for it: B stays zero.
         """
         for index, (sharded, local) in enumerate(zip(self._sharded, self.local, strict=True)):
-            gradient, flat = take_gradient(sharded), flat_shard(sharded)
+            gradient, flat = pop_local_grad(sharded), get_flat_shard(sharded)
             self._had_gradient[index] |= gradient is not None if flat is None else flat.had_gradient
             local.grad = (torch.zeros_like(local) if gradient is None else gradient) if local.numel() else None
         return [p.grad for p in self.local if p.grad is not None]
@@ -74,17 +74,17 @@ class AdapterShards:
             local.grad = None
 
 
-@record_function(STEP)
+@record_function(STEP_LABEL)
 def train_step(
     model: PreTrainedModel,
     window: Sequence[Batch],
     trained_tokens: int,
     shards: AdapterShards,
     adapter_replicas: int,
-    optimizer: Optimizer,
+    optimizer: AdapterOptimizer,
     loss_scale: LossScale,
     max_grad_norm: float | None,
-    traffic: Traffic,
+    traffic: CommCounter,
     told: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
     """Forward and backward over the accumulation window, clip over the whole world, update.
@@ -116,7 +116,7 @@ def train_step(
             raise UserError("lora.targets: no adapter has any influence on the loss; name other layers")
         (loss * (loss_scale.value / trained_tokens)).backward()
         summed_loss += loss.detach()
-        beat()
+        record_heartbeat()
 
     grads = shards.take_gradients()
     squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())
@@ -130,13 +130,13 @@ def train_step(
     if finite:
         clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm is not None else 1.0
         torch._foreach_mul_(grads, clip / loss_scale.value)
-        with record_function(OPTIMIZER):
+        with record_function(OPTIMIZER_LABEL):
             optimizer.step()
     shards.clear_gradients()
     loss_scale.update(finite)
     return StepResult(total_loss / trained_tokens, norm, finite, sums)
 
 
-def shard_sizes(model: nn.Module) -> list[int]:
+def adapter_shard_numels(model: nn.Module) -> list[int]:
     """Elements of each of this rank's adapter shards, in the order of `AdapterShards`; the model may be on meta."""
-    return [local_part(parameter).numel() for _, parameter in adapter_parameters(model)]
+    return [local_tensor(parameter).numel() for _, parameter in named_trainable_parameters(model)]

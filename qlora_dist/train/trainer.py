@@ -10,45 +10,45 @@ import torch
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import adapter_parameters
-from qlora_dist.checkpoint.snapshot import trained
+from qlora_dist.adapters.attach import named_trainable_parameters
+from qlora_dist.checkpoint.snapshot import trainable_state
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.optim.optimizer_state import PagedOptimizerState
 from qlora_dist.optim.schedule import learning_rate
-from qlora_dist.paging.pager import Counts
-from qlora_dist.parallel.comm_counter import Traffic
-from qlora_dist.parallel.deepspeed_optimizer import ZeroStates
+from qlora_dist.paging.pager import PagingStats
+from qlora_dist.parallel.comm_counter import CommCounter
+from qlora_dist.parallel.deepspeed_optimizer import ZeroOptimizerState
 from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.runs.run_dir import RunDir, run_path
-from qlora_dist.runtime.device_memory import peak_bytes
-from qlora_dist.runtime.heartbeat import beat
+from qlora_dist.runtime.device_memory import peak_memory_bytes
+from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.train.console import RunConsole
-from qlora_dist.train.eval_sums_file import EVAL_SUMS_FILE, KeptEvalSums
-from qlora_dist.train.evaluator import Evaluations
+from qlora_dist.train.eval_sums_file import EVAL_SUMS_FILE, EvalSumsFile
+from qlora_dist.train.evaluator import Evaluator
 from qlora_dist.train.optimizer import make_optimizer
-from qlora_dist.train.run_checkpointer import Checkpoints, Start
-from qlora_dist.train.run_progress import Progress
-from qlora_dist.train.run_setup import Setup
-from qlora_dist.train.step_profiler import DATA, LastStep
-from qlora_dist.train.stop_requests import Requests, reason, wants_save
+from qlora_dist.train.run_checkpointer import ResumePoint, RunCheckpointer
+from qlora_dist.train.run_progress import RunProgress
+from qlora_dist.train.run_setup import RunSetup
+from qlora_dist.train.step_profiler import DATA_LABEL, StepProfiler
+from qlora_dist.train.stop_requests import StopRequests, is_save_requested, stop_reason
 from qlora_dist.train.train_step import AdapterShards, train_step
-from qlora_dist.train.unused_adapters import say_without_influence
+from qlora_dist.train.unused_adapters import log_unused_adapters
 
-_COMPILING = 6.0
+_COMPILE_TIMEOUT_FACTOR = 6.0
 """Times the usual timeout, for steps and evaluations that may compile first."""
 
 
-_SLOW_DISK = 100e6
+_ASSUMED_WRITE_BYTES_PER_S = 100e6
 """Bytes per second at which a checkpoint is supposed to be written until one has been."""
 
 
 @dataclass
-class History:
+class TrainResult:
     """What the loop leaves behind; equal on all ranks."""
 
-    progress: Progress
+    progress: RunProgress
     stop: str | None = None
     """Why it ended before its last step (one of `stop.REASONS`); None: it did not."""
     tokens_per_s: list[float] = field(default_factory=list)
@@ -67,15 +67,15 @@ class History:
 
 def train_loop(
     model: PreTrainedModel,
-    moments: Moments | ZeroStates,
-    setup: Setup,
-    start: Start,
-    traffic: Traffic,
+    moments: PagedOptimizerState | ZeroOptimizerState,
+    setup: RunSetup,
+    start: ResumePoint,
+    traffic: CommCounter,
     console: RunConsole,
     run_dir: RunDir | None,
     pages: PagedLayers | None = None,
     began: float | None = None,
-) -> History:
+) -> TrainResult:
     """Train the adapters, from `start` to the last step or until somebody asks to stop.
 
     Args:
@@ -93,17 +93,17 @@ def train_loop(
         UserError: too many steps in a row were not finite.
     """
     cfg = setup.config.train
-    patience = _COMPILING if cfg.compile else None
+    patience = _COMPILE_TIMEOUT_FACTOR if cfg.compile else None
     shards = AdapterShards(model)
     optimizer = make_optimizer(shards, moments, setup)
     loss_scale = LossScale(setup.config.model.compute_dtype)
-    state = trained(model, shards.local, optimizer, setup.device)
-    checkpoints = Checkpoints(setup, start, state, loss_scale, console)
+    state = trainable_state(model, shards.local, optimizer, setup.device)
+    checkpoints = RunCheckpointer(setup, start, state, loss_scale, console)
     progress = checkpoints.start(run_dir)
-    history = History(progress)
+    history = TrainResult(progress)
     path = run_path(setup.config.run)
-    unmeasured_s = 12 * sum(p.numel() for _, p in adapter_parameters(model)) / _SLOW_DISK
-    requests = Requests(path, run_dir is not None, cfg.max_time, lambda: checkpoints.seconds or unmeasured_s)
+    unmeasured_s = 12 * sum(p.numel() for _, p in named_trainable_parameters(model)) / _ASSUMED_WRITE_BYTES_PER_S
+    requests = StopRequests(path, run_dir is not None, cfg.max_time, lambda: checkpoints.seconds or unmeasured_s)
     began, before_s = time.perf_counter() if began is None else began, progress.wall_s
 
     def last_step() -> int:
@@ -111,15 +111,15 @@ def train_loop(
         return setup.steps if setup.loader.steps is None else setup.steps - len(progress.left_out)
 
     def save() -> None:
-        beat(progress.step, "saving a checkpoint")
+        record_heartbeat(progress.step, "saving a checkpoint")
         progress.wall_s = before_s + time.perf_counter() - began
         checkpoints.save(progress)
 
-    evaluations = Evaluations(
+    evaluations = Evaluator(
         model,
-        [_to(batch, setup.device) for batch in setup.eval_batches],
+        [_batch_to(batch, setup.device) for batch in setup.eval_batches],
         cfg.eval_every,
-        KeptEvalSums(path / EVAL_SUMS_FILE, setup, start.identity, shards.local),
+        EvalSumsFile(path / EVAL_SUMS_FILE, setup, start.identity, shards.local),
         traffic,
         checkpoints,
         save,
@@ -140,13 +140,13 @@ def train_loop(
             pages.pager.take_counts()
 
     asked = traffic.all_reduce(torch.tensor(requests.flags(0.0), dtype=torch.float64)).tolist()
-    history.stop = reason(asked)
+    history.stop = stop_reason(asked)
     requests.answered(asked, saved=False)
     evaluations.take_up(
         progress.step, start.folder is not None and start.folder.parent.resolve() == (path / "checkpoints").resolve()
     )
     longest_step_s = 0.0
-    profiled = LastStep(setup.device) if setup.config.run.profile else None
+    profiled = StepProfiler(setup.device) if setup.config.run.profile else None
     model.train()
     while history.stop is None:
         history.stop = evaluations.evaluate(progress, last_step())
@@ -158,16 +158,16 @@ def train_loop(
         if profiled is not None and progress.step == last_step() - 1:
             profiled.begin()
         started = time.perf_counter()
-        beat(progress.step, "reading data")
+        record_heartbeat(progress.step, "reading data")
         batch = progress.batch_index()
-        with record_function(DATA):
-            window = [_to(micro, setup.device) for micro in setup.loader.window(batch)]
+        with record_function(DATA_LABEL):
+            window = [_batch_to(micro, setup.device) for micro in setup.loader.window(batch)]
         tokens, trained_tokens = setup.loader.tokens(batch), setup.loader.trained_tokens(batch)
         data_s = time.perf_counter() - started
 
         lr = learning_rate(progress.step, setup.steps, setup.config.optim)
         optimizer.lr = lr
-        beat(progress.step, "training", None if history.tokens_per_s else patience)
+        record_heartbeat(progress.step, "training", None if history.tokens_per_s else patience)
         result = train_step(
             model,
             window,
@@ -181,7 +181,7 @@ def train_loop(
             told=told,
         )
         if not history.tokens_per_s:
-            say_without_influence(shards, console)
+            log_unused_adapters(shards, console)
         written, failed, *asked = result.sums
         checkpoints.advance(int(written), int(failed))
 
@@ -191,7 +191,7 @@ def train_loop(
             console.say(f"step {progress.step + 1}: {'a spike' if spike else 'not finite'} ({what})")
             # fp16 overflows now and then while its loss scale is found
             if cfg.on_spike == "rollback" and (spike or setup.config.model.compute_dtype != "fp16"):
-                beat(progress.step, "saving a checkpoint")
+                record_heartbeat(progress.step, "saving a checkpoint")
                 before = checkpoints.go_back(progress, batch)
                 if before is not None:
                     progress = history.progress = before
@@ -204,11 +204,11 @@ def train_loop(
 
         history.tokens_per_s.append(tokens / step_s)
         history.comm_bytes = traffic.take()
-        paging = moments.pager.take_counts() if isinstance(moments, Moments) else Counts()
-        base_paging = pages.pager.take_counts() if pages is not None else Counts()
+        paging = moments.pager.take_counts() if isinstance(moments, PagedOptimizerState) else PagingStats()
+        base_paging = pages.pager.take_counts() if pages is not None else PagingStats()
         history.fetched_bytes = base_paging.bytes_in
         history.stalls.append(base_paging.stall_s / step_s)
-        peak = peak_bytes(setup.device)
+        peak = peak_memory_bytes(setup.device)
         console.step(progress.step, result.loss, lr, tokens / step_s, peak)
         metrics = {
             "step": progress.step,
@@ -227,7 +227,7 @@ def train_loop(
             "resident_bytes": moments.resident_bytes,
             "paged_bytes": moments.paged_bytes,
             "paging": asdict(paging),
-            **_paging(pages, base_paging),
+            **_paging_metrics(pages, base_paging),
         }
         if run_dir is not None:
             run_dir.log(metrics)
@@ -237,26 +237,26 @@ def train_loop(
                 "lower optim.lr, or use model.compute_dtype=bf16"
             )
         last = progress.step == last_step()
-        history.stop = reason(asked)
+        history.stop = stop_reason(asked)
         if last and (history.stop == "max_time" or not evaluations.due(progress.step, progress.step)):
             history.stop = None  # an evaluation sees by itself that time is up
         due = cfg.save_every and progress.step % cfg.save_every == 0
-        if due or last or history.stop is not None or wants_save(asked):
+        if due or last or history.stop is not None or is_save_requested(asked):
             save()
         requests.answered(asked)
     progress.wall_s = before_s + time.perf_counter() - began
     console.stop()
     if profiled is not None and (shares := profiled.end()):
         history.step_shares, history.peak_bytes = shares, profiled.peak_bytes
-    beat(progress.step, "completing the last checkpoint")
+    record_heartbeat(progress.step, "completing the last checkpoint")
     checkpoints.close()
     return history
 
 
-def _paging(pages: PagedLayers | None, counts: Counts) -> dict[str, Any]:
+def _paging_metrics(pages: PagedLayers | None, counts: PagingStats) -> dict[str, Any]:
     """What metrics say of a base that is paged."""
     return {} if pages is None else {"base_paging": asdict(counts), "base_resident_bytes": pages.held_bytes}
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
+def _batch_to(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(tensor.to(device) for tensor in batch))

@@ -12,8 +12,8 @@ import torch
 import transformers
 from peft.tuners.lora.layer import LoraLayer
 
-from qlora_dist.adapters.attach import adapter_parameters
-from qlora_dist.adapters.export import saved_config, write_adapter
+from qlora_dist.adapters.attach import named_trainable_parameters
+from qlora_dist.adapters.export import config_to_save, write_adapter
 from qlora_dist.adapters.peft_keys import peft_key
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
@@ -39,9 +39,9 @@ def test_peft_loads_what_is_trained(
     _, model, adapter = set_up_model(config)
     adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
     assert len(adapted) == count
-    tensors = {peft_key(parameter): torch.randn(p.shape) for parameter, p in adapter_parameters(model)}
+    tensors = {peft_key(parameter): torch.randn(p.shape) for parameter, p in named_trainable_parameters(model)}
     assert len(tensors) == 2 * count
-    write_adapter(tensors, saved_config(adapter), tmp_path / "adapter")
+    write_adapter(tensors, config_to_save(adapter), tmp_path / "adapter")
     plain = transformers.AutoModelForCausalLM.from_pretrained(source)
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
     assert sum(p.numel() for n, p in loaded.named_parameters() if "lora_" in n) == sum(
@@ -87,5 +87,5 @@ def test_dropout_is_not_saved_where_peft_knows_none(tmp_path: Path) -> None:
     config = load_config(tiny_models.make_config(tmp_path, source), ["data.packing=none", "lora.dropout=0.1"])
     _, model, adapter = set_up_model(config)
     assert model.get_submodule("model.layers.0.mlp.up_proj").lora_dropout["default"].p == 0.1
-    saved_config(adapter).save_pretrained(tmp_path)
+    config_to_save(adapter).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.0

@@ -9,19 +9,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.adapters import lora_matmul as fused
-from qlora_dist.adapters.attach import attach_adapter, peft_config
-from qlora_dist.adapters.lora import LoraNF4
+from qlora_dist.adapters.attach import attach_adapter, make_peft_config
+from qlora_dist.adapters.lora import NF4LoraLinear
 from qlora_dist.adapters.lora_matmul import lora_matmul
 from qlora_dist.config.schema import LoraConfig
 from qlora_dist.nf4.linear import NF4Linear
-from qlora_dist.nf4.quantize import quantize
+from qlora_dist.nf4.quantize import quantize_weight
 
 SCALING = 0.75
 
 
 def layer(bias: bool = True) -> NF4Linear:
     torch.manual_seed(0)
-    packed, layout = quantize(torch.randn(48, 32))
+    packed, layout = quantize_weight(torch.randn(48, 32))
     module = NF4Linear(layout, bias, torch.float32)
     module.packed.data = packed
     if module.bias is not None:
@@ -69,7 +69,7 @@ def test_an_input_that_is_not_trained_gets_no_gradient(compiled: bool, monkeypat
     y = lora_matmul(x, base, a, b, SCALING)
     expected = torch.autograd.grad(plain(base, x.double(), a.double(), b.double()).sum(), [a, b])
     monkeypatch.setattr(NF4Linear, "dequantize", None)  # nor is the weight dequantized for it
-    monkeypatch.setattr(fused, "dequantize", None)
+    monkeypatch.setattr(fused, "dequantize_weight", None)
     for ours, theirs in zip(torch.autograd.grad(y.sum(), [a, b]), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -84,9 +84,9 @@ def test_the_operator_keeps_the_contract_of_torch() -> None:
         base.packed,
         base.bias,
         SCALING,
-        *fused._plain(base.layout),
+        *fused._layout_args(base.layout),
     )
-    torch.library.opcheck(fused._operator, arguments)
+    torch.library.opcheck(fused._lora_matmul_op, arguments)
 
 
 def test_a_checkpointed_layer_dequantizes_its_last_weight_twice_not_three_times(
@@ -111,10 +111,10 @@ def test_a_checkpointed_layer_dequantizes_its_last_weight_twice_not_three_times(
 def test_the_layer_is_pefts(dropout: float) -> None:
     """With two adapters active, the plain path, and with one, the fused one: the same function."""
     model = nn.Sequential(layer())
-    config = peft_config(model, LoraConfig(r=4, alpha=3, dropout=dropout), "base")
+    config = make_peft_config(model, LoraConfig(r=4, alpha=3, dropout=dropout), "base")
     attach_adapter(model, config)
     module = model[0]
-    assert isinstance(module, LoraNF4)
+    assert isinstance(module, NF4LoraLinear)
     _, a, b = tensors()
     module.lora_A["default"].weight, module.lora_B["default"].weight = nn.Parameter(a), nn.Parameter(b)
     x = torch.randn(3, 32)
@@ -129,8 +129,8 @@ def test_the_layer_is_pefts(dropout: float) -> None:
 
 def test_peft_is_not_asked_for_adapters_that_are_not_there() -> None:
     model = nn.Sequential(layer())
-    attach_adapter(model, peft_config(model, LoraConfig(r=4, dropout=0.0), "base"))
-    assert isinstance(model[0], LoraNF4) and isinstance(model[0], peft.tuners.lora.layer.LoraLayer)
+    attach_adapter(model, make_peft_config(model, LoraConfig(r=4, dropout=0.0), "base"))
+    assert isinstance(model[0], NF4LoraLinear) and isinstance(model[0], peft.tuners.lora.layer.LoraLayer)
     model[0]._active_adapter = "another"
     x = torch.randn(3, 32)
     torch.testing.assert_close(model[0](x), layer()(x))

@@ -8,26 +8,26 @@ import pytest
 import torch
 
 from qlora_dist.adapters.export import export_adapter
-from qlora_dist.adapters.validate_adapter import wrong_values
+from qlora_dist.adapters.validate_adapter import find_invalid_values
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.model.load_weights import fill
-from qlora_dist.parallel.fsdp2 import parallelize
+from qlora_dist.model.load_weights import load_weights
+from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
 from qlora_dist.parallel.mesh import build_meshes
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
 
 def export_untrained(config: Config, out: Path) -> str:
-    ranks = ranks_from_environment()
-    setup = set_up(config, ranks)
+    ranks = read_rank_info()
+    setup = set_up_run(config, ranks)
     with process_group(ranks, setup.device):
-        parallelize(setup.model, build_meshes(setup.sizes, "cpu"), config)
-        fill(setup.model, setup.folder, setup.device, 0, None)
+        parallelize_fsdp2(setup.model, build_meshes(setup.sizes, "cpu"), config)
+        load_weights(setup.model, setup.folder, setup.device, 0, None)
         try:
             export_adapter(setup.model, setup.adapter, out)
         except UserError as error:
@@ -48,6 +48,6 @@ def test_an_untrained_adapter_is_not_exported(tiny_llama_nf4: Path, tmp_path: Pa
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(value: float) -> None:
     tensors = {"x.lora_A.weight": torch.ones(2, 3), "x.lora_B.weight": torch.ones(3, 2)}
-    assert wrong_values(tensors.items()) is None
+    assert find_invalid_values(tensors.items()) is None
     tensors["x.lora_A.weight"][1, 1] = value
-    assert wrong_values(tensors.items()) == "x.lora_A.weight holds values that are not finite"
+    assert find_invalid_values(tensors.items()) == "x.lora_A.weight holds values that are not finite"

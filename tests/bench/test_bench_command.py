@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.bench.bench_layouts import Cell, Sizes, make_cells
+from qlora_dist.bench.bench_layouts import BenchCase, ModelBytes, make_bench_cases
 from qlora_dist.bench.bench_result import BenchResult
 from qlora_dist.bench.layout_figures import compare_losses
-from qlora_dist.cli.main import bench_command, main
+from qlora_dist.cli import bench_command
+from qlora_dist.cli.main import main
 from qlora_dist.config.config_file import load_config
 from qlora_dist.report.run_files import RunFiles, read_run_files
 from tests.helpers import tiny_models
@@ -104,15 +105,15 @@ def test_the_whole_of_it(cli: Cli, config: Path, tmp_path: Path, monkeypatch: py
     assert not re.findall(r"<script|<link|<img|url\((?!#)|@import|href=\"(?!#)", page)
     assert all(f"<td>{figures.losses[-1]:.6f}</td>" in page for figures in result.layouts)
     assert all((out / f"{name}.png").stat().st_size > 1000 for name in ("throughput", "scaling", "split", "memory"))
-    check_losses_that_do_not_agree(cli, config, out, result, monkeypatch)
+    check_disagreeing_losses(cli, config, out, result, monkeypatch)
 
 
-def check_losses_that_do_not_agree(
+def check_disagreeing_losses(
     cli: Cli, config: Path, out: Path, result: BenchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same runs, but for the last loss of one."""
 
-    def tampered(cell: Cell, folder: Path) -> RunFiles:
+    def tampered(cell: BenchCase, folder: Path) -> RunFiles:
         run = read_run_files(out / "runs" / cell.name)
         off = 1 + 3e-5 * (cell.ranks == 2)
         return replace(run, steps=[*run.steps[:-1], {**run.steps[-1], "loss": run.steps[-1]["loss"] * off}])
@@ -153,9 +154,9 @@ def test_what_layouts_change(config: Path) -> None:
     """Whatever the configuration says for itself, a layout is what its name says."""
 
     def cells(*overrides: str, layers: int = 8, ranks: int = 4) -> dict[str, dict[str, Any]]:
-        sizes = Sizes([1000] * layers, 10**6)
+        sizes = ModelBytes([1000] * layers, 10**6)
         names = ["single-paged", "fsdp2", "two-mesh"]
-        found, _ = make_cells(load_config(config, overrides), names, [ranks], sizes)
+        found, _ = make_bench_cases(load_config(config, overrides), names, [ranks], sizes)
         return {cell.layout: cell.config.model_dump() for cell in found}
 
     found = cells("parallel.engine=zero3", "optim.name=zero-adamw", "parallel.adapter=node", "parallel.offload=base")

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.bench.slurm_bench_job import in_words, nodes_for, unfinished
+from qlora_dist.bench.slurm_bench_job import explain_unfinished_job, job_state_label, split_into_nodes
 from qlora_dist.cli.main import main
 from qlora_dist.errors import UserError
-from qlora_dist.launch.job_script import Job
+from qlora_dist.launch.job_script import SlurmJob
 from qlora_dist.launch.slurm_queue import JobState, job_state
 from tests.helpers import tiny_models
 
@@ -24,9 +24,9 @@ from tests.helpers import tiny_models
 def test_ranks_fill_nodes(ranks: int, most: int) -> None:
     if ranks > most and ranks % most:
         with pytest.raises(UserError, match=f"--ranks: {ranks} cannot be dealt out to nodes of {most} ranks each"):
-            nodes_for(ranks, most)
+            split_into_nodes(ranks, most)
         return
-    nodes, on_each = nodes_for(ranks, most)
+    nodes, on_each = split_into_nodes(ranks, most)
     assert nodes * on_each == ranks
     assert on_each <= most
     assert nodes == 1 or on_each == most
@@ -64,10 +64,10 @@ def test_mistakes_submit_nothing(
     config = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__global_batch=12)
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("gpus_per_node: 2\n")
-    program(tmp_path, monkeypatch, "sbatch", f"touch {tmp_path}/submitted; exit 1")
+    write_fake_program(tmp_path, monkeypatch, "sbatch", f"touch {tmp_path}/submitted; exit 1")
     given_words = [word.format(cluster=cluster) for word in words]
     own = ["--compare", "fsdp2", "--ranks", "4", "--out", str(tmp_path / "out")]
-    code, said = call([str(config), *own, *given_words], monkeypatch, capfd)
+    code, said = run_cli_bench([str(config), *own, *given_words], monkeypatch, capfd)
     assert code == 2
     assert sentence in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "submitted").exists()
@@ -80,7 +80,7 @@ def test_without_slurm_a_sentence(
     (tmp_path / "cluster.yaml").write_text("{}")
     monkeypatch.setenv("PATH", str(tmp_path))
     words = [config, "--on", "slurm", "--cluster", tmp_path / "cluster.yaml", "--compare", "fsdp2", "--ranks", "2"]
-    code, said = call([str(word) for word in words], monkeypatch, capfd)
+    code, said = run_cli_bench([str(word) for word in words], monkeypatch, capfd)
     sentence = "--on slurm: there is no command sbatch; call this on a login node of a SLURM cluster"
     assert (code, said) == (2, f"qlora-dist: {sentence}\n")
 
@@ -90,20 +90,20 @@ def test_a_job_that_is_left_from_before_is_not_disturbed(
 ) -> None:
     config = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__global_batch=4)
     (tmp_path / "cluster.yaml").write_text("{}")
-    program(tmp_path, monkeypatch, "sbatch", f"touch {tmp_path}/submitted; exit 1")
-    program(tmp_path, monkeypatch, "squeue", "echo '7|RUNNING'")
+    write_fake_program(tmp_path, monkeypatch, "sbatch", f"touch {tmp_path}/submitted; exit 1")
+    write_fake_program(tmp_path, monkeypatch, "squeue", "echo '7|RUNNING'")
     run = tmp_path / "out" / "runs" / "fsdp2-2"
     run.mkdir(parents=True)
     (run / "job.json").write_text(json.dumps({"launcher": "slurm", "job_id": 7}))
     (run / "metrics.jsonl").write_text("of the job that runs")
     words = [config, "--on", "slurm", "--cluster", tmp_path / "cluster.yaml", "--compare", "fsdp2", "--ranks", "2"]
-    code, said = call([*map(str, words), "--out", str(tmp_path / "out")], monkeypatch, capfd)
+    code, said = run_cli_bench([*map(str, words), "--out", str(tmp_path / "out")], monkeypatch, capfd)
     assert code == 2
     assert f"{run}: job 7 of this run is running; cancel it (qlora-dist cancel), or give another --out\n" in said
     assert (run / "metrics.jsonl").exists() and not (tmp_path / "submitted").exists()
 
 
-def call(
+def run_cli_bench(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> tuple[int | str | None, str]:
     monkeypatch.setattr(sys, "argv", ["qlora-dist", "bench", *words])
@@ -113,7 +113,7 @@ def call(
     return caught.value.code, capfd.readouterr().err
 
 
-def program(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
+def write_fake_program(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
     """A command of SLURM's."""
     path = folder / "bin" / name
     path.parent.mkdir(exist_ok=True)
@@ -147,7 +147,7 @@ def program(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: st
     ],
 )
 def test_why_a_job_has_not_come_to_its_end(state: str, files: list[str], sentence: str, tmp_path: Path) -> None:
-    job = Job("fsdp2-2", tmp_path, tmp_path, tmp_path / "jobs" / "1", 1, 2)
+    job = SlurmJob("fsdp2-2", tmp_path, tmp_path, tmp_path / "jobs" / "1", 1, 2)
     job.folder.mkdir(parents=True)
     texts = {
         "output": (job.output, "much"),
@@ -158,7 +158,7 @@ def test_why_a_job_has_not_come_to_its_end(state: str, files: list[str], sentenc
     for name in files:
         path, text = texts[name]
         path.write_text(text)
-    assert unfinished(job, 7, JobState(state)) == sentence.replace("{output}", str(job.output))
+    assert explain_unfinished_job(job, 7, JobState(state)) == sentence.replace("{output}", str(job.output))
 
 
 @pytest.mark.parametrize(
@@ -185,9 +185,9 @@ def test_how_a_job_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, script in (("squeue", squeue), ("sacct", sacct)):
-        program(tmp_path, monkeypatch, name, script)
+        write_fake_program(tmp_path, monkeypatch, name, script)
     state, (as_expected, has_ended, words) = job_state(7), expected
     assert state == as_expected
     assert (state is not None and state.has_ended) == has_ended
     if words is not None:
-        assert in_words(state).startswith(words)
+        assert job_state_label(state).startswith(words)

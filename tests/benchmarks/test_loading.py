@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # behind tests: 
 
 from loading_table import show  # type: ignore[import-not-found]
 
-from qlora_dist.runtime.machine_info import this_machine
+from qlora_dist.runtime.machine_info import machine_info
 
 MIB = 2**20
 
@@ -36,7 +36,7 @@ def tree(peak: int) -> dict[str, Any]:
         "largest_tensor_bytes": 20 * MIB,
         "cold": False,
         "repeats": 2,
-        "machine": this_machine("cpu"),
+        "machine": machine_info("cpu"),
         "runs": [run | {"loader": "ours", "number": 2} for run in ours]
         + [theirs | {"loader": "from_pretrained", "number": 2}],
         "left_out": {"from_pretrained, 4": "too large"},

@@ -18,7 +18,7 @@ from peer_process import Running  # type: ignore[import-not-found] # noqa: E402
 from systems import SYSTEMS  # type: ignore[import-not-found] # noqa: E402
 from table import reason, show  # type: ignore[import-not-found] # noqa: E402
 
-from qlora_dist.runtime.machine_info import this_machine  # noqa: E402
+from qlora_dist.runtime.machine_info import machine_info  # noqa: E402
 
 STEPS = [
     {"kind": kind, "tokens": tokens, "our_tokens": 400} for kind, tokens in [("full", 400)] * 3 + [("uneven", 300)] * 3
@@ -66,7 +66,7 @@ def tree() -> dict[str, Any]:
         {"system": "torchtune", "ranks": 2, "repeat": 0, "marks": [], "error": ERROR, "namespace": True, "seconds": 20},
     ]
     settings = {"base": "some-model", "rows": 2, "seq_len": 200, "steps": 2, "repeats": 1, "threads": 2}
-    settings |= {"machine": this_machine("cpu")}
+    settings |= {"machine": machine_info("cpu")}
     return {"settings": settings, "systems": figures(runs, STEPS, 2), "runs": runs}
 
 

@@ -9,22 +9,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.checkpoint.manifest import (
-    MANIFEST,
-    DamagedError,
+    CHECKPOINT_MANIFEST,
+    DamagedCheckpointError,
     Manifest,
     check_file,
+    file_sha256,
     find_checkpoints,
-    folder_of_step,
     partial_folder,
     read_manifest,
-    sha256_of,
+    step_folder,
 )
-from qlora_dist.checkpoint.resharding import Cut
+from qlora_dist.checkpoint.resharding import ShardSpec
 
-MANIFEST_OF_ALL = Manifest(
+SAMPLE_MANIFEST = Manifest(
     120,
     2,
-    {"layer.lora_A": Cut((16, 64), 1, 2)},
+    {"layer.lora_A": ShardSpec((16, 64), 1, 2)},
     {"progress": {"loss": 1.25, "nothing": None}, "optimizer_steps": 1, "optimizer_bits": 8, "loss_scale": [1.0, 0]},
     {"base": "0" * 64, "data": "1" * 64, "adapter": None, "config": {"lora.r": 16}},
     {f"rank-0000{rank}.safetensors": (1000, "a" * 64) for rank in (0, 1)},
@@ -32,46 +32,46 @@ MANIFEST_OF_ALL = Manifest(
 
 
 def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_bytes(MANIFEST_OF_ALL.to_bytes())
-    assert read_manifest(tmp_path) == MANIFEST_OF_ALL
+    (tmp_path / CHECKPOINT_MANIFEST).write_bytes(SAMPLE_MANIFEST.to_bytes())
+    assert read_manifest(tmp_path) == SAMPLE_MANIFEST
 
 
 @given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_flipped_bit_is_noticed(position: int, bit: int, tmp_path: Path) -> None:
-    content = bytearray(MANIFEST_OF_ALL.to_bytes())
+    content = bytearray(SAMPLE_MANIFEST.to_bytes())
     content[position % len(content)] ^= 1 << bit
-    (tmp_path / MANIFEST).write_bytes(content)
-    with pytest.raises(DamagedError):
+    (tmp_path / CHECKPOINT_MANIFEST).write_bytes(content)
+    with pytest.raises(DamagedCheckpointError):
         read_manifest(tmp_path)
 
 
-@given(length=st.integers(0, len(MANIFEST_OF_ALL.to_bytes()) - 1))
+@given(length=st.integers(0, len(SAMPLE_MANIFEST.to_bytes()) - 1))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_missing_byte_is_noticed(length: int, tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_bytes(MANIFEST_OF_ALL.to_bytes()[:length])
-    with pytest.raises(DamagedError):
+    (tmp_path / CHECKPOINT_MANIFEST).write_bytes(SAMPLE_MANIFEST.to_bytes()[:length])
+    with pytest.raises(DamagedCheckpointError):
         read_manifest(tmp_path)
 
 
 def test_another_files_bytes_are_noticed(tmp_path: Path) -> None:
     file = tmp_path / "rank-00000.safetensors"
     file.write_bytes(b"x" * 100)
-    digest = sha256_of(file)
+    digest = file_sha256(file)
     check_file(tmp_path, file.name, 100, digest)
     for content in (b"x" * 99 + b"y", b"x" * 99, b"x" * 101, b""):
         file.write_bytes(content)
-        with pytest.raises(DamagedError, match=file.name):
+        with pytest.raises(DamagedCheckpointError, match=file.name):
             check_file(tmp_path, file.name, 100, digest)
     file.unlink()
-    with pytest.raises(DamagedError, match="is missing"):
+    with pytest.raises(DamagedCheckpointError, match="is missing"):
         check_file(tmp_path, file.name, 100, digest)
 
 
 def test_the_newest_comes_first_and_half_written_ones_not_at_all(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path / "none") == []
     for step in (9, 10, 1_000_000):
-        folder_of_step(tmp_path, step).mkdir()
-    partial_folder(folder_of_step(tmp_path, 11)).mkdir()
+        step_folder(tmp_path, step).mkdir()
+    partial_folder(step_folder(tmp_path, 11)).mkdir()
     (tmp_path / "step-12").mkdir()
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-1000000", "step-000010", "step-000009"]

@@ -55,7 +55,9 @@ def assert_one_sentence(result: tuple[int, str, str], *parts: str) -> None:
         assert str(part) in err
 
 
-def in_a_process(*words: str | Path, options: tuple[str, ...] = (), **environ: str) -> subprocess.CompletedProcess[str]:
+def run_cli_process(
+    *words: str | Path, options: tuple[str, ...] = (), **environ: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *options, "-m", "qlora_dist", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, timeout=120)
 
@@ -93,7 +95,7 @@ def imported(stderr: str) -> set[str]:
     "words", [["--help"], ["train", "--help"], ["quantize", "--help"], ["preprocess", "--help"], ["version"]]
 )
 def test_help_comes_without_torch(words):
-    done = in_a_process(*words, options=("-X", "importtime"))
+    done = run_cli_process(*words, options=("-X", "importtime"))
     assert done.returncode == 0
     assert (__version__ if words == ["version"] else "Usage") in done.stdout
     packages = imported(done.stderr)
@@ -103,7 +105,7 @@ def test_help_comes_without_torch(words):
 
 def test_mistakes_in_the_configuration_come_without_torch(tmp_path):
     path = tiny_models.make_config(tmp_path, tmp_path / "no-model")
-    done = in_a_process("train", path, "train.stpes=3", options=("-X", "importtime"))
+    done = run_cli_process("train", path, "train.stpes=3", options=("-X", "importtime"))
     sentence = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2
     assert sentence == ["qlora-dist: override train.stpes=3: train.stpes: unknown key; did you mean train.steps?"]
@@ -115,7 +117,7 @@ def test_mistakes_in_the_configuration_come_without_torch(tmp_path):
 def test_a_mesh_that_does_not_fit_is_refused_before_the_ranks_join(tiny_llama, tmp_path):
     # no other rank is there and nobody listens: joining would wait
     path = tiny_models.make_config(tmp_path, tiny_llama)
-    done = in_a_process("train", path, "parallel.base=3", "--dry-run", **WORLD_OF_4)
+    done = run_cli_process("train", path, "parallel.base=3", "--dry-run", **WORLD_OF_4)
     assert done.returncode == 2
     assert done.stderr == "qlora-dist: parallel.base: 3 does not divide the world of 4 ranks; use 1, 2 or 4\n"
 
@@ -178,18 +180,18 @@ def test_minus_h_is_help(cli):
     assert "Usage" in out
 
 
-def truncated(folder: Path) -> Path:
+def truncate_weights(folder: Path) -> Path:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     return folder
 
 
-def as_pickle(folder: Path) -> Path:
+def convert_to_pickle(folder: Path) -> Path:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     return folder
 
 
-def without(name: str) -> Callable[[Path], Path]:
+def remove_file(name: str) -> Callable[[Path], Path]:
     def remove(folder: Path) -> Path:
         (folder / name).unlink()
         return folder
@@ -206,7 +208,7 @@ def set_config(**changes: object) -> Callable[[Path], Path]:
     return change
 
 
-def without_tokenizer(folder: Path) -> Path:
+def remove_tokenizer(folder: Path) -> Path:
     for path in folder.glob("*token*"):
         path.unlink()
     (folder / "chat_template.jinja").unlink()
@@ -215,9 +217,12 @@ def without_tokenizer(folder: Path) -> Path:
 
 DAMAGED_MODELS = {
     "gone": (lambda folder: shutil.rmtree(folder), "no such folder; give the folder of a Hugging Face model"),
-    "a pickle": (as_pickle, "pytorch_model.bin is a pickle, which is never read; save the model as safetensors"),
-    "truncated": (truncated, "model.safetensors: is truncated: "),
-    "no config": (without("config.json"), "config.json: is missing"),
+    "a pickle": (
+        convert_to_pickle,
+        "pytorch_model.bin is a pickle, which is never read; save the model as safetensors",
+    ),
+    "truncated": (truncate_weights, "model.safetensors: is truncated: "),
+    "no config": (remove_file("config.json"), "config.json: is missing"),
     "unknown architecture": (
         set_config(model_type="gpt99", architectures=["Gpt99ForCausalLM"]),
         "makes no causal language model of it",
@@ -286,13 +291,13 @@ def test_data_that_cannot_be_used(cli, tiny_llama, tmp_path, damage):
 
 def test_a_tokenizer_without_chat_template(cli, tiny_llama, tmp_path):
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    without("chat_template.jinja")(folder)
+    remove_file("chat_template.jinja")(folder)
     path = tiny_models.make_config(tmp_path, folder)
     assert_one_sentence(cli("train", path), "chat template")
 
 
 def test_a_model_without_tokenizer(cli, tiny_llama, tmp_path):
-    folder = without_tokenizer(Path(shutil.copytree(tiny_llama, tmp_path / "model")))
+    folder = remove_tokenizer(Path(shutil.copytree(tiny_llama, tmp_path / "model")))
     path = tiny_models.make_config(tmp_path, folder)
     assert_one_sentence(cli("train", path), f"{folder}: holds no tokenizer")
 

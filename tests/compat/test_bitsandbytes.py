@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from qlora_dist.compat.bitsandbytes import _compile_at_first_call
+from qlora_dist.compat.bitsandbytes import _lazy_compile
 
 CODE = """
 import sys
@@ -29,7 +29,7 @@ def test_a_function_is_compiled_when_it_is_called() -> None:
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x if torch.compiler.is_compiling() else x
 
-    later = _compile_at_first_call(double, backend="eager", dynamic=False)
+    later = _lazy_compile(double, backend="eager", dynamic=False)
     assert later.__name__ == "double"
     assert later(torch.ones(2)).tolist() == [2, 2]
     assert later(torch.ones(2)).tolist() == [2, 2]

@@ -14,21 +14,21 @@ from torch.distributed.tensor import DTensor, Shard
 
 from qlora_dist.compat.fsdp import (
     MeshPlacement,
-    Pass,
+    PassDirection,
     _groups,
     _shard_dim_name,
     frozen_shards,
-    keep_trained_on_device,
     observe_collectives,
-    page_frozen,
+    offload_frozen_only,
+    page_frozen_parameters,
 )
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from tests.helpers.ranks import run_ranks
 
 
 def two_meshes_in_one_unit() -> None:
-    with process_group(ranks_from_environment(), torch.device("cpu")):
+    with process_group(read_rank_info(), torch.device("cpu")):
         world = init_device_mesh("cpu", (2,), mesh_dim_names=("world",))
         alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replica", "shard"))["shard"]
         place = MeshPlacement(world)
@@ -42,7 +42,7 @@ def two_meshes_in_one_unit() -> None:
             shard_placement_fn=lambda p: place(Shard(1)) if p.requires_grad else None,
             offload_policy=CPUOffloadPolicy(pin_memory=False),
         )
-        keep_trained_on_device(unit)
+        offload_frozen_only(unit)
         seen: list[tuple[str, str, int]] = []
         observe_collectives(unit, lambda *event: seen.append(event))
 
@@ -67,7 +67,7 @@ def two_meshes_in_one_unit() -> None:
 
 def paged_units() -> None:
     """Two layers of one frozen and one trained matrix, the frozen one's bytes in a page: against plain tensors."""
-    with process_group(ranks_from_environment(), torch.device("cpu")):
+    with process_group(read_rank_info(), torch.device("cpu")):
         rank, ranks = dist.get_rank(), dist.get_world_size()
         mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("world",))
         torch.manual_seed(0)
@@ -84,14 +84,14 @@ def paged_units() -> None:
             whole = torch.nn.functional.pad(frozen[index], (0, 0, 0, 1))  # to what two ranks hold together
             page = whole[rank * nbytes // 20 :][: nbytes // 20].reshape(-1).view(torch.uint8)
 
-            def get_page(which: Pass, index: int = index, page: torch.Tensor = page) -> torch.Tensor:
+            def get_page(which: PassDirection, index: int = index, page: torch.Tensor = page) -> torch.Tensor:
                 events.append(("used", index, which))
                 return page
 
             def page_done(used: torch.Event | None, index: int = index) -> None:
                 events.append(("done", *events[-1][1:]))
 
-            page_frozen(layer, get_page, page_done)
+            page_frozen_parameters(layer, get_page, page_done)
         fully_shard(model, mesh=mesh)
         for index, layer in enumerate(layers):
             empty = torch.empty(layer[1].weight.to_local().shape)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.compat.versions import _release, check_versions
+from qlora_dist.compat.versions import _parse_release, check_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,7 @@ def test_this_installation_is_accepted():
     ],
 )
 def test_release(version, release):
-    assert _release(version) == release
+    assert _parse_release(version) == release
 
 
 def fake_installation(folder: Path, **versions: str) -> None:

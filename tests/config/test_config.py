@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qlora_dist.config.config_errors import known_keys
 from qlora_dist.config.config_file import dump_config, load_config
-from qlora_dist.config.other_trainers import ADVICE
+from qlora_dist.config.other_trainers import KEY_ADVICE
 from qlora_dist.config.schema import Config, SourceConfig
 from qlora_dist.errors import UserError
 
@@ -25,7 +25,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
-def mistakes(path: Path, text: str | bytes, *overrides: str) -> list[str]:
+def config_problems(path: Path, text: str | bytes, *overrides: str) -> list[str]:
     """The lines that a file's mistakes earn, the file's name written FILE."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
@@ -33,9 +33,9 @@ def mistakes(path: Path, text: str | bytes, *overrides: str) -> list[str]:
     return str(caught.value).replace(str(path), "FILE").split("\n")
 
 
-def mistake(path: Path, text: str | bytes, *overrides: str) -> str:
+def config_problem(path: Path, text: str | bytes, *overrides: str) -> str:
     """The sentence that a file's only mistake earns."""
-    (sentence,) = mistakes(path, text, *overrides)
+    (sentence,) = config_problems(path, text, *overrides)
     return sentence
 
 
@@ -65,7 +65,7 @@ def test_a_source_is_a_path_or_a_mapping(path):
     ],
 )
 def test_mistakes_in_a_source_are_named_with_their_line(path, text, message):
-    assert mistake(path, SOURCES + text).startswith(message)
+    assert config_problem(path, SOURCES + text).startswith(message)
 
 
 def test_one_source_need_not_be_a_list(path):
@@ -76,12 +76,12 @@ def test_one_source_need_not_be_a_list(path):
     path.write_text(dump_config(config))
     assert load_config(path) == config
     for share in ("1", "-1%", "1 %", "101%"):
-        assert "data.max_bad_rows: should " in mistake(path, BASE, f"data.max_bad_rows='{share}'")
+        assert "data.max_bad_rows: should " in config_problem(path, BASE, f"data.max_bad_rows='{share}'")
 
 
 def test_mistakes_of_an_override_are_not_blamed_on_the_file(path):
     override = "data.train=[a.jsonl, {path: b.jsonl, wieght: 2}]"
-    message = mistake(path, SOURCES + "      weight: 1", override)
+    message = config_problem(path, SOURCES + "      weight: 1", override)
     assert message == f"override {override}: data.train.wieght: unknown key; did you mean data.train.weight?"
 
 
@@ -110,7 +110,7 @@ def test_defaults_are_qloras(path):
     ],
 )
 def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):
-    assert mistake(path, BASE + text).startswith(message)
+    assert config_problem(path, BASE + text).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):
     ],
 )
 def test_wrong_values_are_named_with_line_and_what_is_wanted(path, text, message):
-    assert mistake(path, BASE + text).startswith(message)
+    assert config_problem(path, BASE + text).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_wrong_values_are_named_with_line_and_what_is_wanted(path, text, message
     ],
 )
 def test_what_is_no_configuration_is_refused(path, text, message):
-    assert mistake(path, text).startswith(message)
+    assert config_problem(path, text).startswith(message)
 
 
 def test_all_mistakes_are_in_one_answer_each_with_its_line(path):
@@ -196,7 +196,7 @@ optim: {lr: "2e-4", warmup_steps: 200}
 train: {global_batch: 5, micro_batch: 2, steps: 100, epochs: 2, seed: -1}
 parallel: {base: paged, offload: base}
 """
-    assert mistakes(path, text, "train.stpes=3", "train.steps=7") == [
+    assert config_problems(path, text, "train.stpes=3", "train.steps=7") == [
         "FILE: 11 mistakes",
         "FILE, line 1: model.base: is missing; add it",
         "FILE, line 2: model.compute_dtype: should be 'bf16', 'fp16' or 'fp32', not 'bfloat16'",
@@ -215,19 +215,20 @@ parallel: {base: paged, offload: base}
 
 def test_values_are_not_said_to_contradict_one_that_is_wrong_itself(path):
     sentence = "FILE, line 3: train.micro_batch: should be greater than or equal to 1, not 0"
-    assert mistake(path, BASE + "train: {global_batch: 5, micro_batch: 0}") == sentence
+    assert config_problem(path, BASE + "train: {global_batch: 5, micro_batch: 0}") == sentence
 
 
 def test_a_misspelt_section_or_key_is_one_mistake(path):
     assert (
-        mistake(path, "modle: {base: m}\ndata: {train: [a]}") == "FILE, line 1: modle: unknown key; did you mean model?"
+        config_problem(path, "modle: {base: m}\ndata: {train: [a]}")
+        == "FILE, line 1: modle: unknown key; did you mean model?"
     )
-    assert mistake(path, "model: {bass: m}\ndata: {train: [a]}") == (
+    assert config_problem(path, "model: {bass: m}\ndata: {train: [a]}") == (
         "FILE, line 1: model.bass: unknown key; did you mean model.base?"
     )
     missing = ["FILE: 2 mistakes", "FILE: model: is missing; add it", "FILE: data: is missing; add it"]
-    assert mistakes(path, "") == missing
-    assert mistakes(path, SOURCES + "    - {wieght: 2}") == [
+    assert config_problems(path, "") == missing
+    assert config_problems(path, SOURCES + "    - {wieght: 2}") == [
         "FILE: 2 mistakes",
         "FILE, line 6: data.train.wieght: unknown key; did you mean data.train.weight?",
         "FILE, line 6: data.train.path: is missing; add it",
@@ -252,7 +253,7 @@ loss_watchdog_patience: 3
 
 def test_a_file_of_another_trainer_is_answered_from_the_page_that_compares_keys(path):
     always = "leave it out: training is always QLoRA, with a base in 4 bit"
-    assert mistakes(path, AXOLOTL) == [
+    assert config_problems(path, AXOLOTL) == [
         'FILE: looks like a configuration of axolotl; see docs/training.md, "Coming from another trainer"',
         "FILE, line 1: base_model: unknown key; write model.base",
         f"FILE, line 2: load_in_4bit: unknown key; {always}",
@@ -266,14 +267,14 @@ def test_a_file_of_another_trainer_is_answered_from_the_page_that_compares_keys(
         "FILE: no key of the same name or meaning: special_tokens, loss_watchdog_patience",
     ]
     trl = "model_name_or_path: m\ndataset_name: d\nuse_peft: true\nlora_r: 16\noptim: adamw_torch"
-    assert mistakes(path, trl)[0].startswith("FILE: looks like a configuration of TRL; see ")
+    assert config_problems(path, trl)[0].startswith("FILE: looks like a configuration of TRL; see ")
     factory = "model_name_or_path: m\nstage: sft\nfinetuning_type: lora\ndataset: d\ncutoff_len: 9"
-    assert mistakes(path, factory)[0].startswith("FILE: looks like a configuration of LLaMA-Factory; see ")
+    assert config_problems(path, factory)[0].startswith("FILE: looks like a configuration of LLaMA-Factory; see ")
 
 
 def test_what_is_advised_for_another_trainers_key_is_a_key():
     known = {".".join(key) for key in known_keys(Config)}
-    for key, advice in ADVICE.items():
+    for key, advice in KEY_ADVICE.items():
         named = re.findall(r"\b(?:model|lora|data|parallel|optim|paging|train|run)\.\w+", advice)
         assert set(named) <= known, key
 
@@ -321,7 +322,7 @@ def test_a_section_may_be_merged_from_another(path):
 
 def test_rows_that_are_packed_cannot_be_grouped_by_length(path):
     message = "data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out"
-    assert mistake(path, BASE, "data.group_by_length=true") == f"override data.group_by_length=true: {message}"
+    assert config_problem(path, BASE, "data.group_by_length=true") == f"override data.group_by_length=true: {message}"
     assert load_config(path, ["data.group_by_length=true", "data.packing=none"]).data.group_by_length
 
 
@@ -378,7 +379,7 @@ def test_overrides_win_in_their_order(path):
     ],
 )
 def test_wrong_overrides_are_named(path, override, message):
-    assert mistake(path, BASE, override).startswith(message)
+    assert config_problem(path, BASE, override).startswith(message)
 
 
 # YAML takes these for line breaks, and the dumper does not quote them

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.cli.plan_command import Asked, plan_for
+from qlora_dist.cli.plan_command import PlanArgs, plan_from_args
 from qlora_dist.config.config_file import load_config
-from qlora_dist.config.max_positions import check_seq_len, positions
+from qlora_dist.config.max_positions import check_seq_len, max_positions
 from qlora_dist.errors import UserError
-from qlora_dist.plan.plan_search import search
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import set_up
+from qlora_dist.plan.plan_search import search_plans
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import tiny_models
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -46,7 +46,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
     ],
 )  # fmt: skip
 def test_positions(config: dict[str, Any], expected: int | None) -> None:
-    assert positions(config) == expected
+    assert max_positions(config) == expected
     check_seq_len(expected or 10**9, config, "model")
     if expected is not None:
         with pytest.raises(UserError, match=f"{expected + 1:,} is more than the {expected:,} positions of model; set "):
@@ -56,8 +56,8 @@ def test_positions(config: dict[str, Any], expected: int | None) -> None:
 def test_training_and_plans_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     config = load_config(tiny_models.make_config(tmp_path, tiny_llama, data__seq_len=513))
     with pytest.raises(UserError, match=r"data.seq_len: 513 is more than the 512 positions of .*; set data.seq_len"):
-        set_up(config, ranks_from_environment({}))
-    asked = Asked("llama-2-7b", ["data.seq_len=32768"], 1, "h100-80gb", 1, "infiniband-400g")
-    for plan in (plan_for, search):
+        set_up_run(config, read_rank_info({}))
+    asked = PlanArgs("llama-2-7b", ["data.seq_len=32768"], 1, "h100-80gb", 1, "infiniband-400g")
+    for plan in (plan_from_args, search_plans):
         with pytest.raises(UserError, match=r"32,768 is more than the 4,096 positions of llama-2-7b; set data.seq_len"):
             plan(asked)

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.cpu.cpu_quantize import _table, encode
-from qlora_dist.nf4.quantize import quantize
+from qlora_dist.cpu.cpu_quantize import _table, quantize_4bit_cpu
+from qlora_dist.nf4.quantize import quantize_weight
 
 QUANT_TYPES = ["nf4", "fp4"]
 
 
 def same_as_bitsandbytes(weights: torch.Tensor, block_size: int, quant_type: str) -> None:
-    codes, absmax = encode(weights.clone(), block_size, quant_type)  # type: ignore[arg-type]
+    codes, absmax = quantize_4bit_cpu(weights.clone(), block_size, quant_type)  # type: ignore[arg-type]
     expected, state = bnb.quantize_4bit(weights, blocksize=block_size, quant_type=quant_type)
     assert torch.equal(codes, expected.flatten())
     assert torch.equal(absmax, state.absmax)
@@ -70,7 +70,7 @@ def test_random_weights(
 def test_weights_that_are_not_finite_are_bitsandbytes_affair(value: float) -> None:
     weights = torch.randn(8, 64)
     weights[3, 5] = value
-    packed, layout = quantize(weights, double_quant=False)
+    packed, layout = quantize_weight(weights, double_quant=False)
     expected, state = bnb.quantize_4bit(weights.flatten(), blocksize=64, quant_type="nf4")
     assert torch.equal(packed[layout.codes], expected.flatten())
     assert torch.equal(packed[layout.absmax].view(torch.float32), state.absmax) or value != value
@@ -79,5 +79,5 @@ def test_weights_that_are_not_finite_are_bitsandbytes_affair(value: float) -> No
 def test_the_weights_are_left_as_they_were() -> None:
     weights = torch.randn(64)
     before = weights.clone()
-    encode(weights, 64, "nf4")
+    quantize_4bit_cpu(weights, 64, "nf4")
     assert torch.equal(weights, before)

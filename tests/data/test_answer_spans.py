@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qlora_dist.data import answer_spans
-from qlora_dist.data.chat_renderer import Renderer
-from qlora_dist.data.row_encoder import Encoded, Encoder
+from qlora_dist.data.chat_renderer import ChatRenderer
+from qlora_dist.data.row_encoder import Encoded, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from tests.helpers.published_tokenizers import make_tokenizer
 
@@ -17,7 +17,7 @@ CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "what", "arg
 CONTENTS = ["a", "the cat", " sat \n", "\n\nfoo", "字🙂", '{"a": 1}', "<tool_response>", "</think>", "qzj0z3b"]
 
 
-def run(steps: int, rng: random.Random, thoughts: float, contents: list[str]) -> list[dict[str, Any]]:
+def make_agent_messages(steps: int, rng: random.Random, thoughts: float, contents: list[str]) -> list[dict[str, Any]]:
     """A question, steps of calls and results, and the answer."""
     messages = [{"role": "user", "content": rng.choice(contents)}]
     for _ in range(steps):
@@ -31,18 +31,18 @@ def run(steps: int, rng: random.Random, thoughts: float, contents: list[str]) ->
 def test_long_conversations_are_trained_as_short_ones(name, monkeypatch):
     """The same tokens and refusals as when the conversation is rendered up to each answer."""
     rng = random.Random(name)
-    encoder = Encoder(make_tokenizer(name), "assistant")
+    encoder = RowEncoder(make_tokenizer(name), "assistant")
     tools = "tool_calls" in make_tokenizer(name).chat_template
     kinds = []
     for contents in (CONTENTS[:2], CONTENTS):
         for steps, thoughts in [(0, 0.0), *([(1, 0.0), (26, 0.0), (26, 1.0), (2, 0.02)] if tools else [])]:
             messages: list[dict[str, Any]] = []
-            while sum(message["role"] == "assistant" for message in messages) < answer_spans.MANY:
-                messages += run(steps, rng, thoughts, contents)
+            while sum(message["role"] == "assistant" for message in messages) < answer_spans.MIN_ANSWERS_TO_DERIVE:
+                messages += make_agent_messages(steps, rng, thoughts, contents)
             row = MessagesRow("train.jsonl, line 7", messages)
             (derived,) = encoder.encode([row])
             with monkeypatch.context() as patch:
-                patch.setattr(answer_spans, "MANY", 10**9)
+                patch.setattr(answer_spans, "MIN_ANSWERS_TO_DERIVE", 10**9)
                 (exact,) = encoder.encode([row])
             kinds.append(type(exact))
             if isinstance(exact, Encoded):
@@ -58,21 +58,21 @@ def test_long_conversations_are_trained_as_short_ones(name, monkeypatch):
 def test_a_few_renderings(name, steps, monkeypatch):
     """Not one for each answer, which made 200 steps take 24 times as long as the tokenizer."""
     rendered = []
-    text = Renderer.text
+    text = ChatRenderer.text
 
-    def counted(self: Renderer, *args: Any, **options: Any) -> str:
+    def counted(self: ChatRenderer, *args: Any, **options: Any) -> str:
         rendered.append(1)
         return text(self, *args, **options)
 
-    monkeypatch.setattr(Renderer, "text", counted)
-    encoder = Encoder(make_tokenizer(name), "assistant")
+    monkeypatch.setattr(ChatRenderer, "text", counted)
+    encoder = RowEncoder(make_tokenizer(name), "assistant")
     found = []
     for long in (1, 4):
         rng = random.Random(0)
         thoughts = float(name == "qwen3")  # other templates write none
-        messages = run(40 * long, rng, thoughts, CONTENTS[:3]) if steps else []
+        messages = make_agent_messages(40 * long, rng, thoughts, CONTENTS[:3]) if steps else []
         for _ in range(0 if steps else 40 * long):
-            messages += run(0, rng, 0.0, CONTENTS[:3])
+            messages += make_agent_messages(0, rng, 0.0, CONTENTS[:3])
         rendered.clear()
         (encoded,) = encoder.encode([MessagesRow("1", messages)])
         assert isinstance(encoded, Encoded)
@@ -85,6 +85,6 @@ def test_one_rewritten_turn_among_many_is_noticed():
     rng = random.Random(0)
     messages: list[dict[str, Any]] = []
     for turn in range(30):
-        messages += run(2, rng, float(turn == 17), CONTENTS[:2])
-    (row,) = Encoder(make_tokenizer("qwen3"), "assistant").encode([MessagesRow("1", messages)])
+        messages += make_agent_messages(2, rng, float(turn == 17), CONTENTS[:2])
+    (row,) = RowEncoder(make_tokenizer("qwen3"), "assistant").encode([MessagesRow("1", messages)])
     assert isinstance(row, BadRow) and "rewrites history (the prompt of message" in row.reason

@@ -14,9 +14,9 @@ import pytest
 
 from qlora_dist.config.schema import SourceConfig
 from qlora_dist.data import hub
-from qlora_dist.data.row_encoder import Encoder
-from qlora_dist.data.row_formats import typed_rows
-from qlora_dist.data.source import read_rows, source_files
+from qlora_dist.data.row_encoder import RowEncoder
+from qlora_dist.data.row_formats import parse_rows
+from qlora_dist.data.source import read_source_rows, source_files
 from qlora_dist.data.source_row import BadRow, MessagesRow, TextRow
 from qlora_dist.errors import UserError
 from tests.helpers.published_tokenizers import make_tokenizer
@@ -26,7 +26,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
 def rows(path: Path, **keys) -> list:
-    return list(read_rows(SourceConfig(path=str(path), **keys), "auto"))
+    return list(read_source_rows(SourceConfig(path=str(path), **keys), "auto"))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_parquet(path):
 def test_parquet_is_not_held_whole(path):
     pq.write_table(pa.table({"text": [os.urandom(500).hex() for _ in range(30_000)]}), path, row_group_size=30_000)
     before = pa.total_allocated_bytes()
-    held = max(pa.total_allocated_bytes() - before for _ in read_rows(SourceConfig(path=str(path))))
+    held = max(pa.total_allocated_bytes() - before for _ in read_source_rows(SourceConfig(path=str(path))))
     assert held < 10 << 20, "the file has 30 MB, in one row group"
 
 
@@ -127,14 +127,17 @@ ADD = {"type": "object", "properties": {"a": {"type": "integer", "enum": [1, Non
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
 
-def called(name: str, arguments: dict, parameters: dict) -> dict:
+def tool_call_row(name: str, arguments: dict, parameters: dict) -> dict:
     """A row whose only function has its own arguments."""
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     tool = {"type": "function", "function": {"name": name, "parameters": parameters}}
     return {"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [tool]}
 
 
-CALLED = [called("add", {"a": 1, "b": {"c": [1, None]}}, ADD), called("weather", {"city": "Oslo"}, WEATHER)]
+CALLED = [
+    tool_call_row("add", {"a": 1, "b": {"c": [1, None]}}, ADD),
+    tool_call_row("weather", {"city": "Oslo"}, WEATHER),
+]
 
 
 @pytest.mark.parametrize("source", ["parquet", "disk", "hub"])
@@ -145,7 +148,7 @@ def test_arguments_that_other_rows_have_are_not_trained(tmp_path, monkeypatch, s
     table, target = pa.Table.from_pylist(CALLED), tmp_path / "made"
     assert json.dumps(table.to_pylist()).count(": null") > 4
     tokenizer = make_tokenizer("qwen3")
-    encoder = Encoder(tokenizer, "assistant")
+    encoder = RowEncoder(tokenizer, "assistant")
     expected = encoder.encode(rows(jsonl))
     assert "null" not in tokenizer.decode(expected[1].tokens)
     if source == "disk":
@@ -156,8 +159,8 @@ def test_arguments_that_other_rows_have_are_not_trained(tmp_path, monkeypatch, s
         pq.write_table(table, target / "train.parquet")
         found = rows(target / "train.parquet")
     if source == "hub":  # streamed by `datasets` from this folder; only the question for the commit needs a network
-        monkeypatch.setattr(hub, "hub_revision", lambda name: None)
-        found = list(typed_rows(hub.read_hub(str(target), None, "train"), "auto", ""))
+        monkeypatch.setattr(hub, "fetch_hub_revision", lambda name: None)
+        found = list(parse_rows(hub.read_hub_dataset(str(target), None, "train"), "auto", ""))
     assert [(row.messages, row.tools) for row in found] == [(row.messages, row.tools) for row in rows(jsonl)]
     for one, other in zip(encoder.encode(found), expected, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()

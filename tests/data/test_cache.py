@@ -17,7 +17,7 @@ import pytest
 from filelock import SoftFileLease
 
 from qlora_dist.data import cache
-from qlora_dist.data.cache import is_complete, prepared
+from qlora_dist.data.cache import get_or_create_entry, is_complete
 from qlora_dist.errors import UserError
 from qlora_dist.runtime import lease
 
@@ -25,40 +25,40 @@ CONTEXT = multiprocessing.get_context("fork")
 RANKS = 6
 
 
-def make(folder: Path) -> None:
+def create_slowly(folder: Path) -> None:
     """An entry of two files; who makes it signs in a file beside, and goes on when the test lets it."""
     with (folder.parent / "makers").open("a") as file:
         file.write(f"{os.getpid()}\n")
     (folder / "first").write_text("x" * 1000)
-    (folder / cache.NOTE).write_text("half of it")
-    await_("the test", (folder.parent / "go").exists)
+    (folder / cache.PROGRESS_FILE).write_text("half of it")
+    wait_until("the test", (folder.parent / "go").exists)
     (folder / "second").write_text("y")
 
 
-def fail(folder: Path) -> None:
-    make(folder)
+def create_and_fail(folder: Path) -> None:
+    create_slowly(folder)
     raise UserError("the data is bad; mend it")
 
 
-def fill_the_disk(folder: Path) -> None:
+def create_on_full_disk(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     (folder / "small").write_text("x")
     (folder / "large").write_text("x" * 100_000)
 
 
-def await_(what: str, happened: Callable[[], object]) -> None:
+def wait_until(what: str, happened: Callable[[], object]) -> None:
     end = time.monotonic() + 20
     while not happened():
         assert time.monotonic() < end, f"{what}: nothing happens"
         time.sleep(0.01)
 
 
-def sign(folder: Path) -> None:
+def record_reader(folder: Path) -> None:
     with (folder.parent / "readers").open("a") as file:
         file.write(f"{os.getpid()}\n")
 
 
-def rank(pipe: Connection, folder: Path, make: Callable[[Path], None], read: Callable[[Path], None]) -> None:
+def request_entry(pipe: Connection, folder: Path, make: Callable[[Path], None], read: Callable[[Path], None]) -> None:
     said: list[str] = []
 
     def say(line: str) -> None:
@@ -66,13 +66,13 @@ def rank(pipe: Connection, folder: Path, make: Callable[[Path], None], read: Cal
         (folder.parent / f"waiting-{os.getpid()}").touch()
 
     try:
-        prepared(folder, make, say, read)
+        get_or_create_entry(folder, make, say, read)
         pipe.send((None, said))
     except Exception as error:
         pipe.send((f"{type(error).__name__}: {error}", said))
 
 
-class Ranks:
+class EntryRequests:
     """Processes that all want the same entry."""
 
     def __init__(
@@ -85,7 +85,7 @@ class Ranks:
         self.pipes = {}
         for _ in range(count):
             ours, theirs = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=rank, args=(theirs, folder, make, read))
+            process = CONTEXT.Process(target=request_entry, args=(theirs, folder, make, read))
             process.start()
             theirs.close()
             self.pipes[ours] = process
@@ -112,14 +112,14 @@ class Ranks:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cache, "_SAY_S", (0.0, 30.0))  # who waits says so at once
+    monkeypatch.setattr(cache, "_WAIT_LOG_INTERVALS_S", (0.0, 30.0))  # who waits says so at once
     return tmp_path / "cache" / "sequences" / "abc"
 
 
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "LEASE_S", 1.0)
-    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(lease, "LEASE_DURATION_S", 1.0)
+    monkeypatch.setattr(lease, "LEASE_HEARTBEAT_S", 0.2)
 
 
 @pytest.fixture(params=["a disk", "NFS"])
@@ -128,221 +128,221 @@ def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr("filelock._soft.exchange_names", lambda source, target: False, raising=False)
 
 
-def makers(folder: Path) -> list[int]:
+def maker_pids(folder: Path) -> list[int]:
     signed = folder.parent / "makers"
     return [int(line) for line in signed.read_text().split()] if signed.exists() else []
 
 
-def let_go(folder: Path) -> None:
+def allow_creation(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     (folder.parent / "go").touch()
 
 
-def let_go_when_all_wait(folder: Path, count: int = RANKS) -> None:
-    await_("the others", lambda: len(list(folder.parent.glob("waiting-*"))) == count - 1)
-    let_go(folder)
+def allow_creation_when_all_wait(folder: Path, count: int = RANKS) -> None:
+    wait_until("the others", lambda: len(list(folder.parent.glob("waiting-*"))) == count - 1)
+    allow_creation(folder)
 
 
-def beside(folder: Path) -> set[str]:
+def sibling_names(folder: Path) -> set[str]:
     """What preparing has left, without the note that the entry was checked."""
     return {path.name for path in folder.parent.iterdir() if path.name.startswith("abc.")} - {"abc.checked"}
 
 
 def test_one_prepares_and_all_get_it(folder):
-    ranks = Ranks(folder, make)
-    let_go_when_all_wait(folder)
+    ranks = EntryRequests(folder, create_slowly)
+    allow_creation_when_all_wait(folder)
     results = ranks.results()
     assert [error for error, _ in results] == [None] * RANKS
-    (maker,) = makers(folder)
+    (maker,) = maker_pids(folder)
     lines = [line for _, said in results for line in said]
     assert len(lines) == RANKS - 1
     assert all(f"process {maker}, to prepare {folder} (" in line for line in lines)
     assert {path.name for path in folder.iterdir()} == {"first", "second", "sums.json", "entry.json"}
-    assert not beside(folder), "no lock, nothing half-written"
-    prepared(folder, fail, print)  # is there: not made again
+    assert not sibling_names(folder), "no lock, nothing half-written"
+    get_or_create_entry(folder, create_and_fail, print)  # is there: not made again
 
 
 def test_who_waits_is_told_how_far_the_other_is(folder):
-    maker = Ranks(folder, make, 1)
-    await_("the first", lambda: list(folder.parent.glob(f"abc.partial-*/{cache.NOTE}")))
-    waiting = Ranks(folder, make, 1)
-    let_go_when_all_wait(folder, 2)
+    maker = EntryRequests(folder, create_slowly, 1)
+    wait_until("the first", lambda: list(folder.parent.glob(f"abc.partial-*/{cache.PROGRESS_FILE}")))
+    waiting = EntryRequests(folder, create_slowly, 1)
+    allow_creation_when_all_wait(folder, 2)
     ((_, (line,)),) = waiting.results()
     assert line.endswith(" s; half of it)")
     assert maker.results() == [(None, [])]
 
 
 def test_a_mistake_in_the_data_is_told_to_all_who_wait(folder):
-    ranks = Ranks(folder, fail)
-    let_go_when_all_wait(folder)
+    ranks = EntryRequests(folder, create_and_fail)
+    allow_creation_when_all_wait(folder)
     assert [error for error, _ in ranks.results()] == ["UserError: the data is bad; mend it"] * RANKS
-    assert len(makers(folder)) == 1
+    assert len(maker_pids(folder)) == 1
     assert not folder.exists()
-    assert beside(folder) == {"abc.failed"}
+    assert sibling_names(folder) == {"abc.failed"}
     # whoever comes later has not waited for it, and tries
-    prepared(folder, make, print)
-    assert len(makers(folder)) == 2
-    assert not beside(folder)
+    get_or_create_entry(folder, create_slowly, print)
+    assert len(maker_pids(folder)) == 2
+    assert not sibling_names(folder)
 
 
 def test_a_killed_holder_is_replaced_at_once(folder, file_system):
-    ranks = Ranks(folder, make)
-    await_("the first", lambda: len(makers(folder)) == 1)
+    ranks = EntryRequests(folder, create_slowly)
+    wait_until("the first", lambda: len(maker_pids(folder)) == 1)
     started = time.monotonic()
-    ranks.kill(makers(folder)[0])
-    let_go(folder)
+    ranks.kill(maker_pids(folder)[0])
+    allow_creation(folder)
     assert [error for error, _ in ranks.results()] == [None] * (RANKS - 1)
-    assert time.monotonic() - started < lease.LEASE_S / 2
-    assert len(makers(folder)) == 2
+    assert time.monotonic() - started < lease.LEASE_DURATION_S / 2
+    assert len(maker_pids(folder)) == 2
     assert is_complete(folder)
-    assert not beside(folder), "what the dead one has left is gone"
+    assert not sibling_names(folder), "what the dead one has left is gone"
 
 
 def test_a_holder_on_a_node_that_is_gone_is_replaced(folder, short_lease, file_system):
     """Its process cannot be asked for from here: its lock is no longer refreshed, that is all."""
-    let_go(folder)
+    allow_creation(folder)
     lock = folder.with_name("abc.lock")
-    holder = SoftFileLease(lock, lease_duration=lease.LEASE_S, heartbeat_interval=0.9)
+    holder = SoftFileLease(lock, lease_duration=lease.LEASE_DURATION_S, heartbeat_interval=0.9)
     holder.acquire()
     text = re.sub("^host=.*$", "host=node7", lock.read_text(), flags=re.M)
     holder.release()
     lock.write_text(text)
     said: list[str] = []
     started = time.monotonic()
-    prepared(folder, make, said.append)
-    assert time.monotonic() - started >= lease.LEASE_S
+    get_or_create_entry(folder, create_slowly, said.append)
+    assert time.monotonic() - started >= lease.LEASE_DURATION_S
     assert is_complete(folder)
     assert said[0].startswith("waiting for node7, process ")
 
 
 def test_a_holder_that_was_killed_before_it_wrote_its_name_is_replaced(folder, short_lease):
-    let_go(folder)
+    allow_creation(folder)
     folder.with_name("abc.lock").touch()
-    prepared(folder, make, print)
+    get_or_create_entry(folder, create_slowly, print)
     assert is_complete(folder)
-    assert not beside(folder)
+    assert not sibling_names(folder)
 
 
 @pytest.mark.parametrize("first", ["the stopped one", "its successor"])
 def test_a_holder_that_was_only_stopped_does_no_harm(folder, short_lease, first):
     """Suspended for longer than the lease, it goes on beside its successor: whoever is first, the entry is whole."""
-    stopped = Ranks(folder, make, 1)
-    await_("the first", lambda: len(makers(folder)) == 1)
-    pid = makers(folder)[0]
+    stopped = EntryRequests(folder, create_slowly, 1)
+    wait_until("the first", lambda: len(maker_pids(folder)) == 1)
+    pid = maker_pids(folder)[0]
     os.kill(pid, signal.SIGSTOP)
-    successor = Ranks(folder, make, 1)
-    await_("the second", lambda: len(makers(folder)) == 2)
+    successor = EntryRequests(folder, create_slowly, 1)
+    wait_until("the second", lambda: len(maker_pids(folder)) == 2)
     if first == "its successor":
-        let_go(folder)
+        allow_creation(folder)
         assert [error for error, _ in successor.results()] == [None]
     os.kill(pid, signal.SIGCONT)
-    let_go(folder)
+    allow_creation(folder)
     assert [error for error, _ in stopped.results()] == [None]
     if first == "the stopped one":
         assert [error for error, _ in successor.results()] == [None]
-    assert len(makers(folder)) == 2
+    assert len(maker_pids(folder)) == 2
     assert is_complete(folder)
     assert {path.name for path in folder.iterdir()} == {"first", "second", "sums.json", "entry.json"}
-    assert not beside(folder)
+    assert not sibling_names(folder)
 
 
-def cut_off(folder: Path) -> None:
+def truncate_file(folder: Path) -> None:
     (folder / "first").write_text("x" * 999)
 
 
-def lose_a_part(folder: Path) -> None:
+def remove_file(folder: Path) -> None:
     (folder / "second").unlink()
 
 
-def lose_the_manifest(folder: Path) -> None:
+def remove_manifest(folder: Path) -> None:
     (folder / "entry.json").unlink()
 
 
-def cut_off_the_manifest(folder: Path) -> None:
+def truncate_manifest(folder: Path) -> None:
     (folder / "entry.json").write_text('{"first": 10')
 
 
-def change_bytes(folder: Path) -> None:
+def corrupt_file(folder: Path) -> None:
     (folder / "first").write_text("x" * 500 + "z" + "x" * 499)
 
 
-def change_bytes_and_sums(folder: Path) -> None:
-    change_bytes(folder)
+def corrupt_file_and_checksums(folder: Path) -> None:
+    corrupt_file(folder)
     (folder / "sums.json").write_text((folder / "sums.json").read_text().replace("first", "tsrif"))
 
 
-def point_elsewhere(folder: Path) -> None:
+def add_outside_path(folder: Path) -> None:
     (folder / "entry.json").write_text('{"../../../../etc/passwd": 1}')
 
 
-def plant_a_link(folder: Path) -> None:
+def replace_by_symlink(folder: Path) -> None:
     folder.rename(folder.with_name("elsewhere"))
     folder.symlink_to(folder.with_name("elsewhere"))
-    cut_off(folder)
+    truncate_file(folder)
 
 
-DAMAGES = [cut_off, lose_a_part, lose_the_manifest, cut_off_the_manifest]
-DAMAGES += [change_bytes, change_bytes_and_sums, point_elsewhere, plant_a_link]
+DAMAGES = [truncate_file, remove_file, remove_manifest, truncate_manifest]
+DAMAGES += [corrupt_file, corrupt_file_and_checksums, add_outside_path, replace_by_symlink]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_made_anew(folder, damage):
-    let_go(folder)
-    prepared(folder, make, print)
+    allow_creation(folder)
+    get_or_create_entry(folder, create_slowly, print)
     damage(folder)
     said: list[str] = []
-    prepared(folder, make, said.append)
+    get_or_create_entry(folder, create_slowly, said.append)
     (line,) = said
     assert re.fullmatch(rf"{folder}: is damaged \(.+\), and made anew", line)
     assert (folder / "first").read_text() == "x" * 1000
     assert is_complete(folder)
-    assert not beside(folder)
+    assert not sibling_names(folder)
 
 
 def test_one_process_of_a_start_compares_the_sums(folder):
     """Sixty-four ranks that read a terabyte each, and a disk that changes bits between two starts."""
-    let_go(folder)
-    prepared(folder, make, print)
+    allow_creation(folder)
+    get_or_create_entry(folder, create_slowly, print)
     folder.with_name("abc.checked").unlink()
-    ranks = Ranks(folder, fail, read=sign)
+    ranks = EntryRequests(folder, create_and_fail, read=record_reader)
     assert ranks.results() == [(None, [])] * RANKS
     assert len((folder.parent / "readers").read_text().split()) == 1
     old = time.time() - 3600
     os.utime(folder.with_name("abc.checked"), (old, old))
-    prepared(folder, fail, print, sign)
+    get_or_create_entry(folder, create_and_fail, print, record_reader)
     assert len((folder.parent / "readers").read_text().split()) == 2, "the next start checks anew"
 
 
 def test_a_cache_that_cannot_be_written_is_checked_all_the_same(folder, refusal, monkeypatch):
-    let_go(folder)
-    prepared(folder, make, print)
+    allow_creation(folder)
+    get_or_create_entry(folder, create_slowly, print)
     folder.with_name("abc.checked").unlink()
 
     def refused(self: SoftFileLease, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(SoftFileLease, "acquire", refused)  # permissions would not keep root out
-    assert prepared(folder, fail, print) == folder
-    change_bytes(folder)
+    assert get_or_create_entry(folder, create_and_fail, print) == folder
+    corrupt_file(folder)
     with pytest.raises(UserError) as error:
-        prepared(folder, fail, print)
+        get_or_create_entry(folder, create_and_fail, print)
     assert refusal(error.value).startswith(f"{folder.parent}: the cache cannot be written (Permission denied); ")
 
 
 def test_a_full_disk(folder, refusal):
     """A limit on the size of a file is as near as a test comes to a full disk."""
-    ((error, _),) = Ranks(folder, fill_the_disk, 1).results()
+    ((error, _),) = EntryRequests(folder, create_on_full_disk, 1).results()
     assert error is not None
     sentence = error.removeprefix("UserError: ")
     assert refusal(Exception(sentence)).startswith(f"{folder.parent}: the cache cannot be written (File too large); ")
-    assert beside(folder) == {"abc.failed"}
+    assert sibling_names(folder) == {"abc.failed"}
     assert json.loads(folder.with_name("abc.failed").read_text())["sentence"] == sentence
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, refusal):
     (tmp_path / "file").write_text("")  # permissions would not keep root out
     with pytest.raises(UserError) as error:
-        prepared(tmp_path / "file" / "sequences" / "abc", make, print)
+        get_or_create_entry(tmp_path / "file" / "sequences" / "abc", create_slowly, print)
     assert refusal(error.value).startswith(f"{tmp_path / 'file' / 'sequences'}: the cache cannot be written (")
 
 
@@ -352,5 +352,5 @@ def test_our_own_mistake_leaves_nothing(folder):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        prepared(folder, stumble, print)
+        get_or_create_entry(folder, stumble, print)
     assert list(folder.parent.iterdir()) == []

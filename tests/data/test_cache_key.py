@@ -12,7 +12,7 @@ import pytest
 
 from qlora_dist.config.schema import DataConfig, SourceConfig
 from qlora_dist.data import cache_key as key_module
-from qlora_dist.data.cache_key import source_key
+from qlora_dist.data.cache_key import source_cache_key
 from qlora_dist.errors import UserError
 
 
@@ -22,7 +22,9 @@ def key(tmp_path: Path):
 
     def make(path: str, fingerprint: str = "tokenizer", source: dict[str, Any] | None = None, **data: Any) -> str:
         config = DataConfig(train=["unused"], **data)
-        return source_key(SourceConfig(path=path, **(source or {})), config, fingerprint, tmp_path / "cache", print)
+        return source_cache_key(
+            SourceConfig(path=path, **(source or {})), config, fingerprint, tmp_path / "cache", print
+        )
 
     return make
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from qlora_dist.data import template_limit
-from qlora_dist.data.chat_renderer import Renderer
-from qlora_dist.data.chat_template import SHIPPED, read_template
-from qlora_dist.data.row_encoder import Encoder
+from qlora_dist.data.chat_renderer import ChatRenderer
+from qlora_dist.data.chat_template import SHIPPED_TEMPLATES, read_chat_template
+from qlora_dist.data.row_encoder import RowEncoder
 from qlora_dist.data.source_row import MessagesRow
-from qlora_dist.data.template_probe import Refused
+from qlora_dist.data.template_probe import UnsupportedConversationError
 from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
 
 published = functools.cache(make_tokenizer)
@@ -44,17 +44,17 @@ def conversations(draw: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def theirs(tokenizer, messages, tools, prompting) -> str | None:
+def transformers_text(tokenizer, messages, tools, prompting) -> str | None:
     try:
         return tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=prompting)
     except TemplateError:
         return None
 
 
-def ours(renderer: Renderer, messages, tools, prompting) -> str | None:
+def renderer_text(renderer: ChatRenderer, messages, tools, prompting) -> str | None:
     try:
         return renderer.text(renderer.clean(messages), tools, prompting)
-    except Refused as refused:
+    except UnsupportedConversationError as refused:
         assert "the chat template" in str(refused)
         return None
 
@@ -64,46 +64,46 @@ def ours(renderer: Renderer, messages, tools, prompting) -> str | None:
 @given(messages=conversations(), tools=st.sampled_from([None, TOOLS]), prompting=st.booleans())
 def test_equals_apply_chat_template(name, messages, tools, prompting):
     tokenizer = published(name)
-    text = ours(_renderer(name), messages, tools, prompting)
+    text = renderer_text(_renderer(name), messages, tools, prompting)
     if text is None and (
         "tool_calls" not in tokenizer.chat_template
-        or _has_thoughts(messages) > ("reasoning" in tokenizer.chat_template)
+        or _has_reasoning(messages) > ("reasoning" in tokenizer.chat_template)
     ):
         return  # theirs would silently leave out the calls or the thoughts
-    assert text == theirs(tokenizer, messages, tools, prompting)
+    assert text == transformers_text(tokenizer, messages, tools, prompting)
 
 
-def _has_thoughts(messages: list[dict[str, Any]]) -> bool:
+def _has_reasoning(messages: list[dict[str, Any]]) -> bool:
     names = ("reasoning_content", "thinking", "reasoning")
     return any(message.get(name, "").strip() for message in messages for name in names)
 
 
 @functools.cache
-def _renderer(name: str) -> Renderer:
-    return Renderer(published(name).chat_template, published(name).special_tokens_map)
+def _renderer(name: str) -> ChatRenderer:
+    return ChatRenderer(published(name).chat_template, published(name).special_tokens_map)
 
 
 @functools.cache
-def _with_shipped(name: str):
+def _tokenizer_with_shipped_template(name: str):
     tokenizer = make_tokenizer("chatml")
-    tokenizer.chat_template = read_template(name, tokenizer)
+    tokenizer.chat_template = read_chat_template(name, tokenizer)
     return tokenizer
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", SHIPPED_TEMPLATES)
 @settings(max_examples=40, deadline=None)
 @given(messages=conversations())
 def test_marks_equal_apply_chat_template(name, messages):
     """The text, and the tokens in the marks as transformers finds them."""
-    tokenizer = _with_shipped(name)
-    renderer = Renderer(tokenizer.chat_template, tokenizer.special_tokens_map)
+    tokenizer = _tokenizer_with_shipped_template(name)
+    renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map)
     assert renderer.marked
     try:
         text, spans = renderer.marks(renderer.clean(messages), None)
-    except Refused:
-        assert _has_thoughts(messages) or theirs(tokenizer, messages, None, False) is None
+    except UnsupportedConversationError:
+        assert _has_reasoning(messages) or transformers_text(tokenizer, messages, None, False) is None
         return
-    assert text == theirs(tokenizer, messages, None, False)
+    assert text == transformers_text(tokenizer, messages, None, False)
     encoding = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     flags = [False] * len(encoding["input_ids"])
     for start, end in spans:
@@ -113,14 +113,14 @@ def test_marks_equal_apply_chat_template(name, messages):
 
 
 def test_train_is_not_the_templates_business():
-    renderer = Renderer("{{ messages | tojson }}", {})
+    renderer = ChatRenderer("{{ messages | tojson }}", {})
     messages = [{"role": "user", "content": "a", "train": True, "name": None, "x": [None]}]
-    assert ours(renderer, messages, None, False) == '[{"role": "user", "content": "a", "x": [null]}]'
+    assert renderer_text(renderer, messages, None, False) == '[{"role": "user", "content": "a", "x": [null]}]'
     assert messages[0]["train"] is True, "the row is left as it was"
 
 
 def test_arguments_become_an_object():
-    renderer = Renderer("{{ messages[0].tool_calls | tojson }}", {})
+    renderer = ChatRenderer("{{ messages[0].tool_calls | tojson }}", {})
 
     def rendered(call: Any) -> str:
         return renderer.text(renderer.clean([{"role": "assistant", "tool_calls": [call]}]), None)
@@ -134,9 +134,9 @@ def test_arguments_become_an_object():
     )
     assert rendered({"name": "f"}) == '[{"name": "f"}]'
     for arguments in ('{"a":', "[1]", "1"):
-        with pytest.raises(Refused, match="no JSON object; write an object"):
+        with pytest.raises(UnsupportedConversationError, match="no JSON object; write an object"):
             rendered({"function": {"name": "f", "arguments": arguments}})
-    with pytest.raises(Refused, match="`tool_calls` is no list of objects"):
+    with pytest.raises(UnsupportedConversationError, match="`tool_calls` is no list of objects"):
         rendered("f")
 
 
@@ -152,8 +152,8 @@ def test_arguments_become_an_object():
 )
 def test_whatever_a_template_does_is_a_reason(template, reason):
     """A template is somebody else's program: it stays in transformers' sandbox, and its errors are the row's."""
-    with pytest.raises(Refused) as refused:
-        Renderer(template, {}).text([{"role": "user", "content": "a"}], None)
+    with pytest.raises(UnsupportedConversationError) as refused:
+        ChatRenderer(template, {}).text([{"role": "user", "content": "a"}], None)
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -161,8 +161,8 @@ def test_whatever_a_template_does_is_a_reason(template, reason):
 def test_marks_after_a_refusal():
     """The tracker of marks is let go when a template fails, or no row after it could be rendered."""
     template = "{% generation %}{{ 'a' + messages[0].content }}{% endgeneration %}"
-    renderer = Renderer(template, {})
-    with pytest.raises(Refused):
+    renderer = ChatRenderer(template, {})
+    with pytest.raises(UnsupportedConversationError):
         renderer.marks([{"role": "user", "content": 1}], None)
     assert renderer.marks([{"role": "user", "content": "b"}], None) == ("ab", [(0, 2)])
 
@@ -170,7 +170,7 @@ def test_marks_after_a_refusal():
 def test_template_for_tools_where_the_tokenizer_has_two():
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = {"default": "{{ messages | length }}", "tool_use": "{{ tools | length }} tools"}
-    encoder = Encoder(tokenizer, "all")
+    encoder = RowEncoder(tokenizer, "all")
     messages = [{"role": "user", "content": "a"}]
     rows = encoder.encode([MessagesRow("1", messages), MessagesRow("2", messages, TOOLS)])
     assert [tokenizer.decode(row.tokens) for row in rows] == ["1", "1 tools"]
@@ -190,14 +190,14 @@ HUNGRY = "{% set ns = namespace(text='x' * 1000) %}{% for n in range(100000) %}{
 @pytest.mark.parametrize("write", ["text", "marks"])
 def test_a_template_that_never_ends_is_stopped(monkeypatch, template, reason, write):
     """It came with somebody's model: the run waited for ever, or the machine was out of memory."""
-    monkeypatch.setattr(template_limit, "PROCESSOR_S", 0.5 if "processor" in reason else 30.0)
-    monkeypatch.setattr(template_limit, "MEMORY_BYTES", 2**27)
-    renderer = Renderer(template, {})
-    with pytest.raises(Refused, match=rf"\({reason}\); change or take out the row"):
+    monkeypatch.setattr(template_limit, "MAX_CPU_S", 0.5 if "processor" in reason else 30.0)
+    monkeypatch.setattr(template_limit, "MAX_MEMORY_GROWTH_BYTES", 2**27)
+    renderer = ChatRenderer(template, {})
+    with pytest.raises(UnsupportedConversationError, match=rf"\({reason}\); change or take out the row"):
         getattr(renderer, write)([{"role": "user", "content": "hello"}], None)
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 def test_a_template_that_is_nested_without_end_does_not_compile():
     with pytest.raises(TemplateSyntaxError, match="nested too deeply"):
-        Renderer("{% if a %}" * 3000 + "{% endif %}" * 3000, {})
+        ChatRenderer("{% if a %}" * 3000 + "{% endif %}" * 3000, {})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from qlora_dist.data.chat_template import SHIPPED
-from qlora_dist.data.row_encoder import Encoded, Encoder
+from qlora_dist.data.chat_template import SHIPPED_TEMPLATES
+from qlora_dist.data.row_encoder import Encoded, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from qlora_dist.errors import UserError
 from tests.helpers.published_tokenizers import make_tokenizer as published_tokenizer
@@ -18,7 +18,7 @@ DOG, LOG = {"role": "user", "content": "the dog"}, {"role": "assistant", "conten
 
 def pieces(tokenizer, name: str, *messages: dict) -> list[tuple[str, bool]]:
     """The text cut where the flag changes."""
-    (encoded,) = Encoder(tokenizer, "assistant", name).encode([MessagesRow("train.jsonl, line 7", list(messages))])
+    (encoded,) = RowEncoder(tokenizer, "assistant", name).encode([MessagesRow("train.jsonl, line 7", list(messages))])
     assert isinstance(encoded, Encoded), encoded
     runs: list[tuple[list[int], bool]] = []
     for token, flag in zip(encoded.tokens.tolist(), encoded.trained.tolist(), strict=True):
@@ -73,11 +73,11 @@ def test_guanaco(make_tokenizer):
     ]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", SHIPPED_TEMPLATES)
 def test_prompt_is_how_the_conversation_goes_on(make_tokenizer, name):
     """What generation gets to see is what the answer stood behind in training."""
     tokenizer = make_tokenizer("none")
-    tokenizer.chat_template = Encoder(tokenizer, "assistant", name)._template
+    tokenizer.chat_template = RowEncoder(tokenizer, "assistant", name)._template
     for messages in ([CAT, SAT], [SYSTEM, CAT, SAT, DOG, LOG], [CAT, DOG, SAT]):
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = pieces(tokenizer, name, *messages)
@@ -86,7 +86,7 @@ def test_prompt_is_how_the_conversation_goes_on(make_tokenizer, name):
         assert answer[1] and prompt + answer[0] == "".join(text for text, _ in whole).removesuffix("\n")
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", SHIPPED_TEMPLATES)
 def test_begins_as_the_tokenizers_texts_do(make_tokenizer, name):
     tokenizer = make_tokenizer("none", bos_token="<|bos|>")
     assert not pieces(tokenizer, name, CAT, SAT)[0][0].startswith("<|bos|>")
@@ -97,7 +97,7 @@ def test_begins_as_the_tokenizers_texts_do(make_tokenizer, name):
     assert text.startswith("<|bos|>") and text.count("<|bos|>") == 1
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", SHIPPED_TEMPLATES)
 @pytest.mark.parametrize(
     "message",
     [
@@ -107,7 +107,7 @@ def test_begins_as_the_tokenizers_texts_do(make_tokenizer, name):
     ],
 )
 def test_what_cannot_be_written_is_refused(make_tokenizer, name, message):
-    encoder = Encoder(make_tokenizer("none"), "all", name)
+    encoder = RowEncoder(make_tokenizer("none"), "all", name)
     (row,) = encoder.encode([MessagesRow("train.jsonl, line 7", [CAT, message, SAT])])
     assert isinstance(row, BadRow)
     assert row.reason.startswith("the chat template refuses the conversation (")
@@ -116,14 +116,14 @@ def test_what_cannot_be_written_is_refused(make_tokenizer, name, message):
 def test_chatml_without_its_end(refusal):
     """In several tokens, <|im_end|> would be nothing that generation can stop at."""
     with pytest.raises(UserError) as error:
-        Encoder(published_tokenizer("llama-3"), "assistant", "chatml")
+        RowEncoder(published_tokenizer("llama-3"), "assistant", "chatml")
     assert "the tokenizer knows no token <|im_end|>" in refusal(error.value)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "guanaco"])
 def test_no_end_of_sequence(make_tokenizer, refusal, name):
     with pytest.raises(UserError) as error:
-        Encoder(make_tokenizer("none", eos_token=None), "assistant", name)
+        RowEncoder(make_tokenizer("none", eos_token=None), "assistant", name)
     assert f"{name}: the tokenizer has no end-of-sequence token" in refusal(error.value)
 
 
@@ -150,7 +150,7 @@ def test_file_that_cannot_be_used(make_tokenizer, tmp_path, refusal, content, ex
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        Encoder(make_tokenizer("chatml"), "assistant", str(path))
+        RowEncoder(make_tokenizer("chatml"), "assistant", str(path))
     message = refusal(error.value)
     assert message.startswith(f"data.chat_template: {path}: ")
     assert expected in message
@@ -158,5 +158,5 @@ def test_file_that_cannot_be_used(make_tokenizer, tmp_path, refusal, content, ex
 
 def test_folder_is_no_file(make_tokenizer, tmp_path, refusal):
     with pytest.raises(UserError) as error:
-        Encoder(make_tokenizer("chatml"), "assistant", str(tmp_path))
+        RowEncoder(make_tokenizer("chatml"), "assistant", str(tmp_path))
     assert "cannot be read (Is a directory)" in refusal(error.value)

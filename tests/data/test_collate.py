@@ -8,18 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_dist.config.schema import DataConfig
-from qlora_dist.data.collate import EMPTY, IGNORED, Rows, build_rows
-from qlora_dist.data.tokenized import Sequences
+from qlora_dist.data.collate import LABEL_IGNORE_INDEX, PADDING_ROW, PackedDataset, build_packed_dataset
+from qlora_dist.data.tokenized import TokenizedSequences
 from qlora_dist.errors import UserError
 
 
-def make_sequences(*sequences: tuple[list[int], list[int]]) -> Sequences:
+def make_sequences(*sequences: tuple[list[int], list[int]]) -> TokenizedSequences:
     """Of (tokens, flags) each."""
-    return Sequences.of((tokens, [bool(flag) for flag in flags]) for tokens, flags in sequences)
+    return TokenizedSequences.of((tokens, [bool(flag) for flag in flags]) for tokens, flags in sequences)
 
 
-def rows_of(sequences: Sequences, seq_len: int, packing: str = "best-fit", pad_id: int = 0, **options: str) -> Rows:
-    return build_rows(sequences, DataConfig(train=["a"], seq_len=seq_len, packing=packing, **options), pad_id, "a")
+def rows_of(
+    sequences: TokenizedSequences, seq_len: int, packing: str = "best-fit", pad_id: int = 0, **options: str
+) -> PackedDataset:
+    return build_packed_dataset(
+        sequences, DataConfig(train=["a"], seq_len=seq_len, packing=packing, **options), pad_id, "a"
+    )
 
 
 # lengths 5, 6, 2 and 8, for rows of 8
@@ -29,13 +33,13 @@ BY_HAND = make_sequences(
     ([30, 31], [0, 1]),
     ([40, 41, 42, 43, 44, 45, 46, 47], [0, 1, 1, 1, 1, 1, 1, 1]),
 )
-x = IGNORED
+x = LABEL_IGNORE_INDEX
 
 
 def test_token_by_token():
     rows = rows_of(BY_HAND, 8, pad_id=99)
     assert len(rows) == 3
-    input_ids, labels, position_ids = rows.batch([0, 1, 2, EMPTY])
+    input_ids, labels, position_ids = rows.batch([0, 1, 2, PADDING_ROW])
     # best-fit puts the 2 behind the 6, which it fills, and leaves the 5 alone
     assert input_ids.tolist() == [
         [10, 11, 12, 13, 14, 99, 99, 99],
@@ -81,7 +85,10 @@ def test_sequences_that_pack_out_of_order():
     rows = rows_of(make_sequences(([1, 2], [0, 1]), ([3, 4, 5], [0, 1, 1]), ([6, 7], [0, 1])), 4)
     input_ids, labels, position_ids = rows.batch([1, 0])
     assert input_ids.tolist() == [[3, 4, 5, 0], [1, 2, 6, 7]]
-    assert labels.tolist() == [[4, 5, IGNORED, IGNORED], [2, IGNORED, 7, IGNORED]]
+    assert labels.tolist() == [
+        [4, 5, LABEL_IGNORE_INDEX, LABEL_IGNORE_INDEX],
+        [2, LABEL_IGNORE_INDEX, 7, LABEL_IGNORE_INDEX],
+    ]
     assert position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 0, 1]]
 
 
@@ -92,7 +99,7 @@ def test_sequences_that_pack_out_of_order():
 def test_without_packing_a_batch_is_as_long_as_its_longest_row_needs(seq_len, lengths, expected):
     sequences = make_sequences(*[([7] * n, [0] + [1] * (n - 1)) for n in [*lengths, 2]])
     rows = rows_of(sequences, seq_len, "none", pad_id=5)
-    batch = rows.batch([*range(len(lengths)), EMPTY])
+    batch = rows.batch([*range(len(lengths)), PADDING_ROW])
     assert {tuple(tensor.shape) for tensor in batch} == {(len(lengths) + 1, expected)}
     assert (batch.input_ids == 7).sum(1).tolist() == [*lengths, 0]
     assert (batch.labels == 7).sum(1).tolist() == [*(n - 1 for n in lengths), 0]
@@ -113,7 +120,7 @@ def test_packed_rows_hold_the_same_targets_as_unpacked(flags):
     for method in ("best-fit", "none"):
         rows = rows_of(sequences, 12, method)
         input_ids, labels, position_ids = rows.batch(range(len(rows)))
-        trained = labels != IGNORED
+        trained = labels != LABEL_IGNORE_INDEX
         assert sorted(labels[trained].tolist()) == expected
         assert torch.equal(labels[trained], input_ids[trained] + 1), "each token predicts the one behind it"
         in_sequence = input_ids != 0

@@ -12,38 +12,42 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.config.schema import DataConfig
-from qlora_dist.data.collate import EMPTY, IGNORED, Batch, Rows, build_rows
-from qlora_dist.data.dataloader import Loader, eval_batches
-from qlora_dist.data.tokenized import Sequences
+from qlora_dist.data.collate import LABEL_IGNORE_INDEX, PADDING_ROW, Batch, PackedDataset, build_packed_dataset
+from qlora_dist.data.dataloader import TrainDataLoader, eval_batches
+from qlora_dist.data.tokenized import TokenizedSequences
 from qlora_dist.errors import UserError
 
 SEQ_LEN = 64
 
 
-def make_rows(count: int, packing: str = "none", first: int = 0) -> Rows:
+def make_rows(count: int, packing: str = "none", first: int = 0) -> PackedDataset:
     """Row i holds 2 to 64 tokens, the first of them 1000 + first + i, all others trained; packed, all have 64."""
     lengths = [2 + (row * 37) % 63 if packing == "none" else SEQ_LEN for row in range(count)]
-    sequences = Sequences.of(
+    sequences = TokenizedSequences.of(
         ([1000 + first + row] + [1] * (length - 1), [True] * length) for row, length in enumerate(lengths)
     )
-    return build_rows(sequences, DataConfig(train=["a"], seq_len=SEQ_LEN, packing=packing), pad_id=0)
+    return build_packed_dataset(sequences, DataConfig(train=["a"], seq_len=SEQ_LEN, packing=packing), pad_id=0)
 
 
 def make_loader(
-    sources: list[tuple[Rows, float]], rank: int = 0, world_size: int = 1, micro_batch: int = 1, **options: object
-) -> Loader:
+    sources: list[tuple[PackedDataset, float]],
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batch: int = 1,
+    **options: object,
+) -> TrainDataLoader:
     options = {"seed": 0, "global_batch": 8, **options}
-    return Loader(sources, micro_batch=micro_batch, rank=rank, world_size=world_size, **options)
+    return TrainDataLoader(sources, micro_batch=micro_batch, rank=rank, world_size=world_size, **options)
 
 
 def identities(batches: list[Batch]) -> list[int]:
     """Which rows are in the batches."""
     rows = [row - 1000 for batch in batches for row in batch.input_ids[:, 0].tolist()]
-    return [row if row >= 0 else EMPTY for row in rows]
+    return [row if row >= 0 else PADDING_ROW for row in rows]
 
 
 @st.composite
-def loaders(draw: st.DrawFn) -> tuple[list[tuple[Rows, float]], dict[str, object]]:
+def loaders(draw: st.DrawFn) -> tuple[list[tuple[PackedDataset, float]], dict[str, object]]:
     """Sources, and how they are to be trained."""
     packing = draw(st.sampled_from(["best-fit", "none"]))
     counts = draw(st.lists(st.integers(2, 30), min_size=1, max_size=2))
@@ -70,7 +74,7 @@ def test_ranks_share_out_the_batch_of_a_single_process(made, step, world_size, m
     step = step if alone.steps is None else step % alone.steps
     parts = [make_loader(sources, rank, world_size, micro_batch, **options) for rank in range(world_size)]
     windows = [loader.window(step) for loader in parts]
-    rows = [row for row in alone.indices(step).tolist() if row != EMPTY]
+    rows = [row for row in alone.indices(step).tolist() if row != PADDING_ROW]
     for loader, window in zip(parts, windows, strict=True):
         # equal on all ranks, and no more than it takes
         assert len(window) == -(-len(rows) // (world_size * micro_batch)) <= loader.gradient_accumulation
@@ -82,9 +86,9 @@ def test_ranks_share_out_the_batch_of_a_single_process(made, step, world_size, m
     dealt = [batch for micro_batches in zip(*windows, strict=True) for batch in micro_batches]
     assert all(len(batch.input_ids) == micro_batch for batch in dealt)
     # [accumulation][rank] is the order of the step
-    assert [row for row in identities(dealt) if row != EMPTY] == rows
-    assert [row for row in identities(alone.window(step)) if row != EMPTY] == rows
-    assert sum(int((batch.labels != IGNORED).sum()) for batch in dealt) == alone.trained_tokens(step) > 0
+    assert [row for row in identities(dealt) if row != PADDING_ROW] == rows
+    assert [row for row in identities(alone.window(step)) if row != PADDING_ROW] == rows
+    assert sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in dealt) == alone.trained_tokens(step) > 0
     assert sum(int((batch.input_ids != 0).sum()) for batch in dealt) == alone.tokens(step)
 
 
@@ -108,8 +112,8 @@ def test_epochs_take_every_row_as_often_as_its_weight_says(made):
     dealt = np.concatenate([loader.indices(step) for step in range(loader.steps)])
     assert len(dealt) == 8 * loader.steps
     times = Counter(dealt.tolist())
-    assert times.pop(EMPTY, 0) < 8, "the last step alone is completed"
-    assert EMPTY not in dealt[:-8]
+    assert times.pop(PADDING_ROW, 0) < 8, "the last step alone is completed"
+    assert PADDING_ROW not in dealt[:-8]
     first = 0
     for rows, weight in sources:
         assert {times.pop(row, 0) for row in range(first, first + len(rows))} <= {
@@ -199,8 +203,8 @@ def test_evaluation_takes_each_row_once_and_as_many_batches_on_every_rank(count,
     assert all(len(batch.input_ids) == micro_batch for batch in batches)
     dealt = identities(batches)
     assert sorted(dealt[:count]) == list(range(count))
-    assert set(dealt[count:]) <= {EMPTY}
+    assert set(dealt[count:]) <= {PADDING_ROW}
     if packing == "best-fit":
         assert dealt[:count] == list(range(count))
-    trained = [int(row) for batch in batches for row in (batch.labels != IGNORED).sum(1)]
+    trained = [int(row) for batch in batches for row in (batch.labels != LABEL_IGNORE_INDEX).sum(1)]
     assert trained == [*rows.trained_tokens[dealt[:count]].tolist(), *[0] * (len(dealt) - count)]

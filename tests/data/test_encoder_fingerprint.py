@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_dist.data import encoder_fingerprint as module
-from qlora_dist.data.row_encoder import Encoder
+from qlora_dist.data.row_encoder import RowEncoder
 from tests.helpers.published_tokenizers import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -41,32 +41,32 @@ def changed_splitting(tokenizer):
 )
 def test_changes_with_what_tokens_depend_on(change):
     tokenizer = make_tokenizer("chatml")
-    before = Encoder(tokenizer, "assistant").fingerprint()
+    before = RowEncoder(tokenizer, "assistant").fingerprint()
     change(tokenizer)
-    assert Encoder(tokenizer, "assistant").fingerprint() != before
+    assert RowEncoder(tokenizer, "assistant").fingerprint() != before
 
 
 def test_changes_with_mask_template_and_version(monkeypatch):
     tokenizer = make_tokenizer("chatml")
     settings = [("assistant", None), ("last", None), ("all", None), ("all", "chatml"), ("all", "alpaca")]
-    found = {Encoder(tokenizer, mask, template).fingerprint() for mask, template in settings}
+    found = {RowEncoder(tokenizer, mask, template).fingerprint() for mask, template in settings}
     monkeypatch.setattr(module, "ENCODER_VERSION", module.ENCODER_VERSION + 1)
-    found.add(Encoder(tokenizer, "assistant").fingerprint())
+    found.add(RowEncoder(tokenizer, "assistant").fingerprint())
     assert len(found) == 6
 
 
 def test_stays_with_what_they_do_not_depend_on(tmp_path):
     """Where the files lie, what was encoded before, whether the template came from a file."""
     tokenizer = make_tokenizer("chatml", pad_token="<|im_end|>")
-    before = Encoder(tokenizer, "assistant").fingerprint()
+    before = RowEncoder(tokenizer, "assistant").fingerprint()
     tokenizer(["the cat", "the"], padding=True, truncation=True, max_length=1)
-    assert Encoder(tokenizer, "assistant").fingerprint() == before
+    assert RowEncoder(tokenizer, "assistant").fingerprint() == before
     path = tmp_path / "template.jinja"
     path.write_text(tokenizer.chat_template)
-    assert Encoder(tokenizer, "assistant", str(path)).fingerprint() == before
+    assert RowEncoder(tokenizer, "assistant", str(path)).fingerprint() == before
     for name in ("a", "b"):
         tokenizer.save_pretrained(tmp_path / name)
-        assert Encoder(AutoTokenizer.from_pretrained(tmp_path / name), "assistant").fingerprint() == before
+        assert RowEncoder(AutoTokenizer.from_pretrained(tmp_path / name), "assistant").fingerprint() == before
 
 
 @pytest.mark.slow
@@ -80,4 +80,4 @@ def test_is_the_same_in_another_process(tmp_path):
     )
     command = [sys.executable, "-c", program, str(tmp_path / "model")]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    assert told == Encoder(tokenizer, "last").fingerprint()
+    assert told == RowEncoder(tokenizer, "last").fingerprint()

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from qlora_dist.data.hub import is_hub_name
+from qlora_dist.data.hub import is_hub_dataset_name
 
 SHA = "0" * 39 + "1"
 API = "/api/datasets/owner"
@@ -164,7 +164,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path, refusal, environ):
     ],
 )  # fmt: skip
 def test_names_of_data_sets(name, possible):
-    assert is_hub_name(name) == possible
+    assert is_hub_dataset_name(name) == possible
 
 
 PREPARE = """

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from qlora_dist.config.schema import SourceConfig
 from qlora_dist.data import json_files
-from qlora_dist.data.source import read_rows
+from qlora_dist.data.source import read_source_rows
 from qlora_dist.data.source_row import BadRow, TextRow
 from qlora_dist.errors import UserError
 
 
 def rows(path: Path) -> list:
-    return list(read_rows(SourceConfig(path=str(path)), "text"))
+    return list(read_source_rows(SourceConfig(path=str(path)), "text"))
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.json"
 
 
-def mistake(path: Path, content: str | bytes) -> str:
+def read_error(path: Path, content: str | bytes) -> str:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as error:
         rows(path)
@@ -54,7 +54,7 @@ def test_a_line_too_long_is_a_bad_row_and_not_held_twice(tmp_path, ending):
 
 
 def test_the_longest_line_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_files, "LONGEST_ROW", 14)
+    monkeypatch.setattr(json_files, "MAX_ROW_SIZE", 14)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "ab"}\n{"text": "a"}\n{"text": "a"}')  # the first has 15 bytes with its line feed
     assert [type(row) for row in rows(path)] == [BadRow, TextRow, TextRow]
@@ -66,7 +66,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         path = tmp_path / name
         path.write_text(whole)
         tracemalloc.start()
-        assert sum(1 for _ in read_rows(SourceConfig(path=str(path)))) == 8000
+        assert sum(1 for _ in read_source_rows(SourceConfig(path=str(path)))) == 8000
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 5 << 20, "the file has 8 MB"
@@ -87,7 +87,7 @@ def test_an_array_is_the_same_wherever_its_pieces_end(tmp_path_factory, texts, p
     content = json.dumps([{"text": text + "."} for text in texts], indent=indent, ensure_ascii=ascii_only)
     path.write_text("\ufeff \n" * indent + content if indent else content, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_files, "_PIECE", piece if not indent else 100 + piece)
+        patch.setattr(json_files, "_BLOCK_BYTES", piece if not indent else 100 + piece)
         assert rows(path) == [
             TextRow(f"{path}, row {number}", text + ".") for number, text in enumerate(texts, start=1)
         ]
@@ -100,7 +100,7 @@ def test_what_is_no_object_is_a_bad_row(path, monkeypatch):
     ]  # fmt: skip
     path.write_text(f"[{', '.join(elements)}]")
     for piece in (1 << 20, 1, 7):
-        monkeypatch.setattr(json_files, "_PIECE", piece if piece > 1 else 2)
+        monkeypatch.setattr(json_files, "_BLOCK_BYTES", piece if piece > 1 else 2)
         found = rows(path)
         assert [row.place for row in found] == [f"{path}, row {number}" for number in range(1, 10)]
         assert (found[0].text, found[8].text) == ("a", "b")
@@ -135,19 +135,19 @@ def test_what_is_no_object_is_a_bad_row(path, monkeypatch):
     ],
 )
 def test_mistakes_of_the_whole_file(path, content, message):
-    assert mistake(path, content).startswith(message)
+    assert read_error(path, content).startswith(message)
 
 
 def test_a_position_counts_from_the_file_s_beginning(path, monkeypatch):
-    monkeypatch.setattr(json_files, "_PIECE", 4)
-    assert "(byte 0xe9 at position 15)" in mistake(path, b'[{"text": "caf\xe9"}]')
+    monkeypatch.setattr(json_files, "_BLOCK_BYTES", 4)
+    assert "(byte 0xe9 at position 15)" in read_error(path, b'[{"text": "caf\xe9"}]')
 
 
 def test_a_row_too_long_ends_an_array(path, monkeypatch):
-    monkeypatch.setattr(json_files, "LONGEST_ROW", 50)
-    monkeypatch.setattr(json_files, "_PIECE", 8)
+    monkeypatch.setattr(json_files, "MAX_ROW_SIZE", 50)
+    monkeypatch.setattr(json_files, "_BLOCK_BYTES", 8)
     content = f'[{{"text": "a"}}, {{"text": "{"x" * 500}"}}]'
-    assert mistake(path, content).startswith("FILE, row 2: not valid JSON, or longer than ")
+    assert read_error(path, content).startswith("FILE, row 2: not valid JSON, or longer than ")
 
 
 # --- one object, or JSONL under a wrong name --------------------------------------------------------------------------
@@ -190,6 +190,6 @@ def test_gzip_cut_off_or_damaged_or_none(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     whole = gzip.compress(b'{"text": "a"}\n' * 100_000)
     for content in (whole[:200], whole[:100] + b"x" * 50 + whole[150:], b'{"text": "a"}\n', whole + b"x"):
-        message = mistake(path, content)
+        message = read_error(path, content)
         assert message.startswith("FILE: no gzip file, or damaged or cut off (")
         assert message.endswith("); get it anew")

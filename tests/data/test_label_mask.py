@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from qlora_dist.data.label_mask import tokens_inside
+from qlora_dist.data.label_mask import loss_mask_from_spans
 from tests.helpers.published_tokenizers import make_tokenizer
 
 
@@ -41,7 +41,7 @@ def test_equals_a_look_at_every_token(kind, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     spans = list(zip(cuts[::2], cuts[1::2], strict=False))
     encoding = KINDS[kind]()(text, add_special_tokens=False).encodings[0]
-    flags = tokens_inside(encoding, spans).tolist()
+    flags = loss_mask_from_spans(encoding, spans).tolist()
     assert len(flags) == len(encoding.offsets)
     for (first, last), flag in zip(encoding.offsets, flags, strict=True):
         inside = any(max(first, start) < min(last, end) for start, end in spans)

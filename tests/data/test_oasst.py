@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.data.row_formats import typed_rows
+from qlora_dist.data.row_formats import parse_rows
 from qlora_dist.data.source_row import BadRow, MessagesRow
 
 
@@ -28,7 +28,7 @@ def flat(root: dict[str, Any], tree: str | None = "tree", parent: str | None = N
 
 
 def read(*rows: dict[str, Any], format: str = "auto") -> list:
-    return list(typed_rows(((f"line {number}", row) for number, row in enumerate(rows, start=1)), format, "so said"))
+    return list(parse_rows(((f"line {number}", row) for number, row in enumerate(rows, start=1)), format, "so said"))
 
 
 def texts(row: MessagesRow) -> list[str]:

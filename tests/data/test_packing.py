@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.data.packing import Packing, pack
+from qlora_dist.data.packing import PackingMethod, pack_sequences
 
 SEQ_LEN = 32
 lengths_of_sequences = st.lists(st.integers(1, SEQ_LEN), max_size=60)
 windows = st.integers(1, 70)
 
 
-def packed(lengths: list[int], seq_len: int, method: Packing, window: int = 1000) -> list[list[int]]:
+def packed(lengths: list[int], seq_len: int, method: PackingMethod, window: int = 1000) -> list[list[int]]:
     """The sequences of each row."""
-    order, offsets = pack(np.array(lengths, dtype=np.int32), seq_len, method, window)
+    order, offsets = pack_sequences(np.array(lengths, dtype=np.int32), seq_len, method, window)
     assert (order.dtype, offsets.dtype) == (np.int64, np.int64)
     return [order[begin:end].tolist() for begin, end in pairwise(offsets)]
 
@@ -82,5 +82,5 @@ def test_windows_are_packed_one_by_one(lengths, window):
 @pytest.mark.parametrize("median", [150, 600])
 def test_a_large_data_set_is_packed_tightly(median):
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(median), 1, 200_000), 2, 2048).astype(np.int32)
-    _, offsets = pack(lengths, 2048, "best-fit")
+    _, offsets = pack_sequences(lengths, 2048, "best-fit")
     assert lengths.sum() / ((len(offsets) - 1) * 2048) > 0.99

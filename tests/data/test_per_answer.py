@@ -9,16 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.data.row_encoder import Encoded, Encoder, Mask, MultiTurn
+from qlora_dist.data.row_encoder import Encoded, MaskMode, MultiTurnMode, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
 
 
-def says(role: str, content: str, **fields: Any) -> dict[str, Any]:
+def make_message(role: str, content: str, **fields: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **fields}
 
 
-CHAT = [says("user", "the cat"), says("assistant", "sat on"), says("user", "the dog"), says("assistant", "the log")]
+CHAT = [
+    make_message("user", "the cat"),
+    make_message("assistant", "sat on"),
+    make_message("user", "the dog"),
+    make_message("assistant", "the log"),
+]
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "what", "arguments": {"role": "cat"}}}
 
 _TURN = "<|im_start|>{{ m.role }}\n"
@@ -58,16 +63,20 @@ AGAIN = ASKED + "sat on<|im_end|>\n<|im_start|>user\nthe dog<|im_end|>\n<|im_sta
 
 
 def encode(
-    template: str | None, messages: list[dict], mode: MultiTurn = "auto", mask: Mask = "assistant", name: str = "qwen3"
+    template: str | None,
+    messages: list[dict],
+    mode: MultiTurnMode = "auto",
+    mask: MaskMode = "assistant",
+    name: str = "qwen3",
 ) -> Any:
     tokenizer = make_tokenizer(name)
     if template is not None:
         tokenizer.chat_template = template
-    (encoded,) = Encoder(tokenizer, mask, None, mode).encode([MessagesRow("train.jsonl, line 7", messages)])
+    (encoded,) = RowEncoder(tokenizer, mask, None, mode).encode([MessagesRow("train.jsonl, line 7", messages)])
     return encoded
 
 
-def written(encoded: Any) -> list[tuple[str, str]]:
+def decode_answers(encoded: Any) -> list[tuple[str, str]]:
     """Of each sequence, the text before the first trained token and what is trained."""
     tokenizer = make_tokenizer("qwen3")
     texts = []
@@ -81,16 +90,16 @@ def written(encoded: Any) -> list[tuple[str, str]]:
 
 
 THOUGHTS = [
-    says("user", "the cat"),
-    says("assistant", "sat on", reasoning_content="who?"),
-    says("user", "the dog"),
-    says("assistant", "the log"),
+    make_message("user", "the cat"),
+    make_message("assistant", "sat on", reasoning_content="who?"),
+    make_message("user", "the dog"),
+    make_message("assistant", "the log"),
 ]
 INLINE = [
     CHAT[0],
-    says("assistant", "<think>\nwho?\n</think>\n\nsat on"),
+    make_message("assistant", "<think>\nwho?\n</think>\n\nsat on"),
     CHAT[2],
-    says("assistant", "what\n</think>\n\nthe log"),
+    make_message("assistant", "what\n</think>\n\nthe log"),
 ]
 
 
@@ -131,7 +140,7 @@ INLINE = [
         ),
         (
             MOVES,
-            [says("system", "You are a cat."), *CHAT],
+            [make_message("system", "You are a cat."), *CHAT],
             [
                 ("<|im_start|>You are a cat.\n\nthe cat<|im_end|>", " sat on<|endoftext|>"),
                 (
@@ -156,7 +165,7 @@ def test_one_sequence_per_answer_where_history_is_rewritten(template, messages, 
     for mode in ("auto", "per-answer"):
         encoded = encode(template, messages, mode)
         assert isinstance(encoded, list), encoded
-        assert written(encoded) == expected
+        assert decode_answers(encoded) == expected
         tokenizer = make_tokenizer("qwen3")
         tokenizer.chat_template = template
         for item, end in zip(encoded, (len(messages) - 3, len(messages) - 1), strict=True):
@@ -166,8 +175,8 @@ def test_one_sequence_per_answer_where_history_is_rewritten(template, messages, 
 
 
 @functools.cache
-def encoder(name: str, mode: MultiTurn, mask: Mask) -> Encoder:
-    return Encoder(make_tokenizer(name), mask, None, mode)
+def make_encoder(name: str, mode: MultiTurnMode, mask: MaskMode) -> RowEncoder:
+    return RowEncoder(make_tokenizer(name), mask, None, mode)
 
 
 CONTENTS = st.sampled_from(["a", "the cat", " sat \n", "\n\nfoo", "字🙂", "<think>\nwho?\n</think>\n\nme"])
@@ -181,10 +190,14 @@ def test_published_templates(name, data, mask):
     tokenizer, end = make_tokenizer(name), FAMILIES[name].end
     messages = []
     for _ in range(data.draw(st.integers(1, 4))):
-        messages.append(says("user", data.draw(CONTENTS)))
-        messages.append(says("assistant", data.draw(CONTENTS), train=data.draw(st.sampled_from([None, True, False]))))
+        messages.append(make_message("user", data.draw(CONTENTS)))
+        messages.append(
+            make_message("assistant", data.draw(CONTENTS), train=data.draw(st.sampled_from([None, True, False])))
+        )
     row = MessagesRow("train.jsonl, line 7", messages)
-    (whole,), (auto,), (each,) = (encoder(name, mode, mask).encode([row]) for mode in ("whole", "auto", "per-answer"))
+    (whole,), (auto,), (each,) = (
+        make_encoder(name, mode, mask).encode([row]) for mode in ("whole", "auto", "per-answer")
+    )
     answers = range(1, len(messages), 2)
     masked = answers[-1:] if mask == "last" else answers
     wanted = [i for i in answers if messages[i]["train"] or (messages[i]["train"] is None and i in masked)]
@@ -218,12 +231,12 @@ def test_published_templates(name, data, mask):
 def test_calls_and_what_follows_the_last_answer():
     messages = [
         CHAT[0],
-        says("assistant", "", reasoning_content="who?", tool_calls=[CALL]),
-        says("tool", "you"),
+        make_message("assistant", "", reasoning_content="who?", tool_calls=[CALL]),
+        make_message("tool", "you"),
         CHAT[1],
         CHAT[2],
         CHAT[3],
-        says("user", "and?"),
+        make_message("user", "and?"),
     ]
     first, second, last = encode(None, messages)
     tokenizer = make_tokenizer("qwen3")
@@ -239,7 +252,7 @@ def test_marked_templates_are_taken_at_their_word():
     assert words in OPENS_AND_FORGETS
     marked = OPENS_AND_FORGETS.replace(words, "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n" + _END)
     encoded = encode(marked, CHAT, "per-answer")
-    assert [text for _, text in written(encoded)] == ["sat on<|im_end|>", "the log<|im_end|>"]
+    assert [text for _, text in decode_answers(encoded)] == ["sat on<|im_end|>", "the log<|im_end|>"]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from qlora_dist.config.schema import DataConfig, SourceConfig
-from qlora_dist.data.prepare_datasets import Prepared, prepare, remarks
-from qlora_dist.data.row_encoder import Encoder
-from qlora_dist.data.tokenized import Sequences
+from qlora_dist.data.prepare_datasets import PreparedDatasets, data_warnings, prepare_datasets
+from qlora_dist.data.row_encoder import RowEncoder
+from qlora_dist.data.tokenized import TokenizedSequences
 from qlora_dist.errors import UserError
 
 ANSWERED = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]}
@@ -25,13 +25,13 @@ ANSWERED = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assis
 def prepare_data(tmp_path):
     """`prepare_data(tokenizer, train=[...], ...)`, with a cache of the test's own."""
 
-    def call(tokenizer, **data) -> Prepared:
-        return prepare(DataConfig(cache=str(tmp_path / "cache"), **data), tokenizer)
+    def call(tokenizer, **data) -> PreparedDatasets:
+        return prepare_datasets(DataConfig(cache=str(tmp_path / "cache"), **data), tokenizer)
 
     return call
 
 
-def decoded(tokenizer, rows, index: int) -> tuple[str, list[str]]:
+def decode_row(tokenizer, rows, index: int) -> tuple[str, list[str]]:
     """A row's text and its targets."""
     input_ids, labels, _ = rows.batch([index])
     return tokenizer.decode(input_ids[0]), [tokenizer.decode([t]) for t in labels[0].tolist() if t >= 0]
@@ -47,10 +47,10 @@ def test_two_files_and_evaluation(make_tokenizer, write_rows, prepare_data):
     turn = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat on<|im_end|>\n"
     first, second = prepared.train
     assert len(first.rows) == len(second.rows) == 1
-    assert decoded(tokenizer, first.rows, 0) == (turn * 2 + "<|bos|>" * 2, ["sat", " on", "<|im_end|>"] * 2)
-    assert decoded(tokenizer, second.rows, 0) == (turn + "<|bos|>" * 16, ["sat", " on", "<|im_end|>"])
+    assert decode_row(tokenizer, first.rows, 0) == (turn * 2 + "<|bos|>" * 2, ["sat", " on", "<|im_end|>"] * 2)
+    assert decode_row(tokenizer, second.rows, 0) == (turn + "<|bos|>" * 16, ["sat", " on", "<|im_end|>"])
     assert prepared.eval is not None
-    assert decoded(tokenizer, prepared.eval.rows, 0) == ("the dog<|eos|>" + "<|bos|>" * 27, [" dog", "<|eos|>"])
+    assert decode_row(tokenizer, prepared.eval.rows, 0) == ("the dog<|eos|>" + "<|bos|>" * 27, [" dog", "<|eos|>"])
     assert [source.rows.name for source in prepared.train] == [source.path for source in prepared.train] == train
     assert [source.weight for source in prepared.train] == [1.0, 0.5]
     assert [source.rows.fate.trained_tokens for source in prepared.train] == [6, 3]
@@ -64,7 +64,7 @@ def test_packing_mask_and_format_are_obeyed(make_tokenizer, write_rows, prepare_
     assert (len(one_each.rows), held_out) == (2, None)
     assert one_each.rows.trained_tokens.tolist() == [13, 13]
     (text,), _ = prepare_data(tokenizer, train=[path], format="text", seq_len=6)
-    assert decoded(tokenizer, text.rows, 0)[0] == "the cat<|eos|>the dog<|eos|>"
+    assert decode_row(tokenizer, text.rows, 0)[0] == "the cat<|eos|>the dog<|eos|>"
 
 
 def test_what_is_tokenized_is_not_tokenized_again(make_tokenizer, write_rows, prepare_data, monkeypatch):
@@ -72,7 +72,7 @@ def test_what_is_tokenized_is_not_tokenized_again(make_tokenizer, write_rows, pr
     tokenizer = make_tokenizer("chatml")
     path = write_rows(ANSWERED, {"messages": ANSWERED["messages"] * 3})
     (first,), _ = prepare_data(tokenizer, train=[path], seq_len=30)
-    monkeypatch.setattr(Encoder, "encode", None)
+    monkeypatch.setattr(RowEncoder, "encode", None)
     source = SourceConfig(path=path, weight=2.0)
     (second,), _ = prepare_data(tokenizer, train=[source], seq_len=14, packing="none", workers=3)
     assert second.folder == first.folder
@@ -85,19 +85,19 @@ def change_tokens(entry: Path) -> None:
     """Other tokens, in a file that is as whole as the first; its times are put back."""
     path = entry / "sequences.arrow"
     before, whole = path.stat(), bytearray(path.read_bytes())
-    tokens = Sequences.open(path).tokens(0)
+    tokens = TokenizedSequences.open(path).tokens(0)
     at = whole.index(tokens.tobytes())
     whole[at : at + 4] = tokens[1:2].tobytes()
     path.write_bytes(whole)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def blank_stats(entry: Path) -> None:
+def clear_stats(entry: Path) -> None:
     path = entry / "stats.json"
     path.write_text("{" + " " * (path.stat().st_size - 1))
 
 
-def plant(files: dict[str, bytes]) -> Callable[[Path], None]:
+def overwrite_files(files: dict[str, bytes]) -> Callable[[Path], None]:
     """An entry of somebody else's, its sizes right and without sums."""
 
     def damage(entry: Path) -> None:
@@ -110,7 +110,7 @@ def plant(files: dict[str, bytes]) -> Callable[[Path], None]:
     return damage
 
 
-def other_columns() -> bytes:
+def arrow_with_other_columns() -> bytes:
     sink = pa.BufferOutputStream()
     table = pa.table({"tokens": ["a"], "trained": [1.5], "trained_length": [[]]})
     with pa.ipc.new_file(sink, table.schema) as writer:
@@ -120,13 +120,13 @@ def other_columns() -> bytes:
 
 DAMAGES = {
     "other tokens": change_tokens,
-    "blank stats": blank_stats,
+    "blank stats": clear_stats,
     "no files": lambda entry: (entry / "entry.json").write_text("{}"),
     "a list": lambda entry: (entry / "entry.json").write_text("[]"),
-    "no arrow": plant({"sequences.arrow": b"evil"}),
-    "other columns": plant({"sequences.arrow": other_columns()}),
-    "foreign stats": plant({"stats.json": b'{"sequences": "many", "sha256": []}'}),
-    "nested stats": plant({"stats.json": b"[" * 200_000}),
+    "no arrow": overwrite_files({"sequences.arrow": b"evil"}),
+    "other columns": overwrite_files({"sequences.arrow": arrow_with_other_columns()}),
+    "foreign stats": overwrite_files({"stats.json": b'{"sequences": "many", "sha256": []}'}),
+    "nested stats": overwrite_files({"stats.json": b"[" * 200_000}),
 }
 
 
@@ -135,10 +135,10 @@ def test_a_damaged_entry_is_not_trained(make_tokenizer, write_rows, tmp_path, da
     """Or the run trains on tokens that are in no file, or ends in the embedding."""
     tokenizer, output = make_tokenizer("chatml"), StringIO()
     config = DataConfig(cache=str(tmp_path / "cache"), train=[write_rows({"text": "the cat sat on the mat the dog"})])
-    (first,), _ = prepare(config, tokenizer)
+    (first,), _ = prepare_datasets(config, tokenizer)
     tokens = first.rows.sequences.tokens(0).tolist()
     DAMAGES[damage](first.folder)
-    (again,), _ = prepare(config, tokenizer, Console(file=output, width=1000))
+    (again,), _ = prepare_datasets(config, tokenizer, Console(file=output, width=1000))
     assert again.rows.sequences.tokens(0).tolist() == tokens
     assert again.stats == first.stats
     assert f"{first.folder}: is damaged (" in output.getvalue()
@@ -148,7 +148,7 @@ def test_digests_of_another_kind_are_made_anew(make_tokenizer, write_rows, prepa
     tokenizer, path = make_tokenizer("chatml"), write_rows({"text": "the cat"})
     (first,), _ = prepare_data(tokenizer, train=[path])
     (entry,) = (entry for entry in (tmp_path / "cache" / "digests").iterdir() if entry.is_dir())
-    plant({"digests.json": b"[[], {}]"})(entry)
+    overwrite_files({"digests.json": b"[[], {}]"})(entry)
     (again,), _ = prepare_data(tokenizer, train=[path])
     assert again.folder == first.folder
 
@@ -156,14 +156,14 @@ def test_digests_of_another_kind_are_made_anew(make_tokenizer, write_rows, prepa
 def test_a_file_that_is_written_meanwhile_is_refused(make_tokenizer, write_rows, prepare_data, refusal, monkeypatch):
     """Else the entry of the old content would hold rows of the new one."""
     path = write_rows(ANSWERED)
-    encode = Encoder.encode
+    encode = RowEncoder.encode
 
     def write_and_encode(self, rows):
         with Path(path).open("a") as file:
             file.write("\n")
         return encode(self, rows)
 
-    monkeypatch.setattr(Encoder, "encode", write_and_encode)
+    monkeypatch.setattr(RowEncoder, "encode", write_and_encode)
     with pytest.raises(UserError) as error:
         prepare_data(make_tokenizer("chatml"), train=[path])
     assert refusal(error.value).startswith(f"{path}: was changed while it was read")
@@ -206,9 +206,9 @@ def test_what_is_said_about_the_data(make_tokenizer, write_rows, prepare_data):
     tokenizer = make_tokenizer("chatml")
     prepared = prepare_data(tokenizer, train=train, eval=held_out, on_bad_row="skip")
     cached = prepare_data(tokenizer, train=train, eval=held_out, on_bad_row="skip")
-    assert remarks(*cached) == remarks(*prepared)
+    assert data_warnings(*cached) == data_warnings(*prepared)
     rejected = prepared.train[0].folder / "bad-rows.txt"
-    assert remarks(*prepared) == [
+    assert data_warnings(*prepared) == [
         f"{train}: not read: `id`, `name` of messages",
         f"{train}: all bad rows and what is wrong with them: {rejected}",
         f"{held_out}: not read: `id`, `split`, `name` of messages",
@@ -217,4 +217,4 @@ def test_what_is_said_about_the_data(make_tokenizer, write_rows, prepare_data):
     ]
     lines = rejected.read_text().splitlines()
     assert len(lines) == 7 and lines[6] == f"{train}, line 8: `messages` is empty; add a message or take the row out"
-    assert remarks(*prepare_data(tokenizer, train=write_rows(ANSWERED, name="b.jsonl"))) == []
+    assert data_warnings(*prepare_data(tokenizer, train=write_rows(ANSWERED, name="b.jsonl"))) == []

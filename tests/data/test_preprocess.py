@@ -14,7 +14,7 @@ from rich.console import Console
 from qlora_dist.cli.main import main
 from qlora_dist.config.schema import Config
 from qlora_dist.data.prepare_datasets import _SEQUENCES
-from qlora_dist.data.preprocess import preprocess
+from qlora_dist.data.preprocess import preprocess_data
 from qlora_dist.errors import UserError
 
 SHORT = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat\non [red]"}]}
@@ -39,7 +39,7 @@ def config(make_tokenizer, write_rows, tmp_path) -> Any:
 def printed(config: Config, color: bool = False, **options: Any) -> str:
     out = io.StringIO()
     terminal = {"force_terminal": True, "color_system": "truecolor"} if color else {}
-    preprocess(config, Console(file=out, width=120, **terminal), Console(quiet=True), **options)
+    preprocess_data(config, Console(file=out, width=120, **terminal), Console(quiet=True), **options)
     return out.getvalue()
 
 

@@ -6,41 +6,43 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.data.row_encoder import Encoded, Encoder, Mask
+from qlora_dist.data.row_encoder import Encoded, MaskMode, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from tests.helpers.published_tokenizers import make_tokenizer, token_texts
 
 Flagged = list[tuple[str, bool]]
 
 
-def no(*texts: str) -> Flagged:
+def expect_masked(*texts: str) -> Flagged:
     return [(text, False) for text in texts]
 
 
-def yes(*texts: str) -> Flagged:
+def expect_trained(*texts: str) -> Flagged:
     return [(text, True) for text in texts]
 
 
-def says(role: str, content: str, **fields: Any) -> dict[str, Any]:
+def make_message(role: str, content: str, **fields: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **fields}
 
 
-SYSTEM = says("system", "You are a cat.")
-CAT, SAT = says("user", "the cat"), says("assistant", "sat on")
-DOG, LOG = says("user", "the dog"), says("assistant", "the log")
+SYSTEM = make_message("system", "You are a cat.")
+CAT, SAT = make_message("user", "the cat"), make_message("assistant", "sat on")
+DOG, LOG = make_message("user", "the dog"), make_message("assistant", "the log")
 
 
-def encode(name: str, messages: list[dict], mask: Mask = "assistant", tools: list[dict] | None = None) -> Flagged:
+def encode(name: str, messages: list[dict], mask: MaskMode = "assistant", tools: list[dict] | None = None) -> Flagged:
     tokenizer = make_tokenizer(name)
-    encoded = Encoder(tokenizer, mask).encode([MessagesRow("train.jsonl, line 7", messages, tools)])[0]
+    encoded = RowEncoder(tokenizer, mask).encode([MessagesRow("train.jsonl, line 7", messages, tools)])[0]
     assert isinstance(encoded, Encoded), encoded
     texts = token_texts(tokenizer, encoded.tokens)
     assert len(texts) == len(encoded.trained)
     return list(zip(texts, encoded.trained.tolist(), strict=True))
 
 
-def refused(name: str, messages: list[dict], mask: Mask = "assistant", tools: list[dict] | None = None) -> str:
-    row = Encoder(make_tokenizer(name), mask).encode([MessagesRow("train.jsonl, line 7", messages, tools)])[0]
+def encode_refusal(
+    name: str, messages: list[dict], mask: MaskMode = "assistant", tools: list[dict] | None = None
+) -> str:
+    row = RowEncoder(make_tokenizer(name), mask).encode([MessagesRow("train.jsonl, line 7", messages, tools)])[0]
     assert isinstance(row, BadRow)
     assert row.place == "train.jsonl, line 7"
     assert "; " in row.reason and "\n" not in row.reason
@@ -48,15 +50,15 @@ def refused(name: str, messages: list[dict], mask: Mask = "assistant", tools: li
 
 
 # what ends a turn -> the turns above, in that format
-CHATML_SYSTEM = no("<|im_start|>", "system", "\n", "You", " are", " a", " cat", ".", "<|im_end|>", "\n")
-CHATML_CAT = no("<|im_start|>", "user", "\n", "the", " cat", "<|im_end|>", "\n")
-CHATML_DOG = no("<|im_start|>", "user", "\n", "the", " dog", "<|im_end|>", "\n")
-CHATML_PROMPT = no("<|im_start|>", "assistant", "\n")
-CHATML_SAT = [*CHATML_PROMPT, *yes("sat", " on", "<|im_end|>"), *no("\n")]
-CHATML_LOG = [*CHATML_PROMPT, *yes("the", " log", "<|im_end|>"), *no("\n")]
+CHATML_SYSTEM = expect_masked("<|im_start|>", "system", "\n", "You", " are", " a", " cat", ".", "<|im_end|>", "\n")
+CHATML_CAT = expect_masked("<|im_start|>", "user", "\n", "the", " cat", "<|im_end|>", "\n")
+CHATML_DOG = expect_masked("<|im_start|>", "user", "\n", "the", " dog", "<|im_end|>", "\n")
+CHATML_PROMPT = expect_masked("<|im_start|>", "assistant", "\n")
+CHATML_SAT = [*CHATML_PROMPT, *expect_trained("sat", " on", "<|im_end|>"), *expect_masked("\n")]
+CHATML_LOG = [*CHATML_PROMPT, *expect_trained("the", " log", "<|im_end|>"), *expect_masked("\n")]
 
 
-def untrained(flagged: Flagged) -> Flagged:
+def all_masked(flagged: Flagged) -> Flagged:
     return [(text, False) for text, _ in flagged]
 
 
@@ -73,7 +75,7 @@ class TestChatML:
     def test_last_answer(self):
         assert encode("chatml", [CAT, SAT, DOG, LOG], "last") == [
             *CHATML_CAT,
-            *untrained(CHATML_SAT),
+            *all_masked(CHATML_SAT),
             *CHATML_DOG,
             *CHATML_LOG,
         ]
@@ -83,11 +85,11 @@ class TestChatML:
 
     def test_all(self):
         conversation = encode("chatml", [CAT, SAT], "all")
-        assert conversation == yes(*(text for text, _ in CHATML_CAT + CHATML_SAT))
+        assert conversation == expect_trained(*(text for text, _ in CHATML_CAT + CHATML_SAT))
 
     def test_an_answer_is_left_out(self):
         messages = [CAT, {**SAT, "train": False}, DOG, LOG]
-        assert encode("chatml", messages) == [*CHATML_CAT, *untrained(CHATML_SAT), *CHATML_DOG, *CHATML_LOG]
+        assert encode("chatml", messages) == [*CHATML_CAT, *all_masked(CHATML_SAT), *CHATML_DOG, *CHATML_LOG]
 
     def test_an_earlier_answer_is_put_in(self):
         messages = [CAT, {**SAT, "train": True}, DOG, LOG]
@@ -97,121 +99,125 @@ class TestChatML:
         """Like an answer: the content and what ends the turn, not who says it."""
         messages = [{**SYSTEM, "train": True}, {**CAT, "train": True}, SAT]
         assert encode("chatml", messages) == [
-            *no("<|im_start|>", "system", "\n"),
-            *yes("You", " are", " a", " cat", ".", "<|im_end|>"),
-            *no("\n", "<|im_start|>", "user", "\n"),
-            *yes("the", " cat", "<|im_end|>"),
-            *no("\n"),
+            *expect_masked("<|im_start|>", "system", "\n"),
+            *expect_trained("You", " are", " a", " cat", ".", "<|im_end|>"),
+            *expect_masked("\n", "<|im_start|>", "user", "\n"),
+            *expect_trained("the", " cat", "<|im_end|>"),
+            *expect_masked("\n"),
             *CHATML_SAT,
         ]
 
     def test_messages_are_left_out_of_all(self):
         assert encode("chatml", [{**CAT, "train": False}, SAT, DOG, {**LOG, "train": False}], "all") == [
-            *yes("<|im_start|>", "user", "\n"),
-            *no("the", " cat", "<|im_end|>"),
-            *yes("\n", *(text for text, _ in CHATML_SAT + CHATML_DOG + CHATML_PROMPT)),
-            *no("the", " log", "<|im_end|>"),
-            *yes("\n"),
+            *expect_trained("<|im_start|>", "user", "\n"),
+            *expect_masked("the", " cat", "<|im_end|>"),
+            *expect_trained("\n", *(text for text, _ in CHATML_SAT + CHATML_DOG + CHATML_PROMPT)),
+            *expect_masked("the", " log", "<|im_end|>"),
+            *expect_trained("\n"),
         ]
 
     def test_tools_would_be_lost(self):
         call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-        assert "`tool_calls`, which the chat template does not write" in refused("chatml", [CAT, call])
-        assert "`tools`, which the chat template does not write" in refused("chatml", [CAT, SAT], tools=[{"a": 1}])
+        assert "`tool_calls`, which the chat template does not write" in encode_refusal("chatml", [CAT, call])
+        assert "`tools`, which the chat template does not write" in encode_refusal(
+            "chatml", [CAT, SAT], tools=[{"a": 1}]
+        )
         assert encode("chatml", [CAT, SAT], tools=[]) == [*CHATML_CAT, *CHATML_SAT]
 
 
-LLAMA_CAT = no("<|start_header_id|>", "user", "<|end_header_id|>", "\n\n", "the", " cat", "<|eot_id|>")
-LLAMA_PROMPT = no("<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n")
+LLAMA_CAT = expect_masked("<|start_header_id|>", "user", "<|end_header_id|>", "\n\n", "the", " cat", "<|eot_id|>")
+LLAMA_PROMPT = expect_masked("<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n")
 
 
 class TestLlama3:
     def test_every_answer(self):
         assert encode("llama-3", [SYSTEM, CAT, SAT, DOG, LOG]) == [
-            *no("<|begin_of_text|>", "<|start_header_id|>", "system", "<|end_header_id|>", "\n\n"),
-            *no("You", " are", " a", " cat", ".", "<|eot_id|>"),
+            *expect_masked("<|begin_of_text|>", "<|start_header_id|>", "system", "<|end_header_id|>", "\n\n"),
+            *expect_masked("You", " are", " a", " cat", ".", "<|eot_id|>"),
             *LLAMA_CAT,
             *LLAMA_PROMPT,
-            *yes("sat", " on", "<|eot_id|>"),
-            *no("<|start_header_id|>", "user", "<|end_header_id|>", "\n\n", "the", " dog", "<|eot_id|>"),
+            *expect_trained("sat", " on", "<|eot_id|>"),
+            *expect_masked("<|start_header_id|>", "user", "<|end_header_id|>", "\n\n", "the", " dog", "<|eot_id|>"),
             *LLAMA_PROMPT,
-            *yes("the", " log", "<|eot_id|>"),
+            *expect_trained("the", " log", "<|eot_id|>"),
         ]
 
     def test_contents_are_trimmed(self):
         messages = [{**CAT, "content": " the cat\n", "train": True}, {**SAT, "content": "\n\nsat on "}]
         assert encode("llama-3", messages) == [
-            *no("<|begin_of_text|>", "<|start_header_id|>", "user", "<|end_header_id|>", "\n\n"),
-            *yes("the", " cat", "<|eot_id|>"),
+            *expect_masked("<|begin_of_text|>", "<|start_header_id|>", "user", "<|end_header_id|>", "\n\n"),
+            *expect_trained("the", " cat", "<|eot_id|>"),
             *LLAMA_PROMPT,
-            *yes("sat", " on", "<|eot_id|>"),
+            *expect_trained("sat", " on", "<|eot_id|>"),
         ]
 
     def test_tools(self):
         """Llama 3.1's: functions in the user's turn, a call in the answer's, a result in a turn of its own."""
         tools = [{"name": "f"}]
         call = {"type": "function", "function": {"name": "what", "arguments": '{"role":"cat"}'}}
-        messages = [CAT, {"role": "assistant", "tool_calls": [call]}, says("tool", "the log"), SAT]
+        messages = [CAT, {"role": "assistant", "tool_calls": [call]}, make_message("tool", "the log"), SAT]
         encoded = encode("llama-3.1", messages, tools=tools)
         trained = [text for text, flag in encoded if flag]
         # the arguments, a string in OpenAI's format, are written as the object they stand for
         assert "".join(trained) == '{"name": "what", "parameters": {"role": "cat"}}<|eot_id|>sat on<|eot_id|>'
         start = next(index for index, (_, flag) in enumerate(encoded) if flag)
-        assert encoded[start - 7 : start] == [*no("the", " cat", "<|eot_id|>"), *LLAMA_PROMPT]
+        assert encoded[start - 7 : start] == [*expect_masked("the", " cat", "<|eot_id|>"), *LLAMA_PROMPT]
         assert encoded[-17:] == [
-            *yes("<|eot_id|>"),
-            *no("<|start_header_id|>", "ipython", "<|end_header_id|>", "\n\n", '"', "the", " log", '"', "<|eot_id|>"),
+            *expect_trained("<|eot_id|>"),
+            *expect_masked(
+                "<|start_header_id|>", "ipython", "<|end_header_id|>", "\n\n", '"', "the", " log", '"', "<|eot_id|>"
+            ),
             *LLAMA_PROMPT,
-            *yes("sat", " on", "<|eot_id|>"),
+            *expect_trained("sat", " on", "<|eot_id|>"),
         ]
 
     def test_two_calls_at_once(self):
         call = {"function": {"name": "f", "arguments": {}}}
         messages = [CAT, {"role": "assistant", "tool_calls": [call, call]}]
-        assert "(This model only supports single tool-calls at once!)" in refused("llama-3.1", messages)
+        assert "(This model only supports single tool-calls at once!)" in encode_refusal("llama-3.1", messages)
 
 
 class TestMistral:
     def test_every_answer(self):
         """Nothing prompts for an answer but what ends the question; the space before it is the answer's."""
         assert encode("mistral", [CAT, SAT, DOG, LOG]) == [
-            *no("<s>", " ", " [INST]", " the", " cat", " [/INST]"),
-            *yes(" sat", " on", "</s>"),
-            *no(" ", " [INST]", " the", " dog", " [/INST]"),
-            *yes(" the", " log", "</s>"),
+            *expect_masked("<s>", " ", " [INST]", " the", " cat", " [/INST]"),
+            *expect_trained(" sat", " on", "</s>"),
+            *expect_masked(" ", " [INST]", " the", " dog", " [/INST]"),
+            *expect_trained(" the", " log", "</s>"),
         ]
 
     def test_system_message_in_the_first_question(self):
         assert encode("mistral", [SYSTEM, CAT, SAT], "last") == [
-            *no("<s>", " ", " [INST]", " You", " are", " a", " cat.", "\n\n", "the", " cat", " [/INST]"),
-            *yes(" sat", " on", "</s>"),
+            *expect_masked("<s>", " ", " [INST]", " You", " are", " a", " cat.", "\n\n", "the", " cat", " [/INST]"),
+            *expect_trained(" sat", " on", "</s>"),
         ]
 
     def test_system_message_has_no_turn_to_train(self):
-        reason = refused("mistral", [{**SYSTEM, "train": True}, CAT, SAT])
+        reason = encode_refusal("mistral", [{**SYSTEM, "train": True}, CAT, SAT])
         assert "`train` of message 1 is true, and the chat template writes no turn for that message" in reason
 
     def test_question_is_put_in(self):
         assert encode("mistral", [{**CAT, "train": True}, SAT]) == [
-            *no("<s>", " ", " [INST]"),
-            *yes(" the", " cat", " [/INST]", " sat", " on", "</s>"),
+            *expect_masked("<s>", " ", " [INST]"),
+            *expect_trained(" the", " cat", " [/INST]", " sat", " on", "</s>"),
         ]
 
     def test_two_questions_in_a_row(self):
-        assert "conversation roles must alternate" in refused("mistral", [CAT, DOG, SAT])
+        assert "conversation roles must alternate" in encode_refusal("mistral", [CAT, DOG, SAT])
 
     def test_without_spaces(self):
         assert encode("mistral-nemo", [CAT, SAT, DOG, LOG]) == [
-            *no("<s>", "[INST]", "the", " cat", "[/INST]"),
-            *yes("sat", " on", "</s>"),
-            *no("[INST]", "the", " dog", "[/INST]"),
-            *yes("the", " log", "</s>"),
+            *expect_masked("<s>", "[INST]", "the", " cat", "[/INST]"),
+            *expect_trained("sat", " on", "</s>"),
+            *expect_masked("[INST]", "the", " dog", "[/INST]"),
+            *expect_trained("the", " log", "</s>"),
         ]
 
     @pytest.mark.parametrize("mask", ["assistant", "last"])
     def test_system_message_that_is_lost(self, mask):
         """Nemo writes it while the question is last of all; in what would be trained, it is not there."""
-        reason = refused("mistral-nemo", [SYSTEM, CAT, SAT], mask)
+        reason = encode_refusal("mistral-nemo", [SYSTEM, CAT, SAT], mask)
         assert "rewrites history (the prompt of message 3 changes with what follows)" in reason
 
     def test_tools(self):
@@ -219,7 +225,7 @@ class TestMistral:
         messages = [
             CAT,
             {"role": "assistant", "tool_calls": [call]},
-            says("tool", "log", tool_call_id="abcdefghi"),
+            make_message("tool", "log", tool_call_id="abcdefghi"),
             SAT,
         ]
         encoded = encode("mistral-nemo", messages, tools=[{"type": "function", "function": {"name": "what"}}])
@@ -227,25 +233,25 @@ class TestMistral:
         assert "".join(trained) == (
             '[TOOL_CALLS][{"name": "what", "arguments": {"role": "cat"}, "id": "abcdefghi"}]</s>sat on</s>'
         )
-        assert encoded[-5:] == [*no('"}', "[/TOOL_RESULTS]"), *yes("sat", " on", "</s>")]
+        assert encoded[-5:] == [*expect_masked('"}', "[/TOOL_RESULTS]"), *expect_trained("sat", " on", "</s>")]
 
 
 class TestGemma:
     def test_every_answer(self):
         turns = [
-            *no("<start_of_turn>", "user", "\n", "the", " cat", "<end_of_turn>", "\n"),
-            *no("<start_of_turn>", "model", "\n"),
-            *yes("sat", " on", "<end_of_turn>"),
-            *no("\n", "<start_of_turn>", "user", "\n", "the", " dog", "<end_of_turn>", "\n"),
-            *no("<start_of_turn>", "model", "\n"),
-            *yes("the", " log", "<end_of_turn>"),
-            *no("\n"),
+            *expect_masked("<start_of_turn>", "user", "\n", "the", " cat", "<end_of_turn>", "\n"),
+            *expect_masked("<start_of_turn>", "model", "\n"),
+            *expect_trained("sat", " on", "<end_of_turn>"),
+            *expect_masked("\n", "<start_of_turn>", "user", "\n", "the", " dog", "<end_of_turn>", "\n"),
+            *expect_masked("<start_of_turn>", "model", "\n"),
+            *expect_trained("the", " log", "<end_of_turn>"),
+            *expect_masked("\n"),
         ]
-        assert encode("gemma", [CAT, SAT, DOG, LOG]) == [*no("<bos>"), *turns]
+        assert encode("gemma", [CAT, SAT, DOG, LOG]) == [*expect_masked("<bos>"), *turns]
 
     def test_no_system_message(self):
-        assert "(System role not supported)" in refused("gemma", [SYSTEM, CAT, SAT])
-        assert "(System role not supported)" in refused("gemma", [SYSTEM, CAT, SAT], "all")
+        assert "(System role not supported)" in encode_refusal("gemma", [SYSTEM, CAT, SAT])
+        assert "(System role not supported)" in encode_refusal("gemma", [SYSTEM, CAT, SAT], "all")
 
 
 EMPTY_THOUGHT = ("<think>", "\n\n", "</think>", "\n\n")
@@ -257,48 +263,55 @@ class TestQwen3:
         assert encode("qwen3", [CAT, SAT]) == [
             *CHATML_CAT,
             *CHATML_PROMPT,
-            *yes(*EMPTY_THOUGHT, "sat", " on", "<|im_end|>"),
-            *no("\n"),
+            *expect_trained(*EMPTY_THOUGHT, "sat", " on", "<|im_end|>"),
+            *expect_masked("\n"),
         ]
 
     @pytest.mark.parametrize(
-        "thoughtful", [says("assistant", "<think>\na thought\n</think>\n\nsat on"), {**SAT, "reasoning": "a thought"}]
+        "thoughtful",
+        [make_message("assistant", "<think>\na thought\n</think>\n\nsat on"), {**SAT, "reasoning": "a thought"}],
     )
     def test_one_answer_with_a_thought(self, thoughtful):
         assert encode("qwen3", [CAT, thoughtful]) == [
             *CHATML_CAT,
             *CHATML_PROMPT,
-            *yes("<think>", "\n", "a", " thought", "\n", "</think>", "\n\n", "sat", " on", "<|im_end|>"),
-            *no("\n"),
+            *expect_trained("<think>", "\n", "a", " thought", "\n", "</think>", "\n\n", "sat", " on", "<|im_end|>"),
+            *expect_masked("\n"),
         ]
 
     def test_every_answer(self):
         """Earlier ones as the template writes them in history: their thoughts are left out."""
-        thoughtful = says("assistant", "<think>\na thought\n</think>\n\nsat on")
+        thoughtful = make_message("assistant", "<think>\na thought\n</think>\n\nsat on")
         assert encode("qwen3", [SYSTEM, CAT, thoughtful, DOG, LOG]) == [
             *CHATML_SYSTEM,
             *CHATML_CAT,
             *CHATML_SAT,
             *CHATML_DOG,
             *CHATML_PROMPT,
-            *yes(*EMPTY_THOUGHT, "the", " log", "<|im_end|>"),
-            *no("\n"),
+            *expect_trained(*EMPTY_THOUGHT, "the", " log", "<|im_end|>"),
+            *expect_masked("\n"),
         ]
 
     def test_last_answer(self):
         assert encode("qwen3", [CAT, SAT, DOG, LOG], "last") == [
             *CHATML_CAT,
-            *untrained(CHATML_SAT),
+            *all_masked(CHATML_SAT),
             *CHATML_DOG,
             *CHATML_PROMPT,
-            *yes(*EMPTY_THOUGHT, "the", " log", "<|im_end|>"),
-            *no("\n"),
+            *expect_trained(*EMPTY_THOUGHT, "the", " log", "<|im_end|>"),
+            *expect_masked("\n"),
         ]
 
     def test_tools(self):
         """The first answer is written without an empty thought, as it is not the last message."""
         call = {"type": "function", "function": {"name": "what", "arguments": '{"role":"cat"}'}}
-        messages = [CAT, says("assistant", "", tool_calls=[call]), says("tool", "log"), says("tool", "mat"), SAT]
+        messages = [
+            CAT,
+            make_message("assistant", "", tool_calls=[call]),
+            make_message("tool", "log"),
+            make_message("tool", "mat"),
+            SAT,
+        ]
         encoded = encode("qwen3", messages, tools=[{"name": "what"}])
         trained = [text for text, flag in encoded if flag]
         assert "".join(trained) == (
@@ -309,10 +322,10 @@ class TestQwen3:
         assert encoded[at - 10 : at] == [*CHATML_CAT, *CHATML_PROMPT]
         at = max(index for index, (text, _) in enumerate(encoded) if text == "<tool_response>")
         assert encoded[at:] == [
-            *no("<tool_response>", "\n", "mat", "\n", "</tool_response>", "<|im_end|>", "\n"),
+            *expect_masked("<tool_response>", "\n", "mat", "\n", "</tool_response>", "<|im_end|>", "\n"),
             *CHATML_PROMPT,
-            *yes(*EMPTY_THOUGHT, "sat", " on", "<|im_end|>"),
-            *no("\n"),
+            *expect_trained(*EMPTY_THOUGHT, "sat", " on", "<|im_end|>"),
+            *expect_masked("\n"),
         ]
 
     def test_thoughts_on_the_way_to_an_earlier_answer(self):
@@ -320,31 +333,33 @@ class TestQwen3:
         call = {"function": {"name": "what", "arguments": {}}}
         messages = [
             CAT,
-            says("assistant", "", reasoning_content="a thought", tool_calls=[call]),
-            says("tool", "log"),
+            make_message("assistant", "", reasoning_content="a thought", tool_calls=[call]),
+            make_message("tool", "log"),
             SAT,
             DOG,
             LOG,
         ]
-        assert "rewrites history (the prompt of message 4" in refused("qwen3", messages)
+        assert "rewrites history (the prompt of message 4" in encode_refusal("qwen3", messages)
         assert encode("qwen3", messages, "last")[-8:] == [
-            *yes(*EMPTY_THOUGHT, "the", " log", "<|im_end|>"),
-            *no("\n"),
+            *expect_trained(*EMPTY_THOUGHT, "the", " log", "<|im_end|>"),
+            *expect_masked("\n"),
         ]
         assert encode("qwen3", messages[:4]) == [
             *CHATML_CAT,
             *CHATML_PROMPT,
-            *yes("<think>", "\n", "a", " thought", "\n", "</think>", "\n\n", "<tool_call>", "\n"),
-            *yes('{"', "name", '":', ' "', "what", '",', ' "', "arguments", '":', " ", "{", "}", "}", "\n"),
-            *yes("</tool_call>", "<|im_end|>"),
-            *no("\n", "<|im_start|>", "user", "\n", "<tool_response>", "\n", "log", "\n", "</tool_response>"),
-            *no("<|im_end|>", "\n"),
+            *expect_trained("<think>", "\n", "a", " thought", "\n", "</think>", "\n\n", "<tool_call>", "\n"),
+            *expect_trained('{"', "name", '":', ' "', "what", '",', ' "', "arguments", '":', " ", "{", "}", "}", "\n"),
+            *expect_trained("</tool_call>", "<|im_end|>"),
+            *expect_masked(
+                "\n", "<|im_start|>", "user", "\n", "<tool_response>", "\n", "log", "\n", "</tool_response>"
+            ),
+            *expect_masked("<|im_end|>", "\n"),
             *CHATML_PROMPT,
-            *yes(*EMPTY_THOUGHT, "sat", " on", "<|im_end|>"),
-            *no("\n"),
+            *expect_trained(*EMPTY_THOUGHT, "sat", " on", "<|im_end|>"),
+            *expect_masked("\n"),
         ]
 
     def test_messages_of_tools_share_a_turn(self):
         """So one of them cannot be trained by itself; the last can."""
-        messages = [CAT, SAT, says("tool", "log", train=True), says("tool", "mat")]
-        assert "rewrites history (an earlier turn of message 3" in refused("qwen3", messages)
+        messages = [CAT, SAT, make_message("tool", "log", train=True), make_message("tool", "mat")]
+        assert "rewrites history (an earlier turn of message 3" in encode_refusal("qwen3", messages)

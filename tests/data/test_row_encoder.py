@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from qlora_dist.data.row_encoder import Encoded, Encoder
+from qlora_dist.data.row_encoder import Encoded, RowEncoder
 from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, TextRow
 from qlora_dist.errors import UserError
 
@@ -28,7 +28,7 @@ def conversation(*messages: dict) -> MessagesRow:
     return MessagesRow(PLACE, list(messages))
 
 
-def encode(encoder: Encoder, row) -> Encoded:
+def encode(encoder: RowEncoder, row) -> Encoded:
     (encoded,) = encoder.encode([row])
     assert isinstance(encoded, Encoded), encoded
     return encoded
@@ -48,12 +48,12 @@ def test_a_tokenizer_whose_templates_have_names_and_no_default(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
     with pytest.raises(UserError, match="has only chat templates named rag, tool_use, and no default; write"):
-        Encoder(tokenizer, "assistant").encode([conversation(*TURNS)])
+        RowEncoder(tokenizer, "assistant").encode([conversation(*TURNS)])
 
 
 def test_token_by_token(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    encoded = encode(Encoder(tokenizer, "assistant"), conversation(*TURNS[1:3]))
+    encoded = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS[1:3]))
     shown = [(tokenizer.decode([t]), flag) for t, flag in zip(encoded.tokens, encoded.trained, strict=True)]
     assert shown == [
         ("<|im_start|>", False),
@@ -76,7 +76,7 @@ def test_token_by_token(make_tokenizer):
 @pytest.mark.parametrize("template", ["chatml", "marked"])
 def test_every_answer_of_a_long_conversation_with_and_without_markers(make_tokenizer, template):
     tokenizer = make_tokenizer(template)
-    encoded = encode(Encoder(tokenizer, "assistant"), conversation(*TURNS))
+    encoded = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS))
     assert pieces(tokenizer, encoded) == [
         (
             "<|im_start|>system\nsit<|im_end|>\n<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n",
@@ -93,7 +93,7 @@ def test_every_answer_of_a_long_conversation_with_and_without_markers(make_token
 @pytest.mark.parametrize("template", ["chatml", "llama", "plain", "marked"])
 def test_tokens_are_those_generation_sees(make_tokenizer, template, mask):
     tokenizer = make_tokenizer(template)
-    encoded = encode(Encoder(tokenizer, mask), conversation(*TURNS))
+    encoded = encode(RowEncoder(tokenizer, mask), conversation(*TURNS))
     assert encoded.tokens.tolist() == tokenizer.apply_chat_template(TURNS, return_dict=False)
     if mask == "all":
         assert encoded.trained.tolist() == [True] * len(encoded.tokens)
@@ -101,7 +101,9 @@ def test_tokens_are_those_generation_sees(make_tokenizer, template, mask):
 
 def test_template_that_begins_with_bos_and_ends_with_the_turn(make_tokenizer):
     tokenizer = make_tokenizer("llama")
-    encoded = encode(Encoder(tokenizer, "assistant"), conversation(TURNS[1], {"role": "assistant", "content": " sat "}))
+    encoded = encode(
+        RowEncoder(tokenizer, "assistant"), conversation(TURNS[1], {"role": "assistant", "content": " sat "})
+    )
     assert pieces(tokenizer, encoded) == [
         ("<|bos|><|im_start|>user\n\nthe cat<|im_end|><|im_start|>assistant\n\n", False),
         ("sat<|im_end|>", True),
@@ -110,7 +112,7 @@ def test_template_that_begins_with_bos_and_ends_with_the_turn(make_tokenizer):
 
 def test_line_feed_is_trained_where_nothing_else_ends_the_turn(make_tokenizer):
     tokenizer = make_tokenizer("plain")
-    encoded = encode(Encoder(tokenizer, "assistant"), conversation(*TURNS[1:4]))
+    encoded = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS[1:4]))
     # ' sat' is one token with the prompt's last space: it straddles the answer's beginning and is trained
     assert pieces(tokenizer, encoded) == [
         ("user: the cat\nassistant:", False),
@@ -123,7 +125,7 @@ def test_answer_that_starts_with_a_line_feed(make_tokenizer):
     """It becomes one token with the prompt's; the row is good all the same."""
     tokenizer = make_tokenizer("chatml")
     encoded = encode(
-        Encoder(tokenizer, "assistant"),
+        RowEncoder(tokenizer, "assistant"),
         conversation(TURNS[1], {"role": "assistant", "content": "\nsat"}),
     )
     assert tokenizer.decode(encoded.tokens).endswith("assistant\n\nsat<|im_end|>\n")
@@ -133,7 +135,7 @@ def test_answer_that_starts_with_a_line_feed(make_tokenizer):
 def test_white_space_inside_and_at_the_end_of_an_answer_is_trained(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     encoded = encode(
-        Encoder(tokenizer, "assistant"),
+        RowEncoder(tokenizer, "assistant"),
         conversation(TURNS[1], {"role": "assistant", "content": "sat\n\non  \n"}),
     )
     assert pieces(tokenizer, encoded)[1:] == [("sat\n\non  \n<|im_end|>", True), ("\n", False)]
@@ -141,21 +143,21 @@ def test_white_space_inside_and_at_the_end_of_an_answer_is_trained(make_tokenize
 
 def test_empty_answer_trains_the_end_of_turn(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    encoded = encode(Encoder(tokenizer, "assistant"), conversation(TURNS[1], {"role": "assistant", "content": ""}))
+    encoded = encode(RowEncoder(tokenizer, "assistant"), conversation(TURNS[1], {"role": "assistant", "content": ""}))
     assert pieces(tokenizer, encoded)[1:] == [("<|im_end|>", True), ("\n", False)]
 
 
 def test_characters_of_several_tokens(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     encoded = encode(
-        Encoder(tokenizer, "assistant"),
+        RowEncoder(tokenizer, "assistant"),
         conversation({"role": "user", "content": "漢🙂"}, {"role": "assistant", "content": "🙂字é"}),
     )
     assert pieces(tokenizer, encoded)[1:] == [("🙂字é<|im_end|>", True), ("\n", False)]
 
 
 def test_conversation_without_an_answer_trains_nothing(make_tokenizer):
-    encoded = encode(Encoder(make_tokenizer("chatml"), "assistant"), conversation(TURNS[1]))
+    encoded = encode(RowEncoder(make_tokenizer("chatml"), "assistant"), conversation(TURNS[1]))
     assert len(encoded.tokens)
     assert not any(encoded.trained)
 
@@ -163,7 +165,7 @@ def test_conversation_without_an_answer_trains_nothing(make_tokenizer):
 @pytest.mark.parametrize("mask", ["assistant", "all"])
 def test_text_trains_everything_and_ends(make_tokenizer, mask):
     tokenizer = make_tokenizer("none")
-    encoded = encode(Encoder(tokenizer, mask), TextRow(PLACE, "the cat sat"))
+    encoded = encode(RowEncoder(tokenizer, mask), TextRow(PLACE, "the cat sat"))
     assert [tokenizer.decode([t]) for t in encoded.tokens] == ["the", " cat", " sat", "<|eos|>"]
     assert encoded.trained.tolist() == [True] * 4
 
@@ -174,13 +176,13 @@ def test_text_gets_one_end_from_a_tokenizer_that_writes_its_own(make_tokenizer):
     backend.post_processor = TemplateProcessing(
         single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)]
     )
-    encoded = encode(Encoder(tokenizer, "all"), TextRow(PLACE, "the cat"))
+    encoded = encode(RowEncoder(tokenizer, "all"), TextRow(PLACE, "the cat"))
     assert tokenizer.decode(encoded.tokens) == "<|bos|>the cat<|eos|>"
 
 
 def test_text_of_a_tokenizer_without_an_end(make_tokenizer):
     tokenizer = make_tokenizer("none", eos_token=None)
-    encoded = encode(Encoder(tokenizer, "all"), TextRow(PLACE, "the cat"))
+    encoded = encode(RowEncoder(tokenizer, "all"), TextRow(PLACE, "the cat"))
     assert tokenizer.decode(encoded.tokens) == "the cat"
 
 
@@ -198,13 +200,13 @@ def test_text_of_a_tokenizer_without_an_end(make_tokenizer):
 @pytest.mark.parametrize("mask", ["assistant", "last"])
 def test_completion_is_trained_and_its_end(make_tokenizer, mask, prompt, completion, expected):
     tokenizer = make_tokenizer("none")
-    encoded = encode(Encoder(tokenizer, mask), CompletionRow(PLACE, prompt, completion))
+    encoded = encode(RowEncoder(tokenizer, mask), CompletionRow(PLACE, prompt, completion))
     assert pieces(tokenizer, encoded) == expected
 
 
 def test_all_of_prompt_and_completion(make_tokenizer):
     tokenizer = make_tokenizer("none")
-    encoded = encode(Encoder(tokenizer, "all"), CompletionRow(PLACE, "the cat", " sat"))
+    encoded = encode(RowEncoder(tokenizer, "all"), CompletionRow(PLACE, "the cat", " sat"))
     assert pieces(tokenizer, encoded) == [("the cat sat<|eos|>", True)]
 
 
@@ -215,13 +217,13 @@ def test_completion_of_a_tokenizer_that_writes_beginning_and_end(make_tokenizer,
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)]
     )
-    encoded = encode(Encoder(tokenizer, "assistant"), CompletionRow(PLACE, "the cat", completion))
+    encoded = encode(RowEncoder(tokenizer, "assistant"), CompletionRow(PLACE, "the cat", completion))
     assert pieces(tokenizer, encoded) == [("<|bos|>the cat", False), (completion + "<|eos|>", True)]
 
 
 def test_completion_of_a_tokenizer_without_an_end(make_tokenizer):
     tokenizer = make_tokenizer("none", eos_token=None)
-    encoder = Encoder(tokenizer, "assistant")
+    encoder = RowEncoder(tokenizer, "assistant")
     assert pieces(tokenizer, encode(encoder, CompletionRow(PLACE, "the", " cat"))) == [("the", False), (" cat", True)]
     assert pieces(tokenizer, encode(encoder, CompletionRow(PLACE, "the", ""))) == [("the", False)]
     assert len(encode(encoder, CompletionRow(PLACE, "", "")).tokens) == 0
@@ -229,7 +231,7 @@ def test_completion_of_a_tokenizer_without_an_end(make_tokenizer):
 
 def test_rows_together_are_rows_alone(make_tokenizer):
     """Rows of different kinds, bad ones among them, in their order."""
-    encoder = Encoder(make_tokenizer("alternating"), "assistant")
+    encoder = RowEncoder(make_tokenizer("alternating"), "assistant")
     rows = [
         TextRow("1", "the cat"),
         conversation(*TURNS[1:]),
@@ -252,9 +254,9 @@ def test_rows_together_are_rows_alone(make_tokenizer):
 
 def test_truncation_and_padding_left_on_by_others(make_tokenizer):
     tokenizer = make_tokenizer("chatml", pad_token="<|bos|>")
-    expected = encode(Encoder(tokenizer, "assistant"), conversation(*TURNS))
+    expected = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS))
     tokenizer(["the cat", "the"], padding=True, truncation=True, max_length=1)
-    after = encode(Encoder(tokenizer, "assistant"), conversation(*TURNS))
+    after = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS))
     assert np.array_equal(after.tokens, expected.tokens) and np.array_equal(after.trained, expected.trained)
 
 
@@ -269,7 +271,7 @@ def test_truncation_and_padding_left_on_by_others(make_tokenizer):
     ],
 )
 def test_bad_row_says_what_and_where(make_tokenizer, refusal, template, messages, expected):
-    (row,) = Encoder(make_tokenizer(template), "assistant").encode([conversation(*messages)])
+    (row,) = RowEncoder(make_tokenizer(template), "assistant").encode([conversation(*messages)])
     assert isinstance(row, BadRow)
     message = refusal(row.error())
     assert message.startswith("train.jsonl, line 7: ")
@@ -278,7 +280,7 @@ def test_bad_row_says_what_and_where(make_tokenizer, refusal, template, messages
 
 def test_no_chat_template(make_tokenizer, refusal):
     """A mistake of the configuration, not of a row; rows without conversations need none."""
-    encoder = Encoder(make_tokenizer("none"), "assistant")
+    encoder = RowEncoder(make_tokenizer("none"), "assistant")
     assert encode(encoder, TextRow(PLACE, "the cat")).tokens.size
     with pytest.raises(UserError) as error:
         encoder.encode([TextRow(PLACE, "the cat"), conversation(*TURNS)])
@@ -289,21 +291,21 @@ def test_template_of_the_tokenizer_that_does_not_compile(make_tokenizer, refusal
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = "\n{% for m in messages %}"
     with pytest.raises(UserError) as error:
-        Encoder(tokenizer, "assistant").encode([conversation(*TURNS)])
+        RowEncoder(tokenizer, "assistant").encode([conversation(*TURNS)])
     assert "the tokenizer's is used: line 2 does not compile" in refusal(error.value)
 
 
 def test_rewriting_template(make_tokenizer):
     """Its last answer has a thought before it, as the message and the mask of an earlier one have not."""
     tokenizer = make_tokenizer("rewriting")
-    one = encode(Encoder(tokenizer, "assistant"), conversation(*TURNS[1:3]))
+    one = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS[1:3]))
     assert pieces(tokenizer, one)[1] == ("<think></think>sat on<|im_end|>", True)
-    both = encode(Encoder(tokenizer, "assistant"), conversation(*TURNS))
+    both = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS))
     assert [text for text, flag in pieces(tokenizer, both) if flag] == [
         "sat on<|im_end|>",
         "<think></think>the log<|im_end|>",
     ]
-    last = encode(Encoder(tokenizer, "last"), conversation(*TURNS))
+    last = encode(RowEncoder(tokenizer, "last"), conversation(*TURNS))
     assert [text for text, flag in pieces(tokenizer, last) if flag] == ["<think></think>the log<|im_end|>"]
 
 
@@ -322,27 +324,27 @@ class TestSlowTokenizer:
         return tokenizer
 
     def test_trains_all(self, tokenizer):
-        encoder = Encoder(tokenizer, "all")
+        encoder = RowEncoder(tokenizer, "all")
         for row in (conversation(TURNS[1]), TextRow(PLACE, "the cat"), CompletionRow(PLACE, "the", " cat")):
             assert encode(encoder, row).tokens.tolist() == [0, 1]
             assert encode(encoder, row).trained.tolist() == [True, True]
 
     @pytest.mark.parametrize("row", [conversation(TURNS[1]), CompletionRow(PLACE, "the", " cat")])
     def test_cannot_mask(self, tokenizer, refusal, row):
-        assert encode(Encoder(tokenizer, "assistant"), TextRow(PLACE, "the cat")).tokens.tolist() == [0, 1]
+        assert encode(RowEncoder(tokenizer, "assistant"), TextRow(PLACE, "the cat")).tokens.tolist() == [0, 1]
         with pytest.raises(UserError) as error:
-            Encoder(tokenizer, "assistant").encode([row])
+            RowEncoder(tokenizer, "assistant").encode([row])
         assert "does not tell where its tokens lie" in refusal(error.value)
 
     def test_cannot_leave_a_message_out_of_all(self, tokenizer):
         with pytest.raises(UserError, match="does not tell where its tokens lie"):
-            Encoder(tokenizer, "all").encode([conversation({**TURNS[1], "train": False})])
+            RowEncoder(tokenizer, "all").encode([conversation({**TURNS[1], "train": False})])
 
     def test_fingerprint(self, tokenizer, tmp_path):
-        before = Encoder(tokenizer, "all").fingerprint()
-        assert Encoder(tokenizer, "all").fingerprint() == before
+        before = RowEncoder(tokenizer, "all").fingerprint()
+        assert RowEncoder(tokenizer, "all").fingerprint() == before
         tokenizer.add_tokens(["dog"])
-        assert Encoder(tokenizer, "all").fingerprint() != before
+        assert RowEncoder(tokenizer, "all").fingerprint() != before
 
 
 class TestMarks:
@@ -350,18 +352,18 @@ class TestMarks:
 
     def test_last(self, make_tokenizer):
         tokenizer = make_tokenizer("marked")
-        encoded = encode(Encoder(tokenizer, "last"), conversation(*TURNS))
+        encoded = encode(RowEncoder(tokenizer, "last"), conversation(*TURNS))
         assert [text for text, flag in pieces(tokenizer, encoded) if flag] == ["the log<|im_end|>"]
 
     def test_flags(self, make_tokenizer):
         tokenizer = make_tokenizer("marked")
         messages = [TURNS[0], {**TURNS[1], "train": True}, *TURNS[2:4], {**TURNS[4], "train": False}]
-        encoded = encode(Encoder(tokenizer, "assistant"), conversation(*messages))
+        encoded = encode(RowEncoder(tokenizer, "assistant"), conversation(*messages))
         assert [text for text, flag in pieces(tokenizer, encoded) if flag] == ["the cat<|im_end|>", "sat on<|im_end|>"]
 
     def test_no_answer_is_trained(self, make_tokenizer):
         messages = [{**message, "train": False} for message in TURNS]
-        assert not any(encode(Encoder(make_tokenizer("marked"), "assistant"), conversation(*messages)).trained)
+        assert not any(encode(RowEncoder(make_tokenizer("marked"), "assistant"), conversation(*messages)).trained)
 
     def test_marks_that_are_not_one_for_each_answer(self, make_tokenizer):
         tokenizer = make_tokenizer("marked")
@@ -369,15 +371,15 @@ class TestMarks:
             "{{ m['content'] }}<|im_end|>{% endgeneration %}",
             "{{ m['content'] }}{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}",
         )
-        encoded = encode(Encoder(tokenizer, "assistant"), conversation(*TURNS))
+        encoded = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS))
         assert [text for text, flag in pieces(tokenizer, encoded) if flag] == ["sat on<|im_end|>", "the log<|im_end|>"]
-        (row,) = Encoder(tokenizer, "last").encode([conversation(*TURNS)])
+        (row,) = RowEncoder(tokenizer, "last").encode([conversation(*TURNS)])
         assert isinstance(row, BadRow)
         assert "marks 4 passages for 2 messages of the assistant" in row.reason
 
 
 def test_sent_to_another_process(make_tokenizer):
-    encoder = Encoder(make_tokenizer("chatml"), "last", "chatml")
+    encoder = RowEncoder(make_tokenizer("chatml"), "last", "chatml")
     sent = pickle.loads(pickle.dumps(encoder))
     assert sent.fingerprint() == encoder.fingerprint()
     assert encode(sent, conversation(*TURNS)).trained.tolist() == encode(encoder, conversation(*TURNS)).trained.tolist()

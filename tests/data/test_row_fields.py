@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.data.row_encoder import Encoded, Encoder
-from qlora_dist.data.row_fields import FieldNames
-from qlora_dist.data.row_formats import typed_rows
-from qlora_dist.data.source_row import BadRow, MessagesRow, Row
+from qlora_dist.data.row_encoder import Encoded, RowEncoder
+from qlora_dist.data.row_fields import UnreadFields
+from qlora_dist.data.row_formats import parse_rows
+from qlora_dist.data.source_row import BadRow, MessagesRow, SourceRow
 from tests.helpers.published_tokenizers import make_tokenizer
 
 HI, HELLO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -26,8 +26,8 @@ ASKING: list[dict[str, Any]] = [
 ]
 
 
-def row(**fields: Any) -> Row | BadRow:
-    (found,) = typed_rows(iter([("1", fields)]), "auto", "")
+def row(**fields: Any) -> SourceRow | BadRow:
+    (found,) = parse_rows(iter([("1", fields)]), "auto", "")
     return found
 
 
@@ -83,7 +83,7 @@ def test_masks_of_a_whole_row_are_refused(fields):
 def test_a_call_in_the_old_form_is_not_lost():
     call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     for content in (None, "calling"):
-        (found,) = Encoder(make_tokenizer("qwen3"), "assistant").encode(
+        (found,) = RowEncoder(make_tokenizer("qwen3"), "assistant").encode(
             [row(messages=[HI, call | {"content": content}])]
         )
         assert isinstance(found, BadRow)
@@ -188,7 +188,7 @@ def test_variables_of_the_template(as_text):
     variables = {"shout": True, "enable_thinking": False}
     given = json.dumps(variables) if as_text else variables
     rows = [row(messages=CONVERSATION[:2], chat_template_kwargs=value) for value in (given, None)]
-    with_them, without = Encoder(tokenizer, "assistant").encode(rows)
+    with_them, without = RowEncoder(tokenizer, "assistant").encode(rows)
     assert isinstance(with_them, Encoded) and isinstance(without, Encoded)
     assert with_them.tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION[:2], **variables)["input_ids"]
     assert without.tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION[:2])["input_ids"]
@@ -214,13 +214,13 @@ def test_variables_that_cannot_be_given(value, expected):
 
 
 def test_fields_that_nothing_reads_are_named():
-    names = FieldNames()
+    names = UnreadFields()
     messages = [HI | {"name": "Ada", "mood": "good"}, HELLO]
     records = [
         ("1", {"messages": messages, "id": 1, "tools": None, "x": None}),
         ("2", {"messages": messages, "url": "a", "chat_template_kwargs": {"enable_thinking": True, "y": 1}}),
     ]
-    assert not any(isinstance(found, BadRow) for found in typed_rows(iter(records), "auto", "", names))
+    assert not any(isinstance(found, BadRow) for found in parse_rows(iter(records), "auto", "", names))
     template = "{{ message.name }}\nmood_of {{ enable_thinking }}"
     assert names.ignored(template) == ["`id`", "`url`", "`mood` of messages", "`y` of chat_template_kwargs"]
     assert names.ignored({"default": "mood", "tool_use": template}) == ["`id`", "`url`", "`y` of chat_template_kwargs"]

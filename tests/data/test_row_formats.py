@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.data.row_encoder import Encoded, Encoder
-from qlora_dist.data.row_formats import SHAPES, typed_rows
-from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, Row, TextRow
+from qlora_dist.data.row_encoder import Encoded, RowEncoder
+from qlora_dist.data.row_formats import ROW_FORMATS, parse_rows
+from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, SourceRow, TextRow
 from tests.helpers.published_tokenizers import make_tokenizer
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -18,9 +18,9 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
 
-def row(format: str = "auto", **fields: Any) -> Row:
+def row(format: str = "auto", **fields: Any) -> SourceRow:
     """What one row becomes."""
-    (found,) = typed_rows(iter([("here", fields)]), format, "so said")
+    (found,) = parse_rows(iter([("here", fields)]), format, "so said")
     assert not isinstance(found, BadRow), found
     assert found.place == "here"
     return found
@@ -34,7 +34,7 @@ def messages(format: str = "auto", **fields: Any) -> list[dict[str, Any]]:
 
 def reason(format: str, **fields: Any) -> str:
     """What is wrong with a row."""
-    (found,) = typed_rows(iter([("here", fields)]), format, "so said")
+    (found,) = parse_rows(iter([("here", fields)]), format, "so said")
     assert isinstance(found, BadRow) and found.place == "here"
     assert "; " in found.reason and found.reason.isprintable() and not found.reason.endswith(".")
     return found.reason
@@ -70,7 +70,7 @@ def test_a_format_is_told_by_its_fields(format):
 
 
 def test_every_format_is_known():
-    assert {shape.format for shape in SHAPES} == set(ROWS)
+    assert {shape.format for shape in ROW_FORMATS} == set(ROWS)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_of_two_formats_the_first_is_taken(formats):
 
 def test_the_first_row_decides_for_all():
     records = [("1", ROWS["text"]), ("2", ROWS["messages"] | ROWS["text"]), ("3", ROWS["messages"])]
-    assert list(typed_rows(iter(records), "auto", "")) == [
+    assert list(parse_rows(iter(records), "auto", "")) == [
         TextRow("1", "hi"),
         TextRow("2", "hi"),
         BadRow("3", "the row has no `text` (the first row has it: 1); add it or take the row out"),
@@ -92,7 +92,7 @@ def test_the_first_row_decides_for_all():
 
 def test_bad_rows_of_the_file_are_handed_on():
     bad = BadRow("1", "not valid JSON (); write")
-    assert list(typed_rows(iter([bad, ("2", ROWS["text"]), bad]), "auto", "")) == [bad, TextRow("2", "hi"), bad]
+    assert list(parse_rows(iter([bad, ("2", ROWS["text"]), bad]), "auto", "")) == [bad, TextRow("2", "hi"), bad]
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_lists_as_json_text():
 def test_a_file_whose_rows_lie_under_a_name():
     """As SQuAD's: `data` is no format's field, and renaming it would be wrong."""
     for name in ("data", "train"):
-        bad = next(typed_rows(iter([("here", {"version": 1, name: [{"messages": HELLO}]})]), "auto", ""))
+        bad = next(parse_rows(iter([("here", {"version": 1, name: [{"messages": HELLO}]})]), "auto", ""))
         assert isinstance(bad, BadRow)
         assert bad.reason == (
             f"it is no row, and its field `{name}` holds rows; write that list alone, as a file of its own"
@@ -170,7 +170,7 @@ def test_ids_of_calls_for_templates_that_ask_for_them():
     ids = [call["id"] for message in made.messages for call in message.get("tool_calls", ())]
     assert ids == [message["tool_call_id"] for message in made.messages if message["role"] == "tool"]
     assert len(set(ids)) == 3 and all(len(name) == 9 and name.isalnum() for name in ids)
-    (encoded,) = Encoder(make_tokenizer("mistral-nemo"), "assistant").encode([made])
+    (encoded,) = RowEncoder(make_tokenizer("mistral-nemo"), "assistant").encode([made])
     assert isinstance(encoded, Encoded), encoded
 
 
@@ -422,7 +422,7 @@ def test_bad_values(format, fields, expected):
 
 @pytest.mark.parametrize("format", ["alpaca", "prompt-completion", "flan", "longform", "hh-rlhf", "text", "sharegpt"])
 def test_a_field_that_is_missing(format):
-    name = next(shape.fields[-1] for shape in SHAPES if shape.format == format)
+    name = next(shape.fields[-1] for shape in ROW_FORMATS if shape.format == format)
     fields = {key: value for key, value in ROWS[format].items() if key != name}
     assert reason(format, **fields) == f"the row has no `{name}` (so said); add it or take the row out"
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.data.shuffle import epoch_at, epoch_order, grouped_by_length, rows_before, rows_of_epochs
+from qlora_dist.data.shuffle import epoch_of_position, length_grouped_order, rows_before, rows_in_epochs, shuffled_epoch
 
 weights = st.sampled_from([0.1, 0.3, 1 / 3, 0.5, 1.0, 1.5, 2.0, 3.7])
 mixtures = st.lists(st.tuples(st.integers(1, 20), weights), min_size=1, max_size=3)
@@ -19,7 +19,7 @@ seeds = st.integers(-3, 3)
 
 @given(mixtures, st.integers(1, 12), seeds)
 def test_weights_are_exact_over_epochs(sources, epochs, seed):
-    orders = [epoch_order(epoch, sources, seed) for epoch in range(epochs)]
+    orders = [shuffled_epoch(epoch, sources, seed) for epoch in range(epochs)]
     for epoch, order in enumerate(orders):
         assert rows_before(epoch + 1, sources) - rows_before(epoch, sources) == len(order)
     trained = Counter(np.concatenate(orders).tolist())
@@ -35,7 +35,7 @@ def test_weights_are_exact_over_epochs(sources, epochs, seed):
 @given(count=st.integers(1, 30), seed=seeds)
 def test_weights_of_one_half_one_and_two(count, seed):
     sources = [(count, 0.5), (count, 1.0), (count, 2.0)]
-    two = [epoch_order(epoch, sources, seed).tolist() for epoch in (4, 5)]
+    two = [shuffled_epoch(epoch, sources, seed).tolist() for epoch in (4, 5)]
     assert Counter(row for row in two[0] + two[1] if row < count) == Counter(range(count))
     for epoch in two:
         assert Counter(row for row in epoch if count <= row < 2 * count) == Counter(range(count, 2 * count))
@@ -44,7 +44,7 @@ def test_weights_of_one_half_one_and_two(count, seed):
 
 @given(mixtures, st.integers(0, 2000))
 def test_each_position_lies_in_its_epoch(sources, position):
-    epoch = epoch_at(position, sources)
+    epoch = epoch_of_position(position, sources)
     assert rows_before(epoch, sources) <= position < rows_before(epoch + 1, sources)
 
 
@@ -60,22 +60,22 @@ def test_each_position_lies_in_its_epoch(sources, position):
     ],
 )
 def test_rows_of_epochs(epochs, sources, expected):
-    assert rows_of_epochs(epochs, sources) == expected
+    assert rows_in_epochs(epochs, sources) == expected
 
 
 def test_order_is_pinned():
     """A new release must not change the data of a run that resumes."""
-    assert epoch_order(0, [(8, 1.0)], 42).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]
-    mixed = [epoch_order(epoch, [(4, 0.5), (3, 1.0)], 42).tolist() for epoch in (0, 1)]
+    assert shuffled_epoch(0, [(8, 1.0)], 42).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]
+    mixed = [shuffled_epoch(epoch, [(4, 0.5), (3, 1.0)], 42).tolist() for epoch in (0, 1)]
     assert mixed == [[6, 4, 5, 3, 1], [6, 2, 0, 4, 5]]
-    grouped = grouped_by_length(np.arange(8), np.array([3, 1, 2, 1, 3, 2, 5, 4]), 2, 0, 0, 42)
+    grouped = length_grouped_order(np.arange(8), np.array([3, 1, 2, 1, 3, 2, 5, 4]), 2, 0, 0, 42)
     assert grouped.tolist() == [7, 6, 0, 4, 1, 3, 2, 5]
 
 
 def test_seeds_epochs_laps_and_sources_have_orders_of_their_own():
-    orders = [tuple(epoch_order(epoch, [(16, 1.0)], seed)) for epoch in range(3) for seed in (0, 1, -1)]
+    orders = [tuple(shuffled_epoch(epoch, [(16, 1.0)], seed)) for epoch in range(3) for seed in (0, 1, -1)]
     orders += [
-        tuple(row % 16 for row in np.sort(epoch_order(epoch, [(16, 0.5)] * 2, 0)).reshape(2, 8)[source])
+        tuple(row % 16 for row in np.sort(shuffled_epoch(epoch, [(16, 0.5)] * 2, 0)).reshape(2, 8)[source])
         for epoch in (0, 2)
         for source in (0, 1)
     ]
@@ -90,9 +90,9 @@ def test_seeds_epochs_laps_and_sources_have_orders_of_their_own():
 )
 def test_grouping_by_length_changes_the_order_and_nothing_else(count, epoch, global_batch, seed):
     sources, lengths = [(count, 1.0)], np.random.default_rng(count).integers(1, 2048, count)
-    order = epoch_order(epoch, sources, seed)
+    order = shuffled_epoch(epoch, sources, seed)
     position = rows_before(epoch, sources)
-    grouped = grouped_by_length(order, lengths, global_batch, position, epoch, seed)
+    grouped = length_grouped_order(order, lengths, global_batch, position, epoch, seed)
     assert sorted(grouped) == sorted(order)
     # where the epoch's own steps begin and end
     begin = min(-position % global_batch, count)
@@ -107,7 +107,8 @@ def test_groups_are_shuffled():
     """Sorted data trained from short to long would be a curriculum that nobody asked for."""
     lengths = np.arange(1, 401)
     grouped = [
-        grouped_by_length(epoch_order(e, [(400, 1.0)], 0), lengths, 4, 400 * e, e, 0).reshape(100, 4) for e in (0, 1)
+        length_grouped_order(shuffled_epoch(e, [(400, 1.0)], 0), lengths, 4, 400 * e, e, 0).reshape(100, 4)
+        for e in (0, 1)
     ]
     means = [lengths[batches].mean(axis=1) for batches in grouped]
     for mean in means:

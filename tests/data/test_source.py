@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config.schema import Format, SourceConfig
-from qlora_dist.data.source import read_rows, source_files
+from qlora_dist.config.schema import DataFormat, SourceConfig
+from qlora_dist.data.source import read_source_rows, source_files
 from qlora_dist.data.source_row import BadRow, MessagesRow, TextRow
 from qlora_dist.errors import UserError
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
-def rows(path: object, default: Format = "auto", **keys) -> list:
-    return list(read_rows(SourceConfig(path=str(path), **keys), default))
+def rows(path: object, default: DataFormat = "auto", **keys) -> list:
+    return list(read_source_rows(SourceConfig(path=str(path), **keys), default))
 
 
 def test_rows_with_their_places(write_rows):
@@ -128,7 +128,7 @@ def test_rows_before_the_first_of_a_known_format(write_rows, refusal):
 def test_no_row_of_a_known_format(tmp_path, refusal):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"dialogue": [], "a\nb": 1, "\ud83d": 2} | {f"f{i}": i for i in range(20)}, {}]))
-    read = read_rows(SourceConfig(path=str(path)), "auto")
+    read = read_source_rows(SourceConfig(path=str(path)), "auto")
     assert [next(read).place, next(read).place] == [f"{path}, row 1", f"{path}, row 2"]
     with pytest.raises(UserError) as error:
         next(read)

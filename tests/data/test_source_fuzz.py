@@ -17,15 +17,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config.schema import Format, SourceConfig
-from qlora_dist.data.row_formats import SHAPES
-from qlora_dist.data.source import read_rows
-from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, Row, TextRow
+from qlora_dist.config.schema import DataFormat, SourceConfig
+from qlora_dist.data.row_formats import ROW_FORMATS
+from qlora_dist.data.source import read_source_rows
+from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, SourceRow, TextRow
 from qlora_dist.errors import UserError
 
-FORMATS = typing.get_args(Format)
+FORMATS = typing.get_args(DataFormat)
 FIELDS = sorted(
-    {field for shape in SHAPES for field in shape.fields}
+    {field for shape in ROW_FORMATS for field in shape.fields}
     | {"content", "from", "value", "weight", "train", "tool_calls", "function", "name", "arguments", "type", "tools"}
     | {"system", "history", "replies", "rank", "deleted", "review_result"}
 )
@@ -67,32 +67,32 @@ likely = st.one_of(
             dict.fromkeys(shape.fields, texts | leaves | conversation | values),
             optional={"tools": values, "system": texts, "history": values, "rank": leaves, "deleted": leaves},
         )
-        for shape in SHAPES
+        for shape in ROW_FORMATS
     )
 )
 rows = st.lists(fields | likely | values, max_size=4)
 
 
-def check(path: Path, format: Format) -> None:
+def check(path: Path, format: DataFormat) -> None:
     """Read a file whole: rows, bad rows and at most one refusal, all of them fit to be shown and used."""
     source = SourceConfig(path=str(path), format=format)
     try:
-        for row in read_rows(source):
+        for row in read_source_rows(source):
             assert row.place.startswith(str(path))
             if isinstance(row, BadRow):
-                sentence(str(row.error()))
+                check_error_message(str(row.error()))
             else:
-                usable(row)
+                check_row(row)
     except UserError as error:
-        sentence(str(error))
+        check_error_message(str(error))
 
 
-def sentence(text: str) -> None:
+def check_error_message(text: str) -> None:
     assert text.isprintable() and "; " in text and not text.endswith(".")
     assert len(text) < 2000
 
 
-def usable(row: Row) -> None:
+def check_row(row: SourceRow) -> None:
     if isinstance(row, TextRow):
         assert row.text.strip() and row.text.encode()
     elif isinstance(row, CompletionRow):
@@ -167,7 +167,7 @@ def test_any_bytes(suffix, content, compressed):
         check(path, "auto")
 
 
-def good_parquet() -> bytes:
+def valid_parquet() -> bytes:
     table = pa.Table.from_pylist([{"messages": [{"role": "user", "content": "hi"}], "tools": None, "id": 3}] * 5)
     sink = io.BytesIO()
     pq.write_table(table, sink)
@@ -176,7 +176,7 @@ def good_parquet() -> bytes:
 
 @pytest.mark.parametrize(
     ("suffix", "whole"),
-    [("jsonl", GOOD), ("jsonl.gz", gzip.compress(GOOD)), ("parquet", good_parquet())],
+    [("jsonl", GOOD), ("jsonl.gz", gzip.compress(GOOD)), ("parquet", valid_parquet())],
     ids=["jsonl", "gzip", "parquet"],
 )
 @settings(settings.get_profile("fuzz"), max_examples=50)
@@ -193,7 +193,7 @@ def test_a_good_file_cut_off_or_with_wrong_bytes(suffix, whole, data):
         check(path, "auto")
 
 
-def good_arrow() -> bytes:
+def valid_arrow() -> bytes:
     sink = io.BytesIO()
     table = pa.Table.from_pylist([{"messages": [{"role": "user", "content": "hi"}], "text": "a", "id": 3}] * 4)
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -202,10 +202,10 @@ def good_arrow() -> bytes:
 
 
 @settings(settings.get_profile("fuzz"), max_examples=100)
-@given(st.lists(st.tuples(st.integers(0, len(good_arrow()) - 1), st.integers(0, 255)), min_size=1, max_size=3))
+@given(st.lists(st.tuples(st.integers(0, len(valid_arrow()) - 1), st.integers(0, 255)), min_size=1, max_size=3))
 def test_a_saved_data_set_with_wrong_bytes(changes):
     """Without `validate` these end the process, not only the test."""
-    content = bytearray(good_arrow())
+    content = bytearray(valid_arrow())
     for position, byte in changes:
         content[position] = byte
     with tempfile.TemporaryDirectory() as folder:

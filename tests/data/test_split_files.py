@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.config.schema import SourceConfig
-from qlora_dist.data.source import read_rows, source_files
+from qlora_dist.data.source import read_source_rows, source_files
 from qlora_dist.data.source_row import TextRow
 from qlora_dist.errors import UserError
 
@@ -70,7 +70,7 @@ def test_what_names_leave_open_is_refused(names, source, message, tmp_path, refu
 
 def test_patterns(tmp_path, refusal):
     folder = make(tmp_path / "set", ["b.jsonl", "a.jsonl", "c.txt", "within/d.jsonl"])
-    rows = list(read_rows(SourceConfig(path=f"{folder}/*.jsonl")))
+    rows = list(read_source_rows(SourceConfig(path=f"{folder}/*.jsonl")))
     assert [row.text for row in rows if isinstance(row, TextRow)] == ["a.jsonl", "b.jsonl"]
     deep = source_files(SourceConfig(path=f"{folder}/**/*.jsonl"))
     assert [path.name for path in deep] == ["a.jsonl", "b.jsonl", "d.jsonl"]

@@ -6,21 +6,25 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.data.row_encoder import Encoded, Encoder, Mask
+from qlora_dist.data.row_encoder import Encoded, MaskMode, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
 
 CAT, SAT = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}
 
 
-def encoded(name: str, *messages: dict[str, Any], mask: Mask = "assistant", template: str | None = None) -> Encoded:
-    (row,) = Encoder(_tokenizer(name, template), mask).encode([MessagesRow("1", list(messages))])
+def encode_messages(
+    name: str, *messages: dict[str, Any], mask: MaskMode = "assistant", template: str | None = None
+) -> Encoded:
+    (row,) = RowEncoder(_tokenizer(name, template), mask).encode([MessagesRow("1", list(messages))])
     assert isinstance(row, Encoded), row
     return row
 
 
-def refused(name: str, *messages: dict[str, Any], mask: Mask = "assistant", template: str | None = None) -> str:
-    (row,) = Encoder(_tokenizer(name, template), mask).encode([MessagesRow("1", list(messages))])
+def encode_refusal(
+    name: str, *messages: dict[str, Any], mask: MaskMode = "assistant", template: str | None = None
+) -> str:
+    (row,) = RowEncoder(_tokenizer(name, template), mask).encode([MessagesRow("1", list(messages))])
     assert isinstance(row, BadRow), row
     assert "; " in row.reason and "\n" not in row.reason
     return row.reason
@@ -37,11 +41,11 @@ def _tokenizer(name: str, template: str | None) -> Any:
 def test_a_misspelt_role_is_refused(name, mask):
     """ChatML and Llama 3 would write it as it is, and never train the answer."""
     misspelt = SAT | {"role": "asistant"}
-    assert refused(name, CAT, misspelt, mask=mask) == (
+    assert encode_refusal(name, CAT, misspelt, mask=mask) == (
         "message 2 has the role `asistant`, which is not known; write assistant, or give the message a `train` of true "
         "or false"
     )
-    assert refused(name, CAT, SAT, CAT, misspelt, mask=mask).startswith("message 4 has the role `asistant`")
+    assert encode_refusal(name, CAT, SAT, CAT, misspelt, mask=mask).startswith("message 4 has the role `asistant`")
 
 
 @pytest.mark.parametrize(
@@ -56,23 +60,23 @@ def test_a_misspelt_role_is_refused(name, mask):
     ],
 )
 def test_other_roles_and_what_to_write(role, remedy):
-    assert f"role `{role}`, which is not known; {remedy}" in refused("chatml", CAT, SAT, CAT | {"role": role})
+    assert f"role `{role}`, which is not known; {remedy}" in encode_refusal("chatml", CAT, SAT, CAT | {"role": role})
 
 
 def test_a_role_of_ones_own_that_says_whether_it_is_trained():
     critic = {"role": "critic", "content": "a thought"}
-    row = encoded("chatml", CAT, SAT, critic | {"train": False})
+    row = encode_messages("chatml", CAT, SAT, critic | {"train": False})
     tokenizer = make_tokenizer("chatml")
     assert tokenizer.decode(row.tokens).endswith("<|im_start|>critic\na thought<|im_end|>\n")
     assert tokenizer.decode(row.tokens[row.trained]) == "sat on<|im_end|>"
-    row = encoded("chatml", CAT, critic | {"train": True})
+    row = encode_messages("chatml", CAT, critic | {"train": True})
     assert tokenizer.decode(row.tokens[row.trained]) == "a thought<|im_end|>"
 
 
 def test_a_role_that_the_template_names():
     template = make_tokenizer("chatml").chat_template + "{% if messages[0].role in ['context', 'x'] %}{% endif %}"
-    assert "`context`, which is not known" in refused("chatml", CAT | {"role": "context"}, SAT)
-    encoded("chatml", CAT | {"role": "context"}, CAT, SAT, template=template)
+    assert "`context`, which is not known" in encode_refusal("chatml", CAT | {"role": "context"}, SAT)
+    encode_messages("chatml", CAT | {"role": "context"}, CAT, SAT, template=template)
 
 
 WRITES_SOME = (
@@ -84,12 +88,14 @@ WRITES_SOME = (
 @pytest.mark.parametrize("role", ["system", "developer", "ipython"])
 @pytest.mark.parametrize("mask", ["assistant", "all"])
 def test_a_role_that_the_template_leaves_out_is_refused(role, mask):
-    assert refused("chatml", {"role": role, "content": "be brief"}, CAT, SAT, mask=mask, template=WRITES_SOME) == (
+    assert encode_refusal(
+        "chatml", {"role": role, "content": "be brief"}, CAT, SAT, mask=mask, template=WRITES_SOME
+    ) == (
         f"message 1 has the role `{role}`, and the chat template writes nothing for it; give it a role that the "
         "template writes, or use another template"
     )
-    encoded("chatml", {"role": role, "content": ""}, CAT, SAT, mask=mask, template=WRITES_SOME)
-    encoded("chatml", CAT, SAT, {"role": "tool", "content": "3"}, SAT, mask=mask, template=WRITES_SOME)
+    encode_messages("chatml", {"role": role, "content": ""}, CAT, SAT, mask=mask, template=WRITES_SOME)
+    encode_messages("chatml", CAT, SAT, {"role": "tool", "content": "3"}, SAT, mask=mask, template=WRITES_SOME)
 
 
 THINKING = ["reasoning_content", "reasoning", "thinking"]
@@ -99,14 +105,14 @@ THINKING = ["reasoning_content", "reasoning", "thinking"]
 @pytest.mark.parametrize("name", ["chatml", "llama-3.1", "mistral-nemo", "gemma"])
 def test_thoughts_that_are_not_written_are_refused(name, field):
     thinking = SAT | {field: "a thought"}
-    assert refused(name, CAT, thinking) == (
+    assert encode_refusal(name, CAT, thinking) == (
         f"message 2 has a `{field}`, which the chat template does not write; use a template that does, write the "
         "thought into `content`, or take it out"
     )
-    assert "message 2 has a `" in refused(name, CAT, thinking, CAT, SAT)
-    assert "message 2 has a `" in refused(name, CAT, thinking | {"train": False}, CAT, SAT)
-    encoded(name, CAT, SAT | {field: " "})
-    encoded(name, CAT, SAT | {field: None})
+    assert "message 2 has a `" in encode_refusal(name, CAT, thinking, CAT, SAT)
+    assert "message 2 has a `" in encode_refusal(name, CAT, thinking | {"train": False}, CAT, SAT)
+    encode_messages(name, CAT, SAT | {field: " "})
+    encode_messages(name, CAT, SAT | {field: None})
 
 
 @pytest.mark.parametrize("field", THINKING)
@@ -114,9 +120,9 @@ def test_thoughts_that_are_written_where_a_model_sees_them(field):
     """Qwen 3 leaves out the thoughts of earlier turns, as at inference. That is no loss."""
     tokenizer = make_tokenizer("qwen3")
     thinking = SAT | {field: "a thought"}
-    row = encoded("qwen3", CAT, thinking, CAT, SAT)
+    row = encode_messages("qwen3", CAT, thinking, CAT, SAT)
     assert "a thought" not in tokenizer.decode(row.tokens)
-    row = encoded("qwen3", CAT, SAT, CAT, thinking)
+    row = encode_messages("qwen3", CAT, SAT, CAT, thinking)
     assert tokenizer.decode(row.tokens[row.trained]).endswith("<think>\na thought\n</think>\n\nsat on<|im_end|>")
 
 
@@ -128,5 +134,5 @@ def test_thoughts_that_are_written_of_some_answers():
     )
     thinking = SAT | {"reasoning_content": "a thought"}
     call = {"name": "f", "arguments": {}}
-    assert "message 2 has a `" in refused("chatml", CAT, thinking, template=template)
-    encoded("chatml", CAT, thinking | {"tool_calls": [call]}, template=template)
+    assert "message 2 has a `" in encode_refusal("chatml", CAT, thinking, template=template)
+    encode_messages("chatml", CAT, thinking | {"tool_calls": [call]}, template=template)

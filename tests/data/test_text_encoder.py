@@ -12,30 +12,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 
-from qlora_dist.data.byte_level import byte_lengths
-from qlora_dist.data.text_encoder import Encoded, Text, TextEncoder
+from qlora_dist.data.byte_level import token_byte_lengths
+from qlora_dist.data.text_encoder import EncodedSequence, MaskedText, TextEncoder
 from tests.helpers.published_tokenizers import make_tokenizer
 
 
-def plain() -> Any:
+def plain_tokenizer() -> Any:
     return make_tokenizer("chatml")
 
 
-def composing() -> Any:
+def nfc_tokenizer() -> Any:
     """Qwen's way: an e and an accent become one character, shorter than its tokens' bytes."""
     tokenizer = make_tokenizer("qwen3")
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()])
     return tokenizer
 
 
-def swallowing() -> Any:
+def stripping_tokenizer() -> Any:
     """Added tokens that take the white space beside them: it is in no token then."""
     tokenizer = make_tokenizer("chatml")
     tokenizer.add_tokens([AddedToken("<x>", lstrip=True, rstrip=True), AddedToken("<y>", normalized=True)])
     return tokenizer
 
 
-def without_some_bytes(unknown: str | None) -> Any:
+def tokenizer_without_bytes(unknown: str | None) -> Any:
     tokenizer = make_tokenizer("chatml")
     rules = tokenizer.backend_tokenizer.to_str()
     for letter in ("å", "Ń", "ð"):  # bytes 0xE5, 0xAD and 0xF0
@@ -47,7 +47,7 @@ def without_some_bytes(unknown: str | None) -> Any:
     return changed
 
 
-def beginning() -> Any:
+def bos_tokenizer() -> Any:
     """Writes a token before every text."""
     tokenizer = make_tokenizer("llama-3")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -57,12 +57,12 @@ def beginning() -> Any:
 
 
 BYTE_LEVEL: dict[str, Callable[[], Any]] = {
-    "plain": plain,
-    "composing": composing,
-    "swallowing": swallowing,
-    "without some bytes": functools.partial(without_some_bytes, None),
-    "unknown bytes": functools.partial(without_some_bytes, "<|endoftext|>"),
-    "beginning": beginning,
+    "plain": plain_tokenizer,
+    "composing": nfc_tokenizer,
+    "swallowing": stripping_tokenizer,
+    "without some bytes": functools.partial(tokenizer_without_bytes, None),
+    "unknown bytes": functools.partial(tokenizer_without_bytes, "<|endoftext|>"),
+    "beginning": bos_tokenizer,
 }
 OTHERS = {"sentencepiece": functools.partial(make_tokenizer, "gemma")}
 
@@ -90,13 +90,13 @@ PARTS = [
 
 
 @st.composite
-def texts(draw: Any) -> list[Text]:
+def texts(draw: Any) -> list[MaskedText]:
     drawn = []
     for _ in range(draw(st.integers(1, 4))):
         text = draw(st.lists(st.sampled_from(PARTS), max_size=8).map("".join))
         cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=4)))
         spans = list(zip(cuts[::2], cuts[1::2], strict=False)) if draw(st.booleans()) else None
-        drawn.append(Text(text, spans, inverted=draw(st.booleans())))
+        drawn.append(MaskedText(text, spans, inverted=draw(st.booleans())))
     return drawn
 
 
@@ -134,53 +134,55 @@ def test_equals_the_tokenizers_own_call_and_its_offsets(kind, batch, closed):
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 def test_most_texts_go_the_fast_way(kind, monkeypatch):
     """The test above would not see if none did."""
-    slow: list[Text] = []
+    slow: list[MaskedText] = []
     monkeypatch.setattr(
         TextEncoder, "_by_offsets", lambda self, texts, closed: slow.extend(texts) or [None] * len(texts)
     )
-    results = encoder(kind).encode([Text("the cat é", [(4, 7)]), Text("e\u0301", None), Text("\n", [])], closed=False)
+    results = encoder(kind).encode(
+        [MaskedText("the cat é", [(4, 7)]), MaskedText("e\u0301", None), MaskedText("\n", [])], closed=False
+    )
     assert not slow
-    assert all(isinstance(item, Encoded) for item in results)
+    assert all(isinstance(item, EncodedSequence) for item in results)
 
 
 def test_only_the_texts_that_need_it_go_the_slow_way(monkeypatch):
     slow: list[str] = []
     by_offsets = TextEncoder._by_offsets
 
-    def noted(self: TextEncoder, texts: list[Text], closed: bool) -> list[Encoded]:
+    def noted(self: TextEncoder, texts: list[MaskedText], closed: bool) -> list[EncodedSequence]:
         slow.extend(text.text for text in texts)
         return by_offsets(self, texts, closed)
 
     monkeypatch.setattr(TextEncoder, "_by_offsets", noted)
     encoder("composing").encode(
-        [Text("the cat", [(0, 3)]), Text("e\u0301", [(0, 2)]), Text("字", [(0, 1)])], closed=False
+        [MaskedText("the cat", [(0, 3)]), MaskedText("e\u0301", [(0, 2)]), MaskedText("字", [(0, 1)])], closed=False
     )
-    encoder("swallowing").encode([Text("the <x>", [(0, 3)]), Text("the<x>", [(0, 3)])], closed=False)
-    encoder("unknown bytes").encode([Text("the é", [(0, 3)]), Text("字", [(0, 1)])], closed=False)
+    encoder("swallowing").encode([MaskedText("the <x>", [(0, 3)]), MaskedText("the<x>", [(0, 3)])], closed=False)
+    encoder("unknown bytes").encode([MaskedText("the é", [(0, 3)]), MaskedText("字", [(0, 1)])], closed=False)
     assert slow == ["e\u0301", "the <x>", "字"]
 
 
-def prefixing() -> Any:
+def prefix_space_tokenizer() -> Any:
     tokenizer = make_tokenizer("chatml")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return tokenizer
 
 
-def lowering() -> Any:
+def lowercasing_tokenizer() -> Any:
     tokenizer = make_tokenizer("chatml")
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     return tokenizer
 
 
-def dropping() -> Any:
+def dropping_tokenizer() -> Any:
     tokenizer = make_tokenizer("chatml")
     tokenizer.backend_tokenizer.model.dropout = 0.1
     return tokenizer
 
 
-@pytest.mark.parametrize("make", [prefixing, lowering, dropping, *OTHERS.values()])
+@pytest.mark.parametrize("make", [prefix_space_tokenizer, lowercasing_tokenizer, dropping_tokenizer, *OTHERS.values()])
 def test_tokenizers_of_another_kind(make):
-    assert byte_lengths(make()) is None
+    assert token_byte_lengths(make()) is None
 
 
 def test_tokenizer_with_a_way_of_its_own():
@@ -191,10 +193,10 @@ def test_tokenizer_with_a_way_of_its_own():
             return super()._encode_plus(*args, **options)
 
     tokenizer.__class__ = Own
-    assert byte_lengths(tokenizer) is None
+    assert token_byte_lengths(tokenizer) is None
 
 
-def both_ends(make: Callable[[], Any]) -> Any:
+def bos_and_eos_tokenizer(make: Callable[[], Any]) -> Any:
     """Writes a token before and behind every text."""
     tokenizer = make()
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
@@ -206,10 +208,10 @@ def both_ends(make: Callable[[], Any]) -> Any:
 
 
 RENDERED = {
-    "byte-level": beginning,
-    "byte-level, both ends": functools.partial(both_ends, beginning),
+    "byte-level": bos_tokenizer,
+    "byte-level, both ends": functools.partial(bos_and_eos_tokenizer, bos_tokenizer),
     "sentencepiece": functools.partial(make_tokenizer, "gemma"),
-    "sentencepiece, both ends": functools.partial(both_ends, functools.partial(make_tokenizer, "gemma")),
+    "sentencepiece, both ends": functools.partial(bos_and_eos_tokenizer, functools.partial(make_tokenizer, "gemma")),
 }
 
 
@@ -223,7 +225,7 @@ def test_a_text_that_was_rendered_before_gets_no_second_beginning_or_end(name, s
     for end in ("", eos, f"{eos}\n", f"{eos} \n\n"):
         text = prompt + answer + end
         spans = [(len(prompt), len(text))] if spanned else None
-        (encoded,) = TextEncoder(tokenizer).encode([Text(text, spans)], closed=True)
+        (encoded,) = TextEncoder(tokenizer).encode([MaskedText(text, spans)], closed=True)
         expected = tokenizer(text if end else text + eos, add_special_tokens=False)
         assert encoded.tokens.tolist() == expected["input_ids"]
         assert encoded.tokens.tolist().count(tokenizer.eos_token_id) == 1
@@ -232,10 +234,10 @@ def test_a_text_that_was_rendered_before_gets_no_second_beginning_or_end(name, s
 
 
 def test_special_tokens_that_are_split_are_no_beginning_and_no_end():
-    tokenizer = both_ends(beginning)
+    tokenizer = bos_and_eos_tokenizer(bos_tokenizer)
     tokenizer.split_special_tokens = True
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    (encoded,) = TextEncoder(tokenizer).encode([Text("<|begin_of_text|>the<|eot_id|>", None)], closed=True)
+    (encoded,) = TextEncoder(tokenizer).encode([MaskedText("<|begin_of_text|>the<|eot_id|>", None)], closed=True)
     assert (encoded.tokens[0], encoded.tokens[-1]) == (bos, eos)
     assert not {bos, eos} & set(encoded.tokens[1:-1].tolist())
 
@@ -247,5 +249,5 @@ def test_a_token_that_takes_the_white_space_of_an_answer_is_not_trained(answer):
     tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True), AddedToken("<|end|>", lstrip=True)])
     prompt, end = "the cat<|assistant|>\n", "<|end|>"
     text = prompt + answer + " " + end
-    (encoded,) = TextEncoder(tokenizer).encode([Text(text, [(len(prompt), len(text))])], closed=False)
+    (encoded,) = TextEncoder(tokenizer).encode([MaskedText(text, [(len(prompt), len(text))])], closed=False)
     assert tokenizer.decode(encoded.tokens[encoded.trained]) == f"sat{end}"

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 
 from qlora_dist.data import tokenize as tokenize_module
 from qlora_dist.data.row_encoder import Encoded
-from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, Row, TextRow
-from qlora_dist.data.tokenize import Stats, tokenize
-from qlora_dist.data.tokenized import Sequences
+from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, SourceRow, TextRow
+from qlora_dist.data.tokenize import TokenizeStats, tokenize_to_file
+from qlora_dist.data.tokenized import TokenizedSequences
 from qlora_dist.errors import UserError
 
 
 class Encoder:
     """A character is a token, capital letters are trained; a row with a `!` cannot be used."""
 
-    def encode(self, rows: list[Row]) -> list[Encoded | BadRow]:
+    def encode(self, rows: list[SourceRow]) -> list[Encoded | BadRow]:
         return [self._encode(row) for row in rows]
 
-    def _encode(self, row: Row) -> Encoded | BadRow:
+    def _encode(self, row: SourceRow) -> Encoded | BadRow:
         assert isinstance(row, TextRow)
         if "!" in row.text:
             return BadRow(row.place, "shouts; be quiet")
@@ -37,7 +37,7 @@ class Encoder:
         return Encoded(codes, np.array([c.isupper() for c in row.text], dtype=np.bool_))
 
 
-def rows_of(texts: list[str | None]) -> list[Row | BadRow]:
+def rows_of(texts: list[str | None]) -> list[SourceRow | BadRow]:
     """Those of None cannot be used."""
     return [
         BadRow(f"a.jsonl, line {line}", "is null; write a string")
@@ -61,10 +61,10 @@ def test_every_row_is_written_skipped_or_left_out(tmp_path_factory, texts):
     options = {"workers": 1, "on_bad_row": "skip", "max_bad_rows": 100}
     if not kept:
         with pytest.raises(UserError, match=f"none of the {len(texts)} rows has a token to train"):
-            tokenize(rows_of(texts), Encoder(), path, **options)
+            tokenize_to_file(rows_of(texts), Encoder(), path, **options)
         return
-    stats = tokenize(rows_of(texts), Encoder(), path, **options)
-    sequences = Sequences.open(path)
+    stats = tokenize_to_file(rows_of(texts), Encoder(), path, **options)
+    sequences = TokenizedSequences.open(path)
     assert ["".join(map(chr, sequences.tokens(i))) for i in range(len(sequences))] == kept
     flags = [[place > 0 and c.isupper() for place, c in enumerate(text)] for text in kept]
     assert [sequences.trained(i).tolist() for i in range(len(sequences))] == flags
@@ -72,7 +72,7 @@ def test_every_row_is_written_skipped_or_left_out(tmp_path_factory, texts):
     stats.bad_places = []
     assert len(stats.sha256) == 64
     stats.sha256 = ""
-    assert stats == Stats(
+    assert stats == TokenizeStats(
         rows=len(texts),
         bad_rows=len(bad),
         untrained_rows=len(texts) - len(bad) - len(kept),
@@ -88,7 +88,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path, small_chunks):
     files, stats = [], []
     for workers in (1, 2, 3, "auto"):
         path = tmp_path / f"{workers}.arrow"
-        stats.append(tokenize(rows_of(texts), Encoder(), path, workers=workers, on_bad_row="skip"))
+        stats.append(tokenize_to_file(rows_of(texts), Encoder(), path, workers=workers, on_bad_row="skip"))
         files.append(path.read_bytes())
     assert files == files[:1] * 4
     assert stats == stats[:1] * 4
@@ -106,13 +106,13 @@ def test_the_first_bad_row_is_the_one_told(tmp_path, small_chunks, refusal, work
     """Whoever is done first: one that the reader finds comes after one that the encoder finds, if the file says so."""
     for texts in (["aB"] * 10 + ["aB!", "aB", None] + ["aB"] * 9, ["aB"] * 10 + ["aB!"] + [None] * 12):
         with pytest.raises(UserError) as error:
-            tokenize(rows_of(texts), Encoder(), tmp_path / "a.arrow", workers=workers)
+            tokenize_to_file(rows_of(texts), Encoder(), tmp_path / "a.arrow", workers=workers)
         assert refusal(error.value) == "a.jsonl, line 11: shouts; be quiet"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_file_that_breaks_off_is_told_after_the_rows_before(tmp_path, small_chunks, refusal, workers):
-    def breaking_off(texts: list[str | None]) -> Iterator[Row | BadRow]:
+    def breaking_off(texts: list[str | None]) -> Iterator[SourceRow | BadRow]:
         yield from rows_of(texts)
         raise UserError("a.jsonl: is cut off; get it anew")
 
@@ -121,7 +121,7 @@ def test_a_file_that_breaks_off_is_told_after_the_rows_before(tmp_path, small_ch
         ([*["aB"] * 10, "aB!"], "a.jsonl, line 11: shouts; be quiet"),
     ):
         with pytest.raises(UserError) as error:
-            tokenize(breaking_off(texts), Encoder(), tmp_path / "a.arrow", workers=workers)
+            tokenize_to_file(breaking_off(texts), Encoder(), tmp_path / "a.arrow", workers=workers)
         assert refusal(error.value) == expected
 
 
@@ -129,19 +129,23 @@ def test_a_share_of_the_rows_may_be_skipped(tmp_path, refusal):
     options = {"workers": 1, "on_bad_row": "skip", "name": "a.jsonl"}
     texts = ["aB", "aB", None, "aB!"] * 10
     rejected = tmp_path / "bad.txt"
-    stats = tokenize(rows_of(texts), Encoder(), tmp_path / "a", max_bad_rows="50%", rejected=rejected, **options)
+    stats = tokenize_to_file(
+        rows_of(texts), Encoder(), tmp_path / "a", max_bad_rows="50%", rejected=rejected, **options
+    )
     assert (stats.bad_rows, len(stats.bad_places)) == (20, 5)
     assert rejected.read_text().splitlines()[-2:] == [
         "a.jsonl, line 39: is null; write a string",
         "a.jsonl, line 40: shouts; be quiet",
     ]
     with pytest.raises(UserError) as error:
-        tokenize(rows_of(texts), Encoder(), tmp_path / "a", max_bad_rows="49.9%", **options)
+        tokenize_to_file(rows_of(texts), Encoder(), tmp_path / "a", max_bad_rows="49.9%", **options)
     assert refusal(error.value) == (
         "a.jsonl: more than data.max_bad_rows: 49.9% of its rows cannot be used (20 of 40, the first: a.jsonl, line 3: "
         "is null; write a string); mend them, or raise that number"
     )
-    tokenize(rows_of(["aB"]), Encoder(), tmp_path / "a", max_bad_rows="0%", rejected=tmp_path / "none", **options)
+    tokenize_to_file(
+        rows_of(["aB"]), Encoder(), tmp_path / "a", max_bad_rows="0%", rejected=tmp_path / "none", **options
+    )
     assert not (tmp_path / "none").exists()
 
 
@@ -149,9 +153,9 @@ def test_a_share_of_the_rows_may_be_skipped(tmp_path, refusal):
 def test_not_too_many_are_skipped(tmp_path, small_chunks, refusal, workers):
     texts = ["aB", None, "aB!"] * 10
     options = {"workers": workers, "on_bad_row": "skip", "name": "a.jsonl"}
-    assert tokenize(rows_of(texts), Encoder(), tmp_path / "a.arrow", max_bad_rows=20, **options).bad_rows == 20
+    assert tokenize_to_file(rows_of(texts), Encoder(), tmp_path / "a.arrow", max_bad_rows=20, **options).bad_rows == 20
     with pytest.raises(UserError) as error:
-        tokenize(rows_of(texts), Encoder(), tmp_path / "a.arrow", max_bad_rows=19, **options)
+        tokenize_to_file(rows_of(texts), Encoder(), tmp_path / "a.arrow", max_bad_rows=19, **options)
     assert refusal(error.value) == (
         "a.jsonl: more than data.max_bad_rows: 19 of its rows cannot be used (the first: a.jsonl, line 2: is null; "
         "write a string); mend them, or raise that number"
@@ -163,13 +167,15 @@ def test_rows_are_not_read_far_ahead(tmp_path, small_chunks):
     read = 0
     done = []
 
-    def rows() -> Iterator[Row | BadRow]:
+    def rows() -> Iterator[SourceRow | BadRow]:
         nonlocal read
         for row in rows_of(["aB"] * 300):
             read += 1
             yield row
 
-    tokenize(rows(), Encoder(), tmp_path / "a.arrow", workers=2, progress=lambda rows: done.append((rows, read)))
+    tokenize_to_file(
+        rows(), Encoder(), tmp_path / "a.arrow", workers=2, progress=lambda rows: done.append((rows, read))
+    )
     assert [rows for rows, _ in done] == list(range(3, 301, 3))
     # two workers, each at a chunk with three more in store
     assert max(ahead - rows for rows, ahead in done) <= 3 * 2 * 4
@@ -178,10 +184,12 @@ def test_rows_are_not_read_far_ahead(tmp_path, small_chunks):
 def test_long_rows_are_handed_out_in_small_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize_module, "_CHUNK_CHARACTERS", 10)
     seen = []
-    tokenize(rows_of(["a" * 9 + "B", "aB", "aaaaaaaaB"] * 2), Encoder(), tmp_path / "a.arrow", progress=seen.append)
+    tokenize_to_file(
+        rows_of(["a" * 9 + "B", "aB", "aaaaaaaaB"] * 2), Encoder(), tmp_path / "a.arrow", progress=seen.append
+    )
     assert seen == [1, 3, 4, 6]
     sizes = [
-        tokenize_module._characters(row)
+        tokenize_module._num_characters(row)
         for row in (
             CompletionRow("p", "ab", "cde"),
             MessagesRow("p", [{"role": "user", "content": "abcd"}, {"role": "assistant", "content": None}]),
@@ -194,7 +202,7 @@ def test_long_rows_are_handed_out_in_small_numbers(tmp_path, monkeypatch):
 def test_a_killed_worker_is_no_traceback(tmp_path, small_chunks, refusal):
     """The kernel kills one when memory runs out."""
     with pytest.raises(UserError) as error:
-        tokenize(rows_of(["aB"] * 20 + ["a?"] * 20), Encoder(), tmp_path / "a.arrow", workers=2)
+        tokenize_to_file(rows_of(["aB"] * 20 + ["a?"] * 20), Encoder(), tmp_path / "a.arrow", workers=2)
     assert "a process that tokenizes was killed" in refusal(error.value)
 
 
@@ -204,14 +212,14 @@ def test_workers_end_with_their_parent(tmp_path, small_chunks):
     pids.mkdir()
 
     class Hanging(Encoder):
-        def encode(self, rows: list[Row]) -> list[Encoded | BadRow]:
+        def encode(self, rows: list[SourceRow]) -> list[Encoded | BadRow]:
             (pids / str(os.getpid())).touch()
             time.sleep(60)
             return []
 
     parent = os.fork()
     if not parent:
-        tokenize(rows_of(["aB"] * 20), Hanging(), tmp_path / "a.arrow", workers=2)
+        tokenize_to_file(rows_of(["aB"] * 20), Hanging(), tmp_path / "a.arrow", workers=2)
         os._exit(0)
     end = time.monotonic() + 20
     while len(list(pids.iterdir())) < 2 and time.monotonic() < end:
@@ -239,7 +247,7 @@ def test_the_environment_stays_as_it_was(tmp_path, small_chunks, monkeypatch):
             monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
         else:
             monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
-        tokenize(rows_of(["aB"] * 20), Encoder(), tmp_path / "a.arrow", workers=2)
+        tokenize_to_file(rows_of(["aB"] * 20), Encoder(), tmp_path / "a.arrow", workers=2)
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
 
 
@@ -248,7 +256,7 @@ def test_the_digest_is_that_of_the_sequences(tmp_path):
     options = {"on_bad_row": "skip", "max_bad_rows": 100}
 
     def digest(texts, workers=1):
-        return tokenize(rows_of(texts), Encoder(), tmp_path / "a.arrow", workers=workers, **options).sha256
+        return tokenize_to_file(rows_of(texts), Encoder(), tmp_path / "a.arrow", workers=workers, **options).sha256
 
     many = ["aB" * (1 + number % 7) for number in range(700)]
     assert digest(many) == digest(many, workers=2) == digest([*many, None, "!"])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.data.tokenized import Flat, Sequences, SequenceWriter
+from qlora_dist.data.tokenized import FlatSequences, SequenceWriter, TokenizedSequences
 
 Pairs = list[tuple[list[int], list[bool]]]
 
@@ -21,7 +21,7 @@ def pairs() -> st.SearchStrategy[Pairs]:
     return st.lists(st.lists(token, max_size=9).map(lambda s: ([t for t, _ in s], [f for _, f in s])), max_size=12)
 
 
-def contents(sequences: Sequences) -> Pairs:
+def contents(sequences: TokenizedSequences) -> Pairs:
     return [(sequences.tokens(i).tolist(), sequences.trained(i).tolist()) for i in range(len(sequences))]
 
 
@@ -29,11 +29,13 @@ def expected(pairs: Pairs) -> Pairs:
     return [(tokens, [False, *flags[1:]] if flags else []) for tokens, flags in pairs]
 
 
-def write(path: Path, parts: list[Pairs], batch_tokens: int) -> Sequences:
+def write(path: Path, parts: list[Pairs], batch_tokens: int) -> TokenizedSequences:
     with SequenceWriter(path, batch_tokens) as writer:
         for part in parts:
-            writer.append(Flat.of([(np.array(t, dtype=np.int32), np.array(f, dtype=np.bool_)) for t, f in part]))
-    return Sequences.open(path)
+            writer.append(
+                FlatSequences.of([(np.array(t, dtype=np.int32), np.array(f, dtype=np.bool_)) for t, f in part])
+            )
+    return TokenizedSequences.open(path)
 
 
 @settings(deadline=None)
@@ -41,7 +43,7 @@ def write(path: Path, parts: list[Pairs], batch_tokens: int) -> Sequences:
 def test_whatever_is_written_is_read(tmp_path_factory, parts, batch_tokens):
     everything = [pair for part in parts for pair in part]
     written = write(tmp_path_factory.mktemp("sequences") / "a.arrow", parts, batch_tokens)
-    for sequences in (written, Sequences.of(everything)):
+    for sequences in (written, TokenizedSequences.of(everything)):
         assert contents(sequences) == expected(everything)
         assert sequences.lengths.tolist() == [len(tokens) for tokens, _ in everything]
         assert sequences.trained_lengths.tolist() == [sum(flags[1:]) for _, flags in everything]
@@ -71,7 +73,7 @@ def test_batches_of_two_files_are_one(tmp_path):
     """Parts of a batch too."""
     a = write(tmp_path / "a.arrow", [[([1, 2], [0, 1]), ([3], [1])]], 1)
     b = write(tmp_path / "b.arrow", [[([4, 5, 6], [1, 1, 0])]], 1)
-    joined = Sequences([a.batches[0].slice(1), *b.batches])
+    joined = TokenizedSequences([a.batches[0].slice(1), *b.batches])
     assert contents(joined) == [([3], [False]), ([4, 5, 6], [False, True, False])]
     assert joined.trained_lengths.tolist() == [0, 1]
 
@@ -81,4 +83,4 @@ def test_a_file_that_was_cut_off_is_not_opened(tmp_path):
     write(path, [[([1, 2], [0, 1])]], 1)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(pa.ArrowInvalid):
-        Sequences.open(path)
+        TokenizedSequences.open(path)

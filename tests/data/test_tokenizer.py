@@ -6,7 +6,7 @@ import pytest
 
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
-from qlora_dist.model.model_folder import read_json
+from qlora_dist.model.model_folder import read_model_json
 
 CONTENTS = {"nested": "[" * 100_000, "closed": '{"a":' * 50_000 + "1" + "}" * 50_000, "null": "null", "a list": "[]"}
 
@@ -24,4 +24,4 @@ def test_files_that_hold_no_tokenizer(make_tokenizer, tmp_path, name, content):
 def test_files_that_hold_no_object(tmp_path, content):
     (tmp_path / "config.json").write_text(CONTENTS[content])
     with pytest.raises(UserError, match=r"config\.json: .*get the file anew$"):
-        read_json(tmp_path / "config.json")
+        read_model_json(tmp_path / "config.json")

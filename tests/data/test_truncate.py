@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.data.tokenized import Sequences
-from qlora_dist.data.truncate import Fate, cut
+from qlora_dist.data.tokenized import TokenizedSequences
+from qlora_dist.data.truncate import TruncationStats, truncate_sequences
 
 
-def make_sequences(*flags: list[int]) -> Sequences:
+def make_sequences(*flags: list[int]) -> TokenizedSequences:
     """Of these targets; sequence i has the tokens 100 i, 100 i + 1, ..."""
-    return Sequences.of(
+    return TokenizedSequences.of(
         ([100 * i + t for t in range(len(sequence))], [bool(flag) for flag in sequence])
         for i, sequence in enumerate(flags)
     )
@@ -37,7 +37,7 @@ BY_HAND = make_sequences(
         (
             "truncate",
             [(0, 0, 4, 3), (1, 0, 4, 2), (6, 0, 4, 3)],
-            Fate(
+            TruncationStats(
                 7,
                 truncated=2,
                 split=0,
@@ -54,7 +54,7 @@ BY_HAND = make_sequences(
         (
             "split",
             [(0, 0, 4, 3), (0, 4, 4, 3), (0, 8, 2, 1), (1, 0, 4, 2), (2, 4, 2, 1), (6, 0, 4, 3)],
-            Fate(
+            TruncationStats(
                 7,
                 truncated=0,
                 split=4,
@@ -71,7 +71,7 @@ BY_HAND = make_sequences(
         (
             "drop",
             [(1, 0, 4, 2)],
-            Fate(
+            TruncationStats(
                 7,
                 truncated=0,
                 split=0,
@@ -88,14 +88,14 @@ BY_HAND = make_sequences(
     ],
 )
 def test_by_hand(too_long, expected, fate):
-    pieces, counts = cut(BY_HAND, 4, too_long)
+    pieces, counts = truncate_sequences(BY_HAND, 4, too_long)
     columns = (pieces.sequence, pieces.start, pieces.length, pieces.trained)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
     assert counts == fate
 
 
 def test_what_is_told():
-    assert [cut(BY_HAND, 4, too_long)[1].sentence(4) for too_long in ("truncate", "split", "drop")] == [
+    assert [truncate_sequences(BY_HAND, 4, too_long)[1].sentence(4) for too_long in ("truncate", "split", "drop")] == [
         "7 sequences, 2 cut to 4 tokens, 9 trained tokens and 2 whole answers lost to the length, "
         "4 without a token to train left out; 12 tokens, 8 trained",
         "7 sequences, 4 split into 9 pieces, 4 trained tokens lost to the length, "
@@ -113,7 +113,7 @@ def test_what_is_told():
 def test_every_target_that_can_be_trained_is_in_one_piece(flags, seq_len, too_long):
     """Whatever the policy, the pieces hold each (sequence, place) at most once, and split loses only what it must."""
     sequences = make_sequences(*flags)
-    pieces, fate = cut(sequences, seq_len, too_long)
+    pieces, fate = truncate_sequences(sequences, seq_len, too_long)
     covered = Counter()
     targets = set()
     for sequence, start, length, trained in zip(

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.data import turn_spans
-from qlora_dist.data.chat_renderer import Renderer
-from qlora_dist.data.row_encoder import Encoded, Encoder, Mask
+from qlora_dist.data.chat_renderer import ChatRenderer
+from qlora_dist.data.row_encoder import Encoded, MaskMode, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
 
@@ -20,8 +20,8 @@ published = functools.cache(make_tokenizer)
 
 
 @functools.cache
-def encoder(name: str, mask: Mask) -> Encoder:
-    return Encoder(published(name), mask)
+def encoder(name: str, mask: MaskMode) -> RowEncoder:
+    return RowEncoder(published(name), mask)
 
 
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "what", "arguments": {"role": "cat"}}}
@@ -42,7 +42,9 @@ def conversations(draw: Any, tools: bool, train: tuple = (None, None, None, Fals
     return messages
 
 
-def reference(name: str, messages: list[dict[str, Any]], mask: Mask) -> tuple[list[int], list[bool]] | None:
+def reference_encoding(
+    name: str, messages: list[dict[str, Any]], mask: MaskMode
+) -> tuple[list[int], list[bool]] | None:
     """Slow and plain: each answer begins where its prompt ends, and ends at the first token that ends turns.
 
     None: the prompt is not the conversation's beginning.
@@ -72,7 +74,7 @@ def test_equals_the_reference(name, data, mask):
     """Qwen 3's too, which writes an earlier answer otherwise than the last one."""
     messages = data.draw(conversations("tool_calls" in published(name).chat_template))
     (encoded,) = encoder(name, mask).encode([MessagesRow("train.jsonl, line 7", messages)])
-    expected = reference(name, messages, mask)
+    expected = reference_encoding(name, messages, mask)
     if expected is None:
         assert isinstance(encoded, BadRow) and "rewrites history (the prompt of message" in encoded.reason
     else:
@@ -109,10 +111,10 @@ AWKWARD = st.lists(
 
 
 @functools.cache
-def encoder_of(template: str) -> Encoder:
+def make_template_encoder(template: str) -> RowEncoder:
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = template
-    return Encoder(tokenizer, "assistant")
+    return RowEncoder(tokenizer, "assistant")
 
 
 @pytest.mark.parametrize("name", ["plain", "trimmed", "late", "qwen3", "mistral"])
@@ -122,10 +124,10 @@ def test_saved_renderings_change_nothing(name, contents):
     roles = itertools.cycle(["user", "assistant"])
     row = MessagesRow("1", [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)])
     own = {"plain": PLAIN, "trimmed": TRIMMED, "late": LATE}
-    made = encoder_of(own[name]) if name in own else encoder(name, "assistant")
+    made = make_template_encoder(own[name]) if name in own else encoder(name, "assistant")
     (saved,) = made.encode([row])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(turn_spans._Turns, "_end_as_it_stands", lambda *_: None)
+        patch.setattr(turn_spans._TurnFinder, "_end_as_it_stands", lambda *_: None)
         (rendered,) = made.encode([row])
     assert isinstance(saved, Encoded) and isinstance(rendered, Encoded)
     assert saved.trained.tolist() == rendered.trained.tolist()
@@ -156,10 +158,10 @@ def test_history_that_cannot_be_followed(template):
         {"role": "user", "content": "the dog"},
         {"role": "assistant", "content": "the log"},
     ]
-    (row,) = Encoder(tokenizer, "assistant").encode([MessagesRow("train.jsonl, line 7", messages)])
+    (row,) = RowEncoder(tokenizer, "assistant").encode([MessagesRow("train.jsonl, line 7", messages)])
     assert isinstance(row, BadRow)
     assert "rewrites history (an earlier turn of message 2 changes with what follows)" in row.reason
-    (last,) = Encoder(tokenizer, "last").encode([MessagesRow("train.jsonl, line 7", messages)])
+    (last,) = RowEncoder(tokenizer, "last").encode([MessagesRow("train.jsonl, line 7", messages)])
     assert isinstance(last, Encoded)
     ended = tokenizer.decode(last.tokens[last.trained])
     assert ended == "the log<|endoftext|>" if template is ENDS_OTHERWISE else ended == "the log<|im_end|>"
@@ -169,13 +171,13 @@ def test_history_that_cannot_be_followed(template):
 def test_renders_the_whole_once_and_each_prompt(name, monkeypatch):
     """Twice as many would be a tenth of the time of encoding conversations of many turns."""
     rendered: list[int] = []
-    text = Renderer.text
+    text = ChatRenderer.text
 
-    def counted(self: Renderer, messages: list, tools: Any, prompting: bool = False) -> str:
+    def counted(self: ChatRenderer, messages: list, tools: Any, prompting: bool = False) -> str:
         rendered.append(len(messages))
         return text(self, messages, tools, prompting)
 
-    monkeypatch.setattr(Renderer, "text", counted)
+    monkeypatch.setattr(ChatRenderer, "text", counted)
     messages = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
     encoder(name, "assistant").encode([MessagesRow("1", messages)])
     assert sorted(rendered) == [1, 3, 5, 6]
@@ -188,7 +190,7 @@ def test_content_that_is_no_string():
     messages = [{"role": "user", "content": [{"text": "the cat"}], "train": True}]
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content[0].text }}<|im_end|>{% endfor %}"
-    (row,) = Encoder(tokenizer, "assistant").encode([MessagesRow("train.jsonl, line 7", messages)])
+    (row,) = RowEncoder(tokenizer, "assistant").encode([MessagesRow("train.jsonl, line 7", messages)])
     assert isinstance(row, BadRow) and row.reason == "the content of message 1 is no string; write a string"
 
 
@@ -210,7 +212,7 @@ def test_a_content_that_the_template_also_writes_by_itself():
         ((thoughtless, thoughtful, thoughtless), (left_out, written, left_out)),
     ):
         row = MessagesRow("1", [message for answer in answers for message in (user, answer)])
-        (found,) = encoder_of(template).encode([row])
+        (found,) = make_template_encoder(template).encode([row])
         assert isinstance(found, Encoded)
         said = published("chatml").decode(found.tokens[found.trained]).replace("\n", "")
         assert said == "".join(expected)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import UserError
-from qlora_dist.model.meta_model import build_skeleton
+from qlora_dist.model.meta_model import build_meta_model
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
@@ -22,7 +22,7 @@ from qlora_dist.runs.run_dir import run_path
 from tests.helpers import tiny_models
 from tests.helpers.architectures import ARCHITECTURES, dequantized_model, make_architecture
 from tests.helpers.ranks import run_ranks
-from tests.helpers.train_helpers import PROMPT, first_loss, losses, train_and_give_logits
+from tests.helpers.train_helpers import PROMPT, first_loss, losses, train_and_get_logits
 
 STEPS = 2
 SPARSE = ("Mixtral", "DeepseekV3", "GptOss")  # of one name per expert, of a dense layer too, of transposed experts
@@ -39,7 +39,7 @@ def test_an_architecture_trains_as_in_transformers(name: str, experts: bool, tmp
     packing = "none" if name in ("Falcon", "Bloom") else "best-fit"
     overrides = [f"data.packing={packing}", f"lora.experts={str(experts).lower()}"]
     configs = [load_config(path, [f"run.name={n}-ranks", f"train.micro_batch={12 // n}", *overrides]) for n in (1, 2)]
-    one, two = (run_ranks(n, train_and_give_logits, config)[0] for n, config in enumerate(configs, 1))
+    one, two = (run_ranks(n, train_and_get_logits, config)[0] for n, config in enumerate(configs, 1))
     assert losses(configs[1]) == pytest.approx(losses(configs[0]), rel=1e-5)
     np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
 
@@ -65,7 +65,7 @@ def test_fused_experts_of_a_folder_get_a_name_each(tmp_path: Path) -> None:
 
 def test_a_bias_that_chooses_experts_is_not_rounded(tmp_path: Path) -> None:
     source = make_architecture(tmp_path / "source", "DeepseekV3")
-    model = build_skeleton(ModelFolder(source), ModelConfig(base=str(source)))
+    model = build_meta_model(ModelFolder(source), ModelConfig(base=str(source)))
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert dict(model.named_buffers())[name].dtype == torch.float32
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
@@ -76,7 +76,7 @@ def test_a_buffer_that_the_folder_lacks(tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if "e_score" not in name}, source / "model.safetensors")
     with pytest.raises(UserError, match=r"the weight .*e_score_correction_bias is missing"):
-        build_skeleton(ModelFolder(source), ModelConfig(base=str(source)))
+        build_meta_model(ModelFolder(source), ModelConfig(base=str(source)))
 
 
 def test_experts_of_which_only_some_are_in_4_bit(tmp_path: Path) -> None:
@@ -92,4 +92,4 @@ def test_experts_of_which_only_some_are_in_4_bit(tmp_path: Path) -> None:
     index = {"weight_map": dict.fromkeys(tensors, path.name)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"experts\.2\.w1\.weight is not in 4 bit and others of its layer are"):
-        build_skeleton(ModelFolder(folder), ModelConfig(base=str(folder)))
+        build_meta_model(ModelFolder(folder), ModelConfig(base=str(folder)))

@@ -17,12 +17,12 @@ import qlora_dist.train.run_training as run_module
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.model.meta_model import build_skeleton, decoder_layers
+from qlora_dist.model.meta_model import build_meta_model, get_decoder_layers
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.runs.run_dir import RunDir, run_path
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -32,7 +32,7 @@ PAGED = ("parallel.base=paged", "parallel.resident_bytes=0")
 """Room for two of six layers."""
 
 
-def write(folder: Path, **settings: Any) -> Path:
+def write_config(folder: Path, **settings: Any) -> Path:
     base = quantize_folder(
         tiny_models.make_model(folder / "source", hidden_size=32, intermediate_size=80, head_dim=8, **settings),
         folder / "nf4",
@@ -51,7 +51,7 @@ def write(folder: Path, **settings: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("paged"), num_hidden_layers=LAYERS)
+    return write_config(tmp_path_factory.mktemp("paged"), num_hidden_layers=LAYERS)
 
 
 def resolve(config: Path, ranks: int, *overrides: str) -> Config:
@@ -62,7 +62,7 @@ def metrics(config: Config) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def numbers(config: Config) -> list[list[float]]:
+def step_numbers(config: Config) -> list[list[float]]:
     """All that a run computes: losses, held-out losses, norms of gradients."""
     return [[row[key] for row in metrics(config) if key in row] for key in ("loss", "eval_loss", "grad_norm")]
 
@@ -73,9 +73,9 @@ def check_equal(config: Path, ranks: int, *overrides: str, nodes: int = 1) -> Co
     plain = resolve(config, ranks, "parallel.base=node", *(o for o in overrides if not o.startswith("paging")))
     paged = resolve(config, ranks, *PAGED, *overrides)
     for resolved in (plain, paged):
-        run_ranks(ranks, train, resolved, nodes=nodes)
-    assert numbers(paged) == numbers(plain)
-    assert numbers(plain)[0][-1] < numbers(plain)[0][0]  # something was trained
+        run_ranks(ranks, run_training, resolved, nodes=nodes)
+    assert step_numbers(paged) == step_numbers(plain)
+    assert step_numbers(plain)[0][-1] < step_numbers(plain)[0][0]  # something was trained
     assert all(row["base_paging"]["bytes_in"] > 0 for row in metrics(paged)[1:])
     return paged
 
@@ -115,14 +115,14 @@ def test_losses_are_those_of_a_base_that_fits_whatever_else_is_set(
     ],
 )
 def test_other_architectures(arch: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    check_equal(write(tmp_path, arch=arch, num_hidden_layers=4, **settings), 2)
+    check_equal(write_config(tmp_path, arch=arch, num_hidden_layers=4, **settings), 2)
 
 
 def layer_bytes(config: Config, ranks: int) -> int:
     """Of each layer, on each of so many ranks: whole rows, each shard up to the next multiple of 16 bytes."""
-    model = build_skeleton(ModelFolder(config.model.base), config.model)
+    model = build_meta_model(ModelFolder(config.model.base), config.model)
     sizes = set()
-    for layer in decoder_layers(model):
+    for layer in get_decoder_layers(model):
         shards = [-(-p.shape[0] // ranks) * (p.nbytes // p.shape[0]) for p in layer.parameters()]
         sizes.add(sum(-(-nbytes // 16) * 16 for nbytes in shards))
     (size,) = sizes
@@ -140,7 +140,7 @@ def test_bytes_fetched_are_those_of_layers_that_are_not_there(
     budget = 0 if not staying else LAYERS * size if staying == LAYERS else (staying + slots) * size
     overrides = ("parallel.base=paged", f"parallel.resident_bytes={budget}", f"paging.ahead={ahead}")
     paged = resolve(config, ranks, *overrides, "train.steps=2", "train.eval_every=0", "train.micro_batch=2")
-    run_ranks(ranks, train, paged)
+    run_ranks(ranks, run_training, paged)
     accumulation = 8 // 2 // ranks
     expected = accumulation * 2 * max(0, LAYERS - staying - slots) * size
     row = metrics(paged)[2]  # the step that no evaluation precedes
@@ -161,32 +161,32 @@ def train_until(config: Config, step: int) -> None:
             (run_path(config.run) / "STOP").touch()
 
     RunDir.log = logged  # type: ignore[method-assign]
-    train(config)
+    run_training(config)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_a_base_that_is_paged_and_then_without(config: Path) -> None:
     settings = ("train.steps=5", "train.micro_batch=8")
     undisturbed = resolve(config, 1, "parallel.base=node", *settings)
-    run_ranks(1, train, undisturbed)
+    run_ranks(1, run_training, undisturbed)
     plain = load_config(config, ["run.name=resumed", "parallel.base=node", *settings])
     paged = load_config(config, ["run.name=resumed", *PAGED, "paging.ahead=2", *settings])
     run_ranks(1, train_until, plain, 2)
     run_ranks(1, train_until, paged, 4)
-    run_ranks(1, train, plain)
-    assert numbers(plain)[0] == numbers(undisturbed)[0]
+    run_ranks(1, run_training, plain)
+    assert step_numbers(plain)[0] == step_numbers(undisturbed)[0]
     assert ["base_paging" in row for row in metrics(plain)[1:]] == [False, False, True, True, False]
 
 
-def wrong(config: Config) -> str:
+def config_error(config: Config) -> str:
     """What is wrong with a run, if that is found before weights are read."""
 
     def fill(*args: Any) -> None:
         raise AssertionError("weights are read")
 
-    run_module.fill = fill  # type: ignore[assignment]
+    run_module.load_weights = fill  # type: ignore[assignment]
     try:
-        train(config)
+        run_training(config)
     except UserError as error:
         return str(error)
     return "nothing"
@@ -196,7 +196,7 @@ def wrong(config: Config) -> str:
 def test_too_small_a_budget_says_how_much_it_must_be(ranks: int, config: Path) -> None:
     least = 2 * layer_bytes(load_config(config), ranks)
     overrides = ("parallel.base=paged", f"parallel.resident_bytes={least - 1}")
-    for sentence in run_ranks(ranks, wrong, resolve(config, ranks, *overrides)):
+    for sentence in run_ranks(ranks, config_error, resolve(config, ranks, *overrides)):
         assert sentence == (
             f"parallel.resident_bytes: {least - 1} is less than two layers of the base, which take {least} bytes on "
             "each rank; raise it, or set it to 0 for just two"
@@ -209,7 +209,7 @@ def test_no_room_for_the_file_is_found_before_weights_are_read(folder: str, conf
         if folder == "full":  # for this process's files, as a disk that has no more
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        return wrong(config)
+        return config_error(config)
 
     (tmp_path / "file").touch()
     to = tmp_path / ("file" if folder == "no folder" else "")

@@ -17,10 +17,10 @@ from qlora_dist.cli.main import main
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import SourceConfig
 from qlora_dist.data import prepare_datasets
-from qlora_dist.data.cache_key import source_key
-from qlora_dist.data.row_encoder import Encoder
+from qlora_dist.data.cache_key import source_cache_key
+from qlora_dist.data.row_encoder import RowEncoder
 from qlora_dist.data.tokenizer import load_tokenizer
-from qlora_dist.runtime.lease import LEASE_S
+from qlora_dist.runtime.lease import LEASE_DURATION_S
 from tests.helpers import tiny_models
 from tests.helpers.ranks import free_port, started_ranks
 
@@ -28,16 +28,16 @@ RANKS = 8
 TIMEOUT_S = 500
 
 
-def train_and_sign(config: Path, log: Path) -> None:
+def train_and_log_preparation(config: Path, log: Path) -> None:
     """The command line, which signs in a file whenever it tokenizes."""
-    tokenize = prepare_datasets.tokenize
+    tokenize = prepare_datasets.tokenize_to_file
 
     def counted(*args: Any, **options: Any) -> Any:
         with log.open("a") as file:
             file.write(options["name"] + "\n")
         return tokenize(*args, **options)
 
-    prepare_datasets.tokenize = counted
+    prepare_datasets.tokenize_to_file = counted
     sys.argv = ["qlora-dist", "train", str(config)]
     main.main()
 
@@ -49,14 +49,14 @@ def test_eight_ranks_start_on_a_cold_cache(tiny_llama_nf4, tmp_path):
     config = load_config(path)
     cache = Path(config.data.cache)
     train, held_out = config.data.train[0], config.data.eval
-    encoder = Encoder(load_tokenizer(tiny_llama_nf4), config.data.mask, None, config.data.multi_turn)
-    key = source_key(SourceConfig(path=train), config.data, encoder.fingerprint(), cache, print)
+    encoder = RowEncoder(load_tokenizer(tiny_llama_nf4), config.data.mask, None, config.data.multi_turn)
+    key = source_cache_key(SourceConfig(path=train), config.data, encoder.fingerprint(), cache, print)
     (cache / "sequences").mkdir(parents=True)
-    lock = SoftFileLease(cache / "sequences" / f"{key}.lock", lease_duration=LEASE_S, heartbeat_interval=5.0)
+    lock = SoftFileLease(cache / "sequences" / f"{key}.lock", lease_duration=LEASE_DURATION_S, heartbeat_interval=5.0)
     port, log = free_port(), tmp_path / "tokenized"
     outputs = [tmp_path / f"rank-{rank}.txt" for rank in range(RANKS)]
     lock.acquire()
-    with started_ranks([partial(train_and_sign, path, log)] * RANKS, tmp_path, port=port) as processes:
+    with started_ranks([partial(train_and_log_preparation, path, log)] * RANKS, tmp_path, port=port) as processes:
         end = time.monotonic() + TIMEOUT_S
         while not outputs[0].exists() or "waiting for " not in outputs[0].read_text():
             assert processes[0].is_alive() and time.monotonic() < end

@@ -16,9 +16,9 @@ from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.optim.schedule import learning_rate
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.run_training import train
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -51,27 +51,27 @@ def path(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Path
     return path
 
 
-def configured(path: Path, way: str, world_size: int, micro_batch: int) -> Config:
+def make_config(path: Path, way: str, world_size: int, micro_batch: int) -> Config:
     name = f"{list(WAYS).index(way)}-{world_size}-{micro_batch}"
     overrides = [override.replace("FOLDER", str(path.parent)) for override in WAYS[way]]
     return load_config(path, [*overrides, f"train.micro_batch={micro_batch}", f"run.name={name}"])
 
 
-def trained(path: Path, way: str, world_size: int, micro_batch: int) -> list[dict[str, Any]]:
+def train_metrics(path: Path, way: str, world_size: int, micro_batch: int) -> list[dict[str, Any]]:
     """metrics.jsonl of a run."""
-    config = configured(path, way, world_size, micro_batch)
-    run_ranks(world_size, train, config)
+    config = make_config(path, way, world_size, micro_batch)
+    run_ranks(world_size, run_training, config)
     return [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def shapes(path: Path, way: str, world_size: int, micro_batch: int) -> list[list[list[int]]]:
+def batch_shapes(path: Path, way: str, world_size: int, micro_batch: int) -> list[list[list[int]]]:
     """[step][micro-batch][rank]: how long each batch is."""
-    config = configured(path, way, world_size, micro_batch)
+    config = make_config(path, way, world_size, micro_batch)
     setups = []
     for rank in range(world_size):
         names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
         environ = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        setups.append(set_up(config, ranks_from_environment(environ)))
+        setups.append(set_up_run(config, read_rank_info(environ)))
     windows = [[setup.loader.window(step) for setup in setups] for step in range(setups[0].steps)]
     return [
         [[batch.input_ids.shape[1] for batch in ranks] for ranks in zip(*window, strict=True)] for window in windows
@@ -82,9 +82,9 @@ def shapes(path: Path, way: str, world_size: int, micro_batch: int) -> list[list
     "way", [pytest.param(way, marks=[] if way == "all at once" else pytest.mark.slow) for way in WAYS]
 )
 def test_ranks_and_micro_batches_change_nothing(way: str, path: Path) -> None:
-    one = trained(path, way, 1, 12)
+    one = train_metrics(path, way, 1, 12)
     for world_size, micro_batch in LAYOUTS[way]:
-        other = trained(path, way, world_size, micro_batch)
+        other = train_metrics(path, way, world_size, micro_batch)
         assert len(other) == len(one)
         for key in ("loss", "eval_loss", "grad_norm", "tokens", "trained_tokens"):
             ours, theirs = ([row[key] for row in rows if key in row] for rows in (other, one))
@@ -95,12 +95,12 @@ def test_ranks_and_micro_batches_change_nothing(way: str, path: Path) -> None:
 
 def test_the_ways_are_what_they_say(path: Path) -> None:
     """Else the test above compares equal things."""
-    unpacked = shapes(path, "unpacked, lengths of a rank's own", 2, 1)
+    unpacked = batch_shapes(path, "unpacked, lengths of a rank's own", 2, 1)
     assert any(len(set(ranks)) > 1 for step in unpacked for ranks in step), "ranks with batches of different lengths"
-    last = shapes(path, "a last batch of few rows", 4, 1)
+    last = batch_shapes(path, "a last batch of few rows", 4, 1)
     assert {len(step) for step in last[:-1]} == {3}
     assert len(last[-1]) < 3, "what is empty on all ranks is left out"
-    setup = set_up(configured(path, "all at once", 1, 1), ranks_from_environment({}))
+    setup = set_up_run(make_config(path, "all at once", 1, 1), read_rank_info({}))
     (first, _), (second, _) = setup.loader.sources
     assert first.fate.split > 5
     rows = setup.loader.rows_per_epoch
@@ -112,7 +112,7 @@ def test_the_ways_are_what_they_say(path: Path) -> None:
 def test_warm_up_longer_than_the_run_is_cut(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for steps in (["train.steps=null", "train.epochs=1"], ["train.steps=5"]):
         config = load_config(path, [*steps, "optim.warmup_steps=30"])
-        setup = set_up(config, ranks_from_environment({}), Console(soft_wrap=True))
+        setup = set_up_run(config, read_rank_info({}), Console(soft_wrap=True))
         said = f"optim.warmup_steps: 30 is cut to the {setup.steps} steps of this run"
         assert said in capsys.readouterr().out
         assert learning_rate(setup.steps - 1, setup.steps, config.optim) == config.optim.lr
@@ -121,18 +121,18 @@ def test_warm_up_longer_than_the_run_is_cut(path: Path, capsys: pytest.CaptureFi
 @pytest.mark.slow
 def test_a_finished_runs_configuration_repeats_it(path: Path) -> None:
     way = "a last batch of few rows"
-    first = trained(path, way, 1, 4)
-    folder = run_path(configured(path, way, 1, 4).run)
+    first = train_metrics(path, way, 1, 4)
+    folder = run_path(make_config(path, way, 1, 4).run)
     again = load_config(folder / "config.yaml", ["run.name=again"])
-    run_ranks(1, train, again)
+    run_ranks(1, run_training, again)
     second = [json.loads(line) for line in (folder.parent / "again" / "metrics.jsonl").read_text().splitlines()]
     assert [row.get("loss") for row in second] == [row.get("loss") for row in first]
 
 
 def train_or_refuse(config: Config, folders: list[Path]) -> str:
-    os.chdir(folders[ranks_from_environment().rank])
+    os.chdir(folders[read_rank_info().rank])
     try:
-        train(config)
+        run_training(config)
     except UserError as error:
         return str(error)
     return "trained"

@@ -16,9 +16,9 @@ from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.nf4.embedding import NF4Embedding, NF4Head
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.run_training import train
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.architectures import dequantized_model, make_architecture
 from tests.helpers.ranks import run_ranks
@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def train_on(ranks: int, path: Path, name: str, *overrides: str) -> list[float]:
     """Train and return the losses."""
     config = load_config(path, [f"run.name={name}-{ranks}", f"train.micro_batch={12 // ranks}", *overrides])
-    run_ranks(ranks, train, config)
+    run_ranks(ranks, run_training, config)
     return losses(config)
 
 
@@ -99,7 +99,7 @@ def test_a_head_that_others_have_quantized(tmp_path: Path) -> None:
     assert "lm_head.weight" in ModelFolder(tmp_path / "published").quantized
     path = tiny_models.make_config(tmp_path, tmp_path / "published", train__steps=2, optim__warmup_steps=0)
     config = load_config(path)
-    model = set_up(config, ranks_from_environment({})).model
+    model = set_up_run(config, read_rank_info({})).model
     assert isinstance(model.get_output_embeddings(), NF4Head)
     assert not isinstance(model.get_input_embeddings(), NF4Embedding)
 

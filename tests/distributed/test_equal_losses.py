@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 from tests.helpers.train_helpers import adapter_difference
@@ -44,7 +44,7 @@ def train_on(layout: tuple[int, int, Any, str], config: Path, *overrides: str) -
             *overrides,
         ],
     )
-    run_ranks(world_size, train, resolved, nodes=nodes)
+    run_ranks(world_size, run_training, resolved, nodes=nodes)
     folder = Path(resolved.run.dir) / name
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics[-1]["adapter"] = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -115,7 +115,7 @@ def compiled_graphs(config: Config) -> tuple[int, dict[str, int]]:
     counters = torch._dynamo.utils.counters
     counters.clear()  # this process was forked from one that may have compiled for other tests
     torch._dynamo.reset()
-    train(config)
+    run_training(config)
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 

@@ -10,26 +10,26 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 
-from qlora_dist.adapters.attach import first_values
+from qlora_dist.adapters.attach import init_lora_weight
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import set_up
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
-from tests.helpers.train_helpers import PROMPT, losses, plain_losses, train_and_give_logits
+from tests.helpers.train_helpers import PROMPT, losses, plain_losses, train_and_get_logits
 
 
 def train_reference(config: Config, steps: int) -> list[float]:
     """The same run in one process: transformers' 4-bit model, PEFT's LoRA, full logits, torch's AdamW."""
-    setup = set_up(config, ranks_from_environment({}))
+    setup = set_up_run(config, read_rank_info({}))
     model = plain_model(Path(config.model.base))
     model = peft.get_peft_model(model, peft_like(setup.adapter))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                value = first_values(name.removeprefix("base_model.model."), parameter.shape, config.train.seed)
+                value = init_lora_weight(name.removeprefix("base_model.model."), parameter.shape, config.train.seed)
                 if value is not None:
                     parameter.data = value
     return plain_losses(model.train(), config, steps)
@@ -73,7 +73,7 @@ def test_losses_adapter_and_logits_are_those_of_transformers_and_peft(
         tiny_models.make_config(tmp_path, fp32_nf4, train__steps=6),
         ["optim.schedule=constant", "optim.warmup_steps=0", *flags],
     )
-    results = [torch.from_numpy(logits) for logits in run_ranks(2, train_and_give_logits, config)]
+    results = [torch.from_numpy(logits) for logits in run_ranks(2, train_and_get_logits, config)]
     folder = run_path(config.run)
 
     # the adapter, loaded by PEFT on the model as transformers loads it
@@ -96,7 +96,7 @@ def test_an_adapter_folder_names_its_base_and_targets(fp32_nf4: Path, tmp_path: 
     config = load_config(
         tiny_models.make_config(tmp_path, fp32_nf4, train__steps=2), ["lora.targets=[q_proj,v_proj]", "lora.r=3"]
     )
-    run_ranks(1, train_and_give_logits, config)
+    run_ranks(1, train_and_get_logits, config)
     loaded = peft.PeftConfig.from_pretrained(run_path(config.run) / "adapter")
     assert loaded.base_model_name_or_path == str(fp32_nf4)
     assert loaded.target_modules == {"q_proj", "v_proj"}

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from qlora_dist.checkpoint.manifest import find_checkpoints
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
-from qlora_dist.runs.run_dir import REQUEUE, STOPPED, RunDir, run_path
+from qlora_dist.runs.run_dir import REQUEUE_MARKER, STOPPED_MARKER, RunDir, run_path
 from qlora_dist.train import evaluation_loop
-from qlora_dist.train.run_training import train
-from qlora_dist.train.stop_requests import STOP_FILE, listen
+from qlora_dist.train.run_training import run_training
+from qlora_dist.train.stop_requests import STOP_FILE, install_signal_handlers
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -59,7 +59,7 @@ def adapter(config: Config) -> dict[str, torch.Tensor]:
 
 def at_batch(number: int, action: Any) -> None:
     """In this process: do something after that many batches of evaluations, and after each one that follows."""
-    beat, batches = evaluation_loop.beat, 0
+    beat, batches = evaluation_loop.record_heartbeat, 0
 
     def counted(*args: Any) -> None:
         nonlocal batches
@@ -68,7 +68,7 @@ def at_batch(number: int, action: Any) -> None:
         if batches >= number:
             action(batches - number)
 
-    evaluation_loop.beat = counted  # type: ignore[attr-defined]
+    evaluation_loop.record_heartbeat = counted  # type: ignore[attr-defined]
 
 
 def train_until(config: Config, number: int, way: str) -> None:
@@ -82,9 +82,9 @@ def train_until(config: Config, number: int, way: str) -> None:
         else:
             time.sleep(0.1)
 
-    listen()
+    install_signal_handlers()
     at_batch(number, end)
-    train(config)
+    run_training(config)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ def test_a_run_gets_past_an_evaluation_that_is_longer_than_the_grace(
     ranks: int, starts: list[tuple[int, str]], config: Path
 ) -> None:
     whole, run = resolve(config, f"whole-{ranks}"), resolve(config, f"interrupted-{ranks}")
-    run_ranks(ranks, train, whole)
+    run_ranks(ranks, run_training, whole)
     reached = []
     for number, way in starts:
         with contextlib.nullcontext() if way == "TERM" else pytest.raises(RuntimeError, match="the process died"):
             run_ranks(ranks, train_until, run, number, way)
         if way == "TERM":
-            marker = json.loads((run_path(run.run) / REQUEUE).read_text())
+            marker = json.loads((run_path(run.run) / REQUEUE_MARKER).read_text())
             assert marker["reason"] == "SIGTERM"
             reached.append(
                 (marker["step"], json.loads((run_path(run.run) / "evaluation.json").read_text())["ranks"][0][0])
@@ -115,7 +115,7 @@ def test_a_run_gets_past_an_evaluation_that_is_longer_than_the_grace(
     done = starts[0][0] + starts[1][0] - batches
     # a killed start loses its sums, and the next one begins the evaluation anew; step 2 stays done
     assert reached == [(0, starts[0][0]), (2, 3)] if ranks == 1 else [(0, 5), (2, done)]
-    run_ranks(ranks, train, run)
+    run_ranks(ranks, run_training, run)
     assert curves(run) == curves(whole)
     assert all(torch.equal(adapter(run)[name], tensor) for name, tensor in adapter(whole).items())
     assert not (run_path(run.run) / "evaluation.json").exists()
@@ -130,29 +130,29 @@ def train_and_stop(config: Config, step: int) -> None:
             (self.path / STOP_FILE).touch()
 
     RunDir.log = logged  # type: ignore[method-assign]
-    train(config)
+    run_training(config)
 
 
 def train_with_a_stop_file(config: Config) -> None:
     run_path(config.run).mkdir(parents=True, exist_ok=True)
     (run_path(config.run) / STOP_FILE).touch()
-    train(config)
+    run_training(config)
 
 
 def test_a_run_that_was_stopped_at_what_is_now_its_last_step_is_evaluated(config: Path) -> None:
     settings = ("train.eval_every=0", "optim.schedule=constant", "optim.warmup_steps=0", "train.save_every=0")
     short = resolve(config, "short", *settings, "train.steps=3")
-    run_ranks(1, train, short)
+    run_ranks(1, run_training, short)
     run_ranks(1, train_with_a_stop_file, resolve(config, "stopped", *settings))
     run = run_path(resolve(config, "stopped").run)
-    assert json.loads((run / STOPPED).read_text()) == {"step": 0, "reason": "STOP"}
+    assert json.loads((run / STOPPED_MARKER).read_text()) == {"step": 0, "reason": "STOP"}
     assert not (run / STOP_FILE).exists(), "it was obeyed, and would stop each start"
     run_ranks(1, train_and_stop, resolve(config, "stopped", *settings), 2)
-    assert json.loads((run / STOPPED).read_text()) == {"step": 3, "reason": "STOP"}
+    assert json.loads((run / STOPPED_MARKER).read_text()) == {"step": 3, "reason": "STOP"}
     (run / STOP_FILE).touch()
     os.utime(run / STOP_FILE, (time.time() - 10**6,) * 2)  # as old as a start before this one
     stopped = resolve(config, "stopped", *settings, "train.steps=3")
-    run_ranks(1, train, stopped)
+    run_ranks(1, run_training, stopped)
     assert curves(stopped) == curves(short)
     expected, summary = (json.loads((run_path(c.run) / "summary.json").read_text()) for c in (short, stopped))
     for key in ("eval_loss_first", "eval_loss_last"):
@@ -188,7 +188,7 @@ def test_a_run_whose_output_is_lost_goes_on_and_a_hangup_saves(config: Path) -> 
     finally:
         process.kill()
         process.wait()
-    marker = json.loads((run_path(run.run) / REQUEUE).read_text())
+    marker = json.loads((run_path(run.run) / REQUEUE_MARKER).read_text())
     assert marker["reason"] == "SIGHUP"
     assert [path.name for path in find_checkpoints(run_path(run.run) / "checkpoints")] == [f"step-{marker['step']:06d}"]
     assert metrics(run)[-1]["step"] == marker["step"]

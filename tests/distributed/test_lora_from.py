@@ -12,27 +12,27 @@ import pytest
 import torch
 
 from qlora_dist.config.config_file import dump_config, load_config
-from qlora_dist.config.lora_from_adapter import with_adapter
+from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.run_training import train
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.architectures import dequantized_model, make_architecture
 from tests.helpers.ranks import run_ranks
 from tests.helpers.train_helpers import first_loss, losses
 
 
-def configured(path: Path, adapter: Path, *overrides: str) -> Config:
+def make_config(path: Path, adapter: Path, *overrides: str) -> Config:
     """Without the keys of `lora` that the file sets."""
     tree = json.loads(path.read_text())
     tree["lora"] = {"from": str(adapter)}
     path.write_text(json.dumps(tree))
-    return with_adapter(load_config(path, overrides))
+    return fill_lora_from_adapter(load_config(path, overrides))
 
 
 def eval_losses(config: Config) -> list[float]:
@@ -58,34 +58,34 @@ def test_an_adapter_of_pefts_own_with_experts(tmp_path: Path) -> None:
                 parameter.normal_(std=0.2)
     adapted.save_pretrained(tmp_path / "adapter")
     path = tiny_models.make_config(tmp_path, quantized, train__steps=1, optim__warmup_steps=0, data__eval=None)
-    config = configured(path, tmp_path / "adapter")
+    config = make_config(path, tmp_path / "adapter")
     assert (config.lora.r, config.lora.alpha, config.lora.rslora, config.lora.experts) == (3, 5.0, True, True)
     assert config.lora.targets == ["o_proj", "q_a_proj", "q_b_proj", "up_proj"]
     expected = first_loss(config, adapted.eval())
     with adapted.disable_adapter():
         assert abs(first_loss(config, adapted) - expected) > 0.01
-    run_ranks(2, train, config)
+    run_ranks(2, run_training, config)
     assert losses(config)[0] == pytest.approx(expected, rel=1e-6)
 
     with torch.no_grad():
         adapted.get_submodule("base_model.model.model.layers.0.self_attn.o_proj").lora_A["default"].weight.zero_()
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(RuntimeError, match=r"was made with another lora\.from than this run's"):
-        run_ranks(1, train, with_adapter(load_config(path, ["train.steps=2"])))
+        run_ranks(1, run_training, fill_lora_from_adapter(load_config(path, ["train.steps=2"])))
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_where_another_has_ended(tiny_llama_nf4: Path, tmp_path: Path) -> None:
     path = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__steps=2)
     first = load_config(path, ["lora.dora=true", "lora.modules_to_save=[norm, lm_head]", "run.name=first"])
-    run_ranks(1, train, first)
-    second = configured(path, run_path(first.run) / "adapter", "run.name=second")
-    run_ranks(2, train, second)
+    run_ranks(1, run_training, first)
+    second = make_config(path, run_path(first.run) / "adapter", "run.name=second")
+    run_ranks(2, run_training, second)
     assert eval_losses(second)[0] == pytest.approx(eval_losses(first)[-1], rel=1e-6)
     assert abs(eval_losses(first)[-1] - eval_losses(first)[0]) > 1e-3
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(second))
-    assert with_adapter(load_config(again)) == second
+    assert fill_lora_from_adapter(load_config(again)) == second
 
 
 def test_what_differs_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
@@ -103,20 +103,20 @@ def test_what_differs_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
         ("lora.targets=[q_proj]",): r"lora\.targets: leaves out model\.layers\.0\.self_attn\.v_proj, which .* adapts",
     }.items():
         with pytest.raises(UserError, match=message) as error:
-            set_up(configured(path, tmp_path / "a", *overrides), ranks_from_environment({}))
+            set_up_run(make_config(path, tmp_path / "a", *overrides), read_rank_info({}))
         assert "\n" not in str(error.value)
-    setup = set_up(configured(path, tmp_path / "a"), ranks_from_environment({}))
+    setup = set_up_run(make_config(path, tmp_path / "a"), read_rank_info({}))
     assert len(setup.first_values) == 2 * 6 + 1
     text = (tmp_path / "a" / "adapter_config.json").read_text()
     (tmp_path / "a" / "adapter_config.json").write_text(
         re.sub(r'"rank_pattern": {}', '"rank_pattern": {"v_proj": 4}', text)
     )
     with pytest.raises(UserError, match=r"several values of rank \(2, 4\), and a run has one"):
-        configured(path, tmp_path / "a")
+        make_config(path, tmp_path / "a")
     for changes, reason in (
         ({"target_parameters": 3}, ".*"),
         ({"modules_to_save": ["norm."]}, r"\('norm\.' is not the path of a module\)"),
     ):
         (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(json.loads(text) | changes))
         with pytest.raises(UserError, match=rf"adapter_config\.json: is not as PEFT writes it {reason}; export the"):
-            configured(path, tmp_path / "a")
+            make_config(path, tmp_path / "a")

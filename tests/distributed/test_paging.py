@@ -13,7 +13,7 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 from tests.helpers.train_helpers import losses
@@ -41,20 +41,20 @@ def metrics(config: Config) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def unpaged(config: Path) -> Config:
     resolved = resolve(config, "unpaged", "optim.name=adamw")
-    run_ranks(1, train, resolved)
+    run_ranks(1, run_training, resolved)
     return resolved
 
 
-def halfway(config: Path, name: str, *overrides: str) -> str:
+def checkpoint_halfway(config: Path, name: str, *overrides: str) -> str:
     """A checkpoint after 3 of the steps, of 2 ranks."""
     resolved = resolve(config, name, *overrides)
-    run_ranks(2, train, resolved)
+    run_ranks(2, run_training, resolved)
     return str(run_path(resolved.run) / "checkpoints" / "step-000003")
 
 
 def test_paging_changes_no_loss_and_metrics_say_what_moved(config: Path, unpaged: Config) -> None:
     paged = resolve(config, "paged", *PAGED)
-    run_ranks(1, train, paged)
+    run_ranks(1, run_training, paged)
     assert losses(paged) == losses(unpaged)
     before, after = metrics(unpaged)[-1], metrics(paged)[-1]
     assert before["paging"]["bytes_in"] == before["paged_bytes"] == 0
@@ -68,7 +68,7 @@ def test_paging_changes_no_loss_and_metrics_say_what_moved(config: Path, unpaged
 @pytest.mark.parametrize("bits", [32, 8])
 def test_saved_paged_on_two_ranks_goes_on_unpaged_on_one_and_paged_on_four(bits: int, config: Path) -> None:
     whole = resolve(config, f"whole-{bits}", f"optim.name=paged-adamw-{bits}bit", *PAGED)
-    run_ranks(2, train, whole)
+    run_ranks(2, run_training, whole)
     saved = str(run_path(whole.run) / "checkpoints" / "step-000003")
     same, one, four = (
         resolve(config, f"{name}-{bits}", *options)
@@ -79,7 +79,7 @@ def test_saved_paged_on_two_ranks_goes_on_unpaged_on_one_and_paged_on_four(bits:
         }.items()
     )
     for ranks, run in ((2, same), (1, one), (4, four)):
-        run_ranks(ranks, train, run, saved)
+        run_ranks(ranks, run_training, run, saved)
     assert losses(same) == losses(whole)[3:]
     # 8-bit blocks are a shard's, and on other ranks they are others
     tolerance = 1e-5 if bits == 32 else 1e-3
@@ -91,25 +91,25 @@ def test_saved_paged_on_two_ranks_goes_on_unpaged_on_one_and_paged_on_four(bits:
 def test_moments_go_from_32_bit_to_8_and_back_with_a_word(config: Path, unpaged: Config) -> None:
     saved = str(run_path(unpaged.run) / "checkpoints" / "step-000003")
     fewer = resolve(config, "fewer", "optim.name=adamw-8bit", "run.dir=" + str(run_path(unpaged.run).parent))
-    assert "go from 32 to 8 bit" in said(fewer, saved)
+    assert "go from 32 to 8 bit" in resume_output(fewer, saved)
     more = resolve(config, "more", "optim.name=adamw")
-    assert "go from 8 to 32 bit" in said(more, str(run_path(fewer.run) / "checkpoints" / "step-000006"), 7)
+    assert "go from 8 to 32 bit" in resume_output(more, str(run_path(fewer.run) / "checkpoints" / "step-000006"), 7)
     torch.testing.assert_close(torch.tensor(losses(fewer)), torch.tensor(losses(unpaged)[3:]), rtol=1e-3, atol=0)
 
 
-def said(config: Config, saved: str, steps: int = STEPS) -> str:
+def resume_output(config: Config, saved: str, steps: int = STEPS) -> str:
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-    (output,) = run_ranks(1, train_aloud, longer, saved)
+    (output,) = run_ranks(1, train_capturing_output, longer, saved)
     return output
 
 
-def train_aloud(config: Config, saved: str) -> str:
+def train_capturing_output(config: Config, saved: str) -> str:
     import contextlib
     import io
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        train(config, saved)
+        run_training(config, saved)
     return " ".join(output.getvalue().split())
 
 
@@ -119,18 +119,18 @@ def test_no_room_is_told_before_a_weight_is_read(config: Path) -> None:
     folder.write_text("")  # no folder at all
     run = resolve(config, "no-room", *PAGED, f"paging.dir={folder}")
     with pytest.raises(RuntimeError, match="cannot make a file for optimizer states there") as error:
-        run_ranks(1, train_and_tell_what_was_read, run)
+        run_ranks(1, train_failing_on_weight_reads, run)
     assert "weights were read" not in str(error.value)
 
 
-def train_and_tell_what_was_read(config: Config) -> None:
+def train_failing_on_weight_reads(config: Config) -> None:
     import qlora_dist.train.run_training as run
 
     def fill(*args: object) -> None:
         raise AssertionError("weights were read")
 
-    run.fill = fill  # type: ignore[assignment]
-    train(config)
+    run.load_weights = fill  # type: ignore[assignment]
+    run_training(config)
 
 
 @pytest.mark.parametrize(
@@ -142,4 +142,4 @@ def train_and_tell_what_was_read(config: Config) -> None:
 )
 def test_what_cannot_be_is_one_sentence(config: Path, override: str, sentence: str) -> None:
     with pytest.raises((UserError, RuntimeError), match=sentence):
-        run_ranks(1, train, resolve(config, "impossible", "paging.page_bytes=4096", override))
+        run_ranks(1, run_training, resolve(config, "impossible", "paging.page_bytes=4096", override))

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from qlora_dist.checkpoint.manifest import find_checkpoints, read_manifest
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
-from qlora_dist.runs.run_dir import DONE, REQUEUE, STOPPED, RunDir, run_path
-from qlora_dist.train.run_training import train
-from qlora_dist.train.stop_requests import listen
+from qlora_dist.runs.run_dir import DONE_MARKER, REQUEUE_MARKER, STOPPED_MARKER, RunDir, run_path
+from qlora_dist.train.run_training import run_training
+from qlora_dist.train.stop_requests import install_signal_handlers
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -56,7 +56,7 @@ def adapter(config: Config) -> dict[str, torch.Tensor]:
     return load_file(run_path(config.run) / "adapter" / "adapter_model.safetensors")
 
 
-def after(step: int, action: Callable[[], Any]) -> None:
+def run_after_step(step: int, action: Callable[[], Any]) -> None:
     """In this process: do something when the metrics of a step are written."""
     log = RunDir.log
 
@@ -69,19 +69,19 @@ def after(step: int, action: Callable[[], Any]) -> None:
 
 
 def train_and_die(config: Config, step: int) -> None:
-    after(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    train(config)
+    run_after_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run_training(config)
 
 
 def train_and_touch(config: Config, step: int, name: str) -> None:
-    after(step, (run_path(config.run) / name).touch)
-    train(config)
+    run_after_step(step, (run_path(config.run) / name).touch)
+    run_training(config)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: Path) -> Config:
+def uninterrupted_run(config: Path) -> Config:
     resolved = resolve(config, "undisturbed")
-    run_ranks(1, train, resolved)
+    run_ranks(1, run_training, resolved)
     return resolved
 
 
@@ -89,15 +89,15 @@ def undisturbed(config: Path) -> Config:
 def test_a_killed_run_goes_on_bit_for_bit(config: Path) -> None:
     """With dropout: the random states are part of a checkpoint."""
     whole, killed = (resolve(config, name, "lora.dropout=0.1") for name in ("whole", "killed"))
-    run_ranks(2, train, whole)
+    run_ranks(2, run_training, whole)
     with pytest.raises(RuntimeError):  # rank 0 dies after step 5; the last checkpoint is that of step 4
         run_ranks(2, train_and_die, killed, 5)
-    run_ranks(2, train, killed)
+    run_ranks(2, run_training, killed)
     assert losses(killed) == losses(whole)
     assert eval_losses(killed) == eval_losses(whole)
     ours, theirs = adapter(killed), adapter(whole)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert json.loads((run_path(killed.run) / DONE).read_text())["step"] == STEPS
+    assert json.loads((run_path(killed.run) / DONE_MARKER).read_text())["step"] == STEPS
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_a_killed_run_goes_on_bit_for_bit(config: Path) -> None:
 def test_another_number_of_ranks_goes_on(before: int, afterwards: int, config: Path, undisturbed: Config) -> None:
     run = resolve(config, f"from-{before}-to-{afterwards}")
     run_ranks(before, train_and_touch, run, 3, "STOP")
-    assert json.loads((run_path(run.run) / STOPPED).read_text()) == {"step": 4, "reason": "STOP"}
+    assert json.loads((run_path(run.run) / STOPPED_MARKER).read_text()) == {"step": 4, "reason": "STOP"}
     assert not (run_path(run.run) / "adapter").exists()
-    run_ranks(afterwards, train, run)
-    assert not (run_path(run.run) / STOPPED).exists()
+    run_ranks(afterwards, run_training, run)
+    assert not (run_path(run.run) / STOPPED_MARKER).exists()
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(undisturbed)), rtol=1e-5, atol=0)
 
 
@@ -133,9 +133,9 @@ def test_other_meshes_go_on(layouts: tuple[tuple[int, int, str, str], ...], conf
             sizes = [read_manifest(newest).files[f"rank-{rank:05d}.safetensors"][0] for rank in range(4)]
             assert max(sizes[2:]) < 10_000 < min(sizes[:2])  # the second replica's hold random states only
         else:
-            run_ranks(world_size, train, run, nodes=nodes)
+            run_ranks(world_size, run_training, run, nodes=nodes)
     plain = resolve(config, "meshes-plain", "train.global_batch=12", "train.micro_batch=4")
-    run_ranks(1, train, plain)
+    run_ranks(1, run_training, plain)
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
 
 
@@ -147,7 +147,7 @@ def test_the_size_is_that_of_the_adapters_and_their_moments(undisturbed: Config)
     assert 12 * parameters < size <= 1.02 * 12 * parameters + 2**20
 
 
-def damage(folder: Path) -> list[tuple[str, Callable[[Path], None]]]:
+def damage_cases(folder: Path) -> list[tuple[str, Callable[[Path], None]]]:
     """Every way to spoil a checkpoint: what, and how."""
 
     def flip(name: str, part: float) -> Callable[[Path], None]:
@@ -175,19 +175,19 @@ def choose_after_each_damage(checkpoints: str, names: list[str], scratch: str) -
     """On each rank of a group: which checkpoint is taken after each damage to the newest."""
     import torch.distributed as dist
 
-    from qlora_dist.checkpoint.select import newest_whole
+    from qlora_dist.checkpoint.select import latest_complete
 
     dist.init_process_group("gloo")
     found = []
     newest = Path(checkpoints) / names[0]
-    for what, spoil in damage(newest):
+    for what, spoil in damage_cases(newest):
         if dist.get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
             shutil.copytree(checkpoints, scratch)
             spoil(Path(scratch) / names[0])
         dist.barrier()
         lines: list[str] = []
-        chosen = newest_whole(Path(scratch), lines.append)
+        chosen = latest_complete(Path(scratch), lines.append)
         assert len(lines) == 1 and "passed over" in lines[0], (what, lines)
         found.append((what, chosen[0].name if chosen else None))
         dist.barrier()
@@ -197,7 +197,7 @@ def choose_after_each_damage(checkpoints: str, names: list[str], scratch: str) -
 
 def test_every_damage_is_noticed_and_the_one_before_taken(config: Path, tmp_path: Path) -> None:
     run = resolve(config, "damaged", "train.steps=4")
-    run_ranks(2, train, run)
+    run_ranks(2, run_training, run)
     checkpoints = run_path(run.run) / "checkpoints"
     names = [path.name for path in find_checkpoints(checkpoints)]
     for found in run_ranks(2, choose_after_each_damage, str(checkpoints), names, str(tmp_path / "copy")):
@@ -209,9 +209,9 @@ def train_with_a_limit(config: Config, step: int) -> None:
     """From `step` on no file may grow beyond 40 kB, as with a full disk; a checkpoint's are larger."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    after(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit[1])))
-    after(STEPS, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    train(config)
+    run_after_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit[1])))
+    run_after_step(STEPS, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    run_training(config)
 
 
 def test_a_disk_that_is_full_ends_no_run(config: Path, undisturbed: Config) -> None:
@@ -227,8 +227,8 @@ def train_without_room_for_the_adapter(config: Config) -> None:
     """From the last step on, as above; and the adapter is larger, too."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    after(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit[1])))
-    train(config)
+    run_after_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit[1])))
+    run_training(config)
 
 
 def test_no_room_for_the_adapter_is_a_sentence_and_loses_nothing(config: Path) -> None:
@@ -236,7 +236,7 @@ def test_no_room_for_the_adapter_is_a_sentence_and_loses_nothing(config: Path) -
     with pytest.raises(RuntimeError, match=r"adapter: the adapter cannot be written \(.*\); make room, then the same"):
         run_ranks(1, train_without_room_for_the_adapter, run)
     assert not list(run_path(run.run).glob("adapter*"))
-    run_ranks(2, train, run)
+    run_ranks(2, run_training, run)
     assert (run_path(run.run) / "adapter" / "adapter_config.json").exists()
     assert len(losses(run)) == 3
 
@@ -251,13 +251,14 @@ def test_a_file_asks_for_a_checkpoint(config: Path) -> None:
 
 def train_and_signal(config: Config, step: int, name: str, times: int) -> None:
     """Rank 0 sends itself a signal; the others get none."""
-    listen()
-    after(step, lambda: [os.kill(os.getpid(), signal.Signals[name]) for _ in range(times)])
-    train(config)
+    install_signal_handlers()
+    run_after_step(step, lambda: [os.kill(os.getpid(), signal.Signals[name]) for _ in range(times)])
+    run_training(config)
 
 
 @pytest.mark.parametrize(
-    ("name", "times", "marker"), [("SIGUSR1", 1, REQUEUE), ("SIGTERM", 3, REQUEUE), ("SIGINT", 1, STOPPED)]
+    ("name", "times", "marker"),
+    [("SIGUSR1", 1, REQUEUE_MARKER), ("SIGTERM", 3, REQUEUE_MARKER), ("SIGINT", 1, STOPPED_MARKER)],
 )
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(name: str, times: int, marker: str, config: Path) -> None:
     """SLURM sends SIGTERM twice under torchrun; a launcher may signal one process of many."""
@@ -278,11 +279,11 @@ def test_the_second_interrupt_ends_at_once(config: Path) -> None:
 @pytest.mark.slow
 def test_the_clock_stops_a_run(config: Path) -> None:
     run = resolve(config, "clock", "train.max_time=PT1S")
-    run_ranks(1, train, run)
-    marker = json.loads((run_path(run.run) / REQUEUE).read_text())
+    run_ranks(1, run_training, run)
+    marker = json.loads((run_path(run.run) / REQUEUE_MARKER).read_text())
     assert marker == {"step": 0, "reason": "max_time"}  # a second was over before the first step
-    run_ranks(1, train, resolve(config, "clock"))
-    assert (run_path(run.run) / DONE).exists()
+    run_ranks(1, run_training, resolve(config, "clock"))
+    assert (run_path(run.run) / DONE_MARKER).exists()
 
 
 @pytest.mark.parametrize(
@@ -298,47 +299,47 @@ def test_the_clock_stops_a_run(config: Path) -> None:
 def test_a_checkpoint_of_another_run_is_refused(override: str, sentence: str, config: Path) -> None:
     run = resolve(config, "first-two", "train.steps=2")
     if not run_path(run.run).exists():
-        run_ranks(1, train, run)
+        run_ranks(1, run_training, run)
     changed = resolve(config, "other-" + override.split("=")[0], "train.steps=4", override, "optim.warmup_steps=1")
     checkpoint = run_path(run.run) / "checkpoints" / "step-000002"
     with pytest.raises(RuntimeError, match=sentence):
-        run_ranks(1, train, changed, str(checkpoint))
+        run_ranks(1, run_training, changed, str(checkpoint))
 
 
 def test_other_data_is_refused(config: Path, tmp_path: Path) -> None:
     """As many tokens, in other places: only their content tells."""
     run = resolve(config, "data", "train.steps=2")
-    run_ranks(1, train, run)
+    run_ranks(1, run_training, run)
     (source,) = run.data.train
     other = tmp_path / "other.jsonl"
     assert isinstance(source, str)
     rows = Path(source).read_text().splitlines()
     other.write_text("\n".join(rows) + "\n")
-    run_ranks(1, train, resolve(config, "data", "train.steps=3", f"data.train=[{other}]"))  # the same, elsewhere
+    run_ranks(1, run_training, resolve(config, "data", "train.steps=3", f"data.train=[{other}]"))  # the same, elsewhere
     row = json.loads(rows[0])
     row["messages"][0]["content"] = " ".join(reversed(row["messages"][0]["content"].split()))
     rows[0] = json.dumps(row)
     other.write_text("\n".join(rows) + "\n")
     with pytest.raises(RuntimeError, match="was made with other training data"):
-        run_ranks(1, train, resolve(config, "data", "train.steps=4", f"data.train=[{other}]"))
+        run_ranks(1, run_training, resolve(config, "data", "train.steps=4", f"data.train=[{other}]"))
 
 
 @pytest.mark.slow
 def test_another_base_is_refused(config: Path, tiny_llama_nf4: Path, tmp_path: Path) -> None:
     run = resolve(config, "base", "train.steps=2")
-    run_ranks(1, train, run)
+    run_ranks(1, run_training, run)
     other = tmp_path / "other"
     shutil.copytree(tiny_llama_nf4, other)
-    run_ranks(1, train, resolve(config, "base", "train.steps=3", f"model.base={other}"))  # the same, elsewhere
+    run_ranks(1, run_training, resolve(config, "base", "train.steps=3", f"model.base={other}"))  # the same, elsewhere
     (file,) = other.glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(RuntimeError, match="was made with another base model"):
-        run_ranks(1, train, resolve(config, "base", "train.steps=4", f"model.base={other}"))
+        run_ranks(1, run_training, resolve(config, "base", "train.steps=4", f"model.base={other}"))
 
 
-def rare_words(path: Path) -> None:
+def write_rare_words(path: Path) -> None:
     """One row of what the model never sees otherwise, in the middle of the file."""
     rows = path.read_text().splitlines()
     answer = " ".join(str(number**5) for number in range(20, 26))
@@ -358,7 +359,7 @@ def test_a_run_goes_back_before_a_spike(tmp_path: Path, tiny_llama_nf4: Path) ->
         data__packing="none",
         train__eval_every=2,
     )
-    rare_words(tmp_path / "train.jsonl")
+    write_rare_words(tmp_path / "train.jsonl")
     settings = (
         "lora.modules_to_save=[lm_head]",
         "train.spike_factor=1.7",
@@ -366,7 +367,7 @@ def test_a_run_goes_back_before_a_spike(tmp_path: Path, tiny_llama_nf4: Path) ->
         "optim.warmup_steps=0",
     )
     run = load_config(config, [*settings, "run.name=back"])
-    run_ranks(2, train, load_config(config, [*settings, "run.name=back", "train.global_batch=2"]))
+    run_ranks(2, run_training, load_config(config, [*settings, "run.name=back", "train.global_batch=2"]))
     left_out = json.loads((run_path(run.run) / "summary.json").read_text())["left_out_batches"]
     assert len(left_out) == 1
     rows = metrics(run)

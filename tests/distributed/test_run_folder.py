@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from qlora_dist.checkpoint.manifest import MANIFEST, find_checkpoints, read_manifest
-from qlora_dist.checkpoint.select import newest_whole
+from qlora_dist.checkpoint.manifest import CHECKPOINT_MANIFEST, find_checkpoints, read_manifest
+from qlora_dist.checkpoint.select import latest_complete
 from qlora_dist.cli.main import app, main
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.runs.run_dir import DONE, RunDir, run_path
+from qlora_dist.runs.run_dir import DONE_MARKER, RunDir, run_path
 from qlora_dist.runtime import lease
 from qlora_dist.train import run_training as training
-from qlora_dist.train.run_checkpointer import _check_state
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_checkpointer import _check_counters
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks, started_ranks
 
@@ -66,10 +66,10 @@ def train_and_die(config: Config, step: int, resume: str = "auto") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     RunDir.log = logged  # type: ignore[method-assign]
-    train(config, resume)
+    run_training(config, resume)
 
 
-def die(config: Config, step: int, resume: str = "auto") -> None:
+def train_and_die_on_ranks(config: Config, step: int, resume: str = "auto") -> None:
     with pytest.raises(RuntimeError, match="the process died"):
         run_ranks(1, train_and_die, config, step, resume)
 
@@ -78,8 +78,8 @@ def fail_while_loading(config: Config, resume: str) -> None:
     def fill(*args: object) -> int:
         raise UserError("the disk is gone")
 
-    training.fill = fill  # type: ignore[assignment]
-    train(config, resume)
+    training.load_weights = fill  # type: ignore[assignment]
+    run_training(config, resume)
 
 
 def in_job(start: int, function: Callable[..., None], *args: Any) -> None:
@@ -95,7 +95,7 @@ def finished(config: Path) -> Config:
     (checkpoints / "step-999999").mkdir(parents=True)
     (checkpoints / "step-000001").mkdir()
     (checkpoints / "step-000001" / "notes.txt").write_text("mine")
-    run_ranks(1, train, run)
+    run_ranks(1, run_training, run)
     return run
 
 
@@ -109,9 +109,9 @@ def test_only_a_runs_own_checkpoints_count_for_those_that_are_kept(finished: Con
 def test_a_finished_run_does_nothing_when_it_is_started_again(finished: Config) -> None:
     """On two ranks, which would wait for each other otherwise; and nothing is written but the marker's time."""
     path = run_path(finished.run)
-    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != DONE}
-    run_ranks(2, train, finished)
-    assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != DONE} == before
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != DONE_MARKER}
+    run_ranks(2, run_training, finished)
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != DONE_MARKER} == before
 
 
 def test_a_dry_run_checks_all_else_and_then_says_what_train_would_do(config: Path, finished: Config) -> None:
@@ -133,28 +133,28 @@ def test_a_branch_from_an_older_checkpoint_is_what_goes_on(config: Path, finishe
     with pytest.raises(RuntimeError, match="the disk is gone"):
         run_ranks(1, fail_while_loading, branch, older)
     assert names(checkpoints) == there and steps(finished) == list(range(1, STEPS + 1)), "nothing is lost before"
-    die(branch, 9, older)
+    train_and_die_on_ranks(branch, 9, older)
     assert names(checkpoints / "abandoned") == ["step-000006", "step-000008"]
-    run_ranks(1, train, branch)
+    run_ranks(1, run_training, branch)
     assert steps(branch) == list(range(1, 13)), "a step twice, or none"
     assert [row["lr"] for row in metrics(branch)][2:] == [1e-2] * 2 + [1e-3] * 8, "of the branch that was left"
     assert names(checkpoints) == [
         *("abandoned", "step-000001", "step-000008", "step-000010", "step-000012", "step-999999")
     ]
-    assert json.loads((path / DONE).read_text())["step"] == 12
+    assert json.loads((path / DONE_MARKER).read_text())["step"] == 12
 
 
 @pytest.mark.slow
 def test_overwriting_is_for_a_jobs_first_start(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = resolve(config, "overwritten", "run.overwrite=true")
-    die(run, 5)
+    train_and_die_on_ranks(run, 5)
     with pytest.raises(RuntimeError, match="the process died"):
         run_ranks(1, in_job, 0, train_and_die, run, 5)
     assert "goes on after" not in capfd.readouterr().out
-    run_ranks(1, in_job, 1, train, run)  # requeued
+    run_ranks(1, in_job, 1, run_training, run)  # requeued
     assert "goes on after" in capfd.readouterr().out
     assert steps(run) == list(range(1, STEPS + 1))
-    run_ranks(1, in_job, 2, train, run)
+    run_ranks(1, in_job, 2, run_training, run)
     assert "is done after 8 steps" in capfd.readouterr().out
 
 
@@ -162,9 +162,9 @@ def test_overwriting_is_for_a_jobs_first_start(config: Path, capfd: pytest.Captu
 def test_a_run_that_failed_before_its_first_checkpoint_may_be_mended(
     config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    die(resolve(config, "mended", "train.save_every=0"), 3)
+    train_and_die_on_ranks(resolve(config, "mended", "train.save_every=0"), 3)
     mended = resolve(config, "mended", "lora.r=2")
-    run_ranks(1, train, mended)
+    run_ranks(1, run_training, mended)
     assert "held 3 steps of a run with another configuration, which wrote no checkpoint" in capfd.readouterr().out
     assert steps(mended) == list(range(1, STEPS + 1))
 
@@ -173,12 +173,12 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_be_mended(
 def test_a_checkpoint_whose_step_is_there_again_is_written_again(config: Path, tmp_path: Path) -> None:
     """A damaged one is passed over; it must not stand in the way of the next of its step, also on another disk."""
     run = resolve(config, "again", "train.steps=4")
-    run_ranks(1, train, run)
+    run_ranks(1, run_training, run)
     checkpoints = run_path(run.run) / "checkpoints"
     shutil.move(checkpoints, tmp_path / "elsewhere")
     checkpoints.symlink_to(tmp_path / "elsewhere")
     (checkpoints / "step-000004" / "rank-00000.safetensors").write_bytes(b"x")
-    run_ranks(1, train, resolve(config, "again", "train.steps=5"))
+    run_ranks(1, run_training, resolve(config, "again", "train.steps=5"))
     assert steps(run) == list(range(1, 6))
     assert names(checkpoints / "abandoned") == ["step-000004"]
     for folder in find_checkpoints(checkpoints):
@@ -187,14 +187,14 @@ def test_a_checkpoint_whose_step_is_there_again_is_written_again(config: Path, t
     assert [folder.name for folder in find_checkpoints(checkpoints)] == ["step-000005", "step-000004", "step-000002"]
 
 
-def train_words(*words: str | Path) -> None:
+def train_cli(*words: str | Path) -> None:
     sys.argv = ["qlora-dist", "train", *map(str, words)]
     main()
 
 
 @pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.5)
+    monkeypatch.setattr(lease, "LEASE_HEARTBEAT_S", 0.5)
     first_output, second_output = tmp_path / "first", tmp_path / "second"
     for folder in (first_output, second_output):
         folder.mkdir()
@@ -210,9 +210,9 @@ def test_a_second_run_in_a_folder_is_refused(config: Path, tmp_path: Path, monke
             assert time.monotonic() < end
             time.sleep(0.05)
 
-    with started_ranks([partial(train_words, *words)], first_output) as (first,):
+    with started_ranks([partial(train_cli, *words)], first_output) as (first,):
         wait_for_steps(3)
-        with started_ranks([partial(train_words, *words)], second_output) as (second,):
+        with started_ranks([partial(train_cli, *words)], second_output) as (second,):
             second.join(120)
             assert second.exitcode == 2
         output = (second_output / "rank-0.txt").read_text()
@@ -222,7 +222,7 @@ def test_a_second_run_in_a_folder_is_refused(config: Path, tmp_path: Path, monke
         first.kill()
         first.join()
     done = (count() // 2 + 2) * 2
-    run_ranks(1, train, resolve(config, "twice", f"train.steps={done}"))
+    run_ranks(1, run_training, resolve(config, "twice", f"train.steps={done}"))
     assert steps(run) == list(range(1, done + 1))
 
 
@@ -243,7 +243,7 @@ def test_lines_of_metrics_that_are_none_are_left_out(config: Path) -> None:
 Edit = Callable[[dict[str, Any]], Any]
 
 
-def first_cut(tree: dict[str, Any]) -> Any:
+def first_shard_spec(tree: dict[str, Any]) -> Any:
     return next(iter(tree["cuts"].values()))
 
 
@@ -258,10 +258,10 @@ EDITS: dict[str, Edit] = {
     "a file less": lambda t: t["files"].pop("rank-00001.safetensors"),
     "a file elsewhere": lambda t: t["files"].update({"../../etc/passwd": [1, "0" * 64]}),
     "a file that is a number": lambda t: t["files"].update({"rank-00000.safetensors": 3}),
-    "a shape": lambda t: first_cut(t).update(shape=[1, 1]),
-    "another dimension": lambda t: first_cut(t).update(dim=1 - first_cut(t)["dim"]),
-    "no such dimension": lambda t: first_cut(t).update(dim=9),
-    "no shards": lambda t: first_cut(t).update(shards=0),
+    "a shape": lambda t: first_shard_spec(t).update(shape=[1, 1]),
+    "another dimension": lambda t: first_shard_spec(t).update(dim=1 - first_shard_spec(t)["dim"]),
+    "no such dimension": lambda t: first_shard_spec(t).update(dim=9),
+    "no shards": lambda t: first_shard_spec(t).update(shards=0),
     "more shards": lambda t: [cut.update(shards=4) for cut in t["cuts"].values()],
     "fewer shards": lambda t: [cut.update(shards=1) for cut in t["cuts"].values()],
     "a parameter less": lambda t: t["cuts"].pop(next(iter(t["cuts"]))),
@@ -287,16 +287,16 @@ def choose_after_each_edit(checkpoints: Path) -> list[tuple[str, str | None, lis
 
     dist.init_process_group("gloo")
     newest = find_checkpoints(checkpoints)[0]
-    written, found = (newest / MANIFEST).read_bytes(), []
+    written, found = (newest / CHECKPOINT_MANIFEST).read_bytes(), []
     for what, edit in EDITS.items():
         tree = json.loads(written)
         edit(tree)
-        (newest / MANIFEST).write_bytes(signed(tree))
+        (newest / CHECKPOINT_MANIFEST).write_bytes(sign_manifest(tree))
         said: list[str] = []
-        taken = newest_whole(checkpoints, said.append, _check_state)
+        taken = latest_complete(checkpoints, said.append, _check_counters)
         found.append((what, taken and taken[0].name, said))
-    (newest / MANIFEST).write_bytes(signed(json.loads(written)))
-    taken = newest_whole(checkpoints, print, _check_state)
+    (newest / CHECKPOINT_MANIFEST).write_bytes(sign_manifest(json.loads(written)))
+    taken = latest_complete(checkpoints, print, _check_counters)
     found.append(("nothing", taken and taken[0].name, []))
     dist.destroy_process_group()
     return found
@@ -310,13 +310,13 @@ def choose_as_another_user(checkpoints: Path) -> str:
     os.setgid(65534)
     os.setuid(65534)
     try:
-        found = newest_whole(checkpoints, print, _check_state)
+        found = latest_complete(checkpoints, print, _check_counters)
         return "" if found is None else found[0].name
     except UserError as error:
         return str(error)
 
 
-def signed(tree: dict[str, Any]) -> bytes:
+def sign_manifest(tree: dict[str, Any]) -> bytes:
     import hashlib
 
     def dump(tree: dict[str, Any]) -> bytes:
@@ -328,7 +328,7 @@ def signed(tree: dict[str, Any]) -> bytes:
 
 def test_a_manifest_that_does_not_fit_its_files_is_passed_over(config: Path) -> None:
     run = resolve(config, "edited", "train.steps=4")
-    run_ranks(2, train, run)
+    run_ranks(2, run_training, run)
     (found,) = run_ranks(1, choose_after_each_edit, run_path(run.run) / "checkpoints")
     assert found.pop() == ("nothing", "step-000004", [])
     for what, taken, said in found:
@@ -342,7 +342,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(config: Path) -> N
     checkpoints = Path(tempfile.mkdtemp()) / "checkpoints"
     try:
         run = resolve(config, "forbidden", "train.steps=4")
-        run_ranks(1, train, run)
+        run_ranks(1, run_training, run)
         shutil.copytree(run_path(run.run) / "checkpoints", checkpoints)
         checkpoints.parent.chmod(0o755)
         assert run_ranks(2, choose_as_another_user, checkpoints) == ["step-000004"] * 2

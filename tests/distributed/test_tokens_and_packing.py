@@ -10,13 +10,13 @@ import pytest
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
 
 def metrics(config: Config, world_size: int) -> list[dict[str, float]]:
-    run_ranks(world_size, train, config)
+    run_ranks(world_size, run_training, config)
     return [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()][1:]
 
 
@@ -42,13 +42,13 @@ def test_packed_and_unpacked_sequences_have_one_loss(arch: str, attention: str, 
     """All the data in one step, so that both runs train on the same sequences; the gradient counts as well."""
     base = tiny_models.make_model(tmp_path / "model", arch, **({"sliding_window": 32} if arch == "Mistral" else {}))
     path = tiny_models.make_config(tmp_path, base, train__steps=2, data__seq_len=256, model__attention=attention)
-    from qlora_dist.runtime.environment import ranks_from_environment
-    from qlora_dist.train.run_setup import set_up
+    from qlora_dist.runtime.environment import read_rank_info
+    from qlora_dist.train.run_setup import set_up_run
 
     rows = {}
     for packing in ("best-fit", "none"):
         config = load_config(path, [f"data.packing={packing}", "train.global_batch=1"])
-        rows[packing] = int(set_up(config, ranks_from_environment({})).loader.rows_per_epoch)
+        rows[packing] = int(set_up_run(config, read_rank_info({})).loader.rows_per_epoch)
     assert rows["best-fit"] * 3 < rows["none"]
     packed, unpacked = (
         metrics(

@@ -30,7 +30,7 @@ def wait_for(condition: Callable[[], _T], within_s: float) -> _T:
     return result
 
 
-def ranks_of(agent: int) -> dict[str, int]:
+def rank_pids(agent: int) -> dict[str, int]:
     """Process numbers of an agent's ranks that run the command."""
     found = {}
     for number in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
@@ -43,7 +43,7 @@ def ranks_of(agent: int) -> dict[str, int]:
     return found
 
 
-def running(number: int) -> bool:
+def is_running(number: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
@@ -76,14 +76,14 @@ def test_a_restart_in_place_and_a_killed_agent(tiny_llama_nf4, tmp_path):
 
     with torchrun(config, tmp_path / "output.txt") as agent:
         wait_for(lambda: steps() >= 3, 90)
-        first = ranks_of(agent.pid)
+        first = rank_pids(agent.pid)
         os.kill(first["1"], signal.SIGKILL)
-        second = wait_for(lambda: {} if first.items() & (new := ranks_of(agent.pid)).items() else new, 40)
+        second = wait_for(lambda: {} if first.items() & (new := rank_pids(agent.pid)).items() else new, 40)
         metrics.unlink(missing_ok=True)
         wait_for(lambda: steps() >= 3, 90)
         assert "goes on after " in (tmp_path / "output.txt").read_text(), "run.overwrite is for the first start"
         agent.kill()
-        wait_for(lambda: not any(map(running, second.values())), 5)
+        wait_for(lambda: not any(map(is_running, second.values())), 5)
     said = [line for line in (tmp_path / "output.txt").read_text().splitlines() if line.startswith("qlora-dist: ")]
     assert all("rank 1 on" in line and "went away after step" in line for line in said)
     assert len(said) <= 1  # torchrun may end rank 0 before it can say so

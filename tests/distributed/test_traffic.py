@@ -14,19 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
-from qlora_dist.model.load_weights import fill
+from qlora_dist.model.load_weights import load_weights
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.optimizer_state import Moments
-from qlora_dist.parallel.fsdp2 import parallelize
+from qlora_dist.optim.optimizer_state import PagedOptimizerState
+from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.paged_layers import PagedLayers
-from qlora_dist.plan.model_spec import describe
-from qlora_dist.plan.step_traffic import Sharding, step_traffic
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.plan.model_spec import make_model_spec
+from qlora_dist.plan.step_traffic import ShardCounts, step_traffic
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.train_step import AdapterShards, shard_sizes, train_step
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -51,7 +51,7 @@ CASES = [
 ]
 
 
-def parallel(layout: tuple[int, int, str, str]) -> list[str]:
+def parallel_overrides(layout: tuple[int, int, str, str]) -> list[str]:
     """Overrides for it, with two or three micro-batches to a step of twelve rows."""
     world_size, _, base, adapter = layout
     return [f"parallel.base={base}", f"parallel.adapter={adapter}", f"train.micro_batch={6 // world_size}"]
@@ -64,7 +64,7 @@ class Collective(NamedTuple):
     received_bytes: int
 
 
-class Wire(TorchDispatchMode):
+class CollectiveRecorder(TorchDispatchMode):
     """Sees every collective as torch's dispatcher does, whoever issued it: independent of what is tested."""
 
     def __init__(self) -> None:
@@ -89,24 +89,24 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def two_steps(config: Config) -> tuple[list[Collective], dict[str, int], int]:
+def record_two_steps(config: Config) -> tuple[list[Collective], dict[str, int], int]:
     """What the second step sends: as the dispatcher saw it, as the run counts it; and its accumulation."""
-    ranks = ranks_from_environment()
-    setup = set_up(config, ranks)
+    ranks = read_rank_info()
+    setup = set_up_run(config, ranks)
     with process_group(ranks, setup.device):
         meshes = build_meshes(setup.sizes, "cpu")
-        traffic = parallelize(setup.model, meshes, config)
+        traffic = parallelize_fsdp2(setup.model, meshes, config)
         pages = None
         if config.parallel.base == "paged":
             layers = list(setup.model.model.layers)
             pages = PagedLayers(setup.model, layers, setup.device, 0, 0, config.paging)
-        fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, elsewhere=pages)
+        load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, elsewhere=pages)
         shards = AdapterShards(setup.model)
-        moments = Moments(shard_sizes(setup.model), config.optim, config.paging, setup.device)
+        moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
         optimizer = PagedAdamW(shards.local, moments, config.optim)
         for step in range(2):
             traffic.take()
-            with Wire() as wire:
+            with CollectiveRecorder() as wire:
                 train_step(
                     setup.model,
                     setup.loader.window(step),
@@ -134,13 +134,13 @@ def test_counted_sent_and_planned_bytes_are_equal(
     layout: tuple[int, int, str, str], compute_dtype: str, config_path: Path
 ) -> None:
     world_size, nodes, base, adapter = layout
-    config = load_config(config_path, [*parallel(layout), f"model.compute_dtype={compute_dtype}"])
-    results = run_ranks(world_size, two_steps, config, nodes=nodes)
+    config = load_config(config_path, [*parallel_overrides(layout), f"model.compute_dtype={compute_dtype}"])
+    results = run_ranks(world_size, record_two_steps, config, nodes=nodes)
 
     per_node = world_size // nodes
     shards = {"replicate": 1, "node": per_node, "world": world_size, "paged": per_node}
-    sharding = Sharding(world_size, shards[base], shards[adapter])
-    units = describe(json.loads((Path(config.model.base) / "config.json").read_text()), config.lora).units
+    sharding = ShardCounts(world_size, shards[base], shards[adapter])
+    units = make_model_spec(json.loads((Path(config.model.base) / "config.json").read_text()), config.lora).units
     for wire, counted, accumulation in results:
         planned = step_traffic(units, sharding, accumulation, 2 if compute_dtype == "bf16" else 4)
         assert counted == planned
@@ -150,20 +150,20 @@ def test_counted_sent_and_planned_bytes_are_equal(
 @pytest.mark.parametrize("layout", [ONE_MESH_UNEVEN, TWO_MESHES], ids=str)
 def test_embeddings_in_4_bit_are_sent_in_4_bit(layout: tuple[int, int, str, str], config_path: Path) -> None:
     world_size, nodes, *_ = layout
-    config = load_config(config_path, [*parallel(layout), "model.embeddings=4bit"])
+    config = load_config(config_path, [*parallel_overrides(layout), "model.embeddings=4bit"])
     model_config = json.loads((Path(config.model.base) / "config.json").read_text())
-    units = describe(model_config, config.lora, embeddings="4bit").units
-    sharding = Sharding(world_size, world_size // nodes, world_size)
-    for wire, counted, accumulation in run_ranks(world_size, two_steps, config, nodes=nodes):
+    units = make_model_spec(model_config, config.lora, embeddings="4bit").units
+    sharding = ShardCounts(world_size, world_size // nodes, world_size)
+    for wire, counted, accumulation in run_ranks(world_size, record_two_steps, config, nodes=nodes):
         planned = step_traffic(units, sharding, accumulation, 4)
         assert counted == planned
         assert sum(c.received_bytes for c in wire) == sum(planned.values())
 
 
 def test_no_base_bytes_cross_the_outer_mesh_dimension(config_path: Path) -> None:
-    config = load_config(config_path, [*parallel((4, 2, "node", "world")), "model.compute_dtype=bf16"])
-    results = run_ranks(4, two_steps, config, nodes=2)
-    base_only = describe(
+    config = load_config(config_path, [*parallel_overrides((4, 2, "node", "world")), "model.compute_dtype=bf16"])
+    results = run_ranks(4, record_two_steps, config, nodes=2)
+    base_only = make_model_spec(
         json.loads((Path(config.model.base) / "config.json").read_text()),
         config.lora.model_copy(update={"targets": ["no_layer"]}),
     ).units
@@ -174,13 +174,13 @@ def test_no_base_bytes_cross_the_outer_mesh_dimension(config_path: Path) -> None
         assert {c.ranks for c in crossing} == {(0, 1, 2, 3)}
         # bytes travel as uint8 and frozen floats together with them; the adapters as bf16, their gradients as fp32
         assert {c.dtype for c in crossing} == {torch.bfloat16, torch.float32, torch.float64}
-        everything_of_the_base = step_traffic(base_only, Sharding(4, 2, 4), accumulation, 2)
+        everything_of_the_base = step_traffic(base_only, ShardCounts(4, 2, 4), accumulation, 2)
         assert sum(c.received_bytes for c in staying) == everything_of_the_base["shard"]
 
 
 def test_accumulation_sends_gradients_once(config_path: Path) -> None:
     config = load_config(config_path, ["parallel.base=world", "train.micro_batch=2"])
-    ((wire, _, accumulation), _) = run_ranks(2, two_steps, config)
+    ((wire, _, accumulation), _) = run_ranks(2, record_two_steps, config)
     assert accumulation == 3
     is_tied = json.loads((Path(config.model.base) / "config.json").read_text())["tie_word_embeddings"]
     counts = Counter(c.name for c in wire)

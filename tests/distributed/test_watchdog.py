@@ -49,14 +49,14 @@ def train(*words: str | Path, at_step: int = -1, fault: Callable[[], None] | Non
     main()
 
 
-def steps(config: Path) -> int:
+def last_step(config: Path) -> int:
     metrics = config.parent / "runs" / "run" / "metrics.jsonl"
     return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 def wait_for_step(config: Path, step: int) -> None:
     end = time.monotonic() + 60
-    while steps(config) < step:
+    while last_step(config) < step:
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -68,20 +68,20 @@ def exit_codes(processes: list[BaseProcess], within_s: float) -> list[int | None
     return [process.exitcode for process in processes]
 
 
-def ours(path: Path, rank: int) -> list[str]:
+def qlora_dist_lines(path: Path, rank: int) -> list[str]:
     """What the run says on stderr."""
-    return [line for line in output(path, rank).splitlines() if line.startswith("qlora-dist: ")]
+    return [line for line in rank_output(path, rank).splitlines() if line.startswith("qlora-dist: ")]
 
 
-def output(path: Path, rank: int) -> str:
+def rank_output(path: Path, rank: int) -> str:
     return (path / f"rank-{rank}.txt").read_text()
 
 
 def test_a_run_that_ends_well_says_nothing(config, tmp_path):
     with started_ranks([partial(train, config, "train.steps=3")] * 2, tmp_path) as processes:
         assert exit_codes(processes, within_s=40) == [0, 0]
-    assert not ours(tmp_path, 0) + ours(tmp_path, 1)
-    assert "[c10d]" not in output(tmp_path, 1)  # rank 0, which keeps the store, has left last
+    assert not qlora_dist_lines(tmp_path, 0) + qlora_dist_lines(tmp_path, 1)
+    assert "[c10d]" not in rank_output(tmp_path, 1)  # rank 0, which keeps the store, has left last
 
 
 @pytest.mark.slow
@@ -92,9 +92,9 @@ def test_a_killed_rank_is_named_within_seconds(config, tmp_path, world_size, vic
         os.kill(processes[victim].pid, signal.SIGKILL)
         survivors = [rank for rank in range(world_size) if rank != victim]
         assert set(exit_codes([processes[rank] for rank in survivors], within_s=6)) == {1}
-    (sentence,) = [line for rank in survivors for line in ours(tmp_path, rank)]
+    (sentence,) = [line for rank in survivors for line in qlora_dist_lines(tmp_path, rank)]
     assert re.match(rf"qlora-dist: rank {victim} on {HOST} went away after step \d+ \(\w+", sentence)
-    assert not any("Traceback" in output(tmp_path, rank) for rank in survivors)
+    assert not any("Traceback" in rank_output(tmp_path, rank) for rank in survivors)
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_a_stopped_rank_is_named_within_the_timeout(config, tmp_path):
         assert exit_codes([processes[0]], within_s=7) == [1]
         os.kill(processes[1].pid, signal.SIGCONT)  # and then it ends as well
         assert exit_codes(processes, within_s=5) == [1, 1]
-    (sentence,) = ours(tmp_path, 0)
+    (sentence,) = qlora_dist_lines(tmp_path, 0)
     assert re.match(rf"qlora-dist: rank 1 on {HOST} was stopped by a signal after step \d+ \(\w+", sentence)
 
 
@@ -116,7 +116,7 @@ def test_a_run_that_is_suspended_as_a_whole_goes_on(config, tmp_path):
         for process in processes:
             os.kill(process.pid, signal.SIGSTOP)
         time.sleep(4)
-        before = steps(config)
+        before = last_step(config)
         for process in processes:
             os.kill(process.pid, signal.SIGCONT)
         time.sleep(2)
@@ -130,13 +130,13 @@ def test_a_rank_that_hangs_is_named_with_its_stack(config, tmp_path):
     with started_ranks([partial(train, config), hanging], tmp_path) as processes:
         wait_for_step(config, 3)
         assert exit_codes(processes, within_s=9) == [1, 1]
-    (sentence,) = ours(tmp_path, 0)
+    (sentence,) = qlora_dist_lines(tmp_path, 0)
     assert re.match(rf"qlora-dist: rank 1 on {HOST} has made no progress for \d s after step 3 \(training\)", sentence)
-    assert "File" not in output(tmp_path, 0)
-    (stack,) = ours(tmp_path, 1)
+    assert "File" not in rank_output(tmp_path, 0)
+    (stack,) = qlora_dist_lines(tmp_path, 1)
     assert stack == "qlora-dist: [rank 1] is here:"
-    assert "time.sleep(1000)" in output(tmp_path, 1)
-    assert "threading.py" not in output(tmp_path, 1)  # the main thread's
+    assert "time.sleep(1000)" in rank_output(tmp_path, 1)
+    assert "threading.py" not in rank_output(tmp_path, 1)  # the main thread's
 
 
 def fail(error: Exception) -> None:
@@ -149,10 +149,10 @@ def test_an_error_of_one_rank_is_one_traceback(config, tmp_path, rank):
     ranks = [partial(train, config), failing]
     with started_ranks(ranks if rank == 1 else ranks[::-1], tmp_path) as processes:
         assert exit_codes(processes, within_s=30) == [1, 1]
-    assert output(tmp_path, rank).count("Traceback") == 1
-    assert "ValueError: seven is no prime" in output(tmp_path, rank)
-    assert "Traceback" not in output(tmp_path, 1 - rank)
-    (sentence,) = ours(tmp_path, 1 - rank)
+    assert rank_output(tmp_path, rank).count("Traceback") == 1
+    assert "ValueError: seven is no prime" in rank_output(tmp_path, rank)
+    assert "Traceback" not in rank_output(tmp_path, 1 - rank)
+    (sentence,) = qlora_dist_lines(tmp_path, 1 - rank)
     failed = "failed after step 3 (training): ValueError: seven is no prime; its traceback is in its output"
     assert sentence == f"qlora-dist: rank {rank} on {HOST} {failed}"
 
@@ -161,8 +161,8 @@ def test_the_same_mistake_on_all_ranks_is_one_sentence(config, tmp_path):
     mistaken = partial(train, config, at_step=3, fault=partial(fail, UserError("seven is no prime; take another")))
     with started_ranks([mistaken] * 2, tmp_path) as processes:
         assert exit_codes(processes, within_s=30) == [2, 2]
-    assert ours(tmp_path, 0) == ["qlora-dist: seven is no prime; take another"]
-    assert ours(tmp_path, 1) == []
+    assert qlora_dist_lines(tmp_path, 0) == ["qlora-dist: seven is no prime; take another"]
+    assert qlora_dist_lines(tmp_path, 1) == []
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -170,5 +170,7 @@ def test_a_mistake_that_one_rank_finds_ends_the_others(config, tmp_path, alone):
     fault = partial(fail, UserError("seven is no prime; take another", one_rank=alone))
     with started_ranks([partial(train, config), partial(train, config, at_step=3, fault=fault)], tmp_path) as processes:
         assert exit_codes(processes, within_s=30) == [2, 2]
-    assert ours(tmp_path, 0) == [f"qlora-dist: rank 1 on {HOST} has stopped: seven is no prime; take another"]
-    assert ours(tmp_path, 1) == (["qlora-dist: [rank 1] seven is no prime; take another"] if alone else [])
+    assert qlora_dist_lines(tmp_path, 0) == [
+        f"qlora-dist: rank 1 on {HOST} has stopped: seven is no prime; take another"
+    ]
+    assert qlora_dist_lines(tmp_path, 1) == (["qlora-dist: [rank 1] seven is no prime; take another"] if alone else [])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from qlora_dist.doctor.finding import Finding, merged, worst
+from qlora_dist.doctor.finding import Finding, merge_findings, worst_finding
 
-FINE = Finding("disk", "ok", "90 GiB are free")
+OK_FINDING = Finding("disk", "ok", "90 GiB are free")
 
 
 def test_what_is_the_same_everywhere_is_said_once() -> None:
-    assert merged({"n1": [FINE], "n2": [FINE]}) == [FINE]
+    assert merge_findings({"n1": [OK_FINDING], "n2": [OK_FINDING]}) == [OK_FINDING]
 
 
 def test_fine_nodes_are_counted_and_ill_ones_named() -> None:
     full = Finding("disk", "warn", "1 GiB is free", "tidy up")
-    said = merged({"n1": [FINE], "n2": [full], "n3": [Finding("disk", "ok", "70 GiB are free")]})
+    said = merge_findings({"n1": [OK_FINDING], "n2": [full], "n3": [Finding("disk", "ok", "70 GiB are free")]})
     assert [(finding.status, finding.said) for finding in said] == [
         ("ok", "n1: 90 GiB are free; 1 more fine"),
         ("warn", "n2: 1 GiB is free"),
@@ -22,15 +22,15 @@ def test_fine_nodes_are_counted_and_ill_ones_named() -> None:
 
 def test_all_ill_alike_is_one_line() -> None:
     ill = Finding("kernels", "fail", "bitsandbytes on cuda: no kernel", "reinstall")
-    assert merged({f"n{index}": [ill] for index in range(100)}) == [ill]
+    assert merge_findings({f"n{index}": [ill] for index in range(100)}) == [ill]
 
 
 def test_many_ill_nodes_of_some_are_counted() -> None:
     ill = Finding("kernels", "fail", "no kernel", "reinstall")
-    found = merged({f"n{index}": [ill if index else FINE] for index in range(9)})
+    found = merge_findings({f"n{index}": [ill if index else OK_FINDING] for index in range(9)})
     assert found[1].said == "n1, n2, n3 and 5 more: no kernel"
 
 
 def test_a_node_is_as_ill_as_the_worst_of_its_ranks() -> None:
     ill = Finding("kernels", "fail", "no kernel")
-    assert worst([FINE, ill, FINE]) == ill
+    assert worst_finding([OK_FINDING, ill, OK_FINDING]) == ill

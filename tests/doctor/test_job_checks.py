@@ -15,26 +15,26 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.doctor.job_checks import check_bandwidth, check_names, check_shared_folder
-from qlora_dist.doctor.run_doctor import doctor
+from qlora_dist.doctor.job_checks import check_bandwidth, check_peer_host_names, check_shared_run_folder
+from qlora_dist.doctor.run_doctor import run_doctor
 from qlora_dist.runtime import shared_folder
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group, resolve_device
-from tests.helpers.launchers import need
+from tests.helpers.launchers import skip_unless
 from tests.helpers.ranks import run_ranks
 
 _CLONE_NEWNET = 0x40000000
 
 
-def examine(folder: Path) -> tuple[bool, str]:
+def doctor_json(folder: Path) -> tuple[bool, str]:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        fine = doctor(folder, "cpu", as_json=True)
+        fine = run_doctor(folder, "cpu", as_json=True)
     return fine, output.getvalue()
 
 
 def test_a_job_of_two_nodes(tmp_path: Path) -> None:
-    (fine, said), *others = run_ranks(4, examine, tmp_path, nodes=2)
+    (fine, said), *others = run_ranks(4, doctor_json, tmp_path, nodes=2)
     assert all(output == "" for _, output in others)
     report = json.loads(said)
     found = {finding["check"]: finding for finding in report["findings"]}
@@ -48,32 +48,32 @@ def test_a_job_of_two_nodes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def with_group(check: Any, *args: Any) -> Any:
-    ranks = ranks_from_environment()
+def in_process_group(check: Any, *args: Any) -> Any:
+    ranks = read_rank_info()
     with process_group(ranks, resolve_device("cpu", ranks), 60):
         return check(ranks, *args)
 
 
-def blind(ranks: Any, folder: Path) -> str:
+def check_unshared_folder(ranks: Any, folder: Path) -> str:
     """The second node looks into a folder of its own."""
     if ranks.rank == 1:
         folder = folder / "elsewhere"
         folder.mkdir()
-    shared_folder._WAIT_S = 0.5
-    return check_shared_folder(["n1", "n2"], ranks, folder).said
+    shared_folder._VISIBLE_TIMEOUT_S = 0.5
+    return check_shared_run_folder(["n1", "n2"], ranks, folder).said
 
 
 def test_a_folder_that_is_not_shared_is_found(tmp_path: Path) -> None:
-    said = run_ranks(2, with_group, blind, tmp_path, nodes=2)
+    said = run_ranks(2, in_process_group, check_unshared_folder, tmp_path, nodes=2)
     assert said[0] == f"{tmp_path} of n1 is not seen by n2"
 
 
-def unknown(ranks: Any) -> str:
-    return check_names(["localhost", "no-such-host.invalid"], ranks).said
+def check_unknown_host(ranks: Any) -> str:
+    return check_peer_host_names(["localhost", "no-such-host.invalid"], ranks).said
 
 
 def test_a_name_that_nobody_knows_is_found() -> None:
-    assert "does not know no-such-host.invalid" in run_ranks(2, with_group, unknown, nodes=2)[0]
+    assert "does not know no-such-host.invalid" in run_ranks(2, in_process_group, check_unknown_host, nodes=2)[0]
 
 
 def ip(*words: str) -> None:
@@ -83,7 +83,7 @@ def ip(*words: str) -> None:
 @pytest.fixture
 def two_nodes() -> Iterator[tuple[str, str]]:
     """Two network namespaces, 200 Mbit/s between them."""
-    need(os.geteuid() == 0 and shutil.which("tc") is not None, "root, ip or tc, for network namespaces,")
+    skip_unless(os.geteuid() == 0 and shutil.which("tc") is not None, "root, ip or tc, for network namespaces,")
     names = tuple(f"qd{os.getpid() % 100000}{side}" for side in "ab")
     try:
         for name in names:
@@ -101,19 +101,19 @@ def two_nodes() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def on_nodes(names: tuple[str, str]) -> dict[str, float]:
+def measure_in_namespace(names: tuple[str, str]) -> dict[str, float]:
     name = names[int(os.environ["RANK"])]
     with Path(f"/run/netns/{name}").open() as namespace:
         assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET) == 0
     os.environ |= {"MASTER_ADDR": "10.93.7.1", "GLOO_SOCKET_IFNAME": name}
-    (found,) = with_group(lambda ranks: check_bandwidth(ranks, resolve_device("cpu", ranks)))
+    (found,) = in_process_group(lambda ranks: check_bandwidth(ranks, resolve_device("cpu", ranks)))
     assert found.check == "bandwidth world"
     return found.values
 
 
 @pytest.mark.slow
 def test_the_bandwidth_is_that_of_the_network(two_nodes: tuple[str, str]) -> None:
-    values, _ = run_ranks(2, on_nodes, two_nodes, nodes=2)
+    values, _ = run_ranks(2, measure_in_namespace, two_nodes, nodes=2)
     set_bytes_per_s = 200e6 / 8
     assert values["all_reduce_bytes_per_s"] == pytest.approx(set_bytes_per_s, rel=0.2)
     # gloo's all-gather does not send and receive all the time

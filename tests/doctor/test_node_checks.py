@@ -11,18 +11,18 @@ import pytest
 import torch
 
 import qlora_dist.doctor.node_checks as node
-from qlora_dist.compat.versions import TESTED
+from qlora_dist.compat.versions import TESTED_VERSIONS
 from qlora_dist.doctor.node_checks import (
     check_compute_type,
+    check_dequantize_kernel,
     check_devices,
-    check_disk,
-    check_host_name,
-    check_kernels,
+    check_free_disk,
+    check_free_memory,
     check_libraries,
-    check_memory,
+    check_own_host_name,
 )
 from qlora_dist.runtime import bf16_support
-from qlora_dist.runtime.environment import Ranks
+from qlora_dist.runtime.environment import RankInfo
 
 CPU = torch.device("cpu")
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
@@ -30,31 +30,31 @@ CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 def test_tested_versions_are_those_of_the_constraints() -> None:
     pinned = re.findall(r"^([\w-]+)==(\S+?)(?:;|$)(?!.*< \"3)", CONSTRAINTS.read_text(), re.MULTILINE)
-    assert TESTED.items() <= dict(pinned).items()
+    assert TESTED_VERSIONS.items() <= dict(pinned).items()
 
 
 def test_other_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_libraries().status == "ok"
-    monkeypatch.setitem(TESTED, "peft", "0.0.1")
+    monkeypatch.setitem(TESTED_VERSIONS, "peft", "0.0.1")
     found = check_libraries()
     assert found.status == "warn" and re.search(r"peft 0\.21\.\d+ \(tested: 0\.0\.1\)", found.said)
-    monkeypatch.setitem(TESTED, "no-such-library", "1")
+    monkeypatch.setitem(TESTED_VERSIONS, "no-such-library", "1")
     assert check_libraries().status == "fail" and "without no-such-library" in check_libraries().said
 
 
 def test_kernels_are_compared_with_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that reads a wrong scale, as bitsandbytes' did on AVX512, is found."""
-    assert check_kernels(CPU).status == "ok"
-    dequantize = node.dequantize
+    assert check_dequantize_kernel(CPU).status == "ok"
+    dequantize = node.dequantize_weight
 
     def wrong(packed: torch.Tensor, layout: node.NF4Layout, dtype: torch.dtype) -> torch.Tensor:
         values = dequantize(packed, layout, dtype)
         values[3, 7] += 0.25
         return values
 
-    monkeypatch.setattr(node, "dequantize", wrong)
-    assert check_kernels(CPU).status == "fail"
-    assert "dequantizes wrongly on cpu, by up to 0.25" in check_kernels(CPU).said
+    monkeypatch.setattr(node, "dequantize_weight", wrong)
+    assert check_dequantize_kernel(CPU).status == "fail"
+    assert "dequantizes wrongly on cpu, by up to 0.25" in check_dequantize_kernel(CPU).said
 
 
 def test_a_processor_without_bf16_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,25 +64,25 @@ def test_a_processor_without_bf16_is_warned_of(tmp_path: Path, monkeypatch: pyte
     assert found.status == "warn" and found.remedy == "set model.compute_dtype=fp32"
     (tmp_path / "cpuinfo").write_text("flags : avx2 avx512_bf16")
     assert check_compute_type(CPU).status == "ok"
-    findings = node.check_node(Ranks(0, 1, 0, 1, "none"), CPU, tmp_path)
+    findings = node.check_node(RankInfo(0, 1, 0, 1, "none"), CPU, tmp_path)
     assert "compute type" in [finding.check for finding in findings]
 
 
 def test_memory_and_disk_are_measured(tmp_path: Path) -> None:
-    memory = check_memory(CPU)
+    memory = check_free_memory(CPU)
     assert memory.values is not None and 0 < memory.values["free_bytes"] <= memory.values["total_bytes"]
-    disk = check_disk(tmp_path / "not" / "there")
+    disk = check_free_disk(tmp_path / "not" / "there")
     assert disk.values is not None and disk.values["free_bytes"] > 0 and str(tmp_path) in disk.said
 
 
 def test_the_names_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun waits for a name that leads nowhere for minutes, and says nothing."""
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
-    assert check_host_name({}).status == "ok"
-    found = check_host_name({"MASTER_ADDR": "node0.invalid"})
+    assert check_own_host_name({}).status == "ok"
+    found = check_own_host_name({"MASTER_ADDR": "node0.invalid"})
     assert found.status == "fail" and found.said.startswith("MASTER_ADDR: node0.invalid leads nowhere (")
     monkeypatch.setattr(socket, "gethostname", lambda: "me.invalid")
-    found = check_host_name({"MASTER_ADDR": "127.0.0.1"})
+    found = check_own_host_name({"MASTER_ADDR": "127.0.0.1"})
     assert found.status == "warn" and found.said.startswith("me.invalid, this machine's own name, leads nowhere (")
 
 
@@ -90,11 +90,11 @@ def test_a_mac_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no affinity of processes, and not all names of sysconf."""
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.delattr(os, "sysconf")
-    findings = node.check_node(Ranks(0, 1, 0, 1, "none"), CPU, Path())
+    findings = node.check_node(RankInfo(0, 1, 0, 1, "none"), CPU, Path())
     assert {finding.check for finding in findings} >= {"devices", "memory", "host name"}
 
 
 def test_a_cpu_is_no_gpu() -> None:
-    found = check_devices(Ranks(0, 2, 0, 2, "torchrun"))
+    found = check_devices(RankInfo(0, 2, 0, 2, "torchrun"))
     assert found.status == ("ok" if torch.cuda.is_available() else "warn")
     assert "2 ranks" in found.said

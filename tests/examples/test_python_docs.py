@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from examples.quickstart import python_docs
-from examples.quickstart.python_docs import Entry
+from examples.quickstart.python_docs import DocEntry
 from qlora_dist.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
-    counts = python_docs.build(folder)
+    counts = python_docs.build_python_docs(folder)
     assert counts.train == len(rows(folder / "train.jsonl"))
     assert counts.held_out == len(rows(folder / "eval.jsonl"))
     return folder
@@ -40,7 +40,7 @@ def test_enough_pairs_and_a_small_held_out_part(folder: Path) -> None:
     train, held_out = len(rows(folder / "train.jsonl")), len(rows(folder / "eval.jsonl"))
     assert train + held_out >= python_docs.MIN_PAIRS
     assert 0.01 < held_out / (train + held_out) <= 0.05
-    assert held_out <= python_docs.MAX_HELD_OUT
+    assert held_out <= python_docs.MAX_EVAL_NAMES
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "eval.jsonl"])
@@ -50,7 +50,7 @@ def test_every_row_is_a_question_and_an_answer(folder: Path, name: str) -> None:
         assert list(row) == ["messages"]
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(message["content"].strip() for message in row["messages"])
-        assert python_docs.MIN_CHARS <= len(row["messages"][1]["content"]) <= python_docs.MAX_CHARS
+        assert python_docs.MIN_ANSWER_CHARS <= len(row["messages"][1]["content"]) <= python_docs.MAX_ANSWER_CHARS
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_no_answer_stands_twice(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_build_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    python_docs.build(tmp_path)
+    python_docs.build_python_docs(tmp_path)
     for name in ("train.jsonl", "eval.jsonl"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.jsonl", "train.jsonl"]
@@ -86,28 +86,28 @@ def test_well_known_names_are_there_with_their_documentation(folder: Path) -> No
     for signature in ("`os.path.join(a, *p)`", "`class pathlib.Path`", "`import heapq`"):
         assert signature in by_answer
     asked = questions(folder / "train.jsonl") + questions(folder / "eval.jsonl")
-    for kind, templates in python_docs.QUESTIONS.items():  # no two kinds ask alike
+    for kind, templates in python_docs.QUESTION_TEMPLATES.items():  # no two kinds ask alike
         patterns = "|".join(re.escape(template).replace(re.escape("{name}"), ".+") for template in templates)
         assert sum(re.fullmatch(patterns, question) is not None for question in asked) > 50, kind
 
 
 def test_questions_vary_and_belong_to_their_name() -> None:
-    entries = [Entry("function", f"module.f{i}", f"module.f{i}()", "Return something.") for i in range(200)]
+    entries = [DocEntry("function", f"module.f{i}", f"module.f{i}()", "Return something.") for i in range(200)]
     templates = {entry.question.replace(entry.name, "NAME") for entry in entries}
-    assert len(templates) == len(python_docs.QUESTIONS["function"])
-    assert entries[7].question == Entry("function", "module.f7", "other", "Another text.").question
+    assert len(templates) == len(python_docs.QUESTION_TEMPLATES["function"])
+    assert entries[7].question == DocEntry("function", "module.f7", "other", "Another text.").question
 
 
 def test_split_does_not_depend_on_the_order_of_the_pairs() -> None:
-    entries = [Entry("function", f"module.f{i}", "", f"Return the number {i}.") for i in range(300)]
-    assert python_docs.split(entries) == python_docs.split(entries[::-1])
+    entries = [DocEntry("function", f"module.f{i}", "", f"Return the number {i}.") for i in range(300)]
+    assert python_docs.split_doc_entries(entries) == python_docs.split_doc_entries(entries[::-1])
 
 
 def test_long_documentation_is_cut_between_paragraphs_before_examples() -> None:
     text = "f(x) -> y\n\nFirst.\n\nSecond:\n\n>>> f(1)\n2"
-    assert python_docs._shortened(text, 0) == "First."
-    assert python_docs._shortened("A" * 600 + "\n\n" + "B" * 600, 0) == "A" * 600
-    assert python_docs._shortened("A" * 1000, 0) == ""
+    assert python_docs._leading_paragraphs(text, 0) == "First."
+    assert python_docs._leading_paragraphs("A" * 600 + "\n\n" + "B" * 600, 0) == "A" * 600
+    assert python_docs._leading_paragraphs("A" * 1000, 0) == ""
 
 
 def test_definitions_of_the_language_reference_are_cut_out() -> None:
@@ -125,5 +125,5 @@ def test_definitions_of_the_language_reference_are_cut_out() -> None:
 def test_a_python_without_sources_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(python_docs.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError, match="installed without sources"):
-        python_docs.build(tmp_path / "out")
+        python_docs.build_python_docs(tmp_path / "out")
     assert not (tmp_path / "out").exists()

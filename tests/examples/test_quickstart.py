@@ -13,7 +13,7 @@ from rich.console import Console
 
 from examples.quickstart import __main__ as command
 from examples.quickstart import python_docs, quickstart, smollm2
-from examples.quickstart.quickstart import Answers, StageFailed, Summary
+from examples.quickstart.quickstart import AnswerComparison, QuickstartSummary, StageError
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
 
@@ -42,12 +42,12 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
             (folder / name).touch()
         return folder
 
-    def build(folder: Path) -> python_docs.Counts:
+    def build(folder: Path) -> python_docs.PairCounts:
         ran.append("data")
         folder.mkdir(parents=True)
         (folder / "train.jsonl").write_text("{}\n{}\n")
         (folder / "eval.jsonl").write_text("{}\n")
-        return python_docs.Counts(2, 1)
+        return python_docs.PairCounts(2, 1)
 
     def call(stage: str, words: list[str]) -> None:
         ran.append(stage)
@@ -62,16 +62,18 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
             run.mkdir(parents=True, exist_ok=True)
             (run / "summary.json").write_text(json.dumps(SUMMARY | {"a_key_of_tomorrow": 1}))
 
-    monkeypatch.setattr(smollm2, "unpack", unpack)
-    monkeypatch.setattr(python_docs, "build", build)
-    monkeypatch.setattr(quickstart, "_call", call)
-    monkeypatch.setattr(quickstart, "ask", lambda *_: Answers("What?", "Documented.", "[before]", "[after]"))
+    monkeypatch.setattr(smollm2, "unpack_smollm2", unpack)
+    monkeypatch.setattr(python_docs, "build_python_docs", build)
+    monkeypatch.setattr(quickstart, "_run_stage_process", call)
+    monkeypatch.setattr(
+        quickstart, "compare_answers", lambda *_: AnswerComparison("What?", "Documented.", "[before]", "[after]")
+    )
     return ran
 
 
 def printed(folder: Path) -> tuple[int, str]:
     output = io.StringIO()
-    code = quickstart.run(folder, 2, console=Console(file=output, width=200))
+    code = quickstart.run_quickstart(folder, 2, console=Console(file=output, width=200))
     return code, output.getvalue()
 
 
@@ -97,33 +99,33 @@ def test_a_run_that_learned_nothing_fails(stages: list[str], tmp_path: Path, mon
 
 
 def test_an_unfinished_summary_is_a_failed_stage(tmp_path: Path) -> None:
-    with pytest.raises(StageFailed, match="no complete summary"):
-        Summary.read(tmp_path / "summary.json")
+    with pytest.raises(StageError, match="no complete summary"):
+        QuickstartSummary.read(tmp_path / "summary.json")
     (tmp_path / "summary.json").write_text('{"steps": 3}')
-    with pytest.raises(StageFailed, match="eval_loss_first"):
-        Summary.read(tmp_path / "summary.json")
+    with pytest.raises(StageError, match="eval_loss_first"):
+        QuickstartSummary.read(tmp_path / "summary.json")
 
 
 def test_a_failed_process_keeps_its_exit_code() -> None:
-    with pytest.raises(StageFailed, match="exit code 2") as raised:
-        quickstart._call("quantize", [sys.executable, "-c", "raise SystemExit(2)"])
+    with pytest.raises(StageError, match="exit code 2") as raised:
+        quickstart._run_stage_process("quantize", [sys.executable, "-c", "raise SystemExit(2)"])
     assert raised.value.exit_code == 2
-    with pytest.raises(StageFailed) as raised:
-        quickstart._call("train", [sys.executable, "-c", "raise SystemExit(7)"])
+    with pytest.raises(StageError) as raised:
+        quickstart._run_stage_process("train", [sys.executable, "-c", "raise SystemExit(7)"])
     assert raised.value.exit_code == 1
 
 
 def test_mistakes_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert command.main(["--dir", str(tmp_path), "--recipe", str(tmp_path / "none.yaml")]) == 2
+    assert command.quickstart_main(["--dir", str(tmp_path), "--recipe", str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
     def missing(*_: object) -> int:
         raise UserError("the package is missing; install it")
 
-    monkeypatch.setattr(command, "run", missing)
-    assert command.main([]) == 2
+    monkeypatch.setattr(command, "run_quickstart", missing)
+    assert command.quickstart_main([]) == 2
     assert capsys.readouterr().err == "the package is missing; install it\n"
 
 

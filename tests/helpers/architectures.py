@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import transformers
 
-from qlora_dist.io.safetensors_file import Reader
+from qlora_dist.io.safetensors_file import SafetensorsReader
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.quantizable import matrices, quantizable
-from qlora_dist.model.weight_sources import find_origins
-from qlora_dist.nf4.quantize import dequantize
+from qlora_dist.model.quantizable import quantizable_parameters, source_matrices
+from qlora_dist.model.weight_sources import find_weight_sources
+from qlora_dist.nf4.quantize import dequantize_weight
 from tests.helpers.tiny_models import make_tokenizer
 
 _COMMON: dict[str, Any] = {
@@ -156,15 +156,15 @@ def dequantized_model(source: Path, quantized: Path, embeddings: bool = False) -
         source, dtype=torch.float32, attn_implementation=attention
     )
     folder = ModelFolder(quantized)
-    origins = find_origins(model, [*folder.entries, *folder.quantized])
-    with Reader() as reader, torch.no_grad():
-        for target in quantizable(model, embeddings):
+    origins = find_weight_sources(model, [*folder.entries, *folder.quantized])
+    with SafetensorsReader() as reader, torch.no_grad():
+        for target in quantizable_parameters(model, embeddings):
             weights = []
-            for matrix in matrices(target, origins, folder):
+            for matrix in source_matrices(target, origins, folder):
                 entry = folder.quantized[matrix.name]
                 packed = torch.empty(entry.layout.total_bytes, dtype=torch.uint8)
                 entry.read_range(reader, packed, 0)
-                weights.append(dequantize(packed, entry.layout, torch.float32))
+                weights.append(dequantize_weight(packed, entry.layout, torch.float32))
             if target.experts:
                 each = len(weights) // target.experts
                 stacked = [torch.cat(weights[i * each : (i + 1) * each]) for i in range(target.experts)]

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def need(there: bool, what: str) -> None:
+def skip_unless(there: bool, what: str) -> None:
     """Skip the test where something is missing; fail where continuous integration has said that nothing may be."""
     if there:
         return
@@ -25,7 +25,7 @@ def need(there: bool, what: str) -> None:
 def mpi(name: str) -> Path:
     """The `bin` of the environment that holds MPICH (this Python's own) or Open MPI (one beside it)."""
     folder = Path(sys.prefix) if name == "mpich" else ROOT / ".venv-openmpi"
-    need((folder / "bin" / ("mpichversion" if name == "mpich" else "ompi_info")).exists(), f"{name} in {folder}")
+    skip_unless((folder / "bin" / ("mpichversion" if name == "mpich" else "ompi_info")).exists(), f"{name} in {folder}")
     return folder / "bin"
 
 
@@ -42,7 +42,7 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def alive(folder: Path) -> list[int]:
+def alive_pids(folder: Path) -> list[int]:
     """Processes with that folder in their environment, wherever they have gone."""
     mark = f"QLORA_DIST_TEST={folder}".encode()
     found = []

@@ -54,7 +54,7 @@ def started_ranks(
     try:
         for rank, environ in enumerate(_environments(len(functions), nodes, port)):
             output = outputs / f"rank-{rank}.txt"
-            processes.append(context.Process(target=_alone, args=(output, environ, functions[rank]), daemon=True))
+            processes.append(context.Process(target=_run_alone, args=(output, environ, functions[rank]), daemon=True))
             processes[-1].start()
         yield processes
     finally:
@@ -108,7 +108,7 @@ def _rank(pipe: Connection, environ: dict[str, Any], function: Callable[..., Any
     pipe.close()
 
 
-def _alone(output: Path, environ: dict[str, Any], function: Callable[[], Any]) -> None:
+def _run_alone(output: Path, environ: dict[str, Any], function: Callable[[], Any]) -> None:
     os.environ.update({key: str(value) for key, value in environ.items()})
     gc.freeze()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

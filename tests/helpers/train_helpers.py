@@ -11,21 +11,21 @@ from torch.nn.functional import cross_entropy
 
 from qlora_dist.config.schema import Config
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.console import RunConsole
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.run_training import run
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.run_training import train_and_export
 
 PROMPT = torch.arange(3, 60).view(1, -1)
 
 
-def train_and_give_logits(config: Config) -> np.ndarray:
+def train_and_get_logits(config: Config) -> np.ndarray:
     """Train, then run the sharded model on PROMPT: its logits."""
-    ranks = ranks_from_environment()
-    setup = set_up(config, ranks)
+    ranks = read_rank_info()
+    setup = set_up_run(config, ranks)
     with RunConsole(1) as console, process_group(ranks, setup.device):
-        run(setup, console)
+        train_and_export(setup, console)
         setup.model.eval()
         with torch.no_grad():
             logits = setup.model(input_ids=PROMPT, use_cache=False).logits
@@ -46,7 +46,7 @@ def adapter_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 def plain_losses(model: nn.Module, config: Config, steps: int) -> list[float]:
     """The same steps in one process by plain autograd: whole logits, torch's AdamW, whatever requires a gradient."""
-    loader = set_up(config, ranks_from_environment({})).loader
+    loader = set_up_run(config, read_rank_info({})).loader
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.optim.lr, betas=(0.9, 0.999), weight_decay=0.0)
     result = []
@@ -69,7 +69,7 @@ def first_loss(config: Config, model: nn.Module) -> float:
     """The loss of transformers' model on what the first step trains on, each sequence of a row by itself."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in set_up(config, ranks_from_environment({})).loader.window(0):
+        for batch in set_up_run(config, read_rank_info({})).loader.window(0):
             for row, labels, positions in zip(*batch, strict=True):
                 starts = (positions == 0).nonzero().flatten().tolist()
                 for begin, end in zip(starts, [*starts[1:], len(row)], strict=True):

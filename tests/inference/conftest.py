@@ -17,7 +17,7 @@ from qlora_dist.model.quantize_plan import QuantizeOptions
 from tests.helpers import tiny_models
 
 
-class Material(NamedTuple):
+class TinyModels(NamedTuple):
     source: Path
     """In fp32."""
     base: Path
@@ -28,14 +28,14 @@ class Material(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+def material(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Widths are multiples of the block size: elsewhere bitsandbytes misreads absmax on AVX512."""
     folder = tmp_path_factory.mktemp("inference")
     source = tiny_models.make_model(folder / "source", dtype=torch.float32, intermediate_size=192)
     base = quantize_folder(source, folder / "nf4", QuantizeOptions()).out
     one = random_adapter(folder / "one", base, seed=1, target_modules="all-linear")
     two = random_adapter(folder / "two", base, seed=2, r=2, target_modules=["q_proj", "o_proj"], use_rslora=True)
-    return Material(source, base, one, two)
+    return TinyModels(source, base, one, two)
 
 
 def load_plain(base: Path) -> Any:

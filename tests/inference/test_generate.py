@@ -14,32 +14,34 @@ import transformers
 from safetensors.torch import save_file
 
 from qlora_dist.data.tokenizer import load_tokenizer
-from qlora_dist.inference.generate import Sampling, generate
+from qlora_dist.inference.generate import SamplingOptions, generate_tokens
 from qlora_dist.inference.inference_config import inference_config
-from qlora_dist.inference.inference_model import loaded_model
-from qlora_dist.inference.named_adapter import base_of, parse_adapters
+from qlora_dist.inference.inference_model import open_inference_model
+from qlora_dist.inference.named_adapter import common_base, parse_named_adapters
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from tests.helpers.architectures import dequantized_model, make_architecture
 from tests.helpers.ranks import run_ranks
 
 PROMPTS = [[5, 6, 7], [3, 4, 5, 6, 7, 8, 9], [40, 41], [50, 51, 52, 53, 54], [60]]
-GREEDY = Sampling(max_new_tokens=8, temperature=0.0)
+GREEDY = SamplingOptions(max_new_tokens=8, temperature=0.0)
 FP32 = ("train.device=cpu", "model.compute_dtype=fp32")
 
 
-def answers(given: list[str], prompts: list[list[int]], batch_size: int) -> dict[str, Any]:
+def generate_answers(given: list[str], prompts: list[list[int]], batch_size: int) -> dict[str, Any]:
     """Greedy ones of each adapter and of the base, and samples of two seeds."""
-    adapters = parse_adapters(given)
+    adapters = parse_named_adapters(given)
     found: dict[str, Any] = {}
-    with loaded_model(inference_config(base_of(adapters), adapters[0].path, overrides=FP32), adapters) as loaded:
+    with open_inference_model(
+        inference_config(common_base(adapters), adapters[0].path, overrides=FP32), adapters
+    ) as loaded:
         for name in (*loaded.adapters, None):
             loaded.use(name)
-            found[name or "base"] = generate(loaded, prompts, GREEDY, batch_size=batch_size)
+            found[name or "base"] = generate_tokens(loaded, prompts, GREEDY, batch_size=batch_size)
         loaded.use(loaded.adapters[0])  # and back again
         for seed in (3, 4):
-            sampling = Sampling(max_new_tokens=6, temperature=1.0, top_k=50, seed=seed)
-            found[f"seed {seed}"] = generate(loaded, prompts, sampling, batch_size=batch_size)
+            sampling = SamplingOptions(max_new_tokens=6, temperature=1.0, top_k=50, seed=seed)
+            found[f"seed {seed}"] = generate_tokens(loaded, prompts, sampling, batch_size=batch_size)
     return found
 
 
@@ -65,10 +67,10 @@ def test_sharded_or_not_is_what_transformers_and_peft_write(material: Any, plain
     with model.disable_adapter():
         expected["base"] = [plain(prompt) for prompt in PROMPTS]
     assert expected["one"] != expected["two"] != expected["base"] != expected["one"]
-    (alone,) = run_ranks(1, answers, given, PROMPTS, 2)
+    (alone,) = run_ranks(1, generate_answers, given, PROMPTS, 2)
     assert {name: alone[name] for name in expected} == expected
     assert alone["seed 3"] != alone["seed 4"]
-    assert run_ranks(2, answers, given, PROMPTS, 2) == [alone] * 2  # samples too are those of the seed
+    assert run_ranks(2, generate_answers, given, PROMPTS, 2) == [alone] * 2  # samples too are those of the seed
 
 
 def test_a_base_in_16_bit_that_stays_so(material: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
@@ -90,8 +92,10 @@ def test_a_base_in_16_bit_that_stays_so(material: Any, make_adapter: Callable[..
 
 
 def logits(adapter: str, prompts: list[list[int]]) -> Any:
-    adapters = parse_adapters([adapter])
-    with loaded_model(inference_config(base_of(adapters), overrides=FP32), adapters, quantize=False) as loaded:
+    adapters = parse_named_adapters([adapter])
+    with open_inference_model(
+        inference_config(common_base(adapters), overrides=FP32), adapters, quantize=False
+    ) as loaded:
         with torch.no_grad():
             found = loaded.model(input_ids=torch.tensor(prompts), use_cache=False).logits
         loaded.use(None)
@@ -115,8 +119,8 @@ def test_padding_in_front_changes_nothing(name: str, tmp_path: Path) -> None:
 
 
 def batched(base: str, prompts: list[list[int]]) -> list[list[int]]:
-    with loaded_model(inference_config(base, overrides=FP32)) as loaded:
-        return generate(loaded, prompts, Sampling(6, temperature=0.0))
+    with open_inference_model(inference_config(base, overrides=FP32)) as loaded:
+        return generate_tokens(loaded, prompts, SamplingOptions(6, temperature=0.0))
 
 
 @pytest.mark.slow
@@ -125,16 +129,16 @@ def test_smollm2_on_two_ranks_writes_what_one_does(smollm2_folder: Path, tmp_pat
     adapter = random_adapter(smollm2_folder, tmp_path / "adapter")
     tokenizer = load_tokenizer(smollm2_folder)
     prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France is", "Once upon a", "def main():\n")]
-    (alone,) = run_ranks(1, written, str(adapter), prompts)
-    assert run_ranks(2, written, str(adapter), prompts) == [alone] * 2
+    (alone,) = run_ranks(1, generate_with_transformers, str(adapter), prompts)
+    assert run_ranks(2, generate_with_transformers, str(adapter), prompts) == [alone] * 2
     assert " Paris" in tokenizer.decode(alone[0])
 
 
-def written(adapter: str, prompts: list[list[int]]) -> list[list[int]]:
+def generate_with_transformers(adapter: str, prompts: list[list[int]]) -> list[list[int]]:
     """The two batches are of one prompt and of two."""
-    adapters = parse_adapters([adapter])
-    with loaded_model(inference_config(base_of(adapters), overrides=FP32), adapters) as loaded:
-        return generate(loaded, prompts, Sampling(4, temperature=0.0), batch_size=2)
+    adapters = parse_named_adapters([adapter])
+    with open_inference_model(inference_config(common_base(adapters), overrides=FP32), adapters) as loaded:
+        return generate_tokens(loaded, prompts, SamplingOptions(4, temperature=0.0), batch_size=2)
 
 
 def random_adapter(base: Path, out: Path) -> Path:

@@ -16,32 +16,32 @@ from safetensors.torch import load_file, save_file
 
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
-from qlora_dist.inference.chat import HELP, chat
-from qlora_dist.inference.generate import Sampling
+from qlora_dist.inference.chat import CHAT_HELP, chat
+from qlora_dist.inference.generate import SamplingOptions
 from qlora_dist.inference.inference_commands import ModelOptions, PromptOptions, run_eval, run_generate
 from qlora_dist.inference.inference_config import inference_config
-from qlora_dist.inference.inference_model import loaded_model
-from qlora_dist.inference.named_adapter import base_of, parse_adapters
-from qlora_dist.inference.prompts import Prompter, one_prompt, read_prompts
+from qlora_dist.inference.inference_model import open_inference_model
+from qlora_dist.inference.named_adapter import common_base, parse_named_adapters
+from qlora_dist.inference.prompts import PromptEncoder, make_prompt, read_prompts
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
 CPU = ("train.device=cpu", "model.compute_dtype=fp32")
-GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
+GREEDY = SamplingOptions(max_new_tokens=6, temperature=0.0)
 
 
-def printed(function: Callable[..., Any], *args: Any) -> str:
+def captured_stdout(function: Callable[..., Any], *args: Any) -> str:
     with redirect_stdout(io.StringIO()) as out:
         function(*args)
     return out.getvalue()
 
 
-def talk(given: list[str], lines: list[str]) -> str:
-    adapters = parse_adapters(given)
-    config = inference_config(base_of(adapters), adapters[0].path, overrides=CPU)
+def run_chat(given: list[str], lines: list[str]) -> str:
+    adapters = parse_named_adapters(given)
+    config = inference_config(common_base(adapters), adapters[0].path, overrides=CPU)
     left = iter(lines)
-    with loaded_model(config, adapters) as loaded:
-        prompter = Prompter(load_tokenizer(loaded.folder.path))
+    with open_inference_model(config, adapters) as loaded:
+        prompter = PromptEncoder(load_tokenizer(loaded.folder.path))
 
         def read() -> str:
             assert loaded.ranks.rank == 0
@@ -70,10 +70,10 @@ def test_a_chat_switches_adapters_and_is_one_on_two_ranks(material: Any) -> None
         "hello world",
     ]
     lines += ["/adapter one", "/reset", "hello world", "what is this", "/what"]
-    (alone,) = run_ranks(1, talk, given, lines)
-    assert run_ranks(2, talk, given, lines) == [alone, ""]
+    (alone,) = run_ranks(1, run_chat, given, lines)
+    assert run_ranks(2, run_chat, given, lines) == [alone, ""]
     first, one, two, mistake, base, again, more, last, end = alone.split("\n")
-    assert (first, last, end) == (HELP, HELP, "")
+    assert (first, last, end) == (CHAT_HELP, CHAT_HELP, "")
     assert mistake == "nobody: no adapter of that name; choose from one, two"
     assert again == one and len({one, two, base, more}) == 4
 
@@ -84,16 +84,16 @@ def test_prompts_of_a_file_and_a_loss_are_printed_by_rank_0(material: Any, tmp_p
     rows: list[dict[str, Any]] = [{"prompt": "hello", "adapter": name} for name in ("two", "base", None)]
     file.write_text("\n".join(json.dumps(row) for row in rows))
     asked = PromptOptions(file=file, batch_size=1)
-    (alone,) = run_ranks(1, printed, run_generate, given, asked, GREEDY)
-    assert run_ranks(2, printed, run_generate, given, asked, GREEDY) == [alone, ""]
+    (alone,) = run_ranks(1, captured_stdout, run_generate, given, asked, GREEDY)
+    assert run_ranks(2, captured_stdout, run_generate, given, asked, GREEDY) == [alone, ""]
     answers = [json.loads(line) for line in alone.splitlines()]
     assert [answer["adapter"] for answer in answers] == ["two", "base", "one"]
     assert len({answer["completion"] for answer in answers}) == 3
     data = str(tiny_models.make_data(tmp_path / "eval.jsonl", 4))
     options = ModelOptions(given.adapters, overrides=(*CPU, f"data.cache={tmp_path}", "data.seq_len=64"))
-    (alone,) = run_ranks(1, printed, run_eval, options, data, None, True)
+    (alone,) = run_ranks(1, captured_stdout, run_eval, options, data, None, True)
     found = json.loads(alone)
-    together, nothing = run_ranks(2, printed, run_eval, options, data, None, True)
+    together, nothing = run_ranks(2, captured_stdout, run_eval, options, data, None, True)
     assert nothing == ""
     for rows, expected in zip(json.loads(together)["held_out"], found["held_out"], strict=True):
         assert rows.pop("adapter") == expected["adapter"]
@@ -104,7 +104,7 @@ def test_prompts_of_a_file_and_a_loss_are_printed_by_rank_0(material: Any, tmp_p
 
 def test_prompts_are_written_as_in_training(tmp_path: Path) -> None:
     """A conversation up to the question, by the template; a text as it is."""
-    prompter = Prompter(tiny_models.make_tokenizer())
+    prompter = PromptEncoder(tiny_models.make_tokenizer())
     user = [{"role": "user", "content": "hello"}]
     rows = [
         {"messages": [*user, {"role": "assistant", "content": "world"}]},
@@ -118,10 +118,10 @@ def test_prompts_are_written_as_in_training(tmp_path: Path) -> None:
     plain = prompter.tokenizer("hello")["input_ids"]
     for name, expected in {"a.jsonl": [chatml] * 2, "b.jsonl": [plain], "c.jsonl": [chatml], "lines": [chatml]}.items():
         assert [prompter.tokens(prompt) for prompt in read_prompts(tmp_path / name, prompter)] == expected
-    assert prompter.tokens(one_prompt("hello", prompter, raw=True)) == plain
+    assert prompter.tokens(make_prompt("hello", prompter, raw=True)) == plain
 
 
-def mistakes(
+def user_error_messages(
     material: Any, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> dict[str, tuple[Callable[..., None], tuple[Any, ...]]]:
     """What is said, and what is wrong."""
@@ -178,7 +178,7 @@ def mistakes(
             run_generate,
             (model(), PromptOptions("a", use="nobody"), GREEDY),
         ),
-        "--top-p 2": (run_generate, (model(), prompt, Sampling(top_p=2))),
+        "--top-p 2": (run_generate, (model(), prompt, SamplingOptions(top_p=2))),
         "one of a prompt": (run_generate, (model(), PromptOptions(), GREEDY)),
         "has no chat template": (run_generate, (model([], silent), PromptOptions(chat=True), GREEDY)),
         "512 positions": (run_generate, (model(), PromptOptions("hello " * 600), GREEDY)),
@@ -189,7 +189,7 @@ def mistakes(
 
 
 def test_mistakes_are_one_sentence(material: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
-    for said, (function, arguments) in mistakes(material, make_adapter, tmp_path).items():
+    for said, (function, arguments) in user_error_messages(material, make_adapter, tmp_path).items():
         with pytest.raises(UserError, match=re.escape(said)) as caught:
             function(*arguments)
         sentence = str(caught.value)

@@ -13,9 +13,9 @@ import pytest
 from qlora_dist.errors import UserError
 from qlora_dist.inference import lm_eval_tasks
 from qlora_dist.inference.inference_config import inference_config
-from qlora_dist.inference.inference_model import loaded_model
+from qlora_dist.inference.inference_model import open_inference_model
 from qlora_dist.inference.lm_eval_tasks import TaskOptions, check_tasks, run_tasks
-from qlora_dist.inference.named_adapter import base_of, parse_adapters
+from qlora_dist.inference.named_adapter import common_base, parse_named_adapters
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -61,21 +61,23 @@ def make_tasks(folder: Path) -> Path:
     return folder
 
 
-def ours(adapter: Path, folder: Path) -> Any:
+def run_lm_eval_tasks(adapter: Path, folder: Path) -> Any:
     """All scores, and what the harness asks and gets."""
-    from qlora_dist.inference.lm_eval_model import HarnessModel
+    from qlora_dist.inference.lm_eval_model import LmEvalModel
 
     asked: dict[str, Any] = {}
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        keep(HarnessModel, kind, asked)  # in this rank's process alone
-    adapters = parse_adapters([f"one={adapter}"])
+        record_calls(LmEvalModel, kind, asked)  # in this rank's process alone
+    adapters = parse_named_adapters([f"one={adapter}"])
     overrides = ("train.device=cpu", "model.compute_dtype=fp32")
-    with loaded_model(inference_config(base_of(adapters), adapter, overrides=overrides), adapters) as loaded:
+    with open_inference_model(
+        inference_config(common_base(adapters), adapter, overrides=overrides), adapters
+    ) as loaded:
         scores = run_tasks(loaded, TaskOptions((CHOICE, TEXT, WRITE), batch_size=4, limit=5, folder=folder))
     return scores, asked
 
 
-def keep(model: Any, kind: str, asked: dict[str, Any]) -> None:
+def record_calls(model: Any, kind: str, asked: dict[str, Any]) -> None:
     """Note what a class, or an instance, answers."""
     answer = getattr(model, kind)
 
@@ -102,7 +104,7 @@ def test_what_was_loaded_ahead_is_evaluated_once(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     options = TaskOptions((CHOICE,), folder=make_tasks(tmp_path / "tasks"))
     check_tasks(options)
-    manager = lm_eval_tasks._manager(options.names, options.folder)
+    manager = lm_eval_tasks._task_manager(options.names, options.folder)
     first, second = manager.load([CHOICE]), manager.load([CHOICE])
     assert first["tasks"].keys() == second["tasks"].keys() == {CHOICE}
     assert first["tasks"][CHOICE] is not second["tasks"][CHOICE], "the harness changes what it evaluates"
@@ -123,7 +125,7 @@ def test_scores_are_those_of_the_plain_hf_model(
     model = peft.PeftModel.from_pretrained(plain_model(material.base), material.one)
     plain = HFLM(pretrained=model, tokenizer=str(material.base), batch_size=4)
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        keep(plain, kind, theirs)
+        record_calls(plain, kind, theirs)
     lm_eval.simple_evaluate(
         plain,
         tasks=[CHOICE, TEXT, WRITE],
@@ -131,7 +133,7 @@ def test_scores_are_those_of_the_plain_hf_model(
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
     )
-    ((scores, alone),) = run_ranks(1, ours, material.one, folder)
+    ((scores, alone),) = run_ranks(1, run_lm_eval_tasks, material.one, folder)
     assert len(theirs) == 3
     assert set(scores) == {CHOICE, TEXT, WRITE}
     for kind, rows in theirs.items():
@@ -146,7 +148,7 @@ def test_scores_are_those_of_the_plain_hf_model(
         else:
             assert answers[1] == pytest.approx(answers[0], abs=1e-3)
             assert len(set(answers[0])) > 3
-    for both, found in run_ranks(2, ours, material.one, folder):
+    for both, found in run_ranks(2, run_lm_eval_tasks, material.one, folder):
         for kind in theirs:
             assert [asked for asked, _ in found[kind]] == [asked for asked, _ in alone[kind]]
         for (_, (score, _)), (_, (expected, _)) in zip(found["loglikelihood"], alone["loglikelihood"], strict=True):

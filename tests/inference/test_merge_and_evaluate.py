@@ -10,34 +10,34 @@ from rich.console import Console
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.inference.merge_and_evaluate import Losses, merge_and_measure
+from qlora_dist.inference.merge_and_evaluate import LossByModel, merge_and_evaluate
 from qlora_dist.merge.merge_plan import MergeOptions
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
 QUIET = Console(quiet=True)
 
 
-def measured(base: Path, adapter: Path, out: Path, into: str, data: str) -> Losses:
+def merge_and_read_losses(base: Path, adapter: Path, out: Path, into: str, data: str) -> LossByModel:
     options = MergeOptions(into=into, dtype="fp32", block_size=32)  # type: ignore[arg-type]
-    return merge_and_measure(base, adapter, out, options, data, QUIET)[1]
+    return merge_and_evaluate(base, adapter, out, options, data, QUIET)[1]
 
 
 @pytest.mark.slow
 def test_what_is_written_beside_what_it_was_made_of(tiny_llama: Path, tmp_path: Path) -> None:
-    """Into fp32 the trained model has the loss that `train` printed, the original one that of the 16-bit base with the
+    """Into fp32 the trained model has the loss that `run_training` printed, the original one that of the 16-bit base with the
     adapter beside it; a 16-bit base is quantized as the run did."""
     config = load_config(tiny_models.make_config(tmp_path, tiny_llama, train__steps=3, model__block_size=32))
-    run_ranks(1, train, config)
+    run_ranks(1, run_training, config)
     adapter, data = run_path(config.run) / "adapter", str(config.data.eval)
     rows = [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
     first, last = (row["eval_loss"] for row in rows if "eval_loss" in row)
     for into, made_of in (("dequantized", "4-bit base"), ("original", "16-bit base")):
-        (losses,) = run_ranks(1, measured, tiny_llama, adapter, tmp_path / into, into, data)
+        (losses,) = run_ranks(1, merge_and_read_losses, tiny_llama, adapter, tmp_path / into, into, data)
         assert losses[f"merged into {into}"].loss == pytest.approx(losses[f"{made_of} + adapter"].loss, rel=1e-5)
     assert losses["4-bit base"].loss == pytest.approx(first, rel=1e-4) != losses["16-bit base"].loss
     assert losses["4-bit base + adapter"].loss == pytest.approx(last, rel=1e-4)
     with pytest.raises(UserError, match="is there already"):
-        measured(tiny_llama, adapter, tmp_path / "original", "original", data)
+        merge_and_read_losses(tiny_llama, adapter, tmp_path / "original", "original", data)

@@ -12,8 +12,8 @@ import torch
 
 from qlora_dist.errors import UserError
 from qlora_dist.inference.inference_config import inference_config
-from qlora_dist.inference.inference_model import loaded_model
-from qlora_dist.inference.named_adapter import base_of, parse_adapters
+from qlora_dist.inference.inference_model import open_inference_model
+from qlora_dist.inference.named_adapter import common_base, parse_named_adapters
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from tests.helpers import tiny_models
@@ -30,10 +30,10 @@ EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_
 
 
 def logits(adapter: Path) -> np.ndarray:
-    adapters = parse_adapters([str(adapter)])
+    adapters = parse_named_adapters([str(adapter)])
     overrides = ("train.device=cpu", "model.compute_dtype=fp32", "parallel.base=world", "parallel.adapter=world")
-    config = inference_config(base_of(adapters), adapter, overrides=overrides)
-    with loaded_model(config, adapters) as loaded, torch.no_grad():
+    config = inference_config(common_base(adapters), adapter, overrides=overrides)
+    with open_inference_model(config, adapters) as loaded, torch.no_grad():
         return loaded.model(input_ids=PROMPT, use_cache=False).logits.float().numpy()
 
 

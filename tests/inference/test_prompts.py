@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import processors
 
-from qlora_dist.inference.prompts import Prompter, one_prompt, read_prompts
+from qlora_dist.inference.prompts import PromptEncoder, make_prompt, read_prompts
 from tests.helpers.published_tokenizers import make_tokenizer
 
 USER = {"role": "user", "content": "the cat"}
@@ -19,7 +19,7 @@ def test_tools_and_variables_of_a_row_reach_the_template(tmp_path: Path) -> None
     path = tmp_path / "a.jsonl"
     row = {"messages": [USER], "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
     path.write_text(json.dumps(row))
-    prompter = Prompter(tokenizer)
+    prompter = PromptEncoder(tokenizer)
     (tokens,) = [prompter.tokens(prompt) for prompt in read_prompts(path, prompter)]
     expected = tokenizer.apply_chat_template([USER], TOOLS, add_generation_prompt=True, enable_thinking=False)
     assert tokens == expected["input_ids"]
@@ -30,7 +30,7 @@ def test_a_prompt_that_was_rendered_before_gets_no_second_beginning() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
     )
-    prompter = Prompter(tokenizer)
-    plain = prompter.tokens(one_prompt("the cat", prompter, raw=True))
+    prompter = PromptEncoder(tokenizer)
+    plain = prompter.tokens(make_prompt("the cat", prompter, raw=True))
     assert tokenizer.decode(plain) == "<|begin_of_text|>the cat"
-    assert prompter.tokens(one_prompt("<|begin_of_text|>the cat", prompter, raw=True)) == plain
+    assert prompter.tokens(make_prompt("<|begin_of_text|>the cat", prompter, raw=True)) == plain

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from qlora_dist.errors import UserError
 from qlora_dist.io import read_ahead
-from qlora_dist.io.read_ahead import PIECE_BYTES, Read, ReadAhead, Reading, pieces
-from qlora_dist.io.safetensors_file import Reader, Writer, read_header
+from qlora_dist.io.read_ahead import READ_CHUNK_BYTES, ReadAhead, ReadProgress, ReadRequest, read_chunks
+from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, read_safetensors_header
 from qlora_dist.nf4.nf4_layout import BLOCK_SIZES
 
 TIMEOUT_S = 20
@@ -28,8 +28,8 @@ def fill_with(value: int) -> Callable[[torch.Tensor], None]:
     return into
 
 
-def number(value: int, nbytes: int = 8) -> Read:
-    return Read(nbytes, fill_with(value))
+def number(value: int, nbytes: int = 8) -> ReadRequest:
+    return ReadRequest(nbytes, fill_with(value))
 
 
 def values(out: torch.Tensor) -> list[int]:
@@ -53,7 +53,7 @@ def test_the_next_one_is_read_while_the_caller_works_and_no_other() -> None:
 
         return into
 
-    with ReadAhead([Read(4, begin(index)) for index in range(4)]) as ahead:
+    with ReadAhead([ReadRequest(4, begin(index)) for index in range(4)]) as ahead:
         for index in range(4):
             out = next(ahead)
             if index < 3:
@@ -73,7 +73,7 @@ def test_an_error_is_raised_where_the_read_is_asked_for() -> None:
     def fail(out: torch.Tensor) -> None:
         raise UserError("the disk is broken")
 
-    with ReadAhead([number(1), Read(8, fail), number(3)]) as ahead:
+    with ReadAhead([number(1), ReadRequest(8, fail), number(3)]) as ahead:
         assert values(next(ahead)) == [1] * 8
         with pytest.raises(UserError, match="the disk is broken"):
             next(ahead)
@@ -83,13 +83,13 @@ def test_an_error_is_raised_where_the_read_is_asked_for() -> None:
 
 def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    writer = Writer(path, [("x", torch.uint8, (100,))])
+    writer = SafetensorsWriter(path, [("x", torch.uint8, (100,))])
     writer.write("x", torch.ones(100, dtype=torch.uint8))
     writer.close()
-    entry = read_header(path)["x"]
+    entry = read_safetensors_header(path)["x"]
     path.write_bytes(path.read_bytes()[:-60])
-    with Reader() as reader:
-        reads = [Read(50, lambda out, start=start: reader.read_into(out, entry, start)) for start in (0, 50)]
+    with SafetensorsReader() as reader:
+        reads = [ReadRequest(50, lambda out, start=start: reader.read_into(out, entry, start)) for start in (0, 50)]
         with ReadAhead(reads) as ahead, pytest.raises(UserError, match="became shorter"):
             list(ahead)
 
@@ -101,7 +101,7 @@ def test_leaving_early_waits_for_the_read_that_has_begun_and_begins_no_other() -
         time.sleep(0.05)
         events.append("read")
 
-    with ReadAhead([Read(1, slow)] * 5) as ahead:
+    with ReadAhead([ReadRequest(1, slow)] * 5) as ahead:
         next(ahead)
     events.append("left")
     time.sleep(0.1)
@@ -119,7 +119,7 @@ def test_only_time_without_work_counts_as_waiting() -> None:
 
         return into
 
-    with ReadAhead([Read(1, slow(finish)) for finish in finished]) as ahead:
+    with ReadAhead([ReadRequest(1, slow(finish)) for finish in finished]) as ahead:
         next(ahead)
         first = ahead.wait_s
         assert finished[1].wait(TIMEOUT_S)  # the caller's work takes longer than the read
@@ -129,9 +129,9 @@ def test_only_time_without_work_counts_as_waiting() -> None:
 
 
 def test_progress_is_told_in_the_callers_thread() -> None:
-    seen: list[Reading] = []
+    seen: list[ReadProgress] = []
 
-    def progress(reading: Reading) -> None:
+    def progress(reading: ReadProgress) -> None:
         assert threading.current_thread() is threading.main_thread()
         seen.append(reading)
 
@@ -145,12 +145,12 @@ def test_progress_is_told_in_the_callers_thread() -> None:
 @given(nbytes=st.integers(0, 5000), piece_bytes=st.integers(1, 700))
 def test_pieces_lie_side_by_side(nbytes: int, piece_bytes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_ahead, "PIECE_BYTES", piece_bytes)
-        parts = list(pieces(nbytes))
+        patch.setattr(read_ahead, "READ_CHUNK_BYTES", piece_bytes)
+        parts = list(read_chunks(nbytes))
     assert [i for start, count in parts for i in range(start, start + count)] == list(range(nbytes))
     assert all(0 < count <= piece_bytes for _, count in parts)
 
 
 def test_a_piece_holds_whole_blocks_of_every_size() -> None:
     for itemsize in (2, 4):
-        assert all(PIECE_BYTES // itemsize % block_size == 0 for block_size in BLOCK_SIZES)
+        assert all(READ_CHUNK_BYTES // itemsize % block_size == 0 for block_size in BLOCK_SIZES)

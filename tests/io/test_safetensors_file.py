@@ -13,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.errors import UserError
-from qlora_dist.io.safetensors_file import DTYPES, Reader, Writer, read_header
+from qlora_dist.io.safetensors_file import (
+    SAFETENSORS_DTYPES,
+    SafetensorsReader,
+    SafetensorsWriter,
+    read_safetensors_header,
+)
 
 TENSORS = {
     "a.weight": torch.arange(60, dtype=torch.float32).view(3, 4, 5),
@@ -36,7 +41,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], order: list[str] | None = None) -> None:
-    writer = Writer(path, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()])
+    writer = SafetensorsWriter(path, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()])
     for name in order or tensors:
         writer.write(name, tensors[name])
     writer.close()
@@ -54,8 +59,8 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_whole_tensors_are_the_librarys(file):
-    header = read_header(file)
-    with Reader() as reader:
+    header = read_safetensors_header(file)
+    with SafetensorsReader() as reader:
         assert_same({name: reader.read(entry) for name, entry in header.items()}, TENSORS)
         assert reader.bytes_read == sum(tensor.nbytes for tensor in TENSORS.values())
 
@@ -70,19 +75,19 @@ def test_a_range_is_that_slice_of_the_bytes(dtype, numel, data):
     tensors = {"before": torch.ones(3), "x": torch.randn(numel).mul(100).to(dtype), "after": torch.ones(3)}
     start = data.draw(st.integers(0, tensors["x"].nbytes))
     stop = data.draw(st.integers(start, tensors["x"].nbytes))
-    with tempfile.TemporaryDirectory() as folder, Reader() as reader:
+    with tempfile.TemporaryDirectory() as folder, SafetensorsReader() as reader:
         path = Path(folder) / "x.safetensors"
         safetensors.torch.save_file(tensors, path)
         out = torch.full((stop - start,), 7, dtype=torch.uint8)
-        reader.read_into(out, read_header(path)["x"], start)
+        reader.read_into(out, read_safetensors_header(path)["x"], start)
         assert torch.equal(out, as_bytes(tensors["x"])[start:stop])
         assert reader.bytes_read == stop - start
 
 
 def test_a_range_is_read_into_memory_of_any_type(file):
     out = torch.zeros(10, dtype=torch.bfloat16)
-    with Reader() as reader:
-        reader.read_into(out[2:6], read_header(file)["b"], start=2 * 30)
+    with SafetensorsReader() as reader:
+        reader.read_into(out[2:6], read_safetensors_header(file)["b"], start=2 * 30)
     assert torch.equal(out[2:6], TENSORS["b"][30:34])
     assert not out[:2].any()
     assert not out[6:].any()
@@ -97,19 +102,23 @@ def test_the_library_reads_what_the_writer_wrote(tmp_path):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.dictionaries(st.text(min_size=1), st.tuples(st.sampled_from(list(DTYPES.values())), st.integers(0, 9))))
+@given(
+    st.dictionaries(
+        st.text(min_size=1), st.tuples(st.sampled_from(list(SAFETENSORS_DTYPES.values())), st.integers(0, 9))
+    )
+)
 def test_any_names_types_and_sizes_are_written_and_read_back(specs):
     specs.pop("__metadata__", None)
     tensors = {name: torch.arange(numel).to(dtype) for name, (dtype, numel) in specs.items()}
-    with tempfile.TemporaryDirectory() as folder, Reader() as reader:
+    with tempfile.TemporaryDirectory() as folder, SafetensorsReader() as reader:
         path = Path(folder) / "x.safetensors"
         write(path, tensors)
-        assert_same({name: reader.read(entry) for name, entry in read_header(path).items()}, tensors)
+        assert_same({name: reader.read(entry) for name, entry in read_safetensors_header(path).items()}, tensors)
 
 
 def test_the_file_has_its_name_only_when_it_is_complete(tmp_path):
     path = tmp_path / "out.safetensors"
-    writer = Writer(path, [("x", torch.float32, (2,)), ("y", torch.float32, (2,))])
+    writer = SafetensorsWriter(path, [("x", torch.float32, (2,)), ("y", torch.float32, (2,))])
     writer.write("x", torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors.partial"]
     with pytest.raises(AssertionError, match=r"never written.*y"):
@@ -123,7 +132,7 @@ def test_the_file_has_its_name_only_when_it_is_complete(tmp_path):
 def test_a_tensor_is_written_in_pieces(tmp_path):
     path = tmp_path / "out.safetensors"
     x = torch.arange(10, dtype=torch.int16)
-    writer = Writer(path, [("x", torch.int16, (2, 5))])
+    writer = SafetensorsWriter(path, [("x", torch.int16, (2, 5))])
     writer.write("x", x[6:].view(torch.uint8), 12)
     with pytest.raises(AssertionError, match=r"not as a whole.*x"):
         writer.close()
@@ -169,7 +178,7 @@ DAMAGES = {
 def test_a_damaged_file_is_refused_in_a_sentence_that_names_it(file, damage):
     DAMAGES[damage](file)
     with pytest.raises(UserError) as caught:
-        read_header(file)
+        read_safetensors_header(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert "\n" not in str(caught.value)
 
@@ -182,7 +191,7 @@ def test_no_file_whatsoever_makes_a_traceback(content):
         for prefix in (b"", (len(content) // 2).to_bytes(8, "little")):
             path.write_bytes(prefix + content)
             try:
-                entries = read_header(path)
+                entries = read_safetensors_header(path)
             except UserError as error:
                 assert str(path) in str(error)
             else:
@@ -190,7 +199,7 @@ def test_no_file_whatsoever_makes_a_traceback(content):
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(file):
-    entry = read_header(file)["a.weight"]
+    entry = read_safetensors_header(file)["a.weight"]
     file.write_bytes(file.read_bytes()[: entry.start + 3])
-    with Reader() as reader, pytest.raises(UserError, match="became shorter"):
+    with SafetensorsReader() as reader, pytest.raises(UserError, match="became shorter"):
         reader.read(entry)

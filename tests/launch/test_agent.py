@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from qlora_dist.errors import UserError
 from qlora_dist.launch import agent
-from qlora_dist.launch.agent import leave_in_report
+from qlora_dist.launch.agent import write_torchrun_error_file
 from qlora_dist.runtime import hosts
 from tests.helpers.launchers import environment
 
@@ -19,11 +19,13 @@ from tests.helpers.launchers import environment
 def test_torchruns_report_shows_the_sentence(tmp_path: Path) -> None:
     """The plain command's too: torch reads the file that it has named for the rank."""
     file = tmp_path / "error.json"
-    leave_in_report(UserError("lora.rr: unknown key; did you mean lora.r?"), {"TORCHELASTIC_ERROR_FILE": str(file)})
+    write_torchrun_error_file(
+        UserError("lora.rr: unknown key; did you mean lora.r?"), {"TORCHELASTIC_ERROR_FILE": str(file)}
+    )
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
     report = str(ChildFailedError("qlora_dist", {0: failure}))
     assert report.splitlines()[-2] == "  traceback : lora.rr: unknown key; did you mean lora.r?"
-    assert agent._mistake(failure) == "lora.rr: unknown key; did you mean lora.r?"
+    assert agent._user_error_message(failure) == "lora.rr: unknown key; did you mean lora.r?"
 
 
 @pytest.mark.slow
@@ -43,7 +45,7 @@ def test_an_unknown_master_is_told_before_torchrun_waits_for_it(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun asks for it again and again, for minutes and without a line."""
-    monkeypatch.setattr(hosts, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(hosts, "_DNS_TIMEOUT_S", 0.0)
     where = ["--nnodes=2", "--node-rank=1", "--master-addr=node0.invalid", "--master-port=29500"]
-    assert agent.main([*where, "-m", "qlora_dist", "train", "my.yaml"]) == 2
+    assert agent.run_agent([*where, "-m", "qlora_dist", "train", "my.yaml"]) == 2
     assert capfd.readouterr().err.startswith("qlora-dist: node0.invalid: ")

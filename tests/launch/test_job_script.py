@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster, Container, load_cluster
-from qlora_dist.launch.job_script import Job, quote, render, slurm_time
+from qlora_dist.launch.job_script import SlurmJob, bash_quote, format_slurm_time, render_job_script
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,14 +28,14 @@ SCRIPTS = [*GOLDEN.glob("*.sbatch"), *(ROOT / "slurm").glob("*.s*")]
 NASTY = 'it\'s $(touch x) `touch y` "$HOME" \\ % #SBATCH --exclusive ; & | * ~ é'
 
 
-def job(run: Path = Path("/shared/runs/my-run"), cwd: Path = Path("/shared/project"), array: int = 0) -> Job:
-    return Job("my-run", cwd, run, run / "jobs" / "1", nodes=2, ranks_per_node=4, array=array)
+def job(run: Path = Path("/shared/runs/my-run"), cwd: Path = Path("/shared/project"), array: int = 0) -> SlurmJob:
+    return SlurmJob("my-run", cwd, run, run / "jobs" / "1", nodes=2, ranks_per_node=4, array=array)
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
 def test_the_script_of_each_cluster_is_as_it_was(path: Path) -> None:
     cluster = load_cluster(path).model_copy(update={"python": "/shared/venv/bin/python"})
-    script = render(job(), cluster)
+    script = render_job_script(job(), cluster)
     golden = GOLDEN / f"{path.stem}.sbatch"
     if os.environ.get("QLORA_DIST_GOLDEN") == "write":
         golden.write_text(script)
@@ -71,13 +71,13 @@ def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
     scripts = list(SCRIPTS)
     for name, array in (("job", 0), ("array", 3)):
         scripts.append(tmp_path / f"{name}.sbatch")
-        scripts[-1].write_text(render(job(array=array), plain))
+        scripts[-1].write_text(render_job_script(job(array=array), plain))
     found = subprocess.run([program, *map(str, scripts)], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == (0, "")
 
 
 def test_options_are_literal_and_first() -> None:
-    script = render(job(array=3), EVERYTHING)
+    script = render_job_script(job(array=3), EVERYTHING)
     options = re.findall(r"^#SBATCH (.*)$", script, re.M)
     assert not [option for option in options if "$" in option]
     assert script.index("#SBATCH --mail-type=END") < script.index("\ncd "), "sbatch stops at the first command"
@@ -109,8 +109,8 @@ def bash(script: str) -> list[str]:
 @given(st.lists(words, min_size=1, max_size=4))
 @example([NASTY, "a\nb", "", "-n"])
 def test_bash_reads_back_what_was_quoted(values: list[str]) -> None:
-    assert bash(f"printf '%s\\0' {quote(values)}") == values
-    assert bash(f"value={quote(values[0])}; printf '%s\\0' \"$value\"") == values[:1]
+    assert bash(f"printf '%s\\0' {bash_quote(values)}") == values
+    assert bash(f"value={bash_quote(values[0])}; printf '%s\\0' \"$value\"") == values[:1]
 
 
 names = st.text(st.characters(exclude_characters="/\\\x7f", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
@@ -129,7 +129,7 @@ def test_a_name_is_never_executed(folder: str, image: str) -> None:
             "container": Container(runtime="apptainer", image=image),
         }
     )
-    script = render(job(run, cwd=Path("/shared") / folder), cluster)
+    script = render_job_script(job(run, cwd=Path("/shared") / folder), cluster)
     assignments = re.search(r"^run=.*?(?=^# left over)", script, re.M | re.S)
     wrapper = re.search(r"^deaf\+=.*?\)$", script, re.M | re.S)
     directory = re.search(r"^cd (.*) \|\| exit 1$", script, re.M)
@@ -145,7 +145,7 @@ def test_a_name_is_never_executed(folder: str, image: str) -> None:
 def test_a_folder_that_cannot_be_named_is_refused(name: str) -> None:
     for given_job in (job(run=Path("/shared") / name), job(cwd=Path("/shared") / name)):
         with pytest.raises(UserError, match="a job script can't name a folder like that"):
-            render(given_job, Cluster())
+            render_job_script(given_job, Cluster())
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,6 @@ def test_a_mistake_in_a_clusters_file_is_a_sentence(text: str, sentence: str, tm
 
 
 def test_times() -> None:
-    assert slurm_time(timedelta(days=2)) == "2-00:00"
-    assert slurm_time(timedelta(hours=23, minutes=59, seconds=1)) == "1-00:00"
-    assert slurm_time(timedelta(seconds=1)) == "0-00:01"
+    assert format_slurm_time(timedelta(days=2)) == "2-00:00"
+    assert format_slurm_time(timedelta(hours=23, minutes=59, seconds=1)) == "1-00:00"
+    assert format_slurm_time(timedelta(seconds=1)) == "0-00:01"

@@ -18,13 +18,13 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
-from qlora_dist.launch.job_check import check_job, static_bytes
-from qlora_dist.launch.launch import On, Options, launch_here, launch_slurm
-from qlora_dist.launch.preflight import in_names_of_nodes, slow_nodes
+from qlora_dist.launch.job_check import check_job, estimate_static_bytes
+from qlora_dist.launch.launch import LaunchOptions, LaunchTarget, launch_local, launch_slurm
+from qlora_dist.launch.preflight import add_node_names, find_slow_nodes
 from qlora_dist.parallel.mesh import mesh_sizes
-from qlora_dist.plan.model_spec import describe
-from qlora_dist.runtime.environment import Ranks
-from qlora_dist.runtime.user_error_file import leave_word
+from qlora_dist.plan.model_spec import make_model_spec
+from qlora_dist.runtime.environment import RankInfo
+from qlora_dist.runtime.user_error_file import write_user_error_file
 from qlora_dist.train.run_setup import set_up_model
 from tests.helpers import tiny_models
 
@@ -53,12 +53,12 @@ def check(config: Config, cluster: Cluster = CPU, nodes: int = 2, ranks_per_node
 
 def test_the_static_part_is_that_of_the_shapes(config: Config) -> None:
     _, model, _ = set_up_model(config)
-    sizes = mesh_sizes(config.parallel, Ranks(0, 4, 0, 2, "none"))
+    sizes = mesh_sizes(config.parallel, RankInfo(0, 4, 0, 2, "none"))
     tree = json.loads((Path(config.model.base) / "config.json").read_text())
-    parameters = [p for unit in describe(tree, config.lora).units for p in unit.parameters]
+    parameters = [p for unit in make_model_spec(tree, config.lora).units for p in unit.parameters]
     base = sum(p.numel * (1 if p.is_bytes else 4) for p in parameters if not p.trained)  # compute_dtype: fp32
     adapters = sum(16 * p.numel for p in parameters if p.trained)
-    assert static_bytes(model, sizes, config) == (base / 4, adapters / 4)
+    assert estimate_static_bytes(model, sizes, config) == (base / 4, adapters / 4)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_gpu_that_is_not_here_is_no_mistake(config: Config) -> None:
 
 
 def test_a_dry_run_prints_the_script_and_leaves_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    launch_slurm(config, CPU, Options(nodes=2, dry_run=True), Console(quiet=True))
+    launch_slurm(config, CPU, LaunchOptions(nodes=2, dry_run=True), Console(quiet=True))
     script = capsys.readouterr().out
     assert script.startswith("#!/bin/bash\n") and "\n#SBATCH --nodes=2\n" in script
     assert not (Path(config.run.dir) / "run").exists()
@@ -112,7 +112,7 @@ def test_a_dry_run_here_prints_a_command_that_can_be_pasted(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     said = io.StringIO()
     given = ("my run.yaml", "run.name=run")
-    launch_here(config, "torchrun", Options(dry_run=True, given=given), Console(file=said))
+    launch_local(config, "torchrun", LaunchOptions(dry_run=True, given=given), Console(file=said))
     words = shlex.split(capsys.readouterr().out)
     assert f"--nproc-per-node={ranks}" in words
     assert words[-3:] == ["train", *given]
@@ -121,46 +121,46 @@ def test_a_dry_run_here_prints_a_command_that_can_be_pasted(
 
 
 @pytest.mark.parametrize("on", ["torchrun", "mpi"])
-def test_a_mistake_is_found_before_ranks_are_started(on: On, config: Config) -> None:
+def test_a_mistake_is_found_before_ranks_are_started(on: LaunchTarget, config: Config) -> None:
     """Or its sentence stands above forty lines of the launcher's own."""
     wrong = changed(config, parallel={"base": 3})
     with pytest.raises(UserError, match=r"parallel\.base: 3 does not divide the world of 4 ranks"):
-        launch_here(wrong, on, Options(ranks_per_node=4), Console(quiet=True))
+        launch_local(wrong, on, LaunchOptions(ranks_per_node=4), Console(quiet=True))
     assert not (Path(config.run.dir) / "run").exists()
 
 
 def test_one_process_is_not_several_ranks(config: Config) -> None:
     with pytest.raises(UserError, match=r"--ranks-per-node: 2 ranks are more than the one process"):
-        launch_here(config, "local", Options(ranks_per_node=2), Console(quiet=True))
+        launch_local(config, "local", LaunchOptions(ranks_per_node=2), Console(quiet=True))
 
 
 def test_without_slurm_a_sentence(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch: there is no such command; submit from a login node"):
-        launch_slurm(config, CPU, Options(nodes=2), Console(quiet=True))
+        launch_slurm(config, CPU, LaunchOptions(nodes=2), Console(quiet=True))
 
 
 def test_several_nodes_are_not_started_from_here(config: Config) -> None:
     with pytest.raises(UserError, match=r"--nodes: --on torchrun starts this machine's ranks alone"):
-        launch_here(config, "torchrun", Options(nodes=2), Console(quiet=True))
+        launch_local(config, "torchrun", LaunchOptions(nodes=2), Console(quiet=True))
 
 
 def test_a_mistake_is_left_for_the_script_and_a_lost_node_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_DIST_JOB", str(tmp_path))
-    leave_word(UserError("rank 3 has not come", passing=True))
+    write_user_error_file(UserError("rank 3 has not come", passing=True))
     assert not (tmp_path / "MISTAKE").exists()
-    leave_word(UserError("lora.r: is wrong"))
+    write_user_error_file(UserError("lora.r: is wrong"))
     assert (tmp_path / "MISTAKE").read_text() == "lora.r: is wrong\n"
 
 
 def test_the_slow_node_is_named_and_not_its_neighbours() -> None:
-    assert slow_nodes([(1.0, 1.1), (1.0, 9.0), (9.0, 9.0), (9.0, 1.0)]) == [2]
-    assert slow_nodes([(1.0, 1.1), (1.0, 1.2)]) == []
-    assert slow_nodes([(1.0, float("inf")), (1.0, 1.0), (1.0, 1.0)]) == []
+    assert find_slow_nodes([(1.0, 1.1), (1.0, 9.0), (9.0, 9.0), (9.0, 1.0)]) == [2]
+    assert find_slow_nodes([(1.0, 1.1), (1.0, 1.2)]) == []
+    assert find_slow_nodes([(1.0, float("inf")), (1.0, 1.0), (1.0, 1.0)]) == []
 
 
 def test_the_node_that_does_not_come_is_named() -> None:
-    said = in_names_of_nodes("rank 1 (nor 1 more) of 3 has not come within 120 s", ["n1", "gpu-07", "n3"])
+    said = add_node_names("rank 1 (nor 1 more) of 3 has not come within 120 s", ["n1", "gpu-07", "n3"])
     assert said == "rank 1 (gpu-07) (nor 1 more) of 3 has not come within 120 s"

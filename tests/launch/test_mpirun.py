@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from qlora_dist.config.config_file import load_config
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
-from tests.helpers.launchers import ROOT, alive, environment, mpi, need, wait_until
+from tests.helpers.launchers import ROOT, alive_pids, environment, mpi, skip_unless, wait_until
 from tests.helpers.ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = ROOT / "launch" / "mpirun.sh"
-BOTH = pytest.mark.parametrize("name", ["mpich", "openmpi"])
+BOTH_MPIS = pytest.mark.parametrize("name", ["mpich", "openmpi"])
 JOIN = "import os, sys, time; from qlora_dist.runtime import environment, mpi, orphans, process_exit; "
 
 
@@ -60,16 +60,16 @@ def mpirun(
     finally:
         process.kill()
         process.wait()
-        for pid in alive(folder):
+        for pid in alive_pids(folder):
             os.kill(pid, signal.SIGKILL)
 
 
-def end_of(process: subprocess.Popen, folder: Path, within_s: float = 500) -> tuple[int, str]:
+def wait_for_exit(process: subprocess.Popen, folder: Path, within_s: float = 500) -> tuple[int, str]:
     code = process.wait(within_s)
     return code, (folder / "err.txt").read_text()
 
 
-def codes_of(name: str, code: int) -> set[int]:
+def expected_exit_codes(name: str, code: int) -> set[int]:
     """Return the exit codes that mpirun may have after a rank exits with `code`.
 
     MPICH's mpirun combines the codes of all ranks by a bitwise or, and kills the ranks that are left with SIGKILL.
@@ -89,40 +89,40 @@ def forked(config: Path) -> dict[int, torch.Tensor]:
     found = {}
     for ranks in (2, 4):
         resolved = load_config(config, [f"run.name=forked-{ranks}"])
-        run_ranks(ranks, train, resolved)
+        run_ranks(ranks, run_training, resolved)
         found[ranks] = losses(Path(resolved.run.dir) / resolved.run.name)
         assert len(found[ranks]) == 3
     return found
 
 
-@BOTH
+@BOTH_MPIS
 def test_the_same_losses(name: str, config: Path, forked: dict[int, torch.Tensor], tmp_path: Path) -> None:
     """Under one of the MPIs with ZeRO-3, where the ranks that nobody has started have FSDP2."""
     engine, ranks = {"mpich": ("zero3", 4), "openmpi": ("fsdp2", 2)}[name]
-    need(engine == "fsdp2" or find_spec("deepspeed") is not None, "DeepSpeed")
+    skip_unless(engine == "fsdp2" or find_spec("deepspeed") is not None, "DeepSpeed")
     words = [config, f"run.name={name}-same", f"parallel.engine={engine}"]
     with mpirun(name, tmp_path / name, ranks, *words, script=True) as process:
-        code, err = end_of(process, tmp_path / name)
+        code, err = wait_for_exit(process, tmp_path / name)
         assert code == 0, err
         assert not err.strip()
-        assert wait_until(lambda: not alive(tmp_path / name), within_s=5)
+        assert wait_until(lambda: not alive_pids(tmp_path / name), within_s=5)
     torch.testing.assert_close(losses(config.parent / "runs" / f"{name}-same"), forked[ranks], rtol=1e-5, atol=0)
     out = (tmp_path / name / "out.txt").read_text()
     assert f"{ranks} ranks on cpu" in out
     assert "\x1b" not in out  # lines, though Open MPI's ranks write to a terminal
 
 
-@BOTH
+@BOTH_MPIS
 def test_a_killed_rank_ends_all(name: str, config: Path, forked: dict[int, torch.Tensor], tmp_path: Path) -> None:
     run = config.parent / "runs" / f"{name}-2"
     words = [config, f"run.name={name}-2", "train.steps=1000000"]
     with mpirun(name, tmp_path / name, 2, *words, script=True) as process:
         assert wait_until(lambda: len(losses(run)) >= 3 or process.poll() is not None, within_s=500)
         torch.testing.assert_close(losses(run)[:3], forked[2], rtol=1e-5, atol=0)
-        victim = next(pid for pid in alive(tmp_path / name) if is_rank(pid, 1))
+        victim = next(pid for pid in alive_pids(tmp_path / name) if is_rank(pid, 1))
         os.kill(victim, signal.SIGKILL)
         assert process.wait(10) != 0
-        assert wait_until(lambda: not alive(tmp_path / name), within_s=5)
+        assert wait_until(lambda: not alive_pids(tmp_path / name), within_s=5)
 
 
 def is_rank(pid: int, rank: int) -> bool:
@@ -130,7 +130,7 @@ def is_rank(pid: int, rank: int) -> bool:
     return any(f"{variable}={rank}".encode() in variables for variable in ("OMPI_COMM_WORLD_RANK", "PMI_RANK"))
 
 
-@BOTH
+@BOTH_MPIS
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_mpirun_leaves_no_rank(name: str, number: int, tmp_path: Path) -> None:
     sleep = JOIN + "orphans.die_with_parent(); mpi.agree_on_store(); open(str(os.getpid()), 'w'); time.sleep(100)"
@@ -138,39 +138,39 @@ def test_a_killed_mpirun_leaves_no_rank(name: str, number: int, tmp_path: Path) 
         assert wait_until(lambda: len(list((tmp_path / name).glob("[0-9]*"))) == 2, within_s=100)
         process.send_signal(number)
         assert process.wait(10) != 0
-        assert wait_until(lambda: not alive(tmp_path / name), within_s=5)
+        assert wait_until(lambda: not alive_pids(tmp_path / name), within_s=5)
 
 
-@BOTH
+@BOTH_MPIS
 def test_a_mistake_is_told_once(name: str, config: Path, tmp_path: Path) -> None:
     with mpirun(name, tmp_path / name, 2, config, "train.stpes=3", script=True) as process:
-        code, err = end_of(process, tmp_path / name)
-    assert code in codes_of(name, 2)  # Open MPI adds some lines of its own
+        code, err = wait_for_exit(process, tmp_path / name)
+    assert code in expected_exit_codes(name, 2)  # Open MPI adds some lines of its own
     assert [line for line in err.splitlines() if "qlora-dist" in line] == [
         "qlora-dist: override train.stpes=3: train.stpes: unknown key; did you mean train.steps?"
     ]
 
 
-@BOTH
+@BOTH_MPIS
 def test_an_error_of_one_rank_ends_all_with_its_traceback(name: str, tmp_path: Path) -> None:
     fail = (
         "mpi.agree_on_store(); environment.ranks_from_environment().rank or time.sleep(100); "
         "process_exit.leave_with_traceback(ValueError('seven is no prime'))"
     )
     with mpirun(name, tmp_path / name, 2, "-c", JOIN + fail) as process:
-        code, err = end_of(process, tmp_path / name)
-        assert wait_until(lambda: not alive(tmp_path / name), within_s=5)
-    assert code in codes_of(name, 1)
+        code, err = wait_for_exit(process, tmp_path / name)
+        assert wait_until(lambda: not alive_pids(tmp_path / name), within_s=5)
+    assert code in expected_exit_codes(name, 1)
     assert err.count("ValueError: seven is no prime") == 1
 
 
-@BOTH
+@BOTH_MPIS
 def test_two_different_mpis_are_refused(name: str, config: Path, tmp_path: Path) -> None:
     # unnoticed, every rank of the one would be alone, and those of the other end with an abort
     other = mpi("openmpi" if name == "mpich" else "mpich") / "python"
     with mpirun(name, tmp_path / name, 2, "-m", "qlora_dist", "train", config, python=other) as process:
-        code, err = end_of(process, tmp_path / name)
-    assert code in codes_of(name, 2)
+        code, err = wait_for_exit(process, tmp_path / name)
+    assert code in expected_exit_codes(name, 2)
     (sentence,) = [line for line in err.splitlines() if "qlora-dist" in line]
     assert re.match(
         r"qlora-dist: mpi4py uses (Open MPI v|MPICH Version: )\S+, and the mpirun that started 2 ranks is of another "
@@ -185,8 +185,8 @@ def test_a_missing_mpi4py_is_a_sentence(config: Path, tmp_path: Path) -> None:
     with_stub = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[1:] = ['train', {str(config)!r}]; "
     run = with_stub + "from qlora_dist.cli.main import main; main()"
     with mpirun("mpich", folder, 2, "-c", run) as process:
-        code, err = end_of(process, folder)
-    assert code in codes_of("mpich", 2)
+        code, err = wait_for_exit(process, folder)
+    assert code in expected_exit_codes("mpich", 2)
     assert err == (
         "qlora-dist: mpirun started 2 ranks, which find each other by mpi4py, and there is none that works (No module "
         "named 'mpi4py'); install mpi4py, or set MASTER_ADDR and MASTER_PORT\n"

@@ -18,23 +18,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.errors import UserError
-from qlora_dist.launch.cancel_run import cancel
-from qlora_dist.launch.run_list import follow, list_runs
-from qlora_dist.launch.run_status import find_runs, read_run
-from qlora_dist.runtime.environment import this_process
+from qlora_dist.launch.cancel_run import cancel_run
+from qlora_dist.launch.run_list import follow_run, print_runs
+from qlora_dist.launch.run_status import find_run_dirs, read_run_status
+from qlora_dist.runtime.environment import process_record
 from tests.helpers import tiny_models
 from tests.helpers.ranks import started_ranks
 
 BORN = psutil.Process().create_time()
-HERE = {"host": socket.gethostname(), "pid": os.getpid(), "born": BORN, "steps": 100}
-COUNTED = HERE | this_process()
+THIS_HOST = {"host": socket.gethostname(), "pid": os.getpid(), "born": BORN, "steps": 100}
+THIS_PROCESS = THIS_HOST | process_record()
 STEP = {"loss": 2.0, "tokens_per_s": 1000.0, "step_s": 0.5}
 
 
-def dead() -> dict[str, object]:
+def dead_process() -> dict[str, object]:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    return HERE | {"pid": process.pid}
+    return THIS_HOST | {"pid": process.pid}
 
 
 def make_run(folder: Path, steps: int = 10, **files: object) -> Path:
@@ -54,37 +54,41 @@ def make_run(folder: Path, steps: int = 10, **files: object) -> Path:
         ({"DONE": {"step": 100, "reason": "last step"}}, None, "done"),
         ({"STOPPED": {"step": 10, "reason": "STOP"}}, None, "stopped"),
         ({"REQUEUE": {"step": 10, "reason": "SIGTERM"}}, None, "to be requeued"),
-        ({"REQUEUE": {"step": 10, "reason": "SIGTERM"}, "process_json": HERE}, None, "running"),
-        ({"process_json": HERE}, None, "running"),
-        ({"process_json": HERE | {"born": HERE["born"] - 1000}}, None, "failed"),  # a number that was given anew
+        ({"REQUEUE": {"step": 10, "reason": "SIGTERM"}, "process_json": THIS_HOST}, None, "running"),
+        ({"process_json": THIS_HOST}, None, "running"),
+        (
+            {"process_json": THIS_HOST | {"born": THIS_HOST["born"] - 1000}},
+            None,
+            "failed",
+        ),  # a number that was given anew
         # the clock was set meanwhile: the same process seems to have been born two minutes later than it wrote
-        ({"process_json": COUNTED | {"born": BORN - 120}}, None, "running"),
-        ({"job_json": COUNTED | {"submitted": "2020-01-01T00:00:00+00:00", "born": BORN - 120}}, None, "running"),
-        ({"process_json": COUNTED | {"start_ticks": COUNTED["start_ticks"] - 1}}, None, "failed"),
-        ({"process_json": COUNTED | {"boot": "of another day"}}, None, "failed"),
-        ({"process_json": HERE | {"host": "elsewhere"}}, None, "running"),  # it has just written
-        ({"job_json": {"launcher": "torchrun", "job_id": None, **HERE}}, None, "running"),
+        ({"process_json": THIS_PROCESS | {"born": BORN - 120}}, None, "running"),
+        ({"job_json": THIS_PROCESS | {"submitted": "2020-01-01T00:00:00+00:00", "born": BORN - 120}}, None, "running"),
+        ({"process_json": THIS_PROCESS | {"start_ticks": THIS_PROCESS["start_ticks"] - 1}}, None, "failed"),
+        ({"process_json": THIS_PROCESS | {"boot": "of another day"}}, None, "failed"),
+        ({"process_json": THIS_HOST | {"host": "elsewhere"}}, None, "running"),  # it has just written
+        ({"job_json": {"launcher": "torchrun", "job_id": None, **THIS_HOST}}, None, "running"),
         ({}, None, "failed"),
         ({"job_json": {"launcher": "slurm", "job_id": "7"}}, {"7": "PENDING"}, "waiting"),
         ({"job_json": {"launcher": "slurm", "job_id": "7"}}, {"7": "RUNNING"}, "running"),
         ({"job_json": {"launcher": "slurm", "job_id": "7"}}, {"8": "RUNNING"}, "failed"),
-        ({"process_json": HERE | {"host": "n1", "job_id": "7.0"}}, {"7": "RUNNING"}, "running"),
-        ({"process_json": HERE | {"host": "n1", "job_id": "7.0"}}, {}, "failed"),
+        ({"process_json": THIS_HOST | {"host": "n1", "job_id": "7.0"}}, {"7": "RUNNING"}, "running"),
+        ({"process_json": THIS_HOST | {"host": "n1", "job_id": "7.0"}}, {}, "failed"),
         ({"REQUEUE": {"step": 10}, "job_json": {"job_id": "7"}}, {"7": "PENDING"}, "waiting"),
         ({"REQUEUE": {"step": 10}, "job_json": {"job_id": "7"}}, {}, "to be requeued"),
     ],
 )
 def test_states(tmp_path, files, queue, state):
-    assert read_run(make_run(tmp_path, **files), queue).state == state
+    assert read_run_status(make_run(tmp_path, **files), queue).state == state
 
 
 def test_a_dead_process_is_a_failed_run(tmp_path):
-    assert read_run(make_run(tmp_path, process_json=dead()), None).state == "failed"
+    assert read_run_status(make_run(tmp_path, process_json=dead_process()), None).state == "failed"
 
 
 def test_how_far_it_is(tmp_path, capsys):
-    make_run(tmp_path, process_json=HERE | {"steps": 110})
-    list_runs(tmp_path, as_json=True)
+    make_run(tmp_path, process_json=THIS_HOST | {"steps": 110})
+    print_runs(tmp_path, as_json=True)
     (run,) = json.loads(capsys.readouterr().out)
     assert run.pop("path") == str(tmp_path / "run")
     assert run == {
@@ -97,13 +101,13 @@ def test_how_far_it_is(tmp_path, capsys):
         "tokens_per_s": 1000.0,
         "left_s": 50.0,
         "job_id": None,
-        "host": HERE["host"],
+        "host": THIS_HOST["host"],
         "log": None,
     }
-    list_runs(tmp_path, as_json=False)
+    print_runs(tmp_path, as_json=False)
     table = capsys.readouterr().out
     assert all(text in table for text in ("running", "10 of 110", "2.0000", "1,000", "0:00:50"))
-    list_runs(tmp_path / "nothing", as_json=False)
+    print_runs(tmp_path / "nothing", as_json=False)
     assert capsys.readouterr().out == f"no runs in {tmp_path / 'nothing'}\n"
 
 
@@ -112,29 +116,31 @@ def test_how_far_it_is(tmp_path, capsys):
 def test_half_written_files_are_no_error(tmp_path_factory, cuts, garbage):
     job = {"launcher": "slurm", "job_id": "7", "host": "n1", "pid": 3, "log": "x", "submitted": "2026-01-01T00:00:00"}
     path = make_run(
-        tmp_path_factory.mktemp("half"), job_json=job, process_json=HERE, REQUEUE={"step": 10, "reason": "x"}
+        tmp_path_factory.mktemp("half"), job_json=job, process_json=THIS_HOST, REQUEUE={"step": 10, "reason": "x"}
     )
     for file, cut in zip(sorted(path.iterdir()), cuts, strict=True):
         content = file.read_bytes()
         file.write_bytes(content[: round(cut * len(content))] + garbage)
-    list_runs(path.parent, as_json=False)
-    assert read_run(path, {"7": "RUNNING"}).state in ("running", "failed", "to be requeued")
+    print_runs(path.parent, as_json=False)
+    assert read_run_status(path, {"7": "RUNNING"}).state in ("running", "failed", "to be requeued")
 
 
-@pytest.mark.parametrize("value", [None, [], "text", {"pid": "x", "host": HERE["host"]}, {"steps": "x", "job_id": {}}])
+@pytest.mark.parametrize(
+    "value", [None, [], "text", {"pid": "x", "host": THIS_HOST["host"]}, {"steps": "x", "job_id": {}}]
+)
 def test_files_with_something_else_in_them_are_no_error(tmp_path, value):
     path = make_run(tmp_path, process_json=value, job_json=value, REQUEUE=value)
     (path / "metrics.jsonl").write_text(
         json.dumps({"step": "x", **STEP}) + "\n" + json.dumps({"step": 1, "loss": None})
     )
     (path / "config.yaml").write_text("train: 7")
-    list_runs(tmp_path, as_json=True)
-    list_runs(tmp_path, as_json=False)
+    print_runs(tmp_path, as_json=True)
+    print_runs(tmp_path, as_json=False)
 
 
 def test_the_output_is_followed_until_the_run_ends(tmp_path, capsys):
     log = tmp_path / "log.txt"
-    path = make_run(tmp_path, process_json=HERE, job_json={"log": str(log)})
+    path = make_run(tmp_path, process_json=THIS_HOST, job_json={"log": str(log)})
 
     def write() -> None:
         time.sleep(0.7)
@@ -146,7 +152,7 @@ def test_the_output_is_followed_until_the_run_ends(tmp_path, capsys):
 
     thread = threading.Thread(target=write)
     thread.start()
-    follow(tmp_path, "run")
+    follow_run(tmp_path, "run")
     thread.join()
     assert capsys.readouterr().out == "step 1\nstep 2\n"
 
@@ -154,11 +160,11 @@ def test_the_output_is_followed_until_the_run_ends(tmp_path, capsys):
 def test_what_is_not_there_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"rum: no such run; .* holds run; name their folder with --dir"):
         make_run(tmp_path)
-        follow(tmp_path, "rum")
+        follow_run(tmp_path, "rum")
     with pytest.raises(UserError, match="did not say where its output goes"):
-        follow(tmp_path, "run")
+        follow_run(tmp_path, "run")
     with pytest.raises(UserError, match=r"run: does not run \(failed\)"):
-        cancel(tmp_path, "run", now=False, as_json=False)
+        cancel_run(tmp_path, "run", now=False, as_json=False)
 
 
 def test_a_job_that_waits_is_taken_out_of_the_queue(tmp_path, monkeypatch, capsys):
@@ -173,7 +179,7 @@ def test_a_job_that_waits_is_taken_out_of_the_queue(tmp_path, monkeypatch, capsy
     path = make_run(
         tmp_path / "runs", job_json={"launcher": "slurm", "job_id": "77"}, REQUEUE={"step": 10, "reason": "x"}
     )
-    cancel(tmp_path / "runs", "run", now=False, as_json=True)
+    cancel_run(tmp_path / "runs", "run", now=False, as_json=True)
     assert json.loads(capsys.readouterr().out)["state"] == "stopped"
     assert not (path / "REQUEUE").exists()
 
@@ -185,9 +191,9 @@ def test_a_real_run_is_seen_stopped_and_killed(tiny_llama_nf4, tmp_path, capsys)
     path = tmp_path / "runs" / "run"
     for now in (False, True):  # the second goes on from where the first was stopped
         with started_ranks([partial(train, config)], tmp_path) as (process,):
-            before = read_run(path, None).step or 0
+            before = read_run_status(path, None).step or 0
             wait_for(lambda before=before: running_past(path, before + 3))
-            cancel(path.parent, "run", now=now, as_json=True)
+            cancel_run(path.parent, "run", now=now, as_json=True)
             process.join(20)
             assert process.exitcode == (-9 if now else 0)
         outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -198,7 +204,7 @@ def test_a_real_run_is_seen_stopped_and_killed(tiny_llama_nf4, tmp_path, capsys)
         if not now:
             assert json.loads((path / "STOPPED").read_text())["step"] == outcome["step"] == stored_step(path)
     assert stored_step(path) < outcome["step"]
-    assert find_runs(path.parent) == [path]
+    assert find_run_dirs(path.parent) == [path]
 
 
 def train(config: Path) -> None:
@@ -209,7 +215,7 @@ def train(config: Path) -> None:
 
 
 def running_past(path: Path, step: int) -> bool:
-    run = read_run(path, None)
+    run = read_run_status(path, None)
     return run.state == "running" and (run.step or 0) >= step
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.config.config_file import load_config
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
-from tests.helpers.launchers import ROOT, alive, environment, need, wait_until
+from tests.helpers.launchers import ROOT, alive_pids, environment, skip_unless, wait_until
 from tests.helpers.ranks import run_ranks
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -48,7 +48,7 @@ def test_a_node_without_its_number_is_refused() -> None:
 @pytest.mark.slow
 def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: Path, tmp_path: Path) -> None:
     """With either engine's numbers: these ranks have ZeRO-3."""
-    need(find_spec("deepspeed") is not None, "DeepSpeed")
+    skip_unless(find_spec("deepspeed") is not None, "DeepSpeed")
     small = {"train__steps": 10**6, "train__global_batch": 2, "data__eval": None, "data__seq_len": 32}
     folder = tmp_path / "with a blank"  # every value is quoted
     folder.mkdir()
@@ -61,10 +61,10 @@ def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: P
     try:
         done = wait_until(lambda: metrics(run) >= 2 or process.poll() is not None, within_s=200)
         assert done and process.poll() is None, (tmp_path / "out.txt").read_text()
-        for pid in alive(folder):  # what SLURM does before a time limit
+        for pid in alive_pids(folder):  # what SLURM does before a time limit
             os.kill(pid, signal.SIGUSR1)
         assert process.wait(60) == 0
-        assert not alive(folder)
+        assert not alive_pids(folder)
     finally:
         process.kill()
         process.wait()
@@ -72,7 +72,7 @@ def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: P
     assert marker == {"step": metrics(run), "reason": "SIGUSR1"}
     assert (run / "checkpoints" / f"step-{marker['step']:06d}").exists()
     fsdp2 = load_config(config, ["run.name=fsdp2", "optim.lr=1e-3", "train.steps=2"])
-    run_ranks(2, train, fsdp2)
+    run_ranks(2, run_training, fsdp2)
     assert losses(run)[:2] == pytest.approx(losses(folder / "runs" / "fsdp2")[:2], rel=1e-5)
 
 

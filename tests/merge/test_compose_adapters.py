@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from qlora_dist.cli.main import app
 from qlora_dist.errors import UserError
-from qlora_dist.merge.combine_matrices import Factors, compose_matrices
-from qlora_dist.merge.compose_adapters import compose
-from qlora_dist.merge.compose_options import ComposeOptions, Given, parse_given
+from qlora_dist.merge.combine_matrices import WeightedLoraFactors, combine_matrices
+from qlora_dist.merge.compose_adapters import compose_adapters
+from qlora_dist.merge.compose_options import ComposeOptions, WeightedAdapter, parse_weighted_adapter
 from qlora_dist.merge.merge_folder import merge_folder
 from qlora_dist.merge.merge_plan import MergeOptions
 from tests.helpers import tiny_models
@@ -84,7 +84,7 @@ def deltas(model: Any, adapter: str = "default") -> dict[str, torch.Tensor]:
 
 
 factors = st.builds(
-    lambda r, scaling, weight, seed: Factors(
+    lambda r, scaling, weight, seed: WeightedLoraFactors(
         *(torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for shape in ((r, 7), (9, r))),
         scaling,
         weight,
@@ -98,19 +98,19 @@ factors = st.builds(
 
 @settings(max_examples=40)
 @given(st.lists(factors, min_size=1, max_size=4))
-def test_cat_and_a_whole_svd_are_the_weighted_sum(updates: list[Factors]) -> None:
+def test_cat_and_a_whole_svd_are_the_weighted_sum(updates: list[WeightedLoraFactors]) -> None:
     parts = [(update.weight * update.scaling, update.b.double(), update.a.double()) for update in updates]
     total = sum(factor * b @ a for factor, b, a in parts)
     size = sum(abs(factor) * b.norm() * a.norm() for factor, b, a in parts)
     for how in ("cat", "svd"):
-        a, b = compose_matrices(updates, how, 7, 1.0)  # type: ignore[arg-type]
+        a, b = combine_matrices(updates, how, 7, 1.0)  # type: ignore[arg-type]
         assert (b.double() @ a.double() - total).norm() <= 1e-6 * size
 
 
 def test_a_small_svd_is_the_best_there_is() -> None:
     torch.manual_seed(0)
-    updates = [Factors(torch.randn(4, 20), torch.randn(30, 4), 0.5, weight) for weight in (1.0, -0.7)]
-    a, b = compose_matrices(updates, "svd", 3, 1.0)
+    updates = [WeightedLoraFactors(torch.randn(4, 20), torch.randn(30, 4), 0.5, weight) for weight in (1.0, -0.7)]
+    a, b = combine_matrices(updates, "svd", 3, 1.0)
     total = sum(update.weight * update.scaling * update.b @ update.a for update in updates)
     error = torch.linalg.svdvals(total)[3:].norm()
     torch.testing.assert_close((b @ a - total).norm(), error)
@@ -121,8 +121,8 @@ def test_as_peft_does(how: Any, source: Path, adapters: Path, tmp_path: Path) ->
     model = peft.PeftModel.from_pretrained(load(source), adapters / "a", adapter_name="a")
     model.load_adapter(adapters / "b", adapter_name="b")
     model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "sum", combination_type=how, density=0.4)
-    parts = [Given("a", adapters / "a", 0.7), Given("b", adapters / "b", -0.4)]
-    report = compose(parts, tmp_path / "out", ComposeOptions(how=how, density=0.4))
+    parts = [WeightedAdapter("a", adapters / "a", 0.7), WeightedAdapter("b", adapters / "b", -0.4)]
+    report = compose_adapters(parts, tmp_path / "out", ComposeOptions(how=how, density=0.4))
     ours = deltas(peft.PeftModel.from_pretrained(load(source), tmp_path / "out"))
     for name, delta in deltas(model, "sum").items():
         torch.testing.assert_close(ours[name], delta, rtol=1e-5, atol=1e-6)
@@ -135,8 +135,8 @@ def test_as_peft_does(how: Any, source: Path, adapters: Path, tmp_path: Path) ->
 
 def test_other_ranks_scalings_and_modules(source: Path, adapters: Path, tmp_path: Path) -> None:
     """The sum of what each does by PEFT's own account, and the norm that one of them has trained whole."""
-    parts = [Given(name, adapters / name, weight) for name, weight in (("a", 1.0), ("b", 0.5), ("c", -0.25))]
-    compose(parts, tmp_path / "out", ComposeOptions())
+    parts = [WeightedAdapter(name, adapters / name, weight) for name, weight in (("a", 1.0), ("b", 0.5), ("c", -0.25))]
+    compose_adapters(parts, tmp_path / "out", ComposeOptions())
     composed = peft.PeftModel.from_pretrained(load(source), tmp_path / "out")
     ours, expected = deltas(composed), {}
     for part in parts:
@@ -151,9 +151,9 @@ def test_other_ranks_scalings_and_modules(source: Path, adapters: Path, tmp_path
 
 
 def test_dare_drops_a_part_and_keeps_the_mean(adapters: Path, tmp_path: Path) -> None:
-    parts = [Given(name, adapters / name) for name in "ab"]
+    parts = [WeightedAdapter(name, adapters / name) for name in "ab"]
     for out, seed in (("one", 0), ("again", 0), ("other", 1)):
-        compose(parts, tmp_path / out, ComposeOptions(how="dare_linear", density=0.5, seed=seed))
+        compose_adapters(parts, tmp_path / out, ComposeOptions(how="dare_linear", density=0.5, seed=seed))
     one, again, other = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("one", "again", "other"))
     assert all(torch.equal(one[name], again[name]) for name in one)
     key = next(name for name in one if "down_proj.lora_A" in name)
@@ -166,8 +166,8 @@ def test_one_after_the_other(source: Path, adapters: Path, tmp_path: Path) -> No
     merged = tmp_path / "merged"
     merge_folder(source, adapters / "a", merged, MergeOptions(into="original", dtype="fp32"), QUIET)
     second = make_adapter(merged, tmp_path / "second", **PARTS["c"])
-    parts = [Given("a", adapters / "a"), Given("second", second)]
-    compose(parts, tmp_path / "out", ComposeOptions(how="sequential"))
+    parts = [WeightedAdapter("a", adapters / "a"), WeightedAdapter("second", second)]
+    compose_adapters(parts, tmp_path / "out", ComposeOptions(how="sequential"))
     composed = logits(peft.PeftModel.from_pretrained(load(source), tmp_path / "out"))
     expected = logits(peft.PeftModel.from_pretrained(load(merged), second))
     torch.testing.assert_close(composed, expected, rtol=1e-5, atol=1e-5)
@@ -175,33 +175,39 @@ def test_one_after_the_other(source: Path, adapters: Path, tmp_path: Path) -> No
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(source)
     with pytest.raises(UserError, match="holds another adapter than"):
-        compose([Given("b", adapters / "b"), parts[1]], tmp_path / "wrong", ComposeOptions(how="sequential"))
+        compose_adapters(
+            [WeightedAdapter("b", adapters / "b"), parts[1]], tmp_path / "wrong", ComposeOptions(how="sequential")
+        )
     with pytest.raises(UserError, match="only the last of a sequence"):
-        compose([Given("a", adapters / "a", 0.5), parts[1]], tmp_path / "wrong", ComposeOptions(how="sequential"))
+        compose_adapters(
+            [WeightedAdapter("a", adapters / "a", 0.5), parts[1]], tmp_path / "wrong", ComposeOptions(how="sequential")
+        )
     with pytest.raises(UserError, match="compose adapters of one base, or say with --base"):
-        compose(parts, tmp_path / "wrong", ComposeOptions())
+        compose_adapters(parts, tmp_path / "wrong", ComposeOptions())
 
 
 def test_what_cannot_be_composed(source: Path, adapters: Path, tmp_path: Path) -> None:
-    a, b, c = (Given(name, adapters / name) for name in "abc")
-    dora = Given("dora", make_adapter(source, tmp_path / "dora", r=4, target_modules=["q_proj"], use_dora=True))
+    a, b, c = (WeightedAdapter(name, adapters / name) for name in "abc")
+    dora = WeightedAdapter(
+        "dora", make_adapter(source, tmp_path / "dora", r=4, target_modules=["q_proj"], use_dora=True)
+    )
     small = tiny_models.make_model(tmp_path / "small", hidden_size=32, num_hidden_layers=2)
-    other = Given("other", make_adapter(small, tmp_path / "other", r=4, target_modules=["q_proj"]))
+    other = WeightedAdapter("other", make_adapter(small, tmp_path / "other", r=4, target_modules=["q_proj"]))
     for parts, options, message in [
         ([a, dora], {}, "is DoRA, whose magnitudes have no sum"),
         ([a, other], {}, "compose adapters of one base, or say"),
         ([a, other], {"base": source}, r"q_proj is \(64, 32\) there and \(64, 64\) in"),
-        ([c, Given("d", c.path)], {}, "and there is no sum of the two"),
+        ([c, WeightedAdapter("d", c.path)], {}, "and there is no sum of the two"),
         ([a, c], {"how": "linear"}, r"has the ranks \[3, 4\] in these adapters; use cat or svd"),
         ([a, b], {"how": "ties", "density": 1.5}, "give one between 0 and 1"),
         ([a, b], {"rank": 2}, "leave it out, or use svd"),
         ([a, a], {}, "each with a name of its own"),
-        ([a, Given("x", a.path, -1.0)], {"how": "linear"}, "the updates cancel each other"),
-        ([a, Given("x", a.path, -1.0)], {}, "the updates cancel each other"),
+        ([a, WeightedAdapter("x", a.path, -1.0)], {"how": "linear"}, "the updates cancel each other"),
+        ([a, WeightedAdapter("x", a.path, -1.0)], {}, "the updates cancel each other"),
         ([a, b], {"how": "sequential"}, "which is no folder here that qlora-dist merge has written"),
     ]:
         with pytest.raises(UserError, match=message) as error:
-            compose(parts, tmp_path / "out", ComposeOptions(**options))  # type: ignore[arg-type]
+            compose_adapters(parts, tmp_path / "out", ComposeOptions(**options))  # type: ignore[arg-type]
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -217,8 +223,8 @@ def test_the_verb(adapters: Path, tmp_path: Path) -> None:
 
 
 def test_how_adapters_are_named() -> None:
-    assert parse_given("a=runs/a/adapter:0.5") == Given("a", Path("runs/a/adapter"), 0.5)
-    assert parse_given("a=runs/a:b") == Given("a", Path("runs/a:b"), 1.0)
+    assert parse_weighted_adapter("a=runs/a/adapter:0.5") == WeightedAdapter("a", Path("runs/a/adapter"), 0.5)
+    assert parse_weighted_adapter("a=runs/a:b") == WeightedAdapter("a", Path("runs/a:b"), 1.0)
     for text in ("runs/a", "=runs/a", "a=", "a=runs/a:nan"):
         with pytest.raises(UserError, match="write NAME=FOLDER"):
-            parse_given(text)
+            parse_weighted_adapter(text)

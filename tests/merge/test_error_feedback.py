@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.merge.error_feedback import directions, round_with_feedback
-from qlora_dist.merge.lora_update import Values
-from qlora_dist.nf4.quantize import dequantize, quantize
+from qlora_dist.merge.error_feedback import round_with_feedback, update_directions
+from qlora_dist.merge.lora_update import LoraUpdate
+from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 
 
 @settings(max_examples=30)
@@ -26,21 +26,23 @@ def test_weights_without_an_update_stay(
     """Of every shape, also where a row ends within a block or a byte; a block of zeros too."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
     weight.view(-1)[:block_size] = 0
-    packed, layout = quantize(weight, quant_type, block_size, double_quant)  # type: ignore[arg-type]
-    before = dequantize(packed, layout, torch.float32)
+    packed, layout = quantize_weight(weight, quant_type, block_size, double_quant)  # type: ignore[arg-type]
+    before = dequantize_weight(packed, layout, torch.float32)
     again = round_with_feedback(packed, iter([before]), layout, torch.randn(3, columns))
-    assert torch.equal(dequantize(again, layout, torch.float32), before)
+    assert torch.equal(dequantize_weight(again, layout, torch.float32), before)
 
 
 def test_an_update_that_rounding_loses() -> None:
     """What the update does to the inputs that it sees is there to an eighth where rounding leaves nothing."""
     torch.manual_seed(0)
-    packed, layout = quantize(torch.randn(256, 1024).bfloat16())
-    before = dequantize(packed, layout, torch.float32)
-    update = Values(torch.randn(4, 1024) / 32, torch.randn(256, 4) * 5e-2, 1.0, None)
+    packed, layout = quantize_weight(torch.randn(256, 1024).bfloat16())
+    before = dequantize_weight(packed, layout, torch.float32)
+    update = LoraUpdate(torch.randn(4, 1024) / 32, torch.randn(256, 4) * 5e-2, 1.0, None)
     wanted = before + update.b @ update.a
-    fed = dequantize(round_with_feedback(packed, iter([wanted]), layout, directions(update)), layout, torch.float32)
-    rounded = dequantize(quantize(wanted.bfloat16())[0], layout, torch.float32)
+    fed = dequantize_weight(
+        round_with_feedback(packed, iter([wanted]), layout, update_directions(update)), layout, torch.float32
+    )
+    rounded = dequantize_weight(quantize_weight(wanted.bfloat16())[0], layout, torch.float32)
     seen = torch.linalg.qr(update.a.T)[0]
     effect = (wanted - before) @ seen
     assert ((fed - wanted) @ seen).norm() < 0.15 * effect.norm()
@@ -50,6 +52,6 @@ def test_an_update_that_rounding_loses() -> None:
 
 def test_directions_see_what_the_update_does() -> None:
     torch.manual_seed(0)
-    update = Values(torch.randn(4, 50), torch.randn(30, 4), 1.0, None)
+    update = LoraUpdate(torch.randn(4, 50), torch.randn(30, 4), 1.0, None)
     x = torch.randn(50, 20)
-    torch.testing.assert_close((directions(update) @ x).norm(dim=0), (update.b @ update.a @ x).norm(dim=0))
+    torch.testing.assert_close((update_directions(update) @ x).norm(dim=0), (update.b @ update.a @ x).norm(dim=0))

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.errors import UserError
-from qlora_dist.merge.merge_folder import Report, merge_folder
+from qlora_dist.merge.merge_folder import MergeReport, merge_folder
 from qlora_dist.merge.merge_plan import MergeOptions
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
@@ -52,7 +52,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def check(source: Path, tmp_path: Path, **settings: Any) -> tuple[Path, Report]:
+def merge_and_check(source: Path, tmp_path: Path, **settings: Any) -> tuple[Path, MergeReport]:
     """Merge into the dequantized weights, and compare with base and adapter side by side."""
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.5)).out
     adapter = make_adapter(dequantized_model(source, quantized), tmp_path / "adapter", quantized, **settings)
@@ -79,7 +79,7 @@ def check(source: Path, tmp_path: Path, **settings: Any) -> tuple[Path, Report]:
 )
 def test_the_merged_model_is_base_and_adapter(settings: dict[str, Any], tmp_path: Path) -> None:
     arch = "Qwen2" if settings.get("bias") else "Llama"
-    check(tiny_models.make_model(tmp_path / "source", arch=arch), tmp_path, **settings)
+    merge_and_check(tiny_models.make_model(tmp_path / "source", arch=arch), tmp_path, **settings)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -112,13 +112,13 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     sparse = {"target_modules": ["q_proj", "o_proj"], "target_parameters": experts}
     converted = {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}
     targets = sparse if name in ("Mixtral", "GptOss", "Llama4") else converted if name == "DeepseekV3" else {}
-    out, _ = check(make_architecture(tmp_path / "source", name), tmp_path, **targets)
+    out, _ = merge_and_check(make_architecture(tmp_path / "source", name), tmp_path, **targets)
     saved = {name for path in (tmp_path / "source").glob("*.safetensors") for name in load_file(path)}
     assert {name for path in out.glob("*.safetensors") for name in load_file(path)} == saved
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def trained_adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A 16-bit folder, the same in 4 bit, and an adapter of that."""
     folder = tmp_path_factory.mktemp("merge")
     source = tiny_models.make_model(folder / "source")
@@ -130,7 +130,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path
     )
 
 
-def merge(material: tuple[Path, Path, Path], out: Path, *, base: int, **options: Any) -> Report:
+def merge(material: tuple[Path, Path, Path], out: Path, *, base: int, **options: Any) -> MergeReport:
     return merge_folder(material[base], material[2], out, MergeOptions(**options), QUIET)
 
 
@@ -200,7 +200,7 @@ def test_files_are_no_larger_than_asked_for(material: tuple[Path, Path, Path], t
     load(tmp_path / "merged")
 
 
-def spoilt(folder: Path, out: Path, change: Any) -> Path:
+def copy_with_damage(folder: Path, out: Path, change: Any) -> Path:
     out.mkdir()
     (out / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -231,7 +231,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
 def test_an_adapter_that_is_not_as_it_should_be(
     change: Any, message: str, material: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    adapter = spoilt(material[2], tmp_path / "adapter", change)
+    adapter = copy_with_damage(material[2], tmp_path / "adapter", change)
     with pytest.raises(UserError, match=message) as error:
         merge_folder(material[1], adapter, tmp_path / "out", MergeOptions(), QUIET)
     assert "\n" not in str(error.value)

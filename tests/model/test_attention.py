@@ -11,8 +11,14 @@ import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_dist.errors import UserError
-from qlora_dist.model.attention import FLEX, PACKED, attend, attend_by_blocks, choose_attention
-from qlora_dist.sequence_starts import boundaries, sequences
+from qlora_dist.model.attention import (
+    PACKED_ATTENTION,
+    PACKED_FLEX_ATTENTION,
+    packed_attention_forward,
+    packed_flex_attention_forward,
+    set_packed_attention,
+)
+from qlora_dist.sequence_starts import sequence_slices, sequence_starts
 from tests.helpers import tiny_models
 
 ROWS = [[5, 20, 1, 14], [40]]
@@ -58,14 +64,17 @@ def dense(
 
 
 def compare(tensors: list[torch.Tensor], rows: list[list[int]] = ROWS, tolerance: float = 1e-6, **kwargs: Any) -> None:
-    bounds = boundaries(positions(rows))
+    bounds = sequence_starts(positions(rows))
     names = {"window": "sliding_window", "softcap": "softcap", "sinks": "s_aux", "scale": "scaling"}
     given = {names[name]: value for name, value in kwargs.items()}
     theirs = dense(*tensors, rows=rows, **kwargs)
     trained = [*tensors, *([kwargs["sinks"]] if "sinks" in kwargs else [])]
     grad = torch.randn_like(theirs)
     wanted = torch.autograd.grad(theirs, trained, grad)
-    for attention, least in ((attend, tolerance), (attend_by_blocks, max(tolerance, 1e-5))):  # the latter in fp32
+    for attention, least in (
+        (packed_attention_forward, tolerance),
+        (packed_flex_attention_forward, max(tolerance, 1e-5)),
+    ):  # the latter in fp32
         ours, _ = attention(SimpleNamespace(), *tensors, bounds, **given)  # type: ignore[arg-type]
         torch.testing.assert_close(ours, theirs, rtol=least, atol=least)
         for a, b in zip(torch.autograd.grad(ours, trained, grad), wanted, strict=True):
@@ -93,8 +102,8 @@ def test_soft_cap_and_sinks() -> None:
 def test_short_sequences_are_differentiated_more_exactly_than_long_ones_not_less() -> None:
     tensors = inputs(dtype=torch.bfloat16, rows=[[384, 64, 192]])
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    bounds = boundaries(positions([[384, 64, 192]]))
-    ours, _ = attend(SimpleNamespace(), *tensors, bounds)  # type: ignore[arg-type]
+    bounds = sequence_starts(positions([[384, 64, 192]]))
+    ours, _ = packed_attention_forward(SimpleNamespace(), *tensors, bounds)  # type: ignore[arg-type]
     theirs = dense(*exact, rows=[[384, 64, 192]])
     torch.testing.assert_close(ours.double(), theirs, rtol=2e-2, atol=1e-2)
     grad = torch.randn_like(theirs)
@@ -106,34 +115,34 @@ def test_short_sequences_are_differentiated_more_exactly_than_long_ones_not_less
 
 def test_dropout_is_drawn() -> None:
     query, key, value = inputs(dtype=torch.float32)
-    bounds = boundaries(positions(ROWS))
-    plain, _ = attend(SimpleNamespace(), query, key, value, bounds)  # type: ignore[arg-type]
+    bounds = sequence_starts(positions(ROWS))
+    plain, _ = packed_attention_forward(SimpleNamespace(), query, key, value, bounds)  # type: ignore[arg-type]
     total = torch.zeros_like(plain)
     for _ in range(300):
-        total += attend(SimpleNamespace(), query, key, value, bounds, dropout=0.2)[0]  # type: ignore[arg-type]
+        total += packed_attention_forward(SimpleNamespace(), query, key, value, bounds, dropout=0.2)[0]  # type: ignore[arg-type]
     assert (total / 300 - plain).abs().mean() < 0.05
     assert (total / 300 - plain).abs().max() > 1e-4
 
 
 def test_boundaries() -> None:
-    bounds = boundaries(positions(ROWS))
+    bounds = sequence_starts(positions(ROWS))
     assert bounds[0, 0, :, :6].tolist() == [[0, 5, 25, 26, 40, 40], [0, 40, 40, 40, 40, 40]]
     assert bounds.shape == (1, 1, 2, 64)
-    assert [(rows.start, first, end) for rows, first, end in sequences(bounds, 40)] == [
+    assert [(rows.start, first, end) for rows, first, end in sequence_slices(bounds, 40)] == [
         (0, 0, 5),
         (0, 5, 25),
         (0, 25, 26),
         (0, 26, 40),
         (1, 0, 40),
     ]
-    assert sequences(boundaries(positions([[40], [40]])), 40) == [(slice(0, 2), 0, 40)]
-    assert boundaries(positions([[1] * 100])).shape == (1, 1, 1, 128)
+    assert sequence_slices(sequence_starts(positions([[40], [40]])), 40) == [(slice(0, 2), 0, 40)]
+    assert sequence_starts(positions([[1] * 100])).shape == (1, 1, 1, 128)
 
 
 def test_without_boundaries_it_is_transformers_sdpa() -> None:
     query, key, value = inputs(dtype=torch.float32)
     module = SimpleNamespace(is_causal=True, num_key_value_groups=3)
-    ours, _ = attend(module, query, key, value, None)  # type: ignore[arg-type]
+    ours, _ = packed_attention_forward(module, query, key, value, None)  # type: ignore[arg-type]
     theirs = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(ours, theirs.transpose(1, 2))
 
@@ -144,23 +153,23 @@ def test_it_is_registered_where_the_architecture_allows() -> None:
         config = getattr(transformers, f"{arch}Config")(**small)
         with torch.device("meta"):
             model = getattr(transformers, f"{arch}ForCausalLM")(config)
-        choose_attention(model)
-        assert (model.config._attn_implementation == PACKED) == packed
+        set_packed_attention(model)
+        assert (model.config._attn_implementation == PACKED_ATTENTION) == packed
         if packed:
-            choose_attention(model, "flex")
-            assert model.config._attn_implementation == FLEX
+            set_packed_attention(model, "flex")
+            assert model.config._attn_implementation == PACKED_FLEX_ATTENTION
         else:
             with pytest.raises(UserError, match=r"model\.attention: flex: a model of type falcon .*; use sdpa"):
-                choose_attention(model, "flex")
+                set_packed_attention(model, "flex")
 
 
 def test_flex_leaves_out_no_dropout_without_a_word() -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, attention_dropout=0.1))
-    choose_attention(model)
+    set_packed_attention(model)
     with pytest.raises(UserError, match=r"no dropout of attention .*; use sdpa, or set attention_dropout"):
-        choose_attention(model, "flex")
+        set_packed_attention(model, "flex")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
@@ -181,7 +190,7 @@ def test_logits_with_a_cache_or_padding_are_transformers(arch: str, attention: s
         return [logits, words]
 
     theirs = outputs()
-    choose_attention(model, attention)
-    assert model.config._attn_implementation == {"sdpa": PACKED, "flex": FLEX}[attention]
+    set_packed_attention(model, attention)
+    assert model.config._attn_implementation == {"sdpa": PACKED_ATTENTION, "flex": PACKED_FLEX_ATTENTION}[attention]
     for ours, other in zip(outputs(), theirs, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)

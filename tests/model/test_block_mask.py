@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations import flex_attention as transformers_flex
 
 from qlora_dist.model import attention
-from qlora_dist.model.attention import attend_by_blocks
-from qlora_dist.model.block_mask import block_mask, dense_mask
-from qlora_dist.sequence_starts import boundaries
+from qlora_dist.model.attention import packed_flex_attention_forward
+from qlora_dist.model.block_mask import create_packed_block_mask, create_packed_mask
+from qlora_dist.sequence_starts import sequence_starts
 
 ROWS = [[130, 200, 3, 167], [500]]  # four blocks, the last one not full
 
@@ -50,12 +50,12 @@ def test_blocks_are_those_that_torch_finds_by_looking_at_all_pairs(rows: list[li
         return (sequence[row, query] == sequence[row, key]) & (key <= query) & near
 
     theirs = torch_flex.create_block_mask(sees, len(rows), None, length, length, "cpu")
-    bounds = boundaries(positions(rows))
-    ours = block_mask(bounds, length, window, torch.device("cpu"))
+    bounds = sequence_starts(positions(rows))
+    ours = create_packed_block_mask(bounds, length, window, torch.device("cpu"))
     for a, b in zip(ours.as_tuple()[:-1], theirs.as_tuple()[:-1], strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
     pairs = torch_flex.create_mask(sees, len(rows), None, length, length, "cpu")
-    assert torch.equal(dense_mask(bounds, length, window), pairs)
+    assert torch.equal(create_packed_mask(bounds, length, window), pairs)
 
 
 def tensors(heads: int = 4) -> list[torch.Tensor]:
@@ -66,7 +66,7 @@ def tensors(heads: int = 4) -> list[torch.Tensor]:
 
 def attend(tensors: list[torch.Tensor], rows: list[list[int]] = ROWS, **kwargs: Any) -> torch.Tensor:
     module = SimpleNamespace(training=True)
-    return attend_by_blocks(module, *tensors, boundaries(positions(rows)), **kwargs)[0]  # type: ignore[arg-type]
+    return packed_flex_attention_forward(module, *tensors, sequence_starts(positions(rows)), **kwargs)[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_the_call_for_gpus_gives_the_same_values_and_gradients(
     """By torch's flex_attention and its own backward: traced as for a GPU, without kernels, not refused on a CPU."""
     ours, theirs = tensors(heads), tensors(heads)
     dense = attend(theirs, **kwargs)
-    monkeypatch.setattr(attention, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(attention, "_has_flex_kernels", lambda device: True)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
     called = []
     traced = torch.compile(torch_flex.flex_attention, backend="aot_eager")
@@ -108,13 +108,13 @@ def test_a_compiled_kernel_needs_no_more_than_the_listed_blocks(monkeypatch: pyt
     """That of inductor for CPUs, which has no backward. As on GPUs it reads the lists, and computes what is in them."""
     inputs, others = [t.detach() for t in tensors()], [[1, 499], [250, 100, 150]]
     wanted = [attend(inputs, rows, sliding_window=150) for rows in (ROWS, others)]
-    monkeypatch.setattr(attention, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(attention, "_has_flex_kernels", lambda device: True)
     torch.testing.assert_close(attend(inputs, sliding_window=150), wanted[0], rtol=1e-5, atol=1e-5)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch.testing.assert_close(attend(inputs, others, sliding_window=150), wanted[1], rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0  # other sequences compile nothing anew
     # that the lists are read: without the blocks beside the diagonal a window of 150 is cut
-    monkeypatch.setattr(attention, "block_mask", lambda *args: _diagonal(block_mask(*args)))
+    monkeypatch.setattr(attention, "create_packed_block_mask", lambda *args: _diagonal(create_packed_block_mask(*args)))
     assert (attend(inputs, sliding_window=150) - wanted[0]).abs().max() > 0.1
 
 

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from qlora_dist.errors import UserError
 from qlora_dist.model import loss as loss_module
-from qlora_dist.model.logit_scale import LogitScale, measure_head
-from qlora_dist.model.loss import IGNORE, summed_loss
+from qlora_dist.model.logit_scale import LogitScale, measure_logit_scale
+from qlora_dist.model.loss import IGNORE_INDEX, linear_cross_entropy_sum
 from tests.helpers.architectures import ARCHITECTURES, SETTINGS_OF_ALL
 
 SCALES = [LogitScale(), LogitScale(0.25), LogitScale(1.0, 3.0), LogitScale(2.0, 5.0)]
@@ -25,20 +25,22 @@ def test_loss_and_gradients_are_autograds(scale: LogitScale, with_bias: bool, mo
     torch.manual_seed(0)
     hidden, weight = torch.randn(23, 16), torch.randn(37, 16)
     bias = torch.randn(37) if with_bias else None
-    labels = torch.randint(0, 37, (23,)).masked_fill_(torch.rand(23) < 0.3, IGNORE)
+    labels = torch.randint(0, 37, (23,)).masked_fill_(torch.rand(23) < 0.3, IGNORE_INDEX)
     inputs = [t.requires_grad_(True) for t in (hidden, weight, bias) if t is not None]
 
     logits = scale.factor * nn.functional.linear(hidden, weight, bias)
     logits = logits if scale.cap is None else scale.cap * torch.tanh(logits / scale.cap)
-    expected = cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
-    loss = summed_loss(hidden, weight, bias, labels, scale)
+    expected = cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    loss = linear_cross_entropy_sum(hidden, weight, bias, labels, scale)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     for ours, theirs in zip(
         torch.autograd.grad(loss * 0.7, inputs), torch.autograd.grad(expected * 0.7, inputs), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(summed_loss(hidden, weight, bias, labels, scale), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            linear_cross_entropy_sum(hidden, weight, bias, labels, scale), expected, rtol=1e-6, atol=0
+        )
 
 
 def on_meta(name: str, **settings: object) -> transformers.PreTrainedModel:
@@ -60,7 +62,7 @@ def on_meta(name: str, **settings: object) -> transformers.PreTrainedModel:
 def test_what_a_model_does_to_its_logits_is_measured(name: str, settings: dict[str, float], scale: LogitScale) -> None:
     model = on_meta(name, **settings)
     head_before, forward_before = model.get_output_embeddings(), type(model.base_model).forward
-    measured = measure_head(model)
+    measured = measure_logit_scale(model)
     assert measured.cap == scale.cap
     assert measured.factor == pytest.approx(scale.factor, rel=1e-6)
     assert model.get_output_embeddings() is head_before  # left as it was
@@ -78,4 +80,4 @@ def test_a_model_that_does_something_else_is_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(type(model), "forward", squared)
     with pytest.raises(UserError, match="what it does to its logits is not known here"):
-        measure_head(model)
+        measure_logit_scale(model)

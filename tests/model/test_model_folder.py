@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from qlora_dist.errors import UserError
-from qlora_dist.io.safetensors_file import Reader
-from qlora_dist.model.model_folder import ModelFolder, read_json
-from qlora_dist.nf4.quantize import dequantize
+from qlora_dist.io.safetensors_file import SafetensorsReader
+from qlora_dist.model.model_folder import ModelFolder, read_model_json
+from qlora_dist.nf4.quantize import dequantize_weight
 from tests.helpers import tiny_models
 
 
@@ -48,7 +48,7 @@ def test_several_files_are_one_model(sharded, tiny_llama):
     folder, whole = ModelFolder(sharded), ModelFolder(tiny_llama)
     assert len({entry.path for entry in folder.entries.values()}) > 2
     assert folder.entries.keys() == whole.entries.keys()
-    with Reader() as reader:
+    with SafetensorsReader() as reader:
         for name, entry in folder.entries.items():
             assert torch.equal(reader.read(entry), reader.read(whole.entries[name]))
 
@@ -74,15 +74,15 @@ def test_a_folder_published_by_others(tiny_llama, tmp_path, storage, double_quan
     assert folder.entries.keys() == {
         name for name, p in model.named_parameters() if not isinstance(p, bnb.nn.Params4bit)
     }
-    with Reader() as reader:
+    with SafetensorsReader() as reader:
         for name, layer in layers.items():
             entry = folder.quantized[f"{name}.weight"]
             packed = torch.empty(entry.layout.total_bytes, dtype=torch.uint8)
             entry.read_range(reader, packed, 0)
-            assert torch.equal(dequantize(packed, entry.layout, torch.bfloat16), their_weight(layer))
+            assert torch.equal(dequantize_weight(packed, entry.layout, torch.bfloat16), bitsandbytes_weight(layer))
 
 
-def their_weight(layer: bnb.nn.Linear4bit) -> torch.Tensor:
+def bitsandbytes_weight(layer: bnb.nn.Linear4bit) -> torch.Tensor:
     """The weight as bitsandbytes dequantizes it, asked for as a vector: with its shape the kernel may err."""
     state = layer.weight.quant_state
     shape, state.shape = state.shape, torch.Size([state.shape.numel()])
@@ -163,7 +163,7 @@ def test_a_damaged_folder_is_refused_in_a_sentence(copy, damage):
 
 def test_read_json(tmp_path):
     (tmp_path / "x.json").write_text('{"ä": 1}', encoding="utf-8")
-    assert read_json(tmp_path / "x.json") == {"ä": 1}
+    assert read_model_json(tmp_path / "x.json") == {"ä": 1}
 
 
 def test_a_tied_head_is_no_tensor_of_its_own(tmp_path):

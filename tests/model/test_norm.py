@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from qlora_dist.model import norm
-from qlora_dist.model.norm import fuse_norms
+from qlora_dist.model.norm import fuse_rms_norms
 
 
 class Model(nn.Module):
@@ -27,7 +27,7 @@ def pair(kind: type[nn.Module], dtype: torch.dtype) -> tuple[nn.Module, nn.Modul
     theirs = kind(24, 1e-5)
     theirs.weight = nn.Parameter(torch.randn(24).to(dtype), requires_grad=False)
     ours = Model(copy.deepcopy(theirs))
-    fuse_norms(ours)  # type: ignore[arg-type]
+    fuse_rms_norms(ours)  # type: ignore[arg-type]
     assert type(ours.norm) is not kind and isinstance(ours.norm, kind)
     return theirs, ours.norm
 
@@ -74,7 +74,7 @@ def test_what_only_looks_alike_is_left_alone() -> None:
             return super().forward(hidden_states) / 2
 
     model = Model(HalfRMSNorm(8))
-    fuse_norms(model)  # type: ignore[arg-type]
+    fuse_rms_norms(model)  # type: ignore[arg-type]
     assert type(model.norm) is HalfRMSNorm
 
 
@@ -85,7 +85,7 @@ def test_norms_of_published_classes_are_known(architecture: str) -> None:
     config = transformers.AutoConfig.for_model(architecture, **sizes, **small)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    fuse_norms(model)
+    fuse_rms_norms(model)
     norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
     assert norms and all(type(module).__name__.startswith("Fused") for module in norms)
 
@@ -103,7 +103,7 @@ class FailingRMSNorm(LlamaRMSNorm):
 @pytest.mark.parametrize("kind", [GatedRMSNorm, FailingRMSNorm, Qwen3NextRMSNormGated, BambaRMSNormGated])
 def test_a_norm_that_takes_more_or_cannot_be_tried_keeps_its_class(kind: type[nn.Module]) -> None:
     model = Model(kind(8, 8) if kind is BambaRMSNormGated else kind(8))
-    fuse_norms(model)  # type: ignore[arg-type]
+    fuse_rms_norms(model)  # type: ignore[arg-type]
     assert type(model.norm) is kind
 
 
@@ -117,6 +117,6 @@ def test_each_module_of_a_class_counts_by_its_own_settings() -> None:
     plain, doubled, bare = ScaledRMSNorm(8), ScaledRMSNorm(8), ScaledRMSNorm(8)
     doubled.factor = 2.0
     bare.weight = None
-    fuse_norms(nn.ModuleList([plain, doubled, bare]))  # type: ignore[arg-type]
+    fuse_rms_norms(nn.ModuleList([plain, doubled, bare]))  # type: ignore[arg-type]
     assert type(plain) is not ScaledRMSNorm
     assert type(doubled) is type(bare) is ScaledRMSNorm

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import adapter_parameters, attach_adapter, peft_config
+from qlora_dist.adapters.attach import attach_adapter, make_peft_config, named_trainable_parameters
 from qlora_dist.config.schema import LoraConfig, ModelConfig
-from qlora_dist.model.attention import FLEX, PACKED
-from qlora_dist.model.load_weights import fill
-from qlora_dist.model.meta_model import build_skeleton
+from qlora_dist.model.attention import PACKED_ATTENTION, PACKED_FLEX_ATTENTION
+from qlora_dist.model.load_weights import load_weights
+from qlora_dist.model.meta_model import build_meta_model
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from tests.helpers.architectures import make_architecture
 
@@ -38,9 +38,9 @@ CASES = [
     *((name, "masks") for name in ("Llama", "Mistral", "Qwen2", "StableLm")),
     *(("GptOss", attention) for attention in ("sdpa", "flex")),  # transformers' masks mix its sequences
 ]
-IMPLEMENTATION = {"eager": "eager", "masks": "sdpa", "sdpa": PACKED, "flex": FLEX}
+IMPLEMENTATION = {"eager": "eager", "masks": "sdpa", "sdpa": PACKED_ATTENTION, "flex": PACKED_FLEX_ATTENTION}
 """masks: transformers' own SDPA, which `sdpa` leaves to models whose attention takes no boundaries."""
-WINDOWED = [case for case in CASES if "sliding_window" in MODELS[case[0]]]
+SLIDING_WINDOW_CASES = [case for case in CASES if "sliding_window" in MODELS[case[0]]]
 Build = Callable[..., PreTrainedModel]
 Sequences = list[list[torch.Tensor]]
 
@@ -60,12 +60,12 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         settings = {key: window if key == "sliding_window" else value for key, value in MODELS[name].items()}
         path = make_architecture(tmp_path_factory.mktemp("model"), name, num_hidden_layers=2, **settings)
         folder = ModelFolder(path)
-        model = build_skeleton(folder, ModelConfig(base=str(folder.path), compute_dtype="fp32"))
-        attach_adapter(model, peft_config(model, LoraConfig(r=4, alpha=8, dropout=0.0), str(folder.path)))
-        with process_group(ranks_from_environment({}), torch.device("cpu")):
-            fill(model, folder, torch.device("cpu"), seed=0)
+        model = build_meta_model(folder, ModelConfig(base=str(folder.path), compute_dtype="fp32"))
+        attach_adapter(model, make_peft_config(model, LoraConfig(r=4, alpha=8, dropout=0.0), str(folder.path)))
+        with process_group(read_rank_info({}), torch.device("cpu")):
+            load_weights(model, folder, torch.device("cpu"), seed=0)
         torch.manual_seed(1)
-        for parameter_name, parameter in adapter_parameters(model):
+        for parameter_name, parameter in named_trainable_parameters(model):
             if "lora_B" in parameter_name:  # zero at first, and A would have no gradient
                 parameter.data.normal_(std=0.05)
         return model
@@ -106,7 +106,7 @@ def loss_and_gradients(model: PreTrainedModel, batches: list[dict[str, torch.Ten
         loss = model(**inputs)
         loss.backward()
         total += loss.double().item()
-    return total, [p.grad.clone() for _, p in adapter_parameters(model)]
+    return total, [p.grad.clone() for _, p in named_trainable_parameters(model)]
 
 
 @each_of(CASES)
@@ -144,7 +144,7 @@ def test_a_sequence_sees_nothing_of_its_neighbours(name: str, attention: str, bu
     assert change(labels=labels, position_ids=in_one) > 1e-4  # they would see it
 
 
-@each_of(WINDOWED)
+@each_of(SLIDING_WINDOW_CASES)
 def test_a_window_shorter_than_a_sequence_counts(name: str, attention: str, build: Build) -> None:
     long = batch(sequences())
     short = batch([[sequence[:WINDOW] for sequence in row] for row in sequences()])
@@ -168,5 +168,5 @@ def test_a_window_shorter_than_a_sequence_counts(name: str, attention: str, buil
 )
 def test_the_configuration_chooses(name: str, attention: Any, chosen: str, tmp_path: Path) -> None:
     folder = make_architecture(tmp_path, name)
-    model = build_skeleton(ModelFolder(folder), ModelConfig(base=str(folder), attention=attention))
+    model = build_meta_model(ModelFolder(folder), ModelConfig(base=str(folder), attention=attention))
     assert model.config._attn_implementation == IMPLEMENTATION[chosen]

@@ -8,10 +8,10 @@ import transformers
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.model.attention import choose_attention, with_boundaries
-from qlora_dist.model.packable import MASKED
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import set_up
+from qlora_dist.model.attention import add_sequence_starts, set_packed_attention
+from qlora_dist.model.packable import PACKABLE_MODEL_TYPES
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import architectures, tiny_models
 
 FAST = ("llama", "gemma2", "phi3", "gpt2", "qwen3_moe")
@@ -35,7 +35,8 @@ def random_model(model_type: str) -> transformers.PreTrainedModel:
 
 @pytest.mark.parametrize("attention", ["masks", "sdpa", "flex"])
 @pytest.mark.parametrize(
-    "model_type", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in sorted(MASKED)]
+    "model_type",
+    [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in sorted(PACKABLE_MODEL_TYPES)],
 )
 def test_a_packed_row_gives_the_logits_of_its_sequences(model_type: str, attention: str) -> None:
     model = random_model(model_type)
@@ -45,10 +46,10 @@ def test_a_packed_row_gives_the_logits_of_its_sequences(model_type: str, attenti
         apart = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], dim=1)
         if attention == "flex" and model_type in ("llama4_text", "stablelm"):
             with pytest.raises(UserError, match=r"model\.attention: flex"):
-                choose_attention(model, attention)
+                set_packed_attention(model, attention)
         elif attention != "masks":
-            choose_attention(model, attention)
-            inputs = with_boundaries(model, inputs)
+            set_packed_attention(model, attention)
+            inputs = add_sequence_starts(model, inputs)
         packed = model(input_ids=torch.cat(rows, dim=1), use_cache=False, **inputs).logits
         mixed = model(input_ids=torch.cat(rows, dim=1), use_cache=False).logits
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4 * apart.abs().max().item())
@@ -59,5 +60,5 @@ def test_a_model_that_mixes_its_sequences_is_not_packed(tmp_path):
     base = architectures.make_architecture(tmp_path / "model", "Falcon")
     path = tiny_models.make_config(tmp_path, base)
     with pytest.raises(UserError, match=r"data\.packing: a model of type falcon .*; set data\.packing: none"):
-        set_up(load_config(path), ranks_from_environment({}))
-    set_up(load_config(path, ["data.packing=none"]), ranks_from_environment({}))
+        set_up_run(load_config(path), read_rank_info({}))
+    set_up_run(load_config(path, ["data.packing=none"]), read_rank_info({}))

@@ -1,4 +1,4 @@
-"""If this fails, what `quantize` writes is not the model, or nobody else can load it, or a day's work starts anew."""
+"""If this fails, what `quantize_weight` writes is not the model, or nobody else can load it, or a day's work starts anew."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from qlora_dist.adapters.attach import has_tied_head
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io import read_ahead
-from qlora_dist.io.safetensors_file import Reader, Writer, read_header
+from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, read_safetensors_header
 from qlora_dist.model import quantizable, quantize_plan
-from qlora_dist.model.meta_model import build_skeleton, causal_lm_on_meta
+from qlora_dist.model.meta_model import build_meta_model, causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.quantize_folder import print_report, quantize_folder
-from qlora_dist.model.quantize_plan import QuantizeOptions, make_options, parse_size
-from qlora_dist.nf4.quantize import dequantize, quantize
+from qlora_dist.model.quantize_folder import print_quantize_report, quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions, parse_quantize_options, parse_size
+from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 from tests.helpers import tiny_models
 from tests.helpers.architectures import make_architecture
 from tests.helpers.ranks import run_ranks
 
-EACH_ITS_FILE = QuantizeOptions(file_bytes=1)
+ONE_FILE_PER_TENSOR = QuantizeOptions(file_bytes=1)
 
 # in_features a multiple of the block size everywhere: elsewhere bitsandbytes' own forward errs on AVX512
 ARCHITECTURES = [
@@ -55,14 +55,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def our_weights(folder: Path) -> dict[str, torch.Tensor]:
+def dequantized_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The dequantized weights of a 4-bit folder, as training would read them."""
     weights = {}
-    with Reader() as reader:
+    with SafetensorsReader() as reader:
         for name, entry in ModelFolder(folder).quantized.items():
             packed = torch.empty(entry.layout.total_bytes, dtype=torch.uint8)
             entry.read_range(reader, packed, 0)
-            weights[name] = dequantize(packed, entry.layout, torch.bfloat16)
+            weights[name] = dequantize_weight(packed, entry.layout, torch.bfloat16)
     return weights
 
 
@@ -75,7 +75,7 @@ def test_plain_transformers_loads_it_as_the_same_model(tmp_path, arch, config):
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     layers = {name: m for name, m in theirs.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    weights = our_weights(out)
+    weights = dequantized_weights(out)
     assert {f"{name}.weight" for name in layers} == weights.keys()
     assert len(layers) == 3 * 7
 
@@ -84,8 +84,8 @@ def test_plain_transformers_loads_it_as_the_same_model(tmp_path, arch, config):
     assert report.counts.quantized == sum(weight.numel() for weight in weights.values())
     expected = copy.deepcopy(original)
     for name, layer in layers.items():
-        packed, layout = quantize(original.get_parameter(f"{name}.weight").detach())
-        weight = dequantize(packed, layout, torch.bfloat16)
+        packed, layout = quantize_weight(original.get_parameter(f"{name}.weight").detach())
+        weight = dequantize_weight(packed, layout, torch.bfloat16)
         assert torch.equal(weights[f"{name}.weight"], weight)
         assert torch.equal(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), weight)
         expected.get_submodule(name).weight = nn.Parameter(weight)
@@ -99,12 +99,12 @@ def test_plain_transformers_loads_it_as_the_same_model(tmp_path, arch, config):
 
 def test_a_weight_that_ends_within_a_block(tiny_llama, tiny_llama_nf4):
     # down_proj has 176 columns: here bitsandbytes' kernel would read the wrong absmax
-    weights = our_weights(tiny_llama_nf4)
-    with Reader() as reader:
+    weights = dequantized_weights(tiny_llama_nf4)
+    with SafetensorsReader() as reader:
         for name, entry in ModelFolder(tiny_llama).entries.items():
             if name in weights:
-                packed, layout = quantize(reader.read(entry))
-                assert torch.equal(weights[name], dequantize(packed, layout, torch.bfloat16))
+                packed, layout = quantize_weight(reader.read(entry))
+                assert torch.equal(weights[name], dequantize_weight(packed, layout, torch.bfloat16))
     assert weights["model.layers.0.mlp.down_proj.weight"].shape == (64, 176)
 
 
@@ -132,13 +132,13 @@ def test_embeddings_too_and_once_if_tied(tmp_path, tied):
     source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=tied)
     without = quantize_folder(source, tmp_path / "without", QuantizeOptions()).counts
     counts = quantize_folder(source, tmp_path / "out", QuantizeOptions(embeddings=True)).counts
-    ours, original = our_weights(tmp_path / "out"), ModelFolder(source).entries
+    ours, original = dequantized_weights(tmp_path / "out"), ModelFolder(source).entries
     quantizable = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
-    assert ours.keys() - our_weights(tmp_path / "without").keys() == quantizable
-    with Reader() as reader:
+    assert ours.keys() - dequantized_weights(tmp_path / "without").keys() == quantizable
+    with SafetensorsReader() as reader:
         for name in quantizable:
-            packed, layout = quantize(reader.read(original[name]))
-            assert torch.equal(ours[name], dequantize(packed, layout, torch.bfloat16))
+            packed, layout = quantize_weight(reader.read(original[name]))
+            assert torch.equal(ours[name], dequantize_weight(packed, layout, torch.bfloat16))
 
     of_embeddings = len(quantizable) * 320 * 64
     assert counts.parameters == without.parameters
@@ -177,7 +177,7 @@ def test_an_embedding_that_cannot_be_in_4_bit_is_refused_before_anything_is_writ
 
 def test_experts_that_would_stay_in_16_bit_are_no_success(tmp_path, monkeypatch):
     source = make_architecture(tmp_path / "source", "Mixtral")
-    monkeypatch.setattr(quantizable, "is_experts", lambda module: False)  # an architecture of tomorrow
+    monkeypatch.setattr(quantizable, "is_moe_experts", lambda module: False)  # an architecture of tomorrow
     message = r"only \d+\.\d % of the parameters .* others: model\.layers\.\*\.block_sparse_moe\.experts\.\*\.w\d"
     with pytest.raises(UserError, match=message):
         quantize_folder(source, tmp_path / "out", QuantizeOptions())
@@ -211,7 +211,7 @@ def test_files_of_source_and_of_result_are_cut_independently(tiny_llama, tmp_pat
         largest = 40_960 + 1000  # the embedding has its own file
         assert all(path.stat().st_size < largest for path in files) or name == "one"
         assert len(files) == 1 if name == "one" else len(files) > 3
-        results[name] = our_weights(out)
+        results[name] = dequantized_weights(out)
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"].values()) == {path.name for path in files}
         transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -222,7 +222,7 @@ def test_files_of_source_and_of_result_are_cut_independently(tiny_llama, tmp_pat
 
 def test_pieces_of_tensors_make_the_same_files(tiny_llama, tmp_path, monkeypatch):
     quantize_folder(tiny_llama, tmp_path / "whole", QuantizeOptions())
-    monkeypatch.setattr(read_ahead, "PIECE_BYTES", 2**13)  # 4096 weights, the largest block
+    monkeypatch.setattr(read_ahead, "READ_CHUNK_BYTES", 2**13)  # 4096 weights, the largest block
     report = quantize_folder(tiny_llama, tmp_path / "pieces", QuantizeOptions())
     assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
     assert report.read_bytes == 2 * report.counts.parameters
@@ -259,7 +259,7 @@ def quantize_until_killed(source: Path, out: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-    quantize_folder(source, out, EACH_ITS_FILE)
+    quantize_folder(source, out, ONE_FILE_PER_TENSOR)
 
 
 @pytest.fixture
@@ -277,29 +277,31 @@ def killed(tiny_llama: Path, tmp_path: Path) -> Path:
 def test_a_killed_run_goes_on_where_it_was(tiny_llama, tmp_path, killed):
     done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out.partial/*.safetensors")}
     assert 6 <= len(done) < len(ModelFolder(tiny_llama).entries)
-    quantize_folder(tiny_llama, killed, EACH_ITS_FILE)
+    quantize_folder(tiny_llama, killed, ONE_FILE_PER_TENSOR)
     assert {name: (killed / name).stat().st_mtime_ns for name in done} == done, "finished files were written again"
     assert not (tmp_path / "out.partial").exists()
 
-    quantize_folder(tiny_llama, tmp_path / "uninterrupted", EACH_ITS_FILE)
+    quantize_folder(tiny_llama, tmp_path / "uninterrupted", ONE_FILE_PER_TENSOR)
     assert contents(killed) == contents(tmp_path / "uninterrupted")
 
 
 def test_progress_starts_where_an_earlier_run_ended_and_reaches_the_end(tiny_llama, killed):
     """What was done before is no work of this run: counted as its speed, the time left would be far too short."""
-    done = {name for file in killed.with_name("out.partial").glob("*.safetensors") for name in read_header(file)}
+    done = {
+        name for file in killed.with_name("out.partial").glob("*.safetensors") for name in read_safetensors_header(file)
+    }
     entries = ModelFolder(tiny_llama).entries
     total = sum(entry.nbytes for entry in entries.values())
     left = sum(entry.nbytes for name, entry in entries.items() if name not in done)
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    report = quantize_folder(tiny_llama, killed, EACH_ITS_FILE, console)
+    report = quantize_folder(tiny_llama, killed, ONE_FILE_PER_TENSOR, console)
     assert report.read_bytes == left < total
     assert f"{total / 1000:.1f}/{total / 1000:.1f} kB" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("change", ["options", "source"])
 def test_what_a_killed_run_left_is_not_used_for_other_work(tiny_llama, tmp_path, killed, change):
-    options = QuantizeOptions(block_size=128, file_bytes=1) if change == "options" else EACH_ITS_FILE
+    options = QuantizeOptions(block_size=128, file_bytes=1) if change == "options" else ONE_FILE_PER_TENSOR
     source = tiny_llama
     if change == "source":
         source = tiny_models.make_model(tmp_path / "other", initializer_range=0.1)
@@ -325,10 +327,10 @@ def test_a_source_with_a_missing_weight_is_refused(tmp_path, tiny_llama):
     folder = ModelFolder(tiny_llama)
     left_out = "model.layers.1.mlp.up_proj.weight"
     names = [name for name in folder.entries if name != left_out]
-    writer = Writer(
+    writer = SafetensorsWriter(
         source / "model.safetensors", [(n, folder.entries[n].dtype, folder.entries[n].shape) for n in names]
     )
-    with Reader() as reader:
+    with SafetensorsReader() as reader:
         for name in names:
             writer.write(name, reader.read(folder.entries[name]))
     writer.close()
@@ -368,9 +370,9 @@ def test_parse_size_refuses(text):
 )
 def test_options_out_of_range_are_refused(options, message):
     valid = {"quant_type": "nf4", "block_size": 64, "double_quant": True, "device": "cpu", "file_size": "5GB"}
-    assert make_options(**valid) == QuantizeOptions()
+    assert parse_quantize_options(**valid) == QuantizeOptions()
     with pytest.raises(UserError, match=message):
-        make_options(**(valid | options))
+        parse_quantize_options(**(valid | options))
 
 
 def peak_bytes(*folders: Path) -> int:
@@ -402,7 +404,9 @@ def test_memory_is_that_of_the_largest_tensor(tiny_llama, tmp_path):
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    writer = Writer(source / "model.safetensors", [(name, torch.bfloat16, shape) for name, shape in shapes.items()])
+    writer = SafetensorsWriter(
+        source / "model.safetensors", [(name, torch.bfloat16, shape) for name, shape in shapes.items()]
+    )
     values = torch.randn(4096 * 8192).bfloat16()
     for name, shape in shapes.items():
         writer.write(name, values[: torch.Size(shape).numel()])
@@ -481,7 +485,7 @@ def test_a_stored_head_that_differs_from_a_tied_embedding_is_the_models(tmp_path
     if quantized:
         base = quantize_folder(source, tmp_path / "out", QuantizeOptions()).out
         assert json.loads((base / "config.json").read_text())["tie_word_embeddings"] is False
-    model = build_skeleton(ModelFolder(base), ModelConfig(base=str(base)))
+    model = build_meta_model(ModelFolder(base), ModelConfig(base=str(base)))
     assert not has_tied_head(model)
     assert model.origins["lm_head.weight"].keys == ("lm_head.weight",)
 
@@ -489,10 +493,10 @@ def test_a_stored_head_that_differs_from_a_tied_embedding_is_the_models(tmp_path
 def test_a_stored_head_that_equals_a_tied_embedding_is_left_out(tmp_path):
     source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=True)
     change_tensors(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    assert has_tied_head(build_skeleton(ModelFolder(source), ModelConfig(base=str(source))))
+    assert has_tied_head(build_meta_model(ModelFolder(source), ModelConfig(base=str(source))))
     out = quantize_folder(source, tmp_path / "out", QuantizeOptions(embeddings=True)).out
     assert "lm_head.weight" not in ModelFolder(out).entries
-    assert has_tied_head(build_skeleton(ModelFolder(out), ModelConfig(base=str(out))))
+    assert has_tied_head(build_meta_model(ModelFolder(out), ModelConfig(base=str(out))))
 
 
 def test_tensors_that_transformers_does_not_load_count_for_nothing(tiny_llama, tmp_path):
@@ -503,7 +507,7 @@ def test_tensors_that_transformers_does_not_load_count_for_nothing(tiny_llama, t
     report = quantize_folder(source, tmp_path / "out", QuantizeOptions(), console)
     assert report.counts == dataclasses.replace(expected, unused=512 * 512)
     assert "model.layers.3.eh_proj.weight" in ModelFolder(report.out).entries
-    print_report(report, console)
+    print_quantize_report(report, console)
     assert f"nor trained: {512 * 512:,} elements" in console.file.getvalue()
     assert "plain transformers does not load" not in console.file.getvalue()
 
@@ -513,5 +517,5 @@ def test_a_folder_that_plain_transformers_does_not_load_says_so(tmp_path):
     for name in ("Mixtral", "Falcon"):
         source = make_architecture(tmp_path / name, name)
         report = quantize_folder(source, tmp_path / f"{name}-nf4", QuantizeOptions())
-        print_report(report, console)
+        print_quantize_report(report, console)
     assert console.file.getvalue().count("plain transformers does not load this folder") == 2

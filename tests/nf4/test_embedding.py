@@ -13,21 +13,21 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbed
 
 from qlora_dist.errors import UserError
 from qlora_dist.model.logit_scale import LogitScale
-from qlora_dist.model.loss import IGNORE, give_loss, share, summed_loss
+from qlora_dist.model.loss import IGNORE_INDEX, linear_cross_entropy_sum, tie_head_to_embedding, use_loss_head
 from qlora_dist.nf4 import embedding as nf4_embedding
-from qlora_dist.nf4.embedding import NF4Embedding, NF4Head, use_nf4_vocabulary
-from qlora_dist.nf4.quantize import dequantize, quantize
+from qlora_dist.nf4.embedding import NF4Embedding, NF4Head, use_nf4_vocab
+from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 
 SCALE = LogitScale(0.5, 3.0)
 
 
-def in_4_bit(module: nn.Module, dtype: torch.dtype = torch.float32, **options: object) -> torch.Tensor:
+def quantize_vocab_module(module: nn.Module, dtype: torch.dtype = torch.float32, **options: object) -> torch.Tensor:
     """Put a module's weight into 4 bit, and return what it is now."""
-    packed, layout = quantize(module.weight.detach(), **options)
-    use_nf4_vocabulary(module, layout, dtype)
+    packed, layout = quantize_weight(module.weight.detach(), **options)
+    use_nf4_vocab(module, layout, dtype)
     with torch.no_grad():
         module.packed.copy_(packed)
-    return dequantize(packed, layout, dtype)
+    return dequantize_weight(packed, layout, dtype)
 
 
 @settings(deadline=None, max_examples=60)
@@ -54,7 +54,9 @@ def test_rows_are_those_of_the_dequantized_matrix(
     torch.manual_seed(0)
     module = nn.Embedding(vocabulary, h, dtype=dtypes[0])
     module.weight.data *= torch.logspace(-3, 1, vocabulary).unsqueeze(1)
-    weight = in_4_bit(module, dtypes[1], block_size=block_size, double_quant=double_quant, quant_type=quant_type)
+    weight = quantize_vocab_module(
+        module, dtypes[1], block_size=block_size, double_quant=double_quant, quant_type=quant_type
+    )
     ids = torch.randint(0, vocabulary, shape)
     looked_up = module(ids)
     assert looked_up.dtype == dtypes[1]
@@ -63,30 +65,30 @@ def test_rows_are_those_of_the_dequantized_matrix(
 
 def test_only_the_rows_looked_up_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Embedding(50, 128)
-    weight = in_4_bit(module)
+    weight = quantize_vocab_module(module)
 
     def whole(*args: object) -> None:
         raise AssertionError("the whole matrix was dequantized")
 
-    monkeypatch.setattr(nf4_embedding, "dequantize", whole)
+    monkeypatch.setattr(nf4_embedding, "dequantize_weight", whole)
     assert torch.equal(module(torch.tensor([3, 49, 3])), weight[[3, 49, 3]])
 
 
 def test_a_padding_id_is_a_row_as_any_other() -> None:
     module = nn.Embedding(50, 64, padding_idx=2)
     assert not module.weight[2].any()
-    in_4_bit(module)
+    quantize_vocab_module(module)
     assert not module(torch.tensor([1, 2]))[1].any()
     trained = nn.Embedding(50, 64, padding_idx=2)
     trained.weight.data.normal_()
-    weight = in_4_bit(trained)
+    weight = quantize_vocab_module(trained)
     ids = torch.tensor([[2, 2], [0, 2]])
     assert torch.equal(trained(ids), weight[ids])
 
 
 def test_an_id_past_the_vocabulary_is_an_error() -> None:
     module = nn.Embedding(50, 64)
-    in_4_bit(module)
+    quantize_vocab_module(module)
     with pytest.raises(IndexError):
         module(torch.tensor([50]))
 
@@ -94,7 +96,7 @@ def test_an_id_past_the_vocabulary_is_an_error() -> None:
 def test_what_the_class_does_with_the_rows_it_still_does() -> None:
     module = Gemma2TextScaledWordEmbedding(50, 64, 0, embed_scale=8.0)
     plain = copy.deepcopy(module)
-    plain.weight.data = in_4_bit(module)
+    plain.weight.data = quantize_vocab_module(module)
     ids = torch.randint(0, 50, (2, 7))
     assert isinstance(module, NF4Embedding) and isinstance(module, Gemma2TextScaledWordEmbedding)
     assert torch.equal(module(ids), plain(ids))
@@ -108,12 +110,12 @@ class Normalized(nn.Embedding):
 
 def test_a_class_that_computes_with_its_weight_is_refused() -> None:
     with pytest.raises(UserError, match="Normalized: what this class does with its weight is not known"):
-        in_4_bit(Normalized(50, 64))
+        quantize_vocab_module(Normalized(50, 64))
 
 
 def test_nothing_can_be_computed_with_what_stands_for_the_weight() -> None:
     module = nn.Embedding(50, 64)
-    in_4_bit(module, torch.bfloat16)
+    quantize_vocab_module(module, torch.bfloat16)
     assert (module.weight.shape, module.weight.dtype) == ((50, 64), torch.bfloat16)
     assert module.weight.isnan().all()
     assert module.weight.untyped_storage().nbytes() == 2
@@ -127,21 +129,21 @@ def test_nothing_can_be_computed_with_what_stands_for_the_weight() -> None:
 def test_a_head_gives_the_logits_and_the_loss_of_the_dequantized_matrix(tied: bool, bias: bool) -> None:
     torch.manual_seed(0)
     module: nn.Module = nn.Embedding(50, 96) if tied else nn.Linear(96, 50, bias=bias)
-    weight = in_4_bit(module)
+    weight = quantize_vocab_module(module)
     if tied:
-        share(module, SCALE)
+        tie_head_to_embedding(module, SCALE)
         assert isinstance(module, NF4Embedding)
     else:
-        give_loss(module, SCALE)
+        use_loss_head(module, SCALE)
         assert isinstance(module, NF4Head)
     offsets = getattr(module, "bias", None)
     hidden = torch.randn(2, 7, 96)
     labels = torch.randint(0, 50, (2, 7))
-    labels[0, :3] = IGNORE
+    labels[0, :3] = IGNORE_INDEX
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     assert torch.equal(module(ours), nn.functional.linear(hidden, weight, offsets))
     loss = module(ours, labels)
-    expected = summed_loss(theirs.flatten(0, 1), weight, offsets, labels.flatten(), SCALE)
+    expected = linear_cross_entropy_sum(theirs.flatten(0, 1), weight, offsets, labels.flatten(), SCALE)
     loss.backward()
     expected.backward()
     assert torch.equal(loss, expected)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlora_dist.nf4.linear import NF4Linear
-from qlora_dist.nf4.quantize import dequantize, quantize
+from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 
 
 def make_weight(shape: tuple[int, int]) -> torch.Tensor:
@@ -23,7 +23,7 @@ def make_weight(shape: tuple[int, int]) -> torch.Tensor:
 def make_layer(
     shape: tuple[int, int], bias: bool = True, dtype: torch.dtype = torch.float32, **options: object
 ) -> NF4Linear:
-    packed, layout = quantize(make_weight(shape).to(dtype), **options)
+    packed, layout = quantize_weight(make_weight(shape).to(dtype), **options)
     layer = NF4Linear(layout, bias, dtype)
     with torch.no_grad():
         layer.packed.copy_(packed)
@@ -42,7 +42,7 @@ def make_layer(
 )
 def test_forward_and_backward_are_those_of_the_dequantized_weight(shape, batch, bias, dtype, double_quant):
     layer = make_layer(shape, bias, dtype, double_quant=double_quant)
-    weight = dequantize(layer.packed, layer.layout, dtype)
+    weight = dequantize_weight(layer.packed, layer.layout, dtype)
     x = torch.randn(*batch, shape[1]).to(dtype)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     y, expected = layer(ours), nn.functional.linear(theirs, weight, layer.bias)

@@ -16,10 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.errors import UserError
-from qlora_dist.io.safetensors_file import Reader, read_header
+from qlora_dist.io.safetensors_file import SafetensorsReader, read_safetensors_header
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quant_state import QuantizedEntry, find_quantized, is_part_of_quantized, tensor_specs, tensors
-from qlora_dist.nf4.quantize import dequantize, quantize
+from qlora_dist.nf4.quant_state import (
+    QuantizedWeightEntry,
+    find_quantized_weights,
+    is_part_of_quantized,
+    quant_state_specs,
+    quant_state_tensors,
+)
+from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
@@ -40,12 +46,12 @@ def saved_by_bitsandbytes(
 
 
 @contextmanager
-def opened(content: dict[str, torch.Tensor]) -> Iterator[tuple[QuantizedEntry, Reader]]:
+def opened(content: dict[str, torch.Tensor]) -> Iterator[tuple[QuantizedWeightEntry, SafetensorsReader]]:
     """The one 4-bit weight in a file of these tensors."""
-    with tempfile.TemporaryDirectory() as folder, Reader() as reader:
+    with tempfile.TemporaryDirectory() as folder, SafetensorsReader() as reader:
         path = Path(folder) / "model.safetensors"
         safetensors.torch.save_file(content, path)
-        found = find_quantized(read_header(path), reader)
+        found = find_quantized_weights(read_safetensors_header(path), reader)
         assert list(found) == [NAME]
         yield found[NAME], reader
 
@@ -62,7 +68,7 @@ def opened(content: dict[str, torch.Tensor]) -> Iterator[tuple[QuantizedEntry, R
 )
 def test_shards_cut_anywhere_are_the_vector(rows, columns, dtype, storage, quant_type, double_quant, data):
     weight = make_weight((rows, columns), dtype)
-    packed, layout = quantize(weight, quant_type, 64, double_quant)
+    packed, layout = quantize_weight(weight, quant_type, 64, double_quant)
     cuts = data.draw(st.lists(st.integers(0, layout.total_bytes), max_size=6).map(sorted))
     with opened(saved_by_bitsandbytes(weight, storage, quant_type, double_quant)) as (entry, reader):
         assert entry.layout == layout
@@ -85,8 +91,11 @@ def test_shards_cut_anywhere_are_the_vector(rows, columns, dtype, storage, quant
 )
 def test_our_tensors_are_bitsandbytes(shape, dtype, quant_type, double_quant):
     weight = make_weight(shape, dtype)
-    packed, layout = quantize(weight, quant_type, 64, double_quant)
-    ours, theirs = tensors(NAME, packed, layout), saved_by_bitsandbytes(weight, torch.uint8, quant_type, double_quant)
+    packed, layout = quantize_weight(weight, quant_type, 64, double_quant)
+    ours, theirs = (
+        quant_state_tensors(NAME, packed, layout),
+        saved_by_bitsandbytes(weight, torch.uint8, quant_type, double_quant),
+    )
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         if "quant_state" in key:
@@ -96,26 +105,28 @@ def test_our_tensors_are_bitsandbytes(shape, dtype, quant_type, double_quant):
             assert tensor.dtype == theirs[key].dtype
             assert tensor.shape == theirs[key].shape
             assert torch.equal(tensor, theirs[key])
-    assert list(tensor_specs(NAME, layout)) == [(key, value.dtype, tuple(value.shape)) for key, value in ours.items()]
+    assert list(quant_state_specs(NAME, layout)) == [
+        (key, value.dtype, tuple(value.shape)) for key, value in ours.items()
+    ]
 
 
 def test_bitsandbytes_loads_our_tensors():
     weight = make_weight((24, 128))
-    packed, layout = quantize(weight)
-    ours = tensors(NAME, packed, layout)
+    packed, layout = quantize_weight(weight)
+    ours = quant_state_tensors(NAME, packed, layout)
     parameter = bnb.nn.Params4bit.from_prequantized(
         ours.pop(NAME), {key.removeprefix(f"{NAME}."): value for key, value in ours.items()}, device="cpu"
     )
     loaded = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
-    assert torch.equal(loaded, dequantize(packed, layout, torch.bfloat16))
+    assert torch.equal(loaded, dequantize_weight(packed, layout, torch.bfloat16))
 
 
 @pytest.mark.parametrize("offset", [0.1, 1e-40, -1.2345678901234567e-300, 3.4028234663852886e38, 0.0])
 def test_the_length_of_a_file_does_not_depend_on_the_offset(offset):
-    packed, layout = quantize(make_weight((24, 128)))
+    packed, layout = quantize_weight(make_weight((24, 128)))
     packed[layout.offset] = torch.tensor([offset], dtype=torch.float32).view(torch.uint8)
-    written = tensors(NAME, packed, layout)
-    specs = {key: shape for key, _, shape in tensor_specs(NAME, layout)}
+    written = quant_state_tensors(NAME, packed, layout)
+    specs = {key: shape for key, _, shape in quant_state_specs(NAME, layout)}
     state = written[f"{NAME}.quant_state.bitsandbytes__nf4"]
     assert specs[f"{NAME}.quant_state.bitsandbytes__nf4"] == tuple(state.shape)
     with opened(written) as (entry, reader):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.nf4.nf4_layout import BLOCK_SIZES
-from qlora_dist.nf4.quantize import dequantize, quantize
+from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -91,10 +91,10 @@ wrong_in_bitsandbytes = example(
 @cases
 def test_dequantized_values_are_the_tables(shape, quant_type, block_size, double_quant, dtype, seed):
     weight = make_weight(shape, dtype, seed)
-    packed, layout = quantize(weight, quant_type, block_size, double_quant)
+    packed, layout = quantize_weight(weight, quant_type, block_size, double_quant)
     expected = look_up(weight, quant_type, block_size, double_quant)
     for wanted in DTYPES:
-        value = dequantize(packed, layout, wanted)
+        value = dequantize_weight(packed, layout, wanted)
         assert value.dtype == wanted
         assert value.shape == shape
         assert torch.equal(value, expected.to(wanted))
@@ -114,7 +114,7 @@ def test_dequantized_values_are_bitsandbytes_of_the_flat_weight(
     codes, state = bnb.quantize_4bit(
         weight, blocksize=block_size, compress_statistics=double_quant, quant_type=quant_type
     )
-    value = dequantize(*quantize(weight, quant_type, block_size, double_quant), dtype)
+    value = dequantize_weight(*quantize_weight(weight, quant_type, block_size, double_quant), dtype)
     theirs = bnb.dequantize_4bit(codes, state)  # transposed where the codes are one byte
     assert torch.equal(value, theirs.flatten())
 
@@ -124,7 +124,7 @@ def test_dequantized_values_are_bitsandbytes_of_the_flat_weight(
 @cases
 def test_bytes_are_bitsandbytes(shape, quant_type, block_size, double_quant, dtype, seed):
     weight = make_weight(shape, dtype, seed)
-    packed, layout = quantize(weight, quant_type, block_size, double_quant)
+    packed, layout = quantize_weight(weight, quant_type, block_size, double_quant)
     assert_same_bytes(packed, layout, weight)
 
 
@@ -148,23 +148,23 @@ def assert_same_bytes(packed, layout, weight):
 def test_a_weight_quantized_in_chunks_is_bitsandbytes_of_the_whole():
     weight = make_weight((2**21 + 3 * 64 + 7,), torch.bfloat16)  # two chunks and a bit, ending within a block
     for block_size, double_quant in ((64, True), (4096, False)):
-        packed, layout = quantize(weight, "nf4", block_size, double_quant)
+        packed, layout = quantize_weight(weight, "nf4", block_size, double_quant)
         assert_same_bytes(packed, layout, weight)
 
 
 def test_where_bitsandbytes_kernel_errs_we_do_not():
     # in_features a multiple of 16 and not of the block size: bitsandbytes 0.50, given this shape on AVX512, is off by 1
     weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    value = dequantize(*quantize(weight), torch.bfloat16)
+    value = dequantize_weight(*quantize_weight(weight), torch.bfloat16)
     assert torch.equal(value, look_up(weight, "nf4", 64, True))
     assert (value - weight).abs().max() < 0.4, "half the widest gap of the table times absmax"
 
 
 def test_a_transposed_weight_is_quantized_as_it_reads():
     weight = make_weight((24, 40), torch.float32)
-    packed, layout = quantize(weight.t())
+    packed, layout = quantize_weight(weight.t())
     assert layout.shape == (40, 24)
-    assert torch.equal(packed, quantize(weight.t().contiguous())[0])
+    assert torch.equal(packed, quantize_weight(weight.t().contiguous())[0])
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_a_transposed_weight_is_quantized_as_it_reads():
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_nothing_is_compiled(shape, block_size, double_quant):
     # where bitsandbytes has no kernel it calls torch.compile: seconds for every shape of a model
-    packed, layout = quantize(make_weight(shape, torch.bfloat16), "nf4", block_size, double_quant)
+    packed, layout = quantize_weight(make_weight(shape, torch.bfloat16), "nf4", block_size, double_quant)
     frames = torch._dynamo.utils.counters["frames"]
     frames.clear()
-    dequantize(packed, layout, torch.bfloat16)
+    dequantize_weight(packed, layout, torch.bfloat16)
     assert not frames
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
 def test_weights_of_other_types_are_refused(dtype):
     with pytest.raises(ValueError, match="16/32-bit"):
-        quantize(torch.ones(4, 4, dtype=dtype))
+        quantize_weight(torch.ones(4, 4, dtype=dtype))

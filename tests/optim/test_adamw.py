@@ -14,8 +14,8 @@ from torch import nn
 
 from qlora_dist.config.schema import OptimConfig, PagingConfig
 from qlora_dist.optim.adamw import PagedAdamW
-from qlora_dist.optim.adamw_kernels import update_32bit, update_paged
-from qlora_dist.optim.optimizer_state import Moments
+from qlora_dist.optim.adamw_kernels import bnb_adamw_32bit, fused_adamw
+from qlora_dist.optim.optimizer_state import PagedOptimizerState
 from qlora_dist.paging.unified_memory import UnifiedPager
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def make_shards(*sizes: int) -> list[nn.Parameter]:
     return [nn.Parameter(part.clone()) for part in whole.split(list(sizes))]
 
 
-def ours(
+def paged_adamw(
     shards: list[nn.Parameter],
     name: str = "adamw",
     resident_bytes: int | str = "auto",
@@ -35,11 +35,11 @@ def ours(
     **paging: object,
 ) -> PagedAdamW:
     config = OptimConfig.model_validate({"name": name, "resident_bytes": resident_bytes, **VALUES})
-    moments = Moments([shard.numel() for shard in shards], config, PagingConfig.model_validate(paging), CPU)
+    moments = PagedOptimizerState([shard.numel() for shard in shards], config, PagingConfig.model_validate(paging), CPU)
     return PagedAdamW(shards, moments, config, lr_factors)
 
 
-def theirs(shards: list[nn.Parameter], bits: int) -> torch.optim.Optimizer:
+def reference_adamw(shards: list[nn.Parameter], bits: int) -> torch.optim.Optimizer:
     """Torch's, and that of bitsandbytes, which keeps tensors of less than 4096 elements in 32 bit if it isn't told."""
     values = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.05}
     if bits == 32:
@@ -70,7 +70,7 @@ def test_is_the_papers_adamw() -> None:
         second = 0.9 * second + 0.1 * grad**2
         update = (first / (1 - 0.8 ** (step + 1))) / ((second / (1 - 0.9 ** (step + 1))).sqrt() + 1e-6)
         expected = expected - 0.1 * (update + 0.05 * expected)
-    torch.testing.assert_close(train([parameter], ours([parameter]), 3).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(train([parameter], paged_adamw([parameter]), 3).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=20, deadline=None)
@@ -88,10 +88,12 @@ def test_where_the_moments_lie_changes_no_number(
     mine, reference = make_shards(*sizes), make_shards(*sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # bitsandbytes pages nothing on a CPU, with a warning
-        whole = ours(mine, "adamw" if bits == 32 else "adamw-8bit", page_bytes=page_bytes).moments.pager.total_bytes
+        whole = paged_adamw(
+            mine, "adamw" if bits == 32 else "adamw-8bit", page_bytes=page_bytes
+        ).moments.pager.total_bytes
         resident = max(2 * page_bytes, int(budget * whole)) if budget else 0
-        optimizer = ours(mine, f"paged-adamw-{bits}bit", resident, page_bytes=page_bytes, ahead=ahead, to="host")
-    assert torch.equal(train(mine, optimizer, 100), train(reference, theirs(reference, bits), 100))
+        optimizer = paged_adamw(mine, f"paged-adamw-{bits}bit", resident, page_bytes=page_bytes, ahead=ahead, to="host")
+    assert torch.equal(train(mine, optimizer, 100), train(reference, reference_adamw(reference, bits), 100))
     assert optimizer.moments.resident_bytes <= (resident or 2 * page_bytes)
     optimizer.moments.close()
 
@@ -99,9 +101,9 @@ def test_where_the_moments_lie_changes_no_number(
 @pytest.mark.parametrize("bits", [8, 32])
 def test_a_file_does_as_well(bits: int, tmp_path: Path) -> None:
     mine, reference = make_shards(3000, 4000), make_shards(3000, 4000)
-    optimizer = ours(mine, f"paged-adamw-{bits}bit", 0, page_bytes=4096, to="disk", dir=str(tmp_path))
+    optimizer = paged_adamw(mine, f"paged-adamw-{bits}bit", 0, page_bytes=4096, to="disk", dir=str(tmp_path))
     assert optimizer.moments.paged_bytes > 0
-    assert torch.equal(train(mine, optimizer, 10), train(reference, theirs(reference, bits), 10))
+    assert torch.equal(train(mine, optimizer, 10), train(reference, reference_adamw(reference, bits), 10))
     optimizer.moments.close()
 
 
@@ -109,7 +111,7 @@ def test_a_file_does_as_well(bits: int, tmp_path: Path) -> None:
 def test_shards_are_updated_as_the_whole(sizes: tuple[int, ...]) -> None:
     def trained(*sizes: int) -> torch.Tensor:
         shards = make_shards(*sizes)
-        optimizer = ours(shards)
+        optimizer = paged_adamw(shards)
         grads = [torch.randn(100, generator=torch.Generator().manual_seed(step)) for step in range(4)]
         for grad in grads:
             for shard, part in zip(shards, grad.split(list(sizes)), strict=True):
@@ -124,10 +126,10 @@ def test_shards_are_updated_as_the_whole(sizes: tuple[int, ...]) -> None:
 def test_b_matrices_learn_faster(bits: int) -> None:
     """LoRA+: as two optimizers, one with 16 times the learning rate."""
     mine, slow, fast = make_shards(700, 900), make_shards(700, 900), make_shards(700, 900)
-    optimizer = ours(mine, "adamw" if bits == 32 else "adamw-8bit", lr_factors=[1.0, 16.0])
+    optimizer = paged_adamw(mine, "adamw" if bits == 32 else "adamw-8bit", lr_factors=[1.0, 16.0])
     train(mine, optimizer, 5)
-    train(slow, theirs(slow, bits), 5)
-    quick = theirs(fast, bits)
+    train(slow, reference_adamw(slow, bits), 5)
+    quick = reference_adamw(fast, bits)
     quick.param_groups[0]["lr"] = 1.6
     train(fast, quick, 5)
     assert torch.equal(mine[0], slow[0])
@@ -137,7 +139,7 @@ def test_b_matrices_learn_faster(bits: int) -> None:
 def test_automatic_takes_what_is_left_and_gives_it_back_when_that_is_less() -> None:
     mine, reference = make_shards(9000), make_shards(9000)
     config = OptimConfig.model_validate({"name": "paged-adamw-32bit", **VALUES})
-    moments = Moments([9000], config, PagingConfig(to="host", page_bytes=4096), CPU)
+    moments = PagedOptimizerState([9000], config, PagingConfig(to="host", page_bytes=4096), CPU)
     left = iter([100_000, 100_000, 30_000, 100_000, 5_000])
     optimizer = PagedAdamW(mine, moments, config, left_bytes=lambda held: next(left))
     held = []
@@ -147,7 +149,7 @@ def test_automatic_takes_what_is_left_and_gives_it_back_when_that_is_less() -> N
         held.append(moments.resident_bytes)
         assert before <= max(before, held[-1]) and optimizer_steps == len(held)
     assert held == [73_728, 73_728, 28_672, 28_672, 8192]
-    plain = theirs(reference, 32)
+    plain = reference_adamw(reference, 32)
     for _ in range(5):
         train_one(reference, plain)
     assert torch.equal(mine[0], reference[0])
@@ -166,9 +168,9 @@ def test_moments_are_read_and_written_whatever_the_pages(bits: int) -> None:
     """A checkpoint of a paged run goes on unpaged, and the other way round."""
     sizes, names = (3000, 0, 5, 4100), ("adamw", "adamw-8bit")
     one, two = make_shards(*sizes), make_shards(*sizes)
-    paged = ours(one, f"paged-adamw-{bits}bit", 0, page_bytes=4096, to="host")
+    paged = paged_adamw(one, f"paged-adamw-{bits}bit", 0, page_bytes=4096, to="host")
     train(one, paged, 3)
-    unpaged = ours(two, names[bits == 8])
+    unpaged = paged_adamw(two, names[bits == 8])
     unpaged.moments.write(paged.moments.read())
     unpaged.steps = paged.steps
     for shard, values in zip(two, one, strict=True):
@@ -183,14 +185,14 @@ def test_moments_are_read_and_written_whatever_the_pages(bits: int) -> None:
 def test_managed_memory_is_updated_by_the_kernels_that_know_it() -> None:
     """With ordinary memory in place of CUDA's: the same pages, the same views, bitsandbytes' marks on them."""
     mine, reference = make_shards(3000, 100), make_shards(3000, 100)
-    optimizer = ours(mine, "adamw", page_bytes=4096)
+    optimizer = paged_adamw(mine, "adamw", page_bytes=4096)
 
     def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
     optimizer.moments.pager = UnifiedPager(optimizer.moments.pager.sizes, CPU, allocate)
     assert optimizer.moments.is_managed
-    torch.testing.assert_close(train(mine, optimizer, 20), train(reference, theirs(reference, 32), 20))
+    torch.testing.assert_close(train(mine, optimizer, 20), train(reference, reference_adamw(reference, 32), 20))
 
 
 @pytest.mark.parametrize("bits", [8, 32])
@@ -200,7 +202,7 @@ def test_the_kernels_accept_managed_moments_beside_gradients_of_a_device(bits: i
     """
     meta = torch.device("meta")
     shards = [nn.Parameter(torch.zeros(64, 8, device=meta)), nn.Parameter(torch.zeros(300, device=meta))]
-    optimizer = ours(shards, f"paged-adamw-{bits}bit", page_bytes=4096)
+    optimizer = paged_adamw(shards, f"paged-adamw-{bits}bit", page_bytes=4096)
     sizes = optimizer.moments.pager.sizes
     optimizer.moments.pager = UnifiedPager(sizes, CPU, lambda nbytes, device: torch.zeros(nbytes, dtype=torch.uint8))
     for shard in shards:
@@ -211,7 +213,7 @@ def test_the_kernels_accept_managed_moments_beside_gradients_of_a_device(bits: i
 def test_both_32_bit_kernels_agree() -> None:
     config = OptimConfig.model_validate(VALUES)
     values = [[torch.rand(1000, generator=torch.Generator().manual_seed(i)) for i in range(4)] for _ in range(2)]
-    update_32bit(*([value] for value in values[0]), config, 0.01, 7)  # type: ignore[arg-type]
-    update_paged(*values[1], config, 0.01, 7)
+    fused_adamw(*([value] for value in values[0]), config, 0.01, 7)  # type: ignore[arg-type]
+    bnb_adamw_32bit(*values[1], config, 0.01, 7)
     for left, right in zip(*values, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.optim.state_pages import BLOCK, block_bytes, page_layout
+from qlora_dist.optim.state_pages import STATE_BLOCK_SIZE, page_layout, state_block_bytes
 
 
 @settings(deadline=None)
@@ -18,14 +18,16 @@ def test_every_element_has_its_place(sizes: list[int], bits: int, page_bytes: in
     pages = page_layout(sizes, bits, page_bytes)
     seen = [0] * len(sizes)
     for number, page in enumerate(pages):
-        assert page.nbytes <= page_bytes and page.elements % BLOCK == 0
-        assert page.nbytes == page.elements // BLOCK * block_bytes(bits)
+        assert page.nbytes <= page_bytes and page.elements % STATE_BLOCK_SIZE == 0
+        assert page.nbytes == page.elements // STATE_BLOCK_SIZE * state_block_bytes(bits)
         assert page.elements == pages[0].elements or number == len(pages) - 1
         end = 0
         for piece in page.pieces:
-            assert piece.at == -(-end // BLOCK) * BLOCK  # one behind the other, each from a new block on
-            assert piece.start == seen[piece.shard] and piece.start % BLOCK == 0
+            assert (
+                piece.at == -(-end // STATE_BLOCK_SIZE) * STATE_BLOCK_SIZE
+            )  # one behind the other, each from a new block on
+            assert piece.start == seen[piece.shard] and piece.start % STATE_BLOCK_SIZE == 0
             seen[piece.shard] += piece.length
             end = piece.at + piece.length
-        assert -(-end // BLOCK) * BLOCK == page.elements  # nothing is left between pages
+        assert -(-end // STATE_BLOCK_SIZE) * STATE_BLOCK_SIZE == page.elements  # nothing is left between pages
     assert seen == sizes

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from qlora_dist.errors import UserError
-from qlora_dist.paging.page_store import FileStore, HostStore, Store
+from qlora_dist.paging.page_store import FileStore, HostStore, PageStore
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=["host", "file"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> PageStore:
     if request.param == "host":
         return HostStore(1000, CPU)
     return FileStore(1000, tmp_path / "pages", CPU, "moments", "give another folder")
 
 
-def test_reads_what_was_written_and_zeros_elsewhere(store: Store) -> None:
+def test_reads_what_was_written_and_zeros_elsewhere(store: PageStore) -> None:
     values = torch.arange(300, dtype=torch.int32).to(torch.uint8)
     store.write(100, values)
     out = torch.full((500,), 7, dtype=torch.uint8)

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.paging.page_store import FileStore, HostStore, Store
+from qlora_dist.paging.page_store import FileStore, HostStore, PageStore
 from qlora_dist.paging.pager import Pager
 
 CPU = torch.device("cpu")
 
 
-def make_store(nbytes: int) -> Store:
+def make_store(nbytes: int) -> PageStore:
     return HostStore(nbytes, CPU)
 
 
@@ -34,7 +34,7 @@ class SlowStore(HostStore):
         super().read(start, out)
 
 
-def passes(pager: Pager, count: int, compute_s: float = 0.0) -> None:
+def run_passes(pager: Pager, count: int, compute_s: float = 0.0) -> None:
     """Use all pages one behind the other, again and again, adding 1 to each byte."""
     pages = len(pager.sizes)
     for _ in range(count):
@@ -93,10 +93,10 @@ def test_bytes_moved_are_those_of_the_pages_that_do_not_stay(pages: int, size: i
     """In every pass after the first each of them comes in once and goes out once; the budget is never exceeded."""
     pager = Pager([size] * pages, CPU, max(2 * size, int(budget * pages * size)), make_store, ahead)
     assert pager.held_bytes <= pager._budget
-    passes(pager, 1)
+    run_passes(pager, 1)
     pager.take_counts()
     for _ in range(3):
-        passes(pager, 1)
+        run_passes(pager, 1)
         counts = pager.take_counts()
         assert counts.bytes_in == counts.bytes_out == size * len(pager.moving)
         assert counts.hits == pages - len(pager.moving)
@@ -106,7 +106,7 @@ def test_bytes_moved_are_those_of_the_pages_that_do_not_stay(pages: int, size: i
 
 def test_pages_that_are_only_looked_at_are_not_written_back() -> None:
     pager = Pager([10] * 5, CPU, 20, make_store)
-    passes(pager, 1)
+    run_passes(pager, 1)
     for page in range(5):
         pager.write(page, torch.full((10,), page, dtype=torch.uint8))
     pager.take_counts()
@@ -156,9 +156,9 @@ def test_fetching_ahead_hides_the_time_of_a_store() -> None:
     stalls = {}
     for ahead in (0, 1):
         pager = Pager([1000] * 12, CPU, 6000, lambda nbytes: SlowStore(nbytes, 0.004), ahead)
-        passes(pager, 1)
+        run_passes(pager, 1)
         pager.take_counts()
-        passes(pager, 3, compute_s=0.006)
+        run_passes(pager, 3, compute_s=0.006)
         stalls[ahead] = pager.take_counts().stall_s
         pager.close()
     assert stalls[0] >= 3 * 8 * 0.004
@@ -177,7 +177,7 @@ def test_a_store_that_fails_is_an_error_and_not_a_wrong_page() -> None:
 
     pager = Pager([10] * 5, CPU, 20, lambda nbytes: Failing(nbytes, CPU))
     with pytest.raises(OSError, match="the disk is gone"):
-        passes(pager, 3)
+        run_passes(pager, 3)
     pager.close()
 
 
@@ -220,6 +220,6 @@ def threads() -> Iterator[None]:
 @pytest.mark.usefixtures("threads")
 def test_nothing_is_left_of_a_closed_pager(tmp_path: Path) -> None:
     pager = Pager([10] * 5, CPU, 20, lambda nbytes: FileStore(nbytes, tmp_path, CPU, "pages", "no remedy"))
-    passes(pager, 2)
+    run_passes(pager, 2)
     pager.close()
     assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,8 @@ import torch._inductor.config as inductor
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.parallel.compile import check_compiler
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import set_up
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import tiny_models
 
 
@@ -21,5 +21,5 @@ def test_no_compiler(tiny_llama_nf4: Path, tmp_path: Path) -> None:
     # not monkeypatch: it puts torch's settings, which are proxies, back by deleting them
     no_compiler = inductor.patch({"cpp.cxx": (None, "no-such-compiler")})
     with no_compiler, pytest.raises(UserError, match="has no C\\+\\+ compiler; install g"):
-        set_up(config, ranks_from_environment({}))
+        set_up_run(config, read_rank_info({}))
     check_compiler(torch.device("cuda"))  # needs none of ours

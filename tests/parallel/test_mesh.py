@@ -7,7 +7,7 @@ import pytest
 from qlora_dist.config.schema import ParallelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
-from qlora_dist.runtime.environment import Ranks
+from qlora_dist.runtime.environment import RankInfo
 
 
 @pytest.mark.parametrize(
@@ -22,15 +22,15 @@ from qlora_dist.runtime.environment import Ranks
 )
 def test_sizes(base: str | int, adapter: str, expected: tuple[int, int, int]) -> None:
     config = ParallelConfig(base=base, adapter=adapter)  # type: ignore[arg-type]
-    assert mesh_sizes(config, Ranks(0, 8, 0, 4, "torchrun")) == MeshSizes(*expected)
+    assert mesh_sizes(config, RankInfo(0, 8, 0, 4, "torchrun")) == MeshSizes(*expected)
 
 
 def test_a_base_that_does_not_divide_the_world() -> None:
     with pytest.raises(UserError) as error:
-        mesh_sizes(ParallelConfig(base=3), Ranks(0, 8, 0, 8, "torchrun"))
+        mesh_sizes(ParallelConfig(base=3), RankInfo(0, 8, 0, 8, "torchrun"))
     assert str(error.value) == "parallel.base: 3 does not divide the world of 8 ranks; use 1, 2, 4 or 8"
 
 
 def test_unequal_nodes() -> None:
     with pytest.raises(UserError, match="start equal nodes"):
-        mesh_sizes(ParallelConfig(base="node"), Ranks(0, 7, 0, 4, "torchrun"))
+        mesh_sizes(ParallelConfig(base="node"), RankInfo(0, 7, 0, 4, "torchrun"))

@@ -12,16 +12,16 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.io import read_ahead
 from qlora_dist.model import shard_reader
-from qlora_dist.model.load_weights import fill
+from qlora_dist.model.load_weights import load_weights
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.parallel.fsdp2 import parallelize
+from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
 from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.parallel.paged_layers import PagedLayers
-from qlora_dist.parallel.static_bytes import check_static_bytes, static_bytes
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.parallel.static_bytes import check_static_bytes, model_static_bytes
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.shard_view import local_range
-from qlora_dist.train.run_setup import set_up
+from qlora_dist.shard_view import local_tensor_and_offset
+from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -33,15 +33,15 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(config: Config, tamper: str = "") -> dict[str, int | str]:
     """Load on this rank; then do what must not go unnoticed."""
-    ranks = ranks_from_environment()
-    setup = set_up(config, ranks)
+    ranks = read_rank_info()
+    setup = set_up_run(config, ranks)
     whole = {True: 0, False: 0}
     for parameter in setup.model.parameters():
         whole[parameter.requires_grad] += parameter.nbytes
     with process_group(ranks, torch.device("cpu")):
         meshes = build_meshes(setup.sizes, "cpu")
-        parallelize(setup.model, meshes, config)
-        bytes_read = fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
+        parallelize_fsdp2(setup.model, meshes, config)
+        bytes_read = load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
         layer = setup.model.model.layers[0]
         if tamper == "keeps a gathered layer":
             layer.unshard()
@@ -60,7 +60,7 @@ def load(config: Config, tamper: str = "") -> dict[str, int | str]:
             held = str(error)
         return {
             "held": held,
-            "counted": static_bytes(setup.model),
+            "counted": model_static_bytes(setup.model),
             "base": whole[False],
             "adapters": whole[True],
             "read": bytes_read,
@@ -93,15 +93,15 @@ def test_replication_is_refused(tamper: str, config_path: Path) -> None:
 
 def load_paged(config: Config, tamper: bool) -> tuple[int | str, int, int]:
     """Load with pages; then, perhaps, leave gathered what is paged. Held bytes, those of pages, those of the rest."""
-    ranks = ranks_from_environment()
-    setup = set_up(config, ranks)
+    ranks = read_rank_info()
+    setup = set_up_run(config, ranks)
     with process_group(ranks, torch.device("cpu")):
         meshes = build_meshes(setup.sizes, "cpu")
-        parallelize(setup.model, meshes, config)
+        parallelize_fsdp2(setup.model, meshes, config)
         layers = list(setup.model.model.layers)
         pages = PagedLayers(setup.model, layers, setup.device, config.parallel.resident_bytes, 0, config.paging)
-        fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, elsewhere=pages)
-        rest = static_bytes(setup.model)
+        load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, elsewhere=pages)
+        rest = model_static_bytes(setup.model)
         if tamper:
             layers[0].unshard()
             layers[1].mlp.kept = layers[0].mlp.gate_proj.get_base_layer().packed.detach().clone()
@@ -143,28 +143,28 @@ def test_all_ranks_together_read_a_4_bit_folder_once(base: str, config_path: Pat
 
 
 def collect_shards(config: Config) -> dict[str, tuple[int, bytes]]:
-    ranks = ranks_from_environment()
-    setup = set_up(config, ranks)
+    ranks = read_rank_info()
+    setup = set_up_run(config, ranks)
     with process_group(ranks, torch.device("cpu")):
         meshes = build_meshes(setup.sizes, "cpu")
-        parallelize(setup.model, meshes, config)
-        fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
+        parallelize_fsdp2(setup.model, meshes, config)
+        load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
         shards = {}
         for name, parameter in setup.model.named_parameters():
             if not parameter.requires_grad:
-                local, offset = local_range(parameter)
+                local, offset = local_tensor_and_offset(parameter)
                 shards[name] = (offset[0], local.contiguous().view(torch.uint8).numpy().tobytes())
         return shards
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("piece_bytes", [read_ahead.PIECE_BYTES, 2**14])
+@pytest.mark.parametrize("piece_bytes", [read_ahead.READ_CHUNK_BYTES, 2**14])
 def test_shards_put_together_are_the_folder(
     piece_bytes: int, config_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Quantized on the way by three owners in turn, read by range by three ranks, exchanged by replicas: the same."""
     monkeypatch.setattr(shard_reader, "_EXCHANGED_BYTES", min(piece_bytes, 2000))
-    monkeypatch.setattr(read_ahead, "PIECE_BYTES", piece_bytes)  # a tensor has up to 36 of the smaller ones
+    monkeypatch.setattr(read_ahead, "READ_CHUNK_BYTES", piece_bytes)  # a tensor has up to 36 of the smaller ones
     nf4 = load_config(config_path, ["parallel.base=world"])
     source = load_config(config_path, ["parallel.base=world", f"model.base={config_path.parent / 'source'}"])
     two_copies = load_config(config_path, ["parallel.base=node"])
@@ -177,13 +177,13 @@ def test_shards_put_together_are_the_folder(
 
 def offsets(config: Config) -> list[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
     """For each parameter, where this rank's part starts: by our arithmetic, and by torch's."""
-    ranks = ranks_from_environment()
-    setup = set_up(config, ranks)
+    ranks = read_rank_info()
+    setup = set_up_run(config, ranks)
     with process_group(ranks, torch.device("cpu")):
-        parallelize(setup.model, build_meshes(setup.sizes, "cpu"), config)
+        parallelize_fsdp2(setup.model, build_meshes(setup.sizes, "cpu"), config)
         found = []
         for name, parameter in setup.model.named_parameters():
-            local, ours = local_range(parameter)
+            local, ours = local_tensor_and_offset(parameter)
             _, theirs = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )

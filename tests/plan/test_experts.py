@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from qlora_dist.config.schema import Config
-from qlora_dist.model.model_folder import read_json
-from qlora_dist.plan.memory_estimate import plan_memory
-from qlora_dist.plan.run_spec import make_run
+from qlora_dist.model.model_folder import read_model_json
+from qlora_dist.plan.memory_estimate import estimate_memory
+from qlora_dist.plan.run_spec import make_run_spec
 from tests.helpers.architectures import make_architecture
-from tests.helpers.measured_step import counted
+from tests.helpers.measured_step import measure_step
 from tests.helpers.ranks import run_ranks
 
 SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -37,8 +37,8 @@ def test_formulas_are_a_real_rank(name: str, settings: dict[str, Any], tmp_path:
         "train": {"global_batch": 1, "device": "cpu"},
     }
     config = Config.model_validate(tree)
-    ((weights_bytes, peaks, _),) = run_ranks(1, counted, config)
-    planned = plan_memory(make_run(config, read_json(folder / "config.json"), 1, device="cpu"))
+    ((weights_bytes, peaks, _),) = run_ranks(1, measure_step, config)
+    planned = estimate_memory(make_run_spec(config, read_model_json(folder / "config.json"), 1, device="cpu"))
     assert planned.weights_bytes == weights_bytes
     assert planned.peak_phase == "layer_backward"
     assert planned.peak_bytes == pytest.approx(max(peaks.values()), rel=0.06)

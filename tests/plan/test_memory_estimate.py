@@ -11,26 +11,26 @@ from hypothesis import strategies as st
 
 from qlora_dist.config.schema import Config
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.plan.memory_estimate import moment_bytes, plan_memory
+from qlora_dist.plan.memory_estimate import estimate_memory, optimizer_state_bytes
 from qlora_dist.plan.model_config import read_model_config
-from qlora_dist.plan.run_spec import Run, make_run
+from qlora_dist.plan.run_spec import RunSpec, make_run_spec
 
 GIB = 2**30
 
 
-def run_of(model: str, world_size: int = 8, nodes: int = 1, **keys: Any) -> Run:
+def make_bundled_run_spec(model: str, world_size: int = 8, nodes: int = 1, **keys: Any) -> RunSpec:
     tree: dict[str, dict[str, Any]] = {"model": {"base": model}, "lora": {"dropout": 0.0}, "data": {"train": ["data"]}}
     for key, value in keys.items():
         section, _, name = key.partition("__")
         tree.setdefault(section, {})[name] = value
     train = tree.setdefault("train", {})
     train.setdefault("global_batch", world_size * train.get("micro_batch", 1))
-    return make_run(Config.model_validate(tree), read_model_config(model), world_size, nodes)
+    return make_run_spec(Config.model_validate(tree), read_model_config(model), world_size, nodes)
 
 
 def test_llama_405b_by_hand() -> None:
     """25.1 GiB of shards, 126 inputs of 64 MiB, the head in its buffer and out of it, the last layer's buffer."""
-    memory = plan_memory(run_of("llama-3.1-405b", lora__r=16))
+    memory = estimate_memory(make_bundled_run_spec("llama-3.1-405b", lora__r=16))
     hidden, intermediate, kv = 16384, 53248, 1024
     shapes = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), *[(intermediate, hidden)] * 2]
     packed = 126 * sum(NF4Layout(shape).total_bytes for shape in [*shapes, (hidden, intermediate)])
@@ -52,34 +52,36 @@ def test_llama_405b_by_hand() -> None:
     st.sampled_from([512, 4096]),
 )
 def test_more_ranks_hold_less_and_more_tokens_need_more(model: str, ranks: int, rows: int, length: int) -> None:
-    run = run_of(model, ranks, parallel__base="world", train__micro_batch=rows, data__seq_len=length)
-    more_ranks = run_of(model, 2 * ranks, parallel__base="world", train__micro_batch=rows, data__seq_len=length)
-    assert plan_memory(more_ranks).static_bytes < plan_memory(run).static_bytes
+    run = make_bundled_run_spec(model, ranks, parallel__base="world", train__micro_batch=rows, data__seq_len=length)
+    more_ranks = make_bundled_run_spec(
+        model, 2 * ranks, parallel__base="world", train__micro_batch=rows, data__seq_len=length
+    )
+    assert estimate_memory(more_ranks).static_bytes < estimate_memory(run).static_bytes
     for longer in (replace(run, seq_len=2 * length), replace(run, micro_batch=2 * rows)):
-        assert plan_memory(longer).peak_bytes > plan_memory(run).peak_bytes
+        assert estimate_memory(longer).peak_bytes > estimate_memory(run).peak_bytes
     if length == 4096:
-        assert plan_memory(replace(run, checkpointing=0)).peak_bytes > plan_memory(run).peak_bytes
+        assert estimate_memory(replace(run, checkpointing=0)).peak_bytes > estimate_memory(run).peak_bytes
 
 
 def test_what_is_offloaded_or_paged_is_on_the_host() -> None:
-    run = run_of("llama-3.1-70b")
-    here, offloaded = plan_memory(run), plan_memory(replace(run, offload=True))
+    run = make_bundled_run_spec("llama-3.1-70b")
+    here, offloaded = estimate_memory(run), estimate_memory(replace(run, offload=True))
     assert offloaded.on_host == here.static["base"] + here.static["embeddings and norms"]
     assert offloaded.static_bytes == here.static_bytes - offloaded.on_host
-    paged = plan_memory(replace(run, paged_base=True, resident_base=2 * GIB))
+    paged = estimate_memory(replace(run, paged_base=True, resident_base=2 * GIB))
     assert here.static["base"] / 80 < 2 * GIB - paged.static["base"] + here.static["base"] / 80
     assert paged.static["base"] <= 2 * GIB < here.static["base"] <= paged.on_host
 
 
 def test_paged_moments_make_room_for_the_rest() -> None:
-    run = run_of("llama-2-70b", 1, lora__r=64, data__seq_len=4096)
-    whole = moment_bytes(run)
-    assert plan_memory(run).static["moments"] == plan_memory(run, 200 * GIB).static["moments"] == whole
-    squeezed = plan_memory(run, 48 * GIB)
+    run = make_bundled_run_spec("llama-2-70b", 1, lora__r=64, data__seq_len=4096)
+    whole = optimizer_state_bytes(run)
+    assert estimate_memory(run).static["moments"] == estimate_memory(run, 200 * GIB).static["moments"] == whole
+    squeezed = estimate_memory(run, 48 * GIB)
     assert squeezed.static["moments"] == 2 * run.page_bytes
     assert squeezed.paged_moments == whole - 2 * run.page_bytes
-    assert plan_memory(replace(run, resident_moments=GIB)).static["moments"] == pytest.approx(GIB, rel=0.02)
-    assert moment_bytes(replace(run, moment_bits=8)) == pytest.approx(whole / 4, rel=0.02)
+    assert estimate_memory(replace(run, resident_moments=GIB)).static["moments"] == pytest.approx(GIB, rel=0.02)
+    assert optimizer_state_bytes(replace(run, moment_bits=8)) == pytest.approx(whole / 4, rel=0.02)
 
 
 def test_a_quantized_folder_says_whether_its_scales_are() -> None:
@@ -87,7 +89,9 @@ def test_a_quantized_folder_says_whether_its_scales_are() -> None:
     shape = read_model_config("llama-2-7b")
     quantized = {**shape, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     bits = {
-        name: 8 * plan_memory(make_run(config, tree, 1)).static["base"] / (32 * (4 * 4096**2 + 3 * 4096 * 11008))
+        name: 8
+        * estimate_memory(make_run_spec(config, tree, 1)).static["base"]
+        / (32 * (4 * 4096**2 + 3 * 4096 * 11008))
         for name, tree in (("asked for", shape), ("plain", quantized))
     }
     assert bits == pytest.approx({"asked for": 4.127, "plain": 4.5}, abs=1e-3)

@@ -9,8 +9,8 @@ import pytest
 
 from qlora_dist.config.schema import LoraConfig
 from qlora_dist.errors import UserError
-from qlora_dist.plan.layer_spec import decoder_layers
-from qlora_dist.plan.model_config import model_names, read_model_config
+from qlora_dist.plan.layer_spec import decoder_layer_specs
+from qlora_dist.plan.model_config import bundled_model_names, read_model_config
 
 # as the models' cards and safetensors indices have them; a tied matrix counts once
 PARAMETERS = {
@@ -56,11 +56,11 @@ PARAMETERS = {
 
 
 def test_shipped_shapes_have_as_many_parameters_as_the_models() -> None:
-    assert set(PARAMETERS) == set(model_names())
+    assert set(PARAMETERS) == set(bundled_model_names())
     for name, published in PARAMETERS.items():
         config = read_model_config(name)
         count = config["hidden_size"] * (1 + config["vocab_size"] * (1 if config["tie_word_embeddings"] else 2))
-        for layer in decoder_layers(config, LoraConfig()):
+        for layer in decoder_layer_specs(config, LoraConfig()):
             count += sum(matrix.numel + matrix.has_bias * matrix.rows for matrix in layer.matrices)
             count += sum(math.prod(shape) for shape in layer.plain) + layer.buffer_bytes // 4
         assert count == published, name

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qlora_dist.config.schema import Config
-from qlora_dist.plan.model_spec import describe
+from qlora_dist.plan.model_spec import make_model_spec
 from qlora_dist.train.run_setup import set_up_model
 from tests.helpers.architectures import make_architecture
 
@@ -45,7 +45,7 @@ def test_shapes_are_those_of_the_model_that_is_trained(
         }
     )
     _, model, _ = set_up_model(config)
-    planned = describe(json.loads((folder / "config.json").read_text()), config.lora)
+    planned = make_model_spec(json.loads((folder / "config.json").read_text()), config.lora)
 
     ours = Counter((p.shape, p.trained, p.is_bytes) for unit in planned.units for p in unit.parameters)
     real = Counter((tuple(p.shape), p.requires_grad, p.dtype == torch.uint8) for p in model.parameters())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.cli.plan_command import Asked, plan_for
+from qlora_dist.cli.plan_command import PlanArgs, plan_from_args
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -48,7 +48,9 @@ def test_figures_of_the_paper(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert len(errors) == 4 and max(map(abs, errors)) < 2.5
     assert "0.127 bits a parameter; double quantization saves 3.02 GB at 65B" in said
     assert float(re.findall(r"65B: ([\d.]+) GiB with all states", said)[0]) < 48
-    plan = plan_for(Asked("llama-3.1-405b", ["lora.r=16", "lora.dropout=0.0"], 8, "h100-80gb", 1, "infiniband-400g"))
+    plan = plan_from_args(
+        PlanArgs("llama-3.1-405b", ["lora.r=16", "lora.dropout=0.0"], 8, "h100-80gb", 1, "infiniband-400g")
+    )
     peak = plan.memory.peak_bytes
     page = " ".join((BENCHMARKS.parent / "docs" / "planning.md").read_text().split())
     assert f"each rank needs {peak / 2**30:.1f} GiB at its peak (2048 tokens), {8 * peak / 1e9:.0f} GB together" in page

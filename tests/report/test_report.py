@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from qlora_dist.cli.main import app
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.launch.run_status import read_run
-from qlora_dist.report.report_charts import charts
-from qlora_dist.report.report_table import numbers
+from qlora_dist.launch.run_status import read_run_status
+from qlora_dist.report.report_charts import make_charts
+from qlora_dist.report.report_table import summarize_run
 from qlora_dist.report.run_files import read_run_files
-from qlora_dist.report.write_report import report
-from qlora_dist.train.run_training import train
+from qlora_dist.report.write_report import write_report
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -33,16 +33,16 @@ ODD: list[object] = ["text", [1], {"a": {"b": 1}}, True, float("nan"), 10**400]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> list[Path]:
-    """A run and one with another learning rate, as `train` leaves them."""
+    """A run and one with another learning rate, as `run_training` leaves them."""
     folder = tmp_path_factory.mktemp("report")
     config = tiny_models.make_config(folder, tiny_llama_nf4, train__steps=3, data__seq_len=48, train__global_batch=2)
     for name, lr, pages in (("first", 1e-2, "auto"), ("second", 1e-3, "0")):
         overrides = [f"run.name={name}", f"optim.lr={lr}", f"optim.resident_bytes={pages}", "run.report=true"]
-        run_ranks(1, train, load_config(config, overrides))
+        run_ranks(1, run_training, load_config(config, overrides))
     return [folder / "runs" / "first", folder / "runs" / "second"]
 
 
-class Page(HTMLParser):
+class ReportPage(HTMLParser):
     """The cells of tables, and all addresses."""
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +72,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def test_train_leaves_a_page_of_its_own_numbers(runs: list[Path]) -> None:
-    page, rows = Page(runs[0] / "report.html"), metrics(runs[0])
+    page, rows = ReportPage(runs[0] / "report.html"), metrics(runs[0])
     assert page.row("state", 1) == ["done"]
     assert page.row("steps", 1) == ["3"]
     assert page.row("tokens", 1) == [f"{sum(row.get('tokens', 0) for row in rows):,}"]
@@ -84,7 +84,7 @@ def test_train_leaves_a_page_of_its_own_numbers(runs: list[Path]) -> None:
 
 
 def test_it_needs_no_network(runs: list[Path]) -> None:
-    page = Page(runs[0] / "report.html")
+    page = ReportPage(runs[0] / "report.html")
     assert all(address.startswith("#") for address in page.addresses)
     assert not page.tags & {"script", "link", "img", "iframe"}
     assert not re.findall(r"url\((?!#)|@import", (runs[0] / "report.html").read_text())
@@ -94,7 +94,7 @@ def test_runs_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "both.html"
     done = CliRunner().invoke(app, ["report", *map(str, runs), "--out", str(out)])
     assert (done.exit_code, done.output) == (0, f"{out}\n")
-    page = Page(out)
+    page = ReportPage(out)
     assert page.row("optim.lr", 2) == ["0.01", "0.001"]
     assert page.row("optim.resident_bytes", 2) == ["auto", "0"]
     losses = [f"{metrics(run)[-1]['loss']:.4f}" for run in runs]
@@ -104,7 +104,7 @@ def test_runs_side_by_side(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_lines_are_the_metrics(runs: list[Path]) -> None:
-    loss, norm = charts([read_run_files(run) for run in runs])[:2]
+    loss, norm = make_charts([read_run_files(run) for run in runs])[:2]
     for number, run in enumerate(runs):
         rows = [row for row in metrics(run) if "loss" in row]
         trained, held_out = (line for line in loss.lines if line.run == number)
@@ -117,7 +117,7 @@ def test_long_runs_are_averaged_and_other_batches_compared_by_tokens(runs: list[
     short = read_run_files(runs[0])
     rows = [{"step": step, "loss": float(step % 2), "tokens": 10} for step in range(1, 5001)]
     long = replace(short, name="long", steps=rows, evals=[], config=short.config | {"train.global_batch": 3})
-    (line,) = (line for line in charts([short, long])[0].lines if line.run == 1)
+    (line,) = (line for line in make_charts([short, long])[0].lines if line.run == 1)
     assert len(line.x) <= 800 and line.x[-1] == 50_000  # tokens
     assert max(line.y) - min(line.y) < 0.2
 
@@ -138,12 +138,12 @@ def test_a_run_that_was_killed_has_a_page_too(runs: list[Path], tmp_path: Path) 
     whole = (runs[0] / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(whole[: whole.rindex('"loss"')])
     read = read_run_files(run)
-    assert (numbers(read)["state"], numbers(read)["steps"]) == ("failed", 2)
-    page = Page(report([run]))
+    assert (summarize_run(read)["state"], summarize_run(read)["steps"]) == ("failed", 2)
+    page = ReportPage(write_report([run]))
     assert page.row("state", 1) == ["failed"]
     assert "b" not in page.tags and any("<b>killed" in cell for cell in page.cells)
     (run / "metrics.jsonl").unlink()  # it was killed while it loaded
-    assert Page(report([run])).row("steps", 1) == ["0"]
+    assert ReportPage(write_report([run])).row("steps", 1) == ["0"]
 
 
 def test_values_of_other_types_are_read_past(runs: list[Path], tmp_path: Path) -> None:
@@ -164,20 +164,20 @@ def test_values_of_other_types_are_read_past(runs: list[Path], tmp_path: Path) -
         summary = json.loads((runs[0] / "summary.json").read_text())
         for value in (*ODD, {"term": 1}, {"term": ["x", None]}):
             (run / "summary.json").write_text(json.dumps({**summary, name: value}))
-            assert numbers(read_run_files(run))["steps"] == 3
-    assert Page(report([run])).row("steps", 1) == ["3"]
-    assert read_run(run, None).step == 3
+            assert summarize_run(read_run_files(run))["steps"] == 3
+    assert ReportPage(write_report([run])).row("steps", 1) == ["3"]
+    assert read_run_status(run, None).step == 3
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
-    assert (read_run(run, None).loss, read_run_files(run).steps) == (None, [])
+    assert (read_run_status(run, None).loss, read_run_files(run).steps) == (None, [])
     (run / "config.yaml").unlink()
     (run / "config.yaml").mkdir()
     with pytest.raises(UserError, match=r"config\.yaml: cannot be read"):
-        report([run])
+        write_report([run])
 
 
 def test_mistakes_are_sentences(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
-        report([tmp_path])
+        write_report([tmp_path])
     with pytest.raises(UserError, match="cannot be written"):
-        report(runs, tmp_path / "no such folder" / "page.html")
+        write_report(runs, tmp_path / "no such folder" / "page.html")

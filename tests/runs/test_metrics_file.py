@@ -16,7 +16,7 @@ from qlora_dist.runs.metrics_file import MetricsFile
 
 
 @contextmanager
-def room_for(path: Path, more_bytes: int) -> Iterator[None]:
+def limit_disk_space(path: Path, more_bytes: int) -> Iterator[None]:
     """No file of this process grows beyond that size: a write is cut short there, and the next one fails."""
     before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more_bytes, limits[1]))
@@ -42,7 +42,7 @@ def test_a_full_disk_leaves_whole_lines_and_all_of_them_in_the_end(
     expected: list[dict[str, Any]] = [{"step": step, "loss": step / 7} for step in range(9)]
     for row in expected[:3]:
         metrics.append(row)
-    with room_for(path, more_bytes):
+    with limit_disk_space(path, more_bytes):
         metrics.extend(2, {"eval_loss": 0.123456789012345})
         for row in expected[3:6]:
             metrics.append(row)
@@ -60,7 +60,7 @@ def test_a_full_disk_leaves_whole_lines_and_all_of_them_in_the_end(
 
 def test_what_is_left_is_written_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", -1)
-    with room_for(tmp_path / "metrics.jsonl", 0):
+    with limit_disk_space(tmp_path / "metrics.jsonl", 0):
         metrics.append({"step": 1})
     assert "cannot be written" in capsys.readouterr().err
     metrics.close()
@@ -89,7 +89,7 @@ def test_a_rollback_while_the_disk_is_full_keeps_the_steps_before_it(
     metrics = MetricsFile(path, -1)
     for step in range(1, 4):
         metrics.append({"step": step, "loss": 1.0})
-    with room_for(path, 0):
+    with limit_disk_space(path, 0):
         metrics.extend(3, {"eval_loss": 2.0})
         for step in range(4, 7):
             metrics.append({"step": step, "loss": 1.0})

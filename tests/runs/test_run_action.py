@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config.config_file import changed, dump_config, load_config
+from qlora_dist.config.config_file import apply_changes, dump_config, load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.runs.run_action import claim, dry_run_note
+from qlora_dist.runs.run_action import choose_run_action, dry_run_note
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.runtime.environment import this_launch
-from qlora_dist.train.run_training import train
+from qlora_dist.runtime.environment import launch_id
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
-from tests.helpers.launchers import need
+from tests.helpers.launchers import skip_unless
 from tests.helpers.ranks import run_ranks
 
 STOPPED_AT = 17
@@ -51,48 +51,50 @@ def make_run(config: Config, *traces: str, steps: int = STOPPED_AT) -> Path:
 
 
 def more_steps(config: Config) -> Config:
-    return changed(config, {"train": {"steps": 100}})
+    return apply_changes(config, {"train": {"steps": 100}})
 
 
 def fewer_steps(config: Config) -> Config:
-    return changed(config, {"train": {"steps": 5}})
+    return apply_changes(config, {"train": {"steps": 5}})
 
 
 def another_rate(config: Config) -> Config:
-    return changed(config, {"optim": {"lr": 1e-3}})
+    return apply_changes(config, {"optim": {"lr": 1e-3}})
 
 
 def another_layout(config: Config) -> Config:
-    return changed(config, {"train": {"micro_batch": 2}, "parallel": {"base": "replicate"}, "data": {"workers": 1}})
+    return apply_changes(
+        config, {"train": {"micro_batch": 2}, "parallel": {"base": "replicate"}, "data": {"workers": 1}}
+    )
 
 
-def overwriting(config: Config) -> Config:
-    return changed(config, {"run": {"overwrite": True}})
+def with_overwrite(config: Config) -> Config:
+    return apply_changes(config, {"run": {"overwrite": True}})
 
 
-def the_same(config: Config) -> Config:
+def unchanged(config: Config) -> Config:
     return config
 
 
 @pytest.mark.parametrize(
     ("traces", "command", "resume", "way"),
     [
-        (("DONE", "adapter", "checkpoint"), the_same, "auto", "done"),
-        (("DONE", "adapter", "checkpoint"), the_same, "none", "done"),  # the same command once more
+        (("DONE", "adapter", "checkpoint"), unchanged, "auto", "done"),
+        (("DONE", "adapter", "checkpoint"), unchanged, "none", "done"),  # the same command once more
         (("DONE", "adapter", "checkpoint"), another_layout, "auto", "done"),
         (("DONE", "adapter", "checkpoint"), more_steps, "auto", "resume"),
         (("DONE", "adapter", "checkpoint"), fewer_steps, "auto", "holds a run that is finished after 17 steps"),
         (("DONE", "adapter", "checkpoint"), another_rate, "auto", "holds a run that is finished after 17 steps"),
-        (("DONE", "adapter", "checkpoint"), overwriting, "auto", "replace"),
-        (("STOPPED", "checkpoint"), the_same, "auto", "resume"),
+        (("DONE", "adapter", "checkpoint"), with_overwrite, "auto", "replace"),
+        (("STOPPED", "checkpoint"), unchanged, "auto", "resume"),
         (("STOPPED", "checkpoint"), another_rate, "auto", "resume"),  # the checkpoint tells what may change
-        (("STOPPED", "checkpoint"), the_same, "none", "holds a run already"),
-        (("REQUEUE", "checkpoint"), overwriting, "auto", "replace"),
-        (("adapter",), the_same, "auto", "holds a run already"),
-        ((), the_same, "auto", "begin"),
+        (("STOPPED", "checkpoint"), unchanged, "none", "holds a run already"),
+        (("REQUEUE", "checkpoint"), with_overwrite, "auto", "replace"),
+        (("adapter",), unchanged, "auto", "holds a run already"),
+        ((), unchanged, "auto", "begin"),
         ((), another_rate, "auto", "begin"),
         ((), another_rate, "none", "begin"),
-        (("DONE",), lambda config: changed(config, {"train": {"steps": None}}), "auto", "resume"),  # 100 of them
+        (("DONE",), lambda config: apply_changes(config, {"train": {"steps": None}}), "auto", "resume"),  # 100 of them
     ],
 )
 def test_what_a_command_does_where_a_run_has_been(
@@ -100,18 +102,18 @@ def test_what_a_command_does_where_a_run_has_been(
 ) -> None:
     make_run(config, *traces)
     if way in ("begin", "replace", "resume", "done"):
-        assert claim(command(config), resume).way == way
+        assert choose_run_action(command(config), resume).way == way
     else:
         with pytest.raises(UserError, match=way):
-            claim(command(config), resume)
+            choose_run_action(command(config), resume)
 
 
 def test_a_run_without_a_checkpoint_says_what_is_lost(config: Config) -> None:
     """An out-of-memory error in the first steps is mended by another configuration of the same name."""
-    assert claim(config).note is None
+    assert choose_run_action(config).note is None
     make_run(config)
-    assert claim(config).note is None  # the same run, which a loss of a node has ended
-    found = claim(another_rate(config))
+    assert choose_run_action(config).note is None  # the same run, which a loss of a node has ended
+    found = choose_run_action(another_rate(config))
     assert found.note is not None and f"held {STOPPED_AT} steps of a run with another configuration" in found.note
 
 
@@ -146,9 +148,9 @@ def test_a_finished_run_is_done_on_each_rank_alone(
         monkeypatch.setenv(name, str(value))
     path = make_run(config, "DONE", "adapter", "checkpoint")
     os.utime(path / "DONE", (0, 0))
-    train(config)
+    run_training(config)
     said = capsys.readouterr().out
-    assert said == (f"{claim(config).note}\n" if rank == 0 else "")
+    assert said == (f"{choose_run_action(config).note}\n" if rank == 0 else "")
     # a job script goes by markers that are newer than its start
     assert ((path / "DONE").stat().st_mtime > 0) == (rank == 0)
 
@@ -175,10 +177,10 @@ def test_a_launcher_goes_on_with_what_its_command_has_begun(
 ) -> None:
     """`run.overwrite` and `--resume` are for the first start: a requeued job would lose its work again and again."""
     path = make_run(config, "checkpoint")
-    (path / "process.json").write_text(json.dumps({"launch": this_launch(before)}))
+    (path / "process.json").write_text(json.dumps({"launch": launch_id(before)}))
     for name, value in now.items():
         monkeypatch.setenv(name, value)
-    found = claim(overwriting(config), resume)
+    found = choose_run_action(with_overwrite(config), resume)
     assert (found.way, found.resume) == (way, resume if way == "replace" else "auto")
 
 
@@ -194,7 +196,7 @@ def test_a_file_of_another_kind_is_a_sentence(name: str, kind: str, config: Conf
     else:
         os.mkfifo(path / name)
     with pytest.raises(UserError, match=f"{name}: is no file, and a run has one there; move it away"):
-        claim(config)
+        choose_run_action(config)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "adapter", "tensorboard", "."])
@@ -204,21 +206,21 @@ def test_a_folder_of_another_kind_is_a_sentence(name: str, config: Config) -> No
         shutil.rmtree(path)
     path.write_text("x")
     with pytest.raises(UserError, match="is no folder"):
-        claim(config)
+        choose_run_action(config)
 
 
 def test_metrics_that_no_run_has_written_stay(config: Config) -> None:
     path = make_run(config)
     (path / "config.yaml").unlink()
     with pytest.raises(UserError, match="holds a run already"):
-        claim(config)
+        choose_run_action(config)
 
 
 def test_a_marker_that_says_nothing_is_none(config: Config) -> None:
     path = make_run(config, "checkpoint")
     for content in (b"xx", b"[]", b'{"step": "17"}', b'{"step": -1}', b"\xff", b"[" * 200_000):
         (path / "DONE").write_bytes(content)
-        assert claim(config).way == "resume", content
+        assert choose_run_action(config).way == "resume", content
 
 
 @pytest.fixture
@@ -230,24 +232,24 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def as_another_user(config: Config) -> str:
+def check_as_other_user(config: Config) -> str:
     """The sentence that a user gets who is not root, whom no mode stops."""
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
     try:
-        return claim(config).way
+        return choose_run_action(config).way
     except UserError as error:
         return str(error)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")
 def test_what_may_not_be_read_or_written_is_a_sentence(config: Config, open_folder: Path) -> None:
-    config = changed(config, {"run": {"dir": str(open_folder / "runs")}})
+    config = apply_changes(config, {"run": {"dir": str(open_folder / "runs")}})
     path = make_run(config, "checkpoint")
     for mine in (path.parent, path, *path.rglob("*")):
         os.chown(mine, 65534, 65534)
-    assert run_ranks(1, as_another_user, config) == ["resume"]
+    assert run_ranks(1, check_as_other_user, config) == ["resume"]
     newest = path / "checkpoints" / "step-000005"
     for spoilt, mode in [
         (path, 0o555),
@@ -261,26 +263,26 @@ def test_what_may_not_be_read_or_written_is_a_sentence(config: Config, open_fold
     ]:
         before = spoilt.stat().st_mode
         spoilt.chmod(mode)
-        (said,) = run_ranks(1, as_another_user, config)
+        (said,) = run_ranks(1, check_as_other_user, config)
         spoilt.chmod(before)
         assert said.startswith(f"{spoilt}: cannot be ") and f"mode {mode:03o}, and this is user 65534" in said, said
-    new = changed(config, {"run": {"name": "new"}})
+    new = apply_changes(config, {"run": {"name": "new"}})
     path.parent.chmod(0o555)
-    assert "give run.dir another value" in run_ranks(1, as_another_user, new)[0]
+    assert "give run.dir another value" in run_ranks(1, check_as_other_user, new)[0]
 
 
 def test_a_read_only_file_system_is_a_sentence(config: Config, tmp_path: Path) -> None:
-    need(os.geteuid() == 0, "root, to mount,")
+    skip_unless(os.geteuid() == 0, "root, to mount,")
     folder = tmp_path / "mounted"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
     try:
-        config = changed(config, {"run": {"dir": str(folder)}})
+        config = apply_changes(config, {"run": {"dir": str(folder)}})
         make_run(config, "checkpoint")
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         for name in ("run", "new"):
             with pytest.raises(UserError, match=r"cannot be .*the file system is read-only"):
-                claim(changed(config, {"run": {"name": name}}))
+                choose_run_action(apply_changes(config, {"run": {"name": name}}))
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
@@ -288,10 +290,10 @@ def test_a_read_only_file_system_is_a_sentence(config: Config, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("traces", "command", "note"),
     [
-        ((), the_same, None),
-        (("DONE",), the_same, "train would do nothing: .* is done after 17 steps"),
-        (("checkpoint",), the_same, "train would go on with the run in"),
-        (("DONE",), overwriting, "train would replace the run in"),
+        ((), unchanged, None),
+        (("DONE",), unchanged, "train would do nothing: .* is done after 17 steps"),
+        (("checkpoint",), unchanged, "train would go on with the run in"),
+        (("DONE",), with_overwrite, "train would replace the run in"),
     ],
 )
 def test_a_dry_run_says_what_train_would_do(
@@ -304,7 +306,7 @@ def test_a_dry_run_says_what_train_would_do(
 
 @pytest.mark.parametrize(
     ("traces", "command", "message"),
-    [(("DONE",), another_rate, "holds a run that is finished"), (("adapter",), the_same, "holds a run already")],
+    [(("DONE",), another_rate, "holds a run that is finished"), (("adapter",), unchanged, "holds a run already")],
 )
 def test_a_dry_run_refuses_what_train_would_refuse(
     traces: tuple[str, ...], command: Callable[[Config], Config], message: str, config: Config
@@ -316,6 +318,6 @@ def test_a_dry_run_refuses_what_train_would_refuse(
 
 def test_a_run_does_not_replace_the_adapter_that_it_begins_from(config: Config) -> None:
     path = make_run(config, "DONE", "adapter")
-    command = changed(overwriting(config), {"lora": {"from": str(path / "adapter")}})
+    command = apply_changes(with_overwrite(config), {"lora": {"from": str(path / "adapter")}})
     with pytest.raises(UserError, match=r"lora.from: .* lies in the folder of this run, which run.overwrite=true"):
-        claim(command)
+        choose_run_action(command)

@@ -17,7 +17,7 @@ import pytest
 
 from qlora_dist.errors import UserError
 from qlora_dist.runs import run_lock as holding
-from qlora_dist.runs.run_lock import LOCK, hold
+from qlora_dist.runs.run_lock import LOCK_FILE, lock_run_dir
 from qlora_dist.runtime import lease
 
 CONTEXT = multiprocessing.get_context("fork")
@@ -31,18 +31,18 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(lease, "LEASE_HEARTBEAT_S", 0.2)
 
 
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "LEASE_S", 1.5)
+    monkeypatch.setattr(lease, "LEASE_DURATION_S", 1.5)
 
 
 @pytest.fixture
 def holder(path: Path) -> Iterator[BaseProcess]:
     """A process that holds the folder for a job of SLURM's."""
-    process = CONTEXT.Process(target=hold_for_ever, args=(path,), daemon=True)
+    process = CONTEXT.Process(target=lock_forever, args=(path,), daemon=True)
     process.start()
     wait_for((path / "held").exists)
     yield process
@@ -50,11 +50,11 @@ def holder(path: Path) -> Iterator[BaseProcess]:
     process.join()
 
 
-def hold_for_ever(path: Path) -> None:
+def lock_forever(path: Path) -> None:
     os.environ.update(JOB)
     os.dup2(os.open(path.parent.parent / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    with hold(path, print):
+    with lock_run_dir(path, print):
         (path / "held").touch()
         time.sleep(600)
 
@@ -66,20 +66,20 @@ def wait_for(happened) -> None:
         time.sleep(0.02)
 
 
-def as_of_another_host(path: Path) -> None:
+def pretend_other_host(path: Path) -> None:
     """The lease of a process that cannot be asked for from here."""
-    lock = path / LOCK
+    lock = path / LOCK_FILE
     lock.write_text(re.sub("^host=.*$", "host=node7", lock.read_text(), flags=re.M))
 
 
 def test_a_folder_that_was_free_is_free_again(path: Path) -> None:
     said: list[str] = []
-    with hold(path, said.append):
-        assert (path / LOCK).exists()
+    with lock_run_dir(path, said.append):
+        assert (path / LOCK_FILE).exists()
     assert not path.parent.exists(), "a start that has failed leaves no folder"
     path.mkdir(parents=True)
     (path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match="a mistake"), hold(path, said.append):
+    with pytest.raises(UserError, match="a mistake"), lock_run_dir(path, said.append):
         raise UserError("a mistake")
     assert [left.name for left in path.iterdir()] == ["metrics.jsonl"]
     assert said == []
@@ -88,12 +88,12 @@ def test_a_folder_that_was_free_is_free_again(path: Path) -> None:
 @pytest.mark.parametrize("host", ["here", "elsewhere"])
 def test_a_second_run_is_refused_while_the_first_lives(host: str, holder: BaseProcess, path: Path) -> None:
     if host == "elsewhere":
-        as_of_another_host(path)  # the heartbeat goes on
+        pretend_other_host(path)  # the heartbeat goes on
     where = "node7" if host == "elsewhere" else re.escape(os.uname().nodename)
     sentence = rf"another run is at work in it \(process {holder.pid} on {where}\); wait for its end, stop it with"
-    with pytest.raises(UserError, match=sentence), hold(path, print):
+    with pytest.raises(UserError, match=sentence), lock_run_dir(path, print):
         pass
-    assert holder.is_alive() and (path / LOCK).exists()
+    assert holder.is_alive() and (path / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize("wait_for_it", [True, False])
@@ -106,22 +106,22 @@ def test_a_run_that_was_killed_on_this_host_is_in_nobodys_way(
     if wait_for_it:
         holder.join()
     started = time.monotonic()
-    with hold(path, print):
+    with lock_run_dir(path, print):
         pass
-    assert time.monotonic() - started < lease.LEASE_S / 2
+    assert time.monotonic() - started < lease.LEASE_DURATION_S / 2
 
 
 def test_a_run_that_has_died_elsewhere_is_waited_for_a_known_time(
     short_lease: None, holder: BaseProcess, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holding, "_SAY_S", 0.5)
+    monkeypatch.setattr(holding, "_WAIT_NOTICE_S", 0.5)
     holder.kill()
     holder.join()
-    as_of_another_host(path)
+    pretend_other_host(path)
     said: list[str] = []
     started = time.monotonic()
-    with hold(path, said.append):
-        assert time.monotonic() - started >= lease.LEASE_S
+    with lock_run_dir(path, said.append):
+        assert time.monotonic() - started >= lease.LEASE_DURATION_S
     assert len(said) == 1 and f"process {holder.pid} on node7 holds it; waiting for a heartbeat" in said[0]
 
 
@@ -130,14 +130,14 @@ def test_a_requeued_job_takes_over_at_once(
     restart: str, job: str, holder: BaseProcess, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And only that: neither another job, nor a second command of the same one. What still ran, ends."""
-    as_of_another_host(path)
+    pretend_other_host(path)
     for name, value in (JOB | {"SLURM_RESTART_COUNT": restart, "SLURM_JOB_ID": job}).items():
         monkeypatch.setenv(name, value)
     if (restart, job) != ("1", "7"):
-        with pytest.raises(UserError, match="another run is at work in it"), hold(path, print):
+        with pytest.raises(UserError, match="another run is at work in it"), lock_run_dir(path, print):
             pass
         return
-    with hold(path, print):
+    with lock_run_dir(path, print):
         assert json.loads((path / "run.lock.json").read_text())["launch"]["start"] == "0/1"
         holder.join(60)
         assert holder.exitcode == 2
@@ -147,6 +147,6 @@ def test_a_requeued_job_takes_over_at_once(
 
 def test_a_lock_that_is_none_is_a_sentence(path: Path) -> None:
     path.mkdir(parents=True)
-    (path / LOCK).mkdir()
-    with pytest.raises(UserError, match=r"run\.lock: cannot be written \(.*\); mend that"), hold(path, print):
+    (path / LOCK_FILE).mkdir()
+    with pytest.raises(UserError, match=r"run\.lock: cannot be written \(.*\); mend that"), lock_run_dir(path, print):
         pass

@@ -24,20 +24,20 @@ GRAVITON_3 = GRAVITON_2.replace("asimdhp", "asimdhp svebf16 i8mm bf16")
 def test_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str, slow: bool) -> None:
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(bf16_support, "_CPUINFO", tmp_path / "cpuinfo")
-    said = bf16_support.warn_of_bf16(CPU)
+    said = bf16_support.bf16_warning(CPU)
     assert (said is not None) == slow
     assert said is None or said.endswith("set model.compute_dtype=fp32")
 
 
 def test_a_system_that_does_not_say_is_not_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bf16_support, "_CPUINFO", tmp_path / "none")
-    assert bf16_support.warn_of_bf16(CPU) is None
+    assert bf16_support.bf16_warning(CPU) is None
 
 
 @pytest.mark.parametrize(("capability", "slow"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
 def test_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], slow: bool) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    said = bf16_support.warn_of_bf16(GPU)
+    said = bf16_support.bf16_warning(GPU)
     assert (said is not None) == slow
     assert said is None or ("Tesla T4 (compute capability 7.5" in said and "set model.compute_dtype=fp16" in said)

@@ -8,16 +8,25 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_dist.runtime.diagnosis import Sign, Verdict, judge, process_state, unknown, without_word
+from qlora_dist.runtime.diagnosis import (
+    Diagnosis,
+    RankStatus,
+    diagnose,
+    diagnose_exited_ranks,
+    process_state,
+    unknown_status,
+)
 
 
-def sign(rank: int, step: int = 17, phase: str = "training", idle_s: float = 600.0, **others: object) -> Sign:
+def make_status(
+    rank: int, step: int = 17, phase: str = "training", idle_s: float = 600.0, **others: object
+) -> RankStatus:
     """Of a rank that waits in a collective."""
     known = {"tick": 5, "limit_s": 600.0, "waiting": True, "host": f"n{rank}", "pid_space": ""}
-    return Sign(rank, step=step, phase=phase, idle_s=idle_s, **(known | others))
+    return RankStatus(rank, step=step, phase=phase, idle_s=idle_s, **(known | others))
 
 
-def alive(signs: list[Sign]) -> list[Sign]:
+def all_alive(signs: list[RankStatus]) -> list[RankStatus]:
     return [replace(sign, tick=sign.tick + 1) for sign in signs]
 
 
@@ -32,56 +41,60 @@ def alive(signs: list[Sign]) -> list[Sign]:
     ],
 )
 def test_who_is_behind_has_stalled(behind, words):
-    signs = [sign(0), sign(1), sign(2, **behind), sign(3)]
-    verdict = judge(signs, alive(signs))
+    signs = [make_status(0), make_status(1), make_status(2, **behind), make_status(3)]
+    verdict = diagnose(signs, all_alive(signs))
     assert verdict.sentence.startswith(words)
     assert verdict.stuck
     assert 2 in verdict.ranks or "step" in behind
 
 
 def test_who_is_behind_and_at_work_is_waited_for():
-    signs = [sign(0), sign(1, phase="evaluating", idle_s=3.0), sign(2)]
-    assert judge(signs, alive(signs)) is None
+    signs = [make_status(0), make_status(1, phase="evaluating", idle_s=3.0), make_status(2)]
+    assert diagnose(signs, all_alive(signs)) is None
 
 
 def test_who_compiles_has_more_time():
-    signs = [sign(0), sign(1, step=0, limit_s=3600.0)]
-    assert judge(signs, alive(signs)) is None
+    signs = [make_status(0), make_status(1, step=0, limit_s=3600.0)]
+    assert diagnose(signs, all_alive(signs)) is None
 
 
 def test_who_publishes_no_more_is_gone_and_not_who_is_behind():
-    signs = [sign(0, step=16), sign(1), sign(2, step=16, phase="evaluating")]  # the last sign is a second old
-    verdict = judge(signs, [*alive(signs[:2]), signs[2]])
+    signs = [
+        make_status(0, step=16),
+        make_status(1),
+        make_status(2, step=16, phase="evaluating"),
+    ]  # the last sign is a second old
+    verdict = diagnose(signs, [*all_alive(signs[:2]), signs[2]])
     assert verdict.sentence.startswith("rank 2 on n2 went away after step 17 (training)")
     assert (verdict.ranks, verdict.stuck, verdict.exit_code) == ([2], False, 1)
 
 
 def test_who_is_done_has_not_gone():
-    signs = [sign(0), sign(1, left="", phase="saving the adapter")]
-    assert judge(signs, [*alive(signs[:1]), signs[1]]).ranks == [0]
+    signs = [make_status(0), make_status(1, left="", phase="saving the adapter")]
+    assert diagnose(signs, [*all_alive(signs[:1]), signs[1]]).ranks == [0]
 
 
 def test_a_mistake_is_the_reason_and_not_the_end_that_follows():
-    signs = [sign(0), sign(1), sign(2, left="the file is gone; fetch it")]
-    verdict = without_word(signs, state=lambda sign: "gone" if sign.rank == 2 else "unknown")
-    assert verdict == Verdict("rank 2 on n2 has stopped: the file is gone; fetch it", [2], exit_code=2)
+    signs = [make_status(0), make_status(1), make_status(2, left="the file is gone; fetch it")]
+    verdict = diagnose_exited_ranks(signs, state=lambda sign: "gone" if sign.rank == 2 else "unknown")
+    assert verdict == Diagnosis("rank 2 on n2 has stopped: the file is gone; fetch it", [2], exit_code=2)
 
 
 def test_a_rank_that_never_gave_a_sign_is_gone():
-    signs = [sign(0, step=0, phase="starting"), unknown(1)]
-    verdict = judge(signs, [*alive(signs[:1]), signs[1]])
+    signs = [make_status(0, step=0, phase="starting"), unknown_status(1)]
+    verdict = diagnose(signs, [*all_alive(signs[:1]), signs[1]])
     assert verdict.sentence.startswith("rank 1 on an unknown host went away before the first step (starting)")
 
 
 def test_signs_and_verdicts_survive_the_store():
-    for value in (sign(3, left=None), Verdict("what", [1, 2], True, 2)):
+    for value in (make_status(3, left=None), Diagnosis("what", [1, 2], True, 2)):
         assert type(value).from_json(value.to_json().encode()) == value
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_dead_process_of_this_machine_is_known_as_one():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    own = Sign(0, 1, 0, "loading", 0.0, 600.0, False, pid=process.pid)
+    own = RankStatus(0, 1, 0, "loading", 0.0, 600.0, False, pid=process.pid)
     assert process_state(own) == "unknown"
     process.kill()
     process.stdin.close()

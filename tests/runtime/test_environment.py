@@ -9,11 +9,11 @@ import pytest
 
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import (
-    Ranks,
+    RankInfo,
     StoreAddress,
-    agent_keeps_store,
-    meeting_name,
-    ranks_from_environment,
+    agent_hosts_store,
+    read_rank_info,
+    rendezvous_id,
     store_address,
 )
 
@@ -73,27 +73,27 @@ PROXY = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)
 @pytest.mark.parametrize(
     ("environ", "ranks"),
     [
-        (TORCHRUN, Ranks(5, 8, 1, 4, "torchrun")),
-        (DEEPSPEED, Ranks(5, 8, 1, 4, "torchrun")),
-        (OPEN_MPI, Ranks(2, 4, 0, 2, "mpi")),
-        (HYDRA, Ranks(3, 4, 1, 2, "mpi")),
-        (STEP, Ranks(3, 4, 1, 2, "srun")),
-        (PMI2, Ranks(3, 4, 1, 2, "srun")),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,2"}, Ranks(3, 4, 1, 2, "srun")),
-        (STEP | {"SLURM_RESTART_COUNT": "2"}, Ranks(3, 4, 1, 2, "srun")),
+        (TORCHRUN, RankInfo(5, 8, 1, 4, "torchrun")),
+        (DEEPSPEED, RankInfo(5, 8, 1, 4, "torchrun")),
+        (OPEN_MPI, RankInfo(2, 4, 0, 2, "mpi")),
+        (HYDRA, RankInfo(3, 4, 1, 2, "mpi")),
+        (STEP, RankInfo(3, 4, 1, 2, "srun")),
+        (PMI2, RankInfo(3, 4, 1, 2, "srun")),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,2"}, RankInfo(3, 4, 1, 2, "srun")),
+        (STEP | {"SLURM_RESTART_COUNT": "2"}, RankInfo(3, 4, 1, 2, "srun")),
         # a launcher inside of another: the inner one knows
-        (STEP | TORCHRUN, Ranks(5, 8, 1, 4, "torchrun")),
-        (OPEN_MPI | TORCHRUN, Ranks(5, 8, 1, 4, "torchrun")),
-        (PROXY | HYDRA, Ranks(3, 4, 1, 2, "mpi")),
-        (PROXY | OPEN_MPI, Ranks(2, 4, 0, 2, "mpi")),
+        (STEP | TORCHRUN, RankInfo(5, 8, 1, 4, "torchrun")),
+        (OPEN_MPI | TORCHRUN, RankInfo(5, 8, 1, 4, "torchrun")),
+        (PROXY | HYDRA, RankInfo(3, 4, 1, 2, "mpi")),
+        (PROXY | OPEN_MPI, RankInfo(2, 4, 0, 2, "mpi")),
         # a batch script's own shell, or another's leftovers, make no rank
-        (JOB, Ranks(0, 1, 0, 1, "none")),
-        ({}, Ranks(0, 1, 0, 1, "none")),
-        ({"HOME": "/home/me", "MASTER_ADDR": "node0", "LOCAL_RANK": "3"}, Ranks(0, 1, 0, 1, "none")),
+        (JOB, RankInfo(0, 1, 0, 1, "none")),
+        ({}, RankInfo(0, 1, 0, 1, "none")),
+        ({"HOME": "/home/me", "MASTER_ADDR": "node0", "LOCAL_RANK": "3"}, RankInfo(0, 1, 0, 1, "none")),
     ],
 )
 def test_who_am_i(environ, ranks):
-    assert ranks_from_environment(environ) == ranks
+    assert read_rank_info(environ) == ranks
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_who_am_i(environ, ranks):
 def test_one_variable_missing_is_refused_and_named(complete, name):
     environ = {key: value for key, value in complete.items() if key != name}
     with pytest.raises(UserError, match=f"(not|without) {name};"):
-        ranks_from_environment(environ)
+        read_rank_info(environ)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_one_variable_missing_is_refused_and_named(complete, name):
 @pytest.mark.parametrize("value", ["", "two", "1.5"])
 def test_variables_that_are_no_numbers_are_refused(environ, name, value):
     with pytest.raises(UserError, match="no numbers"):
-        ranks_from_environment(environ | {name: value})
+        read_rank_info(environ | {name: value})
 
 
 def test_unequal_nodes_are_refused_on_all_ranks_with_the_same_sentence():
@@ -131,13 +131,13 @@ def test_unequal_nodes_are_refused_on_all_ranks_with_the_same_sentence():
     for node in ("0", "1"):
         environ = STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": node}
         with pytest.raises(UserError, match=re.escape("srun started 2(x3),1 tasks on the nodes; start equally many")):
-            ranks_from_environment(environ)
+            read_rank_info(environ)
 
 
 def test_reads_the_environment_of_the_process(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    assert ranks_from_environment().rank == 5
+    assert read_rank_info().rank == 5
 
 
 def test_nobody_else_reads_a_launchers_variables():
@@ -176,9 +176,9 @@ def test_steps_and_restarts_have_ports_of_their_own():
 
 def test_jobs_that_come_to_use_one_port_do_not_meet():
     step = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
-    names = {meeting_name(step | {key: "3"}) for key in step}
-    assert len(names | {meeting_name(step)}) == 5
-    assert meeting_name({"RANK": "0", "WORLD_SIZE": "2", **step}) == ""
+    names = {rendezvous_id(step | {key: "3"}) for key in step}
+    assert len(names | {rendezvous_id(step)}) == 5
+    assert rendezvous_id({"RANK": "0", "WORLD_SIZE": "2", **step}) == ""
 
 
 def test_under_mpirun_rank_0_chooses():
@@ -192,9 +192,9 @@ def test_a_step_without_nodes_is_refused():
 
 
 def test_who_keeps_the_store():
-    assert not agent_keeps_store(TORCHRUN)
-    assert agent_keeps_store(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
-    assert not agent_keeps_store(STEP | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert not agent_hosts_store(TORCHRUN)
+    assert agent_hosts_store(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert not agent_hosts_store(STEP | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
 
 
 @pytest.mark.parametrize("port", ["99999", "0", "http"])

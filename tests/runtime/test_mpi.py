@@ -9,8 +9,8 @@ import pytest
 
 from qlora_dist.errors import UserError
 from qlora_dist.runtime import mpi
-from qlora_dist.runtime.interfaces import check_interfaces, is_chosen
-from qlora_dist.runtime.mpi import own_address
+from qlora_dist.runtime.interfaces import check_interfaces, matches_nccl_ifname
+from qlora_dist.runtime.mpi import reachable_address
 
 
 def interfaces() -> dict[str, list[str]]:
@@ -26,23 +26,23 @@ def test_a_named_interface_decides() -> None:
     if not interfaces():
         pytest.skip("a machine with a loopback interface only")
     for name, addresses in interfaces().items():
-        assert own_address({"GLOO_SOCKET_IFNAME": f"none,{name}"}) == addresses[0]
-        assert own_address({"NCCL_SOCKET_IFNAME": f"={name}"}) == addresses[0]
-        assert own_address({"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": "^e"}) == addresses[0]
+        assert reachable_address({"GLOO_SOCKET_IFNAME": f"none,{name}"}) == addresses[0]
+        assert reachable_address({"NCCL_SOCKET_IFNAME": f"={name}"}) == addresses[0]
+        assert reachable_address({"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": "^e"}) == addresses[0]
 
 
 def test_an_interface_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="name its network interface in GLOO_SOCKET_IFNAME"):
-        own_address({"GLOO_SOCKET_IFNAME": "none0"})
+        reachable_address({"GLOO_SOCKET_IFNAME": "none0"})
 
 
 def test_a_name_that_means_the_machine_itself_is_not_sent_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     # what Debian has in /etc/hosts
     entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [entry])
-    monkeypatch.setattr(mpi, "_addresses", lambda: {"eth0": ["10.0.0.5"], "eth1": ["10.1.0.5"]})
-    assert own_address({}) == "10.0.0.5"
-    assert own_address({"NCCL_SOCKET_IFNAME": "eth1"}) == "10.1.0.5"
+    monkeypatch.setattr(mpi, "_interface_addresses", lambda: {"eth0": ["10.0.0.5"], "eth1": ["10.1.0.5"]})
+    assert reachable_address({}) == "10.0.0.5"
+    assert reachable_address({"NCCL_SOCKET_IFNAME": "eth1"}) == "10.1.0.5"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_name_that_means_the_machine_itself_is_not_sent_to_others(monkeypatch:
     ],
 )
 def test_nccls_own_pattern(pattern: str, fitting: list[str]) -> None:
-    assert [name for name in ("eth0", "eth1", "ib0", "docker0") if is_chosen(name, pattern)] == fitting
+    assert [name for name in ("eth0", "eth1", "ib0", "docker0") if matches_nccl_ifname(name, pattern)] == fitting
 
 
 def test_an_interface_that_gloo_or_nccl_would_miss_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import Launcher, Ranks
+from qlora_dist.runtime.environment import Launcher, RankInfo
 from qlora_dist.runtime.process_group import resolve_device
 
 
@@ -29,7 +29,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int
     indirect=["gpus"],
 )
 def test_each_rank_has_its_gpu(gpus: int, launcher: Launcher, index: int) -> None:
-    assert resolve_device("auto", Ranks(7, 8, 3, 4, launcher)) == torch.device("cuda", index)
+    assert resolve_device("auto", RankInfo(7, 8, 3, 4, launcher)) == torch.device("cuda", index)
 
 
 @pytest.mark.parametrize(
@@ -38,5 +38,5 @@ def test_each_rank_has_its_gpu(gpus: int, launcher: Launcher, index: int) -> Non
 @pytest.mark.parametrize("local_rank", [0, 3])
 def test_more_ranks_than_gpus_are_refused_by_all_of_them(gpus: int, launcher: Launcher, local_rank: int) -> None:
     with pytest.raises(UserError, match=f"^4 ranks were started on a node with {gpus} GPUs; start {gpus}$"):
-        resolve_device("auto", Ranks(local_rank, 4, local_rank, 4, launcher))
-    assert resolve_device("cpu", Ranks(local_rank, 4, local_rank, 4, launcher)) == torch.device("cpu")
+        resolve_device("auto", RankInfo(local_rank, 4, local_rank, 4, launcher))
+    assert resolve_device("cpu", RankInfo(local_rank, 4, local_rank, 4, launcher)) == torch.device("cpu")

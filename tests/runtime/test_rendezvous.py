@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from qlora_dist.errors import UserError
 from qlora_dist.runtime import hosts, rendezvous
-from qlora_dist.runtime.environment import Ranks
-from qlora_dist.runtime.rendezvous import meet
+from qlora_dist.runtime.environment import RankInfo
+from qlora_dist.runtime.rendezvous import join_rendezvous
 
 
 @pytest.fixture
@@ -27,17 +27,17 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
     yield store
 
 
-def rank(number: int, world_size: int = 3) -> Ranks:
-    return Ranks(number, world_size, number, world_size, "torchrun")
+def rank(number: int, world_size: int = 3) -> RankInfo:
+    return RankInfo(number, world_size, number, world_size, "torchrun")
 
 
 def test_a_restarted_rank_waits_for_the_new_first_rank(agent):
     with ThreadPoolExecutor(3) as pool:
         for attempt in ("first", "second", "third"):
-            early = [pool.submit(meet, rank(number), 10) for number in (1, 2)]
+            early = [pool.submit(join_rendezvous, rank(number), 10) for number in (1, 2)]
             threading.Event().wait(0.3)  # they find what is left of the attempt before, and must not take it
             assert not any(future.done() for future in early)
-            stores = [meet(rank(0), 10), *(future.result() for future in early)]
+            stores = [join_rendezvous(rank(0), 10), *(future.result() for future in early)]
             assert not stores[0].check(["written by"])
             stores[0].set("written by", attempt)
             assert [store.get("written by").decode() for store in stores] == [attempt] * 3
@@ -45,39 +45,39 @@ def test_a_restarted_rank_waits_for_the_new_first_rank(agent):
 
 def test_who_has_not_come_is_named(agent):
     with ThreadPoolExecutor(2) as pool:
-        other = pool.submit(meet, rank(1), 1.0)
+        other = pool.submit(join_rendezvous, rank(1), 1.0)
         with pytest.raises(
             UserError, match=r"^rank 2 of 3 has not come within 1 s; look at its node's output"
         ) as error:
-            meet(rank(0), 1.0)
+            join_rendezvous(rank(0), 1.0)
         assert error.value.one_rank
         with pytest.raises(UserError, match=r"^rank 0, or one that it waits for, of 3 has not come") as error:
             other.result()
         assert not error.value.one_rank  # rank 0 of its node speaks
         with pytest.raises(UserError, match=r"^rank 1 \(nor 1 more\) of 3"):
-            meet(rank(0), 0.5)
+            join_rendezvous(rank(0), 0.5)
 
 
 def test_a_store_that_is_not_there(monkeypatch, agent):
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(UserError, match=r"^the ranks can't meet at 127.0.0.1:1 \(.*see that rank 0 is started there"):
-        meet(rank(1), 1.0)
+        join_rendezvous(rank(1), 1.0)
 
 
 def test_a_silent_program_at_the_port(monkeypatch, agent):
     """torch waits for its answer for ever, whatever the timeout; and the other rank's GPUs idle meanwhile."""
-    monkeypatch.setattr(rendezvous, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(rendezvous, "_CONNECT_TIMEOUT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MASTER_PORT", str(silent.getsockname()[1]))
         with pytest.raises(UserError, match=r"\(what listens there does not answer, and is not rank 0\); see that"):
-            meet(rank(1), 600)
+            join_rendezvous(rank(1), 600)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
         with pytest.raises(UserError, match=r"^the ranks can't meet at .*that no other program has the port"):
-            meet(rank(0), 600)  # cannot listen there
+            join_rendezvous(rank(0), 600)  # cannot listen there
 
 
 def test_a_master_without_an_address(monkeypatch, agent):
-    monkeypatch.setattr(hosts, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(hosts, "_DNS_TIMEOUT_S", 0.0)
     monkeypatch.setenv("MASTER_ADDR", "node0.invalid")
     with pytest.raises(UserError, match=r"^node0\.invalid: .* does not know this machine, where the ranks are to meet"):
-        meet(rank(1), 600)
+        join_rendezvous(rank(1), 600)

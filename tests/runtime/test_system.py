@@ -10,7 +10,7 @@ import pytest
 
 from qlora_dist.cli.main import app
 from qlora_dist.config.schema import DataConfig
-from qlora_dist.data.prepare_datasets import cache_folder
+from qlora_dist.data.prepare_datasets import data_cache_folder
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration_file import load_calibration
 
@@ -29,10 +29,10 @@ def test_the_cache_is_where_the_user_has_caches(monkeypatch: pytest.MonkeyPatch,
     default = DataConfig.model_validate({"train": ["a.jsonl"]})
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder(default) == tmp_path / "home" / ".cache" / "qlora-dist"
+    assert data_cache_folder(default) == tmp_path / "home" / ".cache" / "qlora-dist"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "scratch"))
-    assert cache_folder(default) == tmp_path / "scratch" / "qlora-dist"
-    assert cache_folder(default.model_copy(update={"cache": "~/mine"})) == tmp_path / "home" / "mine"
+    assert data_cache_folder(default) == tmp_path / "scratch" / "qlora-dist"
+    assert data_cache_folder(default.model_copy(update={"cache": "~/mine"})) == tmp_path / "home" / "mine"
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,5 +42,5 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
     for cache in ("~/.cache/qlora-dist", "~/mine"):
         with pytest.raises(UserError, match="home folder"):
-            cache_folder(DataConfig(train=["a.jsonl"], cache=cache))
+            data_cache_folder(DataConfig(train=["a.jsonl"], cache=cache))
     assert load_calibration().devices == {}

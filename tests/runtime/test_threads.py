@@ -11,8 +11,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_dist.nf4.quantize import quantize
-from qlora_dist.runtime.threads import for_each, in_background
+from qlora_dist.nf4.quantize import quantize_weight
+from qlora_dist.runtime.threads import background_executor, parallel_for_each
 
 THREADS = 3
 
@@ -29,21 +29,21 @@ def several_threads() -> Iterator[None]:
 @pytest.mark.parametrize("numel", [5 * 2**20, 2**20 + 64 * 3, 2**21 + 7])
 def test_bytes_are_those_of_bitsandbytes(numel: int, quant_type: str) -> None:
     weight = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).bfloat16()
-    packed, layout = quantize(weight, quant_type)  # type: ignore[arg-type]
+    packed, layout = quantize_weight(weight, quant_type)  # type: ignore[arg-type]
     codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=quant_type)
     assert torch.equal(packed[layout.codes], codes.flatten())
     assert torch.equal(packed[layout.absmax], state.absmax)
     torch.set_num_threads(1)
-    assert torch.equal(quantize(weight, quant_type)[0], packed)  # type: ignore[arg-type]
+    assert torch.equal(quantize_weight(weight, quant_type)[0], packed)  # type: ignore[arg-type]
 
 
 def test_a_parameter_and_inference_mode() -> None:
     """Whether gradients and inference are on is a matter of the calling thread, of which the others know nothing."""
     weight = torch.nn.Parameter(torch.randn(3 * 2**20))
-    expected = quantize(weight.detach())[0]
-    assert torch.equal(quantize(weight)[0], expected)
+    expected = quantize_weight(weight.detach())[0]
+    assert torch.equal(quantize_weight(weight)[0], expected)
     with torch.inference_mode():
-        assert torch.equal(quantize(weight.clone())[0], expected)
+        assert torch.equal(quantize_weight(weight.clone())[0], expected)
 
 
 def test_as_many_threads_as_torch_has_each_with_one_of_its_own() -> None:
@@ -55,14 +55,14 @@ def test_as_many_threads_as_torch_has_each_with_one_of_its_own() -> None:
             together.wait()
         seen.append((number, threading.current_thread(), torch.get_num_threads()))
 
-    for_each(piece, range(10))
+    parallel_for_each(piece, range(10))
     assert sorted(number for number, _, _ in seen) == list(range(10))
     assert len({thread for _, thread, _ in seen}) == THREADS
     assert {threads for _, _, threads in seen} == {1}
 
 
 def test_torch_has_as_many_threads_as_before() -> None:
-    for_each(lambda _: None, range(10))
+    parallel_for_each(lambda _: None, range(10))
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
@@ -74,7 +74,7 @@ def test_torch_has_as_many_threads_as_before() -> None:
 def test_one_thread_is_the_callers(threads: int, pieces: int) -> None:
     torch.set_num_threads(threads)
     seen = []
-    for_each(lambda _: seen.append(threading.current_thread()), range(pieces))
+    parallel_for_each(lambda _: seen.append(threading.current_thread()), range(pieces))
     assert set(seen) == {threading.current_thread()}
     assert torch.get_num_threads() == threads
 
@@ -89,7 +89,7 @@ def test_an_error_is_the_callers_and_ends_the_work() -> None:
         done.append(number)
 
     with pytest.raises(ValueError, match="piece 0"):
-        for_each(piece, range(20_000))
+        parallel_for_each(piece, range(20_000))
     assert len(done) < 20_000 - 1
     assert torch.get_num_threads() == THREADS
 
@@ -98,7 +98,7 @@ def test_a_thread_in_the_background_starts_no_team() -> None:
     """Threads that OpenMP has more than cores keep all of its threads from waiting by spinning."""
     large = torch.zeros(2**22)
     large.add_(1)  # the team of this thread is there
-    with in_background("one") as pool:
+    with background_executor("one") as pool:
         before = len(list(Path("/proc/self/task").iterdir()))
         assert pool.submit(lambda: (large.clone().add_(1).sum().item(), torch.get_num_threads())).result() == (2**23, 1)
         assert len(list(Path("/proc/self/task").iterdir())) == before
@@ -107,7 +107,7 @@ def test_a_thread_in_the_background_starts_no_team() -> None:
 
 def test_a_thread_that_starts_later_has_a_team() -> None:
     later: list[int] = []
-    with in_background("one"):
+    with background_executor("one"):
         thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
         thread.start()
         thread.join()

@@ -20,7 +20,7 @@ from qlora_dist.bench.bench_result import BenchResult
 from qlora_dist.cli.main import main
 from qlora_dist.config.config_file import load_config
 from qlora_dist.launch.cluster import load_cluster
-from qlora_dist.launch.launch import Options, launch_slurm
+from qlora_dist.launch.launch import LaunchOptions, launch_slurm
 from tests.helpers import tiny_models
 from tests.helpers.real_slurm import wait_for
 from tests.helpers.warm_python import warm_python
@@ -98,7 +98,7 @@ def test_layouts_are_jobs_that_take_turns(slurm: Any, config: Path, tmp_path: Pa
     script = (runs[0] / "jobs" / "1" / "job.sbatch").read_text()
     run_config = load_config(runs[0] / "jobs" / "1" / "config.yaml")
     launched = tmp_path / "launched"
-    options = Options(nodes=1, ranks_per_node=2, dry_run=True)
+    options = LaunchOptions(nodes=1, ranks_per_node=2, dry_run=True)
     with launched.open("w") as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", file)
         launch_slurm(run_config, load_cluster(cluster), options, Console(quiet=True))

@@ -24,8 +24,8 @@ from rich.console import Console
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.launch.cluster import Cluster
-from qlora_dist.launch.launch import Options, launch_slurm
-from qlora_dist.train.run_training import train
+from qlora_dist.launch.launch import LaunchOptions, launch_slurm
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 from tests.helpers.real_slurm import wait_for
@@ -74,7 +74,7 @@ class Run:
         )
         changes = [f"run.name={name}", f"train.steps={scenario.steps}", f"parallel.engine={scenario.engine}"]
         resolved = load_config(config, changes)
-        launch_slurm(resolved, cluster, Options(nodes=2, ranks_per_node=1), Console(quiet=True))
+        launch_slurm(resolved, cluster, LaunchOptions(nodes=2, ranks_per_node=1), Console(quiet=True))
         self.job_id = json.loads((self.path / "job.json").read_text())["job_id"]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -178,7 +178,7 @@ def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4
     left = processes_of(folder)
     steps = max(len(run.losses()) for run in runs.values())
     at_home = load_config(config, ["run.name=home", f"train.steps={steps}"])
-    run_ranks(2, train, at_home)
+    run_ranks(2, run_training, at_home)
     rows = map(json.loads, (folder / "runs" / "home" / "metrics.jsonl").read_text().splitlines())
     return Results(runs, states, [row["loss"] for row in rows if "loss" in row], left)
 

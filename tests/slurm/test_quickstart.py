@@ -12,8 +12,8 @@ from rich.console import Console
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.launch.cluster import Cluster
-from qlora_dist.launch.launch import Options, launch_slurm
-from qlora_dist.train.run_training import train
+from qlora_dist.launch.launch import LaunchOptions, launch_slurm
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 from tests.helpers.warm_python import warm_python
@@ -50,9 +50,9 @@ def test_smollm2_as_a_job_is_smollm2_at_home(slurm: Any, tmp_path: Path, smollm2
             options: dict[str, Any] = {"gpus_per_node": 0, "preflight": False, "env": environ, "python": str(python)}
             cluster = Cluster(form=form, sbatch=[f"--exclude={others}"], **options)
             config = resolve(tmp_path, smollm2_folder, form)
-            launch_slurm(config, cluster, Options(nodes=2, ranks_per_node=1), Console(quiet=True))
+            launch_slurm(config, cluster, LaunchOptions(nodes=2, ranks_per_node=1), Console(quiet=True))
             jobs[form] = json.loads((tmp_path / "runs" / form / "job.json").read_text())["job_id"]
-        run_ranks(2, train, resolve(tmp_path, smollm2_folder, "home"))
+        run_ranks(2, run_training, resolve(tmp_path, smollm2_folder, "home"))
         states = {form: slurm.ends(job_id, PATIENCE_S) for form, job_id in jobs.items()}
     for form, state in states.items():
         assert state["JobState"] == "COMPLETED", (tmp_path / "runs" / form / "jobs" / "1" / "output.log").read_text()

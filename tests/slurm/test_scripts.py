@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from qlora_dist.launch.cluster import Cluster
-from qlora_dist.launch.job_script import Job, render
-from qlora_dist.launch.submit import submit
+from qlora_dist.launch.job_script import SlurmJob, render_job_script
+from qlora_dist.launch.submit import sbatch
 from tests.helpers.real_slurm import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,13 +121,13 @@ SCENARIOS = {
 
 
 @pytest.fixture(scope="module")
-def jobs(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, int]]:
+def jobs(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[SlurmJob, int]]:
     """All of them, submitted."""
     folder = tmp_path_factory.mktemp("scripts")
     submitted = {}
     for number, (name, scenario) in enumerate(SCENARIOS.items()):
         run = folder / str(number) / scenario.folder
-        job = Job("job", folder, run, run / "jobs" / "1", 1, 1, scenario.array)
+        job = SlurmJob("job", folder, run, run / "jobs" / "1", 1, 1, scenario.array)
         job.folder.mkdir(parents=True)
         ranks = folder / f"ranks-{number}"
         ranks.write_text(
@@ -136,15 +136,15 @@ def jobs(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
         )
         ranks.chmod(0o755)
         cluster = Cluster(gpus_per_node=0, max_requeues=1, python=str(ranks), sbatch=["--nodelist=n1"])
-        job.script.write_text(render(job, cluster))
-        submitted[name] = (job, submit(job.script))
+        job.script.write_text(render_job_script(job, cluster))
+        submitted[name] = (job, sbatch(job.script))
     for name, scenario in SCENARIOS.items():
         scenario.act(slurm, submitted[name][1])
     return submitted
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_job_ends_as_it_should(name: str, jobs: dict[str, tuple[Job, int]], slurm: Any) -> None:
+def test_a_job_ends_as_it_should(name: str, jobs: dict[str, tuple[SlurmJob, int]], slurm: Any) -> None:
     scenario, (job, job_id) = SCENARIOS[name], jobs[name]
     last = job_id if not scenario.array else f"{job_id}_{scenario.array - 1}"
     state = slurm.ends(last, PATIENCE_S)

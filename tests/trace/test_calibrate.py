@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qlora_dist.cli.plan_command import Asked, plan_for
+from qlora_dist.cli.plan_command import PlanArgs, plan_from_args
 from qlora_dist.errors import UserError
-from qlora_dist.plan.calibration_file import Measured, load_calibration, save
+from qlora_dist.plan.calibration_file import MeasuredSpeeds, load_calibration, save_calibration
 from qlora_dist.trace.calibrate import calibrate
 from tests.helpers.ranks import run_ranks
 
@@ -27,15 +27,15 @@ def test_two_nodes_are_measured_side_by_side(tmp_path: Path) -> None:
 
 def test_plans_reckon_with_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
-    asked = Asked("llama-3.1-8b", [], 8, "h100-80gb", 2, "ethernet-100g", calibration=path)
-    slow = Measured(
+    asked = PlanArgs("llama-3.1-8b", [], 8, "h100-80gb", 2, "ethernet-100g", calibration=path)
+    slow = MeasuredSpeeds(
         device="H100", torch="2.13", flops=1e12, dequantized_bytes=1e12, streamed_bytes=1e12, host_bytes=1e10
     )
-    save("a100-80gb", slow, path)
-    before = plan_for(asked)
+    save_calibration("a100-80gb", slow, path)
+    before = plan_from_args(asked)
     assert not before.is_measured
-    save("h100-80gb", slow, path)
-    after = plan_for(asked)
+    save_calibration("h100-80gb", slow, path)
+    after = plan_from_args(asked)
     assert after.is_measured
     assert after.as_json()["uncertainty"] is None
     assert after.time.busy_s["matrix products"] == pytest.approx(after.time.flops / 1e12)
@@ -44,6 +44,6 @@ def test_plans_reckon_with_what_was_measured(tmp_path: Path) -> None:
     assert set(load_calibration(path).devices) == {"a100-80gb", "h100-80gb"}
     path.write_text(json.dumps({"devices": {"h100-80gb": {"flops": "fast"}}}))
     with pytest.raises(UserError, match="make it anew"):
-        plan_for(asked)
+        plan_from_args(asked)
     with pytest.raises(UserError, match="no such file"):
-        plan_for(replace(asked, calibration=tmp_path / "nowhere.json"))
+        plan_from_args(replace(asked, calibration=tmp_path / "nowhere.json"))

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from qlora_dist.config.schema import Config
-from qlora_dist.plan.memory_estimate import plan_memory
+from qlora_dist.plan.memory_estimate import estimate_memory
 from qlora_dist.plan.model_config import read_model_config
-from qlora_dist.plan.run_spec import make_run
+from qlora_dist.plan.run_spec import make_run_spec
 from qlora_dist.plan.step_traffic import step_traffic
-from qlora_dist.trace.trace_step import Trace, trace
+from qlora_dist.trace.trace_step import StepTrace, trace_step
 from tests.helpers.ranks import run_ranks
 
 CASES: list[tuple[str, int, int, dict[str, dict[str, Any]]]] = [
@@ -54,10 +54,10 @@ def configuration(world_size: int, settings: dict[str, dict[str, Any]]) -> Confi
     return Config.model_validate(tree)
 
 
-def trace_all() -> list[Trace]:
+def trace_all() -> list[StepTrace]:
     """In one process: the first trace of a process takes some seconds more."""
     return [
-        trace(configuration(world_size, settings), read_model_config(model), world_size, nodes)
+        trace_step(configuration(world_size, settings), read_model_config(model), world_size, nodes)
         for model, world_size, nodes, settings in CASES
     ]
 
@@ -66,8 +66,8 @@ def trace_all() -> list[Trace]:
 def test_formulas_are_the_trace() -> None:
     (traces,) = run_ranks(1, trace_all)
     for (model, world_size, nodes, settings), traced in zip(CASES, traces, strict=True):
-        run = make_run(configuration(world_size, settings), read_model_config(model), world_size, nodes)
-        planned = plan_memory(run)
+        run = make_run_spec(configuration(world_size, settings), read_model_config(model), world_size, nodes)
+        planned = estimate_memory(run)
         assert planned.static_bytes == traced.static_bytes, model
         assert planned.weights_bytes == traced.weights_bytes, model
         peak = 0.06 if max(traced.phases, key=traced.phases.__getitem__) == "layer_backward" else 0.03

@@ -8,10 +8,10 @@ import pytest
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
-from qlora_dist.model.model_folder import ModelFolder, read_json
-from qlora_dist.trace.trace_step import Trace, Traced, trace, trace_folder
+from qlora_dist.model.model_folder import ModelFolder, read_model_json
+from qlora_dist.trace.trace_step import PartialTrace, StepTrace, trace_checkpoint, trace_step
 from tests.helpers import tiny_models
-from tests.helpers.measured_step import counted
+from tests.helpers.measured_step import measure_step
 from tests.helpers.ranks import run_ranks
 
 RUNS = [
@@ -23,14 +23,18 @@ RUNS = [
 DEEP = ["parallel.base=2", "train.global_batch=8", "train.checkpointing=2", "model.compute_dtype=fp16"]
 
 
-def trace_all(configs: list[Config], deep: Config) -> tuple[list[Traced], Traced, Trace]:
+def trace_all(configs: list[Config], deep: Config) -> tuple[list[PartialTrace], PartialTrace, StepTrace]:
     """In one process: the first trace of a process takes some seconds more."""
     traced = [
-        trace_folder(config, ModelFolder(config.model.base), world_size, device="cpu")
+        trace_checkpoint(config, ModelFolder(config.model.base), world_size, device="cpu")
         for config, (world_size, _) in zip(configs, RUNS, strict=True)
     ]
     base = Path(deep.model.base)
-    return traced, trace_folder(deep, ModelFolder(base), 8), trace(deep, read_json(base / "config.json"), 8)
+    return (
+        traced,
+        trace_checkpoint(deep, ModelFolder(base), 8),
+        trace_step(deep, read_model_json(base / "config.json"), 8),
+    )
 
 
 @pytest.mark.slow
@@ -42,7 +46,7 @@ def test_traced_bytes_are_those_of_a_real_run(tmp_path: Path) -> None:
     ((traces, deep, extrapolated),) = run_ranks(1, trace_all, configs, load_config(deep_path, DEEP))
 
     for (world_size, _), config, traced in zip(RUNS, configs, traces, strict=True):
-        for weights_bytes, peaks, traffic in run_ranks(world_size, counted, config):
+        for weights_bytes, peaks, traffic in run_ranks(world_size, measure_step, config):
             assert traced.weights_bytes == weights_bytes
             assert traced.traffic == traffic
             assert peaks == pytest.approx(traced.places, abs=4096)  # where sequences begin is not traced

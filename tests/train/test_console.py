@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from qlora_dist.io.read_ahead import Reading
+from qlora_dist.io.read_ahead import ReadProgress
 from qlora_dist.train import console
 from qlora_dist.train.console import RunConsole
 
-READINGS = [Reading(2**20, 2**22, 0.0), Reading(2**21, 2**22, 0.0), Reading(2**22, 2**22, 0.0)]
+READINGS = [ReadProgress(2**20, 2**22, 0.0), ReadProgress(2**21, 2**22, 0.0), ReadProgress(2**22, 2**22, 0.0)]
 
 
 def load(rank: int) -> None:

@@ -20,11 +20,11 @@ from qlora_dist.errors import UserError
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.console import RunConsole
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.run_training import run
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.run_training import train_and_export
 from tests.helpers import tiny_models
 from tests.helpers.architectures import dequantized_model, make_architecture
 from tests.helpers.train_helpers import first_loss, losses
@@ -72,7 +72,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 
 
-class Lines(RunConsole):
+class RecordingConsole(RunConsole):
     """Keeps what a run says."""
 
     def __init__(self) -> None:
@@ -83,12 +83,12 @@ class Lines(RunConsole):
         self.lines.append(text)
 
 
-def train_here(config: Config) -> list[str]:
+def train_and_collect_lines(config: Config) -> list[str]:
     """Train in this process; returns what was said."""
-    setup = set_up(config, ranks_from_environment({}))
+    setup = set_up_run(config, read_rank_info({}))
     try:
-        with Lines() as console, process_group(setup.ranks, setup.device):
-            run(setup, console)
+        with RecordingConsole() as console, process_group(setup.ranks, setup.device):
+            train_and_export(setup, console)
     finally:
         if dist.is_initialized():  # a mistake leaves the group to the end of the process
             dist.destroy_process_group()
@@ -98,7 +98,7 @@ def train_here(config: Config) -> list[str]:
 def held_out_loss(config: Config, model: nn.Module) -> float:
     """The loss of the held-out rows, each by itself and without what is padded."""
     total, count = 0.0, 0
-    for batch in set_up(config, ranks_from_environment({})).eval_batches:
+    for batch in set_up_run(config, read_rank_info({})).eval_batches:
         for row, labels, _ in zip(*batch, strict=True):
             if (labels == -100).all():
                 continue  # fills up the last batch
@@ -121,7 +121,7 @@ def make_run(name: str, folder: Path, *overrides: str) -> tuple[Path, Path, Conf
 @pytest.mark.parametrize(("name", "engine"), [*((name, "fsdp2") for name in HYBRIDS), ("DeepseekV32", "zero2")])
 def test_the_loss_and_the_adapter_are_those_of_transformers_and_peft(name: str, engine: str, tmp_path: Path) -> None:
     source, quantized, config = make_run(name, tmp_path, f"parallel.engine={engine}", "parallel.base=replicate")
-    said = train_here(config)
+    said = train_and_collect_lines(config)
     plain = dequantized_model(source, quantized).eval()
     assert losses(config)[0] == pytest.approx(first_loss(config, plain), rel=1e-6)
 
@@ -143,18 +143,18 @@ def test_the_loss_and_the_adapter_are_those_of_transformers_and_peft(name: str, 
 def test_adapters_none_of_which_counts_are_refused(tmp_path: Path) -> None:
     _, _, config = make_run("DeepseekV32", tmp_path, "lora.targets=[wq_b, weights_proj]")
     with pytest.raises(UserError, match="no adapter has any influence on the loss"):
-        train_here(config)
+        train_and_collect_lines(config)
 
 
 def test_a_layer_whose_weight_is_read_takes_no_adapter(tmp_path: Path) -> None:
     _, _, config = make_run("Bamba", tmp_path)
     adapted = {
         name.split(".lora_")[0]
-        for name, _ in set_up(config, ranks_from_environment({})).model.named_parameters()
+        for name, _ in set_up_run(config, read_rank_info({})).model.named_parameters()
         if "lora_" in name
     }
     assert any(name.endswith("mamba.in_proj") for name in adapted)
     assert not any(name.endswith("mamba.out_proj") for name in adapted)
     named = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": ["in_proj", "out_proj"]})})
     with pytest.raises(UserError, match="reads the weight of out_proj itself"):
-        set_up(named, ranks_from_environment({}))
+        set_up_run(named, read_rank_info({}))

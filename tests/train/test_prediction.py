@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.cli.main import main
-from qlora_dist.config.config_file import config_from
-from qlora_dist.plan.memory_estimate import Memory
+from qlora_dist.config.config_file import config_from_tree
+from qlora_dist.plan.memory_estimate import MemoryEstimate
 from qlora_dist.plan.model_config import read_model_config
-from qlora_dist.plan.run_spec import make_run
+from qlora_dist.plan.run_spec import make_run_spec
 from qlora_dist.train import trainer
-from qlora_dist.train.prediction import Expected
+from qlora_dist.train.prediction import RunPrediction
 from tests.helpers import tiny_models
 from tests.helpers.ranks import started_ranks
 
@@ -31,12 +31,12 @@ def test_only_what_was_planned_is_compared() -> None:
         "comm_bytes_per_step": {"world": 7, "control": 88},
         "tokens_per_s": 50.0,
     }
-    memory = Memory({"base": 90, "moments": 10}, {"head": {"loss": 200}})
+    memory = MemoryEstimate({"base": 90, "moments": 10}, {"head": {"loss": 200}})
     terms = {}
     for device in ("cuda", "cpu"):
-        config = config_from({"model": {"base": "smollm2-135m"}, "data": {"train": ["a"]}})
-        run = make_run(config, read_model_config("smollm2-135m"), 1, device=device)
-        terms[device] = Expected(run, memory, {"world": 7}, None, False).against(measured, 10)
+        config = config_from_tree({"model": {"base": "smollm2-135m"}, "data": {"train": ["a"]}})
+        run = make_run_spec(config, read_model_config("smollm2-135m"), 1, device=device)
+        terms[device] = RunPrediction(run, memory, {"world": 7}, None, False).against(measured, 10)
     assert terms["cuda"].pop("peak_bytes") == [300, 300]
     assert terms["cuda"] == terms["cpu"]
     assert terms["cpu"]["moments_bytes"] == [10, 10] and terms["cpu"]["world_bytes_per_step"] == [7, 7]

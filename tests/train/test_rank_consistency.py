@@ -16,9 +16,15 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.runtime import shared_folder
-from qlora_dist.runtime.environment import Ranks, ranks_from_environment
+from qlora_dist.runtime.environment import RankInfo, read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.rank_consistency import MAY_DIFFER, check_ranks_agree, facts, first_difference, misplaced
+from qlora_dist.train.rank_consistency import (
+    PER_NODE_KEYS,
+    check_ranks_agree,
+    find_misplaced_rank,
+    first_difference,
+    rank_facts,
+)
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks, started_ranks
 
@@ -63,7 +69,7 @@ def train_in(folder: Path, *words: str | Path) -> None:
 
 def test_a_run_folder_that_is_not_shared_is_found_at_the_start(tiny_llama_nf4, tmp_path, monkeypatch):
     """Two nodes with a disk each: it was the first checkpoint that never came, hours later."""
-    monkeypatch.setattr(shared_folder, "_WAIT_S", 0.5)
+    monkeypatch.setattr(shared_folder, "_VISIBLE_TIMEOUT_S", 0.5)
     config, words = tiny_models.make_config(tmp_path, tiny_llama_nf4), ("run.dir=runs", "train.timeout=60")
     nodes = [tmp_path / "node0", tmp_path / "node1"]
     for node in nodes:
@@ -90,7 +96,7 @@ def config_of(train: list[str], **changes: object) -> Config:
         ({}, None),
         ({"device": torch.device("cuda", 1)}, "the device is cuda there and cpu here; start the run on machines"),
         (
-            {"ranks": Ranks(5, 6, 0, 2, "torchrun")},
+            {"ranks": RankInfo(5, 6, 0, 2, "torchrun")},
             "the number of ranks on the node is 2 there and 4 here; start equally",
         ),
         (
@@ -102,8 +108,8 @@ def config_of(train: list[str], **changes: object) -> Config:
     ],
 )
 def test_every_kind_of_difference_is_named(other, sentence):
-    same = {"config": config_of(["a"]), "ranks": Ranks(0, 6, 0, 4, "torchrun"), "device": CPU, "data": {}}
-    answers = [("A", facts(**same)), ("A", facts(**same)), ("B", facts(**(same | other)))]
+    same = {"config": config_of(["a"]), "ranks": RankInfo(0, 6, 0, 4, "torchrun"), "device": CPU, "data": {}}
+    answers = [("A", rank_facts(**same)), ("A", rank_facts(**same)), ("B", rank_facts(**(same | other)))]
     if sentence is None:
         assert first_difference(answers) is None
     else:
@@ -111,24 +117,24 @@ def test_every_kind_of_difference_is_named(other, sentence):
 
 
 def test_long_values_are_compared_but_not_sent():
-    long = [facts(config_of([f"{'a' * 1000}{end}"]), Ranks(0, 1, 0, 1, "none"), CPU, {}) for end in "ab"]
+    long = [rank_facts(config_of([f"{'a' * 1000}{end}"]), RankInfo(0, 1, 0, 1, "none"), CPU, {}) for end in "ab"]
     assert "sha256:" in first_difference([("A", long[0]), ("B", long[1])])
     assert len(str(long[0])) < 5000
 
 
 def test_keys_that_may_differ_exist():
     sections = config_of(["a"]).model_dump()
-    assert all(name in sections[section] for section, name in (key.split(".") for key in MAY_DIFFER))
+    assert all(name in sections[section] for section, name in (key.split(".") for key in PER_NODE_KEYS))
 
 
 def test_a_single_process_agrees_with_itself():
-    ranks = ranks_from_environment({})
+    ranks = read_rank_info({})
     with process_group(ranks, CPU):
         check_ranks_agree(config_of(["a"]), ranks, CPU)
 
 
-def said_on(path: Path) -> str:
-    ranks = ranks_from_environment()
+def rank_message(path: Path) -> str:
+    ranks = read_rank_info()
     with process_group(ranks, CPU):
         try:
             check_ranks_agree(load_config(path, [f"train.seed={ranks.rank // 2}"]), ranks, CPU)
@@ -138,16 +144,18 @@ def said_on(path: Path) -> str:
 
 
 def test_all_ranks_name_the_same_rank(tiny_llama_nf4, tmp_path):
-    said = run_ranks(4, said_on, tiny_models.make_config(tmp_path, tiny_llama_nf4))
+    said = run_ranks(4, rank_message, tiny_models.make_config(tmp_path, tiny_llama_nf4))
     assert len(set(said)) == 1
     assert said[0].startswith(f"rank 2 on {HOST} differs from rank 0 on {HOST}: train.seed is 1 there and 0 here")
 
 
 def test_ranks_that_the_launcher_has_misplaced():
     # srun --gpus-per-task=1: the same number on each rank, and not the same GPU
-    assert misplaced([("n1", 0, "GPU-a"), ("n1", 1, "GPU-b"), ("n2", 0, "GPU-a"), ("n2", 1, "GPU-b")], 2) is None
-    assert misplaced([("n1", 0, ""), ("n1", 1, "")], 2) is None
-    shared = misplaced([("n1", 0, "GPU-a"), ("n1", 1, "GPU-b"), ("n2", 0, "GPU-c"), ("n2", 1, "GPU-c")], 2)
+    assert (
+        find_misplaced_rank([("n1", 0, "GPU-a"), ("n1", 1, "GPU-b"), ("n2", 0, "GPU-a"), ("n2", 1, "GPU-b")], 2) is None
+    )
+    assert find_misplaced_rank([("n1", 0, ""), ("n1", 1, "")], 2) is None
+    shared = find_misplaced_rank([("n1", 0, "GPU-a"), ("n1", 1, "GPU-b"), ("n2", 0, "GPU-c"), ("n2", 1, "GPU-c")], 2)
     assert shared is not None and shared.startswith("ranks 2 and 3 on n2 have the same GPU (GPU-c); start one rank per")
-    cyclic = misplaced([("n1", 0, ""), ("n2", 0, ""), ("n1", 1, ""), ("n2", 1, "")], 2)
+    cyclic = find_misplaced_rank([("n1", 0, ""), ("n2", 0, ""), ("n1", 1, ""), ("n2", 1, "")], 2)
     assert cyclic is not None and cyclic.startswith("rank 1 is number 0 on n2, not number 1: neighbouring ranks belong")

@@ -14,7 +14,7 @@ from rich.console import Console
 from qlora_dist.config.config_file import load_config
 from qlora_dist.merge.merge_folder import merge_folder
 from qlora_dist.merge.merge_plan import MergeOptions
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 
 QUESTION = [{"role": "user", "content": "hello"}]
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train__global_batch=1,
     )
     (folder / "train.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
-    train(load_config(path))
+    run_training(load_config(path))
     return folder
 
 

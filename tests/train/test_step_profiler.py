@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import record_function
 
-from qlora_dist.train.step_profiler import DATA, KINDS, OPTIMIZER, PAGE, STEP, LastStep, split
+from qlora_dist.train.step_profiler import (
+    DATA_LABEL,
+    OPTIMIZER_LABEL,
+    PAGE_LABEL,
+    STEP_KINDS,
+    STEP_LABEL,
+    StepProfiler,
+    split_time,
+)
 from tests.helpers.ranks import run_ranks
 
 SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda ends: (min(ends), max(ends))), max_size=4)
@@ -20,27 +28,27 @@ SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda en
 @given(st.fixed_dictionaries(dict.fromkeys(("paging", "communication", "optimizer"), SPANS)))
 def test_a_split_is_that_of_each_moment(layers: dict[str, list[tuple[int, int]]]) -> None:
     begin, end = 5, 25
-    moments = dict.fromkeys(KINDS, 0)
+    moments = dict.fromkeys(STEP_KINDS, 0)
     for moment in range(begin, end):
         at_work = [kind for kind, spans in layers.items() if any(a <= moment < b for a, b in spans)]
         moments[at_work[0] if at_work else "compute"] += 1
-    shares = split(layers, begin, end)
+    shares = split_time(layers, begin, end)
     assert shares == pytest.approx({kind: count / (end - begin) for kind, count in moments.items()}, abs=1e-12)
 
 
 def one_step() -> dict[str, float]:
     """Rank 1 is late. Of half a second, each of the others takes about a sixth."""
     dist.init_process_group("gloo")
-    last = LastStep(torch.device("cpu"))
+    last = StepProfiler(torch.device("cpu"))
     last.begin()
-    with record_function(DATA):
+    with record_function(DATA_LABEL):
         time.sleep(0.1)
-    with record_function(STEP):
+    with record_function(STEP_LABEL):
         time.sleep(0.1 if dist.get_rank() == 0 else 0.4)
         dist.all_reduce(torch.ones(10))
-        with record_function(OPTIMIZER):
+        with record_function(OPTIMIZER_LABEL):
             time.sleep(0.1)
-            with record_function(PAGE):
+            with record_function(PAGE_LABEL):
                 time.sleep(0.1)
     shares = last.end()
     dist.destroy_process_group()

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.runtime.heartbeat import Phase, beat
-from qlora_dist.train.stop_requests import STOP_FILE, drop_old_stop_file, listen
+from qlora_dist.runtime.heartbeat import RunPhase, record_heartbeat
+from qlora_dist.train.stop_requests import STOP_FILE, install_signal_handlers, remove_stale_stop_file
 
 
-def compute_for_ever(errors: int, rank: int, step: int, phase: Phase) -> None:
+def compute_forever(errors: int, rank: int, step: int, phase: RunPhase) -> None:
     """Be in a call that returns to Python for no signal, as a step or a collective may be for minutes."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     os.dup2(errors, 2)
-    listen()
-    beat(step, phase)
+    install_signal_handlers()
+    record_heartbeat(step, phase)
     os.write(errors, b"ready\n")
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)
@@ -33,14 +33,14 @@ def compute_for_ever(errors: int, rank: int, step: int, phase: Phase) -> None:
 
 
 @contextmanager
-def computing(rank: int, step: int, phase: Phase) -> Iterator[tuple[ForkProcess, int]]:
+def computing(rank: int, step: int, phase: RunPhase) -> Iterator[tuple[ForkProcess, int]]:
     """The process, and where its stderr is read."""
     reading, writing = os.pipe()
-    process = multiprocessing.get_context("fork").Process(target=compute_for_ever, args=(writing, rank, step, phase))
+    process = multiprocessing.get_context("fork").Process(target=compute_forever, args=(writing, rank, step, phase))
     process.start()
     os.close(writing)
     try:
-        assert line(reading) == "ready"
+        assert read_line(reading) == "ready"
         yield process, reading
     finally:
         process.kill()
@@ -48,7 +48,7 @@ def computing(rank: int, step: int, phase: Phase) -> Iterator[tuple[ForkProcess,
         os.close(reading)
 
 
-def line(reading: int, within_s: float = 60.0) -> str:
+def read_line(reading: int, within_s: float = 60.0) -> str:
     text = b""
     while not text.endswith(b"\n"):
         assert select.select([reading], [], [], within_s)[0], f"nothing but {text!r}"
@@ -69,12 +69,12 @@ def line(reading: int, within_s: float = 60.0) -> str:
         ),
     ],
 )
-def test_the_first_interrupt_is_answered_at_once_and_the_second_ends(phase: Phase, answer: str) -> None:
+def test_the_first_interrupt_is_answered_at_once_and_the_second_ends(phase: RunPhase, answer: str) -> None:
     with computing(0, 85, phase) as (process, stderr):
         os.kill(process.pid, signal.SIGINT)
-        assert line(stderr) == f"qlora-dist: Ctrl-C: {answer}"
+        assert read_line(stderr) == f"qlora-dist: Ctrl-C: {answer}"
         os.kill(process.pid, signal.SIGINT)
-        assert line(stderr).startswith("qlora-dist: ended by the second Ctrl-C without a checkpoint; ")
+        assert read_line(stderr).startswith("qlora-dist: ended by the second Ctrl-C without a checkpoint; ")
         process.join(60)
         assert process.exitcode == 128 + signal.SIGINT
 
@@ -84,8 +84,8 @@ def test_other_signals_are_answered_once_and_end_nothing() -> None:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
             os.kill(process.pid, number)
             time.sleep(0.1)  # two that wait for delivery would be one
-        assert line(stderr) == "qlora-dist: SIGTERM: finishing step 86, then saving a checkpoint"
-        assert line(stderr) == "qlora-dist: SIGHUP: finishing step 86, then saving a checkpoint"
+        assert read_line(stderr) == "qlora-dist: SIGTERM: finishing step 86, then saving a checkpoint"
+        assert read_line(stderr) == "qlora-dist: SIGHUP: finishing step 86, then saving a checkpoint"
         assert process.is_alive()
 
 
@@ -100,7 +100,7 @@ def test_other_ranks_are_silent() -> None:
 
 def listen_under_nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    listen()
+    install_signal_handlers()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     os._exit(7)
 
@@ -113,12 +113,12 @@ def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed() -> None:
 
 
 def test_a_stop_file_of_an_earlier_start_is_dropped_and_a_newer_one_is_not(tmp_path: Path) -> None:
-    assert drop_old_stop_file(tmp_path) is None
+    assert remove_stale_stop_file(tmp_path) is None
     stop = tmp_path / STOP_FILE
     stop.touch()
-    assert drop_old_stop_file(tmp_path) is None
+    assert remove_stale_stop_file(tmp_path) is None
     assert stop.exists()
     os.utime(stop, (time.time() - 10**6,) * 2)
-    sentence = drop_old_stop_file(tmp_path)
+    sentence = remove_stale_stop_file(tmp_path)
     assert sentence is not None and "was there before this start, and is removed" in sentence
     assert not list(tmp_path.iterdir())

@@ -9,9 +9,9 @@ import pytest
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.runtime import bf16_support
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.summary import announcement
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.summary import describe_run
 from tests.helpers import tiny_models
 
 
@@ -21,8 +21,8 @@ def test_what_became_of_each_source(tiny_llama_nf4: Path, tmp_path: Path) -> Non
     mixture = f"data.train=[{tmp_path / 'train.jsonl'}, {{path: {other}, weight: 0.5}}]"
 
     def announced(*overrides: str) -> str:
-        setup = set_up(load_config(path, [mixture, *overrides]), ranks_from_environment({}))
-        return "\n".join(announcement(setup))
+        setup = set_up_run(load_config(path, [mixture, *overrides]), read_rank_info({}))
+        return "\n".join(describe_run(setup))
 
     packed = announced("data.too_long=split")
     first, second, held_out, last = packed.splitlines()[-4:]
@@ -52,8 +52,8 @@ def test_bf16_on_a_processor_that_emulates_it_is_said_with_the_remedy(
     monkeypatch.setattr(bf16_support, "_CPUINFO", tmp_path / "cpuinfo")
 
     def warned(dtype: str) -> list[str]:
-        setup = set_up(load_config(path, [f"model.compute_dtype={dtype}"]), ranks_from_environment({}))
-        return [line for line in announcement(setup) if line.endswith("set model.compute_dtype=fp32")]
+        setup = set_up_run(load_config(path, [f"model.compute_dtype={dtype}"]), read_rank_info({}))
+        return [line for line in describe_run(setup) if line.endswith("set model.compute_dtype=fp32")]
 
     assert len(warned("bf16")) == 1
     assert warned("fp32") == []
@@ -65,13 +65,13 @@ def test_a_single_rank_and_a_single_row_are_singular(tiny_llama_nf4: Path, tmp_p
     )
     path_of_one = tiny_models.make_data(tmp_path / "one.jsonl", 1)
     config = load_config(path, [f"data.train=[{path_of_one}]", "train.micro_batch=1"])
-    said = list(announcement(set_up(config, ranks_from_environment({}))))
+    said = list(describe_run(set_up_run(config, read_rank_info({}))))
     assert "1 rank on cpu: base, adapters and optimizer states are whole on it" in said
     assert said[-1].startswith("1 step of 1 row = 1.00 epochs of 1 row; ")
     four = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h"}
-    ranks = ranks_from_environment(four | {"MASTER_PORT": "1", "GROUP_RANK": "0"})
+    ranks = read_rank_info(four | {"MASTER_PORT": "1", "GROUP_RANK": "0"})
     config = load_config(path, ["train.micro_batch=1", "train.global_batch=4", "parallel.base=node"])
-    said = list(announcement(set_up(config, ranks)))
+    said = list(describe_run(set_up_run(config, ranks)))
     assert (
         "4 ranks on cpu: the base is sharded over 2 ranks, in 2 copies, "
         "adapters and optimizer states are sharded over all 4"

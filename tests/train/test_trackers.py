@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.train.run_training import train
-from qlora_dist.train.trackers import trackers
+from qlora_dist.train.run_training import run_training
+from qlora_dist.train.trackers import open_trackers
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -22,8 +22,8 @@ SETTINGS = {"data__seq_len": 48, "train__steps": 2, "train__global_batch": 2, "r
 @pytest.mark.slow
 def test_tensorboard_has_what_the_metrics_have_in_a_run_that_goes_on_too(tmp_path: Path, tiny_llama_nf4: Path) -> None:
     config = tiny_models.make_config(tmp_path, tiny_llama_nf4, **SETTINGS)
-    run_ranks(2, train, load_config(config, []))
-    run_ranks(1, train, load_config(config, ["train.steps=3"]))
+    run_ranks(2, run_training, load_config(config, []))
+    run_ranks(1, run_training, load_config(config, ["train.steps=3"]))
     run = tmp_path / "runs" / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(run / "tensorboard"))
@@ -34,7 +34,7 @@ def test_tensorboard_has_what_the_metrics_have_in_a_run_that_goes_on_too(tmp_pat
         ("comm_bytes/world", [(row["step"], row["comm_bytes"]["world"]) for row in rows[1:3]]),
     ):
         assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(dict(values))
-    run_ranks(1, train, load_config(config, ["run.overwrite=true", "run.trackers=[]"]), "none")
+    run_ranks(1, run_training, load_config(config, ["run.overwrite=true", "run.trackers=[]"]), "none")
     assert not (run / "tensorboard").exists()  # what was there of the run that was replaced
 
 
@@ -46,7 +46,7 @@ def configuration(*names: str) -> Config:
 def test_one_that_fails_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file, where a folder is to be")
     said: list[str] = []
-    with trackers(configuration("tensorboard"), tmp_path, True, said.append) as log:
+    with open_trackers(configuration("tensorboard"), tmp_path, True, said.append) as log:
         log({"step": 1, "loss": 2.0})
     assert len(said) == 1 and said[0].startswith("tensorboard: ") and "goes on without it" in said[0]
 
@@ -58,4 +58,4 @@ def test_one_that_is_not_installed_is_a_sentence(
     settings = SETTINGS | {"run__trackers": ["mlflow"]}
     config = load_config(tiny_models.make_config(tmp_path, tiny_llama_nf4, **settings), [])
     with pytest.raises(UserError, match=r"run\.trackers: mlflow is not installed; pip install mlflow"):
-        train(config)
+        run_training(config)

@@ -12,19 +12,19 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.console import RunConsole
-from qlora_dist.train.run_setup import set_up
-from qlora_dist.train.run_training import run
+from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.run_training import train_and_export
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
 
 def train_with_bad_steps(config: Config, bad_steps: tuple[int, ...]) -> str | None:
     """Train; at the bad steps one rank's loss is infinite. Returns the user's error, if there was one."""
-    ranks = ranks_from_environment()
-    setup = set_up(config, ranks)
+    ranks = read_rank_info()
+    setup = set_up_run(config, ranks)
     calls = 0
     window = setup.loader.window
     model_forward = setup.model.forward
@@ -45,7 +45,7 @@ def train_with_bad_steps(config: Config, bad_steps: tuple[int, ...]) -> str | No
     setup.model.forward = forward
     with RunConsole(1) as console, process_group(ranks, setup.device):
         try:
-            run(setup, console)
+            train_and_export(setup, console)
         except UserError as error:
             return str(error)
     assert calls > 0

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.helpers.launchers import need
+from tests.helpers.launchers import skip_unless
 
 
 @pytest.fixture(scope="session", autouse=True)
-def deepspeed_is_there() -> None:
-    need(find_spec("deepspeed") is not None, "DeepSpeed")
+def require_deepspeed() -> None:
+    skip_unless(find_spec("deepspeed") is not None, "DeepSpeed")
     import deepspeed.runtime.zero.muon.muon_optimizer
     import deepspeed.runtime.zero.stage3  # noqa: F401

@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qlora_dist.compat.deepspeed import Partitioner, gather_now, gathered_bytes, release_now
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.compat.deepspeed import Partitioner, gather_parameters, gathered_bytes, release_parameters
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.shard_view import flat_shard, gather, part_of, whole_shape
+from qlora_dist.shard_view import full_shape, full_tensor, get_flat_shard, local_slice
 from tests.helpers.ranks import run_ranks
 
 SHAPES = {"0.weight": (5, 7), "0.bias": (5,), "1.weight": (3, 5), "1.bias": (3,)}
 
 
 def use_internals() -> list[int]:
-    ranks, seen = ranks_from_environment(), []
+    ranks, seen = read_rank_info(), []
     os.environ |= {"CXX": "/bin/false", "CC": "/bin/false", "PATH": ""}  # no compiler is needed
     plain = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
     with torch.no_grad():
@@ -34,9 +34,9 @@ def use_internals() -> list[int]:
             for name, parameter in module.named_parameters():
                 module._parameters[name] = partitioner.cut(parameter, dist.group.WORLD, torch.float32, False, True)
         for name, parameter in model.named_parameters():
-            assert whole_shape(parameter) == SHAPES[name] and parameter.numel() == 0
-            flat_shard(parameter).local.copy_(part_of(parameter, plain.get_parameter(name).detach()))
-            assert torch.equal(gather(parameter), plain.get_parameter(name))
+            assert full_shape(parameter) == SHAPES[name] and parameter.numel() == 0
+            get_flat_shard(parameter).local.copy_(local_slice(parameter, plain.get_parameter(name).detach()))
+            assert torch.equal(full_tensor(parameter), plain.get_parameter(name))
         settings = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
         settings |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
         gathering = partitioner.hook(model, [model[0]], settings)
@@ -44,9 +44,9 @@ def use_internals() -> list[int]:
         for _ in range(3):  # it records, and from the third on uses what it has recorded
             torch.testing.assert_close(model(x), plain(x))
             assert gathered_bytes(model.parameters()) == 0
-        gather_now(model.parameters())
+        gather_parameters(model.parameters())
         assert gathered_bytes(model.parameters()) >= 4 * (35 + 5 + 15 + 3)
-        release_now(model.parameters())
+        release_parameters(model.parameters())
         gathering.release_all()
         assert gathered_bytes(model.parameters()) == 0
     return seen

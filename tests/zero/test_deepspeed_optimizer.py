@@ -13,19 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config, PagingConfig
 from qlora_dist.errors import UserError
-from qlora_dist.model.load_weights import fill
-from qlora_dist.parallel.deepspeed_optimizer import _own_folder
+from qlora_dist.model.load_weights import load_weights
+from qlora_dist.parallel.deepspeed_optimizer import _make_swap_folder
 from qlora_dist.parallel.engine import parallelize
 from qlora_dist.parallel.mesh import build_meshes
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.optimizer import make_optimizer, make_states
-from qlora_dist.train.run_setup import set_up
+from qlora_dist.train.optimizer import make_optimizer, make_optimizer_state
+from qlora_dist.train.run_setup import set_up_run
 from qlora_dist.train.train_step import AdapterShards
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
-OURS = "paged-adamw-32bit"
+PAGED_ADAMW = "paged-adamw-32bit"
 
 
 class NoCollective(TorchDispatchMode):
@@ -36,17 +36,17 @@ class NoCollective(TorchDispatchMode):
 
 def update(config: Config, names: list[str]) -> dict[str, list[torch.Tensor]]:
     """Two updates with each optimizer, and two more after a restart from the first one's values and states."""
-    ranks = ranks_from_environment()
+    ranks = read_rank_info()
     results = {}
     with process_group(ranks, torch.device("cpu")):
         saved: Any = None
         for name in names:
-            optim = {"name": OURS} if name == OURS else {"name": "zero-adamw", "offload": name}
-            setup = set_up(config.model_copy(update={"optim": config.optim.model_copy(update=optim)}), ranks)
+            optim = {"name": PAGED_ADAMW} if name == PAGED_ADAMW else {"name": "zero-adamw", "offload": name}
+            setup = set_up_run(config.model_copy(update={"optim": config.optim.model_copy(update=optim)}), ranks)
             meshes = build_meshes(setup.sizes, "cpu")
             parallelize(setup.model, meshes, setup.config)
-            states = make_states(setup.model, setup)
-            fill(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
+            states = make_optimizer_state(setup.model, setup)
+            load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
             shards = AdapterShards(setup.model)
             optimizer = make_optimizer(shards, states, setup)
             random = torch.Generator().manual_seed(ranks.rank)
@@ -64,7 +64,9 @@ def update(config: Config, names: list[str]) -> dict[str, list[torch.Tensor]]:
                 with NoCollective():
                     optimizer.step()
             held = states.resident_bytes, states.paged_bytes
-            assert name == OURS or (held[name == "none"] == 0 and sum(held) >= 8 * sum(s.numel() for s in shards.local))
+            assert name == PAGED_ADAMW or (
+                held[name == "none"] == 0 and sum(held) >= 8 * sum(s.numel() for s in shards.local)
+            )
             if name == "nvme":
                 assert len(list(Path(config.paging.dir or "").rglob("*exp_avg_sq*.swp"))) >= 3  # nothing small is moved
             flat = [tensor for moments in states.read() for tensor in moments.values()]
@@ -83,16 +85,16 @@ def test_the_same_values_and_moments_wherever_they_are(tmp_path: Path, tiny_llam
         theirs, overrides = [*theirs, "nvme"], ["lora.r=768", "paging.page_bytes=2MiB", f"paging.dir={tmp_path}"]
     overrides += ["parallel.engine=zero3", "optim.weight_decay=0.1", "optim.lora_plus_ratio=4", "train.micro_batch=2"]
     config = load_config(tiny_models.make_config(tmp_path, tiny_llama_nf4, model__compute_dtype="bf16"), overrides)
-    for results in run_ranks(3, update, config, [OURS, *theirs]):
+    for results in run_ranks(3, update, config, [PAGED_ADAMW, *theirs]):
         for name in theirs:
-            for found, wanted in zip(results[name], results[OURS], strict=True):
+            for found, wanted in zip(results[name], results[PAGED_ADAMW], strict=True):
                 torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(wanted), rtol=1e-5, atol=1e-8)
     assert not list(tmp_path.glob("qlora-dist-*"))
 
 
 def test_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot make a folder for optimizer states there"):
-        _own_folder(PagingConfig(dir=str(tmp_path / "nowhere")))
+        _make_swap_folder(PagingConfig(dir=str(tmp_path / "nowhere")))
 
 
 def test_a_missing_compiler_is_a_sentence(
@@ -102,4 +104,4 @@ def test_a_missing_compiler_is_a_sentence(
     nvme = ["parallel.engine=zero3", "optim.name=zero-adamw", "optim.offload=nvme"]
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"nvme needs async_io of DeepSpeed.*paging.to: disk"):
-        set_up(load_config(config, nvme), ranks_from_environment({}))
+        set_up_run(load_config(config, nvme), read_rank_info({}))

@@ -15,9 +15,9 @@ import torch
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.runs.run_dir import run_path
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
-from tests.helpers.launchers import alive, environment
+from tests.helpers.launchers import alive_pids, environment
 from tests.helpers.ranks import free_port, run_ranks
 
 
@@ -31,7 +31,7 @@ def test_the_same_losses_under_the_deepspeed_launcher(tmp_path: Path, tiny_llama
     small = {"data__seq_len": 32, "data__eval": None, "train__global_batch": 4, "train__steps": 2}
     path = tiny_models.make_config(tmp_path, tiny_llama_nf4, **small)
     one = load_config(path, ["run.name=one", "train.micro_batch=2"])
-    run_ranks(1, train, one)
+    run_ranks(1, run_training, one)
     overrides = ["run.name=two", "parallel.engine=zero3", "optim.name=zero-adamw"]
     program = [Path(sys.executable).parent / "deepspeed", "--no_local_rank", "--num_gpus", "2"]
     program += ["--master_port", str(free_port()), "--module", "qlora_dist", "train", path, *overrides]
@@ -39,7 +39,7 @@ def test_the_same_losses_under_the_deepspeed_launcher(tmp_path: Path, tiny_llama
     try:
         done = subprocess.run(program, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     finally:
-        for pid in alive(tmp_path):
+        for pid in alive_pids(tmp_path):
             os.kill(pid, signal.SIGKILL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks on cpu" in done.stdout

@@ -11,8 +11,8 @@ import pytest
 from qlora_dist.cli.main import main
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import ranks_from_environment
-from qlora_dist.train.run_setup import set_up, set_up_model
+from qlora_dist.runtime.environment import read_rank_info
+from qlora_dist.train.run_setup import set_up_model, set_up_run
 from tests.helpers import tiny_models
 
 
@@ -41,8 +41,8 @@ def test_what_it_does_not_do(override: str, sentence: str, config: Path) -> None
 def test_deepspeed_is_missing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"not installed; pip install 'qlora-dist\[zero\]'"):
-        set_up(load_config(config, ["parallel.engine=zero3"]), ranks_from_environment({}))
-    set_up(load_config(config, []), ranks_from_environment({}))  # FSDP2 does without
+        set_up_run(load_config(config, ["parallel.engine=zero3"]), read_rank_info({}))
+    set_up_run(load_config(config, []), read_rank_info({}))  # FSDP2 does without
 
 
 def exported(config: Path, *overrides: str) -> None:

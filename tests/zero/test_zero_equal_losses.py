@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_dist.config.config_file import load_config
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.architectures import make_architecture
 from tests.helpers.ranks import run_ranks
@@ -24,7 +24,7 @@ def train_on(ranks: int, config: Path, *overrides: str, nodes: int = 1) -> list[
     """Train and return metrics.jsonl, the last row with the adapter."""
     name = f"run-{ranks}-{nodes}-{abs(hash(overrides))}"
     resolved = load_config(config, [f"run.name={name}", STEPS, "train.save_every=0", *overrides])
-    run_ranks(ranks, train, resolved, nodes=nodes)
+    run_ranks(ranks, run_training, resolved, nodes=nodes)
     folder = Path(resolved.run.dir) / name
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics[-1]["adapter"] = load_file(folder / "adapter" / "adapter_model.safetensors")

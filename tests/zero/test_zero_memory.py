@@ -12,18 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_dist.compat.deepspeed import gathered_bytes
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
-from qlora_dist.data.dataloader import Loader
-from qlora_dist.launch.job_check import static_bytes as planned_bytes
-from qlora_dist.model.load_weights import fill
+from qlora_dist.data.dataloader import TrainDataLoader
+from qlora_dist.launch.job_check import estimate_static_bytes as planned_bytes
+from qlora_dist.model.load_weights import load_weights
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.parallel.engine import parallelize
 from qlora_dist.parallel.mesh import build_meshes
-from qlora_dist.parallel.static_bytes import check_static_bytes, static_bytes
-from qlora_dist.runtime.environment import ranks_from_environment
+from qlora_dist.parallel.static_bytes import check_static_bytes, model_static_bytes
+from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.shard_view import gather, local_range, whole_shape
-from qlora_dist.train.evaluation_loop import evaluate
-from qlora_dist.train.run_setup import set_up
+from qlora_dist.shard_view import full_shape, full_tensor, local_tensor_and_offset
+from qlora_dist.train.evaluation_loop import evaluate_model
+from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -54,8 +54,8 @@ class LiveBytes(TorchDispatchMode):
 
 def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
     """Load, then three steps with an evaluation between the first two; what was held and what was gathered."""
-    ranks = ranks_from_environment()
-    setup = set_up(config, ranks)
+    ranks = read_rank_info()
+    setup = set_up_run(config, ranks)
     model, layers = setup.model, list(setup.model.model.layers)
     whole = {True: 0, False: 0}
     for parameter in model.parameters():
@@ -65,10 +65,13 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
     with process_group(ranks, torch.device("cpu")):
         meshes = build_meshes(setup.sizes, "cpu")
         traffic = parallelize(model, meshes, config)
-        bytes_read = fill(model, setup.folder, setup.device, 0, meshes.base_replicas, config.parallel.offload == "base")
+        bytes_read = load_weights(
+            model, setup.folder, setup.device, 0, meshes.base_replicas, config.parallel.offload == "base"
+        )
         base = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         shards = {
-            n: (local_range(p)[1][0], local_range(p)[0].view(torch.uint8).numpy().tobytes()) for n, p in base.items()
+            n: (local_tensor_and_offset(p)[1][0], local_tensor_and_offset(p)[0].view(torch.uint8).numpy().tobytes())
+            for n, p in base.items()
         }
         if tamper:
             layers[0].unshard()
@@ -76,7 +79,7 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
             held: int | str = check_static_bytes(model, setup.sizes)
         except RuntimeError as error:
             return {"held": str(error)}
-        loader: Loader = setup.loader
+        loader: TrainDataLoader = setup.loader
         live = LiveBytes(layers)
         for step in range(3):
             with live:
@@ -84,12 +87,14 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
                     model.set_requires_gradient_sync(last)
                     model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels).backward()
             if step == 0:
-                evaluate(model, setup.eval_batches, traffic)
-        same = all(shards[n][1] == local_range(p)[0].view(torch.uint8).numpy().tobytes() for n, p in base.items())
+                evaluate_model(model, setup.eval_batches, traffic)
+        same = all(
+            shards[n][1] == local_tensor_and_offset(p)[0].view(torch.uint8).numpy().tobytes() for n, p in base.items()
+        )
         return {
             "held": held,
             "planned": planned,
-            "held after": static_bytes(model),
+            "held after": model_static_bytes(model),
             "base": whole[False],
             "adapters": whole[True],
             "read": bytes_read,
@@ -98,8 +103,8 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
             "looks": live.looks,
             "same": same,
             "shards": shards,
-            "a": gather(layers[1].mlp.up_proj.lora_A["default"].weight).tolist(),
-            "shape": whole_shape(layers[1].mlp.up_proj.lora_A["default"].weight),
+            "a": full_tensor(layers[1].mlp.up_proj.lora_A["default"].weight).tolist(),
+            "shape": full_shape(layers[1].mlp.up_proj.lora_A["default"].weight),
         }
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from qlora_dist.checkpoint.manifest import find_checkpoints, read_manifest
-from qlora_dist.checkpoint.resharding import ROW
+from qlora_dist.checkpoint.resharding import FLAT_DIM
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.runs.run_dir import RunDir, run_path
-from qlora_dist.train.run_training import train
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
-EACH = 2
+STEPS_PER_RUN = 2
 """Steps under one engine."""
 
 
@@ -32,7 +32,7 @@ def train_and_stop(config: Config, step: int) -> None:
             (run_path(config.run) / "STOP").touch()
 
     RunDir.log = logged  # type: ignore[method-assign]
-    train(config)
+    run_training(config)
 
 
 def losses(config: Config) -> torch.Tensor:
@@ -45,7 +45,7 @@ def test_engines_and_ranks_change_in_mid_run(tmp_path: Path, tiny_llama_nf4: Pat
     config = tiny_models.make_config(tmp_path, tiny_llama_nf4)
 
     def resolve(name: str, *overrides: str) -> Config:
-        common = [f"run.name={name}", f"train.steps={4 * EACH}", "train.eval_every=0", "train.save_every=0"]
+        common = [f"run.name={name}", f"train.steps={4 * STEPS_PER_RUN}", "train.eval_every=0", "train.save_every=0"]
         return load_config(config, [*common, *overrides])
 
     def changed(engine: str, base: str | int, optimizer: str = "paged-adamw-32bit") -> Config:
@@ -60,13 +60,13 @@ def test_engines_and_ranks_change_in_mid_run(tmp_path: Path, tiny_llama_nf4: Pat
     ]
     for index, (ranks, resolved) in enumerate(changing):
         if index < len(changing) - 1:
-            run_ranks(ranks, train_and_stop, resolved, (index + 1) * EACH - 1)
+            run_ranks(ranks, train_and_stop, resolved, (index + 1) * STEPS_PER_RUN - 1)
         else:
-            run_ranks(ranks, train, resolved)
+            run_ranks(ranks, run_training, resolved)
         newest = read_manifest(find_checkpoints(run_path(resolved.run) / "checkpoints")[0])
-        assert newest.step == (index + 1) * EACH
-        assert {cut.dim == ROW for cut in newest.cuts.values()} == {resolved.parallel.engine != "fsdp2"}
+        assert newest.step == (index + 1) * STEPS_PER_RUN
+        assert {cut.dim == FLAT_DIM for cut in newest.cuts.values()} == {resolved.parallel.engine != "fsdp2"}
     uninterrupted = resolve("uninterrupted", "train.micro_batch=6")
-    run_ranks(1, train, uninterrupted)
-    assert len(losses(uninterrupted)) == 4 * EACH
+    run_ranks(1, run_training, uninterrupted)
+    assert len(losses(uninterrupted)) == 4 * STEPS_PER_RUN
     torch.testing.assert_close(losses(changing[0][1]), losses(uninterrupted), rtol=1e-5, atol=0)
