@@ -76,7 +76,7 @@ def main() -> None:
         "encode": lambda: [encoder.encode(batch) for batch in batches],
         "of it rendering": lambda: [encoder._write(row) for batch in batches for row in batch],
         "of it tokens and flags": lambda: [
-            encoder._texts.encode(batch, not isinstance(good[0], MessagesRow))  # type: ignore[arg-type]
+            encoder._text_encoder.encode(batch, not isinstance(good[0], MessagesRow))  # type: ignore[arg-type]
             for batch in written
         ],
     }

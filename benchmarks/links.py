@@ -180,7 +180,7 @@ def planned_step_s(folder: Path, args: argparse.Namespace, layout: str, mbit: in
     run = make_run_spec(configuration(folder, args, layout), model, NODES * RANKS_PER_NODE, NODES, "cpu")
     speeds = calibrated_speeds(load_calibration(folder / "speeds.json").devices["cpu"], RankSpeeds(0, 0, 0, 0, 0, 0))
     if mbit:
-        speeds = replace(speeds, between=min(speeds.between, 1e6 * mbit / 8))
+        speeds = replace(speeds, inter_node_bytes_per_s=min(speeds.inter_node_bytes_per_s, 1e6 * mbit / 8))
     return estimate_step_time(run, estimate_memory(run), speeds).tokens_per_s
 
 

@@ -98,7 +98,7 @@ def main() -> None:
         print(show(json.loads(args.show.read_text())))
         return
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
-        tree = measure(args, args.keep or Path(directory) / "model", Path(directory) / "tiny")
+        tree = measure(args, args.save or Path(directory) / "model", Path(directory) / "tiny")
     if args.json:
         args.json.write_text(json.dumps(tree, indent=1) + "\n")
     print(show(tree))

@@ -57,11 +57,11 @@ def states(name: str, r: int = 64) -> ModelStates:
     config = read_model_config(name)
     lora = LoraConfig(r=r)
     matrices = [matrix for layer in decoder_layer_specs(config, lora) for matrix in layer.matrices]
-    plain = [p for unit in make_model_spec(config, lora).units for p in unit.parameters if not p.is_bytes]
+    plain = [p for unit in make_model_spec(config, lora).units for p in unit.parameters if not p.is_quantized]
     adapters = sum(p.numel for p in plain if p.trained)
 
     def base(double_quant: bool) -> int:
-        return sum(NF4Layout((m.rows, m.columns), "nf4", 64, double_quant).total_bytes for m in matrices)
+        return sum(NF4Layout((m.rows, m.in_features), "nf4", 64, double_quant).total_bytes for m in matrices)
 
     return ModelStates(
         base(True),

@@ -78,7 +78,7 @@ def compare(model: str, world_size: int, nodes: int, settings: dict[str, dict[st
     config, model_config = configuration(settings, world_size), read_model_config(model)
     run = make_run_spec(config, model_config, world_size, nodes)
     memory = estimate_memory(run)
-    traffic = step_traffic(run.model.units, run.sharding, run.accumulation, run.compute_bytes)
+    traffic = step_traffic(run.model.units, run.shard_counts, run.accumulation, run.compute_bytes)
     started = time.process_time()
     traced = trace_step(config, model_config, world_size, nodes)
     return {

@@ -62,7 +62,7 @@ def measure_real_step(config: Config) -> Figures:
 def measure_traced_step(config: Config, world_size: int) -> Figures:
     """The same of no rank."""
     found = trace_checkpoint(config, ModelFolder(config.model.base), world_size, device="cpu")
-    return found.weights_bytes, by_phase(found.places), found.traffic
+    return found.weights_bytes, by_phase(found.peaks), found.traffic
 
 
 def in_processes(environments: list[dict[str, str]], function: Any, *args: Any) -> list[Figures]:

@@ -112,7 +112,7 @@ def run_spec_of_row(row: dict[str, str], model_config: dict[str, Any]) -> RunSpe
     shards = 1 if row["engine"] in ("none", "ddp") else world
     return RunSpec(
         model=make_model_spec(model_config, lora),
-        sharding=ShardCounts(world, shards, shards),
+        shard_counts=ShardCounts(world, shards, shards),
         nodes=1,
         seq_len=int(row["seq_len"]),
         micro_batch=int(row["batch_per_gpu"]),
@@ -121,12 +121,12 @@ def run_spec_of_row(row: dict[str, str], model_config: dict[str, Any]) -> RunSpe
         prefetch=1,
         compute_bytes=2,
         dropout=False,
-        moment_bits=32,
+        optimizer_bits=32,
         paged_moments=False,
-        resident_moments=None,
+        optimizer_resident_bytes=None,
         page_bytes=2**24,
-        paged_base=False,
-        resident_base=None,
+        is_base_paged=False,
+        base_resident_bytes=None,
         ahead=1,
         offload=row["cpu_offload"] == "yes",
         packed=False,
@@ -135,10 +135,10 @@ def run_spec_of_row(row: dict[str, str], model_config: dict[str, Any]) -> RunSpe
 
 def system_memory(run: RunSpec, system: TrainerSystem) -> MemoryEstimate:
     """Between steps, and at the two moments that need most."""
-    model, shards, t = run.model, run.sharding.base_shards, run.tokens
+    model, shards, t = run.model, run.shard_counts.base_shards, run.tokens
     codes, scales = _base(run)
     vocabulary = 2 * model.vocabulary * model.hidden * (1 if model.tied else 2)
-    norms = 2 * sum(p.numel for u in model.layers for p in u.parameters if not p.is_bytes and not p.trained)
+    norms = 2 * sum(p.numel for u in model.layers for p in u.parameters if not p.is_quantized and not p.trained)
     adapters = sum(p.numel for unit in model.units for p in unit.parameters if p.trained)
     on_device = 0 if system.offload else 1
     static = {
@@ -166,8 +166,8 @@ def system_memory(run: RunSpec, system: TrainerSystem) -> MemoryEstimate:
         "checkpointed inputs": inputs * (2 if system.fsdp1 else 1),
         "gathered": root + 2 * gathered,
         "recomputed layer": here.kept,
-        "dequantized weight": here.backward_weight,
-        "working memory": here.backward - here.backward_weight,
+        "dequantized weight": here.backward_weight_bytes,
+        "working memory": here.backward - here.backward_weight_bytes,
     }
     return MemoryEstimate(static, {"head": loss, "layer_backward": backward})
 
@@ -186,7 +186,7 @@ def _base(run: RunSpec) -> tuple[int, int]:
     for unit in run.model.layers:
         assert unit.layer is not None
         for matrix in unit.layer.matrices:
-            layout = NF4Layout((matrix.rows, matrix.columns))
+            layout = NF4Layout((matrix.rows, matrix.in_features))
             count = matrix.parts * (matrix.experts or 1)
             codes += count * layout.codes.stop
             scales += count * (layout.total_bytes - layout.codes.stop)
@@ -194,7 +194,7 @@ def _base(run: RunSpec) -> tuple[int, int]:
 
 
 def _layer_bytes(unit: FsdpUnit) -> int:
-    return sum(p.numel * (1 if p.is_bytes else 2) for p in unit.parameters)
+    return sum(p.numel * (1 if p.is_quantized else 2) for p in unit.parameters)
 
 
 def tokens_per_s(run: RunSpec, system: TrainerSystem, gpu: Gpu, link: Link, efficiency: float | None = None) -> float:
@@ -213,7 +213,7 @@ def seconds(run: RunSpec, system: TrainerSystem, speed: RankSpeeds) -> float:
         assert unit.layer is not None
         moved = 0.0
         if system.gathers:
-            shards = run.sharding.world_size
+            shards = run.shard_counts.world_size
             moved = _layer_bytes(unit) * (shards - 1) / shards / speed.inside
             if system.offload:
                 moved += _layer_bytes(unit) / shards / speed.host

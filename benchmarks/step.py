@@ -148,7 +148,7 @@ def packed_batches(setup: RunSetup, args: argparse.Namespace) -> Iterator[tuple[
         ids, mask, labels = (torch.full(shape, v) for v in (rows.pad_id, 0, LABEL_IGNORE_INDEX))
         for row, piece in enumerate(chosen):
             sequence, start, length = (
-                int(c[piece]) for c in (rows.pieces.sequence, rows.pieces.start, rows.pieces.length)
+                int(c[piece]) for c in (rows.pieces.sequence_index, rows.pieces.start, rows.pieces.length)
             )
             whole = rows.sequences.tokens(sequence), rows.sequences.trained(sequence)
             tokens, trained = (torch.from_numpy(t[start : start + length].copy()) for t in whole)

@@ -15,7 +15,7 @@ class UserError(Exception):
         passing: it may be no mistake but a node that is lost: another start may do.
     """
 
-    def __init__(self, sentence: str, one_rank: bool = False, passing: bool = False) -> None:
-        super().__init__(sentence)
-        self.one_rank = one_rank
-        self.passing = passing
+    def __init__(self, message: str, local_only: bool = False, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.local_only = local_only
+        self.retryable = retryable

@@ -29,14 +29,14 @@ def sequence_starts(position_ids: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def sequence_slices(bounds: torch.Tensor, length: int) -> list[tuple[slice, int, int]]:
+def sequence_slices(starts: torch.Tensor, length: int) -> list[tuple[slice, int, int]]:
     """(rows, first, end) of each sequence. Rows that are one sequence each are given together.
 
     Args:
-        bounds: of `sequence_starts`.
+        starts: of `sequence_starts`.
         length: of a row.
     """
-    rows = [[start for start in row if start < length] for row in bounds[0, 0].tolist()]
+    rows = [[start for start in row if start < length] for row in starts[0, 0].tolist()]
     if all(row == [0] for row in rows):
         return [(slice(0, len(rows)), 0, length)]
     return [

@@ -31,13 +31,13 @@ class FlatShard:
     The engine rounds the values anew before they are used."""
     group: dist.ProcessGroup
     """Of the ranks that hold the other parts."""
-    is_first_copy: bool
+    is_first_replica: bool
     """Whether no rank before this one holds the same part."""
     whole: torch.Tensor | None = None
     """[shards * ceil(n / shards)], where this rank has all parts at all times (ZeRO's stage 2)."""
     gradient: torch.Tensor | None = None
     """Of `local`, summed over all ranks: what the engine leaves here after a window's last backward pass."""
-    had_gradient: bool = False
+    had_grad: bool = False
     """Whether backward has ever come to the parameter on this rank."""
 
     @property
@@ -103,15 +103,15 @@ def update_gathered(shards: Sequence[FlatShard]) -> None:
         torch._foreach_copy_([shard.gathered for shard in rounded], [shard.padded for shard in rounded])
 
 
-def local_slice(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+def local_slice(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     """Of a tensor of the parameter's whole shape, what lies where this rank's part does."""
     flat = get_flat_shard(parameter)
     if flat is not None:
-        return whole.reshape(-1)[flat.first : flat.first + flat.local.numel()]
+        return full.reshape(-1)[flat.first : flat.first + flat.local.numel()]
     local, offset = local_tensor_and_offset(parameter)
     for dim, start in enumerate(offset):
-        whole = whole.narrow(dim, min(start, whole.shape[dim]), local.shape[dim])
-    return whole
+        full = full.narrow(dim, min(start, full.shape[dim]), local.shape[dim])
+    return full
 
 
 def full_tensor(parameter: torch.Tensor) -> torch.Tensor:

@@ -452,8 +452,8 @@ def whole_model(units: Sequence[FsdpUnit]) -> tuple[int, int, int]:
     """Bytes of the 4-bit weights, of the frozen rest in bf16, and of adapters, gradients and optimizer."""
     parameters = [p for unit in units for p in unit.parameters]
     return (
-        sum(p.numel for p in parameters if p.is_bytes),
-        sum(2 * p.numel for p in parameters if not p.is_bytes and not p.trained),
+        sum(p.numel for p in parameters if p.is_quantized),
+        sum(2 * p.numel for p in parameters if not p.is_quantized and not p.trained),
         sum(16 * p.numel for p in parameters if p.trained),
     )
 
@@ -462,7 +462,7 @@ def static_bytes(units: Sequence[FsdpUnit], base_shards: int, adapter_shards: in
     total = 0
     for parameter in (p for unit in units for p in unit.parameters):
         shards, element_bytes = (
-            (adapter_shards, 16) if parameter.trained else (base_shards, 1 if parameter.is_bytes else 2)
+            (adapter_shards, 16) if parameter.trained else (base_shards, 1 if parameter.is_quantized else 2)
         )
         total += element_bytes * shard_elements(parameter, shards)
     return total
@@ -476,7 +476,7 @@ def test_momentary_memory_table() -> None:
         hidden, tokens = model["hidden_size"], config.data.seq_len
         cells = [
             f"Llama-3.1-{name}",
-            gib(sum(p.numel * (1 if p.is_bytes else 2) for p in layer.parameters)),
+            gib(sum(p.numel * (1 if p.is_quantized else 2) for p in layer.parameters)),
             gib(2 * hidden * model["intermediate_size"]),
             gib(2 * hidden * model["vocab_size"]),
             f"{tokens} tokens: {gib(2 * hidden * tokens * model['num_hidden_layers'])}",
@@ -523,7 +523,7 @@ def test_readme_bytes_per_gather() -> None:
         for p in unit.parameters
     ]
     adapters = 2 * sum(p.numel for p in parameters if p.trained)
-    base = sum(p.numel for p in parameters if p.is_bytes)
+    base = sum(p.numel for p in parameters if p.is_quantized)
     text = (ROOT / "README.md").read_text()
     assert f"{adapters / 1e9:.1f} GB" in text and f"{base / 1e9:.0f} GB" in text
 

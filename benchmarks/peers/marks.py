@@ -22,13 +22,13 @@ MATERIAL = Path(os.environ.get("PEERS_MATERIAL", "."))
 IGNORED = -100
 
 
-def write_mark(what: str, **values: Any) -> None:
+def write_mark(event: str, **values: Any) -> None:
     """With the time, which all processes of a machine share, VmRSS, VmHWM, and what the loopback has sent so far."""
     status = Path("/proc/self/status").read_text()
     memory = {name: 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) for name in ("VmRSS", "VmHWM")}  # type: ignore[index]
     (loopback,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     sent = int(loopback.partition(":")[2].split()[8])
-    line = {"what": what, "time": time.monotonic(), "sent": sent} | memory | values
+    line = {"what": event, "time": time.monotonic(), "sent": sent} | memory | values
     with (FOLDER / f"{RANK}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -90,7 +90,7 @@ def uneven_steps(setup: RunSetup, count: int) -> list[dict[str, Any]]:
         chosen, order = order[:number], order[number:]
         rows = []
         for piece in chosen:
-            columns = source.pieces.sequence, source.pieces.start, source.pieces.length
+            columns = source.pieces.sequence_index, source.pieces.start, source.pieces.length
             sequence, start, length = (int(column[piece]) for column in columns)
             here = slice(start, start + length)
             ids, trained = source.sequences.tokens(sequence)[here], source.sequences.trained(sequence)[here]

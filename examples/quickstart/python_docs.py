@@ -132,11 +132,11 @@ def build_python_docs(folder: Path) -> PairCounts:
     Raises:
         UserError: this Python comes without its documentation.
     """
-    train, held_out = split_doc_entries(collect_doc_entries())
+    train, eval_entries = split_doc_entries(collect_doc_entries())
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "eval.jsonl", held_out)
+    _write(folder / "eval.jsonl", eval_entries)
     _write(folder / "train.jsonl", train)
-    return PairCounts(len(train), len(held_out))
+    return PairCounts(len(train), len(eval_entries))
 
 
 def collect_doc_entries() -> list[DocEntry]:
@@ -170,10 +170,10 @@ def split_doc_entries(pairs: Iterable[DocEntry]) -> tuple[list[DocEntry], list[D
     """Training and held-out entries, both in the order of a hash of their content."""
     ordered = sorted(pairs, key=lambda entry: _digest(entry.question + entry.answer))
     by_name = sorted(ordered, key=lambda entry: _digest(f"split {entry.name}"))
-    held_out = {entry.name for entry in by_name[: min(int(len(ordered) * EVAL_FRACTION), MAX_EVAL_NAMES)]}
+    eval_names = {entry.name for entry in by_name[: min(int(len(ordered) * EVAL_FRACTION), MAX_EVAL_NAMES)]}
     return (
-        [entry for entry in ordered if entry.name not in held_out],
-        [entry for entry in ordered if entry.name in held_out],
+        [entry for entry in ordered if entry.name not in eval_names],
+        [entry for entry in ordered if entry.name in eval_names],
     )
 
 
@@ -345,10 +345,10 @@ def _imported(value: object, name: str) -> Iterator[DocEntry]:
 _SIGNATURE_LINES = re.compile(r"^(?:[\w.]+\([^\n]*\)(?: *->[^\n]*)?\n?)+$")
 
 
-def _leading_paragraphs(text: str, taken: int) -> str:
-    """The leading paragraphs that fit beside `taken` characters of header; empty if not even one does."""
+def _leading_paragraphs(text: str, header_chars: int) -> str:
+    """The leading paragraphs that fit beside `header_chars` characters of header; empty if not even one does."""
     kept: list[str] = []
-    length = taken + 4  # two back ticks and a blank line
+    length = header_chars + 4  # two back ticks and a blank line
     for paragraph in re.split(r"\n\s*\n", textwrap.dedent(text).strip("\n")):
         paragraph = paragraph.rstrip()
         if not kept and _SIGNATURE_LINES.match(paragraph):

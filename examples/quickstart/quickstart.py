@@ -55,7 +55,7 @@ class QuickstartSummary:
     wall_s: float
 
     @property
-    def fall(self) -> float:
+    def loss_reduction(self) -> float:
         """Of the held-out loss, as a fraction of what it was."""
         return 1.0 - self.eval_loss_last / self.eval_loss_first
 
@@ -142,9 +142,9 @@ def run_quickstart(folder: Path, ranks: int = 2, recipe: Path | None = None, con
     console.print("[bold]5/5[/] ask a held-out question, with plain transformers and PEFT")
     answers = compare_answers(quantized, Path(summary.adapter), data / "eval.jsonl")
     print_results(console, summary, answers, time.monotonic() - started)
-    if summary.fall < MIN_LOSS_REDUCTION:
+    if summary.loss_reduction < MIN_LOSS_REDUCTION:
         console.print(
-            f"The held-out loss fell by {summary.fall:.1%}, less than the {MIN_LOSS_REDUCTION:.0%} that a working "
+            f"The held-out loss fell by {summary.loss_reduction:.1%}, less than the {MIN_LOSS_REDUCTION:.0%} that a working "
             f"setup reaches; look at {run_folder / 'metrics.jsonl'}.",
             style="red",
             soft_wrap=True,
@@ -212,14 +212,16 @@ def _faster_dtype() -> str:
         torch.set_num_threads(threads)
 
 
-def _run_stage(console: Console, number: int, what: str, folder: Path, there: bool, do: Callable[[], object]) -> None:
-    note = " (there already)" if there else ""
-    console.print(f"[bold]{number}/5[/] {what}{note}: {folder}", soft_wrap=True)
-    if there:
+def _run_stage(
+    console: Console, number: int, title: str, folder: Path, is_done: bool, action: Callable[[], object]
+) -> None:
+    note = " (there already)" if is_done else ""
+    console.print(f"[bold]{number}/5[/] {title}{note}: {folder}", soft_wrap=True)
+    if is_done:
         return
     console.file.flush()  # the stage's process writes to the same terminal
     start = time.monotonic()
-    do()
+    action()
     console.print(f"    {time.monotonic() - start:.0f} s")
 
 
@@ -229,8 +231,8 @@ def _run_stage_process(stage: str, command: list[str]) -> None:
     environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
-        sentence = f"the stage '{stage}' failed with exit code {code}; its messages stand above"
-        raise StageError(sentence, 2 if code == 2 else 1)
+        error_message = f"the stage '{stage}' failed with exit code {code}; its messages stand above"
+        raise StageError(error_message, 2 if code == 2 else 1)
 
 
 def _count_lines(path: Path) -> int:
@@ -238,7 +240,7 @@ def _count_lines(path: Path) -> int:
         return sum(1 for _ in file)
 
 
-def compare_answers(quantized: Path, adapter: Path, rows: Path) -> AnswerComparison:
+def compare_answers(quantized: Path, adapter: Path, eval_file: Path) -> AnswerComparison:
     """Answer one held-out question greedily, without and with the adapter.
 
     Nothing of this package takes part: the 4-bit folder and the adapter are what anybody's transformers and
@@ -252,7 +254,7 @@ def compare_answers(quantized: Path, adapter: Path, rows: Path) -> AnswerCompari
     # other people's notices about faster kernels and coming versions would stand between the figures
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
-    question, documented = _short_question(rows)
+    question, documented = _short_question(eval_file)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(quantized))
     base = transformers.AutoModelForCausalLM.from_pretrained(str(quantized))
     model = PeftModel.from_pretrained(base, str(adapter)).eval()
@@ -290,7 +292,7 @@ def print_results(console: Console, summary: QuickstartSummary, answers: AnswerC
     figures.add_row(
         "held-out loss",
         f"{summary.eval_loss_first:.3f} before, {summary.eval_loss_last:.3f} after {summary.steps} steps: "
-        f"[bold]{summary.fall:.1%} lower[/]",
+        f"[bold]{summary.loss_reduction:.1%} lower[/]",
     )
     figures.add_row("throughput", f"{summary.tokens_per_s:,.0f} tokens/s over all ranks (median)")
     figures.add_row("static memory", _per_rank(summary.static_bytes))

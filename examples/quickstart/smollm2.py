@@ -45,12 +45,12 @@ def find_gguf() -> Path:
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"the package {PACKAGE_NAME} is not installed; {INSTALL_COMMAND}") from None
     paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    found = [path for path in paths if path.is_file()]
-    if not found:
+    existing = [path for path in paths if path.is_file()]
+    if not existing:
         raise UserError(
             f"the installed package {PACKAGE_NAME} holds no .gguf file; {INSTALL_COMMAND} --force-reinstall"
         )
-    return found[0]
+    return existing[0]
 
 
 def unpack_smollm2(folder: Path) -> Path:

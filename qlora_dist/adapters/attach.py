@@ -78,14 +78,14 @@ def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = 
         config: as `make_peft_config` gives it.
         name: of the adapter.
     """
-    whole = set(config.modules_to_save or ())
+    modules_to_save = set(config.modules_to_save or ())
     targets = targets_from_peft_config(model, config)
     for path in (*targets.linear, *targets.experts):
         add_lora_layer(model, path, config, name, config.r, config.lora_alpha)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(is_lora_parameter(parameter_name))
     for path, module in model.named_modules():
-        if path in whole:  # in its place: PEFT would keep the frozen module beside the trained one
+        if path in modules_to_save:  # in its place: PEFT would keep the frozen module beside the trained one
             module.to(torch.float32)
             module.requires_grad_(True)
 
@@ -119,7 +119,7 @@ def _wrap_with_lora(
     if isinstance(layer, NF4Linear):
         return NF4LoraLinear(layer, name, config, r=r, lora_alpha=alpha)
     if isinstance(layer, NF4Experts):
-        return NF4LoraExperts(layer, name, config, r=r, lora_alpha=alpha, swapped=peft_swaps_in_out(owner))
+        return NF4LoraExperts(layer, name, config, r=r, lora_alpha=alpha, swap_in_out=peft_swaps_in_out(owner))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # a copy of the configuration gets it right
         wrapped: nn.Module | None = dispatch_default(layer, name, copy.copy(config), r=r, lora_alpha=alpha)

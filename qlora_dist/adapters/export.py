@@ -46,9 +46,9 @@ def export_adapter(
             for key in (name, *tied.get(name, ())):
                 tensors[peft_key(key)] = whole.float().cpu().contiguous().clone()
     if dist.get_rank() == 0:
-        if (wrong := find_invalid_values(tensors.items())) is not None:
+        if (problem := find_invalid_values(tensors.items())) is not None:
             raise UserError(
-                f"{out}: no adapter is written, because {wrong}; train longer, or lower optim.lr", one_rank=True
+                f"{out}: no adapter is written, because {problem}; train longer, or lower optim.lr", local_only=True
             )
         try:
             write_adapter(tensors, config_to_save(config), out, add_files)
@@ -56,7 +56,7 @@ def export_adapter(
             raise UserError(
                 f"{out}: the adapter cannot be written ({error}); make room, then the same command goes on from the "
                 "last checkpoint",
-                one_rank=True,
+                local_only=True,
             ) from None
     dist.barrier()
 

@@ -68,12 +68,12 @@ def saved_entries_by_parameter(
         UserError: a tensor has another shape than the model's, or is nothing that the model has.
     """
     parameters = dict(model.named_parameters())
-    found: dict[str, TensorEntry] = {}
+    entries: dict[str, TensorEntry] = {}
     for path, update in adapter.low_rank.items():
         for part, entry in update.parts().items():
             parameter = f"{path}.{part}.{name}.weight"
             _check_shape(adapter, f"{path}.{part}", entry.shape, tuple(parameters[parameter].shape), base)
-            found[parameter] = entry
+            entries[parameter] = entry
     whole = {name.replace(".base_layer.", "."): name for name in parameters if not is_lora_parameter(name)}
     for plain, entry in _without_tied_head(model, adapter, base).items():
         if plain not in whole:
@@ -82,8 +82,8 @@ def saved_entries_by_parameter(
                 "trained on"
             )
         _check_shape(adapter, plain, entry.shape, tuple(parameters[whole[plain]].shape), base)
-        found[whole[plain]] = entry
-    return found
+        entries[whole[plain]] = entry
+    return entries
 
 
 @torch.no_grad()

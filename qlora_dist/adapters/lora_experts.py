@@ -33,8 +33,8 @@ class NF4LoraExperts(NF4LoraLayer):
 
     base_layer: NF4Experts
 
-    def __init__(self, *args: Any, swapped: bool = False, **kwargs: Any) -> None:
-        self._swapped = swapped
+    def __init__(self, *args: Any, swap_in_out: bool = False, **kwargs: Any) -> None:
+        self._swapped = swap_in_out
         super().__init__(*args, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:

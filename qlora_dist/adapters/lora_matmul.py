@@ -225,12 +225,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *saved, packed = ctx.saved_tensors
     wants_x = ctx.needs_input_grad[0]
-    found = _lora_matmul_backward_op(
+    op_grads = _lora_matmul_backward_op(
         grads[0].contiguous(), *saved, packed if wants_x else None, ctx.scaling, ctx.dropout, *ctx.layout
     )
-    grad_x = found.pop(0) if wants_x else None
-    grad_dropped = found.pop(0) if ctx.dropout else None
-    return grad_x, grad_dropped, *found, *[None] * (3 + len(ctx.layout))
+    grad_x = op_grads.pop(0) if wants_x else None
+    grad_dropped = op_grads.pop(0) if ctx.dropout else None
+    return grad_x, grad_dropped, *op_grads, *[None] * (3 + len(ctx.layout))
 
 
 _lora_matmul_op.register_autograd(_autograd_backward, setup_context=_setup_context)

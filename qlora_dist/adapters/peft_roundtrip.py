@@ -40,22 +40,26 @@ def check_peft_roundtrip(
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what PEFT leaves out; the comparison says more
             model = peft.get_peft_model(plain, copy.deepcopy(config), adapter_name=_NAME)
-            wanted = peft.get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+            peft_state = peft.get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
             tensors = {key: torch.empty(shape) for key, shape in shapes.items()}
-            given = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[_NAME], tensors, _NAME)
+            converted = convert_peft_adapter_state_dict_for_transformers(
+                model, model.peft_config[_NAME], tensors, _NAME
+            )
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
             f"lora: PEFT could not read such an adapter of {base} ({reason}); adapt fewer layers with lora.targets"
         ) from None
-    there = {key: tuple(tensor.shape) for key, tensor in given.items()}
-    expected = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
-    differing = sorted(key for key in there.keys() | expected.keys() if there.get(key) != expected.get(key))
+    saved_shapes = {key: tuple(tensor.shape) for key, tensor in converted.items()}
+    expected = {key: tuple(tensor.shape) for key, tensor in peft_state.items()}
+    differing = sorted(
+        key for key in saved_shapes.keys() | expected.keys() if saved_shapes.get(key) != expected.get(key)
+    )
     if differing:
         key = differing[0]
-        here, in_peft = there.get(key, "missing"), expected.get(key, "missing")
+        saved_shape, expected_shape = saved_shapes.get(key, "missing"), expected.get(key, "missing")
         raise UserError(
-            f"lora: PEFT would read other tensors from an adapter of {base} than are in it ({len(there)} are in it, "
-            f"and PEFT has {len(expected)}; {key} is {here} there and {in_peft} in PEFT); adapt fewer layers with "
+            f"lora: PEFT would read other tensors from an adapter of {base} than are in it ({len(saved_shapes)} are in it, "
+            f"and PEFT has {len(expected)}; {key} is {saved_shape} there and {expected_shape} in PEFT); adapt fewer layers with "
             "lora.targets"
         )

@@ -135,9 +135,9 @@ def missing_module_error(adapter: SavedAdapter, module: str, base: Path) -> User
 
 
 def _low_rank(
-    module: str, found: Mapping[str, TensorEntry], config: Mapping[str, Any], path: Path, experts: bool
+    module: str, entries: Mapping[str, TensorEntry], config: Mapping[str, Any], path: Path, experts: bool
 ) -> LowRankUpdate:
-    a, b, magnitude = (found.get(part) for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
+    a, b, magnitude = (entries.get(part) for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
     if a is None or b is None or (magnitude is None) == bool(config.get("use_dora")):
         missing = "lora_A" if a is None else "lora_B" if b is None else "lora_magnitude_vector"
         raise UserError(f"{path}: {module} lacks its {missing}, or has it without need; export the adapter again")

@@ -66,15 +66,15 @@ def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapt
                     f"lora.targets: {target} is no quantized layer of {base}; choose from {', '.join(names)}"
                 )
         chosen = [path for path in linear if target_module_name(path) in config.targets]
-    unread = [
+    out_proj_paths = [
         path
         for path in chosen
         if _model_type(model) in _TYPES_WITHOUT_OUT_PROJ and target_module_name(path) == "out_proj"
     ]
-    if unread:
-        rest = sorted({target_module_name(path) for path in chosen if path not in unread})
+    if out_proj_paths:
+        rest = sorted({target_module_name(path) for path in chosen if path not in out_proj_paths})
         raise UserError(
-            f"lora.targets: PEFT reads no adapter of out_proj, which is {unread[0]} in {base}; name others, such as "
+            f"lora.targets: PEFT reads no adapter of out_proj, which is {out_proj_paths[0]} in {base}; name others, such as "
             f"[{', '.join(rest)}]"
         )
     experts = _paths(model, NF4Experts) if config.experts else []

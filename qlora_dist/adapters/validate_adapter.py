@@ -32,9 +32,11 @@ def check_adapter_type(config: Mapping[str, Any], path: Path) -> None:
     """
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: is an adapter of type {config.get('peft_type')}, not LORA; use it with PEFT")
-    for key, what in _UNSUPPORTED_KEYS.items():
+    for key, feature in _UNSUPPORTED_KEYS.items():
         if config.get(key):
-            raise UserError(f"{path}: has {what} ({key}), which is not known here; load it with PEFT beside the base")
+            raise UserError(
+                f"{path}: has {feature} ({key}), which is not known here; load it with PEFT beside the base"
+            )
     first = config.get("init_lora_weights", True)
     if isinstance(first, str) and first.startswith(_INITS_THAT_CHANGE_BASE):
         raise UserError(

@@ -156,7 +156,7 @@ def make_bench_cases(
     """
     for number in sorted({1, *ranks} if _SINGLE_RANK_LAYOUT in names else ranks):
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, number)
-    cells, left_out = [], []
+    cells, skipped = [], []
     for name in names:
         for number in [1] if name == _SINGLE_RANK_LAYOUT else ranks:
             sections = LAYOUTS[name](config, number, sizes)
@@ -164,15 +164,15 @@ def make_bench_cases(
                 sections = {**sections, "parallel": {"adapter": "world", "offload": "none", **sections["parallel"]}}
                 sections = {section: keys for section, keys in sections.items() if keys}
                 try:
-                    whole = apply_changes(config, sections)
+                    case_config = apply_changes(config, sections)
                 except ValidationError as error:
                     sections = error.errors()[0]["msg"].removeprefix("Value error, ")
             if isinstance(sections, str):
-                left_out.append((name, number, sections))
+                skipped.append((name, number, sections))
                 continue
             overrides = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-            cells.append(BenchCase(name, number, whole, overrides))
-    return cells, left_out
+            cells.append(BenchCase(name, number, case_config, overrides))
+    return cells, skipped
 
 
 def count_model_bytes(config: Config) -> ModelBytes:

@@ -14,8 +14,10 @@ def bench_machine_of_run(run: RunFiles, date: str) -> BenchMachine:
         run: the first of all.
         date: when the benchmark began.
     """
-    found = {key: value for key, value in run.process["machine"].items() if key != "threads"}
-    return BenchMachine(date=date, links_bytes_per_s=_links() if found["device"] == "cpu" else {}, **found)
+    machine_fields = {key: value for key, value in run.process["machine"].items() if key != "threads"}
+    return BenchMachine(
+        date=date, links_bytes_per_s=_links() if machine_fields["device"] == "cpu" else {}, **machine_fields
+    )
 
 
 def _links() -> dict[str, float]:

@@ -90,9 +90,9 @@ def loss_comparison_message(result: BenchResult) -> str:
     """For people."""
     losses = result.losses
     off = f"{losses.largest_difference:.1e} relative of those of {losses.reference}, {losses.tolerance:.0e} allowed"
-    what = "of each step" if losses.by == "step" else "of all trained tokens together"
+    compared = "of each step" if losses.by == "step" else "of all trained tokens together"
     if losses.agree:
-        return f"The losses of all layouts, {what}, are within {off}."
+        return f"The losses of all layouts, {compared}, are within {off}."
     worst = max(result.layouts, key=lambda f: f.loss_difference(losses.by))
     return f"The losses do not agree: those of {layout_label(worst.layout, worst.ranks)} are off by {off}."
 

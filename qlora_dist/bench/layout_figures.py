@@ -18,11 +18,11 @@ Adam's first updates magnify that, and single steps are off by a thousandth wher
 """
 
 
-def summarize_layout(cell: BenchCase, runs: Sequence[RunFiles], warm_up: int, reference: RunFiles) -> LayoutResult:
+def summarize_layout(case: BenchCase, runs: Sequence[RunFiles], warm_up: int, reference: RunFiles) -> LayoutResult:
     """Of a layout.
 
     Args:
-        cell: which it is.
+        case: which it is.
         runs: its repeats. The last step of the first one was profiled, and is not timed.
         warm_up: steps at the beginning of each that are not timed.
         reference: whose losses these are compared with.
@@ -32,11 +32,11 @@ def summarize_layout(cell: BenchCase, runs: Sequence[RunFiles], warm_up: int, re
     step_s = _spread([row["step_s"] for row in timed])
     shares = summaries[0]["step_shares"]
     return LayoutResult(
-        layout=cell.layout,
-        ranks=cell.ranks,
+        layout=case.layout,
+        ranks=case.ranks,
         threads_per_rank=runs[0].process["machine"]["threads"],
         nodes=[nodes for run in runs if (nodes := run.process["nodes"]) is not None],
-        overrides=cell.overrides,
+        overrides=case.overrides,
         repeats=len(runs),
         timed_steps=len(timed),
         step_s=step_s,

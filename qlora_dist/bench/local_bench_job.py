@@ -45,9 +45,9 @@ def run_local_job(cell: BenchCase, folder: Path) -> RunFiles:
         code = subprocess.run(command, env=environ, stdout=output, stderr=output, check=False).returncode
     if code:
         text = log.read_text(encoding="utf-8", errors="replace")
-        said = re.findall(r"^qlora-dist: (.+)$", text, re.MULTILINE)
-        if said:
-            raise UserError(f"{cell.words}: {said[0]}")
+        user_errors = re.findall(r"^qlora-dist: (.+)$", text, re.MULTILINE)
+        if user_errors:
+            raise UserError(f"{cell.words}: {user_errors[0]}")
         raise RuntimeError(f"{cell.name} ended with exit code {code}\n" + "\n".join(text.splitlines()[-_LAST_LINES:]))
     run = Path(cell.config.run.dir) / cell.config.run.name
     files = read_run_files(run)

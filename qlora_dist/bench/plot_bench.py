@@ -85,8 +85,8 @@ def _plot_traffic(axis: Any, result: BenchResult) -> None:
     heights = {
         f"over {dim}": [f.received_bytes_per_step.get(dim, 0) / _MIB for f in result.layouts] for dim in dims
     } | {
-        f"pages of the {what}": [f.paged_bytes_per_step[what] / _MIB for f in result.layouts]
-        for what in ("base", "optimizer")
+        f"pages of the {owner}": [f.paged_bytes_per_step[owner] / _MIB for f in result.layouts]
+        for owner in ("base", "optimizer")
     }
     _stack(axis, result, {label: values for label, values in heights.items() if any(values)})
     _label_axis(axis, result, "moved by rank 0", "MiB a step")

@@ -47,7 +47,7 @@ class SlurmPlacement:
     ranks_per_node: int | None = None
     """None: as many as a node has GPUs."""
 
-    def job(self, cell: BenchCase) -> tuple[SlurmJob, str]:
+    def job(self, case: BenchCase) -> tuple[SlurmJob, str]:
         """The layout's next job, and its script.
 
         It is started once: a second start would go on from a checkpoint, and time less than the others.
@@ -56,35 +56,35 @@ class SlurmPlacement:
             UserError: the ranks fill no nodes, another job is at work in the run's folder, or a script can't name it.
         """
         nodes, ranks_per_node = split_into_nodes(
-            cell.ranks, self.ranks_per_node or default_ranks_per_node(self.cluster)
+            case.ranks, self.ranks_per_node or default_ranks_per_node(self.cluster)
         )
-        job = make_job(cell.config, nodes, ranks_per_node)
+        job = make_job(case.config, nodes, ranks_per_node)
         check_not_queued(job.run, "or give another --out")
         once = {"max_requeues": 0, "sbatch": [*self.cluster.sbatch, "--no-requeue"]}
         return job, render_job_script(job, self.cluster.model_copy(update=once))
 
 
-def split_into_nodes(ranks: int, most: int) -> tuple[int, int]:
+def split_into_nodes(ranks: int, max_ranks_per_node: int) -> tuple[int, int]:
     """Nodes, and ranks on each.
 
     Args:
         ranks: of all nodes.
-        most: on a node.
+        max_ranks_per_node: on a node.
 
     Raises:
         UserError: they are more than one node's, and nodes would be unequal.
     """
-    if ranks <= most:
+    if ranks <= max_ranks_per_node:
         return 1, ranks
-    if ranks % most:
+    if ranks % max_ranks_per_node:
         raise UserError(
-            f"--ranks: {ranks} cannot be dealt out to nodes of {most} ranks each; give a multiple of {most}, or "
+            f"--ranks: {ranks} cannot be dealt out to nodes of {max_ranks_per_node} ranks each; give a multiple of {max_ranks_per_node}, or "
             "another --ranks-per-node"
         )
-    return ranks // most, most
+    return ranks // max_ranks_per_node, max_ranks_per_node
 
 
-def check_slurm_cases(cells: Sequence[BenchCase], where: SlurmPlacement) -> None:
+def check_slurm_cases(cases: Sequence[BenchCase], placement: SlurmPlacement) -> None:
     """Find what is wrong with any job before the first one is submitted.
 
     Raises:
@@ -94,33 +94,33 @@ def check_slurm_cases(cells: Sequence[BenchCase], where: SlurmPlacement) -> None
 
     if shutil.which("sbatch") is None:
         raise UserError("--on slurm: there is no command sbatch; call this on a login node of a SLURM cluster")
-    jobs = [where.job(cell)[0] for cell in cells]
-    for cell, job in zip(cells, jobs, strict=True):
+    jobs = [placement.job(cell)[0] for cell in cases]
+    for cell, job in zip(cases, jobs, strict=True):
         try:
-            check_job(cell.config, where.cluster, job.nodes, job.ranks_per_node, Console(quiet=True))
+            check_job(cell.config, placement.cluster, job.nodes, job.ranks_per_node, Console(quiet=True))
         except UserError as error:
             raise UserError(f"{cell.words}: {error}") from None
 
 
-def run_slurm_job(cell: BenchCase, where: SlurmPlacement, console: Console) -> RunFiles:
+def run_slurm_job(case: BenchCase, placement: SlurmPlacement, console: Console) -> RunFiles:
     """Submit it, wait for it, and read what the run has left. Whatever ends the waiting ends the job.
 
     Args:
-        cell: the layout; `run.dir` of its configuration is where all nodes see it.
-        where: the cluster.
+        case: the layout; `run.dir` of its configuration is where all nodes see it.
+        placement: the cluster.
         console: for how the job is.
 
     Raises:
         UserError: the job has not come to its end.
     """
-    job, script = where.job(cell)
+    job, script = placement.job(case)
     _clear(job.run)
     job_id = None
     with _signals_to_exit():
         try:
             with _signals_blocked():  # or nobody would know the job's number
-                job_id = submit_job(cell.config, job, script)
-            state = _wait(cell.words, job_id, console)
+                job_id = submit_job(case.config, job, script)
+            state = _wait(case.words, job_id, console)
         except BaseException:
             if job_id is not None:
                 with _signals_blocked():
@@ -128,7 +128,7 @@ def run_slurm_job(cell: BenchCase, where: SlurmPlacement, console: Console) -> R
             raise
     _wait_for_files(job.run / DONE_MARKER, state)
     if not (job.run / DONE_MARKER).exists():
-        raise UserError(f"{cell.words}{explain_unfinished_job(job, job_id, state)}")
+        raise UserError(f"{case.words}{explain_unfinished_job(job, job_id, state)}")
     files = read_run_files(job.run)
     shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
     return files
@@ -166,16 +166,16 @@ def job_state_label(state: JobState | None) -> str:
     return "ends" if state.state == "COMPLETING" else f"runs on {state.nodes}"
 
 
-def _wait(words: str, job_id: int, console: Console) -> JobState:
+def _wait(label: str, job_id: int, console: Console) -> JobState:
     """Until it has ended; say how it is whenever that changes."""
-    started, said = time.monotonic(), ""
+    started, last_label = time.monotonic(), ""
     while True:
         state = job_state(job_id)
         if state is not None and state.has_ended:
             return state
-        if (now := job_state_label(state)) != said:
-            console.print(f"{words}: job {job_id} {now}", markup=False, soft_wrap=True)
-            said = now
+        if (now := job_state_label(state)) != last_label:
+            console.print(f"{label}: job {job_id} {now}", markup=False, soft_wrap=True)
+            last_label = now
         time.sleep(min(_MAX_POLL_S, max(_MIN_POLL_S, (time.monotonic() - started) / 20)))
 
 
@@ -196,10 +196,10 @@ def _clear(run: Path) -> None:
 def _cancel(job_id: int) -> None:
     try:
         scancel(str(job_id))
-        said = f"job {job_id}: cancelled"
+        message = f"job {job_id}: cancelled"
     except UserError as error:
-        said = f"{error}; it may still run"
-    Console(stderr=True).print(f"qlora-dist: {said}", markup=False, soft_wrap=True)
+        message = f"{error}; it may still run"
+    Console(stderr=True).print(f"qlora-dist: {message}", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -47,16 +47,16 @@ _VISIBLE_S = 60.0
 class Checkpointer:
     """The checkpoints of a run. Every method is called on all ranks, in the same order."""
 
-    def __init__(self, checkpoints: Path, keep: int, say: Callable[[str], None]) -> None:
+    def __init__(self, checkpoints: Path, keep: int, log: Callable[[str], None]) -> None:
         """Remove what an earlier process left half-written.
 
         Args:
             checkpoints: the folder of checkpoints, seen by all ranks.
             keep: how many complete ones of this run stay.
-            say: for rank 0's lines.
+            log: for rank 0's lines.
         """
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._checkpoints, self._keep, self._say = checkpoints, keep, say
+        self._checkpoints, self._keep, self._say = checkpoints, keep, log
         self._thread = background_executor("checkpoint")
         self._own: Future[None] | None = None
         self._commit: Future[None] | None = None
@@ -87,7 +87,7 @@ class Checkpointer:
             return 0, 0
         return (1, 0) if self._own.exception() is None else (0, 1)
 
-    def advance(self, written: int, failed: int) -> None:
+    def update_status(self, written: int, failed: int) -> None:
         """Take note of the sums of `progress` over all ranks."""
         if self._own is None or written + failed < self._world_size:
             return
@@ -95,7 +95,7 @@ class Checkpointer:
         assert self._manifest is not None
         if failed:
             if error is not None:
-                self._complain(error)
+                self._report_failure(error)
             if self._rank == 0:
                 self._thread.submit(shutil.rmtree, self._folder(), ignore_errors=True)
         elif self._rank == 0:
@@ -107,11 +107,11 @@ class Checkpointer:
             self._own.exception()  # waits
             sums = torch.tensor(self.progress)
             dist.all_reduce(sums)
-            self.advance(*sums.tolist())
+            self.update_status(*sums.tolist())
         if self._commit is not None:
             error, self._commit = self._commit.exception(), None
             if error is not None:
-                self._complain(error)
+                self._report_failure(error)
 
     def close(self) -> None:
         """Wait for the last one, on all ranks until rank 0 has renamed it."""
@@ -156,10 +156,10 @@ class Checkpointer:
         self.seconds = time.perf_counter() - self._since
         nbytes = sum(size for size, _ in files.values())
         self._say(f"checkpoint after {manifest.step} steps: {nbytes / 2**20:.1f} MiB in {self.seconds:.1f} s")
-        for old in self._of_this_run(manifest)[self._keep :]:
+        for old in self._checkpoints_of_run(manifest)[self._keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _of_this_run(self, newest: Manifest) -> list[Path]:
+    def _checkpoints_of_run(self, newest: Manifest) -> list[Path]:
         """Return this run's checkpoints up to the newest, newest first. What lies beside them is left alone."""
         return [
             folder
@@ -169,7 +169,7 @@ class Checkpointer:
             and is_same_run(found.identity, newest.identity, folder)
         ]
 
-    def _complain(self, error: BaseException) -> None:
+    def _report_failure(self, error: BaseException) -> None:
         assert self._manifest is not None
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         print(  # not in rank 0's voice: this is the rank that knows

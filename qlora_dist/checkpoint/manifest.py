@@ -137,7 +137,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise DamagedCheckpointError(
                 f"{CHECKPOINT_MANIFEST} has format {tree['format']}, and this version reads {MANIFEST_FORMAT}"
             )
-        found = ManifestSchema.model_validate_json(content)
+        schema = ManifestSchema.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -146,9 +146,9 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} is not what was written") from None
-    cuts = {name: ShardSpec(cut.shape, cut.dim, cut.shards) for name, cut in found.cuts.items()}
+    cuts = {name: ShardSpec(cut.shape, cut.dim, cut.shards) for name, cut in schema.cuts.items()}
     manifest = Manifest(
-        found.step, found.world_size, cuts, tree["state"], found.identity.model_dump(), dict(found.files)
+        schema.step, schema.world_size, cuts, tree["state"], schema.identity.model_dump(), dict(schema.files)
     )
     _check_consistent(folder, manifest)
     return manifest

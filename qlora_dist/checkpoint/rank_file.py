@@ -44,8 +44,8 @@ def check_rank_file(folder: Path, rank: int, manifest: Manifest) -> None:
                 f"{name} and the manifest differ: {key} is {_describe_tensor(found, key)}, not {_describe_tensor(expected, key)}"
             )
     for key, cut in manifest.cuts.items():
-        shape = header[f"parameter/{key}"].shape if f"parameter/{key}" in header else cut.part_shape(rank)
-        if rank < cut.shards and shape != cut.part_shape(rank):
+        shape = header[f"parameter/{key}"].shape if f"parameter/{key}" in header else cut.shard_shape(rank)
+        if rank < cut.shards and shape != cut.shard_shape(rank):
             raise DamagedCheckpointError(f"{name} and the manifest differ: parameter/{key} has the shape {shape}")
 
 

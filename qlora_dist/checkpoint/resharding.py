@@ -34,7 +34,7 @@ class ShardSpec:
         rows = -(-size // self.shards)
         return min(shard * rows, size), min((shard + 1) * rows, size)
 
-    def part_shape(self, shard: int) -> tuple[int, ...]:
+    def shard_shape(self, shard: int) -> tuple[int, ...]:
         """Shape of a shard."""
         start, stop = self.part(shard)
         if self.dim == FLAT_DIM:
@@ -43,9 +43,9 @@ class ShardSpec:
 
     def numel(self, shard: int) -> int:
         """Elements of a shard."""
-        return math.prod(self.part_shape(shard))
+        return math.prod(self.shard_shape(shard))
 
-    def boxes(self, shard: int) -> Iterator[tuple[int, _Slices]]:
+    def slices(self, shard: int) -> Iterator[tuple[int, _Slices]]:
         """The boxes of the whole that a shard consists of, one behind the other; of each, the shard's first element."""
         start, stop = self.part(shard)
         if start == stop:
@@ -84,14 +84,20 @@ class CopyOp:
     target: ShardLocation
 
 
-def copy_ops(saved: ShardSpec, wanted: ShardSpec, shard: int) -> Iterator[CopyOp]:
-    """What to read to fill shard `shard` of `wanted`, whatever dimension and number of parts was saved."""
-    assert saved.shape == wanted.shape
+def copy_ops(saved: ShardSpec, target_spec: ShardSpec, shard: int) -> Iterator[CopyOp]:
+    """What to read to fill shard `shard` of `target_spec`, whatever dimension and number of parts was saved."""
+    assert saved.shape == target_spec.shape
     for index in range(saved.shards):
-        for (source, have), (target, want) in product(saved.boxes(index), list(wanted.boxes(shard))):
-            both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(have, want, strict=True))
-            if all(start < stop for start, stop in both):
-                yield CopyOp(index, _shard_location(source, have, both), _shard_location(target, want, both))
+        for (source, saved_slices), (target, target_slices) in product(
+            saved.slices(index), list(target_spec.slices(shard))
+        ):
+            overlap = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(saved_slices, target_slices, strict=True))
+            if all(start < stop for start, stop in overlap):
+                yield CopyOp(
+                    index,
+                    _shard_location(source, saved_slices, overlap),
+                    _shard_location(target, target_slices, overlap),
+                )
 
 
 def _flat_slices(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Slices]:

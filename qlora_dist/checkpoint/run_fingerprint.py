@@ -46,23 +46,23 @@ def compare_fingerprints(saved: dict[str, Any], now: dict[str, Any], folder: Pat
         UserError: naming the first thing that differs and may not.
     """
     start_over = "or start over with run.overwrite=true --resume none"
-    for name, what in _COMPARED_HASHES:
+    for name, description in _COMPARED_HASHES:
         if saved.get(name) != now.get(name):
-            raise UserError(f"{folder}: was made with {what} than this run's; give the same, {start_over}")
+            raise UserError(f"{folder}: was made with {description} than this run's; give the same, {start_over}")
     if foreign := sorted(saved["config"].keys() - now["config"].keys()):
         raise UserError(
             f"{folder}: names the key {foreign[0]}, which this version does not know; take the version that wrote it, "
             f"{start_over}"
         )
-    told = []
+    differences = []
     for key, value in now["config"].items():
         before = saved["config"].get(key, value)
         if before == value or key in _IGNORED_KEYS:
             continue
         if not key.startswith(_REPORTED_KEYS):
             raise UserError(f"{folder}: was made with {key}: {before}, not {value}; set it back, {start_over}")
-        told.append(f"{key}: {value} from here on, {before} before")
-    return told
+        differences.append(f"{key}: {value} from here on, {before} before")
+    return differences
 
 
 def is_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> bool:

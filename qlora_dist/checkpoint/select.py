@@ -25,7 +25,7 @@ CheckManifest = Callable[[Manifest], None]
 
 
 def latest_complete(
-    checkpoints: Path, say: Callable[[str], None], check: CheckManifest | None = None
+    checkpoints: Path, log: Callable[[str], None], check: CheckManifest | None = None
 ) -> tuple[Path, Manifest] | None:
     """The newest checkpoint of a run all of whose bytes are as they were written; None: there is none.
 
@@ -40,7 +40,7 @@ def latest_complete(
         damage = _find_damage(folder, check)
         if damage is None:
             return folder, read_manifest(folder)
-        say(f"{folder}: {damage}; it is passed over")
+        log(f"{folder}: {damage}; it is passed over")
     return None
 
 
@@ -62,7 +62,7 @@ def _find_damage(folder: Path, check: CheckManifest | None) -> str | None:
     Raises:
         UserError: on all ranks, if one of them may not read a file.
     """
-    own, is_forbidden = None, False
+    own_reason, is_forbidden = None, False
     try:
         manifest = read_manifest(folder)
         if check is not None:
@@ -71,9 +71,9 @@ def _find_damage(folder: Path, check: CheckManifest | None) -> str | None:
             check_file(folder, rank_file_name(rank), *manifest.files[rank_file_name(rank)])
             check_rank_file(folder, rank, manifest)
     except DamagedCheckpointError as error:
-        own, is_forbidden = str(error), isinstance(error, CheckpointPermissionError)
-    found = [answer for answer in all_gather_json([own, is_forbidden]) if answer[0] is not None]
-    for reason, forbidden in found:
+        own_reason, is_forbidden = str(error), isinstance(error, CheckpointPermissionError)
+    reasons = [answer for answer in all_gather_json([own_reason, is_forbidden]) if answer[0] is not None]
+    for reason, forbidden in reasons:
         if forbidden:
             raise UserError(f"{folder}: {reason}; change its owner or mode")
-    return found[0][0] if found else None
+    return reasons[0][0] if reasons else None

@@ -53,7 +53,7 @@ def trainable_state(
         shards.add(index)
         is_writer = is_writer and first_replica
         by_name[name] = shard
-        assert tuple(shard.shape) == cuts[name].part_shape(index), name
+        assert tuple(shard.shape) == cuts[name].shard_shape(index), name
     assert len(shards) == 1, "all trained parameters lie on one mesh"
     return TrainableState(cuts, shards.pop(), is_writer, by_name, optimizer, device)
 
@@ -62,19 +62,19 @@ def _shard_spec(parameter: torch.Tensor) -> tuple[ShardSpec, int, bool]:
     """How it is cut, which part is this rank's, and whether this is the first rank to hold that part."""
     flat = get_flat_shard(parameter)
     if flat is not None:
-        return ShardSpec(tuple(flat.shape), FLAT_DIM, flat.shards), flat.shard, flat.is_first_copy
+        return ShardSpec(tuple(flat.shape), FLAT_DIM, flat.shards), flat.shard, flat.is_first_replica
     if not isinstance(parameter, DTensor):
         return ShardSpec(tuple(parameter.shape), 0, 1), 0, True
-    mesh, found, first = parameter.device_mesh, None, True
+    mesh, spec_and_index, first = parameter.device_mesh, None, True
     for mesh_dim, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
-            assert found is None, "FSDP2 cuts along one dimension"
+            assert spec_and_index is None, "FSDP2 cuts along one dimension"
             cut = ShardSpec(tuple(parameter.shape), placement.dim, mesh.size(mesh_dim))
-            found = cut, mesh.get_local_rank(mesh_dim)
+            spec_and_index = cut, mesh.get_local_rank(mesh_dim)
         else:
             first = first and mesh.get_local_rank(mesh_dim) == 0
-    assert found is not None
-    return *found, first
+    assert spec_and_index is not None
+    return *spec_and_index, first
 
 
 def snapshot(state: TrainableState) -> dict[str, torch.Tensor]:
@@ -130,10 +130,10 @@ def _saved_shards(
             continue
         values = {kind: torch.empty(parameter.shape) for kind in ("parameter", *STATE_NAMES)}
         for shard, parts in groupby(copy_ops(cut, state.cuts[name], state.shard), key=lambda copy: copy.shard):
-            there = state_to_fp32(saved(shard, name, kinds))
+            saved_values = state_to_fp32(saved(shard, name, kinds))
             for part in parts:
                 for kind, value in values.items():
-                    part.target.of(value).copy_(part.source.of(there[kind]))
+                    part.target.of(value).copy_(part.source.of(saved_values[kind]))
         parameter.copy_(values.pop("parameter"))
         yield state_from_fp32(values, bits)
 

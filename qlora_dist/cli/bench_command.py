@@ -59,12 +59,12 @@ class BenchArgs:
     """None: on this machine."""
 
 
-def run_bench(config: Config, asked: BenchArgs, console: Console) -> bool:
+def run_bench(config: Config, args: BenchArgs, console: Console) -> bool:
     """Run the layouts in turns, and show and write what they do.
 
     Args:
         config: of all of them.
-        asked: what is compared, how often, and where it goes.
+        args: what is compared, how often, and where it goes.
         console: for the table.
 
     Returns:
@@ -74,39 +74,39 @@ def run_bench(config: Config, asked: BenchArgs, console: Console) -> bool:
         UserError: an unknown layout, a number of ranks that the batch cannot be divided by, nothing left to compare, or
             a run that has failed by a mistake of the user's or of the cluster's.
     """
-    names, ranks = parse_layout_names(asked.compare), parse_rank_counts(asked.ranks)
-    out = asked.out or Path(config.run.dir) / f"bench-{config.run.name}"
-    steps, repeats = (_QUICK_STEPS, 1) if asked.quick else (asked.steps, asked.repeats)
-    common = bench_config(config, out, steps, asked.quick)
-    cells, left_out = make_bench_cases(common, names, ranks, count_model_bytes(common))
-    for layout, number, reason in left_out:
+    names, ranks = parse_layout_names(args.compare), parse_rank_counts(args.ranks)
+    out = args.out or Path(config.run.dir) / f"bench-{config.run.name}"
+    steps, repeats = (_QUICK_STEPS, 1) if args.quick else (args.steps, args.repeats)
+    common = bench_config(config, out, steps, args.quick)
+    cells, skipped = make_bench_cases(common, names, ranks, count_model_bytes(common))
+    for layout, number, reason in skipped:
         console.print(skipped_layout_message(layout, number, reason), markup=False, soft_wrap=True)
     if not cells:
         raise UserError("bench: nothing is left to compare; give other layouts with --compare, or numbers with --ranks")
-    if asked.where is not None:
-        check_slurm_cases([_named_case(cell, profile=True) for cell in cells], asked.where)
+    if args.where is not None:
+        check_slurm_cases([_named_case(cell, profile=True) for cell in cells], args.where)
     _make(out)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     runs: dict[str, list[RunFiles]] = {cell.name: [] for cell in cells}
     for repeat in range(repeats):  # A B A B: a machine that gets slower does so for all
         for cell in cells:
             job = _named_case(cell, profile=repeat == 0)
-            run = run_local_job(job, out) if asked.where is None else run_slurm_job(job, asked.where, console)
+            run = run_local_job(job, out) if args.where is None else run_slurm_job(job, args.where, console)
             runs[cell.name].append(run)
             speed = f"{run.steps[WARM_UP_STEPS]['tokens_per_s']:,.0f} tokens/s, loss {step_losses(run)[-1]:.4f}"
             console.print(f"{cell.name}, {repeat + 1} of {repeats}: {speed}", markup=False, soft_wrap=True)
     reference = runs[cells[0].name][0]
     layouts = [summarize_layout(cell, runs[cell.name], WARM_UP_STEPS, reference) for cell in cells]
     result = BenchResult(
-        command=asked.command,
+        command=args.command,
         machine=bench_machine_of_run(reference, date),
         config=common.model_dump(mode="json"),
         losses=compare_losses(cells[0].name, common.model.compute_dtype, layouts),
         layouts=layouts,
-        left_out=[SkippedLayout(layout=layout, ranks=number, reason=reason) for layout, number, reason in left_out],
+        left_out=[SkippedLayout(layout=layout, ranks=number, reason=reason) for layout, number, reason in skipped],
     )
     print_bench_table(result, console)
-    for path in _write_results(result, out, asked.json):
+    for path in _write_results(result, out, args.json):
         console.print(str(path), markup=False, soft_wrap=True)
     if not result.losses.agree:
         Console(stderr=True).print(f"qlora-dist: {loss_comparison_message(result)}", markup=False, soft_wrap=True)

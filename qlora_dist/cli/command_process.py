@@ -24,9 +24,9 @@ def run_recorded(function: Callable[..., None], *args: Any) -> None:
     """Hand an exception to torchrun, which shows that of the rank that failed first; a user's mistake is not for it."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    mistake = record(_catch_user_error)(function, *args)
-    if mistake is not None:
-        raise mistake
+    user_error = record(_catch_user_error)(function, *args)
+    if user_error is not None:
+        raise user_error
 
 
 def _catch_user_error(function: Callable[..., None], *args: Any) -> UserError | None:
@@ -65,13 +65,13 @@ def prepare_process() -> None:
     check_versions()
 
 
-def reject_keys_as_options(words: list[str]) -> None:
+def reject_keys_as_options(argv: list[str]) -> None:
     """Refuse `--lora.r=16`, with the way to write it: no option has a dot in its name.
 
     Raises:
         UserError: a key of the configuration is written as an option.
     """
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
         key = re.fullmatch(r"--([a-z]\w*\.[\w.]+)(=.*)?", word, re.DOTALL)
         if key is not None:
             value = key[2] or f"={following or 'VALUE'}"

@@ -119,11 +119,11 @@ def launch(
         prepare_process()
         launch_local(resolved, on, options, Console(stderr=True))
         return
-    where = _require_cluster(cluster)
+    cluster_config = _require_cluster(cluster)
     if form is not None:
-        where = where.model_copy(update={"form": form})
+        cluster_config = cluster_config.model_copy(update={"form": form})
     prepare_process()
-    launch_slurm(resolved, where, options, Console(stderr=dry_run))
+    launch_slurm(resolved, cluster_config, options, Console(stderr=dry_run))
 
 
 def _require_cluster(path: Path | None) -> Cluster:
@@ -153,7 +153,7 @@ def preprocess_data(
 
     from qlora_dist.data.preprocess import preprocess_data
 
-    preprocess_data(resolved, Console(), Console(stderr=True), show=show, as_json=as_json, force=force)
+    preprocess_data(resolved, Console(), Console(stderr=True), num_samples=show, as_json=as_json, rebuild_cache=force)
 
 
 @app.command()
@@ -285,7 +285,7 @@ def bench(
     resolved = fill_lora_from_adapter(load_config(config, overrides or ()))
     if on == "local" and (cluster is not None or ranks_per_node is not None):
         raise UserError("bench: --cluster and --ranks-per-node are of jobs; add --on slurm, or leave them out")
-    of_jobs = _require_cluster(cluster) if on == "slurm" else None
+    cluster_config = _require_cluster(cluster) if on == "slurm" else None
     prepare_process()
     import shlex
 
@@ -296,9 +296,9 @@ def bench(
     from qlora_dist.cli.bench_command import run_bench as compare_layouts
 
     command = shlex.join(["qlora-dist", *sys.argv[1:]])
-    where = None if of_jobs is None else SlurmPlacement(of_jobs, ranks_per_node)
-    asked = BenchArgs(compare, ranks, repeats, steps, quick, json_file, out, command, where)
-    if not compare_layouts(resolved, asked, Console(highlight=False)):
+    placement = None if cluster_config is None else SlurmPlacement(cluster_config, ranks_per_node)
+    bench_args = BenchArgs(compare, ranks, repeats, steps, quick, json_file, out, command, placement)
+    if not compare_layouts(resolved, bench_args, Console(highlight=False)):
         raise typer.Exit(1)
 
 
@@ -385,6 +385,6 @@ def _print_user_error(error: UserError) -> None:
     except UserError:
         typer.echo(f"qlora-dist: {error}", err=True)
         return
-    alone = error.one_rank or (ranks.rank != 0 and wait_for_rank_0_report(ranks))
-    if ranks.rank == 0 or alone:
-        typer.echo(f"qlora-dist: {f'[rank {ranks.rank}] ' if alone else ''}{error}", err=True)
+    is_only_reporter = error.local_only or (ranks.rank != 0 and wait_for_rank_0_report(ranks))
+    if ranks.rank == 0 or is_only_reporter:
+        typer.echo(f"qlora-dist: {f'[rank {ranks.rank}] ' if is_only_reporter else ''}{error}", err=True)

@@ -196,8 +196,8 @@ def evaluate(
         options = ModelOptions(
             [*([folder] if folder else []), *(adapter or ())], base, not no_quantize, overrides or ()
         )
-        named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-        asked = TaskOptions(named, num_fewshot, limit, batch_size, task_folder) if named else None
-        run_eval(options, data, asked, as_json)
+        task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        task_options = TaskOptions(task_names, num_fewshot, limit, batch_size, task_folder) if task_names else None
+        run_eval(options, data, task_options, as_json)
 
     run_on_every_rank(run)

@@ -53,7 +53,7 @@ class PlanArgs:
         return path if path.suffix in (".yaml", ".yml") else None
 
 
-def run_plan(asked: PlanArgs, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
+def run_plan(args: PlanArgs, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
     """Print a plan, or the configuration that a search has found.
 
     Raises:
@@ -62,18 +62,18 @@ def run_plan(asked: PlanArgs, search: bool, plot: Path | None, as_json: bool, wi
     if search:
         from qlora_dist.plan.plan_search import print_fastest_plan
 
-        print_fastest_plan(asked, as_json)
+        print_fastest_plan(args, as_json)
         return
-    planned = plan_from_args(asked)
+    planned = plan_from_args(args)
     if plot is not None:
         from qlora_dist.plan.plot_plan import plot_plan
 
-        plot_plan(planned, _plans_by_nodes(asked), plot)
+        plot_plan(planned, _plans_by_nodes(args), plot)
     traced = None
     if with_trace:
         from qlora_dist.trace import compare_trace
 
-        config = config_to_plan(asked)
+        config = config_to_plan(args)
         traced = compare_trace.trace_plan(planned, config, read_model_config(config.model.base))
     if as_json:
         of_trace = {"trace": compare_trace.trace_as_json(traced)} if traced is not None else {}
@@ -81,7 +81,7 @@ def run_plan(asked: PlanArgs, search: bool, plot: Path | None, as_json: bool, wi
         return
     from qlora_dist.plan.print_plan import print_plan
 
-    print_plan(planned, config_to_plan(asked).model.base, Console())
+    print_plan(planned, config_to_plan(args).model.base, Console())
     if traced is not None:
         compare_trace.print_trace_comparison(planned, traced, Console())
 
@@ -95,22 +95,22 @@ def _plans_by_nodes(asked: PlanArgs) -> list[tuple[int, TrainingPlan]]:
     return plans
 
 
-def plan_from_args(asked: PlanArgs, config: Config | None = None) -> TrainingPlan:
+def plan_from_args(args: PlanArgs, config: Config | None = None) -> TrainingPlan:
     """The plan of what was asked, or of another configuration on the same machines.
 
     Raises:
         UserError: a mistake in what was asked.
     """
-    hardware = load_hardware(asked.hardware)
-    gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
-    config = config or config_to_plan(asked)
+    hardware = load_hardware(args.hardware)
+    gpu, measured = hardware.gpu(args.gpu), load_calibration(args.calibration).devices.get(args.gpu)
+    config = config or config_to_plan(args)
     model_config = read_model_config(config.model.base)
     check_seq_len(config.data.seq_len, model_config, config.model.base)
-    run = make_run_spec(config, model_config, asked.ranks, asked.nodes)
-    return make_training_plan(run, asked.gpu, gpu, hardware.link(gpu.link), hardware.link(asked.network), measured)
+    run = make_run_spec(config, model_config, args.ranks, args.nodes)
+    return make_training_plan(run, args.gpu, gpu, hardware.link(gpu.link), hardware.link(args.network), measured)
 
 
-def config_to_plan(asked: PlanArgs) -> Config:
+def config_to_plan(args: PlanArgs) -> Config:
     """Return the configuration that is planned: a run's file or defaults, and what was asked.
 
     Without a run's file, `train.global_batch`, if not asked for, is 16 or so many that every rank has a micro-batch.
@@ -118,26 +118,26 @@ def config_to_plan(asked: PlanArgs) -> Config:
     Raises:
         UserError: as `load_config`.
     """
-    if asked.run_file is not None:
-        sizes = {"data.seq_len": asked.seq_len, "train.micro_batch": asked.micro_batch}
+    if args.run_file is not None:
+        sizes = {"data.seq_len": args.seq_len, "train.micro_batch": args.micro_batch}
         options = [f"{key}={value}" for key, value in sizes.items() if value is not None]
-        config = fill_lora_from_adapter(load_config(asked.run_file, [*asked.overrides, *options]))
-        _check_global_batch(config, asked.ranks)
+        config = fill_lora_from_adapter(load_config(args.run_file, [*args.overrides, *options]))
+        _check_global_batch(config, args.ranks)
         return config
-    tree: dict[str, dict[str, Any]] = {"model": {"base": asked.model}, "data": {"train": ["data/train.jsonl"]}}
-    if asked.seq_len is not None:
-        tree["data"]["seq_len"] = asked.seq_len
-    if asked.micro_batch is not None:
-        tree["train"] = {"micro_batch": asked.micro_batch, "global_batch": asked.micro_batch}
+    tree: dict[str, dict[str, Any]] = {"model": {"base": args.model}, "data": {"train": ["data/train.jsonl"]}}
+    if args.seq_len is not None:
+        tree["data"]["seq_len"] = args.seq_len
+    if args.micro_batch is not None:
+        tree["train"] = {"micro_batch": args.micro_batch, "global_batch": args.micro_batch}
     config = fill_lora_from_adapter(
-        config_from_tree(json.loads(json.dumps(tree)), _with_matching_global_batch(asked.overrides))
+        config_from_tree(json.loads(json.dumps(tree)), _with_matching_global_batch(args.overrides))
     )
-    rows = asked.ranks * config.train.micro_batch
-    given = [o for o in asked.overrides if o.partition("=")[0].strip() == "train.global_batch"]
+    rows = args.ranks * config.train.micro_batch
+    given = [o for o in args.overrides if o.partition("=")[0].strip() == "train.global_batch"]
     if not given:
         return apply_changes(config, {"train": {"global_batch": rows * -(-16 // rows)}})
-    config = fill_lora_from_adapter(config_from_tree(tree, asked.overrides))
-    _check_global_batch(config, asked.ranks)
+    config = fill_lora_from_adapter(config_from_tree(tree, args.overrides))
+    _check_global_batch(config, args.ranks)
     return config
 
 

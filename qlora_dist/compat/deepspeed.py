@@ -128,8 +128,13 @@ class Partitioner:
         # not entered as a context: there it casts every floating tensor that anybody makes
         self._init = Init(data_parallel_group=dist.group.WORLD, mem_efficient_linear=False)
 
-    def cut(
-        self, parameter: nn.Parameter, group: dist.ProcessGroup, dtype: torch.dtype, on_host: bool, is_first_copy: bool
+    def partition(
+        self,
+        parameter: nn.Parameter,
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        on_host: bool,
+        is_first_replica: bool,
     ) -> nn.Parameter:
         """A parameter in the place of another one on meta, with room for this rank's part, and no values.
 
@@ -138,34 +143,34 @@ class Partitioner:
             group: of the ranks that share it.
             dtype: what it is gathered in; bytes and other integers stay what they are.
             on_host: keep the part in host memory.
-            is_first_copy: whether no rank before this one holds the same part.
+            is_first_replica: whether no rank before this one holds the same part.
         """
         dtype = dtype if parameter.is_floating_point() else parameter.dtype
         # of the whole's shape and of one element's memory: DeepSpeed looks at shapes
         blank = torch.empty((), dtype=dtype, device=self._device).expand(parameter.shape)
-        ours = zero_parameter(nn.Parameter(blank, requires_grad=parameter.requires_grad))
-        ours.ds_zero_partition_process_group = group  # else the world
+        partitioned = zero_parameter(nn.Parameter(blank, requires_grad=parameter.requires_grad))
+        partitioned.ds_zero_partition_process_group = group  # else the world
         # or transformers would give it first values, and it has no elements
-        ours._is_hf_initialized = True  # type: ignore[attr-defined]
-        self._init._convert_to_deepspeed_param(ours)
+        partitioned._is_hf_initialized = True  # type: ignore[attr-defined]
+        self._init._convert_to_deepspeed_param(partitioned)
         numel, size = parameter.numel(), -(-parameter.numel() // group.size())
         device = torch.device("cpu") if on_host else self._device
         pinned = on_host and self._device.type == "cuda"
         padded = torch.empty(size, dtype=parameter.dtype, device=device, pin_memory=pinned)
         padded[max(0, numel - group.rank() * size) :] = 0
         part = padded if dtype == parameter.dtype else torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
-        set_flat_shard(ours, FlatShard(parameter.shape, padded, part, group, is_first_copy))
+        set_flat_shard(partitioned, FlatShard(parameter.shape, padded, part, group, is_first_replica))
         from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
-        ours.ds_tensor = zero_part(part.view(-1))
-        ours.ds_tensor.ds_numel = size
-        ours.ds_tensor.status = PartitionedParamStatus.AVAILABLE
-        ours.ds_tensor.final_location = None
-        ours.ds_numel_aligned = size * group.size()
-        self._free(ours)
-        return ours
+        partitioned.ds_tensor = zero_part(part.view(-1))
+        partitioned.ds_tensor.ds_numel = size
+        partitioned.ds_tensor.status = PartitionedParamStatus.AVAILABLE
+        partitioned.ds_tensor.final_location = None
+        partitioned.ds_numel_aligned = size * group.size()
+        self._free(partitioned)
+        return partitioned
 
-    def hook(self, model: nn.Module, units: Sequence[nn.Module], settings: dict[str, Any]) -> GatherHooks:
+    def register_hooks(self, model: nn.Module, units: Sequence[nn.Module], settings: dict[str, Any]) -> GatherHooks:
         """Have the modules of a model fetch their parameters, each unit all of its own at once.
 
         Args:
@@ -210,7 +215,7 @@ class GatherHooks:
         self._offload.partition_all_parameters()
 
     @staticmethod
-    def skip_backward(module: nn.Module) -> None:
+    def skip_backward_gather(module: nn.Module) -> None:
         """Don't gather a module in backward, where its parameters are not needed."""
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             setattr(module, name, _IdentityFunction)  # torch's types let a module have tensors and modules only

@@ -102,7 +102,7 @@ def frozen_shards(unit: FSDPModule) -> list[tuple[nn.Parameter, int, int]]:
     return shards
 
 
-def page_frozen_parameters(unit: FSDPModule, get_page: AcquirePage, page_done: ReleasePage) -> None:
+def page_frozen_parameters(unit: FSDPModule, acquire_page: AcquirePage, release_page: ReleasePage) -> None:
     """Have a unit take its frozen shards from a page, whenever it gathers them. The parameters stay on meta.
 
     A page is asked for at the moment in which FSDP2 reads the shards, and is done with when it has: with several ranks
@@ -111,14 +111,14 @@ def page_frozen_parameters(unit: FSDPModule, get_page: AcquirePage, page_done: R
 
     Args:
         unit: sharded; its parameters on meta.
-        get_page: gives the bytes as `frozen_shards` says they lie.
-        page_done: called after each `get_page`.
+        acquire_page: gives the bytes as `frozen_shards` says they lie.
+        release_page: called after each `acquire_page`.
     """
     starts = {id(parameter): (start, nbytes) for parameter, start, nbytes in frozen_shards(unit)}
     for group in _groups(unit):
         frozen = [(p, *starts[id(p.sharded_param)]) for p in group.fsdp_params if id(p.sharded_param) in starts]
         if frozen:
-            _page_group(group, frozen, get_page, page_done)
+            _page_group(group, frozen, acquire_page, release_page)
 
 
 def _page_group(
@@ -126,31 +126,31 @@ def _page_group(
 ) -> None:
     unshard, wait_for_unshard = group.unshard, group.wait_for_unshard
     assert isinstance(group.mesh_info, FSDPMeshInfo)
-    alone = group.mesh_info.shard_mesh_size == 1
+    is_single_rank = group.mesh_info.shard_mesh_size == 1
     on_meta = [parameter._sharded_param_data for parameter, _, _ in frozen]
 
     def with_page(read: Callable[[], None], used_on: Callable[[], torch.Event | None]) -> None:
         page = get_page("backward" if group._training_state == TrainingState.PRE_BACKWARD else "forward")
-        for (parameter, start, nbytes), blank in zip(frozen, on_meta, strict=True):
-            parameter._sharded_param_data = page[start : start + nbytes].view(blank.dtype)
+        for (parameter, start, nbytes), meta_shard in zip(frozen, on_meta, strict=True):
+            parameter._sharded_param_data = page[start : start + nbytes].view(meta_shard.dtype)
         read()
         page_done(used_on())
-        for (parameter, _, _), blank in zip(frozen, on_meta, strict=True):
-            parameter._sharded_param_data = blank
+        for (parameter, _, _), meta_shard in zip(frozen, on_meta, strict=True):
+            parameter._sharded_param_data = meta_shard
 
     def paged_unshard(async_op: bool = False) -> None:
         def copied_in() -> torch.Event:
             stream, _ = group.comm_ctx.get_all_gather_streams(async_op, group._training_state)
             return stream.record_event()
 
-        reads = not alone and group._all_gather_result is None and not group.is_unsharded
+        reads = not is_single_rank and group._all_gather_result is None and not group.is_unsharded
         if reads:
             with_page(lambda: unshard(async_op), copied_in)
         else:
             unshard(async_op)
 
     def paged_wait_for_unshard() -> None:
-        if alone and group._all_gather_result is not None:
+        if is_single_rank and group._all_gather_result is not None:
             with_page(wait_for_unshard, lambda: None)
         else:
             wait_for_unshard()

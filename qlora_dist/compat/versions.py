@@ -32,13 +32,15 @@ def check_versions() -> None:
         UserError: one is too old or absent.
     """
     for package, oldest in _MIN_VERSIONS.items():
-        wanted = ".".join(map(str, oldest))
+        required = ".".join(map(str, oldest))
         try:
             installed = metadata.version(package)
         except metadata.PackageNotFoundError:
-            raise UserError(f"{package} is not installed; pip install '{package}>={wanted}'") from None
+            raise UserError(f"{package} is not installed; pip install '{package}>={required}'") from None
         if _parse_release(installed) < oldest:
-            raise UserError(f"{package} {installed} is too old, {wanted} is needed; pip install '{package}>={wanted}'")
+            raise UserError(
+                f"{package} {installed} is too old, {required} is needed; pip install '{package}>={required}'"
+            )
 
 
 def _parse_release(version: str) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ class ConfigProblem(NamedTuple):
     """'FILE, line N', 'override KEY=VALUE', or the file alone."""
     key: KeyPath
     problem: str
-    suggested: tuple[KeyPath, ...] = ()
+    suggestions: tuple[KeyPath, ...] = ()
     """Keys that were most likely meant."""
 
     def __str__(self) -> str:
@@ -43,35 +43,37 @@ def list_item_key(index: int) -> str:
 
 
 def explain_validation_error(
-    kind: type[BaseModel],
+    config_class: type[BaseModel],
     error: ValidationError,
     tree: dict[str, Any],
     path: Path,
-    places: Mapping[KeyPath, str],
-    read: type[yaml.SafeLoader],
+    locations: Mapping[KeyPath, str],
+    loader: type[yaml.SafeLoader],
 ) -> str:
     """Explain all mistakes: one in a sentence, several in a line each.
 
     Args:
-        kind: class of the whole file.
+        config_class: class of the whole file.
         error: what pydantic found.
         tree: content of the file, with the overrides.
         path: name of the file.
-        places: where each key stands.
-        read: loader of the file, to see what text without its quotes would be.
+        locations: where each key stands.
+        loader: loader of the file, to see what text without its quotes would be.
     """
-    known = known_keys(kind)
-    found = _find_key_problems(error.errors(), tree, path, places, known, read)
-    suggested = {key for mistake in found for key in mistake.suggested}
+    known = known_keys(config_class)
+    problems = _find_key_problems(error.errors(), tree, path, locations, known, loader)
+    suggested = {key for mistake in problems for key in mistake.suggestions}
     # a section or key that is missing because its name is misspelt is one mistake
-    found = [m for m in found if m.problem != _MISSING or not any(key[: len(m.key)] == m.key for key in suggested)]
-    found += _find_contradictions(kind, error, tree, path, places, known)
-    found.sort(key=_sort_key)
-    unknown = [m.key[0] for m in found if len(m.key) == 1 and m.key not in known]
+    problems = [
+        m for m in problems if m.problem != _MISSING or not any(key[: len(m.key)] == m.key for key in suggested)
+    ]
+    problems += _find_contradictions(config_class, error, tree, path, locations, known)
+    problems.sort(key=_sort_key)
+    unknown = [m.key[0] for m in problems if len(m.key) == 1 and m.key not in known]
     trainer = detect_trainer(unknown)
     if trainer is not None:
-        found = _group_unknown_foreign_keys(found)
-    lines = list(dict.fromkeys(map(str, found)))
+        problems = _group_unknown_foreign_keys(problems)
+    lines = list(dict.fromkeys(map(str, problems)))
     if trainer is not None:
         return "\n".join([f"{path}: looks like a configuration of {trainer}; see {MIGRATION_PAGE}", *lines])
     return lines[0] if len(lines) == 1 else "\n".join([f"{path}: {len(lines)} mistakes", *lines])
@@ -89,7 +91,7 @@ def _sort_key(mistake: ConfigProblem) -> tuple[bool, int]:
 def _group_unknown_foreign_keys(found: list[ConfigProblem]) -> list[ConfigProblem]:
     """Name the keys of another trainer that nothing here stands for in one line, in place of a line each."""
     rest = [m for m in found if len(m.key) == 1 and m.problem.startswith(_UNKNOWN) and not _advice(m.key)]
-    rest = [m for m in rest if not m.suggested]
+    rest = [m for m in rest if not m.suggestions]
     if not rest:
         return found
     names = ", ".join(m.key[0] for m in rest)
@@ -109,21 +111,21 @@ def _find_key_problems(
     read: type[yaml.SafeLoader],
 ) -> list[ConfigProblem]:
     """Return what is wrong with single keys. A value of several allowed types has one error for each of them."""
-    where = {id(error): _error_key_path(error, tree) for error in errors}
+    key_paths = {id(error): _error_key_path(error, tree) for error in errors}
     # what is wrong within a mapping says more than that it is no text
-    errors = [e for e in errors if not any(_is_within(other, where[id(e)]) for other in where.values())]
+    errors = [e for e in errors if not any(_is_within(other, key_paths[id(e)]) for other in key_paths.values())]
     errors.sort(key=lambda e: e["type"] == "missing")
-    found: list[ConfigProblem] = []
+    problems: list[ConfigProblem] = []
     done: list[KeyPath] = []
     for error in errors:
-        location = where[id(error)]
+        location = key_paths[id(error)]
         if error["type"] == "value_error" or any(location[: len(seen)] == seen for seen in done):
             continue
         done.append(location)
-        same = [e for e in errors if where[id(e)][: len(location)] == location]
+        same = [e for e in errors if key_paths[id(e)][: len(location)] == location]
         place = _find_location(location, places) or str(path)
-        found.append(_make_problem(error, same, location, place, known, read))
-    return found
+        problems.append(_make_problem(error, same, location, place, known, read))
+    return problems
 
 
 _UNKNOWN = "unknown key; "
@@ -164,9 +166,9 @@ def _needs_no_quotes(text: str, errors: list[ErrorDetails], read: type[yaml.Safe
         value = yaml.load(text, Loader=read)
     except yaml.YAMLError:
         return False
-    wanted = {choice for e in errors for choice in re.split(", | or ", e.get("ctx", {}).get("expected", ""))}
+    expected = {choice for e in errors for choice in re.split(", | or ", e.get("ctx", {}).get("expected", ""))}
     return isinstance(value, int | float) and (
-        str(value) in wanted or any(e["type"] in _NUMBER_ERROR_TYPES for e in errors)
+        str(value) in expected or any(e["type"] in _NUMBER_ERROR_TYPES for e in errors)
     )
 
 
@@ -266,7 +268,7 @@ def _find_contradictions(
     tree = copy.deepcopy(tree)
     for key in wrong:
         _remove_key(tree, key)
-    found: list[ConfigProblem] = []
+    problems: list[ConfigProblem] = []
     try:
         kind.model_validate(_with_placeholders(kind, tree))
     except ValidationError as again:
@@ -280,8 +282,8 @@ def _find_contradictions(
                 if any(key[: len(location)] == location for key in named for location in wrong if location):
                     continue
                 place = next((places[key] for key in named if key in places), str(path))
-                found.append(ConfigProblem(place, (), sentence))
-    return found
+                problems.append(ConfigProblem(place, (), sentence))
+    return problems
 
 
 def _remove_key(tree: Any, key: KeyPath) -> None:

@@ -69,21 +69,21 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         UserError: naming file and line (or the override), the key, and the remedy.
     """
-    return load_yaml_config(path, Config, overrides, start="`model:` and `data:`")
+    return load_yaml_config(path, Config, overrides, first_keys="`model:` and `data:`")
 
 
 def load_yaml_config(
-    path: str | Path, kind: type[_ConfigT], overrides: Iterable[str] = (), start: str = "one of them"
+    path: str | Path, config_class: type[_ConfigT], overrides: Iterable[str] = (), first_keys: str = "one of them"
 ) -> _ConfigT:
-    """Read a file of that kind, as `load_config` does; `start` is what a file begins with, for a complaint."""
+    """Read a file of that kind, as `load_config` does; `first_keys` is what a file begins with, for a complaint."""
     path = Path(path)
-    tree, places = _read_yaml(path, start)
+    tree, locations = _read_yaml(path, first_keys)
     for override in overrides:
-        _apply_override(tree, places, override)
+        _apply_override(tree, locations, override)
     try:
-        return kind.model_validate(tree)
+        return config_class.model_validate(tree)
     except ValidationError as error:
-        raise UserError(explain_validation_error(kind, error, tree, path, places, _Loader)) from None
+        raise UserError(explain_validation_error(config_class, error, tree, path, locations, _Loader)) from None
 
 
 def config_from_tree(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
@@ -96,20 +96,20 @@ def config_from_tree(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Con
     Raises:
         UserError: as `load_config`.
     """
-    places: dict[KeyPath, str] = {}
+    locations: dict[KeyPath, str] = {}
     for override in overrides:
-        _apply_override(tree, places, override)
+        _apply_override(tree, locations, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         where = Path("configuration")
-        raise UserError(explain_validation_error(Config, error, tree, where, places, _Loader)) from None
+        raise UserError(explain_validation_error(Config, error, tree, where, locations, _Loader)) from None
 
 
-def apply_changes(config: Config, sections: ConfigChanges) -> Config:
+def apply_changes(config: Config, changes: ConfigChanges) -> Config:
     """The configuration with other values for some keys."""
     tree = config.model_dump()
-    return Config.model_validate(tree | {section: {**tree[section], **keys} for section, keys in sections.items()})
+    return Config.model_validate(tree | {section: {**tree[section], **keys} for section, keys in changes.items()})
 
 
 def dump_config(config: Config) -> str:
@@ -152,7 +152,7 @@ def _key_lines(node: yaml.Node | None, prefix: KeyPath = ()) -> Iterator[tuple[K
             yield from _key_lines(item, key)
 
 
-def _apply_override(tree: dict[str, Any], places: dict[KeyPath, str], override: str) -> None:
+def _apply_override(tree: dict[str, Any], locations: dict[KeyPath, str], override: str) -> None:
     name, equals, text = override.partition("=")
     key = tuple(name.strip().split("."))
     if not equals or not all(key):
@@ -170,10 +170,10 @@ def _apply_override(tree: dict[str, Any], places: dict[KeyPath, str], override: 
             raise UserError(f"'{override}': {part} is not a section; write section.key=value")
         parent = child
     parent[key[-1]] = value
-    for replaced in [place for place in places if place[: len(key)] == key]:
-        del places[replaced]
+    for replaced in [place for place in locations if place[: len(key)] == key]:
+        del locations[replaced]
     for length in range(1, len(key) + 1):
-        places[key[:length]] = f"override {override}"
+        locations[key[:length]] = f"override {override}"
 
 
 def flatten_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,13 +33,13 @@ def fill_lora_from_adapter(config: Config) -> Config:
     lora = config.lora
     if lora.from_adapter is None:
         return config
-    given = adapter_lora_settings(Path(lora.from_adapter))
-    for key in lora.model_fields_set & given.keys() - {"targets"}:
-        value, there = getattr(lora, key), given[key]
-        if (sorted(value) if isinstance(value, list) else value) != there:
-            raise UserError(f"lora.{key}: is {value}, and {lora.from_adapter} has {there}; leave the key out")
-    missing = {key: value for key, value in given.items() if key not in lora.model_fields_set}
-    if given["experts"] and "dropout" not in lora.model_fields_set:
+    adapter_settings = adapter_lora_settings(Path(lora.from_adapter))
+    for key in lora.model_fields_set & adapter_settings.keys() - {"targets"}:
+        value, adapter_value = getattr(lora, key), adapter_settings[key]
+        if (sorted(value) if isinstance(value, list) else value) != adapter_value:
+            raise UserError(f"lora.{key}: is {value}, and {lora.from_adapter} has {adapter_value}; leave the key out")
+    missing = {key: value for key, value in adapter_settings.items() if key not in lora.model_fields_set}
+    if adapter_settings["experts"] and "dropout" not in lora.model_fields_set:
         missing["dropout"] = 0.0  # experts know none
     section = LoraConfig.model_validate({**lora.model_dump(include=lora.model_fields_set), **missing})
     return Config.model_validate({**dict(config), "lora": section})
@@ -65,17 +65,17 @@ def adapter_lora_settings(path: Path) -> dict[str, Any]:
 def _parse_lora_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     linear: set[str] = set()
     experts: set[str] = set()
-    whole: set[str] = set()
+    saved_modules: set[str] = set()
     for key in adapter_tensor_names(path):
         if (part := split_lora_key(key)) is None:
-            whole |= set() if "lora_" in key else {key.removeprefix(PEFT_PREFIX)}
+            saved_modules |= set() if "lora_" in key else {key.removeprefix(PEFT_PREFIX)}
         elif (parameter := expert_parameter_name(part[0], config)) is not None:
             experts.add(parameter)
         else:
             linear.add(part[0])
     if not linear:
         raise UserError(f"{path}: adapts no linear layer, and a run always does; give an adapter that does")
-    if biases := [name for name in whole if name.endswith(".bias") and config.get("bias", "none") != "none"]:
+    if biases := [name for name in saved_modules if name.endswith(".bias") and config.get("bias", "none") != "none"]:
         raise UserError(f"{path}: has trained biases ({biases[0]}), which a run does not train; give another adapter")
     r, alpha = config.get("r", PEFT_DEFAULT_R_AND_ALPHA), config.get("lora_alpha", PEFT_DEFAULT_R_AND_ALPHA)
     return {
@@ -85,18 +85,18 @@ def _parse_lora_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any
         "dora": bool(config.get("use_dora")),
         "targets": sorted({target_module_name(module) for module in linear}),
         "experts": bool(experts),
-        "modules_to_save": _find_modules_to_save(config, whole),
+        "modules_to_save": _find_modules_to_save(config, saved_modules),
     }
 
 
 def _single_value(
-    what: str, patterns: Mapping[str, Any] | None, default: Any, modules: Iterable[str], path: Path
+    name: str, patterns: Mapping[str, Any] | None, default: Any, modules: Iterable[str], path: Path
 ) -> Any:
     """The value that all matrices have."""
     values = {get_pattern_value(patterns, module, default) for module in modules}
     if len(values) > 1:
         raise UserError(
-            f"{path}: has matrices of several values of {what} ({', '.join(map(str, sorted(values)))}), and a run has "
+            f"{path}: has matrices of several values of {name} ({', '.join(map(str, sorted(values)))}), and a run has "
             "one; give another adapter"
         )
     return values.pop()

@@ -42,9 +42,9 @@ def max_positions(config: Mapping[str, Any]) -> int | None:
     Returns:
         None where config.json does not say, or the model has no limit (ALiBi, state spaces).
     """
-    text = config.get("text_config")
-    if isinstance(text, Mapping) and (found := max_positions(text)) is not None:
-        return found
+    text_config = config.get("text_config")
+    if isinstance(text_config, Mapping) and (length := max_positions(text_config)) is not None:
+        return length
     kind = config.get("model_type")
     if (
         kind in _UNLIMITED_MODEL_TYPES
@@ -52,19 +52,19 @@ def max_positions(config: Mapping[str, Any]) -> int | None:
         or config.get("position_embedding_type") in ("alibi", "nope")
     ):
         return None
-    found = next(
+    length = next(
         (config[name] for name in _LENGTH_KEYS if isinstance(config.get(name), int) and config[name] > 0), None
     )
-    return None if found is None else max(found, _rope_scaled_length(config, found))
+    return None if length is None else max(length, _rope_scaled_length(config, length))
 
 
-def check_seq_len(seq_len: int, config: Mapping[str, Any], where: str) -> None:
+def check_seq_len(seq_len: int, config: Mapping[str, Any], model_name: str) -> None:
     """See whether the model has a position for each token of a row.
 
     Args:
         seq_len: `data.seq_len`.
         config: config.json.
-        where: the model's folder or name.
+        model_name: the model's folder or name.
 
     Raises:
         UserError: it has not.
@@ -72,7 +72,7 @@ def check_seq_len(seq_len: int, config: Mapping[str, Any], where: str) -> None:
     limit = max_positions(config)
     if limit is not None and seq_len > limit:
         raise UserError(
-            f"data.seq_len: {seq_len:,} is more than the {limit:,} positions of {where}; set data.seq_len to {limit} "
+            f"data.seq_len: {seq_len:,} is more than the {limit:,} positions of {model_name}; set data.seq_len to {limit} "
             "or less, or use a model that was made for longer texts (rope scaling in config.json counts)"
         )
 
@@ -82,14 +82,14 @@ def _has_alibi(config: Mapping[str, Any]) -> bool:
     return bool(config.get("alibi")) or (isinstance(attention, Mapping) and bool(attention.get("alibi")))
 
 
-def _rope_scaled_length(config: Mapping[str, Any], found: int) -> int:
+def _rope_scaled_length(config: Mapping[str, Any], length: int) -> int:
     scaling = config.get("rope_scaling") or config.get("rope_parameters")
     # Gemma 3's max_position_embeddings is the length after scaling
     if not isinstance(scaling, Mapping) or "gemma3" in str(config.get("model_type")):
-        return found
+        return length
     factor = scaling.get("factor")
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind not in _SCALED_ROPE_TYPES or not isinstance(factor, int | float):
-        return found
+        return length
     original = scaling.get("original_max_position_embeddings")
-    return int((original if isinstance(original, int) else found) * factor)
+    return int((original if isinstance(original, int) else length) * factor)

@@ -338,6 +338,6 @@ class Config(ConfigSection):
     def _consistent(self) -> Config:
         from qlora_dist.config.config_rules import find_contradictions  # it is about these classes
 
-        if found := list(find_contradictions(self)):
-            raise ContradictionError(found)
+        if contradictions := list(find_contradictions(self)):
+            raise ContradictionError(contradictions)
         return self

@@ -23,7 +23,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def packed_causal_attention_cpu(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Attention within each sequence.
 
@@ -31,22 +31,22 @@ def packed_causal_attention_cpu(
         query: [batch, heads, length, d], on the CPU.
         key: [batch, heads / groups, length, d].
         value: as key.
-        bounds: of `boundaries`.
+        starts: of `boundaries`.
         scale: of the scores.
 
     Returns:
         [batch, length, heads, d].
     """
-    output: torch.Tensor = _attention(query, key, value, bounds, scale)[0]
+    output: torch.Tensor = _attention(query, key, value, starts, scale)[0]
     return output
 
 
 @torch.library.custom_op("qlora_dist::causal_attention", mutates_args=())
 def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     output, logsumexp = _outputs(query)
-    for rows, first, end in sequence_slices(bounds, query.shape[2]):
+    for rows, first, end in sequence_slices(starts, query.shape[2]):
         q, k, v = (t[rows, :, first:end] for t in (query, key, value))
         part, part_logsumexp = _forward(q, k, v, 0.0, True, scale=scale)
         output[rows, first:end] = part.transpose(1, 2)
@@ -73,16 +73,16 @@ def _attention_backward(
     value: torch.Tensor,
     output: torch.Tensor,
     logsumexp: torch.Tensor,
-    bounds: torch.Tensor,
+    starts: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grads = _empty_grad(query), _empty_grad(key), _empty_grad(value)
-    for rows, first, end in sequence_slices(bounds, query.shape[2]):
+    for rows, first, end in sequence_slices(starts, query.shape[2]):
         parts = [t[rows, :, first:end] for t in (grad.transpose(1, 2), query, key, value, output.transpose(1, 2))]
         if end - first < _FP32_BACKWARD_LENGTH and query.dtype != torch.float64:
             parts = [part.float() for part in parts]
-        found = _backward(*parts, logsumexp[rows, first:end].transpose(1, 2), 0.0, True, scale=scale)
-        for whole, part in zip(grads, found, strict=True):
+        part_grads = _backward(*parts, logsumexp[rows, first:end].transpose(1, 2), 0.0, True, scale=scale)
+        for whole, part in zip(grads, part_grads, strict=True):
             whole[rows, :, first:end] = part
     return grads
 

@@ -19,53 +19,53 @@ def derive_answer_spans(
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
     text: str,
-    indices: Sequence[int],
-    exact: Callable[[int], CharSpan],
+    answer_indices: Sequence[int],
+    find_exact_span: Callable[[int], CharSpan],
 ) -> dict[int, CharSpan]:
     """Find where most answers lie without rendering the conversation up to each of them.
 
     Answers that a template could not tell apart, but for their contents and number, form a group. Of each
-    group five are found by `exact`: the first two, one in the middle and the last two. What these have between
+    group five are found by `find_exact_span`: the first two, one in the middle and the last two. What these have between
     themselves and their neighbours' contents is looked for around the others, at places that marks tell; an answer
-    around which there is something else is found by `exact` too.
+    around which there is something else is found by `find_exact_span` too.
 
     Args:
         renderer: the template.
         messages: from `Renderer.clean`.
         tools: from `Renderer.tools`.
         text: the whole conversation.
-        indices: answers, ascending.
-        exact: where an answer begins and ends, by rendering the conversation up to it.
+        answer_indices: answers, ascending.
+        find_exact_span: where an answer begins and ends, by rendering the conversation up to it.
 
     Returns:
         The answers that were found. Those beside which no content could be marked are missing.
 
     Raises:
-        Refused: by `exact`.
+        Refused: by `find_exact_span`.
     """
-    if len(indices) < MIN_ANSWERS_TO_DERIVE:
+    if len(answer_indices) < MIN_ANSWERS_TO_DERIVE:
         return {}
     contents, kinds = _content_spans(renderer, messages, tools, text), _context_keys(messages)
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index in indices:
+    for index in answer_indices:
         if index - 1 in contents and index + 1 in contents:
             groups[kinds[index]].append(index)
-    found: dict[int, CharSpan] = {}
+    spans: dict[int, CharSpan] = {}
     for group in groups.values():
         samples = {group[place] for place in (0, 1, len(group) // 2, -2, -1) if -len(group) <= place < len(group)}
-        befores: set[str] = set()
-        behinds: set[str] = set()
+        prefixes: set[str] = set()
+        suffixes: set[str] = set()
         for index in sorted(group, key=lambda index: (index not in samples, -index)):
             first, last = contents[index - 1][1], contents[index + 1][0]
-            starts = [first + len(before) for before in befores if text.startswith(before, first)]
-            ends = [last - len(behind) for behind in behinds if text.startswith(behind, last - len(behind))]
+            starts = [first + len(before) for before in prefixes if text.startswith(before, first)]
+            ends = [last - len(behind) for behind in suffixes if text.startswith(behind, last - len(behind))]
             if index not in samples and len(starts) == len(ends) == 1 and starts[0] <= ends[0]:
-                found[index] = starts[0], ends[0]
+                spans[index] = starts[0], ends[0]
                 continue
-            start, end = found[index] = exact(index)
-            befores.add(text[first:start])
-            behinds.add(text[end:last])
-    return found
+            start, end = spans[index] = find_exact_span(index)
+            prefixes.add(text[first:start])
+            suffixes.add(text[end:last])
+    return spans
 
 
 def _content_spans(
@@ -73,31 +73,31 @@ def _content_spans(
 ) -> dict[int, CharSpan]:
     """Return where the contents of others than the assistant lie; empty if marks around them change the text."""
     number = 0
-    while (word := f"qzj{number}z") in text:
+    while (marker := f"qzj{number}z") in text:
         number += 1
     marked = list(messages)
-    around: dict[int, tuple[str, str]] = {}
+    stripped_space: dict[int, tuple[str, str]] = {}
     for index, message in enumerate(messages):
         content = message.get("content")
         if message["role"] != "assistant" and isinstance(content, str) and (core := content.strip()):
             # white space stays outside of the marks, since a template may trim it
             lead, trail = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
-            around[index] = lead, trail
-            marked[index] = {**message, "content": f"{lead}{word}{index}b{core}{word}{index}e{trail}"}
+            stripped_space[index] = lead, trail
+            marked[index] = {**message, "content": f"{lead}{marker}{index}b{core}{marker}{index}e{trail}"}
     written = renderer.text(marked, tools)
-    places: dict[tuple[int, str], int] = {}
+    marker_positions: dict[tuple[int, str], int] = {}
     pieces, last, length = [], 0, 0
-    for match in re.finditer(rf"{word}(\d+)([be])", written):
+    for match in re.finditer(rf"{marker}(\d+)([be])", written):
         pieces.append(written[last : match.start()])
         length += match.start() - last
         last = match.end()
-        if places.setdefault((int(match[1]), match[2]), length) != length:
+        if marker_positions.setdefault((int(match[1]), match[2]), length) != length:
             return {}
     if "".join([*pieces, written[last:]]) != text:
         return {}
     spans = {}
-    for index, (lead, trail) in around.items():
-        start, end = places.get((index, "b")), places.get((index, "e"))
+    for index, (lead, trail) in stripped_space.items():
+        start, end = marker_positions.get((index, "b")), marker_positions.get((index, "e"))
         if start is not None and end is not None:
             start -= len(lead) if text.endswith(lead, 0, start) else 0
             spans[index] = start, end + (len(trail) if text.startswith(trail, end) else 0)
@@ -131,11 +131,11 @@ def _message_key(message: Message) -> tuple[object, ...]:
 def _keys_since_question(messages: list[Message], own: list[tuple[object, ...]]) -> list[frozenset[object]]:
     """Return for each message the kinds of those before it, back to a user's message."""
     seen: frozenset[object] = frozenset()
-    found = []
+    keys = []
     for message, kind in zip(messages, own, strict=True):
-        found.append(seen)
+        keys.append(seen)
         if message["role"] == "user":
             seen = frozenset()
         elif kind not in seen:
             seen |= {kind}
-    return found
+    return keys

@@ -56,7 +56,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int
     return lengths
 
 
-def _parts(component: Any, listed: str) -> list[dict[str, Any]]:
+def _parts(component: Any, children_key: str) -> list[dict[str, Any]]:
     """A normalizer or pre-tokenizer, taken apart."""
     if component is None:
         return []
@@ -64,7 +64,7 @@ def _parts(component: Any, listed: str) -> list[dict[str, Any]]:
     while parts:
         part = parts.pop()
         if part["type"] == "Sequence":
-            parts += part[listed]
+            parts += part[children_key]
         else:
             flat.append(part)
     return flat

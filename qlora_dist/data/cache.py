@@ -47,36 +47,36 @@ PROGRESS_FILE = "progress"
 
 
 def get_or_create_entry(
-    folder: Path, make: Callable[[Path], None], say: LogFn, read: Callable[[Path], object] = lambda folder: None
+    entry: Path, create: Callable[[Path], None], log: LogFn, validate: Callable[[Path], object] = lambda entry: None
 ) -> Path:
-    """The entry `folder`, made by `make` unless it is there; by one process, however many ask for it at a time.
+    """The entry `entry`, made by `create` unless it is there; by one process, however many ask for it at a time.
 
     An entry that is there is compared with its sums first, by one process for all that start within some minutes, and
     made anew if it differs. A holder that others take for dead, but that was only stopped for long, does no harm: each
     writes into a folder of its own, and the one that is complete first gets the name.
 
     Args:
-        folder: the entry. Its name says what is in it: the same name, the same content.
-        make: fills the folder it is given, which is there and empty.
-        say: told that the entry is damaged, and now and then for whom this process waits.
-        read: reads the entry, and raises an error if it is not of the kind that `make` writes.
+        entry: the entry. Its name says what is in it: the same name, the same content.
+        create: fills the folder it is given, which is there and empty.
+        log: told that the entry is damaged, and now and then for whom this process waits.
+        validate: reads the entry, and raises an error if it is not of the kind that `create` writes.
 
     Returns:
-        `folder`.
+        `entry`.
 
     Raises:
-        UserError: `make`'s own, in the process that called it and in all that were waiting for that one; or the cache
+        UserError: `create`'s own, in the process that called it and in all that were waiting for that one; or the cache
             cannot be written.
     """
-    if _is_verified(folder):
-        return folder
+    if _is_verified(entry):
+        return entry
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _create_or_wait(folder, make, say, read)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        _create_or_wait(entry, create, log, validate)
     except OSError as error:
-        if _find_damage(folder, read) is not None:
-            raise _unwritable_cache_error(folder, error) from None
-    return folder  # after an OSError: of a cache that this user cannot write
+        if _find_damage(entry, validate) is not None:
+            raise _unwritable_cache_error(entry, error) from None
+    return entry  # after an OSError: of a cache that this user cannot write
 
 
 def _is_verified(folder: Path) -> bool:
@@ -98,12 +98,12 @@ def _find_damage(folder: Path, read: Callable[[Path], object]) -> str | None:
 
 def remove_entry(folder: Path) -> None:
     """Remove an entry, if it is there. Its name is free at once; who has its files open keeps them."""
-    aside = _partial_path(folder)
+    doomed = _partial_path(folder)
     with contextlib.suppress(FileNotFoundError):
-        folder.rename(aside)
-    if aside.is_symlink():  # planted: what it points to is not the cache's
-        aside.unlink()
-    shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(doomed)
+    if doomed.is_symlink():  # planted: what it points to is not the cache's
+        doomed.unlink()
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _create_or_wait(folder: Path, make: Callable[[Path], None], say: LogFn, read: Callable[[Path], object]) -> None:
@@ -116,7 +116,7 @@ def _create_or_wait(folder: Path, make: Callable[[Path], None], say: LogFn, read
         except Timeout:
             waiting.look()
             waiting.raise_if_failed()
-            waiting.pause()
+            waiting.sleep()
             continue
         try:
             if _is_verified(folder):  # by now
@@ -137,8 +137,8 @@ def _create_or_wait(folder: Path, make: Callable[[Path], None], say: LogFn, read
 def _create_entry(folder: Path, make: Callable[[Path], None], lock: SoftFileLease) -> None:
     """Make the entry; it is not there afterwards if another process has taken over and is not done."""
     remove_entry(folder)
-    for left in folder.parent.glob(f"{folder.name}.partial-*"):
-        remove_entry(left)  # renamed first: one that is slow and not dead finds no folder to go on in
+    for stale_partial in folder.parent.glob(f"{folder.name}.partial-*"):
+        remove_entry(stale_partial)  # renamed first: one that is slow and not dead finds no folder to go on in
     partial = _sibling_path(folder, f"partial-{lock.token}")
     partial.mkdir()
     try:
@@ -198,7 +198,7 @@ class _EntryWaiter:
         self._folder = folder
         self._watch = LeaseMonitor(lock)
         self._say = say
-        self._holders: set[str | None] = set()
+        self._seen_tokens: set[str | None] = set()
         self._since = time.monotonic()
         self._next_line_s = _WAIT_LOG_INTERVALS_S[0]
 
@@ -207,7 +207,7 @@ class _EntryWaiter:
         owner = self._watch.look()  # should it break a successor's lock, there are two holders, and that does no harm
         if owner is None:
             return
-        self._holders.add(owner.token)
+        self._seen_tokens.add(owner.token)
         waited_s = time.monotonic() - self._since
         if waited_s >= self._next_line_s:
             self._next_line_s = waited_s + _WAIT_LOG_INTERVALS_S[1]
@@ -228,10 +228,10 @@ class _EntryWaiter:
             token, sentence = failure["token"], failure["sentence"]
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return
-        if token in self._holders:
+        if token in self._seen_tokens:
             raise UserError(sentence)
 
-    def pause(self) -> None:
+    def sleep(self) -> None:
         """Sleep, the longer the longer it takes, and not in step with others."""
         least, most = _POLL_RANGE_S
         waited_s = time.monotonic() - self._since

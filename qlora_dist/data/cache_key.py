@@ -27,7 +27,7 @@ def source_cache_key(
     config: DataConfig,
     encoder_fingerprint: str,
     cache: Path,
-    say: LogFn,
+    log: LogFn,
     revision: str | None = None,
 ) -> str:
     """SHA-256 in hex: the same for the same content, wherever the files lie and whenever they were written.
@@ -43,7 +43,7 @@ def source_cache_key(
     return _sha256(
         {
             "version": CACHE_KEY_VERSION,
-            "content": _content(source, cache, say, revision),
+            "content": _content(source, cache, log, revision),
             "format": source.format or config.format,
             "split": source.split,
             "encoder": encoder_fingerprint,

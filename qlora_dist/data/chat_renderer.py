@@ -31,43 +31,47 @@ class ChatRenderer:
     """
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
-        from transformers.utils import chat_template_utils as theirs
+        from transformers.utils import chat_template_utils
 
         self.source = template
         self.marked = _GENERATION.search(template) is not None
         """It says itself what the assistant generates."""
         try:
-            self._template = theirs._compile_jinja_template(template).environment.from_string(template)
+            self._template = chat_template_utils._compile_jinja_template(template).environment.from_string(template)
         except RecursionError:
             raise TemplateSyntaxError("it is nested too deeply", 1) from None
         # jinja's ChainMap is walked through in Python for each rendering, which takes as long as a short conversation
         self._template.globals = dict(self._template.globals)
-        self._render_marked: Callable[..., tuple[str, list[CharSpan]]] = theirs._render_with_assistant_indices
+        self._render_marked: Callable[..., tuple[str, list[CharSpan]]] = (
+            chat_template_utils._render_with_assistant_indices
+        )
         # other names of `reasoning_content`, of which older releases of transformers know nothing
-        self._alias: _Alias = getattr(theirs, "_alias_reasoning_fields", lambda messages: messages)
+        self._alias_reasoning_fields: _Alias = getattr(
+            chat_template_utils, "_alias_reasoning_fields", lambda messages: messages
+        )
         self._special_tokens = dict(special_tokens)
         self._variables = {**self._template.globals, **special_tokens, "documents": None}
-        self._writes = {name: name in template for name in ("tools", "tool_calls", "function_call")}
-        self._probed = TemplateProbe(template, lambda messages: self.text(messages, None))
+        self._mentions = {name: name in template for name in ("tools", "tool_calls", "function_call")}
+        self._probe = TemplateProbe(template, lambda messages: self.text(messages, None))
 
     def given(self, variables: Mapping[str, Any] | None) -> ChatRenderer:
         """Return the template with a row's own variables, as `apply_chat_template(..., **variables)` has them."""
         if not variables:
             return self
-        other = copy.copy(self)
-        other._special_tokens = {**self._special_tokens, **variables}
-        other._variables = {**self._variables, **variables}
-        other._probed = self._probed.of(lambda messages: other.text(messages, None))
-        return other
+        renderer = copy.copy(self)
+        renderer._special_tokens = {**self._special_tokens, **variables}
+        renderer._variables = {**self._variables, **variables}
+        renderer._probe = self._probe.of(lambda messages: renderer.text(messages, None))
+        return renderer
 
-    def clean(self, messages: list[Message]) -> list[Message]:
+    def prepare_messages(self, messages: list[Message]) -> list[Message]:
         """The messages as the template is to see them; what `text` and `marks` take.
 
         Raises:
             Refused: there are tool calls, and the template does not write any, or their arguments are no object; or the
                 template writes nothing for a message or for what the assistant thought; or nobody knows a role.
         """
-        self._probed.check_roles(messages)
+        self._probe.check_roles(messages)
         if all(len(message) == 2 and message.get("content") is not None for message in messages):
             return messages  # a role and a content
         cleaned = []
@@ -75,26 +79,28 @@ class ChatRenderer:
             # null is no value (apply_chat_template drops it too), and `train` is not the template's business
             message = {key: value for key, value in message.items() if value is not None and key != "train"}
             if "tool_calls" in message:
-                message["tool_calls"] = self._tool_calls(message["tool_calls"])
-            if "function_call" in message and not self._writes["function_call"]:
+                message["tool_calls"] = self._prepare_tool_calls(message["tool_calls"])
+            if "function_call" in message and not self._mentions["function_call"]:
                 raise UnsupportedConversationError(
                     "the row has a `function_call`, which the chat template does not write; write it as `tool_calls`"
                 )
             cleaned.append(message)
-        seen = self._alias(cleaned)
-        self._probed.check_thoughts(seen, cleaned)
-        return seen
+        aliased = self._alias_reasoning_fields(cleaned)
+        self._probe.check_reasoning(aliased, cleaned)
+        return aliased
 
-    def text(self, messages: list[Message], tools: list[dict[str, Any]] | None, prompting: bool = False) -> str:
-        """The conversation, or with `prompting` what the assistant gets to see before it answers.
+    def text(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool = False
+    ) -> str:
+        """The conversation, or with `add_generation_prompt` what the assistant gets to see before it answers.
 
         Raises:
             Refused: by the template.
         """
         try:
-            given = {"messages": messages, "tools": tools, "add_generation_prompt": prompting}
+            inputs = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
             # what Template.render does, with the globals merged in beforehand
-            context = self._template.new_context({**self._variables, **given}, shared=True)
+            context = self._template.new_context({**self._variables, **inputs}, shared=True)
             text = TEMPLATE_LIMITER.call("".join, self._template.root_render_func(context))
         except Exception as error:  # what a template does to values it did not expect is its own
             raise _refusal(error) from None
@@ -107,8 +113,8 @@ class ChatRenderer:
             Refused: by the template.
         """
         try:
-            given = self._template, messages, tools, None, False
-            text, spans = TEMPLATE_LIMITER.call(self._render_marked, *given, **self._special_tokens)
+            arguments = self._template, messages, tools, None, False
+            text, spans = TEMPLATE_LIMITER.call(self._render_marked, *arguments, **self._special_tokens)
         except Exception as error:
             raise _refusal(error) from None
         return _require_utf8(text), spans
@@ -121,16 +127,16 @@ class ChatRenderer:
         """
         if not tools:
             return None
-        if not self._writes["tools"]:
+        if not self._mentions["tools"]:
             raise UnsupportedConversationError(
                 "the row has `tools`, which the chat template does not write; use one that does, or take them out"
             )
         return tools
 
-    def _tool_calls(self, calls: Any) -> Any:
+    def _prepare_tool_calls(self, calls: Any) -> Any:
         if not calls:
             return calls
-        if not self._writes["tool_calls"]:
+        if not self._mentions["tool_calls"]:
             raise UnsupportedConversationError(
                 "the row has `tool_calls`, which the chat template does not write; use one that does, or take the row "
                 "out"

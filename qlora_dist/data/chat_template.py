@@ -54,5 +54,5 @@ def _shipped(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         )
     text = (resources.files("qlora_dist.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     # conversations get no special tokens but those the template writes: it has to begin as this tokenizer's texts do
-    begins = tokenizer("a", verbose=False)["input_ids"][0] == tokenizer.bos_token_id
-    return "{{- bos_token }}" + text if begins else text
+    adds_bos = tokenizer("a", verbose=False)["input_ids"][0] == tokenizer.bos_token_id
+    return "{{- bos_token }}" + text if adds_bos else text

@@ -89,27 +89,30 @@ class PackedDataset:
 
     def row(self, index: int) -> PackedRow:
         """Read a row from the sequences."""
-        here = slice(*self.offsets[index : index + 2].tolist())
+        segment_slice = slice(*self.offsets[index : index + 2].tolist())
         tokens: list[npt.NDArray[np.int32]] = []
         labels: list[npt.ArrayLike] = []
         starts: list[int] = []
-        at = 0
+        row_offset = 0
         for sequence, start, length in zip(
-            *(column[here].tolist() for column in (self.pieces.sequence, self.pieces.start, self.pieces.length)),
+            *(
+                column[segment_slice].tolist()
+                for column in (self.pieces.sequence_index, self.pieces.start, self.pieces.length)
+            ),
             strict=True,
         ):
-            piece = self.sequences.tokens(sequence)[start : start + length]
-            trained = self.sequences.trained(sequence)[start : start + length]
+            segment_tokens = self.sequences.tokens(sequence)[start : start + length]
+            loss_mask = self.sequences.trained(sequence)[start : start + length]
             # the first token is nobody's label, and the last has none
-            labels += [np.where(trained[1:], piece[1:], LABEL_IGNORE_INDEX), [LABEL_IGNORE_INDEX]]
-            tokens.append(piece)
-            starts.append(at)
-            at += length
+            labels += [np.where(loss_mask[1:], segment_tokens[1:], LABEL_IGNORE_INDEX), [LABEL_IGNORE_INDEX]]
+            tokens.append(segment_tokens)
+            starts.append(row_offset)
+            row_offset += length
         return PackedRow(np.concatenate(tokens), np.concatenate(labels), starts)
 
-    def length(self, longest: int) -> int:
+    def length(self, longest_row: int) -> int:
         """How long a batch is whose longest row has so many tokens."""
-        return self.seq_len if self.packed else min(self.seq_len, _round_up(longest))
+        return self.seq_len if self.packed else min(self.seq_len, _round_up(longest_row))
 
     def batch(self, indices: Sequence[int] | npt.NDArray[np.integer]) -> Batch:
         """The rows `indices` (`PADDING_ROW`: nothing but padding) as one batch."""
@@ -136,14 +139,14 @@ def _round_up(longest: int) -> int:
 
 
 def build_packed_dataset(
-    sequences: TokenizedSequences, config: DataConfig, pad_id: int, name: str = "data"
+    sequences: TokenizedSequences, config: DataConfig, pad_token_id: int, name: str = "data"
 ) -> PackedDataset:
     """Cut, pack and count a source's sequences.
 
     Args:
         sequences: of any length.
         config: `seq_len`, `too_long` and `packing` of it.
-        pad_id: any id that the embedding has: no label and no other sequence sees the padding.
+        pad_token_id: any id that the embedding has: no label and no other sequence sees the padding.
         name: the source's, for people.
 
     Raises:
@@ -165,7 +168,7 @@ def build_packed_dataset(
         fate=fate,
         seq_len=config.seq_len,
         packed=config.packing != "none",
-        pad_id=pad_id,
+        pad_id=pad_token_id,
         tokens=np.add.reduceat(pieces.length, offsets[:-1], dtype=np.int64),
         trained_tokens=np.add.reduceat(pieces.trained, offsets[:-1], dtype=np.int64),
     )

@@ -27,9 +27,11 @@ def read_csv_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
             if isinstance(cells, InvalidRowError):
                 raise UserError(f"{place}: {cells}")
             columns = cells
-            twice = {column for column in columns if columns.count(column) > 1}
-            if twice:
-                raise UserError(f"{place}: the header names a column twice ({join_names(sorted(twice))}); rename one")
+            duplicates = {column for column in columns if columns.count(column) > 1}
+            if duplicates:
+                raise UserError(
+                    f"{place}: the header names a column twice ({join_names(sorted(duplicates))}); rename one"
+                )
         elif isinstance(cells, InvalidRowError):
             yield BadRow(place, str(cells))
         elif len(cells) != len(columns):

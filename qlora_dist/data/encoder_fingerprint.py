@@ -15,12 +15,12 @@ ENCODER_VERSION = 2
 """Raise it with every change of the code that changes tokens or masks: what has been cached is then made anew."""
 
 
-def encoder_fingerprint(tokenizer: PreTrainedTokenizerBase, template: Any, mask: str, multi_turn: str) -> str:
+def encoder_fingerprint(tokenizer: PreTrainedTokenizerBase, chat_template: Any, mask: str, multi_turn: str) -> str:
     """SHA-256 in hex.
 
     Args:
         tokenizer: its vocabulary, rules and special tokens count; where it lies does not.
-        template: text of the chat template; a mapping of names to texts; None.
+        chat_template: text of the chat template; a mapping of names to texts; None.
         mask: as in the configuration.
         multi_turn: as in the configuration.
     """
@@ -29,7 +29,7 @@ def encoder_fingerprint(tokenizer: PreTrainedTokenizerBase, template: Any, mask:
         ENCODER_VERSION,
         mask,
         multi_turn,
-        template,
+        chat_template,
         tokenizer.special_tokens_map,
         tokenizer.split_special_tokens,
     ]

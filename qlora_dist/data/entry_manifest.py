@@ -38,7 +38,7 @@ def is_entry_complete(folder: Path) -> bool:
 def entry_file_stats(folder: Path) -> list[list[Any]] | None:
     """Name, size, inode and times of each file, which are other ones after any change; None: the entry is not whole."""
     sizes = _strings_to(_read(folder / ENTRY_MANIFEST_FILE), int)
-    found: list[list[Any]] = []
+    stats: list[list[Any]] = []
     for name, size in (sizes or {}).items():
         try:
             stat = (folder / name).stat()
@@ -46,8 +46,8 @@ def entry_file_stats(folder: Path) -> list[list[Any]] | None:
             return None
         if stat.st_size != size:
             return None
-        found.append([name, size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
-    return found or None
+        stats.append([name, size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
+    return stats or None
 
 
 def find_changed_file(folder: Path) -> str | None:
@@ -62,24 +62,28 @@ def find_changed_file(folder: Path) -> str | None:
     return None
 
 
-def record_verification(folder: Path, note: Path) -> None:
-    """Write down in `note` that the entry has just been found whole."""
-    partial = note.with_name(f"{note.name}.{os.getpid()}")
+def record_verification(folder: Path, record_path: Path) -> None:
+    """Write down in `record_path` that the entry has just been found whole."""
+    partial = record_path.with_name(f"{record_path.name}.{os.getpid()}")
     with suppress(OSError):  # then the next process checks as well
         try:
             partial.write_text(json.dumps(entry_file_stats(folder)), encoding="utf-8")
-            partial.rename(note)
+            partial.rename(record_path)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def was_verified(folder: Path, note: Path) -> bool:
+def was_verified(folder: Path, record_path: Path) -> bool:
     """Whether a check lately found these very files whole."""
     try:
-        age_s = time.time() - note.stat().st_mtime
+        age_s = time.time() - record_path.stat().st_mtime
     except OSError:
         return False
-    return abs(age_s) < _VERIFICATION_VALID_S and (now := entry_file_stats(folder)) is not None and _read(note) == now
+    return (
+        abs(age_s) < _VERIFICATION_VALID_S
+        and (now := entry_file_stats(folder)) is not None
+        and _read(record_path) == now
+    )
 
 
 def sha256_hexdigest(path: Path) -> str:

@@ -28,30 +28,30 @@ class HubRevision(NamedTuple):
     """The revision whose rows a run uses."""
 
     revision: str
-    reachable: bool
+    is_hub_reachable: bool
     """The hub has named it. Else it is the one that was prepared last."""
 
 
-def resolve_hub_revision(name: str, cache: Path, key: str, say: LogFn) -> HubRevision:
+def resolve_hub_revision(name: str, cache: Path, key: str, log: LogFn) -> HubRevision:
     """Return the data set's newest revision, or without a network the one that was prepared last.
 
     Args:
         name: of the data set.
         cache: folder of all entries.
         key: of everything else that the rows' tokens depend on.
-        say: told that the hub cannot be reached.
+        log: told that the hub cannot be reached.
 
     Raises:
         UserError: the hub has no such data set or does not give access, or it cannot be reached and nothing was
             prepared.
     """
-    revision, reason = query_hub_revision(name, cache, say)
+    revision, reason = query_hub_revision(name, cache, log)
     if revision is not None:
         return HubRevision(revision, True)
     revision = last_prepared_revision(cache, key)
     if revision is None:
         raise unprepared_dataset_error(name, reason)
-    say(
+    log(
         f"{name}: the Hugging Face hub can't be asked ({reason}); the rows of revision {revision[:12]} are used, which "
         "were prepared before"
     )
@@ -67,7 +67,7 @@ def unprepared_dataset_error(name: str, reason: str) -> UserError:
     )
 
 
-def query_hub_revision(name: str, cache: Path, say: LogFn) -> tuple[str | None, str]:
+def query_hub_revision(name: str, cache: Path, log: LogFn) -> tuple[str | None, str]:
     """Return the data set's revision; or None, and why the hub cannot be reached.
 
     All processes that share the cache and ask within a minute make one request together.
@@ -77,9 +77,9 @@ def query_hub_revision(name: str, cache: Path, say: LogFn) -> tuple[str | None, 
     """
     if cache.exists() and not os.access(cache, os.W_OK):  # what lies in it may still be used
         return _try_fetch_revision(name)
-    stretch = int(time.time() // _QUERY_INTERVAL_S)
+    interval = int(time.time() // _QUERY_INTERVAL_S)
     prefix = hashlib.sha256(name.encode()).hexdigest()
-    folder = cache / "hub" / f"{prefix}-{stretch}"
+    folder = cache / "hub" / f"{prefix}-{interval}"
 
     def make(partial: Path) -> None:
         revision, reason = _try_fetch_revision(name)
@@ -87,10 +87,10 @@ def query_hub_revision(name: str, cache: Path, say: LogFn) -> tuple[str | None, 
         (partial / _ANSWER).write_text(json.dumps(answer) + "\n", encoding="utf-8")
         for old in folder.parent.glob(f"{prefix}-*"):
             number = old.name.removeprefix(f"{prefix}-")
-            if number.isdigit() and int(number) < stretch - _KEPT_INTERVALS:
+            if number.isdigit() and int(number) < interval - _KEPT_INTERVALS:
                 remove_entry(old)
 
-    get_or_create_entry(folder, make, say)
+    get_or_create_entry(folder, make, log)
     answer = load_json_object(folder / _ANSWER)
     if answer.get("revision") is None and answer.get("time", 0) < _PROCESS_START_S:  # the network may be back since
         return _try_fetch_revision(name)
@@ -108,11 +108,11 @@ def record_prepared_revision(cache: Path, key: str, name: str, revision: str) ->
     if last_prepared_revision(cache, key) == revision:
         return
     path = _revision_path(cache, key)
-    written = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        written.write_text(json.dumps({"name": name, "revision": revision}) + "\n", encoding="utf-8")
-        written.replace(path)
+        temporary.write_text(json.dumps({"name": name, "revision": revision}) + "\n", encoding="utf-8")
+        temporary.replace(path)
 
 
 def _revision_path(cache: Path, key: str) -> Path:

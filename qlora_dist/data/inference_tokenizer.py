@@ -27,7 +27,7 @@ class InferenceTokenizer:
     """A tokenizer with the chat template and the end tokens of training, ready to be saved."""
 
     tokenizer: PreTrainedTokenizerBase
-    generation: dict[str, Any]
+    generation_config: dict[str, Any]
     """generation_config.json, its end tokens included; empty: neither the base nor the template names one."""
 
     def save(self, out: Path) -> None:
@@ -37,8 +37,8 @@ class InferenceTokenizer:
             OSError: the folder cannot be written.
         """
         self.tokenizer.save_pretrained(out)
-        if self.generation:
-            (out / _GENERATION).write_text(json.dumps(self.generation, indent=2) + "\n", encoding="utf-8")
+        if self.generation_config:
+            (out / _GENERATION).write_text(json.dumps(self.generation_config, indent=2) + "\n", encoding="utf-8")
 
 
 def make_inference_tokenizer(
@@ -57,17 +57,17 @@ def make_inference_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template, tokenizer)
     template = default_chat_template(tokenizer)
-    end = None
+    end_token_id = None
     if template is not None:
         with contextlib.suppress(TemplateSyntaxError):  # conversations refuse it, and other rows need none
-            end = end_of_turn_token_id(tokenizer, ChatRenderer(template, tokenizer.special_tokens_map))
-    if end is not None and chat_template is not None and "eos_token" not in (template or ""):
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+            end_token_id = end_of_turn_token_id(tokenizer, ChatRenderer(template, tokenizer.special_tokens_map))
+    if end_token_id is not None and chat_template is not None and "eos_token" not in (template or ""):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token_id)
     generation = load_json_object(base / _GENERATION)
-    ends = _ids(generation.get("eos_token_id")) or _config_ends(load_json_object(base / "config.json"))
-    if end is not None and end not in ends:
-        ends = [end, *ends]
-    return InferenceTokenizer(tokenizer, generation | ({"eos_token_id": ends} if ends else {}))
+    eos_token_ids = _ids(generation.get("eos_token_id")) or _config_ends(load_json_object(base / "config.json"))
+    if end_token_id is not None and end_token_id not in eos_token_ids:
+        eos_token_ids = [end_token_id, *eos_token_ids]
+    return InferenceTokenizer(tokenizer, generation | ({"eos_token_id": eos_token_ids} if eos_token_ids else {}))
 
 
 def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -83,10 +83,10 @@ def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase, renderer: ChatRende
     """Return the token that the template writes behind an answer; None: text, or nothing, ends the turn."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        behind = renderer.text(messages, None).rpartition(_ANSWER)[2]
+        after_answer = renderer.text(messages, None).rpartition(_ANSWER)[2]
     except UnsupportedConversationError:
         return None
-    ids = tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(after_answer, add_special_tokens=False, verbose=False)["input_ids"]
     return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 

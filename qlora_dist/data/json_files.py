@@ -40,10 +40,10 @@ def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def format_utf8_error(error: UnicodeDecodeError, before: int = 0) -> str:
-    """The complaint about a byte, `before` bytes after what is meant by its position."""
+def format_utf8_error(error: UnicodeDecodeError, byte_offset: int = 0) -> str:
+    """The complaint about a byte, `byte_offset` bytes after what is meant by its position."""
     byte = error.object[error.start]
-    return f"not UTF-8 (byte {byte:#04x} at position {before + error.start + 1}); save the file as UTF-8"
+    return f"not UTF-8 (byte {byte:#04x} at position {byte_offset + error.start + 1}); save the file as UTF-8"
 
 
 def read_jsonl_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
@@ -80,8 +80,8 @@ def read_json_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
         yield from _array(name, _decode_blocks(name, file))
         return
     file.seek(0)
-    filled = (line for _, line in read_lines(file) if not line.isspace())
-    first, second = next(filled, b""), next(filled, b"")
+    nonblank_lines = (line for _, line in read_lines(file) if not line.isspace())
+    first, second = next(nonblank_lines, b""), next(nonblank_lines, b"")
     file.seek(0)
     if second and _is_object(first):
         yield from read_jsonl_rows(name, file)
@@ -139,7 +139,7 @@ def _array(name: str, pieces: Iterator[str]) -> Iterator[RawRow | BadRow]:
         closed = window.take("]")
         if not closed and not window.take(","):
             raise UserError(f"{place}: neither a comma nor a bracket follows; write one complete array of objects")
-    if window.following():
+    if window.peek():
         raise UserError(f"{name}: something follows the array of {row} rows; write one array of objects")
 
 
@@ -147,51 +147,51 @@ class _JSONCursor:
     """What has been read of a text and not yet been used: `text` from `at` on."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces = pieces
+        self._blocks = pieces
         self._text = ""
-        self._at = 0
+        self._position = 0
 
-    def following(self) -> str:
+    def peek(self) -> str:
         """The next character that is no white space, '' at the end."""
         while True:
-            space = _SPACE.match(self._text, self._at)
-            self._at = space.end() if space else self._at
-            if self._at < len(self._text) or not self._more():
-                return self._text[self._at : self._at + 1]
+            space = _SPACE.match(self._text, self._position)
+            self._position = space.end() if space else self._position
+            if self._position < len(self._text) or not self._read_more():
+                return self._text[self._position : self._position + 1]
 
     def take(self, character: str) -> bool:
         """Step over this character, if it follows."""
-        found = self.following() == character
-        self._at += found
+        found = self.peek() == character
+        self._position += found
         return found
 
     def value(self, place: str) -> tuple[Any, str | None]:
         """The value that follows, and why it is none in strict JSON, if so."""
-        self.following()
+        self.peek()
         while True:
             try:
-                value, problem, end = _decode(self._text, self._at)
+                value, problem, end = _decode(self._text, self._position)
                 # a number that ends where the text does might go on
-                if end < len(self._text) or not self._more():
-                    self._at = end
+                if end < len(self._text) or not self._read_more():
+                    self._position = end
                     return value, problem
             except (JSONDecodeError, RecursionError) as error:
-                if len(self._text) - self._at > MAX_ROW_SIZE:
+                if len(self._text) - self._position > MAX_ROW_SIZE:
                     raise UserError(f"{place}: not valid JSON, or {ROW_TOO_LONG_REASON}") from None
-                if isinstance(error, RecursionError) or not self._more():
+                if isinstance(error, RecursionError) or not self._read_more():
                     raise UserError(
-                        f"{place}: not valid JSON ({json_error_reason(error, self._at)}), or the file was cut off; "
+                        f"{place}: not valid JSON ({json_error_reason(error, self._position)}), or the file was cut off; "
                         "write one array of objects"
                     ) from None
 
-    def _more(self) -> bool:
+    def _read_more(self) -> bool:
         """Read as much again as there is, lest a long value be tried once per piece; False: there is no more."""
-        parts = [self._text[self._at :]]
-        missing = len(parts[0]) + 1
-        while missing > 0 and (piece := next(self._pieces, None)) is not None:
+        parts = [self._text[self._position :]]
+        needed = len(parts[0]) + 1
+        while needed > 0 and (piece := next(self._blocks, None)) is not None:
             parts.append(piece)
-            missing -= len(piece)
-        self._text, self._at = "".join(parts), 0
+            needed -= len(piece)
+        self._text, self._position = "".join(parts), 0
         return len(parts) > 1
 
 

@@ -27,7 +27,7 @@ def loss_mask_from_spans(encoding: Encoding, spans: Sequence[CharSpan]) -> npt.N
         first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
         if first is None or last is None:  # a character that is in no token
             return _mask_from_offsets(encoding.offsets, spans)
-        while (place := encoding.token_to_chars(last + 1)) is not None and place[0] < end:
+        while (char_span := encoding.token_to_chars(last + 1)) is not None and char_span[0] < end:
             last += 1  # tokens that share a character, such as the bytes of an emoji
         flags[first : last + 1] = True
     return flags

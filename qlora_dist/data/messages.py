@@ -18,13 +18,13 @@ from qlora_dist.data.validate import (
 )
 
 
-def parse_messages(value: Any, field: str, trained: bool | None = None) -> list[Message]:
+def parse_messages(value: Any, field: str, default_train: bool | None = None) -> list[Message]:
     """The messages of a list.
 
     Args:
         value: the list, or its JSON text.
         field: its name in the row.
-        trained: the `train` of messages that have none.
+        default_train: the `train` of messages that have none.
 
     Raises:
         Unusable: naming the message by its number, from 1.
@@ -37,42 +37,42 @@ def parse_messages(value: Any, field: str, trained: bool | None = None) -> list[
     if not value:
         raise InvalidRowError(f"`{field}` is empty; add a message or take the row out")
     where = "message" if field == "messages" else f"`{field}`: message"
-    return [parse_message(item, f"{where} {number}", trained) for number, item in enumerate(value, start=1)]
+    return [parse_message(item, f"{where} {number}", default_train) for number, item in enumerate(value, start=1)]
 
 
-def parse_message(item: Any, where: str, trained: bool | None = None) -> Message:
+def parse_message(item: Any, where: str, default_train: bool | None = None) -> Message:
     """One message: `content` is text, `tool_calls` hold objects, `train` is a boolean, and nothing is null.
 
     Raises:
         Unusable: it cannot be made so, or is an assistant's, to be trained, and says nothing.
     """
-    if trained is None and _is_plain(item):
+    if default_train is None and _is_plain(item):
         return item
     if not isinstance(item, dict):
         raise InvalidRowError(f"{where} is {json_type_name(item)}; write an object with `role` and `content`")
     # Parquet gives every message all fields; a null is none, but templates ask `is defined`
-    made = {name: value for name, value in item.items() if value is not None}
+    parsed = {name: value for name, value in item.items() if value is not None}
     if "role" not in item:
         raise _missing_field_error("role", where)
     role = require_str(item["role"], f"{where}: `role`")
-    calls = decode_json_field(made.pop("tool_calls", None), f"{where}: `tool_calls`")
+    calls = decode_json_field(parsed.pop("tool_calls", None), f"{where}: `tool_calls`")
     if calls:
-        made["tool_calls"] = _tool_calls(calls, where)
-    trained = _pop_train_flag(made, where, trained)
-    if trained is not None:
-        made["train"] = trained
-    if "content" in made or not (calls or "function_call" in made):
+        parsed["tool_calls"] = _tool_calls(calls, where)
+    default_train = _pop_train_flag(parsed, where, default_train)
+    if default_train is not None:
+        parsed["train"] = default_train
+    if "content" in parsed or not (calls or "function_call" in parsed):
         if "content" not in item:
             raise _missing_field_error("content", where)
-        content = made["content"] = _content(item["content"], f"{where}: `content`")
-        if role == "assistant" and not calls and trained is not False and not content.strip():
+        content = parsed["content"] = _content(item["content"], f"{where}: `content`")
+        if role == "assistant" and not calls and default_train is not False and not content.strip():
             raise InvalidRowError(f"{where}: the assistant says nothing; give it `content`, or `train`: false")
-    if made.keys() - _CHECKED_FIELDS:
-        for name, value in made.items():
+    if parsed.keys() - _CHECKED_FIELDS:
+        for name, value in parsed.items():
             require_str(name, f"{where}: a name")
             if name not in _CHECKED_FIELDS and isinstance(value, str | list | dict):
                 check_json_value(value, f"{where}: {quote(name)}")
-    return made
+    return parsed
 
 
 def _is_plain(item: Any) -> TypeGuard[Message]:
@@ -98,10 +98,12 @@ def _content(value: Any, where: str) -> str:
     texts = []
     for number, part in enumerate(value, start=1):
         if not isinstance(part, dict) or part.get("type") != "text":
-            what = part.get("type") if isinstance(part, dict) else None
-            what = f"of the type {quote(what)}" if isinstance(what, str) else "no object with a `type`"
+            found_type = part.get("type") if isinstance(part, dict) else None
+            found_type = (
+                f"of the type {quote(found_type)}" if isinstance(found_type, str) else "no object with a `type`"
+            )
             raise InvalidRowError(
-                f'{where}: part {number} is {what}; only parts of {{"type": "text", "text": ...}} are read'
+                f'{where}: part {number} is {found_type}; only parts of {{"type": "text", "text": ...}} are read'
             )
         name = next((name for name in _TEXT_PART_FIELDS if name in part), None)
         if name is None:
@@ -169,10 +171,10 @@ def parse_tool_call(value: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise InvalidRowError(f"{where} is {json_type_name(value)}; write an object with `function`")
-    made = {name: child for name, child in value.items() if child is not None}
-    function = made.pop("function", None)
+    parsed = {name: child for name, child in value.items() if child is not None}
+    function = parsed.pop("function", None)
     if function is None:  # {"name": ..., "arguments": ...} alone, as some templates have it
-        function = {name: made.pop(name) for name in ("name", "arguments") if name in made}
+        function = {name: parsed.pop(name) for name in ("name", "arguments") if name in parsed}
     if not isinstance(function, dict):
         raise InvalidRowError(
             f"{where}: `function` is {json_type_name(function)}; write an object with `name` and `arguments`"
@@ -190,9 +192,9 @@ def parse_tool_call(value: Any, where: str) -> dict[str, Any]:
         "name": require_nonempty_str(function.get("name"), f"{where}: `name`"),
         "arguments": arguments,
     }
-    made = {"type": "function"} | made | {"function": function}
-    check_json_value(made, where)
-    return made
+    parsed = {"type": "function"} | parsed | {"function": function}
+    check_json_value(parsed, where)
+    return parsed
 
 
 def parse_tools(value: Any) -> list[dict[str, Any]] | None:

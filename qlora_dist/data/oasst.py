@@ -14,7 +14,7 @@ from qlora_dist.data.validate import InvalidRowError, RawRow, json_type_name, qu
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
-def parse_oasst_tree(place: str, tree: dict[str, Any]) -> MessagesRow:
+def parse_oasst_tree(location: str, tree: dict[str, Any]) -> MessagesRow:
     """The best conversation of a tree, to the last turn of the assistant's.
 
     At each level that is the reply of the lowest `rank`, those without one last, among equals the first. Messages that
@@ -40,7 +40,7 @@ def parse_oasst_tree(place: str, tree: dict[str, Any]) -> MessagesRow:
     messages = [_message(node, f"turn {number}") for number, node in enumerate(path, start=1)]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    return MessagesRow(place, messages or [{"role": "user", "content": "", "train": False}])
+    return MessagesRow(location, messages or [{"role": "user", "content": "", "train": False}])
 
 
 def _is_excluded(node: dict[str, Any], where: str) -> bool:

@@ -62,38 +62,38 @@ def _best_fit(lengths: npt.NDArray[np.integer], seq_len: int) -> npt.NDArray[np.
     row_of = np.empty(len(lengths), dtype=np.int64)
     by_length = np.argsort(-lengths, kind="stable")
     values, counts = np.unique(lengths, return_counts=True)
-    with_room: dict[int, list[npt.NDArray[np.int64]]] = {}
-    rooms: list[int] = []  # the keys of with_room, ascending
+    rows_by_free_length: dict[int, list[npt.NDArray[np.int64]]] = {}
+    free_lengths: list[int] = []  # the keys of with_room, ascending
     opened = placed = 0
-    for length, left in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        while left:
-            smallest = bisect_left(rooms, length)
-            if smallest < len(rooms):
-                room = rooms.pop(smallest)
-                rows = np.sort(np.concatenate(with_room.pop(room)))
+    for length, remaining in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while remaining:
+            smallest = bisect_left(free_lengths, length)
+            if smallest < len(free_lengths):
+                free_length = free_lengths.pop(smallest)
+                rows = np.sort(np.concatenate(rows_by_free_length.pop(free_length)))
             else:
-                room = seq_len
-                rows = np.arange(opened, opened + -(-left // (seq_len // length)))
+                free_length = seq_len
+                rows = np.arange(opened, opened + -(-remaining // (seq_len // length)))
                 opened += len(rows)
             # a row that has taken one has the least room of all, so it goes on until it can take no more
-            each = room // length
-            full = min(len(rows), left // each)
-            rest = left % each if full < len(rows) else 0
-            taken = np.repeat(rows[: full + (rest > 0)], [each] * full + [rest] * (rest > 0))
-            row_of[by_length[placed : placed + len(taken)]] = taken
-            placed += len(taken)
-            left -= len(taken)
-            for some, now in (
-                (rows[:full], room - each * length),
-                (rows[full : full + (rest > 0)], room - rest * length),
-                (rows[full + (rest > 0) :], room),
+            sequences_per_row = free_length // length
+            full = min(len(rows), remaining // sequences_per_row)
+            rest = remaining % sequences_per_row if full < len(rows) else 0
+            assigned_rows = np.repeat(rows[: full + (rest > 0)], [sequences_per_row] * full + [rest] * (rest > 0))
+            row_of[by_length[placed : placed + len(assigned_rows)]] = assigned_rows
+            placed += len(assigned_rows)
+            remaining -= len(assigned_rows)
+            for row_group, free_after in (
+                (rows[:full], free_length - sequences_per_row * length),
+                (rows[full : full + (rest > 0)], free_length - rest * length),
+                (rows[full + (rest > 0) :], free_length),
             ):
-                if not len(some) or not now:
+                if not len(row_group) or not free_after:
                     continue
-                if now not in with_room:
-                    with_room[now] = []
-                    insort(rooms, now)
-                with_room[now].append(some)
+                if free_after not in rows_by_free_length:
+                    rows_by_free_length[free_after] = []
+                    insort(free_lengths, free_after)
+                rows_by_free_length[free_after].append(row_group)
     return row_of
 
 
@@ -103,6 +103,6 @@ def _group_by_row(row_of: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64],
     counts = np.bincount(row_of)
     firsts = order[np.cumsum(counts) - counts]
     ranking = np.argsort(firsts)
-    place = np.empty_like(ranking)
-    place[ranking] = np.arange(len(ranking))
-    return np.argsort(place[row_of], kind="stable"), counts[ranking]
+    row_rank = np.empty_like(ranking)
+    row_rank[ranking] = np.arange(len(ranking))
+    return np.argsort(row_rank[row_of], kind="stable"), counts[ranking]

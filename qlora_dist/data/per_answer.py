@@ -34,7 +34,7 @@ def render_answers(
     renderer: ChatRenderer,
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
-    indices: Sequence[int],
+    trained_indices: Sequence[int],
     added_tokens: tuple[str, ...],
 ) -> list[RenderedAnswer]:
     """Write each answer behind the prompt that inference would see. What comes after the answer plays no part.
@@ -43,20 +43,20 @@ def render_answers(
         renderer: the template.
         messages: from `Renderer.clean`.
         tools: from `Renderer.tools`.
-        indices: the trained messages, ascending.
+        trained_indices: the trained messages, ascending.
         added_tokens: texts of the tokens that may end a turn.
 
     Raises:
         Refused: a trained message is not the assistant's, the template refuses, or an answer does not continue its
             prompt.
     """
-    others = [index for index in indices if messages[index]["role"] != "assistant"]
+    others = [index for index in trained_indices if messages[index]["role"] != "assistant"]
     if others:
         raise UnsupportedConversationError(
             f"message {others[0] + 1} is trained and is not the assistant's, which one row per answer cannot hold; "
             "take its `train` out, or give data.chat_template a template that does not rewrite history"
         )
-    return [_render_answer(renderer, messages[: index + 1], tools, added_tokens) for index in indices]
+    return [_render_answer(renderer, messages[: index + 1], tools, added_tokens) for index in trained_indices]
 
 
 def _render_answer(
@@ -64,7 +64,7 @@ def _render_answer(
 ) -> RenderedAnswer:
     index = len(messages) - 1
     require_prompt(index)
-    prompt = renderer.text(messages[:index], tools, prompting=True)
+    prompt = renderer.text(messages[:index], tools, add_generation_prompt=True)
     text, marks = renderer.marks(messages, tools) if renderer.marked else (renderer.text(messages, tools), [])
     if text.startswith(prompt):
         start = len(prompt)
@@ -94,19 +94,19 @@ def _continue_from_prompt(
     message before the answer is compared.
     """
     index = len(messages) - 1
-    asked, written = _text_after_question(renderer, messages, tools, prompt, text)
-    start = _common_prefix_of_whole_tokens(asked, written, added_tokens)
-    opened, rest = asked[start:], written[start:]
-    thought = opened.strip()
+    after_question_in_prompt, after_question_in_text = _text_after_question(renderer, messages, tools, prompt, text)
+    start = _common_prefix_of_whole_tokens(after_question_in_prompt, after_question_in_text, added_tokens)
+    prompt_rest, answer_rest = after_question_in_prompt[start:], after_question_in_text[start:]
+    thought = prompt_rest.strip()
     if not thought or any(
         thought.startswith(opening) and thought.endswith(closing) for opening, closing in _REASONING_TAGS
     ):
-        return rest  # the prompt has white space or an empty thought more, and the answer goes on from there
+        return answer_rest  # the prompt has white space or an empty thought more, and the answer goes on from there
     for opening, closing in _REASONING_TAGS:
         if thought == opening:
-            return _continue_open_reasoning(messages[index], index, opened, rest, opening, closing)
+            return _continue_open_reasoning(messages[index], index, prompt_rest, answer_rest, opening, closing)
     raise UnsupportedConversationError(
-        f"the chat template's prompt for message {index + 1} ends with {opened[-60:]!r}, and the answer does not "
+        f"the chat template's prompt for message {index + 1} ends with {prompt_rest[-60:]!r}, and the answer does not "
         "continue that; take a thought out of the answer that this template does not ask for, or give "
         "data.chat_template another template"
     )
@@ -121,10 +121,17 @@ def _text_after_question(
     mark = unused_marker(prompt + text)
     if isinstance(content, str):
         marked = [*messages[:-2], {**question, "content": content + mark}]
-        before, asked = _text_after_marker(renderer.text(marked, tools, prompting=True), mark)
-        behind, written = _text_after_marker(renderer.text([*marked, messages[-1]], tools), mark)
-        if before and behind and prompt.endswith(asked) and text.endswith(written):
-            return asked, written
+        before, after_question_in_prompt = _text_after_marker(
+            renderer.text(marked, tools, add_generation_prompt=True), mark
+        )
+        is_marked_once, after_question_in_text = _text_after_marker(renderer.text([*marked, messages[-1]], tools), mark)
+        if (
+            before
+            and is_marked_once
+            and prompt.endswith(after_question_in_prompt)
+            and text.endswith(after_question_in_text)
+        ):
+            return after_question_in_prompt, after_question_in_text
     raise UnsupportedConversationError(
         f"the chat template writes message {len(messages) - 1} otherwise once it is answered, so the answer cannot be "
         "told from the prompt; give data.chat_template another template"
@@ -167,12 +174,12 @@ def _continue_open_reasoning(answer: Message, index: int, opened: str, rest: str
     if closed and opening not in thought:
         return rest
     if isinstance(content, str) and closing in content:
-        said = content.lstrip().removeprefix(opening)
-        said = said.removeprefix(opened[opened.index(opening) + len(opening) :])
+        reasoning_content = content.lstrip().removeprefix(opening)
+        reasoning_content = reasoning_content.removeprefix(opened[opened.index(opening) + len(opening) :])
         words = content.rpartition(closing)[2]
         for kept in (words, words.strip()):
             if rest.startswith(kept):
-                return (said if kept == words else said.rstrip()) + rest[len(kept) :]
+                return (reasoning_content if kept == words else reasoning_content.rstrip()) + rest[len(kept) :]
     raise UnsupportedConversationError(
         f"the chat template's prompt for message {index + 1} opens a thought ({opened!r}) and the answer holds none; "
         f"begin its `content` with {opening}...{closing}, which may be empty, or give data.chat_template a template "

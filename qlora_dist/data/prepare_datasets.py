@@ -60,7 +60,7 @@ class PreparedDatasets(NamedTuple):
 
 
 def prepare_datasets(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console | None = None, force: bool = False
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console | None = None, rebuild_cache: bool = False
 ) -> PreparedDatasets:
     """Read, encode and pack the training and the held-out data; only what is not in the cache is read and encoded.
 
@@ -70,7 +70,7 @@ def prepare_datasets(
         config: what and how.
         tokenizer: of the base model.
         console: for progress; none: silent.
-        force: remove what is in the cache first.
+        rebuild_cache: remove what is in the cache first.
 
     Raises:
         UserError: naming file, line and remedy.
@@ -79,9 +79,9 @@ def prepare_datasets(
     encoder = RowEncoder(tokenizer, config.mask, config.chat_template, config.multi_turn)
     fingerprint = encoder.fingerprint()  # of some tokenizers it takes a second
 
-    def one(given: str | SourceConfig) -> PreparedSource:
-        source = given if isinstance(given, SourceConfig) else SourceConfig(path=given)
-        folder = _prepare_entry(source, config, encoder, fingerprint, console, force)
+    def prepare_source(path_or_source: str | SourceConfig) -> PreparedSource:
+        source = path_or_source if isinstance(path_or_source, SourceConfig) else SourceConfig(path=path_or_source)
+        folder = _prepare_entry(source, config, encoder, fingerprint, console, rebuild_cache)
         stats, sequences = _read_entry(folder)
         return PreparedSource(
             path=source.path,
@@ -93,26 +93,29 @@ def prepare_datasets(
             folder=folder,
         )
 
-    return PreparedDatasets([one(source) for source in config.train], None if config.eval is None else one(config.eval))
+    return PreparedDatasets(
+        [prepare_source(source) for source in config.train],
+        None if config.eval is None else prepare_source(config.eval),
+    )
 
 
-def data_warnings(train: Sequence[PreparedSource], held_out: PreparedSource | None) -> list[str]:
+def data_warnings(train: Sequence[PreparedSource], eval_source: PreparedSource | None) -> list[str]:
     """Say for people which fields are not read, and where to find all bad rows, in a line for each source."""
-    said = []
-    for source in (*train, *([] if held_out is None else [held_out])):
+    lines = []
+    for source in (*train, *([] if eval_source is None else [eval_source])):
         ignored = source.stats.ignored
         if ignored:
             more = f" and {len(ignored) - _MAX_LISTED_FIELDS} more" if len(ignored) > _MAX_LISTED_FIELDS else ""
-            said.append(f"{source.path}: not read: {', '.join(ignored[:_MAX_LISTED_FIELDS])}{more}")
+            lines.append(f"{source.path}: not read: {', '.join(ignored[:_MAX_LISTED_FIELDS])}{more}")
         if source.stats.bad_rows > len(source.stats.bad_places):
-            said.append(f"{source.path}: all bad rows and what is wrong with them: {source.folder / BAD_ROWS_FILE}")
-    same = [source for source in train if held_out is not None and source.stats.sha256 == held_out.stats.sha256]
-    if held_out is not None and same:
-        said.append(
-            f"{held_out.path}: data.eval holds the rows of {same[0].path}, which are trained, so that its loss does "
+            lines.append(f"{source.path}: all bad rows and what is wrong with them: {source.folder / BAD_ROWS_FILE}")
+    same = [source for source in train if eval_source is not None and source.stats.sha256 == eval_source.stats.sha256]
+    if eval_source is not None and same:
+        lines.append(
+            f"{eval_source.path}: data.eval holds the rows of {same[0].path}, which are trained, so that its loss does "
             "not show overfitting"
         )
-    return said
+    return lines
 
 
 def data_cache_folder(config: DataConfig) -> Path:
@@ -136,14 +139,14 @@ def _prepare_entry(
         console.print(text, markup=False, highlight=False)
 
     cache = data_cache_folder(config)
-    memory = "" if source_files(source) else source_cache_key(source, config, fingerprint, cache, say)
-    hub = resolve_hub_revision(source.path, cache, memory, say) if memory else None
+    hub_cache_key = "" if source_files(source) else source_cache_key(source, config, fingerprint, cache, say)
+    hub = resolve_hub_revision(source.path, cache, hub_cache_key, say) if hub_cache_key else None
     revision = None if hub is None else hub.revision
 
     def make(folder: Path) -> None:
-        if hub is not None and not hub.reachable:
+        if hub is not None and not hub.is_hub_reachable:
             raise unprepared_dataset_error(source.path, "its rows are no longer in the cache")
-        before = source_file_stats(source_files(source))
+        stats_before = source_file_stats(source_files(source))
         names = UnreadFields()
         with RowProgress(console, source.path, folder / PROGRESS_FILE) as progress:
             stats = tokenize_to_file(
@@ -153,21 +156,21 @@ def _prepare_entry(
                 workers=config.workers,
                 on_bad_row=config.on_bad_row,
                 max_bad_rows=config.max_bad_rows,
-                rejected=folder / BAD_ROWS_FILE,
-                name=source.path,
+                bad_rows_path=folder / BAD_ROWS_FILE,
+                source_name=source.path,
                 progress=progress,
             )
-        if source_file_stats(source_files(source)) != before:
+        if source_file_stats(source_files(source)) != stats_before:
             raise UserError(f"{source.path}: was changed while it was read; start again when it is written")
         stats.ignored = names.ignored(encoder.template)
         (folder / _STATS).write_text(json.dumps(asdict(stats), indent=2) + "\n", encoding="utf-8")
 
     entry = cache / "sequences" / source_cache_key(source, config, fingerprint, cache, say, revision)
-    if force and (hub is None or hub.reachable):
+    if force and (hub is None or hub.is_hub_reachable):
         remove_entry(entry)
     get_or_create_entry(entry, make, say, _read_entry)
-    if hub is not None and hub.reachable:
-        record_prepared_revision(cache, memory, source.path, hub.revision)
+    if hub is not None and hub.is_hub_reachable:
+        record_prepared_revision(cache, hub_cache_key, source.path, hub.revision)
     return entry
 
 
@@ -179,7 +182,7 @@ def _read_entry(folder: Path) -> tuple[TokenizeStats, TokenizedSequences]:
     """
     stats = TypeAdapter(TokenizeStats).validate_json((folder / _STATS).read_bytes(), strict=True)
     sequences = TokenizedSequences.open(folder / _SEQUENCES)
-    found = len(sequences), int(sequences.lengths.sum()), int(sequences.trained_lengths.sum())
-    if found != (stats.sequences, stats.tokens, stats.trained_tokens):
+    counts = len(sequences), int(sequences.lengths.sum()), int(sequences.loss_token_counts.sum())
+    if counts != (stats.sequences, stats.tokens, stats.trained_tokens):
         raise ValueError(f"{_STATS} counts other sequences or tokens than {_SEQUENCES} holds")
     return stats, sequences

@@ -35,17 +35,23 @@ _TRAINED_MARKS = "[[", "]]"
 
 
 def preprocess_data(
-    config: Config, console: Console, progress: Console, *, show: int = 0, as_json: bool = False, force: bool = False
+    config: Config,
+    console: Console,
+    progress_console: Console,
+    *,
+    num_samples: int = 0,
+    as_json: bool = False,
+    rebuild_cache: bool = False,
 ) -> None:
     """Prepare the data and print what became of it.
 
     Args:
         config: of the run; of its model only the tokenizer is read.
         console: for the result.
-        progress: for what is said meanwhile.
-        show: number of sequences of each source to print, as they are trained.
+        progress_console: for what is said meanwhile.
+        num_samples: number of sequences of each source to print, as they are trained.
         as_json: one object instead of a table.
-        force: tokenize anew what is in the cache.
+        rebuild_cache: tokenize anew what is in the cache.
 
     Raises:
         UserError: naming file, line and remedy.
@@ -54,7 +60,7 @@ def preprocess_data(
     tokenizer = load_tokenizer(base)
     if (base / "config.json").is_file():
         check_seq_len(config.data.seq_len, _read(base / "config.json"), config.model.base)
-    prepared = prepare_datasets(config.data, tokenizer, progress, force)
+    prepared = prepare_datasets(config.data, tokenizer, progress_console, rebuild_cache)
     figures = [_figures(name, source, config) for name, source in _named(prepared)]
     if as_json:
         tree = {"cache": str(data_cache_folder(config.data)), "sources": figures}
@@ -64,8 +70,8 @@ def preprocess_data(
     for figure, (_, source) in zip(figures, _named(prepared), strict=True):
         if per_answer := source.stats.per_answer():
             console.print(f"{source.path}: {per_answer}", markup=False, highlight=False, soft_wrap=True)
-        said = [f"{figure['path']}: {figure['folder']}", *(f"  skipped: {place}" for place in figure["bad_places"])]
-        console.print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
+        lines = [f"{figure['path']}: {figure['folder']}", *(f"  skipped: {place}" for place in figure["bad_places"])]
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
     for remark in data_warnings(prepared.train, prepared.eval):
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
@@ -75,16 +81,16 @@ def preprocess_data(
 
     for _, source in _named(prepared):
         colourless = console.color_system is None or console.no_color  # NO_COLOR leaves a terminal bold alone
-        for sample in _sample_texts(source, show, decode, marks=colourless):
+        for sample in _sample_texts(source, num_samples, decode, use_brackets=colourless):
             console.print(sample, soft_wrap=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); get the file anew") from None
-    return found if isinstance(found, dict) else {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _named(prepared: PreparedDatasets) -> list[tuple[str, PreparedSource]]:
@@ -160,23 +166,25 @@ def _table(figures: list[dict[str, Any]], seq_len: int) -> Table:
 
 def _first_pieces(pieces: Segments, count: int) -> Segments:
     """Return the first pieces by their place in the source; those of a source lie in the order of the packed rows."""
-    return pieces.take(np.lexsort((pieces.start, pieces.sequence))[:count])
+    return pieces.take(np.lexsort((pieces.start, pieces.sequence_index))[:count])
 
 
-def _sample_texts(source: PreparedSource, count: int, decode: DecodeFn, marks: bool) -> Iterator[Text]:
+def _sample_texts(source: PreparedSource, count: int, decode: DecodeFn, use_brackets: bool) -> Iterator[Text]:
     """Yield the first sequences as text, cut as they are trained; what is trained is in colour, or between marks."""
     sequences = source.rows.sequences
     pieces = _first_pieces(source.rows.pieces, count)
     for index, start, length in zip(
-        *(column.tolist() for column in (pieces.sequence, pieces.start, pieces.length)), strict=True
+        *(column.tolist() for column in (pieces.sequence_index, pieces.start, pieces.length)), strict=True
     ):
         whole = len(sequences.tokens(index))
         tokens = sequences.tokens(index)[start : start + length]
         trained = sequences.trained(index)[start : start + length].copy()
         trained[0] = False
-        of = f", tokens {start + 1:,} to {start + length:,} of {whole:,}" if length < whole else f": {whole:,} tokens"
-        title = f"{source.path}, sequence {index + 1}{of}, {int(trained.sum()):,} trained"
-        yield _mark_trained_tokens(title, tokens, trained, decode, marks)
+        extent = (
+            f", tokens {start + 1:,} to {start + length:,} of {whole:,}" if length < whole else f": {whole:,} tokens"
+        )
+        title = f"{source.path}, sequence {index + 1}{extent}, {int(trained.sum()):,} trained"
+        yield _mark_trained_tokens(title, tokens, trained, decode, use_brackets)
 
 
 def _mark_trained_tokens(
@@ -188,8 +196,8 @@ def _mark_trained_tokens(
     written = ""
     for start, end in pairwise(borders):
         # the whole beginning, since some tokenizers drop the space before the first word of a text
-        upto = decode(tokens[:end])
-        part, written = upto[len(written) :], upto
+        decoded = decode(tokens[:end])
+        part, written = decoded[len(written) :], decoded
         if trained[start]:
             before, after = _TRAINED_MARKS if marks else ("", "")
             text.append(f"{before}{part}{after}", _TRAINED_STYLE)

@@ -65,12 +65,12 @@ class RowEncoder:
         self._tokenizer = tokenizer
         self._mask = mask
         self._multi_turn = multi_turn
-        self._chat_template = chat_template
+        self._chat_template_name = chat_template
         # <|im_end|> is an added token, and not always a "special" one
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         self._end_tokens = tuple(text for text in added if text.strip())
         self._template = None if chat_template is None else read_chat_template(chat_template, tokenizer)
-        self._texts = TextEncoder(tokenizer)
+        self._text_encoder = TextEncoder(tokenizer)
         self._renderers: dict[str, ChatRenderer] = {}
         if self._template is not None:
             self._renderer(self._template)
@@ -82,7 +82,7 @@ class RowEncoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # for worker processes: a compiled template cannot be sent
-        return RowEncoder, (self._tokenizer, self._mask, self._chat_template, self._multi_turn)
+        return RowEncoder, (self._tokenizer, self._mask, self._chat_template_name, self._multi_turn)
 
     def encode(self, rows: Sequence[SourceRow]) -> list[EncodedSequence | list[EncodedSequence] | BadRow]:
         """Encode rows, each independent of the others, in their order.
@@ -97,20 +97,22 @@ class RowEncoder:
             UserError: no row of this kind can be encoded: there is no chat template, or the tokenizer does not tell
                 where its tokens lie in the text, which the mask needs.
         """
-        done: list[EncodedSequence | list[EncodedSequence] | BadRow | None] = [None] * len(rows)
+        results: list[EncodedSequence | list[EncodedSequence] | BadRow | None] = [None] * len(rows)
         texts: dict[bool, list[tuple[int, MaskedText]]] = {False: [], True: []}
         for index, row in enumerate(rows):
             text = self._write(row)
             if isinstance(text, BadRow):
-                done[index] = text
+                results[index] = text
             elif isinstance(text, list):
-                done[index] = self._encode_answers(text)
+                results[index] = self._encode_answers(text)
             else:
                 texts[text.closed].append((index, text))
         for closed, batch in texts.items():
-            for (index, _), encoded in zip(batch, self._texts.encode([text for _, text in batch], closed), strict=True):
-                done[index] = encoded
-        return [item for item in done if item is not None]
+            for (index, _), encoded in zip(
+                batch, self._text_encoder.encode([text for _, text in batch], closed), strict=True
+            ):
+                results[index] = encoded
+        return [item for item in results if item is not None]
 
     def fingerprint(self) -> str:
         """SHA-256 in hex of what tokens and flags depend on besides the row (and the date, if a template writes it)."""
@@ -119,16 +121,16 @@ class RowEncoder:
 
     def _encode_answers(self, answers: list[RenderedAnswer]) -> list[EncodedSequence]:
         """Encode each answer behind its prompt, of which the tokens are those that inference gives the model."""
-        wholes = self._texts.encode([_text(answer) for answer in answers], False)
-        prompts = self._texts.encode([MaskedText(answer.prompt, []) for answer in answers], False)
+        wholes = self._text_encoder.encode([_text(answer) for answer in answers], False)
+        prompts = self._text_encoder.encode([MaskedText(answer.prompt, []) for answer in answers], False)
         encoded = []
         for answer, whole, prompt in zip(answers, wholes, prompts, strict=True):
             length = len(prompt.tokens)
-            if np.array_equal(whole.tokens[:length], prompt.tokens) or not self._texts.are_bytes:
+            if np.array_equal(whole.tokens[:length], prompt.tokens) or not self._text_encoder.is_byte_level:
                 encoded.append(whole)
                 continue
             # a token straddles the border (two line feeds), which the model never sees when it is asked
-            (rest,) = self._texts.encode([MaskedText(answer.text, answer.spans)], False)
+            (rest,) = self._text_encoder.encode([MaskedText(answer.text, answer.spans)], False)
             tokens = np.concatenate([prompt.tokens, rest.tokens])
             encoded.append(EncodedSequence(tokens, np.concatenate([prompt.trained, rest.trained])))
         return encoded
@@ -140,29 +142,29 @@ class RowEncoder:
             text = row.prompt + row.completion
             if self._mask == "all":
                 return MaskedText(text, None, closed=True)
-            self._check_offsets(row.place)
+            self._require_offsets(row.place)
             return MaskedText(text, [(len(row.prompt), len(text))], closed=True)
         try:
-            return self._conversation(row)
+            return self._render_conversation(row)
         except UnsupportedConversationError as refused:
             return BadRow(row.place, str(refused))
 
-    def _conversation(self, row: MessagesRow) -> MaskedText | list[RenderedAnswer]:
-        renderer = self._renderer(self._template_of(row))
+    def _render_conversation(self, row: MessagesRow) -> MaskedText | list[RenderedAnswer]:
+        renderer = self._renderer(self._template_for_row(row))
         renderer = renderer.given(row.variables)
-        messages, tools = renderer.clean(row.messages), renderer.tools(row.tools)
+        messages, tools = renderer.prepare_messages(row.messages), renderer.tools(row.tools)
         trained = self._trained(row.messages)
-        everything = self._mask == "all"
-        if everything and all(trained):
+        trains_all = self._mask == "all"
+        if trains_all and all(trained):
             return MaskedText(renderer.text(messages, tools), None)
-        self._check_offsets(row.place)
-        indices = [index for index, flag in enumerate(trained) if flag != everything]
-        if self._multi_turn != "per-answer" or everything or not indices:
+        self._require_offsets(row.place)
+        indices = [index for index, flag in enumerate(trained) if flag != trains_all]
+        if self._multi_turn != "per-answer" or trains_all or not indices:
             try:
                 text, spans = render_with_turn_spans(renderer, messages, tools, indices, self._end_tokens)
-                return MaskedText(text, spans, inverted=everything)
+                return MaskedText(text, spans, spans_are_masked=trains_all)
             except RewrittenHistoryError:
-                if self._multi_turn == "whole" or everything:
+                if self._multi_turn == "whole" or trains_all:
                     raise
         return render_answers(renderer, messages, tools, indices, self._end_tokens)
 
@@ -175,19 +177,23 @@ class RowEncoder:
             if self._mask == "last" and True in flags:
                 last = len(flags) - 1 - flags[::-1].index(True)
                 flags = [index == last for index in range(len(flags))]
-        given = [message.get("train") for message in messages]
-        return [flag if train is None else train for flag, train in zip(flags, given, strict=True)]
+        train_flags = [message.get("train") for message in messages]
+        return [flag if train is None else train for flag, train in zip(flags, train_flags, strict=True)]
 
-    def _template_of(self, row: MessagesRow) -> str:
+    def _template_for_row(self, row: MessagesRow) -> str:
         if self._template is not None:
             return self._template
         try:
             template: str = self._tokenizer.get_chat_template(tools=row.tools or None)
         except (ValueError, NotImplementedError):  # none, or several of which none is the default
-            several = self._tokenizer.chat_template
-            has = f"only chat templates named {', '.join(several)}, and no default" if several else "no chat template"
+            named_templates = self._tokenizer.chat_template
+            available = (
+                f"only chat templates named {', '.join(named_templates)}, and no default"
+                if named_templates
+                else "no chat template"
+            )
             raise UserError(
-                f"{row.place}: the row is a conversation, and the tokenizer has {has}; write "
+                f"{row.place}: the row is a conversation, and the tokenizer has {available}; write "
                 f"data.chat_template: {', '.join(SHIPPED_TEMPLATES)} or the path of a Jinja file, or use an instruct model's "
                 "tokenizer"
             ) from None
@@ -198,14 +204,14 @@ class RowEncoder:
             try:
                 self._renderers[template] = ChatRenderer(template, self._tokenizer.special_tokens_map)
             except TemplateSyntaxError as error:
-                whose = self._chat_template or "none, so the tokenizer's is used"
+                template_origin = self._chat_template_name or "none, so the tokenizer's is used"
                 raise UserError(
-                    f"data.chat_template: {whose}: line {error.lineno} does not compile ({error.message}); correct it "
+                    f"data.chat_template: {template_origin}: line {error.lineno} does not compile ({error.message}); correct it "
                     "or give another"
                 ) from None
         return self._renderers[template]
 
-    def _check_offsets(self, place: str) -> None:
+    def _require_offsets(self, place: str) -> None:
         if not self._tokenizer.is_fast:
             raise UserError(
                 f"{place}: this tokenizer does not tell where its tokens lie in the text, which data.mask: "

@@ -59,9 +59,9 @@ class UnreadFields:
     variables: set[str] = dataclasses.field(default_factory=set)
     """Keys of `chat_template_kwargs`: the chat template may read them."""
 
-    def add_row(self, fields: dict[str, Any], read: frozenset[str]) -> None:
+    def add_row(self, fields: dict[str, Any], read_fields: frozenset[str]) -> None:
         """Add a row's fields which are not among those that are read."""
-        unread = fields.keys() - read
+        unread = fields.keys() - read_fields
         if unread <= self.rows or len(self.rows) >= _MAX_COLLECTED_NAMES:
             return
         self.rows |= {name for name in unread if fields[name] is not None}
@@ -102,12 +102,12 @@ _READ_MESSAGE_FIELDS = {
 """Fields that are read, or refused where the chat template does not write them."""
 
 
-def check_row_fields(fields: dict[str, Any], honoured: Iterable[str]) -> None:
+def check_row_fields(fields: dict[str, Any], format_fields: Iterable[str]) -> None:
     """Refuse a field that says how a conversation is to be trained and that is not read.
 
     Args:
         fields: of a row that holds a conversation, or a prompt and its completion.
-        honoured: names of those that the format reads.
+        format_fields: names of those that the format reads.
 
     Raises:
         Unusable: it has such a field.
@@ -133,7 +133,7 @@ def check_row_fields(fields: dict[str, Any], honoured: Iterable[str]) -> None:
             "...}"
         )
     for name in CONVERSATION_ROW_FIELDS:
-        if fields.get(name) and name not in honoured:
+        if fields.get(name) and name not in format_fields:
             raise InvalidRowError(
                 f"the row has a `{name}`, which rows of `messages` may have; take it out, or write `messages`"
             )

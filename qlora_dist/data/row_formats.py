@@ -34,27 +34,30 @@ class RowFormat(NamedTuple):
     """What becomes of the place and the fields of a row; raises `InvalidRowError`."""
     gather: Callable[[Iterator[RawRow | BadRow]], Iterator[RawRow | BadRow]] | None = None
     """What makes one row of several, before."""
-    optional: tuple[str, ...] = ()
+    optional_fields: tuple[str, ...] = ()
     """Fields that a row may have besides."""
-    asks: bool = False
+    applies_row_fields: bool = False
     """The row says by fields of its own what is asked and what is answered."""
 
 
 def parse_rows(
-    records: Iterator[RawRow | BadRow], format: DataFormat, why: str, names: UnreadFields | None = None
+    records: Iterator[RawRow | BadRow],
+    format: DataFormat,
+    format_reason: str,
+    unread_fields: UnreadFields | None = None,
 ) -> Iterator[SourceRow | BadRow]:
     """The rows of a source.
 
     Args:
         records: what its files hold.
         format: its shape; auto: that of the first row that has one.
-        why: who says so, for the complaint about a row that has another: 'data.format is text'.
-        names: where the fields that no format reads are collected.
+        format_reason: who says so, for the complaint about a row that has another: 'data.format is text'.
+        unread_fields: where the fields that no format reads are collected.
 
     Raises:
         UserError: no row has a known shape.
     """
-    names = UnreadFields() if names is None else names
+    unread_fields = UnreadFields() if unread_fields is None else unread_fields
     unknown: BadRow | None = None
     for record in records:
         if isinstance(record, BadRow):
@@ -64,8 +67,8 @@ def parse_rows(
         shape = _match_format(fields, format)
         if shape:
             if format == "auto":
-                why = f"the first row has it: {place}"
-            yield from _parse_matched_rows(chain([record], records), shape, why, names)
+                format_reason = f"the first row has it: {place}"
+            yield from _parse_matched_rows(chain([record], records), shape, format_reason, unread_fields)
             return
         bad = BadRow(place, _unknown_format_reason(fields))
         yield bad
@@ -93,15 +96,15 @@ def _unknown_format_reason(fields: dict[str, Any]) -> str:
 def _parse_matched_rows(
     records: Iterator[RawRow | BadRow], shape: RowFormat, why: str, names: UnreadFields
 ) -> Iterator[SourceRow | BadRow]:
-    whole = _check_fields(records, shape, why, names)
-    for record in shape.gather(whole) if shape.gather else whole:
+    checked = _check_fields(records, shape, why, names)
+    for record in shape.gather(checked) if shape.gather else checked:
         if isinstance(record, BadRow):
             yield record
             continue
         place, fields = record
         try:
             row = shape.row(place, fields)
-            if shape.asks:
+            if shape.applies_row_fields:
                 row = apply_row_fields(row, fields)
         except InvalidRowError as error:
             yield BadRow(place, str(error))
@@ -114,7 +117,7 @@ def _parse_matched_rows(
 def _check_fields(
     records: Iterator[RawRow | BadRow], shape: RowFormat, why: str, names: UnreadFields
 ) -> Iterator[RawRow | BadRow]:
-    read = frozenset((*shape.fields, *shape.optional))
+    read = frozenset((*shape.fields, *shape.optional_fields))
     for record in records:
         if not isinstance(record, BadRow):
             place, fields = record
@@ -123,8 +126,8 @@ def _check_fields(
                 record = BadRow(place, f"the row has no `{missing}` ({why}); add it or take the row out")
             else:
                 try:
-                    if shape.asks:
-                        check_row_fields(fields, shape.optional)
+                    if shape.applies_row_fields:
+                        check_row_fields(fields, shape.optional_fields)
                     names.add_row(fields, read)
                 except InvalidRowError as error:
                     record = BadRow(place, str(error))
@@ -144,17 +147,19 @@ def _prompt_completion(place: str, fields: dict[str, Any]) -> CompletionRow | Me
             raise InvalidRowError("the row has a `system`, and its prompt is a text; write it into the prompt")
         return CompletionRow(place, require_str(prompt, "`prompt`"), require_nonempty_str(completion, "`completion`"))
     # a conversation in two parts, as TRL has it
-    asked = prepend_system_message(parse_messages(prompt, "prompt", trained=False), system, trained=False)
+    prompt_messages = prepend_system_message(parse_messages(prompt, "prompt", default_train=False), system, train=False)
     return MessagesRow(
-        place, asked + parse_messages(completion, "completion", trained=True), parse_tools(fields.get("tools"))
+        place,
+        prompt_messages + parse_messages(completion, "completion", default_train=True),
+        parse_tools(fields.get("tools")),
     )
 
 
 def _alpaca(place: str, fields: dict[str, Any]) -> MessagesRow:
     instruction = require_str(fields["instruction"], "`instruction`")
-    given = fields.get("input")
-    if given is not None and require_str(given, "`input`").strip():
-        instruction = f"{instruction}\n\n{given}" if instruction else given
+    input_text = fields.get("input")
+    if input_text is not None and require_str(input_text, "`input`").strip():
+        instruction = f"{instruction}\n\n{input_text}" if instruction else input_text
     messages: list[Message] = []
     history = fields.get("history") or []
     if not isinstance(history, list):
@@ -219,21 +224,29 @@ def _text(place: str, fields: dict[str, Any]) -> TextRow:
 _CONVERSATION_FIELDS = ("system", *CONVERSATION_ROW_FIELDS)
 
 ROW_FORMATS = (
-    RowFormat("messages", ("messages",), _messages, optional=("tools", *_CONVERSATION_FIELDS), asks=True),
-    RowFormat("sharegpt", ("conversations",), parse_sharegpt_row, optional=("tools", *_CONVERSATION_FIELDS), asks=True),
+    RowFormat(
+        "messages", ("messages",), _messages, optional_fields=("tools", *_CONVERSATION_FIELDS), applies_row_fields=True
+    ),
+    RowFormat(
+        "sharegpt",
+        ("conversations",),
+        parse_sharegpt_row,
+        optional_fields=("tools", *_CONVERSATION_FIELDS),
+        applies_row_fields=True,
+    ),
     RowFormat(
         "alpaca",
         ("instruction", "output"),
         _alpaca,
-        optional=("input", "history", *_CONVERSATION_FIELDS),
-        asks=True,
+        optional_fields=("input", "history", *_CONVERSATION_FIELDS),
+        applies_row_fields=True,
     ),
     RowFormat(
         "prompt-completion",
         ("prompt", "completion"),
         _prompt_completion,
-        optional=("tools", *_CONVERSATION_FIELDS),
-        asks=True,
+        optional_fields=("tools", *_CONVERSATION_FIELDS),
+        applies_row_fields=True,
     ),
     RowFormat("oasst", ("message_tree_id", "prompt"), oasst.parse_oasst_tree),
     RowFormat(
@@ -241,7 +254,7 @@ ROW_FORMATS = (
         ("message_id", "parent_id", "role", "text"),
         oasst.parse_oasst_tree,
         oasst.assemble_oasst_trees,
-        optional=("message_tree_id", "rank", "deleted", "review_result"),
+        optional_fields=("message_tree_id", "rank", "deleted", "review_result"),
     ),
     RowFormat("hh-rlhf", ("chosen",), _hh_rlhf),
     RowFormat("flan", ("inputs", "targets"), _flan),

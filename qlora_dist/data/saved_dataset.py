@@ -54,9 +54,9 @@ def read_saved_dataset(folder: Path, split: str) -> Iterator[RawRow | BadRow]:
 
 def _read_json_list(path: Path, key: str) -> list[Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))[key]
+        value = json.loads(path.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        found = None
-    if not isinstance(found, list):
+        value = None
+    if not isinstance(value, list):
         raise UserError(f"{path}: is not what `datasets` writes; save the data set anew")
-    return found
+    return value

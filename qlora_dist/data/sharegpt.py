@@ -24,13 +24,13 @@ _ROLES = {
 _SPEAKERS = _ROLES.keys() - {"function_call"}
 
 
-def parse_sharegpt_row(place: str, tree: dict[str, Any]) -> MessagesRow:
+def parse_sharegpt_row(location: str, fields: dict[str, Any]) -> MessagesRow:
     """The conversation, opened by the row's `system` if it has one.
 
     Raises:
         Unusable: naming the message by its number, from 1.
     """
-    items = decode_json_field(tree["conversations"], "`conversations`")
+    items = decode_json_field(fields["conversations"], "`conversations`")
     if not isinstance(items, list):
         raise InvalidRowError(
             f"`conversations` is {json_type_name(items)}; write a list of objects with `from` and `value`"
@@ -38,7 +38,9 @@ def parse_sharegpt_row(place: str, tree: dict[str, Any]) -> MessagesRow:
     if not items:
         raise InvalidRowError("`conversations` is empty; add a message or take the row out")
     messages = _with_call_ids([_message(item, f"message {number}") for number, item in enumerate(items, start=1)])
-    return MessagesRow(place, prepend_system_message(messages, tree.get("system")), parse_tools(tree.get("tools")))
+    return MessagesRow(
+        location, prepend_system_message(messages, fields.get("system")), parse_tools(fields.get("tools"))
+    )
 
 
 def _with_call_ids(messages: list[Message]) -> list[Message]:
@@ -59,8 +61,8 @@ def _with_call_ids(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def prepend_system_message(messages: list[Message], system: Any, trained: bool | None = None) -> list[Message]:
-    """The messages behind a system message of this text, if there is one; `trained` is its `train`.
+def prepend_system_message(messages: list[Message], system: Any, train: bool | None = None) -> list[Message]:
+    """The messages behind a system message of this text, if there is one; `train` is its `train`.
 
     Raises:
         Unusable: it is no text, or the messages start with another one.
@@ -68,7 +70,7 @@ def prepend_system_message(messages: list[Message], system: Any, trained: bool |
     if system is None or not require_str(system, "`system`").strip():
         return messages
     if messages[0]["role"] != "system":
-        flag = {} if trained is None else {"train": trained}
+        flag = {} if train is None else {"train": train}
         return [{"role": "system", "content": system, **flag}, *messages]
     if messages[0].get("content") != system:
         raise InvalidRowError("the row has a `system`, and its first message is another; take one of them out")
@@ -87,10 +89,10 @@ def _message(item: Any, where: str) -> Message:
     speaker, value = require_str(item.get(names[0]), f"{where}: `{names[0]}`"), item.get(names[1])
     if speaker not in _ROLES:
         raise InvalidRowError(f"{where} is from {quote(speaker)}, who is not known; write one of {', '.join(_ROLES)}")
-    made = {name: child for name, child in item.items() if name not in names}
-    made |= {"role": _ROLES[speaker], "content": value}
+    parsed = {name: child for name, child in item.items() if name not in names}
+    parsed |= {"role": _ROLES[speaker], "content": value}
     if speaker == "function_call":
         calls = decode_json_text(value, f"{where}: the call") if isinstance(value, str) else value
         calls = calls if isinstance(calls, list) else [calls]
-        made |= {"content": None, "tool_calls": [parse_tool_call(call, f"{where}: the call") for call in calls]}
-    return parse_message(made, where)
+        parsed |= {"content": None, "tool_calls": [parse_tool_call(call, f"{where}: the call") for call in calls]}
+    return parse_message(parsed, where)

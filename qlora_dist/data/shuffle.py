@@ -55,21 +55,25 @@ def shuffled_epoch(epoch: int, sources: SourceSizes, seed: int) -> npt.NDArray[n
     first = 0
     for source, (count, weight) in enumerate(sources):
         begin, end = (round(e * count * weight) for e in (epoch, epoch + 1))
-        for lap in range(begin // count, -(-end // count)):
-            here = slice(max(begin - lap * count, 0), min(end - lap * count, count))
+        for pass_index in range(begin // count, -(-end // count)):
+            lap_slice = slice(max(begin - pass_index * count, 0), min(end - pass_index * count, count))
             rows = np.arange(first, first + count, dtype=dtype)
             # a whole lap needs no order of its own: the epoch is shuffled anyway
-            parts.append(rows if here == slice(0, count) else _generator(seed, lap, source + 1).permutation(rows)[here])
+            parts.append(
+                rows
+                if lap_slice == slice(0, count)
+                else _generator(seed, pass_index, source + 1).permutation(rows)[lap_slice]
+            )
         first += count
     rows = np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
     return _generator(seed, epoch).permutation(rows)
 
 
 def length_grouped_order(
-    order: npt.NDArray[np.integer],
+    row_order: npt.NDArray[np.integer],
     lengths: npt.NDArray[np.integer],
     global_batch: int,
-    position: int,
+    start_position: int,
     epoch: int,
     seed: int,
 ) -> npt.NDArray[np.integer]:
@@ -79,21 +83,21 @@ def length_grouped_order(
     rows at the epoch's ends that share a step with another epoch stay as they are.
 
     Args:
-        order: the rows of an epoch, shuffled.
+        row_order: the rows of an epoch, shuffled.
         lengths: tokens of each row of all sources.
         global_batch: rows of a step.
-        position: of the epoch's first row in the stream.
+        start_position: of the epoch's first row in the stream.
         epoch: its number.
         seed: of the order.
     """
-    begin = min(-position % global_batch, len(order))
-    end = begin + (len(order) - begin) // global_batch * global_batch
-    whole = order[begin:end].copy()
-    for start in range(0, len(whole), MEGA_BATCH_MULT * global_batch):
-        mega = whole[start : start + MEGA_BATCH_MULT * global_batch]
-        mega[:] = mega[np.argsort(lengths[mega], kind="stable")]
-    batches = _generator(seed, epoch, 0, 1).permutation(whole.reshape(-1, global_batch))
-    return np.concatenate([order[:begin], batches.reshape(-1), order[end:]])
+    begin = min(-start_position % global_batch, len(row_order))
+    end = begin + (len(row_order) - begin) // global_batch * global_batch
+    full_batches = row_order[begin:end].copy()
+    for start in range(0, len(full_batches), MEGA_BATCH_MULT * global_batch):
+        mega_batch = full_batches[start : start + MEGA_BATCH_MULT * global_batch]
+        mega_batch[:] = mega_batch[np.argsort(lengths[mega_batch], kind="stable")]
+    batches = _generator(seed, epoch, 0, 1).permutation(full_batches.reshape(-1, global_batch))
+    return np.concatenate([row_order[:begin], batches.reshape(-1), row_order[end:]])
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:

@@ -19,21 +19,24 @@ from qlora_dist.errors import UserError
 
 
 def read_source_rows(
-    source: SourceConfig, default: DataFormat = "auto", names: UnreadFields | None = None, revision: str | None = None
+    source: SourceConfig,
+    default_format: DataFormat = "auto",
+    unread_fields: UnreadFields | None = None,
+    revision: str | None = None,
 ) -> Iterator[SourceRow | BadRow]:
     """The rows of a source, in their order, one held at a time.
 
     Args:
         source: a file, a folder of files, a folder saved by `datasets`, or a data set's name on the hub.
-        default: the format, if the source names none (`data.format`).
-        names: where the fields that no format reads are collected.
+        default_format: the format, if the source names none (`data.format`).
+        unread_fields: where the fields that no format reads are collected.
         revision: commit of a data set on the hub; None: the newest.
 
     Raises:
         UserError: in the course of it: what no single row is to blame for.
     """
-    why = f"the source's format is {source.format}" if source.format else f"data.format is {default}"
-    rows = parse_rows(_read_raw_rows(source, revision), source.format or default, why, names)
+    format_reason = f"the source's format is {source.format}" if source.format else f"data.format is {default_format}"
+    rows = parse_rows(_read_raw_rows(source, revision), source.format or default_format, format_reason, unread_fields)
     empty = True
     for row in rows:
         empty = False

@@ -48,27 +48,27 @@ def find_split_files(folder: Path, subset: str | None, split: str) -> list[Path]
     Raises:
         UserError: there is no such file, or the names leave it open.
     """
-    found = [_DataFile(path, None, _split_of(path)) for path in _files_in(folder)]
-    if subset is not None or not found:
-        within = list(_nested_files(folder, None, None, 1))
-        found = _select_subset(folder, within, subset) if within or subset is not None else found
-    if not found:
+    files = [_DataFile(path, None, _split_of(path)) for path in _files_in(folder)]
+    if subset is not None or not files:
+        nested = list(_nested_files(folder, None, None, 1))
+        files = _select_subset(folder, nested, subset) if nested or subset is not None else files
+    if not files:
         raise UserError(f"{folder}: the folder has no data file; put files ending in {DATA_FILE_TYPES} there")
-    splits = sorted({file.split for file in found if file.split is not None})
-    others = [file.path.name for file in found if file.split is None]
+    splits = sorted({file.split for file in files if file.split is not None})
+    others = [file.path.name for file in files if file.split is None]
     if not splits or splits == ["train"]:
         if split != "train":
             raise UserError(f"{folder}: has no splits; take split: {split} out")
-        return [file.path for file in found]
+        return [file.path for file in files]
     if others:
         raise UserError(
             f"{folder}: has files of the splits {join_names(splits)} and others ({others[0]}); give a file, or a pattern "
             "such as FOLDER/*.jsonl, as the path"
         )
-    wanted = _SPLIT_ALIASES.get(split, split)
+    split_name = _SPLIT_ALIASES.get(split, split)
     if len(splits) == 1 and split == "train":  # the default, and there is nothing to choose
-        wanted = splits[0]
-    chosen = [file.path for file in found if file.split == wanted]
+        split_name = splits[0]
+    chosen = [file.path for file in files if file.split == split_name]
     if not chosen:
         raise UserError(f"{folder}: has no split '{split}'; set `split` to one of {join_names(splits)}")
     return chosen
@@ -86,8 +86,8 @@ def glob_data_files(pattern: str) -> list[Path]:
         UserError: none does.
     """
     # Path.glob takes no absolute patterns
-    found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
-    files = [path for path in found if path.is_file()]
+    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+    files = [path for path in paths if path.is_file()]
     if not files:
         raise UserError(f"{pattern}: no file matches; give the path of a file or folder that is there")
     return files
@@ -106,15 +106,15 @@ def _nested_files(folder: Path, configuration: str | None, split: str | None, de
     if depth > _MAX_FOLDER_DEPTH:
         return
     try:
-        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror or error}); give a folder that can") from None
-    for path in inner:
+    for path in subfolders:
         own_split = _SPLIT_ALIASES.get(path.name, split)
-        own = configuration if path.name == _DATA or path.name in _SPLIT_ALIASES else path.name
+        own_configuration = configuration if path.name == _DATA or path.name in _SPLIT_ALIASES else path.name
         for file in _files_in(path):
-            yield _DataFile(file, own, _split_of(file) or own_split)
-        yield from _nested_files(path, own, own_split, depth + 1)
+            yield _DataFile(file, own_configuration, _split_of(file) or own_split)
+        yield from _nested_files(path, own_configuration, own_split, depth + 1)
 
 
 def _split_of(path: Path) -> str | None:

@@ -45,9 +45,9 @@ class _NonFiniteConstant(str):
 
 def _locate_constant(text: str) -> str:
     """Say where the first constant stands: '`scores[2].mean` is NaN, which is no number in JSON'."""
-    left: list[tuple[str, Any]] = [("", json.loads(text, parse_constant=_NonFiniteConstant, parse_int=len))]
-    while left:  # a tree may be as deep as Python's stack
-        where, value = left.pop()
+    pending: list[tuple[str, Any]] = [("", json.loads(text, parse_constant=_NonFiniteConstant, parse_int=len))]
+    while pending:  # a tree may be as deep as Python's stack
+        where, value = pending.pop()
         if isinstance(value, _NonFiniteConstant):
             name = where.removeprefix(".")[:80]
             return (
@@ -60,7 +60,7 @@ def _locate_constant(text: str) -> str:
             inner = [(f"{where}.{key}", child) for key, child in value.items()]
         elif isinstance(value, list):
             inner = [(f"{where}[{index}]", child) for index, child in enumerate(value)]
-        left += reversed(inner)
+        pending += reversed(inner)
     raise AssertionError("the text has no constant")
 
 
@@ -78,7 +78,7 @@ def json_error_reason(error: ValueError | RecursionError, start: int = 0) -> str
 def load_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a small file; empty if it cannot be read or holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return tree if isinstance(tree, dict) else {}

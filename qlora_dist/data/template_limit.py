@@ -32,22 +32,22 @@ class TemplateLimiter:
     """
 
     def __init__(self) -> None:
-        self._is_armed = self._is_writing = False
-        self._began_s, self._began_bytes = 0.0, 0
+        self._is_timer_set = self._is_rendering = False
+        self._start_cpu_s, self._start_memory_bytes = 0.0, 0
 
     @contextmanager
-    def armed(self) -> Iterator[None]:
+    def enable_timer(self) -> Iterator[None]:
         """Set the timer once for many texts: a quarter of a short one's time, if each does it for itself."""
-        if self._is_armed or threading.current_thread() is not threading.main_thread():
+        if self._is_timer_set or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.signal(signal.SIGPROF, self._look)
         signal.setitimer(signal.ITIMER_PROF, _CHECK_INTERVAL_S, _CHECK_INTERVAL_S)
-        self._is_armed = True
+        self._is_timer_set = True
         try:
             yield
         finally:
-            self._is_armed = False
+            self._is_timer_set = False
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, before)
 
@@ -57,26 +57,26 @@ class TemplateLimiter:
         Raises:
             TemplateLimitError: it has used too much.
         """
-        if not self._is_armed:
-            with self.armed():
+        if not self._is_timer_set:
+            with self.enable_timer():
                 return self._call(function, *args, **kwargs)
         return self._call(function, *args, **kwargs)
 
     def _call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        self._began_s, self._began_bytes, self._is_writing = time.process_time(), 0, True
+        self._start_cpu_s, self._start_memory_bytes, self._is_rendering = time.process_time(), 0, True
         try:
             return function(*args, **kwargs)
         finally:
-            self._is_writing = False
+            self._is_rendering = False
 
     def _look(self, number: int, frame: FrameType | None) -> None:
-        if not self._is_writing:
+        if not self._is_rendering:
             return
-        if time.process_time() - self._began_s > MAX_CPU_S:
+        if time.process_time() - self._start_cpu_s > MAX_CPU_S:
             raise TemplateLimitError(f"it takes more than {MAX_CPU_S:g} s of processor time")
         held_bytes = psutil.Process().memory_info().rss
-        self._began_bytes = self._began_bytes or held_bytes
-        if held_bytes - self._began_bytes > MAX_MEMORY_GROWTH_BYTES:
+        self._start_memory_bytes = self._start_memory_bytes or held_bytes
+        if held_bytes - self._start_memory_bytes > MAX_MEMORY_GROWTH_BYTES:
             raise TemplateLimitError(f"it takes more than {MAX_MEMORY_GROWTH_BYTES / 2**30:g} GiB of memory")
 
 

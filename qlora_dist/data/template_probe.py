@@ -51,10 +51,10 @@ class TemplateProbe:
     def __init__(self, template: str, render: Callable[[list[Message]], str]) -> None:
         self._template = template
         self._render = render
-        self._usual = {"user", "assistant"}
+        self._rendered_roles = {"user", "assistant"}
         """Roles that are known and written."""
-        self._named: frozenset[str] | None = None
-        self._thoughts: dict[bool, bool] = {}
+        self._compared_words: frozenset[str] | None = None
+        self._renders_reasoning_cache: dict[bool, bool] = {}
         """Whether thoughts are written: of an answer, and of one that calls tools."""
 
     def of(self, render: Callable[[list[Message]], str]) -> TemplateProbe:
@@ -67,45 +67,45 @@ class TemplateProbe:
         Raises:
             Refused: naming the message by its number, from 1.
         """
-        if self._usual.issuperset([message["role"] for message in messages]):
+        if self._rendered_roles.issuperset([message["role"] for message in messages]):
             return
         for index, message in enumerate(messages):
             role = message["role"]
-            if role in self._usual:
+            if role in self._rendered_roles:
                 continue
-            known = role in CHAT_ROLES or (role not in _ROLE_ALIASES and role in self._named_roles())
+            known = role in CHAT_ROLES or (role not in _ROLE_ALIASES and role in self._words_in_comparisons())
             if not known and "train" not in message:
                 raise UnsupportedConversationError(
                     f"message {index + 1} has the role {quote(role)}, which is not known; {_role_suggestion(role)}, or give "
                     "the message a `train` of true or false"
                 )
-            if self._writes_role(role):
+            if self._renders_role(role):
                 if known:
-                    self._usual.add(role)
-            elif self._is_lost(messages, index, "content"):
+                    self._rendered_roles.add(role)
+            elif self._is_not_rendered(messages, index, "content"):
                 raise UnsupportedConversationError(
                     f"message {index + 1} has the role {quote(role)}, and the chat template writes nothing for it; "
                     "give it a role that the template writes, or use another template"
                 )
 
-    def check_thoughts(self, messages: list[Message], given: list[Message]) -> None:
+    def check_reasoning(self, messages: list[Message], original_messages: list[Message]) -> None:
         """Check that the template writes what the assistant thought, at least in the last turn that has a thought.
 
         Many templates leave out the thoughts of earlier turns, because a model does not see these at inference.
 
         Args:
             messages: as the template sees them, with every name of a thought.
-            given: the same messages with the names that the row has.
+            original_messages: the same messages with the names that the row has.
 
         Raises:
             Refused: it writes none.
         """
         for index in reversed(range(len(messages))):
-            message = given[index]
+            message = original_messages[index]
             field = next((name for name in _REASONING_FIELDS if message.get(name) and str(message[name]).strip()), None)
             if field is None or message["role"] != "assistant":
                 continue
-            if not self._writes_thoughts(bool(message.get("tool_calls"))) and self._is_lost(
+            if not self._renders_reasoning(bool(message.get("tool_calls"))) and self._is_not_rendered(
                 messages[: index + 1], index, *_REASONING_FIELDS
             ):
                 raise UnsupportedConversationError(
@@ -114,44 +114,49 @@ class TemplateProbe:
                 )
             return
 
-    def _writes_role(self, role: str) -> bool:
-        said: Message = {"role": role, "content": _MARK, "name": "f", "tool_call_id": _CALL["id"]}
-        probes = [[said, _USER], [_USER, _CALLS, said], [_USER, said], [said, _USER, _ANSWER]]
-        return any(_MARK in self._rendered(probe) for probe in probes)
+    def _renders_role(self, role: str) -> bool:
+        probe_message: Message = {"role": role, "content": _MARK, "name": "f", "tool_call_id": _CALL["id"]}
+        probes = [
+            [probe_message, _USER],
+            [_USER, _CALLS, probe_message],
+            [_USER, probe_message],
+            [probe_message, _USER, _ANSWER],
+        ]
+        return any(_MARK in self._render_or_empty(probe) for probe in probes)
 
-    def _writes_thoughts(self, calls: bool) -> bool:
-        if calls not in self._thoughts:
+    def _renders_reasoning(self, calls: bool) -> bool:
+        if calls not in self._renders_reasoning_cache:
             answer = {**(_CALLS if calls else _ANSWER), **dict.fromkeys(_REASONING_FIELDS, _MARK)}
-            self._thoughts[calls] = _MARK in self._rendered([_USER, answer])
-        return self._thoughts[calls]
+            self._renders_reasoning_cache[calls] = _MARK in self._render_or_empty([_USER, answer])
+        return self._renders_reasoning_cache[calls]
 
-    def _is_lost(self, messages: list[Message], index: int, *fields: str) -> bool:
+    def _is_not_rendered(self, messages: list[Message], index: int, *fields: str) -> bool:
         """Return whether the text is the same whatever these fields of the message hold."""
         message = messages[index]
-        given = {name: f"{message[name]}{_MARK}" for name in fields if message.get(name)}
-        if not given:
+        marked_fields = {name: f"{message[name]}{_MARK}" for name in fields if message.get(name)}
+        if not marked_fields:
             return False
-        changed = [*messages[:index], {**message, **given}, *messages[index + 1 :]]
-        text = self._rendered(messages)
-        return text != "" and text == self._rendered(changed)
+        changed = [*messages[:index], {**message, **marked_fields}, *messages[index + 1 :]]
+        text = self._render_or_empty(messages)
+        return text != "" and text == self._render_or_empty(changed)
 
-    def _rendered(self, messages: list[Message]) -> str:
+    def _render_or_empty(self, messages: list[Message]) -> str:
         try:
             return self._render(messages)
         except UnsupportedConversationError:
             return ""
 
-    def _named_roles(self) -> frozenset[str]:
+    def _words_in_comparisons(self) -> frozenset[str]:
         """Return the words that the template compares something with: roles of its own are among them."""
-        if self._named is None:
+        if self._compared_words is None:
             from jinja2 import nodes
             from transformers.utils import chat_template_utils
 
             environment = chat_template_utils._compile_jinja_template(self._template).environment
             compared = environment.parse(self._template).find_all(nodes.Compare)
             words = (const.value for node in compared for const in node.find_all(nodes.Const))
-            self._named = frozenset(word for word in words if isinstance(word, str))
-        return self._named
+            self._compared_words = frozenset(word for word in words if isinstance(word, str))
+        return self._compared_words
 
 
 def _role_suggestion(role: str) -> str:

@@ -36,7 +36,7 @@ class MaskedText(NamedTuple):
     text: str
     spans: list[CharSpan] | None
     """Where its trained characters are, in ascending order; None: everywhere."""
-    inverted: bool = False
+    spans_are_masked: bool = False
     """The spans are those that are not trained."""
     closed: bool = False
     """It begins and ends as the tokenizer's texts do, where a conversation has what the template writes."""
@@ -57,32 +57,32 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._byte_lengths = token_byte_lengths(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
-        self._swallowing = frozenset(index for index, token in added if token.lstrip or token.rstrip)
-        self._before, self._behind = surrounding_special_tokens(tokenizer)
+        self._stripping_tokens = frozenset(index for index, token in added if token.lstrip or token.rstrip)
+        self._prefix_tokens, self._behind = surrounding_special_tokens(tokenizer)
 
     @property
-    def are_bytes(self) -> bool:
+    def is_byte_level(self) -> bool:
         """Whether tokens are the text's bytes, so that parts of a text may be tokenized apart."""
         return self._byte_lengths is not None
 
-    def encode(self, texts: Sequence[MaskedText], closed: bool) -> list[EncodedSequence]:
+    def encode(self, texts: Sequence[MaskedText], add_special_tokens: bool) -> list[EncodedSequence]:
         """Encode texts which are all closed, or all not."""
         if not texts:
             return []
         adds = (
-            closed
+            add_special_tokens
             and self._byte_lengths is not None
             and self._tokenizer.backend_tokenizer.num_special_tokens_to_add(False) > 0
         )
         if self._byte_lengths is None or (adds and any(text.spans is not None for text in texts)):
-            return self._by_offsets(texts, closed)
-        encoded = self._by_bytes(texts, closed, self._byte_lengths)
+            return self._by_offsets(texts, add_special_tokens)
+        encoded = self._encode_by_bytes(texts, add_special_tokens, self._byte_lengths)
         by_bytes = [item for item in encoded if item is not None]
         if len(by_bytes) == len(encoded):
             return by_bytes
-        again = [text for text, item in zip(texts, encoded, strict=True) if item is None]
-        other = iter(self._by_offsets(again, closed))
-        return [next(other) if item is None else item for item in encoded]
+        fallback_indices = [text for text, item in zip(texts, encoded, strict=True) if item is None]
+        fallback = iter(self._by_offsets(fallback_indices, add_special_tokens))
+        return [next(fallback) if item is None else item for item in encoded]
 
     def _by_offsets(self, texts: Sequence[MaskedText], closed: bool) -> list[EncodedSequence]:
         batch = self._tokenizer(
@@ -93,33 +93,33 @@ class TextEncoder:
             verbose=False,
         )
         ids = batch["input_ids"]
-        removed = self._close(ids, texts) if closed else [0] * len(texts)
+        removed_prefix = self._close(ids, texts) if closed else [0] * len(texts)
         encoded = []
         for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
             trained = np.ones(len(tokens), np.bool_)
             if text.spans is not None:
-                inside = loss_mask_from_spans(batch.encodings[index], text.spans)
-                if not self._swallowing.isdisjoint(tokens):
-                    self._correct_swallowing(inside, batch.encodings[index], text)
-                inside = inside[removed[index] :][: len(tokens)]
-                trained[: len(inside)] = inside != text.inverted
-                trained[len(tokens) - 1 :] |= closed and self._is_ended(tokens)
+                in_spans = loss_mask_from_spans(batch.encodings[index], text.spans)
+                if not self._stripping_tokens.isdisjoint(tokens):
+                    self._exclude_stripped_space(in_spans, batch.encodings[index], text)
+                in_spans = in_spans[removed_prefix[index] :][: len(tokens)]
+                trained[: len(in_spans)] = in_spans != text.spans_are_masked
+                trained[len(tokens) - 1 :] |= closed and self._ends_with_eos(tokens)
             encoded.append(EncodedSequence(np.array(tokens, np.int32), trained))
         return encoded
 
-    def _correct_swallowing(self, inside: npt.NDArray[np.bool_], encoding: Encoding, text: MaskedText) -> None:
+    def _exclude_stripped_space(self, inside: npt.NDArray[np.bool_], encoding: Encoding, text: MaskedText) -> None:
         """Count a token that takes the white space beside it where its own text stands.
 
         Phi-3's `<|assistant|>` is one: an answer that begins with white space would make the model learn to write it.
         """
         for place, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
-            if token in self._swallowing:
+            if token in self._stripping_tokens:
                 written = text.text[start:end]
                 first = start + len(written) - len(written.lstrip())
                 last = start + len(written.rstrip())
                 inside[place] = any(max(first, one) < min(last, other) for one, other in text.spans or ())
 
-    def _by_bytes(
+    def _encode_by_bytes(
         self, texts: Sequence[MaskedText], closed: bool, byte_lengths: npt.NDArray[np.int64]
     ) -> list[EncodedSequence | None]:
         """None: the text is not what its tokens are written as."""
@@ -136,38 +136,41 @@ class TextEncoder:
         # all texts one behind the other: numpy's calls are worth it for thousands of tokens, not for a hundred
         bounds = np.cumsum([0, *map(len, ids)])
         tokens = np.fromiter(chain.from_iterable(ids), np.int32, bounds[-1])
-        places = np.zeros(len(tokens) + 1, np.int64)
-        np.cumsum(byte_lengths[tokens], out=places[1:])
+        byte_offsets = np.zeros(len(tokens) + 1, np.int64)
+        np.cumsum(byte_lengths[tokens], out=byte_offsets[1:])
         trained = np.ones(len(tokens), np.bool_)
         rows = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
         usable = [True] * len(texts)
-        borders: list[int] = []
-        values: list[bool] = []
+        span_borders: list[int] = []
+        span_flags: list[bool] = []
         for index, (text, (first, last)) in enumerate(zip(texts, rows, strict=True)):
             if text.spans is None:
                 continue
             start, end = (
-                int(places[first]),
-                int(places[first + counts[index]]),
+                int(byte_offsets[first]),
+                int(byte_offsets[first + counts[index]]),
             )  # in bytes, without what was put behind it
             usable[index] = end - start == _utf8_length(text.text) and unicodedata.is_normalized("NFC", text.text)
             if not usable[index]:
                 continue
-            trained[first:last] = text.inverted
-            trained[last - 1 : last] |= closed and self._is_ended(ids[index])
+            trained[first:last] = text.spans_are_masked
+            trained[last - 1 : last] |= closed and self._ends_with_eos(ids[index])
             for span in text.spans:
                 if span[0] < span[1]:  # a token that straddles an empty span is not in it
-                    borders += (start + _utf8_length(text.text, span[0]), start + _utf8_length(text.text, span[1]) - 1)
-                    values.append(not text.inverted)
-        found = (places.searchsorted(borders, side="right") - 1).tolist()
-        for value, first, last in zip(values, found[::2], found[1::2], strict=True):
+                    span_borders += (
+                        start + _utf8_length(text.text, span[0]),
+                        start + _utf8_length(text.text, span[1]) - 1,
+                    )
+                    span_flags.append(not text.spans_are_masked)
+        border_tokens = (byte_offsets.searchsorted(span_borders, side="right") - 1).tolist()
+        for value, first, last in zip(span_flags, border_tokens[::2], border_tokens[1::2], strict=True):
             trained[first : last + 1] = value
         return [
             EncodedSequence(tokens[first:last], trained[first:last]) if use else None
             for (first, last), use in zip(rows, usable, strict=True)
         ]
 
-    def _is_ended(self, tokens: list[int]) -> bool:
+    def _ends_with_eos(self, tokens: list[int]) -> bool:
         return bool(tokens) and tokens[-1] == self._tokenizer.eos_token_id
 
     def _close(self, ids: list[list[int]], texts: Sequence[MaskedText]) -> list[int]:
@@ -176,28 +179,30 @@ class TextEncoder:
         Returns:
             For each text the number of tokens that were removed in front of it.
         """
-        eos, before = self._tokenizer.eos_token_id, self._before
+        eos, before = self._tokenizer.eos_token_id, self._prefix_tokens
         removed = [len(before) * (tokens[: 2 * len(before)] == before * 2) for tokens in ids]
-        for tokens, text, front in zip(ids, texts, removed, strict=True):
-            del tokens[:front]
+        for tokens, text, prefix_length in zip(ids, texts, removed, strict=True):
+            del tokens[:prefix_length]
             if eos is None:
                 continue
-            behind = len(self._behind) * (self._behind == [eos] and tokens[-1:] == [eos])
-            own = len(tokens) - behind
+            suffix_length = len(self._behind) * (self._behind == [eos] and tokens[-1:] == [eos])
+            text_length = len(tokens) - suffix_length
             # the token is looked for as well, because a tokenizer may be set to split the texts of special tokens
-            if text.text.rstrip().endswith(str(self._tokenizer.eos_token)) and eos in tokens[:own]:
-                del tokens[own:]
-            elif not self._is_ended(tokens):
+            if text.text.rstrip().endswith(str(self._tokenizer.eos_token)) and eos in tokens[:text_length]:
+                del tokens[text_length:]
+            elif not self._ends_with_eos(tokens):
                 tokens.append(eos)
         return removed
 
 
 def surrounding_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the tokens that the tokenizer puts before and behind every text."""
-    with_them, alone = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
-    for start in range(len(with_them) - len(alone) + 1):
-        if alone and with_them[start : start + len(alone)] == alone:
-            return list(with_them[:start]), list(with_them[start + len(alone) :])
+    with_special, without_special = (
+        tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False)
+    )
+    for start in range(len(with_special) - len(without_special) + 1):
+        if without_special and with_special[start : start + len(without_special)] == without_special:
+            return list(with_special[:start]), list(with_special[start + len(without_special) :])
     return [], []
 
 

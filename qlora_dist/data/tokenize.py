@@ -67,12 +67,12 @@ class TokenizeStats:
 
     def left_out(self) -> str:
         """For people: which rows are not trained; empty if all are."""
-        said = []
+        parts = []
         if self.bad_rows:
-            said.append(f"{self.bad_rows:,} cannot be used and are skipped (the first: {self.bad_places[0]})")
+            parts.append(f"{self.bad_rows:,} cannot be used and are skipped (the first: {self.bad_places[0]})")
         if self.untrained_rows:
-            said.append(f"{self.untrained_rows:,} have no token to train")
-        return f"of {self.rows:,} rows {', '.join(said)}" if said else ""
+            parts.append(f"{self.untrained_rows:,} have no token to train")
+        return f"of {self.rows:,} rows {', '.join(parts)}" if parts else ""
 
     def per_answer(self) -> str:
         """Say which rows are trained answer by answer; empty if none are."""
@@ -88,23 +88,23 @@ class _EncodedChunk(NamedTuple):
     """A chunk in tokens."""
 
     rows: int
-    bad: list[BadRow]
+    bad_rows: list[BadRow]
     untrained: int
     per_answer: int
-    answers: int
+    per_answer_sequences: int
     sequences: FlatSequences
 
 
 def tokenize_to_file(
     rows: Iterable[SourceRow | BadRow],
     encoder: RowEncoder,
-    out: Path,
+    output_path: Path,
     *,
     workers: int | Literal["auto"] = "auto",
     on_bad_row: Literal["error", "skip"] = "error",
     max_bad_rows: int | str = 100,
-    rejected: Path | None = None,
-    name: str = "data",
+    bad_rows_path: Path | None = None,
+    source_name: str = "data",
     progress: Callable[[int], None] = lambda rows: None,
 ) -> TokenizeStats:
     """Encode rows and write those with something to train. The file depends on the rows alone, not on `workers`.
@@ -112,30 +112,30 @@ def tokenize_to_file(
     Args:
         rows: from `read_rows`; never more of them in memory than a few chunks for each worker.
         encoder: turns them into tokens.
-        out: the file, for `Sequences.open`.
+        output_path: the file, for `Sequences.open`.
         workers: processes that encode; auto: the cores that this process may use.
         on_bad_row: stop at the first bad row, or skip it.
         max_bad_rows: how many may be skipped: a number, or a share of all rows such as 1%.
-        rejected: a file for the places and reasons of all bad rows; none is written without one.
-        name: of the source in a complaint.
+        bad_rows_path: a file for the places and reasons of all bad rows; none is written without one.
+        source_name: of the source in a complaint.
         progress: called now and then with the number of rows done.
 
     Raises:
         UserError: a bad row, always the first one of the source; too many of them; no row with something to train;
             whatever `rows` raises, at its place among the rows.
-        OSError: `out` cannot be written.
+        OSError: `output_path` cannot be written.
     """
     stats = TokenizeStats()
     digests = [hashlib.sha256() for _ in range(3)]
-    with SequenceWriter(out) as writer, _BadRowFile(rejected) as rejects:
+    with SequenceWriter(output_path) as writer, _BadRowFile(bad_rows_path) as rejects:
         for part in _encode_chunks(rows, encoder, workers):
             stats.rows += part.rows
-            for bad in part.bad:
-                _count_bad_row(bad, stats, on_bad_row, max_bad_rows, name)
+            for bad in part.bad_rows:
+                _count_bad_row(bad, stats, on_bad_row, max_bad_rows, source_name)
                 rejects.append(bad)
             stats.untrained_rows += part.untrained
             stats.per_answer_rows += part.per_answer
-            stats.per_answer_sequences += part.answers
+            stats.per_answer_sequences += part.per_answer_sequences
             stats.sequences += len(part.sequences.lengths)
             stats.tokens += len(part.sequences.tokens)
             stats.trained_tokens += int(part.sequences.trained.sum())
@@ -146,11 +146,11 @@ def tokenize_to_file(
                 digest.update(content)
             writer.append(part.sequences)
             progress(stats.rows)
-        _check_bad_row_share(stats, max_bad_rows, name)
+        _check_bad_row_share(stats, max_bad_rows, source_name)
         if not stats.sequences:
             skipped = f" ({stats.bad_rows} of them could not be used)" if stats.bad_rows else ""
             raise UserError(
-                f"{name}: none of the {stats.rows} rows has a token to train{skipped}; give rows with a non-empty "
+                f"{source_name}: none of the {stats.rows} rows has a token to train{skipped}; give rows with a non-empty "
                 "`text`, or with messages of the role 'assistant'"
             )
     stats.sha256 = hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
@@ -208,18 +208,18 @@ def _encode_chunks(
     chunks = _chunks(rows)
     # more processes than chunks would only be started; and one has the work done sooner than it starts another. Other
     # ranks wait for what these do: they need not share the cores
-    most = usable_cpu_count() if workers == "auto" else workers
-    first = list(islice(chunks, most)) if most > 1 else []
-    chunks = chain(first, chunks)
-    if len(first) < 2:
+    max_workers = usable_cpu_count() if workers == "auto" else workers
+    first_chunks = list(islice(chunks, max_workers)) if max_workers > 1 else []
+    chunks = chain(first_chunks, chunks)
+    if len(first_chunks) < 2:
         for chunk in chunks:
             yield _encode(_raise_if_error(chunk), encoder)
         return
-    with _worker_pool(len(first), encoder) as pool:
+    with _worker_pool(len(first_chunks), encoder) as pool:
         pending: deque[Future[_EncodedChunk] | UserError] = deque()
         for chunk in chunks:
             pending.append(chunk if isinstance(chunk, UserError) else pool.submit(_encode_in_worker, chunk))
-            if len(pending) > _CHUNKS_AHEAD_PER_WORKER * len(first):
+            if len(pending) > _CHUNKS_AHEAD_PER_WORKER * len(first_chunks):
                 yield _result(pending.popleft())
         while pending:
             yield _result(pending.popleft())
@@ -273,7 +273,7 @@ def _result(future: Future[_EncodedChunk] | UserError) -> _EncodedChunk:
 
 
 def _encode(chunk: RowChunk, encoder: RowEncoder) -> _EncodedChunk:
-    with TEMPLATE_LIMITER.armed():
+    with TEMPLATE_LIMITER.enable_timer():
         results = iter(encoder.encode([row for row in chunk if not isinstance(row, BadRow)]))
     bad, kept = [], []
     untrained = per_answer = answers = 0

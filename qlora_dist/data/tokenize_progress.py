@@ -17,15 +17,15 @@ _NOTE_INTERVAL_S = 2.0
 class RowProgress:
     """Of how many rows is not known before the end."""
 
-    def __init__(self, console: Console, name: str, note: Path) -> None:
+    def __init__(self, console: Console, name: str, progress_path: Path) -> None:
         """Begin.
 
         Args:
             console: quiet on all ranks but the first.
             name: the source's.
-            note: a file that is kept up to date with the line.
+            progress_path: a file that is kept up to date with the line.
         """
-        self._console, self._name, self._note = console, name, note
+        self._console, self._name, self._note = console, name, progress_path
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -34,19 +34,19 @@ class RowProgress:
         )
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task(f"tokenizing {name}", total=None, done="")
-        self._start = self._line = self._noted = time.monotonic()
+        self._start = self._last_line_s = self._last_note_s = time.monotonic()
 
     def __call__(self, rows: int) -> None:
         """So many rows are done."""
         now = time.monotonic()
         done = f"{rows:,} rows, {rows / (now - self._start):,.0f} rows/s"
         self._bar.update(self._task, done=done)
-        if now - self._noted > _NOTE_INTERVAL_S:
-            self._noted = now
+        if now - self._last_note_s > _NOTE_INTERVAL_S:
+            self._last_note_s = now
             with contextlib.suppress(OSError):
                 self._note.write_text(done, encoding="utf-8")
-        if not self._console.is_terminal and now - self._line > _LINE_INTERVAL_S:
-            self._line = now
+        if not self._console.is_terminal and now - self._last_line_s > _LINE_INTERVAL_S:
+            self._last_line_s = now
             self._console.print(f"tokenizing {self._name}: {done}", markup=False, highlight=False)
 
     def __enter__(self) -> RowProgress:

@@ -29,7 +29,7 @@ class TokenizedSequences:
 
     lengths: npt.NDArray[np.int64]
     """int64[sequences]: tokens of each."""
-    trained_lengths: npt.NDArray[np.int64]
+    loss_token_counts: npt.NDArray[np.int64]
     """int64[sequences]: trained tokens of each."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
@@ -42,10 +42,10 @@ class TokenizedSequences:
         self._starts = [0]
         for batch in self.batches:
             self._starts.append(self._starts[-1] + batch.num_rows)
-        nothing = [np.empty(0, dtype=np.int64)]
-        self.lengths = np.concatenate(nothing + [np.diff(offsets).astype(np.int64) for offsets in self._offsets])
+        no_lengths = [np.empty(0, dtype=np.int64)]
+        self.lengths = np.concatenate(no_lengths + [np.diff(offsets).astype(np.int64) for offsets in self._offsets])
         counts = [np.from_dlpack(batch.column("trained_length")) for batch in self.batches]
-        self.trained_lengths = np.concatenate(nothing + [part.astype(np.int64) for part in counts])
+        self.loss_token_counts = np.concatenate(no_lengths + [part.astype(np.int64) for part in counts])
 
     @classmethod
     def open(cls, path: Path) -> TokenizedSequences:
@@ -74,15 +74,15 @@ class TokenizedSequences:
 
     def tokens(self, index: int) -> npt.NDArray[np.int32]:
         """int32[length], a view that cannot be written to."""
-        batch, start, end = self._place(index)
+        batch, start, end = self._locate(index)
         return self._tokens[batch][start:end]
 
     def trained(self, index: int) -> npt.NDArray[np.bool_]:
         """bool[length], a view: this token is a target. False for the first."""
-        batch, start, end = self._place(index)
+        batch, start, end = self._locate(index)
         return self._trained[batch][start:end]
 
-    def _place(self, index: int) -> tuple[int, int, int]:
+    def _locate(self, index: int) -> tuple[int, int, int]:
         """The batch, and where in its values the sequence lies."""
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -160,10 +160,10 @@ def _record_batch(parts: Sequence[FlatSequences]) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=_SCHEMA)
 
 
-def _arrow(values: npt.NDArray[np.generic], kind: pa.DataType) -> pa.Array:
+def _arrow(values: npt.NDArray[np.generic], arrow_type: pa.DataType) -> pa.Array:
     """As `pa.array`, which imports pandas."""
-    buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=kind.to_pandas_dtype()))
-    return pa.Array.from_buffers(kind, len(values), [None, buffer])
+    buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=arrow_type.to_pandas_dtype()))
+    return pa.Array.from_buffers(arrow_type, len(values), [None, buffer])
 
 
 def _values(batch: pa.RecordBatch, name: str) -> npt.NDArray[Any]:

@@ -28,12 +28,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: holds no tokenizer ({reason}); copy it there from the original model") from None
 
 
-def choose_pad_token_id(tokenizer: PreTrainedTokenizerBase, largest: int) -> int:
+def choose_pad_token_id(tokenizer: PreTrainedTokenizerBase, largest_token_id: int) -> int:
     """Return an id that the embedding has: no label and no other sequence sees the padding.
 
     Args:
         tokenizer: its padding token is taken if possible; `[PAD]`, added to Llama 2, lies beyond the embedding.
-        largest: the highest token number of the data, which the embedding must have anyway.
+        largest_token_id: the highest token number of the data, which the embedding must have anyway.
     """
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in known if token is not None and token <= largest), 0)
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in candidates if token is not None and token <= largest_token_id), 0)

@@ -19,7 +19,7 @@ _Int = TypeVar("_Int", bound=np.integer)
 class Segments:
     """Parts of sequences, each with a token to train. Arrays, no Python object for each: 16 bytes a piece."""
 
-    sequence: npt.NDArray[np.integer]
+    sequence_index: npt.NDArray[np.integer]
     """int32[pieces] (int64 from 2^31 sequences on): which sequence it is a part of."""
     start: npt.NDArray[np.int32]
     """int32[pieces]: its first token's place in the sequence. That token is no target: nothing predicts it."""
@@ -29,7 +29,7 @@ class Segments:
     """int32[pieces]: its targets, at least one."""
 
     def __len__(self) -> int:
-        return len(self.sequence)
+        return len(self.sequence_index)
 
     def take(self, order: npt.NDArray[np.int64]) -> Segments:
         """These of them, in this order."""
@@ -46,7 +46,7 @@ class TruncationStats:
     """Cut to the length, of those that are trained."""
     split: int
     """Cut into several pieces."""
-    split_pieces: int
+    split_segments: int
     """The pieces that these became."""
     dropped: int
     """Left out because they are too long."""
@@ -65,19 +65,19 @@ class TruncationStats:
 
     def sentence(self, seq_len: int) -> str:
         """For people, without what did not happen."""
-        said = [f"{self.sequences:,} sequences"]
+        parts = [f"{self.sequences:,} sequences"]
         if self.truncated:
-            said.append(f"{self.truncated:,} cut to {seq_len:,} tokens")
+            parts.append(f"{self.truncated:,} cut to {seq_len:,} tokens")
         if self.split:
-            said.append(f"{self.split:,} split into {self.split_pieces:,} pieces")
+            parts.append(f"{self.split:,} split into {self.split_segments:,} pieces")
         if self.dropped:
-            said.append(f"{self.dropped:,} longer than {seq_len:,} tokens dropped")
+            parts.append(f"{self.dropped:,} longer than {seq_len:,} tokens dropped")
         if self.cut_trained_tokens:
             answers = f" and {self.cut_answers:,} whole answers" if self.cut_answers else ""
-            said.append(f"{self.cut_trained_tokens:,} trained tokens{answers} lost to the length")
+            parts.append(f"{self.cut_trained_tokens:,} trained tokens{answers} lost to the length")
         if self.untrained:
-            said.append(f"{self.untrained:,} without a token to train left out")
-        return f"{', '.join(said)}; {self.tokens:,} tokens, {self.trained_tokens:,} trained"
+            parts.append(f"{self.untrained:,} without a token to train left out")
+        return f"{', '.join(parts)}; {self.tokens:,} tokens, {self.trained_tokens:,} trained"
 
 
 def truncate_sequences(
@@ -96,13 +96,13 @@ def truncate_sequences(
     Returns:
         The pieces in the order of the sequences, and the counts.
     """
-    lengths, trained = sequences.lengths, sequences.trained_lengths
-    longer = np.flatnonzero(lengths > seq_len)
-    whole = np.flatnonzero((lengths <= seq_len) & (trained > 0))
-    untrained = len(sequences) - len(longer) - len(whole)
+    lengths, trained = sequences.lengths, sequences.loss_token_counts
+    too_long_indices = np.flatnonzero(lengths > seq_len)
+    kept_whole = np.flatnonzero((lengths <= seq_len) & (trained > 0))
+    untrained = len(sequences) - len(too_long_indices) - len(kept_whole)
     truncated = split = split_pieces = cut_answers = 0
     columns = [array("q") for _ in fields(Segments)]
-    for index in longer.tolist():
+    for index in too_long_indices.tolist():
         if too_long != "split":
             cut_answers += _count_trained_runs(sequences.trained(index), seq_len if too_long == "truncate" else 0)
         if too_long == "drop":
@@ -122,20 +122,20 @@ def truncate_sequences(
         for column, value in zip(columns, values, strict=True):
             column.frombytes(value.tobytes())
     pieces = Segments(
-        _joined(whole, columns[0], np.int32 if len(sequences) < 2**31 else np.int64),
-        _joined(np.zeros(len(whole), dtype=np.int32), columns[1], np.int32),
-        _joined(lengths[whole], columns[2], np.int32),
-        _joined(trained[whole], columns[3], np.int32),
+        _joined(kept_whole, columns[0], np.int32 if len(sequences) < 2**31 else np.int64),
+        _joined(np.zeros(len(kept_whole), dtype=np.int32), columns[1], np.int32),
+        _joined(lengths[kept_whole], columns[2], np.int32),
+        _joined(trained[kept_whole], columns[3], np.int32),
     )
     if columns[0]:
-        pieces = pieces.take(np.argsort(pieces.sequence, kind="stable"))
+        pieces = pieces.take(np.argsort(pieces.sequence_index, kind="stable"))
     trained_tokens = int(pieces.trained.sum(dtype=np.int64))
-    fate = TruncationStats(
+    stats = TruncationStats(
         sequences=len(sequences),
         truncated=truncated,
         split=split,
-        split_pieces=split_pieces,
-        dropped=len(longer) if too_long == "drop" else 0,
+        split_segments=split_pieces,
+        dropped=len(too_long_indices) if too_long == "drop" else 0,
         cut_answers=cut_answers,
         cut_trained_tokens=int(trained.sum()) - trained_tokens,
         untrained=untrained,
@@ -143,15 +143,15 @@ def truncate_sequences(
         tokens=int(pieces.length.sum(dtype=np.int64)),
         trained_tokens=trained_tokens,
     )
-    return pieces, fate
+    return pieces, stats
 
 
-def _count_trained_runs(flags: npt.NDArray[np.bool_], start: int) -> int:
+def _count_trained_runs(loss_mask: npt.NDArray[np.bool_], start: int) -> int:
     """Return how many stretches of trained tokens begin at `start` or later."""
-    begins = flags[start:].copy()
-    begins[1:] &= ~flags[start:-1]
+    begins = loss_mask[start:].copy()
+    begins[1:] &= ~loss_mask[start:-1]
     if start and len(begins):
-        begins[0] &= ~flags[start - 1]
+        begins[0] &= ~loss_mask[start - 1]
     return int(begins.sum())
 
 

@@ -35,15 +35,17 @@ def render_with_turn_spans(
         return text, _TurnFinder(renderer, messages, tools, text, end_tokens).spans(indices)
     text, marks = renderer.marks(messages, tools)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    wanted = [index for index in answers if index in indices]
-    if wanted != answers:
-        if wanted and len(marks) != len(answers):
+    trained_answers = [index for index in answers if index in indices]
+    if trained_answers != answers:
+        if trained_answers and len(marks) != len(answers):
             raise RewrittenHistoryError(
                 f"the chat template marks {len(marks)} passages for {len(answers)} messages of the assistant, so one "
                 "message cannot be told from another; set data.multi_turn: auto, train all of them, or use another "
                 "chat template"
             )
-        marks = [mark for index, mark in zip(answers, marks, strict=True) if index in indices] if wanted else []
+        marks = (
+            [mark for index, mark in zip(answers, marks, strict=True) if index in indices] if trained_answers else []
+        )
     others = [index for index in indices if index not in answers]
     return text, sorted(marks + _TurnFinder(renderer, messages, tools, text, end_tokens).spans(others))
 
@@ -91,7 +93,7 @@ class _TurnFinder:
         self._tools = tools
         self._text = text
         self._end_tokens = end_tokens
-        self._around: tuple[str, str] | None = None
+        self._answer_affixes: tuple[str, str] | None = None
         """What the template writes before and after the content of an answer, once that is known."""
 
     def spans(self, indices: Sequence[int]) -> list[CharSpan]:
@@ -102,39 +104,41 @@ class _TurnFinder:
         """
         spans = []
         answers = [index for index in indices if self._messages[index]["role"] == "assistant"]
-        derived = derive_answer_spans(self._renderer, self._messages, self._tools, self._text, answers, self._answer)
+        derived = derive_answer_spans(
+            self._renderer, self._messages, self._tools, self._text, answers, self._answer_span
+        )
         for index in reversed(indices):  # the last answer tells the most
             if index in derived:
                 start, end = derived[index]
             else:
-                start, end = self._answer(index) if index in answers else self._turn(index)
+                start, end = self._answer_span(index) if index in answers else self._turn_span(index)
             spans.append((start, max(start, find_turn_end(self._text, end, self._end_tokens))))
         return spans[::-1]
 
-    def _answer(self, index: int) -> CharSpan:
+    def _answer_span(self, index: int) -> CharSpan:
         require_prompt(index)
-        prompt = self._renderer.text(self._messages[:index], self._tools, prompting=True)
+        prompt = self._renderer.text(self._messages[:index], self._tools, add_generation_prompt=True)
         if not self._text.startswith(prompt):
             raise _rewritten_history_error("the prompt", index)
         end = self._end_as_it_stands(index, len(prompt))
         if end is not None:
             return len(prompt), end
-        answered = self._until(index)
+        answered = self._render_until(index)
         if not answered.startswith(prompt):
             raise _rewritten_history_error("the prompt", index)
-        self._learn_around(index, prompt, answered)
+        self._learn_affixes(index, prompt, answered)
         if self._text.startswith(answered):
             return len(prompt), len(answered)
-        return len(prompt), self._end_in_history(index, prompt, answered)
+        return len(prompt), self._end_if_rewritten(index, prompt, answered)
 
     def _end_as_it_stands(self, index: int, start: int) -> int | None:
         """Where the answer ends, if the prompt is followed by its content and by what ends an answer, word for word.
 
         It saves half of the renderings. None: that is not so, or not known.
         """
-        if self._around is None or "tool_calls" in self._messages[index]:
+        if self._answer_affixes is None or "tool_calls" in self._messages[index]:
             return None
-        before, after = self._around
+        before, after = self._answer_affixes
         content = self._content(index)
         for written in (content, content.strip()):
             for answer in (before + written + after, written + after):
@@ -142,7 +146,7 @@ class _TurnFinder:
                     return start + len(answer)
         return None
 
-    def _learn_around(self, index: int, prompt: str, answered: str) -> None:
+    def _learn_affixes(self, index: int, prompt: str, answered: str) -> None:
         content, answer = self._content(index), answered[len(prompt) :]
         if not content or content != content.strip() or "tool_calls" in self._messages[index]:
             return  # the template might have taken some of it, or the calls stand in between
@@ -150,23 +154,23 @@ class _TurnFinder:
         at = answer.find(content)
         # a template may write such text by itself, and leave the content out
         if at >= 0 and (
-            content not in self._renderer.source or self._is_content(index, prompt + answer[:at] + content)
+            content not in self._renderer.source or self._is_from_content(index, prompt + answer[:at] + content)
         ):
-            self._around = answer[:at], answer[at + len(content) :]
+            self._answer_affixes = answer[:at], answer[at + len(content) :]
 
-    def _is_content(self, index: int, upto: str) -> bool:
+    def _is_from_content(self, index: int, upto: str) -> bool:
         """Return whether `upto` ends with the content itself, not with something that the template writes by itself."""
-        mark = self._mark(index)
+        mark = self._unused_character(index)
         marked = self._with_content(index, lambda content: content + mark)
         return self._renderer.text(marked[: index + 1], self._tools).startswith(upto + mark)
 
-    def _end_in_history(self, index: int, prompt: str, answered: str) -> int:
+    def _end_if_rewritten(self, index: int, prompt: str, answered: str) -> int:
         """Where the answer ends that is written otherwise once there is a later turn (Qwen 3 leaves out thoughts).
 
         A mark is put after the content. What follows the mark does not depend on the answer. Where the answer comes
         last that is what ends the turn, and here it has to begin the same way.
         """
-        mark = self._mark(index)
+        mark = self._unused_character(index)
         marked = self._with_content(index, lambda content: content + mark)
         closing = _common_suffix(answered, self._renderer.text(marked[: index + 1], self._tools))
         whole = self._renderer.text(marked, self._tools)
@@ -177,29 +181,29 @@ class _TurnFinder:
             raise _rewritten_history_error("an earlier turn", index)
         return end
 
-    def _turn(self, index: int) -> CharSpan:
-        turned = self._until(index)
-        if not self._text.startswith(turned):
+    def _turn_span(self, index: int) -> CharSpan:
+        rendered_until = self._render_until(index)
+        if not self._text.startswith(rendered_until):
             raise _rewritten_history_error("an earlier turn", index)
-        mark = self._mark(index)
+        mark = self._unused_character(index)
         marked = self._renderer.text(
             self._with_content(index, lambda content: mark + content)[: index + 1], self._tools
         )
-        start = common_prefix_length(turned, marked)
+        start = common_prefix_length(rendered_until, marked)
         if not marked.startswith(mark, start):
             raise UnsupportedConversationError(
                 f"`train` of message {index + 1} is true, and the chat template writes no turn for that message; "
                 "take `train` out, or use another chat template"
             )
-        return start, len(turned)
+        return start, len(rendered_until)
 
-    def _until(self, index: int) -> str:
+    def _render_until(self, index: int) -> str:
         """The conversation up to this message."""
         if index == len(self._messages) - 1:
             return self._text
         return self._renderer.text(self._messages[: index + 1], self._tools)
 
-    def _mark(self, index: int) -> str:
+    def _unused_character(self, index: int) -> str:
         """A character which the content does not hold, and no template trims."""
         return next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in self._content(index))
 

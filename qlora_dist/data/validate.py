@@ -63,14 +63,14 @@ def check_json_value(value: Any, where: str) -> None:
     try:
         text = _ENCODER.encode(value)
         text.encode("utf-8")
-        deep = text.count("[") + text.count("{") > MAX_JSON_DEPTH and _nesting_depth(value) > MAX_JSON_DEPTH
+        is_too_deep = text.count("[") + text.count("{") > MAX_JSON_DEPTH and _nesting_depth(value) > MAX_JSON_DEPTH
     except UnicodeEncodeError:
         raise InvalidRowError(f"{where} holds half of a surrogate pair; write the whole character") from None
     except RecursionError:
-        deep = True
+        is_too_deep = True
     except (TypeError, ValueError) as error:  # a date, bytes; not a number
         raise InvalidRowError(f"{where} cannot be written as JSON ({error}); write what JSON knows") from None
-    if deep:
+    if is_too_deep:
         raise InvalidRowError(f"{where} is nested more than {MAX_JSON_DEPTH} levels deep; flatten it")
 
 
@@ -99,11 +99,11 @@ def quote(text: str) -> str:
     return f"`{text[:40] if text[:40].isprintable() else ascii(text[:40])[1:-1]}{'...' if len(text) > 40 else ''}`"
 
 
-def join_names(names: Iterable[str], most: int = 12) -> str:
+def join_names(names: Iterable[str], max_names: int = 12) -> str:
     """The names one behind the other."""
     words = [quote(name) for name in names]
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return (", ".join(words[:most]) or "none") + more
+    more = f" and {len(words) - max_names} more" if len(words) > max_names else ""
+    return (", ".join(words[:max_names]) or "none") + more
 
 
 def format_exception_message(error: Exception) -> str:

@@ -45,13 +45,13 @@ def merge_findings(by_node: dict[str, list[Finding]]) -> list[Finding]:
             groups.setdefault((finding.status, finding.said if finding.status != "ok" else ""), []).append(node)
         for nodes in groups.values():
             first = findings[list(by_node).index(nodes[0])]
-            said = first.said
+            message = first.said
             if len(groups) > 1 and first.status != "ok":
-                said = f"{_names(nodes)}: {said}"
-            elif any(finding.said != said for finding in findings if finding.status == "ok"):
+                message = f"{_names(nodes)}: {message}"
+            elif any(finding.said != message for finding in findings if finding.status == "ok"):
                 others = f"; {len(nodes) - 1} more fine" if len(nodes) > 1 else ""
-                said = f"{nodes[0]}: {said}{others}"
-            result.append(replace(first, said=said))
+                message = f"{nodes[0]}: {message}{others}"
+            result.append(replace(first, said=message))
     return result
 
 

@@ -77,40 +77,42 @@ def check_shared_run_folder(nodes: list[str], ranks: RankInfo, folder: Path) -> 
     if sharing.failure is not None:
         said = f"rank 0 cannot write {existing} ({sharing.failure})"
         return Finding("shared folder", "fail", said, "name another folder in run.dir")
-    blind = [name for index, name in enumerate(nodes) if index * ranks.local_world_size in sharing.blind]
-    if blind:
-        said = f"{existing} of {nodes[0]} is not seen by {', '.join(blind)}"
+    nodes_without_file = [
+        name for index, name in enumerate(nodes) if index * ranks.local_world_size in sharing.blind_ranks
+    ]
+    if nodes_without_file:
+        said = f"{existing} of {nodes[0]} is not seen by {', '.join(nodes_without_file)}"
         return Finding("shared folder", "fail", said, "name a folder that all nodes share in run.dir")
     return Finding("shared folder", "ok", f"what {nodes[0]} writes in {existing} is seen by all")
 
 
 def check_clocks(nodes: list[str], ranks: RankInfo) -> Finding:
     """How far the nodes' clocks are from rank 0's: half-way between question and answer, of the quickest of some."""
-    own = 0.0
+    own_skew_s = 0.0
     for index in range(1, len(nodes)):
         other = index * ranks.local_world_size
         if ranks.rank == other:
-            own = min(_measure_clock_skew() for _ in range(_REPEATS))[1]
+            own_skew_s = min(_measure_clock_skew() for _ in range(_REPEATS))[1]
         elif ranks.rank == 0:
             for _ in range(_REPEATS):
                 _send_clock(other)
-    found = all_gather_json(own)[:: ranks.local_world_size]
-    worst = max(range(len(nodes)), key=lambda index: abs(found[index]))
-    values = {"skew_s": dict(zip(nodes, found, strict=True))}
-    if abs(found[worst]) > _SKEW_S:
-        said = f"that of {nodes[worst]} is {abs(found[worst]):.1f} s {'ahead' if found[worst] > 0 else 'behind'}"
+    skews_s = all_gather_json(own_skew_s)[:: ranks.local_world_size]
+    worst = max(range(len(nodes)), key=lambda index: abs(skews_s[index]))
+    values = {"skew_s": dict(zip(nodes, skews_s, strict=True))}
+    if abs(skews_s[worst]) > _SKEW_S:
+        said = f"that of {nodes[worst]} is {abs(skews_s[worst]):.1f} s {'ahead' if skews_s[worst] > 0 else 'behind'}"
         return Finding("clocks", "warn", said, "let the nodes set their clocks (chrony, ntpd)", values)
-    return Finding("clocks", "ok", f"within {max(map(abs, found)) * 1000:.1f} ms of {nodes[0]}'s", values=values)
+    return Finding("clocks", "ok", f"within {max(map(abs, skews_s)) * 1000:.1f} ms of {nodes[0]}'s", values=values)
 
 
 def _measure_clock_skew() -> tuple[float, float]:
     """Seconds that the question took, and by how much this clock is ahead of rank 0's."""
     clock = torch.zeros(1, dtype=torch.float64)
-    asked = time.time()
+    sent_at = time.time()
     dist.send(clock, 0)
     dist.recv(clock, 0)
-    answered = time.time()
-    return answered - asked, (asked + answered) / 2 - float(clock)
+    received_at = time.time()
+    return received_at - sent_at, (sent_at + received_at) / 2 - float(clock)
 
 
 def _send_clock(rank: int) -> None:

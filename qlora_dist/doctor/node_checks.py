@@ -61,15 +61,15 @@ def check_libraries() -> Finding:
 
 def check_devices(ranks: RankInfo) -> Finding:
     """One GPU for each rank of the node (with GPUs: not run)."""
-    own, here = usable_cpu_count(), ranks.local_world_size
+    own, num_ranks = usable_cpu_count(), ranks.local_world_size
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else " (torch is built without CUDA)"
-        said = f"no CUDA device{built}; {here} {_plural(here, 'rank')} on {own} {_plural(own, 'core')}"
+        said = f"no CUDA device{built}; {num_ranks} {_plural(num_ranks, 'rank')} on {own} {_plural(own, 'core')}"
         return Finding("devices", "warn", said, "fine for trying; for GPUs, install torch with CUDA, and the driver")
     count = torch.cuda.device_count()
     names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
-    said = f"{count} x {', '.join(names)}; {here} {_plural(here, 'rank')}, {own} {_plural(own, 'core')}"
-    if count < here and count != 1:  # with one for each rank (--gpus-per-task=1) a rank sees its own only
+    said = f"{count} x {', '.join(names)}; {num_ranks} {_plural(num_ranks, 'rank')}, {own} {_plural(own, 'core')}"
+    if count < num_ranks and count != 1:  # with one for each rank (--gpus-per-task=1) a rank sees its own only
         return Finding("devices", "fail", said, f"start {count} ranks on this node")
     return Finding("devices", "ok", said)
 
@@ -102,13 +102,13 @@ def check_dequantize_kernel(device: torch.device) -> Finding:
     generator = torch.Generator().manual_seed(0)
     try:
         packed, layout = quantize_weight(torch.randn(96, 80, generator=generator).to(device))
-        found = dequantize_weight(packed, layout, torch.float32).cpu()
+        dequantized = dequantize_weight(packed, layout, torch.float32).cpu()
     except (RuntimeError, OSError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         return Finding("kernels", "fail", f"bitsandbytes on {device.type}: {reason}", "reinstall bitsandbytes")
     expected = _dequantize_by_table(packed.cpu(), layout)
-    if not torch.equal(found, expected):
-        worst = float((found - expected).abs().max())
+    if not torch.equal(dequantized, expected):
+        worst = float((dequantized - expected).abs().max())
         version = metadata.version("bitsandbytes")
         said = f"bitsandbytes {version} dequantizes wrongly on {device.type}, by up to {worst:.3g}"
         return Finding("kernels", "fail", said, "install another version of bitsandbytes (constraints.txt)")

@@ -70,8 +70,8 @@ def _job_findings(own: list[Finding], ranks: RankInfo, device: torch.device, fol
     names = [name if nodes.count(name) == 1 else f"{name} (node {index})" for index, name in enumerate(nodes)]
     by_node = {}
     for index, name in enumerate(names):
-        of_its_ranks = [[Finding(**found) for found in findings] for _, findings in by_rank[index * local :][:local]]
-        by_node[name] = [worst_finding(list(findings)) for findings in zip(*of_its_ranks, strict=True)]
+        rank_findings = [[Finding(**found) for found in findings] for _, findings in by_rank[index * local :][:local]]
+        by_node[name] = [worst_finding(list(findings)) for findings in zip(*rank_findings, strict=True)]
     return [
         *merge_findings(by_node),
         check_peer_host_names(nodes, ranks),

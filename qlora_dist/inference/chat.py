@@ -45,7 +45,7 @@ def chat(
     prompter: PromptEncoder,
     sampling: SamplingOptions,
     end_tokens: Sequence[int],
-    read: Callable[[], str],
+    read_line: Callable[[], str],
     out: TextIO,
     system: str | None = None,
 ) -> None:
@@ -58,24 +58,24 @@ def chat(
         prompter: its tokenizer and template.
         sampling: how to choose tokens.
         end_tokens: what ends an answer.
-        read: the next line; raises EOFError after the last, or KeyboardInterrupt.
+        read_line: the next line; raises EOFError after the last, or KeyboardInterrupt.
         out: where answers go.
         system: the system's message.
 
     Raises:
         UserError: the tokenizer has no chat template.
     """
-    prompter.need_template("--chat")
+    prompter.require_template("--chat")
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages, turn = list(first), 0
-    speaks = loaded.ranks.rank == 0
+    is_rank_0 = loaded.ranks.rank == 0
 
-    def say(text: str) -> None:
-        if speaks:
+    def print_on_rank_0(text: str) -> None:
+        if is_rank_0:
             print(text, file=out, flush=True)
 
-    say(CHAT_HELP)
-    while (line := _next_line(loaded, turn, read)) is not None:
+    print_on_rank_0(CHAT_HELP)
+    while (line := _next_line(loaded, turn, read_line)) is not None:
         turn += 1
         command, _, name = line.strip().partition(" ")
         try:
@@ -86,16 +86,16 @@ def chat(
             elif command in ("/adapter", "/base"):
                 loaded.use(name.strip() if command == "/adapter" else None)
             elif command.startswith("/"):
-                say(CHAT_HELP)
+                print_on_rank_0(CHAT_HELP)
             elif line.strip():
-                asked: list[Message] = [*messages, {"role": "user", "content": line.strip()}]
-                tokens = prompter.tokens(Prompt(asked, place="the conversation"))
-                voice = _AnswerStreamer(prompter, end_tokens, out) if speaks else None
-                (answer,) = generate_tokens(loaded, [tokens], sampling, end_tokens, streamer=voice)
-                said = prompter.tokenizer.decode(answer, skip_special_tokens=True)
-                messages = [*asked, {"role": "assistant", "content": said}]
+                conversation: list[Message] = [*messages, {"role": "user", "content": line.strip()}]
+                tokens = prompter.tokens(Prompt(conversation, place="the conversation"))
+                streamer = _AnswerStreamer(prompter, end_tokens, out) if is_rank_0 else None
+                (answer,) = generate_tokens(loaded, [tokens], sampling, end_tokens, streamer=streamer)
+                answer_text = prompter.tokenizer.decode(answer, skip_special_tokens=True)
+                messages = [*conversation, {"role": "assistant", "content": answer_text}]
         except UserError as mistake:  # found by all ranks alike
-            say(str(mistake))
+            print_on_rank_0(str(mistake))
 
 
 def _next_line(loaded: InferenceModel, turn: int, read: Callable[[], str]) -> str | None:
@@ -105,7 +105,7 @@ def _next_line(loaded: InferenceModel, turn: int, read: Callable[[], str]) -> st
     """
     key = f"line/{turn}"
     if loaded.ranks.rank == 0:
-        record_heartbeat(phase="reading data", patience=_UNLIMITED_TIMEOUT_FACTOR)
+        record_heartbeat(phase="reading data", timeout_factor=_UNLIMITED_TIMEOUT_FACTOR)
         line: str | None = None
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             line = read()

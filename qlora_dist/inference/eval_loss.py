@@ -53,8 +53,8 @@ def compute_eval_loss(loaded: InferenceModel, data: str, console: Console | None
 def load_eval_batches(loaded: InferenceModel, data: str, console: Console | None = None) -> tuple[list[Batch], int]:
     """This rank's batches, and the trained tokens of all ranks'."""
     config = loaded.config
-    only = config.data.model_copy(update={"train": [], "eval": data})
-    source = prepare_datasets(only, load_tokenizer(loaded.folder.path), console).eval
+    eval_data_config = config.data.model_copy(update={"train": [], "eval": data})
+    source = prepare_datasets(eval_data_config, load_tokenizer(loaded.folder.path), console).eval
     assert source is not None
     check_token_ids(loaded.folder, loaded.model, [source])
     if len(set(all_gather_json(source.stats.sha256))) > 1:

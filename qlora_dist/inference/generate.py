@@ -60,7 +60,7 @@ def generate_tokens(
     end_tokens: Sequence[int] = (),
     batch_size: int = 8,
     streamer: BaseStreamer | None = None,
-    stopping: StoppingCriteriaFactory | None = None,
+    make_stopping_criteria: StoppingCriteriaFactory | None = None,
 ) -> list[list[int]]:
     """The continuation of each prompt, without its end token. Called on all ranks, with the same prompts.
 
@@ -75,7 +75,7 @@ def generate_tokens(
         end_tokens: what ends an answer, besides the model's own end tokens.
         batch_size: prompts that are computed together, padded on the left.
         streamer: gets the tokens as they come, of a single prompt.
-        stopping: what else ends a batch.
+        make_stopping_criteria: what else ends a batch.
 
     Raises:
         UserError: a prompt leaves no room for an answer.
@@ -86,13 +86,13 @@ def generate_tokens(
     world, answers = loaded.ranks.world_size, []
     ends = sorted({*_end_tokens(loaded), *end_tokens})
     for first in range(0, len(batches), world):
-        now = batches[first : first + world]
-        longest = max(len(prompt) for batch in now for prompt in batch)
+        round_batches = batches[first : first + world]
+        longest = max(len(prompt) for batch in round_batches for prompt in batch)
         steps = min(sampling.max_new_tokens, limit - longest) if limit is not None else sampling.max_new_tokens
-        own = now[loaded.ranks.rank] if loaded.ranks.rank < len(now) else now[0][:1]
+        own_batch = round_batches[loaded.ranks.rank] if loaded.ranks.rank < len(round_batches) else round_batches[0][:1]
         torch.manual_seed(sampling.seed + first + loaded.ranks.rank)
-        found = _generate_batch(loaded, own, sampling, steps, ends, streamer, stopping)
-        answers += [answer for batch in all_gather_json(found)[: len(now)] for answer in batch]
+        own_answers = _generate_batch(loaded, own_batch, sampling, steps, ends, streamer, make_stopping_criteria)
+        answers += [answer for batch in all_gather_json(own_answers)[: len(round_batches)] for answer in batch]
     return answers
 
 
@@ -114,13 +114,13 @@ def _generate_batch(
     loaded: InferenceModel,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingOptions,
-    steps: int,
-    ends: Sequence[int],
+    max_new_tokens: int,
+    end_tokens: Sequence[int],
     streamer: BaseStreamer | None,
     stopping: StoppingCriteriaFactory | None,
 ) -> list[list[int]]:
     length = max(map(len, prompts))
-    padding = ends[0] if ends else 0
+    padding = end_tokens[0] if end_tokens else 0
     ids = torch.tensor([[padding] * (length - len(p)) + list(p) for p in prompts], device=loaded.device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=loaded.device)
     chosen: dict[str, Any] = {"do_sample": False}
@@ -132,9 +132,9 @@ def _generate_batch(
             "top_k": sampling.top_k,
         }
     config = GenerationConfig(
-        max_new_tokens=steps,
+        max_new_tokens=max_new_tokens,
         repetition_penalty=sampling.repetition_penalty,
-        eos_token_id=list(ends) or None,
+        eos_token_id=list(end_tokens) or None,
         pad_token_id=padding,
         use_cache=True,
         **chosen,
@@ -152,7 +152,7 @@ def _generate_batch(
         )
     finally:
         handle.remove()
-    return [_before_end_token(row, ends) for row in output[:, length:].tolist()]
+    return [_before_end_token(row, end_tokens) for row in output[:, length:].tolist()]
 
 
 def _before_end_token(tokens: list[int], ends: Sequence[int]) -> list[int]:

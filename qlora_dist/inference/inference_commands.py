@@ -62,44 +62,44 @@ class PromptOptions:
     batch_size: int = 8
 
 
-def run_generate(options: ModelOptions, asked: PromptOptions, sampling: SamplingOptions) -> None:
+def run_generate(options: ModelOptions, prompt_options: PromptOptions, sampling: SamplingOptions) -> None:
     """Answer one prompt, the prompts of a file, or a person. Called on every rank; rank 0 prints.
 
     Raises:
         UserError: what the user has to mend.
     """
     sampling.check()
-    if (asked.prompt is not None) + (asked.file is not None) + asked.chat != 1:
+    if (prompt_options.prompt is not None) + (prompt_options.file is not None) + prompt_options.chat != 1:
         raise UserError("generate: give one of a prompt, --prompts FILE and --chat")
     adapters, config = _parse_model_options(options, None)
     prompter = PromptEncoder(load_tokenizer(Path(config.model.base)), config.data.chat_template)
-    prompts = _prompts(asked, prompter)
-    first = asked.use or (adapters[0].name if adapters else BASE_MODEL_NAME)
+    prompts = _prompts(prompt_options, prompter)
+    first = prompt_options.use or (adapters[0].name if adapters else BASE_MODEL_NAME)
     for prompt in [*prompts, Prompt("", first, f"--use {first}")]:
         if prompt.adapter not in (None, BASE_MODEL_NAME, *(adapter.name for adapter in adapters)):
             known = ", ".join((*(adapter.name for adapter in adapters), BASE_MODEL_NAME))
             raise UserError(f"{prompt.place}: no adapter of the name {prompt.adapter} is given; choose from {known}")
-    end = prompter.end_of_turn()
+    end = prompter.end_of_turn_token()
     ends = [] if end is None else [end]
     tokens = [prompter.tokens(prompt) for prompt in prompts]
     check_prompt_lengths(tokens, max_positions(read_model_json(Path(config.model.base) / "config.json")))
-    if asked.chat:
-        prompter.need_template("--chat")
+    if prompt_options.chat:
+        prompter.require_template("--chat")
     with open_inference_model(config, adapters, options.quantize) as loaded:
         loaded.use(None if first == BASE_MODEL_NAME else first)
-        if asked.chat:
+        if prompt_options.chat:
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(errors="replace")
-            chat(loaded, prompter, sampling, ends, _read_line, sys.stdout, asked.system)
+            chat(loaded, prompter, sampling, ends, _read_line, sys.stdout, prompt_options.system)
             return
         names = [prompt.adapter or first for prompt in prompts]
         tokens, names = broadcast_json([tokens, names])  # nodes may have different files of this name
         texts = [""] * len(tokens)
-        for answers in _generate_by_adapter(loaded, names, tokens, sampling, ends, asked.batch_size):
+        for answers in _generate_by_adapter(loaded, names, tokens, sampling, ends, prompt_options.batch_size):
             for index, answer in answers.items():
                 texts[index] = prompter.tokenizer.decode(answer, skip_special_tokens=True)
         if loaded.ranks.rank == 0:
-            _print_answers(asked, prompts, names, texts)
+            _print_answers(prompt_options, prompts, names, texts)
 
 
 def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None, as_json: bool = False) -> None:
@@ -113,24 +113,29 @@ def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None,
     if tasks is not None:
         check_tasks(tasks)
     adapters, config = _parse_model_options(options, data)
-    speaks = read_rank_info().rank == 0
-    progress = Console(stderr=True, quiet=not speaks)
+    is_rank_0 = read_rank_info().rank == 0
+    progress = Console(stderr=True, quiet=not is_rank_0)
     if data is not None:  # tokenized before any rank waits for another
-        only = config.data.model_copy(update={"train": []})
-        prepare_datasets(only, load_tokenizer(Path(config.model.base)), progress)
+        eval_data_config = config.data.model_copy(update={"train": []})
+        prepare_datasets(eval_data_config, load_tokenizer(Path(config.model.base)), progress)
     rows: list[dict[str, Any]] = []
     scores: dict[str, Any] = {}
     with open_inference_model(config, adapters, options.quantize) as loaded:
         for name in (*loaded.adapters,) or (None,):
             loaded.use(name)
             if data is not None:
-                found = compute_eval_loss(loaded, data)
+                eval_loss = compute_eval_loss(loaded, data)
                 rows.append(
-                    {"adapter": name, "loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
+                    {
+                        "adapter": name,
+                        "loss": eval_loss.loss,
+                        "perplexity": eval_loss.perplexity,
+                        "tokens": eval_loss.tokens,
+                    }
                 )
             if tasks is not None:
                 scores[name or BASE_MODEL_NAME] = run_tasks(loaded, tasks)
-    if not speaks:
+    if not is_rank_0:
         return
     if as_json:
         answer: dict[str, Any] = {"base": config.model.base}

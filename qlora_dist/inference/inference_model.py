@@ -54,7 +54,7 @@ class InferenceModel:
     """That this rank holds."""
     store: dist.Store
     """Where the ranks have met."""
-    _whole: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    _saved_module_shards: list[dict[str, torch.Tensor]] = field(default_factory=list)
     """Per adapter, this rank's parts of the parameters that it was trained with whole, by name."""
     _base: dict[str, torch.Tensor] = field(default_factory=dict)
     """The base's own values of all of these."""
@@ -73,7 +73,9 @@ class InferenceModel:
         _activate_adapter(self.model, index)
         self.model.reshard()  # the root's parameters stay gathered after a forward pass, and these are to be changed
         parameters = dict(self.model.named_parameters())
-        for parameter_name, value in (self._base | (self._whole[index] if index is not None else {})).items():
+        for parameter_name, value in (
+            self._base | (self._saved_module_shards[index] if index is not None else {})
+        ).items():
             local_tensor(parameters[parameter_name]).copy_(value)
 
 
@@ -142,7 +144,7 @@ def _prepare_model(config: Config, adapters: Sequence[NamedAdapter], quantize: b
     for index, adapter in enumerate(adapters):
         tensors.append(saved_entries_by_parameter(model, adapter.saved, _peft_adapter_name(index), folder.path))
     parameters = dict(model.named_parameters())
-    for name in {name for found in tensors for name in found if not is_lora_parameter(name)}:
+    for name in {name for entries in tensors for name in entries if not is_lora_parameter(name)}:
         parameters[name].data = parameters[name].data.float()  # as it was trained
     return _PreparedModel(folder, model, tensors)
 
@@ -158,13 +160,13 @@ def _load_inference_model(
 ) -> InferenceModel:
     model, folder = skeleton.model, skeleton.folder
     offload = config.parallel.offload == "base"
-    meshes = build_meshes(sizes, device.type, separate=offload)
+    meshes = build_meshes(sizes, device.type, separate_groups=offload)
     traffic = parallelize(model, meshes, config)
 
-    def loaded(reading: ReadProgress) -> None:
+    def beat_while_loading(reading: ReadProgress) -> None:
         record_heartbeat(phase="loading")
 
-    load_weights(model, folder, device, None, meshes.base_replicas, offload, loaded)
+    load_weights(model, folder, device, None, meshes.base_replicas, offload, beat_while_loading)
     model.eval()
     whole, base = _read_adapters(model, skeleton.tensors, adapters)
     static_bytes = check_static_bytes(model, sizes)
@@ -190,17 +192,20 @@ def _read_adapters(
     whole: list[dict[str, torch.Tensor]] = [{} for _ in tensors]
     wrong: list[str | None] = []
     with SafetensorsReader() as reader:
-        for entries, kept in zip(tensors, whole, strict=True):
+        for entries, saved_shards in zip(tensors, whole, strict=True):
             for name, entry in entries.items():
                 record_heartbeat(phase="loading")
                 values = read_local_shard(parameters[name], entry, reader, is_low_rank=is_lora_parameter(name))
                 if is_lora_parameter(name):
                     local_tensor(parameters[name]).copy_(values)
                 else:
-                    kept[name] = values
-            shards = [(name, kept[name] if name in kept else local_tensor(parameters[name])) for name in entries]
+                    saved_shards[name] = values
+            shards = [
+                (name, saved_shards[name] if name in saved_shards else local_tensor(parameters[name]))
+                for name in entries
+            ]
             wrong.append(find_invalid_values(shards))
-    base = {name: local_tensor(parameters[name]).clone() for kept in whole for name in kept}
+    base = {name: local_tensor(parameters[name]).clone() for saved_shards in whole for name in saved_shards}
     _check_values(all_gather_json(wrong), whole, adapters)
     return whole, base
 
@@ -212,10 +217,12 @@ def _check_values(
 ) -> None:
     """Raise if a rank has found a value that is not finite, or all ranks nothing but zeros in an adapter's B."""
     for index, adapter in enumerate(adapters):
-        found = [answer[index] for answer in answers]
-        told = [what for what in found if what is not None and "finite" in what]
-        if told or (all(found) and not whole[index]):
-            raise UserError(f"{adapter.path}: {(told or found)[0]}; use an earlier checkpoint, or train longer")
+        problems = [answer[index] for answer in answers]
+        non_finite = [problem for problem in problems if problem is not None and "finite" in problem]
+        if non_finite or (all(problems) and not whole[index]):
+            raise UserError(
+                f"{adapter.path}: {(non_finite or problems)[0]}; use an earlier checkpoint, or train longer"
+            )
 
 
 def _activate_adapter(model: PreTrainedModel, index: int | None) -> None:

@@ -51,7 +51,7 @@ class LmEvalModel(TemplateLM):
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.max_length = max_positions(loaded.folder.config) or _DEFAULT_POSITIONS
         self._loaded, self._device = loaded, loaded.device
-        self._keeps = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
+        self._has_logits_to_keep = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
 
     @property
     def eot_token_id(self) -> int:
@@ -132,15 +132,15 @@ class LmEvalModel(TemplateLM):
             def stopping(length: int, batch: int, until: list[str] = until) -> Any:
                 return stop_sequences_criteria(self.tokenizer, until, length, batch)
 
-            found = generate_tokens(
+            generated = generate_tokens(
                 self._loaded,
                 prompts,
                 sampling,
                 [self.eot_token_id],
                 self.batch_size,
-                stopping=stopping,
+                make_stopping_criteria=stopping,
             )
-            for index, tokens in zip(indices, found, strict=True):
+            for index, tokens in zip(indices, generated, strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 answers[index] = postprocess_generated_text(text, until, None)
         return answers
@@ -148,9 +148,11 @@ class LmEvalModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[LogLikelihoodRequest], **kwargs: Any) -> list[LogLikelihood]:
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
         batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
-        found = map_over_ranks(self._loaded, batches, lambda batch: self._score([requests[index] for index in batch]))
+        batch_scores = map_over_ranks(
+            self._loaded, batches, lambda batch: self._score([requests[index] for index in batch])
+        )
         scores: list[LogLikelihood] = [(0.0, False)] * len(requests)
-        for batch, answers in zip(batches, found, strict=True):
+        for batch, answers in zip(batches, batch_scores, strict=True):
             for index, (score, greedy) in zip(batch, answers, strict=True):
                 scores[index] = (score, greedy)
         return scores
@@ -158,29 +160,32 @@ class LmEvalModel(TemplateLM):
     @torch.no_grad()
     def _score(self, requests: Sequence[LogLikelihoodRequest]) -> list[LogLikelihood]:
         """Of a batch, padded behind, where no earlier position sees it. Only the continuations' logits are computed."""
-        rows = [(context + more)[-(self.max_length + 1) :] for _, context, more in requests]
+        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         length = max(len(row) for row in rows) - 1
         ids = torch.tensor([row[:-1] + [0] * (length - len(row) + 1) for row in rows], device=self._device)
-        spans = [(len(row) - 1 - len(more), len(row) - 1) for row, (_, _, more) in zip(rows, requests, strict=True)]
+        spans = [
+            (len(row) - 1 - len(continuation), len(row) - 1)
+            for row, (_, _, continuation) in zip(rows, requests, strict=True)
+        ]
         first = min(start for start, _ in spans)
-        keep = {"logits_to_keep": torch.arange(first, length, device=self._device)} if self._keeps else {}
+        keep = {"logits_to_keep": torch.arange(first, length, device=self._device)} if self._has_logits_to_keep else {}
         logits = self._loaded.model(input_ids=ids, use_cache=False, **keep).logits
-        offset = first if self._keeps else 0
+        offset = first if self._has_logits_to_keep else 0
         record_heartbeat()
-        found = []
-        for row, (start, stop), (_, _, more) in zip(logits, spans, requests, strict=True):
-            targets = torch.tensor(more, device=self._device)
-            chances = row[start - offset : stop - offset].float().log_softmax(dim=-1)
-            greedy = bool((chances.argmax(dim=-1) == targets).all())
-            found.append((float(chances.gather(1, targets.unsqueeze(1)).double().sum()), greedy))
-        return found
+        scores = []
+        for row, (start, stop), (_, _, continuation) in zip(logits, spans, requests, strict=True):
+            targets = torch.tensor(continuation, device=self._device)
+            log_probs = row[start - offset : stop - offset].float().log_softmax(dim=-1)
+            greedy = bool((log_probs.argmax(dim=-1) == targets).all())
+            scores.append((float(log_probs.gather(1, targets.unsqueeze(1)).double().sum()), greedy))
+        return scores
 
 
-def map_over_ranks(loaded: InferenceModel, work: Sequence[_T], do: Callable[[_T], Any]) -> list[Any]:
-    """What `do` gives for each piece of work, on every rank; a piece to a rank, round by round. What comes is JSON."""
+def map_over_ranks(loaded: InferenceModel, items: Sequence[_T], function: Callable[[_T], Any]) -> list[Any]:
+    """What `function` gives for each piece of work, on every rank; a piece to a rank, round by round. What comes is JSON."""
     ranks, results = loaded.ranks, []
-    for first in range(0, len(work), ranks.world_size):
-        now = work[first : first + ranks.world_size]
-        answer = do(now[min(ranks.rank, len(now) - 1)])
-        results += all_gather_json(answer)[: len(now)]
+    for first in range(0, len(items), ranks.world_size):
+        round_items = items[first : first + ranks.world_size]
+        answer = function(round_items[min(ranks.rank, len(round_items) - 1)])
+        results += all_gather_json(answer)[: len(round_items)]
     return results

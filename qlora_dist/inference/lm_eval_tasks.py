@@ -46,7 +46,7 @@ def check_tasks(options: TaskOptions) -> None:
         raise UserError("--tasks needs lm-evaluation-harness; pip install 'qlora-dist[eval]'")
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    _task_manager(tuple(options.names), options.folder).load_ahead(list(options.names))
+    _task_manager(tuple(options.names), options.folder).preload(list(options.names))
 
 
 def run_tasks(loaded: InferenceModel, options: TaskOptions) -> dict[str, dict[str, Any]]:
@@ -84,7 +84,7 @@ def _task_manager(names: tuple[str, ...], folder: Path | None) -> Any:
         ahead: Any = None
         """What was loaded ahead, for the first evaluation: the harness changes the tasks that it evaluates."""
 
-        def load_ahead(self, task_list: list[str]) -> None:
+        def preload(self, task_list: list[str]) -> None:
             self.ahead = self.load(task_list)
 
         def load(self, task_list: Any) -> Any:
@@ -135,11 +135,11 @@ def _numeric_metrics(found: dict[str, Any]) -> dict[str, Any]:
 def print_scores(name: str, scores: dict[str, dict[str, Any]]) -> None:
     """A table of an adapter's scores."""
     table = Table("task", "metric", "value", "standard error", title=name)
-    for task, found in scores.items():
-        for metric, value in found.items():
+    for task, metrics in scores.items():
+        for metric, value in metrics.items():
             if "_stderr" in metric or metric == "sample_len":
                 continue
             plain, comma, kind = metric.partition(",")
-            error = found.get(f"{plain}_stderr{comma}{kind}")
+            error = metrics.get(f"{plain}_stderr{comma}{kind}")
             table.add_row(task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")
     Console().print(table)

@@ -43,20 +43,24 @@ def merge_and_evaluate(
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
-    read = read_named_adapter(adapter, "adapter")
-    folder = str(base or read.base)
+    named_adapter = read_named_adapter(adapter, "adapter")
+    folder = str(base or named_adapter.base)
     as_trained = [
         f"model.quant_type={options.quant_type}",
         f"model.block_size={options.block_size}",
         f"model.double_quant={str(options.double_quant).lower()}",
     ]
-    losses = _evaluate_model("4-bit base", folder, read, data, as_trained, console)
+    losses = _evaluate_model("4-bit base", folder, named_adapter, data, as_trained, console)
     if not ModelFolder(folder).is_quantized:
-        experts = any(update.experts for update in read.saved.low_rank.values())  # whose adapters need a base in 4 bit
-        losses |= _evaluate_model("16-bit base", folder, read, data, (), console, quantize=False, alone=experts)
+        experts = any(
+            update.experts for update in named_adapter.saved.low_rank.values()
+        )  # whose adapters need a base in 4 bit
+        losses |= _evaluate_model(
+            "16-bit base", folder, named_adapter, data, (), console, quantize=False, base_only=experts
+        )
     report = merge_folder(base, adapter, out, options, console)
     merged = _evaluate_model(
-        f"merged into {options.into}", str(out), read, data, (), console, quantize=False, alone=True
+        f"merged into {options.into}", str(out), named_adapter, data, (), console, quantize=False, base_only=True
     )
     return report, losses | merged
 
@@ -69,13 +73,13 @@ def _evaluate_model(
     overrides: Sequence[str],
     console: Console,
     quantize: bool = True,
-    alone: bool = False,
+    base_only: bool = False,
 ) -> LossByModel:
-    """Of a base, and of base and adapter unless it is to be `alone`."""
+    """Of a base, and of base and adapter unless it is to be `base_only`."""
     config = inference_config(base, adapter.path, data, overrides)
     quiet = nullcontext() if not console.is_terminal else console.status(f"held-out loss: {name}")
-    with quiet, open_inference_model(config, [] if alone else [adapter], quantize) as loaded:
-        losses = {} if alone else {f"{name} + adapter": compute_eval_loss(loaded, data, console)}
+    with quiet, open_inference_model(config, [] if base_only else [adapter], quantize) as loaded:
+        losses = {} if base_only else {f"{name} + adapter": compute_eval_loss(loaded, data, console)}
         loaded.use(None)
         return losses | {name: compute_eval_loss(loaded, data, console)}
 
@@ -84,6 +88,6 @@ def print_loss_table(losses: LossByModel, console: Console) -> None:
     """As a table, the best first."""
     tokens = next(iter(losses.values())).tokens
     table = Table("model", "held-out loss", "perplexity", title=f"{tokens:,} tokens", title_justify="left")
-    for name, found in sorted(losses.items(), key=lambda item: item[1].loss):
-        table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}")
+    for name, eval_loss in sorted(losses.items(), key=lambda item: item[1].loss):
+        table.add_row(name, f"{eval_loss.loss:.4f}", f"{eval_loss.perplexity:.3f}")
     console.print(table)

@@ -25,23 +25,23 @@ class NamedAdapter:
         return self.saved.base
 
 
-def parse_named_adapters(given: Sequence[str]) -> list[NamedAdapter]:
+def parse_named_adapters(texts: Sequence[str]) -> list[NamedAdapter]:
     """The adapters of `NAME=FOLDER` or `FOLDER`, which is named as its run (`runs/NAME/adapter`), or as itself.
 
     Raises:
         UserError: a name stands twice or is no name, or a folder holds no adapter.
     """
     folders: dict[str, NamedAdapter] = {}
-    for text in given:
-        name, equals, where = text.partition("=")
+    for text in texts:
+        name, equals, folder = text.partition("=")
         if not equals:
             path = Path(text)
-            name, where = (path.parent if path.name == "adapter" else path).resolve().name, text
+            name, folder = (path.parent if path.name == "adapter" else path).resolve().name, text
         if not name.strip() or " " in name or name == "base":
             raise UserError(f"--adapter {text}: {name or 'nothing'} is no name for an adapter; write NAME=FOLDER")
         if name in folders:
             raise UserError(f"--adapter {text}: {name} stands twice; write another NAME=FOLDER")
-        folders[name] = read_named_adapter(Path(where), name)
+        folders[name] = read_named_adapter(Path(folder), name)
     return list(folders.values())
 
 

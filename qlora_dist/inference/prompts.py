@@ -72,7 +72,7 @@ class PromptEncoder:
         """Whether conversations can be written."""
         return self._renderer is not None
 
-    def need_template(self, place: str) -> ChatRenderer:
+    def require_template(self, location: str) -> ChatRenderer:
         """The template.
 
         Raises:
@@ -80,7 +80,7 @@ class PromptEncoder:
         """
         if self._renderer is None:
             raise UserError(
-                f"{place} is a conversation, and the tokenizer has no chat template; write --set data.chat_template= "
+                f"{location} is a conversation, and the tokenizer has no chat template; write --set data.chat_template= "
                 f"with {', '.join(SHIPPED_TEMPLATES)} or the path of a Jinja file"
             )
         return self._renderer
@@ -95,15 +95,17 @@ class PromptEncoder:
             ids = list(self.tokenizer(prompt.asked, verbose=False)["input_ids"])
             if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids.pop()  # of a tokenizer that ends each text
-            before = surrounding_special_tokens(self.tokenizer)[0]
+            bos_tokens = surrounding_special_tokens(self.tokenizer)[0]
             if (
-                ids[: 2 * len(before)] == before * 2
+                ids[: 2 * len(bos_tokens)] == bos_tokens * 2
             ):  # a prompt that was rendered before begins by itself, as in training
-                del ids[: len(before)]
+                del ids[: len(bos_tokens)]
         else:
-            renderer = self.need_template(prompt.place).given(prompt.variables)
+            renderer = self.require_template(prompt.place).given(prompt.variables)
             try:
-                text = renderer.text(renderer.clean(prompt.asked), renderer.tools(prompt.tools), prompting=True)
+                text = renderer.text(
+                    renderer.prepare_messages(prompt.asked), renderer.tools(prompt.tools), add_generation_prompt=True
+                )
             except UnsupportedConversationError as refused:
                 raise UserError(f"{prompt.place}: {refused}") from None
             ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -111,7 +113,7 @@ class PromptEncoder:
             raise UserError(f"{prompt.place}: is empty; write something to be continued")
         return ids
 
-    def end_of_turn(self) -> int | None:
+    def end_of_turn_token(self) -> int | None:
         """The token that the template writes behind an answer: what a model has learnt to stop with."""
         return None if self._renderer is None else end_of_turn_token_id(self.tokenizer, self._renderer)
 
@@ -132,16 +134,16 @@ def read_prompts(path: Path, prompter: PromptEncoder, raw: bool = False, system:
     if not path.is_file():
         raise UserError(f"{path}: no such file of prompts; give JSONL, or lines of text")
     if data_file_type(path):
-        found = list(_rows(path))
+        prompts = list(_rows(path))
     else:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); give lines of text in UTF-8") from None
-        found = [make_prompt(line, prompter, raw, system) for line in lines if line.strip()]
-    if not found:
+        prompts = [make_prompt(line, prompter, raw, system) for line in lines if line.strip()]
+    if not prompts:
         raise UserError(f"{path}: holds no prompt; write one a line")
-    return found
+    return prompts
 
 
 def _rows(path: Path) -> Iterator[Prompt]:
@@ -172,8 +174,8 @@ def _rows(path: Path) -> Iterator[Prompt]:
 def _fill_missing_answer(fields: dict[str, Any]) -> dict[str, Any]:
     for question, (answer, value) in _ANSWER_COLUMNS.items():
         if question in fields and answer not in fields:
-            listed = isinstance(fields[question], list)
-            return {**fields, answer: [{"role": "assistant", "content": value}] if listed else value}
+            is_conversation = isinstance(fields[question], list)
+            return {**fields, answer: [{"role": "assistant", "content": value}] if is_conversation else value}
     return fields
 
 

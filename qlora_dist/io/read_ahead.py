@@ -54,7 +54,7 @@ class ReadAhead:
         self._read_bytes, self._total_bytes = 0, sum(read.nbytes for read in reads)
         self._progress = progress
         largest = max((read.nbytes for read in reads), default=0)
-        self._free, self._taken = (torch.empty(largest, dtype=torch.uint8) for _ in range(2))
+        self._free, self._in_use = (torch.empty(largest, dtype=torch.uint8) for _ in range(2))
         self._reads = iter(reads)
         self._thread = background_executor("read-ahead")
         self._next = self._begin()
@@ -70,7 +70,7 @@ class ReadAhead:
         data, self._next = self._next, None
         out = data.result()
         self.wait_s += time.perf_counter() - started
-        self._free, self._taken = self._taken, self._free
+        self._free, self._in_use = self._in_use, self._free
         self._next = self._begin()
         self._read_bytes += out.numel()
         if self._progress is not None:
@@ -95,8 +95,8 @@ def _run_request(read: ReadRequest, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def read_chunks(nbytes: int, piece_bytes: int | None = None) -> Iterator[tuple[int, int]]:
-    """First byte and length of the parts, of at most `piece_bytes` or PIECE_BYTES, in which so many bytes are read."""
-    piece_bytes = piece_bytes or READ_CHUNK_BYTES
-    for start in range(0, nbytes, piece_bytes):
-        yield start, min(piece_bytes, nbytes - start)
+def read_chunks(nbytes: int, chunk_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """First byte and length of the parts, of at most `chunk_bytes` or PIECE_BYTES, in which so many bytes are read."""
+    chunk_bytes = chunk_bytes or READ_CHUNK_BYTES
+    for start in range(0, nbytes, chunk_bytes):
+        yield start, min(chunk_bytes, nbytes - start)

@@ -111,7 +111,7 @@ class SafetensorsReader:
         while done < len(view):
             count = os.preadv(self._descriptors[entry.path], [view[done:]], position + done)
             if count == 0:
-                raise UserError(f"{entry.path}: became shorter while it was read; copy it again", one_rank=True)
+                raise UserError(f"{entry.path}: became shorter while it was read; copy it again", local_only=True)
             done += count
         self.bytes_read += done
 

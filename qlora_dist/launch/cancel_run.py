@@ -36,7 +36,7 @@ def cancel_run(folder: Path, name: str, now: bool, as_json: bool) -> None:
     """
     path = find_run_dir(folder, name)
     (run,) = read_run_statuses([path])
-    if not run.active:
+    if not run.is_active:
         raise UserError(f"{path}: does not run ({run.state}); `qlora-dist jobs` shows those that do")
     if run.state == "waiting" and run.job_id is not None:
         scancel(run.job_id.split(".")[0])
@@ -88,12 +88,12 @@ def _kill_processes(run: RunStatus) -> None:
             continue
 
 
-def _wait_until_inactive(run: RunStatus, what: str, longest_s: float | None = None) -> None:
+def _wait_until_inactive(run: RunStatus, message: str, timeout_s: float | None = None) -> None:
     started = time.monotonic()
-    with Console(stderr=True).status(what):
-        while read_run_statuses([run.path])[0].active:
-            if longest_s is not None and time.monotonic() - started > longest_s:
-                raise UserError(f"{run.path}: has not ended after {longest_s:.0f} s; look at its processes")
+    with Console(stderr=True).status(message):
+        while read_run_statuses([run.path])[0].is_active:
+            if timeout_s is not None and time.monotonic() - started > timeout_s:
+                raise UserError(f"{run.path}: has not ended after {timeout_s:.0f} s; look at its processes")
             time.sleep(_LOCAL_POLL_S if run.job_id is None else _SLURM_POLL_S)
 
 

@@ -114,4 +114,4 @@ def load_cluster(path: str | Path) -> Cluster:
     Raises:
         UserError: naming file and line, the key, and the remedy.
     """
-    return load_yaml_config(path, Cluster, start="`gpus_per_node:` and `partition:`")
+    return load_yaml_config(path, Cluster, first_keys="`gpus_per_node:` and `partition:`")

@@ -49,9 +49,9 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
             source_files(source if isinstance(source, SourceConfig) else SourceConfig(path=source))
     else:
         # what is compiled is the nodes' affair too
-        here = config.train.model_copy(update={"device": "cpu", "compile": False})
+        cpu_train = config.train.model_copy(update={"device": "cpu", "compile": False})
         optim = config.optim.model_copy(update={"offload": "none"})
-        setup = set_up_run(config.model_copy(update={"train": here, "optim": optim}), ranks, console)
+        setup = set_up_run(config.model_copy(update={"train": cpu_train, "optim": optim}), ranks, console)
         folder, model = setup.folder, setup.model
     _check_memory(config, cluster, model, sizes, console)
     _check_plan(config, cluster, folder, ranks.world_size, nodes, console)

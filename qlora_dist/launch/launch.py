@@ -203,12 +203,12 @@ def _new_submission_dir(run: Path) -> Path:
     return run / "jobs" / str(max(numbers, default=0) + 1)
 
 
-def check_not_queued(run: Path, other: str) -> None:
+def check_not_queued(run: Path, remedy: str) -> None:
     """Two jobs would write over one another.
 
     Args:
         run: its folder.
-        other: what to do but to cancel the one that there is.
+        remedy: what to do but to cancel the one that there is.
 
     Raises:
         UserError: there is one already.
@@ -216,4 +216,4 @@ def check_not_queued(run: Path, other: str) -> None:
     tree = read_json_object(run / JOB_FILE)
     job_id = tree.get("job_id") if tree.get("launcher") == "slurm" else None
     if job_id is not None and (state := (queued_jobs() or {}).get(str(job_id))) is not None:
-        raise UserError(f"{run}: job {job_id} of this run is {state.lower()}; cancel it (qlora-dist cancel), {other}")
+        raise UserError(f"{run}: job {job_id} of this run is {state.lower()}; cancel it (qlora-dist cancel), {remedy}")

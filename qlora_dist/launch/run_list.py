@@ -67,7 +67,7 @@ def follow_run(folder: Path, name: str) -> None:
         if time.monotonic() - asked > _STATUS_POLL_S:
             (run,), asked = read_run_statuses([path]), time.monotonic()
         position = print_new_output(log, position)
-        if not run.active:
+        if not run.is_active:
             return
         time.sleep(_OUTPUT_POLL_S)
 

@@ -63,7 +63,7 @@ class RunStatus:
         return None if found is None else str(found)
 
     @property
-    def active(self) -> bool:
+    def is_active(self) -> bool:
         """Whether there is something to wait for, or to end."""
         return self.state in ("running", "waiting")
 
@@ -93,8 +93,8 @@ def find_run_dir(folder: Path, name: str) -> Path:
     """
     runs = {path.name: path for path in find_run_dirs(folder)}
     if name not in runs:
-        there = ", ".join(sorted(runs)[:10]) or "no runs"
-        raise UserError(f"{folder / name}: no such run; {folder} holds {there}; name their folder with --dir")
+        names = ", ".join(sorted(runs)[:10]) or "no runs"
+        raise UserError(f"{folder / name}: no such run; {folder} holds {names}; name their folder with --dir")
     return runs[name]
 
 
@@ -162,8 +162,8 @@ def _derive_state(
         return "running"
     if REQUEUE_MARKER in markers:
         return "to be requeued"
-    elsewhere = process.get("host", socket.gethostname()) != socket.gethostname()
-    return "running" if elsewhere and time.time() - _last_write_time(path) < _MAX_SILENCE_S else "failed"
+    on_other_host = process.get("host", socket.gethostname()) != socket.gethostname()
+    return "running" if on_other_host and time.time() - _last_write_time(path) < _MAX_SILENCE_S else "failed"
 
 
 def _is_alive(process: dict[str, Any]) -> bool:

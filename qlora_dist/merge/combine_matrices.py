@@ -42,13 +42,13 @@ class WeightedLoraFactors:
 
 
 def combine_matrices(
-    updates: Sequence[WeightedLoraFactors], how: CombinationType, rank: int, density: float, name: str = ""
+    updates: Sequence[WeightedLoraFactors], combination_type: CombinationType, rank: int, density: float, name: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of the sum of some updates, whose scaling is 1.
 
     Args:
         updates: of the adapters that have this matrix.
-        how: `cat` and `sequential` give the sum itself; `svd` its best approximation; `linear` sums A's and B's apart,
+        combination_type: `cat` and `sequential` give the sum itself; `svd` its best approximation; `linear` sums A's and B's apart,
             each with the square root of weight x scaling, so it is not the sum of the updates. The others prune
             before they sum, A's and B's apart, or with `_svd` the whole updates.
         rank: of the ways with `svd`.
@@ -64,22 +64,24 @@ def combine_matrices(
     Source: `peft.tuners.lora.LoraModel.add_weighted_adapter`, its `_generalized_task_arithmetic_weighted_adapter` and
     `_svd_generalized_task_arithmetic_weighted_adapter`.
     """
-    if how in ("cat", "sequential", "svd"):
+    if combination_type in ("cat", "sequential", "svd"):
         a = torch.cat([update.a * (update.weight * update.scaling) for update in updates])
         b = torch.cat([update.b for update in updates], dim=1)
-        return (a, b) if how != "svd" else _svd_of_factors(a, b, rank)
-    if how.endswith("_svd"):
+        return (a, b) if combination_type != "svd" else _svd_of_factors(a, b, rank)
+    if combination_type.endswith("_svd"):
         deltas = [update.b @ update.a * update.scaling for update in updates]
         weights = torch.tensor([update.weight for update in updates])
-        u, s, v = torch.linalg.svd(_combine(deltas, weights, how.removesuffix("_svd"), density), full_matrices=False)
+        u, s, v = torch.linalg.svd(
+            _combine(deltas, weights, combination_type.removesuffix("_svd"), density), full_matrices=False
+        )
         return v[:rank].contiguous(), (u * s)[:, :rank].contiguous()
     if len(ranks := sorted({len(update.a) for update in updates})) > 1:
-        raise UserError(f"--how {how}: {name} has the ranks {ranks} in these adapters; use cat or svd")
+        raise UserError(f"--how {combination_type}: {name} has the ranks {ranks} in these adapters; use cat or svd")
     products = [update.weight * update.scaling for update in updates]
     roots = torch.tensor([math.sqrt(abs(product)) for product in products])
     signs = torch.tensor([math.copysign(1.0, product) for product in products])
-    a = _combine([update.a for update in updates], roots * signs, how, density)
-    return a, _combine([update.b for update in updates], roots, how, density)
+    a = _combine([update.a for update in updates], roots * signs, combination_type, density)
+    return a, _combine([update.b for update in updates], roots, combination_type, density)
 
 
 def _combine(tensors: list[torch.Tensor], weights: torch.Tensor, how: str, density: float) -> torch.Tensor:

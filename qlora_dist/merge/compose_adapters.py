@@ -36,7 +36,7 @@ _ZERO_TOLERANCE = 1e-12  # of squares in fp64, of tensors in fp32
 
 @dataclass
 class ComposeReport:
-    """What `compose_adapters` did. Squares of norms, over all matrices."""
+    """What `compose` did. Squares of norms, over all matrices."""
 
     out: Path
     rank: int = 0
@@ -50,7 +50,7 @@ class ComposeReport:
     """Squares of (what is written - that sum)."""
 
 
-def compose_adapters(given: Sequence[WeightedAdapter], out: Path, options: ComposeOptions) -> ComposeReport:
+def compose_adapters(weighted_adapters: Sequence[WeightedAdapter], out: Path, options: ComposeOptions) -> ComposeReport:
     """Write an adapter in PEFT's format that does what several do, and check it as one that leaves training.
 
     All have one rank in the file, rows of zeros where a module has less, and alpha = rank.
@@ -60,11 +60,11 @@ def compose_adapters(given: Sequence[WeightedAdapter], out: Path, options: Compo
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
-    if len(given) < 2 or len({one.name for one in given}) < len(given):
+    if len(weighted_adapters) < 2 or len({one.name for one in weighted_adapters}) < len(weighted_adapters):
         raise UserError("compose: give two adapters or more, each with a name of its own")
-    adapters = [read_checked_adapter(one.path) for one in given]
-    check_compose_options(given, options)
-    check_common_base(given, adapters, options)
+    adapters = [read_checked_adapter(one.path) for one in weighted_adapters]
+    check_compose_options(weighted_adapters, options)
+    check_common_base(weighted_adapters, adapters, options)
     check_update_shapes(adapters, options)
     owners = full_tensor_owners(adapters)
     ranks: dict[str, list[int]] = {}
@@ -77,7 +77,7 @@ def compose_adapters(given: Sequence[WeightedAdapter], out: Path, options: Compo
         for module in ranks:
             read = [
                 (read_lora_update(adapter.low_rank[module], reader), one.weight)
-                for one, adapter in zip(given, adapters, strict=True)
+                for one, adapter in zip(weighted_adapters, adapters, strict=True)
                 if module in adapter.low_rank
             ]
             updates = [WeightedLoraFactors(values.a, values.b, values.scaling, weight) for values, weight in read]
@@ -105,14 +105,14 @@ def compose_adapters(given: Sequence[WeightedAdapter], out: Path, options: Compo
 
 
 def print_compose_report(
-    report: ComposeReport, given: Sequence[WeightedAdapter], options: ComposeOptions, console: Console
+    report: ComposeReport, weighted_adapters: Sequence[WeightedAdapter], options: ComposeOptions, console: Console
 ) -> None:
     """What was composed, and how far it is from the sum."""
-    parts = " + ".join(f"{one.weight:g} x {one.name}" for one in given)
-    apart = math.sqrt(report.difference / report.sums) if report.sums else 0.0
+    parts = " + ".join(f"{one.weight:g} x {one.name}" for one in weighted_adapters)
+    relative_difference = math.sqrt(report.difference / report.sums) if report.sums else 0.0
     console.print(
         f"{report.out}: {parts} by {options.how}, rank {report.rank} on {report.matrices} matrices; differs from the "
-        f"sum of the updates by {apart:.1e} of it (norms)",
+        f"sum of the updates by {relative_difference:.1e} of it (norms)",
         highlight=False,
         soft_wrap=True,
     )
@@ -135,8 +135,8 @@ def _accumulate_norms(
     report.parts += sum((u.weight * u.scaling) ** 2 * _square_of_product(u.b.double(), u.a.double()) for u in updates)
     report.sums += _square_of_product(all_b, all_a)
     report.written += _square_of_product(b.double(), a.double())
-    both_a, both_b = torch.cat([all_a, a.double()]), torch.cat([all_b, -b.double()], dim=1)
-    report.difference += max(0.0, _square_of_product(both_b, both_a))
+    stacked_a, stacked_b = torch.cat([all_a, a.double()]), torch.cat([all_b, -b.double()], dim=1)
+    report.difference += max(0.0, _square_of_product(stacked_b, stacked_a))
 
 
 def _square_of_product(b: torch.Tensor, a: torch.Tensor) -> float:

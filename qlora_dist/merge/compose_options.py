@@ -74,7 +74,7 @@ def parse_combination_type(text: str) -> CombinationType:
     return cast(CombinationType, text)  # WAYS has the values of How
 
 
-def check_compose_options(given: Sequence[WeightedAdapter], options: ComposeOptions) -> None:
+def check_compose_options(weighted_adapters: Sequence[WeightedAdapter], options: ComposeOptions) -> None:
     """That the numbers given are some that the way can use.
 
     Raises:
@@ -84,7 +84,7 @@ def check_compose_options(given: Sequence[WeightedAdapter], options: ComposeOpti
         raise UserError(f"--density: {options.density:g} is no part of the values; give one between 0 and 1")
     if options.rank is not None and (options.rank < 1 or not options.how.endswith("svd")):
         raise UserError(f"--rank: --how {options.how} has no choice of rank {options.rank}; leave it out, or use svd")
-    for one in given[:-1]:
+    for one in weighted_adapters[:-1]:
         if options.how == "sequential" and one.weight != 1:
             raise UserError(
                 f"{one.name}: has the weight {one.weight:g}, and what follows was trained on it whole; only the last "
@@ -93,14 +93,14 @@ def check_compose_options(given: Sequence[WeightedAdapter], options: ComposeOpti
 
 
 def check_common_base(
-    given: Sequence[WeightedAdapter], adapters: Sequence[SavedAdapter], options: ComposeOptions
+    weighted_adapters: Sequence[WeightedAdapter], adapters: Sequence[SavedAdapter], options: ComposeOptions
 ) -> None:
     """That all are updates of one base, or each of what the one before it was merged into.
 
     Raises:
         UserError: they are not, or an update is none that can be added.
     """
-    for one, adapter in zip(given, adapters, strict=True):
+    for one, adapter in zip(weighted_adapters, adapters, strict=True):
         if any(update.magnitude is not None for update in adapter.low_rank.values()):
             raise UserError(
                 f"{one.path}: is DoRA, whose magnitudes have no sum; merge the adapters one after the other"
@@ -110,14 +110,14 @@ def check_common_base(
                 f"{one.path}: adapts experts, which is not composed; merge the adapters one after the other"
             )
     if options.how == "sequential":
-        for before, one, adapter in zip(given, given[1:], adapters[1:], strict=False):
+        for before, one, adapter in zip(weighted_adapters, weighted_adapters[1:], adapters[1:], strict=False):
             check_trained_on_merged(one.path, Path(adapter.base), before.path)
     elif options.base is None:
         first = adapters[0].base
-        for one, adapter in zip(given, adapters, strict=True):
+        for one, adapter in zip(weighted_adapters, adapters, strict=True):
             if _real_path(adapter.base) != _real_path(first):
                 raise UserError(
-                    f"{one.path}: was trained on {adapter.base or 'no base that it names'}, and {given[0].path} on "
+                    f"{one.path}: was trained on {adapter.base or 'no base that it names'}, and {weighted_adapters[0].path} on "
                     f"{first or 'none that it names'}; compose adapters of one base, or say with --base that it is one"
                 )
 

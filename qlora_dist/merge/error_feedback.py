@@ -28,7 +28,7 @@ def update_directions(update: LoraUpdate) -> torch.Tensor:
 
 
 def round_with_feedback(
-    packed: torch.Tensor, rows: Iterator[torch.Tensor], layout: NF4Layout, along: torch.Tensor
+    packed: torch.Tensor, rows: Iterator[torch.Tensor], layout: NF4Layout, directions: torch.Tensor
 ) -> torch.Tensor:
     """Other codes for the same scales.
 
@@ -36,7 +36,7 @@ def round_with_feedback(
         packed: uint8[layout.total_bytes], what the update was trained on.
         rows: fp32[n, in_features] each, what it became, from the first row on, in pieces of whole blocks.
         layout: of both.
-        along: fp32[r, in_features], D.
+        directions: fp32[r, in_features], D.
 
     Returns:
         uint8[layout.total_bytes].
@@ -49,7 +49,7 @@ def round_with_feedback(
     done = 0
     for piece in _batch_rows(rows):
         count = piece.numel()
-        codes = _round(piece, _scales(absmax, done, piece, layout), layout, along).flatten()
+        codes = _round(piece, _scales(absmax, done, piece, layout), layout, directions).flatten()
         if count % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
         result[layout.codes][done // 2 :][: codes.numel() // 2] = codes[0::2] * 16 + codes[1::2]
@@ -58,35 +58,35 @@ def round_with_feedback(
     return result
 
 
-def _round(rows: torch.Tensor, scales: torch.Tensor, layout: NF4Layout, along: torch.Tensor) -> torch.Tensor:
+def _round(rows: torch.Tensor, scales: torch.Tensor, layout: NF4Layout, directions: torch.Tensor) -> torch.Tensor:
     """Codes, uint8[n, in_features]."""
     values, order = code_table(layout.quant_type).sort()
     bounds = (values[1:] + values[:-1]) / 2
     dtype = TORCH_DTYPES[layout.dtype]
-    wanted, scales, columns = rows.T.contiguous(), scales.T.contiguous(), along.T.contiguous()
-    squares = along.square().sum(dim=0)
+    targets, scales, columns = rows.T.contiguous(), scales.T.contiguous(), directions.T.contiguous()
+    squares = directions.square().sum(dim=0)
     damping = (squares + squares.mean()).clamp_min(torch.finfo(torch.float32).tiny).tolist()
-    lost = torch.zeros(len(rows), len(along))
-    codes = torch.empty(wanted.shape, dtype=torch.uint8)
+    accumulated_error = torch.zeros(len(rows), len(directions))
+    codes = torch.empty(targets.shape, dtype=torch.uint8)
     for j, column in enumerate(columns):
-        aimed_at = torch.addmv(wanted[j], lost, column, alpha=-1 / damping[j])
-        code = torch.bucketize(aimed_at / scales[j], bounds)
+        corrected = torch.addmv(targets[j], accumulated_error, column, alpha=-1 / damping[j])
+        code = torch.bucketize(corrected / scales[j], bounds)
         stored = (values[code] * scales[j]).to(dtype).float()
-        lost.addr_(stored - wanted[j], column)
+        accumulated_error.addr_(stored - targets[j], column)
         codes[j] = code
     return order.to(torch.uint8)[codes.T.int()]
 
 
 def _batch_rows(rows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The same in larger pieces."""
-    held: list[torch.Tensor] = []
+    batch: list[torch.Tensor] = []
     for piece in rows:
-        held.append(piece)
-        if sum(one.numel() for one in held) >= _WEIGHTS_PER_BATCH:
-            yield torch.cat(held)
-            held = []
-    if held:
-        yield torch.cat(held)
+        batch.append(piece)
+        if sum(one.numel() for one in batch) >= _WEIGHTS_PER_BATCH:
+            yield torch.cat(batch)
+            batch = []
+    if batch:
+        yield torch.cat(batch)
 
 
 def _scales(absmax: torch.Tensor, first: int, rows: torch.Tensor, layout: NF4Layout) -> torch.Tensor:

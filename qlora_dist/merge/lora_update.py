@@ -30,19 +30,19 @@ def read_checked_adapter(path: Path) -> SavedAdapter:
     return adapter
 
 
-def add_update_to_rows(weight: torch.Tensor, update: LoraUpdate, first: int) -> torch.Tensor:
+def add_update_to_rows(weight: torch.Tensor, update: LoraUpdate, first_row: int) -> torch.Tensor:
     """Rows of the merged matrix.
 
     Args:
-        weight: fp32[n, in_features], rows `first` to `first + n` of the base's.
+        weight: fp32[n, in_features], rows `first_row` to `first + n` of the base's.
         update: what is added.
-        first: number of the first row.
+        first_row: number of the first row.
 
     Returns:
         fp32[n, in_features]: W + s B A, and of DoRA m (W + s B A) / |W + s B A|, norms by row (arXiv:2402.09353,
         equation 5).
     """
-    rows = slice(first, first + weight.shape[0])
+    rows = slice(first_row, first_row + weight.shape[0])
     merged = torch.addmm(weight, update.b[rows], update.a, alpha=update.scaling)
     if update.magnitude is not None:
         merged *= (update.magnitude[rows] / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)

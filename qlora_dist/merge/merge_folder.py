@@ -49,7 +49,7 @@ class MergeReport:
     """Matrices with an update."""
     replaced: int = 0
     """Tensors that were trained whole."""
-    updates: float = 0.0
+    squared_updates: float = 0.0
     """Squares of what the adapter adds to the weights that it was trained on."""
     trained: float = 0.0
     """Squares of what was trained: those weights and the update."""
@@ -61,7 +61,7 @@ class MergeReport:
     def compare(self, written: torch.Tensor, trained_on: torch.Tensor, trained: torch.Tensor) -> None:
         """Add some rows: fp32[n, in_features] each, but for what is written, in its own type."""
         update, written = trained - trained_on, written.float()
-        self.updates += _squares(update)
+        self.squared_updates += _squares(update)
         self.trained += _squares(trained)
         self.difference += _squares(written - trained)
         self.kept += _product(written - trained_on, update)
@@ -121,11 +121,13 @@ def print_merge_report(report: MergeReport, console: Console) -> None:
     console.print(
         f"{report.out}: {report.merged} matrices are merged, {report.replaced} tensors replaced", soft_wrap=True
     )
-    if report.updates:
-        of_weights, of_updates = (math.sqrt(report.difference / whole) for whole in (report.trained, report.updates))
+    if report.squared_updates:
+        of_weights, of_updates = (
+            math.sqrt(report.difference / whole) for whole in (report.trained, report.squared_updates)
+        )
         console.print(
             f"what is written differs from what was trained by {of_weights:.1e} of the weights, {of_updates:.1e} of "
-            f"what the adapter adds (norms), of which {report.kept / report.updates:.0%} are in it",
+            f"what the adapter adds (norms), of which {report.kept / report.squared_updates:.0%} are in it",
             highlight=False,
             soft_wrap=True,
         )
@@ -135,10 +137,10 @@ def _write_files(
     partial: Path, plan: MergePlan, folder: ModelFolder, options: MergeOptions, report: MergeReport, console: Console
 ) -> None:
     places = split_into_files(
-        {place: specs_bytes(work.specs()) for place, work in enumerate(plan.work)}, options.file_bytes
+        {place: specs_bytes(work.specs()) for place, work in enumerate(plan.tensors)}, options.file_bytes
     )
-    files = [[plan.work[place] for place in file] for file in places]
-    steps = iter(track(plan.work, "merging", console=console, disable=not console.is_terminal, transient=True))
+    files = [[plan.tensors[place] for place in file] for file in places]
+    steps = iter(track(plan.tensors, "merging", console=console, disable=not console.is_terminal, transient=True))
     with SafetensorsReader() as reader:
         updates = _UpdateCache(reader)
         for index, file in enumerate(files, 1):
@@ -146,7 +148,7 @@ def _write_files(
             writer = SafetensorsWriter(partial / f"model-{index:05}-of-{len(files):05}.safetensors", specs)
             for _ in file:
                 work = next(steps)
-                if work.copied is not None:
+                if work.copied_entry is not None:
                     _copy(work, reader, writer)
                 for number, part in enumerate(work.parts):
                     _write_matrix(work, number, part, folder, options, reader, updates, writer, report)
@@ -154,11 +156,11 @@ def _write_files(
 
 
 def _copy(work: TensorMerge, reader: SafetensorsReader, writer: SafetensorsWriter) -> None:
-    assert work.copied is not None
-    size = work.copied.dtype.itemsize
-    for start, nbytes in read_chunks(work.copied.nbytes):
-        piece = torch.empty(nbytes // size, dtype=work.copied.dtype)
-        reader.read_into(piece, work.copied, start)
+    assert work.copied_entry is not None
+    size = work.copied_entry.dtype.itemsize
+    for start, nbytes in read_chunks(work.copied_entry.nbytes):
+        piece = torch.empty(nbytes // size, dtype=work.copied_entry.dtype)
+        reader.read_into(piece, work.copied_entry, start)
         writer.write(work.key, piece.to(work.dtype), start // size * work.dtype.itemsize)
 
 
@@ -174,36 +176,38 @@ def _write_matrix(
     report: MergeReport,
 ) -> None:
     """One matrix of those of a tensor, merged; and how far it is from what was trained."""
-    if part.update is None and work.in_4_bit:
+    if part.update is None and work.written_in_4bit:
         _write_4_bit(packed_weight(part, folder, reader), part, writer)
         return
     values = updates.of(part)
 
-    def trained() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def row_pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows that the adapter was trained on, and what they became."""
         for first, rows in training_weight_rows(part, folder, reader):
             yield rows, _merge_rows(rows, values, first)
 
     report.merged += values is not None
-    if work.in_4_bit:
-        merged_rows = (rows for _, rows in trained())
+    if work.written_in_4bit:
+        merged_rows = (rows for _, rows in row_pairs())
         if options.error_feedback and values is not None:
             before_merging = packed_weight(part, folder, reader)
             packed = round_with_feedback(before_merging, merged_rows, part.layout, update_directions(values))
         else:
             packed = quantize_weight_rows(merged_rows, part.layout)
         _write_4_bit(packed, part, writer)
-        for (_, stored), (before, merged) in zip(dequantized_weight_rows(packed, part.layout), trained(), strict=True):
+        for (_, stored), (before, merged) in zip(
+            dequantized_weight_rows(packed, part.layout), row_pairs(), strict=True
+        ):
             report.compare(stored, before, merged)
         return
-    given = base_weight_rows(part, folder, reader) if options.into == "original" else None
-    place = _MatrixWriter(work, number, part, writer)
-    for before, merged in trained():
-        first, rows = next(given) if given is not None else (0, None)
-        stored = place.write(merged if rows is None else _merge_rows(rows, values, first))
+    original_rows = base_weight_rows(part, folder, reader) if options.into == "original" else None
+    matrix_writer = _MatrixWriter(work, number, part, writer)
+    for before, merged in row_pairs():
+        first, rows = next(original_rows) if original_rows is not None else (0, None)
+        stored = matrix_writer.write(merged if rows is None else _merge_rows(rows, values, first))
         if values is not None:
             report.compare(stored, before, merged)
-    place.close()
+    matrix_writer.close()
 
 
 class _UpdateCache:
@@ -221,7 +225,7 @@ class _UpdateCache:
         values = self._last[1]
         if not part.update.experts:
             return values
-        rows = slice(part.first_row, part.first_row + part.layout.shape[0])
+        rows = slice(part.first_update_row, part.first_update_row + part.layout.shape[0])
         return expert_lora_update(values, part.update, part.expert, rows)
 
 

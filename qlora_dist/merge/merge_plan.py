@@ -56,11 +56,11 @@ class MatrixMerge:
     layout: NF4Layout
     """In 4 bit: as it lies in the folder, or as the run quantized it."""
     update: LowRankUpdate | None
-    was_4_bit: bool
+    trained_in_4bit: bool
     """While the adapter was trained."""
     expert: int
     """Whose it is; 0 if there are none."""
-    first_row: int
+    first_update_row: int
     """Of those that belong to the expert and are together one target of the update: the matrix's first."""
 
 
@@ -71,17 +71,17 @@ class TensorMerge:
     key: str
     source: Path
     """The file it is in, and where: for reading in order."""
-    position: int
+    source_offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    copied: TensorEntry | None = None
+    copied_entry: TensorEntry | None = None
     """From the base, or from the adapter where it was trained whole."""
     parts: tuple[MatrixMerge, ...] = ()
-    in_4_bit: bool = False
+    written_in_4bit: bool = False
 
     def specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, type and shape of what is written."""
-        if self.in_4_bit:
+        if self.written_in_4bit:
             for part in self.parts:
                 yield from quant_state_specs(part.matrix.name, part.layout)
         else:
@@ -92,7 +92,7 @@ class TensorMerge:
 class MergePlan:
     """The tensors in the order of the source's files."""
 
-    work: list[TensorMerge]
+    tensors: list[TensorMerge]
     untied: bool
     """The output head is a matrix of its own from now on."""
     vocabulary: int | None
@@ -141,13 +141,15 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
         raise missing_module_error(adapter, next(iter(updates)), folder.path)
     for key, entry in folder.entries.items():
         if key not in work:
-            given = replaced.pop(key, entry)
-            work[key] = TensorMerge(key, entry.path, entry.start, given.shape, _dtype(entry.dtype, options), given)
+            replacement = replaced.pop(key, entry)
+            work[key] = TensorMerge(
+                key, entry.path, entry.start, replacement.shape, _dtype(entry.dtype, options), replacement
+            )
     for key, entry in replaced.items():  # a head that was the embedding
         work[key] = TensorMerge(key, entry.path, entry.start, entry.shape, _dtype(torch.bfloat16, options), entry)
     embedding = adapter.whole.get(_embedding(model))
     vocabulary = embedding.shape[0] if embedding is not None else None
-    return MergePlan(sorted(work.values(), key=lambda item: (str(item.source), item.position)), untied, vocabulary)
+    return MergePlan(sorted(work.values(), key=lambda item: (str(item.source), item.source_offset)), untied, vocabulary)
 
 
 def _plan_matrices(
@@ -167,26 +169,26 @@ def _plan_matrices(
         key = stacked_tensor_name(matrix.key, index) if target.experts and not in_4_bit else matrix.key
         part = MatrixMerge(matrix, layout, update, was_4_bit, index // each, index % each * layout.shape[0])
         by_key.setdefault(key, []).append(part)
-    for key, own in by_key.items():
-        first = own[0].matrix
+    for key, tensor_matrices in by_key.items():
+        first = tensor_matrices[0].matrix
         entry = folder.quantized[first.name].parts[0][1] if first.name in folder.quantized else folder.entries[key]
         shape = layout.shape[::-1] if first.transposed else layout.shape
-        stacked = shape if key == first.key and first.index is None else (len(own), *shape)
+        stacked = shape if key == first.key and first.index is None else (len(tensor_matrices), *shape)
         dtype = _dtype(getattr(torch, layout.dtype), options)
-        yield TensorMerge(key, entry.path, entry.start, stacked, dtype, None, tuple(own), in_4_bit)
+        yield TensorMerge(key, entry.path, entry.start, stacked, dtype, None, tuple(tensor_matrices), in_4_bit)
 
 
 def _check_shape(update: LowRankUpdate | None, target: QuantizableParameter, adapter: SavedAdapter) -> None:
     if update is None:
         return
     rows, columns = update.b.shape[0], update.a.shape[1]
-    given, wanted = (rows, columns, update.experts), (*target.shape, target.experts)
+    update_shape, target_shape = (rows, columns, update.experts), (*target.shape, target.experts)
     if update.swapped:
-        given = (columns, rows, update.experts)
-    if given != wanted:
-        there, here = (shape if shape[-1] else shape[:-1] for shape in (given, wanted))
+        update_shape = (columns, rows, update.experts)
+    if update_shape != target_shape:
+        adapter_shape, base_shape = (shape if shape[-1] else shape[:-1] for shape in (update_shape, target_shape))
         raise UserError(
-            f"{adapter.path}: {target.module} is {there} there and {here} in the base; give the model that it was "
+            f"{adapter.path}: {target.module} is {adapter_shape} there and {base_shape} in the base; give the model that it was "
             "trained on with --base"
         )
 

@@ -19,13 +19,13 @@ def write_merged_adapter_file(folder: Path, adapter: Path) -> None:
     (folder / MERGED_ADAPTER_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
-def check_trained_on_merged(adapter: Path, base: Path, before: Path) -> None:
+def check_trained_on_merged(adapter: Path, base: Path, earlier_adapter: Path) -> None:
     """Check that an adapter was trained on a folder that another was merged into.
 
     Args:
         adapter: the later one, for the message.
         base: the folder that it was trained on.
-        before: the earlier one.
+        earlier_adapter: the earlier one.
 
     Raises:
         UserError: it was not, or the folder is gone.
@@ -33,11 +33,11 @@ def check_trained_on_merged(adapter: Path, base: Path, before: Path) -> None:
     if not (base / MERGED_ADAPTER_FILE).exists():
         raise UserError(
             f"{adapter}: was trained on {base}, which is no folder here that qlora-dist merge has written; merge "
-            f"{before} and train on that, or compose adapters of one base with --how cat"
+            f"{earlier_adapter} and train on that, or compose adapters of one base with --how cat"
         )
-    if read_model_json(base / MERGED_ADAPTER_FILE).get("adapter_sha256") != _sha256(before):
+    if read_model_json(base / MERGED_ADAPTER_FILE).get("adapter_sha256") != _sha256(earlier_adapter):
         raise UserError(
-            f"{adapter}: was trained on {base}, which holds another adapter than {before}; name the adapters in the "
+            f"{adapter}: was trained on {base}, which holds another adapter than {earlier_adapter}; name the adapters in the "
             "order of their training"
         )
 

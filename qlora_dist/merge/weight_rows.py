@@ -29,7 +29,7 @@ def base_weight_rows(part: MatrixMerge, folder: ModelFolder, reader: Safetensors
 
 def training_weight_rows(part: MatrixMerge, folder: ModelFolder, reader: SafetensorsReader) -> WeightRows:
     """As the adapter saw them: in 4 bit, if the run had them so."""
-    if part.was_4_bit:
+    if part.trained_in_4bit:
         return dequantized_weight_rows(packed_weight(part, folder, reader), part.layout)
     return _file_weight_rows(part, folder, reader)
 
@@ -63,16 +63,16 @@ def dequantized_weight_rows(packed: torch.Tensor, layout: NF4Layout) -> WeightRo
 def _file_weight_rows(part: MatrixMerge, folder: ModelFolder, reader: SafetensorsReader) -> WeightRows:
     entry, (rows, columns) = folder.entries[part.matrix.key], part.layout.shape
     size = entry.dtype.itemsize
-    place = (part.matrix.index or 0) * rows * columns * size
+    byte_offset = (part.matrix.index or 0) * rows * columns * size
     if part.matrix.transposed:  # it is held whole
         whole = torch.empty(columns, rows, dtype=entry.dtype)
-        reader.read_into(whole, entry, place)
+        reader.read_into(whole, entry, byte_offset)
         for first, stop in _row_ranges(part.layout):
             yield first, whole[:, first:stop].T.float()
         return
     for first, stop in _row_ranges(part.layout):
         chunk = torch.empty(stop - first, columns, dtype=entry.dtype)
-        reader.read_into(chunk, entry, place + first * columns * size)
+        reader.read_into(chunk, entry, byte_offset + first * columns * size)
         yield first, chunk.float()
 
 

@@ -114,9 +114,9 @@ def packed_attention_forward(
         [batch, length, heads, d], and no probabilities.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    by_scores = softcap is not None or s_aux is not None
+    needs_eager = softcap is not None or s_aux is not None
     if attention_mask is None or attention_mask.dtype != torch.int32:
-        if by_scores:
+        if needs_eager:
             mask = attention_mask if attention_mask is not None else _causal_mask(query, key.shape[2], None)
             output = _eager_attention(query, key, value, mask, dropout, scale, softcap, s_aux)
             return output.transpose(1, 2).contiguous(), None
@@ -164,7 +164,7 @@ def _flex_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bounds: torch.Tensor,
+    starts: torch.Tensor,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -180,11 +180,11 @@ def _flex_attention(
     window = sliding_window if sliding_window is not None and sliding_window < length else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _has_flex_kernels(query.device):
-        mask = create_packed_block_mask(bounds, length, window, query.device)
+        mask = create_packed_block_mask(starts, length, window, query.device)
         output: torch.Tensor
         output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap, s_aux=s_aux)
         return output
-    output = _eager_attention(query, key, value, create_packed_mask(bounds, length, window), 0.0, scale, softcap, s_aux)
+    output = _eager_attention(query, key, value, create_packed_mask(starts, length, window), 0.0, scale, softcap, s_aux)
     return output.transpose(1, 2).contiguous()
 
 
@@ -195,13 +195,13 @@ def _has_flex_kernels(device: torch.device) -> bool:
 
 @torch.compiler.disable
 def _uncompiled_sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, *how: Any
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, *kernel_options: Any
 ) -> torch.Tensor:
-    return sdpa_per_sequence(sequence_slices(bounds, query.shape[2]), query, key, value, *how)
+    return sdpa_per_sequence(sequence_slices(starts, query.shape[2]), query, key, value, *kernel_options)
 
 
 def sdpa_per_sequence(
-    pieces: Sequence[tuple[slice, int, int]],
+    slices: Sequence[tuple[slice, int, int]],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -213,8 +213,8 @@ def sdpa_per_sequence(
 ) -> torch.Tensor:
     """One call per sequence, by differentiable operations. Of `sequence_slices` the pieces; the rest as `packed_attention_forward` takes it."""
     batch = query.shape[0]
-    ends = [end - first for _, first, end in pieces]
-    if len(pieces) > 1:  # the rows one after another, so that one split, whose gradient is one copy, gives the pieces
+    ends = [end - first for _, first, end in slices]
+    if len(slices) > 1:  # the rows one after another, so that one split, whose gradient is one copy, gives the pieces
         query, key, value = (t.transpose(0, 1).flatten(1, 2).unsqueeze(0) for t in (query, key, value))
     outputs = []
     for q, k, v in zip(*(t.split(ends, dim=2) for t in (query, key, value)), strict=True):

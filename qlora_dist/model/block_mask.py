@@ -15,11 +15,11 @@ FLEX_BLOCK_SIZE = 128  # positions: torch's own choice for its kernels
 
 
 @lru_cache(maxsize=4)  # the layers of a forward pass share it, and those computed again in backward
-def create_packed_block_mask(bounds: torch.Tensor, length: int, window: int | None, device: torch.device) -> BlockMask:
+def create_packed_block_mask(starts: torch.Tensor, length: int, window: int | None, device: torch.device) -> BlockMask:
     """Causal, within each sequence.
 
     Args:
-        bounds: of `boundaries`.
+        starts: of `boundaries`.
         length: of a row.
         window: a position sees so many, itself included; None: all of its sequence before it.
         device: where the mask goes.
@@ -28,44 +28,44 @@ def create_packed_block_mask(bounds: torch.Tensor, length: int, window: int | No
         A mask of [batch, 1, length, length]. Blocks without a pair are left out, and blocks of nothing but pairs are
         marked as such.
     """
-    batch = bounds.shape[2]
+    batch = starts.shape[2]
     places = torch.arange(length, dtype=torch.int32).repeat(batch, 1)
-    sequence = torch.searchsorted(bounds[0, 0], places, right=True, out_int32=True)  # [batch, length], ascending
+    sequence = torch.searchsorted(starts[0, 0], places, right=True, out_int32=True)  # [batch, length], ascending
     blocks = torch.arange(-(-length // FLEX_BLOCK_SIZE))
     first, last = (
         sequence[:, place]
         for place in (blocks * FLEX_BLOCK_SIZE, (blocks * FLEX_BLOCK_SIZE + FLEX_BLOCK_SIZE - 1).clamp(max=length - 1))
     )
-    apart = FLEX_BLOCK_SIZE * (
+    block_distance = FLEX_BLOCK_SIZE * (
         blocks[:, None] - blocks
     )  # positions from the first of the keys to the first of the queries
-    some = (apart >= 0) & (last[:, None, :] >= first[:, :, None])
-    every = (apart > 0) & (first[:, None, :] == last[:, :, None])
-    every[:, -1] &= length % FLEX_BLOCK_SIZE == 0  # queries behind the end see nothing
+    any_visible = (block_distance >= 0) & (last[:, None, :] >= first[:, :, None])
+    all_visible = (block_distance > 0) & (first[:, None, :] == last[:, :, None])
+    all_visible[:, -1] &= length % FLEX_BLOCK_SIZE == 0  # queries behind the end see nothing
     if window is not None:
-        some &= apart - (FLEX_BLOCK_SIZE - 1) < window
-        every &= apart + (FLEX_BLOCK_SIZE - 1) < window
+        any_visible &= block_distance - (FLEX_BLOCK_SIZE - 1) < window
+        all_visible &= block_distance + (FLEX_BLOCK_SIZE - 1) < window
     sequence = sequence.to(device)
 
-    def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         seen = (sequence[row, query] == sequence[row, key]) & (query >= key)
         return seen if window is None else seen & (query - key < window)
 
     mask = BlockMask.from_kv_blocks(
-        *_block_counts_and_indices(some & ~every),
-        *_block_counts_and_indices(every),
+        *_block_counts_and_indices(any_visible & ~all_visible),
+        *_block_counts_and_indices(all_visible),
         FLEX_BLOCK_SIZE,
-        sees,
+        mask_mod,
         (length, length),
     )
     return mask.to(device)
 
 
 @lru_cache(maxsize=2)
-def create_packed_mask(bounds: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
+def create_packed_mask(starts: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
     """The pairs of `create_packed_block_mask`: bool[batch, 1, length, length] on the CPU."""
-    mask = create_packed_block_mask(bounds, length, window, torch.device("cpu"))
-    return create_mask(mask.mask_mod, bounds.shape[2], None, length, length, "cpu")
+    mask = create_packed_block_mask(starts, length, window, torch.device("cpu"))
+    return create_mask(mask.mask_mod, starts.shape[2], None, length, length, "cpu")
 
 
 def _block_counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,7 +44,7 @@ def load_weights(
     replicas: DeviceMesh | None = None,
     offload_base: bool = False,
     progress: Callable[[ReadProgress], None] | None = None,
-    elsewhere: ParameterStore | None = None,
+    parameter_store: ParameterStore | None = None,
 ) -> int:
     """Give every parameter and buffer of a skeleton its value.
 
@@ -62,68 +62,70 @@ def load_weights(
         replicas: 1-D mesh of the ranks that hold the same shard of the base as this one; None: there are no others.
         offload_base: keep the frozen parameters on the CPU; the engine copies them to the device.
         progress: called after each read of this rank.
-        elsewhere: keeps frozen parameters that are to hold no memory themselves.
+        parameter_store: keeps frozen parameters that are to hold no memory themselves.
 
     Returns:
         Bytes read by this rank.
     """
-    kept_elsewhere = {name for name, _ in model.named_parameters() if elsewhere is not None and name in elsewhere}
-    materialize(model, device, offload_base, kept_elsewhere)
+    stored_names = {
+        name for name, _ in model.named_parameters() if parameter_store is not None and name in parameter_store
+    }
+    materialize(model, device, offload_base, stored_names)
     check_buffers_initialized(model)
     origins, names = model.origins, transformers_names(model)
     parameter_names = {id(p): name for name, p in model.named_parameters()}
     shards: list[LocalShard] = []
     trained: list[LocalShard] = []
     to_quantize: list[ScatteredMatrix] = []
-    in_fewer_bits: list[tuple[torch.Tensor, str, WriteShard]] = []
+    to_dequantize: list[tuple[torch.Tensor, str, WriteShard]] = []
     with torch.no_grad():
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 name = parameter_names[id(parameter)]
-                if elsewhere is not None and name in kept_elsewhere:
-                    put: WriteShard = partial(elsewhere.put, name)
+                if parameter_store is not None and name in stored_names:
+                    write: WriteShard = partial(parameter_store.put, name)
                 else:
-                    put = partial(_write_local, local_tensor(parameter))
+                    write = partial(_write_local, local_tensor(parameter))
                 if is_lora_parameter(name):
                     if seed is not None:
                         _init_adapter(parameter, name, seed)
                 elif isinstance(module, NF4Linear | NF4Experts | NF4VocabMixin) and parameter is module.packed:
                     matrices = model.matrices[names[name]]
                     if matrices[0].name in folder.quantized:
-                        shards.append(_local_shard(parameter, tuple(matrix.name for matrix in matrices), folder, put))
+                        shards.append(_local_shard(parameter, tuple(matrix.name for matrix in matrices), folder, write))
                     else:
-                        to_quantize += scattered_matrices(parameter, module.layout, matrices, put)
+                        to_quantize += scattered_matrices(parameter, module.layout, matrices, write)
                 elif (key := origins[names[name]].keys[0]) in folder.quantized:
-                    in_fewer_bits.append((parameter, key, put))
+                    to_dequantize.append((parameter, key, write))
                 elif parameter.requires_grad:
-                    trained.append(_local_shard(parameter, origins[names[name]].keys, folder, put))
+                    trained.append(_local_shard(parameter, origins[names[name]].keys, folder, write))
                 else:
-                    shards.append(_local_shard(parameter, origins[names[name]].keys, folder, put))
+                    shards.append(_local_shard(parameter, origins[names[name]].keys, folder, write))
         buffers = [(buffer, origins[name].keys) for name, buffer in model.named_buffers() if name in origins]
         shards += [_local_shard(buffer, keys, folder, partial(_write_local, buffer)) for buffer, keys in buffers]
         own = [piece.matrix for piece in to_quantize[dist.get_rank() :: dist.get_world_size()]]
         with ShardReader(folder, shards, own, replicas, device, progress) as stream:
-            stream.fill_shards()
-            for parameter, key, put in in_fewer_bits:
-                _load_dequantized(parameter, key, stream, put)
+            stream.load_shards()
+            for parameter, key, write in to_dequantize:
+                _load_dequantized(parameter, key, stream, write)
             quantize_and_scatter(to_quantize, stream, replicas, device)
         with ShardReader(
             folder, trained, [], None, device
-        ) as others:  # the replicas of the base have other shards of these
-            others.fill_shards()
+        ) as trained_reader:  # the replicas of the base have other shards of these
+            trained_reader.load_shards()
         if seed is not None:
             _init_dora_magnitudes(model)
-        return stream.bytes_read + others.bytes_read
+        return stream.bytes_read + trained_reader.bytes_read
 
 
 def materialize(
-    model: LossModel, device: torch.device, offload_base: bool = False, kept_elsewhere: Collection[str] = ()
+    model: LossModel, device: torch.device, offload_base: bool = False, stored_names: Collection[str] = ()
 ) -> None:
     """Memory for what is on meta, and values for the buffers that no file holds (rotary frequencies)."""
-    elsewhere = {id(parameter) for name, parameter in model.named_parameters() if name in kept_elsewhere}
+    stored_ids = {id(parameter) for name, parameter in model.named_parameters() if name in stored_names}
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:  # as nn.Module.to_empty, with a choice of device
-        if id(tensor) in elsewhere:
+        if id(tensor) in stored_ids:
             return torch.empty_like(tensor)
         if get_flat_shard(tensor) is not None:
             return tensor  # its part is there, and it holds nothing itself

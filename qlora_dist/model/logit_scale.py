@@ -28,7 +28,7 @@ class LogitScale:
     factor: float = 1.0
     cap: float | None = None
 
-    def apply_(self, z: torch.Tensor, with_slope: bool = True) -> torch.Tensor | float | None:
+    def apply_(self, z: torch.Tensor, with_grad: bool = True) -> torch.Tensor | float | None:
         """Turn z: fp32[...] into logits in place.
 
         Returns:
@@ -37,9 +37,9 @@ class LogitScale:
         if self.factor != 1.0:
             z.mul_(self.factor)
         if self.cap is None:
-            return self.factor if self.factor != 1.0 and with_slope else None
+            return self.factor if self.factor != 1.0 and with_grad else None
         z.div_(self.cap).tanh_()
-        slope = z.square().neg_().add_(1).mul_(self.factor) if with_slope else None
+        slope = z.square().neg_().add_(1).mul_(self.factor) if with_grad else None
         z.mul_(self.cap)
         return slope
 
@@ -78,9 +78,9 @@ def measure_logit_scale(model: PreTrainedModel) -> LogitScale:
         value = logits[smallest] if cap is None else cap * torch.atanh(logits[smallest] / cap)
         factor = float(value / z[smallest])
         scale = LogitScale(1.0 if abs(factor - 1) < _TOLERANCE else factor, cap)
-        ours = z.clone()
-        scale.apply_(ours)
-        if torch.allclose(ours, logits, rtol=_TOLERANCE, atol=_TOLERANCE):
+        scaled = z.clone()
+        scale.apply_(scaled)
+        if torch.allclose(scaled, logits, rtol=_TOLERANCE, atol=_TOLERANCE):
             return scale
     raise _unknown_logit_scale_error(model, "neither a factor nor a soft cap explains its logits")
 

@@ -122,7 +122,7 @@ def _softmax_grad_(
     That is softmax - one-hot, and the slope of what the model does to its logits.
     """
     values = logits.float()  # fp32 logits: themselves
-    slope = scale.apply_(values, with_slope=wants_grad)
+    scale_grad = scale.apply_(values, with_grad=wants_grad)
     peak, target_logits = values.amax(dim=1, keepdim=True), values.gather(1, targets)
     exponentials = values.sub_(peak).exp_()
     total = exponentials.sum(dim=1, keepdim=True)
@@ -130,8 +130,8 @@ def _softmax_grad_(
     if wants_grad:
         probabilities = exponentials.div_(total)
         probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=values.dtype))
-        if slope is not None:
-            probabilities.mul_(slope)
+        if scale_grad is not None:
+            probabilities.mul_(scale_grad)
         if grad_bias is not None:
             grad_bias += probabilities.sum(dim=0)
         logits.copy_(probabilities)

@@ -63,8 +63,8 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, quantize: bool = 
     reads = find_weight_reads(model)
     for target in list(quantizable_parameters(model, embeddings=True)):
         parts = source_matrices(target, origins, folder)
-        asked_for = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
-        if not (asked_for and quantize) and not any(part.name in folder.quantized for part in parts):
+        wants_4bit = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
+        if not (wants_4bit and quantize) and not any(part.name in folder.quantized for part in parts):
             continue  # embeddings that stay in 16 bit, or what whoever quantized the folder left as it was
         layout = common_layout(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
         _replace_with_nf4(model, target, layout, len(parts), dtype)
@@ -147,13 +147,13 @@ def transformers_names(model: nn.Module) -> dict[str, str]:
     """By the name of a skeleton's parameter, the name that transformers' own class gives what it stands for."""
     names: dict[str, str] = {}
     for path, module in model.named_modules():
-        ours = path.replace(".base_layer", "")  # an adapter around it
+        plain_path = path.replace(".base_layer", "")  # an adapter around it
         for name in module._parameters:
-            full = f"{ours}.{name}" if ours else name
+            full = f"{plain_path}.{name}" if plain_path else name
             if isinstance(module, NF4Linear | NF4VocabMixin) and name == "packed":
-                full = f"{ours}.weight"
+                full = f"{plain_path}.weight"
             elif isinstance(module, NF4Experts):
-                full = ours
+                full = plain_path
             names[f"{path}.{name}" if path else name] = full
     return names
 
@@ -230,10 +230,10 @@ def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
                 module._buffers[name] = buffer.float()
 
 
-def _loss_forward_like(theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _loss_forward_like(transformers_forward: Callable[..., Any]) -> Callable[..., Any]:
     """Our forward pass with the signature of transformers': `generate` looks whether there are position_ids in it."""
 
-    @functools.wraps(theirs)
+    @functools.wraps(transformers_forward)
     def forward(self: LossModel, *args: Any, **kwargs: Any) -> Any:
         return LossModel.forward(self, *args, **kwargs)
 

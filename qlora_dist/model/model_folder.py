@@ -115,7 +115,7 @@ class ModelFolder:
         elif (self.path / _SINGLE).exists():
             files = [_SINGLE]
         else:
-            raise UserError(f"{self.path}: holds no {_SINGLE}; {self._other_files()}")
+            raise UserError(f"{self.path}: holds no {_SINGLE}; {self._missing_files_hint()}")
         entries: dict[str, TensorEntry] = {}
         for file in files:
             if Path(file).name != file:
@@ -123,7 +123,7 @@ class ModelFolder:
             entries |= read_safetensors_header(self.path / file)
         return entries
 
-    def _other_files(self) -> str:
+    def _missing_files_hint(self) -> str:
         """What to do about a folder without the files that are looked for."""
         found = sorted(path.name for path in self.path.glob("*.safetensors"))
         if any(name.startswith("model-") for name in found):

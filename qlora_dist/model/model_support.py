@@ -33,8 +33,8 @@ def check_model_class(model: PreTrainedModel, path: Path) -> None:
         UserError: with what stands in the way.
     """
     kind = model.config.model_type
-    if (what := _UNSUPPORTED.get(kind)) is not None:
-        raise _unsupported(path, kind, what)
+    if (reason := _UNSUPPORTED.get(kind)) is not None:
+        raise _unsupported(path, kind, reason)
     attends = any(name.rpartition(".")[2] in _CROSS_ATTENTION for name, _ in model.named_modules())
     if attends or getattr(type(model.config), "is_encoder_decoder", False):
         raise _unsupported(path, kind, "attends to the states of an encoder")
@@ -48,9 +48,9 @@ def check_model_class(model: PreTrainedModel, path: Path) -> None:
         raise _unsupported(path, kind, f"changes the weight of {changed[0]} while it computes")
 
 
-def _unsupported(path: Path, kind: str, what: str) -> UserError:
+def _unsupported(path: Path, kind: str, reason: str) -> UserError:
     return UserError(
-        f"{path / 'config.json'}: a model of type {kind} {what}, which cannot be trained here; give another causal "
+        f"{path / 'config.json'}: a model of type {kind} {reason}, which cannot be trained here; give another causal "
         "language model"
     )
 

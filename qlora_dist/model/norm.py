@@ -32,11 +32,13 @@ def fuse_rms_norms(model: PreTrainedModel) -> None:
     for module in model.modules():
         if "RMSNorm" not in type(module).__name__:
             continue
-        theirs, alike = type(module), _settings(module)
-        if alike not in fused:
+        norm_class, settings = type(module), _settings(module)
+        if settings not in fused:
             kind = _matching_kind(module)
-            fused[alike] = type(f"Fused{theirs.__name__}", (_FusedNorm, theirs), {"kind": kind}) if kind else theirs
-        module.__class__ = fused[alike]
+            fused[settings] = (
+                type(f"Fused{norm_class.__name__}", (_FusedNorm, norm_class), {"kind": kind}) if kind else norm_class
+            )
+        module.__class__ = fused[settings]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: RMSNormKind) -> torch.Tensor:
@@ -96,10 +98,10 @@ class _RmsNorm(torch.autograd.Function):
         result = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for grad, part, factor, out in _row_chunks(grads[0].reshape(rows.shape), rows, factors, result):
             normed = part.float() * factor
-            wanted = (grad * scale).float()
+            grad_normed = (grad * scale).float()
             # d/dx of x f, with f = 1 / sqrt(mean(x^2) + eps): f (g - n mean(g n)), n = x f
-            along = (wanted * normed).mean(-1, keepdim=True)
-            out.copy_(wanted.addcmul_(normed, along, value=-1).mul_(factor))
+            along = (grad_normed * normed).mean(-1, keepdim=True)
+            out.copy_(grad_normed.addcmul_(normed, along, value=-1).mul_(factor))
         return result.view(x.shape), None, None, None
 
 
@@ -114,8 +116,8 @@ def _row_chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def _eps(module: Any) -> float:
-    found = getattr(module, "variance_epsilon", None)
-    eps: float = module.eps if found is None else found
+    variance_epsilon = getattr(module, "variance_epsilon", None)
+    eps: float = module.eps if variance_epsilon is None else variance_epsilon
     return eps
 
 
@@ -135,7 +137,7 @@ def _matching_kind(module: nn.Module) -> RMSNormKind | None:
     if not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
         return None
     generator = torch.Generator().manual_seed(0)
-    found: set[RMSNormKind] = set(get_args(RMSNormKind))
+    kinds: set[RMSNormKind] = set(get_args(RMSNormKind))
     for dtype in (torch.float32, torch.bfloat16):
         x, values = (torch.randn(*shape, weight.numel(), generator=generator).to(dtype) for shape in ((2, 3), ()))
         probe = copy.copy(module)
@@ -145,8 +147,8 @@ def _matching_kind(module: nn.Module) -> RMSNormKind | None:
                 expected = probe(x)
             except Exception:  # of whatever kind: it is the model's code, and keeps its class
                 return None
-            found = {kind for kind in found if torch.equal(rms_norm(x, values, _eps(module), kind), expected)}
-    return next(iter(found)) if len(found) == 1 else None
+            kinds = {kind for kind in kinds if torch.equal(rms_norm(x, values, _eps(module), kind), expected)}
+    return next(iter(kinds)) if len(kinds) == 1 else None
 
 
 def _takes_hidden_states_alone(module: nn.Module) -> bool:

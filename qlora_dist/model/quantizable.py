@@ -133,10 +133,10 @@ def common_layout(
         UserError: they are not alike, not of the shape that config.json asks for, or of another type than 16 or 32
             bit floats.
     """
-    left = [matrix.name for matrix in parts if matrix.name not in folder.quantized]
-    if 0 < len(left) < len(parts):
+    unquantized = [matrix.name for matrix in parts if matrix.name not in folder.quantized]
+    if 0 < len(unquantized) < len(parts):
         raise UserError(
-            f"{folder.path}: {left[0]} is not in 4 bit and others of its layer are; quantize the model anew"
+            f"{folder.path}: {unquantized[0]} is not in 4 bit and others of its layer are; quantize the model anew"
         )
     layouts = {_layout(matrix, folder, quant_type, block_size, double_quant): matrix for matrix in parts}
     if len(layouts) > 1:

@@ -97,7 +97,7 @@ class ParameterCounts:
 
     parameters: int
     quantized: int
-    outside_layers: int
+    unquantized_embeddings: int
     """Of those embeddings, and of the output head if it is one, that are in as many bits as before."""
     left: dict[str, int]
     """Of tensors that stay as they were, by name without layer numbers."""
@@ -108,7 +108,7 @@ class ParameterCounts:
     @property
     def share(self) -> float:
         """The part of the parameters outside unquantized embeddings and output head that is in 4 bit."""
-        return self.quantized / max(1, self.parameters - self.outside_layers)
+        return self.quantized / max(1, self.parameters - self.unquantized_embeddings)
 
 
 @dataclass(frozen=True)

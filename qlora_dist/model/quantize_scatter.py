@@ -34,55 +34,55 @@ class ScatteredMatrix:
         last = min(max((shard + 1) * shard_bytes - self.start, 0), self.layout.total_bytes)
         return first, last
 
-    def part(self, rank: int, shards: int, copies: int) -> tuple[int, int]:
+    def part(self, rank: int, shards: int, replicas: int) -> tuple[int, int]:
         """Of a rank's span, what it is sent: the whole, or one part of it if others hold the same shard."""
         first, last = self.span(rank % shards, shards)  # neighbours share a copy of the base
-        part_bytes = -(-(last - first) // copies)
+        part_bytes = -(-(last - first) // replicas)
         copy = rank // shards
         return min(first + copy * part_bytes, last), min(first + (copy + 1) * part_bytes, last)
 
 
 def scattered_matrices(
-    parameter: torch.Tensor, layout: NF4Layout, matrices: Sequence[SourceMatrix], put: WriteShard
+    parameter: torch.Tensor, layout: NF4Layout, matrices: Sequence[SourceMatrix], write: WriteShard
 ) -> list[ScatteredMatrix]:
     """The pieces of a parameter, one behind the other."""
     return [
-        ScatteredMatrix(parameter, i * layout.total_bytes, layout, matrix, put) for i, matrix in enumerate(matrices)
+        ScatteredMatrix(parameter, i * layout.total_bytes, layout, matrix, write) for i, matrix in enumerate(matrices)
     ]
 
 
 def quantize_and_scatter(
-    work: Sequence[ScatteredMatrix], stream: ShardReader, replicas: DeviceMesh | None, device: torch.device
+    matrices: Sequence[ScatteredMatrix], stream: ShardReader, replicas: DeviceMesh | None, device: torch.device
 ) -> None:
     """Read, quantize and deal out all pieces. Called on all ranks of the default process group.
 
-    A rank's next pieces, every world_size-th of `work`, are the next ones of its stream.
+    A rank's next pieces, every world_size-th of `matrices`, are the next ones of its stream.
 
     In a round each rank owns one piece, which it alone reads; one all-to-all gives every rank its share of all of
     them. Ranks that hold the same shard are given a part of it each and exchange those.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    copies = replicas.size() if replicas is not None else 1
-    shards = world_size // copies
-    for begin in range(0, len(work), world_size):
-        turn = work[begin : begin + world_size]
+    num_replicas = replicas.size() if replicas is not None else 1
+    shards = world_size // num_replicas
+    for begin in range(0, len(matrices), world_size):
+        round_matrices = matrices[begin : begin + world_size]
         sent, sent_sizes = torch.empty(0, dtype=torch.uint8, device=device), [0] * world_size
-        if rank < len(turn):
-            sent = stream.quantize_next(turn[rank].layout, turn[rank].matrix.transposed)
-            parts = [turn[rank].part(r, shards, copies) for r in range(world_size)]
+        if rank < len(round_matrices):
+            sent = stream.quantize_next(round_matrices[rank].layout, round_matrices[rank].matrix.transposed)
+            parts = [round_matrices[rank].part(r, shards, num_replicas) for r in range(world_size)]
             sent_sizes = [last - first for first, last in parts]
-            if copies > 1:
+            if num_replicas > 1:
                 sent = torch.cat([sent[first:last] for first, last in parts])
-        sizes = [last - first for first, last in (piece.part(rank, shards, copies) for piece in turn)]
+        sizes = [last - first for first, last in (piece.part(rank, shards, num_replicas) for piece in round_matrices)]
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        dist.all_to_all_single(received, sent, sizes + [0] * (world_size - len(turn)), sent_sizes)
+        dist.all_to_all_single(received, sent, sizes + [0] * (world_size - len(round_matrices)), sent_sizes)
         del sent
-        for piece, part in zip(turn, received.split(sizes), strict=True):
+        for piece, part in zip(round_matrices, received.split(sizes), strict=True):
             first, last = piece.span(rank % shards, shards)
             if first == last:
                 continue
             if replicas is not None:
-                padding = -(-(last - first) // copies) - part.numel()
+                padding = -(-(last - first) // num_replicas) - part.numel()
                 part = all_gather_bytes(torch.nn.functional.pad(part, (0, padding)), replicas)[: last - first]
             _, offset = local_tensor_and_offset(piece.parameter)
             piece.put(piece.start + first - offset[0], part)

@@ -72,26 +72,26 @@ class ShardReader:
         self._reader = SafetensorsReader()
         reads = [read for shard in self.shards for read in self._shard_reads(shard)]
         reads += [read for m in to_quantize for read in tensor_reads(self._reader, folder.entries[m.key], m.index)]
-        self._ahead = ReadAhead(reads, progress)
+        self._read_ahead = ReadAhead(reads, progress)
 
     @property
     def bytes_read(self) -> int:
         """From the files, so far."""
         return self._reader.bytes_read
 
-    def fill_shards(self) -> None:
+    def load_shards(self) -> None:
         """Fill all shards. A collective of the replicas."""
         for shard in self.shards:
             for start, nbytes, _ in self._parts(shard):
-                data = next(self._ahead)
+                data = next(self._read_ahead)
                 if self._replicas is None:
-                    self._put(shard, start, data)
+                    self._write(shard, start, data)
                 else:
                     self._exchange(shard, start, nbytes, data)
 
     def quantize_next(self, layout: NF4Layout, transposed: bool) -> torch.Tensor:
         """packed: uint8[layout.total_bytes] on the device, of the next weight of `to_quantize`."""
-        return quantize_from_reads(self._ahead, layout, transposed, self._device)
+        return quantize_from_reads(self._read_ahead, layout, transposed, self._device)
 
     def read_dequantized(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         """A whole 4-bit weight as `dtype` on the device, read now."""
@@ -138,13 +138,13 @@ class ShardReader:
         count, total, part_bytes = self._replicas.size(), self._nbytes(shard), self._part_bytes(shard)
         within = start - self._replicas.get_local_rank() * part_bytes
         for first, width in read_chunks(nbytes, max(_ALIGNMENT, _EXCHANGED_BYTES // count // _ALIGNMENT * _ALIGNMENT)):
-            mine = data[first : first + width].to(self._device)
-            mine = torch.nn.functional.pad(mine, (0, width - mine.numel()))
-            for replica, theirs in enumerate(all_gather_bytes(mine, self._replicas).view(count, width)):
+            own_bytes = data[first : first + width].to(self._device)
+            own_bytes = torch.nn.functional.pad(own_bytes, (0, width - own_bytes.numel()))
+            for replica, replica_bytes in enumerate(all_gather_bytes(own_bytes, self._replicas).view(count, width)):
                 position = replica * part_bytes + within + first
-                self._put(shard, position, theirs[: max(0, total - position)])
+                self._write(shard, position, replica_bytes[: max(0, total - position)])
 
-    def _put(self, shard: LocalShard, start: int, data: torch.Tensor) -> None:
+    def _write(self, shard: LocalShard, start: int, data: torch.Tensor) -> None:
         """Copy uint8[n] to where its first byte is byte `start` of the shard as it lies in the file."""
         values = data.view(self._dtype(shard))
         shard.put(start // values.itemsize, values)
@@ -166,7 +166,7 @@ class ShardReader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._ahead.__exit__(None, None, None)
+        self._read_ahead.__exit__(None, None, None)
         self._reader.close()
 
 

@@ -45,21 +45,21 @@ def find_weight_reads(model: nn.Module) -> dict[str, WeightUse]:
     Args:
         model: transformers' own class.
     """
-    found: dict[str, WeightUse] = {}
+    uses: dict[str, WeightUse] = {}
     children = [path for path, _ in model.named_modules() if path]
     for path, module in model.named_modules():
-        inside = path and f"{path}."
+        prefix = path and f"{path}."
         for read in _reads_of_class(type(module)):  # type: ignore[arg-type]  # mypy takes no class for hashable
-            if any(_evaluate_condition(test, module) is (not wanted) for test, wanted in read.conditions):
+            if any(_evaluate_condition(test, module) is (not expected) for test, expected in read.conditions):
                 continue  # the module's own settings never lead there
             if read.chain[0] == "self":
-                names = [inside + ".".join(read.chain[1:])]
+                names = [prefix + ".".join(read.chain[1:])]
             else:  # a loop's variable, whose class is not known: any module of that name below this one
                 end = "." + ".".join(read.chain[1:])
-                names = [child for child in children if child.startswith(inside) and f".{child}".endswith(end)]
+                names = [child for child in children if child.startswith(prefix) and f".{child}".endswith(end)]
             for name in names:
-                found[name] = max(read.use, found.get(name, "value"), key=get_args(WeightUse).index)
-    return found
+                uses[name] = max(read.use, uses.get(name, "value"), key=get_args(WeightUse).index)
+    return uses
 
 
 @cache

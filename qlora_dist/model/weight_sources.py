@@ -84,10 +84,10 @@ def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[st
     return origins
 
 
-def unsupported_conversion_error(target: str, how: str) -> UserError:
+def unsupported_conversion_error(target: str, operations: str) -> UserError:
     """What to say of a tensor that transformers makes of others in a way that is not known here."""
     return UserError(
-        f"{target}: transformers rearranges it on loading ({how}), which is not supported here; give another model"
+        f"{target}: transformers rearranges it on loading ({operations}), which is not supported here; give another model"
     )
 
 

@@ -29,9 +29,11 @@ class NF4VocabMixin(nn.Module):
 
         Code that computes with it would otherwise do so with something that is not the weight, and nobody would know.
         """
-        nothing = torch.full((), float("nan"), dtype=self.dtype, device=self.packed.device).expand(self.layout.shape)
-        nothing._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
-        return nothing
+        placeholder = torch.full((), float("nan"), dtype=self.dtype, device=self.packed.device).expand(
+            self.layout.shape
+        )
+        placeholder._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
+        return placeholder
 
 
 class NF4Embedding(NF4VocabMixin, nn.Embedding):  # type: ignore[override]  # torch's `weight` can be assigned
@@ -67,12 +69,14 @@ def use_nf4_vocab(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: to
         UserError: its class computes with the weight itself.
     """
     check_vocab_class(module)
-    base, ours = (nn.Embedding, NF4Embedding) if isinstance(module, nn.Embedding) else (nn.Linear, NF4Head)
+    base, nf4_class = (nn.Embedding, NF4Embedding) if isinstance(module, nn.Embedding) else (nn.Linear, NF4Head)
     packed = torch.empty(layout.total_bytes, dtype=torch.uint8, device=module.weight.device)
     del module.weight
     # behind the module's own class: what that calls `super().forward` is ours
-    theirs = type(module)
-    module.__class__ = ours if theirs is base else type(f"NF4{theirs.__name__}", (theirs, ours), {})
+    module_class = type(module)
+    module.__class__ = (
+        nf4_class if module_class is base else type(f"NF4{module_class.__name__}", (module_class, nf4_class), {})
+    )
     assert isinstance(module, NF4VocabMixin)
     module.layout, module.dtype = layout, dtype
     module.packed = nn.Parameter(packed, requires_grad=False)

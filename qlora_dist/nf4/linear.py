@@ -59,9 +59,9 @@ class NF4Linear(nn.Module):
         Where an engine has not gathered `packed`, there are no values: it is on meta.
         """
         if self.packed.is_meta or isinstance(self.packed, DTensor) or self.packed.numel() != self.layout.total_bytes:
-            nothing = torch.empty(self.layout.shape, dtype=self.dtype, device="meta")
-            nothing._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
-            return nothing
+            placeholder = torch.empty(self.layout.shape, dtype=self.dtype, device="meta")
+            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
+            return placeholder
         return self.dequantize(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ class NF4Layout:
         return math.prod(self.shape)
 
     @property
-    def blocks(self) -> int:
+    def num_blocks(self) -> int:
         """Number of absmax values; the last block may be short."""
         return -(-self.numel // self.block_size)
 
@@ -63,13 +63,13 @@ class NF4Layout:
     def absmax(self) -> slice:
         """Bytes of the absmax values."""
         start = _align(self.codes.stop)
-        return slice(start, start + self.blocks * (1 if self.double_quant else 4))
+        return slice(start, start + self.num_blocks * (1 if self.double_quant else 4))
 
     @property
     def nested_absmax(self) -> slice:
         """Bytes of the nested absmax values; empty without double quantization."""
         start = _align(self.absmax.stop)
-        return slice(start, start + (4 * -(-self.blocks // NESTED_BLOCK_SIZE) if self.double_quant else 0))
+        return slice(start, start + (4 * -(-self.num_blocks // NESTED_BLOCK_SIZE) if self.double_quant else 0))
 
     @property
     def offset(self) -> slice:

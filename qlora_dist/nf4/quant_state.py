@@ -110,12 +110,12 @@ def quant_state_specs(name: str, layout: NF4Layout) -> Iterator[tuple[str, torch
     """Name, type and shape of the tensors that `quant_state_tensors` gives, known before the values are."""
     yield name, torch.uint8, (layout.codes.stop, 1)
     if layout.double_quant:
-        yield f"{name}.absmax", torch.uint8, (layout.blocks,)
+        yield f"{name}.absmax", torch.uint8, (layout.num_blocks,)
     else:
-        yield f"{name}.absmax", torch.float32, (layout.blocks,)
+        yield f"{name}.absmax", torch.float32, (layout.num_blocks,)
     yield f"{name}.quant_map", torch.float32, (16,)
     if layout.double_quant:
-        yield f"{name}.nested_absmax", torch.float32, (-(-layout.blocks // NESTED_BLOCK_SIZE),)
+        yield f"{name}.nested_absmax", torch.float32, (-(-layout.num_blocks // NESTED_BLOCK_SIZE),)
         yield f"{name}.nested_quant_map", torch.float32, (256,)
     yield f"{name}{_STATE}{layout.quant_type}", torch.uint8, (len(_state_json(layout, 0.0)),)
 

@@ -42,11 +42,11 @@ def quantize_weight(
     return quantize_chunks([weight.detach().contiguous().view(-1)], layout, weight.device), layout
 
 
-def quantize_chunks(pieces: Iterable[torch.Tensor], layout: NF4Layout, device: torch.device) -> torch.Tensor:
+def quantize_chunks(chunks: Iterable[torch.Tensor], layout: NF4Layout, device: torch.device) -> torch.Tensor:
     """Quantize a weight that is never there as a whole.
 
     Args:
-        pieces: of the flat weight, bf16, fp16 or fp32[n] each, one after the other; each n but the last a multiple of
+        chunks: of the flat weight, bf16, fp16 or fp32[n] each, one after the other; each n but the last a multiple of
             the largest block size. A piece may be overwritten once the next is asked for.
         layout: of the weight.
         device: where the work is done.
@@ -55,9 +55,9 @@ def quantize_chunks(pieces: Iterable[torch.Tensor], layout: NF4Layout, device: t
         packed: uint8[layout.total_bytes] on the device.
     """
     packed = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
-    absmax = torch.empty(layout.blocks, dtype=torch.float32, device=device)
+    absmax = torch.empty(layout.num_blocks, dtype=torch.float32, device=device)
     done = 0
-    for piece in pieces:
+    for piece in chunks:
         _quantize_chunk(piece.to(device), layout, packed[done // 2 :], absmax[done // layout.block_size :])
         done += piece.numel()
     assert done == layout.numel, f"{done} weights for {layout.shape}"

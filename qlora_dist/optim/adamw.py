@@ -31,17 +31,17 @@ class PagedAdamW:
     def __init__(
         self,
         shards: Sequence[nn.Parameter],
-        moments: PagedOptimizerState,
+        optimizer_state: PagedOptimizerState,
         config: OptimConfig,
         lr_factors: Sequence[float] | None = None,
-        left_bytes: Callable[[int], int] | None = None,
+        available_bytes: Callable[[int], int] | None = None,
     ) -> None:
-        self.shards, self.moments, self.config = list(shards), moments, config
+        self.shards, self.moments, self.config = list(shards), optimizer_state, config
         self.lr = config.lr
         self.steps = 0
         """Updates so far, which correct the moments' bias."""
         self._factors = list(lr_factors) if lr_factors is not None else [1.0] * len(self.shards)
-        self._left_bytes = left_bytes
+        self._left_bytes = available_bytes
         self._kept: dict[tuple[int, int], list[_UpdateGroup]] = {}  # by page, and where it lies
 
     @torch.no_grad()
@@ -49,7 +49,7 @@ class PagedAdamW:
         """Update all shards by their gradients; the learning rate is `lr` times each one's factor."""
         if self.moments.is_automatic and self._left_bytes is not None:
             left_bytes = self._left_bytes(self.moments.resident_bytes)
-            if self.moments.has_to_fit(left_bytes):
+            if self.moments.needs_resize(left_bytes):
                 self._kept.clear()  # before: they hold the memory that the pages are to leave
                 self.moments.fit(left_bytes)
         self.steps += 1
@@ -92,7 +92,7 @@ class PagedAdamW:
             gradient = self.shards[piece.shard].grad
             assert gradient is not None, "every shard that is not empty has a gradient"
             gradients.append(gradient if is_whole else _slice(gradient, piece))
-        if self.moments.bits == 32 and not self.moments.is_managed:
+        if self.moments.bits == 32 and not self.moments.is_unified:
             fused_adamw(part.parameters, gradients, part.first, part.second, self.config, lr, self.steps)
             return
         for parameter, gradient, view in zip(part.parameters, gradients, part.views, strict=True):

@@ -21,8 +21,8 @@ def state_code_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
 def fused_adamw(
     parameters: list[torch.Tensor],
     gradients: list[torch.Tensor],
-    first: list[torch.Tensor],
-    second: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
     config: OptimConfig,
     lr: float,
     step: int,
@@ -32,8 +32,8 @@ def fused_adamw(
     Args:
         parameters: parts of shards.
         gradients: theirs.
-        first: exp_avg.
-        second: exp_avg_sq.
+        exp_avgs: exp_avg.
+        exp_avg_sqs: exp_avg_sq.
         config: betas, eps and weight decay.
         lr: learning rate.
         step: how many updates there are with this one.
@@ -44,8 +44,8 @@ def fused_adamw(
     torch._fused_adamw_(
         parameters,
         gradients,
-        first,
-        second,
+        exp_avgs,
+        exp_avg_sqs,
         [],
         [count] * len(parameters),
         lr=lr,
@@ -61,8 +61,8 @@ def fused_adamw(
 def bnb_adamw_32bit(
     parameter: torch.Tensor,
     gradient: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
     config: OptimConfig,
     lr: float,
     step: int,
@@ -72,12 +72,12 @@ def bnb_adamw_32bit(
         "adam",
         gradient,
         parameter,
-        first,
+        exp_avg,
         config.beta1,
         config.eps,
         step,
         lr,
-        state2=second,
+        state2=exp_avg_sq,
         beta2=config.beta2,
         weight_decay=config.weight_decay,
     )
@@ -86,8 +86,8 @@ def bnb_adamw_32bit(
 def bnb_adamw_8bit(
     parameter: torch.Tensor,
     gradient: torch.Tensor,
-    first: tuple[torch.Tensor, torch.Tensor],
-    second: tuple[torch.Tensor, torch.Tensor],
+    exp_avg: tuple[torch.Tensor, torch.Tensor],
+    exp_avg_sq: tuple[torch.Tensor, torch.Tensor],
     config: OptimConfig,
     lr: float,
     step: int,
@@ -101,8 +101,8 @@ def bnb_adamw_8bit(
         "adam",
         gradient,
         parameter,
-        first[0],
-        second[0],
+        exp_avg[0],
+        exp_avg_sq[0],
         config.beta1,
         config.beta2,
         0.0,
@@ -112,8 +112,8 @@ def bnb_adamw_8bit(
         lr,
         signed,
         unsigned,
-        first[1],
-        second[1],
+        exp_avg[1],
+        exp_avg_sq[1],
         weight_decay=config.weight_decay,
     )
 

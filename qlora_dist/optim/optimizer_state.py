@@ -47,11 +47,11 @@ class PagedOptimizerState:
         self.pages = page_layout(sizes, self.bits, paging.page_bytes)
         self._shards = len(sizes)
         self.is_automatic = config.name.startswith("paged") and config.resident_bytes == "auto"
-        self._is_fitted = False
+        self._is_resized = False
         self.pager = _open_pager([page.nbytes for page in self.pages], config, paging, device)
 
     @property
-    def is_managed(self) -> bool:
+    def is_unified(self) -> bool:
         """Whether the driver moves the pages, of CUDA's managed memory."""
         return isinstance(self.pager, UnifiedPager)
 
@@ -65,24 +65,24 @@ class PagedOptimizerState:
         """Of the pages that come and go."""
         return sum(self.pager.sizes[page] for page in self.pager.moving)
 
-    def has_to_fit(self, left_bytes: int) -> bool:
+    def needs_resize(self, available_bytes: int) -> bool:
         """Whether to `fit`: the first time it is known what the device has left, and when that is less than is held."""
-        return not self._is_fitted or left_bytes < self.pager.held_bytes
+        return not self._is_resized or available_bytes < self.pager.held_bytes
 
-    def fit(self, left_bytes: int) -> None:
+    def fit(self, available_bytes: int) -> None:
         """Keep to what the device has left. The pages lie elsewhere afterwards."""
-        self._is_fitted = True
-        self.pager.resize(left_bytes if left_bytes >= 2 * max(self.pager.sizes, default=0) else 0)
+        self._is_resized = True
+        self.pager.resize(available_bytes if available_bytes >= 2 * max(self.pager.sizes, default=0) else 0)
 
     def use(self, number: int) -> torch.Tensor:
         """Page `number` on the device: uint8[nbytes], to be changed until `done`; those behind it are fetched."""
         moving = self.pager.moving
         after, count = bisect_right(moving, number), min(self.pager.ahead, len(moving))
-        return self.pager.use(number, then=[moving[(after + i) % len(moving)] for i in range(count)])
+        return self.pager.use(number, prefetch_next=[moving[(after + i) % len(moving)] for i in range(count)])
 
     def done(self, number: int) -> None:
         """Say that page `number` has been changed, and is not in use any more."""
-        self.pager.done(number, changed=True)
+        self.pager.done(number, dirty=True)
 
     def read(self) -> list[dict[str, torch.Tensor]]:
         """Copies on the CPU of each shard's moments, flat, by `state_tensor_names`; nothing for an empty one."""
@@ -119,7 +119,7 @@ class PagedOptimizerState:
         """
         views = _views(memory, self.pages[number], piece, self.bits)
         views |= {name: views[name].view(shape) for name in STATE_NAMES}
-        if self.is_managed:
+        if self.is_unified:
             for view in views.values():
                 # bitsandbytes' mark is an attribute, which every further view would lose; without it the kernels
                 # refuse managed memory, a tensor on the CPU, beside a gradient on the GPU

@@ -28,7 +28,7 @@ class PageStore(Protocol):
 
 
 def page_store_factory(
-    paging: PagingConfig, device: torch.device, what: str, remedy: str
+    paging: PagingConfig, device: torch.device, content: str, hint: str
 ) -> Callable[[int], PageStore]:
     """Makes the store that the section `paging` asks for, of so many bytes; for the rest see `FileStore`."""
     on_host = paging.to == "host" or (paging.to == "auto" and device.type != "cpu")
@@ -36,7 +36,7 @@ def page_store_factory(
     def make_store(nbytes: int) -> PageStore:
         if on_host:
             return HostStore(nbytes, device)
-        return FileStore(nbytes, Path(paging.dir or tempfile.gettempdir()), device, what, remedy)
+        return FileStore(nbytes, Path(paging.dir or tempfile.gettempdir()), device, content, hint)
 
     return make_store
 
@@ -81,21 +81,22 @@ class FileStore:
         UserError: the folder is none, or has no room.
     """
 
-    def __init__(self, nbytes: int, folder: Path, device: torch.device, what: str, remedy: str) -> None:
+    def __init__(self, nbytes: int, folder: Path, device: torch.device, content: str, hint: str) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file, path = tempfile.mkstemp(prefix="qlora-dist-", suffix=".pages", dir=folder)
             os.unlink(path)  # noqa: PTH108 (nobody else opens it, and nothing is left of it however this process ends)
         except OSError as error:
             raise UserError(
-                f"{folder}: cannot make a file for {what} there ({error.strerror}); {remedy}", one_rank=True
+                f"{folder}: cannot make a file for {content} there ({error.strerror}); {hint}", local_only=True
             ) from None
         try:
             os.posix_fallocate(self._file, 0, nbytes)
         except OSError as error:
             os.close(self._file)
             raise UserError(
-                f"{folder}: no room for {nbytes / 2**30:.3g} GiB of {what} ({error.strerror}); {remedy}", one_rank=True
+                f"{folder}: no room for {nbytes / 2**30:.3g} GiB of {content} ({error.strerror}); {hint}",
+                local_only=True,
             ) from None
         self._staged = device.type != "cpu"
 

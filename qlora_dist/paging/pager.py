@@ -37,7 +37,7 @@ class _Slot:
     page: int | None = None
     dirty: bool = False
     in_use: bool = False
-    fetched: bool = False
+    prefetched: bool = False
     """And not used yet."""
     transfer: Future[None] | None = None
     used: torch.Event | None = None
@@ -81,22 +81,22 @@ class Pager:
         self._backend = torch.get_device_module(device)
         self._stream = self._backend.Stream()
         self._thread = background_executor("pager")
-        self._staying: dict[int, torch.Tensor] = {}
+        self._resident: dict[int, torch.Tensor] = {}
         self._slots: list[_Slot] = []
         self._stored: set[int] = set()  # pages that the store has; the others are zeros
-        self._plan(budget)
+        self._assign_pages(budget)
 
     @property
     def total_bytes(self) -> int:
         """Of all pages."""
         return sum(self.sizes)
 
-    def use(self, page: int, then: Sequence[int] = ()) -> torch.Tensor:
+    def use(self, page: int, prefetch_next: Sequence[int] = ()) -> torch.Tensor:
         """A page on the device, to be read and changed until `done`.
 
         Args:
             page: its number.
-            then: the pages that will be used next, in their order: fetching begins, as far as there are free slots.
+            prefetch_next: the pages that will be used next, in their order: fetching begins, as far as there are free slots.
 
         Returns:
             uint8[sizes[page]].
@@ -104,43 +104,43 @@ class Pager:
         Raises:
             OSError: the store fails.
         """
-        if page in self._staying:
+        if page in self._resident:
             self.counts.hits += 1
-            if then:
-                self._fetch_ahead(page, then)
-            return self._staying[page]
-        slot = self._slot_of(page)
+            if prefetch_next:
+                self._prefetch(page, prefetch_next)
+            return self._resident[page]
+        slot = self._find_slot(page)
         if slot is None:
             slot = self._free_slot({page})
             assert slot is not None, "more pages are in use at a time than there are slots"
-            self._move(slot, page)
-        elif not slot.fetched:
+            self._start_transfer(slot, page)
+        elif not slot.prefetched:
             self.counts.hits += 1
-        slot.in_use, slot.fetched = True, False
-        self._to_the_end(slot)
-        self._fetch_ahead(page, then)
+        slot.in_use, slot.prefetched = True, False
+        self._mark_most_recent(slot)
+        self._prefetch(page, prefetch_next)
         self._wait(slot)
         return slot.memory[: self.sizes[page]]
 
-    def done(self, page: int, changed: bool, used: torch.Event | None = None) -> None:
+    def done(self, page: int, dirty: bool, used_event: torch.Event | None = None) -> None:
         """Say that a page is not in use any more.
 
         Args:
             page: its number.
-            changed: since `use`.
-            used: what the device has to come to first, if that is not on the stream that is current here.
+            dirty: since `use`.
+            used_event: what the device has to come to first, if that is not on the stream that is current here.
         """
-        slot = self._slot_of(page)
+        slot = self._find_slot(page)
         if slot is not None:
-            slot.in_use, slot.used = False, used
-            slot.dirty = slot.dirty or changed
+            slot.in_use, slot.used = False, used_event
+            slot.dirty = slot.dirty or dirty
 
     def read(self, page: int) -> torch.Tensor:
         """A copy of a page on the CPU: uint8[sizes[page]]. Counts as no use."""
-        self._settle()
-        slot = self._slot_of(page)
-        if page in self._staying:
-            return self._staying[page].to("cpu", copy=True)
+        self._wait_for_transfers()
+        slot = self._find_slot(page)
+        if page in self._resident:
+            return self._resident[page].to("cpu", copy=True)
         if slot is not None:
             return slot.memory[: self.sizes[page]].to("cpu", copy=True)
         out = torch.zeros(self.sizes[page], dtype=torch.uint8)
@@ -151,10 +151,10 @@ class Pager:
 
     def write(self, page: int, values: torch.Tensor) -> None:
         """Replace a page by uint8[sizes[page]] of the CPU. Counts as no use."""
-        self._settle()
-        slot = self._slot_of(page)
-        if page in self._staying:
-            self._staying[page].copy_(values)
+        self._wait_for_transfers()
+        slot = self._find_slot(page)
+        if page in self._resident:
+            self._resident[page].copy_(values)
         elif slot is not None:
             slot.memory[: self.sizes[page]].copy_(values)
             slot.dirty = True
@@ -165,10 +165,10 @@ class Pager:
 
     def write_part(self, page: int, start: int, values: torch.Tensor) -> None:
         """Replace bytes of a page, from `start` on, by uint8[n] of any device. Counts as no use, as long as none is."""
-        if page in self._staying:
-            self._staying[page][start : start + values.numel()].copy_(values)
+        if page in self._resident:
+            self._resident[page][start : start + values.numel()].copy_(values)
             return
-        assert self._store is not None and self._slot_of(page) is None, "pages are in use"
+        assert self._store is not None and self._find_slot(page) is None, "pages are in use"
         self._store.write(self._starts[page] + start, values.cpu())
         self._stored.add(page)
 
@@ -178,11 +178,11 @@ class Pager:
         Raises:
             ValueError: the budget is less than two pages.
         """
-        here = [*self._staying, *(slot.page for slot in self._slots if slot.page is not None)]
-        pages = {page: self.read(page) for page in here}
-        self._staying, self._slots, self.held_bytes = {}, [], 0
-        self._plan(budget)
-        for page, memory in self._staying.items():
+        device_pages = [*self._resident, *(slot.page for slot in self._slots if slot.page is not None)]
+        pages = {page: self.read(page) for page in device_pages}
+        self._resident, self._slots, self.held_bytes = {}, [], 0
+        self._assign_pages(budget)
+        for page, memory in self._resident.items():
             if page not in pages and page in self._stored and self._store is not None:
                 self._store.read(self._starts[page], memory)
         for page, values in pages.items():
@@ -200,25 +200,25 @@ class Pager:
             self._store.close()
             self._store = None
 
-    def _plan(self, budget: int) -> None:
+    def _assign_pages(self, budget: int) -> None:
         """Decide which pages stay, and make the slots."""
         if self.total_bytes <= budget or not self.sizes:
             self._budget = budget
-            self._staying, self.moving = {page: self._allocate(size) for page, size in enumerate(self.sizes)}, []
+            self._resident, self.moving = {page: self._allocate(size) for page, size in enumerate(self.sizes)}, []
             return
         largest, count = max(self.sizes), len(self.sizes)
         self._budget = budget or 2 * largest
         if self._budget < 2 * largest:
             raise ValueError(f"{budget} bytes are less than two pages of {largest}")
         slots = min(max(2, 1 + self.ahead), self._budget // largest)
-        stay = (self._budget - slots * largest) // largest
+        resident_count = (self._budget - slots * largest) // largest
         if self._store is None:
             self._store = self._make_store(self.total_bytes)
         self._slots = [_Slot(self._allocate(largest)) for _ in range(slots)]
         for page in range(count):
-            if (page + 1) * stay // count > page * stay // count:
-                self._staying[page] = self._allocate(self.sizes[page])
-        self.moving = [page for page in range(count) if page not in self._staying]
+            if (page + 1) * resident_count // count > page * resident_count // count:
+                self._resident[page] = self._allocate(self.sizes[page])
+        self.moving = [page for page in range(count) if page not in self._resident]
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         self.held_bytes += nbytes
@@ -226,14 +226,14 @@ class Pager:
             raise AssertionError(f"the pager holds {self.held_bytes} bytes and has a budget of {self._budget}")
         return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
-    def _fetch_ahead(self, page: int, then: Sequence[int]) -> None:
-        wanted = [next_page for next_page in then if next_page not in self._staying][: self.ahead]
-        for next_page in wanted:
-            if self._slot_of(next_page) is None:
-                slot = self._free_slot({page, *wanted})
+    def _prefetch(self, page: int, then: Sequence[int]) -> None:
+        next_pages = [next_page for next_page in then if next_page not in self._resident][: self.ahead]
+        for next_page in next_pages:
+            if self._find_slot(next_page) is None:
+                slot = self._free_slot({page, *next_pages})
                 if slot is None:
                     return
-                self._move(slot, next_page)
+                self._start_transfer(slot, next_page)
 
     def _free_slot(self, keep: set[int]) -> _Slot | None:
         """The slot that has not been used for longest, of those that are not in use and hold none of `keep`."""
@@ -242,15 +242,15 @@ class Pager:
                 return slot
         return None
 
-    def _to_the_end(self, slot: _Slot) -> None:
+    def _mark_most_recent(self, slot: _Slot) -> None:
         """The slots are in the order of their last use."""
         self._slots.remove(slot)
         self._slots.append(slot)
 
-    def _slot_of(self, page: int) -> _Slot | None:
+    def _find_slot(self, page: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.page == page), None)
 
-    def _move(self, slot: _Slot, page: int) -> None:
+    def _start_transfer(self, slot: _Slot, page: int) -> None:
         """Begin to write back what a slot holds, if it was changed, and to fetch a page into it."""
         old, new = slot.page if slot.dirty else None, page if page in self._stored else None
         if old is not None:
@@ -260,8 +260,8 @@ class Pager:
             self.counts.bytes_in += self.sizes[new]
         # the device may not have come to the last use of the slot yet
         used = [slot.used, self._backend.current_stream().record_event()]
-        slot.page, slot.dirty, slot.fetched, slot.used = page, False, True, None
-        self._to_the_end(slot)
+        slot.page, slot.dirty, slot.prefetched, slot.used = page, False, True, None
+        self._mark_most_recent(slot)
         slot.transfer = self._thread.submit(self._transfer, slot.memory, old, page, new is None, used, slot.transfer)
 
     def _transfer(
@@ -298,7 +298,7 @@ class Pager:
             self.counts.stall_s += time.perf_counter() - started
             slot.transfer = None
 
-    def _settle(self) -> None:
+    def _wait_for_transfers(self) -> None:
         for slot in self._slots:
             if slot.transfer is not None:
                 slot.transfer.result()

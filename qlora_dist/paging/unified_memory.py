@@ -50,13 +50,13 @@ class UnifiedPager:
         self._pages = [(allocate or _allocate_managed)(size, device) for size in sizes]
         self._backend = torch.get_device_module(device)
 
-    def use(self, page: int, then: Sequence[int] = ()) -> torch.Tensor:
-        """See `Pager`. The driver begins to move the first of `then` to the device."""
-        if then and self.device.type == "cuda":
-            bnb.prefetch_tensor(self._pages[then[0]])
+    def use(self, page: int, prefetch_next: Sequence[int] = ()) -> torch.Tensor:
+        """See `Pager`. The driver begins to move the first of `prefetch_next` to the device."""
+        if prefetch_next and self.device.type == "cuda":
+            bnb.prefetch_tensor(self._pages[prefetch_next[0]])
         return self._pages[page]
 
-    def done(self, page: int, changed: bool) -> None:
+    def done(self, page: int, dirty: bool) -> None:
         """See `Pager`."""
 
     def read(self, page: int) -> torch.Tensor:

@@ -91,7 +91,7 @@ class ZeroOptimizerState:
                 shard.gathered = partition.ds_tensor
                 zero_parameter(parameter).ds_tensor.data = partition.ds_tensor.data
             shard.padded = partition.ds_tensor
-        self._opened: int | None = None
+        self._swapped_in: int | None = None
         for index, values in enumerate(self._zero.fp32_partitioned_groups_flat):
             self._open(index)
             zeros = {name: torch.zeros_like(values.detach()) for name in STATE_NAMES}
@@ -112,7 +112,7 @@ class ZeroOptimizerState:
     def _bytes(self) -> int:
         return 2 * 4 * sum(self._zero.fp16_partitioned_groups_flat_numel)
 
-    def take_values(self) -> None:
+    def copy_values_from_shards(self) -> None:
         """The parts have been given values."""
         for partition, shard in zip(self._partitions, self._shards, strict=True):
             self._view(partition).copy_(shard.padded)
@@ -170,17 +170,17 @@ class ZeroOptimizerState:
 
     def _open(self, index: int) -> None:
         """Have a sub-group in memory, and no other whose place is a file."""
-        if index == self._opened:
+        if index == self._swapped_in:
             return
         self._close()
-        self._opened = index
+        self._swapped_in = index
         if self._zero._swappable_optimizer_subgroup(index):
             self._zero._optimizer_states_and_gradient_swap_in(index)
 
     def _close(self) -> None:
-        if self._opened is not None and self._zero._swappable_optimizer_subgroup(self._opened):
-            self._zero._optimizer_states_and_gradient_swap_out(self._opened)
-        self._opened = None
+        if self._swapped_in is not None and self._zero._swappable_optimizer_subgroup(self._swapped_in):
+            self._zero._optimizer_states_and_gradient_swap_out(self._swapped_in)
+        self._swapped_in = None
 
 
 class ZeroAdamW:
@@ -192,12 +192,14 @@ class ZeroAdamW:
         config: the section `optim`.
     """
 
-    def __init__(self, shards: Sequence[nn.Parameter], states: ZeroOptimizerState, config: OptimConfig) -> None:
-        self.shards, self.moments = list(shards), states
+    def __init__(
+        self, shards: Sequence[nn.Parameter], optimizer_state: ZeroOptimizerState, config: OptimConfig
+    ) -> None:
+        self.shards, self.moments = list(shards), optimizer_state
         self.lr = config.lr
         self.steps = 0
         """Updates so far, which correct the moments' bias."""
-        states.take_values()
+        optimizer_state.copy_values_from_shards()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -217,7 +219,7 @@ def _make_swap_folder(paging: PagingConfig) -> Path:
         raise UserError(
             f"{paging.dir}: cannot make a folder for optimizer states there ({error.strerror}); set paging.dir to "
             "another folder, or leave out optim.offload",
-            one_rank=True,
+            local_only=True,
         ) from None
 
 

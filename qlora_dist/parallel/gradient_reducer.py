@@ -80,7 +80,7 @@ class GradientReducer:
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.float(), None
         if (shard := get_flat_shard(parameter)) is not None:
-            shard.had_gradient = True
+            shard.had_grad = True
         before = self._sums.get(parameter)
         self._sums[parameter] = gradient if before is None else before.add_(gradient)
         unit.waiting -= 1

@@ -60,7 +60,7 @@ class Meshes:
         return self.adapter.get_group(self.adapter.ndim - 1)
 
     @property
-    def is_first_adapter(self) -> bool:
+    def is_first_adapter_replica(self) -> bool:
         """Whether no rank before this one holds the same part of the adapters."""
         return self.adapter.ndim == 1 or self.adapter.get_local_rank(0) == 0
 
@@ -84,23 +84,23 @@ def mesh_sizes(config: ParallelConfig, ranks: RankInfo) -> MeshSizes:
     return MeshSizes(world, base, named[config.adapter])
 
 
-def build_meshes(sizes: MeshSizes, device_type: str, separate: bool = False) -> Meshes:
+def build_meshes(sizes: MeshSizes, device_type: str, separate_groups: bool = False) -> Meshes:
     """The meshes, and with them the process groups. Called on all ranks.
 
     Args:
         sizes: from `mesh_sizes`.
         device_type: `cpu` or `cuda`.
-        separate: give base and adapters a group each even where both are cut over the same ranks.
+        separate_groups: give base and adapters a group each even where both are cut over the same ranks.
     """
     world = init_device_mesh(device_type, (sizes.world_size,), mesh_dim_names=("world",))
     if sizes.base_shards == sizes.world_size:
         base, base_replicas = world, None
     else:
-        both = _replica_and_shard(sizes.world_size, sizes.base_shards, device_type)
-        base, base_replicas = both["shard"], both["replica"]
+        replica_mesh = _replica_and_shard(sizes.world_size, sizes.base_shards, device_type)
+        base, base_replicas = replica_mesh["shard"], replica_mesh["replica"]
     if sizes.adapter_replicas > 1:
         adapter = _replica_and_shard(sizes.world_size, sizes.adapter_shards, device_type)
-    elif separate and base is world:
+    elif separate_groups and base is world:
         group = dist.new_group(list(range(sizes.world_size)))
         adapter = DeviceMesh.from_group(group, device_type, mesh_dim_names=("world",))
     else:

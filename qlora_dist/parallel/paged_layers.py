@@ -120,20 +120,20 @@ class PagedLayers:
 
     def _attach(self, page: int, layer: FSDPModule) -> None:
         def get_page(which: PassDirection) -> torch.Tensor:
-            return self.pager.use(page, then=_next_pages(page, len(self.pager.sizes), which))
+            return self.pager.use(page, prefetch_next=_next_pages(page, len(self.pager.sizes), which))
 
         def page_done(used: torch.Event | None) -> None:
-            self.pager.done(page, changed=False, used=used)
+            self.pager.done(page, dirty=False, used_event=used)
 
         page_frozen_parameters(layer, get_page, page_done)
 
 
-def _next_pages(page: int, count: int, which: PassDirection) -> list[int]:
+def _next_pages(page: int, count: int, direction: PassDirection) -> list[int]:
     """The other pages, in the order in which they are used next.
 
     Down again after the way up, unless nothing will be differentiated: then from below. After the way down, up.
     """
     above, below = list(range(page + 1, count)), list(range(page))
-    if which == "backward":
+    if direction == "backward":
         return below[::-1] + above
     return above + (below[::-1] if torch.is_grad_enabled() else below)

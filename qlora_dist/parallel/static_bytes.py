@@ -14,7 +14,7 @@ from qlora_dist.shard_view import full_shape, get_flat_shard
 STATIC_BYTES_TOLERANCE = 0.01
 
 
-def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, budget: int = 0) -> int:
+def check_static_bytes(model: nn.Module, sizes: MeshSizes, paged_bytes: int = 0, paged_budget: int = 0) -> int:
     """Refuse to run when a rank holds more than its share: silent replication is this field's worst bug.
 
     The share is the base's bytes / base_shards + the adapters' bytes / adapter_shards, within 1 %, plus what the
@@ -24,8 +24,8 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, bu
     Args:
         model: sharded and filled.
         sizes: how the world is cut.
-        in_pages: bytes of pages that this rank has on its device.
-        budget: the most that these may be.
+        paged_bytes: bytes of pages that this rank has on its device.
+        paged_budget: the most that these may be.
 
     Returns:
         Bytes that this rank holds, the pages among them.
@@ -40,12 +40,12 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, bu
         parts, rows = _shards(parameter), _num_rows(parameter)
         whole = full_shape(parameter).numel() * sum(part.element_size() for part in parts)
         padded = whole / rows * -(-rows // shards)
-        everywhere = _replicated_bytes(parameter)
-        share += whole / shards + everywhere
+        replicated = _replicated_bytes(parameter)
+        share += whole / shards + replicated
         padding += padded - whole / shards
-        excess[name] = sum(_storage(part).nbytes() for part in parts) - padded - everywhere
-    if in_pages > budget:
-        raise RuntimeError(f"this rank holds {in_pages:,} bytes of pages where its budget is {budget:,}")
+        excess[name] = sum(_storage(part).nbytes() for part in parts) - padded - replicated
+    if paged_bytes > paged_budget:
+        raise RuntimeError(f"this rank holds {paged_bytes:,} bytes of pages where its budget is {paged_budget:,}")
     held = sum(s.nbytes() for s in _storages(model))
     buffers = sum(b.nbytes for b in model.buffers())  # rotary frequencies, on every rank
     if held > share * (1 + STATIC_BYTES_TOLERANCE) + padding + buffers:
@@ -54,7 +54,7 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, in_pages: int = 0, bu
             f"this rank holds {held:,} bytes where its share is {share:,.0f}; the largest excess is in "
             + ", ".join(f"{name} (+{excess[name]:,.0f})" for name in worst)
         )
-    return model_static_bytes(model) + in_pages
+    return model_static_bytes(model) + paged_bytes
 
 
 def model_static_bytes(model: nn.Module) -> int:

@@ -37,7 +37,7 @@ def parallelize_zero2(model: PreTrainedModel, meshes: Meshes, config: Config) ->
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 module._parameters[key] = _whole_parameter(
-                    parameter, group, dtype, meshes.device, meshes.is_first_adapter
+                    parameter, group, dtype, meshes.device, meshes.is_first_adapter_replica
                 )
             elif parameter.is_floating_point():  # some are to be in fp32 in files, and are computed with as all others
                 module._parameters[key] = nn.Parameter(parameter.to(dtype), requires_grad=False)
@@ -46,27 +46,27 @@ def parallelize_zero2(model: PreTrainedModel, meshes: Meshes, config: Config) ->
     units = trainable_units(model)
     assert meshes.adapter.mesh_dim_names is not None
     updates = _UpdateGather(units, group, traffic, meshes.adapter.mesh_dim_names[-1])
-    gradients = GradientReducer(units, meshes.adapter, traffic, updates.expect_after)
+    gradients = GradientReducer(units, meshes.adapter, traffic, updates.mark_stale_after_backward)
     gradients.answer(model)
     model.register_forward_pre_hook(lambda *_: updates.gather(), prepend=True)
     for module in (*layers, model):
         module.unshard = types.MethodType(lambda self: updates.gather(), module)
-        module.reshard = types.MethodType(lambda self: updates.expect(), module)
+        module.reshard = types.MethodType(lambda self: updates.mark_stale(), module)
     return traffic
 
 
 def _whole_parameter(
-    parameter: nn.Parameter, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device, is_first_copy: bool
+    parameter: nn.Parameter, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device, is_first_replica: bool
 ) -> nn.Parameter:
     """A whole parameter of the type that is computed with, a part of which is this rank's to update."""
     numel, size = parameter.numel(), -(-parameter.numel() // group.size())
     whole = torch.zeros(size * group.size(), dtype=dtype, device=device)
     own = whole[group.rank() * size : (group.rank() + 1) * size]
     values = own if dtype == parameter.dtype else torch.zeros(size, dtype=parameter.dtype, device=device)
-    ours = nn.Parameter(whole[:numel].view(parameter.shape))
-    ours._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
-    set_flat_shard(ours, FlatShard(parameter.shape, values, own, group, is_first_copy, whole=whole))
-    return ours
+    whole_parameter = nn.Parameter(whole[:numel].view(parameter.shape))
+    whole_parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
+    set_flat_shard(whole_parameter, FlatShard(parameter.shape, values, own, group, is_first_replica, whole=whole))
+    return whole_parameter
 
 
 class _UpdateGather:
@@ -77,22 +77,22 @@ class _UpdateGather:
     ) -> None:
         self._units = [[shard for p in unit if (shard := get_flat_shard(p)) is not None] for unit in units]
         self._group, self._traffic, self._dim = group, traffic, dim
-        self._expected = True
+        self._is_stale = True
 
-    def expect(self) -> None:
+    def mark_stale(self) -> None:
         """Values change."""
-        self._expected = True
+        self._is_stale = True
 
-    def expect_after(self, last: bool) -> None:
+    def mark_stale_after_backward(self, last: bool) -> None:
         """After a window's last backward pass the optimizer changes them."""
-        self._expected = self._expected or last
+        self._is_stale = self._is_stale or last
 
     @torch.no_grad()
     def gather(self) -> None:
         """One collective for each unit. Called on all ranks."""
-        if not self._expected:
+        if not self._is_stale:
             return
-        self._expected = False
+        self._is_stale = False
         for shards in self._units:
             update_gathered(shards)
             if self._group.size() == 1:

@@ -47,11 +47,11 @@ def parallelize_zero3(model: PreTrainedModel, meshes: Meshes, config: Config) ->
     settings = ds_config(config, largest_layer_numel(model))["zero_optimization"]
     # A layer is one unit: its parameters come in one collective per type and group, and the base layer within LoraNF4,
     # which is not called as a module, is there. So are all for a layer that is recomputed.
-    gathering = partitioner.hook(model, layers, settings)
+    gathering = partitioner.register_hooks(model, layers, settings)
     for module in (embedding, head):
         if not any(parameter.requires_grad for parameter in module.parameters()):
             # an embedding's gradient does not depend on its values, and the head computes its own in forward
-            gathering.skip_backward(module)
+            gathering.skip_backward_gather(module)
 
     gradients = GradientReducer(trainable_units(model), meshes.adapter, traffic, lambda _: gathering.release_all())
     gradients.answer(model)
@@ -88,8 +88,8 @@ def _partition_parameters(model: nn.Module, meshes: Meshes, config: Config, part
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             trained = parameter.requires_grad
-            group, first = (adapter, meshes.is_first_adapter) if trained else (base, first_base)
-            module._parameters[name] = partitioner.cut(parameter, group, dtype, offload and not trained, first)
+            group, first = (adapter, meshes.is_first_adapter_replica) if trained else (base, first_base)
+            module._parameters[name] = partitioner.partition(parameter, group, dtype, offload and not trained, first)
 
 
 def _unshard(layer: nn.Module) -> None:

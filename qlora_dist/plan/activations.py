@@ -40,53 +40,53 @@ class LayerActivations:
     """On top of the layer's input, at the peak of a forward pass that keeps nothing."""
     backward: int
     """On top of `kept`, at the peak of backward: the gradient on its way, and what is dequantized among it."""
-    forward_weight: int
+    forward_weight_bytes: int
     """Of `forward`, the dequantized weight."""
-    backward_weight: int
+    backward_weight_bytes: int
     """Of `backward`, the dequantized weight."""
-    last_weight: int
+    last_weight_bytes: int
     """Of the last product of a forward pass, when all that is kept is there."""
 
 
 def layer_activations(
-    run: RunSpec, layer: LayerSpec, code: ImplementationTraits = OWN_IMPLEMENTATION
+    run: RunSpec, layer: LayerSpec, traits: ImplementationTraits = OWN_IMPLEMENTATION
 ) -> LayerActivations:
     """Of one layer."""
-    kept = run.tokens * saved_bytes_per_token(run, layer, code) + _saved_score_bytes(run, layer)
+    kept = run.tokens * saved_bytes_per_token(run, layer, traits) + _saved_score_bytes(run, layer)
     forward, forward_weight = max(_forward_peaks(run, layer))
     backward, backward_weight = max(_backward_peaks(run, layer))
     last_weight = _dequantize_peak_bytes(run, layer.matrices[-1])
     return LayerActivations(kept, forward, backward, forward_weight, backward_weight, last_weight)
 
 
-def saved_bytes_per_token(run: RunSpec, layer: LayerSpec, code: ImplementationTraits = OWN_IMPLEMENTATION) -> int:
+def saved_bytes_per_token(run: RunSpec, layer: LayerSpec, traits: ImplementationTraits = OWN_IMPLEMENTATION) -> int:
     """Bytes that backward will need."""
     c, a, h = run.compute_bytes, layer.attention, layer.hidden
-    of_norm = c if code.fused_norms else _FP32
-    total = of_norm * h * layer.norms + (c * h if code.keeps_output else 0)
-    total += _FP32 * layer.norms if code.fused_norms else 0
-    total += _saved_lora_inputs(run, layer, copies_attention=run.device == "cuda" and code.copies_attention)
-    q, k, v, o = a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim, a.heads * a.v_dim
-    if a.by_scores and a.heads != a.kv_heads:
-        k, v = a.heads * a.qk_dim, o  # repeated for every head
+    of_norm = c if traits.fused_norms else _FP32
+    total = of_norm * h * layer.num_norms + (c * h if traits.keeps_output else 0)
+    total += _FP32 * layer.num_norms if traits.fused_norms else 0
+    total += _saved_lora_inputs(run, layer, copies_attention=run.device == "cuda" and traits.copies_attention)
+    q, k, v, o = a.heads * a.qk_head_dim, a.kv_heads * a.qk_head_dim, a.kv_heads * a.v_head_dim, a.heads * a.v_head_dim
+    if a.is_eager and a.heads != a.kv_heads:
+        k, v = a.heads * a.qk_head_dim, o  # repeated for every head
     total += c * (q + k + v)  # rotated queries and keys; values
-    if a.normed:
+    if a.has_qk_norm:
         total += of_norm * (q + k)
-    if not a.by_scores:
+    if not a.is_eager:
         total += _FP32 * a.heads  # logarithms of the sums
         total += c * o  # what SDPA returned
-    if a.latent is not None:
-        q_rank, kv_rank = a.latent
+    if a.latent_ranks is not None:
+        q_rank, kv_rank = a.latent_ranks
         # their norms; values are a part of a tensor that the keys' unrotated part is in too
-        total += of_norm * (q_rank + kv_rank) + c * a.heads * (a.qk_dim - layer.rotated)
-    total += c * 3 * layer.intermediate  # gate, its activation, up
-    if layer.experts_per_token:
+        total += of_norm * (q_rank + kv_rank) + c * a.heads * (a.qk_head_dim - layer.rope_head_dim)
+    total += c * 3 * layer.intermediate_size  # gate, its activation, up
+    if layer.num_experts_per_tok:
         # gate and up in one tensor, the gate's activation; what the experts return, and that weighted
-        total += layer.experts_per_token * (
-            c * (3 * layer.expert_intermediate + h) + _weighted_element_bytes(run, layer) * h
+        total += layer.num_experts_per_tok * (
+            c * (3 * layer.moe_intermediate_size + h) + _weighted_element_bytes(run, layer) * h
         )
-        adapted = [m for m in layer.matrices if m.experts and m.adapted]
-        total += layer.experts_per_token * c * sum(m.columns + run.model.r for m in adapted)  # inputs, and `A x`
+        adapted = [m for m in layer.matrices if m.experts and m.has_lora]
+        total += layer.num_experts_per_tok * c * sum(m.in_features + run.model.r for m in adapted)  # inputs, and `A x`
     return total
 
 
@@ -94,12 +94,12 @@ def _saved_by_mlp(run: RunSpec, layer: LayerSpec) -> int:
     """Return the bytes per token that backward needs of a dense MLP, or of shared experts."""
     matrices = tuple(m for m in layer.matrices if not m.experts and m.name in ("gate_proj", "up_proj", "down_proj"))
     of_adapters = _saved_lora_inputs(run, replace(layer, matrices=matrices), copies_attention=False)
-    return run.compute_bytes * 3 * layer.intermediate + of_adapters
+    return run.compute_bytes * 3 * layer.intermediate_size + of_adapters
 
 
 def _weighted_element_bytes(run: RunSpec, layer: LayerSpec) -> int:
     """Bytes of an element of what experts return, once it is weighted."""
-    return _FP32 if layer.weighs_in_fp32 else run.compute_bytes
+    return _FP32 if layer.has_fp32_router_weights else run.compute_bytes
 
 
 def _saved_lora_inputs(run: RunSpec, layer: LayerSpec, copies_attention: bool) -> int:
@@ -109,20 +109,20 @@ def _saved_lora_inputs(run: RunSpec, layer: LayerSpec, copies_attention: bool) -
     elements it left out besides: a byte each on CUDA, on a CPU in the compute type.
     """
     c = run.compute_bytes
-    adapted = [m for m in layer.matrices if m.adapted and not m.experts]
+    adapted = [m for m in layer.matrices if m.has_lora and not m.experts]
     total = sum(c * run.model.r for _ in adapted)
     if run.dropout:
         return total + sum(_saved_lora_input(run, m) for m in adapted)
-    shared = {_shared_input_name(m): m.columns for m in adapted if m.name != "o_proj" or copies_attention}
+    shared = {_shared_input_name(m): m.in_features for m in adapted if m.name != "o_proj" or copies_attention}
     return total + sum(c * columns for columns in shared.values())
 
 
 def _saved_lora_input(run: RunSpec, matrix: LinearSpec) -> int:
     """Per token, of one projection that shares its input with no other."""
-    if not matrix.adapted:
+    if not matrix.has_lora:
         return 0
     kept_mask = (1 if run.device == "cuda" else run.compute_bytes) if run.dropout else 0
-    return (run.compute_bytes + kept_mask) * matrix.columns
+    return (run.compute_bytes + kept_mask) * matrix.in_features
 
 
 def _shared_input_name(matrix: LinearSpec) -> str:
@@ -135,7 +135,7 @@ def _shared_input_name(matrix: LinearSpec) -> str:
 
 def _score_elements(run: RunSpec, layer: LayerSpec) -> int:
     """Elements of the matrix of scores, if there is one."""
-    return run.micro_batch * layer.attention.heads * run.seq_len**2 if layer.attention.by_scores else 0
+    return run.micro_batch * layer.attention.heads * run.seq_len**2 if layer.attention.is_eager else 0
 
 
 def _saved_score_bytes(run: RunSpec, layer: LayerSpec) -> int:
@@ -145,25 +145,25 @@ def _saved_score_bytes(run: RunSpec, layer: LayerSpec) -> int:
 
 def dequantized_weight_bytes(run: RunSpec, matrix: LinearSpec) -> int:
     """Of a matrix when it is dequantized; of experts, of one of them."""
-    return run.compute_bytes * matrix.rows * matrix.parts * matrix.columns
+    return run.compute_bytes * matrix.rows * matrix.parts * matrix.in_features
 
 
 def _dequantize_peak_bytes(run: RunSpec, matrix: LinearSpec) -> int:
     """With the absmax values, which are fp32 for the moment."""
     layout = run.model.layout(matrix)
-    return dequantized_weight_bytes(run, matrix) + (_FP32 * layout.blocks if layout.double_quant else 0)
+    return dequantized_weight_bytes(run, matrix) + (_FP32 * layout.num_blocks if layout.double_quant else 0)
 
 
 def _forward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
     """Of a layer that keeps nothing: bytes, and of these the dequantized weight."""
     c, t, h, a = run.compute_bytes, run.tokens, layer.hidden, layer.attention
-    q, k, v = a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim
+    q, k, v = a.heads * a.qk_head_dim, a.kv_heads * a.qk_head_dim, a.kv_heads * a.v_head_dim
     by_name = {m.name: m for m in layer.matrices if not m.experts}
     yield t * (c * 4 * h + 2 * _FP32 * h), 0  # the norm after attention
     # rotating the queries, which are there four times
     yield t * c * (h + 4 * q + k + v), 0
     if "up_proj" in by_name:
-        i, dropped = layer.intermediate, _dropout_copy_bytes(run, by_name["up_proj"])
+        i, dropped = layer.intermediate_size, _dropout_copy_bytes(run, by_name["up_proj"])
         weight = _dequantize_peak_bytes(run, by_name["up_proj"])
         # residual, normed; the gate's activation; up's output
         yield t * (c * (2 * h + 2 * i) + dropped) + weight, weight
@@ -171,19 +171,19 @@ def _forward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
         weight = _dequantize_peak_bytes(run, by_name["down_proj"])
         dropped = _dropout_copy_bytes(run, by_name["down_proj"])
         yield t * (c * (3 * h + i) + dropped) + weight, weight
-    if layer.experts_per_token:
+    if layer.num_experts_per_tok:
         weight = max(_dequantize_peak_bytes(run, m) for m in layer.matrices if m.experts)
-        n = layer.experts_per_token
+        n = layer.num_experts_per_tok
         # residual and normed input; what the experts return, in pieces and as one; that weighted, and in tokens' order
         yield t * h * (c * (2 + 2 * n) + 3 * n * _weighted_element_bytes(run, layer)), 0
         yield t * c * (2 * h + n * h) + weight, weight
-    if a.by_scores:
+    if a.is_eager:
         # scores, those divided by the cap, and the tangent
         yield _score_elements(run, layer) * 3 * _FP32 + t * c * (2 * h + 3 * q + k + v), 0
 
 
 def _dropout_copy_bytes(run: RunSpec, matrix: LinearSpec) -> int:
-    return run.compute_bytes * matrix.columns if run.dropout and matrix.adapted else 0
+    return run.compute_bytes * matrix.in_features if run.dropout and matrix.has_lora else 0
 
 
 def _backward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
@@ -192,19 +192,19 @@ def _backward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]
     down = next((m for m in layer.matrices if m.name == "down_proj" and not m.experts), None)
     if down is not None:
         weight = dequantized_weight_bytes(run, down)
-        factors = c * run.model.r * (down.rows + down.columns) if down.adapted else 0
-        gradients = 2 if run.dropout and down.adapted else 1
-        yield t * c * (h + gradients * layer.intermediate + run.model.r) + weight + factors, weight
+        factors = c * run.model.r * (down.rows + down.in_features) if down.has_lora else 0
+        gradients = 2 if run.dropout and down.has_lora else 1
+        yield t * c * (h + gradients * layer.intermediate_size + run.model.r) + weight + factors, weight
         # the gradients of the product, of the gate's activation and of up, when the product itself is gone
         product = _saved_lora_input(run, down)
-        yield t * (c * (h + 3 * layer.intermediate) - product) + factors, 0
-    if layer.experts_per_token:
+        yield t * (c * (h + 3 * layer.intermediate_size) - product) + factors, 0
+    if layer.num_experts_per_tok:
         weight = max(dequantized_weight_bytes(run, m) for m in layer.matrices if m.experts)
-        n = layer.experts_per_token
+        n = layer.num_experts_per_tok
         # at the end of recomputing: the same, but for what is kept; shared experts have their turn after the others
         yield t * (h * (c * (3 + n) + 2 * n * _weighted_element_bytes(run, layer)) - _saved_by_mlp(run, layer)), 0
         yield t * c * h + weight, weight
-    if a.by_scores:
+    if a.is_eager:
         # the probabilities' gradient and the scores', both fp32, when the MLP has let go of what it kept
-        of_mlp = c * (3 * layer.intermediate + h) + 2 * c * h + (_saved_lora_input(run, down) if down else 0)
+        of_mlp = c * (3 * layer.intermediate_size + h) + 2 * c * h + (_saved_lora_input(run, down) if down else 0)
         yield _score_elements(run, layer) * (2 * _FP32 - c) - t * (of_mlp - 2 * c * h), 0

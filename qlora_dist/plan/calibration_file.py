@@ -52,30 +52,32 @@ def load_calibration(path: Path | None = None) -> Calibration:
         UserError: there is no such file, or it is another one.
     """
     try:
-        where = path or default_calibration_path()
+        calibration_path = path or default_calibration_path()
     except UserError:  # a user without a home
         return Calibration()
     try:
-        return Calibration.model_validate(json.loads(where.read_text(encoding="utf-8")))
+        return Calibration.model_validate(json.loads(calibration_path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         if path is None:
             return Calibration()
         raise UserError(f"{path}: no such file; make it with `qlora-dist plan --calibrate`") from None
     except (OSError, ValueError, ValidationError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{where}: holds no calibration ({reason}); make it anew with `plan --calibrate`") from None
+        raise UserError(
+            f"{calibration_path}: holds no calibration ({reason}); make it anew with `plan --calibrate`"
+        ) from None
 
 
-def save_calibration(kind: str, measured: MeasuredSpeeds, path: Path | None = None) -> Path:
+def save_calibration(gpu_name: str, measured: MeasuredSpeeds, path: Path | None = None) -> Path:
     """Add what was measured of a kind of device, in place of what was known of it. Returns the file."""
-    where = path or default_calibration_path()
-    known = load_calibration(where) if where.exists() else Calibration()
-    where.parent.mkdir(parents=True, exist_ok=True)
-    both = Calibration(devices=known.devices | {kind: measured})
-    part = where.with_suffix(".part")
-    part.write_text(both.model_dump_json(indent=2))
-    part.replace(where)
-    return where
+    target_path = path or default_calibration_path()
+    known = load_calibration(target_path) if target_path.exists() else Calibration()
+    target_path.parent.mkdir(parents=True, exist_ok=True)
+    updated = Calibration(devices=known.devices | {gpu_name: measured})
+    part = target_path.with_suffix(".part")
+    part.write_text(updated.model_dump_json(indent=2))
+    part.replace(target_path)
+    return target_path
 
 
 def calibrated_speeds(measured: MeasuredSpeeds, assumed: RankSpeeds) -> RankSpeeds:
@@ -83,9 +85,9 @@ def calibrated_speeds(measured: MeasuredSpeeds, assumed: RankSpeeds) -> RankSpee
     return replace(
         assumed,
         flops=measured.flops,
-        dequantizing=measured.dequantized_bytes,
-        streaming=measured.streamed_bytes,
+        dequantize_bytes_per_s=measured.dequantized_bytes,
+        elementwise_bytes_per_s=measured.streamed_bytes,
         host=measured.host_bytes,
         inside=measured.inside_bytes or assumed.inside,
-        between=measured.between_bytes or assumed.between,
+        inter_node_bytes_per_s=measured.between_bytes or assumed.inter_node_bytes_per_s,
     )

@@ -15,12 +15,12 @@ class UnitGatherMemory:
 
     base: int
     adapters: int
-    base_buffer: int
+    base_buffer_bytes: int
     """What the all-gather of the base returns; it is copied out of it. 0 where nothing is sharded."""
-    adapter_buffer: int
+    adapter_buffer_bytes: int
     one_group: bool
     """Base and adapters are gathered in one collective, or there is one of them only."""
-    by_columns: int
+    column_sharded_bytes: int
     """Of adapters that are cut along columns: copied once more to be put together."""
 
     @property
@@ -29,37 +29,37 @@ class UnitGatherMemory:
         return self.base + self.adapters
 
     @property
-    def buffer(self) -> int:
+    def buffer_bytes(self) -> int:
         """Of a unit that has been gathered ahead."""
-        return self.base_buffer + self.adapter_buffer
+        return self.base_buffer_bytes + self.adapter_buffer_bytes
 
     @property
-    def last_buffer(self) -> int:
+    def retained_buffer_bytes(self) -> int:
         """What stays of the buffers in forward until the next unit has come: FSDP2 lets them overlap."""
-        return self.buffer if self.one_group else self.adapter_buffer
+        return self.buffer_bytes if self.one_group else self.adapter_buffer_bytes
 
-    def coming(self, before: int) -> int:
-        """The most while it is copied out of its buffers in forward; `before`: what is left of the unit before."""
+    def peak_during_gather(self, previous_buffer_bytes: int) -> int:
+        """The most while it is copied out of its buffers in forward; `previous_buffer_bytes`: what is left of the unit before."""
         if self.one_group:
-            return before + self.buffer + self.whole + self.by_columns
-        first = before + self.buffer + self.base
-        second = self.base_buffer + self.adapter_buffer + self.whole + self.by_columns
+            return previous_buffer_bytes + self.buffer_bytes + self.whole + self.column_sharded_bytes
+        first = previous_buffer_bytes + self.buffer_bytes + self.base
+        second = self.base_buffer_bytes + self.adapter_buffer_bytes + self.whole + self.column_sharded_bytes
         return max(first, second)
 
     @property
     def coming_back(self) -> int:
         """The same in backward, where a buffer goes as soon as it has been copied."""
         if self.one_group:
-            return self.buffer + self.whole + self.by_columns
-        return max(self.buffer + self.base, self.adapter_buffer + self.whole + self.by_columns)
+            return self.buffer_bytes + self.whole + self.column_sharded_bytes
+        return max(self.buffer_bytes + self.base, self.adapter_buffer_bytes + self.whole + self.column_sharded_bytes)
 
 
 def unit_gather_memory(run: RunSpec, unit: FsdpUnit) -> UnitGatherMemory:
     """Of a unit."""
-    sharding, base, adapters, by_columns = run.sharding, 0, 0, 0
+    sharding, base, adapters, by_columns = run.shard_counts, 0, 0, 0
     for parameter in unit.parameters:
         shards = sharding.adapter_shards if parameter.trained else sharding.base_shards
-        nbytes = shard_elements(parameter, shards) * shards * (1 if parameter.is_bytes else run.compute_bytes)
+        nbytes = shard_elements(parameter, shards) * shards * (1 if parameter.is_quantized else run.compute_bytes)
         if parameter.trained:
             adapters += nbytes
             by_columns += nbytes if shards > 1 and is_column_sharded(parameter, shards) else 0

@@ -72,9 +72,9 @@ class Hardware(ConfigSection):
         self.link(self.gpus[name].link)
         return self.gpus[name]
 
-    def kind_of(self, device: str) -> str | None:
+    def find_gpu_name(self, device_name: str) -> str | None:
         """The name here of what the driver calls by another, such as NVIDIA A100-SXM4-80GB; None: not known."""
-        kinds = [kind for kind in self.gpus if all(word in device.lower() for word in kind.split("-"))]
+        kinds = [kind for kind in self.gpus if all(word in device_name.lower() for word in kind.split("-"))]
         return max(kinds, key=len, default=None)
 
     def link(self, name: str) -> Link:
@@ -91,14 +91,14 @@ class Hardware(ConfigSection):
         return self.links[name]
 
 
-def load_hardware(own: Path | None = None) -> Hardware:
+def load_hardware(user_file: Path | None = None) -> Hardware:
     """What the package knows, and what a user's own file adds or replaces.
 
     Raises:
         UserError: a mistake in that file.
     """
     known = load_yaml_config(Path(__file__).with_name("gpus.yaml"), Hardware)
-    if own is None:
+    if user_file is None:
         return known
-    added = load_yaml_config(own, Hardware, start="`gpus:` or `links:`")
+    added = load_yaml_config(user_file, Hardware, first_keys="`gpus:` or `links:`")
     return Hardware(gpus=known.gpus | added.gpus, links=known.links | added.links)

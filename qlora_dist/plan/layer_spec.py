@@ -21,20 +21,20 @@ class LinearSpec:
     name: str
     rows: int
     """out_features; of one of its parts."""
-    columns: int
+    in_features: int
     """in_features."""
     has_bias: bool = False
     experts: int = 0
     """0: a plain linear layer."""
     parts: int = 1
     """Matrices one above the other in each expert (gate and up)."""
-    adapted: bool = True
+    has_lora: bool = True
     """By the section `lora`."""
 
     @property
     def numel(self) -> int:
         """Weights, of all experts together."""
-        return self.rows * self.columns * self.parts * (self.experts or 1)
+        return self.rows * self.in_features * self.parts * (self.experts or 1)
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class AttentionSpec:
 
     heads: int
     kv_heads: int
-    qk_dim: int
+    qk_head_dim: int
     """Of a head's queries and keys."""
-    v_dim: int
+    v_head_dim: int
     """Of a head's values."""
     window: int | None = None
     """A position sees so many; None: all before it."""
-    by_scores: bool = False
+    is_eager: bool = False
     """The whole matrix of scores is computed: SDPA has no soft cap."""
-    normed: bool = False
+    has_qk_norm: bool = False
     """Norms of queries and keys."""
-    latent: tuple[int, int] | None = None
+    latent_ranks: tuple[int, int] | None = None
     """Ranks of the queries (0: none) and of keys and values, of multi-head latent attention."""
 
 
@@ -66,15 +66,15 @@ class LayerSpec:
     plain: tuple[tuple[int, ...], ...]
     """Shapes of what is not quantized, biases left out: norms, routers."""
     hidden: int
-    intermediate: int
+    intermediate_size: int
     """Of the dense MLP, or of the shared experts; 0: there is none."""
-    expert_intermediate: int = 0
-    experts_per_token: int = 0
-    weighs_in_fp32: bool = False
+    moe_intermediate_size: int = 0
+    num_experts_per_tok: int = 0
+    has_fp32_router_weights: bool = False
     """The router's weights are fp32, and so is what the experts return once it is weighted."""
-    norms: int = 2
+    num_norms: int = 2
     """Over the hidden dimension."""
-    rotated: int = 0
+    rope_head_dim: int = 0
     """Dimensions of a head that are rotated by the position."""
     buffer_bytes: int = 0
 
@@ -142,9 +142,9 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> LayerSpec
             LinearSpec("up_proj", intermediate, hidden, bias),
             LinearSpec("down_proj", hidden, intermediate, bias),
         ]
-    marked = tuple(replace(matrix, adapted=_has_lora(matrix, lora)) for matrix in matrices)
+    linears = tuple(replace(matrix, has_lora=_has_lora(matrix, lora)) for matrix in matrices)
     return LayerSpec(
-        marked,
+        linears,
         attention,
         tuple(plain),
         hidden,
@@ -171,8 +171,8 @@ def _attention(config: Mapping[str, Any], index: int) -> tuple[AttentionSpec, li
         size,
         size,
         _window(config, index),
-        by_scores=kind == "gemma2" and config.get("attn_logit_softcapping", 50.0) is not None,
-        normed=normed,
+        is_eager=kind == "gemma2" and config.get("attn_logit_softcapping", 50.0) is not None,
+        has_qk_norm=normed,
     )
     matrices = [
         LinearSpec("q_proj", heads * size, hidden, qkv_bias),
@@ -205,7 +205,7 @@ def _latent_attention(config: Mapping[str, Any]) -> tuple[AttentionSpec, list[Li
         LinearSpec("kv_b_proj", heads * (plain_dim + v_dim), kv_rank),
         LinearSpec("o_proj", hidden, heads * v_dim, bias),
     ]
-    return AttentionSpec(heads, heads, qk_dim, v_dim, latent=(q_rank, kv_rank)), matrices, norms
+    return AttentionSpec(heads, heads, qk_dim, v_dim, latent_ranks=(q_rank, kv_rank)), matrices, norms
 
 
 def _window(config: Mapping[str, Any], index: int) -> int | None:

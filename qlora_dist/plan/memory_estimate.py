@@ -71,12 +71,12 @@ def static_memory_terms(run: RunSpec) -> dict[str, int]:
     Shards are padded as FSDP2 pads them (`shard_elements`).
     """
     terms = {"base": 0, "embeddings and norms": 0, "adapters": 0}
-    for unit, count in run.model.distinct:
+    for unit, count in run.model.distinct_unit_counts:
         for parameter in unit.parameters:
             nbytes = count * parameter_shard_bytes(run, parameter)
             if parameter.trained:
                 terms["adapters"] += nbytes
-            elif parameter.is_bytes and unit.kind == "layer":
+            elif parameter.is_quantized and unit.kind == "layer":
                 terms["base"] += nbytes
             else:
                 terms["embeddings and norms"] += nbytes
@@ -88,9 +88,9 @@ def static_memory_terms(run: RunSpec) -> dict[str, int]:
 def parameter_shard_bytes(run: RunSpec, parameter: ParameterSpec) -> int:
     """Of a rank's shard of a parameter, as it is kept."""
     if parameter.trained:
-        return _MASTER_BYTES * shard_elements(parameter, run.sharding.adapter_shards)
-    element = 1 if parameter.is_bytes else run.compute_bytes
-    return element * shard_elements(parameter, run.sharding.base_shards)
+        return _MASTER_BYTES * shard_elements(parameter, run.shard_counts.adapter_shards)
+    element = 1 if parameter.is_quantized else run.compute_bytes
+    return element * shard_elements(parameter, run.shard_counts.base_shards)
 
 
 def optimizer_state_bytes(run: RunSpec) -> int:
@@ -98,10 +98,10 @@ def optimizer_state_bytes(run: RunSpec) -> int:
 
     fp32, or in 8 bit a byte each and an fp32 scale a block (`optim/state_pages.py`).
     """
-    block = 2 * 4 * 256 if run.moment_bits == 32 else 2 * (256 + 4)
+    block = 2 * 4 * 256 if run.optimizer_bits == 32 else 2 * (256 + 4)
     shards = (
-        count * -(-shard_elements(p, run.sharding.adapter_shards) // 256)
-        for unit, count in run.model.distinct
+        count * -(-shard_elements(p, run.shard_counts.adapter_shards) // 256)
+        for unit, count in run.model.distinct_unit_counts
         for p in unit.parameters
         if p.trained
     )
@@ -117,10 +117,14 @@ def estimate_memory(run: RunSpec, card_bytes: int | None = None) -> MemoryEstima
             whose number the configuration does not say.
     """
     static, phases = static_memory_terms(run), peak_terms_by_phase(run)
-    on_host = 0
+    host_base_bytes = 0
     if run.offload:
-        on_host, static["base"], static["embeddings and norms"] = static["base"] + static["embeddings and norms"], 0, 0
-    if run.paged_base:
+        host_base_bytes, static["base"], static["embeddings and norms"] = (
+            static["base"] + static["embeddings and norms"],
+            0,
+            0,
+        )
+    if run.is_base_paged:
         pages = [
             sum(
                 -(-parameter_shard_bytes(run, p) // _PAGE_ALIGNMENT) * _PAGE_ALIGNMENT
@@ -134,36 +138,38 @@ def estimate_memory(run: RunSpec, card_bytes: int | None = None) -> MemoryEstima
             parameter_shard_bytes(run, p) for u in run.model.layers for p in u.parameters if not p.trained
         )
         static["embeddings and norms"] -= frozen_of_layers - static["base"]  # norms and biases are in the pages
-        budget = run.resident_base
+        budget = run.base_resident_bytes
         if budget is None:
             budget = (
                 sum(pages) if card_bytes is None else max(2 * max(pages), (card_bytes - CUDA_CONTEXT_BYTES - rest) // 2)
             )
         static["base"] = _resident_page_bytes(pages, budget, run.ahead)
-        on_host = sum(pages) if static["base"] < sum(pages) else 0
+        host_base_bytes = sum(pages) if static["base"] < sum(pages) else 0
     moments = static["moments"]
     if run.paged_moments and moments:
-        budget = run.resident_moments
+        budget = run.optimizer_resident_bytes
         if budget is None:
             budget = moments
             if card_bytes is not None:
-                without = MemoryEstimate({**static, "moments": 0}, phases)
-                budget = max(0, card_bytes - card_bytes // 20 - without.reserved_bytes[0] - CUDA_CONTEXT_BYTES)
+                without_optimizer = MemoryEstimate({**static, "moments": 0}, phases)
+                budget = max(
+                    0, card_bytes - card_bytes // 20 - without_optimizer.reserved_bytes[0] - CUDA_CONTEXT_BYTES
+                )
         page = run.page_bytes
         pages = [page] * (moments // page) + [moments % page] * bool(moments % page)
         static["moments"] = _resident_page_bytes(pages, budget, run.ahead)
-    return MemoryEstimate(static, phases, moments - static["moments"], on_host)
+    return MemoryEstimate(static, phases, moments - static["moments"], host_base_bytes)
 
 
 _PAGE_ALIGNMENT = 16  # of a parameter in a page (`compat/fsdp.py`)
 
 
-def _resident_page_bytes(pages: list[int], budget: int, ahead: int) -> int:
+def _resident_page_bytes(pages: list[int], budget: int, prefetch: int) -> int:
     """What `paging/pager.py` has on the device: all pages; or some that stay, and slots for the others."""
     if sum(pages) <= budget:
         return sum(pages)
     largest = max(pages)
     budget = max(budget, 2 * largest)
-    slots = min(max(2, 1 + ahead), budget // largest)
-    stay = min((budget - slots * largest) // largest, len(pages))
-    return (slots + stay) * largest
+    slots = min(max(2, 1 + prefetch), budget // largest)
+    resident_pages = min((budget - slots * largest) // largest, len(pages))
+    return (slots + resident_pages) * largest

@@ -22,9 +22,9 @@ class ParameterSpec:
 
     shape: tuple[int, ...]
     trained: bool = False
-    is_bytes: bool = False
+    is_quantized: bool = False
     """A quantized weight's byte vector; every other one has a floating type."""
-    by_rows: bool = False
+    always_row_sharded: bool = False
     """Trained, and cut along its first dimension whatever its shape: a module that is trained whole."""
 
     @property
@@ -58,7 +58,7 @@ class ModelSpec:
     double_quant: bool
     r: int
     """Rank of the adapters."""
-    soft_capped: bool
+    has_logit_softcapping: bool
     """The logits are."""
     buffer_bytes: int
     """Of tensors that are on every rank whole: rotary frequencies, corrections of routers."""
@@ -69,13 +69,13 @@ class ModelSpec:
         return [unit for unit in self.units if unit.layer is not None]
 
     @cached_property
-    def distinct(self) -> list[tuple[FsdpUnit, int]]:
+    def distinct_unit_counts(self) -> list[tuple[FsdpUnit, int]]:
         """Units that differ, and how many there are of each: layers are mostly alike."""
         return count_distinct_units(self.units)
 
     def layout(self, matrix: LinearSpec) -> NF4Layout:
         """Of one of a layer's quantized matrices."""
-        return NF4Layout((matrix.rows, matrix.columns), "nf4", self.block_size, self.double_quant)
+        return NF4Layout((matrix.rows, matrix.in_features), "nf4", self.block_size, self.double_quant)
 
 
 def count_distinct_units(units: Iterable[FsdpUnit]) -> list[tuple[FsdpUnit, int]]:
@@ -113,10 +113,10 @@ def make_model_spec(
 
     def matrix(name: str) -> ParameterSpec:
         if name in lora.modules_to_save or (tied and {"embed_tokens", "lm_head"} & {*lora.modules_to_save}):
-            return ParameterSpec((vocabulary, hidden), trained=True, by_rows=True)
+            return ParameterSpec((vocabulary, hidden), trained=True, always_row_sharded=True)
         if embeddings == "4bit":
             layout = NF4Layout((vocabulary, hidden), "nf4", block_size, double_quant)
-            return ParameterSpec((layout.total_bytes,), is_bytes=True)
+            return ParameterSpec((layout.total_bytes,), is_quantized=True)
         return ParameterSpec((vocabulary, hidden))
 
     return ModelSpec(
@@ -144,15 +144,15 @@ _TIED_BY_DEFAULT = ("gemma2",)  # of the classes here, whose config.json may lea
 def _parameters(layer: LayerSpec, lora: LoraConfig, block_size: int, double_quant: bool) -> list[ParameterSpec]:
     parameters = [ParameterSpec(shape) for shape in layer.plain]
     for matrix in layer.matrices:
-        layout = NF4Layout((matrix.rows, matrix.columns), "nf4", block_size, double_quant)
+        layout = NF4Layout((matrix.rows, matrix.in_features), "nf4", block_size, double_quant)
         count = matrix.experts * matrix.parts if matrix.experts else 1
-        parameters.append(ParameterSpec((count * layout.total_bytes,), is_bytes=True))
+        parameters.append(ParameterSpec((count * layout.total_bytes,), is_quantized=True))
         if matrix.has_bias:
             parameters.append(ParameterSpec((matrix.rows,)))
-        if matrix.adapted:
+        if matrix.has_lora:
             pairs, rows = matrix.experts or 1, matrix.rows * matrix.parts
             parameters += [
-                ParameterSpec((pairs * lora.r, matrix.columns), trained=True),
+                ParameterSpec((pairs * lora.r, matrix.in_features), trained=True),
                 ParameterSpec((rows, lora.r * pairs), trained=True),
             ]
             if lora.dora:

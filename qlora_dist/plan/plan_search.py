@@ -41,18 +41,18 @@ class PlanCandidate:
     @property
     def differences(self) -> dict[str, Any]:
         """Keys whose values are not those that the search began with."""
-        mine, theirs = flatten_keys(self.config.model_dump()), flatten_keys(self.start.model_dump())
-        return {key: mine[key] for key in (*_SEARCHED_KEYS, "parallel.resident_bytes") if mine[key] != theirs[key]}
+        own, initial = flatten_keys(self.config.model_dump()), flatten_keys(self.start.model_dump())
+        return {key: own[key] for key in (*_SEARCHED_KEYS, "parallel.resident_bytes") if own[key] != initial[key]}
 
     @property
     def on_host(self) -> bool:
         """Whether the base lies in host memory, or partly."""
         return self.config.parallel.offload != "none" or self.config.parallel.base == "paged"
 
-    def rank(self, least_s: float) -> tuple[bool, bool, int, float]:
+    def rank(self, fastest_step_s: float) -> tuple[bool, bool, int, float]:
         """Return the order among all: about as fast as the fastest, base on the device, few keys set, time."""
         step_s = self.plan.time.step_s
-        slow = step_s > _TIE_RATIO * least_s
+        slow = step_s > _TIE_RATIO * fastest_step_s
         return (slow, False, 0, step_s) if slow else (slow, self.on_host, len(self.differences), step_s)
 
 
@@ -80,15 +80,15 @@ def print_fastest_plan(asked: PlanArgs, as_json: bool) -> None:
     Raises:
         UserError: a mistake in what was asked, or nothing fits.
     """
-    found = search_plans(asked)
-    best = found.best[0]
+    result = search_plans(asked)
+    best = result.best[0]
     if as_json:
         others = [
             {"settings": f.differences, "fits_with_bytes": _free_bytes(f.plan), "step_s": f.plan.time.step_s}
-            for f in found.best
+            for f in result.best
         ]
         tree = best.config.model_dump(mode="json")
-        tried = {"configurations": found.tried, "fitting": found.fitting, "values": found.choices}
+        tried = {"configurations": result.tried, "fitting": result.fitting, "values": result.choices}
         typer.echo(json.dumps({"config": tree, "plan": best.plan.as_json(), "best": others, "tried": tried}, indent=2))
         return
     typer.echo(dump_config(best.config), nl=False)
@@ -100,7 +100,7 @@ def print_fastest_plan(asked: PlanArgs, as_json: bool) -> None:
     for column in ("tokens/s", "a step, s", "GiB to spare"):
         table.add_column(column, justify="right")
     table.add_column("settings that are not defaults or given")
-    for one in found.best:
+    for one in result.best:
         time = one.plan.time
         settings = " ".join(f"{key}={value}" for key, value in one.differences.items())
         row = (
@@ -112,7 +112,7 @@ def print_fastest_plan(asked: PlanArgs, as_json: bool) -> None:
         table.add_row(*row, style="bold" if one is best else None)
     console.print(table)
     console.print(
-        f"{found.sentence()} Of those within {_TIE_RATIO - 1:.0%} of the fastest the simplest is taken, "
+        f"{result.sentence()} Of those within {_TIE_RATIO - 1:.0%} of the fastest the simplest is taken, "
         "one that keeps the base on the device before one that does not.",
         highlight=False,
     )
@@ -144,7 +144,7 @@ def search_plans(asked: PlanArgs) -> SearchResult:
     least: TrainingPlan | None = None
 
     def plan_of(config: Config) -> TrainingPlan:
-        run = make_run_spec(config, model_config, asked.ranks, asked.nodes, described=described)
+        run = make_run_spec(config, model_config, asked.ranks, asked.nodes, model_spec=described)
         return make_training_plan(run, asked.gpu, gpu, link, network, measured)
 
     named = _explicit_keys(asked, start)

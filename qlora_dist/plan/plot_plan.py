@@ -10,12 +10,12 @@ from qlora_dist.plan.memory_estimate import CUDA_CONTEXT_BYTES
 from qlora_dist.plan.training_plan import TrainingPlan
 
 
-def plot_plan(plan: TrainingPlan, by_nodes: Sequence[tuple[int, TrainingPlan]], path: Path) -> None:
+def plot_plan(plan: TrainingPlan, plans_by_nodes: Sequence[tuple[int, TrainingPlan]], path: Path) -> None:
     """Two pictures in one file, whose kind its name says (.png, .svg, .pdf).
 
     Args:
         plan: whose memory is shown.
-        by_nodes: the same configuration on so many nodes.
+        plans_by_nodes: the same configuration on so many nodes.
         path: of the file.
 
     Raises:
@@ -38,7 +38,9 @@ def plot_plan(plan: TrainingPlan, by_nodes: Sequence[tuple[int, TrainingPlan]], 
     left.axhspan(*(nbytes / 2**30 for nbytes in memory.reserved_bytes), color="grey", alpha=0.2, label="reserved")
     left.set(ylabel="GiB of a rank", title="memory, by phase of a step")
     left.legend(fontsize="small")
-    right.plot([nodes for nodes, _ in by_nodes], [other.time.tokens_per_s for _, other in by_nodes], marker="o")
+    right.plot(
+        [nodes for nodes, _ in plans_by_nodes], [other.time.tokens_per_s for _, other in plans_by_nodes], marker="o"
+    )
     right.set(xlabel="nodes", ylabel="tokens/s of all ranks, +-30 %", title="speed", xscale="log", yscale="log")
     try:
         figure.savefig(path)

@@ -35,7 +35,7 @@ def term_label(term: str) -> str:
 def print_plan(plan: TrainingPlan, model: str, console: Console) -> None:
     """Two tables and a sentence."""
     run, memory, time = plan.run, plan.memory, plan.time
-    ranks = run.sharding.world_size
+    ranks = run.shard_counts.world_size
     table = Table(
         title=f"{model} on {run.nodes} x {run.ranks_per_node} {plan.gpu_name}: memory of a rank", title_justify="left"
     )
@@ -72,8 +72,10 @@ def print_plan(plan: TrainingPlan, model: str, console: Console) -> None:
         ("a step", f"{time.step_s:,.2f} s"),
         ("all ranks together", f"{time.tokens_per_s:,.0f} tokens/s ({time.tokens_per_s / ranks:,.0f} a GPU)"),
     ]
-    how = "by what --calibrate has measured" if plan.is_measured else f"+-{TIME_UNCERTAINTY:.0%}: nothing was measured"
-    times = Table(title=f"A step (times {how})", title_justify="left", show_header=False)
+    precision = (
+        "by what --calibrate has measured" if plan.is_measured else f"+-{TIME_UNCERTAINTY:.0%}: nothing was measured"
+    )
+    times = Table(title=f"A step (times {precision})", title_justify="left", show_header=False)
     times.add_column()
     times.add_column(justify="right")
     for row in rows:

@@ -19,7 +19,7 @@ class RunSpec:
     """A configuration on so many ranks."""
 
     model: ModelSpec
-    sharding: ShardCounts
+    shard_counts: ShardCounts
     nodes: int
     seq_len: int
     micro_batch: int
@@ -32,15 +32,15 @@ class RunSpec:
     """Of an element in the compute type."""
     dropout: bool
     """Of the adapters' inputs."""
-    moment_bits: Literal[32, 8]
+    optimizer_bits: Literal[32, 8]
     paged_moments: bool
     """As many moments stay on the device as there is room for, or as `resident_moments` says."""
-    resident_moments: int | None
+    optimizer_resident_bytes: int | None
     """Bytes of moments on the device; None: by the room there is, or all."""
     page_bytes: int
     """Of moments."""
-    paged_base: bool
-    resident_base: int | None
+    is_base_paged: bool
+    base_resident_bytes: int | None
     """With `paged_base`, bytes of layers on the device; None: by the room there is."""
     ahead: int
     """Pages fetched ahead."""
@@ -58,7 +58,7 @@ class RunSpec:
     @property
     def ranks_per_node(self) -> int:
         """Equal on all nodes."""
-        return self.sharding.world_size // self.nodes
+        return self.shard_counts.world_size // self.nodes
 
     @property
     def checkpointed(self) -> int:
@@ -78,7 +78,7 @@ def make_run_spec(
     world_size: int,
     nodes: int = 1,
     device: Literal["cuda", "cpu"] = "cuda",
-    described: ModelSpec | None = None,
+    model_spec: ModelSpec | None = None,
 ) -> RunSpec:
     """The run of a configuration.
 
@@ -88,7 +88,7 @@ def make_run_spec(
         world_size: ranks of all nodes together.
         nodes: of equally many ranks.
         device: what the ranks compute on.
-        described: what `make_model_spec` says of the model, if that is known already.
+        model_spec: what `make_model_spec` says of the model, if that is known already.
 
     Raises:
         UserError: another engine than FSDP2, meshes that do not divide the world, a global batch that does not divide
@@ -101,13 +101,13 @@ def make_run_spec(
         )
     check_equal_nodes(world_size, nodes)
     per_node = world_size // nodes
-    named = {"replicate": 1, "node": per_node, "paged": per_node, "world": world_size}
-    base = parallel.base if isinstance(parallel.base, int) else named[parallel.base]
+    shards_by_name = {"replicate": 1, "node": per_node, "paged": per_node, "world": world_size}
+    base = parallel.base if isinstance(parallel.base, int) else shards_by_name[parallel.base]
     if world_size % base:
         raise UserError(f"parallel.base: {base} does not divide the world of {world_size} ranks; use one that does")
     return RunSpec(
-        model=described or _run_model_spec(config, model_config),
-        sharding=ShardCounts(world_size, base, named[parallel.adapter]),
+        model=model_spec or _run_model_spec(config, model_config),
+        shard_counts=ShardCounts(world_size, base, shards_by_name[parallel.adapter]),
         nodes=nodes,
         seq_len=config.data.seq_len,
         micro_batch=train.micro_batch,
@@ -116,12 +116,12 @@ def make_run_spec(
         prefetch=parallel.prefetch,
         compute_bytes=_ELEMENT_BYTES[model.compute_dtype],
         dropout=config.lora.dropout > 0,
-        moment_bits=8 if optim.name.endswith("8bit") else 32,
+        optimizer_bits=8 if optim.name.endswith("8bit") else 32,
         paged_moments=optim.name.startswith("paged"),
-        resident_moments=None if optim.resident_bytes == "auto" else optim.resident_bytes,
+        optimizer_resident_bytes=None if optim.resident_bytes == "auto" else optim.resident_bytes,
         page_bytes=config.paging.page_bytes,
-        paged_base=parallel.base == "paged",
-        resident_base=None if parallel.resident_bytes == "auto" else parallel.resident_bytes,
+        is_base_paged=parallel.base == "paged",
+        base_resident_bytes=None if parallel.resident_bytes == "auto" else parallel.resident_bytes,
         ahead=config.paging.ahead,
         offload=parallel.offload == "base",
         packed=config.data.packing != "none",

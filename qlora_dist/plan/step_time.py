@@ -38,13 +38,13 @@ class RankSpeeds:
     """What a rank has: bytes and operations per second."""
 
     flops: float
-    dequantizing: float
+    dequantize_bytes_per_s: float
     """Bytes read and written by it."""
-    streaming: float
+    elementwise_bytes_per_s: float
     """By element-wise operations."""
     inside: float
     """To the ranks of its node."""
-    between: float
+    inter_node_bytes_per_s: float
     """Into its node from all others; shared by the node's ranks."""
     host: float
 
@@ -76,8 +76,8 @@ class KernelWork:
         """One after the other: they are kernels of one stream."""
         return {
             "matrix products": self.flops / speed.flops,
-            "dequantization": self.dequantized_bytes / speed.dequantizing,
-            "element-wise operations": self.streamed_bytes / speed.streaming,
+            "dequantization": self.dequantized_bytes / speed.dequantize_bytes_per_s,
+            "element-wise operations": self.streamed_bytes / speed.elementwise_bytes_per_s,
         }
 
     def __add__(self, other: KernelWork) -> KernelWork:
@@ -92,8 +92,10 @@ def forward_work(run: RunSpec, layer: LayerSpec) -> KernelWork:
     """Of a forward pass."""
     t, c, a = run.tokens, run.compute_bytes, layer.attention
     products, lora, outputs = _flops_per_token(run, layer)
-    elements = 4 * c * outputs + 36 * layer.hidden * layer.norms + 6 * layer.hidden
-    elements += 8 * c * a.heads * a.qk_dim + 5 * c * (layer.intermediate + layer.experts_per_token * layer.hidden)
+    elements = 4 * c * outputs + 36 * layer.hidden * layer.num_norms + 6 * layer.hidden
+    elements += 8 * c * a.heads * a.qk_head_dim + 5 * c * (
+        layer.intermediate_size + layer.num_experts_per_tok * layer.hidden
+    )
     return KernelWork(
         t * (products + lora + _attention_flops(run, layer)), _dequantized_bytes(run, layer), float(t * elements // 2)
     )
@@ -127,12 +129,12 @@ def _flops_per_token(run: RunSpec, layer: LayerSpec) -> tuple[float, float, floa
     """Operations of the products with the base and with the adapters, and elements of their outputs."""
     products = lora = outputs = 0.0
     for m in layer.matrices:
-        used = layer.experts_per_token if m.experts else 1
+        used = layer.num_experts_per_tok if m.experts else 1
         rows = m.rows * m.parts
-        products += 2 * used * rows * m.columns
+        products += 2 * used * rows * m.in_features
         outputs += used * rows
-        if m.adapted:
-            lora += 2 * used * run.model.r * (rows + m.columns)
+        if m.has_lora:
+            lora += 2 * used * run.model.r * (rows + m.in_features)
     return products, lora, outputs
 
 
@@ -140,8 +142,8 @@ def _attention_flops(run: RunSpec, layer: LayerSpec) -> float:
     """For each token, queries by keys and probabilities by values, of half the square or what a window leaves of it."""
     a, length = layer.attention, run.seq_len
     window = min(a.window or length, length)
-    seen = length if a.by_scores else window * (1 - window / (2 * length))
-    return 2.0 * a.heads * (a.qk_dim + a.v_dim) * seen
+    seen = length if a.is_eager else window * (1 - window / (2 * length))
+    return 2.0 * a.heads * (a.qk_head_dim + a.v_head_dim) * seen
 
 
 def _dequantized_bytes(run: RunSpec, layer: LayerSpec) -> float:
@@ -150,7 +152,7 @@ def _dequantized_bytes(run: RunSpec, layer: LayerSpec) -> float:
     for m in layer.matrices:
         used = 1.0
         if m.experts:
-            used = min(1.0, run.tokens * layer.experts_per_token / m.experts)
+            used = min(1.0, run.tokens * layer.num_experts_per_tok / m.experts)
         total += used * m.numel * (0.516 + run.compute_bytes)
     return total
 
@@ -159,9 +161,9 @@ def estimate_step_time(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) 
     """Of a step."""
     busy: defaultdict[str, float] = defaultdict(float)
     step_s, flops = 0.0, 0.0
-    fetched = _paged_in_fraction(run, memory)
+    paged_in_fraction = _paged_in_fraction(run, memory)
     checkpointed_share = run.checkpointed / len(run.model.layers)
-    for unit, count in run.model.distinct:
+    for unit, count in run.model.distinct_unit_counts:
         gather = _gather_seconds(run, unit, speed)
         if unit.layer is None:
             # nothing computes meanwhile: what lies in host memory is waited for, as the gathering is
@@ -170,12 +172,15 @@ def estimate_step_time(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) 
                 step_s += count * seconds * run.accumulation
                 busy[name] += count * seconds * run.accumulation
             continue
-        page = {"paging": fetched * _frozen_bytes(run, unit) / speed.host} if fetched else {}
+        page = {"paging": paged_in_fraction * _frozen_bytes(run, unit) / speed.host} if paged_in_fraction else {}
         forward = forward_work(run, unit.layer)
-        with_again = backward_work(run, unit.layer, True)
-        without = backward_work(run, unit.layer, False)
+        backward_with_recompute = backward_work(run, unit.layer, True)
+        backward_without_recompute = backward_work(run, unit.layer, False)
         reduce = _reduce_seconds(run, unit, speed)
-        for backward, share in ((with_again, checkpointed_share), (without, 1 - checkpointed_share)):
+        for backward, share in (
+            (backward_with_recompute, checkpointed_share),
+            (backward_without_recompute, 1 - checkpointed_share),
+        ):
             if not share:
                 continue
             flops += share * count * run.accumulation * (forward.flops + backward.flops)
@@ -201,7 +206,7 @@ def estimate_step_time(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) 
         busy[name] += seconds
         step_s += seconds
     bound_by = max(busy, key=lambda name: busy[name])
-    tokens = run.tokens * run.accumulation * run.sharding.world_size
+    tokens = run.tokens * run.accumulation * run.shard_counts.world_size
     return StepTime(step_s, tokens / step_s, round(flops), dict(busy), bound_by)
 
 
@@ -220,8 +225,8 @@ def collective_seconds(run: RunSpec, received: float, shards: int, speed: RankSp
     if shards <= run.ranks_per_node:
         return {INTRA_NODE: received / speed.inside}
     if run.ranks_per_node == 1:
-        return {INTER_NODE: received / speed.between}
-    return {INTRA_NODE: received / speed.inside, INTER_NODE: received / speed.between}
+        return {INTER_NODE: received / speed.inter_node_bytes_per_s}
+    return {INTRA_NODE: received / speed.inside, INTER_NODE: received / speed.inter_node_bytes_per_s}
 
 
 INTRA_NODE, INTER_NODE = "communication inside a node", "communication between nodes"
@@ -229,21 +234,21 @@ INTRA_NODE, INTER_NODE = "communication inside a node", "communication between n
 
 def _gather_seconds(run: RunSpec, unit: FsdpUnit, speed: RankSpeeds) -> dict[str, float]:
     """Of one gathering of a unit."""
-    here, sharding = unit_gather_memory(run, unit), run.sharding
+    gather, sharding = unit_gather_memory(run, unit), run.shard_counts
     seconds: dict[str, float] = {}
-    for nbytes, shards in ((here.base, sharding.base_shards), (here.adapters, sharding.adapter_shards)):
+    for nbytes, shards in ((gather.base, sharding.base_shards), (gather.adapters, sharding.adapter_shards)):
         seconds = _add_seconds(seconds, collective_seconds(run, nbytes * (shards - 1) / shards, shards, speed))
     return seconds
 
 
 def _reduce_seconds(run: RunSpec, unit: FsdpUnit, speed: RankSpeeds) -> dict[str, float]:
     """Of summing a unit's gradients, fp32."""
-    shards = run.sharding.adapter_shards
+    shards = run.shard_counts.adapter_shards
     shard = 4 * trained_shard_elements(unit, shards)
     seconds = collective_seconds(run, shard * (shards - 1), shards, speed)
-    replicas = run.sharding.world_size // shards
+    replicas = run.shard_counts.world_size // shards
     if replicas > 1:  # every rank its own shard, all at once
-        per_rank = speed.between / run.ranks_per_node
+        per_rank = speed.inter_node_bytes_per_s / run.ranks_per_node
         seconds = _add_seconds(seconds, {INTER_NODE: 2 * shard * (replicas - 1) / replicas / per_rank})
     return seconds
 
@@ -256,17 +261,19 @@ def _paged_in_fraction(run: RunSpec, memory: MemoryEstimate) -> float:
     """Of the base's layers, what comes from host memory at each use."""
     if run.offload:
         return 1.0
-    if not run.paged_base:
+    if not run.is_base_paged:
         return 0.0
-    whole = sum(count * _frozen_bytes(run, unit) for unit, count in run.model.distinct if unit.layer is not None)
+    whole = sum(
+        count * _frozen_bytes(run, unit) for unit, count in run.model.distinct_unit_counts if unit.layer is not None
+    )
     return 1 - min(1.0, memory.static["base"] / whole)
 
 
 def _update_seconds(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) -> dict[str, float]:
     """Weight, gradient and moments are read, weight and moments written; pages that moved come and go."""
-    shards = run.sharding.adapter_shards
-    elements = sum(count * trained_shard_elements(unit, shards) for unit, count in run.model.distinct)
-    seconds = {"element-wise operations": 28 * elements / speed.streaming}
+    shards = run.shard_counts.adapter_shards
+    elements = sum(count * trained_shard_elements(unit, shards) for unit, count in run.model.distinct_unit_counts)
+    seconds = {"element-wise operations": 28 * elements / speed.elementwise_bytes_per_s}
     if memory.paged_moments:
         seconds["paging"] = 2 * memory.paged_moments / speed.host
     return seconds

@@ -29,13 +29,13 @@ class ShardCounts:
 
 
 def step_traffic(
-    units: Iterable[FsdpUnit], sharding: ShardCounts, gradient_accumulation: int, compute_bytes: int
+    units: Iterable[FsdpUnit], shard_counts: ShardCounts, gradient_accumulation: int, compute_bytes: int
 ) -> dict[str, int]:
     """Bytes that one rank receives, by mesh dimension; in a ring it sends as many.
 
     Args:
         units: of the model.
-        sharding: the meshes.
+        shard_counts: the meshes.
         gradient_accumulation: micro-batches of a step. Parameters are gathered for each, gradients sent once.
         compute_bytes: of an element in the compute type, in which floating parameters are gathered.
 
@@ -48,17 +48,17 @@ def step_traffic(
     bytes the same; a ring all-reduce of b bytes receives 2 b (n - 1) / n. FSDP2 cuts whole rows along the cut
     dimension, padded to the same number on every rank.
     """
-    world, replicas = sharding.world_size, sharding.world_size // sharding.adapter_shards
-    base_dim = "world" if sharding.base_shards == world else "shard"
+    world, replicas = shard_counts.world_size, shard_counts.world_size // shard_counts.adapter_shards
+    base_dim = "world" if shard_counts.base_shards == world else "shard"
     adapter_dim = "world" if replicas == 1 else "shard"
     traffic: Counter[str] = Counter()
     for unit, count in count_distinct_units(units):  # layers are mostly alike
         gathers = count * _GATHERS[unit.kind] * gradient_accumulation
         gradient = 0
         for parameter in unit.parameters:
-            shards = sharding.adapter_shards if parameter.trained else sharding.base_shards
+            shards = shard_counts.adapter_shards if parameter.trained else shard_counts.base_shards
             elements = shard_elements(parameter, shards)
-            element_bytes = 1 if parameter.is_bytes else compute_bytes
+            element_bytes = 1 if parameter.is_quantized else compute_bytes
             dim = adapter_dim if parameter.trained else base_dim
             traffic[dim] += gathers * (shards - 1) * elements * element_bytes
             if parameter.trained:
@@ -86,7 +86,7 @@ def trained_shard_elements(unit: FsdpUnit, shards: int) -> int:
 
 def is_column_sharded(parameter: ParameterSpec, shards: int) -> bool:
     """Whether it is a matrix of an adapter that is cut along dim 1."""
-    if not parameter.trained or parameter.by_rows or len(parameter.shape) != 2:
+    if not parameter.trained or parameter.always_row_sharded or len(parameter.shape) != 2:
         return False
     rows, columns = parameter.shape
     return columns > rows and columns % shards == 0

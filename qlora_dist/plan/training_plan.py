@@ -59,7 +59,7 @@ class TrainingPlan:
             "fits": self.fits,
             "gpu": self.gpu_name,
             "card_bytes": self.gpu.memory_bytes,
-            "ranks": self.run.sharding.world_size,
+            "ranks": self.run.shard_counts.world_size,
             "nodes": self.run.nodes,
             "per_rank": {
                 "static_bytes": memory.static_bytes,
@@ -107,23 +107,25 @@ def make_training_plan(
     if measured is not None:
         speed = calibrated_speeds(measured, speed)
     memory = estimate_memory(run, gpu.memory_bytes)
-    sharding = run.sharding
+    sharding = run.shard_counts
     traffic = step_traffic(run.model.units, sharding, run.accumulation, run.compute_bytes)
     sizes = {"shard": min(sharding.base_shards, sharding.adapter_shards), "world": sharding.world_size}
-    between = sum(nbytes for dim, nbytes in traffic.items() if sizes.get(dim, sharding.world_size) > run.ranks_per_node)
+    inter_node_bytes = sum(
+        nbytes for dim, nbytes in traffic.items() if sizes.get(dim, sharding.world_size) > run.ranks_per_node
+    )
     on_node = run.ranks_per_node * (_LOADING_BUFFER_BYTES + memory.on_host + memory.paged_moments)
     frozen = [p for unit in run.model.units for p in unit.parameters if not p.trained]
-    read = sum(p.numel * (1 if p.is_bytes else 2) for p in frozen)
+    read = sum(p.numel * (1 if p.is_quantized else 2) for p in frozen)
     weights = sum(m.numel for unit in run.model.layers if unit.layer for m in unit.layer.matrices)
-    in_16_bit = 2 * (weights + sum(p.numel for p in frozen if not p.is_bytes))
+    in_16_bit = 2 * (weights + sum(p.numel for p in frozen if not p.is_quantized))
     return TrainingPlan(
         run,
         gpu_name,
         gpu,
         memory,
         traffic,
-        sum(traffic.values()) - between,
-        between,
+        sum(traffic.values()) - inter_node_bytes,
+        inter_node_bytes,
         estimate_step_time(run, memory, speed),
         measured is not None,
         on_node,

@@ -77,7 +77,7 @@ def make_charts(runs: Sequence[RunFiles]) -> list[Chart]:
     loss = _chart(runs, "loss", "per trained token", {"training": ("loss",)})
     for number, run in enumerate(runs):
         if run.evals:
-            tokens = [0, *run.tokens_done()]
+            tokens = [0, *run.cumulative_tokens()]
             x = [float(tokens[min(s, len(tokens) - 1)] if _over_tokens(runs) else s) for s, _ in run.evals]
             loss.lines.append(
                 ChartLine(number, _label(runs, run, "held out"), x, [value for _, value in run.evals], "o")
@@ -133,7 +133,7 @@ def _chart(
     """What is zero throughout is not shown."""
     chart = Chart(title, unit)
     for number, run in enumerate(runs):
-        steps: list[int] = run.tokens_done() if _over_tokens(runs) else [row["step"] for row in run.steps]
+        steps: list[int] = run.cumulative_tokens() if _over_tokens(runs) else [row["step"] for row in run.steps]
         for place, (label, path) in enumerate(names.items()):
             points = [
                 (x, y * scale)

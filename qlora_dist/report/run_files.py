@@ -51,22 +51,22 @@ class RunFiles:
             names: of the metric, and of what is within it.
             per_step: as a share of the step's time.
         """
-        found = []
+        values = []
         for row in self.steps:
             value: Any = row
             for name in names:
                 value = value.get(name) if isinstance(value, dict) else None
             if per_step and value is not None:
                 value = value / row["step_s"] if row.get("step_s") else None
-            found.append(value)
-        return found
+            values.append(value)
+        return values
 
     def median(self, *names: str, per_step: bool = False) -> float | None:
         """Over steps, without the first two."""
         values = [value for value in self.series(*names, per_step=per_step) if value is not None]
         return statistics.median(values[_WARM_UP_STEPS:] or values) if values else None
 
-    def tokens_done(self) -> list[int]:
+    def cumulative_tokens(self) -> list[int]:
         """Trained on, after each step."""
         total, done = 0, []
         for row in self.steps:

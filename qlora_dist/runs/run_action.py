@@ -100,8 +100,8 @@ def _choose_run_action(config: Config, resume: str, path: Path) -> RunAction:
     if done is not None:
         if _is_same_training(path, config):
             return RunAction("done", note=_format_finished_note(path, done))
-        wanted = config.train.steps or (DEFAULT_STEPS if config.train.epochs is None else None)
-        if resume != "none" and (wanted is None or wanted > done):
+        requested_steps = config.train.steps or (DEFAULT_STEPS if config.train.epochs is None else None)
+        if resume != "none" and (requested_steps is None or requested_steps > done):
             return RunAction("resume", resume)
         raise UserError(f"{path}: holds a run that is finished after {done} steps; raise train.steps, {other}")
     has_adapter = (path / "adapter").exists()
@@ -122,8 +122,8 @@ def finished_run_note(config: Config) -> str | None:
     Raises:
         UserError: as `choose_run_action`.
     """
-    found = choose_run_action(config)
-    return found.note if found.way == "done" else None
+    action = choose_run_action(config)
+    return action.note if action.way == "done" else None
 
 
 def dry_run_note(config: Config, resume: str) -> str | None:
@@ -132,15 +132,15 @@ def dry_run_note(config: Config, resume: str) -> str | None:
     Raises:
         UserError: as `choose_run_action`.
     """
-    found = choose_run_action(config, resume)
+    action = choose_run_action(config, resume)
     path = run_path(config.run)
-    if found.way == "done":
-        return f"train would do nothing: {found.note}"
-    if found.way == "replace":
+    if action.way == "done":
+        return f"train would do nothing: {action.note}"
+    if action.way == "replace":
         return f"train would replace the run in {path}" if (path / METRICS_FILE).exists() else None
-    if found.way == "resume":
+    if action.way == "resume":
         return f"train would go on with the run in {path}"
-    return found.note
+    return action.note
 
 
 def skip_if_finished(config: Config, resume: str, rank: int) -> bool:
@@ -149,13 +149,13 @@ def skip_if_finished(config: Config, resume: str, rank: int) -> bool:
     Raises:
         UserError: as `choose_run_action`.
     """
-    found = choose_run_action(config, resume)
-    if found.way != "done":
+    action = choose_run_action(config, resume)
+    if action.way != "done":
         return False
     if rank == 0:
         with suppress(OSError):
             os.utime(run_path(config.run) / DONE_MARKER)  # a job script takes markers that are newer than its own start
-        print(found.note, flush=True)
+        print(action.note, flush=True)
     return True
 
 

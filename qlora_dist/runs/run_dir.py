@@ -42,8 +42,8 @@ class RunDir:
     def __init__(
         self,
         config: Config,
-        begins: bool,
-        replaces: bool = False,
+        is_new: bool,
+        replace: bool = False,
         steps: int | None = None,
         machine: dict[str, Any] | None = None,
     ) -> None:
@@ -51,8 +51,8 @@ class RunDir:
 
         Args:
             config: of the run.
-            begins: the run starts from no checkpoint.
-            replaces: remove what an earlier run of that name has left.
+            is_new: the run starts from no checkpoint.
+            replace: remove what an earlier run of that name has left.
             steps: when it is done.
             machine: what it computes on (`this_machine`).
 
@@ -61,28 +61,28 @@ class RunDir:
         """
         self.path = run_path(config.run)
         # until `start` it is the launch of the start before: only a launch that has started goes on by itself
-        launch = None if replaces else last_launch(self.path)
+        launch = None if replace else last_launch(self.path)
         self._process = {**process_record(), "steps": steps, "machine": machine, "launch": launch}
         self._metrics_file: MetricsFile | None = None
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with what is appended to the metrics."""
-        with self._writing():
+        with self._explain_write_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             for name in RUN_SUBDIRS:
-                if replaces or (begins and name != CHECKPOINTS_DIR):
+                if replace or (is_new and name != CHECKPOINTS_DIR):
                     shutil.rmtree(self.path / name, ignore_errors=True)
             for name in ("summary.json", "report.html", *MARKERS):
                 (self.path / name).unlink(missing_ok=True)
             (self.path / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
             self._write_process()
 
-    def start(self, step: int, abandoned: Sequence[Path]) -> list[Path]:
+    def start(self, step: int, superseded: Sequence[Path]) -> list[Path]:
         """Begin to write. Until here an earlier start's checkpoints and metrics are as it left them.
 
         Args:
             step: steps that are done; the metrics of later ones are taken out, because they will be done again. -1:
                 all are taken out.
-            abandoned: checkpoints that the run does not go on from, the newest first.
+            superseded: checkpoints that the run does not go on from, the newest first.
 
         Returns:
             Where those checkpoints are now.
@@ -90,9 +90,9 @@ class RunDir:
         Raises:
             UserError: the folder cannot be written.
         """
-        with self._writing():
+        with self._explain_write_errors():
             # first these, newest first: a start that dies in between goes on from an older one, which has its metrics
-            moved = [abandon_checkpoint(folder) for folder in abandoned]
+            moved = [abandon_checkpoint(folder) for folder in superseded]
             self._metrics_file = MetricsFile(self.path / METRICS_FILE, step)
             self._process["launch"] = launch_id()
             self._write_process()
@@ -104,14 +104,14 @@ class RunDir:
         partial.replace(self.path / PROCESS_FILE)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _explain_write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise UserError(
                 f"{error.filename or self.path}: cannot be written ({error.strerror}); mend that, or give run.dir "
                 "another value",
-                one_rank=True,
+                local_only=True,
             ) from None
 
     @property
@@ -130,12 +130,12 @@ class RunDir:
     def log(self, metrics: dict[str, Any]) -> None:
         """Append to metrics.jsonl; handed to the system before the next step."""
         self._metrics.append(metrics)
-        self._tell(metrics)
+        self._notify_listeners(metrics)
 
     def log_eval_loss(self, step: int, eval_loss: float) -> None:
         """Add the held-out loss to the step's line in metrics.jsonl."""
         self._metrics.extend(step, {"eval_loss": eval_loss})
-        self._tell({"step": step, "eval_loss": eval_loss})
+        self._notify_listeners({"step": step, "eval_loss": eval_loss})
 
     def eval_loss(self, step: int) -> float | None:
         """Return the held-out loss of the step that is done, if metrics.jsonl has it."""
@@ -146,7 +146,7 @@ class RunDir:
         """Return a number of each line that has it."""
         return self._metrics.values(key)
 
-    def _tell(self, metrics: dict[str, Any]) -> None:
+    def _notify_listeners(self, metrics: dict[str, Any]) -> None:
         for listener in self.listeners:
             listener(nonfinite_to_none(metrics))
 

@@ -55,7 +55,7 @@ def _check_checkpoint(folder: Path) -> None:
             _require_access(folder / CHECKPOINT_MANIFEST, os.R_OK, "read")
 
 
-def _require_access(path: Path, mode: int, done: str, remedy: str = "") -> None:
+def _require_access(path: Path, mode: int, access: str, remedy: str = "") -> None:
     if os.access(path, mode):
         return
     if os.statvfs(path).f_flag & os.ST_RDONLY:
@@ -63,4 +63,4 @@ def _require_access(path: Path, mode: int, done: str, remedy: str = "") -> None:
     else:
         status = path.stat()
         reason = f"of user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):03o}, and this is user {os.geteuid()}"
-    raise UserError(f"{path}: cannot be {done} ({reason}); change that{f', or {remedy}' if remedy else ''}")
+    raise UserError(f"{path}: cannot be {access} ({reason}); change that{f', or {remedy}' if remedy else ''}")

@@ -33,21 +33,21 @@ _WAIT_NOTICE_S = 2.0
 
 
 @contextmanager
-def lock_run_dir(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+def lock_run_dir(path: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Hold the folder of a run. Called on rank 0.
 
     Args:
         path: the run's folder; made if it is not there, and removed again if it is then empty at the end.
-        say: called with a line if a holder has to be waited for that may be dead.
+        log: called with a line if a holder has to be waited for that may be dead.
 
     Raises:
         UserError: another run holds it and lives, or the folder cannot be written.
     """
     lease = make_lease(path / LOCK_FILE, lambda loss: _exit_on_lost_lease(path, loss))
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    created_dirs = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _acquire(path, lease, say)
+        _acquire(path, lease, log)
     except (OSError, LeaseSettingsMismatch) as error:
         reason = getattr(error, "strerror", None) or "it is another program's"
         raise UserError(
@@ -59,29 +59,29 @@ def lock_run_dir(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         with suppress(OSError):
             (path / _LAUNCH_FILE).unlink(missing_ok=True)
             lease.release()
-            for folder in made:
+            for folder in created_dirs:
                 folder.rmdir()  # an empty one: the start has failed
 
 
-def _acquire(path: Path, lease: SoftFileLease, say: Callable[[str], None]) -> None:
-    watch, since, has_said = LeaseMonitor(lease), time.monotonic(), False
+def _acquire(path: Path, lease: SoftFileLease, log: Callable[[str], None]) -> None:
+    monitor, since, has_said = LeaseMonitor(lease), time.monotonic(), False
     while True:
         try:
             lease.acquire(blocking=False)
             break
         except Timeout:
-            owner = watch.look()
+            owner = monitor.look()
         if owner is not None and _is_our_launch(path, owner):
             lease.break_lock()  # the launcher has ended it, or is about to
             continue
-        if owner is not None and watch.has_beaten:
+        if owner is not None and monitor.has_heartbeat:
             raise UserError(
                 f"{path}: another run is at work in it (process {owner.pid} on {owner_host(owner)}); wait for its end, "
                 f"stop it with `qlora-dist cancel {path.name}`, or give run.name another value"
             )
         if owner is not None and not has_said and time.monotonic() - since > _WAIT_NOTICE_S:
             has_said = True
-            say(
+            log(
                 f"{path}: process {owner.pid} on {owner_host(owner)} holds it; waiting for a heartbeat of it, at most "
                 f"{LEASE_DURATION_S:.0f} s"
             )

@@ -37,8 +37,8 @@ def free_memory_bytes(device: torch.device, local_world_size: int) -> int:
     return min(available, *_cgroup_free_bytes()) // local_world_size
 
 
-def memory_budget_bytes(device: torch.device, held: int, local_world_size: int) -> int:
-    """How much of a device's memory something can have that holds `held` bytes of it, if the rest grows no more.
+def memory_budget_bytes(device: torch.device, held_bytes: int, local_world_size: int) -> int:
+    """How much of a device's memory something can have that holds `held_bytes` bytes of it, if the rest grows no more.
 
     On CUDA what the allocator has not reserved, and it has reserved the peak (not run on a GPU). On the CPU what the
     rank can have of it (`free_memory_bytes`), less what this process had at its peak and has given back.
@@ -46,18 +46,18 @@ def memory_budget_bytes(device: torch.device, held: int, local_world_size: int) 
 
     Args:
         device: of the rank.
-        held: bytes of it that are to be shared out anew.
+        held_bytes: bytes of it that are to be shared out anew.
         local_world_size: ranks of this node.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return held + free - total // 20
+        return held_bytes + free - total // 20
     total = _read_proc_bytes("/proc/meminfo").get("MemTotal", 0)
     own = _read_proc_bytes("/proc/self/status")
     if not total or "VmRSS" not in own:
-        return held
+        return held_bytes
     return (
-        held
+        held_bytes
         + free_memory_bytes(device, local_world_size)
         - total // 20 // local_world_size
         - (own["VmHWM"] - own["VmRSS"])

@@ -61,7 +61,7 @@ class RankStatus:
         return f"rank {self.rank} on {self.host}"
 
     @property
-    def when(self) -> str:
+    def progress_label(self) -> str:
         """For people."""
         return f"{f'after step {self.step}' if self.step else 'before the first step'} ({self.phase})"
 
@@ -78,7 +78,7 @@ class Diagnosis:
     sentence: str
     ranks: list[int]
     """Those whose doing it is."""
-    stuck: bool = False
+    is_stuck: bool = False
     """They live, and their stacks say where they are."""
     exit_code: int = 1
 
@@ -97,47 +97,49 @@ def unknown_status(rank: int) -> RankStatus:
     return RankStatus(rank, 0, 0, RUN_PHASES[0], 0.0, 0.0, False, host="an unknown host", pid_space="")
 
 
-def process_state(sign: RankStatus) -> ProcessState:
+def process_state(status: RankStatus) -> ProcessState:
     """Whether a rank on this machine still runs; unknown also if it does, which doesn't mean that it gets on."""
-    if not sign.pid_space or sign.pid_space != _pid_namespace():
+    if not status.pid_space or status.pid_space != _pid_namespace():
         return "unknown"
     try:
-        state = Path(f"/proc/{sign.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{status.pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "gone"
     states: dict[str, ProcessState] = {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}
     return states.get(state, "unknown")
 
 
-def diagnose_exception(sign: RankStatus, error: BaseException) -> Diagnosis:
+def diagnose_exception(status: RankStatus, error: BaseException) -> Diagnosis:
     """Of a rank with an error of its own."""
     reason = (str(error).strip().splitlines() or [""])[0]
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-    return Diagnosis(f"{sign.who} failed {sign.when}: {what}; its traceback is in its output", [sign.rank])
-
-
-def diagnose_user_error(sign: RankStatus, mistake: str) -> Diagnosis:
-    """Of a rank that has found a mistake of the user's which the others have not."""
-    return Diagnosis(f"{sign.who} has stopped: {mistake}", [sign.rank], exit_code=2)
-
-
-def diagnose_lost_store(sign: RankStatus) -> Diagnosis:
-    """Nobody answers where the ranks have met. `sign` is this rank's own."""
     return Diagnosis(
-        f"rank 0 or its launcher went away {sign.when}: the store that they keep is gone; look at the end of that "
+        f"{status.who} failed {status.progress_label}: {what}; its traceback is in its output", [status.rank]
+    )
+
+
+def diagnose_user_error(status: RankStatus, message: str) -> Diagnosis:
+    """Of a rank that has found a mistake of the user's which the others have not."""
+    return Diagnosis(f"{status.who} has stopped: {message}", [status.rank], exit_code=2)
+
+
+def diagnose_lost_store(status: RankStatus) -> Diagnosis:
+    """Nobody answers where the ranks have met. `status` is this rank's own."""
+    return Diagnosis(
+        f"rank 0 or its launcher went away {status.progress_label}: the store that they keep is gone; look at the end of that "
         "node's output",
         [0],
     )
 
 
 def diagnose_exited_ranks(
-    signs: Sequence[RankStatus], state: Callable[[RankStatus], ProcessState] = process_state
+    statuses: Sequence[RankStatus], state: Callable[[RankStatus], ProcessState] = process_state
 ) -> Diagnosis | None:
     """Whoever has left, or is known to be dead; None: nobody."""
-    for sign in signs:
+    for sign in statuses:
         if sign.left:
             return diagnose_user_error(sign, sign.left)
-    return _diagnose_gone([sign for sign in signs if sign.left is None and state(sign) == "gone"], signs)
+    return _diagnose_gone([sign for sign in statuses if sign.left is None and state(sign) == "gone"], statuses)
 
 
 def diagnose(
@@ -157,39 +159,39 @@ def diagnose(
     """
     if (verdict := diagnose_exited_ranks(after, state)) is not None:
         return verdict
-    silent = [new for old, new in zip(before, after, strict=True) if new.tick == old.tick and new.left is None]
-    stopped = [sign for sign in silent if state(sign) == "stopped"]
+    unpublished = [new for old, new in zip(before, after, strict=True) if new.tick == old.tick and new.left is None]
+    stopped = [sign for sign in unpublished if state(sign) == "stopped"]
     if stopped:
         return Diagnosis(
-            f"{_rank_labels(stopped)} was stopped by a signal {_most_advanced(after).when}; let it go on, or end it, and start "
+            f"{_rank_labels(stopped)} was stopped by a signal {_most_advanced(after).progress_label}; let it go on, or end it, and start "
             "the run again",
             [sign.rank for sign in stopped],
         )
-    return _diagnose_gone(silent, after) or _diagnose_stuck(after)
+    return _diagnose_gone(unpublished, after) or _diagnose_stuck(after)
 
 
 def _diagnose_gone(signs: Sequence[RankStatus], everyone: Sequence[RankStatus]) -> Diagnosis | None:
     if not signs:
         return None
     return Diagnosis(
-        f"{_rank_labels(signs)} went away {_most_advanced(everyone).when}; look at the end of its node's output: without a "
+        f"{_rank_labels(signs)} went away {_most_advanced(everyone).progress_label}; look at the end of its node's output: without a "
         "traceback there, the system has killed it, most often for want of memory",
         [sign.rank for sign in signs],
     )
 
 
-def _diagnose_stuck(signs: Sequence[RankStatus]) -> Diagnosis | None:
-    there = [sign for sign in signs if sign.left is None]
-    last = [sign for sign in there if sign.place == min(other.place for other in there)]
-    if not last or any(sign.idle_s < sign.limit_s for sign in last):
+def _diagnose_stuck(statuses: Sequence[RankStatus]) -> Diagnosis | None:
+    running = [sign for sign in statuses if sign.left is None]
+    slowest = [sign for sign in running if sign.place == min(other.place for other in running)]
+    if not slowest or any(sign.idle_s < sign.limit_s for sign in slowest):
         return None
-    last = [sign for sign in last if not sign.waiting] or last  # those in a collective wait for the others
-    idle_s = min(sign.idle_s for sign in last)
+    slowest = [sign for sign in slowest if not sign.waiting] or slowest  # those in a collective wait for the others
+    idle_s = min(sign.idle_s for sign in slowest)
     return Diagnosis(
-        f"{_rank_labels(last)} has made no progress for {idle_s:.0f} s {last[0].when}; its stack is in its output; raise "
+        f"{_rank_labels(slowest)} has made no progress for {idle_s:.0f} s {slowest[0].progress_label}; its stack is in its output; raise "
         "train.timeout if it only takes that long",
-        [sign.rank for sign in last],
-        stuck=True,
+        [sign.rank for sign in slowest],
+        is_stuck=True,
     )
 
 

@@ -235,13 +235,13 @@ def is_same_launch(before: object, now: Mapping[str, str | None], environ: Mappi
     if not isinstance(before, Mapping):
         return False
 
-    def both(key: str) -> bool:
+    def matches(key: str) -> bool:
         return now[key] is not None and before.get(key) == now[key]
 
     restarted = environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if both("agent") or (restarted and both("torchrun") and now["torchrun"] != "none"):
+    if matches("agent") or (restarted and matches("torchrun") and now["torchrun"] != "none"):
         return True
-    return both("job") and before.get("start") != now["start"]
+    return matches("job") and before.get("start") != now["start"]
 
 
 def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:

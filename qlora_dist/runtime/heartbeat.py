@@ -27,27 +27,29 @@ class Heartbeat(NamedTuple):
     step: int = 0
     """Optimizer steps that are done."""
     phase: RunPhase = "starting"
-    patience: float = 1.0
+    timeout_factor: float = 1.0
     """Times `train.timeout` that may pass before the next."""
 
 
 _last = Heartbeat()
 
 
-def record_heartbeat(step: int | None = None, phase: RunPhase | None = None, patience: float | None = None) -> None:
+def record_heartbeat(
+    step: int | None = None, phase: RunPhase | None = None, timeout_factor: float | None = None
+) -> None:
     """Say that there is progress. To be called by the main thread, more often than every `train.timeout` seconds.
 
     Args:
         step: optimizer steps that are done; None: as before.
         phase: what begins now; None: it goes on.
-        patience: how many times the timeout it may take until the next call; None: once for a new phase, else as
+        timeout_factor: how many times the timeout it may take until the next call; None: once for a new phase, else as
             before.
     """
     global _last
     before = _last
-    if patience is None:
-        patience = before.patience if phase is None else 1.0
-    _last = Heartbeat(before.number + 1, before.step if step is None else step, phase or before.phase, patience)
+    if timeout_factor is None:
+        timeout_factor = before.timeout_factor if phase is None else 1.0
+    _last = Heartbeat(before.number + 1, before.step if step is None else step, phase or before.phase, timeout_factor)
 
 
 def last_heartbeat() -> Heartbeat:

@@ -11,21 +11,21 @@ _DNS_TIMEOUT_S = 10.0
 """How long a name server may be silent before a name counts as unknown."""
 
 
-def resolve_error(host: str, patience_s: float = 0.0) -> str | None:
+def resolve_error(host: str, timeout_s: float = 0.0) -> str | None:
     """Return the reason why a name or address leads nowhere; None: it leads somewhere.
 
     Args:
         host: as in MASTER_ADDR.
-        patience_s: seconds to ask again while the answer is only that there is none for now.
+        timeout_s: seconds to ask again while the answer is only that there is none for now.
     """
-    end = time.monotonic() + patience_s
+    end = time.monotonic() + timeout_s
     while True:
         try:
             socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             return None
         except (OSError, UnicodeError) as error:
-            passing = getattr(error, "errno", None) == socket.EAI_AGAIN
-            if not passing or time.monotonic() >= end:
+            is_temporary = getattr(error, "errno", None) == socket.EAI_AGAIN
+            if not is_temporary or time.monotonic() >= end:
                 return str(getattr(error, "strerror", None) or error)
         time.sleep(0.5)
 
@@ -42,6 +42,6 @@ def check_rendezvous_host(host: str) -> None:
             f"{host}: {socket.gethostname()} does not know this machine, where the ranks are to meet ({reason}); set "
             f"MASTER_ADDR to an address of rank 0's machine, or add the name to the DNS or to /etc/hosts"
             f"{own if host in (socket.gethostname(), socket.getfqdn()) else ''}",
-            one_rank=True,
-            passing=True,
+            local_only=True,
+            retryable=True,
         )

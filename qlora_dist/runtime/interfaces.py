@@ -22,21 +22,21 @@ def check_interfaces(device_type: str, environ: Mapping[str, str] = os.environ) 
     Raises:
         UserError: gloo or NCCL would end in an error of its own.
     """
-    there = sorted(psutil.net_if_addrs())
+    available = sorted(psutil.net_if_addrs())
     if gloo := environ.get("GLOO_SOCKET_IFNAME"):
-        missing = [name for name in gloo.split(",") if name not in there]
+        missing = [name for name in gloo.split(",") if name not in available]
         if missing:
-            raise _unknown_interface_error("GLOO_SOCKET_IFNAME", missing[0], there)
+            raise _unknown_interface_error("GLOO_SOCKET_IFNAME", missing[0], available)
     nccl = environ.get("NCCL_SOCKET_IFNAME")
-    if nccl and device_type == "cuda" and not any(matches_nccl_ifname(name, nccl) for name in there):
-        raise _unknown_interface_error("NCCL_SOCKET_IFNAME", nccl, there)
+    if nccl and device_type == "cuda" and not any(matches_nccl_ifname(name, nccl) for name in available):
+        raise _unknown_interface_error("NCCL_SOCKET_IFNAME", nccl, available)
 
 
-def _unknown_interface_error(variable: str, name: str, there: list[str]) -> UserError:
+def _unknown_interface_error(variable: str, name: str, available: list[str]) -> UserError:
     return UserError(
-        f"{variable}: {socket.gethostname()} has no network interface {name}; set it to one of {', '.join(there)}, or "
+        f"{variable}: {socket.gethostname()} has no network interface {name}; set it to one of {', '.join(available)}, or "
         "unset it",
-        one_rank=True,
+        local_only=True,
     )
 
 

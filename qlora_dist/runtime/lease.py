@@ -39,8 +39,8 @@ class LeaseMonitor:
     def __init__(self, lease: SoftFileLease) -> None:
         self._lease = lease
         self._sign: tuple[str | None, int] | None = None
-        self._sign_seen = time.monotonic()
-        self.has_beaten = False
+        self._last_heartbeat_at = time.monotonic()
+        self.has_heartbeat = False
         """Whether the holder has given a heartbeat since the first look."""
 
     def look(self) -> OwnerRecord | None:
@@ -51,14 +51,14 @@ class LeaseMonitor:
         """
         owner = self._lease.owner
         try:
-            sign = (owner and owner.token, Path(self._lease.lock_file).stat().st_mtime_ns)
+            heartbeat = (owner and owner.token, Path(self._lease.lock_file).stat().st_mtime_ns)
         except FileNotFoundError:
             return owner
-        if sign != self._sign:
+        if heartbeat != self._sign:
             same_holder = self._sign is not None and owner is not None and self._sign[0] == owner.token
-            self.has_beaten = same_holder
-            self._sign, self._sign_seen = sign, time.monotonic()
-        if time.monotonic() - self._sign_seen > LEASE_DURATION_S + LEASE_HEARTBEAT_S or (
+            self.has_heartbeat = same_holder
+            self._sign, self._last_heartbeat_at = heartbeat, time.monotonic()
+        if time.monotonic() - self._last_heartbeat_at > LEASE_DURATION_S + LEASE_HEARTBEAT_S or (
             owner is not None and _has_ended(owner)
         ):
             self._lease.break_lock()

@@ -76,9 +76,9 @@ def _broadcast(value: tuple[str, int] | None, ranks: RankInfo) -> tuple[str, int
 
 def _open_listening_socket(ranks: RankInfo) -> tuple[str, int]:
     global _listening_socket
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    _listening_socket = socket.create_server(("", 0), family=family, backlog=2048, dualstack_ipv6=both)
+    dual_stack = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual_stack else socket.AF_INET
+    _listening_socket = socket.create_server(("", 0), family=family, backlog=2048, dualstack_ipv6=dual_stack)
     host = "127.0.0.1" if ranks.local_world_size == ranks.world_size else reachable_address()
     return host, _listening_socket.getsockname()[1]
 
@@ -102,14 +102,14 @@ def reachable_address(environ: Mapping[str, str] = os.environ) -> str:
             for *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
                 if not ipaddress.ip_address(address[0]).is_loopback:  # Debian's own name is 127.0.1.1
                     return str(address[0])
-    found = next((address for there in interfaces.values() for address in there), None)
-    if found is None:
+    address_found = next((address for there in interfaces.values() for address in there), None)
+    if address_found is None:
         raise UserError(
             "rank 0's machine has no address that other nodes reach; name its network interface in GLOO_SOCKET_IFNAME, "
             f"{_REMEDY}",
-            one_rank=True,
+            local_only=True,
         )
-    return found
+    return address_found
 
 
 def _interface_addresses() -> dict[str, list[str]]:

@@ -43,15 +43,15 @@ def join_rendezvous(ranks: RankInfo, timeout_s: float) -> Store:
     if address is None:
         raise UserError("the environment does not say where the ranks can meet; set MASTER_ADDR and MASTER_PORT")
     store = PrefixStore(f"qlora-dist/{rendezvous_id()}", _connect(address, ranks, timeout_s))
-    here = _open_round(store, ranks, end) if ranks.rank == 0 else _join_round(store, ranks, end)
-    if here is None:
+    round_store = _open_round(store, ranks, end) if ranks.rank == 0 else _join_round(store, ranks, end)
+    if round_store is None:
         raise UserError(
             f"{_missing_ranks(store, ranks)} of {ranks.world_size} has not come within {timeout_s:.0f} s; look at its node's "
             "output, and raise train.timeout if it is only slow",
-            one_rank=ranks.local_rank == 0,
-            passing=True,
+            local_only=ranks.local_rank == 0,
+            retryable=True,
         )
-    return here
+    return round_store
 
 
 def _connect(address: StoreAddress, ranks: RankInfo, timeout_s: float) -> Store:
@@ -110,36 +110,36 @@ def _rendezvous_error(address: StoreAddress, reason: str) -> UserError:
     return UserError(
         f"the ranks can't meet at {address.host}:{address.port} ({reason}); see that rank 0 is started there, that "
         "this machine reaches it, and that no other program has the port (MASTER_PORT)",
-        one_rank=True,
-        passing=True,
+        local_only=True,
+        retryable=True,
     )
 
 
 def _open_round(store: Store, ranks: RankInfo, end: float) -> Store | None:
     """Rank 0: open an attempt, and say who has come to it."""
     attempt = store.add(_ATTEMPT, 1)
-    here = PrefixStore(f"{_ATTEMPT}/{attempt}", store)
+    round_store = PrefixStore(f"{_ATTEMPT}/{attempt}", store)
     others = [f"came/{rank}" for rank in range(1, ranks.world_size)]
-    while not here.check(others):
+    while not round_store.check(others):
         if time.monotonic() > end:
             return None
         time.sleep(0.02)
-    here.set("all", json.dumps([key.decode() for key in here.multi_get(others)]))
-    return here
+    round_store.set("all", json.dumps([key.decode() for key in round_store.multi_get(others)]))
+    return round_store
 
 
 def _join_round(store: Store, ranks: RankInfo, end: float) -> Store | None:
     """The others: come to the newest attempt, until rank 0 names this very process. A stale attempt's never does."""
     name = secrets.token_hex(8)
-    came_to, sleep_s = 0, 0.01
+    joined_round, sleep_s = 0, 0.01
     while time.monotonic() < end:
         attempt = store.add(_ATTEMPT, 0)
-        here = PrefixStore(f"{_ATTEMPT}/{attempt}", store)
-        if attempt > came_to:
-            here.set(f"came/{ranks.rank}", name)
-            came_to = attempt
-        if attempt and here.check(["all"]) and name in json.loads(here.get("all")):
-            return here
+        round_store = PrefixStore(f"{_ATTEMPT}/{attempt}", store)
+        if attempt > joined_round:
+            round_store.set(f"came/{ranks.rank}", name)
+            joined_round = attempt
+        if attempt and round_store.check(["all"]) and name in json.loads(round_store.get("all")):
+            return round_store
         time.sleep(sleep_s)
         sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
     return None
@@ -148,7 +148,7 @@ def _join_round(store: Store, ranks: RankInfo, end: float) -> Store | None:
 def _missing_ranks(store: Store, ranks: RankInfo) -> str:
     if ranks.rank != 0:
         return "rank 0, or one that it waits for,"
-    here = PrefixStore(f"{_ATTEMPT}/{store.add(_ATTEMPT, 0)}", store)
-    missing = [rank for rank in range(1, ranks.world_size) if not here.check([f"came/{rank}"])]
+    round_store = PrefixStore(f"{_ATTEMPT}/{store.add(_ATTEMPT, 0)}", store)
+    missing = [rank for rank in range(1, ranks.world_size) if not round_store.check([f"came/{rank}"])]
     more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
     return f"rank {missing[0]}{more}" if missing else "a rank"  # it comes too late, just now

@@ -24,7 +24,7 @@ class SharedFolderCheck:
 
     failure: str | None
     """Why rank 0 cannot write into the folder; None: it can."""
-    blind: list[int]
+    blind_ranks: list[int]
     """Ranks that do not see what rank 0 has written."""
     hosts: list[str]
     """The machine of each rank."""

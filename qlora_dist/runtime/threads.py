@@ -16,7 +16,7 @@ import torch
 Item = TypeVar("Item")
 
 
-def parallel_for_each(function: Callable[[Item], None], pieces: Sequence[Item]) -> None:
+def parallel_for_each(function: Callable[[Item], None], items: Sequence[Item]) -> None:
     """Call `function` with every piece, in `torch.get_num_threads()` threads (`OMP_NUM_THREADS`: one of 1 is none).
 
     It gains only as far as `function` works without Python's lock, as torch and numpy do on large arrays.
@@ -25,20 +25,20 @@ def parallel_for_each(function: Callable[[Item], None], pieces: Sequence[Item]) 
         The error of the first piece that had one; pieces that were not begun are left.
     """
     threads = torch.get_num_threads()
-    if min(threads, len(pieces)) <= 1:
-        for piece in pieces:
+    if min(threads, len(items)) <= 1:
+        for piece in items:
             function(piece)
         return
     inference = torch.is_inference_mode_enabled()  # a matter of each thread: the caller's tensors need it in all
 
-    def in_callers_mode(piece: Item) -> None:
+    def call_in_inference_mode(piece: Item) -> None:
         with torch.inference_mode(inference):
             function(piece)
 
     # The threads live as long as the call: a pool that is kept would be dead, and waited for, in a forked process.
-    pool = ThreadPoolExecutor(min(threads, len(pieces)), initializer=_use_one_thread)
+    pool = ThreadPoolExecutor(min(threads, len(items)), initializer=_use_one_thread)
     try:
-        for _ in pool.map(in_callers_mode, pieces):
+        for _ in pool.map(call_in_inference_mode, items):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

@@ -17,6 +17,6 @@ USER_ERROR_FILE = "MISTAKE"
 def write_user_error_file(error: UserError) -> None:
     """Write the sentence down, if this runs in such a job. An exit code would not reach the script."""
     folder = os.environ.get(JOB_DIR_VARIABLE)
-    if folder and not error.passing:
+    if folder and not error.retryable:
         with suppress(OSError):
             (Path(folder) / USER_ERROR_FILE).write_text(f"{error}\n", encoding="utf-8")

@@ -74,19 +74,19 @@ class _Watchdog:
         self._store = dist.PrefixStore("watchdog", store).clone()  # type: ignore[attr-defined]  # torch's stubs lack it
         self._ranks, self._timeout_s = ranks, timeout_s
         self._keeps_store = ranks.rank == 0 and not agent_hosts_store()
-        self._signs = [f"sign/{rank}" for rank in range(ranks.world_size)]
+        self._status_keys = [f"sign/{rank}" for rank in range(ranks.world_size)]
         first = ranks.rank - ranks.local_rank
-        self._node = range(first, first + ranks.local_world_size)
+        self._node_ranks = range(first, first + ranks.local_world_size)
         self._tick_s = min(1.0, timeout_s / 10)
         self._sample_s = min(10.0, timeout_s / 2)  # between two looks at the others
         self._main = threading.get_ident()
         self._tick, self._count, self._idle_s = 0, -1, 0.0
-        self._left: str | None = None
+        self._exit_reason: str | None = None
         self._failing = False
         self._finished = threading.Event()
-        self._ending = threading.Lock()
+        self._exit_lock = threading.Lock()
         self._publish()
-        self._neighbours: list[RankStatus] = []
+        self._node_statuses: list[RankStatus] = []
         """The first signs of this node's ranks: where their processes are."""
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -115,11 +115,11 @@ class _Watchdog:
                     sample = None
                 elif verdict is None and (sample is None or self._idle_s >= max(limit_s, sample[0] + self._sample_s)):
                     signs = _call_store(self._look)
-                    verdict = self._declare(diagnose(sample[1], signs)) if sample is not None else None
+                    verdict = self._publish_diagnosis(diagnose(sample[1], signs)) if sample is not None else None
                     sample = self._idle_s, signs
             except (RuntimeError, TimeoutError):
                 unanswered_s += passed_s
-                verdict = self._dead_neighbour()
+                verdict = self._diagnose_dead_node_rank()
                 if unanswered_s > self._timeout_s:
                     verdict = verdict or diagnose_lost_store(self._sign())
             if verdict is not None and not self._failing and not self._finished.is_set():
@@ -127,23 +127,25 @@ class _Watchdog:
 
     def _exchange(self) -> Diagnosis | None:
         self._publish()
-        if not self._neighbours and self._store.check(keys := [self._signs[rank] for rank in self._node]):
-            self._neighbours = [RankStatus.from_json(text) for text in self._store.multi_get(keys)]
-        return self._verdict()
+        if not self._node_statuses and self._store.check(
+            keys := [self._status_keys[rank] for rank in self._node_ranks]
+        ):
+            self._node_statuses = [RankStatus.from_json(text) for text in self._store.multi_get(keys)]
+        return self._read_diagnosis()
 
     def _publish(self) -> None:
         self._tick += 1
-        self._store.set(self._signs[self._ranks.rank], self._sign().to_json())
+        self._store.set(self._status_keys[self._ranks.rank], self._sign().to_json())
 
     def _sign(self) -> RankStatus:
         now = last_heartbeat()
         waiting = _is_in_collective(sys._current_frames().get(self._main))
         return RankStatus(
-            self._ranks.rank, self._tick, now.step, now.phase, self._idle_s, self._limit_s(), waiting, self._left
+            self._ranks.rank, self._tick, now.step, now.phase, self._idle_s, self._limit_s(), waiting, self._exit_reason
         )
 
     def _limit_s(self) -> float:
-        return self._timeout_s * last_heartbeat().patience
+        return self._timeout_s * last_heartbeat().timeout_factor
 
     # --- the main thread ----------------------------------------------------------------------------------------------
 
@@ -152,31 +154,33 @@ class _Watchdog:
         self._failing = True
         try:
             own = self._own(error)
-            verdict = self._reason() if _is_communication_error(error) else None
+            verdict = self._find_cause() if _is_communication_error(error) else None
             if verdict is None and own is not None:
-                verdict = _call_store(lambda: self._declare(own))
+                verdict = _call_store(lambda: self._publish_diagnosis(own))
                 if verdict != own:
                     _say(f"[rank {self._ranks.rank}] failed as well: {type(error).__name__}: {error}")
         except (RuntimeError, TimeoutError):  # no store any more
             verdict = own
         if verdict is not None and verdict != own:
             self._end(verdict)
-        self._goodbye(_STORE_TIMEOUT_S)
+        self._leave_store(_STORE_TIMEOUT_S)
 
     def _own(self, error: BaseException) -> Diagnosis | None:
         """What the others are to end with; None: they find the same by themselves."""
         if isinstance(error, UserError):
-            if error.one_rank:
+            if error.local_only:
                 return diagnose_user_error(self._sign(), str(error))
-            self._left = str(error)
+            self._exit_reason = str(error)
         elif isinstance(error, Exception):
             return diagnose_exception(self._sign(), error)
         else:
-            self._left = "" if isinstance(error, SystemExit) and not error.code else f"ended by {type(error).__name__}"
+            self._exit_reason = (
+                "" if isinstance(error, SystemExit) and not error.code else f"ended by {type(error).__name__}"
+            )
         _call_store(self._publish)
         return None
 
-    def _reason(self) -> Diagnosis | None:
+    def _find_cause(self) -> Diagnosis | None:
         """Why a collective has failed: somebody has said so, or died without a word; None: nobody has."""
         time.sleep(min(2.0, 0.01 * self._ranks.rank))  # one of many finds it out, and spares the others a look at all
         try:
@@ -184,63 +188,63 @@ class _Watchdog:
             before = _call_store(self._look)
             end = time.monotonic() + 3 * self._tick_s
             while True:
-                verdict = _call_store(self._verdict) or _call_store(
-                    lambda: self._declare(diagnose_exited_ranks(before))
+                verdict = _call_store(self._read_diagnosis) or _call_store(
+                    lambda: self._publish_diagnosis(diagnose_exited_ranks(before))
                 )
                 if verdict is not None:
                     return verdict
                 if time.monotonic() > end:
-                    return _call_store(lambda: self._declare(diagnose(before, self._look())))
+                    return _call_store(lambda: self._publish_diagnosis(diagnose(before, self._look())))
                 time.sleep(0.1)
         except (RuntimeError, TimeoutError):
-            return self._dead_neighbour() or diagnose_lost_store(self._sign())
+            return self._diagnose_dead_node_rank() or diagnose_lost_store(self._sign())
 
     def finish(self) -> None:
         """The run is done."""
-        self._left = ""
+        self._exit_reason = ""
         with contextlib.suppress(RuntimeError, TimeoutError):
             _call_store(self._publish)
         if not self._keeps_store:  # which may be gone as soon as the last has left
             self._finished.set()
-        self._goodbye(2 * self._timeout_s)
+        self._leave_store(2 * self._timeout_s)
         self._finished.set()
         self._thread.join(_STORE_TIMEOUT_S)
 
     # --- both ---------------------------------------------------------------------------------------------------------
 
     def _look(self) -> list[RankStatus]:
-        if self._store.check(self._signs):
-            return [RankStatus.from_json(text) for text in self._store.multi_get(self._signs)]
-        there = [self._store.check([key]) for key in self._signs]
+        if self._store.check(self._status_keys):
+            return [RankStatus.from_json(text) for text in self._store.multi_get(self._status_keys)]
+        published = [self._store.check([key]) for key in self._status_keys]
         return [
-            RankStatus.from_json(self._store.get(self._signs[rank])) if given else unknown_status(rank)
-            for rank, given in enumerate(there)
+            RankStatus.from_json(self._store.get(self._status_keys[rank])) if given else unknown_status(rank)
+            for rank, given in enumerate(published)
         ]
 
-    def _dead_neighbour(self) -> Diagnosis | None:
+    def _diagnose_dead_node_rank(self) -> Diagnosis | None:
         """What can be found out without the store; the dead was as far as this rank, give or take a step."""
         own = self._sign()
-        return diagnose_exited_ranks([replace(sign, step=own.step, phase=own.phase) for sign in self._neighbours])
+        return diagnose_exited_ranks([replace(sign, step=own.step, phase=own.phase) for sign in self._node_statuses])
 
-    def _verdict(self) -> Diagnosis | None:
+    def _read_diagnosis(self) -> Diagnosis | None:
         return Diagnosis.from_json(self._store.get("end")) if self._store.check(["end"]) else None
 
-    def _declare(self, verdict: Diagnosis | None) -> Diagnosis | None:
+    def _publish_diagnosis(self, verdict: Diagnosis | None) -> Diagnosis | None:
         """Make it all ranks' verdict, unless there is one: that is returned then."""
         if verdict is None:
             return None
         return Diagnosis.from_json(self._store.compare_set("end", "", verdict.to_json()))
 
     def _end(self, verdict: Diagnosis) -> NoReturn:
-        with self._ending:  # thread or main thread, not both
+        with self._exit_lock:  # thread or main thread, not both
             rank = self._ranks.rank
-            others = [r for r in self._node if r not in verdict.ranks]
-            if rank == (others or self._node)[0]:
+            others = [r for r in self._node_ranks if r not in verdict.ranks]
+            if rank == (others or self._node_ranks)[0]:
                 _say(verdict.sentence)
-            if rank in verdict.ranks and verdict.stuck:
+            if rank in verdict.ranks and verdict.is_stuck:
                 stack = traceback.format_stack(sys._current_frames()[self._main])
                 _say(f"[rank {rank}] is here:\n{''.join(stack).rstrip()}")
-            self._goodbye(_STORE_TIMEOUT_S, gone=0 if verdict.stuck else len(verdict.ranks))
+            self._leave_store(_STORE_TIMEOUT_S, dead_ranks=0 if verdict.is_stuck else len(verdict.ranks))
             with contextlib.suppress(OSError):
                 if sys.stdout.isatty():
                     sys.stdout.write("\x1b[?25h")  # a progress bar has hidden the cursor
@@ -248,17 +252,17 @@ class _Watchdog:
             delay_exit_for_peers()
             os._exit(verdict.exit_code)
 
-    def _goodbye(self, longest_s: float, gone: int = 0) -> None:
+    def _leave_store(self, timeout_s: float, dead_ranks: int = 0) -> None:
         """Whoever keeps the store leaves last, so that nobody takes its end for a failure."""
-        end = time.monotonic() + longest_s
+        end = time.monotonic() + timeout_s
         with contextlib.suppress(RuntimeError, TimeoutError):
             left = _call_store(lambda: self._store.add("goodbye", 1))
-            while self._keeps_store and left < self._ranks.world_size - gone and time.monotonic() < end:
+            while self._keeps_store and left < self._ranks.world_size - dead_ranks and time.monotonic() < end:
                 time.sleep(0.05)
                 left = _call_store(lambda: self._store.add("goodbye", 0))
 
 
-def _call_store(question: Callable[[], _T]) -> _T:
+def _call_store(request: Callable[[], _T]) -> _T:
     """What the store answers.
 
     Raises:
@@ -268,13 +272,13 @@ def _call_store(question: Callable[[], _T]) -> _T:
     answers: list[_T] = []
     errors: list[Exception] = []
 
-    def ask() -> None:
+    def call() -> None:
         try:
-            answers.append(question())
+            answers.append(request())
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(_STORE_TIMEOUT_S)
     if errors:

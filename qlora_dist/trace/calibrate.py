@@ -36,7 +36,7 @@ def calibrate(path: Path | None, console: Console) -> None:
     with process_group(ranks, device):
         measured = measure_speeds(ranks, device)
         if ranks.rank == 0:
-            kind = "cpu" if device.type == "cpu" else load_hardware().kind_of(measured.device) or measured.device
+            kind = "cpu" if device.type == "cpu" else load_hardware().find_gpu_name(measured.device) or measured.device
             where = save_calibration(kind, measured, path)
             for name, value in measured.model_dump(exclude_none=True).items():
                 console.print(f"{name}: {value if isinstance(value, str) else f'{value:.3g} /s'}", markup=False)
@@ -51,14 +51,18 @@ def measure_speeds(ranks: RankInfo, device: torch.device) -> MeasuredSpeeds:
     layout = NF4Layout((side, side))
     packed = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
     dequantized = _slowest_rank_seconds(lambda: dequantize_weight(packed, layout, torch.bfloat16), device)
-    here = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    streamed = _slowest_rank_seconds(lambda: here.view(torch.bfloat16).mul_(1.0), device)
+    device_buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    streamed = _slowest_rank_seconds(lambda: device_buffer.view(torch.bfloat16).mul_(1.0), device)
     host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    copied = _slowest_rank_seconds(lambda: here.copy_(host), device)
+    copied = _slowest_rank_seconds(lambda: device_buffer.copy_(host), device)
     nodes = ranks.world_size // ranks.local_world_size
-    found = _bandwidths(ranks, device) if ranks.world_size > 1 else {}
-    inside = found.get("bandwidth node" if nodes > 1 else "bandwidth world") if ranks.local_world_size > 1 else None
-    across = found["bandwidth across" if ranks.local_world_size > 1 else "bandwidth world"] if nodes > 1 else None
+    bandwidths = _bandwidths(ranks, device) if ranks.world_size > 1 else {}
+    intra_node = (
+        bandwidths.get("bandwidth node" if nodes > 1 else "bandwidth world") if ranks.local_world_size > 1 else None
+    )
+    inter_node = (
+        bandwidths["bandwidth across" if ranks.local_world_size > 1 else "bandwidth world"] if nodes > 1 else None
+    )
     return MeasuredSpeeds(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         torch=torch.__version__,
@@ -66,8 +70,8 @@ def measure_speeds(ranks: RankInfo, device: torch.device) -> MeasuredSpeeds:
         dequantized_bytes=(layout.total_bytes + 2 * side**2) / dequantized,
         streamed_bytes=2 * nbytes / streamed,
         host_bytes=nbytes / copied,
-        inside_bytes=inside,
-        between_bytes=across * ranks.local_world_size if across else None,
+        inside_bytes=intra_node,
+        between_bytes=inter_node * ranks.local_world_size if inter_node else None,
     )
 
 

@@ -21,11 +21,11 @@ def trace_plan(plan: TrainingPlan, config: Config, model_config: Mapping[str, An
     Raises:
         UserError: as `trace_step`.
     """
-    traced = trace_step(config, model_config, plan.run.sharding.world_size, plan.run.nodes)
-    held = min(plan.memory.static["moments"], traced.moments_bytes)
-    paged = traced.moments_bytes - held
+    traced = trace_step(config, model_config, plan.run.shard_counts.world_size, plan.run.nodes)
+    resident_bytes = min(plan.memory.static["moments"], traced.moments_bytes)
+    paged = traced.moments_bytes - resident_bytes
     return replace(
-        traced, moments_bytes=held, phases={phase: nbytes - paged for phase, nbytes in traced.phases.items()}
+        traced, moments_bytes=resident_bytes, phases={phase: nbytes - paged for phase, nbytes in traced.phases.items()}
     )
 
 
@@ -46,8 +46,11 @@ def print_trace_comparison(plan: TrainingPlan, traced: StepTrace, console: Conso
     table = Table("GiB of a rank", title="Formulas, and a step of the code itself", title_justify="left")
     for heading in ("formula", "trace", "difference"):
         table.add_column(heading, justify="right")
-    for name, formula, found in rows:
+    for name, formula, traced_bytes in rows:
         table.add_row(
-            name, format_gib(formula), format_gib(found), f"{100 * (formula / found - 1) if found else 0.0:+.2f} %"
+            name,
+            format_gib(formula),
+            format_gib(traced_bytes),
+            f"{100 * (formula / traced_bytes - 1) if traced_bytes else 0.0:+.2f} %",
         )
     console.print(table)

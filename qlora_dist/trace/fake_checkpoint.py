@@ -44,11 +44,11 @@ class FakeCheckpoint(ModelFolder):
         return True
 
 
-def truncate_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def truncate_layers(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     """A config.json of fewer layers. Lists with an entry for each layer are cut."""
     count = config["num_hidden_layers"]
     cut = {
-        key: value[:layers] if isinstance(value, list) and len(value) == count else value
+        key: value[:num_layers] if isinstance(value, list) and len(value) == count else value
         for key, value in config.items()
     }
-    return cut | {"num_hidden_layers": layers}
+    return cut | {"num_hidden_layers": num_layers}

@@ -46,11 +46,11 @@ class LiveMemory(TorchDispatchMode):
         self.place: LayerPhase = ("embedding", 0)
         self._storages: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
 
-    def hold(self, tensors: Iterable[torch.Tensor]) -> None:
+    def track(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were made before."""
         for tensor in tensors:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            self._see(local.untyped_storage())
+            self._track_storage(local.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See what an operation has made."""
@@ -59,7 +59,7 @@ class LiveMemory(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor):
-                self._see(leaf.untyped_storage())
+                self._track_storage(leaf.untyped_storage())
         return result
 
     def __enter__(self) -> LiveMemory:
@@ -68,7 +68,7 @@ class LiveMemory(TorchDispatchMode):
 
         def resized(storage: torch.UntypedStorage, nbytes: int) -> Any:
             result = resize(storage, nbytes)
-            self._see(storage)
+            self._track_storage(storage)
             return result
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[assignment]  # replaced until `__exit__`
@@ -80,17 +80,17 @@ class LiveMemory(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # the method itself again
         super().__exit__(*error)
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _track_storage(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()
         known = self._storages.get(key)
         if known is None:
-            self._storages[key] = nbytes, weakref.ref(storage, lambda _: self._gone(key))
+            self._storages[key] = nbytes, weakref.ref(storage, lambda _: self._untrack_storage(key))
             self._add(nbytes)
         elif known[0] != nbytes:
             self._storages[key] = nbytes, known[1]
             self._add(nbytes - known[0])
 
-    def _gone(self, key: int) -> None:
+    def _untrack_storage(self, key: int) -> None:
         self._add(-self._storages.pop(key)[0])
 
     def _add(self, nbytes: int) -> None:

@@ -99,7 +99,7 @@ class PartialTrace:
     layers: int
     weights_bytes: int
     moments_bytes: int
-    places: dict[LayerPhase, int]
+    peaks: dict[LayerPhase, int]
     traffic: dict[str, int]
 
 
@@ -157,44 +157,44 @@ def layer_counts_to_trace(config: Config, model_config: Mapping[str, Any]) -> tu
     return few, few + repeat * -(-2 // repeat), (few - ahead, few - first - ahead)
 
 
-def extrapolate_trace(few: PartialTrace, more: PartialTrace, layers: int, edges: tuple[int, int]) -> StepTrace:
-    """A model of `layers` layers, from two that are alike but for their number.
+def extrapolate_trace(few: PartialTrace, many: PartialTrace, num_layers: int, edges: tuple[int, int]) -> StepTrace:
+    """A model of `num_layers` layers, from two that are alike but for their number.
 
     Args:
         few: of the two.
-        more: of the two; the same: nothing is left to be extrapolated.
-        layers: of the model.
+        many: of the two; the same: nothing is left to be extrapolated.
+        num_layers: of the model.
         edges: of `layer_counts_to_trace`.
     """
 
     def line(one: int, other: int) -> int:
-        return one if few is more else one + (other - one) * (layers - few.layers) // (more.layers - few.layers)
+        return one if few is many else one + (other - one) * (num_layers - few.layers) // (many.layers - few.layers)
 
     phases: dict[StepPhase, int] = {}
-    before, behind = _peaks_by_edge_index(few, edges), _peaks_by_edge_index(more, edges)
-    for phase, number in before.keys() & behind.keys():
-        nbytes = line(before[phase, number], behind[phase, number])
+    few_peaks, many_peaks = _peaks_by_edge_index(few, edges), _peaks_by_edge_index(many, edges)
+    for phase, number in few_peaks.keys() & many_peaks.keys():
+        nbytes = line(few_peaks[phase, number], many_peaks[phase, number])
         phases[phase] = max(phases.get(phase, 0), nbytes)
     return StepTrace(
-        line(few.weights_bytes, more.weights_bytes),
-        line(few.moments_bytes, more.moments_bytes),
+        line(few.weights_bytes, many.weights_bytes),
+        line(few.moments_bytes, many.moments_bytes),
         phases,
-        {dim: line(few.traffic[dim], more.traffic[dim]) for dim in more.traffic},
+        {dim: line(few.traffic[dim], many.traffic[dim]) for dim in many.traffic},
     )
 
 
 def _peaks_by_edge_index(traced: PartialTrace, edges: tuple[int, int]) -> dict[LayerPhase, int]:
     """Places of layers, counted from the first (0, 1, ...) and from the last (-1, -2, ...)."""
-    found = {}
+    peaks = {}
     from_first, from_last = edges
-    for (phase, index), nbytes in traced.places.items():
+    for (phase, index), nbytes in traced.peaks.items():
         if not phase.startswith("layer"):
-            found[phase, 0] = nbytes
+            peaks[phase, 0] = nbytes
             continue
         for number in {index, index - traced.layers}:
             if -from_last <= number < from_first:
-                found[phase, number] = nbytes
-    return found
+                peaks[phase, number] = nbytes
+    return peaks
 
 
 def trace_checkpoint(
@@ -227,22 +227,24 @@ def trace_checkpoint(
             moments = PagedOptimizerState(adapter_shard_numels(model), optim, config.paging, _CPU)
             shape = config.train.micro_batch, config.data.seq_len
             batches = [Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3))) for _ in range(micro_batches)]
-            window = batches[:_MAX_MICRO_BATCHES]
-            memory, weights_bytes = record_peaks(model, moments, window, sizes.adapter_replicas, config, traffic)
+            traced_batches = batches[:_MAX_MICRO_BATCHES]
+            memory, weights_bytes = record_peaks(
+                model, moments, traced_batches, sizes.adapter_replicas, config, traffic
+            )
         moments.close()
     received: Counter[str] = Counter()
     for (collective, dim), nbytes in traffic.bytes.items():
         # parameters are gathered for each micro-batch, gradients communicated once
-        received[dim] += nbytes * micro_batches // len(window) if collective == "all_gather" else nbytes
-    waiting = sum(tensor.nbytes for batch in batches[len(window) :] for tensor in batch)
-    places = {place: peak + waiting for place, peak in memory.peaks.items()}
+        received[dim] += nbytes * micro_batches // len(traced_batches) if collective == "all_gather" else nbytes
+    untraced_batch_bytes = sum(tensor.nbytes for batch in batches[len(traced_batches) :] for tensor in batch)
+    places = {place: peak + untraced_batch_bytes for place, peak in memory.peaks.items()}
     return PartialTrace(len(get_decoder_layers(model)), weights_bytes, moments.resident_bytes, places, dict(received))
 
 
 def record_peaks(
     model: LossModel,
-    moments: PagedOptimizerState,
-    window: Sequence[Batch],
+    optimizer_state: PagedOptimizerState,
+    micro_batches: Sequence[Batch],
     adapter_replicas: int,
     config: Config,
     traffic: CommCounter,
@@ -252,8 +254,8 @@ def record_peaks(
 
     Args:
         model: sharded and filled.
-        moments: of the rank's shards.
-        window: the rank's micro-batches.
+        optimizer_state: of the rank's shards.
+        micro_batches: the rank's micro-batches.
         adapter_replicas: ranks that hold equal adapter shards.
         config: of the run.
         traffic: of the model; afterwards it holds the last step's bytes.
@@ -263,20 +265,28 @@ def record_peaks(
         The memory with its peaks, and the bytes of parameters and buffers.
     """
     shards = AdapterShards(model)
-    optimizer = PagedAdamW(shards.local, moments, config.optim)
+    optimizer = PagedAdamW(shards.local, optimizer_state, config.optim)
     memory = LiveMemory()
     register_phase_hooks(model, get_decoder_layers(model), optimizer, memory)
-    memory.hold([*model.parameters(), *model.buffers()])
+    memory.track([*model.parameters(), *model.buffers()])
     weights_bytes = memory.live_bytes
-    memory.hold([moments.use(number) for number in range(len(moments.pages))])
-    memory.hold(tensor for batch in window for tensor in batch)
-    scale, tokens = LossScale(config.model.compute_dtype), sum(batch.labels.numel() for batch in window)
+    memory.track([optimizer_state.use(number) for number in range(len(optimizer_state.pages))])
+    memory.track(tensor for batch in micro_batches for tensor in batch)
+    scale, tokens = LossScale(config.model.compute_dtype), sum(batch.labels.numel() for batch in micro_batches)
     for _ in range(steps):
         traffic.take()
         memory.peaks.clear()
         with memory:
             train_step(
-                model, window, tokens, shards, adapter_replicas, optimizer, scale, config.optim.max_grad_norm, traffic
+                model,
+                micro_batches,
+                tokens,
+                shards,
+                adapter_replicas,
+                optimizer,
+                scale,
+                config.optim.max_grad_norm,
+                traffic,
             )
     return memory, weights_bytes
 
@@ -352,8 +362,8 @@ def _make_traced_attention(device: TracedDevice, packed: bool) -> Callable[..., 
         batch, _, length, size = query.shape
         scale = size**-0.5 if scaling is None else scaling
         if device == "cpu" and has_cpu_kernel(query, value, dropout, sliding_window, softcap, s_aux):
-            nowhere = query.new_empty(1, 1, batch, 0, dtype=torch.int32)
-            return packed_causal_attention_cpu(query, key, value, nowhere, scale), None
+            no_boundaries = query.new_empty(1, 1, batch, 0, dtype=torch.int32)
+            return packed_causal_attention_cpu(query, key, value, no_boundaries, scale), None
         pieces = [(slice(0, batch), 0, length)]
         # where the whole matrix of scores is there, a row of one sequence costs most
         if packed and softcap is None and s_aux is None:

@@ -31,8 +31,8 @@ class RunConsole:
         lines: no bar, whatever stdout looks like: Open MPI gives its ranks a terminal where it writes to a file itself.
     """
 
-    def __init__(self, rank: int, lines: bool = False) -> None:
-        soft_wrap, terminal = lines or not sys.stdout.isatty(), False if lines else None
+    def __init__(self, rank: int, plain: bool = False) -> None:
+        soft_wrap, terminal = plain or not sys.stdout.isatty(), False if plain else None
         self.console = Console(quiet=rank != 0, highlight=False, soft_wrap=soft_wrap, force_terminal=terminal)
         self._live = self.console.is_terminal and rank == 0
         self._progress: Progress | None = None
@@ -67,7 +67,7 @@ class RunConsole:
             done = f"{format_bytes(reading.read_bytes)} of {format_bytes(reading.total_bytes)} read by this rank"
             self.say(f"loading: {done}, {format_bytes(rate)}/s, {left_s:.0f} s left")
 
-    def say_loaded(self, static_bytes: int) -> None:
+    def log_loaded(self, static_bytes: int) -> None:
         """One line on how it went."""
         seconds = time.perf_counter() - self._load_start
         reading = f"{format_bytes(self.reading.read_bytes)} read by this rank in {seconds:.1f} s"

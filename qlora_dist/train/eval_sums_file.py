@@ -27,37 +27,39 @@ class EvalSumsFile:
     The sums are taken up only by ranks that would compute the same: as many, with the same data, settings and weights.
     """
 
-    def __init__(self, path: Path, setup: RunSetup, identity: dict[str, Any], weights: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, path: Path, setup: RunSetup, fingerprint: dict[str, Any], weights: Sequence[torch.Tensor]
+    ) -> None:
         """Only look.
 
         Args:
             path: of the file.
             setup: the run.
-            identity: what a checkpoint of the run says of it.
+            fingerprint: what a checkpoint of the run says of it.
             weights: this rank's trained weights.
         """
         self._path, self._is_first, self._weights = path, setup.ranks.rank == 0, weights
-        same = [identity, setup.data_sha256.get("eval"), setup.config.train.micro_batch, setup.ranks.world_size]
-        self._identity = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+        same = [fingerprint, setup.data_sha256.get("eval"), setup.config.train.micro_batch, setup.ranks.world_size]
+        self._fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
     def take(self, step: int) -> EvalSums:
         """Return this rank's sums after `step`, or those of an evaluation that has not begun. The file is removed."""
         kept = broadcast_json(self._read() if self._is_first else None)
         sums, weights = EvalSums(), None
         with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
-            if (kept["step"], kept["identity"]) == (step, self._identity):
+            if (kept["step"], kept["identity"]) == (step, self._fingerprint):
                 batches, loss, tokens, weights = kept["ranks"][torch.distributed.get_rank()]
                 sums = EvalSums(int(batches), float(loss), float(tokens))
         fits = all_gather_json([weights == self._weights_sum(), sums.batches])
         self.remove()
         return sums if all(fit == [True, sums.batches] for fit in fits) else EvalSums()
 
-    def keep(self, step: int, sums: EvalSums) -> None:
+    def save(self, step: int, sums: EvalSums) -> None:
         """Write the sums of all ranks."""
         ranks = all_gather_json([sums.batches, sums.loss, sums.tokens, self._weights_sum()])
         if self._is_first and sums.batches:
             with suppress(OSError):  # a full disk: the evaluation begins anew
-                text = json.dumps({"step": step, "identity": self._identity, "ranks": ranks})
+                text = json.dumps({"step": step, "identity": self._fingerprint, "ranks": ranks})
                 self._path.write_text(text + "\n", encoding="utf-8")
 
     def remove(self) -> None:

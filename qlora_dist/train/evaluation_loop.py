@@ -38,7 +38,7 @@ def evaluation_loop(
     batches: Sequence[Batch],
     traffic: CommCounter,
     sums: EvalSums,
-    interrupted: Callable[[], bool],
+    should_stop: Callable[[], bool],
 ) -> float | None:
     """Evaluate as `evaluate_model` does, unless it is interrupted.
 
@@ -47,7 +47,7 @@ def evaluation_loop(
         batches: of this rank, on its device.
         traffic: counts the collective at the end.
         sums: where the evaluation begins or goes on; afterwards, how far it is.
-        interrupted: asked before each batch, with the same answer on all ranks.
+        should_stop: asked before each batch, with the same answer on all ranks.
 
     Returns:
         The mean loss; None if the evaluation was interrupted.
@@ -57,7 +57,7 @@ def evaluation_loop(
     model.eval()
     stopped = False
     for batch in batches[sums.batches :]:
-        stopped = interrupted()
+        stopped = should_stop()
         if stopped:
             break
         totals[0] += model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)

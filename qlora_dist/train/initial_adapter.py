@@ -47,8 +47,8 @@ def find_initial_tensors(path: Path, model: PreTrainedModel, targets: Set[str], 
     entries = saved_entries_by_parameter(model, adapter, ADAPTER_NAME, base)
     trained = {name for name, _ in named_trainable_parameters(model)}
     for name in sorted(trained ^ entries.keys()):
-        where = "is trained whole by this run and not in" if name in trained else "is not trained by this run and in"
-        raise UserError(f"lora.from: {name} {where} {path}; set lora.modules_to_save as it was there")
+        relation = "is trained whole by this run and not in" if name in trained else "is not trained by this run and in"
+        raise UserError(f"lora.from: {name} {relation} {path}; set lora.modules_to_save as it was there")
     return entries
 
 
@@ -66,9 +66,9 @@ def load_initial_tensors(model: PreTrainedModel, entries: Mapping[str, TensorEnt
             local_tensor(parameter).copy_(values)
             found = find_invalid_values([(name, values)])
             wrong = wrong or (found if found is not None and "finite" in found else None)
-    told = [answer for answer in all_gather_json(wrong) if answer is not None]
-    if told:
-        raise UserError(f"lora.from: {told[0]}; begin from an earlier adapter")
+    errors = [answer for answer in all_gather_json(wrong) if answer is not None]
+    if errors:
+        raise UserError(f"lora.from: {errors[0]}; begin from an earlier adapter")
 
 
 def adapter_sha256(path: Path) -> str:

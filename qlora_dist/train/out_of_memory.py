@@ -30,7 +30,7 @@ _MAX_SUGGESTIONS = 3
 class Suggestion:
     """What could be set."""
 
-    harm: int
+    severity: int
     """0: what is computed stays the same but for rounding; 1: fewer bits; 2: it is another training."""
     sections: ConfigChanges
 
@@ -56,7 +56,7 @@ def explain_out_of_memory(setup: RunSetup) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         sentence = out_of_memory_message(setup, str(error), before)
-        raise UserError(sentence, one_rank=True) from error
+        raise UserError(sentence, local_only=True) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -66,22 +66,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "DefaultCPUAllocator: " in str(error) or "CUDA out of memory" in str(error)
 
 
-def out_of_memory_message(setup: RunSetup, message: str, before: int) -> str:
+def out_of_memory_message(setup: RunSetup, message: str, initial_resident_bytes: int) -> str:
     """What to say.
 
     Args:
         setup: of the run.
         message: of the error.
-        before: resident bytes of the process before anything was loaded.
+        initial_resident_bytes: resident bytes of the process before anything was loaded.
     """
-    had = _available_bytes(setup, message, before)
-    beginning = f"out of memory: the rank had {format_bytes(had)} for tensors"
+    available_bytes = _available_bytes(setup, message, initial_resident_bytes)
+    beginning = f"out of memory: the rank had {format_bytes(available_bytes)} for tensors"
     try:
         run = planned_run(setup, setup.config)
-        memory = _plan_memory(run, setup, had)
-        limit = int(min(had, memory.peak_bytes) / RESERVED_RATIOS[1])  # allocators reserve more than is asked for
-        known = device_speeds(setup.device, run)[0] or _reference_speeds(run)
-        single = [(change, *_predict_suggestion(setup, change, had, known)) for change in iter_suggestions(setup)]
+        memory = _plan_memory(run, setup, available_bytes)
+        limit = int(
+            min(available_bytes, memory.peak_bytes) / RESERVED_RATIOS[1]
+        )  # allocators reserve more than is asked for
+        device_speed = device_speeds(setup.device, run)[0] or _reference_speeds(run)
+        single = [
+            (change, *_predict_suggestion(setup, change, available_bytes, device_speed))
+            for change in iter_suggestions(setup)
+        ]
     except Exception as error:  # the model is one that nobody has planned
         return f"{beginning}, and there is no plan of what it needs ({error}); lower train.micro_batch or data.seq_len"
     needs = (
@@ -92,11 +97,11 @@ def out_of_memory_message(setup: RunSetup, message: str, before: int) -> str:
     for change, peak, rate in single:
         if peak <= limit:  # of several values of one key the first
             fitting.setdefault(
-                change.setting.partition("=")[0], (change.harm, -rate, f"{change.setting} ({format_bytes(peak)})")
+                change.setting.partition("=")[0], (change.severity, -rate, f"{change.setting} ({format_bytes(peak)})")
             )
     if fitting:
         return f"{needs}; set {', or '.join(text for _, _, text in sorted(fitting.values())[:_MAX_SUGGESTIONS])}"
-    settings, least = combine_suggestions(setup, single, limit, had)
+    settings, least = combine_suggestions(setup, single, limit, available_bytes)
     if least <= limit:
         return f"{needs}; set {settings} ({format_bytes(least)}), all of them"
     return f"{needs}; nothing that can be set is enough (with {settings} {format_bytes(least)}), so take more ranks"
@@ -137,15 +142,17 @@ def _suggest(harm: int, **sections: Mapping[str, Any]) -> Suggestion:
     return Suggestion(harm, sections)
 
 
-def _predict_suggestion(setup: RunSetup, change: Suggestion, had: int, known: RankSpeeds) -> tuple[int, float]:
+def _predict_suggestion(
+    setup: RunSetup, change: Suggestion, available_bytes: int, known: RankSpeeds
+) -> tuple[int, float]:
     """Bytes at the peak, and tokens/s; the latter only to be compared."""
     run = planned_run(setup, apply_changes(setup.config, change.sections))
-    memory = _plan_memory(run, setup, had)
+    memory = _plan_memory(run, setup, available_bytes)
     return memory.peak_bytes, estimate_step_time(run, memory, known).tokens_per_s
 
 
 def combine_suggestions(
-    setup: RunSetup, single: list[tuple[Suggestion, int, float]], limit: int, had: int
+    setup: RunSetup, single: list[tuple[Suggestion, int, float]], limit: int, available_bytes: int
 ) -> tuple[str, int]:
     """Changes that leave the training what it is, one on top of the other, until they are enough.
 
@@ -153,9 +160,9 @@ def combine_suggestions(
         Them, and bytes at the peak.
     """
     config, least, settings = setup.config, sys.maxsize, dict[str, Any]()
-    for change, _, _ in sorted((s for s in single if s[0].harm < 2), key=lambda s: (s[0].harm, -s[2])):
+    for change, _, _ in sorted((s for s in single if s[0].severity < 2), key=lambda s: (s[0].severity, -s[2])):
         tried = apply_changes(config, change.sections)
-        peak = _plan_memory(planned_run(setup, tried), setup, had).peak_bytes
+        peak = _plan_memory(planned_run(setup, tried), setup, available_bytes).peak_bytes
         if peak < least:
             config, least = tried, peak
             settings |= {
@@ -185,5 +192,5 @@ def _available_bytes(setup: RunSetup, message: str, before: int) -> int:
     held = peak_memory_bytes(setup.device) - before
     free = free_memory_bytes(setup.device, setup.ranks.local_world_size)
     match = re.search(r"tried to allocate (\d+) bytes", message)
-    asked = int(match[1]) if match else 0
-    return held + free if asked > free else held  # else some other limit is in force, and was met about there
+    requested_bytes = int(match[1]) if match else 0
+    return held + free if requested_bytes > free else held  # else some other limit is in force, and was met about there

@@ -42,14 +42,14 @@ class RunPrediction:
         received = ", ".join(
             f"{dim} {format_bytes(nbytes)}" for dim, nbytes in self.traffic.items() if dim != "control"
         )
-        how = "by what --calibrate has measured" if self.is_measured else f"+-{TIME_UNCERTAINTY:.0%}"
-        speed = f"; {self.tokens_per_s:,.0f} tokens/s ({how})" if self.tokens_per_s is not None else ""
+        source = "by what --calibrate has measured" if self.is_measured else f"+-{TIME_UNCERTAINTY:.0%}"
+        speed = f"; {self.tokens_per_s:,.0f} tokens/s ({source})" if self.tokens_per_s is not None else ""
         return (
             f"plan: each rank holds {format_bytes(memory.static_bytes)} between steps and {format_bytes(memory.peak_bytes)} "
             f"{PHASE_LABELS[memory.peak_phase]}, and receives {received or 'nothing'} per step{speed}"
         )
 
-    def against(self, measured: dict[str, Any], moments_bytes: int) -> dict[str, list[float | None]]:
+    def against(self, measured: dict[str, Any], optimizer_state_bytes: int) -> dict[str, list[float | None]]:
         """Return planned and measured figures of rank 0, by term; None where a figure is not known.
 
         On a CPU the measured peak is the process's, with Python and its libraries, which no formula here has: it is
@@ -57,11 +57,11 @@ class RunPrediction:
 
         Args:
             measured: content of summary.json.
-            moments_bytes: bytes of the optimizer's states on the device.
+            optimizer_state_bytes: bytes of the optimizer's states on the device.
         """
         terms: dict[str, list[float | None]] = {
             "weights_bytes": [self.memory.weights_bytes, measured["static_bytes"][0]],
-            "moments_bytes": [self.memory.static["moments"], moments_bytes],
+            "moments_bytes": [self.memory.static["moments"], optimizer_state_bytes],
         }
         if self.run.device == "cuda":
             terms["peak_bytes"] = [self.memory.peak_bytes, measured["peak_bytes"][0]]
@@ -75,11 +75,11 @@ def predict_run(setup: RunSetup) -> RunPrediction | str:
     """The plan of a run, or why there is none. A run must not fail because of its plan."""
     try:
         run = planned_run(setup, setup.config)
-        known, is_measured = device_speeds(setup.device, run)
+        device_speed, is_measured = device_speeds(setup.device, run)
         card = torch.cuda.mem_get_info(setup.device)[1] if setup.device.type == "cuda" else None
         memory = estimate_memory(run, card)
-        tokens_per_s = estimate_step_time(run, memory, known).tokens_per_s if known is not None else None
-        traffic = step_traffic(run.model.units, run.sharding, run.accumulation, run.compute_bytes)
+        tokens_per_s = estimate_step_time(run, memory, device_speed).tokens_per_s if device_speed is not None else None
+        traffic = step_traffic(run.model.units, run.shard_counts, run.accumulation, run.compute_bytes)
     except UserError as error:
         return f"plan: none ({error})"
     except Exception as error:  # of a model that nobody has planned yet
@@ -101,10 +101,12 @@ def check_adapter_numel(run: RunSpec, model: nn.Module) -> None:
         UserError: they differ, with both figures.
     """
     parameters = [parameter for unit in run.model.units for parameter in unit.parameters]
-    planned = sum(p.numel for p in parameters if p.trained and not p.by_rows)  # without modules trained whole
+    planned = sum(
+        p.numel for p in parameters if p.trained and not p.always_row_sharded
+    )  # without modules trained whole
     real = sum(p.numel() for name, p in model.named_parameters() if is_lora_parameter(name))
     in_4_bit = sum(parameter.dtype == torch.uint8 for parameter in model.parameters())
-    if real != planned and in_4_bit == sum(parameter.is_bytes for parameter in parameters):
+    if real != planned and in_4_bit == sum(parameter.is_quantized for parameter in parameters):
         raise UserError(
             f"lora: the adapters have {real:,} elements and the plan counts {planned:,}, so a matrix may lack its "
             "adapter; report this with the model's config.json, and name some layers in lora.targets until then"
@@ -132,7 +134,7 @@ def device_speeds(device: torch.device, run: RunSpec) -> tuple[RankSpeeds | None
             return None, False
         return calibrated_speeds(of_cpu, RankSpeeds(0, 0, 0, 0, 0, 0)), True
     name = torch.cuda.get_device_name(device)
-    kind = hardware.kind_of(name)
+    kind = hardware.find_gpu_name(name)
     if kind is None:
         return None, False
     gpu = hardware.gpu(kind)

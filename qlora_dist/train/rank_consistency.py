@@ -77,9 +77,9 @@ def check_shared_run_dir(config: Config, ranks: RankInfo) -> None:
     sharing = probe_shared_folder(path)
     if sharing.failure is not None:
         raise UserError(f"{path}: cannot be written ({sharing.failure}); give run.dir a folder that can")
-    if sharing.blind:
-        rank = sharing.blind[0]
-        more = f" (and {len(sharing.blind) - 1} more)" if len(sharing.blind) > 1 else ""
+    if sharing.blind_ranks:
+        rank = sharing.blind_ranks[0]
+        more = f" (and {len(sharing.blind_ranks) - 1} more)" if len(sharing.blind_ranks) > 1 else ""
         raise UserError(
             f"{path}: rank {rank}{more} on {sharing.hosts[rank]} does not see what rank 0 on {sharing.hosts[0]} writes "
             "there; give run.dir a folder that all nodes share, by its whole path"

@@ -56,7 +56,7 @@ class ResumePoint:
     folder: Path | None
     """None: at the beginning."""
     manifest: Manifest | None
-    replaces: bool = False
+    replaces_run: bool = False
     """Whether the run takes the place of another one, of which nothing stays."""
 
     @property
@@ -78,18 +78,18 @@ def find_resume_point(setup: RunSetup, resume: str, console: RunConsole) -> Resu
     """
     config, run = setup.config, run_path(setup.config.run)
     # rank 0's answer: other nodes may see the folder as it was before
-    found = RunAction(**broadcast_json(choose_run_action(config, resume).to_json() if setup.ranks.rank == 0 else None))
+    action = RunAction(**broadcast_json(choose_run_action(config, resume).to_json() if setup.ranks.rank == 0 else None))
     base = broadcast_json(base_fingerprint(setup.folder.path) if setup.ranks.rank == 0 else None)
     first = config.lora.from_adapter
     adapter = broadcast_json(adapter_sha256(Path(first)) if first is not None and setup.ranks.rank == 0 else None)
     identity = run_fingerprint(config, base, setup.data_sha256["train"], adapter)
-    if found.note is not None:
-        console.say(found.note)
-    replaces, named = found.way == "replace", found.resume not in ("auto", "none")
-    if not named and found.way in ("begin", "replace"):
+    if action.note is not None:
+        console.say(action.note)
+    replaces, named = action.way == "replace", action.resume not in ("auto", "none")
+    if not named and action.way in ("begin", "replace"):
         return ResumePoint(identity, None, None, replaces)
     if named:
-        folder, manifest = Path(found.resume), verify_checkpoint(Path(found.resume), _check_counters)
+        folder, manifest = Path(action.resume), verify_checkpoint(Path(action.resume), _check_counters)
     else:
         newest = latest_complete(run / CHECKPOINTS_DIR, console.say, _check_counters)
         if newest is None:
@@ -145,11 +145,16 @@ class RunCheckpointer(Checkpointer):
     """Those of a run: the writer, and what goes into it and out of it again. Methods are called on all ranks."""
 
     def __init__(
-        self, setup: RunSetup, start: ResumePoint, state: TrainableState, loss_scale: LossScale, console: RunConsole
+        self,
+        setup: RunSetup,
+        resume_point: ResumePoint,
+        state: TrainableState,
+        loss_scale: LossScale,
+        console: RunConsole,
     ) -> None:
         self._path = run_path(setup.config.run) / CHECKPOINTS_DIR
         super().__init__(self._path, setup.config.train.keep_checkpoints, console.say)
-        self._start, self._state, self._loss_scale, self._say = start, state, loss_scale, console.say
+        self._start, self._state, self._loss_scale, self._say = resume_point, state, loss_scale, console.say
 
     def start(self, run_dir: RunDir | None) -> RunProgress:
         """Take over the checkpoint that the run starts from, if there is one.
@@ -165,19 +170,21 @@ class RunCheckpointer(Checkpointer):
         dist.barrier()
         if run_dir is not None:
             own = folder is not None and _is_within(folder, run_dir.path)
-            moved = run_dir.start(progress.step if own else -1, self._abandoned(folder if own else None, progress.step))
+            moved = run_dir.start(
+                progress.step if own else -1, self._superseded(folder if own else None, progress.step)
+            )
             if moved:
                 names = ", ".join(path.name for path in reversed(moved))
                 self._say(f"checkpoints that this run does not go on from are now in {moved[0].parent}: {names}")
         return progress
 
-    def _abandoned(self, folder: Path | None, step: int) -> list[Path]:
+    def _superseded(self, folder: Path | None, step: int) -> list[Path]:
         """Return the run's checkpoints that are not before `folder`, newest first; all of them if that is None."""
-        there = find_written_checkpoints(self._path)
+        checkpoints = find_written_checkpoints(self._path)
         if folder is None:
-            return there
+            return checkpoints
         start = folder.resolve()
-        return [path for path in there if folder_step(path) >= step and path.resolve() != start]
+        return [path for path in checkpoints if folder_step(path) >= step and path.resolve() != start]
 
     def save(self, progress: RunProgress) -> None:
         """Begin a checkpoint of this moment."""
@@ -190,15 +197,15 @@ class RunCheckpointer(Checkpointer):
         manifest = Manifest(progress.step, self._world_size, self._state.cuts, state, self._start.identity)
         self.write(manifest, snapshot(self._state))
 
-    def go_back(self, progress: RunProgress, leave_out: int) -> RunProgress | None:
-        """To the last checkpoint, and never to global batch `leave_out` again; None: there is no checkpoint."""
+    def go_back(self, progress: RunProgress, skip_batch: int) -> RunProgress | None:
+        """To the last checkpoint, and never to global batch `skip_batch` again; None: there is no checkpoint."""
         self.wait()
-        found = latest_complete(self._path, self._say, _check_counters)
-        if found is None:
+        newest = latest_complete(self._path, self._say, _check_counters)
+        if newest is None:
             return None
-        before = self._restore(*found)
-        before.left_out = sorted({*before.left_out, *progress.left_out, leave_out})
-        self._say(f"goes back to {found[0]}, and leaves out global batch {leave_out}")
+        before = self._restore(*newest)
+        before.left_out = sorted({*before.left_out, *progress.left_out, skip_batch})
+        self._say(f"goes back to {newest[0]}, and leaves out global batch {skip_batch}")
         return before
 
     def _restore(self, folder: Path, manifest: Manifest) -> RunProgress:

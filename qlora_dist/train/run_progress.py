@@ -45,7 +45,7 @@ class RunProgress:
             index += left_out <= index
         return index
 
-    def spikes(self, loss: float, factor: float | None) -> bool:
+    def is_spike(self, loss: float, factor: float | None) -> bool:
         """Whether a loss is more than `factor` times the median of the last 20 steps'; False before there are 20."""
         if factor is None or len(self.recent_losses) < _RECENT_STEPS:
             return False

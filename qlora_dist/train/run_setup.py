@@ -56,7 +56,7 @@ class RunSetup:
     model: LossModel
     """On meta, adapters attached, not sharded."""
     adapter: peft.LoraConfig
-    first_values: Mapping[str, TensorEntry]
+    initial_tensors: Mapping[str, TensorEntry]
     """Tensors of the adapter that the run begins from, by the parameter's name; empty without `lora.from`."""
     loader: TrainDataLoader
     steps: int
@@ -83,8 +83,11 @@ def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) 
         UserError: whatever is wrong, before a process group exists and a GPU waits.
     """
     device = resolve_device(config.train.device, ranks)
-    if console is not None and (idle := idle_gpus_warning(ranks, device, torch.cuda.device_count())) is not None:
-        console.print(idle, markup=False, highlight=False)
+    if (
+        console is not None
+        and (idle_message := idle_gpus_warning(ranks, device, torch.cuda.device_count())) is not None
+    ):
+        console.print(idle_message, markup=False, highlight=False)
     check_engine(config, device)
     check_trackers(config)
     if config.train.compile:
@@ -101,16 +104,16 @@ def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) 
         targets = adapted_paths(model)
         first_values = find_initial_tensors(Path(config.lora.from_adapter), model, targets, folder.path)
     tokenizer = load_tokenizer(folder.path)
-    train, held_out = prepare_datasets(config.data, tokenizer, console)
+    train, eval_source = prepare_datasets(config.data, tokenizer, console)
     served = make_inference_tokenizer(tokenizer, config.data.chat_template, folder.path)
-    sources = train if held_out is None else [*train, held_out]
+    sources = train if eval_source is None else [*train, eval_source]
     for source in sources:
-        for said in (source.stats.left_out(), source.stats.per_answer()):
-            if said and console is not None:
-                console.print(f"{source.path}: {said}", markup=False)
+        for note in (source.stats.left_out(), source.stats.per_answer()):
+            if note and console is not None:
+                console.print(f"{source.path}: {note}", markup=False)
     check_token_ids(folder, model, sources)
     if console is not None:
-        for remark in data_warnings(train, held_out):
+        for remark in data_warnings(train, eval_source):
             console.print(remark, markup=False)
     loader = TrainDataLoader(
         [(source.rows, source.weight) for source in train],
@@ -125,7 +128,7 @@ def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) 
     steps = loader.steps or config.train.steps or DEFAULT_STEPS
     if console is not None and config.optim.warmup_steps > steps:
         console.print(f"optim.warmup_steps: {config.optim.warmup_steps} is cut to the {steps} steps of this run")
-    eval_rows = None if held_out is None else held_out.rows
+    eval_rows = None if eval_source is None else eval_source.rows
     batches = (
         eval_batches(eval_rows, micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size)
         if eval_rows is not None
@@ -133,8 +136,8 @@ def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) 
     )
     contents = json.dumps([[source.stats.sha256, source.weight] for source in train]).encode()
     data_sha256 = {"train": hashlib.sha256(contents).hexdigest()}
-    if held_out is not None:
-        data_sha256["eval"] = held_out.stats.sha256
+    if eval_source is not None:
+        data_sha256["eval"] = eval_source.stats.sha256
     return RunSetup(
         config,
         ranks,

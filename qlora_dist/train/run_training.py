@@ -59,7 +59,7 @@ def run_training(config: Config, resume: str = "auto") -> None:
         return
     timeout_s, path = config.train.timeout, run_path(config.run)
     with (
-        RunConsole(ranks.rank, lines=ranks.launcher == "mpi") as console,
+        RunConsole(ranks.rank, plain=ranks.launcher == "mpi") as console,
         # only rank 0 holds the folder: where it goes, the others go
         lock_run_dir(path, console.say) if ranks.rank == 0 else nullcontext(),
     ):
@@ -89,7 +89,7 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
     run_dir = None
     if setup.ranks.rank == 0:
         machine = machine_info(setup.device.type)
-        run_dir = RunDir(config, start.manifest is None, start.replaces, setup.steps, machine)
+        run_dir = RunDir(config, start.manifest is None, start.replaces_run, setup.steps, machine)
         record_lost_output(run_dir.path)
     expected = predict_run(setup)
     if isinstance(expected, RunPrediction):
@@ -100,35 +100,35 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
 
     torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # dropout: every rank its own
     offload = config.parallel.offload == "base"
-    meshes = build_meshes(setup.sizes, setup.device.type, separate=offload)
+    meshes = build_meshes(setup.sizes, setup.device.type, separate_groups=offload)
     traffic = parallelize(model, meshes, config)
     # room for what does not stay on the device is reserved before the weights are read
-    moments = make_optimizer_state(model, setup)
+    optimizer_state = make_optimizer_state(model, setup)
 
-    def loaded(reading: ReadProgress) -> None:
+    def on_read(reading: ReadProgress) -> None:
         record_heartbeat(phase="loading")
         console.loaded(reading)
 
     pages = _make_paged_layers(setup, console)
     console.start_loading()
-    began = time.perf_counter()
+    load_started = time.perf_counter()
     read_bytes = load_weights(
-        model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, loaded, pages
+        model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, on_read, pages
     )
-    if setup.first_values and start.manifest is None:
-        load_initial_tensors(model, setup.first_values)
-    load_s = time.perf_counter() - began
-    in_pages = (pages.held_bytes, pages.budget) if pages is not None else (0, 0)
-    static_bytes = check_static_bytes(model, setup.sizes, *in_pages)
-    console.say_loaded(static_bytes)
+    if setup.initial_tensors and start.manifest is None:
+        load_initial_tensors(model, setup.initial_tensors)
+    load_s = time.perf_counter() - load_started
+    page_sizes = (pages.held_bytes, pages.budget) if pages is not None else (0, 0)
+    static_bytes = check_static_bytes(model, setup.sizes, *page_sizes)
+    console.log_loaded(static_bytes)
 
     with (
-        closing(moments),
+        closing(optimizer_state),
         closing(pages) if pages is not None else nullcontext(),
         closing(run_dir) if run_dir is not None else nullcontext(),
         _track_metrics(config, run_dir, start.manifest is None, console),
     ):
-        history = train_loop(model, moments, setup, start, traffic, console, run_dir, pages, started)
+        history = train_loop(model, optimizer_state, setup, start, traffic, console, run_dir, pages, started)
     step = history.progress.step
     if history.stop is not None:
         marker = STOPPED_MARKER if history.stop in MANUAL_STOP_REASONS else REQUEUE_MARKER
@@ -138,19 +138,19 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
         return
     record_heartbeat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter", setup.served.save)
-    held = LoadStats(static_bytes, moments.resident_bytes, read_bytes, load_s)
-    summarize(setup, history, held, expected, console, run_dir)
+    load_stats = LoadStats(static_bytes, optimizer_state.resident_bytes, read_bytes, load_s)
+    summarize(setup, history, load_stats, expected, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE_MARKER, step, "last step")
 
 
 @contextmanager
-def _track_metrics(config: Config, run_dir: RunDir | None, fresh: bool, console: RunConsole) -> Iterator[None]:
+def _track_metrics(config: Config, run_dir: RunDir | None, is_new: bool, console: RunConsole) -> Iterator[None]:
     """On rank 0, what goes into metrics.jsonl goes to trackers too."""
     if run_dir is None:
         yield
         return
-    with open_trackers(config, run_dir.path, fresh, console.say) as log:
+    with open_trackers(config, run_dir.path, is_new, console.say) as log:
         run_dir.listeners.append(log)
         yield
 

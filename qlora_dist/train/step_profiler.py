@@ -77,16 +77,16 @@ def compute_step_shares(events: Iterable[Any]) -> dict[str, float]:
     """
     on_host, on_device = _group_events(events)
     ((step, thread),) = on_host.pop(STEP_LABEL)[-1:]
-    ours = {name: [span for span, other in spans if other == thread] for name, spans in on_host.items()}
-    begin, end = ours[DATA_LABEL][-1][0], step[1]
-    paging, reading = ours.get(PAGE_LABEL, []), ours[DATA_LABEL]
+    host_spans = {name: [span for span, other in spans if other == thread] for name, spans in on_host.items()}
+    begin, end = host_spans[DATA_LABEL][-1][0], step[1]
+    paging, reading = host_spans.get(PAGE_LABEL, []), host_spans[DATA_LABEL]
     if not on_device:
         layers = {
             "paging": paging,
             "data": reading,
-            "dequantization": _select_spans(ours, lambda name: "dequantize" in name),
-            "communication": _select_spans(ours, lambda name: name.startswith(_COLLECTIVE_PREFIXES)),
-            "optimizer": ours.get(OPTIMIZER_LABEL, []),
+            "dequantization": _select_spans(host_spans, lambda name: "dequantize" in name),
+            "communication": _select_spans(host_spans, lambda name: name.startswith(_COLLECTIVE_PREFIXES)),
+            "optimizer": host_spans.get(OPTIMIZER_LABEL, []),
         }
         return split_time(layers, begin, end)
     device = {name: [span for span, _ in spans] for name, spans in on_device.items()}
@@ -120,8 +120,8 @@ def _group_events(
     return on_host, on_device
 
 
-def _select_spans(spans: dict[str, list[TimeSpan]], wanted: Callable[[str], bool]) -> list[TimeSpan]:
-    return [span for name, found in spans.items() if wanted(name) for span in found]
+def _select_spans(spans: dict[str, list[TimeSpan]], predicate: Callable[[str], bool]) -> list[TimeSpan]:
+    return [span for name, found in spans.items() if predicate(name) for span in found]
 
 
 def split_time(layers: dict[str, list[TimeSpan]], begin: float, end: float) -> dict[str, float]:

@@ -78,23 +78,23 @@ def _start_signal_thread() -> None:
     # the workers of a pool share the pipe: a signal to one of them is none to the run
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     try:
-        speaks = read_rank_info().rank == 0
+        is_rank_0 = read_rank_info().rank == 0
     except UserError:
-        speaks = True
-    threading.Thread(target=_acknowledge_signals, args=(reading, speaks), name="signals", daemon=True).start()
+        is_rank_0 = True
+    threading.Thread(target=_acknowledge_signals, args=(reading, is_rank_0), name="signals", daemon=True).start()
 
 
-def _acknowledge_signals(reading: int, speaks: bool) -> None:
+def _acknowledge_signals(pipe_fd: int, is_rank_0: bool) -> None:
     names = {int(number): name for name, number in STOP_SIGNALS.items()}
-    answered: set[str] = set()
+    acknowledged: set[str] = set()
     while True:
-        for number in os.read(reading, 64):
+        for number in os.read(pipe_fd, 64):
             name = names.get(number)
-            if name == "SIGINT" and name in answered:
-                _exit_at_once(speaks)
-            elif name is not None and name not in answered:
-                answered.add(name)
-                if speaks:
+            if name == "SIGINT" and name in acknowledged:
+                _exit_at_once(is_rank_0)
+            elif name is not None and name not in acknowledged:
+                acknowledged.add(name)
+                if is_rank_0:
                     _write_stderr(
                         f"{'Ctrl-C' if name == 'SIGINT' else name}: {_describe_next_action(again=name == 'SIGINT')}"
                     )
@@ -116,8 +116,8 @@ def _describe_next_action(again: bool) -> str:
     return f"{doing}{f'; press Ctrl-C again to {without}' if again else ''}"
 
 
-def _exit_at_once(speaks: bool) -> None:
-    if speaks:
+def _exit_at_once(is_rank_0: bool) -> None:
+    if is_rank_0:
         _write_stderr(
             "ended by the second Ctrl-C without a checkpoint; the same command goes on from the newest one, if any"
         )
@@ -170,17 +170,21 @@ class StopRequests:
     """What this rank is asked for. Files and clock are looked at by rank 0 only."""
 
     def __init__(
-        self, run: Path, is_first: bool, max_time: timedelta | None, saving_s: Callable[[], float] = lambda: 0.0
+        self,
+        run_path: Path,
+        is_rank_0: bool,
+        max_time: timedelta | None,
+        checkpoint_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """Ask for nothing yet.
 
         Args:
-            run: the run's folder.
-            is_first: whether this is rank 0.
+            run_path: the run's folder.
+            is_rank_0: whether this is rank 0.
             max_time: of this start; None: unlimited.
-            saving_s: time that a checkpoint takes.
+            checkpoint_s: time that a checkpoint takes.
         """
-        self._run, self._is_first, self._saving_s = run, is_first, saving_s
+        self._run, self._is_first, self._saving_s = run_path, is_rank_0, checkpoint_s
         self._max_time_s = None if max_time is None else max_time.total_seconds()
 
     def flags(self, ahead_s: float) -> list[float]:
@@ -194,9 +198,9 @@ class StopRequests:
             return [*signals, 0.0, 0.0, 0.0]
         end_s = time.monotonic() - _process_started + ahead_s + self._saving_s()
         late = self._max_time_s is not None and end_s > self._max_time_s
-        return [*signals, self._there(STOP_FILE), float(late), self._there(SAVE_FILE)]
+        return [*signals, self._file_flag(STOP_FILE), float(late), self._file_flag(SAVE_FILE)]
 
-    def answered(self, sums: Sequence[float], saved: bool = True) -> None:
+    def acknowledge(self, sums: Sequence[float], saved: bool = True) -> None:
         """Take the files away that all ranks know of.
 
         Args:
@@ -209,7 +213,7 @@ class StopRequests:
                 with suppress(OSError):
                     (self._run / name).unlink()
 
-    def _there(self, name: str) -> float:
+    def _file_flag(self, name: str) -> float:
         return float((self._run / name).exists())
 
 

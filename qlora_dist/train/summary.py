@@ -54,7 +54,7 @@ def describe_run(setup: RunSetup) -> Iterator[str]:
 def describe_data(setup: RunSetup) -> Iterator[str]:
     """Yield what becomes of each source, what its cut loses included, and how many steps the data take."""
     loader = setup.loader
-    epochs = loader.epochs_in(setup.steps)
+    epochs = loader.steps_to_epochs(setup.steps)
     for rows, weight in loader.sources:
         mixed = f"; weight {weight:g}: each row {epochs * weight:.2f} times" if len(loader.sources) > 1 else ""
         yield f"{rows.sentence()}{mixed}"
@@ -89,7 +89,7 @@ def _describe_placement(setup: RunSetup) -> str:
 def summarize(
     setup: RunSetup,
     history: TrainResult,
-    held: LoadStats,
+    load_stats: LoadStats,
     expected: RunPrediction | str,
     console: RunConsole,
     run_dir: RunDir | None,
@@ -99,7 +99,7 @@ def summarize(
     Args:
         setup: of the run.
         history: of its steps.
-        held: by this rank, and what it took to load it.
+        load_stats: by this rank, and what it took to load it.
         expected: what was planned.
         console: for the table.
         run_dir: for the file.
@@ -115,10 +115,10 @@ def summarize(
         "skipped_steps": progress.skipped_steps,
         "left_out_batches": progress.left_out,
         "tokens_per_s": _median_tokens_per_s(history, run_dir),
-        "static_bytes": _gather_int(held.static_bytes, setup.device),
+        "static_bytes": _gather_int(load_stats.static_bytes, setup.device),
         "peak_bytes": _gather_int(history.peak_bytes or peak_memory_bytes(setup.device), setup.device),
-        "read_bytes": _gather_int(held.read_bytes, setup.device),
-        "load_s": max(_gather_int(round(1e6 * held.load_s), setup.device)) / 1e6,
+        "read_bytes": _gather_int(load_stats.read_bytes, setup.device),
+        "load_s": max(_gather_int(round(1e6 * load_stats.load_s), setup.device)) / 1e6,
         "comm_bytes_per_step": history.comm_bytes,
         "base_fetched_bytes_per_step": history.fetched_bytes,
         "base_stall_share": statistics.median(history.stalls or [0.0]),
@@ -128,7 +128,7 @@ def summarize(
     if history.step_shares:
         summary["step_shares"] = _mean_over_ranks(history.step_shares, setup.device)
     if isinstance(expected, RunPrediction) and history.tokens_per_s:
-        summary["plan"] = expected.against(summary, held.moments_bytes)
+        summary["plan"] = expected.against(summary, load_stats.moments_bytes)
     if run_dir is not None:
         run_dir.finish(summary)
     console.console.print(_table(summary, bool(history.tokens_per_s)))

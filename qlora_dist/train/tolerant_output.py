@@ -44,10 +44,10 @@ def tolerate_output_errors() -> None:
             setattr(sys, name, io.TextIOWrapper(_TolerantStream(number), encoding, errors, line_buffering=True))
 
 
-def record_lost_output(run: Path) -> None:
+def record_lost_output(run_path: Path) -> None:
     """Have lost output noted in the run's folder from here on. Called on rank 0."""
     global _lost_output_path
-    _lost_output_path = run / LOST_OUTPUT_FILE
+    _lost_output_path = run_path / LOST_OUTPUT_FILE
     with suppress(OSError):
         _lost_output_path.unlink()
     lost = _lost.copy()
@@ -65,13 +65,13 @@ def _record_loss(line: str) -> None:
 
 class _TolerantStream(io.RawIOBase):
     def __init__(self, number: int) -> None:
-        self._number, self._failing = number, False
+        self._fd, self._failing = number, False
 
     def fileno(self) -> int:
-        return self._number
+        return self._fd
 
     def isatty(self) -> bool:
-        return os.isatty(self._number)
+        return os.isatty(self._fd)
 
     def writable(self) -> bool:
         return True
@@ -82,9 +82,9 @@ class _TolerantStream(io.RawIOBase):
         try:
             while left:
                 try:
-                    left = left[os.write(self._number, left) :]
+                    left = left[os.write(self._fd, left) :]
                 except BlockingIOError:
-                    if not select.select([], [self._number], [], _FULL_PIPE_WAIT_S)[1]:
+                    if not select.select([], [self._fd], [], _FULL_PIPE_WAIT_S)[1]:
                         raise
             self._failing = False
         except OSError as error:
@@ -94,11 +94,11 @@ class _TolerantStream(io.RawIOBase):
     def _fail(self, error: OSError) -> None:
         if not self._failing:
             self._failing = True
-            name, now = {1: "stdout", 2: "stderr"}[self._number], time.strftime("%Y-%m-%d %H:%M:%S")
+            name, now = {1: "stdout", 2: "stderr"}[self._fd], time.strftime("%Y-%m-%d %H:%M:%S")
             _record_loss(f"{now}: {name} cannot be written ({error.strerror}); the run goes on without it\n")
         if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
             with suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._number)
-                if nowhere != self._number:
-                    os.close(nowhere)
+                devnull = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(devnull, self._fd)
+                if devnull != self._fd:
+                    os.close(devnull)

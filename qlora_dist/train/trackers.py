@@ -45,7 +45,7 @@ def check_trackers(config: Config) -> None:
 
 @contextmanager
 def open_trackers(
-    config: Config, path: Path, fresh: bool, say: Callable[[str], None]
+    config: Config, path: Path, is_new: bool, say: Callable[[str], None]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Open what the configuration names, and close it at the end, whatever that is.
 
@@ -54,14 +54,14 @@ def open_trackers(
     Args:
         config: of the run.
         path: its folder.
-        fresh: the run begins; else it goes on where it was known.
+        is_new: the run begins; else it goes on where it was known.
         say: for what goes wrong.
 
     Returns:
         What takes a line of metrics.jsonl, and hands on its numbers; those within are named as `paging.hits`.
     """
     opened: dict[str, Tracker] = {}
-    ids = {} if fresh else _read(path / _IDS_FILE)
+    ids = {} if is_new else _read(path / _IDS_FILE)
 
     def attempt(name: str, action: Callable[[], Any]) -> Any:
         try:
@@ -70,21 +70,21 @@ def open_trackers(
             opened.pop(name, None)
             say(f"{name}: {type(error).__name__}: {error}; the run goes on without it, metrics.jsonl has all")
 
-    def log(metrics: dict[str, Any]) -> None:
+    def log_metrics(metrics: dict[str, Any]) -> None:
         numbers = {key: value for key, value in flatten_keys(metrics).items() if isinstance(value, (int, float))}
         step = int(numbers.pop("step"))
         for name, tracker in list(opened.items()):
             attempt(name, partial(tracker.log, numbers, step))
 
-    for wanted in config.run.trackers:
-        tracker = attempt(wanted, partial(_TRACKER_FACTORIES[wanted], config, path, ids))
+    for tracker_name in config.run.trackers:
+        tracker = attempt(tracker_name, partial(_TRACKER_FACTORIES[tracker_name], config, path, ids))
         if tracker is not None:
-            opened[wanted] = tracker
+            opened[tracker_name] = tracker
     if ids:
         with suppress(OSError):
             (path / _IDS_FILE).write_text(json.dumps(ids) + "\n", encoding="utf-8")
     try:
-        yield log
+        yield log_metrics
     finally:
         for name, tracker in list(opened.items()):
             attempt(name, tracker.close)

@@ -46,29 +46,29 @@ class AdapterShards:
     def __init__(self, model: nn.Module) -> None:
         self._names = [name for name, _ in named_trainable_parameters(model)]
         self._sharded = [p for _, p in named_trainable_parameters(model)]
-        self._had_gradient = [False] * len(self._sharded)
+        self._had_grad = [False] * len(self._sharded)
         self.local = [nn.Parameter(local_tensor(p).detach()) for p in self._sharded]
         self.is_lora_b = [is_lora_b_parameter(name) for name, _ in named_trainable_parameters(model)]
 
-    def take_gradients(self) -> list[torch.Tensor]:
+    def collect_grads(self) -> list[torch.Tensor]:
         """Hand the engine's gradients over to the local shards; those of empty shards are left out.
 
         An adapter that takes no part in the loss has no gradient, and zeros stand for it: B stays zero.
         """
         for index, (sharded, local) in enumerate(zip(self._sharded, self.local, strict=True)):
             gradient, flat = pop_local_grad(sharded), get_flat_shard(sharded)
-            self._had_gradient[index] |= gradient is not None if flat is None else flat.had_gradient
+            self._had_grad[index] |= gradient is not None if flat is None else flat.had_grad
             local.grad = (torch.zeros_like(local) if gradient is None else gradient) if local.numel() else None
         return [p.grad for p in self.local if p.grad is not None]
 
-    def without_influence(self) -> list[str]:
+    def find_unused_parameters(self) -> list[str]:
         """Return the names of parameters that no rank has had a gradient for. Called on all ranks after a step."""
         device = self.local[0].device
-        found = torch.tensor(self._had_gradient, dtype=torch.int32, device=device)
+        found = torch.tensor(self._had_grad, dtype=torch.int32, device=device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return [name for name, had in zip(self._names, found.tolist(), strict=True) if not had]
 
-    def clear_gradients(self) -> None:
+    def zero_grad(self) -> None:
         """Forget them."""
         for local in self.local:
             local.grad = None
@@ -77,15 +77,15 @@ class AdapterShards:
 @record_function(STEP_LABEL)
 def train_step(
     model: PreTrainedModel,
-    window: Sequence[Batch],
-    trained_tokens: int,
+    micro_batches: Sequence[Batch],
+    loss_tokens: int,
     shards: AdapterShards,
     adapter_replicas: int,
     optimizer: AdapterOptimizer,
     loss_scale: LossScale,
     max_grad_norm: float | None,
     traffic: CommCounter,
-    told: Callable[[], Sequence[float]] = tuple,
+    control_flags: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
     """Forward and backward over the accumulation window, clip over the whole world, update.
 
@@ -94,34 +94,34 @@ def train_step(
 
     Args:
         model: sharded; its gradients are communicated once, after the last micro-batch.
-        window: this rank's micro-batches.
-        trained_tokens: of all ranks' windows together.
+        micro_batches: this rank's micro-batches.
+        loss_tokens: of all ranks' windows together.
         shards: the adapters of this rank.
         adapter_replicas: ranks that hold equal adapter shards.
         optimizer: over the shards.
         loss_scale: for fp16.
         max_grad_norm: None: no clipping.
         traffic: counts the one collective that is not the model's.
-        told: returns what else is summed in the same collective; called as late as possible.
+        control_flags: returns what else is summed in the same collective; called as late as possible.
 
     Raises:
         UserError: no adapter takes part in the loss.
     """
-    device = window[0].input_ids.device
+    device = micro_batches[0].input_ids.device
     summed_loss = torch.zeros((), dtype=torch.float64, device=device)
-    for index, batch in enumerate(window):
-        model.set_requires_gradient_sync(index == len(window) - 1)
+    for index, batch in enumerate(micro_batches):
+        model.set_requires_gradient_sync(index == len(micro_batches) - 1)
         loss = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
         if not loss.requires_grad:
             raise UserError("lora.targets: no adapter has any influence on the loss; name other layers")
-        (loss * (loss_scale.value / trained_tokens)).backward()
+        (loss * (loss_scale.value / loss_tokens)).backward()
         summed_loss += loss.detach()
         record_heartbeat()
 
-    grads = shards.take_gradients()
+    grads = shards.collect_grads()
     squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())
     squares.item()  # waits for the device, so that a request to stop that comes during the step is seen in this step
-    flags = torch.tensor(told(), dtype=torch.float64).to(device)
+    flags = torch.tensor(control_flags(), dtype=torch.float64).to(device)
     own = torch.stack([summed_loss, squares / adapter_replicas, *flags])
     total_loss, total_squares, *sums = traffic.all_reduce(own).tolist()
 
@@ -132,9 +132,9 @@ def train_step(
         torch._foreach_mul_(grads, clip / loss_scale.value)
         with record_function(OPTIMIZER_LABEL):
             optimizer.step()
-    shards.clear_gradients()
+    shards.zero_grad()
     loss_scale.update(finite)
-    return StepResult(total_loss / trained_tokens, norm, finite, sums)
+    return StepResult(total_loss / loss_tokens, norm, finite, sums)
 
 
 def adapter_shard_numels(model: nn.Module) -> list[int]:

@@ -67,44 +67,44 @@ class TrainResult:
 
 def train_loop(
     model: PreTrainedModel,
-    moments: PagedOptimizerState | ZeroOptimizerState,
+    optimizer_state: PagedOptimizerState | ZeroOptimizerState,
     setup: RunSetup,
-    start: ResumePoint,
+    resume_point: ResumePoint,
     traffic: CommCounter,
     console: RunConsole,
     run_dir: RunDir | None,
-    pages: PagedLayers | None = None,
-    began: float | None = None,
+    paged_layers: PagedLayers | None = None,
+    run_started: float | None = None,
 ) -> TrainResult:
-    """Train the adapters, from `start` to the last step or until somebody asks to stop.
+    """Train the adapters, from `resume_point` to the last step or until somebody asks to stop.
 
     Args:
         model: sharded and filled.
-        moments: of the optimizer, for this rank's shards.
+        optimizer_state: of the optimizer, for this rank's shards.
         setup: the run.
-        start: the beginning, or a checkpoint.
+        resume_point: the beginning, or a checkpoint.
         traffic: what the model's collectives are counted in.
         console: for progress.
         run_dir: where metrics go; None on ranks other than 0.
-        pages: of the base; None: it is not paged.
-        began: `time.perf_counter()` when this start began; None: now.
+        paged_layers: of the base; None: it is not paged.
+        run_started: `time.perf_counter()` when this start began; None: now.
 
     Raises:
         UserError: too many steps in a row were not finite.
     """
     cfg = setup.config.train
-    patience = _COMPILE_TIMEOUT_FACTOR if cfg.compile else None
+    timeout_factor = _COMPILE_TIMEOUT_FACTOR if cfg.compile else None
     shards = AdapterShards(model)
-    optimizer = make_optimizer(shards, moments, setup)
+    optimizer = make_optimizer(shards, optimizer_state, setup)
     loss_scale = LossScale(setup.config.model.compute_dtype)
     state = trainable_state(model, shards.local, optimizer, setup.device)
-    checkpoints = RunCheckpointer(setup, start, state, loss_scale, console)
+    checkpoints = RunCheckpointer(setup, resume_point, state, loss_scale, console)
     progress = checkpoints.start(run_dir)
     history = TrainResult(progress)
     path = run_path(setup.config.run)
     unmeasured_s = 12 * sum(p.numel() for _, p in named_trainable_parameters(model)) / _ASSUMED_WRITE_BYTES_PER_S
     requests = StopRequests(path, run_dir is not None, cfg.max_time, lambda: checkpoints.seconds or unmeasured_s)
-    began, before_s = time.perf_counter() if began is None else began, progress.wall_s
+    run_started, before_s = time.perf_counter() if run_started is None else run_started, progress.wall_s
 
     def last_step() -> int:
         """Global batches that were left out are missing at the end of so many epochs."""
@@ -112,38 +112,39 @@ def train_loop(
 
     def save() -> None:
         record_heartbeat(progress.step, "saving a checkpoint")
-        progress.wall_s = before_s + time.perf_counter() - began
+        progress.wall_s = before_s + time.perf_counter() - run_started
         checkpoints.save(progress)
 
     evaluations = Evaluator(
         model,
         [_batch_to(batch, setup.device) for batch in setup.eval_batches],
         cfg.eval_every,
-        EvalSumsFile(path / EVAL_SUMS_FILE, setup, start.identity, shards.local),
+        EvalSumsFile(path / EVAL_SUMS_FILE, setup, resume_point.identity, shards.local),
         traffic,
         checkpoints,
         save,
         requests,
         console,
         run_dir,
-        patience,
+        timeout_factor,
     )
 
-    def told() -> list[float]:
+    def control_flags() -> list[float]:
         """What the ranks tell each other at the end of a step; the next one may be twice as slow as any until now."""
         ahead_s = 2 * longest_step_s + evaluations.longest_batch_s
         return [*checkpoints.progress, *requests.flags(ahead_s)]
 
-    def forget() -> None:
+    def reset_step_counters() -> None:
         traffic.take()
-        if pages is not None:
-            pages.pager.take_counts()
+        if paged_layers is not None:
+            paged_layers.pager.take_counts()
 
-    asked = traffic.all_reduce(torch.tensor(requests.flags(0.0), dtype=torch.float64)).tolist()
-    history.stop = stop_reason(asked)
-    requests.answered(asked, saved=False)
-    evaluations.take_up(
-        progress.step, start.folder is not None and start.folder.parent.resolve() == (path / "checkpoints").resolve()
+    stop_requests = traffic.all_reduce(torch.tensor(requests.flags(0.0), dtype=torch.float64)).tolist()
+    history.stop = stop_reason(stop_requests)
+    requests.acknowledge(stop_requests, saved=False)
+    evaluations.load_completed(
+        progress.step,
+        resume_point.folder is not None and resume_point.folder.parent.resolve() == (path / "checkpoints").resolve(),
     )
     longest_step_s = 0.0
     profiled = StepProfiler(setup.device) if setup.config.run.profile else None
@@ -154,47 +155,47 @@ def train_loop(
             break
         if longest_step_s == 0.0:
             console.start_steps(setup.steps, progress.step)
-        forget()  # the bytes of an evaluation or a checkpoint are no step's
+        reset_step_counters()  # the bytes of an evaluation or a checkpoint are no step's
         if profiled is not None and progress.step == last_step() - 1:
             profiled.begin()
         started = time.perf_counter()
         record_heartbeat(progress.step, "reading data")
         batch = progress.batch_index()
         with record_function(DATA_LABEL):
-            window = [_batch_to(micro, setup.device) for micro in setup.loader.window(batch)]
-        tokens, trained_tokens = setup.loader.tokens(batch), setup.loader.trained_tokens(batch)
+            micro_batches = [_batch_to(micro, setup.device) for micro in setup.loader.window(batch)]
+        tokens, loss_tokens = setup.loader.tokens(batch), setup.loader.trained_tokens(batch)
         data_s = time.perf_counter() - started
 
         lr = learning_rate(progress.step, setup.steps, setup.config.optim)
         optimizer.lr = lr
-        record_heartbeat(progress.step, "training", None if history.tokens_per_s else patience)
+        record_heartbeat(progress.step, "training", None if history.tokens_per_s else timeout_factor)
         result = train_step(
             model,
-            window,
-            trained_tokens,
+            micro_batches,
+            loss_tokens,
             shards,
             setup.sizes.adapter_replicas,
             optimizer,
             loss_scale,
             setup.config.optim.max_grad_norm,
             traffic,
-            told=told,
+            control_flags=control_flags,
         )
         if not history.tokens_per_s:
             log_unused_adapters(shards, console)
-        written, failed, *asked = result.sums
-        checkpoints.advance(int(written), int(failed))
+        written, failed, *stop_requests = result.sums
+        checkpoints.update_status(int(written), int(failed))
 
-        spike = progress.spikes(result.loss, cfg.spike_factor)
+        spike = progress.is_spike(result.loss, cfg.spike_factor)
         if spike or not result.finite:
-            what = f"loss {result.loss:.4f}, gradient norm {result.grad_norm:.3g}, global batch {batch}"
-            console.say(f"step {progress.step + 1}: {'a spike' if spike else 'not finite'} ({what})")
+            details = f"loss {result.loss:.4f}, gradient norm {result.grad_norm:.3g}, global batch {batch}"
+            console.say(f"step {progress.step + 1}: {'a spike' if spike else 'not finite'} ({details})")
             # fp16 overflows now and then while its loss scale is found
             if cfg.on_spike == "rollback" and (spike or setup.config.model.compute_dtype != "fp16"):
                 record_heartbeat(progress.step, "saving a checkpoint")
-                before = checkpoints.go_back(progress, batch)
-                if before is not None:
-                    progress = history.progress = before
+                rolled_back = checkpoints.go_back(progress, batch)
+                if rolled_back is not None:
+                    progress = history.progress = rolled_back
                     if run_dir is not None:
                         run_dir.go_back(progress.step)
                     continue
@@ -204,8 +205,10 @@ def train_loop(
 
         history.tokens_per_s.append(tokens / step_s)
         history.comm_bytes = traffic.take()
-        paging = moments.pager.take_counts() if isinstance(moments, PagedOptimizerState) else PagingStats()
-        base_paging = pages.pager.take_counts() if pages is not None else PagingStats()
+        paging = (
+            optimizer_state.pager.take_counts() if isinstance(optimizer_state, PagedOptimizerState) else PagingStats()
+        )
+        base_paging = paged_layers.pager.take_counts() if paged_layers is not None else PagingStats()
         history.fetched_bytes = base_paging.bytes_in
         history.stalls.append(base_paging.stall_s / step_s)
         peak = peak_memory_bytes(setup.device)
@@ -217,17 +220,17 @@ def train_loop(
             "grad_norm": result.grad_norm,
             "skipped": not result.finite,
             "tokens": tokens,
-            "trained_tokens": trained_tokens,
+            "trained_tokens": loss_tokens,
             "positions": setup.loader.positions(batch) if run_dir is not None else None,
             "tokens_per_s": tokens / step_s,
             "step_s": step_s,
             "data_s": data_s,
             "comm_bytes": history.comm_bytes,
             "peak_bytes": peak,
-            "resident_bytes": moments.resident_bytes,
-            "paged_bytes": moments.paged_bytes,
+            "resident_bytes": optimizer_state.resident_bytes,
+            "paged_bytes": optimizer_state.paged_bytes,
             "paging": asdict(paging),
-            **_paging_metrics(pages, base_paging),
+            **_paging_metrics(paged_layers, base_paging),
         }
         if run_dir is not None:
             run_dir.log(metrics)
@@ -237,14 +240,14 @@ def train_loop(
                 "lower optim.lr, or use model.compute_dtype=bf16"
             )
         last = progress.step == last_step()
-        history.stop = stop_reason(asked)
-        if last and (history.stop == "max_time" or not evaluations.due(progress.step, progress.step)):
+        history.stop = stop_reason(stop_requests)
+        if last and (history.stop == "max_time" or not evaluations.is_due(progress.step, progress.step)):
             history.stop = None  # an evaluation sees by itself that time is up
         due = cfg.save_every and progress.step % cfg.save_every == 0
-        if due or last or history.stop is not None or is_save_requested(asked):
+        if due or last or history.stop is not None or is_save_requested(stop_requests):
             save()
-        requests.answered(asked)
-    progress.wall_s = before_s + time.perf_counter() - began
+        requests.acknowledge(stop_requests)
+    progress.wall_s = before_s + time.perf_counter() - run_started
     console.stop()
     if profiled is not None and (shares := profiled.end()):
         history.step_shares, history.peak_bytes = shares, profiled.peak_bytes

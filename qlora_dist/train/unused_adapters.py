@@ -15,7 +15,7 @@ def log_unused_adapters(shards: AdapterShards, console: RunConsole) -> None:
 
     As in PEFT they stay as they are, and are exported with B = 0.
     """
-    names = shards.without_influence()
+    names = shards.find_unused_parameters()
     if not names:
         return
     layers = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", re.split(r"\.lora_|\.weight$", name)[0]) for name in names})

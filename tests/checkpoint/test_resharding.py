@@ -29,7 +29,7 @@ def test_every_element_is_read_once_and_goes_where_it_was(shape: tuple[int, ...]
         return whole.narrow(cut.dim, start, stop - start).contiguous()
 
     for index in range(wanted.shards):
-        out = torch.full(wanted.part_shape(index), -1)
+        out = torch.full(wanted.shard_shape(index), -1)
         for copy in copy_ops(saved, wanted, index):
             assert (copy.target.of(out) == -1).all()
             copy.target.of(out).copy_(copy.source.of(shard(saved, copy.shard)))

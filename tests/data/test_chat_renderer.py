@@ -53,7 +53,7 @@ def transformers_text(tokenizer, messages, tools, prompting) -> str | None:
 
 def renderer_text(renderer: ChatRenderer, messages, tools, prompting) -> str | None:
     try:
-        return renderer.text(renderer.clean(messages), tools, prompting)
+        return renderer.text(renderer.prepare_messages(messages), tools, prompting)
     except UnsupportedConversationError as refused:
         assert "the chat template" in str(refused)
         return None
@@ -99,7 +99,7 @@ def test_marks_equal_apply_chat_template(name, messages):
     renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map)
     assert renderer.marked
     try:
-        text, spans = renderer.marks(renderer.clean(messages), None)
+        text, spans = renderer.marks(renderer.prepare_messages(messages), None)
     except UnsupportedConversationError:
         assert _has_reasoning(messages) or transformers_text(tokenizer, messages, None, False) is None
         return
@@ -123,7 +123,7 @@ def test_arguments_become_an_object():
     renderer = ChatRenderer("{{ messages[0].tool_calls | tojson }}", {})
 
     def rendered(call: Any) -> str:
-        return renderer.text(renderer.clean([{"role": "assistant", "tool_calls": [call]}]), None)
+        return renderer.text(renderer.prepare_messages([{"role": "assistant", "tool_calls": [call]}]), None)
 
     assert rendered({"function": {"name": "f", "arguments": '{"a":1}'}}) == (
         '[{"function": {"name": "f", "arguments": {"a": 1}}}]'

@@ -26,7 +26,7 @@ def make_rows(count: int, packing: str = "none", first: int = 0) -> PackedDatase
     sequences = TokenizedSequences.of(
         ([1000 + first + row] + [1] * (length - 1), [True] * length) for row, length in enumerate(lengths)
     )
-    return build_packed_dataset(sequences, DataConfig(train=["a"], seq_len=SEQ_LEN, packing=packing), pad_id=0)
+    return build_packed_dataset(sequences, DataConfig(train=["a"], seq_len=SEQ_LEN, packing=packing), pad_token_id=0)
 
 
 def make_loader(
@@ -122,7 +122,7 @@ def test_epochs_take_every_row_as_often_as_its_weight_says(made):
         }
         first += len(rows)
     assert not times
-    assert loader.epochs_in(loader.steps) == pytest.approx(6, abs=1 / loader.rows_per_epoch)
+    assert loader.steps_to_epochs(loader.steps) == pytest.approx(6, abs=1 / loader.rows_per_epoch)
 
 
 @given(count=st.integers(1, 30))

@@ -96,7 +96,7 @@ def texts(draw: Any) -> list[MaskedText]:
         text = draw(st.lists(st.sampled_from(PARTS), max_size=8).map("".join))
         cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=4)))
         spans = list(zip(cuts[::2], cuts[1::2], strict=False)) if draw(st.booleans()) else None
-        drawn.append(MaskedText(text, spans, inverted=draw(st.booleans())))
+        drawn.append(MaskedText(text, spans, spans_are_masked=draw(st.booleans())))
     return drawn
 
 
@@ -106,7 +106,7 @@ def texts(draw: Any) -> list[MaskedText]:
 def test_equals_the_tokenizers_own_call_and_its_offsets(kind, batch, closed):
     tokenizer = encoder(kind)._tokenizer
     if closed:  # of a conversation alone some turns can be left out
-        batch = [text._replace(inverted=False) for text in batch]
+        batch = [text._replace(spans_are_masked=False) for text in batch]
     results = encoder(kind).encode(batch, closed)
     assert len(results) == len(batch)
     for text, encoded in zip(batch, results, strict=True):
@@ -128,7 +128,7 @@ def test_equals_the_tokenizers_own_call_and_its_offsets(kind, batch, closed):
                 last = first + len("<x>")
             if first < last:
                 inside = any(max(first, start) < min(last, end) for start, end in text.spans)
-                assert flag == (inside != text.inverted)
+                assert flag == (inside != text.spans_are_masked)
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
@@ -139,7 +139,7 @@ def test_most_texts_go_the_fast_way(kind, monkeypatch):
         TextEncoder, "_by_offsets", lambda self, texts, closed: slow.extend(texts) or [None] * len(texts)
     )
     results = encoder(kind).encode(
-        [MaskedText("the cat é", [(4, 7)]), MaskedText("e\u0301", None), MaskedText("\n", [])], closed=False
+        [MaskedText("the cat é", [(4, 7)]), MaskedText("e\u0301", None), MaskedText("\n", [])], add_special_tokens=False
     )
     assert not slow
     assert all(isinstance(item, EncodedSequence) for item in results)
@@ -155,10 +155,15 @@ def test_only_the_texts_that_need_it_go_the_slow_way(monkeypatch):
 
     monkeypatch.setattr(TextEncoder, "_by_offsets", noted)
     encoder("composing").encode(
-        [MaskedText("the cat", [(0, 3)]), MaskedText("e\u0301", [(0, 2)]), MaskedText("字", [(0, 1)])], closed=False
+        [MaskedText("the cat", [(0, 3)]), MaskedText("e\u0301", [(0, 2)]), MaskedText("字", [(0, 1)])],
+        add_special_tokens=False,
     )
-    encoder("swallowing").encode([MaskedText("the <x>", [(0, 3)]), MaskedText("the<x>", [(0, 3)])], closed=False)
-    encoder("unknown bytes").encode([MaskedText("the é", [(0, 3)]), MaskedText("字", [(0, 1)])], closed=False)
+    encoder("swallowing").encode(
+        [MaskedText("the <x>", [(0, 3)]), MaskedText("the<x>", [(0, 3)])], add_special_tokens=False
+    )
+    encoder("unknown bytes").encode(
+        [MaskedText("the é", [(0, 3)]), MaskedText("字", [(0, 1)])], add_special_tokens=False
+    )
     assert slow == ["e\u0301", "the <x>", "字"]
 
 
@@ -225,7 +230,7 @@ def test_a_text_that_was_rendered_before_gets_no_second_beginning_or_end(name, s
     for end in ("", eos, f"{eos}\n", f"{eos} \n\n"):
         text = prompt + answer + end
         spans = [(len(prompt), len(text))] if spanned else None
-        (encoded,) = TextEncoder(tokenizer).encode([MaskedText(text, spans)], closed=True)
+        (encoded,) = TextEncoder(tokenizer).encode([MaskedText(text, spans)], add_special_tokens=True)
         expected = tokenizer(text if end else text + eos, add_special_tokens=False)
         assert encoded.tokens.tolist() == expected["input_ids"]
         assert encoded.tokens.tolist().count(tokenizer.eos_token_id) == 1
@@ -237,7 +242,9 @@ def test_special_tokens_that_are_split_are_no_beginning_and_no_end():
     tokenizer = bos_and_eos_tokenizer(bos_tokenizer)
     tokenizer.split_special_tokens = True
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    (encoded,) = TextEncoder(tokenizer).encode([MaskedText("<|begin_of_text|>the<|eot_id|>", None)], closed=True)
+    (encoded,) = TextEncoder(tokenizer).encode(
+        [MaskedText("<|begin_of_text|>the<|eot_id|>", None)], add_special_tokens=True
+    )
     assert (encoded.tokens[0], encoded.tokens[-1]) == (bos, eos)
     assert not {bos, eos} & set(encoded.tokens[1:-1].tolist())
 
@@ -249,5 +256,5 @@ def test_a_token_that_takes_the_white_space_of_an_answer_is_not_trained(answer):
     tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True), AddedToken("<|end|>", lstrip=True)])
     prompt, end = "the cat<|assistant|>\n", "<|end|>"
     text = prompt + answer + " " + end
-    (encoded,) = TextEncoder(tokenizer).encode([MaskedText(text, [(len(prompt), len(text))])], closed=False)
+    (encoded,) = TextEncoder(tokenizer).encode([MaskedText(text, [(len(prompt), len(text))])], add_special_tokens=False)
     assert tokenizer.decode(encoded.tokens[encoded.trained]) == f"sat{end}"

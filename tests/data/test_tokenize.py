@@ -130,7 +130,7 @@ def test_a_share_of_the_rows_may_be_skipped(tmp_path, refusal):
     texts = ["aB", "aB", None, "aB!"] * 10
     rejected = tmp_path / "bad.txt"
     stats = tokenize_to_file(
-        rows_of(texts), Encoder(), tmp_path / "a", max_bad_rows="50%", rejected=rejected, **options
+        rows_of(texts), Encoder(), tmp_path / "a", max_bad_rows="50%", bad_rows_path=rejected, **options
     )
     assert (stats.bad_rows, len(stats.bad_places)) == (20, 5)
     assert rejected.read_text().splitlines()[-2:] == [
@@ -144,7 +144,7 @@ def test_a_share_of_the_rows_may_be_skipped(tmp_path, refusal):
         "is null; write a string); mend them, or raise that number"
     )
     tokenize_to_file(
-        rows_of(["aB"]), Encoder(), tmp_path / "a", max_bad_rows="0%", rejected=tmp_path / "none", **options
+        rows_of(["aB"]), Encoder(), tmp_path / "a", max_bad_rows="0%", bad_rows_path=tmp_path / "none", **options
     )
     assert not (tmp_path / "none").exists()
 

@@ -46,8 +46,8 @@ def test_whatever_is_written_is_read(tmp_path_factory, parts, batch_tokens):
     for sequences in (written, TokenizedSequences.of(everything)):
         assert contents(sequences) == expected(everything)
         assert sequences.lengths.tolist() == [len(tokens) for tokens, _ in everything]
-        assert sequences.trained_lengths.tolist() == [sum(flags[1:]) for _, flags in everything]
-        for array in (sequences.lengths, sequences.trained_lengths):
+        assert sequences.loss_token_counts.tolist() == [sum(flags[1:]) for _, flags in everything]
+        for array in (sequences.lengths, sequences.loss_token_counts):
             assert array.dtype == np.int64
     with pytest.raises(IndexError):
         written.tokens(len(everything))
@@ -75,7 +75,7 @@ def test_batches_of_two_files_are_one(tmp_path):
     b = write(tmp_path / "b.arrow", [[([4, 5, 6], [1, 1, 0])]], 1)
     joined = TokenizedSequences([a.batches[0].slice(1), *b.batches])
     assert contents(joined) == [([3], [False]), ([4, 5, 6], [False, True, False])]
-    assert joined.trained_lengths.tolist() == [0, 1]
+    assert joined.loss_token_counts.tolist() == [0, 1]
 
 
 def test_a_file_that_was_cut_off_is_not_opened(tmp_path):

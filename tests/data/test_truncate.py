@@ -41,7 +41,7 @@ BY_HAND = make_sequences(
                 7,
                 truncated=2,
                 split=0,
-                split_pieces=0,
+                split_segments=0,
                 dropped=0,
                 untrained=4,
                 pieces=3,
@@ -58,7 +58,7 @@ BY_HAND = make_sequences(
                 7,
                 truncated=0,
                 split=4,
-                split_pieces=9,
+                split_segments=9,
                 dropped=0,
                 untrained=6,
                 pieces=6,
@@ -75,7 +75,7 @@ BY_HAND = make_sequences(
                 7,
                 truncated=0,
                 split=0,
-                split_pieces=0,
+                split_segments=0,
                 dropped=4,
                 untrained=2,
                 pieces=1,
@@ -89,7 +89,7 @@ BY_HAND = make_sequences(
 )
 def test_by_hand(too_long, expected, fate):
     pieces, counts = truncate_sequences(BY_HAND, 4, too_long)
-    columns = (pieces.sequence, pieces.start, pieces.length, pieces.trained)
+    columns = (pieces.sequence_index, pieces.start, pieces.length, pieces.trained)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
     assert counts == fate
 
@@ -117,7 +117,7 @@ def test_every_target_that_can_be_trained_is_in_one_piece(flags, seq_len, too_lo
     covered = Counter()
     targets = set()
     for sequence, start, length, trained in zip(
-        pieces.sequence, pieces.start, pieces.length, pieces.trained, strict=True
+        pieces.sequence_index, pieces.start, pieces.length, pieces.trained, strict=True
     ):
         assert 1 <= length <= seq_len
         here = [(int(sequence), place) for place in range(start, start + length)]
@@ -126,7 +126,7 @@ def test_every_target_that_can_be_trained_is_in_one_piece(flags, seq_len, too_lo
         assert len(inside) == trained > 0, "nothing predicts a piece's first token"
         targets.update(inside)
     assert not covered or max(covered.values()) == 1
-    assert list(pieces.sequence) == sorted(pieces.sequence)
+    assert list(pieces.sequence_index) == sorted(pieces.sequence_index)
     everything = {(i, t) for i, f in enumerate(flags) for t in range(1, len(f)) if f[t]}
     expected = {
         "truncate": {(i, t) for i, t in everything if t < seq_len},

@@ -106,7 +106,7 @@ def test_what_differs_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
             set_up_run(make_config(path, tmp_path / "a", *overrides), read_rank_info({}))
         assert "\n" not in str(error.value)
     setup = set_up_run(make_config(path, tmp_path / "a"), read_rank_info({}))
-    assert len(setup.first_values) == 2 * 6 + 1
+    assert len(setup.initial_tensors) == 2 * 6 + 1
     text = (tmp_path / "a" / "adapter_config.json").read_text()
     (tmp_path / "a" / "adapter_config.json").write_text(
         re.sub(r'"rank_pattern": {}', '"rank_pattern": {"v_proj": 4}', text)

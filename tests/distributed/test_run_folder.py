@@ -228,7 +228,7 @@ def test_a_second_run_in_a_folder_is_refused(config: Path, tmp_path: Path, monke
 
 def test_lines_of_metrics_that_are_none_are_left_out(config: Path) -> None:
     run = resolve(config, "lines")
-    run_dir = RunDir(run, begins=True)
+    run_dir = RunDir(run, is_new=True)
     lines = [
         *(b'{"step": 0}', b'{"step": 1, "loss": 2.0}', b'{"step": "2"}', b'{"step": true}', b'{"step": 1.5}'),
         *(b"[1]", b"3", b"\0\0\xff\xfe", b'{"step": -1}', b"[" * 100_000, b'{"step": 2, "loss": 1.0}'),

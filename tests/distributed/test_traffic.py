@@ -100,7 +100,7 @@ def record_two_steps(config: Config) -> tuple[list[Collective], dict[str, int], 
         if config.parallel.base == "paged":
             layers = list(setup.model.model.layers)
             pages = PagedLayers(setup.model, layers, setup.device, 0, 0, config.paging)
-        load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, elsewhere=pages)
+        load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, parameter_store=pages)
         shards = AdapterShards(setup.model)
         moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
         optimizer = PagedAdamW(shards.local, moments, config.optim)

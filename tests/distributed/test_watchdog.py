@@ -167,7 +167,7 @@ def test_the_same_mistake_on_all_ranks_is_one_sentence(config, tmp_path):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_mistake_that_one_rank_finds_ends_the_others(config, tmp_path, alone):
-    fault = partial(fail, UserError("seven is no prime; take another", one_rank=alone))
+    fault = partial(fail, UserError("seven is no prime; take another", local_only=alone))
     with started_ranks([partial(train, config), partial(train, config, at_step=3, fault=fault)], tmp_path) as processes:
         assert exit_codes(processes, within_s=30) == [2, 2]
     assert qlora_dist_lines(tmp_path, 0) == [

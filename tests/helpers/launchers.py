@@ -13,13 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def skip_unless(there: bool, what: str) -> None:
+def skip_unless(available: bool, reason: str) -> None:
     """Skip the test where something is missing; fail where continuous integration has said that nothing may be."""
-    if there:
+    if available:
         return
     if os.environ.get("QLORA_DIST_REQUIRE_LAUNCHERS") == "1":
-        pytest.fail(f"{what} is missing")
-    pytest.skip(f"{what} is missing")
+        pytest.fail(f"{reason} is missing")
+    pytest.skip(f"{reason} is missing")
 
 
 def mpi(name: str) -> Path:
@@ -56,9 +56,9 @@ def alive_pids(folder: Path) -> list[int]:
     return found
 
 
-def wait_until(true: Callable[[], object], within_s: float) -> bool:
+def wait_until(condition: Callable[[], object], within_s: float) -> bool:
     end = time.monotonic() + within_s
-    while not true():
+    while not condition():
         if time.monotonic() > end:
             return False
         time.sleep(0.1)

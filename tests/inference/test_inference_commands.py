@@ -51,7 +51,7 @@ def run_chat(given: list[str], lines: list[str]) -> str:
             return line
 
         out = io.StringIO()
-        end = prompter.end_of_turn()
+        end = prompter.end_of_turn_token()
         assert prompter.tokenizer.decode([end]) == "<|im_end|>"
         chat(loaded, prompter, GREEDY, [end], read, out)
     return out.getvalue()

@@ -77,13 +77,13 @@ def run_lm_eval_tasks(adapter: Path, folder: Path) -> Any:
     return scores, asked
 
 
-def record_calls(model: Any, kind: str, asked: dict[str, Any]) -> None:
+def record_calls(model: Any, kind: str, calls: dict[str, Any]) -> None:
     """Note what a class, or an instance, answers."""
     answer = getattr(model, kind)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         found, requests = answer(*args, **kwargs), args[-1]
-        asked[kind] = [[list(map(str, request.args)), result] for request, result in zip(requests, found, strict=True)]
+        calls[kind] = [[list(map(str, request.args)), result] for request, result in zip(requests, found, strict=True)]
         return found
 
     setattr(model, kind, noted)

@@ -27,7 +27,7 @@ def merge_and_read_losses(base: Path, adapter: Path, out: Path, into: str, data:
 
 @pytest.mark.slow
 def test_what_is_written_beside_what_it_was_made_of(tiny_llama: Path, tmp_path: Path) -> None:
-    """Into fp32 the trained model has the loss that `run_training` printed, the original one that of the 16-bit base with the
+    """Into fp32 the trained model has the loss that `train` printed, the original one that of the 16-bit base with the
     adapter beside it; a 16-bit base is quantized as the run did."""
     config = load_config(tiny_models.make_config(tmp_path, tiny_llama, train__steps=3, model__block_size=32))
     run_ranks(1, run_training, config)

@@ -56,7 +56,7 @@ def test_the_static_part_is_that_of_the_shapes(config: Config) -> None:
     sizes = mesh_sizes(config.parallel, RankInfo(0, 4, 0, 2, "none"))
     tree = json.loads((Path(config.model.base) / "config.json").read_text())
     parameters = [p for unit in make_model_spec(tree, config.lora).units for p in unit.parameters]
-    base = sum(p.numel * (1 if p.is_bytes else 4) for p in parameters if not p.trained)  # compute_dtype: fp32
+    base = sum(p.numel * (1 if p.is_quantized else 4) for p in parameters if not p.trained)  # compute_dtype: fp32
     adapters = sum(16 * p.numel for p in parameters if p.trained)
     assert estimate_static_bytes(model, sizes, config) == (base / 4, adapters / 4)
 
@@ -149,7 +149,7 @@ def test_a_mistake_is_left_for_the_script_and_a_lost_node_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_DIST_JOB", str(tmp_path))
-    write_user_error_file(UserError("rank 3 has not come", passing=True))
+    write_user_error_file(UserError("rank 3 has not come", retryable=True))
     assert not (tmp_path / "MISTAKE").exists()
     write_user_error_file(UserError("lora.r: is wrong"))
     assert (tmp_path / "MISTAKE").read_text() == "lora.r: is wrong\n"

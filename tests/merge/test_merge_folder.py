@@ -62,7 +62,7 @@ def merge_and_check(source: Path, tmp_path: Path, **settings: Any) -> tuple[Path
     torch.testing.assert_close(merged, logits(beside), rtol=1e-5, atol=1e-5)
     with beside.disable_adapter():
         assert (logits(beside) - merged).abs().max() > 0.05  # the adapter matters
-    assert report.difference == 0.0 < report.updates
+    assert report.difference == 0.0 < report.squared_updates
     return report.out, report
 
 
@@ -156,7 +156,7 @@ def test_into_the_original(material: tuple[Path, Path, Path], tmp_path: Path) ->
     report = merge(material, tmp_path / "merged", base=0, into="original", dtype="fp32")
     beside = peft.PeftModel.from_pretrained(load(material[0]), material[2])
     torch.testing.assert_close(logits(load(report.out)), logits(beside), rtol=1e-5, atol=1e-5)
-    base = report.trained - report.updates  # nearly: a random update is at right angles to the weights
+    base = report.trained - report.squared_updates  # nearly: a random update is at right angles to the weights
     assert 0.05 < (report.difference / base) ** 0.5 < 0.15  # what 4 bit cost before training
 
 
@@ -185,7 +185,7 @@ def test_into_nf4_with_error_feedback(tmp_path: Path) -> None:
     for out, feedback in (("rounded", False), ("fed", True), ("again", True)):
         options = MergeOptions(into="nf4", error_feedback=feedback)
         reports[out] = merge_folder(quantized, adapter, tmp_path / out, options, QUIET)
-    kept = {out: report.kept / report.updates for out, report in reports.items()}
+    kept = {out: report.kept / report.squared_updates for out, report in reports.items()}
     assert abs(kept["rounded"]) < 0.2 and kept["fed"] == pytest.approx(1, abs=0.05)
     base, fed, again = (load_file(tmp_path / name / FILE) for name in ("nf4", "fed", "again"))
     assert all(torch.equal(fed[name], again[name]) for name in fed)

@@ -1,4 +1,4 @@
-"""If this fails, what `quantize_weight` writes is not the model, or nobody else can load it, or a day's work starts anew."""
+"""If this fails, what `quantize` writes is not the model, or nobody else can load it, or a day's work starts anew."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_embeddings_too_and_once_if_tied(tmp_path, tied):
     of_embeddings = len(quantizable) * 320 * 64
     assert counts.parameters == without.parameters
     assert counts.quantized == without.quantized + of_embeddings
-    assert (counts.outside_layers, without.outside_layers) == (0, of_embeddings)
+    assert (counts.unquantized_embeddings, without.unquantized_embeddings) == (0, of_embeddings)
     assert counts.share == counts.quantized / counts.parameters > without.share > 0.99
     assert not quantizable & counts.left.keys()
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -153,7 +153,7 @@ def test_embeddings_too_and_once_if_tied(tmp_path, tied):
 def test_embeddings_of_positions_stay_and_count_as_what_they_are(tmp_path):
     source = make_architecture(tmp_path / "source", "GPT2")
     counts = quantize_folder(source, tmp_path / "out", QuantizeOptions(embeddings=True)).counts
-    assert counts.outside_layers == 512 * 64
+    assert counts.unquantized_embeddings == 512 * 64
     assert counts.left["transformer.wpe.weight"] == 512 * 64
     assert "transformer.wte.weight" not in counts.left
     assert counts.share == counts.quantized / (counts.parameters - 512 * 64)

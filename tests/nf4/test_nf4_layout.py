@@ -34,7 +34,7 @@ def test_bits_per_weight_without_double_quantization(block_size, bits):
 
 def test_by_hand():
     layout = NF4Layout((3, 35), block_size=32)  # 105 weights: 53 bytes of codes, 4 blocks
-    assert (layout.numel, layout.blocks) == (105, 4)
+    assert (layout.numel, layout.num_blocks) == (105, 4)
     assert (layout.codes, layout.absmax) == (slice(0, 53), slice(64, 68))
     assert (layout.nested_absmax, layout.offset) == (slice(80, 84), slice(96, 100))
     assert layout.total_bytes == 112

@@ -141,7 +141,7 @@ def test_automatic_takes_what_is_left_and_gives_it_back_when_that_is_less() -> N
     config = OptimConfig.model_validate({"name": "paged-adamw-32bit", **VALUES})
     moments = PagedOptimizerState([9000], config, PagingConfig(to="host", page_bytes=4096), CPU)
     left = iter([100_000, 100_000, 30_000, 100_000, 5_000])
-    optimizer = PagedAdamW(mine, moments, config, left_bytes=lambda held: next(left))
+    optimizer = PagedAdamW(mine, moments, config, available_bytes=lambda held: next(left))
     held = []
     for _ in range(5):
         before = moments.resident_bytes
@@ -191,7 +191,7 @@ def test_managed_memory_is_updated_by_the_kernels_that_know_it() -> None:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
     optimizer.moments.pager = UnifiedPager(optimizer.moments.pager.sizes, CPU, allocate)
-    assert optimizer.moments.is_managed
+    assert optimizer.moments.is_unified
     torch.testing.assert_close(train(mine, optimizer, 20), train(reference, reference_adamw(reference, 32), 20))
 
 

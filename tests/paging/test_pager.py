@@ -39,9 +39,9 @@ def run_passes(pager: Pager, count: int, compute_s: float = 0.0) -> None:
     pages = len(pager.sizes)
     for _ in range(count):
         for page in range(pages):
-            pager.use(page, then=[(page + i) % pages for i in range(1, pages)]).add_(1)
+            pager.use(page, prefetch_next=[(page + i) % pages for i in range(1, pages)]).add_(1)
             time.sleep(compute_s)
-            pager.done(page, changed=True)
+            pager.done(page, dirty=True)
 
 
 @st.composite
@@ -64,12 +64,12 @@ def test_a_page_is_what_was_last_made_of_it(history: tuple[list[int], int, int, 
     for count, (move, number) in enumerate(moves):
         page = number % len(sizes)
         if move in ("change", "look"):
-            memory = pager.use(page, then=[(page + 1 + i) % len(sizes) for i in range(number % 4)])
+            memory = pager.use(page, prefetch_next=[(page + 1 + i) % len(sizes) for i in range(number % 4)])
             assert torch.equal(memory, plain[page])
             if move == "change":
                 memory.add_(count)
                 plain[page].add_(count)
-            pager.done(page, changed=move == "change")
+            pager.done(page, dirty=move == "change")
         elif move == "read":
             assert torch.equal(pager.read(page), plain[page])
         elif move == "write":
@@ -112,7 +112,7 @@ def test_pages_that_are_only_looked_at_are_not_written_back() -> None:
     pager.take_counts()
     for page in [*range(5), *range(5)]:
         assert pager.use(page)[0] == page
-        pager.done(page, changed=False)
+        pager.done(page, dirty=False)
     counts = pager.take_counts()
     assert counts.bytes_in >= 80
     assert counts.bytes_out <= 20  # what lay in the slots when it was replaced
@@ -125,8 +125,8 @@ def test_there_and_back_the_last_pages_of_a_pass_are_the_first_of_the_next() -> 
     order = [*range(6), *reversed(range(6))]
     for _ in range(2):
         for index, page in enumerate(order):
-            pager.use(page, then=order[index + 1 : index + 2])
-            pager.done(page, changed=True)
+            pager.use(page, prefetch_next=order[index + 1 : index + 2])
+            pager.done(page, dirty=True)
         counts = pager.take_counts()
     assert counts.hits >= 2
     assert counts.bytes_in <= 100
@@ -144,8 +144,8 @@ def test_there_and_back_each_way_misses_but_what_is_in_the_slots(pages: int, bud
     for first_time in (True, False, False):
         for index, page in enumerate(order):
             then = dict.fromkeys([*order[index + 1 :], *order[:index]])
-            assert pager.use(page, then=[other for other in then if other != page])[0] == page
-            pager.done(page, changed=False)
+            assert pager.use(page, prefetch_next=[other for other in then if other != page])[0] == page
+            pager.done(page, dirty=False)
         fetched = 2 * (moving - slots) + (slots if first_time else 0)
         assert pager.take_counts().bytes_in == 10 * fetched
     pager.close()
@@ -187,12 +187,14 @@ def test_a_page_that_could_not_be_written_back_is_an_error_also_if_nobody_waits_
             raise OSError("the disk is gone")
 
     pager = Pager([10] * 5, CPU, 20, lambda nbytes: Full(nbytes, CPU))
-    pager.use(0, then=[1])
-    pager.done(0, changed=True)
-    pager.use(1, then=[2])  # 2 takes the place of 0, which fails; and 3 the place of 2, which nobody has asked for
-    pager.done(1, changed=False)
-    pager.use(1, then=[3])
-    pager.done(1, changed=False)
+    pager.use(0, prefetch_next=[1])
+    pager.done(0, dirty=True)
+    pager.use(
+        1, prefetch_next=[2]
+    )  # 2 takes the place of 0, which fails; and 3 the place of 2, which nobody has asked for
+    pager.done(1, dirty=False)
+    pager.use(1, prefetch_next=[3])
+    pager.done(1, dirty=False)
     with pytest.raises(OSError, match="the disk is gone"):
         pager.use(3)
     pager.close()
@@ -206,7 +208,7 @@ def test_a_page_can_be_written_in_parts() -> None:
     for page in range(6):
         expected = [page] * 3 + [0] * 4 + [page + 7] * 3
         assert pager.read(page).tolist() == pager.use(page).tolist() == expected
-        pager.done(page, changed=False)
+        pager.done(page, dirty=False)
     pager.close()
 
 

@@ -100,7 +100,7 @@ def load_paged(config: Config, tamper: bool) -> tuple[int | str, int, int]:
         parallelize_fsdp2(setup.model, meshes, config)
         layers = list(setup.model.model.layers)
         pages = PagedLayers(setup.model, layers, setup.device, config.parallel.resident_bytes, 0, config.paging)
-        load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, elsewhere=pages)
+        load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, parameter_store=pages)
         rest = model_static_bytes(setup.model)
         if tamper:
             layers[0].unshard()

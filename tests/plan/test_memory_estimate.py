@@ -68,7 +68,7 @@ def test_what_is_offloaded_or_paged_is_on_the_host() -> None:
     here, offloaded = estimate_memory(run), estimate_memory(replace(run, offload=True))
     assert offloaded.on_host == here.static["base"] + here.static["embeddings and norms"]
     assert offloaded.static_bytes == here.static_bytes - offloaded.on_host
-    paged = estimate_memory(replace(run, paged_base=True, resident_base=2 * GIB))
+    paged = estimate_memory(replace(run, is_base_paged=True, base_resident_bytes=2 * GIB))
     assert here.static["base"] / 80 < 2 * GIB - paged.static["base"] + here.static["base"] / 80
     assert paged.static["base"] <= 2 * GIB < here.static["base"] <= paged.on_host
 
@@ -80,8 +80,8 @@ def test_paged_moments_make_room_for_the_rest() -> None:
     squeezed = estimate_memory(run, 48 * GIB)
     assert squeezed.static["moments"] == 2 * run.page_bytes
     assert squeezed.paged_moments == whole - 2 * run.page_bytes
-    assert estimate_memory(replace(run, resident_moments=GIB)).static["moments"] == pytest.approx(GIB, rel=0.02)
-    assert optimizer_state_bytes(replace(run, moment_bits=8)) == pytest.approx(whole / 4, rel=0.02)
+    assert estimate_memory(replace(run, optimizer_resident_bytes=GIB)).static["moments"] == pytest.approx(GIB, rel=0.02)
+    assert optimizer_state_bytes(replace(run, optimizer_bits=8)) == pytest.approx(whole / 4, rel=0.02)
 
 
 def test_a_quantized_folder_says_whether_its_scales_are() -> None:

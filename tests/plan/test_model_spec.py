@@ -47,7 +47,7 @@ def test_shapes_are_those_of_the_model_that_is_trained(
     _, model, _ = set_up_model(config)
     planned = make_model_spec(json.loads((folder / "config.json").read_text()), config.lora)
 
-    ours = Counter((p.shape, p.trained, p.is_bytes) for unit in planned.units for p in unit.parameters)
+    ours = Counter((p.shape, p.trained, p.is_quantized) for unit in planned.units for p in unit.parameters)
     real = Counter((tuple(p.shape), p.requires_grad, p.dtype == torch.uint8) for p in model.parameters())
     assert ours == real
     assert planned.buffer_bytes == sum(buffer.nbytes for buffer in model.buffers())

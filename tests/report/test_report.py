@@ -33,7 +33,7 @@ ODD: list[object] = ["text", [1], {"a": {"b": 1}}, True, float("nan"), 10**400]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> list[Path]:
-    """A run and one with another learning rate, as `run_training` leaves them."""
+    """A run and one with another learning rate, as `train` leaves them."""
     folder = tmp_path_factory.mktemp("report")
     config = tiny_models.make_config(folder, tiny_llama_nf4, train__steps=3, data__seq_len=48, train__global_batch=2)
     for name, lr, pages in (("first", 1e-2, "auto"), ("second", 1e-3, "0")):

@@ -59,9 +59,9 @@ def lock_forever(path: Path) -> None:
         time.sleep(600)
 
 
-def wait_for(happened) -> None:
+def wait_for(condition) -> None:
     end = time.monotonic() + 60
-    while not happened():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
 

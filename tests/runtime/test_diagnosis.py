@@ -44,7 +44,7 @@ def test_who_is_behind_has_stalled(behind, words):
     signs = [make_status(0), make_status(1), make_status(2, **behind), make_status(3)]
     verdict = diagnose(signs, all_alive(signs))
     assert verdict.sentence.startswith(words)
-    assert verdict.stuck
+    assert verdict.is_stuck
     assert 2 in verdict.ranks or "step" in behind
 
 
@@ -66,7 +66,7 @@ def test_who_publishes_no_more_is_gone_and_not_who_is_behind():
     ]  # the last sign is a second old
     verdict = diagnose(signs, [*all_alive(signs[:2]), signs[2]])
     assert verdict.sentence.startswith("rank 2 on n2 went away after step 17 (training)")
-    assert (verdict.ranks, verdict.stuck, verdict.exit_code) == ([2], False, 1)
+    assert (verdict.ranks, verdict.is_stuck, verdict.exit_code) == ([2], False, 1)
 
 
 def test_who_is_done_has_not_gone():

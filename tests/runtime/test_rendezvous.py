@@ -50,10 +50,10 @@ def test_who_has_not_come_is_named(agent):
             UserError, match=r"^rank 2 of 3 has not come within 1 s; look at its node's output"
         ) as error:
             join_rendezvous(rank(0), 1.0)
-        assert error.value.one_rank
+        assert error.value.local_only
         with pytest.raises(UserError, match=r"^rank 0, or one that it waits for, of 3 has not come") as error:
             other.result()
-        assert not error.value.one_rank  # rank 0 of its node speaks
+        assert not error.value.local_only  # rank 0 of its node speaks
         with pytest.raises(UserError, match=r"^rank 1 \(nor 1 more\) of 3"):
             join_rendezvous(rank(0), 0.5)
 

@@ -72,5 +72,5 @@ def test_formulas_are_the_trace() -> None:
         assert planned.weights_bytes == traced.weights_bytes, model
         peak = 0.06 if max(traced.phases, key=traced.phases.__getitem__) == "layer_backward" else 0.03
         assert planned.peak_bytes == pytest.approx(traced.peak_bytes, rel=peak), model
-        traffic = step_traffic(run.model.units, run.sharding, run.accumulation, run.compute_bytes)
+        traffic = step_traffic(run.model.units, run.shard_counts, run.accumulation, run.compute_bytes)
         assert traffic == pytest.approx(traced.traffic, rel=1e-3), model

@@ -49,12 +49,12 @@ def test_traced_bytes_are_those_of_a_real_run(tmp_path: Path) -> None:
         for weights_bytes, peaks, traffic in run_ranks(world_size, measure_step, config):
             assert traced.weights_bytes == weights_bytes
             assert traced.traffic == traffic
-            assert peaks == pytest.approx(traced.places, abs=4096)  # where sequences begin is not traced
+            assert peaks == pytest.approx(traced.peaks, abs=4096)  # where sequences begin is not traced
 
     # few layers tell of many
     assert extrapolated.weights_bytes == deep.weights_bytes
     assert extrapolated.moments_bytes == deep.moments_bytes
     assert extrapolated.traffic == deep.traffic
     assert extrapolated.phases == {
-        phase: max(peak for (place, _), peak in deep.places.items() if place == phase) for phase in extrapolated.phases
+        phase: max(peak for (place, _), peak in deep.peaks.items() if place == phase) for phase in extrapolated.phases
     }

@@ -19,7 +19,7 @@ def load(rank: int) -> None:
         run_console.start_loading()
         for reading in READINGS:
             run_console.loaded(reading)
-        run_console.say_loaded(2**19)
+        run_console.log_loaded(2**19)
 
 
 def test_lines_have_speed_and_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

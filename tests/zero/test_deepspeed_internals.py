@@ -32,14 +32,16 @@ def use_internals() -> list[int]:
         partitioner = Partitioner(torch.device("cpu"), lambda group, nbytes: seen.append(nbytes))
         for module in model:
             for name, parameter in module.named_parameters():
-                module._parameters[name] = partitioner.cut(parameter, dist.group.WORLD, torch.float32, False, True)
+                module._parameters[name] = partitioner.partition(
+                    parameter, dist.group.WORLD, torch.float32, False, True
+                )
         for name, parameter in model.named_parameters():
             assert full_shape(parameter) == SHAPES[name] and parameter.numel() == 0
             get_flat_shard(parameter).local.copy_(local_slice(parameter, plain.get_parameter(name).detach()))
             assert torch.equal(full_tensor(parameter), plain.get_parameter(name))
         settings = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
         settings |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-        gathering = partitioner.hook(model, [model[0]], settings)
+        gathering = partitioner.register_hooks(model, [model[0]], settings)
         x = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
         for _ in range(3):  # it records, and from the third on uses what it has recorded
             torch.testing.assert_close(model(x), plain(x))
