@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chaos import attempt  # beside this file
+from chaos import run_attempt  # beside this file
 
 from qlora_dist.checkpoint.manifest import find_checkpoints
 from qlora_dist.checkpoint.resharding import ShardSpec
@@ -63,7 +63,7 @@ def main() -> int:
     RunDir.log = logged  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as out:
         config = configuration(args, out)
-        if not attempt(config, 2, None, f"{out}/output.log"):
+        if not run_attempt(config, 2, None, f"{out}/output.log"):
             print(Path(f"{out}/output.log").read_text(), file=sys.stderr)
             return 1
         path = run_path(config.run)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from qlora_dist.data.row_encoder import Encoded, RowEncoder
+from qlora_dist.data.row_encoder import EncodedSequence, RowEncoder
 from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, SourceRow, TextRow
 
 
@@ -61,15 +61,15 @@ def main() -> None:
     rows = read(args.data, args.rows)
     batches = [rows[start : start + args.batch] for start in range(0, len(rows), args.batch)]
     encoded = [item for batch in batches for item in encoder.encode(batch)]
-    good = [row for row, item in zip(rows, encoded, strict=True) if isinstance(item, Encoded)]
+    good = [row for row, item in zip(rows, encoded, strict=True) if isinstance(item, EncodedSequence)]
     if len(good) < len(rows):
         bad = next(item for item in encoded if isinstance(item, BadRow))
         Console().print(f"{len(rows) - len(good)} rows are left out, the first because: {bad.place}: {bad.reason}")
     batches = [good[start : start + args.batch] for start in range(0, len(good), args.batch)]
     written = [[encoder._write(row) for row in batch] for batch in batches]
     texts = [[item.text for item in batch] for batch in written]  # type: ignore[union-attr]
-    tokens = sum(len(item.tokens) for item in encoded if isinstance(item, Encoded))
-    trained = sum(int(item.trained.sum()) for item in encoded if isinstance(item, Encoded))
+    tokens = sum(len(item.tokens) for item in encoded if isinstance(item, EncodedSequence))
+    trained = sum(int(item.trained.sum()) for item in encoded if isinstance(item, EncodedSequence))
 
     ways: dict[str, Callable[[], Any]] = {
         "bare": lambda: [tokenizer(batch, add_special_tokens=False) for batch in texts],

@@ -36,7 +36,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from loading_table import show
+from loading_table import render_loading_tables
 
 SPARE_BYTES = 2 * 2**30
 """Of the machine's memory, left to everything else."""
@@ -73,14 +73,22 @@ def free_port() -> int:
 
 def loaders(numbers: list[int], folder: Path, tiny: Path, total: int) -> Iterator[tuple[str, int, Any, int]]:
     """Name, ranks, what to run on each, and the bytes that they hold together, in the order of a repeat."""
-    from loading_ranks import ours, theirs  # behind the arguments: torch takes seconds. The ranks are forks and have it
+    from loading_ranks import (  # behind the arguments: torch takes seconds. The ranks are forks and have it
+        load_with_qlora_dist,
+        load_with_transformers,
+    )
 
     for n in numbers:
         for nodes, name in ((1, "ours"), (2, "ours, two copies")):
             if nodes == 1 or (n >= 4 and n % 2 == 0):
                 port = free_port()
-                yield name, n, [(ours, (rank, n, nodes, port, folder, tiny)) for rank in range(n)], nodes * total
-        yield "from_pretrained", n, [(theirs, (folder, tiny))] * n, n * total
+                yield (
+                    name,
+                    n,
+                    [(load_with_qlora_dist, (rank, n, nodes, port, folder, tiny)) for rank in range(n)],
+                    nodes * total,
+                )
+        yield "from_pretrained", n, [(load_with_transformers, (folder, tiny))] * n, n * total
 
 
 def main() -> None:
@@ -95,13 +103,13 @@ def main() -> None:
     parser.add_argument("--show", type=Path, help="only print the table of a file that --json has written")
     args = parser.parse_args()
     if args.show:
-        print(show(json.loads(args.show.read_text())))
+        print(render_loading_tables(json.loads(args.show.read_text())))
         return
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
         tree = measure(args, args.save or Path(directory) / "model", Path(directory) / "tiny")
     if args.json:
         args.json.write_text(json.dumps(tree, indent=1) + "\n")
-    print(show(tree))
+    print(render_loading_tables(tree))
 
 
 def measure(args: argparse.Namespace, folder: Path, tiny: Path) -> dict[str, Any]:

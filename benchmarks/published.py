@@ -14,7 +14,14 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-from published_systems import memory_of, reserved_of, run_of, shape_of, system_of, tokens_per_s
+from published_systems import (
+    bundled_model_name,
+    run_spec_of_row,
+    system_memory,
+    system_reserved_bytes,
+    tokens_per_s,
+    trainer_system_of_row,
+)
 
 from qlora_dist.plan.hardware import load_hardware
 from qlora_dist.plan.model_config import read_model_config
@@ -40,8 +47,11 @@ def main() -> None:
     foreseen: list[bool] = []
     for row in rows:
         name = f"{row['model']} {row['gpus']}x{row['gpu']} {row['batch_per_gpu']}x{row['seq_len']}"
-        run, system = run_of(row, read_model_config(shape_of(row["model"]))), system_of(row)
-        memory = memory_of(run, system)
+        run, system = (
+            run_spec_of_row(row, read_model_config(bundled_model_name(row["model"]))),
+            trainer_system_of_row(row),
+        )
+        memory = system_memory(run, system)
         confidence = " (offload)" if system.offload else ""
         parts = []
         for column, what, predicted in (
@@ -50,7 +60,7 @@ def main() -> None:
         ):
             if row[column]:
                 parts.append(compare(what + confidence, predicted, float(row[column]), errors))
-        low, high = (nbytes / GIB for nbytes in reserved_of(memory, system))
+        low, high = (nbytes / GIB for nbytes in system_reserved_bytes(memory, system))
         if row["peak_reserved_gib"]:
             published, plain = float(row["peak_reserved_gib"]), high - memory.phases["head"]["loss"] / GIB
             bands["x1.10 to x1.20"].append(low <= published <= plain)
@@ -88,8 +98,8 @@ def print_efficiencies(rows: list[dict[str, str]]) -> None:
         if row["tokens_per_s_per_gpu"] in ("", "OOM") or row["gpu"] not in hardware.gpus:
             continue
         run, system, gpu = (
-            run_of(row, read_model_config(shape_of(row["model"]))),
-            system_of(row),
+            run_spec_of_row(row, read_model_config(bundled_model_name(row["model"]))),
+            trainer_system_of_row(row),
             hardware.gpu(row["gpu"]),
         )
         low, high = 0.01, 1.0

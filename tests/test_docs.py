@@ -121,8 +121,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(550)
 @pytest.mark.parametrize("page", pages_with("bash"))
-def test_commands_do_what_the_page_says(page: Path, material: Path, python: Path, tmp_path: Path) -> None:
-    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
+def test_commands_do_what_the_page_says(page: Path, page_files: Path, python: Path, tmp_path: Path) -> None:
+    shutil.copytree(page_files, tmp_path, dirs_exist_ok=True)
     if any("quantize my-model my-model-nf4" in block.text for block in blocks(page)):
         shutil.rmtree(tmp_path / "my-model-nf4")
     on_cluster = any(block.note == "a cluster" for block in blocks(page))

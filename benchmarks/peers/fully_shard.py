@@ -8,8 +8,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from marks import IGNORED, WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps, turn
-from peft_model import peft_model, warm
+from marks import (
+    IGNORED,
+    WORLD_SIZE,
+    mark_and_restart_peak,
+    padded_batch,
+    static_bytes,
+    steps,
+    wait_for_turn,
+    write_mark,
+)
+from peft_model import peft_model, warm_up_imports
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 
@@ -19,10 +28,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dist.init_process_group("gloo")
-    warm(args.base)
+    warm_up_imports(args.base)
     mark_and_restart_peak("imported")
     model = peft_model(args.base)
-    mark("model")
+    write_mark("model")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD_SIZE,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -34,18 +43,18 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
     mark_and_restart_peak("loaded")
     for step in steps():
-        turn()
+        wait_for_turn()
         batch = padded_batch(step)
         number = sum(token != IGNORED for row in step["rows"] for token in row["labels"][1:])
         loss = train(model, batch, number)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        mark("step")
-        mark("loss", loss=loss)
+        write_mark("step")
+        write_mark("loss", loss=loss)
         del batch
-    mark("end", static_bytes=static_bytes())
-    mark("engine", engine=type(model).__name__)
+    write_mark("end", static_bytes=static_bytes())
+    write_mark("engine", engine=type(model).__name__)
     dist.destroy_process_group()
 
 

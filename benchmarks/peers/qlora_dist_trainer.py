@@ -6,7 +6,7 @@ import argparse
 import os
 
 import torch
-from marks import RANK, WORLD_SIZE, mark, mark_and_restart_peak, static_bytes, steps, turn
+from marks import RANK, WORLD_SIZE, mark_and_restart_peak, static_bytes, steps, wait_for_turn, write_mark
 from workload import CLIP, configuration
 
 from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
@@ -47,17 +47,17 @@ def main() -> None:
         setup.model.train()
         mark_and_restart_peak("loaded")
         for step in steps():
-            turn()
+            wait_for_turn()
             whole = [torch.tensor(part) for part in step["ours"]]
             trained = int((whole[1] != LABEL_IGNORE_INDEX).sum())
             batch = Batch(*(part[RANK::WORLD_SIZE] for part in whole))
             replicas = setup.sizes.adapter_replicas
             result = train_step(setup.model, [batch], trained, shards, replicas, optimizer, scale, CLIP, traffic)
-            mark("step")
-            mark("loss", loss=result.loss)
+            write_mark("step")
+            write_mark("loss", loss=result.loss)
             del batch, whole
-        mark("end", static_bytes=static_bytes())
-        mark("engine", engine=f"base: {args.parallel_base}")
+        write_mark("end", static_bytes=static_bytes())
+        write_mark("engine", engine=f"base: {args.parallel_base}")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ from typing import Any
 
 from environments import python_of
 from figures import figures
-from peer_process import Running
+from peer_process import PeerProcess
 from systems import SYSTEMS
-from table import reason, show
+from table import exception_line, render_tables
 
 HERE = Path(__file__).resolve().parent
 
@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--show", type=Path, help="only print the table of a file that --json has written")
     args = parser.parse_args()
     if args.show:
-        print(show(json.loads(args.show.read_text())))
+        print(render_tables(json.loads(args.show.read_text())))
         return 0
     if args.base is None or args.data is None:
         parser.error("--base and --data are needed, or --show")
@@ -83,7 +83,7 @@ def main() -> int:
             tree = {"settings": settings, "systems": figures(runs, steps, args.steps), "runs": runs}
             if args.json:  # each time: what is there is not lost if the rest is interrupted
                 args.json.write_text(json.dumps(tree, indent=1) + "\n")
-    print(show(tree))
+    print(render_tables(tree))
     return 0
 
 
@@ -115,7 +115,7 @@ def side_by_side(
 ) -> list[dict[str, Any]]:
     """Load one after another, train in turns. Of each: its marks, its error or None, its seconds."""
     namespace = network_namespace_prefix()
-    running: dict[str, Running] = {}
+    running: dict[str, PeerProcess] = {}
     found = []
     try:
         for name in names:
@@ -127,7 +127,7 @@ def side_by_side(
                 found.append(nothing | {"error": str(error)})
                 continue
             variables["PEERS_MATERIAL"] = str(args.material)
-            running[name] = Running([*namespace, *command], ranks, folder / name.replace(" ", "-"), variables)
+            running[name] = PeerProcess([*namespace, *command], ranks, folder / name.replace(" ", "-"), variables)
         for step in range(steps):
             log(f"{ranks} ranks: step {step + 1} of {steps}")
             for system in running.values():
@@ -139,7 +139,7 @@ def side_by_side(
     for name, system in running.items():
         error = system.error()
         if error:
-            log(f"{name}, {ranks} ranks: {reason(error)}")
+            log(f"{name}, {ranks} ranks: {exception_line(error)}")
         told = {"system": name, "marks": system.marks(), "seconds": system.seconds, "cpu_s": system.cpu_s}
         found.append(told | {"error": error, "namespace": bool(namespace)})
     return found

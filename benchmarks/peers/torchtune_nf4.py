@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 import torchtune.training
-from marks import IGNORED, WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps, turn
+from marks import (
+    IGNORED,
+    WORLD_SIZE,
+    mark_and_restart_peak,
+    padded_batch,
+    static_bytes,
+    steps,
+    wait_for_turn,
+    write_mark,
+)
 from omegaconf import OmegaConf
 
 
@@ -29,7 +38,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return len(steps()) * WORLD_SIZE
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        turn()  # nothing else of the recipe is called on all ranks when a step begins
+        wait_for_turn()  # nothing else of the recipe is called on all ranks when a step begins
         batch = padded_batch(steps()[index // WORLD_SIZE], index % WORLD_SIZE, WORLD_SIZE)
         return {"tokens": batch["input_ids"], "labels": batch["labels"]}
 
@@ -52,8 +61,8 @@ class Logger:
         pass
 
     def log_dict(self, values: dict[str, Any], step: int) -> None:
-        mark("step")
-        mark("loss", loss=float(values["loss"]))
+        write_mark("step")
+        write_mark("loss", loss=float(values["loss"]))
 
     def close(self) -> None:
         pass
@@ -79,7 +88,7 @@ class Recipe(recipe_module().LoRAFinetuneRecipeDistributed):  # type: ignore[mis
         super().train()
 
     def save_checkpoint(self, epoch: int) -> None:
-        mark("end", static_bytes=static_bytes())
+        write_mark("end", static_bytes=static_bytes())
 
 
 def configuration(base: str, output: str, longest: int) -> Any:
@@ -163,7 +172,7 @@ def main() -> None:
         recipe = Recipe(config)
         recipe.setup(config)
         recipe.train()
-        mark("engine", engine=type(recipe._model).__name__)
+        write_mark("engine", engine=type(recipe._model).__name__)
         recipe.cleanup()
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import transformers
-from marks import WORLD_SIZE, mark, mark_and_restart_peak, padded_batch, static_bytes, steps, turn
-from peft_model import peft_model, warm
+from marks import WORLD_SIZE, mark_and_restart_peak, padded_batch, static_bytes, steps, wait_for_turn, write_mark
+from peft_model import peft_model, warm_up_imports
 
 ZERO3 = {
     "zero_optimization": {
@@ -53,17 +53,17 @@ class MarkCallback(transformers.TrainerCallback):
         mark_and_restart_peak("loaded", wrapped=type(things["model"]).__name__)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        turn()
+        wait_for_turn()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        mark("step")
+        write_mark("step")
 
     def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **___: Any) -> None:
         if "loss" in logs:
-            mark("loss", loss=logs["loss"])
+            write_mark("loss", loss=logs["loss"])
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        mark("end", static_bytes=static_bytes())
+        write_mark("end", static_bytes=static_bytes())
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", choices=["full", "none"], default="full")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    warm(args.base)
+    warm_up_imports(args.base)
     mark_and_restart_peak("imported")
     more: dict[str, Any] = {}
     if args.fsdp:
@@ -110,7 +110,7 @@ def main() -> None:
             **more,
         )
         model = peft_model(args.base)  # behind the arguments: DeepSpeed must be known when the model is made
-        mark("model")
+        write_mark("model")
         trainer = SequentialTrainer(
             model=model,
             args=arguments,
@@ -121,7 +121,7 @@ def main() -> None:
         trainer.train()
         kinds = sorted({type(module).__name__ for module in trainer.model_wrapped.modules()})
         engine = next((k for k in kinds if "FSDP" in k or "FullySharded" in k or "DeepSpeed" in k), None)
-        mark("engine", engine=engine or type(trainer.model_wrapped).__name__)
+        write_mark("engine", engine=engine or type(trainer.model_wrapped).__name__)
 
 
 if __name__ == "__main__":

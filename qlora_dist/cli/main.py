@@ -135,7 +135,7 @@ def _require_cluster(path: Path | None) -> Cluster:
 
 
 @app.command()
-def preprocess_data(
+def preprocess(
     config: ConfigFile,
     overrides: Overrides = None,
     show: Annotated[
@@ -236,7 +236,7 @@ def export_ds_config(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def write_report(
+def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/my-run.", metavar="RUN...")],
     out: Annotated[
         Path | None, typer.Option(help="HTML file; without it report.html, of one run in its own folder.")
@@ -318,7 +318,7 @@ def jobs(
 
 
 @app.command()
-def cancel_run(
+def cancel(
     name: Annotated[str, typer.Argument(help="Of the run.", metavar="NAME")],
     folder: Annotated[Path, _RUNS_DIR_OPTION] = Path("runs"),
     now: Annotated[bool, typer.Option("--now", help="Without a checkpoint.")] = False,

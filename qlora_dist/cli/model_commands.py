@@ -90,7 +90,7 @@ def merge(
 
 
 @model_app.command()
-def compose_adapters(
+def compose(
     adapters: Annotated[list[str], typer.Argument(help="The adapters.", metavar="NAME=FOLDER[:WEIGHT]...")],
     out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
     how: Annotated[

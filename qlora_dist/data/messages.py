@@ -204,15 +204,15 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
         Unusable: it is something else.
     """
     if isinstance(value, str) and value.strip():
-        value = decode_json_text(value, "`parse_tools`")
+        value = decode_json_text(value, "`tools`")
     if not value and (value is None or isinstance(value, str | list)):
         return None
     if not isinstance(value, list):
-        raise InvalidRowError(f"`parse_tools` is {json_type_name(value)}; write a list of objects")
+        raise InvalidRowError(f"`tools` is {json_type_name(value)}; write a list of objects")
     for number, tool in enumerate(value, start=1):
         if not isinstance(tool, dict):
-            raise InvalidRowError(f"`parse_tools`: item {number} is {json_type_name(tool)}; write an object")
-        check_json_value(tool, f"`parse_tools`: item {number}")
+            raise InvalidRowError(f"`tools`: item {number} is {json_type_name(tool)}; write an object")
+        check_json_value(tool, f"`tools`: item {number}")
     return value
 
 

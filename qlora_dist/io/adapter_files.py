@@ -76,7 +76,7 @@ def expert_parameter_name(module: str, config: Mapping[str, Any]) -> str | None:
     wrapper has the module's name, the others that of a `base_layer` each.
     """
     match = re.fullmatch(r"(.*?)((?:\.base_layer)*)", module)
-    assert match is not None, "`split_lora_key` finds no module of several lines"
+    assert match is not None, "`low_rank_part` finds no module of several lines"
     owner, inner = match.groups()
     parameters = sorted(config.get("target_parameters") or ())
     if not inner and (

@@ -8,7 +8,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # behind tests: it has modules of the same names
 
-from loading_table import show  # type: ignore[import-not-found]
+from loading_table import render_loading_tables  # type: ignore[import-not-found]
 
 from qlora_dist.runtime.machine_info import machine_info
 
@@ -44,12 +44,12 @@ def tree(peak: int) -> dict[str, Any]:
 
 
 def test_the_slowest_rank_counts_and_shared_pages_count_once() -> None:
-    text = show(tree(90))
+    text = render_loading_tables(tree(90))
     assert "| 2 | ours | 3.00 | 2.00 - 4.00 | 0.5000 | 90 | 150 | 50 | 100 |" in text
     assert "| 2 | from_pretrained | 1.00 | 1.00 - 1.00 | 1.0000, mapped | 100 | 100 | 100 | 100 |" in text
     assert "Left out: from_pretrained, 4: too large." in text
 
 
 def test_the_limit_is_the_largest_tensor_and_a_constant() -> None:
-    assert "is 84 MiB: kept" in show(tree(50 + 84))
-    assert "is 84 MiB: **not kept**" in show(tree(50 + 85))
+    assert "is 84 MiB: kept" in render_loading_tables(tree(50 + 84))
+    assert "is 84 MiB: **not kept**" in render_loading_tables(tree(50 + 85))

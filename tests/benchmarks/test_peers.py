@@ -14,9 +14,9 @@ PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 sys.path.append(str(PEERS))  # behind tests: it has modules of the same names
 
 from figures import claims, figures  # type: ignore[import-not-found] # noqa: E402
-from peer_process import Running  # type: ignore[import-not-found] # noqa: E402
+from peer_process import PeerProcess  # type: ignore[import-not-found] # noqa: E402
 from systems import SYSTEMS  # type: ignore[import-not-found] # noqa: E402
-from table import reason, show  # type: ignore[import-not-found] # noqa: E402
+from table import exception_line, render_tables  # type: ignore[import-not-found] # noqa: E402
 
 from qlora_dist.runtime.machine_info import machine_info  # noqa: E402
 
@@ -90,7 +90,7 @@ def test_a_claim_holds_only_where_its_figures_say_so(tree: dict[str, Any]) -> No
 
 
 def test_the_table_says_what_ran_and_what_did_not(tree: dict[str, Any]) -> None:
-    text = show(json.loads(json.dumps(tree)))
+    text = render_tables(json.loads(json.dumps(tree)))
     assert "| accelerate FSDP2: ran DDP | 2 | 333 (333 - 333) | 250 (250 - 250) |" in text
     assert "| torchtune: torchtune 0.6.1, torchao 0.10.0 | 2 | `NotImplementedError: no kernel of that name" in text
     ratios = "| 1.20 (1.20 - 1.20) **no** | 1.60 (1.60 - 1.60) **no** | 1.250 **no** |"
@@ -126,10 +126,10 @@ def test_what_a_peer_recomputes_ours_may_keep() -> None:
 SYSTEM = """
 import os, sys
 sys.path[:0] = sys.argv[1:2]
-from marks import mark, turn
+from marks import wait_for_turn, write_mark
 for step in range(2):
-    turn()
-    mark("step")
+    wait_for_turn()
+    write_mark("step")
     if sys.argv[2] == "is killed":
         os.kill(os.getpid(), 9)
     if sys.argv[2] == "dies":
@@ -139,7 +139,7 @@ for step in range(2):
 
 def test_systems_take_turns(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SYSTEM, str(PEERS)]
-    good, bad = (Running([*command, name], 1, tmp_path / name, {}) for name in ("lives", "dies"))
+    good, bad = (PeerProcess([*command, name], 1, tmp_path / name, {}) for name in ("lives", "dies"))
     good.turn()
     bad.turn()
     assert (good.code, bad.code) == (None, 1)
@@ -148,19 +148,19 @@ def test_systems_take_turns(tmp_path: Path) -> None:
     (marks,), (theirs,) = good.marks(), bad.marks()
     assert [mark["what"] for mark in marks] == ["ready", "begin", "step"] * 2
     assert marks[2]["time"] < theirs[1]["time"] < theirs[2]["time"] < marks[4]["time"], "they ran beside each other"
-    assert reason(bad.error()) == "ValueError: in its first step"
+    assert exception_line(bad.error()) == "ValueError: in its first step"
     assert good.error() is None
     assert good.cpu_s > 0
 
 
 def test_a_system_that_the_kernel_has_killed(tmp_path: Path) -> None:
-    system = Running([sys.executable, "-c", SYSTEM, str(PEERS), "is killed"], 1, tmp_path / "system", {})
+    system = PeerProcess([sys.executable, "-c", SYSTEM, str(PEERS), "is killed"], 1, tmp_path / "system", {})
     system.turn()
-    assert "fewer --systems at a time" in reason(system.error())
+    assert "fewer --systems at a time" in exception_line(system.error())
 
 
 def test_the_reason_is_not_that_of_the_rank_that_was_left_alone() -> None:
-    assert reason(ERROR).startswith("NotImplementedError: no kernel")
+    assert exception_line(ERROR).startswith("NotImplementedError: no kernel")
 
 
 def test_every_system_has_its_files() -> None:

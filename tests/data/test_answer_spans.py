@@ -9,7 +9,7 @@ import pytest
 
 from qlora_dist.data import answer_spans
 from qlora_dist.data.chat_renderer import ChatRenderer
-from qlora_dist.data.row_encoder import Encoded, RowEncoder
+from qlora_dist.data.row_encoder import EncodedSequence, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from tests.helpers.published_tokenizers import make_tokenizer
 
@@ -45,13 +45,13 @@ def test_long_conversations_are_trained_as_short_ones(name, monkeypatch):
                 patch.setattr(answer_spans, "MIN_ANSWERS_TO_DERIVE", 10**9)
                 (exact,) = encoder.encode([row])
             kinds.append(type(exact))
-            if isinstance(exact, Encoded):
-                assert isinstance(derived, Encoded), derived
+            if isinstance(exact, EncodedSequence):
+                assert isinstance(derived, EncodedSequence), derived
                 assert derived.tokens.tolist() == exact.tokens.tolist()
                 assert derived.trained.tolist() == exact.trained.tolist()
             else:
                 assert isinstance(derived, BadRow)
-    assert Encoded in kinds
+    assert EncodedSequence in kinds
 
 
 @pytest.mark.parametrize(("name", "steps"), [("chatml", 0), ("llama-3.1", 40), ("qwen3", 40), ("qwen3", 0)])
@@ -75,7 +75,7 @@ def test_a_few_renderings(name, steps, monkeypatch):
             messages += make_agent_messages(0, rng, 0.0, CONTENTS[:3])
         rendered.clear()
         (encoded,) = encoder.encode([MessagesRow("1", messages)])
-        assert isinstance(encoded, Encoded)
+        assert isinstance(encoded, EncodedSequence)
         found.append(len(rendered))
     assert max(found) <= 30, found
 

@@ -17,7 +17,7 @@ import pytest
 from filelock import SoftFileLease
 
 from qlora_dist.data import cache
-from qlora_dist.data.cache import get_or_create_entry, is_complete
+from qlora_dist.data.cache import get_or_create_entry, is_entry_complete
 from qlora_dist.errors import UserError
 from qlora_dist.runtime import lease
 
@@ -194,7 +194,7 @@ def test_a_killed_holder_is_replaced_at_once(folder, file_system):
     assert [error for error, _ in ranks.results()] == [None] * (RANKS - 1)
     assert time.monotonic() - started < lease.LEASE_DURATION_S / 2
     assert len(maker_pids(folder)) == 2
-    assert is_complete(folder)
+    assert is_entry_complete(folder)
     assert not sibling_names(folder), "what the dead one has left is gone"
 
 
@@ -211,7 +211,7 @@ def test_a_holder_on_a_node_that_is_gone_is_replaced(folder, short_lease, file_s
     started = time.monotonic()
     get_or_create_entry(folder, create_slowly, said.append)
     assert time.monotonic() - started >= lease.LEASE_DURATION_S
-    assert is_complete(folder)
+    assert is_entry_complete(folder)
     assert said[0].startswith("waiting for node7, process ")
 
 
@@ -219,7 +219,7 @@ def test_a_holder_that_was_killed_before_it_wrote_its_name_is_replaced(folder, s
     allow_creation(folder)
     folder.with_name("abc.lock").touch()
     get_or_create_entry(folder, create_slowly, print)
-    assert is_complete(folder)
+    assert is_entry_complete(folder)
     assert not sibling_names(folder)
 
 
@@ -241,7 +241,7 @@ def test_a_holder_that_was_only_stopped_does_no_harm(folder, short_lease, first)
     if first == "the stopped one":
         assert [error for error, _ in successor.results()] == [None]
     assert len(maker_pids(folder)) == 2
-    assert is_complete(folder)
+    assert is_entry_complete(folder)
     assert {path.name for path in folder.iterdir()} == {"first", "second", "sums.json", "entry.json"}
     assert not sibling_names(folder)
 
@@ -295,7 +295,7 @@ def test_a_damaged_entry_is_made_anew(folder, damage):
     (line,) = said
     assert re.fullmatch(rf"{folder}: is damaged \(.+\), and made anew", line)
     assert (folder / "first").read_text() == "x" * 1000
-    assert is_complete(folder)
+    assert is_entry_complete(folder)
     assert not sibling_names(folder)
 
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from qlora_dist.data.chat_template import SHIPPED_TEMPLATES
-from qlora_dist.data.row_encoder import Encoded, RowEncoder
+from qlora_dist.data.row_encoder import EncodedSequence, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from qlora_dist.errors import UserError
 from tests.helpers.published_tokenizers import make_tokenizer as published_tokenizer
@@ -19,7 +19,7 @@ DOG, LOG = {"role": "user", "content": "the dog"}, {"role": "assistant", "conten
 def pieces(tokenizer, name: str, *messages: dict) -> list[tuple[str, bool]]:
     """The text cut where the flag changes."""
     (encoded,) = RowEncoder(tokenizer, "assistant", name).encode([MessagesRow("train.jsonl, line 7", list(messages))])
-    assert isinstance(encoded, Encoded), encoded
+    assert isinstance(encoded, EncodedSequence), encoded
     runs: list[tuple[list[int], bool]] = []
     for token, flag in zip(encoded.tokens.tolist(), encoded.trained.tolist(), strict=True):
         if not runs or runs[-1][1] != flag:

@@ -75,8 +75,8 @@ def test_is_the_same_in_another_process(tmp_path):
     tokenizer = make_tokenizer("qwen3")
     tokenizer.save_pretrained(tmp_path / "model")
     program = (
-        "import sys; from transformers import AutoTokenizer; from qlora_dist.data.row_encoder import Encoder; "
-        "print(Encoder(AutoTokenizer.from_pretrained(sys.argv[1]), 'last').fingerprint())"
+        "import sys; from transformers import AutoTokenizer; from qlora_dist.data.row_encoder import RowEncoder; "
+        "print(RowEncoder(AutoTokenizer.from_pretrained(sys.argv[1]), 'last').fingerprint())"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "model")]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

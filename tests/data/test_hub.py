@@ -80,11 +80,11 @@ def hub() -> Iterator[str]:
 READ = """
 import json, sys, dataclasses
 from qlora_dist.config.schema import SourceConfig
-from qlora_dist.data.source import read_rows
+from qlora_dist.data.source import read_source_rows
 from qlora_dist.errors import UserError
 for source in json.loads(sys.argv[1]):
     try:
-        found = [dataclasses.asdict(row) for row in read_rows(SourceConfig(**source))]
+        found = [dataclasses.asdict(row) for row in read_source_rows(SourceConfig(**source))]
     except UserError as error:
         found = str(error)
     print(json.dumps(found))
@@ -173,7 +173,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from rich.console import Console
 from qlora_dist.config.schema import DataConfig
-from qlora_dist.data.prepare_datasets import prepare
+from qlora_dist.data.prepare_datasets import prepare_datasets
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 
@@ -183,7 +183,7 @@ def rank(split):
     tree = {"train": [{"path": "owner/name", "split": split}], "cache": cache, "on_bad_row": "skip"}
     said = io.StringIO()
     try:
-        (source,), _ = prepare(
+        (source,), _ = prepare_datasets(
             DataConfig.model_validate(tree), load_tokenizer(Path(tokenizer)), Console(file=said, width=1000)
         )
         return [*said.getvalue().splitlines(), source.stats.rows]

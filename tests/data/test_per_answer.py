@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.data.row_encoder import Encoded, MaskMode, MultiTurnMode, RowEncoder
+from qlora_dist.data.row_encoder import EncodedSequence, MaskMode, MultiTurnMode, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
 
@@ -202,7 +202,7 @@ def test_published_templates(name, data, mask):
     masked = answers[-1:] if mask == "last" else answers
     wanted = [i for i in answers if messages[i]["train"] or (messages[i]["train"] is None and i in masked)]
     if not wanted:
-        assert isinstance(each, Encoded) and not each.trained.any()
+        assert isinstance(each, EncodedSequence) and not each.trained.any()
         return
     plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
     assert isinstance(each, list) and len(each) == len(wanted)
@@ -217,8 +217,8 @@ def test_published_templates(name, data, mask):
             answer = text[len(prompt) :]
             assert tokenizer.decode(item.tokens[item.trained]) == answer[: answer.index(end) + len(end)]
         assert tokenizer.decode(item.tokens) == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if isinstance(whole, Encoded):
-        assert isinstance(auto, Encoded)
+    if isinstance(whole, EncodedSequence):
+        assert isinstance(auto, EncodedSequence)
         assert (auto.tokens.tolist(), auto.trained.tolist()) == (whole.tokens.tolist(), whole.trained.tolist())
         # history is written as it was answered, and no line feed of an answer becomes one token with the prompt's
         if name in ("chatml", "llama-3", "llama-3.1") and not any(m["content"][0] in " \n" for m in messages):

@@ -69,7 +69,7 @@ def test_weights_count_and_padding_of_unpacked_rows_is_not_made_up(config):
 
 
 def test_the_table_and_the_samples(config):
-    text = printed(config(), show=1)
+    text = printed(config(), num_samples=1)
     assert "train: train.jsonl" in text
     assert "skipped: " in text
     # marked in text where there are no colours; line feeds and special tokens as they are, nothing taken for markup
@@ -81,7 +81,7 @@ def test_the_table_and_the_samples(config):
 
 def test_what_the_cut_takes_is_shown(config):
     """LONG has three answers, and two of them lie behind the cut."""
-    text = printed(config(), show=9)
+    text = printed(config(), num_samples=9)
     whole = json.loads(printed(config(seq_len=100), as_json=True))["sources"][0]
     train, _ = json.loads(printed(config(), as_json=True))["sources"]
     assert (whole["cut_sequences"], whole["cut_answers"], whole["cut_trained_tokens"]) == (0, 0, 0)
@@ -93,7 +93,7 @@ def test_what_the_cut_takes_is_shown(config):
     assert short.count("[[") == 1 and long.split("eval.jsonl")[0].count("[[") == 1
     assert "whole answers lost" in text and "cut to that, or into pieces" in text
     # what is not trained is not shown
-    text = printed(config(too_long="drop"), show=9)
+    text = printed(config(too_long="drop"), num_samples=9)
     assert "train.jsonl, sequence 1: " in text and "train.jsonl, sequence 2" not in text
     dropped, _ = json.loads(printed(config(too_long="drop"), as_json=True))["sources"]
     assert (dropped["dropped_sequences"], dropped["cut_answers"]) == (1, 3)
@@ -104,7 +104,7 @@ def test_rows_that_are_trained_answer_by_answer(config, make_tokenizer, tmp_path
     end = "{{ '<|eos|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>' }}"
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", end)
     tokenizer.save_pretrained(tmp_path / "model")
-    text = printed(config(), show=9)
+    text = printed(config(), num_samples=9)
     assert "train.jsonl: 1 of 4 rows are trained as one sequence per answer, 3 in all, each with the prompt" in text
     train, _ = json.loads(printed(config(), as_json=True))["sources"]
     assert (train["per_answer_rows"], train["per_answer_sequences"], train["sequences"]) == (1, 3, 4)
@@ -118,7 +118,7 @@ def test_a_length_that_the_model_does_not_have(config, tmp_path, refusal):
 
 
 def test_samples_in_colour(config):
-    text = printed(config(), color=True, show=1)
+    text = printed(config(), color=True, num_samples=1)
     assert "\x1b[1;32msat\non [red]<|im_end|>\x1b[0m" in text.replace("\x1b[0m\n\x1b[1;32m", "\n")
     assert "[[" not in text
 
@@ -126,12 +126,12 @@ def test_samples_in_colour(config):
 def test_samples_without_colour_in_a_terminal(config, monkeypatch):
     """What is trained was bold there, as the title is, and nothing else."""
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "[[" in printed(config(), color=True, show=1)
+    assert "[[" in printed(config(), color=True, num_samples=1)
 
 
 def test_force_makes_it_anew(config):
     def inode() -> int:
-        train, _ = json.loads(printed(config(), as_json=True, force=force))["sources"]
+        train, _ = json.loads(printed(config(), as_json=True, rebuild_cache=force))["sources"]
         return (Path(train["folder"]) / _SEQUENCES).stat().st_mtime_ns
 
     force = False

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.data.row_encoder import Encoded, MaskMode, RowEncoder
+from qlora_dist.data.row_encoder import EncodedSequence, MaskMode, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from tests.helpers.published_tokenizers import make_tokenizer, token_texts
 
@@ -33,7 +33,7 @@ DOG, LOG = make_message("user", "the dog"), make_message("assistant", "the log")
 def encode(name: str, messages: list[dict], mask: MaskMode = "assistant", tools: list[dict] | None = None) -> Flagged:
     tokenizer = make_tokenizer(name)
     encoded = RowEncoder(tokenizer, mask).encode([MessagesRow("train.jsonl, line 7", messages, tools)])[0]
-    assert isinstance(encoded, Encoded), encoded
+    assert isinstance(encoded, EncodedSequence), encoded
     texts = token_texts(tokenizer, encoded.tokens)
     assert len(texts) == len(encoded.trained)
     return list(zip(texts, encoded.trained.tolist(), strict=True))

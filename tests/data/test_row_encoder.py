@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from qlora_dist.data.row_encoder import Encoded, RowEncoder
+from qlora_dist.data.row_encoder import EncodedSequence, RowEncoder
 from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, TextRow
 from qlora_dist.errors import UserError
 
@@ -28,9 +28,9 @@ def conversation(*messages: dict) -> MessagesRow:
     return MessagesRow(PLACE, list(messages))
 
 
-def encode(encoder: RowEncoder, row) -> Encoded:
+def encode(encoder: RowEncoder, row) -> EncodedSequence:
     (encoded,) = encoder.encode([row])
-    assert isinstance(encoded, Encoded), encoded
+    assert isinstance(encoded, EncodedSequence), encoded
     return encoded
 
 
@@ -241,10 +241,17 @@ def test_rows_together_are_rows_alone(make_tokenizer):
         TextRow("6", ""),
     ]
     together = encoder.encode(rows)
-    assert [type(item) for item in together] == [Encoded, Encoded, BadRow, Encoded, Encoded, Encoded]
+    assert [type(item) for item in together] == [
+        EncodedSequence,
+        EncodedSequence,
+        BadRow,
+        EncodedSequence,
+        EncodedSequence,
+        EncodedSequence,
+    ]
     for row, item in zip(rows, together, strict=True):
         (alone,) = encoder.encode([row])
-        if isinstance(alone, Encoded):
+        if isinstance(alone, EncodedSequence):
             assert np.array_equal(alone.tokens, item.tokens) and np.array_equal(alone.trained, item.trained)
             assert (item.tokens.dtype, item.trained.dtype) == (np.int32, np.bool_)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.data.row_encoder import Encoded, RowEncoder
+from qlora_dist.data.row_encoder import EncodedSequence, RowEncoder
 from qlora_dist.data.row_fields import UnreadFields
 from qlora_dist.data.row_formats import parse_rows
 from qlora_dist.data.source_row import BadRow, MessagesRow, SourceRow
@@ -189,7 +189,7 @@ def test_variables_of_the_template(as_text):
     given = json.dumps(variables) if as_text else variables
     rows = [row(messages=CONVERSATION[:2], chat_template_kwargs=value) for value in (given, None)]
     with_them, without = RowEncoder(tokenizer, "assistant").encode(rows)
-    assert isinstance(with_them, Encoded) and isinstance(without, Encoded)
+    assert isinstance(with_them, EncodedSequence) and isinstance(without, EncodedSequence)
     assert with_them.tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION[:2], **variables)["input_ids"]
     assert without.tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION[:2])["input_ids"]
     # Qwen 3's prompt holds an empty thought then, which is not trained

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.data.row_encoder import Encoded, RowEncoder
+from qlora_dist.data.row_encoder import EncodedSequence, RowEncoder
 from qlora_dist.data.row_formats import ROW_FORMATS, parse_rows
 from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, SourceRow, TextRow
 from tests.helpers.published_tokenizers import make_tokenizer
@@ -171,7 +171,7 @@ def test_ids_of_calls_for_templates_that_ask_for_them():
     assert ids == [message["tool_call_id"] for message in made.messages if message["role"] == "tool"]
     assert len(set(ids)) == 3 and all(len(name) == 9 and name.isalnum() for name in ids)
     (encoded,) = RowEncoder(make_tokenizer("mistral-nemo"), "assistant").encode([made])
-    assert isinstance(encoded, Encoded), encoded
+    assert isinstance(encoded, EncodedSequence), encoded
 
 
 @pytest.mark.parametrize("arguments", ["", None, {}, "{}"])

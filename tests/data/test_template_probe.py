@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.data.row_encoder import Encoded, MaskMode, RowEncoder
+from qlora_dist.data.row_encoder import EncodedSequence, MaskMode, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
 
@@ -15,9 +15,9 @@ CAT, SAT = {"role": "user", "content": "the cat"}, {"role": "assistant", "conten
 
 def encode_messages(
     name: str, *messages: dict[str, Any], mask: MaskMode = "assistant", template: str | None = None
-) -> Encoded:
+) -> EncodedSequence:
     (row,) = RowEncoder(_tokenizer(name, template), mask).encode([MessagesRow("1", list(messages))])
-    assert isinstance(row, Encoded), row
+    assert isinstance(row, EncodedSequence), row
     return row
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.data import tokenize as tokenize_module
-from qlora_dist.data.row_encoder import Encoded
+from qlora_dist.data.row_encoder import EncodedSequence
 from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, SourceRow, TextRow
 from qlora_dist.data.tokenize import TokenizeStats, tokenize_to_file
 from qlora_dist.data.tokenized import TokenizedSequences
@@ -24,17 +24,17 @@ from qlora_dist.errors import UserError
 class Encoder:
     """A character is a token, capital letters are trained; a row with a `!` cannot be used."""
 
-    def encode(self, rows: list[SourceRow]) -> list[Encoded | BadRow]:
+    def encode(self, rows: list[SourceRow]) -> list[EncodedSequence | BadRow]:
         return [self._encode(row) for row in rows]
 
-    def _encode(self, row: SourceRow) -> Encoded | BadRow:
+    def _encode(self, row: SourceRow) -> EncodedSequence | BadRow:
         assert isinstance(row, TextRow)
         if "!" in row.text:
             return BadRow(row.place, "shouts; be quiet")
         if "?" in row.text:
             os.kill(os.getpid(), signal.SIGKILL)
         codes = np.array([ord(c) for c in row.text], dtype=np.int32)
-        return Encoded(codes, np.array([c.isupper() for c in row.text], dtype=np.bool_))
+        return EncodedSequence(codes, np.array([c.isupper() for c in row.text], dtype=np.bool_))
 
 
 def rows_of(texts: list[str | None]) -> list[SourceRow | BadRow]:
@@ -126,7 +126,7 @@ def test_a_file_that_breaks_off_is_told_after_the_rows_before(tmp_path, small_ch
 
 
 def test_a_share_of_the_rows_may_be_skipped(tmp_path, refusal):
-    options = {"workers": 1, "on_bad_row": "skip", "name": "a.jsonl"}
+    options = {"workers": 1, "on_bad_row": "skip", "source_name": "a.jsonl"}
     texts = ["aB", "aB", None, "aB!"] * 10
     rejected = tmp_path / "bad.txt"
     stats = tokenize_to_file(
@@ -152,7 +152,7 @@ def test_a_share_of_the_rows_may_be_skipped(tmp_path, refusal):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_not_too_many_are_skipped(tmp_path, small_chunks, refusal, workers):
     texts = ["aB", None, "aB!"] * 10
-    options = {"workers": workers, "on_bad_row": "skip", "name": "a.jsonl"}
+    options = {"workers": workers, "on_bad_row": "skip", "source_name": "a.jsonl"}
     assert tokenize_to_file(rows_of(texts), Encoder(), tmp_path / "a.arrow", max_bad_rows=20, **options).bad_rows == 20
     with pytest.raises(UserError) as error:
         tokenize_to_file(rows_of(texts), Encoder(), tmp_path / "a.arrow", max_bad_rows=19, **options)
@@ -212,7 +212,7 @@ def test_workers_end_with_their_parent(tmp_path, small_chunks):
     pids.mkdir()
 
     class Hanging(Encoder):
-        def encode(self, rows: list[SourceRow]) -> list[Encoded | BadRow]:
+        def encode(self, rows: list[SourceRow]) -> list[EncodedSequence | BadRow]:
             (pids / str(os.getpid())).touch()
             time.sleep(60)
             return []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_dist.data import turn_spans
 from qlora_dist.data.chat_renderer import ChatRenderer
-from qlora_dist.data.row_encoder import Encoded, MaskMode, RowEncoder
+from qlora_dist.data.row_encoder import EncodedSequence, MaskMode, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
 
@@ -78,7 +78,7 @@ def test_equals_the_reference(name, data, mask):
     if expected is None:
         assert isinstance(encoded, BadRow) and "rewrites history (the prompt of message" in encoded.reason
     else:
-        assert isinstance(encoded, Encoded), encoded
+        assert isinstance(encoded, EncodedSequence), encoded
         assert (encoded.tokens.tolist(), encoded.trained.tolist()) == expected
 
 
@@ -90,7 +90,7 @@ def test_all_but_some_answers_is_the_contrary_of_these(name, data):
     others = [{**message, "train": not message.get("train")} for message in messages]
     (answers,) = encoder(name, "assistant").encode([MessagesRow("1", messages)])
     (rest,) = encoder(name, "all").encode([MessagesRow("1", others)])
-    assert isinstance(answers, Encoded) and isinstance(rest, Encoded)
+    assert isinstance(answers, EncodedSequence) and isinstance(rest, EncodedSequence)
     assert (answers.trained != rest.trained).all()
 
 
@@ -129,7 +129,7 @@ def test_saved_renderings_change_nothing(name, contents):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(turn_spans._TurnFinder, "_end_as_it_stands", lambda *_: None)
         (rendered,) = made.encode([row])
-    assert isinstance(saved, Encoded) and isinstance(rendered, Encoded)
+    assert isinstance(saved, EncodedSequence) and isinstance(rendered, EncodedSequence)
     assert saved.trained.tolist() == rendered.trained.tolist()
 
 
@@ -162,7 +162,7 @@ def test_history_that_cannot_be_followed(template):
     assert isinstance(row, BadRow)
     assert "rewrites history (an earlier turn of message 2 changes with what follows)" in row.reason
     (last,) = RowEncoder(tokenizer, "last").encode([MessagesRow("train.jsonl, line 7", messages)])
-    assert isinstance(last, Encoded)
+    assert isinstance(last, EncodedSequence)
     ended = tokenizer.decode(last.tokens[last.trained])
     assert ended == "the log<|endoftext|>" if template is ENDS_OTHERWISE else ended == "the log<|im_end|>"
 
@@ -173,9 +173,9 @@ def test_renders_the_whole_once_and_each_prompt(name, monkeypatch):
     rendered: list[int] = []
     text = ChatRenderer.text
 
-    def counted(self: ChatRenderer, messages: list, tools: Any, prompting: bool = False) -> str:
+    def counted(self: ChatRenderer, messages: list, tools: Any, add_generation_prompt: bool = False) -> str:
         rendered.append(len(messages))
-        return text(self, messages, tools, prompting)
+        return text(self, messages, tools, add_generation_prompt)
 
     monkeypatch.setattr(ChatRenderer, "text", counted)
     messages = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
@@ -213,6 +213,6 @@ def test_a_content_that_the_template_also_writes_by_itself():
     ):
         row = MessagesRow("1", [message for answer in answers for message in (user, answer)])
         (found,) = make_template_encoder(template).encode([row])
-        assert isinstance(found, Encoded)
+        assert isinstance(found, EncodedSequence)
         said = published("chatml").decode(found.tokens[found.trained]).replace("\n", "")
         assert said == "".join(expected)

@@ -104,19 +104,21 @@ def test_a_killed_run_goes_on_bit_for_bit(config: Path) -> None:
     ("before", "afterwards"),
     [pytest.param(a, b, marks=pytest.mark.slow) for a, b in [(1, 2), (2, 4), (4, 1)]],
 )
-def test_another_number_of_ranks_goes_on(before: int, afterwards: int, config: Path, undisturbed: Config) -> None:
+def test_another_number_of_ranks_goes_on(before: int, afterwards: int, config: Path, uninterrupted_run: Config) -> None:
     run = resolve(config, f"from-{before}-to-{afterwards}")
     run_ranks(before, train_and_touch, run, 3, "STOP")
     assert json.loads((run_path(run.run) / STOPPED_MARKER).read_text()) == {"step": 4, "reason": "STOP"}
     assert not (run_path(run.run) / "adapter").exists()
     run_ranks(afterwards, run_training, run)
     assert not (run_path(run.run) / STOPPED_MARKER).exists()
-    torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(undisturbed)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(uninterrupted_run)), rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layouts", [((4, 2, "node", "node"), (3, 1, "world", "world"))])
-def test_other_meshes_go_on(layouts: tuple[tuple[int, int, str, str], ...], config: Path, undisturbed: Config) -> None:
+def test_other_meshes_go_on(
+    layouts: tuple[tuple[int, int, str, str], ...], config: Path, uninterrupted_run: Config
+) -> None:
     """Replicated adapters, written once; and a number of ranks that divides nothing."""
     for index, (world_size, nodes, base, adapter_mesh) in enumerate(layouts):
         run = resolve(
@@ -139,9 +141,9 @@ def test_other_meshes_go_on(layouts: tuple[tuple[int, int, str, str], ...], conf
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
 
 
-def test_the_size_is_that_of_the_adapters_and_their_moments(undisturbed: Config) -> None:
-    parameters = sum(tensor.numel() for tensor in adapter(undisturbed).values())
-    newest, before = find_checkpoints(run_path(undisturbed.run) / "checkpoints")
+def test_the_size_is_that_of_the_adapters_and_their_moments(uninterrupted_run: Config) -> None:
+    parameters = sum(tensor.numel() for tensor in adapter(uninterrupted_run).values())
+    newest, before = find_checkpoints(run_path(uninterrupted_run.run) / "checkpoints")
     assert (newest.name, before.name) == ("step-000008", "step-000006")  # keep_checkpoints: 2
     size = sum(path.stat().st_size for path in newest.iterdir())
     assert 12 * parameters < size <= 1.02 * 12 * parameters + 2**20
@@ -214,10 +216,10 @@ def train_with_a_limit(config: Config, step: int) -> None:
     run_training(config)
 
 
-def test_a_disk_that_is_full_ends_no_run(config: Path, undisturbed: Config) -> None:
+def test_a_disk_that_is_full_ends_no_run(config: Path, uninterrupted_run: Config) -> None:
     run = resolve(config, "full-disk")
     run_ranks(1, train_with_a_limit, run, 5)
-    assert losses(run) == losses(undisturbed)
+    assert losses(run) == losses(uninterrupted_run)
     kept = [path.name for path in find_checkpoints(run_path(run.run) / "checkpoints")]
     assert kept == ["step-000008", "step-000004"]  # that of step 6 failed
     assert not list((run_path(run.run) / "checkpoints").glob(".*"))

@@ -130,40 +130,42 @@ def trained_adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     )
 
 
-def merge(material: tuple[Path, Path, Path], out: Path, *, base: int, **options: Any) -> MergeReport:
-    return merge_folder(material[base], material[2], out, MergeOptions(**options), QUIET)
+def merge(trained_adapter: tuple[Path, Path, Path], out: Path, *, base: int, **options: Any) -> MergeReport:
+    return merge_folder(trained_adapter[base], trained_adapter[2], out, MergeOptions(**options), QUIET)
 
 
-def test_bf16_is_the_trained_model_to_its_rounding(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    report = merge(material, tmp_path / "merged", base=1)
+def test_bf16_is_the_trained_model_to_its_rounding(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    report = merge(trained_adapter, tmp_path / "merged", base=1)
     (dtype,) = {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model-00001-of-00001.safetensors").values()}
     assert dtype == torch.bfloat16
-    beside = peft.PeftModel.from_pretrained(dequantized_model(material[0], material[1]), material[2])
+    beside = peft.PeftModel.from_pretrained(
+        dequantized_model(trained_adapter[0], trained_adapter[1]), trained_adapter[2]
+    )
     expected = logits(beside)
     assert (logits(load(report.out)) - expected).norm() < 5e-3 * expected.norm()
     assert 0 < report.difference / report.trained < (2**-9) ** 2
 
 
-def test_a_base_that_the_run_quantized_on_the_way(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    merge(material, tmp_path / "one", base=1)
-    merge(material, tmp_path / "other", base=0)
+def test_a_base_that_the_run_quantized_on_the_way(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    merge(trained_adapter, tmp_path / "one", base=1)
+    merge(trained_adapter, tmp_path / "other", base=0)
     one, other = (load_file(tmp_path / name / "model-00001-of-00001.safetensors") for name in ("one", "other"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_into_the_original(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    report = merge(material, tmp_path / "merged", base=0, into="original", dtype="fp32")
-    beside = peft.PeftModel.from_pretrained(load(material[0]), material[2])
+def test_into_the_original(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    report = merge(trained_adapter, tmp_path / "merged", base=0, into="original", dtype="fp32")
+    beside = peft.PeftModel.from_pretrained(load(trained_adapter[0]), trained_adapter[2])
     torch.testing.assert_close(logits(load(report.out)), logits(beside), rtol=1e-5, atol=1e-5)
     base = report.trained - report.squared_updates  # nearly: a random update is at right angles to the weights
     assert 0.05 < (report.difference / base) ** 0.5 < 0.15  # what 4 bit cost before training
 
 
-def test_into_nf4(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_into_nf4(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """The same as quantizing the model that is merged in 16 bit."""
-    report = merge(material, tmp_path / "merged", base=1, into="nf4")
-    merge(material, tmp_path / "bf16", base=1)
+    report = merge(trained_adapter, tmp_path / "merged", base=1, into="nf4")
+    merge(trained_adapter, tmp_path / "bf16", base=1)
     again = quantize_folder(tmp_path / "bf16", tmp_path / "again", QuantizeOptions()).out
     ours, theirs = (load_file(path / "model-00001-of-00001.safetensors") for path in (report.out, again))
     assert ours.keys() == theirs.keys()
@@ -194,8 +196,8 @@ def test_into_nf4_with_error_feedback(tmp_path: Path) -> None:
     assert (base[changed[0]] != fed[changed[0]]).float().mean() < 0.2
 
 
-def test_files_are_no_larger_than_asked_for(material: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    merge(material, tmp_path / "merged", base=1, file_bytes=100_000, dtype="fp32")
+def test_files_are_no_larger_than_asked_for(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    merge(trained_adapter, tmp_path / "merged", base=1, file_bytes=100_000, dtype="fp32")
     assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 3
     load(tmp_path / "merged")
 
@@ -229,11 +231,11 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
     ],
 )
 def test_an_adapter_that_is_not_as_it_should_be(
-    change: Any, message: str, material: tuple[Path, Path, Path], tmp_path: Path
+    change: Any, message: str, trained_adapter: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    adapter = copy_with_damage(material[2], tmp_path / "adapter", change)
+    adapter = copy_with_damage(trained_adapter[2], tmp_path / "adapter", change)
     with pytest.raises(UserError, match=message) as error:
-        merge_folder(material[1], adapter, tmp_path / "out", MergeOptions(), QUIET)
+        merge_folder(trained_adapter[1], adapter, tmp_path / "out", MergeOptions(), QUIET)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -243,7 +245,7 @@ def test_an_adapter_that_is_not_as_it_should_be(
     [(0, "nf4", "is not in 4 bit; quantize it first"), (1, "original", "is in 4 bit; give the 16-bit model")],
 )
 def test_a_base_in_other_bits(
-    base: int, into: str, message: str, material: tuple[Path, Path, Path], tmp_path: Path
+    base: int, into: str, message: str, trained_adapter: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        merge(material, tmp_path / "out", base=base, into=into)
+        merge(trained_adapter, tmp_path / "out", base=base, into=into)

@@ -14,14 +14,14 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from qlora_dist.train.tolerant_output import note_lost_output, outlive_output
+from qlora_dist.train.tolerant_output import record_lost_output, tolerate_output_errors
 print("before", end="")
-outlive_output()
+tolerate_output_errors()
 console = Console()
 for _ in range(3):
     console.print("a line")
     print("a line", file=sys.stderr)
-note_lost_output(Path(sys.argv[1]))
+record_lost_output(Path(sys.argv[1]))
 console.print("another")
 print("the end", flush=True)
 """
