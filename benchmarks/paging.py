@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from qlora_dist.config.schema import OptimConfig, PagingConfig
+from qlora_dist.config.sections import OptimConfig, PagingConfig
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.optimizer_state import PagedOptimizerState
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_dist.config.schema import LoraConfig
+from qlora_dist.config.sections import LoraConfig
 from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.plan.layer_spec import decoder_layer_specs
 from qlora_dist.plan.model_config import read_model_config

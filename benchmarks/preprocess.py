@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_dist.config.schema import DataConfig
+from qlora_dist.config.sections import DataConfig
 from qlora_dist.data.prepare_datasets import prepare_datasets
 from qlora_dist.data.tokenizer import load_tokenizer
 

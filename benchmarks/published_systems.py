@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dist.config.schema import LoraConfig
+from qlora_dist.config.sections import LoraConfig
 from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.plan.activations import ImplementationTraits, layer_activations
 from qlora_dist.plan.hardware import Gpu, Link

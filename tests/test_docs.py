@@ -35,7 +35,8 @@ from pydantic.fields import FieldInfo
 from qlora_dist.cli.main import app
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.other_trainers import KEY_ADVICE, MIGRATION_PAGE
-from qlora_dist.config.schema import Config, SourceConfig
+from qlora_dist.config.schema import Config
+from qlora_dist.config.sections import SourceConfig
 from qlora_dist.launch.cluster import Cluster, Container
 from qlora_dist.model import loss
 from qlora_dist.model.quantize_folder import quantize_folder

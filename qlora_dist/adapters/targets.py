@@ -12,7 +12,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.config.schema import LoraConfig
+from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import matches_any_suffix, target_module_name
 from qlora_dist.nf4.experts import NF4Experts

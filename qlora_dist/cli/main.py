@@ -75,8 +75,8 @@ def train(
         check_run(resolved, resume)
         return
     with gc_disabled():
-        from qlora_dist.train.run_training import run_training as run_training
-    run_recorded(run_training, resolved, resume)
+        from qlora_dist.cli.train_command import train_and_report
+    run_recorded(train_and_report, resolved, resume)
 
 
 @app.command()
@@ -203,7 +203,8 @@ def plan(
         raise UserError(
             "plan: no model; give a config.json, a folder with one, a name such as llama-3.1-8b, or a run's YAML file"
         )
-    from qlora_dist.cli.plan_command import PlanArgs, run_plan
+    from qlora_dist.cli.plan_command import run_plan
+    from qlora_dist.plan.plan_args import PlanArgs
 
     run_plan(
         PlanArgs(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware, calibration),

@@ -4,53 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
 
-from qlora_dist.config.config_file import apply_changes, config_from_tree, load_config
-from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
-from qlora_dist.config.max_positions import check_seq_len
-from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.plan.calibration_file import load_calibration
-from qlora_dist.plan.hardware import load_hardware
 from qlora_dist.plan.model_config import read_model_config
-from qlora_dist.plan.run_spec import make_run_spec
-from qlora_dist.plan.training_plan import TrainingPlan, make_training_plan
-
-
-@dataclass(frozen=True)
-class PlanArgs:
-    """What the command line says."""
-
-    model: str
-    """A model, or the file of a run."""
-    overrides: Sequence[str]
-    gpus: int
-    """Of each node."""
-    gpu: str
-    nodes: int
-    network: str
-    seq_len: int | None = None
-    micro_batch: int | None = None
-    hardware: Path | None = None
-    calibration: Path | None = None
-
-    @property
-    def ranks(self) -> int:
-        """Of all nodes."""
-        return self.gpus * self.nodes
-
-    @property
-    def run_file(self) -> Path | None:
-        """The file of a run, if that is what is to be planned."""
-        path = Path(self.model)
-        return path if path.suffix in (".yaml", ".yml") else None
+from qlora_dist.plan.plan_args import PlanArgs, config_to_plan, plan_from_args
+from qlora_dist.plan.training_plan import TrainingPlan
 
 
 def run_plan(args: PlanArgs, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
@@ -93,64 +56,3 @@ def _plans_by_nodes(asked: PlanArgs) -> list[tuple[int, TrainingPlan]]:
         with contextlib.suppress(UserError):
             plans.append((nodes, plan_from_args(replace(asked, nodes=nodes))))
     return plans
-
-
-def plan_from_args(args: PlanArgs, config: Config | None = None) -> TrainingPlan:
-    """The plan of what was asked, or of another configuration on the same machines.
-
-    Raises:
-        UserError: a mistake in what was asked.
-    """
-    hardware = load_hardware(args.hardware)
-    gpu, measured = hardware.gpu(args.gpu), load_calibration(args.calibration).devices.get(args.gpu)
-    config = config or config_to_plan(args)
-    model_config = read_model_config(config.model.base)
-    check_seq_len(config.data.seq_len, model_config, config.model.base)
-    run = make_run_spec(config, model_config, args.ranks, args.nodes)
-    return make_training_plan(run, args.gpu, gpu, hardware.link(gpu.link), hardware.link(args.network), measured)
-
-
-def config_to_plan(args: PlanArgs) -> Config:
-    """Return the configuration that is planned: a run's file or defaults, and what was asked.
-
-    Without a run's file, `train.global_batch`, if not asked for, is 16 or so many that every rank has a micro-batch.
-
-    Raises:
-        UserError: as `load_config`.
-    """
-    if args.run_file is not None:
-        sizes = {"data.seq_len": args.seq_len, "train.micro_batch": args.micro_batch}
-        options = [f"{key}={value}" for key, value in sizes.items() if value is not None]
-        config = fill_lora_from_adapter(load_config(args.run_file, [*args.overrides, *options]))
-        _check_global_batch(config, args.ranks)
-        return config
-    tree: dict[str, dict[str, Any]] = {"model": {"base": args.model}, "data": {"train": ["data/train.jsonl"]}}
-    if args.seq_len is not None:
-        tree["data"]["seq_len"] = args.seq_len
-    if args.micro_batch is not None:
-        tree["train"] = {"micro_batch": args.micro_batch, "global_batch": args.micro_batch}
-    config = fill_lora_from_adapter(
-        config_from_tree(json.loads(json.dumps(tree)), _with_matching_global_batch(args.overrides))
-    )
-    rows = args.ranks * config.train.micro_batch
-    given = [o for o in args.overrides if o.partition("=")[0].strip() == "train.global_batch"]
-    if not given:
-        return apply_changes(config, {"train": {"global_batch": rows * -(-16 // rows)}})
-    config = fill_lora_from_adapter(config_from_tree(tree, args.overrides))
-    _check_global_batch(config, args.ranks)
-    return config
-
-
-def _check_global_batch(config: Config, ranks: int) -> None:
-    rows = ranks * config.train.micro_batch
-    if config.train.global_batch % rows:
-        raise UserError(
-            f"train.global_batch: {config.train.global_batch} is not a multiple of {rows} ({ranks} ranks x "
-            f"train.micro_batch: {config.train.micro_batch}); change one of them"
-        )
-
-
-def _with_matching_global_batch(overrides: Sequence[str]) -> list[str]:
-    """A micro-batch of any size goes with a global batch that is not asked for."""
-    sizes = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "train.micro_batch"]
-    return [*overrides, *(f"train.global_batch={size}" for size in sizes[-1:])]

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from qlora_dist.config.schema import Config
+from qlora_dist.config.sections import DataConfig, LoraConfig, OptimConfig, PagingConfig, ParallelConfig, TrainConfig
 
 _MIN_NVME_PAGE_BYTES = 2 * 2**20
 """Bytes of a page of two moments, each of 1 MiB."""
 
 
-def find_contradictions(config: Config) -> Iterator[str]:
+class _Sections(Protocol):
+    """Sections of `Config` that the rules read."""
+
+    @property
+    def lora(self) -> LoraConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def paging(self) -> PagingConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+
+
+def find_contradictions(config: _Sections) -> Iterator[str]:
     """Yield a sentence for each pair of values that exclude one another, the key first."""
     if config.lora.experts and (config.lora.dropout or config.lora.dora):
         yield ("lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false")
@@ -50,7 +66,7 @@ def find_contradictions(config: Config) -> Iterator[str]:
     yield from _find_engine_contradictions(config)
 
 
-def _find_engine_contradictions(config: Config) -> Iterator[str]:
+def _find_engine_contradictions(config: _Sections) -> Iterator[str]:
     parallel = config.parallel
     if parallel.engine == "zero3" and parallel.base == "paged":
         yield (

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.config.schema import Config, LoraConfig
+from qlora_dist.config.schema import Config
+from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import (
     ADAPTER_CONFIG_NAME,

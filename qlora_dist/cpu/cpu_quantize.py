@@ -16,23 +16,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qlora_dist.nf4.code_tables import code_table
-from qlora_dist.nf4.nf4_layout import QuantType
-
 _SMALLEST_ABSMAX = 1e-38  # what bitsandbytes divides by in a block of zeros
 _PIECE = 2**17  # weights that are scaled at a time: 0.5 MiB of fp32, for a core's second cache
 _COMPARED = 2**15  # weights that are compared at a time: 15 comparisons each, 0.5 MiB in all
 
 
-def quantize_4bit_cpu(
-    weights: torch.Tensor, block_size: int, quant_type: QuantType
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_4bit_cpu(weights: torch.Tensor, block_size: int, bounds: CodeBounds) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and absmax of whole blocks.
 
     Args:
         weights: bf16, fp16 or fp32[n] on the CPU, finite, n a multiple of `block_size`.
         block_size: weights per absmax.
-        quant_type: the code table.
+        bounds: the code table, as `CodeBounds.from_code_table` gives it.
 
     Returns:
         uint8[n / 2], the first weight of a pair in the high half, and fp32[n / block_size].
@@ -42,7 +37,7 @@ def quantize_4bit_cpu(
     """
     codes = torch.empty(weights.numel() // 2, dtype=torch.uint8)
     absmax = torch.empty(weights.numel() // block_size)
-    pairs, table, scratch = codes.numpy(), _table(quant_type), _scratch()
+    pairs, table, scratch = codes.numpy(), bounds, _scratch()
     for start in range(0, weights.numel(), _PIECE):
         piece = weights[start : start + _PIECE].view(-1, block_size)
         piece_absmax = absmax[start // block_size :][: len(piece)]
@@ -78,13 +73,28 @@ def _scratch() -> _Scratch:
 
 
 @dataclass(frozen=True)
-class _CodeBounds:
+class CodeBounds:
+    """Code table of a 4-bit type, as the bounds between neighbouring codes."""
+
     bounds: npt.NDArray[np.float32]
     """fp32[15]: half way between neighbouring code values, ascending."""
     first: int
     """The code of what lies below all bounds."""
     changes: npt.NDArray[np.uint8] | None
     """uint8[15]: by how much the code changes at each bound, modulo 256; None where it is always 1 (NF4)."""
+
+    @classmethod
+    def from_code_table(cls, values: torch.Tensor) -> CodeBounds:
+        """Compute the bounds.
+
+        Args:
+            values: fp32[16] on the CPU, the value of each code.
+        """
+        order = torch.argsort(values)
+        ranked = values[order]
+        bounds = (ranked[:-1] + ranked[1:]) / 2
+        changes = order.diff().remainder(256).to(torch.uint8).numpy()
+        return cls(bounds.numpy(), int(order[0]), None if (changes == 1).all() else changes)
 
     def encode(self, scaled: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8]) -> None:
         """Fill `codes: uint8[n]` with the codes of `scaled: fp32[n]`, n at most _COMPARED."""
@@ -96,13 +106,3 @@ class _CodeBounds:
         np.add.reduce(changes, axis=0, dtype=np.uint8, out=codes)
         if self.first:
             np.add(codes, np.uint8(self.first), out=codes)
-
-
-@functools.cache
-def _table(quant_type: QuantType) -> _CodeBounds:
-    values = code_table(quant_type)
-    order = torch.argsort(values)
-    ranked = values[order]
-    bounds = (ranked[:-1] + ranked[1:]) / 2
-    changes = order.diff().remainder(256).to(torch.uint8).numpy()
-    return _CodeBounds(bounds.numpy(), int(order[0]), None if (changes == 1).all() else changes)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.config.schema import DataConfig, SourceConfig
+from qlora_dist.config.sections import DataConfig, SourceConfig
 from qlora_dist.data.cache import LogFn, get_or_create_entry
 from qlora_dist.data.entry_manifest import sha256_hexdigest
 from qlora_dist.data.source import source_files

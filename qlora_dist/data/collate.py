@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qlora_dist.config.schema import DataConfig
+from qlora_dist.config.sections import DataConfig
 from qlora_dist.data.packing import pack_sequences
 from qlora_dist.data.tokenized import TokenizedSequences
 from qlora_dist.data.truncate import Segments, TruncationStats, truncate_sequences

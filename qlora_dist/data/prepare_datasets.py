@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from qlora_dist.config.schema import DataConfig, SourceConfig
+from qlora_dist.config.sections import DataConfig, SourceConfig
 from qlora_dist.data.cache import PROGRESS_FILE, get_or_create_entry, remove_entry
 from qlora_dist.data.cache_key import source_cache_key, source_file_stats
 from qlora_dist.data.collate import PackedDataset, build_packed_dataset

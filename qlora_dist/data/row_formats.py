@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from qlora_dist.config.schema import DataFormat
+from qlora_dist.config.sections import DataFormat
 from qlora_dist.data import oasst
 from qlora_dist.data.messages import parse_messages, parse_tools
 from qlora_dist.data.row_fields import CONVERSATION_ROW_FIELDS, UnreadFields, apply_row_fields, check_row_fields

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_dist.config.schema import DataFormat, SourceConfig
+from qlora_dist.config.sections import DataFormat, SourceConfig
 from qlora_dist.data.data_files import data_file_type, read_data_file
 from qlora_dist.data.hub import is_hub_dataset_name, read_hub_dataset
 from qlora_dist.data.row_fields import UnreadFields

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from qlora_dist.config.config_file import load_yaml_config
-from qlora_dist.config.schema import ConfigSection, PositiveInt
+from qlora_dist.config.sections import ConfigSection, PositiveInt
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
 

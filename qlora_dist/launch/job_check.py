@@ -6,7 +6,8 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from qlora_dist.config.max_positions import check_seq_len
-from qlora_dist.config.schema import Config, SourceConfig
+from qlora_dist.config.schema import Config
+from qlora_dist.config.sections import SourceConfig
 from qlora_dist.data.dataloader import gradient_accumulation
 from qlora_dist.data.source import source_files
 from qlora_dist.data.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import psutil
 import yaml
 
-from qlora_dist.config.schema import DEFAULT_STEPS
+from qlora_dist.config.sections import DEFAULT_STEPS
 from qlora_dist.errors import UserError
 from qlora_dist.launch.slurm_queue import WAITING_STATES, queued_jobs
 from qlora_dist.runs.run_dir import DONE_MARKER, PROCESS_FILE, REQUEUE_MARKER, STOPPED_MARKER

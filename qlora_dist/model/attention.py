@@ -24,7 +24,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_dist.cpu.cpu_attention import packed_causal_attention_cpu
 from qlora_dist.errors import UserError
 from qlora_dist.model.block_mask import create_packed_block_mask, create_packed_mask
 from qlora_dist.sequence_starts import sequence_slices, sequence_starts
@@ -126,6 +125,8 @@ def packed_attention_forward(
         return output, None
     assert kwargs.get("position_bias") is None, "attention with a position bias needs model.attention=eager"
     if query.device.type == "cpu" and has_cpu_kernel(query, value, dropout, sliding_window, softcap, s_aux):
+        from qlora_dist.cpu.cpu_attention import packed_causal_attention_cpu
+
         return packed_causal_attention_cpu(query, key, value, attention_mask, scale), None
     return _uncompiled_sdpa(query, key, value, attention_mask, dropout, scale, sliding_window, softcap, s_aux), None
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from qlora_dist.config.schema import ModelConfig
+from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.model.attention import add_sequence_starts, set_packed_attention
 from qlora_dist.model.logit_scale import LogitScale, find_decoder, measure_logit_scale

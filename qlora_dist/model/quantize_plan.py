@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from qlora_dist.config.schema import ModelConfig
+from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.model.buffers import check_meta_buffers
 from qlora_dist.model.logit_scale import measure_logit_scale

@@ -1,18 +1,33 @@
-"""How many rows a chain of element-wise operations takes at a time."""
+"""Number of rows that a chain of element-wise operations takes at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+
+_simulates_gpu = False
 
 
 def rows_per_chunk(tensor: torch.Tensor, elements: int) -> int:
-    """On a CPU as many rows of tensor[n, m] as have so many elements, so that a cache holds what passes between.
+    """Return the number of rows of tensor[n, m] that one chunk takes.
 
-    Elsewhere all of them: a GPU's kernels are launched one by one, and its memory is fast. Tensors without memory
-    stand for a GPU's (`trace/trace_step.py`).
+    On a CPU a chunk has at most `elements` elements, so that a core's cache holds the intermediate results. On a GPU it
+    is the whole tensor, because each chunk would launch kernels of its own.
     """
     rows, columns = tensor.shape
-    if tensor.device.type != "cpu" or isinstance(tensor, FakeTensor):
+    if tensor.device.type != "cpu" or _simulates_gpu:
         return max(1, rows)
     return max(1, elements // columns)
+
+
+@contextmanager
+def whole_tensors() -> Iterator[None]:
+    """Take whole tensors on a CPU too, while its tensors stand for a GPU's."""
+    global _simulates_gpu
+    before, _simulates_gpu = _simulates_gpu, True
+    try:
+        yield
+    finally:
+        _simulates_gpu = before

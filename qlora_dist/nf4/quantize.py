@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_dist.compat.bitsandbytes import functional as bnb
-from qlora_dist.cpu.cpu_quantize import quantize_4bit_cpu
-from qlora_dist.nf4.code_tables import nested_code_table
+from qlora_dist.nf4.code_tables import code_table, nested_code_table
 from qlora_dist.nf4.nf4_layout import NESTED_BLOCK_SIZE, NF4Layout, QuantType
 from qlora_dist.runtime.threads import parallel_for_each
+
+if TYPE_CHECKING:
+    from qlora_dist.cpu.cpu_quantize import CodeBounds
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -85,13 +89,22 @@ def _quantize_chunk(flat: torch.Tensor, layout: NF4Layout, codes: torch.Tensor, 
     parallel_for_each(quantize_from, range(0, flat.numel(), chunk))
 
 
+@functools.cache
+def _cpu_code_bounds(quant_type: QuantType) -> CodeBounds:
+    from qlora_dist.cpu.cpu_quantize import CodeBounds
+
+    return CodeBounds.from_code_table(code_table(quant_type))
+
+
 def _codes(weights: torch.Tensor, block_size: int, quant_type: QuantType) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8[ceil(n / 2)] and fp32[blocks]. bitsandbytes': off the CPU, for the last block where it is short, and for
     weights that are not finite, whose codes are then its.
     """
     whole = weights.numel() - weights.numel() % block_size if weights.device.type == "cpu" else 0
     if whole:
-        codes, absmax = quantize_4bit_cpu(weights[:whole], block_size, quant_type)
+        from qlora_dist.cpu.cpu_quantize import quantize_4bit_cpu
+
+        codes, absmax = quantize_4bit_cpu(weights[:whole], block_size, _cpu_code_bounds(quant_type))
         if not absmax.isfinite().all():
             whole = 0
     if whole == weights.numel():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlora_dist.config.schema import OptimConfig
+from qlora_dist.config.sections import OptimConfig
 from qlora_dist.optim.adamw_kernels import bnb_adamw_8bit, bnb_adamw_32bit, fused_adamw
 from qlora_dist.optim.optimizer_state import STATE_NAMES, PagedOptimizerState
 from qlora_dist.optim.state_pages import PageSlice

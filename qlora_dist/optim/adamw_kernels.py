@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from qlora_dist.compat.bitsandbytes import functional as bnb
-from qlora_dist.config.schema import OptimConfig
+from qlora_dist.config.sections import OptimConfig
 from qlora_dist.optim.state_pages import STATE_BLOCK_SIZE
 
 

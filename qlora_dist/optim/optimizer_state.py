@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from qlora_dist.config.schema import OptimConfig, PagingConfig
+from qlora_dist.config.sections import OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
 from qlora_dist.optim.state_pages import STATE_BLOCK_SIZE, PageSlice, StatePage, page_layout
 from qlora_dist.paging.page_store import page_store_factory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qlora_dist.config.schema import OptimConfig
+from qlora_dist.config.sections import OptimConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from qlora_dist.config.schema import PagingConfig
+from qlora_dist.config.sections import PagingConfig
 from qlora_dist.errors import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_dist.config.schema import TrainConfig
+from qlora_dist.config.sections import TrainConfig
 from qlora_dist.parallel.compile import compile_layer
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from qlora_dist.adapters.attach import is_lora_b_parameter, named_trainable_parameters
 from qlora_dist.compat.deepspeed import ZeroParameter, zero_parameter, zero_part
-from qlora_dist.config.schema import OptimConfig, PagingConfig
+from qlora_dist.config.sections import OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.optimizer_state import STATE_NAMES

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from qlora_dist.config.schema import Config, OptimConfig, PagingConfig
+from qlora_dist.config.schema import Config
+from qlora_dist.config.sections import OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
 
 _ADAM_STATE_BYTES = 8

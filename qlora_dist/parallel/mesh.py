@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from qlora_dist.config.schema import ParallelConfig
+from qlora_dist.config.sections import ParallelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import RankInfo
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from qlora_dist.compat.fsdp import PAGE_ALIGNMENT, PassDirection, frozen_shards, page_frozen_parameters
-from qlora_dist.config.schema import PagingConfig
+from qlora_dist.config.sections import PagingConfig
 from qlora_dist.errors import UserError
 from qlora_dist.paging.page_store import page_store_factory
 from qlora_dist.paging.pager import Pager

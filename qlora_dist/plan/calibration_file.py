@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from qlora_dist.config.schema import ConfigSection
+from qlora_dist.config.sections import ConfigSection
 from qlora_dist.errors import UserError
 from qlora_dist.plan.hardware import Positive
 from qlora_dist.plan.step_time import RankSpeeds

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qlora_dist.config.config_file import load_yaml_config
-from qlora_dist.config.schema import ConfigSection
+from qlora_dist.config.sections import ConfigSection
 from qlora_dist.errors import UserError
 
 Positive = Annotated[float, Field(gt=0)]

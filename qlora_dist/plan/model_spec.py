@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from qlora_dist.config.schema import LoraConfig
+from qlora_dist.config.sections import LoraConfig
 from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.plan.layer_spec import LayerSpec, LinearSpec, decoder_layer_specs, head_dim
 

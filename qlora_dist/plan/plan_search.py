@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.cli.plan_command import PlanArgs, config_to_plan
 from qlora_dist.config.config_file import ConfigChanges, apply_changes, dump_config, flatten_keys
 from qlora_dist.config.max_positions import check_seq_len
 from qlora_dist.config.schema import Config
@@ -20,6 +19,7 @@ from qlora_dist.plan.calibration_file import load_calibration
 from qlora_dist.plan.hardware import load_hardware
 from qlora_dist.plan.memory_estimate import CUDA_CONTEXT_BYTES, RESERVED_RATIOS
 from qlora_dist.plan.model_config import read_model_config
+from qlora_dist.plan.plan_args import PlanArgs, config_to_plan
 from qlora_dist.plan.run_spec import make_run_spec
 from qlora_dist.plan.training_plan import TrainingPlan, make_training_plan
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_dist.config.config_file import load_config
-from qlora_dist.config.schema import DEFAULT_STEPS, Config
+from qlora_dist.config.schema import Config
+from qlora_dist.config.sections import DEFAULT_STEPS
 from qlora_dist.errors import UserError
 from qlora_dist.runs.run_dir import (
     CHECKPOINTS_DIR,

@@ -12,7 +12,8 @@ from typing import Any
 
 from qlora_dist.checkpoint.manifest import abandon_checkpoint
 from qlora_dist.config.config_file import dump_config
-from qlora_dist.config.schema import Config, RunConfig
+from qlora_dist.config.schema import Config
+from qlora_dist.config.sections import RunConfig
 from qlora_dist.errors import UserError
 from qlora_dist.runs.metrics_file import MetricsFile, nonfinite_to_none
 from qlora_dist.runtime.environment import launch_id, process_record

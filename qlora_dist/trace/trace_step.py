@@ -46,6 +46,7 @@ from qlora_dist.model.attention import has_cpu_kernel, sdpa_per_sequence, takes_
 from qlora_dist.model.load_weights import materialize
 from qlora_dist.model.meta_model import LossModel, get_decoder_layers
 from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.model.row_chunks import whole_tensors
 from qlora_dist.nf4.code_tables import nested_code_table
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.adamw_kernels import state_code_tables
@@ -222,7 +223,7 @@ def trace_checkpoint(
         if takes_sequence_starts(model):
             model.set_attn_implementation(_TRACED_ATTENTION[device, config.data.packing != "none"])
         optim = config.optim.model_copy(update={"resident_bytes": _UNLIMITED_BYTES})
-        with FakeTensorMode(allow_non_fake_inputs=True), _ConstantValues(), _native_dropout(device):
+        with whole_tensors(), FakeTensorMode(allow_non_fake_inputs=True), _ConstantValues(), _native_dropout(device):
             materialize(model, _CPU)
             moments = PagedOptimizerState(adapter_shard_numels(model), optim, config.paging, _CPU)
             shape = config.train.micro_batch, config.data.seq_len

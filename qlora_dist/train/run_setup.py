@@ -24,7 +24,8 @@ from qlora_dist.adapters.export import config_to_save, shapes_to_save
 from qlora_dist.adapters.peft_roundtrip import check_peft_roundtrip, needs_peft_conversion
 from qlora_dist.adapters.targets import find_targets
 from qlora_dist.config.max_positions import check_seq_len
-from qlora_dist.config.schema import DEFAULT_STEPS, Config
+from qlora_dist.config.schema import Config
+from qlora_dist.config.sections import DEFAULT_STEPS
 from qlora_dist.data.collate import Batch, PackedDataset
 from qlora_dist.data.dataloader import TrainDataLoader, eval_batches
 from qlora_dist.data.inference_tokenizer import InferenceTokenizer, make_inference_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
@@ -43,13 +43,17 @@ from qlora_dist.train.tolerant_output import record_lost_output
 from qlora_dist.train.trackers import open_trackers
 from qlora_dist.train.trainer import train_loop
 
+AfterTraining = Callable[[Path, Callable[[str], None]], None]
+"""A function that rank 0 calls with the folder of a finished run, and with a function that prints a line."""
 
-def run_training(config: Config, resume: str = "auto") -> None:
-    """Train. Called on every rank, under whatever launcher, or in a single process.
+
+def run_training(config: Config, resume: str = "auto", after_training: AfterTraining | None = None) -> None:
+    """Train on every rank, under any launcher or in a single process.
 
     Args:
         config: of the run.
         resume: `auto`: go on from the run's newest whole checkpoint, if it has one; `none`; or a checkpoint's folder.
+        after_training: called once the run is done.
 
     Raises:
         UserError: what the user has to mend; nearly always before any rank waits for another.
@@ -73,8 +77,8 @@ def run_training(config: Config, resume: str = "auto") -> None:
         ):
             train_and_export(setup, console, resume)
         if ranks.rank == 0 and (path / DONE_MARKER).exists():
-            if config.run.report:
-                _write_report(path, console)
+            if after_training is not None:
+                after_training(path, console.say)
             adapter = shlex.quote(str(path / "adapter"))
             console.say(f"try it: qlora-dist generate 'Your question' --adapter {adapter}")
 
@@ -153,16 +157,6 @@ def _track_metrics(config: Config, run_dir: RunDir | None, is_new: bool, console
     with open_trackers(config, run_dir.path, is_new, console.say) as log:
         run_dir.listeners.append(log)
         yield
-
-
-def _write_report(path: Path, console: RunConsole) -> None:
-    """Whatever becomes of it, the run is done."""
-    try:
-        from qlora_dist.report.write_report import write_report
-
-        console.say(f"report: {write_report([path])}")
-    except Exception as error:
-        console.say(f"no report: {type(error).__name__}: {error}; try qlora-dist report {path}")
 
 
 def _make_paged_layers(setup: RunSetup, console: RunConsole) -> PagedLayers | None:

@@ -12,7 +12,7 @@ from qlora_dist.adapters import lora_matmul as fused
 from qlora_dist.adapters.attach import attach_adapter, make_peft_config
 from qlora_dist.adapters.lora import NF4LoraLinear
 from qlora_dist.adapters.lora_matmul import lora_matmul
-from qlora_dist.config.schema import LoraConfig
+from qlora_dist.config.sections import LoraConfig
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.quantize import quantize_weight
 

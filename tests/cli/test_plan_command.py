@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora_dist.cli.main import app
-from qlora_dist.cli.plan_command import PlanArgs, config_to_plan, plan_from_args
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.plan.hardware import load_hardware
+from qlora_dist.plan.plan_args import PlanArgs, config_to_plan, plan_from_args
 from qlora_dist.plan.plan_search import search_plans
 
 H100 = PlanArgs("llama-3.1-405b", ["lora.r=16"], 8, "h100-80gb", 2, "infiniband-400g")

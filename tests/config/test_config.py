@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from qlora_dist.config.config_errors import known_keys
 from qlora_dist.config.config_file import dump_config, load_config
 from qlora_dist.config.other_trainers import KEY_ADVICE
-from qlora_dist.config.schema import Config, SourceConfig
+from qlora_dist.config.schema import Config
+from qlora_dist.config.sections import SourceConfig
 from qlora_dist.errors import UserError
 
 BASE = "model: {base: m}\ndata: {train: [a.jsonl]}\n"

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.cli.plan_command import PlanArgs, plan_from_args
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.max_positions import check_seq_len, max_positions
 from qlora_dist.errors import UserError
+from qlora_dist.plan.plan_args import PlanArgs, plan_from_args
 from qlora_dist.plan.plan_search import search_plans
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.train.run_setup import set_up_run

@@ -9,14 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.cpu.cpu_quantize import _table, quantize_4bit_cpu
+from qlora_dist.cpu.cpu_quantize import CodeBounds, quantize_4bit_cpu
+from qlora_dist.nf4.code_tables import code_table
 from qlora_dist.nf4.quantize import quantize_weight
 
 QUANT_TYPES = ["nf4", "fp4"]
 
 
+def code_bounds(quant_type: str) -> CodeBounds:
+    return CodeBounds.from_code_table(code_table(quant_type))  # type: ignore[arg-type]
+
+
 def same_as_bitsandbytes(weights: torch.Tensor, block_size: int, quant_type: str) -> None:
-    codes, absmax = quantize_4bit_cpu(weights.clone(), block_size, quant_type)  # type: ignore[arg-type]
+    codes, absmax = quantize_4bit_cpu(weights.clone(), block_size, code_bounds(quant_type))
     expected, state = bnb.quantize_4bit(weights, blocksize=block_size, quant_type=quant_type)
     assert torch.equal(codes, expected.flatten())
     assert torch.equal(absmax, state.absmax)
@@ -34,7 +39,7 @@ def test_every_bf16_value_between_minus_one_and_one(quant_type: str) -> None:
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_the_floats_next_to_every_bound_and_every_step(quant_type: str) -> None:
     steps = np.arange(-127, 128, dtype=np.float32) / np.float32(127)
-    centres = np.concatenate([_table(quant_type).bounds, steps])  # type: ignore[arg-type]
+    centres = np.concatenate([code_bounds(quant_type).bounds, steps])  # type: ignore[arg-type]
     near = [centres]
     for direction in (np.float32(-2), np.float32(2)):
         value = centres
@@ -79,5 +84,5 @@ def test_weights_that_are_not_finite_are_bitsandbytes_affair(value: float) -> No
 def test_the_weights_are_left_as_they_were() -> None:
     weights = torch.randn(64)
     before = weights.clone()
-    quantize_4bit_cpu(weights, 64, "nf4")
+    quantize_4bit_cpu(weights, 64, code_bounds("nf4"))
     assert torch.equal(weights, before)

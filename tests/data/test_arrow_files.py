@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_dist.config.schema import SourceConfig
+from qlora_dist.config.sections import SourceConfig
 from qlora_dist.data import hub
 from qlora_dist.data.row_encoder import RowEncoder
 from qlora_dist.data.row_formats import parse_rows

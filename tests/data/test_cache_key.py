@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.config.schema import DataConfig, SourceConfig
+from qlora_dist.config.sections import DataConfig, SourceConfig
 from qlora_dist.data import cache_key as key_module
 from qlora_dist.data.cache_key import source_cache_key
 from qlora_dist.errors import UserError

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.config.schema import DataConfig
+from qlora_dist.config.sections import DataConfig
 from qlora_dist.data.collate import LABEL_IGNORE_INDEX, PADDING_ROW, PackedDataset, build_packed_dataset
 from qlora_dist.data.tokenized import TokenizedSequences
 from qlora_dist.errors import UserError

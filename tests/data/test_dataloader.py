@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config.schema import DataConfig
+from qlora_dist.config.sections import DataConfig
 from qlora_dist.data.collate import LABEL_IGNORE_INDEX, PADDING_ROW, Batch, PackedDataset, build_packed_dataset
 from qlora_dist.data.dataloader import TrainDataLoader, eval_batches
 from qlora_dist.data.tokenized import TokenizedSequences

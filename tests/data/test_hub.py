@@ -79,7 +79,7 @@ def hub() -> Iterator[str]:
 
 READ = """
 import json, sys, dataclasses
-from qlora_dist.config.schema import SourceConfig
+from qlora_dist.config.sections import SourceConfig
 from qlora_dist.data.source import read_source_rows
 from qlora_dist.errors import UserError
 for source in json.loads(sys.argv[1]):
@@ -172,7 +172,7 @@ import io, json, multiprocessing, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from rich.console import Console
-from qlora_dist.config.schema import DataConfig
+from qlora_dist.config.sections import DataConfig
 from qlora_dist.data.prepare_datasets import prepare_datasets
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError

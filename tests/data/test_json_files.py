@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config.schema import SourceConfig
+from qlora_dist.config.sections import SourceConfig
 from qlora_dist.data import json_files
 from qlora_dist.data.source import read_source_rows
 from qlora_dist.data.source_row import BadRow, TextRow

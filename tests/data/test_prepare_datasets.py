@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from qlora_dist.config.schema import DataConfig, SourceConfig
+from qlora_dist.config.sections import DataConfig, SourceConfig
 from qlora_dist.data.prepare_datasets import PreparedDatasets, data_warnings, prepare_datasets
 from qlora_dist.data.row_encoder import RowEncoder
 from qlora_dist.data.tokenized import TokenizedSequences

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config.schema import DataFormat, SourceConfig
+from qlora_dist.config.sections import DataFormat, SourceConfig
 from qlora_dist.data.source import read_source_rows, source_files
 from qlora_dist.data.source_row import BadRow, MessagesRow, TextRow
 from qlora_dist.errors import UserError

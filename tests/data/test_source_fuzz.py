@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config.schema import DataFormat, SourceConfig
+from qlora_dist.config.sections import DataFormat, SourceConfig
 from qlora_dist.data.row_formats import ROW_FORMATS
 from qlora_dist.data.source import read_source_rows
 from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, SourceRow, TextRow

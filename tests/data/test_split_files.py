@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config.schema import SourceConfig
+from qlora_dist.config.sections import SourceConfig
 from qlora_dist.data.source import read_source_rows, source_files
 from qlora_dist.data.source_row import TextRow
 from qlora_dist.errors import UserError

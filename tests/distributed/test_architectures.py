@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.config.config_file import load_config
-from qlora_dist.config.schema import ModelConfig
+from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.model.meta_model import build_meta_model
 from qlora_dist.model.model_folder import ModelFolder

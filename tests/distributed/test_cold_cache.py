@@ -15,7 +15,7 @@ from filelock import SoftFileLease
 
 from qlora_dist.cli.main import main
 from qlora_dist.config.config_file import load_config
-from qlora_dist.config.schema import SourceConfig
+from qlora_dist.config.sections import SourceConfig
 from qlora_dist.data import prepare_datasets
 from qlora_dist.data.cache_key import source_cache_key
 from qlora_dist.data.row_encoder import RowEncoder

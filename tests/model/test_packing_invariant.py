@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import attach_adapter, make_peft_config, named_trainable_parameters
-from qlora_dist.config.schema import LoraConfig, ModelConfig
+from qlora_dist.config.sections import LoraConfig, ModelConfig
 from qlora_dist.model.attention import PACKED_ATTENTION, PACKED_FLEX_ATTENTION
 from qlora_dist.model.load_weights import load_weights
 from qlora_dist.model.meta_model import build_meta_model

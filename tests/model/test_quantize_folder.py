@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_dist.adapters.attach import has_tied_head
-from qlora_dist.config.schema import ModelConfig
+from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io import read_ahead
 from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, read_safetensors_header

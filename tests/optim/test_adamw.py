@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qlora_dist.config.schema import OptimConfig, PagingConfig
+from qlora_dist.config.sections import OptimConfig, PagingConfig
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.adamw_kernels import bnb_adamw_32bit, fused_adamw
 from qlora_dist.optim.optimizer_state import PagedOptimizerState

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.config.schema import OptimConfig
+from qlora_dist.config.sections import OptimConfig
 from qlora_dist.optim.schedule import learning_rate
 
 

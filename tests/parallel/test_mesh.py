@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_dist.config.schema import ParallelConfig
+from qlora_dist.config.sections import ParallelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.runtime.environment import RankInfo

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config.schema import LoraConfig
+from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.plan.layer_spec import decoder_layer_specs
 from qlora_dist.plan.model_config import bundled_model_names, read_model_config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.cli.plan_command import PlanArgs, plan_from_args
+from qlora_dist.plan.plan_args import PlanArgs, plan_from_args
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora_dist.cli.main import app
+from qlora_dist.cli.train_command import train_and_report
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.run_status import read_run_status
@@ -21,7 +22,6 @@ from qlora_dist.report.report_charts import make_charts
 from qlora_dist.report.report_table import summarize_run
 from qlora_dist.report.run_files import read_run_files
 from qlora_dist.report.write_report import write_report
-from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> list
     config = tiny_models.make_config(folder, tiny_llama_nf4, train__steps=3, data__seq_len=48, train__global_batch=2)
     for name, lr, pages in (("first", 1e-2, "auto"), ("second", 1e-3, "0")):
         overrides = [f"run.name={name}", f"optim.lr={lr}", f"optim.resident_bytes={pages}", "run.report=true"]
-        run_ranks(1, run_training, load_config(config, overrides))
+        run_ranks(1, train_and_report, load_config(config, overrides))
     return [folder / "runs" / "first", folder / "runs" / "second"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.cli.main import app
-from qlora_dist.config.schema import DataConfig
+from qlora_dist.config.sections import DataConfig
 from qlora_dist.data.prepare_datasets import data_cache_folder
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration_file import load_calibration

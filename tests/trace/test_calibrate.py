@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qlora_dist.cli.plan_command import PlanArgs, plan_from_args
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration_file import MeasuredSpeeds, load_calibration, save_calibration
+from qlora_dist.plan.plan_args import PlanArgs, plan_from_args
 from qlora_dist.trace.calibrate import calibrate
 from tests.helpers.ranks import run_ranks
 

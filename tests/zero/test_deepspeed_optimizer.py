@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_dist.config.config_file import load_config
-from qlora_dist.config.schema import Config, PagingConfig
+from qlora_dist.config.schema import Config
+from qlora_dist.config.sections import PagingConfig
 from qlora_dist.errors import UserError
 from qlora_dist.model.load_weights import load_weights
 from qlora_dist.parallel.deepspeed_optimizer import _make_swap_folder

@@ -1,0 +1,28 @@
+"""`qlora-dist train`: the run, and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_dist.config.schema import Config
+from qlora_dist.train.run_training import run_training
+
+
+def train_and_report(config: Config, resume: str = "auto") -> None:
+    """Train, and write the report of the finished run if `run.report` is set.
+
+    Raises:
+        UserError: a mistake of the user, as `run_training` reports it.
+    """
+    run_training(config, resume, _write_run_report if config.run.report else None)
+
+
+def _write_run_report(path: Path, say: Callable[[str], None]) -> None:
+    """Write the report. The run stays done if that fails, with a line about the reason."""
+    try:
+        from qlora_dist.report.write_report import write_report
+
+        say(f"report: {write_report([path])}")
+    except Exception as error:
+        say(f"no report: {type(error).__name__}: {error}; try qlora-dist report {path}")
