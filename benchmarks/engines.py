@@ -29,17 +29,13 @@ from synthetic import resident_bytes, restart_peak
 
 from qlora_dist.config.schema import Config
 from qlora_dist.data.collate import LABEL_IGNORE_INDEX
-from qlora_dist.model.load_weights import load_weights
-from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.optimizer_state import PagedOptimizerState
-from qlora_dist.parallel.engine import parallelize
-from qlora_dist.parallel.mesh import build_meshes
-from qlora_dist.parallel.static_bytes import check_static_bytes
+from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
+from qlora_dist.train.train_step import train_step
 
 MIB = 2**20
 
@@ -63,15 +59,11 @@ def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, An
     config = configuration(folder, engine, ranks.world_size, args)
     setup = set_up_run(config, ranks)
     with process_group(ranks, setup.device):
-        meshes = build_meshes(setup.sizes, "cpu")
-        traffic = parallelize(setup.model, meshes, config)
-        load_weights(setup.model, setup.folder, setup.device, config.train.seed, meshes.base_replicas)
-        held = check_static_bytes(setup.model, setup.sizes)
-        shards = AdapterShards(setup.model)
-        moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
-        optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
+        loaded = load_trainable_model(shard_model(setup.model, config, ranks, setup.device), setup.folder)
+        traffic, shards, scale = loaded.traffic, loaded.adapter_shards, LossScale("bf16")
+        optimizer = make_optimizer(shards, loaded.optimizer_state, setup)
         setup.model.train()
-        loaded = restart_peak()
+        loaded_peak = restart_peak()
         seconds, processor, losses = [], [], []
         for step in range(args.steps):
             window = setup.loader.window(step)
@@ -83,9 +75,9 @@ def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, An
             processor.append(time.process_time() - cpu)
             losses.append(result.loss)
             received = sum(traffic.take().values())
-        on_top = resident_bytes("VmHWM") - loaded
+        on_top = resident_bytes("VmHWM") - loaded_peak
     return {
-        "held": held,
+        "held": loaded.static_bytes,
         "on_top": on_top,
         "seconds": seconds[1:],
         "processor": processor[1:],

@@ -17,12 +17,9 @@ from synthetic import resident_bytes, restart_peak
 from qlora_dist.adapters.attach import attach_adapter, make_peft_config
 from qlora_dist.config.schema import Config
 from qlora_dist.io.read_ahead import ReadProgress
-from qlora_dist.model.load_weights import load_weights
 from qlora_dist.model.meta_model import build_meta_model
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
-from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
-from qlora_dist.parallel.static_bytes import check_static_bytes
+from qlora_dist.parallel.loaded_model import load_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 
@@ -43,19 +40,16 @@ def load_with_qlora_dist(
     ranks, device = read_rank_info(), torch.device("cpu")
     readings = [ReadProgress(0, 0, 0.0)]
     with process_group(ranks, device):
-        sizes = mesh_sizes(config.parallel, ranks)
-        meshes = build_meshes(sizes, "cpu")
 
         def load(path: Path) -> tuple[Any, dict[str, Any]]:
             source = ModelFolder(path)
             model = build_meta_model(source, config.model)
             attach_adapter(model, make_peft_config(model, config.lora, config.model.base))
-            parallelize_fsdp2(model, meshes, config)
-            read_bytes = load_weights(model, source, device, 0, meshes.base_replicas, progress=readings.append)
-            return model, {"read_bytes": read_bytes, "waiting_s": readings[-1].wait_s}
+            loaded = load_model(shard_model(model, config, ranks, device), source, on_read=readings.append)
+            return loaded, {"read_bytes": loaded.read_bytes, "waiting_s": readings[-1].wait_s}
 
         load(tiny)
-        measure_load(pipe, lambda: load(folder), lambda model: {"static_bytes": check_static_bytes(model, sizes)})
+        measure_load(pipe, lambda: load(folder), lambda loaded: {"static_bytes": loaded.static_bytes})
 
 
 def load_with_transformers(folder: Path, tiny: Path, pipe: Any) -> None:

@@ -24,18 +24,14 @@ from rich.table import Table
 from qlora_dist.config.config_file import config_from_tree
 from qlora_dist.config.schema import Config
 from qlora_dist.data.collate import Batch
-from qlora_dist.model.load_weights import load_weights
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.optim.optimizer_state import PagedOptimizerState
-from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
-from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
+from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.parallel.static_bytes import model_static_bytes
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.trace.live_memory import by_phase
 from qlora_dist.trace.trace_step import record_peaks, trace_checkpoint
 from qlora_dist.train.run_setup import set_up_model
-from qlora_dist.train.train_step import adapter_shard_numels
 
 Figures = tuple[int, dict[str, int], dict[str, int]]
 """Bytes of the weights, at the peak of each phase, and received by mesh dimension."""
@@ -44,19 +40,16 @@ Figures = tuple[int, dict[str, int], dict[str, int]]
 def measure_real_step(config: Config) -> Figures:
     """Two steps of a rank, of which the second counts."""
     ranks, device = read_rank_info(), torch.device("cpu")
-    sizes = mesh_sizes(config.parallel, ranks)
     folder, model, _ = set_up_model(config)
     with process_group(ranks, device):
-        meshes = build_meshes(sizes, "cpu")
-        traffic = parallelize_fsdp2(model, meshes, config)
-        moments = PagedOptimizerState(adapter_shard_numels(model), config.optim, config.paging, device)
-        load_weights(model, folder, device, 0, meshes.base_replicas)
+        loaded = load_trainable_model(shard_model(model, config, ranks, device), folder)
         shape = config.train.micro_batch, config.data.seq_len
         ids, positions = torch.randint(3, 1000, shape), torch.arange(shape[1]).expand(shape).contiguous()
         count = config.train.global_batch // (shape[0] * ranks.world_size)
         window = [Batch(ids.clone(), ids.clone(), positions.clone()) for _ in range(count)]
-        memory, _ = record_peaks(model, moments, window, sizes.adapter_replicas, config, traffic, steps=2)
-        return model_static_bytes(model), by_phase(memory.peaks), traffic.take()
+        replicas = loaded.meshes.sizes.adapter_replicas
+        memory, _ = record_peaks(model, loaded.optimizer_state, window, replicas, config, loaded.traffic, steps=2)
+        return model_static_bytes(model), by_phase(memory.peaks), loaded.traffic.take()
 
 
 def measure_traced_step(config: Config, world_size: int) -> Figures:

@@ -39,16 +39,13 @@ from rich.table import Table
 from qlora_dist.adapters.attach import init_lora_weight
 from qlora_dist.config.schema import Config
 from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
-from qlora_dist.model.load_weights import load_weights
-from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.optimizer_state import PagedOptimizerState
-from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
-from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import RunSetup, set_up_run
-from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
+from qlora_dist.train.train_step import train_step
 
 LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]
@@ -72,11 +69,9 @@ def configuration(args: argparse.Namespace, rows: int, checkpointing: str, compi
 def make_qlora_dist_step(config: Config) -> tuple[RunSetup, Step]:
     """Ours, on however many ranks there are. The process group exists."""
     setup = set_up_run(config, read_rank_info())
-    traffic = parallelize_fsdp2(setup.model, build_meshes(setup.sizes, "cpu"), config)
-    load_weights(setup.model, setup.folder, setup.device, config.train.seed)
-    shards = AdapterShards(setup.model)
-    moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
-    optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
+    loaded = load_trainable_model(shard_model(setup.model, config, setup.ranks, setup.device), setup.folder)
+    traffic, shards, scale = loaded.traffic, loaded.adapter_shards, LossScale("bf16")
+    optimizer = make_optimizer(shards, loaded.optimizer_state, setup)
     setup.model.train()
 
     def step(window: list[Batch]) -> float:

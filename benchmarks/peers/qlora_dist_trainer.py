@@ -10,16 +10,13 @@ from marks import RANK, WORLD_SIZE, mark_and_restart_peak, static_bytes, steps, 
 from workload import CLIP, configuration
 
 from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
-from qlora_dist.model.load_weights import load_weights
-from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.optimizer_state import PagedOptimizerState
-from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
-from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
+from qlora_dist.train.train_step import train_step
 
 
 def main() -> None:
@@ -39,11 +36,9 @@ def main() -> None:
     with process_group(ranks, torch.device("cpu")):
         setup = set_up_run(config, ranks)
         mark_and_restart_peak("imported")  # with tokenizer and data, which the others do not load
-        traffic = parallelize_fsdp2(setup.model, build_meshes(setup.sizes, "cpu"), config)
-        load_weights(setup.model, setup.folder, setup.device, config.train.seed)
-        shards = AdapterShards(setup.model)
-        moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
-        optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
+        loaded = load_trainable_model(shard_model(setup.model, config, setup.ranks, setup.device), setup.folder)
+        traffic, shards, scale = loaded.traffic, loaded.adapter_shards, LossScale("bf16")
+        optimizer = make_optimizer(shards, loaded.optimizer_state, setup)
         setup.model.train()
         mark_and_restart_peak("loaded")
         for step in steps():

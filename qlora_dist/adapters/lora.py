@@ -109,7 +109,7 @@ class NF4DoraVariant(LoraVariant):
 
     @staticmethod
     def init(module: NF4LoraLinear, adapter_name: str, **kwargs: Any) -> None:
-        """Add the magnitudes, fp32[out_features]. Their values need W: `qlora_dist.model.load_weights` sets them."""
+        """Add the magnitudes, fp32[out_features]. Their values need W: `qlora_dist.model.adapter_init` sets them."""
         magnitude = nn.Parameter(torch.empty(module.out_features, device=module.lora_A[adapter_name].weight.device))
         module.lora_magnitude_vector[adapter_name] = _Magnitude(magnitude)
 

@@ -18,16 +18,13 @@ from qlora_dist.adapters.validate_adapter import find_invalid_values
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.inference.named_adapter import NamedAdapter
-from qlora_dist.io.read_ahead import ReadProgress
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
-from qlora_dist.model.load_weights import load_weights
 from qlora_dist.model.meta_model import LossModel, build_meta_model
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.packable import check_packing_support
 from qlora_dist.parallel.comm_counter import CommCounter
-from qlora_dist.parallel.engine import parallelize
-from qlora_dist.parallel.mesh import MeshSizes, build_meshes, mesh_sizes
-from qlora_dist.parallel.static_bytes import check_static_bytes
+from qlora_dist.parallel.loaded_model import load_model, shard_model
+from qlora_dist.parallel.mesh import mesh_sizes
 from qlora_dist.runtime.environment import RankInfo, read_rank_info
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.runtime.object_collectives import all_gather_json
@@ -111,12 +108,12 @@ def open_inference_model(
     ranks = read_rank_info()
     device = resolve_device(config.train.device, ranks)
     config = _adjust_for_single_rank(config, ranks)
-    sizes = mesh_sizes(config.parallel, ranks)
+    mesh_sizes(config.parallel, ranks)  # a layout that does not fit fails before the ranks join
     skeleton = _prepare_model(config, adapters, quantize)
     timeout_s = config.train.timeout
     with process_group(ranks, device, timeout_s) as store, watchdog(store, ranks, timeout_s):
         check_ranks_agree(config, ranks, device)
-        yield _load_inference_model(config, ranks, device, sizes, skeleton, adapters, store)
+        yield _load_inference_model(config, ranks, device, skeleton, adapters, store)
 
 
 def _adjust_for_single_rank(config: Config, ranks: RankInfo) -> Config:
@@ -153,25 +150,35 @@ def _load_inference_model(
     config: Config,
     ranks: RankInfo,
     device: torch.device,
-    sizes: MeshSizes,
     skeleton: _PreparedModel,
     adapters: Sequence[NamedAdapter],
     store: dist.Store,
 ) -> InferenceModel:
-    model, folder = skeleton.model, skeleton.folder
-    offload = config.parallel.offload == "base"
-    meshes = build_meshes(sizes, device.type, separate_groups=offload)
-    traffic = parallelize(model, meshes, config)
+    model = skeleton.model
+    saved_shards: list[dict[str, torch.Tensor]] = []
+    base: dict[str, torch.Tensor] = {}
 
-    def beat_while_loading(reading: ReadProgress) -> None:
-        record_heartbeat(phase="loading")
+    def fill_adapters(model: LossModel) -> None:
+        model.eval()
+        shards, values = _read_adapters(model, skeleton.tensors, adapters)
+        saved_shards.extend(shards)
+        base.update(values)
 
-    load_weights(model, folder, device, None, meshes.base_replicas, offload, beat_while_loading)
-    model.eval()
-    whole, base = _read_adapters(model, skeleton.tensors, adapters)
-    static_bytes = check_static_bytes(model, sizes)
+    loaded = load_model(shard_model(model, config, ranks, device), skeleton.folder, fill_adapter=fill_adapters)
     names = [adapter.name for adapter in adapters]
-    result = InferenceModel(config, ranks, device, folder, model, traffic, names, static_bytes, store, whole, base)
+    result = InferenceModel(
+        config,
+        ranks,
+        device,
+        skeleton.folder,
+        model,
+        loaded.traffic,
+        names,
+        loaded.static_bytes,
+        store,
+        saved_shards,
+        base,
+    )
     result.use(names[0] if names else None)
     return result
 

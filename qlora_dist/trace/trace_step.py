@@ -50,18 +50,18 @@ from qlora_dist.model.row_chunks import whole_tensors
 from qlora_dist.nf4.code_tables import nested_code_table
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.adamw_kernels import state_code_tables
+from qlora_dist.optim.adapter_shards import AdapterShards, adapter_shard_numels
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.optimizer_state import PagedOptimizerState
 from qlora_dist.parallel.comm_counter import CommCounter
-from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
-from qlora_dist.parallel.mesh import build_meshes, mesh_sizes
+from qlora_dist.parallel.loaded_model import shard_model
 from qlora_dist.plan.phase_memory import StepPhase
 from qlora_dist.plan.run_spec import check_equal_nodes
 from qlora_dist.runtime.environment import RankInfo
 from qlora_dist.trace.fake_checkpoint import FakeCheckpoint, truncate_layers
 from qlora_dist.trace.live_memory import LayerPhase, LiveMemory, register_phase_hooks
 from qlora_dist.train.run_setup import set_up_model
-from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
+from qlora_dist.train.train_step import train_step
 
 TracedDevice = Literal["cuda", "cpu"]
 _CPU = torch.device("cpu")
@@ -214,12 +214,13 @@ def trace_checkpoint(
         UserError: as `trace_step`.
     """
     _check_traceable(config, folder, world_size, nodes)
-    sizes = mesh_sizes(config.parallel, RankInfo(0, world_size, 0, world_size // nodes, "none"))
+    ranks = RankInfo(0, world_size, 0, world_size // nodes, "none")
     micro_batches = gradient_accumulation(config.train.global_batch, config.train.micro_batch, world_size)
     model = set_up_model(config, folder)[1]
     nested_code_table(_CPU), state_code_tables(_CPU)  # made at first use and kept: not as fake ones
     with _fake_process_group(world_size):
-        traffic = parallelize_fsdp2(model, build_meshes(sizes, "cpu"), config)
+        sharded = shard_model(model, config, ranks, _CPU)
+        traffic, adapter_replicas = sharded.traffic, sharded.meshes.sizes.adapter_replicas
         if takes_sequence_starts(model):
             model.set_attn_implementation(_TRACED_ATTENTION[device, config.data.packing != "none"])
         optim = config.optim.model_copy(update={"resident_bytes": _UNLIMITED_BYTES})
@@ -229,9 +230,7 @@ def trace_checkpoint(
             shape = config.train.micro_batch, config.data.seq_len
             batches = [Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3))) for _ in range(micro_batches)]
             traced_batches = batches[:_MAX_MICRO_BATCHES]
-            memory, weights_bytes = record_peaks(
-                model, moments, traced_batches, sizes.adapter_replicas, config, traffic
-            )
+            memory, weights_bytes = record_peaks(model, moments, traced_batches, adapter_replicas, config, traffic)
         moments.close()
     received: Counter[str] = Counter()
     for (collective, dim), nbytes in traffic.bytes.items():

@@ -9,21 +9,16 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from qlora_dist.adapters.export import export_adapter
 from qlora_dist.config.schema import Config
-from qlora_dist.io.read_ahead import ReadProgress
-from qlora_dist.model.load_weights import load_weights
-from qlora_dist.model.meta_model import get_decoder_layers
-from qlora_dist.parallel.engine import parallelize
-from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.model.adapter_init import init_adapter
+from qlora_dist.model.meta_model import LossModel
+from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.parallel.paged_layers import PagedLayers
-from qlora_dist.parallel.static_bytes import check_static_bytes
 from qlora_dist.runs.run_action import skip_if_finished
 from qlora_dist.runs.run_dir import DONE_MARKER, REQUEUE_MARKER, STOPPED_MARKER, RunDir, run_path
 from qlora_dist.runs.run_lock import lock_run_dir
-from qlora_dist.runtime.device_memory import free_memory_bytes
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.runtime.machine_info import machine_info
@@ -31,7 +26,6 @@ from qlora_dist.runtime.process_group import process_group
 from qlora_dist.runtime.watchdog import watchdog
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.initial_adapter import load_initial_tensors
-from qlora_dist.train.optimizer import make_optimizer_state
 from qlora_dist.train.out_of_memory import explain_out_of_memory
 from qlora_dist.train.prediction import RunPrediction, check_adapter_numel, predict_run
 from qlora_dist.train.rank_consistency import check_ranks_agree, check_shared_run_dir
@@ -103,27 +97,23 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
     console.say(expected if isinstance(expected, str) else expected.sentence())
 
     torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # dropout: every rank its own
-    offload = config.parallel.offload == "base"
-    meshes = build_meshes(setup.sizes, setup.device.type, separate_groups=offload)
-    traffic = parallelize(model, meshes, config)
-    # room for what does not stay on the device is reserved before the weights are read
-    optimizer_state = make_optimizer_state(model, setup)
+    sharded = shard_model(model, config, setup.ranks, setup.device)
 
-    def on_read(reading: ReadProgress) -> None:
-        record_heartbeat(phase="loading")
-        console.loaded(reading)
+    def fill_adapter(model: LossModel) -> None:
+        if setup.initial_tensors and start.manifest is None:
+            load_initial_tensors(model, setup.initial_tensors)
+        else:
+            init_adapter(model, config.train.seed)
 
-    pages = _make_paged_layers(setup, console)
-    console.start_loading()
-    load_started = time.perf_counter()
-    read_bytes = load_weights(
-        model, setup.folder, setup.device, config.train.seed, meshes.base_replicas, offload, on_read, pages
+    def before_reading(paged_layers: PagedLayers | None) -> None:
+        if paged_layers is not None:
+            console.say(paged_layers.sentence())
+        console.start_loading()
+
+    loaded = load_trainable_model(
+        sharded, setup.folder, fill_adapter=fill_adapter, before_reading=before_reading, on_read=console.loaded
     )
-    if setup.initial_tensors and start.manifest is None:
-        load_initial_tensors(model, setup.initial_tensors)
-    load_s = time.perf_counter() - load_started
-    page_sizes = (pages.held_bytes, pages.budget) if pages is not None else (0, 0)
-    static_bytes = check_static_bytes(model, setup.sizes, *page_sizes)
+    optimizer_state, pages, static_bytes = loaded.optimizer_state, loaded.paged_layers, loaded.static_bytes
     console.log_loaded(static_bytes)
 
     with (
@@ -132,7 +122,7 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
         closing(run_dir) if run_dir is not None else nullcontext(),
         _track_metrics(config, run_dir, start.manifest is None, console),
     ):
-        history = train_loop(model, optimizer_state, setup, start, traffic, console, run_dir, pages, started)
+        history = train_loop(model, optimizer_state, setup, start, loaded.traffic, console, run_dir, pages, started)
     step = history.progress.step
     if history.stop is not None:
         marker = STOPPED_MARKER if history.stop in MANUAL_STOP_REASONS else REQUEUE_MARKER
@@ -142,7 +132,7 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
         return
     record_heartbeat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter", setup.served.save)
-    load_stats = LoadStats(static_bytes, optimizer_state.resident_bytes, read_bytes, load_s)
+    load_stats = LoadStats(static_bytes, optimizer_state.resident_bytes, loaded.read_bytes, loaded.load_s)
     summarize(setup, history, load_stats, expected, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE_MARKER, step, "last step")
@@ -157,18 +147,3 @@ def _track_metrics(config: Config, run_dir: RunDir | None, is_new: bool, console
     with open_trackers(config, run_dir.path, is_new, console.say) as log:
         run_dir.listeners.append(log)
         yield
-
-
-def _make_paged_layers(setup: RunSetup, console: RunConsole) -> PagedLayers | None:
-    """Take the room for the decoder layers, on the device and behind it, before any weight is read."""
-    parallel = setup.config.parallel
-    if parallel.base != "paged":
-        return None
-    free = free_memory_bytes(setup.device, setup.ranks.local_world_size)
-    layers: list[FSDPModule] = []
-    for layer in get_decoder_layers(setup.model):
-        assert isinstance(layer, FSDPModule), "only the fsdp2 engine pages the base"
-        layers.append(layer)
-    pages = PagedLayers(setup.model, layers, setup.device, parallel.resident_bytes, free, setup.config.paging)
-    console.say(pages.sentence())
-    return pages

@@ -7,19 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import nn
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import is_lora_b_parameter, named_trainable_parameters
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
+from qlora_dist.optim.adapter_shards import AdapterShards
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer
 from qlora_dist.runtime.heartbeat import record_heartbeat
-from qlora_dist.shard_view import get_flat_shard, local_tensor, pop_local_grad
 from qlora_dist.train.step_profiler import OPTIMIZER_LABEL, STEP_LABEL
 
 
@@ -35,43 +32,6 @@ class StepResult:
     """False: the adapters were left as they were."""
     sums: list[float]
     """Of `told` over all ranks."""
-
-
-class AdapterShards:
-    """The adapters' local shards as plain parameters that alias the engine's.
-
-    An optimizer of plain tensors is faster than one of DTensors, and bitsandbytes' kernels know nothing else.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._names = [name for name, _ in named_trainable_parameters(model)]
-        self._sharded = [p for _, p in named_trainable_parameters(model)]
-        self._had_grad = [False] * len(self._sharded)
-        self.local = [nn.Parameter(local_tensor(p).detach()) for p in self._sharded]
-        self.is_lora_b = [is_lora_b_parameter(name) for name, _ in named_trainable_parameters(model)]
-
-    def collect_grads(self) -> list[torch.Tensor]:
-        """Hand the engine's gradients over to the local shards; those of empty shards are left out.
-
-        An adapter that takes no part in the loss has no gradient, and zeros stand for it: B stays zero.
-        """
-        for index, (sharded, local) in enumerate(zip(self._sharded, self.local, strict=True)):
-            gradient, flat = pop_local_grad(sharded), get_flat_shard(sharded)
-            self._had_grad[index] |= gradient is not None if flat is None else flat.had_grad
-            local.grad = (torch.zeros_like(local) if gradient is None else gradient) if local.numel() else None
-        return [p.grad for p in self.local if p.grad is not None]
-
-    def find_unused_parameters(self) -> list[str]:
-        """Return the names of parameters that no rank has had a gradient for. Called on all ranks after a step."""
-        device = self.local[0].device
-        found = torch.tensor(self._had_grad, dtype=torch.int32, device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return [name for name, had in zip(self._names, found.tolist(), strict=True) if not had]
-
-    def zero_grad(self) -> None:
-        """Forget them."""
-        for local in self.local:
-            local.grad = None
 
 
 @record_function(STEP_LABEL)
@@ -135,8 +95,3 @@ def train_step(
     shards.zero_grad()
     loss_scale.update(finite)
     return StepResult(total_loss / loss_tokens, norm, finite, sums)
-
-
-def adapter_shard_numels(model: nn.Module) -> list[int]:
-    """Elements of each of this rank's adapter shards, in the order of `AdapterShards`; the model may be on meta."""
-    return [local_tensor(parameter).numel() for _, parameter in named_trainable_parameters(model)]

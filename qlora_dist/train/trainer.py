@@ -14,6 +14,7 @@ from qlora_dist.adapters.attach import named_trainable_parameters
 from qlora_dist.checkpoint.snapshot import trainable_state
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
+from qlora_dist.optim.adapter_shards import AdapterShards
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.optimizer_state import PagedOptimizerState
 from qlora_dist.optim.schedule import learning_rate
@@ -33,7 +34,7 @@ from qlora_dist.train.run_progress import RunProgress
 from qlora_dist.train.run_setup import RunSetup
 from qlora_dist.train.step_profiler import DATA_LABEL, StepProfiler
 from qlora_dist.train.stop_requests import StopRequests, is_save_requested, stop_reason
-from qlora_dist.train.train_step import AdapterShards, train_step
+from qlora_dist.train.train_step import train_step
 from qlora_dist.train.unused_adapters import log_unused_adapters
 
 _COMPILE_TIMEOUT_FACTOR = 6.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from qlora_dist.optim.adapter_shards import AdapterShards
 from qlora_dist.train.console import RunConsole
-from qlora_dist.train.train_step import AdapterShards
 
 _MAX_NAMES = 8  # names in the line
 

@@ -12,9 +12,7 @@ from qlora_dist.adapters.validate_adapter import find_invalid_values
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
-from qlora_dist.model.load_weights import load_weights
-from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
-from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.loaded_model import load_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.run_setup import set_up_run
@@ -26,8 +24,7 @@ def export_untrained(config: Config, out: Path) -> str:
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     with process_group(ranks, setup.device):
-        parallelize_fsdp2(setup.model, build_meshes(setup.sizes, "cpu"), config)
-        load_weights(setup.model, setup.folder, setup.device, 0, None)
+        load_model(shard_model(setup.model, config, ranks, setup.device), setup.folder)
         try:
             export_adapter(setup.model, setup.adapter, out)
         except UserError as error:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-import qlora_dist.train.run_training as run_module
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
@@ -21,6 +20,7 @@ from qlora_dist.model.meta_model import build_meta_model, get_decoder_layers
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
+from qlora_dist.parallel import loaded_model
 from qlora_dist.runs.run_dir import RunDir, run_path
 from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
@@ -181,10 +181,10 @@ def test_a_run_goes_on_with_a_base_that_is_paged_and_then_without(config: Path) 
 def config_error(config: Config) -> str:
     """What is wrong with a run, if that is found before weights are read."""
 
-    def fill(*args: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> int:
         raise AssertionError("weights are read")
 
-    run_module.load_weights = fill  # type: ignore[assignment]
+    loaded_model.load_weights = fail
     try:
         run_training(config)
     except UserError as error:

@@ -23,9 +23,9 @@ from qlora_dist.cli.main import app, main
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
+from qlora_dist.parallel import loaded_model
 from qlora_dist.runs.run_dir import DONE_MARKER, RunDir, run_path
 from qlora_dist.runtime import lease
-from qlora_dist.train import run_training as training
 from qlora_dist.train.run_checkpointer import _check_counters
 from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
@@ -75,10 +75,10 @@ def train_and_die_on_ranks(config: Config, step: int, resume: str = "auto") -> N
 
 
 def fail_while_loading(config: Config, resume: str) -> None:
-    def fill(*args: object) -> int:
+    def fail(*args: object, **kwargs: object) -> int:
         raise UserError("the disk is gone")
 
-    training.load_weights = fill  # type: ignore[assignment]
+    loaded_model.load_weights = fail
     run_training(config, resume)
 
 

@@ -14,19 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
-from qlora_dist.model.load_weights import load_weights
-from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.optim.optimizer_state import PagedOptimizerState
-from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
-from qlora_dist.parallel.mesh import build_meshes
-from qlora_dist.parallel.paged_layers import PagedLayers
+from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.plan.model_spec import make_model_spec
 from qlora_dist.plan.step_traffic import ShardCounts, step_traffic
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
+from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
+from qlora_dist.train.train_step import train_step
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -54,7 +50,8 @@ CASES = [
 def parallel_overrides(layout: tuple[int, int, str, str]) -> list[str]:
     """Overrides for it, with two or three micro-batches to a step of twelve rows."""
     world_size, _, base, adapter = layout
-    return [f"parallel.base={base}", f"parallel.adapter={adapter}", f"train.micro_batch={6 // world_size}"]
+    overrides = [f"parallel.base={base}", f"parallel.adapter={adapter}", f"train.micro_batch={6 // world_size}"]
+    return [*overrides, "parallel.resident_bytes=0"] if base == "paged" else overrides
 
 
 class Collective(NamedTuple):
@@ -94,16 +91,9 @@ def record_two_steps(config: Config) -> tuple[list[Collective], dict[str, int], 
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     with process_group(ranks, setup.device):
-        meshes = build_meshes(setup.sizes, "cpu")
-        traffic = parallelize_fsdp2(setup.model, meshes, config)
-        pages = None
-        if config.parallel.base == "paged":
-            layers = list(setup.model.model.layers)
-            pages = PagedLayers(setup.model, layers, setup.device, 0, 0, config.paging)
-        load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, parameter_store=pages)
-        shards = AdapterShards(setup.model)
-        moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
-        optimizer = PagedAdamW(shards.local, moments, config.optim)
+        loaded = load_trainable_model(shard_model(setup.model, config, ranks, setup.device), setup.folder)
+        traffic, shards = loaded.traffic, loaded.adapter_shards
+        optimizer = make_optimizer(shards, loaded.optimizer_state, setup)
         for step in range(2):
             traffic.take()
             with CollectiveRecorder() as wire:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import attach_adapter, make_peft_config, named_trainable_parameters
 from qlora_dist.config.sections import LoraConfig, ModelConfig
+from qlora_dist.model.adapter_init import init_adapter
 from qlora_dist.model.attention import PACKED_ATTENTION, PACKED_FLEX_ATTENTION
 from qlora_dist.model.load_weights import load_weights
 from qlora_dist.model.meta_model import build_meta_model
@@ -63,7 +64,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         model = build_meta_model(folder, ModelConfig(base=str(folder.path), compute_dtype="fp32"))
         attach_adapter(model, make_peft_config(model, LoraConfig(r=4, alpha=8, dropout=0.0), str(folder.path)))
         with process_group(read_rank_info({}), torch.device("cpu")):
-            load_weights(model, folder, torch.device("cpu"), seed=0)
+            load_weights(model, folder, torch.device("cpu"))
+            init_adapter(model, seed=0)
         torch.manual_seed(1)
         for parameter_name, parameter in named_trainable_parameters(model):
             if "lora_B" in parameter_name:  # zero at first, and A would have no gradient

@@ -12,11 +12,8 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.io import read_ahead
 from qlora_dist.model import shard_reader
-from qlora_dist.model.load_weights import load_weights
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.parallel.fsdp2 import parallelize_fsdp2
-from qlora_dist.parallel.mesh import build_meshes
-from qlora_dist.parallel.paged_layers import PagedLayers
+from qlora_dist.parallel.loaded_model import load_model, shard_model
 from qlora_dist.parallel.static_bytes import check_static_bytes, model_static_bytes
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
@@ -39,9 +36,7 @@ def load(config: Config, tamper: str = "") -> dict[str, int | str]:
     for parameter in setup.model.parameters():
         whole[parameter.requires_grad] += parameter.nbytes
     with process_group(ranks, torch.device("cpu")):
-        meshes = build_meshes(setup.sizes, "cpu")
-        parallelize_fsdp2(setup.model, meshes, config)
-        bytes_read = load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
+        loaded = load_model(shard_model(setup.model, config, ranks, setup.device), setup.folder)
         layer = setup.model.model.layers[0]
         if tamper == "keeps a gathered layer":
             layer.unshard()
@@ -63,7 +58,7 @@ def load(config: Config, tamper: str = "") -> dict[str, int | str]:
             "counted": model_static_bytes(setup.model),
             "base": whole[False],
             "adapters": whole[True],
-            "read": bytes_read,
+            "read": loaded.read_bytes,
         }
 
 
@@ -96,11 +91,9 @@ def load_paged(config: Config, tamper: bool) -> tuple[int | str, int, int]:
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     with process_group(ranks, torch.device("cpu")):
-        meshes = build_meshes(setup.sizes, "cpu")
-        parallelize_fsdp2(setup.model, meshes, config)
-        layers = list(setup.model.model.layers)
-        pages = PagedLayers(setup.model, layers, setup.device, config.parallel.resident_bytes, 0, config.paging)
-        load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas, parameter_store=pages)
+        loaded = load_model(shard_model(setup.model, config, ranks, setup.device), setup.folder)
+        layers, pages = list(setup.model.model.layers), loaded.paged_layers
+        assert pages is not None
         rest = model_static_bytes(setup.model)
         if tamper:
             layers[0].unshard()
@@ -146,9 +139,7 @@ def collect_shards(config: Config) -> dict[str, tuple[int, bytes]]:
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     with process_group(ranks, torch.device("cpu")):
-        meshes = build_meshes(setup.sizes, "cpu")
-        parallelize_fsdp2(setup.model, meshes, config)
-        load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
+        load_model(shard_model(setup.model, config, ranks, setup.device), setup.folder)
         shards = {}
         for name, parameter in setup.model.named_parameters():
             if not parameter.requires_grad:
@@ -180,7 +171,7 @@ def offsets(config: Config) -> list[tuple[str, tuple[int, ...], tuple[int, ...],
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     with process_group(ranks, torch.device("cpu")):
-        parallelize_fsdp2(setup.model, build_meshes(setup.sizes, "cpu"), config)
+        shard_model(setup.model, config, ranks, setup.device)
         found = []
         for name, parameter in setup.model.named_parameters():
             local, ours = local_tensor_and_offset(parameter)

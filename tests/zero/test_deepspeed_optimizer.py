@@ -14,15 +14,12 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.config.sections import PagingConfig
 from qlora_dist.errors import UserError
-from qlora_dist.model.load_weights import load_weights
 from qlora_dist.parallel.deepspeed_optimizer import _make_swap_folder
-from qlora_dist.parallel.engine import parallelize
-from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.optimizer import make_optimizer, make_optimizer_state
+from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import AdapterShards
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -44,11 +41,8 @@ def update(config: Config, names: list[str]) -> dict[str, list[torch.Tensor]]:
         for name in names:
             optim = {"name": PAGED_ADAMW} if name == PAGED_ADAMW else {"name": "zero-adamw", "offload": name}
             setup = set_up_run(config.model_copy(update={"optim": config.optim.model_copy(update=optim)}), ranks)
-            meshes = build_meshes(setup.sizes, "cpu")
-            parallelize(setup.model, meshes, setup.config)
-            states = make_optimizer_state(setup.model, setup)
-            load_weights(setup.model, setup.folder, setup.device, 0, meshes.base_replicas)
-            shards = AdapterShards(setup.model)
+            loaded = load_trainable_model(shard_model(setup.model, setup.config, ranks, setup.device), setup.folder)
+            states, shards = loaded.optimizer_state, loaded.adapter_shards
             optimizer = make_optimizer(shards, states, setup)
             random = torch.Generator().manual_seed(ranks.rank)
             for step in range(4):

@@ -14,10 +14,8 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.data.dataloader import TrainDataLoader
 from qlora_dist.launch.job_check import estimate_static_bytes as planned_bytes
-from qlora_dist.model.load_weights import load_weights
 from qlora_dist.nf4.linear import NF4Linear
-from qlora_dist.parallel.engine import parallelize
-from qlora_dist.parallel.mesh import build_meshes
+from qlora_dist.parallel.loaded_model import load_model, shard_model
 from qlora_dist.parallel.static_bytes import check_static_bytes, model_static_bytes
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
@@ -63,11 +61,7 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
     layer = sum(p.nbytes for p in layers[0].parameters() if p.dtype == torch.uint8)
     planned = sum(planned_bytes(model, setup.sizes, config)) - 12 * whole[True] / 4 / setup.sizes.adapter_shards
     with process_group(ranks, torch.device("cpu")):
-        meshes = build_meshes(setup.sizes, "cpu")
-        traffic = parallelize(model, meshes, config)
-        bytes_read = load_weights(
-            model, setup.folder, setup.device, 0, meshes.base_replicas, config.parallel.offload == "base"
-        )
+        loaded = load_model(shard_model(model, config, ranks, setup.device), setup.folder)
         base = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         shards = {
             n: (local_tensor_and_offset(p)[1][0], local_tensor_and_offset(p)[0].view(torch.uint8).numpy().tobytes())
@@ -87,7 +81,7 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
                     model.set_requires_gradient_sync(last)
                     model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels).backward()
             if step == 0:
-                evaluate_model(model, setup.eval_batches, traffic)
+                evaluate_model(model, setup.eval_batches, loaded.traffic)
         same = all(
             shards[n][1] == local_tensor_and_offset(p)[0].view(torch.uint8).numpy().tobytes() for n, p in base.items()
         )
@@ -97,7 +91,7 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
             "held after": model_static_bytes(model),
             "base": whole[False],
             "adapters": whole[True],
-            "read": bytes_read,
+            "read": loaded.read_bytes,
             "layer": layer,
             "live": live.peaks,
             "looks": live.looks,

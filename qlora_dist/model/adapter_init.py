@@ -1,0 +1,53 @@
+"""The values that adapters have before training."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from qlora_dist.adapters.attach import init_lora_weight, is_lora_parameter
+from qlora_dist.adapters.lora import NF4LoraLinear, dora_weight_norm
+from qlora_dist.model.meta_model import LossModel, get_decoder_layers
+from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.shard_view import full_shape, local_slice, local_tensor
+
+
+@torch.no_grad()
+def init_adapter(model: LossModel, seed: int) -> None:
+    """Set this rank's shards of the adapters to their values before training. All ranks call this.
+
+    The values do not depend on the number of ranks.
+
+    Args:
+        model: sharded, with the weights of its base.
+        seed: seed of LoRA's A matrices.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lora_parameter(name):
+            values = init_lora_weight(name, full_shape(parameter), seed)
+            if values is not None:
+                local_tensor(parameter).copy_(local_slice(parameter, values))
+    if any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
+        _init_dora_magnitudes(model)
+
+
+def _init_dora_magnitudes(model: LossModel) -> None:
+    """Set DoRA's magnitudes to the row norms of W. One layer at a time is gathered."""
+    for layer in get_decoder_layers(model):
+        norms = {}
+        if isinstance(layer, FSDPModule):
+            layer.unshard()
+        for name, module in layer.named_modules():
+            if isinstance(module, NF4LoraLinear):
+                assert isinstance(module.base_layer, NF4Linear)
+                for adapter in module.lora_magnitude_vector:
+                    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+                    weight = module.base_layer.dequantize(a.dtype)
+                    norms[f"{name}.lora_magnitude_vector.{adapter}.weight"] = dora_weight_norm(
+                        weight, a, b, module.scaling[adapter]
+                    )
+        if isinstance(layer, FSDPModule):
+            layer.reshard()
+        for name, norm in norms.items():
+            parameter = layer.get_parameter(name)
+            local_tensor(parameter).copy_(local_slice(parameter, norm))
