@@ -92,7 +92,7 @@ def measure(ways: list[OptimizerVariant], repeats: int, compute_s: float = 0.0) 
     for _ in range(repeats):
         for way in ways:
             if way.optimizer is not None:
-                way.optimizer.moments.pager.take_counts()
+                way.optimizer.optimizer_state.pager.take_counts()
             started = time.perf_counter()
             if compute_s:
                 spin_cpu(compute_s)
@@ -100,7 +100,7 @@ def measure(ways: list[OptimizerVariant], repeats: int, compute_s: float = 0.0) 
             way.seconds.append(time.perf_counter() - started)
             way.ratios.append(way.seconds[-1] / ways[0].seconds[-1])
             if way.optimizer is not None:
-                counts = way.optimizer.moments.pager.take_counts()
+                counts = way.optimizer.optimizer_state.pager.take_counts()
                 way.stalls.append(counts.stall_s)
                 way.moved = counts.bytes_in + counts.bytes_out
 

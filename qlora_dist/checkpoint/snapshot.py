@@ -86,7 +86,7 @@ def snapshot(state: TrainableState) -> dict[str, torch.Tensor]:
     if state.device.type == "cuda":
         tensors[RNG_STATE_CUDA] = torch.cuda.get_rng_state(state.device)
     if state.is_writer:
-        for (name, parameter), moments in zip(state.local.items(), state.optimizer.moments.read(), strict=True):
+        for (name, parameter), moments in zip(state.local.items(), state.optimizer.optimizer_state.read(), strict=True):
             if parameter.numel():
                 tensors[f"parameter/{name}"] = parameter.detach().to("cpu", copy=True)
                 tensors |= {f"{kind}/{name}": values for kind, values in moments.items()}
@@ -102,7 +102,7 @@ def restore(state: TrainableState, manifest: Manifest, folder: Path) -> None:
     """
     state.optimizer.steps = manifest.state["optimizer_steps"]
     with torch.no_grad(), SafetensorsReader() as reader:
-        state.optimizer.moments.write(_saved_shards(state, manifest, folder, reader))
+        state.optimizer.optimizer_state.write(_saved_shards(state, manifest, folder, reader))
         _restore_random(state, manifest, folder, reader)
 
 
@@ -110,7 +110,7 @@ def _saved_shards(
     state: TrainableState, manifest: Manifest, folder: Path, reader: SafetensorsReader
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Put back one parameter after the other, and give the moments of each."""
-    bits, saved_bits = state.optimizer.moments.bits, manifest.optimizer_bits
+    bits, saved_bits = state.optimizer.optimizer_state.bits, manifest.optimizer_bits
     headers: dict[int, dict[str, TensorEntry]] = {}
 
     def saved(shard: int, name: str, kinds: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""AdamW over a rank's shards, its moments in pages."""
+"""AdamW over a rank's shards, with its states in pages."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from qlora_dist.optim.state_pages import PageSlice
 class PagedAdamW:
     """Loshchilov and Hutter's AdamW (2019, algorithm 2), page by page.
 
-    The update is element-wise, so that a shard needs nothing of its parameter's rest, and its moments are as sharded as
-    it is. Shards and gradients are used where they lie. Where the moments lie changes no number.
+    The update is element-wise, so a shard and its state need nothing of the parameter's other shards. Shards and
+    gradients are updated in place. The place of the states changes no number.
 
     Args:
-        shards: fp32, contiguous, plain tensors.
-        moments: of these shards.
+        shards: plain tensors, fp32 and contiguous.
+        optimizer_state: states of these shards.
         config: the section `optim`.
-        lr_factors: of each shard's learning rate (LoRA+); none: 1.
-        left_bytes: with `optim.resident_bytes: auto`, bytes that the device has for moments, if it holds so many now.
+        lr_factors: factor of each shard's learning rate (LoRA+); None: 1.
+        available_bytes: function that returns the bytes that the device has for states, given the bytes that they take
+            now; called if `optim.resident_bytes` is `auto`.
     """
 
     def __init__(
@@ -36,86 +37,93 @@ class PagedAdamW:
         lr_factors: Sequence[float] | None = None,
         available_bytes: Callable[[int], int] | None = None,
     ) -> None:
-        self.shards, self.moments, self.config = list(shards), optimizer_state, config
+        self.shards, self.optimizer_state, self.config = list(shards), optimizer_state, config
         self.lr = config.lr
         self.steps = 0
-        """Updates so far, which correct the moments' bias."""
+        """Updates so far; AdamW's bias correction needs them."""
         self._factors = list(lr_factors) if lr_factors is not None else [1.0] * len(self.shards)
-        self._left_bytes = available_bytes
-        self._kept: dict[tuple[int, int], list[_UpdateGroup]] = {}  # by page, and where it lies
+        self._available_bytes = available_bytes
+        self._groups_by_page: dict[tuple[int, int], list[_UpdateGroup]] = {}  # by page and its memory
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all shards by their gradients; the learning rate is `lr` times each one's factor."""
-        if self.moments.is_automatic and self._left_bytes is not None:
-            left_bytes = self._left_bytes(self.moments.resident_bytes)
-            if self.moments.needs_resize(left_bytes):
-                self._kept.clear()  # before: they hold the memory that the pages are to leave
-                self.moments.fit(left_bytes)
+        """Update all shards by their gradients. The learning rate of each is `lr` times its factor."""
+        if self.optimizer_state.is_automatic and self._available_bytes is not None:
+            available_bytes = self._available_bytes(self.optimizer_state.resident_bytes)
+            if self.optimizer_state.needs_resize(available_bytes):
+                self._groups_by_page.clear()  # the views would keep the pages' present memory alive
+                self.optimizer_state.fit(available_bytes)
         self.steps += 1
-        for number in range(len(self.moments.pages)):
-            memory = self.moments.use(number)
-            for part in self._parts(number, memory):
-                self._update(part)
-            self.moments.done(number)
+        for number in range(len(self.optimizer_state.pages)):
+            memory = self.optimizer_state.acquire(number)
+            for group in self._groups(number, memory):
+                self._update(group)
+            self.optimizer_state.release(number)
 
-    def _parts(self, number: int, memory: torch.Tensor) -> list[_UpdateGroup]:
-        """What is updated with a page, by learning rate. Kept: making slices takes as long as small updates."""
+    def _groups(self, number: int, memory: torch.Tensor) -> list[_UpdateGroup]:
+        """Return a page's slices by learning rate. They are cached: slicing takes as long as a small update."""
         key = number, memory.untyped_storage()._cdata
-        if key not in self._kept:
-            pieces = self.moments.pages[number].pieces
-            factors = sorted({self._factors[piece.shard] for piece in pieces})
-            self._kept[key] = [
-                self._part(number, memory, [piece for piece in pieces if self._factors[piece.shard] == factor], factor)
+        if key not in self._groups_by_page:
+            slices = self.optimizer_state.pages[number].slices
+            factors = sorted({self._factors[piece.shard] for piece in slices})
+            self._groups_by_page[key] = [
+                self._group(number, memory, [piece for piece in slices if self._factors[piece.shard] == factor], factor)
                 for factor in factors
             ]
-        return self._kept[key]
+        return self._groups_by_page[key]
 
-    def _part(self, number: int, memory: torch.Tensor, pieces: Sequence[PageSlice], factor: float) -> _UpdateGroup:
-        shards = [self.shards[piece.shard] for piece in pieces]
-        whole = [piece.length == shard.numel() for piece, shard in zip(pieces, shards, strict=True)]
+    def _group(self, number: int, memory: torch.Tensor, slices: Sequence[PageSlice], factor: float) -> _UpdateGroup:
+        shards = [self.shards[piece.shard] for piece in slices]
+        whole = [piece.length == shard.numel() for piece, shard in zip(slices, shards, strict=True)]
         parameters = [
             shard.detach() if is_whole else _slice(shard.detach(), piece)
-            for shard, piece, is_whole in zip(shards, pieces, whole, strict=True)
+            for shard, piece, is_whole in zip(shards, slices, whole, strict=True)
         ]
         views = [
-            self.moments.views(memory, number, piece, parameter.shape)
-            for piece, parameter in zip(pieces, parameters, strict=True)
+            self.optimizer_state.views(memory, number, piece, parameter.shape)
+            for piece, parameter in zip(slices, parameters, strict=True)
         ]
-        codes = [view[name] for name in STATE_NAMES for view in views]
-        return _UpdateGroup(factor, pieces, whole, parameters, views, codes[: len(views)], codes[len(views) :])
+        return _UpdateGroup(
+            lr_factor=factor,
+            slices=slices,
+            is_whole=whole,
+            parameters=parameters,
+            views=views,
+            exp_avgs=[view["exp_avg"] for view in views],
+            exp_avg_sqs=[view["exp_avg_sq"] for view in views],
+        )
 
-    def _update(self, part: _UpdateGroup) -> None:
-        lr = self.lr * part.lr_factor
+    def _update(self, group: _UpdateGroup) -> None:
+        lr = self.lr * group.lr_factor
         gradients = []
-        for piece, is_whole in zip(part.pieces, part.is_whole, strict=True):
+        for piece, is_whole in zip(group.slices, group.is_whole, strict=True):
             gradient = self.shards[piece.shard].grad
             assert gradient is not None, "every shard that is not empty has a gradient"
             gradients.append(gradient if is_whole else _slice(gradient, piece))
-        if self.moments.bits == 32 and not self.moments.is_unified:
-            fused_adamw(part.parameters, gradients, part.first, part.second, self.config, lr, self.steps)
+        if self.optimizer_state.bits == 32 and not self.optimizer_state.is_unified:
+            fused_adamw(group.parameters, gradients, group.exp_avgs, group.exp_avg_sqs, self.config, lr, self.steps)
             return
-        for parameter, gradient, view in zip(part.parameters, gradients, part.views, strict=True):
-            if self.moments.bits == 32:
+        for parameter, gradient, view in zip(group.parameters, gradients, group.views, strict=True):
+            if self.optimizer_state.bits == 32:
                 bnb_adamw_32bit(parameter, gradient, view["exp_avg"], view["exp_avg_sq"], self.config, lr, self.steps)
             else:
                 codes = [(view[name], view[f"{name}.absmax"]) for name in STATE_NAMES]
                 bnb_adamw_8bit(parameter, gradient, codes[0], codes[1], self.config, lr, self.steps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _UpdateGroup:
-    """The pieces of a page that have one learning rate, and what lies where."""
+    """The slices of a page that have one learning rate."""
 
     lr_factor: float
-    pieces: Sequence[PageSlice]
+    slices: Sequence[PageSlice]
     is_whole: Sequence[bool]
-    """Of each piece: whether it is a shard, in its shape, or a flat part of one."""
+    """Whether each slice is a whole shard, with the shard's shape; else it is flat."""
     parameters: list[torch.Tensor]
     views: list[dict[str, torch.Tensor]]
-    """Moments."""
-    first: list[torch.Tensor]
-    second: list[torch.Tensor]
+    """States of each slice, by name."""
+    exp_avgs: list[torch.Tensor]
+    exp_avg_sqs: list[torch.Tensor]
 
 
 def _slice(tensor: torch.Tensor, piece: PageSlice) -> torch.Tensor:

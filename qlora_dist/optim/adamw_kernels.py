@@ -1,4 +1,4 @@
-"""The update itself, on the parts of a page."""
+"""The kernels that update the slices of a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlora_dist.optim.state_pages import STATE_BLOCK_SIZE
 
 @cache
 def state_code_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the first moment, which has a sign, and the second: fp32[256] each (Dettmers et al. 2022, section 1.3)."""
+    """Return the codes of `exp_avg`, which is signed, and of `exp_avg_sq`: fp32[256] each (Dettmers et al. 2022)."""
     signed, unsigned = (bnb.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
     return signed, unsigned
 
@@ -27,16 +27,16 @@ def fused_adamw(
     lr: float,
     step: int,
 ) -> None:
-    """Fused AdamW of torch, in place, on fp32[n] each.
+    """Update fp32[n] tensors in place with torch's fused AdamW.
 
     Args:
         parameters: parts of shards.
-        gradients: theirs.
-        exp_avgs: exp_avg.
-        exp_avg_sqs: exp_avg_sq.
+        gradients: gradients of these parts.
+        exp_avgs: first moments.
+        exp_avg_sqs: second moments.
         config: betas, eps and weight decay.
         lr: learning rate.
-        step: how many updates there are with this one.
+        step: number of updates, this one included.
     """
     if not parameters:
         return
@@ -67,7 +67,7 @@ def bnb_adamw_32bit(
     lr: float,
     step: int,
 ) -> None:
-    """The 32-bit AdamW of bitsandbytes, in place, on fp32[n] each: the moments may be CUDA's managed memory."""
+    """Update fp32[n] tensors in place with bitsandbytes' AdamW, which takes states in CUDA's managed memory."""
     bnb.optimizer_update_32bit(
         "adam",
         gradient,
@@ -92,9 +92,9 @@ def bnb_adamw_8bit(
     lr: float,
     step: int,
 ) -> None:
-    """The blockwise AdamW of bitsandbytes, in place.
+    """Update a tensor in place with bitsandbytes' blockwise AdamW.
 
-    Parameter and gradient are fp32[n], a moment codes uint8[n] and absmax fp32[ceil(n / BLOCK)].
+    Parameter and gradient are fp32[n]. A state is codes uint8[n] and absmax fp32[ceil(n / STATE_BLOCK_SIZE)].
     """
     signed, unsigned = state_code_tables(parameter.device)
     bnb.optimizer_update_8bit_blockwise(
@@ -118,15 +118,15 @@ def bnb_adamw_8bit(
     )
 
 
-def quantize_state(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """values: fp32[n] -> codes uint8[n], absmax fp32[ceil(n / BLOCK)], as the update quantizes them."""
+def quantize_state(values: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize fp32[n] as the update does: codes uint8[n], absmax fp32[ceil(n / STATE_BLOCK_SIZE)]."""
     table = state_code_tables(values.device)[0 if signed else 1]
     codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, table, STATE_BLOCK_SIZE)
     return codes, absmax
 
 
-def dequantize_state(codes: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tensor:
-    """The other way: fp32[n]."""
+def dequantize_state(codes: torch.Tensor, absmax: torch.Tensor, *, signed: bool) -> torch.Tensor:
+    """Return the fp32[n] values of what `quantize_state` returned."""
     table = state_code_tables(codes.device)[0 if signed else 1]
     values: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
         codes, absmax, table, STATE_BLOCK_SIZE, torch.float32

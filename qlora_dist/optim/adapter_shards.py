@@ -24,7 +24,7 @@ class AdapterShards:
         self.is_lora_b = [is_lora_b_parameter(name) for name in self._names]
 
     def collect_grads(self) -> list[torch.Tensor]:
-        """Move the engine's gradients to the local shards, and return those of the shards that are not empty.
+        """Move the engine's gradients to the local shards, and return the gradients of the shards that are not empty.
 
         The gradient of an adapter that takes no part in the loss is zero, so its B stays zero.
         """

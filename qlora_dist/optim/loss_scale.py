@@ -7,9 +7,9 @@ _GROWTH_INTERVAL = 2000  # steps, as in torch.amp.GradScaler
 
 
 class LossScale:
-    """Multiplies the loss so that small gradients are no fp16 zeros; 1 for every other compute type.
+    """A factor of the loss that keeps small gradients from becoming zero in fp16; 1 for other compute dtypes.
 
-    Halves after a step whose gradient was not finite, doubles after 2000 finite ones in a row.
+    It is halved after a step whose gradient was not finite, and doubled after 2000 finite steps in a row.
     """
 
     def __init__(self, compute_dtype: str) -> None:
@@ -18,7 +18,7 @@ class LossScale:
         self._finite_steps = 0
 
     def update(self, finite: bool) -> None:
-        """Account for a step."""
+        """Adjust the factor after a step."""
         if not self._dynamic:
             return
         if not finite:
@@ -29,10 +29,10 @@ class LossScale:
             self.value, self._finite_steps = self.value * 2, 0
 
     def state(self) -> tuple[float, int]:
-        """For a checkpoint."""
+        """Return what a checkpoint saves."""
         return self.value, self._finite_steps
 
     def load(self, state: tuple[float, int]) -> None:
-        """Go on from there."""
+        """Restore what `state` returned."""
         if self._dynamic:
             self.value, self._finite_steps = state

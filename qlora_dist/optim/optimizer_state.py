@@ -1,4 +1,4 @@
-"""Both moments of AdamW for the shards of a rank: one run of blocks, cut into pages."""
+"""The states of AdamW (`exp_avg`, `exp_avg_sq`) for the shards of a rank, split into pages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from qlora_dist.paging.pager import Pager
 from qlora_dist.paging.unified_memory import UnifiedPager
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq")
-"""First and second, of a shard's elements each: fp32[n]; in 8 bit uint8[n], and beside them NAME.absmax,
-fp32[ceil(n / BLOCK)]."""
+"""First and second moment of a shard with n elements: fp32[n].
+
+In 8 bit they are uint8[n], and NAME.absmax is fp32[ceil(n / STATE_BLOCK_SIZE)] beside each."""
 
 
 def state_tensor_names(bits: int) -> tuple[str, ...]:
-    """Of the tensors that make up a shard's moments."""
+    """Return the names of the tensors that make up a shard's state."""
     return STATE_NAMES if bits == 32 else (*STATE_NAMES, *(f"{name}.absmax" for name in STATE_NAMES))
 
 
@@ -30,110 +31,110 @@ _STORE_HINT = "set paging.dir to another folder, or raise optim.resident_bytes"
 
 
 class PagedOptimizerState:
-    """The moments, wherever they lie.
+    """The states of a rank's shards, on the device or paged.
 
     Args:
         sizes: elements of each of the rank's shards.
         config: name of the optimizer, and bytes that stay on the device.
-        paging: where the others go.
-        device: of the shards.
+        paging: place of the pages that do not stay on the device.
+        device: device of the shards.
 
     Raises:
-        UserError: there is no room behind the device, or no such place.
+        UserError: the store has no room, or does not exist.
     """
 
     def __init__(self, sizes: Sequence[int], config: OptimConfig, paging: PagingConfig, device: torch.device) -> None:
         self.bits = 8 if config.name.endswith("8bit") else 32
         self.pages = page_layout(sizes, self.bits, paging.page_bytes)
-        self._shards = len(sizes)
+        self._num_shards = len(sizes)
         self.is_automatic = config.name.startswith("paged") and config.resident_bytes == "auto"
         self._is_resized = False
         self.pager = _open_pager([page.nbytes for page in self.pages], config, paging, device)
 
     @property
     def is_unified(self) -> bool:
-        """Whether the driver moves the pages, of CUDA's managed memory."""
+        """Whether the pages lie in CUDA's managed memory, which the driver moves."""
         return isinstance(self.pager, UnifiedPager)
 
     @property
     def resident_bytes(self) -> int:
-        """On the device now."""
+        """Bytes on the device now."""
         return self.pager.held_bytes
 
     @property
     def paged_bytes(self) -> int:
-        """Of the pages that come and go."""
-        return sum(self.pager.sizes[page] for page in self.pager.moving)
+        """Bytes of the pages that do not stay on the device."""
+        return sum(self.pager.sizes[page] for page in self.pager.paged)
 
     def needs_resize(self, available_bytes: int) -> bool:
-        """Whether to `fit`: the first time it is known what the device has left, and when that is less than is held."""
+        """Return whether to call `fit`: the first time, and when the device has less room than the states take."""
         return not self._is_resized or available_bytes < self.pager.held_bytes
 
     def fit(self, available_bytes: int) -> None:
-        """Keep to what the device has left. The pages lie elsewhere afterwards."""
+        """Hold at most `available_bytes` on the device from now on. The pages move in memory."""
         self._is_resized = True
         self.pager.resize(available_bytes if available_bytes >= 2 * max(self.pager.sizes, default=0) else 0)
 
-    def use(self, number: int) -> torch.Tensor:
-        """Page `number` on the device: uint8[nbytes], to be changed until `done`; those behind it are fetched."""
-        moving = self.pager.moving
-        after, count = bisect_right(moving, number), min(self.pager.ahead, len(moving))
-        return self.pager.use(number, prefetch_next=[moving[(after + i) % len(moving)] for i in range(count)])
+    def acquire(self, number: int) -> torch.Tensor:
+        """Return page `number` on the device, uint8[nbytes], for changes until `release`. Prefetches the next pages."""
+        paged = self.pager.paged
+        after, count = bisect_right(paged, number), min(self.pager.ahead, len(paged))
+        return self.pager.acquire(number, prefetch_next=[paged[(after + i) % len(paged)] for i in range(count)])
 
-    def done(self, number: int) -> None:
-        """Say that page `number` has been changed, and is not in use any more."""
-        self.pager.done(number, dirty=True)
+    def release(self, number: int) -> None:
+        """End the use of page `number`, which has been changed."""
+        self.pager.release(number, dirty=True)
 
     def read(self) -> list[dict[str, torch.Tensor]]:
-        """Copies on the CPU of each shard's moments, flat, by `state_tensor_names`; nothing for an empty one."""
-        parts: list[dict[str, list[torch.Tensor]]] = [{} for _ in range(self._shards)]
+        """Return copies of each shard's state on the CPU, flat, by `state_tensor_names`; an empty shard has none."""
+        parts: list[dict[str, list[torch.Tensor]]] = [{} for _ in range(self._num_shards)]
         for number, page in enumerate(self.pages):
             memory = self.pager.read(number)
-            for piece in page.pieces:
+            for piece in page.slices:
                 for name, view in _views(memory, page, piece, self.bits).items():
                     parts[piece.shard].setdefault(name, []).append(view)
         return [{name: torch.cat(views) for name, views in shard.items()} for shard in parts]
 
     def write(self, shards: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Replace all moments by what `read` gave, here or elsewhere. Takes one shard at a time, in their order."""
+        """Replace all states by what `read` returned. Takes one shard at a time, in their order."""
         values = enumerate(shards)
-        shard, moments = -1, dict[str, torch.Tensor]()  # type: int, Mapping[str, torch.Tensor]
+        shard, state = -1, dict[str, torch.Tensor]()  # type: int, Mapping[str, torch.Tensor]
         for number, page in enumerate(self.pages):
             memory = torch.zeros(page.nbytes, dtype=torch.uint8)
-            for piece in page.pieces:
+            for piece in page.slices:
                 while shard < piece.shard:
-                    shard, moments = next(values)
+                    shard, state = next(values)
                 for name, view in _views(memory, page, piece, self.bits).items():
                     start = piece.start // (STATE_BLOCK_SIZE if name.endswith(".absmax") else 1)
-                    view.copy_(moments[name].view(-1)[start : start + view.numel()])
+                    view.copy_(state[name].view(-1)[start : start + view.numel()])
             self.pager.write(number, memory)
 
     def views(self, memory: torch.Tensor, number: int, piece: PageSlice, shape: torch.Size) -> dict[str, torch.Tensor]:
-        """Return the moments of a piece in page `number`, as the update kernels take them.
+        """Return the state of a slice in page `number`, as the update kernels take it.
 
         Args:
-            memory: uint8[nbytes], where the page lies.
-            number: of the page.
+            memory: uint8[nbytes], the page's memory.
+            number: the page's number.
             piece: part of a shard.
-            shape: of the part of the parameter, which `STATE_NAMES` take on.
+            shape: shape of this part of the parameter, and of the views `STATE_NAMES`.
         """
         views = _views(memory, self.pages[number], piece, self.bits)
         views |= {name: views[name].view(shape) for name in STATE_NAMES}
         if self.is_unified:
             for view in views.values():
-                # bitsandbytes' mark is an attribute, which every further view would lose; without it the kernels
-                # refuse managed memory, a tensor on the CPU, beside a gradient on the GPU
+                # Managed memory is a tensor on the CPU. Without bitsandbytes' mark its kernels refuse it beside a
+                # gradient on the GPU. The mark is an attribute, which every further view would lose.
                 view.is_paged = True  # type: ignore[attr-defined]
         return views
 
     def close(self) -> None:
-        """Give all room back."""
+        """Free all pages."""
         self.pager.close()
 
 
 def _views(memory: torch.Tensor, page: StatePage, piece: PageSlice, bits: int) -> dict[str, torch.Tensor]:
-    """A page holds all first moments, then all second; in 8 bit both codes, then both absmax."""
-    n, begin, end = page.elements, piece.at, piece.at + piece.length
+    # a page holds all `exp_avg`, then all `exp_avg_sq`; in 8 bit the codes of both, then the absmax of both
+    n, begin, end = page.elements, piece.page_start, piece.page_start + piece.length
     if bits == 32:
         return {name: memory.view(torch.float32)[k * n + begin : k * n + end] for k, name in enumerate(STATE_NAMES)}
     blocks = slice(begin // STATE_BLOCK_SIZE, -(-end // STATE_BLOCK_SIZE))

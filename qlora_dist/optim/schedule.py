@@ -8,17 +8,15 @@ from qlora_dist.config.sections import OptimConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The learning rate of a step.
+    """Return the learning rate of a step.
+
+    It rises linearly during the warm-up, whose last step has `config.lr`. Then it is constant, or falls linearly or as
+    half a cosine. The step after the last would have zero. A warm-up longer than the run is cut to the run's steps.
 
     Args:
-        step: counted from 0.
-        steps: of the whole run.
+        step: index of the step, counted from 0.
+        steps: number of steps of the run.
         config: the section `optim`.
-
-    Returns:
-        Rising linearly over the warm-up, whose last step has `config.lr`; then constant, or falling linearly or as
-        half a cosine towards zero, which the step after the last would have. A warm-up that is longer than the run
-        is cut to the run's steps.
     """
     warmup_steps = min(config.warmup_steps, steps)
     if step < warmup_steps:

@@ -1,4 +1,4 @@
-"""How the moments of a rank's shards lie in pages."""
+"""The pages that hold a rank's optimizer states."""
 
 from __future__ import annotations
 
@@ -6,66 +6,68 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STATE_BLOCK_SIZE = 256
-"""Elements that share one absmax in 8-bit moments (bitsandbytes, `Optimizer2State`). In 32 bit, too, a page begins at a
-multiple of it within a shard: vectorized kernels treat the last few elements of what they get in another way, and the
-numbers would depend on the pages."""
+"""Elements that share one absmax in 8-bit states (bitsandbytes, `Optimizer2State`).
+
+In 32 bit, too, a page begins at a multiple of it within a shard. Vectorized kernels treat the last few elements of a
+tensor differently, so the numbers would depend on the pages otherwise."""
 
 
 @dataclass(frozen=True)
 class PageSlice:
-    """The part of a shard whose moments lie in one page."""
+    """A part of a shard whose optimizer states lie in one page."""
 
     shard: int
+    """Index of the shard."""
     start: int
-    """First element, within the shard."""
+    """First element within the shard."""
     length: int
-    """Elements."""
-    at: int
-    """First element, within the page."""
+    """Number of elements."""
+    page_start: int
+    """First element within the page."""
 
 
 @dataclass(frozen=True)
 class StatePage:
-    """Moments of some elements, those of whole blocks."""
+    """A page: the optimizer states of whole blocks."""
 
     elements: int
-    """A multiple of BLOCK."""
+    """Number of elements, a multiple of `STATE_BLOCK_SIZE`."""
     nbytes: int
-    pieces: tuple[PageSlice, ...]
+    slices: tuple[PageSlice, ...]
 
 
 def state_block_bytes(bits: int) -> int:
-    """Both moments of a block: fp32, or a byte each and their two absmax."""
+    """Return the bytes of a block's `exp_avg` and `exp_avg_sq`: two fp32, or two bytes and a share of two absmax."""
     return 2 * 4 * STATE_BLOCK_SIZE if bits == 32 else 2 * (STATE_BLOCK_SIZE + 4)
 
 
 def page_layout(sizes: Sequence[int], bits: int, page_bytes: int) -> list[StatePage]:
-    """Cut the moments of shards into pages.
+    """Split the optimizer states of shards into pages.
 
-    All lie one behind the other as if they were one tensor, each shard from a new block on. All pages but the last
-    hold equally many blocks, as many as `page_bytes` has room for.
+    The states of all shards follow each other as in one tensor, and each shard begins with a new block. All pages but
+    the last hold the same number of blocks, as many as `page_bytes` has room for.
 
     Args:
         sizes: elements of each shard.
         bits: 32 or 8.
-        page_bytes: at least a block.
+        page_bytes: bytes of a page; at least a block.
     """
     room = page_bytes // state_block_bytes(bits) * STATE_BLOCK_SIZE
-    assert room, "a page holds a block at least"
+    assert room, "a page holds at least one block"
     pages: list[list[PageSlice]] = []
-    at = room
+    page_start = room
     for shard, size in enumerate(sizes):
         start = 0
         while start < size:
-            if at == room:
+            if page_start == room:
                 pages.append([])
-                at = 0
-            length = min(size - start, room - at)
-            pages[-1].append(PageSlice(shard, start, length, at))
+                page_start = 0
+            length = min(size - start, room - page_start)
+            pages[-1].append(PageSlice(shard, start, length, page_start))
             start += length
-            at += -(-length // STATE_BLOCK_SIZE) * STATE_BLOCK_SIZE
-    elements = [room] * (len(pages) - 1) + [at] * bool(pages)
+            page_start += -(-length // STATE_BLOCK_SIZE) * STATE_BLOCK_SIZE
+    elements = [room] * (len(pages) - 1) + [page_start] * bool(pages)
     return [
-        StatePage(count, count // STATE_BLOCK_SIZE * state_block_bytes(bits), tuple(pieces))
-        for count, pieces in zip(elements, pages, strict=True)
+        StatePage(count, count // STATE_BLOCK_SIZE * state_block_bytes(bits), tuple(slices))
+        for count, slices in zip(elements, pages, strict=True)
     ]

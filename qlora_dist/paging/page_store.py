@@ -1,4 +1,4 @@
-"""Where pages lie that are not on the device."""
+"""Stores of the pages that are not on the device."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ from qlora_dist.errors import UserError
 
 
 class PageStore(Protocol):
-    """Bytes behind a device. They are zeros until they are written."""
+    """Bytes outside the device. They are zero until they are written."""
 
     def read(self, start: int, out: torch.Tensor) -> None:
-        """Fill out: uint8[n], on any device, with the bytes from `start` on."""
+        """Fill `out`, uint8[n] on any device, with the bytes from `start` on."""
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        """Keep values: uint8[n], on any device, from `start` on."""
+        """Store `values`, uint8[n] on any device, from `start` on."""
 
     def close(self) -> None:
-        """Give the room back."""
+        """Free the bytes."""
 
 
 def page_store_factory(
     paging: PagingConfig, device: torch.device, content: str, hint: str
 ) -> Callable[[int], PageStore]:
-    """Makes the store that the section `paging` asks for, of so many bytes; for the rest see `FileStore`."""
+    """Return a function that makes the store of the section `paging`, given its bytes.
+
+    Args:
+        paging: the section `paging`.
+        device: device that reads and writes.
+        content: name of the store's content, for error messages.
+        hint: remedy for the user, for error messages.
+    """
     on_host = paging.to == "host" or (paging.to == "auto" and device.type != "cpu")
 
     def make_store(nbytes: int) -> PageStore:
@@ -42,11 +49,11 @@ def page_store_factory(
 
 
 class HostStore:
-    """Host memory, pinned where the device is a GPU's (that part was not run).
+    """A store in host memory, which is pinned if the device is a GPU (not run on a GPU).
 
     Args:
-        nbytes: how much.
-        device: that reads and writes.
+        nbytes: size of the store.
+        device: device that reads and writes.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -66,26 +73,28 @@ class HostStore:
 
 
 class FileStore:
-    """A file on local storage, all of its room reserved beforehand, that is gone when its process is.
+    """A store in a file on local storage. Its space is reserved at once, and it disappears with the process.
 
-    It is read and written, not mapped: mapped pages would count as this process's memory, and a disk that fails would
-    end it by a signal instead of an error. A GPU's pages go through host memory of a page's size (not run).
+    The file is read and written, not mapped. Mapped pages would count as this process's memory, and a failing disk
+    would kill the process with a signal instead of an error. A GPU's pages pass through host memory of a page's size
+    (not run on a GPU).
 
     Args:
-        nbytes: how much.
-        folder: where.
-        device: that reads and writes.
-        what: what it is for, and `remedy`: what else the user can do, for the sentence that tells of no room.
+        nbytes: size of the store.
+        folder: folder of the file.
+        device: device that reads and writes.
+        content: name of the store's content, for error messages.
+        hint: remedy for the user, for error messages.
 
     Raises:
-        UserError: the folder is none, or has no room.
+        UserError: the folder cannot be made or written, or has too little space.
     """
 
     def __init__(self, nbytes: int, folder: Path, device: torch.device, content: str, hint: str) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file, path = tempfile.mkstemp(prefix="qlora-dist-", suffix=".pages", dir=folder)
-            os.unlink(path)  # noqa: PTH108 (nobody else opens it, and nothing is left of it however this process ends)
+            os.unlink(path)  # noqa: PTH108 (nothing is left of the file however this process ends)
         except OSError as error:
             raise UserError(
                 f"{folder}: cannot make a file for {content} there ({error.strerror}); {hint}", local_only=True

@@ -1,4 +1,4 @@
-"""Pages of which a byte budget stays on the device, the others coming and going."""
+"""Pages of which some stay on the device within a byte budget, and the others are fetched when they are used."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -17,46 +18,47 @@ from qlora_dist.runtime.threads import background_executor
 
 @dataclass
 class PagingStats:
-    """What a pager has done since they were last taken."""
+    """Counts of a pager's work since they were last taken."""
 
     hits: int = 0
-    """Uses of a page that was on the device since it was last used."""
+    """Uses of a page that had stayed on the device since its last use."""
     bytes_in: int = 0
-    """Fetched from the store, ahead or not."""
+    """Bytes fetched from the store, prefetched or not."""
     bytes_out: int = 0
-    """Written to the store."""
+    """Bytes written to the store."""
     stall_s: float = 0.0
-    """Seconds in which the caller waited for a page."""
+    """Seconds that the caller waited for pages."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Slot:
-    """Room on the device for one page after the other."""
+    """Memory on the device that holds one page at a time."""
 
     memory: torch.Tensor
     page: int | None = None
     dirty: bool = False
     in_use: bool = False
     prefetched: bool = False
-    """And not used yet."""
+    """Whether the page was fetched and has not been used since."""
     transfer: Future[None] | None = None
-    used: torch.Event | None = None
-    """When another stream than the caller's has done with it."""
+    used_event: torch.Event | None = None
+    """Event after the last use, if that was on another stream than the caller's."""
 
 
 class Pager:
-    """Pages that are used in an order that the caller knows.
+    """Pages on a device, for a caller that can say which pages it uses next.
 
-    As many pages as the budget has room for stay on the device for good, every so-and-so-many-th one, so that there is
-    time to move the others. These go through a few slots: while one is used, a thread writes back the one before it, if
-    it was changed, and fetches those that come next, on a stream of its own.
+    As many pages as the budget allows are resident: they stay on the device. They are spread evenly over the order, so
+    that there is time to move the others. The others, the paged ones, share a few slots. While one is used, a thread
+    with its own stream writes the previous one back, if it was changed, and fetches the next ones.
 
     Args:
         sizes: bytes of each page.
-        device: that uses them.
-        budget: bytes on the device at any moment; at least two pages, or 0 for just that. Room for all: all stay.
-        make_store: makes a store of so many bytes; called only if not all pages stay.
-        ahead: pages to be fetched ahead at most; 0: none is.
+        device: device that uses the pages.
+        budget: most bytes on the device at any time; at least two pages, or 0 for exactly two. If all pages fit, all
+            are resident.
+        make_store: returns a store of the given bytes; called only if not all pages are resident.
+        ahead: most pages to prefetch; 0: none.
 
     Raises:
         ValueError: the budget is less than two pages.
@@ -73,9 +75,9 @@ class Pager:
         self.sizes, self.device, self.ahead = list(sizes), device, ahead
         self.counts = PagingStats()
         self.held_bytes = 0
-        """On the device now."""
-        self.moving: list[int] = []
-        """The pages that do not stay."""
+        """Bytes on the device now."""
+        self.paged: list[int] = []
+        """Pages that are not resident."""
         self._starts = [0, *accumulate(self.sizes)]
         self._make_store, self._store = make_store, None  # type: Callable[[int], PageStore], PageStore | None
         self._backend = torch.get_device_module(device)
@@ -83,20 +85,20 @@ class Pager:
         self._thread = background_executor("pager")
         self._resident: dict[int, torch.Tensor] = {}
         self._slots: list[_Slot] = []
-        self._stored: set[int] = set()  # pages that the store has; the others are zeros
+        self._stored: set[int] = set()  # pages that were written to the store; the others are zeros
         self._assign_pages(budget)
 
     @property
     def total_bytes(self) -> int:
-        """Of all pages."""
+        """Bytes of all pages."""
         return sum(self.sizes)
 
-    def use(self, page: int, prefetch_next: Sequence[int] = ()) -> torch.Tensor:
-        """A page on the device, to be read and changed until `done`.
+    def acquire(self, page: int, prefetch_next: Sequence[int] = ()) -> torch.Tensor:
+        """Return a page on the device. The caller may read and change it until `release`.
 
         Args:
-            page: its number.
-            prefetch_next: the pages that will be used next, in their order: fetching begins, as far as there are free slots.
+            page: the page's number.
+            prefetch_next: pages that are used next, in order. They are prefetched as far as there are free slots.
 
         Returns:
             uint8[sizes[page]].
@@ -122,21 +124,21 @@ class Pager:
         self._wait(slot)
         return slot.memory[: self.sizes[page]]
 
-    def done(self, page: int, dirty: bool, used_event: torch.Event | None = None) -> None:
-        """Say that a page is not in use any more.
+    def release(self, page: int, *, dirty: bool, used_event: torch.Event | None = None) -> None:
+        """End the use of a page.
 
         Args:
-            page: its number.
-            dirty: since `use`.
-            used_event: what the device has to come to first, if that is not on the stream that is current here.
+            page: the page's number.
+            dirty: whether the page was changed since `acquire`.
+            used_event: event after the last use, if that was on another stream than the current one.
         """
         slot = self._find_slot(page)
         if slot is not None:
-            slot.in_use, slot.used = False, used_event
+            slot.in_use, slot.used_event = False, used_event
             slot.dirty = slot.dirty or dirty
 
     def read(self, page: int) -> torch.Tensor:
-        """A copy of a page on the CPU: uint8[sizes[page]]. Counts as no use."""
+        """Return a copy of a page on the CPU, uint8[sizes[page]]. This does not count as a use."""
         self._wait_for_transfers()
         slot = self._find_slot(page)
         if page in self._resident:
@@ -150,7 +152,7 @@ class Pager:
         return out
 
     def write(self, page: int, values: torch.Tensor) -> None:
-        """Replace a page by uint8[sizes[page]] of the CPU. Counts as no use."""
+        """Replace a page by uint8[sizes[page]] on the CPU. This does not count as a use."""
         self._wait_for_transfers()
         slot = self._find_slot(page)
         if page in self._resident:
@@ -164,7 +166,7 @@ class Pager:
             self._stored.add(page)
 
     def write_part(self, page: int, start: int, values: torch.Tensor) -> None:
-        """Replace bytes of a page, from `start` on, by uint8[n] of any device. Counts as no use, as long as none is."""
+        """Replace bytes of a page, from `start` on, by uint8[n] on any device. No page may have been used yet."""
         if page in self._resident:
             self._resident[page][start : start + values.numel()].copy_(values)
             return
@@ -173,7 +175,7 @@ class Pager:
         self._stored.add(page)
 
     def resize(self, budget: int) -> None:
-        """Keep to another budget from now on; no page may be in use.
+        """Change the budget. No page may be in use.
 
         Raises:
             ValueError: the budget is less than two pages.
@@ -189,22 +191,22 @@ class Pager:
             self.write(page, values)
 
     def take_counts(self) -> PagingStats:
-        """What was done since the last call."""
+        """Return the counts since the last call, and reset them."""
         counts, self.counts = self.counts, PagingStats()
         return counts
 
     def close(self) -> None:
-        """End the thread, and give the store's room back."""
+        """End the thread, and free the store."""
         self._thread.shutdown(cancel_futures=True)
         if self._store is not None:
             self._store.close()
             self._store = None
 
     def _assign_pages(self, budget: int) -> None:
-        """Decide which pages stay, and make the slots."""
+        """Decide which pages are resident, and allocate the slots."""
         if self.total_bytes <= budget or not self.sizes:
             self._budget = budget
-            self._resident, self.moving = {page: self._allocate(size) for page, size in enumerate(self.sizes)}, []
+            self._resident, self.paged = {page: self._allocate(size) for page, size in enumerate(self.sizes)}, []
             return
         largest, count = max(self.sizes), len(self.sizes)
         self._budget = budget or 2 * largest
@@ -214,11 +216,11 @@ class Pager:
         resident_count = (self._budget - slots * largest) // largest
         if self._store is None:
             self._store = self._make_store(self.total_bytes)
-        self._slots = [_Slot(self._allocate(largest)) for _ in range(slots)]
+        self._slots = [_Slot(memory=self._allocate(largest)) for _ in range(slots)]
         for page in range(count):
             if (page + 1) * resident_count // count > page * resident_count // count:
                 self._resident[page] = self._allocate(self.sizes[page])
-        self.moving = [page for page in range(count) if page not in self._resident]
+        self.paged = [page for page in range(count) if page not in self._resident]
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         self.held_bytes += nbytes
@@ -226,8 +228,8 @@ class Pager:
             raise AssertionError(f"the pager holds {self.held_bytes} bytes and has a budget of {self._budget}")
         return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
-    def _prefetch(self, page: int, then: Sequence[int]) -> None:
-        next_pages = [next_page for next_page in then if next_page not in self._resident][: self.ahead]
+    def _prefetch(self, page: int, upcoming: Sequence[int]) -> None:
+        next_pages = [next_page for next_page in upcoming if next_page not in self._resident][: self.ahead]
         for next_page in next_pages:
             if self._find_slot(next_page) is None:
                 slot = self._free_slot({page, *next_pages})
@@ -236,14 +238,14 @@ class Pager:
                 self._start_transfer(slot, next_page)
 
     def _free_slot(self, keep: set[int]) -> _Slot | None:
-        """The slot that has not been used for longest, of those that are not in use and hold none of `keep`."""
+        """Return the least recently used slot that is not in use and holds no page of `keep`."""
         for slot in self._slots:
             if not slot.in_use and slot.page not in keep:
                 return slot
         return None
 
     def _mark_most_recent(self, slot: _Slot) -> None:
-        """The slots are in the order of their last use."""
+        """Move a slot to the end: the slots are in the order of their last use."""
         self._slots.remove(slot)
         self._slots.append(slot)
 
@@ -251,29 +253,34 @@ class Pager:
         return next((slot for slot in self._slots if slot.page == page), None)
 
     def _start_transfer(self, slot: _Slot, page: int) -> None:
-        """Begin to write back what a slot holds, if it was changed, and to fetch a page into it."""
+        """Begin to write the slot's page back, if it was changed, and to fetch another page into the slot."""
         old, new = slot.page if slot.dirty else None, page if page in self._stored else None
         if old is not None:
             self.counts.bytes_out += self.sizes[old]
             self._stored.add(old)
         if new is not None:
             self.counts.bytes_in += self.sizes[new]
-        # the device may not have come to the last use of the slot yet
-        used = [slot.used, self._backend.current_stream().record_event()]
-        slot.page, slot.dirty, slot.prefetched, slot.used = page, False, True, None
+        # the device may still be busy with the last use of the slot
+        used = [slot.used_event, self._backend.current_stream().record_event()]
+        slot.page, slot.dirty, slot.prefetched, slot.used_event = page, False, True, None
         self._mark_most_recent(slot)
-        slot.transfer = self._thread.submit(self._transfer, slot.memory, old, page, new is None, used, slot.transfer)
+        transfer = partial(self._transfer, slot.memory, old, page, blank=new is None, used=used, before=slot.transfer)
+        slot.transfer = self._thread.submit(transfer)
 
     def _transfer(
         self,
         memory: torch.Tensor,
         old: int | None,
         new: int,
+        *,
         blank: bool,
         used: list[torch.Event | None],
         before: Future[None] | None,
     ) -> None:
-        """In the thread. `before`: the slot's last one, for a page that nobody waited for; its error is ours."""
+        """Move pages in the thread.
+
+        `before` is the slot's transfer before this one, if no caller waited for its page. Its error is raised here.
+        """
         assert self._store is not None
         if before is not None:
             before.result()
@@ -293,7 +300,7 @@ class Pager:
     def _wait(self, slot: _Slot) -> None:
         if slot.transfer is not None:
             started = time.perf_counter()
-            with record_function("qlora_dist::page"):  # as `train/step_profiler.py` knows it
+            with record_function("qlora_dist::page"):  # the name that `train/step_profiler.py` looks for
                 slot.transfer.result()
             self.counts.stall_s += time.perf_counter() - started
             slot.transfer = None

@@ -12,29 +12,28 @@ from qlora_dist.paging.pager import PagingStats
 
 
 def _allocate_managed(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Not run on a GPU."""
     memory: torch.Tensor = bnb.get_paged(nbytes, dtype=torch.uint8, device=device)
     bnb.fill(memory, 0)
     return memory
 
 
 class UnifiedPager:
-    """What `Pager` is, with nothing to decide: a page is used where it is, and the driver is told of the next one.
+    """A `Pager` that leaves all decisions to the driver. It only announces the next page to the driver.
 
-    What moves, and when, nobody counts. Only bitsandbytes' kernels take such memory, and kernels must have ended before
-    the processor looks at it. Tried with ordinary memory in place of CUDA's only.
+    The bytes that move are not counted. Only bitsandbytes' kernels take such memory, and the CPU may read it only
+    after the kernels have ended. This was run with ordinary memory instead of CUDA's only.
 
     Args:
         sizes: bytes of each page.
-        device: that uses them.
-        allocate: makes uint8[n] of zeros that both processor and device see.
+        device: device that uses the pages.
+        allocate: returns uint8[n] of zeros that both CPU and device can access.
 
     Raises:
-        UserError: the device is no GPU.
+        UserError: the device is not a GPU.
     """
 
     held_bytes = 0
-    """Nobody knows."""
+    """Always 0, because the driver's share is not known."""
     ahead = 1
 
     def __init__(
@@ -45,37 +44,37 @@ class UnifiedPager:
     ) -> None:
         if allocate is None and device.type != "cuda":
             raise UserError("paging.to: unified memory is CUDA's, and this run is on a CPU; set it to host or disk")
-        self.moving = list(range(len(sizes)))
+        self.paged = list(range(len(sizes)))
         self.sizes, self.device = list(sizes), device
         self._pages = [(allocate or _allocate_managed)(size, device) for size in sizes]
         self._backend = torch.get_device_module(device)
 
-    def use(self, page: int, prefetch_next: Sequence[int] = ()) -> torch.Tensor:
-        """See `Pager`. The driver begins to move the first of `prefetch_next` to the device."""
+    def acquire(self, page: int, prefetch_next: Sequence[int] = ()) -> torch.Tensor:
+        """Return a page, as `Pager` does. The driver begins to move the first of `prefetch_next` to the device."""
         if prefetch_next and self.device.type == "cuda":
             bnb.prefetch_tensor(self._pages[prefetch_next[0]])
         return self._pages[page]
 
-    def done(self, page: int, dirty: bool) -> None:
-        """See `Pager`."""
+    def release(self, page: int, *, dirty: bool) -> None:
+        """Do nothing, because the driver moves the pages."""
 
     def read(self, page: int) -> torch.Tensor:
-        """See `Pager`."""
+        """Return a copy of a page."""
         self._backend.synchronize()
         return self._pages[page].clone()
 
     def write(self, page: int, values: torch.Tensor) -> None:
-        """See `Pager`."""
+        """Replace a page by uint8[sizes[page]]."""
         self._backend.synchronize()
         self._pages[page].copy_(values)
 
     def resize(self, budget: int) -> None:
-        """See `Pager`: the driver decides."""
+        """Do nothing, because the driver decides."""
 
     def take_counts(self) -> PagingStats:
-        """See `Pager`: nothing is counted."""
+        """Return zeros, because nothing is counted."""
         return PagingStats()
 
     def close(self) -> None:
-        """Drop the pages; CUDA's go with the process."""
+        """Drop the pages. CUDA frees managed memory when the process ends."""
         self._pages = []

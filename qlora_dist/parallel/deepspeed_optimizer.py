@@ -93,10 +93,10 @@ class ZeroOptimizerState:
             shard.padded = partition.ds_tensor
         self._swapped_in: int | None = None
         for index, values in enumerate(self._zero.fp32_partitioned_groups_flat):
-            self._open(index)
+            self._swap_in(index)
             zeros = {name: torch.zeros_like(values.detach()) for name in STATE_NAMES}
             self._zero.optimizer.state[values] = {"step": torch.zeros((), device=values.device), **zeros}
-        self._close()
+        self._swap_out()
 
     @property
     def resident_bytes(self) -> int:
@@ -116,7 +116,7 @@ class ZeroOptimizerState:
         """The parts have been given values."""
         for partition, shard in zip(self._partitions, self._shards, strict=True):
             self._view(partition).copy_(shard.padded)
-        self._close()
+        self._swap_out()
 
     def update(self, gradients: Sequence[torch.Tensor | None], lr: float, steps: int) -> None:
         """AdamW, by gradients of each part, fp32[n] summed over all ranks, or none of an empty part.
@@ -143,7 +143,7 @@ class ZeroOptimizerState:
             count = shard.local.numel()
             names = STATE_NAMES if count else ()
             result.append({name: self._view(partition, name)[:count].to("cpu", copy=True) for name in names})
-        self._close()
+        self._swap_out()
         return result
 
     def write(self, shards: Iterable[Mapping[str, torch.Tensor]]) -> None:
@@ -152,7 +152,7 @@ class ZeroOptimizerState:
             for name, values in moments.items():
                 self._view(partition, name)[: values.numel()].copy_(values.view(-1))
             self._view(partition).copy_(shard.padded)
-        self._close()
+        self._swap_out()
 
     def close(self) -> None:
         """Give the files back."""
@@ -163,21 +163,21 @@ class ZeroOptimizerState:
     def _view(self, partition: ZeroParameter, name: str | None = None) -> torch.Tensor:
         """A partition's moment of that name, or its values; valid until another sub-group's is asked for."""
         index, first, length = self._zero.grad_position[partition.ds_id]
-        self._open(index)
+        self._swap_in(index)
         values = self._zero.fp32_partitioned_groups_flat[index]
         whole: torch.Tensor = values.detach() if name is None else self._zero.optimizer.state[values][name]
         return whole.narrow(0, first, length)
 
-    def _open(self, index: int) -> None:
+    def _swap_in(self, index: int) -> None:
         """Have a sub-group in memory, and no other whose place is a file."""
         if index == self._swapped_in:
             return
-        self._close()
+        self._swap_out()
         self._swapped_in = index
         if self._zero._swappable_optimizer_subgroup(index):
             self._zero._optimizer_states_and_gradient_swap_in(index)
 
-    def _close(self) -> None:
+    def _swap_out(self) -> None:
         if self._swapped_in is not None and self._zero._swappable_optimizer_subgroup(self._swapped_in):
             self._zero._optimizer_states_and_gradient_swap_out(self._swapped_in)
         self._swapped_in = None
@@ -195,7 +195,7 @@ class ZeroAdamW:
     def __init__(
         self, shards: Sequence[nn.Parameter], optimizer_state: ZeroOptimizerState, config: OptimConfig
     ) -> None:
-        self.shards, self.moments = list(shards), optimizer_state
+        self.shards, self.optimizer_state = list(shards), optimizer_state
         self.lr = config.lr
         self.steps = 0
         """Updates so far, which correct the moments' bias."""
@@ -205,7 +205,7 @@ class ZeroAdamW:
     def step(self) -> None:
         """Update all parts by their gradients; the learning rate is `lr` times each one's factor."""
         self.steps += 1
-        self.moments.update([shard.grad for shard in self.shards], self.lr, self.steps)
+        self.optimizer_state.update([shard.grad for shard in self.shards], self.lr, self.steps)
 
 
 AdapterOptimizer = PagedAdamW | ZeroAdamW

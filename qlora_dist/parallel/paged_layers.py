@@ -91,7 +91,7 @@ class PagedLayers:
 
     def sentence(self) -> str:
         """What lies where, for people."""
-        count, moving = len(self.pager.sizes), len(self.pager.moving)
+        count, moving = len(self.pager.sizes), len(self.pager.paged)
         if not moving:
             return f"paging: room for all {count} layers; nothing is fetched"
         return f"paging: {count - moving} of {count} layers stay, {moving} are fetched whenever they are used"
@@ -120,10 +120,10 @@ class PagedLayers:
 
     def _attach(self, page: int, layer: FSDPModule) -> None:
         def get_page(which: PassDirection) -> torch.Tensor:
-            return self.pager.use(page, prefetch_next=_next_pages(page, len(self.pager.sizes), which))
+            return self.pager.acquire(page, prefetch_next=_next_pages(page, len(self.pager.sizes), which))
 
         def page_done(used: torch.Event | None) -> None:
-            self.pager.done(page, dirty=False, used_event=used)
+            self.pager.release(page, dirty=False, used_event=used)
 
         page_frozen_parameters(layer, get_page, page_done)
 

@@ -270,7 +270,7 @@ def record_peaks(
     register_phase_hooks(model, get_decoder_layers(model), optimizer, memory)
     memory.track([*model.parameters(), *model.buffers()])
     weights_bytes = memory.live_bytes
-    memory.track([optimizer_state.use(number) for number in range(len(optimizer_state.pages))])
+    memory.track([optimizer_state.acquire(number) for number in range(len(optimizer_state.pages))])
     memory.track(tensor for batch in micro_batches for tensor in batch)
     scale, tokens = LossScale(config.model.compute_dtype), sum(batch.labels.numel() for batch in micro_batches)
     for _ in range(steps):

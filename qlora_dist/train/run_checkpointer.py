@@ -191,7 +191,7 @@ class RunCheckpointer(Checkpointer):
         state = {
             "progress": progress.to_json(),
             "optimizer_steps": progress.optimizer_steps,
-            "optimizer_bits": self._state.optimizer.moments.bits,
+            "optimizer_bits": self._state.optimizer.optimizer_state.bits,
             "loss_scale": self._loss_scale.state(),
         }
         manifest = Manifest(progress.step, self._world_size, self._state.cuts, state, self._start.identity)
@@ -209,7 +209,7 @@ class RunCheckpointer(Checkpointer):
         return before
 
     def _restore(self, folder: Path, manifest: Manifest) -> RunProgress:
-        saved, now = manifest.optimizer_bits, self._state.optimizer.moments.bits
+        saved, now = manifest.optimizer_bits, self._state.optimizer.optimizer_state.bits
         if saved != now:
             self._say(f"{folder}: the optimizer's moments go from {saved} to {now} bit; losses will not be the same")
         restore(self._state, manifest, folder)

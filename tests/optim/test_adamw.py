@@ -1,4 +1,4 @@
-"""If this fails, adapters are updated by something else than AdamW, or where the moments lie changes a number."""
+"""If this fails, adapters are not updated by AdamW, or the place of its states changes a number."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ def paged_adamw(
     **paging: object,
 ) -> PagedAdamW:
     config = OptimConfig.model_validate({"name": name, "resident_bytes": resident_bytes, **VALUES})
-    moments = PagedOptimizerState([shard.numel() for shard in shards], config, PagingConfig.model_validate(paging), CPU)
-    return PagedAdamW(shards, moments, config, lr_factors)
+    optimizer_state = PagedOptimizerState(
+        [shard.numel() for shard in shards], config, PagingConfig.model_validate(paging), CPU
+    )
+    return PagedAdamW(shards, optimizer_state, config, lr_factors)
 
 
 def reference_adamw(shards: list[nn.Parameter], bits: int) -> torch.optim.Optimizer:
-    """Torch's, and that of bitsandbytes, which keeps tensors of less than 4096 elements in 32 bit if it isn't told."""
+    """Return torch's AdamW or bitsandbytes', which needs `min_8bit_size=0` to keep small tensors in 8 bit."""
     values = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.05}
     if bits == 32:
         return torch.optim.AdamW(shards, fused=True, **values)
@@ -51,7 +53,7 @@ def train(shards: list[nn.Parameter], optimizer: PagedAdamW | torch.optim.Optimi
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for shard in shards:
-            scale = 10.0 ** (step % 5 - 3)  # gradients of all sizes, and some that are zero
+            scale = 10.0 ** (step % 5 - 3)  # gradients of all magnitudes, and some that are zero
             shard.grad = torch.randn(shard.shape, generator=generator).mul_(scale) if shard.numel() else None
             if shard.grad is not None and step % 7 == 3:
                 shard.grad[::2] = 0
@@ -59,7 +61,7 @@ def train(shards: list[nn.Parameter], optimizer: PagedAdamW | torch.optim.Optimi
     return torch.cat([shard.detach().view(-1) for shard in shards])
 
 
-def test_is_the_papers_adamw() -> None:
+def test_adamw_is_the_algorithm_of_the_paper() -> None:
     """Loshchilov and Hutter (2019), algorithm 2, in double precision."""
     (parameter,) = make_shards(11)
     expected, generator = parameter.detach().double(), torch.Generator().manual_seed(1)
@@ -81,34 +83,32 @@ def test_is_the_papers_adamw() -> None:
     budget=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     ahead=st.integers(0, 2),
 )
-def test_where_the_moments_lie_changes_no_number(
-    sizes: list[int], bits: int, page_bytes: int, budget: float, ahead: int
-) -> None:
-    """100 steps, bit for bit those of torch (32 bit) and of bitsandbytes (8 bit), for any page size and budget."""
+def test_paging_changes_no_number(sizes: list[int], bits: int, page_bytes: int, budget: float, ahead: int) -> None:
+    """100 steps equal torch's (32 bit) and bitsandbytes' (8 bit) exactly, for any page size and budget."""
     mine, reference = make_shards(*sizes), make_shards(*sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # bitsandbytes pages nothing on a CPU, with a warning
         whole = paged_adamw(
             mine, "adamw" if bits == 32 else "adamw-8bit", page_bytes=page_bytes
-        ).moments.pager.total_bytes
+        ).optimizer_state.pager.total_bytes
         resident = max(2 * page_bytes, int(budget * whole)) if budget else 0
         optimizer = paged_adamw(mine, f"paged-adamw-{bits}bit", resident, page_bytes=page_bytes, ahead=ahead, to="host")
     assert torch.equal(train(mine, optimizer, 100), train(reference, reference_adamw(reference, bits), 100))
-    assert optimizer.moments.resident_bytes <= (resident or 2 * page_bytes)
-    optimizer.moments.close()
+    assert optimizer.optimizer_state.resident_bytes <= (resident or 2 * page_bytes)
+    optimizer.optimizer_state.close()
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_a_file_does_as_well(bits: int, tmp_path: Path) -> None:
+def test_states_on_disk_give_the_same_numbers(bits: int, tmp_path: Path) -> None:
     mine, reference = make_shards(3000, 4000), make_shards(3000, 4000)
     optimizer = paged_adamw(mine, f"paged-adamw-{bits}bit", 0, page_bytes=4096, to="disk", dir=str(tmp_path))
-    assert optimizer.moments.paged_bytes > 0
+    assert optimizer.optimizer_state.paged_bytes > 0
     assert torch.equal(train(mine, optimizer, 10), train(reference, reference_adamw(reference, bits), 10))
-    optimizer.moments.close()
+    optimizer.optimizer_state.close()
 
 
 @pytest.mark.parametrize("sizes", [(40, 60), (1, 98, 1), (100, 0), (0, 33, 67)])
-def test_shards_are_updated_as_the_whole(sizes: tuple[int, ...]) -> None:
+def test_updating_shards_equals_updating_the_whole(sizes: tuple[int, ...]) -> None:
     def trained(*sizes: int) -> torch.Tensor:
         shards = make_shards(*sizes)
         optimizer = paged_adamw(shards)
@@ -123,8 +123,8 @@ def test_shards_are_updated_as_the_whole(sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_b_matrices_learn_faster(bits: int) -> None:
-    """LoRA+: as two optimizers, one with 16 times the learning rate."""
+def test_lora_plus_scales_the_learning_rate_of_b(bits: int) -> None:
+    """The result equals two optimizers, one with 16 times the learning rate."""
     mine, slow, fast = make_shards(700, 900), make_shards(700, 900), make_shards(700, 900)
     optimizer = paged_adamw(mine, "adamw" if bits == 32 else "adamw-8bit", lr_factors=[1.0, 16.0])
     train(mine, optimizer, 5)
@@ -136,24 +136,24 @@ def test_b_matrices_learn_faster(bits: int) -> None:
     assert torch.equal(mine[1], fast[1])
 
 
-def test_automatic_takes_what_is_left_and_gives_it_back_when_that_is_less() -> None:
+def test_automatic_resident_bytes_follow_the_free_memory() -> None:
     mine, reference = make_shards(9000), make_shards(9000)
     config = OptimConfig.model_validate({"name": "paged-adamw-32bit", **VALUES})
-    moments = PagedOptimizerState([9000], config, PagingConfig(to="host", page_bytes=4096), CPU)
+    optimizer_state = PagedOptimizerState([9000], config, PagingConfig(to="host", page_bytes=4096), CPU)
     left = iter([100_000, 100_000, 30_000, 100_000, 5_000])
-    optimizer = PagedAdamW(mine, moments, config, available_bytes=lambda held: next(left))
+    optimizer = PagedAdamW(mine, optimizer_state, config, available_bytes=lambda held: next(left))
     held = []
     for _ in range(5):
-        before = moments.resident_bytes
+        before = optimizer_state.resident_bytes
         optimizer_steps = train_one(mine, optimizer)
-        held.append(moments.resident_bytes)
+        held.append(optimizer_state.resident_bytes)
         assert before <= max(before, held[-1]) and optimizer_steps == len(held)
     assert held == [73_728, 73_728, 28_672, 28_672, 8192]
     plain = reference_adamw(reference, 32)
     for _ in range(5):
         train_one(reference, plain)
     assert torch.equal(mine[0], reference[0])
-    moments.close()
+    optimizer_state.close()
 
 
 def train_one(shards: list[nn.Parameter], optimizer: PagedAdamW | torch.optim.Optimizer) -> int:
@@ -164,50 +164,52 @@ def train_one(shards: list[nn.Parameter], optimizer: PagedAdamW | torch.optim.Op
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_moments_are_read_and_written_whatever_the_pages(bits: int) -> None:
-    """A checkpoint of a paged run goes on unpaged, and the other way round."""
+def test_states_can_be_read_from_one_paging_and_written_to_another(bits: int) -> None:
+    """A paged run's checkpoint can be resumed unpaged, and vice versa."""
     sizes, names = (3000, 0, 5, 4100), ("adamw", "adamw-8bit")
     one, two = make_shards(*sizes), make_shards(*sizes)
     paged = paged_adamw(one, f"paged-adamw-{bits}bit", 0, page_bytes=4096, to="host")
     train(one, paged, 3)
     unpaged = paged_adamw(two, names[bits == 8])
-    unpaged.moments.write(paged.moments.read())
+    unpaged.optimizer_state.write(paged.optimizer_state.read())
     unpaged.steps = paged.steps
     for shard, values in zip(two, one, strict=True):
         shard.data.copy_(values.data)
     assert torch.equal(train(one, paged, 3), train(two, unpaged, 3))
-    paged.moments.write(unpaged.moments.read())
-    for left, right in zip(paged.moments.read(), unpaged.moments.read(), strict=True):
+    paged.optimizer_state.write(unpaged.optimizer_state.read())
+    for left, right in zip(paged.optimizer_state.read(), unpaged.optimizer_state.read(), strict=True):
         assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-    paged.moments.close()
+    paged.optimizer_state.close()
 
 
-def test_managed_memory_is_updated_by_the_kernels_that_know_it() -> None:
-    """With ordinary memory in place of CUDA's: the same pages, the same views, bitsandbytes' marks on them."""
+def test_states_in_managed_memory_are_updated() -> None:
+    """Ordinary memory stands for CUDA's. Pages, views and bitsandbytes' marks are the same."""
     mine, reference = make_shards(3000, 100), make_shards(3000, 100)
     optimizer = paged_adamw(mine, "adamw", page_bytes=4096)
 
     def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
-    optimizer.moments.pager = UnifiedPager(optimizer.moments.pager.sizes, CPU, allocate)
-    assert optimizer.moments.is_unified
+    optimizer.optimizer_state.pager = UnifiedPager(optimizer.optimizer_state.pager.sizes, CPU, allocate)
+    assert optimizer.optimizer_state.is_unified
     torch.testing.assert_close(train(mine, optimizer, 20), train(reference, reference_adamw(reference, 32), 20))
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_the_kernels_accept_managed_moments_beside_gradients_of_a_device(bits: int) -> None:
-    """On a GPU `paging.to: unified` ended at the first step: managed memory is a CPU tensor to torch, and bitsandbytes
-    refuses it beside a device's gradient unless the very tensor that it gets bears its mark. Here the device is meta.
+def test_kernels_accept_managed_states_beside_gradients_on_a_device(bits: int) -> None:
+    """On a GPU `paging.to: unified` failed at the first step. Managed memory is a CPU tensor to torch. bitsandbytes
+    refuses it beside a device's gradient unless the tensor itself has its mark. Here the device is meta.
     """
     meta = torch.device("meta")
     shards = [nn.Parameter(torch.zeros(64, 8, device=meta)), nn.Parameter(torch.zeros(300, device=meta))]
     optimizer = paged_adamw(shards, f"paged-adamw-{bits}bit", page_bytes=4096)
-    sizes = optimizer.moments.pager.sizes
-    optimizer.moments.pager = UnifiedPager(sizes, CPU, lambda nbytes, device: torch.zeros(nbytes, dtype=torch.uint8))
+    sizes = optimizer.optimizer_state.pager.sizes
+    optimizer.optimizer_state.pager = UnifiedPager(
+        sizes, CPU, lambda nbytes, device: torch.zeros(nbytes, dtype=torch.uint8)
+    )
     for shard in shards:
         shard.grad = torch.zeros_like(shard)
-    optimizer.step()  # through is_on_gpu of bitsandbytes; its operator then dispatches to the device
+    optimizer.step()  # bitsandbytes' `is_on_gpu` checks the tensors, and its operator dispatches to the device
 
 
 def test_both_32_bit_kernels_agree() -> None:

@@ -1,4 +1,4 @@
-"""If this fails, moments of two shards overlap, or a number depends on the pages."""
+"""If this fails, the states of two shards overlap, or a number depends on the pages."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_every_element_has_its_place(sizes: list[int], bits: int, page_bytes: in
         assert page.nbytes == page.elements // STATE_BLOCK_SIZE * state_block_bytes(bits)
         assert page.elements == pages[0].elements or number == len(pages) - 1
         end = 0
-        for piece in page.pieces:
+        for piece in page.slices:
             assert (
-                piece.at == -(-end // STATE_BLOCK_SIZE) * STATE_BLOCK_SIZE
-            )  # one behind the other, each from a new block on
+                piece.page_start == -(-end // STATE_BLOCK_SIZE) * STATE_BLOCK_SIZE
+            )  # each slice follows the one before, from a new block on
             assert piece.start == seen[piece.shard] and piece.start % STATE_BLOCK_SIZE == 0
             seen[piece.shard] += piece.length
-            end = piece.at + piece.length
+            end = piece.page_start + piece.length
         assert -(-end // STATE_BLOCK_SIZE) * STATE_BLOCK_SIZE == page.elements  # nothing is left between pages
     assert seen == sizes

@@ -1,4 +1,4 @@
-"""Pages that are not on the device: what was written is read, room is reserved beforehand, nothing is left over."""
+"""If this fails, paged data is lost, a disk fills up during a run, or a file is left over."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> PageStore:
     return FileStore(1000, tmp_path / "pages", CPU, "moments", "give another folder")
 
 
-def test_reads_what_was_written_and_zeros_elsewhere(store: PageStore) -> None:
+def test_unwritten_bytes_are_zero(store: PageStore) -> None:
     values = torch.arange(300, dtype=torch.int32).to(torch.uint8)
     store.write(100, values)
     out = torch.full((500,), 7, dtype=torch.uint8)
@@ -32,8 +32,8 @@ def test_reads_what_was_written_and_zeros_elsewhere(store: PageStore) -> None:
     store.close()
 
 
-def test_a_file_of_pages_has_its_room_from_the_start_and_no_name(tmp_path: Path) -> None:
-    """A run that is killed leaves no file behind, and one that has begun cannot run out of disk."""
+def test_a_file_reserves_its_space_at_once_and_has_no_name(tmp_path: Path) -> None:
+    """A killed run leaves no file behind, and a started run cannot run out of disk."""
     before = os.statvfs(tmp_path)
     store = FileStore(64 * 2**20, tmp_path, CPU, "moments", "give another folder")
     assert list(tmp_path.iterdir()) == []
@@ -42,8 +42,8 @@ def test_a_file_of_pages_has_its_room_from_the_start_and_no_name(tmp_path: Path)
     assert before.f_bsize  # the folder is still there
 
 
-def test_no_room_is_one_sentence(tmp_path: Path) -> None:
-    """The room that the disk does not have is asked of the real file system."""
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
+    """Ask the real file system for more space than it has."""
     free = os.statvfs(tmp_path)
     too_much = (free.f_bavail + 2**20) * free.f_frsize
     with pytest.raises(UserError, match=r"no room for .* GiB of moments \(.*\); give another folder") as error:
@@ -52,7 +52,7 @@ def test_no_room_is_one_sentence(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_is_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot make a file for moments there \(.*\); give another folder"):
         FileStore(1, tmp_path / "file", CPU, "moments", "give another folder")

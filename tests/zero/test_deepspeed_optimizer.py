@@ -52,7 +52,7 @@ def update(config: Config, names: list[str]) -> dict[str, list[torch.Tensor]]:
                     torch.testing.assert_close(now, saved, rtol=1e-5, atol=1e-8)
                     for shard, values in zip(shards.local, saved[0], strict=True):
                         shard.detach().copy_(values)
-                    optimizer.moments.write(iter(saved[1]))
+                    optimizer.optimizer_state.write(iter(saved[1]))
                 for shard in shards.local:
                     shard.grad = torch.randn(shard.shape, generator=random) if shard.numel() else None
                 optimizer.lr = 0.01 * (step + 1)
