@@ -1,21 +1,21 @@
-"""Where the sequences of packed rows begin."""
+"""The positions at which the sequences of packed rows begin."""
 
 from __future__ import annotations
 
 import torch
 
-_MULTIPLE = 64  # boundaries are padded to a multiple: a compiled layer sees one shape for nearly all batches
+_MULTIPLE = 64  # padding to a multiple gives a compiled layer one shape for nearly all batches
 
 
 def sequence_starts(position_ids: torch.Tensor) -> torch.Tensor:
-    """Where each sequence of each row begins.
+    """Return the first position of each sequence of each row.
 
     Args:
-        position_ids: int64[batch, length], counting up by one within a sequence and not where one begins.
+        position_ids: int64[batch, length]. It increases by one within a sequence, and not at a sequence's start.
 
     Returns:
-        int32[1, 1, batch, n] on the CPU: the first positions in ascending order, then `length` as often as it takes. On
-        the CPU because lengths are needed there: a forward pass waits for the device once, not once per layer.
+        int32[1, 1, batch, n] on the CPU: the first positions in ascending order, padded with `length`. They are on the
+        CPU because lengths are needed there. So a forward pass waits for the device once, not once per layer.
     """
     batch, length = position_ids.shape
     begins = torch.ones(batch, length, dtype=torch.bool, device=position_ids.device)
@@ -30,11 +30,11 @@ def sequence_starts(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_slices(starts: torch.Tensor, length: int) -> list[tuple[slice, int, int]]:
-    """(rows, first, end) of each sequence. Rows that are one sequence each are given together.
+    """Return (rows, first, end) of each sequence. If every row is one sequence, all rows form one slice.
 
     Args:
-        starts: of `sequence_starts`.
-        length: of a row.
+        starts: result of `sequence_starts`.
+        length: positions of a row.
     """
     rows = [[start for start in row if start < length] for row in starts[0, 0].tolist()]
     if all(row == [0] for row in rows):

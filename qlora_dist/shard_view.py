@@ -1,7 +1,7 @@
-"""What of a parameter lies on this rank, whichever engine has cut it.
+"""The part of a sharded parameter that this rank holds, whichever engine sharded it.
 
-FSDP2's parameters are DTensors, cut along a dimension. ZeRO-3's hold nothing between uses; their elements are cut as
-one row, and `FlatShard` says which part of it is this rank's. A parameter that is neither is whole.
+FSDP2's parameters are DTensors, sharded along a dimension. ZeRO-3's parameters hold nothing between uses. Their
+elements are split as one flat row, and `FlatShard` describes this rank's part. Any other parameter is whole.
 """
 
 from __future__ import annotations
@@ -18,67 +18,68 @@ from torch.distributed.tensor import DTensor, Shard
 _FLAT_SHARD_ATTRIBUTE = "flat_shard"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FlatShard:
-    """A part of a parameter's elements in a row: ceil(n / shards) for each rank, the last ones having fewer or none."""
+    """A part of a parameter's flat row: ceil(n / num_shards) elements; the last parts have fewer or none."""
 
     shape: torch.Size
-    """Of the whole."""
+    """Shape of the whole parameter."""
     padded: torch.Tensor
-    """[ceil(n / shards)], the values in the parameter's own type, on every rank as many."""
+    """[ceil(n / num_shards)], the values in the parameter's dtype, padded to the same length on every rank."""
     gathered: torch.Tensor
-    """[ceil(n / shards)], the same in the type in which the engine gathers them; `padded` itself, if that is its own.
-    The engine rounds the values anew before they are used."""
+    """[ceil(n / num_shards)], the values in the dtype in which the engine gathers them.
+
+    This is `padded` if the dtypes are equal. Else the engine rounds the values again before they are used."""
     group: dist.ProcessGroup
-    """Of the ranks that hold the other parts."""
+    """Ranks that share the parameter."""
     is_first_replica: bool
     """Whether no rank before this one holds the same part."""
-    whole: torch.Tensor | None = None
-    """[shards * ceil(n / shards)], where this rank has all parts at all times (ZeRO's stage 2)."""
-    gradient: torch.Tensor | None = None
-    """Of `local`, summed over all ranks: what the engine leaves here after a window's last backward pass."""
+    full: torch.Tensor | None = None
+    """[num_shards * ceil(n / num_shards)], if this rank always has all parts (ZeRO's stage 2)."""
+    grad: torch.Tensor | None = None
+    """Gradient of `local`, summed over all ranks. The engine sets it after a window's last backward pass."""
     had_grad: bool = False
-    """Whether backward has ever come to the parameter on this rank."""
+    """Whether the parameter has ever had a gradient on this rank."""
 
     @property
-    def shard(self) -> int:
-        """Which part is this rank's."""
+    def shard_index(self) -> int:
+        """Index of this rank's part."""
         return self.group.rank()
 
     @property
-    def shards(self) -> int:
-        """How many parts there are."""
+    def num_shards(self) -> int:
+        """Number of parts."""
         return self.group.size()
 
     @property
-    def first(self) -> int:
-        """Its first element, among those of the whole in a row."""
-        return min(self.shard * self.padded.numel(), self.shape.numel())
+    def offset(self) -> int:
+        """First element of this part in the flat row."""
+        return min(self.shard_index * self.padded.numel(), self.shape.numel())
 
     @property
     def local(self) -> torch.Tensor:
-        """[n], the values without what is padded; an alias."""
-        return self.padded[: max(0, min(self.padded.numel(), self.shape.numel() - self.first))]
+        """[n], the values without the padding, as an alias."""
+        return self.padded[: max(0, min(self.padded.numel(), self.shape.numel() - self.offset))]
 
 
 def set_flat_shard(parameter: nn.Parameter, shard: FlatShard) -> None:
-    """Say what of a parameter is this rank's."""
+    """Attach this rank's part to a parameter."""
     setattr(parameter, _FLAT_SHARD_ATTRIBUTE, shard)
 
 
 def get_flat_shard(parameter: torch.Tensor) -> FlatShard | None:
-    """None: an engine with whole rows has cut it, or none."""
+    """Return this rank's part; None if the parameter is whole or a DTensor."""
     return getattr(parameter, _FLAT_SHARD_ATTRIBUTE, None)
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of all parts together."""
+    """Return the shape of the whole parameter."""
     flat = get_flat_shard(parameter)
     return parameter.shape if flat is None else flat.shape
 
 
 def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part, an alias: a shard as FSDP2 cuts, [n] as ZeRO-3 does, or the whole."""
+    """Return this rank's part as an alias: FSDP2's shard, ZeRO-3's [n], or the whole parameter."""
     flat = get_flat_shard(parameter)
     if flat is not None:
         return flat.local
@@ -86,10 +87,10 @@ def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def pop_local_grad(parameter: nn.Parameter) -> torch.Tensor | None:
-    """Return the gradient of this rank's part, which the parameter then has no longer; None: the loss has none."""
+    """Return the gradient of this rank's part and remove it from the parameter; None if there is none."""
     flat = get_flat_shard(parameter)
     if flat is not None:
-        gradient, flat.gradient = flat.gradient, None
+        gradient, flat.grad = flat.grad, None
     else:
         gradient, parameter.grad = parameter.grad, None
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
@@ -97,17 +98,17 @@ def pop_local_grad(parameter: nn.Parameter) -> torch.Tensor | None:
 
 @torch.no_grad()
 def update_gathered(shards: Sequence[FlatShard]) -> None:
-    """Bring what is gathered up to date, where that is of another type."""
+    """Round the values of shards that are gathered in another dtype."""
     rounded = [shard for shard in shards if shard.gathered is not shard.padded]
     if rounded:
         torch._foreach_copy_([shard.gathered for shard in rounded], [shard.padded for shard in rounded])
 
 
 def local_slice(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """Of a tensor of the parameter's whole shape, what lies where this rank's part does."""
+    """Return the elements of `full`, which has the whole parameter's shape, that lie in this rank's part."""
     flat = get_flat_shard(parameter)
     if flat is not None:
-        return full.reshape(-1)[flat.first : flat.first + flat.local.numel()]
+        return full.reshape(-1)[flat.offset : flat.offset + flat.local.numel()]
     local, offset = local_tensor_and_offset(parameter)
     for dim, start in enumerate(offset):
         full = full.narrow(dim, min(start, full.shape[dim]), local.shape[dim])
@@ -115,25 +116,25 @@ def local_slice(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
 
 
 def full_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole, in the parameter's own type. Called on all ranks that share it."""
+    """Return the whole parameter in its own dtype. All ranks that share it call this."""
     flat = get_flat_shard(parameter)
     if flat is None:
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    parts = flat.padded.new_empty(flat.shards * flat.padded.numel())
+    parts = flat.padded.new_empty(flat.num_shards * flat.padded.numel())
     dist.all_gather_single(parts, flat.padded, group=flat.group)
     return parts[: flat.shape.numel()].view(flat.shape)
 
 
 def local_tensor_and_offset(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """This rank's part of a parameter, and where in the whole it starts: by dimension, or as one number in the row."""
+    """Return this rank's part and its start in the whole: an index per dimension, or one in the flat row."""
     flat = get_flat_shard(parameter)
     if flat is not None:
-        return flat.local, (flat.first,)
+        return flat.local, (flat.offset,)
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()
     local, offset = parameter.to_local(), [0] * parameter.dim()
-    # Shards are equal but for the last ones. torch's compute_local_shape_and_global_offset (2.13) makes a list of the
-    # dimension's indices, and for a vector of bytes that is eight times the vector.
+    # All shards but the last ones are equal. torch's compute_local_shape_and_global_offset (2.13) lists the dimension's
+    # indices, which for a vector of bytes takes eight times its memory.
     for mesh_dim, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
             dim, size = placement.dim, parameter.shape[placement.dim]
@@ -144,10 +145,10 @@ def local_tensor_and_offset(parameter: torch.Tensor) -> tuple[torch.Tensor, tupl
 
 
 def flat_offset(parameter: torch.Tensor) -> int:
-    """Where this rank's part starts in the whole's elements in a row; the part must lie there in one piece."""
+    """Return the start of this rank's part in the whole's flat row. The part must be contiguous there."""
     flat = get_flat_shard(parameter)
     if flat is not None:
-        return flat.first
+        return flat.offset
     _, offset = local_tensor_and_offset(parameter)
     assert not any(offset[1:])
     return offset[0] * math.prod(parameter.shape[1:]) if offset else 0

@@ -62,7 +62,7 @@ def _shard_spec(parameter: torch.Tensor) -> tuple[ShardSpec, int, bool]:
     """How it is cut, which part is this rank's, and whether this is the first rank to hold that part."""
     flat = get_flat_shard(parameter)
     if flat is not None:
-        return ShardSpec(tuple(flat.shape), FLAT_DIM, flat.shards), flat.shard, flat.is_first_replica
+        return ShardSpec(tuple(flat.shape), FLAT_DIM, flat.num_shards), flat.shard_index, flat.is_first_replica
     if not isinstance(parameter, DTensor):
         return ShardSpec(tuple(parameter.shape), 0, 1), 0, True
     mesh, spec_and_index, first = parameter.device_mesh, None, True

@@ -159,7 +159,10 @@ class Partitioner:
         padded = torch.empty(size, dtype=parameter.dtype, device=device, pin_memory=pinned)
         padded[max(0, numel - group.rank() * size) :] = 0
         part = padded if dtype == parameter.dtype else torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
-        set_flat_shard(partitioned, FlatShard(parameter.shape, padded, part, group, is_first_replica))
+        shard = FlatShard(
+            shape=parameter.shape, padded=padded, gathered=part, group=group, is_first_replica=is_first_replica
+        )
+        set_flat_shard(partitioned, shard)
         from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
         partitioned.ds_tensor = zero_part(part.view(-1))

@@ -30,8 +30,8 @@ class ParameterStore(Protocol):
     def __contains__(self, name: str) -> bool:
         """Return whether the store keeps the parameter of that name."""
 
-    def put(self, name: str, first: int, values: torch.Tensor) -> None:
-        """Store values: [n], of any dtype and device, as the elements of this rank's shard from `first` on."""
+    def write(self, name: str, first: int, values: torch.Tensor) -> None:
+        """Write values, [n] of any dtype and device, to this rank's shard from element `first` on."""
 
 
 def load_weights(
@@ -83,7 +83,7 @@ def load_weights(
                 if is_lora_parameter(name):
                     continue
                 if parameter_store is not None and name in stored_names:
-                    write: WriteShard = partial(parameter_store.put, name)
+                    write: WriteShard = partial(parameter_store.write, name)
                 else:
                     write = partial(_write_local, local_tensor(parameter))
                 if isinstance(module, NF4Linear | NF4Experts | NF4VocabMixin) and parameter is module.packed:

@@ -1,4 +1,4 @@
-"""What happens to the decoder layers before an engine shards them: compiling, and activation checkpointing."""
+"""Activation checkpointing and compilation of the decoder layers, before an engine shards them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qlora_dist.parallel.compile import compile_layer
 
 
 def apply_ac_and_compile(layers: Sequence[nn.Module], config: TrainConfig) -> None:
-    """Compile and checkpoint layers in place, as `compile` and `checkpointing` say.
+    """Compile and checkpoint layers in place, according to `train.compile` and `train.checkpointing`.
 
-    Before sharding, so that the engine's hooks lie outside: a recomputed layer is not gathered a third time.
+    This must precede sharding. The engine's hooks are then outside, and a recomputed layer is not gathered again.
     """
     for index, layer in enumerate(layers):
         if config.compile:
@@ -32,7 +32,7 @@ def _is_checkpointed(index: int, setting: str | int) -> bool:
 
 
 def _checkpoint_layer(layer: nn.Module) -> None:
-    """Keep only the layer's input for backward. Replaces `forward`, so that parameters keep their names."""
+    """Keep only the layer's input for backward. `forward` is replaced, so parameters keep their names."""
     forward = layer.forward
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Counting the bytes of the collectives that are issued, by mesh dimension."""
+"""A counter of the bytes that collectives communicate, by mesh dimension."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class CommCounter:
-    """Bytes that this rank has received, by (collective, mesh dimension). A ring sends as many as it receives."""
+    """Bytes that this rank has received, by collective and mesh dimension. A ring sends as many as it receives."""
 
     def __init__(self) -> None:
         self.bytes: Counter[tuple[str, str]] = Counter()
@@ -27,7 +27,7 @@ class CommCounter:
         return tensor
 
     def take(self) -> dict[str, int]:
-        """Bytes by mesh dimension since the last call."""
+        """Return the bytes by mesh dimension since the last call, and reset the counter."""
         by_dim: Counter[str] = Counter()
         for (_, dim), nbytes in self.bytes.items():
             by_dim[dim] += nbytes

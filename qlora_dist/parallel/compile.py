@@ -9,7 +9,7 @@ from qlora_dist.errors import UserError
 
 
 def check_compiler(device: torch.device) -> None:
-    """See whether torch.compile can work here, before a model is loaded.
+    """Check that torch.compile can work here, before a model is loaded.
 
     Raises:
         UserError: there is no C++ compiler.
@@ -18,7 +18,7 @@ def check_compiler(device: torch.device) -> None:
     from torch._inductor.exc import InvalidCxxCompiler
 
     if device.type != "cpu":
-        return  # Triton brings its own, and says itself what it misses
+        return  # Triton brings its own compiler, and reports what is missing
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
@@ -28,10 +28,10 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_layer(layer: nn.Module) -> None:
-    """Compile a layer's forward, in place. Before checkpointing and sharding, whose hooks then lie outside the graph.
+    """Compile a layer's forward in place.
 
-    All layers share one graph: they have one class, and what differs, their parameters, is input. The matrix
-    multiplications of 4-bit weights and attention on the CPU are operators of ours, one node each: neither engine nor
-    the lengths of packed sequences are traced.
+    This must precede checkpointing and sharding, whose hooks are then outside the graph. All layers share one graph,
+    because they have one class and their parameters are inputs. Matrix multiplications of 4-bit weights and attention
+    on the CPU are custom operators, one node each. So neither the engine nor the sequences' lengths are traced.
     """
     layer.forward = torch.compile(layer.forward)

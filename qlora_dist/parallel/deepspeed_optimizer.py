@@ -1,9 +1,9 @@
-"""ZeRO's own optimizer over the parts that ZeRO-3 has cut: DeepSpeed's partitions, its offload, its files.
+"""DeepSpeed's ZeRO-3 optimizer over this rank's flat shards, with DeepSpeed's offload and files.
 
-`DeepSpeedZeroOptimizer_Stage3` sums gradients after every micro-batch, in hooks on the layers; that of a layer whose
-input needs no gradient, as the first one's, comes before there is one. Used here is what lies behind that: it is given
-sums over all ranks, and keeps, moves and updates the states. When a release of DeepSpeed moves any of this,
-tests/zero/test_deepspeed_optimizer.py fails and this file is the one to change.
+`DeepSpeedZeroOptimizer_Stage3` sums gradients after every micro-batch, in hooks on the layers. The hook of the first
+layer, whose input needs no gradient, runs before there is a gradient. So only the part behind the hooks is used
+here: it gets gradients summed over all ranks, and holds, moves and updates the states. If a release of DeepSpeed moves
+any of it, tests/zero/test_deepspeed_optimizer.py fails, and this file must change.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from qlora_dist.shard_view import FlatShard, get_flat_shard
 
 
 class _ZeroOptimizer(Protocol):
-    """The part of `DeepSpeedZeroOptimizer_Stage3` that is used here."""
+    """The part of `DeepSpeedZeroOptimizer_Stage3` that this file uses."""
 
     offload_optimizer: bool
     optimizer: torch.optim.Optimizer
     fp32_partitioned_groups_flat: list[torch.Tensor]
-    """Values of each sub-group: fp32[n]."""
+    """Values of each sub-group, fp32[n]."""
     fp16_partitioned_groups_flat_numel: list[int]
-    """Elements of each sub-group."""
+    """Number of elements of each sub-group."""
     grad_position: dict[int, list[int]]
-    """Sub-group, first element in it and number of elements of each partition, by its `ds_id`."""
+    """Sub-group, first element in it and number of elements of each partition, by `ds_id`."""
 
     def partition_grads(self, params: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor]) -> None:
-        """Take the gradient of each partition."""
+        """Set the gradient of each partition."""
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """End the reduction of gradients."""
+        """Finish the reduction of gradients."""
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Say whether the next gradients are the last ones before a step."""
+        """Set whether the next gradients are the last before a step."""
 
     def step(self) -> None:
         """Update all values."""
@@ -61,16 +61,16 @@ class _ZeroOptimizer(Protocol):
 
 
 class ZeroOptimizerState:
-    """Both moments of a rank's parts and, with offload, fp32 values of its own, as DeepSpeed keeps them.
+    """The optimizer states of a rank's shards and, with offload, fp32 copies of their values, held by DeepSpeed.
 
     Args:
-        model: cut by `zero.parallelize`; its parts lie elsewhere afterwards, one behind the other.
-        config: of the update, and where the states are.
-        paging: how much is moved at a time, and where files go.
-        device: of the parts.
+        model: model sharded by `parallelize_zero3`. Its shards are moved into one tensor.
+        config: the section `optim`.
+        paging: the section `paging`: bytes that are moved at a time, and the folder of the files.
+        device: device of the shards.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: a folder for the files cannot be made.
     """
 
     bits = 32
@@ -100,12 +100,12 @@ class ZeroOptimizerState:
 
     @property
     def resident_bytes(self) -> int:
-        """Of moments, on the device."""
+        """Bytes of the states on the device."""
         return 0 if self._zero.offload_optimizer else self._bytes
 
     @property
     def paged_bytes(self) -> int:
-        """Of those in host memory or files."""
+        """Bytes of the states in host memory or files."""
         return self._bytes if self._zero.offload_optimizer else 0
 
     @property
@@ -113,18 +113,19 @@ class ZeroOptimizerState:
         return 2 * 4 * sum(self._zero.fp16_partitioned_groups_flat_numel)
 
     def copy_values_from_shards(self) -> None:
-        """The parts have been given values."""
+        """Copy the shards' values to DeepSpeed's fp32 values."""
         for partition, shard in zip(self._partitions, self._shards, strict=True):
             self._view(partition).copy_(shard.padded)
         self._swap_out()
 
     def update(self, gradients: Sequence[torch.Tensor | None], lr: float, steps: int) -> None:
-        """AdamW, by gradients of each part, fp32[n] summed over all ranks, or none of an empty part.
+        """Update all shards with AdamW.
 
         Args:
-            gradients: in the order of the model's parameters.
-            lr: learning rate, before the factor of LoRA+.
-            steps: how many updates there are with this one.
+            gradients: fp32[n] of each shard in the order of the model's parameters, summed over all ranks; None for an
+                empty shard.
+            lr: learning rate without LoRA+'s factor.
+            steps: number of updates, this one included.
         """
         zero = self._zero
         parts = [_padded(g, shard) for g, shard in zip(gradients, self._shards, strict=True)]
@@ -137,7 +138,7 @@ class ZeroOptimizerState:
         zero.step()
 
     def read(self) -> list[dict[str, torch.Tensor]]:
-        """What `Moments.read` gives."""
+        """Return copies of the states, as `PagedOptimizerState.read` does."""
         result = []
         for partition, shard in zip(self._partitions, self._shards, strict=True):
             count = shard.local.numel()
@@ -147,21 +148,21 @@ class ZeroOptimizerState:
         return result
 
     def write(self, shards: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Replace all moments by what `read` gave, and values by those of the parts."""
-        for partition, shard, moments in zip(self._partitions, self._shards, shards, strict=True):
-            for name, values in moments.items():
+        """Replace all states by what `read` returned, and DeepSpeed's values by the shards' values."""
+        for partition, shard, state in zip(self._partitions, self._shards, shards, strict=True):
+            for name, values in state.items():
                 self._view(partition, name)[: values.numel()].copy_(values.view(-1))
             self._view(partition).copy_(shard.padded)
         self._swap_out()
 
     def close(self) -> None:
-        """Give the files back."""
+        """Delete the files."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     @torch.no_grad()
     def _view(self, partition: ZeroParameter, name: str | None = None) -> torch.Tensor:
-        """A partition's moment of that name, or its values; valid until another sub-group's is asked for."""
+        """Return a partition's state of that name, or its values; valid until another sub-group is swapped in."""
         index, first, length = self._zero.grad_position[partition.ds_id]
         self._swap_in(index)
         values = self._zero.fp32_partitioned_groups_flat[index]
@@ -169,7 +170,7 @@ class ZeroOptimizerState:
         return whole.narrow(0, first, length)
 
     def _swap_in(self, index: int) -> None:
-        """Have a sub-group in memory, and no other whose place is a file."""
+        """Bring a sub-group into memory, and write the one before it back to its file."""
         if index == self._swapped_in:
             return
         self._swap_out()
@@ -184,11 +185,11 @@ class ZeroOptimizerState:
 
 
 class ZeroAdamW:
-    """ZeRO's optimizer under the names of `PagedAdamW`.
+    """DeepSpeed's optimizer with the interface of `PagedAdamW`.
 
     Args:
-        shards: fp32 parts with values, of which a gradient is taken at each step.
-        states: of these parts.
+        shards: fp32 shards with values; their gradients are used at each step.
+        optimizer_state: states of these shards.
         config: the section `optim`.
     """
 
@@ -198,12 +199,12 @@ class ZeroAdamW:
         self.shards, self.optimizer_state = list(shards), optimizer_state
         self.lr = config.lr
         self.steps = 0
-        """Updates so far, which correct the moments' bias."""
+        """Updates so far; AdamW's bias correction needs them."""
         optimizer_state.copy_values_from_shards()
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all parts by their gradients; the learning rate is `lr` times each one's factor."""
+        """Update all shards by their gradients. The learning rate of each is `lr` times its factor."""
         self.steps += 1
         self.optimizer_state.update([shard.grad for shard in self.shards], self.lr, self.steps)
 
@@ -212,7 +213,7 @@ AdapterOptimizer = PagedAdamW | ZeroAdamW
 
 
 def _make_swap_folder(paging: PagingConfig) -> Path:
-    """DeepSpeed's files have equal names in all runs."""
+    """Make a folder for this run, because DeepSpeed's files have the same names in all runs."""
     try:
         return Path(tempfile.mkdtemp(prefix="qlora-dist-", dir=paging.dir))
     except OSError as error:
@@ -224,7 +225,7 @@ def _make_swap_folder(paging: PagingConfig) -> Path:
 
 
 def _make_partition(shard: FlatShard, ds_id: int) -> ZeroParameter:
-    """A part as a parameter of stage 3, in fp32 whatever is gathered: DeepSpeed rounds nothing, the engine does."""
+    """Return a shard as a parameter of stage 3 in fp32. The engine rounds it for gathering, DeepSpeed does not."""
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
     partition = zero_parameter(nn.Parameter(shard.padded))
@@ -233,7 +234,7 @@ def _make_partition(shard: FlatShard, ds_id: int) -> ZeroParameter:
     partition.ds_tensor.status = PartitionedParamStatus.AVAILABLE
     partition.ds_id, partition.ds_process_group, partition.ds_numel = ds_id, shard.group, shard.shape.numel()
     partition.partition_numel = lambda: size
-    partition.padding_size = lambda: size * shard.shards - shard.shape.numel()
+    partition.padding_size = lambda: size * shard.num_shards - shard.shape.numel()
     partition.ds_secondary_tensor = None
     return partition
 
@@ -246,7 +247,7 @@ def _make_stage3_optimizer(
     device: torch.device,
     folder: Path | None,
 ) -> _ZeroOptimizer:
-    """DeepSpeed's optimizer over partitions, without the half of it that gathers and reduces."""
+    """Return DeepSpeed's optimizer over partitions, without its gathering and reducing."""
     from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -254,7 +255,7 @@ def _make_stage3_optimizer(
 
     class Stage3(DeepSpeedZeroOptimizer_Stage3):
         def initialize_ds_offload(self, *_: Any, **__: Any) -> Any:
-            """The model's hooks are on it already, and release everything before a step."""
+            """Skip the hooks, because the model has them already, and they release everything before a step."""
             coordinator = SimpleNamespace()
             return SimpleNamespace(
                 dp_process_group=dist.group.WORLD,
@@ -264,23 +265,23 @@ def _make_stage3_optimizer(
             )
 
         def create_reduce_and_remove_grad_hooks(self) -> None:
-            """Sums come from `zero_gradients`."""
+            """Skip the hooks, because `gradient_reducer` sums the gradients."""
 
         def _create_fp32_partitions(self) -> None:
-            # it compares a device with a name, and would hold a second copy of the values
+            # DeepSpeed compares a device with a name, and would hold a second copy of the values
             if not self.offload_optimizer:
                 self.device = device
             super()._create_fp32_partitions()
 
         def _get_norm_groups(self) -> list[torch.Tensor]:
-            """Known to be finite, and clipped already: nothing is to be exchanged."""
+            """Return a zero without communication, because the gradients are finite and clipped already."""
             return [torch.zeros(())]
 
     groups = [
         {"params": [p for p, f in zip(partitions, factors, strict=True) if f == factor], "lr_factor": factor}
         for factor in sorted(set(factors))
     ]
-    settings = zero_optimizer_settings(config, paging, device.type == "cuda")
+    settings = zero_optimizer_settings(config, paging, pinned=device.type == "cuda")
     zero = DeepSpeedZeroConfig(stage=3, **settings)
     offload = zero.offload_optimizer
     if offload is not None:
@@ -304,11 +305,11 @@ def _make_stage3_optimizer(
     )
     stage3.set_gradient_accumulation_boundary(True)
     for partition in partitions:
-        partition.data = partition.ds_tensor  # the values lie elsewhere now
+        partition.data = partition.ds_tensor  # DeepSpeed has moved the values
     return stage3
 
 
 def _padded(gradient: torch.Tensor | None, shard: FlatShard) -> torch.Tensor:
     if gradient is None:
-        return shard.padded  # an empty part, which DeepSpeed leaves out
+        return shard.padded  # an empty shard, which DeepSpeed ignores
     return nn.functional.pad(gradient.view(-1), (0, shard.padded.numel() - gradient.numel()))

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration that engine zero3 runs with. No torch."""
+"""The DeepSpeed configuration of engine zero3. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from qlora_dist.config.sections import OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
 
 _ADAM_STATE_BYTES = 8
-"""Both moments of an element, fp32."""
+"""Bytes of an element's `exp_avg` and `exp_avg_sq` in fp32."""
 
 
 def ds_config(config: Config, layer_elements: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, every setting that matters being explicit: its defaults are for models in 16 bit.
+    """Return DeepSpeed's JSON with every setting that matters, because the defaults are for models in 16 bit.
 
     Args:
-        config: of the run.
-        layer_elements: of the largest decoder layer, bytes of 4-bit weights counted as elements, as DeepSpeed counts.
+        config: the run's configuration.
+        layer_elements: elements of the largest decoder layer. DeepSpeed counts a byte of 4-bit weights as an element.
 
     Raises:
         UserError: the run's engine is not DeepSpeed's.
@@ -28,34 +28,34 @@ def ds_config(config: Config, layer_elements: int) -> dict[str, Any]:
     ahead = config.parallel.prefetch * layer_elements
     optimizer: dict[str, Any] = {}
     if config.optim.name == "zero-adamw":
-        optimizer = zero_optimizer_settings(config.optim, config.paging, config.train.device != "cpu")
+        optimizer = zero_optimizer_settings(config.optim, config.paging, pinned=config.train.device != "cpu")
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "zero_optimization": {
             "stage": 3,
-            # parameters of fewer elements would be kept whole on every rank: by default 100,000, and a byte is one
+            # smaller parameters would be whole on every rank; the default is 100,000 elements, and a byte counts as one
             "stage3_param_persistence_threshold": 0,
-            # by default a billion each: then from the second step on every layer stays gathered
+            # the default of both is a billion, with which every layer stays gathered from the second step on
             "stage3_max_live_parameters": layer_elements + ahead,
             "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": ahead,
-            # the sum of bytes that are no numbers is no copy of them
+            # summing the bytes of 4-bit weights would not copy them
             "stage3_use_all_reduce_for_fetch_params": False,
             "overlap_comm": True,
             **optimizer,
         },
-        # torch's AdamW does what DeepSpeed's would have to be compiled for
+        # torch's AdamW needs no compilation, and DeepSpeed's does
         **({"zero_force_ds_cpu_optimizer": False} if optimizer else {}),
     }
 
 
-def zero_optimizer_settings(config: OptimConfig, paging: PagingConfig, pinned: bool) -> dict[str, Any]:
-    """What of `zero_optimization` is the optimizer's.
+def zero_optimizer_settings(config: OptimConfig, paging: PagingConfig, *, pinned: bool) -> dict[str, Any]:
+    """Return the optimizer's settings within `zero_optimization`.
 
     Args:
-        config: with the name zero-adamw.
-        paging: of the run.
-        pinned: whether host memory is read and written by a device.
+        config: the section `optim`, with the name zero-adamw.
+        paging: the section `paging`.
+        pinned: whether a device reads and writes host memory.
     """
     settings: dict[str, Any] = {"sub_group_size": paging.page_bytes // _ADAM_STATE_BYTES}
     if config.offload != "none":

@@ -1,5 +1,7 @@
-"""The choice of the engine. What follows does not ask which it is: `sharded.py` says what lies on this rank, and the
-model answers to FSDP2's names.
+"""The choice of the engine.
+
+Later code does not depend on it: `shard_view.py` describes this rank's part of each parameter, and every engine gives
+the model FSDP2's methods.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from qlora_dist.parallel.mesh import Meshes
 
 
 def check_engine(config: Config, device: torch.device) -> None:
-    """See whether the engine and what it compiles for this configuration is there, before a model is loaded.
+    """Check that the engine, and the extensions that it compiles, are available, before a model is loaded.
 
     Raises:
-        UserError: it is not.
+        UserError: something is missing.
     """
     if config.parallel.engine == "zero3":
         check_deepspeed()
@@ -27,6 +29,6 @@ def check_engine(config: Config, device: torch.device) -> None:
 
 
 def parallelize(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
-    """Shard a skeleton in place with the engine that the configuration names; see `fsdp.parallelize`."""
+    """Shard a model in place with the engine that the configuration names; see `parallelize_fsdp2`."""
     engines = {"fsdp2": fsdp2.parallelize_fsdp2, "zero3": zero3.parallelize_zero3, "zero2": zero2.parallelize_zero2}
     return engines[config.parallel.engine](model, meshes, config)

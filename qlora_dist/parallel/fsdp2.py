@@ -1,4 +1,4 @@
-"""The parallel plan of a model under FSDP2, as one function."""
+"""The parallel plan of a model under FSDP2."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from qlora_dist.parallel.mesh import Meshes
 
 
 def parallelize_fsdp2(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
-    """Compile, checkpoint and shard a skeleton in place. Always run: on one rank every step of it is a no-op.
+    """Compile, checkpoint and shard a model in place. On one rank, sharding changes nothing.
 
     Args:
-        model: on the meta device, adapters attached.
-        meshes: of base and adapters.
-        config: the sections `parallel`, `train.checkpointing`, `train.compile` and `model.compute_dtype`.
+        model: model on the meta device with its adapters attached.
+        meshes: meshes of base and adapters.
+        config: the configuration; of it `parallel`, `train.checkpointing`, `train.compile`, `model.compute_dtype`.
 
     Returns:
         The counter of all bytes that the model will communicate.
@@ -46,19 +46,19 @@ def parallelize_fsdp2(model: PreTrainedModel, meshes: Meshes, config: Config) ->
     options: dict[str, Any] = {
         "mesh": meshes.base,
         "shard_placement_fn": _shard_placement_fn(model, meshes),
-        # the bytes are no floating type and stay as they are; gradients are summed in fp32
+        # bytes are not cast, because they are not of a floating dtype; gradients are summed in fp32
         "mp_policy": MixedPrecisionPolicy(COMPUTE_DTYPES[config.model.compute_dtype], torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=meshes.base.device_type == "cuda")
         if offload
         else OffloadPolicy(),
     }
-    # embedding and head are units of their own: in the root they would stay gathered through the step
+    # embedding and head are separate units, because in the root they would stay gathered during the step
     units = [embedding, *layers, *([] if has_tied_head(model) else [head])]
     sharded = [fully_shard(unit, **options) for unit in units]
     sharded.append(fully_shard(model, **options))
 
-    # Neither is needed in backward: an embedding's gradient does not depend on its values, and the head computes its
-    # own in forward.
+    # Neither is needed in backward. An embedding's gradient does not depend on its values, and the head computes its
+    # gradient in forward.
     embedding.set_unshard_in_backward(False)
     if head in units:
         head.set_unshard_in_backward(False)
@@ -70,7 +70,7 @@ def parallelize_fsdp2(model: PreTrainedModel, meshes: Meshes, config: Config) ->
 
     traffic = CommCounter()
     for unit in sharded:
-        # The loss is divided by the tokens of the whole window before backward: gradients are summed, not averaged.
+        # Gradients are summed, not averaged, because the loss is divided by the tokens of the whole window before.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         observe_collectives(unit, traffic.add)
@@ -80,11 +80,11 @@ def parallelize_fsdp2(model: PreTrainedModel, meshes: Meshes, config: Config) ->
 
 
 def _shard_placement_fn(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Any]:
-    """Base along dim 0 of its mesh; adapters over theirs, A along its long side.
+    """Return a function that shards the base along dim 0, and the adapters over their mesh, A along its long side.
 
-    A is [r, in]: over a world larger than r, cutting rows would pad it to one row per rank and leave most ranks with
-    nothing. FSDP2 cuts dimensions other than 0 only where they divide. Modules that are trained whole are read from
-    files, by rows.
+    A is [r, in]. With more than r ranks, sharding its rows would leave most ranks without a row, and pad them to one.
+    FSDP2 shards a dimension other than 0 only if the ranks divide it. Modules that are trained whole are sharded by
+    rows, because they are read from files.
     """
     to_adapter_mesh = (lambda placement: placement) if meshes.one_group else MeshPlacement(meshes.adapter)
     shards = meshes.sizes.adapter_shards
@@ -100,12 +100,12 @@ def _shard_placement_fn(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parame
 
 
 def _keep_tied_weight_gathered(embedding: FSDPModule, inputs: tuple[torch.Tensor, ...]) -> None:
-    """Tied weights stay gathered from the lookup to the loss, where the step holds most, and come once, not twice."""
+    """Keep tied weights gathered from the lookup to the loss, so that they are gathered once, not twice."""
     embedding.set_reshard_after_forward(inputs[0].is_floating_point())
 
 
 def _prefetch(layers: list[FSDPModule], count: int) -> None:
-    """Gather the next layers while one computes, in the order of use."""
+    """Gather the next `count` layers while one computes."""
     if count == 0:
         return
     for index, layer in enumerate(layers):

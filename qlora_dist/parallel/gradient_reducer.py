@@ -1,4 +1,4 @@
-"""The adapters' gradients under ZeRO-3: whole until a window's last backward pass, then summed over ranks in parts."""
+"""The adapters' gradients under ZeRO: whole until a window's last backward pass, then reduced to shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_dist.shard_view import get_flat_shard
 
 
 def trainable_units(model: PreTrainedModel) -> list[list[nn.Parameter]]:
-    """The trained parameters of each decoder layer together, and the others one by one."""
+    """Return the trained parameters of each decoder layer as one unit, and each other trained parameter as a unit."""
     units = [[p for p in layer.parameters() if p.requires_grad] for layer in get_decoder_layers(model)]
     in_layers = {id(p) for unit in units for p in unit}
     units += [[p] for p in model.parameters() if p.requires_grad and id(p) not in in_layers]
@@ -26,25 +26,25 @@ def trainable_units(model: PreTrainedModel) -> list[list[nn.Parameter]]:
 
 
 class _Unit:
-    """The trained parameters whose gradients travel together."""
+    """Trained parameters whose gradients are reduced together."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
-        self.waiting = len(self.parameters)
-        """How many have no gradient yet in this backward pass."""
+        self.pending = len(self.parameters)
+        """Number of parameters without a gradient in this backward pass."""
 
 
 class GradientReducer:
-    """Sums gradients in fp32, a unit at a time, as soon as backward has come through it.
+    """A sum of gradients over ranks in fp32, one unit at a time, as soon as backward has passed the unit.
 
-    ZeRO-3 itself would do so after every micro-batch. Here it is once a window, as under FSDP2; until then a rank has
-    whole gradients of the adapters.
+    DeepSpeed's ZeRO-3 would reduce after every micro-batch. This reduces once per window, as FSDP2 does. Until then a
+    rank has whole gradients of the adapters.
 
     Args:
         units: lists of trained parameters.
-        mesh: of the adapters: 1-D, or (replica, shard).
-        traffic: counts what is communicated.
-        after_backward: called at the end of each backward pass, with whether it was the window's last.
+        mesh: mesh of the adapters, 1-D or (replica, shard).
+        traffic: counter of the communicated bytes.
+        after_backward: called at the end of each backward pass; its argument says whether it was the window's last.
     """
 
     def __init__(
@@ -64,35 +64,35 @@ class GradientReducer:
             for parameter in unit.parameters:
                 parameter.register_post_accumulate_grad_hook(lambda p, unit=unit: self._add(unit, p))
 
-    def answer(self, model: nn.Module) -> None:
-        """Have a model answer to the name under which FSDP2 is told of a window's last backward pass."""
+    def add_gradient_sync_method(self, model: nn.Module) -> None:
+        """Give a model FSDP2's `set_requires_gradient_sync`, which announces a window's last backward pass."""
+        # torch's types allow only tensors and modules as attributes of a module
+        model.set_requires_gradient_sync = types.MethodType(  # type: ignore[assignment]
+            lambda _, requires_gradient_sync: self._set_sync(requires_gradient_sync), model
+        )
 
-        def set_requires_gradient_sync(_: nn.Module, last: bool) -> None:
-            self.sync = last
-
-        # torch's types let a module have tensors and modules as attributes, and nothing else
-        model.set_requires_gradient_sync = types.MethodType(set_requires_gradient_sync, model)  # type: ignore[assignment]
+    def _set_sync(self, requires_gradient_sync: bool) -> None:
+        self.sync = requires_gradient_sync
 
     def _add(self, unit: _Unit, parameter: nn.Parameter) -> None:
         if not self._in_backward:
             self._in_backward = True
-            Variable._execution_engine.queue_callback(self._end)
+            Variable._execution_engine.queue_callback(self._finish_backward)
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.float(), None
         if (shard := get_flat_shard(parameter)) is not None:
             shard.had_grad = True
         before = self._sums.get(parameter)
         self._sums[parameter] = gradient if before is None else before.add_(gradient)
-        unit.waiting -= 1
-        if self.sync and unit.waiting == 0:
+        unit.pending -= 1
+        if self.sync and unit.pending == 0:
             self._reduce(unit)
 
-    def _end(self) -> None:
-        """After a backward pass."""
+    def _finish_backward(self) -> None:
         for unit in self._units:
-            if self.sync and unit.waiting > 0:  # experts that no token has come to
+            if self.sync and unit.pending > 0:  # experts that got no token
                 self._reduce(unit)
-            unit.waiting = len(unit.parameters)
+            unit.pending = len(unit.parameters)
         self._in_backward = False
         self._after_backward(self.sync)
 
@@ -113,10 +113,10 @@ class GradientReducer:
         own = self._sum(torch.cat(columns, dim=1))
         for shard, gradient in zip(shards, own.split(sizes), strict=True):
             assert shard is not None
-            shard.gradient = gradient[: shard.local.numel()]
+            shard.grad = gradient[: shard.local.numel()]
 
     def _sum(self, parts: torch.Tensor) -> torch.Tensor:
-        """[shards, n] -> [n], this rank's row, summed over all ranks."""
+        """Sum [shards, n] over all ranks, and return this rank's row [n]."""
         own = parts[0]
         if parts.shape[0] > 1:
             own = torch.empty_like(parts[0])

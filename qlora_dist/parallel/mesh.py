@@ -1,4 +1,4 @@
-"""Two meshes: a small one for the frozen base, a large one for what is trained."""
+"""The device meshes of the frozen base and of the adapters."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from qlora_dist.runtime.environment import RankInfo
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """How the world is cut.
+    """Numbers of shards of base and adapters.
 
-    Ranks that are neighbours share a copy of the base: rank r holds shard `r % base_shards` of it, and shard
+    Neighbouring ranks share a copy of the base. Rank r holds shard `r % base_shards` of the base and shard
     `r % adapter_shards` of the adapters.
     """
 
@@ -27,46 +27,46 @@ class MeshSizes:
 
     @property
     def adapter_replicas(self) -> int:
-        """Copies of the adapters, kept equal by all-reducing their gradients."""
+        """Number of copies of the adapters; all-reducing the gradients keeps them equal."""
         return self.world_size // self.adapter_shards
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """The meshes as torch knows them. Dimension names: `shard` (a copy of the base), `world`, `replica`."""
+    """Device meshes. Their dimensions are called `shard` (within a copy of the base), `world` and `replica`."""
 
     sizes: MeshSizes
     base: DeviceMesh
     """1-D over the ranks that share a copy of the base."""
     base_replicas: DeviceMesh | None
-    """1-D over the ranks that hold the same shard of the base; None where there is one copy."""
+    """1-D over the ranks that hold the same shard of the base; None if there is one copy."""
     adapter: DeviceMesh
     """1-D over the ranks that share the adapters, or 2-D (replica, shard)."""
 
     @property
     def one_group(self) -> bool:
-        """Base and adapters are cut alike, so that a layer's are gathered in one collective."""
+        """Whether base and adapters share one mesh, so that a layer is gathered in one collective."""
         return self.adapter is self.base
 
     @property
     def device(self) -> torch.device:
-        """Of this rank."""
+        """Device of this rank."""
         name = self.base.device_type
         return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
     @property
     def adapter_group(self) -> dist.ProcessGroup:
-        """Of the ranks that share the adapters."""
+        """Group of the ranks that share a copy of the adapters."""
         return self.adapter.get_group(self.adapter.ndim - 1)
 
     @property
     def is_first_adapter_replica(self) -> bool:
-        """Whether no rank before this one holds the same part of the adapters."""
+        """Whether no rank before this one holds the same shard of the adapters."""
         return self.adapter.ndim == 1 or self.adapter.get_local_rank(0) == 0
 
 
 def mesh_sizes(config: ParallelConfig, ranks: RankInfo) -> MeshSizes:
-    """The sizes of the meshes.
+    """Return the sizes of the meshes.
 
     Raises:
         UserError: the base's mesh does not divide the world, or nodes are unequal.
@@ -84,13 +84,13 @@ def mesh_sizes(config: ParallelConfig, ranks: RankInfo) -> MeshSizes:
     return MeshSizes(world, base, named[config.adapter])
 
 
-def build_meshes(sizes: MeshSizes, device_type: str, separate_groups: bool = False) -> Meshes:
-    """The meshes, and with them the process groups. Called on all ranks.
+def build_meshes(sizes: MeshSizes, device_type: str, *, separate_groups: bool = False) -> Meshes:
+    """Build the meshes and their process groups. All ranks call this.
 
     Args:
-        sizes: from `mesh_sizes`.
+        sizes: result of `mesh_sizes`.
         device_type: `cpu` or `cuda`.
-        separate_groups: give base and adapters a group each even where both are cut over the same ranks.
+        separate_groups: give base and adapters a group each, even if the same ranks share both.
     """
     world = init_device_mesh(device_type, (sizes.world_size,), mesh_dim_names=("world",))
     if sizes.base_shards == sizes.world_size:

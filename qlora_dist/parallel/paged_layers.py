@@ -1,4 +1,4 @@
-"""The frozen decoder layers as pages: some stay on the device, the others come ahead of their use, there and back."""
+"""The frozen decoder layers as pages: some stay on the device, and the others are fetched ahead of their use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STORE_HINT = "name another folder in paging.dir, or raise parallel.resident_byt
 
 @dataclass(frozen=True)
 class _PageLocation:
-    """Of a parameter's shard."""
+    """Place of a parameter's shard in its page."""
 
     page: int
     start: int
@@ -31,23 +31,25 @@ class _PageLocation:
 
 
 class PagedLayers:
-    """One page for each decoder layer: this rank's shards of its frozen parameters, one behind the other.
+    """A page per decoder layer with this rank's shards of the layer's frozen parameters.
 
-    Room for all of them is taken here, on the device and behind it; they are filled by `put`. The parameters themselves
-    stay on meta: nothing but FSDP2's gathering sees a value.
+    The constructor allocates all pages, on the device and in the store, and `write` fills them. The parameters stay on
+    the meta device, and only FSDP2's gathering reads values.
+
+    With `resident_bytes: auto`, the pages on the device take half of the free bytes. The rest of the model, gradients
+    and optimizer states are subtracted before. The other half is for activations.
 
     Args:
-        model: sharded, on meta.
-        layers: its decoder layers, in the order of forward.
-        device: that uses them.
-        resident_bytes: on the device, of at least two layers, or 0 for just two; all of them need no store. auto: half
-            of what is free, after taking off the rest of the model, and of the adapters gradients and moments; the
-            other half is for what comes on top while it computes.
-        free_bytes: of the device, before anything is loaded.
-        paging: where the others lie, and how many are fetched ahead.
+        model: sharded model on the meta device.
+        layers: the decoder layers in the order of forward.
+        device: device that uses the layers.
+        resident_bytes: bytes of pages on the device, at least two layers; 0: exactly two layers. If all layers fit,
+            there is no store.
+        free_bytes: free bytes of the device before loading.
+        paging: the section `paging`.
 
     Raises:
-        UserError: fewer bytes than two layers, or no room for the store.
+        UserError: `resident_bytes` is less than two layers, or the store has no room.
     """
 
     def __init__(
@@ -60,12 +62,12 @@ class PagedLayers:
         paging: PagingConfig,
     ) -> None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._places: dict[str, _PageLocation] = {}
+        self._locations: dict[str, _PageLocation] = {}
         sizes = []
         for page, layer in enumerate(layers):
             end = 0
             for parameter, start, nbytes in frozen_shards(layer):
-                self._places[names[id(parameter)]] = _PageLocation(page, start, parameter.dtype)
+                self._locations[names[id(parameter)]] = _PageLocation(page, start, parameter.dtype)
                 end = start + -(-nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
             sizes.append(end)
         least = 2 * max(sizes)
@@ -86,32 +88,32 @@ class PagedLayers:
 
     @property
     def held_bytes(self) -> int:
-        """On the device, now and at any moment."""
+        """Bytes of pages on the device; they do not change."""
         return self.pager.held_bytes
 
     def sentence(self) -> str:
-        """What lies where, for people."""
-        count, moving = len(self.pager.sizes), len(self.pager.paged)
-        if not moving:
+        """Return how many layers stay on the device, as a line of the console."""
+        count, paged = len(self.pager.sizes), len(self.pager.paged)
+        if not paged:
             return f"paging: room for all {count} layers; nothing is fetched"
-        return f"paging: {count - moving} of {count} layers stay, {moving} are fetched whenever they are used"
+        return f"paging: {count - paged} of {count} layers stay, {paged} are fetched whenever they are used"
 
     def __contains__(self, name: str) -> bool:
-        """Whether the parameter of that name is in a page."""
-        return name in self._places
+        """Return whether the parameter of that name is in a page."""
+        return name in self._locations
 
-    def put(self, name: str, first: int, values: torch.Tensor) -> None:
-        """Give elements of a parameter's shard their values, from `first` on: [n], of any type and device."""
-        place = self._places[name]
-        data = values.to(place.dtype).contiguous().view(torch.uint8)
-        self.pager.write_part(place.page, place.start + first * place.dtype.itemsize, data)
+    def write(self, name: str, first: int, values: torch.Tensor) -> None:
+        """Write values, [n] of any dtype and device, to a parameter's shard from element `first` on."""
+        location = self._locations[name]
+        data = values.to(location.dtype).contiguous().view(torch.uint8)
+        self.pager.write_part(location.page, location.start + first * location.dtype.itemsize, data)
 
     def close(self) -> None:
-        """Give the room back. No layer can be used any more."""
+        """Free all pages. No layer can be used afterwards."""
         self.pager.close()
 
     def _rest_bytes(self, model: nn.Module) -> int:
-        """Of this rank, between steps: what is in no page; of what is trained, values, gradients and two moments."""
+        """Return the bytes outside pages; trained parameters also have gradients, `exp_avg` and `exp_avg_sq`."""
         return sum(
             (4 if parameter.requires_grad else 1) * local_tensor(parameter).nbytes
             for name, parameter in model.named_parameters()
@@ -119,19 +121,19 @@ class PagedLayers:
         )
 
     def _attach(self, page: int, layer: FSDPModule) -> None:
-        def get_page(which: PassDirection) -> torch.Tensor:
-            return self.pager.acquire(page, prefetch_next=_next_pages(page, len(self.pager.sizes), which))
+        def acquire_page(direction: PassDirection) -> torch.Tensor:
+            return self.pager.acquire(page, prefetch_next=_next_pages(page, len(self.pager.sizes), direction))
 
-        def page_done(used: torch.Event | None) -> None:
-            self.pager.release(page, dirty=False, used_event=used)
+        def release_page(used_event: torch.Event | None) -> None:
+            self.pager.release(page, dirty=False, used_event=used_event)
 
-        page_frozen_parameters(layer, get_page, page_done)
+        page_frozen_parameters(layer, acquire_page, release_page)
 
 
 def _next_pages(page: int, count: int, direction: PassDirection) -> list[int]:
-    """The other pages, in the order in which they are used next.
+    """Return the other pages in the order of their next use.
 
-    Down again after the way up, unless nothing will be differentiated: then from below. After the way down, up.
+    Backward follows forward unless gradients are disabled; then the next forward follows.
     """
     above, below = list(range(page + 1, count)), list(range(page))
     if direction == "backward":

@@ -1,4 +1,4 @@
-"""What a rank holds between steps, and the refusal to run when it is more than its share."""
+"""The bytes that a rank holds between steps, and the check that they do not exceed its share."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ STATIC_BYTES_TOLERANCE = 0.01
 
 
 def check_static_bytes(model: nn.Module, sizes: MeshSizes, paged_bytes: int = 0, paged_budget: int = 0) -> int:
-    """Refuse to run when a rank holds more than its share: silent replication is this field's worst bug.
+    """Check that this rank holds no more than its share, because replication would go unnoticed otherwise.
 
-    The share is the base's bytes / base_shards + the adapters' bytes / adapter_shards, within 1 %, plus what the
-    engine pads: parameters are cut in whole rows (FSDP2) or elements (ZeRO-3), and every rank has the largest number
-    of them. Parameters whose shards are in pages are on meta; their sizes are compared all the same.
+    The share is the base's bytes / base_shards + the adapters' bytes / adapter_shards, within 1 %, plus the engine's
+    padding. Parameters are split into whole rows (FSDP2) or elements (ZeRO-3), and every rank holds the largest part.
+    Parameters whose shards are in pages are on the meta device; their sizes are compared like all others.
 
     Args:
-        model: sharded and filled.
-        sizes: how the world is cut.
-        paged_bytes: bytes of pages that this rank has on its device.
-        paged_budget: the most that these may be.
+        model: sharded model with weights.
+        sizes: sizes of the meshes.
+        paged_bytes: bytes of pages on this rank's device.
+        paged_budget: most bytes of pages on this rank's device.
 
     Returns:
-        Bytes that this rank holds, the pages among them.
+        Bytes that this rank holds, pages included.
 
     Raises:
-        RuntimeError: with the largest offenders' names. That is a bug of ours, not of the user's.
+        RuntimeError: the rank holds more; the message names the largest offenders. This is a bug of this package.
     """
     share, padding = 0.0, 0.0
     excess: dict[str, float] = {}
@@ -47,7 +47,7 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, paged_bytes: int = 0,
     if paged_bytes > paged_budget:
         raise RuntimeError(f"this rank holds {paged_bytes:,} bytes of pages where its budget is {paged_budget:,}")
     held = sum(s.nbytes() for s in _storages(model))
-    buffers = sum(b.nbytes for b in model.buffers())  # rotary frequencies, on every rank
+    buffers = sum(b.nbytes for b in model.buffers())  # rotary frequencies, which every rank has
     if held > share * (1 + STATIC_BYTES_TOLERANCE) + padding + buffers:
         worst = sorted(excess, key=excess.__getitem__, reverse=True)[:3]
         raise RuntimeError(
@@ -58,7 +58,7 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, paged_bytes: int = 0,
 
 
 def model_static_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors that a model's modules hold on this rank, each storage once, shards padded as they are."""
+    """Return the bytes of all tensors of a model on this rank, padding included. A storage counts once."""
     return sum(s.nbytes() for s in _storages(model) if s.device.type != "meta")
 
 
@@ -72,26 +72,26 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     for parameter in model.parameters():
         yield from _shards(parameter)
     yield from model.buffers()
-    for module in model.modules():  # such as bitsandbytes' quantization state, which no state_dict shows
+    for module in model.modules():  # such as bitsandbytes' quantization state, which is in no state_dict
         for value in vars(module).values():
             if isinstance(value, torch.Tensor):
                 yield value
 
 
 def _shards(parameter: nn.Parameter) -> list[torch.Tensor]:
-    """What a rank is to hold its share of: under ZeRO-3 also what it gathers, if that is of another type."""
+    """Return the tensors of which a rank holds its share. ZeRO-3 adds the gathered values, if of another dtype."""
     flat = get_flat_shard(parameter)
     if flat is None:
         return [parameter]
-    if flat.whole is not None:
+    if flat.full is not None:
         return [] if flat.gathered is flat.padded else [flat.padded]
     return [flat.padded] if flat.gathered is flat.padded else [flat.padded, flat.gathered]
 
 
 def _replicated_bytes(parameter: nn.Parameter) -> int:
-    """Bytes that a rank is to hold whatever the number of ranks."""
+    """Return the bytes that a rank holds whatever the number of ranks."""
     flat = get_flat_shard(parameter)
-    return 0 if flat is None or flat.whole is None else flat.whole.nbytes
+    return 0 if flat is None or flat.full is None else flat.full.nbytes
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
@@ -100,7 +100,7 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 
 def _num_rows(parameter: torch.Tensor) -> int:
-    """Of how many equal pieces, that stay whole, the engine makes its cuts."""
+    """Return the number of equal rows that the engine never splits."""
     if get_flat_shard(parameter) is not None:
         return full_shape(parameter).numel()
     if not isinstance(parameter, DTensor):

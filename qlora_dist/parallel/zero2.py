@@ -1,7 +1,7 @@
-"""The parallel plan of a model under ZeRO's stage 2: everything is whole on every rank but gradients and moments.
+"""The parallel plan of a model under ZeRO's stage 2: only gradients and optimizer states are sharded.
 
-Nothing is gathered to compute. A rank updates its part of each adapter, and once a step the parts are gathered: with a
-base that fits on each device this is the least that ranks can send each other. The stage needs no code of DeepSpeed's.
+Nothing is gathered to compute. A rank updates its part of each adapter, and once per step the parts are gathered. If
+the base fits on each device, no plan communicates less. This stage uses no code of DeepSpeed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from qlora_dist.shard_view import FlatShard, get_flat_shard, set_flat_shard, upd
 
 
 def parallelize_zero2(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
-    """Checkpoint a skeleton and cut its adapters' gradients and updates, in place; see `zero.parallelize`.
+    """Compile and checkpoint a model in place, and shard its adapters' gradients and updates.
 
     Args:
-        model: on the meta device, adapters attached.
-        meshes: of the adapters; the base is on each rank.
-        config: the sections `train` and `model.compute_dtype`.
+        model: model on the meta device with its adapters attached.
+        meshes: meshes of base and adapters; the base is whole on each rank.
+        config: the configuration; of it `train` and `model.compute_dtype`.
+
+    Returns:
+        The counter of all bytes that the model will communicate.
     """
     layers = list(get_decoder_layers(model))
     apply_ac_and_compile(layers, config.train)
@@ -37,9 +40,11 @@ def parallelize_zero2(model: PreTrainedModel, meshes: Meshes, config: Config) ->
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 module._parameters[key] = _whole_parameter(
-                    parameter, group, dtype, meshes.device, meshes.is_first_adapter_replica
+                    parameter, group, dtype, meshes.device, is_first_replica=meshes.is_first_adapter_replica
                 )
-            elif parameter.is_floating_point():  # some are to be in fp32 in files, and are computed with as all others
+            elif (
+                parameter.is_floating_point()
+            ):  # transformers keeps some in fp32 files; they too are computed with in `dtype`
                 module._parameters[key] = nn.Parameter(parameter.to(dtype), requires_grad=False)
 
     traffic = CommCounter()
@@ -47,7 +52,7 @@ def parallelize_zero2(model: PreTrainedModel, meshes: Meshes, config: Config) ->
     assert meshes.adapter.mesh_dim_names is not None
     updates = _UpdateGather(units, group, traffic, meshes.adapter.mesh_dim_names[-1])
     gradients = GradientReducer(units, meshes.adapter, traffic, updates.mark_stale_after_backward)
-    gradients.answer(model)
+    gradients.add_gradient_sync_method(model)
     model.register_forward_pre_hook(lambda *_: updates.gather(), prepend=True)
     for module in (*layers, model):
         module.unshard = types.MethodType(lambda self: updates.gather(), module)
@@ -56,21 +61,34 @@ def parallelize_zero2(model: PreTrainedModel, meshes: Meshes, config: Config) ->
 
 
 def _whole_parameter(
-    parameter: nn.Parameter, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device, is_first_replica: bool
+    parameter: nn.Parameter,
+    group: dist.ProcessGroup,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    is_first_replica: bool,
 ) -> nn.Parameter:
-    """A whole parameter of the type that is computed with, a part of which is this rank's to update."""
+    """Return a whole parameter in the compute dtype, with a `FlatShard` that this rank updates."""
     numel, size = parameter.numel(), -(-parameter.numel() // group.size())
     whole = torch.zeros(size * group.size(), dtype=dtype, device=device)
     own = whole[group.rank() * size : (group.rank() + 1) * size]
     values = own if dtype == parameter.dtype else torch.zeros(size, dtype=parameter.dtype, device=device)
     whole_parameter = nn.Parameter(whole[:numel].view(parameter.shape))
-    whole_parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
-    set_flat_shard(whole_parameter, FlatShard(parameter.shape, values, own, group, is_first_replica, whole=whole))
+    whole_parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers would initialize it
+    shard = FlatShard(
+        shape=parameter.shape,
+        padded=values,
+        gathered=own,
+        group=group,
+        is_first_replica=is_first_replica,
+        full=whole,
+    )
+    set_flat_shard(whole_parameter, shard)
     return whole_parameter
 
 
 class _UpdateGather:
-    """Gathers what other ranks have updated, before the first forward pass that follows."""
+    """A gather of the parts that other ranks have updated, before the next forward pass."""
 
     def __init__(
         self, units: list[list[nn.Parameter]], group: dist.ProcessGroup, traffic: CommCounter, dim: str
@@ -80,16 +98,16 @@ class _UpdateGather:
         self._is_stale = True
 
     def mark_stale(self) -> None:
-        """Values change."""
+        """Gather before the next forward pass, because values change."""
         self._is_stale = True
 
     def mark_stale_after_backward(self, last: bool) -> None:
-        """After a window's last backward pass the optimizer changes them."""
+        """Gather after a window's last backward pass, because the optimizer changes the values."""
         self._is_stale = self._is_stale or last
 
     @torch.no_grad()
     def gather(self) -> None:
-        """One collective for each unit. Called on all ranks."""
+        """Gather the updated parts with one collective per unit. All ranks call this."""
         if not self._is_stale:
             return
         self._is_stale = False
@@ -103,5 +121,5 @@ class _UpdateGather:
             self._traffic.add("all_gather", self._dim, parts.nbytes - own.nbytes)
             columns = parts.view(self._group.size(), -1).split([shard.gathered.numel() for shard in shards], dim=1)
             for shard, column in zip(shards, columns, strict=True):
-                assert shard.whole is not None
-                shard.whole.view_as(column).copy_(column)
+                assert shard.full is not None
+                shard.full.view_as(column).copy_(column)

@@ -22,16 +22,16 @@ from qlora_dist.shard_view import FlatShard, full_shape, get_flat_shard, update_
 
 
 def parallelize_zero3(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
-    """Checkpoint and shard a skeleton in place, as `fsdp.parallelize` does, with ZeRO-3.
+    """Compile, checkpoint and shard a model in place with ZeRO-3.
 
-    The frozen base is cut over its own group of ranks, the adapters over theirs. Every rank takes the room for its
-    parts; `fill` gives them values. The model then answers to the names that FSDP2 gives: layers to `unshard` and
-    `reshard`, the model to `set_requires_gradient_sync`.
+    The frozen base is sharded over one group of ranks, and the adapters over another. Every rank allocates its parts,
+    and `load_weights` sets their values. The model then has FSDP2's methods: `unshard` and `reshard` of the layers, and
+    `set_requires_gradient_sync` of the model.
 
     Args:
-        model: on the meta device, adapters attached.
-        meshes: of base and adapters.
-        config: the sections `parallel`, `train` and `model.compute_dtype`.
+        model: model on the meta device with its adapters attached.
+        meshes: meshes of base and adapters.
+        config: the configuration; of it `parallel`, `train` and `model.compute_dtype`.
 
     Returns:
         The counter of all bytes that the model will communicate.
@@ -45,8 +45,8 @@ def parallelize_zero3(model: PreTrainedModel, meshes: Meshes, config: Config) ->
     _partition_parameters(model, meshes, config, partitioner)
 
     settings = ds_config(config, largest_layer_numel(model))["zero_optimization"]
-    # A layer is one unit: its parameters come in one collective per type and group, and the base layer within LoraNF4,
-    # which is not called as a module, is there. So are all for a layer that is recomputed.
+    # A layer is one unit, so its parameters are gathered in one collective per dtype and group. The unit includes the
+    # base layer within NF4LoraLinear, which is not called as a module, and holds for a recomputed layer too.
     gathering = partitioner.register_hooks(model, layers, settings)
     for module in (embedding, head):
         if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -54,8 +54,8 @@ def parallelize_zero3(model: PreTrainedModel, meshes: Meshes, config: Config) ->
             gathering.skip_backward_gather(module)
 
     gradients = GradientReducer(trainable_units(model), meshes.adapter, traffic, lambda _: gathering.release_all())
-    gradients.answer(model)
-    for layer in layers:  # torch's types let a module have tensors and modules as attributes, and nothing else
+    gradients.add_gradient_sync_method(model)
+    for layer in layers:  # torch's types allow only tensors and modules as attributes
         layer.unshard = types.MethodType(_unshard, layer)  # type: ignore[assignment]
         layer.reshard = types.MethodType(lambda self: release_parameters(self.parameters()), layer)  # type: ignore[assignment]
     _register_forward_hooks(model, gathering)
@@ -63,12 +63,12 @@ def parallelize_zero3(model: PreTrainedModel, meshes: Meshes, config: Config) ->
 
 
 def largest_layer_numel(model: PreTrainedModel) -> int:
-    """Elements of the largest decoder layer's parameters, sharded or not, as DeepSpeed counts: a byte is one."""
+    """Return the elements of the largest decoder layer, sharded or not. DeepSpeed counts a byte as an element."""
     return max(sum(full_shape(p).numel() for p in layer.parameters()) for layer in get_decoder_layers(model))
 
 
 def _count_all_gathers(traffic: CommCounter, meshes: Meshes) -> OnAllGather:
-    """Counts by the names of the meshes' dimensions."""
+    """Return a function that counts gathered bytes by mesh dimension."""
     names = {}
     for mesh in (meshes.adapter, meshes.base):
         assert mesh.mesh_dim_names is not None
@@ -98,7 +98,7 @@ def _unshard(layer: nn.Module) -> None:
 
 
 def _register_forward_hooks(model: nn.Module, gathering: GatherHooks) -> None:
-    """Before: round the values to the type that is gathered. After one without backward: release everything."""
+    """Round the values to the gathered dtype before forward. Without a backward pass, release them after it."""
     shards = _flat_shards(model)
 
     def before(*_: Any) -> None:
