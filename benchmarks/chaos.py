@@ -111,9 +111,9 @@ def install_kill(kill: Kill) -> None:
         case "update":
             before(PagedAdamW, "step")
         case "write":
-            before(Checkpointer, "_write_own")
+            before(Checkpointer, "_write_rank_file")
         case "complete":
-            before(Checkpointer, "_complete")
+            before(Checkpointer, "_commit_checkpoint")
 
 
 def rank_main(config: Config, environ: dict[str, str], kill: Kill | None, log: str) -> None:

@@ -1,1 +1,1 @@
-"""What a run needs to go on: written beside the training, read by any number of ranks. Knows nothing of the loop."""
+"""Checkpoints of a run: written during training, and read by any number of ranks."""

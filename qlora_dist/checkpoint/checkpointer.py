@@ -1,11 +1,12 @@
-"""Writing checkpoints beside the training.
+"""Checkpoints written during training.
 
-A step waits for the copy off the device only. A thread of each rank writes that rank's file into a hidden folder and a
-note of its size and sha256 beside it. How far they are is summed over the ranks along with each step's loss; when all
-are done, a thread of rank 0 writes the manifest, renames the folder, and removes the oldest checkpoints. There is no
-collective of its own, but where one is wanted before the last was done, and at the end.
+A step waits only for the copy from the device. A thread of each rank writes the rank's file into a hidden folder, and
+its size and sha256 into a note beside it. Each step's collective sums the ranks' status along with the loss. When all
+ranks have written, a thread of rank 0 writes the manifest, renames the folder, and removes the oldest checkpoints.
+Separate collectives run only at the end, and if a checkpoint begins before the previous one is complete.
 
-A rank that cannot write (a full disk) says so; the others' files are then removed, and training goes on.
+A rank that cannot write, because its disk is full, reports it. Then the other ranks' files are removed, and training
+continues.
 """
 
 from __future__ import annotations
@@ -41,57 +42,57 @@ from qlora_dist.io.safetensors_file import SafetensorsWriter
 from qlora_dist.runtime.threads import background_executor
 
 _VISIBLE_S = 60.0
-"""How long rank 0 waits for a file of another node to appear: NFS may remember for a minute that it was not there."""
+"""Seconds that rank 0 waits for another node's file, because NFS may cache for a minute that it does not exist."""
 
 
 class Checkpointer:
-    """The checkpoints of a run. Every method is called on all ranks, in the same order."""
+    """The checkpoints of a run. All ranks call every method, in the same order."""
 
     def __init__(self, checkpoints: Path, keep: int, log: Callable[[str], None]) -> None:
-        """Remove what an earlier process left half-written.
+        """Remove the incomplete checkpoints of earlier processes.
 
         Args:
-            checkpoints: the folder of checkpoints, seen by all ranks.
-            keep: how many complete ones of this run stay.
-            log: for rank 0's lines.
+            checkpoints: the folder of checkpoints, which all ranks share.
+            keep: number of this run's complete checkpoints to keep.
+            log: a function that prints rank 0's lines.
         """
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._checkpoints, self._keep, self._say = checkpoints, keep, log
+        self._checkpoints, self._keep, self._log = checkpoints, keep, log
         self._thread = background_executor("checkpoint")
-        self._own: Future[None] | None = None
+        self._rank_write: Future[None] | None = None
         self._commit: Future[None] | None = None
         self._manifest: Manifest | None = None
-        self._since = 0.0
+        self._started = 0.0
         self.seconds = 0.0
-        """What the last one took, from the copy to the rename; known to rank 0."""
+        """Seconds that the last checkpoint took, from the copy to the rename; set on rank 0 only."""
         if self._rank == 0:
-            for left in checkpoints.glob(".*.partial"):
-                shutil.rmtree(left, ignore_errors=True)
+            for partial in checkpoints.glob(".*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
 
     def write(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Begin to write; waits for the one before, if that is not done.
+        """Begin to write a checkpoint, after the previous one is complete.
 
         Args:
-            manifest: without files; the same on all ranks.
-            tensors: of this rank, on the CPU, not changed any more.
+            manifest: the manifest without files; the same on all ranks.
+            tensors: this rank's tensors on the CPU. The caller does not change them afterwards.
         """
         self.wait()
-        self._manifest, self._since = manifest, time.perf_counter()
-        self._own = self._thread.submit(self._write_own, self._folder(), dict(tensors))
+        self._manifest, self._started = manifest, time.perf_counter()
+        self._rank_write = self._thread.submit(self._write_rank_file, self._folder(), dict(tensors))
 
     @property
     def progress(self) -> tuple[int, int]:
-        """(1, 0) when this rank's file is written, (0, 1) when that has failed, else (0, 0)."""
-        if self._own is None or not self._own.done():
+        """Status of this rank's file: (1, 0) if it is written, (0, 1) if writing failed, else (0, 0)."""
+        if self._rank_write is None or not self._rank_write.done():
             return 0, 0
-        return (1, 0) if self._own.exception() is None else (0, 1)
+        return (1, 0) if self._rank_write.exception() is None else (0, 1)
 
     def update_status(self, written: int, failed: int) -> None:
-        """Take note of the sums of `progress` over all ranks."""
-        if self._own is None or written + failed < self._world_size:
+        """Complete or drop the checkpoint, given the sums of `progress` over all ranks."""
+        if self._rank_write is None or written + failed < self._world_size:
             return
-        error, self._own = self._own.exception(), None
+        error, self._rank_write = self._rank_write.exception(), None
         assert self._manifest is not None
         if failed:
             if error is not None:
@@ -99,12 +100,12 @@ class Checkpointer:
             if self._rank == 0:
                 self._thread.submit(shutil.rmtree, self._folder(), ignore_errors=True)
         elif self._rank == 0:
-            self._commit = self._thread.submit(self._complete, self._manifest, self._folder())
+            self._commit = self._thread.submit(self._commit_checkpoint, self._manifest, self._folder())
 
     def wait(self) -> None:
-        """Until nothing is being written: the last checkpoint is complete, or known to have failed."""
-        if self._own is not None:
-            self._own.exception()  # waits
+        """Wait until the last checkpoint is complete or has failed."""
+        if self._rank_write is not None:
+            self._rank_write.exception()  # waits
             sums = torch.tensor(self.progress)
             dist.all_reduce(sums)
             self.update_status(*sums.tolist())
@@ -114,7 +115,7 @@ class Checkpointer:
                 self._report_failure(error)
 
     def close(self) -> None:
-        """Wait for the last one, on all ranks until rank 0 has renamed it."""
+        """Wait on all ranks until rank 0 has completed the last checkpoint."""
         self.wait()
         dist.barrier()
         self._thread.shutdown()
@@ -123,7 +124,7 @@ class Checkpointer:
         assert self._manifest is not None
         return partial_folder(step_folder(self._checkpoints, self._manifest.step))
 
-    def _write_own(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def _write_rank_file(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / rank_file_name(self._rank)
         try:
@@ -133,12 +134,12 @@ class Checkpointer:
             writer.close()
             write_and_fsync(_rank_note_path(path), json.dumps([path.stat().st_size, file_sha256(path)]).encode())
         except OSError:
-            for left in folder.glob(f"{path.stem}.*"):  # at once: the run's other files want the room too
-                left.unlink(missing_ok=True)
+            for partial in folder.glob(f"{path.stem}.*"):  # at once, because the run's other files need the space
+                partial.unlink(missing_ok=True)
             raise
 
-    def _complete(self, manifest: Manifest, folder: Path) -> None:
-        """Rank 0, when all files are there."""
+    def _commit_checkpoint(self, manifest: Manifest, folder: Path) -> None:
+        """Write the manifest and rename the folder, on rank 0 when all files are written."""
         files = {}
         for rank in range(self._world_size):
             path = folder / rank_file_name(rank)
@@ -150,31 +151,31 @@ class Checkpointer:
         fsync_folder(folder)
         final = step_folder(self._checkpoints, manifest.step)
         if os.path.lexists(final):
-            abandon_checkpoint(final)  # a damaged one that the run went back behind, or a stranger's
+            abandon_checkpoint(final)  # a damaged checkpoint, or another program's folder
         folder.rename(final)
         fsync_folder(self._checkpoints)
-        self.seconds = time.perf_counter() - self._since
+        self.seconds = time.perf_counter() - self._started
         nbytes = sum(size for size, _ in files.values())
-        self._say(f"checkpoint after {manifest.step} steps: {nbytes / 2**20:.1f} MiB in {self.seconds:.1f} s")
+        self._log(f"checkpoint after {manifest.step} steps: {nbytes / 2**20:.1f} MiB in {self.seconds:.1f} s")
         for old in self._checkpoints_of_run(manifest)[self._keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _checkpoints_of_run(self, newest: Manifest) -> list[Path]:
-        """Return this run's checkpoints up to the newest, newest first. What lies beside them is left alone."""
+        """Return this run's checkpoints up to `newest`, newest first. Other folders are ignored."""
         return [
             folder
             for folder in find_written_checkpoints(self._checkpoints)
-            if (found := read_manifest_if_complete(folder)) is not None
-            and found.step <= newest.step
-            and is_same_run(found.identity, newest.identity, folder)
+            if (manifest := read_manifest_if_complete(folder)) is not None
+            and manifest.step <= newest.step
+            and is_same_run(manifest.identity, newest.identity, folder)
         ]
 
     def _report_failure(self, error: BaseException) -> None:
         assert self._manifest is not None
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        print(  # not in rank 0's voice: this is the rank that knows
+        print(  # not through `log`, which prints on rank 0 only
             f"qlora-dist: [rank {self._rank}] the checkpoint after {self._manifest.step} steps could not be written to "
-            f"{self._checkpoints} ({reason}); training goes on, the one before stays",
+            f"{self._checkpoints} ({reason}); training continues, and the previous checkpoint stays",
             file=sys.stderr,
             flush=True,
         )

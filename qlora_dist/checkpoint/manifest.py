@@ -1,12 +1,12 @@
-"""A checkpoint's folder: what is in it, how it is named, and whether it is whole.
+"""The files of a checkpoint's folder, its name, and its manifest.
 
     step-000100/
-      rank-00000.safetensors   the shards that rank 0 holds, and its random states
+      rank-00000.safetensors   rank 0's shards and random states
       rank-00001.safetensors
-      manifest.json            every file's size and sha256, how tensors are cut, the run's state; written last
+      manifest.json            size and sha256 of every file, shards, the run's state; written last
 
-A folder without a manifest does not count. The manifest carries its own sha256, over its bytes with that of zeros, and
-has the types of `schema.py`.
+A folder without a manifest is not a checkpoint. The manifest contains its own sha256, computed with zeros in its place,
+and has the types of `manifest_schema.py`.
 """
 
 from __future__ import annotations
@@ -27,68 +27,67 @@ from qlora_dist.checkpoint.resharding import FLAT_DIM, ShardSpec
 
 CHECKPOINT_MANIFEST = "manifest.json"
 ABANDONED_FOLDER = "abandoned"
-"""Folder, beside checkpoints, of those that the run does not go on from any more."""
+"""Folder, beside the checkpoints, of checkpoints that no run resumes from."""
 _STEP = re.compile(r"step-(\d{6,})")
 _ZEROS = "0" * 64
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint that cannot be used, and why."""
+    """A checkpoint cannot be used; the message says why."""
 
 
 class CheckpointPermissionError(DamagedCheckpointError):
-    """A checkpoint that this user may not read: it may be whole, and must not be passed over for an older one."""
+    """This user may not read a checkpoint. It may be complete, so no older one may be used instead."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What rank 0 writes when all ranks' files are there."""
+    """The content of `manifest.json`, which rank 0 writes when all ranks' files are written."""
 
     step: int
     """Optimizer steps that are done."""
     world_size: int
     cuts: dict[str, ShardSpec]
-    """Of each trained parameter and its moments."""
+    """Shards of each trained parameter and its optimizer states, by name."""
     state: dict[str, Any]
-    """What is the same on all ranks: counters, loss scale, the batches that were left out."""
+    """State that is equal on all ranks: counters, loss scale, skipped batches."""
     identity: dict[str, Any]
-    """What a run that goes on from here must have in common."""
+    """Fingerprint of the run, which a run that resumes from here must share."""
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """By name: bytes and sha256."""
+    """Bytes and sha256 of each file, by name."""
 
     @property
     def optimizer_bits(self) -> int:
-        """Bits of the moments; a manifest that does not say means 32."""
+        """Bits of the optimizer states; 32 if the manifest has no such key."""
         return int(self.state.get("optimizer_bits", 32))
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
+        """Return the file's content."""
         tree = {"format": MANIFEST_FORMAT, "sha256": _ZEROS, **asdict(self)}
         blank = _dump(tree)
         return _dump({**tree, "sha256": hashlib.sha256(blank).hexdigest()})
 
 
 def rank_file_name(rank: int) -> str:
-    """The name of a rank's file."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies when it is complete."""
+    """Return the folder of the complete checkpoint after `step` steps."""
     return checkpoints / f"step-{step:06d}"
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where it lies until then."""
+    """Return the folder of a checkpoint while it is written."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def find_checkpoints(checkpoints: Path) -> list[Path]:
-    """The folders that have a checkpoint's name, complete or not, newest first."""
+    """Return the folders that have a checkpoint's name, complete or not, newest first."""
     if not checkpoints.is_dir():
         return []
-    found = [path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name)]
-    return sorted(found, key=folder_step, reverse=True)
+    folders = [path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name)]
+    return sorted(folders, key=folder_step, reverse=True)
 
 
 def folder_step(folder: Path) -> int:
@@ -99,11 +98,7 @@ def folder_step(folder: Path) -> int:
 
 
 def abandon_checkpoint(folder: Path) -> Path:
-    """Move a checkpoint to where no run goes on from, under a name that is free there.
-
-    Returns:
-        Where it is now.
-    """
+    """Move a checkpoint to `ABANDONED_FOLDER`, where no run resumes from it, and return its new folder."""
     aside = folder.with_name(ABANDONED_FOLDER)
     aside.mkdir(exist_ok=True)
     names = (f"{folder.name}{'' if number == 1 else f'-{number}'}" for number in count(1))
@@ -118,10 +113,10 @@ def find_written_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder.
+    """Return the manifest of a folder.
 
     Raises:
-        DamagedError: it is missing, not what was written, or of other types than a manifest.
+        DamagedCheckpointError: it is missing, changed since it was written, or has other types than a manifest.
     """
     path = folder / CHECKPOINT_MANIFEST
     try:
@@ -140,15 +135,20 @@ def read_manifest(folder: Path) -> Manifest:
         schema = ManifestSchema.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        location = ".".join(map(str, first["loc"]))
         raise DamagedCheckpointError(
-            f"{CHECKPOINT_MANIFEST} is not one of a checkpoint: {place}: {first['msg']}"
+            f"{CHECKPOINT_MANIFEST} is not one of a checkpoint: {location}: {first['msg']}"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} is not what was written") from None
     cuts = {name: ShardSpec(cut.shape, cut.dim, cut.shards) for name, cut in schema.cuts.items()}
     manifest = Manifest(
-        schema.step, schema.world_size, cuts, tree["state"], schema.identity.model_dump(), dict(schema.files)
+        step=schema.step,
+        world_size=schema.world_size,
+        cuts=cuts,
+        state=tree["state"],
+        identity=schema.identity.model_dump(),
+        files=dict(schema.files),
     )
     _check_consistent(folder, manifest)
     return manifest
@@ -172,7 +172,7 @@ def _check_consistent(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest_if_complete(folder: Path) -> Manifest | None:
-    """Return the manifest of a checkpoint whose files have their sizes, without reading them; None: they have not."""
+    """Return the manifest of a checkpoint if all its files have the right size, else None. No file is read."""
     try:
         manifest = read_manifest(folder)
         sizes = all((folder / name).stat().st_size == nbytes for name, (nbytes, _) in manifest.files.items())
@@ -182,10 +182,10 @@ def read_manifest_if_complete(folder: Path) -> Manifest | None:
 
 
 def check_file(folder: Path, name: str, nbytes: int, sha256: str) -> None:
-    """Compare a file with what the manifest says of it.
+    """Check a file's size and sha256.
 
     Raises:
-        DamagedError: it is missing, or has other bytes.
+        DamagedCheckpointError: it is missing, or has other bytes.
     """
     path = folder / name
     try:
@@ -203,7 +203,7 @@ def check_file(folder: Path, name: str, nbytes: int, sha256: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's content."""
+    """Return the sha256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(1 << 22):
@@ -212,7 +212,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_and_fsync(path: Path, content: bytes) -> None:
-    """A small file that is on disk when this returns."""
+    """Write a small file, and return when it is on disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -220,7 +220,7 @@ def write_and_fsync(path: Path, content: bytes) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Its names are on disk when this returns."""
+    """Return when the folder's names are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The types of a checkpoint's manifest. Nothing else is read: neither other keys nor other types."""
+"""The types of a checkpoint's manifest. Other keys and other types are errors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class _Strict(BaseModel):
 
 
 class ShardSpecSchema(_Strict):
-    """A `Cut`."""
+    """The shards of a tensor, as in `ShardSpec`."""
 
     shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     """Shape of the whole tensor."""
     dim: Annotated[int, Field(ge=-1)]
-    """Dimension that is cut; -1: the elements as one row."""
+    """Dimension that is sharded; -1: the elements as one flat row."""
     shards: PositiveInt
     """Number of parts."""
 
 
 class RunFingerprintSchema(_Strict):
-    """What `identity_of` gives."""
+    """The result of `run_fingerprint`."""
 
     base: str
     """Fingerprint of the base model."""
@@ -39,14 +39,14 @@ class RunFingerprintSchema(_Strict):
 
 
 class TrainStateSchema(_Strict):
-    """What is the same on all ranks."""
+    """State that is equal on all ranks."""
 
     progress: dict[str, Any]
-    """Counters of the loop, which has a schema of its own for them."""
+    """Counters of the training loop, which checks their types."""
     optimizer_steps: NonNegativeInt
     """Updates of the adapters."""
     optimizer_bits: Literal[8, 32] = 32
-    """Bits of the moments."""
+    """Bits of the optimizer states."""
     loss_scale: tuple[PositiveFloat, NonNegativeInt]
     """fp16's loss scale, and the finite steps since it last changed."""
 
@@ -55,18 +55,18 @@ class ManifestSchema(_Strict):
     """The file `manifest.json`."""
 
     format: Literal[1]
-    """FORMAT."""
+    """Value of `MANIFEST_FORMAT`."""
     sha256: _Sha256
-    """Sum over the file with zeros in this place."""
+    """Hash of the file with zeros in this place."""
     step: NonNegativeInt
     """Optimizer steps that are done."""
     world_size: PositiveInt
     """Number of ranks that wrote it."""
     cuts: Annotated[dict[str, ShardSpecSchema], Field(min_length=1)]
-    """How each trained parameter and its moments are cut."""
+    """Shards of each trained parameter and its optimizer states."""
     state: TrainStateSchema
     """Counters and scales."""
     identity: RunFingerprintSchema
-    """What a run that goes on from here must have in common."""
+    """Fingerprint of the run, which a run that resumes from here must share."""
     files: dict[str, tuple[NonNegativeInt, _Sha256]]
     """Bytes and sha256 of each rank's file."""

@@ -1,4 +1,4 @@
-"""What a rank's file of a checkpoint holds by its manifest, and whether the file's own header agrees."""
+"""The check that a rank's file of a checkpoint holds the tensors that the manifest names."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from qlora_dist.optim.state_pages import STATE_BLOCK_SIZE
 RNG_STATE_CPU, RNG_STATE_CUDA = "random.cpu", "random.cuda"
 """Names of a rank's random states in its file."""
 _TensorSpec = tuple[torch.dtype, int]
-"""Type and number of elements of a tensor."""
+"""Dtype and number of elements of a tensor."""
 
 
 def check_rank_file(folder: Path, rank: int, manifest: Manifest) -> None:
-    """Compare the names, types and sizes in the header of a rank's file with the manifest.
+    """Compare the names, dtypes and sizes in the header of a rank's file with the manifest.
 
-    Sums say that a file is what was written with its manifest. They do not say that the two belong together.
+    The sha256 shows that the bytes are unchanged. This shows that the file and the manifest belong together.
 
     Raises:
-        DamagedError: the two differ.
+        DamagedCheckpointError: the two differ.
     """
     name = rank_file_name(rank)
     try:
         header = read_safetensors_header(folder / name)
     except UserError as error:
         raise DamagedCheckpointError(str(error).removeprefix(f"{folder}/").partition(";")[0]) from None
-    found: dict[str, _TensorSpec] = {key: (entry.dtype, math.prod(entry.shape)) for key, entry in header.items()}
+    present: dict[str, _TensorSpec] = {key: (entry.dtype, math.prod(entry.shape)) for key, entry in header.items()}
     for key in (RNG_STATE_CPU, RNG_STATE_CUDA):
-        dtype, _ = found.pop(key, (torch.uint8 if key == RNG_STATE_CUDA else None, 0))
+        dtype, _ = present.pop(key, (torch.uint8 if key == RNG_STATE_CUDA else None, 0))
         if dtype != torch.uint8:
             raise DamagedCheckpointError(f"{name} has no random state {key}")
     expected = _expected_tensors(rank, manifest)
-    for key in sorted(found.keys() | expected.keys()):
-        if found.get(key) != expected.get(key):
+    for key in sorted(present.keys() | expected.keys()):
+        if present.get(key) != expected.get(key):
             raise DamagedCheckpointError(
-                f"{name} and the manifest differ: {key} is {_describe_tensor(found, key)}, not {_describe_tensor(expected, key)}"
+                f"{name} and the manifest differ: {key} is {_describe_tensor(present, key)}, "
+                f"not {_describe_tensor(expected, key)}"
             )
     for key, cut in manifest.cuts.items():
         shape = header[f"parameter/{key}"].shape if f"parameter/{key}" in header else cut.shard_shape(rank)
@@ -50,10 +51,10 @@ def check_rank_file(folder: Path, rank: int, manifest: Manifest) -> None:
 
 
 def _expected_tensors(rank: int, manifest: Manifest) -> dict[str, _TensorSpec]:
-    """Return what a rank's file holds besides random states. Rank r holds shard r; ranks beyond hold none."""
+    """Return the tensors of a rank's file except random states. Rank r holds shard r, and further ranks hold none."""
     tensors: dict[str, _TensorSpec] = {}
     for name, cut in manifest.cuts.items():
-        if rank >= cut.shards or not (elements := cut.numel(rank)):
+        if rank >= cut.shards or not (elements := cut.shard_numel(rank)):
             continue
         tensors[f"parameter/{name}"] = torch.float32, elements
         for kind in state_tensor_names(manifest.optimizer_bits):

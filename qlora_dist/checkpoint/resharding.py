@@ -1,4 +1,4 @@
-"""How trained tensors are cut, and the overlap of one cut with another: what resharding comes down to."""
+"""The shards of trained tensors, and the copies that turn saved shards into shards of another layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 FLAT_DIM = -1
-"""In place of a dimension: the elements are cut as one row, as ZeRO-3 cuts."""
+"""A `ShardSpec.dim` that says that the elements are split as one flat row, as ZeRO-3 does."""
 
 _Slices = tuple[tuple[int, int], ...]
 """A range along each dimension."""
@@ -20,41 +20,40 @@ _Slices = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """A tensor over `shards` ranks: equal parts along `dim`, the last ones shorter or empty, as both engines cut."""
+    """A tensor's equal shards along `dim`, of which the last ones may be shorter or empty."""
 
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Shape of the whole tensor."""
     dim: int
-    """Or ROW."""
+    """Dimension that is sharded, or `FLAT_DIM`."""
     shards: int
+    """Number of shards."""
 
-    def part(self, shard: int) -> tuple[int, int]:
-        """Where shard `shard` begins along `dim`, and where it ends."""
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """Return the start and the end of shard `shard` along `dim`."""
         size = math.prod(self.shape) if self.dim == FLAT_DIM else self.shape[self.dim]
         rows = -(-size // self.shards)
         return min(shard * rows, size), min((shard + 1) * rows, size)
 
     def shard_shape(self, shard: int) -> tuple[int, ...]:
-        """Shape of a shard."""
-        start, stop = self.part(shard)
+        start, stop = self.shard_range(shard)
         if self.dim == FLAT_DIM:
             return (stop - start,)
         return (*self.shape[: self.dim], stop - start, *self.shape[self.dim + 1 :])
 
-    def numel(self, shard: int) -> int:
-        """Elements of a shard."""
+    def shard_numel(self, shard: int) -> int:
         return math.prod(self.shard_shape(shard))
 
     def slices(self, shard: int) -> Iterator[tuple[int, _Slices]]:
-        """The boxes of the whole that a shard consists of, one behind the other; of each, the shard's first element."""
-        start, stop = self.part(shard)
+        """Yield the slices of the whole tensor that form a shard, each with its first element in the shard."""
+        start, stop = self.shard_range(shard)
         if start == stop:
             return
         if self.dim == FLAT_DIM:
             first = 0
-            for box in _flat_slices(self.shape, start, stop):
-                yield first, box
-                first += _volume(box)
+            for part in _flat_slices(self.shape, start, stop):
+                yield first, part
+                first += math.prod(end - begin for begin, end in part)
             return
         whole = [(0, size) for size in self.shape]
         whole[self.dim] = start, stop
@@ -63,29 +62,29 @@ class ShardSpec:
 
 @dataclass(frozen=True, slots=True)
 class ShardLocation:
-    """A part of a shard: among its elements in a row, from `first` on, a box of `shape`, and ranges within that."""
+    """A part of a shard: `ranges` of the tensor of `shape` that begins at element `first` of the flat shard."""
 
     first: int
     shape: tuple[int, ...]
     ranges: tuple[slice, ...]
 
-    def of(self, shard: torch.Tensor) -> torch.Tensor:
-        """The part as a view of a contiguous shard."""
+    def view(self, shard: torch.Tensor) -> torch.Tensor:
+        """Return the part as a view of a contiguous shard."""
         return shard.view(-1)[self.first : self.first + math.prod(self.shape)].view(self.shape)[self.ranges]
 
 
 @dataclass(frozen=True, slots=True)
 class CopyOp:
-    """A part of a saved shard, and where it goes in a wanted one."""
+    """A copy from a part of a saved shard to a part of another shard."""
 
     shard: int
-    """The saved one."""
+    """Index of the saved shard."""
     source: ShardLocation
     target: ShardLocation
 
 
 def copy_ops(saved: ShardSpec, target_spec: ShardSpec, shard: int) -> Iterator[CopyOp]:
-    """What to read to fill shard `shard` of `target_spec`, whatever dimension and number of parts was saved."""
+    """Yield the copies that fill shard `shard` of `target_spec` from saved shards of any layout."""
     assert saved.shape == target_spec.shape
     for index in range(saved.shards):
         for (source, saved_slices), (target, target_slices) in product(
@@ -101,7 +100,7 @@ def copy_ops(saved: ShardSpec, target_spec: ShardSpec, shard: int) -> Iterator[C
 
 
 def _flat_slices(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Slices]:
-    """Elements of a row as boxes, in their order: the rest of a slice, whole slices, the beginning of one."""
+    """Yield a range of a tensor's flat row as slices of the tensor, in order."""
     if start == stop:
         return
     if len(shape) == 1:
@@ -111,18 +110,14 @@ def _flat_slices(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Sli
     first, last = start // inner, stop // inner
     if start % inner or first == last:
         end = min(stop, (first + 1) * inner)
-        for box in _flat_slices(shape[1:], start - first * inner, end - first * inner):
-            yield ((first, first + 1), *box)
+        for part in _flat_slices(shape[1:], start - first * inner, end - first * inner):
+            yield ((first, first + 1), *part)
         yield from _flat_slices(shape, end, stop)
         return
     yield ((first, last), *((0, size) for size in shape[1:]))
     yield from _flat_slices(shape, last * inner, stop)
 
 
-def _shard_location(first: int, outer: _Slices, box: _Slices) -> ShardLocation:
-    ranges = tuple(slice(start - begin, stop - begin) for (start, stop), (begin, _) in zip(box, outer, strict=True))
+def _shard_location(first: int, outer: _Slices, inner: _Slices) -> ShardLocation:
+    ranges = tuple(slice(start - begin, stop - begin) for (start, stop), (begin, _) in zip(inner, outer, strict=True))
     return ShardLocation(first, tuple(stop - start for start, stop in outer), ranges)
-
-
-def _volume(box: _Slices) -> int:
-    return math.prod(stop - start for start, stop in box)

@@ -1,4 +1,4 @@
-"""What a run must have in common with the checkpoint that it goes on from, and what it may change."""
+"""The settings that a run must share with the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _COMPARED_KEYS = {
     "data": ("seq_len", "too_long", "packing", "group_by_length"),
     "train": ("global_batch", "seed", "checkpointing"),
 }
-"""What of these sections is compared; of model, lora and optim it is all."""
+"""Compared keys of these sections. All keys of model, lora and optim are compared."""
 _IGNORED_KEYS = ("model.base", "model.attention", "lora.from")
-"""Keys of the compared sections that may change: where a base or an adapter lies is not what it is."""
+"""Keys of the compared sections that may change silently. The paths of base and adapter may, not their content."""
 _COMPARED_HASHES = (("base", "another base model"), ("data", "other training data"), ("adapter", "another lora.from"))
 _REPORTED_KEYS = ("optim", "lora.dropout", "model.compute_dtype", "train.checkpointing")
-"""May change, and the run says so."""
+"""Keys that may change, which the run reports."""
 
 
 def run_fingerprint(config: Config, base: str, data: str, adapter: str | None = None) -> dict[str, Any]:
-    """What the manifest keeps of a run.
+    """Return the run's fingerprint for the manifest.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         base: fingerprint of the base model (`base_fingerprint`).
         data: fingerprint of the training data.
-        adapter: sha256 of the adapter that it began from; None: it began from none.
+        adapter: sha256 of the adapter that the run began from, if any.
     """
     tree = config.model_dump(mode="json")
     compared = {section: tree[section] for section in ("model", "lora", "optim")}
@@ -40,10 +40,10 @@ def run_fingerprint(config: Config, base: str, data: str, adapter: str | None = 
 
 
 def compare_fingerprints(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
-    """What differs and may, as lines to print.
+    """Return the allowed differences as lines to print.
 
     Raises:
-        UserError: naming the first thing that differs and may not.
+        UserError: there is a difference that is not allowed; the message names the first.
     """
     start_over = "or start over with run.overwrite=true --resume none"
     for name, description in _COMPARED_HASHES:
@@ -66,7 +66,7 @@ def compare_fingerprints(saved: dict[str, Any], now: dict[str, Any], folder: Pat
 
 
 def is_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> bool:
-    """Return whether a run of the identity `now` could go on from a checkpoint in `folder`."""
+    """Return whether a run with the fingerprint `now` could resume from a checkpoint in `folder`."""
     try:
         compare_fingerprints(saved, now, folder)
     except UserError:
@@ -75,9 +75,9 @@ def is_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> boo
 
 
 def base_fingerprint(folder: Path) -> str:
-    """sha256 of a model folder's index, and of each file's size, header and some bytes from its middle.
+    """Return the sha256 of a model folder's index and of each file's size, header and some bytes from its middle.
 
-    Headers alone do not tell one fine-tuned model from another of its shape, and reading 200 GB takes minutes.
+    Headers alone cannot distinguish two models of one shape, and reading 200 GB takes minutes.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("model*.safetensors*")):

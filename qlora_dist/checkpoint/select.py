@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole, by every file's sha256."""
+"""The choice of the checkpoint that a run resumes from: the newest whose files all have the right sha256."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from qlora_dist.errors import UserError
 from qlora_dist.runtime.object_collectives import all_gather_json, broadcast_json
 
 CheckManifest = Callable[[Manifest], None]
-"""A check of what only the caller knows of a manifest. It raises `DamagedCheckpointError`."""
+"""A further check of a manifest by the caller. It raises `DamagedCheckpointError`."""
 
 
 def latest_complete(
     checkpoints: Path, log: Callable[[str], None], check: CheckManifest | None = None
 ) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint of a run all of whose bytes are as they were written; None: there is none.
+    """Return a run's newest checkpoint whose bytes are all as they were written; None if there is none.
 
-    Called on all ranks, which share the reading. Damaged ones are passed over, with a line that says why. A folder
-    without a manifest is not one of ours, or never was complete, and is passed over like those.
+    All ranks call this, and each reads a part. Damaged checkpoints and folders without a manifest are skipped, and
+    `log` gets the reason.
 
     Raises:
-        UserError: on all ranks, if one of them may not read a checkpoint.
+        UserError: a rank may not read a checkpoint; raised on all ranks.
     """
-    # rank 0's list: file systems do not show all nodes the same at the same moment
+    # rank 0's list, because a shared file system may show nodes different folders for a moment
     for folder in map(Path, broadcast_json([str(path) for path in find_checkpoints(checkpoints)])):
         damage = _find_damage(folder, check)
         if damage is None:
             return folder, read_manifest(folder)
-        log(f"{folder}: {damage}; it is passed over")
+        log(f"{folder}: {damage}; it is skipped")
     return None
 
 
 def verify_checkpoint(folder: Path, check: CheckManifest | None = None) -> Manifest:
-    """The manifest of a checkpoint that was named. Called on all ranks.
+    """Return the manifest of a checkpoint that the user named. All ranks call this.
 
     Raises:
-        UserError: on all ranks, if it is no checkpoint or damaged.
+        UserError: the folder is no checkpoint, or is damaged; raised on all ranks.
     """
     damage = _find_damage(folder, check)
     if damage is not None:
@@ -57,10 +57,10 @@ def verify_checkpoint(folder: Path, check: CheckManifest | None = None) -> Manif
 
 
 def _find_damage(folder: Path, check: CheckManifest | None) -> str | None:
-    """What is wrong, the same on all ranks.
+    """Return what is wrong with a checkpoint, the same on all ranks; None if nothing is.
 
     Raises:
-        UserError: on all ranks, if one of them may not read a file.
+        UserError: a rank may not read a file; raised on all ranks.
     """
     own_reason, is_forbidden = None, False
     try:

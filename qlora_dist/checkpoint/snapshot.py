@@ -1,4 +1,4 @@
-"""What of a rank goes into a checkpoint, copied off the device; and back."""
+"""A copy of a rank's trainable state on the CPU for a checkpoint, and its restoration."""
 
 from __future__ import annotations
 
@@ -22,44 +22,53 @@ from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer
 from qlora_dist.shard_view import get_flat_shard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainableState:
-    """What is trained on this rank: names, cuts, and the local shards that the optimizer updates."""
+    """The trained parameters' shards on this rank, and their optimizer."""
 
-    cuts: dict[str, ShardSpec]
-    shard: int
-    """Which part of each is this rank's."""
+    shard_specs: dict[str, ShardSpec]
+    """Shards of each trained parameter, by name."""
+    shard_index: int
+    """Index of this rank's shard, the same for all parameters."""
     is_writer: bool
-    """False where another rank holds the same shards and writes them."""
-    local: dict[str, nn.Parameter]
+    """False if another rank holds the same shards and writes them."""
+    local_shards: dict[str, nn.Parameter]
+    """Shards that the optimizer updates, by the parameter's name."""
     optimizer: AdapterOptimizer
     device: torch.device
 
 
 def trainable_state(
-    model: nn.Module, local: list[nn.Parameter], optimizer: AdapterOptimizer, device: torch.device
+    model: nn.Module, local_shards: list[nn.Parameter], optimizer: AdapterOptimizer, device: torch.device
 ) -> TrainableState:
-    """Find the cuts of a sharded model's trained parameters.
+    """Return the trainable state of a sharded model.
 
     Args:
-        model: sharded.
-        local: the local shards of its trained parameters, in their order (`AdapterShards.local`).
-        optimizer: over them.
-        device: this rank's.
+        model: sharded model.
+        local_shards: local shards of its trained parameters, in their order (`AdapterShards.local`).
+        optimizer: optimizer of these shards.
+        device: device of this rank.
     """
-    cuts, shards, by_name, is_writer = {}, set(), {}, True
-    for (name, parameter), shard in zip(named_trainable_parameters(model), local, strict=True):
-        cuts[name], index, first_replica = _shard_spec(parameter)
-        shards.add(index)
+    specs, indices, by_name, is_writer = {}, set(), {}, True
+    for (name, parameter), shard in zip(named_trainable_parameters(model), local_shards, strict=True):
+        specs[name], index, first_replica = _shard_spec(parameter)
+        indices.add(index)
         is_writer = is_writer and first_replica
         by_name[name] = shard
-        assert tuple(shard.shape) == cuts[name].shard_shape(index), name
-    assert len(shards) == 1, "all trained parameters lie on one mesh"
-    return TrainableState(cuts, shards.pop(), is_writer, by_name, optimizer, device)
+        assert tuple(shard.shape) == specs[name].shard_shape(index), name
+    assert len(indices) == 1, "all trained parameters lie on one mesh"
+    return TrainableState(
+        shard_specs=specs,
+        shard_index=indices.pop(),
+        is_writer=is_writer,
+        local_shards=by_name,
+        optimizer=optimizer,
+        device=device,
+    )
 
 
 def _shard_spec(parameter: torch.Tensor) -> tuple[ShardSpec, int, bool]:
-    """How it is cut, which part is this rank's, and whether this is the first rank to hold that part."""
+    """Return a parameter's shards, this rank's index, and whether no rank before this one holds the same shard."""
     flat = get_flat_shard(parameter)
     if flat is not None:
         return ShardSpec(tuple(flat.shape), FLAT_DIM, flat.num_shards), flat.shard_index, flat.is_first_replica
@@ -68,9 +77,9 @@ def _shard_spec(parameter: torch.Tensor) -> tuple[ShardSpec, int, bool]:
     mesh, spec_and_index, first = parameter.device_mesh, None, True
     for mesh_dim, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
-            assert spec_and_index is None, "FSDP2 cuts along one dimension"
-            cut = ShardSpec(tuple(parameter.shape), placement.dim, mesh.size(mesh_dim))
-            spec_and_index = cut, mesh.get_local_rank(mesh_dim)
+            assert spec_and_index is None, "FSDP2 shards along one dimension"
+            spec = ShardSpec(tuple(parameter.shape), placement.dim, mesh.size(mesh_dim))
+            spec_and_index = spec, mesh.get_local_rank(mesh_dim)
         else:
             first = first and mesh.get_local_rank(mesh_dim) == 0
     assert spec_and_index is not None
@@ -78,7 +87,7 @@ def _shard_spec(parameter: torch.Tensor) -> tuple[ShardSpec, int, bool]:
 
 
 def snapshot(state: TrainableState) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of this rank's shards, their moments, and its random states, by name in the file.
+    """Return copies of this rank's shards, optimizer states and random states on the CPU, by name in the file.
 
     Empty shards are left out.
     """
@@ -86,19 +95,19 @@ def snapshot(state: TrainableState) -> dict[str, torch.Tensor]:
     if state.device.type == "cuda":
         tensors[RNG_STATE_CUDA] = torch.cuda.get_rng_state(state.device)
     if state.is_writer:
-        for (name, parameter), moments in zip(state.local.items(), state.optimizer.optimizer_state.read(), strict=True):
+        optimizer_states = state.optimizer.optimizer_state.read()
+        for (name, parameter), states in zip(state.local_shards.items(), optimizer_states, strict=True):
             if parameter.numel():
                 tensors[f"parameter/{name}"] = parameter.detach().to("cpu", copy=True)
-                tensors |= {f"{kind}/{name}": values for kind, values in moments.items()}
+                tensors |= {f"{kind}/{name}": values for kind, values in states.items()}
     return tensors
 
 
 def restore(state: TrainableState, manifest: Manifest, folder: Path) -> None:
-    """Put a checkpoint's values into this rank's shards and moments, whatever number of ranks wrote it.
+    """Restore this rank's shards and optimizer states from a checkpoint of any number of ranks.
 
-    Moments in as many bits as they were saved in, cut as they were saved, come back as they were. Else they go through
-    fp32, and those in 8 bit are rounded again. The random states come back where the world has the size it had; else
-    they are left as they are.
+    Optimizer states with the saved bits and shards are restored exactly. Else they are converted through fp32, and
+    8-bit states are rounded again. Random states are restored only if the world has the saved size.
     """
     state.optimizer.steps = manifest.state["optimizer_steps"]
     with torch.no_grad(), SafetensorsReader() as reader:
@@ -109,7 +118,7 @@ def restore(state: TrainableState, manifest: Manifest, folder: Path) -> None:
 def _saved_shards(
     state: TrainableState, manifest: Manifest, folder: Path, reader: SafetensorsReader
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Put back one parameter after the other, and give the moments of each."""
+    """Restore one parameter after the other, and yield the optimizer states of each."""
     bits, saved_bits = state.optimizer.optimizer_state.bits, manifest.optimizer_bits
     headers: dict[int, dict[str, TensorEntry]] = {}
 
@@ -118,22 +127,23 @@ def _saved_shards(
             headers[shard] = read_safetensors_header(folder / rank_file_name(shard))
         return {kind: reader.read(headers[shard][f"{kind}/{name}"]) for kind in kinds}
 
-    for name, parameter in state.local.items():
+    for name, parameter in state.local_shards.items():
         if not parameter.numel():
             yield {}
             continue
-        cut, kinds = manifest.cuts[name], ("parameter", *state_tensor_names(saved_bits))
-        if cut == state.cuts[name] and bits == saved_bits:
-            tensors = saved(state.shard, name, kinds)
+        spec, kinds = manifest.cuts[name], ("parameter", *state_tensor_names(saved_bits))
+        if spec == state.shard_specs[name] and bits == saved_bits:
+            tensors = saved(state.shard_index, name, kinds)
             parameter.copy_(tensors.pop("parameter"))
             yield tensors
             continue
         values = {kind: torch.empty(parameter.shape) for kind in ("parameter", *STATE_NAMES)}
-        for shard, parts in groupby(copy_ops(cut, state.cuts[name], state.shard), key=lambda copy: copy.shard):
+        copies = copy_ops(spec, state.shard_specs[name], state.shard_index)
+        for shard, parts in groupby(copies, key=lambda copy: copy.shard):
             saved_values = state_to_fp32(saved(shard, name, kinds))
             for part in parts:
                 for kind, value in values.items():
-                    part.target.of(value).copy_(part.source.of(saved_values[kind]))
+                    part.target.view(value).copy_(part.source.view(saved_values[kind]))
         parameter.copy_(values.pop("parameter"))
         yield state_from_fp32(values, bits)
 

@@ -194,7 +194,13 @@ class RunCheckpointer(Checkpointer):
             "optimizer_bits": self._state.optimizer.optimizer_state.bits,
             "loss_scale": self._loss_scale.state(),
         }
-        manifest = Manifest(progress.step, self._world_size, self._state.cuts, state, self._start.identity)
+        manifest = Manifest(
+            step=progress.step,
+            world_size=self._world_size,
+            cuts=self._state.shard_specs,
+            state=state,
+            identity=self._start.identity,
+        )
         self.write(manifest, snapshot(self._state))
 
     def go_back(self, progress: RunProgress, skip_batch: int) -> RunProgress | None:

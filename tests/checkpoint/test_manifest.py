@@ -1,4 +1,4 @@
-"""If this fails, a run goes on from a checkpoint that is not what was written."""
+"""If this fails, a run resumes from a checkpoint that was damaged."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ from qlora_dist.checkpoint.manifest import (
 from qlora_dist.checkpoint.resharding import ShardSpec
 
 SAMPLE_MANIFEST = Manifest(
-    120,
-    2,
-    {"layer.lora_A": ShardSpec((16, 64), 1, 2)},
-    {"progress": {"loss": 1.25, "nothing": None}, "optimizer_steps": 1, "optimizer_bits": 8, "loss_scale": [1.0, 0]},
-    {"base": "0" * 64, "data": "1" * 64, "adapter": None, "config": {"lora.r": 16}},
-    {f"rank-0000{rank}.safetensors": (1000, "a" * 64) for rank in (0, 1)},
+    step=120,
+    world_size=2,
+    cuts={"layer.lora_A": ShardSpec((16, 64), 1, 2)},
+    state={
+        "progress": {"loss": 1.25, "nothing": None},
+        "optimizer_steps": 1,
+        "optimizer_bits": 8,
+        "loss_scale": [1.0, 0],
+    },
+    identity={"base": "0" * 64, "data": "1" * 64, "adapter": None, "config": {"lora.r": 16}},
+    files={f"rank-0000{rank}.safetensors": (1000, "a" * 64) for rank in (0, 1)},
 )
 
 
-def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT_MANIFEST).write_bytes(SAMPLE_MANIFEST.to_bytes())
     assert read_manifest(tmp_path) == SAMPLE_MANIFEST
 
@@ -68,7 +73,7 @@ def test_another_files_bytes_are_noticed(tmp_path: Path) -> None:
         check_file(tmp_path, file.name, 100, digest)
 
 
-def test_the_newest_comes_first_and_half_written_ones_not_at_all(tmp_path: Path) -> None:
+def test_checkpoints_are_sorted_newest_first_without_partial_ones(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path / "none") == []
     for step in (9, 10, 1_000_000):
         step_folder(tmp_path, step).mkdir()

@@ -1,4 +1,4 @@
-"""If this fails, a run that goes on with another number of ranks gets somebody else's weights."""
+"""If this fails, a run that resumes with another number of ranks gets wrong weights."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 
 
 @given(shapes, st.data())
-def test_every_element_is_read_once_and_goes_where_it_was(shape: tuple[int, ...], data: st.DataObject) -> None:
-    """Along any dimension, as FSDP2 cuts, or as one row, as ZeRO-3 does, and from one to the other."""
-    saved, wanted = (
+def test_every_element_is_copied_once_to_its_place(shape: tuple[int, ...], data: st.DataObject) -> None:
+    """Saved and target shards are along any dimension (FSDP2) or flat (ZeRO-3)."""
+    saved, target = (
         ShardSpec(shape, data.draw(st.integers(FLAT_DIM, len(shape) - 1)), data.draw(st.integers(1, 11)))
         for _ in range(2)
     )
     whole = torch.arange(math.prod(shape)).view(shape)
 
-    def shard(cut: ShardSpec, index: int) -> torch.Tensor:
-        start, stop = cut.part(index)
-        if cut.dim == FLAT_DIM:
+    def shard(spec: ShardSpec, index: int) -> torch.Tensor:
+        start, stop = spec.shard_range(index)
+        if spec.dim == FLAT_DIM:
             return whole.view(-1)[start:stop].clone()
-        return whole.narrow(cut.dim, start, stop - start).contiguous()
+        return whole.narrow(spec.dim, start, stop - start).contiguous()
 
-    for index in range(wanted.shards):
-        out = torch.full(wanted.shard_shape(index), -1)
-        for copy in copy_ops(saved, wanted, index):
-            assert (copy.target.of(out) == -1).all()
-            copy.target.of(out).copy_(copy.source.of(shard(saved, copy.shard)))
-        assert torch.equal(out, shard(wanted, index))
+    for index in range(target.shards):
+        out = torch.full(target.shard_shape(index), -1)
+        for copy in copy_ops(saved, target, index):
+            assert (copy.target.view(out) == -1).all()
+            copy.target.view(out).copy_(copy.source.view(shard(saved, copy.shard)))
+        assert torch.equal(out, shard(target, index))
 
 
 @given(shapes, st.data())
-def test_parts_are_those_of_torch_chunk(shape: tuple[int, ...], data: st.DataObject) -> None:
-    """FSDP2 cuts as torch.chunk does; what chunk leaves out is empty."""
-    cut = ShardSpec(shape, data.draw(st.integers(0, len(shape) - 1)), data.draw(st.integers(1, 11)))
-    chunks = torch.chunk(torch.empty(shape), cut.shards, dim=cut.dim)
-    for index in range(cut.shards):
-        start, stop = cut.part(index)
-        assert stop - start == (chunks[index].shape[cut.dim] if index < len(chunks) else 0)
+def test_shards_equal_torch_chunk(shape: tuple[int, ...], data: st.DataObject) -> None:
+    """FSDP2 splits as torch.chunk does. Chunks that torch leaves out are empty."""
+    spec = ShardSpec(shape, data.draw(st.integers(0, len(shape) - 1)), data.draw(st.integers(1, 11)))
+    chunks = torch.chunk(torch.empty(shape), spec.shards, dim=spec.dim)
+    for index in range(spec.shards):
+        start, stop = spec.shard_range(index)
+        assert stop - start == (chunks[index].shape[spec.dim] if index < len(chunks) else 0)

@@ -171,7 +171,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_be_mended(
 
 @pytest.mark.slow
 def test_a_checkpoint_whose_step_is_there_again_is_written_again(config: Path, tmp_path: Path) -> None:
-    """A damaged one is passed over; it must not stand in the way of the next of its step, also on another disk."""
+    """A damaged checkpoint is skipped. It must not prevent the next one of its step, also on another disk."""
     run = resolve(config, "again", "train.steps=4")
     run_ranks(1, run_training, run)
     checkpoints = run_path(run.run) / "checkpoints"
@@ -333,7 +333,7 @@ def test_a_manifest_that_does_not_fit_its_files_is_passed_over(config: Path) -> 
     assert found.pop() == ("nothing", "step-000004", [])
     for what, taken, said in found:
         assert taken == "step-000002", (what, said)
-        assert len(said) == 1 and "it is passed over" in said[0], (what, said)
+        assert len(said) == 1 and "it is skipped" in said[0], (what, said)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")
