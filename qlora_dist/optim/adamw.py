@@ -52,7 +52,7 @@ class PagedAdamW:
             available_bytes = self._available_bytes(self.optimizer_state.resident_bytes)
             if self.optimizer_state.needs_resize(available_bytes):
                 self._groups_by_page.clear()  # the views would keep the pages' present memory alive
-                self.optimizer_state.fit(available_bytes)
+                self.optimizer_state.resize(available_bytes)
         self.steps += 1
         for number in range(len(self.optimizer_state.pages)):
             memory = self.optimizer_state.acquire(number)

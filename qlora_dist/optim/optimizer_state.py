@@ -67,10 +67,10 @@ class PagedOptimizerState:
         return sum(self.pager.sizes[page] for page in self.pager.paged)
 
     def needs_resize(self, available_bytes: int) -> bool:
-        """Return whether to call `fit`: the first time, and when the device has less room than the states take."""
+        """Return whether to call `resize`: the first time, and when the device has less room than the states take."""
         return not self._is_resized or available_bytes < self.pager.held_bytes
 
-    def fit(self, available_bytes: int) -> None:
+    def resize(self, available_bytes: int) -> None:
         """Hold at most `available_bytes` on the device from now on. The pages move in memory."""
         self._is_resized = True
         self.pager.resize(available_bytes if available_bytes >= 2 * max(self.pager.sizes, default=0) else 0)

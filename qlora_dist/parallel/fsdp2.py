@@ -86,7 +86,7 @@ def _shard_placement_fn(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parame
     FSDP2 shards a dimension other than 0 only if the ranks divide it. Modules that are trained whole are sharded by
     rows, because they are read from files.
     """
-    to_adapter_mesh = (lambda placement: placement) if meshes.one_group else MeshPlacement(meshes.adapter)
+    to_adapter_mesh = (lambda placement: placement) if meshes.shares_group else MeshPlacement(meshes.adapter)
     shards = meshes.sizes.adapter_shards
     lora = {id(parameter) for name, parameter in model.named_parameters() if is_lora_parameter(name)}
 

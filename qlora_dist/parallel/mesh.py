@@ -44,7 +44,7 @@ class Meshes:
     """1-D over the ranks that share the adapters, or 2-D (replica, shard)."""
 
     @property
-    def one_group(self) -> bool:
+    def shares_group(self) -> bool:
         """Whether base and adapters share one mesh, so that a layer is gathered in one collective."""
         return self.adapter is self.base
 

@@ -1,4 +1,4 @@
-"""If this fails, a machine without a compiler says so after the model is loaded, in fifty lines of torch's own."""
+"""If this fails, a missing compiler is reported by torch in fifty lines, after the model is loaded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import tiny_models
 
 
-def test_no_compiler(tiny_llama_nf4: Path, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_reported(tiny_llama_nf4: Path, tmp_path: Path) -> None:
     config = load_config(tiny_models.make_config(tmp_path, tiny_llama_nf4), ["train.compile=true"])
-    # not monkeypatch: it puts torch's settings, which are proxies, back by deleting them
+    # not monkeypatch, which would restore torch's settings, which are proxies, by deleting them
     no_compiler = inductor.patch({"cpp.cxx": (None, "no-such-compiler")})
     with no_compiler, pytest.raises(UserError, match="has no C\\+\\+ compiler; install g"):
         set_up_run(config, read_rank_info({}))
-    check_compiler(torch.device("cuda"))  # needs none of ours
+    check_compiler(torch.device("cuda"))  # Triton needs no C++ compiler

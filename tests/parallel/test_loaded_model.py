@@ -18,7 +18,6 @@ from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.parallel import loaded_model
 from qlora_dist.parallel.loaded_model import (
     TrainableModel,
-    load_model,
     load_trainable_model,
     make_optimizer_state,
     shard_model,
@@ -80,7 +79,7 @@ def check_values(config: Config) -> None:
         loaded.optimizer_state.close()
 
 
-def test_codes_are_the_files_and_adapters_have_their_first_values(config_path: Path) -> None:
+def test_codes_equal_the_file_and_adapters_their_initial_values(config_path: Path) -> None:
     run_ranks(2, check_values, load_config(config_path, ["train.seed=3"]))
 
 
@@ -133,7 +132,7 @@ def test_memory_is_reserved_before_reading_and_checked_at_the_end(config_path: P
     assert held <= whole
 
 
-def replicate(config: Config, trainable: bool) -> str:
+def load_replicated(config: Config, loader: str) -> str:
     """Load with a weight that is whole on every rank, and return the error."""
 
     def keep_whole(model: LossModel) -> None:
@@ -143,15 +142,15 @@ def replicate(config: Config, trainable: bool) -> str:
         folder, model, _ = set_up_model(config)
         sharded = shard_model(model, config, read_rank_info(), CPU)
         try:
-            (load_trainable_model if trainable else load_model)(sharded, folder, fill_adapter=keep_whole)
+            getattr(loaded_model, loader)(sharded, folder, fill_adapter=keep_whole)
         except RuntimeError as error:
             return str(error)
     return "loaded"
 
 
-@pytest.mark.parametrize("trainable", [False, True])
-def test_a_replicated_weight_is_an_error(trainable: bool, config_path: Path) -> None:
-    for message in run_ranks(2, replicate, load_config(config_path), trainable):
+@pytest.mark.parametrize("loader", ["load_model", "load_trainable_model"])
+def test_a_replicated_weight_is_an_error(loader: str, config_path: Path) -> None:
+    for message in run_ranks(2, load_replicated, load_config(config_path), loader):
         assert "where its share is" in message
 
 

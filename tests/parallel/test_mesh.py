@@ -1,4 +1,4 @@
-"""If this fails, an impossible mesh is found out by a hang instead of a sentence."""
+"""If this fails, an impossible mesh ends in a hang instead of an error."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from qlora_dist.runtime.environment import RankInfo
         (2, "node", (8, 2, 4)),
     ],
 )
-def test_sizes(base: str | int, adapter: str, expected: tuple[int, int, int]) -> None:
+def test_mesh_sizes(base: str | int, adapter: str, expected: tuple[int, int, int]) -> None:
     config = ParallelConfig(base=base, adapter=adapter)  # type: ignore[arg-type]
     assert mesh_sizes(config, RankInfo(0, 8, 0, 4, "torchrun")) == MeshSizes(*expected)
 
 
-def test_a_base_that_does_not_divide_the_world() -> None:
+def test_a_base_that_does_not_divide_the_world_is_refused() -> None:
     with pytest.raises(UserError) as error:
         mesh_sizes(ParallelConfig(base=3), RankInfo(0, 8, 0, 8, "torchrun"))
     assert str(error.value) == "parallel.base: 3 does not divide the world of 8 ranks; use 1, 2, 4 or 8"
 
 
-def test_unequal_nodes() -> None:
+def test_unequal_nodes_are_refused() -> None:
     with pytest.raises(UserError, match="start equal nodes"):
         mesh_sizes(ParallelConfig(base="node"), RankInfo(0, 7, 0, 4, "torchrun"))

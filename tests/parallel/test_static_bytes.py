@@ -1,4 +1,4 @@
-"""If this fails, a rank can hold the whole model, or its scales, without anybody noticing until a GPU runs out."""
+"""If this fails, a rank can hold the whole model, or its scales, unnoticed until a GPU runs out of memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(config: Config, tamper: str = "") -> dict[str, int | str]:
-    """Load on this rank; then do what must not go unnoticed."""
+    """Load on this rank, then add memory that the check must notice."""
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     whole = {True: 0, False: 0}
@@ -80,14 +80,14 @@ def test_a_rank_holds_its_share_within_one_per_cent(
 @pytest.mark.parametrize(
     "tamper", ["keeps a gathered layer", "hides scales in an attribute", "a shard is a view of the whole"]
 )
-def test_replication_is_refused(tamper: str, config_path: Path) -> None:
+def test_replication_is_an_error(tamper: str, config_path: Path) -> None:
     config = load_config(config_path, ["parallel.base=world"])
     for result in run_ranks(2, load, config, tamper):
         assert "holds" in str(result["held"]) and "share" in str(result["held"])
 
 
-def load_paged(config: Config, tamper: bool) -> tuple[int | str, int, int]:
-    """Load with pages; then, perhaps, leave gathered what is paged. Held bytes, those of pages, those of the rest."""
+def load_paged(config: Config, tamper: str = "") -> tuple[int | str, int, int]:
+    """Load with pages. Return all held bytes, the bytes of pages, and all others. `tamper` keeps a paged layer."""
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     with process_group(ranks, torch.device("cpu")):
@@ -108,18 +108,18 @@ def load_paged(config: Config, tamper: bool) -> tuple[int | str, int, int]:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_of_paged_layers_a_rank_holds_its_budget(world_size: int, config_path: Path) -> None:
+def test_a_rank_holds_the_budget_of_paged_layers(world_size: int, config_path: Path) -> None:
     config = load_config(config_path, ["parallel.base=paged", "parallel.resident_bytes=0"])
     everything = [result["held"] for result in run_ranks(world_size, load, load_config(config_path, []))]
-    for (held, in_pages, rest), whole in zip(run_ranks(world_size, load_paged, config, False), everything, strict=True):
+    for (held, in_pages, rest), whole in zip(run_ranks(world_size, load_paged, config), everything, strict=True):
         assert held == in_pages + rest
-        # the rest is held as ever, and two of four layers
+        # two of four layers are held, and everything else as before
         assert int(whole) - int(held) == pytest.approx(in_pages, rel=0.01)
 
 
-def test_replication_of_paged_layers_is_refused(config_path: Path) -> None:
+def test_replication_of_paged_layers_is_an_error(config_path: Path) -> None:
     config = load_config(config_path, ["parallel.base=paged", "parallel.resident_bytes=0"])
-    for held, _, _ in run_ranks(2, load_paged, config, True):
+    for held, _, _ in run_ranks(2, load_paged, config, "keeps a gathered layer"):
         assert "holds" in str(held) and "share" in str(held)
 
 
@@ -130,7 +130,7 @@ def test_all_ranks_together_read_a_4_bit_folder_once(base: str, config_path: Pat
     everything = sum(p.stat().st_size for p in folder.path.glob("*.safetensors"))
     results = run_ranks(4, load, config, nodes=2)
     for result in results:
-        # with rounding to whole rows and bytes; code tables and JSON of each weight are read beforehand
+        # includes rounding to whole rows and bytes, not code tables and JSON of each weight, which are read before
         assert int(result["read"]) <= 1.05 * result["base"] / 4
     assert 0.9 * results[0]["base"] < sum(int(r["read"]) for r in results) < everything
 
@@ -150,45 +150,45 @@ def collect_shards(config: Config) -> dict[str, tuple[int, bytes]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("piece_bytes", [read_ahead.READ_CHUNK_BYTES, 2**14])
-def test_shards_put_together_are_the_folder(
+def test_all_ways_of_loading_give_the_same_parameters(
     piece_bytes: int, config_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Quantized on the way by three owners in turn, read by range by three ranks, exchanged by replicas: the same."""
+    """Weights quantized while loading, read by range, or exchanged by replicas are equal."""
     monkeypatch.setattr(shard_reader, "_EXCHANGED_BYTES", min(piece_bytes, 2000))
-    monkeypatch.setattr(read_ahead, "READ_CHUNK_BYTES", piece_bytes)  # a tensor has up to 36 of the smaller ones
+    monkeypatch.setattr(read_ahead, "READ_CHUNK_BYTES", piece_bytes)  # a tensor has up to 36 of the small chunks
     nf4 = load_config(config_path, ["parallel.base=world"])
     source = load_config(config_path, ["parallel.base=world", f"model.base={config_path.parent / 'source'}"])
     two_copies = load_config(config_path, ["parallel.base=node"])
-    ways = [run_ranks(3, collect_shards, config) for config in (nf4, source)] + [run_ranks(1, collect_shards, nf4)]
+    layouts = [run_ranks(3, collect_shards, config) for config in (nf4, source)] + [run_ranks(1, collect_shards, nf4)]
     first_copy, second_copy = (run_ranks(4, collect_shards, two_copies, nodes=2)[i : i + 2] for i in (0, 2))
-    for name in ways[0][0]:
-        whole = {b"".join(shards[name][1] for shards in way) for way in (*ways, first_copy, second_copy)}
+    for name in layouts[0][0]:
+        whole = {b"".join(shards[name][1] for shards in ranks) for ranks in (*layouts, first_copy, second_copy)}
         assert len(whole) == 1
 
 
 def offsets(config: Config) -> list[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
-    """For each parameter, where this rank's part starts: by our arithmetic, and by torch's."""
+    """Return the start of this rank's part of each parameter: by `local_tensor_and_offset`, and by torch."""
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     with process_group(ranks, torch.device("cpu")):
         shard_model(setup.model, config, ranks, setup.device)
-        found = []
+        starts = []
         for name, parameter in setup.model.named_parameters():
-            local, ours = local_tensor_and_offset(parameter)
-            _, theirs = compute_local_shape_and_global_offset(
+            local, offset = local_tensor_and_offset(parameter)
+            _, expected = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
-            found.append((name, ours, tuple(theirs), local.numel()))
-        return found
+            starts.append((name, offset, tuple(expected), local.numel()))
+        return starts
 
 
 @pytest.mark.parametrize(("base", "adapter"), [("world", "world"), ("node", "world"), ("node", "node")])
-def test_a_shard_starts_where_torch_says(base: str, adapter: str, config_path: Path) -> None:
-    """Also where the rows do not divide, the last rank has fewer, or none."""
+def test_a_shard_starts_where_torch_computes(base: str, adapter: str, config_path: Path) -> None:
+    """Rows that the ranks do not divide leave the last rank fewer rows, or none."""
     config = load_config(config_path, [f"parallel.base={base}", f"parallel.adapter={adapter}", "lora.r=5"])
     starts = set()
     for result in run_ranks(6, offsets, config, nodes=2):
-        for name, ours, theirs, numel in result:
-            assert ours == theirs or numel == 0, name
-            starts.add(ours)
+        for name, offset, expected, numel in result:
+            assert offset == expected or numel == 0, name
+            starts.add(offset)
     assert len(starts) > 6

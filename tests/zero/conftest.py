@@ -1,4 +1,4 @@
-"""DeepSpeed is imported once, in the process that ranks are forked from."""
+"""DeepSpeed, imported once in the process that ranks are forked from."""
 
 from __future__ import annotations
 

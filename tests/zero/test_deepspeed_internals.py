@@ -1,4 +1,4 @@
-"""If this fails, another DeepSpeed has moved what `compat/deepspeed.py` uses, which is the file to change."""
+"""If this fails, a release of DeepSpeed has changed what `compat/deepspeed.py` uses. Change that file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def use_internals() -> list[int]:
         settings |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
         gathering = partitioner.register_hooks(model, [model[0]], settings)
         x = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
-        for _ in range(3):  # it records, and from the third on uses what it has recorded
+        for _ in range(3):  # DeepSpeed records the order of modules, and uses it from the third pass on
             torch.testing.assert_close(model(x), plain(x))
             assert gathered_bytes(model.parameters()) == 0
         gather_parameters(model.parameters())
@@ -55,7 +55,7 @@ def use_internals() -> list[int]:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_parameters_come_and_go(ranks: int) -> None:
+def test_parameters_are_gathered_and_released(ranks: int) -> None:
     for seen in run_ranks(ranks, use_internals):
-        # a module's parameters of one type come in one collective, padded to equal parts; alone, none is needed
+        # a module's parameters of one dtype are gathered in one collective, padded to equal parts; one rank needs none
         assert seen[:2] == ([] if ranks == 1 else [8 * (12 + 2), 8 * (5 + 1)])

@@ -1,5 +1,5 @@
-"""If this fails, ZeRO's own optimizer updates other values than ours, wherever its states are, or gives back others; or
-another DeepSpeed has moved what `parallel/deepspeed_optimizer.py` uses, which is the file to change."""
+"""If this fails, DeepSpeed's optimizer and `PagedAdamW` differ, or a release of DeepSpeed has changed what
+`parallel/deepspeed_optimizer.py` uses. In the second case change that file."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PAGED_ADAMW = "paged-adamw-32bit"
 
 class NoCollective(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.namespace != "c10d", "nothing is counted here"
+        assert func.namespace != "c10d", "this collective would not be counted"
         return func(*args, **(kwargs or {}))
 
 
 def update(config: Config, names: list[str]) -> dict[str, list[torch.Tensor]]:
-    """Two updates with each optimizer, and two more after a restart from the first one's values and states."""
+    """Return shards and states after two updates with each optimizer, and two more from the first one's state."""
     ranks = read_rank_info()
     results = {}
     with process_group(ranks, torch.device("cpu")):
@@ -42,59 +42,57 @@ def update(config: Config, names: list[str]) -> dict[str, list[torch.Tensor]]:
             optim = {"name": PAGED_ADAMW} if name == PAGED_ADAMW else {"name": "zero-adamw", "offload": name}
             setup = set_up_run(config.model_copy(update={"optim": config.optim.model_copy(update=optim)}), ranks)
             loaded = load_trainable_model(shard_model(setup.model, setup.config, ranks, setup.device), setup.folder)
-            states, shards = loaded.optimizer_state, loaded.adapter_shards
-            optimizer = make_optimizer(shards, states, setup)
+            optimizer_state, shards = loaded.optimizer_state, loaded.adapter_shards
+            optimizer = make_optimizer(shards, optimizer_state, setup)
             random = torch.Generator().manual_seed(ranks.rank)
             for step in range(4):
                 if step == 2:
-                    now = [shard.detach().clone() for shard in shards.local], states.read()
+                    now = [shard.detach().clone() for shard in shards.local], optimizer_state.read()
                     saved = saved or now
                     torch.testing.assert_close(now, saved, rtol=1e-5, atol=1e-8)
                     for shard, values in zip(shards.local, saved[0], strict=True):
                         shard.detach().copy_(values)
-                    optimizer.optimizer_state.write(iter(saved[1]))
+                    optimizer_state.write(iter(saved[1]))
                 for shard in shards.local:
                     shard.grad = torch.randn(shard.shape, generator=random) if shard.numel() else None
                 optimizer.lr = 0.01 * (step + 1)
                 with NoCollective():
                     optimizer.step()
-            held = states.resident_bytes, states.paged_bytes
+            held = optimizer_state.resident_bytes, optimizer_state.paged_bytes
             assert name == PAGED_ADAMW or (
                 held[name == "none"] == 0 and sum(held) >= 8 * sum(s.numel() for s in shards.local)
             )
             if name == "nvme":
-                assert len(list(Path(config.paging.dir or "").rglob("*exp_avg_sq*.swp"))) >= 3  # nothing small is moved
-            flat = [tensor for moments in states.read() for tensor in moments.values()]
+                assert len(list(Path(config.paging.dir or "").rglob("*exp_avg_sq*.swp"))) >= 3
+            flat = [tensor for state in optimizer_state.read() for tensor in state.values()]
             results[name] = [t.numpy().copy() for t in (*(s.detach() for s in shards.local), *flat)]
-            states.close()
+            optimizer_state.close()
     return results
 
 
 @pytest.mark.slow
-def test_the_same_values_and_moments_wherever_they_are(tmp_path: Path, tiny_llama_nf4: Path) -> None:
-    """In sub-groups, with two learning rates; three ranks do not divide the matrices."""
+def test_values_and_states_do_not_depend_on_the_place_of_the_states(tmp_path: Path, tiny_llama_nf4: Path) -> None:
+    """There are several sub-groups and two learning rates. Three ranks do not divide the matrices."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    theirs, overrides = ["none", "cpu"], ["paging.page_bytes=16KiB"]
-    if AsyncIOBuilder().is_compatible(verbose=False):  # what uses libaio is compiled now, if it never was: minutes
-        theirs, overrides = [*theirs, "nvme"], ["lora.r=768", "paging.page_bytes=2MiB", f"paging.dir={tmp_path}"]
+    places, overrides = ["none", "cpu"], ["paging.page_bytes=16KiB"]
+    if AsyncIOBuilder().is_compatible(verbose=False):  # compiles the libaio extension the first time, for minutes
+        places, overrides = [*places, "nvme"], ["lora.r=768", "paging.page_bytes=2MiB", f"paging.dir={tmp_path}"]
     overrides += ["parallel.engine=zero3", "optim.weight_decay=0.1", "optim.lora_plus_ratio=4", "train.micro_batch=2"]
     config = load_config(tiny_models.make_config(tmp_path, tiny_llama_nf4, model__compute_dtype="bf16"), overrides)
-    for results in run_ranks(3, update, config, [PAGED_ADAMW, *theirs]):
-        for name in theirs:
-            for found, wanted in zip(results[name], results[PAGED_ADAMW], strict=True):
-                torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(wanted), rtol=1e-5, atol=1e-8)
+    for results in run_ranks(3, update, config, [PAGED_ADAMW, *places]):
+        for name in places:
+            for actual, expected in zip(results[name], results[PAGED_ADAMW], strict=True):
+                torch.testing.assert_close(torch.from_numpy(actual), torch.from_numpy(expected), rtol=1e-5, atol=1e-8)
     assert not list(tmp_path.glob("qlora-dist-*"))
 
 
-def test_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot make a folder for optimizer states there"):
         _make_swap_folder(PagingConfig(dir=str(tmp_path / "nowhere")))
 
 
-def test_a_missing_compiler_is_a_sentence(
-    tmp_path: Path, tiny_llama_nf4: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_compiler_is_reported(tmp_path: Path, tiny_llama_nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_models.make_config(tmp_path, tiny_llama_nf4)
     nvme = ["parallel.engine=zero3", "optim.name=zero-adamw", "optim.offload=nvme"]
     monkeypatch.setenv("PATH", "")

@@ -1,4 +1,4 @@
-"""If this fails, DeepSpeed's own launcher starts ranks that train something else, or none."""
+"""If this fails, ranks under DeepSpeed's launcher train something else, or do not start."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def losses(config: Config) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_the_same_losses_under_the_deepspeed_launcher(tmp_path: Path, tiny_llama_nf4: Path) -> None:
+def test_losses_are_the_same_under_the_deepspeed_launcher(tmp_path: Path, tiny_llama_nf4: Path) -> None:
     small = {"data__seq_len": 32, "data__eval": None, "train__global_batch": 4, "train__steps": 2}
     path = tiny_models.make_config(tmp_path, tiny_llama_nf4, **small)
     one = load_config(path, ["run.name=one", "train.micro_batch=2"])

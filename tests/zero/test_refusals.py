@@ -1,4 +1,4 @@
-"""If this fails, a user learns in the middle of a run, or never, that the engine does not do what the YAML says."""
+"""If this fails, a setting that the engine does not support fails in the middle of a run, or is ignored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config(tmp_path: Path, tiny_llama_nf4: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "message"),
     [
         ("optim.offload=cpu", "does not move the states of paged-adamw-32bit rightly.*paging.to"),
         ("optim.name=paged-adamw-8bit optim.offload=nvme", "does not move the states of paged-adamw-8bit rightly"),
@@ -33,19 +33,19 @@ def config(tmp_path: Path, tiny_llama_nf4: Path) -> Path:
         ("parallel.engine=zero2", "has the whole base on each rank's device"),
     ],
 )
-def test_what_it_does_not_do(override: str, sentence: str, config: Path) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_unsupported_settings_are_refused(override: str, message: str, config: Path) -> None:
+    with pytest.raises(UserError, match=message):
         load_config(config, ["parallel.engine=zero3", *override.split()])
 
 
-def test_deepspeed_is_missing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_deepspeed_is_reported(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"not installed; pip install 'qlora-dist\[zero\]'"):
         set_up_run(load_config(config, ["parallel.engine=zero3"]), read_rank_info({}))
-    set_up_run(load_config(config, []), read_rank_info({}))  # FSDP2 does without
+    set_up_run(load_config(config, []), read_rank_info({}))  # FSDP2 needs no DeepSpeed
 
 
-def exported(config: Path, *overrides: str) -> None:
+def export(config: Path, *overrides: str) -> None:
     sys.argv = ["qlora-dist", "export-ds-config", str(config), *overrides]
     with pytest.raises(SystemExit) as caught:
         main()
@@ -56,7 +56,7 @@ def test_export_ds_config(config: Path, capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(sys, "argv", sys.argv)
     overrides = ["parallel.engine=zero3", "parallel.prefetch=2"]
     overrides += ["optim.name=zero-adamw", "optim.offload=nvme", "paging.dir=/local", "paging.page_bytes=16MiB"]
-    exported(config, *overrides)
+    export(config, *overrides)
     tree = json.loads(capsys.readouterr().out)
     _, model, _ = set_up_model(load_config(config, overrides))
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
@@ -65,7 +65,7 @@ def test_export_ds_config(config: Path, capsys: pytest.CaptureFixture[str], monk
     assert zero["stage3_max_live_parameters"] == 3 * layer
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    # DeepSpeed takes them under these names, and its defaults are others
+    # DeepSpeed accepts these names, and its defaults differ
     parsed, defaults = DeepSpeedZeroConfig(**zero), DeepSpeedZeroConfig(stage=3)
     assert (parsed.offload_optimizer.device, str(parsed.offload_optimizer.nvme_path)) == ("nvme", "/local")
     assert parsed.sub_group_size == 2**21 != defaults.sub_group_size

@@ -1,4 +1,4 @@
-"""If this fails, the engine changes what is trained."""
+"""If this fails, the engine changes the result of training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Pa
 
 @pytest.fixture(scope="module")
 def single(config: Path) -> list[dict[str, Any]]:
-    """FSDP2 in one process, which evaluates nothing between the steps."""
+    """Metrics of FSDP2 in one process, without evaluation between steps."""
     return train_on(1, config, "train.eval_every=0", "train.micro_batch=6")
 
 
@@ -72,17 +72,17 @@ RUNS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", list(RUNS))
-def test_zero3_trains_the_same(run: str, config: Path, single: list[dict[str, Any]]) -> None:
-    """Also between evaluations: after every step, where FSDP2's run has none."""
+def test_zero_trains_as_fsdp2(run: str, config: Path, single: list[dict[str, Any]]) -> None:
+    """ZeRO's runs also evaluate after every step, and FSDP2's does not."""
     ranks, nodes, overrides = RUNS[run]
     metrics = train_on(ranks, config, "parallel.engine=zero3", "train.eval_every=1", *overrides, nodes=nodes)
     assert len(column(metrics, "eval_loss")) == 6
-    assert (column(single, "grad_norm") > 0.3).sum() >= 4  # which are clipped
+    assert (column(single, "grad_norm") > 0.3).sum() >= 4  # steps with a clipped gradient
     torch.testing.assert_close(column(metrics, "loss"), column(single, "loss"), rtol=1e-5, atol=0)
     torch.testing.assert_close(column(metrics, "grad_norm"), column(single, "grad_norm"), rtol=1e-4, atol=0)
     torch.testing.assert_close(column(metrics, "eval_loss")[-1], column(single, "eval_loss")[-1], rtol=1e-5, atol=0)
     assert adapter_difference(single[-1]["adapter"], metrics[-1]["adapter"]) < 1e-5
-    if nodes > 1 and "parallel.adapter=node" not in overrides:  # only adapters cross between nodes
+    if nodes > 1 and "parallel.adapter=node" not in overrides:  # only adapters are sent between nodes
         numel = sum(tensor.numel() for tensor in metrics[-1]["adapter"].values())
         gathered_twice_and_summed = 3 * 4 * numel * (ranks - 1) // ranks
         received = metrics[-1]["comm_bytes"]
@@ -101,8 +101,8 @@ PAGED_8_BIT = ("optim.name=paged-adamw-8bit", "optim.resident_bytes=0", "paging.
         ("Mixtral", ("lora.experts=true", "parallel.adapter=node", "parallel.base=node", *PAGED_8_BIT)),
     ],
 )
-def test_the_rest_is_as_under_fsdp2(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
-    """DoRA, modules that are trained whole, tied embeddings, bf16; experts that some batches don't come to."""
+def test_other_features_train_as_under_fsdp2(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """DoRA, modules trained whole, tied embeddings and bf16; experts that some batches do not use."""
     config = tiny_models.make_config(tmp_path, make_architecture(tmp_path / "model", name))
     runs = [
         train_on(2, config, "train.steps=3", "train.micro_batch=3", *engine, *overrides, nodes=2)

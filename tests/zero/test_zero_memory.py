@@ -1,4 +1,4 @@
-"""If this fails, a rank holds more of the model than its share, or layers stay gathered after they were used."""
+"""If this fails, a rank holds more than its share, or layers stay gathered after use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class LiveBytes(TorchDispatchMode):
-    """At each matrix multiplication: bytes of the layers that are gathered, of 4-bit weights and of all else."""
+    """Peaks of the gathered bytes at matrix multiplications: 4-bit weights, and all other parameters."""
 
     def __init__(self, layers: list[torch.nn.Module]) -> None:
         super().__init__()
@@ -40,18 +40,18 @@ class LiveBytes(TorchDispatchMode):
         ids = {id(p) for p in packed}
         self.parameters = packed, [p for layer in layers for p in layer.parameters() if id(p) not in ids]
         self.peaks = [0, 0]
-        self.looks = 0
+        self.samples = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            self.looks += 1
+            self.samples += 1
             now = [gathered_bytes(parameters) for parameters in self.parameters]
             self.peaks = [max(pair) for pair in zip(self.peaks, now, strict=True)]
         return func(*args, **(kwargs or {}))
 
 
-def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
-    """Load, then three steps with an evaluation between the first two; what was held and what was gathered."""
+def load_and_train(config: Config, tamper: str = "") -> dict[str, Any]:
+    """Load, then run three steps with an evaluation between the first two. Return held and gathered bytes."""
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     model, layers = setup.model, list(setup.model.model.layers)
@@ -94,7 +94,7 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
             "read": loaded.read_bytes,
             "layer": layer,
             "live": live.peaks,
-            "looks": live.looks,
+            "samples": live.samples,
             "same": same,
             "shards": shards,
             "a": full_tensor(layers[1].mlp.up_proj.lora_A["default"].weight).tolist(),
@@ -104,7 +104,7 @@ def load_and_train(config: Config, tamper: bool = False) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(config_path: Path) -> dict[str, Any]:
-    """FSDP2 in one process."""
+    """Results of FSDP2 in one process."""
     return run_ranks(1, load_and_train, load_config(config_path, ["parallel.base=world", "train.micro_batch=6"]))[0]
 
 
@@ -125,30 +125,30 @@ def test_a_rank_holds_its_share_and_gathers_a_layer(
     config_path: Path,
     alone: dict[str, Any],
 ) -> None:
-    """And reads no more than its share, whether from a folder in 4 bit or one that is quantized on the way."""
+    """A rank reads only its share, from a 4-bit folder or from one that is quantized while it is loaded."""
     source = config_path.parent / "source"
     config = load_config(config_path, ["parallel.engine=zero3", *(o.format(source=source) for o in overrides)])
     results = run_ranks(world_size, load_and_train, config, nodes=nodes)
     for result in results:
-        # adapters in fp32, and rounded to bf16 for being gathered
+        # adapters are in fp32, and in bf16 for gathering
         share = result["base"] / base_shards + 1.5 * result["adapters"] / world_size
         assert result["held"] == pytest.approx(share, rel=0.01)
-        assert result["planned"] == pytest.approx(share)  # what `launch` says before, without gradients and moments
+        assert result["planned"] == pytest.approx(share)  # without gradients and optimizer states
         assert result["held after"] == result["held"]
-        assert result["looks"] > 100
+        assert result["samples"] > 100
         ahead = config.parallel.prefetch
         assert max(ahead, 1) * result["layer"] <= result["live"][0] <= (ahead + 1) * result["layer"]
-        assert result["live"][1] <= (ahead + 1) * result["adapters"] / 2 / 4 * 1.05  # bf16, and norms
+        assert result["live"][1] <= (ahead + 1) * result["adapters"] / 2 / 4 * 1.05  # adapters in bf16, and norms
         assert result["same"]
         assert result["shape"] == torch.tensor(result["a"]).shape and result["a"] == results[0]["a"]
     if not source.samefile(config.model.base):
         assert all(result["read"] <= 1.05 * result["base"] / world_size for result in results)
-    # put together, the parts are the same as those of one process
+    # the ranks' parts together are the whole parameter of one process
     for name, (_, whole) in alone["shards"].items():
         assert b"".join(result["shards"][name][1] for result in results[:base_shards]) == whole, name
 
 
-def test_what_stays_gathered_is_refused(config_path: Path) -> None:
+def test_a_layer_that_stays_gathered_is_an_error(config_path: Path) -> None:
     config = load_config(config_path, ["parallel.base=world", "parallel.engine=zero3"])
-    for result in run_ranks(2, load_and_train, config, True):
+    for result in run_ranks(2, load_and_train, config, "keeps a gathered layer"):
         assert "holds" in result["held"] and "share" in result["held"]

@@ -1,4 +1,4 @@
-"""If this fails, a run cannot change its engine, or does and goes on from somebody else's weights or moments."""
+"""If this fails, a run cannot change its engine, or resumes with wrong weights or optimizer states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS_PER_RUN = 2
 
 
 def train_and_stop(config: Config, step: int) -> None:
-    """Train, and ask to stop when the metrics of a step are written: it does after the next."""
+    """Train, and request a stop when the metrics of a step are written. The run stops after the next step."""
     log = RunDir.log
 
     def logged(self: RunDir, row: dict[str, Any]) -> None:
@@ -41,22 +41,22 @@ def losses(config: Config) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_engines_and_ranks_change_in_mid_run(tmp_path: Path, tiny_llama_nf4: Path) -> None:
+def test_a_run_can_change_its_engine_and_ranks(tmp_path: Path, tiny_llama_nf4: Path) -> None:
     config = tiny_models.make_config(tmp_path, tiny_llama_nf4)
 
     def resolve(name: str, *overrides: str) -> Config:
         common = [f"run.name={name}", f"train.steps={4 * STEPS_PER_RUN}", "train.eval_every=0", "train.save_every=0"]
         return load_config(config, [*common, *overrides])
 
-    def changed(engine: str, base: str | int, optimizer: str = "paged-adamw-32bit") -> Config:
+    def config_for(engine: str, base: str | int, optimizer: str = "paged-adamw-32bit") -> Config:
         changes = f"parallel.engine={engine}", f"parallel.base={base}", f"optim.name={optimizer}"
         return resolve("changing", *changes, "train.micro_batch=3")
 
     changing = [
-        (2, changed("fsdp2", "world")),
-        (4, changed("zero3", "world", "zero-adamw")),
-        (2, changed("zero2", 1)),
-        (1, changed("fsdp2", 1)),
+        (2, config_for("fsdp2", "world")),
+        (4, config_for("zero3", "world", "zero-adamw")),
+        (2, config_for("zero2", 1)),
+        (1, config_for("fsdp2", 1)),
     ]
     for index, (ranks, resolved) in enumerate(changing):
         if index < len(changing) - 1:
