@@ -1,4 +1,4 @@
-"""`python -m examples.quickstart`."""
+"""Command line of the quickstart: `python -m examples.quickstart`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def quickstart_main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run the quickstart.
 
     Returns:
-        The exit code: 0 done, 2 the user's mistake, 1 anything else.
+        The exit code: 0 after success, 2 after a user error, 1 after any other failure.
     """
     parser = argparse.ArgumentParser(
         prog="python -m examples.quickstart",
