@@ -20,9 +20,13 @@ def quickstart_main(arguments: list[str] | None = None) -> int:
         prog="python -m examples.quickstart",
         description="Sharded QLoRA of a small model on Python's documentation, in minutes on two cores.",
     )
-    parser.add_argument("--dir", type=Path, default=Path("work/quickstart"), help="where everything is written")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("work/quickstart"), help="folder for all files (default: work/quickstart)"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="processes that train (default: 2)")
-    parser.add_argument("--recipe", type=Path, default=None, help="another training configuration")
+    parser.add_argument(
+        "--recipe", type=Path, default=None, help="training configuration (default: the recipe in configs)"
+    )
     options = parser.parse_args(arguments)
     if options.ranks < 1:
         parser.error(f"--ranks: {options.ranks} is less than one")
