@@ -1,17 +1,16 @@
-"""If this fails, a page of the documentation tells a user something that is not so.
+"""If this fails, a page of the documentation is wrong.
 
-A code block behind the comment `<!-- test -->` is tried out: a page's blocks run one after another in one folder, which
-holds a tiny model (`my-model`; `my-model-nf4` in 4 bit, unless the page makes it), `my-data.jsonl` and `my-eval.jsonl`.
+A code block after the comment `<!-- test -->` is tested. A page's blocks run one after another in one folder. It holds
+`my-data.jsonl`, `my-eval.jsonl` and a tiny model: `my-model`, and `my-model-nf4` in 4 bit unless the page makes it.
 
-- yaml: must be a valid configuration. `<!-- test: my-run.yaml -->` keeps it under that name, made small, for commands.
-- bash: is run. `<!-- test: 2 nodes -->` runs it twice at a time, with NODE_RANK 0 and 1; `<!-- test: a cluster -->`
-  where SLURM is, in a folder with the repository's `slurm` and `configs`.
+- yaml: must be a valid configuration. `<!-- test: my-run.yaml -->` saves it under that name, made small, for commands.
+- bash: is run. `<!-- test: 2 nodes -->` runs it twice at a time, with NODE_RANK 0 and 1. `<!-- test: a cluster -->`
+  runs it with SLURM, in a folder with the repository's `slurm` and `configs`.
 - python: is run.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
@@ -50,7 +49,8 @@ from tests.helpers.real_slurm import free_ports, slurm_unavailable
 from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG"))]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 LLAMAS: dict[str, dict[str, Any]] = {
@@ -58,7 +58,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
 }
-"""Llama-3.1's config.json, the part that matters."""
+"""Keys of Llama-3.1's config.json on which sizes depend."""
 for _config in LLAMAS.values():
     _config |= {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
 
@@ -69,7 +69,7 @@ SMALL = {
     "optim": {"warmup_steps": 1},
     "train": {"steps": 3, "global_batch": 4, "device": "cpu", "eval_every": 0},
 }
-"""What a documented configuration is changed to before it is run."""
+"""Values that a documented configuration gets before it is run."""
 
 
 class Block(NamedTuple):
@@ -79,7 +79,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    """The blocks of a page that are to be tried out."""
+    """Return the blocks of a page that are tested."""
     found = re.findall(r"^<!-- test(?:: (.+?))? -->\n+```(\w+)\n(.*?)^```$", page.read_text(), re.M | re.S)
     return [Block(language, note, text) for note, language, text in found]
 
@@ -103,9 +103,9 @@ def test_configurations_are_valid(page: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def page_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a user has at the start, under the names that the pages use."""
+    """Make a folder with a user's files at the start, under the names that the pages use."""
     folder = tmp_path_factory.mktemp("material")
-    # bitsandbytes' kernel for transformers' own layers refuses sizes that are no multiple of 32 on some processors
+    # bitsandbytes' kernel for transformers' layers needs multiples of 32 on some processors
     tiny_models.make_model(folder / "my-model", intermediate_size=192, max_position_embeddings=2048)
     quantize_folder(folder / "my-model", folder / "my-model-nf4", QuantizeOptions())
     tiny_models.make_data(folder / "my-data.jsonl", 40)
@@ -122,7 +122,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(550)
 @pytest.mark.parametrize("page", pages_with("bash"))
-def test_commands_do_what_the_page_says(page: Path, page_files: Path, python: Path, tmp_path: Path) -> None:
+def test_commands_of_a_page_succeed(page: Path, page_files: Path, python: Path, tmp_path: Path) -> None:
     shutil.copytree(page_files, tmp_path, dirs_exist_ok=True)
     if any("quantize my-model my-model-nf4" in block.text for block in blocks(page)):
         shutil.rmtree(tmp_path / "my-model-nf4")
@@ -160,14 +160,14 @@ def shrink_config(text: str) -> dict[str, Any]:
 
 
 def run(command: list[str], folder: Path, nodes: list[int] | None = None) -> None:
-    """Run a command as a user would, who has installed the package; on each of several nodes at the same time."""
+    """Run a command as a user of the installed package would, on several nodes at the same time."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environ |= {
         "PATH": f"{folder / '.bin'}:{environ['PATH']}",
-        "PYTHON_EXEC": str(folder / ".bin" / "python"),  # torchrun's name for what it starts ranks with
+        "PYTHON_EXEC": str(folder / ".bin" / "python"),  # torchrun starts ranks with it
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "HOME": str(folder),  # where the cache is, unless the page says otherwise
+        "HOME": str(folder),  # the cache is below it, unless the page sets another
     }
     outputs = [folder / f"output-{node}.txt" for node in nodes or [0]]
     processes = []
@@ -194,7 +194,7 @@ def run(command: list[str], folder: Path, nodes: list[int] | None = None) -> Non
 
 
 def terminate(process: subprocess.Popen[bytes]) -> None:
-    """End a process that we have started and all that it has: torchrun ends its ranks when it is asked, not killed."""
+    """End a process and its children. torchrun ends its ranks after SIGTERM, but not after SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, number)
@@ -204,11 +204,11 @@ def terminate(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def local_cluster(folder: Path) -> Iterator[None]:
-    """Where `slurm/local_cluster.sh` works as if in the repository, and leaves nothing running."""
+    """Prepare `folder` for `slurm/local_cluster.sh`, and stop the cluster at the end."""
     for name in ("slurm", "configs"):
         (folder / name).symlink_to(ROOT / name)
     settings = {
-        "QLORA_SLURM_DIR": tempfile.mkdtemp(prefix="slurm"),  # a socket's path is to be short
+        "QLORA_SLURM_DIR": tempfile.mkdtemp(prefix="slurm"),  # the path of a socket must be short
         "QLORA_SLURM_PORT": str(free_ports(2)),
     }
     os.environ.update(settings)
@@ -222,7 +222,7 @@ def local_cluster(folder: Path) -> Iterator[None]:
 
 
 def make_commands(folder: Path, python: Path) -> None:
-    """`qlora-dist` and `torchrun` of this Python."""
+    """Write the commands `qlora-dist`, `torchrun` and `python` for this Python."""
     scripts = {
         "qlora-dist": f'exec {python} -m qlora_dist "$@"',
         "torchrun": f'exec {python} -m torch.distributed.run "$@"',
@@ -251,66 +251,37 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """Return the anchors of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_that_are_named_exist(name: str) -> None:
-    """`room/file.py` in backticks is a file of the repository, from its root or from the package."""
+def test_named_files_exist(name: str) -> None:
+    """`room/file.py` and `tests/room` are files of the repository, from its root or from the package."""
     text = (ROOT / name).read_text()
-    folders = "benchmarks|nf4|adapters|model|parallel|optim|data|train|plan|launch|demo|tests|configs|docs|qlora_dist"
-    named = set(
-        re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/.-]*[\w-]\.(?:py|yaml|md)|(?:cli|config|config_file)\.py)", text)
-    )
+    rooms = "|".join(path.name for path in (ROOT / "qlora_dist").iterdir() if path.name.isidentifier())
+    others = "benchmarks|tests|configs|docs|examples|launch|slurm|qlora_dist"
+    path_ = r"[\w/.-]*[\w-]"
+    pattern = rf"(?<![\w/.-])((?:{rooms})/{path_}\.(?:py|jinja)|(?:{others})/{path_}\.(?:py|yaml|md|sh|svg|png))"
+    named = set(re.findall(pattern, text))
     named |= set(re.findall(r"tests/[\w/]+[\w](?:\.py)?", text))
     assert not [
         path for path in sorted(named) if not (ROOT / path).exists() and not (ROOT / "qlora_dist" / path).exists()
     ]
 
 
-def test_nothing_is_left_out_of_the_index() -> None:
+def test_readme_links_every_page() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert not [page.name for page in PAGES if page.parent.name == "docs" and f"docs/{page.name}" not in readme]
-
-
-def test_architecture_lists_every_file() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    files = [path for path in (ROOT / "qlora_dist").rglob("*.py") if not path.name.startswith("__")]
-    assert not [str(path.relative_to(ROOT)) for path in files if f"`{path.name}`" not in text]
-
-
-def packages() -> list[tuple[str, list[str]]]:
-    """Folder and files of each room, in the order of the table."""
-    table = (ROOT / "docs" / "architecture.md").read_text()
-    rows = re.findall(r"^\| (?:`(\w+)`|\(root\))(?:, [^|]+)? \| (.*?) \|", table, re.M)
-    return [(room, re.findall(r"`(\w+\.py)`", files)) for room, files in rows]
-
-
-def test_rooms_import_only_those_above_them() -> None:
-    package = ROOT / "qlora_dist"
-    order = {str(Path(room) / file): row for row, (room, files) in enumerate(packages()) for file in files}
-    down = []
-    for path in package.rglob("*.py"):
-        name = str(path.relative_to(package))
-        if path.name.startswith("__") or name.startswith("cli"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qlora_dist"):
-                module = "/".join(str(node.module).split(".")[1:])
-                candidates = [f"{module}.py", *(str(Path(module) / f"{alias.name}.py") for alias in node.names)]
-                down += [f"{name} -> {file}" for file in candidates if order.get(file, 0) > order[name]]
-                down += [f"{name} -> {file}" for file in candidates if file in order and file.startswith("cli")]
-    assert sorted(down) == ["train/run_training.py -> report/write_report.py"]
+    assert not [str(page.relative_to(ROOT)) for page in PAGES[1:] if f"({page.relative_to(ROOT)})" not in readme]
 
 
 OPTION = re.compile(r"--[a-z][\w-]+")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_options_of_verbs_that_are_named_exist(name: str) -> None:
-    """In code: `qlora-dist train my-run.yaml --dry-run`, or `plan --search`."""
+def test_named_options_of_commands_exist(name: str) -> None:
+    """Check options in code, such as `qlora-dist train my-run.yaml --dry-run` or `plan --search`."""
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     text = (ROOT / name).read_text().replace("\\\n", " ")
     fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
@@ -338,7 +309,7 @@ def test_every_key_is_in_the_reference() -> None:
     assert table in page, f"docs/training.md: the reference should be\n\n{table}"
 
 
-def test_another_trainers_keys_are_in_the_page_and_are_answered() -> None:
+def test_keys_of_other_trainers_are_in_the_page_and_have_advice() -> None:
     page = (ROOT / "docs" / "training.md").read_text()
     assert MIGRATION_PAGE == 'docs/training.md, "Coming from another trainer"'
     table = page.partition("## Coming from another trainer")[2].partition("\n## ")[0]
@@ -376,12 +347,12 @@ def reference_row(key: str, field: FieldInfo) -> str:
 
 
 def values(field: FieldInfo) -> str:
-    """What a key can be set to, from its type."""
+    """Return the values that a key can have, from its type."""
     return ", ".join(dict.fromkeys(type_words(field.annotation, field.metadata)))
 
 
 def type_words(kind: Any, limits: Sequence[Any] = ()) -> Iterator[str]:
-    """A type's values in words; its literals as they are written."""
+    """Yield a description of a type's values; literals as they are written."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         inner, *more = arguments
@@ -414,7 +385,7 @@ NUMBERS = {int: "whole number", float: "number"}
 
 
 def configuration_reference() -> str:
-    """The configuration's keys, defaults and docstrings, as tables."""
+    """Return the keys, defaults and docstrings of the configuration as tables."""
     parts = []
     for section, section_field in Config.model_fields.items():
         model = section_field.annotation
@@ -450,7 +421,7 @@ def test_memory_table() -> None:
 
 
 def whole_model(units: Sequence[FsdpUnit]) -> tuple[int, int, int]:
-    """Bytes of the 4-bit weights, of the frozen rest in bf16, and of adapters, gradients and optimizer."""
+    """Return the bytes of 4-bit weights, of the frozen rest in bf16, and of adapters with gradients and optimizer."""
     parameters = [p for unit in units for p in unit.parameters]
     return (
         sum(p.numel for p in parameters if p.is_quantized),
@@ -486,7 +457,7 @@ def test_momentary_memory_table() -> None:
 
 
 def test_replicated_scales() -> None:
-    """The figure behind the first of the four ideas: what a rank holds where absmax is not sharded."""
+    """The first of the four ideas: the bytes of a rank if absmax is not sharded."""
     model = LLAMAS["405B"]
     hidden, intermediate, layers = (model[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     kv = hidden // model["num_attention_heads"] * model["num_key_value_heads"]
@@ -543,8 +514,8 @@ def gib(nbytes: float) -> str:
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def test_error_sentences_are_the_programs() -> None:
-    """Each sentence in docs/troubleshooting.md (`...` for what varies) stands in the source."""
+def test_messages_in_troubleshooting_are_in_the_source() -> None:
+    """Each sentence in docs/troubleshooting.md is in the source, with `...` for the parts that vary."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     sentences = re.findall(r"^\| `(.+?)` \|", page, re.M)
     assert len(sentences) > 15
@@ -559,7 +530,7 @@ def test_error_sentences_are_the_programs() -> None:
 
 
 def write_tables() -> None:
-    """Bring the tables of keys up to date: `python tests/test_docs.py`."""
+    """Update the tables of keys: `python tests/test_docs.py`."""
     training, data, slurm = (ROOT / "docs" / f"{name}.md" for name in ("training", "data", "slurm"))
     before, _, _ = training.read_text().partition("## Every key\n")
     training.write_text(f"{before}## Every key\n\n{configuration_reference()}\n")

@@ -1,1 +1,1 @@
-"""The quickstart: a small real model, a small real data set, and one command that trains on them."""
+"""The quickstart: one command that trains a small real model on a small real data set."""

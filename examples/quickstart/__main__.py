@@ -1,4 +1,4 @@
-"""`python -m examples.quickstart`."""
+"""Command line of the quickstart: `python -m examples.quickstart`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ def quickstart_main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run the quickstart.
 
     Returns:
-        The exit code: 0 done, 2 the user's mistake, 1 anything else.
+        The exit code: 0 after success, 2 after a user error, 1 after any other failure.
     """
     parser = argparse.ArgumentParser(
         prog="python -m examples.quickstart",
         description="Sharded QLoRA of a small model on Python's documentation, in minutes on two cores.",
     )
-    parser.add_argument("--dir", type=Path, default=Path("work/quickstart"), help="where everything is written")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("work/quickstart"), help="folder for all files (default: work/quickstart)"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="processes that train (default: 2)")
-    parser.add_argument("--recipe", type=Path, default=None, help="another training configuration")
+    parser.add_argument(
+        "--recipe", type=Path, default=None, help="training configuration (default: the recipe in configs)"
+    )
     options = parser.parse_args(arguments)
     if options.ranks < 1:
         parser.error(f"--ranks: {options.ranks} is less than one")

@@ -1,11 +1,13 @@
-"""An instruction data set out of Python's own documentation, which every Python carries.
+"""An instruction data set from the documentation that every Python includes.
 
-Three sources: the language reference that `help()` shows (`pydoc_data.topics`), the docstrings of the
-standard library (parsed, not imported: importing some modules opens windows or prints poems), and those of a
-few modules written in C, which have no source to parse and are safe to import.
+It has three sources:
 
-A pair is a question about one name and its documented answer. Which pairs there are depends on the Python
-that runs this; everything else is decided by hashes, so that the same Python writes the same bytes.
+- the language reference that `help()` shows (`pydoc_data.topics`);
+- docstrings of the standard library, parsed because importing some modules opens windows or prints poems;
+- docstrings of a few modules written in C, which have no source to parse and are safe to import.
+
+A pair is a question about one name and its documented answer. The pairs depend on the Python that runs this. All other
+choices depend on hashes, so that the same Python writes the same bytes.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from typing import Literal
 from qlora_dist.errors import UserError
 
 MIN_ANSWER_CHARS, MAX_ANSWER_CHARS = 30, 900
-"""Of an answer. Shorter ones say nothing; longer ones would take most of a training row each."""
+"""Limits on the characters of an answer, because short ones have no content and long ones fill a training row."""
 MIN_PAIRS = 1500
 EVAL_FRACTION = 0.05
 MAX_EVAL_NAMES = 48
-"""12 packed rows of 512 tokens: an evaluation takes seconds on a processor, not minutes."""
+"""Number of held-out names. They fill 12 packed rows of 512 tokens, so an evaluation takes seconds on a CPU."""
 
 SKIPPED_MODULES = frozenset(
     {
@@ -48,7 +50,7 @@ SKIPPED_MODULES = frozenset(
         ),
     }
 )
-"""Tests, tools, and doubles: ntpath's docstrings are posixpath's."""
+"""Tests, tools, and modules with the docstrings of another one, such as ntpath and posixpath."""
 C_MODULES = (
     *(
         "builtins",
@@ -99,7 +101,7 @@ QUESTION_TEMPLATES: dict[DocKind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DocEntry:
-    """One documented name: `header` is its signature (empty for a topic), `body` the documentation."""
+    """A documented name with its signature (`header`, empty for a topic) and its documentation (`body`)."""
 
     kind: DocKind
     name: str
@@ -108,29 +110,29 @@ class DocEntry:
 
     @property
     def question(self) -> str:
-        """One of the kind's questions, always the same one for a name."""
+        """Return one of the kind's questions, always the same for a name."""
         templates = QUESTION_TEMPLATES[self.kind]
         return templates[int(_digest(self.name)[:8], 16) % len(templates)].format(name=self.name)
 
     @property
     def answer(self) -> str:
-        """The signature, then the documentation."""
+        """Return the signature and the documentation."""
         return f"`{self.header}`\n\n{self.body}" if self.header else self.body
 
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Pairs written."""
+    """Numbers of pairs written."""
 
     train: int
     held_out: int
 
 
 def build_python_docs(folder: Path) -> PairCounts:
-    """Write `train.jsonl` and `eval.jsonl` into `folder`; existing ones are replaced.
+    """Write `train.jsonl` and `eval.jsonl` into `folder`, and replace existing files.
 
     Raises:
-        UserError: this Python comes without its documentation.
+        UserError: This Python has no documentation.
     """
     train, eval_entries = split_doc_entries(collect_doc_entries())
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,14 +142,14 @@ def build_python_docs(folder: Path) -> PairCounts:
 
 
 def collect_doc_entries() -> list[DocEntry]:
-    """Every usable entry of this Python, no two with the same name or the same first paragraph."""
+    """Return every usable entry of this Python, no two with the same name or the same first paragraph."""
     chosen: list[DocEntry] = []
     seen: set[str] = set()
-    # the order decides which of two equal texts stays: the reference says more than a docstring
+    # the first of two equal texts is kept, because the reference contains more than a docstring
     for source in (_topics(), _parsed_library(), _imported_library()):
         for entry in sorted(source, key=lambda entry: (entry.name, entry.header, entry.body)):
-            # by paragraph, because many methods share their summary and differ in a footnote: one of them in
-            # training would give away the other in the held-out rows
+            # compare first paragraphs, because many methods share their summary and differ in a footnote. Training on
+            # one would reveal the other in the held-out rows.
             first_paragraph = re.sub(r"\W+", " ", entry.body.split("\n\n")[0]).strip().lower()
             keys = {f"name {entry.name}", f"text {first_paragraph}"}
             if (
@@ -160,14 +162,14 @@ def collect_doc_entries() -> list[DocEntry]:
             chosen.append(entry)
     if len(chosen) < MIN_PAIRS:
         raise UserError(
-            f"this Python ({sys.executable}) carries only {len(chosen)} documented names where {MIN_PAIRS} "
-            "are needed: its standard library was installed without sources; use a complete CPython"
+            f"this Python ({sys.executable}) has only {len(chosen)} documented names, and {MIN_PAIRS} are needed, "
+            "because its standard library was installed without sources; use a complete CPython"
         )
     return chosen
 
 
 def split_doc_entries(pairs: Iterable[DocEntry]) -> tuple[list[DocEntry], list[DocEntry]]:
-    """Training and held-out entries, both in the order of a hash of their content."""
+    """Return training and held-out entries, both in the order of a hash of their content."""
     ordered = sorted(pairs, key=lambda entry: _digest(entry.question + entry.answer))
     by_name = sorted(ordered, key=lambda entry: _digest(f"split {entry.name}"))
     eval_names = {entry.name for entry in by_name[: min(int(len(ordered) * EVAL_FRACTION), MAX_EVAL_NAMES)]}
@@ -202,7 +204,7 @@ _DEFINITION = re.compile(r"^(?:class |static |classmethod |async )?([A-Za-z_][\w
 def _topics() -> Iterator[DocEntry]:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:  # some distributions of Python leave it out
+    except ImportError:  # missing in some distributions of Python
         return
     for key in sorted(topics):
         lines = topics[key].splitlines()
@@ -211,7 +213,7 @@ def _topics() -> Iterator[DocEntry]:
 
 
 def _sections(lines: list[str]) -> Iterator[DocEntry]:
-    """A heading and what stands between it and the next heading or definition."""
+    """Yield each heading with the text up to the next heading or definition."""
     for index in range(len(lines) - 1):
         title = lines[index].strip()
         if not title or not _UNDERLINE.match(lines[index + 1]):
@@ -226,7 +228,7 @@ def _sections(lines: list[str]) -> Iterator[DocEntry]:
 
 
 def _definitions(lines: list[str]) -> Iterator[DocEntry]:
-    """`str.split(sep=None)` at the left margin, and the indented text below it."""
+    """Yield each definition, such as `str.split(sep=None)` at the left margin, with the indented text below it."""
     for index, line in enumerate(lines):
         match = _DEFINITION.match(line)
         if not match:
@@ -256,14 +258,14 @@ def _parsed_library() -> Iterator[DocEntry]:
         name = "os.path" if parts == ("posixpath",) else ".".join(parts)
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # a deliberately broken file, or none of this version's
+        except (SyntaxError, ValueError):  # a deliberately broken file, or one for another version
             continue
         if text := ast.get_docstring(tree):
             yield DocEntry("module", name, f"import {name}", _leading_paragraphs(text, len(name) + 7))
         yield from _parsed_members(tree, name, is_class=False)
 
 
-def _parsed_members(node: ast.Module | ast.ClassDef, prefix: str, is_class: bool) -> Iterator[DocEntry]:
+def _parsed_members(node: ast.Module | ast.ClassDef, prefix: str, *, is_class: bool) -> Iterator[DocEntry]:
     for child in node.body:
         if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             continue
@@ -276,7 +278,7 @@ def _parsed_members(node: ast.Module | ast.ClassDef, prefix: str, is_class: bool
                 yield DocEntry("class", name, f"class {name}", _leading_paragraphs(text, len(name) + 6))
             yield from _parsed_members(child, name, is_class=True)
         elif text:
-            header = name if _is_property(child) else f"{name}({_arguments(child, is_class)})"
+            header = name if _is_property(child) else f"{name}({_arguments(child, is_class=is_class)})"
             header = header if len(header) <= 100 else f"{name}(...)"
             yield DocEntry("function", name, header, _leading_paragraphs(text, len(header)))
 
@@ -286,10 +288,10 @@ def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return bool(names & {"property", "cached_property", "setter", "DynamicClassAttribute"})
 
 
-def _arguments(function: ast.FunctionDef | ast.AsyncFunctionDef, is_class: bool) -> str:
+def _arguments(function: ast.FunctionDef | ast.AsyncFunctionDef, *, is_class: bool) -> str:
     arguments = function.args
     for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
-        argument.annotation = None  # types make the line long and the model guess at them
+        argument.annotation = None  # types make the line long, and the model would guess them
     for variadic in (arguments.vararg, arguments.kwarg):
         if variadic:
             variadic.annotation = None
@@ -306,14 +308,14 @@ def _imported_library() -> Iterator[DocEntry]:
     for module_name in C_MODULES:
         try:
             module = importlib.import_module(module_name)
-        except ImportError:  # select and the like are not on every platform
+        except ImportError:  # not every platform has modules such as select
             continue
         public = getattr(module, "__all__", None) or dir(module)
         for attribute in sorted(set(public)):
             value = getattr(module, attribute, None)
             if attribute.startswith("_") or not (inspect.isroutine(value) or inspect.isclass(value)):
                 continue
-            if attribute != value.__name__:  # another name of the same: array.ArrayType, os.error
+            if attribute != value.__name__:  # an alias, such as array.ArrayType and os.error
                 continue
             name = attribute if module_name == "builtins" else f"{module_name}.{attribute}"
             yield from _imported(value, name)
@@ -346,7 +348,7 @@ _SIGNATURE_LINES = re.compile(r"^(?:[\w.]+\([^\n]*\)(?: *->[^\n]*)?\n?)+$")
 
 
 def _leading_paragraphs(text: str, header_chars: int) -> str:
-    """The leading paragraphs that fit beside `header_chars` characters of header; empty if not even one does."""
+    """Return the leading paragraphs that fit beside `header_chars` characters of header; empty if none fits."""
     kept: list[str] = []
     length = header_chars + 4  # two back ticks and a blank line
     for paragraph in re.split(r"\n\s*\n", textwrap.dedent(text).strip("\n")):
@@ -361,6 +363,6 @@ def _leading_paragraphs(text: str, header_chars: int) -> str:
         if length > MAX_ANSWER_CHARS:
             break
         kept.append(paragraph)
-    while kept and kept[-1].endswith(":"):  # what it announces was cut off
+    while kept and kept[-1].endswith(":"):  # the text that it introduces was cut off
         kept.pop()
     return "\n\n".join(kept).strip()

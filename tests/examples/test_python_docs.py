@@ -1,4 +1,4 @@
-"""If this fails, the quickstart trains on rubbish, or measures itself on what it trained on."""
+"""If this fails, the quickstart trains on useless data, or its held-out data is in its training data."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_splits_share_neither_question_nor_answer_nor_its_first_paragraph(folder
 
 
 @pytest.mark.slow
-def test_no_answer_stands_twice(folder: Path) -> None:
+def test_no_answer_occurs_twice(folder: Path) -> None:
     everything = answers(folder / "train.jsonl") + answers(folder / "eval.jsonl")
     assert len(set(everything)) == len(everything)
 
@@ -81,17 +81,17 @@ def test_a_second_build_writes_the_same_bytes(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_well_known_names_are_there_with_their_documentation(folder: Path) -> None:
+def test_well_known_names_have_their_documentation(folder: Path) -> None:
     by_answer = "\n".join(answers(folder / "train.jsonl") + answers(folder / "eval.jsonl"))
     for signature in ("`os.path.join(a, *p)`", "`class pathlib.Path`", "`import heapq`"):
         assert signature in by_answer
     asked = questions(folder / "train.jsonl") + questions(folder / "eval.jsonl")
-    for kind, templates in python_docs.QUESTION_TEMPLATES.items():  # no two kinds ask alike
+    for kind, templates in python_docs.QUESTION_TEMPLATES.items():  # questions of different kinds differ
         patterns = "|".join(re.escape(template).replace(re.escape("{name}"), ".+") for template in templates)
         assert sum(re.fullmatch(patterns, question) is not None for question in asked) > 50, kind
 
 
-def test_questions_vary_and_belong_to_their_name() -> None:
+def test_questions_vary_and_depend_on_the_name() -> None:
     entries = [DocEntry("function", f"module.f{i}", f"module.f{i}()", "Return something.") for i in range(200)]
     templates = {entry.question.replace(entry.name, "NAME") for entry in entries}
     assert len(templates) == len(python_docs.QUESTION_TEMPLATES["function"])
@@ -122,7 +122,7 @@ def test_definitions_of_the_language_reference_are_cut_out() -> None:
     assert (section.name, section.body) == ("String Methods", "Introduction.")
 
 
-def test_a_python_without_sources_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_python_without_sources_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(python_docs.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError, match="installed without sources"):
         python_docs.build_python_docs(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""If this fails, the first thing a user tries breaks, or calls a run that learned nothing a success."""
+"""If this fails, the first command that a user tries fails, or reports success after a run that learned nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SUMMARY: dict[str, Any] = {
 
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Every stage replaced by one that only leaves its folder; the list says which ran."""
+    """Replace every stage by one that only makes its folder; return the list of stages that ran."""
     ran: list[str] = []
 
     def unpack(folder: Path) -> Path:
@@ -115,7 +115,7 @@ def test_a_failed_process_keeps_its_exit_code() -> None:
     assert raised.value.exit_code == 1
 
 
-def test_mistakes_are_one_sentence(
+def test_user_errors_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert command.quickstart_main(["--dir", str(tmp_path), "--recipe", str(tmp_path / "none.yaml")]) == 2

@@ -1,4 +1,4 @@
-"""If this fails, a configuration that we ship is refused by the program that we ship."""
+"""If this fails, `train` refuses one of our own recipes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load(name: str) -> Config:
     return load_config(RECIPES / name)
 
 
-def test_the_recipes_are_there() -> None:
+def test_all_recipes_exist() -> None:
     guanaco = {f"guanaco-{size}.yaml" for size in ("7b", "13b", "33b", "65b")}
     llama = {f"llama-3.1-{size}.yaml" for size in ("8b", "70b", "405b")}
     assert {"quickstart.yaml"} | guanaco | llama <= set(NAMES)
@@ -37,7 +37,7 @@ def test_recipe_loads_and_runs_under_its_own_name(name: str) -> None:
         ("guanaco-65b.yaml", 1e-4, 0.05),
     ],
 )
-def test_guanaco_is_the_papers(name: str, lr: float, dropout: float) -> None:
+def test_guanaco_has_the_settings_of_the_paper(name: str, lr: float, dropout: float) -> None:
     config = load(name)
     assert (config.optim.lr, config.lora.dropout) == (lr, dropout)
     assert (config.lora.r, config.lora.alpha, config.lora.targets) == (64, 16, "all-linear")

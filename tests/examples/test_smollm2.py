@@ -1,4 +1,4 @@
-"""If this fails, the quickstart fine-tunes a model that speaks gibberish, or never stops speaking."""
+"""If this fails, the quickstart trains a model that generates nonsense or never stops."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_special_tokens_and_chat_template(tokenizer: Any) -> None:
         "<|im_end|>",
         "<|im_end|>",
     )
-    assert tokenizer("hi")["input_ids"] == [6004]  # nothing is put in front or behind
+    assert tokenizer("hi")["input_ids"] == [6004]  # no token is added at the start or the end
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
@@ -75,15 +75,15 @@ def test_special_tokens_and_chat_template(tokenizer: Any) -> None:
 @pytest.mark.slow
 def test_digits_are_single_tokens_and_text_survives(tokenizer: Any) -> None:
     assert tokenizer.tokenize("x =  2024") == ["x", "Ġ=", "ĠĠ", "2", "0", "2", "4"]
-    # how the vocabulary was trained: no token joins a digit with anything
+    # no token of the vocabulary joins a digit with another character
     assert not [token for token in tokenizer.get_vocab() if len(token) > 1 and set(token) & set("0123456789")]
     for text in ("def f(x):\n    return x , 1 .5\n", "naïve — “quotes” 🙂 ½"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 @pytest.mark.slow
-def test_weights_are_the_files_to_bf16(model: Any) -> None:
-    """Against an independent reading of the file, llama.cpp's order of rotary dimensions undone by hand."""
+def test_weights_equal_the_file_in_bf16(model: Any) -> None:
+    """Compare with an independent reading of the file that reverts llama.cpp's order of rotary dimensions."""
     import gguf
     import torch
 
@@ -112,7 +112,7 @@ def test_weights_are_the_files_to_bf16(model: Any) -> None:
 
 
 @pytest.mark.slow
-def test_it_answers_and_stops(model: Any, tokenizer: Any) -> None:
+def test_the_model_answers_and_stops(model: Any, tokenizer: Any) -> None:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
@@ -125,7 +125,7 @@ def test_it_answers_and_stops(model: Any, tokenizer: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_complete_folder_is_left_alone(smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_folder_is_not_changed(smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> NoReturn:
         raise AssertionError("unpacked again")
 
@@ -143,7 +143,7 @@ def test_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not a complete model folder"):
         smollm2.unpack_smollm2(tmp_path)
