@@ -79,5 +79,5 @@ def test_a_model_that_does_something_else_is_refused(monkeypatch: pytest.MonkeyP
         return output
 
     monkeypatch.setattr(type(model), "forward", squared)
-    with pytest.raises(UserError, match="what it does to its logits is not known here"):
+    with pytest.raises(UserError, match="the scale of its logits cannot be measured"):
         measure_logit_scale(model)

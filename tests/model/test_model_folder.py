@@ -127,7 +127,7 @@ DAMAGES = {
     ),
     "gpt-oss as it is published": (
         lambda folder: set_config(folder, quantization_config={"quant_method": "mxfp4"}),
-        "is quantized with mxfp4, which is not read here; give a copy of the model in bf16",
+        "is quantized with mxfp4, which is not supported; give a copy of the model in bf16",
     ),
     "parts without an index": (
         lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"),

@@ -458,7 +458,7 @@ UNTRAINABLE = {
     "a form of its own": (
         True,
         lambda t: t.update({"model.norm.weight_blocks": t.pop("model.norm.weight")}),
-        "the weight model.norm.weight is missing; model.norm.weight_blocks is there, a form that is not read here",
+        "the weight model.norm.weight is missing; model.norm.weight_blocks is there, which has an unsupported format",
     ),
 }
 
