@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer for NF4Linear, plain, rank-stabilized, or with DoRA's magnitudes."""
+"""PEFT's LoRA layer for NF4Linear: plain, rank-stabilized, or with DoRA's magnitudes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qlora_dist.nf4.linear import NF4Linear
 
 
 class NF4LoraLayer(nn.Module, LoraLayer):
-    """What PEFT's LoRA layers here have in common: a base layer whose weight is a vector of bytes.
+    """Base class of PEFT's LoRA layers on a base layer whose weight is a vector of bytes.
 
-    The attributes are PEFT's, which has no types. The mappings have the adapter's name as key.
+    The attributes are declared here because PEFT does not type them. The mappings' keys are the adapters' names.
     """
 
     base_layer: NF4Linear | NF4Experts
@@ -28,7 +28,7 @@ class NF4LoraLayer(nn.Module, LoraLayer):
     disable_adapters: bool
     r: dict[str, int]
     scaling: dict[str, float]
-    lora_A: MutableMapping[str, nn.Linear]  # a `ModuleDict`, which has no type parameter
+    lora_A: MutableMapping[str, nn.Linear]  # a `ModuleDict`, which is not generic
     lora_B: MutableMapping[str, nn.Linear]
     lora_dropout: MutableMapping[str, nn.Module]
     lora_magnitude_vector: MutableMapping[str, _Magnitude]
@@ -50,7 +50,6 @@ class NF4LoraLayer(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, as PEFT does."""
         LoraLayer.update_layer(self, adapter_name, r, *args, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -59,20 +58,19 @@ class NF4LoraLayer(nn.Module, LoraLayer):
 
 
 class NF4LoraLinear(NF4LoraLayer):
-    """`y = base(x) + scaling * B(A(dropout(x)))`, registered with PEFT for NF4Linear.
+    """LoRA layer `y = base(x) + scaling * B(A(dropout(x)))` for NF4Linear.
 
-    Shapes: lora_A [r, in_features], lora_B [out_features, r]; fp32, computed in x's type once the engine's mixed
-    precision has gathered them in it. Merging is not PEFT's here: an NF4Linear has no `weight` to merge into.
+    lora_A is [r, in_features] and lora_B [out_features, r], both fp32. The engine's mixed precision gathers them in x's
+    type for the computation. PEFT's merging is not supported, because an NF4Linear has no `weight` to merge into.
     """
 
     base_layer: NF4Linear
 
     def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> NF4DoraVariant | None:
-        """DoRA, or none."""
         return NF4DoraVariant() if config.use_dora else None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x: [..., in_features] -> [..., out_features]."""
+        """Map x: [..., in_features] to [..., out_features]."""
         names = [] if self.disable_adapters else self.active_adapters
         if len(names) == 1 and names[0] in self.lora_A and names[0] not in self.lora_variant:
             (name,) = names
@@ -100,16 +98,16 @@ class _Magnitude(nn.Module):
 
 
 class NF4DoraVariant(LoraVariant):
-    """DoRA: `y = m * (W x + s B A x) / |W + s B A|`, norms by row and detached (arXiv:2402.09353, section 4.3).
+    """DoRA layer `y = m * (W x + s B A x) / |W + s B A|` with detached row norms (arXiv:2402.09353, section 4.3).
 
-    PEFT's own computes B A by sending an identity of in_features squared through the layers and keeps the dense sum
-    W + s B A. Here the norm is expanded instead, `|W|^2 + 2 s (W A^T).B + s^2 (B A A^T).B`, whose largest
-    intermediate is W itself.
+    PEFT's implementation computes B A by passing an identity of in_features squared through the layers, and keeps the
+    dense sum W + s B A. Here the norm is expanded to `|W|^2 + 2 s (W A^T).B + s^2 (B A A^T).B`, whose largest
+    intermediate is W.
     """
 
     @staticmethod
     def init(module: NF4LoraLinear, adapter_name: str, **kwargs: Any) -> None:
-        """Add the magnitudes, fp32[out_features]. Their values need W: `qlora_dist.model.load_weights` sets them."""
+        """Add the magnitudes, fp32[out_features]. `load_weights` initializes them, because it has W."""
         magnitude = nn.Parameter(torch.empty(module.out_features, device=module.lora_A[adapter_name].weight.device))
         module.lora_magnitude_vector[adapter_name] = _Magnitude(magnitude)
 
@@ -117,7 +115,7 @@ class NF4DoraVariant(LoraVariant):
     def forward(
         module: NF4LoraLinear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """The whole layer's output, given the base layer's."""
+        """Return the layer's output, given the base layer's output `result`."""
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         base = module.base_layer
@@ -127,7 +125,7 @@ class NF4DoraVariant(LoraVariant):
         without_bias = result if base.bias is None else result - base.bias
         del weight
         if module.training and not isinstance(dropout, nn.Identity):
-            # the direction sees the dropped-out input in both of its terms, as in PEFT
+            # both terms of the direction use the input after dropout, as in PEFT
             x = dropout(x)
             dropped = base(x) if base.bias is None else base(x) - base.bias
             y: torch.Tensor = result + (scale - 1) * dropped + scale * lora_B(lora_A(x)) * scaling
@@ -143,7 +141,7 @@ def dora_weight_norm(
     lora_B: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """|W + scaling * B A| of each row, as fp32[out_features]; W: [out, in], A: [r, in], B: [out, r]."""
+    """Return the row norms |W + scaling * B A|, fp32[out_features]; W: [out, in], A: [r, in], B: [out, r]."""
     a, b = lora_A.float(), lora_B.float()
     squares: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
     cross = ((weight @ lora_A.to(weight.dtype).T).float() * b).sum(dim=1)

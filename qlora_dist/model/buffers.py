@@ -45,7 +45,8 @@ def check_buffers_initialized(model: PreTrainedModel) -> None:
     for name, buffer in model.named_non_persistent_buffers():
         if buffer.is_floating_point() and bool(buffer.isnan().any()):
             raise UserError(
-                f"model_type {model.config.model_type}: no class of transformers sets its buffer {name}; give another model"
+                f"model_type {model.config.model_type}: no class of transformers sets its buffer {name}; give "
+                "another model"
             )
 
 

@@ -126,5 +126,6 @@ class _Output(tuple[torch.Tensor]):
 
 def _unknown_logit_scale_error(model: PreTrainedModel, reason: str) -> UserError:
     return UserError(
-        f"model_type {model.config.model_type}: the scale of its logits cannot be measured ({reason}); give another model"
+        f"model_type {model.config.model_type}: the scale of its logits cannot be measured ({reason}); give "
+        "another model"
     )

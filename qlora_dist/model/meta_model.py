@@ -66,7 +66,9 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
         wants_4bit = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
         if not (wants_4bit and quantize) and not any(part.name in folder.quantized for part in parts):
             continue  # embeddings that stay in 16 bit, or layers that the folder's quantizer skipped
-        layout = common_layout(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
+        layout = common_layout(
+            parts, target, folder, config.quant_type, config.block_size, double_quant=config.double_quant
+        )
         _replace_with_nf4(model, target, layout, len(parts), dtype)
         if isinstance(layer := model.get_submodule(target.module), NF4Linear):
             layer.is_weight_read = target.module in reads
@@ -140,7 +142,7 @@ def _stores_untied_head(model: transformers.PreTrainedModel, folder: ModelFolder
     origins = find_weight_sources(model, names)
     if head not in origins or embedding not in origins:
         return False
-    return not folder.are_equal(origins[head].keys[0], origins[embedding].keys[0])
+    return not folder.tensors_equal(origins[head].keys[0], origins[embedding].keys[0])
 
 
 def transformers_names(model: nn.Module) -> dict[str, str]:
@@ -173,7 +175,7 @@ def _replace_with_nf4(
         use_nf4_vocab(model.get_submodule(target.module), layout, dtype)
         return
     if not target.experts:
-        model.set_submodule(target.module, NF4Linear(layout, target.has_bias, dtype, "meta"))
+        model.set_submodule(target.module, NF4Linear(layout, bias=target.has_bias, bias_dtype=dtype, device="meta"))
         return
     path, _, name = target.module.rpartition(".")
     experts = model.get_submodule(path)
@@ -196,7 +198,7 @@ def _check_weights_present(model: nn.Module, origins: Mapping[str, WeightSource]
     for name, parameter in model.named_parameters():
         origin = origins.get(names[name])
         if origin is None:
-            raise folder.missing(names[name])
+            raise folder.missing_weight_error(names[name])
         if parameter.dtype == torch.uint8:
             continue  # `common_layout` has checked it
         shapes = [folder.shape(key) for key in origin.keys]
@@ -215,7 +217,7 @@ def _check_weights_present(model: nn.Module, origins: Mapping[str, WeightSource]
     saved = model.state_dict()
     for name, _ in model.named_buffers():
         if name in saved and name not in origins:
-            raise folder.missing(name)
+            raise folder.missing_weight_error(name)
 
 
 def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
@@ -231,7 +233,7 @@ def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
 
 
 def _loss_forward_like(transformers_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the loss model's forward with the signature of transformers', in which `generate` looks for position_ids."""
+    """Return the loss model's forward with transformers' signature, in which `generate` looks for position_ids."""
 
     @functools.wraps(transformers_forward)
     def forward(self: LossModel, *args: Any, **kwargs: Any) -> Any:

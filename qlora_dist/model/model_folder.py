@@ -62,7 +62,7 @@ class ModelFolder:
         """Return the shape of a tensor, in 4 bit or not."""
         return self.quantized[name].layout.shape if name in self.quantized else self.entries[name].shape
 
-    def are_equal(self, one: str, other: str) -> bool:
+    def tensors_equal(self, one: str, other: str) -> bool:
         """Return whether two tensors, in 4 bit or not, have equal bytes. They are read up to the first difference."""
         pair = one, other
         if pair not in self._equal:
@@ -94,7 +94,7 @@ class ModelFolder:
                     return False
         return True
 
-    def missing(self, name: str) -> UserError:
+    def missing_weight_error(self, name: str) -> UserError:
         """Return the error about a weight that config.json requires and the folder does not hold."""
         stem = name.removesuffix(".weight")
         similar = (key for key in sorted([*self.entries, *self.quantized]) if key.startswith(stem))

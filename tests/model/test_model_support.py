@@ -1,4 +1,4 @@
-"""If this fails, hours of quantizing end in a model that cannot be trained, or is trained on another loss."""
+"""If this fails, a model is quantized for hours that cannot be trained, or is trained on a wrong loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", list(REFUSED))
-def test_a_class_that_cannot_be_trained_right_is_refused_before_anything_is_written(
+def test_an_unsupported_class_is_refused_before_anything_is_written(
     kind: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     settings, message = REFUSED[kind]
