@@ -154,7 +154,7 @@ def common_layout(
     unquantized = [matrix.name for matrix in parts if matrix.name not in folder.quantized]
     if 0 < len(unquantized) < len(parts):
         raise UserError(
-            f"{folder.path}: {unquantized[0]} is not in 4 bit, but others of its layer are; quantize the model anew"
+            f"{folder.path}: {unquantized[0]} is not in 4 bit and others of its layer are; quantize the model anew"
         )
     layouts = {_layout(matrix, folder, quant_type, block_size, double_quant=double_quant): matrix for matrix in parts}
     if len(layouts) > 1:
