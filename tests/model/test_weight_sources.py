@@ -57,7 +57,9 @@ def test_experts_are_in_order_of_their_numbers() -> None:
 
 def test_a_missing_matrix_of_an_expert_is_an_error() -> None:
     names = mixtral_names(without=f"{EXPERTS}.3.w3.weight")
-    with pytest.raises(UserError, match=r"gate_up_proj: some of its experts' matrices are missing; get the folder anew"):
+    with pytest.raises(
+        UserError, match=r"gate_up_proj: some of its experts' matrices are missing; get the folder anew"
+    ):
         find_weight_sources(model_on_meta("Mixtral"), names)
 
 
@@ -83,5 +85,7 @@ def test_names_without_the_prefix_of_the_decoder_and_unknown_names() -> None:
 def test_an_unsupported_conversion_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     converter = WeightConverter("norm.weight", "norm.weight", operations=[Transpose(0, 1)])
     monkeypatch.setattr(weight_sources, "get_model_conversion_mapping", lambda model: [converter])
-    with pytest.raises(UserError, match=r"norm\.weight: transformers rearranges it on loading \(Transpose\), which is not"):
+    with pytest.raises(
+        UserError, match=r"norm\.weight: transformers rearranges it on loading \(Transpose\), which is not"
+    ):
         find_weight_sources(model_on_meta("Llama"), ["model.norm.weight"])

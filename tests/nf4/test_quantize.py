@@ -146,21 +146,21 @@ def assert_same_bytes(packed, layout, weight):
 
 
 def test_a_weight_quantized_in_chunks_equals_bitsandbytes_of_the_whole():
-    weight = make_weight((2**21 + 3 * 64 + 7,), torch.bfloat16)  # two chunks and a bit, ending within a block
+    weight = make_weight((2**21 + 3 * 64 + 7,), torch.bfloat16)  # several chunks, the last one ending within a block
     for block_size, double_quant in ((64, True), (4096, False)):
         packed, layout = quantize_weight(weight, "nf4", block_size, double_quant=double_quant)
         assert_same_bytes(packed, layout, weight)
 
 
-def test_where_bitsandbytes_kernel_errs_we_do_not():
+def test_a_shape_for_which_bitsandbytes_kernel_errs():
     # in_features a multiple of 16 and not of the block size: bitsandbytes 0.50, given this shape on AVX512, is off by 1
     weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     value = dequantize_weight(*quantize_weight(weight), torch.bfloat16)
-    assert torch.equal(value, look_up(weight, "nf4", 64, True))
+    assert torch.equal(value, look_up(weight, "nf4", 64, double_quant=True))
     assert (value - weight).abs().max() < 0.4, "half the widest gap of the table times absmax"
 
 
-def test_a_transposed_weight_is_quantized_as_it_reads():
+def test_a_transposed_view_is_quantized_like_its_copy():
     weight = make_weight((24, 40), torch.float32)
     packed, layout = quantize_weight(weight.t())
     assert layout.shape == (40, 24)
@@ -172,7 +172,7 @@ def test_a_transposed_weight_is_quantized_as_it_reads():
 )
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_nothing_is_compiled(shape, block_size, double_quant):
-    # where bitsandbytes has no kernel it calls torch.compile: seconds for every shape of a model
+    # bitsandbytes calls torch.compile if it has no kernel, which takes seconds for every shape of a model
     packed, layout = quantize_weight(make_weight(shape, torch.bfloat16), "nf4", block_size, double_quant=double_quant)
     frames = torch._dynamo.utils.counters["frames"]
     frames.clear()
