@@ -41,10 +41,10 @@ def export_adapter(
     tensors: dict[str, torch.Tensor] = {}
     tied = _tied_names(model)
     for name, parameter in named_trainable_parameters(model):
-        whole = full_tensor(parameter).detach()
+        full = full_tensor(parameter).detach()
         if dist.get_rank() == 0:
             for key in (name, *tied.get(name, ())):
-                tensors[peft_key(key)] = whole.float().cpu().contiguous().clone()
+                tensors[peft_key(key)] = full.float().cpu().contiguous().clone()
     if dist.get_rank() == 0:
         if (problem := find_invalid_values(tensors.items())) is not None:
             raise UserError(

@@ -162,7 +162,7 @@ def _config(
     )
     paths = {owner.path for owner in owners.values()}
     own = [config for adapter, config in zip(adapters, configs, strict=True) if adapter.path in paths]
-    whole = sorted({name for config in own for name in config.get("modules_to_save") or ()})
+    modules_to_save = sorted({name for config in own for name in config.get("modules_to_save") or ()})
     biases = {config.get("bias", "none") for config in own} - {"none"}
     if same_modules and plain:
         targets, parameters = first["target_modules"], first.get("target_parameters") or ()
@@ -175,7 +175,7 @@ def _config(
         lora_alpha=rank,
         target_modules=sorted(targets),
         target_parameters=sorted(parameters) or None,
-        modules_to_save=whole or None,
+        modules_to_save=modules_to_save or None,
         ensure_weight_tying=any(config.get("ensure_weight_tying", False) for config in own),
         bias="all" if len(biases) > 1 else next(iter(biases), "none"),
         fan_in_fan_out=bool(first.get("fan_in_fan_out")),

@@ -115,11 +115,11 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
     if options.error_feedback and options.into != "nf4":
         raise UserError(f"--error-feedback: nothing is rounded to 4 bit by --into {options.into}; use --into nf4")
     model = causal_lm_on_meta(folder, torch.bfloat16)
-    origins = find_weight_sources(model, [*folder.entries, *folder.quantized])
+    sources = find_weight_sources(model, [*folder.entries, *folder.quantized])
     updates = dict(adapter.low_rank)
     tensors: dict[str, TensorMerge] = {}
     for target in quantizable_parameters(model, embeddings=True):
-        parts = source_matrices(target, origins, folder)
+        parts = source_matrices(target, sources, folder)
         in_folder = parts[0].name in folder.quantized
         if not in_folder and (folder.is_quantized or target.role != "layer") and target.module not in updates:
             continue  # it is copied below
@@ -140,7 +140,7 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
         matrices = _plan_matrices(target, parts, layout, update, trained_in_4bit=was_4_bit)
         for tensor in _plan_tensors(target, matrices, folder, options, in_4bit=options.into == "nf4" and was_4_bit):
             tensors[tensor.key] = tensor
-    keys = {name: origin.keys[0] for name, origin in origins.items()}
+    keys = {name: source.keys[0] for name, source in sources.items()}
     replaced, is_untied = _plan_replaced_tensors(keys, model, adapter)
     if updates:
         raise missing_module_error(adapter, next(iter(updates)), folder.path)

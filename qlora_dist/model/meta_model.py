@@ -57,12 +57,12 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
         set_packed_attention(model, config.attention)
     fuse_rms_norms(model)
     _keep_buffers_in_fp32(model)
-    origins = find_weight_sources(model, [*folder.entries, *folder.quantized])
+    sources = find_weight_sources(model, [*folder.entries, *folder.quantized])
     scale, tied = measure_logit_scale(model), has_tied_embeddings(model)
     in_4_bit: dict[str, Sequence[SourceMatrix]] = {}
     reads = find_weight_reads(model)
     for target in list(quantizable_parameters(model, embeddings=True)):
-        parts = source_matrices(target, origins, folder)
+        parts = source_matrices(target, sources, folder)
         wants_4bit = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
         if not (wants_4bit and quantize) and not any(part.name in folder.quantized for part in parts):
             continue  # embeddings that stay in 16 bit, or layers that the folder's quantizer skipped
@@ -75,10 +75,10 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
         in_4_bit[target.name] = parts
     _replace_head(model, scale, tied=tied)
     model.requires_grad_(False)
-    _check_weights_present(model, origins, folder)
+    _check_weights_present(model, sources, folder)
     takes_position_ids = "position_ids" in inspect.signature(find_decoder(model).forward).parameters
     attributes = {
-        "origins": origins,
+        "origins": sources,
         "matrices": in_4_bit,
         "takes_position_ids": takes_position_ids,
         "forward": _loss_forward_like(type(model).forward),
@@ -139,10 +139,10 @@ def _stores_untied_head(model: transformers.PreTrainedModel, folder: ModelFolder
     names = [*folder.entries, *folder.quantized]
     if not any(name.endswith(head.rpartition(".")[0].rpartition(".")[2] + ".weight") for name in names):
         return False  # the usual case; converting all names takes longer
-    origins = find_weight_sources(model, names)
-    if head not in origins or embedding not in origins:
+    sources = find_weight_sources(model, names)
+    if head not in sources or embedding not in sources:
         return False
-    return not folder.tensors_equal(origins[head].keys[0], origins[embedding].keys[0])
+    return not folder.tensors_equal(sources[head].keys[0], sources[embedding].keys[0])
 
 
 def transformers_names(model: nn.Module) -> dict[str, str]:
@@ -193,30 +193,30 @@ def _replace_head(model: transformers.PreTrainedModel, scale: LogitScale, *, tie
         use_loss_head(head, scale)
 
 
-def _check_weights_present(model: nn.Module, origins: Mapping[str, WeightSource], folder: ModelFolder) -> None:
+def _check_weights_present(model: nn.Module, sources: Mapping[str, WeightSource], folder: ModelFolder) -> None:
     names = transformers_names(model)
     for name, parameter in model.named_parameters():
-        origin = origins.get(names[name])
-        if origin is None:
+        source = sources.get(names[name])
+        if source is None:
             raise folder.missing_weight_error(names[name])
         if parameter.dtype == torch.uint8:
             continue  # `common_layout` has checked it
-        shapes = [folder.shape(key) for key in origin.keys]
-        shape, alike = shapes[0], len(set(shapes)) == 1
-        if origin.experts:
-            shape = (origin.experts, len(origin.keys) // origin.experts * shape[0], *shape[1:])
+        shapes = [folder.shape(key) for key in source.keys]
+        shape, equal_shapes = shapes[0], len(set(shapes)) == 1
+        if source.experts:
+            shape = (source.experts, len(source.keys) // source.experts * shape[0], *shape[1:])
         elif len(shapes) > 1:  # one above the other
-            alike = len({part[1:] for part in shapes}) == 1
+            equal_shapes = len({part[1:] for part in shapes}) == 1
             shape = (sum(rows for rows, *_ in shapes), *shape[1:])
-        if not alike or shape != tuple(parameter.shape):
+        if not equal_shapes or shape != tuple(parameter.shape):
             raise UserError(
-                f"{folder.path}: {origin.keys[0]} has the shape {shape} and config.json asks for "
+                f"{folder.path}: {source.keys[0]} has the shape {shape} and config.json asks for "
                 f"{tuple(parameter.shape)}; get the folder anew"
             )
 
     saved = model.state_dict()
     for name, _ in model.named_buffers():
-        if name in saved and name not in origins:
+        if name in saved and name not in sources:
             raise folder.missing_weight_error(name)
 
 

@@ -118,21 +118,21 @@ def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
 
 
 def source_matrices(
-    target: QuantizableParameter, origins: Mapping[str, WeightSource], folder: ModelFolder
+    target: QuantizableParameter, sources: Mapping[str, WeightSource], folder: ModelFolder
 ) -> list[SourceMatrix]:
     """Return a target's matrices in the folder, expert by expert, each expert's from top to bottom.
 
     Raises:
         UserError: the folder does not hold the target.
     """
-    if target.name not in origins:
+    if target.name not in sources:
         raise folder.missing_weight_error(target.name)
-    origin = origins[target.name]
-    if len(origin.keys) > 1 and not origin.experts:
+    source = sources[target.name]
+    if len(source.keys) > 1 and not source.experts:
         raise unsupported_conversion_error(target.name, "Concatenate")
-    if origin.experts or not target.experts:
-        return [SourceMatrix(key, key, None, target.transposed) for key in origin.keys]
-    (key,) = origin.keys
+    if source.experts or not target.experts:
+        return [SourceMatrix(key, key, None, target.transposed) for key in source.keys]
+    (key,) = source.keys
     return [SourceMatrix(key, expert_key(key, index), index, target.transposed) for index in range(target.experts)]
 
 

@@ -143,7 +143,7 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
     """
     model = causal_lm_on_meta(folder, torch.bfloat16)
     measure_logit_scale(model)  # refuses a model that cannot be trained now, and not after hours
-    origins = find_weight_sources(model, folder.entries)
+    sources = find_weight_sources(model, folder.entries)
     weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]] = {name: [] for name in folder.entries}
     head_in_4_bit, loads_in_transformers = False, True
     for target in quantizable_parameters(model, embeddings=options.embeddings):
@@ -152,7 +152,7 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
             head_in_4_bit |= target.role == "head"
         plain = target.role == "layer" and not target.experts
         loads_in_transformers &= plain and not isinstance(model.get_submodule(target.module), FalconLinear)
-        parts = source_matrices(target, origins, folder)
+        parts = source_matrices(target, sources, folder)
         layout = common_layout(
             parts, target, folder, options.quant_type, options.block_size, double_quant=options.double_quant
         )
@@ -167,12 +167,12 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
             head_name = path
         if module is head or isinstance(module, nn.Embedding):
             names = [f"{path}.{name}" for name in module._parameters]
-            outside |= {key for name in names if name in origins for key in origins[name].keys}
+            outside |= {key for name in names if name in sources for key in sources[name].keys}
     if has_tied_embeddings(model):  # the folder may store a head that equals the embedding
-        for key in origins[f"{head_name}.weight"].keys if f"{head_name}.weight" in origins else ():
+        for key in sources[f"{head_name}.weight"].keys if f"{head_name}.weight" in sources else ():
             weights.pop(key)
     outside = {key for key in outside if key in weights and not weights[key]}
-    used = {key for origin in origins.values() for key in origin.keys}
+    used = {key for source in sources.values() for key in source.keys}
     published = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     ties, tied = (getattr(c.get_text_config(), "tie_word_embeddings", False) for c in (published, model.config))
     return QuantizePlan(

@@ -63,7 +63,7 @@ def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[st
     converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
     targets = model.state_dict()
     prefix = model.base_model_prefix
-    origins: dict[str, WeightSource] = {}
+    sources: dict[str, WeightSource] = {}
     stacked: dict[str, dict[str, list[str]]] = {}
     for key in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, prefix, targets)
@@ -75,12 +75,12 @@ def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[st
         if target not in targets:
             continue  # not the model's: another head, or a mask that older versions saved
         if pattern is None:
-            origins[target] = WeightSource((key,))
+            sources[target] = WeightSource((key,))
         else:
             stacked.setdefault(target, {}).setdefault(pattern, []).append(key)
     for target, by_pattern in stacked.items():
-        origins[target] = _stacked_source(target, by_pattern, converter_of)
-    return origins
+        sources[target] = _stacked_source(target, by_pattern, converter_of)
+    return sources
 
 
 def unsupported_conversion_error(target: str, operations: str) -> UserError:

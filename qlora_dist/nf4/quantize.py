@@ -105,17 +105,17 @@ def _codes(weights: torch.Tensor, block_size: int, quant_type: QuantType) -> tup
 
     bitsandbytes computes them on other devices, for a short last block, and for weights that are not finite.
     """
-    whole = weights.numel() - weights.numel() % block_size if weights.device.type == "cpu" else 0
-    if whole:
+    whole_blocks = weights.numel() - weights.numel() % block_size if weights.device.type == "cpu" else 0
+    if whole_blocks:
         from qlora_dist.cpu.cpu_quantize import quantize_4bit_cpu
 
-        codes, absmax = quantize_4bit_cpu(weights[:whole], block_size, _cpu_code_bounds(quant_type))
+        codes, absmax = quantize_4bit_cpu(weights[:whole_blocks], block_size, _cpu_code_bounds(quant_type))
         if not absmax.isfinite().all():
-            whole = 0
-    if whole == weights.numel():
+            whole_blocks = 0
+    if whole_blocks == weights.numel():
         return codes, absmax
-    rest, state = bnb.quantize_4bit(weights[whole:], blocksize=block_size, quant_type=quant_type)
-    if not whole:
+    rest, state = bnb.quantize_4bit(weights[whole_blocks:], blocksize=block_size, quant_type=quant_type)
+    if not whole_blocks:
         return rest.flatten(), state.absmax
     return torch.cat([codes, rest.flatten()]), torch.cat([absmax, state.absmax])
 

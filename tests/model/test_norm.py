@@ -58,7 +58,7 @@ def test_only_the_input_is_saved() -> None:
     assert any(t.data_ptr() == x.data_ptr() for t in kept)
 
 
-def test_a_trained_norm_runs_the_classs_own_forward() -> None:
+def test_a_trained_norm_runs_the_forward_of_its_class() -> None:
     original, fused = original_and_fused(LlamaRMSNorm, torch.float32)
     fused.weight.requires_grad_()
     x = torch.randn(3, 24)

@@ -110,7 +110,7 @@ def test_an_id_past_the_vocabulary_is_an_error() -> None:
         module(torch.tensor([50]))
 
 
-def test_the_classs_own_scaling_stays() -> None:
+def test_the_scaling_of_the_class_stays() -> None:
     module = Gemma2TextScaledWordEmbedding(50, 64, 0, embed_scale=8.0)
     plain = copy.deepcopy(module)
     plain.weight.data = quantize_vocab_module(module)
