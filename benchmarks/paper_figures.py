@@ -61,7 +61,10 @@ def states(name: str, r: int = 64) -> ModelStates:
     adapters = sum(p.numel for p in plain if p.trained)
 
     def base(double_quant: bool) -> int:
-        return sum(NF4Layout((m.rows, m.in_features), "nf4", 64, double_quant).total_bytes for m in matrices)
+        return sum(
+            NF4Layout(shape=(m.rows, m.in_features), block_size=64, double_quant=double_quant).total_bytes
+            for m in matrices
+        )
 
     return ModelStates(
         base(True),
@@ -76,7 +79,7 @@ def states(name: str, r: int = 64) -> ModelStates:
 
 def constants_bits() -> float:
     """Bits per parameter of the quantization constants, with double quantization: 8/64 + 32/(64 x 256)."""
-    layout = NF4Layout((2**14, 2**14))
+    layout = NF4Layout(shape=(2**14, 2**14))
     return 8 * (layout.total_bytes - layout.codes.stop) / layout.numel
 
 

@@ -186,7 +186,7 @@ def _base(run: RunSpec) -> tuple[int, int]:
     for unit in run.model.layers:
         assert unit.layer is not None
         for matrix in unit.layer.matrices:
-            layout = NF4Layout((matrix.rows, matrix.in_features))
+            layout = NF4Layout(shape=(matrix.rows, matrix.in_features))
             count = matrix.parts * (matrix.experts or 1)
             codes += count * layout.codes.stop
             scales += count * (layout.total_bytes - layout.codes.stop)

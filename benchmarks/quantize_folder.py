@@ -105,7 +105,7 @@ def main() -> None:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         parameters, seconds, wait_s, read_bytes, peak = (float(word) for word in output.split()[-5:])
         largest = max(entry.shape for entry in ModelFolder(source).entries.values())
-        bound = NF4Layout(largest).total_bytes + 2 * READ_CHUNK_BYTES
+        bound = NF4Layout(shape=largest).total_bytes + 2 * READ_CHUNK_BYTES
         console.print(
             f"quantize_folder: {parameters / 1e6 / seconds:.0f} M parameters/s, {read_bytes / 1e9 / seconds:.2f} GB/s, "
             f"{seconds:.1f} s, {100 * wait_s / seconds:.0f} % of it waiting for reads"

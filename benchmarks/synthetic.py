@@ -57,7 +57,7 @@ def llama(layers: int, **settings: Any) -> tuple[transformers.LlamaConfig, dict[
 def write_nf4(folder: Path, layers: int, **settings: Any) -> int:
     """A folder as `qlora-dist quantize` makes it, of random codes and scales. Returns the bytes of its weights."""
     config, shapes, quantized = llama(layers, **settings)
-    layouts = {name: NF4Layout(shapes[name]) for name in quantized}
+    layouts = {name: NF4Layout(shape=shapes[name]) for name in quantized}
     specs: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for name, shape in shapes.items():
         specs += quant_state_specs(name, layouts[name]) if name in layouts else [(name, torch.bfloat16, shape)]

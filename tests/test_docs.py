@@ -464,7 +464,7 @@ def test_replicated_scales() -> None:
     shapes = 2 * [(hidden, hidden)] + 2 * [(kv, hidden)] + 3 * [(intermediate, hidden)]
 
     def scales(double_quant: bool) -> str:
-        layouts = [NF4Layout(shape, double_quant=double_quant) for shape in shapes]
+        layouts = [NF4Layout(shape=shape, double_quant=double_quant) for shape in shapes]
         return gib(layers * sum(layout.total_bytes - layout.codes.stop for layout in layouts))
 
     assert (scales(True), scales(False)) == ("5.9 GiB", "23.4 GiB")

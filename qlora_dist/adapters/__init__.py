@@ -1,3 +1,3 @@
-"""LoRA on NF4Linear, through PEFT, so that what is trained here is a PEFT adapter."""
+"""LoRA on NF4Linear through PEFT, so that a trained adapter is a PEFT adapter."""
 
-import qlora_dist.compat.bitsandbytes  # noqa: F401, before PEFT imports it
+import qlora_dist.compat.bitsandbytes  # noqa: F401, must precede PEFT's own import

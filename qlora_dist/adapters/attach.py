@@ -1,4 +1,4 @@
-"""Adding the adapter to a skeleton, and giving it its first values."""
+"""Adapter on a model without weights, and its initial values."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ ADAPTER_NAME = "default"
 
 
 def make_peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.LoraConfig:
-    """PEFT's configuration of the adapter, whose names mean the matrices that the section `lora` asks for.
+    """Make PEFT's configuration of the adapter that the section `lora` describes.
 
     Args:
-        model: a skeleton without adapters.
-        config: the section.
+        model: model on meta, without adapters.
+        config: section `lora` of the configuration.
         base: the base model's folder, recorded in the adapter.
 
     Raises:
-        UserError: a target is the name of no quantized layer, or the model has no experts to adapt, or no such module
-            to train whole, or PEFT knows no such adapter.
+        UserError: the model lacks a target, experts, or a module of `modules_to_save`, or PEFT cannot adapt them so.
     """
     targets = find_targets(model, config, base)
     modules_to_save = _modules_to_save(model, config.modules_to_save, base)
@@ -62,21 +61,21 @@ def make_peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> p
 
 
 def weight_read_names(model: nn.Module) -> set[str]:
-    """Return the last names of layers whose weight the model's code reads itself: an adapter would have no effect."""
-    found = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
-    return {target_module_name(name) for name, module in found if module.is_weight_read}
+    """Return the names of layers whose weight the model's code reads itself, so that an adapter has no effect."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
+    return {target_module_name(name) for name, module in layers if module.is_weight_read}
 
 
 def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = ADAPTER_NAME) -> None:
-    """Put a new adapter into a model on the meta device, in fp32. Everything else is frozen.
+    """Add a new fp32 adapter to a model on the meta device, and freeze all other parameters.
 
-    Layers are put in by hand rather than by PEFT's `inject_adapter_in_model`: its conversion of names from transformers
-    4 misreads a skeleton. The model stays the class and keeps the names that transformers gave it.
+    PEFT's `inject_adapter_in_model` is not used, because its conversion of names from transformers 4 misreads a model
+    with NF4Experts. The model keeps its class and transformers' names.
 
     Args:
-        model: without adapters.
-        config: as `make_peft_config` gives it.
-        name: of the adapter.
+        model: model without adapters.
+        config: result of `make_peft_config`.
+        name: name of the adapter.
     """
     modules_to_save = set(config.modules_to_save or ())
     targets = targets_from_peft_config(model, config)
@@ -85,21 +84,21 @@ def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = 
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(is_lora_parameter(parameter_name))
     for path, module in model.named_modules():
-        if path in modules_to_save:  # in its place: PEFT would keep the frozen module beside the trained one
+        if path in modules_to_save:  # without PEFT's wrapper, which would keep the frozen module too
             module.to(torch.float32)
             module.requires_grad_(True)
 
 
 def add_lora_layer(model: nn.Module, path: str, config: peft.LoraConfig, name: str, r: int, alpha: float) -> None:
-    """Put the matrices of an adapter, on meta and in fp32, beside one of the model's.
+    """Add an adapter's matrices, on meta and in fp32, to one layer.
 
     Args:
-        model: on meta; other adapters may be in it.
-        path: of the layer, without the `base_layer` of another adapter.
-        config: says what else is computed (rsLoRA, DoRA, dropout).
-        name: of the adapter.
-        r: of this matrix.
-        alpha: of this matrix.
+        model: model on meta; it may have other adapters.
+        path: path of the layer, without the `base_layer` of another adapter.
+        config: variant of LoRA (rsLoRA, DoRA) and dropout.
+        name: name of the adapter.
+        r: rank for this layer.
+        alpha: alpha for this layer.
     """
     layer = model.get_submodule(path)
     with torch.device("meta"):
@@ -121,34 +120,34 @@ def _wrap_with_lora(
     if isinstance(layer, NF4Experts):
         return NF4LoraExperts(layer, name, config, r=r, lora_alpha=alpha, swap_in_out=peft_swaps_in_out(owner))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # a copy of the configuration gets it right
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # PEFT sets it in its copy
         wrapped: nn.Module | None = dispatch_default(layer, name, copy.copy(config), r=r, lora_alpha=alpha)
     assert wrapped is not None, f"PEFT has no LoRA for {type(layer).__name__}"
     return wrapped
 
 
 def adapted_paths(model: nn.Module) -> set[str]:
-    """The paths of the layers that have an adapter."""
+    """Return the paths of the layers that have an adapter."""
     return {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def check_attached_targets(model: nn.Module, targets: AdapterTargets, base: str) -> None:
-    """See whether each matrix that was asked for has an adapter, and no other one.
+    """Check that exactly the requested matrices have an adapter.
 
     Raises:
-        UserError: it is not so.
+        UserError: a requested matrix has no adapter, or another matrix has one.
     """
     adapted = adapted_paths(model)
     if adapted != targets.paths:
-        odd = min(adapted ^ targets.paths)
+        differing = min(adapted ^ targets.paths)
         raise UserError(
-            f"lora.targets: {len(targets.paths)} matrices of {base} are to have an adapter and {len(adapted)} have, "
-            f"such as {odd}, which {'has one' if odd in adapted else 'has none'}; set lora.targets to names without it"
+            f"lora.targets: {len(targets.paths)} matrices of {base} must have an adapter, but {len(adapted)} have one; "
+            f"{differing} has {'one' if differing in adapted else 'none'}; set lora.targets to names without it"
         )
 
 
 def _modules_to_save(model: PreTrainedModel, names: list[str], base: str) -> list[str]:
-    """The whole names of modules that are to be trained whole: PEFT takes a part for the end of any name."""
+    """Return full names of the modules to train, because PEFT matches a shorter name with the end of any name."""
     paths: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         parameters = list(module.parameters(recurse=False))
@@ -157,11 +156,12 @@ def _modules_to_save(model: PreTrainedModel, names: list[str], base: str) -> lis
     for name in names:
         if name not in paths and has_tied_head(model) and _is_head(model, name):
             raise UserError(
-                f"lora.modules_to_save: {name} is the embedding in {base} (tied); leave it out, it follows embed_tokens"
+                f"lora.modules_to_save: {name} is tied to the embedding in {base}; leave it out, because it follows "
+                "embed_tokens"
             )
         if name not in paths:
             raise UserError(
-                f"lora.modules_to_save: {name} is no module of {base} whose own weights are in 16 bit; choose from "
+                f"lora.modules_to_save: {name} is no module of {base} with weights in 16 bit; choose from "
                 f"{', '.join(sorted(paths))}"
             )
     return sorted(path for name in set(names) for path in paths[name])
@@ -173,30 +173,30 @@ def _is_head(model: PreTrainedModel, name: str) -> bool:
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:
-    """Whether a skeleton's output head is its embedding: it has no parameter of its own then."""
+    """Return whether the output head has no own parameters, because it is tied to the embedding."""
     return not any(True for _ in model.get_output_embeddings().parameters())
 
 
 def is_lora_parameter(name: str) -> bool:
-    """Whether a parameter, by its name, is one that the adapter adds; the others have values in the folder."""
+    """Return whether the adapter adds the parameter of this name. The folder has the values of all others."""
     return "lora_" in name
 
 
 def is_lora_b_parameter(name: str) -> bool:
-    """Whether it is a B matrix, which LoRA+ teaches faster."""
+    """Return whether it is a B matrix, which has a higher learning rate with LoRA+."""
     return ".lora_B." in name
 
 
 def named_trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trained parameters, by name."""
+    """Yield names and parameters that are trained."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def init_lora_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor | None:
-    """An adapter parameter's value before training, fp32 on the CPU, or None where it follows from the base (DoRA).
+    """Return a parameter's initial value, fp32 on the CPU; None for DoRA's magnitudes, which depend on the base.
 
-    A is uniform in +-1/sqrt(in_features) and B is zero, as in PEFT (`nn.init.kaiming_uniform_(a=sqrt(5))`). Each has
-    a generator of its own, seeded by its name: the values are the same on every number of ranks.
+    A is uniform in +-1/sqrt(in_features) and B is zero, as in PEFT (`nn.init.kaiming_uniform_(a=sqrt(5))`). The
+    generator is seeded with the parameter's name, so the values do not depend on the number of ranks.
     """
     if "lora_magnitude_vector" in name:
         return None

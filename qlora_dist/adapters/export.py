@@ -1,4 +1,4 @@
-"""Writing the adapter as PEFT's folder."""
+"""Export of an adapter as a folder in PEFT's format."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def export_adapter(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32), as `PeftModel.from_pretrained` reads them.
 
-    Called on all ranks: each parameter is gathered by all, and kept by rank 0 alone. The folder appears complete or
-    not at all; one of that name is replaced.
+    A collective of the default process group: all ranks gather each parameter, and rank 0 keeps it. A folder of that
+    name is replaced only when the new one is complete.
 
     Args:
-        model: with the adapter.
-        config: of the adapter.
-        out: the folder.
-        add_files: called on rank 0 with the folder, to write what belongs beside the adapter.
+        model: model with the adapter.
+        config: PEFT's configuration of the adapter.
+        out: folder to write.
+        add_files: function called on rank 0 with the folder, to write further files.
 
     Raises:
-        UserError: on rank 0, if it cannot be written, or is not worth it: an empty one is not found out elsewhere.
+        UserError: on rank 0, if the adapter cannot be written, has values that are not finite, or changes nothing.
     """
     tensors: dict[str, torch.Tensor] = {}
     tied = _tied_names(model)
     for name, parameter in named_trainable_parameters(model):
-        whole = full_tensor(parameter).detach()
+        full = full_tensor(parameter).detach()
         if dist.get_rank() == 0:
             for key in (name, *tied.get(name, ())):
-                tensors[peft_key(key)] = whole.float().cpu().contiguous().clone()
+                tensors[peft_key(key)] = full.float().cpu().contiguous().clone()
     if dist.get_rank() == 0:
         if (problem := find_invalid_values(tensors.items())) is not None:
             raise UserError(
@@ -52,9 +52,9 @@ def export_adapter(
             )
         try:
             write_adapter(tensors, config_to_save(config), out, add_files)
-        except (OSError, SafetensorError) as error:  # of a full disk safetensors says so in its own way
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
             raise UserError(
-                f"{out}: the adapter cannot be written ({error}); make room, then the same command goes on from the "
+                f"{out}: the adapter cannot be written ({error}); make room, then the same command resumes from the "
                 "last checkpoint",
                 local_only=True,
             ) from None
@@ -62,7 +62,7 @@ def export_adapter(
 
 
 def config_to_save(config: peft.LoraConfig) -> peft.LoraConfig:
-    """Return the configuration as it is saved: PEFT knows no dropout where an adapter's targets are parameters."""
+    """Return the configuration to save. Dropout is 0 if there are target parameters, as PEFT requires."""
     saved = copy.copy(config)
     if saved.target_parameters:
         saved.lora_dropout = 0.0
@@ -70,7 +70,7 @@ def config_to_save(config: peft.LoraConfig) -> peft.LoraConfig:
 
 
 def shapes_to_save(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that `export_adapter` writes, by PEFT's names. The model is not sharded yet."""
+    """Return the shapes of the tensors that `export_adapter` writes, by PEFT's names, for an unsharded model."""
     tied = _tied_names(model)
     return {
         peft_key(key): tuple(parameter.shape)
@@ -85,7 +85,7 @@ def write_adapter(
     out: Path,
     add_files: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the folder: complete or not at all, in the place of one of that name."""
+    """Write the folder. A folder of that name is replaced only when the new one is complete."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -101,7 +101,7 @@ def write_adapter(
 
 
 def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
-    """By the name of a parameter, other names under which PEFT looks for it: those of a tied output head."""
+    """Map the name of a tied embedding's weight to the name of the output head, under which PEFT looks for it too."""
     if not has_tied_head(model):
         return {}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -1,4 +1,4 @@
-"""Putting an adapter's folder into a skeleton, and each rank's part of its values into a sharded model."""
+"""Saved adapter on a model without weights, and each rank's shards of its values."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from transformers.pytorch_utils import Conv1D
 from qlora_dist.adapters.attach import add_lora_layer, has_tied_head, is_lora_parameter
 from qlora_dist.adapters.saved_adapter import SavedAdapter, missing_module_error
 from qlora_dist.errors import UserError
-from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
+from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, tensors_equal
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.shard_view import flat_offset, local_slice, local_tensor
 
 
 def attach_saved_adapter(model: PreTrainedModel, adapter: SavedAdapter, name: str, base: Path) -> None:
-    """Put the matrices that a folder holds into a model on meta. Everything is frozen.
+    """Add the layers of a saved adapter to a model on meta, and freeze all parameters.
 
     Args:
-        model: a skeleton; other adapters may be in it.
-        adapter: the folder.
-        name: that the adapter is to have in the model.
+        model: model on meta; it may have other adapters.
+        adapter: the saved adapter.
+        name: name of the adapter in the model.
         base: the model's folder, for messages.
 
     Raises:
-        UserError: the model lacks a matrix, or no adapter can be put on it.
+        UserError: the model lacks a matrix, or a matrix cannot have an adapter.
     """
     config = adapter.peft_config()
     modules = {path.replace(".base_layer", ""): path for path, _ in model.named_modules()}
@@ -53,50 +53,47 @@ def attach_saved_adapter(model: PreTrainedModel, adapter: SavedAdapter, name: st
 def saved_entries_by_parameter(
     model: PreTrainedModel, adapter: SavedAdapter, name: str, base: Path
 ) -> dict[str, TensorEntry]:
-    """The entries of the folder's file, by the model's name of the parameter.
+    """Return the adapter's tensors, LoRA's and fully trained ones, by the name of the parameter in the model.
 
     Args:
-        model: on meta, with the adapter in it.
-        adapter: the folder.
-        name: that the adapter has in the model.
+        model: model on meta, with the adapter.
+        adapter: the saved adapter.
+        name: name of the adapter in the model.
         base: the model's folder, for messages.
 
-    Returns:
-        Of LoRA's matrices, and of other parameters that were trained whole.
-
     Raises:
-        UserError: a tensor has another shape than the model's, or is nothing that the model has.
+        UserError: a tensor has another shape than the model's parameter, or the model has no such parameter.
     """
     parameters = dict(model.named_parameters())
     entries: dict[str, TensorEntry] = {}
     for path, update in adapter.low_rank.items():
-        for part, entry in update.parts().items():
+        for part, entry in update.entries().items():
             parameter = f"{path}.{part}.{name}.weight"
             _check_shape(adapter, f"{path}.{part}", entry.shape, tuple(parameters[parameter].shape), base)
             entries[parameter] = entry
-    whole = {name.replace(".base_layer.", "."): name for name in parameters if not is_lora_parameter(name)}
+    names = {name.replace(".base_layer.", "."): name for name in parameters if not is_lora_parameter(name)}
     for plain, entry in _without_tied_head(model, adapter, base).items():
-        if plain not in whole:
+        if plain not in names:
             raise UserError(
-                f"{adapter.path}: holds {plain}, which is nothing to be changed in {base}; give the model that it was "
+                f"{adapter.path}: holds {plain}, which {base} has no parameter for; give the model that it was "
                 "trained on"
             )
-        _check_shape(adapter, plain, entry.shape, tuple(parameters[whole[plain]].shape), base)
-        entries[whole[plain]] = entry
+        _check_shape(adapter, plain, entry.shape, tuple(parameters[names[plain]].shape), base)
+        entries[names[plain]] = entry
     return entries
 
 
 @torch.no_grad()
 def read_local_shard(
-    parameter: torch.Tensor, entry: TensorEntry, reader: SafetensorsReader, is_low_rank: bool
+    parameter: torch.Tensor, entry: TensorEntry, reader: SafetensorsReader, *, is_low_rank: bool
 ) -> torch.Tensor:
-    """This rank's part of a saved tensor, in the type and on the device of the parameter's own.
+    """Read this rank's shard of a saved tensor, in the type and on the device of the parameter.
 
     Args:
-        parameter: sharded, with memory.
-        entry: of the file.
-        reader: of it.
-        is_low_rank: read all of it and keep a part; else only the part, which lies there in one piece.
+        parameter: parameter with memory, sharded or not.
+        entry: the saved tensor.
+        reader: reader of files.
+        is_low_rank: whether to read the whole tensor and slice it. Other shards are contiguous, and only they are read.
     """
     local = local_tensor(parameter)
     if is_low_rank:
@@ -108,25 +105,22 @@ def read_local_shard(
 
 
 def _without_tied_head(model: PreTrainedModel, adapter: SavedAdapter, base: Path) -> Mapping[str, TensorEntry]:
-    """What was trained whole, without the copy of a tied embedding that PEFT writes for the head."""
+    """Return the fully trained tensors without the copy of a tied embedding that PEFT saves for the head."""
     if not has_tied_head(model):
-        return adapter.whole
+        return adapter.full_tensors
     paths = {id(module): path for path, module in model.named_modules()}
     head = f"{paths[id(model.get_output_embeddings())]}.weight"
     embedding = f"{paths[id(model.get_input_embeddings())]}.weight"
-    if head not in adapter.whole:
-        return adapter.whole
-    if embedding not in adapter.whole or not _tensors_equal(adapter.whole[head], adapter.whole[embedding]):
+    if head not in adapter.full_tensors:
+        return adapter.full_tensors
+    if embedding not in adapter.full_tensors or not tensors_equal(
+        adapter.full_tensors[head], adapter.full_tensors[embedding]
+    ):
         raise UserError(
-            f"{adapter.path}: was trained with a head of its own ({head}), and the head of {base} is its embedding; "
-            "merge them (qlora-dist merge), and use the merged folder"
+            f"{adapter.path}: was trained with a head of its own ({head}), but the head of {base} is tied to its "
+            "embedding; merge them (qlora-dist merge), and use the merged folder"
         )
-    return {name: entry for name, entry in adapter.whole.items() if name != head}
-
-
-def _tensors_equal(one: TensorEntry, other: TensorEntry) -> bool:
-    with SafetensorsReader() as reader:
-        return one.shape == other.shape and torch.equal(reader.read(one), reader.read(other))
+    return {name: entry for name, entry in adapter.full_tensors.items() if name != head}
 
 
 def _check_shape(

@@ -1,4 +1,4 @@
-"""LoRA on the experts of a sparse layer: a pair of matrices for each."""
+"""LoRA on the experts of a sparse layer, with a pair of matrices per expert."""
 
 from __future__ import annotations
 
@@ -12,51 +12,58 @@ from qlora_dist.nf4.experts import ExpertForward, NF4Experts
 
 
 def peft_swaps_in_out(owner: nn.Module) -> bool:
-    """Whether PEFT takes the inputs of a module's experts for their outputs.
+    """Return whether PEFT confuses the inputs of a module's experts with their outputs.
 
-    Their parameters are [experts, in, out] then, and no attribute says so (Llama-4): `peft.tuners.lora.ParamWrapper`
-    reads [experts, out, in]. The update is the same, with A's place taken by B's transpose and B's by A's.
+    It does so if their parameters are [experts, in, out] and no attribute says so (Llama-4), because
+    `peft.tuners.lora.ParamWrapper` assumes [experts, out, in]. The update then is the same with A and B replaced by
+    B^T and A^T.
     """
     return not hasattr(owner, "is_transposed")
 
 
 class NF4LoraExperts(NF4LoraLayer):
-    """`y = base(x, expert) + scaling * B[expert](A[expert](x))`, registered with PEFT for NF4Experts.
+    """LoRA layer `y = base(x, expert) + scaling * B[expert](A[expert](x))` for NF4Experts.
 
-    The matrices of all experts are one parameter each, in the shapes and the order of `peft.tuners.lora.ParamWrapper`,
-    which this is elsewhere: lora_A [experts * r, in_features], an expert's r rows together; lora_B
-    [out_features, r * experts], an expert's columns `experts` apart. Like it, it knows no dropout.
+    The parameters have the layout of `peft.tuners.lora.ParamWrapper`. `lora_A` is [experts * r, in_features] with an
+    expert's r rows together. `lora_B` is [out_features, r * experts] with an expert's columns `experts` apart. There is
+    no dropout, as in `ParamWrapper`.
 
     Args:
-        swapped: whether lora_A is [experts * r, out_features] and lora_B [in_features, r * experts] (`peft_swaps_in_out`).
+        args: arguments of `NF4LoraLayer`.
+        swap_in_out: whether lora_A is [experts * r, out_features] and lora_B [in_features, r * experts], as
+            `peft_swaps_in_out` returns.
+        kwargs: arguments of `NF4LoraLayer`.
     """
 
     base_layer: NF4Experts
 
     def __init__(self, *args: Any, swap_in_out: bool = False, **kwargs: Any) -> None:
-        self._swapped = swap_in_out
+        self._swap_in_out = swap_in_out
         super().__init__(*args, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, with a pair of matrices for each expert."""
+        """Add an adapter with a pair of matrices for each expert."""
         super().update_layer(adapter_name, r, *args, **kwargs)
         experts = self.base_layer.experts
         columns, rows = self.in_features, self.out_features
-        if self._swapped:
+        if self._swap_in_out:
             columns, rows = rows, columns
         self.lora_A[adapter_name] = nn.Linear(columns, experts * r, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r * experts, rows, bias=False)
 
-    def bind(self) -> ExpertForward:
-        """As NF4Experts.bind. A and B are taken apart once, so that their gradients are put together once."""
-        base = self.base_layer.bind()
+    def expert_forward(self) -> ExpertForward:
+        """Return the function of one forward pass.
+
+        A and B are split into experts once per forward pass, so that autograd joins their gradients once.
+        """
+        base = self.base_layer.expert_forward()
         (name,) = self.active_adapters
         if self.disable_adapters or name not in self.lora_A:
             return base
         experts, r = self.base_layer.experts, self.r[name]
         a = self.lora_A[name].weight.view(experts, r, -1).unbind(0)
         b = self.lora_B[name].weight.view(-1, r, experts).unbind(2)
-        if self._swapped:
+        if self._swap_in_out:
             a, b = tuple(one.t() for one in b), tuple(one.t() for one in a)
         scaling = self.scaling[name]
 

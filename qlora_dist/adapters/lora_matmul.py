@@ -1,8 +1,7 @@
-"""Base layer and LoRA as one differentiable step: `y = W x + b + scaling * B(A x)`, in the fewest passes.
+"""Base layer and LoRA as one differentiable step, `y = W x + b + scaling * B(A x)`, with few passes over y.
 
-Left to autograd, the update is multiplied by its scaling, cast and added in passes of their own over y, as large as y
-each, and again in backward. Here B's product is added to y by the matrix multiplication itself. With g = dL/dy and
-h = A x, by the chain rule:
+With autograd, scaling, cast and addition of the update are separate passes over tensors as large as y, in forward and
+in backward. Here the matrix multiplication adds B's product to y. With g = dL/dy and h = A x, the chain rule gives:
 
     dL/dh = scaling * B^T g        dL/dx = W^T g + A^T dL/dh
     dL/dB = scaling * g h^T        dL/dA = dL/dh x^T
@@ -30,17 +29,17 @@ def lora_matmul(
     scaling: float,
     dropped: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The output of a base layer with its adapter, differentiable in x, dropped, A and B.
+    """Return the output of a base layer with its adapter, differentiable in x, dropped, A and B.
 
-    For backward only x (or dropped), h and references to A and B are kept. `base.packed` is read again there, where the
-    engine has gathered it anew; the base layer is not called as a module, so hooks on it do not run.
+    Backward needs only x (or dropped), h and references to A and B. It reads `base.packed` again, which the engine has
+    gathered by then. The base layer is not called as a module, so its hooks do not run.
 
     Args:
         x: [..., in_features].
         base: the frozen layer.
         lora_A: [r, in_features], cast to x's type.
         lora_B: [out_features, r], cast to x's type.
-        scaling: of the update.
+        scaling: factor of the update.
         dropped: x after dropout, the adapter's input; None: x.
 
     Returns:
@@ -62,10 +61,10 @@ def lora_matmul(
 
 
 class _LoraMatmul(torch.autograd.Function):
-    """Keeps what backward needs and returns h, and y with nothing in it yet.
+    """Product that saves the tensors of backward, and returns an uninitialized y and h.
 
-    y is computed afterwards: in a checkpointed layer that is recomputed, torch stops as soon as the last tensor that
-    backward needs is there, and the last projection of a layer, a quarter of its work, is not done a second time.
+    y is computed afterwards. When torch recomputes a checkpointed layer, it stops once the last tensor that backward
+    needs is saved. So the last projection of a layer, a quarter of its work, is not computed a second time.
     """
 
     @staticmethod
@@ -87,9 +86,9 @@ class _LoraMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        adapter_input, a, b, h = ctx.saved_tensors
         weight = ctx.base.dequantize(grads[0].dtype) if ctx.needs_input_grad[0] else None
-        return *_gradients(grads[0], adapter_input, a, b, h, weight, ctx.scaling, ctx.dropout), None, None
+        gradients = _gradients(grads[0], ctx.saved_tensors, weight, ctx.scaling, dropout=ctx.dropout)
+        return *gradients, None, None
 
 
 def _compute_output(
@@ -110,15 +109,22 @@ def _compute_output(
 
 def _gradients(
     grad: torch.Tensor,
-    adapter_input: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    h: torch.Tensor,
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     weight: torch.Tensor | None,
     scaling: float,
+    *,
     dropout: bool,
 ) -> _LoraGradients:
-    """Of x, dropped, A and B; of x only where the weight is given, and of x alone where there is no dropout."""
+    """Return the gradients of x, dropped, A and B.
+
+    Args:
+        grad: gradient of y.
+        saved: the adapter's input, A, B and h.
+        weight: the base weight; None: x needs no gradient.
+        scaling: factor of the update.
+        dropout: whether the adapter's input differs from x; if not, the gradient of x is the sum of both.
+    """
+    adapter_input, a, b, h = saved
     grad_h = (grad @ b).mul_(scaling)
     grad_a = grad_h.t() @ adapter_input
     grad_b = (h.t() @ grad).mul_(scaling).t()
@@ -130,7 +136,7 @@ def _gradients(
     return grad_x, None, grad_a, grad_b
 
 
-# --- for torch.compile: the same as one operator, which is nothing to be traced ---------------------------------------
+# --- one operator for torch.compile, which it does not trace into -----------------------------------------------------
 
 
 def _layout_args(layout: NF4Layout) -> tuple[int, int, str, int, bool, str]:
@@ -140,9 +146,15 @@ def _layout_args(layout: NF4Layout) -> tuple[int, int, str, int, bool, str]:
 
 @cache
 def _layout_from_args(
-    out_features: int, in_features: int, quant_type: QuantType, block_size: int, double_quant: bool, dtype: str
+    out_features: int, in_features: int, quant_type: QuantType, block_size: int, dtype: str, *, double_quant: bool
 ) -> NF4Layout:
-    return NF4Layout((out_features, in_features), quant_type, block_size, double_quant, dtype)
+    return NF4Layout(
+        shape=(out_features, in_features),
+        quant_type=quant_type,
+        block_size=block_size,
+        double_quant=double_quant,
+        dtype=dtype,
+    )
 
 
 @torch.library.custom_op("qlora_dist::lora_matmul", mutates_args=())
@@ -161,7 +173,7 @@ def _lora_matmul_op(
     double_quant: bool,
     dtype: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = _layout_from_args(out_features, in_features, quant_type, block_size, double_quant, dtype)
+    layout = _layout_from_args(out_features, in_features, quant_type, block_size, dtype, double_quant=double_quant)
     h = (x if dropped is None else dropped) @ a.t()
     y = x.new_empty(x.shape[0], out_features)
     _compute_output(y, x, h, b, dequantize_weight(packed, layout, x.dtype), bias, scaling)
@@ -192,10 +204,10 @@ def _lora_matmul_backward_op(
     double_quant: bool,
     dtype: str,
 ) -> list[torch.Tensor]:
-    """Those of the gradients that are wanted."""
-    layout = _layout_from_args(out_features, in_features, quant_type, block_size, double_quant, dtype)
+    """Return the required gradients."""
+    layout = _layout_from_args(out_features, in_features, quant_type, block_size, dtype, double_quant=double_quant)
     weight = dequantize_weight(packed, layout, grad.dtype) if packed is not None else None
-    grads = _gradients(grad, adapter_input, a, b, h, weight, scaling, dropout)
+    grads = _gradients(grad, (adapter_input, a, b, h), weight, scaling, dropout=dropout)
     return [g.contiguous() for g in grads if g is not None]
 
 
@@ -211,14 +223,14 @@ def _(
     dropout: bool,
     *layout: Any,
 ) -> list[torch.Tensor]:
-    wanted = [adapter_input] * ((packed is not None) + dropout)
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*wanted, a, b)]
+    inputs = [adapter_input] * ((packed is not None) + dropout)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*inputs, a, b)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, dropped, a, b, packed, _, ctx.scaling, *ctx.layout = inputs
     ctx.dropout = dropped is not None
-    # the gathered bytes, whose memory the engine frees and fills again; never the dequantized weight
+    # packed, whose memory the engine frees and fills again, and not the dequantized weight
     ctx.save_for_backward(x if dropped is None else dropped, a, b, output[1], packed)
 
 

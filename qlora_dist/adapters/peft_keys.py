@@ -1,4 +1,4 @@
-"""How PEFT names an adapter's tensors in its file."""
+"""PEFT's names of an adapter's tensors in its file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from qlora_dist.io.adapter_files import PEFT_PREFIX
 
 
 def peft_key(name: str, adapter: str = ADAPTER_NAME) -> str:
-    """PEFT's name in a file: without the adapter's, and without `.weight` behind a magnitude vector.
+    """Return the key of a parameter in PEFT's file.
 
-    PEFT wraps an experts module once for each parameter that is adapted, the projections into the experts before those
-    out of them: so the first are found under `base_layer`.
+    It has neither the adapter's name nor `.weight` after a magnitude vector. PEFT wraps an experts module once per
+    adapted parameter, input projections first, so their keys contain `base_layer`.
     """
     name = name.replace(f"lora_magnitude_vector.{adapter}.weight", "lora_magnitude_vector")
     name = name.replace(f".{adapter}.", ".")
@@ -22,5 +22,5 @@ def peft_key(name: str, adapter: str = ADAPTER_NAME) -> str:
 
 
 def parameter_name(key: str) -> str:
-    """The parameter's name in the model, of one that was trained whole: a bias, or a module that PEFT has wrapped."""
+    """Return the name in the model of a fully trained parameter: a bias, or one in PEFT's wrapper of a module."""
     return key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")

@@ -1,4 +1,4 @@
-"""Whether PEFT will read from an adapter's folder what was trained, asked of PEFT itself before a run starts."""
+"""Check before a run, by PEFT itself, that PEFT will read the trained tensors from the adapter's folder."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _NAME = "default"
 
 
 def needs_peft_conversion(config: peft.LoraConfig, model_type: str) -> bool:
-    """Whether PEFT reads an adapter of such models by more than the ends of names: asking it takes some seconds."""
+    """Return whether PEFT converts names when it reads such an adapter. Only then is its slow check needed."""
     return bool(config.target_parameters) or get_checkpoint_conversion_mapping(model_type) is not None
 
 
 def check_peft_roundtrip(
     plain: PreTrainedModel, config: peft.LoraConfig, shapes: Mapping[str, tuple[int, ...]], base: str
 ) -> None:
-    """See whether PEFT makes of the folder the parameters that are in it, no more and no fewer.
+    """Check that PEFT reads exactly the tensors that the folder will hold.
 
     Args:
-        plain: transformers' own class on meta, without weights; PEFT changes it.
-        config: as it will be saved.
-        shapes: of the tensors that will be saved, by PEFT's names.
+        plain: transformers' own class on meta; PEFT changes it.
+        config: configuration that will be saved.
+        shapes: shapes of the tensors that will be saved, by PEFT's names.
         base: the base model's folder, for messages.
 
     Raises:
-        UserError: PEFT would leave out what was trained, or add what was not.
+        UserError: PEFT would omit a trained tensor, or add an untrained one.
     """
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what PEFT leaves out; the comparison says more
+            warnings.simplefilter("ignore")  # about tensors that PEFT omits, which the comparison below reports
             model = peft.get_peft_model(plain, copy.deepcopy(config), adapter_name=_NAME)
             peft_state = peft.get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
             tensors = {key: torch.empty(shape) for key, shape in shapes.items()}
@@ -59,7 +59,7 @@ def check_peft_roundtrip(
         key = differing[0]
         saved_shape, expected_shape = saved_shapes.get(key, "missing"), expected.get(key, "missing")
         raise UserError(
-            f"lora: PEFT would read other tensors from an adapter of {base} than are in it ({len(saved_shapes)} are in it, "
-            f"and PEFT has {len(expected)}; {key} is {saved_shape} there and {expected_shape} in PEFT); adapt fewer layers with "
-            "lora.targets"
+            f"lora: PEFT would read other tensors from an adapter of {base} than it holds ({len(saved_shapes)} saved, "
+            f"{len(expected)} in PEFT; {key} is {saved_shape} there and {expected_shape} in PEFT); adapt fewer layers "
+            "with lora.targets"
         )

@@ -1,4 +1,4 @@
-"""The matrices of a model that an adapter is for, and the names by which PEFT's configuration means just these."""
+"""Matrices of a model that get an adapter, and the names that select them in PEFT's configuration."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from qlora_dist.nf4.linear import NF4Linear
 
 _LAYER = re.compile(r".*\.\d+\.(?=[^.]*[^.\d])")
 _TYPES_WITHOUT_OUT_PROJ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-"""Types of models with Mamba's layers on whose `out_proj` PEFT puts no adapter."""
+"""Types of models with Mamba's layers, whose `out_proj` PEFT does not adapt."""
 
 
 @dataclass(frozen=True)
 class AdapterTargets:
-    """Matrices that have an adapter, by their paths in a skeleton, in its order."""
+    """Paths of the matrices that get an adapter, in the model's order."""
 
     linear: tuple[str, ...]
-    """Linear layers."""
+    """Paths of linear layers."""
     experts: tuple[str, ...] = ()
-    """Projections of all experts of a layer, which are parameters in transformers' class."""
+    """Paths of projections of all experts of a layer, which are parameters in transformers' class."""
 
     @property
     def paths(self) -> set[str]:
-        """All of them."""
+        """Paths of linear layers and experts."""
         return {*self.linear, *self.experts}
 
 
 def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> AdapterTargets:
-    """The matrices that the section `lora` asks for.
+    """Find the matrices that the section `lora` requests.
 
     Args:
-        model: a skeleton without adapters.
-        config: the section.
+        model: model on meta, without adapters.
+        config: section `lora` of the configuration.
         base: the base model's folder, for messages.
 
     Raises:
-        UserError: a target is the name of no quantized layer, or of one whose weight the model's code reads itself, or
-            PEFT could not read its adapter, or there are no experts.
+        UserError: a target is no quantized layer, the model's code reads its weight itself, PEFT could not read its
+            adapter, or there are no experts.
     """
     read = {target_module_name(p) for p, m in model.named_modules() if isinstance(m, NF4Linear) and m.is_weight_read}
     linear = [path for path in _paths(model, NF4Linear) if target_module_name(path) not in read]
@@ -74,8 +74,8 @@ def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapt
     if out_proj_paths:
         rest = sorted({target_module_name(path) for path in chosen if path not in out_proj_paths})
         raise UserError(
-            f"lora.targets: PEFT reads no adapter of out_proj, which is {out_proj_paths[0]} in {base}; name others, such as "
-            f"[{', '.join(rest)}]"
+            f"lora.targets: PEFT reads no adapter of out_proj, here {out_proj_paths[0]} of {base}; name others, such "
+            f"as [{', '.join(rest)}]"
         )
     experts = _paths(model, NF4Experts) if config.experts else []
     if config.experts and not experts:
@@ -86,10 +86,10 @@ def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapt
 
 
 def targets_from_peft_config(model: nn.Module, config: peft.LoraConfig) -> AdapterTargets:
-    """The matrices of a skeleton without adapters that PEFT's configuration names.
+    """Return the matrices of a model on meta, without adapters, that PEFT's configuration selects.
 
-    PEFT's rules are followed without its conversion of names from transformers 4. A skeleton has modules where
-    transformers has the experts' parameters, and the conversion takes their paths for those of old linear layers.
+    These are PEFT's rules without its conversion of names from transformers 4. The conversion would mistake the paths
+    of NF4Experts, which replace the experts' parameters, for old linear layers.
     """
     parameters = sorted(config.target_parameters or ())
     linear = [
@@ -102,20 +102,20 @@ def targets_from_peft_config(model: nn.Module, config: peft.LoraConfig) -> Adapt
 
 
 def peft_target_names(model: PreTrainedModel, targets: AdapterTargets) -> tuple[list[str], list[str]]:
-    """What `target_modules` and `target_parameters` are to be, so that PEFT adapts the targets and nothing else.
+    """Return `target_modules` and `target_parameters` with which PEFT adapts exactly the targets.
 
-    In the models whose experts were linear layers in transformers 4, PEFT takes some names of linear layers for those
-    of experts (`_convert_peft_config_moe`). Such layers are named as parameters, `mlp.up_proj.weight`, which PEFT
-    leaves as they are: the tensors are the same.
+    If a model's experts were linear layers in transformers 4, PEFT mistakes some names of linear layers for experts
+    (`_convert_peft_config_moe`). Such layers are named by their parameter, as `mlp.up_proj.weight`, which PEFT does not
+    convert. The adapter's tensors are the same.
 
     Args:
-        model: a skeleton without adapters.
-        targets: of it.
+        model: model on meta, without adapters.
+        targets: targets in the model.
     """
     modules = [path for path, module in model.named_modules() if path and not isinstance(module, NF4Experts)]
-    taken = {name for name in {path.rpartition(".")[2] for path in targets.linear} if _peft_converts(model, name)}
-    plain = [path for path in targets.linear if path.rpartition(".")[2] not in taken]
-    as_parameters = [f"{path}.weight" for path in targets.linear if path.rpartition(".")[2] in taken]
+    converted = {name for name in {path.rpartition(".")[2] for path in targets.linear} if _peft_converts(model, name)}
+    plain = [path for path in targets.linear if path.rpartition(".")[2] not in converted]
+    as_parameters = [f"{path}.weight" for path in targets.linear if path.rpartition(".")[2] in converted]
     parameters = [
         path if isinstance(module, NF4Experts) else f"{path}.{'weight' if name == 'packed' else name}"
         for path, module in model.named_modules()
@@ -128,27 +128,35 @@ def peft_target_names(model: PreTrainedModel, targets: AdapterTargets) -> tuple[
 
 
 def _in_layer(path: str) -> str:
-    """The path within a decoder layer."""
+    """Return the path within a decoder layer."""
     return _LAYER.sub("", path)
 
 
-def _shortest_suffixes(paths: Collection[str], known: Sequence[str], ways: Sequence[Callable[[str], str]]) -> list[str]:
-    """The fewest names that are ends of these paths and of no other known one; whole paths where there are none."""
-    left, names = set(paths), set()
-    for way in ways:
-        for name in {way(path) for path in left}:
-            found = {path for path in known if matches_any_suffix([name], path)}
-            if found <= set(paths):
+def _shortest_suffixes(
+    paths: Collection[str], known: Sequence[str], shorten: Sequence[Callable[[str], str]]
+) -> list[str]:
+    """Return suffixes that match these paths and no other known path, or the whole path if there is none.
+
+    Args:
+        paths: paths to match.
+        known: all paths.
+        shorten: functions that return a suffix of a path, the shortest first.
+    """
+    remaining, names = set(paths), set()
+    for suffix in shorten:
+        for name in {suffix(path) for path in remaining}:
+            matches = {path for path in known if matches_any_suffix([name], path)}
+            if matches <= set(paths):
                 names.add(name)
-                left -= found
-    return sorted(names | left)
+                remaining -= matches
+    return sorted(names | remaining)
 
 
 def _peft_converts(model: PreTrainedModel, name: str) -> bool:
     probe = peft.LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(probe, model=model, conversions=None)
-    except ValueError:  # it belongs together with other names
+    except ValueError:  # PEFT requires other names beside it
         return True
     return name not in probe.target_modules
 

@@ -36,7 +36,9 @@ def quantize(
     from qlora_dist.model.quantize_plan import parse_quantize_options
 
     console = Console()
-    options = parse_quantize_options(quant_type, block_size, double_quant, device, file_size, min_share, embeddings)
+    options = parse_quantize_options(
+        quant_type, block_size, device, file_size, min_share, double_quant=double_quant, embeddings=embeddings
+    )
     print_quantize_report(quantize_folder(source, out, options, console), console)
 
 
@@ -77,7 +79,15 @@ def merge(
     from qlora_dist.merge.merge_plan import MergeOptions
     from qlora_dist.model.quantize_plan import parse_size
 
-    options = MergeOptions(into, dtype, quant_type, block_size, double_quant, error_feedback, parse_size(file_size))
+    options = MergeOptions(
+        into=into,
+        dtype=dtype,
+        quant_type=quant_type,
+        block_size=block_size,
+        double_quant=double_quant,
+        error_feedback=error_feedback,
+        file_bytes=parse_size(file_size),
+    )
     console = Console()
     if data is None:
         print_merge_report(merge_folder(base, adapter, out, options, console), console)
@@ -116,7 +126,7 @@ def compose(
     from qlora_dist.merge.compose_options import ComposeOptions, parse_combination_type, parse_weighted_adapter
 
     given = [parse_weighted_adapter(text) for text in adapters]
-    options = ComposeOptions(parse_combination_type(how), rank, density, seed, base)
+    options = ComposeOptions(how=parse_combination_type(how), rank=rank, density=density, seed=seed, base=base)
     print_compose_report(compose_adapters(given, out, options), given, options, Console())
 
 

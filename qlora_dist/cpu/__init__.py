@@ -1,1 +1,1 @@
-"""Kernels that make a CPU faster. Nothing on a path that a GPU takes imports them."""
+"""Kernels for CPUs. Code that runs on a GPU does not import them."""

@@ -1,11 +1,11 @@
-"""Causal attention of packed sequences on the CPU: torch's flash kernels, with the faster backward of two.
+"""Causal attention of packed sequences on the CPU by torch's flash kernels.
 
-torch 2.13's kernel for bf16 takes about as long in backward for 16 sequences of 128 as for two of 1,024: 68 and 90 ms
-(one thread with AMX, nine heads of 64); in fp32, the copies included, 25 and 115. Short sequences are therefore
-differentiated in fp32, which is also the more exact.
+Short sequences are differentiated in fp32, which is faster and more exact. In bf16 torch 2.13's backward takes 68 ms
+for 16 sequences of 128, and 90 ms for two of 1,024. In fp32 it takes 25 and 115 ms, copies included. These are times of
+one thread with AMX and nine heads of 64.
 
-An operator of torch's library, so that torch.compile takes it as one node: the loop over sequences, whose lengths
-differ from batch to batch, is nothing to be traced.
+The attention is an operator of torch's library, so that torch.compile treats it as one node. Tracing would unroll the
+loop over sequences, whose lengths differ from batch to batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from qlora_dist.sequence_starts import sequence_slices
 
-_FP32_BACKWARD_LENGTH = 384  # positions: below, backward is faster in fp32
+_FP32_BACKWARD_LENGTH = 384  # positions: backward of shorter sequences is faster in fp32
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -25,14 +25,14 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def packed_causal_attention_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention within each sequence.
+    """Compute causal attention within each sequence.
 
     Args:
         query: [batch, heads, length, d], on the CPU.
         key: [batch, heads / groups, length, d].
-        value: as key.
-        starts: of `boundaries`.
-        scale: of the scores.
+        value: [batch, heads / groups, length, d].
+        starts: result of `sequence_starts`.
+        scale: factor of the scores.
 
     Returns:
         [batch, length, heads, d].
@@ -61,8 +61,8 @@ def _(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _outputs(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, size = query.shape
-    kept = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(batch, length, heads, size), query.new_empty(batch, length, heads, dtype=kept)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(batch, length, heads, size), query.new_empty(batch, length, heads, dtype=dtype)
 
 
 @torch.library.custom_op("qlora_dist::causal_attention_backward", mutates_args=())
@@ -95,19 +95,19 @@ def _(
 
 
 def _empty_grad(tensor: torch.Tensor) -> torch.Tensor:
-    """[batch, heads, length, d], in memory [batch, length, heads, d]: what flows back to a projection's output."""
+    """Return [batch, heads, length, d] with the memory format of a projection's output, [batch, length, heads, d]."""
     batch, heads, length, size = tensor.shape
     return tensor.new_empty(batch, length, heads, size).transpose(1, 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, bounds, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output, bounds)
+    query, key, value, starts, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, starts)
 
 
 def _autograd_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    *saved, bounds = ctx.saved_tensors
-    return *_attention_backward(grads[0], *saved, bounds, ctx.scale), None, None
+    *saved, starts = ctx.saved_tensors
+    return *_attention_backward(grads[0], *saved, starts, ctx.scale), None, None
 
 
 _attention.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -127,7 +127,7 @@ def _adjust_for_single_rank(config: Config, ranks: RankInfo) -> Config:
 def _prepare_model(config: Config, adapters: Sequence[NamedAdapter], quantize: bool) -> _PreparedModel:
     transformers_logging.set_verbosity_error()
     folder = ModelFolder(config.model.base)
-    model = build_meta_model(folder, config.model, quantize)
+    model = build_meta_model(folder, config.model, quantize=quantize)
     if config.data.packing != "none" and config.data.eval is not None:
         check_packing_support(model)
     tensors = []

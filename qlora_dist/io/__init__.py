@@ -1,1 +1,1 @@
-"""Reading and writing of files: byte ranges of safetensors, reading ahead, the files of an adapter."""
+"""Reading and writing of files: byte ranges of safetensors, read-ahead, files of an adapter."""

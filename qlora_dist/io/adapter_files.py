@@ -1,4 +1,4 @@
-"""The two files of a LoRA adapter's folder, as PEFT writes them: their names, keys and configuration, without torch."""
+"""Files of a LoRA adapter's folder in PEFT's format: names, keys and configuration, without torch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from qlora_dist.errors import UserError
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 PEFT_DEFAULT_R_AND_ALPHA = 8
-"""Value of `r` and of `lora_alpha` where a configuration leaves them out."""
+"""Value of `r` and `lora_alpha` if a configuration omits them."""
 _LORA_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
 _EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # in the order in which PEFT wraps them
 _MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json.
+    """Read adapter_config.json.
 
     Raises:
-        UserError: the folder is missing or is no adapter's; the message says where the adapter is, if that is seen.
+        UserError: the folder is missing or is no adapter's. The message names the adapter's folder if it is nearby.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give that of an adapter, such as runs/NAME/adapter")
@@ -40,15 +40,15 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     if not (path / ADAPTER_WEIGHTS_NAME).is_file():
         if (path / "adapter_model.bin").exists():
             raise UserError(
-                f"{path}: holds adapter_model.bin, which may run code on loading, and no {ADAPTER_WEIGHTS_NAME}; load it with PEFT "
-                "and save it again"
+                f"{path}: holds adapter_model.bin, which may run code on loading, and no {ADAPTER_WEIGHTS_NAME}; load "
+                "it with PEFT and save it again"
             )
         raise UserError(f"{path}: holds no {ADAPTER_WEIGHTS_NAME}; copy the folder again, or export the adapter again")
     return content
 
 
 def adapter_tensor_names(path: Path) -> list[str]:
-    """The names of the tensors in an adapter's file.
+    """Return the names of the tensors in an adapter's file.
 
     Raises:
         UserError: it is no safetensors file.
@@ -64,31 +64,34 @@ def adapter_tensor_names(path: Path) -> list[str]:
 
 
 def split_lora_key(key: str) -> tuple[str, str] | None:
-    """The module, as PEFT names it, and the part of it that a tensor of LoRA's is; None: it is something else."""
+    """Split a key into PEFT's module name and the name of LoRA's tensor in it; None for other tensors."""
     match = _LORA_KEY.match(key.removeprefix(PEFT_PREFIX))
     return (match["module"], match["part"]) if match else None
 
 
 def expert_parameter_name(module: str, config: Mapping[str, Any]) -> str | None:
-    """The parameter that PEFT has adapted where it names only a module of experts; None: it is a linear layer.
+    """Return the experts' parameter that PEFT has adapted under a module's name; None for a linear layer.
 
-    PEFT wraps the module once for each parameter, those into the experts before those out of them. The outermost
-    wrapper has the module's name, the others that of a `base_layer` each.
+    PEFT wraps an experts module once per parameter, input projections first. The outermost wrapper has the module's
+    name, and each inner one adds `base_layer` to it.
     """
     match = re.fullmatch(r"(.*?)((?:\.base_layer)*)", module)
-    assert match is not None, "`low_rank_part` finds no module of several lines"
+    assert match is not None, "`split_lora_key` returns no name with line breaks"
     owner, inner = match.groups()
     parameters = sorted(config.get("target_parameters") or ())
     if not inner and (
         _is_target_module(owner, config.get("target_modules")) or matches_any_suffix(parameters, f"{owner}.weight")
     ):
         return None
-    own = [name for name in _EXPERT_PARAMETERS if matches_any_suffix(parameters, f"{owner}.{name}")]  # outwards
+    own = [name for name in _EXPERT_PARAMETERS if matches_any_suffix(parameters, f"{owner}.{name}")]  # innermost first
     return f"{owner}.{own[-1 - inner.count('.')]}" if inner.count(".") < len(own) else None
 
 
 def get_pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule (`peft.utils.other.get_pattern_key`): the first pattern that is the end of the module's name."""
+    """Return the value of the first pattern that matches the end of a module's name.
+
+    This is PEFT's rule (`peft.utils.other.get_pattern_key`).
+    """
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -96,7 +99,7 @@ def get_pattern_value(patterns: Mapping[str, Any] | None, module: str, default: 
 
 
 def target_module_name(path: str) -> str:
-    """Return the last part of a module's path, and with it the part before where the last one is a number.
+    """Return the last part of a module's path, together with the part before it if the last part is a number.
 
     Raises:
         ValueError: the path is empty, or ends in a dot.
@@ -120,7 +123,7 @@ def _is_target_module(path: str, targets: str | Sequence[str] | None) -> bool:
 
 
 def _adapter_location_hint(path: Path) -> str:
-    """Where the adapter is that was meant, as far as that can be seen."""
+    """Return the remedy, with the folder of the adapter that was probably meant."""
     if path.parent.name == "checkpoints" or (path / "manifest.json").is_file():
         adapter = path.parent.parent / "adapter"
         if (adapter / ADAPTER_CONFIG_NAME).is_file():

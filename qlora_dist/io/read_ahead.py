@@ -1,4 +1,4 @@
-"""Reading what will be asked for next while the caller works on what it has."""
+"""Read-ahead: a thread reads the next chunk of a file while the caller processes the current one."""
 
 from __future__ import annotations
 
@@ -13,40 +13,38 @@ import torch
 from qlora_dist.runtime.threads import background_executor
 
 READ_CHUNK_BYTES = 2**25
-"""The most that is read at a time. Of any type a whole number of elements, of 16 and 32 bit weights a whole number of
-blocks of every size."""
+"""Largest number of bytes in a read. It is a multiple of every element size, and for 16- and 32-bit weights of every
+block size."""
 
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """A read to come."""
+    """Read that is planned."""
 
     nbytes: int
-    into: Callable[[torch.Tensor], None]
-    """Fills a uint8[nbytes] on the CPU. Called in another thread; it should work without Python's lock."""
+    read_into: Callable[[torch.Tensor], None]
+    """Function that fills a uint8[nbytes] on the CPU. It runs in another thread and should release Python's lock."""
 
 
 @dataclass(frozen=True)
 class ReadProgress:
-    """How far the reads have come."""
+    """Progress of the reads."""
 
     read_bytes: int
     total_bytes: int
     wait_s: float
-    """Seconds in which the caller had nothing to do but wait for a read."""
+    """Seconds that the caller spent waiting for reads."""
 
 
 class ReadAhead:
-    """Iterates over the bytes of reads that are known beforehand, in their order.
+    """Iterator over the results of planned reads, in order.
 
-    While the caller works on one, a thread reads the next, and no more than that: there are two buffers of the largest
-    read's size, and they are used in turns. What a read gives is therefore valid until the next one is asked for.
+    A thread reads one request ahead. There are two buffers of the largest read's size, which alternate, so a result is
+    valid until the next one is requested. An exception of a read is raised when its result is requested.
 
     Args:
-        reads: in the order in which they are asked for. On a disk it should be that of the files.
-        progress: called, in the caller's thread, whenever a read is taken.
-
-    Raises, where the read is asked for, whatever it raised.
+        reads: reads in the order of iteration; on a disk it should be the order in the files.
+        progress: function called in the caller's thread with each result.
     """
 
     def __init__(self, reads: Sequence[ReadRequest], progress: Callable[[ReadProgress], None] | None = None) -> None:
@@ -63,7 +61,7 @@ class ReadAhead:
         return self
 
     def __next__(self) -> torch.Tensor:
-        """uint8[nbytes] of the next read."""
+        """Return uint8[nbytes], the result of the next read."""
         if self._next is None:
             raise StopIteration
         started = time.perf_counter()
@@ -87,16 +85,16 @@ class ReadAhead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(cancel_futures=True)  # waits for a read that has begun: its file stays open till then
+        self._thread.shutdown(cancel_futures=True)  # waits for a running read, which needs its file open
 
 
 def _run_request(read: ReadRequest, out: torch.Tensor) -> torch.Tensor:
-    read.into(out)
+    read.read_into(out)
     return out
 
 
 def read_chunks(nbytes: int, chunk_bytes: int | None = None) -> Iterator[tuple[int, int]]:
-    """First byte and length of the parts, of at most `chunk_bytes` or PIECE_BYTES, in which so many bytes are read."""
+    """Yield first byte and length of the chunks of `nbytes`; the default length is READ_CHUNK_BYTES."""
     chunk_bytes = chunk_bytes or READ_CHUNK_BYTES
     for start in range(0, nbytes, chunk_bytes):
         yield start, min(chunk_bytes, nbytes - start)

@@ -1,7 +1,7 @@
-"""safetensors files by byte range: read any part of a tensor into memory that is there, write tensors one by one.
+"""Access to safetensors files by byte range: reads into existing memory, and writes tensor by tensor.
 
-The library reads and writes whole tensors. A rank wants the bytes of its shard only, and a quantizer must not hold
-the file it writes. The format (8 bytes of header length, a JSON header, the data) needs no more than this.
+The safetensors library reads and writes whole tensors. A rank needs only the bytes of its shard, and a quantizer must
+not hold the file that it writes. The format is 8 bytes of header length, a JSON header, and the data.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _LARGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """A tensor in a file."""
+    """Tensor in a file."""
 
     path: Path
     dtype: torch.dtype
@@ -48,12 +48,12 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of data."""
+        """Number of bytes of data."""
         return self.stop - self.start
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a file, by name.
+    """Read the entries of a file's tensors, by name.
 
     Raises:
         UserError: the file is missing, truncated, or no safetensors file.
@@ -87,23 +87,23 @@ def _entry(path: Path, name: str, item: dict[str, Any], data_start: int) -> Tens
     dtype, shape, (start, stop) = SAFETENSORS_DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
     if start < 0 or min(shape, default=0) < 0 or stop - start != dtype.itemsize * math.prod(shape):
         raise ValueError(f"{name} has bytes {start} to {stop} for {item['dtype']} of shape {shape}")
-    return TensorEntry(path, dtype, shape, data_start + start, data_start + stop)
+    return TensorEntry(path=path, dtype=dtype, shape=shape, start=data_start + start, stop=data_start + stop)
 
 
 def specs_bytes(specs: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> int:
-    """Bytes of tensors of these types and shapes."""
+    """Return the bytes of tensors with these types and shapes."""
     return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in specs)
 
 
 class SafetensorsReader:
-    """Reads ranges of tensors, and counts the bytes. Files are opened at first use."""
+    """Reader of byte ranges of tensors that counts the bytes and opens files at first use."""
 
     def __init__(self) -> None:
         self.bytes_read = 0
         self._descriptors: dict[Path, int] = {}
 
     def read_into(self, out: torch.Tensor, entry: TensorEntry, start: int = 0) -> None:
-        """Fill `out` (contiguous, on the CPU, any type) with the entry's bytes from `start` on."""
+        """Fill `out` (contiguous, on the CPU, of any type) with the entry's bytes from `start` on."""
         view = out.view(torch.uint8).numpy().data.cast("B") if out.numel() else memoryview(b"")
         if entry.path not in self._descriptors:
             self._descriptors[entry.path] = os.open(entry.path, os.O_RDONLY)
@@ -116,7 +116,7 @@ class SafetensorsReader:
         self.bytes_read += done
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
-        """The whole tensor."""
+        """Read the whole tensor."""
         out = torch.empty(entry.shape, dtype=entry.dtype)
         self.read_into(out.flatten(), entry)
         return out
@@ -136,14 +136,20 @@ class SafetensorsReader:
         self.close()
 
 
-class SafetensorsWriter:
-    """Writes a file whose tensors are known by type and shape beforehand, one tensor at a time.
+def tensors_equal(one: TensorEntry, other: TensorEntry) -> bool:
+    """Return whether two tensors have equal shapes and values."""
+    with SafetensorsReader() as reader:
+        return one.shape == other.shape and torch.equal(reader.read(one), reader.read(other))
 
-    The file has its name only when it is complete: until `close` it is called `NAME.partial`.
+
+class SafetensorsWriter:
+    """Writer of one tensor at a time to a file whose types and shapes are known beforehand.
+
+    The file is named `NAME.partial` until `close` completes it.
     """
 
     def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on this key
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this key
         self._spans: dict[str, tuple[int, int]] = {}
         position = 0
         for name, dtype, shape in tensors:
@@ -164,7 +170,7 @@ class SafetensorsWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
-        """Write one of the tensors, or as much of it as there is, from its byte `start` on."""
+        """Write a tensor, or a contiguous part of it from its byte `start` on."""
         first, nbytes = self._spans[name]
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         assert start + data.nbytes <= nbytes, f"{name}: {data.nbytes} bytes from {start} on for {nbytes}"
@@ -173,7 +179,7 @@ class SafetensorsWriter:
         self._file.write(data.data)
 
     def close(self) -> None:
-        """Sync the file and give it its name."""
+        """Sync and rename the file."""
         missing = [name for name, (_, nbytes) in self._spans.items() if self._written[name] != nbytes]
         assert not missing, f"{self._path}: never written, or not as a whole: {missing[:3]}"
         self._file.flush()

@@ -1,1 +1,1 @@
-"""What becomes of an adapter after training: merged into a model's weights, from file to file."""
+"""Merging of a trained adapter into a model's weights, and of several adapters into one, from file to file."""

@@ -1,4 +1,4 @@
-"""Matrices of several adapters to those of one: PEFT's ways of `add_weighted_adapter`, one layer at a time."""
+"""Combination of several adapters' matrices into one pair, with the types of PEFT's `add_weighted_adapter`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ COMBINATION_TYPES: tuple[str, ...] = get_args(CombinationType)
 
 @dataclass(frozen=True)
 class WeightedLoraFactors:
-    """An adapter's update of one matrix, weight x scaling x B A."""
+    """Factors of an adapter's weighted update of one matrix, weight x scaling x B A."""
 
     a: torch.Tensor
-    """fp32[r, in_features]"""
+    """fp32[r, in_features]."""
     b: torch.Tensor
-    """fp32[out_features, r]"""
+    """fp32[out_features, r]."""
     scaling: float
     weight: float
 
@@ -44,22 +44,24 @@ class WeightedLoraFactors:
 def combine_matrices(
     updates: Sequence[WeightedLoraFactors], combination_type: CombinationType, rank: int, density: float, name: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of the sum of some updates, whose scaling is 1.
+    """Return A and B of the combined update, whose scaling is 1.
+
+    `cat` and `sequential` give the sum of the updates, and `svd` its best approximation. `linear` sums the A's and the
+    B's separately, each with the square root of weight x scaling, so it differs from the sum. The other types prune
+    before they sum: the A's and B's separately, or with `_svd` the whole updates.
 
     Args:
-        updates: of the adapters that have this matrix.
-        combination_type: `cat` and `sequential` give the sum itself; `svd` its best approximation; `linear` sums A's and B's apart,
-            each with the square root of weight x scaling, so it is not the sum of the updates. The others prune
-            before they sum, A's and B's apart, or with `_svd` the whole updates.
-        rank: of the ways with `svd`.
-        density: part of the values that pruning leaves. What it drops by chance (`dare`) is torch's generator's.
-        name: of the matrix, for the message.
+        updates: factors of the adapters that have this matrix.
+        combination_type: way to combine them.
+        rank: rank of the result, for the types with `svd`.
+        density: share of the values that pruning keeps. `dare` drops values by torch's random generator.
+        name: name of the matrix, for messages.
 
     Returns:
         A: fp32[r, in_features] and B: fp32[out_features, r], as contiguous tensors.
 
     Raises:
-        UserError: ranks differ, and the way cannot have that.
+        UserError: the ranks differ, and the combination type requires equal ones.
 
     Source: `peft.tuners.lora.LoraModel.add_weighted_adapter`, its `_generalized_task_arithmetic_weighted_adapter` and
     `_svd_generalized_task_arithmetic_weighted_adapter`.
@@ -84,17 +86,17 @@ def combine_matrices(
     return a, _combine([update.b for update in updates], roots, combination_type, density)
 
 
-def _combine(tensors: list[torch.Tensor], weights: torch.Tensor, how: str, density: float) -> torch.Tensor:
+def _combine(tensors: list[torch.Tensor], weights: torch.Tensor, combination_type: str, density: float) -> torch.Tensor:
     combined: torch.Tensor
-    if how == "linear":
+    if combination_type == "linear":
         combined = merge_utils.task_arithmetic(tensors, weights)
     else:
-        combined = getattr(merge_utils, how)(tensors, weights, density)
+        combined = getattr(merge_utils, combination_type)(tensors, weights, density)
     return combined
 
 
 def _svd_of_factors(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best approximation of b a of that rank, without b a: of QR factors only the small ones meet."""
+    """Return the best approximation of b a with a given rank. It multiplies only the small QR factors, and not b a."""
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)

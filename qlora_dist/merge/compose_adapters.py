@@ -1,4 +1,4 @@
-"""Several adapters of one base to one."""
+"""Composition of several adapters of one base into one adapter."""
 
 from __future__ import annotations
 
@@ -31,32 +31,33 @@ from qlora_dist.merge.compose_options import (
 )
 from qlora_dist.merge.lora_update import read_checked_adapter, read_lora_update
 
-_ZERO_TOLERANCE = 1e-12  # of squares in fp64, of tensors in fp32
+_ZERO_TOLERANCE = 1e-12  # relative, for squares in fp64 of tensors in fp32
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ComposeReport:
-    """What `compose` did. Squares of norms, over all matrices."""
+    """Result of `compose_adapters`. Squared norms are summed over all matrices."""
 
     out: Path
     rank: int = 0
     matrices: int = 0
-    parts: float = 0.0
-    """Squares of the updates, each by itself."""
-    sums: float = 0.0
-    """Squares of the weighted sum of the updates."""
-    written: float = 0.0
-    difference: float = 0.0
-    """Squares of (what is written - that sum)."""
+    squared_updates: float = 0.0
+    """Squared norms of the weighted updates, summed over the adapters."""
+    squared_sum: float = 0.0
+    """Squared norms of the sum of the weighted updates."""
+    squared_written: float = 0.0
+    """Squared norms of the written updates."""
+    squared_difference: float = 0.0
+    """Squared norms of the difference between the written updates and the sum."""
 
 
 def compose_adapters(weighted_adapters: Sequence[WeightedAdapter], out: Path, options: ComposeOptions) -> ComposeReport:
-    """Write an adapter in PEFT's format that does what several do, and check it as one that leaves training.
+    """Write one adapter in PEFT's format that combines several, with the checks of an exported adapter.
 
-    All have one rank in the file, rows of zeros where a module has less, and alpha = rank.
+    All modules have one rank in the file, and alpha = rank. A module of lower rank is padded with rows of zeros.
 
     Raises:
-        UserError: the adapters are not of one base, have what cannot be composed, or `out` is there.
+        UserError: the adapters have different bases, cannot be composed, or `out` exists.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
@@ -71,35 +72,35 @@ def compose_adapters(weighted_adapters: Sequence[WeightedAdapter], out: Path, op
     for adapter in adapters:
         for module, update in adapter.low_rank.items():
             ranks.setdefault(module, []).append(update.a.shape[0])
-    report = ComposeReport(out, _rank(ranks, options), len(ranks))
+    report = ComposeReport(out=out, rank=_rank(ranks, options), matrices=len(ranks))
     tensors: dict[str, torch.Tensor] = {}
     with SafetensorsReader() as reader, torch.random.fork_rng(devices=[]):
         for module in ranks:
-            read = [
-                (read_lora_update(adapter.low_rank[module], reader), one.weight)
+            updates = [
+                WeightedLoraFactors(update.a, update.b, update.scaling, one.weight)
                 for one, adapter in zip(weighted_adapters, adapters, strict=True)
                 if module in adapter.low_rank
+                for update in (read_lora_update(adapter.low_rank[module], reader),)
             ]
-            updates = [WeightedLoraFactors(values.a, values.b, values.scaling, weight) for values, weight in read]
             digest = hashlib.sha256(f"{options.seed}:{module}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
             a, b = combine_matrices(updates, options.how, report.rank, options.density, module)
             _accumulate_norms(updates, a, b, report)
-            missing, key = report.rank - len(a), f"{PEFT_PREFIX}{module}"
-            tensors[f"{key}.lora_A.weight"] = pad(a, (0, 0, 0, missing)).contiguous()
-            tensors[f"{key}.lora_B.weight"] = pad(b, (0, missing)).contiguous()
+            padding, key = report.rank - len(a), f"{PEFT_PREFIX}{module}"
+            tensors[f"{key}.lora_A.weight"] = pad(a, (0, 0, 0, padding)).contiguous()
+            tensors[f"{key}.lora_B.weight"] = pad(b, (0, padding)).contiguous()
         for name, owner in owners.items():
             module, _, leaf = name.rpartition(".")
-            key = f"{module}.base_layer.{leaf}" if module in ranks else name  # a bias, as PEFT names it then
-            tensors[f"{PEFT_PREFIX}{key}"] = reader.read(owner.whole[name])
-    wrong = find_invalid_values(tensors.items())
-    if wrong is None and report.written <= _ZERO_TOLERANCE * report.parts:
-        wrong = "the updates cancel each other"
-    if wrong is not None:
-        raise UserError(f"{out}: no adapter is written, because {wrong}; give other weights, or a larger --density")
+            key = f"{module}.base_layer.{leaf}" if module in ranks else name  # the bias of an adapted layer
+            tensors[f"{PEFT_PREFIX}{key}"] = reader.read(owner.full_tensors[name])
+    problem = find_invalid_values(tensors.items())
+    if problem is None and report.squared_written <= _ZERO_TOLERANCE * report.squared_updates:
+        problem = "the updates cancel each other"
+    if problem is not None:
+        raise UserError(f"{out}: no adapter is written, because {problem}; give other weights, or a larger --density")
     try:
         write_adapter(tensors, _config(adapters, owners, list(ranks), report.rank, options), out)
-    except (OSError, SafetensorError) as error:  # of a full disk safetensors says so in its own way
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise UserError(f"{out}: the adapter cannot be written ({error}); make room and run again") from None
     return report
 
@@ -107,9 +108,9 @@ def compose_adapters(weighted_adapters: Sequence[WeightedAdapter], out: Path, op
 def print_compose_report(
     report: ComposeReport, weighted_adapters: Sequence[WeightedAdapter], options: ComposeOptions, console: Console
 ) -> None:
-    """What was composed, and how far it is from the sum."""
+    """Print what was composed, and its difference from the sum."""
     parts = " + ".join(f"{one.weight:g} x {one.name}" for one in weighted_adapters)
-    relative_difference = math.sqrt(report.difference / report.sums) if report.sums else 0.0
+    relative_difference = math.sqrt(report.squared_difference / report.squared_sum) if report.squared_sum else 0.0
     console.print(
         f"{report.out}: {parts} by {options.how}, rank {report.rank} on {report.matrices} matrices; differs from the "
         f"sum of the updates by {relative_difference:.1e} of it (norms)",
@@ -119,7 +120,7 @@ def print_compose_report(
 
 
 def _rank(ranks: Mapping[str, Sequence[int]], options: ComposeOptions) -> int:
-    """That all modules have in the file."""
+    """Return the rank of all modules in the file."""
     if options.how in ("cat", "sequential"):
         return max(map(sum, ranks.values()))
     largest = max(map(max, ranks.values()))
@@ -129,14 +130,16 @@ def _rank(ranks: Mapping[str, Sequence[int]], options: ComposeOptions) -> int:
 def _accumulate_norms(
     updates: Sequence[WeightedLoraFactors], a: torch.Tensor, b: torch.Tensor, report: ComposeReport
 ) -> None:
-    """Add |sum|^2 and |B A - sum|^2; neither is formed: |B A|^2 is the sum of (B^T B) * (A A^T)."""
+    """Add a matrix's squared norms to the report, without B A: |B A|^2 is the sum of (B^T B) * (A A^T)."""
     all_a = torch.cat([update.a * (update.weight * update.scaling) for update in updates]).double()
     all_b = torch.cat([update.b for update in updates], dim=1).double()
-    report.parts += sum((u.weight * u.scaling) ** 2 * _square_of_product(u.b.double(), u.a.double()) for u in updates)
-    report.sums += _square_of_product(all_b, all_a)
-    report.written += _square_of_product(b.double(), a.double())
+    report.squared_updates += sum(
+        (u.weight * u.scaling) ** 2 * _square_of_product(u.b.double(), u.a.double()) for u in updates
+    )
+    report.squared_sum += _square_of_product(all_b, all_a)
+    report.squared_written += _square_of_product(b.double(), a.double())
     stacked_a, stacked_b = torch.cat([all_a, a.double()]), torch.cat([all_b, -b.double()], dim=1)
-    report.difference += max(0.0, _square_of_product(stacked_b, stacked_a))
+    report.squared_difference += max(0.0, _square_of_product(stacked_b, stacked_a))
 
 
 def _square_of_product(b: torch.Tensor, a: torch.Tensor) -> float:
@@ -150,18 +153,18 @@ def _config(
     rank: int,
     options: ComposeOptions,
 ) -> peft.LoraConfig:
-    """PEFT's configuration: that of the first for what all have in common."""
+    """Return PEFT's configuration. Settings that all adapters share are taken from the first."""
     configs = [adapter.config for adapter in adapters]
     first = configs[0]
-    alike = all(set(adapter.low_rank) == set(modules) for adapter in adapters)
+    same_modules = all(set(adapter.low_rank) == set(modules) for adapter in adapters)
     plain = isinstance(first.get("target_modules"), list) and not any(
         first.get(key) for key in ("layers_to_transform", "exclude_modules")
     )
     paths = {owner.path for owner in owners.values()}
     own = [config for adapter, config in zip(adapters, configs, strict=True) if adapter.path in paths]
-    whole = sorted({name for config in own for name in config.get("modules_to_save") or ()})
+    modules_to_save = sorted({name for config in own for name in config.get("modules_to_save") or ()})
     biases = {config.get("bias", "none") for config in own} - {"none"}
-    if alike and plain:
+    if same_modules and plain:
         targets, parameters = first["target_modules"], first.get("target_parameters") or ()
     else:
         layers = {module for adapter in adapters for module in adapter.layers_as_parameters()}
@@ -172,7 +175,7 @@ def _config(
         lora_alpha=rank,
         target_modules=sorted(targets),
         target_parameters=sorted(parameters) or None,
-        modules_to_save=whole or None,
+        modules_to_save=modules_to_save or None,
         ensure_weight_tying=any(config.get("ensure_weight_tying", False) for config in own),
         bias="all" if len(biases) > 1 else next(iter(biases), "none"),
         fan_in_fan_out=bool(first.get("fan_in_fan_out")),

@@ -1,4 +1,4 @@
-"""Adapters that are to become one: what the command line says of them, and whether they go together."""
+"""Options of `qlora-dist compose`, and checks that the adapters can be composed."""
 
 from __future__ import annotations
 
@@ -24,81 +24,81 @@ _PRUNING_TYPES = ("ties", "dare", "magnitude")
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """An adapter as the command line names it."""
+    """Adapter with a name and a weight from the command line."""
 
     name: str
     path: Path
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComposeOptions:
-    """How to compose."""
+    """Options of `compose_adapters`."""
 
     how: CombinationType = "cat"
     rank: int | None = None
-    """Of what `svd` leaves; None: the largest of the adapters'."""
+    """Rank of the result, for types with `svd`; None: the largest rank of the adapters."""
     density: float = 0.5
-    """Part of the values that pruning leaves."""
+    """Share of the values that pruning keeps."""
     seed: int = 0
-    """Of what `dare` drops."""
+    """Seed of the values that `dare` drops."""
     base: Path | None = None
-    """Folder of the model, to be recorded; None: the one that the adapters name."""
+    """Folder of the base model, recorded in the adapter; None: the one that the adapters name."""
 
 
 def parse_weighted_adapter(text: str) -> WeightedAdapter:
-    """NAME=FOLDER[:WEIGHT].
+    """Parse NAME=FOLDER[:WEIGHT].
 
     Raises:
-        UserError: it is something else.
+        UserError: the text has another form.
     """
     name, equals, rest = text.partition("=")
     folder, _, weight = rest.rpartition(":")
     try:
-        given = WeightedAdapter(name, Path(folder), float(weight)) if folder else WeightedAdapter(name, Path(rest))
+        adapter = WeightedAdapter(name, Path(folder), float(weight)) if folder else WeightedAdapter(name, Path(rest))
     except ValueError:  # a colon within the folder's name
-        given = WeightedAdapter(name, Path(rest))
-    if not (name and equals and rest) or not math.isfinite(given.weight):
-        raise UserError(f"{text}: is no adapter with a name; write NAME=FOLDER or NAME=FOLDER:WEIGHT")
-    return given
+        adapter = WeightedAdapter(name, Path(rest))
+    if not (name and equals and rest) or not math.isfinite(adapter.weight):
+        raise UserError(f"{text}: is not a named adapter; write NAME=FOLDER or NAME=FOLDER:WEIGHT")
+    return adapter
 
 
 def parse_combination_type(text: str) -> CombinationType:
-    """A way by its name.
+    """Check the name of a combination type.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no type of that name.
     """
     if text not in COMBINATION_TYPES:
-        raise UserError(f"--how {text}: no such way; choose from {', '.join(COMBINATION_TYPES)}")
-    return cast(CombinationType, text)  # WAYS has the values of How
+        raise UserError(f"--how {text}: is no combination type; choose from {', '.join(COMBINATION_TYPES)}")
+    return cast(CombinationType, text)  # `COMBINATION_TYPES` holds its values
 
 
 def check_compose_options(weighted_adapters: Sequence[WeightedAdapter], options: ComposeOptions) -> None:
-    """That the numbers given are some that the way can use.
+    """Check the options against the combination type.
 
     Raises:
-        UserError: one is not.
+        UserError: the combination type cannot use an option or a weight.
     """
     if options.how.startswith(_PRUNING_TYPES) and not 0 < options.density < 1:
-        raise UserError(f"--density: {options.density:g} is no part of the values; give one between 0 and 1")
+        raise UserError(f"--density: {options.density:g} is not a share; give a number between 0 and 1")
     if options.rank is not None and (options.rank < 1 or not options.how.endswith("svd")):
-        raise UserError(f"--rank: --how {options.how} has no choice of rank {options.rank}; leave it out, or use svd")
+        raise UserError(f"--rank: --how {options.how} cannot have rank {options.rank}; leave it out, or use svd")
     for one in weighted_adapters[:-1]:
         if options.how == "sequential" and one.weight != 1:
             raise UserError(
-                f"{one.name}: has the weight {one.weight:g}, and what follows was trained on it whole; only the last "
-                "of a sequence may have a weight"
+                f"{one.name}: has the weight {one.weight:g}, but the next adapter was trained on weight 1; only the "
+                "last of a sequence may have a weight"
             )
 
 
 def check_common_base(
     weighted_adapters: Sequence[WeightedAdapter], adapters: Sequence[SavedAdapter], options: ComposeOptions
 ) -> None:
-    """That all are updates of one base, or each of what the one before it was merged into.
+    """Check that all adapters have one base, or with `sequential` each the previous adapter's merged model.
 
     Raises:
-        UserError: they are not, or an update is none that can be added.
+        UserError: the bases differ, or an update cannot be added.
     """
     for one, adapter in zip(weighted_adapters, adapters, strict=True):
         if any(update.magnitude is not None for update in adapter.low_rank.values()):
@@ -107,7 +107,7 @@ def check_common_base(
             )
         if any(update.experts for update in adapter.low_rank.values()):
             raise UserError(
-                f"{one.path}: adapts experts, which is not composed; merge the adapters one after the other"
+                f"{one.path}: adapts experts, which cannot be composed; merge the adapters one after the other"
             )
     if options.how == "sequential":
         for before, one, adapter in zip(weighted_adapters, weighted_adapters[1:], adapters[1:], strict=False):
@@ -117,8 +117,9 @@ def check_common_base(
         for one, adapter in zip(weighted_adapters, adapters, strict=True):
             if _real_path(adapter.base) != _real_path(first):
                 raise UserError(
-                    f"{one.path}: was trained on {adapter.base or 'no base that it names'}, and {weighted_adapters[0].path} on "
-                    f"{first or 'none that it names'}; compose adapters of one base, or say with --base that it is one"
+                    f"{one.path}: was trained on {adapter.base or 'an unnamed base'}, but {weighted_adapters[0].path} "
+                    f"on {first or 'an unnamed base'}; compose adapters of one base, or name their common base with "
+                    "--base"
                 )
 
 
@@ -127,10 +128,10 @@ def _real_path(base: str) -> str:
 
 
 def check_update_shapes(adapters: Sequence[SavedAdapter], options: ComposeOptions) -> None:
-    """That the adapters agree on the shape of each matrix, and the base with them if it was given.
+    """Check that the adapters have equal shapes for each matrix, equal to the base's if it is given.
 
     Raises:
-        UserError: they do not.
+        UserError: shapes differ.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     base = "the base"
@@ -151,18 +152,18 @@ def check_update_shapes(adapters: Sequence[SavedAdapter], options: ComposeOption
 
 
 def full_tensor_owners(adapters: Sequence[SavedAdapter]) -> dict[str, SavedAdapter]:
-    """Of each tensor that was trained whole, the adapter that has it.
+    """Return the adapter that holds each fully trained tensor.
 
     Raises:
-        UserError: there are two.
+        UserError: two adapters hold one tensor.
     """
     owners: dict[str, SavedAdapter] = {}
     for adapter in adapters:
-        for name in adapter.whole:
+        for name in adapter.full_tensors:
             if name in owners:
                 raise UserError(
-                    f"{adapter.path}: has {name} trained whole, as {owners[name].path} has, and there is no sum of the "
-                    "two; merge the adapters one after the other"
+                    f"{adapter.path}: has {name} fully trained, as {owners[name].path} has, and the two have no sum; "
+                    "merge the adapters one after the other"
                 )
             owners[name] = adapter
     return owners

@@ -1,9 +1,10 @@
-"""A merged matrix in 4 bit again, without losing the update in the rounding.
+"""Rounding of a merged matrix to 4 bit with error feedback, which preserves the update.
 
-An update is hundreds of times smaller than the weights, so nearly every weight that it has moved is nearest to the code
-that it had: rounding gives back the base. Here every row is rounded from left to right, and what has been lost so far
-is made good by the weights to come. What counts as lost is what the update would have seen: of an input x it uses D x
-only, where D has as many rows as its rank. The error that is left lies across these directions.
+An update is hundreds of times smaller than the weights, so plain rounding returns nearly every weight to its old code.
+Here each row is rounded from left to right, and later weights compensate the error of earlier ones.
+
+Only the error in the update's input directions is compensated. The update uses only D x of an input x, where D has as
+many rows as the update's rank. The remaining error is orthogonal to these directions.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import TORCH_DTYPES, dequantize_absmax
 
 _WEIGHTS_PER_BATCH = 2**22
-"""At a time, about: a step is a column of them, and costs as much to begin as some thousand weights."""
+"""Approximate number of weights in a batch. A step rounds a column, and its overhead equals some thousand weights."""
 
 
 def update_directions(update: LoraUpdate) -> torch.Tensor:
-    """D: fp32[r, in_features] with |D x| = |B A x| for every x: R A, where B = Q R."""
+    """Return D: fp32[r, in_features] with |D x| = |B A x| for every x. It is R A, where B = Q R."""
     r: torch.Tensor = torch.linalg.qr(update.b)[1]
     return r @ update.a
 
@@ -30,26 +31,26 @@ def update_directions(update: LoraUpdate) -> torch.Tensor:
 def round_with_feedback(
     packed: torch.Tensor, rows: Iterator[torch.Tensor], layout: NF4Layout, directions: torch.Tensor
 ) -> torch.Tensor:
-    """Other codes for the same scales.
+    """Round merged rows to 4-bit codes with error feedback, and keep the scales.
+
+    Let e_j be the error of weight j in a row, and s the sum of e_j D_j over the rounded weights. Let l be the mean of
+    |D_j|^2. Weight j is rounded from w_j + c, where c = -(s . D_j) / (|D_j|^2 + l) minimizes |s + c D_j|^2 + l c^2.
+    This is noise shaping, as in sigma-delta modulation, with a state of r numbers per row.
 
     Args:
-        packed: uint8[layout.total_bytes], what the update was trained on.
-        rows: fp32[n, in_features] each, what it became, from the first row on, in pieces of whole blocks.
-        layout: of both.
-        directions: fp32[r, in_features], D.
+        packed: uint8[layout.total_bytes], the matrix that the update was trained on.
+        rows: chunks of the merged matrix, fp32[n, in_features], in order, each of whole blocks.
+        layout: layout of both matrices.
+        directions: result of `update_directions`, D: fp32[r, in_features].
 
     Returns:
         uint8[layout.total_bytes].
-
-    With e_j the error of weight j in a row, s = sum of e_j D_j over what is rounded, and l the mean of |D_j|^2: weight
-    j is rounded from w_j + c, where c = -(s . D_j) / (|D_j|^2 + l) has the least |s + c D_j|^2 + l c^2. It is noise
-    shaping, as in sigma-delta modulation, with a state of r numbers for each row.
     """
     result, absmax = packed.clone(), dequantize_absmax(packed, layout)
     done = 0
-    for piece in _batch_rows(rows):
-        count = piece.numel()
-        codes = _round(piece, _scales(absmax, done, piece, layout), layout, directions).flatten()
+    for batch in _batch_rows(rows):
+        count = batch.numel()
+        codes = _round(batch, _scales(absmax, done, batch, layout), layout, directions).flatten()
         if count % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
         result[layout.codes][done // 2 :][: codes.numel() // 2] = codes[0::2] * 16 + codes[1::2]
@@ -59,7 +60,7 @@ def round_with_feedback(
 
 
 def _round(rows: torch.Tensor, scales: torch.Tensor, layout: NF4Layout, directions: torch.Tensor) -> torch.Tensor:
-    """Codes, uint8[n, in_features]."""
+    """Return the codes, uint8[n, in_features]."""
     values, order = code_table(layout.quant_type).sort()
     bounds = (values[1:] + values[:-1]) / 2
     dtype = TORCH_DTYPES[layout.dtype]
@@ -78,11 +79,11 @@ def _round(rows: torch.Tensor, scales: torch.Tensor, layout: NF4Layout, directio
 
 
 def _batch_rows(rows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The same in larger pieces."""
+    """Yield the rows in larger chunks."""
     batch: list[torch.Tensor] = []
-    for piece in rows:
-        batch.append(piece)
-        if sum(one.numel() for one in batch) >= _WEIGHTS_PER_BATCH:
+    for chunk in rows:
+        batch.append(chunk)
+        if sum(chunk.numel() for chunk in batch) >= _WEIGHTS_PER_BATCH:
             yield torch.cat(batch)
             batch = []
     if batch:
@@ -90,7 +91,7 @@ def _batch_rows(rows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _scales(absmax: torch.Tensor, first: int, rows: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
-    """fp32, of the shape of the rows, whose first weight is the `first` of the matrix, where a block begins."""
-    begin, size = first // layout.block_size, layout.block_size
-    blocks = absmax[begin : begin + -(-rows.numel() // size)]
+    """Return the fp32 scale of each weight of `rows`; `first` is the index of their first weight, a block's start."""
+    first_block, size = first // layout.block_size, layout.block_size
+    blocks = absmax[first_block : first_block + -(-rows.numel() // size)]
     return blocks.repeat_interleave(size)[: rows.numel()].view(rows.shape)

@@ -1,4 +1,4 @@
-"""A LoRA adapter in PEFT's folder: what it changes, checked before anything is made of it."""
+"""Updates of a saved LoRA adapter, with checks of its values."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from qlora_dist.io.safetensors_file import SafetensorsReader, read_safetensors_h
 
 
 def read_checked_adapter(path: Path) -> SavedAdapter:
-    """Read a folder's configuration and its file's header, and look at every value once.
+    """Read a folder's configuration and its file's header, and check every value.
 
     Raises:
-        UserError: as `read_saved_adapter`, or a value is not finite, or it changes nothing because every B is zero.
+        UserError: `read_saved_adapter` refuses it, a value is not finite, or every B is zero.
     """
     adapter = read_saved_adapter(path)
     with SafetensorsReader() as reader:
-        wrong = find_invalid_values(
+        problem = find_invalid_values(
             (key, reader.read(entry)) for key, entry in read_safetensors_header(path / ADAPTER_WEIGHTS_NAME).items()
         )
-    if wrong is not None:
-        raise UserError(f"{path}: {wrong}; use an earlier checkpoint, or train longer")
+    if problem is not None:
+        raise UserError(f"{path}: {problem}; use an earlier checkpoint, or train longer")
     return adapter
 
 
 def add_update_to_rows(weight: torch.Tensor, update: LoraUpdate, first_row: int) -> torch.Tensor:
-    """Rows of the merged matrix.
+    """Return rows of the merged matrix.
 
     Args:
-        weight: fp32[n, in_features], rows `first_row` to `first + n` of the base's.
-        update: what is added.
-        first_row: number of the first row.
+        weight: fp32[n, in_features], rows of the base's matrix.
+        update: the update of the whole matrix.
+        first_row: index of the first row.
 
     Returns:
-        fp32[n, in_features]: W + s B A, and of DoRA m (W + s B A) / |W + s B A|, norms by row (arXiv:2402.09353,
+        fp32[n, in_features]: W + s B A, or with DoRA m (W + s B A) / |W + s B A| with row norms (arXiv:2402.09353,
         equation 5).
     """
     rows = slice(first_row, first_row + weight.shape[0])
@@ -51,7 +51,7 @@ def add_update_to_rows(weight: torch.Tensor, update: LoraUpdate, first_row: int)
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """A `LowRankUpdate` that has been read, in fp32."""
+    """Tensors of a `LowRankUpdate`, in fp32."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -60,15 +60,15 @@ class LoraUpdate:
 
 
 def read_lora_update(update: LowRankUpdate, reader: SafetensorsReader) -> LoraUpdate:
-    """The tensors of an update, those of all experts together."""
+    """Read the tensors of an update, of all experts together."""
     magnitude = None if update.magnitude is None else reader.read(update.magnitude).float().flatten()
     return LoraUpdate(reader.read(update.a).float(), reader.read(update.b).float(), update.scaling, magnitude)
 
 
 def expert_lora_update(values: LoraUpdate, update: LowRankUpdate, expert: int, rows: slice) -> LoraUpdate:
-    """Of those of all experts, what changes some rows of one's matrix."""
+    """Return the update of some rows of one expert's matrix, from the update of all experts."""
     a = values.a.view(update.experts, -1, values.a.shape[1])[expert]
     b = values.b.view(len(values.b), -1, update.experts)[:, :, expert]
-    if update.swapped:
+    if update.swap_in_out:
         a, b = b.t(), a.t()
     return LoraUpdate(a.contiguous(), b[rows].contiguous(), values.scaling, None)

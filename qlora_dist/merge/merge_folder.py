@@ -1,4 +1,4 @@
-"""A model's folder and an adapter to a folder of the merged model, some rows at a time."""
+"""Merging of an adapter into a model's folder, a chunk of rows at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import track
 from qlora_dist.adapters.saved_adapter import LowRankUpdate
 from qlora_dist.errors import UserError
 from qlora_dist.io.read_ahead import read_chunks
-from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, specs_bytes
+from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, TensorEntry, specs_bytes
 from qlora_dist.merge.error_feedback import round_with_feedback, update_directions
 from qlora_dist.merge.lora_update import (
     LoraUpdate,
@@ -40,31 +40,31 @@ from qlora_dist.model.save_model_folder import finish_model_folder, split_into_f
 from qlora_dist.nf4.quant_state import quant_state_tensors
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MergeReport:
-    """What `merge_folder` did. Sums of squares are over the matrices with an update."""
+    """Result of `merge_folder`. Sums are over the matrices with an update."""
 
     out: Path
     merged: int = 0
-    """Matrices with an update."""
+    """Number of matrices with an update."""
     replaced: int = 0
-    """Tensors that were trained whole."""
+    """Number of fully trained tensors."""
     squared_updates: float = 0.0
-    """Squares of what the adapter adds to the weights that it was trained on."""
-    trained: float = 0.0
-    """Squares of what was trained: those weights and the update."""
-    difference: float = 0.0
-    """Squares of (what is written - what was trained)."""
-    kept: float = 0.0
-    """Products of (what is written - the weights trained on) with what the adapter adds."""
+    """Squared norm of the update to the weights that the adapter was trained on."""
+    squared_trained: float = 0.0
+    """Squared norm of the trained weights, that is of those weights plus the update."""
+    squared_difference: float = 0.0
+    """Squared norm of the difference between written and trained weights."""
+    update_dot_product: float = 0.0
+    """Dot product of the update with the written change, the written weights minus those trained on."""
 
-    def compare(self, written: torch.Tensor, trained_on: torch.Tensor, trained: torch.Tensor) -> None:
-        """Add some rows: fp32[n, in_features] each, but for what is written, in its own type."""
+    def add_rows(self, written: torch.Tensor, trained_on: torch.Tensor, trained: torch.Tensor) -> None:
+        """Add the sums of some rows, fp32[n, in_features] each; `written` may have another type."""
         update, written = trained - trained_on, written.float()
         self.squared_updates += _squares(update)
-        self.trained += _squares(trained)
-        self.difference += _squares(written - trained)
-        self.kept += _product(written - trained_on, update)
+        self.squared_trained += _squares(trained)
+        self.squared_difference += _squares(written - trained)
+        self.update_dot_product += _product(written - trained_on, update)
 
 
 def _squares(tensor: torch.Tensor) -> float:
@@ -80,18 +80,18 @@ def merge_folder(
 ) -> MergeReport:
     """Write the merged model as a folder that plain transformers loads.
 
+    Peak memory is the packed form of the largest matrix and a constant. Transposed matrices (GPT-2's) are held as a
+    whole. The folder is named `OUT.partial` until it is complete.
+
     Args:
         base: folder of the model; None: the one that the adapter names.
         adapter_path: folder of the adapter.
-        out: folder to make.
-        options: how.
-        console: for progress.
-
-    Memory: the packed form of the largest matrix, and a constant; transposed matrices (GPT-2's) are held whole. The
-    folder is called `OUT.partial` until it is complete.
+        out: folder to write.
+        options: options of the merge.
+        console: console of the progress bar.
 
     Raises:
-        UserError: the adapter or the base is not what it should be, they don't fit, or `out` is there.
+        UserError: the adapter or the base is invalid, they do not match, or `out` exists.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
@@ -101,11 +101,11 @@ def merge_folder(
     folder = ModelFolder(base or adapter.base)
     plan = make_merge_plan(folder, adapter, options)
     partial = out.with_name(out.name + ".partial")
-    report = MergeReport(out, replaced=len(adapter.whole))
+    report = MergeReport(out=out, replaced=len(adapter.full_tensors))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write_files(partial, plan, folder, options, report, console)
+        _write_files(partial, plan, _MatrixMerger(folder, options, report), console)
         write_merged_adapter_file(partial, adapter_path)
         replaced = TOKENIZER_FILES if copy_tokenizer(adapter_path, partial) else ()
         finish_model_folder(partial, out, folder.path, _config(folder, plan, options), replaced)
@@ -117,162 +117,152 @@ def merge_folder(
 
 
 def print_merge_report(report: MergeReport, console: Console) -> None:
-    """What was merged, and how far what is written is from what was trained."""
+    """Print what was merged, and the difference between written and trained weights."""
     console.print(
         f"{report.out}: {report.merged} matrices are merged, {report.replaced} tensors replaced", soft_wrap=True
     )
     if report.squared_updates:
         of_weights, of_updates = (
-            math.sqrt(report.difference / whole) for whole in (report.trained, report.squared_updates)
+            math.sqrt(report.squared_difference / total) for total in (report.squared_trained, report.squared_updates)
         )
         console.print(
-            f"what is written differs from what was trained by {of_weights:.1e} of the weights, {of_updates:.1e} of "
-            f"what the adapter adds (norms), of which {report.kept / report.squared_updates:.0%} are in it",
+            f"the written weights differ from the trained ones by {of_weights:.1e} of the weights, and by "
+            f"{of_updates:.1e} of the update (norms), of which they keep "
+            f"{report.update_dot_product / report.squared_updates:.0%}",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def _write_files(
-    partial: Path, plan: MergePlan, folder: ModelFolder, options: MergeOptions, report: MergeReport, console: Console
-) -> None:
-    places = split_into_files(
-        {place: specs_bytes(work.specs()) for place, work in enumerate(plan.tensors)}, options.file_bytes
-    )
-    files = [[plan.tensors[place] for place in file] for file in places]
+def _write_files(partial: Path, plan: MergePlan, merger: _MatrixMerger, console: Console) -> None:
+    sizes = {index: specs_bytes(tensor.specs()) for index, tensor in enumerate(plan.tensors)}
+    files = [[plan.tensors[index] for index in file] for file in split_into_files(sizes, merger.options.file_bytes)]
     steps = iter(track(plan.tensors, "merging", console=console, disable=not console.is_terminal, transient=True))
-    with SafetensorsReader() as reader:
-        updates = _UpdateCache(reader)
-        for index, file in enumerate(files, 1):
-            specs = [spec for work in file for spec in work.specs()]
-            writer = SafetensorsWriter(partial / f"model-{index:05}-of-{len(files):05}.safetensors", specs)
+    with merger.reader:
+        for number, file in enumerate(files, 1):
+            specs = [spec for tensor in file for spec in tensor.specs()]
+            writer = SafetensorsWriter(partial / f"model-{number:05}-of-{len(files):05}.safetensors", specs)
             for _ in file:
-                work = next(steps)
-                if work.copied_entry is not None:
-                    _copy(work, reader, writer)
-                for number, part in enumerate(work.parts):
-                    _write_matrix(work, number, part, folder, options, reader, updates, writer, report)
+                tensor = next(steps)
+                if tensor.copied_entry is not None:
+                    _copy(tensor, tensor.copied_entry, merger.reader, writer)
+                for index, part in enumerate(tensor.matrices):
+                    if tensor.written_in_4bit:
+                        merger.write_4_bit(part, writer)
+                    else:
+                        merger.write_rows(part, _RowWriter(tensor, index, part, writer))
             writer.close()
 
 
-def _copy(work: TensorMerge, reader: SafetensorsReader, writer: SafetensorsWriter) -> None:
-    assert work.copied_entry is not None
-    size = work.copied_entry.dtype.itemsize
-    for start, nbytes in read_chunks(work.copied_entry.nbytes):
-        piece = torch.empty(nbytes // size, dtype=work.copied_entry.dtype)
-        reader.read_into(piece, work.copied_entry, start)
-        writer.write(work.key, piece.to(work.dtype), start // size * work.dtype.itemsize)
+def _copy(tensor: TensorMerge, entry: TensorEntry, reader: SafetensorsReader, writer: SafetensorsWriter) -> None:
+    size = entry.dtype.itemsize
+    for start, nbytes in read_chunks(entry.nbytes):
+        chunk = torch.empty(nbytes // size, dtype=entry.dtype)
+        reader.read_into(chunk, entry, start)
+        writer.write(tensor.key, chunk.to(tensor.dtype), start // size * tensor.dtype.itemsize)
 
 
-def _write_matrix(
-    work: TensorMerge,
-    number: int,
-    part: MatrixMerge,
-    folder: ModelFolder,
-    options: MergeOptions,
-    reader: SafetensorsReader,
-    updates: _UpdateCache,
-    writer: SafetensorsWriter,
-    report: MergeReport,
-) -> None:
-    """One matrix of those of a tensor, merged; and how far it is from what was trained."""
-    if part.update is None and work.written_in_4bit:
-        _write_4_bit(packed_weight(part, folder, reader), part, writer)
-        return
-    values = updates.of(part)
+class _MatrixMerger:
+    """Merger of single matrices that adds their norms to the report."""
 
-    def row_pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Rows that the adapter was trained on, and what they became."""
-        for first, rows in training_weight_rows(part, folder, reader):
-            yield rows, _merge_rows(rows, values, first)
+    def __init__(self, folder: ModelFolder, options: MergeOptions, report: MergeReport) -> None:
+        self.options, self.reader = options, SafetensorsReader()
+        self._folder, self._report = folder, report
+        self._last_update: tuple[LowRankUpdate, LoraUpdate] | None = None
 
-    report.merged += values is not None
-    if work.written_in_4bit:
-        merged_rows = (rows for _, rows in row_pairs())
-        if options.error_feedback and values is not None:
-            before_merging = packed_weight(part, folder, reader)
-            packed = round_with_feedback(before_merging, merged_rows, part.layout, update_directions(values))
+    def write_4_bit(self, part: MatrixMerge, writer: SafetensorsWriter) -> None:
+        """Merge a matrix and write it in 4 bit."""
+        update = self._read_update(part)
+        if update is None:
+            _write_quant_state(packed_weight(part, self._folder, self.reader), part, writer)
+            return
+        merged_rows = (merged for _, merged in self._merged_rows(part, update))
+        if self.options.error_feedback:
+            before_merging = packed_weight(part, self._folder, self.reader)
+            packed = round_with_feedback(before_merging, merged_rows, part.layout, update_directions(update))
         else:
             packed = quantize_weight_rows(merged_rows, part.layout)
-        _write_4_bit(packed, part, writer)
-        for (_, stored), (before, merged) in zip(
-            dequantized_weight_rows(packed, part.layout), row_pairs(), strict=True
-        ):
-            report.compare(stored, before, merged)
-        return
-    original_rows = base_weight_rows(part, folder, reader) if options.into == "original" else None
-    matrix_writer = _MatrixWriter(work, number, part, writer)
-    for before, merged in row_pairs():
-        first, rows = next(original_rows) if original_rows is not None else (0, None)
-        stored = matrix_writer.write(merged if rows is None else _merge_rows(rows, values, first))
-        if values is not None:
-            report.compare(stored, before, merged)
-    matrix_writer.close()
+        _write_quant_state(packed, part, writer)
+        self._report.merged += 1
+        stored_rows = dequantized_weight_rows(packed, part.layout)
+        for (_, stored), (rows, merged) in zip(stored_rows, self._merged_rows(part, update), strict=True):
+            self._report.add_rows(stored, rows, merged)
 
+    def write_rows(self, part: MatrixMerge, writer: _RowWriter) -> None:
+        """Merge a matrix and write it in 16 or 32 bit."""
+        update = self._read_update(part)
+        self._report.merged += update is not None
+        is_original = self.options.into == "original"
+        original_rows = base_weight_rows(part, self._folder, self.reader) if is_original else None
+        for rows, merged in self._merged_rows(part, update):
+            first, original = next(original_rows) if original_rows is not None else (0, None)
+            stored = writer.write(merged if original is None else _merge_rows(original, update, first))
+            if update is not None:
+                self._report.add_rows(stored, rows, merged)
+        writer.close()
 
-class _UpdateCache:
-    """Of what the adapter does to a matrix, the values; those of a layer's experts are read together, once."""
+    def _merged_rows(self, part: MatrixMerge, update: LoraUpdate | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield rows that the adapter was trained on, and the merged rows."""
+        for first, rows in training_weight_rows(part, self._folder, self.reader):
+            yield rows, _merge_rows(rows, update, first)
 
-    def __init__(self, reader: SafetensorsReader) -> None:
-        self._reader = reader
-        self._last: tuple[LowRankUpdate, LoraUpdate] | None = None
-
-    def of(self, part: MatrixMerge) -> LoraUpdate | None:
+    def _read_update(self, part: MatrixMerge) -> LoraUpdate | None:
+        """Read a matrix's update. Matrices of a layer's experts follow each other, so their tensors are read once."""
         if part.update is None:
             return None
-        if self._last is None or self._last[0] != part.update:
-            self._last = part.update, read_lora_update(part.update, self._reader)
-        values = self._last[1]
+        if self._last_update is None or self._last_update[0] != part.update:
+            self._last_update = part.update, read_lora_update(part.update, self.reader)
+        update = self._last_update[1]
         if not part.update.experts:
-            return values
+            return update
         rows = slice(part.first_update_row, part.first_update_row + part.layout.shape[0])
-        return expert_lora_update(values, part.update, part.expert, rows)
+        return expert_lora_update(update, part.update, part.expert, rows)
 
 
-def _merge_rows(rows: torch.Tensor, values: LoraUpdate | None, first: int) -> torch.Tensor:
-    return rows if values is None else add_update_to_rows(rows, values, first)
+def _merge_rows(rows: torch.Tensor, update: LoraUpdate | None, first: int) -> torch.Tensor:
+    return rows if update is None else add_update_to_rows(rows, update, first)
 
 
-def _write_4_bit(packed: torch.Tensor, part: MatrixMerge, writer: SafetensorsWriter) -> None:
+def _write_quant_state(packed: torch.Tensor, part: MatrixMerge, writer: SafetensorsWriter) -> None:
     for key, tensor in quant_state_tensors(part.matrix.name, packed, part.layout).items():
         writer.write(key, tensor)
 
 
-class _MatrixWriter:
-    """Where the rows of a matrix go in 16 or 32 bit, from the first on; those of a transposed one are held."""
+class _RowWriter:
+    """Writer of a matrix in 16 or 32 bit, row by row. It holds the rows of a transposed matrix until `close`."""
 
-    def __init__(self, work: TensorMerge, number: int, part: MatrixMerge, writer: SafetensorsWriter) -> None:
+    def __init__(self, tensor: TensorMerge, index: int, part: MatrixMerge, writer: SafetensorsWriter) -> None:
         rows, columns = part.layout.shape
-        self._first = number * rows * columns * work.dtype.itemsize
-        self._work, self._writer, self._transposed = work, writer, part.matrix.transposed
+        self._first = index * rows * columns * tensor.dtype.itemsize
+        self._tensor, self._writer, self._transposed = tensor, writer, part.matrix.transposed
         self._held: list[torch.Tensor] = []
 
     def write(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows as they are written."""
-        stored = rows.to(self._work.dtype)
+        """Write the next rows, and return them in the type of the file."""
+        stored = rows.to(self._tensor.dtype)
         if self._transposed:
             self._held.append(stored)
         else:
-            self._writer.write(self._work.key, stored, self._first)
+            self._writer.write(self._tensor.key, stored, self._first)
             self._first += stored.nbytes
         return stored
 
     def close(self) -> None:
-        """After the last rows."""
+        """Write the rows that are held."""
         if self._held:
-            self._writer.write(self._work.key, torch.cat(self._held).T.contiguous(), self._first)
+            self._writer.write(self._tensor.key, torch.cat(self._held).T.contiguous(), self._first)
 
 
 def _config(folder: ModelFolder, plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
-    """config.json of the merged model."""
+    """Return config.json of the merged model."""
     config = dict(folder.config)
     if options.into != "nf4":
         config.pop("quantization_config", None)
     if options.dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = str(MERGE_DTYPES[options.dtype]).removeprefix("torch.")
-    if plan.untied:
+    if plan.is_untied:
         config["tie_word_embeddings"] = False
-    if plan.vocabulary is not None:
-        config["vocab_size"] = plan.vocabulary
+    if plan.vocab_size is not None:
+        config["vocab_size"] = plan.vocab_size
     return config

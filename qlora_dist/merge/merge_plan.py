@@ -1,4 +1,4 @@
-"""What becomes of each tensor of a folder when an adapter is merged into it."""
+"""Plan of the merge of an adapter into a folder, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qlora_dist.adapters.lora_experts import peft_swaps_in_out
 from qlora_dist.adapters.saved_adapter import LowRankUpdate, SavedAdapter, missing_module_error
 from qlora_dist.errors import UserError
-from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
+from qlora_dist.io.safetensors_file import TensorEntry, tensors_equal
 from qlora_dist.model.meta_model import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import (
@@ -32,57 +32,60 @@ MergeFormat = Literal["dequantized", "original", "nf4"]
 MERGE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """How to merge."""
+    """Options of `merge_folder`."""
 
     into: MergeFormat = "dequantized"
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of what is not in 4 bit; auto: as it was before it was quantized."""
+    """Type of tensors that are not in 4 bit; auto: their type before quantization."""
     quant_type: QuantType = "nf4"
-    """With a base in 16 bit, how the run quantized it; as the others."""
+    """Code table with which the run quantized a base in 16 bit."""
     block_size: int = 64
+    """Block size with which the run quantized a base in 16 bit."""
     double_quant: bool = True
+    """Whether the run quantized a base in 16 bit with double quantization."""
     error_feedback: bool = False
-    """Into nf4: round each weight with what the ones before it in its row have lost of the update."""
+    """Whether rounding to nf4 compensates the error of earlier weights in a row."""
     file_bytes: int = 5_000_000_000
+    """Largest size of a file; a larger tensor gets its own file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MatrixMerge:
-    """A matrix of the model."""
+    """Matrix of the model, with its update."""
 
     matrix: SourceMatrix
     layout: NF4Layout
-    """In 4 bit: as it lies in the folder, or as the run quantized it."""
+    """Layout in 4 bit, in the folder or as the run quantized it."""
     update: LowRankUpdate | None
     trained_in_4bit: bool
-    """While the adapter was trained."""
+    """Whether the matrix was in 4 bit while the adapter was trained."""
     expert: int
-    """Whose it is; 0 if there are none."""
+    """Index of the expert; 0 if there are no experts."""
     first_update_row: int
-    """Of those that belong to the expert and are together one target of the update: the matrix's first."""
+    """Row of the update at which the matrix begins, if an expert has several matrices."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorMerge:
-    """A tensor of the source, and what is written for it."""
+    """Tensor of the source, and the tensors that are written for it."""
 
     key: str
-    source: Path
-    """The file it is in, and where: for reading in order."""
+    source_file: Path
     source_offset: int
+    """Place in the source file, for reads in order."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     copied_entry: TensorEntry | None = None
-    """From the base, or from the adapter where it was trained whole."""
-    parts: tuple[MatrixMerge, ...] = ()
+    """Tensor to copy, from the base or, if it was fully trained, from the adapter."""
+    matrices: tuple[MatrixMerge, ...] = ()
     written_in_4bit: bool = False
 
     def specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, type and shape of what is written."""
+        """Yield name, type and shape of the written tensors."""
         if self.written_in_4bit:
-            for part in self.parts:
+            for part in self.matrices:
                 yield from quant_state_specs(part.matrix.name, part.layout)
         else:
             yield self.key, self.dtype, self.shape
@@ -90,20 +93,20 @@ class TensorMerge:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The tensors in the order of the source's files."""
+    """Tensors in the order of the source's files, and changes of config.json."""
 
     tensors: list[TensorMerge]
-    untied: bool
-    """The output head is a matrix of its own from now on."""
-    vocabulary: int | None
-    """Rows of the embedding, if it was trained whole."""
+    is_untied: bool
+    """Whether a tied output head becomes a separate matrix."""
+    vocab_size: int | None
+    """Rows of the embedding, if it was fully trained."""
 
 
 def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOptions) -> MergePlan:
-    """Decide on every tensor.
+    """Plan the merge of every tensor.
 
     Raises:
-        UserError: the adapter is of another model, or the folder is in other bits than `into` asks for.
+        UserError: the adapter belongs to another model, or `into` does not apply to the folder.
     """
     if options.into == "nf4" and not folder.is_quantized:
         raise UserError(f"{folder.path}: is not in 4 bit; quantize it first, or merge --into dequantized")
@@ -112,44 +115,50 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
     if options.error_feedback and options.into != "nf4":
         raise UserError(f"--error-feedback: nothing is rounded to 4 bit by --into {options.into}; use --into nf4")
     model = causal_lm_on_meta(folder, torch.bfloat16)
-    origins = find_weight_sources(model, [*folder.entries, *folder.quantized])
-    updates, whole = dict(adapter.low_rank), dict(adapter.whole)
-    work: dict[str, TensorMerge] = {}
+    sources = find_weight_sources(model, [*folder.entries, *folder.quantized])
+    updates = dict(adapter.low_rank)
+    tensors: dict[str, TensorMerge] = {}
     for target in quantizable_parameters(model, embeddings=True):
-        parts = source_matrices(target, origins, folder)
+        parts = source_matrices(target, sources, folder)
         in_folder = parts[0].name in folder.quantized
         if not in_folder and (folder.is_quantized or target.role != "layer") and target.module not in updates:
-            continue  # it stays as it is
-        layout = common_layout(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
+            continue  # it is copied below
+        layout = common_layout(
+            parts, target, folder, options.quant_type, options.block_size, double_quant=options.double_quant
+        )
         update = updates.pop(target.module, None)
         if (
             update is not None
             and target.experts
             and peft_swaps_in_out(model.get_submodule(target.module.rpartition(".")[0]))
         ):
-            update = replace(update, swapped=True)
+            update = replace(update, swap_in_out=True)
         _check_shape(update, target, adapter)
         was_4_bit = in_folder or (not folder.is_quantized and target.role == "layer")
         if options.into == "original" and update is None:
             continue
-        for item in _plan_matrices(target, parts, layout, update, folder, options, was_4_bit):
-            work[item.key] = item
-    replaced, untied = _plan_replaced_tensors(
-        whole, {name: origin.keys[0] for name, origin in origins.items()}, model, adapter
-    )
+        matrices = _plan_matrices(target, parts, layout, update, trained_in_4bit=was_4_bit)
+        for tensor in _plan_tensors(target, matrices, folder, options, in_4bit=options.into == "nf4" and was_4_bit):
+            tensors[tensor.key] = tensor
+    keys = {name: source.keys[0] for name, source in sources.items()}
+    replaced, is_untied = _plan_replaced_tensors(keys, model, adapter)
     if updates:
         raise missing_module_error(adapter, next(iter(updates)), folder.path)
     for key, entry in folder.entries.items():
-        if key not in work:
-            replacement = replaced.pop(key, entry)
-            work[key] = TensorMerge(
-                key, entry.path, entry.start, replacement.shape, _dtype(entry.dtype, options), replacement
-            )
-    for key, entry in replaced.items():  # a head that was the embedding
-        work[key] = TensorMerge(key, entry.path, entry.start, entry.shape, _dtype(torch.bfloat16, options), entry)
-    embedding = adapter.whole.get(_embedding(model))
-    vocabulary = embedding.shape[0] if embedding is not None else None
-    return MergePlan(sorted(work.values(), key=lambda item: (str(item.source), item.source_offset)), untied, vocabulary)
+        if key not in tensors:
+            tensors[key] = _copied_tensor(key, entry, replaced.pop(key, entry), _dtype(entry.dtype, options))
+    for key, entry in replaced.items():  # a head that was tied to the embedding
+        tensors[key] = _copied_tensor(key, entry, entry, _dtype(torch.bfloat16, options))
+    embedding = adapter.full_tensors.get(_embedding(model))
+    vocab_size = embedding.shape[0] if embedding is not None else None
+    in_order = sorted(tensors.values(), key=lambda tensor: (str(tensor.source_file), tensor.source_offset))
+    return MergePlan(in_order, is_untied, vocab_size)
+
+
+def _copied_tensor(key: str, source: TensorEntry, entry: TensorEntry, dtype: torch.dtype) -> TensorMerge:
+    return TensorMerge(
+        key=key, source_file=source.path, source_offset=source.start, shape=entry.shape, dtype=dtype, copied_entry=entry
+    )
 
 
 def _plan_matrices(
@@ -157,25 +166,50 @@ def _plan_matrices(
     parts: list[SourceMatrix],
     layout: NF4Layout,
     update: LowRankUpdate | None,
+    *,
+    trained_in_4bit: bool,
+) -> list[MatrixMerge]:
+    per_expert = len(parts) // (target.experts or 1)
+    return [
+        MatrixMerge(
+            matrix=matrix,
+            layout=layout,
+            update=update,
+            trained_in_4bit=trained_in_4bit,
+            expert=index // per_expert,
+            first_update_row=index % per_expert * layout.shape[0],
+        )
+        for index, matrix in enumerate(parts)
+    ]
+
+
+def _plan_tensors(
+    target: QuantizableParameter,
+    matrices: list[MatrixMerge],
     folder: ModelFolder,
     options: MergeOptions,
-    was_4_bit: bool,
+    *,
+    in_4bit: bool,
 ) -> Iterator[TensorMerge]:
-    """A work per tensor: that of a plain matrix, or of all experts if they were in one."""
-    in_4_bit = options.into == "nf4" and was_4_bit
+    """Yield a target's tensors. Experts that were quantized from one tensor are one tensor again, unless in 4 bit."""
     by_key: dict[str, list[MatrixMerge]] = {}
-    each = len(parts) // (target.experts or 1)
-    for index, matrix in enumerate(parts):
-        key = stacked_tensor_name(matrix.key, index) if target.experts and not in_4_bit else matrix.key
-        part = MatrixMerge(matrix, layout, update, was_4_bit, index // each, index % each * layout.shape[0])
-        by_key.setdefault(key, []).append(part)
+    for index, part in enumerate(matrices):
+        key = part.matrix.key
+        by_key.setdefault(stacked_tensor_name(key, index) if target.experts and not in_4bit else key, []).append(part)
     for key, tensor_matrices in by_key.items():
-        first = tensor_matrices[0].matrix
+        first, layout = tensor_matrices[0].matrix, tensor_matrices[0].layout
         entry = folder.quantized[first.name].parts[0][1] if first.name in folder.quantized else folder.entries[key]
         shape = layout.shape[::-1] if first.transposed else layout.shape
         stacked = shape if key == first.key and first.index is None else (len(tensor_matrices), *shape)
-        dtype = _dtype(getattr(torch, layout.dtype), options)
-        yield TensorMerge(key, entry.path, entry.start, stacked, dtype, None, tuple(tensor_matrices), in_4_bit)
+        yield TensorMerge(
+            key=key,
+            source_file=entry.path,
+            source_offset=entry.start,
+            shape=stacked,
+            dtype=_dtype(getattr(torch, layout.dtype), options),
+            matrices=tuple(tensor_matrices),
+            written_in_4bit=in_4bit,
+        )
 
 
 def _check_shape(update: LowRankUpdate | None, target: QuantizableParameter, adapter: SavedAdapter) -> None:
@@ -183,29 +217,35 @@ def _check_shape(update: LowRankUpdate | None, target: QuantizableParameter, ada
         return
     rows, columns = update.b.shape[0], update.a.shape[1]
     update_shape, target_shape = (rows, columns, update.experts), (*target.shape, target.experts)
-    if update.swapped:
+    if update.swap_in_out:
         update_shape = (columns, rows, update.experts)
     if update_shape != target_shape:
         adapter_shape, base_shape = (shape if shape[-1] else shape[:-1] for shape in (update_shape, target_shape))
         raise UserError(
-            f"{adapter.path}: {target.module} is {adapter_shape} there and {base_shape} in the base; give the model that it was "
-            "trained on with --base"
+            f"{adapter.path}: {target.module} is {adapter_shape} there and {base_shape} in the base; give the model "
+            "that it was trained on with --base"
         )
 
 
 def _plan_replaced_tensors(
-    whole: dict[str, TensorEntry], keys: dict[str, str], model: PreTrainedModel, adapter: SavedAdapter
+    keys: dict[str, str], model: PreTrainedModel, adapter: SavedAdapter
 ) -> tuple[dict[str, TensorEntry], bool]:
-    """What replaces tensors of the folder, by their names there; whether a tied head becomes a matrix of its own."""
-    replaced, untied = {}, False
+    """Return the fully trained tensors by their keys in the folder, and whether a tied head becomes untied.
+
+    Args:
+        keys: key in the folder of each of the model's tensors.
+        model: transformers' own class, on meta.
+        adapter: the saved adapter.
+    """
+    replaced, is_untied, trained = {}, False, adapter.full_tensors
     tied = has_tied_embeddings(model)
     paths = {id(module): path for path, module in model.named_modules()}
     head = f"{paths[id(model.get_output_embeddings())]}.weight"
     embedding = _embedding(model)
-    for name, entry in whole.items():
+    for name, entry in trained.items():
         if tied and name == head:
-            untied = embedding not in whole or not _equal(entry, whole[embedding])
-            if untied:
+            is_untied = embedding not in trained or not tensors_equal(entry, trained[embedding])
+            if is_untied:
                 replaced[head] = entry
         elif name not in keys:
             raise UserError(
@@ -213,18 +253,13 @@ def _plan_replaced_tensors(
             )
         else:
             replaced[keys[name]] = entry
-    return replaced, untied
+    return replaced, is_untied
 
 
 def _embedding(model: PreTrainedModel) -> str:
-    """Name of its parameter."""
+    """Return the name of the embedding's parameter."""
     embedding = model.get_input_embeddings()
     return next(f"{path}.weight" for path, module in model.named_modules() if module is embedding)
-
-
-def _equal(one: TensorEntry, other: TensorEntry) -> bool:
-    with SafetensorsReader() as reader:
-        return one.shape == other.shape and torch.equal(reader.read(one), reader.read(other))
 
 
 def _dtype(before: torch.dtype, options: MergeOptions) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The tokenizer of an adapter's folder, for the merged model."""
+"""Copy of the tokenizer from an adapter's folder to the merged model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ TOKENIZER_FILES = (
     "vocab.*",
     "merges.txt",
 )
-"""Patterns of what transformers saves of a tokenizer."""
+"""Patterns of the files that transformers saves for a tokenizer."""
 _GENERATION = "generation_config.json"
 
 
 def copy_tokenizer(adapter: Path, out: Path) -> bool:
-    """Copy the tokenizer with its chat template, and the end tokens, from an adapter's folder if they are there.
+    """Copy the tokenizer with its chat template, and the generation settings, from an adapter's folder.
 
     Returns:
-        Whether there is a tokenizer: the base's files must not be mixed with it.
+        Whether the folder has a tokenizer. If so, the base's tokenizer files must not be copied.
     """
     if not (adapter / "tokenizer_config.json").is_file():
         return False

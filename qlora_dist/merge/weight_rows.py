@@ -1,4 +1,4 @@
-"""The weights of a matrix in fp32, some rows at a time, from 16 bit or from 4."""
+"""Chunks of a matrix's rows in fp32, read from 16 or 4 bit."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from qlora_dist.nf4.nf4_layout import BLOCK_SIZES, NF4Layout
 from qlora_dist.nf4.quantize import dequantize_rows, dequantize_weight, quantize_chunks
 
 _WEIGHTS_PER_CHUNK = 2**20
-"""At a time, about; a row at least. Larger ones leave the processor's caches, and their memory comes anew each time."""
+"""Approximate number of weights in a chunk, which has at least one row. Larger chunks exceed the processor's caches,
+and the system allocates their memory anew each time."""
 
 WeightRows = Iterator[tuple[int, torch.Tensor]]
-"""Number of the first row, and fp32[n, in_features]."""
+"""Iterator of the index of a chunk's first row and its rows, fp32[n, in_features]."""
 
 
 def base_weight_rows(part: MatrixMerge, folder: ModelFolder, reader: SafetensorsReader) -> WeightRows:
-    """As they lie in the folder."""
+    """Yield the rows of the base's matrix in the folder."""
     if part.matrix.name in folder.quantized:
         return dequantized_weight_rows(packed_weight(part, folder, reader), part.layout)
     return _file_weight_rows(part, folder, reader)
 
 
 def training_weight_rows(part: MatrixMerge, folder: ModelFolder, reader: SafetensorsReader) -> WeightRows:
-    """As the adapter saw them: in 4 bit, if the run had them so."""
+    """Yield the rows that the adapter was trained on, quantized if the run quantized them."""
     if part.trained_in_4bit:
         return dequantized_weight_rows(packed_weight(part, folder, reader), part.layout)
     return _file_weight_rows(part, folder, reader)
 
 
 def packed_weight(part: MatrixMerge, folder: ModelFolder, reader: SafetensorsReader) -> torch.Tensor:
-    """packed: uint8[layout.total_bytes], read or made."""
+    """Return uint8[layout.total_bytes], read from a 4-bit folder or quantized from a 16-bit one."""
     if part.matrix.name in folder.quantized:
         packed = torch.empty(part.layout.total_bytes, dtype=torch.uint8)
         folder.quantized[part.matrix.name].read_range(reader, packed, 0)
@@ -44,14 +45,14 @@ def packed_weight(part: MatrixMerge, folder: ModelFolder, reader: SafetensorsRea
 
 
 def quantize_weight_rows(rows: Iterator[torch.Tensor], layout: NF4Layout) -> torch.Tensor:
-    """packed: uint8[layout.total_bytes] of rows that come in these pieces; rounded to the layout's type first."""
+    """Quantize chunks of rows to uint8[layout.total_bytes]. They are rounded to the layout's type first."""
     dtype = getattr(torch, layout.dtype)
     return quantize_chunks((chunk.to(dtype).flatten() for chunk in rows), layout, torch.device("cpu"))
 
 
 def dequantized_weight_rows(packed: torch.Tensor, layout: NF4Layout) -> WeightRows:
-    """The rows that the bytes stand for."""
-    if layout.shape[1] % layout.block_size:  # a row ends within a block; such matrices are small
+    """Yield the rows that a byte vector encodes."""
+    if layout.shape[1] % layout.block_size:  # rows end within blocks; such matrices are small
         whole = dequantize_weight(packed, layout, torch.float32)
         for first, stop in _row_ranges(layout):
             yield first, whole[first:stop]
@@ -64,7 +65,7 @@ def _file_weight_rows(part: MatrixMerge, folder: ModelFolder, reader: Safetensor
     entry, (rows, columns) = folder.entries[part.matrix.key], part.layout.shape
     size = entry.dtype.itemsize
     byte_offset = (part.matrix.index or 0) * rows * columns * size
-    if part.matrix.transposed:  # it is held whole
+    if part.matrix.transposed:  # it is held as a whole
         whole = torch.empty(columns, rows, dtype=entry.dtype)
         reader.read_into(whole, entry, byte_offset)
         for first, stop in _row_ranges(part.layout):
@@ -77,7 +78,7 @@ def _file_weight_rows(part: MatrixMerge, folder: ModelFolder, reader: Safetensor
 
 
 def _row_ranges(layout: NF4Layout) -> Iterator[tuple[int, int]]:
-    """Rows that make whole blocks of every size, but for the last ones."""
+    """Yield ranges of rows that are whole blocks of every size, except for the last range."""
     rows, columns = layout.shape
     unit = max(BLOCK_SIZES) // math.gcd(columns, max(BLOCK_SIZES))
     step = unit * -(-max(1, _WEIGHTS_PER_CHUNK // columns) // unit)

@@ -1,1 +1,1 @@
-"""The base model: its folder, its skeleton on the meta device, its output head, and filling it by byte range."""
+"""Base model: its folder, its class on the meta device, its output head, and loading of its weights by byte range."""

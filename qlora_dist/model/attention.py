@@ -1,18 +1,20 @@
-"""Attention over packed rows without dense masks: each sequence of a row by itself, causally.
+"""Causal attention within each sequence of packed rows, without dense masks.
 
-transformers builds a dense mask for a row of several sequences, and `scaled_dot_product_attention` then computes all
-pairs of positions, nearly all of which are masked. Here the places where sequences begin reach the attention function
-instead of a mask: `packed_attention_forward` is registered with transformers under `PACKED_ATTENTION`, and the boundaries travel as
-`attention_mask`, which transformers hands through untouched when it has four dimensions. A call without boundaries
-(plain logits, a cache, a user's padding mask) is transformers' own SDPA with its own masks.
+transformers builds a dense mask for a row of several sequences. `scaled_dot_product_attention` then computes all pairs
+of positions, nearly all of which are masked. Here the attention function receives the sequences' starts instead.
 
-`packed_flex_attention_forward`, registered under `PACKED_FLEX_ATTENTION`, is the same by torch's flex_attention: one kernel for all sequences of a
-row, with their windows, soft caps and sinks.
+transformers calls `packed_attention_forward`, registered as `PACKED_ATTENTION`. The starts travel as `attention_mask`,
+which transformers passes through unchanged when it has four dimensions. A call without starts (plain logits, a cache, a
+user's padding mask) runs transformers' own SDPA with its own masks.
+
+`packed_flex_attention_forward`, registered as `PACKED_FLEX_ATTENTION`, uses torch's flex_attention instead. One kernel
+computes all sequences of a row, with their windows, soft caps and sinks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,16 +34,38 @@ PACKED_ATTENTION = "qlora_packed"
 PACKED_FLEX_ATTENTION = "qlora_flex"
 
 
-def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> None:
-    """Replace transformers' attention by `packed_attention_forward` ("sdpa") or `packed_flex_attention_forward` ("flex") in a model that keeps to the
-    contract of its flash attention.
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """Options of an attention call besides its tensors and its mask."""
 
-    That is: attention is looked up by name, it is causal, and window, soft cap and sinks are handed to the function, as
-    no mask could carry them. Others (Falcon computes its own attention, Llama 4 cuts rows into chunks, hybrids have
-    layers without attention) keep SDPA with masks.
+    scale: float
+    """Factor of the scores."""
+    dropout: float = 0.0
+    """Dropout rate of the probabilities."""
+    window: int | None = None
+    """Number of positions that a position sees, itself included; None: all before it."""
+    softcap: float | None = None
+    """Soft cap c of the scores, c * tanh(score / c) (Gemma 2)."""
+    s_aux: torch.Tensor | None = None
+    """Sinks of GPT-OSS, [heads]: the score of a place that each position sees and that has no value."""
+
+    @property
+    def needs_eager(self) -> bool:
+        """Whether SDPA cannot compute it."""
+        return self.softcap is not None or self.s_aux is not None
+
+
+def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> None:
+    """Replace transformers' attention in a model that follows the contract of its flash attention.
+
+    "sdpa" selects `packed_attention_forward`, "flex" `packed_flex_attention_forward`. Under that contract attention is
+    causal and looked up by name, and the function receives window, soft cap and sinks as arguments.
+
+    Other models keep SDPA with masks. Falcon computes its own attention, Llama 4 cuts rows into chunks, and hybrids
+    have layers without attention.
 
     Raises:
-        UserError: "flex" for such a model, or for one with dropout of attention probabilities.
+        UserError: "flex" was given for another model, or for one with dropout of attention probabilities.
     """
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -56,8 +80,7 @@ def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> Non
     if attention == "flex":
         if not qualifies:
             raise UserError(
-                f"model.attention: flex: a model of type {config.model_type} does more in its attention than can be "
-                "handed over; use sdpa"
+                f"model.attention: flex does not support the attention of a model of type {config.model_type}; use sdpa"
             )
         if getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0):
             raise UserError(
@@ -69,12 +92,12 @@ def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> Non
 
 
 def takes_sequence_starts(model: PreTrainedModel) -> bool:
-    """Whether attention takes the boundaries of packed sequences."""
+    """Return whether the model's attention takes the starts of packed sequences."""
     return model.config._attn_implementation in (PACKED_ATTENTION, PACKED_FLEX_ATTENTION)
 
 
 def add_sequence_starts(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The decoder's keyword arguments, with the sequences' boundaries where its attention takes them."""
+    """Return the decoder's keyword arguments, with the sequences' starts if its attention takes them."""
     positions = inputs.get("position_ids")
     if not takes_sequence_starts(model) or positions is None or inputs.get("attention_mask") is not None:
         return inputs
@@ -94,54 +117,48 @@ def packed_attention_forward(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it.
+    """Compute attention with the signature that transformers calls.
 
     Args:
         module: the layer's attention.
         query: [batch, heads, length, d].
         key: [batch, heads / groups, length, d], never repeated: all paths take grouped heads as they are.
-        value: as key.
-        attention_mask: of `sequence_starts`, or transformers' mask, or None.
-        dropout: of the probabilities.
-        scaling: of the scores; None: 1 / sqrt(d).
-        sliding_window: a position sees so many, itself included.
-        softcap: c, for scores c * tanh(score / c) (Gemma 2).
-        s_aux: [heads], the score of a place that each position sees and that has no value (the sinks of GPT-OSS).
-        kwargs: what else a model hands over; of these only `position_bias` would change the result.
+        value: [batch, heads / groups, length, d].
+        attention_mask: result of `sequence_starts`, or transformers' mask, or None.
+        dropout: dropout rate of the probabilities.
+        scaling: factor of the scores; None: 1 / sqrt(d).
+        sliding_window: number of positions that a position sees, itself included.
+        softcap: soft cap of the scores.
+        s_aux: sinks, [heads].
+        kwargs: further arguments of a model; only `position_bias` would change the result.
 
     Returns:
         [batch, length, heads, d], and no probabilities.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    needs_eager = softcap is not None or s_aux is not None
+    options = AttentionOptions(scale=scale, dropout=dropout, window=sliding_window, softcap=softcap, s_aux=s_aux)
     if attention_mask is None or attention_mask.dtype != torch.int32:
-        if needs_eager:
+        if options.needs_eager:
             mask = attention_mask if attention_mask is not None else _causal_mask(query, key.shape[2], None)
-            output = _eager_attention(query, key, value, mask, dropout, scale, softcap, s_aux)
-            return output.transpose(1, 2).contiguous(), None
+            return _eager_attention(query, key, value, mask, options).transpose(1, 2).contiguous(), None
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs
         )
         return output, None
     assert kwargs.get("position_bias") is None, "attention with a position bias needs model.attention=eager"
-    if query.device.type == "cpu" and has_cpu_kernel(query, value, dropout, sliding_window, softcap, s_aux):
+    if query.device.type == "cpu" and has_cpu_kernel(query, value, options):
         from qlora_dist.cpu.cpu_attention import packed_causal_attention_cpu
 
         return packed_causal_attention_cpu(query, key, value, attention_mask, scale), None
-    return _uncompiled_sdpa(query, key, value, attention_mask, dropout, scale, sliding_window, softcap, s_aux), None
+    return _uncompiled_sdpa(query, key, value, attention_mask, options), None
 
 
-def has_cpu_kernel(
-    query: torch.Tensor,
-    value: torch.Tensor,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-) -> bool:
-    """Whether `packed_causal_attention_cpu` does on a CPU what `packed_attention_forward` is to do."""
-    windowed = window is not None and window < query.shape[2]
-    return not (windowed or dropout or softcap or s_aux is not None) and query.shape[-1] == value.shape[-1]
+def has_cpu_kernel(query: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> bool:
+    """Return whether `packed_causal_attention_cpu` can compute this attention on a CPU."""
+    windowed = options.window is not None and options.window < query.shape[2]
+    if windowed or options.dropout or options.softcap or options.s_aux is not None:
+        return False
+    return query.shape[-1] == value.shape[-1]
 
 
 def packed_flex_attention_forward(
@@ -152,53 +169,57 @@ def packed_flex_attention_forward(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`packed_attention_forward`, its arguments and its result, by flex_attention where sequences have boundaries. Without dropout."""
+    """Compute `packed_attention_forward` by flex_attention if sequences have starts. There is no dropout."""
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return packed_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert not kwargs.pop("dropout", 0.0), "flex_attention has no dropout"
-    return _flex_attention(module, query, key, value, attention_mask, **kwargs), None
+    return _uncompiled_flex(module, query, key, value, attention_mask, **kwargs), None
 
 
-@torch.compiler.disable  # flex_attention is compiled by itself, and the mask is made of numbers
-def _flex_attention(
+# torch has compiled flex_attention already, and the mask is built from Python numbers
+@torch.compiler.disable
+def _uncompiled_flex(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     starts: torch.Tensor,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """By transformers' call of the compiled flex_attention; that branch was not run on a GPU.
+    """Call the compiled flex_attention as transformers does. The branch with its kernels has not been run on a GPU.
 
-    On a CPU torch 2.13 refuses its backward, and the same mask becomes dense: as slow as `eager`, for tests and trials.
+    On a CPU torch 2.13 refuses the backward of flex_attention. The same mask is then made dense, which is as slow as
+    `eager` and meant for tests and trials.
     """
     assert kwargs.get("position_bias") is None, "attention with a position bias needs model.attention=eager"
-    length = query.shape[2]
-    window = sliding_window if sliding_window is not None and sliding_window < length else None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    length, scaling, window = query.shape[2], kwargs.get("scaling"), kwargs.get("sliding_window")
+    options = AttentionOptions(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=window if window is not None and window < length else None,
+        softcap=kwargs.get("softcap"),
+        s_aux=kwargs.get("s_aux"),
+    )
     if _has_flex_kernels(query.device):
-        mask = create_packed_block_mask(starts, length, window, query.device)
+        mask = create_packed_block_mask(starts, length, options.window, query.device)
         output: torch.Tensor
-        output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap, s_aux=s_aux)
+        output, _ = flex_attention_forward(
+            module, query, key, value, mask, scaling=options.scale, softcap=options.softcap, s_aux=options.s_aux
+        )
         return output
-    output = _eager_attention(query, key, value, create_packed_mask(starts, length, window), 0.0, scale, softcap, s_aux)
+    output = _eager_attention(query, key, value, create_packed_mask(starts, length, options.window), options)
     return output.transpose(1, 2).contiguous()
 
 
 def _has_flex_kernels(device: torch.device) -> bool:
-    """Whether flex_attention has a forward and a backward there."""
+    """Return whether flex_attention has a forward and a backward kernel for the device."""
     return device.type != "cpu"
 
 
 @torch.compiler.disable
 def _uncompiled_sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, *kernel_options: Any
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    return sdpa_per_sequence(sequence_slices(starts, query.shape[2]), query, key, value, *kernel_options)
+    return sdpa_per_sequence(sequence_slices(starts, query.shape[2]), query, key, value, options)
 
 
 def sdpa_per_sequence(
@@ -206,37 +227,43 @@ def sdpa_per_sequence(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    dropout: float,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    """One call per sequence, by differentiable operations. Of `sequence_slices` the pieces; the rest as `packed_attention_forward` takes it."""
-    batch = query.shape[0]
-    ends = [end - first for _, first, end in slices]
-    if len(slices) > 1:  # the rows one after another, so that one split, whose gradient is one copy, gives the pieces
+    """Compute attention by one differentiable call per sequence.
+
+    Args:
+        slices: result of `sequence_slices`.
+        query: [batch, heads, length, d].
+        key: [batch, heads / groups, length, d].
+        value: [batch, heads / groups, length, d].
+        options: the call's options.
+
+    Returns:
+        [batch, length, heads, d].
+    """
+    batch, window = query.shape[0], options.window
+    lengths = [end - first for _, first, end in slices]
+    if len(slices) > 1:  # rows are joined because one split then yields all sequences, and its gradient is one copy
         query, key, value = (t.transpose(0, 1).flatten(1, 2).unsqueeze(0) for t in (query, key, value))
     outputs = []
-    for q, k, v in zip(*(t.split(ends, dim=2) for t in (query, key, value)), strict=True):
+    for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
         windowed = window is not None and window < q.shape[2]
-        if softcap is not None or s_aux is not None:
-            seen = _causal_mask(q, q.shape[2], window)
-            outputs.append(_eager_attention(q, k, v, seen, dropout, scale, softcap, s_aux))
+        if options.needs_eager:
+            outputs.append(_eager_attention(q, k, v, _causal_mask(q, q.shape[2], window), options))
             continue
         mask = _causal_mask(q, q.shape[2], window) if windowed else None
         grouped = q.shape[1] != k.shape[1]
         outputs.append(
             scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                q, k, v, mask, options.dropout, is_causal=mask is None, scale=options.scale, enable_gqa=grouped
             )
         )
     output = torch.cat(outputs, dim=2).transpose(1, 2)
-    return output.reshape(batch, -1, *output.shape[2:]).contiguous()  # some models take a view of it
+    return output.reshape(batch, -1, *output.shape[2:]).contiguous()  # some models call view on it
 
 
 def _causal_mask(query: torch.Tensor, keys: int, window: int | None) -> torch.Tensor:
-    """bool[queries, keys], the last query being the last key's."""
+    """Return bool[queries, keys]; the last query has the position of the last key."""
     queries = query.shape[2]
     q = torch.arange(keys - queries, keys, device=query.device).unsqueeze(1)
     k = torch.arange(keys, device=query.device)
@@ -249,25 +276,22 @@ def _eager_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor,
-    dropout: float,
-    scale: float,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    """[batch, heads, length, d] from the whole matrix of scores in fp32, for what SDPA cannot do."""
+    """Return [batch, heads, length, d] from the whole matrix of scores in fp32, because SDPA lacks some options."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    scores = (query @ key.transpose(2, 3)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    # not -inf: padding in front of a prompt sees nothing, and its NaN would reach those whose weight for it is zero
+    scores = (query @ key.transpose(2, 3)).float() * options.scale
+    if (cap := options.softcap) is not None:
+        scores = cap * torch.tanh(scores / cap)
+    # not -inf: padding before a prompt sees nothing, and its NaN would reach positions that give it zero weight
     lowest = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    if s_aux is not None:
-        sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    if options.s_aux is not None:
+        sinks = options.s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], dim=3)
     probabilities = scores.softmax(dim=3)[..., : key.shape[2]]
-    return drop(probabilities, dropout).to(value.dtype) @ value
+    return drop(probabilities, options.dropout).to(value.dtype) @ value
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention_forward)

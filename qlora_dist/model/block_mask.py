@@ -1,7 +1,7 @@
-"""Which positions of packed rows see each other, in the form that torch's flex_attention takes.
+"""Block masks of packed rows for torch's flex_attention.
 
-Made from the boundaries rather than by torch's `create_block_mask`, as transformers does: that computes all pairs of
-positions first, and needs a compiler. The sequences lie in order, so the ends of two blocks say all of their pairs.
+transformers uses torch's `create_block_mask`, which computes all pairs of positions first and needs a compiler. Here a
+mask is made from the sequences' starts. Sequences lie in order, so the ends of two blocks determine all their pairs.
 """
 
 from __future__ import annotations
@@ -14,34 +14,36 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 FLEX_BLOCK_SIZE = 128  # positions: torch's own choice for its kernels
 
 
-@lru_cache(maxsize=4)  # the layers of a forward pass share it, and those computed again in backward
+@lru_cache(maxsize=4)  # all layers of a step share it, also when they are recomputed in backward
 def create_packed_block_mask(starts: torch.Tensor, length: int, window: int | None, device: torch.device) -> BlockMask:
-    """Causal, within each sequence.
+    """Create the mask of causal attention within each sequence.
 
     Args:
-        starts: of `boundaries`.
-        length: of a row.
-        window: a position sees so many, itself included; None: all of its sequence before it.
-        device: where the mask goes.
+        starts: result of `sequence_starts`.
+        length: positions in a row.
+        window: number of positions that a position sees, itself included; None: all of its sequence before it.
+        device: device of the mask.
 
     Returns:
-        A mask of [batch, 1, length, length]. Blocks without a pair are left out, and blocks of nothing but pairs are
-        marked as such.
+        A mask of [batch, 1, length, length]. Blocks without a visible pair are left out. Blocks in which all pairs are
+        visible are marked as full.
     """
     batch = starts.shape[2]
-    places = torch.arange(length, dtype=torch.int32).repeat(batch, 1)
-    sequence = torch.searchsorted(starts[0, 0], places, right=True, out_int32=True)  # [batch, length], ascending
+    positions = torch.arange(length, dtype=torch.int32).repeat(batch, 1)
+    sequence = torch.searchsorted(starts[0, 0], positions, right=True, out_int32=True)  # [batch, length], ascending
     blocks = torch.arange(-(-length // FLEX_BLOCK_SIZE))
     first, last = (
-        sequence[:, place]
-        for place in (blocks * FLEX_BLOCK_SIZE, (blocks * FLEX_BLOCK_SIZE + FLEX_BLOCK_SIZE - 1).clamp(max=length - 1))
+        sequence[:, position]
+        for position in (
+            blocks * FLEX_BLOCK_SIZE,
+            (blocks * FLEX_BLOCK_SIZE + FLEX_BLOCK_SIZE - 1).clamp(max=length - 1),
+        )
     )
-    block_distance = FLEX_BLOCK_SIZE * (
-        blocks[:, None] - blocks
-    )  # positions from the first of the keys to the first of the queries
+    # positions from the first key of a block to the first query
+    block_distance = FLEX_BLOCK_SIZE * (blocks[:, None] - blocks)
     any_visible = (block_distance >= 0) & (last[:, None, :] >= first[:, :, None])
     all_visible = (block_distance > 0) & (first[:, None, :] == last[:, :, None])
-    all_visible[:, -1] &= length % FLEX_BLOCK_SIZE == 0  # queries behind the end see nothing
+    all_visible[:, -1] &= length % FLEX_BLOCK_SIZE == 0  # queries past the end see nothing
     if window is not None:
         any_visible &= block_distance - (FLEX_BLOCK_SIZE - 1) < window
         all_visible &= block_distance + (FLEX_BLOCK_SIZE - 1) < window
@@ -63,14 +65,18 @@ def create_packed_block_mask(starts: torch.Tensor, length: int, window: int | No
 
 @lru_cache(maxsize=2)
 def create_packed_mask(starts: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
-    """The pairs of `create_packed_block_mask`: bool[batch, 1, length, length] on the CPU."""
+    """Return the visible pairs of `create_packed_block_mask` as bool[batch, 1, length, length] on the CPU."""
     mask = create_packed_block_mask(starts, length, window, torch.device("cpu"))
     return create_mask(mask.mask_mod, starts.shape[2], None, length, length, "cpu")
 
 
 def _block_counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From bool[batch, queries, keys]: int32[batch, 1, queries], how many there are of each block of queries, and
-    int32[batch, 1, queries, keys], which, then the others.
+    """Return how many key blocks each query block sees, int32[batch, 1, queries], and their order.
+
+    The order is int32[batch, 1, queries, keys]: the visible key blocks first, then the others.
+
+    Args:
+        blocks: bool[batch, queries, keys], the visible blocks.
     """
     order = blocks.int().argsort(dim=2, descending=True, stable=True)
     return blocks.sum(dim=2, dtype=torch.int32).unsqueeze(1), order.to(torch.int32).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Buffers that no file holds, such as rotary frequencies: transformers' own first values are theirs."""
+"""Initial values of buffers that no file holds, such as rotary frequencies, from transformers' own classes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from qlora_dist.errors import UserError
 
 
 def init_buffers(model: PreTrainedModel) -> None:
-    """Give the buffers that are not saved their values; they have memory already.
+    """Initialize the buffers that are not saved; they have memory already.
 
-    A class may set the buffers of a module where it initializes one around it, so those are asked too. As in
-    transformers, a module's values are set by the innermost model that it is part of. Parameters keep what they hold.
-    A value that no class sets stays NaN, for `check_buffers_initialized`.
+    A class may set a module's buffers while it initializes a module around it, so those are initialized too. As in
+    transformers, the innermost model that a module is part of sets its values. Parameters keep their values. A value
+    that no class sets stays NaN, so that `check_buffers_initialized` finds it.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
@@ -37,24 +37,24 @@ def _innermost_model(model: PreTrainedModel, path: str) -> PreTrainedModel:
 
 
 def check_buffers_initialized(model: PreTrainedModel) -> None:
-    """See whether all buffers that are not saved have got their values.
+    """Check that all buffers that are not saved have values.
 
     Raises:
-        UserError: one has not.
+        UserError: a buffer has none.
     """
     for name, buffer in model.named_non_persistent_buffers():
         if buffer.is_floating_point() and bool(buffer.isnan().any()):
             raise UserError(
-                f"model_type {model.config.model_type}: the values of its buffer {name} are not known here; give "
+                f"model_type {model.config.model_type}: no class of transformers sets its buffer {name}; give "
                 "another model"
             )
 
 
 def check_meta_buffers(model: PreTrainedModel) -> None:
-    """See the same of a model on meta, whose buffers get memory on the CPU.
+    """Check that all buffers of a model on meta would be initialized. They get memory on the CPU.
 
     Raises:
-        UserError: one would not get its values.
+        UserError: a buffer would stay without values.
     """
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, last = name.rpartition(".")

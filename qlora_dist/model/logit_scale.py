@@ -1,8 +1,8 @@
-"""What a model does to its logits after the output head: a factor (Granite, Cohere), a soft cap (Gemma-2), or nothing.
+"""Scale of a model's logits after the output head: a factor (Granite, Cohere), a soft cap (Gemma-2), or neither.
 
-The loss is computed here without the logits ever existing together, so transformers' own forward pass, in which those
-are scaled and capped, is not run to its end. What it would do is measured beforehand; a model of which that cannot be
-told is refused, because trained on another loss it would learn something else without a message.
+The loss is computed in chunks of logits, so transformers' own forward pass, which scales and caps them, does not run to
+its end. Its scale is therefore measured beforehand. A model whose scale cannot be measured is refused, because a wrong
+loss would train silently.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from transformers import PreTrainedModel
 
 from qlora_dist.errors import UserError
 
-_TOLERANCE = 1e-5  # of the measurement, made in fp64 unless the model casts to fp32
+_TOLERANCE = 1e-5  # relative and absolute; the measurement is in fp64 unless the model casts to fp32
 
 
 @dataclass(frozen=True)
 class LogitScale:
-    """logits = cap * tanh(factor * z / cap), or factor * z without a cap; z: what the head's matrix gives."""
+    """Map from the head's product z to logits: cap * tanh(factor * z / cap), or factor * z without a cap."""
 
     factor: float = 1.0
     cap: float | None = None
 
-    def apply_(self, z: torch.Tensor, with_grad: bool = True) -> torch.Tensor | float | None:
+    def apply_(self, z: torch.Tensor, *, with_grad: bool = True) -> torch.Tensor | float | None:
         """Turn z: fp32[...] into logits in place.
 
         Returns:
-            d logits / d z, of z's shape or a number; None where it is 1 or not asked for.
+            d logits / d z, of z's shape or a number; None if it is 1 or not requested.
         """
         if self.factor != 1.0:
             z.mul_(self.factor)
@@ -48,13 +48,13 @@ NO_LOGIT_SCALE = LogitScale()
 
 
 def measure_logit_scale(model: PreTrainedModel) -> LogitScale:
-    """Find the scale by running the model's own forward pass with a stand-in for all that comes before the head.
+    """Measure the scale by running the model's own forward pass with a stand-in for its decoder and its head.
 
     Args:
-        model: transformers' own class, on meta; it is left as it was.
+        model: transformers' own class, on meta; it is left unchanged.
 
     Raises:
-        UserError: no factor and cap explain what comes out.
+        UserError: no factor and cap explain the logits.
     """
     generator = torch.Generator().manual_seed(0)
     head = model.get_output_embeddings()
@@ -68,12 +68,12 @@ def measure_logit_scale(model: PreTrainedModel) -> LogitScale:
         try:
             ids = torch.zeros(1, 2, dtype=torch.int64)
             logits = model(input_ids=ids, use_cache=False, return_dict=True).logits.double().flatten()
-        except Exception as error:  # of whatever kind: it is the model's code
+        except Exception as error:  # the model's code may raise any kind
             raise _unknown_logit_scale_error(
                 model, "its output head is not a single matrix after the decoder"
             ) from error
         z = probe(hidden).flatten()
-    smallest = int(z.abs().argmin())  # the least of it is lost to a cap
+    smallest = int(z.abs().argmin())  # a cap changes the smallest value least
     for cap in (None, *_caps(model)):
         value = logits[smallest] if cap is None else cap * torch.atanh(logits[smallest] / cap)
         factor = float(value / z[smallest])
@@ -105,27 +105,27 @@ def _probe_decoder_and_head(model: PreTrainedModel, hidden: torch.Tensor, probe:
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module:
-    """What a causal language model calls before its output head."""
+    """Return the module that a causal language model calls before its output head."""
     decoder: nn.Module = model.get_decoder()
     return _child_with_embedding(model) if decoder is model else decoder
 
 
 def _child_with_embedding(model: PreTrainedModel) -> nn.Module:
-    """Return the decoder of a class whose prefix names another, such as Llama-4's."""
+    """Return the decoder of a class such as Llama-4's, whose prefix names another module."""
     embedding: nn.Module = model.get_input_embeddings()
     children: Iterable[nn.Module] = model.children()
     return next(child for child in children if any(module is embedding for module in child.modules()))
 
 
 class _Output(tuple[torch.Tensor]):
-    """The output of a decoder of any class: the last hidden state, and None for whatever else may be asked for."""
+    """Output of a decoder of any class: the last hidden state, and None for every other attribute."""
 
     def __getattr__(self, name: str) -> Any:
         return self[0] if name == "last_hidden_state" else None
 
 
-def _unknown_logit_scale_error(model: PreTrainedModel, why: str) -> UserError:
+def _unknown_logit_scale_error(model: PreTrainedModel, reason: str) -> UserError:
     return UserError(
-        f"model_type {model.config.model_type}: what it does to its logits is not known here ({why}); give another "
-        "model"
+        f"model_type {model.config.model_type}: the scale of its logits cannot be measured ({reason}); give "
+        "another model"
     )

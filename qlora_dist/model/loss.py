@@ -1,4 +1,4 @@
-"""The output head: logits, or straight the loss without ever holding the logits."""
+"""Output head that gives the logits, or the loss without all logits in memory."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ IGNORE_INDEX = -100
 if TYPE_CHECKING:
     _Embedding = nn.Embedding
     _Linear = nn.Linear
-else:  # without a base of its own, a mixin calls the forward pass of the class that it is mixed into
+else:  # a mixin without a base class calls the forward of the class that it is mixed into
     _Embedding = _Linear = object
 
-_CHUNK_LOGITS = 2**24  # elements of one product: fewer of them read the weight more seldom
+_CHUNK_LOGITS = 2**24  # elements of one product: larger products read the weight less often
 _BLOCK_LOGITS = 2**21  # elements at a time in fp32, on a CPU
 
 
 def use_loss_head(head: nn.Linear, scale: LogitScale) -> None:
-    """Have an output head, of whatever class, give the loss when it is given labels."""
+    """Make an output head of any class return the loss if it receives labels."""
     head.__class__ = type("LossHead", (_LossHead, type(head)), {"scale": scale})
 
 
 def tie_head_to_embedding(embedding: nn.Embedding, scale: LogitScale) -> None:
-    """Have a frozen embedding be the output head too (tied weights): one parameter, one unit of sharding.
+    """Make a frozen embedding serve as the output head too (tied weights).
 
-    Two modules in two units could not share a parameter, and one unit of both would stay gathered from the first
-    layer to the last.
+    It is one parameter in one unit of sharding, because modules in two units cannot share a parameter. One unit of
+    both modules would stay gathered from the first layer to the last.
     """
     embedding.__class__ = type("SharedEmbedding", (_TiedEmbedding, type(embedding)), {"scale": scale})
 
 
 class _LossHead(_Linear):
-    """Mixed into a linear layer's class."""
+    """Mixin for the class of a linear layer."""
 
     scale: LogitScale
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden: [..., h] -> logits [..., vocabulary], or with labels int64[...] the summed loss, fp32[]."""
+        """Map hidden [..., h] to logits [..., vocabulary], or with labels int64[...] to the summed loss, fp32[]."""
         if labels is None:
             return super().forward(hidden)
         return linear_cross_entropy_sum(
@@ -53,12 +53,12 @@ class _LossHead(_Linear):
 
 
 class _TiedEmbedding(_Embedding):
-    """Mixed into an embedding's class, which may scale what it looks up."""
+    """Mixin for the class of an embedding, which may scale its rows."""
 
     scale: LogitScale
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """ids: int64[...] -> [..., h], or hidden: [..., h] -> as the loss head."""
+        """Map ids int64[...] to [..., h], or hidden [..., h] to the output of a loss head."""
         if not x.is_floating_point():
             return super().forward(x)
         if labels is None:
@@ -67,20 +67,19 @@ class _TiedEmbedding(_Embedding):
 
 
 class TiedHead(nn.Module):
-    """Stands where `lm_head` stood, and calls the embedding as a module, so that its unit is gathered for it."""
+    """Replacement of a tied `lm_head`. It calls the embedding as a module, so that the engine gathers its unit."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         self._embedding = [embedding]  # in a list: not a submodule, or its parameter would be listed twice
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """As the loss head."""
         output: torch.Tensor = self._embedding[0](hidden, labels)
         return output
 
 
 def _weight(module: nn.Embedding | nn.Linear, like: torch.Tensor) -> torch.Tensor:
-    """[vocabulary, h]; one in 4 bit is dequantized for the call."""
+    """Return the weight, [vocabulary, h], dequantized for this call if it is in 4 bit."""
     return module.dequantize(like.dtype) if isinstance(module, NF4VocabMixin) else module.weight
 
 
@@ -91,21 +90,21 @@ def linear_cross_entropy_sum(
     labels: torch.Tensor,
     scale: LogitScale = NO_LOGIT_SCALE,
 ) -> torch.Tensor:
-    """Sum of the cross entropies over the positions whose label is not IGNORE.
+    """Return the sum of the cross entropies over the positions whose label is not IGNORE_INDEX.
 
     The logits exist in chunks of 16 million, of trained positions only, and on a CPU in fp32 two million at a time.
-    The gradients are computed along with the loss, so backward needs neither the logits nor the weight: a sharded head
-    is gathered once a step. That of a trained weight is summed in fp32.
+    The gradients are computed along with the loss, so backward needs neither the logits nor the weight. A sharded head
+    is therefore gathered once per step. The gradient of a trained weight is summed in fp32.
 
-    `torch.nn.functional.linear_cross_entropy` (2.13) does the same in principle, but returns the sum in hidden's
-    type (off by 0.8 % for 341 tokens in bf16) and takes twice the time or more on a CPU (docs/log.md).
+    `torch.nn.functional.linear_cross_entropy` (2.13) does the same in principle, but returns the sum in hidden's type.
+    That is off by 0.8 % for 341 tokens in bf16. On a CPU it takes at least twice the time (docs/log.md).
 
     Args:
         hidden: [n, h], bf16, fp16 or fp32.
         weight: [vocabulary, h].
         bias: [vocabulary] or None.
         labels: int64[n].
-        scale: what the model does to its logits.
+        scale: the model's map from the head's product to logits.
 
     Returns:
         fp32[].
@@ -115,13 +114,13 @@ def linear_cross_entropy_sum(
 
 
 def _softmax_grad_(
-    logits: torch.Tensor, targets: torch.Tensor, scale: LogitScale, grad_bias: torch.Tensor | None, wants_grad: bool
+    logits: torch.Tensor, targets: torch.Tensor, scale: LogitScale, grad_bias: torch.Tensor | None, *, wants_grad: bool
 ) -> torch.Tensor:
-    """The summed loss of logits[n, vocabulary], targets[n, 1]; the logits become d loss / d logits, if that is wanted.
+    """Return the summed loss of logits[n, vocabulary] and targets[n, 1].
 
-    That is softmax - one-hot, and the slope of what the model does to its logits.
+    With `wants_grad`, d loss / d logits overwrites the logits: softmax - one-hot, times the gradient of the scale.
     """
-    values = logits.float()  # fp32 logits: themselves
+    values = logits.float()  # fp32 logits are not copied
     scale_grad = scale.apply_(values, with_grad=wants_grad)
     peak, target_logits = values.amax(dim=1, keepdim=True), values.gather(1, targets)
     exponentials = values.sub_(peak).exp_()
@@ -154,18 +153,18 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_weight and bias is not None else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        trained = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        loss_rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         size = max(1, _CHUNK_LOGITS // weight.shape[0])
-        buffer = hidden.new_empty(min(size, len(trained)), weight.shape[0])
+        buffer = hidden.new_empty(min(size, len(loss_rows)), weight.shape[0])
         block = rows_per_chunk(buffer, _BLOCK_LOGITS)
-        for rows in trained.split(size):
+        for rows in loss_rows.split(size):
             inputs, logits = hidden[rows], buffer[: len(rows)]
             if bias is None:
                 torch.mm(inputs, weight.t(), out=logits)
             else:
                 torch.addmm(bias, inputs, weight.t(), out=logits)
             for part, targets in zip(logits.split(block), labels[rows].split(block), strict=True):
-                loss += _softmax_grad_(part, targets.unsqueeze(1), scale, grad_bias, wants_grad)
+                loss += _softmax_grad_(part, targets.unsqueeze(1), scale, grad_bias, wants_grad=wants_grad)
             if grad is None:
                 continue
             grad[rows] = logits @ weight
@@ -180,7 +179,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         (grad_loss,) = grads
         (grad, grad_weight, grad_bias), ctx.gradients = ctx.gradients, None
         weight_dtype, bias_dtype = ctx.dtypes
-        # multiplied in fp32: a loss scale over few tokens is infinite in fp16
+        # in fp32, because a loss scale divided by few tokens is infinite in fp16
         return (
             (grad.float() * grad_loss).to(grad.dtype),
             None if grad_weight is None else grad_weight.mul_(grad_loss).to(weight_dtype),

@@ -1,4 +1,4 @@
-"""The model without its weights: transformers' own class, on the meta device, with 4-bit layers and our head."""
+"""A model without weights: transformers' own class on the meta device, with 4-bit layers and a head for the loss."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from qlora_dist.nf4.nf4_layout import NF4Layout
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def build_meta_model(folder: ModelFolder, config: ModelConfig, quantize: bool = True) -> LossModel:
-    """A causal language model on meta whose quantizable layers are NF4Linear and whose forward gives the loss.
+def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool = True) -> LossModel:
+    """Build a causal language model on meta whose quantizable layers are NF4Linear and whose forward gives the loss.
 
-    Parameters that stay unquantized have the compute type. Nothing is trained yet.
+    Parameters that stay unquantized have the compute type. All parameters are frozen.
 
     Args:
-        folder: of the model.
-        config: how to quantize what is not in 4 bit yet, and the compute type.
-        quantize: False: what is in 16 bit in the folder stays so.
+        folder: the model's folder.
+        config: the compute type, and the quantization of matrices that are in 16 bit in the folder.
+        quantize: whether to quantize these matrices.
 
     Raises:
-        UserError: the folder holds no causal language model that this transformers knows, or weights are missing.
+        UserError: the folder holds no causal language model that this transformers supports, or weights are missing.
     """
     dtype = COMPUTE_DTYPES[config.compute_dtype]
     model = causal_lm_on_meta(folder, dtype, config.attention)
@@ -57,28 +57,30 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, quantize: bool = 
         set_packed_attention(model, config.attention)
     fuse_rms_norms(model)
     _keep_buffers_in_fp32(model)
-    origins = find_weight_sources(model, [*folder.entries, *folder.quantized])
+    sources = find_weight_sources(model, [*folder.entries, *folder.quantized])
     scale, tied = measure_logit_scale(model), has_tied_embeddings(model)
     in_4_bit: dict[str, Sequence[SourceMatrix]] = {}
     reads = find_weight_reads(model)
     for target in list(quantizable_parameters(model, embeddings=True)):
-        parts = source_matrices(target, origins, folder)
+        parts = source_matrices(target, sources, folder)
         wants_4bit = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
         if not (wants_4bit and quantize) and not any(part.name in folder.quantized for part in parts):
-            continue  # embeddings that stay in 16 bit, or what whoever quantized the folder left as it was
-        layout = common_layout(parts, target, folder, config.quant_type, config.block_size, config.double_quant)
+            continue  # embeddings that stay in 16 bit, or layers that the folder's quantizer skipped
+        layout = common_layout(
+            parts, target, folder, config.quant_type, config.block_size, double_quant=config.double_quant
+        )
         _replace_with_nf4(model, target, layout, len(parts), dtype)
         if isinstance(layer := model.get_submodule(target.module), NF4Linear):
             layer.is_weight_read = target.module in reads
         in_4_bit[target.name] = parts
-    _replace_head(model, scale, tied)
+    _replace_head(model, scale, tied=tied)
     model.requires_grad_(False)
-    _check_weights_present(model, origins, folder)
-    takes_positions = "position_ids" in inspect.signature(find_decoder(model).forward).parameters
+    _check_weights_present(model, sources, folder)
+    takes_position_ids = "position_ids" in inspect.signature(find_decoder(model).forward).parameters
     attributes = {
-        "origins": origins,
+        "origins": sources,
         "matrices": in_4_bit,
-        "takes_positions": takes_positions,
+        "takes_position_ids": takes_position_ids,
         "forward": _loss_forward_like(type(model).forward),
     }
     model.__class__ = type(f"Loss{type(model).__name__}", (LossModel, type(model)), attributes)
@@ -87,21 +89,21 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, quantize: bool = 
 
 
 def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = "sdpa") -> transformers.PreTrainedModel:
-    """Transformers' causal language model for the folder's config.json, without weights.
+    """Build transformers' causal language model for the folder's config.json, without weights.
 
     Raises:
         UserError: the architecture is not supported, or transformers has no such class.
     """
     if any(key in folder.config for key in ("vision_config", "audio_config")):
         raise UserError(
-            f"{folder.path / 'config.json'}: describes a model of more than text; give a causal language model"
+            f"{folder.path / 'config.json'}: describes a multimodal model; give a causal language model of text only"
         )
     try:
         config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # it describes how transformers would load the folder; we load it
+            del config.quantization_config  # it would make transformers quantize the model
         if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
-            attention = "eager"  # SDPA has no cap, and transformers would leave it out without a word
+            attention = "eager"  # SDPA has no cap, and transformers would omit it silently
         requested = "eager" if attention == "eager" else None  # None: SDPA where the architecture has it
         model = _from_config(config, dtype, requested)
         check_model_class(model, folder.path)
@@ -112,8 +114,8 @@ def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = 
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{folder.path / 'config.json'}: transformers {transformers.__version__} makes no causal language model "
-            f"of it ({reason}); give another model or upgrade transformers"
+            f"{folder.path / 'config.json'}: transformers {transformers.__version__} cannot build a causal language "
+            f"model from it ({reason}); give another model or upgrade transformers"
         ) from None
     return model
 
@@ -126,9 +128,9 @@ def _from_config(config: transformers.PretrainedConfig, dtype: torch.dtype, atte
 
 
 def _stores_untied_head(model: transformers.PreTrainedModel, folder: ModelFolder) -> bool:
-    """Whether a folder whose config.json ties the output head holds one that differs from the input embedding.
+    """Return whether the folder holds an output head that differs from the embedding to which config.json ties it.
 
-    Merging a trained embedding and head leaves such folders, and transformers keeps both tensors on loading.
+    Merging a trained embedding and head produces such folders, and transformers keeps both tensors on loading.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     head, embedding = (
@@ -136,18 +138,18 @@ def _stores_untied_head(model: transformers.PreTrainedModel, folder: ModelFolder
     )
     names = [*folder.entries, *folder.quantized]
     if not any(name.endswith(head.rpartition(".")[0].rpartition(".")[2] + ".weight") for name in names):
-        return False  # the usual case, without a look at every name's meaning
-    origins = find_weight_sources(model, names)
-    if head not in origins or embedding not in origins:
+        return False  # the usual case; converting all names takes longer
+    sources = find_weight_sources(model, names)
+    if head not in sources or embedding not in sources:
         return False
-    return not folder.are_equal(origins[head].keys[0], origins[embedding].keys[0])
+    return not folder.tensors_equal(sources[head].keys[0], sources[embedding].keys[0])
 
 
 def transformers_names(model: nn.Module) -> dict[str, str]:
-    """By the name of a skeleton's parameter, the name that transformers' own class gives what it stands for."""
+    """Map the name of each parameter of a meta model to the name that transformers' own class has for it."""
     names: dict[str, str] = {}
     for path, module in model.named_modules():
-        plain_path = path.replace(".base_layer", "")  # an adapter around it
+        plain_path = path.replace(".base_layer", "")  # the name inside a LoRA layer
         for name in module._parameters:
             full = f"{plain_path}.{name}" if plain_path else name
             if isinstance(module, NF4Linear | NF4VocabMixin) and name == "packed":
@@ -159,7 +161,7 @@ def transformers_names(model: nn.Module) -> dict[str, str]:
 
 
 def get_decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks."""
+    """Return the list of transformer blocks."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [(path.count("."), m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     blocks = [(depth, m) for depth, m in lists if len(m) == count]
@@ -173,7 +175,7 @@ def _replace_with_nf4(
         use_nf4_vocab(model.get_submodule(target.module), layout, dtype)
         return
     if not target.experts:
-        model.set_submodule(target.module, NF4Linear(layout, target.has_bias, dtype, "meta"))
+        model.set_submodule(target.module, NF4Linear(layout, bias=target.has_bias, bias_dtype=dtype, device="meta"))
         return
     path, _, name = target.module.rpartition(".")
     experts = model.get_submodule(path)
@@ -182,7 +184,7 @@ def _replace_with_nf4(
     replace_experts_forward(experts)
 
 
-def _replace_head(model: transformers.PreTrainedModel, scale: LogitScale, tied: bool) -> None:
+def _replace_head(model: transformers.PreTrainedModel, scale: LogitScale, *, tied: bool) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if tied:
         tie_head_to_embedding(embedding, scale)
@@ -191,37 +193,37 @@ def _replace_head(model: transformers.PreTrainedModel, scale: LogitScale, tied: 
         use_loss_head(head, scale)
 
 
-def _check_weights_present(model: nn.Module, origins: Mapping[str, WeightSource], folder: ModelFolder) -> None:
+def _check_weights_present(model: nn.Module, sources: Mapping[str, WeightSource], folder: ModelFolder) -> None:
     names = transformers_names(model)
     for name, parameter in model.named_parameters():
-        origin = origins.get(names[name])
-        if origin is None:
-            raise folder.missing(names[name])
+        source = sources.get(names[name])
+        if source is None:
+            raise folder.missing_weight_error(names[name])
         if parameter.dtype == torch.uint8:
-            continue  # checked when its layout was found
-        shapes = [folder.shape(key) for key in origin.keys]
-        shape, alike = shapes[0], len(set(shapes)) == 1
-        if origin.experts:
-            shape = (origin.experts, len(origin.keys) // origin.experts * shape[0], *shape[1:])
+            continue  # `common_layout` has checked it
+        shapes = [folder.shape(key) for key in source.keys]
+        shape, equal_shapes = shapes[0], len(set(shapes)) == 1
+        if source.experts:
+            shape = (source.experts, len(source.keys) // source.experts * shape[0], *shape[1:])
         elif len(shapes) > 1:  # one above the other
-            alike = len({part[1:] for part in shapes}) == 1
+            equal_shapes = len({part[1:] for part in shapes}) == 1
             shape = (sum(rows for rows, *_ in shapes), *shape[1:])
-        if not alike or shape != tuple(parameter.shape):
+        if not equal_shapes or shape != tuple(parameter.shape):
             raise UserError(
-                f"{folder.path}: {origin.keys[0]} has the shape {shape} and config.json asks for "
+                f"{folder.path}: {source.keys[0]} has the shape {shape} and config.json asks for "
                 f"{tuple(parameter.shape)}; get the folder anew"
             )
 
     saved = model.state_dict()
     for name, _ in model.named_buffers():
-        if name in saved and name not in origins:
-            raise folder.missing(name)
+        if name in saved and name not in sources:
+            raise folder.missing_weight_error(name)
 
 
 def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
-    """Those that the class wants so: DeepSeek's router chooses other experts if its bias is rounded.
+    """Keep the buffers in fp32 that the class lists: DeepSeek's router chooses other experts if its bias is rounded.
 
-    Parameters of that kind are gathered in the compute type like all others.
+    Listed parameters are not kept, because the engine gathers all parameters in the compute type.
     """
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for path, module in model.named_modules():
@@ -231,7 +233,7 @@ def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
 
 
 def _loss_forward_like(transformers_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Our forward pass with the signature of transformers': `generate` looks whether there are position_ids in it."""
+    """Return the loss model's forward with transformers' signature, in which `generate` looks for position_ids."""
 
     @functools.wraps(transformers_forward)
     def forward(self: LossModel, *args: Any, **kwargs: Any) -> Any:
@@ -241,20 +243,26 @@ def _loss_forward_like(transformers_forward: Callable[..., Any]) -> Callable[...
 
 
 class LossModel(transformers.PreTrainedModel):
-    """Mixed into transformers' class: with labels, forward gives the summed loss straight from the head."""
+    """Mixin for transformers' class whose forward, given labels, returns the summed loss."""
 
     origins: Mapping[str, WeightSource]
-    """By the name of a tensor in transformers' own class, those of the folder that it is made of."""
-    source_matrices: Mapping[str, Sequence[SourceMatrix]]
-    """By the same name, the matrices of those that are in 4 bit here."""
-    takes_positions: bool
-    """Whether the decoder takes position_ids: BLOOM counts for itself, Mamba has no use for them."""
+    """The folder's tensors behind each tensor of transformers' own class, by that tensor's name."""
+    matrices: Mapping[str, Sequence[SourceMatrix]]
+    """The folder's matrices behind each tensor that is in 4 bit in this model, by the same name."""
+    takes_position_ids: bool
+    """Whether the decoder takes position_ids. BLOOM and Mamba do not."""
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """labels: int64[batch, sequence], each the target of its own position, IGNORE where not trained."""
+        """Return the summed loss if labels are given, else transformers' output.
+
+        Args:
+            args: transformers' arguments.
+            labels: int64[batch, sequence], the target of each position; IGNORE_INDEX if it is not trained.
+            kwargs: transformers' arguments.
+        """
         if labels is None:
             return super().forward(*args, **kwargs)
-        if not self.takes_positions:
-            kwargs.pop("position_ids", None)  # rows are not packed then
+        if not self.takes_position_ids:
+            kwargs.pop("position_ids", None)  # such a model does not train on packed rows
         hidden = find_decoder(self)(*args, **add_sequence_starts(self, kwargs), use_cache=False).last_hidden_state
         return self.get_output_embeddings()(hidden, labels)

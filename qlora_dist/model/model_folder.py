@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: what is in it, without reading the weights."""
+"""Contents of a Hugging Face model folder, without reading the weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class ModelFolder:
-    """config.json and the tensors of a folder, 4-bit weights told from the others.
+    """Configuration and tensors of a folder, with 4-bit weights apart from the other tensors.
 
     Attributes:
-        path: the folder.
-        config: config.json.
-        entries: the tensors that are not part of a 4-bit weight, by name.
-        quantized: the 4-bit weights, by name.
+        path: folder of the model.
+        config: content of config.json.
+        entries: tensors that are not part of a 4-bit weight, by name.
+        quantized: 4-bit weights, by name.
 
     Raises:
         UserError: the folder, its config.json or one of its safetensors files is missing or damaged, or the weights
@@ -39,7 +39,7 @@ class ModelFolder:
         method = (self.config.get("quantization_config") or {}).get("quant_method")
         if method not in (None, "bitsandbytes"):
             raise UserError(
-                f"{self.path}: is quantized with {method}, which is not read here; {_quant_method_hint(method)}"
+                f"{self.path}: is quantized with {method}, which is not supported; {_quant_method_hint(method)}"
             )
         entries = self._read_entries()
         with SafetensorsReader() as reader:
@@ -49,21 +49,21 @@ class ModelFolder:
         }
         if method is not None and not self.quantized:
             raise UserError(
-                f"{self.path}: is quantized with bitsandbytes, but not in 4 bit, which is not read here; "
+                f"{self.path}: is quantized with bitsandbytes, but not in 4 bit, which is not supported; "
                 f"{_quant_method_hint(method)}"
             )
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the linear layers are in 4 bit."""
+        """Whether linear layers are in 4 bit."""
         return bool(self.quantized)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, in 4 bit or not."""
+        """Return the shape of a tensor, in 4 bit or not."""
         return self.quantized[name].layout.shape if name in self.quantized else self.entries[name].shape
 
-    def are_equal(self, one: str, other: str) -> bool:
-        """Whether two tensors, in 4 bit or not, have the same bytes; they are read up to the first difference."""
+    def tensors_equal(self, one: str, other: str) -> bool:
+        """Return whether two tensors, in 4 bit or not, have equal bytes. They are read up to the first difference."""
         pair = one, other
         if pair not in self._equal:
             self._equal[pair] = self._compare(one, other)
@@ -94,16 +94,16 @@ class ModelFolder:
                     return False
         return True
 
-    def missing(self, name: str) -> UserError:
-        """What to say of a weight that config.json asks for and the folder does not hold."""
+    def missing_weight_error(self, name: str) -> UserError:
+        """Return the error about a weight that config.json requires and the folder does not hold."""
         stem = name.removesuffix(".weight")
-        alike = (key for key in sorted([*self.entries, *self.quantized]) if key.startswith(stem))
-        near = next((key for key in alike if key != f"{stem}.bias"), None)
-        if near is None:
+        similar = (key for key in sorted([*self.entries, *self.quantized]) if key.startswith(stem))
+        nearest = next((key for key in similar if key != f"{stem}.bias"), None)
+        if nearest is None:
             return UserError(f"{self.path}: the weight {name} is missing; get the folder anew")
         return UserError(
-            f"{self.path}: the weight {name} is missing; {near} is there, a form that is not read here; give a copy of "
-            "the model in 16 bit"
+            f"{self.path}: the weight {name} is missing; {nearest} is there, which has an unsupported format; give a "
+            "copy of the model in 16 bit"
         )
 
     def _read_entries(self) -> dict[str, TensorEntry]:
@@ -124,14 +124,14 @@ class ModelFolder:
         return entries
 
     def _missing_files_hint(self) -> str:
-        """What to do about a folder without the files that are looked for."""
-        found = sorted(path.name for path in self.path.glob("*.safetensors"))
-        if any(name.startswith("model-") for name in found):
+        """Return the remedy for a folder without the expected files."""
+        files = sorted(path.name for path in self.path.glob("*.safetensors"))
+        if any(name.startswith("model-") for name in files):
             return f"its parts are there without {_INDEX}; copy that file too"
-        if any(name.startswith("consolidated") for name in found):
-            return f"{found[0]} has Mistral's own names of tensors; get the files that transformers loads"
-        if "adapter_model.safetensors" in found:
-            return "it is an adapter's folder; give that of its base"
+        if any(name.startswith("consolidated") for name in files):
+            return f"{files[0]} has Mistral's own names of tensors; get the files that transformers loads"
+        if "adapter_model.safetensors" in files:
+            return "it is the folder of an adapter; give the folder of its base"
         pickled = sorted(path.name for path in self.path.glob("*.bin"))
         if pickled:
             return f"{pickled[0]} is a pickle, which is never read; save the model as safetensors"
@@ -150,10 +150,10 @@ def _quant_method_hint(method: str) -> str:
 
 
 def read_model_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        UserError: missing, or not a JSON object.
+        UserError: the file is missing, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

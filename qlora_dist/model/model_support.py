@@ -1,4 +1,4 @@
-"""What of a model's class decides that it cannot be trained here, seen before a weight is read or written."""
+"""Check of a model's class, before any weight is read or written, for properties that prevent training."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from qlora_dist.model.quantizable import has_tied_embeddings
 from qlora_dist.model.weight_reads import find_weight_reads
 
 _CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention"}
-"""What transformers calls attention to the states of an encoder."""
+"""Names of transformers' modules that attend to the states of an encoder."""
 _UNSUPPORTED = {
-    "cpmant": "puts a prompt of its own in front of each sequence",
-    "reformer": "takes sequences of one length only, which axial_pos_shape gives",
-    "xlm": "lets a position see those behind it",
-    "xlnet": "lets a position see those behind it",
+    "cpmant": "puts its own prompt before each sequence",
+    "reformer": "takes only sequences of the length that axial_pos_shape gives",
+    "xlm": "lets a position see later ones",
+    "xlnet": "lets a position see later ones",
 }
-"""Reason, by `model_type`, why it is no causal language model that trains on rows of any length."""
+"""Reasons why a model is no causal language model for rows of any length, by `model_type`."""
 
 
 def check_model_class(model: PreTrainedModel, path: Path) -> None:
-    """Refuse a class of which no causal language model can be trained right.
+    """Check that a class can be trained as a causal language model.
 
     Args:
         model: transformers' own class, on meta.
-        path: of the folder, for the message.
+        path: folder of the model, for messages.
 
     Raises:
-        UserError: with what stands in the way.
+        UserError: it cannot.
     """
     kind = model.config.model_type
     if (reason := _UNSUPPORTED.get(kind)) is not None:
@@ -39,10 +39,10 @@ def check_model_class(model: PreTrainedModel, path: Path) -> None:
     if attends or getattr(type(model.config), "is_encoder_decoder", False):
         raise _unsupported(path, kind, "attends to the states of an encoder")
     if (names := _shared_parameter_names(model)) is not None:
-        raise _unsupported(path, kind, f"has one weight in two places, {names[0]} and {names[1]}")
+        raise _unsupported(path, kind, f"shares one weight between {names[0]} and {names[1]}")
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear) and has_tied_embeddings(model) and head.bias is not None:
-        raise _unsupported(path, kind, "has an output head that is the input embedding's weight with a bias")
+        raise _unsupported(path, kind, "adds a bias to an output head that is tied to the input embedding")
     changed = [name for name, use in find_weight_reads(model).items() if use == "change"]
     if changed:
         raise _unsupported(path, kind, f"changes the weight of {changed[0]} while it computes")
@@ -56,7 +56,7 @@ def _unsupported(path: Path, kind: str, reason: str) -> UserError:
 
 
 def _shared_parameter_names(model: PreTrainedModel) -> tuple[str, str] | None:
-    """Return two names of one parameter; that of the embedding may be the output head's as well."""
+    """Return two names of one parameter. The output head may share the embedding's parameters."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     allowed = {id(module.weight) for module in (head, embedding) if hasattr(module, "weight")}
     allowed |= {id(head.bias)} if getattr(head, "bias", None) is not None else set()

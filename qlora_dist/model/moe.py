@@ -1,8 +1,8 @@
 """The forward pass of sparse layers whose experts are in 4 bit.
 
-transformers 5 keeps a projection of all experts in one three-dimensional parameter. Here a module (NF4Experts) stands
-in the parameter's place and these functions call it, one expert at a time. Everything around them, router included, is
-transformers' own.
+transformers 5 keeps a projection of all experts in one three-dimensional parameter. Here an NF4Experts module replaces
+the parameter, and these functions call it for one expert at a time. Everything else, such as the router, is
+transformers' own code.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from qlora_dist.nf4.experts import NF4Experts
 
 
 class SparseExperts(Protocol):
-    """Experts of a transformers class that `use_experts_implementation` decorates, in 4 bit.
+    """Experts in 4 bit of a transformers class that `use_experts_implementation` decorates.
 
-    A class has `gate_up_proj` and `_apply_gate` if `has_gate`, else `up_proj`. Its biases, which some classes lack, are
-    `gate_up_proj_bias` or `up_proj_bias`, and `down_proj_bias`: [experts, out_features] each.
+    A class has `gate_up_proj` and `_apply_gate` if `has_gate`, else `up_proj`. Its optional biases are
+    `gate_up_proj_bias` or `up_proj_bias`, and `down_proj_bias`, [experts, out_features] each.
     """
 
     num_experts: int
@@ -33,19 +33,19 @@ class SparseExperts(Protocol):
     def _apply_gate(self, gate_up_out: torch.Tensor, /) -> torch.Tensor: ...
 
     def act_fn(self, x: torch.Tensor, /) -> torch.Tensor:
-        """Activation of an expert, of the shape of x."""
+        """Return an expert's activation, of the shape of x."""
 
     def post_expert_norm(self, x: torch.Tensor, /) -> torch.Tensor:
-        """Norm of the experts' outputs x: [n, h], if `has_post_expert_norm`."""
+        """Normalize the experts' outputs x: [n, h], if `has_post_expert_norm`."""
 
 
 def is_moe_experts(module: nn.Module) -> bool:
-    """Whether a module is one whose forward pass `replace_experts_forward` can replace."""
+    """Return whether `replace_experts_forward` can replace the forward pass of a module."""
     return hasattr(module, "_apply_gate") or _is_llama4(module)
 
 
 def replace_experts_forward(module: nn.Module) -> None:
-    """Replace the forward pass of a module whose projections are NF4Experts now."""
+    """Replace the forward pass of a module whose projections have become NF4Experts."""
     forward = llama4_experts_forward if _is_llama4(module) else experts_forward
     module.forward = types.MethodType(forward, module)
 
@@ -53,26 +53,26 @@ def replace_experts_forward(module: nn.Module) -> None:
 def experts_forward(
     self: SparseExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The weighted sum of each token's experts.
+    """Return the weighted sum of the outputs of each token's experts.
+
+    Source: `transformers.integrations.moe.grouped_mm_experts_forward`. Its grouped matrix product is a loop over the
+    experts in use here, so that only one expert is dequantized at a time.
 
     Args:
-        self: a class of transformers' decorated with `use_experts_implementation`, whose attributes say what an expert
-            computes.
+        self: experts whose attributes determine what an expert computes.
         hidden_states: [tokens, h].
         top_k_index: int64[tokens, k], the experts of each token; a number past the last expert means none.
         top_k_weights: [tokens, k].
 
     Returns:
         [tokens, h].
-
-    Source: `transformers.integrations.moe.grouped_mm_experts_forward`, with a loop over the experts in use where that
-    has a grouped matrix product: only one expert is dequantized at a time.
     """
     tokens, k = top_k_index.shape
     flat = top_k_index.flatten()
     order = flat.argsort(stable=True)
     counts = flat.bincount(minlength=self.num_experts).tolist()
-    up, down = (self.gate_up_proj if self.has_gate else self.up_proj).bind(), self.down_proj.bind()
+    up_proj = self.gate_up_proj if self.has_gate else self.up_proj
+    up, down = up_proj.expert_forward(), self.down_proj.expert_forward()
     up_bias = getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias", None)
     down_bias = getattr(self, "down_proj_bias", None)
     outputs = []
@@ -94,16 +94,18 @@ def experts_forward(
 
 
 def llama4_experts_forward(self: SparseExperts, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Llama-4's, which gives every expert a weighted copy of every token, most of them zero.
+    """Return the outputs of Llama-4's experts, each of which receives a weighted copy of every token.
+
+    Most copies are rows of zeros, because the router did not choose the expert. They give zeros, so they are skipped.
 
     Args:
         self: Llama4TextExperts.
         hidden_states: [experts * tokens, h].
 
     Returns:
-        [experts * tokens, h]. A token that an expert is not given, a row of zeros, gives zeros: it is left out.
+        [experts * tokens, h].
     """
-    gate_up_proj, down_proj = self.gate_up_proj.bind(), self.down_proj.bind()
+    gate_up_proj, down_proj = self.gate_up_proj.expert_forward(), self.down_proj.expert_forward()
     outputs = []
     for expert, x in enumerate(hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])):
         rows = x.detach().any(dim=1).nonzero().squeeze(1)

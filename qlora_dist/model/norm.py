@@ -1,10 +1,10 @@
-"""RMS norms whose backward needs the norm's input as it is, and whose passes stay in a processor's cache.
+"""RMS norms that save only their input for backward, and compute in chunks that fit in a processor's cache.
 
-transformers' norms cast their input to fp32, and autograd keeps that, and the normed fp32 values too, each twice as
-large as the input. Here the input is kept, which for a layer's first norm is there anyway, with a factor per row.
+transformers' norms cast their input to fp32. Autograd then saves the cast input and the normed fp32 values, each twice
+as large as the input. Here autograd saves a factor per row and the input, which exists anyway for a layer's first norm.
 
-A norm is replaced only if its forward takes the hidden states alone, and its output on probe inputs equals that of one
-`RMSNormKind` bit for bit. A norm with a further argument, such as the gate of Mamba-2 and Qwen3-Next, keeps its class.
+A norm is replaced only if its outputs on probe inputs equal an `RMSNormKind`'s bit for bit. A norm with a further
+argument, such as the gate of Mamba-2 and Qwen3-Next, keeps its class.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 from qlora_dist.model.row_chunks import rows_per_chunk
 
 RMSNormKind = Literal["llama", "gemma"]
-"""Llama's scales what it has rounded by w; Gemma's scales by 1 + w, and rounds then."""
+"""Llama's norm rounds and then scales by w. Gemma's norm scales by 1 + w and then rounds."""
 
 _BLOCK = 2**17  # elements at a time
 
 
 def fuse_rms_norms(model: PreTrainedModel) -> None:
-    """Replace the classes of a model's RMS norms, where they are known; parameters and names stay."""
+    """Replace the classes of a model's RMS norms if their kind is known. Parameters and names stay."""
     fused: dict[tuple[Any, ...], type] = {}
     for module in model.modules():
         if "RMSNorm" not in type(module).__name__:
@@ -47,11 +47,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: RMSNormKin
     Args:
         x: [..., h].
         weight: [h], frozen.
-        eps: of the mean.
-        kind: how the weight scales.
+        eps: summand of the mean.
+        kind: order of rounding and scaling.
 
     Returns:
-        [..., h], in x's type (Llama's: in the wider one of x's and the weight's).
+        [..., h], in x's type; for Llama's kind in the wider type of x and weight.
     """
     y: torch.Tensor = _RmsNorm.apply(x, weight, eps, kind)
     return y
@@ -59,17 +59,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: RMSNormKin
 
 if TYPE_CHECKING:
     _Norm = nn.RMSNorm
-else:  # without a base of its own, a mixin calls the forward pass of the class that it is mixed into
+else:  # a mixin without a base class calls the forward of the class that it is mixed into
     _Norm = object
 
 
 class _FusedNorm(_Norm):
-    """Mixed into a norm's class."""
+    """Mixin for the class of a norm."""
 
     kind: RMSNormKind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., h] -> [..., h]. Compiled, or trained, it is the class's own."""
+        """Normalize x: [..., h]. The class's own forward runs if it is compiled, or if its weight is trained."""
         weight = self.weight
         if torch.compiler.is_compiling() or weight.requires_grad:
             return super().forward(x)
@@ -100,8 +100,8 @@ class _RmsNorm(torch.autograd.Function):
             normed = part.float() * factor
             grad_normed = (grad * scale).float()
             # d/dx of x f, with f = 1 / sqrt(mean(x^2) + eps): f (g - n mean(g n)), n = x f
-            along = (grad_normed * normed).mean(-1, keepdim=True)
-            out.copy_(grad_normed.addcmul_(normed, along, value=-1).mul_(factor))
+            projection = (grad_normed * normed).mean(-1, keepdim=True)
+            out.copy_(grad_normed.addcmul_(normed, projection, value=-1).mul_(factor))
         return result.view(x.shape), None, None, None
 
 
@@ -110,7 +110,7 @@ def _scale(weight: torch.Tensor, kind: RMSNormKind) -> torch.Tensor:
 
 
 def _row_chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Rows of all of them, so many at a time that the first one's are `_BLOCK` elements."""
+    """Yield chunks of the tensors' rows, with up to `_BLOCK` elements of the first tensor."""
     size = rows_per_chunk(tensors[0], _BLOCK)
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
@@ -122,7 +122,7 @@ def _eps(module: Any) -> float:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Return what decides a norm's result beside its weight's values: modules of equal settings are probed once."""
+    """Return what determines a norm's result besides its weight's values. Equal modules are probed once."""
     own = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
     shapes = {name: None if p is None else tuple(p.shape) for name, p in module._parameters.items()}
     return type(module), tuple(sorted(own.items())), tuple(sorted(shapes.items()))
@@ -145,7 +145,7 @@ def _matching_kind(module: nn.Module) -> RMSNormKind | None:
         with torch.no_grad():
             try:
                 expected = probe(x)
-            except Exception:  # of whatever kind: it is the model's code, and keeps its class
+            except Exception:  # the model's code may raise any kind; its class stays
                 return None
             kinds = {kind for kind in kinds if torch.equal(rms_norm(x, values, _eps(module), kind), expected)}
     return next(iter(kinds)) if len(kinds) == 1 else None

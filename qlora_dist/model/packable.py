@@ -1,4 +1,4 @@
-"""Whether the sequences of a packed row see nothing of each other in a model."""
+"""Check that a model keeps the sequences of a packed row apart."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PACKABLE_MODEL_TYPES = frozenset(
     starcoder2 vaultgemma
     """.split()  # noqa: SIM905
 )
-"""Values of `model_type` whose masks, as transformers makes them, follow position_ids. Not all do: those of GPT-OSS,
-OPT, Falcon and AFMoE (transformers 5.23) let a sequence see the ones before it in its row, without a message."""
+"""Values of `model_type` for which transformers' masks follow position_ids. The masks of GPT-OSS, OPT, Falcon and AFMoE
+(transformers 5.23) silently let a sequence see the previous ones in its row."""
 
 
 def check_packing_support(model: PreTrainedModel) -> None:
-    """Refuse to pack rows for a model of which it is not known that it keeps their sequences apart.
+    """Check that a model is known to keep the sequences of packed rows apart.
 
     Raises:
-        UserError: with the way out.
+        UserError: it is not known to do so.
     """
     if not takes_sequence_starts(model) and model.config.model_type not in PACKABLE_MODEL_TYPES:
         raise UserError(

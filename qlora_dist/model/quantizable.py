@@ -1,4 +1,4 @@
-"""The weight matrices of a model that are quantized, and where in a folder each of them lies."""
+"""Weight matrices of a model that are quantized, and the place of each of them in a folder."""
 
 from __future__ import annotations
 
@@ -20,102 +20,119 @@ from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-"""What transformers calls the parameters that hold a projection of all experts, [experts, out, in] or
-[experts, in, out] (`transformers.integrations.moe`)."""
+"""Names of transformers' parameters that hold a projection of all experts, [experts, out, in] or [experts, in, out]
+(`transformers.integrations.moe`)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizableParameter:
-    """A parameter of transformers' class that is to be in 4 bit."""
+    """Parameter of transformers' class that can be in 4 bit."""
 
     name: str
-    """The parameter's, in the model."""
+    """Name in the model."""
     module: str
-    """The module that stands for it once it is quantized: the linear layer, or the parameter's own name."""
+    """Path of the quantized module: the linear layer, or the parameter's own name for experts."""
     shape: tuple[int, ...]
-    """[out_features, in_features], of each expert if there are several."""
-    experts: int
-    """0: a plain matrix."""
-    transposed: bool
-    """[in_features, out_features] in the model and in a 16 bit folder."""
+    """[out_features, in_features], per expert."""
+    experts: int = 0
+    """Number of experts; 0: a plain matrix."""
+    transposed: bool = False
+    """Whether it is [in_features, out_features] in the model and in a 16-bit folder."""
     has_bias: bool = False
     role: Literal["layer", "embedding", "head"] = "layer"
 
 
 @dataclass(frozen=True)
 class SourceMatrix:
-    """A matrix in a folder, a tensor of its own or one of those of a three-dimensional one."""
+    """Matrix in a folder: a whole tensor, or one matrix of a three-dimensional tensor."""
 
     key: str
-    """The tensor."""
+    """Name of the tensor."""
     name: str
-    """What the matrix is called in a 4-bit folder."""
+    """Name of the matrix in a 4-bit folder."""
     index: int | None
-    """Which of the tensor's matrices; None: all of it."""
+    """Index of the matrix in its tensor; None: the whole tensor."""
     transposed: bool
+    """Whether it is [in_features, out_features] in a 16-bit folder."""
 
 
-def quantizable_parameters(model: PreTrainedModel, embeddings: bool = False) -> Iterator[QuantizableParameter]:
-    """Every linear layer but the output head, as transformers' bitsandbytes has it, and the experts' projections.
+def quantizable_parameters(model: PreTrainedModel, *, embeddings: bool = False) -> Iterator[QuantizableParameter]:
+    """Yield every linear layer but the output head, as transformers' bitsandbytes does, and the experts' projections.
 
-    A layer whose weight the model's code limits in place stays as it is: the code could not reach codes.
+    A layer stays unquantized if the model's code clamps its weight in place, because 4-bit codes cannot be clamped.
 
     Args:
         model: transformers' own class.
-        embeddings: the input embedding and the output head too; one target where they are one matrix.
+        embeddings: whether to yield the input embedding and the output head too, once if they are tied.
     """
     head = model.get_output_embeddings()
-    limited = {name for name, use in find_weight_reads(model).items() if use == "clamp"}
+    clamped = {name for name, use in find_weight_reads(model).items() if use == "clamp"}
     for name, module in model.named_modules():
-        if _is_plain_linear(module) and module is not head and name not in limited:
+        if _is_plain_linear(module) and module is not head and name not in clamped:
             transposed = isinstance(module, Conv1D)
             shape = tuple(module.weight.shape)
-            has_bias = module.bias is not None
             yield QuantizableParameter(
-                f"{name}.weight", name, shape[::-1] if transposed else shape, 0, transposed, has_bias
+                name=f"{name}.weight",
+                module=name,
+                shape=shape[::-1] if transposed else shape,
+                transposed=transposed,
+                has_bias=module.bias is not None,
             )
         for weight in EXPERT_WEIGHTS:
             parameter = module._parameters.get(weight)
             if parameter is not None and parameter.dim() == 3 and is_moe_experts(module):
                 experts, *shape = parameter.shape
-                transposed = getattr(module, "is_transposed", True)  # Llama-4's, which has no such attribute, is
+                # Llama-4's class has no such attribute, and its parameters are transposed
+                transposed = getattr(module, "is_transposed", True)
                 path = f"{name}.{weight}"
-                yield QuantizableParameter(path, path, tuple(shape[::-1] if transposed else shape), experts, transposed)
+                yield QuantizableParameter(
+                    name=path,
+                    module=path,
+                    shape=tuple(shape[::-1] if transposed else shape),
+                    experts=experts,
+                    transposed=transposed,
+                )
         if embeddings and module is model.get_input_embeddings():
-            yield QuantizableParameter(f"{name}.weight", name, tuple(module.weight.shape), 0, False, role="embedding")
+            yield _vocab_parameter(name, module, "embedding")
         if embeddings and module is head and not has_tied_embeddings(model):
-            yield QuantizableParameter(f"{name}.weight", name, tuple(module.weight.shape), 0, False, role="head")
+            yield _vocab_parameter(name, module, "head")
+
+
+def _vocab_parameter(name: str, module: nn.Module, role: Literal["embedding", "head"]) -> QuantizableParameter:
+    return QuantizableParameter(
+        name=f"{name}.weight", module=name, shape=tuple(module.get_parameter("weight").shape), role=role
+    )
 
 
 def has_tied_embeddings(model: PreTrainedModel) -> bool:
-    """Whether the output head has the embedding's weight."""
+    """Return whether the output head has the embedding's weight."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
     return weight is not None and weight is getattr(model.get_input_embeddings(), "weight", None)
 
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether a module is a linear layer and nothing else; Llama-4's router, for one, is also a choice of experts."""
+    """Return whether a module only multiplies, unlike Llama-4's router, which is a linear layer and chooses experts."""
     if isinstance(module, nn.Linear):
         return type(module).forward is nn.Linear.forward or isinstance(module, FalconLinear)
     return isinstance(module, Conv1D)
 
 
 def source_matrices(
-    target: QuantizableParameter, origins: Mapping[str, WeightSource], folder: ModelFolder
+    target: QuantizableParameter, sources: Mapping[str, WeightSource], folder: ModelFolder
 ) -> list[SourceMatrix]:
-    """The matrices that a target is made of, expert by expert, an expert's own from top to bottom.
+    """Return a target's matrices in the folder, expert by expert, each expert's from top to bottom.
 
     Raises:
-        UserError: the folder does not hold it.
+        UserError: the folder does not hold the target.
     """
-    if target.name not in origins:
-        raise folder.missing(target.name)
-    origin = origins[target.name]
-    if len(origin.keys) > 1 and not origin.experts:
+    if target.name not in sources:
+        raise folder.missing_weight_error(target.name)
+    source = sources[target.name]
+    if len(source.keys) > 1 and not source.experts:
         raise unsupported_conversion_error(target.name, "Concatenate")
-    if origin.experts or not target.experts:
-        return [SourceMatrix(key, key, None, target.transposed) for key in origin.keys]
-    (key,) = origin.keys
+    if source.experts or not target.experts:
+        return [SourceMatrix(key, key, None, target.transposed) for key in source.keys]
+    (key,) = source.keys
     return [SourceMatrix(key, expert_key(key, index), index, target.transposed) for index in range(target.experts)]
 
 
@@ -125,20 +142,21 @@ def common_layout(
     folder: ModelFolder,
     quant_type: QuantType,
     block_size: int,
+    *,
     double_quant: bool,
 ) -> NF4Layout:
-    """The layout that each of a target's matrices has in 4 bit: in the folder, or once it is quantized.
+    """Return the layout that all of a target's matrices have in 4 bit, in the folder or after quantization.
 
     Raises:
-        UserError: they are not alike, not of the shape that config.json asks for, or of another type than 16 or 32
-            bit floats.
+        UserError: their layouts or types differ, their shape is not that of config.json, or they are not 16- or 32-bit
+            floats.
     """
     unquantized = [matrix.name for matrix in parts if matrix.name not in folder.quantized]
     if 0 < len(unquantized) < len(parts):
         raise UserError(
             f"{folder.path}: {unquantized[0]} is not in 4 bit and others of its layer are; quantize the model anew"
         )
-    layouts = {_layout(matrix, folder, quant_type, block_size, double_quant): matrix for matrix in parts}
+    layouts = {_layout(matrix, folder, quant_type, block_size, double_quant=double_quant): matrix for matrix in parts}
     if len(layouts) > 1:
         one, other = list(layouts.values())[:2]
         raise UserError(f"{folder.path}: {one.name} and {other.name} differ in shape or type; quantize the model anew")
@@ -148,13 +166,13 @@ def common_layout(
     if (count * rows, columns) != target.shape or len(parts) != count * (target.experts or 1):
         raise UserError(
             f"{folder.path}: {matrix.name} has the shape {layout.shape}, config.json asks for "
-            f"{target.shape if count == 1 else f'{count} that make {target.shape}'}; get the folder anew"
+            f"{target.shape if count == 1 else f'{count} matrices of {target.shape} together'}; get the folder anew"
         )
     return layout
 
 
 def _layout(
-    matrix: SourceMatrix, folder: ModelFolder, quant_type: QuantType, block_size: int, double_quant: bool
+    matrix: SourceMatrix, folder: ModelFolder, quant_type: QuantType, block_size: int, *, double_quant: bool
 ) -> NF4Layout:
     if matrix.name in folder.quantized:
         return folder.quantized[matrix.name].layout
@@ -165,4 +183,10 @@ def _layout(
     shape = entry.shape if matrix.index is None else entry.shape[1:]
     if len(shape) != 2:
         raise UserError(f"{folder.path}: {matrix.key} has {len(entry.shape)} dimensions; get the folder anew")
-    return NF4Layout(shape[::-1] if matrix.transposed else shape, quant_type, block_size, double_quant, dtype)
+    return NF4Layout(
+        shape=shape[::-1] if matrix.transposed else shape,
+        quant_type=quant_type,
+        block_size=block_size,
+        double_quant=double_quant,
+        dtype=dtype,
+    )

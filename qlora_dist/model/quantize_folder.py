@@ -1,4 +1,4 @@
-"""A Hugging Face folder in 16 or 32 bit to one in 4 bit, tensor by tensor."""
+"""Conversion of a Hugging Face folder in 16 or 32 bit to one in 4 bit, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ from qlora_dist.nf4.quant_state import quant_state_specs, quant_state_tensors
 _PLAN_FILE = "quantize-plan.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizeReport:
-    """What `quantize_folder` did."""
+    """Result of `quantize_folder`."""
 
     out: Path
     counts: ParameterCounts
     seconds: float
     read_bytes: int
     wait_s: float
-    """Seconds in which there was nothing to do but wait for the disk."""
-    others_load: bool = True
+    """Seconds spent waiting for the disk."""
+    loads_in_transformers: bool = True
     """Whether plain transformers loads the folder."""
 
 
 def quantize_folder(
     source: Path, out: Path, options: QuantizeOptions, console: Console | None = None
 ) -> QuantizeReport:
-    """Quantize every linear layer but the output head, experts included, in bitsandbytes' serialized format.
+    """Quantize every linear layer but the output head, including experts, into bitsandbytes' serialized format.
 
-    With `options.embeddings` the input embedding and the output head too, once if they are one matrix. transformers
-    knows no embedding in 4 bit and does not load such a folder.
+    With `options.embeddings` the input embedding and the output head are quantized too, once if they are tied.
+    Plain transformers does not load a folder with an embedding in 4 bit.
 
-    An expert's matrix has scales of its own. Where a checkpoint keeps all experts in one tensor, the matrix of number
-    3 is called TENSOR.3.weight; no other tool has such weights in 4 bit.
+    Each expert's matrix has its own scales. If a checkpoint keeps all experts in one tensor, the matrix of expert 3 is
+    named TENSOR.3.weight. This naming is specific to this package.
 
-    Memory: the packed form of the largest tensor, and a constant, since tensors are read and copied in pieces, the next
-    one while one is quantized. The files are written into `OUT.partial`, which gets its name when it is complete; a run
-    that was interrupted goes on with the file it was at.
+    Peak memory is the packed form of the largest tensor and a constant, because tensors are read in chunks. The next
+    chunk is read while one is quantized. The files are written into `OUT.partial`, which is renamed when it is
+    complete. An interrupted run resumes with the first incomplete file.
 
     Raises:
-        UserError: `source` is not what it should be, or `out` is there.
+        UserError: `source` cannot be quantized, or `out` exists.
     """
     console = console or Console(quiet=True)
     folder = ModelFolder(source)
@@ -65,12 +65,12 @@ def quantize_folder(
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
     plan = make_quantize_plan(folder, options)
-    if plan.counts.share < options.min_share:
-        share = 100 * plan.counts.share
-        kept = ", ".join(name for name, _ in Counter(plan.counts.left).most_common(3))
+    if plan.counts.quantized_share < options.min_share:
+        share = 100 * plan.counts.quantized_share
+        largest = ", ".join(name for name, _ in Counter(plan.counts.unquantized).most_common(3))
         raise UserError(
             f"{source}: only {share:.1f} % of the parameters outside unquantized embeddings and output head would be "
-            f"in 4 bit (the largest others: {kept}); if that is what you want, say --min-share {int(share) / 100}"
+            f"in 4 bit (the largest others: {largest}); to accept that, set --min-share {int(share) / 100}"
         )
     partial = out.with_name(out.name + ".partial")
     started = time.perf_counter()
@@ -78,10 +78,17 @@ def quantize_folder(
         reading = _write_folder(partial, out, folder, plan, options, console)
     except OSError as error:  # a full disk, no permission
         raise UserError(
-            f"{partial}: cannot be written ({error.strerror}); mend that and run again, it goes on where it stopped"
+            f"{partial}: cannot be written ({error.strerror}); mend that and run again, which resumes where it stopped"
         ) from None
     seconds = time.perf_counter() - started
-    return QuantizeReport(out, plan.counts, seconds, reading.read_bytes, reading.wait_s, plan.others_load)
+    return QuantizeReport(
+        out=out,
+        counts=plan.counts,
+        seconds=seconds,
+        read_bytes=reading.read_bytes,
+        wait_s=reading.wait_s,
+        loads_in_transformers=plan.loads_in_transformers,
+    )
 
 
 def _write_folder(
@@ -92,7 +99,7 @@ def _write_folder(
     options: QuantizeOptions,
     console: Console,
 ) -> ReadProgress:
-    """Returns what was read, and how long that was waited for."""
+    """Write all files and return the progress of the reads."""
     files = _files(plan, folder, options.file_bytes)
     _prepare_partial_folder(partial, folder, options)
     work = [
@@ -102,18 +109,18 @@ def _write_folder(
     total = sum(entry.nbytes for entry in folder.entries.values())
     with _progress(console) as progress, SafetensorsReader() as reader:
         reads = [read for _, names in todo for name in names for read in _reads(name, plan, folder, reader)]
-        # what an earlier run has done is no work of this one's: it would count as speed
+        # bytes of an earlier run must not count as this run's speed
         done = total - sum(read.nbytes for read in reads)
         task = progress.add_task("quantizing", total=total, completed=done)
 
         reading = ReadProgress(0, 0, 0.0)
 
-        def show(now: ReadProgress) -> None:
+        def report(current: ReadProgress) -> None:
             nonlocal reading
-            reading = now
-            progress.update(task, completed=done + now.read_bytes)
+            reading = current
+            progress.update(task, completed=done + current.read_bytes)
 
-        with ReadAhead(reads, show) as ahead:
+        with ReadAhead(reads, report) as ahead:
             for path, names in todo:
                 _write_file(path, names, plan, folder, ahead, torch.device(options.device))
     _write_config_and_index(partial, out, folder, plan, options)
@@ -121,18 +128,19 @@ def _write_folder(
 
 
 def print_quantize_report(report: QuantizeReport, console: Console) -> None:
-    """What is now in 4 bit and what is not."""
+    """Print which parameters are in 4 bit, and which are not."""
     counts = report.counts
     lines = [
         f"{report.out}: {100 * counts.quantized / counts.parameters:.1f} % of {counts.parameters:,} parameters are in "
-        f"4 bit, {100 * counts.share:.1f} % of those outside unquantized embeddings and output head"
+        f"4 bit, {100 * counts.quantized_share:.1f} % of those outside unquantized embeddings and output head"
     ]
     lines += [
-        f"  not quantized: {name} ({count:,})" for name, count in sorted(counts.left.items(), key=lambda item: -item[1])
+        f"  not quantized: {name} ({count:,})"
+        for name, count in sorted(counts.unquantized.items(), key=lambda item: -item[1])
     ]
     if counts.unused:
-        lines.append(f"  copied, but not loaded by transformers, nor trained: {counts.unused:,} elements")
-    if not report.others_load:
+        lines.append(f"  copied, but neither loaded by transformers nor trained: {counts.unused:,} elements")
+    if not report.loads_in_transformers:
         lines.append(
             "  plain transformers does not load this folder; to use its adapters there, give them the 16-bit model or "
             "merge them"
@@ -143,13 +151,13 @@ def print_quantize_report(report: QuantizeReport, console: Console) -> None:
 
 
 def _files(plan: QuantizePlan, folder: ModelFolder, file_bytes: int) -> list[list[str]]:
-    """The tensors of each file, in the order in which they lie in the source."""
+    """Return the tensors of each file, in the order of the source."""
     names = sorted(plan.weights, key=lambda name: (folder.entries[name].path, folder.entries[name].start))
     return split_into_files({name: specs_bytes(_specs([name], plan, folder)) for name in names}, file_bytes)
 
 
 def _prepare_partial_folder(partial: Path, folder: ModelFolder, options: QuantizeOptions) -> None:
-    """Keep what an interrupted run of the same work has left, and nothing else."""
+    """Keep the files of an interrupted run of the same plan, and delete all others."""
     sources = {entry.path for entry in folder.entries.values()}
     stats = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(sources)}
     plan = json.dumps({"source": str(folder.path.resolve()), "files": stats, "options": vars(options)}, sort_keys=True)
@@ -174,7 +182,7 @@ def _write_file(
             for start, _ in read_chunks(folder.entries[name].nbytes):
                 writer.write(name, next(ahead), start)
         for matrix, layout in plan.weights[name]:
-            packed = quantize_from_reads(ahead, layout, matrix.transposed, device)
+            packed = quantize_from_reads(ahead, layout, device, transposed=matrix.transposed)
             for key, tensor in quant_state_tensors(matrix.name, packed, layout).items():
                 writer.write(key, tensor)
     writer.close()
@@ -202,7 +210,7 @@ def _write_config_and_index(
     plan: QuantizePlan,
     options: QuantizeOptions,
 ) -> None:
-    """Index, config.json and tokenizer; then the folder's name."""
+    """Write index, config.json and tokenizer, and rename the folder."""
     config = read_model_json(folder.path / "config.json")
     config["quantization_config"] = {
         "quant_method": "bitsandbytes",
@@ -212,7 +220,7 @@ def _write_config_and_index(
         "bnb_4bit_use_double_quant": options.double_quant,
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": plan.skipped,
+        "llm_int8_skip_modules": plan.skip_modules,
     }
     if plan.unties_head:
         config["tie_word_embeddings"] = False

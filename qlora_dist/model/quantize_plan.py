@@ -1,4 +1,4 @@
-"""What is quantized in a folder, and how."""
+"""Plan of which tensors of a folder are quantized, and how."""
 
 from __future__ import annotations
 
@@ -30,28 +30,27 @@ from qlora_dist.nf4.embedding import check_vocab_class
 from qlora_dist.nf4.nf4_layout import BLOCK_SIZES, NF4Layout, QuantType
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """How to quantize."""
+    """Options of `quantize_folder`."""
 
     quant_type: QuantType = "nf4"
     block_size: int = 64
     double_quant: bool = True
     device: str = "cpu"
     file_bytes: int = 5_000_000_000
-    """Largest size of one of the files; a tensor that is larger has a file of its own."""
+    """Largest size of a file; a larger tensor gets its own file."""
     min_share: float = 0.9
-    """Refuse a model of whose parameters, outside unquantized embeddings and output head, a smaller part would be in
-    4 bit."""
+    """Smallest accepted share of parameters in 4 bit, among those outside unquantized embeddings and output head."""
     embeddings: bool = False
-    """The input embedding and the output head too."""
+    """Whether to quantize the input embedding and the output head too."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes of '5GB', '500MB' or a plain number.
+    """Return the bytes of a size such as '5GB', '500MB' or a plain number.
 
     Raises:
-        UserError: it is neither.
+        UserError: the text is no size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)[bB]?", text.strip())
     size = int(float(match[1]) * 1000 ** " kmg".index(match[2].lower() or " ")) if match else 0
@@ -63,16 +62,17 @@ def parse_size(text: str) -> int:
 def parse_quantize_options(
     quant_type: str,
     block_size: int,
-    double_quant: bool,
     device: str,
     file_size: str,
     min_share: float = 0.9,
+    *,
+    double_quant: bool,
     embeddings: bool = False,
 ) -> QuantizeOptions:
-    """Options from the command line.
+    """Check the options of the command line.
 
     Raises:
-        UserError: one is out of range.
+        UserError: an option is out of range.
     """
     if quant_type not in ("nf4", "fp4"):
         raise UserError(f"--quant-type {quant_type}: choose nf4 or fp4")
@@ -83,47 +83,56 @@ def parse_quantize_options(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use cpu or auto")
     if not 0 <= min_share <= 1:
-        raise UserError(f"--min-share {min_share}: is no part of a whole; write a number from 0 to 1")
+        raise UserError(f"--min-share {min_share}: is not a share; write a number from 0 to 1")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     file_bytes = parse_size(file_size)
     kind = cast(QuantType, quant_type)  # one of the two, as checked above
-    return QuantizeOptions(kind, block_size, double_quant, device, file_bytes, min_share, embeddings)
+    return QuantizeOptions(
+        quant_type=kind,
+        block_size=block_size,
+        double_quant=double_quant,
+        device=device,
+        file_bytes=file_bytes,
+        min_share=min_share,
+        embeddings=embeddings,
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Parameters of a folder once it is quantized."""
+    """Number of parameters in a quantized folder."""
 
     parameters: int
     quantized: int
     unquantized_embeddings: int
-    """Of those embeddings, and of the output head if it is one, that are in as many bits as before."""
-    left: dict[str, int]
-    """Of tensors that stay as they were, by name without layer numbers."""
+    """Parameters of embeddings, and of an output head among them, that stay unquantized."""
+    unquantized: dict[str, int]
+    """Parameters of each tensor that is not quantized, by name without layer numbers."""
     unused: int = 0
     """Elements of tensors that transformers does not load, such as layers that predict further tokens. They are copied
-    and not among the parameters."""
+    and do not count as parameters."""
 
     @property
-    def share(self) -> float:
-        """The part of the parameters outside unquantized embeddings and output head that is in 4 bit."""
+    def quantized_share(self) -> float:
+        """Share of parameters in 4 bit, among those outside unquantized embeddings and output head."""
         return self.quantized / max(1, self.parameters - self.unquantized_embeddings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizePlan:
-    """What becomes of each tensor of the folder."""
+    """Treatment of each tensor of a folder."""
 
     weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]]
-    """By tensor, the matrices in it that are quantized; none: it is copied."""
-    skipped: list[str]
-    """Linear layers outside the decoder's that stay as they were, by name in transformers' class."""
+    """Matrices to quantize in each tensor, by the tensor's name; an empty list: the tensor is copied."""
+    skip_modules: list[str]
+    """Linear layers outside the decoder that stay unquantized, by name in transformers' class."""
     counts: ParameterCounts
     unties_head: bool = False
-    """config.json ties the output head to the input embedding, and the folder holds another one."""
-    others_load: bool = True
-    """Whether plain transformers loads the result: it knows neither experts nor embeddings in 4 bit, nor Falcon's."""
+    """Whether the folder holds an output head that differs from the embedding to which config.json ties it."""
+    loads_in_transformers: bool = True
+    """Whether plain transformers loads the result. It loads neither experts nor embeddings in 4 bit, nor Falcon's
+    layers."""
 
 
 def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> QuantizePlan:
@@ -133,23 +142,24 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
         UserError: the model cannot be used, or a weight is missing or damaged.
     """
     model = causal_lm_on_meta(folder, torch.bfloat16)
-    measure_logit_scale(model)  # a model that cannot be trained is refused here, not after hours
-    origins = find_weight_sources(model, folder.entries)
+    measure_logit_scale(model)  # refuses a model that cannot be trained now, and not after hours
+    sources = find_weight_sources(model, folder.entries)
     weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]] = {name: [] for name in folder.entries}
-    head_in_4_bit, others_load = False, True
-    for target in quantizable_parameters(model, options.embeddings):
+    head_in_4_bit, loads_in_transformers = False, True
+    for target in quantizable_parameters(model, embeddings=options.embeddings):
         if target.role != "layer":
             check_vocab_class(model.get_submodule(target.module))
             head_in_4_bit |= target.role == "head"
         plain = target.role == "layer" and not target.experts
-        others_load &= plain and not isinstance(model.get_submodule(target.module), FalconLinear)
-        parts = source_matrices(target, origins, folder)
-        layout = common_layout(parts, target, folder, options.quant_type, options.block_size, options.double_quant)
+        loads_in_transformers &= plain and not isinstance(model.get_submodule(target.module), FalconLinear)
+        parts = source_matrices(target, sources, folder)
+        layout = common_layout(
+            parts, target, folder, options.quant_type, options.block_size, double_quant=options.double_quant
+        )
         for matrix in parts:
             weights[matrix.key].append((matrix, layout))
-    check_meta_buffers(
-        build_meta_model(folder, _model_config(folder, options))
-    )  # what training would refuse is refused here
+    # both refuse now what training would refuse
+    check_meta_buffers(build_meta_model(folder, _model_config(folder, options)))
     head = model.get_output_embeddings()
     outside, head_name = set(), ""
     for path, module in model.named_modules():
@@ -157,23 +167,28 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
             head_name = path
         if module is head or isinstance(module, nn.Embedding):
             names = [f"{path}.{name}" for name in module._parameters]
-            outside |= {key for name in names if name in origins for key in origins[name].keys}
-    if has_tied_embeddings(model):  # a head that is stored beside an embedding which it equals
-        for key in origins[f"{head_name}.weight"].keys if f"{head_name}.weight" in origins else ():
+            outside |= {key for name in names if name in sources for key in sources[name].keys}
+    if has_tied_embeddings(model):  # the folder may store a head that equals the embedding
+        for key in sources[f"{head_name}.weight"].keys if f"{head_name}.weight" in sources else ():
             weights.pop(key)
     outside = {key for key in outside if key in weights and not weights[key]}
-    skipped = [] if head_in_4_bit else sorted({head_name, "lm_head"})
-    used = {key for origin in origins.values() for key in origin.keys}
+    used = {key for source in sources.values() for key in source.keys}
     published = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     ties, tied = (getattr(c.get_text_config(), "tie_word_embeddings", False) for c in (published, model.config))
-    return QuantizePlan(weights, skipped, _count(folder, weights, outside, used), bool(ties and not tied), others_load)
+    return QuantizePlan(
+        weights=weights,
+        skip_modules=[] if head_in_4_bit else sorted({head_name, "lm_head"}),
+        counts=_count(folder, weights, outside, used),
+        unties_head=bool(ties and not tied),
+        loads_in_transformers=loads_in_transformers,
+    )
 
 
 def _model_config(folder: ModelFolder, options: QuantizeOptions) -> ModelConfig:
     return ModelConfig(
         base=str(folder.path),
         quant_type=options.quant_type,
-        block_size=options.block_size,  # type: ignore[arg-type]  # `parse_quantize_options` has checked it, pydantic does again
+        block_size=options.block_size,  # type: ignore[arg-type]  # pydantic checks it
         double_quant=options.double_quant,
         embeddings="4bit" if options.embeddings else "16bit",
     )
@@ -182,11 +197,15 @@ def _model_config(folder: ModelFolder, options: QuantizeOptions) -> ModelConfig:
 def _count(
     folder: ModelFolder, weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]], outside: set[str], used: set[str]
 ) -> ParameterCounts:
-    left: Counter[str] = Counter()
+    unquantized: Counter[str] = Counter()
     for name, parts in weights.items():
         if not parts and name in used:
-            left[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += torch.Size(folder.entries[name].shape).numel()
+            unquantized[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += torch.Size(folder.entries[name].shape).numel()
     quantized = sum(layout.numel for parts in weights.values() for _, layout in parts)
-    outside_layers = sum(torch.Size(folder.entries[name].shape).numel() for name in outside)
-    unused = sum(torch.Size(folder.entries[name].shape).numel() for name in weights if name not in used)
-    return ParameterCounts(quantized + sum(left.values()), quantized, outside_layers, dict(left), unused)
+    return ParameterCounts(
+        parameters=quantized + sum(unquantized.values()),
+        quantized=quantized,
+        unquantized_embeddings=sum(torch.Size(folder.entries[name].shape).numel() for name in outside),
+        unquantized=dict(unquantized),
+        unused=sum(torch.Size(folder.entries[name].shape).numel() for name in weights if name not in used),
+    )

@@ -1,4 +1,4 @@
-"""Number of rows that a chain of element-wise operations takes at a time."""
+"""Number of rows that a chain of element-wise operations processes at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _simulates_gpu = False
 
 
 def rows_per_chunk(tensor: torch.Tensor, elements: int) -> int:
-    """Return the number of rows of tensor[n, m] that one chunk takes.
+    """Return the number of rows of tensor[n, m] in one chunk.
 
     On a CPU a chunk has at most `elements` elements, so that a core's cache holds the intermediate results. On a GPU it
     is the whole tensor, because each chunk would launch kernels of its own.
@@ -24,7 +24,7 @@ def rows_per_chunk(tensor: torch.Tensor, elements: int) -> int:
 
 @contextmanager
 def whole_tensors() -> Iterator[None]:
-    """Take whole tensors on a CPU too, while its tensors stand for a GPU's."""
+    """Process whole tensors on a CPU too, while they simulate a GPU's."""
     global _simulates_gpu
     before, _simulates_gpu = _simulates_gpu, True
     try:

@@ -1,4 +1,4 @@
-"""Finishing a folder of a model whose weights have been written."""
+"""Completion of a model folder whose weights have been written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_dist.io.safetensors_file import read_safetensors_header
 
 _T = TypeVar("_T")
 
-_COPIED_PATTERNS = (  # what a model needs beside its weights; nothing that holds weights or code
+_COPIED_PATTERNS = (  # files that a model needs besides its weights; no weights, and no code
     "*.json",
     "*.jinja",
     "*.model",
@@ -23,7 +23,12 @@ _COPIED_PATTERNS = (  # what a model needs beside its weights; nothing that hold
 
 
 def split_into_files(sizes: Mapping[_T, int], file_bytes: int) -> list[list[_T]]:
-    """Cut a list, with bytes for each of it, into files of at most `file_bytes`; what is larger has its own."""
+    """Assign items to files of at most `file_bytes`, in order. A larger item gets its own file.
+
+    Args:
+        sizes: bytes of each item.
+        file_bytes: largest size of a file.
+    """
     files: list[list[_T]] = []
     size = 0
     for item, nbytes in sizes.items():
@@ -38,14 +43,14 @@ def split_into_files(sizes: Mapping[_T, int], file_bytes: int) -> list[list[_T]]
 def finish_model_folder(
     partial: Path, out: Path, source: Path, config: Mapping[str, Any], replaced: Sequence[str] = ()
 ) -> None:
-    """Add tokenizer, index and config.json to the weights in `partial`, which then gets the name `out`.
+    """Add tokenizer, index and config.json to the weights in `partial`, and rename it to `out`.
 
     Args:
-        partial: holds files model-*.safetensors; others that are there already are kept.
-        out: is not there.
-        source: the folder of the model that the weights were made of.
-        config: config.json.
-        replaced: patterns of files that are not taken from `source`, because `partial` holds their like.
+        partial: folder with files model-*.safetensors; other files in it are kept.
+        out: path that does not exist yet.
+        source: folder of the model from which the weights were made.
+        config: content of config.json.
+        replaced: patterns of files that are not copied from `source`, because `partial` holds their replacements.
     """
     for pattern in _COPIED_PATTERNS:
         for path in source.glob(pattern):

@@ -1,4 +1,4 @@
-"""From the files of a folder into shards, piece by piece, the next piece being read while one is put in its place."""
+"""Reads of a folder's files into a rank's shards, in chunks. The next chunk is read while one is written."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from qlora_dist.model.quantizable import SourceMatrix
 from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize_weight, quantize_chunks
 
-_EXCHANGED_BYTES = 2**20  # at a time, of all replicas together: gloo keeps up to twenty times as much for itself
-_ALIGNMENT = 8  # bytes, of parts: a multiple of every element
+_EXCHANGED_BYTES = 2**20  # per exchange of all replicas: gloo allocates up to twenty times as much
+_ALIGNMENT = 8  # bytes of a part: a multiple of every element size
 
 
 WriteShard = Callable[[int, torch.Tensor], None]
-"""Keeps values: [n], of any type and device, as the elements of a shard from a first one on."""
+"""Function that writes values, [n] of any type and device, to a shard's elements from the given index on."""
 
 
 @dataclass(frozen=True)
 class LocalShard:
-    """What a rank holds of a tensor, and which of the tensor's bytes it is."""
+    """Shard of a tensor on this rank, and its bytes in the folder."""
 
     local: torch.Tensor
-    """Contiguous, on any device, of the model's type; on meta, if `put` keeps it elsewhere."""
+    """Contiguous tensor of the model's type, on any device; on meta if `write` stores the values elsewhere."""
     keys: tuple[str, ...]
-    """Names of the tensors in the folder. Several lie one behind the other in the parameter, and have one type."""
+    """Names of the tensors in the folder. The parameter concatenates them; they have one type."""
     start: int
-    """First byte, counted from the first of them on; of a 4-bit weight, in its byte vector."""
-    put: WriteShard
-    """Keeps its elements."""
+    """First byte in the concatenated tensors, or in the byte vectors of 4-bit weights."""
+    write: WriteShard
+    """Function that writes the shard's elements."""
 
 
 class ShardReader:
-    """The reads of a rank, known as a whole before the first one begins.
+    """Reads of a rank, all planned before the first one begins.
 
-    Shards that have copies on other ranks are read by all these together, a part each, and exchanged: the ranks of
-    `replicas` must be given the same shards. First the shards are to be filled, then the weights quantized, in the
-    order in which they are given. Memory: the shards, two pieces, and the weight that is being quantized, packed.
+    The ranks of `replicas` hold the same shards. Each of them reads a part of every shard, and they exchange the parts.
+    Call `load_shards` first, then `quantize_next` for each weight in the given order. Memory holds the shards, two
+    chunks, and the packed weight that is being quantized.
 
     Args:
-        folder: where the bytes are.
-        shards: what to fill with them; `self.shards` has them in the order of the files.
-        to_quantize: 16 or 32 bit weights that this rank reads as a whole.
+        folder: folder of the model.
+        shards: shards to load; `self.shards` has them in the order of the files.
+        to_quantize: 16- or 32-bit weights that this rank reads as a whole.
         replicas: 1-D mesh of the ranks that hold the same shards, or None.
-        device: where the ranks exchange and quantize.
-        progress: called after each read.
+        device: device of exchanges and quantization.
+        progress: function called after each read.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class ShardReader:
 
     @property
     def bytes_read(self) -> int:
-        """From the files, so far."""
+        """Bytes read from the files so far."""
         return self._reader.bytes_read
 
     def load_shards(self) -> None:
-        """Fill all shards. A collective of the replicas."""
+        """Load all shards. A collective of the replicas."""
         for shard in self.shards:
             for start, nbytes, _ in self._parts(shard):
                 data = next(self._read_ahead)
@@ -89,21 +89,22 @@ class ShardReader:
                 else:
                     self._exchange(shard, start, nbytes, data)
 
-    def quantize_next(self, layout: NF4Layout, transposed: bool) -> torch.Tensor:
-        """packed: uint8[layout.total_bytes] on the device, of the next weight of `to_quantize`."""
-        return quantize_from_reads(self._read_ahead, layout, transposed, self._device)
+    def quantize_next(self, layout: NF4Layout, *, transposed: bool) -> torch.Tensor:
+        """Return uint8[layout.total_bytes] on the device: the next weight of `to_quantize`, packed."""
+        return quantize_from_reads(self._read_ahead, layout, self._device, transposed=transposed)
 
     def read_dequantized(self, key: str, dtype: torch.dtype) -> torch.Tensor:
-        """A whole 4-bit weight as `dtype` on the device, read now."""
+        """Read a whole 4-bit weight and return it as `dtype` on the device."""
         weight = self._folder.quantized[key]
         packed = torch.empty(weight.layout.total_bytes, dtype=torch.uint8)
         weight.read_range(self._reader, packed, 0)
         return dequantize_weight(packed.to(self._device), weight.layout, dtype)
 
     def _parts(self, shard: LocalShard) -> Iterator[tuple[int, int, int]]:
-        """The pieces that are read of a shard: the first byte within it, and how many; and how many by this rank.
+        """Yield the chunks of this rank's part of a shard: first byte in the shard, length, bytes that are read.
 
-        Each of the replicas reads one contiguous part, all of them equally many pieces; the last parts may be shorter.
+        Each replica has one contiguous part, and all parts have equally many chunks. The last parts may hold fewer
+        bytes, so less than a chunk's length is read.
         """
         total, part_bytes = self._nbytes(shard), self._part_bytes(shard)
         own = self._replicas.get_local_rank() * part_bytes if self._replicas is not None else 0
@@ -133,7 +134,7 @@ class ShardReader:
         return read
 
     def _exchange(self, shard: LocalShard, start: int, nbytes: int, data: torch.Tensor) -> None:
-        """Put in its place what each of the replicas has read: uint8[at most nbytes] from `start` on by this one."""
+        """Write the chunks that the replicas have read; this rank's is uint8[at most nbytes] from `start` on."""
         assert self._replicas is not None
         count, total, part_bytes = self._replicas.size(), self._nbytes(shard), self._part_bytes(shard)
         within = start - self._replicas.get_local_rank() * part_bytes
@@ -145,9 +146,9 @@ class ShardReader:
                 self._write(shard, position, replica_bytes[: max(0, total - position)])
 
     def _write(self, shard: LocalShard, start: int, data: torch.Tensor) -> None:
-        """Copy uint8[n] to where its first byte is byte `start` of the shard as it lies in the file."""
+        """Write uint8[n] from byte `start` of the shard on."""
         values = data.view(self._dtype(shard))
-        shard.put(start // values.itemsize, values)
+        shard.write(start // values.itemsize, values)
 
     def _part_bytes(self, shard: LocalShard) -> int:
         nbytes = self._nbytes(shard)
@@ -171,24 +172,24 @@ class ShardReader:
 
 
 def all_gather_bytes(part: torch.Tensor, replicas: DeviceMesh) -> torch.Tensor:
-    """uint8[n] of each of the replicas, one behind the other."""
+    """Return the uint8[n] of all replicas, concatenated."""
     parts = torch.empty(part.numel() * replicas.size(), dtype=torch.uint8, device=part.device)
     dist.all_gather_single(parts, part, group=replicas.get_group())
     return parts
 
 
 def tensor_reads(reader: SafetensorsReader, entry: TensorEntry, index: int | None = None) -> Iterator[ReadRequest]:
-    """The reads of a whole tensor, or of one of the matrices of a three-dimensional one."""
+    """Yield the reads of a whole tensor, or of one matrix of a three-dimensional tensor."""
     size = entry.nbytes if index is None else entry.nbytes // entry.shape[0]
     first = (index or 0) * size
     for start, nbytes in read_chunks(size):
         yield ReadRequest(nbytes, partial(reader.read_into, entry=entry, start=first + start))
 
 
-def quantize_from_reads(ahead: ReadAhead, layout: NF4Layout, transposed: bool, device: torch.device) -> torch.Tensor:
-    """packed: uint8[layout.total_bytes] on the device, of a weight whose `tensor_reads` are the next ones.
+def quantize_from_reads(ahead: ReadAhead, layout: NF4Layout, device: torch.device, *, transposed: bool) -> torch.Tensor:
+    """Return uint8[layout.total_bytes] on the device: the packed weight whose `tensor_reads` are next in `ahead`.
 
-    One that lies transposed in the file is held whole.
+    A weight that lies transposed in the file is held as a whole.
     """
     dtype = getattr(torch, layout.dtype)
     flat: Iterator[torch.Tensor] = (next(ahead).view(dtype) for _ in read_chunks(layout.numel * dtype.itemsize))

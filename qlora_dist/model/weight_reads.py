@@ -1,9 +1,9 @@
 """Linear layers whose weight a model's code reads itself, instead of calling the layer as a module.
 
-Mamba's blocks hand the weight of their output projection to a fused kernel, and some routers multiply with it in fp32.
-There an adapter, which surrounds the call of the layer, has no effect: PEFT would train and export one that does
-nothing. The source of transformers' classes says which layers these are, without a forward pass, which could differ
-between a CPU and a GPU.
+Mamba's blocks pass the weight of their output projection to a fused kernel, and some routers multiply with it in fp32.
+An adapter wraps the call of a layer, so it has no effect there: PEFT would train and export an adapter that does
+nothing. The source code of transformers' classes shows which layers these are. A forward pass would not, because it can
+differ between a CPU and a GPU.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from typing import Literal, get_args
 from torch import nn
 
 WeightUse = Literal["value", "clamp", "change"]
-"""Whether code computes with a weight, limits its values in place (however often makes no difference), or changes them
-in place otherwise."""
+"""Use of a weight: code computes with it, clamps it in place (repeating this changes nothing), or changes it in place
+in another way."""
 
 _METADATA_ATTRIBUTES = {"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "size", "dim", "element_size"}
-"""Attributes that say nothing of a weight's values."""
+"""Attributes that do not depend on a weight's values."""
 _NO_FORWARD = {"__init__", "_init_weights", "extra_repr", "reset_parameters", "init_weights"}
 
 
 @dataclass(frozen=True)
 class _WeightRead:
-    """A use of a weight in a method of a class."""
+    """Use of a weight in a method of a class."""
 
     chain: tuple[str, ...]
-    """The names in front of `weight`: ("self", "out_proj")."""
+    """Names before `weight`, such as ("self", "out_proj")."""
     use: WeightUse
     conditions: tuple[tuple[ast.expr, bool], ...]
-    """Tests of the `if` statements around it, and what each must give for the use to be reached."""
+    """Conditions of the enclosing `if` statements, with the value that each must have to reach the use."""
 
 
 def find_weight_reads(model: nn.Module) -> dict[str, WeightUse]:
-    """Return the modules whose `weight` the code of a model of transformers uses itself, by name.
+    """Return the modules whose `weight` the model's code reads itself, with its use, by name.
 
     Args:
         model: transformers' own class.
@@ -51,10 +51,10 @@ def find_weight_reads(model: nn.Module) -> dict[str, WeightUse]:
         prefix = path and f"{path}."
         for read in _reads_of_class(type(module)):  # type: ignore[arg-type]  # mypy takes no class for hashable
             if any(_evaluate_condition(test, module) is (not expected) for test, expected in read.conditions):
-                continue  # the module's own settings never lead there
+                continue  # the module's settings exclude this branch
             if read.chain[0] == "self":
                 names = [prefix + ".".join(read.chain[1:])]
-            else:  # a loop's variable, whose class is not known: any module of that name below this one
+            else:  # a loop variable, whose class is not known: take any module of that name below this one
                 end = "." + ".".join(read.chain[1:])
                 names = [child for child in children if child.startswith(prefix) and f".{child}".endswith(end)]
             for name in names:
@@ -75,7 +75,7 @@ def _reads_of_class(kind: type) -> tuple[_WeightRead, ...]:
 
 @cache
 def _classes(module: str) -> dict[str, ast.ClassDef]:
-    """Return the classes that a file of transformers' models defines; none, where no weight is read in it."""
+    """Return the classes that a module of transformers' models defines; none if its code reads no weight."""
     if not module.startswith("transformers.models."):
         return {}
     source = inspect.getsource(sys.modules[module])
@@ -94,7 +94,7 @@ def _reads_of_method(method: ast.FunctionDef) -> Iterator[_WeightRead]:
 
 
 def _attribute_chain(node: ast.expr) -> tuple[str, ...]:
-    """Return ("self", "a", "b") of `self.a.b`, and nothing of an expression that is no chain of names."""
+    """Return ("self", "a", "b") for `self.a.b`, and () for an expression that is no chain of names."""
     if isinstance(node, ast.Name):
         return (node.id,)
     if isinstance(node, ast.Attribute) and (names := _attribute_chain(node.value)):
@@ -122,7 +122,7 @@ def _conditions(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[tupl
 
 
 def _evaluate_condition(test: ast.expr, module: nn.Module) -> bool | None:
-    """Return what a condition of a module's own settings gives; None: it depends on more than these."""
+    """Return the value of a condition on the module's settings; None if it depends on anything else."""
     if isinstance(test, ast.BoolOp):
         values = [_evaluate_condition(part, module) for part in test.values]
         decisive = isinstance(test.op, ast.Or)

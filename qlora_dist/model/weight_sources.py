@@ -1,8 +1,7 @@
-"""Which tensors of a folder a model's tensor is made of.
+"""Map from a model's tensors to the tensors of a folder from which they are made.
 
-Names in a folder are those of whoever saved it; transformers renames them on loading, and makes one parameter of all
-experts of a layer out of the matrices of each. Its rules are used here (`transformers.conversion_mapping`), on names
-alone: no weight is read.
+On loading, transformers renames a folder's tensors, and stacks the matrices of a layer's experts into one parameter.
+Here its rules (`transformers.conversion_mapping`) are applied to the names alone, without reading a weight.
 """
 
 from __future__ import annotations
@@ -29,34 +28,34 @@ _ONE_EXPERT = re.compile(r"(?P<tensor>.+)\.(?P<expert>\d+)\.weight")
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The tensors of a folder that one of the model's is made of."""
+    """Tensors of a folder from which one tensor of a model is made."""
 
     keys: tuple[str, ...]
-    """Their names; those of stacked experts expert by expert, an expert's own from top to bottom."""
+    """Names in the folder. Stacked experts are listed expert by expert, each expert's matrices from top to bottom."""
     experts: int = 0
-    """Number of experts whose matrices are tensors of their own; 0: `keys` lie one above the other, or are one."""
+    """Number of experts whose matrices are separate tensors; 0: `keys` are concatenated along the rows."""
 
 
 def expert_key(key: str, expert: int) -> str:
-    """The name, in 4 bit, of one expert's matrix of a tensor that held all experts."""
+    """Return the name that one expert's matrix of a stacked tensor has in a 4-bit folder."""
     return f"{key}.{expert}.weight"
 
 
 def stacked_tensor_name(key: str, expert: int) -> str:
-    """The tensor that held all experts, if `key` is what `expert_key` calls a matrix of it; else `key`."""
+    """Return the stacked tensor's name if `key` is the `expert_key` of its matrix `expert`, else `key`."""
     match = _ONE_EXPERT.fullmatch(key)
     return match["tensor"] if match and key == expert_key(match["tensor"], expert) else key
 
 
 def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[str, WeightSource]:
-    """For each tensor of the model that the folder holds, where it comes from.
+    """Find the source of each of the model's tensors that the folder holds.
 
     Args:
         model: transformers' own class, on meta.
-        names: of the folder's tensors, a 4-bit weight counting as one.
+        names: names of the folder's tensors; a 4-bit weight counts as one tensor.
 
     Raises:
-        UserError: transformers rearranges a tensor on loading in a way that is not known here.
+        UserError: transformers rearranges a tensor on loading in an unsupported way.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -64,30 +63,31 @@ def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[st
     converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
     targets = model.state_dict()
     prefix = model.base_model_prefix
-    origins: dict[str, WeightSource] = {}
+    sources: dict[str, WeightSource] = {}
     stacked: dict[str, dict[str, list[str]]] = {}
     for key in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, prefix, targets)
-        if target not in targets:  # as transformers: a rule may match what has the right name already
+        if target not in targets:  # as in transformers: a rule may match a name that is already right
             target, pattern = rename_source_key(key, [], [], prefix, targets)
         if target not in targets and (match := _ONE_EXPERT.fullmatch(key)):
             target, _ = rename_source_key(match["tensor"], renamings, converters, prefix, targets)
             pattern = "" if target in targets else None
         if target not in targets:
-            continue  # nothing of the model's: another head, a mask that older versions saved
+            continue  # not the model's: another head, or a mask that older versions saved
         if pattern is None:
-            origins[target] = WeightSource((key,))
+            sources[target] = WeightSource((key,))
         else:
             stacked.setdefault(target, {}).setdefault(pattern, []).append(key)
     for target, by_pattern in stacked.items():
-        origins[target] = _stacked_source(target, by_pattern, converter_of)
-    return origins
+        sources[target] = _stacked_source(target, by_pattern, converter_of)
+    return sources
 
 
 def unsupported_conversion_error(target: str, operations: str) -> UserError:
-    """What to say of a tensor that transformers makes of others in a way that is not known here."""
+    """Return the error about a tensor that transformers makes from others in an unsupported way."""
     return UserError(
-        f"{target}: transformers rearranges it on loading ({operations}), which is not supported here; give another model"
+        f"{target}: transformers rearranges it on loading ({operations}), which is not supported here; give another "
+        "model"
     )
 
 

@@ -1,1 +1,1 @@
-"""The 4-bit weight: its bytes, its arithmetic, its files. Knows torch and bitsandbytes; nothing of ranks."""
+"""4-bit weights: bytes, arithmetic and files, on top of torch and bitsandbytes. Nothing here depends on ranks."""

@@ -1,4 +1,4 @@
-"""The values that codes stand for."""
+"""Tables of the values of 8-bit and 4-bit codes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qlora_dist.nf4.nf4_layout import QuantType
 
 @functools.cache
 def nested_code_table(device: torch.device) -> torch.Tensor:
-    """fp32[256]: the values of the 8-bit codes of double quantization.
+    """Return fp32[256], the values of the 8-bit codes of double quantization.
 
-    Made at first use and never inside a module's constructor: DeepSpeed's `zero.Init` casts every float tensor that
-    is created under it, and a bf16 table read as fp32 gives NaN without an error.
+    Do not call it in a module's constructor. DeepSpeed's `zero.Init` casts every float tensor that is created under
+    it, and a bf16 table read as fp32 gives NaN without an error.
     """
     table: torch.Tensor = bnb.create_dynamic_map()
     return table.to(device)
@@ -23,7 +23,7 @@ def nested_code_table(device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def code_table(quant_type: QuantType) -> torch.Tensor:
-    """fp32[16] on the CPU: the values of the 4-bit codes."""
-    # the device must be named: bitsandbytes' default is "cuda"
+    """Return fp32[16] on the CPU, the values of the 4-bit codes."""
+    # bitsandbytes' default device is "cuda"
     table: torch.Tensor = bnb.get_4bit_type(quant_type, device="cpu")
     return table

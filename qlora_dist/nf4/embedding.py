@@ -1,4 +1,4 @@
-"""The matrices with a row for each token of the vocabulary, input embedding and output head, as vectors of bytes."""
+"""Input embedding and output head whose weight is one vector of bytes."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from qlora_dist.nf4.quantize import dequantize_rows, dequantize_weight
 
 
 class NF4VocabMixin(nn.Module):
-    """Mixed into an embedding's or a linear layer's class: `packed` stands where `weight` stood, frozen."""
+    """Mixin for an embedding's or a linear layer's class that replaces `weight` by a frozen `packed` parameter."""
 
     layout: NF4Layout
-    """Shape [vocabulary, h]."""
+    """Layout of the weight, [vocabulary, h]."""
     dtype: torch.dtype
-    """What is looked up has this type."""
+    """Type of the rows that are looked up."""
     packed: nn.Parameter
+    """uint8[layout.total_bytes]."""
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """weight: dtype[vocabulary, h]. Under an engine, only where `packed` is gathered."""
+        """Return the weight, dtype[vocabulary, h]. Under an engine, `packed` must be gathered."""
         return dequantize_weight(self.packed, self.layout, dtype)
 
     @property
     def weight(self) -> torch.Tensor:
-        """dtype[vocabulary, h] of NaN, one element of memory: for code that asks for the weight's type or device.
+        """Placeholder for code that reads the weight's type or device: dtype[vocabulary, h] in one element of memory.
 
-        Code that computes with it would otherwise do so with something that is not the weight, and nobody would know.
+        It is NaN, so that a computation with it does not go unnoticed.
         """
         placeholder = torch.full((), float("nan"), dtype=self.dtype, device=self.packed.device).expand(
             self.layout.shape
         )
-        placeholder._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
+        placeholder._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers initializes it otherwise
         return placeholder
 
 
 class NF4Embedding(NF4VocabMixin, nn.Embedding):  # type: ignore[override]  # torch's `weight` can be assigned
-    """An embedding of which only the rows that are looked up are dequantized, where blocks end with the rows."""
+    """Embedding that dequantizes only the rows that are looked up, if its rows are whole blocks."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: int64[...] -> dtype[..., h], equal to the rows of `dequantize_weight`."""
+        """Look up ids: int64[...] -> dtype[..., h], equal to the rows of `dequantize_weight`."""
         vocabulary, h = self.layout.shape
         if h % self.layout.block_size or not 0 < ids.numel() < vocabulary:
             return nn.functional.embedding(ids, self.dequantize(self.dtype))
@@ -48,31 +49,32 @@ class NF4Embedding(NF4VocabMixin, nn.Embedding):  # type: ignore[override]  # to
 
 
 class NF4Head(NF4VocabMixin, nn.Linear):  # type: ignore[override]  # torch's `weight` can be assigned
-    """An output head. It is no NF4Linear: adapters are for the layers, and a head is gathered in forward alone."""
+    """Output head. It is no NF4Linear, because it takes no adapter and is gathered in forward only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., h] -> [..., vocabulary], in x's type."""
+        """Map x: [..., h] to logits: [..., vocabulary], in x's type."""
         return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)
 
 
 def use_nf4_vocab(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: torch.dtype) -> None:
-    """Have an embedding or an output head keep its weight in 4 bit, whatever else its class does (Gemma's scales).
+    """Replace the weight of an embedding or an output head by a `packed` parameter without values.
 
-    It stays the module it is, so whatever refers to it still does. `packed` has no values yet.
+    The module's class is changed in place, so references to it stay valid. Its other behaviour, such as the scaling of
+    Gemma's embedding, stays.
 
     Args:
-        module: in 16 or 32 bit; its bias stays.
-        layout: of the weight.
-        dtype: of what is looked up.
+        module: module in 16 or 32 bit; its bias stays.
+        layout: layout of the weight.
+        dtype: type of the rows that are looked up.
 
     Raises:
-        UserError: its class computes with the weight itself.
+        UserError: the module's class computes with the weight itself.
     """
     check_vocab_class(module)
     base, nf4_class = (nn.Embedding, NF4Embedding) if isinstance(module, nn.Embedding) else (nn.Linear, NF4Head)
     packed = torch.empty(layout.total_bytes, dtype=torch.uint8, device=module.weight.device)
     del module.weight
-    # behind the module's own class: what that calls `super().forward` is ours
+    # the 4-bit class follows the module's own class, whose `super().forward` then calls it
     module_class = type(module)
     module.__class__ = (
         nf4_class if module_class is base else type(f"NF4{module_class.__name__}", (module_class, nf4_class), {})
@@ -83,17 +85,17 @@ def use_nf4_vocab(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: to
 
 
 def check_vocab_class(module: nn.Module) -> None:
-    """See whether an embedding or output head can be in 4 bit.
+    """Check that an embedding or output head can be in 4 bit.
 
     Raises:
-        UserError: it looks up or multiplies in a way of its own.
+        UserError: its class computes with the weight itself.
     """
     forward = type(module).forward
     if forward in (nn.Embedding.forward, nn.Linear.forward):
         return
     code = getattr(forward, "__code__", None)
-    if code is None or "__class__" not in code.co_freevars:  # which is there where `super()` is called
+    if code is None or "__class__" not in code.co_freevars:  # a function that calls `super()` has it
         raise UserError(
-            f"{type(module).__name__}: what this class does with its weight is not known here, and it cannot be in "
-            "4 bit; leave out model.embeddings, or --embeddings"
+            f"{type(module).__name__}: this class computes with its weight itself, so it cannot be in 4 bit; leave out "
+            "model.embeddings, or --embeddings"
         )

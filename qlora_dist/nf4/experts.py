@@ -1,4 +1,4 @@
-"""The weights of a sparse layer's experts: many matrices in one vector of bytes."""
+"""Weights of a sparse layer's experts: many matrices in one vector of bytes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ExpertForward = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class NF4Experts(nn.Module):
-    """One projection of all experts, `y = x @ W[expert].T`, differentiable in x alone.
+    """One projection of all experts, `y = x @ W[expert].T`, differentiable in x only.
 
-    `packed: uint8[experts * matrices * layout.total_bytes]` is one quantized matrix behind the other, each with blocks
-    and scales of its own, so that one expert is dequantized without touching the others. An expert's weight is
-    `matrices` of them one above the other (gate and up), as they lay in the checkpoint.
+    `packed: uint8[experts * matrices * layout.total_bytes]` concatenates the quantized matrices. Each matrix has its
+    own blocks and scales, so one expert is dequantized without the others. An expert's weight stacks its `matrices`
+    (such as gate and up) along the rows, as in the checkpoint.
 
     Args:
-        layout: of one matrix; all have the same.
-        experts: their number.
-        matrices: of each expert.
-        device: where to make the parameter, "meta" for a skeleton.
+        layout: layout of each matrix.
+        experts: number of experts.
+        matrices: number of matrices per expert.
+        device: device of the parameter; "meta" for a model without weights.
     """
 
     def __init__(
@@ -39,25 +39,24 @@ class NF4Experts(nn.Module):
         self.packed = nn.Parameter(torch.empty(nbytes, dtype=torch.uint8, device=device), requires_grad=False)
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """weight: dtype[out_features, in_features] of one expert. Under an engine, only where `packed` is gathered."""
+        """Return an expert's weight, dtype[out_features, in_features]. Under an engine, `packed` must be gathered."""
         size = self.layout.total_bytes
         vectors = self.packed.narrow(0, expert * self.matrices * size, self.matrices * size).split(size)
         parts = [dequantize_weight(vector, self.layout, dtype) for vector in vectors]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def bind(self) -> ExpertForward:
-        """The function of one forward pass: x: [tokens, in_features], expert -> [tokens, out_features] in x's type."""
+    def expert_forward(self) -> ExpertForward:
+        """Return the function of one forward pass: x [tokens, in_features], expert -> [tokens, out_features]."""
         return lambda x, expert: _Matmul.apply(x, self, expert)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
         quantization = f"{self.layout.quant_type}, block_size={self.layout.block_size}"
         features = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"experts={self.experts}, {features}, {quantization}"
 
 
 class _Matmul(torch.autograd.Function):
-    """Keeps only the module and the expert's number for backward, for the reason that NF4Linear's does."""
+    """Product that saves only the module and the expert's number for backward, for the same reason as NF4Linear's."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, module: NF4Experts, expert: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A linear layer whose frozen weight is one vector of bytes."""
+"""Linear layer whose frozen weight is one vector of bytes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from qlora_dist.nf4.quantize import dequantize_weight
 
 
 class NF4Linear(nn.Module):
-    """`y = x @ dequantize(packed).T + bias`, differentiable in x alone.
+    """Linear layer `y = x @ dequantize(packed).T + bias`, differentiable in x only.
 
-    `packed` is an ordinary frozen parameter, so FSDP2 and ZeRO-3 shard codes and scales together. It is uint8 and
-    must stay so: engines cast floating parameters to the compute type, and CUDA's multi-tensor copies canonicalize
-    NaN payloads of bf16 words.
+    `packed` is an ordinary frozen parameter, so FSDP2 and ZeRO-3 shard codes and scales together. It must be uint8,
+    because engines cast floating parameters to the compute type, and CUDA's multi-tensor copies canonicalize NaN
+    payloads of bf16 words.
 
     Args:
         layout: shape [out_features, in_features] and quantization of the weight.
-        bias: bias[out_features] in `bias_dtype`, frozen.
-        bias_dtype: the bias's type, and that of `weight`.
-        device: where to make the parameters, "meta" for a skeleton.
+        bias: whether there is a frozen bias[out_features].
+        bias_dtype: type of the bias and of `weight`.
+        device: device of the parameters; "meta" for a model without weights.
     """
 
     is_weight_read: bool = False
-    """Whether the model's code computes with `weight` itself, where an adapter around the layer has no effect."""
+    """Whether the model's code reads `weight` itself, so that an adapter around the layer has no effect."""
 
     def __init__(
         self,
         layout: NF4Layout,
+        *,
         bias: bool = False,
         bias_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
@@ -49,37 +50,36 @@ class NF4Linear(nn.Module):
         )
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """weight: dtype[out_features, in_features]. Under an engine, only where `packed` is gathered."""
+        """Return the weight, dtype[out_features, in_features]. Under an engine, `packed` must be gathered."""
         return dequantize_weight(self.packed, self.layout, dtype)
 
     @property
     def weight(self) -> torch.Tensor:
-        """Dequantize for code that reads the weight itself: [out_features, in_features], frozen, new at each call.
+        """Dequantized weight, [out_features, in_features], for code that reads it; computed at each access.
 
-        Where an engine has not gathered `packed`, there are no values: it is on meta.
+        If an engine has not gathered `packed`, it is on meta.
         """
         if self.packed.is_meta or isinstance(self.packed, DTensor) or self.packed.numel() != self.layout.total_bytes:
             placeholder = torch.empty(self.layout.shape, dtype=self.dtype, device="meta")
-            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would give it first values
+            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers initializes it otherwise
             return placeholder
         return self.dequantize(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in_features] -> [..., out_features], in x's type."""
+        """Map x: [..., in_features] to [..., out_features], in x's type."""
         y: torch.Tensor = _Matmul.apply(x, self)
         return y
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
         quantization = f"{self.layout.quant_type}, block_size={self.layout.block_size}"
         return f"in_features={self.in_features}, out_features={self.out_features}, {quantization}"
 
 
 class _Matmul(torch.autograd.Function):
-    """Keeps only the module for backward: not the gathered bytes, not the dequantized weight.
+    """Product that saves only the module for backward, not the gathered bytes or the dequantized weight.
 
-    The engine frees `packed` after forward and has gathered it anew when backward reads `module.packed`. Saving the
-    tensor itself would keep every layer's gathered bytes alive (ZeRO-3), or point to freed memory.
+    The engine frees `packed` after forward, and gathers it again before backward reads `module.packed`. A saved tensor
+    would keep every layer's gathered bytes alive (ZeRO-3), or point to freed memory.
     """
 
     @staticmethod

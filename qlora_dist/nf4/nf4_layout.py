@@ -1,4 +1,4 @@
-"""Where each part of a quantized weight lies in its one byte vector. Arithmetic only: no torch in here."""
+"""Layout of a quantized weight in one vector of bytes. It is arithmetic only, and does not import torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 NESTED_BLOCK_SIZE = 256
-"""absmax values that share one nested absmax (bitsandbytes.functional.quantize_4bit, compress_statistics)."""
+"""Number of absmax values that share a nested absmax (`compress_statistics` of bitsandbytes' `quantize_4bit`)."""
 
 _ALIGNMENT = 16
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -15,18 +15,19 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QuantType = Literal["nf4", "fp4"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NF4Layout:
-    """A quantized weight as `packed: uint8[total_bytes]`.
+    """Layout of a quantized weight in `packed: uint8[total_bytes]`.
 
-    codes | absmax | nested absmax | offset, each part starting at a multiple of 16 bytes:
+    The parts are codes | absmax | nested absmax | offset. Each part starts at a multiple of 16 bytes:
 
-    - codes: two 4-bit codes a byte, the first of the pair in the high half; ceil(numel / 2) bytes
+    - codes: two 4-bit codes per byte, the first in the high half; ceil(numel / 2) bytes
     - absmax: one per block, uint8 with double quantization, else fp32
     - nested absmax: fp32, one per 256 absmax values (double quantization only)
-    - offset: one fp32, the mean of all absmax before they were quantized (double quantization only)
+    - offset: one fp32, the mean of all absmax values before their quantization (double quantization only)
 
-    A plain vector of bytes can be cut anywhere: a rank's shard needs to know nothing of blocks.
+    A large matrix has 4 + 8/64 + 32/(64*256) = 4.127 bits per weight. A vector of bytes can be sharded anywhere, so
+    shards do not depend on blocks.
     """
 
     shape: tuple[int, ...]
@@ -35,18 +36,18 @@ class NF4Layout:
     block_size: int = 64
     double_quant: bool = True
     dtype: str = "bfloat16"
-    """What the weight was before ('bfloat16', 'float16', 'float32'). bitsandbytes dequantizes to this type before
-    it casts to the compute type, and so do we."""
+    """Type of the original weight ('bfloat16', 'float16', 'float32'). As in bitsandbytes, values are dequantized to it
+    before they are cast to the compute type."""
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size {self.block_size} is none of {BLOCK_SIZES}")
+            raise ValueError(f"block_size {self.block_size} is not one of {BLOCK_SIZES}")
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"shape {self.shape} has no elements")
 
     @property
     def numel(self) -> int:
-        """Weights in the matrix."""
+        """Number of weights in the matrix."""
         return math.prod(self.shape)
 
     @property
@@ -79,13 +80,8 @@ class NF4Layout:
 
     @property
     def total_bytes(self) -> int:
-        """Length of the vector."""
+        """Length of the vector in bytes."""
         return _align(self.offset.stop)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits stored per weight, padding included: 4 + 8/64 + 32/(64*256) = 4.127 for large matrices."""
-        return 8 * self.total_bytes / self.numel
 
 
 def _align(position: int) -> int:

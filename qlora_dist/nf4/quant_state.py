@@ -1,11 +1,13 @@
-"""bitsandbytes' serialized 4-bit weights: the tensors beside a `NAME.weight`, and their place in the byte vector.
+"""bitsandbytes' serialized 4-bit weights: tensors beside a `NAME.weight`, and their place in the byte vector.
 
+```
     NAME.weight                               codes, uint8[numel/2, 1], or the same bytes in another storage type
     NAME.weight.absmax                        uint8[blocks] with double quantization, else fp32[blocks]
     NAME.weight.quant_map                     fp32[16], the code table
     NAME.weight.nested_absmax                 fp32[blocks/256]     } double quantization only
     NAME.weight.nested_quant_map              fp32[256]            }
     NAME.weight.quant_state.bitsandbytes__nf4 JSON as uint8: shape, dtype, blocksize, nested_offset
+```
 
 Source: `bitsandbytes.functional.QuantState.as_dict(packed=True)` and `Params4bit.from_prequantized`.
 """
@@ -25,21 +27,21 @@ from qlora_dist.nf4.nf4_layout import NESTED_BLOCK_SIZE, NF4Layout
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 _STATE = ".quant_state.bitsandbytes__"
-_LONGEST_FLOAT = 25  # characters of a double's repr; the JSON is padded to a length known before its content
+_LONGEST_FLOAT = 25  # characters of a double's repr; the JSON is padded because its length is needed before its content
 
 
 @dataclass(frozen=True)
 class QuantizedWeightEntry:
-    """A 4-bit weight in a folder."""
+    """4-bit weight in a folder."""
 
     layout: NF4Layout
     parts: tuple[tuple[slice, TensorEntry], ...]
-    """Bytes of the vector, and the tensor of the file that holds them."""
+    """Ranges of the vector's bytes, with the tensor in the file that holds each."""
     offset: float | None
-    """The one part that is not a tensor in the file but a number in the JSON."""
+    """Offset of the absmax values, which the file stores as a number in the JSON; None: no double quantization."""
 
     def read_range(self, reader: SafetensorsReader, out: torch.Tensor, start: int) -> None:
-        """Fill `out: uint8[n]` (CPU) with bytes start .. start+n of the vector, reading no others."""
+        """Fill `out: uint8[n]` (CPU) with bytes start .. start+n of the vector. No other bytes are read."""
         position, stop = start, start + out.numel()
         for span, entry in self.parts:
             lo, hi = max(span.start, start), min(span.stop, stop)
@@ -59,16 +61,16 @@ class QuantizedWeightEntry:
 def find_quantized_weights(
     entries: Mapping[str, TensorEntry], reader: SafetensorsReader
 ) -> dict[str, QuantizedWeightEntry]:
-    """The 4-bit weights among a folder's tensors, by name (`....weight`).
+    """Find the 4-bit weights among a folder's tensors, by name (`....weight`).
 
     Raises:
-        UserError: a weight's tensors are incomplete or of another kind.
+        UserError: a weight's tensors are incomplete or unsupported.
     """
     return {key.partition(_STATE)[0]: _quantized_entry(key, entries, reader) for key in entries if _STATE in key}
 
 
 def is_part_of_quantized(name: str, quantized: Mapping[str, QuantizedWeightEntry]) -> bool:
-    """Whether a tensor is one of those beside a 4-bit weight, or the weight itself."""
+    """Return whether a tensor is a 4-bit weight, or one of the tensors beside it."""
     parts = name.split(".")
     return any(".".join(parts[:n]) in quantized for n in range(1, len(parts) + 1))
 
@@ -80,7 +82,11 @@ def _quantized_entry(key: str, entries: Mapping[str, TensorEntry], reader: Safet
         weight, absmax, quant_map = (entries[name + part] for part in ("", ".absmax", ".quant_map"))
         nested = entries.get(f"{name}.nested_absmax")
         layout = NF4Layout(
-            tuple(state["shape"]), state["quant_type"], state["blocksize"], nested is not None, state["dtype"]
+            shape=tuple(state["shape"]),
+            quant_type=state["quant_type"],
+            block_size=state["blocksize"],
+            double_quant=nested is not None,
+            dtype=state["dtype"],
         )
         tables = [(quant_map, code_table(layout.quant_type))]
         parts = [(layout.codes, weight), (layout.absmax, absmax)]
@@ -107,7 +113,7 @@ def _quantized_entry(key: str, entries: Mapping[str, TensorEntry], reader: Safet
 
 
 def quant_state_specs(name: str, layout: NF4Layout) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Name, type and shape of the tensors that `quant_state_tensors` gives, known before the values are."""
+    """Yield name, type and shape of the tensors that `quant_state_tensors` returns."""
     yield name, torch.uint8, (layout.codes.stop, 1)
     if layout.double_quant:
         yield f"{name}.absmax", torch.uint8, (layout.num_blocks,)
@@ -121,7 +127,7 @@ def quant_state_specs(name: str, layout: NF4Layout) -> Iterator[tuple[str, torch
 
 
 def quant_state_tensors(name: str, packed: torch.Tensor, layout: NF4Layout) -> dict[str, torch.Tensor]:
-    """A packed weight as bitsandbytes' tensors, by name."""
+    """Return a packed weight as bitsandbytes' tensors, by name."""
     packed = packed.cpu()
     offset = packed[layout.offset].view(torch.float32).item() if layout.double_quant else 0.0
     values = [packed[layout.codes], packed[layout.absmax], code_table(layout.quant_type)]

@@ -1,4 +1,4 @@
-"""Tensor to byte vector and back, with bitsandbytes' own operators, so that every value is bit-equal to its."""
+"""Quantization to byte vectors and dequantization, with values that are bit-equal to bitsandbytes'."""
 
 from __future__ import annotations
 
@@ -19,41 +19,45 @@ if TYPE_CHECKING:
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _LARGEST_KERNEL_BLOCK = 1024  # weights
-_CHUNK = 2**19  # weights that one core quantizes at a time, a multiple of every block size
+_CHUNK = 2**19  # weights that one core quantizes at a time: a multiple of every block size
 
 
 def quantize_weight(
-    weight: torch.Tensor, quant_type: QuantType = "nf4", block_size: int = 64, double_quant: bool = True
+    weight: torch.Tensor, quant_type: QuantType = "nf4", block_size: int = 64, *, double_quant: bool = True
 ) -> tuple[torch.Tensor, NF4Layout]:
     """Quantize a weight.
 
     Args:
         weight: bf16, fp16 or fp32, any shape, on any device.
-        quant_type: the code table.
+        quant_type: code table.
         block_size: weights per absmax.
-        double_quant: quantize the absmax values too.
+        double_quant: whether to quantize the absmax values too.
 
     Returns:
         packed: uint8[layout.total_bytes] on the same device, and its layout.
 
-    Source: `bitsandbytes.functional.quantize_4bit(compress_statistics=double_quant)`, whose bytes these are. On the
-    CPU it takes 14 bytes per weight for a moment (12 GB for one matrix of Llama-3.1-405B) and most of its time in a
-    binary search: there the codes are ours (`quantize_4bit_cpu`), a chunk at a time, on `torch.get_num_threads()` cores.
+    The bytes equal the result of `bitsandbytes.functional.quantize_4bit(compress_statistics=double_quant)`. On the CPU
+    that needs 14 bytes per weight, 12 GB for one matrix of Llama-3.1-405B, and most time for a binary search. So
+    `quantize_4bit_cpu` computes the codes there, a chunk at a time, on `torch.get_num_threads()` cores.
     """
     layout = NF4Layout(
-        tuple(weight.shape), quant_type, block_size, double_quant, str(weight.dtype).removeprefix("torch.")
+        shape=tuple(weight.shape),
+        quant_type=quant_type,
+        block_size=block_size,
+        double_quant=double_quant,
+        dtype=str(weight.dtype).removeprefix("torch."),
     )
     return quantize_chunks([weight.detach().contiguous().view(-1)], layout, weight.device), layout
 
 
 def quantize_chunks(chunks: Iterable[torch.Tensor], layout: NF4Layout, device: torch.device) -> torch.Tensor:
-    """Quantize a weight that is never there as a whole.
+    """Quantize a weight that is never in memory as a whole.
 
     Args:
-        chunks: of the flat weight, bf16, fp16 or fp32[n] each, one after the other; each n but the last a multiple of
-            the largest block size. A piece may be overwritten once the next is asked for.
-        layout: of the weight.
-        device: where the work is done.
+        chunks: consecutive chunks of the flat weight, bf16, fp16 or fp32[n]. Each n but the last is a multiple of the
+            largest block size. A chunk may be overwritten once the next is requested.
+        layout: layout of the weight.
+        device: device of the computation.
 
     Returns:
         packed: uint8[layout.total_bytes] on the device.
@@ -61,9 +65,9 @@ def quantize_chunks(chunks: Iterable[torch.Tensor], layout: NF4Layout, device: t
     packed = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
     absmax = torch.empty(layout.num_blocks, dtype=torch.float32, device=device)
     done = 0
-    for piece in chunks:
-        _quantize_chunk(piece.to(device), layout, packed[done // 2 :], absmax[done // layout.block_size :])
-        done += piece.numel()
+    for chunk in chunks:
+        _quantize_chunk(chunk.to(device), layout, packed[done // 2 :], absmax[done // layout.block_size :])
+        done += chunk.numel()
     assert done == layout.numel, f"{done} weights for {layout.shape}"
     if layout.double_quant:
         offset = absmax.mean()
@@ -77,7 +81,7 @@ def quantize_chunks(chunks: Iterable[torch.Tensor], layout: NF4Layout, device: t
 
 
 def _quantize_chunk(flat: torch.Tensor, layout: NF4Layout, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-    """Fill the first codes and the first absmax values."""
+    """Write the chunk's codes and absmax values to the start of `codes` and `absmax`."""
     block_size = layout.block_size
 
     def quantize_from(start: int) -> None:
@@ -97,57 +101,60 @@ def _cpu_code_bounds(quant_type: QuantType) -> CodeBounds:
 
 
 def _codes(weights: torch.Tensor, block_size: int, quant_type: QuantType) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8[ceil(n / 2)] and fp32[blocks]. bitsandbytes': off the CPU, for the last block where it is short, and for
-    weights that are not finite, whose codes are then its.
+    """Return the codes, uint8[ceil(n / 2)], and the absmax values, fp32[blocks].
+
+    bitsandbytes computes them on other devices, for a short last block, and for weights that are not finite.
     """
-    whole = weights.numel() - weights.numel() % block_size if weights.device.type == "cpu" else 0
-    if whole:
+    whole_blocks = weights.numel() - weights.numel() % block_size if weights.device.type == "cpu" else 0
+    if whole_blocks:
         from qlora_dist.cpu.cpu_quantize import quantize_4bit_cpu
 
-        codes, absmax = quantize_4bit_cpu(weights[:whole], block_size, _cpu_code_bounds(quant_type))
+        codes, absmax = quantize_4bit_cpu(weights[:whole_blocks], block_size, _cpu_code_bounds(quant_type))
         if not absmax.isfinite().all():
-            whole = 0
-    if whole == weights.numel():
+            whole_blocks = 0
+    if whole_blocks == weights.numel():
         return codes, absmax
-    rest, state = bnb.quantize_4bit(weights[whole:], blocksize=block_size, quant_type=quant_type)
-    if not whole:
+    rest, state = bnb.quantize_4bit(weights[whole_blocks:], blocksize=block_size, quant_type=quant_type)
+    if not whole_blocks:
         return rest.flatten(), state.absmax
     return torch.cat([codes, rest.flatten()]), torch.cat([absmax, state.absmax])
 
 
 def dequantize_weight(packed: torch.Tensor, layout: NF4Layout, dtype: torch.dtype) -> torch.Tensor:
-    """The weight that the bytes stand for.
+    """Return the weight that a byte vector encodes.
 
     Args:
         packed: uint8[layout.total_bytes].
-        layout: where the parts lie.
-        dtype: of the result; values are rounded to layout.dtype first, as bitsandbytes does.
+        layout: layout of the weight.
+        dtype: type of the result; values are rounded to layout.dtype first, as in bitsandbytes.
 
     Returns:
         dtype[layout.shape].
 
-    bitsandbytes 0.50 has three traps on the CPU, and none of them is entered here. Given the matrix's own shape, its
-    AVX512 kernel reads the wrong absmax where in_features is a multiple of 16 and not of the block size: the shape
-    given is flat, [blocks, block_size], or [numel] (single-threaded) for a matrix that ends within a block. For an
-    odd number of weights, and for blocks of 2048 and 4096, it falls back to `torch.compile`, seconds for every new
-    shape: the last byte's second code is dequantized too and dropped, and a large block is given as blocks of 1024
-    with the same absmax.
+    This avoids three traps of bitsandbytes 0.50 on the CPU:
+
+    - Given the matrix's own shape, its AVX512 kernel reads the wrong absmax if in_features is a multiple of 16 but not
+      of the block size. The shape passed is [blocks, block_size], or [numel] (single-threaded) if the matrix ends
+      within a block.
+    - It falls back to `torch.compile`, seconds for every new shape, if the number of weights is odd. So the last byte's
+      second code is dequantized too, and dropped.
+    - It does the same for blocks of 2048 and 4096. Such a block is passed as blocks of 1024 with the same absmax.
     """
     weight = _dequantize_flat(packed[layout.codes], dequantize_absmax(packed, layout), layout)
     return weight[: layout.numel].view(layout.shape).to(dtype)
 
 
 def dequantize_rows(packed: torch.Tensor, layout: NF4Layout, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Some rows of the matrix that the bytes stand for, without the others.
+    """Return some rows of the matrix that a byte vector encodes, without dequantizing the others.
 
     Args:
         packed: uint8[layout.total_bytes].
-        layout: of a matrix whose columns are a multiple of the block size.
-        rows: int64[n], their numbers.
-        dtype: of the result.
+        layout: layout of a matrix whose columns are a multiple of the block size.
+        rows: int64[n], indices of the rows.
+        dtype: type of the result.
 
     Returns:
-        dtype[n, columns], the values that `dequantize_weight` gives.
+        dtype[n, columns], equal to the rows of `dequantize_weight`.
     """
     count, columns = layout.shape
     blocks = columns // layout.block_size
@@ -165,7 +172,7 @@ def dequantize_rows(packed: torch.Tensor, layout: NF4Layout, rows: torch.Tensor,
 
 
 def _dequantize_flat(codes: torch.Tensor, absmax: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
-    """layout.dtype[2 n] of uint8[n] and fp32[blocks]."""
+    """Dequantize codes uint8[n] with absmax fp32[blocks] to layout.dtype[2 n]."""
     block_size, numel = layout.block_size, 2 * codes.numel()
     if block_size > _LARGEST_KERNEL_BLOCK:
         absmax = absmax.repeat_interleave(block_size // _LARGEST_KERNEL_BLOCK)
@@ -178,7 +185,7 @@ def _dequantize_flat(codes: torch.Tensor, absmax: torch.Tensor, layout: NF4Layou
 
 
 def dequantize_absmax(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
-    """fp32[layout.blocks], in full precision."""
+    """Return the absmax values, fp32[layout.num_blocks]."""
     if not layout.double_quant:
         return packed[layout.absmax].view(torch.float32)
     nested_absmax = packed[layout.nested_absmax].view(torch.float32)

@@ -75,7 +75,12 @@ class ModelSpec:
 
     def layout(self, matrix: LinearSpec) -> NF4Layout:
         """Of one of a layer's quantized matrices."""
-        return NF4Layout((matrix.rows, matrix.in_features), "nf4", self.block_size, self.double_quant)
+        return NF4Layout(
+            shape=(matrix.rows, matrix.in_features),
+            quant_type="nf4",
+            block_size=self.block_size,
+            double_quant=self.double_quant,
+        )
 
 
 def count_distinct_units(units: Iterable[FsdpUnit]) -> list[tuple[FsdpUnit, int]]:
@@ -115,7 +120,7 @@ def make_model_spec(
         if name in lora.modules_to_save or (tied and {"embed_tokens", "lm_head"} & {*lora.modules_to_save}):
             return ParameterSpec((vocabulary, hidden), trained=True, always_row_sharded=True)
         if embeddings == "4bit":
-            layout = NF4Layout((vocabulary, hidden), "nf4", block_size, double_quant)
+            layout = NF4Layout(shape=(vocabulary, hidden), block_size=block_size, double_quant=double_quant)
             return ParameterSpec((layout.total_bytes,), is_quantized=True)
         return ParameterSpec((vocabulary, hidden))
 
@@ -144,7 +149,7 @@ _TIED_BY_DEFAULT = ("gemma2",)  # of the classes here, whose config.json may lea
 def _parameters(layer: LayerSpec, lora: LoraConfig, block_size: int, double_quant: bool) -> list[ParameterSpec]:
     parameters = [ParameterSpec(shape) for shape in layer.plain]
     for matrix in layer.matrices:
-        layout = NF4Layout((matrix.rows, matrix.in_features), "nf4", block_size, double_quant)
+        layout = NF4Layout(shape=(matrix.rows, matrix.in_features), block_size=block_size, double_quant=double_quant)
         count = matrix.experts * matrix.parts if matrix.experts else 1
         parameters.append(ParameterSpec((count * layout.total_bytes,), is_quantized=True))
         if matrix.has_bias:

@@ -48,7 +48,7 @@ def measure_speeds(ranks: RankInfo, device: torch.device) -> MeasuredSpeeds:
     side, nbytes = _MATRIX_SIDE[device.type], _COPY_BYTES[device.type]
     x = torch.randn(side, side, dtype=torch.bfloat16, device=device)
     product = _slowest_rank_seconds(lambda: x @ x, device)
-    layout = NF4Layout((side, side))
+    layout = NF4Layout(shape=(side, side))
     packed = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
     dequantized = _slowest_rank_seconds(lambda: dequantize_weight(packed, layout, torch.bfloat16), device)
     device_buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)

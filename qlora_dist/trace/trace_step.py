@@ -42,7 +42,7 @@ from qlora_dist.cpu.cpu_attention import packed_causal_attention_cpu
 from qlora_dist.data.collate import Batch
 from qlora_dist.data.dataloader import gradient_accumulation
 from qlora_dist.errors import UserError
-from qlora_dist.model.attention import has_cpu_kernel, sdpa_per_sequence, takes_sequence_starts
+from qlora_dist.model.attention import AttentionOptions, has_cpu_kernel, sdpa_per_sequence, takes_sequence_starts
 from qlora_dist.model.load_weights import materialize
 from qlora_dist.model.meta_model import LossModel, get_decoder_layers
 from qlora_dist.model.model_folder import ModelFolder
@@ -361,7 +361,8 @@ def _make_traced_attention(device: TracedDevice, packed: bool) -> Callable[..., 
     ) -> tuple[torch.Tensor, None]:
         batch, _, length, size = query.shape
         scale = size**-0.5 if scaling is None else scaling
-        if device == "cpu" and has_cpu_kernel(query, value, dropout, sliding_window, softcap, s_aux):
+        options = AttentionOptions(scale=scale, dropout=dropout, window=sliding_window, softcap=softcap, s_aux=s_aux)
+        if device == "cpu" and has_cpu_kernel(query, value, options):
             no_boundaries = query.new_empty(1, 1, batch, 0, dtype=torch.int32)
             return packed_causal_attention_cpu(query, key, value, no_boundaries, scale), None
         pieces = [(slice(0, batch), 0, length)]
@@ -369,7 +370,7 @@ def _make_traced_attention(device: TracedDevice, packed: bool) -> Callable[..., 
         if packed and softcap is None and s_aux is None:
             middle = length // 2
             pieces = [(slice(i, i + 1), *ends) for i in range(batch) for ends in ((0, middle), (middle, length))]
-        return sdpa_per_sequence(pieces, query, key, value, dropout, scale, sliding_window, softcap, s_aux), None
+        return sdpa_per_sequence(pieces, query, key, value, options), None
 
     return attend
 

@@ -1,4 +1,4 @@
-"""If this fails, a matrix that was to be trained has no adapter, or PEFT loads another one than was trained."""
+"""If this fails, a target has no adapter, or PEFT does not load the trained adapter."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from qlora_dist.train.run_setup import set_up_model
 from tests.helpers import tiny_models
 from tests.helpers.architectures import make_architecture
 
-# of each: layers and experts' parameters that are to have an adapter, of those that PEFT takes for others too
+# architecture, settings, overrides, and number of adapted layers and experts' parameters
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
     ("DeepseekV3", {}, ("lora.experts=true",), 3 * 5 + 3 + 2 * (3 + 2)),  # a dense layer, two with shared experts
     ("Qwen3Moe", {"mlp_only_layers": [0]}, ("lora.targets=[q_proj,gate_proj]",), 3 + 1),
-    ("Llama4", {}, ("lora.experts=true",), 3 * (4 + 3 + 2)),  # PEFT takes the experts' inputs for their outputs
-    ("CTRL", {"dff": 96}, (), 3 * 6),  # layers with numbers for names
+    ("Llama4", {}, ("lora.experts=true",), 3 * (4 + 3 + 2)),  # PEFT confuses the experts' inputs and outputs
+    ("CTRL", {"dff": 96}, (), 3 * 6),  # layers whose names are numbers
 ]
 
 
 @pytest.mark.parametrize(("name", "settings", "overrides", "count"), CASES, ids=[case[0] for case in CASES])
-def test_peft_loads_what_is_trained(
+def test_peft_loads_the_trained_tensors(
     name: str, settings: dict[str, Any], overrides: tuple[str, ...], count: int, tmp_path: Path
 ) -> None:
     source = make_architecture(tmp_path / "source", name, **settings)
@@ -51,8 +51,8 @@ def test_peft_loads_what_is_trained(
     assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensors[key]) for key in tensors)
 
 
-def test_what_peft_does_not_read_is_refused(tmp_path: Path) -> None:
-    """Before a run starts: PEFT would leave out the shared experts of Laguna, and knows no DoRA of a parameter."""
+def test_an_adapter_that_peft_cannot_read_is_refused_before_the_run(tmp_path: Path) -> None:
+    """PEFT would omit the shared experts of Laguna, and does not support DoRA of a parameter."""
     for name, settings, override, message in (
         (
             "Laguna",
@@ -75,14 +75,14 @@ def test_what_peft_does_not_read_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_a_tied_head_is_not_trained_apart(tmp_path: Path) -> None:
+def test_a_tied_head_is_not_trained_separately(tmp_path: Path) -> None:
     source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=True)
     config = load_config(tiny_models.make_config(tmp_path, source), ["lora.modules_to_save=[embed_tokens,lm_head]"])
-    with pytest.raises(UserError, match=r"lm_head is the embedding in .* \(tied\); leave it out, it follows"):
+    with pytest.raises(UserError, match=r"lm_head is tied to the embedding in .*; leave it out, because it follows"):
         set_up_model(config)
 
 
-def test_dropout_is_not_saved_where_peft_knows_none(tmp_path: Path) -> None:
+def test_dropout_is_saved_as_zero_if_there_are_target_parameters(tmp_path: Path) -> None:
     source = make_architecture(tmp_path / "source", "DeepseekV3")
     config = load_config(tiny_models.make_config(tmp_path, source), ["data.packing=none", "lora.dropout=0.1"])
     _, model, adapter = set_up_model(config)

@@ -1,4 +1,4 @@
-"""If this fails, an adapter that does nothing, or answers with nonsense, leaves training as if it were a good one."""
+"""If this fails, an adapter without effect or with invalid values is exported."""
 
 from __future__ import annotations
 

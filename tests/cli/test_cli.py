@@ -225,9 +225,9 @@ DAMAGED_MODELS = {
     "no config": (remove_file("config.json"), "config.json: is missing"),
     "unknown architecture": (
         set_config(model_type="gpt99", architectures=["Gpt99ForCausalLM"]),
-        "makes no causal language model of it",
+        "cannot build a causal language model from it",
     ),
-    "no language model": (set_config(model_type="vit"), "makes no causal language model of it"),
+    "no language model": (set_config(model_type="vit"), "cannot build a causal language model from it"),
     "another shape": (set_config(num_hidden_layers=4), "the weight model.layers.3."),
 }
 

@@ -1,4 +1,4 @@
-"""If this fails, a model quantized on a CPU differs from the one that bitsandbytes makes, by a code here and there."""
+"""If this fails, codes of a model quantized on a CPU differ from bitsandbytes'."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def code_bounds(quant_type: str) -> CodeBounds:
     return CodeBounds.from_code_table(code_table(quant_type))  # type: ignore[arg-type]
 
 
-def same_as_bitsandbytes(weights: torch.Tensor, block_size: int, quant_type: str) -> None:
+def assert_equals_bitsandbytes(weights: torch.Tensor, block_size: int, quant_type: str) -> None:
     codes, absmax = quantize_4bit_cpu(weights.clone(), block_size, code_bounds(quant_type))
     expected, state = bnb.quantize_4bit(weights, blocksize=block_size, quant_type=quant_type)
     assert torch.equal(codes, expected.flatten())
@@ -33,7 +33,7 @@ def test_every_bf16_value_between_minus_one_and_one(quant_type: str) -> None:
     inside = every[every.float().abs() <= 1]
     inside = torch.nn.functional.pad(inside, (0, -inside.numel() % 31)).view(-1, 31)
     blocks = torch.cat([torch.ones(len(inside), 1, dtype=torch.bfloat16), inside], dim=1)  # an absmax of 1 in each
-    same_as_bitsandbytes(blocks.flatten(), 32, quant_type)
+    assert_equals_bitsandbytes(blocks.flatten(), 32, quant_type)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -48,7 +48,7 @@ def test_the_floats_next_to_every_bound_and_every_step(quant_type: str) -> None:
             near.append(value)
     weights = torch.from_numpy(np.clip(np.concatenate(near), -1, 1))
     weights = torch.nn.functional.pad(weights, (0, -weights.numel() % 31)).view(-1, 31)
-    same_as_bitsandbytes(torch.cat([torch.ones(len(weights), 1), weights], dim=1).flatten(), 32, quant_type)
+    assert_equals_bitsandbytes(torch.cat([torch.ones(len(weights), 1), weights], dim=1).flatten(), 32, quant_type)
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,17 +62,17 @@ def test_the_floats_next_to_every_bound_and_every_step(quant_type: str) -> None:
     zeros=st.booleans(),
 )
 def test_random_weights(
-    seed: int, blocks: int, block_size: int, quant_type: str, dtype: torch.dtype, scale: float, zeros: bool
+    seed: int, blocks: int, block_size: int, quant_type: str, dtype: torch.dtype, scale: float, *, zeros: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = (torch.randn(blocks * block_size, generator=generator) * scale).to(dtype)
     if zeros:
         weights[:block_size] = 0
-    same_as_bitsandbytes(weights, block_size, quant_type)
+    assert_equals_bitsandbytes(weights, block_size, quant_type)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_weights_that_are_not_finite_are_bitsandbytes_affair(value: float) -> None:
+def test_weights_that_are_not_finite_are_quantized_by_bitsandbytes(value: float) -> None:
     weights = torch.randn(8, 64)
     weights[3, 5] = value
     packed, layout = quantize_weight(weights, double_quant=False)
@@ -81,7 +81,7 @@ def test_weights_that_are_not_finite_are_bitsandbytes_affair(value: float) -> No
     assert torch.equal(packed[layout.absmax].view(torch.float32), state.absmax) or value != value
 
 
-def test_the_weights_are_left_as_they_were() -> None:
+def test_the_weights_are_not_changed() -> None:
     weights = torch.randn(64)
     before = weights.clone()
     quantize_4bit_cpu(weights, 64, code_bounds("nf4"))

@@ -158,7 +158,7 @@ def dequantized_model(source: Path, quantized: Path, embeddings: bool = False) -
     folder = ModelFolder(quantized)
     origins = find_weight_sources(model, [*folder.entries, *folder.quantized])
     with SafetensorsReader() as reader, torch.no_grad():
-        for target in quantizable_parameters(model, embeddings):
+        for target in quantizable_parameters(model, embeddings=embeddings):
             weights = []
             for matrix in source_matrices(target, origins, folder):
                 entry = folder.quantized[matrix.name]

@@ -1,4 +1,4 @@
-"""If this fails, weights are mixed up, or loading hangs, holds too much, or hides an error of the disk."""
+"""If this fails, weights are mixed up, or loading hangs, uses too much memory, or hides a disk error."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TIMEOUT_S = 20
 
 
 def fill_with(value: int) -> Callable[[torch.Tensor], None]:
-    def into(out: torch.Tensor) -> None:
+    def read_into(out: torch.Tensor) -> None:
         out.fill_(value)
 
-    return into
+    return read_into
 
 
 def number(value: int, nbytes: int = 8) -> ReadRequest:
@@ -43,7 +43,7 @@ def test_reads_come_in_order_and_whole() -> None:
         assert list(ahead) == []
 
 
-def test_the_next_one_is_read_while_the_caller_works_and_no_other() -> None:
+def test_only_the_next_read_runs_while_the_caller_works() -> None:
     begun = [threading.Event() for _ in range(4)]
 
     def begin(index: int) -> Callable[[torch.Tensor], None]:
@@ -60,16 +60,16 @@ def test_the_next_one_is_read_while_the_caller_works_and_no_other() -> None:
                 assert begun[index + 1].wait(TIMEOUT_S)
             time.sleep(0.02)
             assert [event.is_set() for event in begun] == [i <= index + 1 for i in range(4)]
-            assert values(out) == [index] * 4, "it was overwritten while it was in use"
+            assert values(out) == [index] * 4, "the buffer was overwritten while it was in use"
 
 
-def test_two_buffers_of_the_largest_read_are_all_it_holds() -> None:
+def test_it_holds_two_buffers_of_the_largest_read() -> None:
     with ReadAhead([number(index, 1 + index % 7) for index in range(50)]) as ahead:
         places = {out.untyped_storage().data_ptr(): out.untyped_storage().nbytes() for out in ahead}
     assert list(places.values()) == [7, 7]
 
 
-def test_an_error_is_raised_where_the_read_is_asked_for() -> None:
+def test_an_error_is_raised_when_the_result_is_requested() -> None:
     def fail(out: torch.Tensor) -> None:
         raise UserError("the disk is broken")
 
@@ -94,7 +94,7 @@ def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
             list(ahead)
 
 
-def test_leaving_early_waits_for_the_read_that_has_begun_and_begins_no_other() -> None:
+def test_exit_waits_for_the_running_read_and_starts_no_other() -> None:
     events = []
 
     def slow(out: torch.Tensor) -> None:
@@ -109,7 +109,7 @@ def test_leaving_early_waits_for_the_read_that_has_begun_and_begins_no_other() -
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
-def test_only_time_without_work_counts_as_waiting() -> None:
+def test_only_idle_time_counts_as_waiting() -> None:
     finished = [threading.Event() for _ in range(2)]
 
     def slow(finish: threading.Event) -> Callable[[torch.Tensor], None]:
@@ -128,29 +128,29 @@ def test_only_time_without_work_counts_as_waiting() -> None:
     assert ahead.wait_s - first < 0.15
 
 
-def test_progress_is_told_in_the_callers_thread() -> None:
-    seen: list[ReadProgress] = []
+def test_progress_is_reported_in_the_callers_thread() -> None:
+    reports: list[ReadProgress] = []
 
     def progress(reading: ReadProgress) -> None:
         assert threading.current_thread() is threading.main_thread()
-        seen.append(reading)
+        reports.append(reading)
 
     with ReadAhead([number(0, 10), number(0, 30)], progress) as ahead:
-        assert not seen
+        assert not reports
         list(ahead)
-    assert [(reading.read_bytes, reading.total_bytes) for reading in seen] == [(10, 40), (40, 40)]
-    assert seen[1].wait_s >= seen[0].wait_s >= 0
+    assert [(reading.read_bytes, reading.total_bytes) for reading in reports] == [(10, 40), (40, 40)]
+    assert reports[1].wait_s >= reports[0].wait_s >= 0
 
 
-@given(nbytes=st.integers(0, 5000), piece_bytes=st.integers(1, 700))
-def test_pieces_lie_side_by_side(nbytes: int, piece_bytes: int) -> None:
+@given(nbytes=st.integers(0, 5000), chunk_bytes=st.integers(1, 700))
+def test_chunks_are_contiguous(nbytes: int, chunk_bytes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_ahead, "READ_CHUNK_BYTES", piece_bytes)
+        patch.setattr(read_ahead, "READ_CHUNK_BYTES", chunk_bytes)
         parts = list(read_chunks(nbytes))
     assert [i for start, count in parts for i in range(start, start + count)] == list(range(nbytes))
-    assert all(0 < count <= piece_bytes for _, count in parts)
+    assert all(0 < count <= chunk_bytes for _, count in parts)
 
 
-def test_a_piece_holds_whole_blocks_of_every_size() -> None:
+def test_a_chunk_holds_whole_blocks_of_every_size() -> None:
     for itemsize in (2, 4):
         assert all(READ_CHUNK_BYTES // itemsize % block_size == 0 for block_size in BLOCK_SIZES)

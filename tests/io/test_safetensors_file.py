@@ -1,4 +1,4 @@
-"""If this fails, weights are read from the wrong place, or a half-written file is taken for a whole one."""
+"""If this fails, weights are read from the wrong place, or an incomplete file looks complete."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten().view(torch.uint8)
 
 
-def test_whole_tensors_are_the_librarys(file):
+def test_whole_tensors_equal_the_librarys(file):
     header = read_safetensors_header(file)
     with SafetensorsReader() as reader:
         assert_same({name: reader.read(entry) for name, entry in header.items()}, TENSORS)
@@ -71,7 +71,7 @@ def test_whole_tensors_are_the_librarys(file):
     numel=st.integers(1, 300),
     data=st.data(),
 )
-def test_a_range_is_that_slice_of_the_bytes(dtype, numel, data):
+def test_a_range_is_a_slice_of_the_bytes(dtype, numel, data):
     tensors = {"before": torch.ones(3), "x": torch.randn(numel).mul(100).to(dtype), "after": torch.ones(3)}
     start = data.draw(st.integers(0, tensors["x"].nbytes))
     stop = data.draw(st.integers(start, tensors["x"].nbytes))
@@ -129,7 +129,7 @@ def test_the_file_has_its_name_only_when_it_is_complete(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
 
 
-def test_a_tensor_is_written_in_pieces(tmp_path):
+def test_a_tensor_is_written_in_parts(tmp_path):
     path = tmp_path / "out.safetensors"
     x = torch.arange(10, dtype=torch.int16)
     writer = SafetensorsWriter(path, [("x", torch.int16, (2, 5))])
@@ -144,7 +144,7 @@ def test_a_tensor_is_written_in_pieces(tmp_path):
 
 
 def damage_header(path: Path, **changes: object) -> None:
-    """Rewrites an entry of the header, keeping the file's length."""
+    """Change an entry of the header and keep the data."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
@@ -185,7 +185,7 @@ def test_a_damaged_file_is_refused_in_a_sentence_that_names_it(file, damage):
 
 @settings(deadline=None)
 @given(st.binary(max_size=200))
-def test_no_file_whatsoever_makes_a_traceback(content):
+def test_no_file_causes_a_traceback(content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         for prefix in (b"", (len(content) // 2).to_bytes(8, "little")):

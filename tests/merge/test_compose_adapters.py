@@ -1,4 +1,4 @@
-"""If this fails, a composed adapter is not what its parts add up to, or parts of different models are put together."""
+"""If this fails, a composed adapter differs from the sum of its parts, or parts of different models are combined."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def adapters(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """PEFT's own, each in the folder of its name."""
+    """Save PEFT's adapters, each in a folder of its name."""
     folder = tmp_path_factory.mktemp("adapters")
     for name, config in PARTS.items():
         make_adapter(source, folder / name, **config)
@@ -98,7 +98,7 @@ factors = st.builds(
 
 @settings(max_examples=40)
 @given(st.lists(factors, min_size=1, max_size=4))
-def test_cat_and_a_whole_svd_are_the_weighted_sum(updates: list[WeightedLoraFactors]) -> None:
+def test_cat_and_svd_of_full_rank_are_the_weighted_sum(updates: list[WeightedLoraFactors]) -> None:
     parts = [(update.weight * update.scaling, update.b.double(), update.a.double()) for update in updates]
     total = sum(factor * b @ a for factor, b, a in parts)
     size = sum(abs(factor) * b.norm() * a.norm() for factor, b, a in parts)
@@ -107,7 +107,7 @@ def test_cat_and_a_whole_svd_are_the_weighted_sum(updates: list[WeightedLoraFact
         assert (b.double() @ a.double() - total).norm() <= 1e-6 * size
 
 
-def test_a_small_svd_is_the_best_there_is() -> None:
+def test_svd_of_low_rank_is_the_best_approximation() -> None:
     torch.manual_seed(0)
     updates = [WeightedLoraFactors(torch.randn(4, 20), torch.randn(30, 4), 0.5, weight) for weight in (1.0, -0.7)]
     a, b = combine_matrices(updates, "svd", 3, 1.0)
@@ -117,34 +117,36 @@ def test_a_small_svd_is_the_best_there_is() -> None:
 
 
 @pytest.mark.parametrize("how", ["cat", "linear", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"])
-def test_as_peft_does(how: Any, source: Path, adapters: Path, tmp_path: Path) -> None:
+def test_combination_types_equal_pefts(how: Any, source: Path, adapters: Path, tmp_path: Path) -> None:
     model = peft.PeftModel.from_pretrained(load(source), adapters / "a", adapter_name="a")
     model.load_adapter(adapters / "b", adapter_name="b")
     model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "sum", combination_type=how, density=0.4)
     parts = [WeightedAdapter("a", adapters / "a", 0.7), WeightedAdapter("b", adapters / "b", -0.4)]
     report = compose_adapters(parts, tmp_path / "out", ComposeOptions(how=how, density=0.4))
-    ours = deltas(peft.PeftModel.from_pretrained(load(source), tmp_path / "out"))
+    composed_deltas = deltas(peft.PeftModel.from_pretrained(load(source), tmp_path / "out"))
     for name, delta in deltas(model, "sum").items():
-        torch.testing.assert_close(ours[name], delta, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(composed_deltas[name], delta, rtol=1e-5, atol=1e-6)
     total = {name: 0.7 * delta - 0.4 * deltas(model, "b")[name] for name, delta in deltas(model, "a").items()}
-    apart = sum((ours[name] - total[name]).square().sum() for name in total) / sum(
+    relative_difference = sum((composed_deltas[name] - total[name]).square().sum() for name in total) / sum(
         t.square().sum() for t in total.values()
     )
-    assert (report.difference / report.sums) ** 0.5 == pytest.approx(float(apart) ** 0.5, rel=1e-3, abs=1e-5)
+    assert (report.squared_difference / report.squared_sum) ** 0.5 == pytest.approx(
+        float(relative_difference) ** 0.5, rel=1e-3, abs=1e-5
+    )
 
 
 def test_other_ranks_scalings_and_modules(source: Path, adapters: Path, tmp_path: Path) -> None:
-    """The sum of what each does by PEFT's own account, and the norm that one of them has trained whole."""
+    """The result is the sum of PEFT's deltas, with the norm that one adapter has fully trained."""
     parts = [WeightedAdapter(name, adapters / name, weight) for name, weight in (("a", 1.0), ("b", 0.5), ("c", -0.25))]
     compose_adapters(parts, tmp_path / "out", ComposeOptions())
     composed = peft.PeftModel.from_pretrained(load(source), tmp_path / "out")
-    ours, expected = deltas(composed), {}
+    composed_deltas, expected = deltas(composed), {}
     for part in parts:
         for name, delta in deltas(peft.PeftModel.from_pretrained(load(source), part.path)).items():
             expected[name] = expected.get(name, 0) + part.weight * delta
-    assert ours.keys() == expected.keys()
+    assert composed_deltas.keys() == expected.keys()
     for name, delta in expected.items():
-        torch.testing.assert_close(ours[name], delta, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(composed_deltas[name], delta, rtol=1e-5, atol=1e-6)
     saved = load_file(adapters / "c" / "adapter_model.safetensors")
     norm = next(value for name, value in saved.items() if "norm" in name)
     assert torch.equal(composed.get_submodule("model.model.norm").modules_to_save["default"].weight, norm)
@@ -158,11 +160,11 @@ def test_dare_drops_a_part_and_keeps_the_mean(adapters: Path, tmp_path: Path) ->
     assert all(torch.equal(one[name], again[name]) for name in one)
     key = next(name for name in one if "down_proj.lora_A" in name)
     assert not torch.equal(one[key], other[key])
-    assert 0.2 < (one[key] == 0).float().mean() < 0.3  # both adapters' values dropped: a quarter
+    assert 0.2 < (one[key] == 0).float().mean() < 0.3  # probability that both adapters' values are dropped: a quarter
 
 
-def test_one_after_the_other(source: Path, adapters: Path, tmp_path: Path) -> None:
-    """Base + the composed adapter is the second on top of the merged model that it was trained on."""
+def test_sequential(source: Path, adapters: Path, tmp_path: Path) -> None:
+    """Base and composed adapter equal the second adapter on the merged model that it was trained on."""
     merged = tmp_path / "merged"
     merge_folder(source, adapters / "a", merged, MergeOptions(into="original", dtype="fp32"), QUIET)
     second = make_adapter(merged, tmp_path / "second", **PARTS["c"])
@@ -182,11 +184,11 @@ def test_one_after_the_other(source: Path, adapters: Path, tmp_path: Path) -> No
         compose_adapters(
             [WeightedAdapter("a", adapters / "a", 0.5), parts[1]], tmp_path / "wrong", ComposeOptions(how="sequential")
         )
-    with pytest.raises(UserError, match="compose adapters of one base, or say with --base"):
+    with pytest.raises(UserError, match="compose adapters of one base, or name their common base with --base"):
         compose_adapters(parts, tmp_path / "wrong", ComposeOptions())
 
 
-def test_what_cannot_be_composed(source: Path, adapters: Path, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_composed_are_refused(source: Path, adapters: Path, tmp_path: Path) -> None:
     a, b, c = (WeightedAdapter(name, adapters / name) for name in "abc")
     dora = WeightedAdapter(
         "dora", make_adapter(source, tmp_path / "dora", r=4, target_modules=["q_proj"], use_dora=True)
@@ -195,23 +197,23 @@ def test_what_cannot_be_composed(source: Path, adapters: Path, tmp_path: Path) -
     other = WeightedAdapter("other", make_adapter(small, tmp_path / "other", r=4, target_modules=["q_proj"]))
     for parts, options, message in [
         ([a, dora], {}, "is DoRA, whose magnitudes have no sum"),
-        ([a, other], {}, "compose adapters of one base, or say"),
+        ([a, other], {}, "compose adapters of one base, or name"),
         ([a, other], {"base": source}, r"q_proj is \(64, 32\) there and \(64, 64\) in"),
-        ([c, WeightedAdapter("d", c.path)], {}, "and there is no sum of the two"),
+        ([c, WeightedAdapter("d", c.path)], {}, "and the two have no sum"),
         ([a, c], {"how": "linear"}, r"has the ranks \[3, 4\] in these adapters; use cat or svd"),
-        ([a, b], {"how": "ties", "density": 1.5}, "give one between 0 and 1"),
+        ([a, b], {"how": "ties", "density": 1.5}, "give a number between 0 and 1"),
         ([a, b], {"rank": 2}, "leave it out, or use svd"),
         ([a, a], {}, "each with a name of its own"),
         ([a, WeightedAdapter("x", a.path, -1.0)], {"how": "linear"}, "the updates cancel each other"),
         ([a, WeightedAdapter("x", a.path, -1.0)], {}, "the updates cancel each other"),
-        ([a, b], {"how": "sequential"}, "which is no folder here that qlora-dist merge has written"),
+        ([a, b], {"how": "sequential"}, "which is no folder that qlora-dist merge has written"),
     ]:
         with pytest.raises(UserError, match=message) as error:
             compose_adapters(parts, tmp_path / "out", ComposeOptions(**options))  # type: ignore[arg-type]
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_the_verb(adapters: Path, tmp_path: Path) -> None:
+def test_the_command(adapters: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     call = ["compose", f"a={adapters / 'a'}", f"b={adapters / 'b'}:0.5", str(out), "--how", "svd", "--rank", "3"]
     result = CliRunner().invoke(app, call)
@@ -219,10 +221,10 @@ def test_the_verb(adapters: Path, tmp_path: Path) -> None:
     assert "1 x a + 0.5 x b by svd, rank 3 on 4 matrices" in " ".join(result.output.split())
     assert load_file(out / "adapter_model.safetensors")
     call[-3] = "sum"
-    assert "no such way; choose from cat, linear" in str(CliRunner().invoke(app, call[:-2]).exception)
+    assert "is no combination type; choose from cat, linear" in str(CliRunner().invoke(app, call[:-2]).exception)
 
 
-def test_how_adapters_are_named() -> None:
+def test_parse_weighted_adapter() -> None:
     assert parse_weighted_adapter("a=runs/a/adapter:0.5") == WeightedAdapter("a", Path("runs/a/adapter"), 0.5)
     assert parse_weighted_adapter("a=runs/a:b") == WeightedAdapter("a", Path("runs/a:b"), 1.0)
     for text in ("runs/a", "=runs/a", "a=", "a=runs/a:nan"):

@@ -1,4 +1,4 @@
-"""If this fails, the merged model is not the one that was trained, or nobody else can load it."""
+"""If this fails, the merged model differs from the trained one, or transformers cannot load it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILE = "model-00001-of-00001.safetensors"
 
 
 def make_adapter(model: torch.nn.Module, out: Path, base: Path, **settings: Any) -> Path:
-    """An adapter of PEFT's own, every value of it random."""
+    """Save an adapter by PEFT with random values."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", **({"r": 4, "target_modules": "all-linear"} | settings))
     adapted = peft.get_peft_model(model, config)
     torch.manual_seed(1)
@@ -53,16 +53,16 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def merge_and_check(source: Path, tmp_path: Path, **settings: Any) -> tuple[Path, MergeReport]:
-    """Merge into the dequantized weights, and compare with base and adapter side by side."""
+    """Merge into the dequantized weights, and compare with PEFT's model of base and adapter."""
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.5)).out
     adapter = make_adapter(dequantized_model(source, quantized), tmp_path / "adapter", quantized, **settings)
-    beside = peft.PeftModel.from_pretrained(dequantized_model(source, quantized), adapter)
+    adapted = peft.PeftModel.from_pretrained(dequantized_model(source, quantized), adapter)
     report = merge_folder(None, adapter, tmp_path / "merged", MergeOptions(dtype="fp32"), QUIET)
     merged = logits(load(report.out))
-    torch.testing.assert_close(merged, logits(beside), rtol=1e-5, atol=1e-5)
-    with beside.disable_adapter():
-        assert (logits(beside) - merged).abs().max() > 0.05  # the adapter matters
-    assert report.difference == 0.0 < report.squared_updates
+    torch.testing.assert_close(merged, logits(adapted), rtol=1e-5, atol=1e-5)
+    with adapted.disable_adapter():
+        assert (logits(adapted) - merged).abs().max() > 0.05  # the adapter matters
+    assert report.squared_difference == 0.0 < report.squared_updates
     return report.out, report
 
 
@@ -75,7 +75,7 @@ def merge_and_check(source: Path, tmp_path: Path, **settings: Any) -> tuple[Path
         {"modules_to_save": ["lm_head", "embed_tokens", "model.norm"]},
         {"bias": "all"},
     ],
-    ids=["lora", "rslora, ranks of its own", "dora", "modules trained whole", "bias"],
+    ids=["lora", "rslora with rank patterns", "dora", "modules to save", "bias"],
 )
 def test_the_merged_model_is_base_and_adapter(settings: dict[str, Any], tmp_path: Path) -> None:
     arch = "Qwen2" if settings.get("bias") else "Llama"
@@ -83,8 +83,8 @@ def test_the_merged_model_is_base_and_adapter(settings: dict[str, Any], tmp_path
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_tokens(tied: bool, tmp_path: Path) -> None:
-    """An embedding with more rows than the base's, trained whole; a tied head stays tied to it."""
+def test_new_tokens(*, tied: bool, tmp_path: Path) -> None:
+    """A fully trained embedding has more rows than the base's, and a tied head stays tied to it."""
     source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=tied, num_hidden_layers=1)
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.3)).out
 
@@ -106,8 +106,11 @@ def test_new_tokens(tied: bool, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT2", "Mixtral", "GptOss", "Gemma2", "Falcon", "DeepseekV3", "Llama4"])
 def test_other_architectures(name: str, tmp_path: Path) -> None:
-    """Transposed matrices, a tensor per expert, all experts in one, adapters of experts, tied embeddings, fused
-    projections; names that PEFT converts to experts of twice the rank; experts whose inputs it takes for outputs."""
+    """These cover transposed matrices, separate and stacked experts, adapters of experts, and tied embeddings.
+
+    They also cover fused projections, names that PEFT converts to experts of twice the rank, and experts whose inputs
+    and outputs PEFT confuses.
+    """
     experts = ["experts.down_proj", "experts.gate_up_proj"]
     sparse = {"target_modules": ["q_proj", "o_proj"], "target_parameters": experts}
     converted = {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}
@@ -119,7 +122,7 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained_adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A 16-bit folder, the same in 4 bit, and an adapter of that."""
+    """Make a 16-bit folder, its 4-bit version, and an adapter of the latter."""
     folder = tmp_path_factory.mktemp("merge")
     source = tiny_models.make_model(folder / "source")
     quantized = quantize_folder(source, folder / "nf4", QuantizeOptions()).out
@@ -134,19 +137,19 @@ def merge(trained_adapter: tuple[Path, Path, Path], out: Path, *, base: int, **o
     return merge_folder(trained_adapter[base], trained_adapter[2], out, MergeOptions(**options), QUIET)
 
 
-def test_bf16_is_the_trained_model_to_its_rounding(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_bf16_is_the_trained_model_up_to_rounding(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
     report = merge(trained_adapter, tmp_path / "merged", base=1)
     (dtype,) = {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model-00001-of-00001.safetensors").values()}
     assert dtype == torch.bfloat16
-    beside = peft.PeftModel.from_pretrained(
+    adapted = peft.PeftModel.from_pretrained(
         dequantized_model(trained_adapter[0], trained_adapter[1]), trained_adapter[2]
     )
-    expected = logits(beside)
+    expected = logits(adapted)
     assert (logits(load(report.out)) - expected).norm() < 5e-3 * expected.norm()
-    assert 0 < report.difference / report.trained < (2**-9) ** 2
+    assert 0 < report.squared_difference / report.squared_trained < (2**-9) ** 2
 
 
-def test_a_base_that_the_run_quantized_on_the_way(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_base_that_the_run_quantized_while_loading(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
     merge(trained_adapter, tmp_path / "one", base=1)
     merge(trained_adapter, tmp_path / "other", base=0)
     one, other = (load_file(tmp_path / name / "model-00001-of-00001.safetensors") for name in ("one", "other"))
@@ -156,26 +159,29 @@ def test_a_base_that_the_run_quantized_on_the_way(trained_adapter: tuple[Path, P
 
 def test_into_the_original(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
     report = merge(trained_adapter, tmp_path / "merged", base=0, into="original", dtype="fp32")
-    beside = peft.PeftModel.from_pretrained(load(trained_adapter[0]), trained_adapter[2])
-    torch.testing.assert_close(logits(load(report.out)), logits(beside), rtol=1e-5, atol=1e-5)
-    base = report.trained - report.squared_updates  # nearly: a random update is at right angles to the weights
-    assert 0.05 < (report.difference / base) ** 0.5 < 0.15  # what 4 bit cost before training
+    adapted = peft.PeftModel.from_pretrained(load(trained_adapter[0]), trained_adapter[2])
+    torch.testing.assert_close(logits(load(report.out)), logits(adapted), rtol=1e-5, atol=1e-5)
+    base = (
+        report.squared_trained - report.squared_updates
+    )  # approximately, because a random update is orthogonal to the weights
+    assert 0.05 < (report.squared_difference / base) ** 0.5 < 0.15  # the error of 4 bit before training
 
 
 def test_into_nf4(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """The same as quantizing the model that is merged in 16 bit."""
+    """Merging into nf4 equals quantizing the model that was merged in 16 bit."""
     report = merge(trained_adapter, tmp_path / "merged", base=1, into="nf4")
     merge(trained_adapter, tmp_path / "bf16", base=1)
     again = quantize_folder(tmp_path / "bf16", tmp_path / "again", QuantizeOptions()).out
-    ours, theirs = (load_file(path / "model-00001-of-00001.safetensors") for path in (report.out, again))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert 0.05 < (report.difference / report.trained) ** 0.5 < 0.2
+    merged_tensors, quantized_tensors = (load_file(path / FILE) for path in (report.out, again))
+    assert merged_tensors.keys() == quantized_tensors.keys()
+    assert all(torch.equal(merged_tensors[name], quantized_tensors[name]) for name in merged_tensors)
+    assert 0.05 < (report.squared_difference / report.squared_trained) ** 0.5 < 0.2
 
 
 def test_into_nf4_with_error_feedback(tmp_path: Path) -> None:
-    """Rounding alone gives back the base where the update is small, as trained ones are; fed back, the update is
-    there. Scales stay as they are, and so do matrices without an update; the same again gives the same bytes.
+    """Plain rounding loses a small update, and error feedback keeps it.
+
+    Scales and matrices without an update do not change, and the result is deterministic.
     """
     torch.manual_seed(0)
     source = tiny_models.make_model(tmp_path / "source", hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
@@ -187,7 +193,7 @@ def test_into_nf4_with_error_feedback(tmp_path: Path) -> None:
     for out, feedback in (("rounded", False), ("fed", True), ("again", True)):
         options = MergeOptions(into="nf4", error_feedback=feedback)
         reports[out] = merge_folder(quantized, adapter, tmp_path / out, options, QUIET)
-    kept = {out: report.kept / report.squared_updates for out, report in reports.items()}
+    kept = {out: report.update_dot_product / report.squared_updates for out, report in reports.items()}
     assert abs(kept["rounded"]) < 0.2 and kept["fed"] == pytest.approx(1, abs=0.05)
     base, fed, again = (load_file(tmp_path / name / FILE) for name in ("nf4", "fed", "again"))
     assert all(torch.equal(fed[name], again[name]) for name in fed)
@@ -196,7 +202,7 @@ def test_into_nf4_with_error_feedback(tmp_path: Path) -> None:
     assert (base[changed[0]] != fed[changed[0]]).float().mean() < 0.2
 
 
-def test_files_are_no_larger_than_asked_for(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_files_respect_the_largest_size(trained_adapter: tuple[Path, Path, Path], tmp_path: Path) -> None:
     merge(trained_adapter, tmp_path / "merged", base=1, file_bytes=100_000, dtype="fp32")
     assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 3
     load(tmp_path / "merged")
@@ -230,7 +236,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
         (lambda t: t.update({Q + "lora_C": torch.ones(3)}), "only LoRA of linear layers and experts is"),
     ],
 )
-def test_an_adapter_that_is_not_as_it_should_be(
+def test_a_damaged_adapter_is_refused(
     change: Any, message: str, trained_adapter: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     adapter = copy_with_damage(trained_adapter[2], tmp_path / "adapter", change)

@@ -1,4 +1,4 @@
-"""If this fails, flex_attention leaves out blocks that a sequence should see, or computes its neighbour's."""
+"""If this fails, flex_attention omits blocks that a sequence should see, or computes its neighbour's."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def packed_rows(draw: st.DrawFn) -> list[list[int]]:
 
 @settings(max_examples=25, deadline=None)
 @given(packed_rows(), st.one_of(st.none(), st.integers(1, 300), st.sampled_from([1, 127, 128, 129, 255, 256, 257])))
-def test_blocks_are_those_that_torch_finds_by_looking_at_all_pairs(rows: list[list[int]], window: int | None) -> None:
+def test_blocks_equal_torchs_create_block_mask(rows: list[list[int]], window: int | None) -> None:
     length = sum(rows[0])
     sequence = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows])
 
-    def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        near = query - key < (length if window is None else window)
-        return (sequence[row, query] == sequence[row, key]) & (key <= query) & near
+    def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        in_window = query - key < (length if window is None else window)
+        return (sequence[row, query] == sequence[row, key]) & (key <= query) & in_window
 
-    theirs = torch_flex.create_block_mask(sees, len(rows), None, length, length, "cpu")
-    bounds = sequence_starts(positions(rows))
-    ours = create_packed_block_mask(bounds, length, window, torch.device("cpu"))
-    for a, b in zip(ours.as_tuple()[:-1], theirs.as_tuple()[:-1], strict=True):
+    reference = torch_flex.create_block_mask(mask_mod, len(rows), None, length, length, "cpu")
+    starts = sequence_starts(positions(rows))
+    actual = create_packed_block_mask(starts, length, window, torch.device("cpu"))
+    for a, b in zip(actual.as_tuple()[:-1], reference.as_tuple()[:-1], strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
-    pairs = torch_flex.create_mask(sees, len(rows), None, length, length, "cpu")
-    assert torch.equal(create_packed_mask(bounds, length, window), pairs)
+    pairs = torch_flex.create_mask(mask_mod, len(rows), None, length, length, "cpu")
+    assert torch.equal(create_packed_mask(starts, length, window), pairs)
 
 
 def tensors(heads: int = 4) -> list[torch.Tensor]:
@@ -79,11 +79,11 @@ def attend(tensors: list[torch.Tensor], rows: list[list[int]] = ROWS, **kwargs: 
     ],
 )
 def test_the_call_for_gpus_gives_the_same_values_and_gradients(
-    heads: int, checkpointed: bool, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    *, heads: int, checkpointed: bool, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By torch's flex_attention and its own backward: traced as for a GPU, without kernels, not refused on a CPU."""
-    ours, theirs = tensors(heads), tensors(heads)
-    dense = attend(theirs, **kwargs)
+    """torch's flex_attention and its backward are traced as for a GPU, and run without kernels on a CPU."""
+    actual, reference = tensors(heads), tensors(heads)
+    dense = attend(reference, **kwargs)
     monkeypatch.setattr(attention, "_has_flex_kernels", lambda device: True)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
     called = []
@@ -95,27 +95,29 @@ def test_the_call_for_gpus_gives_the_same_values_and_gradients(
 
     monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", without_kernels)
     run = partial(checkpoint, attend, use_reentrant=False) if checkpointed else attend
-    output = run(ours, dropout=0.0, **kwargs)
+    output = run(actual, dropout=0.0, **kwargs)
     torch.testing.assert_close(output, dense, rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(dense)
-    for a, b in zip(torch.autograd.grad(output, ours, grad), torch.autograd.grad(dense, theirs, grad), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(output, actual, grad), torch.autograd.grad(dense, reference, grad), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert called == [True] * (2 if checkpointed else 1)
 
 
 @pytest.mark.slow
 def test_a_compiled_kernel_needs_no_more_than_the_listed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of inductor for CPUs, which has no backward. As on GPUs it reads the lists, and computes what is in them."""
+    """Inductor's kernel for CPUs has no backward. As on GPUs it computes only the listed blocks."""
     inputs, others = [t.detach() for t in tensors()], [[1, 499], [250, 100, 150]]
-    wanted = [attend(inputs, rows, sliding_window=150) for rows in (ROWS, others)]
+    expected = [attend(inputs, rows, sliding_window=150) for rows in (ROWS, others)]
     monkeypatch.setattr(attention, "_has_flex_kernels", lambda device: True)
-    torch.testing.assert_close(attend(inputs, sliding_window=150), wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attend(inputs, sliding_window=150), expected[0], rtol=1e-5, atol=1e-5)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    torch.testing.assert_close(attend(inputs, others, sliding_window=150), wanted[1], rtol=1e-5, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0  # other sequences compile nothing anew
-    # that the lists are read: without the blocks beside the diagonal a window of 150 is cut
+    torch.testing.assert_close(attend(inputs, others, sliding_window=150), expected[1], rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0  # other sequences need no compilation
+    # the kernel reads the lists: without the blocks beside the diagonal, a window of 150 is cut
     monkeypatch.setattr(attention, "create_packed_block_mask", lambda *args: _diagonal(create_packed_block_mask(*args)))
-    assert (attend(inputs, sliding_window=150) - wanted[0]).abs().max() > 0.1
+    assert (attend(inputs, sliding_window=150) - expected[0]).abs().max() > 0.1
 
 
 def _diagonal(mask: torch_flex.BlockMask) -> torch_flex.BlockMask:

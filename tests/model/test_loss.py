@@ -1,4 +1,4 @@
-"""If this fails, the loss is another than the model's, or its gradient is."""
+"""If this fails, the loss or its gradient differs from the model's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ SCALES = [LogitScale(), LogitScale(0.25), LogitScale(1.0, 3.0), LogitScale(2.0, 
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("scale", SCALES, ids=str)
-def test_loss_and_gradients_are_autograds(scale: LogitScale, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients_equal_autograds(
+    *, scale: LogitScale, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", 5 * 37)  # several chunks, of several blocks
     monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", 2 * 37)
     torch.manual_seed(0)
@@ -33,17 +35,17 @@ def test_loss_and_gradients_are_autograds(scale: LogitScale, with_bias: bool, mo
     expected = cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
     loss = linear_cross_entropy_sum(hidden, weight, bias, labels, scale)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    for ours, theirs in zip(
+    for actual, reference in zip(
         torch.autograd.grad(loss * 0.7, inputs), torch.autograd.grad(expected * 0.7, inputs), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(
             linear_cross_entropy_sum(hidden, weight, bias, labels, scale), expected, rtol=1e-6, atol=0
         )
 
 
-def on_meta(name: str, **settings: object) -> transformers.PreTrainedModel:
+def model_on_meta(name: str, **settings: object) -> transformers.PreTrainedModel:
     config = getattr(transformers, f"{name}Config")(**(SETTINGS_OF_ALL | ARCHITECTURES[name] | settings))
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config)
@@ -59,18 +61,18 @@ def on_meta(name: str, **settings: object) -> transformers.PreTrainedModel:
         ("GPTNeoX", {}, LogitScale()),
     ],
 )
-def test_what_a_model_does_to_its_logits_is_measured(name: str, settings: dict[str, float], scale: LogitScale) -> None:
-    model = on_meta(name, **settings)
+def test_the_scale_of_the_logits_is_measured(name: str, settings: dict[str, float], scale: LogitScale) -> None:
+    model = model_on_meta(name, **settings)
     head_before, forward_before = model.get_output_embeddings(), type(model.base_model).forward
     measured = measure_logit_scale(model)
     assert measured.cap == scale.cap
     assert measured.factor == pytest.approx(scale.factor, rel=1e-6)
-    assert model.get_output_embeddings() is head_before  # left as it was
+    assert model.get_output_embeddings() is head_before  # left unchanged
     assert model.base_model.forward.__func__ is forward_before
 
 
-def test_a_model_that_does_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = on_meta("Llama")
+def test_an_unknown_logit_transform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_on_meta("Llama")
     forward = type(model).forward
 
     def squared(self: nn.Module, *args: object, **kwargs: object) -> object:
@@ -79,5 +81,5 @@ def test_a_model_that_does_something_else_is_refused(monkeypatch: pytest.MonkeyP
         return output
 
     monkeypatch.setattr(type(model), "forward", squared)
-    with pytest.raises(UserError, match="what it does to its logits is not known here"):
+    with pytest.raises(UserError, match="the scale of its logits cannot be measured"):
         measure_logit_scale(model)

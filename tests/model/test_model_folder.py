@@ -1,4 +1,4 @@
-"""If this fails, a model that others published in 4 bit is read wrongly, or a damaged folder ends in a traceback."""
+"""If this fails, a published 4-bit model is read wrongly, or a damaged folder causes a traceback."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.helpers import tiny_models
 
 @pytest.fixture
 def copy(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A folder to damage."""
+    """Copy a folder in order to damage it."""
     return Path(shutil.copytree(tiny_llama, tmp_path / "copy"))
 
 
 @pytest.fixture
 def sharded(tiny_llama: Path, tmp_path: Path) -> Path:
-    """The same model in several files."""
+    """Save the model in several files."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     return tmp_path / "sharded"
@@ -55,7 +55,7 @@ def test_several_files_are_one_model(sharded, tiny_llama):
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_a_folder_published_by_others(tiny_llama, tmp_path, storage, double_quant):
+def test_a_folder_saved_by_transformers_in_4_bit(tiny_llama, tmp_path, storage, double_quant):
     options = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -83,7 +83,7 @@ def test_a_folder_published_by_others(tiny_llama, tmp_path, storage, double_quan
 
 
 def bitsandbytes_weight(layer: bnb.nn.Linear4bit) -> torch.Tensor:
-    """The weight as bitsandbytes dequantizes it, asked for as a vector: with its shape the kernel may err."""
+    """Dequantize by bitsandbytes as a vector, because its kernel may err with the matrix's shape."""
     state = layer.weight.quant_state
     shape, state.shape = state.shape, torch.Size([state.shape.numel()])
     try:
@@ -121,13 +121,13 @@ DAMAGES = {
         lambda folder: set_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
         "with bitsandbytes, but not in 4 bit",
     ),
-    "a method with a way out": (
+    "a method with a remedy": (
         lambda folder: set_config(folder, quantization_config={"quant_method": "fp8"}),
         "FineGrainedFP8Config(dequantize=True) of transformers, save it in 16 bit",
     ),
     "gpt-oss as it is published": (
         lambda folder: set_config(folder, quantization_config={"quant_method": "mxfp4"}),
-        "is quantized with mxfp4, which is not read here; give a copy of the model in bf16",
+        "is quantized with mxfp4, which is not supported; give a copy of the model in bf16",
     ),
     "parts without an index": (
         lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"),
@@ -151,7 +151,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_refused_in_a_sentence(copy, damage):
+def test_a_damaged_folder_is_refused_with_one_sentence(copy, damage):
     change, message = DAMAGES[damage]
     change(copy)
     with pytest.raises(UserError) as caught:
@@ -166,7 +166,7 @@ def test_read_json(tmp_path):
     assert read_model_json(tmp_path / "x.json") == {"ä": 1}
 
 
-def test_a_tied_head_is_no_tensor_of_its_own(tmp_path):
+def test_a_tied_head_is_no_separate_tensor(tmp_path):
     folder = ModelFolder(tiny_models.make_model(tmp_path, tie_word_embeddings=True))
     assert "model.embed_tokens.weight" in folder.entries
     assert "lm_head.weight" not in folder.entries

@@ -1,4 +1,4 @@
-"""If this fails, a norm of ours computes or differentiates something else than transformers' of the same name."""
+"""If this fails, the values or gradients of a fused norm differ from transformers'."""
 
 from __future__ import annotations
 
@@ -18,57 +18,57 @@ from qlora_dist.model.norm import fuse_rms_norms
 
 
 class Model(nn.Module):
-    def __init__(self, theirs: nn.Module) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        self.norm = theirs
+        self.norm = original
 
 
-def pair(kind: type[nn.Module], dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    theirs = kind(24, 1e-5)
-    theirs.weight = nn.Parameter(torch.randn(24).to(dtype), requires_grad=False)
-    ours = Model(copy.deepcopy(theirs))
-    fuse_rms_norms(ours)  # type: ignore[arg-type]
-    assert type(ours.norm) is not kind and isinstance(ours.norm, kind)
-    return theirs, ours.norm
+def original_and_fused(kind: type[nn.Module], dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    original = kind(24, 1e-5)
+    original.weight = nn.Parameter(torch.randn(24).to(dtype), requires_grad=False)
+    fused = Model(copy.deepcopy(original))
+    fuse_rms_norms(fused)  # type: ignore[arg-type]
+    assert type(fused.norm) is not kind and isinstance(fused.norm, kind)
+    return original, fused.norm
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_are_theirs_and_gradients_within_rounding(
+def test_values_are_equal_and_gradients_within_rounding(
     kind: type[nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(norm, "_BLOCK", 4 * 24)  # several blocks, the last one shorter
-    theirs, ours = pair(kind, dtype)
+    original, fused = original_and_fused(kind, dtype)
     x = torch.randn(2, 7, 24).to(dtype).transpose(0, 1).requires_grad_()
     grad = torch.randn(7, 2, 24).to(dtype)
-    expected, found = theirs(x), ours(x)
-    assert torch.equal(found, expected)
-    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (found, expected)]
+    expected, actual = original(x), fused(x)
+    assert torch.equal(actual, expected)
+    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (actual, expected)]
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
 
-def test_only_the_input_is_kept() -> None:
-    _, ours = pair(LlamaRMSNorm, torch.bfloat16)
+def test_only_the_input_is_saved() -> None:
+    _, fused = original_and_fused(LlamaRMSNorm, torch.bfloat16)
     x = torch.randn(5, 24).bfloat16().requires_grad_()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        ours(x)
-    assert sorted(t.shape for t in kept) == sorted([x.shape, ours.weight.shape, torch.Size([5, 1])])
+        fused(x)
+    assert sorted(t.shape for t in kept) == sorted([x.shape, fused.weight.shape, torch.Size([5, 1])])
     assert any(t.data_ptr() == x.data_ptr() for t in kept)
 
 
-def test_a_trained_norm_is_the_class_own() -> None:
-    theirs, ours = pair(LlamaRMSNorm, torch.float32)
-    ours.weight.requires_grad_()
+def test_a_trained_norm_runs_the_forward_of_its_class() -> None:
+    original, fused = original_and_fused(LlamaRMSNorm, torch.float32)
+    fused.weight.requires_grad_()
     x = torch.randn(3, 24)
-    ours(x).square().sum().backward()
-    theirs.weight.requires_grad_()
-    theirs(x).square().sum().backward()
-    assert torch.equal(ours.weight.grad, theirs.weight.grad)
+    fused(x).square().sum().backward()
+    original.weight.requires_grad_()
+    original(x).square().sum().backward()
+    assert torch.equal(fused.weight.grad, original.weight.grad)
 
 
-def test_what_only_looks_alike_is_left_alone() -> None:
+def test_a_norm_that_differs_keeps_its_class() -> None:
     class HalfRMSNorm(LlamaRMSNorm):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states) / 2
@@ -79,7 +79,7 @@ def test_what_only_looks_alike_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma2", "phi3", "deepseek_v3", "mixtral"])
-def test_norms_of_published_classes_are_known(architecture: str) -> None:
+def test_norms_of_published_classes_are_fused(architecture: str) -> None:
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     small = {"num_key_value_heads": 2, "vocab_size": 8, "head_dim": 8, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(architecture, **sizes, **small)
@@ -101,13 +101,13 @@ class FailingRMSNorm(LlamaRMSNorm):
 
 
 @pytest.mark.parametrize("kind", [GatedRMSNorm, FailingRMSNorm, Qwen3NextRMSNormGated, BambaRMSNormGated])
-def test_a_norm_that_takes_more_or_cannot_be_tried_keeps_its_class(kind: type[nn.Module]) -> None:
+def test_a_norm_with_more_arguments_or_a_failing_probe_keeps_its_class(kind: type[nn.Module]) -> None:
     model = Model(kind(8, 8) if kind is BambaRMSNormGated else kind(8))
     fuse_rms_norms(model)  # type: ignore[arg-type]
     assert type(model.norm) is kind
 
 
-def test_each_module_of_a_class_counts_by_its_own_settings() -> None:
+def test_modules_of_a_class_with_other_settings_are_probed_separately() -> None:
     class ScaledRMSNorm(LlamaRMSNorm):
         factor = 1.0
 

@@ -1,4 +1,4 @@
-"""If this fails, packing sequences into rows changes what is learned from them: a loss, or a gradient."""
+"""If this fails, packing sequences into rows changes their loss or gradients."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from qlora_dist.runtime.process_group import process_group
 from tests.helpers.architectures import make_architecture
 
 LENGTHS = [[30, 7, 1, 19], [41, 16]]
-"""Of the sequences of each row; what is left of SEQ_LEN is padding."""
+"""Lengths of the sequences in each row. The rest of SEQ_LEN is padding."""
 SEQ_LEN = 64
 WINDOW = 12
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Mistral": {"sliding_window": WINDOW},
-    "Qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},  # in the second layer
+    "Qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},  # only in the second layer
     "Gemma2": {"sliding_window": WINDOW},  # in every other layer, with soft caps
-    "GptOss": {"sliding_window": WINDOW},  # the same, with sinks
-    "StableLm": {},  # its attention does not take boundaries
+    "GptOss": {"sliding_window": WINDOW},  # in every other layer, with sinks
+    "StableLm": {},  # its attention does not take starts
 }
 CASES = [
     *((name, attention) for name in ("Llama", "Mistral", "Qwen2", "Gemma2") for attention in ("eager", "sdpa", "flex")),
@@ -40,7 +40,7 @@ CASES = [
     *(("GptOss", attention) for attention in ("sdpa", "flex")),  # transformers' masks mix its sequences
 ]
 IMPLEMENTATION = {"eager": "eager", "masks": "sdpa", "sdpa": PACKED_ATTENTION, "flex": PACKED_FLEX_ATTENTION}
-"""masks: transformers' own SDPA, which `sdpa` leaves to models whose attention takes no boundaries."""
+"""Attention implementations. `masks` is transformers' own SDPA, for models whose attention takes no starts."""
 SLIDING_WINDOW_CASES = [case for case in CASES if "sliding_window" in MODELS[case[0]]]
 Build = Callable[..., PreTrainedModel]
 Sequences = list[list[torch.Tensor]]
@@ -54,10 +54,10 @@ def each_of(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """A model as it is trained: in 4 bit, an adapter on every layer, its weights large enough that attention shows."""
+    """Return a function that builds a 4-bit model with adapters on all layers."""
 
     @cache
-    def filled(name: str, window: int) -> PreTrainedModel:
+    def loaded_model(name: str, window: int) -> PreTrainedModel:
         settings = {key: window if key == "sliding_window" else value for key, value in MODELS[name].items()}
         path = make_architecture(tmp_path_factory.mktemp("model"), name, num_hidden_layers=2, **settings)
         folder = ModelFolder(path)
@@ -68,12 +68,12 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
             init_adapter(model, seed=0)
         torch.manual_seed(1)
         for parameter_name, parameter in named_trainable_parameters(model):
-            if "lora_B" in parameter_name:  # zero at first, and A would have no gradient
+            if "lora_B" in parameter_name:  # A has no gradient while B is zero
                 parameter.data.normal_(std=0.05)
         return model
 
     def model(name: str, attention: str, window: int = WINDOW) -> PreTrainedModel:
-        result = filled(name, window)
+        result = loaded_model(name, window)
         result.set_attn_implementation(IMPLEMENTATION[attention])
         return result
 
@@ -86,7 +86,7 @@ def sequences() -> Sequences:
 
 
 def batch(rows: Sequences, seq_len: int = SEQ_LEN) -> dict[str, torch.Tensor]:
-    """As the loader gives it."""
+    """Collate rows as the dataloader does."""
     shape = (len(rows), seq_len)
     ids, labels, positions = (torch.full(shape, value) for value in (2, -100, 0))
     for index, row in enumerate(rows):
@@ -101,7 +101,7 @@ def batch(rows: Sequences, seq_len: int = SEQ_LEN) -> dict[str, torch.Tensor]:
 
 
 def loss_and_gradients(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> tuple[float, list[Any]]:
-    """Summed over all labels of all batches."""
+    """Return loss and gradients, summed over all labels of all batches."""
     model.zero_grad()
     total = 0.0
     for inputs in batches:
@@ -118,14 +118,14 @@ def test_packed_rows_give_the_loss_and_the_gradients_of_their_sequences(
     model, rows = build(name, attention), sequences()
     alone = [batch([[sequence]], len(sequence)) for row in rows for sequence in row if len(sequence) > 1]
     loss, gradients = loss_and_gradients(model, [batch(rows)])
-    expected, wanted = loss_and_gradients(model, alone)
+    expected, expected_gradients = loss_and_gradients(model, alone)
     assert loss == pytest.approx(expected, rel=1e-5)
-    for ours, theirs in zip(gradients, wanted, strict=True):
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    for actual, reference in zip(gradients, expected_gradients, strict=True):
+        assert (actual - reference).norm() <= 1e-5 * reference.norm()
 
 
 @each_of(CASES)
-def test_a_sequence_sees_nothing_of_its_neighbours(name: str, attention: str, build: Build) -> None:
+def test_a_sequence_does_not_see_its_neighbours(name: str, attention: str, build: Build) -> None:
     model, inputs = build(name, attention), batch(sequences())
     first, end = LENGTHS[0][0], sum(LENGTHS[0][:2])
     other = inputs["input_ids"].clone()
@@ -135,19 +135,19 @@ def test_a_sequence_sees_nothing_of_its_neighbours(name: str, attention: str, bu
     labels[0, first:end] = -100  # its neighbours' remain
 
     def change(**others: torch.Tensor) -> float:
-        """Of the loss, relative, by other tokens."""
+        """Return the relative change of the loss with other tokens."""
         with torch.no_grad():
             before, after = (model(**inputs | others | {"input_ids": i}) for i in (inputs["input_ids"], other))
         return abs(after.item() / before.item() - 1)
 
     assert change(labels=labels) < 1e-6
     assert change() > 1e-4
-    in_one = torch.arange(SEQ_LEN).repeat(len(LENGTHS), 1)
-    assert change(labels=labels, position_ids=in_one) > 1e-4  # they would see it
+    one_sequence = torch.arange(SEQ_LEN).repeat(len(LENGTHS), 1)
+    assert change(labels=labels, position_ids=one_sequence) > 1e-4  # one sequence sees them
 
 
 @each_of(SLIDING_WINDOW_CASES)
-def test_a_window_shorter_than_a_sequence_counts(name: str, attention: str, build: Build) -> None:
+def test_a_window_changes_only_longer_sequences(name: str, attention: str, build: Build) -> None:
     long = batch(sequences())
     short = batch([[sequence[:WINDOW] for sequence in row] for row in sequences()])
     windowed, without = (
@@ -168,7 +168,7 @@ def test_a_window_shorter_than_a_sequence_counts(name: str, attention: str, buil
         ("StableLm", "sdpa", "masks"),
     ],
 )
-def test_the_configuration_chooses(name: str, attention: Any, chosen: str, tmp_path: Path) -> None:
+def test_the_configuration_selects_the_attention(name: str, attention: Any, chosen: str, tmp_path: Path) -> None:
     folder = make_architecture(tmp_path, name)
     model = build_meta_model(ModelFolder(folder), ModelConfig(base=str(folder), attention=attention))
     assert model.config._attn_implementation == IMPLEMENTATION[chosen]

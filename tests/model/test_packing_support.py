@@ -1,4 +1,4 @@
-"""If this fails, the sequences of a packed row learn from each other."""
+"""If this fails, the sequences of a packed row see each other."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def random_model(model_type: str) -> transformers.PreTrainedModel:
     settings = dict(architectures.SETTINGS_OF_ALL)
     if model_type == "deepseek_v3":
         settings |= architectures.ARCHITECTURES["DeepseekV3"] | {"head_dim": 8}
-    if model_type not in ("olmoe", "phimoe"):  # they have a window that only flash attention heeds
+    if model_type not in ("olmoe", "phimoe"):  # they have a window that only flash attention respects
         settings["sliding_window"] = 12
-    settings |= {"attention_dropout": 0.0, "attn_pdrop": 0.0}  # flex refuses what some types have by default
+    settings |= {"attention_dropout": 0.0, "attn_pdrop": 0.0}  # flex refuses dropout, which some types have by default
     torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[model_type](**settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -53,7 +53,7 @@ def test_a_packed_row_gives_the_logits_of_its_sequences(model_type: str, attenti
         packed = model(input_ids=torch.cat(rows, dim=1), use_cache=False, **inputs).logits
         mixed = model(input_ids=torch.cat(rows, dim=1), use_cache=False).logits
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4 * apart.abs().max().item())
-    assert (mixed - apart).abs().max() > 0.1 * apart.abs().max()  # they would see each other
+    assert (mixed - apart).abs().max() > 0.1 * apart.abs().max()  # without positions they see each other
 
 
 def test_a_model_that_mixes_its_sequences_is_not_packed(tmp_path):

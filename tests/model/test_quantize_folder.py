@@ -1,4 +1,4 @@
-"""If this fails, what `quantize` writes is not the model, or nobody else can load it, or a day's work starts anew."""
+"""If this fails, `quantize` writes a wrong model, transformers cannot load it, or an interrupted run starts anew."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def dequantized_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The dequantized weights of a 4-bit folder, as training would read them."""
+    """Return the dequantized weights of a 4-bit folder, as training reads them."""
     weights = {}
     with SafetensorsReader() as reader:
         for name, entry in ModelFolder(folder).quantized.items():
@@ -67,14 +67,14 @@ def dequantized_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("arch", "config"), ARCHITECTURES)
-def test_plain_transformers_loads_it_as_the_same_model(tmp_path, arch, config):
+def test_plain_transformers_loads_the_same_model(tmp_path, arch, config):
     source = tiny_models.make_model(tmp_path / "source", arch, **config)
     out = tmp_path / "out"
     report = quantize_folder(source, out, QuantizeOptions())
 
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    layers = {name: m for name, m in theirs.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    layers = {name: m for name, m in loaded.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     weights = dequantized_weights(out)
     assert {f"{name}.weight" for name in layers} == weights.keys()
     assert len(layers) == 3 * 7
@@ -89,16 +89,16 @@ def test_plain_transformers_loads_it_as_the_same_model(tmp_path, arch, config):
         assert torch.equal(weights[f"{name}.weight"], weight)
         assert torch.equal(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), weight)
         expected.get_submodule(name).weight = nn.Parameter(weight)
-    for name, parameter in theirs.named_parameters():
+    for name, parameter in loaded.named_parameters():
         if not isinstance(parameter, bnb.nn.Params4bit):
             assert torch.equal(parameter, original.get_parameter(name)), name
 
     tokens = torch.arange(3, 43).view(2, 20)
-    assert torch.equal(theirs.train()(tokens).logits, expected.train()(tokens).logits)
+    assert torch.equal(loaded.train()(tokens).logits, expected.train()(tokens).logits)
 
 
 def test_a_weight_that_ends_within_a_block(tiny_llama, tiny_llama_nf4):
-    # down_proj has 176 columns: here bitsandbytes' kernel would read the wrong absmax
+    # down_proj has 176 columns, for which bitsandbytes' kernel reads the wrong absmax
     weights = dequantized_weights(tiny_llama_nf4)
     with SafetensorsReader() as reader:
         for name, entry in ModelFolder(tiny_llama).entries.items():
@@ -115,7 +115,7 @@ def test_a_weight_that_ends_within_a_block(tiny_llama, tiny_llama_nf4):
         (QuantizeOptions(block_size=32), ("nf4", 32, True)),
     ],
 )
-def test_options_are_those_of_every_weight_and_of_the_configuration(tiny_llama, tmp_path, options, expected):
+def test_options_apply_to_every_weight_and_to_the_configuration(tiny_llama, tmp_path, options, expected):
     out = tmp_path / "out"
     quantize_folder(tiny_llama, out, options)
     layouts = [entry.layout for entry in ModelFolder(out).quantized.values()]
@@ -128,35 +128,35 @@ def test_options_are_those_of_every_weight_and_of_the_configuration(tiny_llama, 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_embeddings_too_and_once_if_tied(tmp_path, tied):
+def test_embeddings_are_quantized_once_if_tied(tmp_path, tied):
     source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=tied)
     without = quantize_folder(source, tmp_path / "without", QuantizeOptions()).counts
     counts = quantize_folder(source, tmp_path / "out", QuantizeOptions(embeddings=True)).counts
-    ours, original = dequantized_weights(tmp_path / "out"), ModelFolder(source).entries
+    actual, original = dequantized_weights(tmp_path / "out"), ModelFolder(source).entries
     quantizable = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
-    assert ours.keys() - dequantized_weights(tmp_path / "without").keys() == quantizable
+    assert actual.keys() - dequantized_weights(tmp_path / "without").keys() == quantizable
     with SafetensorsReader() as reader:
         for name in quantizable:
             packed, layout = quantize_weight(reader.read(original[name]))
-            assert torch.equal(ours[name], dequantize_weight(packed, layout, torch.bfloat16))
+            assert torch.equal(actual[name], dequantize_weight(packed, layout, torch.bfloat16))
 
-    of_embeddings = len(quantizable) * 320 * 64
+    embedding_parameters = len(quantizable) * 320 * 64
     assert counts.parameters == without.parameters
-    assert counts.quantized == without.quantized + of_embeddings
-    assert (counts.unquantized_embeddings, without.unquantized_embeddings) == (0, of_embeddings)
-    assert counts.share == counts.quantized / counts.parameters > without.share > 0.99
-    assert not quantizable & counts.left.keys()
+    assert counts.quantized == without.quantized + embedding_parameters
+    assert (counts.unquantized_embeddings, without.unquantized_embeddings) == (0, embedding_parameters)
+    assert counts.quantized_share == counts.quantized / counts.parameters > without.quantized_share > 0.99
+    assert not quantizable & counts.unquantized.keys()
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["llm_int8_skip_modules"] == (["lm_head"] if tied else [])
 
 
-def test_embeddings_of_positions_stay_and_count_as_what_they_are(tmp_path):
+def test_embeddings_of_positions_stay_and_count_as_unquantized(tmp_path):
     source = make_architecture(tmp_path / "source", "GPT2")
     counts = quantize_folder(source, tmp_path / "out", QuantizeOptions(embeddings=True)).counts
     assert counts.unquantized_embeddings == 512 * 64
-    assert counts.left["transformer.wpe.weight"] == 512 * 64
-    assert "transformer.wte.weight" not in counts.left
-    assert counts.share == counts.quantized / (counts.parameters - 512 * 64)
+    assert counts.unquantized["transformer.wpe.weight"] == 512 * 64
+    assert "transformer.wte.weight" not in counts.unquantized
+    assert counts.quantized_share == counts.quantized / (counts.parameters - 512 * 64)
 
 
 def test_an_embedding_that_cannot_be_in_4_bit_is_refused_before_anything_is_written(tiny_llama, tmp_path, monkeypatch):
@@ -170,23 +170,23 @@ def test_an_embedding_that_cannot_be_in_4_bit_is_refused_before_anything_is_writ
         return model
 
     monkeypatch.setattr(quantize_plan, "causal_lm_on_meta", with_another_class)
-    with pytest.raises(UserError, match="NormalizedEmbedding: what this class does"):
+    with pytest.raises(UserError, match="NormalizedEmbedding: this class computes with its weight itself"):
         quantize_folder(tiny_llama, tmp_path / "out", QuantizeOptions(embeddings=True))
     assert not list(tmp_path.iterdir())
 
 
-def test_experts_that_would_stay_in_16_bit_are_no_success(tmp_path, monkeypatch):
+def test_experts_that_would_stay_in_16_bit_are_refused(tmp_path, monkeypatch):
     source = make_architecture(tmp_path / "source", "Mixtral")
-    monkeypatch.setattr(quantizable, "is_moe_experts", lambda module: False)  # an architecture of tomorrow
+    monkeypatch.setattr(quantizable, "is_moe_experts", lambda module: False)  # an unknown architecture
     message = r"only \d+\.\d % of the parameters .* others: model\.layers\.\*\.block_sparse_moe\.experts\.\*\.w\d"
     with pytest.raises(UserError, match=message):
         quantize_folder(source, tmp_path / "out", QuantizeOptions())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
     counts = quantize_folder(source, tmp_path / "out", QuantizeOptions(min_share=0.0)).counts
-    assert 0.05 < counts.share < 0.5
+    assert 0.05 < counts.quantized_share < 0.5
 
 
-def test_fp32_and_fp16_sources_are_rounded_where_bitsandbytes_rounds(tmp_path):
+def test_fp32_and_fp16_sources_keep_their_type_in_the_layout(tmp_path):
     for dtype in (torch.float32, torch.float16):
         source = tiny_models.make_model(tmp_path / f"{dtype}", dtype=dtype, num_hidden_layers=1)
         out = tmp_path / f"{dtype}-4bit"
@@ -195,7 +195,7 @@ def test_fp32_and_fp16_sources_are_rounded_where_bitsandbytes_rounds(tmp_path):
         assert layouts == {str(dtype).removeprefix("torch.")}
 
 
-def test_files_of_source_and_of_result_are_cut_independently(tiny_llama, tmp_path):
+def test_files_of_source_and_result_are_independent(tiny_llama, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 3
@@ -220,7 +220,7 @@ def test_files_of_source_and_of_result_are_cut_independently(tiny_llama, tmp_pat
         assert all(torch.equal(weight, results["one"][name]) for name, weight in weights.items())
 
 
-def test_pieces_of_tensors_make_the_same_files(tiny_llama, tmp_path, monkeypatch):
+def test_chunks_of_tensors_make_the_same_files(tiny_llama, tmp_path, monkeypatch):
     quantize_folder(tiny_llama, tmp_path / "whole", QuantizeOptions())
     monkeypatch.setattr(read_ahead, "READ_CHUNK_BYTES", 2**13)  # 4096 weights, the largest block
     report = quantize_folder(tiny_llama, tmp_path / "pieces", QuantizeOptions())
@@ -229,7 +229,7 @@ def test_pieces_of_tensors_make_the_same_files(tiny_llama, tmp_path, monkeypatch
     assert 0 < report.wait_s < report.seconds
 
 
-def test_tokenizer_goes_with_the_model_and_nothing_else(tiny_llama, tmp_path):
+def test_only_the_tokenizer_is_copied_with_the_model(tiny_llama, tmp_path):
     source = tmp_path / "source"
     quantize_folder(tiny_llama, source, QuantizeOptions())  # a copy to put more into
     (source / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
@@ -244,13 +244,13 @@ def test_tokenizer_goes_with_the_model_and_nothing_else(tiny_llama, tmp_path):
     names = set(contents(out))
     assert {"LICENSE", "tokenizer.json", "tokenizer_config.json", "config.json"} <= names
     assert not {"modeling_evil.py", "optimizer.bin", "model.safetensors", "quantize-plan.json"} & names
-    ours, theirs = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (out, tiny_llama))
-    assert ours.chat_template == theirs.chat_template
-    assert ours("hello world").input_ids == theirs("hello world").input_ids
+    copied, source_tokenizer = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (out, tiny_llama))
+    assert copied.chat_template == source_tokenizer.chat_template
+    assert copied("hello world").input_ids == source_tokenizer("hello world").input_ids
 
 
 def quantize_until_killed(source: Path, out: Path) -> None:
-    """Ends by SIGKILL as soon as six files are complete."""
+    """Quantize until SIGKILL, which this process gets once six files are complete."""
     partial = out.with_name(f"{out.name}.partial")
 
     def watch() -> None:
@@ -264,17 +264,17 @@ def quantize_until_killed(source: Path, out: Path) -> None:
 
 @pytest.fixture
 def killed(tiny_llama: Path, tmp_path: Path) -> Path:
-    """The result that a killed run was to have."""
+    """Kill a run and return the path of its result."""
     out = tmp_path / "out"
     process = multiprocessing.get_context("fork").Process(target=quantize_until_killed, args=(tiny_llama, out))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert not out.exists(), "the name is taken by something incomplete"
+    assert not out.exists(), "an incomplete result has the final name"
     return out
 
 
-def test_a_killed_run_goes_on_where_it_was(tiny_llama, tmp_path, killed):
+def test_a_killed_run_resumes(tiny_llama, tmp_path, killed):
     done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out.partial/*.safetensors")}
     assert 6 <= len(done) < len(ModelFolder(tiny_llama).entries)
     quantize_folder(tiny_llama, killed, ONE_FILE_PER_TENSOR)
@@ -285,8 +285,8 @@ def test_a_killed_run_goes_on_where_it_was(tiny_llama, tmp_path, killed):
     assert contents(killed) == contents(tmp_path / "uninterrupted")
 
 
-def test_progress_starts_where_an_earlier_run_ended_and_reaches_the_end(tiny_llama, killed):
-    """What was done before is no work of this run: counted as its speed, the time left would be far too short."""
+def test_progress_resumes_and_reaches_the_end(tiny_llama, killed):
+    """Bytes of an earlier run must not count as speed, or the estimate of the remaining time would be too short."""
     done = {
         name for file in killed.with_name("out.partial").glob("*.safetensors") for name in read_safetensors_header(file)
     }
@@ -300,7 +300,7 @@ def test_progress_starts_where_an_earlier_run_ended_and_reaches_the_end(tiny_lla
 
 
 @pytest.mark.parametrize("change", ["options", "source"])
-def test_what_a_killed_run_left_is_not_used_for_other_work(tiny_llama, tmp_path, killed, change):
+def test_files_of_a_killed_run_are_not_used_for_another_plan(tiny_llama, tmp_path, killed, change):
     options = QuantizeOptions(block_size=128, file_bytes=1) if change == "options" else ONE_FILE_PER_TENSOR
     source = tiny_llama
     if change == "source":
@@ -376,9 +376,9 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def peak_bytes(*folders: Path) -> int:
-    """The most that this process holds while it quantizes."""
+    """Return the peak memory of this process while it quantizes."""
     gc.freeze()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     for source, out in zip(folders[::2], folders[1::2], strict=True):
         quantize_folder(source, out, QuantizeOptions())
     status = Path("/proc/self/status").read_text()
@@ -387,7 +387,7 @@ def peak_bytes(*folders: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_is_that_of_the_largest_tensor(tiny_llama, tmp_path):
+def test_memory_is_bounded_by_the_largest_tensor(tiny_llama, tmp_path):
     # nine matrices of 64 MiB
     config = transformers.LlamaConfig(
         hidden_size=4096,
@@ -418,12 +418,12 @@ def test_memory_is_that_of_the_largest_tensor(tiny_llama, tmp_path):
     largest, constant = 2 * 4096 * 8192, 80 * 2**20
     assert peak - baseline < 1.5 * largest + constant
     assert (source / "model.safetensors").stat().st_size > 2 * (1.5 * largest + constant), (
-        "or the test would prove nothing"
+        "the model is too small for this test"
     )
 
 
-def test_a_file_that_cannot_be_written_is_one_sentence_and_not_the_end(tiny_llama: Path, tmp_path: Path) -> None:
-    """As on a full disk: writes beyond 50 kB fail (EFBIG), then there is room again."""
+def test_a_run_resumes_after_a_file_could_not_be_written(tiny_llama: Path, tmp_path: Path) -> None:
+    """Writes beyond 50 kB fail (EFBIG), as on a full disk. Then there is room again."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -455,16 +455,16 @@ UNTRAINABLE = {
         lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:300].clone()}),
         "model.embed_tokens.weight has the shape (300, 64) and config.json asks for (320, 64)",
     ),
-    "a form of its own": (
+    "an unsupported format": (
         True,
         lambda t: t.update({"model.norm.weight_blocks": t.pop("model.norm.weight")}),
-        "the weight model.norm.weight is missing; model.norm.weight_blocks is there, a form that is not read here",
+        "the weight model.norm.weight is missing; model.norm.weight_blocks is there, which has an unsupported format",
     ),
 }
 
 
 @pytest.mark.parametrize("damage", list(UNTRAINABLE))
-def test_what_training_would_refuse_is_refused_before_anything_is_written(damage, tmp_path):
+def test_a_model_that_training_would_refuse_is_refused_before_anything_is_written(damage, tmp_path):
     tied, change, message = UNTRAINABLE[damage]
     source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=tied)
     change_tensors(source, change)
@@ -475,12 +475,12 @@ def test_what_training_would_refuse_is_refused_before_anything_is_written(damage
 
 
 @pytest.mark.parametrize("quantized", [True, False])
-def test_a_stored_head_that_differs_from_a_tied_embedding_is_the_models(tmp_path, quantized):
+def test_a_stored_head_that_differs_from_a_tied_embedding_is_used(tmp_path, quantized):
     source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=True)
     head = torch.randn(320, 64).bfloat16()
     change_tensors(source, lambda t: t.update({"lm_head.weight": head}))
     plain = transformers.AutoModelForCausalLM.from_pretrained(source)
-    assert torch.equal(plain.get_output_embeddings().weight, head)  # what transformers does with such a folder
+    assert torch.equal(plain.get_output_embeddings().weight, head)  # transformers uses it too
     base = source
     if quantized:
         base = quantize_folder(source, tmp_path / "out", QuantizeOptions()).out
@@ -490,7 +490,7 @@ def test_a_stored_head_that_differs_from_a_tied_embedding_is_the_models(tmp_path
     assert model.origins["lm_head.weight"].keys == ("lm_head.weight",)
 
 
-def test_a_stored_head_that_equals_a_tied_embedding_is_left_out(tmp_path):
+def test_a_stored_head_that_equals_a_tied_embedding_is_omitted(tmp_path):
     source = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=True)
     change_tensors(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert has_tied_head(build_meta_model(ModelFolder(source), ModelConfig(base=str(source))))
@@ -499,7 +499,7 @@ def test_a_stored_head_that_equals_a_tied_embedding_is_left_out(tmp_path):
     assert has_tied_head(build_meta_model(ModelFolder(out), ModelConfig(base=str(out))))
 
 
-def test_tensors_that_transformers_does_not_load_count_for_nothing(tiny_llama, tmp_path):
+def test_tensors_that_transformers_does_not_load_are_not_counted(tiny_llama, tmp_path):
     source = shutil.copytree(tiny_llama, tmp_path / "source")
     expected = quantize_folder(source, tmp_path / "without", QuantizeOptions()).counts
     change_tensors(source, lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(512, 512)}))
@@ -512,7 +512,7 @@ def test_tensors_that_transformers_does_not_load_count_for_nothing(tiny_llama, t
     assert "plain transformers does not load" not in console.file.getvalue()
 
 
-def test_a_folder_that_plain_transformers_does_not_load_says_so(tmp_path):
+def test_the_report_says_that_plain_transformers_does_not_load_the_folder(tmp_path):
     console = Console(file=io.StringIO(), width=200)
     for name in ("Mixtral", "Falcon"):
         source = make_architecture(tmp_path / name, name)

@@ -1,4 +1,4 @@
-"""If this fails, an adapter is trained where it does nothing, or one that counts is left out."""
+"""If this fails, an adapter without effect is trained, or an effective one is omitted."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ def reads(kind: str, **settings: object) -> dict[str, str]:
     return {name: use for name, use in find_weight_reads(model).items() if name in linear}
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "hunyuan_v1_moe"])  # the last reads the type of its router
+@pytest.mark.parametrize(
+    "kind", ["llama", "mixtral", "hunyuan_v1_moe"]
+)  # the last one reads only the type of its router's weight
 def test_most_models_call_their_layers(kind: str) -> None:
     assert reads(kind) == {}
 
 
-def test_a_weight_that_is_handed_to_a_kernel_or_multiplied_with() -> None:
+def test_a_weight_that_is_passed_to_a_kernel_or_multiplied() -> None:
     assert reads("mamba2", **_MAMBA) == {"backbone.layers.0.mixer.out_proj": "value"}
     mixer = "backbone.layers.0.mixer"
     assert reads("mamba", state_size=16) == dict.fromkeys(
@@ -41,7 +43,7 @@ def test_a_weight_that_is_handed_to_a_kernel_or_multiplied_with() -> None:
     )
 
 
-def test_a_branch_that_the_settings_close_is_not_read() -> None:
+def test_a_branch_that_the_settings_exclude_is_ignored() -> None:
     block = "transformer.h.0"
     assert reads("bloom", pretraining_tp=2, slow_but_exact=False) == {}
     assert reads("bloom", pretraining_tp=2, slow_but_exact=True) == dict.fromkeys(

@@ -1,4 +1,4 @@
-"""If this fails, an embedding in 4 bit looks up something else than its weights."""
+"""If this fails, an embedding in 4 bit looks up wrong rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCALE = LogitScale(0.5, 3.0)
 
 
 def quantize_vocab_module(module: nn.Module, dtype: torch.dtype = torch.float32, **options: object) -> torch.Tensor:
-    """Put a module's weight into 4 bit, and return what it is now."""
+    """Quantize a module's weight, and return the dequantized weight."""
     packed, layout = quantize_weight(module.weight.detach(), **options)
     use_nf4_vocab(module, layout, dtype)
     with torch.no_grad():
@@ -40,16 +40,33 @@ def quantize_vocab_module(module: nn.Module, dtype: torch.dtype = torch.float32,
     dtypes=st.sampled_from([(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float16, torch.float32)]),
     shape=st.sampled_from([(1,), (2, 3), (), (0,), (1, 0), (5, 70)]),
 )
-@example(300, 512, 64, True, "nf4", (torch.bfloat16, torch.bfloat16), (2, 3))  # rows of several nested blocks
-@example(300, 96, 64, True, "nf4", (torch.float32, torch.float32), (2, 3))  # rows that end within a block
-def test_rows_are_those_of_the_dequantized_matrix(
+@example(  # rows of several nested blocks
+    vocabulary=300,
+    h=512,
+    block_size=64,
+    double_quant=True,
+    quant_type="nf4",
+    dtypes=(torch.bfloat16, torch.bfloat16),
+    shape=(2, 3),
+)
+@example(  # rows that end within a block
+    vocabulary=300,
+    h=96,
+    block_size=64,
+    double_quant=True,
+    quant_type="nf4",
+    dtypes=(torch.float32, torch.float32),
+    shape=(2, 3),
+)
+def test_rows_equal_the_dequantized_matrix(
     vocabulary: int,
     h: int,
     block_size: int,
-    double_quant: bool,
     quant_type: str,
     dtypes: tuple[torch.dtype, torch.dtype],
     shape: tuple[int, ...],
+    *,
+    double_quant: bool,
 ) -> None:
     torch.manual_seed(0)
     module = nn.Embedding(vocabulary, h, dtype=dtypes[0])
@@ -67,14 +84,14 @@ def test_only_the_rows_looked_up_are_dequantized(monkeypatch: pytest.MonkeyPatch
     module = nn.Embedding(50, 128)
     weight = quantize_vocab_module(module)
 
-    def whole(*args: object) -> None:
+    def fail(*args: object) -> None:
         raise AssertionError("the whole matrix was dequantized")
 
-    monkeypatch.setattr(nf4_embedding, "dequantize_weight", whole)
+    monkeypatch.setattr(nf4_embedding, "dequantize_weight", fail)
     assert torch.equal(module(torch.tensor([3, 49, 3])), weight[[3, 49, 3]])
 
 
-def test_a_padding_id_is_a_row_as_any_other() -> None:
+def test_a_padding_id_is_an_ordinary_row() -> None:
     module = nn.Embedding(50, 64, padding_idx=2)
     assert not module.weight[2].any()
     quantize_vocab_module(module)
@@ -93,7 +110,7 @@ def test_an_id_past_the_vocabulary_is_an_error() -> None:
         module(torch.tensor([50]))
 
 
-def test_what_the_class_does_with_the_rows_it_still_does() -> None:
+def test_the_scaling_of_the_class_stays() -> None:
     module = Gemma2TextScaledWordEmbedding(50, 64, 0, embed_scale=8.0)
     plain = copy.deepcopy(module)
     plain.weight.data = quantize_vocab_module(module)
@@ -109,11 +126,11 @@ class Normalized(nn.Embedding):
 
 
 def test_a_class_that_computes_with_its_weight_is_refused() -> None:
-    with pytest.raises(UserError, match="Normalized: what this class does with its weight is not known"):
+    with pytest.raises(UserError, match="Normalized: this class computes with its weight itself"):
         quantize_vocab_module(Normalized(50, 64))
 
 
-def test_nothing_can_be_computed_with_what_stands_for_the_weight() -> None:
+def test_the_placeholder_of_the_weight_is_nan() -> None:
     module = nn.Embedding(50, 64)
     quantize_vocab_module(module, torch.bfloat16)
     assert (module.weight.shape, module.weight.dtype) == ((50, 64), torch.bfloat16)
@@ -126,7 +143,7 @@ def test_nothing_can_be_computed_with_what_stands_for_the_weight() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_head_gives_the_logits_and_the_loss_of_the_dequantized_matrix(tied: bool, bias: bool) -> None:
+def test_a_head_gives_the_logits_and_the_loss_of_the_dequantized_matrix(*, tied: bool, bias: bool) -> None:
     torch.manual_seed(0)
     module: nn.Module = nn.Embedding(50, 96) if tied else nn.Linear(96, 50, bias=bias)
     weight = quantize_vocab_module(module)
@@ -140,11 +157,11 @@ def test_a_head_gives_the_logits_and_the_loss_of_the_dequantized_matrix(tied: bo
     hidden = torch.randn(2, 7, 96)
     labels = torch.randint(0, 50, (2, 7))
     labels[0, :3] = IGNORE_INDEX
-    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    assert torch.equal(module(ours), nn.functional.linear(hidden, weight, offsets))
-    loss = module(ours, labels)
-    expected = linear_cross_entropy_sum(theirs.flatten(0, 1), weight, offsets, labels.flatten(), SCALE)
+    hidden_in, reference_in = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    assert torch.equal(module(hidden_in), nn.functional.linear(hidden, weight, offsets))
+    loss = module(hidden_in, labels)
+    expected = linear_cross_entropy_sum(reference_in.flatten(0, 1), weight, offsets, labels.flatten(), SCALE)
     loss.backward()
     expected.backward()
     assert torch.equal(loss, expected)
-    assert torch.equal(ours.grad, theirs.grad)
+    assert torch.equal(hidden_in.grad, reference_in.grad)

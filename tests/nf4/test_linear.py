@@ -1,4 +1,4 @@
-"""If this fails, a 4-bit layer computes something else than bitsandbytes', or a model's gathered weights pile up."""
+"""If this fails, a 4-bit layer differs from bitsandbytes', or gathered weights stay in memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def make_weight(shape: tuple[int, int]) -> torch.Tensor:
 
 
 def make_layer(
-    shape: tuple[int, int], bias: bool = True, dtype: torch.dtype = torch.float32, **options: object
+    shape: tuple[int, int], dtype: torch.dtype = torch.float32, *, bias: bool = True, **options: object
 ) -> NF4Linear:
     packed, layout = quantize_weight(make_weight(shape).to(dtype), **options)
-    layer = NF4Linear(layout, bias, dtype)
+    layer = NF4Linear(layout, bias=bias, bias_dtype=dtype)
     with torch.no_grad():
         layer.packed.copy_(packed)
         if layer.bias is not None:
@@ -40,49 +40,49 @@ def make_layer(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     double_quant=st.booleans(),
 )
-def test_forward_and_backward_are_those_of_the_dequantized_weight(shape, batch, bias, dtype, double_quant):
-    layer = make_layer(shape, bias, dtype, double_quant=double_quant)
+def test_forward_and_backward_equal_the_dequantized_weights(shape, batch, bias, dtype, double_quant):
+    layer = make_layer(shape, dtype, bias=bias, double_quant=double_quant)
     weight = dequantize_weight(layer.packed, layer.layout, dtype)
     x = torch.randn(*batch, shape[1]).to(dtype)
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = layer(ours), nn.functional.linear(theirs, weight, layer.bias)
+    actual_x, reference_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = layer(actual_x), nn.functional.linear(reference_x, weight, layer.bias)
     assert y.dtype == dtype
     assert torch.equal(y, expected)
     grad = torch.randn_like(y)
     y.backward(grad)
-    assert torch.equal(ours.grad, grad @ weight)
+    assert torch.equal(actual_x.grad, grad @ weight)
     expected.backward(grad)
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(actual_x.grad, reference_x.grad)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_same_as_bitsandbytes_linear4bit(quant_type, double_quant):
+def test_it_equals_bitsandbytes_linear4bit(quant_type, double_quant):
     weight = make_weight((48, 128))
     layer = make_layer((48, 128), quant_type=quant_type, double_quant=double_quant)
-    theirs = bnb.nn.Linear4bit(128, 48, compute_dtype=torch.float32)
-    theirs.weight = bnb.nn.Params4bit(
+    reference = bnb.nn.Linear4bit(128, 48, compute_dtype=torch.float32)
+    reference.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, quant_type=quant_type, compress_statistics=double_quant
     ).to("cpu")
-    theirs.bias = nn.Parameter(layer.bias.clone(), requires_grad=False)
+    reference.bias = nn.Parameter(layer.bias.clone(), requires_grad=False)
     x = torch.randn(2, 7, 128)
     results = []
-    for module in (layer, theirs.train()):
-        at = x.clone().requires_grad_()
-        y = module(at)
+    for module in (layer, reference.train()):
+        inputs = x.clone().requires_grad_()
+        y = module(inputs)
         (y * torch.linspace(-1, 1, 48)).sum().backward()
-        results.append((y, at.grad))
-    (y, grad), (their_y, their_grad) = results
-    assert torch.equal(y, their_y)
-    assert torch.equal(grad, their_grad)
+        results.append((y, inputs.grad))
+    (y, grad), (reference_y, reference_grad) = results
+    assert torch.equal(y, reference_y)
+    assert torch.equal(grad, reference_grad)
 
 
 def live_tensors() -> dict[int, torch.Tensor]:
     gc.collect()
-    return {id(thing): thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
+    return {id(value): value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)}
 
 
-def test_forward_keeps_nothing_for_backward():
+def test_forward_saves_no_tensors_for_backward():
     layer = make_layer((48, 130))
     x = torch.randn(3, 130, requires_grad=True)
     layer(x)  # the code tables are made at first use, and stay
@@ -95,8 +95,8 @@ def test_forward_keeps_nothing_for_backward():
     assert not new
 
 
-def test_backward_reads_the_bytes_that_are_there_then():
-    # an engine frees the gathered bytes after forward and gathers them anew for backward
+def test_backward_reads_the_bytes_that_are_gathered_again():
+    # an engine frees the gathered bytes after forward and gathers them again for backward
     layer = make_layer((48, 130))
     x = torch.randn(3, 130, requires_grad=True)
     y = layer(x)

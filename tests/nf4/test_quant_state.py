@@ -1,4 +1,4 @@
-"""If this fails, a rank's shard of a published 4-bit model is wrong, or others cannot load what we save."""
+"""If this fails, a rank's shard of a published 4-bit model is wrong, or bitsandbytes cannot load saved weights."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def make_weight(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def saved_by_bitsandbytes(
-    weight: torch.Tensor, storage: torch.dtype = torch.uint8, quant_type: str = "nf4", double_quant: bool = True
+    weight: torch.Tensor, storage: torch.dtype = torch.uint8, quant_type: str = "nf4", *, double_quant: bool = True
 ) -> dict[str, torch.Tensor]:
-    """What bnb.nn.Linear4bit puts into its state dict."""
+    """Return the tensors that bnb.nn.Linear4bit puts into its state dict."""
     codes, state = bnb.functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=double_quant, quant_type=quant_type, quant_storage=storage
     )
@@ -46,14 +46,14 @@ def saved_by_bitsandbytes(
 
 
 @contextmanager
-def opened(content: dict[str, torch.Tensor]) -> Iterator[tuple[QuantizedWeightEntry, SafetensorsReader]]:
-    """The one 4-bit weight in a file of these tensors."""
+def open_weight(content: dict[str, torch.Tensor]) -> Iterator[tuple[QuantizedWeightEntry, SafetensorsReader]]:
+    """Yield the only 4-bit weight in a file of these tensors, and a reader."""
     with tempfile.TemporaryDirectory() as folder, SafetensorsReader() as reader:
         path = Path(folder) / "model.safetensors"
         safetensors.torch.save_file(content, path)
-        found = find_quantized_weights(read_safetensors_header(path), reader)
-        assert list(found) == [NAME]
-        yield found[NAME], reader
+        weights = find_quantized_weights(read_safetensors_header(path), reader)
+        assert list(weights) == [NAME]
+        yield weights[NAME], reader
 
 
 @settings(deadline=None, max_examples=60)
@@ -66,11 +66,11 @@ def opened(content: dict[str, torch.Tensor]) -> Iterator[tuple[QuantizedWeightEn
     double_quant=st.booleans(),
     data=st.data(),
 )
-def test_shards_cut_anywhere_are_the_vector(rows, columns, dtype, storage, quant_type, double_quant, data):
+def test_shards_cut_anywhere_join_to_the_vector(rows, columns, dtype, storage, quant_type, double_quant, data):
     weight = make_weight((rows, columns), dtype)
-    packed, layout = quantize_weight(weight, quant_type, 64, double_quant)
+    packed, layout = quantize_weight(weight, quant_type, 64, double_quant=double_quant)
     cuts = data.draw(st.lists(st.integers(0, layout.total_bytes), max_size=6).map(sorted))
-    with opened(saved_by_bitsandbytes(weight, storage, quant_type, double_quant)) as (entry, reader):
+    with open_weight(saved_by_bitsandbytes(weight, storage, quant_type, double_quant=double_quant)) as (entry, reader):
         assert entry.layout == layout
         read_before = reader.bytes_read
         shards = []
@@ -89,33 +89,33 @@ def test_shards_cut_anywhere_are_the_vector(rows, columns, dtype, storage, quant
     quant_type=st.sampled_from(["nf4", "fp4"]),
     double_quant=st.booleans(),
 )
-def test_our_tensors_are_bitsandbytes(shape, dtype, quant_type, double_quant):
+def test_tensors_equal_bitsandbytes(shape, dtype, quant_type, double_quant):
     weight = make_weight(shape, dtype)
-    packed, layout = quantize_weight(weight, quant_type, 64, double_quant)
-    ours, theirs = (
+    packed, layout = quantize_weight(weight, quant_type, 64, double_quant=double_quant)
+    tensors, reference = (
         quant_state_tensors(NAME, packed, layout),
-        saved_by_bitsandbytes(weight, torch.uint8, quant_type, double_quant),
+        saved_by_bitsandbytes(weight, torch.uint8, quant_type, double_quant=double_quant),
     )
-    assert ours.keys() == theirs.keys()
-    for key, tensor in ours.items():
+    assert tensors.keys() == reference.keys()
+    for key, tensor in tensors.items():
         if "quant_state" in key:
-            state, their_state = (json.loads(bytes(values.numpy())) for values in (tensor, theirs[key]))
-            assert state == their_state
+            state, reference_state = (json.loads(bytes(values.numpy())) for values in (tensor, reference[key]))
+            assert state == reference_state
         else:
-            assert tensor.dtype == theirs[key].dtype
-            assert tensor.shape == theirs[key].shape
-            assert torch.equal(tensor, theirs[key])
+            assert tensor.dtype == reference[key].dtype
+            assert tensor.shape == reference[key].shape
+            assert torch.equal(tensor, reference[key])
     assert list(quant_state_specs(NAME, layout)) == [
-        (key, value.dtype, tuple(value.shape)) for key, value in ours.items()
+        (key, value.dtype, tuple(value.shape)) for key, value in tensors.items()
     ]
 
 
-def test_bitsandbytes_loads_our_tensors():
+def test_bitsandbytes_loads_the_tensors():
     weight = make_weight((24, 128))
     packed, layout = quantize_weight(weight)
-    ours = quant_state_tensors(NAME, packed, layout)
+    tensors = quant_state_tensors(NAME, packed, layout)
     parameter = bnb.nn.Params4bit.from_prequantized(
-        ours.pop(NAME), {key.removeprefix(f"{NAME}."): value for key, value in ours.items()}, device="cpu"
+        tensors.pop(NAME), {key.removeprefix(f"{NAME}."): value for key, value in tensors.items()}, device="cpu"
     )
     loaded = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
     assert torch.equal(loaded, dequantize_weight(packed, layout, torch.bfloat16))
@@ -129,22 +129,22 @@ def test_the_length_of_a_file_does_not_depend_on_the_offset(offset):
     specs = {key: shape for key, _, shape in quant_state_specs(NAME, layout)}
     state = written[f"{NAME}.quant_state.bitsandbytes__nf4"]
     assert specs[f"{NAME}.quant_state.bitsandbytes__nf4"] == tuple(state.shape)
-    with opened(written) as (entry, reader):
+    with open_weight(written) as (entry, reader):
         back = torch.empty_like(packed)
         entry.read_range(reader, back, 0)
         assert torch.equal(back, packed)
 
 
-def test_parts_of_a_quantized_weight_are_told_from_other_tensors():
+def test_parts_of_a_quantized_weight_are_recognized_by_name():
     quantized = {"a.weight": None, "indexer.weights_proj.weight": None}
-    mine = [
+    parts = [
         "a.weight",
         "a.weight.absmax",
         "a.weight.quant_state.bitsandbytes__nf4",
         "indexer.weights_proj.weight.absmax",
     ]
     others = ["a.bias", "b.weight", "aa.weight", "a.weights", "weight", "indexer.weights_proj.bias", "b.a.weight"]
-    assert all(is_part_of_quantized(name, quantized) for name in mine)
+    assert all(is_part_of_quantized(name, quantized) for name in parts)
     assert not any(is_part_of_quantized(name, quantized) for name in others)
 
 
@@ -185,7 +185,7 @@ DAMAGES = {
 def test_damaged_or_foreign_weights_are_refused(damage):
     content = saved_by_bitsandbytes(make_weight((24, 128)))
     DAMAGES[damage](content)
-    with pytest.raises(UserError) as caught, opened(content):
+    with pytest.raises(UserError) as caught, open_weight(content):
         pass
     message = str(caught.value)
     assert "model.safetensors: the 4-bit weight " + NAME in message
@@ -194,5 +194,5 @@ def test_damaged_or_foreign_weights_are_refused(damage):
 
 
 def test_layout_of_a_weight_without_double_quantization():
-    with opened(saved_by_bitsandbytes(make_weight((6, 32)), double_quant=False)) as (entry, _):
-        assert entry.layout == NF4Layout((6, 32), "nf4", 64, False, "bfloat16")
+    with open_weight(saved_by_bitsandbytes(make_weight((6, 32)), double_quant=False)) as (entry, _):
+        assert entry.layout == NF4Layout(shape=(6, 32), double_quant=False)

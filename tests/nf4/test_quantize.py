@@ -1,4 +1,4 @@
-"""If this fails, we train against other weights than bitsandbytes would: an adapter fits no base but ours."""
+"""If this fails, training sees other weights than bitsandbytes, and an adapter does not fit its base elsewhere."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ FP4 = [sign * magnitude / 12 for sign in (1, -1) for magnitude in (0, 0.0625, 8,
 TABLES = {"nf4": np.array(NF4, dtype=np.float32), "fp4": np.array(FP4, dtype=np.float32)}
 
 
-def look_up(weight: torch.Tensor, quant_type: str, block_size: int, double_quant: bool) -> torch.Tensor:
-    """The dequantized weight from bitsandbytes' codes and a table, in fp32, rounded once to the weight's type."""
+def look_up(weight: torch.Tensor, quant_type: str, block_size: int, *, double_quant: bool) -> torch.Tensor:
+    """Dequantize bitsandbytes' codes by a table in fp32, and round once to the weight's type."""
     codes, state = bnb.quantize_4bit(
         weight, blocksize=block_size, compress_statistics=double_quant, quant_type=quant_type
     )
@@ -55,7 +55,7 @@ def look_up(weight: torch.Tensor, quant_type: str, block_size: int, double_quant
 
 
 def make_weight(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Normal, with rows of very different size and one of zeros."""
+    """Make normal values with rows of very different sizes and one row of zeros."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator)
     weight *= torch.logspace(-3, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
@@ -89,20 +89,20 @@ wrong_in_bitsandbytes = example(
 @smallest
 @wrong_in_bitsandbytes
 @cases
-def test_dequantized_values_are_the_tables(shape, quant_type, block_size, double_quant, dtype, seed):
+def test_dequantized_values_equal_the_tables(shape, quant_type, block_size, double_quant, dtype, seed):
     weight = make_weight(shape, dtype, seed)
-    packed, layout = quantize_weight(weight, quant_type, block_size, double_quant)
-    expected = look_up(weight, quant_type, block_size, double_quant)
-    for wanted in DTYPES:
-        value = dequantize_weight(packed, layout, wanted)
-        assert value.dtype == wanted
+    packed, layout = quantize_weight(weight, quant_type, block_size, double_quant=double_quant)
+    expected = look_up(weight, quant_type, block_size, double_quant=double_quant)
+    for target in DTYPES:
+        value = dequantize_weight(packed, layout, target)
+        assert value.dtype == target
         assert value.shape == shape
-        assert torch.equal(value, expected.to(wanted))
+        assert torch.equal(value, expected.to(target))
 
 
 @quick
 @cases
-def test_dequantized_values_are_bitsandbytes_of_the_flat_weight(
+def test_dequantized_values_equal_bitsandbytes_of_the_flat_weight(
     shape, quant_type, block_size, double_quant, dtype, seed
 ):
     # for an odd number of weights and for large blocks bitsandbytes calls torch.compile, whose result is not the oracle
@@ -114,17 +114,17 @@ def test_dequantized_values_are_bitsandbytes_of_the_flat_weight(
     codes, state = bnb.quantize_4bit(
         weight, blocksize=block_size, compress_statistics=double_quant, quant_type=quant_type
     )
-    value = dequantize_weight(*quantize_weight(weight, quant_type, block_size, double_quant), dtype)
-    theirs = bnb.dequantize_4bit(codes, state)  # transposed where the codes are one byte
-    assert torch.equal(value, theirs.flatten())
+    value = dequantize_weight(*quantize_weight(weight, quant_type, block_size, double_quant=double_quant), dtype)
+    reference = bnb.dequantize_4bit(codes, state)  # transposed where the codes are one byte
+    assert torch.equal(value, reference.flatten())
 
 
 @quick
 @smallest
 @cases
-def test_bytes_are_bitsandbytes(shape, quant_type, block_size, double_quant, dtype, seed):
+def test_bytes_equal_bitsandbytes(shape, quant_type, block_size, double_quant, dtype, seed):
     weight = make_weight(shape, dtype, seed)
-    packed, layout = quantize_weight(weight, quant_type, block_size, double_quant)
+    packed, layout = quantize_weight(weight, quant_type, block_size, double_quant=double_quant)
     assert_same_bytes(packed, layout, weight)
 
 
@@ -137,30 +137,30 @@ def assert_same_bytes(packed, layout, weight):
     parts = [(layout.codes, codes), (layout.absmax, state.absmax)]
     if layout.double_quant:
         parts += [(layout.nested_absmax, state.state2.absmax), (layout.offset, state.offset.reshape(1))]
-    for part, theirs in parts:
-        assert torch.equal(packed[part], theirs.flatten().view(torch.uint8))
+    for part, reference in parts:
+        assert torch.equal(packed[part], reference.flatten().view(torch.uint8))
     padding = packed.clone()
     for part, _ in parts:
         padding[part] = 0
     assert not padding.any(), "two runs must give the same file"
 
 
-def test_a_weight_quantized_in_chunks_is_bitsandbytes_of_the_whole():
-    weight = make_weight((2**21 + 3 * 64 + 7,), torch.bfloat16)  # two chunks and a bit, ending within a block
+def test_a_weight_quantized_in_chunks_equals_bitsandbytes_of_the_whole():
+    weight = make_weight((2**21 + 3 * 64 + 7,), torch.bfloat16)  # several chunks, the last one ending within a block
     for block_size, double_quant in ((64, True), (4096, False)):
-        packed, layout = quantize_weight(weight, "nf4", block_size, double_quant)
+        packed, layout = quantize_weight(weight, "nf4", block_size, double_quant=double_quant)
         assert_same_bytes(packed, layout, weight)
 
 
-def test_where_bitsandbytes_kernel_errs_we_do_not():
+def test_a_shape_for_which_bitsandbytes_kernel_errs():
     # in_features a multiple of 16 and not of the block size: bitsandbytes 0.50, given this shape on AVX512, is off by 1
     weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     value = dequantize_weight(*quantize_weight(weight), torch.bfloat16)
-    assert torch.equal(value, look_up(weight, "nf4", 64, True))
+    assert torch.equal(value, look_up(weight, "nf4", 64, double_quant=True))
     assert (value - weight).abs().max() < 0.4, "half the widest gap of the table times absmax"
 
 
-def test_a_transposed_weight_is_quantized_as_it_reads():
+def test_a_transposed_view_is_quantized_like_its_copy():
     weight = make_weight((24, 40), torch.float32)
     packed, layout = quantize_weight(weight.t())
     assert layout.shape == (40, 24)
@@ -172,8 +172,8 @@ def test_a_transposed_weight_is_quantized_as_it_reads():
 )
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_nothing_is_compiled(shape, block_size, double_quant):
-    # where bitsandbytes has no kernel it calls torch.compile: seconds for every shape of a model
-    packed, layout = quantize_weight(make_weight(shape, torch.bfloat16), "nf4", block_size, double_quant)
+    # bitsandbytes calls torch.compile if it has no kernel, which takes seconds for every shape of a model
+    packed, layout = quantize_weight(make_weight(shape, torch.bfloat16), "nf4", block_size, double_quant=double_quant)
     frames = torch._dynamo.utils.counters["frames"]
     frames.clear()
     dequantize_weight(packed, layout, torch.bfloat16)

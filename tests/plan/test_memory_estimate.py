@@ -33,7 +33,7 @@ def test_llama_405b_by_hand() -> None:
     memory = estimate_memory(make_bundled_run_spec("llama-3.1-405b", lora__r=16))
     hidden, intermediate, kv = 16384, 53248, 1024
     shapes = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), *[(intermediate, hidden)] * 2]
-    packed = 126 * sum(NF4Layout(shape).total_bytes for shape in [*shapes, (hidden, intermediate)])
+    packed = 126 * sum(NF4Layout(shape=shape).total_bytes for shape in [*shapes, (hidden, intermediate)])
     assert memory.static["base"] == packed // 8
     assert memory.peak_phase == "head"
     terms = memory.phases["head"]
