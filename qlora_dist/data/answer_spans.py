@@ -24,18 +24,11 @@ def derive_answer_spans(
 ) -> dict[int, CharSpan]:
     """Find the spans of most answers without rendering the conversation up to each of them.
 
-    Answers that differ only in content and number form a group, because a template treats them alike. `find_exact_span`
-    finds five of each group: the first two, one in the middle and the last two. They show which texts the template
-    writes between an answer and its neighbours' contents. Markers show where those contents lie. If the same texts
-    surround another answer, they give its span. Otherwise, `find_exact_span` finds it too.
-
-    Args:
-        renderer: compiled chat template.
-        messages: result of `ChatRenderer.prepare_messages`.
-        tools: result of `ChatRenderer.check_tools`.
-        text: rendered conversation.
-        answer_indices: indices of the answers, ascending.
-        find_exact_span: function that finds an answer's span by rendering the conversation up to it.
+    Answers that differ only in content and number form a group, because a template treats them alike.
+    `find_exact_span`, which renders the conversation up to an answer, finds five of each group: the first two, one in
+    the middle and the last two. They show which texts the template writes between an answer and its neighbours'
+    contents. Markers show where those contents lie. If the same texts surround another answer, they give its span.
+    Otherwise, `find_exact_span` finds it too.
 
     Returns:
         Spans by message index. An answer is missing if a neighbour's content cannot be marked.

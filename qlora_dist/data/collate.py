@@ -142,11 +142,7 @@ def build_packed_dataset(
 ) -> PackedDataset:
     """Truncate, pack and count a source's sequences.
 
-    Args:
-        sequences: sequences of any length.
-        config: configuration, of which `seq_len`, `too_long` and `packing` are used.
-        pad_token_id: any token of the embedding, because no label and no other sequence depends on the padding.
-        name: name of the source in messages.
+    Any token of the embedding may be `pad_token_id`, because no label and no other sequence depends on the padding.
 
     Raises:
         UserError: no sequence has a token to train.

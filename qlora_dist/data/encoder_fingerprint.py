@@ -16,14 +16,7 @@ ENCODER_VERSION = 2
 
 
 def encoder_fingerprint(tokenizer: PreTrainedTokenizerBase, chat_template: Any, mask: str, multi_turn: str) -> str:
-    """Return the SHA-256 in hex of the encoder's settings and tokenizer.
-
-    Args:
-        tokenizer: tokenizer, whose vocabulary, rules and special tokens count. Its location does not.
-        chat_template: text of the chat template, mapping of names to texts, or None.
-        mask: `data.mask`.
-        multi_turn: `data.multi_turn`.
-    """
+    """Return the SHA-256 in hex of the encoder's settings and of the tokenizer's vocabulary and rules."""
     digest = hashlib.sha256()
     settings = [
         ENCODER_VERSION,

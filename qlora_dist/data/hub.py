@@ -80,11 +80,7 @@ class HubRevision(NamedTuple):
 def resolve_hub_revision(name: str, cache: Path, key: str, log: LogFn) -> HubRevision:
     """Return the newest revision of a data set; without a network, the one that was prepared last.
 
-    Args:
-        name: name of the data set.
-        cache: folder of all entries.
-        key: hash of everything else that the tokens depend on.
-        log: function that prints a message if the hub cannot be reached.
+    `key` is the hash of everything else that the tokens depend on.
 
     Raises:
         UserError: the data set does not exist or gives no access, or the hub cannot be reached and nothing was
@@ -174,13 +170,7 @@ def _try_fetch_revision(name: str) -> tuple[str | None, str]:
 def read_hub_dataset(
     name: str, subset: str | None, split: str, revision: str | None = None
 ) -> Iterator[RawRow | BadRow]:
-    """Yield the rows of a data set on the hub. No code of the data set runs.
-
-    Args:
-        name: name of the data set.
-        subset: name of its configuration.
-        split: name of one of its splits.
-        revision: commit; None means the newest.
+    """Yield the rows of a data set on the hub at a commit, by default the newest. No code of the data set runs.
 
     Raises:
         UserError: as for `fetch_hub_revision`; or the split or subset does not exist; or the connection breaks.

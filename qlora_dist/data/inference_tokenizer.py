@@ -45,15 +45,10 @@ class InferenceTokenizer:
 def make_inference_tokenizer(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None, base: Path
 ) -> InferenceTokenizer:
-    """Set the chat template and the end token of training on the tokenizer, and return it.
+    """Set the chat template and the end token of training on the base model's tokenizer, and return it.
 
     If `data.chat_template` ends turns with a token other than the end-of-sequence token, it becomes the end-of-sequence
-    token, unless the template itself writes `eos_token`.
-
-    Args:
-        tokenizer: tokenizer of the base model, which is modified.
-        chat_template: `data.chat_template`.
-        base: folder of the base model, which may define end tokens.
+    token, unless the template itself writes `eos_token`. The folder `base` may define further end tokens.
     """
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template, tokenizer)

@@ -40,12 +40,7 @@ def render_answers(
 ) -> list[RenderedAnswer]:
     """Render each answer after the prompt that inference would see. Later messages have no effect.
 
-    Args:
-        renderer: compiled chat template.
-        messages: result of `ChatRenderer.prepare_messages`.
-        tools: result of `ChatRenderer.check_tools`.
-        trained_indices: indices of the trained messages, ascending.
-        added_tokens: texts of the tokens that may end a turn.
+    `render_with_turn_spans` describes the arguments.
 
     Raises:
         UnsupportedConversationError: a trained message is not the assistant's, the template refuses the conversation,
@@ -99,9 +94,9 @@ def _continue_from_prompt(
     last message before the answer is therefore compared.
     """
     index = len(messages) - 1
-    after_question_in_prompt, after_question_in_text = _text_after_question(renderer, messages, tools, prompt, text)
-    start = _common_prefix_of_whole_tokens(after_question_in_prompt, after_question_in_text, added_tokens)
-    prompt_rest, answer_rest = after_question_in_prompt[start:], after_question_in_text[start:]
+    prompt_tail, text_tail = _text_after_question(renderer, messages, tools, prompt, text)
+    start = _common_prefix_of_whole_tokens(prompt_tail, text_tail, added_tokens)
+    prompt_rest, answer_rest = prompt_tail[start:], text_tail[start:]
     thought = prompt_rest.strip()
     if not thought or any(
         thought.startswith(opening) and thought.endswith(closing) for opening, closing in _REASONING_TAGS
@@ -126,19 +121,10 @@ def _text_after_question(
     mark = unused_marker(prompt + text)
     if isinstance(content, str):
         marked = [*messages[:-2], {**question, "content": content + mark}]
-        before, after_question_in_prompt = _text_after_marker(
-            renderer.render(marked, tools, add_generation_prompt=True), mark
-        )
-        is_marked_once, after_question_in_text = _text_after_marker(
-            renderer.render([*marked, messages[-1]], tools), mark
-        )
-        if (
-            before
-            and is_marked_once
-            and prompt.endswith(after_question_in_prompt)
-            and text.endswith(after_question_in_text)
-        ):
-            return after_question_in_prompt, after_question_in_text
+        is_in_prompt, prompt_tail = _text_after_marker(renderer.render(marked, tools, add_generation_prompt=True), mark)
+        is_in_text, text_tail = _text_after_marker(renderer.render([*marked, messages[-1]], tools), mark)
+        if is_in_prompt and is_in_text and prompt.endswith(prompt_tail) and text.endswith(text_tail):
+            return prompt_tail, text_tail
     raise UnsupportedConversationError(
         f"the chat template writes message {len(messages) - 1} differently once it is answered, so the answer cannot "
         "be separated from the prompt; give data.chat_template another template"

@@ -77,8 +77,7 @@ class UnreadFields:
     def ignored_by(self, template: Any) -> list[str]:
         """Return descriptions of the fields that neither the format nor the chat template reads.
 
-        Args:
-            template: text of the chat template, mapping of names to texts, or None.
+        `template` is the text of the chat template, a mapping of names to texts, or None.
         """
         texts = template.values() if isinstance(template, dict) else [template or ""]
         words = {word for text in texts for word in re.findall(r"\w+", text)}

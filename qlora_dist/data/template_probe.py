@@ -41,11 +41,8 @@ class UnsupportedConversationError(Exception):
 class TemplateProbe:
     """Roles and thoughts that a template writes, each probed when a row first needs it.
 
-    The results depend only on the template, so they are equal in all processes.
-
-    Args:
-        template: text of the template.
-        render: function that renders messages or raises `UnsupportedConversationError`.
+    The results depend only on the template, so they are equal in all processes. `render` raises
+    `UnsupportedConversationError` if the template refuses messages.
     """
 
     def __init__(self, template: str, render: Callable[[list[Message]], str]) -> None:

@@ -15,16 +15,9 @@ _NOTE_INTERVAL_S = 2.0
 
 
 class RowProgress:
-    """Progress display that counts rows without a known total."""
+    """Progress display that counts rows without a known total, and keeps a file up to date for waiting processes."""
 
     def __init__(self, console: Console, name: str, progress_path: Path) -> None:
-        """Create the display; entering it as a context starts it.
-
-        Args:
-            console: console, quiet on all ranks but the first.
-            name: name of the source.
-            progress_path: file that is kept up to date for waiting processes.
-        """
         self._console, self._name, self._note = console, name, progress_path
         columns = (
             TextColumn("{task.description}"),

@@ -31,10 +31,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def choose_pad_token_id(tokenizer: PreTrainedTokenizerBase, largest_token_id: int) -> int:
     """Return a padding token that the embedding has. Any will do, because no label and no other sequence depends on it.
 
-    Args:
-        tokenizer: tokenizer, whose padding token is used if possible. `[PAD]`, added to Llama 2, is beyond the
-            embedding.
-        largest_token_id: highest token id of the data, which the embedding must have anyway.
+    The embedding must have `largest_token_id`, the highest id of the data, anyway. The tokenizer's padding token may
+    lie beyond it, as the `[PAD]` that is added to Llama 2.
     """
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in candidates if token is not None and token <= largest_token_id), 0)

@@ -91,11 +91,6 @@ def truncate_sequences(
       rows that nothing fits into.
     - `drop` drops longer sequences.
 
-    Args:
-        sequences: sequences of any length.
-        seq_len: most tokens of a segment.
-        too_long: handling of longer sequences.
-
     Returns:
         Segments in the order of the sequences, and the counts.
     """
