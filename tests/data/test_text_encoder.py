@@ -107,7 +107,7 @@ def test_equals_the_tokenizers_own_call_and_its_offsets(kind, batch, closed):
     tokenizer = encoder(kind)._tokenizer
     if closed:  # Turns can be masked only in a conversation.
         batch = [text._replace(spans_are_masked=False) for text in batch]
-    results = encoder(kind).encode(batch, closed)
+    results = encoder(kind).encode(batch, add_special_tokens=closed)
     assert len(results) == len(batch)
     for text, encoded in zip(batch, results, strict=True):
         expected = tokenizer(text.text, add_special_tokens=closed, return_offsets_mapping=True)
