@@ -64,7 +64,7 @@ def main() -> None:
     good = [row for row, item in zip(rows, encoded, strict=True) if isinstance(item, EncodedSequence)]
     if len(good) < len(rows):
         bad = next(item for item in encoded if isinstance(item, BadRow))
-        Console().print(f"{len(rows) - len(good)} rows are left out, the first because: {bad.place}: {bad.reason}")
+        Console().print(f"{len(rows) - len(good)} rows are left out, the first because: {bad.location}: {bad.reason}")
     batches = [good[start : start + args.batch] for start in range(0, len(good), args.batch)]
     written = [[encoder._write(row) for row in batch] for batch in batches]
     texts = [[item.text for item in batch] for batch in written]  # type: ignore[union-attr]

@@ -66,7 +66,7 @@ def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, An
         loaded_peak = restart_peak()
         seconds, processor, losses = [], [], []
         for step in range(args.steps):
-            window = setup.loader.window(step)
+            window = setup.loader.micro_batches(step)
             trained = ranks.world_size * sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in window)
             started, cpu = time.perf_counter(), time.process_time()
             replicas = setup.sizes.adapter_replicas

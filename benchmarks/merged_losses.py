@@ -136,8 +136,8 @@ def train_plain(config: Config, out: Path) -> None:
     )
     for step in range(setup.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, setup.steps, optim)
-        for batch in setup.loader.window(step):
-            (summed_loss(model, batch) / setup.loader.trained_tokens(step)).backward()
+        for batch in setup.loader.micro_batches(step):
+            (summed_loss(model, batch) / setup.loader.loss_tokens(step)).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -133,19 +133,19 @@ def packed_batches(setup: RunSetup, args: argparse.Namespace) -> Iterator[tuple[
     """
     ((rows, _),) = setup.loader.sources
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(rows.pieces), generator=generator).tolist()
+    order = torch.randperm(len(rows.segments), generator=generator).tolist()
     for index in range(10**6):
-        (ours,) = setup.loader.window(index)
-        chosen = [p for row in setup.loader.indices(index) for p in range(*rows.offsets[row : row + 2])]
+        (ours,) = setup.loader.micro_batches(index)
+        chosen = [p for row in setup.loader.row_indices(index) for p in range(*rows.offsets[row : row + 2])]
         if not args.same:
             chosen, order = order[: len(chosen)], order[len(chosen) :]
-        shape = len(chosen), int(rows.pieces.length[chosen].max())
-        ids, mask, labels = (torch.full(shape, v) for v in (rows.pad_id, 0, LABEL_IGNORE_INDEX))
+        shape = len(chosen), int(rows.segments.length[chosen].max())
+        ids, mask, labels = (torch.full(shape, v) for v in (rows.pad_token_id, 0, LABEL_IGNORE_INDEX))
         for row, piece in enumerate(chosen):
             sequence, start, length = (
-                int(c[piece]) for c in (rows.pieces.sequence_index, rows.pieces.start, rows.pieces.length)
+                int(c[piece]) for c in (rows.segments.sequence_index, rows.segments.start, rows.segments.length)
             )
-            whole = rows.sequences.tokens(sequence), rows.sequences.trained(sequence)
+            whole = rows.sequences.tokens(sequence), rows.sequences.loss_mask(sequence)
             tokens, trained = (torch.from_numpy(t[start : start + length].copy()) for t in whole)
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens.long(), 1
             labels[row, : len(tokens)] = torch.where(trained, tokens.long(), LABEL_IGNORE_INDEX)

@@ -82,15 +82,15 @@ def full_steps(setup: RunSetup, rows: int, seq_len: int, count: int) -> list[dic
 
 def uneven_steps(setup: RunSetup, count: int) -> list[dict[str, Any]]:
     ((source, _),) = setup.loader.sources
-    order = torch.randperm(len(source.pieces), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(source.segments), generator=torch.Generator().manual_seed(0)).tolist()
     steps = []
     for index in range(count):
-        (ours,) = setup.loader.window(index)
-        number = sum(int(np.diff(source.offsets[row : row + 2])[0]) for row in setup.loader.indices(index))
+        (ours,) = setup.loader.micro_batches(index)
+        number = sum(int(np.diff(source.offsets[row : row + 2])[0]) for row in setup.loader.row_indices(index))
         chosen, order = order[:number], order[number:]
         rows = []
         for piece in chosen:
-            columns = source.pieces.sequence_index, source.pieces.start, source.pieces.length
+            columns = source.segments.sequence_index, source.segments.start, source.segments.length
             sequence, start, length = (int(column[piece]) for column in columns)
             here = slice(start, start + length)
             ids, trained = source.sequences.tokens(sequence)[here], source.sequences.trained(sequence)[here]

@@ -1,4 +1,4 @@
-"""From files and data sets to batches: sources, chat templates and loss masks, packing, the loader.
+"""From data sets to batches: sources, row formats, chat templates, loss masks, packing, the data loader.
 
-Of ranks it knows two numbers, of models nothing.
+Nothing here depends on a model or on `torch.distributed`: a rank and a world size are plain numbers.
 """

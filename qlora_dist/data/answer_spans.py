@@ -1,4 +1,4 @@
-"""Places of the answers of a long conversation, from a few of them and one more rendering."""
+"""Spans of the answers of a long conversation, derived from a few of them and one more rendering."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qlora_dist.data.chat_renderer import CharSpan, ChatRenderer
 from qlora_dist.data.source_row import Message
 
 MIN_ANSWERS_TO_DERIVE = 24
-"""A conversation of fewer answers is rendered up to each of them."""
+"""Fewest answers for which spans are derived. A shorter conversation is rendered up to each of its answers."""
 
 
 def derive_answer_spans(
@@ -22,26 +22,19 @@ def derive_answer_spans(
     answer_indices: Sequence[int],
     find_exact_span: Callable[[int], CharSpan],
 ) -> dict[int, CharSpan]:
-    """Find where most answers lie without rendering the conversation up to each of them.
+    """Find the spans of most answers without rendering the conversation up to each of them.
 
-    Answers that a template could not tell apart, but for their contents and number, form a group. Of each
-    group five are found by `find_exact_span`: the first two, one in the middle and the last two. What these have between
-    themselves and their neighbours' contents is looked for around the others, at places that marks tell; an answer
-    around which there is something else is found by `find_exact_span` too.
-
-    Args:
-        renderer: the template.
-        messages: from `Renderer.clean`.
-        tools: from `Renderer.tools`.
-        text: the whole conversation.
-        answer_indices: answers, ascending.
-        find_exact_span: where an answer begins and ends, by rendering the conversation up to it.
+    Answers that differ only in content and number form a group, because a template treats them alike.
+    `find_exact_span`, which renders the conversation up to an answer, finds five of each group: the first two, one in
+    the middle and the last two. They show which texts the template writes between an answer and its neighbours'
+    contents. Markers show where those contents lie. If the same texts surround another answer, they give its span.
+    Otherwise, `find_exact_span` finds it too.
 
     Returns:
-        The answers that were found. Those beside which no content could be marked are missing.
+        Spans by message index. An answer is missing if a neighbour's content cannot be marked.
 
     Raises:
-        Refused: by `find_exact_span`.
+        UnsupportedConversationError: raised by `find_exact_span`.
     """
     if len(answer_indices) < MIN_ANSWERS_TO_DERIVE:
         return {}
@@ -52,7 +45,7 @@ def derive_answer_spans(
             groups[kinds[index]].append(index)
     spans: dict[int, CharSpan] = {}
     for group in groups.values():
-        samples = {group[place] for place in (0, 1, len(group) // 2, -2, -1) if -len(group) <= place < len(group)}
+        samples = {group[offset] for offset in (0, 1, len(group) // 2, -2, -1) if -len(group) <= offset < len(group)}
         prefixes: set[str] = set()
         suffixes: set[str] = set()
         for index in sorted(group, key=lambda index: (index not in samples, -index)):
@@ -71,29 +64,27 @@ def derive_answer_spans(
 def _content_spans(
     renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, text: str
 ) -> dict[int, CharSpan]:
-    """Return where the contents of others than the assistant lie; empty if marks around them change the text."""
-    number = 0
-    while (marker := f"qzj{number}z") in text:
-        number += 1
+    """Return the spans of all contents that are not the assistant's; empty if markers around them change the text."""
+    marker = unused_marker(text)
     marked = list(messages)
     stripped_space: dict[int, tuple[str, str]] = {}
     for index, message in enumerate(messages):
         content = message.get("content")
-        if message["role"] != "assistant" and isinstance(content, str) and (core := content.strip()):
-            # white space stays outside of the marks, since a template may trim it
+        if message["role"] != "assistant" and isinstance(content, str) and (stripped := content.strip()):
+            # White space stays outside of the markers, because a template may trim it.
             lead, trail = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
             stripped_space[index] = lead, trail
-            marked[index] = {**message, "content": f"{lead}{marker}{index}b{core}{marker}{index}e{trail}"}
-    written = renderer.text(marked, tools)
+            marked[index] = {**message, "content": f"{lead}{marker}{index}b{stripped}{marker}{index}e{trail}"}
+    rendered = renderer.render(marked, tools)
     marker_positions: dict[tuple[int, str], int] = {}
     pieces, last, length = [], 0, 0
-    for match in re.finditer(rf"{marker}(\d+)([be])", written):
-        pieces.append(written[last : match.start()])
+    for match in re.finditer(rf"{marker}(\d+)([be])", rendered):
+        pieces.append(rendered[last : match.start()])
         length += match.start() - last
         last = match.end()
         if marker_positions.setdefault((int(match[1]), match[2]), length) != length:
             return {}
-    if "".join([*pieces, written[last:]]) != text:
+    if "".join([*pieces, rendered[last:]]) != text:
         return {}
     spans = {}
     for index, (lead, trail) in stripped_space.items():
@@ -104,11 +95,19 @@ def _content_spans(
     return spans
 
 
-def _context_keys(messages: list[Message]) -> list[tuple[object, ...]]:
-    """Return for each message what a template may tell it apart by, contents left aside.
+def unused_marker(text: str) -> str:
+    """Return a word that is not in the text. Its letters and digits survive a template's trimming and JSON."""
+    number = 0
+    while (mark := f"qzj{number}jzq") in text:
+        number += 1
+    return mark
 
-    A template that rewrites history does so from one question on, or up to it (thoughts), or by what else has been
-    said since: so the question that is answered counts, and the kinds of answers before and after it up to the next.
+
+def _context_keys(messages: list[Message]) -> list[tuple[object, ...]]:
+    """Return, for each message, everything except its content by which a template may treat it differently.
+
+    A template may rewrite history before or after a certain question (as for thoughts), or depending on later messages.
+    The key therefore holds the kinds of messages around an answer, up to the user's messages before and after it.
     """
     own = [_message_key(message) for message in messages]
     questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
@@ -129,7 +128,7 @@ def _message_key(message: Message) -> tuple[object, ...]:
 
 
 def _keys_since_question(messages: list[Message], own: list[tuple[object, ...]]) -> list[frozenset[object]]:
-    """Return for each message the kinds of those before it, back to a user's message."""
+    """Return, for each message, the kinds of the messages before it, back to the last user message."""
     seen: frozenset[object] = frozenset()
     keys = []
     for message, kind in zip(messages, own, strict=True):

@@ -1,4 +1,4 @@
-"""Tokenizers whose tokens are the text's bytes, one behind the other: places follow from lengths."""
+"""Byte-level tokenizers, whose tokens concatenate to the text's bytes, so that offsets follow from token lengths."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] | None:
-    """Bytes of each token's text: int64[vocabulary]; None for tokenizers of another kind.
+    """Return the number of bytes of each token, int64[vocabulary]; None if the tokenizer is not byte-level.
 
-    Byte-level BPE, as of GPT-2, Llama 3, Qwen and others. What is left of their normalizers and added tokens can only
-    take bytes out of a text: a text that is in NFC already, and as long as its tokens together, has lost none.
+    Byte-level BPE is the tokenizer of GPT-2, Llama 3, Qwen and others. The normalizers and added tokens that are
+    accepted here can only remove bytes from a text. A text in NFC that is as long as its tokens together has therefore
+    lost none.
     """
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     if not tokenizer.is_fast:
         return None
-    kind = type(tokenizer)
-    if kind.__call__ is not PreTrainedTokenizerBase.__call__:
+    tokenizer_class = type(tokenizer)
+    if tokenizer_class.__call__ is not PreTrainedTokenizerBase.__call__:
         return None
-    if kind._encode_plus is not PreTrainedTokenizerFast._encode_plus:
-        return None  # Code Llama's does something of its own
-    rules = tokenizer.backend_tokenizer
-    model = rules.model
+    if tokenizer_class._encode_plus is not PreTrainedTokenizerFast._encode_plus:
+        return None  # Code Llama's tokenizer overrides it.
+    backend = tokenizer.backend_tokenizer
+    model = backend.model
     if (
         not isinstance(model, models.BPE)
         or model.dropout
@@ -37,27 +38,27 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int
         or model.end_of_word_suffix
     ):
         return None
-    if not {part["type"] for part in _parts(rules.normalizer, "normalizers")} <= {"NFC"}:
+    if not {part["type"] for part in _parts(backend.normalizer, "normalizers")} <= {"NFC"}:
         return None
     levels = [
-        part for part in _parts(rules.pre_tokenizer, "pretokenizers") if part["type"] in ("ByteLevel", "Metaspace")
+        part for part in _parts(backend.pre_tokenizer, "pretokenizers") if part["type"] in ("ByteLevel", "Metaspace")
     ]
     if not levels or any(part["type"] == "Metaspace" or part["add_prefix_space"] for part in levels):
         return None
-    vocabulary = rules.get_vocab(with_added_tokens=False)
-    lengths = np.zeros(max(rules.get_vocab(with_added_tokens=True).values()) + 1, np.int64)
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    lengths = np.zeros(max(backend.get_vocab(with_added_tokens=True).values()) + 1, np.int64)
     for text, index in vocabulary.items():
-        lengths[index] = len(text)  # a letter for each byte
-    for index, token in rules.get_added_tokens_decoder().items():
+        lengths[index] = len(text)  # The vocabulary writes each byte as one character.
+    for index, token in backend.get_added_tokens_decoder().items():
         lengths[index] = len(token.content.encode())
-    unknown = rules.token_to_id(model.unk_token) if model.unk_token else None
+    unknown = backend.token_to_id(model.unk_token) if model.unk_token else None
     if unknown is not None and not all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet()):
-        lengths[unknown] = 2**40  # it may stand for a byte: a text that has it is to be found too long
+        lengths[unknown] = 2**40  # It may replace a byte, so a text that contains it must look too long.
     return lengths
 
 
 def _parts(component: Any, children_key: str) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer, taken apart."""
+    """Return the components of a normalizer or pre-tokenizer, with sequences flattened."""
     if component is None:
         return []
     parts, flat = [json.loads(component.__getstate__())], []

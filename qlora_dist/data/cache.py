@@ -1,13 +1,13 @@
-"""What one process prepares and all others wait for, without torch.distributed: a folder that is complete or not there.
+"""A cache entry that one process prepares while all others wait for it, without `torch.distributed`.
 
-It works wherever the cache lies: exclusive creation of a file and renaming are all it needs, and NFS and Lustre have
-both. Nodes with a cache of their own prepare one each.
+It works on NFS and Lustre, because it needs only exclusive creation of a file and renaming. Nodes with separate caches
+prepare one entry each.
 
-    NAME/           the entry, under its name only once it is complete, with the sizes and sums of its files
-    NAME.checked    which files of it have been compared with their sums, so that one process of a start does so
-    NAME.lock       who prepares it; refreshed while that process lives
-    NAME.partial-*  what it has so far
-    NAME.failed     what went wrong, for those who wait
+- `NAME/` is the entry. It gets its name only once it is complete, with the sizes and checksums of its files.
+- `NAME.checked` lists the files whose checksums have been verified, so that one process per start verifies them.
+- `NAME.lock` names the process that prepares the entry. That process refreshes the lock while it lives.
+- `NAME.partial-*` is the entry while it is being prepared.
+- `NAME.failed` is the error message for the processes that wait.
 """
 
 from __future__ import annotations
@@ -39,34 +39,30 @@ from qlora_dist.runtime.lease import LeaseMonitor, make_lease, owner_host
 LogFn = Callable[[str], None]
 
 _POLL_RANGE_S = (0.05, 2.0)
-"""Least and most seconds between two looks at the lock; a tenth of what has been waited already."""
+"""Least and most seconds between two reads of the lock; in between, a tenth of the time waited so far."""
 _WAIT_LOG_INTERVALS_S = (2.0, 30.0)
-"""Seconds of waiting before the first line, and between the others."""
+"""Seconds of waiting before the first message, and between later ones."""
 PROGRESS_FILE = "progress"
-"""A file that `make` may write: a line for those who wait. It is no part of the entry."""
+"""Name of a file with a progress message for waiting processes. `create` may write it; it is not part of the entry."""
 
 
 def get_or_create_entry(
     entry: Path, create: Callable[[Path], None], log: LogFn, validate: Callable[[Path], object] = lambda entry: None
 ) -> Path:
-    """The entry `entry`, made by `create` unless it is there; by one process, however many ask for it at a time.
+    """Return the entry; if it is missing or damaged, exactly one of the calling processes creates it.
 
-    An entry that is there is compared with its sums first, by one process for all that start within some minutes, and
-    made anew if it differs. A holder that others take for dead, but that was only stopped for long, does no harm: each
-    writes into a folder of its own, and the one that is complete first gets the name.
+    One process per start verifies the checksums of an existing entry and creates it again if they differ. A lock holder
+    that was only suspended, but is taken for dead, does no harm. Each process writes into a folder of its own, and the
+    first complete folder gets the name.
 
     Args:
-        entry: the entry. Its name says what is in it: the same name, the same content.
-        create: fills the folder it is given, which is there and empty.
-        log: told that the entry is damaged, and now and then for whom this process waits.
-        validate: reads the entry, and raises an error if it is not of the kind that `create` writes.
-
-    Returns:
-        `entry`.
+        entry: folder of the entry. Its name identifies its content.
+        create: function that fills the empty folder that it is given.
+        log: function that prints a message when the entry is damaged, and from time to time while waiting.
+        validate: function that reads the entry and raises an error if `create` did not write it.
 
     Raises:
-        UserError: `create`'s own, in the process that called it and in all that were waiting for that one; or the cache
-            cannot be written.
+        UserError: raised by `create`, in its process and in all that waited for it; or the cache cannot be written.
     """
     if _is_verified(entry):
         return entry
@@ -76,81 +72,83 @@ def get_or_create_entry(
     except OSError as error:
         if _find_damage(entry, validate) is not None:
             raise _unwritable_cache_error(entry, error) from None
-    return entry  # after an OSError: of a cache that this user cannot write
+    return entry  # After an OSError, the user cannot write to this cache, but the entry is intact.
 
 
 def _is_verified(folder: Path) -> bool:
     return was_verified(folder, _sibling_path(folder, "checked"))
 
 
-def _find_damage(folder: Path, read: Callable[[Path], object]) -> str | None:
-    """Say what is wrong with an entry; None: nothing."""
+def _find_damage(folder: Path, validate: Callable[[Path], object]) -> str | None:
+    """Return the reason why an entry cannot be used; None if it can."""
     if not is_entry_complete(folder):
         return "a file is missing, or has another size"
     try:
         if (name := find_changed_file(folder)) is not None:
             return f"the content of {name} has changed"
-        read(folder)
-    except Exception as error:  # whatever foreign content does to the readers of these formats
+        validate(folder)
+    except Exception as error:  # Foreign content can make the readers of these formats raise anything.
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None
 
 
 def remove_entry(folder: Path) -> None:
-    """Remove an entry, if it is there. Its name is free at once; who has its files open keeps them."""
+    """Remove an entry if it exists. Its name is free at once, and processes that have its files open keep them."""
     doomed = _partial_path(folder)
     with contextlib.suppress(FileNotFoundError):
         folder.rename(doomed)
-    if doomed.is_symlink():  # planted: what it points to is not the cache's
+    if doomed.is_symlink():  # Its target is not part of the cache.
         doomed.unlink()
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _create_or_wait(folder: Path, make: Callable[[Path], None], say: LogFn, read: Callable[[Path], object]) -> None:
-    # one object for the whole wait: it remembers since when the holder has given no sign of life
+def _create_or_wait(
+    folder: Path, create: Callable[[Path], None], log: LogFn, validate: Callable[[Path], object]
+) -> None:
+    # One object for the whole wait, because it remembers when the holder last refreshed the lock.
     lock = make_lease(_sibling_path(folder, "lock"))
-    waiting = _EntryWaiter(folder, lock, say)
+    waiting = _EntryWaiter(folder, lock, log)
     while not _is_verified(folder):
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            waiting.look()
+            waiting.poll_lock()
             waiting.raise_if_failed()
             waiting.sleep()
             continue
         try:
-            if _is_verified(folder):  # by now
+            if _is_verified(folder):  # It may be by now.
                 return
-            damage = _find_damage(folder, read)
+            damage = _find_damage(folder, validate)
             if damage is not None:
                 waiting.raise_if_failed()
                 if os.path.lexists(folder):
-                    say(f"{folder}: is damaged ({damage}), and made anew")
-                _create_entry(folder, make, lock)
-            if is_entry_complete(folder):  # else another process has taken over and is not done
+                    log(f"{folder}: is damaged ({damage}), so it is created again")
+                _create_entry(folder, create, lock)
+            if is_entry_complete(folder):  # Otherwise, another process has taken over and has not finished.
                 record_verification(folder, _sibling_path(folder, "checked"))
                 return
         finally:
             lock.release()
 
 
-def _create_entry(folder: Path, make: Callable[[Path], None], lock: SoftFileLease) -> None:
-    """Make the entry; it is not there afterwards if another process has taken over and is not done."""
+def _create_entry(folder: Path, create: Callable[[Path], None], lock: SoftFileLease) -> None:
+    """Create the entry. It is missing afterwards if another process has taken over and has not finished."""
     remove_entry(folder)
     for stale_partial in folder.parent.glob(f"{folder.name}.partial-*"):
-        remove_entry(stale_partial)  # renamed first: one that is slow and not dead finds no folder to go on in
+        remove_entry(stale_partial)  # It renames first, so that a slow writer cannot continue.
     partial = _sibling_path(folder, f"partial-{lock.token}")
     partial.mkdir()
     try:
         try:
-            make(partial)
+            create(partial)
             _commit(partial, folder)
         except OSError as error:
-            if not partial.exists():  # another process has taken over, and cleaned up
+            if not partial.exists():  # Another process has taken over and removed it.
                 return
             raise _unwritable_cache_error(folder, error) from None
     except UserError as error:
-        remove_entry(partial)  # before the sentence is written: the disk may be full
+        remove_entry(partial)  # This comes before the message is written, because the disk may be full.
         _write_failure(folder, lock.token, str(error))
         raise
     except BaseException:
@@ -160,18 +158,18 @@ def _create_entry(folder: Path, make: Callable[[Path], None], lock: SoftFileLeas
 
 
 def _commit(partial: Path, folder: Path) -> None:
-    """Give the folder its name when all of it is on the disk, its manifest last."""
+    """Give the folder its final name once all its files are on disk, the manifest last."""
     (partial / PROGRESS_FILE).unlink(missing_ok=True)
     for path in write_entry_manifest(partial):
         _sync(path)
-    with contextlib.suppress(OSError):  # not every file system lets folders be synchronized
+    with contextlib.suppress(OSError):  # Some file systems cannot synchronize folders.
         _sync(partial)
     try:
         partial.rename(folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if is_entry_complete(folder):  # a process that we had taken for dead was first
+        if is_entry_complete(folder):  # A process that was taken for dead finished first.
             remove_entry(partial)
         else:
             remove_entry(folder)
@@ -180,61 +178,62 @@ def _commit(partial: Path, folder: Path) -> None:
         _sync(folder.parent)
 
 
-def _write_failure(folder: Path, token: str | None, sentence: str) -> None:
-    """Tell the others. If that fails too, they find out for themselves."""
-    written = _partial_path(folder)
+def _write_failure(folder: Path, token: str | None, message: str) -> None:
+    """Write the error message for the waiting processes. If that fails too, they try to create the entry themselves."""
+    partial = _partial_path(folder)
     with contextlib.suppress(OSError):
         try:
-            written.write_text(json.dumps({"token": token, "sentence": sentence}), encoding="utf-8")
-            written.rename(_sibling_path(folder, "failed"))
+            partial.write_text(json.dumps({"token": token, "sentence": message}), encoding="utf-8")
+            partial.rename(_sibling_path(folder, "failed"))
         finally:
-            written.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 class _EntryWaiter:
-    """One process's wait for another's entry."""
+    """A wait of this process for an entry that another process creates."""
 
-    def __init__(self, folder: Path, lock: SoftFileLease, say: LogFn) -> None:
+    def __init__(self, folder: Path, lock: SoftFileLease, log: LogFn) -> None:
         self._folder = folder
         self._watch = LeaseMonitor(lock)
-        self._say = say
+        self._log = log
         self._seen_tokens: set[str | None] = set()
-        self._since = time.monotonic()
+        self._start_s = time.monotonic()
         self._next_line_s = _WAIT_LOG_INTERVALS_S[0]
 
-    def look(self) -> None:
-        """Remember who holds the lock, say so now and then, and break it if that process is gone."""
-        owner = self._watch.look()  # should it break a successor's lock, there are two holders, and that does no harm
+    def poll_lock(self) -> None:
+        """Record the lock's holder, print it from time to time, and break the lock if the holder is dead."""
+        owner = self._watch.look()  # If it breaks a successor's lock, there are two holders, which does no harm.
         if owner is None:
             return
         self._seen_tokens.add(owner.token)
-        waited_s = time.monotonic() - self._since
+        waited_s = time.monotonic() - self._start_s
         if waited_s >= self._next_line_s:
             self._next_line_s = waited_s + _WAIT_LOG_INTERVALS_S[1]
-            note = self._note(owner.token)
-            self._say(
-                f"waiting for {owner_host(owner)}, process {owner.pid}, to prepare {self._folder} ({waited_s:.0f} s{note})"
+            note = self._read_progress(owner.token)
+            self._log(
+                f"waiting for {owner_host(owner)}, process {owner.pid}, to prepare {self._folder} "
+                f"({waited_s:.0f} s{note})"
             )
 
-    def _note(self, token: str | None) -> str:
+    def _read_progress(self, token: str | None) -> str:
         with contextlib.suppress(OSError):
             return f"; {(_sibling_path(self._folder, f'partial-{token}') / PROGRESS_FILE).read_text(encoding='utf-8')}"
         return ""
 
     def raise_if_failed(self) -> None:
-        """Raise what a process raised that this one has waited for; an older failure is none of its business."""
+        """Raise the error of a process that this one has waited for. Older failures are ignored."""
         try:
             failure: dict[str, Any] = json.loads(_sibling_path(self._folder, "failed").read_text(encoding="utf-8"))
-            token, sentence = failure["token"], failure["sentence"]
+            token, message = failure["token"], failure["sentence"]
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return
         if token in self._seen_tokens:
-            raise UserError(sentence)
+            raise UserError(message)
 
     def sleep(self) -> None:
-        """Sleep, the longer the longer it takes, and not in step with others."""
+        """Sleep longer the longer the wait lasts, with jitter."""
         least, most = _POLL_RANGE_S
-        waited_s = time.monotonic() - self._since
+        waited_s = time.monotonic() - self._start_s
         time.sleep(min(max(waited_s / 10, least), most) * random.uniform(0.5, 1.0))
 
 

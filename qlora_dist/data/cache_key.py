@@ -1,4 +1,4 @@
-"""What tokenized data depends on, as the name of its cache entry."""
+"""Cache keys of tokenized data: hashes of everything that the tokens depend on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 
 from qlora_dist.config.sections import DataConfig, SourceConfig
 from qlora_dist.data.cache import LogFn, get_or_create_entry
+from qlora_dist.data.data_files import file_extension
 from qlora_dist.data.entry_manifest import sha256_hexdigest
 from qlora_dist.data.source import source_files
 from qlora_dist.errors import UserError
 
 CACHE_KEY_VERSION = 2
-"""Raised whenever the same rows are stored in another way, or read in another."""
+"""Version of the cache format. Raise it when the same rows are read or stored differently."""
 
 _THREADS = 8
 _DIGESTS = "digests.json"
@@ -30,14 +31,13 @@ def source_cache_key(
     log: LogFn,
     revision: str | None = None,
 ) -> str:
-    """SHA-256 in hex: the same for the same content, wherever the files lie and whenever they were written.
+    """Return the SHA-256 in hex of everything that a source's tokens depend on.
 
-    Of a data set on the hub, `revision` stands for the content.
-
-    Not in it, since sequences are stored whole: lengths, packing and weights.
+    The key depends on the content of the files, not on their location or time. It also does not depend on lengths,
+    packing and weights, because sequences are stored uncut. `revision` stands for the content of a data set on the hub.
 
     Raises:
-        UserError: the source cannot be read, or the cache not be written.
+        UserError: the source cannot be read, or the cache cannot be written.
     """
     bad_rows = {"most": config.max_bad_rows} if config.on_bad_row == "skip" else None
     return _sha256(
@@ -53,10 +53,10 @@ def source_cache_key(
 
 
 def source_file_stats(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
-    """Path, size, time of the last change and inode of each: if these are the same, so is the content.
+    """Return path, size, modification time and inode of each file. If they are equal, the content is too.
 
     Raises:
-        UserError: a file is gone.
+        UserError: a file does not exist anymore.
     """
     states = []
     for path in files:
@@ -68,20 +68,18 @@ def source_file_stats(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
     return states
 
 
-def _content(source: SourceConfig, cache: Path, say: LogFn, revision: str | None) -> Any:
+def _content(source: SourceConfig, cache: Path, log: LogFn, revision: str | None) -> Any:
     files = source_files(source)
     if not files:
         return {"hub": source.path, "subset": source.subset, "revision": revision}
-    return [(_file_extension(path), digest) for path, digest in zip(files, _digests(files, cache, say), strict=True)]
+    # The extension selects the reader.
+    return [
+        (file_extension(path).lower(), digest) for path, digest in zip(files, _digests(files, cache, log), strict=True)
+    ]
 
 
-def _file_extension(path: Path) -> str:
-    """It says how the file is read, '.jsonl' or '.jsonl.gz'; the rest of the name says nothing."""
-    return "".join(path.suffixes[-2 if path.suffix.lower() == ".gz" else -1 :]).lower()
-
-
-def _digests(files: list[Path], cache: Path, say: LogFn) -> list[str]:
-    """Each file's SHA-256. They are read by one process, and once as long as they stay as they are."""
+def _digests(files: list[Path], cache: Path, log: LogFn) -> list[str]:
+    """Return the SHA-256 of each file. One process reads the files, and only once as long as they do not change."""
     states = source_file_stats(files)
 
     def make(folder: Path) -> None:
@@ -89,17 +87,17 @@ def _digests(files: list[Path], cache: Path, say: LogFn) -> list[str]:
             digests = list(pool.map(_digest, files))
         if source_file_stats(files) != states:
             raise UserError(
-                f"{files[0]}: was changed while it was read, or one beside it; start again when it is written"
+                f"{files[0]}: this file, or one beside it, changed while it was read; start again when it is written"
             )
         (folder / _DIGESTS).write_text(json.dumps(digests) + "\n", encoding="utf-8")
 
     def read(folder: Path) -> list[str]:
         digests: list[str] = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
         if len(digests) != len(files) or not all(isinstance(digest, str) for digest in digests):
-            raise ValueError(f"{_DIGESTS} has not one digest for each file")
+            raise ValueError(f"{_DIGESTS} does not have one digest per file")
         return digests
 
-    return read(get_or_create_entry(cache / "digests" / _sha256(states), make, say, read))
+    return read(get_or_create_entry(cache / "digests" / _sha256(states), make, log, read))
 
 
 def _digest(path: Path) -> str:

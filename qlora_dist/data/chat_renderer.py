@@ -1,4 +1,4 @@
-"""A chat template, compiled once: messages -> text, by transformers' own rules at the cost of the rendering alone."""
+"""Compiled chat templates that render messages exactly as transformers does, without its overhead per call."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from qlora_dist.data.template_limit import TEMPLATE_LIMITER
 from qlora_dist.data.template_probe import TemplateProbe, UnsupportedConversationError
 
 CharSpan = tuple[int, int]
-"""First character and the one after the last."""
+"""Index of the first character, and of the one after the last."""
 _Alias = Callable[[list[Message]], list[Message]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatRenderer:
-    """Writes conversations as `tokenizer.apply_chat_template` does.
+    """Compiled chat template that renders conversations as `tokenizer.apply_chat_template` does.
 
-    All that is private to transformers is called here: its sandbox and its tracker of `{% generation %}` blocks.
+    All private functions of transformers are used here: its sandbox, and its tracking of `{% generation %}` blocks.
 
     Raises:
         jinja2.TemplateSyntaxError: the template does not compile.
@@ -34,49 +34,49 @@ class ChatRenderer:
         from transformers.utils import chat_template_utils
 
         self.source = template
-        self.marked = _GENERATION.search(template) is not None
-        """It says itself what the assistant generates."""
+        self.has_generation_blocks = _GENERATION.search(template) is not None
+        """True if the template itself marks what the assistant generates."""
         try:
             self._template = chat_template_utils._compile_jinja_template(template).environment.from_string(template)
         except RecursionError:
             raise TemplateSyntaxError("it is nested too deeply", 1) from None
-        # jinja's ChainMap is walked through in Python for each rendering, which takes as long as a short conversation
+        # A plain dict, because looking names up in jinja's ChainMap takes as long as rendering a short conversation.
         self._template.globals = dict(self._template.globals)
         self._render_marked: Callable[..., tuple[str, list[CharSpan]]] = (
             chat_template_utils._render_with_assistant_indices
         )
-        # other names of `reasoning_content`, of which older releases of transformers know nothing
+        # Newer releases of transformers have this function, which adds the other names of `reasoning_content`.
         self._alias_reasoning_fields: _Alias = getattr(
             chat_template_utils, "_alias_reasoning_fields", lambda messages: messages
         )
         self._special_tokens = dict(special_tokens)
         self._variables = {**self._template.globals, **special_tokens, "documents": None}
         self._mentions = {name: name in template for name in ("tools", "tool_calls", "function_call")}
-        self._probe = TemplateProbe(template, lambda messages: self.text(messages, None))
+        self._probe = TemplateProbe(template, lambda messages: self.render(messages, None))
 
-    def given(self, variables: Mapping[str, Any] | None) -> ChatRenderer:
-        """Return the template with a row's own variables, as `apply_chat_template(..., **variables)` has them."""
+    def with_variables(self, variables: Mapping[str, Any] | None) -> ChatRenderer:
+        """Return a renderer with additional variables, as `apply_chat_template(..., **variables)` takes them."""
         if not variables:
             return self
         renderer = copy.copy(self)
         renderer._special_tokens = {**self._special_tokens, **variables}
         renderer._variables = {**self._variables, **variables}
-        renderer._probe = self._probe.of(lambda messages: renderer.text(messages, None))
+        renderer._probe = self._probe.with_render(lambda messages: renderer.render(messages, None))
         return renderer
 
     def prepare_messages(self, messages: list[Message]) -> list[Message]:
-        """The messages as the template is to see them; what `text` and `marks` take.
+        """Return the messages in the form that `render` and `render_with_assistant_spans` take.
 
         Raises:
-            Refused: there are tool calls, and the template does not write any, or their arguments are no object; or the
-                template writes nothing for a message or for what the assistant thought; or nobody knows a role.
+            UnsupportedConversationError: a role is unknown, tool arguments are not an object, or the
+                template omits a message, the tool calls or the assistant's reasoning.
         """
         self._probe.check_roles(messages)
         if all(len(message) == 2 and message.get("content") is not None for message in messages):
-            return messages  # a role and a content
+            return messages  # They hold only a role and a content.
         cleaned = []
         for message in messages:
-            # null is no value (apply_chat_template drops it too), and `train` is not the template's business
+            # apply_chat_template drops nulls too. The template has no use for `train`.
             message = {key: value for key, value in message.items() if value is not None and key != "train"}
             if "tool_calls" in message:
                 message["tool_calls"] = self._prepare_tool_calls(message["tool_calls"])
@@ -89,28 +89,30 @@ class ChatRenderer:
         self._probe.check_reasoning(aliased, cleaned)
         return aliased
 
-    def text(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool = False
+    def render(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, add_generation_prompt: bool = False
     ) -> str:
-        """The conversation, or with `add_generation_prompt` what the assistant gets to see before it answers.
+        """Return the text of the conversation, followed by the prompt for an answer if `add_generation_prompt` is set.
 
         Raises:
-            Refused: by the template.
+            UnsupportedConversationError: the template refuses the conversation.
         """
         try:
             inputs = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-            # what Template.render does, with the globals merged in beforehand
+            # Template.render does the same, but merges the globals in each time.
             context = self._template.new_context({**self._variables, **inputs}, shared=True)
             text = TEMPLATE_LIMITER.call("".join, self._template.root_render_func(context))
-        except Exception as error:  # what a template does to values it did not expect is its own
+        except Exception as error:  # A template can raise anything when it gets unexpected values.
             raise _refusal(error) from None
         return _require_utf8(text)
 
-    def marks(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[str, list[CharSpan]]:
-        """The conversation, and where in it the template marks what the assistant generates.
+    def render_with_assistant_spans(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None
+    ) -> tuple[str, list[CharSpan]]:
+        """Return the text of the conversation, and the spans that the template marks as generated by the assistant.
 
         Raises:
-            Refused: by the template.
+            UnsupportedConversationError: the template refuses the conversation.
         """
         try:
             arguments = self._template, messages, tools, None, False
@@ -119,11 +121,11 @@ class ChatRenderer:
             raise _refusal(error) from None
         return _require_utf8(text), spans
 
-    def tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """The tools as the template is to see them.
+    def check_tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """Return the tools as the template takes them, None if there are none.
 
         Raises:
-            Refused: the template does not write any.
+            UnsupportedConversationError: the template does not write tools.
         """
         if not tools:
             return None
@@ -142,12 +144,12 @@ class ChatRenderer:
                 "out"
             )
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise UnsupportedConversationError("`tool_calls` is no list of objects; write one object per call")
+            raise UnsupportedConversationError("`tool_calls` is not a list of objects; write one object per call")
         return [_parse_call_arguments(call) for call in calls]
 
 
 def _parse_call_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with its arguments as an object: OpenAI writes them as a string, which templates would write quoted."""
+    """Return the call with its arguments as an object. OpenAI writes a string, which templates would quote."""
     if isinstance(call.get("function"), dict):
         return {**call, "function": _parse_call_arguments(call["function"])}
     arguments = call.get("arguments")
@@ -159,7 +161,7 @@ def _parse_call_arguments(call: dict[str, Any]) -> dict[str, Any]:
         parsed = None
     if not isinstance(parsed, dict):
         raise UnsupportedConversationError(
-            "the `arguments` of a tool call are no JSON object; write an object, or take the row out"
+            "the `arguments` of a tool call are not a JSON object; write an object, or take the row out"
         )
     return {**call, "arguments": parsed}
 
@@ -174,7 +176,7 @@ def _refusal(error: Exception) -> UnsupportedConversationError:
 def _require_utf8(text: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError:  # a tokenizer would refuse the whole batch
+    except UnicodeEncodeError:  # A tokenizer would refuse the whole batch.
         raise UnsupportedConversationError(
             "the conversation holds half of a surrogate pair; write the whole character"
         ) from None

@@ -1,4 +1,4 @@
-"""Which chat template writes the conversations: the tokenizer's, a shipped one, or a file's."""
+"""Choice of the chat template: the tokenizer's, a shipped one, or one from a file."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHIPPED_TEMPLATES = ("chatml", "alpaca", "guanaco")
-"""For base models, which have no template. With `{% generation %}` markers, in `templates/NAME.jinja`."""
+"""Templates for base models, which have none. They have `{% generation %}` markers and lie in `templates/NAME.jinja`.
+"""
 
 _CHATML_END = "<|im_end|>"
 
 
 def read_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja text behind `data.chat_template`.
+    """Return the Jinja text of `data.chat_template`.
 
     Raises:
-        UserError: no such file, or the tokenizer lacks the token that ends a turn of a shipped template.
+        UserError: the file does not exist, or the tokenizer lacks the token that ends a turn of a shipped template.
     """
     if chat_template in SHIPPED_TEMPLATES:
         return _shipped(chat_template, tokenizer)
@@ -30,7 +31,8 @@ def read_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
-            f"data.chat_template: {chat_template}: no such file; write {', '.join(SHIPPED_TEMPLATES)} or the path of a Jinja file"
+            f"data.chat_template: {chat_template}: no such file; write {', '.join(SHIPPED_TEMPLATES)} or the path of a "
+            "Jinja file"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
@@ -42,9 +44,9 @@ def read_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -
 def _shipped(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if name == "chatml":
         if len(tokenizer(_CHATML_END, add_special_tokens=False, verbose=False)["input_ids"]) != 1:
-            # in several tokens it would be nothing that generation can stop at
+            # Generation can stop at a single token only.
             raise UserError(
-                f"data.chat_template: chatml: the tokenizer knows no token {_CHATML_END}, which ends a turn; write "
+                f"data.chat_template: chatml: the tokenizer has no token {_CHATML_END}, which ends a turn; write "
                 "alpaca or guanaco, or use a model whose tokenizer has that token"
             )
     elif tokenizer.eos_token is None:
@@ -53,6 +55,6 @@ def _shipped(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
             "chatml, or give the tokenizer an eos_token"
         )
     text = (resources.files("qlora_dist.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    # conversations get no special tokens but those the template writes: it has to begin as this tokenizer's texts do
+    # Conversations get only the special tokens that the template writes, so it must write the tokenizer's BOS token.
     adds_bos = tokenizer("a", verbose=False)["input_ids"][0] == tokenizer.bos_token_id
     return "{{- bos_token }}" + text if adds_bos else text

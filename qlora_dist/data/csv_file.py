@@ -1,4 +1,4 @@
-"""Rows from CSV."""
+"""Rows of CSV files."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from qlora_dist.errors import UserError
 
 
 def read_csv_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
-    """Cells separated by commas and quoted with ", below a line that names the columns; every cell is text.
+    """Yield the rows of a CSV file with commas, double quotes and a header; every cell is text.
 
-    A row's place is the line on which it starts: quoted cells may hold line feeds.
+    Python's reader is used, because a row's location is the line on which it starts, and quoted cells may hold line
+    feeds.
 
     Raises:
-        UserError: the header cannot be read, or names a column twice.
+        UserError: the header cannot be read, or it names a column twice.
     """
     columns: list[str] = []
     for line, cells in _rows(file):
-        place = f"{name}, line {line}"
+        location = f"{name}, line {line}"
         if not columns:
             if isinstance(cells, InvalidRowError):
-                raise UserError(f"{place}: {cells}")
+                raise UserError(f"{location}: {cells}")
             columns = cells
             duplicates = {column for column in columns if columns.count(column) > 1}
             if duplicates:
                 raise UserError(
-                    f"{place}: the header names a column twice ({join_names(sorted(duplicates))}); rename one"
+                    f"{location}: the header names a column twice ({join_names(sorted(duplicates))}); rename one"
                 )
         elif isinstance(cells, InvalidRowError):
-            yield BadRow(place, str(cells))
+            yield BadRow(location, str(cells))
         elif len(cells) != len(columns):
             yield BadRow(
-                place,
+                location,
                 f"the row has {len(cells)} cells, the header {len(columns)}; put cells that hold commas in quotes",
             )
         else:
-            yield place, dict(zip(columns, cells, strict=True))
+            yield location, dict(zip(columns, cells, strict=True))
 
 
 def _rows(file: BinaryIO) -> Iterator[tuple[int, list[str] | InvalidRowError]]:
-    """Where each row starts, and its cells or what is wrong with it; blank lines are skipped."""
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_SIZE))  # the process's; Python's own is 128 KiB
+    """Yield the first line of each row, and its cells or the reason why it is invalid; blank lines are skipped."""
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_SIZE))  # a limit of the process, 128 KiB by default
     mistakes: list[str] = []
     reader = csv.reader(_text(file, mistakes), strict=True)
     while True:
@@ -65,7 +66,7 @@ def _rows(file: BinaryIO) -> Iterator[tuple[int, list[str] | InvalidRowError]]:
 
 
 def _text(file: BinaryIO, mistakes: list[str]) -> Iterator[str]:
-    """The lines. A mistake is noted and not raised: the reader above us could not go on after it."""
+    """Yield the lines as text. Errors are collected, not raised, because `csv.reader` could not continue."""
     for _, line in read_lines(file):
         if len(line) > MAX_ROW_SIZE:
             mistakes.append(f"the line is {ROW_TOO_LONG_REASON}")

@@ -1,4 +1,4 @@
-"""From a path to the rows behind it, whatever the type of the file."""
+"""Rows of a data file of any supported type."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DATA_FILE_TYPES = ".jsonl, .json, .csv (each also with .gz) or .parquet"
 
 
 def data_file_type(path: Path) -> str | None:
-    """The type of a file, '.jsonl' for 'a.JSONL.gz' as well; None: not known."""
+    """Return the type of a file, '.jsonl' also for 'a.JSONL.gz'; None if it is not supported."""
     name = path.name.lower()
     known = (".parquet", *_TEXT_READERS)
     return next(
@@ -34,8 +34,13 @@ def data_file_type(path: Path) -> str | None:
     )
 
 
+def file_extension(path: Path) -> str:
+    """Return the extension with the one before `.gz`, such as '.jsonl' or '.jsonl.gz'."""
+    return "".join(path.suffixes[-2 if path.suffix.lower() == ".gz" else -1 :])
+
+
 def read_data_file(path: Path) -> Iterator[RawRow | BadRow]:
-    """The rows of a file.
+    """Yield the rows of a file.
 
     Raises:
         UserError: the file as a whole cannot be read.
@@ -51,7 +56,7 @@ def read_data_file(path: Path) -> Iterator[RawRow | BadRow]:
             yield from _TEXT_READERS[kind](str(path), file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
-            f"{path}: no gzip file, or damaged or cut off ({format_exception_message(error)}); get it anew"
+            f"{path}: not a gzip file, or damaged or truncated ({format_exception_message(error)}); get it again"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a file that can") from None
@@ -62,17 +67,17 @@ _PLAIN_TEXT_SUFFIXES = (".txt", ".md", ".html")
 
 
 def _unsupported_file_reason(path: Path) -> str:
-    """Say what to do with a file that is not read."""
+    """Return why a file is not read, and the remedy."""
     name = path.name.lower()
     if name.endswith(_ARCHIVE_SUFFIXES):
-        return f"files that are packed as {path.suffix} are not read; unpack it, or pack it with gzip"
+        return f"files compressed as {path.suffix} are not read; decompress it, or compress it with gzip"
     if name.endswith(_PLAIN_TEXT_SUFFIXES):
         return 'plain text has no rows; write each document as {"text": ...} on a line of a .jsonl file'
     if name.endswith((".tsv", ".tab")):
-        return "cells that tabs separate are not read; write them with commas, as .csv"
+        return "tab-separated files are not read; write it with commas, as .csv"
     if name.endswith((".arrow", ".feather")):
         return "a single Arrow file is not read; give the folder that `save_to_disk` wrote, or write Parquet"
-    return f"not known from its ending what the file is; rename it to end in {DATA_FILE_TYPES}"
+    return f"its name does not show the type of the file; rename it to end in {DATA_FILE_TYPES}"
 
 
 def _open(path: Path) -> BinaryIO:

@@ -1,4 +1,4 @@
-"""What an encoder's results depend on, as one hash."""
+"""Fingerprint of everything that the tokens and masks of an encoder depend on."""
 
 from __future__ import annotations
 
@@ -12,18 +12,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENCODER_VERSION = 2
-"""Raise it with every change of the code that changes tokens or masks: what has been cached is then made anew."""
+"""Version of the encoder. Raise it with every change of tokens or masks, so that caches are created again."""
 
 
 def encoder_fingerprint(tokenizer: PreTrainedTokenizerBase, chat_template: Any, mask: str, multi_turn: str) -> str:
-    """SHA-256 in hex.
-
-    Args:
-        tokenizer: its vocabulary, rules and special tokens count; where it lies does not.
-        chat_template: text of the chat template; a mapping of names to texts; None.
-        mask: as in the configuration.
-        multi_turn: as in the configuration.
-    """
+    """Return the SHA-256 in hex of the encoder's settings and of the tokenizer's vocabulary and rules."""
     digest = hashlib.sha256()
     settings = [
         ENCODER_VERSION,
@@ -41,10 +34,10 @@ def encoder_fingerprint(tokenizer: PreTrainedTokenizerBase, chat_template: Any, 
 
 def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Iterator[bytes]:
     if tokenizer.is_fast:
-        rules = tokenizer.backend_tokenizer
-        rules.no_truncation()  # whoever last called the tokenizer may have left these on; each call sets them anew
-        rules.no_padding()
-        yield rules.to_str().encode()
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # Earlier calls of the tokenizer may have left these on. Every call sets them again.
+        backend.no_padding()
+        yield backend.to_str().encode()
         return
     yield type(tokenizer).__qualname__.encode()
     yield json.dumps(sorted(tokenizer.get_vocab().items())).encode()

@@ -1,4 +1,4 @@
-"""The files of a cache entry: their sizes and sums, and whether they are still what was written."""
+"""Manifest of a cache entry: sizes and checksums of its files, and their verification."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 ENTRY_MANIFEST_FILE = "entry.json"
-"""The file that holds the size of every other file of the entry."""
+"""Name of the file that holds the size of every other file of the entry."""
 ENTRY_CHECKSUMS_FILE = "sums.json"
-"""The file that holds the SHA-256 of the files beside it. An entry of an earlier version has none: its sizes count."""
+"""Name of the file that holds the SHA-256 of the other files. Entries of an earlier version lack it, so only their
+sizes are compared."""
 _BLOCK_BYTES = 2**20
 _VERIFICATION_VALID_S = 600.0
-"""Seconds for which a check counts, as long as the files stay as they are: the ranks of a start need one in all."""
+"""Seconds for which a verification is valid if the files do not change, so that the ranks of a start share one."""
 
 
 def write_entry_manifest(folder: Path) -> list[Path]:
-    """Write sums and sizes of all files in `folder`, and return these two files last."""
+    """Write checksums and sizes of all files in `folder`. Return all files, these two last."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): sha256_hexdigest(path) for path in files}
     (folder / ENTRY_CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
@@ -31,12 +32,15 @@ def write_entry_manifest(folder: Path) -> list[Path]:
 
 
 def is_entry_complete(folder: Path) -> bool:
-    """Whether the entry is there, with every file of the size it was written with."""
+    """Return whether the entry exists and every file has the size that was recorded."""
     return entry_file_stats(folder) is not None
 
 
 def entry_file_stats(folder: Path) -> list[list[Any]] | None:
-    """Name, size, inode and times of each file, which are other ones after any change; None: the entry is not whole."""
+    """Return name, size, inode and times of each file; None if the entry is incomplete.
+
+    Any change of a file alters one of these values.
+    """
     sizes = _strings_to(_read(folder / ENTRY_MANIFEST_FILE), int)
     stats: list[list[Any]] = []
     for name, size in (sizes or {}).items():
@@ -51,7 +55,7 @@ def entry_file_stats(folder: Path) -> list[list[Any]] | None:
 
 
 def find_changed_file(folder: Path) -> str | None:
-    """Return the name of a file whose content is not what was written; None: there is none."""
+    """Return the name of a file whose content differs from its checksum; None if there is none."""
     sizes = _strings_to(_read(folder / ENTRY_MANIFEST_FILE), int) or {}
     if ENTRY_CHECKSUMS_FILE not in sizes:
         return None
@@ -63,9 +67,9 @@ def find_changed_file(folder: Path) -> str | None:
 
 
 def record_verification(folder: Path, record_path: Path) -> None:
-    """Write down in `record_path` that the entry has just been found whole."""
+    """Record in `record_path` that the entry has just been verified."""
     partial = record_path.with_name(f"{record_path.name}.{os.getpid()}")
-    with suppress(OSError):  # then the next process checks as well
+    with suppress(OSError):  # If it fails, the next process verifies the entry too.
         try:
             partial.write_text(json.dumps(entry_file_stats(folder)), encoding="utf-8")
             partial.rename(record_path)
@@ -74,7 +78,7 @@ def record_verification(folder: Path, record_path: Path) -> None:
 
 
 def was_verified(folder: Path, record_path: Path) -> bool:
-    """Whether a check lately found these very files whole."""
+    """Return whether these very files were verified a short time ago."""
     try:
         age_s = time.time() - record_path.stat().st_mtime
     except OSError:
@@ -87,10 +91,10 @@ def was_verified(folder: Path, record_path: Path) -> bool:
 
 
 def sha256_hexdigest(path: Path) -> str:
-    """Read a file in blocks; other threads run meanwhile.
+    """Return the SHA-256 of a file in hex. It is read in blocks, while other threads run.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
@@ -107,7 +111,7 @@ def _read(path: Path) -> Any:
 
 
 def _strings_to(tree: Any, kind: type) -> dict[str, Any] | None:
-    """`tree`, if it maps names of files within the entry to values of this kind."""
+    """Return `tree` if it maps names of files within the entry to values of this type, else None."""
     if not isinstance(tree, dict) or not all(type(value) is kind for value in tree.values()):
         return None
     inside = all(not (path := PurePosixPath(name)).is_absolute() and ".." not in path.parts for name in tree)

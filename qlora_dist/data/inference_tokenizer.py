@@ -1,4 +1,4 @@
-"""What a served model needs beside its weights to speak as it was trained: tokenizer, chat template and end tokens."""
+"""Tokenizer, chat template and end tokens of training, as a served model needs them besides its weights."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ _ANSWER = "answer"
 
 @dataclass(frozen=True)
 class InferenceTokenizer:
-    """A tokenizer with the chat template and the end tokens of training, ready to be saved."""
+    """Tokenizer with the chat template and the end tokens of training, ready to be saved."""
 
     tokenizer: PreTrainedTokenizerBase
     generation_config: dict[str, Any]
-    """generation_config.json, its end tokens included; empty: neither the base nor the template names one."""
+    """Content of generation_config.json with its end tokens; empty if neither the base model nor the template has any.
+    """
 
     def save(self, out: Path) -> None:
         """Write the tokenizer's files and generation_config.json.
@@ -44,57 +45,57 @@ class InferenceTokenizer:
 def make_inference_tokenizer(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None, base: Path
 ) -> InferenceTokenizer:
-    """Give the tokenizer, which is changed, the chat template and the end token that training uses.
+    """Set the chat template and the end token of training on the base model's tokenizer, and return it.
 
-    Where `data.chat_template` ends turns with another token than the tokenizer's end-of-sequence token, that token
-    takes its place, unless the template itself writes `eos_token`.
-
-    Args:
-        tokenizer: of the base.
-        chat_template: `data.chat_template`.
-        base: folder of the base, for the end tokens that it names.
+    If `data.chat_template` ends turns with a token other than the end-of-sequence token, it becomes the end-of-sequence
+    token, unless the template itself writes `eos_token`. The folder `base` may define further end tokens.
     """
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template, tokenizer)
     template = default_chat_template(tokenizer)
     end_token_id = None
     if template is not None:
-        with contextlib.suppress(TemplateSyntaxError):  # conversations refuse it, and other rows need none
+        # If it does not compile, conversations are refused, and other rows need no template.
+        with contextlib.suppress(TemplateSyntaxError):
             end_token_id = end_of_turn_token_id(tokenizer, ChatRenderer(template, tokenizer.special_tokens_map))
     if end_token_id is not None and chat_template is not None and "eos_token" not in (template or ""):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token_id)
     generation = load_json_object(base / _GENERATION)
-    eos_token_ids = _ids(generation.get("eos_token_id")) or _config_ends(load_json_object(base / "config.json"))
+    eos_token_ids = _as_token_ids(generation.get("eos_token_id")) or _config_eos_token_ids(
+        load_json_object(base / "config.json")
+    )
     if end_token_id is not None and end_token_id not in eos_token_ids:
         eos_token_ids = [end_token_id, *eos_token_ids]
     return InferenceTokenizer(tokenizer, generation | ({"eos_token_id": eos_token_ids} if eos_token_ids else {}))
 
 
 def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the tokenizer's chat template for conversations without tools; None: it has none."""
+    """Return the tokenizer's chat template for conversations without tools; None if it has none."""
     try:
         template: str = tokenizer.get_chat_template()
-    except (ValueError, NotImplementedError):  # none, or several of which none is the default
+    except (ValueError, NotImplementedError):  # There is none, or there are several without a default.
         return None
     return template
 
 
 def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase, renderer: ChatRenderer) -> int | None:
-    """Return the token that the template writes behind an answer; None: text, or nothing, ends the turn."""
+    """Return the token that the template writes after an answer; None if text or nothing ends the turn."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        after_answer = renderer.text(messages, None).rpartition(_ANSWER)[2]
+        after_answer = renderer.render(messages, None).rpartition(_ANSWER)[2]
     except UnsupportedConversationError:
         return None
     ids = tokenizer(after_answer, add_special_tokens=False, verbose=False)["input_ids"]
     return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
-def _config_ends(config: dict[str, Any]) -> list[int]:
+def _config_eos_token_ids(config: dict[str, Any]) -> list[int]:
     text = config.get("text_config")
-    return _ids(config.get("eos_token_id")) or (_ids(text.get("eos_token_id")) if isinstance(text, dict) else [])
+    return _as_token_ids(config.get("eos_token_id")) or (
+        _as_token_ids(text.get("eos_token_id")) if isinstance(text, dict) else []
+    )
 
 
-def _ids(value: Any) -> list[int]:
+def _as_token_ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [token for token in values if isinstance(token, int)]

@@ -1,4 +1,4 @@
-"""Rows from JSONL and JSON files, of which never more is held than a row or a piece of 256 KiB."""
+"""Rows of JSONL and JSON files, read in blocks so that at most one row or 256 KiB are in memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from qlora_dist.data.validate import RawRow, json_type_name
 from qlora_dist.errors import UserError
 
 MAX_ROW_SIZE = 16 << 20
-"""Bytes of a line, and characters of a row in a JSON array. No conversation is that long; a file without line feeds
-is."""
+"""Most bytes of a line, and most characters of a row in a JSON array. Only files without line feeds exceed it."""
 ROW_TOO_LONG_REASON = f"longer than {MAX_ROW_SIZE >> 20} MiB; cut it, or put each row in a line of its own"
 
 _BLOCK_BYTES = 1 << 18
@@ -29,7 +28,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of each line; of one that is too long, its first LONGEST_ROW + 1 bytes."""
+    """Yield the number and the bytes of each line; a line that is too long is cut to MAX_ROW_SIZE + 1 bytes."""
     number = 0
     while line := file.readline(MAX_ROW_SIZE + 1):
         number += 1
@@ -41,43 +40,44 @@ def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def format_utf8_error(error: UnicodeDecodeError, byte_offset: int = 0) -> str:
-    """The complaint about a byte, `byte_offset` bytes after what is meant by its position."""
+    """Return the message about an invalid byte. `byte_offset` is added to its position."""
     byte = error.object[error.start]
     return f"not UTF-8 (byte {byte:#04x} at position {byte_offset + error.start + 1}); save the file as UTF-8"
 
 
 def read_jsonl_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
-    """One object per line; blank lines are skipped and counted."""
+    """Yield one row per line. Blank lines are skipped, but count as lines."""
     for number, line in read_lines(file):
         if line.isspace():
             continue
-        place = f"{name}, line {number}"
+        location = f"{name}, line {number}"
         if len(line) > MAX_ROW_SIZE:
-            yield BadRow(place, f"the line is {ROW_TOO_LONG_REASON}")
+            yield BadRow(location, f"the line is {ROW_TOO_LONG_REASON}")
             continue
         try:
-            tree = parse_json(line.rstrip().decode("utf-8"))  # or a string cut off would be one with a line feed in it
+            # Without rstrip, a truncated string would be reported as one with a line feed.
+            tree = parse_json(line.rstrip().decode("utf-8"))
         except UnicodeDecodeError as error:
-            yield BadRow(place, format_utf8_error(error))
+            yield BadRow(location, format_utf8_error(error))
         except NonFiniteNumberError as error:
-            yield BadRow(place, f"not valid JSON: {error}; write null there, or take the field out")
+            yield BadRow(location, f"not valid JSON: {error}; write null there, or take the field out")
         except ValueError as error:
-            yield BadRow(place, f"not valid JSON ({error}); write one complete JSON object per line")
+            yield BadRow(location, f"not valid JSON ({error}); write one complete JSON object per line")
         else:
-            yield _record(tree, place, "write one JSON object per line, or call a file of one array .json")
+            yield _to_row(tree, location, "write one JSON object per line, or name a file of one array .json")
 
 
 def read_json_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
-    """One array of objects, or one object, which is a row or holds rows under names, or in truth JSONL.
+    """Yield the rows of an array of objects, of one object, of an object of rows, or of JSONL under another name.
 
-    An array is read in pieces, an object whole.
+    An array is read in blocks, an object at once.
 
     Raises:
-        UserError: what cannot be blamed on one row, such as a bracket that is missing.
+        UserError: an error that belongs to no single row, such as a missing bracket.
     """
     if file.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         file.seek(0)
-        yield from _array(name, _decode_blocks(name, file))
+        yield from _read_array(name, _decode_blocks(name, file))
         return
     file.seek(0)
     nonblank_lines = (line for _, line in read_lines(file) if not line.isspace())
@@ -86,7 +86,7 @@ def read_json_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
     if second and _is_object(first):
         yield from read_jsonl_rows(name, file)
     elif first:
-        yield from _object(name, "".join(_decode_blocks(name, file)))
+        yield from _read_object(name, "".join(_decode_blocks(name, file)))
 
 
 def _is_object(line: bytes) -> bool:
@@ -96,7 +96,7 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _object(name: str, text: str) -> Iterator[RawRow | BadRow]:
+def _read_object(name: str, text: str) -> Iterator[RawRow | BadRow]:
     try:
         tree = parse_json(text)
     except ValueError as error:
@@ -111,86 +111,90 @@ def _object(name: str, text: str) -> Iterator[RawRow | BadRow]:
 
 def _decode_blocks(name: str, file: BinaryIO) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    done = 0
+    bytes_read = 0
     while True:
-        piece = file.read(_BLOCK_BYTES)
-        done += len(piece)
+        block = file.read(_BLOCK_BYTES)
+        bytes_read += len(block)
         try:
-            yield decoder.decode(piece, final=not piece)
+            yield decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise UserError(f"{name}: {format_utf8_error(error, done - len(error.object))}") from None
-        if not piece:
+            raise UserError(f"{name}: {format_utf8_error(error, bytes_read - len(error.object))}") from None
+        if not block:
             return
 
 
-def _array(name: str, pieces: Iterator[str]) -> Iterator[RawRow | BadRow]:
-    window = _JSONCursor(pieces)
-    window.take("[")
+def _read_array(name: str, blocks: Iterator[str]) -> Iterator[RawRow | BadRow]:
+    cursor = _JSONCursor(blocks)
+    cursor.consume("[")
     row = 0
-    closed = window.take("]")
+    closed = cursor.consume("]")
     while not closed:
         row += 1
-        place = f"{name}, row {row}"
-        value, problem = window.value(place)
+        location = f"{name}, row {row}"
+        value, problem = cursor.read_value(location)
         if problem:
-            yield BadRow(place, f"not valid JSON ({problem}); correct it or take the row out")
+            yield BadRow(location, f"not valid JSON ({problem}); correct it or take the row out")
         else:
-            yield _record(value, place, "write one array of objects")
-        closed = window.take("]")
-        if not closed and not window.take(","):
-            raise UserError(f"{place}: neither a comma nor a bracket follows; write one complete array of objects")
-    if window.peek():
-        raise UserError(f"{name}: something follows the array of {row} rows; write one array of objects")
+            yield _to_row(value, location, "write one array of objects")
+        closed = cursor.consume("]")
+        if not closed and not cursor.consume(","):
+            raise UserError(f"{location}: neither a comma nor a bracket follows; write one complete array of objects")
+    if cursor.peek():
+        raise UserError(f"{name}: there is more text after the array of {row} rows; write one array of objects")
 
 
 class _JSONCursor:
-    """What has been read of a text and not yet been used: `text` from `at` on."""
+    """Unread text of a JSON file, which starts at `_position` in `_text`."""
 
-    def __init__(self, pieces: Iterator[str]) -> None:
-        self._blocks = pieces
+    def __init__(self, blocks: Iterator[str]) -> None:
+        self._blocks = blocks
         self._text = ""
         self._position = 0
 
     def peek(self) -> str:
-        """The next character that is no white space, '' at the end."""
+        """Return the next character that is not white space, '' at the end."""
         while True:
-            space = _SPACE.match(self._text, self._position)
-            self._position = space.end() if space else self._position
+            match = _SPACE.match(self._text, self._position)
+            self._position = match.end() if match else self._position
             if self._position < len(self._text) or not self._read_more():
                 return self._text[self._position : self._position + 1]
 
-    def take(self, character: str) -> bool:
-        """Step over this character, if it follows."""
-        found = self.peek() == character
-        self._position += found
-        return found
+    def consume(self, character: str) -> bool:
+        """Skip this character if it is next, and return whether it was."""
+        is_next = self.peek() == character
+        self._position += is_next
+        return is_next
 
-    def value(self, place: str) -> tuple[Any, str | None]:
-        """The value that follows, and why it is none in strict JSON, if so."""
+    def read_value(self, location: str) -> tuple[Any, str | None]:
+        """Return the next value, or None and the reason why it is not strict JSON."""
         self.peek()
         while True:
             try:
                 value, problem, end = _decode(self._text, self._position)
-                # a number that ends where the text does might go on
+                # A number at the end of the text may continue in the next block.
                 if end < len(self._text) or not self._read_more():
                     self._position = end
                     return value, problem
             except (JSONDecodeError, RecursionError) as error:
                 if len(self._text) - self._position > MAX_ROW_SIZE:
-                    raise UserError(f"{place}: not valid JSON, or {ROW_TOO_LONG_REASON}") from None
+                    raise UserError(f"{location}: not valid JSON, or {ROW_TOO_LONG_REASON}") from None
                 if isinstance(error, RecursionError) or not self._read_more():
                     raise UserError(
-                        f"{place}: not valid JSON ({json_error_reason(error, self._position)}), or the file was cut off; "
-                        "write one array of objects"
+                        f"{location}: not valid JSON ({json_error_reason(error, self._position)}), or the file is "
+                        "truncated; write one array of objects"
                     ) from None
 
     def _read_more(self) -> bool:
-        """Read as much again as there is, lest a long value be tried once per piece; False: there is no more."""
+        """Double the unread text, so that a long value is not parsed once per block.
+
+        Returns:
+            False at the end of the file.
+        """
         parts = [self._text[self._position :]]
         needed = len(parts[0]) + 1
-        while needed > 0 and (piece := next(self._blocks, None)) is not None:
-            parts.append(piece)
-            needed -= len(piece)
+        while needed > 0 and (block := next(self._blocks, None)) is not None:
+            parts.append(block)
+            needed -= len(block)
         self._text, self._position = "".join(parts), 0
         return len(parts) > 1
 
@@ -219,7 +223,7 @@ def _invalid_value_reason(text: str) -> str:
     raise AssertionError("the value was refused before")
 
 
-def _record(tree: Any, place: str, remedy: str) -> RawRow | BadRow:
-    return (
-        (place, tree) if isinstance(tree, dict) else BadRow(place, f"{json_type_name(tree)}, not an object; {remedy}")
-    )
+def _to_row(tree: Any, location: str, remedy: str) -> RawRow | BadRow:
+    if isinstance(tree, dict):
+        return location, tree
+    return BadRow(location, f"{json_type_name(tree)}, not an object; {remedy}")

@@ -1,4 +1,4 @@
-"""Conversations in OpenAI's form, checked and made what chat templates expect."""
+"""Conversations in OpenAI's form, validated and converted to what chat templates expect."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from qlora_dist.data.validate import (
 
 
 def parse_messages(value: Any, field: str, default_train: bool | None = None) -> list[Message]:
-    """The messages of a list.
+    """Return the messages of a list.
 
     Args:
-        value: the list, or its JSON text.
-        field: its name in the row.
-        default_train: the `train` of messages that have none.
+        value: list, or its JSON text.
+        field: name of the list in the row.
+        default_train: `train` of messages that have none.
 
     Raises:
-        Unusable: naming the message by its number, from 1.
+        InvalidRowError: a message is invalid; it is named by its number, from 1.
     """
     value = decode_json_field(value, f"`{field}`")
     if not isinstance(value, list):
@@ -41,16 +41,16 @@ def parse_messages(value: Any, field: str, default_train: bool | None = None) ->
 
 
 def parse_message(item: Any, where: str, default_train: bool | None = None) -> Message:
-    """One message: `content` is text, `tool_calls` hold objects, `train` is a boolean, and nothing is null.
+    """Return the message with text as `content`, objects in `tool_calls`, a boolean `train` and no null.
 
     Raises:
-        Unusable: it cannot be made so, or is an assistant's, to be trained, and says nothing.
+        InvalidRowError: the message cannot be converted, or it is a trained answer without text.
     """
     if default_train is None and _is_plain(item):
         return item
     if not isinstance(item, dict):
         raise InvalidRowError(f"{where} is {json_type_name(item)}; write an object with `role` and `content`")
-    # Parquet gives every message all fields; a null is none, but templates ask `is defined`
+    # Parquet gives all messages the same fields. Nulls are dropped, because templates test for `is defined`.
     parsed = {name: value for name, value in item.items() if value is not None}
     if "role" not in item:
         raise _missing_field_error("role", where)
@@ -66,7 +66,7 @@ def parse_message(item: Any, where: str, default_train: bool | None = None) -> M
             raise _missing_field_error("content", where)
         content = parsed["content"] = _content(item["content"], f"{where}: `content`")
         if role == "assistant" and not calls and default_train is not False and not content.strip():
-            raise InvalidRowError(f"{where}: the assistant says nothing; give it `content`, or `train`: false")
+            raise InvalidRowError(f"{where}: the assistant's message is empty; give it `content`, or `train`: false")
     if parsed.keys() - _CHECKED_FIELDS:
         for name, value in parsed.items():
             require_str(name, f"{where}: a name")
@@ -76,7 +76,7 @@ def parse_message(item: Any, where: str, default_train: bool | None = None) -> M
 
 
 def _is_plain(item: Any) -> TypeGuard[Message]:
-    """Whether it is a role and a content and nothing is wrong with it: nearly all are, and this is quick."""
+    """Return whether the message is a valid role and content, which is a fast path for nearly all messages."""
     if type(item) is not dict or len(item) != 2:
         return False
     role, content = item.get("role"), item.get("content")
@@ -100,7 +100,7 @@ def _content(value: Any, where: str) -> str:
         if not isinstance(part, dict) or part.get("type") != "text":
             found_type = part.get("type") if isinstance(part, dict) else None
             found_type = (
-                f"of the type {quote(found_type)}" if isinstance(found_type, str) else "no object with a `type`"
+                f"of the type {quote(found_type)}" if isinstance(found_type, str) else "not an object with a `type`"
             )
             raise InvalidRowError(
                 f'{where}: part {number} is {found_type}; only parts of {{"type": "text", "text": ...}} are read'
@@ -113,19 +113,22 @@ def _content(value: Any, where: str) -> str:
 
 
 _TEXT_PART_FIELDS = ("text", "value")
-"""Names of a part's text: OpenAI's, and LLaMA-Factory's."""
+"""Fields of a part's text in OpenAI's and LLaMA-Factory's formats."""
 
 _TRAIN_FLAG_ALIASES = ("loss_weight", "loss", "training")
-"""Names that LLaMA-Factory, ms-swift and axolotl have for `train`."""
+"""Names of `train` in LLaMA-Factory, ms-swift and axolotl."""
 _UNSUPPORTED_TRAIN_FLAGS = ("mask", "masked", "loss_mask", "loss_scale", "train_detail", "training_detail")
-"""Fields by which others mask a message or a part of it."""
+"""Fields by which other tools mask a message or a part of it."""
 
 
-def _pop_train_flag(made: Message, where: str, default: bool | None) -> bool | None:
-    """Take whatever says whether the message is trained out of it; `train` wins, then `weight`."""
-    weight, train = made.pop("weight", None), made.pop("train", None)
-    others = {name: _flag(made.pop(name), f"{where}: `{name}`") for name in _TRAIN_FLAG_ALIASES if name in made}
-    unread = next((name for name in _UNSUPPORTED_TRAIN_FLAGS if name in made), None)
+def _pop_train_flag(message: Message, where: str, default: bool | None) -> bool | None:
+    """Remove all fields that decide whether the message is trained, and return the decision.
+
+    `train` wins over `weight`, and `weight` over its aliases.
+    """
+    weight, train = message.pop("weight", None), message.pop("train", None)
+    others = {name: _flag(message.pop(name), f"{where}: `{name}`") for name in _TRAIN_FLAG_ALIASES if name in message}
+    unread = next((name for name in _UNSUPPORTED_TRAIN_FLAGS if name in message), None)
     if unread is not None:
         raise InvalidRowError(
             f"{where} has a `{unread}`, which is not read; write `train`: true or false, for a whole message"
@@ -164,16 +167,16 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def parse_tool_call(value: Any, where: str) -> dict[str, Any]:
-    """A call with its `function`, whose `arguments` are an object: OpenAI writes a string, templates write JSON anew.
+    """Return the call with a `function` whose `arguments` are an object. OpenAI writes them as a string.
 
     Raises:
-        Unusable: it cannot be made so.
+        InvalidRowError: the call cannot be converted.
     """
     if not isinstance(value, dict):
         raise InvalidRowError(f"{where} is {json_type_name(value)}; write an object with `function`")
     parsed = {name: child for name, child in value.items() if child is not None}
     function = parsed.pop("function", None)
-    if function is None:  # {"name": ..., "arguments": ...} alone, as some templates have it
+    if function is None:  # Some templates use {"name": ..., "arguments": ...} alone.
         function = {name: parsed.pop(name) for name in ("name", "arguments") if name in parsed}
     if not isinstance(function, dict):
         raise InvalidRowError(
@@ -198,10 +201,10 @@ def parse_tool_call(value: Any, where: str) -> dict[str, Any]:
 
 
 def parse_tools(value: Any) -> list[dict[str, Any]] | None:
-    """The functions that may be called: a list of JSON schemas, or one as JSON in a string; none where it is empty.
+    """Return the functions that may be called, from a list of JSON schemas or its JSON text; None if it is empty.
 
     Raises:
-        Unusable: it is something else.
+        InvalidRowError: the value is something else.
     """
     if isinstance(value, str) and value.strip():
         value = decode_json_text(value, "`tools`")
@@ -217,10 +220,10 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
 
 
 def decode_json_field(value: Any, where: str) -> Any:
-    """Return the list or object that a text in JSON stands for, as in CSV or Parquet; another value as it is.
+    """Return the list or object that a JSON text holds, as in CSV or Parquet; other values are returned unchanged.
 
     Raises:
-        Unusable: the text begins as JSON does, and is none.
+        InvalidRowError: the text begins like JSON, but is not valid.
     """
     if not isinstance(value, str):
         return value
@@ -231,10 +234,10 @@ def decode_json_field(value: Any, where: str) -> Any:
 
 
 def decode_json_text(text: str, where: str) -> Any:
-    """What a string holds that is JSON.
+    """Return the value of a JSON text.
 
     Raises:
-        Unusable: it holds none.
+        InvalidRowError: the text is not valid JSON.
     """
     try:
         return parse_json(text)

@@ -1,6 +1,6 @@
-"""OpenAssistant's conversation trees: of each, the conversation of the best-ranked replies.
+"""OpenAssistant's conversation trees, of which the conversation of the best-ranked replies is kept.
 
-So was Guanaco's data made (QLoRA, appendix B): "we select the top reply at each level in the conversation tree".
+Guanaco's data were made this way (QLoRA, appendix B): "we select the top reply at each level in the conversation tree".
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 def parse_oasst_tree(location: str, tree: dict[str, Any]) -> MessagesRow:
-    """The best conversation of a tree, to the last turn of the assistant's.
+    """Return the best conversation of a tree, up to the last message of the assistant.
 
-    At each level that is the reply of the lowest `rank`, those without one last, among equals the first. Messages that
-    were deleted or failed their review are left out with all that follows them. A tree that has no reply becomes a
-    row with nothing to train.
+    At each level, the reply with the lowest `rank` is taken, and the first of equals. Replies without a `rank` are last
+    in this order. Messages that were deleted or failed their review are dropped, with all replies to them. A tree
+    without a reply becomes a row with nothing to train.
 
     Raises:
-        Unusable: the tree or a message on the way is not what it should be.
+        InvalidRowError: the tree, or a message on the path, is invalid.
     """
     path: list[dict[str, Any]] = []
     level: Any = [tree["prompt"]]
     while level:
         where = f"turn {len(path) + 1}"
         if not isinstance(level, list) or not all(isinstance(node, dict) for node in level):
-            raise InvalidRowError(f"{where} is no list of objects; write `replies` as the messages that follow")
+            raise InvalidRowError(f"{where} is not a list of objects; write `replies` as the messages that follow")
         kept = [
             (_reply_rank(node, where), number) for number, node in enumerate(level) if not _is_excluded(node, where)
         ]
@@ -53,7 +53,7 @@ def _is_excluded(node: dict[str, Any], where: str) -> bool:
 
 def _reply_rank(node: dict[str, Any], where: str) -> float:
     rank = node.get("rank")
-    if rank is None or rank != rank:  # pandas writes NaN for null
+    if rank is None or rank != rank:  # pandas writes NaN for null.
         return float("inf")
     if isinstance(rank, bool) or not isinstance(rank, int | float):
         raise InvalidRowError(f"{where}: `rank` is {json_type_name(rank)}; write a number or null")
@@ -63,14 +63,14 @@ def _reply_rank(node: dict[str, Any], where: str) -> float:
 def _message(node: dict[str, Any], where: str) -> dict[str, str]:
     role = require_str(node.get("role"), f"{where}: `role`")
     if role not in _ROLES:
-        raise InvalidRowError(f"{where} is by {quote(role)}, who is not known; write prompter or assistant")
+        raise InvalidRowError(f"{where} has the unknown role {quote(role)}; write prompter or assistant")
     return {"role": _ROLES[role], "content": require_nonempty_str(node.get("text"), f"{where}: `text`")}
 
 
 def assemble_oasst_trees(records: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
-    """The trees of the flat table, which has one row per message; each is at the place of its first row.
+    """Yield the trees of the flat table, which has one row per message, at the location of their first row.
 
-    The messages of a tree stand together, as they do in OASST1: only one tree is held at a time.
+    The messages of a tree are adjacent, as in OASST1, so only one tree is in memory at a time.
     """
     group: list[RawRow] = []
     for record in records:
@@ -92,7 +92,7 @@ def _starts_new_tree(fields: dict[str, Any], first: dict[str, Any]) -> bool:
 
 
 def _assemble_tree(group: list[RawRow]) -> RawRow | BadRow:
-    place = group[0][0]
+    location = group[0][0]
     replies: dict[str, list[dict[str, Any]]] = {}
     roots = []
     try:
@@ -107,14 +107,15 @@ def _assemble_tree(group: list[RawRow]) -> RawRow | BadRow:
             node = fields | {"replies": replies[fields["message_id"]]}
             parent = fields["parent_id"]
             if parent:
-                replies.get(require_str(parent, f"{where}: `parent_id`"), []).append(node)  # else of one left out
+                # The parent may have been dropped.
+                replies.get(require_str(parent, f"{where}: `parent_id`"), []).append(node)
             else:
                 roots.append(node)
         if len(roots) != 1:
             raise InvalidRowError(
-                f"of the {len(group)} messages of its tree that stand together here, {len(roots)} have no `parent_id`, "
-                "not one; sort the rows by `message_tree_id` and keep each tree whole"
+                f"{len(roots)} of the {len(group)} adjacent messages of its tree have no `parent_id`, instead of one; "
+                "sort the rows by `message_tree_id` and keep each tree whole"
             )
     except InvalidRowError as error:
-        return BadRow(place, str(error))
-    return place, {"prompt": roots[0]}
+        return BadRow(location, str(error))
+    return location, {"prompt": roots[0]}

@@ -1,4 +1,4 @@
-"""Which sequences share a row. Arithmetic only."""
+"""Packing: the assignment of sequences to rows, as pure arithmetic on lengths."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy.typing as npt
 PackingMethod = Literal["best-fit", "none"]
 
 PACKING_WINDOW = 2**17
-"""Sequences that are packed at a time, so that a row's lie near each other in the data, and any number of them takes
-bounded memory. Windows of twice the size fill less than 0.1 % more."""
+"""Sequences that are packed at a time, which bounds memory and keeps a row's sequences near each other in the data.
+Windows of twice the size fill less than 0.1 % more."""
 
 
 class PackingResult(NamedTuple):
-    """Sequences dealt out to rows."""
+    """Assignment of sequences to rows."""
 
     order: npt.NDArray[np.int64]
-    """int64[sequences]: their indices, row by row, ascending in each."""
+    """int64[sequences]: sequence indices row by row, ascending within each row."""
     offsets: npt.NDArray[np.int64]
     """int64[rows + 1]: row i holds order[offsets[i]:offsets[i + 1]]."""
 
@@ -29,20 +29,20 @@ def pack_sequences(
 ) -> PackingResult:
     """Put sequences into rows of at most `seq_len` tokens.
 
-    best-fit: in each window of the data, the longest sequence first (ties: lowest index first), each into the row that
-    it leaves the least room in (ties: oldest row). No two rows of a window would fit into one. none: each sequence has
-    its own row.
+    - `best-fit` takes the sequences of a window from long to short (ties: lowest index first). Each goes into the row
+      with the least room that holds it (ties: oldest row). No two rows of a window would fit into one.
+    - `none` gives each sequence a row.
 
     Args:
-        lengths: tokens of each sequence, each in 1..seq_len.
-        seq_len: tokens a row holds.
-        method: how.
+        lengths: tokens of each sequence, in 1..seq_len.
+        seq_len: most tokens of a row.
+        method: packing method.
         window: sequences that are packed at a time.
 
     Returns:
-        The rows in the order of their first index, window by window. The same for the same arguments, on every rank.
+        Rows in the order of their first sequence, window by window. All ranks get equal results.
     """
-    assert not len(lengths) or (lengths.min() >= 1 and lengths.max() <= seq_len), "cut before they are packed"
+    assert not len(lengths) or (lengths.min() >= 1 and lengths.max() <= seq_len), "truncate before packing"
     if method == "none":
         return PackingResult(np.arange(len(lengths)), np.arange(len(lengths) + 1))
     orders, counts = [np.empty(0, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
@@ -54,16 +54,16 @@ def pack_sequences(
 
 
 def _best_fit(lengths: npt.NDArray[np.integer], seq_len: int) -> npt.NDArray[np.int64]:
-    """int64[sequences]: the row of each, rows numbered as they are opened.
+    """Return int64[sequences]: the row of each sequence, numbered in the order in which rows are opened.
 
-    Sequences of one length are placed together, and so are rows with the same room: the work grows with the number of
-    different lengths, of which there are at most `seq_len`, not with that of sequences.
+    Sequences of equal length are placed together, and so are rows with equal room. The work therefore grows with the
+    number of different lengths, at most `seq_len`, and not with the number of sequences.
     """
     row_of = np.empty(len(lengths), dtype=np.int64)
     by_length = np.argsort(-lengths, kind="stable")
     values, counts = np.unique(lengths, return_counts=True)
     rows_by_free_length: dict[int, list[npt.NDArray[np.int64]]] = {}
-    free_lengths: list[int] = []  # the keys of with_room, ascending
+    free_lengths: list[int] = []  # the keys of rows_by_free_length, ascending
     opened = placed = 0
     for length, remaining in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while remaining:
@@ -75,7 +75,7 @@ def _best_fit(lengths: npt.NDArray[np.integer], seq_len: int) -> npt.NDArray[np.
                 free_length = seq_len
                 rows = np.arange(opened, opened + -(-remaining // (seq_len // length)))
                 opened += len(rows)
-            # a row that has taken one has the least room of all, so it goes on until it can take no more
+            # A row that has just taken a sequence has the least room, so it is filled until no more sequences fit.
             sequences_per_row = free_length // length
             full = min(len(rows), remaining // sequences_per_row)
             rest = remaining % sequences_per_row if full < len(rows) else 0
@@ -98,7 +98,7 @@ def _best_fit(lengths: npt.NDArray[np.integer], seq_len: int) -> npt.NDArray[np.
 
 
 def _group_by_row(row_of: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The sequences row by row, rows in the order of their first sequence; and how many each row has."""
+    """Return the sequences row by row, with rows in the order of their first sequence, and the sequences per row."""
     order = np.argsort(row_of, kind="stable")
     counts = np.bincount(row_of)
     firsts = order[np.cumsum(counts) - counts]

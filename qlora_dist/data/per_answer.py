@@ -1,10 +1,11 @@
-"""One row per answer: what inference would see before the answer, and the answer as the chat template writes it."""
+"""One sequence per answer: the prompt that inference would see, and the answer as the chat template writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from qlora_dist.data.answer_spans import unused_marker
 from qlora_dist.data.chat_renderer import CharSpan, ChatRenderer
 from qlora_dist.data.source_row import Message
 from qlora_dist.data.template_probe import UnsupportedConversationError
@@ -16,18 +17,18 @@ _REASONING_TAGS = (
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
 )
-"""What opens and closes a thought in the templates of reasoning models."""
+"""Tags that open and close a thought in the templates of reasoning models."""
 
 
 class RenderedAnswer(NamedTuple):
     """One answer with its prompt."""
 
     prompt: str
-    """What `apply_chat_template` gives inference to see before the answer."""
-    text: str
-    """What follows the prompt."""
+    """Text that `apply_chat_template` gives inference before the answer."""
+    completion: str
+    """Text after the prompt."""
     spans: list[CharSpan]
-    """Trained characters of `text`, in ascending order."""
+    """Spans of the trained characters of `completion`, in ascending order."""
 
 
 def render_answers(
@@ -37,18 +38,13 @@ def render_answers(
     trained_indices: Sequence[int],
     added_tokens: tuple[str, ...],
 ) -> list[RenderedAnswer]:
-    """Write each answer behind the prompt that inference would see. What comes after the answer plays no part.
+    """Render each answer after the prompt that inference would see. Later messages have no effect.
 
-    Args:
-        renderer: the template.
-        messages: from `Renderer.clean`.
-        tools: from `Renderer.tools`.
-        trained_indices: the trained messages, ascending.
-        added_tokens: texts of the tokens that may end a turn.
+    `render_with_turn_spans` describes the arguments.
 
     Raises:
-        Refused: a trained message is not the assistant's, the template refuses, or an answer does not continue its
-            prompt.
+        UnsupportedConversationError: a trained message is not the assistant's, the template refuses the conversation,
+            or an answer does not continue its prompt.
     """
     others = [index for index in trained_indices if messages[index]["role"] != "assistant"]
     if others:
@@ -64,13 +60,17 @@ def _render_answer(
 ) -> RenderedAnswer:
     index = len(messages) - 1
     require_prompt(index)
-    prompt = renderer.text(messages[:index], tools, add_generation_prompt=True)
-    text, marks = renderer.marks(messages, tools) if renderer.marked else (renderer.text(messages, tools), [])
+    prompt = renderer.render(messages[:index], tools, add_generation_prompt=True)
+    text, marks = (
+        renderer.render_with_assistant_spans(messages, tools)
+        if renderer.has_generation_blocks
+        else (renderer.render(messages, tools), [])
+    )
     if text.startswith(prompt):
         start = len(prompt)
         spans = [(max(first, start) - start, last - start) for first, last in marks if last > start]
         answer = text[start:]
-        if renderer.marked and not spans:
+        if renderer.has_generation_blocks and not spans:
             raise UnsupportedConversationError(
                 f"the chat template marks nothing of message {index + 1} with {{% generation %}}; use another template"
             )
@@ -87,27 +87,27 @@ def _continue_from_prompt(
     text: str,
     added_tokens: tuple[str, ...],
 ) -> str:
-    """Return what follows a prompt with which the text up to the answer does not begin.
+    """Return the continuation of a prompt with which the text up to the answer does not begin.
 
-    Either the template writes the earlier messages otherwise once there is an answer (Mistral's system message), or
-    the prompt ends with more than what stands before the answer (an opened thought). So only what follows the last
-    message before the answer is compared.
+    There are two causes. The template writes earlier messages differently once there is an answer (Mistral's system
+    message). Or the prompt ends with more than the text before the answer (an opened thought). Only the text after the
+    last message before the answer is therefore compared.
     """
     index = len(messages) - 1
-    after_question_in_prompt, after_question_in_text = _text_after_question(renderer, messages, tools, prompt, text)
-    start = _common_prefix_of_whole_tokens(after_question_in_prompt, after_question_in_text, added_tokens)
-    prompt_rest, answer_rest = after_question_in_prompt[start:], after_question_in_text[start:]
+    prompt_tail, text_tail = _text_after_question(renderer, messages, tools, prompt, text)
+    start = _common_prefix_of_whole_tokens(prompt_tail, text_tail, added_tokens)
+    prompt_rest, answer_rest = prompt_tail[start:], text_tail[start:]
     thought = prompt_rest.strip()
     if not thought or any(
         thought.startswith(opening) and thought.endswith(closing) for opening, closing in _REASONING_TAGS
     ):
-        return answer_rest  # the prompt has white space or an empty thought more, and the answer goes on from there
+        return answer_rest  # The prompt has additional white space or an empty thought, which the answer continues.
     for opening, closing in _REASONING_TAGS:
         if thought == opening:
             return _continue_open_reasoning(messages[index], index, prompt_rest, answer_rest, opening, closing)
     raise UnsupportedConversationError(
         f"the chat template's prompt for message {index + 1} ends with {prompt_rest[-60:]!r}, and the answer does not "
-        "continue that; take a thought out of the answer that this template does not ask for, or give "
+        "continue that; remove from the answer a thought that this template does not ask for, or give "
         "data.chat_template another template"
     )
 
@@ -115,44 +115,29 @@ def _continue_from_prompt(
 def _text_after_question(
     renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: str, text: str
 ) -> tuple[str, str]:
-    """Return what follows the last message before the answer: in the prompt, and where the answer is written."""
+    """Return the text after the last message before the answer, once in the prompt and once in the conversation."""
     question = messages[-2]
     content = question.get("content", "")
     mark = unused_marker(prompt + text)
     if isinstance(content, str):
         marked = [*messages[:-2], {**question, "content": content + mark}]
-        before, after_question_in_prompt = _text_after_marker(
-            renderer.text(marked, tools, add_generation_prompt=True), mark
-        )
-        is_marked_once, after_question_in_text = _text_after_marker(renderer.text([*marked, messages[-1]], tools), mark)
-        if (
-            before
-            and is_marked_once
-            and prompt.endswith(after_question_in_prompt)
-            and text.endswith(after_question_in_text)
-        ):
-            return after_question_in_prompt, after_question_in_text
+        is_in_prompt, prompt_tail = _text_after_marker(renderer.render(marked, tools, add_generation_prompt=True), mark)
+        is_in_text, text_tail = _text_after_marker(renderer.render([*marked, messages[-1]], tools), mark)
+        if is_in_prompt and is_in_text and prompt.endswith(prompt_tail) and text.endswith(text_tail):
+            return prompt_tail, text_tail
     raise UnsupportedConversationError(
-        f"the chat template writes message {len(messages) - 1} otherwise once it is answered, so the answer cannot be "
-        "told from the prompt; give data.chat_template another template"
+        f"the chat template writes message {len(messages) - 1} differently once it is answered, so the answer cannot "
+        "be separated from the prompt; give data.chat_template another template"
     )
 
 
 def _text_after_marker(text: str, mark: str) -> tuple[bool, str]:
-    """Whether the mark is there once, and what follows it."""
+    """Return whether the marker occurs once, and the text after it."""
     return text.count(mark) == 1, text.partition(mark)[2]
 
 
-def unused_marker(text: str) -> str:
-    """Return a word that the text does not hold. Letters and digits survive a template's trimming and JSON."""
-    number = 0
-    while (mark := f"qzj{number}jzq") in text:
-        number += 1
-    return mark
-
-
 def _common_prefix_of_whole_tokens(one: str, other: str, added_tokens: tuple[str, ...]) -> int:
-    """Return the length of the common beginning of two texts, without a part of a special token."""
+    """Return the length of the common prefix of two texts, without a part of a special token."""
     length = common_prefix_length(one, other)
     tokens = {*added_tokens, *(tag for pair in _REASONING_TAGS for tag in pair)}
     starts = [
@@ -167,7 +152,7 @@ def _common_prefix_of_whole_tokens(one: str, other: str, added_tokens: tuple[str
 def _continue_open_reasoning(answer: Message, index: int, opened: str, rest: str, opening: str, closing: str) -> str:
     """Return the answer to a prompt that opens a thought.
 
-    Where the template leaves the thought out of a conversation, it is taken from the content: inference generates it.
+    If the template omits the thought of a conversation, it is taken from the content, because inference generates it.
     """
     content = answer.get("content")
     thought, closed, _ = rest.partition(closing)

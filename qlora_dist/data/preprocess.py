@@ -1,4 +1,4 @@
-"""`qlora-dist preprocess`: the data of a run, tokenized into the cache, in figures and samples."""
+"""`qlora-dist preprocess`: tokenize a run's data into the cache, and print statistics and samples."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ def preprocess_data(
     as_json: bool = False,
     rebuild_cache: bool = False,
 ) -> None:
-    """Prepare the data and print what became of it.
+    """Prepare the data and print statistics.
 
     Args:
-        config: of the run; of its model only the tokenizer is read.
-        console: for the result.
-        progress_console: for what is said meanwhile.
-        num_samples: number of sequences of each source to print, as they are trained.
-        as_json: one object instead of a table.
-        rebuild_cache: tokenize anew what is in the cache.
+        config: configuration of the run. Only the tokenizer of its model is read.
+        console: console for the result.
+        progress_console: console for progress.
+        num_samples: sequences of each source to print, as they are trained.
+        as_json: True to print one object instead of a table.
+        rebuild_cache: True to tokenize again what is in the cache.
 
     Raises:
-        UserError: naming file, line and remedy.
+        UserError: names file, line and remedy.
     """
     base = Path(config.model.base)
     tokenizer = load_tokenizer(base)
     if (base / "config.json").is_file():
         check_seq_len(config.data.seq_len, _read(base / "config.json"), config.model.base)
-    prepared = prepare_datasets(config.data, tokenizer, progress_console, rebuild_cache)
+    prepared = prepare_datasets(config.data, tokenizer, progress_console, rebuild_cache=rebuild_cache)
     figures = [_figures(name, source, config) for name, source in _named(prepared)]
     if as_json:
         tree = {"cache": str(data_cache_folder(config.data)), "sources": figures}
@@ -68,9 +68,12 @@ def preprocess_data(
         return
     console.print(_table(figures, config.data.seq_len))
     for figure, (_, source) in zip(figures, _named(prepared), strict=True):
-        if per_answer := source.stats.per_answer():
+        if per_answer := source.stats.describe_per_answer_rows():
             console.print(f"{source.path}: {per_answer}", markup=False, highlight=False, soft_wrap=True)
-        lines = [f"{figure['path']}: {figure['folder']}", *(f"  skipped: {place}" for place in figure["bad_places"])]
+        lines = [
+            f"{figure['path']}: {figure['folder']}",
+            *(f"  skipped: {location}" for location in figure["bad_places"]),
+        ]
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
     for remark in data_warnings(prepared.train, prepared.eval):
@@ -80,7 +83,7 @@ def preprocess_data(
         return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     for _, source in _named(prepared):
-        colourless = console.color_system is None or console.no_color  # NO_COLOR leaves a terminal bold alone
+        colourless = console.color_system is None or console.no_color  # With NO_COLOR, a terminal shows bold text only.
         for sample in _sample_texts(source, num_samples, decode, use_brackets=colourless):
             console.print(sample, soft_wrap=True)
 
@@ -89,7 +92,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); get the file anew") from None
+        raise UserError(f"{path}: cannot be read as JSON ({error}); get the file again") from None
     return tree if isinstance(tree, dict) else {}
 
 
@@ -99,8 +102,8 @@ def _named(prepared: PreparedDatasets) -> list[tuple[str, PreparedSource]]:
 
 
 def _figures(name: str, source: PreparedSource, config: Config) -> dict[str, Any]:
-    stats, rows, lengths = source.stats, source.rows, source.rows.sequences.lengths
-    fate = rows.fate
+    stats, rows, lengths = source.stats, source.dataset, source.dataset.sequences.lengths
+    truncation_stats = rows.truncation_stats
     return {
         "set": name,
         "path": source.path,
@@ -118,24 +121,24 @@ def _figures(name: str, source: PreparedSource, config: Config) -> dict[str, Any
         "length_p50": float(np.percentile(lengths, 50)),
         "length_p95": float(np.percentile(lengths, 95)),
         "over_seq_len": float((lengths > config.data.seq_len).mean()),
-        "cut_sequences": fate.truncated + fate.split,
-        "dropped_sequences": fate.dropped,
-        "cut_answers": fate.cut_answers,
-        "cut_trained_tokens": fate.cut_trained_tokens,
-        "untrained_pieces": fate.untrained,
-        "trained_sequences": fate.pieces,
-        "trained_within_seq_len": fate.trained_tokens,
+        "cut_sequences": truncation_stats.truncated + truncation_stats.split,
+        "dropped_sequences": truncation_stats.dropped,
+        "cut_answers": truncation_stats.cut_answers,
+        "cut_trained_tokens": truncation_stats.cut_trained_tokens,
+        "untrained_pieces": truncation_stats.untrained,
+        "trained_sequences": truncation_stats.segments,
+        "trained_within_seq_len": truncation_stats.trained_tokens,
         "rows_per_epoch": len(rows) * source.weight,
-        # without packing it depends on which rows meet in a batch
-        "padding": 1 - rows.utilization if rows.packed else None,
+        # Without packing, it depends on which rows share a batch.
+        "padding": 1 - rows.utilization if rows.is_packed else None,
         "ignored_fields": stats.ignored,
-        "key": source.folder.name,
-        "folder": str(source.folder),
+        "key": source.cache_entry.name,
+        "folder": str(source.cache_entry),
     }
 
 
 def _table(figures: list[dict[str, Any]], seq_len: int) -> Table:
-    """A column for each source: there are more figures than sources."""
+    """Return a table with one column per source, because there are more figures than sources."""
     table = Table("", *(escape(f"{figure['set']}: {Path(figure['path']).name}") for figure in figures))
     lines: dict[str, Callable[[dict[str, Any]], str]] = {
         "rows": lambda f: f"{f['rows']:,}",
@@ -164,42 +167,42 @@ def _table(figures: list[dict[str, Any]], seq_len: int) -> Table:
     return table
 
 
-def _first_pieces(pieces: Segments, count: int) -> Segments:
-    """Return the first pieces by their place in the source; those of a source lie in the order of the packed rows."""
-    return pieces.take(np.lexsort((pieces.start, pieces.sequence_index))[:count])
+def _first_pieces(segments: Segments, count: int) -> Segments:
+    """Return the first segments by their position in the source. A dataset has them in the order of its packed rows."""
+    return segments.take(np.lexsort((segments.start, segments.sequence_index))[:count])
 
 
-def _sample_texts(source: PreparedSource, count: int, decode: DecodeFn, use_brackets: bool) -> Iterator[Text]:
-    """Yield the first sequences as text, cut as they are trained; what is trained is in colour, or between marks."""
-    sequences = source.rows.sequences
-    pieces = _first_pieces(source.rows.pieces, count)
+def _sample_texts(source: PreparedSource, count: int, decode: DecodeFn, *, use_brackets: bool) -> Iterator[Text]:
+    """Yield the first sequences as text, truncated as in training, with trained tokens in colour or brackets."""
+    sequences = source.dataset.sequences
+    segments = _first_pieces(source.dataset.segments, count)
     for index, start, length in zip(
-        *(column.tolist() for column in (pieces.sequence_index, pieces.start, pieces.length)), strict=True
+        *(column.tolist() for column in (segments.sequence_index, segments.start, segments.length)), strict=True
     ):
         whole = len(sequences.tokens(index))
         tokens = sequences.tokens(index)[start : start + length]
-        trained = sequences.trained(index)[start : start + length].copy()
+        trained = sequences.loss_mask(index)[start : start + length].copy()
         trained[0] = False
         extent = (
             f", tokens {start + 1:,} to {start + length:,} of {whole:,}" if length < whole else f": {whole:,} tokens"
         )
         title = f"{source.path}, sequence {index + 1}{extent}, {int(trained.sum()):,} trained"
-        yield _mark_trained_tokens(title, tokens, trained, decode, use_brackets)
+        yield _mark_trained_tokens(title, tokens, trained, decode, use_brackets=use_brackets)
 
 
 def _mark_trained_tokens(
-    title: str, tokens: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_], decode: DecodeFn, marks: bool
+    title: str, tokens: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_], decode: DecodeFn, *, use_brackets: bool
 ) -> Text:
-    """Return tokens as text, special tokens and all."""
+    """Return the text of tokens, including special tokens, with the trained ones marked."""
     text = Text.assemble(("\n" + title + "\n", "bold"))
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
     written = ""
     for start, end in pairwise(borders):
-        # the whole beginning, since some tokenizers drop the space before the first word of a text
+        # Decode from the start, because some tokenizers drop the space before the first word of a text.
         decoded = decode(tokens[:end])
         part, written = decoded[len(written) :], decoded
         if trained[start]:
-            before, after = _TRAINED_MARKS if marks else ("", "")
+            before, after = _TRAINED_MARKS if use_brackets else ("", "")
             text.append(f"{before}{part}{after}", _TRAINED_STYLE)
         else:
             text.append(part)

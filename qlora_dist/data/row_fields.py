@@ -1,4 +1,4 @@
-"""Fields of a row besides those of its format: they are honoured, refused or counted as ignored."""
+"""Fields of a row that its format does not define: they are applied, refused or reported as ignored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_dist.data.source_row import Message, MessagesRow, SourceRow
 from qlora_dist.data.validate import InvalidRowError, check_json_value, json_type_name, quote
 
 CONVERSATION_ROW_FIELDS = ("loss_mask", "chat_template_kwargs")
-"""Fields that rows of every format have which becomes a conversation of its own fields."""
+"""Fields that are read in rows of every format whose own fields become a conversation."""
 
 _UNSUPPORTED_MASK_FIELDS = (
     "train",
@@ -26,17 +26,17 @@ _UNSUPPORTED_MASK_FIELDS = (
     "mask",
     "masked",
 )
-"""Fields by which others say how a whole row is trained."""
+"""Fields by which other tools choose what is trained of a whole row."""
 
 _PREFERENCE_FIELDS = ("label", "kto_tag")
-"""Fields that say whether an answer is a good one: the preference data of KTO."""
+"""Fields of KTO's preference data, which rate an answer as good or bad."""
 
 _INSPECTED_FIELDS = frozenset(
     {*CONVERSATION_ROW_FIELDS, *_UNSUPPORTED_MASK_FIELDS, *_PREFERENCE_FIELDS, "functions", "weight"}
 )
 
 _MAX_COLLECTED_NAMES = 1000
-"""Names that are collected. Rows may have names of their own, such as a key for each user."""
+"""Most field names that are collected. Rows may have names of their own, such as a key for each user."""
 
 _RESERVED_VARIABLES = (
     "messages",
@@ -46,46 +46,45 @@ _RESERVED_VARIABLES = (
     "add_generation_prompt",
     "continue_final_message",
 )
-"""Variables of a template that come from the row itself."""
+"""Template variables that are set from the row itself."""
 
 
 @dataclasses.dataclass(slots=True)
 class UnreadFields:
-    """Names of the fields that a source's rows have and that their format does not read."""
+    """Names of fields that a source's rows have but their format does not read."""
 
-    rows: set[str] = dataclasses.field(default_factory=set)
-    messages: set[str] = dataclasses.field(default_factory=set)
-    """Fields of messages: the chat template may read them."""
-    variables: set[str] = dataclasses.field(default_factory=set)
-    """Keys of `chat_template_kwargs`: the chat template may read them."""
+    row_fields: set[str] = dataclasses.field(default_factory=set)
+    message_fields: set[str] = dataclasses.field(default_factory=set)
+    """Fields of messages, which the chat template may read."""
+    template_variables: set[str] = dataclasses.field(default_factory=set)
+    """Keys of `chat_template_kwargs`, which the chat template may read."""
 
     def add_row(self, fields: dict[str, Any], read_fields: frozenset[str]) -> None:
-        """Add a row's fields which are not among those that are read."""
+        """Add the fields of a row that are not in `read_fields`."""
         unread = fields.keys() - read_fields
-        if unread <= self.rows or len(self.rows) >= _MAX_COLLECTED_NAMES:
+        if unread <= self.row_fields or len(self.row_fields) >= _MAX_COLLECTED_NAMES:
             return
-        self.rows |= {name for name in unread if fields[name] is not None}
+        self.row_fields |= {name for name in unread if fields[name] is not None}
 
     def add_conversation(self, row: MessagesRow) -> None:
-        """Add what the messages of a row hold besides a role, a content and tool calls."""
+        """Add the fields of a row's messages that are not read, and its template variables."""
         for message in row.messages:
-            if len(message) > 2 and len(self.messages) < _MAX_COLLECTED_NAMES:
-                self.messages |= message.keys() - _READ_MESSAGE_FIELDS
-        if row.variables and len(self.variables) < _MAX_COLLECTED_NAMES:
-            self.variables |= row.variables.keys()
+            if len(message) > 2 and len(self.message_fields) < _MAX_COLLECTED_NAMES:
+                self.message_fields |= message.keys() - _READ_MESSAGE_FIELDS
+        if row.template_variables and len(self.template_variables) < _MAX_COLLECTED_NAMES:
+            self.template_variables |= row.template_variables.keys()
 
-    def ignored(self, template: Any) -> list[str]:
-        """Return what neither the format nor the chat template reads, for people.
+    def ignored_by(self, template: Any) -> list[str]:
+        """Return descriptions of the fields that neither the format nor the chat template reads.
 
-        Args:
-            template: the text of the chat template; a mapping of names to texts; None.
+        `template` is the text of the chat template, a mapping of names to texts, or None.
         """
         texts = template.values() if isinstance(template, dict) else [template or ""]
         words = {word for text in texts for word in re.findall(r"\w+", text)}
         return [
-            *(quote(name) for name in sorted(self.rows)),
-            *(f"{quote(name)} of messages" for name in sorted(self.messages - words)),
-            *(f"{quote(name)} of chat_template_kwargs" for name in sorted(self.variables - words)),
+            *(quote(name) for name in sorted(self.row_fields)),
+            *(f"{quote(name)} of messages" for name in sorted(self.message_fields - words)),
+            *(f"{quote(name)} of chat_template_kwargs" for name in sorted(self.template_variables - words)),
         ]
 
 
@@ -99,18 +98,18 @@ _READ_MESSAGE_FIELDS = {
     "reasoning",
     "thinking",
 }
-"""Fields that are read, or refused where the chat template does not write them."""
+"""Fields that are read, or refused if the chat template does not write them."""
 
 
 def check_row_fields(fields: dict[str, Any], format_fields: Iterable[str]) -> None:
-    """Refuse a field that says how a conversation is to be trained and that is not read.
+    """Refuse a field that would change the training of a conversation but is not read.
 
     Args:
-        fields: of a row that holds a conversation, or a prompt and its completion.
-        format_fields: names of those that the format reads.
+        fields: fields of a row that holds a conversation, or a prompt and its completion.
+        format_fields: names of the fields that the format reads.
 
     Raises:
-        Unusable: it has such a field.
+        InvalidRowError: the row has such a field.
     """
     if _INSPECTED_FIELDS.isdisjoint(fields):
         return
@@ -140,28 +139,28 @@ def check_row_fields(fields: dict[str, Any], format_fields: Iterable[str]) -> No
 
 
 def apply_row_fields(row: SourceRow, fields: dict[str, Any]) -> SourceRow:
-    """Return the row with what `loss_mask` and `chat_template_kwargs` say.
+    """Return the row with its `loss_mask` and `chat_template_kwargs` applied.
 
     Raises:
-        Unusable: they cannot be followed.
+        InvalidRowError: the fields are invalid.
     """
     mask, variables = (decode_json_field(fields.get(name), f"`{name}`") for name in CONVERSATION_ROW_FIELDS)
     if not mask and not variables:
         return row
     if not isinstance(row, MessagesRow):
         name = "loss_mask" if mask else "chat_template_kwargs"
-        raise InvalidRowError(f"the row has a `{name}`, and it is no conversation; take it out, or write `messages`")
+        raise InvalidRowError(f"the row has a `{name}`, but is not a conversation; take it out, or write `messages`")
     return dataclasses.replace(
         row,
         messages=_apply_loss_mask(row.messages, mask) if mask else row.messages,
-        variables=_variables(variables) if variables else None,
+        template_variables=_check_variables(variables) if variables else None,
     )
 
 
 def _apply_loss_mask(messages: list[Message], mask: Any) -> list[Message]:
-    """Leave out of training what has a 0 in LLaMA-Factory's `loss_mask`, which may pass over the system message."""
+    """Exclude messages whose flag in LLaMA-Factory's `loss_mask` is 0. The system message may have no flag."""
     if not isinstance(mask, list) or not all(isinstance(flag, bool | int | float) and flag in (0, 1) for flag in mask):
-        raise InvalidRowError("`loss_mask` is no list of 0 and 1; write one of them for each message")
+        raise InvalidRowError("`loss_mask` is not a list of 0 and 1; write one of them for each message")
     if len(mask) == len(messages) - 1 and messages[0]["role"] == "system":
         mask = [1, *mask]
     if len(mask) != len(messages):
@@ -171,11 +170,13 @@ def _apply_loss_mask(messages: list[Message], mask: Any) -> list[Message]:
     return [message if flag else {**message, "train": False} for message, flag in zip(messages, mask, strict=True)]
 
 
-def _variables(given: Any) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise InvalidRowError(f"`chat_template_kwargs` is {json_type_name(given)}; write an object")
-    check_json_value(given, "`chat_template_kwargs`")
-    taken = next((name for name in _RESERVED_VARIABLES if name in given), None)
-    if taken is not None:
-        raise InvalidRowError(f"`chat_template_kwargs` holds `{taken}`, which comes from the row itself; take it out")
-    return given
+def _check_variables(variables: Any) -> dict[str, Any]:
+    if not isinstance(variables, dict):
+        raise InvalidRowError(f"`chat_template_kwargs` is {json_type_name(variables)}; write an object")
+    check_json_value(variables, "`chat_template_kwargs`")
+    reserved = next((name for name in _RESERVED_VARIABLES if name in variables), None)
+    if reserved is not None:
+        raise InvalidRowError(
+            f"`chat_template_kwargs` holds `{reserved}`, which comes from the row itself; take it out"
+        )
+    return variables

@@ -1,4 +1,4 @@
-"""The shapes that rows come in, and what each becomes."""
+"""Row formats, and the conversion of their rows to conversations, completions and texts."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from qlora_dist.data.validate import (
 
 
 class RowFormat(NamedTuple):
-    """A way to write rows."""
+    """Format of a row."""
 
-    format: DataFormat
-    fields: tuple[str, ...]
-    """What every row of it has, and by which it is told."""
-    row: Callable[[str, dict[str, Any]], SourceRow]
-    """What becomes of the place and the fields of a row; raises `InvalidRowError`."""
-    gather: Callable[[Iterator[RawRow | BadRow]], Iterator[RawRow | BadRow]] | None = None
-    """What makes one row of several, before."""
+    name: DataFormat
+    required_fields: tuple[str, ...]
+    """Fields that every row of the format has. They identify the format."""
+    parse: Callable[[str, dict[str, Any]], SourceRow]
+    """Function that converts the location and fields of a row; it raises `InvalidRowError`."""
+    assemble: Callable[[Iterator[RawRow | BadRow]], Iterator[RawRow | BadRow]] | None = None
+    """Function that joins several raw rows to one before they are parsed."""
     optional_fields: tuple[str, ...] = ()
-    """Fields that a row may have besides."""
+    """Other fields that the format reads."""
     applies_row_fields: bool = False
-    """The row says by fields of its own what is asked and what is answered."""
+    """True if `CONVERSATION_ROW_FIELDS` apply, because the row's own fields are its messages."""
 
 
 def parse_rows(
@@ -46,16 +46,16 @@ def parse_rows(
     format_reason: str,
     unread_fields: UnreadFields | None = None,
 ) -> Iterator[SourceRow | BadRow]:
-    """The rows of a source.
+    """Yield the parsed rows of a source.
 
     Args:
-        records: what its files hold.
-        format: its shape; auto: that of the first row that has one.
-        format_reason: who says so, for the complaint about a row that has another: 'data.format is text'.
-        unread_fields: where the fields that no format reads are collected.
+        records: raw rows of its files.
+        format: format of the rows; auto means that of the first row with a known format.
+        format_reason: origin of the format, quoted in errors about other rows: 'data.format is text'.
+        unread_fields: collection of the fields that no format reads.
 
     Raises:
-        UserError: no row has a known shape.
+        UserError: no row has a known format.
     """
     unread_fields = UnreadFields() if unread_fields is None else unread_fields
     unknown: BadRow | None = None
@@ -63,99 +63,106 @@ def parse_rows(
         if isinstance(record, BadRow):
             yield record
             continue
-        place, fields = record
-        shape = _match_format(fields, format)
-        if shape:
+        location, fields = record
+        row_format = _match_format(fields, format)
+        if row_format:
             if format == "auto":
-                format_reason = f"the first row has it: {place}"
-            yield from _parse_matched_rows(chain([record], records), shape, format_reason, unread_fields)
+                format_reason = f"the first row has it: {location}"
+            yield from _parse_matched_rows(chain([record], records), row_format, format_reason, unread_fields)
             return
-        bad = BadRow(place, _unknown_format_reason(fields))
+        bad = BadRow(location, _unknown_format_reason(fields))
         yield bad
         unknown = unknown or bad
     if unknown:
-        raise unknown.error()
+        raise unknown.to_error()
 
 
 def _match_format(fields: dict[str, Any], format: DataFormat) -> RowFormat | None:
-    """The first shape whose fields are all there; of a format that is given, the one with most of them."""
+    """Return the first format whose fields the row has.
+
+    A given format may have variants; the one with the most fields in common is returned.
+    """
     if format != "auto":
-        shapes = [shape for shape in ROW_FORMATS if shape.format == format]
-        return max(shapes, key=lambda shape: len(fields.keys() & set(shape.fields)))
-    return next((shape for shape in ROW_FORMATS if fields.keys() >= set(shape.fields)), None)
+        row_formats = [row_format for row_format in ROW_FORMATS if row_format.name == format]
+        return max(row_formats, key=lambda row_format: len(fields.keys() & set(row_format.required_fields)))
+    return next((row_format for row_format in ROW_FORMATS if fields.keys() >= set(row_format.required_fields)), None)
 
 
 def _unknown_format_reason(fields: dict[str, Any]) -> str:
-    """Say what is wrong with a row of no format. A field that holds rows is no row's field."""
+    """Return why a row has no known format. A field that holds rows is a list that should be a file of its own."""
     for name, value in fields.items():
         if isinstance(value, list) and value and isinstance(value[0], dict) and _match_format(value[0], "auto"):
-            return f"it is no row, and its field {quote(name)} holds rows; write that list alone, as a file of its own"
-    return f"its fields ({join_names(fields)}) are of no known format; rename them to those of {_KNOWN_FORMATS}"
+            return (
+                f"it is not a row, but its field {quote(name)} holds rows; write that list alone, as a file of its own"
+            )
+    return f"its fields ({join_names(fields)}) match no known format; rename them to the fields of {_KNOWN_FORMATS}"
 
 
 def _parse_matched_rows(
-    records: Iterator[RawRow | BadRow], shape: RowFormat, why: str, names: UnreadFields
+    records: Iterator[RawRow | BadRow], row_format: RowFormat, format_reason: str, unread_fields: UnreadFields
 ) -> Iterator[SourceRow | BadRow]:
-    checked = _check_fields(records, shape, why, names)
-    for record in shape.gather(checked) if shape.gather else checked:
+    checked = _check_fields(records, row_format, format_reason, unread_fields)
+    for record in row_format.assemble(checked) if row_format.assemble else checked:
         if isinstance(record, BadRow):
             yield record
             continue
-        place, fields = record
+        location, fields = record
         try:
-            row = shape.row(place, fields)
-            if shape.applies_row_fields:
+            row = row_format.parse(location, fields)
+            if row_format.applies_row_fields:
                 row = apply_row_fields(row, fields)
         except InvalidRowError as error:
-            yield BadRow(place, str(error))
+            yield BadRow(location, str(error))
             continue
         if isinstance(row, MessagesRow):
-            names.add_conversation(row)
+            unread_fields.add_conversation(row)
         yield row
 
 
 def _check_fields(
-    records: Iterator[RawRow | BadRow], shape: RowFormat, why: str, names: UnreadFields
+    records: Iterator[RawRow | BadRow], row_format: RowFormat, format_reason: str, unread_fields: UnreadFields
 ) -> Iterator[RawRow | BadRow]:
-    read = frozenset((*shape.fields, *shape.optional_fields))
+    read_fields = frozenset((*row_format.required_fields, *row_format.optional_fields))
     for record in records:
         if not isinstance(record, BadRow):
-            place, fields = record
-            missing = next((field for field in shape.fields if field not in fields), None)
+            location, fields = record
+            missing = next((field for field in row_format.required_fields if field not in fields), None)
             if missing is not None:
-                record = BadRow(place, f"the row has no `{missing}` ({why}); add it or take the row out")
+                record = BadRow(location, f"the row has no `{missing}` ({format_reason}); add it or take the row out")
             else:
                 try:
-                    if shape.applies_row_fields:
-                        check_row_fields(fields, shape.optional_fields)
-                    names.add_row(fields, read)
+                    if row_format.applies_row_fields:
+                        check_row_fields(fields, row_format.optional_fields)
+                    unread_fields.add_row(fields, read_fields)
                 except InvalidRowError as error:
-                    record = BadRow(place, str(error))
+                    record = BadRow(location, str(error))
         yield record
 
 
-def _messages(place: str, fields: dict[str, Any]) -> MessagesRow:
+def _messages(location: str, fields: dict[str, Any]) -> MessagesRow:
     messages = prepend_system_message(parse_messages(fields["messages"], "messages"), fields.get("system"))
-    return MessagesRow(place, messages, parse_tools(fields.get("tools")))
+    return MessagesRow(location, messages, parse_tools(fields.get("tools")))
 
 
-def _prompt_completion(place: str, fields: dict[str, Any]) -> CompletionRow | MessagesRow:
+def _prompt_completion(location: str, fields: dict[str, Any]) -> CompletionRow | MessagesRow:
     prompt, completion = fields["prompt"], fields["completion"]
     system = fields.get("system")
     if not isinstance(prompt, list) or not isinstance(completion, list):
         if system is not None and require_str(system, "`system`").strip():
             raise InvalidRowError("the row has a `system`, and its prompt is a text; write it into the prompt")
-        return CompletionRow(place, require_str(prompt, "`prompt`"), require_nonempty_str(completion, "`completion`"))
-    # a conversation in two parts, as TRL has it
+        return CompletionRow(
+            location, require_str(prompt, "`prompt`"), require_nonempty_str(completion, "`completion`")
+        )
+    # A conversation in two parts, as in TRL.
     prompt_messages = prepend_system_message(parse_messages(prompt, "prompt", default_train=False), system, train=False)
     return MessagesRow(
-        place,
+        location,
         prompt_messages + parse_messages(completion, "completion", default_train=True),
         parse_tools(fields.get("tools")),
     )
 
 
-def _alpaca(place: str, fields: dict[str, Any]) -> MessagesRow:
+def _alpaca(location: str, fields: dict[str, Any]) -> MessagesRow:
     instruction = require_str(fields["instruction"], "`instruction`")
     input_text = fields.get("input")
     if input_text is not None and require_str(input_text, "`input`").strip():
@@ -166,12 +173,12 @@ def _alpaca(place: str, fields: dict[str, Any]) -> MessagesRow:
         raise InvalidRowError(f"`history` is {json_type_name(history)}; write a list of pairs of question and answer")
     for number, pair in enumerate(history, start=1):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise InvalidRowError(f"`history`: item {number} is no pair; write a list of question and answer")
+            raise InvalidRowError(f"`history`: item {number} is not a pair; write a list of question and answer")
         messages += _question_and_answer(
             require_str(pair[0], f"`history`: question {number}"), pair[1], f"`history`: answer {number}"
         )
     messages += _question_and_answer(require_nonempty_str(instruction, "`instruction`"), fields["output"], "`output`")
-    return MessagesRow(place, prepend_system_message(messages, fields.get("system")))
+    return MessagesRow(location, prepend_system_message(messages, fields.get("system")))
 
 
 def _question_and_answer(question: str, answer: Any, where: str) -> list[Message]:
@@ -184,7 +191,7 @@ def _question_and_answer(question: str, answer: Any, where: str) -> list[Message
 _SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 
 
-def _hh_rlhf(place: str, fields: dict[str, Any]) -> MessagesRow:
+def _hh_rlhf(location: str, fields: dict[str, Any]) -> MessagesRow:
     if isinstance(fields["chosen"], list):
         raise InvalidRowError(
             "`chosen` is a list, so the row is preference data, of which only HH-RLHF's texts are read; write the "
@@ -202,23 +209,23 @@ def _hh_rlhf(place: str, fields: dict[str, Any]) -> MessagesRow:
         else:
             where = f"`chosen`: turn {len(messages) + 1}"
             messages.append({"role": "assistant", "content": require_nonempty_str(content, where)})
-    return MessagesRow(place, messages)
+    return MessagesRow(location, messages)
 
 
-def _flan(place: str, fields: dict[str, Any]) -> CompletionRow:
+def _flan(location: str, fields: dict[str, Any]) -> CompletionRow:
     return CompletionRow(
-        place, require_str(fields["inputs"], "`inputs`"), require_nonempty_str(fields["targets"], "`targets`")
+        location, require_str(fields["inputs"], "`inputs`"), require_nonempty_str(fields["targets"], "`targets`")
     )
 
 
-def _longform(place: str, fields: dict[str, Any]) -> MessagesRow:
+def _longform(location: str, fields: dict[str, Any]) -> MessagesRow:
     return MessagesRow(
-        place, _question_and_answer(require_nonempty_str(fields["input"], "`input`"), fields["output"], "`output`")
+        location, _question_and_answer(require_nonempty_str(fields["input"], "`input`"), fields["output"], "`output`")
     )
 
 
-def _text(place: str, fields: dict[str, Any]) -> TextRow:
-    return TextRow(place, require_nonempty_str(fields["text"], "`text`"))
+def _text(location: str, fields: dict[str, Any]) -> TextRow:
+    return TextRow(location, require_nonempty_str(fields["text"], "`text`"))
 
 
 _CONVERSATION_FIELDS = ("system", *CONVERSATION_ROW_FIELDS)
@@ -261,7 +268,9 @@ ROW_FORMATS = (
     RowFormat("longform", ("input", "output"), _longform),
     RowFormat("text", ("text",), _text),
 )
-"""In order of priority, where a row has the fields of several: Stanford's Alpaca has a `text` too, and OASST's flat
-table; what a conversation is rendered to comes last."""
+"""Formats in order of priority, because a row may have the fields of several. Stanford's Alpaca and OASST's flat table
+also have a `text`, so `text` comes last."""
 
-_KNOWN_FORMATS = ", ".join(f"{shape.format} ({join_names(shape.fields)})" for shape in ROW_FORMATS)
+_KNOWN_FORMATS = ", ".join(
+    f"{row_format.name} ({join_names(row_format.required_fields)})" for row_format in ROW_FORMATS
+)

@@ -1,4 +1,4 @@
-"""ShareGPT's conversations: `from` and `value` where OpenAI has `role` and `content`."""
+"""ShareGPT's conversations, which have `from` and `value` instead of OpenAI's `role` and `content`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SPEAKERS = _ROLES.keys() - {"function_call"}
 
 
 def parse_sharegpt_row(location: str, fields: dict[str, Any]) -> MessagesRow:
-    """The conversation, opened by the row's `system` if it has one.
+    """Return the conversation of a row, after its `system` if it has one.
 
     Raises:
-        Unusable: naming the message by its number, from 1.
+        InvalidRowError: a message is invalid; it is named by its number, from 1.
     """
     items = decode_json_field(fields["conversations"], "`conversations`")
     if not isinstance(items, list):
@@ -44,28 +44,33 @@ def parse_sharegpt_row(location: str, fields: dict[str, Any]) -> MessagesRow:
 
 
 def _with_call_ids(messages: list[Message]) -> list[Message]:
-    """Give calls and their results the ids that ShareGPT has no field for and some templates ask for.
+    """Set the ids of calls and their results, for which ShareGPT has no field and which some templates require.
 
-    Mistral's wants nine letters and digits.
+    Mistral's template requires nine letters and digits.
     """
     number = 0
     open_calls: list[str] = []
-    for made in messages:
-        if made.get("tool_calls"):
+    for message in messages:
+        if message.get("tool_calls"):
             open_calls.clear()
-        for call in made.get("tool_calls", ()):
+        for call in message.get("tool_calls", ()):
             number += 1
             open_calls.append(call.setdefault("id", f"call{number:05d}"))
-        if made["role"] == "tool" and open_calls and "tool_call_id" not in made:
-            made["tool_call_id"] = open_calls.pop(0)
+        if message["role"] == "tool" and open_calls and "tool_call_id" not in message:
+            message["tool_call_id"] = open_calls.pop(0)
     return messages
 
 
 def prepend_system_message(messages: list[Message], system: Any, train: bool | None = None) -> list[Message]:
-    """The messages behind a system message of this text, if there is one; `train` is its `train`.
+    """Return the messages after a system message with this text, if there is one.
+
+    Args:
+        messages: conversation.
+        system: text of the system message, or None.
+        train: `train` of the system message.
 
     Raises:
-        Unusable: it is no text, or the messages start with another one.
+        InvalidRowError: `system` is not text, or the messages start with a different one.
     """
     if system is None or not require_str(system, "`system`").strip():
         return messages
@@ -88,7 +93,7 @@ def _message(item: Any, where: str) -> Message:
             raise InvalidRowError(f"{where} has no `{name}`; give each message a `{names[0]}` and a `{names[1]}`")
     speaker, value = require_str(item.get(names[0]), f"{where}: `{names[0]}`"), item.get(names[1])
     if speaker not in _ROLES:
-        raise InvalidRowError(f"{where} is from {quote(speaker)}, who is not known; write one of {', '.join(_ROLES)}")
+        raise InvalidRowError(f"{where} is from the unknown speaker {quote(speaker)}; write one of {', '.join(_ROLES)}")
     parsed = {name: child for name, child in item.items() if name not in names}
     parsed |= {"role": _ROLES[speaker], "content": value}
     if speaker == "function_call":

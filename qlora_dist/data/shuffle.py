@@ -1,7 +1,7 @@
-"""Which rows come when: pure functions of the seed and the position, so that resuming is arithmetic.
+"""Order of the rows: pure functions of seed and position, so that resuming needs no state.
 
-The order is one endless stream of row numbers, epoch after epoch. Rows are numbered through all sources, one source
-behind the other.
+The order is one endless stream of row indices, epoch after epoch. Rows are numbered through all sources, one after
+another.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import numpy.typing as npt
 SourceSizes = Sequence[tuple[int, float]]
 """Rows and weight of each source."""
 MEGA_BATCH_MULT = 50
-"""Batches that are sorted together when rows are grouped by length: more would leave less to chance, and hardly less to
-pad."""
+"""Batches that are sorted together when rows are grouped by length. With more, the order would be less random and save
+hardly any padding."""
 
 
 def rows_before(epoch: int, sources: SourceSizes) -> int:
-    """Rows of the stream before this epoch, counted from 0."""
+    """Return the rows of the stream before this epoch, which is counted from 0."""
     return sum(round(epoch * count * weight) for count, weight in sources)
 
 
 def rows_in_epochs(epochs: float, sources: SourceSizes) -> int:
-    """Rows of the stream in so many epochs, the last of which may be a part; at least one."""
+    """Return the rows of the stream in `epochs` epochs, rounded, at least 1."""
     whole = int(epochs)
     start, end = rows_before(whole, sources), rows_before(whole + 1, sources)
     return max(1, start + round((epochs - whole) * (end - start)))
 
 
 def epoch_of_position(position: int, sources: SourceSizes) -> int:
-    """The epoch that holds a position of the stream."""
+    """Return the epoch that contains a position of the stream."""
     epoch = int(position / sum(count * weight for count, weight in sources))
     while rows_before(epoch, sources) > position:
         epoch -= 1
@@ -41,11 +41,11 @@ def epoch_of_position(position: int, sources: SourceSizes) -> int:
 
 
 def shuffled_epoch(epoch: int, sources: SourceSizes, seed: int) -> npt.NDArray[np.integer]:
-    """The rows of an epoch, shuffled.
+    """Return the rows of an epoch, shuffled.
 
-    Each source has an endless stream of its own, one permutation of its rows after another; epoch e takes the positions
-    from round(e x rows x weight) to round((e + 1) x rows x weight) of it. So at weight 0.5 two epochs take each row
-    exactly once, at weight 1 each epoch does.
+    Each source has an endless stream of its own: one permutation of its rows after another. Epoch e takes its positions
+    from round(e * rows * weight) to round((e + 1) * rows * weight). At weight 0.5, two epochs therefore take each row
+    exactly once; at weight 1, each epoch does.
 
     Returns:
         int32[rows_before(epoch + 1) - rows_before(epoch)], or int64 from 2^31 rows on.
@@ -58,7 +58,7 @@ def shuffled_epoch(epoch: int, sources: SourceSizes, seed: int) -> npt.NDArray[n
         for pass_index in range(begin // count, -(-end // count)):
             lap_slice = slice(max(begin - pass_index * count, 0), min(end - pass_index * count, count))
             rows = np.arange(first, first + count, dtype=dtype)
-            # a whole lap needs no order of its own: the epoch is shuffled anyway
+            # A whole pass needs no permutation, because the epoch is shuffled below.
             parts.append(
                 rows
                 if lap_slice == slice(0, count)
@@ -77,18 +77,18 @@ def length_grouped_order(
     epoch: int,
     seed: int,
 ) -> npt.NDArray[np.integer]:
-    """The same rows, so that those of a step have similar lengths.
+    """Return the same rows, ordered so that the rows of a step have similar lengths.
 
-    `MEGA_BATCH_MULT` batches at a time are sorted by length, cut into batches, and the epoch's batches are shuffled. The
-    rows at the epoch's ends that share a step with another epoch stay as they are.
+    `MEGA_BATCH_MULT` batches at a time are sorted by length and cut into batches. The batches of the epoch are then
+    shuffled. Rows at the ends of the epoch that share a step with another epoch keep their positions.
 
     Args:
-        row_order: the rows of an epoch, shuffled.
+        row_order: rows of an epoch, shuffled.
         lengths: tokens of each row of all sources.
-        global_batch: rows of a step.
-        start_position: of the epoch's first row in the stream.
-        epoch: its number.
-        seed: of the order.
+        global_batch: rows per step.
+        start_position: position of the epoch's first row in the stream.
+        epoch: index of the epoch.
+        seed: seed of the order.
     """
     begin = min(-start_position % global_batch, len(row_order))
     end = begin + (len(row_order) - begin) // global_batch * global_batch
@@ -101,5 +101,5 @@ def length_grouped_order(
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
-    # numpy takes no negative seeds; two's complement keeps -1 and 1 apart
+    # numpy takes no negative seeds. Two's complement keeps -1 and 1 different.
     return np.random.Generator(np.random.PCG64([seed % 2**64, *key]))

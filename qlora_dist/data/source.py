@@ -1,4 +1,4 @@
-"""The data sources of a configuration: where each is, and its rows."""
+"""Data sources of a configuration: their files and their rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_dist.config.sections import DataFormat, SourceConfig
+from qlora_dist.data.arrow_files import is_saved_dataset, read_saved_dataset, saved_dataset_files
 from qlora_dist.data.data_files import data_file_type, read_data_file
 from qlora_dist.data.hub import is_hub_dataset_name, read_hub_dataset
 from qlora_dist.data.row_fields import UnreadFields
 from qlora_dist.data.row_formats import parse_rows
-from qlora_dist.data.saved_dataset import is_saved_dataset, read_saved_dataset, saved_dataset_files
 from qlora_dist.data.source_row import BadRow, SourceRow
 from qlora_dist.data.split_files import find_split_files, glob_data_files, has_pattern
 from qlora_dist.data.validate import RawRow
@@ -24,16 +24,16 @@ def read_source_rows(
     unread_fields: UnreadFields | None = None,
     revision: str | None = None,
 ) -> Iterator[SourceRow | BadRow]:
-    """The rows of a source, in their order, one held at a time.
+    """Yield the rows of a source in order, one in memory at a time.
 
     Args:
-        source: a file, a folder of files, a folder saved by `datasets`, or a data set's name on the hub.
-        default_format: the format, if the source names none (`data.format`).
-        unread_fields: where the fields that no format reads are collected.
-        revision: commit of a data set on the hub; None: the newest.
+        source: file, folder of files, folder saved by `datasets`, or name of a data set on the hub.
+        default_format: format if the source names none (`data.format`).
+        unread_fields: collection of the fields that no format reads.
+        revision: commit of a data set on the hub; None means the newest.
 
     Raises:
-        UserError: in the course of it: what no single row is to blame for.
+        UserError: an error that no single row causes.
     """
     format_reason = f"the source's format is {source.format}" if source.format else f"data.format is {default_format}"
     rows = parse_rows(_read_raw_rows(source, revision), source.format or default_format, format_reason, unread_fields)
@@ -46,10 +46,10 @@ def read_source_rows(
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """The files that the rows come from, in their order; none for a data set on the hub.
+    """Return the files of a source in order; none for a data set on the hub.
 
     Raises:
-        UserError: there are none.
+        UserError: no files exist.
     """
     path = _local_path(source)
     if path is None:
@@ -72,11 +72,11 @@ def _read_raw_rows(source: SourceConfig, revision: str | None) -> Iterator[RawRo
 
 
 def _local_path(source: SourceConfig) -> Path | None:
-    """The file, the folder, or a pattern of files; None: it is a name on the hub."""
+    """Return the file, the folder or a pattern of files; None for a name on the hub."""
     if "://" in source.path:
         hub = "data set's name (owner/name)" if source.path.startswith("hf://") else "path of a local copy"
         raise UserError(f"{source.path}: URLs are not read; give the {hub}")
-    # os.path's functions, because Path's raise where there is no such user or the name is too long
+    # os.path, because Path raises if the user does not exist or the name is too long.
     path = Path(os.path.expanduser(source.path))  # noqa: PTH111
     if not source.path.strip():
         raise UserError("data: the path of a source is empty; give a file, a folder or a data set's name")
@@ -86,7 +86,7 @@ def _local_path(source: SourceConfig) -> Path | None:
             raise UserError(f"{source.path}: no such data file; give the path of a file or folder that is there")
         return None
     if path.is_dir() and not is_saved_dataset(path):
-        return path  # its files say which subsets and splits there are
+        return path  # The names of its files show its subsets and splits.
     if not pattern and not path.is_dir() and not path.is_file():
         raise UserError(f"{path}: neither a file nor a folder; give the path of one")
     if source.subset is not None:

@@ -1,4 +1,4 @@
-"""What a source gives: typed rows that know where they stand, and rows that cannot be used."""
+"""Rows of a source: parsed rows with their location, and rows that cannot be used."""
 
 from __future__ import annotations
 
@@ -8,51 +8,50 @@ from typing import Any
 from qlora_dist.errors import UserError
 
 Message = dict[str, Any]
-"""`role` and `content` are strings (`content` may be missing beside `tool_calls`); `train`, where there is one, a
-boolean. Whatever else a message holds is the chat template's business."""
+"""Message with the strings `role` and `content` (optional beside `tool_calls`), and an optional boolean `train`. All
+other fields are for the chat template."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextRow:
-    """A document: every token is trained."""
+    """Document of which every token is trained."""
 
-    place: str
+    location: str
     """'FILE, line N' (JSONL, CSV) or 'FILE, row N', counted from 1."""
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRow:
-    """A prompt and what follows it, written one behind the other as they are; the completion is trained."""
+    """Prompt and completion, which are concatenated unchanged. The completion is trained."""
 
-    place: str
+    location: str
     prompt: str
     completion: str
 
 
 @dataclass(frozen=True, slots=True)
 class MessagesRow:
-    """A conversation, of at least one message."""
+    """Conversation of at least one message."""
 
-    place: str
+    location: str
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
-    """JSON schemas of the functions that may be called, for templates that write them."""
-    variables: dict[str, Any] | None = None
-    """Variables of the chat template besides those that each conversation has: `chat_template_kwargs`."""
+    """JSON schemas of the functions that may be called, if the template writes them."""
+    template_variables: dict[str, Any] | None = None
+    """Additional variables of the chat template, from `chat_template_kwargs`."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used. It is handed on like a row: the reader's consumer decides whether to stop."""
+    """Row that cannot be used. Readers yield it like other rows, and their caller decides whether to stop."""
 
-    place: str
+    location: str
     reason: str
-    """What is wrong, and the remedy: 'the row has no `messages` (...); add it or take the row out'."""
+    """Problem and remedy: 'the row has no `messages` (...); add it or take the row out'."""
 
-    def error(self) -> UserError:
-        """The same as an exception."""
-        return UserError(f"{self.place}: {self.reason}")
+    def to_error(self) -> UserError:
+        return UserError(f"{self.location}: {self.reason}")
 
 
 SourceRow = TextRow | CompletionRow | MessagesRow

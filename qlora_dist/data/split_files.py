@@ -1,4 +1,4 @@
-"""Files of a source that are told by their names: the splits and configurations of a downloaded data set, and globs."""
+"""Files selected by name: splits and configurations of a downloaded data set, and glob patterns."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_dist.data.data_files import DATA_FILE_TYPES, data_file_type
+from qlora_dist.data.data_files import DATA_FILE_TYPES, data_file_type, file_extension
 from qlora_dist.data.validate import join_names
 from qlora_dist.errors import UserError
 
 _SHARD_NAME = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
-"""Name of a shard as `datasets` writes it: train-00000-of-00002, the old form with a hash too."""
+"""Name of a shard that `datasets` wrote: train-00000-of-00002, with a hash in the old form."""
 _SPLIT_ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
-"""Splits that a file or a folder may be named after."""
+"""Splits after which a file or a folder may be named."""
 _METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
-"""JSON files that hold no rows."""
+"""JSON files without rows."""
 _DATA = "data"
-"""Folder within a data set that is no configuration's."""
+"""Folder of a data set that does not name a configuration."""
 _MAX_FOLDER_DEPTH = 3
 
 
@@ -31,22 +31,22 @@ class _DataFile(NamedTuple):
     path: Path
     configuration: str | None
     split: str | None
-    """None: its name says nothing of splits."""
+    """Split after which the file is named, or None."""
 
 
 def find_split_files(folder: Path, subset: str | None, split: str) -> list[Path]:
-    """Return the files of a folder that belong to a split, by name.
+    """Return the files of a folder that belong to a split by name.
 
-    Where no file is named after another split than `train`, there is one split, and all files are in it. Folders within
-    are looked into where the folder itself has no file, as a data set lies on the hub.
+    If no file is named after a split other than `train`, all files belong to one split. Subfolders are searched if the
+    folder itself has no files, as in data sets on the hub.
 
     Args:
-        folder: no folder that `datasets` saved.
-        subset: the configuration; None: the only one.
-        split: `train` unless the source says otherwise.
+        folder: folder that `datasets` did not save.
+        subset: name of the configuration; None means the only one.
+        split: name of the split, `train` by default.
 
     Raises:
-        UserError: there is no such file, or the names leave it open.
+        UserError: no file belongs to the split, or the names are ambiguous.
     """
     files = [_DataFile(path, None, _split_of(path)) for path in _files_in(folder)]
     if subset is not None or not files:
@@ -62,11 +62,11 @@ def find_split_files(folder: Path, subset: str | None, split: str) -> list[Path]
         return [file.path for file in files]
     if others:
         raise UserError(
-            f"{folder}: has files of the splits {join_names(splits)} and others ({others[0]}); give a file, or a pattern "
-            "such as FOLDER/*.jsonl, as the path"
+            f"{folder}: has files of the splits {join_names(splits)} and others ({others[0]}); give a file, or a "
+            "pattern such as FOLDER/*.jsonl, as the path"
         )
     split_name = _SPLIT_ALIASES.get(split, split)
-    if len(splits) == 1 and split == "train":  # the default, and there is nothing to choose
+    if len(splits) == 1 and split == "train":  # It is the default, and there is no choice.
         split_name = splits[0]
     chosen = [file.path for file in files if file.split == split_name]
     if not chosen:
@@ -75,17 +75,16 @@ def find_split_files(folder: Path, subset: str | None, split: str) -> list[Path]
 
 
 def has_pattern(path: str) -> bool:
-    """Return whether a path holds wildcards."""
     return glob.has_magic(path)
 
 
 def glob_data_files(pattern: str) -> list[Path]:
-    """Return the files that match a pattern such as `data/*.jsonl`, by name.
+    """Return the files that match a pattern such as `data/*.jsonl`, sorted by name.
 
     Raises:
-        UserError: none does.
+        UserError: no file matches.
     """
-    # Path.glob takes no absolute patterns
+    # Path.glob takes no absolute patterns.
     paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
     files = [path for path in paths if path.is_file()]
     if not files:
@@ -102,7 +101,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _nested_files(folder: Path, configuration: str | None, split: str | None, depth: int) -> Iterator[_DataFile]:
-    """Yield the files of the folders within; their names are configurations' or splits'."""
+    """Yield the files of subfolders, whose names are configurations or splits."""
     if depth > _MAX_FOLDER_DEPTH:
         return
     try:
@@ -118,7 +117,7 @@ def _nested_files(folder: Path, configuration: str | None, split: str | None, de
 
 
 def _split_of(path: Path) -> str | None:
-    stem = path.name[: -len("".join(path.suffixes[-2 if path.suffix.lower() == ".gz" else -1 :]))]
+    stem = path.name.removesuffix(file_extension(path))
     shard = _SHARD_NAME.fullmatch(stem)
     name = shard["split"] if shard else stem
     return _SPLIT_ALIASES.get(name.lower(), name if shard else None)

@@ -1,4 +1,4 @@
-"""JSON from text: strictly what the standard allows, and in words what is wrong."""
+"""Strict JSON parsing with error messages that a user can act on."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any, NoReturn
 
 
 class NonFiniteNumberError(ValueError):
-    """NaN or Infinity stands where JSON has a number or null."""
+    """JSON text holds NaN or Infinity, which JSON does not have."""
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise NonFiniteNumberError(f"{name} is no number in JSON")
+    raise NonFiniteNumberError(f"{name} is not a number in JSON")
 
 
 STRICT_JSON_DECODER = json.JSONDecoder(parse_constant=_no_constant)
-"""Python's own takes NaN and Infinity, which no other reader does."""
+"""Decoder that refuses NaN and Infinity. Python's default accepts them, unlike other readers."""
 
 LENIENT_JSON_DECODER = json.JSONDecoder(parse_int=len)
-"""Takes NaN and numbers of any length: it finds where a value ends that `STRICT_JSON_DECODER` refuses."""
+"""Decoder that accepts NaN and numbers of any length, to find the end of a value that the strict decoder refuses."""
 
 
 def parse_json(text: str) -> Any:
-    """The value that the text holds.
+    """Return the value of a JSON text.
 
     Raises:
-        ValueError: what is wrong, without the text itself.
+        ValueError: the text is not strict JSON. The message does not quote it.
     """
     try:
         return STRICT_JSON_DECODER.decode(text)
@@ -38,22 +38,22 @@ def parse_json(text: str) -> Any:
 
 
 class _NonFiniteConstant(str):
-    """The name of a constant, in its place."""
+    """Name of a constant, which replaces it in the parsed value."""
 
     __slots__ = ()
 
 
 def _locate_constant(text: str) -> str:
-    """Say where the first constant stands: '`scores[2].mean` is NaN, which is no number in JSON'."""
+    """Return the message that locates the first constant: '`scores[2].mean` is NaN, which is not a number in JSON'."""
     pending: list[tuple[str, Any]] = [("", json.loads(text, parse_constant=_NonFiniteConstant, parse_int=len))]
-    while pending:  # a tree may be as deep as Python's stack
+    while pending:  # Recursion could exceed Python's stack.
         where, value = pending.pop()
         if isinstance(value, _NonFiniteConstant):
             name = where.removeprefix(".")[:80]
             return (
-                f"`{name}` is {value}, which is no number in JSON"
+                f"`{name}` is {value}, which is not a number in JSON"
                 if name.isprintable() and name
-                else f"{value} is no number in JSON"
+                else f"{value} is not a number in JSON"
             )
         inner: list[tuple[str, Any]] = []
         if isinstance(value, dict):
@@ -65,20 +65,20 @@ def _locate_constant(text: str) -> str:
 
 
 def json_error_reason(error: ValueError | RecursionError, start: int = 0) -> str:
-    """What a decoder complains of, in words; `start` is the position of the value in the text that it was given."""
+    """Return a decoder's error in plain words. `start` is the position of the value in the decoder's text."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, JSONDecodeError):
         return f"{error.msg.removesuffix(' at')} at character {error.pos - start + 1}"
-    if "digits" in str(error):  # Python's remedy is none for a user
+    if "digits" in str(error):  # A user cannot apply Python's remedy.
         return "a number of more than 4300 digits"
     return str(error)
 
 
 def load_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a small file; empty if it cannot be read or holds something else."""
+    """Return the JSON object in a small file; empty if the file cannot be read or holds something else."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}

@@ -1,4 +1,4 @@
-"""A limit to what a chat template may use of processor time and memory, for templates come with models of strangers."""
+"""Limits on the processor time and memory of a chat template, because templates come with untrusted models."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any, TypeVar
 import psutil
 
 MAX_CPU_S = 30.0
-"""Seconds of processor time to write one conversation; hundreds of turns take less than one."""
+"""Seconds of processor time to render one conversation. Hundreds of turns take less than one."""
 MAX_MEMORY_GROWTH_BYTES = 4 * 2**30
 """Bytes by which the process may grow while one text is rendered."""
 _CHECK_INTERVAL_S = 0.05
-"""Seconds of processor time between two looks at the clock and the memory."""
+"""Seconds of processor time between two checks."""
 _T = TypeVar("_T")
 
 
 class TemplateLimitError(Exception):
-    """A template has used up what it may use."""
+    """Template exceeded a limit."""
 
 
 class TemplateLimiter:
-    """Calls that end with TemplateLimitError as soon as they have used too much.
+    """Limiter of calls, which raises `TemplateLimitError` as soon as a call exceeds a limit.
 
-    Signals reach the main thread alone, so in other threads there is no limit. An operation of C is not interrupted.
+    Signals reach only the main thread, so calls in other threads have no limit. C code is not interrupted.
     """
 
     def __init__(self) -> None:
@@ -37,11 +37,11 @@ class TemplateLimiter:
 
     @contextmanager
     def enable_timer(self) -> Iterator[None]:
-        """Set the timer once for many texts: a quarter of a short one's time, if each does it for itself."""
+        """Enable the timer once for many texts. Enabling it for each would cost a quarter of a short text's time."""
         if self._is_timer_set or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGPROF, self._look)
+        before = signal.signal(signal.SIGPROF, self._check_usage)
         signal.setitimer(signal.ITIMER_PROF, _CHECK_INTERVAL_S, _CHECK_INTERVAL_S)
         self._is_timer_set = True
         try:
@@ -52,10 +52,10 @@ class TemplateLimiter:
             signal.signal(signal.SIGPROF, before)
 
     def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """Call what writes one text.
+        """Call a function that renders one text.
 
         Raises:
-            TemplateLimitError: it has used too much.
+            TemplateLimitError: the call exceeded a limit.
         """
         if not self._is_timer_set:
             with self.enable_timer():
@@ -69,7 +69,7 @@ class TemplateLimiter:
         finally:
             self._is_rendering = False
 
-    def _look(self, number: int, frame: FrameType | None) -> None:
+    def _check_usage(self, number: int, frame: FrameType | None) -> None:
         if not self._is_rendering:
             return
         if time.process_time() - self._start_cpu_s > MAX_CPU_S:

@@ -1,4 +1,4 @@
-"""What a chat template writes, found by rendering small conversations: roles, and what the assistant thought."""
+"""Probes of a chat template: small conversations show which roles and thoughts it writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlora_dist.data.source_row import Message
 from qlora_dist.data.validate import quote
 
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
-"""Roles that chat templates have. A message of another role would never be trained, whoever it is by."""
+"""Roles of chat templates. A message with another role would never be trained."""
 
 _ROLE_ALIASES = {
     "model": "assistant",
@@ -20,13 +20,13 @@ _ROLE_ALIASES = {
     "human": "user",
     "prompter": "user",
 }
-"""Names that other formats have for roles."""
+"""Names of roles in other formats."""
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""Fields of what the assistant thought, as transformers knows them."""
+"""Fields of the assistant's reasoning in transformers."""
 
 _MARK = "zqxjv"
-"""A content that no template writes by itself."""
+"""Content that no template writes itself."""
 
 _USER: Message = {"role": "user", "content": "a"}
 _ANSWER: Message = {"role": "assistant", "content": "b"}
@@ -35,17 +35,14 @@ _CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 
 
 class UnsupportedConversationError(Exception):
-    """A row that cannot be encoded. Its text is what is wrong and the remedy, without the place."""
+    """Conversation that cannot be encoded. The message names the problem and the remedy, without the location."""
 
 
 class TemplateProbe:
-    """A template's knowledge of roles and thoughts, each found when a row first needs it.
+    """Roles and thoughts that a template writes, each probed when a row first needs it.
 
-    The answers depend on the template alone, so that every process comes to the same.
-
-    Args:
-        template: its text.
-        render: writes messages, or raises `UnsupportedConversationError`.
+    The results depend only on the template, so they are equal in all processes. `render` raises
+    `UnsupportedConversationError` if the template refuses messages.
     """
 
     def __init__(self, template: str, render: Callable[[list[Message]], str]) -> None:
@@ -57,15 +54,15 @@ class TemplateProbe:
         self._renders_reasoning_cache: dict[bool, bool] = {}
         """Whether thoughts are written: of an answer, and of one that calls tools."""
 
-    def of(self, render: Callable[[list[Message]], str]) -> TemplateProbe:
-        """Return what the template knows with other variables."""
+    def with_render(self, render: Callable[[list[Message]], str]) -> TemplateProbe:
+        """Return a probe of the same template with another render function."""
         return TemplateProbe(self._template, render)
 
     def check_roles(self, messages: list[Message]) -> None:
         """Check that every role is known and that the template writes its messages.
 
         Raises:
-            Refused: naming the message by its number, from 1.
+            UnsupportedConversationError: a role is unknown or not written; its message is named by number, from 1.
         """
         if self._rendered_roles.issuperset([message["role"] for message in messages]):
             return
@@ -76,8 +73,8 @@ class TemplateProbe:
             known = role in CHAT_ROLES or (role not in _ROLE_ALIASES and role in self._words_in_comparisons())
             if not known and "train" not in message:
                 raise UnsupportedConversationError(
-                    f"message {index + 1} has the role {quote(role)}, which is not known; {_role_suggestion(role)}, or give "
-                    "the message a `train` of true or false"
+                    f"message {index + 1} has the unknown role {quote(role)}; {_role_suggestion(role)}, or give the "
+                    "message a `train` of true or false"
                 )
             if self._renders_role(role):
                 if known:
@@ -89,16 +86,16 @@ class TemplateProbe:
                 )
 
     def check_reasoning(self, messages: list[Message], original_messages: list[Message]) -> None:
-        """Check that the template writes what the assistant thought, at least in the last turn that has a thought.
+        """Check that the template writes the assistant's reasoning, at least in the last turn that has any.
 
-        Many templates leave out the thoughts of earlier turns, because a model does not see these at inference.
+        Many templates omit the reasoning of earlier turns, because a model does not see it at inference.
 
         Args:
-            messages: as the template sees them, with every name of a thought.
-            original_messages: the same messages with the names that the row has.
+            messages: messages with all names of the reasoning field, as the template gets them.
+            original_messages: messages with the names in the row.
 
         Raises:
-            Refused: it writes none.
+            UnsupportedConversationError: the template does not write the reasoning.
         """
         for index in reversed(range(len(messages))):
             message = original_messages[index]
@@ -131,7 +128,7 @@ class TemplateProbe:
         return self._renders_reasoning_cache[calls]
 
     def _is_not_rendered(self, messages: list[Message], index: int, *fields: str) -> bool:
-        """Return whether the text is the same whatever these fields of the message hold."""
+        """Return whether the text is the same for any value of these fields of the message."""
         message = messages[index]
         marked_fields = {name: f"{message[name]}{_MARK}" for name in fields if message.get(name)}
         if not marked_fields:
@@ -147,7 +144,7 @@ class TemplateProbe:
             return ""
 
     def _words_in_comparisons(self) -> frozenset[str]:
-        """Return the words that the template compares something with: roles of its own are among them."""
+        """Return the words with which the template compares values. They include roles of its own."""
         if self._compared_words is None:
             from jinja2 import nodes
             from transformers.utils import chat_template_utils

@@ -1,4 +1,4 @@
-"""Texts, and where in them the trained characters are -> tokens, and which of them are trained."""
+"""Encoder of texts: tokens, and the loss mask that follows from the spans of trained characters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from qlora_dist.data.byte_level import token_byte_lengths
 from qlora_dist.data.chat_renderer import CharSpan
-from qlora_dist.data.label_mask import loss_mask_from_spans
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -22,35 +21,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EncodedSequence:
-    """A row in tokens."""
+    """Tokens of a row, or of one answer."""
 
     tokens: npt.NDArray[np.int32]
     """int32[n]"""
-    trained: npt.NDArray[np.bool_]
-    """bool[n]. The first token is predicted from nothing: its flag has no effect."""
+    loss_mask: npt.NDArray[np.bool_]
+    """bool[n]: whether each token is trained. The first flag has no effect, because nothing predicts the first token.
+    """
 
 
 class MaskedText(NamedTuple):
-    """What a row is written as."""
+    """Text of a row with its trained spans."""
 
     text: str
     spans: list[CharSpan] | None
-    """Where its trained characters are, in ascending order; None: everywhere."""
+    """Spans of the trained characters, in ascending order; None means all characters."""
     spans_are_masked: bool = False
-    """The spans are those that are not trained."""
-    closed: bool = False
-    """It begins and ends as the tokenizer's texts do, where a conversation has what the template writes."""
+    """True if the spans are masked and all other characters are trained."""
+    add_special_tokens: bool = False
+    """True if the tokenizer adds its BOS and EOS tokens. Rendered conversations get them from the template instead."""
 
 
 class TextEncoder:
-    """A tokenizer: `encode(texts, closed)`.
+    """Encoder of texts with a tokenizer.
 
-    The tokens are those of `tokenizer(texts, add_special_tokens=closed)`, with the end-of-sequence token behind closed
-    texts. A text that was rendered before has these tokens itself: nothing is put before a text that begins with it,
-    and no end-of-sequence token behind one that ends with it, white space aside.
+    The tokens equal `tokenizer(texts, add_special_tokens=...)`, with one end-of-sequence token after texts with special
+    tokens. A text that was rendered before may contain these tokens. No second BOS token precedes it then, and no
+    second end-of-sequence token follows it, white space aside.
 
-    A token is trained if it overlaps a span, by the offsets that the tokenizer gives. To keep track of these is a fifth
-    of its work, and where tokens are the text's bytes they follow from the tokens.
+    A token is trained if it overlaps a span, by the offsets that the tokenizer returns. Offsets take a fifth of the
+    tokenizer's time. For byte-level tokenizers they are computed from the tokens instead.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -58,15 +58,15 @@ class TextEncoder:
         self._byte_lengths = token_byte_lengths(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
         self._stripping_tokens = frozenset(index for index, token in added if token.lstrip or token.rstrip)
-        self._prefix_tokens, self._behind = surrounding_special_tokens(tokenizer)
+        self._prefix_tokens, self._suffix_tokens = surrounding_special_tokens(tokenizer)
 
     @property
     def is_byte_level(self) -> bool:
-        """Whether tokens are the text's bytes, so that parts of a text may be tokenized apart."""
+        """Return whether tokens concatenate to the text's bytes, so that parts of a text can be tokenized alone."""
         return self._byte_lengths is not None
 
-    def encode(self, texts: Sequence[MaskedText], add_special_tokens: bool) -> list[EncodedSequence]:
-        """Encode texts which are all closed, or all not."""
+    def encode(self, texts: Sequence[MaskedText], *, add_special_tokens: bool) -> list[EncodedSequence]:
+        """Encode texts that all have the same `add_special_tokens`."""
         if not texts:
             return []
         adds = (
@@ -75,70 +75,71 @@ class TextEncoder:
             and self._tokenizer.backend_tokenizer.num_special_tokens_to_add(False) > 0
         )
         if self._byte_lengths is None or (adds and any(text.spans is not None for text in texts)):
-            return self._by_offsets(texts, add_special_tokens)
-        encoded = self._encode_by_bytes(texts, add_special_tokens, self._byte_lengths)
+            return self._encode_by_offsets(texts, add_special_tokens=add_special_tokens)
+        encoded = self._encode_by_bytes(texts, self._byte_lengths, add_special_tokens=add_special_tokens)
         by_bytes = [item for item in encoded if item is not None]
         if len(by_bytes) == len(encoded):
             return by_bytes
-        fallback_indices = [text for text, item in zip(texts, encoded, strict=True) if item is None]
-        fallback = iter(self._by_offsets(fallback_indices, add_special_tokens))
+        fallback_texts = [text for text, item in zip(texts, encoded, strict=True) if item is None]
+        fallback = iter(self._encode_by_offsets(fallback_texts, add_special_tokens=add_special_tokens))
         return [next(fallback) if item is None else item for item in encoded]
 
-    def _by_offsets(self, texts: Sequence[MaskedText], closed: bool) -> list[EncodedSequence]:
+    def _encode_by_offsets(self, texts: Sequence[MaskedText], *, add_special_tokens: bool) -> list[EncodedSequence]:
         batch = self._tokenizer(
             [text.text for text in texts],
-            add_special_tokens=closed,
+            add_special_tokens=add_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
         ids = batch["input_ids"]
-        removed_prefix = self._close(ids, texts) if closed else [0] * len(texts)
+        removed_prefix = self._normalize_bos_eos(ids, texts) if add_special_tokens else [0] * len(texts)
         encoded = []
         for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-            trained = np.ones(len(tokens), np.bool_)
+            loss_mask = np.ones(len(tokens), np.bool_)
             if text.spans is not None:
                 in_spans = loss_mask_from_spans(batch.encodings[index], text.spans)
                 if not self._stripping_tokens.isdisjoint(tokens):
                     self._exclude_stripped_space(in_spans, batch.encodings[index], text)
                 in_spans = in_spans[removed_prefix[index] :][: len(tokens)]
-                trained[: len(in_spans)] = in_spans != text.spans_are_masked
-                trained[len(tokens) - 1 :] |= closed and self._ends_with_eos(tokens)
-            encoded.append(EncodedSequence(np.array(tokens, np.int32), trained))
+                loss_mask[: len(in_spans)] = in_spans != text.spans_are_masked
+                loss_mask[len(tokens) - 1 :] |= add_special_tokens and self._ends_with_eos(tokens)
+            encoded.append(EncodedSequence(np.array(tokens, np.int32), loss_mask))
         return encoded
 
     def _exclude_stripped_space(self, inside: npt.NDArray[np.bool_], encoding: Encoding, text: MaskedText) -> None:
-        """Count a token that takes the white space beside it where its own text stands.
+        """Use only the own text of tokens that absorb the white space beside them.
 
-        Phi-3's `<|assistant|>` is one: an answer that begins with white space would make the model learn to write it.
+        Phi-3's `<|assistant|>` is such a token. If an answer began with white space, the model would learn to write
+        this token.
         """
-        for place, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+        for position, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
             if token in self._stripping_tokens:
-                written = text.text[start:end]
-                first = start + len(written) - len(written.lstrip())
-                last = start + len(written.rstrip())
-                inside[place] = any(max(first, one) < min(last, other) for one, other in text.spans or ())
+                token_text = text.text[start:end]
+                first = start + len(token_text) - len(token_text.lstrip())
+                last = start + len(token_text.rstrip())
+                inside[position] = any(max(first, one) < min(last, other) for one, other in text.spans or ())
 
     def _encode_by_bytes(
-        self, texts: Sequence[MaskedText], closed: bool, byte_lengths: npt.NDArray[np.int64]
+        self, texts: Sequence[MaskedText], byte_lengths: npt.NDArray[np.int64], *, add_special_tokens: bool
     ) -> list[EncodedSequence | None]:
-        """None: the text is not what its tokens are written as."""
-        rules = self._tokenizer.backend_tokenizer
-        rules.no_truncation()  # what the tokenizer's own call sets each time
-        rules.no_padding()
-        rules.encode_special_tokens = self._tokenizer.split_special_tokens
-        encodings = rules.encode_batch_fast([text.text for text in texts], add_special_tokens=closed)
+        """Encode texts of a byte-level tokenizer; None for a text that differs from its decoded tokens."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()  # The tokenizer's own call sets these each time.
+        backend.no_padding()
+        backend.encode_special_tokens = self._tokenizer.split_special_tokens
+        encodings = backend.encode_batch_fast([text.text for text in texts], add_special_tokens=add_special_tokens)
         ids = [encoding.ids for encoding in encodings]
         counts = [len(tokens) for tokens in ids]
-        if closed:
-            self._close(ids, texts)
+        if add_special_tokens:
+            self._normalize_bos_eos(ids, texts)
 
-        # all texts one behind the other: numpy's calls are worth it for thousands of tokens, not for a hundred
+        # All texts are concatenated, because numpy calls pay off for thousands of tokens, not for a hundred.
         bounds = np.cumsum([0, *map(len, ids)])
         tokens = np.fromiter(chain.from_iterable(ids), np.int32, bounds[-1])
         byte_offsets = np.zeros(len(tokens) + 1, np.int64)
         np.cumsum(byte_lengths[tokens], out=byte_offsets[1:])
-        trained = np.ones(len(tokens), np.bool_)
+        loss_mask = np.ones(len(tokens), np.bool_)
         rows = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
         usable = [True] * len(texts)
         span_borders: list[int] = []
@@ -146,17 +147,15 @@ class TextEncoder:
         for index, (text, (first, last)) in enumerate(zip(texts, rows, strict=True)):
             if text.spans is None:
                 continue
-            start, end = (
-                int(byte_offsets[first]),
-                int(byte_offsets[first + counts[index]]),
-            )  # in bytes, without what was put behind it
+            # In bytes, without the tokens that were appended.
+            start, end = int(byte_offsets[first]), int(byte_offsets[first + counts[index]])
             usable[index] = end - start == _utf8_length(text.text) and unicodedata.is_normalized("NFC", text.text)
             if not usable[index]:
                 continue
-            trained[first:last] = text.spans_are_masked
-            trained[last - 1 : last] |= closed and self._ends_with_eos(ids[index])
+            loss_mask[first:last] = text.spans_are_masked
+            loss_mask[last - 1 : last] |= add_special_tokens and self._ends_with_eos(ids[index])
             for span in text.spans:
-                if span[0] < span[1]:  # a token that straddles an empty span is not in it
+                if span[0] < span[1]:  # No token overlaps an empty span.
                     span_borders += (
                         start + _utf8_length(text.text, span[0]),
                         start + _utf8_length(text.text, span[1]) - 1,
@@ -164,20 +163,20 @@ class TextEncoder:
                     span_flags.append(not text.spans_are_masked)
         border_tokens = (byte_offsets.searchsorted(span_borders, side="right") - 1).tolist()
         for value, first, last in zip(span_flags, border_tokens[::2], border_tokens[1::2], strict=True):
-            trained[first : last + 1] = value
+            loss_mask[first : last + 1] = value
         return [
-            EncodedSequence(tokens[first:last], trained[first:last]) if use else None
+            EncodedSequence(tokens[first:last], loss_mask[first:last]) if use else None
             for (first, last), use in zip(rows, usable, strict=True)
         ]
 
     def _ends_with_eos(self, tokens: list[int]) -> bool:
         return bool(tokens) and tokens[-1] == self._tokenizer.eos_token_id
 
-    def _close(self, ids: list[list[int]], texts: Sequence[MaskedText]) -> list[int]:
-        """Give each text one beginning and one end, whether they come from the text, the tokenizer or neither.
+    def _normalize_bos_eos(self, ids: list[list[int]], texts: Sequence[MaskedText]) -> list[int]:
+        """Remove a second BOS token, and give each text exactly one EOS token if the tokenizer has one.
 
         Returns:
-            For each text the number of tokens that were removed in front of it.
+            Number of tokens that were removed before each text.
         """
         eos, before = self._tokenizer.eos_token_id, self._prefix_tokens
         removed = [len(before) * (tokens[: 2 * len(before)] == before * 2) for tokens in ids]
@@ -185,9 +184,9 @@ class TextEncoder:
             del tokens[:prefix_length]
             if eos is None:
                 continue
-            suffix_length = len(self._behind) * (self._behind == [eos] and tokens[-1:] == [eos])
+            suffix_length = len(self._suffix_tokens) * (self._suffix_tokens == [eos] and tokens[-1:] == [eos])
             text_length = len(tokens) - suffix_length
-            # the token is looked for as well, because a tokenizer may be set to split the texts of special tokens
+            # The token is checked too, because a tokenizer may be set to split the texts of special tokens.
             if text.text.rstrip().endswith(str(self._tokenizer.eos_token)) and eos in tokens[:text_length]:
                 del tokens[text_length:]
             elif not self._ends_with_eos(tokens):
@@ -195,8 +194,41 @@ class TextEncoder:
         return removed
 
 
+def loss_mask_from_spans(encoding: Encoding, spans: Sequence[CharSpan]) -> npt.NDArray[np.bool_]:
+    """Return bool[tokens]: whether each token overlaps one of the spans, which are in ascending order.
+
+    A token around an empty span does not overlap it.
+    """
+    flags = np.zeros(len(encoding), np.bool_)
+    for start, end in spans:
+        if start == end:
+            continue
+        # Single characters are looked up, because a Python list of all offsets would take longer than everything else.
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        if first is None or last is None:  # The character is in no token.
+            return _mask_from_offsets(encoding.offsets, spans)
+        while (char_span := encoding.token_to_chars(last + 1)) is not None and char_span[0] < end:
+            last += 1  # Tokens may share a character, such as the bytes of an emoji.
+        flags[first : last + 1] = True
+    return flags
+
+
+def _mask_from_offsets(offsets: Sequence[CharSpan], spans: Sequence[CharSpan]) -> npt.NDArray[np.bool_]:
+    flags = np.zeros(len(offsets), np.bool_)
+    position = 0
+    for start, end in spans:
+        if start == end:
+            continue
+        while position < len(offsets) and offsets[position][1] <= start:
+            position += 1
+        while position < len(offsets) and offsets[position][0] < end:
+            flags[position] = True
+            position += 1
+    return flags
+
+
 def surrounding_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the tokens that the tokenizer puts before and behind every text."""
+    """Return the tokens that the tokenizer adds before and after every text."""
     with_special, without_special = (
         tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False)
     )
@@ -207,7 +239,7 @@ def surrounding_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list
 
 
 def _utf8_length(text: str, end: int | None = None) -> int:
-    """Bytes of the text up to a character."""
+    """Return the bytes of the text up to a character."""
     if text.isascii():
         return len(text) if end is None else end
     return len(text[:end].encode())

@@ -1,4 +1,4 @@
-"""Rows to a file of sequences: read in this process, encoded in several, written in the order of the rows."""
+"""Tokenization of a source: rows are read in this process, encoded in several, and written in their order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
+
+import numpy.typing as npt
 
 from qlora_dist.data.row_encoder import RowEncoder
 from qlora_dist.data.source_row import BadRow, CompletionRow, SourceRow, TextRow
@@ -27,46 +29,46 @@ from qlora_dist.runtime.system import usable_cpu_count
 
 _CHUNK_ROWS = 256
 _CHUNK_CHARACTERS = 2**20
-"""A worker gets so many rows at a time, or as many as have so much text."""
+"""Most rows and characters that a worker gets at a time."""
 _CHUNKS_AHEAD_PER_WORKER = 3
-"""Chunks read ahead for each worker."""
+"""Chunks that are read ahead per worker."""
 _MAX_NAMED_BAD_ROWS = 5
-"""Bad rows that are remembered."""
+"""Bad rows that the statistics name."""
 
 RowChunk = list[SourceRow | BadRow]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class TokenizeStats:
-    """What became of a source's rows."""
+    """Counts of a source's rows and sequences."""
 
     rows: int = 0
-    """Read."""
+    """Rows that were read."""
     bad_rows: int = 0
-    """Skipped because they cannot be used."""
+    """Rows that were skipped because they cannot be used."""
     bad_places: list[str] = field(default_factory=list)
-    """The first of these, each with its reason."""
+    """Locations of the first bad rows, each with its reason."""
     untrained_rows: int = 0
-    """Left out because nothing in them is trained, however long a row of a batch is."""
+    """Rows that were dropped because no token in them is trained, at any `seq_len`."""
     per_answer_rows: int = 0
     """Conversations that became one sequence per trained answer."""
     per_answer_sequences: int = 0
-    """Sequences that these became."""
+    """Sequences of these conversations."""
     sequences: int = 0
-    """Written: one for each other row, and those of conversations that became several."""
+    """Sequences that were written: one per remaining row, or one per answer."""
     tokens: int = 0
-    """In these."""
+    """Tokens of these sequences."""
     trained_tokens: int = 0
-    """Of these, predicted and trained; never a sequence's first."""
+    """Trained tokens of these sequences. The first token of a sequence is never trained."""
     largest_token: int = 0
-    """The highest token number."""
+    """Highest token id."""
     ignored: list[str] = field(default_factory=list)
-    """Fields of the rows and their messages which neither the format nor the chat template reads."""
+    """Fields of rows and messages that neither the format nor the chat template reads."""
     sha256: str = ""
-    """Over all tokens, which of them are trained, and the lengths: what the sequences are, wherever they came from."""
+    """Hash of all tokens, loss masks and lengths, which identifies the sequences independently of their source."""
 
-    def left_out(self) -> str:
-        """For people: which rows are not trained; empty if all are."""
+    def describe_skipped_rows(self) -> str:
+        """Return a sentence about the rows that are not trained; empty if all are."""
         parts = []
         if self.bad_rows:
             parts.append(f"{self.bad_rows:,} cannot be used and are skipped (the first: {self.bad_places[0]})")
@@ -74,8 +76,8 @@ class TokenizeStats:
             parts.append(f"{self.untrained_rows:,} have no token to train")
         return f"of {self.rows:,} rows {', '.join(parts)}" if parts else ""
 
-    def per_answer(self) -> str:
-        """Say which rows are trained answer by answer; empty if none are."""
+    def describe_per_answer_rows(self) -> str:
+        """Return a sentence about the rows that are trained answer by answer; empty if there are none."""
         if not self.per_answer_rows:
             return ""
         return (
@@ -84,13 +86,27 @@ class TokenizeStats:
         )
 
 
+class BadRowPolicy(NamedTuple):
+    """Handling of rows that cannot be used."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Whether to stop at the first bad row, or to skip it."""
+    max_bad_rows: int | str = 100
+    """Most bad rows that may be skipped: a number, or a share of all rows such as 1%."""
+    path: Path | None = None
+    """File for the locations and reasons of all bad rows; None if it is not written."""
+
+
+_STOP_AT_BAD_ROW = BadRowPolicy()
+
+
 class _EncodedChunk(NamedTuple):
-    """A chunk in tokens."""
+    """Encoded rows of one chunk."""
 
     rows: int
     bad_rows: list[BadRow]
-    untrained: int
-    per_answer: int
+    untrained_rows: int
+    per_answer_rows: int
     per_answer_sequences: int
     sequences: FlatSequences
 
@@ -101,74 +117,70 @@ def tokenize_to_file(
     output_path: Path,
     *,
     workers: int | Literal["auto"] = "auto",
-    on_bad_row: Literal["error", "skip"] = "error",
-    max_bad_rows: int | str = 100,
-    bad_rows_path: Path | None = None,
+    bad_rows: BadRowPolicy = _STOP_AT_BAD_ROW,
     source_name: str = "data",
     progress: Callable[[int], None] = lambda rows: None,
 ) -> TokenizeStats:
-    """Encode rows and write those with something to train. The file depends on the rows alone, not on `workers`.
+    """Encode rows and write those with a trained token. The file depends only on the rows, not on `workers`.
 
     Args:
-        rows: from `read_rows`; never more of them in memory than a few chunks for each worker.
-        encoder: turns them into tokens.
-        output_path: the file, for `Sequences.open`.
-        workers: processes that encode; auto: the cores that this process may use.
-        on_bad_row: stop at the first bad row, or skip it.
-        max_bad_rows: how many may be skipped: a number, or a share of all rows such as 1%.
-        bad_rows_path: a file for the places and reasons of all bad rows; none is written without one.
-        source_name: of the source in a complaint.
-        progress: called now and then with the number of rows done.
+        rows: rows of a source. At most a few chunks per worker are in memory.
+        encoder: encoder of the rows.
+        output_path: file for `TokenizedSequences.open`.
+        workers: number of processes that encode; auto means the cores that this process may use.
+        bad_rows: handling of rows that cannot be used.
+        source_name: name of the source in errors.
+        progress: function that gets the number of finished rows from time to time.
 
     Raises:
-        UserError: a bad row, always the first one of the source; too many of them; no row with something to train;
-            whatever `rows` raises, at its place among the rows.
+        UserError: a bad row (always the first of the source), too many bad rows, or no row with a trained token. An
+            error of `rows` is raised after the rows before it.
         OSError: `output_path` cannot be written.
     """
     stats = TokenizeStats()
     digests = [hashlib.sha256() for _ in range(3)]
-    with SequenceWriter(output_path) as writer, _BadRowFile(bad_rows_path) as rejects:
-        for part in _encode_chunks(rows, encoder, workers):
-            stats.rows += part.rows
-            for bad in part.bad_rows:
-                _count_bad_row(bad, stats, on_bad_row, max_bad_rows, source_name)
-                rejects.append(bad)
-            stats.untrained_rows += part.untrained
-            stats.per_answer_rows += part.per_answer
-            stats.per_answer_sequences += part.per_answer_sequences
-            stats.sequences += len(part.sequences.lengths)
-            stats.tokens += len(part.sequences.tokens)
-            stats.trained_tokens += int(part.sequences.trained.sum())
-            stats.largest_token = max(stats.largest_token, int(part.sequences.tokens.max(initial=0)))
-            flat = part.sequences
-            contents = (flat.tokens.tobytes(), flat.trained.tobytes(), flat.lengths.tobytes())
-            for digest, content in zip(digests, contents, strict=True):
-                digest.update(content)
-            writer.append(part.sequences)
+    with SequenceWriter(output_path) as writer, _BadRowFile(bad_rows.path) as bad_row_file:
+        for chunk in _encode_chunks(rows, encoder, workers):
+            stats.rows += chunk.rows
+            for bad in chunk.bad_rows:
+                _count_bad_row(bad, stats, bad_rows, source_name)
+                bad_row_file.append(bad)
+            stats.untrained_rows += chunk.untrained_rows
+            stats.per_answer_rows += chunk.per_answer_rows
+            stats.per_answer_sequences += chunk.per_answer_sequences
+            sequences = chunk.sequences
+            stats.sequences += len(sequences.lengths)
+            stats.tokens += len(sequences.tokens)
+            stats.trained_tokens += int(sequences.loss_mask.sum())
+            stats.largest_token = max(stats.largest_token, int(sequences.tokens.max(initial=0)))
+            columns: tuple[npt.NDArray[Any], ...] = (sequences.tokens, sequences.loss_mask, sequences.lengths)
+            for digest, column in zip(digests, columns, strict=True):
+                digest.update(column.tobytes())
+            writer.append(sequences)
             progress(stats.rows)
-        _check_bad_row_share(stats, max_bad_rows, source_name)
+        _check_bad_row_share(stats, bad_rows.max_bad_rows, source_name)
         if not stats.sequences:
             skipped = f" ({stats.bad_rows} of them could not be used)" if stats.bad_rows else ""
             raise UserError(
-                f"{source_name}: none of the {stats.rows} rows has a token to train{skipped}; give rows with a non-empty "
-                "`text`, or with messages of the role 'assistant'"
+                f"{source_name}: none of the {stats.rows} rows has a token to train{skipped}; give rows with a "
+                "non-empty `text`, or with messages of the role 'assistant'"
             )
     stats.sha256 = hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
     return stats
 
 
-def _count_bad_row(bad: BadRow, stats: TokenizeStats, on_bad_row: str, max_bad_rows: int | str, name: str) -> None:
-    if on_bad_row == "error":
-        raise bad.error()
+def _count_bad_row(bad: BadRow, stats: TokenizeStats, policy: BadRowPolicy, name: str) -> None:
+    if policy.on_bad_row == "error":
+        raise bad.to_error()
     stats.bad_rows += 1
     if len(stats.bad_places) < _MAX_NAMED_BAD_ROWS:
-        stats.bad_places.append(str(bad.error()))
-    if isinstance(max_bad_rows, int) and stats.bad_rows > max_bad_rows:
-        raise _too_many_bad_rows_error(stats, max_bad_rows, name)
+        stats.bad_places.append(str(bad.to_error()))
+    if isinstance(policy.max_bad_rows, int) and stats.bad_rows > policy.max_bad_rows:
+        raise _too_many_bad_rows_error(stats, policy.max_bad_rows, name)
 
 
 def _check_bad_row_share(stats: TokenizeStats, max_bad_rows: int | str, name: str) -> None:
-    """Refuse a larger share of bad rows, which is known once all rows are read."""
+    """Check the share of bad rows, which is known once all rows are read."""
     if isinstance(max_bad_rows, str) and stats.bad_rows > stats.rows * float(max_bad_rows.rstrip("%")) / 100:
         raise _too_many_bad_rows_error(stats, max_bad_rows, name)
 
@@ -177,12 +189,12 @@ def _too_many_bad_rows_error(stats: TokenizeStats, max_bad_rows: int | str, name
     count = f"{stats.bad_rows:,} of {stats.rows:,}, " if isinstance(max_bad_rows, str) else ""
     return UserError(
         f"{name}: more than data.max_bad_rows: {max_bad_rows} of its rows cannot be used ({count}the first: "
-        f"{stats.bad_places[0]}); mend them, or raise that number"
+        f"{stats.bad_places[0]}); correct them, or raise that number"
     )
 
 
 class _BadRowFile:
-    """The file of all bad rows, which is written if there are any."""
+    """File of all bad rows, which is created with the first."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -191,7 +203,7 @@ class _BadRowFile:
     def append(self, bad: BadRow) -> None:
         if self._path is not None:
             self._file = self._file or self._path.open("w", encoding="utf-8")
-            self._file.write(f"{bad.error()}\n")
+            self._file.write(f"{bad.to_error()}\n")
 
     def __enter__(self) -> _BadRowFile:
         return self
@@ -204,10 +216,10 @@ class _BadRowFile:
 def _encode_chunks(
     rows: Iterable[SourceRow | BadRow], encoder: RowEncoder, workers: int | Literal["auto"]
 ) -> Iterator[_EncodedChunk]:
-    """Every chunk's tokens, in order; what `rows` raises comes after the chunks before it."""
+    """Yield the encoded chunks in order. An error of `rows` is raised after the chunks before it."""
     chunks = _chunks(rows)
-    # more processes than chunks would only be started; and one has the work done sooner than it starts another. Other
-    # ranks wait for what these do: they need not share the cores
+    # More processes than chunks would be idle. For a single chunk, starting a process takes longer than the work.
+    # All cores are used, because the other ranks only wait for the result.
     max_workers = usable_cpu_count() if workers == "auto" else workers
     first_chunks = list(islice(chunks, max_workers)) if max_workers > 1 else []
     chunks = chain(first_chunks, chunks)
@@ -226,7 +238,7 @@ def _encode_chunks(
 
 
 def _chunks(rows: Iterable[SourceRow | BadRow]) -> Iterator[RowChunk | UserError]:
-    """Rows as they are handed to a worker; last of all the mistake that ended them, if one did."""
+    """Yield rows in chunks for the workers, and at last the error that ended them, if any."""
     chunk: RowChunk = []
     characters = 0
     try:
@@ -245,7 +257,7 @@ def _chunks(rows: Iterable[SourceRow | BadRow]) -> Iterator[RowChunk | UserError
 
 
 def _num_characters(row: SourceRow | BadRow) -> int:
-    """About how much text it is."""
+    """Return the approximate length of a row's text."""
     if isinstance(row, BadRow):
         return 0
     if isinstance(row, TextRow):
@@ -283,17 +295,17 @@ def _encode(chunk: RowChunk, encoder: RowEncoder) -> _EncodedChunk:
             bad.append(encoded)
         elif isinstance(encoded, list):
             per_answer, answers = per_answer + 1, answers + len(encoded)
-            kept += [(answer.tokens, answer.trained) for answer in encoded]
-        elif encoded.trained[1:].any():  # nothing predicts the first
-            kept.append((encoded.tokens, encoded.trained))
+            kept += [(answer.tokens, answer.loss_mask) for answer in encoded]
+        elif encoded.loss_mask[1:].any():  # Nothing predicts the first token.
+            kept.append((encoded.tokens, encoded.loss_mask))
         else:
             untrained += 1
-    return _EncodedChunk(len(chunk), bad, untrained, per_answer, answers, FlatSequences.of(kept))
+    return _EncodedChunk(len(chunk), bad, untrained, per_answer, answers, FlatSequences.from_pairs(kept))
 
 
 # --- the workers ------------------------------------------------------------------------------------------------------
-# Forked: they have transformers and the tokenizer at once, where a fresh process takes seconds to import them. Not safe
-# after a fork would be using the parent's threads, torch's or the tokenizers library's: they use neither.
+# The workers are forked, because a new process would import transformers for seconds. Using the parent's threads (of
+# torch or the tokenizers library) would be unsafe after a fork, but the workers do not use them.
 
 _ENCODER: RowEncoder
 
@@ -315,13 +327,13 @@ def _worker_pool(workers: int, encoder: RowEncoder) -> Iterator[ProcessPoolExecu
 def _init_worker(encoder: RowEncoder) -> None:
     global _ENCODER
     _ENCODER = encoder
-    gc.freeze()  # looking through all of the parent's objects for garbage would copy the pages they lie on
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent answers
+    gc.freeze()  # Collecting garbage among the parent's objects would copy their memory pages.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The terminal sends it to all processes. The parent handles it.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """A killed parent would leave workers that wait for work for ever."""
+    """Exit when the parent process dies, because a worker would otherwise wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""How far tokenizing has come: a bar on a terminal, a line now and then elsewhere, and a line for those who wait."""
+"""Progress of tokenizing: a bar on a terminal, lines elsewhere, and a file for waiting processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,9 @@ _NOTE_INTERVAL_S = 2.0
 
 
 class RowProgress:
-    """Of how many rows is not known before the end."""
+    """Progress display that counts rows without a known total, and keeps a file up to date for waiting processes."""
 
     def __init__(self, console: Console, name: str, progress_path: Path) -> None:
-        """Begin.
-
-        Args:
-            console: quiet on all ranks but the first.
-            name: the source's.
-            progress_path: a file that is kept up to date with the line.
-        """
         self._console, self._name, self._note = console, name, progress_path
         columns = (
             TextColumn("{task.description}"),
@@ -37,7 +30,7 @@ class RowProgress:
         self._start = self._last_line_s = self._last_note_s = time.monotonic()
 
     def __call__(self, rows: int) -> None:
-        """So many rows are done."""
+        """Show that `rows` rows are finished."""
         now = time.monotonic()
         done = f"{rows:,} rows, {rows / (now - self._start):,.0f} rows/s"
         self._bar.update(self._task, done=done)

@@ -1,4 +1,4 @@
-"""Token sequences, uncut, in Arrow record batches: a file of them is mapped into memory and not read."""
+"""Uncut token sequences in Arrow record batches. A file of them is mapped into memory and not read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 RECORD_BATCH_TOKENS = 2**22
-"""A record batch is written as soon as it has so many tokens (20 MiB of them with their flags)."""
+"""Tokens from which a record batch is written (20 MiB of tokens and flags)."""
 
 _SCHEMA = pa.schema(
     [
@@ -25,23 +25,23 @@ _SCHEMA = pa.schema(
 
 
 class TokenizedSequences:
-    """Sequences by number. Nothing of a file's tokens is in memory but what the operating system keeps of it."""
+    """Sequences by index. The tokens of a file stay on disk, apart from the operating system's page cache."""
 
     lengths: npt.NDArray[np.int64]
-    """int64[sequences]: tokens of each."""
+    """int64[sequences]: tokens per sequence."""
     loss_token_counts: npt.NDArray[np.int64]
-    """int64[sequences]: trained tokens of each."""
+    """int64[sequences]: trained tokens per sequence."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
-        """Of record batches in the form that `SequenceWriter` gives them."""
+        """Use record batches in the form that `SequenceWriter` writes."""
         self.batches = list(batches)
         self._tokens = [_values(batch, "tokens") for batch in self.batches]
-        self._trained = [_values(batch, "trained").view(np.bool_) for batch in self.batches]
-        # of a batch that is a slice, offsets don't begin at 0: they count from the beginning of the values
+        self._loss_masks = [_values(batch, "trained").view(np.bool_) for batch in self.batches]
+        # Offsets of a sliced batch do not begin at 0, because they count from the beginning of the values.
         self._offsets = [np.from_dlpack(batch.column("tokens").offsets) for batch in self.batches]
-        self._starts = [0]
+        self._batch_starts = [0]
         for batch in self.batches:
-            self._starts.append(self._starts[-1] + batch.num_rows)
+            self._batch_starts.append(self._batch_starts[-1] + batch.num_rows)
         no_lengths = [np.empty(0, dtype=np.int64)]
         self.lengths = np.concatenate(no_lengths + [np.diff(offsets).astype(np.int64) for offsets in self._offsets])
         counts = [np.from_dlpack(batch.column("trained_length")) for batch in self.batches]
@@ -49,61 +49,61 @@ class TokenizedSequences:
 
     @classmethod
     def open(cls, path: Path) -> TokenizedSequences:
-        """Map a file that `SequenceWriter` has written.
+        """Map a file that `SequenceWriter` wrote.
 
         Raises:
-            pyarrow.ArrowInvalid: it is no such file.
+            pyarrow.ArrowInvalid: the file is of another kind.
         """
-        with pa.memory_map(str(path)) as source:  # the batches keep the mapping
+        with pa.memory_map(str(path)) as source:  # The batches keep the mapping.
             reader = pa.ipc.open_file(source)
             if not reader.schema.equals(_SCHEMA):
                 raise pa.ArrowInvalid(f"{path.name} has other columns than sequences of tokens")
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         for batch in batches:
-            batch.validate(full=True)  # of offsets beyond the tokens, which numpy would follow
+            batch.validate(full=True)  # numpy would follow offsets beyond the tokens.
         return cls(batches)
 
     @classmethod
-    def of(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> TokenizedSequences:
-        """In memory, of (tokens, trained) each. Nothing predicts a first token: its flag is taken for False."""
+    def from_lists(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> TokenizedSequences:
+        """Return sequences in memory from pairs of tokens and loss mask; the first flag counts as False."""
         pairs = [(np.asarray(tokens, np.int32), np.asarray(trained, np.bool_)) for tokens, trained in sequences]
-        return cls([_record_batch([FlatSequences.of(pairs)])])
+        return cls([_record_batch([FlatSequences.from_pairs(pairs)])])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def tokens(self, index: int) -> npt.NDArray[np.int32]:
-        """int32[length], a view that cannot be written to."""
+        """Return int32[length], a read-only view."""
         batch, start, end = self._locate(index)
         return self._tokens[batch][start:end]
 
-    def trained(self, index: int) -> npt.NDArray[np.bool_]:
-        """bool[length], a view: this token is a target. False for the first."""
+    def loss_mask(self, index: int) -> npt.NDArray[np.bool_]:
+        """Return bool[length], a read-only view: whether each token is trained; False for the first."""
         batch, start, end = self._locate(index)
-        return self._trained[batch][start:end]
+        return self._loss_masks[batch][start:end]
 
     def _locate(self, index: int) -> tuple[int, int, int]:
-        """The batch, and where in its values the sequence lies."""
+        """Return the batch of a sequence, and the sequence's start and end in the batch's values."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        batch = bisect_right(self._starts, index) - 1
-        offsets, row = self._offsets[batch], index - self._starts[batch]
+        batch = bisect_right(self._batch_starts, index) - 1
+        offsets, row = self._offsets[batch], index - self._batch_starts[batch]
         return batch, int(offsets[row]), int(offsets[row + 1])
 
 
 class FlatSequences(NamedTuple):
-    """Sequences one behind the other."""
+    """Concatenated sequences."""
 
     lengths: npt.NDArray[np.int64]
     """int64[sequences]"""
     tokens: npt.NDArray[np.int32]
     """int32[tokens]"""
-    trained: npt.NDArray[np.bool_]
-    """bool[tokens]. False for the first of each sequence, which nothing predicts."""
+    loss_mask: npt.NDArray[np.bool_]
+    """bool[tokens]: whether each token is trained. False for the first of each sequence, which nothing predicts."""
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]) -> FlatSequences:
-        """Of (tokens, trained) each; a first token's flag is taken for False."""
+    def from_pairs(cls, pairs: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]) -> FlatSequences:
+        """Concatenate pairs of tokens and loss mask. The first flag of a sequence counts as False."""
         lengths = np.array([len(tokens) for tokens, _ in pairs], dtype=np.int64)
         tokens = np.concatenate([np.empty(0, dtype=np.int32), *(tokens for tokens, _ in pairs)])
         trained = np.concatenate([np.empty(0, dtype=np.bool_), *(trained for _, trained in pairs)])
@@ -112,7 +112,7 @@ class FlatSequences(NamedTuple):
 
 
 class SequenceWriter:
-    """Writes sequences one after another; holds no more than a record batch."""
+    """Writer of sequences, which holds at most one record batch in memory."""
 
     def __init__(self, path: Path, batch_tokens: int = RECORD_BATCH_TOKENS) -> None:
         self._file = pa.OSFile(str(path), "wb")
@@ -121,10 +121,10 @@ class SequenceWriter:
         self._pending: list[FlatSequences] = []
 
     def append(self, sequences: FlatSequences) -> None:
-        """Add some.
+        """Add sequences.
 
         Raises:
-            OSError: the disk is full, or the like.
+            OSError: the file cannot be written, for example because the disk is full.
         """
         self._pending.append(sequences)
         if sum(len(part.tokens) for part in self._pending) >= self._batch_tokens:
@@ -161,10 +161,11 @@ def _record_batch(parts: Sequence[FlatSequences]) -> pa.RecordBatch:
 
 
 def _arrow(values: npt.NDArray[np.generic], arrow_type: pa.DataType) -> pa.Array:
-    """As `pa.array`, which imports pandas."""
+    """Return the same array as `pa.array`, without importing pandas."""
     buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=arrow_type.to_pandas_dtype()))
     return pa.Array.from_buffers(arrow_type, len(values), [None, buffer])
 
 
 def _values(batch: pa.RecordBatch, name: str) -> npt.NDArray[Any]:
-    return np.from_dlpack(batch.column(name).values)  # to_numpy would import pandas: half a second in every rank
+    # to_numpy would import pandas, which takes half a second on every rank.
+    return np.from_dlpack(batch.column(name).values)

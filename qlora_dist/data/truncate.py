@@ -1,4 +1,4 @@
-"""What becomes of sequences that are longer than a row."""
+"""Truncation: what happens to sequences that are longer than a row."""
 
 from __future__ import annotations
 
@@ -17,54 +17,55 @@ _Int = TypeVar("_Int", bound=np.integer)
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Parts of sequences, each with a token to train. Arrays, no Python object for each: 16 bytes a piece."""
+    """Parts of sequences, each with a trained token. Arrays take 16 bytes per segment, unlike Python objects."""
 
     sequence_index: npt.NDArray[np.integer]
-    """int32[pieces] (int64 from 2^31 sequences on): which sequence it is a part of."""
+    """int32[segments] (int64 from 2^31 sequences on): index of the sequence."""
     start: npt.NDArray[np.int32]
-    """int32[pieces]: its first token's place in the sequence. That token is no target: nothing predicts it."""
+    """int32[segments]: position of the first token in the sequence. That token is not a target, because nothing
+    predicts it."""
     length: npt.NDArray[np.int32]
-    """int32[pieces]: its tokens."""
-    trained: npt.NDArray[np.int32]
-    """int32[pieces]: its targets, at least one."""
+    """int32[segments]: number of tokens."""
+    loss_tokens: npt.NDArray[np.int32]
+    """int32[segments]: number of targets, at least one."""
 
     def __len__(self) -> int:
         return len(self.sequence_index)
 
     def take(self, order: npt.NDArray[np.int64]) -> Segments:
-        """These of them, in this order."""
+        """Return the segments with these indices."""
         return Segments(*(getattr(self, field.name)[order] for field in fields(self)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TruncationStats:
-    """What became of a source's sequences."""
+    """Counts of a source's sequences and segments."""
 
     sequences: int
-    """All of them."""
+    """Number of sequences."""
     truncated: int
-    """Cut to the length, of those that are trained."""
+    """Trained sequences that were cut to `seq_len`."""
     split: int
-    """Cut into several pieces."""
+    """Sequences that were split into several segments."""
     split_segments: int
-    """The pieces that these became."""
+    """Segments of the split sequences."""
     dropped: int
-    """Left out because they are too long."""
+    """Sequences that were dropped because they are too long."""
     untrained: int
-    """Pieces left out because they have no target. A sequence that was not split is one piece."""
-    pieces: int
-    """What is trained."""
+    """Segments that were dropped because they have no target. A sequence that was not split is one segment."""
+    segments: int
+    """Segments that are trained."""
     tokens: int
-    """In these pieces."""
+    """Tokens of these segments."""
     trained_tokens: int
-    """Of these, targets; never a piece's first."""
+    """Targets of these segments. The first token of a segment is never a target."""
     cut_answers: int = 0
-    """Trained stretches that lie whole behind the cut, or in a sequence that was dropped."""
+    """Trained stretches that lie completely after the cut, or in a dropped sequence."""
     cut_trained_tokens: int = 0
-    """Targets that are not trained because of the length."""
+    """Targets that are lost because of the length."""
 
-    def sentence(self, seq_len: int) -> str:
-        """For people, without what did not happen."""
+    def describe(self, seq_len: int) -> str:
+        """Return the counts as a sentence, without those that are zero."""
         parts = [f"{self.sequences:,} sequences"]
         if self.truncated:
             parts.append(f"{self.truncated:,} cut to {seq_len:,} tokens")
@@ -83,71 +84,68 @@ class TruncationStats:
 def truncate_sequences(
     sequences: TokenizedSequences, seq_len: int, too_long: TruncationMode
 ) -> tuple[Segments, TruncationStats]:
-    """Cut sequences to at most `seq_len` tokens, and leave out what has no target then.
+    """Cut sequences to at most `seq_len` tokens, and drop segments without a target.
 
-    truncate: the first `seq_len` tokens. split: one behind the other, all but the last of `seq_len` tokens: full rows,
-    where equal parts would leave gaps that nothing fits into. drop: no sequence that is longer.
-
-    Args:
-        sequences: of any length.
-        seq_len: the most tokens a piece has.
-        too_long: what to do with those that have more.
+    - `truncate` keeps the first `seq_len` tokens.
+    - `split` keeps all tokens, in segments of `seq_len` tokens and a shorter last one. Equal parts would leave gaps in
+      rows that nothing fits into.
+    - `drop` drops longer sequences.
 
     Returns:
-        The pieces in the order of the sequences, and the counts.
+        Segments in the order of the sequences, and the counts.
     """
-    lengths, trained = sequences.lengths, sequences.loss_token_counts
+    lengths, loss_token_counts = sequences.lengths, sequences.loss_token_counts
     too_long_indices = np.flatnonzero(lengths > seq_len)
-    kept_whole = np.flatnonzero((lengths <= seq_len) & (trained > 0))
+    kept_whole = np.flatnonzero((lengths <= seq_len) & (loss_token_counts > 0))
     untrained = len(sequences) - len(too_long_indices) - len(kept_whole)
-    truncated = split = split_pieces = cut_answers = 0
+    truncated = split = split_segments = cut_answers = 0
     columns = [array("q") for _ in fields(Segments)]
     for index in too_long_indices.tolist():
         if too_long != "split":
-            cut_answers += _count_trained_runs(sequences.trained(index), seq_len if too_long == "truncate" else 0)
+            cut_answers += _count_trained_runs(sequences.loss_mask(index), seq_len if too_long == "truncate" else 0)
         if too_long == "drop":
             continue
         end = int(lengths[index]) if too_long == "split" else seq_len
         starts = np.arange(0, end, seq_len)
-        flags = sequences.trained(index)[:end]
+        flags = sequences.loss_mask(index)[:end]
         ends = np.append(starts[1:], end)
         targets = np.diff(np.searchsorted(np.flatnonzero(flags), np.append(starts, end))) - flags[starts]
         kept = np.flatnonzero(targets)
         untrained += len(starts) - len(kept)
         if too_long == "split":
-            split, split_pieces = split + 1, split_pieces + len(starts)
+            split, split_segments = split + 1, split_segments + len(starts)
         else:
             truncated += len(kept)
         values = np.full(len(kept), index), starts[kept], (ends - starts)[kept], targets[kept]
         for column, value in zip(columns, values, strict=True):
             column.frombytes(value.tobytes())
-    pieces = Segments(
+    segments = Segments(
         _joined(kept_whole, columns[0], np.int32 if len(sequences) < 2**31 else np.int64),
         _joined(np.zeros(len(kept_whole), dtype=np.int32), columns[1], np.int32),
         _joined(lengths[kept_whole], columns[2], np.int32),
-        _joined(trained[kept_whole], columns[3], np.int32),
+        _joined(loss_token_counts[kept_whole], columns[3], np.int32),
     )
     if columns[0]:
-        pieces = pieces.take(np.argsort(pieces.sequence_index, kind="stable"))
-    trained_tokens = int(pieces.trained.sum(dtype=np.int64))
+        segments = segments.take(np.argsort(segments.sequence_index, kind="stable"))
+    trained_tokens = int(segments.loss_tokens.sum(dtype=np.int64))
     stats = TruncationStats(
         sequences=len(sequences),
         truncated=truncated,
         split=split,
-        split_segments=split_pieces,
+        split_segments=split_segments,
         dropped=len(too_long_indices) if too_long == "drop" else 0,
         cut_answers=cut_answers,
-        cut_trained_tokens=int(trained.sum()) - trained_tokens,
+        cut_trained_tokens=int(loss_token_counts.sum()) - trained_tokens,
         untrained=untrained,
-        pieces=len(pieces),
-        tokens=int(pieces.length.sum(dtype=np.int64)),
+        segments=len(segments),
+        tokens=int(segments.length.sum(dtype=np.int64)),
         trained_tokens=trained_tokens,
     )
-    return pieces, stats
+    return segments, stats
 
 
 def _count_trained_runs(loss_mask: npt.NDArray[np.bool_], start: int) -> int:
-    """Return how many stretches of trained tokens begin at `start` or later."""
+    """Return the number of trained stretches that begin at `start` or later."""
     begins = loss_mask[start:].copy()
     begins[1:] &= ~loss_mask[start:-1]
     if start and len(begins):
@@ -155,5 +153,5 @@ def _count_trained_runs(loss_mask: npt.NDArray[np.bool_], start: int) -> int:
     return int(begins.sum())
 
 
-def _joined(some: npt.NDArray[np.integer], others: array[int], dtype: type[_Int]) -> npt.NDArray[_Int]:
-    return np.concatenate([some.astype(dtype), np.frombuffer(others, dtype=np.int64).astype(dtype)])
+def _joined(fitting: npt.NDArray[np.integer], too_long: array[int], dtype: type[_Int]) -> npt.NDArray[_Int]:
+    return np.concatenate([fitting.astype(dtype), np.frombuffer(too_long, dtype=np.int64).astype(dtype)])

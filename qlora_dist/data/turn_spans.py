@@ -1,4 +1,4 @@
-"""The text of a conversation, and where in it its turns lie."""
+"""Text of a conversation, and the spans of its turns."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ def render_with_turn_spans(
     indices: Sequence[int],
     end_tokens: tuple[str, ...],
 ) -> tuple[str, list[CharSpan]]:
-    """A conversation's text, and where in it the messages `indices` lie, in ascending order.
+    """Return a conversation's text, and the spans of the messages `indices` in ascending order.
 
     Args:
-        renderer: the template.
-        messages: from `Renderer.clean`.
-        tools: from `Renderer.tools`.
-        indices: of messages, ascending.
+        renderer: compiled chat template.
+        messages: result of `ChatRenderer.prepare_messages`.
+        tools: result of `ChatRenderer.check_tools`.
+        indices: indices of the messages, ascending.
         end_tokens: texts of the tokens that may end a turn.
 
     Raises:
-        Refused: the template refuses, or what it writes for a message cannot be told from the rest.
+        UnsupportedConversationError: the template refuses the conversation, or the text of a message cannot be
+            identified.
     """
-    if not renderer.marked:
-        text = renderer.text(messages, tools)
+    if not renderer.has_generation_blocks:
+        text = renderer.render(messages, tools)
         return text, _TurnFinder(renderer, messages, tools, text, end_tokens).spans(indices)
-    text, marks = renderer.marks(messages, tools)
+    text, marks = renderer.render_with_assistant_spans(messages, tools)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     trained_answers = [index for index in answers if index in indices]
     if trained_answers != answers:
         if trained_answers and len(marks) != len(answers):
             raise RewrittenHistoryError(
-                f"the chat template marks {len(marks)} passages for {len(answers)} messages of the assistant, so one "
-                "message cannot be told from another; set data.multi_turn: auto, train all of them, or use another "
+                f"the chat template marks {len(marks)} passages for {len(answers)} messages of the assistant, so it "
+                "is unknown which passage is whose; set data.multi_turn: auto, train all of them, or use another "
                 "chat template"
             )
         marks = (
@@ -51,33 +52,33 @@ def render_with_turn_spans(
 
 
 class RewrittenHistoryError(UnsupportedConversationError):
-    """A conversation of which one rendering does not show each answer as inference would see it."""
+    """Conversation of which one rendering does not show each answer as at inference."""
 
 
 def require_prompt(index: int) -> None:
-    """See whether an answer has something to answer.
+    """Check that the answer has a message before it.
 
     Raises:
-        Refused: it is the first message.
+        UnsupportedConversationError: it is the first message.
     """
     if index == 0:
         raise UnsupportedConversationError("the conversation starts with the assistant; put a user's message before it")
 
 
 def find_turn_end(text: str, end: int, added_tokens: tuple[str, ...]) -> int:
-    """Return where a turn ends that is written up to `end`, without white space behind the token that ends it.
+    """Return the end of a turn that is written up to `end`, without white space after its end token.
 
-    ChatML writes a line feed after <|im_end|>; generation has stopped by then.
+    ChatML writes a line feed after <|im_end|>, but generation has stopped by then.
     """
     stripped = text[:end].rstrip()
     return len(stripped) if stripped.endswith(added_tokens) else end
 
 
 class _TurnFinder:
-    """The turns of one conversation, found by rendering parts of it.
+    """Finder of the turns of one conversation, which renders parts of it.
 
-    The parts are compared as text: token by token, an answer that starts with a line feed would be refused, because
-    that line feed and the prompt's become one token.
+    The parts are compared as text, not as tokens. An answer that starts with a line feed would otherwise be refused,
+    because that line feed and the prompt's form one token.
     """
 
     def __init__(
@@ -94,20 +95,20 @@ class _TurnFinder:
         self._text = text
         self._end_tokens = end_tokens
         self._answer_affixes: tuple[str, str] | None = None
-        """What the template writes before and after the content of an answer, once that is known."""
+        """Texts that the template writes before and after the content of an answer, or None while unknown."""
 
     def spans(self, indices: Sequence[int]) -> list[CharSpan]:
-        """What is said in these messages, and what ends their turns.
+        """Return the spans of these messages, with the tokens that end their turns.
 
-        For an assistant's message that is what the template writes after prompting for it. For another's it begins
-        with the content. White space after the token that ends a turn is left out.
+        An assistant's span is what the template writes after its prompt. Other spans begin with the content. White
+        space after the end token is excluded.
         """
         spans = []
         answers = [index for index in indices if self._messages[index]["role"] == "assistant"]
         derived = derive_answer_spans(
             self._renderer, self._messages, self._tools, self._text, answers, self._answer_span
         )
-        for index in reversed(indices):  # the last answer tells the most
+        for index in reversed(indices):  # The last answer is the most informative.
             if index in derived:
                 start, end = derived[index]
             else:
@@ -117,10 +118,10 @@ class _TurnFinder:
 
     def _answer_span(self, index: int) -> CharSpan:
         require_prompt(index)
-        prompt = self._renderer.text(self._messages[:index], self._tools, add_generation_prompt=True)
+        prompt = self._renderer.render(self._messages[:index], self._tools, add_generation_prompt=True)
         if not self._text.startswith(prompt):
             raise _rewritten_history_error("the prompt", index)
-        end = self._end_as_it_stands(index, len(prompt))
+        end = self._end_by_affixes(index, len(prompt))
         if end is not None:
             return len(prompt), end
         answered = self._render_until(index)
@@ -131,17 +132,17 @@ class _TurnFinder:
             return len(prompt), len(answered)
         return len(prompt), self._end_if_rewritten(index, prompt, answered)
 
-    def _end_as_it_stands(self, index: int, start: int) -> int | None:
-        """Where the answer ends, if the prompt is followed by its content and by what ends an answer, word for word.
+    def _end_by_affixes(self, index: int, start: int) -> int | None:
+        """Return the end of the answer if the known affixes surround its content; None otherwise.
 
-        It saves half of the renderings. None: that is not so, or not known.
+        This saves half of the renderings.
         """
         if self._answer_affixes is None or "tool_calls" in self._messages[index]:
             return None
         before, after = self._answer_affixes
         content = self._content(index)
-        for written in (content, content.strip()):
-            for answer in (before + written + after, written + after):
+        for rendered_content in (content, content.strip()):
+            for answer in (before + rendered_content + after, rendered_content + after):
                 if self._text.startswith(answer, start):
                     return start + len(answer)
         return None
@@ -149,35 +150,35 @@ class _TurnFinder:
     def _learn_affixes(self, index: int, prompt: str, answered: str) -> None:
         content, answer = self._content(index), answered[len(prompt) :]
         if not content or content != content.strip() or "tool_calls" in self._messages[index]:
-            return  # the template might have taken some of it, or the calls stand in between
-        # what stands before the content may hold it too: what comes after is then too long, and fits nowhere
-        at = answer.find(content)
-        # a template may write such text by itself, and leave the content out
-        if at >= 0 and (
-            content not in self._renderer.source or self._is_from_content(index, prompt + answer[:at] + content)
+            return  # The template may have trimmed the content, or the calls may be in between.
+        # The text before the content may contain it too. The suffix is then too long, and matches nothing.
+        start = answer.find(content)
+        # A template may write the same text itself, and omit the content.
+        if start >= 0 and (
+            content not in self._renderer.source or self._is_from_content(index, prompt + answer[:start] + content)
         ):
-            self._answer_affixes = answer[:at], answer[at + len(content) :]
+            self._answer_affixes = answer[:start], answer[start + len(content) :]
 
-    def _is_from_content(self, index: int, upto: str) -> bool:
-        """Return whether `upto` ends with the content itself, not with something that the template writes by itself."""
+    def _is_from_content(self, index: int, prefix: str) -> bool:
+        """Return whether `prefix` ends with the content itself, and not with equal text of the template."""
         mark = self._unused_character(index)
         marked = self._with_content(index, lambda content: content + mark)
-        return self._renderer.text(marked[: index + 1], self._tools).startswith(upto + mark)
+        return self._renderer.render(marked[: index + 1], self._tools).startswith(prefix + mark)
 
     def _end_if_rewritten(self, index: int, prompt: str, answered: str) -> int:
-        """Where the answer ends that is written otherwise once there is a later turn (Qwen 3 leaves out thoughts).
+        """Return the end of an answer that is rewritten once there is a later turn (Qwen 3 omits thoughts).
 
-        A mark is put after the content. What follows the mark does not depend on the answer. Where the answer comes
-        last that is what ends the turn, and here it has to begin the same way.
+        A marker is put after the content. The text after the marker does not depend on the answer. If the answer is the
+        last message, this text ends the turn, and here the text after the answer must begin with it.
         """
         mark = self._unused_character(index)
         marked = self._with_content(index, lambda content: content + mark)
-        closing = _common_suffix(answered, self._renderer.text(marked[: index + 1], self._tools))
-        whole = self._renderer.text(marked, self._tools)
+        closing = _common_suffix(answered, self._renderer.render(marked[: index + 1], self._tools))
+        whole = self._renderer.render(marked, self._tools)
         rest = _common_suffix(self._text, whole)
-        written = whole.startswith(prompt) and whole[: len(whole) - len(rest)].endswith(mark)
+        is_content_rendered = whole.startswith(prompt) and whole[: len(whole) - len(rest)].endswith(mark)
         end = len(self._text) - len(rest) + len(closing)
-        if not written or not rest.startswith(closing) or end < len(prompt):
+        if not is_content_rendered or not rest.startswith(closing) or end < len(prompt):
             raise _rewritten_history_error("an earlier turn", index)
         return end
 
@@ -186,7 +187,7 @@ class _TurnFinder:
         if not self._text.startswith(rendered_until):
             raise _rewritten_history_error("an earlier turn", index)
         mark = self._unused_character(index)
-        marked = self._renderer.text(
+        marked = self._renderer.render(
             self._with_content(index, lambda content: mark + content)[: index + 1], self._tools
         )
         start = common_prefix_length(rendered_until, marked)
@@ -198,13 +199,13 @@ class _TurnFinder:
         return start, len(rendered_until)
 
     def _render_until(self, index: int) -> str:
-        """The conversation up to this message."""
+        """Return the conversation up to and including this message."""
         if index == len(self._messages) - 1:
             return self._text
-        return self._renderer.text(self._messages[: index + 1], self._tools)
+        return self._renderer.render(self._messages[: index + 1], self._tools)
 
     def _unused_character(self, index: int) -> str:
-        """A character which the content does not hold, and no template trims."""
+        """Return a character that the content does not contain and no template trims."""
         return next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in self._content(index))
 
     def _with_content(self, index: int, change: Callable[[str], str]) -> list[Message]:
@@ -220,7 +221,7 @@ class _TurnFinder:
 
 
 def common_prefix_length(one: str, other: str) -> int:
-    """Return the length of the common beginning of two texts."""
+    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -229,9 +230,9 @@ def _common_suffix(one: str, other: str) -> str:
     return one[len(one) - common_prefix_length(one[::-1], other[::-1]) :]
 
 
-def _rewritten_history_error(what: str, index: int) -> RewrittenHistoryError:
+def _rewritten_history_error(part: str, index: int) -> RewrittenHistoryError:
     return RewrittenHistoryError(
-        f"the chat template rewrites history ({what} of message {index + 1} changes with what follows), so the "
+        f"the chat template rewrites history ({part} of message {index + 1} changes with what follows), so the "
         "conversation cannot be trained as one row; set data.multi_turn: auto, or give data.chat_template a template "
-        "that does not, best one with {% generation %} markers"
+        "that does not, preferably one with {% generation %} markers"
     )

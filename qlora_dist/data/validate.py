@@ -1,4 +1,4 @@
-"""A row before it has a format: where it stands and what it holds. And the words for what is wrong with a value."""
+"""Raw rows, and validation of their values with error messages for the user."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterable
 from typing import Any
 
 RawRow = tuple[str, dict[str, Any]]
-"""The place ('FILE, line N') and the fields of a row."""
+"""Location ('FILE, line N') and fields of a row."""
 
 MAX_JSON_DEPTH = 100
-"""Levels of nesting that a template's `tojson` is trusted with."""
+"""Most levels of nesting of a value that a template writes with `tojson`."""
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 class InvalidRowError(Exception):
-    """What is wrong with a row, and the remedy: the `reason` of a `BadRow`."""
+    """Row is invalid; the message names the problem and the remedy, and becomes the `reason` of a `BadRow`."""
 
 
 def require_str(value: Any, where: str) -> str:
-    """The value, if it is text.
+    """Return the value if it is valid text.
 
     Raises:
-        Unusable: it is something else, or text that has no UTF-8.
+        InvalidRowError: the value is not a string, or not encodable as UTF-8.
     """
     if not isinstance(value, str):
         raise InvalidRowError(f"{where} is {json_type_name(value)}; write a string")
@@ -33,7 +33,10 @@ def require_str(value: Any, where: str) -> str:
 
 
 def is_valid_utf8(value: str) -> bool:
-    """Whether it is text. Half of a surrogate pair is valid JSON and none; a tokenizer would not say where."""
+    """Return whether the string can be encoded as UTF-8.
+
+    JSON may contain lone surrogates, which cannot. They are refused here, because a tokenizer could not name the row.
+    """
     if value.isascii():
         return True
     try:
@@ -44,10 +47,12 @@ def is_valid_utf8(value: str) -> bool:
 
 
 def require_nonempty_str(value: Any, where: str) -> str:
-    """The value, if it is text of more than white space: training on less teaches silence.
+    """Return the value if it is text with more than white space.
+
+    An empty completion would train the model to answer nothing.
 
     Raises:
-        Unusable: it is not.
+        InvalidRowError: the value is not a string, or empty.
     """
     text = require_str(value, where)
     if not text.strip():
@@ -56,9 +61,9 @@ def require_nonempty_str(value: Any, where: str) -> str:
 
 
 def check_json_value(value: Any, where: str) -> None:
-    """Raise `InvalidRowError` unless a template can write the value as JSON, which is how it is found out.
+    """Raise `InvalidRowError` unless a template can write the value as JSON.
 
-    A value that is only just not too deep for us may be so further down the stack: there is a margin.
+    The limit leaves a margin, because templates render deeper in the call stack than this check.
     """
     try:
         text = _ENCODER.encode(value)
@@ -68,14 +73,14 @@ def check_json_value(value: Any, where: str) -> None:
         raise InvalidRowError(f"{where} holds half of a surrogate pair; write the whole character") from None
     except RecursionError:
         is_too_deep = True
-    except (TypeError, ValueError) as error:  # a date, bytes; not a number
-        raise InvalidRowError(f"{where} cannot be written as JSON ({error}); write what JSON knows") from None
+    except (TypeError, ValueError) as error:  # It holds a date, bytes or NaN.
+        raise InvalidRowError(f"{where} cannot be written as JSON ({error}); use JSON types only") from None
     if is_too_deep:
         raise InvalidRowError(f"{where} is nested more than {MAX_JSON_DEPTH} levels deep; flatten it")
 
 
 def _nesting_depth(value: Any) -> int:
-    """Levels of nesting: 0 of a number, 1 of a list of numbers."""
+    """Return the levels of nesting: 0 for a number, 1 for a list of numbers."""
     level, depth = [value], -1
     while level:
         depth += 1
@@ -85,28 +90,28 @@ def _nesting_depth(value: Any) -> int:
 
 
 def json_type_name(value: Any) -> str:
-    """What JSON calls the value."""
+    """Return the name of the value's type in JSON."""
     if value is None:
         return "null"
-    if isinstance(value, bool):  # before int, which bool is
+    if isinstance(value, bool):  # This precedes int, because a bool is an int.
         return "a boolean"
     kinds = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"a value of the type {type(value).__name__}")  # Parquet knows dates and bytes
+    return kinds.get(type(value), f"a value of the type {type(value).__name__}")  # Parquet has dates and bytes.
 
 
 def quote(text: str) -> str:
-    """A word of the user's, fit for a sentence: one line, printable, not too long."""
+    """Return text of the user in backticks: on one line, printable, and shortened."""
     return f"`{text[:40] if text[:40].isprintable() else ascii(text[:40])[1:-1]}{'...' if len(text) > 40 else ''}`"
 
 
 def join_names(names: Iterable[str], max_names: int = 12) -> str:
-    """The names one behind the other."""
+    """Return the quoted names as a list in text."""
     words = [quote(name) for name in names]
     more = f" and {len(words) - max_names} more" if len(words) > max_names else ""
     return (", ".join(words[:max_names]) or "none") + more
 
 
 def format_exception_message(error: Exception) -> str:
-    """What a library says is wrong, fit for a sentence: one line, printable, not too long."""
+    """Return a library's error message on one line, printable, and shortened."""
     words = " ".join(str(error).split()).replace(". ", ": ")[:200].rstrip(".")
     return "".join(character if character.isprintable() else "?" for character in words) or type(error).__name__

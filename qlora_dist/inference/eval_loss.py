@@ -59,6 +59,6 @@ def load_eval_batches(loaded: InferenceModel, data: str, console: Console | None
     check_token_ids(loaded.folder, loaded.model, [source])
     if len(set(all_gather_json(source.stats.sha256))) > 1:
         raise UserError(f"{data}: is not the same on all ranks; copy the same file to all nodes")
-    rows, ranks = source.rows, loaded.ranks
+    rows, ranks = source.dataset, loaded.ranks
     batches = eval_batches(rows, micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size)
-    return [Batch(*(t.to(loaded.device) for t in batch)) for batch in batches], int(rows.trained_tokens.sum())
+    return [Batch(*(t.to(loaded.device) for t in batch)) for batch in batches], int(rows.row_loss_tokens.sum())

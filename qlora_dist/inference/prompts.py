@@ -101,10 +101,12 @@ class PromptEncoder:
             ):  # a prompt that was rendered before begins by itself, as in training
                 del ids[: len(bos_tokens)]
         else:
-            renderer = self.require_template(prompt.place).given(prompt.variables)
+            renderer = self.require_template(prompt.place).with_variables(prompt.variables)
             try:
-                text = renderer.text(
-                    renderer.prepare_messages(prompt.asked), renderer.tools(prompt.tools), add_generation_prompt=True
+                text = renderer.render(
+                    renderer.prepare_messages(prompt.asked),
+                    renderer.check_tools(prompt.tools),
+                    add_generation_prompt=True,
                 )
             except UnsupportedConversationError as refused:
                 raise UserError(f"{prompt.place}: {refused}") from None
@@ -160,15 +162,15 @@ def _rows(path: Path) -> Iterator[Prompt]:
 
     for row in parse_rows(completed(), "auto", "the first row has it"):
         if isinstance(row, BadRow):
-            raise row.error()
+            raise row.to_error()
         if isinstance(row, MessagesRow):
             asked: str | list[Message] = _without_answer(row.messages)
             if not asked:
-                raise UserError(f"{row.place}: the conversation holds no question; add one or take the row out")
+                raise UserError(f"{row.location}: the conversation holds no question; add one or take the row out")
         else:
             asked = row.prompt if isinstance(row, CompletionRow) else row.text
-        of_conversation = (row.tools, row.variables) if isinstance(row, MessagesRow) else ()
-        yield Prompt(asked, adapters.get(row.place), row.place, *of_conversation)
+        of_conversation = (row.tools, row.template_variables) if isinstance(row, MessagesRow) else ()
+        yield Prompt(asked, adapters.get(row.location), row.location, *of_conversation)
 
 
 def _fill_missing_answer(fields: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from qlora_dist.config.max_positions import check_seq_len
 from qlora_dist.config.schema import Config
 from qlora_dist.config.sections import DEFAULT_STEPS
 from qlora_dist.data.collate import Batch, PackedDataset
-from qlora_dist.data.dataloader import TrainDataLoader, eval_batches
+from qlora_dist.data.dataloader import BatchLayout, TrainDataLoader, eval_batches
 from qlora_dist.data.inference_tokenizer import InferenceTokenizer, make_inference_tokenizer
 from qlora_dist.data.prepare_datasets import PreparedSource, data_warnings, prepare_datasets
 from qlora_dist.data.tokenizer import load_tokenizer
@@ -109,7 +109,7 @@ def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) 
     served = make_inference_tokenizer(tokenizer, config.data.chat_template, folder.path)
     sources = train if eval_source is None else [*train, eval_source]
     for source in sources:
-        for note in (source.stats.left_out(), source.stats.per_answer()):
+        for note in (source.stats.describe_skipped_rows(), source.stats.describe_per_answer_rows()):
             if note and console is not None:
                 console.print(f"{source.path}: {note}", markup=False)
     check_token_ids(folder, model, sources)
@@ -117,11 +117,8 @@ def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) 
         for remark in data_warnings(train, eval_source):
             console.print(remark, markup=False)
     loader = TrainDataLoader(
-        [(source.rows, source.weight) for source in train],
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        [(source.dataset, source.weight) for source in train],
+        BatchLayout(config.train.global_batch, config.train.micro_batch, ranks.rank, ranks.world_size),
         seed=config.train.seed,
         epochs=config.train.epochs,
         group_by_length=config.data.group_by_length,
@@ -129,7 +126,7 @@ def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) 
     steps = loader.steps or config.train.steps or DEFAULT_STEPS
     if console is not None and config.optim.warmup_steps > steps:
         console.print(f"optim.warmup_steps: {config.optim.warmup_steps} is cut to the {steps} steps of this run")
-    eval_rows = None if eval_source is None else eval_source.rows
+    eval_rows = None if eval_source is None else eval_source.dataset
     batches = (
         eval_batches(eval_rows, micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size)
         if eval_rows is not None

@@ -57,12 +57,12 @@ def describe_data(setup: RunSetup) -> Iterator[str]:
     epochs = loader.steps_to_epochs(setup.steps)
     for rows, weight in loader.sources:
         mixed = f"; weight {weight:g}: each row {epochs * weight:.2f} times" if len(loader.sources) > 1 else ""
-        yield f"{rows.sentence()}{mixed}"
+        yield f"{rows.describe()}{mixed}"
     if setup.eval_rows is not None:
-        yield f"held out: {setup.eval_rows.sentence()}"
+        yield f"held out: {setup.eval_rows.describe()}"
     yield (
         f"{pluralize(setup.steps, 'step')} of {pluralize(setup.config.train.global_batch, 'row')} = {epochs:.2f} epochs of "
-        f"{pluralize(round(loader.rows_per_epoch), 'row')}; {100 * loader.padding(setup.steps):.1f} % padding"
+        f"{pluralize(round(loader.rows_per_epoch), 'row')}; {100 * loader.padding_fraction(setup.steps):.1f} % padding"
     )
 
 

@@ -163,8 +163,8 @@ def train_loop(
         record_heartbeat(progress.step, "reading data")
         batch = progress.batch_index()
         with record_function(DATA_LABEL):
-            micro_batches = [_batch_to(micro, setup.device) for micro in setup.loader.window(batch)]
-        tokens, loss_tokens = setup.loader.tokens(batch), setup.loader.trained_tokens(batch)
+            micro_batches = [_batch_to(micro, setup.device) for micro in setup.loader.micro_batches(batch)]
+        tokens, loss_tokens = setup.loader.tokens(batch), setup.loader.loss_tokens(batch)
         data_s = time.perf_counter() - started
 
         lr = learning_rate(progress.step, setup.steps, setup.config.optim)
@@ -222,7 +222,7 @@ def train_loop(
             "skipped": not result.finite,
             "tokens": tokens,
             "trained_tokens": loss_tokens,
-            "positions": setup.loader.positions(batch) if run_dir is not None else None,
+            "positions": setup.loader.padded_tokens(batch) if run_dir is not None else None,
             "tokens_per_s": tokens / step_s,
             "step_s": step_s,
             "data_s": data_s,

@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: byte-level BPE, as Llama's and Qwen's are, trained on a few sentences."""
+"""Byte-level BPE tokenizers, like those that Llama and Qwen use, trained on a few sentences."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Llama 3's way: a beginning-of-sequence token, trimmed contents, nothing after the end-of-turn token
+# As in Llama 3: a BOS token, trimmed contents, and nothing after the end-of-turn token.
 LLAMA = (
     "{{ '<|bos|>' }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|im_end|>"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
-# no special token at all: the line feed is what ends a turn
+# No special token: a line feed ends a turn.
 PLAIN = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -30,13 +30,13 @@ MARKED = (
     "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
     "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Qwen 3's way: what the assistant thought is written in the last turn only
+# As in Qwen 3: only the last turn is written with its thought.
 REWRITING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# the prompt opens a thought that the rendered answer does not have
+# The prompt opens a thought that the rendered answer does not have.
 UNPROMPTED = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
 ALTERNATING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
 
@@ -51,7 +51,7 @@ TEMPLATES = {
     "none": None,
 }
 
-# Llama 3's and Qwen's: line feeds in a row are one piece
+# As in Llama 3 and Qwen: consecutive line feeds are one piece.
 PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 SENTENCES = [
@@ -65,7 +65,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    """`make_tokenizer(name of a template, **special tokens)`."""
+    """Return `make_tokenizer(name of a template, **special tokens)`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -95,7 +95,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., str]:
-    """`write_rows(row, row, ..., name="train.jsonl")`: the path of a JSONL file of these objects."""
+    """Return `write_rows(row, row, ..., name="train.jsonl")`, which gives the path of a JSONL file of these objects."""
 
     def write(*rows: Any, name: str = "train.jsonl") -> str:
         path = tmp_path / name
@@ -107,12 +107,12 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def refusal() -> Callable[[BaseException], str]:
-    """The message of a refusal, checked to be one sentence on one line with a remedy."""
+    """Return a function that checks that an error is one sentence on one line with a remedy, and returns it."""
 
     def check(error: BaseException) -> str:
         message = str(error)
         assert "\n" not in message
-        assert "; " in message, "what is wrong; what to do"
+        assert "; " in message, "problem; remedy"
         assert not message.endswith(".")
         return message
 

@@ -18,7 +18,7 @@ CONTENTS = ["a", "the cat", " sat \n", "\n\nfoo", "字🙂", '{"a": 1}', "<tool_
 
 
 def make_agent_messages(steps: int, rng: random.Random, thoughts: float, contents: list[str]) -> list[dict[str, Any]]:
-    """A question, steps of calls and results, and the answer."""
+    """Return a question, steps of calls and results, and the answer."""
     messages = [{"role": "user", "content": rng.choice(contents)}]
     for _ in range(steps):
         thought = {"reasoning_content": "who?"} if rng.random() < thoughts else {}
@@ -29,7 +29,7 @@ def make_agent_messages(steps: int, rng: random.Random, thoughts: float, content
 
 @pytest.mark.parametrize("name", ["chatml", "llama-3", "llama-3.1", "mistral-nemo", "gemma", "qwen3"])
 def test_long_conversations_are_trained_as_short_ones(name, monkeypatch):
-    """The same tokens and refusals as when the conversation is rendered up to each answer."""
+    """Tokens and refusals do not depend on whether the conversation is rendered up to each answer."""
     rng = random.Random(name)
     encoder = RowEncoder(make_tokenizer(name), "assistant")
     tools = "tool_calls" in make_tokenizer(name).chat_template
@@ -48,7 +48,7 @@ def test_long_conversations_are_trained_as_short_ones(name, monkeypatch):
             if isinstance(exact, EncodedSequence):
                 assert isinstance(derived, EncodedSequence), derived
                 assert derived.tokens.tolist() == exact.tokens.tolist()
-                assert derived.trained.tolist() == exact.trained.tolist()
+                assert derived.loss_mask.tolist() == exact.loss_mask.tolist()
             else:
                 assert isinstance(derived, BadRow)
     assert EncodedSequence in kinds
@@ -56,32 +56,32 @@ def test_long_conversations_are_trained_as_short_ones(name, monkeypatch):
 
 @pytest.mark.parametrize(("name", "steps"), [("chatml", 0), ("llama-3.1", 40), ("qwen3", 40), ("qwen3", 0)])
 def test_a_few_renderings(name, steps, monkeypatch):
-    """Not one for each answer, which made 200 steps take 24 times as long as the tokenizer."""
+    """One rendering per answer made 200 steps take 24 times as long as the tokenizer."""
     rendered = []
-    text = ChatRenderer.text
+    text = ChatRenderer.render
 
     def counted(self: ChatRenderer, *args: Any, **options: Any) -> str:
         rendered.append(1)
         return text(self, *args, **options)
 
-    monkeypatch.setattr(ChatRenderer, "text", counted)
+    monkeypatch.setattr(ChatRenderer, "render", counted)
     encoder = RowEncoder(make_tokenizer(name), "assistant")
-    found = []
+    rendering_counts = []
     for long in (1, 4):
         rng = random.Random(0)
-        thoughts = float(name == "qwen3")  # other templates write none
+        thoughts = float(name == "qwen3")  # Other templates write none.
         messages = make_agent_messages(40 * long, rng, thoughts, CONTENTS[:3]) if steps else []
         for _ in range(0 if steps else 40 * long):
             messages += make_agent_messages(0, rng, 0.0, CONTENTS[:3])
         rendered.clear()
         (encoded,) = encoder.encode([MessagesRow("1", messages)])
         assert isinstance(encoded, EncodedSequence)
-        found.append(len(rendered))
-    assert max(found) <= 30, found
+        rendering_counts.append(len(rendered))
+    assert max(rendering_counts) <= 30, rendering_counts
 
 
 def test_one_rewritten_turn_among_many_is_noticed():
-    """A single thought in the middle: what its answer sees of it is not in the conversation any more."""
+    """A single thought in the middle is in the prompt of its answer, but not in the conversation."""
     rng = random.Random(0)
     messages: list[dict[str, Any]] = []
     for turn in range(30):

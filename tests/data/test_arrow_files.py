@@ -1,4 +1,4 @@
-"""If this fails, what `datasets` or pandas has written is read as something else, or a damaged file is a traceback."""
+"""If this fails, files of `datasets` or pandas are misread, or a damaged file ends in a traceback."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_parquet(path):
     assert rows(path) == [TextRow(f"{path}, row {number + 1}", text) for number, text in enumerate(texts)]
 
 
-def test_parquet_is_not_held_whole(path):
+def test_parquet_is_read_in_batches(path):
     pq.write_table(pa.table({"text": [os.urandom(500).hex() for _ in range(30_000)]}), path, row_group_size=30_000)
     before = pa.total_allocated_bytes()
     held = max(pa.total_allocated_bytes() - before for _ in read_source_rows(SourceConfig(path=str(path))))
     assert held < 10 << 20, "the file has 30 MB, in one row group"
 
 
-def test_nulls_of_fields_that_other_messages_have_are_no_fields(path):
+def test_nulls_of_fields_that_other_messages_have_are_dropped(path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "name": "x"}, HELLO[1]]
     messages[1]["tool_calls"] = [{"function": {"name": "add", "arguments": '{"a": 1}'}}]
     pq.write_table(pa.Table.from_pylist([{"messages": messages, "tools": None}]), path)
@@ -61,7 +61,7 @@ def test_nulls_of_fields_that_other_messages_have_are_no_fields(path):
 
 @pytest.mark.parametrize("save", ["parquet", "disk"])
 def test_values_that_datasets_keeps_as_json_are_decoded(tmp_path, save):
-    """It does so where the objects of a list have different fields; in the file each is text."""
+    """`datasets` stores objects as JSON text if the objects of a list have different fields."""
     calls = [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": [{"type": "text", "text": "3"}]}]
     conversations = [[HELLO[0], *calls, HELLO[1]], HELLO]
     features = datasets.Features({"messages": datasets.List(datasets.Json()), "info": {"x": datasets.Json()}})
@@ -71,15 +71,15 @@ def test_values_that_datasets_keeps_as_json_are_decoded(tmp_path, save):
         made.save_to_disk(target)
     else:
         made.to_parquet(target)
-    found = rows(target)
+    results = rows(target)
     calls[1]["content"] = "3"
-    assert [row.messages for row in found] == [[HELLO[0], *calls, HELLO[1]], HELLO]
+    assert [row.messages for row in results] == [[HELLO[0], *calls, HELLO[1]], HELLO]
 
 
 @pytest.mark.parametrize(
     ("keys", "kind"), [(["x", "x"], pa.string()), ([{"k": 1}, {"k": 2}], pa.struct({"k": pa.int64()}))]
 )
-def test_maps_that_are_no_objects_are_bad_rows(path, keys, kind):
+def test_maps_that_are_not_objects_are_bad_rows(path, keys, kind):
     maps = pa.array([None, list(zip(keys, [1, 2], strict=True))], pa.map_(kind, pa.int64()))
     pq.write_table(pa.table({"text": ["a", "b"], "more": maps}), path)
     good, bad = rows(path)
@@ -87,7 +87,7 @@ def test_maps_that_are_no_objects_are_bad_rows(path, keys, kind):
     assert isinstance(bad, BadRow) and bad.reason.startswith("cannot be read (")
 
 
-def test_values_that_json_does_not_know(path):
+def test_values_that_json_does_not_have(path):
     day = datetime.date(2026, 1, 31)
     table = pa.table({"text": pa.array([b"a", None], pa.binary()), "day": [day, day]})
     pq.write_table(table, path)
@@ -106,11 +106,11 @@ def test_a_row_whose_text_is_not_utf8(path):
     pq.write_table(pa.table({"text": whole}), path)
     first, bad, third = rows(path)
     assert (first.text, third.text) == ("a", "c")
-    assert isinstance(bad, BadRow) and bad.place == f"{path}, row 2"
+    assert isinstance(bad, BadRow) and bad.location == f"{path}, row 2"
     assert bad.reason.startswith("cannot be read ('utf-8' codec can't decode byte 0xe9 in position 3")
 
 
-def test_parquet_that_is_none_or_was_cut_off(path, refusal):
+def test_invalid_or_truncated_parquet(path, refusal):
     pq.write_table(pa.table({"text": ["a"] * 1000}), path)
     whole = path.read_bytes()
     misnamed = whole.replace(b"text", b"\x80ext")
@@ -120,7 +120,7 @@ def test_parquet_that_is_none_or_was_cut_off(path, refusal):
             rows(path)
         message = refusal(error.value)
         assert message.startswith(f"{path}: cannot be read after row 0 (")
-        assert message.endswith("; it is damaged or not of this type, get it anew")
+        assert message.endswith("; it is damaged or has another type; get it again")
 
 
 ADD = {"type": "object", "properties": {"a": {"type": "integer", "enum": [1, None]}}, "required": ["a"]}
@@ -128,7 +128,7 @@ WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "requir
 
 
 def tool_call_row(name: str, arguments: dict, parameters: dict) -> dict:
-    """A row whose only function has its own arguments."""
+    """Return a row with one function, which has arguments of its own."""
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     tool = {"type": "function", "function": {"name": name, "parameters": parameters}}
     return {"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [tool]}
@@ -142,7 +142,7 @@ CALLED = [
 
 @pytest.mark.parametrize("source", ["parquet", "disk", "hub"])
 def test_arguments_that_other_rows_have_are_not_trained(tmp_path, monkeypatch, source):
-    """Arrow gives every call the arguments of all calls, as nulls. The same rows as JSONL are the measure."""
+    """Arrow gives every call the arguments of all calls, as nulls. The rows must equal the rows of JSONL."""
     jsonl = tmp_path / "rows.jsonl"
     jsonl.write_text("".join(json.dumps(row) + "\n" for row in CALLED))
     table, target = pa.Table.from_pylist(CALLED), tmp_path / "made"
@@ -153,25 +153,25 @@ def test_arguments_that_other_rows_have_are_not_trained(tmp_path, monkeypatch, s
     assert "null" not in tokenizer.decode(expected[1].tokens)
     if source == "disk":
         datasets.Dataset(table).save_to_disk(target)
-        found = rows(target)
+        results = rows(target)
     else:
         target.mkdir()
         pq.write_table(table, target / "train.parquet")
-        found = rows(target / "train.parquet")
-    if source == "hub":  # streamed by `datasets` from this folder; only the question for the commit needs a network
+        results = rows(target / "train.parquet")
+    if source == "hub":  # `datasets` streams from this folder. Only the query for the commit needs a network.
         monkeypatch.setattr(hub, "fetch_hub_revision", lambda name: None)
-        found = list(parse_rows(hub.read_hub_dataset(str(target), None, "train"), "auto", ""))
-    assert [(row.messages, row.tools) for row in found] == [(row.messages, row.tools) for row in rows(jsonl)]
-    for one, other in zip(encoder.encode(found), expected, strict=True):
+        results = list(parse_rows(hub.read_hub_dataset(str(target), None, "train"), "auto", ""))
+    assert [(row.messages, row.tools) for row in results] == [(row.messages, row.tools) for row in rows(jsonl)]
+    for one, other in zip(encoder.encode(results), expected, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
-        assert one.trained.tolist() == other.trained.tolist()
+        assert one.loss_mask.tolist() == other.loss_mask.tolist()
 
 
 def test_nulls_of_lists_and_maps_are_kept(path):
     kind = pa.struct({"a": pa.list_(pa.int64()), "m": pa.map_(pa.string(), pa.int64()), "n": pa.int64()})
     values = [{"a": [1, None], "m": [("x", 1), ("y", None)], "n": None}, None]
     pq.write_table(pa.table({"chat_template_kwargs": pa.array(values, kind), "messages": [HELLO] * 2}), path)
-    assert [row.variables for row in rows(path)] == [{"a": [1, None], "m": {"x": 1, "y": None}}, None]
+    assert [row.template_variables for row in rows(path)] == [{"a": [1, None], "m": {"x": 1, "y": None}}, None]
 
 
 # --- save_to_disk -----------------------------------------------------------------------------------------------------
@@ -180,9 +180,9 @@ def test_nulls_of_lists_and_maps_are_kept(path):
 def test_a_saved_data_set(tmp_path):
     folder = tmp_path / "saved"
     datasets.Dataset.from_dict({"text": [str(n) for n in range(150)]}).save_to_disk(folder, num_shards=2)
-    found = rows(folder)
-    assert [row.text for row in found] == [str(n) for n in range(150)]
-    assert (found[0].place, found[-1].place) == (
+    results = rows(folder)
+    assert [row.text for row in results] == [str(n) for n in range(150)]
+    assert (results[0].location, results[-1].location) == (
         f"{folder}/data-00000-of-00002.arrow, row 1",
         f"{folder}/data-00001-of-00002.arrow, row 75",
     )
@@ -228,7 +228,7 @@ def test_a_saved_folder_that_is_damaged(tmp_path, refusal):
     file.write_bytes(b"")
     assert message().startswith("FOLDER/data-00000-of-00001.arrow: cannot be read after row 0 (")
     file.unlink()
-    assert message() == "FOLDER/data-00000-of-00001.arrow: is missing; save the data set anew"
+    assert message() == "FOLDER/data-00000-of-00001.arrow: is missing; save the data set again"
     for content in ("", "[]", "{}", json.dumps({"_data_files": 3}), "[" * 100_000):
         state.write_text(content)
-        assert message() == "FOLDER/state.json: is not what `datasets` writes; save the data set anew"
+        assert message() == "FOLDER/state.json: was not written by `datasets`; save the data set again"

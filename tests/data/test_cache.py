@@ -1,4 +1,4 @@
-"""If this fails, 64 ranks tokenize the same data 64 times, wait forever for a dead one, or read half a file."""
+"""If this fails, 64 ranks tokenize the same data 64 times, wait forever for a dead rank, or read half a file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RANKS = 6
 
 
 def create_slowly(folder: Path) -> None:
-    """An entry of two files; who makes it signs in a file beside, and goes on when the test lets it."""
+    """Create an entry of two files: write the process id beside it, and continue when the test permits."""
     with (folder.parent / "makers").open("a") as file:
         file.write(f"{os.getpid()}\n")
     (folder / "first").write_text("x" * 1000)
@@ -46,10 +46,10 @@ def create_on_full_disk(folder: Path) -> None:
     (folder / "large").write_text("x" * 100_000)
 
 
-def wait_until(what: str, happened: Callable[[], object]) -> None:
+def wait_until(event: str, happened: Callable[[], object]) -> None:
     end = time.monotonic() + 20
     while not happened():
-        assert time.monotonic() < end, f"{what}: nothing happens"
+        assert time.monotonic() < end, f"{event}: does not happen"
         time.sleep(0.01)
 
 
@@ -59,21 +59,21 @@ def record_reader(folder: Path) -> None:
 
 
 def request_entry(pipe: Connection, folder: Path, make: Callable[[Path], None], read: Callable[[Path], None]) -> None:
-    said: list[str] = []
+    messages: list[str] = []
 
-    def say(line: str) -> None:
-        said.append(line)
+    def log(line: str) -> None:
+        messages.append(line)
         (folder.parent / f"waiting-{os.getpid()}").touch()
 
     try:
-        get_or_create_entry(folder, make, say, read)
-        pipe.send((None, said))
+        get_or_create_entry(folder, make, log, read)
+        pipe.send((None, messages))
     except Exception as error:
-        pipe.send((f"{type(error).__name__}: {error}", said))
+        pipe.send((f"{type(error).__name__}: {error}", messages))
 
 
 class EntryRequests:
-    """Processes that all want the same entry."""
+    """Processes that request the same entry."""
 
     def __init__(
         self,
@@ -84,14 +84,14 @@ class EntryRequests:
     ) -> None:
         self.pipes = {}
         for _ in range(count):
-            ours, theirs = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=request_entry, args=(theirs, folder, make, read))
+            receiver, sender = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(target=request_entry, args=(sender, folder, make, read))
             process.start()
-            theirs.close()
-            self.pipes[ours] = process
+            sender.close()
+            self.pipes[receiver] = process
 
     def results(self) -> list[tuple[str | None, list[str]]]:
-        """Of those that have not been killed: what each raised, and what it said."""
+        """Return the error and the messages of each process that was not killed."""
         results, pipes = [], list(self.pipes)
         while pipes:
             ready = wait(pipes, timeout=30)
@@ -112,7 +112,7 @@ class EntryRequests:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cache, "_WAIT_LOG_INTERVALS_S", (0.0, 30.0))  # who waits says so at once
+    monkeypatch.setattr(cache, "_WAIT_LOG_INTERVALS_S", (0.0, 30.0))  # Waiting is reported at once.
     return tmp_path / "cache" / "sequences" / "abc"
 
 
@@ -124,7 +124,7 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["a disk", "NFS"])
 def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "NFS":  # where names cannot be exchanged, filelock waits for ever
+    if request.param == "NFS":  # On NFS, names cannot be exchanged.
         monkeypatch.setattr("filelock._soft.exchange_names", lambda source, target: False, raising=False)
 
 
@@ -144,25 +144,25 @@ def allow_creation_when_all_wait(folder: Path, count: int = RANKS) -> None:
 
 
 def sibling_names(folder: Path) -> set[str]:
-    """What preparing has left, without the note that the entry was checked."""
+    """Return the names of files that preparation left behind, except the record of the verification."""
     return {path.name for path in folder.parent.iterdir() if path.name.startswith("abc.")} - {"abc.checked"}
 
 
-def test_one_prepares_and_all_get_it(folder):
+def test_one_process_prepares_the_entry_for_all(folder):
     ranks = EntryRequests(folder, create_slowly)
     allow_creation_when_all_wait(folder)
     results = ranks.results()
     assert [error for error, _ in results] == [None] * RANKS
     (maker,) = maker_pids(folder)
-    lines = [line for _, said in results for line in said]
+    lines = [line for _, messages in results for line in messages]
     assert len(lines) == RANKS - 1
     assert all(f"process {maker}, to prepare {folder} (" in line for line in lines)
     assert {path.name for path in folder.iterdir()} == {"first", "second", "sums.json", "entry.json"}
     assert not sibling_names(folder), "no lock, nothing half-written"
-    get_or_create_entry(folder, create_and_fail, print)  # is there: not made again
+    get_or_create_entry(folder, create_and_fail, print)  # The entry exists, so it is not created again.
 
 
-def test_who_waits_is_told_how_far_the_other_is(folder):
+def test_waiting_processes_report_the_progress(folder):
     maker = EntryRequests(folder, create_slowly, 1)
     wait_until("the first", lambda: list(folder.parent.glob(f"abc.partial-*/{cache.PROGRESS_FILE}")))
     waiting = EntryRequests(folder, create_slowly, 1)
@@ -172,14 +172,14 @@ def test_who_waits_is_told_how_far_the_other_is(folder):
     assert maker.results() == [(None, [])]
 
 
-def test_a_mistake_in_the_data_is_told_to_all_who_wait(folder):
+def test_an_error_in_the_data_is_raised_in_all_waiting_processes(folder):
     ranks = EntryRequests(folder, create_and_fail)
     allow_creation_when_all_wait(folder)
     assert [error for error, _ in ranks.results()] == ["UserError: the data is bad; mend it"] * RANKS
     assert len(maker_pids(folder)) == 1
     assert not folder.exists()
     assert sibling_names(folder) == {"abc.failed"}
-    # whoever comes later has not waited for it, and tries
+    # A process that starts later has not waited, so it tries again.
     get_or_create_entry(folder, create_slowly, print)
     assert len(maker_pids(folder)) == 2
     assert not sibling_names(folder)
@@ -195,11 +195,11 @@ def test_a_killed_holder_is_replaced_at_once(folder, file_system):
     assert time.monotonic() - started < lease.LEASE_DURATION_S / 2
     assert len(maker_pids(folder)) == 2
     assert is_entry_complete(folder)
-    assert not sibling_names(folder), "what the dead one has left is gone"
+    assert not sibling_names(folder), "the files of the dead process are removed"
 
 
-def test_a_holder_on_a_node_that_is_gone_is_replaced(folder, short_lease, file_system):
-    """Its process cannot be asked for from here: its lock is no longer refreshed, that is all."""
+def test_a_holder_on_a_dead_node_is_replaced(folder, short_lease, file_system):
+    """This node cannot see the holder's process. It can only see that the lock is not refreshed."""
     allow_creation(folder)
     lock = folder.with_name("abc.lock")
     holder = SoftFileLease(lock, lease_duration=lease.LEASE_DURATION_S, heartbeat_interval=0.9)
@@ -207,12 +207,12 @@ def test_a_holder_on_a_node_that_is_gone_is_replaced(folder, short_lease, file_s
     text = re.sub("^host=.*$", "host=node7", lock.read_text(), flags=re.M)
     holder.release()
     lock.write_text(text)
-    said: list[str] = []
+    messages: list[str] = []
     started = time.monotonic()
-    get_or_create_entry(folder, create_slowly, said.append)
+    get_or_create_entry(folder, create_slowly, messages.append)
     assert time.monotonic() - started >= lease.LEASE_DURATION_S
     assert is_entry_complete(folder)
-    assert said[0].startswith("waiting for node7, process ")
+    assert messages[0].startswith("waiting for node7, process ")
 
 
 def test_a_holder_that_was_killed_before_it_wrote_its_name_is_replaced(folder, short_lease):
@@ -224,8 +224,8 @@ def test_a_holder_that_was_killed_before_it_wrote_its_name_is_replaced(folder, s
 
 
 @pytest.mark.parametrize("first", ["the stopped one", "its successor"])
-def test_a_holder_that_was_only_stopped_does_no_harm(folder, short_lease, first):
-    """Suspended for longer than the lease, it goes on beside its successor: whoever is first, the entry is whole."""
+def test_a_suspended_holder_does_no_harm(folder, short_lease, first):
+    """A holder that was suspended for longer than the lease continues beside its successor. Both complete the entry."""
     stopped = EntryRequests(folder, create_slowly, 1)
     wait_until("the first", lambda: len(maker_pids(folder)) == 1)
     pid = maker_pids(folder)[0]
@@ -286,21 +286,21 @@ DAMAGES += [corrupt_file, corrupt_file_and_checksums, add_outside_path, replace_
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_entry_is_made_anew(folder, damage):
+def test_a_damaged_entry_is_created_again(folder, damage):
     allow_creation(folder)
     get_or_create_entry(folder, create_slowly, print)
     damage(folder)
-    said: list[str] = []
-    get_or_create_entry(folder, create_slowly, said.append)
-    (line,) = said
-    assert re.fullmatch(rf"{folder}: is damaged \(.+\), and made anew", line)
+    messages: list[str] = []
+    get_or_create_entry(folder, create_slowly, messages.append)
+    (line,) = messages
+    assert re.fullmatch(rf"{folder}: is damaged \(.+\), so it is created again", line)
     assert (folder / "first").read_text() == "x" * 1000
     assert is_entry_complete(folder)
     assert not sibling_names(folder)
 
 
-def test_one_process_of_a_start_compares_the_sums(folder):
-    """Sixty-four ranks that read a terabyte each, and a disk that changes bits between two starts."""
+def test_one_process_per_start_verifies_the_checksums(folder):
+    """Otherwise, 64 ranks would read a terabyte each. A disk may change bits between two starts."""
     allow_creation(folder)
     get_or_create_entry(folder, create_slowly, print)
     folder.with_name("abc.checked").unlink()
@@ -310,10 +310,10 @@ def test_one_process_of_a_start_compares_the_sums(folder):
     old = time.time() - 3600
     os.utime(folder.with_name("abc.checked"), (old, old))
     get_or_create_entry(folder, create_and_fail, print, record_reader)
-    assert len((folder.parent / "readers").read_text().split()) == 2, "the next start checks anew"
+    assert len((folder.parent / "readers").read_text().split()) == 2, "the next start verifies again"
 
 
-def test_a_cache_that_cannot_be_written_is_checked_all_the_same(folder, refusal, monkeypatch):
+def test_a_read_only_cache_is_verified_too(folder, refusal, monkeypatch):
     allow_creation(folder)
     get_or_create_entry(folder, create_slowly, print)
     folder.with_name("abc.checked").unlink()
@@ -321,7 +321,7 @@ def test_a_cache_that_cannot_be_written_is_checked_all_the_same(folder, refusal,
     def refused(self: SoftFileLease, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(SoftFileLease, "acquire", refused)  # permissions would not keep root out
+    monkeypatch.setattr(SoftFileLease, "acquire", refused)  # Permissions do not restrict root.
     assert get_or_create_entry(folder, create_and_fail, print) == folder
     corrupt_file(folder)
     with pytest.raises(UserError) as error:
@@ -330,7 +330,7 @@ def test_a_cache_that_cannot_be_written_is_checked_all_the_same(folder, refusal,
 
 
 def test_a_full_disk(folder, refusal):
-    """A limit on the size of a file is as near as a test comes to a full disk."""
+    """A limit on file sizes stands in for a full disk."""
     ((error, _),) = EntryRequests(folder, create_on_full_disk, 1).results()
     assert error is not None
     sentence = error.removeprefix("UserError: ")
@@ -340,17 +340,17 @@ def test_a_full_disk(folder, refusal):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, refusal):
-    (tmp_path / "file").write_text("")  # permissions would not keep root out
+    (tmp_path / "file").write_text("")  # Permissions do not restrict root.
     with pytest.raises(UserError) as error:
         get_or_create_entry(tmp_path / "file" / "sequences" / "abc", create_slowly, print)
     assert refusal(error.value).startswith(f"{tmp_path / 'file' / 'sequences'}: the cache cannot be written (")
 
 
-def test_our_own_mistake_leaves_nothing(folder):
-    def stumble(partial: Path) -> None:
+def test_an_unexpected_error_leaves_no_files(folder):
+    def fail_unexpectedly(partial: Path) -> None:
         (partial / "first").write_text("x")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        get_or_create_entry(folder, stumble, print)
+        get_or_create_entry(folder, fail_unexpectedly, print)
     assert list(folder.parent.iterdir()) == []

@@ -1,4 +1,4 @@
-"""If this fails, a run trains on the tokens of other data, or tokenizes for nothing."""
+"""If this fails, a run trains on the tokens of other data, or tokenizes needlessly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_dist.errors import UserError
 
 @pytest.fixture
 def key(tmp_path: Path):
-    """`key(path, fingerprint=..., source={...}, **data)`."""
+    """Return `key(path, fingerprint=..., source={...}, **data)`."""
 
     def make(path: str, fingerprint: str = "tokenizer", source: dict[str, Any] | None = None, **data: Any) -> str:
         config = DataConfig(train=["unused"], **data)
@@ -34,7 +34,7 @@ def path(write_rows) -> str:
     return write_rows({"text": "one"}, {"text": "two"})
 
 
-def test_what_the_tokens_depend_on_is_in_the_key(key, path, write_rows):
+def test_the_key_contains_everything_that_tokens_depend_on(key, path, write_rows):
     keys = [
         key(path),
         key(write_rows({"text": "one"}, {"text": "twO"}, name="other.jsonl")),
@@ -44,12 +44,12 @@ def test_what_the_tokens_depend_on_is_in_the_key(key, path, write_rows):
         key(path, on_bad_row="skip", max_bad_rows=7),
     ]
     assert len(set(keys)) == len(keys)
-    # neither is heeded unless rows are skipped, and a source's own format goes before
+    # `max_bad_rows` counts only if rows are skipped, and a source's own format overrides `data.format`.
     assert key(path, max_bad_rows=7) == keys[0]
     assert key(path, format="messages", source={"format": "text"}) == keys[3]
 
 
-def test_what_is_done_later_is_not(key, path):
+def test_the_key_does_not_contain_later_settings(key, path):
     later = {"seq_len": 77, "too_long": "split", "packing": "none", "group_by_length": True, "workers": 3}
     assert key(path, source={"weight": 2.0}, **later) == key(path)
 
@@ -62,7 +62,7 @@ def test_a_file_that_was_touched_moved_or_copied_is_the_same(key, path, tmp_path
     assert key(moved) == before
     (tmp_path / "elsewhere").mkdir()
     assert key(str(shutil.copy(moved, tmp_path / "elsewhere" / "copied.jsonl"))) == before
-    # the ending says how it is read
+    # The extension selects the reader.
     assert key(str(shutil.move(moved, tmp_path / "renamed.csv"))) != before
 
 
@@ -73,14 +73,14 @@ def test_a_change_of_the_same_size_is_noticed(key, path):
 
 
 def test_contents_are_read_once(key, path, monkeypatch):
-    """Of 100 GB, 64 ranks would read 6.4 TB."""
+    """With 100 GB of data, 64 ranks would otherwise read 6.4 TB."""
     before = key(path)
     monkeypatch.setattr(key_module, "_digest", None)
     assert key(path, fingerprint="another") != before
     assert key(path) == before
 
 
-def test_the_digest_is_that_of_the_whole_file(tmp_path):
+def test_the_digest_covers_the_whole_file(tmp_path):
     path = tmp_path / "large.jsonl"
     path.write_bytes(os.urandom(2**20 + 5))
     assert key_module._digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()

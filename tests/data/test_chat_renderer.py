@@ -1,4 +1,4 @@
-"""If this fails, training sees other text than `apply_chat_template` gives at inference."""
+"""If this fails, training sees another text than `apply_chat_template` returns at inference."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def transformers_text(tokenizer, messages, tools, prompting) -> str | None:
 
 def renderer_text(renderer: ChatRenderer, messages, tools, prompting) -> str | None:
     try:
-        return renderer.text(renderer.prepare_messages(messages), tools, prompting)
+        return renderer.render(renderer.prepare_messages(messages), tools, add_generation_prompt=prompting)
     except UnsupportedConversationError as refused:
         assert "the chat template" in str(refused)
         return None
@@ -69,7 +69,7 @@ def test_equals_apply_chat_template(name, messages, tools, prompting):
         "tool_calls" not in tokenizer.chat_template
         or _has_reasoning(messages) > ("reasoning" in tokenizer.chat_template)
     ):
-        return  # theirs would silently leave out the calls or the thoughts
+        return  # apply_chat_template would silently omit the calls or the thoughts.
     assert text == transformers_text(tokenizer, messages, tools, prompting)
 
 
@@ -94,12 +94,12 @@ def _tokenizer_with_shipped_template(name: str):
 @settings(max_examples=40, deadline=None)
 @given(messages=conversations())
 def test_marks_equal_apply_chat_template(name, messages):
-    """The text, and the tokens in the marks as transformers finds them."""
+    """The text and the tokens in the marked spans are equal to the result of transformers."""
     tokenizer = _tokenizer_with_shipped_template(name)
     renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map)
-    assert renderer.marked
+    assert renderer.has_generation_blocks
     try:
-        text, spans = renderer.marks(renderer.prepare_messages(messages), None)
+        text, spans = renderer.render_with_assistant_spans(renderer.prepare_messages(messages), None)
     except UnsupportedConversationError:
         assert _has_reasoning(messages) or transformers_text(tokenizer, messages, None, False) is None
         return
@@ -112,18 +112,18 @@ def test_marks_equal_apply_chat_template(name, messages):
     assert flags == [bool(flag) for flag in encoding["assistant_masks"]]
 
 
-def test_train_is_not_the_templates_business():
+def test_train_is_not_passed_to_the_template():
     renderer = ChatRenderer("{{ messages | tojson }}", {})
     messages = [{"role": "user", "content": "a", "train": True, "name": None, "x": [None]}]
     assert renderer_text(renderer, messages, None, False) == '[{"role": "user", "content": "a", "x": [null]}]'
-    assert messages[0]["train"] is True, "the row is left as it was"
+    assert messages[0]["train"] is True, "the row is unchanged"
 
 
 def test_arguments_become_an_object():
     renderer = ChatRenderer("{{ messages[0].tool_calls | tojson }}", {})
 
     def rendered(call: Any) -> str:
-        return renderer.text(renderer.prepare_messages([{"role": "assistant", "tool_calls": [call]}]), None)
+        return renderer.render(renderer.prepare_messages([{"role": "assistant", "tool_calls": [call]}]), None)
 
     assert rendered({"function": {"name": "f", "arguments": '{"a":1}'}}) == (
         '[{"function": {"name": "f", "arguments": {"a": 1}}}]'
@@ -134,9 +134,9 @@ def test_arguments_become_an_object():
     )
     assert rendered({"name": "f"}) == '[{"name": "f"}]'
     for arguments in ('{"a":', "[1]", "1"):
-        with pytest.raises(UnsupportedConversationError, match="no JSON object; write an object"):
+        with pytest.raises(UnsupportedConversationError, match="not a JSON object; write an object"):
             rendered({"function": {"name": "f", "arguments": arguments}})
-    with pytest.raises(UnsupportedConversationError, match="`tool_calls` is no list of objects"):
+    with pytest.raises(UnsupportedConversationError, match="`tool_calls` is not a list of objects"):
         rendered("f")
 
 
@@ -150,21 +150,21 @@ def test_arguments_become_an_object():
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
     ],
 )
-def test_whatever_a_template_does_is_a_reason(template, reason):
-    """A template is somebody else's program: it stays in transformers' sandbox, and its errors are the row's."""
+def test_any_error_of_a_template_is_a_reason(template, reason):
+    """A template is foreign code. It runs in transformers' sandbox, and its errors are errors of the row."""
     with pytest.raises(UnsupportedConversationError) as refused:
-        ChatRenderer(template, {}).text([{"role": "user", "content": "a"}], None)
+        ChatRenderer(template, {}).render([{"role": "user", "content": "a"}], None)
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_marks_after_a_refusal():
-    """The tracker of marks is let go when a template fails, or no row after it could be rendered."""
+    """The tracker of marks is released when a template fails, because otherwise no later row could be rendered."""
     template = "{% generation %}{{ 'a' + messages[0].content }}{% endgeneration %}"
     renderer = ChatRenderer(template, {})
     with pytest.raises(UnsupportedConversationError):
-        renderer.marks([{"role": "user", "content": 1}], None)
-    assert renderer.marks([{"role": "user", "content": "b"}], None) == ("ab", [(0, 2)])
+        renderer.render_with_assistant_spans([{"role": "user", "content": 1}], None)
+    assert renderer.render_with_assistant_spans([{"role": "user", "content": "b"}], None) == ("ab", [(0, 2)])
 
 
 def test_template_for_tools_where_the_tokenizer_has_two():
@@ -187,9 +187,9 @@ HUNGRY = "{% set ns = namespace(text='x' * 1000) %}{% for n in range(100000) %}{
         (f"{HUNGRY}{{% endfor %}}", "it takes more than 0.125 GiB of memory"),
     ],
 )
-@pytest.mark.parametrize("write", ["text", "marks"])
+@pytest.mark.parametrize("write", ["render", "render_with_assistant_spans"])
 def test_a_template_that_never_ends_is_stopped(monkeypatch, template, reason, write):
-    """It came with somebody's model: the run waited for ever, or the machine was out of memory."""
+    """Otherwise, a template of a foreign model could hang the run or exhaust its memory."""
     monkeypatch.setattr(template_limit, "MAX_CPU_S", 0.5 if "processor" in reason else 30.0)
     monkeypatch.setattr(template_limit, "MAX_MEMORY_GROWTH_BYTES", 2**27)
     renderer = ChatRenderer(template, {})
@@ -198,6 +198,6 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch, template, reason, wr
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
-def test_a_template_that_is_nested_without_end_does_not_compile():
+def test_a_template_that_is_nested_too_deeply_does_not_compile():
     with pytest.raises(TemplateSyntaxError, match="nested too deeply"):
         ChatRenderer("{% if a %}" * 3000 + "{% endif %}" * 3000, {})

@@ -1,4 +1,4 @@
-"""If this fails, a base model is trained on conversations written in a way nobody asked for, or that never end."""
+"""If this fails, a base model is trained on conversations in an unexpected form, or never learns to end."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ DOG, LOG = {"role": "user", "content": "the dog"}, {"role": "assistant", "conten
 
 
 def pieces(tokenizer, name: str, *messages: dict) -> list[tuple[str, bool]]:
-    """The text cut where the flag changes."""
+    """Return the text, cut where the loss mask changes."""
     (encoded,) = RowEncoder(tokenizer, "assistant", name).encode([MessagesRow("train.jsonl, line 7", list(messages))])
     assert isinstance(encoded, EncodedSequence), encoded
     runs: list[tuple[list[int], bool]] = []
-    for token, flag in zip(encoded.tokens.tolist(), encoded.trained.tolist(), strict=True):
+    for token, flag in zip(encoded.tokens.tolist(), encoded.loss_mask.tolist(), strict=True):
         if not runs or runs[-1][1] != flag:
             runs.append(([], flag))
         runs[-1][0].append(token)
@@ -59,7 +59,7 @@ def test_alpaca(make_tokenizer):
 
 
 def test_guanaco(make_tokenizer):
-    """The ### that ends an earlier answer is what generation is to stop at."""
+    """Generation stops at the ### that ends an earlier answer."""
     tokenizer = make_tokenizer("none")
     assert pieces(tokenizer, "guanaco", CAT, SAT, DOG, LOG) == [
         ("### Human: the cat### Assistant:", False),
@@ -74,8 +74,8 @@ def test_guanaco(make_tokenizer):
 
 
 @pytest.mark.parametrize("name", SHIPPED_TEMPLATES)
-def test_prompt_is_how_the_conversation_goes_on(make_tokenizer, name):
-    """What generation gets to see is what the answer stood behind in training."""
+def test_generation_gets_the_same_prompt_as_training(make_tokenizer, name):
+    """The prompt of generation equals the text before the answer in training."""
     tokenizer = make_tokenizer("none")
     tokenizer.chat_template = RowEncoder(tokenizer, "assistant", name)._template
     for messages in ([CAT, SAT], [SYSTEM, CAT, SAT, DOG, LOG], [CAT, DOG, SAT]):
@@ -87,7 +87,7 @@ def test_prompt_is_how_the_conversation_goes_on(make_tokenizer, name):
 
 
 @pytest.mark.parametrize("name", SHIPPED_TEMPLATES)
-def test_begins_as_the_tokenizers_texts_do(make_tokenizer, name):
+def test_begins_like_the_tokenizers_texts(make_tokenizer, name):
     tokenizer = make_tokenizer("none", bos_token="<|bos|>")
     assert not pieces(tokenizer, name, CAT, SAT)[0][0].startswith("<|bos|>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -106,7 +106,7 @@ def test_begins_as_the_tokenizers_texts_do(make_tokenizer, name):
         {"role": "user"},
     ],
 )
-def test_what_cannot_be_written_is_refused(make_tokenizer, name, message):
+def test_unsupported_conversations_are_refused(make_tokenizer, name, message):
     encoder = RowEncoder(make_tokenizer("none"), "all", name)
     (row,) = encoder.encode([MessagesRow("train.jsonl, line 7", [CAT, message, SAT])])
     assert isinstance(row, BadRow)
@@ -114,10 +114,10 @@ def test_what_cannot_be_written_is_refused(make_tokenizer, name, message):
 
 
 def test_chatml_without_its_end(refusal):
-    """In several tokens, <|im_end|> would be nothing that generation can stop at."""
+    """Generation cannot stop at an <|im_end|> of several tokens."""
     with pytest.raises(UserError) as error:
         RowEncoder(published_tokenizer("llama-3"), "assistant", "chatml")
-    assert "the tokenizer knows no token <|im_end|>" in refusal(error.value)
+    assert "the tokenizer has no token <|im_end|>" in refusal(error.value)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "guanaco"])
@@ -128,7 +128,7 @@ def test_no_end_of_sequence(make_tokenizer, refusal, name):
 
 
 def test_file(make_tokenizer, tmp_path):
-    """It takes the place of the tokenizer's own."""
+    """It replaces the tokenizer's own template."""
     path = tmp_path / "mine.jinja"
     path.write_text("{% for m in messages %}({{ m.role }}) {{ m.content }}<|im_end|>{% endfor %}", encoding="utf-8")
     assert pieces(make_tokenizer("chatml"), str(path), CAT, {**SAT, "train": False}) == [
@@ -156,7 +156,7 @@ def test_file_that_cannot_be_used(make_tokenizer, tmp_path, refusal, content, ex
     assert expected in message
 
 
-def test_folder_is_no_file(make_tokenizer, tmp_path, refusal):
+def test_folder_is_not_a_file(make_tokenizer, tmp_path, refusal):
     with pytest.raises(UserError) as error:
         RowEncoder(make_tokenizer("chatml"), "assistant", str(tmp_path))
     assert "cannot be read (Is a directory)" in refusal(error.value)

@@ -14,8 +14,8 @@ from qlora_dist.errors import UserError
 
 
 def make_sequences(*sequences: tuple[list[int], list[int]]) -> TokenizedSequences:
-    """Of (tokens, flags) each."""
-    return TokenizedSequences.of((tokens, [bool(flag) for flag in flags]) for tokens, flags in sequences)
+    """Return sequences from pairs of tokens and flags."""
+    return TokenizedSequences.from_lists((tokens, [bool(flag) for flag in flags]) for tokens, flags in sequences)
 
 
 def rows_of(
@@ -26,7 +26,7 @@ def rows_of(
     )
 
 
-# lengths 5, 6, 2 and 8, for rows of 8
+# The lengths are 5, 6, 2 and 8, for rows of 8 tokens.
 BY_HAND = make_sequences(
     ([10, 11, 12, 13, 14], [0, 0, 1, 1, 0]),
     ([20, 21, 22, 23, 24, 25], [0, 1, 0, 0, 0, 1]),
@@ -40,7 +40,7 @@ def test_token_by_token():
     rows = rows_of(BY_HAND, 8, pad_id=99)
     assert len(rows) == 3
     input_ids, labels, position_ids = rows.batch([0, 1, 2, PADDING_ROW])
-    # best-fit puts the 2 behind the 6, which it fills, and leaves the 5 alone
+    # best-fit fills the row of the 6 with the 2, and leaves the 5 alone.
     assert input_ids.tolist() == [
         [10, 11, 12, 13, 14, 99, 99, 99],
         [20, 21, 22, 23, 24, 25, 30, 31],
@@ -60,15 +60,15 @@ def test_token_by_token():
         [0, 1, 2, 3, 4, 5, 6, 7],
     ]
     assert all(tensor.dtype == torch.int64 for tensor in (input_ids, labels, position_ids))
-    assert rows.tokens.tolist() == [5, 8, 8]
-    assert rows.trained_tokens.tolist() == [2, 3, 7]
+    assert rows.row_tokens.tolist() == [5, 8, 8]
+    assert rows.row_loss_tokens.tolist() == [2, 3, 7]
     assert rows.utilization == 21 / 24
 
 
-def test_pieces_of_a_split_sequence_are_sequences_of_their_own():
+def test_segments_of_a_split_sequence_are_separate():
     rows = rows_of(BY_HAND, 4, too_long="split")
     input_ids, labels, position_ids = rows.batch(range(len(rows)))
-    # the 5's end and the first four of the 6 have no target behind their first token, or one
+    # The end of the 5 and the first four tokens of the 6 have at most one target after their first token.
     assert input_ids.tolist() == [
         [10, 11, 12, 13],
         [20, 21, 22, 23],
@@ -81,7 +81,7 @@ def test_pieces_of_a_split_sequence_are_sequences_of_their_own():
 
 
 def test_sequences_that_pack_out_of_order():
-    """Sequence 2 joins sequence 0; sequence 1 comes after both."""
+    """Sequence 2 joins sequence 0, and sequence 1 comes after both."""
     rows = rows_of(make_sequences(([1, 2], [0, 1]), ([3, 4, 5], [0, 1, 1]), ([6, 7], [0, 1])), 4)
     input_ids, labels, position_ids = rows.batch([1, 0])
     assert input_ids.tolist() == [[3, 4, 5, 0], [1, 2, 6, 7]]
@@ -112,7 +112,7 @@ def test_without_packing_a_batch_is_as_long_as_its_longest_row_needs(seq_len, le
     )
 )
 def test_packed_rows_hold_the_same_targets_as_unpacked(flags):
-    """Whatever is packed with what: the pairs (sequence so far, token to predict) are those of the files."""
+    """The pairs (sequence so far, token to predict) do not depend on packing."""
     sequences = make_sequences(
         *[([100 * i + t for t in range(len(f))], [0, *f[1:]]) for i, f in enumerate(flags, start=1)]
     )
@@ -122,15 +122,15 @@ def test_packed_rows_hold_the_same_targets_as_unpacked(flags):
         input_ids, labels, position_ids = rows.batch(range(len(rows)))
         trained = labels != LABEL_IGNORE_INDEX
         assert sorted(labels[trained].tolist()) == expected
-        assert torch.equal(labels[trained], input_ids[trained] + 1), "each token predicts the one behind it"
+        assert torch.equal(labels[trained], input_ids[trained] + 1), "each token predicts the next"
         in_sequence = input_ids != 0
         assert torch.equal(position_ids[in_sequence], input_ids[in_sequence] % 100)
-        assert rows.trained_tokens.tolist() == trained.sum(1).tolist()
-        assert rows.tokens.tolist() == in_sequence.sum(1).tolist()
+        assert rows.row_loss_tokens.tolist() == trained.sum(1).tolist()
+        assert rows.row_tokens.tolist() == in_sequence.sum(1).tolist()
 
 
 @pytest.mark.parametrize("too_long", ["truncate", "drop"])
-def test_nothing_left(refusal, too_long):
+def test_no_sequence_is_left(refusal, too_long):
     sequences = make_sequences(([1, 2, 3, 4], [0, 0, 0, 1]), ([1], [0]))
     with pytest.raises(UserError) as error:
         rows_of(sequences, 3, too_long=too_long)

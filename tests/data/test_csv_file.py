@@ -1,4 +1,4 @@
-"""If this fails, a cell ends up in the wrong column, or a mistake is blamed on the wrong line."""
+"""If this fails, a cell is read into the wrong column, or an error names the wrong line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_places_are_the_lines_on_which_rows_start(path):
     path.write_bytes(
-        b"\xef\xbb\xbfprompt,completion,id\r\n"  # as Excel writes it
+        b"\xef\xbb\xbfprompt,completion,id\r\n"  # Excel writes such a file.
         b'"a, ""b""\n\nc",d,1\r\n'
         b"\r\n"
         b"e,f,2\r\n"
@@ -53,12 +53,12 @@ def test_a_quote_that_is_never_closed(path):
     path.write_text('text\na\n"b\nc\n')
     good, bad = rows(path)
     assert good.text == "a"
-    assert bad.place == f"{path}, line 3"
+    assert bad.location == f"{path}, line 3"
     assert bad.reason.startswith("not valid CSV (unexpected end of data); ")
 
 
 def test_long_cells_are_read_and_those_too_long_are_bad(path, monkeypatch):
-    path.write_text(f"text\n{'x' * 200_000}\n")  # Python's own limit is 131072
+    path.write_text(f"text\n{'x' * 200_000}\n")  # Python's default limit is 131072.
     assert len(rows(path)[0].text) == 200_000
     monkeypatch.setattr(json_files, "MAX_ROW_SIZE", 100)
     monkeypatch.setattr(csv_file, "MAX_ROW_SIZE", 100)
@@ -92,11 +92,11 @@ def test_what_python_writes_is_read_as_the_same(tmp_path_factory, pairs):
     text = io.StringIO()
     csv.writer(text).writerows([("text", "id"), *((f"{first}.", second) for first, second in pairs)])
     path.write_bytes(text.getvalue().encode())
-    found = rows(path)
-    assert [row.text for row in found] == [f"{first}." for first, _ in pairs]
+    results = rows(path)
+    assert [row.text for row in results] == [f"{first}." for first, _ in pairs]
     lines = text.getvalue().encode().split(b"\n")
-    for row in found:
+    for row in results:
         assert isinstance(row, TextRow)
-        number = int(row.place.rsplit(" ", 1)[1])
+        number = int(row.location.rsplit(" ", 1)[1])
         start = row.text.split("\n")[0].replace('"', '""').encode()
         assert lines[number - 1].removeprefix(b'"').startswith(start), "the row starts on that line"

@@ -1,4 +1,4 @@
-"""If this fails, a cache of other tokens or masks is taken for the right one, or is made anew for nothing."""
+"""If this fails, a cache of other tokens or masks is reused, or tokens are needlessly created again."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def changed_splitting(tokenizer):
 @pytest.mark.parametrize(
     "change", [changed_template, changed_vocabulary, changed_special_token, changed_rules, changed_splitting]
 )
-def test_changes_with_what_tokens_depend_on(change):
+def test_changes_with_everything_that_tokens_depend_on(change):
     tokenizer = make_tokenizer("chatml")
     before = RowEncoder(tokenizer, "assistant").fingerprint()
     change(tokenizer)
@@ -49,14 +49,14 @@ def test_changes_with_what_tokens_depend_on(change):
 def test_changes_with_mask_template_and_version(monkeypatch):
     tokenizer = make_tokenizer("chatml")
     settings = [("assistant", None), ("last", None), ("all", None), ("all", "chatml"), ("all", "alpaca")]
-    found = {RowEncoder(tokenizer, mask, template).fingerprint() for mask, template in settings}
+    fingerprints = {RowEncoder(tokenizer, mask, template).fingerprint() for mask, template in settings}
     monkeypatch.setattr(module, "ENCODER_VERSION", module.ENCODER_VERSION + 1)
-    found.add(RowEncoder(tokenizer, "assistant").fingerprint())
-    assert len(found) == 6
+    fingerprints.add(RowEncoder(tokenizer, "assistant").fingerprint())
+    assert len(fingerprints) == 6
 
 
-def test_stays_with_what_they_do_not_depend_on(tmp_path):
-    """Where the files lie, what was encoded before, whether the template came from a file."""
+def test_does_not_change_with_anything_else(tmp_path):
+    """It depends neither on the location of the files, nor on earlier texts, nor on whether the template was a file."""
     tokenizer = make_tokenizer("chatml", pad_token="<|im_end|>")
     before = RowEncoder(tokenizer, "assistant").fingerprint()
     tokenizer(["the cat", "the"], padding=True, truncation=True, max_length=1)
@@ -71,7 +71,7 @@ def test_stays_with_what_they_do_not_depend_on(tmp_path):
 
 @pytest.mark.slow
 def test_is_the_same_in_another_process(tmp_path):
-    """Ranks compare it: it cannot depend on the order of a set or on hash seeds."""
+    """Ranks compare it, so it cannot depend on the order of a set or on hash seeds."""
     tokenizer = make_tokenizer("qwen3")
     tokenizer.save_pretrained(tmp_path / "model")
     program = (
@@ -79,5 +79,5 @@ def test_is_the_same_in_another_process(tmp_path):
         "print(RowEncoder(AutoTokenizer.from_pretrained(sys.argv[1]), 'last').fingerprint())"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "model")]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    assert told == RowEncoder(tokenizer, "last").fingerprint()
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert output == RowEncoder(tokenizer, "last").fingerprint()

@@ -1,6 +1,6 @@
 """If this fails, a data set's name ends in a traceback or in minutes of waiting, or its rows are not read.
 
-The hub is one of our own: a server with one data set, which speaks as much of the hub's protocol as `datasets` needs.
+The tests run a server with one data set, which implements the part of the hub's protocol that `datasets` needs.
 """
 
 from __future__ import annotations
@@ -84,15 +84,15 @@ from qlora_dist.data.source import read_source_rows
 from qlora_dist.errors import UserError
 for source in json.loads(sys.argv[1]):
     try:
-        found = [dataclasses.asdict(row) for row in read_source_rows(SourceConfig(**source))]
+        result = [dataclasses.asdict(row) for row in read_source_rows(SourceConfig(**source))]
     except UserError as error:
-        found = str(error)
-    print(json.dumps(found))
+        result = str(error)
+    print(json.dumps(result))
 """
 
 
 def read(home: Path, sources: list[dict[str, str]], **environ: str) -> list[Any]:
-    """Rows or refusal of each source, in a process that starts without knowing of any hub."""
+    """Return rows or refusal of each source, in a new process that has this hub in its environment."""
     result = subprocess.run(
         [sys.executable, "-c", READ, json.dumps(sources)],
         env={name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -124,11 +124,11 @@ def test_rows_from_the_hub(hub, tmp_path, refusal):
         HF_ENDPOINT=hub,
     )
     assert rows == [
-        {"place": "owner/name, row 1", "text": "a"},
-        {"place": "owner/name, row 2", "reason": "`text` is empty; fill it or take the row out"},
-        {"place": "owner/name, row 3", "text": "c"},
+        {"location": "owner/name, row 1", "text": "a"},
+        {"location": "owner/name, row 2", "reason": "`text` is empty; fill it or take the row out"},
+        {"location": "owner/name, row 3", "text": "c"},
     ]
-    assert test == [{"place": "owner/name, row 1", "text": "test"}]
+    assert test == [{"location": "owner/name, row 1", "text": "test"}]
     for mistake, (start, hint) in zip(
         mistakes,
         [
@@ -143,15 +143,15 @@ def test_rows_from_the_hub(hub, tmp_path, refusal):
         message = refusal(UserWarning(mistake))
         assert message.startswith(start)
         assert hint in message
-    assert not list(tmp_path.rglob("*.arrow")), "nothing is kept"
+    assert not list(tmp_path.rglob("*.arrow")), "no files are kept"
 
 
 @pytest.mark.parametrize("environ", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
 def test_a_hub_that_cannot_be_reached(tmp_path, refusal, environ):
-    """`datasets` by itself tries for half a minute."""
+    """`datasets` alone would retry for half a minute."""
     (mistake,) = read(tmp_path, [{"path": "owner/name"}], **environ)
     assert refusal(UserWarning(mistake)).startswith(
-        "owner/name: no such file or folder here, and the Hugging Face hub can't be asked ("
+        "owner/name: no such file or folder here, and the Hugging Face hub cannot be reached ("
     )
 
 
@@ -181,12 +181,12 @@ tokenizer, cache = sys.argv[1:]
 
 def rank(split):
     tree = {"train": [{"path": "owner/name", "split": split}], "cache": cache, "on_bad_row": "skip"}
-    said = io.StringIO()
+    output = io.StringIO()
     try:
         (source,), _ = prepare_datasets(
-            DataConfig.model_validate(tree), load_tokenizer(Path(tokenizer)), Console(file=said, width=1000)
+            DataConfig.model_validate(tree), load_tokenizer(Path(tokenizer)), Console(file=output, width=1000)
         )
-        return [*said.getvalue().splitlines(), source.stats.rows]
+        return [*output.getvalue().splitlines(), source.stats.rows]
     except UserError as error:
         return [str(error)]
 
@@ -197,10 +197,10 @@ for splits in sys.stdin:
 
 
 class Counting(Hub):
-    asked: ClassVar[list[str]] = []
+    requested_paths: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
-        self.asked.append(self.path.split("?")[0])
+        self.requested_paths.append(self.path.split("?")[0])
         super().do_GET()
 
     do_HEAD = do_GET
@@ -208,7 +208,7 @@ class Counting(Hub):
 
 @pytest.mark.slow
 def test_prepared_with_a_network_and_used_without(make_tokenizer, tmp_path):
-    """On a login node, and then on nodes of a cluster. The ranks of a start make one request together."""
+    """Data are prepared on a login node and used on compute nodes. The ranks of a start make one request together."""
     make_tokenizer("none").save_pretrained(tmp_path / "tokenizer")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counting)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -226,22 +226,22 @@ def test_prepared_with_a_network_and_used_without(make_tokenizer, tmp_path):
             assert process.stdin is not None and process.stdout is not None
             process.stdin.write(" ".join(splits) + "\n")
             process.stdin.flush()
-            found: list[list[Any]] = json.loads(process.stdout.readline())
-            return found
+            result: list[list[Any]] = json.loads(process.stdout.readline())
+            return result
 
-        assert [said[-1] for said in ranks("train", "train")] == [3, 3]
-        times = [path for path in Counting.asked if path == f"{API}/name"]
+        assert [output[-1] for output in ranks("train", "train")] == [3, 3]
+        times = [path for path in Counting.requested_paths if path == f"{API}/name"]
         assert len(times) <= 2, "one request, however many ranks; or two, if a minute ends in between"
         (memory,) = (tmp_path / "cache" / "hub").glob("*.json")
         assert json.loads(memory.read_text()) == {"name": "owner/name", "revision": SHA}
 
         server.shutdown()
         server.server_close()
-        for answer in memory.parent.glob("*-*"):  # as if the minute were over
+        for answer in memory.parent.glob("*-*"):  # This simulates that the minute is over.
             shutil.rmtree(answer) if answer.is_dir() else answer.unlink()
         (line, rows), (refused,) = ranks("train", "test")
         process.stdin.close()
     assert rows == 3
-    assert line.startswith("owner/name: the Hugging Face hub can't be asked (")
+    assert line.startswith("owner/name: the Hugging Face hub cannot be reached (")
     assert line.endswith("the rows of revision 000000000000 are used, which were prepared before")
-    assert "can't be asked (" in refused and "; correct the path, or run qlora-dist preprocess with this" in refused
+    assert "cannot be reached (" in refused and "; correct the path, or run qlora-dist preprocess with this" in refused

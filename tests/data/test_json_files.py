@@ -1,4 +1,4 @@
-"""If this fails, a JSON file is read wrongly where a piece of it ends, or a large one fills the memory."""
+"""If this fails, a JSON file is misread at the end of a block, or a large file fills the memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_error(path: Path, content: str | bytes) -> str:
 
 
 @pytest.mark.parametrize("ending", [b'\n{"text": "next"}\n', b""])
-def test_a_line_too_long_is_a_bad_row_and_not_held_twice(tmp_path, ending):
+def test_a_line_too_long_is_a_bad_row_and_not_kept_in_memory(tmp_path, ending):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "good"}\n{"text": "' + b"x" * (50 << 20) + b'"}' + ending)
     tracemalloc.start()
@@ -56,7 +56,7 @@ def test_a_line_too_long_is_a_bad_row_and_not_held_twice(tmp_path, ending):
 def test_the_longest_line_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(json_files, "MAX_ROW_SIZE", 14)
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "ab"}\n{"text": "a"}\n{"text": "a"}')  # the first has 15 bytes with its line feed
+    path.write_text('{"text": "ab"}\n{"text": "a"}\n{"text": "a"}')  # The first line has 15 bytes with its line feed.
     assert [type(row) for row in rows(path)] == [BadRow, TextRow, TextRow]
 
 
@@ -82,7 +82,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     st.sampled_from([None, 1]),
     st.booleans(),
 )
-def test_an_array_is_the_same_wherever_its_pieces_end(tmp_path_factory, texts, piece, indent, ascii_only):
+def test_an_array_is_the_same_with_any_block_size(tmp_path_factory, texts, piece, indent, ascii_only):
     path = tmp_path_factory.mktemp("array") / "a.json"
     content = json.dumps([{"text": text + "."} for text in texts], indent=indent, ensure_ascii=ascii_only)
     path.write_text("\ufeff \n" * indent + content if indent else content, encoding="utf-8")
@@ -93,7 +93,7 @@ def test_an_array_is_the_same_wherever_its_pieces_end(tmp_path_factory, texts, p
         ]
 
 
-def test_what_is_no_object_is_a_bad_row(path, monkeypatch):
+def test_items_that_are_not_objects_are_bad_rows(path, monkeypatch):
     elements = [
         '{"text": "a"}', "123456", '"}]"', "null", "[1, 2]", '{"text": NaN}', f'{{"text": {"9" * 5000}}}', "[NaN]",
         '{"text": "b"}',
@@ -101,17 +101,17 @@ def test_what_is_no_object_is_a_bad_row(path, monkeypatch):
     path.write_text(f"[{', '.join(elements)}]")
     for piece in (1 << 20, 1, 7):
         monkeypatch.setattr(json_files, "_BLOCK_BYTES", piece if piece > 1 else 2)
-        found = rows(path)
-        assert [row.place for row in found] == [f"{path}, row {number}" for number in range(1, 10)]
-        assert (found[0].text, found[8].text) == ("a", "b")
-        assert [row.reason for row in found[1:8]] == [
+        results = rows(path)
+        assert [row.location for row in results] == [f"{path}, row {number}" for number in range(1, 10)]
+        assert (results[0].text, results[8].text) == ("a", "b")
+        assert [row.reason for row in results[1:8]] == [
             "a number, not an object; write one array of objects",
             "a string, not an object; write one array of objects",
             "null, not an object; write one array of objects",
             "a list, not an object; write one array of objects",
-            "not valid JSON (`text` is NaN, which is no number in JSON); correct it or take the row out",
+            "not valid JSON (`text` is NaN, which is not a number in JSON); correct it or take the row out",
             "not valid JSON (a number of more than 4300 digits); correct it or take the row out",
-            "not valid JSON (`[0]` is NaN, which is no number in JSON); correct it or take the row out",
+            "not valid JSON (`[0]` is NaN, which is not a number in JSON); correct it or take the row out",
         ]
 
 
@@ -120,12 +120,12 @@ def test_what_is_no_object_is_a_bad_row(path, monkeypatch):
     [
         ('[{"text": "a"}', "FILE, row 1: neither a comma nor a bracket follows; write one complete array of objects"),
         ('[{"text": "a"} {"text": "b"}]', "FILE, row 1: neither a comma nor a bracket follows; "),
-        ('[{"text": "a"},', "FILE, row 2: not valid JSON (Expecting value at character 1), or the file was cut off; "),
-        ('[{"text": "a"}, ]', "FILE, row 2: not valid JSON (Expecting value at character 1), or the file was cut off"),
+        ('[{"text": "a"},', "FILE, row 2: not valid JSON (Expecting value at character 1), or the file is truncated; "),
+        ('[{"text": "a"}, ]', "FILE, row 2: not valid JSON (Expecting value at character 1), or the file is truncated"),
         ('[{"text": "a"}, {"te', "FILE, row 2: not valid JSON (Unterminated string starting at character 2), or the "),
         ('[{"text": "a"}, {"text": b}]', "FILE, row 2: not valid JSON (Expecting value at character 10), or the file"),
-        ("[" * 100_000, "FILE, row 1: not valid JSON (nested too deeply), or the file was cut off; write one array"),
-        ('[{"text": "a"}] x', "FILE: something follows the array of 1 rows; write one array of objects"),
+        ("[" * 100_000, "FILE, row 1: not valid JSON (nested too deeply), or the file is truncated; write one array"),
+        ('[{"text": "a"}] x', "FILE: there is more text after the array of 1 rows; write one array of objects"),
         (b'[{"text": "caf\xe9"}]', "FILE: not UTF-8 (byte 0xe9 at position 15); save the file as UTF-8"),
         (b'[{"text": "caf\xc3', "FILE: not UTF-8 (byte 0xc3 at position 15); save the file as UTF-8"),
         ("3", "FILE: holds a number; write one array of objects"),
@@ -134,7 +134,7 @@ def test_what_is_no_object_is_a_bad_row(path, monkeypatch):
         ("nonsense", "FILE: not valid JSON (Expecting value at character 1); write one array of objects"),
     ],
 )
-def test_mistakes_of_the_whole_file(path, content, message):
+def test_errors_of_the_whole_file(path, content, message):
     assert read_error(path, content).startswith(message)
 
 
@@ -165,7 +165,7 @@ def test_lines_in_a_json_file_are_read_as_lines(path):
     path.write_text('\ufeff\n{"text": "a"}\n\n{"text": 1}\n{"text": "b"}')
     first, bad, second = rows(path)
     assert (first, second) == (TextRow(f"{path}, line 2", "a"), TextRow(f"{path}, line 5", "b"))
-    assert bad.place == f"{path}, line 4"
+    assert bad.location == f"{path}, line 4"
 
 
 # --- compressed -------------------------------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ def test_gzip(tmp_path, name, content, place):
     assert rows(path)[0] == TextRow(f"{path}, {place}", "a")
 
 
-def test_gzip_cut_off_or_damaged_or_none(tmp_path):
+def test_gzip_truncated_or_damaged_or_missing(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     whole = gzip.compress(b'{"text": "a"}\n' * 100_000)
     for content in (whole[:200], whole[:100] + b"x" * 50 + whole[150:], b'{"text": "a"}\n', whole + b"x"):
         message = read_error(path, content)
-        assert message.startswith("FILE: no gzip file, or damaged or cut off (")
-        assert message.endswith("); get it anew")
+        assert message.startswith("FILE: not a gzip file, or damaged or truncated (")
+        assert message.endswith("); get it again")

@@ -1,4 +1,4 @@
-"""If this fails, the flags are those of the tokens beside the right ones."""
+"""If this fails, the loss mask is shifted against the tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from qlora_dist.data.label_mask import loss_mask_from_spans
+from qlora_dist.data.text_encoder import loss_mask_from_spans
 from tests.helpers.published_tokenizers import make_tokenizer
 
 
 def trimming(name: str) -> Any:
-    """GPT-2's way: spaces belong to a token and not to its place in the text."""
+    """Return a tokenizer like GPT-2's, where spaces belong to a token but not to its offsets."""
     tokenizer = make_tokenizer(name)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return tokenizer
@@ -35,8 +35,8 @@ TEXTS = st.lists(st.sampled_from(["the", " cat", "  ", "\n", "字", "🙂", "é"
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_equals_a_look_at_every_token(kind, data):
-    """A token is inside if it shares a character with a span. One without characters goes with its neighbours."""
+def test_equals_a_check_of_every_token(kind, data):
+    """A token is inside if it shares a character with a span. A token without characters belongs to its neighbours."""
     text = data.draw(TEXTS)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     spans = list(zip(cuts[::2], cuts[1::2], strict=False))

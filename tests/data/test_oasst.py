@@ -1,4 +1,4 @@
-"""If this fails, Guanaco's data is not what the paper trained on: answers that are not the best, torn conversations."""
+"""If this fails, Guanaco's data differ from the paper's: answers are not the best, or conversations are torn."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from qlora_dist.data.source_row import BadRow, MessagesRow
 
 
 def node(text: str, *replies: dict[str, Any], by: str = "", **fields: Any) -> dict[str, Any]:
-    """A message; roles alternate by the case of the text: QUESTION, answer."""
+    """Return a message. The case of the text gives its role: QUESTION, answer."""
     role = by or ("prompter" if text.isupper() else "assistant")
     return {"message_id": f"id-{text}", "role": role, "text": text, "replies": list(replies)} | fields
 
 
 def flat(root: dict[str, Any], tree: str | None = "tree", parent: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of the table, a message before its replies."""
+    """Yield the rows of the table, a message before its replies."""
     fields = {name: value for name, value in root.items() if name != "replies"} | {"parent_id": parent}
     yield fields | ({"message_tree_id": tree} if tree else {})
     for reply in root["replies"]:
@@ -49,7 +49,7 @@ TREES = {
         node("Q", node("a", node("R", node("d", rank=1), node("e", rank=0))), node("b", node("S"), rank=0)),
         ["Q", "b"],
     ),
-    "replies without a rank come last, among equals the first": (
+    "replies without a rank are last, the first of equals wins": (
         node("Q", node("a", rank=None), node("b"), node("c", rank=7), node("d", rank=7.0)),
         ["Q", "c"],
     ),
@@ -82,7 +82,7 @@ def test_the_conversation_of_a_tree(name):
     [node("Q"), node("Q", deleted=True), node("Q", node("a", deleted=True)), node("Q", node("a"), review_result=False)],
 )
 def test_a_tree_without_an_answer_has_nothing_to_train(root):
-    """It is no mistake: OASST1 holds many. The stages after us count and drop such rows."""
+    """It is not an error, because OASST1 has many such trees. Later stages count and drop these rows."""
     for row in (nested(root), *read(*flat(root))):
         assert [message["train"] for message in row.messages] == [False]
 
@@ -90,13 +90,13 @@ def test_a_tree_without_an_answer_has_nothing_to_train(root):
 @pytest.mark.parametrize(
     ("root", "expected"),
     [
-        (3, "turn 1 is no list of objects; write `replies` as the messages that follow"),
-        (node("Q", replies="a"), "turn 2 is no list of objects; write `replies` as the messages that follow"),
-        (node("Q", replies=[3]), "turn 2 is no list of objects; write `replies` as the messages that follow"),
+        (3, "turn 1 is not a list of objects; write `replies` as the messages that follow"),
+        (node("Q", replies="a"), "turn 2 is not a list of objects; write `replies` as the messages that follow"),
+        (node("Q", replies=[3]), "turn 2 is not a list of objects; write `replies` as the messages that follow"),
         (node("Q", node("a", rank="0")), "turn 2: `rank` is a string; write a number or null"),
         (node("Q", node("a", deleted="False")), "turn 2: `deleted` is a string; write true, false or null"),
         (node("Q", node("a", review_result=1)), "turn 2: `review_result` is a number; write true, false or null"),
-        (node("Q", node("a", by="wizard")), "turn 2 is by `wizard`, who is not known; write prompter or assistant"),
+        (node("Q", node("a", by="wizard")), "turn 2 has the unknown role `wizard`; write prompter or assistant"),
         (node("Q", node("a", role=None)), "turn 2: `role` is null; write a string"),
         (node("Q", node("a") | {"text": None}), "turn 2: `text` is null; write a string"),
         (node("Q", node("a") | {"text": " "}), "turn 2: `text` is empty; fill it or take the row out"),
@@ -108,7 +108,7 @@ def test_a_tree_without_an_answer_has_nothing_to_train(root):
 )
 def test_bad_trees(root, expected):
     row = nested(root)
-    assert isinstance(row, BadRow) and row.place == "line 1"
+    assert isinstance(row, BadRow) and row.location == "line 1"
     assert row.reason.startswith(expected)
 
 
@@ -116,15 +116,15 @@ def test_trees_one_after_another():
     first, second = node("Q", node("a")), node("R", node("b"), node("c", rank=0))
     for trees in (("1", "2"), (None, None)):
         rows = read(*flat(first, trees[0]), *flat(second, trees[1]))
-        assert [(row.place, texts(row)) for row in rows] == [("line 1", ["Q", "a"]), ("line 3", ["R", "c"])]
+        assert [(row.location, texts(row)) for row in rows] == [("line 1", ["Q", "a"]), ("line 3", ["R", "c"])]
 
 
 def test_a_table_that_is_not_sorted_by_tree_is_noticed():
     first, second = list(flat(node("Q", node("a"), node("b")), "1")), list(flat(node("R", node("c")), "2"))
     rows = read(first[0], second[0], first[1], second[1])
-    assert [row.place for row in rows if isinstance(row, BadRow)] == ["line 3", "line 4"]
+    assert [row.location for row in rows if isinstance(row, BadRow)] == ["line 3", "line 4"]
     assert rows[2].reason == (
-        "of the 1 messages of its tree that stand together here, 0 have no `parent_id`, not one; "
+        "0 of the 1 adjacent messages of its tree have no `parent_id`, instead of one; "
         "sort the rows by `message_tree_id` and keep each tree whole"
     )
 
@@ -135,13 +135,13 @@ def test_a_table_that_is_not_sorted_by_tree_is_noticed():
         ({"message_id": 3}, "line 2: `message_id` is a number; write a string"),
         ({"message_id": "id-Q"}, "line 2: another message of the tree has this `message_id`; take one of them out"),
         ({"parent_id": ["id-Q"]}, "line 2: `parent_id` is a list; write a string"),
-        ({"parent_id": None}, "of the 2 messages of its tree that stand together here, 2 have no `parent_id`, not one"),
+        ({"parent_id": None}, "2 of the 2 adjacent messages of its tree have no `parent_id`, instead of one"),
     ],
 )
 def test_bad_messages_of_the_table(change, expected):
     first, second = flat(node("Q", node("a")))
     (bad,) = read(first, second | change)
-    assert isinstance(bad, BadRow) and bad.place == "line 1"
+    assert isinstance(bad, BadRow) and bad.location == "line 1"
     assert bad.reason.startswith(expected)
 
 
@@ -153,7 +153,7 @@ def test_a_message_of_the_table_without_a_field():
     assert row.messages[0]["train"] is False
 
 
-def test_the_format_that_is_set_finds_its_shape_in_a_row_that_lacks_a_field():
+def test_a_given_format_chooses_the_variant_of_an_incomplete_row():
     first, second = flat(node("Q", node("a")))
     del first["role"]
     bad, _ = read(first, second, format="oasst")
@@ -173,7 +173,7 @@ trees = st.recursive(
 
 @settings(deadline=None, max_examples=100)
 @given(trees)
-def test_both_shapes_give_the_same_and_no_reply_on_the_way_is_better(root):
+def test_both_variants_give_the_best_replies(root):
     def renamed(root: dict[str, Any], depth: int = 0, name: str = "0") -> dict[str, Any]:
         replies = [renamed(reply, depth + 1, f"{name}.{n}") for n, reply in enumerate(root["replies"])]
         role = "assistant" if depth % 2 else "prompter"

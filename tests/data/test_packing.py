@@ -17,14 +17,14 @@ windows = st.integers(1, 70)
 
 
 def packed(lengths: list[int], seq_len: int, method: PackingMethod, window: int = 1000) -> list[list[int]]:
-    """The sequences of each row."""
+    """Return the sequences of each row."""
     order, offsets = pack_sequences(np.array(lengths, dtype=np.int32), seq_len, method, window)
     assert (order.dtype, offsets.dtype) == (np.int64, np.int64)
     return [order[begin:end].tolist() for begin, end in pairwise(offsets)]
 
 
 def best_fit_by_definition(lengths: list[int], seq_len: int) -> list[list[int]]:
-    """What the docstring says, looking at every row each time."""
+    """Pack as the docstring defines it, with a search through all rows for each sequence."""
     rows: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         left = [seq_len - sum(lengths[i] for i in row) - lengths[index] for row in rows]
@@ -37,7 +37,7 @@ def best_fit_by_definition(lengths: list[int], seq_len: int) -> list[list[int]]:
 
 
 def test_by_hand():
-    # longest first: 7 | 6 | 5; the first 3 joins 7 (no room left), the other 6 (room 1), and 2 joins 5
+    # Longest first: 7 | 6 | 5. The first 3 joins 7 (no room left), the other joins 6 (room 1), and 2 joins 5.
     assert packed([3, 7, 5, 2, 6, 3], 10, "best-fit") == [[0, 1], [2, 3], [4, 5]]
     assert packed([3, 7, 5], 10, "none") == [[0], [1], [2]]
     assert packed([10, 10], 10, "best-fit") == [[0], [1]]
@@ -50,7 +50,7 @@ def test_each_sequence_once_and_no_row_too_long(lengths, window):
         rows = packed(lengths, SEQ_LEN, method, window)
         assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
         assert all(0 < sum(lengths[index] for index in row) <= SEQ_LEN for row in rows)
-        assert rows == sorted(rows), "rows stand in the order of their first sequence"
+        assert rows == sorted(rows), "rows are in the order of their first sequence"
         assert all(row == sorted(row) for row in rows)
 
 
@@ -58,7 +58,7 @@ def test_each_sequence_once_and_no_row_too_long(lengths, window):
 def test_no_two_rows_of_a_window_would_fit_into_one(lengths, window):
     filled: dict[int, list[int]] = {}
     for row in packed(lengths, SEQ_LEN, "best-fit", window):
-        (of,) = {index // window for index in row}  # a row holds neighbours
+        (of,) = {index // window for index in row}  # A row holds neighbours.
         filled.setdefault(of, []).append(sum(lengths[index] for index in row))
     for rows in filled.values():
         assert len(rows) == 1 or sum(sorted(rows)[:2]) > SEQ_LEN

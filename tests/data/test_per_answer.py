@@ -1,4 +1,4 @@
-"""If this fails, models whose templates rewrite history are trained on what they never see, or not on all answers."""
+"""If this fails, models whose templates rewrite history are trained on text they never see, or not on all answers."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "what", "arg
 _TURN = "<|im_start|>{{ m.role }}\n"
 _ASKED = "{% if m.role != 'assistant' %}" + _TURN + "{{ m.content }}<|im_end|>\n"
 _END = "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-# Qwen 3.5's way: the prompt opens a thought, the last answer has one, and earlier answers have none
+# As in Qwen 3.5: the prompt opens a thought, the last answer has one, and earlier answers have none.
 OPENS_AND_FORGETS = (
     "{% for m in messages %}" + _ASKED + "{% else %}" + _TURN + "{% if loop.last %}<think>\n"
     "{{ m.reasoning_content | default('') }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n" + _END
     + "<think>\n{% endif %}"
 )  # fmt: skip
-# DeepSeek R1's: the prompt opens a thought, and no answer is written with one
+# As in DeepSeek R1: the prompt opens a thought, and no answer is written with one.
 OPENS = (
     "{% for m in messages %}" + _ASKED + "{% else %}" + _TURN + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
     + _END + "<think>\n{% endif %}"
 )  # fmt: skip
-# Nemotron 3's: an answer without a thought is written with an empty one, in other words than the prompt's
+# As in Nemotron 3: an answer without a thought gets an empty one, which differs from the prompt's.
 CLOSES = OPENS.replace("{{ m.content.split('</think>')[-1] }}", "<think></think>{{ m.content }}")
-# Gemma 4's: the prompt has an empty thought, and the answer none
+# As in Gemma 4: the prompt has an empty thought, and the answer none.
 EMPTY = OPENS.replace("<think>\n{% endif %}", "<think>\n\n</think>\n\n{% endif %}")
-# the prompt has an empty thought where the data have one
+# The prompt has an empty thought, and the data have one.
 THINKS_UNASKED = OPENS_AND_FORGETS.replace("<think>\n{% endif %}", "<think>\n\n</think>\n\n{% endif %}")
-# Mistral's: the system message is written into the question as long as that is the last message
+# As in Mistral: the system message is written into the question while that is the last message.
 MOVES = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% if loop.last and messages[0].role == 'system' %}"
     "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}<|im_end|>{% elif m.role == 'assistant' %}"
     " {{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
 )
-# GPT-OSS's: the last answer ends otherwise than the others
+# As in GPT-OSS: the last answer has another end than the others.
 ENDS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
@@ -77,13 +77,13 @@ def encode(
 
 
 def decode_answers(encoded: Any) -> list[tuple[str, str]]:
-    """Of each sequence, the text before the first trained token and what is trained."""
+    """Return, for each sequence, the text before the first trained token and the trained text."""
     tokenizer = make_tokenizer("qwen3")
     texts = []
     for item in encoded:
-        start = int(item.trained.argmax())
-        stop = len(item.trained) - int(item.trained[::-1].argmax())
-        assert item.trained[start:stop].all()
+        start = int(item.loss_mask.argmax())
+        stop = len(item.loss_mask) - int(item.loss_mask[::-1].argmax())
+        assert item.loss_mask[start:stop].all()
         assert not tokenizer.decode(item.tokens[stop:]).strip()
         texts.append((tokenizer.decode(item.tokens[:start]), tokenizer.decode(item.tokens[start:stop])))
     return texts
@@ -170,8 +170,8 @@ def test_one_sequence_per_answer_where_history_is_rewritten(template, messages, 
         tokenizer.chat_template = template
         for item, end in zip(encoded, (len(messages) - 3, len(messages) - 1), strict=True):
             prompt = tokenizer.apply_chat_template(messages[:end], add_generation_prompt=True, return_dict=False)
-            assert item.tokens[: len(prompt)].tolist() == prompt, "what the model is asked with, token by token"
-            assert not item.trained[: len(prompt)].any() and item.trained[len(prompt)]
+            assert item.tokens[: len(prompt)].tolist() == prompt, "the tokens of the prompt at inference"
+            assert not item.loss_mask[: len(prompt)].any() and item.loss_mask[len(prompt)]
 
 
 @functools.cache
@@ -186,7 +186,7 @@ CONTENTS = st.sampled_from(["a", "the cat", " sat \n", "\n\nfoo", "字🙂", "<t
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), mask=st.sampled_from(["assistant", "last"]))
 def test_published_templates(name, data, mask):
-    """Each answer that the mask names is trained once, behind the tokens that inference would see."""
+    """Each answer that the mask selects is trained once, after the tokens that inference would see."""
     tokenizer, end = make_tokenizer(name), FAMILIES[name].end
     messages = []
     for _ in range(data.draw(st.integers(1, 4))):
@@ -200,30 +200,30 @@ def test_published_templates(name, data, mask):
     )
     answers = range(1, len(messages), 2)
     masked = answers[-1:] if mask == "last" else answers
-    wanted = [i for i in answers if messages[i]["train"] or (messages[i]["train"] is None and i in masked)]
-    if not wanted:
-        assert isinstance(each, EncodedSequence) and not each.trained.any()
+    trained_indices = [i for i in answers if messages[i]["train"] or (messages[i]["train"] is None and i in masked)]
+    if not trained_indices:
+        assert isinstance(each, EncodedSequence) and not each.loss_mask.any()
         return
     plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-    assert isinstance(each, list) and len(each) == len(wanted)
-    for index, item in zip(wanted, each, strict=True):
+    assert isinstance(each, list) and len(each) == len(trained_indices)
+    for index, item in zip(trained_indices, each, strict=True):
         prompt = tokenizer.apply_chat_template(plain[:index], tokenize=False, add_generation_prompt=True)
         text = tokenizer.apply_chat_template(plain[: index + 1], tokenize=False)
         assert text.startswith(prompt)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if FAMILIES[name].words == "bytes":
             assert item.tokens[: len(ids)].tolist() == ids
-            assert not item.trained[: len(ids)].any()
+            assert not item.loss_mask[: len(ids)].any()
             answer = text[len(prompt) :]
-            assert tokenizer.decode(item.tokens[item.trained]) == answer[: answer.index(end) + len(end)]
+            assert tokenizer.decode(item.tokens[item.loss_mask]) == answer[: answer.index(end) + len(end)]
         assert tokenizer.decode(item.tokens) == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
     if isinstance(whole, EncodedSequence):
         assert isinstance(auto, EncodedSequence)
-        assert (auto.tokens.tolist(), auto.trained.tolist()) == (whole.tokens.tolist(), whole.trained.tolist())
-        # history is written as it was answered, and no line feed of an answer becomes one token with the prompt's
+        assert (auto.tokens.tolist(), auto.loss_mask.tolist()) == (whole.tokens.tolist(), whole.loss_mask.tolist())
+        # History is not rewritten, and no line feed of an answer forms a token with the prompt's.
         if name in ("chatml", "llama-3", "llama-3.1") and not any(m["content"][0] in " \n" for m in messages):
-            tail = [tokenizer.decode(item.tokens[item.trained]) for item in each]
-            assert "".join(tail) == tokenizer.decode(whole.tokens[whole.trained])
+            tail = [tokenizer.decode(item.tokens[item.loss_mask]) for item in each]
+            assert "".join(tail) == tokenizer.decode(whole.tokens[whole.loss_mask])
     else:
         assert isinstance(auto, list)
 
@@ -240,14 +240,14 @@ def test_calls_and_what_follows_the_last_answer():
     ]
     first, second, last = encode(None, messages)
     tokenizer = make_tokenizer("qwen3")
-    assert tokenizer.decode(first.tokens[first.trained]).startswith("<think>\nwho?\n</think>\n\n<tool_call>")
+    assert tokenizer.decode(first.tokens[first.loss_mask]).startswith("<think>\nwho?\n</think>\n\n<tool_call>")
     assert tokenizer.decode(second.tokens).count("who?") == 1, "the thought belongs to the question that is answered"
     assert tokenizer.decode(last.tokens).count("who?") == 0
-    assert tokenizer.decode(last.tokens[last.trained]) == "<think>\n\n</think>\n\nthe log<|im_end|>"
+    assert tokenizer.decode(last.tokens[last.loss_mask]) == "<think>\n\n</think>\n\nthe log<|im_end|>"
     assert "and?" not in tokenizer.decode(last.tokens)
 
 
-def test_marked_templates_are_taken_at_their_word():
+def test_marked_spans_are_used_as_they_are():
     words = "{{ m.content }}<|im_end|>\n" + _END
     assert words in OPENS_AND_FORGETS
     marked = OPENS_AND_FORGETS.replace(words, "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n" + _END)
@@ -270,7 +270,7 @@ def test_marked_templates_are_taken_at_their_word():
         ),
     ],
 )
-def test_what_cannot_be_done_right_is_refused(template, messages, mode, expected, refusal):
+def test_unsupported_conversations_get_a_remedy(template, messages, mode, expected, refusal):
     row = encode(template, messages, mode)
     assert isinstance(row, BadRow)
-    assert expected in refusal(row.error())
+    assert expected in refusal(row.to_error())

@@ -1,4 +1,4 @@
-"""If this fails, what the configuration says about data is not what is trained."""
+"""If this fails, a run trains on other data than the configuration describes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANSWERED = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assis
 
 @pytest.fixture
 def prepare_data(tmp_path):
-    """`prepare_data(tokenizer, train=[...], ...)`, with a cache of the test's own."""
+    """Return `prepare_data(tokenizer, train=[...], ...)`, which uses a cache of this test."""
 
     def call(tokenizer, **data) -> PreparedDatasets:
         return prepare_datasets(DataConfig(cache=str(tmp_path / "cache"), **data), tokenizer)
@@ -32,7 +32,7 @@ def prepare_data(tmp_path):
 
 
 def decode_row(tokenizer, rows, index: int) -> tuple[str, list[str]]:
-    """A row's text and its targets."""
+    """Return the text of a row and its targets."""
     input_ids, labels, _ = rows.batch([index])
     return tokenizer.decode(input_ids[0]), [tokenizer.decode([t]) for t in labels[0].tolist() if t >= 0]
 
@@ -40,49 +40,49 @@ def decode_row(tokenizer, rows, index: int) -> tuple[str, list[str]]:
 def test_two_files_and_evaluation(make_tokenizer, write_rows, prepare_data):
     tokenizer = make_tokenizer("chatml", pad_token="<|bos|>")
     train = [write_rows(ANSWERED, ANSWERED, name="a.jsonl"), write_rows(ANSWERED, name="b.jsonl")]
-    held_out = write_rows({"text": "the dog"}, name="eval.jsonl")  # each data set has a format of its own
+    held_out = write_rows({"text": "the dog"}, name="eval.jsonl")  # Each data set has a format of its own.
     mixture = [train[0], SourceConfig(path=train[1], weight=0.5)]
     prepared = prepare_data(tokenizer, train=mixture, eval=held_out, seq_len=30)
 
     turn = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat on<|im_end|>\n"
     first, second = prepared.train
-    assert len(first.rows) == len(second.rows) == 1
-    assert decode_row(tokenizer, first.rows, 0) == (turn * 2 + "<|bos|>" * 2, ["sat", " on", "<|im_end|>"] * 2)
-    assert decode_row(tokenizer, second.rows, 0) == (turn + "<|bos|>" * 16, ["sat", " on", "<|im_end|>"])
+    assert len(first.dataset) == len(second.dataset) == 1
+    assert decode_row(tokenizer, first.dataset, 0) == (turn * 2 + "<|bos|>" * 2, ["sat", " on", "<|im_end|>"] * 2)
+    assert decode_row(tokenizer, second.dataset, 0) == (turn + "<|bos|>" * 16, ["sat", " on", "<|im_end|>"])
     assert prepared.eval is not None
-    assert decode_row(tokenizer, prepared.eval.rows, 0) == ("the dog<|eos|>" + "<|bos|>" * 27, [" dog", "<|eos|>"])
-    assert [source.rows.name for source in prepared.train] == [source.path for source in prepared.train] == train
+    assert decode_row(tokenizer, prepared.eval.dataset, 0) == ("the dog<|eos|>" + "<|bos|>" * 27, [" dog", "<|eos|>"])
+    assert [source.dataset.name for source in prepared.train] == [source.path for source in prepared.train] == train
     assert [source.weight for source in prepared.train] == [1.0, 0.5]
-    assert [source.rows.fate.trained_tokens for source in prepared.train] == [6, 3]
-    assert prepared.eval.stats.tokens == prepared.eval.rows.fate.tokens == 3
+    assert [source.dataset.truncation_stats.trained_tokens for source in prepared.train] == [6, 3]
+    assert prepared.eval.stats.tokens == prepared.eval.dataset.truncation_stats.tokens == 3
 
 
-def test_packing_mask_and_format_are_obeyed(make_tokenizer, write_rows, prepare_data):
+def test_packing_mask_and_format_are_applied(make_tokenizer, write_rows, prepare_data):
     tokenizer = make_tokenizer("chatml")
     path = write_rows({**ANSWERED, "text": "the cat"}, {**ANSWERED, "text": "the dog"})
     (one_each,), held_out = prepare_data(tokenizer, train=[path], packing="none", mask="all", seq_len=30)
-    assert (len(one_each.rows), held_out) == (2, None)
-    assert one_each.rows.trained_tokens.tolist() == [13, 13]
+    assert (len(one_each.dataset), held_out) == (2, None)
+    assert one_each.dataset.row_loss_tokens.tolist() == [13, 13]
     (text,), _ = prepare_data(tokenizer, train=[path], format="text", seq_len=6)
-    assert decode_row(tokenizer, text.rows, 0)[0] == "the cat<|eos|>the dog<|eos|>"
+    assert decode_row(tokenizer, text.dataset, 0)[0] == "the cat<|eos|>the dog<|eos|>"
 
 
-def test_what_is_tokenized_is_not_tokenized_again(make_tokenizer, write_rows, prepare_data, monkeypatch):
-    """Another length, weight or packing needs no tokens of its own."""
+def test_cached_tokens_are_reused(make_tokenizer, write_rows, prepare_data, monkeypatch):
+    """Another length, weight or packing needs no new tokens."""
     tokenizer = make_tokenizer("chatml")
     path = write_rows(ANSWERED, {"messages": ANSWERED["messages"] * 3})
     (first,), _ = prepare_data(tokenizer, train=[path], seq_len=30)
     monkeypatch.setattr(RowEncoder, "encode", None)
     source = SourceConfig(path=path, weight=2.0)
     (second,), _ = prepare_data(tokenizer, train=[source], seq_len=14, packing="none", workers=3)
-    assert second.folder == first.folder
+    assert second.cache_entry == first.cache_entry
     assert second.stats == first.stats
-    assert second.rows.fate.truncated == 1
-    assert first.rows.fate.truncated == 1
+    assert second.dataset.truncation_stats.truncated == 1
+    assert first.dataset.truncation_stats.truncated == 1
 
 
 def change_tokens(entry: Path) -> None:
-    """Other tokens, in a file that is as whole as the first; its times are put back."""
+    """Write other tokens into a valid file, and restore its times."""
     path = entry / "sequences.arrow"
     before, whole = path.stat(), bytearray(path.read_bytes())
     tokens = TokenizedSequences.open(path).tokens(0)
@@ -98,7 +98,7 @@ def clear_stats(entry: Path) -> None:
 
 
 def overwrite_files(files: dict[str, bytes]) -> Callable[[Path], None]:
-    """An entry of somebody else's, its sizes right and without sums."""
+    """Return a damage that replaces files and their sizes, and removes the checksums."""
 
     def damage(entry: Path) -> None:
         (entry / "sums.json").unlink()
@@ -132,29 +132,31 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_not_trained(make_tokenizer, write_rows, tmp_path, damage):
-    """Or the run trains on tokens that are in no file, or ends in the embedding."""
+    """Otherwise, the run would train on wrong tokens, or fail in the embedding."""
     tokenizer, output = make_tokenizer("chatml"), StringIO()
     config = DataConfig(cache=str(tmp_path / "cache"), train=[write_rows({"text": "the cat sat on the mat the dog"})])
     (first,), _ = prepare_datasets(config, tokenizer)
-    tokens = first.rows.sequences.tokens(0).tolist()
-    DAMAGES[damage](first.folder)
+    tokens = first.dataset.sequences.tokens(0).tolist()
+    DAMAGES[damage](first.cache_entry)
     (again,), _ = prepare_datasets(config, tokenizer, Console(file=output, width=1000))
-    assert again.rows.sequences.tokens(0).tolist() == tokens
+    assert again.dataset.sequences.tokens(0).tolist() == tokens
     assert again.stats == first.stats
-    assert f"{first.folder}: is damaged (" in output.getvalue()
+    assert f"{first.cache_entry}: is damaged (" in output.getvalue()
 
 
-def test_digests_of_another_kind_are_made_anew(make_tokenizer, write_rows, prepare_data, tmp_path):
+def test_digests_of_another_kind_are_created_again(make_tokenizer, write_rows, prepare_data, tmp_path):
     tokenizer, path = make_tokenizer("chatml"), write_rows({"text": "the cat"})
     (first,), _ = prepare_data(tokenizer, train=[path])
     (entry,) = (entry for entry in (tmp_path / "cache" / "digests").iterdir() if entry.is_dir())
     overwrite_files({"digests.json": b"[[], {}]"})(entry)
     (again,), _ = prepare_data(tokenizer, train=[path])
-    assert again.folder == first.folder
+    assert again.cache_entry == first.cache_entry
 
 
-def test_a_file_that_is_written_meanwhile_is_refused(make_tokenizer, write_rows, prepare_data, refusal, monkeypatch):
-    """Else the entry of the old content would hold rows of the new one."""
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    make_tokenizer, write_rows, prepare_data, refusal, monkeypatch
+):
+    """Otherwise, the entry of the old content would hold rows of the new content."""
     path = write_rows(ANSWERED)
     encode = RowEncoder.encode
 
@@ -166,7 +168,7 @@ def test_a_file_that_is_written_meanwhile_is_refused(make_tokenizer, write_rows,
     monkeypatch.setattr(RowEncoder, "encode", write_and_encode)
     with pytest.raises(UserError) as error:
         prepare_data(make_tokenizer("chatml"), train=[path])
-    assert refusal(error.value).startswith(f"{path}: was changed while it was read")
+    assert refusal(error.value).startswith(f"{path}: changed while it was read")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,7 @@ def test_a_file_that_is_written_meanwhile_is_refused(make_tokenizer, write_rows,
 def test_padding_id(make_tokenizer, write_rows, prepare_data, special_tokens, expected):
     path = write_rows({"text": "the cat sat"})
     (source,), _ = prepare_data(make_tokenizer("none", **special_tokens), train=[path], seq_len=9)
-    assert source.rows.batch([0]).input_ids[0, -1] == source.rows.pad_id == expected
+    assert source.dataset.batch([0]).input_ids[0, -1] == source.dataset.pad_token_id == expected
 
 
 def test_evaluation_without_a_trained_token_is_named(make_tokenizer, write_rows, prepare_data, refusal):
@@ -188,18 +190,18 @@ def test_evaluation_without_a_trained_token_is_named(make_tokenizer, write_rows,
 
 
 def test_a_padding_token_beyond_the_embedding_is_not_used(make_tokenizer, write_rows, prepare_data):
-    """Llama 2's `[PAD]` is one: a step would end in an IndexError, on a GPU in an assertion of the device."""
+    """With Llama 2's `[PAD]`, a step would fail with an IndexError, or on a GPU with a device assertion."""
     tokenizer = make_tokenizer("none")
     size = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id == size
     (source,), _ = prepare_data(tokenizer, train=[write_rows({"text": "the cat sat"})], seq_len=9)
-    assert source.rows.pad_id == tokenizer.eos_token_id
-    assert int(source.rows.batch([0]).input_ids.max()) < size
+    assert source.dataset.pad_token_id == tokenizer.eos_token_id
+    assert int(source.dataset.batch([0]).input_ids.max()) < size
 
 
-def test_what_is_said_about_the_data(make_tokenizer, write_rows, prepare_data):
-    """Ignored fields, bad rows that are not listed, and held-out rows that are trained: a line for each."""
+def test_data_warnings(make_tokenizer, write_rows, prepare_data):
+    """There is one line each for ignored fields, for unlisted bad rows, and for held-out rows that are trained."""
     named = {"messages": [ANSWERED["messages"][0] | {"name": "Ada"}, ANSWERED["messages"][1]], "id": 1}
     train = write_rows(named, *[{"messages": []}] * 7, name="a.jsonl")
     held_out = write_rows(named | {"split": "test"}, name="eval.jsonl")
@@ -207,13 +209,12 @@ def test_what_is_said_about_the_data(make_tokenizer, write_rows, prepare_data):
     prepared = prepare_data(tokenizer, train=train, eval=held_out, on_bad_row="skip")
     cached = prepare_data(tokenizer, train=train, eval=held_out, on_bad_row="skip")
     assert data_warnings(*cached) == data_warnings(*prepared)
-    rejected = prepared.train[0].folder / "bad-rows.txt"
+    rejected = prepared.train[0].cache_entry / "bad-rows.txt"
     assert data_warnings(*prepared) == [
-        f"{train}: not read: `id`, `name` of messages",
-        f"{train}: all bad rows and what is wrong with them: {rejected}",
-        f"{held_out}: not read: `id`, `split`, `name` of messages",
-        f"{held_out}: data.eval holds the rows of {train}, which are trained, so that its loss does not show "
-        "overfitting",
+        f"{train}: fields that are ignored: `id`, `name` of messages",
+        f"{train}: all bad rows and their reasons: {rejected}",
+        f"{held_out}: fields that are ignored: `id`, `split`, `name` of messages",
+        f"{held_out}: data.eval holds the rows of {train}, which are trained, so its loss cannot show overfitting",
     ]
     lines = rejected.read_text().splitlines()
     assert len(lines) == 7 and lines[6] == f"{train}, line 8: `messages` is empty; add a message or take the row out"

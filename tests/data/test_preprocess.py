@@ -1,4 +1,4 @@
-"""If this fails, a user sees other figures than those of the data, or cannot see what is trained."""
+"""If this fails, a user sees wrong statistics of the data, or cannot see which tokens are trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOTHING = {"messages": [{"role": "user", "content": "the"}]}
 
 @pytest.fixture
 def config(make_tokenizer, write_rows, tmp_path) -> Any:
-    """`config(**data)`: of a model folder that holds a tokenizer and nothing else."""
+    """Return `config(**data)`, with a model folder that holds only a tokenizer."""
     make_tokenizer("chatml").save_pretrained(tmp_path / "model")
     train = write_rows(SHORT, LONG, NOTHING, {"messages": []})
     held_out = write_rows({"text": "the dog sat"}, name="eval.jsonl")
@@ -36,7 +36,7 @@ def config(make_tokenizer, write_rows, tmp_path) -> Any:
     return make
 
 
-def printed(config: Config, color: bool = False, **options: Any) -> str:
+def printed(config: Config, *, color: bool = False, **options: Any) -> str:
     out = io.StringIO()
     terminal = {"force_terminal": True, "color_system": "truecolor"} if color else {}
     preprocess_data(config, Console(file=out, width=120, **terminal), Console(quiet=True), **options)
@@ -60,7 +60,7 @@ def test_figures(config):
     assert (Path(train["folder"]) / _SEQUENCES).exists()
 
 
-def test_weights_count_and_padding_of_unpacked_rows_is_not_made_up(config):
+def test_weights_count_and_padding_of_unpacked_rows_is_unknown(config):
     data = config().data
     source = {"path": data.train[0], "weight": 0.5}
     train, _ = json.loads(printed(config(train=[source], packing="none"), as_json=True))["sources"]
@@ -72,15 +72,15 @@ def test_the_table_and_the_samples(config):
     text = printed(config(), num_samples=1)
     assert "train: train.jsonl" in text
     assert "skipped: " in text
-    # marked in text where there are no colours; line feeds and special tokens as they are, nothing taken for markup
+    # Trained text is marked without colours. Line feeds and special tokens are unchanged, and text is not markup.
     assert "<|im_start|>assistant\n[[sat\non [red]<|im_end|>]]\n" in text
     assert "the[[ dog sat<|eos|>]]" in text
     assert text.count("sequence 1: ") == 2
     assert "sequence 2: " not in text
 
 
-def test_what_the_cut_takes_is_shown(config):
-    """LONG has three answers, and two of them lie behind the cut."""
+def test_truncated_tokens_are_shown(config):
+    """LONG has three answers, two of which are after the cut."""
     text = printed(config(), num_samples=9)
     whole = json.loads(printed(config(seq_len=100), as_json=True))["sources"][0]
     train, _ = json.loads(printed(config(), as_json=True))["sources"]
@@ -92,7 +92,7 @@ def test_what_the_cut_takes_is_shown(config):
     assert long.startswith(f", tokens 1 to 24 of {train['longest']}, ")
     assert short.count("[[") == 1 and long.split("eval.jsonl")[0].count("[[") == 1
     assert "whole answers lost" in text and "cut to that, or into pieces" in text
-    # what is not trained is not shown
+    # Text that is not trained is not shown.
     text = printed(config(too_long="drop"), num_samples=9)
     assert "train.jsonl, sequence 1: " in text and "train.jsonl, sequence 2" not in text
     dropped, _ = json.loads(printed(config(too_long="drop"), as_json=True))["sources"]
@@ -110,7 +110,7 @@ def test_rows_that_are_trained_answer_by_answer(config, make_tokenizer, tmp_path
     assert (train["per_answer_rows"], train["per_answer_sequences"], train["sequences"]) == (1, 3, 4)
 
 
-def test_a_length_that_the_model_does_not_have(config, tmp_path, refusal):
+def test_a_length_beyond_the_models_positions(config, tmp_path, refusal):
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 16}')
     with pytest.raises(UserError) as error:
         printed(config())
@@ -124,12 +124,12 @@ def test_samples_in_colour(config):
 
 
 def test_samples_without_colour_in_a_terminal(config, monkeypatch):
-    """What is trained was bold there, as the title is, and nothing else."""
+    """Trained text was bold there, like the title, and had no other mark."""
     monkeypatch.setenv("NO_COLOR", "1")
     assert "[[" in printed(config(), color=True, num_samples=1)
 
 
-def test_force_makes_it_anew(config):
+def test_force_creates_the_entry_again(config):
     def inode() -> int:
         train, _ = json.loads(printed(config(), as_json=True, rebuild_cache=force))["sources"]
         return (Path(train["folder"]) / _SEQUENCES).stat().st_mtime_ns

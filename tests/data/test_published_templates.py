@@ -35,8 +35,8 @@ def encode(name: str, messages: list[dict], mask: MaskMode = "assistant", tools:
     encoded = RowEncoder(tokenizer, mask).encode([MessagesRow("train.jsonl, line 7", messages, tools)])[0]
     assert isinstance(encoded, EncodedSequence), encoded
     texts = token_texts(tokenizer, encoded.tokens)
-    assert len(texts) == len(encoded.trained)
-    return list(zip(texts, encoded.trained.tolist(), strict=True))
+    assert len(texts) == len(encoded.loss_mask)
+    return list(zip(texts, encoded.loss_mask.tolist(), strict=True))
 
 
 def encode_refusal(
@@ -44,12 +44,12 @@ def encode_refusal(
 ) -> str:
     row = RowEncoder(make_tokenizer(name), mask).encode([MessagesRow("train.jsonl, line 7", messages, tools)])[0]
     assert isinstance(row, BadRow)
-    assert row.place == "train.jsonl, line 7"
+    assert row.location == "train.jsonl, line 7"
     assert "; " in row.reason and "\n" not in row.reason
     return row.reason
 
 
-# what ends a turn -> the turns above, in that format
+# End of a turn -> the turns above in the template's format.
 CHATML_SYSTEM = expect_masked("<|im_start|>", "system", "\n", "You", " are", " a", " cat", ".", "<|im_end|>", "\n")
 CHATML_CAT = expect_masked("<|im_start|>", "user", "\n", "the", " cat", "<|im_end|>", "\n")
 CHATML_DOG = expect_masked("<|im_start|>", "user", "\n", "the", " dog", "<|im_end|>", "\n")
@@ -87,16 +87,16 @@ class TestChatML:
         conversation = encode("chatml", [CAT, SAT], "all")
         assert conversation == expect_trained(*(text for text, _ in CHATML_CAT + CHATML_SAT))
 
-    def test_an_answer_is_left_out(self):
+    def test_an_answer_is_masked(self):
         messages = [CAT, {**SAT, "train": False}, DOG, LOG]
         assert encode("chatml", messages) == [*CHATML_CAT, *all_masked(CHATML_SAT), *CHATML_DOG, *CHATML_LOG]
 
-    def test_an_earlier_answer_is_put_in(self):
+    def test_an_earlier_answer_is_trained(self):
         messages = [CAT, {**SAT, "train": True}, DOG, LOG]
         assert encode("chatml", messages, "last") == [*CHATML_CAT, *CHATML_SAT, *CHATML_DOG, *CHATML_LOG]
 
-    def test_what_others_say_is_put_in(self):
-        """Like an answer: the content and what ends the turn, not who says it."""
+    def test_other_roles_are_trained(self):
+        """As for an answer, the content and the end of the turn are trained, but not the role."""
         messages = [{**SYSTEM, "train": True}, {**CAT, "train": True}, SAT]
         assert encode("chatml", messages) == [
             *expect_masked("<|im_start|>", "system", "\n"),
@@ -107,7 +107,7 @@ class TestChatML:
             *CHATML_SAT,
         ]
 
-    def test_messages_are_left_out_of_all(self):
+    def test_messages_are_masked_with_all(self):
         assert encode("chatml", [{**CAT, "train": False}, SAT, DOG, {**LOG, "train": False}], "all") == [
             *expect_trained("<|im_start|>", "user", "\n"),
             *expect_masked("the", " cat", "<|im_end|>"),
@@ -152,13 +152,13 @@ class TestLlama3:
         ]
 
     def test_tools(self):
-        """Llama 3.1's: functions in the user's turn, a call in the answer's, a result in a turn of its own."""
+        """In Llama 3.1, functions are in the user's turn, a call is in the answer's, and a result has its own turn."""
         tools = [{"name": "f"}]
         call = {"type": "function", "function": {"name": "what", "arguments": '{"role":"cat"}'}}
         messages = [CAT, {"role": "assistant", "tool_calls": [call]}, make_message("tool", "the log"), SAT]
         encoded = encode("llama-3.1", messages, tools=tools)
         trained = [text for text, flag in encoded if flag]
-        # the arguments, a string in OpenAI's format, are written as the object they stand for
+        # The arguments, a string in OpenAI's format, are written as an object.
         assert "".join(trained) == '{"name": "what", "parameters": {"role": "cat"}}<|eot_id|>sat on<|eot_id|>'
         start = next(index for index, (_, flag) in enumerate(encoded) if flag)
         assert encoded[start - 7 : start] == [*expect_masked("the", " cat", "<|eot_id|>"), *LLAMA_PROMPT]
@@ -179,7 +179,7 @@ class TestLlama3:
 
 class TestMistral:
     def test_every_answer(self):
-        """Nothing prompts for an answer but what ends the question; the space before it is the answer's."""
+        """Only the end of the question prompts for an answer. The space before it belongs to the answer."""
         assert encode("mistral", [CAT, SAT, DOG, LOG]) == [
             *expect_masked("<s>", " ", " [INST]", " the", " cat", " [/INST]"),
             *expect_trained(" sat", " on", "</s>"),
@@ -197,7 +197,7 @@ class TestMistral:
         reason = encode_refusal("mistral", [{**SYSTEM, "train": True}, CAT, SAT])
         assert "`train` of message 1 is true, and the chat template writes no turn for that message" in reason
 
-    def test_question_is_put_in(self):
+    def test_question_is_trained(self):
         assert encode("mistral", [{**CAT, "train": True}, SAT]) == [
             *expect_masked("<s>", " ", " [INST]"),
             *expect_trained(" the", " cat", " [/INST]", " sat", " on", "</s>"),
@@ -216,7 +216,7 @@ class TestMistral:
 
     @pytest.mark.parametrize("mask", ["assistant", "last"])
     def test_system_message_that_is_lost(self, mask):
-        """Nemo writes it while the question is last of all; in what would be trained, it is not there."""
+        """Nemo writes the system message only while the question is the last message, so the trained text lacks it."""
         reason = encode_refusal("mistral-nemo", [SYSTEM, CAT, SAT], mask)
         assert "rewrites history (the prompt of message 3 changes with what follows)" in reason
 
@@ -259,7 +259,7 @@ EMPTY_THOUGHT = ("<think>", "\n\n", "</think>", "\n\n")
 
 class TestQwen3:
     def test_one_answer(self):
-        """With the empty thought that the template puts before it: that is what generation has to begin with."""
+        """The template puts an empty thought before the answer, with which generation has to begin."""
         assert encode("qwen3", [CAT, SAT]) == [
             *CHATML_CAT,
             *CHATML_PROMPT,
@@ -280,7 +280,7 @@ class TestQwen3:
         ]
 
     def test_every_answer(self):
-        """Earlier ones as the template writes them in history: their thoughts are left out."""
+        """Earlier answers are trained as in the template's history, without their thoughts."""
         thoughtful = make_message("assistant", "<think>\na thought\n</think>\n\nsat on")
         assert encode("qwen3", [SYSTEM, CAT, thoughtful, DOG, LOG]) == [
             *CHATML_SYSTEM,
@@ -303,7 +303,7 @@ class TestQwen3:
         ]
 
     def test_tools(self):
-        """The first answer is written without an empty thought, as it is not the last message."""
+        """The first answer is written without an empty thought, because it is not the last message."""
         call = {"type": "function", "function": {"name": "what", "arguments": '{"role":"cat"}'}}
         messages = [
             CAT,
@@ -329,7 +329,7 @@ class TestQwen3:
         ]
 
     def test_thoughts_on_the_way_to_an_earlier_answer(self):
-        """They are written as long as the user has not spoken again: the second answer's prompt is gone by then."""
+        """They are written until the next user message. The prompt of the second answer no longer exists then."""
         call = {"function": {"name": "what", "arguments": {}}}
         messages = [
             CAT,
@@ -360,6 +360,6 @@ class TestQwen3:
         ]
 
     def test_messages_of_tools_share_a_turn(self):
-        """So one of them cannot be trained by itself; the last can."""
+        """Only the last of them can be trained."""
         messages = [CAT, SAT, make_message("tool", "log", train=True), make_message("tool", "mat")]
         assert "rewrites history (an earlier turn of message 3" in encode_refusal("qwen3", messages)

@@ -1,4 +1,4 @@
-"""If this fails, the model is trained on the wrong tokens: on the user's words, or never on when to stop."""
+"""If this fails, the model is trained on the wrong tokens: on the user's text, or never on the end of a turn."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def encode(encoder: RowEncoder, row) -> EncodedSequence:
 
 
 def pieces(tokenizer, encoded) -> list[tuple[str, bool]]:
-    """The text cut where the flag changes."""
+    """Return the text, cut where the loss mask changes."""
     runs: list[tuple[list[int], bool]] = []
-    for token, flag in zip(encoded.tokens, encoded.trained, strict=True):
+    for token, flag in zip(encoded.tokens, encoded.loss_mask, strict=True):
         if not runs or runs[-1][1] != flag:
             runs.append(([], flag))
         runs[-1][0].append(token)
@@ -54,7 +54,7 @@ def test_a_tokenizer_whose_templates_have_names_and_no_default(make_tokenizer):
 def test_token_by_token(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     encoded = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS[1:3]))
-    shown = [(tokenizer.decode([t]), flag) for t, flag in zip(encoded.tokens, encoded.trained, strict=True)]
+    shown = [(tokenizer.decode([t]), flag) for t, flag in zip(encoded.tokens, encoded.loss_mask, strict=True)]
     assert shown == [
         ("<|im_start|>", False),
         ("user", False),
@@ -91,12 +91,12 @@ def test_every_answer_of_a_long_conversation_with_and_without_markers(make_token
 
 @pytest.mark.parametrize("mask", ["assistant", "all"])
 @pytest.mark.parametrize("template", ["chatml", "llama", "plain", "marked"])
-def test_tokens_are_those_generation_sees(make_tokenizer, template, mask):
+def test_tokens_equal_the_tokens_of_generation(make_tokenizer, template, mask):
     tokenizer = make_tokenizer(template)
     encoded = encode(RowEncoder(tokenizer, mask), conversation(*TURNS))
     assert encoded.tokens.tolist() == tokenizer.apply_chat_template(TURNS, return_dict=False)
     if mask == "all":
-        assert encoded.trained.tolist() == [True] * len(encoded.tokens)
+        assert encoded.loss_mask.tolist() == [True] * len(encoded.tokens)
 
 
 def test_template_that_begins_with_bos_and_ends_with_the_turn(make_tokenizer):
@@ -113,7 +113,7 @@ def test_template_that_begins_with_bos_and_ends_with_the_turn(make_tokenizer):
 def test_line_feed_is_trained_where_nothing_else_ends_the_turn(make_tokenizer):
     tokenizer = make_tokenizer("plain")
     encoded = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS[1:4]))
-    # ' sat' is one token with the prompt's last space: it straddles the answer's beginning and is trained
+    # ' sat' is one token with the prompt's last space. It lies across the answer's beginning and is trained.
     assert pieces(tokenizer, encoded) == [
         ("user: the cat\nassistant:", False),
         (" sat on\n", True),
@@ -122,7 +122,7 @@ def test_line_feed_is_trained_where_nothing_else_ends_the_turn(make_tokenizer):
 
 
 def test_answer_that_starts_with_a_line_feed(make_tokenizer):
-    """It becomes one token with the prompt's; the row is good all the same."""
+    """The line feed forms one token with the prompt's, and the row is valid nevertheless."""
     tokenizer = make_tokenizer("chatml")
     encoded = encode(
         RowEncoder(tokenizer, "assistant"),
@@ -159,7 +159,7 @@ def test_characters_of_several_tokens(make_tokenizer):
 def test_conversation_without_an_answer_trains_nothing(make_tokenizer):
     encoded = encode(RowEncoder(make_tokenizer("chatml"), "assistant"), conversation(TURNS[1]))
     assert len(encoded.tokens)
-    assert not any(encoded.trained)
+    assert not any(encoded.loss_mask)
 
 
 @pytest.mark.parametrize("mask", ["assistant", "all"])
@@ -167,7 +167,7 @@ def test_text_trains_everything_and_ends(make_tokenizer, mask):
     tokenizer = make_tokenizer("none")
     encoded = encode(RowEncoder(tokenizer, mask), TextRow(PLACE, "the cat sat"))
     assert [tokenizer.decode([t]) for t in encoded.tokens] == ["the", " cat", " sat", "<|eos|>"]
-    assert encoded.trained.tolist() == [True] * 4
+    assert encoded.loss_mask.tolist() == [True] * 4
 
 
 def test_text_gets_one_end_from_a_tokenizer_that_writes_its_own(make_tokenizer):
@@ -190,7 +190,7 @@ def test_text_of_a_tokenizer_without_an_end(make_tokenizer):
     ("prompt", "completion", "expected"),
     [
         ("the cat", " sat on", [("the cat", False), (" sat on<|eos|>", True)]),
-        # ' sat' straddles the border: it is the completion's
+        # ' sat' lies across the border and belongs to the completion.
         ("the cat ", "sat", [("the cat", False), (" sat<|eos|>", True)]),
         ("the cat", "", [("the cat", False), ("<|eos|>", True)]),
         ("", "the cat", [("the cat<|eos|>", True)]),
@@ -212,7 +212,7 @@ def test_all_of_prompt_and_completion(make_tokenizer):
 
 @pytest.mark.parametrize("completion", [" sat", ""])
 def test_completion_of_a_tokenizer_that_writes_beginning_and_end(make_tokenizer, completion):
-    """Their places in the text are those of its first character; neither is taken for a part of the prompt."""
+    """These tokens have the offsets of the first character, but they do not belong to the prompt."""
     tokenizer = make_tokenizer("none")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)]
@@ -230,12 +230,12 @@ def test_completion_of_a_tokenizer_without_an_end(make_tokenizer):
 
 
 def test_rows_together_are_rows_alone(make_tokenizer):
-    """Rows of different kinds, bad ones among them, in their order."""
+    """Rows of different kinds, with bad ones among them, keep their order."""
     encoder = RowEncoder(make_tokenizer("alternating"), "assistant")
     rows = [
         TextRow("1", "the cat"),
         conversation(*TURNS[1:]),
-        conversation(*TURNS),  # the template refuses system messages
+        conversation(*TURNS),  # The template refuses system messages.
         CompletionRow("4", "the", " log"),
         conversation(*TURNS[1:3]),
         TextRow("6", ""),
@@ -252,8 +252,8 @@ def test_rows_together_are_rows_alone(make_tokenizer):
     for row, item in zip(rows, together, strict=True):
         (alone,) = encoder.encode([row])
         if isinstance(alone, EncodedSequence):
-            assert np.array_equal(alone.tokens, item.tokens) and np.array_equal(alone.trained, item.trained)
-            assert (item.tokens.dtype, item.trained.dtype) == (np.int32, np.bool_)
+            assert np.array_equal(alone.tokens, item.tokens) and np.array_equal(alone.loss_mask, item.loss_mask)
+            assert (item.tokens.dtype, item.loss_mask.dtype) == (np.int32, np.bool_)
         else:
             assert alone == item == BadRow(PLACE, alone.reason)
     assert encoder.encode([]) == []
@@ -264,7 +264,7 @@ def test_truncation_and_padding_left_on_by_others(make_tokenizer):
     expected = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS))
     tokenizer(["the cat", "the"], padding=True, truncation=True, max_length=1)
     after = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS))
-    assert np.array_equal(after.tokens, expected.tokens) and np.array_equal(after.trained, expected.trained)
+    assert np.array_equal(after.tokens, expected.tokens) and np.array_equal(after.loss_mask, expected.loss_mask)
 
 
 @pytest.mark.parametrize(
@@ -277,16 +277,16 @@ def test_truncation_and_padding_left_on_by_others(make_tokenizer):
         ("llama", [{"role": "user", "content": "a", "tool_calls": "x"}], "`tool_calls`, which the chat template"),
     ],
 )
-def test_bad_row_says_what_and_where(make_tokenizer, refusal, template, messages, expected):
+def test_bad_row_has_location_and_reason(make_tokenizer, refusal, template, messages, expected):
     (row,) = RowEncoder(make_tokenizer(template), "assistant").encode([conversation(*messages)])
     assert isinstance(row, BadRow)
-    message = refusal(row.error())
+    message = refusal(row.to_error())
     assert message.startswith("train.jsonl, line 7: ")
     assert expected in message
 
 
 def test_no_chat_template(make_tokenizer, refusal):
-    """A mistake of the configuration, not of a row; rows without conversations need none."""
+    """It is an error of the configuration, not of a row. Rows without conversations need no template."""
     encoder = RowEncoder(make_tokenizer("none"), "assistant")
     assert encode(encoder, TextRow(PLACE, "the cat")).tokens.size
     with pytest.raises(UserError) as error:
@@ -303,12 +303,12 @@ def test_template_of_the_tokenizer_that_does_not_compile(make_tokenizer, refusal
 
 
 def test_rewriting_template(make_tokenizer):
-    """Its last answer has a thought before it, as the message and the mask of an earlier one have not."""
+    """Its last answer has a thought before it, but an earlier answer has none."""
     tokenizer = make_tokenizer("rewriting")
     one = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS[1:3]))
     assert pieces(tokenizer, one)[1] == ("<think></think>sat on<|im_end|>", True)
-    both = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS))
-    assert [text for text, flag in pieces(tokenizer, both) if flag] == [
+    encoded = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS))
+    assert [text for text, flag in pieces(tokenizer, encoded) if flag] == [
         "sat on<|im_end|>",
         "<think></think>the log<|im_end|>",
     ]
@@ -317,7 +317,7 @@ def test_rewriting_template(make_tokenizer):
 
 
 class TestSlowTokenizer:
-    """One that does not tell where its tokens lie."""
+    """Slow tokenizer, which provides no token offsets."""
 
     @pytest.fixture
     def tokenizer(self, tmp_path):
@@ -334,17 +334,17 @@ class TestSlowTokenizer:
         encoder = RowEncoder(tokenizer, "all")
         for row in (conversation(TURNS[1]), TextRow(PLACE, "the cat"), CompletionRow(PLACE, "the", " cat")):
             assert encode(encoder, row).tokens.tolist() == [0, 1]
-            assert encode(encoder, row).trained.tolist() == [True, True]
+            assert encode(encoder, row).loss_mask.tolist() == [True, True]
 
     @pytest.mark.parametrize("row", [conversation(TURNS[1]), CompletionRow(PLACE, "the", " cat")])
     def test_cannot_mask(self, tokenizer, refusal, row):
         assert encode(RowEncoder(tokenizer, "assistant"), TextRow(PLACE, "the cat")).tokens.tolist() == [0, 1]
         with pytest.raises(UserError) as error:
             RowEncoder(tokenizer, "assistant").encode([row])
-        assert "does not tell where its tokens lie" in refusal(error.value)
+        assert "provides no token offsets" in refusal(error.value)
 
-    def test_cannot_leave_a_message_out_of_all(self, tokenizer):
-        with pytest.raises(UserError, match="does not tell where its tokens lie"):
+    def test_cannot_mask_a_message_with_all(self, tokenizer):
+        with pytest.raises(UserError, match="provides no token offsets"):
             RowEncoder(tokenizer, "all").encode([conversation({**TURNS[1], "train": False})])
 
     def test_fingerprint(self, tokenizer, tmp_path):
@@ -355,7 +355,7 @@ class TestSlowTokenizer:
 
 
 class TestMarks:
-    """Templates with {% generation %}: what they mark is taken at its word, whatever mask and flags pick of it."""
+    """Templates with {% generation %} markers, whose marked spans are used as they are for every mask and flag."""
 
     def test_last(self, make_tokenizer):
         tokenizer = make_tokenizer("marked")
@@ -370,7 +370,7 @@ class TestMarks:
 
     def test_no_answer_is_trained(self, make_tokenizer):
         messages = [{**message, "train": False} for message in TURNS]
-        assert not any(encode(RowEncoder(make_tokenizer("marked"), "assistant"), conversation(*messages)).trained)
+        assert not any(encode(RowEncoder(make_tokenizer("marked"), "assistant"), conversation(*messages)).loss_mask)
 
     def test_marks_that_are_not_one_for_each_answer(self, make_tokenizer):
         tokenizer = make_tokenizer("marked")
@@ -389,4 +389,7 @@ def test_sent_to_another_process(make_tokenizer):
     encoder = RowEncoder(make_tokenizer("chatml"), "last", "chatml")
     sent = pickle.loads(pickle.dumps(encoder))
     assert sent.fingerprint() == encoder.fingerprint()
-    assert encode(sent, conversation(*TURNS)).trained.tolist() == encode(encoder, conversation(*TURNS)).trained.tolist()
+    assert (
+        encode(sent, conversation(*TURNS)).loss_mask.tolist()
+        == encode(encoder, conversation(*TURNS)).loss_mask.tolist()
+    )

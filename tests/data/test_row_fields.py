@@ -1,4 +1,4 @@
-"""If this fails, a field that says what to train is ignored, or a row of preferences is trained as a good answer."""
+"""If this fails, a field that controls training is ignored, or a row of preference data is trained as a good answer."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ ASKING: list[dict[str, Any]] = [
 
 
 def row(**fields: Any) -> SourceRow | BadRow:
-    (found,) = parse_rows(iter([("1", fields)]), "auto", "")
-    return found
+    (result,) = parse_rows(iter([("1", fields)]), "auto", "")
+    return result
 
 
 def flags(**fields: Any) -> list[bool | None]:
-    """Each message's `train`."""
-    found = row(**fields)
-    assert isinstance(found, MessagesRow), found
-    return [message.get("train") for message in found.messages]
+    """Return each message's `train`."""
+    result = row(**fields)
+    assert isinstance(result, MessagesRow), result
+    return [message.get("train") for message in result.messages]
 
 
 def reason(**fields: Any) -> str:
-    found = row(**fields)
-    assert isinstance(found, BadRow), found
-    assert "; " in found.reason and not found.reason.endswith(".")
-    return found.reason
+    result = row(**fields)
+    assert isinstance(result, BadRow), result
+    assert "; " in result.reason and not result.reason.endswith(".")
+    return result.reason
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -51,13 +51,13 @@ def reason(**fields: Any) -> str:
 @pytest.mark.parametrize("name", ["loss_weight", "loss", "training"])
 @pytest.mark.parametrize(("value", "expected"), [(0, False), (0.0, False), (False, False), (1.0, True), (True, True)])
 def test_other_names_of_train(name, value, expected):
-    """LLaMA-Factory's, ms-swift's and axolotl's."""
+    """They are used by LLaMA-Factory, ms-swift and axolotl."""
     assert flags(messages=[HI, HELLO | {name: value}, HI, HELLO]) == [None, expected, None, None]
     assert flags(conversations=[SHAREGPT[0], SHAREGPT[1] | {name: value}]) == [None, expected]
     assert flags(messages=[HI, HELLO | {name: value, "train": not expected}]) == [None, not expected]
     assert flags(messages=[HI, HELLO | {name: None}]) == [None, None]
-    found = row(messages=[HI, HELLO | {name: value}])
-    assert isinstance(found, MessagesRow) and name not in found.messages[1]
+    result = row(messages=[HI, HELLO | {name: value}])
+    assert isinstance(result, MessagesRow) and name not in result.messages[1]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_other_names_of_train(name, value, expected):
         ({"loss_scale": 2}, "message 2 has a `loss_scale`, which is not read; write `train`"),
     ],
 )
-def test_masks_that_cannot_be_followed(fields, expected):
+def test_unsupported_masks(fields, expected):
     assert reason(messages=[HI, HELLO | fields]).startswith(expected)
 
 
@@ -83,11 +83,11 @@ def test_masks_of_a_whole_row_are_refused(fields):
 def test_a_call_in_the_old_form_is_not_lost():
     call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     for content in (None, "calling"):
-        (found,) = RowEncoder(make_tokenizer("qwen3"), "assistant").encode(
+        (result,) = RowEncoder(make_tokenizer("qwen3"), "assistant").encode(
             [row(messages=[HI, call | {"content": content}])]
         )
-        assert isinstance(found, BadRow)
-        assert found.reason == (
+        assert isinstance(result, BadRow)
+        assert result.reason == (
             "the row has a `function_call`, which the chat template does not write; write it as `tool_calls`"
         )
 
@@ -96,7 +96,7 @@ def test_a_call_in_the_old_form_is_not_lost():
 
 
 def test_loss_mask_of_a_row():
-    """LLaMA-Factory's: one number for each message, and a 0 leaves it out."""
+    """LLaMA-Factory writes one number per message, where 0 masks the message."""
     assert flags(messages=CONVERSATION, loss_mask=[0, 0, 0, 1]) == [False, False, False, None]
     assert flags(messages=CONVERSATION, loss_mask=[1, False, 1, True]) == [None, False, None, None]
     assert flags(conversations=SHAREGPT * 2, loss_mask="[0, 0, 0, 1]") == [False, False, False, None]
@@ -112,22 +112,22 @@ def test_loss_mask_of_a_row():
     ("mask", "expected"),
     [
         ([0, 1], "`loss_mask` has 2 items for 4 messages; write one for each message"),
-        ([0, 1, 0, 0.5], "`loss_mask` is no list of 0 and 1; write one of them for each message"),
-        (1, "`loss_mask` is no list of 0 and 1; "),
+        ([0, 1, 0, 0.5], "`loss_mask` is not a list of 0 and 1; write one of them for each message"),
+        (1, "`loss_mask` is not a list of 0 and 1; "),
         ("[0", "`loss_mask` is not valid JSON ("),
     ],
 )
-def test_loss_masks_that_cannot_be_followed(mask, expected):
+def test_invalid_loss_masks(mask, expected):
     assert reason(messages=CONVERSATION, loss_mask=mask).startswith(expected)
     assert reason(prompt="hi", completion="hello", loss_mask=[0, 1]).startswith(
-        "the row has a `loss_mask`, and it is no conversation; "
+        "the row has a `loss_mask`, but is not a conversation; "
     )
 
 
 @pytest.mark.parametrize("fields", ASKING)
 @pytest.mark.parametrize("label", [True, False, "True", "false"])
-def test_preferences_are_no_good_answers(fields, label):
-    """TRL's and ms-swift's data for KTO: a row of `label` false is an answer to be avoided."""
+def test_preference_data_are_refused(fields, label):
+    """In the KTO data of TRL and ms-swift, a row with `label` false is an answer to avoid."""
     assert reason(**fields, label=label) == (
         f"`label` is {str(label).lower()}, so the row is preference data (KTO), which is not trained; keep the rows of "
         "good answers and take `label` out of them"
@@ -166,10 +166,10 @@ def test_functions_are_tools():
 
 def test_system_beside_messages():
     system = "be brief"
-    found = row(messages=CONVERSATION, system=system)
-    assert isinstance(found, MessagesRow) and found.messages == [SYSTEM, *CONVERSATION]
+    result = row(messages=CONVERSATION, system=system)
+    assert isinstance(result, MessagesRow) and result.messages == [SYSTEM, *CONVERSATION]
     assert flags(prompt=[HI], completion=[HELLO], system=system) == [False, False, True]
-    assert row(messages=[SYSTEM, *CONVERSATION], system=system) == found
+    assert row(messages=[SYSTEM, *CONVERSATION], system=system) == result
     assert "its first message is another" in reason(messages=[SYSTEM, *CONVERSATION], system="be wordy")
     assert reason(prompt="hi", completion="hello", system=system) == (
         "the row has a `system`, and its prompt is a text; write it into the prompt"
@@ -182,7 +182,7 @@ def test_system_beside_messages():
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_variables_of_the_template(as_text):
-    """The tokens are those of `apply_chat_template` with the same variables."""
+    """The tokens equal the result of `apply_chat_template` with the same variables."""
     tokenizer = make_tokenizer("qwen3")
     tokenizer.chat_template = "{% if shout %}the mat {% endif %}" + tokenizer.chat_template
     variables = {"shout": True, "enable_thinking": False}
@@ -192,8 +192,8 @@ def test_variables_of_the_template(as_text):
     assert isinstance(with_them, EncodedSequence) and isinstance(without, EncodedSequence)
     assert with_them.tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION[:2], **variables)["input_ids"]
     assert without.tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION[:2])["input_ids"]
-    # Qwen 3's prompt holds an empty thought then, which is not trained
-    trained = [tokenizer.decode(item.tokens[item.trained]) for item in (with_them, without)]
+    # Qwen 3's prompt then has an empty thought, which is not trained.
+    trained = [tokenizer.decode(item.tokens[item.loss_mask]) for item in (with_them, without)]
     assert trained == ["hello<|im_end|>", "<think>\n\n</think>\n\nhello<|im_end|>"]
 
 
@@ -205,23 +205,27 @@ def test_variables_of_the_template(as_text):
         ({"tools": []}, "`chat_template_kwargs` holds `tools`, which comes from the row itself; take it out"),
     ],
 )
-def test_variables_that_cannot_be_given(value, expected):
+def test_invalid_variables(value, expected):
     assert reason(messages=CONVERSATION, chat_template_kwargs=value).startswith(expected)
-    assert "it is no conversation; " in reason(prompt="a", completion="b", chat_template_kwargs={"a": 1})
+    assert "but is not a conversation; " in reason(prompt="a", completion="b", chat_template_kwargs={"a": 1})
 
 
 # --- what is ignored --------------------------------------------------------------------------------------------------
 
 
-def test_fields_that_nothing_reads_are_named():
+def test_ignored_fields_are_named():
     names = UnreadFields()
     messages = [HI | {"name": "Ada", "mood": "good"}, HELLO]
     records = [
         ("1", {"messages": messages, "id": 1, "tools": None, "x": None}),
         ("2", {"messages": messages, "url": "a", "chat_template_kwargs": {"enable_thinking": True, "y": 1}}),
     ]
-    assert not any(isinstance(found, BadRow) for found in parse_rows(iter(records), "auto", "", names))
+    assert not any(isinstance(result, BadRow) for result in parse_rows(iter(records), "auto", "", names))
     template = "{{ message.name }}\nmood_of {{ enable_thinking }}"
-    assert names.ignored(template) == ["`id`", "`url`", "`mood` of messages", "`y` of chat_template_kwargs"]
-    assert names.ignored({"default": "mood", "tool_use": template}) == ["`id`", "`url`", "`y` of chat_template_kwargs"]
-    assert "`name` of messages" in names.ignored(None)
+    assert names.ignored_by(template) == ["`id`", "`url`", "`mood` of messages", "`y` of chat_template_kwargs"]
+    assert names.ignored_by({"default": "mood", "tool_use": template}) == [
+        "`id`",
+        "`url`",
+        "`y` of chat_template_kwargs",
+    ]
+    assert "`name` of messages" in names.ignored_by(None)

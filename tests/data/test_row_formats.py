@@ -1,4 +1,4 @@
-"""If this fails, a row of somebody's data set becomes another conversation than it holds, or half a one is trained."""
+"""If this fails, a row becomes another conversation than it holds, or only half of it is trained."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 
 
 def row(format: str = "auto", **fields: Any) -> SourceRow:
-    """What one row becomes."""
-    (found,) = parse_rows(iter([("here", fields)]), format, "so said")
-    assert not isinstance(found, BadRow), found
-    assert found.place == "here"
-    return found
+    """Return the parsed row."""
+    (result,) = parse_rows(iter([("here", fields)]), format, "so said")
+    assert not isinstance(result, BadRow), result
+    assert result.location == "here"
+    return result
 
 
 def messages(format: str = "auto", **fields: Any) -> list[dict[str, Any]]:
-    found = row(format, **fields)
-    assert isinstance(found, MessagesRow)
-    return found.messages
+    result = row(format, **fields)
+    assert isinstance(result, MessagesRow)
+    return result.messages
 
 
 def reason(format: str, **fields: Any) -> str:
-    """What is wrong with a row."""
-    (found,) = parse_rows(iter([("here", fields)]), format, "so said")
-    assert isinstance(found, BadRow) and found.place == "here"
-    assert "; " in found.reason and found.reason.isprintable() and not found.reason.endswith(".")
-    return found.reason
+    """Return the reason why a row is bad."""
+    (result,) = parse_rows(iter([("here", fields)]), format, "so said")
+    assert isinstance(result, BadRow) and result.location == "here"
+    assert "; " in result.reason and result.reason.isprintable() and not result.reason.endswith(".")
+    return result.reason
 
 
 # --- which format -----------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("format", ROWS)
-def test_a_format_is_told_by_its_fields(format):
+def test_a_format_is_recognized_by_its_fields(format):
     expected = {
         "prompt-completion": CompletionRow("here", "hi", "hello"),
         "flan": CompletionRow("here", "hi", "hello"),
@@ -70,7 +70,7 @@ def test_a_format_is_told_by_its_fields(format):
 
 
 def test_every_format_is_known():
-    assert {shape.format for shape in ROW_FORMATS} == set(ROWS)
+    assert {shape.name for shape in ROW_FORMATS} == set(ROWS)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_first_row_decides_for_all():
     ]
 
 
-def test_bad_rows_of_the_file_are_handed_on():
+def test_bad_rows_of_the_file_are_passed_on():
     bad = BadRow("1", "not valid JSON (); write")
     assert list(parse_rows(iter([bad, ("2", ROWS["text"]), bad]), "auto", "")) == [bad, TextRow("2", "hi"), bad]
 
@@ -110,7 +110,7 @@ def test_other_fields_of_a_message_are_kept_and_nulls_are_not():
 
 
 def test_parts_of_text_are_joined():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "value": " b"}]  # the latter as LLaMA-Factory has it
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "value": " b"}]  # LLaMA-Factory writes the latter.
     assert messages(messages=[{"role": "user", "content": parts}, HELLO[1]])[0] == {"role": "user", "content": "a b"}
 
 
@@ -135,7 +135,7 @@ def test_arguments_of_tool_calls_become_objects(call):
 
 
 def test_lists_as_json_text():
-    """CSV has nothing else, and in Parquet it keeps objects apart that differ."""
+    """CSV has only text. In Parquet, JSON text keeps objects with different fields apart."""
     given = [HELLO[0], {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}]
     expected = [HELLO[0], {"role": "assistant", "tool_calls": [CALL]}]
     assert messages(messages=given) == messages(messages=json.dumps(given)) == expected
@@ -144,17 +144,17 @@ def test_lists_as_json_text():
 
 
 def test_a_file_whose_rows_lie_under_a_name():
-    """As SQuAD's: `data` is no format's field, and renaming it would be wrong."""
+    """SQuAD's `data` is such a field. It is not part of any format, so renaming it would be wrong."""
     for name in ("data", "train"):
         bad = next(parse_rows(iter([("here", {"version": 1, name: [{"messages": HELLO}]})]), "auto", ""))
         assert isinstance(bad, BadRow)
         assert bad.reason == (
-            f"it is no row, and its field `{name}` holds rows; write that list alone, as a file of its own"
+            f"it is not a row, but its field `{name}` holds rows; write that list alone, as a file of its own"
         )
 
 
 def test_ids_of_calls_for_templates_that_ask_for_them():
-    """ShareGPT has no field for them; Mistral's template wants nine letters and digits."""
+    """ShareGPT has no field for ids, and Mistral's template requires nine letters and digits."""
     call = json.dumps({"name": "what", "arguments": {}})
     given = [
         {"from": "human", "value": "the cat"},
@@ -237,9 +237,18 @@ for _ in range(200):
         ([HELLO[0] | {"name": "\ud83d"}], "message 1: `name` holds half of a surrogate pair; write the whole char"),
         ([HELLO[0] | {"\ud83d": 1}], "message 1: a name holds half of a surrogate pair; write the whole character"),
         ([HELLO[0] | {"more": DEEP}], "message 1: `more` is nested more than 100 levels deep; flatten it"),
-        ([HELLO[0], {"role": "assistant", "content": " \n"}], "message 2: the assistant says nothing; give it `cont"),
-        ([{"role": "assistant", "content": [], "tool_calls": []}], "message 1: the assistant says nothing; give it "),
-        ([{"role": "assistant", "content": "", "train": True}], "message 1: the assistant says nothing; give it `c"),
+        (
+            [HELLO[0], {"role": "assistant", "content": " \n"}],
+            "message 2: the assistant's message is empty; give it `cont",
+        ),
+        (
+            [{"role": "assistant", "content": [], "tool_calls": []}],
+            "message 1: the assistant's message is empty; give it ",
+        ),
+        (
+            [{"role": "assistant", "content": "", "train": True}],
+            "message 1: the assistant's message is empty; give it `c",
+        ),
         ([HELLO[1] | {"train": 1}], "message 1: `train` is a number; write true or false"),
         ([HELLO[1] | {"weight": 0.5}], "message 1: `weight` is neither 0 nor 1; write one of them"),
         ([HELLO[1] | {"weight": 2}], "message 1: `weight` is neither 0 nor 1; write one of them"),
@@ -250,7 +259,10 @@ for _ in range(200):
             "message 1: `content`: part 2 is of the type `image_url`; only parts of "
             '{"type": "text", "text": ...} are read',
         ),
-        ([{"role": "user", "content": ["a"]}], "message 1: `content`: part 1 is no object with a `type`; only parts "),
+        (
+            [{"role": "user", "content": ["a"]}],
+            "message 1: `content`: part 1 is not an object with a `type`; only parts ",
+        ),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 1: `content`: part 1 has no `text`; write {"),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "message 1: `content`: part 1: `text` is nu"),
     ],
@@ -362,12 +374,15 @@ def test_system_beside_and_within_the_conversation():
         ([{"from": ["human"], "value": "a"}], "message 1: `from` is a list; write a string"),
         ([{"from": "human", "value": None}], "message 1: `content` is null; write a string"),
         ([{"from": "human", "value": "\ud83d"}], "message 1: `content` holds half of a surrogate pair; write the w"),
-        ([{"from": "gpt", "value": ""}], "message 1: the assistant says nothing; give it `content`, or `train`: fa"),
+        (
+            [{"from": "gpt", "value": ""}],
+            "message 1: the assistant's message is empty; give it `content`, or `train`: fa",
+        ),
         (
             [{"from": "bi\nng", "value": "a"}],
-            "message 1 is from `bi\\nng`, who is not known; write one of system, human, user, gpt, assistant, chatgpt,",
+            "message 1 is from the unknown speaker `bi\\nng`; write one of system, human, user, gpt, assistant, ",
         ),
-        ([{"role": "wizard", "content": "a"}], "message 1 is from `wizard`, who is not known; write one of system, "),
+        ([{"role": "wizard", "content": "a"}], "message 1 is from the unknown speaker `wizard`; write one of system, "),
         ([{"from": "function_call", "value": "add(1)"}], "message 1: the call is not valid JSON (Expecting value at"),
         ([{"from": "function_call", "value": "3"}], "message 1: the call is a number; write an object with `function`"),
         ([{"from": "function_call", "value": "[]"}], "message 1: `content` is null; write a string"),
@@ -398,7 +413,7 @@ def test_alpaca():
         ("alpaca", {"output": ""}, "`output` is empty; fill it or take the row out"),
         ("alpaca", {"output": ["a", "b"]}, "`output` is a list; write a string"),
         ("alpaca", {"history": "a"}, "`history` is a string; write a list of pairs of question and answer"),
-        ("alpaca", {"history": [["a"]]}, "`history`: item 1 is no pair; write a list of question and answer"),
+        ("alpaca", {"history": [["a"]]}, "`history`: item 1 is not a pair; write a list of question and answer"),
         ("alpaca", {"history": [["a", ""]]}, "`history`: answer 1 is empty; fill it or take the row out"),
         ("alpaca", {"history": [[1, "a"]]}, "`history`: question 1 is a number; write a string"),
         ("prompt-completion", {"completion": ""}, "`completion` is empty; fill it or take the row out"),
@@ -422,7 +437,7 @@ def test_bad_values(format, fields, expected):
 
 @pytest.mark.parametrize("format", ["alpaca", "prompt-completion", "flan", "longform", "hh-rlhf", "text", "sharegpt"])
 def test_a_field_that_is_missing(format):
-    name = next(shape.fields[-1] for shape in ROW_FORMATS if shape.format == format)
+    name = next(shape.required_fields[-1] for shape in ROW_FORMATS if shape.name == format)
     fields = {key: value for key, value in ROWS[format].items() if key != name}
     assert reason(format, **fields) == f"the row has no `{name}` (so said); add it or take the row out"
 
@@ -432,7 +447,7 @@ def test_a_prompt_may_be_empty():
 
 
 def test_of_a_prompt_and_a_completion_of_messages_only_the_completion_is_trained():
-    """As TRL has it. What a message itself says wins."""
+    """TRL does the same. A message's own `train` wins."""
     empty = {"role": "assistant", "content": ""}
     prompt, completion = [SYSTEM, HELLO[0], empty, HELLO[0]], [HELLO[1], HELLO[1] | {"weight": 0}]
     assert row(prompt=prompt, completion=completion, tools=[TOOL]) == MessagesRow(

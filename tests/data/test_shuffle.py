@@ -1,4 +1,4 @@
-"""If this fails, a row is trained more or less often than the configuration says, or a resumed run sees other data."""
+"""If this fails, a row is trained more or less often than configured, or a resumed run sees other data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_weights_are_exact_over_epochs(sources, epochs, seed):
     for count, weight in sources:
         times = [trained.pop(row, 0) for row in range(first, first + count)]
         assert sum(times) == round(epochs * count * weight)
-        assert max(times) - min(times) <= 1, "no row is trained twice more often than another"
+        assert max(times) - min(times) <= 1, "no row is trained two times more often than another"
         first += count
     assert not trained
 
@@ -94,17 +94,17 @@ def test_grouping_by_length_changes_the_order_and_nothing_else(count, epoch, glo
     position = rows_before(epoch, sources)
     grouped = length_grouped_order(order, lengths, global_batch, position, epoch, seed)
     assert sorted(grouped) == sorted(order)
-    # where the epoch's own steps begin and end
+    # The epoch's own steps begin and end here.
     begin = min(-position % global_batch, count)
     steps = (count - begin) // global_batch
     batches = grouped[begin : begin + steps * global_batch].reshape(steps, global_batch)
-    if steps <= 50:  # sorted as one: the batches do not overlap in length
+    if steps <= 50:  # They are sorted together, so the batches do not overlap in length.
         bounds = sorted((lengths[batch].min(), lengths[batch].max()) for batch in batches)
         assert all(upper <= lower for (_, upper), (lower, _) in pairwise(bounds))
 
 
 def test_groups_are_shuffled():
-    """Sorted data trained from short to long would be a curriculum that nobody asked for."""
+    """Training from short to long rows would be an unwanted curriculum."""
     lengths = np.arange(1, 401)
     grouped = [
         length_grouped_order(shuffled_epoch(e, [(400, 1.0)], 0), lengths, 4, 400 * e, e, 0).reshape(100, 4)

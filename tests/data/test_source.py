@@ -1,4 +1,4 @@
-"""If this fails, a mistake in a data file ends in a traceback, or in silence, instead of file and line."""
+"""If this fails, an error in a data file ends in a traceback or is silent, instead of naming file and line."""
 
 from __future__ import annotations
 
@@ -73,13 +73,16 @@ def test_a_tilde_is_the_home(tmp_path, write_rows, monkeypatch):
         (b'{"text": "a"} {"text": "b"}', "not valid JSON (Extra data at character 15); write one complete"),
         (b'{"text": "a', "not valid JSON (Unterminated string starting at character 10); write one"),
         (b"[" * 100_000, "not valid JSON (nested too deeply); write one"),
-        (b'{"text": NaN}', "not valid JSON: `text` is NaN, which is no number in JSON; write null there, or take the"),
-        (b'{"text": "a", "x": [{"y": -Infinity}]}', "not valid JSON: `x[0].y` is -Infinity, which is no number in JSO"),
-        (b"NaN", "not valid JSON: NaN is no number in JSON; write null there"),
+        (
+            b'{"text": NaN}',
+            "not valid JSON: `text` is NaN, which is not a number in JSON; write null there, or take the",
+        ),
+        (b'{"text": "a", "x": [{"y": -Infinity}]}', "not valid JSON: `x[0].y` is -Infinity, which is not a number in J"),
+        (b"NaN", "not valid JSON: NaN is not a number in JSON; write null there"),
         (b'{"a":' * 900 + b"NaN" + b"}" * 900, "not valid JSON: `a.a.a.a.a."),
         (b'{"text": ' + b"9" * 5000 + b"}", "not valid JSON (a number of more than 4300 digits); write one"),
         (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at position 14); save the file as UTF-8"),
-        (b'["a"]', "a list, not an object; write one JSON object per line, or call a file of one array .json"),
+        (b'["a"]', "a list, not an object; write one JSON object per line, or name a file of one array .json"),
         (b"3", "a number, not an object; write one"),
         (b"null", "null, not an object; write one"),
         (
@@ -94,14 +97,14 @@ def test_a_tilde_is_the_home(tmp_path, write_rows, monkeypatch):
         (b'{"text": " \\n"}', "`text` is empty; fill it or take the row out"),
     ],
 )
-def test_a_bad_line_is_handed_on_and_the_next_one_read(tmp_path, refusal, line, reason):
+def test_a_bad_line_is_passed_on_and_the_next_one_is_read(tmp_path, refusal, line, reason):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "next"}')
     good, bad, after = rows(path)
     assert (good.text, after) == ("good", TextRow(f"{path}, line 4", "next"))
-    assert isinstance(bad, BadRow) and bad.place == f"{path}, line 3"
+    assert isinstance(bad, BadRow) and bad.location == f"{path}, line 3"
     assert bad.reason.replace(str(path), "FILE").startswith(reason)
-    assert refusal(bad.error()) == f"{path}, line 3: {bad.reason}"
+    assert refusal(bad.to_error()) == f"{path}, line 3: {bad.reason}"
 
 
 def test_control_characters_are_tolerated_where_json_allows_them(write_rows):
@@ -117,9 +120,9 @@ def test_a_surrogate_in_a_field_that_is_not_used_does_not_matter(tmp_path):
 def test_rows_before_the_first_of_a_known_format(write_rows, refusal):
     path = write_rows({"version": 1}, {"text": "a"})
     bad, good = rows(path)
-    assert bad.place == f"{path}, line 1"
-    assert refusal(bad.error()).startswith(
-        f"{path}, line 1: its fields (`version`) are of no known format; rename them to those of "
+    assert bad.location == f"{path}, line 1"
+    assert refusal(bad.to_error()).startswith(
+        f"{path}, line 1: its fields (`version`) match no known format; rename them to the fields of "
         "messages (`messages`), sharegpt (`conversations`), alpaca (`instruction`, `output`), prompt-completion ("
     )
     assert good.text == "a"
@@ -129,12 +132,12 @@ def test_no_row_of_a_known_format(tmp_path, refusal):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"dialogue": [], "a\nb": 1, "\ud83d": 2} | {f"f{i}": i for i in range(20)}, {}]))
     read = read_source_rows(SourceConfig(path=str(path)), "auto")
-    assert [next(read).place, next(read).place] == [f"{path}, row 1", f"{path}, row 2"]
+    assert [next(read).location, next(read).location] == [f"{path}, row 1", f"{path}, row 2"]
     with pytest.raises(UserError) as error:
         next(read)
     assert refusal(error.value).startswith(
         f"{path}, row 1: its fields (`dialogue`, `a\\nb`, `\\ud83d`, `f0`, `f1`, `f2`, `f3`, `f4`, `f5`, `f6`, `f7`, "
-        "`f8` and 11 more) are of no known format; "
+        "`f8` and 11 more) match no known format; "
     )
 
 
@@ -155,7 +158,7 @@ def test_format_set_by_the_user_is_named(write_rows):
         ("./nothing", "./nothing: no such data file; "),
         ("../nothing", "../nothing: no such data file; "),
         ("/nothing/there", "/nothing/there: no such data file; "),
-        ("~nobody-of-that-name/x", "~nobody-of-that-name/x: no such data file; "),
+        ("~no-such-user/x", "~no-such-user/x: no such data file; "),
         ("a/b/c", "a/b/c: no such data file; "),
         ("a b", "a b: no such data file; "),
         ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl: URLs are not read; give the path of a local copy"),
@@ -167,8 +170,8 @@ def test_format_set_by_the_user_is_named(write_rows):
         ("/dev/null", "/dev/null: neither a file nor a folder; give the path of one"),
     ],
 )
-def test_what_is_no_file(refusal, path, message):
-    """And is never looked for on the hub."""
+def test_paths_that_do_not_exist(refusal, path, message):
+    """They are not searched for on the hub."""
     for call in (lambda: rows(path), lambda: source_files(SourceConfig(path=path))):
         with pytest.raises(UserError) as error:
             call()
@@ -181,7 +184,7 @@ def test_ndjson_is_jsonl(write_rows):
     assert source_files(SourceConfig(path=str(Path(path).parent))) == [Path(path)]
 
 
-def test_what_cannot_be_read(tmp_path, write_rows, refusal):
+def test_unreadable_files(tmp_path, write_rows, refusal):
     def message(path: object, **keys) -> str:
         with pytest.raises(UserError) as error:
             rows(path, **keys)
@@ -192,10 +195,10 @@ def test_what_cannot_be_read(tmp_path, write_rows, refusal):
     known = ".jsonl, .json, .csv (each also with .gz) or .parquet"
     assert message(empty) == f"HERE/empty: the folder has no data file; put files ending in {known} there"
     for name, expected in (
-        ("a.data", f"not known from its ending what the file is; rename it to end in {known}"),
+        ("a.data", f"its name does not show the type of the file; rename it to end in {known}"),
         ("a.txt", 'plain text has no rows; write each document as {"text": ...} on a line of a .jsonl file'),
-        ("a.tsv", "cells that tabs separate are not read; write them with commas, as .csv"),
-        ("a.jsonl.ZST", "files that are packed as .ZST are not read; unpack it, or pack it with gzip"),
+        ("a.tsv", "tab-separated files are not read; write it with commas, as .csv"),
+        ("a.jsonl.ZST", "files compressed as .ZST are not read; decompress it, or compress it with gzip"),
         ("a.arrow", "a single Arrow file is not read; give the folder that `save_to_disk` wrote, or write Parquet"),
     ):
         (tmp_path / name).write_text("text")

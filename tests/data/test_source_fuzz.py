@@ -1,4 +1,4 @@
-"""If this fails, there is a file that ends a run in a traceback."""
+"""If this fails, some file ends a run in a traceback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qlora_dist.errors import UserError
 
 FORMATS = typing.get_args(DataFormat)
 FIELDS = sorted(
-    {field for shape in ROW_FORMATS for field in shape.fields}
+    {field for shape in ROW_FORMATS for field in shape.required_fields}
     | {"content", "from", "value", "weight", "train", "tool_calls", "function", "name", "arguments", "type", "tools"}
     | {"system", "history", "replies", "rank", "deleted", "review_result"}
 )
@@ -64,7 +64,7 @@ conversation = st.lists(message, max_size=3)
 likely = st.one_of(
     *(
         st.fixed_dictionaries(
-            dict.fromkeys(shape.fields, texts | leaves | conversation | values),
+            dict.fromkeys(shape.required_fields, texts | leaves | conversation | values),
             optional={"tools": values, "system": texts, "history": values, "rank": leaves, "deleted": leaves},
         )
         for shape in ROW_FORMATS
@@ -74,13 +74,13 @@ rows = st.lists(fields | likely | values, max_size=4)
 
 
 def check(path: Path, format: DataFormat) -> None:
-    """Read a file whole: rows, bad rows and at most one refusal, all of them fit to be shown and used."""
+    """Read a file completely, and check that its rows, bad rows and at most one refusal are usable."""
     source = SourceConfig(path=str(path), format=format)
     try:
         for row in read_source_rows(source):
-            assert row.place.startswith(str(path))
+            assert row.location.startswith(str(path))
             if isinstance(row, BadRow):
-                check_error_message(str(row.error()))
+                check_error_message(str(row.to_error()))
             else:
                 check_row(row)
     except UserError as error:
@@ -148,7 +148,7 @@ def test_any_row_of_a_format_that_parquet_can_hold(row, format):
         path = Path(folder) / "a.parquet"
         try:
             pq.write_table(table, path)
-        except pa.ArrowException:  # a struct without fields
+        except pa.ArrowException:  # A struct without fields.
             return
         check(path, format)
 
@@ -204,7 +204,7 @@ def valid_arrow() -> bytes:
 @settings(settings.get_profile("fuzz"), max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, len(valid_arrow()) - 1), st.integers(0, 255)), min_size=1, max_size=3))
 def test_a_saved_data_set_with_wrong_bytes(changes):
-    """Without `validate` these end the process, not only the test."""
+    """Without `validate`, such files end the process, not only the test."""
     content = bytearray(valid_arrow())
     for position, byte in changes:
         content[position] = byte

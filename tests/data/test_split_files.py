@@ -1,4 +1,4 @@
-"""If this fails, a downloaded data set is trained with its test split, or cannot be read."""
+"""If this fails, the test split of a downloaded data set is trained, or the data set cannot be read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make(folder: Path, names: list[str]) -> Path:
         (SFT, {"split": "train_sft"}, SFT[:1]),
         (["train.jsonl", "test.jsonl", "dev.json.gz"], {}, ["train.jsonl"]),
         (["train.jsonl", "test.jsonl", "dev.json.gz"], {"split": "validation"}, ["dev.json.gz"]),
-        # a folder of files is what it has always been
+        # A folder of files without splits.
         (["b.jsonl", "a.csv", "within/c.jsonl"], {}, ["a.csv", "b.jsonl"]),
         (["train.jsonl", "more.jsonl"], {}, ["more.jsonl", "train.jsonl"]),
         (["eval.jsonl"], {}, ["eval.jsonl"]),
@@ -45,8 +45,8 @@ def make(folder: Path, names: list[str]) -> Path:
 )
 def test_files_of_a_split(names, source, expected, tmp_path):
     folder = make(tmp_path / "set", names)
-    found = source_files(SourceConfig(path=str(folder), **source))
-    assert [str(path.relative_to(folder)) for path in found] == expected
+    files = source_files(SourceConfig(path=str(folder), **source))
+    assert [str(path.relative_to(folder)) for path in files] == expected
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_files_of_a_split(names, source, expected, tmp_path):
         (["a.jsonl"], {"split": "test"}, "has no splits; take split: test out"),
     ],
 )
-def test_what_names_leave_open_is_refused(names, source, message, tmp_path, refusal):
+def test_ambiguous_names_are_refused(names, source, message, tmp_path, refusal):
     folder = make(tmp_path / "set", names)
     with pytest.raises(UserError) as error:
         source_files(SourceConfig(path=str(folder), **source))

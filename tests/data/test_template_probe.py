@@ -1,4 +1,4 @@
-"""If this fails, a misspelt role or a thought is silently missing from what is trained."""
+"""If this fails, a misspelt role or a thought is silently missing from training."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ def _tokenizer(name: str, template: str | None) -> Any:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mask", ["assistant", "last", "all"])
 def test_a_misspelt_role_is_refused(name, mask):
-    """ChatML and Llama 3 would write it as it is, and never train the answer."""
+    """ChatML and Llama 3 would write it unchanged, and the answer would never be trained."""
     misspelt = SAT | {"role": "asistant"}
     assert encode_refusal(name, CAT, misspelt, mask=mask) == (
-        "message 2 has the role `asistant`, which is not known; write assistant, or give the message a `train` of true "
-        "or false"
+        "message 2 has the unknown role `asistant`; write assistant, or give the message a `train` of true or false"
     )
-    assert encode_refusal(name, CAT, SAT, CAT, misspelt, mask=mask).startswith("message 4 has the role `asistant`")
+    assert encode_refusal(name, CAT, SAT, CAT, misspelt, mask=mask).startswith(
+        "message 4 has the unknown role `asistant`"
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,23 +60,23 @@ def test_a_misspelt_role_is_refused(name, mask):
         ("", "write one of system, "),
     ],
 )
-def test_other_roles_and_what_to_write(role, remedy):
-    assert f"role `{role}`, which is not known; {remedy}" in encode_refusal("chatml", CAT, SAT, CAT | {"role": role})
+def test_other_roles_and_their_remedies(role, remedy):
+    assert f"unknown role `{role}`; {remedy}" in encode_refusal("chatml", CAT, SAT, CAT | {"role": role})
 
 
-def test_a_role_of_ones_own_that_says_whether_it_is_trained():
+def test_a_custom_role_with_a_train_flag():
     critic = {"role": "critic", "content": "a thought"}
     row = encode_messages("chatml", CAT, SAT, critic | {"train": False})
     tokenizer = make_tokenizer("chatml")
     assert tokenizer.decode(row.tokens).endswith("<|im_start|>critic\na thought<|im_end|>\n")
-    assert tokenizer.decode(row.tokens[row.trained]) == "sat on<|im_end|>"
+    assert tokenizer.decode(row.tokens[row.loss_mask]) == "sat on<|im_end|>"
     row = encode_messages("chatml", CAT, critic | {"train": True})
-    assert tokenizer.decode(row.tokens[row.trained]) == "a thought<|im_end|>"
+    assert tokenizer.decode(row.tokens[row.loss_mask]) == "a thought<|im_end|>"
 
 
 def test_a_role_that_the_template_names():
     template = make_tokenizer("chatml").chat_template + "{% if messages[0].role in ['context', 'x'] %}{% endif %}"
-    assert "`context`, which is not known" in encode_refusal("chatml", CAT | {"role": "context"}, SAT)
+    assert "the unknown role `context`" in encode_refusal("chatml", CAT | {"role": "context"}, SAT)
     encode_messages("chatml", CAT | {"role": "context"}, CAT, SAT, template=template)
 
 
@@ -117,17 +118,17 @@ def test_thoughts_that_are_not_written_are_refused(name, field):
 
 @pytest.mark.parametrize("field", THINKING)
 def test_thoughts_that_are_written_where_a_model_sees_them(field):
-    """Qwen 3 leaves out the thoughts of earlier turns, as at inference. That is no loss."""
+    """Qwen 3 omits the thoughts of earlier turns, as at inference, so nothing is lost."""
     tokenizer = make_tokenizer("qwen3")
     thinking = SAT | {field: "a thought"}
     row = encode_messages("qwen3", CAT, thinking, CAT, SAT)
     assert "a thought" not in tokenizer.decode(row.tokens)
     row = encode_messages("qwen3", CAT, SAT, CAT, thinking)
-    assert tokenizer.decode(row.tokens[row.trained]).endswith("<think>\na thought\n</think>\n\nsat on<|im_end|>")
+    assert tokenizer.decode(row.tokens[row.loss_mask]).endswith("<think>\na thought\n</think>\n\nsat on<|im_end|>")
 
 
 def test_thoughts_that_are_written_of_some_answers():
-    """A template may write the thoughts before calls alone: each row is looked at then."""
+    """A template may write thoughts only before calls, so each row is checked then."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.reasoning_content }}{% endif %}"
         "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

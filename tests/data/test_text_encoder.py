@@ -1,4 +1,4 @@
-"""If this fails, the fast way tokenizes or masks otherwise than transformers and its offsets would."""
+"""If this fails, the fast path tokenizes or masks differently from transformers and its offsets."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def plain_tokenizer() -> Any:
 
 
 def nfc_tokenizer() -> Any:
-    """Qwen's way: an e and an accent become one character, shorter than its tokens' bytes."""
+    """Return a tokenizer like Qwen's, where a letter and an accent become one, shorter character."""
     tokenizer = make_tokenizer("qwen3")
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()])
     return tokenizer
 
 
 def stripping_tokenizer() -> Any:
-    """Added tokens that take the white space beside them: it is in no token then."""
+    """Return a tokenizer with added tokens that absorb the white space beside them."""
     tokenizer = make_tokenizer("chatml")
     tokenizer.add_tokens([AddedToken("<x>", lstrip=True, rstrip=True), AddedToken("<y>", normalized=True)])
     return tokenizer
@@ -48,7 +48,7 @@ def tokenizer_without_bytes(unknown: str | None) -> Any:
 
 
 def bos_tokenizer() -> Any:
-    """Writes a token before every text."""
+    """Return a tokenizer that writes a token before every text."""
     tokenizer = make_tokenizer("llama-3")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
@@ -105,9 +105,9 @@ def texts(draw: Any) -> list[MaskedText]:
 @given(batch=texts(), closed=st.booleans())
 def test_equals_the_tokenizers_own_call_and_its_offsets(kind, batch, closed):
     tokenizer = encoder(kind)._tokenizer
-    if closed:  # of a conversation alone some turns can be left out
+    if closed:  # Turns can be masked only in a conversation.
         batch = [text._replace(spans_are_masked=False) for text in batch]
-    results = encoder(kind).encode(batch, closed)
+    results = encoder(kind).encode(batch, add_special_tokens=closed)
     assert len(results) == len(batch)
     for text, encoded in zip(batch, results, strict=True):
         expected = tokenizer(text.text, add_special_tokens=closed, return_offsets_mapping=True)
@@ -115,15 +115,15 @@ def test_equals_the_tokenizers_own_call_and_its_offsets(kind, batch, closed):
         has_end = text.text.rstrip().endswith(tokenizer.eos_token)
         ended = closed and not has_end
         assert encoded.tokens.tolist() == ids + [tokenizer.eos_token_id] * ended
-        assert (encoded.tokens.dtype, encoded.trained.dtype) == (np.int32, np.bool_)
+        assert (encoded.tokens.dtype, encoded.loss_mask.dtype) == (np.int32, np.bool_)
         if text.spans is None:
-            assert encoded.trained.all()
+            assert encoded.loss_mask.all()
             continue
-        flags = encoded.trained.tolist()
+        flags = encoded.loss_mask.tolist()
         if closed and encoded.tokens[-1] == tokenizer.eos_token_id:
             assert flags.pop()
         for (first, last), flag in zip(offsets, flags, strict=False):
-            if text.text[first:last].strip() == "<x>":  # its own text counts, not the white space that it takes
+            if text.text[first:last].strip() == "<x>":  # Its own text counts, not the white space that it absorbs.
                 first = text.text.index("<x>", first)
                 last = first + len("<x>")
             if first < last:
@@ -132,11 +132,11 @@ def test_equals_the_tokenizers_own_call_and_its_offsets(kind, batch, closed):
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
-def test_most_texts_go_the_fast_way(kind, monkeypatch):
-    """The test above would not see if none did."""
+def test_most_texts_take_the_fast_path(kind, monkeypatch):
+    """The test above would pass if no text did."""
     slow: list[MaskedText] = []
     monkeypatch.setattr(
-        TextEncoder, "_by_offsets", lambda self, texts, closed: slow.extend(texts) or [None] * len(texts)
+        TextEncoder, "_encode_by_offsets", lambda self, texts, **_: slow.extend(texts) or [None] * len(texts)
     )
     results = encoder(kind).encode(
         [MaskedText("the cat é", [(4, 7)]), MaskedText("e\u0301", None), MaskedText("\n", [])], add_special_tokens=False
@@ -145,15 +145,15 @@ def test_most_texts_go_the_fast_way(kind, monkeypatch):
     assert all(isinstance(item, EncodedSequence) for item in results)
 
 
-def test_only_the_texts_that_need_it_go_the_slow_way(monkeypatch):
+def test_only_the_texts_that_need_it_take_the_slow_path(monkeypatch):
     slow: list[str] = []
-    by_offsets = TextEncoder._by_offsets
+    by_offsets = TextEncoder._encode_by_offsets
 
-    def noted(self: TextEncoder, texts: list[MaskedText], closed: bool) -> list[EncodedSequence]:
+    def recorded(self: TextEncoder, texts: list[MaskedText], *, add_special_tokens: bool) -> list[EncodedSequence]:
         slow.extend(text.text for text in texts)
-        return by_offsets(self, texts, closed)
+        return by_offsets(self, texts, add_special_tokens=add_special_tokens)
 
-    monkeypatch.setattr(TextEncoder, "_by_offsets", noted)
+    monkeypatch.setattr(TextEncoder, "_encode_by_offsets", recorded)
     encoder("composing").encode(
         [MaskedText("the cat", [(0, 3)]), MaskedText("e\u0301", [(0, 2)]), MaskedText("字", [(0, 1)])],
         add_special_tokens=False,
@@ -190,7 +190,7 @@ def test_tokenizers_of_another_kind(make):
     assert token_byte_lengths(make()) is None
 
 
-def test_tokenizer_with_a_way_of_its_own():
+def test_tokenizer_with_its_own_encode_function():
     tokenizer = make_tokenizer("chatml")
 
     class Own(type(tokenizer)):  # type: ignore[misc]
@@ -202,7 +202,7 @@ def test_tokenizer_with_a_way_of_its_own():
 
 
 def bos_and_eos_tokenizer(make: Callable[[], Any]) -> Any:
-    """Writes a token before and behind every text."""
+    """Return a tokenizer that writes a token before and after every text."""
     tokenizer = make()
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -223,7 +223,7 @@ RENDERED = {
 @pytest.mark.parametrize("name", RENDERED)
 @pytest.mark.parametrize("spanned", [False, True])
 def test_a_text_that_was_rendered_before_gets_no_second_beginning_or_end(name, spanned):
-    """The second beginning would be a target, and the model would learn to go on after the end of its answer."""
+    """A second BOS token would be a target, so the model would learn to continue after the end of its answer."""
     tokenizer = RENDERED[name]()
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     prompt, answer = f"{bos}the cat", " sat on the mat"
@@ -235,10 +235,10 @@ def test_a_text_that_was_rendered_before_gets_no_second_beginning_or_end(name, s
         assert encoded.tokens.tolist() == expected["input_ids"]
         assert encoded.tokens.tolist().count(tokenizer.eos_token_id) == 1
         start = expected.char_to_token(len(prompt)) if spanned else 0
-        assert encoded.trained.tolist() == [place >= start for place in range(len(encoded.tokens))]
+        assert encoded.loss_mask.tolist() == [place >= start for place in range(len(encoded.tokens))]
 
 
-def test_special_tokens_that_are_split_are_no_beginning_and_no_end():
+def test_split_special_tokens_are_not_bos_or_eos():
     tokenizer = bos_and_eos_tokenizer(bos_tokenizer)
     tokenizer.split_special_tokens = True
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -251,10 +251,10 @@ def test_special_tokens_that_are_split_are_no_beginning_and_no_end():
 
 @pytest.mark.parametrize("answer", ["sat", " sat", "\n\n sat"])
 def test_a_token_that_takes_the_white_space_of_an_answer_is_not_trained(answer):
-    """Phi-3's `<|assistant|>`: trained, the model would learn to begin turns of its own."""
+    """If Phi-3's `<|assistant|>` were trained, the model would learn to begin turns itself."""
     tokenizer = make_tokenizer("chatml")
     tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True), AddedToken("<|end|>", lstrip=True)])
     prompt, end = "the cat<|assistant|>\n", "<|end|>"
     text = prompt + answer + " " + end
     (encoded,) = TextEncoder(tokenizer).encode([MaskedText(text, [(len(prompt), len(text))])], add_special_tokens=False)
-    assert tokenizer.decode(encoded.tokens[encoded.trained]) == f"sat{end}"
+    assert tokenizer.decode(encoded.tokens[encoded.loss_mask]) == f"sat{end}"

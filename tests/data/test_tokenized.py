@@ -1,4 +1,4 @@
-"""If this fails, sequences run into each other, or a rank reads all tokens to learn their lengths."""
+"""If this fails, sequences are mixed up, or a rank reads all tokens to get their lengths."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Pairs = list[tuple[list[int], list[bool]]]
 
 
 def pairs() -> st.SearchStrategy[Pairs]:
-    """Tokens and flags of sequences of any length, none included."""
+    """Draw tokens and flags of sequences of any length."""
     token = st.tuples(st.integers(0, 2**31 - 1), st.booleans())
     return st.lists(st.lists(token, max_size=9).map(lambda s: ([t for t, _ in s], [f for _, f in s])), max_size=12)
 
 
 def contents(sequences: TokenizedSequences) -> Pairs:
-    return [(sequences.tokens(i).tolist(), sequences.trained(i).tolist()) for i in range(len(sequences))]
+    return [(sequences.tokens(i).tolist(), sequences.loss_mask(i).tolist()) for i in range(len(sequences))]
 
 
 def expected(pairs: Pairs) -> Pairs:
@@ -33,17 +33,17 @@ def write(path: Path, parts: list[Pairs], batch_tokens: int) -> TokenizedSequenc
     with SequenceWriter(path, batch_tokens) as writer:
         for part in parts:
             writer.append(
-                FlatSequences.of([(np.array(t, dtype=np.int32), np.array(f, dtype=np.bool_)) for t, f in part])
+                FlatSequences.from_pairs([(np.array(t, dtype=np.int32), np.array(f, dtype=np.bool_)) for t, f in part])
             )
     return TokenizedSequences.open(path)
 
 
 @settings(deadline=None)
 @given(parts=st.lists(pairs(), max_size=4), batch_tokens=st.integers(1, 40))
-def test_whatever_is_written_is_read(tmp_path_factory, parts, batch_tokens):
+def test_reads_the_sequences_that_were_written(tmp_path_factory, parts, batch_tokens):
     everything = [pair for part in parts for pair in part]
     written = write(tmp_path_factory.mktemp("sequences") / "a.arrow", parts, batch_tokens)
-    for sequences in (written, TokenizedSequences.of(everything)):
+    for sequences in (written, TokenizedSequences.from_lists(everything)):
         assert contents(sequences) == expected(everything)
         assert sequences.lengths.tolist() == [len(tokens) for tokens, _ in everything]
         assert sequences.loss_token_counts.tolist() == [sum(flags[1:]) for _, flags in everything]
@@ -52,7 +52,7 @@ def test_whatever_is_written_is_read(tmp_path_factory, parts, batch_tokens):
     with pytest.raises(IndexError):
         written.tokens(len(everything))
     with pytest.raises(IndexError):
-        written.trained(-1)
+        written.loss_mask(-1)
 
 
 def test_memory_is_bounded_when_writing_and_untouched_when_reading(tmp_path):
@@ -60,17 +60,17 @@ def test_memory_is_bounded_when_writing_and_untouched_when_reading(tmp_path):
     before = pa.total_allocated_bytes()
     sequences = write(tmp_path / "a.arrow", [many] * 10, batch_tokens=50_000)
     assert [batch.num_rows for batch in sequences.batches] == [100] * 10
-    # mapped, not read: views of the file, which nobody can change
+    # The arrays are read-only views of the mapped file.
     assert pa.total_allocated_bytes() - before < 100_000
     first = sequences.tokens(0)
-    assert (first.dtype, sequences.trained(0).dtype) == (np.int32, np.bool_)
+    assert (first.dtype, sequences.loss_mask(0).dtype) == (np.int32, np.bool_)
     assert np.shares_memory(first, sequences.batches[0].column("tokens").values.to_numpy())
     assert not first.flags.writeable
-    assert not sequences.trained(0).flags.writeable
+    assert not sequences.loss_mask(0).flags.writeable
 
 
 def test_batches_of_two_files_are_one(tmp_path):
-    """Parts of a batch too."""
+    """Slices of a batch work too."""
     a = write(tmp_path / "a.arrow", [[([1, 2], [0, 1]), ([3], [1])]], 1)
     b = write(tmp_path / "b.arrow", [[([4, 5, 6], [1, 1, 0])]], 1)
     joined = TokenizedSequences([a.batches[0].slice(1), *b.batches])
@@ -78,7 +78,7 @@ def test_batches_of_two_files_are_one(tmp_path):
     assert joined.loss_token_counts.tolist() == [0, 1]
 
 
-def test_a_file_that_was_cut_off_is_not_opened(tmp_path):
+def test_a_truncated_file_is_not_opened(tmp_path):
     path = tmp_path / "a.arrow"
     write(path, [[([1, 2], [0, 1])]], 1)
     path.write_bytes(path.read_bytes()[:-4])

@@ -1,4 +1,4 @@
-"""If this fails, a file of somebody's model that is damaged, or meant to do harm, ends in a traceback."""
+"""If this fails, a damaged or malicious file of a model ends in a traceback."""
 
 from __future__ import annotations
 

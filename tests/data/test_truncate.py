@@ -1,4 +1,4 @@
-"""If this fails, long rows are cut wrongly, or the numbers told to the user about the data are not true."""
+"""If this fails, long rows are cut wrongly, or the statistics that a user sees are wrong."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qlora_dist.data.truncate import TruncationStats, truncate_sequences
 
 
 def make_sequences(*flags: list[int]) -> TokenizedSequences:
-    """Of these targets; sequence i has the tokens 100 i, 100 i + 1, ..."""
-    return TokenizedSequences.of(
+    """Return sequences with these targets. Sequence i has the tokens 100 i, 100 i + 1, ..."""
+    return TokenizedSequences.from_lists(
         ([100 * i + t for t in range(len(sequence))], [bool(flag) for flag in sequence])
         for i, sequence in enumerate(flags)
     )
@@ -22,29 +22,29 @@ def make_sequences(*flags: list[int]) -> TokenizedSequences:
 
 BY_HAND = make_sequences(
     [0, 1, 1, 1, 1, 1, 1, 1, 1, 1],  # 4 | 4 | 2
-    [0, 1, 0, 1],  # just fits
-    [0, 0, 0, 0, 0, 1],  # a target in the second piece only
-    [0, 0, 0, 0, 1],  # the target is the second piece's first token
-    [0, 0, 0],  # none at all
+    [0, 1, 0, 1],  # It just fits.
+    [0, 0, 0, 0, 0, 1],  # Only the second segment has a target.
+    [0, 0, 0, 0, 1],  # The target is the first token of the second segment.
+    [0, 0, 0],  # It has no target.
     [],
-    [0, 1, 1, 1, 1],  # one token too long, which is left alone
+    [0, 1, 1, 1, 1],  # It is one token too long, and the last token stays alone.
 )
 
 
 @pytest.mark.parametrize(
-    ("too_long", "expected", "fate"),
+    ("too_long", "expected", "stats"),
     [
         (
             "truncate",
             [(0, 0, 4, 3), (1, 0, 4, 2), (6, 0, 4, 3)],
             TruncationStats(
-                7,
+                sequences=7,
                 truncated=2,
                 split=0,
                 split_segments=0,
                 dropped=0,
                 untrained=4,
-                pieces=3,
+                segments=3,
                 tokens=12,
                 trained_tokens=8,
                 cut_answers=2,
@@ -55,13 +55,13 @@ BY_HAND = make_sequences(
             "split",
             [(0, 0, 4, 3), (0, 4, 4, 3), (0, 8, 2, 1), (1, 0, 4, 2), (2, 4, 2, 1), (6, 0, 4, 3)],
             TruncationStats(
-                7,
+                sequences=7,
                 truncated=0,
                 split=4,
                 split_segments=9,
                 dropped=0,
                 untrained=6,
-                pieces=6,
+                segments=6,
                 tokens=20,
                 trained_tokens=13,
                 cut_answers=0,
@@ -72,13 +72,13 @@ BY_HAND = make_sequences(
             "drop",
             [(1, 0, 4, 2)],
             TruncationStats(
-                7,
+                sequences=7,
                 truncated=0,
                 split=0,
                 split_segments=0,
                 dropped=4,
                 untrained=2,
-                pieces=1,
+                segments=1,
                 tokens=4,
                 trained_tokens=2,
                 cut_answers=4,
@@ -87,15 +87,15 @@ BY_HAND = make_sequences(
         ),
     ],
 )
-def test_by_hand(too_long, expected, fate):
-    pieces, counts = truncate_sequences(BY_HAND, 4, too_long)
-    columns = (pieces.sequence_index, pieces.start, pieces.length, pieces.trained)
+def test_by_hand(too_long, expected, stats):
+    segments, counts = truncate_sequences(BY_HAND, 4, too_long)
+    columns = (segments.sequence_index, segments.start, segments.length, segments.loss_tokens)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
-    assert counts == fate
+    assert counts == stats
 
 
-def test_what_is_told():
-    assert [truncate_sequences(BY_HAND, 4, too_long)[1].sentence(4) for too_long in ("truncate", "split", "drop")] == [
+def test_description():
+    assert [truncate_sequences(BY_HAND, 4, too_long)[1].describe(4) for too_long in ("truncate", "split", "drop")] == [
         "7 sequences, 2 cut to 4 tokens, 9 trained tokens and 2 whole answers lost to the length, "
         "4 without a token to train left out; 12 tokens, 8 trained",
         "7 sequences, 4 split into 9 pieces, 4 trained tokens lost to the length, "
@@ -110,23 +110,23 @@ def test_what_is_told():
     seq_len=st.integers(1, 12),
     too_long=st.sampled_from(["truncate", "split", "drop"]),
 )
-def test_every_target_that_can_be_trained_is_in_one_piece(flags, seq_len, too_long):
-    """Whatever the policy, the pieces hold each (sequence, place) at most once, and split loses only what it must."""
+def test_every_target_that_can_be_trained_is_in_one_segment(flags, seq_len, too_long):
+    """Segments hold each (sequence, position) at most once, and `split` loses only the first token of each segment."""
     sequences = make_sequences(*flags)
-    pieces, fate = truncate_sequences(sequences, seq_len, too_long)
+    segments, stats = truncate_sequences(sequences, seq_len, too_long)
     covered = Counter()
     targets = set()
     for sequence, start, length, trained in zip(
-        pieces.sequence_index, pieces.start, pieces.length, pieces.trained, strict=True
+        segments.sequence_index, segments.start, segments.length, segments.loss_tokens, strict=True
     ):
         assert 1 <= length <= seq_len
-        here = [(int(sequence), place) for place in range(start, start + length)]
-        covered.update(here)
-        inside = [place for place in here[1:] if sequences.trained(place[0])[place[1]]]
-        assert len(inside) == trained > 0, "nothing predicts a piece's first token"
+        positions = [(int(sequence), place) for place in range(start, start + length)]
+        covered.update(positions)
+        inside = [place for place in positions[1:] if sequences.loss_mask(place[0])[place[1]]]
+        assert len(inside) == trained > 0, "nothing predicts a segment's first token"
         targets.update(inside)
     assert not covered or max(covered.values()) == 1
-    assert list(pieces.sequence_index) == sorted(pieces.sequence_index)
+    assert list(segments.sequence_index) == sorted(segments.sequence_index)
     everything = {(i, t) for i, f in enumerate(flags) for t in range(1, len(f)) if f[t]}
     expected = {
         "truncate": {(i, t) for i, t in everything if t < seq_len},
@@ -134,6 +134,6 @@ def test_every_target_that_can_be_trained_is_in_one_piece(flags, seq_len, too_lo
         "drop": {(i, t) for i, t in everything if len(flags[i]) <= seq_len},
     }
     assert targets == expected[too_long]
-    assert (fate.pieces, fate.tokens, fate.trained_tokens) == (len(pieces), covered.total(), len(targets))
+    assert (stats.segments, stats.tokens, stats.trained_tokens) == (len(segments), covered.total(), len(targets))
     parts = [max(1, -(-len(f) // seq_len)) if too_long == "split" else 1 for f in flags]
-    assert sum(parts) == fate.pieces + fate.untrained + fate.dropped, "each part has met one fate"
+    assert sum(parts) == stats.segments + stats.untrained + stats.dropped, "each segment is counted once"

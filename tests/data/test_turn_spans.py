@@ -1,4 +1,4 @@
-"""If this fails, an answer is trained in part, or the user's words are."""
+"""If this fails, an answer is trained in part, or the user's text is trained."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ANSWERS = TEXTS | TEXTS.map(lambda text: f"<think>\nwho?\n</think>\n\n{text}")
 
 
 @st.composite
-def conversations(draw: Any, tools: bool, train: tuple = (None, None, None, False, True)) -> list[dict[str, Any]]:
+def conversations(draw: Any, *, tools: bool, train: tuple = (None, None, None, False, True)) -> list[dict[str, Any]]:
     flags = st.sampled_from(train)
     messages = []
     for _ in range(draw(st.integers(1, 4))):
@@ -45,9 +45,9 @@ def conversations(draw: Any, tools: bool, train: tuple = (None, None, None, Fals
 def reference_encoding(
     name: str, messages: list[dict[str, Any]], mask: MaskMode
 ) -> tuple[list[int], list[bool]] | None:
-    """Slow and plain: each answer begins where its prompt ends, and ends at the first token that ends turns.
+    """Return the encoding by a simple definition; None if the prompt is not a prefix of the conversation.
 
-    None: the prompt is not the conversation's beginning.
+    Each answer begins at the end of its prompt, and ends at the first token that ends turns.
     """
     tokenizer, end = published(name), FAMILIES[name].end
     plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
@@ -71,27 +71,27 @@ def reference_encoding(
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), mask=st.sampled_from(["assistant", "last"]))
 def test_equals_the_reference(name, data, mask):
-    """Qwen 3's too, which writes an earlier answer otherwise than the last one."""
-    messages = data.draw(conversations("tool_calls" in published(name).chat_template))
+    """This includes Qwen 3, which writes earlier answers differently from the last one."""
+    messages = data.draw(conversations(tools="tool_calls" in published(name).chat_template))
     (encoded,) = encoder(name, mask).encode([MessagesRow("train.jsonl, line 7", messages)])
     expected = reference_encoding(name, messages, mask)
     if expected is None:
         assert isinstance(encoded, BadRow) and "rewrites history (the prompt of message" in encoded.reason
     else:
         assert isinstance(encoded, EncodedSequence), encoded
-        assert (encoded.tokens.tolist(), encoded.trained.tolist()) == expected
+        assert (encoded.tokens.tolist(), encoded.loss_mask.tolist()) == expected
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama-3", "mistral", "gemma"])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_all_but_some_answers_is_the_contrary_of_these(name, data):
-    messages = data.draw(conversations(False, (False, True)))
+def test_masked_answers_are_the_complement_of_trained_ones(name, data):
+    messages = data.draw(conversations(tools=False, train=(False, True)))
     others = [{**message, "train": not message.get("train")} for message in messages]
     (answers,) = encoder(name, "assistant").encode([MessagesRow("1", messages)])
     (rest,) = encoder(name, "all").encode([MessagesRow("1", others)])
     assert isinstance(answers, EncodedSequence) and isinstance(rest, EncodedSequence)
-    assert (answers.trained != rest.trained).all()
+    assert (answers.loss_mask != rest.loss_mask).all()
 
 
 PLAIN = (
@@ -99,7 +99,7 @@ PLAIN = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 TRIMMED = PLAIN.replace("m.content", "m.content | trim")
-# what ends a turn is written by the next one
+# The next turn writes the end of a turn.
 LATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if not loop.last %}<|im_end|>\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_end|>\n<|im_start|>assistant\n{% endif %}"
@@ -127,29 +127,29 @@ def test_saved_renderings_change_nothing(name, contents):
     made = make_template_encoder(own[name]) if name in own else encoder(name, "assistant")
     (saved,) = made.encode([row])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(turn_spans._TurnFinder, "_end_as_it_stands", lambda *_: None)
+        patch.setattr(turn_spans._TurnFinder, "_end_by_affixes", lambda *_: None)
         (rendered,) = made.encode([row])
     assert isinstance(saved, EncodedSequence) and isinstance(rendered, EncodedSequence)
-    assert saved.trained.tolist() == rendered.trained.tolist()
+    assert saved.loss_mask.tolist() == rendered.loss_mask.tolist()
 
 
-# a closing that differs between the last turn and the others, as GPT-OSS's
+# The end of the last turn differs from the others, as in GPT-OSS.
 ENDS_OTHERWISE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# history keeps nothing of an answer
+# History keeps nothing of an answer.
 FORGETS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role != 'assistant' or loop.last %}{{ m.content }}"
     "{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# history keeps the first word
+# History keeps the first word.
 SHORTENS = FORGETS.replace("{% endif %}<|im_end|>", "{% else %}{{ m.content.split()[0] }}{% endif %}<|im_end|>", 1)
 
 
 @pytest.mark.parametrize("template", [ENDS_OTHERWISE, FORGETS, SHORTENS])
-def test_history_that_cannot_be_followed(template):
+def test_unsupported_history(template):
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = template
     messages = [
@@ -163,21 +163,21 @@ def test_history_that_cannot_be_followed(template):
     assert "rewrites history (an earlier turn of message 2 changes with what follows)" in row.reason
     (last,) = RowEncoder(tokenizer, "last").encode([MessagesRow("train.jsonl, line 7", messages)])
     assert isinstance(last, EncodedSequence)
-    ended = tokenizer.decode(last.tokens[last.trained])
+    ended = tokenizer.decode(last.tokens[last.loss_mask])
     assert ended == "the log<|endoftext|>" if template is ENDS_OTHERWISE else ended == "the log<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama-3", "mistral", "qwen3"])
 def test_renders_the_whole_once_and_each_prompt(name, monkeypatch):
-    """Twice as many would be a tenth of the time of encoding conversations of many turns."""
+    """Twice as many renderings would take a tenth of the time of encoding long conversations."""
     rendered: list[int] = []
-    text = ChatRenderer.text
+    text = ChatRenderer.render
 
-    def counted(self: ChatRenderer, messages: list, tools: Any, add_generation_prompt: bool = False) -> str:
+    def counted(self: ChatRenderer, messages: list, tools: Any, *, add_generation_prompt: bool = False) -> str:
         rendered.append(len(messages))
-        return text(self, messages, tools, add_generation_prompt)
+        return text(self, messages, tools, add_generation_prompt=add_generation_prompt)
 
-    monkeypatch.setattr(ChatRenderer, "text", counted)
+    monkeypatch.setattr(ChatRenderer, "render", counted)
     messages = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
     encoder(name, "assistant").encode([MessagesRow("1", messages)])
     assert sorted(rendered) == [1, 3, 5, 6]
@@ -186,7 +186,7 @@ def test_renders_the_whole_once_and_each_prompt(name, monkeypatch):
     assert sorted(rendered) == [5, 6]
 
 
-def test_content_that_is_no_string():
+def test_content_that_is_not_a_string():
     messages = [{"role": "user", "content": [{"text": "the cat"}], "train": True}]
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content[0].text }}<|im_end|>{% endfor %}"
@@ -194,8 +194,8 @@ def test_content_that_is_no_string():
     assert isinstance(row, BadRow) and row.reason == "the content of message 1 is no string; write a string"
 
 
-def test_a_content_that_the_template_also_writes_by_itself():
-    # as GLM-4.5's: without `reasoning_content`, what stands before </think> is taken for the thought, and left out
+def test_a_content_that_the_template_also_writes():
+    # As in GLM-4.5: without `reasoning_content`, the text before </think> counts as the thought, and is omitted.
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}\n<think>"
         "{{ m.reasoning_content if loop.last and m.reasoning_content is string else '' }}</think>"
@@ -212,7 +212,7 @@ def test_a_content_that_the_template_also_writes_by_itself():
         ((thoughtless, thoughtful, thoughtless), (left_out, written, left_out)),
     ):
         row = MessagesRow("1", [message for answer in answers for message in (user, answer)])
-        (found,) = make_template_encoder(template).encode([row])
-        assert isinstance(found, EncodedSequence)
-        said = published("chatml").decode(found.tokens[found.trained]).replace("\n", "")
-        assert said == "".join(expected)
+        (encoded,) = make_template_encoder(template).encode([row])
+        assert isinstance(encoded, EncodedSequence)
+        trained_text = published("chatml").decode(encoded.tokens[encoded.loss_mask]).replace("\n", "")
+        assert trained_text == "".join(expected)

@@ -72,7 +72,7 @@ def batch_shapes(path: Path, way: str, world_size: int, micro_batch: int) -> lis
         names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
         environ = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         setups.append(set_up_run(config, read_rank_info(environ)))
-    windows = [[setup.loader.window(step) for setup in setups] for step in range(setups[0].steps)]
+    windows = [[setup.loader.micro_batches(step) for setup in setups] for step in range(setups[0].steps)]
     return [
         [[batch.input_ids.shape[1] for batch in ranks] for ranks in zip(*window, strict=True)] for window in windows
     ]
@@ -102,11 +102,11 @@ def test_the_ways_are_what_they_say(path: Path) -> None:
     assert len(last[-1]) < 3, "what is empty on all ranks is left out"
     setup = set_up_run(make_config(path, "all at once", 1, 1), read_rank_info({}))
     (first, _), (second, _) = setup.loader.sources
-    assert first.fate.split > 5
+    assert first.truncation_stats.split > 5
     rows = setup.loader.rows_per_epoch
     assert rows == 0.5 * len(first) + 1.5 * len(second)
     assert setup.steps == -(-round(0.9 * round(rows)) // 12)
-    assert setup.loader.indices(setup.steps - 1).min() < 0, "the last batch is not full"
+    assert setup.loader.row_indices(setup.steps - 1).min() < 0, "the last batch is not full"
 
 
 def test_warm_up_longer_than_the_run_is_cut(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

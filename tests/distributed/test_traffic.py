@@ -99,8 +99,8 @@ def record_two_steps(config: Config) -> tuple[list[Collective], dict[str, int], 
             with CollectiveRecorder() as wire:
                 train_step(
                     setup.model,
-                    setup.loader.window(step),
-                    setup.loader.trained_tokens(step),
+                    setup.loader.micro_batches(step),
+                    setup.loader.loss_tokens(step),
                     shards,
                     setup.sizes.adapter_replicas,
                     optimizer,

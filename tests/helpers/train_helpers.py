@@ -51,7 +51,7 @@ def plain_losses(model: nn.Module, config: Config, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(trained, lr=config.optim.lr, betas=(0.9, 0.999), weight_decay=0.0)
     result = []
     for step in range(steps):
-        window = loader.window(step)
+        window = loader.micro_batches(step)
         tokens, total = sum(int((batch.labels != -100).sum()) for batch in window), 0.0
         for batch in window:
             logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
@@ -69,7 +69,7 @@ def first_loss(config: Config, model: nn.Module) -> float:
     """The loss of transformers' model on what the first step trains on, each sequence of a row by itself."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in set_up_run(config, read_rank_info({})).loader.window(0):
+        for batch in set_up_run(config, read_rank_info({})).loader.micro_batches(0):
             for row, labels, positions in zip(*batch, strict=True):
                 starts = (positions == 0).nonzero().flatten().tolist()
                 for begin, end in zip(starts, [*starts[1:], len(row)], strict=True):

@@ -26,7 +26,7 @@ def train_with_bad_steps(config: Config, bad_steps: tuple[int, ...]) -> str | No
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     calls = 0
-    window = setup.loader.window
+    window = setup.loader.micro_batches
     model_forward = setup.model.forward
     bad = False
 
@@ -41,7 +41,7 @@ def train_with_bad_steps(config: Config, bad_steps: tuple[int, ...]) -> str | No
         loss = model_forward(*args, **kwargs)
         return loss * torch.inf if bad and torch.is_grad_enabled() else loss
 
-    setup.loader.window = watched  # type: ignore[method-assign,assignment]
+    setup.loader.micro_batches = watched  # type: ignore[method-assign,assignment]
     setup.model.forward = forward
     with RunConsole(1) as console, process_group(ranks, setup.device):
         try:

@@ -77,7 +77,7 @@ def load_and_train(config: Config, tamper: str = "") -> dict[str, Any]:
         live = LiveBytes(layers)
         for step in range(3):
             with live:
-                for last, batch in zip((False, True), loader.window(step)[:2], strict=True):
+                for last, batch in zip((False, True), loader.micro_batches(step)[:2], strict=True):
                     model.set_requires_gradient_sync(last)
                     model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels).backward()
             if step == 0:
