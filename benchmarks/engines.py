@@ -39,7 +39,7 @@ from qlora_dist.parallel.static_bytes import check_static_bytes
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
+from qlora_dist.train.train_step import AdapterShards, StepContext, adapter_shard_numels, train_step
 
 MIB = 2**20
 
@@ -69,7 +69,15 @@ def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, An
         held = check_static_bytes(setup.model, setup.sizes)
         shards = AdapterShards(setup.model)
         moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
-        optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
+        context = StepContext(
+            model=setup.model,
+            shards=shards,
+            optimizer=PagedAdamW(shards.local, moments, config.optim),
+            loss_scale=LossScale("bf16"),
+            adapter_replicas=setup.sizes.adapter_replicas,
+            max_grad_norm=1.0,
+            traffic=traffic,
+        )
         setup.model.train()
         loaded = restart_peak()
         seconds, processor, losses = [], [], []
@@ -77,8 +85,7 @@ def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, An
             window = setup.loader.window(step)
             trained = ranks.world_size * sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in window)
             started, cpu = time.perf_counter(), time.process_time()
-            replicas = setup.sizes.adapter_replicas
-            result = train_step(setup.model, window, trained, shards, replicas, optimizer, scale, 1.0, traffic)
+            result = train_step(context, window, trained)
             seconds.append(time.perf_counter() - started)
             processor.append(time.process_time() - cpu)
             losses.append(result.loss)

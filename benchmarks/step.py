@@ -48,7 +48,7 @@ from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.run_setup import RunSetup, set_up_run
-from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
+from qlora_dist.train.train_step import AdapterShards, StepContext, adapter_shard_numels, train_step
 
 LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]
@@ -76,13 +76,20 @@ def make_qlora_dist_step(config: Config) -> tuple[RunSetup, Step]:
     load_weights(setup.model, setup.folder, setup.device, config.train.seed)
     shards = AdapterShards(setup.model)
     moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
-    optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
+    context = StepContext(
+        model=setup.model,
+        shards=shards,
+        optimizer=PagedAdamW(shards.local, moments, config.optim),
+        loss_scale=LossScale("bf16"),
+        adapter_replicas=setup.sizes.adapter_replicas,
+        max_grad_norm=CLIP,
+        traffic=traffic,
+    )
     setup.model.train()
 
     def step(window: list[Batch]) -> float:
         trained = setup.ranks.world_size * sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in window)
-        replicas = setup.sizes.adapter_replicas
-        return train_step(setup.model, window, trained, shards, replicas, optimizer, scale, CLIP, traffic).loss
+        return train_step(context, window, trained).loss
 
     return setup, step
 

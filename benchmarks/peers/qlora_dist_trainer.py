@@ -19,7 +19,7 @@ from qlora_dist.parallel.mesh import build_meshes
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
+from qlora_dist.train.train_step import AdapterShards, StepContext, adapter_shard_numels, train_step
 
 
 def main() -> None:
@@ -43,7 +43,15 @@ def main() -> None:
         load_weights(setup.model, setup.folder, setup.device, config.train.seed)
         shards = AdapterShards(setup.model)
         moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
-        optimizer, scale = PagedAdamW(shards.local, moments, config.optim), LossScale("bf16")
+        context = StepContext(
+            model=setup.model,
+            shards=shards,
+            optimizer=PagedAdamW(shards.local, moments, config.optim),
+            loss_scale=LossScale("bf16"),
+            adapter_replicas=setup.sizes.adapter_replicas,
+            max_grad_norm=CLIP,
+            traffic=traffic,
+        )
         setup.model.train()
         mark_and_restart_peak("loaded")
         for step in steps():
@@ -51,8 +59,7 @@ def main() -> None:
             whole = [torch.tensor(part) for part in step["ours"]]
             trained = int((whole[1] != LABEL_IGNORE_INDEX).sum())
             batch = Batch(*(part[RANK::WORLD_SIZE] for part in whole))
-            replicas = setup.sizes.adapter_replicas
-            result = train_step(setup.model, [batch], trained, shards, replicas, optimizer, scale, CLIP, traffic)
+            result = train_step(context, [batch], trained)
             write_mark("step")
             write_mark("loss", loss=result.loss)
             del batch, whole

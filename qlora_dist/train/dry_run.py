@@ -35,7 +35,7 @@ def dry_run(config: Config, resume: str = "auto") -> None:
     sys.stdout.write(dump_config(config))
     sys.stdout.flush()
     expected = predict_run(setup)
-    plan = expected if isinstance(expected, str) else expected.sentence()
+    plan = expected if isinstance(expected, str) else expected.describe()
     for line in [*describe_run(setup), plan, *([note] if note else []), _dry_run_result(setup, expected)]:
         console.print(line, markup=False)
 

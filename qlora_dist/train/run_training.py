@@ -30,18 +30,19 @@ from qlora_dist.runtime.machine_info import machine_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.runtime.watchdog import watchdog
 from qlora_dist.train.console import RunConsole
+from qlora_dist.train.control_flags import MANUAL_STOP_REASONS
 from qlora_dist.train.initial_adapter import load_initial_tensors
 from qlora_dist.train.optimizer import make_optimizer_state
 from qlora_dist.train.out_of_memory import explain_out_of_memory
-from qlora_dist.train.prediction import RunPrediction, check_adapter_numel, predict_run
+from qlora_dist.train.prediction import predict_run
 from qlora_dist.train.rank_consistency import check_ranks_agree, check_shared_run_dir
 from qlora_dist.train.run_checkpointer import find_resume_point
 from qlora_dist.train.run_setup import RunSetup, set_up_run
-from qlora_dist.train.stop_requests import MANUAL_STOP_REASONS, remove_stale_stop_file
+from qlora_dist.train.stop_requests import remove_stale_stop_file
 from qlora_dist.train.summary import LoadStats, describe_run, summarize
 from qlora_dist.train.tolerant_output import record_lost_output
 from qlora_dist.train.trackers import open_trackers
-from qlora_dist.train.trainer import train_loop
+from qlora_dist.train.trainer import Trainer
 
 AfterTraining = Callable[[Path, Callable[[str], None]], None]
 """A function that rank 0 calls with the folder of a finished run, and with a function that prints a line."""
@@ -95,12 +96,8 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
         machine = machine_info(setup.device.type)
         run_dir = RunDir(config, start.manifest is None, start.replaces_run, setup.steps, machine)
         record_lost_output(run_dir.path)
-    expected = predict_run(setup)
-    if isinstance(expected, RunPrediction):
-        check_adapter_numel(expected.run, model)
     for line in describe_run(setup):
         console.say(line)
-    console.say(expected if isinstance(expected, str) else expected.sentence())
 
     torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # dropout: every rank its own
     offload = config.parallel.offload == "base"
@@ -126,24 +123,32 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
     static_bytes = check_static_bytes(model, setup.sizes, *page_sizes)
     console.log_loaded(static_bytes)
 
+    prediction = predict_run(setup)
+    console.say(prediction if isinstance(prediction, str) else prediction.describe())
     with (
         closing(optimizer_state),
         closing(pages) if pages is not None else nullcontext(),
         closing(run_dir) if run_dir is not None else nullcontext(),
         _track_metrics(config, run_dir, start.manifest is None, console),
     ):
-        history = train_loop(model, optimizer_state, setup, start, traffic, console, run_dir, pages, started)
-    step = history.progress.step
-    if history.stop is not None:
-        marker = STOPPED_MARKER if history.stop in MANUAL_STOP_REASONS else REQUEUE_MARKER
-        console.say(f"stopped by {history.stop} after {step} steps; the same command goes on from there ({marker})")
+        trainer = Trainer(setup, start, optimizer_state, traffic, console, run_dir, pages)
+        result = trainer.train(run_started=started)
+    step = result.progress.step
+    if result.stop_reason is not None:
+        marker = STOPPED_MARKER if result.stop_reason in MANUAL_STOP_REASONS else REQUEUE_MARKER
+        console.say(f"stopped by {result.stop_reason} after {step} steps; the same command continues ({marker})")
         if run_dir is not None:
-            run_dir.mark(marker, step, history.stop)
+            run_dir.mark(marker, step, result.stop_reason)
         return
     record_heartbeat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter", setup.served.save)
-    load_stats = LoadStats(static_bytes, optimizer_state.resident_bytes, read_bytes, load_s)
-    summarize(setup, history, load_stats, expected, console, run_dir)
+    load_stats = LoadStats(
+        static_bytes=static_bytes,
+        optimizer_state_bytes=optimizer_state.resident_bytes,
+        read_bytes=read_bytes,
+        load_s=load_s,
+    )
+    summarize(setup, result, load_stats, prediction, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE_MARKER, step, "last step")
 

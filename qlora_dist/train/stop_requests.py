@@ -10,8 +10,9 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,7 @@ import psutil
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import detect_launcher, read_rank_info
 from qlora_dist.runtime.heartbeat import last_heartbeat
+from qlora_dist.train.control_flags import ControlFlags
 
 STOP_SIGNALS = {
     "SIGTERM": signal.SIGTERM,
@@ -29,10 +31,6 @@ STOP_SIGNALS = {
     "SIGINT": signal.SIGINT,
     "SIGHUP": signal.SIGHUP,
 }
-STOP_REASONS = (*STOP_SIGNALS, "STOP", "max_time")
-"""Why a run stops before its last step, in the order of the flags."""
-MANUAL_STOP_REASONS = ("SIGINT", "STOP")
-"""Stop reasons given by a person. A scheduler must not restart the run after one of these."""
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 
 _received: set[str] = set()
@@ -167,61 +165,55 @@ def _launcher_start_time() -> float:
 
 
 class StopRequests:
-    """What this rank is asked for. Files and clock are looked at by rank 0 only."""
+    """Requests to stop or save that this rank has received. Only rank 0 looks at the files and the clock.
+
+    Args:
+        run_path: path of the run's folder.
+        is_rank_0: True on rank 0.
+        max_time: time limit of this start; None: unlimited.
+        checkpoint_s: function that returns the seconds that a checkpoint takes.
+    """
 
     def __init__(
         self,
         run_path: Path,
+        *,
         is_rank_0: bool,
-        max_time: timedelta | None,
+        max_time: timedelta | None = None,
         checkpoint_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """Ask for nothing yet.
-
-        Args:
-            run_path: the run's folder.
-            is_rank_0: whether this is rank 0.
-            max_time: of this start; None: unlimited.
-            checkpoint_s: time that a checkpoint takes.
-        """
-        self._run, self._is_first, self._saving_s = run_path, is_rank_0, checkpoint_s
+        self._run, self._is_rank_0, self._checkpoint_s = run_path, is_rank_0, checkpoint_s
         self._max_time_s = None if max_time is None else max_time.total_seconds()
 
-    def flags(self, ahead_s: float) -> list[float]:
-        """1 for each of REASONS that holds, and for a wish to save: to be summed over ranks.
+    def flags(self, ahead_s: float) -> ControlFlags:
+        """Return this rank's flags.
 
         Args:
-            ahead_s: time until a run that goes on now can begin its last checkpoint.
+            ahead_s: seconds until the last checkpoint could begin if the run continued now.
         """
-        signals = [float(name in _received) for name in STOP_SIGNALS]
-        if not self._is_first:
-            return [*signals, 0.0, 0.0, 0.0]
-        end_s = time.monotonic() - _process_started + ahead_s + self._saving_s()
-        late = self._max_time_s is not None and end_s > self._max_time_s
-        return [*signals, self._file_flag(STOP_FILE), float(late), self._file_flag(SAVE_FILE)]
+        signals = ControlFlags(**{name.lower(): int(name in _received) for name in STOP_SIGNALS})
+        if not self._is_rank_0:
+            return signals
+        end_s = time.monotonic() - _process_started + ahead_s + self._checkpoint_s()
+        return replace(
+            signals,
+            stop_file=int(self._has_file(STOP_FILE)),
+            max_time=int(self._max_time_s is not None and end_s > self._max_time_s),
+            save_file=int(self._has_file(SAVE_FILE)),
+        )
 
-    def acknowledge(self, sums: Sequence[float], saved: bool = True) -> None:
-        """Take the files away that all ranks know of.
+    def acknowledge(self, flags: ControlFlags, *, saved: bool = True) -> None:
+        """Remove the request files that all ranks have seen.
 
         Args:
-            sums: of the flags.
-            saved: whether a checkpoint was written, if one was asked for.
+            flags: sums over all ranks.
+            saved: True if a requested checkpoint was begun; False keeps the file SAVE.
         """
-        asked = {STOP_FILE: sums[STOP_REASONS.index(STOP_FILE)] > 0, SAVE_FILE: saved and is_save_requested(sums)}
-        for name, known in asked.items():
-            if known and self._is_first:
+        seen = {STOP_FILE: flags.stop_file, SAVE_FILE: saved and flags.save_file}
+        for name, is_seen in seen.items():
+            if is_seen and self._is_rank_0:
                 with suppress(OSError):
                     (self._run / name).unlink()
 
-    def _file_flag(self, name: str) -> float:
-        return float((self._run / name).exists())
-
-
-def stop_reason(sums: Sequence[float]) -> str | None:
-    """Why to stop, from the flags' sums over the ranks."""
-    return next((name for name, count in zip(STOP_REASONS, sums, strict=False) if count), None)
-
-
-def is_save_requested(sums: Sequence[float]) -> bool:
-    """Whether a checkpoint was asked for."""
-    return sums[len(STOP_REASONS)] > 0
+    def _has_file(self, name: str) -> bool:
+        return (self._run / name).exists()

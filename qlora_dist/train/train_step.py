@@ -20,27 +20,14 @@ from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.shard_view import get_flat_shard, local_tensor, pop_local_grad
+from qlora_dist.train.control_flags import ControlFlags
 from qlora_dist.train.step_profiler import OPTIMIZER_LABEL, STEP_LABEL
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did; equal on all ranks."""
-
-    loss: float
-    """Mean over the trained tokens of the window, all ranks together."""
-    grad_norm: float
-    """Of all adapters together, before clipping."""
-    finite: bool
-    """False: the adapters were left as they were."""
-    sums: list[float]
-    """Of `told` over all ranks."""
 
 
 class AdapterShards:
     """The adapters' local shards as plain parameters that alias the engine's.
 
-    An optimizer of plain tensors is faster than one of DTensors, and bitsandbytes' kernels know nothing else.
+    Optimizers are faster on plain tensors than on DTensors, and bitsandbytes' kernels accept only plain tensors.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,9 +38,9 @@ class AdapterShards:
         self.is_lora_b = [is_lora_b_parameter(name) for name, _ in named_trainable_parameters(model)]
 
     def collect_grads(self) -> list[torch.Tensor]:
-        """Hand the engine's gradients over to the local shards; those of empty shards are left out.
+        """Move the engine's gradients to the local shards, and return those that are not empty.
 
-        An adapter that takes no part in the loss has no gradient, and zeros stand for it: B stays zero.
+        An adapter that takes no part in the loss has no gradient. It gets zeros, so B stays zero.
         """
         for index, (sharded, local) in enumerate(zip(self._sharded, self.local, strict=True)):
             gradient, flat = pop_local_grad(sharded), get_flat_shard(sharded)
@@ -62,68 +49,84 @@ class AdapterShards:
         return [p.grad for p in self.local if p.grad is not None]
 
     def find_unused_parameters(self) -> list[str]:
-        """Return the names of parameters that no rank has had a gradient for. Called on all ranks after a step."""
+        """Return the names of parameters that have had no gradient on any rank. Called on all ranks after a step."""
         device = self.local[0].device
-        found = torch.tensor(self._had_grad, dtype=torch.int32, device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return [name for name, had in zip(self._names, found.tolist(), strict=True) if not had]
+        had_grad = torch.tensor(self._had_grad, dtype=torch.int32, device=device)
+        dist.all_reduce(had_grad, dist.ReduceOp.MAX)
+        return [name for name, had in zip(self._names, had_grad.tolist(), strict=True) if not had]
 
     def zero_grad(self) -> None:
-        """Forget them."""
         for local in self.local:
             local.grad = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """Model, optimizer and settings that stay the same from step to step."""
+
+    model: PreTrainedModel
+    """Model that is sharded and loaded."""
+    shards: AdapterShards
+    """This rank's adapter shards."""
+    optimizer: AdapterOptimizer
+    """Optimizer of these shards."""
+    loss_scale: LossScale
+    """Loss scale, which is 1 except for fp16."""
+    adapter_replicas: int
+    """Number of ranks that hold equal adapter shards."""
+    max_grad_norm: float | None
+    """Largest gradient norm after clipping; None: no clipping."""
+    traffic: CommCounter
+    """Counter of the bytes of collectives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Outcome of a step, equal on all ranks."""
+
+    loss: float
+    """Mean loss over the trained tokens of all ranks."""
+    grad_norm: float
+    """Norm of all adapters' gradients before clipping."""
+    finite: bool
+    """False if loss or gradient were not finite, so that the adapters were left unchanged."""
+    flags: ControlFlags
+    """Sums of the control flags over all ranks; zeros if none were given."""
+
+
 @record_function(STEP_LABEL)
 def train_step(
-    model: PreTrainedModel,
+    context: StepContext,
     micro_batches: Sequence[Batch],
     loss_tokens: int,
-    shards: AdapterShards,
-    adapter_replicas: int,
-    optimizer: AdapterOptimizer,
-    loss_scale: LossScale,
-    max_grad_norm: float | None,
-    traffic: CommCounter,
-    control_flags: Callable[[], Sequence[float]] = tuple,
+    control_flags: Callable[[], ControlFlags] | None = None,
 ) -> StepResult:
-    """Forward and backward over the accumulation window, clip over the whole world, update.
+    """Run forward and backward over the accumulation window, clip over all ranks, and update the adapters.
 
-    The gradient is that of (sum of the losses of all trained tokens) / (their number), over all micro-batches of all
-    ranks: 1 rank x 4 sequences is 4 ranks x 1. The engine sums gradients over ranks and divides nothing.
+    The gradient is that of the summed loss of all trained tokens divided by their number. Both are taken over all
+    micro-batches of all ranks, so 1 rank with 4 sequences equals 4 ranks with 1. The engine sums gradients over ranks
+    and does not divide them. They are communicated once, after the last micro-batch.
 
     Args:
-        model: sharded; its gradients are communicated once, after the last micro-batch.
+        context: model, optimizer and settings.
         micro_batches: this rank's micro-batches.
-        loss_tokens: of all ranks' windows together.
-        shards: the adapters of this rank.
-        adapter_replicas: ranks that hold equal adapter shards.
-        optimizer: over the shards.
-        loss_scale: for fp16.
-        max_grad_norm: None: no clipping.
-        traffic: counts the one collective that is not the model's.
-        control_flags: returns what else is summed in the same collective; called as late as possible.
+        loss_tokens: number of trained tokens in the windows of all ranks.
+        control_flags: function that returns this rank's flags, called as late as possible. The same all-reduce sums
+            them, the loss and the gradient norm.
 
     Raises:
         UserError: no adapter takes part in the loss.
     """
-    device = micro_batches[0].input_ids.device
-    summed_loss = torch.zeros((), dtype=torch.float64, device=device)
-    for index, batch in enumerate(micro_batches):
-        model.set_requires_gradient_sync(index == len(micro_batches) - 1)
-        loss = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
-        if not loss.requires_grad:
-            raise UserError("lora.targets: no adapter has any influence on the loss; name other layers")
-        (loss * (loss_scale.value / loss_tokens)).backward()
-        summed_loss += loss.detach()
-        record_heartbeat()
+    shards, loss_scale, max_grad_norm = context.shards, context.loss_scale, context.max_grad_norm
+    summed_loss = _accumulate_gradients(context, micro_batches, loss_tokens)
 
     grads = shards.collect_grads()
     squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())
-    squares.item()  # waits for the device, so that a request to stop that comes during the step is seen in this step
-    flags = torch.tensor(control_flags(), dtype=torch.float64).to(device)
-    own = torch.stack([summed_loss, squares / adapter_replicas, *flags])
-    total_loss, total_squares, *sums = traffic.all_reduce(own).tolist()
+    squares.item()  # wait for the device, so that a request to stop that arrives during the step counts in this step
+    own_flags = control_flags().to_list() if control_flags is not None else []
+    flags = torch.tensor(own_flags, dtype=torch.float64).to(summed_loss.device)
+    own = torch.stack([summed_loss, squares / context.adapter_replicas, *flags])
+    total_loss, total_squares, *sums = context.traffic.all_reduce(own).tolist()
 
     norm = math.sqrt(total_squares) / loss_scale.value
     finite = math.isfinite(total_loss) and math.isfinite(norm)
@@ -131,12 +134,36 @@ def train_step(
         clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm is not None else 1.0
         torch._foreach_mul_(grads, clip / loss_scale.value)
         with record_function(OPTIMIZER_LABEL):
-            optimizer.step()
+            context.optimizer.step()
     shards.zero_grad()
     loss_scale.update(finite)
-    return StepResult(total_loss / loss_tokens, norm, finite, sums)
+    summed_flags = ControlFlags.from_sums(sums) if sums else ControlFlags()
+    return StepResult(loss=total_loss / loss_tokens, grad_norm=norm, finite=finite, flags=summed_flags)
+
+
+def _accumulate_gradients(context: StepContext, micro_batches: Sequence[Batch], loss_tokens: int) -> torch.Tensor:
+    """Run forward and backward over the micro-batches, and return this rank's summed loss in float64."""
+    model, scale = context.model, context.loss_scale.value / loss_tokens
+    summed_loss = torch.zeros((), dtype=torch.float64, device=micro_batches[0].input_ids.device)
+    for index, batch in enumerate(micro_batches):
+        model.set_requires_gradient_sync(index == len(micro_batches) - 1)
+        loss = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
+        if not loss.requires_grad:
+            raise UserError("lora.targets: no adapter has any influence on the loss; name other layers")
+        (loss * scale).backward()
+        summed_loss += loss.detach()
+        record_heartbeat()
+    return summed_loss
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch whose tensors are on a device."""
+    return Batch(*(tensor.to(device) for tensor in batch))
 
 
 def adapter_shard_numels(model: nn.Module) -> list[int]:
-    """Elements of each of this rank's adapter shards, in the order of `AdapterShards`; the model may be on meta."""
+    """Return the elements of each of this rank's adapter shards, in the order of `AdapterShards`.
+
+    The model may be on the meta device.
+    """
     return [local_tensor(parameter).numel() for _, parameter in named_trainable_parameters(model)]

@@ -26,7 +26,7 @@ from qlora_dist.plan.step_traffic import ShardCounts, step_traffic
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import AdapterShards, adapter_shard_numels, train_step
+from qlora_dist.train.train_step import AdapterShards, StepContext, adapter_shard_numels, train_step
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -104,20 +104,19 @@ def record_two_steps(config: Config) -> tuple[list[Collective], dict[str, int], 
         shards = AdapterShards(setup.model)
         moments = PagedOptimizerState(adapter_shard_numels(setup.model), config.optim, config.paging, setup.device)
         optimizer = PagedAdamW(shards.local, moments, config.optim)
+        context = StepContext(
+            model=setup.model,
+            shards=shards,
+            optimizer=optimizer,
+            loss_scale=LossScale("fp32"),
+            adapter_replicas=setup.sizes.adapter_replicas,
+            max_grad_norm=0.3,
+            traffic=traffic,
+        )
         for step in range(2):
             traffic.take()
             with CollectiveRecorder() as wire:
-                train_step(
-                    setup.model,
-                    setup.loader.window(step),
-                    setup.loader.trained_tokens(step),
-                    shards,
-                    setup.sizes.adapter_replicas,
-                    optimizer,
-                    LossScale("fp32"),
-                    0.3,
-                    traffic,
-                )
+                train_step(context, setup.loader.window(step), setup.loader.trained_tokens(step))
         return wire.collectives, traffic.take(), setup.loader.gradient_accumulation
 
 

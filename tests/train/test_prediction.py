@@ -36,7 +36,9 @@ def test_only_what_was_planned_is_compared() -> None:
     for device in ("cuda", "cpu"):
         config = config_from_tree({"model": {"base": "smollm2-135m"}, "data": {"train": ["a"]}})
         run = make_run_spec(config, read_model_config("smollm2-135m"), 1, device=device)
-        terms[device] = RunPrediction(run, memory, {"world": 7}, None, False).against(measured, 10)
+        terms[device] = RunPrediction(
+            run=run, memory=memory, traffic={"world": 7}, tokens_per_s=None, is_measured=False
+        ).compare_with(measured, 10)
     assert terms["cuda"].pop("peak_bytes") == [300, 300]
     assert terms["cuda"] == terms["cpu"]
     assert terms["cpu"]["moments_bytes"] == [10, 10] and terms["cpu"]["world_bytes_per_step"] == [7, 7]
