@@ -24,7 +24,7 @@ class StepMetrics:
     grad_norm: float
     """Norm of all adapters' gradients, before clipping; `null` if not finite."""
     skipped: bool
-    """`true` if loss or gradient were not finite, so the adapters stayed unchanged."""
+    """`true` if the loss or gradient was not finite, so the adapters stayed unchanged."""
     tokens: int
     """Tokens of all ranks, without padding."""
     trained_tokens: int
@@ -49,7 +49,7 @@ class StepMetrics:
     """Use of these pages in this step: `hits` (uses of a page that was on the device), `bytes_in`, `bytes_out`,
     `stall_s` (seconds waited)."""
     base_paging: PagingStats | None = None
-    """The same figures for the base's layers on rank 0, with `parallel.base: paged`."""
+    """Use of the base's layers on rank 0 in this step, with `parallel.base: paged`: the same figures."""
     base_resident_bytes: int | None = None
     """Bytes of the base's layers on rank 0's device, with `parallel.base: paged`."""
     eval_loss: float | None = None
