@@ -48,7 +48,8 @@ class RunPrediction:
         speed = f"; {self.tokens_per_s:,.0f} tokens/s ({source})" if self.tokens_per_s is not None else ""
         return (
             f"plan: each rank holds {format_bytes(memory.static_bytes)} between steps and "
-            f"{format_bytes(memory.peak_bytes)} {PHASE_LABELS[memory.peak_phase]}, and receives {received or 'nothing'} per step{speed}"
+            f"{format_bytes(memory.peak_bytes)} {PHASE_LABELS[memory.peak_phase]}, "
+            f"and receives {received or 'nothing'} per step{speed}"
         )
 
     def compare_with(self, measured: dict[str, Any], optimizer_state_bytes: int) -> dict[str, list[float | None]]:
@@ -74,7 +75,7 @@ class RunPrediction:
 
 
 def predict_run(setup: RunSetup) -> RunPrediction | str:
-    """Return the prediction for a run, or a sentence about why there is none. It never fails, because a run must not."""
+    """Return the prediction for a run, or a sentence about why there is none. It never fails, so the run continues."""
     try:
         run = planned_run(setup, setup.config)
         device_speed, is_measured = device_speeds(setup.device, run)
@@ -98,7 +99,7 @@ def planned_run(setup: RunSetup, config: Config) -> RunSpec:
 
 
 def device_speeds(device: torch.device, run: RunSpec) -> tuple[RankSpeeds | None, bool]:
-    """Return the device's speeds, and whether `plan --calibrate` measured them. Speeds of an unknown device are None."""
+    """Return the device's speeds, None if unknown, and whether `plan --calibrate` measured them."""
     hardware, measured = load_hardware(), load_calibration().devices
     if device.type == "cpu":
         cpu = measured.get("cpu")

@@ -161,8 +161,8 @@ class RunCheckpointer(Checkpointer):
     def start(self, run_dir: RunDir | None) -> RunProgress:
         """Restore the checkpoint that the run starts from, if there is one.
 
-        Once all ranks have restored it, other checkpoints are set aside, and metrics of later steps are removed. A start
-        that fails earlier leaves everything unchanged.
+        Once all ranks have restored it, other checkpoints are set aside, and metrics of later steps are removed. A
+        start that fails earlier leaves everything unchanged.
 
         Args:
             run_dir: folder of the run; None on ranks other than 0.

@@ -45,19 +45,19 @@ from qlora_dist.train.trackers import open_trackers
 from qlora_dist.train.trainer import Trainer
 
 AfterTraining = Callable[[Path, Callable[[str], None]], None]
-"""A function that rank 0 calls with the folder of a finished run, and with a function that prints a line."""
+"""Function that rank 0 calls with the folder of a finished run, and with a function that prints a line."""
 
 
 def run_training(config: Config, resume: str = "auto", after_training: AfterTraining | None = None) -> None:
     """Train on every rank, under any launcher or in a single process.
 
     Args:
-        config: of the run.
-        resume: `auto`: go on from the run's newest whole checkpoint, if it has one; `none`; or a checkpoint's folder.
-        after_training: called once the run is done.
+        config: configuration of the run.
+        resume: `auto` (resume from the run's newest complete checkpoint, if any), `none`, or a checkpoint's folder.
+        after_training: function that is called once the run is done.
 
     Raises:
-        UserError: what the user has to mend; nearly always before any rank waits for another.
+        UserError: the user must correct something. Nearly all checks come before any rank waits for another.
     """
     ranks = read_rank_info()
     if skip_if_finished(config, resume, ranks.rank):
@@ -65,11 +65,11 @@ def run_training(config: Config, resume: str = "auto", after_training: AfterTrai
     timeout_s, path = config.train.timeout, run_path(config.run)
     with (
         RunConsole(ranks.rank, plain=ranks.launcher == "mpi") as console,
-        # only rank 0 holds the folder: where it goes, the others go
+        # rank 0 locks the folder for all ranks
         lock_run_dir(path, console.say) if ranks.rank == 0 else nullcontext(),
     ):
-        if ranks.rank == 0 and (dropped := remove_stale_stop_file(path)):
-            console.say(dropped)
+        if ranks.rank == 0 and (removed := remove_stale_stop_file(path)):
+            console.say(removed)
         setup = set_up_run(config, ranks, console.console)
         with (
             process_group(ranks, setup.device, timeout_s) as store,
@@ -85,7 +85,7 @@ def run_training(config: Config, resume: str = "auto", after_training: AfterTrai
 
 
 def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto") -> None:
-    """The whole way through, on every rank of the process group."""
+    """Load, train and export. Called on every rank of the process group."""
     started = time.perf_counter()
     config, model = setup.config, setup.model
     check_ranks_agree(config, setup.ranks, setup.device, setup.data_sha256)
@@ -99,7 +99,7 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
     for line in describe_run(setup):
         console.say(line)
 
-    torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # dropout: every rank its own
+    torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # each rank has its own dropout
     offload = config.parallel.offload == "base"
     meshes = build_meshes(setup.sizes, setup.device.type, separate_groups=offload)
     traffic = parallelize(model, meshes, config)
@@ -129,7 +129,7 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
         closing(optimizer_state),
         closing(pages) if pages is not None else nullcontext(),
         closing(run_dir) if run_dir is not None else nullcontext(),
-        _track_metrics(config, run_dir, start.manifest is None, console),
+        _track_metrics(config, run_dir, console, is_new=start.manifest is None),
     ):
         trainer = Trainer(setup, start, optimizer_state, traffic, console, run_dir, pages)
         result = trainer.train(run_started=started)
@@ -154,12 +154,12 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
 
 
 @contextmanager
-def _track_metrics(config: Config, run_dir: RunDir | None, is_new: bool, console: RunConsole) -> Iterator[None]:
-    """On rank 0, what goes into metrics.jsonl goes to trackers too."""
+def _track_metrics(config: Config, run_dir: RunDir | None, console: RunConsole, *, is_new: bool) -> Iterator[None]:
+    """Send the metrics of rank 0 to the trackers too."""
     if run_dir is None:
         yield
         return
-    with open_trackers(config, run_dir.path, is_new, console.say) as log:
+    with open_trackers(config, run_dir.path, console.say, is_new=is_new) as log:
         run_dir.listeners.append(log)
         yield
 

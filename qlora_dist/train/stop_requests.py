@@ -1,5 +1,6 @@
-"""Requests to stop: by a signal, by a file in the run's folder, by the clock. No torch: handlers must be installed
-before the minute that its import and the model's loading take.
+"""Requests to stop by a signal, by a file in the run's folder or by the clock.
+
+This module does not import torch, because signal handlers must be installed before that import, which takes seconds.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ _process_started = time.monotonic()
 
 
 def install_signal_handlers() -> None:
-    """Take note of signals from here on, and go on. The second SIGINT ends the process at once.
+    """Record signals from now on instead of ending the process. The second SIGINT ends it at once.
 
-    The others may come as often as they like: SLURM under torchrun sends SIGTERM twice, job scripts repeat theirs.
-    SIGHUP stays ignored where it is ignored already, as under nohup.
+    Other signals may be repeated: SLURM under torchrun sends SIGTERM twice, and job scripts repeat their signal. SIGHUP
+    stays ignored if it already is, as under nohup.
     """
     for name, number in STOP_SIGNALS.items():
         if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
@@ -65,24 +66,26 @@ def _record_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _start_signal_thread() -> None:
-    """Answer each signal in a thread: Python runs handlers in the main thread only, and not while that computes.
+    """Acknowledge each signal in a thread.
 
-    A step or a collective may keep the main thread for a minute. The file descriptor is written to by the system's own
-    handler.
+    Python runs handlers only in the main thread, which a step or a collective may block for a minute. The C handler
+    writes to the file descriptor at once.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # the workers of a pool share the pipe: a signal to one of them is none to the run
+    # workers of a process pool share the pipe, but a signal to one of them is not meant for the run
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     try:
         is_rank_0 = read_rank_info().rank == 0
     except UserError:
         is_rank_0 = True
-    threading.Thread(target=_acknowledge_signals, args=(reading, is_rank_0), name="signals", daemon=True).start()
+    threading.Thread(
+        target=_acknowledge_signals, args=(reading,), kwargs={"is_rank_0": is_rank_0}, name="signals", daemon=True
+    ).start()
 
 
-def _acknowledge_signals(pipe_fd: int, is_rank_0: bool) -> None:
+def _acknowledge_signals(pipe_fd: int, *, is_rank_0: bool) -> None:
     names = {int(number): name for name, number in STOP_SIGNALS.items()}
     acknowledged: set[str] = set()
     while True:
@@ -117,28 +120,27 @@ def _describe_next_action(again: bool) -> str:
 def _exit_at_once(is_rank_0: bool) -> None:
     if is_rank_0:
         _write_stderr(
-            "ended by the second Ctrl-C without a checkpoint; the same command goes on from the newest one, if any"
+            "ended by the second Ctrl-C without a checkpoint; the same command resumes from the newest one, if any"
         )
     with suppress(OSError):
         if os.isatty(1):
-            os.write(1, b"\x1b[?25h")  # a progress bar has hidden the cursor
+            os.write(1, b"\x1b[?25h")  # show the cursor, which a progress bar hides
     os._exit(128 + signal.SIGINT)
 
 
 def _write_stderr(text: str) -> None:
-    with suppress(OSError):  # a terminal that was closed
+    with suppress(OSError):  # the terminal may be closed
         # a progress bar leaves the cursor at the end of its line
         os.write(2, f"{chr(10) if os.isatty(2) else ''}qlora-dist: {text}\n".encode())
 
 
 def remove_stale_stop_file(run: Path) -> str | None:
-    """Remove a STOP file that was there before this run was started: it was meant for an earlier start.
+    """Remove a STOP file that is older than this start, because it was meant for an earlier one.
 
-    One that is newer is left, and obeyed. Both ages are differences on one clock: that of the file system, and that of
-    this machine.
+    A newer one stays and stops the run. Each age is a difference on one clock: the file system's, or this machine's.
 
     Returns:
-        A sentence, if there was one.
+        A sentence if a file was removed.
     """
     stop = run / STOP_FILE
     try:
@@ -153,7 +155,7 @@ def remove_stale_stop_file(run: Path) -> str | None:
 
 
 def _launcher_start_time() -> float:
-    """Time at which the run was started: by torchrun and the like, their start, for ranks take seconds to follow."""
+    """Return the time at which the run, or its launcher, was started. Ranks start seconds after their launcher."""
     own = psutil.Process()
     started: float = own.create_time()
     try:

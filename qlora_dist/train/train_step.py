@@ -24,42 +24,6 @@ from qlora_dist.train.control_flags import ControlFlags
 from qlora_dist.train.step_profiler import OPTIMIZER_LABEL, STEP_LABEL
 
 
-class AdapterShards:
-    """The adapters' local shards as plain parameters that alias the engine's.
-
-    Optimizers are faster on plain tensors than on DTensors, and bitsandbytes' kernels accept only plain tensors.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._names = [name for name, _ in named_trainable_parameters(model)]
-        self._sharded = [p for _, p in named_trainable_parameters(model)]
-        self._had_grad = [False] * len(self._sharded)
-        self.local = [nn.Parameter(local_tensor(p).detach()) for p in self._sharded]
-        self.is_lora_b = [is_lora_b_parameter(name) for name, _ in named_trainable_parameters(model)]
-
-    def collect_grads(self) -> list[torch.Tensor]:
-        """Move the engine's gradients to the local shards, and return those that are not empty.
-
-        An adapter that takes no part in the loss has no gradient. It gets zeros, so B stays zero.
-        """
-        for index, (sharded, local) in enumerate(zip(self._sharded, self.local, strict=True)):
-            gradient, flat = pop_local_grad(sharded), get_flat_shard(sharded)
-            self._had_grad[index] |= gradient is not None if flat is None else flat.had_grad
-            local.grad = (torch.zeros_like(local) if gradient is None else gradient) if local.numel() else None
-        return [p.grad for p in self.local if p.grad is not None]
-
-    def find_unused_parameters(self) -> list[str]:
-        """Return the names of parameters that have had no gradient on any rank. Called on all ranks after a step."""
-        device = self.local[0].device
-        had_grad = torch.tensor(self._had_grad, dtype=torch.int32, device=device)
-        dist.all_reduce(had_grad, dist.ReduceOp.MAX)
-        return [name for name, had in zip(self._names, had_grad.tolist(), strict=True) if not had]
-
-    def zero_grad(self) -> None:
-        for local in self.local:
-            local.grad = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
     """Model, optimizer and settings that stay the same from step to step."""
@@ -92,6 +56,43 @@ class StepResult:
     """False if loss or gradient were not finite, so that the adapters were left unchanged."""
     flags: ControlFlags
     """Sums of the control flags over all ranks; zeros if none were given."""
+
+
+class AdapterShards:
+    """The adapters' local shards as plain parameters that alias the engine's.
+
+    An optimizer of plain tensors is faster than one of DTensors, and bitsandbytes' kernels know nothing else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = [name for name, _ in named_trainable_parameters(model)]
+        self._sharded = [p for _, p in named_trainable_parameters(model)]
+        self._had_grad = [False] * len(self._sharded)
+        self.local = [nn.Parameter(local_tensor(p).detach()) for p in self._sharded]
+        self.is_lora_b = [is_lora_b_parameter(name) for name, _ in named_trainable_parameters(model)]
+
+    def collect_grads(self) -> list[torch.Tensor]:
+        """Hand the engine's gradients over to the local shards; those of empty shards are left out.
+
+        An adapter that takes no part in the loss has no gradient, and zeros stand for it: B stays zero.
+        """
+        for index, (sharded, local) in enumerate(zip(self._sharded, self.local, strict=True)):
+            gradient, flat = pop_local_grad(sharded), get_flat_shard(sharded)
+            self._had_grad[index] |= gradient is not None if flat is None else flat.had_grad
+            local.grad = (torch.zeros_like(local) if gradient is None else gradient) if local.numel() else None
+        return [p.grad for p in self.local if p.grad is not None]
+
+    def find_unused_parameters(self) -> list[str]:
+        """Return the names of parameters that no rank has had a gradient for. Called on all ranks after a step."""
+        device = self.local[0].device
+        found = torch.tensor(self._had_grad, dtype=torch.int32, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [name for name, had in zip(self._names, found.tolist(), strict=True) if not had]
+
+    def zero_grad(self) -> None:
+        """Forget them."""
+        for local in self.local:
+            local.grad = None
 
 
 @record_function(STEP_LABEL)
@@ -162,8 +163,5 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
 
 
 def adapter_shard_numels(model: nn.Module) -> list[int]:
-    """Return the elements of each of this rank's adapter shards, in the order of `AdapterShards`.
-
-    The model may be on the meta device.
-    """
+    """Elements of each of this rank's adapter shards, in the order of `AdapterShards`; the model may be on meta."""
     return [local_tensor(parameter).numel() for _, parameter in named_trainable_parameters(model)]

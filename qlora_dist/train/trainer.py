@@ -262,7 +262,7 @@ class Trainer:
         self._result.comm_bytes = self._traffic.take()
         self._result.fetched_bytes = base_paging.bytes_in
         self._result.stall_shares.append(base_paging.stall_s / step_s)
-        self._console.step(self.progress.step, result.loss, lr, tokens_per_s, peak_bytes)
+        self._console.log_step(self.progress.step, result.loss, lr, tokens_per_s, peak_bytes)
         if self._run_dir is None:
             return
         metrics = StepMetrics(
@@ -325,7 +325,7 @@ class Trainer:
     def _finish(self, stop_reason: str | None) -> TrainResult:
         """Complete the last checkpoint, and return the result."""
         self._update_wall_time()
-        self._console.stop()
+        self._console.close_progress()
         self._result.progress, self._result.stop_reason = self.progress, stop_reason
         if self._profiler is not None and (shares := self._profiler.end()):
             self._result.step_shares, self._result.peak_bytes = shares, self._profiler.peak_bytes

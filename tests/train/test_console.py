@@ -55,6 +55,6 @@ def test_a_terminal_has_a_bar_and_then_one_for_the_steps(
         for reading in READINGS:
             run_console.loaded(reading)
         run_console.start_steps(2)
-        run_console.step(2, 1.0, 1e-4, 10.0, 2**20)
+        run_console.log_step(2, 1.0, 1e-4, 10.0, 2**20)
     out = capsys.readouterr().out
     assert "loading" in out and "4.2/4.2 MB" in out and "2/2" in out

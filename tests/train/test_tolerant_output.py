@@ -38,8 +38,8 @@ def test_a_process_ends_well_without_its_output_and_notes_it(tmp_path: Path) -> 
         program = [sys.executable, "-c", PROGRAM, str(tmp_path)]
         assert subprocess.run(program, env=environ, stdout=full, stderr=pipe, check=False).returncode == 0
     first, second = (tmp_path / "output-lost.txt").read_text().splitlines()
-    assert first.endswith(": stdout cannot be written (No space left on device); the run goes on without it")
-    assert second.endswith(": stderr cannot be written (Broken pipe); the run goes on without it")
+    assert first.endswith(": stdout cannot be written (No space left on device); the run continues without it")
+    assert second.endswith(": stderr cannot be written (Broken pipe); the run continues without it")
 
 
 def test_output_that_is_read_is_complete_and_in_order(tmp_path: Path) -> None:

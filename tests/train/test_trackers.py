@@ -46,9 +46,9 @@ def configuration(*names: str) -> Config:
 def test_one_that_fails_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file, where a folder is to be")
     said: list[str] = []
-    with open_trackers(configuration("tensorboard"), tmp_path, True, said.append) as log:
+    with open_trackers(configuration("tensorboard"), tmp_path, said.append, is_new=True) as log:
         log({"step": 1, "loss": 2.0})
-    assert len(said) == 1 and said[0].startswith("tensorboard: ") and "goes on without it" in said[0]
+    assert len(said) == 1 and said[0].startswith("tensorboard: ") and "continues without it" in said[0]
 
 
 def test_one_that_is_not_installed_is_a_sentence(
