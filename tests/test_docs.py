@@ -149,7 +149,7 @@ def test_commands_do_what_the_page_says(page: Path, page_files: Path, python: Pa
     if on_cluster:
         output = " ".join((tmp_path / "runs" / "my-run" / "jobs" / "1" / "output.log").read_text().split())
         (steps,) = re.findall(r"stopped by SIGTERM after (\d+) steps", output)
-        assert f"goes on after {steps} steps" in output
+        assert f"resumes after {steps} steps" in output
     if "multi-node" in page.name:  # the run was one of two nodes, not two of one
         summary = json.loads((tmp_path / "runs" / "my-run" / "summary.json").read_text())
         assert len(summary["static_bytes"]) == 4

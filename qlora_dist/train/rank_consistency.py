@@ -58,11 +58,8 @@ def check_ranks_agree(
     answers = all_gather_json([host, rank_facts(config, ranks, device, data)])
     if (difference := first_difference(answers)) is not None:
         raise UserError(difference)
-    if (
-        mistake := find_misplaced_rank(
-            all_gather_json([host, ranks.local_rank, _gpu_uuid(device)]), ranks.local_world_size
-        )
-    ) is not None:
+    places = all_gather_json([host, ranks.local_rank, _gpu_uuid(device)])
+    if (mistake := find_misplaced_rank(places, ranks.local_world_size)) is not None:
         raise UserError(mistake)
 
 

@@ -101,14 +101,16 @@ def find_resume_point(setup: RunSetup, resume: str, console: RunConsole) -> Resu
         console.say(line)
     if manifest.step > setup.steps:
         raise UserError(
-            f"{folder}: is after {manifest.step} steps, and this run has {setup.steps}; raise train.steps, or give an "
-            "earlier checkpoint with --resume"
+            f"{folder}: was written after {manifest.step} steps, and this run has {setup.steps}; raise train.steps, or "
+            "give an earlier checkpoint with --resume"
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in named_trainable_parameters(setup.model)}
     if {name: cut.shape for name, cut in manifest.cuts.items()} != shapes:
-        raise UserError(f"{folder}: holds other adapters than this run's; give another checkpoint with --resume")
+        raise UserError(
+            f"{folder}: its adapters have other names or shapes than this run's; give another checkpoint with --resume"
+        )
     console.say(
-        f"goes on after {manifest.step} steps, from {folder} (written by {pluralize(manifest.world_size, 'rank')})"
+        f"resumes after {manifest.step} steps, from {folder} (written by {pluralize(manifest.world_size, 'rank')})"
     )
     return ResumePoint(identity, folder, manifest, replaces and not _is_within(folder, run))
 
@@ -177,7 +179,7 @@ class RunCheckpointer(Checkpointer):
             )
             if moved:
                 names = ", ".join(path.name for path in reversed(moved))
-                self._log(f"checkpoints that this run does not go on from are now in {moved[0].parent}: {names}")
+                self._log(f"checkpoints that this run does not resume from are now in {moved[0].parent}: {names}")
         return progress
 
     def _superseded(self, folder: Path | None, step: int) -> list[Path]:
@@ -211,13 +213,15 @@ class RunCheckpointer(Checkpointer):
             return None
         restored = self._restore(*newest)
         restored.left_out = sorted({*restored.left_out, *progress.left_out, skip_batch})
-        self._log(f"goes back to {newest[0]}, and leaves out global batch {skip_batch}")
+        self._log(f"rolls back to {newest[0]} and leaves out global batch {skip_batch}")
         return restored
 
     def _restore(self, folder: Path, manifest: Manifest) -> RunProgress:
         saved, now = manifest.optimizer_bits, self._state.optimizer.moments.bits
         if saved != now:
-            self._log(f"{folder}: the optimizer's moments go from {saved} to {now} bit; losses will not be the same")
+            self._log(
+                f"{folder}: the optimizer states are converted from {saved} to {now} bit, which changes later losses"
+            )
         restore(self._state, manifest, folder)
         self._loss_scale.load(manifest.state["loss_scale"])
         return RunProgress.from_json(manifest.state["progress"])
