@@ -33,15 +33,13 @@ class Suggestion:
 
     severity: int
     """0: changes only rounding; 1: uses fewer bits; 2: changes the training result."""
-    sections: ConfigChanges
+    changes: ConfigChanges
     """Changed values by section and key."""
 
     @property
-    def setting(self) -> str:
+    def overrides(self) -> str:
         """Overrides for the command line."""
-        return " ".join(
-            f"{section}.{key}={v}" for section, values in self.sections.items() for key, v in values.items()
-        )
+        return " ".join(f"{section}.{key}={v}" for section, values in self.changes.items() for key, v in values.items())
 
 
 @contextmanager
@@ -86,8 +84,8 @@ def out_of_memory_message(setup: RunSetup, message: str, initial_resident_bytes:
         )  # allocators reserve more than is asked for
         device_speed = device_speeds(setup.device, run)[0] or _reference_speeds(run)
         single = [
-            (change, *_predict_suggestion(setup, change, available_bytes, device_speed))
-            for change in iter_suggestions(setup)
+            (suggestion, *_predict_suggestion(setup, suggestion, available_bytes, device_speed))
+            for suggestion in iter_suggestions(setup)
         ]
     except Exception as error:  # the planner may lack formulas for the model
         return f"{beginning}, and there is no plan of what it needs ({error}); lower train.micro_batch or data.seq_len"
@@ -97,10 +95,11 @@ def out_of_memory_message(setup: RunSetup, message: str, initial_resident_bytes:
         f"between steps and {format_bytes(more_bytes)} more {PHASE_LABELS[memory.peak_phase]}"
     )
     fitting: dict[str, tuple[int, float, str]] = {}
-    for change, peak, rate in single:
+    for suggestion, peak, rate in single:
         if peak <= limit:  # among several values of one key, take the first
             fitting.setdefault(
-                change.setting.partition("=")[0], (change.severity, -rate, f"{change.setting} ({format_bytes(peak)})")
+                suggestion.overrides.partition("=")[0],
+                (suggestion.severity, -rate, f"{suggestion.overrides} ({format_bytes(peak)})"),
             )
     if fitting:
         return f"{needs}; set {', or '.join(text for _, _, text in sorted(fitting.values())[:_MAX_SUGGESTIONS])}"
@@ -141,15 +140,15 @@ def iter_suggestions(setup: RunSetup) -> Iterator[Suggestion]:
         yield _suggest(2, lora={"r": max(1, config.lora.r // part)})
 
 
-def _suggest(severity: int, **sections: Mapping[str, Any]) -> Suggestion:
-    return Suggestion(severity, sections)
+def _suggest(severity: int, **changes: Mapping[str, Any]) -> Suggestion:
+    return Suggestion(severity, changes)
 
 
 def _predict_suggestion(
-    setup: RunSetup, change: Suggestion, available_bytes: int, device_speed: RankSpeeds
+    setup: RunSetup, suggestion: Suggestion, available_bytes: int, device_speed: RankSpeeds
 ) -> tuple[int, float]:
     """Return the peak bytes and the tokens/s, which serve only to compare changes."""
-    run = planned_run(setup, apply_changes(setup.config, change.sections))
+    run = planned_run(setup, apply_changes(setup.config, suggestion.changes))
     memory = _plan_memory(run, setup, available_bytes)
     return memory.peak_bytes, estimate_step_time(run, memory, device_speed).tokens_per_s
 
@@ -163,13 +162,13 @@ def combine_suggestions(
         The overrides and the peak bytes.
     """
     config, least, settings = setup.config, sys.maxsize, dict[str, Any]()
-    for change, _, _ in sorted((s for s in single if s[0].severity < 2), key=lambda s: (s[0].severity, -s[2])):
-        tried = apply_changes(config, change.sections)
+    for suggestion, _, _ in sorted((s for s in single if s[0].severity < 2), key=lambda s: (s[0].severity, -s[2])):
+        tried = apply_changes(config, suggestion.changes)
         peak = _plan_memory(planned_run(setup, tried), setup, available_bytes).peak_bytes
         if peak < least:
             config, least = tried, peak
             settings |= {
-                f"{section}.{key}": v for section, values in change.sections.items() for key, v in values.items()
+                f"{section}.{key}": v for section, values in suggestion.changes.items() for key, v in values.items()
             }
         if least <= limit:
             break

@@ -52,7 +52,7 @@ _REQUIRED_COUNTERS = frozenset(
 class ResumePoint:
     """Checkpoint that a run starts from, or its beginning."""
 
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
     """Fingerprint of the run that every checkpoint records."""
     folder: Path | None
     """Folder of the checkpoint; None: the run starts at the beginning."""
@@ -84,20 +84,20 @@ def find_resume_point(setup: RunSetup, resume: str, console: RunConsole) -> Resu
     base = broadcast_json(base_fingerprint(setup.folder.path) if setup.ranks.rank == 0 else None)
     initial = config.lora.from_adapter
     adapter = broadcast_json(adapter_sha256(Path(initial)) if initial is not None and setup.ranks.rank == 0 else None)
-    identity = run_fingerprint(config, base, setup.data_sha256["train"], adapter)
+    fingerprint = run_fingerprint(config, base, setup.data_sha256["train"], adapter)
     if action.note is not None:
         console.say(action.note)
     replaces, named = action.way == "replace", action.resume not in ("auto", "none")
     if not named and action.way in ("begin", "replace"):
-        return ResumePoint(identity, None, None, replaces)
+        return ResumePoint(fingerprint, None, None, replaces)
     if named:
         folder, manifest = Path(action.resume), verify_checkpoint(Path(action.resume), _check_counters)
     else:
         newest = latest_complete(run / CHECKPOINTS_DIR, console.say, _check_counters)
         if newest is None:
-            return ResumePoint(identity, None, None)
+            return ResumePoint(fingerprint, None, None)
         folder, manifest = newest
-    for line in compare_fingerprints(manifest.identity, identity, folder):
+    for line in compare_fingerprints(manifest.identity, fingerprint, folder):
         console.say(line)
     if manifest.step > setup.steps:
         raise UserError(
@@ -112,7 +112,7 @@ def find_resume_point(setup: RunSetup, resume: str, console: RunConsole) -> Resu
     console.say(
         f"resumes after {manifest.step} steps, from {folder} (written by {pluralize(manifest.world_size, 'rank')})"
     )
-    return ResumePoint(identity, folder, manifest, replaces and not _is_within(folder, run))
+    return ResumePoint(fingerprint, folder, manifest, replaces and not _is_within(folder, run))
 
 
 def _is_within(folder: Path, run: Path) -> bool:
@@ -160,7 +160,7 @@ class RunCheckpointer(Checkpointer):
         super().__init__(self._path, setup.config.train.keep_checkpoints, console.say)
         self._resume_point, self._state, self._loss_scale, self._log = resume_point, state, loss_scale, console.say
 
-    def start(self, run_dir: RunDir | None) -> RunProgress:
+    def resume(self, run_dir: RunDir | None) -> RunProgress:
         """Restore the checkpoint that the run starts from, if there is one.
 
         Once all ranks have restored it, other checkpoints are set aside, and metrics of later steps are removed. A
@@ -198,7 +198,7 @@ class RunCheckpointer(Checkpointer):
             "optimizer_bits": self._state.optimizer.moments.bits,
             "loss_scale": self._loss_scale.state(),
         }
-        manifest = Manifest(progress.step, self._world_size, self._state.cuts, state, self._resume_point.identity)
+        manifest = Manifest(progress.step, self._world_size, self._state.cuts, state, self._resume_point.fingerprint)
         self.write(manifest, snapshot(self._state))
 
     def roll_back(self, progress: RunProgress, skip_batch: int) -> RunProgress | None:

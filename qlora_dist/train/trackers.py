@@ -27,7 +27,7 @@ _IDS_FILE = "trackers.json"
 class Tracker:
     """Tracker that is open."""
 
-    log: Callable[[dict[str, float], int], Any]
+    log_metrics: Callable[[dict[str, float], int], Any]
     """Function that logs the numbers of a step."""
     close: Callable[[], Any]
     """Function that ends the record."""
@@ -75,7 +75,7 @@ def open_trackers(
         numbers = {key: value for key, value in flatten_keys(metrics).items() if isinstance(value, (int, float))}
         step = int(numbers.pop("step"))
         for name, tracker in list(opened.items()):
-            attempt(name, partial(tracker.log, numbers, step))
+            attempt(name, partial(tracker.log_metrics, numbers, step))
 
     for tracker_name in config.run.trackers:
         tracker = attempt(tracker_name, partial(_TRACKER_FACTORIES[tracker_name], config, path, ids))

@@ -120,7 +120,7 @@ class Trainer:
         )
         state = trainable_state(setup.model, shards.local, self._step_context.optimizer, setup.device)
         self._checkpoints = RunCheckpointer(setup, resume_point, state, self._step_context.loss_scale, console)
-        self.progress = self._checkpoints.start(run_dir)
+        self.progress = self._checkpoints.resume(run_dir)
         self._result = TrainResult(progress=self.progress)
         self._earlier_wall_s, self._run_started = self.progress.wall_s, time.perf_counter()
 
@@ -134,7 +134,7 @@ class Trainer:
             checkpoint_s=lambda: self._checkpoints.seconds or assumed_s,
         )
         self._control = RunControl(requests, self._checkpoints, traffic)
-        sums_file = EvalSumsFile(path / EVAL_SUMS_FILE, setup, resume_point.identity, shards.local)
+        sums_file = EvalSumsFile(path / EVAL_SUMS_FILE, setup, resume_point.fingerprint, shards.local)
         self._evaluator = Evaluator(setup, sums_file, self._control, self._save_checkpoint, console, run_dir)
         self._continues_run = (
             resume_point.folder is not None and resume_point.folder.parent.resolve() == (path / "checkpoints").resolve()
