@@ -35,7 +35,7 @@ from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import train_step
+from qlora_dist.train.train_step import StepContext, train_step
 
 MIB = 2**20
 
@@ -60,8 +60,15 @@ def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, An
     setup = set_up_run(config, ranks)
     with process_group(ranks, setup.device):
         loaded = load_trainable_model(shard_model(setup.model, config, ranks, setup.device), setup.folder)
-        traffic, shards, scale = loaded.traffic, loaded.adapter_shards, LossScale("bf16")
-        optimizer = make_optimizer(shards, loaded.optimizer_state, setup)
+        context = StepContext(
+            model=setup.model,
+            shards=loaded.adapter_shards,
+            optimizer=make_optimizer(loaded.adapter_shards, loaded.optimizer_state, setup),
+            loss_scale=LossScale("bf16"),
+            adapter_replicas=setup.sizes.adapter_replicas,
+            max_grad_norm=1.0,
+            traffic=loaded.traffic,
+        )
         setup.model.train()
         loaded_peak = restart_peak()
         seconds, processor, losses = [], [], []
@@ -69,12 +76,11 @@ def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, An
             window = setup.loader.micro_batches(step)
             trained = ranks.world_size * sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in window)
             started, cpu = time.perf_counter(), time.process_time()
-            replicas = setup.sizes.adapter_replicas
-            result = train_step(setup.model, window, trained, shards, replicas, optimizer, scale, 1.0, traffic)
+            result = train_step(context, window, trained)
             seconds.append(time.perf_counter() - started)
             processor.append(time.process_time() - cpu)
             losses.append(result.loss)
-            received = sum(traffic.take().values())
+            received = sum(loaded.traffic.take().values())
         on_top = resident_bytes("VmHWM") - loaded_peak
     return {
         "held": loaded.static_bytes,

@@ -45,7 +45,7 @@ from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import RunSetup, set_up_run
-from qlora_dist.train.train_step import train_step
+from qlora_dist.train.train_step import StepContext, train_step
 
 LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]
@@ -70,14 +70,20 @@ def make_qlora_dist_step(config: Config) -> tuple[RunSetup, Step]:
     """Ours, on however many ranks there are. The process group exists."""
     setup = set_up_run(config, read_rank_info())
     loaded = load_trainable_model(shard_model(setup.model, config, setup.ranks, setup.device), setup.folder)
-    traffic, shards, scale = loaded.traffic, loaded.adapter_shards, LossScale("bf16")
-    optimizer = make_optimizer(shards, loaded.optimizer_state, setup)
+    context = StepContext(
+        model=setup.model,
+        shards=loaded.adapter_shards,
+        optimizer=make_optimizer(loaded.adapter_shards, loaded.optimizer_state, setup),
+        loss_scale=LossScale("bf16"),
+        adapter_replicas=setup.sizes.adapter_replicas,
+        max_grad_norm=CLIP,
+        traffic=loaded.traffic,
+    )
     setup.model.train()
 
     def step(window: list[Batch]) -> float:
         trained = setup.ranks.world_size * sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in window)
-        replicas = setup.sizes.adapter_replicas
-        return train_step(setup.model, window, trained, shards, replicas, optimizer, scale, CLIP, traffic).loss
+        return train_step(context, window, trained).loss
 
     return setup, step
 

@@ -11,7 +11,11 @@ A code block after the comment `<!-- test -->` is tested. A page's blocks run on
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import dataclasses
+import inspect
+import itertools
 import json
 import os
 import re
@@ -43,6 +47,7 @@ from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.plan.model_spec import FsdpUnit, make_model_spec
 from qlora_dist.plan.step_traffic import ShardCounts, shard_elements, step_traffic
+from qlora_dist.train.step_metrics import StepMetrics
 from tests.helpers import tiny_models
 from tests.helpers.ranks import free_port
 from tests.helpers.real_slurm import free_ports, slurm_unavailable
@@ -145,7 +150,7 @@ def test_commands_of_a_page_succeed(page: Path, page_files: Path, python: Path, 
     if on_cluster:
         output = " ".join((tmp_path / "runs" / "my-run" / "jobs" / "1" / "output.log").read_text().split())
         (steps,) = re.findall(r"stopped by SIGTERM after (\d+) steps", output)
-        assert f"goes on after {steps} steps" in output
+        assert f"resumes after {steps} steps" in output
     if "multi-node" in page.name:  # the run was one of two nodes, not two of one
         summary = json.loads((tmp_path / "runs" / "my-run" / "summary.json").read_text())
         assert len(summary["static_bytes"]) == 4
@@ -328,6 +333,24 @@ def test_every_key_of_a_source_is_in_the_page_about_data() -> None:
 def test_every_key_of_a_cluster_is_in_the_page_about_slurm() -> None:
     table = cluster_rows()
     assert table in (ROOT / "docs" / "slurm.md").read_text(), f"docs/slurm.md: the table should be\n\n{table}"
+
+
+def test_every_key_of_the_metrics_is_in_the_page_about_training() -> None:
+    table = metrics_rows()
+    assert table in (ROOT / "docs" / "training.md").read_text(), f"docs/training.md: the table should be\n\n{table}"
+    documented = [row.split("`")[1] for row in table.splitlines()]
+    assert documented == [field.name for field in dataclasses.fields(StepMetrics)], "each field needs a docstring"
+
+
+def metrics_rows() -> str:
+    """The keys of metrics.jsonl, which are the fields of `StepMetrics`, with their docstrings."""
+    (definition,) = ast.parse(inspect.getsource(StepMetrics)).body
+    assert isinstance(definition, ast.ClassDef)
+    rows = []
+    for field, doc in itertools.pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+            rows.append(f"| `{ast.unparse(field.target)}` | {' '.join(str(doc.value.value).split())} |")
+    return "\n".join(rows)
 
 
 def source_rows() -> str:
@@ -534,7 +557,7 @@ def write_tables() -> None:
     training, data, slurm = (ROOT / "docs" / f"{name}.md" for name in ("training", "data", "slurm"))
     before, _, _ = training.read_text().partition("## Every key\n")
     training.write_text(f"{before}## Every key\n\n{configuration_reference()}\n")
-    for page, rows in ((data, source_rows()), (slurm, cluster_rows())):
+    for page, rows in ((training, metrics_rows()), (data, source_rows()), (slurm, cluster_rows())):
         text, first = page.read_text(), rows.partition(" | ")[0]
         begin = text.index(f"\n{first} |") + 1
         page.write_text(text[:begin] + rows + text[text.index("\n\n", begin) :])

@@ -16,7 +16,7 @@ from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import train_step
+from qlora_dist.train.train_step import StepContext, train_step
 
 
 def main() -> None:
@@ -37,8 +37,15 @@ def main() -> None:
         setup = set_up_run(config, ranks)
         mark_and_restart_peak("imported")  # with tokenizer and data, which the others do not load
         loaded = load_trainable_model(shard_model(setup.model, config, setup.ranks, setup.device), setup.folder)
-        traffic, shards, scale = loaded.traffic, loaded.adapter_shards, LossScale("bf16")
-        optimizer = make_optimizer(shards, loaded.optimizer_state, setup)
+        context = StepContext(
+            model=setup.model,
+            shards=loaded.adapter_shards,
+            optimizer=make_optimizer(loaded.adapter_shards, loaded.optimizer_state, setup),
+            loss_scale=LossScale("bf16"),
+            adapter_replicas=setup.sizes.adapter_replicas,
+            max_grad_norm=CLIP,
+            traffic=loaded.traffic,
+        )
         setup.model.train()
         mark_and_restart_peak("loaded")
         for step in steps():
@@ -46,8 +53,7 @@ def main() -> None:
             whole = [torch.tensor(part) for part in step["ours"]]
             trained = int((whole[1] != LABEL_IGNORE_INDEX).sum())
             batch = Batch(*(part[RANK::WORLD_SIZE] for part in whole))
-            replicas = setup.sizes.adapter_replicas
-            result = train_step(setup.model, [batch], trained, shards, replicas, optimizer, scale, CLIP, traffic)
+            result = train_step(context, [batch], trained)
             write_mark("step")
             write_mark("loss", loss=result.loss)
             del batch, whole

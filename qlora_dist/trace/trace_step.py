@@ -61,7 +61,7 @@ from qlora_dist.runtime.environment import RankInfo
 from qlora_dist.trace.fake_checkpoint import FakeCheckpoint, truncate_layers
 from qlora_dist.trace.live_memory import LayerPhase, LiveMemory, register_phase_hooks
 from qlora_dist.train.run_setup import set_up_model
-from qlora_dist.train.train_step import train_step
+from qlora_dist.train.train_step import StepContext, train_step
 
 TracedDevice = Literal["cuda", "cpu"]
 _CPU = torch.device("cpu")
@@ -272,22 +272,21 @@ def record_peaks(
     weights_bytes = memory.live_bytes
     memory.track([optimizer_state.acquire(number) for number in range(len(optimizer_state.pages))])
     memory.track(tensor for batch in micro_batches for tensor in batch)
-    scale, tokens = LossScale(config.model.compute_dtype), sum(batch.labels.numel() for batch in micro_batches)
+    context = StepContext(
+        model=model,
+        shards=shards,
+        optimizer=optimizer,
+        loss_scale=LossScale(config.model.compute_dtype),
+        adapter_replicas=adapter_replicas,
+        max_grad_norm=config.optim.max_grad_norm,
+        traffic=traffic,
+    )
+    tokens = sum(batch.labels.numel() for batch in micro_batches)
     for _ in range(steps):
         traffic.take()
         memory.peaks.clear()
         with memory:
-            train_step(
-                model,
-                micro_batches,
-                tokens,
-                shards,
-                adapter_replicas,
-                optimizer,
-                scale,
-                config.optim.max_grad_norm,
-                traffic,
-            )
+            train_step(context, micro_batches, tokens)
     return memory, weights_bytes
 
 

@@ -1,4 +1,4 @@
-"""What a run prints: a progress bar on a terminal, plain lines elsewhere, from rank 0 only."""
+"""The output of a run: a progress bar on a terminal, plain lines elsewhere. Only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from rich.progress import (
 from qlora_dist.io.read_ahead import ReadProgress
 
 _LOAD_LINE_INTERVAL_S = 10.0
+"""Seconds between two lines about loading."""
 
 
 class RunConsole:
-    """The run's voice. On ranks other than 0 it is silent.
+    """Output of a run. It is silent on ranks other than 0.
 
     Args:
-        rank: of all.
-        lines: no bar, whatever stdout looks like: Open MPI gives its ranks a terminal where it writes to a file itself.
+        rank: rank of this process.
+        plain: True to print lines even on a terminal. Open MPI gives its ranks a terminal and writes to a file itself.
     """
 
-    def __init__(self, rank: int, plain: bool = False) -> None:
+    def __init__(self, rank: int, *, plain: bool = False) -> None:
         soft_wrap, terminal = plain or not sys.stdout.isatty(), False if plain else None
         self.console = Console(quiet=rank != 0, highlight=False, soft_wrap=soft_wrap, force_terminal=terminal)
         self._live = self.console.is_terminal and rank == 0
@@ -40,15 +41,15 @@ class RunConsole:
         self.reading = ReadProgress(0, 0, 0.0)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print a line."""
         self.console.print(text, markup=False)
 
     def start_loading(self) -> None:
-        """From here on `loaded` counts the seconds."""
+        """Start the clock of `loaded` and `log_loaded`."""
         self._load_start = self._load_line = time.perf_counter()
 
     def loaded(self, reading: ReadProgress) -> None:
-        """After each read of the base: a bar where there is a terminal, else a line every few seconds."""
+        """Update the bar after a read of the base, or print a line every few seconds where there is no terminal."""
         self.reading = reading
         if self._live:
             if self._progress is None:
@@ -56,7 +57,7 @@ class RunConsole:
             assert self._progress is not None
             self._progress.update(self._task, completed=reading.read_bytes)
             if reading.read_bytes == reading.total_bytes:
-                self.stop()
+                self.close_progress()
             return
         now = time.perf_counter()
         if now - self._load_line > _LOAD_LINE_INTERVAL_S:
@@ -68,15 +69,15 @@ class RunConsole:
             self.say(f"loading: {done}, {format_bytes(rate)}/s, {left_s:.0f} s left")
 
     def log_loaded(self, static_bytes: int) -> None:
-        """One line on how it went."""
+        """Print a line about the bytes and the time that loading took."""
         seconds = time.perf_counter() - self._load_start
         reading = f"{format_bytes(self.reading.read_bytes)} read by this rank in {seconds:.1f} s"
         waiting = f"{100 * self.reading.wait_s / seconds:.0f} % of it waiting for reads"
         self.say(f"loaded: {reading}, {waiting}; it holds {format_bytes(static_bytes)}")
 
     def start_steps(self, steps: int, done: int = 0) -> None:
-        """Show the bar, where there is a terminal."""
-        self.stop()
+        """Show the bar if there is a terminal."""
+        self.close_progress()
         self._steps, self._done, self._start = steps, done, time.perf_counter()
         if self._live:
             self._show("step", steps, MofNCompleteColumn())
@@ -87,8 +88,8 @@ class RunConsole:
         self._task = self._progress.add_task(description, total=total)
         self._progress.start()
 
-    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, peak_bytes: int) -> None:
-        """After a step, counted from 1."""
+    def log_step(self, step: int, loss: float, lr: float, tokens_per_s: float, peak_bytes: int) -> None:
+        """Update the bar after a step, counted from 1, or print a line."""
         text = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s  {format_bytes(peak_bytes)}"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=text)
@@ -96,8 +97,8 @@ class RunConsole:
         left_s = (time.perf_counter() - self._start) / (step - self._done) * (self._steps - step)
         self.say(f"step {step}/{self._steps}  {text}  {left_s:.0f} s left")
 
-    def stop(self) -> None:
-        """Take the bar away."""
+    def close_progress(self) -> None:
+        """Remove the bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -108,11 +109,11 @@ class RunConsole:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        self.close_progress()
 
 
 def format_bytes(nbytes: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes with a binary unit."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if nbytes >= size:
             return f"{nbytes / size:.2f} {unit}"
@@ -120,5 +121,5 @@ def format_bytes(nbytes: float) -> str:
 
 
 def pluralize(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural but for one."""
+    """Return a number with its noun, in the plural unless the number is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

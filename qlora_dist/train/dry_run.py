@@ -1,4 +1,4 @@
-"""`train --dry-run`: all that can be checked without reading weights, and a verdict."""
+"""`train --dry-run`: every check that needs no weights, and a result."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qlora_dist.train.summary import describe_run
 
 
 def dry_run(config: Config, resume: str = "auto") -> None:
-    """Check a run, print its complete configuration, and on standard error what `train` says at its start.
+    """Check a run and print its complete configuration. The lines of `train` go to standard error.
 
     Args:
-        config: of the run.
-        resume: as for `train`.
+        config: configuration of the run.
+        resume: `auto`, `none`, or a checkpoint's folder.
 
     Raises:
-        UserError: what `train` would refuse on this machine. The run's name is looked at last.
+        UserError: `train` would refuse the run on this machine. The run's name is checked last.
     """
     ranks = read_rank_info()
     console = Console(stderr=True, quiet=ranks.rank != 0, highlight=False, soft_wrap=True)
@@ -34,18 +34,18 @@ def dry_run(config: Config, resume: str = "auto") -> None:
     note = dry_run_note(config, resume)
     sys.stdout.write(dump_config(config))
     sys.stdout.flush()
-    expected = predict_run(setup)
-    plan = expected if isinstance(expected, str) else expected.sentence()
-    for line in [*describe_run(setup), plan, *([note] if note else []), _dry_run_result(setup, expected)]:
+    prediction = predict_run(setup)
+    plan = prediction if isinstance(prediction, str) else prediction.describe()
+    for line in [*describe_run(setup), plan, *([note] if note else []), _dry_run_result(setup, prediction)]:
         console.print(line, markup=False)
 
 
-def _dry_run_result(setup: RunSetup, expected: RunPrediction | str) -> str:
-    if setup.device.type == "cuda" and isinstance(expected, RunPrediction):
-        card = torch.cuda.mem_get_info(setup.device)[1]
-        if not expected.memory.fits(card):
+def _dry_run_result(setup: RunSetup, prediction: RunPrediction | str) -> str:
+    if setup.device.type == "cuda" and isinstance(prediction, RunPrediction):
+        card_bytes = torch.cuda.mem_get_info(setup.device)[1]
+        if not prediction.memory.fits(card_bytes):
             return (
-                "ok, but by the plan it may not fit this GPU; `qlora-dist plan --search` finds settings that do. "
+                "ok, but by its plan the run may not fit this GPU; `qlora-dist plan --search` finds settings that do. "
                 "No weights were read"
             )
     return "ok: configuration, model folder and data are fine; no weights were read"

@@ -1,6 +1,6 @@
-"""An evaluation that was interrupted: its sums, kept in the run's folder, so that the next start goes on with it.
+"""The sums of an interrupted evaluation, kept in the run's folder, so that the next start continues it.
 
-Without them an evaluation that takes longer than a job's time limit would never end, however often the job is started.
+Without them, an evaluation that takes longer than a job's time limit would never end.
 """
 
 from __future__ import annotations
@@ -22,29 +22,27 @@ EVAL_SUMS_FILE = "evaluation.json"
 
 
 class EvalSumsFile:
-    """The file with the sums of all ranks. Methods are called on all ranks, and rank 0 reads and writes.
+    """File with the sums of all ranks. Methods are called on all ranks, and rank 0 reads and writes the file.
 
-    The sums are taken up only by ranks that would compute the same: as many, with the same data, settings and weights.
+    The sums are used only if the number of ranks, the data, the settings and the weights are unchanged.
+
+    Args:
+        path: path of the file.
+        setup: run that is ready to start.
+        fingerprint: fingerprint of the run in its checkpoints.
+        weights: this rank's trained weights.
     """
 
     def __init__(
         self, path: Path, setup: RunSetup, fingerprint: dict[str, Any], weights: Sequence[torch.Tensor]
     ) -> None:
-        """Only look.
-
-        Args:
-            path: of the file.
-            setup: the run.
-            fingerprint: what a checkpoint of the run says of it.
-            weights: this rank's trained weights.
-        """
-        self._path, self._is_first, self._weights = path, setup.ranks.rank == 0, weights
+        self._path, self._is_rank_0, self._weights = path, setup.ranks.rank == 0, weights
         same = [fingerprint, setup.data_sha256.get("eval"), setup.config.train.micro_batch, setup.ranks.world_size]
         self._fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
-    def take(self, step: int) -> EvalSums:
-        """Return this rank's sums after `step`, or those of an evaluation that has not begun. The file is removed."""
-        kept = broadcast_json(self._read() if self._is_first else None)
+    def pop(self, step: int) -> EvalSums:
+        """Return this rank's sums of the evaluation after `step`, or empty ones, and remove the file."""
+        kept = broadcast_json(self._read() if self._is_rank_0 else None)
         sums, weights = EvalSums(), None
         with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
             if (kept["step"], kept["identity"]) == (step, self._fingerprint):
@@ -55,16 +53,14 @@ class EvalSumsFile:
         return sums if all(fit == [True, sums.batches] for fit in fits) else EvalSums()
 
     def save(self, step: int, sums: EvalSums) -> None:
-        """Write the sums of all ranks."""
         ranks = all_gather_json([sums.batches, sums.loss, sums.tokens, self._weights_sum()])
-        if self._is_first and sums.batches:
-            with suppress(OSError):  # a full disk: the evaluation begins anew
+        if self._is_rank_0 and sums.batches:
+            with suppress(OSError):  # on a full disk the evaluation starts again from its beginning
                 text = json.dumps({"step": step, "identity": self._fingerprint, "ranks": ranks})
                 self._path.write_text(text + "\n", encoding="utf-8")
 
     def remove(self) -> None:
-        """Remove the file."""
-        if self._is_first:
+        if self._is_rank_0:
             with suppress(OSError):
                 self._path.unlink()
 

@@ -15,10 +15,10 @@ from qlora_dist.runtime.heartbeat import record_heartbeat
 
 @dataclass
 class EvalSums:
-    """How far an evaluation is on this rank."""
+    """Progress of an evaluation on this rank."""
 
     batches: int = 0
-    """Batches that are done; equal on all ranks."""
+    """Number of batches done, equal on all ranks."""
     loss: float = 0.0
     """Sum of the losses of this rank's trained tokens in these batches."""
     tokens: float = 0.0
@@ -26,7 +26,7 @@ class EvalSums:
 
 
 def evaluate_model(model: PreTrainedModel, batches: Sequence[Batch], traffic: CommCounter) -> float:
-    """Compute the mean loss over the trained tokens of all ranks' batches, of which every rank has equally many."""
+    """Return the mean loss over the trained tokens of all ranks. Every rank has the same number of batches."""
     loss = evaluation_loop(model, batches, traffic, EvalSums(), lambda: False)
     assert loss is not None
     return loss
@@ -40,14 +40,14 @@ def evaluation_loop(
     sums: EvalSums,
     should_stop: Callable[[], bool],
 ) -> float | None:
-    """Evaluate as `evaluate_model` does, unless it is interrupted.
+    """Evaluate as `evaluate_model` does, until it is interrupted.
 
     Args:
-        model: sharded and filled.
-        batches: of this rank, on its device.
-        traffic: counts the collective at the end.
-        sums: where the evaluation begins or goes on; afterwards, how far it is.
-        should_stop: asked before each batch, with the same answer on all ranks.
+        model: model that is sharded and loaded.
+        batches: this rank's batches, on its device.
+        traffic: counter of the collective at the end.
+        sums: progress of the evaluation so far, which is updated.
+        should_stop: function that is called before each batch, with the same result on all ranks.
 
     Returns:
         The mean loss; None if the evaluation was interrupted.

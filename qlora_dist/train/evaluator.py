@@ -1,81 +1,68 @@
-"""The evaluations of a run: when they are due, what interrupts them, and how they are made up for."""
+"""The evaluations of a run: when they are due, what interrupts them, and how a restarted run continues them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
-from transformers import PreTrainedModel
-
-from qlora_dist.data.collate import Batch
-from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.runs.run_dir import RunDir
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.runtime.object_collectives import broadcast_json
 from qlora_dist.train.console import RunConsole
+from qlora_dist.train.control_flags import ControlFlags
 from qlora_dist.train.eval_sums_file import EvalSumsFile
 from qlora_dist.train.evaluation_loop import EvalSums, evaluation_loop
-from qlora_dist.train.run_checkpointer import RunCheckpointer
+from qlora_dist.train.run_control import RunControl
 from qlora_dist.train.run_progress import RunProgress
-from qlora_dist.train.stop_requests import StopRequests, is_save_requested, stop_reason
+from qlora_dist.train.run_setup import RunSetup
+from qlora_dist.train.train_step import move_batch
 
 
 class Evaluator:
-    """Evaluations that are interrupted by requests to stop, between any two batches, on all ranks together.
+    """Evaluations that a request to stop interrupts between any two batches, on all ranks together.
 
-    The metrics of the step are written before its evaluation, and so is its checkpoint where one is due. An evaluation
-    that was interrupted goes on when the run is started again.
+    The metrics of the step are written before its evaluation, and so is its checkpoint if one is due. An interrupted
+    evaluation continues when the run is started again. Methods are called on all ranks.
+
+    Args:
+        setup: run whose model is sharded and loaded.
+        sums_file: file with the sums of an interrupted evaluation.
+        control: control flags of all ranks.
+        save: function that begins a checkpoint.
+        console: output for losses.
+        run_dir: folder that losses are written to; None on ranks other than 0.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        batches: Sequence[Batch],
-        every: int,
+        setup: RunSetup,
         sums_file: EvalSumsFile,
-        traffic: CommCounter,
-        checkpoints: RunCheckpointer,
+        control: RunControl,
         save: Callable[[], None],
-        requests: StopRequests,
         console: RunConsole,
         run_dir: RunDir | None,
-        timeout_factor: float | None,
     ) -> None:
-        """Begin with none.
-
-        Args:
-            model: sharded and filled.
-            batches: this rank's, on its device; empty: there is nothing to evaluate on.
-            every: steps between two evaluations; 0: only before the first step and after the last.
-            sums_file: the sums of an evaluation that an earlier start has left.
-            traffic: counts the collectives.
-            checkpoints: of the run.
-            save: begins a checkpoint of this moment.
-            requests: to stop or to save.
-            console: for the losses.
-            run_dir: where they are written; None on ranks other than 0.
-            timeout_factor: times the usual timeout that a batch may take.
-        """
-        self._model, self._batches, self._every, self._kept = model, batches, every, sums_file
-        self._traffic, self._checkpoints, self._save, self._requests = traffic, checkpoints, save, requests
-        self._console, self._run_dir, self._timeout_factor = console, run_dir, timeout_factor
+        self._model, self._every = setup.model, setup.config.train.eval_every
+        self._batches = [move_batch(batch, setup.device) for batch in setup.eval_batches]
+        self._timeout_factor = setup.compile_timeout_factor
+        self._sums_file, self._control, self._save = sums_file, control, save
+        self._console, self._run_dir = console, run_dir
         self._loss_by_step: dict[int, float] = {}
-        self._longest_batch_s, self._may_resume = 0.0, True
+        self._may_resume = True
+        self._flags = ControlFlags()
+        """Sums of the control flags before the last batch."""
+        self._batch_started = 0.0
+        self.longest_batch_s = 0.0
+        """Seconds of the slowest batch so far."""
 
-    @property
-    def longest_batch_s(self) -> float:
-        """Time of the slowest batch until now."""
-        return self._longest_batch_s
-
-    def load_completed(self, step: int, same_run: bool) -> None:
+    def load_completed(self, step: int, *, same_run: bool) -> None:
         """Look up in the metrics whether the evaluation after `step`, where the run starts, was completed.
 
-        The checkpoint does not know: it was begun before the evaluation.
+        The checkpoint has no record of it, because it is begun before the evaluation.
 
         Args:
-            step: that is done.
-            same_run: whether the metrics until there are those of the checkpoint.
+            step: number of steps done.
+            same_run: True if the metrics up to this step belong to the checkpoint.
         """
         logged_loss = self._run_dir.eval_loss(step) if self._run_dir is not None and same_run else None
         loss = broadcast_json(logged_loss)
@@ -83,69 +70,69 @@ class Evaluator:
             self._loss_by_step[step] = loss
 
     def is_due(self, step: int, last_step: int) -> bool:
-        """Whether there is an evaluation after this step."""
+        """Return whether there is an evaluation after this step."""
         due = step in (0, last_step) or (self._every > 0 and step % self._every == 0)
         return bool(self._batches) and due
 
-    def evaluate(self, progress: RunProgress, last_step: int) -> str | None:
-        """Evaluate if that is due after this step and has not been done.
+    def evaluate_if_due(self, progress: RunProgress, last_step: int) -> str | None:
+        """Evaluate if that is due after this step and not yet done.
 
         Returns:
-            Why to stop, if the evaluation was interrupted.
+            The reason to stop if the evaluation was interrupted.
         """
         step = progress.step
         if progress.evaluated == step:
             return None
         if step in self._loss_by_step:
-            progress.evaluate(self._loss_by_step[step])
-            # a step that is done again after a rollback has a new line
-            if self._run_dir is not None and self._run_dir.eval_loss(step) is None:
-                self._run_dir.log_eval_loss(step, self._loss_by_step[step])
+            self._record_known_loss(progress)
             return None
         if not self.is_due(step, last_step):
             return None
         record_heartbeat(step, "evaluating", self._timeout_factor)
-        asked: list[float] = []
-        since = time.perf_counter()
-        # what an earlier start has left is of the step that this one starts from, or of no use
-        sums = self._kept.take(step) if self._may_resume else EvalSums()
-        self._may_resume = False
-        if sums.batches:
-            self._console.say(
-                f"the evaluation after {step} steps goes on after {sums.batches} of {self._count} batches"
-            )
-
-        def interrupted() -> bool:
-            nonlocal asked, since
-            now = time.perf_counter()
-            self._longest_batch_s, since = max(self._longest_batch_s, now - since), now
-            flags = self._requests.flags(2 * self._longest_batch_s)
-            control_flags = torch.tensor([*self._checkpoints.progress, *flags], dtype=torch.float64)
-            written, failed, *asked = self._traffic.all_reduce(control_flags).tolist()
-            self._checkpoints.update_status(int(written), int(failed))
-            stops = stop_reason(asked) is not None
-            if step > 0 and (stops or is_save_requested(asked)):
-                self._save()
-                record_heartbeat(step, "evaluating", self._timeout_factor)
-            self._requests.acknowledge(asked, saved=step > 0)
-            return stops
-
-        loss = evaluation_loop(self._model, self._batches, self._traffic, sums, interrupted)
+        self._batch_started = time.perf_counter()
+        sums = self._load_sums(step)
+        loss = evaluation_loop(self._model, self._batches, self._control.traffic, sums, lambda: self._should_stop(step))
         if loss is None:
-            self._kept.save(step, sums)
-            interrupt_reason = stop_reason(asked)
+            self._sums_file.save(step, sums)
+            reason = self._flags.stop_reason
             self._console.say(
-                f"{interrupt_reason} interrupts the evaluation after {step} steps, at {sums.batches} of {self._count} batches; "
-                "the next start goes on with it"
+                f"{reason} interrupts the evaluation after {step} steps, at {sums.batches} of {len(self._batches)} "
+                "batches; the next start continues it"
             )
-            return interrupt_reason
+            return reason
         self._loss_by_step[step] = loss
-        progress.evaluate(loss)
+        progress.record_eval(loss)
         self._console.say(f"held-out loss after {step} steps: {loss:.4f}")
         if self._run_dir is not None:
             self._run_dir.log_eval_loss(step, loss)
         return None
 
-    @property
-    def _count(self) -> int:
-        return len(self._batches)
+    def _record_known_loss(self, progress: RunProgress) -> None:
+        step, loss = progress.step, self._loss_by_step[progress.step]
+        progress.record_eval(loss)
+        # a step that is repeated after a rollback has a new line
+        if self._run_dir is not None and self._run_dir.eval_loss(step) is None:
+            self._run_dir.log_eval_loss(step, loss)
+
+    def _load_sums(self, step: int) -> EvalSums:
+        """Return the sums of the evaluation after `step` that an earlier start left, or empty ones."""
+        # such sums are either of the step that this start begins with, or of no use
+        sums = self._sums_file.pop(step) if self._may_resume else EvalSums()
+        self._may_resume = False
+        if sums.batches:
+            self._console.say(
+                f"the evaluation after {step} steps continues after {sums.batches} of {len(self._batches)} batches"
+            )
+        return sums
+
+    def _should_stop(self, step: int) -> bool:
+        """Answer requests before a batch, and return whether one of them is to stop."""
+        now = time.perf_counter()
+        self.longest_batch_s, self._batch_started = max(self.longest_batch_s, now - self._batch_started), now
+        self._flags = self._control.sum_flags(2 * self.longest_batch_s)
+        should_stop = self._flags.stop_reason is not None
+        if step > 0 and (should_stop or self._flags.save_file):
+            self._save()
+            record_heartbeat(step, "evaluating", self._timeout_factor)
+        self._control.acknowledge(self._flags, saved=step > 0)
+        return should_stop

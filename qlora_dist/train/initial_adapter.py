@@ -1,4 +1,4 @@
-"""The adapter that a run begins from (`lora.from`): whether it is the run's, and its values."""
+"""The adapter that a run begins from (`lora.from`): the check that it fits the run, and its values."""
 
 from __future__ import annotations
 
@@ -23,56 +23,56 @@ _CHUNK_BYTES = 1 << 24
 
 
 def find_initial_tensors(path: Path, model: PreTrainedModel, targets: Set[str], base: Path) -> dict[str, TensorEntry]:
-    """The entries in an adapter's file for each parameter that is trained.
+    """Return the tensor in an adapter's file for each trained parameter.
 
     Args:
-        path: the adapter's folder.
-        model: on meta, with the run's own adapter in it.
-        targets: the paths of the matrices that the run adapts.
-        base: the model's folder.
+        path: folder of the adapter.
+        model: model on the meta device, with the run's own adapter.
+        targets: paths of the matrices that the run adapts.
+        base: folder of the model.
 
     Raises:
-        UserError: the adapter changes something else than the run is to train.
+        UserError: the adapter does not change the same modules that the run trains.
     """
     adapter = read_saved_adapter(path)
     for module in sorted(adapter.low_rank.keys() - targets):
         if module not in {name for name, _ in model.named_modules()}:
             raise missing_module_error(adapter, module, base)
-        raise UserError(f"lora.targets: leaves out {module}, which {path} adapts; leave the key out")
+        raise UserError(f"lora.targets: leaves out {module}, which {path} adapts; remove the key")
     for module in sorted(targets - adapter.low_rank.keys()):
         raise UserError(
             f"lora.from: {path} does not adapt {module}, which lora.targets names; set lora.targets to layers that it "
-            "adapts everywhere, or begin without it"
+            "adapts everywhere, or remove lora.from"
         )
     entries = saved_entries_by_parameter(model, adapter, ADAPTER_NAME, base)
     trained = {name for name, _ in named_trainable_parameters(model)}
     for name in sorted(trained ^ entries.keys()):
         relation = "is trained whole by this run and not in" if name in trained else "is not trained by this run and in"
-        raise UserError(f"lora.from: {name} {relation} {path}; set lora.modules_to_save as it was there")
+        raise UserError(f"lora.from: {name} {relation} {path}; set lora.modules_to_save as in that adapter's run")
     return entries
 
 
 @torch.no_grad()
 def load_initial_tensors(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> None:
-    """Fill this rank's parts of the trained parameters. Called on all ranks, when the model has its memory.
+    """Fill this rank's shards of the trained parameters. Called on all ranks, after the model has its memory.
 
     Raises:
         UserError: on all ranks, if a value is not finite.
     """
-    wrong = None
+    error = None
     with SafetensorsReader() as reader:
         for name, parameter in named_trainable_parameters(model):
             values = read_local_shard(parameter, entries[name], reader, is_low_rank=is_lora_parameter(name))
             local_tensor(parameter).copy_(values)
-            found = find_invalid_values([(name, values)])
-            wrong = wrong or (found if found is not None and "finite" in found else None)
-    errors = [answer for answer in all_gather_json(wrong) if answer is not None]
+            problem = find_invalid_values([(name, values)])
+            error = error or (problem if problem is not None and "finite" in problem else None)
+    errors = [answer for answer in all_gather_json(error) if answer is not None]
     if errors:
         raise UserError(f"lora.from: {errors[0]}; begin from an earlier adapter")
 
 
 def adapter_sha256(path: Path) -> str:
-    """sha256 of an adapter's tensors."""
+    """Return the sha256 of the file with an adapter's tensors."""
     digest = hashlib.sha256()
     with (path / ADAPTER_WEIGHTS_NAME).open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

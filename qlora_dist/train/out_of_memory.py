@@ -1,4 +1,4 @@
-"""An out-of-memory error is answered with what would have fitted, in bytes, by the planner's formulas."""
+"""Out-of-memory errors as sentences that name settings which fit, by the planner's formulas."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from qlora_dist.train.prediction import device_speeds, planned_run
 from qlora_dist.train.run_setup import RunSetup
 
 _MAX_SUGGESTIONS = 3
+"""Number of alternative settings in the message."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What could be set."""
+    """Change of the configuration that needs less memory."""
 
     severity: int
-    """0: what is computed stays the same but for rounding; 1: fewer bits; 2: it is another training."""
-    sections: ConfigChanges
+    """0: changes only rounding; 1: uses fewer bits; 2: changes the training result."""
+    changes: ConfigChanges
+    """Changed values by section and key."""
 
     @property
-    def setting(self) -> str:
-        """As the command line takes it."""
-        return " ".join(
-            f"{section}.{key}={v}" for section, values in self.sections.items() for key, v in values.items()
-        )
+    def overrides(self) -> str:
+        """Overrides for the command line."""
+        return " ".join(f"{section}.{key}={v}" for section, values in self.changes.items() for key, v in values.items())
 
 
 @contextmanager
 def explain_out_of_memory(setup: RunSetup) -> Iterator[None]:
-    """Turn an out-of-memory error of this rank into a sentence that says what to change.
+    """Replace an out-of-memory error of this rank by a sentence that names settings to change.
 
     Raises:
-        UserError: in its place. Of this rank alone: the others end with it.
+        UserError: memory ran out on this rank. The error is local, so the other ranks stop with the same sentence.
     """
     before = process_resident_bytes()
     try:
@@ -60,19 +60,19 @@ def explain_out_of_memory(setup: RunSetup) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device's allocator, torch's for CPUs, or Python."""
+    """Return whether an error comes from an allocator of torch or from Python's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "DefaultCPUAllocator: " in str(error) or "CUDA out of memory" in str(error)
 
 
 def out_of_memory_message(setup: RunSetup, message: str, initial_resident_bytes: int) -> str:
-    """What to say.
+    """Return the sentence that replaces an error.
 
     Args:
-        setup: of the run.
-        message: of the error.
-        initial_resident_bytes: resident bytes of the process before anything was loaded.
+        setup: run that is out of memory.
+        message: message of the error.
+        initial_resident_bytes: resident bytes of the process before loading.
     """
     available_bytes = _available_bytes(setup, message, initial_resident_bytes)
     beginning = f"out of memory: the rank had {format_bytes(available_bytes)} for tensors"
@@ -84,31 +84,33 @@ def out_of_memory_message(setup: RunSetup, message: str, initial_resident_bytes:
         )  # allocators reserve more than is asked for
         device_speed = device_speeds(setup.device, run)[0] or _reference_speeds(run)
         single = [
-            (change, *_predict_suggestion(setup, change, available_bytes, device_speed))
-            for change in iter_suggestions(setup)
+            (suggestion, *_predict_suggestion(setup, suggestion, available_bytes, device_speed))
+            for suggestion in iter_suggestions(setup)
         ]
-    except Exception as error:  # the model is one that nobody has planned
+    except Exception as error:  # the planner may lack formulas for the model
         return f"{beginning}, and there is no plan of what it needs ({error}); lower train.micro_batch or data.seq_len"
+    more_bytes = memory.peak_bytes - memory.static_bytes
     needs = (
-        f"{beginning} and needs {format_bytes(memory.peak_bytes)} by its plan, {format_bytes(memory.static_bytes)} between steps and "
-        f"{format_bytes(memory.peak_bytes - memory.static_bytes)} more {PHASE_LABELS[memory.peak_phase]}"
+        f"{beginning} and needs {format_bytes(memory.peak_bytes)} by its plan, {format_bytes(memory.static_bytes)} "
+        f"between steps and {format_bytes(more_bytes)} more {PHASE_LABELS[memory.peak_phase]}"
     )
     fitting: dict[str, tuple[int, float, str]] = {}
-    for change, peak, rate in single:
-        if peak <= limit:  # of several values of one key the first
+    for suggestion, peak, rate in single:
+        if peak <= limit:  # among several values of one key, take the first
             fitting.setdefault(
-                change.setting.partition("=")[0], (change.severity, -rate, f"{change.setting} ({format_bytes(peak)})")
+                suggestion.overrides.partition("=")[0],
+                (suggestion.severity, -rate, f"{suggestion.overrides} ({format_bytes(peak)})"),
             )
     if fitting:
         return f"{needs}; set {', or '.join(text for _, _, text in sorted(fitting.values())[:_MAX_SUGGESTIONS])}"
-    settings, least = combine_suggestions(setup, single, limit, available_bytes)
-    if least <= limit:
-        return f"{needs}; set {settings} ({format_bytes(least)}), all of them"
-    return f"{needs}; nothing that can be set is enough (with {settings} {format_bytes(least)}), so take more ranks"
+    settings, peak = combine_suggestions(setup, single, limit, available_bytes)
+    if peak <= limit:
+        return f"{needs}; set {settings} ({format_bytes(peak)}), all of them"
+    return f"{needs}; no setting is enough (with {settings} {format_bytes(peak)}), so take more ranks"
 
 
 def iter_suggestions(setup: RunSetup) -> Iterator[Suggestion]:
-    """What could be set to need less memory, each of them by itself."""
+    """Yield single changes that need less memory."""
     config, world = setup.config, setup.ranks.world_size
     train, parallel, optim, model = config.train, config.parallel, config.optim, config.model
     if train.checkpointing != "full":
@@ -119,8 +121,8 @@ def iter_suggestions(setup: RunSetup) -> Iterator[Suggestion]:
         yield _suggest(0, train={"micro_batch": micro_batch})
     if parallel.base != "paged":
         shards = setup.sizes.base_shards
-        named = {"node": setup.ranks.local_world_size, "world": world}
-        for base, count in named.items():
+        ranks_by_base = {"node": setup.ranks.local_world_size, "world": world}
+        for base, count in ranks_by_base.items():
             if count > shards:
                 yield _suggest(0, parallel={"base": base})
         if parallel.offload == "none":
@@ -138,59 +140,60 @@ def iter_suggestions(setup: RunSetup) -> Iterator[Suggestion]:
         yield _suggest(2, lora={"r": max(1, config.lora.r // part)})
 
 
-def _suggest(harm: int, **sections: Mapping[str, Any]) -> Suggestion:
-    return Suggestion(harm, sections)
+def _suggest(severity: int, **changes: Mapping[str, Any]) -> Suggestion:
+    return Suggestion(severity, changes)
 
 
 def _predict_suggestion(
-    setup: RunSetup, change: Suggestion, available_bytes: int, known: RankSpeeds
+    setup: RunSetup, suggestion: Suggestion, available_bytes: int, device_speed: RankSpeeds
 ) -> tuple[int, float]:
-    """Bytes at the peak, and tokens/s; the latter only to be compared."""
-    run = planned_run(setup, apply_changes(setup.config, change.sections))
+    """Return the peak bytes and the tokens/s, which serve only to compare changes."""
+    run = planned_run(setup, apply_changes(setup.config, suggestion.changes))
     memory = _plan_memory(run, setup, available_bytes)
-    return memory.peak_bytes, estimate_step_time(run, memory, known).tokens_per_s
+    return memory.peak_bytes, estimate_step_time(run, memory, device_speed).tokens_per_s
 
 
 def combine_suggestions(
     setup: RunSetup, single: list[tuple[Suggestion, int, float]], limit: int, available_bytes: int
 ) -> tuple[str, int]:
-    """Changes that leave the training what it is, one on top of the other, until they are enough.
+    """Combine changes that keep the training result, until they are enough.
 
     Returns:
-        Them, and bytes at the peak.
+        The overrides and the peak bytes.
     """
     config, least, settings = setup.config, sys.maxsize, dict[str, Any]()
-    for change, _, _ in sorted((s for s in single if s[0].severity < 2), key=lambda s: (s[0].severity, -s[2])):
-        tried = apply_changes(config, change.sections)
+    for suggestion, _, _ in sorted((s for s in single if s[0].severity < 2), key=lambda s: (s[0].severity, -s[2])):
+        tried = apply_changes(config, suggestion.changes)
         peak = _plan_memory(planned_run(setup, tried), setup, available_bytes).peak_bytes
         if peak < least:
             config, least = tried, peak
             settings |= {
-                f"{section}.{key}": v for section, values in change.sections.items() for key, v in values.items()
+                f"{section}.{key}": v for section, values in suggestion.changes.items() for key, v in values.items()
             }
         if least <= limit:
             break
     return " ".join(f"{key}={value}" for key, value in settings.items()), least
 
 
-def _plan_memory(run: RunSpec, setup: RunSetup, had: int) -> MemoryEstimate:
-    """Paged moments make room; they are not what was too much."""
-    return estimate_memory(run, had + CUDA_CONTEXT_BYTES if setup.device.type == "cuda" else None)
+def _plan_memory(run: RunSpec, setup: RunSetup, available_bytes: int) -> MemoryEstimate:
+    """Return the memory estimate. Paged optimizer states shrink as needed, so they did not cause the error."""
+    return estimate_memory(run, available_bytes + CUDA_CONTEXT_BYTES if setup.device.type == "cuda" else None)
 
 
 def _reference_speeds(run: RunSpec) -> RankSpeeds:
-    """Of a device that nobody knows: enough to say what is quicker."""
+    """Return speeds that stand in for an unknown device, because they only rank the changes."""
     hardware = load_hardware()
     gpu = hardware.gpu("a100-80gb")
     return data_sheet_speeds(run, gpu, hardware.link(gpu.link), hardware.link("infiniband-400g"))
 
 
-def _available_bytes(setup: RunSetup, message: str, before: int) -> int:
-    """Bytes that the device had for tensors, as far as that has been seen."""
+def _available_bytes(setup: RunSetup, message: str, initial_resident_bytes: int) -> int:
+    """Return the bytes that the device had for tensors, as far as they were observed."""
     if setup.device.type == "cuda":  # not run on a GPU
         return torch.cuda.mem_get_info(setup.device)[0] + torch.cuda.memory_reserved(setup.device)
-    held = peak_memory_bytes(setup.device) - before
+    held = peak_memory_bytes(setup.device) - initial_resident_bytes
     free = free_memory_bytes(setup.device, setup.ranks.local_world_size)
     match = re.search(r"tried to allocate (\d+) bytes", message)
     requested_bytes = int(match[1]) if match else 0
-    return held + free if requested_bytes > free else held  # else some other limit is in force, and was met about there
+    # otherwise some other limit applies, and the process reached it at about `held`
+    return held + free if requested_bytes > free else held

@@ -1,4 +1,4 @@
-"""What a run is going to need by the planner's formulas, said before it starts, and beside what it has needed."""
+"""The memory, traffic and speed of a run by the planner's formulas, to compare with what is measured."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from qlora_dist.adapters.attach import is_lora_parameter
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.plan.calibration_file import calibrated_speeds, load_calibration
@@ -21,23 +19,27 @@ from qlora_dist.plan.step_traffic import step_traffic
 from qlora_dist.train.console import format_bytes
 from qlora_dist.train.run_setup import RunSetup
 
-_DEFAULT_NETWORK = "infiniband-400g"  # where nobody has measured
+_DEFAULT_NETWORK = "infiniband-400g"
+"""Network that is assumed between nodes if the links are not calibrated."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunPrediction:
-    """Predicted memory, traffic and speed, of each rank unless it says otherwise."""
+    """Predicted memory, traffic and speed per rank, unless a field says otherwise."""
 
     run: RunSpec
+    """Run as the planner describes it."""
     memory: MemoryEstimate
+    """Predicted memory by phase."""
     traffic: dict[str, int]
+    """Bytes received per step, by mesh dimension."""
     tokens_per_s: float | None
-    """Tokens per second of all ranks together; None: the speed of this device is not known."""
+    """Tokens per second of all ranks together; None if the device's speed is unknown."""
     is_measured: bool
     """True if the device's speeds were measured by `plan --calibrate`, false if they come from its data sheet."""
 
-    def sentence(self) -> str:
-        """Return the plan in one sentence."""
+    def describe(self) -> str:
+        """Return the prediction in one sentence."""
         memory = self.memory
         received = ", ".join(
             f"{dim} {format_bytes(nbytes)}" for dim, nbytes in self.traffic.items() if dim != "control"
@@ -45,19 +47,20 @@ class RunPrediction:
         source = "by what --calibrate has measured" if self.is_measured else f"+-{TIME_UNCERTAINTY:.0%}"
         speed = f"; {self.tokens_per_s:,.0f} tokens/s ({source})" if self.tokens_per_s is not None else ""
         return (
-            f"plan: each rank holds {format_bytes(memory.static_bytes)} between steps and {format_bytes(memory.peak_bytes)} "
-            f"{PHASE_LABELS[memory.peak_phase]}, and receives {received or 'nothing'} per step{speed}"
+            f"plan: each rank holds {format_bytes(memory.static_bytes)} between steps and "
+            f"{format_bytes(memory.peak_bytes)} {PHASE_LABELS[memory.peak_phase]}, "
+            f"and receives {received or 'nothing'} per step{speed}"
         )
 
-    def against(self, measured: dict[str, Any], optimizer_state_bytes: int) -> dict[str, list[float | None]]:
-        """Return planned and measured figures of rank 0, by term; None where a figure is not known.
+    def compare_with(self, measured: dict[str, Any], optimizer_state_bytes: int) -> dict[str, list[float | None]]:
+        """Return planned and measured figures of rank 0, by term, with None for unknown ones.
 
-        On a CPU the measured peak is the process's, with Python and its libraries, which no formula here has: it is
-        not compared.
+        On a CPU the measured peak includes Python and its libraries, which the formulas leave out, so it is not
+        compared.
 
         Args:
             measured: content of summary.json.
-            optimizer_state_bytes: bytes of the optimizer's states on the device.
+            optimizer_state_bytes: bytes of the optimizer state on the device.
         """
         terms: dict[str, list[float | None]] = {
             "weights_bytes": [self.memory.weights_bytes, measured["static_bytes"][0]],
@@ -72,7 +75,7 @@ class RunPrediction:
 
 
 def predict_run(setup: RunSetup) -> RunPrediction | str:
-    """The plan of a run, or why there is none. A run must not fail because of its plan."""
+    """Return the prediction for a run, or a sentence about why there is none. It never fails, so the run continues."""
     try:
         run = planned_run(setup, setup.config)
         device_speed, is_measured = device_speeds(setup.device, run)
@@ -82,39 +85,13 @@ def predict_run(setup: RunSetup) -> RunPrediction | str:
         traffic = step_traffic(run.model.units, run.shard_counts, run.accumulation, run.compute_bytes)
     except UserError as error:
         return f"plan: none ({error})"
-    except Exception as error:  # of a model that nobody has planned yet
+    except Exception as error:  # the planner may lack formulas for the model
         return f"plan: none ({type(error).__name__}: {error})"
-    return RunPrediction(run, memory, traffic, tokens_per_s, is_measured)
-
-
-def check_adapter_numel(run: RunSpec, model: nn.Module) -> None:
-    """Compare the elements of adapters that the plan counts with the model's, before any weight is read.
-
-    The bytes of adapters and moments follow from their number. A folder that has only some of its layers in 4 bit has
-    another number of adapters than its config.json tells, and is not compared.
-
-    Args:
-        run: as planned.
-        model: on meta, with its adapters, not sharded.
-
-    Raises:
-        UserError: they differ, with both figures.
-    """
-    parameters = [parameter for unit in run.model.units for parameter in unit.parameters]
-    planned = sum(
-        p.numel for p in parameters if p.trained and not p.always_row_sharded
-    )  # without modules trained whole
-    real = sum(p.numel() for name, p in model.named_parameters() if is_lora_parameter(name))
-    in_4_bit = sum(parameter.dtype == torch.uint8 for parameter in model.parameters())
-    if real != planned and in_4_bit == sum(parameter.is_quantized for parameter in parameters):
-        raise UserError(
-            f"lora: the adapters have {real:,} elements and the plan counts {planned:,}, so a matrix may lack its "
-            "adapter; report this with the model's config.json, and name some layers in lora.targets until then"
-        )
+    return RunPrediction(run=run, memory=memory, traffic=traffic, tokens_per_s=tokens_per_s, is_measured=is_measured)
 
 
 def planned_run(setup: RunSetup, config: Config) -> RunSpec:
-    """What the planner knows of a run, or of the same run with another configuration."""
+    """Return the planner's description of a run, possibly with another configuration."""
     world_size, nodes = setup.ranks.world_size, setup.ranks.world_size // setup.ranks.local_world_size
     return make_run_spec(
         config, setup.folder.config, world_size, nodes, "cuda" if setup.device.type == "cuda" else "cpu"
@@ -122,17 +99,17 @@ def planned_run(setup: RunSetup, config: Config) -> RunSpec:
 
 
 def device_speeds(device: torch.device, run: RunSpec) -> tuple[RankSpeeds | None, bool]:
-    """As measured (`plan --calibrate`) or by the GPU's name, and whether they were measured. None: nobody knows."""
+    """Return the device's speeds, None if unknown, and whether `plan --calibrate` measured them."""
     hardware, measured = load_hardware(), load_calibration().devices
     if device.type == "cpu":
-        of_cpu, nodes = measured.get("cpu"), run.nodes
+        cpu = measured.get("cpu")
         if (
-            of_cpu is None
-            or (run.ranks_per_node > 1 and not of_cpu.inside_bytes)
-            or (nodes > 1 and not of_cpu.between_bytes)
+            cpu is None
+            or (run.ranks_per_node > 1 and not cpu.inside_bytes)
+            or (run.nodes > 1 and not cpu.between_bytes)
         ):
             return None, False
-        return calibrated_speeds(of_cpu, RankSpeeds(0, 0, 0, 0, 0, 0)), True
+        return calibrated_speeds(cpu, RankSpeeds(0, 0, 0, 0, 0, 0)), True
     name = torch.cuda.get_device_name(device)
     kind = hardware.find_gpu_name(name)
     if kind is None:

@@ -1,5 +1,6 @@
-"""Are all ranks about to do the same? Asked once, before any weight is read: afterwards a difference is a hang, or a
-model that nobody meant to train.
+"""Check that all ranks are about to do the same, before any weight is read.
+
+Later, a difference would cause a hang or train an unintended model.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from qlora_dist.runtime.object_collectives import all_gather_json
 from qlora_dist.runtime.shared_folder import probe_shared_folder
 
 PER_NODE_KEYS = ("data.cache", "data.workers", "paging.dir")
-"""Keys whose values are a node's own affair."""
+"""Keys whose values may differ between nodes."""
 _COMPARED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 _MAX_VALUE_CHARS = 80
-"""Characters of a value that are sent as they are; of a longer one its hash."""
+"""Characters of the longest value that is sent whole. A longer one is sent as its hash."""
 _REMEDIES = {
     "config": "give all ranks the same file and overrides",
     "packages": "install the same versions on all nodes",
@@ -36,7 +37,7 @@ _REMEDIES = {
 }
 
 RankFacts = dict[str, dict[str, str]]
-"""By kind and name."""
+"""Values by kind and name, such as `packages` and `torch`."""
 
 
 def check_ranks_agree(
@@ -45,10 +46,10 @@ def check_ranks_agree(
     """Compare configuration, versions, device, data and nodes. Called on all ranks.
 
     Args:
-        config: what this rank was given.
-        ranks: this one among all.
-        device: which this rank is going to use; only its kind counts.
-        data: fingerprints of what it has read, by `train` and `eval`.
+        config: configuration of this rank.
+        ranks: this process among all.
+        device: device of this rank, whose type is compared.
+        data: sha256 of this rank's data, by `train` and `eval`.
 
     Raises:
         UserError: on all ranks, with the first difference of the first rank that has one.
@@ -57,16 +58,15 @@ def check_ranks_agree(
     answers = all_gather_json([host, rank_facts(config, ranks, device, data)])
     if (difference := first_difference(answers)) is not None:
         raise UserError(difference)
-    if (
-        mistake := find_misplaced_rank(
-            all_gather_json([host, ranks.local_rank, _gpu_uuid(device)]), ranks.local_world_size
-        )
-    ) is not None:
+    places = all_gather_json([host, ranks.local_rank, _gpu_uuid(device)])
+    if (mistake := find_misplaced_rank(places, ranks.local_world_size)) is not None:
         raise UserError(mistake)
 
 
 def check_shared_run_dir(config: Config, ranks: RankInfo) -> None:
-    """See whether all ranks write into one run's folder. Called on all ranks, or the first checkpoint finds out.
+    """Check that all ranks see the same run folder. Called on all ranks.
+
+    Without this check, the first checkpoint would fail.
 
     Raises:
         UserError: on all ranks, if a rank does not see what rank 0 writes there.
@@ -87,7 +87,7 @@ def check_shared_run_dir(config: Config, ranks: RankInfo) -> None:
 
 
 def rank_facts(config: Config, ranks: RankInfo, device: torch.device, data: Mapping[str, str] | None) -> RankFacts:
-    """What has to be the same on all ranks."""
+    """Return the facts that must be the same on all ranks."""
     packages = {name: metadata.version(name) for name in _COMPARED_PACKAGES}
     python = ".".join(platform.python_version_tuple()[:2])
     leaves = dict(_leaves(config.model_dump(mode="json")))
@@ -101,7 +101,7 @@ def rank_facts(config: Config, ranks: RankInfo, device: torch.device, data: Mapp
 
 
 def first_difference(answers: Sequence[tuple[str, RankFacts] | list[Any]]) -> str | None:
-    """A sentence about the first rank that differs from rank 0; None: there is none.
+    """Return a sentence about the first rank that differs from rank 0; None if no rank does.
 
     Args:
         answers: host and facts of each rank.
@@ -122,11 +122,11 @@ def first_difference(answers: Sequence[tuple[str, RankFacts] | list[Any]]) -> st
 
 
 def find_misplaced_rank(places: Sequence[tuple[str, int, str] | list[Any]], local_world_size: int) -> str | None:
-    """A sentence about the first rank that the launcher has put where it must not be; None: there is none.
+    """Return a sentence about the first rank that the launcher has misplaced; None if there is none.
 
     Args:
         places: host, number on the node, and GPU ("" without one) of each rank.
-        local_world_size: ranks on a node.
+        local_world_size: number of ranks on a node.
     """
     users: dict[tuple[str, str], int] = {}
     for rank, (host, local_rank, gpu) in enumerate(places):
@@ -145,7 +145,7 @@ def find_misplaced_rank(places: Sequence[tuple[str, int, str] | list[Any]], loca
 
 
 def _gpu_uuid(device: torch.device) -> str:
-    """Which one it is, whatever number it has here."""
+    """Return the GPU's UUID, because device indices differ between processes; "" on a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 

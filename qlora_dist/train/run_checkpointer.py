@@ -1,4 +1,4 @@
-"""A run's checkpoints: where it starts from, what it writes, how it goes back."""
+"""A run's checkpoints: the one it starts from, those it writes, and rollbacks to them."""
 
 from __future__ import annotations
 
@@ -45,74 +45,78 @@ _REQUIRED_COUNTERS = frozenset(
         "left_out",
     }
 )
-"""Counters that every checkpoint has. Those that `RunProgress` has been given later have defaults."""
+"""Counters that every checkpoint has. Counters that were added to `RunProgress` later have defaults."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run starts."""
+    """Checkpoint that a run starts from, or its beginning."""
 
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
+    """Fingerprint of the run that every checkpoint records."""
     folder: Path | None
-    """None: at the beginning."""
+    """Folder of the checkpoint; None: the run starts at the beginning."""
     manifest: Manifest | None
+    """Manifest of the checkpoint."""
     replaces_run: bool = False
-    """Whether the run takes the place of another one, of which nothing stays."""
+    """True if the run replaces another one, whose files are all removed."""
 
     @property
     def step(self) -> int:
-        """Steps that are done."""
+        """Number of steps done."""
         return self.manifest.step if self.manifest is not None else 0
 
 
 def find_resume_point(setup: RunSetup, resume: str, console: RunConsole) -> ResumePoint:
-    """Where a run starts, before any weight is read. Called on all ranks.
+    """Find the checkpoint that a run starts from, before any weight is read. Called on all ranks.
 
     Args:
-        setup: the run.
+        setup: run that is ready to start.
         resume: `auto`, `none`, or a checkpoint's folder.
-        console: for what is passed over, and what has changed.
+        console: output for skipped checkpoints and changed settings.
 
     Raises:
-        UserError: the checkpoint belongs to another run, or the run is at its end.
+        UserError: the checkpoint belongs to another run, or is beyond this run's last step.
     """
     config, run = setup.config, run_path(setup.config.run)
-    # rank 0's answer: other nodes may see the folder as it was before
+    # rank 0 decides, because other nodes may see an older state of the folder
     action = RunAction(**broadcast_json(choose_run_action(config, resume).to_json() if setup.ranks.rank == 0 else None))
     base = broadcast_json(base_fingerprint(setup.folder.path) if setup.ranks.rank == 0 else None)
-    first = config.lora.from_adapter
-    adapter = broadcast_json(adapter_sha256(Path(first)) if first is not None and setup.ranks.rank == 0 else None)
-    identity = run_fingerprint(config, base, setup.data_sha256["train"], adapter)
+    initial = config.lora.from_adapter
+    adapter = broadcast_json(adapter_sha256(Path(initial)) if initial is not None and setup.ranks.rank == 0 else None)
+    fingerprint = run_fingerprint(config, base, setup.data_sha256["train"], adapter)
     if action.note is not None:
         console.say(action.note)
     replaces, named = action.way == "replace", action.resume not in ("auto", "none")
     if not named and action.way in ("begin", "replace"):
-        return ResumePoint(identity, None, None, replaces)
+        return ResumePoint(fingerprint, None, None, replaces)
     if named:
         folder, manifest = Path(action.resume), verify_checkpoint(Path(action.resume), _check_counters)
     else:
         newest = latest_complete(run / CHECKPOINTS_DIR, console.say, _check_counters)
         if newest is None:
-            return ResumePoint(identity, None, None)
+            return ResumePoint(fingerprint, None, None)
         folder, manifest = newest
-    for line in compare_fingerprints(manifest.identity, identity, folder):
+    for line in compare_fingerprints(manifest.identity, fingerprint, folder):
         console.say(line)
     if manifest.step > setup.steps:
         raise UserError(
-            f"{folder}: is after {manifest.step} steps, and this run has {setup.steps}; raise train.steps, or give an "
-            "earlier checkpoint with --resume"
+            f"{folder}: was written after {manifest.step} steps, and this run has {setup.steps}; raise train.steps, or "
+            "give an earlier checkpoint with --resume"
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in named_trainable_parameters(setup.model)}
     if {name: cut.shape for name, cut in manifest.cuts.items()} != shapes:
-        raise UserError(f"{folder}: holds other adapters than this run's; give another checkpoint with --resume")
+        raise UserError(
+            f"{folder}: its adapters have other names or shapes than this run's; give another checkpoint with --resume"
+        )
     console.say(
-        f"goes on after {manifest.step} steps, from {folder} (written by {pluralize(manifest.world_size, 'rank')})"
+        f"resumes after {manifest.step} steps, from {folder} (written by {pluralize(manifest.world_size, 'rank')})"
     )
-    return ResumePoint(identity, folder, manifest, replaces and not _is_within(folder, run))
+    return ResumePoint(fingerprint, folder, manifest, replaces and not _is_within(folder, run))
 
 
 def _is_within(folder: Path, run: Path) -> bool:
-    """Return whether a checkpoint is the run's own. Its folder of checkpoints may be a link to another disk."""
+    """Return whether a checkpoint belongs to the run's folder, whose `checkpoints` may be a link to another disk."""
     return any(folder.resolve().is_relative_to(place.resolve()) for place in (run, run / CHECKPOINTS_DIR))
 
 
@@ -120,7 +124,7 @@ def _check_counters(manifest: Manifest) -> None:
     """Check the counters of a checkpoint.
 
     Raises:
-        DamagedError: they are not those of `RunProgress`, or contradict the manifest.
+        DamagedCheckpointError: they do not fit `RunProgress`, or contradict the manifest.
     """
     saved = manifest.state["progress"]
     if missing := sorted(_REQUIRED_COUNTERS - saved.keys()):
@@ -142,7 +146,7 @@ def _check_counters(manifest: Manifest) -> None:
 
 
 class RunCheckpointer(Checkpointer):
-    """Those of a run: the writer, and what goes into it and out of it again. Methods are called on all ranks."""
+    """Writer and reader of a run's checkpoints. Methods are called on all ranks."""
 
     def __init__(
         self,
@@ -154,18 +158,18 @@ class RunCheckpointer(Checkpointer):
     ) -> None:
         self._path = run_path(setup.config.run) / CHECKPOINTS_DIR
         super().__init__(self._path, setup.config.train.keep_checkpoints, console.say)
-        self._start, self._state, self._loss_scale, self._say = resume_point, state, loss_scale, console.say
+        self._resume_point, self._state, self._loss_scale, self._log = resume_point, state, loss_scale, console.say
 
-    def start(self, run_dir: RunDir | None) -> RunProgress:
-        """Take over the checkpoint that the run starts from, if there is one.
+    def resume(self, run_dir: RunDir | None) -> RunProgress:
+        """Restore the checkpoint that the run starts from, if there is one.
 
-        Once all ranks have it, the checkpoints that the run does not go on from are set aside, and metrics of later
-        steps are taken out: a start that fails before leaves everything as it was.
+        Once all ranks have restored it, other checkpoints are set aside, and metrics of later steps are removed. A
+        start that fails earlier leaves everything unchanged.
 
         Args:
-            run_dir: on rank 0.
+            run_dir: folder of the run; None on ranks other than 0.
         """
-        folder, manifest = self._start.folder, self._start.manifest
+        folder, manifest = self._resume_point.folder, self._resume_point.manifest
         progress = RunProgress() if manifest is None or folder is None else self._restore(folder, manifest)
         dist.barrier()
         if run_dir is not None:
@@ -175,11 +179,11 @@ class RunCheckpointer(Checkpointer):
             )
             if moved:
                 names = ", ".join(path.name for path in reversed(moved))
-                self._say(f"checkpoints that this run does not go on from are now in {moved[0].parent}: {names}")
+                self._log(f"checkpoints that this run does not resume from are now in {moved[0].parent}: {names}")
         return progress
 
     def _superseded(self, folder: Path | None, step: int) -> list[Path]:
-        """Return the run's checkpoints that are not before `folder`, newest first; all of them if that is None."""
+        """Return the run's checkpoints that are not older than `folder`, newest first; all of them if it is None."""
         checkpoints = find_written_checkpoints(self._path)
         if folder is None:
             return checkpoints
@@ -187,7 +191,7 @@ class RunCheckpointer(Checkpointer):
         return [path for path in checkpoints if folder_step(path) >= step and path.resolve() != start]
 
     def save(self, progress: RunProgress) -> None:
-        """Begin a checkpoint of this moment."""
+        """Begin to write a checkpoint of the current state."""
         state = {
             "progress": progress.to_json(),
             "optimizer_steps": progress.optimizer_steps,
@@ -199,25 +203,31 @@ class RunCheckpointer(Checkpointer):
             world_size=self._world_size,
             cuts=self._state.shard_specs,
             state=state,
-            identity=self._start.identity,
+            identity=self._resume_point.fingerprint,
         )
         self.write(manifest, snapshot(self._state))
 
-    def go_back(self, progress: RunProgress, skip_batch: int) -> RunProgress | None:
-        """To the last checkpoint, and never to global batch `skip_batch` again; None: there is no checkpoint."""
+    def roll_back(self, progress: RunProgress, skip_batch: int) -> RunProgress | None:
+        """Restore the newest checkpoint, and leave out global batch `skip_batch` from now on.
+
+        Returns:
+            The restored counters; None if there is no checkpoint.
+        """
         self.wait()
-        newest = latest_complete(self._path, self._say, _check_counters)
+        newest = latest_complete(self._path, self._log, _check_counters)
         if newest is None:
             return None
-        before = self._restore(*newest)
-        before.left_out = sorted({*before.left_out, *progress.left_out, skip_batch})
-        self._say(f"goes back to {newest[0]}, and leaves out global batch {skip_batch}")
-        return before
+        restored = self._restore(*newest)
+        restored.left_out = sorted({*restored.left_out, *progress.left_out, skip_batch})
+        self._log(f"rolls back to {newest[0]} and leaves out global batch {skip_batch}")
+        return restored
 
     def _restore(self, folder: Path, manifest: Manifest) -> RunProgress:
         saved, now = manifest.optimizer_bits, self._state.optimizer.optimizer_state.bits
         if saved != now:
-            self._say(f"{folder}: the optimizer's moments go from {saved} to {now} bit; losses will not be the same")
+            self._log(
+                f"{folder}: the optimizer states are converted from {saved} to {now} bit, which changes later losses"
+            )
         restore(self._state, manifest, folder)
         self._loss_scale.load(manifest.state["loss_scale"])
         return RunProgress.from_json(manifest.state["progress"])

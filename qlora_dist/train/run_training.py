@@ -25,32 +25,33 @@ from qlora_dist.runtime.machine_info import machine_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.runtime.watchdog import watchdog
 from qlora_dist.train.console import RunConsole
+from qlora_dist.train.control_flags import MANUAL_STOP_REASONS
 from qlora_dist.train.initial_adapter import load_initial_tensors
 from qlora_dist.train.out_of_memory import explain_out_of_memory
-from qlora_dist.train.prediction import RunPrediction, check_adapter_numel, predict_run
+from qlora_dist.train.prediction import predict_run
 from qlora_dist.train.rank_consistency import check_ranks_agree, check_shared_run_dir
 from qlora_dist.train.run_checkpointer import find_resume_point
 from qlora_dist.train.run_setup import RunSetup, set_up_run
-from qlora_dist.train.stop_requests import MANUAL_STOP_REASONS, remove_stale_stop_file
+from qlora_dist.train.stop_requests import remove_stale_stop_file
 from qlora_dist.train.summary import LoadStats, describe_run, summarize
 from qlora_dist.train.tolerant_output import record_lost_output
 from qlora_dist.train.trackers import open_trackers
-from qlora_dist.train.trainer import train_loop
+from qlora_dist.train.trainer import Trainer
 
 AfterTraining = Callable[[Path, Callable[[str], None]], None]
-"""A function that rank 0 calls with the folder of a finished run, and with a function that prints a line."""
+"""Function that rank 0 calls with the folder of a finished run, and with a function that prints a line."""
 
 
 def run_training(config: Config, resume: str = "auto", after_training: AfterTraining | None = None) -> None:
     """Train on every rank, under any launcher or in a single process.
 
     Args:
-        config: of the run.
-        resume: `auto`: go on from the run's newest whole checkpoint, if it has one; `none`; or a checkpoint's folder.
-        after_training: called once the run is done.
+        config: configuration of the run.
+        resume: `auto` (resume from the run's newest complete checkpoint, if any), `none`, or a checkpoint's folder.
+        after_training: function that is called once the run is done.
 
     Raises:
-        UserError: what the user has to mend; nearly always before any rank waits for another.
+        UserError: the user must correct something. Nearly all checks come before any rank waits for another.
     """
     ranks = read_rank_info()
     if skip_if_finished(config, resume, ranks.rank):
@@ -58,11 +59,11 @@ def run_training(config: Config, resume: str = "auto", after_training: AfterTrai
     timeout_s, path = config.train.timeout, run_path(config.run)
     with (
         RunConsole(ranks.rank, plain=ranks.launcher == "mpi") as console,
-        # only rank 0 holds the folder: where it goes, the others go
+        # rank 0 locks the folder for all ranks
         lock_run_dir(path, console.say) if ranks.rank == 0 else nullcontext(),
     ):
-        if ranks.rank == 0 and (dropped := remove_stale_stop_file(path)):
-            console.say(dropped)
+        if ranks.rank == 0 and (removed := remove_stale_stop_file(path)):
+            console.say(removed)
         setup = set_up_run(config, ranks, console.console)
         with (
             process_group(ranks, setup.device, timeout_s) as store,
@@ -78,7 +79,7 @@ def run_training(config: Config, resume: str = "auto", after_training: AfterTrai
 
 
 def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto") -> None:
-    """The whole way through, on every rank of the process group."""
+    """Load, train and export. Called on every rank of the process group."""
     started = time.perf_counter()
     config, model = setup.config, setup.model
     check_ranks_agree(config, setup.ranks, setup.device, setup.data_sha256)
@@ -89,14 +90,10 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
         machine = machine_info(setup.device.type)
         run_dir = RunDir(config, start.manifest is None, start.replaces_run, setup.steps, machine)
         record_lost_output(run_dir.path)
-    expected = predict_run(setup)
-    if isinstance(expected, RunPrediction):
-        check_adapter_numel(expected.run, model)
     for line in describe_run(setup):
         console.say(line)
-    console.say(expected if isinstance(expected, str) else expected.sentence())
 
-    torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # dropout: every rank its own
+    torch.manual_seed(config.train.seed + setup.ranks.rank + start.step)  # each rank has its own dropout
     sharded = shard_model(model, config, setup.ranks, setup.device)
 
     def fill_adapter(model: LossModel) -> None:
@@ -116,34 +113,42 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
     optimizer_state, pages, static_bytes = loaded.optimizer_state, loaded.paged_layers, loaded.static_bytes
     console.log_loaded(static_bytes)
 
+    prediction = predict_run(setup)
+    console.say(prediction if isinstance(prediction, str) else prediction.describe())
     with (
         closing(optimizer_state),
         closing(pages) if pages is not None else nullcontext(),
         closing(run_dir) if run_dir is not None else nullcontext(),
-        _track_metrics(config, run_dir, start.manifest is None, console),
+        _track_metrics(config, run_dir, console, is_new=start.manifest is None),
     ):
-        history = train_loop(model, optimizer_state, setup, start, loaded.traffic, console, run_dir, pages, started)
-    step = history.progress.step
-    if history.stop is not None:
-        marker = STOPPED_MARKER if history.stop in MANUAL_STOP_REASONS else REQUEUE_MARKER
-        console.say(f"stopped by {history.stop} after {step} steps; the same command goes on from there ({marker})")
+        trainer = Trainer(setup, start, loaded, console, run_dir)
+        result = trainer.train(run_started=started)
+    step = result.progress.step
+    if result.stop_reason is not None:
+        marker = STOPPED_MARKER if result.stop_reason in MANUAL_STOP_REASONS else REQUEUE_MARKER
+        console.say(f"stopped by {result.stop_reason} after {step} steps; the same command continues ({marker})")
         if run_dir is not None:
-            run_dir.mark(marker, step, history.stop)
+            run_dir.mark(marker, step, result.stop_reason)
         return
     record_heartbeat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter", setup.served.save)
-    load_stats = LoadStats(static_bytes, optimizer_state.resident_bytes, loaded.read_bytes, loaded.load_s)
-    summarize(setup, history, load_stats, expected, console, run_dir)
+    load_stats = LoadStats(
+        static_bytes=static_bytes,
+        optimizer_state_bytes=optimizer_state.resident_bytes,
+        read_bytes=loaded.read_bytes,
+        load_s=loaded.load_s,
+    )
+    summarize(setup, result, load_stats, prediction, console, run_dir)
     if run_dir is not None:
         run_dir.mark(DONE_MARKER, step, "last step")
 
 
 @contextmanager
-def _track_metrics(config: Config, run_dir: RunDir | None, is_new: bool, console: RunConsole) -> Iterator[None]:
-    """On rank 0, what goes into metrics.jsonl goes to trackers too."""
+def _track_metrics(config: Config, run_dir: RunDir | None, console: RunConsole, *, is_new: bool) -> Iterator[None]:
+    """Send the metrics of rank 0 to the trackers too."""
     if run_dir is None:
         yield
         return
-    with open_trackers(config, run_dir.path, is_new, console.say) as log:
+    with open_trackers(config, run_dir.path, console.say, is_new=is_new) as log:
         run_dir.listeners.append(log)
         yield

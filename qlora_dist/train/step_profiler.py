@@ -1,4 +1,4 @@
-"""What a step's time goes into: `run.profile` has the last step run under torch's profiler."""
+"""The split of a step's time into kinds of work: `run.profile` runs the last step under torch's profiler."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from qlora_dist.runtime.device_memory import peak_memory_bytes
 
 STEP_KINDS = ("compute", "dequantization", "communication", "paging", "data", "optimizer")
-"""What a step is split into. compute is what is left over, Python among it."""
+"""Kinds of work that a step is split into. compute is the rest, including Python."""
 
 TimeSpan = tuple[float, float]
-"""Begin and end, in ns."""
+"""Begin and end in nanoseconds."""
 
-# ours, where nobody else marks the place
+# our labels, for places that no library labels
 DATA_LABEL, STEP_LABEL, OPTIMIZER_LABEL, PAGE_LABEL, WAIT_LABEL = (
     f"qlora_dist::{name}" for name in ("data", "step", "optimizer", "page", "wait")
 )
 _COLLECTIVE_PREFIXES = ("FSDP::", "c10d::", "gloo:", "nccl:", WAIT_LABEL)
-"""FSDP2's own marks hold its collectives, their copies and its waiting for them."""
+"""Prefixes of events that are communication. FSDP2's labels include its copies and its waiting."""
 _LABEL_PREFIXES = ("FSDP::", "c10d::", "qlora_dist::")
-"""Which the profiler also shows on a GPU, for as long as their kernels run."""
+"""Prefixes of labels that the profiler also shows on a GPU, for as long as their kernels run."""
 
 
 class StepProfiler:
-    """The profile of one step on this rank, and its peak of memory before it: profiles take memory.
+    """Profile of one step on this rank, and the peak memory before it, because profiling itself takes memory.
 
     Args:
-        device: of the rank.
+        device: device of this rank.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class StepProfiler:
         self.peak_bytes = 0
 
     def begin(self) -> None:
-        """Before the step; once is enough."""
+        """Start profiling, before the step. Further calls have no effect."""
         if self._running is not None:
             return
         self.peak_bytes = peak_memory_bytes(self._device)
@@ -56,7 +56,7 @@ class StepProfiler:
         self._profile = self._running.enter_context(profile(activities=activities))
 
     def end(self) -> dict[str, float]:
-        """Afterwards: of each of `STEP_KINDS` its share of the step, together 1. Empty, if there was no step."""
+        """Stop profiling, and return the share of each of `STEP_KINDS` in the step; empty if no step was profiled."""
         if self._running is None:
             return {}
         self._running.close()
@@ -67,13 +67,13 @@ class StepProfiler:
 
 
 def compute_step_shares(events: Iterable[Any]) -> dict[str, float]:
-    """Split the last step among some events.
+    """Split the time of the last step among some events.
 
-    On a CPU the time of the thread that trains is split. With CUDA (not run on a GPU) the device's: what computes
-    counts before a collective beside it, and while the device has nothing to do, what the host waits for.
+    On a CPU the time of the training thread is split. With CUDA (not run on a GPU) the device's time is split. There,
+    computation counts before a concurrent collective, and idle time counts as the work that the host waits for.
 
     Args:
-        events: of torch's profiler, as it has collected them. Its list of them for Python takes a minute to make.
+        events: raw events of torch's profiler. Its Python list of events takes a minute to build.
     """
     on_host, on_device = _group_events(events)
     ((step, thread),) = on_host.pop(STEP_LABEL)[-1:]
@@ -90,7 +90,7 @@ def compute_step_shares(events: Iterable[Any]) -> dict[str, float]:
         }
         return split_time(layers, begin, end)
     device = {name: [span for span, _ in spans] for name, spans in on_device.items()}
-    optimizer = device.pop(OPTIMIZER_LABEL, [])  # the mark, as long as its kernels run
+    optimizer = device.pop(OPTIMIZER_LABEL, [])  # the label lasts as long as its kernels run
     layers = {
         "dequantization": _select_spans(device, lambda name: "dequant" in name.lower()),
         "optimizer": optimizer,
@@ -109,28 +109,28 @@ def compute_step_shares(events: Iterable[Any]) -> dict[str, float]:
 def _group_events(
     events: Iterable[Any],
 ) -> tuple[dict[str, list[tuple[TimeSpan, int]]], dict[str, list[tuple[TimeSpan, int]]]]:
-    """When each ran and in which thread: on the host, and on the device."""
+    """Return time span and thread of each event by name, on the host and on the device."""
     on_host: dict[str, list[tuple[TimeSpan, int]]] = {}
     on_device: dict[str, list[tuple[TimeSpan, int]]] = {}
     for event in events:
         start = event.start_ns()
-        found = (start, start + event.duration_ns()), event.start_thread_id()
-        where = on_host if event.device_type() == DeviceType.CPU else on_device
-        where.setdefault(event.name(), []).append(found)
+        spans = on_host if event.device_type() == DeviceType.CPU else on_device
+        span = (start, start + event.duration_ns())
+        spans.setdefault(event.name(), []).append((span, event.start_thread_id()))
     return on_host, on_device
 
 
 def _select_spans(spans: dict[str, list[TimeSpan]], predicate: Callable[[str], bool]) -> list[TimeSpan]:
-    return [span for name, found in spans.items() if predicate(name) for span in found]
+    return [span for name, named in spans.items() if predicate(name) for span in named]
 
 
 def split_time(layers: dict[str, list[TimeSpan]], begin: float, end: float) -> dict[str, float]:
-    """Shares of the time from `begin` to `end`.
+    """Return the share of each kind in the time from `begin` to `end`.
 
     Args:
-        layers: of each kind, when it was at work; where several were, the first counts. What is in none is compute.
-        begin: of the whole.
-        end: of the whole.
+        layers: time spans of each kind. Where several kinds overlap, the first counts; the rest is compute.
+        begin: begin of the step.
+        end: end of the step.
     """
     shares = dict.fromkeys(STEP_KINDS, 0.0)
     taken: list[TimeSpan] = []
@@ -146,21 +146,21 @@ def split_time(layers: dict[str, list[TimeSpan]], begin: float, end: float) -> d
 
 
 def merge_spans(spans: Sequence[TimeSpan]) -> list[TimeSpan]:
-    """The same times, in order and without overlaps."""
-    out: list[TimeSpan] = []
+    """Return spans that cover the same times, in order and without overlaps."""
+    merged: list[TimeSpan] = []
     for a, b in sorted(spans):
-        if out and a <= out[-1][1]:
-            out[-1] = (out[-1][0], max(b, out[-1][1]))
+        if merged and a <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
         else:
-            out.append((a, b))
-    return out
+            merged.append((a, b))
+    return merged
 
 
 def _label_wait(wait: Any) -> Any:
-    """Torch marks when a collective is issued and when it runs, not that somebody waits for it."""
+    """Label the waiting for a collective. Torch labels only when a collective is issued and when it runs."""
 
-    def marked_wait(self: Any, *args: Any, **options: Any) -> Any:
+    def labeled_wait(self: Any, *args: Any, **options: Any) -> Any:
         with record_function(WAIT_LABEL):
             return wait(self, *args, **options)
 
-    return marked_wait
+    return labeled_wait

@@ -1,5 +1,6 @@
-"""Requests to stop: by a signal, by a file in the run's folder, by the clock. No torch: handlers must be installed
-before the minute that its import and the model's loading take.
+"""Requests to stop by a signal, by a file in the run's folder or by the clock.
+
+This module does not import torch, because signal handlers must be installed before that import, which takes seconds.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -21,6 +23,7 @@ import psutil
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import detect_launcher, read_rank_info
 from qlora_dist.runtime.heartbeat import last_heartbeat
+from qlora_dist.train.control_flags import ControlFlags
 
 STOP_SIGNALS = {
     "SIGTERM": signal.SIGTERM,
@@ -29,10 +32,6 @@ STOP_SIGNALS = {
     "SIGINT": signal.SIGINT,
     "SIGHUP": signal.SIGHUP,
 }
-STOP_REASONS = (*STOP_SIGNALS, "STOP", "max_time")
-"""Why a run stops before its last step, in the order of the flags."""
-MANUAL_STOP_REASONS = ("SIGINT", "STOP")
-"""Stop reasons given by a person. A scheduler must not restart the run after one of these."""
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 
 _received: set[str] = set()
@@ -40,10 +39,10 @@ _process_started = time.monotonic()
 
 
 def install_signal_handlers() -> None:
-    """Take note of signals from here on, and go on. The second SIGINT ends the process at once.
+    """Record signals from now on instead of ending the process. The second SIGINT ends it at once.
 
-    The others may come as often as they like: SLURM under torchrun sends SIGTERM twice, job scripts repeat theirs.
-    SIGHUP stays ignored where it is ignored already, as under nohup.
+    Other signals may be repeated: SLURM under torchrun sends SIGTERM twice, and job scripts repeat their signal. SIGHUP
+    stays ignored if it already is, as under nohup.
     """
     for name, number in STOP_SIGNALS.items():
         if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
@@ -67,24 +66,26 @@ def _record_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _start_signal_thread() -> None:
-    """Answer each signal in a thread: Python runs handlers in the main thread only, and not while that computes.
+    """Acknowledge each signal in a thread.
 
-    A step or a collective may keep the main thread for a minute. The file descriptor is written to by the system's own
-    handler.
+    Python runs handlers only in the main thread, which a step or a collective may block for a minute. The C handler
+    writes to the file descriptor at once.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # the workers of a pool share the pipe: a signal to one of them is none to the run
+    # workers of a process pool share the pipe, but a signal to one of them is not meant for the run
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     try:
         is_rank_0 = read_rank_info().rank == 0
     except UserError:
         is_rank_0 = True
-    threading.Thread(target=_acknowledge_signals, args=(reading, is_rank_0), name="signals", daemon=True).start()
+    threading.Thread(
+        target=_acknowledge_signals, args=(reading,), kwargs={"is_rank_0": is_rank_0}, name="signals", daemon=True
+    ).start()
 
 
-def _acknowledge_signals(pipe_fd: int, is_rank_0: bool) -> None:
+def _acknowledge_signals(pipe_fd: int, *, is_rank_0: bool) -> None:
     names = {int(number): name for name, number in STOP_SIGNALS.items()}
     acknowledged: set[str] = set()
     while True:
@@ -119,28 +120,27 @@ def _describe_next_action(again: bool) -> str:
 def _exit_at_once(is_rank_0: bool) -> None:
     if is_rank_0:
         _write_stderr(
-            "ended by the second Ctrl-C without a checkpoint; the same command goes on from the newest one, if any"
+            "ended by the second Ctrl-C without a checkpoint; the same command resumes from the newest one, if any"
         )
     with suppress(OSError):
         if os.isatty(1):
-            os.write(1, b"\x1b[?25h")  # a progress bar has hidden the cursor
+            os.write(1, b"\x1b[?25h")  # show the cursor, which a progress bar hides
     os._exit(128 + signal.SIGINT)
 
 
 def _write_stderr(text: str) -> None:
-    with suppress(OSError):  # a terminal that was closed
+    with suppress(OSError):  # the terminal may be closed
         # a progress bar leaves the cursor at the end of its line
         os.write(2, f"{chr(10) if os.isatty(2) else ''}qlora-dist: {text}\n".encode())
 
 
 def remove_stale_stop_file(run: Path) -> str | None:
-    """Remove a STOP file that was there before this run was started: it was meant for an earlier start.
+    """Remove a STOP file that is older than this start, because it was meant for an earlier one.
 
-    One that is newer is left, and obeyed. Both ages are differences on one clock: that of the file system, and that of
-    this machine.
+    A newer one stays and stops the run. Each age is a difference on one clock: the file system's, or this machine's.
 
     Returns:
-        A sentence, if there was one.
+        A sentence if a file was removed.
     """
     stop = run / STOP_FILE
     try:
@@ -155,7 +155,7 @@ def remove_stale_stop_file(run: Path) -> str | None:
 
 
 def _launcher_start_time() -> float:
-    """Time at which the run was started: by torchrun and the like, their start, for ranks take seconds to follow."""
+    """Return the time at which the run, or its launcher, was started. Ranks start seconds after their launcher."""
     own = psutil.Process()
     started: float = own.create_time()
     try:
@@ -167,61 +167,55 @@ def _launcher_start_time() -> float:
 
 
 class StopRequests:
-    """What this rank is asked for. Files and clock are looked at by rank 0 only."""
+    """Requests to stop or save that this rank has received. Only rank 0 looks at the files and the clock.
+
+    Args:
+        run_path: path of the run's folder.
+        is_rank_0: True on rank 0.
+        max_time: time limit of this start; None: unlimited.
+        checkpoint_s: function that returns the seconds that a checkpoint takes.
+    """
 
     def __init__(
         self,
         run_path: Path,
+        *,
         is_rank_0: bool,
-        max_time: timedelta | None,
+        max_time: timedelta | None = None,
         checkpoint_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """Ask for nothing yet.
-
-        Args:
-            run_path: the run's folder.
-            is_rank_0: whether this is rank 0.
-            max_time: of this start; None: unlimited.
-            checkpoint_s: time that a checkpoint takes.
-        """
-        self._run, self._is_first, self._saving_s = run_path, is_rank_0, checkpoint_s
+        self._run, self._is_rank_0, self._checkpoint_s = run_path, is_rank_0, checkpoint_s
         self._max_time_s = None if max_time is None else max_time.total_seconds()
 
-    def flags(self, ahead_s: float) -> list[float]:
-        """1 for each of REASONS that holds, and for a wish to save: to be summed over ranks.
+    def flags(self, ahead_s: float) -> ControlFlags:
+        """Return this rank's flags.
 
         Args:
-            ahead_s: time until a run that goes on now can begin its last checkpoint.
+            ahead_s: seconds until the last checkpoint could begin if the run continued now.
         """
-        signals = [float(name in _received) for name in STOP_SIGNALS]
-        if not self._is_first:
-            return [*signals, 0.0, 0.0, 0.0]
-        end_s = time.monotonic() - _process_started + ahead_s + self._saving_s()
-        late = self._max_time_s is not None and end_s > self._max_time_s
-        return [*signals, self._file_flag(STOP_FILE), float(late), self._file_flag(SAVE_FILE)]
+        signals = ControlFlags(**{name.lower(): int(name in _received) for name in STOP_SIGNALS})
+        if not self._is_rank_0:
+            return signals
+        end_s = time.monotonic() - _process_started + ahead_s + self._checkpoint_s()
+        return replace(
+            signals,
+            stop_file=int(self._has_file(STOP_FILE)),
+            max_time=int(self._max_time_s is not None and end_s > self._max_time_s),
+            save_file=int(self._has_file(SAVE_FILE)),
+        )
 
-    def acknowledge(self, sums: Sequence[float], saved: bool = True) -> None:
-        """Take the files away that all ranks know of.
+    def acknowledge(self, flags: ControlFlags, *, saved: bool = True) -> None:
+        """Remove the request files that all ranks have seen.
 
         Args:
-            sums: of the flags.
-            saved: whether a checkpoint was written, if one was asked for.
+            flags: sums over all ranks.
+            saved: True if a requested checkpoint was begun; False keeps the file SAVE.
         """
-        asked = {STOP_FILE: sums[STOP_REASONS.index(STOP_FILE)] > 0, SAVE_FILE: saved and is_save_requested(sums)}
-        for name, known in asked.items():
-            if known and self._is_first:
+        seen = {STOP_FILE: flags.stop_file, SAVE_FILE: saved and flags.save_file}
+        for name, is_seen in seen.items():
+            if is_seen and self._is_rank_0:
                 with suppress(OSError):
                     (self._run / name).unlink()
 
-    def _file_flag(self, name: str) -> float:
-        return float((self._run / name).exists())
-
-
-def stop_reason(sums: Sequence[float]) -> str | None:
-    """Why to stop, from the flags' sums over the ranks."""
-    return next((name for name, count in zip(STOP_REASONS, sums, strict=False) if count), None)
-
-
-def is_save_requested(sums: Sequence[float]) -> bool:
-    """Whether a checkpoint was asked for."""
-    return sums[len(STOP_REASONS)] > 0
+    def _has_file(self, name: str) -> bool:
+        return (self._run / name).exists()

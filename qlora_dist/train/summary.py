@@ -1,4 +1,4 @@
-"""What a run says of itself at its start and at its end."""
+"""The lines that a run prints at its start, and its summary at its end."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from qlora_dist.train.run_setup import RunSetup
 from qlora_dist.train.trainer import TrainResult
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadStats:
-    """What a rank has after loading."""
+    """Memory and time that loading took on this rank."""
 
     static_bytes: int
-    """Of its weights."""
-    moments_bytes: int
-    """Of its moments, on the device."""
+    """Bytes of the model's weights that stay on the device."""
+    optimizer_state_bytes: int
+    """Bytes of the optimizer state on the device."""
     read_bytes: int
-    """From the model's folder."""
+    """Bytes read from the model's folder."""
     load_s: float
-    """For all of the weights."""
+    """Seconds spent loading the weights."""
 
 
 def describe_run(setup: RunSetup) -> Iterator[str]:
-    """Yield what is going to happen, in a few lines."""
+    """Yield the lines about model, placement and data that a run prints at its start."""
     config = setup.config
     trained = sum(p.numel() for _, p in named_trainable_parameters(setup.model))
     quantized = "in 4 bit" if setup.folder.is_quantized else f"quantized to {config.model.quant_type} on loading"
@@ -52,7 +52,7 @@ def describe_run(setup: RunSetup) -> Iterator[str]:
 
 
 def describe_data(setup: RunSetup) -> Iterator[str]:
-    """Yield what becomes of each source, what its cut loses included, and how many steps the data take."""
+    """Yield a line about the rows of each source, including truncation, and one about steps and epochs."""
     loader = setup.loader
     epochs = loader.steps_to_epochs(setup.steps)
     for rows, weight in loader.sources:
@@ -61,13 +61,13 @@ def describe_data(setup: RunSetup) -> Iterator[str]:
     if setup.eval_rows is not None:
         yield f"held out: {setup.eval_rows.describe()}"
     yield (
-        f"{pluralize(setup.steps, 'step')} of {pluralize(setup.config.train.global_batch, 'row')} = {epochs:.2f} epochs of "
-        f"{pluralize(round(loader.rows_per_epoch), 'row')}; {100 * loader.padding_fraction(setup.steps):.1f} % padding"
+        f"{pluralize(setup.steps, 'step')} of {pluralize(setup.config.train.global_batch, 'row')} = {epochs:.2f} "
+        f"epochs of {pluralize(round(loader.rows_per_epoch), 'row')}; {100 * loader.padding_fraction(setup.steps):.1f} % padding"
     )
 
 
 def _describe_placement(setup: RunSetup) -> str:
-    """Return which rank holds what, in one sentence."""
+    """Return a sentence about the sharding of base, adapters and optimizer states."""
     sizes = setup.sizes
     ranks = f"{pluralize(sizes.world_size, 'rank')} on {setup.device.type}"
     if sizes.world_size == 1:
@@ -88,23 +88,23 @@ def _describe_placement(setup: RunSetup) -> str:
 
 def summarize(
     setup: RunSetup,
-    history: TrainResult,
+    result: TrainResult,
     load_stats: LoadStats,
-    expected: RunPrediction | str,
+    prediction: RunPrediction | str,
     console: RunConsole,
     run_dir: RunDir | None,
 ) -> None:
     """Print the result, and write it as summary.json. Called on all ranks.
 
     Args:
-        setup: of the run.
-        history: of its steps.
-        load_stats: by this rank, and what it took to load it.
-        expected: what was planned.
-        console: for the table.
-        run_dir: for the file.
+        setup: run that has ended.
+        result: outcome of the training loop.
+        load_stats: memory and time that loading took on this rank.
+        prediction: planned figures, or the reason why there are none.
+        console: output for the table.
+        run_dir: folder of the file; None on ranks other than 0.
     """
-    progress, evals = history.progress, history.progress.eval_losses
+    progress, evals = result.progress, result.progress.eval_losses
     first_is_base = len(evals) > 1 or progress.evaluated == 0
     summary: dict[str, Any] = {
         "eval_loss_first": evals[0] if evals and first_is_base else None,
@@ -114,33 +114,33 @@ def summarize(
         "tokens": progress.tokens,
         "skipped_steps": progress.skipped_steps,
         "left_out_batches": progress.left_out,
-        "tokens_per_s": _median_tokens_per_s(history, run_dir),
+        "tokens_per_s": _median_tokens_per_s(result, run_dir),
         "static_bytes": _gather_int(load_stats.static_bytes, setup.device),
-        "peak_bytes": _gather_int(history.peak_bytes or peak_memory_bytes(setup.device), setup.device),
+        "peak_bytes": _gather_int(result.peak_bytes or peak_memory_bytes(setup.device), setup.device),
         "read_bytes": _gather_int(load_stats.read_bytes, setup.device),
         "load_s": max(_gather_int(round(1e6 * load_stats.load_s), setup.device)) / 1e6,
-        "comm_bytes_per_step": history.comm_bytes,
-        "base_fetched_bytes_per_step": history.fetched_bytes,
-        "base_stall_share": statistics.median(history.stalls or [0.0]),
+        "comm_bytes_per_step": result.comm_bytes,
+        "base_fetched_bytes_per_step": result.fetched_bytes,
+        "base_stall_share": statistics.median(result.stall_shares or [0.0]),
         "adapter": str(run_path(setup.config.run) / "adapter"),
         "wall_s": progress.wall_s,
     }
-    if history.step_shares:
-        summary["step_shares"] = _mean_over_ranks(history.step_shares, setup.device)
-    if isinstance(expected, RunPrediction) and history.tokens_per_s:
-        summary["plan"] = expected.against(summary, load_stats.moments_bytes)
+    if result.step_shares:
+        summary["step_shares"] = _mean_over_ranks(result.step_shares, setup.device)
+    if isinstance(prediction, RunPrediction) and result.tokens_per_s:
+        summary["plan"] = prediction.compare_with(summary, load_stats.optimizer_state_bytes)
     if run_dir is not None:
         run_dir.finish(summary)
-    console.console.print(_table(summary, bool(history.tokens_per_s)))
+    console.console.print(_table(summary, has_steps=bool(result.tokens_per_s)))
 
 
-def _median_tokens_per_s(history: TrainResult, run_dir: RunDir | None) -> float | None:
-    """Return the median of this start, or of earlier ones where nothing was left to do but to evaluate and export."""
-    speeds = history.tokens_per_s or (run_dir.values("tokens_per_s") if run_dir is not None else [])
+def _median_tokens_per_s(result: TrainResult, run_dir: RunDir | None) -> float | None:
+    """Return the median of this start's steps, or of earlier ones' if this start only evaluated and exported."""
+    speeds = result.tokens_per_s or (run_dir.values("tokens_per_s") if run_dir is not None else [])
     return statistics.median(speeds) if speeds else None
 
 
-def _table(summary: dict[str, Any], trained_now: bool) -> Table:
+def _table(summary: dict[str, Any], *, has_steps: bool) -> Table:
     table = Table(show_header=False, title="summary", title_justify="left")
     first, last = summary["eval_loss_first"], summary["eval_loss_last"]
     if first is not None:
@@ -158,7 +158,7 @@ def _table(summary: dict[str, Any], trained_now: bool) -> Table:
         table.add_row("last step, profiled", split)
     table.add_row("held per rank", ", ".join(map(format_bytes, summary["static_bytes"])))
     table.add_row("peak per rank", ", ".join(map(format_bytes, summary["peak_bytes"])))
-    if trained_now:
+    if has_steps:
         traffic = ", ".join(f"{dim} {format_bytes(nbytes)}" for dim, nbytes in summary["comm_bytes_per_step"].items())
         table.add_row("received per step", f"{traffic or 'nothing'} (rank 0)")
     if summary["base_fetched_bytes_per_step"]:

@@ -1,4 +1,4 @@
-"""Console output that may get lost: a run does not end because a terminal was closed or a disk is full. No torch."""
+"""Console output that may get lost, so that a closed terminal or a full disk ends no run. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 LOST_OUTPUT_FILE = "output-lost.txt"
-"""In the run's folder: which output was lost, since when and why."""
+"""File in the run's folder that lists which output was lost, since when and why."""
 _FULL_PIPE_WAIT_S = 5.0
 """Seconds to wait for a pipe that is full and does not block."""
 
@@ -27,8 +27,8 @@ _lost_output_path: Path | None = None
 def tolerate_output_errors() -> None:
     """Make stdout and stderr of this process streams that never fail.
 
-    A write that fails is dropped. After a full disk the next one is tried as usual; a pipe or terminal that was closed
-    is replaced by /dev/null, for libraries and subprocesses too.
+    A write that fails is dropped. If the disk is full, the next write is tried as usual. A closed pipe or terminal is
+    replaced by /dev/null, for libraries and subprocesses too.
     """
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -37,15 +37,15 @@ def tolerate_output_errors() -> None:
                 continue
             stream.flush()
         except (OSError, ValueError, AttributeError):
-            pass  # lost already; the new stream finds out why
+            pass  # the output is lost already, and the new stream reports why
         if isinstance(stream, io.TextIOWrapper):
             encoding, errors = stream.encoding, stream.errors
-            # a line is one write, as those of several ranks may go to one file
+            # each line is one write, because several ranks may write to one file
             setattr(sys, name, io.TextIOWrapper(_TolerantStream(number), encoding, errors, line_buffering=True))
 
 
 def record_lost_output(run_path: Path) -> None:
-    """Have lost output noted in the run's folder from here on. Called on rank 0."""
+    """List lost output in the run's folder from now on. Called on rank 0."""
     global _lost_output_path
     _lost_output_path = run_path / LOST_OUTPUT_FILE
     with suppress(OSError):
@@ -95,7 +95,7 @@ class _TolerantStream(io.RawIOBase):
         if not self._failing:
             self._failing = True
             name, now = {1: "stdout", 2: "stderr"}[self._fd], time.strftime("%Y-%m-%d %H:%M:%S")
-            _record_loss(f"{now}: {name} cannot be written ({error.strerror}); the run goes on without it\n")
+            _record_loss(f"{now}: {name} cannot be written ({error.strerror}); the run continues without it\n")
         if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
             with suppress(OSError):
                 devnull = os.open(os.devnull, os.O_WRONLY)

@@ -1,6 +1,6 @@
-"""Metrics for TensorBoard, Weights & Biases and MLflow. Off unless asked for.
+"""Metrics for TensorBoard, Weights & Biases and MLflow, if `run.trackers` names them.
 
-`accelerate.tracking` has the same three, but its trackers ask for accelerate's own state of the processes.
+`accelerate.tracking` has these three, too, but its trackers need accelerate's process state.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 
 _IDS_FILE = "trackers.json"
-"""In the run's folder: under which ids the run is known, so that it goes on there."""
+"""File in the run's folder with its id in each tracker, so that a resumed run continues there."""
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """One that is open."""
+    """Tracker that is open."""
 
-    log: Callable[[dict[str, float], int], Any]
-    """Numbers of a step."""
+    log_metrics: Callable[[dict[str, float], int], Any]
+    """Function that logs the numbers of a step."""
     close: Callable[[], Any]
+    """Function that ends the record."""
 
 
 def check_trackers(config: Config) -> None:
-    """See whether they are installed, before a model is loaded.
+    """Check that the trackers are installed, before a model is loaded.
 
     Raises:
-        UserError: one is not.
+        UserError: one is missing.
     """
     for name in config.run.trackers:
         if importlib.util.find_spec(name) is None:
@@ -45,20 +46,20 @@ def check_trackers(config: Config) -> None:
 
 @contextmanager
 def open_trackers(
-    config: Config, path: Path, is_new: bool, say: Callable[[str], None]
+    config: Config, path: Path, log: Callable[[str], None], *, is_new: bool
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Open what the configuration names, and close it at the end, whatever that is.
+    """Open the trackers that the configuration names, and close them at the end, also after an error.
 
-    None of them ends a run: one that fails is left out from then on.
+    A tracker that fails is left out from then on, and the run continues.
 
     Args:
-        config: of the run.
-        path: its folder.
-        is_new: the run begins; else it goes on where it was known.
-        say: for what goes wrong.
+        config: configuration of the run.
+        path: folder of the run.
+        log: function that prints a line about a failure.
+        is_new: True if the run starts at its beginning; False continues its records.
 
-    Returns:
-        What takes a line of metrics.jsonl, and hands on its numbers; those within are named as `paging.hits`.
+    Yields:
+        A function that sends one metrics record to every tracker. Nested keys are joined with a dot: `paging.hits`.
     """
     opened: dict[str, Tracker] = {}
     ids = {} if is_new else _read(path / _IDS_FILE)
@@ -66,15 +67,15 @@ def open_trackers(
     def attempt(name: str, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except Exception as error:  # a library of others, and a network: nothing that a run should end for
+        except Exception as error:  # libraries and networks fail in many ways, none of which should end a run
             opened.pop(name, None)
-            say(f"{name}: {type(error).__name__}: {error}; the run goes on without it, metrics.jsonl has all")
+            log(f"{name}: {type(error).__name__}: {error}; the run continues without it, and metrics.jsonl has all")
 
     def log_metrics(metrics: dict[str, Any]) -> None:
         numbers = {key: value for key, value in flatten_keys(metrics).items() if isinstance(value, (int, float))}
         step = int(numbers.pop("step"))
         for name, tracker in list(opened.items()):
-            attempt(name, partial(tracker.log, numbers, step))
+            attempt(name, partial(tracker.log_metrics, numbers, step))
 
     for tracker_name in config.run.trackers:
         tracker = attempt(tracker_name, partial(_TRACKER_FACTORIES[tracker_name], config, path, ids))
@@ -124,7 +125,7 @@ def _mlflow(config: Config, path: Path, ids: dict[str, str]) -> Tracker:
 
     mlflow.set_experiment(config.run.project)
     run = mlflow.start_run(run_id=ids.get("mlflow"), run_name=config.run.name)
-    if "mlflow" not in ids:  # parameters cannot be changed later
+    if "mlflow" not in ids:  # parameters can be set only once
         mlflow.log_params(_settings(config))
     ids["mlflow"] = run.info.run_id
     return Tracker(lambda numbers, step: mlflow.log_metrics(numbers, step=step), mlflow.end_run)

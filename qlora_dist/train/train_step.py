@@ -17,73 +17,77 @@ from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer
 from qlora_dist.runtime.heartbeat import record_heartbeat
+from qlora_dist.train.control_flags import ControlFlags
 from qlora_dist.train.step_profiler import OPTIMIZER_LABEL, STEP_LABEL
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """Model, optimizer and settings that stay the same from step to step."""
+
+    model: PreTrainedModel
+    """Model that is sharded and loaded."""
+    shards: AdapterShards
+    """This rank's adapter shards."""
+    optimizer: AdapterOptimizer
+    """Optimizer of these shards."""
+    loss_scale: LossScale
+    """Loss scale, which is 1 except for fp16."""
+    adapter_replicas: int
+    """Number of ranks that hold equal adapter shards."""
+    max_grad_norm: float | None
+    """Largest gradient norm after clipping; None: no clipping."""
+    traffic: CommCounter
+    """Counter of the bytes of collectives."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did; equal on all ranks."""
+    """Outcome of a step, equal on all ranks."""
 
     loss: float
-    """Mean over the trained tokens of the window, all ranks together."""
+    """Mean loss over the trained tokens of all ranks."""
     grad_norm: float
-    """Of all adapters together, before clipping."""
+    """Norm of all adapters' gradients before clipping."""
     finite: bool
-    """False: the adapters were left as they were."""
-    sums: list[float]
-    """Of `told` over all ranks."""
+    """False if loss or gradient were not finite, so that the adapters were left unchanged."""
+    flags: ControlFlags
+    """Sums of the control flags over all ranks; zeros if none were given."""
 
 
 @record_function(STEP_LABEL)
 def train_step(
-    model: PreTrainedModel,
+    context: StepContext,
     micro_batches: Sequence[Batch],
     loss_tokens: int,
-    shards: AdapterShards,
-    adapter_replicas: int,
-    optimizer: AdapterOptimizer,
-    loss_scale: LossScale,
-    max_grad_norm: float | None,
-    traffic: CommCounter,
-    control_flags: Callable[[], Sequence[float]] = tuple,
+    control_flags: Callable[[], ControlFlags] | None = None,
 ) -> StepResult:
-    """Forward and backward over the accumulation window, clip over the whole world, update.
+    """Run forward and backward over the accumulation window, clip over all ranks, and update the adapters.
 
-    The gradient is that of (sum of the losses of all trained tokens) / (their number), over all micro-batches of all
-    ranks: 1 rank x 4 sequences is 4 ranks x 1. The engine sums gradients over ranks and divides nothing.
+    The gradient is that of the summed loss of all trained tokens divided by their number. Both are taken over all
+    micro-batches of all ranks, so 1 rank with 4 sequences equals 4 ranks with 1. The engine sums gradients over ranks
+    and does not divide them. They are communicated once, after the last micro-batch.
 
     Args:
-        model: sharded; its gradients are communicated once, after the last micro-batch.
+        context: model, optimizer and settings.
         micro_batches: this rank's micro-batches.
-        loss_tokens: of all ranks' windows together.
-        shards: the adapters of this rank.
-        adapter_replicas: ranks that hold equal adapter shards.
-        optimizer: over the shards.
-        loss_scale: for fp16.
-        max_grad_norm: None: no clipping.
-        traffic: counts the one collective that is not the model's.
-        control_flags: returns what else is summed in the same collective; called as late as possible.
+        loss_tokens: number of trained tokens in the windows of all ranks.
+        control_flags: function that returns this rank's flags, called as late as possible. The same all-reduce sums
+            them, the loss and the gradient norm.
 
     Raises:
         UserError: no adapter takes part in the loss.
     """
-    device = micro_batches[0].input_ids.device
-    summed_loss = torch.zeros((), dtype=torch.float64, device=device)
-    for index, batch in enumerate(micro_batches):
-        model.set_requires_gradient_sync(index == len(micro_batches) - 1)
-        loss = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
-        if not loss.requires_grad:
-            raise UserError("lora.targets: no adapter has any influence on the loss; name other layers")
-        (loss * (loss_scale.value / loss_tokens)).backward()
-        summed_loss += loss.detach()
-        record_heartbeat()
+    shards, loss_scale, max_grad_norm = context.shards, context.loss_scale, context.max_grad_norm
+    summed_loss = _accumulate_gradients(context, micro_batches, loss_tokens)
 
     grads = shards.collect_grads()
     squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())
-    squares.item()  # waits for the device, so that a request to stop that comes during the step is seen in this step
-    flags = torch.tensor(control_flags(), dtype=torch.float64).to(device)
-    own = torch.stack([summed_loss, squares / adapter_replicas, *flags])
-    total_loss, total_squares, *sums = traffic.all_reduce(own).tolist()
+    squares.item()  # wait for the device, so that a request to stop that arrives during the step counts in this step
+    own_flags = control_flags().to_list() if control_flags is not None else []
+    flags = torch.tensor(own_flags, dtype=torch.float64).to(summed_loss.device)
+    own = torch.stack([summed_loss, squares / context.adapter_replicas, *flags])
+    total_loss, total_squares, *sums = context.traffic.all_reduce(own).tolist()
 
     norm = math.sqrt(total_squares) / loss_scale.value
     finite = math.isfinite(total_loss) and math.isfinite(norm)
@@ -91,7 +95,28 @@ def train_step(
         clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm is not None else 1.0
         torch._foreach_mul_(grads, clip / loss_scale.value)
         with record_function(OPTIMIZER_LABEL):
-            optimizer.step()
+            context.optimizer.step()
     shards.zero_grad()
     loss_scale.update(finite)
-    return StepResult(total_loss / loss_tokens, norm, finite, sums)
+    summed_flags = ControlFlags.from_sums(sums) if sums else ControlFlags()
+    return StepResult(loss=total_loss / loss_tokens, grad_norm=norm, finite=finite, flags=summed_flags)
+
+
+def _accumulate_gradients(context: StepContext, micro_batches: Sequence[Batch], loss_tokens: int) -> torch.Tensor:
+    """Run forward and backward over the micro-batches, and return this rank's summed loss in float64."""
+    model, scale = context.model, context.loss_scale.value / loss_tokens
+    summed_loss = torch.zeros((), dtype=torch.float64, device=micro_batches[0].input_ids.device)
+    for index, batch in enumerate(micro_batches):
+        model.set_requires_gradient_sync(index == len(micro_batches) - 1)
+        loss = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
+        if not loss.requires_grad:
+            raise UserError("lora.targets: no adapter has any influence on the loss; name other layers")
+        (loss * scale).backward()
+        summed_loss += loss.detach()
+        record_heartbeat()
+    return summed_loss
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch whose tensors are on a device."""
+    return Batch(*(tensor.to(device) for tensor in batch))

@@ -3,264 +3,326 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
 from torch.profiler import record_function
-from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import named_trainable_parameters
 from qlora_dist.checkpoint.snapshot import trainable_state
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
-from qlora_dist.optim.adapter_shards import AdapterShards
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.optimizer_state import PagedOptimizerState
 from qlora_dist.optim.schedule import learning_rate
 from qlora_dist.paging.pager import PagingStats
-from qlora_dist.parallel.comm_counter import CommCounter
-from qlora_dist.parallel.deepspeed_optimizer import ZeroOptimizerState
-from qlora_dist.parallel.paged_layers import PagedLayers
+from qlora_dist.parallel.loaded_model import TrainableModel
 from qlora_dist.runs.run_dir import RunDir, run_path
 from qlora_dist.runtime.device_memory import peak_memory_bytes
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.train.console import RunConsole
+from qlora_dist.train.control_flags import ControlFlags
 from qlora_dist.train.eval_sums_file import EVAL_SUMS_FILE, EvalSumsFile
 from qlora_dist.train.evaluator import Evaluator
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_checkpointer import ResumePoint, RunCheckpointer
+from qlora_dist.train.run_control import RunControl
 from qlora_dist.train.run_progress import RunProgress
 from qlora_dist.train.run_setup import RunSetup
+from qlora_dist.train.step_metrics import StepMetrics
 from qlora_dist.train.step_profiler import DATA_LABEL, StepProfiler
-from qlora_dist.train.stop_requests import StopRequests, is_save_requested, stop_reason
-from qlora_dist.train.train_step import train_step
+from qlora_dist.train.stop_requests import StopRequests
+from qlora_dist.train.train_step import StepContext, StepResult, move_batch, train_step
 from qlora_dist.train.unused_adapters import log_unused_adapters
 
-_COMPILE_TIMEOUT_FACTOR = 6.0
-"""Times the usual timeout, for steps and evaluations that may compile first."""
-
-
 _ASSUMED_WRITE_BYTES_PER_S = 100e6
-"""Bytes per second at which a checkpoint is supposed to be written until one has been."""
+"""Bytes per second at which a checkpoint is assumed to be written, until the run has written one."""
+_CHECKPOINT_BYTES_PER_ELEMENT = 12
+"""Bytes of a trained element and its two moments in fp32."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainResult:
-    """What the loop leaves behind; equal on all ranks."""
+    """Outcome of the training loop, equal on all ranks unless a field says otherwise."""
 
     progress: RunProgress
-    stop: str | None = None
-    """Why it ended before its last step (one of `stop.REASONS`); None: it did not."""
+    stop_reason: str | None = None
+    """Name of the request that stopped the run before its last step; None after the last step."""
     tokens_per_s: list[float] = field(default_factory=list)
-    """Of the steps that this process has done."""
+    """Tokens per second of each step that this process has done."""
     comm_bytes: dict[str, int] = field(default_factory=dict)
-    """This rank's, received in the last step, by mesh dimension."""
+    """Bytes that this rank received in the last step, by mesh dimension."""
     fetched_bytes: int = 0
-    """Of the base's layers, by this rank in the last step."""
-    stalls: list[float] = field(default_factory=list)
-    """Of each step the share of its time in which this rank waited for a layer of the base."""
+    """Bytes of the base's layers that this rank fetched in the last step."""
+    stall_shares: list[float] = field(default_factory=list)
+    """Share of each step's time in which this rank waited for a layer of the base."""
     peak_bytes: int | None = None
-    """This rank's, before the step that was profiled; None: none was."""
+    """Peak bytes of this rank before the profiled step; None if no step was profiled."""
     step_shares: dict[str, float] = field(default_factory=dict)
-    """This rank's, of that step, by kind; empty: none was profiled."""
+    """Shares of the profiled step's time on this rank, by kind; empty if no step was profiled."""
 
 
-def train_loop(
-    model: PreTrainedModel,
-    optimizer_state: PagedOptimizerState | ZeroOptimizerState,
-    setup: RunSetup,
-    resume_point: ResumePoint,
-    traffic: CommCounter,
-    console: RunConsole,
-    run_dir: RunDir | None,
-    paged_layers: PagedLayers | None = None,
-    run_started: float | None = None,
-) -> TrainResult:
-    """Train the adapters, from `resume_point` to the last step or until somebody asks to stop.
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """This rank's part of a step's global batch, with counts over all ranks."""
+
+    started: float
+    """`time.perf_counter()` at the beginning of the step."""
+    index: int
+    """Place of the global batch in the data's order."""
+    micro_batches: list[Batch]
+    """Micro-batches on this rank's device."""
+    tokens: int
+    """Tokens of all ranks, without padding."""
+    trained_tokens: int
+    """Tokens of all ranks that the loss is computed on."""
+    data_s: float
+    """Seconds spent making the batch."""
+
+
+class Trainer:
+    """Trains the adapters of a loaded model from a resume point to the last step, or until a request to stop.
+
+    Every method is called on all ranks, in the same order.
 
     Args:
-        model: sharded and filled.
-        optimizer_state: of the optimizer, for this rank's shards.
-        setup: the run.
-        resume_point: the beginning, or a checkpoint.
-        traffic: what the model's collectives are counted in.
-        console: for progress.
-        run_dir: where metrics go; None on ranks other than 0.
-        paged_layers: of the base; None: it is not paged.
-        run_started: `time.perf_counter()` when this start began; None: now.
-
-    Raises:
-        UserError: too many steps in a row were not finite.
+        setup: run whose model is sharded and loaded.
+        resume_point: checkpoint to restore, or the beginning.
+        loaded: the run's model with its weights, its adapter shards and the memory of the optimizer states.
+        console: output for progress.
+        run_dir: folder that metrics are written to; None on ranks other than 0.
     """
-    cfg = setup.config.train
-    timeout_factor = _COMPILE_TIMEOUT_FACTOR if cfg.compile else None
-    shards = AdapterShards(model)
-    optimizer = make_optimizer(shards, optimizer_state, setup)
-    loss_scale = LossScale(setup.config.model.compute_dtype)
-    state = trainable_state(model, shards.local, optimizer, setup.device)
-    checkpoints = RunCheckpointer(setup, resume_point, state, loss_scale, console)
-    progress = checkpoints.start(run_dir)
-    history = TrainResult(progress)
-    path = run_path(setup.config.run)
-    unmeasured_s = 12 * sum(p.numel() for _, p in named_trainable_parameters(model)) / _ASSUMED_WRITE_BYTES_PER_S
-    requests = StopRequests(path, run_dir is not None, cfg.max_time, lambda: checkpoints.seconds or unmeasured_s)
-    run_started, before_s = time.perf_counter() if run_started is None else run_started, progress.wall_s
 
-    def last_step() -> int:
-        """Global batches that were left out are missing at the end of so many epochs."""
-        return setup.steps if setup.loader.steps is None else setup.steps - len(progress.left_out)
+    def __init__(
+        self,
+        setup: RunSetup,
+        resume_point: ResumePoint,
+        loaded: TrainableModel,
+        console: RunConsole,
+        run_dir: RunDir | None = None,
+    ) -> None:
+        self._setup, self._config, self._console, self._run_dir = setup, setup.config.train, console, run_dir
+        self._optimizer_state, self._paged_layers = loaded.optimizer_state, loaded.paged_layers
+        self._traffic, shards = loaded.traffic, loaded.adapter_shards
+        self._step_context = StepContext(
+            model=setup.model,
+            shards=shards,
+            optimizer=make_optimizer(shards, loaded.optimizer_state, setup),
+            loss_scale=LossScale(setup.config.model.compute_dtype),
+            adapter_replicas=setup.sizes.adapter_replicas,
+            max_grad_norm=setup.config.optim.max_grad_norm,
+            traffic=loaded.traffic,
+        )
+        state = trainable_state(setup.model, shards.local, self._step_context.optimizer, setup.device)
+        self._checkpoints = RunCheckpointer(setup, resume_point, state, self._step_context.loss_scale, console)
+        self.progress = self._checkpoints.resume(run_dir)
+        self._result = TrainResult(progress=self.progress)
+        self._earlier_wall_s, self._run_started = self.progress.wall_s, time.perf_counter()
 
-    def save() -> None:
-        record_heartbeat(progress.step, "saving a checkpoint")
-        progress.wall_s = before_s + time.perf_counter() - run_started
-        checkpoints.save(progress)
+        path = run_path(setup.config.run)
+        elements = sum(p.numel() for _, p in named_trainable_parameters(setup.model))
+        assumed_s = _CHECKPOINT_BYTES_PER_ELEMENT * elements / _ASSUMED_WRITE_BYTES_PER_S
+        requests = StopRequests(
+            path,
+            is_rank_0=run_dir is not None,
+            max_time=self._config.max_time,
+            checkpoint_s=lambda: self._checkpoints.seconds or assumed_s,
+        )
+        self._control = RunControl(requests, self._checkpoints, loaded.traffic)
+        sums_file = EvalSumsFile(path / EVAL_SUMS_FILE, setup, resume_point.fingerprint, shards.local)
+        self._evaluator = Evaluator(setup, sums_file, self._control, self._save_checkpoint, console, run_dir)
+        self._continues_run = (
+            resume_point.folder is not None and resume_point.folder.parent.resolve() == (path / "checkpoints").resolve()
+        )
+        self._longest_step_s = 0.0
+        self._profiler = StepProfiler(setup.device) if setup.config.run.profile else None
 
-    evaluations = Evaluator(
-        model,
-        [_batch_to(batch, setup.device) for batch in setup.eval_batches],
-        cfg.eval_every,
-        EvalSumsFile(path / EVAL_SUMS_FILE, setup, resume_point.identity, shards.local),
-        traffic,
-        checkpoints,
-        save,
-        requests,
-        console,
-        run_dir,
-        timeout_factor,
-    )
+    def train(self, run_started: float | None = None) -> TrainResult:
+        """Train, evaluate and save until the last step or a request to stop.
 
-    def control_flags() -> list[float]:
-        """What the ranks tell each other at the end of a step; the next one may be twice as slow as any until now."""
-        ahead_s = 2 * longest_step_s + evaluations.longest_batch_s
-        return [*checkpoints.progress, *requests.flags(ahead_s)]
+        Args:
+            run_started: `time.perf_counter()` when this start of the run began; None: when the trainer was made.
 
-    def reset_step_counters() -> None:
-        traffic.take()
-        if paged_layers is not None:
-            paged_layers.pager.take_counts()
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
+        stop_reason = self._start(run_started)
+        while stop_reason is None:
+            stop_reason = self._evaluator.evaluate_if_due(self.progress, self.last_step)
+            if stop_reason is not None or self.progress.step >= self.last_step:
+                break
+            self._begin_step()
+            batch = self._load_batch()
+            result = self._run_step(batch)
+            is_spike = self.progress.is_spike(result.loss, self._config.spike_factor)
+            if (is_spike or not result.finite) and self._roll_back(batch, result, is_spike=is_spike):
+                continue
+            self.progress.record_step(result.loss, batch.tokens, finite=result.finite, spike=is_spike)
+            self._log_step(batch, result)
+            self._raise_if_diverged()
+            stop_reason = self._stop_reason(result.flags)
+            if self._is_save_due() or stop_reason is not None or result.flags.save_file:
+                self._save_checkpoint()
+            self._control.acknowledge(result.flags)
+        return self._finish(stop_reason)
 
-    stop_requests = traffic.all_reduce(torch.tensor(requests.flags(0.0), dtype=torch.float64)).tolist()
-    history.stop = stop_reason(stop_requests)
-    requests.acknowledge(stop_requests, saved=False)
-    evaluations.load_completed(
-        progress.step,
-        resume_point.folder is not None and resume_point.folder.parent.resolve() == (path / "checkpoints").resolve(),
-    )
-    longest_step_s = 0.0
-    profiled = StepProfiler(setup.device) if setup.config.run.profile else None
-    model.train()
-    while history.stop is None:
-        history.stop = evaluations.evaluate(progress, last_step())
-        if history.stop is not None or progress.step >= last_step():
-            break
-        if longest_step_s == 0.0:
-            console.start_steps(setup.steps, progress.step)
-        reset_step_counters()  # the bytes of an evaluation or a checkpoint are no step's
-        if profiled is not None and progress.step == last_step() - 1:
-            profiled.begin()
+    @property
+    def last_step(self) -> int:
+        """Number of the last step. With `train.epochs`, batches that a rollback left out shorten the run."""
+        steps = self._setup.steps
+        return steps if self._setup.loader.steps is None else steps - len(self.progress.left_out)
+
+    def _start(self, run_started: float | None) -> str | None:
+        """Return the reason if the run is to stop before its first step."""
+        self._run_started = self._run_started if run_started is None else run_started
+        flags = self._control.sum_flags(0.0)
+        self._control.acknowledge(flags, saved=False)
+        self._evaluator.load_completed(self.progress.step, same_run=self._continues_run)
+        self._setup.model.train()
+        return flags.stop_reason
+
+    def _begin_step(self) -> None:
+        if self._is_first_step():
+            self._console.start_steps(self._setup.steps, self.progress.step)
+        # the bytes of an evaluation or a checkpoint belong to no step
+        self._traffic.take()
+        if self._paged_layers is not None:
+            self._paged_layers.pager.take_counts()
+        if self._profiler is not None and self.progress.step == self.last_step - 1:
+            self._profiler.begin()
+
+    def _load_batch(self) -> StepBatch:
         started = time.perf_counter()
-        record_heartbeat(progress.step, "reading data")
-        batch = progress.batch_index()
+        record_heartbeat(self.progress.step, "reading data")
+        index, loader = self.progress.batch_index(), self._setup.loader
         with record_function(DATA_LABEL):
-            micro_batches = [_batch_to(micro, setup.device) for micro in setup.loader.micro_batches(batch)]
-        tokens, loss_tokens = setup.loader.tokens(batch), setup.loader.loss_tokens(batch)
-        data_s = time.perf_counter() - started
-
-        lr = learning_rate(progress.step, setup.steps, setup.config.optim)
-        optimizer.lr = lr
-        record_heartbeat(progress.step, "training", None if history.tokens_per_s else timeout_factor)
-        result = train_step(
-            model,
-            micro_batches,
-            loss_tokens,
-            shards,
-            setup.sizes.adapter_replicas,
-            optimizer,
-            loss_scale,
-            setup.config.optim.max_grad_norm,
-            traffic,
-            control_flags=control_flags,
+            micro_batches = [move_batch(micro, self._setup.device) for micro in loader.micro_batches(index)]
+        tokens, trained_tokens = loader.tokens(index), loader.loss_tokens(index)
+        return StepBatch(
+            started=started,
+            index=index,
+            micro_batches=micro_batches,
+            tokens=tokens,
+            trained_tokens=trained_tokens,
+            data_s=time.perf_counter() - started,
         )
-        if not history.tokens_per_s:
-            log_unused_adapters(shards, console)
-        written, failed, *stop_requests = result.sums
-        checkpoints.update_status(int(written), int(failed))
 
-        spike = progress.is_spike(result.loss, cfg.spike_factor)
-        if spike or not result.finite:
-            details = f"loss {result.loss:.4f}, gradient norm {result.grad_norm:.3g}, global batch {batch}"
-            console.say(f"step {progress.step + 1}: {'a spike' if spike else 'not finite'} ({details})")
-            # fp16 overflows now and then while its loss scale is found
-            if cfg.on_spike == "rollback" and (spike or setup.config.model.compute_dtype != "fp16"):
-                record_heartbeat(progress.step, "saving a checkpoint")
-                rolled_back = checkpoints.go_back(progress, batch)
-                if rolled_back is not None:
-                    progress = history.progress = rolled_back
-                    if run_dir is not None:
-                        run_dir.go_back(progress.step)
-                    continue
-        progress.count(result.loss, tokens, result.finite, spike)
-        step_s = time.perf_counter() - started
-        longest_step_s = max(longest_step_s, step_s)
+    def _run_step(self, batch: StepBatch) -> StepResult:
+        self._step_context.optimizer.lr = learning_rate(self.progress.step, self._setup.steps, self._setup.config.optim)
+        timeout_factor = self._setup.compile_timeout_factor if self._is_first_step() else None
+        record_heartbeat(self.progress.step, "training", timeout_factor)
+        result = train_step(self._step_context, batch.micro_batches, batch.trained_tokens, self._own_flags)
+        if self._is_first_step():
+            log_unused_adapters(self._step_context.shards, self._console)
+        self._control.update_checkpoints(result.flags)
+        return result
 
-        history.tokens_per_s.append(tokens / step_s)
-        history.comm_bytes = traffic.take()
-        paging = (
-            optimizer_state.pager.take_counts() if isinstance(optimizer_state, PagedOptimizerState) else PagingStats()
+    def _own_flags(self) -> ControlFlags:
+        """Return this rank's flags. The next step is assumed to take up to twice as long as any so far."""
+        return self._control.own_flags(2 * self._longest_step_s + self._evaluator.longest_batch_s)
+
+    def _is_first_step(self) -> bool:
+        """Return whether this process has not completed a step yet."""
+        return not self._result.tokens_per_s
+
+    def _roll_back(self, batch: StepBatch, result: StepResult, *, is_spike: bool) -> bool:
+        """Report a bad step, and restore the newest checkpoint if `train.on_spike` asks for that.
+
+        Returns:
+            Whether a checkpoint was restored.
+        """
+        details = f"loss {result.loss:.4f}, gradient norm {result.grad_norm:.3g}, global batch {batch.index}"
+        self._console.say(f"step {self.progress.step + 1}: {'a spike' if is_spike else 'not finite'} ({details})")
+        # fp16 overflows now and then until its loss scale is found
+        is_overflow = not is_spike and self._setup.config.model.compute_dtype == "fp16"
+        if self._config.on_spike != "rollback" or is_overflow:
+            return False
+        record_heartbeat(self.progress.step, "saving a checkpoint")
+        restored = self._checkpoints.roll_back(self.progress, batch.index)
+        if restored is None:
+            return False
+        self.progress = restored
+        if self._run_dir is not None:
+            self._run_dir.go_back(restored.step)
+        return True
+
+    def _log_step(self, batch: StepBatch, result: StepResult) -> None:
+        step_s = time.perf_counter() - batch.started
+        self._longest_step_s = max(self._longest_step_s, step_s)
+        state, layers, lr = self._optimizer_state, self._paged_layers, self._step_context.optimizer.lr
+        paging = state.pager.take_counts() if isinstance(state, PagedOptimizerState) else PagingStats()
+        base_paging = layers.pager.take_counts() if layers is not None else PagingStats()
+        tokens_per_s, peak_bytes = batch.tokens / step_s, peak_memory_bytes(self._setup.device)
+        self._result.tokens_per_s.append(tokens_per_s)
+        self._result.comm_bytes = self._traffic.take()
+        self._result.fetched_bytes = base_paging.bytes_in
+        self._result.stall_shares.append(base_paging.stall_s / step_s)
+        self._console.log_step(self.progress.step, result.loss, lr, tokens_per_s, peak_bytes)
+        if self._run_dir is None:
+            return
+        metrics = StepMetrics(
+            step=self.progress.step,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            skipped=not result.finite,
+            tokens=batch.tokens,
+            trained_tokens=batch.trained_tokens,
+            positions=self._setup.loader.padded_tokens(batch.index),
+            tokens_per_s=tokens_per_s,
+            step_s=step_s,
+            data_s=batch.data_s,
+            comm_bytes=self._result.comm_bytes,
+            peak_bytes=peak_bytes,
+            resident_bytes=state.resident_bytes,
+            paged_bytes=state.paged_bytes,
+            paging=paging,
+            base_paging=base_paging if layers is not None else None,
+            base_resident_bytes=layers.held_bytes if layers is not None else None,
         )
-        base_paging = paged_layers.pager.take_counts() if paged_layers is not None else PagingStats()
-        history.fetched_bytes = base_paging.bytes_in
-        history.stalls.append(base_paging.stall_s / step_s)
-        peak = peak_memory_bytes(setup.device)
-        console.step(progress.step, result.loss, lr, tokens / step_s, peak)
-        metrics = {
-            "step": progress.step,
-            "loss": result.loss,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "skipped": not result.finite,
-            "tokens": tokens,
-            "trained_tokens": loss_tokens,
-            "positions": setup.loader.padded_tokens(batch) if run_dir is not None else None,
-            "tokens_per_s": tokens / step_s,
-            "step_s": step_s,
-            "data_s": data_s,
-            "comm_bytes": history.comm_bytes,
-            "peak_bytes": peak,
-            "resident_bytes": optimizer_state.resident_bytes,
-            "paged_bytes": optimizer_state.paged_bytes,
-            "paging": asdict(paging),
-            **_paging_metrics(paged_layers, base_paging),
-        }
-        if run_dir is not None:
-            run_dir.log(metrics)
-        if progress.skipped_in_a_row == cfg.max_skipped_steps:
+        self._run_dir.log(metrics.to_row())
+
+    def _raise_if_diverged(self) -> None:
+        """Check how many steps in a row were not finite.
+
+        Raises:
+            UserError: there were `train.max_skipped_steps`.
+        """
+        limit = self._config.max_skipped_steps
+        if self.progress.skipped_in_a_row == limit:
             raise UserError(
-                f"step {progress.step}: the loss or gradient was not finite {cfg.max_skipped_steps} times in a row; "
+                f"step {self.progress.step}: the loss or gradient was not finite {limit} times in a row; "
                 "lower optim.lr, or use model.compute_dtype=bf16"
             )
-        last = progress.step == last_step()
-        history.stop = stop_reason(stop_requests)
-        if last and (history.stop == "max_time" or not evaluations.is_due(progress.step, progress.step)):
-            history.stop = None  # an evaluation sees by itself that time is up
-        due = cfg.save_every and progress.step % cfg.save_every == 0
-        if due or last or history.stop is not None or is_save_requested(stop_requests):
-            save()
-        requests.acknowledge(stop_requests)
-    progress.wall_s = before_s + time.perf_counter() - run_started
-    console.stop()
-    if profiled is not None and (shares := profiled.end()):
-        history.step_shares, history.peak_bytes = shares, profiled.peak_bytes
-    record_heartbeat(progress.step, "completing the last checkpoint")
-    checkpoints.close()
-    return history
 
+    def _stop_reason(self, flags: ControlFlags) -> str | None:
+        """Return the reason to stop after this step. After the last step only an evaluation is left to be interrupted.
 
-def _paging_metrics(pages: PagedLayers | None, counts: PagingStats) -> dict[str, Any]:
-    """What metrics say of a base that is paged."""
-    return {} if pages is None else {"base_paging": asdict(counts), "base_resident_bytes": pages.held_bytes}
+        That evaluation checks `train.max_time` itself.
+        """
+        step, reason = self.progress.step, flags.stop_reason
+        if step == self.last_step and (reason == "max_time" or not self._evaluator.is_due(step, step)):
+            return None
+        return reason
 
+    def _is_save_due(self) -> bool:
+        step, every = self.progress.step, self._config.save_every
+        return step == self.last_step or (every > 0 and step % every == 0)
 
-def _batch_to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(tensor.to(device) for tensor in batch))
+    def _save_checkpoint(self) -> None:
+        record_heartbeat(self.progress.step, "saving a checkpoint")
+        self._update_wall_time()
+        self._checkpoints.save(self.progress)
+
+    def _update_wall_time(self) -> None:
+        self.progress.wall_s = self._earlier_wall_s + time.perf_counter() - self._run_started
+
+    def _finish(self, stop_reason: str | None) -> TrainResult:
+        """Complete the last checkpoint, and return the result."""
+        self._update_wall_time()
+        self._console.close_progress()
+        self._result.progress, self._result.stop_reason = self.progress, stop_reason
+        if self._profiler is not None and (shares := self._profiler.end()):
+            self._result.step_shares, self._result.peak_bytes = shares, self._profiler.peak_bytes
+        record_heartbeat(self.progress.step, "completing the last checkpoint")
+        self._checkpoints.close()
+        return self._result

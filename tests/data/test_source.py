@@ -77,7 +77,10 @@ def test_a_tilde_is_the_home(tmp_path, write_rows, monkeypatch):
             b'{"text": NaN}',
             "not valid JSON: `text` is NaN, which is not a number in JSON; write null there, or take the",
         ),
-        (b'{"text": "a", "x": [{"y": -Infinity}]}', "not valid JSON: `x[0].y` is -Infinity, which is not a number in J"),
+        (
+            b'{"text": "a", "x": [{"y": -Infinity}]}',
+            "not valid JSON: `x[0].y` is -Infinity, which is not a number in J",
+        ),
         (b"NaN", "not valid JSON: NaN is not a number in JSON; write null there"),
         (b'{"a":' * 900 + b"NaN" + b"}" * 900, "not valid JSON: `a.a.a.a.a."),
         (b'{"text": ' + b"9" * 5000 + b"}", "not valid JSON (a number of more than 4300 digits); write one"),

@@ -295,7 +295,7 @@ def test_the_clock_stops_a_run(config: Path) -> None:
         ("lora.targets=[q_proj]", r"was made with lora\.targets: all-linear, not \['q_proj'\]"),
         ("data.seq_len=64", r"was made with data\.seq_len: 96, not 64"),
         ("train.seed=1", r"was made with train\.seed: 0, not 1"),
-        ("train.steps=1", "is after 2 steps, and this run has 1; raise train.steps"),
+        ("train.steps=1", "was written after 2 steps, and this run has 1; raise train.steps"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(override: str, sentence: str, config: Path) -> None:

@@ -150,9 +150,9 @@ def test_overwriting_is_for_a_jobs_first_start(config: Path, capfd: pytest.Captu
     train_and_die_on_ranks(run, 5)
     with pytest.raises(RuntimeError, match="the process died"):
         run_ranks(1, in_job, 0, train_and_die, run, 5)
-    assert "goes on after" not in capfd.readouterr().out
+    assert "resumes after" not in capfd.readouterr().out
     run_ranks(1, in_job, 1, run_training, run)  # requeued
-    assert "goes on after" in capfd.readouterr().out
+    assert "resumes after" in capfd.readouterr().out
     assert steps(run) == list(range(1, STEPS + 1))
     run_ranks(1, in_job, 2, run_training, run)
     assert "is done after 8 steps" in capfd.readouterr().out

@@ -81,7 +81,7 @@ def test_a_restart_in_place_and_a_killed_agent(tiny_llama_nf4, tmp_path):
         second = wait_for(lambda: {} if first.items() & (new := rank_pids(agent.pid)).items() else new, 40)
         metrics.unlink(missing_ok=True)
         wait_for(lambda: steps() >= 3, 90)
-        assert "goes on after " in (tmp_path / "output.txt").read_text(), "run.overwrite is for the first start"
+        assert "resumes after " in (tmp_path / "output.txt").read_text(), "run.overwrite is for the first start"
         agent.kill()
         wait_for(lambda: not any(map(is_running, second.values())), 5)
     said = [line for line in (tmp_path / "output.txt").read_text().splitlines() if line.startswith("qlora-dist: ")]

@@ -22,7 +22,7 @@ from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import train_step
+from qlora_dist.train.train_step import StepContext, train_step
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -94,20 +94,19 @@ def record_two_steps(config: Config) -> tuple[list[Collective], dict[str, int], 
         loaded = load_trainable_model(shard_model(setup.model, config, ranks, setup.device), setup.folder)
         traffic, shards = loaded.traffic, loaded.adapter_shards
         optimizer = make_optimizer(shards, loaded.optimizer_state, setup)
+        context = StepContext(
+            model=setup.model,
+            shards=shards,
+            optimizer=optimizer,
+            loss_scale=LossScale("fp32"),
+            adapter_replicas=setup.sizes.adapter_replicas,
+            max_grad_norm=0.3,
+            traffic=traffic,
+        )
         for step in range(2):
             traffic.take()
             with CollectiveRecorder() as wire:
-                train_step(
-                    setup.model,
-                    setup.loader.micro_batches(step),
-                    setup.loader.loss_tokens(step),
-                    shards,
-                    setup.sizes.adapter_replicas,
-                    optimizer,
-                    LossScale("fp32"),
-                    0.3,
-                    traffic,
-                )
+                train_step(context, setup.loader.micro_batches(step), setup.loader.loss_tokens(step))
         return wire.collectives, traffic.take(), setup.loader.gradient_accumulation
 
 

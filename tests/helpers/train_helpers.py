@@ -1,4 +1,4 @@
-"""A run on real ranks, and what is left of it."""
+"""Runs on real ranks, their results, and reference losses by plain autograd."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPT = torch.arange(3, 60).view(1, -1)
 
 
 def train_and_get_logits(config: Config) -> np.ndarray:
-    """Train, then run the sharded model on PROMPT: its logits."""
+    """Train, then return the sharded model's logits of PROMPT."""
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     with RunConsole(1) as console, process_group(ranks, setup.device):
@@ -29,7 +29,7 @@ def train_and_get_logits(config: Config) -> np.ndarray:
         setup.model.eval()
         with torch.no_grad():
             logits = setup.model(input_ids=PROMPT, use_cache=False).logits
-    return logits.float().numpy()  # a tensor would be shared memory of a process that is gone
+    return logits.float().numpy()  # a tensor would be shared memory of a process that has exited
 
 
 def losses(config: Config) -> list[float]:
@@ -38,14 +38,14 @@ def losses(config: Config) -> list[float]:
 
 
 def adapter_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """|a - b| / |a| of all adapter weights together."""
+    """Return |a - b| / |a| over all adapter weights together."""
     assert a.keys() == b.keys()
     difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).double().norm()
     return float(difference / torch.cat([t.flatten() for t in a.values()]).double().norm())
 
 
 def plain_losses(model: nn.Module, config: Config, steps: int) -> list[float]:
-    """The same steps in one process by plain autograd: whole logits, torch's AdamW, whatever requires a gradient."""
+    """Train in one process by plain autograd with whole logits and torch's AdamW, and return the losses."""
     loader = set_up_run(config, read_rank_info({})).loader
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.optim.lr, betas=(0.9, 0.999), weight_decay=0.0)
@@ -66,7 +66,7 @@ def plain_losses(model: nn.Module, config: Config, steps: int) -> list[float]:
 
 
 def first_loss(config: Config, model: nn.Module) -> float:
-    """The loss of transformers' model on what the first step trains on, each sequence of a row by itself."""
+    """Return the loss of transformers' model on the first step's batch, computed sequence by sequence."""
     total, count = 0.0, 0
     with torch.no_grad():
         for batch in set_up_run(config, read_rank_info({})).loader.micro_batches(0):

@@ -215,12 +215,12 @@ def test_no_step_is_lost_after_a_signal(name: str, reasons: list[str], results: 
     output = " ".join(results.runs[name].output().split())
     stops = re.findall(r"stopped by (\w+) after (\d+) steps", output)
     assert [reason for reason, _ in stops] == reasons, output
-    assert re.findall(r"goes on after (\d+) steps", output) == [step for _, step in stops]
+    assert re.findall(r"resumes after (\d+) steps", output) == [step for _, step in stops]
 
 
 def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(results: Results) -> None:
     run = results.runs["crash"]
-    (before,) = re.findall(r"goes on after (\d+) steps", " ".join(run.output().split()))
+    (before,) = re.findall(r"resumes after (\d+) steps", " ".join(run.output().split()))
     assert int(before) >= SAVE_EVERY  # it died at step 6 or soon after
     assert int(before) % SAVE_EVERY == 0
     assert "n[5,7]" in run.output(), "the spare node"

@@ -1,4 +1,4 @@
-"""If this fails, nobody can tell a run that loads for an hour from one that hangs."""
+"""If this fails, a run that loads for an hour looks like one that hangs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_lines_have_speed_and_time_left(capsys: pytest.CaptureFixture[str], monk
     )
 
 
-def test_no_line_for_what_takes_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_load_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     load(0)
     assert len(capsys.readouterr().out.splitlines()) == 1
 
@@ -44,7 +44,7 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_has_a_bar_and_then_one_for_the_steps(
+def test_a_terminal_shows_a_bar_for_loading_and_one_for_the_steps(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -55,6 +55,6 @@ def test_a_terminal_has_a_bar_and_then_one_for_the_steps(
         for reading in READINGS:
             run_console.loaded(reading)
         run_console.start_steps(2)
-        run_console.step(2, 1.0, 1e-4, 10.0, 2**20)
+        run_console.log_step(2, 1.0, 1e-4, 10.0, 2**20)
     out = capsys.readouterr().out
     assert "loading" in out and "4.2/4.2 MB" in out and "2/2" in out

@@ -1,4 +1,4 @@
-"""If this fails, a model whose code does more than call its layers is trained on another loss than its own, or not."""
+"""If this fails, a model whose code does more than call its layers trains on a wrong loss, or not at all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LINEAR = {
     "linear_value_head_dim": 16,
 }
 HYBRIDS: dict[str, dict[str, Any]] = {
-    # a norm with a gate, which must not be replaced
+    # has a norm with a gate, which must not be replaced
     "Qwen3Next": {
         **_LINEAR,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -47,11 +47,11 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 96,
         "shared_expert_intermediate_size": 96,
     },
-    # a norm whose gate is optional, and a weight that is handed to a kernel
+    # has a norm whose gate is optional, and a weight that is passed to a kernel
     "Bamba": {**_MAMBA, "attn_layer_indices": [1], "mamba_chunk_size": 64},
-    # buffers that a class sets from outside of the module that has them
+    # has buffers that a class sets in another module
     "FalconH1": {**_MAMBA, "mamba_d_ssm": 128, "mamba_chunk_size": 64, "head_dim": 16},
-    # an indexer that only chooses what attention sees
+    # has an indexer that only chooses what attention sees
     "DeepseekV32": {
         "q_lora_rank": 48,
         "kv_lora_rank": 32,
@@ -67,13 +67,13 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "moe_intermediate_size": 96,
     },
-    # a convolution that is three tensors in the folder
+    # has a convolution that is stored as three tensors
     "OlmoHybrid": {**_LINEAR, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
 }
 
 
 class RecordingConsole(RunConsole):
-    """Keeps what a run says."""
+    """Console that keeps the lines of a run."""
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -84,24 +84,24 @@ class RecordingConsole(RunConsole):
 
 
 def train_and_collect_lines(config: Config) -> list[str]:
-    """Train in this process; returns what was said."""
+    """Train in this process, and return the printed lines."""
     setup = set_up_run(config, read_rank_info({}))
     try:
         with RecordingConsole() as console, process_group(setup.ranks, setup.device):
             train_and_export(setup, console)
     finally:
-        if dist.is_initialized():  # a mistake leaves the group to the end of the process
+        if dist.is_initialized():  # after an error the group would exist until the process exits
             dist.destroy_process_group()
     return console.lines
 
 
 def held_out_loss(config: Config, model: nn.Module) -> float:
-    """The loss of the held-out rows, each by itself and without what is padded."""
+    """Return the loss of the held-out rows, computed row by row without padding."""
     total, count = 0.0, 0
     for batch in set_up_run(config, read_rank_info({})).eval_batches:
         for row, labels, _ in zip(*batch, strict=True):
             if (labels == -100).all():
-                continue  # fills up the last batch
+                continue  # the row only fills up the last batch
             length = int((labels != -100).nonzero().max()) + 1
             with torch.no_grad():
                 logits = model(input_ids=row[None, :length], use_cache=False).logits[0]
@@ -119,19 +119,19 @@ def make_run(name: str, folder: Path, *overrides: str) -> tuple[Path, Path, Conf
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "engine"), [*((name, "fsdp2") for name in HYBRIDS), ("DeepseekV32", "zero2")])
-def test_the_loss_and_the_adapter_are_those_of_transformers_and_peft(name: str, engine: str, tmp_path: Path) -> None:
+def test_loss_and_adapter_equal_transformers_and_peft(name: str, engine: str, tmp_path: Path) -> None:
     source, quantized, config = make_run(name, tmp_path, f"parallel.engine={engine}", "parallel.base=replicate")
-    said = train_and_collect_lines(config)
+    printed = train_and_collect_lines(config)
     plain = dequantized_model(source, quantized).eval()
     assert losses(config)[0] == pytest.approx(first_loss(config, plain), rel=1e-6)
 
     adapter = run_path(config.run) / "adapter"
     tensors = load_file(adapter / "adapter_model.safetensors")
-    still = {key for key, value in tensors.items() if "lora_B" in key and not value.any()}
-    assert all("indexer" in key for key in still)
-    assert len(still) == (9 if name == "DeepseekV32" else 0)
-    lines = [line for line in said if "without influence" in line]
-    assert len(lines) == bool(still) and all("self_attn.indexer.wq_b" in line for line in lines)
+    unchanged = {key for key, value in tensors.items() if "lora_B" in key and not value.any()}
+    assert all("indexer" in key for key in unchanged)
+    assert len(unchanged) == (9 if name == "DeepseekV32" else 0)
+    lines = [line for line in printed if "without influence" in line]
+    assert len(lines) == bool(unchanged) and all("self_attn.indexer.wq_b" in line for line in lines)
 
     rows = [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
     held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
@@ -140,13 +140,13 @@ def test_the_loss_and_the_adapter_are_those_of_transformers_and_peft(name: str, 
     assert held_out[-1] == pytest.approx(held_out_loss(config, peft_model), rel=1e-6)
 
 
-def test_adapters_none_of_which_counts_are_refused(tmp_path: Path) -> None:
+def test_adapters_without_influence_on_the_loss_are_refused(tmp_path: Path) -> None:
     _, _, config = make_run("DeepseekV32", tmp_path, "lora.targets=[wq_b, weights_proj]")
     with pytest.raises(UserError, match="no adapter has any influence on the loss"):
         train_and_collect_lines(config)
 
 
-def test_a_layer_whose_weight_is_read_takes_no_adapter(tmp_path: Path) -> None:
+def test_a_layer_whose_weight_the_model_reads_gets_no_adapter(tmp_path: Path) -> None:
     _, _, config = make_run("Bamba", tmp_path)
     adapted = {
         name.split(".lora_")[0]

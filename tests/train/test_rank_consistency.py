@@ -1,4 +1,4 @@
-"""If this fails, ranks that were given different things hang, or train a model that nobody meant to train."""
+"""If this fails, ranks with different settings hang, or train an unintended model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def train_in(folder: Path, *words: str | Path) -> None:
 
 
 def test_a_run_folder_that_is_not_shared_is_found_at_the_start(tiny_llama_nf4, tmp_path, monkeypatch):
-    """Two nodes with a disk each: it was the first checkpoint that never came, hours later."""
+    """Two nodes have a disk each. Without the check, the first checkpoint would never be complete, hours later."""
     monkeypatch.setattr(shared_folder, "_VISIBLE_TIMEOUT_S", 0.5)
     config, words = tiny_models.make_config(tmp_path, tiny_llama_nf4), ("run.dir=runs", "train.timeout=60")
     nodes = [tmp_path / "node0", tmp_path / "node1"]
@@ -78,8 +78,8 @@ def test_a_run_folder_that_is_not_shared_is_found_at_the_start(tiny_llama_nf4, t
         for process in processes:
             process.join(60)
     assert [process.exitcode for process in processes] == [2, 2]
-    said = (tmp_path / "rank-0.txt").read_text()
-    assert said.endswith(
+    output = (tmp_path / "rank-0.txt").read_text()
+    assert output.endswith(
         f"qlora-dist: runs/run: rank 1 on {HOST} does not see what rank 0 on {HOST} writes there; give run.dir a "
         "folder that all nodes share, by its whole path\n"
     )
@@ -144,13 +144,13 @@ def rank_message(path: Path) -> str:
 
 
 def test_all_ranks_name_the_same_rank(tiny_llama_nf4, tmp_path):
-    said = run_ranks(4, rank_message, tiny_models.make_config(tmp_path, tiny_llama_nf4))
-    assert len(set(said)) == 1
-    assert said[0].startswith(f"rank 2 on {HOST} differs from rank 0 on {HOST}: train.seed is 1 there and 0 here")
+    sentences = run_ranks(4, rank_message, tiny_models.make_config(tmp_path, tiny_llama_nf4))
+    assert len(set(sentences)) == 1
+    assert sentences[0].startswith(f"rank 2 on {HOST} differs from rank 0 on {HOST}: train.seed is 1 there and 0 here")
 
 
 def test_ranks_that_the_launcher_has_misplaced():
-    # srun --gpus-per-task=1: the same number on each rank, and not the same GPU
+    # srun --gpus-per-task=1 gives each rank the same index, but another GPU
     assert (
         find_misplaced_rank([("n1", 0, "GPU-a"), ("n1", 1, "GPU-b"), ("n2", 0, "GPU-a"), ("n2", 1, "GPU-b")], 2) is None
     )

@@ -1,4 +1,4 @@
-"""If this fails, a model that was trained here speaks another format where it is served, or never stops."""
+"""If this fails, a trained model gets another prompt format where it is served, or never stops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MESSAGES = [*QUESTION, {"role": "assistant", "content": "world"}]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a base model whose texts end with `<pad>`, and of a run that taught it ChatML."""
+    """Return the folder of a base model whose texts end with `<pad>`, and of a run that trained it on ChatML."""
     folder = tmp_path_factory.mktemp("served")
     tiny_models.make_model(folder / "base", num_hidden_layers=1, eos_token_id=0, pad_token_id=0)
     tokenizer = tiny_models.make_tokenizer(None)
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_with_a_template_of_its_own_can_be_served(run: Path) -> None:
+def test_a_run_with_its_own_template_can_be_served(run: Path) -> None:
     adapter = run / "runs" / "run" / "adapter"
     merge_folder(None, adapter, run / "merged", MergeOptions(), Console(quiet=True))
     for folder in (adapter, run / "merged"):
@@ -59,14 +59,14 @@ def test_a_run_with_a_template_of_its_own_can_be_served(run: Path) -> None:
         assert generation["eos_token_id"] == [tokenizer.convert_tokens_to_ids("<|im_end|>"), 0]
 
     base = transformers.AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.float32)
-    beside = peft.PeftModel.from_pretrained(base, adapter)
+    adapted = peft.PeftModel.from_pretrained(base, adapter)
     merged = transformers.AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    for model in (beside, merged):
+    for model in (adapted, merged):
         model.eval()
     answer = merged.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "world<|im_end|>"
     with torch.no_grad():
         torch.testing.assert_close(
-            beside(**prompt).logits, merged(**prompt).logits, rtol=0.1, atol=0.5
-        )  # merged into bf16
+            adapted(**prompt).logits, merged(**prompt).logits, rtol=0.1, atol=0.5
+        )  # the merged weights are bf16

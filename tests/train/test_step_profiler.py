@@ -1,4 +1,4 @@
-"""If this fails, a run says wrongly what a step's time goes into."""
+"""If this fails, a run reports a wrong split of a step's time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda en
 
 
 @given(st.fixed_dictionaries(dict.fromkeys(("paging", "communication", "optimizer"), SPANS)))
-def test_a_split_is_that_of_each_moment(layers: dict[str, list[tuple[int, int]]]) -> None:
+def test_the_split_equals_a_count_of_moments(layers: dict[str, list[tuple[int, int]]]) -> None:
     begin, end = 5, 25
     moments = dict.fromkeys(STEP_KINDS, 0)
     for moment in range(begin, end):
@@ -37,10 +37,10 @@ def test_a_split_is_that_of_each_moment(layers: dict[str, list[tuple[int, int]]]
 
 
 def one_step() -> dict[str, float]:
-    """Rank 1 is late. Of half a second, each of the others takes about a sixth."""
+    """Run a step of half a second in which rank 1 is late. The kinds with a label take about a sixth each."""
     dist.init_process_group("gloo")
-    last = StepProfiler(torch.device("cpu"))
-    last.begin()
+    profiler = StepProfiler(torch.device("cpu"))
+    profiler.begin()
     with record_function(DATA_LABEL):
         time.sleep(0.1)
     with record_function(STEP_LABEL):
@@ -50,7 +50,7 @@ def one_step() -> dict[str, float]:
             time.sleep(0.1)
             with record_function(PAGE_LABEL):
                 time.sleep(0.1)
-    shares = last.end()
+    shares = profiler.end()
     dist.destroy_process_group()
     return shares
 

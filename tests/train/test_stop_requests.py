@@ -1,4 +1,4 @@
-"""If this fails, Ctrl-C is not answered while a step computes, and people press it again and lose their steps."""
+"""If this fails, Ctrl-C has no answer while a step computes, so users press it again and lose their steps."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from qlora_dist.runtime.heartbeat import RunPhase, record_heartbeat
 from qlora_dist.train.stop_requests import STOP_FILE, install_signal_handlers, remove_stale_stop_file
 
 
-def compute_forever(errors: int, rank: int, step: int, phase: RunPhase) -> None:
-    """Be in a call that returns to Python for no signal, as a step or a collective may be for minutes."""
+def block_forever(error_fd: int, rank: int, step: int, phase: RunPhase) -> None:
+    """Block in a call that no signal interrupts, as a step or a collective may for minutes."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    os.dup2(errors, 2)
+    os.dup2(error_fd, 2)
     install_signal_handlers()
     record_heartbeat(step, phase)
-    os.write(errors, b"ready\n")
+    os.write(error_fd, b"ready\n")
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)
     libc.pthread_mutex_lock(mutex)
 
 
 @contextmanager
-def computing(rank: int, step: int, phase: RunPhase) -> Iterator[tuple[ForkProcess, int]]:
-    """The process, and where its stderr is read."""
+def blocked_process(rank: int, step: int, phase: RunPhase) -> Iterator[tuple[ForkProcess, int]]:
+    """Yield a blocked process and the file descriptor of its stderr."""
     reading, writing = os.pipe()
-    process = multiprocessing.get_context("fork").Process(target=compute_forever, args=(writing, rank, step, phase))
+    process = multiprocessing.get_context("fork").Process(target=block_forever, args=(writing, rank, step, phase))
     process.start()
     os.close(writing)
     try:
@@ -70,7 +70,7 @@ def read_line(reading: int, within_s: float = 60.0) -> str:
     ],
 )
 def test_the_first_interrupt_is_answered_at_once_and_the_second_ends(phase: RunPhase, answer: str) -> None:
-    with computing(0, 85, phase) as (process, stderr):
+    with blocked_process(0, 85, phase) as (process, stderr):
         os.kill(process.pid, signal.SIGINT)
         assert read_line(stderr) == f"qlora-dist: Ctrl-C: {answer}"
         os.kill(process.pid, signal.SIGINT)
@@ -80,17 +80,17 @@ def test_the_first_interrupt_is_answered_at_once_and_the_second_ends(phase: RunP
 
 
 def test_other_signals_are_answered_once_and_end_nothing() -> None:
-    with computing(0, 85, "training") as (process, stderr):
+    with blocked_process(0, 85, "training") as (process, stderr):
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
             os.kill(process.pid, number)
-            time.sleep(0.1)  # two that wait for delivery would be one
+            time.sleep(0.1)  # two pending signals would be delivered as one
         assert read_line(stderr) == "qlora-dist: SIGTERM: finishing step 86, then saving a checkpoint"
         assert read_line(stderr) == "qlora-dist: SIGHUP: finishing step 86, then saving a checkpoint"
         assert process.is_alive()
 
 
 def test_other_ranks_are_silent() -> None:
-    with computing(1, 85, "training") as (process, stderr):
+    with blocked_process(1, 85, "training") as (process, stderr):
         os.kill(process.pid, signal.SIGINT)
         assert not select.select([stderr], [], [], 0.3)[0]
         os.kill(process.pid, signal.SIGINT)
@@ -98,21 +98,21 @@ def test_other_ranks_are_silent() -> None:
         assert process.exitcode == 128 + signal.SIGINT
 
 
-def listen_under_nohup() -> None:
+def install_under_nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     install_signal_handlers()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     os._exit(7)
 
 
-def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed() -> None:
-    process = multiprocessing.get_context("fork").Process(target=listen_under_nohup)
+def test_a_run_under_nohup_survives_a_closed_terminal() -> None:
+    process = multiprocessing.get_context("fork").Process(target=install_under_nohup)
     process.start()
     process.join(60)
     assert process.exitcode == 7
 
 
-def test_a_stop_file_of_an_earlier_start_is_dropped_and_a_newer_one_is_not(tmp_path: Path) -> None:
+def test_a_stop_file_of_an_earlier_start_is_removed_and_a_newer_one_is_not(tmp_path: Path) -> None:
     assert remove_stale_stop_file(tmp_path) is None
     stop = tmp_path / STOP_FILE
     stop.touch()

@@ -1,4 +1,4 @@
-"""If this fails, a run does not say, or says wrongly, what it is going to train on."""
+"""If this fails, a run prints wrong lines about the data that it trains on, or none."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from qlora_dist.train.summary import describe_run
 from tests.helpers import tiny_models
 
 
-def test_what_became_of_each_source(tiny_llama_nf4: Path, tmp_path: Path) -> None:
+def test_each_source_has_a_line(tiny_llama_nf4: Path, tmp_path: Path) -> None:
     path = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__steps=None, train__epochs=2, data__seq_len=32)
     other = tiny_models.make_data(tmp_path / "other.jsonl", 10, seed=2, words=(1, 3))
     mixture = f"data.train=[{tmp_path / 'train.jsonl'}, {{path: {other}, weight: 0.5}}]"
 
-    def announced(*overrides: str) -> str:
+    def describe(*overrides: str) -> str:
         setup = set_up_run(load_config(path, [mixture, *overrides]), read_rank_info({}))
         return "\n".join(describe_run(setup))
 
-    packed = announced("data.too_long=split")
+    packed = describe("data.too_long=split")
     first, second, held_out, last = packed.splitlines()[-4:]
     number = r"[\d,]+"
     assert re.search(
@@ -37,14 +37,14 @@ def test_what_became_of_each_source(tiny_llama_nf4: Path, tmp_path: Path) -> Non
     assert held_out.startswith("held out: ")
     assert re.fullmatch(rf"{number} steps of 12 rows = 2.00 epochs of {number} rows; \d+.\d % padding", last)
 
-    unpacked = announced("data.packing=none", "data.too_long=drop")
+    unpacked = describe("data.packing=none", "data.too_long=drop")
     assert re.search(
         r"train.jsonl: 80 sequences, \d+ longer than 32 tokens dropped, .*; .* trained; weight 1", unpacked
     )
     assert "packed" not in unpacked
 
 
-def test_bf16_on_a_processor_that_emulates_it_is_said_with_the_remedy(
+def test_a_processor_that_emulates_bf16_gets_a_warning_with_the_remedy(
     tiny_llama_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_models.make_config(tmp_path, tiny_llama_nf4)
@@ -63,16 +63,16 @@ def test_a_single_rank_and_a_single_row_are_singular(tiny_llama_nf4: Path, tmp_p
     path = tiny_models.make_config(
         tmp_path, tiny_llama_nf4, train__steps=1, train__global_batch=1, optim__warmup_steps=0
     )
-    path_of_one = tiny_models.make_data(tmp_path / "one.jsonl", 1)
-    config = load_config(path, [f"data.train=[{path_of_one}]", "train.micro_batch=1"])
-    said = list(describe_run(set_up_run(config, read_rank_info({}))))
-    assert "1 rank on cpu: base, adapters and optimizer states are whole on it" in said
-    assert said[-1].startswith("1 step of 1 row = 1.00 epochs of 1 row; ")
+    one_row = tiny_models.make_data(tmp_path / "one.jsonl", 1)
+    config = load_config(path, [f"data.train=[{one_row}]", "train.micro_batch=1"])
+    lines = list(describe_run(set_up_run(config, read_rank_info({}))))
+    assert "1 rank on cpu: base, adapters and optimizer states are whole on it" in lines
+    assert lines[-1].startswith("1 step of 1 row = 1.00 epochs of 1 row; ")
     four = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h"}
     ranks = read_rank_info(four | {"MASTER_PORT": "1", "GROUP_RANK": "0"})
     config = load_config(path, ["train.micro_batch=1", "train.global_batch=4", "parallel.base=node"])
-    said = list(describe_run(set_up_run(config, ranks)))
+    lines = list(describe_run(set_up_run(config, ranks)))
     assert (
         "4 ranks on cpu: the base is sharded over 2 ranks, in 2 copies, "
         "adapters and optimizer states are sharded over all 4"
-    ) in said
+    ) in lines

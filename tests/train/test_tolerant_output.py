@@ -1,4 +1,4 @@
-"""If this fails, a run ends because nobody reads its output any more, or the disk of its log file is full."""
+"""If this fails, a run ends because its terminal was closed, or because the disk of its log file is full."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ print("the end", flush=True)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_process_ends_well_without_its_output_and_notes_it(tmp_path: Path) -> None:
-    """A fresh interpreter: flushing at exit must not fail, either."""
+def test_a_process_succeeds_without_its_output_and_records_the_loss(tmp_path: Path) -> None:
+    """Use a fresh interpreter, because flushing at exit must not fail, either."""
     (tmp_path / "output-lost.txt").write_text("of an earlier start\n")
     reading, closed = os.pipe()
     os.close(reading)
@@ -38,11 +38,11 @@ def test_a_process_ends_well_without_its_output_and_notes_it(tmp_path: Path) -> 
         program = [sys.executable, "-c", PROGRAM, str(tmp_path)]
         assert subprocess.run(program, env=environ, stdout=full, stderr=pipe, check=False).returncode == 0
     first, second = (tmp_path / "output-lost.txt").read_text().splitlines()
-    assert first.endswith(": stdout cannot be written (No space left on device); the run goes on without it")
-    assert second.endswith(": stderr cannot be written (Broken pipe); the run goes on without it")
+    assert first.endswith(": stdout cannot be written (No space left on device); the run continues without it")
+    assert second.endswith(": stderr cannot be written (Broken pipe); the run continues without it")
 
 
-def test_output_that_is_read_is_complete_and_in_order(tmp_path: Path) -> None:
+def test_readable_output_is_complete_and_in_order(tmp_path: Path) -> None:
     environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     program = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     done = subprocess.run(program, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)

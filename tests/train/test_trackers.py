@@ -1,4 +1,4 @@
-"""If this fails, what a run logs elsewhere is not what it has measured, or a tracker ends a run."""
+"""If this fails, a tracker gets other numbers than metrics.jsonl, or ends a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = {"data__seq_len": 48, "train__steps": 2, "train__global_batch": 2, "r
 
 
 @pytest.mark.slow
-def test_tensorboard_has_what_the_metrics_have_in_a_run_that_goes_on_too(tmp_path: Path, tiny_llama_nf4: Path) -> None:
+def test_tensorboard_has_the_numbers_of_metrics_in_a_resumed_run_too(tmp_path: Path, tiny_llama_nf4: Path) -> None:
     config = tiny_models.make_config(tmp_path, tiny_llama_nf4, **SETTINGS)
     run_ranks(2, run_training, load_config(config, []))
     run_ranks(1, run_training, load_config(config, ["train.steps=3"]))
@@ -35,7 +35,7 @@ def test_tensorboard_has_what_the_metrics_have_in_a_run_that_goes_on_too(tmp_pat
     ):
         assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(dict(values))
     run_ranks(1, run_training, load_config(config, ["run.overwrite=true", "run.trackers=[]"]), "none")
-    assert not (run / "tensorboard").exists()  # what was there of the run that was replaced
+    assert not (run / "tensorboard").exists()  # the replaced run's records are removed
 
 
 def configuration(*names: str) -> Config:
@@ -43,17 +43,15 @@ def configuration(*names: str) -> Config:
     return Config.model_validate({"model": {"base": "model"}, "data": {"train": ["data.jsonl"]}, "run": run})
 
 
-def test_one_that_fails_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "tensorboard").write_text("a file, where a folder is to be")
-    said: list[str] = []
-    with open_trackers(configuration("tensorboard"), tmp_path, True, said.append) as log:
+def test_a_tracker_that_fails_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file in the place of a folder")
+    lines: list[str] = []
+    with open_trackers(configuration("tensorboard"), tmp_path, lines.append, is_new=True) as log:
         log({"step": 1, "loss": 2.0})
-    assert len(said) == 1 and said[0].startswith("tensorboard: ") and "goes on without it" in said[0]
+    assert len(lines) == 1 and lines[0].startswith("tensorboard: ") and "continues without it" in lines[0]
 
 
-def test_one_that_is_not_installed_is_a_sentence(
-    tmp_path: Path, tiny_llama_nf4: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_tracker_is_a_sentence(tmp_path: Path, tiny_llama_nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     settings = SETTINGS | {"run__trackers": ["mlflow"]}
     config = load_config(tiny_models.make_config(tmp_path, tiny_llama_nf4, **settings), [])

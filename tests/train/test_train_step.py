@@ -1,4 +1,4 @@
-"""If this fails, one bad batch ruins the adapters, or a run that cannot recover goes on for ever."""
+"""If this fails, one bad batch ruins the adapters, or a run that cannot recover never stops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.ranks import run_ranks
 
 
 def train_with_bad_steps(config: Config, bad_steps: tuple[int, ...]) -> str | None:
-    """Train; at the bad steps one rank's loss is infinite. Returns the user's error, if there was one."""
+    """Train with an infinite loss on one rank at the bad steps. Return the message of the `UserError`, if any."""
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     calls = 0
@@ -66,7 +66,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(config: Config)
     assert run_ranks(2, train_with_bad_steps, config, (1, 3)) == [None, None]
     assert [row["skipped"] for row in rows(config)] == [False, True, False, True, False]
     for row in rows(config):
-        assert row["skipped"] == (row["loss"] is None)  # infinity is no JSON
+        assert row["skipped"] == (row["loss"] is None)  # JSON has no infinity
     summary = json.loads((run_path(config.run) / "summary.json").read_text())
     assert summary["skipped_steps"] == 2
     assert summary["eval_loss_last"] < summary["eval_loss_first"]
