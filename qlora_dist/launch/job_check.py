@@ -39,7 +39,9 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
             f"--ranks-per-node: {ranks_per_node} is more than the {cluster.gpus_per_node} GPUs of a node "
             "(gpus_per_node); use one rank per GPU"
         )
-    ranks = RankInfo(0, nodes * ranks_per_node, 0, ranks_per_node, "none")
+    ranks = RankInfo(
+        rank=0, world_size=nodes * ranks_per_node, local_rank=0, local_world_size=ranks_per_node, launcher="none"
+    )
     sizes = mesh_sizes(config.parallel, ranks)
     if cluster.preprocess:
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)
@@ -65,7 +67,17 @@ def check_local_run(config: Config, launcher: str, ranks_per_node: int, console:
         UserError: whatever is wrong.
     """
     names: dict[str, Launcher] = {"torchrun": "torchrun", "mpi": "mpi"}
-    set_up_run(config, RankInfo(0, ranks_per_node, 0, ranks_per_node, names.get(launcher, "none")), console)
+    set_up_run(
+        config,
+        RankInfo(
+            rank=0,
+            world_size=ranks_per_node,
+            local_rank=0,
+            local_world_size=ranks_per_node,
+            launcher=names.get(launcher, "none"),
+        ),
+        console,
+    )
 
 
 def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, sizes: MeshSizes, console: Console) -> None:

@@ -26,7 +26,7 @@ _SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SL
 _PORTS = range(20_000, 32_000)  # above what services use, below what Linux gives to connections
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankInfo:
     """This process among all."""
 
@@ -57,7 +57,11 @@ def read_rank_info(environ: Mapping[str, str] = os.environ) -> RankInfo:
         return _read_variables(
             launcher, environ, _OPEN_MPI_VARIABLES if started_by_open_mpi(environ) else _HYDRA_VARIABLES
         )
-    return _read_slurm_variables(environ) if launcher == "srun" else RankInfo(0, 1, 0, 1, "none")
+    return (
+        _read_slurm_variables(environ)
+        if launcher == "srun"
+        else RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
+    )
 
 
 def detect_launcher(environ: Mapping[str, str] = os.environ) -> Launcher:
@@ -85,7 +89,9 @@ def _read_variables(launcher: Launcher, environ: Mapping[str, str], names: tuple
             f"the environment says rank {rank} of {world_size}, {local_rank} of {local_world_size} on this node; "
             f"start with {command}, or unset {names[0]} and {names[1]}"
         )
-    return RankInfo(rank, world_size, local_rank, local_world_size, launcher)
+    return RankInfo(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size, launcher=launcher
+    )
 
 
 def _read_slurm_variables(environ: Mapping[str, str]) -> RankInfo:
@@ -100,7 +106,9 @@ def _read_slurm_variables(environ: Mapping[str, str]) -> RankInfo:
     sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", tasks)}
     if len(sizes) != 1:
         raise UserError(f"srun started {tasks} tasks on the nodes; start equally many on each (--ntasks-per-node)")
-    return RankInfo(rank, world_size, local_rank, sizes.pop(), "srun")
+    return RankInfo(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=sizes.pop(), launcher="srun"
+    )
 
 
 def _parse_ints(command: str, environ: Mapping[str, str], names: tuple[str, ...]) -> tuple[int, ...]:

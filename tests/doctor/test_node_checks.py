@@ -64,7 +64,9 @@ def test_a_processor_without_bf16_is_warned_of(tmp_path: Path, monkeypatch: pyte
     assert found.status == "warn" and found.remedy == "set model.compute_dtype=fp32"
     (tmp_path / "cpuinfo").write_text("flags : avx2 avx512_bf16")
     assert check_compute_type(CPU).status == "ok"
-    findings = node.check_node(RankInfo(0, 1, 0, 1, "none"), CPU, tmp_path)
+    findings = node.check_node(
+        RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none"), CPU, tmp_path
+    )
     assert "compute type" in [finding.check for finding in findings]
 
 
@@ -90,11 +92,13 @@ def test_a_mac_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no affinity of processes, and not all names of sysconf."""
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.delattr(os, "sysconf")
-    findings = node.check_node(RankInfo(0, 1, 0, 1, "none"), CPU, Path())
+    findings = node.check_node(
+        RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none"), CPU, Path()
+    )
     assert {finding.check for finding in findings} >= {"devices", "memory", "host name"}
 
 
 def test_a_cpu_is_no_gpu() -> None:
-    found = check_devices(RankInfo(0, 2, 0, 2, "torchrun"))
+    found = check_devices(RankInfo(rank=0, world_size=2, local_rank=0, local_world_size=2, launcher="torchrun"))
     assert found.status == ("ok" if torch.cuda.is_available() else "warn")
     assert "2 ranks" in found.said

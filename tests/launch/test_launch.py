@@ -53,7 +53,9 @@ def check(config: Config, cluster: Cluster = CPU, nodes: int = 2, ranks_per_node
 
 def test_the_static_part_is_that_of_the_shapes(config: Config) -> None:
     _, model, _ = set_up_model(config)
-    sizes = mesh_sizes(config.parallel, RankInfo(0, 4, 0, 2, "none"))
+    sizes = mesh_sizes(
+        config.parallel, RankInfo(rank=0, world_size=4, local_rank=0, local_world_size=2, launcher="none")
+    )
     tree = json.loads((Path(config.model.base) / "config.json").read_text())
     parameters = [p for unit in make_model_spec(tree, config.lora).units for p in unit.parameters]
     base = sum(p.numel * (1 if p.is_quantized else 4) for p in parameters if not p.trained)  # compute_dtype: fp32

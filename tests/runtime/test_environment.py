@@ -73,23 +73,32 @@ PROXY = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)
 @pytest.mark.parametrize(
     ("environ", "ranks"),
     [
-        (TORCHRUN, RankInfo(5, 8, 1, 4, "torchrun")),
-        (DEEPSPEED, RankInfo(5, 8, 1, 4, "torchrun")),
-        (OPEN_MPI, RankInfo(2, 4, 0, 2, "mpi")),
-        (HYDRA, RankInfo(3, 4, 1, 2, "mpi")),
-        (STEP, RankInfo(3, 4, 1, 2, "srun")),
-        (PMI2, RankInfo(3, 4, 1, 2, "srun")),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,2"}, RankInfo(3, 4, 1, 2, "srun")),
-        (STEP | {"SLURM_RESTART_COUNT": "2"}, RankInfo(3, 4, 1, 2, "srun")),
+        (TORCHRUN, RankInfo(rank=5, world_size=8, local_rank=1, local_world_size=4, launcher="torchrun")),
+        (DEEPSPEED, RankInfo(rank=5, world_size=8, local_rank=1, local_world_size=4, launcher="torchrun")),
+        (OPEN_MPI, RankInfo(rank=2, world_size=4, local_rank=0, local_world_size=2, launcher="mpi")),
+        (HYDRA, RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="mpi")),
+        (STEP, RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="srun")),
+        (PMI2, RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="srun")),
+        (
+            STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,2"},
+            RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="srun"),
+        ),
+        (
+            STEP | {"SLURM_RESTART_COUNT": "2"},
+            RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="srun"),
+        ),
         # a launcher inside of another: the inner one knows
-        (STEP | TORCHRUN, RankInfo(5, 8, 1, 4, "torchrun")),
-        (OPEN_MPI | TORCHRUN, RankInfo(5, 8, 1, 4, "torchrun")),
-        (PROXY | HYDRA, RankInfo(3, 4, 1, 2, "mpi")),
-        (PROXY | OPEN_MPI, RankInfo(2, 4, 0, 2, "mpi")),
+        (STEP | TORCHRUN, RankInfo(rank=5, world_size=8, local_rank=1, local_world_size=4, launcher="torchrun")),
+        (OPEN_MPI | TORCHRUN, RankInfo(rank=5, world_size=8, local_rank=1, local_world_size=4, launcher="torchrun")),
+        (PROXY | HYDRA, RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="mpi")),
+        (PROXY | OPEN_MPI, RankInfo(rank=2, world_size=4, local_rank=0, local_world_size=2, launcher="mpi")),
         # a batch script's own shell, or another's leftovers, make no rank
-        (JOB, RankInfo(0, 1, 0, 1, "none")),
-        ({}, RankInfo(0, 1, 0, 1, "none")),
-        ({"HOME": "/home/me", "MASTER_ADDR": "node0", "LOCAL_RANK": "3"}, RankInfo(0, 1, 0, 1, "none")),
+        (JOB, RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")),
+        ({}, RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")),
+        (
+            {"HOME": "/home/me", "MASTER_ADDR": "node0", "LOCAL_RANK": "3"},
+            RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none"),
+        ),
     ],
 )
 def test_who_am_i(environ, ranks):

@@ -28,7 +28,9 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
 
 
 def rank(number: int, world_size: int = 3) -> RankInfo:
-    return RankInfo(number, world_size, number, world_size, "torchrun")
+    return RankInfo(
+        rank=number, world_size=world_size, local_rank=number, local_world_size=world_size, launcher="torchrun"
+    )
 
 
 def test_a_restarted_rank_waits_for_the_new_first_rank(agent):
