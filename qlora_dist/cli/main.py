@@ -363,8 +363,7 @@ def main() -> None:
         app()
     except UserError as error:
         from qlora_dist.launch.agent import USER_ERROR_EXIT_CODE, write_torchrun_error_file
-        from qlora_dist.runtime.process_exit import exit_process
-        from qlora_dist.runtime.user_error_file import write_user_error_file
+        from qlora_dist.runtime.process_exit import exit_process, write_user_error_file
 
         write_user_error_file(error)
         write_torchrun_error_file(error)

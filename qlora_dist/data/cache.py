@@ -204,7 +204,7 @@ class _EntryWaiter:
 
     def look(self) -> None:
         """Remember who holds the lock, say so now and then, and break it if that process is gone."""
-        owner = self._watch.look()  # should it break a successor's lock, there are two holders, and that does no harm
+        owner = self._watch.check_holder()  # breaking a successor's lock gives two holders, which is harmless
         if owner is None:
             return
         self._seen_tokens.add(owner.token)

@@ -20,7 +20,7 @@ from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 from qlora_dist.runtime.bf16_support import bf16_warning
 from qlora_dist.runtime.environment import RankInfo, master_addr
-from qlora_dist.runtime.hosts import resolve_error
+from qlora_dist.runtime.network import resolve_error
 from qlora_dist.runtime.system import usable_cpu_count
 
 _MIN_FREE_DISK_BYTES = 10 * 2**30

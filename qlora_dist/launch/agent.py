@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import torchrun_error_file
-from qlora_dist.runtime.hosts import check_rendezvous_host
+from qlora_dist.runtime.network import check_rendezvous_host
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

@@ -21,8 +21,9 @@ from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.job_script import SlurmJob, render_job_script
-from qlora_dist.launch.run_status import JOB_FILE, read_json_object
+from qlora_dist.launch.run_status import JOB_FILE
 from qlora_dist.launch.slurm_queue import queued_jobs
+from qlora_dist.runs.json_object import read_json_object
 from qlora_dist.runtime.process_identity import process_identity
 
 LaunchTarget = Literal["local", "torchrun", "slurm", "mpi"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import statistics
@@ -18,6 +17,7 @@ import yaml
 from qlora_dist.config.sections import DEFAULT_STEPS
 from qlora_dist.errors import UserError
 from qlora_dist.launch.slurm_queue import WAITING_STATES, queued_jobs
+from qlora_dist.runs.json_object import parse_json_object, read_json_object
 from qlora_dist.runs.run_dir import DONE_MARKER, PROCESS_FILE, REQUEUE_MARKER, STOPPED_MARKER
 from qlora_dist.runtime.process_identity import is_same_process
 
@@ -201,23 +201,6 @@ def _configured_steps(path: Path) -> int | None:
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return None
     return steps if _is_int(steps) else None
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; empty if the file is not there, or not whole."""
-    try:
-        return parse_json_object(path.read_bytes())
-    except OSError:
-        return {}
-
-
-def parse_json_object(text: bytes) -> dict[str, Any]:
-    """The JSON object of a file or line; empty if it is none, or not whole."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):  # half a file, of a process that was killed or is writing
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def is_metrics_row(row: dict[str, Any]) -> bool:

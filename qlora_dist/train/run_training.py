@@ -93,7 +93,9 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
     run_dir = None
     if setup.ranks.rank == 0:
         machine = machine_info(setup.device.type)
-        run_dir = RunDir(config, start.manifest is None, start.replaces_run, setup.steps, machine)
+        run_dir = RunDir(
+            config, is_new=start.manifest is None, replace=start.replaces_run, steps=setup.steps, machine=machine
+        )
         record_lost_output(run_dir.path)
     expected = predict_run(setup)
     if isinstance(expected, RunPrediction):
@@ -138,14 +140,14 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
         marker = STOPPED_MARKER if history.stop in MANUAL_STOP_REASONS else REQUEUE_MARKER
         console.say(f"stopped by {history.stop} after {step} steps; the same command goes on from there ({marker})")
         if run_dir is not None:
-            run_dir.mark(marker, step, history.stop)
+            run_dir.write_marker(marker, step, history.stop)
         return
     record_heartbeat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter", setup.served.save)
     load_stats = LoadStats(static_bytes, optimizer_state.resident_bytes, read_bytes, load_s)
     summarize(setup, history, load_stats, expected, console, run_dir)
     if run_dir is not None:
-        run_dir.mark(DONE_MARKER, step, "last step")
+        run_dir.write_marker(DONE_MARKER, step, "last step")
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def summarize(
     if isinstance(expected, RunPrediction) and history.tokens_per_s:
         summary["plan"] = expected.against(summary, load_stats.moments_bytes)
     if run_dir is not None:
-        run_dir.finish(summary)
+        run_dir.write_summary(summary)
     console.console.print(_table(summary, bool(history.tokens_per_s)))
 
 

@@ -197,7 +197,7 @@ def train_loop(
                 if rolled_back is not None:
                     progress = history.progress = rolled_back
                     if run_dir is not None:
-                        run_dir.go_back(progress.step)
+                        run_dir.roll_back(progress.step)
                     continue
         progress.count(result.loss, tokens, result.finite, spike)
         step_s = time.perf_counter() - started

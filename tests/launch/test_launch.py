@@ -24,7 +24,7 @@ from qlora_dist.launch.preflight import add_node_names, find_slow_nodes
 from qlora_dist.parallel.mesh import mesh_sizes
 from qlora_dist.plan.model_spec import make_model_spec
 from qlora_dist.runtime.environment import RankInfo
-from qlora_dist.runtime.user_error_file import write_user_error_file
+from qlora_dist.runtime.process_exit import write_user_error_file
 from qlora_dist.train.run_setup import set_up_model
 from tests.helpers import tiny_models
 
@@ -151,7 +151,7 @@ def test_a_mistake_is_left_for_the_script_and_a_lost_node_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_DIST_JOB", str(tmp_path))
-    write_user_error_file(UserError("rank 3 has not come", retryable=True))
+    write_user_error_file(UserError("rank 3 did not join", retryable=True))
     assert not (tmp_path / "MISTAKE").exists()
     write_user_error_file(UserError("lora.r: is wrong"))
     assert (tmp_path / "MISTAKE").read_text() == "lora.r: is wrong\n"
@@ -164,5 +164,5 @@ def test_the_slow_node_is_named_and_not_its_neighbours() -> None:
 
 
 def test_the_node_that_does_not_come_is_named() -> None:
-    said = add_node_names("rank 1 (nor 1 more) of 3 has not come within 120 s", ["n1", "gpu-07", "n3"])
-    assert said == "rank 1 (gpu-07) (nor 1 more) of 3 has not come within 120 s"
+    said = add_node_names("rank 1 (nor 1 more) of 3 did not join within 120 s", ["n1", "gpu-07", "n3"])
+    assert said == "rank 1 (gpu-07) (nor 1 more) of 3 did not join within 120 s"

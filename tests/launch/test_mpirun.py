@@ -188,6 +188,6 @@ def test_a_missing_mpi4py_is_a_sentence(config: Path, tmp_path: Path) -> None:
         code, err = wait_for_exit(process, folder)
     assert code in expected_exit_codes("mpich", 2)
     assert err == (
-        "qlora-dist: mpirun started 2 ranks, which find each other by mpi4py, and there is none that works (No module "
+        "qlora-dist: mpirun started 2 ranks, which need mpi4py to connect, and it does not work here (No module "
         "named 'mpi4py'); install mpi4py, or set MASTER_ADDR and MASTER_PORT\n"
     )

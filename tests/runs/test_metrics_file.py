@@ -43,10 +43,10 @@ def test_a_full_disk_leaves_whole_lines_and_all_of_them_in_the_end(
     for row in expected[:3]:
         metrics.append(row)
     with limit_disk_space(path, more_bytes):
-        metrics.extend(2, {"eval_loss": 0.123456789012345})
+        metrics.extend_step(2, {"eval_loss": 0.123456789012345})
         for row in expected[3:6]:
             metrics.append(row)
-        metrics.extend(5, {"eval_loss": 5.0})
+        metrics.extend_step(5, {"eval_loss": 5.0})
         assert rows(path)[:2] == expected[:2]
         assert len(rows(path)) == 3
     assert capsys.readouterr().err.count("cannot be written") == 1
@@ -71,12 +71,12 @@ def test_a_run_that_goes_on_keeps_the_steps_that_are_done(tmp_path: Path) -> Non
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
     metrics = MetricsFile(path, 1)
-    metrics.extend(1, {"eval_loss": 3.0})
-    assert (metrics.value(1, "eval_loss"), metrics.value(2, "eval_loss")) == (3.0, None)
-    metrics.extend(2, {"eval_loss": float("nan")})
+    metrics.extend_step(1, {"eval_loss": 3.0})
+    assert (metrics.last_value(1, "eval_loss"), metrics.last_value(2, "eval_loss")) == (3.0, None)
+    metrics.extend_step(2, {"eval_loss": float("nan")})
     assert rows(path) == [{"step": 1, "loss": 2.0, "eval_loss": 3.0}, {"step": 2, "eval_loss": None}]
     assert metrics.values("loss") == [2.0]
-    metrics.go_back(1)
+    metrics.roll_back(1)
     metrics.append({"step": 2})
     assert rows(path)[1:] == [{"step": 2}]
 
@@ -90,10 +90,10 @@ def test_a_rollback_while_the_disk_is_full_keeps_the_steps_before_it(
     for step in range(1, 4):
         metrics.append({"step": step, "loss": 1.0})
     with limit_disk_space(path, 0):
-        metrics.extend(3, {"eval_loss": 2.0})
+        metrics.extend_step(3, {"eval_loss": 2.0})
         for step in range(4, 7):
             metrics.append({"step": step, "loss": 1.0})
-        metrics.go_back(back_to)
+        metrics.roll_back(back_to)
     for step in range(back_to + 1, 8):
         metrics.append({"step": step, "loss": 3.0})
     metrics.close()

@@ -102,7 +102,7 @@ def test_what_a_command_does_where_a_run_has_been(
 ) -> None:
     make_run(config, *traces)
     if way in ("begin", "replace", "resume", "done"):
-        assert choose_run_action(command(config), resume).way == way
+        assert choose_run_action(command(config), resume).kind == way
     else:
         with pytest.raises(UserError, match=way):
             choose_run_action(command(config), resume)
@@ -181,7 +181,7 @@ def test_a_launcher_goes_on_with_what_its_command_has_begun(
     for name, value in now.items():
         monkeypatch.setenv(name, value)
     found = choose_run_action(with_overwrite(config), resume)
-    assert (found.way, found.resume) == (way, resume if way == "replace" else "auto")
+    assert (found.kind, found.resume) == (way, resume if way == "replace" else "auto")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_file_of_another_kind_is_a_sentence(name: str, kind: str, config: Conf
         (path / name).mkdir()
     else:
         os.mkfifo(path / name)
-    with pytest.raises(UserError, match=f"{name}: is no file, and a run has one there; move it away"):
+    with pytest.raises(UserError, match=f"{name}: is not a file, and a run needs a file there; move it away"):
         choose_run_action(config)
 
 
@@ -205,7 +205,7 @@ def test_a_folder_of_another_kind_is_a_sentence(name: str, config: Config) -> No
     if path.is_dir():
         shutil.rmtree(path)
     path.write_text("x")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         choose_run_action(config)
 
 
@@ -220,7 +220,7 @@ def test_a_marker_that_says_nothing_is_none(config: Config) -> None:
     path = make_run(config, "checkpoint")
     for content in (b"xx", b"[]", b'{"step": "17"}', b'{"step": -1}', b"\xff", b"[" * 200_000):
         (path / "DONE").write_bytes(content)
-        assert choose_run_action(config).way == "resume", content
+        assert choose_run_action(config).kind == "resume", content
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def check_as_other_user(config: Config) -> str:
     os.setgid(65534)
     os.setuid(65534)
     try:
-        return choose_run_action(config).way
+        return choose_run_action(config).kind
     except UserError as error:
         return str(error)
 
@@ -265,7 +265,7 @@ def test_what_may_not_be_read_or_written_is_a_sentence(config: Config, open_fold
         spoilt.chmod(mode)
         (said,) = run_ranks(1, check_as_other_user, config)
         spoilt.chmod(before)
-        assert said.startswith(f"{spoilt}: cannot be ") and f"mode {mode:03o}, and this is user 65534" in said, said
+        assert said.startswith(f"{spoilt}: cannot be ") and f"mode {mode:03o}; this is user 65534" in said, said
     new = apply_changes(config, {"run": {"name": "new"}})
     path.parent.chmod(0o555)
     assert "give run.dir another value" in run_ranks(1, check_as_other_user, new)[0]

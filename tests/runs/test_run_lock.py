@@ -90,7 +90,7 @@ def test_a_second_run_is_refused_while_the_first_lives(host: str, holder: BasePr
     if host == "elsewhere":
         pretend_other_host(path)  # the heartbeat goes on
     where = "node7" if host == "elsewhere" else re.escape(os.uname().nodename)
-    sentence = rf"another run is at work in it \(process {holder.pid} on {where}\); wait for its end, stop it with"
+    sentence = rf"another run uses this folder \(process {holder.pid} on {where}\); wait for its end, stop it with"
     with pytest.raises(UserError, match=sentence), lock_run_dir(path, print):
         pass
     assert holder.is_alive() and (path / LOCK_FILE).exists()
@@ -122,7 +122,7 @@ def test_a_run_that_has_died_elsewhere_is_waited_for_a_known_time(
     started = time.monotonic()
     with lock_run_dir(path, said.append):
         assert time.monotonic() - started >= lease.LEASE_DURATION_S
-    assert len(said) == 1 and f"process {holder.pid} on node7 holds it; waiting for a heartbeat" in said[0]
+    assert len(said) == 1 and f"locked by process {holder.pid} on node7; waiting up to" in said[0]
 
 
 @pytest.mark.parametrize(("restart", "job"), [("1", "7"), ("0", "7"), ("1", "8")])
@@ -134,7 +134,7 @@ def test_a_requeued_job_takes_over_at_once(
     for name, value in (JOB | {"SLURM_RESTART_COUNT": restart, "SLURM_JOB_ID": job}).items():
         monkeypatch.setenv(name, value)
     if (restart, job) != ("1", "7"):
-        with pytest.raises(UserError, match="another run is at work in it"), lock_run_dir(path, print):
+        with pytest.raises(UserError, match="another run uses this folder"), lock_run_dir(path, print):
             pass
         return
     with lock_run_dir(path, print):
@@ -142,11 +142,13 @@ def test_a_requeued_job_takes_over_at_once(
         holder.join(60)
         assert holder.exitcode == 2
         stderr = (path.parent.parent / "stderr").read_text()
-        assert stderr.startswith(f"qlora-dist: {path}: another run has taken it over") and stderr.count("\n") == 1
+        assert (
+            stderr.startswith(f"qlora-dist: {path}: another run has taken over this folder") and stderr.count("\n") == 1
+        )
 
 
 def test_a_lock_that_is_none_is_a_sentence(path: Path) -> None:
     path.mkdir(parents=True)
     (path / LOCK_FILE).mkdir()
-    with pytest.raises(UserError, match=r"run\.lock: cannot be written \(.*\); mend that"), lock_run_dir(path, print):
+    with pytest.raises(UserError, match=r"run\.lock: cannot be written \(.*\); fix that"), lock_run_dir(path, print):
         pass

@@ -1,4 +1,4 @@
-"""If this fails, two ranks compute on one GPU, or one looks for a GPU that it has not been given."""
+"""If this fails, two ranks compute on one GPU, or a rank uses a GPU that it was not given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_dist.runtime.process_group import resolve_device
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    """So many GPUs, as torch tells it."""
+    """Pretend that torch sees a number of GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
     return request.param
