@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_dist.doctor.finding import Finding, merge_findings, worst_finding
 
-OK_FINDING = Finding("disk", "ok", "90 GiB are free")
+OK_FINDING = Finding(check="disk", status="ok", said="90 GiB are free")
 
 
 def test_what_is_the_same_everywhere_is_said_once() -> None:
@@ -12,8 +12,10 @@ def test_what_is_the_same_everywhere_is_said_once() -> None:
 
 
 def test_fine_nodes_are_counted_and_ill_ones_named() -> None:
-    full = Finding("disk", "warn", "1 GiB is free", "tidy up")
-    said = merge_findings({"n1": [OK_FINDING], "n2": [full], "n3": [Finding("disk", "ok", "70 GiB are free")]})
+    full = Finding(check="disk", status="warn", said="1 GiB is free", remedy="tidy up")
+    said = merge_findings(
+        {"n1": [OK_FINDING], "n2": [full], "n3": [Finding(check="disk", status="ok", said="70 GiB are free")]}
+    )
     assert [(finding.status, finding.said) for finding in said] == [
         ("ok", "n1: 90 GiB are free; 1 more fine"),
         ("warn", "n2: 1 GiB is free"),
@@ -21,16 +23,16 @@ def test_fine_nodes_are_counted_and_ill_ones_named() -> None:
 
 
 def test_all_ill_alike_is_one_line() -> None:
-    ill = Finding("kernels", "fail", "bitsandbytes on cuda: no kernel", "reinstall")
+    ill = Finding(check="kernels", status="fail", said="bitsandbytes on cuda: no kernel", remedy="reinstall")
     assert merge_findings({f"n{index}": [ill] for index in range(100)}) == [ill]
 
 
 def test_many_ill_nodes_of_some_are_counted() -> None:
-    ill = Finding("kernels", "fail", "no kernel", "reinstall")
+    ill = Finding(check="kernels", status="fail", said="no kernel", remedy="reinstall")
     found = merge_findings({f"n{index}": [ill if index else OK_FINDING] for index in range(9)})
     assert found[1].said == "n1, n2, n3 and 5 more: no kernel"
 
 
 def test_a_node_is_as_ill_as_the_worst_of_its_ranks() -> None:
-    ill = Finding("kernels", "fail", "no kernel")
+    ill = Finding(check="kernels", status="fail", said="no kernel")
     assert worst_finding([OK_FINDING, ill, OK_FINDING]) == ill

@@ -82,10 +82,10 @@ def test_the_names_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     assert check_own_host_name({}).status == "ok"
     found = check_own_host_name({"MASTER_ADDR": "node0.invalid"})
-    assert found.status == "fail" and found.said.startswith("MASTER_ADDR: node0.invalid leads nowhere (")
+    assert found.status == "fail" and found.said.startswith("MASTER_ADDR: node0.invalid cannot be resolved (")
     monkeypatch.setattr(socket, "gethostname", lambda: "me.invalid")
     found = check_own_host_name({"MASTER_ADDR": "127.0.0.1"})
-    assert found.status == "warn" and found.said.startswith("me.invalid, this machine's own name, leads nowhere (")
+    assert found.status == "warn" and found.said.startswith("me.invalid, this machine's own name, cannot be resolved (")
 
 
 def test_a_mac_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:

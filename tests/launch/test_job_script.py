@@ -29,7 +29,7 @@ NASTY = 'it\'s $(touch x) `touch y` "$HOME" \\ % #SBATCH --exclusive ; & | * ~ Ã
 
 
 def job(run: Path = Path("/shared/runs/my-run"), cwd: Path = Path("/shared/project"), array: int = 0) -> SlurmJob:
-    return SlurmJob("my-run", cwd, run, run / "jobs" / "1", nodes=2, ranks_per_node=4, array=array)
+    return SlurmJob(name="my-run", cwd=cwd, run=run, folder=run / "jobs" / "1", nodes=2, ranks_per_node=4, array=array)
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_named_is_refused(name: str) -> None:
         ('setup: ["a\\nb"]', "setup: should match"),
         ("env: {'A=1; touch x; B': '1'}", "env: should match"),
         ("env: {HF_TOKEN: hf_123}", "env.HF_TOKEN: looks like a secret"),
-        ("time: 1:00\nsave_time: 60", "save_time: 60 s are no less than time: 60 s"),
+        ("time: 1:00\nsave_time: 60", "save_time: 60 s must be less than time: 60 s"),
         ("container: {runtime: docker, image: x}", "container.runtime: should be 'pyxis' or 'apptainer'"),
         ("sbatch: [--x;y]", "sbatch: should match"),
         ("- 1", "start with `gpus_per_node:`"),

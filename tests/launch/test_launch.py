@@ -114,7 +114,7 @@ def test_a_dry_run_here_prints_a_command_that_can_be_pasted(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     said = io.StringIO()
     given = ("my run.yaml", "run.name=run")
-    launch_local(config, "torchrun", LaunchOptions(dry_run=True, given=given), Console(file=said))
+    launch_local(config, "torchrun", LaunchOptions(dry_run=True, config_args=given), Console(file=said))
     words = shlex.split(capsys.readouterr().out)
     assert f"--nproc-per-node={ranks}" in words
     assert words[-3:] == ["train", *given]

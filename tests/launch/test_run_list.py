@@ -161,7 +161,7 @@ def test_what_is_not_there_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"rum: no such run; .* holds run; name their folder with --dir"):
         make_run(tmp_path)
         follow_run(tmp_path, "rum")
-    with pytest.raises(UserError, match="did not say where its output goes"):
+    with pytest.raises(UserError, match="the output file of this run is not recorded"):
         follow_run(tmp_path, "run")
     with pytest.raises(UserError, match=r"run: does not run \(failed\)"):
         cancel_run(tmp_path, "run", now=False, as_json=False)

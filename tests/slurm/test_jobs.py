@@ -233,7 +233,7 @@ def test_two_jobs_on_the_same_nodes_leave_each_other_alone(results: Results) -> 
 
 
 def test_all_nodes_are_looked_at_before_the_ranks_start(results: Results) -> None:
-    assert re.search(r"^preflight: 2 nodes have met after", results.runs["time"].output(), re.M)
+    assert re.search(r"^preflight: 2 nodes joined after", results.runs["time"].output(), re.M)
 
 
 def test_nothing_is_left_behind(results: Results, slurm: Any) -> None:

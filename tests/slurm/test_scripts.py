@@ -127,7 +127,9 @@ def jobs(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
     submitted = {}
     for number, (name, scenario) in enumerate(SCENARIOS.items()):
         run = folder / str(number) / scenario.folder
-        job = SlurmJob("job", folder, run, run / "jobs" / "1", 1, 1, scenario.array)
+        job = SlurmJob(
+            name="job", cwd=folder, run=run, folder=run / "jobs" / "1", nodes=1, ranks_per_node=1, array=scenario.array
+        )
         job.folder.mkdir(parents=True)
         ranks = folder / f"ranks-{number}"
         ranks.write_text(
