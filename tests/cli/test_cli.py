@@ -134,7 +134,7 @@ def test_version(cli):
     [
         (None, [], ["config.yaml: no such configuration file; give the path of a YAML file"]),
         ("model: [", [], ["config.yaml, line 1: not valid YAML"]),
-        ("model: {base: m}\nmodel: {base: n}", [], ["line 2", "the key 'model' stands twice"]),
+        ("model: {base: m}\nmodel: {base: n}", [], ["line 2", "the key 'model' appears twice"]),
         ("modle: {base: m}\ndata: {train: [a]}", [], ["line 1: modle: unknown key; did you mean model?"]),
         ("model: {base: m}\ndata: {trian: [a]}", [], ["line 2: data.trian: unknown key; did you mean data.train?"]),
         ("model: {base: m}\ndata: {}", [], ["line 2: data.train: is missing; add it"]),
