@@ -18,8 +18,9 @@ import torch
 from qlora_dist.config.config_file import load_config
 from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
-from tests.helpers.launchers import ROOT, alive_pids, environment, mpi, skip_unless, wait_until
+from tests.helpers.launchers import ROOT, alive_pids, environment, mpi, skip_unless
 from tests.helpers.ranks import run_ranks
+from tests.helpers.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = ROOT / "launch" / "mpirun.sh"
@@ -105,7 +106,7 @@ def test_the_same_losses(name: str, config: Path, forked: dict[int, torch.Tensor
         code, err = wait_for_exit(process, tmp_path / name)
         assert code == 0, err
         assert not err.strip()
-        assert wait_until(lambda: not alive_pids(tmp_path / name), within_s=5)
+        wait_for(lambda: not alive_pids(tmp_path / name), within_s=60)
     torch.testing.assert_close(losses(config.parent / "runs" / f"{name}-same"), forked[ranks], rtol=1e-5, atol=0)
     out = (tmp_path / name / "out.txt").read_text()
     assert f"{ranks} ranks on cpu" in out
@@ -117,12 +118,12 @@ def test_a_killed_rank_ends_all(name: str, config: Path, forked: dict[int, torch
     run = config.parent / "runs" / f"{name}-2"
     words = [config, f"run.name={name}-2", "train.steps=1000000"]
     with mpirun(name, tmp_path / name, 2, *words, script=True) as process:
-        assert wait_until(lambda: len(losses(run)) >= 3 or process.poll() is not None, within_s=500)
+        wait_for(lambda: len(losses(run)) >= 3 or process.poll() is not None, within_s=500)
         torch.testing.assert_close(losses(run)[:3], forked[2], rtol=1e-5, atol=0)
         victim = next(pid for pid in alive_pids(tmp_path / name) if is_rank(pid, 1))
         os.kill(victim, signal.SIGKILL)
         assert process.wait(10) != 0
-        assert wait_until(lambda: not alive_pids(tmp_path / name), within_s=5)
+        wait_for(lambda: not alive_pids(tmp_path / name), within_s=60)
 
 
 def is_rank(pid: int, rank: int) -> bool:
@@ -135,10 +136,10 @@ def is_rank(pid: int, rank: int) -> bool:
 def test_a_killed_mpirun_leaves_no_rank(name: str, number: int, tmp_path: Path) -> None:
     sleep = JOIN + "orphans.die_with_parent(); mpi.agree_on_store(); open(str(os.getpid()), 'w'); time.sleep(100)"
     with mpirun(name, tmp_path / name, 2, "-c", sleep) as process:
-        assert wait_until(lambda: len(list((tmp_path / name).glob("[0-9]*"))) == 2, within_s=100)
+        wait_for(lambda: len(list((tmp_path / name).glob("[0-9]*"))) == 2, within_s=100)
         process.send_signal(number)
         assert process.wait(10) != 0
-        assert wait_until(lambda: not alive_pids(tmp_path / name), within_s=5)
+        wait_for(lambda: not alive_pids(tmp_path / name), within_s=60)
 
 
 @BOTH_MPIS
@@ -159,7 +160,7 @@ def test_an_error_of_one_rank_ends_all_with_its_traceback(name: str, tmp_path: P
     )
     with mpirun(name, tmp_path / name, 2, "-c", JOIN + fail) as process:
         code, err = wait_for_exit(process, tmp_path / name)
-        assert wait_until(lambda: not alive_pids(tmp_path / name), within_s=5)
+        wait_for(lambda: not alive_pids(tmp_path / name), within_s=60)
     assert code in expected_exit_codes(name, 1)
     assert err.count("ValueError: seven is no prime") == 1
 

@@ -24,6 +24,7 @@ from qlora_dist.launch.run_status import find_run_dirs, read_run_status
 from qlora_dist.runtime.environment import process_record
 from tests.helpers import tiny_models
 from tests.helpers.ranks import started_ranks
+from tests.helpers.waiting import wait_for
 
 BORN = psutil.Process().create_time()
 THIS_HOST = {"host": socket.gethostname(), "pid": os.getpid(), "born": BORN, "steps": 100}
@@ -192,9 +193,9 @@ def test_a_real_run_is_seen_stopped_and_killed(tiny_llama_nf4, tmp_path, capsys)
     for now in (False, True):  # the second goes on from where the first was stopped
         with started_ranks([partial(train, config)], tmp_path) as (process,):
             before = read_run_status(path, None).step or 0
-            wait_for(lambda before=before: running_past(path, before + 3))
+            wait_for(lambda before=before: running_past(path, before + 3), within_s=200)
             cancel_run(path.parent, "run", now=now, as_json=True)
-            process.join(20)
+            process.join(120)
             assert process.exitcode == (-9 if now else 0)
         outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert outcome["state"] == "stopped"
@@ -221,10 +222,3 @@ def running_past(path: Path, step: int) -> bool:
 
 def stored_step(path: Path) -> int:
     return max(int(found.name.removeprefix("step-")) for found in (path / "checkpoints").glob("step-*"))
-
-
-def wait_for(true) -> None:
-    end = time.monotonic() + 100
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)

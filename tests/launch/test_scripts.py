@@ -16,8 +16,9 @@ import pytest
 from qlora_dist.config.config_file import load_config
 from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
-from tests.helpers.launchers import ROOT, alive_pids, environment, skip_unless, wait_until
+from tests.helpers.launchers import ROOT, alive_pids, environment, skip_unless
 from tests.helpers.ranks import run_ranks
+from tests.helpers.waiting import wait_for
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
@@ -59,8 +60,8 @@ def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: P
         command = [ROOT / "launch" / "torchrun.sh", config, "optim.lr=1e-3", "parallel.engine=zero3"]
         process = subprocess.Popen(command, env=environ, stdout=out, stderr=out, start_new_session=True)
     try:
-        done = wait_until(lambda: metrics(run) >= 2 or process.poll() is not None, within_s=200)
-        assert done and process.poll() is None, (tmp_path / "out.txt").read_text()
+        wait_for(lambda: metrics(run) >= 2 or process.poll() is not None, within_s=200)
+        assert process.poll() is None, (tmp_path / "out.txt").read_text()
         for pid in alive_pids(folder):  # what SLURM does before a time limit
             os.kill(pid, signal.SIGUSR1)
         assert process.wait(60) == 0

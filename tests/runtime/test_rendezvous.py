@@ -20,7 +20,7 @@ from qlora_dist.runtime.rendezvous import join_rendezvous
 @pytest.fixture
 def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
     """Store that torchrun's agent keeps across restarts of the ranks."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
@@ -36,10 +36,10 @@ def rank(number: int, world_size: int = 3) -> RankInfo:
 def test_a_restarted_rank_waits_for_the_new_first_rank(agent):
     with ThreadPoolExecutor(3) as pool:
         for attempt in ("first", "second", "third"):
-            early = [pool.submit(join_rendezvous, rank(number), 10) for number in (1, 2)]
+            early = [pool.submit(join_rendezvous, rank(number), 60) for number in (1, 2)]
             threading.Event().wait(0.3)  # the ranks find entries of the previous attempt and must ignore them
             assert not any(future.done() for future in early)
-            stores = [join_rendezvous(rank(0), 10), *(future.result() for future in early)]
+            stores = [join_rendezvous(rank(0), 60), *(future.result() for future in early)]
             assert not stores[0].check(["written by"])
             stores[0].set("written by", attempt)
             assert [store.get("written by").decode() for store in stores] == [attempt] * 3

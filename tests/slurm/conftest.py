@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.real_slurm import free_ports, slurm_unavailable, wait_for
+from tests.helpers.real_slurm import free_ports, slurm_unavailable
+from tests.helpers.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "slurm" / "local_cluster.sh")

@@ -22,7 +22,7 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.launch.cluster import load_cluster
 from qlora_dist.launch.launch import LaunchOptions, launch_slurm
 from tests.helpers import tiny_models
-from tests.helpers.real_slurm import wait_for
+from tests.helpers.waiting import wait_for
 from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]

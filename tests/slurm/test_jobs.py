@@ -28,7 +28,7 @@ from qlora_dist.launch.launch import LaunchOptions, launch_slurm
 from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
-from tests.helpers.real_slurm import wait_for
+from tests.helpers.waiting import wait_for
 from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
