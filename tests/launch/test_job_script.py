@@ -1,6 +1,6 @@
-"""If this fails, a job script runs something that was meant as a name, or is not what a cluster's file says.
+"""If this fails, a job script executes a name as code, or differs from the cluster's file.
 
-`QLORA_DIST_GOLDEN=write pytest tests/launch/test_job_script.py` writes the files in golden/ anew; look at what changes.
+`QLORA_DIST_GOLDEN=write pytest tests/launch/test_job_script.py` rewrites the files in golden/. Review the changes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 
 
 def bash(script: str) -> list[str]:
-    """What a script prints, each ended by a zero byte."""
+    """Return the values that a script prints, each ended by a zero byte."""
     done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
     return done.stdout.decode().split("\0")[:-1]
 
@@ -130,7 +130,7 @@ def test_a_name_is_never_executed(folder: str, image: str) -> None:
         }
     )
     script = render_job_script(job(run, cwd=Path("/shared") / folder), cluster)
-    assignments = re.search(r"^run=.*?(?=^# left over)", script, re.M | re.S)
+    assignments = re.search(r"^run=.*?(?=^# variables left over)", script, re.M | re.S)
     wrapper = re.search(r"^deaf\+=.*?\)$", script, re.M | re.S)
     directory = re.search(r"^cd (.*) \|\| exit 1$", script, re.M)
     assert assignments and wrapper and directory
@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_named_is_refused(name: str) -> None:
         ("- 1", "start with `gpus_per_node:`"),
     ],
 )
-def test_a_mistake_in_a_clusters_file_is_a_sentence(text: str, sentence: str, tmp_path: Path) -> None:
+def test_an_error_in_a_clusters_file_is_one_sentence(text: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=re.escape(sentence).replace("should\\ match", ".*should match")):

@@ -1,5 +1,6 @@
-"""If this fails, a job waits for hours in a queue and then ends with a mistake that was there before; or a dry run
-leaves something behind.
+"""If this fails, a job waits for hours in a queue and then fails with an error that was detectable before.
+
+Or a dry run leaves files behind.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def test_what_is_wrong_is_found_before_the_queue(
         check(changed(config, **sections), CPU.model_copy(update=cluster))
 
 
-def test_a_gpu_that_is_not_here_is_no_mistake(config: Config) -> None:
-    """The nodes have it, not the machine that submits."""
+def test_a_gpu_that_is_missing_here_is_no_error(config: Config) -> None:
+    """The nodes have the GPUs, not the machine that submits."""
     said = check(
         changed(config, train={"device": "cuda"}), CPU.model_copy(update={"gpus_per_node": 8, "gpu_memory": 80.0})
     )
@@ -110,7 +111,7 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(config: Config, capsys: 
 def test_a_dry_run_here_prints_a_command_that_can_be_pasted(
     gpus: int, ranks: int, config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the user's own file, as no other is written; and a rank for each GPU, or the second card idles."""
+    """The command names the user's file, because no other is written, and starts one rank per GPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     said = io.StringIO()
     given = ("my run.yaml", "run.name=run")
@@ -124,7 +125,7 @@ def test_a_dry_run_here_prints_a_command_that_can_be_pasted(
 
 @pytest.mark.parametrize("on", ["torchrun", "mpi"])
 def test_a_mistake_is_found_before_ranks_are_started(on: LaunchTarget, config: Config) -> None:
-    """Or its sentence stands above forty lines of the launcher's own."""
+    """Otherwise forty lines of the launcher's output would follow the message."""
     wrong = changed(config, parallel={"base": 3})
     with pytest.raises(UserError, match=r"parallel\.base: 3 does not divide the world of 4 ranks"):
         launch_local(wrong, on, LaunchOptions(ranks_per_node=4), Console(quiet=True))
@@ -147,7 +148,7 @@ def test_several_nodes_are_not_started_from_here(config: Config) -> None:
         launch_local(config, "torchrun", LaunchOptions(nodes=2), Console(quiet=True))
 
 
-def test_a_mistake_is_left_for_the_script_and_a_lost_node_is_none(
+def test_a_user_error_is_written_for_the_script_and_a_lost_node_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_DIST_JOB", str(tmp_path))
@@ -163,6 +164,6 @@ def test_the_slow_node_is_named_and_not_its_neighbours() -> None:
     assert find_slow_nodes([(1.0, float("inf")), (1.0, 1.0), (1.0, 1.0)]) == []
 
 
-def test_the_node_that_does_not_come_is_named() -> None:
+def test_the_node_that_does_not_join_is_named() -> None:
     said = add_node_names("rank 1 (nor 1 more) of 3 did not join within 120 s", ["n1", "gpu-07", "n3"])
     assert said == "rank 1 (gpu-07) (nor 1 more) of 3 did not join within 120 s"

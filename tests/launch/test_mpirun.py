@@ -1,4 +1,4 @@
-"""If this fails, ranks that mpirun starts train something else, or hang, or are left behind."""
+"""If this fails, ranks that mpirun starts train something else, hang, or are left behind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Pa
 def mpirun(
     name: str, folder: Path, ranks: int, *words: str | Path, script: bool = False, python: Path | None = None
 ) -> Iterator[subprocess.Popen]:
-    """`mpirun` of that MPI with a Python command, or `launch/mpirun.sh` with words for it. Nothing of it outlives."""
+    """Run `mpirun` of an MPI with a Python command, or `launch/mpirun.sh`, and kill what is left of it afterwards."""
     folder.mkdir(exist_ok=True)
     path = mpi(name)
     flags = ["--allow-run-as-root", "--oversubscribe"] if name == "openmpi" and not script else []
@@ -86,7 +86,7 @@ def losses(run: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def forked(config: Path) -> dict[int, torch.Tensor]:
-    """The losses of ranks that no launcher has started."""
+    """Return the losses of ranks that no launcher has started."""
     found = {}
     for ranks in (2, 4):
         resolved = load_config(config, [f"run.name=forked-{ranks}"])
@@ -98,7 +98,7 @@ def forked(config: Path) -> dict[int, torch.Tensor]:
 
 @BOTH_MPIS
 def test_the_same_losses(name: str, config: Path, forked: dict[int, torch.Tensor], tmp_path: Path) -> None:
-    """Under one of the MPIs with ZeRO-3, where the ranks that nobody has started have FSDP2."""
+    """One MPI runs ZeRO-3, while the reference ranks, which no launcher has started, run FSDP2."""
     engine, ranks = {"mpich": ("zero3", 4), "openmpi": ("fsdp2", 2)}[name]
     skip_unless(engine == "fsdp2" or find_spec("deepspeed") is not None, "DeepSpeed")
     words = [config, f"run.name={name}-same", f"parallel.engine={engine}"]
@@ -143,7 +143,7 @@ def test_a_killed_mpirun_leaves_no_rank(name: str, number: int, tmp_path: Path) 
 
 
 @BOTH_MPIS
-def test_a_mistake_is_told_once(name: str, config: Path, tmp_path: Path) -> None:
+def test_a_user_error_is_reported_once(name: str, config: Path, tmp_path: Path) -> None:
     with mpirun(name, tmp_path / name, 2, config, "train.stpes=3", script=True) as process:
         code, err = wait_for_exit(process, tmp_path / name)
     assert code in expected_exit_codes(name, 2)  # Open MPI adds some lines of its own
@@ -167,7 +167,7 @@ def test_an_error_of_one_rank_ends_all_with_its_traceback(name: str, tmp_path: P
 
 @BOTH_MPIS
 def test_two_different_mpis_are_refused(name: str, config: Path, tmp_path: Path) -> None:
-    # unnoticed, every rank of the one would be alone, and those of the other end with an abort
+    # undetected, one MPI would give each rank a world of its own, and the other would abort
     other = mpi("openmpi" if name == "mpich" else "mpich") / "python"
     with mpirun(name, tmp_path / name, 2, "-m", "qlora_dist", "train", config, python=other) as process:
         code, err = wait_for_exit(process, tmp_path / name)
