@@ -21,7 +21,7 @@ def run_on_every_rank(function: Callable[[], None]) -> None:
 
 
 def run_recorded(function: Callable[..., None], *args: Any) -> None:
-    """Run a function, and report its exception to torchrun unless it is a user's error. torchrun shows the first one."""
+    """Run a function, and report its exception to torchrun unless it is a user's error. torchrun shows one."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     user_error = record(_catch_user_error)(function, *args)

@@ -89,21 +89,21 @@ def _sort_key(problem: ConfigProblem) -> tuple[bool, int]:
     return (False, int(number[1])) if number else (True, not problem.location.startswith("override "))
 
 
-def _group_unknown_foreign_keys(found: list[ConfigProblem]) -> list[ConfigProblem]:
+def _group_unknown_foreign_keys(problems: list[ConfigProblem]) -> list[ConfigProblem]:
     """Merge problems of another trainer's keys that have no equivalent here into one line."""
     rest = [
         problem
-        for problem in found
+        for problem in problems
         if len(problem.key) == 1 and problem.problem.startswith(_UNKNOWN) and not _advice(problem.key)
     ]
     rest = [problem for problem in rest if not problem.suggestions]
     if not rest:
-        return found
+        return problems
     names = ", ".join(problem.key[0] for problem in rest)
     last = ConfigProblem(
         re.sub(r", line \d+$", "", rest[0].location), (), f"no key of the same name or meaning: {names}"
     )
-    return [*(problem for problem in found if problem not in rest), last]
+    return [*(problem for problem in problems if problem not in rest), last]
 
 
 # --- values and keys --------------------------------------------------------------------------------------------------

@@ -80,15 +80,15 @@ def check_shared_run_folder(nodes: list[str], ranks: RankInfo, folder: Path) -> 
     existing = nearest_existing_folder(folder)
     sharing = probe_shared_folder(existing)
     if sharing.failure is not None:
-        said = f"rank 0 cannot write {existing} ({sharing.failure})"
-        return Finding(check="shared folder", status="fail", said=said, remedy="name another folder in run.dir")
+        message = f"rank 0 cannot write {existing} ({sharing.failure})"
+        return Finding(check="shared folder", status="fail", said=message, remedy="name another folder in run.dir")
     nodes_without_file = [
         name for index, name in enumerate(nodes) if index * ranks.local_world_size in sharing.blind_ranks
     ]
     if nodes_without_file:
-        said = f"{existing} of {nodes[0]} is not seen by {', '.join(nodes_without_file)}"
+        message = f"{existing} of {nodes[0]} is not seen by {', '.join(nodes_without_file)}"
         return Finding(
-            check="shared folder", status="fail", said=said, remedy="name a folder that all nodes share in run.dir"
+            check="shared folder", status="fail", said=message, remedy="name a folder that all nodes share in run.dir"
         )
     return Finding(check="shared folder", status="ok", said=f"what {nodes[0]} writes in {existing} is seen by all")
 
@@ -110,11 +110,11 @@ def check_clocks(nodes: list[str], ranks: RankInfo) -> Finding:
     worst = max(range(len(nodes)), key=lambda index: abs(skews_s[index]))
     values = {"skew_s": dict(zip(nodes, skews_s, strict=True))}
     if abs(skews_s[worst]) > _SKEW_S:
-        said = f"that of {nodes[worst]} is {abs(skews_s[worst]):.1f} s {'ahead' if skews_s[worst] > 0 else 'behind'}"
+        message = f"that of {nodes[worst]} is {abs(skews_s[worst]):.1f} s {'ahead' if skews_s[worst] > 0 else 'behind'}"
         return Finding(
             check="clocks",
             status="warn",
-            said=said,
+            said=message,
             remedy="let the nodes set their clocks (chrony, ntpd)",
             values=values,
         )
@@ -171,9 +171,9 @@ def _bandwidth(name: str, mesh: DeviceMesh | None, ranks: RankInfo, device: torc
         seconds = max(all_gather_json(median_seconds(_collective(collective, nbytes, size, group, device), device)))
         received = nbytes * (size - 1) / size * (2 if collective == "all_reduce" else 1)
         speeds[collective] = received / seconds
-    said = ", ".join(f"{collective} {_speed(speed)}" for collective, speed in speeds.items())
+    message = ", ".join(f"{collective} {_speed(speed)}" for collective, speed in speeds.items())
     values = {f"{collective}_bytes_per_s": speed for collective, speed in speeds.items()}
-    return Finding(check=f"bandwidth {name}", status="ok", said=f"{size} ranks: {said}", values=values)
+    return Finding(check=f"bandwidth {name}", status="ok", said=f"{size} ranks: {message}", values=values)
 
 
 def _collective(

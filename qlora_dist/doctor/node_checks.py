@@ -71,19 +71,19 @@ def check_devices(ranks: RankInfo) -> Finding:
     own, num_ranks = usable_cpu_count(), ranks.local_world_size
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else " (torch is built without CUDA)"
-        said = f"no CUDA device{built}; {num_ranks} {_plural(num_ranks, 'rank')} on {own} {_plural(own, 'core')}"
+        message = f"no CUDA device{built}; {num_ranks} {_plural(num_ranks, 'rank')} on {own} {_plural(own, 'core')}"
         return Finding(
             check="devices",
             status="warn",
-            said=said,
+            said=message,
             remedy="fine for trying; for GPUs, install torch with CUDA, and the driver",
         )
     count = torch.cuda.device_count()
     names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
-    said = f"{count} x {', '.join(names)}; {num_ranks} {_plural(num_ranks, 'rank')}, {own} {_plural(own, 'core')}"
+    message = f"{count} x {', '.join(names)}; {num_ranks} {_plural(num_ranks, 'rank')}, {own} {_plural(own, 'core')}"
     if count < num_ranks and count != 1:  # with --gpus-per-task=1 a rank sees only its own GPU
-        return Finding(check="devices", status="fail", said=said, remedy=f"start {count} ranks on this node")
-    return Finding(check="devices", status="ok", said=said)
+        return Finding(check="devices", status="fail", said=message, remedy=f"start {count} ranks on this node")
+    return Finding(check="devices", status="ok", said=message)
 
 
 def check_free_memory(device: torch.device) -> Finding:
@@ -94,12 +94,16 @@ def check_free_memory(device: torch.device) -> Finding:
         memory = psutil.virtual_memory()
         free, total = memory.free, memory.total
     values = {"free_bytes": free, "total_bytes": total}
-    said = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free" + (" on the GPU" if device.type == "cuda" else "")
+    message = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free" + (" on the GPU" if device.type == "cuda" else "")
     if device.type == "cuda" and free < 0.9 * total:
         return Finding(
-            check="memory", status="warn", said=said, remedy="see with nvidia-smi who else uses the GPU", values=values
+            check="memory",
+            status="warn",
+            said=message,
+            remedy="see with nvidia-smi who else uses the GPU",
+            values=values,
         )
-    return Finding(check="memory", status="ok", said=said, values=values)
+    return Finding(check="memory", status="ok", said=message, values=values)
 
 
 def check_compute_type(device: torch.device) -> Finding:
@@ -107,8 +111,8 @@ def check_compute_type(device: torch.device) -> Finding:
     warning = bf16_warning(device)
     if warning is None:
         return Finding(check="compute type", status="ok", said=f"bf16, the default, on {device.type}")
-    said, _, remedy = warning.rpartition("; ")
-    return Finding(check="compute type", status="warn", said=said, remedy=remedy)
+    message, _, remedy = warning.rpartition("; ")
+    return Finding(check="compute type", status="warn", said=message, remedy=remedy)
 
 
 def check_dequantize_kernel(device: torch.device) -> Finding:
@@ -129,11 +133,11 @@ def check_dequantize_kernel(device: torch.device) -> Finding:
     if not torch.equal(dequantized, expected):
         worst = float((dequantized - expected).abs().max())
         version = metadata.version("bitsandbytes")
-        said = f"bitsandbytes {version} dequantizes wrongly on {device.type}, by up to {worst:.3g}"
+        message = f"bitsandbytes {version} dequantizes wrongly on {device.type}, by up to {worst:.3g}"
         return Finding(
             check="kernels",
             status="fail",
-            said=said,
+            said=message,
             remedy="install another version of bitsandbytes (constraints.txt)",
         )
     return Finding(check="kernels", status="ok", said=f"bitsandbytes dequantizes on {device.type} to the last bit")
@@ -147,16 +151,16 @@ def check_free_disk(folder: Path) -> Finding:
             check="disk", status="fail", said=f"{existing} cannot be written", remedy="name another folder in run.dir"
         )
     free = shutil.disk_usage(existing).free
-    said, values = f"{free / _GIB:.0f} GiB are free in {existing}", {"free_bytes": free}
+    message, values = f"{free / _GIB:.0f} GiB are free in {existing}", {"free_bytes": free}
     if free < _MIN_FREE_DISK_BYTES:
         return Finding(
             check="disk",
             status="warn",
-            said=said,
+            said=message,
             remedy="checkpoints need twelve bytes for each trained parameter",
             values=values,
         )
-    return Finding(check="disk", status="ok", said=said, values=values)
+    return Finding(check="disk", status="ok", said=message, values=values)
 
 
 def check_own_host_name(environ: Mapping[str, str] = os.environ) -> Finding:

@@ -50,8 +50,8 @@ def _accounted_state(job_id: int) -> str:
     """Return the state of a job that is no longer in the queue."""
     command = ["sacct", f"--jobs={job_id}", "--allocations", "--noheader", "--parsable2", "--format=State"]
     done = _run_slurm_command(command)
-    words = done.stdout.split() if done is not None and done.returncode == 0 else []  # such as CANCELLED by 1000
-    return words[0] if words else "UNKNOWN"
+    fields = done.stdout.split() if done is not None and done.returncode == 0 else []  # such as CANCELLED by 1000
+    return fields[0] if fields else "UNKNOWN"
 
 
 def queued_jobs() -> dict[str, str] | None:

@@ -49,8 +49,8 @@ class RunAction:
     """Action of a command in the folder of its run."""
 
     kind: Literal["begin", "replace", "resume", "done"]
-    """Kind of action. begin: start a run; replace: remove the run in the folder first; resume: continue from a checkpoint;
-    done: do nothing."""
+    """Kind of action. begin: start a run; replace: remove the run in the folder first; resume: continue from a
+    checkpoint; done: do nothing."""
     resume: str = "auto"
     """Folder of the checkpoint, or auto for the newest one."""
     note: str | None = None
