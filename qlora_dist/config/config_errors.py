@@ -77,7 +77,7 @@ def explain_validation_error(
     lines = list(dict.fromkeys(map(str, problems)))
     if trainer is not None:
         return "\n".join([f"{path}: looks like a configuration of {trainer}; see {MIGRATION_PAGE}", *lines])
-    return lines[0] if len(lines) == 1 else "\n".join([f"{path}: {len(lines)} mistakes", *lines])
+    return lines[0] if len(lines) == 1 else "\n".join([f"{path}: {len(lines)} errors", *lines])
 
 
 _MISSING = "is missing; add it"

@@ -139,7 +139,7 @@ def dry_run_note(config: Config, resume: str) -> str | None:
     if action.kind == "replace":
         return f"train would replace the run in {path}" if (path / METRICS_FILE).exists() else None
     if action.kind == "resume":
-        return f"train would go on with the run in {path}"
+        return f"train would resume the run in {path}"
     return action.note
 
 
@@ -162,7 +162,7 @@ def skip_if_finished(config: Config, resume: str, rank: int) -> bool:
 def _format_finished_note(path: Path, steps: int) -> str:
     return (
         f"{path}: is done after {steps} steps, and there is nothing to do; for more, raise train.steps, or give "
-        "run.overwrite=true to begin it anew"
+        "run.overwrite=true to start it again"
     )
 
 

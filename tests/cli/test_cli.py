@@ -157,7 +157,7 @@ def test_several_mistakes_in_the_configuration_have_a_line_each(cli, tmp_path):
     code, out, err = cli("train", path, "train.steps=0")
     assert (code, out) == (2, "")
     assert err.replace(str(path), "FILE").splitlines() == [
-        "qlora-dist: FILE: 3 mistakes",
+        "qlora-dist: FILE: 3 errors",
         "FILE, line 3: lora.rank: unknown key; write lora.r",
         "FILE, line 4: optim.lr: should be a valid number, not False",
         "override train.steps=0: train.steps: should be greater than or equal to 1, not 0",

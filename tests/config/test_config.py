@@ -198,7 +198,7 @@ train: {global_batch: 5, micro_batch: 2, steps: 100, epochs: 2, seed: -1}
 parallel: {base: paged, offload: base}
 """
     assert config_problems(path, text, "train.stpes=3", "train.steps=7") == [
-        "FILE: 11 mistakes",
+        "FILE: 11 errors",
         "FILE, line 1: model.base: is missing; add it",
         "FILE, line 2: model.compute_dtype: should be 'bf16', 'fp16' or 'fp32', not 'bfloat16'",
         "FILE, line 3: model.block_size: should be 32, 64, 128, 256, 512, 1024, 2048 or 4096, not '64'; write it "
@@ -227,10 +227,10 @@ def test_a_misspelt_section_or_key_is_one_error(path):
     assert config_problem(path, "model: {bass: m}\ndata: {train: [a]}") == (
         "FILE, line 1: model.bass: unknown key; did you mean model.base?"
     )
-    missing = ["FILE: 2 mistakes", "FILE: model: is missing; add it", "FILE: data: is missing; add it"]
+    missing = ["FILE: 2 errors", "FILE: model: is missing; add it", "FILE: data: is missing; add it"]
     assert config_problems(path, "") == missing
     assert config_problems(path, SOURCES + "    - {wieght: 2}") == [
-        "FILE: 2 mistakes",
+        "FILE: 2 errors",
         "FILE, line 6: data.train.wieght: unknown key; did you mean data.train.weight?",
         "FILE, line 6: data.train.path: is missing; add it",
     ]
@@ -452,4 +452,4 @@ def test_no_text_causes_a_traceback(text):
             load_config(path)
         lines = str(caught.value).replace(str(path), "FILE").split("\n")
         assert all(line.startswith("FILE") for line in lines)
-        assert len(lines) == 1 or lines[0] == f"FILE: {len(lines) - 1} mistakes"
+        assert len(lines) == 1 or lines[0] == f"FILE: {len(lines) - 1} errors"

@@ -297,7 +297,7 @@ def test_a_read_only_file_system_is_reported(config: Config, tmp_path: Path) -> 
     [
         ((), unchanged, None),
         (("DONE",), unchanged, "train would do nothing: .* is done after 17 steps"),
-        (("checkpoint",), unchanged, "train would go on with the run in"),
+        (("checkpoint",), unchanged, "train would resume the run in"),
         (("DONE",), with_overwrite, "train would replace the run in"),
     ],
 )
