@@ -1,21 +1,30 @@
-"""The one exception a user is meant to see."""
+"""Errors that are shown to users without a traceback."""
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
+
 
 class UserError(Exception):
-    """A mistake of the user's: one sentence that says what is wrong, where, and what to do.
+    """Error that the user can correct. The command line prints its message without a traceback and exits with 2.
 
-    The command line prints it without a traceback and exits with 2. Everything else that is raised is ours and
-    keeps its traceback.
+    Any other exception is a fault of this package and keeps its traceback.
 
     Args:
-        sentence: what is wrong, where, and what to do.
-        one_rank: only this rank knows; most mistakes are found by all ranks alike, and rank 0 speaks for them.
-        passing: it may be no mistake but a node that is lost: another start may do.
+        message: one sentence that names the problem, its location and the remedy.
+        local_only: True if the other ranks cannot detect the error. Otherwise rank 0 reports it for all ranks.
+        retryable: True if the cause may be a lost node, so that restarting may succeed.
     """
 
-    def __init__(self, message: str, local_only: bool = False, retryable: bool = False) -> None:
+    def __init__(self, message: str, *, local_only: bool = False, retryable: bool = False) -> None:
         super().__init__(message)
         self.local_only = local_only
         self.retryable = retryable
+
+
+def write_stderr(text: str) -> None:
+    """Write one line to stderr, with the program's name. A closed stderr is ignored."""
+    with suppress(OSError):
+        sys.stderr.write(f"qlora-dist: {text}\n")
+        sys.stderr.flush()

@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # A real SLURM cluster of several nodes on this machine, to try multi-node runs on a laptop. Needs root, not systemd.
 #
-#   slurm/local_cluster.sh install        install SLURM and munge by apt, unless they are there
-#   slurm/local_cluster.sh up [N] [--net] start N nodes n1, n2, ... (2), and print the line that lets sbatch find them
-#   slurm/local_cluster.sh status         nodes and jobs
-#   slurm/local_cluster.sh exec I CMD...  run a command as if on node I
-#   slurm/local_cluster.sh node-down I    crash node I: its daemon and all that it runs are killed
-#   slurm/local_cluster.sh node-up I      start it again
-#   slurm/local_cluster.sh down           cancel all jobs and stop all that `up` has started
+#   slurm/local_cluster.sh install        Install SLURM and munge with apt, if missing.
+#   slurm/local_cluster.sh up [N] [--net] Start N nodes n1, n2, ... (2), and print the variable that sbatch needs.
+#   slurm/local_cluster.sh status         Print nodes and jobs.
+#   slurm/local_cluster.sh exec I CMD...  Run a command as if on node I.
 #
-# Each node is a slurmd with a host name and an /etc/hosts of its own, all at 127.0.0.1; with --net each has a network
-# of its own, 10.N.0.I, behind a bridge. Partitions: main, and high, whose jobs preempt those in main.
+#   slurm/local_cluster.sh node-down I    Crash node I: kill its daemon and all its processes.
+#   slurm/local_cluster.sh node-up I      Start node I again.
 #
-# QLORA_SLURM_DIR   where it keeps its state   (XDG_RUNTIME_DIR, or /tmp, and there qlora-dist-slurm-UID)
-# QLORA_SLURM_PORT  the first of 300 ports     (16800). Another folder and other ports: another cluster
-# QLORA_SLURM_CPUS, QLORA_SLURM_MEMORY (MiB), QLORA_SLURM_GPUS   what each node claims to have (8, 16384, 0)
-# QLORA_SLURM_NODE_TIMEOUT  seconds after which a node that doesn't answer is given up (10)
+#   slurm/local_cluster.sh down           Cancel all jobs and stop all processes of `up`.
+#
+# Each node is a slurmd with its own host name and /etc/hosts, all at 127.0.0.1. With --net each node has its own
+# network, 10.N.0.I, behind a bridge. Partitions: main, and high, whose jobs preempt the jobs in main.
+#
+# QLORA_SLURM_DIR: folder of its state (qlora-dist-slurm-UID in XDG_RUNTIME_DIR or /tmp).
+# QLORA_SLURM_PORT: first of its 300 ports (16800). Another folder with other ports is another cluster.
+# QLORA_SLURM_CPUS, QLORA_SLURM_MEMORY (MiB), QLORA_SLURM_GPUS: size that each node reports (8, 16384, 0).
+# QLORA_SLURM_NODE_TIMEOUT: seconds after which a silent node counts as down (10).
 set -euo pipefail
 
 dir=${QLORA_SLURM_DIR:-${XDG_RUNTIME_DIR:-/tmp}/qlora-dist-slurm-$UID}
@@ -27,7 +29,7 @@ export SLURM_CONF=$dir/slurm.conf
 fail() { echo "local_cluster.sh: $*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null; }
 running() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
-network() { echo $((port / 300 % 200 + 20)); } # of --net: each cluster has one of its own
+network() { echo $((port / 300 % 200 + 20)); } # network of --net, different for each cluster
 with_net() { [ -e "$dir/net" ]; }
 address() { if with_net; then echo "10.$(network).0.$1"; else echo 127.0.0.1; fi; }
 
@@ -37,19 +39,19 @@ install() {
   [ "$UID" = 0 ] || fail "run this as root: it installs slurmctld, slurmd, slurm-client and munge by apt"
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq
-  # without what is recommended: that would be 40 packages more
+  # without recommended packages, which would be 40 more
   apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2 >/dev/null
 }
 
 write_conf() { # N
   local bind="" gres="" i
-  # the daemons run jobs as root: where the host's name leads to this machine alone, they listen nowhere else
+  # The daemons run jobs as root, so they listen only on this machine if the host's name resolves to it.
   if ! with_net && [ "$(getent ahostsv4 "$host" | awk '{print $1; exit}')" = 127.0.0.1 ]; then
     bind=CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
   fi
   if [ "$gpus" -gt 0 ]; then
     gres=" Gres=gpu:$gpus"
-    for ((i = 0; i < gpus; i++)); do mknod "$dir/run/gpu$i" c 1 3; done # a GPU is a device file, and /dev/null is one
+    for ((i = 0; i < gpus; i++)); do mknod "$dir/run/gpu$i" c 1 3; done # a GPU is a device file, and /dev/null serves as one
     echo "NodeName=n[1-$1] Name=gpu File=$dir/run/gpu[0-$((gpus - 1))]" > "$dir/gres.conf"
   else
     rm -f "$dir/gres.conf"
@@ -58,7 +60,7 @@ write_conf() { # N
 ClusterName=local
 SlurmctldHost=$host($(address 254))
 SlurmctldPort=$port
-# ranks meet at a port that comes from their job's number, and jobs of another cluster may be on this machine, too
+# The rendezvous port depends on the job's number, and this machine may run jobs of another cluster too.
 FirstJobId=$((port / 300))001
 SrunPortRange=$((port + 100))-$((port + 299))
 $bind
@@ -66,7 +68,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits; 5 is the least
+# cred_expire is also the time that a requeued job waits; 5 is the minimum
 AuthInfo=socket=$dir/munge/socket,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
@@ -74,7 +76,7 @@ SlurmctldPidFile=$dir/run/slurmctld.pid
 SlurmdPidFile=$dir/run/%n.pid
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/%n.log
-# reaches torchrun's ranks, which are in sessions of their own
+# also reaches torchrun's ranks, which have their own sessions
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -93,7 +95,7 @@ UnkillableStepTimeout=20
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-# nodes may claim to be larger than this machine
+# nodes may report a larger size than this machine has
 SlurmdParameters=config_overrides
 $([ "$gpus" = 0 ] || echo GresTypes=gpu)
 $(for ((i = 1; i <= $1; i++)); do
@@ -102,7 +104,7 @@ $(for ((i = 1; i <= $1; i++)); do
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 END
-  for ((i = 1; i <= $1; i++)); do # a node's own name comes first, so that it calls itself that and not localhost
+  for ((i = 1; i <= $1; i++)); do # the node's name comes first, so that it resolves to that and not to localhost
     { with_net || echo "127.0.0.1 n$i"
       printf '127.0.0.1 localhost\n%s %s\n' "$(address 254)" "$host"
       for ((j = 1; j <= $1; j++)); do echo "$(address "$j") n$j"; done; } > "$dir/hosts.n$i"
@@ -112,7 +114,7 @@ END
 start_node() { # I
   local enter=()
   ! with_net || enter=(nsenter --net="/run/netns/qlora$(network)-$1") # `ip netns exec` would hide /sys/fs/cgroup
-  # shellcheck disable=SC2016  # it is the inner shell that expands
+  # shellcheck disable=SC2016  # the inner shell expands it
   "${enter[@]}" unshare --mount --uts --propagation private bash -c \
     'hostname "$1"; mount --bind "$2" /etc/hosts; readlink /proc/$$/ns/uts > "$3"; exec slurmd -f "$SLURM_CONF" -N "$1"' \
     _ "n$1" "$dir/hosts.n$1" "$dir/run/n$1.namespace"
@@ -125,7 +127,7 @@ in_node() { # I CMD...
   exec nsenter --target "$(cat "$dir/run/n$1.pid")" "${enter[@]}" --wd="$PWD" "${@:2}"
 }
 
-kill_node() { # I: end all that runs there
+kill_node() { # I: kill all processes on the node
   local namespace process
   [ -s "$dir/run/n$1.namespace" ] || return 0
   namespace=$(cat "$dir/run/n$1.namespace")
@@ -134,7 +136,7 @@ kill_node() { # I: end all that runs there
       kill -9 "${process#/proc/}" 2>/dev/null || true
     fi
   done
-  rm -f "$dir/run/n$1.namespace" # the kernel may give the number to another
+  rm -f "$dir/run/n$1.namespace" # the kernel may reuse the number
 }
 
 net_up() { # N
@@ -167,7 +169,7 @@ up() {
   [[ $n =~ ^[1-9][0-9]?$ ]] || fail "up takes a number of nodes, 1 to 99, not $n"
   [ "$UID" = 0 ] || fail "run this as root: nodes have host names and files of their own"
   if ! have slurmctld || ! have slurmd || ! have munged; then fail "SLURM is not installed; run $0 install"; fi
-  # slurmstepd's sockets lie in there, and 108 characters are all that a socket's path may have
+  # slurmstepd's sockets are in there, and a socket's path has at most 108 characters
   [ ${#dir} -le 70 ] || fail "$dir is too long a path for sockets; set QLORA_SLURM_DIR to one of at most 70 characters"
   ! running "$dir/run/slurmctld.pid" || fail "a cluster runs in $dir already; take it down, or set QLORA_SLURM_DIR"
   mkdir -p "$dir"
@@ -175,7 +177,7 @@ up() {
   rm -rf "${dir:?}"/{state,spool,log,run,net} # a new cluster
   mkdir -p "$dir"/{state,spool,log,run,munge}
   chmod 755 "$dir" "$dir/run" "$dir/munge"
-  # a machine without any network but 127.0.0.1 has no IPv4 for getaddrinfo, which SLURM asks
+  # on a machine with only 127.0.0.1 getaddrinfo, which SLURM uses, returns no IPv4 address
   if have ip && ! ip -4 -o addr | grep -qv ' 127\.0\.0\.1/'; then ip addr add 127.0.0.2/8 dev lo; fi
   if [ -n "${net:-}" ]; then
     have ip || fail "--net needs iproute2; install it"
@@ -207,7 +209,7 @@ down() {
     timeout 10 scancel --full --user="$(id -un)" 2>/dev/null || true
     for ((i = 0; i < 25; i++)); do [ -n "$(timeout 5 squeue -h 2>/dev/null)" ] || break; sleep 0.2; done
   fi
-  for file in "$dir"/run/n*.namespace; do # with what a job may have left behind
+  for file in "$dir"/run/n*.namespace; do # includes processes that a job has left behind
     file=${file##*/n} && kill_node "${file%.namespace}"
   done
   for file in "$dir/run/slurmctld.pid" "$dir/run/munged.pid"; do

@@ -19,11 +19,11 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.job_script import SlurmJob, render_job_script
 from qlora_dist.launch.launch import check_not_queued, default_ranks_per_node, make_job, submit_job
-from qlora_dist.launch.run_status import read_json_object
 from qlora_dist.launch.slurm_queue import WAITING_STATES, JobState, job_state, scancel
 from qlora_dist.report.run_files import RunFiles, read_run_files
+from qlora_dist.runs.json_object import read_json_object
 from qlora_dist.runs.run_dir import DONE_MARKER, MARKERS, REQUEUE_MARKER, STOPPED_MARKER
-from qlora_dist.runtime.user_error_file import USER_ERROR_FILE
+from qlora_dist.runtime.process_exit import USER_ERROR_FILE
 
 _JOB_STATE_MESSAGES = {
     "CANCELLED": "was cancelled; start the benchmark again",

@@ -1,1 +1,1 @@
-"""Commands of `qlora-dist`: their options, and how a command starts and ends its process."""
+"""Commands of `qlora-dist`, with their options and the start and end of their processes."""

@@ -1,4 +1,4 @@
-"""`qlora-dist bench`: layouts of one configuration, each as jobs of its own, in turns."""
+"""Command `qlora-dist bench`: compare layouts of one configuration. Jobs of the layouts run in turns."""
 
 from __future__ import annotations
 
@@ -36,72 +36,71 @@ from qlora_dist.errors import UserError
 from qlora_dist.report.run_files import RunFiles
 
 WARM_UP_STEPS = 1
-"""Steps of each run in which memory is allocated and kernels are chosen."""
+"""Warm-up steps of each run, in which memory is allocated and kernels are chosen."""
 _QUICK_LENGTH = 128
 _QUICK_STEPS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchArgs:
-    """What the command line says besides the configuration."""
+    """Options of the command line, apart from the configuration."""
 
     compare: str = "single-paged,fsdp2,two-mesh,zero3"
     ranks: str = "1,2"
     repeats: int = 3
     steps: int = 2
-    """Of each run, after the warm-up; the last one of a layout's first run is profiled."""
+    """Steps of each run after the warm-up. The last step of a layout's first run is profiled."""
     quick: bool = False
     json: Path | None = None
     out: Path | None = None
-    """None: a folder in `run.dir`."""
+    """Folder for results; None: a folder in `run.dir`."""
     command: str = ""
-    where: SlurmPlacement | None = None
-    """None: on this machine."""
+    placement: SlurmPlacement | None = None
+    """SLURM cluster of the jobs; None: this machine."""
 
 
 def run_bench(config: Config, args: BenchArgs, console: Console) -> bool:
-    """Run the layouts in turns, and show and write what they do.
+    """Run the layouts in turns, then print and write the results.
 
     Args:
-        config: of all of them.
-        args: what is compared, how often, and where it goes.
-        console: for the table.
+        config: common configuration of the layouts.
+        args: options of the command line.
+        console: console for the table.
 
     Returns:
         Whether the losses agree.
 
     Raises:
-        UserError: an unknown layout, a number of ranks that the batch cannot be divided by, nothing left to compare, or
-            a run that has failed by a mistake of the user's or of the cluster's.
+        UserError: a layout is unknown, no layout fits, or a run failed because of a user's error or of the cluster.
     """
     names, ranks = parse_layout_names(args.compare), parse_rank_counts(args.ranks)
     out = args.out or Path(config.run.dir) / f"bench-{config.run.name}"
     steps, repeats = (_QUICK_STEPS, 1) if args.quick else (args.steps, args.repeats)
-    common = bench_config(config, out, steps, args.quick)
-    cells, skipped = make_bench_cases(common, names, ranks, count_model_bytes(common))
+    common = bench_config(config, out, steps, quick=args.quick)
+    cases, skipped = make_bench_cases(common, names, ranks, count_model_bytes(common))
     for layout, number, reason in skipped:
         console.print(skipped_layout_message(layout, number, reason), markup=False, soft_wrap=True)
-    if not cells:
+    if not cases:
         raise UserError("bench: nothing is left to compare; give other layouts with --compare, or numbers with --ranks")
-    if args.where is not None:
-        check_slurm_cases([_named_case(cell, profile=True) for cell in cells], args.where)
-    _make(out)
+    if args.placement is not None:
+        check_slurm_cases([_named_case(case, profile=True) for case in cases], args.placement)
+    _create_folder(out)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    runs: dict[str, list[RunFiles]] = {cell.name: [] for cell in cells}
-    for repeat in range(repeats):  # A B A B: a machine that gets slower does so for all
-        for cell in cells:
-            job = _named_case(cell, profile=repeat == 0)
-            run = run_local_job(job, out) if args.where is None else run_slurm_job(job, args.where, console)
-            runs[cell.name].append(run)
+    runs: dict[str, list[RunFiles]] = {case.name: [] for case in cases}
+    for repeat in range(repeats):  # A B A B, so that a machine that gets slower affects all layouts
+        for case in cases:
+            job = _named_case(case, profile=repeat == 0)
+            run = run_local_job(job, out) if args.placement is None else run_slurm_job(job, args.placement, console)
+            runs[case.name].append(run)
             speed = f"{run.steps[WARM_UP_STEPS]['tokens_per_s']:,.0f} tokens/s, loss {step_losses(run)[-1]:.4f}"
-            console.print(f"{cell.name}, {repeat + 1} of {repeats}: {speed}", markup=False, soft_wrap=True)
-    reference = runs[cells[0].name][0]
-    layouts = [summarize_layout(cell, runs[cell.name], WARM_UP_STEPS, reference) for cell in cells]
+            console.print(f"{case.name}, {repeat + 1} of {repeats}: {speed}", markup=False, soft_wrap=True)
+    reference = runs[cases[0].name][0]
+    layouts = [summarize_layout(case, runs[case.name], WARM_UP_STEPS, reference) for case in cases]
     result = BenchResult(
         command=args.command,
         machine=bench_machine_of_run(reference, date),
         config=common.model_dump(mode="json"),
-        losses=compare_losses(cells[0].name, common.model.compute_dtype, layouts),
+        losses=compare_losses(cases[0].name, common.model.compute_dtype, layouts),
         layouts=layouts,
         left_out=[SkippedLayout(layout=layout, ranks=number, reason=reason) for layout, number, reason in skipped],
     )
@@ -113,10 +112,10 @@ def run_bench(config: Config, args: BenchArgs, console: Console) -> bool:
     return result.losses.agree
 
 
-def bench_config(config: Config, out: Path, steps: int, quick: bool) -> Config:
-    """What all layouts train: the configuration with so many steps, and nothing beside them.
+def bench_config(config: Config, out: Path, steps: int, *, quick: bool) -> Config:
+    """Return the common configuration of the layouts: `steps` steps without evaluation or checkpoints.
 
-    Without dropout: each rank draws its own, and the losses could not be compared.
+    It has no dropout, because each rank draws its own numbers and the losses could not be compared.
     """
     total = WARM_UP_STEPS + steps
     sections: dict[str, dict[str, Any]] = {
@@ -139,12 +138,12 @@ def bench_config(config: Config, out: Path, steps: int, quick: bool) -> Config:
     return apply_changes(config, sections)
 
 
-def _named_case(cell: BenchCase, profile: bool) -> BenchCase:
-    config = apply_changes(cell.config, {"run": {"name": cell.name, "profile": profile}})
-    return BenchCase(cell.layout, cell.ranks, config, cell.overrides)
+def _named_case(case: BenchCase, *, profile: bool) -> BenchCase:
+    config = apply_changes(case.config, {"run": {"name": case.name, "profile": profile}})
+    return BenchCase(case.layout, case.ranks, config, case.overrides)
 
 
-def _make(out: Path) -> None:
+def _create_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

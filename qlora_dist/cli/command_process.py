@@ -1,4 +1,4 @@
-"""What a verb's process does before and around its work. No torch until it is needed."""
+"""Start and end of a command's process. torch is imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from qlora_dist.errors import UserError
 
 
 def run_on_every_rank(function: Callable[[], None]) -> None:
-    """Run a verb that computes on all ranks, as `train` does."""
+    """Run a command that computes on all ranks, as `train` does."""
     from qlora_dist.runtime.mpi import share_store_address
 
-    share_store_address()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
+    share_store_address()  # before a rank may exit with an error, because MPI would let the others wait for ever
     prepare_process()
     run_recorded(function)
 
 
 def run_recorded(function: Callable[..., None], *args: Any) -> None:
-    """Hand an exception to torchrun, which shows that of the rank that failed first; a user's mistake is not for it."""
+    """Run a function, and report its exception to torchrun unless it is a user's error. torchrun shows one."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     user_error = record(_catch_user_error)(function, *args)
@@ -39,8 +39,9 @@ def _catch_user_error(function: Callable[..., None], *args: Any) -> UserError | 
 
 @contextmanager
 def gc_disabled() -> Iterator[None]:
-    """Imports make a million objects that stay; without the collector, which looks through them again and again, they
-    take a tenth less time.
+    """Import without the garbage collector, which takes a tenth less time.
+
+    Imports create a million lasting objects, which the collector would examine again and again.
     """
     gc.disable()
     try:
@@ -51,10 +52,10 @@ def gc_disabled() -> Iterator[None]:
 
 
 def prepare_process() -> None:
-    """See to it that this process does not outlive its launcher, and that the libraries are new enough.
+    """Tie this process's life to its launcher's, and check the system and the libraries' versions.
 
     Raises:
-        UserError: they are not.
+        UserError: the system is unsupported, or a library is too old.
     """
     from qlora_dist.compat.versions import check_versions
     from qlora_dist.runtime.orphans import die_with_parent
@@ -66,13 +67,13 @@ def prepare_process() -> None:
 
 
 def reject_keys_as_options(argv: list[str]) -> None:
-    """Refuse `--lora.r=16`, with the way to write it: no option has a dot in its name.
+    """Refuse a configuration key written as an option, such as `--lora.r=16`. No option has a dot in its name.
 
     Raises:
-        UserError: a key of the configuration is written as an option.
+        UserError: there is such a key; the message shows the correct form.
     """
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        key = re.fullmatch(r"--([a-z]\w*\.[\w.]+)(=.*)?", word, re.DOTALL)
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        key = re.fullmatch(r"--([a-z]\w*\.[\w.]+)(=.*)?", argument, re.DOTALL)
         if key is not None:
             value = key[2] or f"={following or 'VALUE'}"
-            raise UserError(f"{word}: keys of the configuration have no dashes; write {key[1]}{value}")
+            raise UserError(f"{argument}: keys of the configuration have no dashes; write {key[1]}{value}")

@@ -1,4 +1,4 @@
-"""The verbs: one function call each. Imports are lazy, so that help and mistakes come without torch."""
+"""Commands of `qlora-dist`. Imports are lazy, so that help and user errors appear without importing torch."""
 
 from __future__ import annotations
 
@@ -40,20 +40,19 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            help="Check all that can be checked without weights, print the configuration and a verdict, and stop."
-        ),
+        typer.Option(help="Check everything that needs no weights, print the configuration and the result, and stop."),
     ] = False,
     resume: Annotated[
-        str, typer.Option(help="auto: go on from the run's newest whole checkpoint; none; or a checkpoint's folder.")
+        str,
+        typer.Option(help="auto: resume from the run's newest complete checkpoint; none; or a checkpoint's folder."),
     ] = "auto",
 ) -> None:
-    """Train an adapter: alone, or on every rank that torchrun starts this on."""
+    """Train an adapter, as a single process or as a rank of torchrun."""
     from qlora_dist.config.config_file import load_config
     from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
     from qlora_dist.runtime.system import check_platform
 
-    check_platform()  # before modules are imported that the system lacks
+    check_platform()  # before importing modules that fail on an unsupported system
     if not dry_run:
         from qlora_dist.runtime.mpi import share_store_address
         from qlora_dist.train.stop_requests import install_signal_handlers
@@ -61,12 +60,12 @@ def train(
 
         tolerate_output_errors()
         install_signal_handlers()  # before torch is imported, which takes a while
-        share_store_address()  # before a rank may have ended with a mistake: MPI would let the others wait for ever
+        share_store_address()  # before a rank may exit with an error, because MPI would let the others wait for ever
     from qlora_dist.runs.run_action import skip_if_finished
     from qlora_dist.runtime.environment import read_rank_info
 
     resolved, ranks = fill_lora_from_adapter(load_config(config, overrides or ())), read_rank_info()
-    if not dry_run and skip_if_finished(resolved, resume, ranks.rank):  # before torch, too
+    if not dry_run and skip_if_finished(resolved, resume, ranks.rank):  # also before importing torch
         return
     prepare_process()
     if dry_run:
@@ -88,22 +87,20 @@ def launch(
         typer.Option(help="One process, torchrun or mpirun here, or a SLURM job."),
     ] = "local",
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Ranks on each; without it, as many as a node has GPUs.")
-    ] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks per node; without it, one per GPU.")] = None,
     cluster: Annotated[
         Path | None, typer.Option(help="YAML file of the cluster, such as configs/clusters/slurm.yaml.")
     ] = None,
     form: Annotated[
-        Literal["srun", "torchrun"] | None, typer.Option(help="Who starts a job's ranks, winning over the cluster's.")
+        Literal["srun", "torchrun"] | None, typer.Option(help="Starter of a job's ranks; overrides the cluster's file.")
     ] = None,
     array: Annotated[
-        int, typer.Option(min=0, help="A chain of so many jobs in place of one that requeues itself.")
+        int, typer.Option(min=0, help="Number of jobs in a chain, instead of one job that requeues itself.")
     ] = 0,
     dry_run: Annotated[bool, typer.Option(help="Check everything, print the script or command, and stop.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", help="Print what the job writes, until it is over.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Print the job's output until it ends.")] = False,
 ) -> None:
-    """Start a run: here, or as a job that saves before its time is up, and goes on."""
+    """Start a run on this machine, or as a SLURM job that saves before its time limit and resumes."""
     from qlora_dist.runtime.system import check_platform
 
     check_platform()
@@ -112,7 +109,14 @@ def launch(
     from qlora_dist.launch.launch import LaunchOptions, launch_local, launch_slurm
 
     resolved = fill_lora_from_adapter(load_config(config, overrides or ()))
-    options = LaunchOptions(nodes, ranks_per_node, array, dry_run, follow, (str(config), *(overrides or ())))
+    options = LaunchOptions(
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        array=array,
+        dry_run=dry_run,
+        follow=follow,
+        config_args=(str(config), *(overrides or ())),
+    )
     from rich.console import Console
 
     if on != "slurm":
@@ -139,12 +143,12 @@ def preprocess(
     config: ConfigFile,
     overrides: Overrides = None,
     show: Annotated[
-        int, typer.Option(min=0, help="Print so many sequences of each source, the trained part marked.")
+        int, typer.Option(min=0, help="Number of sequences of each source to print, with the trained part marked.")
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Tokenize anew what is in the cache.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Tokenize again even if the cache has the data.")] = False,
 ) -> None:
-    """Tokenize the data into the cache that train reads, and say what is in it."""
+    """Tokenize the data into the cache that train reads, and print its statistics."""
     from qlora_dist.config.config_file import load_config
 
     resolved = load_config(config, overrides or ())
@@ -165,33 +169,33 @@ def plan(
         ),
     ] = None,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 1,
-    gpu: Annotated[str, typer.Option(help="Their kind, such as h100-80gb.")] = "h100-80gb",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as h100-80gb.")] = "h100-80gb",
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    network: Annotated[str, typer.Option(help="Between nodes, such as ethernet-100g.")] = "infiniband-400g",
-    seq_len: Annotated[int | None, typer.Option(min=1, help="As data.seq_len=...")] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="As train.micro_batch=...")] = None,
+    network: Annotated[str, typer.Option(help="Network between nodes, such as ethernet-100g.")] = "infiniband-400g",
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Same as data.seq_len=...")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Same as train.micro_batch=...")] = None,
     hardware: Annotated[
-        Path | None, typer.Option(help="YAML file of GPUs and links of your own, shaped as plan/gpus.yaml.")
+        Path | None, typer.Option(help="YAML file of your own GPUs and links, in the format of plan/gpus.yaml.")
     ] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Print the fastest configuration that fits, as a configuration file.")
     ] = False,
     trace: Annotated[
         bool,
-        typer.Option("--trace", help="Also run a step of the code itself, on tensors without memory. Some seconds."),
+        typer.Option("--trace", help="Also run one training step on tensors without memory; takes seconds."),
     ] = False,
     measure: Annotated[
         bool,
-        typer.Option("--calibrate", help="Measure this machine, or all nodes under a launcher, for plans to come."),
+        typer.Option("--calibrate", help="Measure this machine, or all nodes under a launcher, for later plans."),
     ] = False,
     calibration: Annotated[
-        Path | None, typer.Option(help="File of what was measured. Default: in ~/.cache/qlora-dist.")
+        Path | None, typer.Option(help="File of the measured values. Default: in ~/.cache/qlora-dist.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw memory, and tokens/s against nodes, to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Image file for memory, and tokens/s against nodes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say what a run needs, moves and takes, before a GPU is rented."""
+    """Estimate the memory, traffic and time of a run before a GPU is rented."""
     if measure:
         from rich.console import Console
 
@@ -208,10 +212,10 @@ def plan(
 
     run_plan(
         PlanArgs(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware, calibration),
-        search,
-        plot,
-        as_json,
-        trace,
+        search=search,
+        plot=plot,
+        as_json=as_json,
+        with_trace=trace,
     )
 
 
@@ -240,9 +244,9 @@ def export_ds_config(config: ConfigFile, overrides: Overrides = None) -> None:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/my-run.", metavar="RUN...")],
     out: Annotated[
-        Path | None, typer.Option(help="HTML file; without it report.html, of one run in its own folder.")
+        Path | None, typer.Option(help="HTML file; without it report.html, for one run in that run's folder.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and write no file.")] = False,
 ) -> None:
     """Show a run on one page, or several side by side: loss, throughput, memory, paging, configuration."""
     from qlora_dist.report.write_report import report_json, write_report
@@ -255,20 +259,23 @@ def bench(
     config: ConfigFile,
     overrides: Overrides = None,
     compare: Annotated[
-        str, typer.Option(help="Layouts: of single-paged, fsdp2, two-mesh, zero3.", metavar="NAME,NAME")
+        str, typer.Option(help="Layouts, from single-paged, fsdp2, two-mesh and zero3.", metavar="NAME,NAME")
     ] = "single-paged,fsdp2,two-mesh,zero3",
     ranks: Annotated[
-        str, typer.Option(help="Numbers of ranks of each; single-paged is on one.", metavar="N,N")
+        str, typer.Option(help="Numbers of ranks of each layout; single-paged always has one.", metavar="N,N")
     ] = "1,2",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each layout, in turns.")] = 3,
     steps: Annotated[
-        int, typer.Option(min=2, help="Of each run after the first one; the last of a layout's first run is profiled.")
+        int,
+        typer.Option(min=2, help="Steps of each run after a warm-up step; the last one of the first run is profiled."),
     ] = 2,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One run of each, with few steps of short rows: some minutes.")
+        bool, typer.Option("--quick", help="One run of each layout with few steps of short rows; takes minutes.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of what is written; without it, one in run.dir.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to which the figures are also written.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results; without it, a folder in run.dir.")] = None,
     on: Annotated[
         Literal["local", "slurm"], typer.Option(help="This machine, or SLURM jobs, one at a time.")
     ] = "local",
@@ -276,16 +283,16 @@ def bench(
         Path | None, typer.Option(help="With --on slurm: YAML file of the cluster, as for launch.")
     ] = None,
     ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="With --on slurm; without it, as many as a node has GPUs.")
+        int | None, typer.Option(min=1, help="With --on slurm: ranks per node; without it, one per GPU.")
     ] = None,
 ) -> None:
-    """Compare layouts: speed, a step's parts, memory, traffic, loading; the losses must agree."""
+    """Compare layouts in speed, parts of a step, memory, traffic and loading. Their losses must agree."""
     from qlora_dist.config.config_file import load_config
     from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
 
     resolved = fill_lora_from_adapter(load_config(config, overrides or ()))
     if on == "local" and (cluster is not None or ranks_per_node is not None):
-        raise UserError("bench: --cluster and --ranks-per-node are of jobs; add --on slurm, or leave them out")
+        raise UserError("bench: --cluster and --ranks-per-node apply to jobs; add --on slurm, or leave them out")
     cluster_config = _require_cluster(cluster) if on == "slurm" else None
     prepare_process()
     import shlex
@@ -298,7 +305,17 @@ def bench(
 
     command = shlex.join(["qlora-dist", *sys.argv[1:]])
     placement = None if cluster_config is None else SlurmPlacement(cluster_config, ranks_per_node)
-    bench_args = BenchArgs(compare, ranks, repeats, steps, quick, json_file, out, command, placement)
+    bench_args = BenchArgs(
+        compare=compare,
+        ranks=ranks,
+        repeats=repeats,
+        steps=steps,
+        quick=quick,
+        json=json_file,
+        out=out,
+        command=command,
+        placement=placement,
+    )
     if not compare_layouts(resolved, bench_args, Console(highlight=False)):
         raise typer.Exit(1)
 
@@ -306,39 +323,39 @@ def bench(
 @app.command()
 def jobs(
     folder: Annotated[Path, _RUNS_DIR_OPTION] = Path("runs"),
-    follow: Annotated[str | None, typer.Option(help="Print what this run's rank 0 prints, until it ends.")] = None,
+    follow: Annotated[str | None, typer.Option(help="Run whose rank 0's output is printed until the run ends.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List runs, those that are done included: state, step, loss, tokens/s, time left."""
+    """List all runs with state, step, loss, tokens/s and time left."""
     from qlora_dist.launch import run_list
 
     if follow is None:
-        run_list.print_runs(folder, as_json)
+        run_list.print_runs(folder, as_json=as_json)
     else:
         run_list.follow_run(folder, follow)
 
 
 @app.command()
 def cancel(
-    name: Annotated[str, typer.Argument(help="Of the run.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="Name of the run.", metavar="NAME")],
     folder: Annotated[Path, _RUNS_DIR_OPTION] = Path("runs"),
-    now: Annotated[bool, typer.Option("--now", help="Without a checkpoint.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Kill it without a checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
-    """Stop a run, with a checkpoint, and wait until it has stopped."""
+    """Stop a run with a checkpoint, and wait until it has stopped."""
     from qlora_dist.launch.cancel_run import cancel_run
 
-    cancel_run(folder, name, now, as_json)
+    cancel_run(folder, name, now=now, as_json=as_json)
 
 
 @app.command()
 def doctor(
-    folder: Annotated[Path, typer.Option("--dir", help="Where runs go.")] = Path("runs"),
+    folder: Annotated[Path, typer.Option("--dir", help="Folder of all runs.")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the other ranks.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Check this machine; on the ranks that torchrun, srun or mpirun starts, all nodes and what lies between them."""
+    """Check this machine, or all nodes and their connections if started by torchrun, srun or mpirun."""
     from qlora_dist.runtime.mpi import share_store_address
     from qlora_dist.runtime.orphans import die_with_parent
 
@@ -346,7 +363,7 @@ def doctor(
     die_with_parent()
     from qlora_dist.doctor.run_doctor import run_doctor as examine
 
-    if not examine(folder, device, timeout, as_json):
+    if not examine(folder, device, timeout, as_json=as_json):
         raise typer.Exit(1)
 
 
@@ -357,14 +374,13 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run a verb; a user's mistake is one sentence, or a line for each, and exit code 2."""
+    """Run a command. A user's error prints one sentence, or a line for each of several, and exits with 2."""
     try:
         reject_keys_as_options(sys.argv[1:])
         app()
     except UserError as error:
         from qlora_dist.launch.agent import USER_ERROR_EXIT_CODE, write_torchrun_error_file
-        from qlora_dist.runtime.process_exit import exit_process
-        from qlora_dist.runtime.user_error_file import write_user_error_file
+        from qlora_dist.runtime.process_exit import exit_process, write_user_error_file
 
         write_user_error_file(error)
         write_torchrun_error_file(error)
@@ -377,7 +393,7 @@ def main() -> None:
 
 
 def _print_user_error(error: UserError) -> None:
-    """Nearly every mistake is found by all ranks, and rank 0 tells it; else the one that finds it."""
+    """Print a user's error on rank 0, which detects nearly all of them, or else on the rank that detected it."""
     from qlora_dist.runtime.environment import read_rank_info
     from qlora_dist.runtime.process_exit import wait_for_rank_0_report
 

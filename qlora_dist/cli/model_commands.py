@@ -1,4 +1,4 @@
-"""The verbs about models and adapters: one function call each. Imports are lazy, as in `cli.py`."""
+"""Commands for models and adapters. Imports are lazy, as in `main.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ model_app = typer.Typer()
 @model_app.command()
 def quantize(
     source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face model in 16 or 32 bit.", metavar="SRC")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.", metavar="OUT")],
     quant_type: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
     block_size: Annotated[int, typer.Option(help="Weights per absmax.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the absmax values too.")] = True,
@@ -25,10 +25,10 @@ def quantize(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     file_size: Annotated[str, typer.Option(help="Largest size of a file, such as 5GB.")] = "5GB",
     min_share: Annotated[
-        float, typer.Option(help="Fail if less than this part of the layers' parameters would be in 4 bit.")
+        float, typer.Option(help="Smallest part of the layers' parameters that must be in 4 bit.")
     ] = 0.9,
 ) -> None:
-    """Quantize a model to 4 bit, in bitsandbytes' own format; an interrupted run goes on where it stopped."""
+    """Quantize a model to 4 bit in bitsandbytes' format. An interrupted run continues where it stopped."""
     prepare_process()
     from rich.console import Console
 
@@ -45,33 +45,35 @@ def quantize(
 @model_app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, such as runs/NAME/adapter.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.", metavar="OUT")],
     base: Annotated[
         Path | None, typer.Option(help="Folder of the model; without it, the one that the adapter names.")
     ] = None,
     into: Annotated[
         Literal["dequantized", "original", "nf4"],
         typer.Option(
-            help="What is added to and written: the 4-bit weights in 16 bit, which is what was trained; the weights of "
-            "a 16-bit --base; or the 4-bit weights, quantized again."
+            help="Weights that the adapter is added to. dequantized: the 4-bit weights in 16 bit, as in training; "
+            "original: the weights of a 16-bit --base; nf4: the 4-bit weights, quantized again."
         ),
     ] = "dequantized",
     dtype: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of what is not in 4 bit; auto: as the base's.")
+        Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Type of values not in 4 bit; auto: the base's.")
     ] = "auto",
-    quant_type: Annotated[Literal["nf4", "fp4"], typer.Option(help="With a 16-bit base, as the run had it.")] = "nf4",
-    block_size: Annotated[int, typer.Option(help="With a 16-bit base, as the run had it.")] = 64,
-    double_quant: Annotated[bool, typer.Option(help="With a 16-bit base, as the run had it.")] = True,
+    quant_type: Annotated[
+        Literal["nf4", "fp4"], typer.Option(help="Type of the run's quantization, for a 16-bit base.")
+    ] = "nf4",
+    block_size: Annotated[int, typer.Option(help="Block size of the run's quantization, for a 16-bit base.")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="Double quantization of the run, for a 16-bit base.")] = True,
     error_feedback: Annotated[
         bool,
-        typer.Option("--error-feedback", help="Into nf4: what a weight's rounding loses of the update, the next keep."),
+        typer.Option("--error-feedback", help="With --into nf4: carry each weight's rounding error to the next one."),
     ] = False,
     data: Annotated[
-        str | None, typer.Option(help="Held-out file: print the loss of what is written and of what it was made of.")
+        str | None, typer.Option(help="Held-out file on which to print the loss before and after merging.")
     ] = None,
     file_size: Annotated[str, typer.Option(help="Largest size of a file, such as 5GB.")] = "5GB",
 ) -> None:
-    """Make one model of a base and an adapter, from file to file."""
+    """Merge an adapter into its base, from file to file."""
     prepare_process()
     from rich.console import Console
 
@@ -101,71 +103,72 @@ def merge(
 
 @model_app.command()
 def compose(
-    adapters: Annotated[list[str], typer.Argument(help="The adapters.", metavar="NAME=FOLDER[:WEIGHT]...")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
+    adapters: Annotated[list[str], typer.Argument(help="Adapters.", metavar="NAME=FOLDER[:WEIGHT]...")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.", metavar="OUT")],
     how: Annotated[
         str,
         typer.Option(
-            help="cat, the sum itself; svd, the sum in fewer ranks; linear, ties, dare_linear, dare_ties or "
-            "magnitude_prune, and the last four with _svd: as in PEFT; sequential: each was trained on what the one "
-            "before it was merged into."
+            help="cat: the exact sum; svd: the sum in fewer ranks; linear, ties, dare_linear, dare_ties or "
+            "magnitude_prune, and the last four with _svd: as in PEFT; sequential: each was trained on the model that "
+            "the previous one was merged into."
         ),
     ] = "cat",
-    rank: Annotated[int | None, typer.Option(help="Of svd; without it, the largest of the adapters'.")] = None,
-    density: Annotated[float, typer.Option(help="Part of the values that ties, dare and magnitude_prune leave.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
-    base: Annotated[
-        Path | None, typer.Option(help="Folder of the model, where the adapters name it differently.")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank for svd; without it, the adapters' largest rank.")] = None,
+    density: Annotated[float, typer.Option(help="Part of the values that ties, dare and magnitude_prune keep.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of the values that dare drops.")] = 0,
+    base: Annotated[Path | None, typer.Option(help="Folder of the model, if the adapters name it differently.")] = None,
 ) -> None:
-    """Make one adapter of several."""
+    """Combine several adapters into one."""
     prepare_process()
     from rich.console import Console
 
     from qlora_dist.merge.compose_adapters import compose_adapters, print_compose_report
     from qlora_dist.merge.compose_options import ComposeOptions, parse_combination_type, parse_weighted_adapter
 
-    given = [parse_weighted_adapter(text) for text in adapters]
+    weighted_adapters = [parse_weighted_adapter(text) for text in adapters]
     options = ComposeOptions(how=parse_combination_type(how), rank=rank, density=density, seed=seed, base=base)
-    print_compose_report(compose_adapters(given, out, options), given, options, Console())
+    report = compose_adapters(weighted_adapters, out, options)
+    print_compose_report(report, weighted_adapters, options, Console())
 
 
-_ADAPTER_OPTION = typer.Option("--adapter", help="NAME=FOLDER, or FOLDER; as often as there are adapters.")
+_ADAPTER_OPTION = typer.Option("--adapter", help="Adapter, as NAME=FOLDER or FOLDER; repeatable.")
 _BASE_OPTION = typer.Option("--base", help="Folder of the model; without it, the one that the adapters name.")
 _NO_QUANTIZE_OPTION = typer.Option(
-    "--no-quantize", help="Keep a base in 16 bit so, instead of quantizing it as train does."
+    "--no-quantize", help="Keep a 16-bit base in 16 bit instead of quantizing it as train does."
 )
 _OVERRIDES_OPTION = typer.Option(
-    "--set", help="section.key=value, winning over the run that made the adapter; repeatable."
+    "--set", help="section.key=value, overriding the configuration of the adapter's run; repeatable."
 )
 
 
 @model_app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to answer.", metavar="PROMPT")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt to answer.", metavar="PROMPT")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts: JSONL in the data formats, or lines. Prints JSONL.")
+        Path | None, typer.Option(help="File of prompts, as JSONL in the data formats or as lines; prints JSONL.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Talk: reads lines, answers as tokens come.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Chat: read lines, and print answers token by token.")] = False,
     adapter: Annotated[list[str] | None, _ADAPTER_OPTION] = None,
     use: Annotated[
         str | None, typer.Option(help="Name of the adapter that answers, or base; default: the first.")
     ] = None,
     base: Annotated[Path | None, _BASE_OPTION] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="From the likeliest tokens that have this part of the chances.")] = 0.9,
-    top_k: Annotated[int, typer.Option(help="From so many of the likeliest tokens; 0: of all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="1: none.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same gives the same.")] = 0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: always the likeliest token.")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(help="Total probability of the likeliest tokens that are sampled from.")
+    ] = 0.9,
+    top_k: Annotated[int, typer.Option(help="Number of likeliest tokens that are sampled from; 0: all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Penalty of repeated tokens; 1: none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Same as --temperature 0.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that a rank computes together.")] = 8,
-    system: Annotated[str | None, typer.Option(help="The system's message.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue a text as it is, without the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     no_quantize: Annotated[bool, _NO_QUANTIZE_OPTION] = False,
     overrides: Annotated[list[str] | None, _OVERRIDES_OPTION] = None,
 ) -> None:
-    """Answer a prompt, a file of prompts, or a person: alone, or on every rank that torchrun starts this on."""
+    """Answer a prompt, a file of prompts or a chat, as a single process or as a rank of torchrun."""
 
     def run() -> None:
         from qlora_dist.inference.generate import SamplingOptions
@@ -185,19 +188,19 @@ def evaluate(
     folder: Annotated[
         str | None, typer.Argument(help="Folder of an adapter, such as runs/NAME/adapter.", metavar="ADAPTER")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Held-out file, read as the run that made the adapter did.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out file, read as in the adapter's run.")] = None,
     adapter: Annotated[list[str] | None, _ADAPTER_OPTION] = None,
     base: Annotated[Path | None, _BASE_OPTION] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, such as mmlu,arc_easy.")] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="Folder of YAML files of tasks of your own.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with YAML files of your own tasks.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of rows of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests of tasks that a rank computes together.")] = 8,
     no_quantize: Annotated[bool, _NO_QUANTIZE_OPTION] = False,
     overrides: Annotated[list[str] | None, _OVERRIDES_OPTION] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Print held-out loss and perplexity, and scores on tasks: alone, or on every rank that torchrun starts."""
+    """Print held-out loss, perplexity and task scores, as a single process or as a rank of torchrun."""
 
     def run() -> None:
         from qlora_dist.inference.inference_commands import ModelOptions, run_eval

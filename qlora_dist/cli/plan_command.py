@@ -1,4 +1,4 @@
-"""`qlora-dist plan`: from the command line to a plan."""
+"""Command `qlora-dist plan`: print a plan."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qlora_dist.plan.plan_args import PlanArgs, config_to_plan, plan_from_args
 from qlora_dist.plan.training_plan import TrainingPlan
 
 
-def run_plan(args: PlanArgs, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
-    """Print a plan, or the configuration that a search has found.
+def run_plan(args: PlanArgs, *, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
+    """Print a plan, or the configuration found by a search.
 
     Raises:
-        UserError: a mistake in what was asked, or nothing fits.
+        UserError: an argument is invalid, or no configuration fits.
     """
     if search:
         from qlora_dist.plan.plan_search import print_fastest_plan
@@ -39,8 +39,8 @@ def run_plan(args: PlanArgs, search: bool, plot: Path | None, as_json: bool, wit
         config = config_to_plan(args)
         traced = compare_trace.trace_plan(planned, config, read_model_config(config.model.base))
     if as_json:
-        of_trace = {"trace": compare_trace.trace_as_json(traced)} if traced is not None else {}
-        typer.echo(json.dumps(planned.as_json() | of_trace, indent=2))
+        trace_json = {"trace": compare_trace.trace_as_json(traced)} if traced is not None else {}
+        typer.echo(json.dumps(planned.as_json() | trace_json, indent=2))
         return
     from qlora_dist.plan.print_plan import print_plan
 
@@ -49,10 +49,10 @@ def run_plan(args: PlanArgs, search: bool, plot: Path | None, as_json: bool, wit
         compare_trace.print_trace_comparison(planned, traced, Console())
 
 
-def _plans_by_nodes(asked: PlanArgs) -> list[tuple[int, TrainingPlan]]:
-    """The same on more nodes and on fewer, where the configuration allows it."""
+def _plans_by_nodes(args: PlanArgs) -> list[tuple[int, TrainingPlan]]:
+    """Return plans on more and on fewer nodes, where the configuration allows it."""
     plans = []
     for nodes in (1, 2, 4, 8, 16, 32, 64):
         with contextlib.suppress(UserError):
-            plans.append((nodes, plan_from_args(replace(asked, nodes=nodes))))
+            plans.append((nodes, plan_from_args(replace(args, nodes=nodes))))
     return plans

@@ -1,4 +1,4 @@
-"""`qlora-dist train`: the run, and its report."""
+"""Command `qlora-dist train`: a run and its report."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def train_and_report(config: Config, resume: str = "auto") -> None:
     """Train, and write the report of the finished run if `run.report` is set.
 
     Raises:
-        UserError: a mistake of the user, as `run_training` reports it.
+        UserError: see `run_training`.
     """
     run_training(config, resume, _write_run_report if config.run.report else None)
 
 
 def _write_run_report(path: Path, say: Callable[[str], None]) -> None:
-    """Write the report. The run stays done if that fails, with a line about the reason."""
+    """Write the report. A failure is printed and does not fail the finished run."""
     try:
         from qlora_dist.report.write_report import write_report
 

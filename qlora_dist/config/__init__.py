@@ -1,1 +1,1 @@
-"""The configuration: its schema, its rules, how it is read, and messages about mistakes in it."""
+"""Configuration of a run, with its schema, rules, reader and error messages."""

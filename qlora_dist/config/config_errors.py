@@ -1,4 +1,4 @@
-"""Every mistake of a configuration in one answer: file and line, the key, what is wrong, and the remedy."""
+"""Messages that report all errors of a configuration at once, with file and line, key, problem and remedy."""
 
 from __future__ import annotations
 
@@ -22,23 +22,22 @@ _NUMBER_ERROR_TYPES = ("int_type", "float_type", "bool_type")
 
 
 class ConfigProblem(NamedTuple):
-    """One mistake."""
+    """Problem in a configuration."""
 
-    place: str
-    """'FILE, line N', 'override KEY=VALUE', or the file alone."""
+    location: str
+    """Location as 'FILE, line N', 'override KEY=VALUE', or the file alone."""
     key: KeyPath
     problem: str
     suggestions: tuple[KeyPath, ...] = ()
-    """Keys that were most likely meant."""
+    """Keys that the user most likely meant."""
 
     def __str__(self) -> str:
-        """Return the sentence."""
         name = ".".join(self.key)
-        return f"{self.place}: {name}: {self.problem}" if name else f"{self.place}: {self.problem}"
+        return f"{self.location}: {name}: {self.problem}" if name else f"{self.location}: {self.problem}"
 
 
 def list_item_key(index: int) -> str:
-    """Return the index of a list's item as a part of a `KeyPath`: it is no key of the user's, since YAML knows no NUL."""
+    """Return a list index as a part of a `KeyPath`. It equals no key of a user, because YAML allows no NUL."""
     return f"\0{index}"
 
 
@@ -50,53 +49,61 @@ def explain_validation_error(
     locations: Mapping[KeyPath, str],
     loader: type[yaml.SafeLoader],
 ) -> str:
-    """Explain all mistakes: one in a sentence, several in a line each.
+    """Return a message about all problems. A single one is one sentence, and several have a line each.
 
     Args:
         config_class: class of the whole file.
-        error: what pydantic found.
+        error: pydantic's errors.
         tree: content of the file, with the overrides.
         path: name of the file.
-        locations: where each key stands.
-        loader: loader of the file, to see what text without its quotes would be.
+        locations: location of each key.
+        loader: loader of the file, to read text without its quotes.
     """
     known = known_keys(config_class)
     problems = _find_key_problems(error.errors(), tree, path, locations, known, loader)
-    suggested = {key for mistake in problems for key in mistake.suggestions}
-    # a section or key that is missing because its name is misspelt is one mistake
+    suggested = {key for problem in problems for key in problem.suggestions}
+    # a missing key and its misspelt name are one problem
     problems = [
-        m for m in problems if m.problem != _MISSING or not any(key[: len(m.key)] == m.key for key in suggested)
+        problem
+        for problem in problems
+        if problem.problem != _MISSING or not any(key[: len(problem.key)] == problem.key for key in suggested)
     ]
     problems += _find_contradictions(config_class, error, tree, path, locations, known)
     problems.sort(key=_sort_key)
-    unknown = [m.key[0] for m in problems if len(m.key) == 1 and m.key not in known]
+    unknown = [problem.key[0] for problem in problems if len(problem.key) == 1 and problem.key not in known]
     trainer = detect_trainer(unknown)
     if trainer is not None:
         problems = _group_unknown_foreign_keys(problems)
     lines = list(dict.fromkeys(map(str, problems)))
     if trainer is not None:
         return "\n".join([f"{path}: looks like a configuration of {trainer}; see {MIGRATION_PAGE}", *lines])
-    return lines[0] if len(lines) == 1 else "\n".join([f"{path}: {len(lines)} mistakes", *lines])
+    return lines[0] if len(lines) == 1 else "\n".join([f"{path}: {len(lines)} errors", *lines])
 
 
 _MISSING = "is missing; add it"
 
 
-def _sort_key(mistake: ConfigProblem) -> tuple[bool, int]:
-    """Return the order of a mistake: lines of the file, overrides, and last what stands nowhere."""
-    number = re.search(r", line (\d+)$", mistake.place)
-    return (False, int(number[1])) if number else (True, not mistake.place.startswith("override "))
+def _sort_key(problem: ConfigProblem) -> tuple[bool, int]:
+    """Return the sort key of a problem: lines of the file first, then overrides, then problems without a location."""
+    number = re.search(r", line (\d+)$", problem.location)
+    return (False, int(number[1])) if number else (True, not problem.location.startswith("override "))
 
 
-def _group_unknown_foreign_keys(found: list[ConfigProblem]) -> list[ConfigProblem]:
-    """Name the keys of another trainer that nothing here stands for in one line, in place of a line each."""
-    rest = [m for m in found if len(m.key) == 1 and m.problem.startswith(_UNKNOWN) and not _advice(m.key)]
-    rest = [m for m in rest if not m.suggestions]
+def _group_unknown_foreign_keys(problems: list[ConfigProblem]) -> list[ConfigProblem]:
+    """Merge problems of another trainer's keys that have no equivalent here into one line."""
+    rest = [
+        problem
+        for problem in problems
+        if len(problem.key) == 1 and problem.problem.startswith(_UNKNOWN) and not _advice(problem.key)
+    ]
+    rest = [problem for problem in rest if not problem.suggestions]
     if not rest:
-        return found
-    names = ", ".join(m.key[0] for m in rest)
-    last = ConfigProblem(re.sub(r", line \d+$", "", rest[0].place), (), f"no key of the same name or meaning: {names}")
-    return [*(m for m in found if m not in rest), last]
+        return problems
+    names = ", ".join(problem.key[0] for problem in rest)
+    last = ConfigProblem(
+        re.sub(r", line \d+$", "", rest[0].location), (), f"no key of the same name or meaning: {names}"
+    )
+    return [*(problem for problem in problems if problem not in rest), last]
 
 
 # --- values and keys --------------------------------------------------------------------------------------------------
@@ -106,25 +113,25 @@ def _find_key_problems(
     errors: list[ErrorDetails],
     tree: dict[str, Any],
     path: Path,
-    places: Mapping[KeyPath, str],
+    locations: Mapping[KeyPath, str],
     known: set[KeyPath],
     read: type[yaml.SafeLoader],
 ) -> list[ConfigProblem]:
-    """Return what is wrong with single keys. A value of several allowed types has one error for each of them."""
+    """Return the problems of single keys. pydantic reports one error for each type that a value may have."""
     key_paths = {id(error): _error_key_path(error, tree) for error in errors}
-    # what is wrong within a mapping says more than that it is no text
+    # an error within a mapping says more than an error about the mapping's type
     errors = [e for e in errors if not any(_is_within(other, key_paths[id(e)]) for other in key_paths.values())]
     errors.sort(key=lambda e: e["type"] == "missing")
     problems: list[ConfigProblem] = []
     done: list[KeyPath] = []
     for error in errors:
-        location = key_paths[id(error)]
-        if error["type"] == "value_error" or any(location[: len(seen)] == seen for seen in done):
+        key_path = key_paths[id(error)]
+        if error["type"] == "value_error" or any(key_path[: len(seen)] == seen for seen in done):
             continue
-        done.append(location)
-        same = [e for e in errors if key_paths[id(e)][: len(location)] == location]
-        place = _find_location(location, places) or str(path)
-        problems.append(_make_problem(error, same, location, place, known, read))
+        done.append(key_path)
+        same = [e for e in errors if key_paths[id(e)][: len(key_path)] == key_path]
+        location = _find_location(key_path, locations) or str(path)
+        problems.append(_make_problem(error, same, key_path, location, known, read))
     return problems
 
 
@@ -134,20 +141,20 @@ _UNKNOWN = "unknown key; "
 def _make_problem(
     error: ErrorDetails,
     same: list[ErrorDetails],
-    location: KeyPath,
-    place: str,
+    key_path: KeyPath,
+    location: str,
     known: set[KeyPath],
     read: type[yaml.SafeLoader],
 ) -> ConfigProblem:
     kind, value = error["type"], error["input"]
-    key = tuple(part for part in location if not part.startswith("\0"))
-    if kind in ("extra_forbidden", "invalid_key"):  # the latter is a key that is no text, such as 1
-        return _unknown_key(place, key, known)
+    key = tuple(part for part in key_path if not part.startswith("\0"))
+    if kind in ("extra_forbidden", "invalid_key"):  # an invalid key is not text, such as 1
+        return _unknown_key(location, key, known)
     if kind == "missing":
-        return ConfigProblem(place, key, _MISSING)
+        return ConfigProblem(location, key, _MISSING)
     key = _longest_known_prefix(key, known)
     if value is None and kind in ("model_type", "model_attributes_type"):
-        return ConfigProblem(place, key, "is an empty section; fill it or take the line out")
+        return ConfigProblem(location, key, "is an empty section; fill it or take the line out")
     messages = dict.fromkeys(re.sub(r"^\w+ should | or instance of \w+", "", e["msg"]) for e in same)
     remedy = ""
     if isinstance(value, str):
@@ -157,11 +164,11 @@ def _make_problem(
             remedy = f"; write [{value}]"
         elif kind in ("model_type", "model_attributes_type") and _advice(key):
             remedy = f"; {_advice(key)}"
-    return ConfigProblem(place, key, f"should {', or '.join(messages)}, not {value!r}{remedy}")
+    return ConfigProblem(location, key, f"should {', or '.join(messages)}, not {value!r}{remedy}")
 
 
 def _needs_no_quotes(text: str, errors: list[ErrorDetails], read: type[yaml.SafeLoader]) -> bool:
-    """Return whether the text is a number, or true or false, in quotes, where such a value is wanted."""
+    """Return whether the text is a quoted number or boolean, and such a value is expected."""
     try:
         value = yaml.load(text, Loader=read)
     except yaml.YAMLError:
@@ -172,16 +179,16 @@ def _needs_no_quotes(text: str, errors: list[ErrorDetails], read: type[yaml.Safe
     )
 
 
-def _unknown_key(place: str, key: KeyPath, known: set[KeyPath]) -> ConfigProblem:
-    """Suggest what another trainer's key is called here, the same name elsewhere, or a similar one."""
+def _unknown_key(location: str, key: KeyPath, known: set[KeyPath]) -> ConfigProblem:
+    """Return a problem that suggests the equivalent of another trainer's key, or an equal or similar name."""
     if advice := _advice(key):
-        meant = tuple(k for k in known if re.search(rf"\b{re.escape('.'.join(k))}\b", advice) and len(k) > 1)
-        return ConfigProblem(place, key, f"{_UNKNOWN}{advice}", meant)
+        suggestions = tuple(k for k in known if re.search(rf"\b{re.escape('.'.join(k))}\b", advice) and len(k) > 1)
+        return ConfigProblem(location, key, f"{_UNKNOWN}{advice}", suggestions)
     if nearest := _nearest(key, known):
         names = " or ".join(".".join(k) for k in nearest)
-        return ConfigProblem(place, key, f"{_UNKNOWN}did you mean {names}?", nearest)
+        return ConfigProblem(location, key, f"{_UNKNOWN}did you mean {names}?", nearest)
     siblings = sorted(k[-1] for k in known if k[:-1] == key[:-1])
-    return ConfigProblem(place, key, f"{_UNKNOWN}this section knows {', '.join(siblings)}")
+    return ConfigProblem(location, key, f"{_UNKNOWN}this section has {', '.join(siblings)}")
 
 
 def _advice(key: KeyPath) -> str | None:
@@ -189,7 +196,7 @@ def _advice(key: KeyPath) -> str | None:
 
 
 def _nearest(key: KeyPath, known: set[KeyPath]) -> tuple[KeyPath, ...]:
-    """Return keys of that very name in other sections, or one of a similar name: in the same section, or anywhere."""
+    """Return keys with the same name in other sections, or else one with a similar name, the same section first."""
     equal = sorted(k for k in known if k[-1] == key[-1])
     if equal:
         least = min(map(len, equal))
@@ -202,39 +209,39 @@ def _nearest(key: KeyPath, known: set[KeyPath]) -> tuple[KeyPath, ...]:
     return ()
 
 
-def _find_location(location: KeyPath, places: Mapping[KeyPath, str]) -> str | None:
-    return next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), None)
+def _find_location(key_path: KeyPath, locations: Mapping[KeyPath, str]) -> str | None:
+    return next((locations[key_path[:n]] for n in range(len(key_path), 0, -1) if key_path[:n] in locations), None)
 
 
 def _error_key_path(error: ErrorDetails, tree: Any) -> KeyPath:
-    """Return keys and list items from the root, without the union members that pydantic puts between."""
-    location: list[str] = []
+    """Return keys and list items from the root, without the union members that pydantic inserts."""
+    key_path: list[str] = []
     for part in error["loc"]:
         if isinstance(tree, list) and isinstance(part, int) and part < len(tree):
-            location.append(list_item_key(part))
+            key_path.append(list_item_key(part))
             tree = tree[part]
         elif isinstance(tree, dict) and part in tree:
-            location.append(str(part))
+            key_path.append(str(part))
             tree = tree[part]
     name = str(error["loc"][-1]) if error["loc"] else ""
-    # a key such as ~ or yes is null or true in the tree, and text in the error
-    if error["type"] == "missing" or (error["type"] == "invalid_key" and location[-1:] != [name]):
-        location.append(name)
-    return tuple(location)
+    # a key such as ~ or yes is null or true in the tree, but text in the error
+    if error["type"] == "missing" or (error["type"] == "invalid_key" and key_path[-1:] != [name]):
+        key_path.append(name)
+    return tuple(key_path)
 
 
-def _is_within(location: KeyPath, value: KeyPath) -> bool:
-    rest = location[len(value) :]
-    return location[: len(value)] == value and any(not part.startswith("\0") for part in rest)
+def _is_within(key_path: KeyPath, value: KeyPath) -> bool:
+    rest = key_path[len(value) :]
+    return key_path[: len(value)] == value and any(not part.startswith("\0") for part in rest)
 
 
-def _longest_known_prefix(location: KeyPath, known: set[KeyPath]) -> KeyPath:
-    """Return the key proper, where a value is a mapping of the user's own."""
-    return next((location[:n] for n in range(len(location), 0, -1) if location[:n] in known), location[:1])
+def _longest_known_prefix(key_path: KeyPath, known: set[KeyPath]) -> KeyPath:
+    """Return the configuration's key, without keys of the user inside its value."""
+    return next((key_path[:n] for n in range(len(key_path), 0, -1) if key_path[:n] in known), key_path[:1])
 
 
 def known_keys(section: type[BaseModel], prefix: KeyPath = ()) -> set[KeyPath]:
-    """Return the keys of a section, its own sections' included."""
+    """Return the keys of a section and of the sections in it."""
     keys: set[KeyPath] = set()
     for attribute, field in section.model_fields.items():
         name = field.alias or attribute
@@ -260,10 +267,10 @@ def _find_contradictions(
     error: ValidationError,
     tree: dict[str, Any],
     path: Path,
-    places: Mapping[KeyPath, str],
+    locations: Mapping[KeyPath, str],
     known: set[KeyPath],
 ) -> list[ConfigProblem]:
-    """Return what contradicts among the keys whose values are right."""
+    """Return the contradictions between keys whose values are valid."""
     wrong = {_error_key_path(e, tree) for e in error.errors() if e["type"] != "value_error"}
     tree = copy.deepcopy(tree)
     for key in wrong:
@@ -276,31 +283,31 @@ def _find_contradictions(
             if details["type"] != "value_error":
                 continue
             reason = details["ctx"]["error"]
-            for sentence in getattr(reason, "sentences", [str(reason)]):
-                named = [tuple(name.split(".")) for name in re.findall(r"\b\w+\.\w+\b", sentence)]
+            for message in getattr(reason, "messages", [str(reason)]):
+                named = [tuple(name.split(".")) for name in re.findall(r"\b\w+\.\w+\b", message)]
                 named = [key for key in named if key in known]
-                if any(key[: len(location)] == location for key in named for location in wrong if location):
+                if any(key[: len(key_path)] == key_path for key in named for key_path in wrong if key_path):
                     continue
-                place = next((places[key] for key in named if key in places), str(path))
-                problems.append(ConfigProblem(place, (), sentence))
+                location = next((locations[key] for key in named if key in locations), str(path))
+                problems.append(ConfigProblem(location, (), message))
     return problems
 
 
 def _remove_key(tree: Any, key: KeyPath) -> None:
-    """Take a key out of the tree, with the whole list where it is an item's."""
+    """Remove a key from the tree. For a list item remove the whole list."""
     depth = next((n for n, part in enumerate(key) if part.startswith("\0")), len(key))
     for part in key[: depth - 1]:
         if not isinstance(tree, dict) or part not in tree:
             return
         tree = tree[part]
     if isinstance(tree, dict) and depth:
-        # a key that is no text is in the tree as it is
+        # the tree may hold a key that is not text
         for name in [name for name in tree if str(name) == key[depth - 1]]:
             del tree[name]
 
 
 def _with_placeholders(section: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tree with something in each required key that it lacks."""
+    """Return the tree with a placeholder for each missing required key."""
     filled = dict(tree)
     for attribute, field in section.model_fields.items():
         name = field.alias or attribute

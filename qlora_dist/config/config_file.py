@@ -1,4 +1,4 @@
-"""Reading the YAML, with `key=value` overrides, and writing it back. `config_mistakes.py` explains what is wrong."""
+"""Reader and writer of the YAML configuration, with `key=value` overrides. `config_errors.py` explains errors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 
 ConfigChanges = Mapping[str, Mapping[str, Any]]
-"""Values of some keys, by section."""
+"""Changed values, by section and key."""
 _ConfigT = TypeVar("_ConfigT", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load, except that 2e-4 is a number and 2026-01-31 is text, as in JSON, and a key stands once."""
+    """Loader like yaml.SafeLoader that reads 2e-4 as a number and 2026-01-31 as text, and refuses repeated keys."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} appears twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
@@ -54,7 +54,7 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """yaml.safe_dump for what `_Loader` reads: text such as 1e5 gets quotes."""
+    """Dumper for `_Loader`: it quotes text that the loader would read as a number, such as 1e5."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
@@ -63,11 +63,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a configuration.
 
     Args:
-        path: the YAML file.
-        overrides: `section.key=value` each, the value in YAML; they win over the file.
+        path: YAML file.
+        overrides: changes of the file's values, each as `section.key=value` with the value in YAML.
 
     Raises:
-        UserError: naming file and line (or the override), the key, and the remedy.
+        UserError: the configuration is invalid; the message names file and line or the override, key and remedy.
     """
     return load_yaml_config(path, Config, overrides, first_keys="`model:` and `data:`")
 
@@ -75,7 +75,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def load_yaml_config(
     path: str | Path, config_class: type[_ConfigT], overrides: Iterable[str] = (), first_keys: str = "one of them"
 ) -> _ConfigT:
-    """Read a file of that kind, as `load_config` does; `first_keys` is what a file begins with, for a complaint."""
+    """Read a file of another schema as `load_config` does. Error messages suggest `first_keys` for an empty file."""
     path = Path(path)
     tree, locations = _read_yaml(path, first_keys)
     for override in overrides:
@@ -87,14 +87,14 @@ def load_yaml_config(
 
 
 def config_from_tree(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """A configuration that lies in no file.
+    """Return the configuration for a tree that is not from a file.
 
     Args:
-        tree: sections and keys; changed.
-        overrides: as for `load_config`.
+        tree: values by section and key. It is changed.
+        overrides: changes of the tree's values, see `load_config`.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: the configuration is invalid.
     """
     locations: dict[KeyPath, str] = {}
     for override in overrides:
@@ -102,23 +102,23 @@ def config_from_tree(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Con
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        where = Path("configuration")
-        raise UserError(explain_validation_error(Config, error, tree, where, locations, _Loader)) from None
+        name = Path("configuration")
+        raise UserError(explain_validation_error(Config, error, tree, name, locations, _Loader)) from None
 
 
 def apply_changes(config: Config, changes: ConfigChanges) -> Config:
-    """The configuration with other values for some keys."""
+    """Return the configuration with other values for some keys."""
     tree = config.model_dump()
     return Config.model_validate(tree | {section: {**tree[section], **keys} for section, keys in changes.items()})
 
 
 def dump_config(config: Config) -> str:
-    """The complete configuration as YAML, which `load_config` reads back to an equal one."""
+    """Return the complete configuration as YAML, from which `load_config` reads an equal one."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path, start: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """The file's tree, and for each key where it stands ('FILE, line N')."""
+def _read_yaml(path: Path, first_keys: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """Return the file's tree, and the location of each key ('FILE, line N')."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -135,7 +135,7 @@ def _read_yaml(path: Path, start: str) -> tuple[dict[str, Any], dict[KeyPath, st
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: not valid YAML: {reason}; correct it") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds no mapping of sections; start with {start}")
+        raise UserError(f"{path}: holds no mapping of sections; start with {first_keys}")
     return tree, {key: f"{path}, line {line}" for key, line in _key_lines(node)}
 
 
@@ -164,20 +164,20 @@ def _apply_override(tree: dict[str, Any], locations: dict[KeyPath, str], overrid
     parent = tree
     for part in key[:-1]:
         child = parent.setdefault(part, {})
-        if child is None:  # a section that is named in the file and left empty
+        if child is None:  # an empty section in the file
             child = parent[part] = {}
         if not isinstance(child, dict):
             raise UserError(f"'{override}': {part} is not a section; write section.key=value")
         parent = child
     parent[key[-1]] = value
-    for replaced in [place for place in locations if place[: len(key)] == key]:
+    for replaced in [known for known in locations if known[: len(key)] == key]:
         del locations[replaced]
     for length in range(1, len(key) + 1):
         locations[key[:length]] = f"override {override}"
 
 
 def flatten_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    """Return a nested mapping as a flat one: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

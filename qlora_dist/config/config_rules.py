@@ -1,4 +1,4 @@
-"""Rules between keys of the configuration that are right by themselves."""
+"""Rules between values of the configuration that are valid alone."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class _Sections(Protocol):
 
 
 def find_contradictions(config: _Sections) -> Iterator[str]:
-    """Yield a sentence for each pair of values that exclude one another, the key first."""
+    """Yield a message for each pair of values that exclude one another. It begins with the key."""
     if config.lora.experts and (config.lora.dropout or config.lora.dora):
-        yield ("lora.experts: experts know neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false")
+        yield "lora.experts: experts support neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false"
     if config.parallel.base == "paged" and config.paging.to == "unified":
         yield (
             "paging.to: unified memory is for optimizer states only, and parallel.base: paged pages the base too; "
             "set paging.to to host or disk"
         )
     if config.parallel.base == "paged" and config.parallel.offload != "none":
-        yield ("parallel.offload: base and parallel.base: paged exclude each other; leave parallel.offload out")
+        yield "parallel.offload: base and parallel.base: paged exclude each other; leave parallel.offload out"
     paged = config.optim.name.startswith("paged")
     least = 2 * config.paging.page_bytes
     if paged and config.optim.resident_bytes != "auto" and 0 < config.optim.resident_bytes < least:
@@ -47,7 +47,7 @@ def find_contradictions(config: _Sections) -> Iterator[str]:
             "to 0 for just two pages, or lower paging.page_bytes"
         )
     if config.data.group_by_length and config.data.packing != "none":
-        yield ("data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out")
+        yield "data.group_by_length: packed rows have one length; set data.packing: none, or leave the key out"
     if config.data.multi_turn == "per-answer" and config.data.mask == "all":
         yield (
             "data.multi_turn: per-answer trains answers only, and data.mask is all; set data.mask: assistant or "
@@ -80,21 +80,21 @@ def _find_engine_contradictions(config: _Sections) -> Iterator[str]:
         )
     if config.optim.name == "zero-adamw" and parallel.engine != "zero3":
         yield (
-            f"optim.name: zero-adamw is of engine zero3, and parallel.engine is {parallel.engine}; set optim.name: "
+            f"optim.name: zero-adamw needs engine zero3, and parallel.engine is {parallel.engine}; set optim.name: "
             "paged-adamw-32bit, or parallel.engine: zero3"
         )
     if config.optim.offload != "none" and config.optim.name != "zero-adamw":
         yield (
-            f"optim.offload: {config.optim.offload} is for optim.name: zero-adamw, and DeepSpeed does not move the "
-            f"states of {config.optim.name} rightly; leave it out, and say with paging.to where they go"
+            f"optim.offload: {config.optim.offload} needs optim.name: zero-adamw, because DeepSpeed corrupts moved "
+            f"states of {config.optim.name}; leave it out, and set their storage with paging.to"
         )
     if config.optim.offload == "nvme" and config.paging.page_bytes < _MIN_NVME_PAGE_BYTES:
         yield (
-            f"paging.page_bytes: {config.paging.page_bytes} is less than {_MIN_NVME_PAGE_BYTES}, and DeepSpeed leaves in "
-            "memory what is less than 1 MiB; raise it, or leave out optim.offload: nvme"
+            f"paging.page_bytes: {config.paging.page_bytes} is less than {_MIN_NVME_PAGE_BYTES}, and DeepSpeed keeps "
+            "tensors below 1 MiB in memory; raise it, or leave out optim.offload: nvme"
         )
     if parallel.engine == "zero2" and (parallel.base not in ("replicate", 1) or parallel.offload != "none"):
         yield (
-            "parallel.engine: zero2 has the whole base on each rank's device; set parallel.base: replicate and "
+            "parallel.engine: zero2 keeps the whole base on each rank's device; set parallel.base: replicate and "
             "parallel.offload: none, or parallel.engine: zero3"
         )

@@ -1,4 +1,4 @@
-"""The section `lora` of a run that begins from an existing adapter."""
+"""Section `lora` of a run that begins from an existing adapter."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from qlora_dist.io.adapter_files import (
 
 
 def fill_lora_from_adapter(config: Config) -> Config:
-    """The configuration with what its `lora.from` says in the keys of `lora` that are not set.
+    """Return the configuration with unset keys of `lora` filled in from the adapter in `lora.from`.
 
-    Which layers an adapter changes is compared with `lora.targets` later, when the model is known.
+    The layers that the adapter changes are compared with `lora.targets` later, when the model is known.
 
     Raises:
-        UserError: the folder is no adapter's, or a key that is set says something else.
+        UserError: the folder holds no adapter, or a key that is set differs from the adapter.
     """
     lora = config.lora
     if lora.from_adapter is None:
@@ -41,16 +41,16 @@ def fill_lora_from_adapter(config: Config) -> Config:
             raise UserError(f"lora.{key}: is {value}, and {lora.from_adapter} has {adapter_value}; leave the key out")
     missing = {key: value for key, value in adapter_settings.items() if key not in lora.model_fields_set}
     if adapter_settings["experts"] and "dropout" not in lora.model_fields_set:
-        missing["dropout"] = 0.0  # experts know none
+        missing["dropout"] = 0.0  # experts do not support dropout
     section = LoraConfig.model_validate({**lora.model_dump(include=lora.model_fields_set), **missing})
     return Config.model_validate({**dict(config), "lora": section})
 
 
 def adapter_lora_settings(path: Path) -> dict[str, Any]:
-    """The keys of `lora` that an adapter's folder says, by key.
+    """Return the values of `lora` for the adapter in a folder, by key.
 
     Raises:
-        UserError: it is no folder of a LoRA adapter, or of one that no section describes.
+        UserError: the folder holds no LoRA adapter, or one that section `lora` cannot describe.
     """
     config = read_adapter_config(path)
     if config.get("peft_type") != "LORA":
@@ -93,18 +93,18 @@ def _parse_lora_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any
 def _single_value(
     name: str, patterns: Mapping[str, Any] | None, default: Any, modules: Iterable[str], path: Path
 ) -> Any:
-    """The value that all matrices have."""
+    """Return the value that all matrices share."""
     values = {get_pattern_value(patterns, module, default) for module in modules}
     if len(values) > 1:
         raise UserError(
-            f"{path}: has matrices of several values of {name} ({', '.join(map(str, sorted(values)))}), and a run has "
-            "one; give another adapter"
+            f"{path}: has matrices with several values of {name} ({', '.join(map(str, sorted(values)))}), and a run "
+            "has one; give another adapter"
         )
     return values.pop()
 
 
 def _find_modules_to_save(config: Mapping[str, Any], whole: set[str]) -> list[str]:
-    """The last parts of the names of modules that were trained whole, a tied head left out."""
+    """Return the last name parts of modules that were trained in full, without a tied head."""
     names = {target_module_name(name) for name in config.get("modules_to_save") or ()} if whole else set()
     if config.get("ensure_weight_tying") and "embed_tokens" in names:
         names.discard("lm_head")

@@ -1,4 +1,4 @@
-"""Number of positions a model was made for, by its config.json."""
+"""Number of positions that a model supports, from its config.json."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _UNLIMITED_MODEL_TYPES = (
     "xlstm",
     "zamba",
 )
-"""Types whose layers take no positions, or any number of them, whatever their config.json says."""
+"""Model types without positions or without a limit, whatever their config.json says."""
 _SCALED_ROPE_TYPES = ("linear", "dynamic", "ntk", "yarn")
-"""Kinds of rope scaling of which `max_position_embeddings` is the length before scaling."""
+"""Kinds of rope scaling for which `max_position_embeddings` is the length before scaling."""
 
 
 def max_positions(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a model was made for, rope scaling included.
+    """Return the number of tokens that a model supports, including rope scaling.
 
     Args:
-        config: config.json.
+        config: content of config.json.
 
     Returns:
-        None where config.json does not say, or the model has no limit (ALiBi, state spaces).
+        None if config.json has no limit, or the model needs none (ALiBi, state spaces).
     """
     text_config = config.get("text_config")
     if isinstance(text_config, Mapping) and (length := max_positions(text_config)) is not None:
@@ -59,21 +59,21 @@ def max_positions(config: Mapping[str, Any]) -> int | None:
 
 
 def check_seq_len(seq_len: int, config: Mapping[str, Any], model_name: str) -> None:
-    """See whether the model has a position for each token of a row.
+    """Check that the model has a position for each token of a row.
 
     Args:
-        seq_len: `data.seq_len`.
-        config: config.json.
-        model_name: the model's folder or name.
+        seq_len: tokens of a row (`data.seq_len`).
+        config: content of config.json.
+        model_name: folder or name of the model.
 
     Raises:
-        UserError: it has not.
+        UserError: the model has fewer positions.
     """
     limit = max_positions(config)
     if limit is not None and seq_len > limit:
         raise UserError(
-            f"data.seq_len: {seq_len:,} is more than the {limit:,} positions of {model_name}; set data.seq_len to {limit} "
-            "or less, or use a model that was made for longer texts (rope scaling in config.json counts)"
+            f"data.seq_len: {seq_len:,} is more than the {limit:,} positions of {model_name}; set data.seq_len to "
+            f"{limit} or less, or use a model that was made for longer texts (rope scaling in config.json counts)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Keys of other trainers, and what to write here: docs/training.md, "Coming from another trainer"."""
+"""Keys of other trainers and their equivalents here: docs/training.md, "Coming from another trainer"."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _FOREIGN_KEYS = {
     "run.trackers": "report_to",
     "run.project": "wandb_project",
 }
-KEY_ADVICE = {key: f"write {ours}" for ours, keys in _FOREIGN_KEYS.items() for key in keys.split()} | {
+KEY_ADVICE = {key: f"write {own_key}" for own_key, keys in _FOREIGN_KEYS.items() for key in keys.split()} | {
     "gradient_accumulation_steps": _GLOBAL_BATCH_ADVICE,
     "batch_size": _GLOBAL_BATCH_ADVICE,
     "load_in_4bit": _ALWAYS_4BIT,
@@ -62,7 +62,7 @@ KEY_ADVICE = {key: f"write {ours}" for ours, keys in _FOREIGN_KEYS.items() for k
     "val_size": _EVAL_FILE_ADVICE,
     "logging_steps": _ALWAYS_LOGGED,
 }
-"""What to do about a key, by its name in axolotl, LLaMA-Factory, TRL, transformers or torchtune."""
+"""Advice for keys of axolotl, LLaMA-Factory, TRL, transformers and torchtune, by key."""
 _TYPICAL_KEYS = {
     "axolotl": {"base_model", "datasets", "sequence_len", "micro_batch_size", "num_epochs", "adapter", "val_set_size"},
     "LLaMA-Factory": {"finetuning_type", "stage", "template", "cutoff_len", "lora_rank", "lora_target", "dataset"},
@@ -80,7 +80,7 @@ _TYPICAL_KEYS = {
 
 
 def detect_trainer(keys: Collection[str]) -> str | None:
-    """Return the trainer whose file has these keys at its top, or None if fewer than two of them are foreign."""
+    """Return the trainer whose files have these keys at the top, or None if fewer than two are another trainer's."""
     if sum(key in KEY_ADVICE for key in keys) < 2:
         return None
     return max(_TYPICAL_KEYS, key=lambda trainer: len(_TYPICAL_KEYS[trainer].intersection(keys)))

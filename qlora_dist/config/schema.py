@@ -1,7 +1,7 @@
-"""The whole YAML as one strict tree.
+"""Configuration of a run as one strict tree.
 
-Each section is read once, validated once, and handed down whole (`config.optim`). A field's docstring is its
-documentation. No torch in here: `--help` and every configuration error come without importing it.
+Each section is validated once and passed on as a whole (`config.optim`). A field's docstring is its documentation. This
+package does not import torch, so that `--help` and configuration errors appear at once.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from qlora_dist.config.sections import (
 
 
 class ContradictionError(ValueError):
-    """Values that are valid alone and exclude one another; one sentence for each, the key first."""
+    """Error of values that are valid alone and exclude one another. Each has a message that begins with the key."""
 
-    def __init__(self, sentences: list[str]) -> None:
-        super().__init__("; ".join(sentences))
-        self.sentences = sentences
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__("; ".join(messages))
+        self.messages = messages
 
 
 class Config(ConfigSection):
-    """One run. Only `parallel` differs between one device and a cluster."""
+    """Configuration of a run. Only `parallel` differs between one device and a cluster."""
 
     model: ModelConfig
     lora: LoraConfig = LoraConfig()

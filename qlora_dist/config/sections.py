@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 DEFAULT_STEPS = 100
-"""Steps of a run with neither `train.steps` nor `train.epochs`."""
+"""Number of steps of a run with neither `train.steps` nor `train.epochs`."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -34,11 +34,11 @@ def _parse_bytes(value: object) -> object:
 
 _BYTE_SIZE = TypeAdapter(ByteSize)
 ByteCount = Annotated[int, Field(ge=0), BeforeValidator(_parse_bytes)]
-"""A number, or text such as 16MiB."""
+"""Number of bytes, given as a number or as text such as 16MiB."""
 
 
 class ConfigSection(BaseModel):
-    """A part of the configuration: immutable, unknown keys refused."""
+    """Part of the configuration. It is immutable and refuses unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
@@ -46,55 +46,55 @@ class ConfigSection(BaseModel):
 
 
 class ModelConfig(ConfigSection):
-    """The frozen base model."""
+    """Frozen base model."""
 
     base: str
-    """Folder of a Hugging Face causal language model: already in 4 bit (`qlora-dist quantize`, or anybody's
-    bitsandbytes folder), or in 16/32 bit, then quantized while it is loaded."""
+    """Folder of a Hugging Face causal language model in 4 bit (from `qlora-dist quantize` or bitsandbytes), or in 16/32
+    bit. A model in 16/32 bit is quantized while it is loaded."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """Code table used when the base is quantized on loading (QLoRA, section 3: 4-bit NormalFloat)."""
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights that share one absmax, when the base is quantized on loading."""
+    """Weights that share one absmax when the base is quantized on loading."""
     double_quant: bool = True
-    """Quantize the absmax values too (QLoRA, section 3: Double Quantization), when quantized on loading."""
+    """Quantization of the absmax values when the base is quantized on loading (QLoRA, section 3: Double
+    Quantization)."""
     embeddings: Literal["16bit", "4bit"] = "16bit"
-    """4bit: quantize the input embedding and the output head on loading too, where the folder does not have them in
-    4 bit already."""
+    """Precision of the input embedding and the output head. 4bit: they are quantized on loading, unless the folder has
+    them in 4 bit already."""
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Precision of the forward and backward pass, and of the base's parameters that stay unquantized."""
+    """Precision of the forward and backward pass, and of the base's unquantized parameters."""
     attention: Literal["sdpa", "flex", "eager"] = "sdpa"
-    """sdpa: torch's kernels, each packed sequence by itself and without masks where the architecture allows it; flex:
-    torch's flex_attention with block masks, for GPUs (on a CPU it has no backward, and plain formulas stand in); eager:
-    transformers' plain formulas, with masks."""
+    """Implementation of attention. `sdpa`: torch's kernels, per packed sequence and without masks where the
+    architecture allows it. `flex`: torch's flex_attention with block masks, for GPUs. A CPU uses plain formulas
+    instead, because flex_attention has no backward there. `eager`: transformers' plain formulas with masks."""
 
 
 class LoraConfig(ConfigSection):
-    """The trained adapter."""
+    """Trained adapter."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
     from_adapter: Annotated[str, Field(min_length=1)] | None = Field(default=None, alias="from")
-    """Folder of an adapter to begin from, written here or by PEFT. Its rank, alpha, targets, experts, modules_to_save,
-    rslora and dora are taken where the key is not set, and compared where it is. None: begin from random A and zero
-    B."""
+    """Folder of an adapter to begin from, written here or by PEFT. Its r, alpha, targets, experts, modules_to_save,
+    rslora and dora replace unset keys and must equal set ones. null: begin from random A and zero B."""
     r: PositiveInt = 64
-    """Rank."""
+    """Rank of the adapter."""
     alpha: Annotated[float, Field(gt=0)] = 16
     """Numerator of the scaling alpha / r."""
     dropout: Fraction = 0.05
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """all-linear: every quantized layer; or the last parts of the names of those to adapt, such as [q_proj, v_proj]."""
+    """Adapted layers. all-linear: every quantized layer; or a list of last name parts, such as [q_proj, v_proj]."""
     experts: bool = False
-    """Adapt the experts of sparse models too, each with matrices of its own. Needs dropout 0, as in PEFT."""
+    """Adapters for the experts of sparse models too, with separate matrices for each. Needs dropout 0, as in PEFT."""
     modules_to_save: list[str] = []
-    """Modules that are trained whole, by the last part of their names, such as [embed_tokens, lm_head] for the sake of
-    new tokens. Their weights, in fp32, are sharded like the adapters; a tied head follows its embedding, so name
-    [embed_tokens] alone there."""
+    """Modules that are trained in full, by the last part of their names, such as [embed_tokens, lm_head] for new
+    tokens. Their weights are in fp32 and sharded like the adapters. A tied head follows its embedding, so name only
+    [embed_tokens] for it."""
     rslora: bool = False
-    """Scale by alpha / sqrt(r) (rank-stabilized LoRA)."""
+    """Scaling by alpha / sqrt(r) (rank-stabilized LoRA)."""
     dora: bool = False
-    """Train each output's magnitude apart from its direction (DoRA)."""
+    """Separate training of each output's magnitude and direction (DoRA)."""
 
 
 def _as_list(value: object) -> object:
@@ -116,101 +116,103 @@ DataFormat = Literal[
 
 
 class SourceConfig(ConfigSection):
-    """One source of a mixture."""
+    """Source of a mixture."""
 
     path: str
-    """File (JSONL, JSON, Parquet, CSV), pattern or folder of such files, folder saved by `datasets`, or a data set's
-    name on the Hugging Face hub."""
+    """File (JSONL, JSON, Parquet, CSV), pattern or folder of such files, folder saved by `datasets`, or name on the
+    Hugging Face hub."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often each of its rows is trained per epoch: 0.5, every other epoch; 2, twice an epoch."""
+    """Number of times that each row is trained per epoch. 0.5: every other epoch; 2: twice per epoch."""
     format: DataFormat | None = None
-    """Shape of its rows; null: as `data.format` says."""
+    """Format of the rows; null: `data.format`."""
     split: str = "train"
-    """Name of the split to read, in a data set with splits."""
+    """Name of the split, for a data set with splits."""
     subset: str | None = None
-    """Name of the configuration to read, in a data set with several."""
+    """Name of the data set's configuration, for a data set with several."""
 
 
 class DataConfig(ConfigSection):
     """Training and evaluation data."""
 
     train: Annotated[list[str | SourceConfig], Field(min_length=1), BeforeValidator(_as_list)]
-    """Files, folders or data sets; each a path, or a mapping with `path` and `weight`, `format`, `split`, `subset`. One
-    alone need not be a list."""
+    """Files, folders or data sets. Each is a path, or a mapping with `path` and `weight`, `format`, `split`, `subset`.
+    A single one need not be a list."""
     eval: str | SourceConfig | None = None
-    """Held-out rows; null: no evaluation."""
+    """Held-out data for evaluation; null: no evaluation."""
     format: DataFormat = "auto"
-    """Shape of the rows; auto: by the fields of each source's first row."""
+    """Format of the rows; auto: detected from the fields of each source's first row."""
     chat_template: str | None = None
-    """How conversations are written. null: by the tokenizer's template; `chatml`, `alpaca` or `guanaco`: for a base
-    model; or the path of a Jinja file."""
+    """Template of conversations. null: the tokenizer's; `chatml`, `alpaca` or `guanaco`: a template for base models; or
+    the path of a Jinja file."""
     seq_len: PositiveInt = 2048
     """Tokens per row of a batch."""
     too_long: Literal["truncate", "split", "drop"] = "truncate"
-    """What becomes of a sequence longer than that. truncate: it is cut there; split: it is cut into several; drop: it
-    is left out."""
+    """Treatment of sequences longer than `seq_len`. truncate: cut the end off; split: cut into several sequences; drop:
+    leave out."""
     packing: Literal["best-fit", "none"] = "best-fit"
-    """best-fit: several sequences in one row, none of which sees another; none: one sequence in each row."""
+    """Packing of sequences into rows. best-fit: several sequences per row, which do not attend to each other; none: one
+    sequence per row."""
     group_by_length: bool = False
-    """Without packing: put sequences of similar length into a step, so that little is padded. Changes the order."""
+    """Grouping of sequences of similar length into a step to reduce padding, without packing. Changes the order."""
     mask: Literal["assistant", "last", "all"] = "assistant"
     """Tokens that are trained. assistant: the assistant's turns; last: the last of them; all: every token. Rows of
-    `text` train all, rows of `prompt` and `completion` the completion unless all; `train` or `weight` (0 or 1) of a
-    message overrides it."""
+    `text` train every token. Rows of `prompt` and `completion` train the completion, or every token with all. `train`
+    or `weight` (0 or 1) of a message overrides it."""
     multi_turn: Literal["auto", "whole", "per-answer"] = "auto"
-    """Form in which a conversation of several answers is trained. whole: one row. per-answer: one row for each trained
-    answer, with the prompt that inference would see. auto: whole, and per-answer where the chat template rewrites
-    history."""
+    """Form in which a conversation with several answers is trained. `whole`: one row. `per-answer`: one row per trained
+    answer, with the prompt that inference would see. `auto`: per-answer if the chat template rewrites the history, and
+    whole otherwise."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do at a row that cannot be used. error: stop; skip: count it and go on."""
+    """Treatment of unusable rows. error: stop; skip: count the row and continue."""
     max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^(100|\d{1,2}(\.\d+)?)%$")] = 100
-    """Most rows of a source that may be skipped: a number, or a share such as 1%, which is checked at the end of the
-    source."""
+    """Maximum number of rows of a source that may be skipped, or a share such as 1%. A share is checked at the end of
+    the source."""
     cache: str = "~/.cache/qlora-dist"
-    """Folder of what has been tokenized, seen by all nodes or one on each. The default follows XDG_CACHE_HOME."""
+    """Folder of tokenized data, either shared by all nodes or one on each. The default follows XDG_CACHE_HOME."""
     workers: PositiveInt | Literal["auto"] = "auto"
-    """Processes that tokenize; auto: one for each processor core that this process may use."""
+    """Number of processes that tokenize; auto: one per processor core that this process may use."""
 
 
 class ParallelConfig(ConfigSection):
-    """How base, adapters and optimizer states are distributed over the ranks."""
+    """Distribution of base, adapters and optimizer states over the ranks."""
 
     engine: Literal["fsdp2", "zero2", "zero3"] = "fsdp2"
-    """What shards the model. fsdp2: PyTorch's FSDP2; zero3: DeepSpeed's ZeRO-3 (`pip install 'qlora-dist[zero]'`).
-    zero2: base and
-    adapters are whole on each rank (`base: replicate`), and only gradients and moments are cut. The numbers are the
-    same, and a run may change its engine where it goes on from a checkpoint."""
+    """Library that shards the model. `fsdp2`: PyTorch's FSDP2. `zero3`: DeepSpeed's ZeRO-3 (`pip install
+    'qlora-dist[zero]'`). `zero2`: each rank holds the whole base and all adapters (`base: replicate`), and only
+    gradients and optimizer states are sharded. All engines compute the same numbers, and a run may change its engine
+    when it resumes."""
     base: Literal["replicate", "node", "world", "paged"] | PositiveInt = "node"
-    """Ranks that share one copy of the frozen base. replicate: each rank has a whole one; node: those of a node; world:
-    all; a number: that many. paged: those of a node, and a rank keeps `resident_bytes` of its 4-bit layers on the
-    device; the others are fetched ahead of their use from where `paging` says."""
+    """Ranks that share one copy of the frozen base. `replicate`: each rank holds a whole copy; `node`: the ranks of a
+    node; `world`: all ranks; or a number of ranks. `paged`: the ranks of a node, and each rank keeps only
+    `resident_bytes` of its 4-bit layers on the device. The other layers are prefetched from the storage that `paging`
+    names."""
     resident_bytes: ByteCount | Literal["auto"] = "auto"
-    """With `base: paged`, what a rank keeps of its part of the layers on the device: bytes, or text such as 2GiB, at
-    least two layers. 0: two layers; auto: half of what is free before loading, less what else the rank will hold. On a
-    CPU that is memory, and the node's ranks share it."""
+    """Bytes of its layers that a rank keeps on the device with `base: paged`, such as 2GiB; at least two layers. 0: two
+    layers; auto: half of the memory that is free before loading, less the rank's other memory. On a CPU this is host
+    memory, which the node's ranks share."""
     adapter: Literal["world", "node"] = "world"
-    """Ranks that share the adapters, their gradients and optimizer states. world: all; node: those of a node, and the
-    nodes all-reduce the gradients."""
+    """Ranks that share the adapters, their gradients and optimizer states. world: all ranks; node: the ranks of a node,
+    and the nodes all-reduce the gradients."""
     offload: Literal["none", "base"] = "none"
-    """base: keep the frozen base's shards in host memory and copy each layer to the device when it is used."""
+    """Offloading. base: the frozen base's shards stay in host memory, and each layer is copied to the device for its
+    use."""
     prefetch: Annotated[int, Field(ge=0)] = 1
-    """Layers gathered ahead of the one in use."""
+    """Number of layers gathered ahead of the one in use."""
 
 
 class OptimConfig(ConfigSection):
-    """The update of the adapters."""
+    """Optimizer of the adapters."""
 
     name: Literal["adamw", "adamw-8bit", "paged-adamw-32bit", "paged-adamw-8bit", "zero-adamw"] = "paged-adamw-32bit"
-    """AdamW. Its moments are in 32 bit, or in 8 bit (bitsandbytes' blockwise states), on the rank that holds the shard
-    they update. paged: `resident_bytes` of them stay on the device, the others come and go by pages. zero-adamw: with
-    `parallel.engine: zero3`, DeepSpeed's optimizer, in 32 bit, where `offload` says."""
+    """Kind of AdamW. Its states are in 32 bit, or in 8 bit (bitsandbytes' blockwise states), on the rank whose shard
+    they update. `paged-...`: `resident_bytes` of the states stay on the device, and the others are paged. `zero-adamw`:
+    DeepSpeed's optimizer in 32 bit, with `parallel.engine: zero3`; `offload` sets its storage."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """With zero-adamw, where DeepSpeed keeps the moments and the fp32 values that it updates. none: on the device; cpu:
-    in host memory; nvme: in files in `paging.dir`, which needs libaio and a C++ compiler. They are moved by
-    `paging.page_bytes` of moments or more."""
+    """Storage of zero-adamw's states and fp32 values. none: the device; cpu: host memory; nvme: files in `paging.dir`,
+    which needs libaio and a C++ compiler. DeepSpeed moves at least `paging.page_bytes` of states at a time."""
     resident_bytes: ByteCount | Literal["auto"] = "auto"
-    """With a paged optimizer, bytes of moments that each rank keeps on the device, or text such as 2GiB: at least two
-    pages. 0: two pages; auto: what the device has left after a step's peak."""
+    """Bytes of states that each rank keeps on the device with a paged optimizer, such as 2GiB; at least two pages. 0:
+    two pages; auto: the memory that is left on the device at a step's peak."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
     """Learning rate after the warm-up."""
     lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
@@ -220,88 +222,87 @@ class OptimConfig(ConfigSection):
     beta2: Fraction = 0.999
     """Decay of the second moment."""
     eps: Annotated[float, Field(gt=0)] = 1.0e-8
-    """Added to the square root of the second moment."""
+    """Term added to the square root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up. constant: as it is; linear, cosine: down to zero at the last step."""
+    """Learning rate after the warm-up. constant: unchanged; linear, cosine: decay to zero at the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10
-    """Steps over which the learning rate rises from zero; cut to the run's steps."""
+    """Steps in which the learning rate rises from zero, at most the run's steps."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 0.3
-    """Norm to which the gradient of all adapters together is scaled down; null: no limit."""
+    """Norm to which the gradient of all adapters together is clipped; null: no limit."""
 
 
 class PagingConfig(ConfigSection):
-    """Where the pages lie that are not on the device."""
+    """Storage of pages that are not on the device."""
 
     to: Literal["auto", "unified", "host", "disk"] = "auto"
-    """host: in host memory; disk: in a file; unified: CUDA's managed memory, moved by the driver, for optimizer states
-    only; auto: host for GPUs, disk for CPUs."""
+    """Storage of the pages. `host`: host memory; `disk`: a file. `unified`: CUDA's managed memory, moved by the driver,
+    for optimizer states only. `auto`: host for GPUs, disk for CPUs."""
     dir: str | None = None
-    """Folder of that file, on storage of the node's own; null: the system's folder for temporary files. The file is
+    """Folder of the file, on storage local to the node; null: the system's folder for temporary files. The file is
     removed when the run ends."""
     page_bytes: Annotated[ByteCount, Field(ge=4096)] = 2**24
-    """Bytes of a page of moments."""
+    """Bytes of a page of optimizer states."""
     ahead: Annotated[int, Field(ge=0)] = 1
-    """Pages fetched ahead of the one in use."""
+    """Number of pages fetched ahead of the one in use."""
 
 
 class TrainConfig(ConfigSection):
-    """The loop."""
+    """Training loop."""
 
     steps: PositiveInt | None = None
-    """Optimizer steps; null: as many as `epochs` takes, or 100 without it."""
+    """Number of optimizer steps; null: the steps of `epochs`, or 100 without it."""
     epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
-    """Passes over the data, in place of `steps`."""
+    """Number of passes over the data, instead of `steps`."""
     global_batch: PositiveInt = 16
     """Rows per optimizer step, over all ranks and micro-batches."""
     micro_batch: PositiveInt = 1
     """Rows per forward pass of one rank."""
     checkpointing: Literal["none", "full"] | PositiveInt = "full"
-    """Activation checkpointing. none: no layer; full: every layer; a number k: every k-th."""
+    """Activation checkpointing. none: no layer; full: every layer; a number k: every k-th layer."""
     compile: bool = False
-    """Compile the decoder layers with torch.compile: minutes at the first step, then fewer passes over memory. Needs a
-    C++ compiler."""
+    """Compilation of the decoder layers with torch.compile, which takes minutes at the first step and then reads memory
+    less often. Needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the adapters' first values, the order of the data and dropout."""
+    """Seed of the adapters' initial values, the order of the data and dropout."""
     eval_every: Annotated[int, Field(ge=0)] = 50
-    """Steps between evaluations. One is made before the first step and one after the last in any case; 0: only
-    these."""
+    """Steps between evaluations. The run always evaluates before the first and after the last step; 0: only then."""
     save_every: Annotated[int, Field(ge=0)] = 50
-    """Steps between checkpoints. One is written after the last step in any case; 0: only that one."""
+    """Steps between checkpoints. The run always writes one after the last step; 0: only then."""
     keep_checkpoints: PositiveInt = 2
     """Number of the most recent checkpoints to keep."""
     max_time: Annotated[timedelta, Field(strict=False, gt=timedelta(0))] | None = None
-    """Stop in time to have a checkpoint after so long, such as 24:00:00 or P2D; to be started again."""
+    """Time limit, such as 24:00:00 or P2D. The run writes a checkpoint before it and stops, to be started again."""
     spike_factor: Annotated[float, Field(gt=1)] | None = 4.0
-    """A step is a spike if its loss is more than this factor times the median of the last 20 steps; null: none is."""
+    """Spike threshold: a step is a spike if its loss exceeds this factor times the median of the last 20 steps. `null`:
+    no step is."""
     on_spike: Literal["warn", "rollback"] = "warn"
-    """What to do at a spike, or a loss or gradient that is not finite. warn: say so; rollback: go back to the last
-    checkpoint and leave that global batch out."""
+    """Reaction to a spike, or to a loss or gradient that is not finite. `warn`: print a warning. `rollback`: resume
+    from the last checkpoint and skip that global batch."""
     max_skipped_steps: PositiveInt = 5
-    """Steps in a row whose loss or gradient was not finite after which the run stops."""
+    """Number of consecutive steps without a finite loss and gradient after which the run stops."""
     timeout: PositiveInt = 600
-    """Seconds without progress after which the run gives a rank up, and ends. More than the longest step
-    takes."""
+    """Seconds without progress of a rank after which the run ends. It must be longer than the longest step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: CUDA where there is one."""
+    """Device of the computation; auto: CUDA if available."""
 
 
 class RunConfig(ConfigSection):
-    """Where results go."""
+    """Results of the run."""
 
     dir: str = "runs"
     """Folder of all runs."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    """This run's folder in it."""
+    """Name of this run, and of its folder in `dir`."""
     overwrite: bool = False
-    """Replace a run of the same name."""
+    """Replacement of an existing run with the same name."""
     report: bool = True
-    """Write report.html at the end: loss, throughput, memory, configuration."""
+    """Writing of report.html at the end, with loss, throughput, memory and configuration."""
     profile: bool = False
-    """Run the last step under torch's profiler, and say in summary.json what its time went into (`step_shares`). That
-    step is slower."""
+    """Profiling of the last step with torch's profiler, which slows that step. summary.json then has its parts
+    (`step_shares`)."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    """Log metrics there too. Their settings come from their own environment variables."""
+    """Trackers that also receive the metrics. Their own environment variables configure them."""
     project: str = "qlora-dist"
-    """Name of wandb's project and of mlflow's experiment."""
+    """Name of the W&B project and of the MLflow experiment."""

@@ -1,1 +1,1 @@
-"""What is wrong with a machine, or with all machines of a job, before a run finds out."""
+"""Checks of one machine, or of all machines of a job, before a run starts."""

@@ -1,4 +1,4 @@
-"""One line of what the doctor says."""
+"""Findings of `qlora-dist doctor`, one per check."""
 
 from __future__ import annotations
 
@@ -9,39 +9,38 @@ FindingStatus = Literal["ok", "warn", "fail"]
 _SEVERITY: dict[FindingStatus, int] = {"ok": 0, "warn": 1, "fail": 2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The result of one check."""
+    """Result of one check."""
 
     check: str
     status: FindingStatus
     said: str
     remedy: str = ""
-    """What the user can do; empty if it is ok."""
+    """Remedy for the user; empty if the status is ok."""
     values: dict[str, Any] | None = None
-    """What was measured, for `--json`: bytes, seconds, bytes per second."""
+    """Measured values for `--json`, in bytes, seconds or bytes per second."""
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`, and for the other ranks."""
         return asdict(self)
 
 
 def worst_finding(findings: list[Finding]) -> Finding:
-    """The first of the worst status."""
+    """Return the first finding with the worst status."""
     return max(findings, key=lambda finding: _SEVERITY[finding.status])
 
 
 def merge_findings(by_node: dict[str, list[Finding]]) -> list[Finding]:
-    """What all nodes have found: each line once, with the nodes' names where they differ.
+    """Merge equal findings of all nodes into one, and add the nodes' names where they differ.
 
     Args:
-        by_node: each node's findings, the same checks in the same order.
+        by_node: findings of each node, with the same checks in the same order.
     """
     result: list[Finding] = []
     for findings in zip(*by_node.values(), strict=True):
         groups: dict[tuple[str, str], list[str]] = {}
         for node, finding in zip(by_node, findings, strict=True):
-            # a node that is fine has a figure of its own, which nobody wants to see of a hundred
+            # nodes with status ok differ only in figures, which would fill a screen for a hundred nodes
             groups.setdefault((finding.status, finding.said if finding.status != "ok" else ""), []).append(node)
         for nodes in groups.values():
             first = findings[list(by_node).index(nodes[0])]

@@ -1,4 +1,4 @@
-"""Checks between the nodes of a job. Each function is called on all ranks; what it gives is the same on all."""
+"""Checks between the nodes of a job. Call each function on all ranks; it returns the same finding on each."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _REPEATS = 5
 
 
 def check_peer_host_names(nodes: list[str], ranks: RankInfo) -> Finding:
-    """Every node finds every other one by its name.
+    """Check that every node resolves every other node's name.
 
     Args:
         nodes: host names, in the order of ranks.
-        ranks: who this process is.
+        ranks: rank information of this process.
     """
     unknown = []
     if ranks.local_rank == 0:
@@ -41,14 +41,19 @@ def check_peer_host_names(nodes: list[str], ranks: RankInfo) -> Finding:
             except OSError:
                 unknown.append(name)
     by_rank = all_gather_json([socket.gethostname(), unknown])
-    bad = [f"{node} does not know {', '.join(names)}" for node, names in by_rank if names]
+    bad = [f"{node} cannot resolve {', '.join(names)}" for node, names in by_rank if names]
     if bad:
-        return Finding("names", "fail", "; ".join(bad), "add them to the DNS, or to /etc/hosts of each node")
-    return Finding("names", "ok", f"the {len(nodes)} nodes know each other's names")
+        return Finding(
+            check="names",
+            status="fail",
+            said="; ".join(bad),
+            remedy="add them to the DNS, or to /etc/hosts of each node",
+        )
+    return Finding(check="names", status="ok", said=f"the {len(nodes)} nodes resolve each other's names")
 
 
 def check_peer_ports(nodes: list[str], ranks: RankInfo) -> Finding:
-    """Every node reaches the next one at a port that the system has chosen, as the ranks' connections are made."""
+    """Check that every node reaches the next one at a port chosen by the system, as for the ranks' connections."""
     node = ranks.rank // ranks.local_world_size
     refused = ""
     with socket.socket() as listening:
@@ -57,8 +62,8 @@ def check_peer_ports(nodes: list[str], ranks: RankInfo) -> Finding:
             listening.listen()
         ports = all_gather_json(listening.getsockname()[1] if ranks.local_rank == 0 else 0)
         if ranks.local_rank == 0 and len(nodes) > 1:
-            after = (node + 1) % len(nodes)
-            host, port = nodes[after], ports[after * ranks.local_world_size]
+            next_node = (node + 1) % len(nodes)
+            host, port = nodes[next_node], ports[next_node * ranks.local_world_size]
             try:
                 socket.create_connection((host, port), _CONNECT_S).close()
             except OSError as error:
@@ -66,28 +71,33 @@ def check_peer_ports(nodes: list[str], ranks: RankInfo) -> Finding:
         bad = [text for text in all_gather_json(refused) if text]
     if bad:
         remedy = "open all ports between the nodes, or name the right network in GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
-        return Finding("ports", "fail", "; ".join(bad), remedy)
-    return Finding("ports", "ok", "each node reaches the next")
+        return Finding(check="ports", status="fail", said="; ".join(bad), remedy=remedy)
+    return Finding(check="ports", status="ok", said="each node reaches the next")
 
 
 def check_shared_run_folder(nodes: list[str], ranks: RankInfo, folder: Path) -> Finding:
-    """A file that rank 0 writes is seen by all nodes. Nothing is left of it."""
+    """Check that a file that rank 0 writes is visible on all nodes. The file is removed."""
     existing = nearest_existing_folder(folder)
     sharing = probe_shared_folder(existing)
     if sharing.failure is not None:
-        said = f"rank 0 cannot write {existing} ({sharing.failure})"
-        return Finding("shared folder", "fail", said, "name another folder in run.dir")
+        message = f"rank 0 cannot write {existing} ({sharing.failure})"
+        return Finding(check="shared folder", status="fail", said=message, remedy="name another folder in run.dir")
     nodes_without_file = [
         name for index, name in enumerate(nodes) if index * ranks.local_world_size in sharing.blind_ranks
     ]
     if nodes_without_file:
-        said = f"{existing} of {nodes[0]} is not seen by {', '.join(nodes_without_file)}"
-        return Finding("shared folder", "fail", said, "name a folder that all nodes share in run.dir")
-    return Finding("shared folder", "ok", f"what {nodes[0]} writes in {existing} is seen by all")
+        message = f"{existing} of {nodes[0]} is not seen by {', '.join(nodes_without_file)}"
+        return Finding(
+            check="shared folder", status="fail", said=message, remedy="name a folder that all nodes share in run.dir"
+        )
+    return Finding(check="shared folder", status="ok", said=f"what {nodes[0]} writes in {existing} is seen by all")
 
 
 def check_clocks(nodes: list[str], ranks: RankInfo) -> Finding:
-    """How far the nodes' clocks are from rank 0's: half-way between question and answer, of the quickest of some."""
+    """Check how far the nodes' clocks differ from rank 0's.
+
+    The skew is measured halfway between request and reply, for the quickest of several requests.
+    """
     own_skew_s = 0.0
     for index in range(1, len(nodes)):
         other = index * ranks.local_world_size
@@ -100,13 +110,24 @@ def check_clocks(nodes: list[str], ranks: RankInfo) -> Finding:
     worst = max(range(len(nodes)), key=lambda index: abs(skews_s[index]))
     values = {"skew_s": dict(zip(nodes, skews_s, strict=True))}
     if abs(skews_s[worst]) > _SKEW_S:
-        said = f"that of {nodes[worst]} is {abs(skews_s[worst]):.1f} s {'ahead' if skews_s[worst] > 0 else 'behind'}"
-        return Finding("clocks", "warn", said, "let the nodes set their clocks (chrony, ntpd)", values)
-    return Finding("clocks", "ok", f"within {max(map(abs, skews_s)) * 1000:.1f} ms of {nodes[0]}'s", values=values)
+        message = f"that of {nodes[worst]} is {abs(skews_s[worst]):.1f} s {'ahead' if skews_s[worst] > 0 else 'behind'}"
+        return Finding(
+            check="clocks",
+            status="warn",
+            said=message,
+            remedy="let the nodes set their clocks (chrony, ntpd)",
+            values=values,
+        )
+    return Finding(
+        check="clocks",
+        status="ok",
+        said=f"within {max(map(abs, skews_s)) * 1000:.1f} ms of {nodes[0]}'s",
+        values=values,
+    )
 
 
 def _measure_clock_skew() -> tuple[float, float]:
-    """Seconds that the question took, and by how much this clock is ahead of rank 0's."""
+    """Return the seconds of a request to rank 0, and the seconds by which this clock is ahead of rank 0's."""
     clock = torch.zeros(1, dtype=torch.float64)
     sent_at = time.time()
     dist.send(clock, 0)
@@ -123,11 +144,12 @@ def _send_clock(rank: int) -> None:
 
 
 def check_bandwidth(ranks: RankInfo, device: torch.device) -> list[Finding]:
-    """What collectives reach, over each dimension of the meshes.
+    """Measure the bandwidth of collectives over each dimension of the meshes.
 
-    `node`: the ranks of a node, between which the base travels by default; `across`: the ranks of one number on all
-    nodes; `world`: all, between which adapters travel. Bytes per second that each rank receives: of an all-gather of n
-    bytes in all (ranks - 1) / ranks * n, of a ring's all-reduce twice as many. The slowest group counts.
+    `node` is the ranks of a node, which exchange the base by default. `across` is the ranks with one local number on
+    all nodes. `world` is all ranks, which exchange adapters. A bandwidth is the bytes per second that a rank receives
+    in the slowest group. From an all-gather of n bytes a rank receives (ranks - 1) / ranks * n, and from a ring
+    all-reduce twice that.
     """
     local, count = ranks.local_world_size, ranks.world_size // ranks.local_world_size
     mesh = init_device_mesh(device.type, (count, local), mesh_dim_names=("across", "node"))
@@ -149,9 +171,9 @@ def _bandwidth(name: str, mesh: DeviceMesh | None, ranks: RankInfo, device: torc
         seconds = max(all_gather_json(median_seconds(_collective(collective, nbytes, size, group, device), device)))
         received = nbytes * (size - 1) / size * (2 if collective == "all_reduce" else 1)
         speeds[collective] = received / seconds
-    said = ", ".join(f"{collective} {_speed(speed)}" for collective, speed in speeds.items())
+    message = ", ".join(f"{collective} {_speed(speed)}" for collective, speed in speeds.items())
     values = {f"{collective}_bytes_per_s": speed for collective, speed in speeds.items()}
-    return Finding(f"bandwidth {name}", "ok", f"{size} ranks: {said}", values=values)
+    return Finding(check=f"bandwidth {name}", status="ok", said=f"{size} ranks: {message}", values=values)
 
 
 def _collective(
@@ -165,7 +187,7 @@ def _collective(
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
-    """That a call takes, begun on all ranks at once. In a process group."""
+    """Return the median seconds of a call that all ranks of the process group begin at the same time."""
     backend, seconds = torch.get_device_module(device), []
     for _ in range(repeats):
         dist.barrier()

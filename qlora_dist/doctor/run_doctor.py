@@ -1,4 +1,4 @@
-"""All checks: of this machine, or, on the ranks of a job, of all of them and what lies between."""
+"""Command `qlora-dist doctor`: check this machine or, on the ranks of a job, all machines and their connections."""
 
 from __future__ import annotations
 
@@ -28,37 +28,34 @@ from qlora_dist.runtime.process_group import process_group, resolve_device
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def run_doctor(folder: Path, device: str = "auto", timeout_s: float = 60.0, as_json: bool = False) -> bool:
-    """Check, and print what was found, on rank 0.
+def run_doctor(folder: Path, device: str = "auto", timeout_s: float = 60.0, *, as_json: bool = False) -> bool:
+    """Run all checks and print the findings on rank 0.
 
     Args:
-        folder: where runs go.
+        folder: folder of all runs.
         device: `auto`, `cpu` or `cuda`.
-        timeout_s: how long to wait for the other ranks.
-        as_json: print JSON instead of a table.
+        timeout_s: seconds to wait for the other ranks.
+        as_json: True to print JSON instead of a table.
 
     Returns:
-        Whether nothing failed. Warnings are no failures.
+        Whether no check failed. Warnings do not count as failures.
 
     Raises:
-        UserError: a rank has not come.
+        UserError: a rank did not join.
     """
     ranks = read_rank_info()
     try:
         chosen = resolve_device(device, ranks)
-    except (
-        UserError
-    ) as error:  # fewer GPUs than ranks: it is found with the devices, and the rest can still be looked at
+    except UserError:
         if device == "cuda":
             raise
-        chosen = torch.device("cpu")
-        del error
+        chosen = torch.device("cpu")  # too few GPUs; `check_devices` reports them, and the other checks still run
     findings = check_node(ranks, chosen, folder)
     if ranks.world_size > 1:
         with process_group(ranks, chosen, timeout_s):
             findings = _job_findings(findings, ranks, chosen, folder)
     if ranks.rank == 0:
-        _print(findings, ranks, as_json)
+        _print(findings, ranks, as_json=as_json)
     return all(finding.status != "fail" for finding in findings)
 
 
@@ -66,7 +63,7 @@ def _job_findings(own: list[Finding], ranks: RankInfo, device: torch.device, fol
     by_rank = all_gather_json([socket.gethostname(), [finding.to_json() for finding in own]])
     local = ranks.local_world_size
     nodes = [name for name, _ in by_rank[::local]]
-    # nodes that are emulated on one machine may share its name
+    # nodes emulated on one machine may share its name
     names = [name if nodes.count(name) == 1 else f"{name} (node {index})" for index, name in enumerate(nodes)]
     by_node = {}
     for index, name in enumerate(names):
@@ -82,7 +79,7 @@ def _job_findings(own: list[Finding], ranks: RankInfo, device: torch.device, fol
     ]
 
 
-def _print(findings: list[Finding], ranks: RankInfo, as_json: bool) -> None:
+def _print(findings: list[Finding], ranks: RankInfo, *, as_json: bool) -> None:
     status = next((status for status in ("fail", "warn") if any(f.status == status for f in findings)), "ok")
     if as_json:
         print(

@@ -1,7 +1,7 @@
-"""torchrun, with a user's mistake said last: `python -m qlora_dist.launch.agent`, and torchrun's own options.
+"""torchrun that prints a user's error last: `python -m qlora_dist.launch.agent` with torchrun's own options.
 
-torchrun ends with a report of its own after a rank has failed, a screen after the sentence. A rank leaves the sentence
-in the file that torchrun names for it, and here it is said once more, at the end, with the exit code of a mistake.
+After a rank has failed, torchrun prints a long report below the rank's message. So a rank also writes the message to
+the file that torchrun names. This command prints it again at the end, and exits with the code of a user's error.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import torchrun_error_file
-from qlora_dist.runtime.hosts import check_rendezvous_host
+from qlora_dist.runtime.network import check_rendezvous_host
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 USER_ERROR_EXIT_CODE = 2
-"""With which a process ends after a mistake of the user's."""
+"""Exit code of a process after a user's error."""
 
 
 def write_torchrun_error_file(error: UserError, environ: Mapping[str, str] = os.environ) -> None:
-    """Write the sentence where torchrun looks for the reason of a rank's end, so that its report shows it."""
+    """Write the message to the file from which torchrun's report takes the reason of a rank's failure."""
     if (path := torchrun_error_file(environ)) is not None:
-        # the form in which torch's own `record` writes an exception; with less, torch logs complaints
-        more = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
+        # the format of torch's `record` decorator; torch logs complaints about a shorter one
+        extra = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
         with suppress(OSError):
-            path.write_text(json.dumps({"message": {"message": str(error), "extraInfo": more}}), encoding="utf-8")
+            path.write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}), encoding="utf-8")
 
 
 def run_agent(argv: list[str] | None = None) -> int:
@@ -44,42 +44,42 @@ def run_agent(argv: list[str] | None = None) -> int:
     options = run.parse_args(argv)
     try:
         if options.local_addr is None and options.standalone:
-            argv = ["--local-addr", "127.0.0.1", *argv]  # else the ranks ask for this machine by its name
+            argv = ["--local-addr", "127.0.0.1", *argv]  # otherwise the ranks resolve this machine's name
         elif not options.standalone:
             check_rendezvous_host(_rendezvous_host(options))
         run.main(argv)
     except UserError as error:
         return _report_user_error(str(error))
     except ChildFailedError as error:
-        sentences = [sentence for failure in error.failures.values() if (sentence := _user_error_message(failure))]
-        if not sentences:
+        messages = [message for failure in error.failures.values() if (message := _user_error_message(failure))]
+        if not messages:
             raise
-        return _report_user_error(sentences[0])
+        return _report_user_error(messages[0])
     except SignalException as error:
         return 128 + error.sigval
     return 0
 
 
 def _rendezvous_host(options: Any) -> str:
-    """Name the machine where torchrun's options have the nodes meet."""
+    """Return the rendezvous host in torchrun's options."""
     endpoint = str(options.rdzv_endpoint or options.master_addr)
     host, colon, port = endpoint.rpartition(":")
     return (host if colon and port.isdigit() else endpoint).strip("[]")
 
 
 def _user_error_message(failure: ProcessFailure) -> str | None:
-    """Return the sentence that a rank has left; None: it has ended in another way."""
-    # torch annotates the message as a str; it is a dict where a rank has left a report of an exception
-    message: Any = failure.message
-    if failure.exitcode != USER_ERROR_EXIT_CODE or not isinstance(message, dict):
+    """Return the message that a rank has written; None if it failed in another way."""
+    # torch annotates the report as a str, but it is a dict if a rank has reported an exception
+    report: Any = failure.message
+    if failure.exitcode != USER_ERROR_EXIT_CODE or not isinstance(report, dict):
         return None
-    sentence = message.get("message")
-    return sentence if sentence == message.get("extraInfo", {}).get("py_callstack") else None
+    message = report.get("message")
+    return message if message == report.get("extraInfo", {}).get("py_callstack") else None
 
 
-def _report_user_error(sentence: str) -> int:
+def _report_user_error(message: str) -> int:
     sys.stdout.flush()
-    print(f"qlora-dist: {sentence}", file=sys.stderr, flush=True)
+    print(f"qlora-dist: {message}", file=sys.stderr, flush=True)
     return USER_ERROR_EXIT_CODE
 
 

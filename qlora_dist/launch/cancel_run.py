@@ -1,4 +1,4 @@
-"""`qlora-dist cancel`: stop a run with a checkpoint, or at once."""
+"""Command `qlora-dist cancel`: stop a run, either with a checkpoint or at once."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _SLURM_POLL_S = 2.0
 _EXIT_TIMEOUT_S = 120.0
 
 
-def cancel_run(folder: Path, name: str, now: bool, as_json: bool) -> None:
-    """Have a run stop, and wait until it has.
+def cancel_run(folder: Path, name: str, *, now: bool, as_json: bool) -> None:
+    """Stop a run, and wait until it has stopped.
 
     Args:
-        folder: of all runs.
-        name: of this one.
-        now: end its processes, and lose the steps since its last checkpoint.
-        as_json: print the outcome as JSON.
+        folder: folder of all runs.
+        name: name of the run.
+        now: True to kill its processes, which loses the steps since its last checkpoint.
+        as_json: True to print the outcome as JSON.
 
     Raises:
-        UserError: there is nothing to stop, or it cannot be stopped from here.
+        UserError: the run is not active, or it cannot be stopped from this machine.
     """
     path = find_run_dir(folder, name)
     (run,) = read_run_statuses([path])
     if not run.is_active:
-        raise UserError(f"{path}: does not run ({run.state}); `qlora-dist jobs` shows those that do")
+        raise UserError(f"{path}: does not run ({run.state}); `qlora-dist jobs` shows the active runs")
     if run.state == "waiting" and run.job_id is not None:
         scancel(run.job_id.split(".")[0])
         _wait_until_inactive(run, f"{run.name}: leaves the queue", _EXIT_TIMEOUT_S)
@@ -56,11 +56,11 @@ def cancel_run(folder: Path, name: str, now: bool, as_json: bool) -> None:
 
 
 def _request_stop(run: RunStatus) -> None:
-    """After the step that it is at."""
+    """Stop the run after its current step."""
     stop = run.path / STOP_FILE
     stop.touch()
     _wait_until_inactive(run, f"{run.name}: finishes its step and writes a checkpoint")
-    stop.unlink(missing_ok=True)  # a run that has failed meanwhile has not taken it away, and would stop when started
+    stop.unlink(missing_ok=True)  # a run that failed meanwhile leaves the file, which would stop its next start
 
 
 def _terminate(run: RunStatus) -> None:
@@ -72,7 +72,7 @@ def _terminate(run: RunStatus) -> None:
 
 
 def _kill_processes(run: RunStatus) -> None:
-    """The launcher with all that it has started, or else the process itself; ranks on other nodes notice."""
+    """Kill the launcher and its descendants, or else the process of rank 0. Ranks on other nodes then end too."""
     process = run.job if run.job.get("pid") else run.process
     if process.get("host") != socket.gethostname():
         raise UserError(f"{run.path}: runs on {process.get('host')}; call `qlora-dist cancel` there")
@@ -80,7 +80,7 @@ def _kill_processes(run: RunStatus) -> None:
         first = psutil.Process(process.get("launcher_pid") or process["pid"])
         victims = [first, *first.children(recursive=True)]
     except (psutil.Error, KeyError, TypeError):
-        return  # it has just ended
+        return  # the process has just ended
     for victim in victims:
         try:
             victim.kill()
@@ -98,7 +98,7 @@ def _wait_until_inactive(run: RunStatus, message: str, timeout_s: float | None =
 
 
 def _write_stopped_marker(run: RunStatus, reason: str) -> None:
-    """It cannot do that itself any more."""
+    """Write the marker in place of the killed run."""
     (run.path / REQUEUE_MARKER).unlink(missing_ok=True)
     (run.path / STOPPED_MARKER).write_text(
         json.dumps({"step": run.step or 0, "reason": reason}) + "\n", encoding="utf-8"

@@ -1,4 +1,4 @@
-"""Everything about a job that can be found out before it waits in a queue."""
+"""Checks of a job before it waits in a queue."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from qlora_dist.runtime.environment import Launcher, RankInfo
 from qlora_dist.train.run_setup import set_up_model, set_up_run
 
 _FP32_BYTES = 4
-"""Of an adapter's element, in fp32."""
+"""Bytes of an adapter's element in fp32."""
 _COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int, console: Console) -> None:
-    """Check what `train --dry-run` does, for the world that the job will have. The device is the nodes' affair.
+    """Run the checks of `train --dry-run` for the job's number of ranks. The nodes themselves check their devices.
 
-    Where the cluster's file says `preprocess`, the data is not read here but on a node.
+    With `preprocess` in the cluster's file, a node reads the data instead.
 
     Raises:
-        UserError: whatever is wrong, or the static part of the memory is more than a GPU has.
+        UserError: a check failed, or the estimated memory exceeds a GPU.
     """
     if cluster.gpus_per_node and ranks_per_node > cluster.gpus_per_node:
         raise UserError(
             f"--ranks-per-node: {ranks_per_node} is more than the {cluster.gpus_per_node} GPUs of a node "
             "(gpus_per_node); use one rank per GPU"
         )
-    ranks = RankInfo(0, nodes * ranks_per_node, 0, ranks_per_node, "none")
+    ranks = RankInfo(
+        rank=0, world_size=nodes * ranks_per_node, local_rank=0, local_world_size=ranks_per_node, launcher="none"
+    )
     sizes = mesh_sizes(config.parallel, ranks)
     if cluster.preprocess:
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)
@@ -49,7 +51,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
         for source in [*config.data.train, *([config.data.eval] if config.data.eval else [])]:
             source_files(source if isinstance(source, SourceConfig) else SourceConfig(path=source))
     else:
-        # what is compiled is the nodes' affair too
+        # the nodes themselves compile
         cpu_train = config.train.model_copy(update={"device": "cpu", "compile": False})
         optim = config.optim.model_copy(update={"offload": "none"})
         setup = set_up_run(config.model_copy(update={"train": cpu_train, "optim": optim}), ranks, console)
@@ -59,13 +61,23 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
 
 
 def check_local_run(config: Config, launcher: str, ranks_per_node: int, console: Console) -> None:
-    """Check what `train --dry-run` does, for the ranks that a launcher is going to start on this machine.
+    """Run the checks of `train --dry-run` for the ranks that a launcher will start on this machine.
 
     Raises:
-        UserError: whatever is wrong.
+        UserError: a check failed.
     """
     names: dict[str, Launcher] = {"torchrun": "torchrun", "mpi": "mpi"}
-    set_up_run(config, RankInfo(0, ranks_per_node, 0, ranks_per_node, names.get(launcher, "none")), console)
+    set_up_run(
+        config,
+        RankInfo(
+            rank=0,
+            world_size=ranks_per_node,
+            local_rank=0,
+            local_world_size=ranks_per_node,
+            launcher=names.get(launcher, "none"),
+        ),
+        console,
+    )
 
 
 def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, sizes: MeshSizes, console: Console) -> None:
@@ -88,11 +100,11 @@ def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, size
 def _check_plan(
     config: Config, cluster: Cluster, folder: ModelFolder, world_size: int, nodes: int, console: Console
 ) -> None:
-    """Refuse what is more than a GPU has by the plan; say so where that is not certain."""
+    """Refuse a run whose planned peak exceeds a GPU, and print a note if the estimate is close."""
     card = None if cluster.gpu_memory is None else int(cluster.gpu_memory * 2**30)
     try:
         memory = estimate_memory(make_run_spec(config, folder.config, world_size, nodes), card)
-    except UserError as error:  # of a model or an engine that there are no formulas for
+    except UserError as error:  # the planner has no formulas for this model or engine
         console.print(f"plan: none ({error})", highlight=False, soft_wrap=True)
         return
     peak = f"plan: a rank needs {memory.peak_bytes / 2**30:.3g} GiB {PHASE_LABELS[memory.peak_phase]}"
@@ -105,25 +117,27 @@ def _check_plan(
 
 
 def estimate_static_bytes(model: PreTrainedModel, sizes: MeshSizes, config: Config) -> tuple[float, float]:
-    """Bytes that a rank holds between steps, without padding: of the base; of adapters, their gradients and moments.
-
-    Moments that are paged need no more than they find.
+    """Return the bytes that a rank holds between steps, without padding.
 
     Args:
-        model: on meta, adapters attached.
-        sizes: how it will be cut.
-        config: `parallel.engine`, the optimizer and `model.compute_dtype`.
+        model: model on the meta device, with adapters attached.
+        sizes: mesh sizes that the model will be sharded over.
+        config: configuration of the run.
+
+    Returns:
+        Bytes of the base, and bytes of adapters, gradients and optimizer states. Paged states use only free memory.
     """
     parameters = list(model.parameters())
     base = sum(p.nbytes for p in parameters if not p.requires_grad) / sizes.base_shards
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     engine, optim, compute = config.parallel.engine, config.optim, _COMPUTE_BYTES[config.model.compute_dtype]
-    own = _FP32_BYTES + 4 + 2 * (1 if optim.name.endswith("8bit") else 4)
-    if optim.name == "zero-adamw":  # keeps the sums of gradients where the moments are
-        own += 4 if optim.offload == "none" else -8
+    element_bytes = _FP32_BYTES + 4 + 2 * (1 if optim.name.endswith("8bit") else 4)
+    if optim.name == "zero-adamw":  # it keeps the summed gradients beside the optimizer states
+        element_bytes += 4 if optim.offload == "none" else -8
     if engine == "zero3" and compute != _FP32_BYTES:
-        own += compute  # the same rounded, to be gathered
-    if engine == "zero2":  # all of them in the type that is computed with; in fp32 the rank's values are a part of that
-        own -= _FP32_BYTES if compute == _FP32_BYTES else 0
-        return base, own * trained / sizes.adapter_shards + compute * trained
-    return base, own * trained / sizes.adapter_shards
+        element_bytes += compute  # a rounded copy, which is gathered
+    if engine == "zero2":
+        # each rank holds all adapters in the compute dtype; in fp32 its shard's values are part of that copy
+        element_bytes -= _FP32_BYTES if compute == _FP32_BYTES else 0
+        return base, element_bytes * trained / sizes.adapter_shards + compute * trained
+    return base, element_bytes * trained / sizes.adapter_shards

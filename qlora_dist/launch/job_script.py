@@ -1,4 +1,4 @@
-"""A job script for SLURM, out of one template."""
+"""Job script for SLURM, rendered from one template."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SlurmJob:
-    """What a script is for."""
+    """Submission of a run to SLURM."""
 
     name: str
-    """Of the run."""
+    """Name of the run."""
     cwd: Path
-    """Where the paths of the configuration start from."""
+    """Folder that relative paths of the configuration start from."""
     run: Path
-    """The run's folder, absolute."""
+    """Absolute path of the run's folder."""
     folder: Path
-    """Of this submission, absolute: configuration, script and output."""
+    """Absolute path of this submission's folder, with configuration, script and output."""
     nodes: int
     ranks_per_node: int
     array: int = 0
-    """Jobs of a chain that share the run, one after the other; 0: a single one, which requeues itself."""
+    """Number of jobs in a chain that share the run; 0: a single job that requeues itself."""
 
     @property
     def script(self) -> Path:
-        """The rendered script."""
+        """Path of the rendered script."""
         return self.folder / "job.sbatch"
 
     @property
     def output(self) -> Path:
-        """What all starts of the job print."""
+        """Path of the output of all starts of the job."""
         return self.folder / "output.log"
 
 
 def render_job_script(job: SlurmJob, cluster: Cluster) -> str:
-    """The script, every value quoted.
+    """Return the script, with every value quoted.
 
     Raises:
-        UserError: a path that can't stand in such a script.
+        UserError: a path cannot be written in a job script.
     """
     for path in (job.cwd, job.run):
-        # sbatch takes a backslash in the output's name for something else
+        # sbatch gives a backslash in the output's name another meaning
         if any(char < " " or char in "\x7f\\" for char in str(path)):
             raise UserError(
                 f"{str(path)!r}: a job script can't name a folder like that; use one without such characters"
@@ -61,7 +61,7 @@ def render_job_script(job: SlurmJob, cluster: Cluster) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # it is no HTML; what is a value goes through `q`
+        autoescape=False,  # the template is not HTML, and values pass through the filter `q`
     )
     environment.filters["q"] = bash_quote
     network = {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
@@ -92,14 +92,14 @@ def render_job_script(job: SlurmJob, cluster: Cluster) -> str:
 
 
 def bash_quote(value: object) -> str:
-    """A value, or each of several, as one word of bash."""
+    """Quote a value for bash, or each value of a sequence."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "".join(f"{shlex.quote(str(part))} " for part in value)
     return shlex.quote(str(value))
 
 
 def _sbatch_options(job: SlurmJob, cluster: Cluster) -> Iterator[str]:
-    """Literal ones: those lines expand no variables."""
+    """Yield options for #SBATCH lines, in which bash expands no variables."""
     is_torchrun = cluster.form == "torchrun"
     yield f"--job-name={job.name}"
     yield f"--nodes={job.nodes}"
@@ -133,7 +133,7 @@ def _sbatch_options(job: SlurmJob, cluster: Cluster) -> Iterator[str]:
 
 
 def format_slurm_time(time: timedelta) -> str:
-    """In whole minutes, rounded up, as D-HH:MM."""
+    """Format a time as D-HH:MM, rounded up to whole minutes."""
     minutes = -(-time // timedelta(minutes=1))
     return f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}"
 

@@ -1,4 +1,4 @@
-"""`qlora-dist launch`: a run on one process, on torchrun's or mpirun's ranks here, or as a SLURM job."""
+"""Command `qlora-dist launch`: start a run as one process, on ranks of torchrun or mpirun, or as a SLURM job."""
 
 from __future__ import annotations
 
@@ -21,38 +21,39 @@ from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.job_script import SlurmJob, render_job_script
-from qlora_dist.launch.run_status import JOB_FILE, read_json_object
+from qlora_dist.launch.run_status import JOB_FILE
 from qlora_dist.launch.slurm_queue import queued_jobs
+from qlora_dist.runs.json_object import read_json_object
 from qlora_dist.runtime.process_identity import process_identity
 
 LaunchTarget = Literal["local", "torchrun", "slurm", "mpi"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """What the command line says besides the configuration."""
+    """Options of the command line, apart from the configuration."""
 
     nodes: int = 1
     ranks_per_node: int | None = None
-    """None: as many as a node has GPUs."""
+    """Ranks per node; None: one per GPU."""
     array: int = 0
     dry_run: bool = False
     follow: bool = False
-    given: Sequence[str] = ()
-    """The configuration's file and what overrides it, as given."""
+    config_args: Sequence[str] = ()
+    """Path of the configuration and its overrides, as given on the command line."""
 
 
 def launch_local(config: Config, on: LaunchTarget, options: LaunchOptions, console: Console) -> None:
-    """Check a run and start it on this machine, in this process's place. Returns only from a dry run.
+    """Check a run and replace this process by it. Return only after a dry run or for a finished run.
 
     Args:
-        config: of the run.
-        on: what starts its ranks.
-        options: of the command line.
-        console: for progress; of a dry run the command goes to stdout.
+        config: configuration of the run.
+        on: launcher of the ranks.
+        options: options of the command line.
+        console: console for progress. A dry run prints the command to stdout.
 
     Raises:
-        UserError: more than one node, a name that is taken, or what `train --dry-run` refuses.
+        UserError: more than one node is requested, the run's name is taken, or `train --dry-run` fails.
     """
     from qlora_dist.launch.job_check import check_local_run
     from qlora_dist.runs.run_action import finished_run_note
@@ -71,20 +72,20 @@ def launch_local(config: Config, on: LaunchTarget, options: LaunchOptions, conso
         print(done)
         return
     ranks = 1 if on == "local" else options.ranks_per_node or _visible_gpu_count(console)
-    if on != "local" or options.dry_run:  # a single process says itself what is wrong, and says it last
+    if on != "local" or options.dry_run:  # a single process makes the checks itself and prints errors last
         check_local_run(config, on, ranks, console)
     if options.dry_run:
-        print(shlex.join(_command(on, ranks, options.given)))
+        print(shlex.join(_command(on, ranks, options.config_args)))
         return
     run = _absolute_run_path(config)
     folder = _new_submission_dir(run)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     write_job_file(run, on, None, os.getpid(), None)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or every rank computes on all cores
-    # Open MPI refuses to run as root, as containers do, unless told to
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # otherwise every rank computes on all cores
+    # Open MPI refuses to run as root, which is usual in containers, unless these are set
     os.environ.update({"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # torchrun would end; the ranks listen to them
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # they would end torchrun, but the ranks handle them
         signal.signal(number, signal.SIG_IGN)
     command = _command(on, ranks, [str(folder / "config.yaml")])
     try:
@@ -93,8 +94,8 @@ def launch_local(config: Config, on: LaunchTarget, options: LaunchOptions, conso
         raise UserError(f"{command[0]}: there is no such command; install an MPI, such as mpich from PyPI") from None
 
 
-def _command(on: LaunchTarget, ranks: int, given: Sequence[str]) -> list[str]:
-    train = ["-m", "qlora_dist", "train", *given]
+def _command(on: LaunchTarget, ranks: int, config_args: Sequence[str]) -> list[str]:
+    train = ["-m", "qlora_dist", "train", *config_args]
     if on == "torchrun":
         torchrun = [sys.executable, "-m", "qlora_dist.launch.agent", "--standalone", f"--nproc-per-node={ranks}"]
         return [*torchrun, *train]
@@ -102,7 +103,7 @@ def _command(on: LaunchTarget, ranks: int, given: Sequence[str]) -> list[str]:
 
 
 def _visible_gpu_count(console: Console) -> int:
-    """Count the GPUs that this machine lets its processes see, one rank for each."""
+    """Return the number of GPUs that this process sees; 1, with a message, if there is none."""
     import torch
 
     if count := torch.cuda.device_count():
@@ -115,13 +116,13 @@ def launch_slurm(config: Config, cluster: Cluster, options: LaunchOptions, conso
     """Check, render and submit a job.
 
     Args:
-        config: of the run.
-        cluster: where it goes.
-        options: of the command line.
-        console: where to print; of a dry run the script goes to stdout.
+        config: configuration of the run.
+        cluster: settings of the cluster.
+        options: options of the command line.
+        console: console for progress. A dry run prints the script to stdout.
 
     Raises:
-        UserError: what the user has to mend, before anything is submitted.
+        UserError: a check failed, before anything was submitted.
     """
     from qlora_dist.launch import submit
     from qlora_dist.launch.job_check import check_job
@@ -147,24 +148,32 @@ def launch_slurm(config: Config, cluster: Cluster, options: LaunchOptions, conso
 
 
 def default_ranks_per_node(cluster: Cluster) -> int:
-    """On a node, unless somebody says otherwise."""
+    """Return the ranks per node without `--ranks-per-node`."""
     return cluster.gpus_per_node or 1
 
 
 def make_job(config: Config, nodes: int, ranks_per_node: int, array: int = 0) -> SlurmJob:
-    """The next submission of a run, from the current folder."""
+    """Return the next submission of a run, from the current folder."""
     run = _absolute_run_path(config)
-    return SlurmJob(config.run.name, Path.cwd(), run, _new_submission_dir(run), nodes, ranks_per_node, array)
+    return SlurmJob(
+        name=config.run.name,
+        cwd=Path.cwd(),
+        run=run,
+        folder=_new_submission_dir(run),
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        array=array,
+    )
 
 
 def submit_job(config: Config, job: SlurmJob, script: str) -> int:
-    """Write what the job reads, submit it, and say in the run's folder who runs it.
+    """Write the job's files, submit it, and record it in the run's folder.
 
     Returns:
-        SLURM's number of it.
+        SLURM's job number.
 
     Raises:
-        UserError: there is no SLURM here, or it refuses.
+        UserError: SLURM is not installed here, or it refuses the job.
     """
     from qlora_dist.launch.submit import sbatch
 
@@ -177,7 +186,7 @@ def submit_job(config: Config, job: SlurmJob, script: str) -> int:
 
 
 def write_job_file(run: Path, launcher: LaunchTarget, job_id: int | None, pid: int | None, log: Path | None) -> None:
-    """Say in the run's folder who runs it."""
+    """Record the launcher of a run in its folder."""
     run.mkdir(parents=True, exist_ok=True)
     tree = {
         "launcher": launcher,
@@ -198,20 +207,20 @@ def _absolute_run_path(config: Config) -> Path:
 
 
 def _new_submission_dir(run: Path) -> Path:
-    """Of this submission: a job that waits must not read what a later one brings."""
+    """Return a new folder, because a waiting job must not read the configuration of a later one."""
     numbers = [int(path.name) for path in (run / "jobs").glob("*") if path.name.isdecimal()]
     return run / "jobs" / str(max(numbers, default=0) + 1)
 
 
 def check_not_queued(run: Path, remedy: str) -> None:
-    """Two jobs would write over one another.
+    """Check that no job of this run is in SLURM's queue, because two jobs would overwrite each other's files.
 
     Args:
-        run: its folder.
-        remedy: what to do but to cancel the one that there is.
+        run: the run's folder.
+        remedy: alternative to cancelling the queued job, for the message.
 
     Raises:
-        UserError: there is one already.
+        UserError: a job of the run is in the queue.
     """
     tree = read_json_object(run / JOB_FILE)
     job_id = tree.get("job_id") if tree.get("launcher") == "slurm" else None

@@ -1,8 +1,7 @@
-"""`python -m qlora_dist.launch.preflight`, one process on each node before the ranks start: do all nodes come, and is
-none much slower than the others?
+"""Test of a job's nodes before its ranks start: `python -m qlora_dist.launch.preflight`, one process on each node.
 
-Each sends some MB around with its left and with its right neighbour in turn. A slow node is slow with both, and its
-neighbours are not.
+It finds missing nodes and slow ones. Each node exchanges some MB with its left and then with its right neighbour. A
+slow node is slow with both, and its neighbours are not.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ if TYPE_CHECKING:
     import torch
 
 PREFLIGHT_TIMEOUT_S = 120.0
-"""For all nodes to come, and for any exchange."""
+"""Seconds until all nodes must have joined, and time limit of each exchange."""
 SLOW_FACTOR = 4.0
-"""Times the median, at which a node is called slow."""
+"""Factor of the median time above which a node counts as slow."""
 _PAYLOAD_MIB = 16
 _EXCHANGE_REPEATS = 3
 
 
 def find_slow_nodes(times: Sequence[tuple[float, float]]) -> list[int]:
-    """The nodes that are slow with both of their neighbours.
+    """Return the nodes that are slow with both of their neighbours.
 
     Args:
-        times: of each node, seconds that it took with its left and with its right neighbour.
+        times: seconds of each node's exchange with its left and with its right neighbour.
     """
     best = [min(pair) for pair in times]
     return [node for node, seconds in enumerate(best) if seconds > SLOW_FACTOR * median(best)]
 
 
 def run_preflight() -> None:
-    """Meet, exchange, judge.
+    """Join all nodes, exchange data, and print which nodes are slow.
 
     Raises:
-        UserError: a node has not come.
+        UserError: a node did not join.
     """
     import torch
     import torch.distributed as dist
@@ -57,25 +56,28 @@ def run_preflight() -> None:
     started = time.monotonic()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with process_group(ranks, device, PREFLIGHT_TIMEOUT_S):
-        met_s = time.monotonic() - started
+        joined_s = time.monotonic() - started
         data = torch.ones(_PAYLOAD_MIB << 18, device=device)
         dist.all_reduce(data)  # opens the connections
         pair = (
             _time_exchange(data, ranks.rank, ranks.world_size, 0),
             _time_exchange(data, ranks.rank, ranks.world_size, 1),
         )
-        answers = all_gather_json([host, met_s, *pair])
+        answers = all_gather_json([host, joined_s, *pair])
     if ranks.rank != 0:
         return
     hosts, times = [answer[0] for answer in answers], [(answer[2], answer[3]) for answer in answers]
     rate = _PAYLOAD_MIB * 2**20 * 8 / median(min(pair) for pair in times) / 1e9
-    print(f"preflight: {len(hosts)} nodes have met after {max(a[1] for a in answers):.1f} s, {rate:.1f} Gbit/s")
+    print(f"preflight: {len(hosts)} nodes joined after {max(a[1] for a in answers):.1f} s, {rate:.1f} Gbit/s")
     for node in find_slow_nodes(times):
         print(f"preflight: {hosts[node]} is slow: {_PAYLOAD_MIB * 2**20 * 8 / min(times[node]) / 1e9:.2f} Gbit/s")
 
 
 def _time_exchange(data: torch.Tensor, rank: int, world_size: int, shift: int) -> float:
-    """Seconds to swap `data` with a neighbour in a ring: pairs (0, 1), (2, 3)... or, shifted, (1, 2), (3, 4)..."""
+    """Return the seconds to swap `data` with a neighbour in a ring.
+
+    The pairs are (0, 1), (2, 3)... or, with `shift` 1, (1, 2), (3, 4)...
+    """
     import torch
     import torch.distributed as dist
 
@@ -101,13 +103,13 @@ def _time_exchange(data: torch.Tensor, rank: int, world_size: int, shift: int) -
     return best
 
 
-def add_node_names(sentence: str, nodes: Sequence[str]) -> str:
-    """With the node behind each rank that is named; here a rank is a node."""
-    return re.sub(r"rank (\d+)", lambda match: f"{match[0]} ({nodes[int(match[1])]})", sentence)
+def add_node_names(message: str, nodes: Sequence[str]) -> str:
+    """Add the node's name to each rank in a message. Each node has one rank here."""
+    return re.sub(r"rank (\d+)", lambda match: f"{match[0]} ({nodes[int(match[1])]})", message)
 
 
 def _job_nodes() -> list[str]:
-    command = ["scontrol", "show", "hostnames"]  # of the job
+    command = ["scontrol", "show", "hostnames"]  # without an argument it lists the job's nodes
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
 
 
@@ -116,4 +118,4 @@ if __name__ == "__main__":
         run_preflight()
     except UserError as error:
         print(f"preflight: {add_node_names(str(error), _job_nodes())}", file=sys.stderr)
-        sys.exit(1)  # no mistake of the user's: another start may do
+        sys.exit(1)  # not the exit code of a user's error, because restarting may succeed

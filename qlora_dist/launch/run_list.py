@@ -1,4 +1,4 @@
-"""`qlora-dist jobs`: what runs, what has run, and how far it is."""
+"""Command `qlora-dist jobs`: list runs with their states and progress."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _STATUS_POLL_S = 3.0
 _COLOURS = {"running": "green", "waiting": "yellow", "failed": "red", "to be requeued": "yellow"}
 
 
-def print_runs(folder: Path, as_json: bool) -> None:
-    """Print all runs of a folder, the newest first."""
+def print_runs(folder: Path, *, as_json: bool) -> None:
+    """Print all runs in a folder, newest first."""
     runs = read_run_statuses(find_run_dirs(folder))
     if as_json:
         sys.stdout.write(json.dumps([run.to_json() for run in runs], indent=2) + "\n")
@@ -51,21 +51,21 @@ def _table(runs: list[RunStatus]) -> Table:
 
 
 def follow_run(folder: Path, name: str) -> None:
-    """Print what rank 0 prints, from its beginning until the run ends.
+    """Print rank 0's output from its beginning until the run ends.
 
     Raises:
-        UserError: there is no such run, or nobody knows where its output goes.
+        UserError: there is no such run, or its output file is unknown.
     """
     path = find_run_dir(folder, name)
     (run,) = read_run_statuses([path])
     if not isinstance(run.job.get("log"), str):
         raise UserError(
-            f"{path}: who started this run did not say where its output goes; look where its launcher writes"
+            f"{path}: the output file of this run is not recorded; look where its launcher writes its output"
         )
-    log, position, asked = Path(run.job["log"]), 0, time.monotonic()
+    log, position, checked_at = Path(run.job["log"]), 0, time.monotonic()
     while True:
-        if time.monotonic() - asked > _STATUS_POLL_S:
-            (run,), asked = read_run_statuses([path]), time.monotonic()
+        if time.monotonic() - checked_at > _STATUS_POLL_S:
+            (run,), checked_at = read_run_statuses([path]), time.monotonic()
         position = print_new_output(log, position)
         if not run.is_active:
             return
@@ -73,13 +73,13 @@ def follow_run(folder: Path, name: str) -> None:
 
 
 def print_new_output(log: Path, position: int) -> int:
-    """Print what has come to an output since it had `position` bytes, and return how many it has now."""
+    """Print the output after its first `position` bytes, and return its new size."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, 2)
-            file.seek(position if position <= size else 0)  # it was begun anew
+            file.seek(position if position <= size else 0)  # a shorter file was begun anew
             sys.stdout.write(file.read().decode(errors="replace"))
             sys.stdout.flush()
             return file.tell()
     except OSError:
-        return position  # not there yet
+        return position  # the file does not exist yet

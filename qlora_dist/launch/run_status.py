@@ -1,8 +1,7 @@
-"""How a run is, told from its folder and SLURM's queue. Whatever is missing or half-written is not known, no error."""
+"""Status of a run, from its folder and SLURM's queue. Values of a missing or incomplete file count as unknown."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import statistics
@@ -18,11 +17,12 @@ import yaml
 from qlora_dist.config.sections import DEFAULT_STEPS
 from qlora_dist.errors import UserError
 from qlora_dist.launch.slurm_queue import WAITING_STATES, queued_jobs
+from qlora_dist.runs.json_object import parse_json_object, read_json_object
 from qlora_dist.runs.run_dir import DONE_MARKER, PROCESS_FILE, REQUEUE_MARKER, STOPPED_MARKER
 from qlora_dist.runtime.process_identity import is_same_process
 
 JOB_FILE = "job.json"
-"""Of `qlora-dist launch`: launcher, job_id, host, pid, log, submitted."""
+"""File of `qlora-dist launch`, with launcher, job_id, host, pid, log and submitted."""
 RunState = Literal["running", "waiting", "done", "stopped", "to be requeued", "failed"]
 _TAIL_BYTES = 2**16
 _RECENT_ROWS = 20
@@ -31,44 +31,42 @@ _NUMBER_KEYS = (
     *("peak_bytes", "resident_bytes", "paged_bytes", "base_resident_bytes"),
 )
 _GROUP_KEYS = ("comm_bytes", "paging", "base_paging")
-"""What others read of a line of metrics.jsonl: numbers, and objects of numbers."""
+"""Keys of metrics.jsonl whose values are numbers, and keys whose values are objects of numbers."""
 _MAX_NUMBER = 1e300
 _MAX_SILENCE_S = 600.0
-"""After so long without a metric, a process on another machine is taken for gone."""
+"""Seconds without a write after which a process on another machine counts as gone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """What is known; None where it is not."""
+    """Status of a run. Unknown values are None."""
 
     name: str
     path: Path
     state: RunState
     reason: str | None
-    """Why it has ended."""
+    """Reason why the run has ended."""
     step: int | None
     steps: int | None
     loss: float | None
     tokens_per_s: float | None
     left_s: float | None
     job: dict[str, Any]
-    """job.json."""
+    """Content of job.json."""
     process: dict[str, Any]
-    """Rank 0's."""
+    """Content of process.json, which describes rank 0."""
 
     @property
     def job_id(self) -> str | None:
-        """SLURM's."""
-        found = self.job.get("job_id") or self.process.get("job_id")
-        return None if found is None else str(found)
+        """SLURM's number of the job, or of its step."""
+        number = self.job.get("job_id") or self.process.get("job_id")
+        return None if number is None else str(number)
 
     @property
     def is_active(self) -> bool:
-        """Whether there is something to wait for, or to end."""
         return self.state in ("running", "waiting")
 
     def to_json(self) -> dict[str, Any]:
-        """For other programs."""
         own = ("name", "state", "reason", "step", "steps", "loss", "tokens_per_s", "left_s")
         host = self.process.get("host") or self.job.get("host")
         extra = {"path": str(self.path), "job_id": self.job_id, "host": host, "log": self.job.get("log")}
@@ -76,20 +74,20 @@ class RunStatus:
 
 
 def find_run_dirs(folder: Path) -> list[Path]:
-    """Folders of runs, the newest first."""
+    """Return the folders of runs, newest first."""
     traces = ("config.yaml", JOB_FILE, "metrics.jsonl")
     try:
-        found = [path for path in folder.iterdir() if any((path / name).is_file() for name in traces)]
-        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+        runs = [path for path in folder.iterdir() if any((path / name).is_file() for name in traces)]
+        return sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True)
     except OSError:
         return []
 
 
 def find_run_dir(folder: Path, name: str) -> Path:
-    """The folder of one run.
+    """Return the folder of a run.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no run of that name.
     """
     runs = {path.name: path for path in find_run_dirs(folder)}
     if name not in runs:
@@ -99,7 +97,7 @@ def find_run_dir(folder: Path, name: str) -> Path:
 
 
 def read_run_statuses(paths: list[Path]) -> list[RunStatus]:
-    """How runs are. SLURM is asked only where one of them is a job."""
+    """Return the statuses of runs. SLURM is queried only if one of them is a job."""
     runs = [read_run_status(path, None) for path in paths]
     if all(run.job_id is None for run in runs) or (queue := queued_jobs()) is None:
         return runs
@@ -107,11 +105,11 @@ def read_run_statuses(paths: list[Path]) -> list[RunStatus]:
 
 
 def read_run_status(path: Path, queue: dict[str, str] | None) -> RunStatus:
-    """How a run is.
+    """Return the status of a run.
 
     Args:
-        path: its folder.
-        queue: SLURM's jobs (`queued_jobs`).
+        path: the run's folder.
+        queue: states of SLURM's jobs (`queued_jobs`); None if unknown.
     """
     job, process = read_json_object(path / JOB_FILE), read_json_object(path / PROCESS_FILE)
     markers = {
@@ -124,24 +122,24 @@ def read_run_status(path: Path, queue: dict[str, str] | None) -> RunStatus:
     marker = next(iter(markers.values()), {})
     recent = metrics[-_RECENT_ROWS:]
     step = metrics[-1]["step"] if metrics else None
-    if _is_int(marker.get("step")):  # the last line of the metrics may have had no room on the disk
+    if _is_int(marker.get("step")):  # the last line of the metrics is missing if the disk was full
         step = max(step or 0, marker["step"])
     steps = process["steps"] if _is_int(process.get("steps")) else _configured_steps(path / "config.yaml")
     left_s = None
     if state == "running" and recent and steps is not None and step is not None:
         left_s = max(0, steps - step) * statistics.median(row["step_s"] for row in recent)
     return RunStatus(
-        path.name,
-        path,
-        state,
-        marker.get("reason") if isinstance(marker.get("reason"), str) and state != "running" else None,
-        step,
-        steps,
-        recent[-1]["loss"] if recent else None,
-        statistics.median(row["tokens_per_s"] for row in recent) if recent else None,
-        left_s,
-        job,
-        process,
+        name=path.name,
+        path=path,
+        state=state,
+        reason=marker.get("reason") if isinstance(marker.get("reason"), str) and state != "running" else None,
+        step=step,
+        steps=steps,
+        loss=recent[-1]["loss"] if recent else None,
+        tokens_per_s=statistics.median(row["tokens_per_s"] for row in recent) if recent else None,
+        left_s=left_s,
+        job=job,
+        process=process,
     )
 
 
@@ -167,7 +165,7 @@ def _derive_state(
 
 
 def _is_alive(process: dict[str, Any]) -> bool:
-    """Whether it is a process of this machine that runs, and no later one with the same number."""
+    """Return whether a process runs on this machine, and is not a later one with the same number."""
     if process.get("host") != socket.gethostname() or not _is_int(process.get("pid")):
         return False
     try:
@@ -178,7 +176,7 @@ def _is_alive(process: dict[str, Any]) -> bool:
 
 
 def _last_metrics(path: Path) -> list[dict[str, Any]]:
-    """The last steps that are whole, oldest first. Lines of other types than a step's are left out."""
+    """Return the last complete lines of steps, oldest first. Other lines are skipped."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -203,25 +201,8 @@ def _configured_steps(path: Path) -> int | None:
     return steps if _is_int(steps) else None
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; empty if the file is not there, or not whole."""
-    try:
-        return parse_json_object(path.read_bytes())
-    except OSError:
-        return {}
-
-
-def parse_json_object(text: bytes) -> dict[str, Any]:
-    """The JSON object of a file or line; empty if it is none, or not whole."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):  # half a file, of a process that was killed or is writing
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def is_metrics_row(row: dict[str, Any]) -> bool:
-    """Return whether a line of metrics.jsonl has a step and numbers where a run writes numbers; null is one, too."""
+    """Return whether a line of metrics.jsonl has a step, and a number or null under each numeric key."""
     return (
         _is_int(row.get("step"))
         and all(row.get(name) is None or is_finite_number(row[name]) for name in _NUMBER_KEYS)
@@ -230,7 +211,7 @@ def is_metrics_row(row: dict[str, Any]) -> bool:
 
 
 def is_finite_number(value: object) -> bool:
-    """Return whether a value is a finite number of a size that can be computed with."""
+    """Return whether a value is a number of moderate size, so that sums do not overflow."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MAX_NUMBER
 
 
@@ -246,7 +227,7 @@ def _parse_timestamp(time_of_day: Any) -> float | None:
 
 
 def _last_write_time(path: Path) -> float:
-    """When the run last wrote something."""
+    """Return the time of the run's last write."""
     try:
         return max(entry.stat().st_mtime for entry in path.iterdir())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""SLURM's queue, as far as runs need it."""
+"""Queries of SLURM's queue, and cancelling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qlora_dist.errors import UserError
 
 _SLURM_TIMEOUT_S = 20.0
-"""A client whose controller is gone tries for minutes."""
+"""Seconds until SLURM counts as silent. A client would retry for minutes without its controller."""
 WAITING_STATES = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT")
 _ENDED_STATES = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY"),
@@ -19,23 +19,22 @@ _ENDED_STATES = (
 
 @dataclass(frozen=True)
 class JobState:
-    """How a job is."""
+    """State of a job in SLURM."""
 
     state: str
-    """SLURM's word, such as PENDING; UNKNOWN: the job has ended, and nobody knows how."""
+    """SLURM's name of the state, such as PENDING; UNKNOWN if the job has ended and SLURM has no record of it."""
     reason: str = ""
-    """Why it waits."""
+    """SLURM's reason why the job waits."""
     nodes: str = ""
-    """As SLURM names them."""
+    """Node list in SLURM's notation."""
 
     @property
     def has_ended(self) -> bool:
-        """Whether it will do nothing more."""
         return self.state in _ENDED_STATES
 
 
 def job_state(job_id: int) -> JobState | None:
-    """How a job is, or how it has ended, which SLURM knows for some minutes; None: it doesn't answer."""
+    """Return the state of a job, also for some minutes after its end; None if SLURM does not answer."""
     command = ["squeue", f"--jobs={job_id}", "--states=all", "--noheader", "--format=%T|%r|%N"]
     done = _run_slurm_command(command)
     if done is None:
@@ -48,15 +47,15 @@ def job_state(job_id: int) -> JobState | None:
 
 
 def _accounted_state(job_id: int) -> str:
-    """Of a job that the queue has forgotten."""
+    """Return the state of a job that is no longer in the queue."""
     command = ["sacct", f"--jobs={job_id}", "--allocations", "--noheader", "--parsable2", "--format=State"]
     done = _run_slurm_command(command)
-    words = done.stdout.split() if done is not None and done.returncode == 0 else []  # such as CANCELLED by 1000
-    return words[0] if words else "UNKNOWN"
+    fields = done.stdout.split() if done is not None and done.returncode == 0 else []  # such as CANCELLED by 1000
+    return fields[0] if fields else "UNKNOWN"
 
 
 def queued_jobs() -> dict[str, str] | None:
-    """State by job id of this user's jobs that have not ended; None: there is no SLURM, or it doesn't answer."""
+    """Return the states of this user's active jobs by job id; None without SLURM, or if it does not answer."""
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--me", "--noheader", "--format=%A|%T"]
@@ -67,7 +66,7 @@ def queued_jobs() -> dict[str, str] | None:
 
 
 def _run_slurm_command(command: list[str]) -> subprocess.CompletedProcess[str] | None:
-    """What SLURM says; None: it is not there, or doesn't answer."""
+    """Run a SLURM command; None if it is not installed or does not answer."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -75,10 +74,10 @@ def _run_slurm_command(command: list[str]) -> subprocess.CompletedProcess[str] |
 
 
 def scancel(job: str) -> None:
-    """End a job, or a step (`123.0`) of it.
+    """Cancel a job, or a step of it (`123.0`).
 
     Raises:
-        UserError: SLURM refuses.
+        UserError: SLURM refuses or does not answer.
     """
     try:
         done = subprocess.run(["scancel", job], capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S, check=False)

@@ -1,4 +1,4 @@
-"""Handing a script to SLURM, and watching the job."""
+"""Submission of a script to SLURM, and its output."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ _POLL_S = 1.0
 
 
 def sbatch(script: Path) -> int:
-    """Submit a script.
-
-    Returns:
-        The job's number.
+    """Submit a script and return the job's number.
 
     Raises:
-        UserError: there is no SLURM here, or it refuses.
+        UserError: SLURM is not installed here, or it refuses the script.
     """
-    # from within a job, its own variables would be taken for options
+    # inside a job, sbatch would take that job's variables for options
     environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
     command = ["sbatch", "--parsable", str(script)]
     try:
@@ -34,7 +31,7 @@ def sbatch(script: Path) -> int:
             "slurm/local_cluster.sh, or see the script with --dry-run"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError("sbatch: SLURM does not answer; see that its controller runs (scontrol ping)") from None
+        raise UserError("sbatch: SLURM does not answer; check that its controller runs (scontrol ping)") from None
     if answer.returncode != 0:
         reason = " ".join(answer.stderr.split()).removeprefix("sbatch: error: ")
         raise UserError(f"{script}: sbatch refuses it ({reason}); correct the cluster's file")
@@ -42,12 +39,12 @@ def sbatch(script: Path) -> int:
 
 
 def follow_job(job_id: int, log: Path) -> None:
-    """Print what the job writes, until it is over."""
-    position, over = 0, False
+    """Print the job's output until it ends."""
+    position, has_ended = 0, False
     while True:
         position = print_new_output(log, position)
-        if over:
+        if has_ended:
             return
         jobs = queued_jobs()
-        over = jobs is not None and str(job_id) not in jobs
+        has_ended = jobs is not None and str(job_id) not in jobs
         time.sleep(_POLL_S)

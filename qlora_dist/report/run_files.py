@@ -15,10 +15,9 @@ from qlora_dist.launch.run_status import (
     RunState,
     is_finite_number,
     is_metrics_row,
-    parse_json_object,
-    read_json_object,
     read_run_status,
 )
+from qlora_dist.runs.json_object import parse_json_object, read_json_object
 from qlora_dist.runs.run_dir import PROCESS_FILE
 
 _WARM_UP_STEPS = 2

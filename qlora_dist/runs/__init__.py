@@ -1,1 +1,1 @@
-"""The folder of a run: its files, its lock, its metrics, and what a command does in it."""
+"""Folder of a run: its files, its lock, its metrics, and the action of a command in it."""

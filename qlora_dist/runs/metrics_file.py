@@ -1,28 +1,29 @@
-"""metrics.jsonl: one line of JSON for each step, whole or not there."""
+"""File metrics.jsonl, which has one complete JSON line per step."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
+from qlora_dist.errors import write_stderr
+
 
 class MetricsFile:
-    """The metrics of a run, open behind the lines of the steps that are done.
+    """Metrics file of a run, open for writing.
 
-    A full disk ends no run. Lines that cannot be written are kept in memory, and written as soon as there is room.
+    A full disk does not end the run. Lines that cannot be written are kept in memory and written when there is room.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        """Keep the lines of steps up to `step` and drop later ones, because those steps will be done again.
+        """Keep the lines of steps up to `step`, and drop later ones, because those steps will be repeated.
 
         Args:
-            path: of the file.
-            step: -1: keep none.
+            path: path of metrics.jsonl.
+            step: last step whose line is kept; -1 keeps no line.
         """
         self._path = path
         self._open(step)
@@ -32,19 +33,19 @@ class MetricsFile:
         partial = self._path.with_name(self._path.name + ".partial")
         partial.write_bytes(b"".join(lines))
         partial.replace(self._path)
-        # unbuffered: a write fails at once or has been done
+        # unbuffered, so that a write either fails at once or is complete
         self._file: RawIOBase = self._path.open("r+b", buffering=0)
         self._written = sum(map(len, lines))
-        """Bytes of whole lines in the file."""
+        """Bytes of complete lines in the file."""
         self._last = lines[-1] if lines else b""
-        """The last line, written or not."""
+        """Last line, whether written or not."""
         self._unwritten: list[bytes] = []
         self._replaced = b""
-        """The line that the first unwritten one stands in for, as it is in the file."""
+        """Line in the file that the first unwritten line replaces."""
         self._failing = False
 
-    def go_back(self, step: int) -> None:
-        """Drop the lines of steps after `step`, written or not. It needs no room on the disk."""
+    def roll_back(self, step: int) -> None:
+        """Drop the lines of steps after `step`, whether written or not. This needs no room on the disk."""
         self.flush()
         kept = _lines_until(self._path, step)
         self._unwritten = [line for line in self._unwritten if (parse_step(line) or 0) <= step]
@@ -55,15 +56,15 @@ class MetricsFile:
         self._last = (self._unwritten or kept or [b""])[-1]
 
     def append(self, row: dict[str, Any]) -> None:
-        """Append a line; handed to the system before this returns, unless the disk is full."""
+        """Append a line. It is passed to the operating system before this returns, unless the disk is full."""
         self._last = (json.dumps(nonfinite_to_none(row)) + "\n").encode()
         self._unwritten.append(self._last)
         self.flush()
 
-    def extend(self, step: int, values: dict[str, Any]) -> None:
-        """Add values to the end of the last line if it is the step's, or append a line with them.
+    def extend_step(self, step: int, values: dict[str, Any]) -> None:
+        """Add values to the last line if it belongs to the step. Otherwise append a line with them.
 
-        Only what is new is written, so that those who follow the file see each line once.
+        A line without new values is not rewritten, so that a program that follows the file sees it once.
         """
         before = json.loads(self._last) if self._last else {}
         if before.get("step") != step:
@@ -81,18 +82,18 @@ class MetricsFile:
         self._last = line
         self.flush()
 
-    def value(self, step: int, key: str) -> Any:
-        """Return a value of the last line; None if it is not the step's, or has no such value."""
+    def last_value(self, step: int, key: str) -> Any:
+        """Return a value of the last line; None if the line belongs to another step or lacks the key."""
         row = json.loads(self._last) if self._last else {}
         return row.get(key) if row.get("step") == step else None
 
     def values(self, key: str) -> list[float]:
-        """Return a number of each line in the file that has it."""
+        """Return the number under `key` of each line that has one."""
         rows = map(json.loads, _lines_until(self._path, sys.maxsize))
         return [row[key] for row in rows if isinstance(row.get(key), (int, float))]
 
     def flush(self) -> bool:
-        """Write what could not be written before; False if it still cannot."""
+        """Write the lines that could not be written before. Return whether all are written."""
         try:
             while self._unwritten:
                 line = self._unwritten[0]
@@ -110,25 +111,25 @@ class MetricsFile:
             if not self._failing:
                 self._failing = True
                 reason = error.strerror or str(error)
-                _say(f"{self._path}: cannot be written ({reason}); its lines are kept and written as soon as it can")
+                write_stderr(f"{self._path}: cannot be written ({reason}); its lines are kept and written when it can")
             return False
         self._failing = False
         return True
 
     def close(self) -> None:
-        """Write what is left, if that is possible."""
+        """Write the remaining lines if possible, and close the file."""
         if not self.flush():
-            _say(f"{self._path}: the lines of its last {len(self._unwritten)} steps could not be written")
+            write_stderr(f"{self._path}: the lines of its last {len(self._unwritten)} steps could not be written")
         self._file.close()
 
 
 def nonfinite_to_none(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace NaN and infinity, as of a step that was skipped, by null, because JSON has no such numbers."""
+    """Replace NaN and infinity by null, because JSON has no such numbers. A skipped step has them."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def parse_step(line: bytes) -> int | None:
-    """Return the step that a line of metrics.jsonl is about; None: it is not such a line."""
+    """Return the step of a line of metrics.jsonl; None if it is not such a line."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -137,9 +138,9 @@ def parse_step(line: bytes) -> int | None:
 
 
 def _lines_until(path: Path, step: int) -> list[bytes]:
-    """Return the lines of steps up to `step`, in their order. Of two lines for a step the later one stays.
+    """Return the lines of steps up to `step`, in order of steps. If a step has two lines, the later one counts.
 
-    A line that is no object with a step is part of a line, of a process that was killed.
+    A line without a step is incomplete, because its process was killed.
     """
     kept: dict[int, bytes] = {}
     if step >= 0 and path.exists():
@@ -148,9 +149,3 @@ def _lines_until(path: Path, step: int) -> list[bytes]:
             if done is not None and done <= step:
                 kept[done] = line + b"\n"
     return [kept[done] for done in sorted(kept)]
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):  # stderr may be on the same disk
-        sys.stderr.write(f"qlora-dist: {text}\n")
-        sys.stderr.flush()

@@ -1,6 +1,6 @@
-"""May this command have the run's folder, and what does it do there? Asked on every rank, before one waits for another.
+"""Action of a command in its run's folder: begin, replace, resume or nothing.
 
-No torch: `launch` asks too.
+Every rank decides it before any rank waits for another. This module does not import torch, because `launch` uses it.
 """
 
 from __future__ import annotations
@@ -41,35 +41,34 @@ _IGNORED_KEYS_BY_SECTION = {
         "device",
     ),
 }
-"""Keys that a repeated command may change, and a finished run is finished all the same."""
+"""Keys that a repeated command may change without making a finished run another training."""
 
 
 @dataclass(frozen=True)
 class RunAction:
-    """What a command does in the folder of its run."""
+    """Action of a command in the folder of its run."""
 
-    way: Literal["begin", "replace", "resume", "done"]
-    """begin: there is nothing to go on from, or to lose; replace: what is there goes; resume: from a checkpoint; done:
-    nothing."""
+    kind: Literal["begin", "replace", "resume", "done"]
+    """Kind of action. begin: start a run; replace: remove the run in the folder first; resume: continue from a
+    checkpoint; done: do nothing."""
     resume: str = "auto"
-    """The checkpoint's folder, or auto: the newest."""
+    """Folder of the checkpoint, or auto for the newest one."""
     note: str | None = None
-    """A line for the user."""
+    """Message for the user."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it for the other ranks."""
         return asdict(self)
 
 
 def choose_run_action(config: Config, resume: str = "auto") -> RunAction:
-    """Decide what this command does in the run's folder. Nothing is changed.
+    """Decide what this command does in the run's folder, without changing anything.
 
-    A launcher that starts its command again goes on with what the command has begun, whatever `run.overwrite` and
-    `resume` say: they are for its first start.
+    When a launcher restarts its command, the run continues, whatever `run.overwrite` and `resume` say. They apply to
+    the first start.
 
     Args:
-        config: of the run.
-        resume: `auto`, `none`, or a checkpoint's folder.
+        config: configuration of the run.
+        resume: `auto`, `none`, or the folder of a checkpoint.
 
     Raises:
         UserError: the folder cannot be used, or holds a run that this command would destroy.
@@ -80,7 +79,7 @@ def choose_run_action(config: Config, resume: str = "auto") -> RunAction:
         return _choose_run_action(config, resume, path)
     except OSError as error:
         raise UserError(
-            f"{error.filename or path}: cannot be used ({error.strerror}); mend that, or give run.name another value"
+            f"{error.filename or path}: cannot be used ({error.strerror}); fix that, or give run.name another value"
         ) from None
 
 
@@ -110,7 +109,7 @@ def _choose_run_action(config: Config, resume: str, path: Path) -> RunAction:
         raise UserError(f"{path}: holds a run already; {other}")
     if has_checkpoint or resume not in ("auto", "none"):
         return RunAction("resume", resume)
-    # without a configuration it is no run that has failed, but somebody else's file
+    # metrics without a configuration are another program's file, not a failed run
     is_foreign = (path / METRICS_FILE).exists() and not (path / CONFIG_FILE).exists()
     if has_adapter or is_foreign:
         raise UserError(f"{path}: holds a run already; {other}")
@@ -118,44 +117,44 @@ def _choose_run_action(config: Config, resume: str, path: Path) -> RunAction:
 
 
 def finished_run_note(config: Config) -> str | None:
-    """Return the line about a run that is done and needs no other start; None: there is something to do.
+    """Return the message about a run that is done; None if there is something to do.
 
     Raises:
         UserError: as `choose_run_action`.
     """
     action = choose_run_action(config)
-    return action.note if action.way == "done" else None
+    return action.note if action.kind == "done" else None
 
 
 def dry_run_note(config: Config, resume: str) -> str | None:
-    """Return a line on what `train` would do about the run that the folder holds; None: it holds none.
+    """Return a message on what `train` would do with the run in the folder; None if the folder holds no run.
 
     Raises:
         UserError: as `choose_run_action`.
     """
     action = choose_run_action(config, resume)
     path = run_path(config.run)
-    if action.way == "done":
+    if action.kind == "done":
         return f"train would do nothing: {action.note}"
-    if action.way == "replace":
+    if action.kind == "replace":
         return f"train would replace the run in {path}" if (path / METRICS_FILE).exists() else None
-    if action.way == "resume":
-        return f"train would go on with the run in {path}"
+    if action.kind == "resume":
+        return f"train would resume the run in {path}"
     return action.note
 
 
 def skip_if_finished(config: Config, resume: str, rank: int) -> bool:
-    """Return whether the run is done; rank 0 says so. Every rank sees it by itself, and none waits for another.
+    """Return whether the run is done. Rank 0 prints the message. Every rank decides alone and waits for no other.
 
     Raises:
         UserError: as `choose_run_action`.
     """
     action = choose_run_action(config, resume)
-    if action.way != "done":
+    if action.kind != "done":
         return False
     if rank == 0:
         with suppress(OSError):
-            os.utime(run_path(config.run) / DONE_MARKER)  # a job script takes markers that are newer than its own start
+            os.utime(run_path(config.run) / DONE_MARKER)  # a job script ignores markers older than its own start
         print(action.note, flush=True)
     return True
 
@@ -163,12 +162,12 @@ def skip_if_finished(config: Config, resume: str, rank: int) -> bool:
 def _format_finished_note(path: Path, steps: int) -> str:
     return (
         f"{path}: is done after {steps} steps, and there is nothing to do; for more, raise train.steps, or give "
-        "run.overwrite=true to begin it anew"
+        "run.overwrite=true to start it again"
     )
 
 
 def _lost_steps_note(path: Path, config: Config) -> str | None:
-    """Return what is lost by beginning anew, if that is something and the configuration is another."""
+    """Return a message if beginning anew loses steps of a run with another configuration; otherwise None."""
     try:
         steps = (path / METRICS_FILE).read_bytes().count(b'"loss"')
     except FileNotFoundError:
@@ -182,7 +181,7 @@ def _lost_steps_note(path: Path, config: Config) -> str | None:
 
 
 def _is_same_training(path: Path, config: Config) -> bool:
-    """Return whether the run's configuration is this one, but for what changes nothing in the adapter."""
+    """Return whether the run's configuration is this one, apart from keys that do not change the adapter."""
     try:
         saved = load_config(path / CONFIG_FILE)
     except UserError:

@@ -1,4 +1,4 @@
-"""The run's folder: its configuration, its metrics, its results. Written by rank 0."""
+"""Folder of a run, with its configuration, metrics and results. Only rank 0 writes to it."""
 
 from __future__ import annotations
 
@@ -15,58 +15,60 @@ from qlora_dist.config.config_file import dump_config
 from qlora_dist.config.schema import Config
 from qlora_dist.config.sections import RunConfig
 from qlora_dist.errors import UserError
+from qlora_dist.runs.json_object import read_json_object
 from qlora_dist.runs.metrics_file import MetricsFile, nonfinite_to_none
 from qlora_dist.runtime.environment import launch_id, process_record
 
 DONE_MARKER, REQUEUE_MARKER, STOPPED_MARKER = "DONE", "REQUEUE", "STOPPED"
-"""The marker that a run leaves when it ends cleanly: at its last step; before it, to be started again by its launcher;
-before it, by hand. Each holds {"step", "reason"}. Launchers hide exit codes, or make them up."""
+"""Markers of a clean end: at the last step, for a restart by the launcher, or at a user's request.
+
+Each holds {"step", "reason"}. Exit codes cannot replace them, because launchers hide or change exit codes."""
 MARKERS = (DONE_MARKER, REQUEUE_MARKER, STOPPED_MARKER)
 PROCESS_FILE = "process.json"
-"""Where rank 0 runs and on what (`machine`), how many steps it is going to do, and which launch has started it; for
-those who look at the run from outside."""
+"""Process and machine of rank 0, number of steps of the run, and its launch. Other commands read it."""
 
 METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.yaml"
 CHECKPOINTS_DIR = "checkpoints"
 RUN_SUBDIRS = (CHECKPOINTS_DIR, "adapter", "tensorboard")
-"""What a new run removes of an old one of its name."""
+"""Folders of an old run with the same name that a new run removes."""
 
 
 def run_path(config: RunConfig) -> Path:
-    """Where the run's files go."""
+    """Return the run's folder."""
     return Path(config.dir) / config.name
 
 
 class RunDir:
-    """The folder of a run that has begun."""
+    """Folder of a run that has begun."""
 
     def __init__(
         self,
         config: Config,
+        *,
         is_new: bool,
         replace: bool = False,
         steps: int | None = None,
         machine: dict[str, Any] | None = None,
     ) -> None:
-        """Make it. What an earlier start can go on from stays as it is until `start`.
+        """Create the folder. Checkpoints and metrics of an earlier start stay unchanged until `open_metrics`.
 
         Args:
-            config: of the run.
-            is_new: the run starts from no checkpoint.
-            replace: remove what an earlier run of that name has left.
-            steps: when it is done.
-            machine: what it computes on (`this_machine`).
+            config: configuration of the run.
+            is_new: True if the run starts without a checkpoint.
+            replace: True to remove the files of an earlier run with this name.
+            steps: number of steps of the run.
+            machine: description of the machine (`machine_info`).
 
         Raises:
             UserError: the folder cannot be written.
         """
         self.path = run_path(config.run)
-        # until `start` it is the launch of the start before: only a launch that has started goes on by itself
+        # until `open_metrics` keep the previous launch, because only a launch that has started resumes automatically
         launch = None if replace else last_launch(self.path)
         self._process = {**process_record(), "steps": steps, "machine": machine, "launch": launch}
         self._metrics_file: MetricsFile | None = None
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        """Called with what is appended to the metrics."""
+        """Functions that receive each record appended to the metrics."""
         with self._explain_write_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             for name in RUN_SUBDIRS:
@@ -77,22 +79,23 @@ class RunDir:
             (self.path / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
             self._write_process()
 
-    def start(self, step: int, superseded: Sequence[Path]) -> list[Path]:
-        """Begin to write. Until here an earlier start's checkpoints and metrics are as it left them.
+    def open_metrics(self, step: int, superseded: Sequence[Path]) -> list[Path]:
+        """Open metrics.jsonl, and set aside the checkpoints that the run does not resume from.
 
         Args:
-            step: steps that are done; the metrics of later ones are taken out, because they will be done again. -1:
-                all are taken out.
-            superseded: checkpoints that the run does not go on from, the newest first.
+            step: steps that are done. The metrics of later steps are removed, because they will be repeated. -1 removes
+                all of them.
+            superseded: checkpoints that the run does not resume from, newest first.
 
         Returns:
-            Where those checkpoints are now.
+            The new folders of those checkpoints.
 
         Raises:
             UserError: the folder cannot be written.
         """
         with self._explain_write_errors():
-            # first these, newest first: a start that dies in between goes on from an older one, which has its metrics
+            # Checkpoints are moved before metrics are removed, newest first. If the process dies in between, the next
+            # start resumes from an older checkpoint, whose metrics still exist.
             moved = [abandon_checkpoint(folder) for folder in superseded]
             self._metrics_file = MetricsFile(self.path / METRICS_FILE, step)
             self._process["launch"] = launch_id()
@@ -110,41 +113,41 @@ class RunDir:
             yield
         except OSError as error:
             raise UserError(
-                f"{error.filename or self.path}: cannot be written ({error.strerror}); mend that, or give run.dir "
+                f"{error.filename or self.path}: cannot be written ({error.strerror}); fix that, or give run.dir "
                 "another value",
                 local_only=True,
             ) from None
 
     @property
     def _metrics(self) -> MetricsFile:
-        assert self._metrics_file is not None, "start() comes first"
+        assert self._metrics_file is not None, "call open_metrics() first"
         return self._metrics_file
 
-    def go_back(self, step: int) -> None:
-        """Take out the metrics of steps after `step`."""
-        self._metrics.go_back(step)
+    def roll_back(self, step: int) -> None:
+        """Remove the metrics of steps after `step`."""
+        self._metrics.roll_back(step)
 
-    def mark(self, marker: str, step: int, reason: str) -> None:
-        """Leave a marker, whole or not at all."""
+    def write_marker(self, marker: str, step: int, reason: str) -> None:
+        """Write a marker file atomically."""
         self._write(marker, json.dumps({"step": step, "reason": reason}))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append to metrics.jsonl; handed to the system before the next step."""
+        """Append a record to metrics.jsonl. It is passed to the operating system before the next step."""
         self._metrics.append(metrics)
         self._notify_listeners(metrics)
 
     def log_eval_loss(self, step: int, eval_loss: float) -> None:
-        """Add the held-out loss to the step's line in metrics.jsonl."""
-        self._metrics.extend(step, {"eval_loss": eval_loss})
+        """Add the evaluation loss to the step's line in metrics.jsonl."""
+        self._metrics.extend_step(step, {"eval_loss": eval_loss})
         self._notify_listeners({"step": step, "eval_loss": eval_loss})
 
     def eval_loss(self, step: int) -> float | None:
-        """Return the held-out loss of the step that is done, if metrics.jsonl has it."""
-        value = self._metrics.value(step, "eval_loss")
+        """Return the evaluation loss of the last step from metrics.jsonl; None if it is missing."""
+        value = self._metrics.last_value(step, "eval_loss")
         return value if isinstance(value, float) else None
 
     def values(self, key: str) -> list[float]:
-        """Return a number of each line that has it."""
+        """Return the number under `key` of each line that has one."""
         return self._metrics.values(key)
 
     def _notify_listeners(self, metrics: dict[str, Any]) -> None:
@@ -152,16 +155,16 @@ class RunDir:
             listener(nonfinite_to_none(metrics))
 
     def close(self) -> None:
-        """Write what is left of the metrics."""
+        """Write the remaining metrics and close the file."""
         if self._metrics_file is not None:
             self._metrics_file.close()
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
         self._write("summary.json", json.dumps(nonfinite_to_none(summary), indent=2))
 
     def _write(self, name: str, text: str) -> None:
-        """Write a file at the end of a run. A full disk is said, and takes nothing from what was saved before."""
+        """Write a file at the end of a run. A full disk is reported, and does not damage files saved before."""
         partial = self.path / f"{name}.partial"
         try:
             partial.write_text(text + "\n", encoding="utf-8")
@@ -173,21 +176,13 @@ class RunDir:
 
 
 def last_launch(path: Path) -> Any:
-    """Return the launch (`launch_id`) that has last started in a run's folder; None: that is not known."""
-    return _read_json(path / PROCESS_FILE).get("launch")
+    """Return the launch (`launch_id`) that last started in a run's folder; None if it is unknown."""
+    return read_json_object(path / PROCESS_FILE, must_be_readable=True).get("launch")
 
 
 def finished_steps(path: Path) -> int | None:
-    """Return the steps after which the run of a folder is done; None: it is not."""
-    return _as_count(_read_json(path / DONE_MARKER).get("step"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
+    """Return the number of steps of a finished run; None if the run in the folder is not finished."""
+    return _as_count(read_json_object(path / DONE_MARKER, must_be_readable=True).get("step"))
 
 
 def _as_count(value: object) -> int | None:

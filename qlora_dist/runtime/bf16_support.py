@@ -1,4 +1,4 @@
-"""Whether a device multiplies bf16 in its own instructions, or many times slower."""
+"""Check whether a device has bf16 instructions, without which bf16 is many times slower."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 _CPUINFO = Path("/proc/cpuinfo")
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""Flags of x86 processors, and the feature of Arm's."""
+"""Flags of x86 processors, and the feature name of Arm processors."""
 _MIN_CAPABILITY = (8, 0)
-"""NVIDIA's Ampere."""
+"""Compute capability of NVIDIA's Ampere."""
 
 
 def bf16_warning(device: torch.device) -> str | None:
-    """Return a sentence with the remedy where the device lacks bf16 instructions; None where it has them, or may."""
+    """Return a sentence with the remedy if the device lacks bf16 instructions; None if it has them or may have them."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability >= _MIN_CAPABILITY:

@@ -1,4 +1,4 @@
-"""The most memory that a rank has held, and how much there is left."""
+"""Peak, current and available memory of a rank's device."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """On CUDA the allocator's peak (not run on a GPU); on the CPU the process's peak resident size."""
+    """Return the allocator's peak on CUDA (not run on a GPU), and the process's peak resident size on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # not getrusage where it can be helped: its maximum outlives exec, and so includes the launcher's
-    own = _read_proc_bytes("/proc/self/status")
-    if "VmHWM" in own:
-        return own["VmHWM"]
+    # getrusage is the last resort, because its maximum survives exec and so includes the launcher's memory
+    status = _read_proc_bytes("/proc/self/status")
+    if "VmHWM" in status:
+        return status["VmHWM"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def process_resident_bytes() -> int:
-    """Of this process, now; 0 where nobody knows."""
+    """Return the resident bytes of this process; 0 if the system does not report them."""
     return _read_proc_bytes("/proc/self/status").get("VmRSS", 0)
 
 
 def free_memory_bytes(device: torch.device, local_world_size: int) -> int:
-    """What a rank can have of a device: on CUDA what is free of it (not run on a GPU), on the CPU its part of the
-    memory that the system has available, and the cgroups that this process is in. 0 where nobody knows.
+    """Return the bytes of a device that a rank can allocate; 0 if the system does not report them.
+
+    On CUDA this is the device's free memory (not run on a GPU). On the CPU it is the rank's share of the memory that
+    the system and the cgroups of this process have available.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -38,34 +40,34 @@ def free_memory_bytes(device: torch.device, local_world_size: int) -> int:
 
 
 def memory_budget_bytes(device: torch.device, held_bytes: int, local_world_size: int) -> int:
-    """How much of a device's memory something can have that holds `held_bytes` bytes of it, if the rest grows no more.
+    """Return the bytes that a component may use in total, given that it holds `held_bytes` and nothing else grows.
 
-    On CUDA what the allocator has not reserved, and it has reserved the peak (not run on a GPU). On the CPU what the
-    rank can have of it (`free_memory_bytes`), less what this process had at its peak and has given back.
+    On CUDA the component may take what the allocator has not reserved (not run on a GPU). The reservation includes the
+    peak. On the CPU it may take `free_memory_bytes`, less what this process used at its peak and has released since.
     A twentieth of all memory stays free.
 
     Args:
-        device: of the rank.
-        held_bytes: bytes of it that are to be shared out anew.
-        local_world_size: ranks of this node.
+        device: the rank's device.
+        held_bytes: bytes that the component holds now.
+        local_world_size: number of ranks on this node.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return held_bytes + free - total // 20
     total = _read_proc_bytes("/proc/meminfo").get("MemTotal", 0)
-    own = _read_proc_bytes("/proc/self/status")
-    if not total or "VmRSS" not in own:
+    status = _read_proc_bytes("/proc/self/status")
+    if not total or "VmRSS" not in status:
         return held_bytes
     return (
         held_bytes
         + free_memory_bytes(device, local_world_size)
         - total // 20 // local_world_size
-        - (own["VmHWM"] - own["VmRSS"])
+        - (status["VmHWM"] - status["VmRSS"])
     )
 
 
 def _cgroup_free_bytes() -> list[int]:
-    """Up to the limits of the process's cgroups (version 2), its own and those around it; cached files can go."""
+    """Return the bytes left in each cgroup (version 2) that contains the process. Cached files count as free."""
     free = [sys.maxsize]
     try:
         path = Path("/proc/self/cgroup").read_text().strip().rpartition("0::/")[2]
@@ -83,7 +85,7 @@ def _cgroup_free_bytes() -> list[int]:
 
 
 def _read_proc_bytes(path: str) -> dict[str, int]:
-    """The lines of that unit, in bytes; of a system that has no such file, none."""
+    """Return the entries of a /proc file that are in kB, in bytes; none if the system has no such file."""
     try:
         text = Path(path).read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Who holds the others up? Judged from what the ranks say of themselves: no store, thread or clock in here."""
+"""Diagnosis of a run without progress, from the statuses that its ranks publish. It uses no store, thread or clock."""
 
 from __future__ import annotations
 
@@ -18,88 +18,92 @@ ProcessState = Literal["gone", "stopped", "unknown"]
 
 @cache
 def _pid_namespace() -> str:
-    """Where a process number means the same process: containers of one machine have numbers of their own."""
+    """Return the namespace in which a process number is unique. Containers of one machine have separate numbers."""
     try:
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """A rank's sign of life, published every second by a thread of its own."""
+    """Status of a rank, published every second by its watchdog thread."""
 
     rank: int
     tick: int
-    """Grows with every publication."""
+    """Number of publications so far."""
     step: int
     phase: str
     idle_s: float
-    """Since its main thread's last beat."""
+    """Seconds since the last heartbeat of the main thread."""
     limit_s: float
-    """More than that is too long."""
-    waiting: bool
-    """Its main thread is inside of torch.distributed."""
-    left: str | None = None
-    """Why it has ended or is about to: empty, it is done; else the user's mistake."""
+    """Seconds without a heartbeat after which the rank counts as stuck."""
+    in_collective: bool
+    """True if the main thread is inside torch.distributed."""
+    exit_reason: str | None = None
+    """Reason why the rank exits; empty if it is done, None while it runs."""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    pid_space: str = field(default_factory=_pid_namespace)
+    pid_namespace: str = field(default_factory=_pid_namespace)
 
     def to_json(self) -> str:
-        """For the store."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: bytes) -> RankStatus:
-        """The inverse."""
         return cls(**json.loads(text))
 
     @property
-    def who(self) -> str:
-        """For people."""
+    def rank_label(self) -> str:
         return f"rank {self.rank} on {self.host}"
 
     @property
     def progress_label(self) -> str:
-        """For people."""
         return f"{f'after step {self.step}' if self.step else 'before the first step'} ({self.phase})"
 
     @property
-    def place(self) -> tuple[int, int]:
-        """How far it is, for comparisons."""
+    def position(self) -> tuple[int, int]:
+        """Step and index of the phase. A rank with a larger position has done more."""
         return self.step, RUN_PHASES.index(self.phase)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why the run ends, on all ranks."""
+    """Reason why the run ends on all ranks."""
 
-    sentence: str
+    message: str
     ranks: list[int]
-    """Those whose doing it is."""
+    """Ranks that cause the end."""
     is_stuck: bool = False
-    """They live, and their stacks say where they are."""
+    """True if these ranks still run, so that their stacks show the cause."""
     exit_code: int = 1
 
     def to_json(self) -> str:
-        """For the store."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: bytes) -> Diagnosis:
-        """The inverse."""
         return cls(**json.loads(text))
 
 
 def unknown_status(rank: int) -> RankStatus:
-    """In place of a sign that a rank has not given yet."""
-    return RankStatus(rank, 0, 0, RUN_PHASES[0], 0.0, 0.0, False, host="an unknown host", pid_space="")
+    """Return a placeholder for a rank that has not published a status yet."""
+    return RankStatus(
+        rank=rank,
+        tick=0,
+        step=0,
+        phase=RUN_PHASES[0],
+        idle_s=0.0,
+        limit_s=0.0,
+        in_collective=False,
+        host="an unknown host",
+        pid_namespace="",
+    )
 
 
 def process_state(status: RankStatus) -> ProcessState:
-    """Whether a rank on this machine still runs; unknown also if it does, which doesn't mean that it gets on."""
-    if not status.pid_space or status.pid_space != _pid_namespace():
+    """Return the state of a rank's process; unknown if it runs, or if it cannot be seen from this process."""
+    if not status.pid_namespace or status.pid_namespace != _pid_namespace():
         return "unknown"
     try:
         state = Path(f"/proc/{status.pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -110,24 +114,24 @@ def process_state(status: RankStatus) -> ProcessState:
 
 
 def diagnose_exception(status: RankStatus, error: BaseException) -> Diagnosis:
-    """Of a rank with an error of its own."""
-    reason = (str(error).strip().splitlines() or [""])[0]
-    what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    """Return the diagnosis for a rank that has raised an error."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    summary = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     return Diagnosis(
-        f"{status.who} failed {status.progress_label}: {what}; its traceback is in its output", [status.rank]
+        f"{status.rank_label} failed {status.progress_label}: {summary}; its traceback is in its output", [status.rank]
     )
 
 
 def diagnose_user_error(status: RankStatus, message: str) -> Diagnosis:
-    """Of a rank that has found a mistake of the user's which the others have not."""
-    return Diagnosis(f"{status.who} has stopped: {message}", [status.rank], exit_code=2)
+    """Return the diagnosis for a user's error that only this rank has detected."""
+    return Diagnosis(f"{status.rank_label} has stopped: {message}", [status.rank], exit_code=2)
 
 
-def diagnose_lost_store(status: RankStatus) -> Diagnosis:
-    """Nobody answers where the ranks have met. `status` is this rank's own."""
+def diagnose_lost_store(own: RankStatus) -> Diagnosis:
+    """Return the diagnosis for a store that no longer answers."""
     return Diagnosis(
-        f"rank 0 or its launcher went away {status.progress_label}: the store that they keep is gone; look at the end of that "
-        "node's output",
+        f"rank 0 or its launcher went away {own.progress_label}: the store that they keep is gone; look at the end of "
+        "that node's output",
         [0],
     )
 
@@ -135,11 +139,12 @@ def diagnose_lost_store(status: RankStatus) -> Diagnosis:
 def diagnose_exited_ranks(
     statuses: Sequence[RankStatus], state: Callable[[RankStatus], ProcessState] = process_state
 ) -> Diagnosis | None:
-    """Whoever has left, or is known to be dead; None: nobody."""
-    for sign in statuses:
-        if sign.left:
-            return diagnose_user_error(sign, sign.left)
-    return _diagnose_gone([sign for sign in statuses if sign.left is None and state(sign) == "gone"], statuses)
+    """Return the diagnosis for ranks that have failed or whose process is gone; None if there are none."""
+    for status in statuses:
+        if status.exit_reason:
+            return diagnose_user_error(status, status.exit_reason)
+    gone = [status for status in statuses if status.exit_reason is None and state(status) == "gone"]
+    return _diagnose_gone(gone, statuses)
 
 
 def diagnose(
@@ -147,58 +152,63 @@ def diagnose(
     after: Sequence[RankStatus],
     state: Callable[[RankStatus], ProcessState] = process_state,
 ) -> Diagnosis | None:
-    """Why there is no progress.
+    """Return the reason why the run makes no progress.
 
     Args:
-        before: of all ranks.
-        after: the same ranks some seconds later, time enough to publish again.
-        state: of a rank's process.
+        before: statuses of all ranks.
+        after: statuses of the same ranks, read seconds later, so that each rank has had time to publish again.
+        state: function that returns the state of a rank's process.
 
     Returns:
-        None: those who are behind are at work, and not for too long.
+        None if the slowest ranks are still working within their time limit.
     """
-    if (verdict := diagnose_exited_ranks(after, state)) is not None:
-        return verdict
-    unpublished = [new for old, new in zip(before, after, strict=True) if new.tick == old.tick and new.left is None]
-    stopped = [sign for sign in unpublished if state(sign) == "stopped"]
+    if (diagnosis := diagnose_exited_ranks(after, state)) is not None:
+        return diagnosis
+    unpublished = [
+        new for old, new in zip(before, after, strict=True) if new.tick == old.tick and new.exit_reason is None
+    ]
+    stopped = [status for status in unpublished if state(status) == "stopped"]
     if stopped:
         return Diagnosis(
-            f"{_rank_labels(stopped)} was stopped by a signal {_most_advanced(after).progress_label}; let it go on, or end it, and start "
-            "the run again",
-            [sign.rank for sign in stopped],
+            f"{_rank_labels(stopped)} was stopped by a signal {_most_advanced(after).progress_label}; continue it "
+            "(SIGCONT), or kill it and start the run again",
+            [status.rank for status in stopped],
         )
     return _diagnose_gone(unpublished, after) or _diagnose_stuck(after)
 
 
-def _diagnose_gone(signs: Sequence[RankStatus], everyone: Sequence[RankStatus]) -> Diagnosis | None:
-    if not signs:
+def _diagnose_gone(gone: Sequence[RankStatus], statuses: Sequence[RankStatus]) -> Diagnosis | None:
+    if not gone:
         return None
     return Diagnosis(
-        f"{_rank_labels(signs)} went away {_most_advanced(everyone).progress_label}; look at the end of its node's output: without a "
-        "traceback there, the system has killed it, most often for want of memory",
-        [sign.rank for sign in signs],
+        f"{_rank_labels(gone)} went away {_most_advanced(statuses).progress_label}; look at the end of its node's "
+        "output: without a traceback there, the system has killed it, most often because memory ran out",
+        [status.rank for status in gone],
     )
 
 
 def _diagnose_stuck(statuses: Sequence[RankStatus]) -> Diagnosis | None:
-    running = [sign for sign in statuses if sign.left is None]
-    slowest = [sign for sign in running if sign.place == min(other.place for other in running)]
-    if not slowest or any(sign.idle_s < sign.limit_s for sign in slowest):
+    running = [status for status in statuses if status.exit_reason is None]
+    slowest = [status for status in running if status.position == min(other.position for other in running)]
+    if not slowest or any(status.idle_s < status.limit_s for status in slowest):
         return None
-    slowest = [sign for sign in slowest if not sign.waiting] or slowest  # those in a collective wait for the others
-    idle_s = min(sign.idle_s for sign in slowest)
+    slowest = [status for status in slowest if not status.in_collective] or slowest  # a rank in a collective only waits
+    idle_s = min(status.idle_s for status in slowest)
     return Diagnosis(
-        f"{_rank_labels(slowest)} has made no progress for {idle_s:.0f} s {slowest[0].progress_label}; its stack is in its output; raise "
-        "train.timeout if it only takes that long",
-        [sign.rank for sign in slowest],
+        f"{_rank_labels(slowest)} has made no progress for {idle_s:.0f} s {slowest[0].progress_label}; its stack is in "
+        "its output; raise train.timeout if it only takes that long",
+        [status.rank for status in slowest],
         is_stuck=True,
     )
 
 
-def _most_advanced(signs: Sequence[RankStatus]) -> RankStatus:
-    """Ranks go hand in hand: the dead have been as far as the living are, and no more than their last sign is old."""
-    return max(signs, key=lambda sign: sign.place)
+def _most_advanced(statuses: Sequence[RankStatus]) -> RankStatus:
+    """Return the status with the largest position.
+
+    Ranks advance in lockstep, so a dead rank had reached the same step as the live ones. Only its last status is older.
+    """
+    return max(statuses, key=lambda status: status.position)
 
 
-def _rank_labels(signs: Sequence[RankStatus]) -> str:
-    return signs[0].who + (f" (and {len(signs) - 1} more)" if len(signs) > 1 else "")
+def _rank_labels(statuses: Sequence[RankStatus]) -> str:
+    return statuses[0].rank_label + (f" (and {len(statuses) - 1} more)" if len(statuses) > 1 else "")

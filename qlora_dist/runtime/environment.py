@@ -1,4 +1,4 @@
-"""Who am I? The only place that reads a launcher's variables."""
+"""Rank, launcher and rendezvous of this process. No other module reads a launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SL
 _PORTS = range(20_000, 32_000)  # above what services use, below what Linux gives to connections
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankInfo:
-    """This process among all."""
+    """Rank of this process, and the number of ranks."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     launcher: Launcher
-    """Whose variables say so; `torchrun`: also DeepSpeed's launcher, whose are the same but for one; `srun`: one
-    process per rank without torchrun; `none`: a single process."""
+    """Launcher that set the variables. `torchrun` includes DeepSpeed's launcher; `srun` means one process per rank
+    without torchrun; `none` means a single process."""
 
 
 def read_rank_info(environ: Mapping[str, str] = os.environ) -> RankInfo:
-    """The ranks as the nearest launcher has numbered them, or a single process where there was none.
+    """Return the rank numbers that the innermost launcher has set, or a single process if there is no launcher.
 
-    torchrun and mpirun come before SLURM, whose variables they inherit in a job. A batch script's own shell has those
-    of its first task, too, and is none: only a step has a number.
+    torchrun and mpirun take precedence over SLURM, whose variables they inherit in a job. The shell of a batch script
+    also has task variables but is no task: only a step sets SLURM_STEP_ID.
 
     Raises:
-        UserError: some of the launcher's variables are set and others not, they are no numbers, or nodes are unequal.
+        UserError: some of the launcher's variables are missing or are not numbers, or the nodes have unequal sizes.
     """
     launcher = detect_launcher(environ)
     if launcher == "torchrun":
@@ -57,14 +57,18 @@ def read_rank_info(environ: Mapping[str, str] = os.environ) -> RankInfo:
         return _read_variables(
             launcher, environ, _OPEN_MPI_VARIABLES if started_by_open_mpi(environ) else _HYDRA_VARIABLES
         )
-    return _read_slurm_variables(environ) if launcher == "srun" else RankInfo(0, 1, 0, 1, "none")
+    return (
+        _read_slurm_variables(environ)
+        if launcher == "srun"
+        else RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
+    )
 
 
 def detect_launcher(environ: Mapping[str, str] = os.environ) -> Launcher:
-    """The nearest one, by its variables."""
+    """Return the innermost launcher, by its variables."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return "torchrun"
-    # srun --mpi=pmi2 sets PMI_RANK as well, and numbers the ranks of a node in its own way only
+    # srun --mpi=pmi2 sets PMI_RANK as well, but numbers the ranks of a node only in SLURM's variables
     hydra = "PMI_SIZE" in environ and ("MPI_LOCALNRANKS" in environ or "SLURM_STEP_ID" not in environ)
     if started_by_open_mpi(environ) or hydra:
         return "mpi"
@@ -85,7 +89,9 @@ def _read_variables(launcher: Launcher, environ: Mapping[str, str], names: tuple
             f"the environment says rank {rank} of {world_size}, {local_rank} of {local_world_size} on this node; "
             f"start with {command}, or unset {names[0]} and {names[1]}"
         )
-    return RankInfo(rank, world_size, local_rank, local_world_size, launcher)
+    return RankInfo(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size, launcher=launcher
+    )
 
 
 def _read_slurm_variables(environ: Mapping[str, str]) -> RankInfo:
@@ -100,7 +106,9 @@ def _read_slurm_variables(environ: Mapping[str, str]) -> RankInfo:
     sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", tasks)}
     if len(sizes) != 1:
         raise UserError(f"srun started {tasks} tasks on the nodes; start equally many on each (--ntasks-per-node)")
-    return RankInfo(rank, world_size, local_rank, sizes.pop(), "srun")
+    return RankInfo(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=sizes.pop(), launcher="srun"
+    )
 
 
 def _parse_ints(command: str, environ: Mapping[str, str], names: tuple[str, ...]) -> tuple[int, ...]:
@@ -108,26 +116,26 @@ def _parse_ints(command: str, environ: Mapping[str, str], names: tuple[str, ...]
         return tuple(int(environ[name]) for name in names)
     except ValueError:
         raise UserError(
-            f"{command}'s variables in the environment are no numbers; unset {names[0]} and {names[1]}"
+            f"{command}'s variables in the environment are not numbers; unset {names[0]} and {names[1]}"
         ) from None
 
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """Where the ranks meet: a key-value store of torch's."""
+    """Address of the torch key-value store that the ranks join through."""
 
     host: str
     port: int
 
 
 def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress | None:
-    """The store's address: MASTER_ADDR and MASTER_PORT, or the first node of the SLURM step and a port of its own.
+    """Return MASTER_ADDR and MASTER_PORT, or else the first node of the SLURM step and a port derived from the step.
 
     Returns:
-        None: nobody has said (under mpirun: rank 0 is to choose it).
+        None if the environment gives no address. Under mpirun rank 0 chooses it.
 
     Raises:
-        UserError: the port is none, or the step's nodes are not known.
+        UserError: the port is invalid, or the step's nodes are unknown.
     """
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if detect_launcher(environ) == "srun":
@@ -140,51 +148,57 @@ def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress | Non
 
 
 def agent_hosts_store(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the store is kept by torchrun's agent, and outlives the ranks; else rank 0 keeps it."""
+    """Return whether torchrun's agent keeps the store, which then outlives the ranks. Otherwise rank 0 keeps it."""
     return "RANK" in environ and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def master_addr(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the name of rank 0's machine that the environment gives; None: it gives none."""
+    """Return the name of rank 0's machine from the environment, or None."""
     return environ.get("MASTER_ADDR") or None
 
 
 def torchrun_error_file(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the file in which torchrun looks for the reason of this rank's end; None: there is no torchrun."""
+    """Return the file from which torchrun reads why this rank failed; None without torchrun."""
     path = environ.get("TORCHELASTIC_ERROR_FILE")
     return None if path is None else Path(path)
 
 
 def set_store_address(host: str, port: int) -> None:
-    """For this process, and for torch, which looks there too."""
+    """Set the store's address for this process. torch reads the same variables."""
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
 
 
 def set_local_rank(index: int) -> None:
-    """For this process's libraries that take the device whose index LOCAL_RANK is. Not every launcher sets it."""
+    """Set LOCAL_RANK for libraries that read it, because some launchers leave it unset."""
     os.environ["LOCAL_RANK"] = str(index)
 
 
 def _first_host(environ: Mapping[str, str]) -> str:
-    """Of a list such as `gpu[01-03,07]-ib,cpu1`: gpu01-ib, where SLURM puts rank 0. On one node it need not resolve."""
+    """Return the first host of a list such as `gpu[01-03,07]-ib,cpu1`: gpu01-ib, where SLURM places rank 0.
+
+    On a single node return the loopback address, because the node's name need not resolve there.
+    """
     if environ.get("SLURM_STEP_NUM_NODES") == "1":
         return "127.0.0.1"
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
     first = re.match(r"(?:\[[^]]*\]|[^],[])+", hosts)
     if first is None:
-        raise UserError("the SLURM step names no nodes (SLURM_STEP_NODELIST); set MASTER_ADDR to that of rank 0")
+        raise UserError("the SLURM step names no nodes (SLURM_STEP_NODELIST); set MASTER_ADDR to rank 0's node")
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
 
 
 def _slurm_port(environ: Mapping[str, str]) -> int:
-    """Two jobs may share a node, so may two steps of a job, and a job that is started again its own late end."""
+    """Derive the port from job, step and restart count.
+
+    Jobs and steps on one node, and a requeued job and its predecessor, must not use the same port.
+    """
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     job, step, restarts = (int(text) if (text := environ.get(name, "")).isdigit() else 0 for name in names)
     return _PORTS[(97 * job + 7 * step + restarts) % len(_PORTS)]
 
 
 def rendezvous_id(environ: Mapping[str, str] = os.environ) -> str:
-    """What ranks that srun has started have in common with no others, should two jobs come to use one port."""
+    """Return an identifier of the SLURM step, so that ranks of two jobs on one port do not join each other."""
     if detect_launcher(environ) != "srun":
         return ""
     names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
@@ -192,9 +206,7 @@ def rendezvous_id(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def process_record(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """How others find this process: its machine and number, its launcher's number, its SLURM job and step, and that
-    job's nodes as SLURM names them.
-    """
+    """Return what identifies this process to others: its machine, process numbers, SLURM job and step, and nodes."""
     job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
     own_parent = detect_launcher(environ) == "mpi" or started_by_torchrun(environ)
     return {
@@ -208,11 +220,11 @@ def process_record(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
 
 
 def launch_id(environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
-    """Return what identifies the launch that this process belongs to, to find the same launch after a restart.
+    """Return what identifies the launch of this process, so that `is_same_launch` recognizes it after a restart.
 
     Returns:
-        `agent`: torchrun's agent on this node, which starts ranks again; `torchrun`: its run id; `job`: the SLURM job,
-        or the array that it is a part of; `start`: which start of that job this is.
+        `agent` names torchrun's agent on this node, and `torchrun` its run id. `job` is the SLURM job or job array, and
+        `start` its array index and restart count.
     """
     agent = run_id = job = None
     if started_by_torchrun(environ):
@@ -228,9 +240,9 @@ def launch_id(environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
 
 
 def is_same_launch(before: object, now: Mapping[str, str | None], environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether a launcher has started its command again, by what `launch_id` gave `before` and gives `now`.
+    """Return whether a launcher has restarted its command, from the values of `launch_id` `before` and `now`.
 
-    A second command in one SLURM job is another launch. A requeued job, and the next job of an array, are the same.
+    A second command in one SLURM job is another launch. A requeued job and an array's next job are the same launch.
     """
     if not isinstance(before, Mapping):
         return False
@@ -245,15 +257,15 @@ def is_same_launch(before: object, now: Mapping[str, str | None], environ: Mappi
 
 
 def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun's agent is (most likely) this process's parent: no mere setting of RANK and the like."""
+    """Return whether torchrun's agent is most likely this process's parent. RANK alone may have been set by hand."""
     return "TORCHELASTIC_RUN_ID" in environ
 
 
 def started_by_deepspeed(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether it is the `deepspeed` command that has numbered the ranks."""
+    """Return whether the `deepspeed` command has numbered the ranks."""
     return "CROSS_SIZE" in environ and "LOCAL_WORLD_SIZE" not in environ
 
 
 def started_by_open_mpi(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether it is Open MPI's mpirun that has numbered the ranks."""
+    """Return whether Open MPI's mpirun has numbered the ranks."""
     return "OMPI_COMM_WORLD_SIZE" in environ

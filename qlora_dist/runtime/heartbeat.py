@@ -1,4 +1,4 @@
-"""How far this process is, for the watchdog. One for the process, as its main thread is: no function hands it on."""
+"""Heartbeat of this process, read by the watchdog. It is module state, because there is exactly one main thread."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ RunPhase = Literal[
     "saving the adapter",
     "done",
 ]
-"""In the order in which they come after the same number of steps."""
+"""Phases in the order in which a run passes them after the same number of steps."""
 RUN_PHASES: tuple[str, ...] = get_args(RunPhase)
 
 
 class Heartbeat(NamedTuple):
-    """Where the main thread was when it last said so."""
+    """Position of the main thread at its last report."""
 
-    number: int = 0
-    """How often it has."""
+    sequence_number: int = 0
+    """Number of reports so far."""
     step: int = 0
     """Optimizer steps that are done."""
     phase: RunPhase = "starting"
     timeout_factor: float = 1.0
-    """Times `train.timeout` that may pass before the next."""
+    """Factor on `train.timeout` for the time until the next report."""
 
 
 _last = Heartbeat()
@@ -37,21 +37,21 @@ _last = Heartbeat()
 def record_heartbeat(
     step: int | None = None, phase: RunPhase | None = None, timeout_factor: float | None = None
 ) -> None:
-    """Say that there is progress. To be called by the main thread, more often than every `train.timeout` seconds.
+    """Report progress. The main thread must call this more often than every `train.timeout` seconds.
 
     Args:
-        step: optimizer steps that are done; None: as before.
-        phase: what begins now; None: it goes on.
-        timeout_factor: how many times the timeout it may take until the next call; None: once for a new phase, else as
-            before.
+        step: optimizer steps that are done; None leaves it unchanged.
+        phase: phase that begins now; None leaves it unchanged.
+        timeout_factor: factor on the timeout until the next call. None: 1 for a new phase, and unchanged otherwise.
     """
     global _last
     before = _last
     if timeout_factor is None:
         timeout_factor = before.timeout_factor if phase is None else 1.0
-    _last = Heartbeat(before.number + 1, before.step if step is None else step, phase or before.phase, timeout_factor)
+    _last = Heartbeat(
+        before.sequence_number + 1, before.step if step is None else step, phase or before.phase, timeout_factor
+    )
 
 
 def last_heartbeat() -> Heartbeat:
-    """The last one."""
     return _last

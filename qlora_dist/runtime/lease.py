@@ -1,6 +1,6 @@
-"""Leases: a file that names the process which may write somewhere, and which a dead process loses. No torch.
+"""Leases: files that name the process which may write to a folder. A dead process loses its lease.
 
-Exclusive creation of a file and renaming are all that a lease needs, and NFS and Lustre have both.
+A lease needs only exclusive creation of a file and renaming, which NFS and Lustre both support.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ LEASE_HEARTBEAT_S = 5.0
 
 
 def make_lease(path: Path, on_loss: Callable[[LeaseCompromise], None] | None = None) -> SoftFileLease:
-    """Return the lease whose file is `path`. Nobody holds it yet.
+    """Return the lease whose file is `path`, without acquiring it.
 
     Args:
         path: the lease's file.
-        on_loss: called from a thread when this process held the lease and has lost it.
+        on_loss: function that a thread calls when this process has lost the lease while it held it.
     """
     return SoftFileLease(
         path, lease_duration=LEASE_DURATION_S, heartbeat_interval=LEASE_HEARTBEAT_S, on_compromise=on_loss
@@ -34,30 +34,30 @@ def make_lease(path: Path, on_loss: Callable[[LeaseCompromise], None] | None = N
 
 
 class LeaseMonitor:
-    """Observer of a lease that another process holds. One object for the whole wait: it remembers the heartbeats."""
+    """Observer of a lease that another process holds. It remembers heartbeats, so use one object for the whole wait."""
 
     def __init__(self, lease: SoftFileLease) -> None:
         self._lease = lease
-        self._sign: tuple[str | None, int] | None = None
+        self._last_heartbeat: tuple[str | None, int] | None = None
         self._last_heartbeat_at = time.monotonic()
         self.has_heartbeat = False
-        """Whether the holder has given a heartbeat since the first look."""
+        """True if the holder has given a heartbeat since the first call of `check_holder`."""
 
-    def look(self) -> OwnerRecord | None:
+    def check_holder(self) -> OwnerRecord | None:
         """Return the holder, and break its lease if it is dead.
 
-        filelock leaves some leases alone. It has to where two names cannot be exchanged (NFS, Lustre), and does where a
-        holder was killed before it wrote its own. Two processes that break a lease at the same moment may both get it.
+        filelock itself breaks no lease on NFS and Lustre, which cannot exchange two names. It breaks none either if the
+        holder was killed before it wrote its name. Two processes that break a lease at the same time may both get it.
         """
         owner = self._lease.owner
         try:
             heartbeat = (owner and owner.token, Path(self._lease.lock_file).stat().st_mtime_ns)
         except FileNotFoundError:
             return owner
-        if heartbeat != self._sign:
-            same_holder = self._sign is not None and owner is not None and self._sign[0] == owner.token
-            self.has_heartbeat = same_holder
-            self._sign, self._last_heartbeat_at = heartbeat, time.monotonic()
+        if heartbeat != self._last_heartbeat:
+            previous = self._last_heartbeat
+            self.has_heartbeat = previous is not None and owner is not None and previous[0] == owner.token
+            self._last_heartbeat, self._last_heartbeat_at = heartbeat, time.monotonic()
         if time.monotonic() - self._last_heartbeat_at > LEASE_DURATION_S + LEASE_HEARTBEAT_S or (
             owner is not None and _has_ended(owner)
         ):
@@ -68,7 +68,7 @@ class LeaseMonitor:
 def _has_ended(owner: OwnerRecord) -> bool:
     """Return whether a holder has certainly ended: it ran on this host, and its process is gone or a zombie.
 
-    In a container the host's name has an addition, and nothing is certain.
+    In a container the host's name has a suffix, so that the comparison fails and the holder counts as alive.
     """
     if owner.hostname != socket.gethostname():
         return False
@@ -82,5 +82,5 @@ def _has_ended(owner: OwnerRecord) -> bool:
 
 
 def owner_host(owner: OwnerRecord) -> str:
-    """Return the holder's host without the addition that names a container's namespace."""
+    """Return the holder's host without the suffix that names a container's namespace."""
     return owner.hostname.partition("?")[0]

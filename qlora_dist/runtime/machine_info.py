@@ -1,4 +1,4 @@
-"""What a run computes on, for those who look at its figures later."""
+"""Description of the machine that a run uses, stored with the run's figures."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _REPORTED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspee
 
 
 def machine_info(device: str) -> dict[str, Any]:
-    """The machine of this process, and what it has of it.
+    """Return a description of this process's machine.
 
     Args:
-        device: cpu or cuda: what is computed on.
+        device: cpu or cuda.
 
     Returns:
-        versions, system, processor, cores (of this process), memory_bytes, device (cpu, or the names of the GPUs that
-        this process sees), threads (of this process, in an operator), load_average (of the last minute).
+        versions, system, processor, cores that this process may use, memory_bytes, device, threads of an operator, and
+        load_average over the last minute. `device` is cpu, or the names of the visible GPUs.
     """
     import torch
 
@@ -50,7 +50,7 @@ def machine_info(device: str) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+        name = None
+    return name[1] if name else platform.processor() or platform.machine()

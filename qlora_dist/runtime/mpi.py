@@ -1,6 +1,6 @@
-"""Ranks that mpirun has started: how they find each other, and how they leave.
+"""Rendezvous of ranks that mpirun has started.
 
-MPI is there for one broadcast. Training communicates by NCCL and gloo, which know nothing of it.
+MPI is used for one broadcast only, of the store's address. Training communicates through NCCL and gloo.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from qlora_dist.runtime.environment import (
     started_by_open_mpi,
     store_address,
 )
-from qlora_dist.runtime.interfaces import matches_nccl_ifname
+from qlora_dist.runtime.network import matches_nccl_ifname
 
 _REMEDY = "or set MASTER_ADDR and MASTER_PORT"
 _listening_socket: socket.socket | None = None
 
 
 def share_store_address() -> None:
-    """Have rank 0 say where the ranks are going to meet. Called on all ranks, before anything that takes long.
+    """Broadcast the store's address from rank 0. Call it on all ranks, before anything that takes long.
 
-    Nothing happens under another launcher, or if the environment says where.
+    Nothing happens under another launcher, or if the environment gives the address.
 
     Raises:
-        UserError: there is no mpi4py, or it is another MPI's than mpirun.
+        UserError: mpi4py is missing, or it uses another MPI than mpirun.
     """
     ranks = read_rank_info()
     if ranks.launcher == "mpi" and ranks.world_size > 1 and store_address() is None:
@@ -41,10 +41,13 @@ def share_store_address() -> None:
 
 
 def take_listening_socket() -> int | None:
-    """Hand over the socket that rank 0 listens on since its address was told, so that nobody else takes the port."""
+    """Return the socket that rank 0 has kept open, so that no other program takes the broadcast port; None elsewhere.
+
+    The caller owns the file descriptor.
+    """
     global _listening_socket
-    taken, _listening_socket = _listening_socket, None
-    return None if taken is None else taken.detach()
+    listener, _listening_socket = _listening_socket, None
+    return None if listener is None else listener.detach()
 
 
 def _broadcast(value: tuple[str, int] | None, ranks: RankInfo) -> tuple[str, int]:
@@ -53,22 +56,23 @@ def _broadcast(value: tuple[str, int] | None, ranks: RankInfo) -> tuple[str, int
 
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # the latter where there is no MPI library for it
+    except (ImportError, RuntimeError) as error:  # RuntimeError if mpi4py finds no MPI library
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"mpirun started {ranks.world_size} ranks, which find each other by mpi4py, and there is none that works "
+            f"mpirun started {ranks.world_size} ranks, which need mpi4py to connect, and it does not work here "
             f"({reason}); install mpi4py, {_REMEDY}"
         ) from None
     library = " ".join(MPI.Get_library_version().split("\n")[0].split(",")[0].split())
-    if library.startswith("Open MPI") != started_by_open_mpi():  # its ranks would end with an abort, or be alone each
+    # mixing MPIs ends with an abort, or gives each rank a world of its own
+    if library.startswith("Open MPI") != started_by_open_mpi():
         raise UserError(
-            f"mpi4py uses {library}, and the mpirun that started {ranks.world_size} ranks is of another MPI; use the "
-            f"mpirun of the one that mpi4py has, {_REMEDY}"
+            f"mpi4py uses {library}, and the mpirun that started {ranks.world_size} ranks belongs to another MPI; use "
+            f"the mpirun of mpi4py's MPI, {_REMEDY}"
         )
     MPI.Init()
     assert MPI.COMM_WORLD.Get_size() == ranks.world_size
     value = MPI.COMM_WORLD.bcast(value, root=0)
-    # at once: a rank that fails must not wait for the others at its end, nor be told off for leaving without
+    # finalize now: a rank that fails later must neither wait for the others nor be reported for not finalizing
     MPI.Finalize()
     assert value is not None
     return value
@@ -84,38 +88,38 @@ def _open_listening_socket(ranks: RankInfo) -> tuple[str, int]:
 
 
 def reachable_address(environ: Mapping[str, str] = os.environ) -> str:
-    """An address by which other nodes reach this one.
+    """Return an address by which other nodes reach this one.
 
-    That of the interface that gloo or NCCL are told to use; else what the host's name stands for; else that of the
-    first interface that is up.
+    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME take precedence. Otherwise it is the address of the host name, or that of
+    the first interface that is up.
 
     Raises:
-        UserError: there is none.
+        UserError: this node has no such address.
     """
     interfaces = _interface_addresses()
     if named := environ.get("GLOO_SOCKET_IFNAME"):
         interfaces = {name: interfaces[name] for name in named.split(",") if name in interfaces}
     elif named := environ.get("NCCL_SOCKET_IFNAME"):
-        interfaces = {name: there for name, there in interfaces.items() if matches_nccl_ifname(name, named)}
+        interfaces = {name: found for name, found in interfaces.items() if matches_nccl_ifname(name, named)}
     else:
         with contextlib.suppress(OSError):
             for *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
-                if not ipaddress.ip_address(address[0]).is_loopback:  # Debian's own name is 127.0.1.1
+                if not ipaddress.ip_address(address[0]).is_loopback:  # Debian maps the host's own name to 127.0.1.1
                     return str(address[0])
-    address_found = next((address for there in interfaces.values() for address in there), None)
-    if address_found is None:
+    first_address = next((address for addresses in interfaces.values() for address in addresses), None)
+    if first_address is None:
         raise UserError(
             "rank 0's machine has no address that other nodes reach; name its network interface in GLOO_SOCKET_IFNAME, "
             f"{_REMEDY}",
             local_only=True,
         )
-    return address_found
+    return first_address
 
 
 def _interface_addresses() -> dict[str, list[str]]:
-    """Of the interfaces that are up, without loopback and link-local ones; IPv4 first."""
+    """Return the addresses of the interfaces that are up, IPv4 first, without loopback and link-local ones."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    found: dict[str, list[str]] = {}
+    addresses: dict[str, list[str]] = {}
     for name, entries in psutil.net_if_addrs().items():
         usable = [
             entry.address
@@ -126,5 +130,5 @@ def _interface_addresses() -> dict[str, list[str]]:
             and not ip.is_link_local
         ]
         if name in up and usable:
-            found[name] = usable
-    return found
+            addresses[name] = usable
+    return addresses

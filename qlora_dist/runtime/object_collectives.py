@@ -1,4 +1,4 @@
-"""Small values between ranks, as JSON: nothing is unpickled."""
+"""Collectives for small values, sent as JSON so that nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def all_gather_json(value: Any) -> list[Any]:
-    """Each rank's value, in the order of ranks. Called on all ranks."""
+    """Return every rank's value, in the order of ranks. Call it on all ranks."""
     content = json.dumps(value).encode()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(content)]))
@@ -22,7 +22,7 @@ def all_gather_json(value: Any) -> list[Any]:
 
 
 def broadcast_json(value: Any) -> Any:
-    """Rank 0's value, on every rank. Called on all ranks; what the others give is not looked at."""
+    """Return rank 0's value. Call it on all ranks; the values of the other ranks are ignored."""
     content = json.dumps(value).encode() if dist.get_rank() == 0 else b""
     size = torch.tensor([len(content)])
     dist.broadcast(size, src=0)

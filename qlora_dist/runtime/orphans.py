@@ -1,4 +1,4 @@
-"""No rank outlives the launcher that started it."""
+"""End of a rank whose launcher has died."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _PARENT_POLL_S = 0.5
 
 
 def die_with_parent() -> None:
-    """Have this process killed when the one that started it is gone: torchrun's agent, or mpirun's or SLURM's process.
+    """Have this process killed when its launcher's process ends: torchrun's agent, or that of mpirun or SLURM.
 
-    Killed outright they leave their ranks behind, holding their GPUs, where SLURM doesn't find them. Without a launcher
-    nothing happens, nor where the system isn't Linux.
+    A launcher that is killed leaves its ranks behind. They hold their GPUs, and SLURM does not find them. Nothing
+    happens without a launcher or on a system other than Linux.
     """
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     if started_by_torchrun():
-        # SIGKILL, for a rank that waits for another hears nothing else
+        # SIGKILL, because a rank that waits for another handles no other signal
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it went away in between
+        if os.getppid() != parent:  # it ended before the call
             os.kill(os.getpid(), signal.SIGKILL)
     elif detect_launcher() in ("mpi", "srun"):
-        # the kernel's signal comes when the thread ends that has forked, and Open MPI forks many ranks from threads of
-        # no long life
+        # The kernel sends its signal when the forking thread ends, and Open MPI forks many ranks from short-lived
+        # threads. So the parent is polled.
         threading.Thread(target=_kill_when_orphaned, args=(parent,), name="parent", daemon=True).start()
 
 

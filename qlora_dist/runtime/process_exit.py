@@ -1,7 +1,7 @@
-"""Ending one of many ranks, where the launcher ends the others as soon as one has failed.
+"""Exit of a rank whose launcher kills the other ranks as soon as one has failed.
 
-srun --kill-on-bad-exit and mpirun do that within a moment and without asking. torchrun asks first (SIGTERM), which a
-run takes note of, and has no need of this.
+srun --kill-on-bad-exit and mpirun kill them within a moment. torchrun sends SIGTERM first, which a run handles, so that
+it needs none of these delays.
 """
 
 from __future__ import annotations
@@ -10,12 +10,30 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
+from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import RankInfo, detect_launcher
 
+JOB_DIR_VARIABLE = "QLORA_DIST_JOB"
+"""Environment variable in which a rendered job script passes its folder."""
+USER_ERROR_FILE = "MISTAKE"
+"""Name of the file in that folder that holds the error message."""
 _RANK_0_REPORT_S = 10.0
 _PEER_REPORT_S = 2.0
+
+
+def write_user_error_file(error: UserError) -> None:
+    """Write the message to the job's folder, if a job script started this process.
+
+    The script then does not restart the ranks. It would not receive an exit code.
+    """
+    folder = os.environ.get(JOB_DIR_VARIABLE)
+    if folder and not error.retryable:
+        with suppress(OSError):
+            (Path(folder) / USER_ERROR_FILE).write_text(f"{error}\n", encoding="utf-8")
 
 
 def _launcher_kills_at_once() -> bool:
@@ -23,10 +41,10 @@ def _launcher_kills_at_once() -> bool:
 
 
 def wait_for_rank_0_report(ranks: RankInfo) -> bool:
-    """Wait for the end that rank 0's end brings, after a mistake that it most likely has found as well.
+    """Wait for rank 0 to report a user's error, which it has most likely detected too. Its exit then ends this rank.
 
     Returns:
-        Whether it has not found it, as far as can be known, and this rank is the one of its node to tell it.
+        Whether this rank must report the error for its node, because rank 0 apparently has not.
     """
     if not _launcher_kills_at_once():
         return False
@@ -35,7 +53,7 @@ def wait_for_rank_0_report(ranks: RankInfo) -> bool:
 
 
 def delay_exit_for_peers() -> None:
-    """Before this rank's end is theirs."""
+    """Delay the exit, so that other ranks can print before the launcher kills them."""
     if _launcher_kills_at_once():
         time.sleep(_PEER_REPORT_S)
 
@@ -43,8 +61,8 @@ def delay_exit_for_peers() -> None:
 def exit_process(code: int) -> NoReturn:
     """End the process.
 
-    Under mpirun at once: MPICH takes a rank that leaves in good order for one that is done, whatever its exit code, and
-    lets the others wait for it.
+    Under mpirun skip MPI_Finalize. MPICH takes a rank that finalizes for one that is done, whatever its exit code, and
+    lets the other ranks wait for it.
     """
     if detect_launcher() != "mpi":
         sys.exit(code)
@@ -54,7 +72,7 @@ def exit_process(code: int) -> NoReturn:
 
 
 def exit_with_traceback(error: Exception) -> NoReturn:
-    """After an error of ours."""
+    """End the process after an unexpected error, with its traceback."""
     if detect_launcher() != "mpi":
         raise error
     traceback.print_exception(error)

@@ -1,4 +1,4 @@
-"""Joining the other ranks, and leaving them."""
+"""Default process group and device of a rank."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.distributed.distributed_c10d import Store
 
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import RankInfo
-from qlora_dist.runtime.interfaces import check_interfaces
+from qlora_dist.runtime.network import check_interfaces
 from qlora_dist.runtime.rendezvous import join_rendezvous
 
 
 def resolve_device(name: str, ranks: RankInfo) -> torch.device:
-    """The device of this rank.
+    """Return the device of this rank.
 
     Args:
         name: `auto`, `cpu` or `cuda`.
-        ranks: whose local rank chooses the GPU.
+        ranks: rank information of this process; its local rank selects the GPU.
 
     Raises:
-        UserError: CUDA was asked for and is not there, or there are fewer GPUs than ranks on this node.
+        UserError: CUDA was requested and is missing, or this node has fewer GPUs than ranks.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -32,19 +32,19 @@ def resolve_device(name: str, ranks: RankInfo) -> torch.device:
         raise UserError("train.device: cuda: this machine has no CUDA device; use cpu or auto")
     count = torch.cuda.device_count()
     if count == 1 and ranks.launcher in ("srun", "mpi"):
-        return torch.device("cuda", 0)  # each rank has been given its own, or they share one: preflight sees
+        return torch.device("cuda", 0)  # each rank sees only its own GPU; if they share one, a later check fails
     if count < ranks.local_world_size:
         raise UserError(f"{ranks.local_world_size} ranks were started on a node with {count} GPUs; start {count}")
     return torch.device("cuda", ranks.local_rank)
 
 
 def idle_gpus_warning(ranks: RankInfo, device: torch.device, count: int) -> str | None:
-    """Say that a single process leaves GPUs of this machine without work; None: it does not.
+    """Return a warning that a single process leaves GPUs of this machine unused; None if it does not.
 
     Args:
-        ranks: who this process is.
-        device: of this rank.
-        count: GPUs that it sees.
+        ranks: rank information of this process.
+        device: this rank's device.
+        count: number of GPUs that this process sees.
     """
     if device.type != "cuda" or ranks.launcher != "none" or count <= 1:
         return None
@@ -53,21 +53,21 @@ def idle_gpus_warning(ranks: RankInfo, device: torch.device, count: int) -> str 
 
 @contextmanager
 def process_group(ranks: RankInfo, device: torch.device, timeout_s: float = 600.0) -> Iterator[Store]:
-    """The default process group: gloo on the CPU, NCCL beside it on CUDA (that branch was not run on a GPU).
+    """Join the default process group: gloo on the CPU, and NCCL as well on CUDA (that branch was not run on a GPU).
 
     A single process gets a group of one, so that there is one code path.
 
     Args:
-        ranks: this process among all.
-        device: of this rank.
-        timeout_s: how long to wait for ranks that don't come. A collective waits twice as long: the watchdog, which
-            knows who it waits for, is to speak first, and to let those wait whose partner is at work.
+        ranks: rank information of this process.
+        device: this rank's device.
+        timeout_s: seconds to wait for ranks to join. A collective waits twice as long, because the watchdog must fire
+            first: it can name the missing rank, and can tell a slow rank from a dead one.
 
     Yields:
-        The store where the ranks have met.
+        The store of the rendezvous.
 
     Raises:
-        UserError: a rank has not come.
+        UserError: a rank did not join.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -84,5 +84,5 @@ def process_group(ranks: RankInfo, device: torch.device, timeout_s: float = 600.
         store=store,
     )
     yield store
-    # not in a `finally`: after an error the others may be waiting in a collective, and leaving would wait for them
+    # not in a `finally`: after an error the other ranks may wait in a collective, and destroying would wait for them
     dist.destroy_process_group()

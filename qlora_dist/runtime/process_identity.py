@@ -1,4 +1,7 @@
-"""Which process a number stands for: the kernel's own count since the start of the machine, which no clock changes."""
+"""Identity of a process, so that a later process with the same number is not mistaken for it.
+
+It is the kernel's tick count at the process's start, which does not change when the clock is set.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import psutil
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CLOCK_TOLERANCE_S = 60.0
-"""Seconds by which a start time may be off where the kernel gives no count: the clock may have been set meanwhile."""
+"""Seconds by which a start time may differ without a tick count, because the clock may have been set meanwhile."""
 
 
 def process_identity(pid: int) -> dict[str, Any]:
@@ -19,17 +22,17 @@ def process_identity(pid: int) -> dict[str, Any]:
     Raises:
         psutil.Error: there is no such process.
     """
-    found: dict[str, Any] = {"born": psutil.Process(pid).create_time()}
+    identity: dict[str, Any] = {"born": psutil.Process(pid).create_time()}
     try:
-        # behind the name, which may hold anything: state, parent, ..., and as the 20th the ticks since the start
+        # the name in parentheses may hold anything; the 20th field after it is the start time in ticks
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return found | {"boot": _BOOT_ID.read_text(encoding="ascii").strip(), "start_ticks": int(fields[19])}
+        return identity | {"boot": _BOOT_ID.read_text(encoding="ascii").strip(), "start_ticks": int(fields[19])}
     except (OSError, ValueError, IndexError):
-        return found  # not Linux
+        return identity  # not Linux
 
 
 def is_same_process(record: Mapping[str, Any], pid: int) -> bool:
-    """Whether the process of this number is the one of `record`, which `process_identity` wrote; true if the record is silent.
+    """Return whether process `pid` is the one that `record` describes; True if the record has no identity.
 
     Raises:
         psutil.Error: there is no such process.

@@ -1,8 +1,8 @@
-"""Meeting the other ranks at the launcher's store: those of this attempt, not of an earlier one.
+"""Rendezvous of the ranks through the launcher's store, separately for each attempt.
 
-With `--max-restarts` torchrun starts all ranks again, and its store still holds the addresses of those that are gone.
-torch would take them for the new ones (as of 2.13). So every attempt has a part of the store of its own. Its number
-can't be torchrun's count of restarts, which a node doesn't increase when it starts again for another's sake.
+With `--max-restarts` torchrun starts all ranks again, and its store still holds the addresses of the old ranks. As of
+2.13, torch would take them for the new ones. So each attempt uses a separate part of the store, called a round. Its
+number cannot be torchrun's restart count, because a node does not increase it when another node caused the restart.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import RankInfo, StoreAddress, agent_hosts_store, rendezvous_id, store_address
-from qlora_dist.runtime.hosts import check_rendezvous_host
 from qlora_dist.runtime.mpi import take_listening_socket
+from qlora_dist.runtime.network import check_rendezvous_host
 
 _ATTEMPT = "attempt"
 _LONGEST_SLEEP_S = 0.2
@@ -30,24 +30,24 @@ _CONNECT_TIMEOUT_S = 30.0
 
 
 def join_rendezvous(ranks: RankInfo, timeout_s: float) -> Store:
-    """Wait until all ranks are there.
+    """Wait until all ranks have joined.
 
     Returns:
-        A part of the store that only the ranks of this attempt use.
+        The part of the store that only the ranks of this attempt use.
 
     Raises:
-        UserError: a rank has not come in time, or the store is not there.
+        UserError: a rank did not join in time, or the store cannot be reached.
     """
     end = time.monotonic() + timeout_s
     address = store_address()
     if address is None:
-        raise UserError("the environment does not say where the ranks can meet; set MASTER_ADDR and MASTER_PORT")
+        raise UserError("the environment gives no address of rank 0; set MASTER_ADDR and MASTER_PORT")
     store = PrefixStore(f"qlora-dist/{rendezvous_id()}", _connect(address, ranks, timeout_s))
     round_store = _open_round(store, ranks, end) if ranks.rank == 0 else _join_round(store, ranks, end)
     if round_store is None:
         raise UserError(
-            f"{_missing_ranks(store, ranks)} of {ranks.world_size} has not come within {timeout_s:.0f} s; look at its node's "
-            "output, and raise train.timeout if it is only slow",
+            f"{_missing_ranks(store, ranks)} of {ranks.world_size} did not join within {timeout_s:.0f} s; look at its "
+            "node's output, and raise train.timeout if it is only slow",
             local_only=ranks.local_rank == 0,
             retryable=True,
         )
@@ -58,12 +58,12 @@ def _connect(address: StoreAddress, ranks: RankInfo, timeout_s: float) -> Store:
     """Connect to the store, or open it on rank 0.
 
     Raises:
-        UserError: its machine is not known, it is not there, or who listens there is no store.
+        UserError: the host is unknown, nothing listens there, or the listener is not a store.
     """
     check_rendezvous_host(address.host)
-    made: list[Store | dist.DistError] = []
+    results: list[Store | dist.DistError] = []
 
-    def make() -> None:
+    def connect() -> None:
         try:
             store = dist.TCPStore(
                 address.host,
@@ -74,23 +74,23 @@ def _connect(address: StoreAddress, ranks: RankInfo, timeout_s: float) -> Store:
                 multi_tenant=True,
                 master_listen_fd=take_listening_socket(),
             )
-            made.append(store)
+            results.append(store)
         except dist.DistError as error:
-            made.append(error)
+            results.append(error)
 
-    # in a thread: torch heeds its timeout while nothing listens, and waits for ever for a listener that is silent
-    attempt = threading.Thread(target=make, name="store", daemon=True)
-    attempt.start()
+    # in a thread, because torch's timeout does not apply to a listener that accepts and never answers
+    thread = threading.Thread(target=connect, name="store", daemon=True)
+    thread.start()
     silent_since = None
-    while not made:
-        attempt.join(0.5)
-        if not attempt.is_alive():
+    while not results:
+        thread.join(0.5)
+        if not thread.is_alive():
             break
         if silent_since is None and _listens(address):
             silent_since = time.monotonic()
         if silent_since is not None and time.monotonic() - silent_since > _CONNECT_TIMEOUT_S:
             raise _rendezvous_error(address, "what listens there does not answer, and is not rank 0")
-    (store,) = made
+    (store,) = results
     if isinstance(store, dist.DistError):
         raise _rendezvous_error(address, str(store).strip().split("\n")[0])
     return store
@@ -108,15 +108,15 @@ def _listens(address: StoreAddress) -> bool:
 
 def _rendezvous_error(address: StoreAddress, reason: str) -> UserError:
     return UserError(
-        f"the ranks can't meet at {address.host}:{address.port} ({reason}); see that rank 0 is started there, that "
-        "this machine reaches it, and that no other program has the port (MASTER_PORT)",
+        f"no connection to rank 0 at {address.host}:{address.port} ({reason}); check that rank 0 is started there, "
+        "that this machine reaches it, and that no other program uses the port (MASTER_PORT)",
         local_only=True,
         retryable=True,
     )
 
 
 def _open_round(store: Store, ranks: RankInfo, end: float) -> Store | None:
-    """Rank 0: open an attempt, and say who has come to it."""
+    """Open a round on rank 0, and publish its members once all ranks have joined. Return None at the time limit."""
     attempt = store.add(_ATTEMPT, 1)
     round_store = PrefixStore(f"{_ATTEMPT}/{attempt}", store)
     others = [f"came/{rank}" for rank in range(1, ranks.world_size)]
@@ -129,7 +129,10 @@ def _open_round(store: Store, ranks: RankInfo, end: float) -> Store | None:
 
 
 def _join_round(store: Store, ranks: RankInfo, end: float) -> Store | None:
-    """The others: come to the newest attempt, until rank 0 names this very process. A stale attempt's never does."""
+    """Join the newest round until rank 0 lists this process, which a stale round never does.
+
+    Return None at the time limit.
+    """
     name = secrets.token_hex(8)
     joined_round, sleep_s = 0, 0.01
     while time.monotonic() < end:
@@ -147,8 +150,8 @@ def _join_round(store: Store, ranks: RankInfo, end: float) -> Store | None:
 
 def _missing_ranks(store: Store, ranks: RankInfo) -> str:
     if ranks.rank != 0:
-        return "rank 0, or one that it waits for,"
+        return "rank 0, or a rank that it waits for,"
     round_store = PrefixStore(f"{_ATTEMPT}/{store.add(_ATTEMPT, 0)}", store)
     missing = [rank for rank in range(1, ranks.world_size) if not round_store.check([f"came/{rank}"])]
     more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
-    return f"rank {missing[0]}{more}" if missing else "a rank"  # it comes too late, just now
+    return f"rank {missing[0]}{more}" if missing else "a rank"  # it joined just after the time limit

@@ -1,4 +1,4 @@
-"""Whether a folder is one and the same on all ranks. Called on all of them; what it gives is the same on all."""
+"""Check whether a folder is shared by all ranks."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ import torch.distributed as dist
 from qlora_dist.runtime.object_collectives import all_gather_json, broadcast_json
 
 _VISIBLE_TIMEOUT_S = 20.0
-"""Seconds until a rank counts as blind: some file systems show what another node has written after a while."""
+"""Seconds until a rank counts as blind. Some file systems show another node's files only after a while."""
 
 
 @dataclass(frozen=True)
 class SharedFolderCheck:
-    """What came of it."""
+    """Result of the check, which is the same on all ranks."""
 
     failure: str | None
-    """Why rank 0 cannot write into the folder; None: it can."""
+    """Reason why rank 0 cannot write into the folder; None if it can."""
     blind_ranks: list[int]
-    """Ranks that do not see what rank 0 has written."""
+    """Ranks that do not see rank 0's file."""
     hosts: list[str]
-    """The machine of each rank."""
+    """Host name of each rank."""
 
 
 def probe_shared_folder(folder: Path) -> SharedFolderCheck:
-    """Have rank 0 write a file into `folder`, and each rank look for it in what it knows by that name.
+    """Check that a file that rank 0 writes into `folder` is visible on each rank. Call it on all ranks.
 
-    Nothing is left of the file. Rank 0 makes the folder if it is not there.
+    The file is removed. Rank 0 creates the folder if it does not exist.
     """
     name, token, failure = f".qlora-dist-{secrets.token_hex(8)}", secrets.token_hex(8), None
     if dist.get_rank() == 0:
@@ -56,7 +56,7 @@ def _file_is_visible(folder: Path, name: str, token: str) -> bool:
     end = time.monotonic() + _VISIBLE_TIMEOUT_S
     while True:
         with suppress(OSError):
-            os.listdir(folder)  # noqa: PTH208  # opening a folder has NFS ask the server for what is new in it
+            os.listdir(folder)  # noqa: PTH208  # opening the folder makes NFS ask the server for new entries
             if (folder / name).read_text(encoding="utf-8") == token:
                 return True
         if time.monotonic() >= end:

@@ -1,4 +1,4 @@
-"""The operating system: which are supported, and what differs between them."""
+"""Supported operating systems, and the differences between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qlora_dist.errors import UserError
 
 
 def check_platform() -> None:
-    """Refuse Windows, which has neither the signals by which runs are stopped nor the forks by which data is read.
+    """Refuse Windows, which lacks the signals that stop runs and the forks that read data.
 
     Raises:
         UserError: this is Windows.
@@ -22,12 +22,12 @@ def check_platform() -> None:
 
 
 def usable_cpu_count() -> int:
-    """Count those that this process may use."""
+    """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def user_cache_dir() -> Path:
-    """Name the folder of what may be made anew: in XDG_CACHE_HOME, or in the user's home.
+    """Return the folder for cached files, in XDG_CACHE_HOME or in the user's home.
 
     Raises:
         UserError: the user has no home, as in some containers.

@@ -1,8 +1,7 @@
-"""Threads beside torch's own: for pieces of work on all the cores of this process, and for work in the background.
+"""Threads that use all cores of this process, and threads for background work.
 
-In all of them torch's operators use one core. A thread would start a team of OpenMP's of its own otherwise; and once
-OpenMP has more threads than there are cores, it lets none wait by spinning any more, so that the main thread wakes its
-team for every operator.
+In these threads torch's operators use one core. Otherwise each thread would start its own OpenMP team. When OpenMP has
+more threads than there are cores, it stops spin-waiting, and the main thread must wake its team for every operator.
 """
 
 from __future__ import annotations
@@ -17,43 +16,43 @@ Item = TypeVar("Item")
 
 
 def parallel_for_each(function: Callable[[Item], None], items: Sequence[Item]) -> None:
-    """Call `function` with every piece, in `torch.get_num_threads()` threads (`OMP_NUM_THREADS`: one of 1 is none).
+    """Call `function` with every item, in `torch.get_num_threads()` threads (OMP_NUM_THREADS).
 
-    It gains only as far as `function` works without Python's lock, as torch and numpy do on large arrays.
+    It is faster only where `function` releases Python's lock, as torch and numpy do on large arrays.
 
     Raises:
-        The error of the first piece that had one; pieces that were not begun are left.
+        Exception: the error of the first item that failed. Items that were not begun are skipped.
     """
     threads = torch.get_num_threads()
     if min(threads, len(items)) <= 1:
-        for piece in items:
-            function(piece)
+        for item in items:
+            function(item)
         return
-    inference = torch.is_inference_mode_enabled()  # a matter of each thread: the caller's tensors need it in all
+    inference = torch.is_inference_mode_enabled()  # inference mode is per thread, and the caller's tensors need it
 
-    def call_in_inference_mode(piece: Item) -> None:
+    def call_in_inference_mode(item: Item) -> None:
         with torch.inference_mode(inference):
-            function(piece)
+            function(item)
 
-    # The threads live as long as the call: a pool that is kept would be dead, and waited for, in a forked process.
+    # The pool lives as long as the call, because a forked process would wait for the dead threads of a kept pool.
     pool = ThreadPoolExecutor(min(threads, len(items)), initializer=_use_one_thread)
     try:
         for _ in pool.map(call_in_inference_mode, items):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # the number that threads started later take, which the pool's have changed
+        torch.set_num_threads(threads)  # the pool's threads have changed the number that later threads take
 
 
 def background_executor(name: str) -> ThreadPoolExecutor:
-    """One thread, which is there at once."""
+    """Return an executor with one thread, which has started already."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(1, name)
     pool.submit(_use_one_thread).result()
-    torch.set_num_threads(threads)  # as above: threads that start later take this number, and MKL has but one for all
+    torch.set_num_threads(threads)  # later threads take this number, and MKL has one number for all threads
     return pool
 
 
 def _use_one_thread() -> None:
     torch.set_num_threads(1)
-    torch.get_num_threads()  # the first call in a thread, also within an operator, takes the number of the process
+    torch.get_num_threads()  # the first call in a thread, also within an operator, copies the process's number

@@ -214,7 +214,7 @@ def trace_checkpoint(
         UserError: as `trace_step`.
     """
     _check_traceable(config, folder, world_size, nodes)
-    ranks = RankInfo(0, world_size, 0, world_size // nodes, "none")
+    ranks = RankInfo(rank=0, world_size=world_size, local_rank=0, local_world_size=world_size // nodes, launcher="none")
     micro_batches = gradient_accumulation(config.train.global_batch, config.train.micro_batch, world_size)
     model = set_up_model(config, folder)[1]
     nested_code_table(_CPU), state_code_tables(_CPU)  # made at first use and kept: not as fake ones

@@ -87,8 +87,8 @@ def find_resume_point(setup: RunSetup, resume: str, console: RunConsole) -> Resu
     fingerprint = run_fingerprint(config, base, setup.data_sha256["train"], adapter)
     if action.note is not None:
         console.say(action.note)
-    replaces, named = action.way == "replace", action.resume not in ("auto", "none")
-    if not named and action.way in ("begin", "replace"):
+    replaces, named = action.kind == "replace", action.resume not in ("auto", "none")
+    if not named and action.kind in ("begin", "replace"):
         return ResumePoint(fingerprint, None, None, replaces)
     if named:
         folder, manifest = Path(action.resume), verify_checkpoint(Path(action.resume), _check_counters)
@@ -174,7 +174,7 @@ class RunCheckpointer(Checkpointer):
         dist.barrier()
         if run_dir is not None:
             own = folder is not None and _is_within(folder, run_dir.path)
-            moved = run_dir.start(
+            moved = run_dir.open_metrics(
                 progress.step if own else -1, self._superseded(folder if own else None, progress.step)
             )
             if moved:

@@ -88,7 +88,9 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
     run_dir = None
     if setup.ranks.rank == 0:
         machine = machine_info(setup.device.type)
-        run_dir = RunDir(config, start.manifest is None, start.replaces_run, setup.steps, machine)
+        run_dir = RunDir(
+            config, is_new=start.manifest is None, replace=start.replaces_run, steps=setup.steps, machine=machine
+        )
         record_lost_output(run_dir.path)
     for line in describe_run(setup):
         console.say(line)
@@ -128,7 +130,7 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
         marker = STOPPED_MARKER if result.stop_reason in MANUAL_STOP_REASONS else REQUEUE_MARKER
         console.say(f"stopped by {result.stop_reason} after {step} steps; the same command continues ({marker})")
         if run_dir is not None:
-            run_dir.mark(marker, step, result.stop_reason)
+            run_dir.write_marker(marker, step, result.stop_reason)
         return
     record_heartbeat(step, "saving the adapter")
     export_adapter(model, setup.adapter, run_path(config.run) / "adapter", setup.served.save)
@@ -140,7 +142,7 @@ def train_and_export(setup: RunSetup, console: RunConsole, resume: str = "auto")
     )
     summarize(setup, result, load_stats, prediction, console, run_dir)
     if run_dir is not None:
-        run_dir.mark(DONE_MARKER, step, "last step")
+        run_dir.write_marker(DONE_MARKER, step, "last step")
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def summarize(
     if isinstance(prediction, RunPrediction) and result.tokens_per_s:
         summary["plan"] = prediction.compare_with(summary, load_stats.optimizer_state_bytes)
     if run_dir is not None:
-        run_dir.finish(summary)
+        run_dir.write_summary(summary)
     console.console.print(_table(summary, has_steps=bool(result.tokens_per_s)))
 
 

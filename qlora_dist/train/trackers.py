@@ -18,6 +18,7 @@ from typing import Any
 from qlora_dist.config.config_file import flatten_keys
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
+from qlora_dist.runs.json_object import read_json_object
 
 _IDS_FILE = "trackers.json"
 """File in the run's folder with its id in each tracker, so that a resumed run continues there."""
@@ -62,7 +63,7 @@ def open_trackers(
         A function that sends one metrics record to every tracker. Nested keys are joined with a dot: `paging.hits`.
     """
     opened: dict[str, Tracker] = {}
-    ids = {} if is_new else _read(path / _IDS_FILE)
+    ids = {} if is_new else read_json_object(path / _IDS_FILE)
 
     def attempt(name: str, action: Callable[[], Any]) -> Any:
         try:
@@ -140,11 +141,3 @@ _TRACKER_FACTORIES: dict[str, Callable[[Config, Path, dict[str, str]], Tracker]]
 
 def _settings(config: Config) -> dict[str, str]:
     return {key: str(value) for key, value in flatten_keys(config.model_dump(mode="json")).items()}
-
-
-def _read(path: Path) -> dict[str, str]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}

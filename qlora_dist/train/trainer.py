@@ -242,7 +242,7 @@ class Trainer:
             return False
         self.progress = restored
         if self._run_dir is not None:
-            self._run_dir.go_back(restored.step)
+            self._run_dir.roll_back(restored.step)
         return True
 
     def _log_step(self, batch: StepBatch, result: StepResult) -> None:

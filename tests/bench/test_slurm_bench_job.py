@@ -147,7 +147,9 @@ def write_fake_program(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str,
     ],
 )
 def test_why_a_job_has_not_come_to_its_end(state: str, files: list[str], sentence: str, tmp_path: Path) -> None:
-    job = SlurmJob("fsdp2-2", tmp_path, tmp_path, tmp_path / "jobs" / "1", 1, 2)
+    job = SlurmJob(
+        name="fsdp2-2", cwd=tmp_path, run=tmp_path, folder=tmp_path / "jobs" / "1", nodes=1, ranks_per_node=2
+    )
     job.folder.mkdir(parents=True)
     texts = {
         "output": (job.output, "much"),

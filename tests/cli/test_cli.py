@@ -1,4 +1,4 @@
-"""If this fails, a user's mistake ends in a traceback, or is found only after the GPUs have been waited for."""
+"""If this fails, a user's error ends in a traceback, or is detected only after waiting for GPUs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Exit code, stdout and stderr of a command line, run in this process: importing torch takes many seconds."""
+    """Run a command line in this process, which saves importing torch, and return exit code, stdout and stderr."""
 
     def call(*words: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["qlora-dist", *map(str, words)])
@@ -62,7 +62,7 @@ def run_cli_process(
     return subprocess.run(command, cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, timeout=120)
 
 
-# the real command, in a process of its own
+# --- the real command, in a separate process ---
 
 
 def test_quantize(cli, tiny_llama, tmp_path):
@@ -87,7 +87,7 @@ def test_quantize_embeddings(cli, tiny_llama, tmp_path):
 
 
 def imported(stderr: str) -> set[str]:
-    """The packages that `-X importtime` has seen."""
+    """Return the packages that `-X importtime` lists."""
     return {line.split("|")[2].split(".")[0].strip() for line in stderr.splitlines() if line.startswith("import time:")}
 
 
@@ -115,14 +115,14 @@ def test_mistakes_in_the_configuration_come_without_torch(tmp_path):
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_the_ranks_join(tiny_llama, tmp_path):
-    # no other rank is there and nobody listens: joining would wait
+    # there is no other rank, so joining would wait
     path = tiny_models.make_config(tmp_path, tiny_llama)
     done = run_cli_process("train", path, "parallel.base=3", "--dry-run", **WORLD_OF_4)
     assert done.returncode == 2
     assert done.stderr == "qlora-dist: parallel.base: 3 does not divide the world of 4 ranks; use 1, 2 or 4\n"
 
 
-# the same command line, called in this process
+# --- the same command line, called in this process ---
 
 
 def test_version(cli):
@@ -134,7 +134,7 @@ def test_version(cli):
     [
         (None, [], ["config.yaml: no such configuration file; give the path of a YAML file"]),
         ("model: [", [], ["config.yaml, line 1: not valid YAML"]),
-        ("model: {base: m}\nmodel: {base: n}", [], ["line 2", "the key 'model' stands twice"]),
+        ("model: {base: m}\nmodel: {base: n}", [], ["line 2", "the key 'model' appears twice"]),
         ("modle: {base: m}\ndata: {train: [a]}", [], ["line 1: modle: unknown key; did you mean model?"]),
         ("model: {base: m}\ndata: {trian: [a]}", [], ["line 2: data.trian: unknown key; did you mean data.train?"]),
         ("model: {base: m}\ndata: {}", [], ["line 2: data.train: is missing; add it"]),
@@ -157,7 +157,7 @@ def test_several_mistakes_in_the_configuration_have_a_line_each(cli, tmp_path):
     code, out, err = cli("train", path, "train.steps=0")
     assert (code, out) == (2, "")
     assert err.replace(str(path), "FILE").splitlines() == [
-        "qlora-dist: FILE: 3 mistakes",
+        "qlora-dist: FILE: 3 errors",
         "FILE, line 3: lora.rank: unknown key; write lora.r",
         "FILE, line 4: optim.lr: should be a valid number, not False",
         "override train.steps=0: train.steps: should be greater than or equal to 1, not 0",
@@ -168,7 +168,7 @@ def test_several_mistakes_in_the_configuration_have_a_line_each(cli, tmp_path):
     ("words", "remedy"),
     [(["--lora.r=16"], "lora.r=16"), (["--lora.r", "16"], "lora.r=16"), (["--data.eval"], "data.eval=VALUE")],
 )
-def test_a_key_that_is_written_as_an_option_is_told_how_to_be_written(cli, tmp_path, words, remedy):
+def test_a_key_written_as_an_option_is_refused_with_the_right_form(cli, tmp_path, words, remedy):
     path = tiny_models.make_config(tmp_path, tmp_path / "no-model")
     sentence = f"{words[0]}: keys of the configuration have no dashes; write {remedy}\n"
     assert_one_sentence(cli("train", path, *words), sentence)
@@ -250,7 +250,7 @@ def test_quantize_refuses_what_is_in_4_bit(cli, tiny_llama_nf4, tmp_path):
     assert_one_sentence(result, tiny_llama_nf4, "is in 4 bit already; use it as model.base")
 
 
-def test_quantize_leaves_a_result_that_is_there(cli, tiny_llama, tmp_path):
+def test_quantize_keeps_an_existing_result(cli, tiny_llama, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     assert_one_sentence(cli("quantize", tiny_llama, tmp_path / "out"), "is there already; remove it")
@@ -316,7 +316,7 @@ def test_configurations_that_do_not_fit_the_model_or_the_ranks(cli, tiny_llama, 
     assert_one_sentence(cli("train", path, *overrides), message)
 
 
-def test_a_run_that_is_there_is_not_overwritten(cli, tiny_llama, tmp_path):
+def test_an_existing_run_is_not_overwritten(cli, tiny_llama, tmp_path):
     path = tiny_models.make_config(tmp_path, tiny_llama)
     run = tmp_path / "runs" / "run"
     run.mkdir(parents=True)
@@ -325,7 +325,7 @@ def test_a_run_that_is_there_is_not_overwritten(cli, tiny_llama, tmp_path):
     assert (run / "metrics.jsonl").read_text() == "{}\n"
 
 
-def test_a_dry_run_looks_at_the_runs_name_after_all_else(cli, tiny_llama, tmp_path):
+def test_a_dry_run_checks_the_runs_name_last(cli, tiny_llama, tmp_path):
     path = tiny_models.make_config(tmp_path, tiny_llama)
     run = tmp_path / "runs" / "run"
     run.mkdir(parents=True)
@@ -340,7 +340,7 @@ def test_half_of_torchruns_environment(cli, tiny_llama, tmp_path, monkeypatch):
     assert_one_sentence(cli("train", path), "not WORLD_SIZE; start with torchrun")
 
 
-def test_every_rank_refuses_and_only_the_first_says_so(cli, tiny_llama, tmp_path, monkeypatch):
+def test_every_rank_refuses_and_only_the_first_reports_it(cli, tiny_llama, tmp_path, monkeypatch):
     path = tiny_models.make_config(tmp_path, tiny_llama)
     for name, value in WORLD_OF_4.items():
         monkeypatch.setenv(name, value)

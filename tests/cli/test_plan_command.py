@@ -1,4 +1,4 @@
-"""If this fails, `qlora-dist plan` is slow, plans something else than was asked, or writes what cannot be used."""
+"""If this fails, `qlora-dist plan` is slow, plans something else than requested, or writes unusable output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qlora_dist.plan.plan_search import search_plans
 H100 = PlanArgs("llama-3.1-405b", ["lora.r=16"], 8, "h100-80gb", 2, "infiniband-400g")
 
 
-def test_a_plan_needs_no_torch_and_no_second() -> None:
+def test_a_plan_is_quick_and_needs_no_torch() -> None:
     code = """
 import sys, time
 from qlora_dist.cli.main import app
@@ -52,7 +52,7 @@ def test_the_table_has_every_term() -> None:
 
 
 def test_the_base_stays_in_its_node() -> None:
-    """The second of the ideas: what crosses between nodes is the adapters alone."""
+    """Only adapters cross between nodes."""
     two_meshes, one_mesh = (
         plan_from_args(H100),
         plan_from_args(PlanArgs(**{**vars(H100), "overrides": ["parallel.base=world"]})),
@@ -90,7 +90,7 @@ def test_mistakes_are_one_sentence(asked: dict[str, object], sentence: str) -> N
         plan_from_args(PlanArgs(**{**vars(H100), **asked}))  # type: ignore[arg-type]
 
 
-def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
+def test_a_user_defined_gpu(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text(
         "gpus:\n  mine: {memory: 12, tflops: 30, efficiency: 0.5, memory_gb_s: 300, link: wire, host_gb_s: 8}\n"
@@ -142,7 +142,7 @@ def test_the_file_of_a_run_is_planned_as_it_will_be_trained(tmp_path: Path) -> N
     assert result.choices["parallel.offload"] == ["none", "base"]
 
 
-def test_search_finds_what_fits_and_keeps_what_was_asked_for(tmp_path: Path) -> None:
+def test_search_finds_a_fitting_plan_and_keeps_the_users_keys(tmp_path: Path) -> None:
     asked = PlanArgs("llama-3.1-70b", ["lora.r=16", "train.checkpointing=full"], 2, "rtx-4090", 1, "ethernet-25g")
     assert not plan_from_args(asked).fits
     (found, *_) = search_plans(asked).best
@@ -154,7 +154,7 @@ def test_search_finds_what_fits_and_keeps_what_was_asked_for(tmp_path: Path) -> 
     result = CliRunner().invoke(app, ["plan", "smollm2-135m", "--search"])
     assert result.exit_code == 0, result.output
     (tmp_path / "found.yaml").write_text(result.stdout)
-    assert load_config(tmp_path / "found.yaml").train.checkpointing == "none"  # there is room enough
+    assert load_config(tmp_path / "found.yaml").train.checkpointing == "none"  # memory suffices
     with pytest.raises(UserError, match="does not fit 1 x 1 rtx-3090 with any setting"):
         search_plans(PlanArgs("llama-3.1-405b", ["data.seq_len=65536"], 1, "rtx-3090", 1, "ethernet-25g"))
 
@@ -168,12 +168,12 @@ def test_search_prefers_a_base_on_the_device_and_few_settings_among_equally_fast
     assert len(result.best) == 5 and result.fitting >= 5
     assert "parallel.offload: none, base" in result.sentence()
     assert f"Tried {result.tried} configurations, of which {result.fitting} fit" in result.sentence()
-    # offloading is what is left where nothing else fits
+    # only offloading fits
     large = search_plans(PlanArgs("llama-3.1-70b", [], 2, "rtx-4090", 1, "infiniband-400g"))
     assert large.best[0].differences == {"parallel.offload": "base"}
 
 
-def test_search_says_what_else_fits_and_what_it_tried() -> None:
+def test_search_reports_alternatives_and_the_number_tried() -> None:
     result = CliRunner().invoke(app, ["plan", "llama-3.1-8b", "--gpus", "2", "--gpu", "rtx-4090", "--search"])
     said = " ".join(result.stderr.split())
     assert "What fits: the one above, and the fastest of the others" in said

@@ -1,4 +1,4 @@
-"""If this fails, a misspelt key is ignored for a year, or a mistake in the YAML ends in a traceback."""
+"""If this fails, a misspelt key is silently ignored, or an error in the YAML ends in a traceback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def config_problems(path: Path, text: str | bytes, *overrides: str) -> list[str]:
-    """The lines that a file's mistakes earn, the file's name written FILE."""
+    """Return the lines of the error message for a file, with FILE as its name."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
         load_config(path, overrides)
@@ -35,7 +35,7 @@ def config_problems(path: Path, text: str | bytes, *overrides: str) -> list[str]
 
 
 def config_problem(path: Path, text: str | bytes, *overrides: str) -> str:
-    """The sentence that a file's only mistake earns."""
+    """Return the error message for a file with one problem."""
     (sentence,) = config_problems(path, text, *overrides)
     return sentence
 
@@ -55,7 +55,7 @@ def test_a_source_is_a_path_or_a_mapping(path):
     ("text", "message"),
     [
         ("      wieght: 2", "FILE, line 6: data.train.wieght: unknown key; did you mean data.train.weight?"),
-        ("      zzz: 2", "FILE, line 6: data.train.zzz: unknown key; this section knows format, path, split, "),
+        ("      zzz: 2", "FILE, line 6: data.train.zzz: unknown key; this section has format, path, split, "),
         ("      weight: 0", "FILE, line 6: data.train.weight: should be greater than 0, not 0"),
         ("      format: parquet", "FILE, line 6: data.train.format: should be 'auto', 'messages', "),
         ("    - {weight: 2}", "FILE, line 6: data.train.path: is missing; add it"),
@@ -65,7 +65,7 @@ def test_a_source_is_a_path_or_a_mapping(path):
         ("  eval: 3", "FILE, line 6: data.eval: should be a valid string, or be a valid dictionary, not 3"),
     ],
 )
-def test_mistakes_in_a_source_are_named_with_their_line(path, text, message):
+def test_errors_in_a_source_are_reported_with_their_line(path, text, message):
     assert config_problem(path, SOURCES + text).startswith(message)
 
 
@@ -80,7 +80,7 @@ def test_one_source_need_not_be_a_list(path):
         assert "data.max_bad_rows: should " in config_problem(path, BASE, f"data.max_bad_rows='{share}'")
 
 
-def test_mistakes_of_an_override_are_not_blamed_on_the_file(path):
+def test_errors_in_an_override_are_not_blamed_on_the_file(path):
     override = "data.train=[a.jsonl, {path: b.jsonl, wieght: 2}]"
     message = config_problem(path, SOURCES + "      weight: 1", override)
     assert message == f"override {override}: data.train.wieght: unknown key; did you mean data.train.weight?"
@@ -99,15 +99,15 @@ def test_defaults_are_qloras(path):
     [
         ("trian: {steps: 3}", "FILE, line 3: trian: unknown key; did you mean train?"),
         ("train:\n  seed: 1\n  stpes: 3", "FILE, line 5: train.stpes: unknown key; did you mean train.steps?"),
-        ("optim: {learnrate: 1}", "FILE, line 3: optim.learnrate: unknown key; this section knows beta1, "),
+        ("optim: {learnrate: 1}", "FILE, line 3: optim.learnrate: unknown key; this section has beta1, "),
         ("data2: {}", "FILE, line 3: data2: unknown key; did you mean data?"),
         ("optim: {base: 1}", "FILE, line 3: optim.base: unknown key; did you mean model.base or parallel.base?"),
         ("optim: {globalbatch: 1}", "FILE, line 3: optim.globalbatch: unknown key; did you mean train.global_batch?"),
-        ("train: {shufle: 1}", "FILE, line 3: train.shufle: unknown key; this section knows checkpointing, "),
+        ("train: {shufle: 1}", "FILE, line 3: train.shufle: unknown key; this section has checkpointing, "),
         ("lr: 3", "FILE, line 3: lr: unknown key; did you mean optim.lr?"),
         ("train: {max_grad_norm: 1.0}", "FILE, line 3: train.max_grad_norm: unknown key; did you mean optim.max_grad"),
-        ("1: 2", "FILE, line 3: 1: unknown key; this section knows data, lora, model, "),
-        ("~: 2", "FILE: None: unknown key; this section knows data, lora, model, "),
+        ("1: 2", "FILE, line 3: 1: unknown key; this section has data, lora, model, "),
+        ("~: 2", "FILE: None: unknown key; this section has data, lora, model, "),
     ],
 )
 def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):
@@ -158,7 +158,7 @@ def test_unknown_keys_are_named_with_line_and_nearest_key(path, text, message):
         ),
     ],
 )
-def test_wrong_values_are_named_with_line_and_what_is_wanted(path, text, message):
+def test_wrong_values_are_reported_with_line_and_expected_value(path, text, message):
     assert config_problem(path, BASE + text).startswith(message)
 
 
@@ -169,8 +169,8 @@ def test_wrong_values_are_named_with_line_and_what_is_wanted(path, text, message
         ("data: {train: [a]}\nmodel:\n  quant_type: nf4", "FILE, line 2: model.base: is missing; add it"),
         ("- model\n- data", "FILE: holds no mapping of sections; start with `model:` and `data:`"),
         ("just text", "FILE: holds no mapping of sections"),
-        (BASE + "model: {base: other}", "FILE, line 3: not valid YAML: the key 'model' stands twice"),
-        (BASE + "train:\n  seed: 1\n  seed: 2", "FILE, line 5: not valid YAML: the key 'seed' stands twice"),
+        (BASE + "model: {base: other}", "FILE, line 3: not valid YAML: the key 'model' appears twice"),
+        (BASE + "train:\n  seed: 1\n  seed: 2", "FILE, line 5: not valid YAML: the key 'seed' appears twice"),
         (BASE + "train: {steps: 3", "FILE, line 3: not valid YAML: "),
         (BASE + "train:\n\tsteps: 3", "FILE, line 4: not valid YAML: "),
         (BASE + "run: {name: \0}", "FILE: not valid YAML: unacceptable character"),
@@ -182,11 +182,11 @@ def test_wrong_values_are_named_with_line_and_what_is_wanted(path, text, message
         (b"\xff\xfe\x00", "FILE: cannot be read ("),
     ],
 )
-def test_what_is_no_configuration_is_refused(path, text, message):
+def test_a_file_that_is_not_a_configuration_is_refused(path, text, message):
     assert config_problem(path, text).startswith(message)
 
 
-def test_all_mistakes_are_in_one_answer_each_with_its_line(path):
+def test_all_errors_are_in_one_message_each_with_its_line(path):
     text = """\
 model:
   compute_dtype: bfloat16
@@ -198,7 +198,7 @@ train: {global_batch: 5, micro_batch: 2, steps: 100, epochs: 2, seed: -1}
 parallel: {base: paged, offload: base}
 """
     assert config_problems(path, text, "train.stpes=3", "train.steps=7") == [
-        "FILE: 11 mistakes",
+        "FILE: 11 errors",
         "FILE, line 1: model.base: is missing; add it",
         "FILE, line 2: model.compute_dtype: should be 'bf16', 'fp16' or 'fp32', not 'bfloat16'",
         "FILE, line 3: model.block_size: should be 32, 64, 128, 256, 512, 1024, 2048 or 4096, not '64'; write it "
@@ -214,12 +214,12 @@ parallel: {base: paged, offload: base}
     ]
 
 
-def test_values_are_not_said_to_contradict_one_that_is_wrong_itself(path):
+def test_a_wrong_value_is_not_also_reported_as_a_contradiction(path):
     sentence = "FILE, line 3: train.micro_batch: should be greater than or equal to 1, not 0"
     assert config_problem(path, BASE + "train: {global_batch: 5, micro_batch: 0}") == sentence
 
 
-def test_a_misspelt_section_or_key_is_one_mistake(path):
+def test_a_misspelt_section_or_key_is_one_error(path):
     assert (
         config_problem(path, "modle: {base: m}\ndata: {train: [a]}")
         == "FILE, line 1: modle: unknown key; did you mean model?"
@@ -227,10 +227,10 @@ def test_a_misspelt_section_or_key_is_one_mistake(path):
     assert config_problem(path, "model: {bass: m}\ndata: {train: [a]}") == (
         "FILE, line 1: model.bass: unknown key; did you mean model.base?"
     )
-    missing = ["FILE: 2 mistakes", "FILE: model: is missing; add it", "FILE: data: is missing; add it"]
+    missing = ["FILE: 2 errors", "FILE: model: is missing; add it", "FILE: data: is missing; add it"]
     assert config_problems(path, "") == missing
     assert config_problems(path, SOURCES + "    - {wieght: 2}") == [
-        "FILE: 2 mistakes",
+        "FILE: 2 errors",
         "FILE, line 6: data.train.wieght: unknown key; did you mean data.train.weight?",
         "FILE, line 6: data.train.path: is missing; add it",
     ]
@@ -252,7 +252,7 @@ loss_watchdog_patience: 3
 """
 
 
-def test_a_file_of_another_trainer_is_answered_from_the_page_that_compares_keys(path):
+def test_a_file_of_another_trainer_gets_advice_from_the_migration_page(path):
     always = "leave it out: training is always QLoRA, with a base in 4 bit"
     assert config_problems(path, AXOLOTL) == [
         'FILE: looks like a configuration of axolotl; see docs/training.md, "Coming from another trainer"',
@@ -273,7 +273,7 @@ def test_a_file_of_another_trainer_is_answered_from_the_page_that_compares_keys(
     assert config_problems(path, factory)[0].startswith("FILE: looks like a configuration of LLaMA-Factory; see ")
 
 
-def test_what_is_advised_for_another_trainers_key_is_a_key():
+def test_advice_for_another_trainers_key_names_a_key():
     known = {".".join(key) for key in known_keys(Config)}
     for key, advice in KEY_ADVICE.items():
         named = re.findall(r"\b(?:model|lora|data|parallel|optim|paging|train|run)\.\w+", advice)
@@ -327,7 +327,7 @@ def test_rows_that_are_packed_cannot_be_grouped_by_length(path):
     assert load_config(path, ["data.group_by_length=true", "data.packing=none"]).data.group_by_length
 
 
-def test_epochs_in_place_of_steps(path):
+def test_epochs_instead_of_steps(path):
     path.write_text(BASE + "train: {steps: 50}")
     config = load_config(path, ["train.steps=null", "train.epochs=2", "optim.warmup_steps=1000"])
     assert (config.train.steps, config.train.epochs) == (None, 2)
@@ -342,9 +342,9 @@ def test_overrides_win_in_their_order(path):
         [
             "train.steps=40",
             "train.steps=50",
-            "lora.r=8",  # of a section that is named and empty
+            "lora.r=8",  # in a section that is empty in the file
             "lora.targets=[q_proj, v_proj]",
-            "optim.max_grad_norm=null",  # of a section that the file lacks
+            "optim.max_grad_norm=null",  # in a section that the file lacks
             "parallel.base=2",
             "data={train: [b.jsonl], seq_len: 64}",  # a whole section
             "model.base=/a b/c=d",
@@ -383,7 +383,7 @@ def test_wrong_overrides_are_named(path, override, message):
     assert config_problem(path, BASE, override).startswith(message)
 
 
-# YAML takes these for line breaks, and the dumper does not quote them
+# YAML reads these as line breaks, and the dumper does not quote them
 texts = st.text(st.characters(exclude_characters="\x85\u2028\u2029", exclude_categories=["Cs"]))
 names = st.text(st.characters(categories=["L", "N"], max_codepoint=122), min_size=1, max_size=8)
 trees = st.fixed_dictionaries(
@@ -420,7 +420,7 @@ trees = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=80)
 @example({"model": {"base": "1e5"}, "data": {"train": ["2026-01-31", "0o7", "on", "~", "=", "<<"]}})
 @given(trees)
-def test_what_is_written_back_is_read_as_the_same(tree):
+def test_a_written_configuration_is_read_back_equal(tree):
     config = Config.model_validate(tree)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
@@ -428,7 +428,7 @@ def test_what_is_written_back_is_read_as_the_same(tree):
         assert load_config(path) == config
 
 
-def test_what_is_written_is_complete(path):
+def test_a_written_configuration_is_complete(path):
     path.write_text(BASE)
     written = yaml.safe_load(dump_config(load_config(path)))
     for section, field in Config.model_fields.items():
@@ -444,7 +444,7 @@ def test_every_key_is_documented():
 
 @settings(deadline=None, max_examples=150)
 @given(st.text(alphabet="abmodel:{}[]-? \n\t&*!|>'\"#%@,0123e.<=~\0é", max_size=40))
-def test_no_text_whatsoever_makes_a_traceback(text):
+def test_no_text_causes_a_traceback(text):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(text, encoding="utf-8")
@@ -452,4 +452,4 @@ def test_no_text_whatsoever_makes_a_traceback(text):
             load_config(path)
         lines = str(caught.value).replace(str(path), "FILE").split("\n")
         assert all(line.startswith("FILE") for line in lines)
-        assert len(lines) == 1 or lines[0] == f"FILE: {len(lines) - 1} mistakes"
+        assert len(lines) == 1 or lines[0] == f"FILE: {len(lines) - 1} errors"

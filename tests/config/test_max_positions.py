@@ -1,4 +1,4 @@
-"""If this fails, a model is trained at positions that it does not have, or is refused a length that it can have."""
+"""If this fails, a model is trained at positions that it lacks, or refuses a length that it supports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
         ({"max_position_embeddings": 131072, "rope_scaling": LLAMA3}, 131072),
         ({"max_position_embeddings": 163840, "rope_scaling": DEEPSEEK}, 163840),
         ({"model_type": "gemma3_text", "max_position_embeddings": 131072, "rope_scaling": LINEAR}, 131072),
-        # no limit: ALiBi, no positions, state spaces, nothing said
+        # no limit: ALiBi, no positions, state spaces, no key
         ({"model_type": "bloom", "seq_length": 2048}, None),
         ({"model_type": "falcon", "alibi": True, "max_position_embeddings": 2048}, None),
         ({"model_type": "mpt", "max_seq_len": 2048, "attn_config": {"alibi": True}}, None),

@@ -216,7 +216,7 @@ def test_a_second_run_in_a_folder_is_refused(config: Path, tmp_path: Path, monke
             second.join(120)
             assert second.exitcode == 2
         output = (second_output / "rank-0.txt").read_text()
-        assert f"another run is at work in it (process {first.pid} on " in output and "Traceback" not in output
+        assert f"another run uses this folder (process {first.pid} on " in output and "Traceback" not in output
         wait_for_steps(count() + 3)
         assert first.is_alive() and steps(run) == list(range(1, len(steps(run)) + 1))
         first.kill()
@@ -235,7 +235,7 @@ def test_lines_of_metrics_that_are_none_are_left_out(config: Path) -> None:
         *(b'{"step": 2, "loss": 1.5}', b'{"step": 3, "loss": 1.0}', b'{"step": 2, "lo'),
     ]
     (run_path(run.run) / "metrics.jsonl").write_bytes(b"\n".join(lines))
-    run_dir.start(2, [])
+    run_dir.open_metrics(2, [])
     run_dir.log({"step": 3, "loss": 0.5})
     assert [(row["step"], row.get("loss")) for row in metrics(run)] == [(0, None), (1, 2.0), (2, 1.5), (3, 0.5)]
 

@@ -1,4 +1,4 @@
-"""If this fails, the doctor says of a network or a folder what is not so."""
+"""If this fails, the doctor reports a network or a folder wrongly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_job_of_two_nodes(tmp_path: Path) -> None:
     for dim, ranks in (("node", 2), ("across", 2), ("world", 4)):
         assert found[f"bandwidth {dim}"]["said"].startswith(f"{ranks} ranks: all_gather ")
         assert min(found[f"bandwidth {dim}"]["values"].values()) > 0
-    assert max(map(abs, found["clocks"]["values"]["skew_s"].values())) < 0.5  # it is one clock
+    assert max(map(abs, found["clocks"]["values"]["skew_s"].values())) < 0.5  # the nodes share one clock
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,7 +55,7 @@ def in_process_group(check: Any, *args: Any) -> Any:
 
 
 def check_unshared_folder(ranks: Any, folder: Path) -> str:
-    """The second node looks into a folder of its own."""
+    """Check with a different folder on the second node."""
     if ranks.rank == 1:
         folder = folder / "elsewhere"
         folder.mkdir()
@@ -72,8 +72,8 @@ def check_unknown_host(ranks: Any) -> str:
     return check_peer_host_names(["localhost", "no-such-host.invalid"], ranks).said
 
 
-def test_a_name_that_nobody_knows_is_found() -> None:
-    assert "does not know no-such-host.invalid" in run_ranks(2, in_process_group, check_unknown_host, nodes=2)[0]
+def test_an_unknown_name_is_found() -> None:
+    assert "cannot resolve no-such-host.invalid" in run_ranks(2, in_process_group, check_unknown_host, nodes=2)[0]
 
 
 def ip(*words: str) -> None:
@@ -82,7 +82,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def two_nodes() -> Iterator[tuple[str, str]]:
-    """Two network namespaces, 200 Mbit/s between them."""
+    """Create two network namespaces with 200 Mbit/s between them."""
     skip_unless(os.geteuid() == 0 and shutil.which("tc") is not None, "root, ip or tc, for network namespaces,")
     names = tuple(f"qd{os.getpid() % 100000}{side}" for side in "ab")
     try:

@@ -1,4 +1,4 @@
-"""If this fails, a machine on which a run would go wrong is called fine."""
+"""If this fails, a machine on which a run would fail is reported as fine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
-def test_tested_versions_are_those_of_the_constraints() -> None:
+def test_tested_versions_equal_the_constraints() -> None:
     pinned = re.findall(r"^([\w-]+)==(\S+?)(?:;|$)(?!.*< \"3)", CONSTRAINTS.read_text(), re.MULTILINE)
     assert TESTED_VERSIONS.items() <= dict(pinned).items()
 
@@ -57,14 +57,16 @@ def test_kernels_are_compared_with_the_tables(monkeypatch: pytest.MonkeyPatch) -
     assert "dequantizes wrongly on cpu, by up to 0.25" in check_dequantize_kernel(CPU).said
 
 
-def test_a_processor_without_bf16_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_bf16_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bf16_support, "_CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("flags : avx2")
     found = check_compute_type(CPU)
     assert found.status == "warn" and found.remedy == "set model.compute_dtype=fp32"
     (tmp_path / "cpuinfo").write_text("flags : avx2 avx512_bf16")
     assert check_compute_type(CPU).status == "ok"
-    findings = node.check_node(RankInfo(0, 1, 0, 1, "none"), CPU, tmp_path)
+    findings = node.check_node(
+        RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none"), CPU, tmp_path
+    )
     assert "compute type" in [finding.check for finding in findings]
 
 
@@ -76,25 +78,27 @@ def test_memory_and_disk_are_measured(tmp_path: Path) -> None:
 
 
 def test_the_names_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun waits for a name that leads nowhere for minutes, and says nothing."""
+    """torchrun waits silently for minutes for a name that cannot be resolved."""
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     assert check_own_host_name({}).status == "ok"
     found = check_own_host_name({"MASTER_ADDR": "node0.invalid"})
-    assert found.status == "fail" and found.said.startswith("MASTER_ADDR: node0.invalid leads nowhere (")
+    assert found.status == "fail" and found.said.startswith("MASTER_ADDR: node0.invalid cannot be resolved (")
     monkeypatch.setattr(socket, "gethostname", lambda: "me.invalid")
     found = check_own_host_name({"MASTER_ADDR": "127.0.0.1"})
-    assert found.status == "warn" and found.said.startswith("me.invalid, this machine's own name, leads nowhere (")
+    assert found.status == "warn" and found.said.startswith("me.invalid, this machine's own name, cannot be resolved (")
 
 
-def test_a_mac_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no affinity of processes, and not all names of sysconf."""
+def test_checks_run_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no process affinity, and lacks some names of sysconf."""
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.delattr(os, "sysconf")
-    findings = node.check_node(RankInfo(0, 1, 0, 1, "none"), CPU, Path())
+    findings = node.check_node(
+        RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none"), CPU, Path()
+    )
     assert {finding.check for finding in findings} >= {"devices", "memory", "host name"}
 
 
-def test_a_cpu_is_no_gpu() -> None:
-    found = check_devices(RankInfo(0, 2, 0, 2, "torchrun"))
+def test_a_cpu_does_not_count_as_a_gpu() -> None:
+    found = check_devices(RankInfo(rank=0, world_size=2, local_rank=0, local_world_size=2, launcher="torchrun"))
     assert found.status == ("ok" if torch.cuda.is_available() else "warn")
     assert "2 ranks" in found.said

@@ -1,22 +1,17 @@
-"""What tests on a real SLURM cluster share: whether there can be one here, its ports, and waiting."""
+"""Helpers of tests on a real SLURM cluster: whether one can run here, and its ports."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import socket
-import time
-from collections.abc import Callable
-from typing import TypeVar
-
-_T = TypeVar("_T")
 
 
 def slurm_unavailable() -> str | None:
-    """Why it can't be; None: it can. Where QLORA_DIST_REQUIRE_LAUNCHERS is 1, that is a failure.
+    """Return the reason why no cluster can run here; None if one can.
 
     Raises:
-        RuntimeError: it is required and can't be.
+        RuntimeError: no cluster can run, and QLORA_DIST_REQUIRE_LAUNCHERS is 1.
     """
     reason = None
     if not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "sbatch")):
@@ -29,7 +24,7 @@ def slurm_unavailable() -> str | None:
 
 
 def free_ports(nodes: int) -> int:
-    """The first of 300 ports for a cluster; others may look for theirs at the same time."""
+    """Return the first of 300 free ports for a cluster. Other processes may search at the same time."""
     first = os.getpid() % 40
     for number in range(first, first + 40):
         port = 16800 + number % 40 * 300
@@ -46,12 +41,3 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def wait_for(condition: Callable[[], _T], within_s: float) -> _T:
-    """What it returns when that is true."""
-    end = time.monotonic() + within_s
-    while not (result := condition()):
-        assert time.monotonic() < end, "waited for too long"
-        time.sleep(0.1)
-    return result

@@ -23,8 +23,8 @@ OPERATORS = (
     "callback",
 )
 """Decorators of operators, of autograd functions and of commands, whose signatures others prescribe."""
-PRESCRIBED = ("attention_forward", "_call_", "forward")
-"""Ends and parts of the names of functions that torch or transformers call."""
+PRESCRIBED = ("attention_forward", "_call_", "forward", "construct_object", "construct_mapping")
+"""Ends and parts of the names of functions that torch, transformers or PyYAML call."""
 
 
 def is_prescribed(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

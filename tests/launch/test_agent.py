@@ -1,4 +1,4 @@
-"""If this fails, the sentence about a mistake under torchrun scrolls away above torchrun's own report."""
+"""If this fails, the message about a user's error scrolls away above torchrun's own report."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from qlora_dist.errors import UserError
 from qlora_dist.launch import agent
 from qlora_dist.launch.agent import write_torchrun_error_file
-from qlora_dist.runtime import hosts
+from qlora_dist.runtime import network
 from tests.helpers.launchers import environment
 
 
-def test_torchruns_report_shows_the_sentence(tmp_path: Path) -> None:
-    """The plain command's too: torch reads the file that it has named for the rank."""
+def test_torchruns_report_shows_the_message(tmp_path: Path) -> None:
+    """The plain torchrun command shows it too, because torch reads the file that it has named for the rank."""
     file = tmp_path / "error.json"
     write_torchrun_error_file(
         UserError("lora.rr: unknown key; did you mean lora.r?"), {"TORCHELASTIC_ERROR_FILE": str(file)}
@@ -29,7 +29,7 @@ def test_torchruns_report_shows_the_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_sentence_is_last(tmp_path: Path) -> None:
+def test_the_message_is_last(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("model: {base: m}\ndata: {train: [d]}\nlora: {rr: 5}")
     command = [sys.executable, "-m", "qlora_dist.launch.agent", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "qlora_dist", "train", "my.yaml"]
@@ -41,11 +41,11 @@ def test_the_sentence_is_last(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
-def test_an_unknown_master_is_told_before_torchrun_waits_for_it(
+def test_an_unknown_master_is_reported_before_torchrun_waits_for_it(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun asks for it again and again, for minutes and without a line."""
-    monkeypatch.setattr(hosts, "_DNS_TIMEOUT_S", 0.0)
-    where = ["--nnodes=2", "--node-rank=1", "--master-addr=node0.invalid", "--master-port=29500"]
-    assert agent.run_agent([*where, "-m", "qlora_dist", "train", "my.yaml"]) == 2
+    """torchrun retries for minutes without a message."""
+    monkeypatch.setattr(network, "_DNS_TIMEOUT_S", 0.0)
+    options = ["--nnodes=2", "--node-rank=1", "--master-addr=node0.invalid", "--master-port=29500"]
+    assert agent.run_agent([*options, "-m", "qlora_dist", "train", "my.yaml"]) == 2
     assert capfd.readouterr().err.startswith("qlora-dist: node0.invalid: ")

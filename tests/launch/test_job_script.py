@@ -1,6 +1,6 @@
-"""If this fails, a job script runs something that was meant as a name, or is not what a cluster's file says.
+"""If this fails, a job script executes a name as code, or differs from the cluster's file.
 
-`QLORA_DIST_GOLDEN=write pytest tests/launch/test_job_script.py` writes the files in golden/ anew; look at what changes.
+`QLORA_DIST_GOLDEN=write pytest tests/launch/test_job_script.py` rewrites the files in golden/. Review the changes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NASTY = 'it\'s $(touch x) `touch y` "$HOME" \\ % #SBATCH --exclusive ; & | * ~ Ã
 
 
 def job(run: Path = Path("/shared/runs/my-run"), cwd: Path = Path("/shared/project"), array: int = 0) -> SlurmJob:
-    return SlurmJob("my-run", cwd, run, run / "jobs" / "1", nodes=2, ranks_per_node=4, array=array)
+    return SlurmJob(name="my-run", cwd=cwd, run=run, folder=run / "jobs" / "1", nodes=2, ranks_per_node=4, array=array)
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
@@ -100,7 +100,7 @@ words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 
 
 def bash(script: str) -> list[str]:
-    """What a script prints, each ended by a zero byte."""
+    """Return the values that a script prints, each ended by a zero byte."""
     done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
     return done.stdout.decode().split("\0")[:-1]
 
@@ -130,7 +130,7 @@ def test_a_name_is_never_executed(folder: str, image: str) -> None:
         }
     )
     script = render_job_script(job(run, cwd=Path("/shared") / folder), cluster)
-    assignments = re.search(r"^run=.*?(?=^# left over)", script, re.M | re.S)
+    assignments = re.search(r"^run=.*?(?=^# variables left over)", script, re.M | re.S)
     wrapper = re.search(r"^deaf\+=.*?\)$", script, re.M | re.S)
     directory = re.search(r"^cd (.*) \|\| exit 1$", script, re.M)
     assert assignments and wrapper and directory
@@ -157,13 +157,13 @@ def test_a_folder_that_cannot_be_named_is_refused(name: str) -> None:
         ('setup: ["a\\nb"]', "setup: should match"),
         ("env: {'A=1; touch x; B': '1'}", "env: should match"),
         ("env: {HF_TOKEN: hf_123}", "env.HF_TOKEN: looks like a secret"),
-        ("time: 1:00\nsave_time: 60", "save_time: 60 s are no less than time: 60 s"),
+        ("time: 1:00\nsave_time: 60", "save_time: 60 s must be less than time: 60 s"),
         ("container: {runtime: docker, image: x}", "container.runtime: should be 'pyxis' or 'apptainer'"),
         ("sbatch: [--x;y]", "sbatch: should match"),
         ("- 1", "start with `gpus_per_node:`"),
     ],
 )
-def test_a_mistake_in_a_clusters_file_is_a_sentence(text: str, sentence: str, tmp_path: Path) -> None:
+def test_an_error_in_a_clusters_file_is_one_sentence(text: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=re.escape(sentence).replace("should\\ match", ".*should match")):

@@ -1,5 +1,6 @@
-"""If this fails, a job waits for hours in a queue and then ends with a mistake that was there before; or a dry run
-leaves something behind.
+"""If this fails, a job waits for hours in a queue and then fails with an error that was detectable before.
+
+Or a dry run leaves files behind.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from qlora_dist.launch.preflight import add_node_names, find_slow_nodes
 from qlora_dist.parallel.mesh import mesh_sizes
 from qlora_dist.plan.model_spec import make_model_spec
 from qlora_dist.runtime.environment import RankInfo
-from qlora_dist.runtime.user_error_file import write_user_error_file
+from qlora_dist.runtime.process_exit import write_user_error_file
 from qlora_dist.train.run_setup import set_up_model
 from tests.helpers import tiny_models
 
@@ -53,7 +54,9 @@ def check(config: Config, cluster: Cluster = CPU, nodes: int = 2, ranks_per_node
 
 def test_the_static_part_is_that_of_the_shapes(config: Config) -> None:
     _, model, _ = set_up_model(config)
-    sizes = mesh_sizes(config.parallel, RankInfo(0, 4, 0, 2, "none"))
+    sizes = mesh_sizes(
+        config.parallel, RankInfo(rank=0, world_size=4, local_rank=0, local_world_size=2, launcher="none")
+    )
     tree = json.loads((Path(config.model.base) / "config.json").read_text())
     parameters = [p for unit in make_model_spec(tree, config.lora).units for p in unit.parameters]
     base = sum(p.numel * (1 if p.is_quantized else 4) for p in parameters if not p.trained)  # compute_dtype: fp32
@@ -82,8 +85,8 @@ def test_what_is_wrong_is_found_before_the_queue(
         check(changed(config, **sections), CPU.model_copy(update=cluster))
 
 
-def test_a_gpu_that_is_not_here_is_no_mistake(config: Config) -> None:
-    """The nodes have it, not the machine that submits."""
+def test_a_gpu_that_is_missing_here_is_no_error(config: Config) -> None:
+    """The nodes have the GPUs, not the machine that submits."""
     said = check(
         changed(config, train={"device": "cuda"}), CPU.model_copy(update={"gpus_per_node": 8, "gpu_memory": 80.0})
     )
@@ -108,11 +111,11 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(config: Config, capsys: 
 def test_a_dry_run_here_prints_a_command_that_can_be_pasted(
     gpus: int, ranks: int, config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the user's own file, as no other is written; and a rank for each GPU, or the second card idles."""
+    """The command names the user's file, because no other is written, and starts one rank per GPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     said = io.StringIO()
     given = ("my run.yaml", "run.name=run")
-    launch_local(config, "torchrun", LaunchOptions(dry_run=True, given=given), Console(file=said))
+    launch_local(config, "torchrun", LaunchOptions(dry_run=True, config_args=given), Console(file=said))
     words = shlex.split(capsys.readouterr().out)
     assert f"--nproc-per-node={ranks}" in words
     assert words[-3:] == ["train", *given]
@@ -122,7 +125,7 @@ def test_a_dry_run_here_prints_a_command_that_can_be_pasted(
 
 @pytest.mark.parametrize("on", ["torchrun", "mpi"])
 def test_a_mistake_is_found_before_ranks_are_started(on: LaunchTarget, config: Config) -> None:
-    """Or its sentence stands above forty lines of the launcher's own."""
+    """Otherwise forty lines of the launcher's output would follow the message."""
     wrong = changed(config, parallel={"base": 3})
     with pytest.raises(UserError, match=r"parallel\.base: 3 does not divide the world of 4 ranks"):
         launch_local(wrong, on, LaunchOptions(ranks_per_node=4), Console(quiet=True))
@@ -145,11 +148,11 @@ def test_several_nodes_are_not_started_from_here(config: Config) -> None:
         launch_local(config, "torchrun", LaunchOptions(nodes=2), Console(quiet=True))
 
 
-def test_a_mistake_is_left_for_the_script_and_a_lost_node_is_none(
+def test_a_user_error_is_written_for_the_script_and_a_lost_node_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_DIST_JOB", str(tmp_path))
-    write_user_error_file(UserError("rank 3 has not come", retryable=True))
+    write_user_error_file(UserError("rank 3 did not join", retryable=True))
     assert not (tmp_path / "MISTAKE").exists()
     write_user_error_file(UserError("lora.r: is wrong"))
     assert (tmp_path / "MISTAKE").read_text() == "lora.r: is wrong\n"
@@ -161,6 +164,6 @@ def test_the_slow_node_is_named_and_not_its_neighbours() -> None:
     assert find_slow_nodes([(1.0, float("inf")), (1.0, 1.0), (1.0, 1.0)]) == []
 
 
-def test_the_node_that_does_not_come_is_named() -> None:
-    said = add_node_names("rank 1 (nor 1 more) of 3 has not come within 120 s", ["n1", "gpu-07", "n3"])
-    assert said == "rank 1 (gpu-07) (nor 1 more) of 3 has not come within 120 s"
+def test_the_node_that_does_not_join_is_named() -> None:
+    said = add_node_names("rank 1 (nor 1 more) of 3 did not join within 120 s", ["n1", "gpu-07", "n3"])
+    assert said == "rank 1 (gpu-07) (nor 1 more) of 3 did not join within 120 s"

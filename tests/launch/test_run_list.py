@@ -1,4 +1,4 @@
-"""If this fails, a user is told that a run runs which is dead, or cannot stop one."""
+"""If this fails, a dead run is shown as running, or a run cannot be stopped."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from qlora_dist.launch.run_status import find_run_dirs, read_run_status
 from qlora_dist.runtime.environment import process_record
 from tests.helpers import tiny_models
 from tests.helpers.ranks import started_ranks
+from tests.helpers.waiting import wait_for
 
 BORN = psutil.Process().create_time()
 THIS_HOST = {"host": socket.gethostname(), "pid": os.getpid(), "born": BORN, "steps": 100}
@@ -60,13 +61,13 @@ def make_run(folder: Path, steps: int = 10, **files: object) -> Path:
             {"process_json": THIS_HOST | {"born": THIS_HOST["born"] - 1000}},
             None,
             "failed",
-        ),  # a number that was given anew
-        # the clock was set meanwhile: the same process seems to have been born two minutes later than it wrote
+        ),  # a reused process number
+        # the clock was set meanwhile, so that the process seems to have started two minutes later
         ({"process_json": THIS_PROCESS | {"born": BORN - 120}}, None, "running"),
         ({"job_json": THIS_PROCESS | {"submitted": "2020-01-01T00:00:00+00:00", "born": BORN - 120}}, None, "running"),
         ({"process_json": THIS_PROCESS | {"start_ticks": THIS_PROCESS["start_ticks"] - 1}}, None, "failed"),
         ({"process_json": THIS_PROCESS | {"boot": "of another day"}}, None, "failed"),
-        ({"process_json": THIS_HOST | {"host": "elsewhere"}}, None, "running"),  # it has just written
+        ({"process_json": THIS_HOST | {"host": "elsewhere"}}, None, "running"),  # the run has just written
         ({"job_json": {"launcher": "torchrun", "job_id": None, **THIS_HOST}}, None, "running"),
         ({}, None, "failed"),
         ({"job_json": {"launcher": "slurm", "job_id": "7"}}, {"7": "PENDING"}, "waiting"),
@@ -86,7 +87,7 @@ def test_a_dead_process_is_a_failed_run(tmp_path):
     assert read_run_status(make_run(tmp_path, process_json=dead_process()), None).state == "failed"
 
 
-def test_how_far_it_is(tmp_path, capsys):
+def test_progress(tmp_path, capsys):
     make_run(tmp_path, process_json=THIS_HOST | {"steps": 110})
     print_runs(tmp_path, as_json=True)
     (run,) = json.loads(capsys.readouterr().out)
@@ -96,7 +97,7 @@ def test_how_far_it_is(tmp_path, capsys):
         "state": "running",
         "reason": None,
         "step": 10,
-        "steps": 110,  # of what it has found in its data, rather than of the configuration
+        "steps": 110,  # computed from its data, not from the configuration
         "loss": 2.0,
         "tokens_per_s": 1000.0,
         "left_s": 50.0,
@@ -157,11 +158,11 @@ def test_the_output_is_followed_until_the_run_ends(tmp_path, capsys):
     assert capsys.readouterr().out == "step 1\nstep 2\n"
 
 
-def test_what_is_not_there_is_a_sentence(tmp_path):
+def test_a_missing_run_or_output_is_an_error_message(tmp_path):
     with pytest.raises(UserError, match=r"rum: no such run; .* holds run; name their folder with --dir"):
         make_run(tmp_path)
         follow_run(tmp_path, "rum")
-    with pytest.raises(UserError, match="did not say where its output goes"):
+    with pytest.raises(UserError, match="the output file of this run is not recorded"):
         follow_run(tmp_path, "run")
     with pytest.raises(UserError, match=r"run: does not run \(failed\)"):
         cancel_run(tmp_path, "run", now=False, as_json=False)
@@ -189,12 +190,12 @@ def test_a_real_run_is_seen_stopped_and_killed(tiny_llama_nf4, tmp_path, capsys)
     small = {"train__steps": 10**6, "train__global_batch": 2, "data__eval": None, "data__seq_len": 32}
     config = tiny_models.make_config(tmp_path, tiny_llama_nf4, **small)
     path = tmp_path / "runs" / "run"
-    for now in (False, True):  # the second goes on from where the first was stopped
+    for now in (False, True):  # the second run resumes where the first was stopped
         with started_ranks([partial(train, config)], tmp_path) as (process,):
             before = read_run_status(path, None).step or 0
-            wait_for(lambda before=before: running_past(path, before + 3))
+            wait_for(lambda before=before: running_past(path, before + 3), within_s=200)
             cancel_run(path.parent, "run", now=now, as_json=True)
-            process.join(20)
+            process.join(120)
             assert process.exitcode == (-9 if now else 0)
         outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert outcome["state"] == "stopped"
@@ -221,10 +222,3 @@ def running_past(path: Path, step: int) -> bool:
 
 def stored_step(path: Path) -> int:
     return max(int(found.name.removeprefix("step-")) for found in (path / "checkpoints").glob("step-*"))
-
-
-def wait_for(true) -> None:
-    end = time.monotonic() + 100
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)

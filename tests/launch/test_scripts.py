@@ -1,4 +1,4 @@
-"""If this fails, a script that a person starts ranks with does not do what it says of itself."""
+"""If this fails, a script for starting ranks by hand does not do what its help says."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import pytest
 from qlora_dist.config.config_file import load_config
 from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
-from tests.helpers.launchers import ROOT, alive_pids, environment, skip_unless, wait_until
+from tests.helpers.launchers import ROOT, alive_pids, environment, skip_unless
 from tests.helpers.ranks import run_ranks
+from tests.helpers.waiting import wait_for
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
@@ -31,7 +32,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_without_a_configuration_it_says_how(script: Path) -> None:
+def test_without_a_configuration_it_prints_its_help(script: Path) -> None:
     done = subprocess.run([script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"launch/{script.name} " in done.stderr
@@ -47,7 +48,7 @@ def test_a_node_without_its_number_is_refused() -> None:
 
 @pytest.mark.slow
 def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: Path, tmp_path: Path) -> None:
-    """With either engine's numbers: these ranks have ZeRO-3."""
+    """The ranks run ZeRO-3, and the reference FSDP2, with the same numbers."""
     skip_unless(find_spec("deepspeed") is not None, "DeepSpeed")
     small = {"train__steps": 10**6, "train__global_batch": 2, "data__eval": None, "data__seq_len": 32}
     folder = tmp_path / "with a blank"  # every value is quoted
@@ -59,9 +60,9 @@ def test_torchrun_trains_and_a_warning_reaches_the_ranks_alone(tiny_llama_nf4: P
         command = [ROOT / "launch" / "torchrun.sh", config, "optim.lr=1e-3", "parallel.engine=zero3"]
         process = subprocess.Popen(command, env=environ, stdout=out, stderr=out, start_new_session=True)
     try:
-        done = wait_until(lambda: metrics(run) >= 2 or process.poll() is not None, within_s=200)
-        assert done and process.poll() is None, (tmp_path / "out.txt").read_text()
-        for pid in alive_pids(folder):  # what SLURM does before a time limit
+        wait_for(lambda: metrics(run) >= 2 or process.poll() is not None, within_s=200)
+        assert process.poll() is None, (tmp_path / "out.txt").read_text()
+        for pid in alive_pids(folder):  # as SLURM does before a time limit
             os.kill(pid, signal.SIGUSR1)
         assert process.wait(60) == 0
         assert not alive_pids(folder)

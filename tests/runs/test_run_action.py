@@ -1,4 +1,4 @@
-"""If this fails, a command destroys a run, or refuses to start one for which nothing stands in the way."""
+"""If this fails, a command destroys a run, or refuses to start one without a reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def make_run(config: Config, *traces: str, steps: int = STOPPED_AT) -> Path:
-    """A folder as a run leaves it; `traces` are what there is besides its configuration and metrics."""
+    """Create a run's folder with configuration, metrics and the given further `traces`."""
     path = run_path(config.run)
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(dump_config(config))
@@ -87,32 +87,37 @@ def unchanged(config: Config) -> Config:
         (("DONE", "adapter", "checkpoint"), another_rate, "auto", "holds a run that is finished after 17 steps"),
         (("DONE", "adapter", "checkpoint"), with_overwrite, "auto", "replace"),
         (("STOPPED", "checkpoint"), unchanged, "auto", "resume"),
-        (("STOPPED", "checkpoint"), another_rate, "auto", "resume"),  # the checkpoint tells what may change
+        (("STOPPED", "checkpoint"), another_rate, "auto", "resume"),  # a later check compares it with the checkpoint
         (("STOPPED", "checkpoint"), unchanged, "none", "holds a run already"),
         (("REQUEUE", "checkpoint"), with_overwrite, "auto", "replace"),
         (("adapter",), unchanged, "auto", "holds a run already"),
         ((), unchanged, "auto", "begin"),
         ((), another_rate, "auto", "begin"),
         ((), another_rate, "none", "begin"),
-        (("DONE",), lambda config: apply_changes(config, {"train": {"steps": None}}), "auto", "resume"),  # 100 of them
+        (
+            ("DONE",),
+            lambda config: apply_changes(config, {"train": {"steps": None}}),
+            "auto",
+            "resume",
+        ),  # 100 steps by default
     ],
 )
-def test_what_a_command_does_where_a_run_has_been(
+def test_action_in_the_folder_of_an_earlier_run(
     traces: tuple[str, ...], command: Callable[[Config], Config], resume: str, way: str, config: Config
 ) -> None:
     make_run(config, *traces)
     if way in ("begin", "replace", "resume", "done"):
-        assert choose_run_action(command(config), resume).way == way
+        assert choose_run_action(command(config), resume).kind == way
     else:
         with pytest.raises(UserError, match=way):
             choose_run_action(command(config), resume)
 
 
-def test_a_run_without_a_checkpoint_says_what_is_lost(config: Config) -> None:
-    """An out-of-memory error in the first steps is mended by another configuration of the same name."""
+def test_lost_steps_of_a_run_without_a_checkpoint_are_reported(config: Config) -> None:
+    """After an out-of-memory error in the first steps, users change the configuration and keep the name."""
     assert choose_run_action(config).note is None
     make_run(config)
-    assert choose_run_action(config).note is None  # the same run, which a loss of a node has ended
+    assert choose_run_action(config).note is None  # the same run, ended by a lost node
     found = choose_run_action(another_rate(config))
     assert found.note is not None and f"held {STOPPED_AT} steps of a run with another configuration" in found.note
 
@@ -122,7 +127,7 @@ def test_a_run_without_a_checkpoint_says_what_is_lost(config: Config) -> None:
 def test_a_finished_run_is_done_on_each_rank_alone(
     variables: str, rank: int, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No rank waits for another, so one that is alone ends as well; there is no model to load, either."""
+    """No rank waits for another, so a single rank ends as well. No model exists that could be loaded."""
     environ = {
         "torchrun": {
             "RANK": rank,
@@ -151,7 +156,7 @@ def test_a_finished_run_is_done_on_each_rank_alone(
     run_training(config)
     said = capsys.readouterr().out
     assert said == (f"{choose_run_action(config).note}\n" if rank == 0 else "")
-    # a job script goes by markers that are newer than its start
+    # a job script only reads markers newer than its start
     assert ((path / "DONE").stat().st_mtime > 0) == (rank == 0)
 
 
@@ -167,65 +172,65 @@ ARRAY = {**JOB, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
         (JOB, JOB, "replace"),  # a second command in one allocation
         (JOB, JOB | {"SLURM_JOB_ID": "8"}, "replace"),
         (ARRAY, ARRAY | {"SLURM_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "1"}, "resume"),
-        ({"TORCHELASTIC_RUN_ID": "a"}, {"TORCHELASTIC_RUN_ID": "a"}, "resume"),  # of the same agent
+        ({"TORCHELASTIC_RUN_ID": "a"}, {"TORCHELASTIC_RUN_ID": "a"}, "resume"),  # the same agent
         ({}, {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "1"}, "replace"),
     ],
 )
 @pytest.mark.parametrize("resume", ["auto", "none", "elsewhere/step-000003"])
-def test_a_launcher_goes_on_with_what_its_command_has_begun(
+def test_a_restarted_command_continues_its_run(
     before: dict[str, str], now: dict[str, str], way: str, resume: str, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`run.overwrite` and `--resume` are for the first start: a requeued job would lose its work again and again."""
+    """`run.overwrite` and `--resume` apply to the first start, or a requeued job would lose its work each time."""
     path = make_run(config, "checkpoint")
     (path / "process.json").write_text(json.dumps({"launch": launch_id(before)}))
     for name, value in now.items():
         monkeypatch.setenv(name, value)
     found = choose_run_action(with_overwrite(config), resume)
-    assert (found.way, found.resume) == (way, resume if way == "replace" else "auto")
+    assert (found.kind, found.resume) == (way, resume if way == "replace" else "auto")
 
 
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "config.yaml", "process.json", "summary.json", "DONE", "REQUEUE", "SAVE", "STOP"]
 )
 @pytest.mark.parametrize("kind", ["a folder", "a pipe"])
-def test_a_file_of_another_kind_is_a_sentence(name: str, kind: str, config: Config) -> None:
+def test_a_file_of_another_kind_is_refused(name: str, kind: str, config: Config) -> None:
     path = make_run(config, "checkpoint")
     (path / name).unlink(missing_ok=True)
     if kind == "a folder":
         (path / name).mkdir()
     else:
         os.mkfifo(path / name)
-    with pytest.raises(UserError, match=f"{name}: is no file, and a run has one there; move it away"):
+    with pytest.raises(UserError, match=f"{name}: is not a file, and a run needs a file there; move it away"):
         choose_run_action(config)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "adapter", "tensorboard", "."])
-def test_a_folder_of_another_kind_is_a_sentence(name: str, config: Config) -> None:
+def test_a_folder_of_another_kind_is_refused(name: str, config: Config) -> None:
     path = make_run(config) / name
     if path.is_dir():
         shutil.rmtree(path)
     path.write_text("x")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         choose_run_action(config)
 
 
-def test_metrics_that_no_run_has_written_stay(config: Config) -> None:
+def test_metrics_of_another_program_are_kept(config: Config) -> None:
     path = make_run(config)
     (path / "config.yaml").unlink()
     with pytest.raises(UserError, match="holds a run already"):
         choose_run_action(config)
 
 
-def test_a_marker_that_says_nothing_is_none(config: Config) -> None:
+def test_an_invalid_marker_is_ignored(config: Config) -> None:
     path = make_run(config, "checkpoint")
     for content in (b"xx", b"[]", b'{"step": "17"}', b'{"step": -1}', b"\xff", b"[" * 200_000):
         (path / "DONE").write_bytes(content)
-        assert choose_run_action(config).way == "resume", content
+        assert choose_run_action(config).kind == "resume", content
 
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """Every user may look into it: those of pytest are root's."""
+    """Create a folder that every user may read, unlike pytest's, which belong to root."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -233,18 +238,18 @@ def open_folder() -> Iterator[Path]:
 
 
 def check_as_other_user(config: Config) -> str:
-    """The sentence that a user gets who is not root, whom no mode stops."""
+    """Return the action or error message for a user other than root, because file modes do not stop root."""
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
     try:
-        return choose_run_action(config).way
+        return choose_run_action(config).kind
     except UserError as error:
         return str(error)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")
-def test_what_may_not_be_read_or_written_is_a_sentence(config: Config, open_folder: Path) -> None:
+def test_missing_permissions_are_reported(config: Config, open_folder: Path) -> None:
     config = apply_changes(config, {"run": {"dir": str(open_folder / "runs")}})
     path = make_run(config, "checkpoint")
     for mine in (path.parent, path, *path.rglob("*")):
@@ -265,13 +270,13 @@ def test_what_may_not_be_read_or_written_is_a_sentence(config: Config, open_fold
         spoilt.chmod(mode)
         (said,) = run_ranks(1, check_as_other_user, config)
         spoilt.chmod(before)
-        assert said.startswith(f"{spoilt}: cannot be ") and f"mode {mode:03o}, and this is user 65534" in said, said
+        assert said.startswith(f"{spoilt}: cannot be ") and f"mode {mode:03o}; this is user 65534" in said, said
     new = apply_changes(config, {"run": {"name": "new"}})
     path.parent.chmod(0o555)
     assert "give run.dir another value" in run_ranks(1, check_as_other_user, new)[0]
 
 
-def test_a_read_only_file_system_is_a_sentence(config: Config, tmp_path: Path) -> None:
+def test_a_read_only_file_system_is_reported(config: Config, tmp_path: Path) -> None:
     skip_unless(os.geteuid() == 0, "root, to mount,")
     folder = tmp_path / "mounted"
     folder.mkdir()
@@ -292,11 +297,11 @@ def test_a_read_only_file_system_is_a_sentence(config: Config, tmp_path: Path) -
     [
         ((), unchanged, None),
         (("DONE",), unchanged, "train would do nothing: .* is done after 17 steps"),
-        (("checkpoint",), unchanged, "train would go on with the run in"),
+        (("checkpoint",), unchanged, "train would resume the run in"),
         (("DONE",), with_overwrite, "train would replace the run in"),
     ],
 )
-def test_a_dry_run_says_what_train_would_do(
+def test_a_dry_run_prints_what_train_would_do(
     traces: tuple[str, ...], command: Callable[[Config], Config], note: str | None, config: Config
 ) -> None:
     make_run(config, *traces)

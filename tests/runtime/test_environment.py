@@ -1,4 +1,4 @@
-"""If this fails, a process takes itself for another rank, or for a single one among many."""
+"""If this fails, a process uses another rank's number, or runs alone although it is one of several ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TORCHRUN = {
     "MASTER_PORT": "29500",
     "HOME": "/home/me",
 }
-DEEPSPEED = {  # `deepspeed`, in the place of torchrun
+DEEPSPEED = {  # set by `deepspeed`
     "RANK": "5",
     "WORLD_SIZE": "8",
     "LOCAL_RANK": "1",
@@ -45,7 +45,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-JOB = {  # as SLURM 22.05 sets it for all steps, and for a batch script's own shell
+JOB = {  # set by SLURM 22.05 for all steps, and for the shell of a batch script
     "SLURM_JOB_ID": "123",
     "SLURM_JOB_NODELIST": "n[1-2]",
     "SLURM_NTASKS": "4",
@@ -67,32 +67,41 @@ STEP = JOB | {
 PMI2 = STEP | {"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_FD": "9"}
 """srun --mpi=pmi2"""
 PROXY = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1"}
-"""What SLURM says of MPICH's own process on a node, which starts the ranks there."""
+"""Variables that SLURM sets for MPICH's proxy process on a node, which starts the ranks there."""
 
 
 @pytest.mark.parametrize(
     ("environ", "ranks"),
     [
-        (TORCHRUN, RankInfo(5, 8, 1, 4, "torchrun")),
-        (DEEPSPEED, RankInfo(5, 8, 1, 4, "torchrun")),
-        (OPEN_MPI, RankInfo(2, 4, 0, 2, "mpi")),
-        (HYDRA, RankInfo(3, 4, 1, 2, "mpi")),
-        (STEP, RankInfo(3, 4, 1, 2, "srun")),
-        (PMI2, RankInfo(3, 4, 1, 2, "srun")),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,2"}, RankInfo(3, 4, 1, 2, "srun")),
-        (STEP | {"SLURM_RESTART_COUNT": "2"}, RankInfo(3, 4, 1, 2, "srun")),
-        # a launcher inside of another: the inner one knows
-        (STEP | TORCHRUN, RankInfo(5, 8, 1, 4, "torchrun")),
-        (OPEN_MPI | TORCHRUN, RankInfo(5, 8, 1, 4, "torchrun")),
-        (PROXY | HYDRA, RankInfo(3, 4, 1, 2, "mpi")),
-        (PROXY | OPEN_MPI, RankInfo(2, 4, 0, 2, "mpi")),
-        # a batch script's own shell, or another's leftovers, make no rank
-        (JOB, RankInfo(0, 1, 0, 1, "none")),
-        ({}, RankInfo(0, 1, 0, 1, "none")),
-        ({"HOME": "/home/me", "MASTER_ADDR": "node0", "LOCAL_RANK": "3"}, RankInfo(0, 1, 0, 1, "none")),
+        (TORCHRUN, RankInfo(rank=5, world_size=8, local_rank=1, local_world_size=4, launcher="torchrun")),
+        (DEEPSPEED, RankInfo(rank=5, world_size=8, local_rank=1, local_world_size=4, launcher="torchrun")),
+        (OPEN_MPI, RankInfo(rank=2, world_size=4, local_rank=0, local_world_size=2, launcher="mpi")),
+        (HYDRA, RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="mpi")),
+        (STEP, RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="srun")),
+        (PMI2, RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="srun")),
+        (
+            STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,2"},
+            RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="srun"),
+        ),
+        (
+            STEP | {"SLURM_RESTART_COUNT": "2"},
+            RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="srun"),
+        ),
+        # a launcher inside another one: the inner one numbers the ranks
+        (STEP | TORCHRUN, RankInfo(rank=5, world_size=8, local_rank=1, local_world_size=4, launcher="torchrun")),
+        (OPEN_MPI | TORCHRUN, RankInfo(rank=5, world_size=8, local_rank=1, local_world_size=4, launcher="torchrun")),
+        (PROXY | HYDRA, RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="mpi")),
+        (PROXY | OPEN_MPI, RankInfo(rank=2, world_size=4, local_rank=0, local_world_size=2, launcher="mpi")),
+        # the shell of a batch script, or leftover variables, make no rank
+        (JOB, RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")),
+        ({}, RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")),
+        (
+            {"HOME": "/home/me", "MASTER_ADDR": "node0", "LOCAL_RANK": "3"},
+            RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none"),
+        ),
     ],
 )
-def test_who_am_i(environ, ranks):
+def test_ranks_are_read_from_the_environment(environ, ranks):
     assert read_rank_info(environ) == ranks
 
 
@@ -121,13 +130,13 @@ def test_one_variable_missing_is_refused_and_named(complete, name):
     ],
 )
 @pytest.mark.parametrize("value", ["", "two", "1.5"])
-def test_variables_that_are_no_numbers_are_refused(environ, name, value):
-    with pytest.raises(UserError, match="no numbers"):
+def test_variables_that_are_not_numbers_are_refused(environ, name, value):
+    with pytest.raises(UserError, match="not numbers"):
         read_rank_info(environ | {name: value})
 
 
 def test_unequal_nodes_are_refused_on_all_ranks_with_the_same_sentence():
-    # by the node's own number only the smaller one would find it out
+    # the node's own number would show it on the smaller node only
     for node in ("0", "1"):
         environ = STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": node}
         with pytest.raises(UserError, match=re.escape("srun started 2(x3),1 tasks on the nodes; start equally many")):
@@ -140,8 +149,8 @@ def test_reads_the_environment_of_the_process(monkeypatch):
     assert read_rank_info().rank == 5
 
 
-def test_nobody_else_reads_a_launchers_variables():
-    # OMPI_ALLOW_RUN_AS_ROOT is told to Open MPI, and says nothing of ranks; nor does SLURM_CONF
+def test_only_one_module_reads_a_launchers_variables():
+    # OMPI_ALLOW_RUN_AS_ROOT and SLURM_CONF are settings, and contain no rank
     other = r"(?!OMPI_ALLOW|SLURM_CONF)"
     variables = re.compile(
         rf"[\"'](RANK|WORLD_SIZE|LOCAL_\w+|{other}(TORCHELASTIC|OMPI|PMIX?|MPI|SLURM|MASTER)_\w+)[\"']"
@@ -162,11 +171,11 @@ def test_nobody_else_reads_a_launchers_variables():
         (STEP | {"SLURM_STEP_NODELIST": "rack[2-3]n[10-11].site.org"}, "rack2n10.site.org"),
     ],
 )
-def test_where_the_ranks_meet(environ, host):
+def test_address_of_the_store(environ, host):
     assert store_address(environ).host == host
 
 
-def test_steps_and_restarts_have_ports_of_their_own():
+def test_steps_and_restarts_have_different_ports():
     changes = [{}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "124"}]
     ports = [store_address(STEP | change).port for change in changes]
     assert len(set(ports)) == 4
@@ -174,7 +183,7 @@ def test_steps_and_restarts_have_ports_of_their_own():
     assert store_address(STEP | {"MASTER_PORT": "29500"}).port == 29500
 
 
-def test_jobs_that_come_to_use_one_port_do_not_meet():
+def test_jobs_with_the_same_port_do_not_join_each_other():
     step = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
     names = {rendezvous_id(step | {key: "3"}) for key in step}
     assert len(names | {rendezvous_id(step)}) == 5

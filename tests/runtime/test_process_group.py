@@ -1,4 +1,4 @@
-"""If this fails, two ranks compute on one GPU, or one looks for a GPU that it has not been given."""
+"""If this fails, two ranks compute on one GPU, or a rank uses a GPU that it was not given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_dist.runtime.process_group import resolve_device
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    """So many GPUs, as torch tells it."""
+    """Pretend that torch sees a number of GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
     return request.param
@@ -29,7 +29,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int
     indirect=["gpus"],
 )
 def test_each_rank_has_its_gpu(gpus: int, launcher: Launcher, index: int) -> None:
-    assert resolve_device("auto", RankInfo(7, 8, 3, 4, launcher)) == torch.device("cuda", index)
+    assert resolve_device(
+        "auto", RankInfo(rank=7, world_size=8, local_rank=3, local_world_size=4, launcher=launcher)
+    ) == torch.device("cuda", index)
 
 
 @pytest.mark.parametrize(
@@ -38,5 +40,10 @@ def test_each_rank_has_its_gpu(gpus: int, launcher: Launcher, index: int) -> Non
 @pytest.mark.parametrize("local_rank", [0, 3])
 def test_more_ranks_than_gpus_are_refused_by_all_of_them(gpus: int, launcher: Launcher, local_rank: int) -> None:
     with pytest.raises(UserError, match=f"^4 ranks were started on a node with {gpus} GPUs; start {gpus}$"):
-        resolve_device("auto", RankInfo(local_rank, 4, local_rank, 4, launcher))
-    assert resolve_device("cpu", RankInfo(local_rank, 4, local_rank, 4, launcher)) == torch.device("cpu")
+        resolve_device(
+            "auto",
+            RankInfo(rank=local_rank, world_size=4, local_rank=local_rank, local_world_size=4, launcher=launcher),
+        )
+    assert resolve_device(
+        "cpu", RankInfo(rank=local_rank, world_size=4, local_rank=local_rank, local_world_size=4, launcher=launcher)
+    ) == torch.device("cpu")

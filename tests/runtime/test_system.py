@@ -1,4 +1,4 @@
-"""If this fails, who starts a run on Windows gets a traceback about a signal, or a small home fills up."""
+"""If this fails, a run on Windows ends in a traceback about a signal, or the cache fills a small home folder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from qlora_dist.plan.calibration_file import load_calibration
 
 @pytest.mark.parametrize("words", [["train", "my.yaml", "--dry-run"], ["launch", "my.yaml"], ["quantize", "a", "b"]])
 def test_windows_is_refused_in_a_sentence(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the file is read and modules are imported that Windows has not."""
+    """Windows is refused before the file is read and before modules are imported that fail there."""
     monkeypatch.setitem(sys.modules, "qlora_dist.train.stop_requests", None)
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(UserError, match=r"^qlora-dist trains on Linux, .*, not on Windows; start it in WSL 2"):
         app(words, standalone_mode=False)
 
 
-def test_the_cache_is_where_the_user_has_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A home has a quota, and XDG_CACHE_HOME is how its owner says so."""
+def test_the_cache_follows_xdg_cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Homes often have a quota, so users move caches with XDG_CACHE_HOME."""
     default = DataConfig.model_validate({"train": ["a.jsonl"]})
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -36,7 +36,7 @@ def test_the_cache_is_where_the_user_has_caches(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a number that the container does not know."""
+    """The container has no entry for the user's number."""
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)

@@ -1,4 +1,4 @@
-"""If this fails, quantizing on several cores gives other bytes than on one, hangs, or threads of ours slow torch's."""
+"""If this fails, quantizing on several cores hangs or gives other bytes than on one, or our threads slow torch's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def several_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("numel", [5 * 2**20, 2**20 + 64 * 3, 2**21 + 7])
-def test_bytes_are_those_of_bitsandbytes(numel: int, quant_type: str) -> None:
+def test_bytes_equal_bitsandbytes(numel: int, quant_type: str) -> None:
     weight = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).bfloat16()
     packed, layout = quantize_weight(weight, quant_type)  # type: ignore[arg-type]
     codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=quant_type)
@@ -38,7 +38,7 @@ def test_bytes_are_those_of_bitsandbytes(numel: int, quant_type: str) -> None:
 
 
 def test_a_parameter_and_inference_mode() -> None:
-    """Whether gradients and inference are on is a matter of the calling thread, of which the others know nothing."""
+    """Gradient and inference mode are set per thread, and other threads do not inherit them."""
     weight = torch.nn.Parameter(torch.randn(3 * 2**20))
     expected = quantize_weight(weight.detach())[0]
     assert torch.equal(quantize_weight(weight)[0], expected)
@@ -46,8 +46,8 @@ def test_a_parameter_and_inference_mode() -> None:
         assert torch.equal(quantize_weight(weight.clone())[0], expected)
 
 
-def test_as_many_threads_as_torch_has_each_with_one_of_its_own() -> None:
-    together = threading.Barrier(THREADS, timeout=20)  # passed only by that many at the same time
+def test_there_are_as_many_threads_as_torch_has_each_with_one_core() -> None:
+    together = threading.Barrier(THREADS, timeout=120)  # passed only by that many threads at the same time
     seen = []
 
     def piece(number: int) -> None:
@@ -61,7 +61,7 @@ def test_as_many_threads_as_torch_has_each_with_one_of_its_own() -> None:
     assert {threads for _, _, threads in seen} == {1}
 
 
-def test_torch_has_as_many_threads_as_before() -> None:
+def test_torchs_number_of_threads_is_restored() -> None:
     parallel_for_each(lambda _: None, range(10))
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
@@ -71,7 +71,7 @@ def test_torch_has_as_many_threads_as_before() -> None:
 
 
 @pytest.mark.parametrize(("threads", "pieces"), [(1, 5), (THREADS, 1)])
-def test_one_thread_is_the_callers(threads: int, pieces: int) -> None:
+def test_a_single_thread_is_the_callers(threads: int, pieces: int) -> None:
     torch.set_num_threads(threads)
     seen = []
     parallel_for_each(lambda _: seen.append(threading.current_thread()), range(pieces))
@@ -79,13 +79,13 @@ def test_one_thread_is_the_callers(threads: int, pieces: int) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_an_error_is_the_callers_and_ends_the_work() -> None:
+def test_an_error_is_raised_in_the_caller_and_ends_the_work() -> None:
     done = []
 
     def piece(number: int) -> None:
         if number == 0:
             raise ValueError("piece 0")
-        time.sleep(0.001)  # all of them would take seconds, however the threads take turns
+        time.sleep(0.001)  # all items together would take seconds
         done.append(number)
 
     with pytest.raises(ValueError, match="piece 0"):
@@ -94,10 +94,10 @@ def test_an_error_is_the_callers_and_ends_the_work() -> None:
     assert torch.get_num_threads() == THREADS
 
 
-def test_a_thread_in_the_background_starts_no_team() -> None:
-    """Threads that OpenMP has more than cores keep all of its threads from waiting by spinning."""
+def test_a_background_thread_starts_no_team() -> None:
+    """With more OpenMP threads than cores, OpenMP stops spin-waiting in all threads."""
     large = torch.zeros(2**22)
-    large.add_(1)  # the team of this thread is there
+    large.add_(1)  # starts this thread's team
     with background_executor("one") as pool:
         before = len(list(Path("/proc/self/task").iterdir()))
         assert pool.submit(lambda: (large.clone().add_(1).sum().item(), torch.get_num_threads())).result() == (2**23, 1)

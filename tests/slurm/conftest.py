@@ -1,4 +1,4 @@
-"""A real SLURM cluster for this room's tests."""
+"""Real SLURM cluster for the tests in this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.real_slurm import free_ports, slurm_unavailable, wait_for
+from tests.helpers.real_slurm import free_ports, slurm_unavailable
+from tests.helpers.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "slurm" / "local_cluster.sh")
@@ -20,7 +21,7 @@ NODES = 7
 
 
 class Slurm:
-    """The cluster, from outside."""
+    """Commands to the cluster."""
 
     def __init__(self, environ: dict[str, str]) -> None:
         self._environ = environ
@@ -37,21 +38,21 @@ class Slurm:
         return dict(re.findall(r"(\w+)=(\S*)", self("scontrol", "-o", "show", "job", str(job_id))))
 
     def ends(self, job_id: int, within_s: float) -> dict[str, str]:
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        end_states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
         def ended() -> dict[str, str]:
             job = self.job(job_id)
-            return job if job["JobState"] in over else {}
+            return job if job["JobState"] in end_states else {}
 
         return wait_for(ended, within_s)
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """The cluster, whose nodes claim to be large machines with 8 GPUs. Nothing of it outlives the tests."""
+    """Start a cluster whose nodes report 8 GPUs and much memory, and stop it after the tests."""
     if (reason := slurm_unavailable()) is not None:
         pytest.skip(reason)
-    folder = tempfile.mkdtemp(prefix="slurm")  # a socket's path is to be short
+    folder = tempfile.mkdtemp(prefix="slurm")  # a socket's path must be short
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
     environ |= {
         "QLORA_SLURM_DIR": folder,

@@ -1,6 +1,4 @@
-"""If this fails, `qlora-dist bench --on slurm` measures something else than a job of `launch`, times jobs that disturb
-each other, or leaves jobs behind.
-"""
+"""If this fails, `bench --on slurm` differs from `launch`, times jobs that disturb each other, or leaves jobs."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.launch.cluster import load_cluster
 from qlora_dist.launch.launch import LaunchOptions, launch_slurm
 from tests.helpers import tiny_models
-from tests.helpers.real_slurm import wait_for
+from tests.helpers.waiting import wait_for
 from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +42,7 @@ def cluster_file(folder: Path, python: Path) -> Path:
 
 
 class Bench:
-    """The verb in a process of its own, forked: it needs a main thread, and imports nothing again."""
+    """The command in a forked process, because it needs a main thread and should not repeat imports."""
 
     def __init__(self, *words: str | Path) -> None:
         self.out = Path(words[words.index("--out") + 1])
@@ -94,7 +92,7 @@ def test_layouts_are_jobs_that_take_turns(slurm: Any, config: Path, tmp_path: Pa
     recorded = json.loads((runs[0] / "process.json").read_text())["machine"]
     assert (result.machine.cores, result.machine.versions) == (recorded["cores"], recorded["versions"])
 
-    # but for starting again it is the script of `launch`
+    # apart from requeueing it is the script of `launch`
     script = (runs[0] / "jobs" / "1" / "job.sbatch").read_text()
     run_config = load_config(runs[0] / "jobs" / "1" / "config.yaml")
     launched = tmp_path / "launched"
@@ -102,14 +100,16 @@ def test_layouts_are_jobs_that_take_turns(slurm: Any, config: Path, tmp_path: Pa
     with launched.open("w") as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", file)
         launch_slurm(run_config, load_cluster(cluster), options, Console(quiet=True))
-    ours, theirs = (set(text.replace("/jobs/2", "/jobs/1").splitlines()) for text in (script, launched.read_text()))
-    assert {line for line in ours ^ theirs if "max_requeues" not in line and "count >= " not in line} == {
+    bench_lines, launch_lines = (
+        set(text.replace("/jobs/2", "/jobs/1").splitlines()) for text in (script, launched.read_text())
+    )
+    assert {line for line in bench_lines ^ launch_lines if "max_requeues" not in line and "count >= " not in line} == {
         "#SBATCH --no-requeue"
     }
 
 
 def test_what_ends_a_job_or_the_benchmark_leaves_nothing_behind(slurm: Any, config: Path, tmp_path: Path) -> None:
-    """Three at a time: a job that somebody cancels, a benchmark that gets Ctrl-C, and a job that fails."""
+    """Three run at a time: a job that is cancelled, a benchmark that gets Ctrl-C, and a job that fails."""
     benches = {}
     for name, ranks in (("cancelled", "exec sleep 300"), ("interrupted", "exec sleep 300"), ("failed", "exit 1")):
         folder = tmp_path / name

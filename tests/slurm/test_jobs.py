@@ -1,8 +1,8 @@
-"""If this fails, a job on a SLURM cluster trains something else than the same run at home; or one that is preempted,
-out of time, requeued, told to save, or loses a node does not go on by itself, or leaves processes behind.
+"""If this fails, a SLURM job trains something else than the same run without SLURM, or does not resume after an event.
 
-All jobs run at the same time, several on the same nodes. Each is a run of 2 nodes with a rank each; what is done to it
-is done at a step of its own, and its losses are compared with those of a run at home that nobody disturbs.
+The events are a preemption, the time limit, a requeue, a signal and a lost node. No processes may be left behind. All
+jobs run at the same time, several on the same nodes. Each has 2 nodes with one rank. Its losses are compared with an
+undisturbed run without SLURM.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from qlora_dist.launch.launch import LaunchOptions, launch_slurm
 from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
-from tests.helpers.real_slurm import wait_for
+from tests.helpers.waiting import wait_for
 from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 40, 4
 PATIENCE_S = 300.0
-"""For a job to get on: starting a rank takes 10 s of a processor, and they are two."""
+"""Seconds to wait for progress of a job. Starting a rank takes 10 s of a core, and the tests may have two cores."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A job and what is done to it."""
+    """Job and the event that it gets."""
 
     act: Callable[[Run], None]
     exclude: str
-    """Nodes that are for others."""
+    """Nodes that other jobs use."""
     form: str = "srun"
     steps: int = STEPS
     extra: tuple[tuple[str, Any], ...] = ()
-    """Of the cluster's file."""
+    """Further keys of the cluster's file."""
     engine: str = "fsdp2"
     warm: bool = False
-    """Its processes are forked, not started anew: it is the script and the ranks that are tried, not their start."""
+    """True to fork the job's processes from a warm one, because their start is not tested."""
 
 
 class Run:
-    """A job that has been submitted."""
+    """Submitted job."""
 
     def __init__(
         self, slurm: Any, folder: Path, config: Path, name: str, scenario: Scenario, warm_script: Path
@@ -106,7 +106,7 @@ class Run:
 
 
 def signal_then_requeue(run: Run) -> None:
-    """To the ranks alone, as a user would; and later the administrator's way."""
+    """Signal the ranks as a user would, and later requeue the job as an administrator would."""
     run.reaches(6)
     run.neighbours = run.slurm("squeue", "--noheader", "--states=RUNNING", "--nodelist=n1", "--format=%j").split()
     run.slurm("scancel", "--signal=USR1", str(run.job_id))
@@ -123,10 +123,10 @@ def preempt(run: Run) -> None:
 
 
 def out_of_time(run: Run) -> None:
-    """SLURM looks every 30 seconds only, and limits are minutes; the run has no end until then."""
+    """Let the time limit end the job. SLURM checks it every 30 s, so the run must be endless until then."""
     run.reaches(3)
     started = datetime.fromisoformat(run.slurm.job(run.job_id)["StartTime"])
-    minutes = math.ceil(((datetime.now() - started).total_seconds() + 40) / 60)  # it is told to save 60 s before that
+    minutes = math.ceil(((datetime.now() - started).total_seconds() + 40) / 60)  # the signal comes 60 s before that
     run.slurm("scontrol", "update", f"JobId={run.job_id}", f"TimeLimit={minutes}")
     wait_for(lambda: run.slurm.job(run.job_id)["Restarts"] == "1", PATIENCE_S)
     run.slurm("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=60")
@@ -141,16 +141,16 @@ def crash(run: Run) -> None:
 
 
 SCENARIOS = {
-    "signal": Scenario(signal_then_requeue, "n[3-7]", warm=True),
-    "preempted": Scenario(preempt, "n[1-2,5-7]", form="torchrun"),
+    "signal": Scenario(act=signal_then_requeue, exclude="n[3-7]", warm=True),
+    "preempted": Scenario(act=preempt, exclude="n[1-2,5-7]", form="torchrun"),
     "time": Scenario(
-        out_of_time,
-        "n[3-7]",
+        act=out_of_time,
+        exclude="n[3-7]",
         steps=100_000,
         extra=(("save_time", 60), ("preflight", True), ("preprocess", True)),
         warm=True,
     ),
-    "crash": Scenario(crash, "n[1-4]", engine="zero3" if find_spec("deepspeed") is not None else "fsdp2"),
+    "crash": Scenario(act=crash, exclude="n[1-4]", engine="zero3" if find_spec("deepspeed") is not None else "fsdp2"),
 }
 
 
@@ -170,7 +170,7 @@ def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4
     config = tiny_models.make_config(
         folder, tiny_llama_nf4, data__seq_len=48, data__eval=None, train__steps=STEPS, **settings
     )
-    # a process that has threads is not to be forked: it starts before the pool
+    # start it before the pool, because a process with threads must not be forked
     with warm_python(tmp_path_factory.mktemp("python")) as warm_script, ThreadPoolExecutor() as pool:
         runs = {name: Run(slurm, folder, config, name, scenario, warm_script) for name, scenario in SCENARIOS.items()}
         states = {name: pool.submit(run.finish) for name, run in runs.items()}
@@ -184,7 +184,7 @@ def results(slurm: Any, tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4
 
 
 def processes_of(folder: Path) -> list[str]:
-    """That name the folder in their command line, but for this one."""
+    """Return the command lines of other processes that name the folder."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -202,7 +202,7 @@ def test_the_run_is_finished_and_is_the_same(name: str, results: Results) -> Non
     state = results.states[name].result()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), run.output()
     losses = run.losses()
-    rel = 0 if run.scenario.engine == "fsdp2" else 1e-5  # at home it is FSDP2
+    rel = 0 if run.scenario.engine == "fsdp2" else 1e-5  # the reference run has FSDP2
     assert losses == pytest.approx(results.reference[: len(losses)], rel=rel, abs=0)
     assert len(losses) == (STEPS if name != "time" else json.loads((run.path / "DONE").read_text())["step"])
 
@@ -221,19 +221,19 @@ def test_no_step_is_lost_after_a_signal(name: str, reasons: list[str], results: 
 def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(results: Results) -> None:
     run = results.runs["crash"]
     (before,) = re.findall(r"resumes after (\d+) steps", " ".join(run.output().split()))
-    assert int(before) >= SAVE_EVERY  # it died at step 6 or soon after
+    assert int(before) >= SAVE_EVERY  # the node died at step 6 or soon after
     assert int(before) % SAVE_EVERY == 0
     assert "n[5,7]" in run.output(), "the spare node"
 
 
 def test_two_jobs_on_the_same_nodes_leave_each_other_alone(results: Results) -> None:
-    """That each of them is as it should be, other tests have shown."""
+    """Other tests compare the losses of each job."""
     neighbours = results.runs["signal"].neighbours
     assert "signal" in neighbours and len(neighbours) > 1
 
 
-def test_all_nodes_are_looked_at_before_the_ranks_start(results: Results) -> None:
-    assert re.search(r"^preflight: 2 nodes have met after", results.runs["time"].output(), re.M)
+def test_all_nodes_are_checked_before_the_ranks_start(results: Results) -> None:
+    assert re.search(r"^preflight: 2 nodes joined after", results.runs["time"].output(), re.M)
 
 
 def test_nothing_is_left_behind(results: Results, slurm: Any) -> None:

@@ -1,4 +1,4 @@
-"""If this fails, the model of the quickstart is another one as a job on two nodes than it is at home."""
+"""If this fails, the quickstart trains another model as a job on two nodes than without SLURM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATIENCE_S = 400.0
 
 
 def resolve(folder: Path, model: Path, name: str) -> Config:
-    """The quickstart's recipe, shortened."""
+    """Return the quickstart's recipe, shortened."""
     overrides = [f"model.base={model}", f"data.train=[{folder / 'train.jsonl'}]", f"data.cache={folder / 'cache'}"]
     run = [f"run.dir={folder / 'runs'}", f"run.name={name}"]
     return load_config(ROOT / "configs" / "recipes" / "quickstart.yaml", [*SHORT, *overrides, *run])
@@ -41,10 +41,10 @@ def losses(folder: Path, name: str) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_smollm2_as_a_job_is_smollm2_at_home(slurm: Any, tmp_path: Path, smollm2_folder: Path) -> None:
-    """In both forms at the same time, quantized while it is loaded."""
+    """Both forms run at the same time and quantize on loading."""
     tiny_models.make_data(tmp_path / "train.jsonl", 50)
     jobs = {}
-    with warm_python(tmp_path) as python:  # other jobs of this room start anew
+    with warm_python(tmp_path) as python:  # other tests cover the start of a new Python
         for form, others in (("srun", "n[3-7]"), ("torchrun", "n[1-2,5-7]")):
             environ = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(python)}
             options: dict[str, Any] = {"gpus_per_node": 0, "preflight": False, "env": environ, "python": str(python)}

@@ -1,7 +1,6 @@
-"""If this fails, a rendered job script does the wrong thing on a real cluster: a run that can't go on is started again
-and again, one that could is given up, or a cancelled one comes back.
+"""If this fails, a job script on a cluster repeats a hopeless run, gives up a good one, or revives a cancelled one.
 
-What decides is the script, so a script of three lines stands in for the ranks, and none of them imports torch.
+The ranks are replaced by scripts of three lines that do not import torch, because only the job script is tested.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import pytest
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.job_script import SlurmJob, render_job_script
 from qlora_dist.launch.submit import sbatch
-from tests.helpers.real_slurm import wait_for
+from tests.helpers.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120.0
@@ -28,9 +27,9 @@ PATIENCE_S = 120.0
 pytestmark = pytest.mark.slow
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What the ranks do at each start ($start counts from 1, $run is the run's folder), and what comes of it."""
+    """Actions of the ranks at each start, and the outcome. $start counts from 1, and $run is the run's folder."""
 
     ranks: str
     state: str
@@ -40,7 +39,7 @@ class Scenario:
     array: int = 0
     folder: str = "run"
     before: Sequence[str] = ()
-    """States of an array's jobs before the last: who saves and hands on has not failed, or `afterok` never comes."""
+    """States of an array's jobs before the last. A job that saves must not count as failed, for `afterok`."""
 
 
 def running(slurm: Any, job: int) -> None:
@@ -54,7 +53,7 @@ def cancel(slurm: Any, job: int) -> None:
 
 
 def ask_at_once(slurm: Any, job: int) -> None:
-    """As before the time limit, and before anybody listens."""
+    """Send the signal of the time limit before the ranks handle it."""
     running(slurm, job)
     slurm("scancel", "--signal=USR1", "--batch", str(job))
 
@@ -69,51 +68,58 @@ signal.signal(signal.SIGTERM, stop)
 time.sleep(60)
 sys.exit(1)'"""
 SCENARIOS = {
-    "done": Scenario('touch "$run/DONE"', "COMPLETED", 1, "done"),
+    "done": Scenario(ranks='touch "$run/DONE"', state="COMPLETED", starts=1, says="done"),
     "nasty names": Scenario(
-        'touch "$run/DONE"', "COMPLETED", 1, "done", folder='it\'s $(touch x) `touch y` "$HOME" 100% #SBATCH ; é'
+        ranks='touch "$run/DONE"',
+        state="COMPLETED",
+        starts=1,
+        says="done",
+        folder='it\'s $(touch x) `touch y` "$HOME" 100% #SBATCH ; é',
     ),
-    "stopped by hand": Scenario('touch "$run/STOPPED"', "COMPLETED", 1, "stopped by hand"),
+    "stopped by hand": Scenario(ranks='touch "$run/STOPPED"', state="COMPLETED", starts=1, says="stopped by hand"),
     "a mistake": Scenario(
-        'echo "lora.r: is wrong" > "$QLORA_DIST_JOB/MISTAKE"; exit 2',
-        "FAILED",
-        1,
-        "not started again: lora.r: is wrong",
+        ranks='echo "lora.r: is wrong" > "$QLORA_DIST_JOB/MISTAKE"; exit 2',
+        state="FAILED",
+        starts=1,
+        says="not started again: lora.r: is wrong",
     ),
-    "no progress": Scenario("exit 1", "FAILED", 2, "no new checkpoint in 1 requeues (max_requeues: 1); it ends here"),
+    "no progress": Scenario(
+        ranks="exit 1", state="FAILED", starts=2, says="no new checkpoint in 1 requeues (max_requeues: 1); it ends here"
+    ),
     "progress": Scenario(
-        '((start < 4)) || { touch "$run/DONE"; exit; }; mkdir -p "$run/checkpoints/step-00000$((start + 6))"; exit 1',
-        "COMPLETED",
-        4,
-        "1 x 1 ranks on n1, after step 9",
+        ranks='((start < 4)) || { touch "$run/DONE"; exit; }; '
+        'mkdir -p "$run/checkpoints/step-00000$((start + 6))"; exit 1',
+        state="COMPLETED",
+        starts=4,
+        says="1 x 1 ranks on n1, after step 9",
     ),
     "an old marker": Scenario(
-        '((start > 1)) && touch "$run/DONE" && exit; touch -d 2020-01-01 "$run/DONE"; exit 1',
-        "COMPLETED",
-        2,
-        "failed (1)",
+        ranks='((start > 1)) && touch "$run/DONE" && exit; touch -d 2020-01-01 "$run/DONE"; exit 1',
+        state="COMPLETED",
+        starts=2,
+        says="failed (1)",
     ),
-    "cancelled": Scenario(LISTEN, "CANCELLED", 1, "1 x 1 ranks", cancel),
+    "cancelled": Scenario(ranks=LISTEN, state="CANCELLED", starts=1, says="1 x 1 ranks", act=cancel),
     "asked before they listen": Scenario(
-        f'((start > 1)) && touch "$run/DONE" && exit; sleep 3; {LISTEN}',
-        "COMPLETED",
-        2,
-        "saved after step 0",
-        ask_at_once,
+        ranks=f'((start > 1)) && touch "$run/DONE" && exit; sleep 3; {LISTEN}',
+        state="COMPLETED",
+        starts=2,
+        says="saved after step 0",
+        act=ask_at_once,
     ),
     "chain": Scenario(
-        '((start > 2)) && touch "$run/DONE" && exit; touch "$run/REQUEUE"',
-        "COMPLETED",
-        3,
-        "2 of the array",
+        ranks='((start > 2)) && touch "$run/DONE" && exit; touch "$run/REQUEUE"',
+        state="COMPLETED",
+        starts=3,
+        says="2 of the array",
         array=4,
         before=["COMPLETED", "COMPLETED", "COMPLETED"],
     ),
     "chain that is too short": Scenario(
-        '((start == 1)) && exit 1; touch "$run/REQUEUE"',
-        "FAILED",
-        3,
-        "this was the last job of the array, and the run is not done; submit it again",
+        ranks='((start == 1)) && exit 1; touch "$run/REQUEUE"',
+        state="FAILED",
+        starts=3,
+        says="this was the last job of the array, and the run is not done; submit it again",
         array=3,
         before=["FAILED", "COMPLETED"],
     ),
@@ -122,12 +128,14 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module")
 def jobs(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[SlurmJob, int]]:
-    """All of them, submitted."""
+    """Submit all scenarios."""
     folder = tmp_path_factory.mktemp("scripts")
     submitted = {}
     for number, (name, scenario) in enumerate(SCENARIOS.items()):
         run = folder / str(number) / scenario.folder
-        job = SlurmJob("job", folder, run, run / "jobs" / "1", 1, 1, scenario.array)
+        job = SlurmJob(
+            name="job", cwd=folder, run=run, folder=run / "jobs" / "1", nodes=1, ranks_per_node=1, array=scenario.array
+        )
         job.folder.mkdir(parents=True)
         ranks = folder / f"ranks-{number}"
         ranks.write_text(
@@ -167,8 +175,8 @@ def test_the_scripts_of_the_cluster_files_are_accepted(slurm: Any) -> None:
         assert found.returncode == 0 and "to start at" in found.stderr, (script.name, found.stderr)
 
 
-def test_the_script_to_start_from_saves_and_goes_on(slurm: Any, tmp_path: Path) -> None:
-    """slurm/train.sbatch, told to save while it runs."""
+def test_the_example_script_saves_and_resumes(slurm: Any, tmp_path: Path) -> None:
+    """slurm/train.sbatch gets the signal while it runs."""
     (tmp_path / "run").mkdir()
     train = tmp_path / "qlora-dist"
     train.write_text(

@@ -96,7 +96,7 @@ def config_of(train: list[str], **changes: object) -> Config:
         ({}, None),
         ({"device": torch.device("cuda", 1)}, "the device is cuda there and cpu here; start the run on machines"),
         (
-            {"ranks": RankInfo(5, 6, 0, 2, "torchrun")},
+            {"ranks": RankInfo(rank=5, world_size=6, local_rank=0, local_world_size=2, launcher="torchrun")},
             "the number of ranks on the node is 2 there and 4 here; start equally",
         ),
         (
@@ -108,7 +108,12 @@ def config_of(train: list[str], **changes: object) -> Config:
     ],
 )
 def test_every_kind_of_difference_is_named(other, sentence):
-    same = {"config": config_of(["a"]), "ranks": RankInfo(0, 6, 0, 4, "torchrun"), "device": CPU, "data": {}}
+    same = {
+        "config": config_of(["a"]),
+        "ranks": RankInfo(rank=0, world_size=6, local_rank=0, local_world_size=4, launcher="torchrun"),
+        "device": CPU,
+        "data": {},
+    }
     answers = [("A", rank_facts(**same)), ("A", rank_facts(**same)), ("B", rank_facts(**(same | other)))]
     if sentence is None:
         assert first_difference(answers) is None
@@ -117,7 +122,15 @@ def test_every_kind_of_difference_is_named(other, sentence):
 
 
 def test_long_values_are_compared_but_not_sent():
-    long = [rank_facts(config_of([f"{'a' * 1000}{end}"]), RankInfo(0, 1, 0, 1, "none"), CPU, {}) for end in "ab"]
+    long = [
+        rank_facts(
+            config_of([f"{'a' * 1000}{end}"]),
+            RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none"),
+            CPU,
+            {},
+        )
+        for end in "ab"
+    ]
     assert "sha256:" in first_difference([("A", long[0]), ("B", long[1])])
     assert len(str(long[0])) < 5000
 

@@ -24,13 +24,13 @@ def config(tmp_path: Path, tiny_llama_nf4: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.offload=cpu", "does not move the states of paged-adamw-32bit rightly.*paging.to"),
-        ("optim.name=paged-adamw-8bit optim.offload=nvme", "does not move the states of paged-adamw-8bit rightly"),
-        ("optim.name=zero-adamw optim.offload=nvme paging.page_bytes=1MiB", "leaves in memory what is less"),
-        ("parallel.engine=fsdp2 optim.name=zero-adamw", "zero-adamw is of engine zero3"),
+        ("optim.offload=cpu", "corrupts moved states of paged-adamw-32bit.*paging.to"),
+        ("optim.name=paged-adamw-8bit optim.offload=nvme", "corrupts moved states of paged-adamw-8bit"),
+        ("optim.name=zero-adamw optim.offload=nvme paging.page_bytes=1MiB", "keeps tensors below 1 MiB in memory"),
+        ("parallel.engine=fsdp2 optim.name=zero-adamw", "zero-adamw needs engine zero3"),
         ("parallel.base=paged", "engine zero3 has no pages"),
         ("train.compile=true", "cannot be compiled"),
-        ("parallel.engine=zero2", "has the whole base on each rank's device"),
+        ("parallel.engine=zero2", "keeps the whole base on each rank's device"),
     ],
 )
 def test_unsupported_settings_are_refused(override: str, message: str, config: Path) -> None:
