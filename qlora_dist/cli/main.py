@@ -182,12 +182,10 @@ def plan(
         bool, typer.Option("--search", help="Print the fastest configuration that fits, as a configuration file.")
     ] = False,
     trace: Annotated[
-        bool,
-        typer.Option("--trace", help="Also run one training step on tensors without memory; takes seconds."),
+        bool, typer.Option("--trace", help="Also run one training step on tensors without memory; takes seconds.")
     ] = False,
     measure: Annotated[
-        bool,
-        typer.Option("--calibrate", help="Measure this machine, or all nodes under a launcher, for later plans."),
+        bool, typer.Option("--calibrate", help="Measure this machine, or a launcher's nodes, for later plans.")
     ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="File of the measured values. Default: in ~/.cache/qlora-dist.")
@@ -210,13 +208,8 @@ def plan(
     from qlora_dist.cli.plan_command import run_plan
     from qlora_dist.plan.plan_args import PlanArgs
 
-    run_plan(
-        PlanArgs(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware, calibration),
-        search=search,
-        plot=plot,
-        as_json=as_json,
-        with_trace=trace,
-    )
+    args = PlanArgs(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware, calibration)
+    run_plan(args, search=search, plot=plot, as_json=as_json, with_trace=trace)
 
 
 _RUNS_DIR_OPTION = typer.Option("--dir", help="Folder of all runs (run.dir).")

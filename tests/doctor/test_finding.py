@@ -13,10 +13,10 @@ def test_equal_findings_are_merged() -> None:
 
 def test_fine_nodes_are_counted_and_faulty_ones_named() -> None:
     full = Finding(check="disk", status="warn", said="1 GiB is free", remedy="tidy up")
-    said = merge_findings(
+    merged = merge_findings(
         {"n1": [OK_FINDING], "n2": [full], "n3": [Finding(check="disk", status="ok", said="70 GiB are free")]}
     )
-    assert [(finding.status, finding.said) for finding in said] == [
+    assert [(finding.status, finding.said) for finding in merged] == [
         ("ok", "n1: 90 GiB are free; 1 more fine"),
         ("warn", "n2: 1 GiB is free"),
     ]

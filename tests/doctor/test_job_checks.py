@@ -34,9 +34,9 @@ def doctor_json(folder: Path) -> tuple[bool, str]:
 
 
 def test_a_job_of_two_nodes(tmp_path: Path) -> None:
-    (fine, said), *others = run_ranks(4, doctor_json, tmp_path, nodes=2)
+    (fine, output), *others = run_ranks(4, doctor_json, tmp_path, nodes=2)
     assert all(output == "" for _, output in others)
-    report = json.loads(said)
+    report = json.loads(output)
     found = {finding["check"]: finding for finding in report["findings"]}
     assert report["ranks"] == 4 and report["nodes"] == 2
     assert {"names", "ports", "shared folder", "clocks", "kernels"} <= set(found)
@@ -64,8 +64,8 @@ def check_unshared_folder(ranks: Any, folder: Path) -> str:
 
 
 def test_a_folder_that_is_not_shared_is_found(tmp_path: Path) -> None:
-    said = run_ranks(2, in_process_group, check_unshared_folder, tmp_path, nodes=2)
-    assert said[0] == f"{tmp_path} of n1 is not seen by n2"
+    messages = run_ranks(2, in_process_group, check_unshared_folder, tmp_path, nodes=2)
+    assert messages[0] == f"{tmp_path} of n1 is not seen by n2"
 
 
 def check_unknown_host(ranks: Any) -> str:

@@ -47,9 +47,9 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def check(config: Config, cluster: Cluster = CPU, nodes: int = 2, ranks_per_node: int = 2) -> str:
-    said = io.StringIO()
-    check_job(config, cluster, nodes, ranks_per_node, Console(file=said, width=1000))
-    return said.getvalue()
+    output = io.StringIO()
+    check_job(config, cluster, nodes, ranks_per_node, Console(file=output, width=1000))
+    return output.getvalue()
 
 
 def test_the_static_part_is_that_of_the_shapes(config: Config) -> None:
@@ -87,12 +87,12 @@ def test_what_is_wrong_is_found_before_the_queue(
 
 def test_a_gpu_that_is_missing_here_is_no_error(config: Config) -> None:
     """The nodes have the GPUs, not the machine that submits."""
-    said = check(
+    output = check(
         changed(config, train={"device": "cuda"}), CPU.model_copy(update={"gpus_per_node": 8, "gpu_memory": 80.0})
     )
-    assert "a rank holds" in said
-    assert "plan: a rank needs" in said
-    assert said.endswith("in a layer's backward pass\n")
+    assert "a rank holds" in output
+    assert "plan: a rank needs" in output
+    assert output.endswith("in a layer's backward pass\n")
     tight = CPU.model_copy(update={"preprocess": False, "gpu_memory": 0.3})
     assert check(config, tight).endswith("; with what the allocator adds that may not fit\n")
     zero = changed(config, parallel={"engine": "zero3", "base": "node"})
@@ -113,13 +113,13 @@ def test_a_dry_run_here_prints_a_command_that_can_be_pasted(
 ) -> None:
     """The command names the user's file, because no other is written, and starts one rank per GPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    said = io.StringIO()
+    output = io.StringIO()
     given = ("my run.yaml", "run.name=run")
-    launch_local(config, "torchrun", LaunchOptions(dry_run=True, config_args=given), Console(file=said))
+    launch_local(config, "torchrun", LaunchOptions(dry_run=True, config_args=given), Console(file=output))
     words = shlex.split(capsys.readouterr().out)
     assert f"--nproc-per-node={ranks}" in words
     assert words[-3:] == ["train", *given]
-    assert ("no GPU here: one rank; --ranks-per-node starts more" in said.getvalue()) == (gpus == 0)
+    assert ("no GPU here: one rank; --ranks-per-node starts more" in output.getvalue()) == (gpus == 0)
     assert not (Path(config.run.dir) / "run").exists()
 
 
@@ -165,5 +165,5 @@ def test_the_slow_node_is_named_and_not_its_neighbours() -> None:
 
 
 def test_the_node_that_does_not_join_is_named() -> None:
-    said = add_node_names("rank 1 (nor 1 more) of 3 did not join within 120 s", ["n1", "gpu-07", "n3"])
-    assert said == "rank 1 (gpu-07) (nor 1 more) of 3 did not join within 120 s"
+    output = add_node_names("rank 1 (nor 1 more) of 3 did not join within 120 s", ["n1", "gpu-07", "n3"])
+    assert output == "rank 1 (gpu-07) (nor 1 more) of 3 did not join within 120 s"

@@ -154,8 +154,8 @@ def test_a_finished_run_is_done_on_each_rank_alone(
     path = make_run(config, "DONE", "adapter", "checkpoint")
     os.utime(path / "DONE", (0, 0))
     run_training(config)
-    said = capsys.readouterr().out
-    assert said == (f"{choose_run_action(config).note}\n" if rank == 0 else "")
+    message = capsys.readouterr().out
+    assert message == (f"{choose_run_action(config).note}\n" if rank == 0 else "")
     # a job script only reads markers newer than its start
     assert ((path / "DONE").stat().st_mtime > 0) == (rank == 0)
 
@@ -268,9 +268,11 @@ def test_missing_permissions_are_reported(config: Config, open_folder: Path) -> 
     ]:
         before = spoilt.stat().st_mode
         spoilt.chmod(mode)
-        (said,) = run_ranks(1, check_as_other_user, config)
+        (message,) = run_ranks(1, check_as_other_user, config)
         spoilt.chmod(before)
-        assert said.startswith(f"{spoilt}: cannot be ") and f"mode {mode:03o}; this is user 65534" in said, said
+        assert message.startswith(f"{spoilt}: cannot be ") and f"mode {mode:03o}; this is user 65534" in message, (
+            message
+        )
     new = apply_changes(config, {"run": {"name": "new"}})
     path.parent.chmod(0o555)
     assert "give run.dir another value" in run_ranks(1, check_as_other_user, new)[0]
@@ -305,8 +307,8 @@ def test_a_dry_run_prints_what_train_would_do(
     traces: tuple[str, ...], command: Callable[[Config], Config], note: str | None, config: Config
 ) -> None:
     make_run(config, *traces)
-    said = dry_run_note(command(config), "auto")
-    assert said == note or re.match(str(note), str(said)), said
+    message = dry_run_note(command(config), "auto")
+    assert message == note or re.match(str(note), str(message)), message
 
 
 @pytest.mark.parametrize(

@@ -67,16 +67,16 @@ def pretend_other_host(path: Path) -> None:
 
 
 def test_a_folder_that_was_free_is_free_again(path: Path) -> None:
-    said: list[str] = []
-    with lock_run_dir(path, said.append):
+    messages: list[str] = []
+    with lock_run_dir(path, messages.append):
         assert (path / LOCK_FILE).exists()
     assert not path.parent.exists(), "a start that has failed leaves no folder"
     path.mkdir(parents=True)
     (path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match="a mistake"), lock_run_dir(path, said.append):
+    with pytest.raises(UserError, match="a mistake"), lock_run_dir(path, messages.append):
         raise UserError("a mistake")
     assert [left.name for left in path.iterdir()] == ["metrics.jsonl"]
-    assert said == []
+    assert messages == []
 
 
 @pytest.mark.parametrize("host", ["here", "elsewhere"])
@@ -110,11 +110,11 @@ def test_waiting_for_a_dead_run_on_another_host_is_limited(
     holder.kill()
     holder.join()
     pretend_other_host(path)
-    said: list[str] = []
+    messages: list[str] = []
     started = time.monotonic()
-    with lock_run_dir(path, said.append):
+    with lock_run_dir(path, messages.append):
         assert time.monotonic() - started >= lease.LEASE_DURATION_S
-    assert len(said) == 1 and f"locked by process {holder.pid} on node7; waiting up to" in said[0]
+    assert len(messages) == 1 and f"locked by process {holder.pid} on node7; waiting up to" in messages[0]
 
 
 @pytest.mark.parametrize(("restart", "job"), [("1", "7"), ("0", "7"), ("1", "8")])

@@ -77,8 +77,8 @@ def test_layouts_are_jobs_that_take_turns(slurm: Any, config: Path, tmp_path: Pa
     with warm_python(tmp_path) as python:
         cluster = cluster_file(tmp_path, python)
         words = ["--compare", "fsdp2,two-mesh", "--ranks", "2", "--ranks-per-node", "2", "--out", tmp_path / "out"]
-        code, said = Bench(config, *words, "--cluster", cluster).ends()
-    assert code == 0, said
+        code, output = Bench(config, *words, "--cluster", cluster).ends()
+    assert code == 0, output
     result = BenchResult.model_validate_json((tmp_path / "out" / "bench.json").read_text(), strict=True)
     assert [f.layout for f in result.layouts] == ["fsdp2", "two-mesh"]
     assert result.losses.agree and len(result.layouts[0].losses) == 4
@@ -88,7 +88,7 @@ def test_layouts_are_jobs_that_take_turns(slurm: Any, config: Path, tmp_path: Pa
     assert [f.nodes for f in result.layouts] == [[job["NodeList"]] for job in jobs]
     assert jobs[0]["EndTime"] <= jobs[1]["StartTime"], "one disturbs the other"
     for job in jobs:
-        assert f"job {job['JobId']} runs on {job['NodeList']}\n" in said
+        assert f"job {job['JobId']} runs on {job['NodeList']}\n" in output
     recorded = json.loads((runs[0] / "process.json").read_text())["machine"]
     assert (result.machine.cores, result.machine.versions) == (recorded["cores"], recorded["versions"])
 
@@ -132,6 +132,6 @@ def test_what_ends_a_job_or_the_benchmark_leaves_nothing_behind(slurm: Any, conf
     assert f" has failed (FAILED); see {tmp_path}/failed/{folder}\n" in ends["failed"][1]
     assert ends["interrupted"][0] == 130, ends["interrupted"]
     assert f"job {jobs['interrupted']}: cancelled\n" in ends["interrupted"][1]
-    assert all("Traceback" not in said for _, said in ends.values())
+    assert all("Traceback" not in output for _, output in ends.values())
     assert slurm.ends(jobs["interrupted"], PATIENCE_S)["JobState"] == "CANCELLED"
     wait_for(lambda: "fsdp2-1" not in slurm("squeue", "--noheader", "--format=%j"), PATIENCE_S)
