@@ -207,7 +207,18 @@ def plan(
     from qlora_dist.plan.plan_args import PlanArgs
 
     run_plan(
-        PlanArgs(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware, calibration),
+        PlanArgs(
+            model=model,
+            overrides=overrides or [],
+            gpus=gpus,
+            gpu=gpu,
+            nodes=nodes,
+            network=network,
+            seq_len=seq_len,
+            micro_batch=micro_batch,
+            hardware=hardware,
+            calibration=calibration,
+        ),
         search,
         plot,
         as_json,
