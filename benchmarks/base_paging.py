@@ -1,17 +1,17 @@
-"""Training with a base that is paged: time of a step, waiting and memory against the budget.
+"""Measure the time of a step, waiting and memory of training with a paged base, by the resident share of the layers.
 
-python benchmarks/base_paging.py [--layers 16] [--hidden 2048] [--steps 4] [--tokens 64] [--shares 1 0.5 0.25 0]
-    [--ahead 0 1] [--to disk] [--cold] [--dir /tmp] [--json FILE]
+    python benchmarks/base_paging.py [--layers 16] [--hidden 2048] [--steps 4] [--tokens 64] [--shares 1 0.5 0.25 0]
+        [--ahead 0 1] [--to disk] [--cold] [--dir /tmp] [--json FILE]
 
-Each line is a run of `qlora-dist train` of its own, on a folder of random codes with Llama's layers, which is removed
-afterwards: first with a base that fits (base: node), then paged, with room for so large a share of the layers (0:
-for two layers), fetching ahead and not. Losses of all runs are compared: they must be equal.
+Each row is a separate run of `qlora-dist train` on a temporary folder of random codes with Llama's layers. The first
+run has a base that fits (base: node). The others page it, with each resident share of the layers (0 means two layers),
+with and without prefetching. All runs must have equal losses.
 
-Time and waiting are medians over the steps but the first. Peak is the largest VmHWM of the process, which this program
-reads from outside, every 20 ms; saved is what it is below that of the base that fits, and should be the layers' bytes
-less the budget. The runs have MALLOC_MMAP_THRESHOLD_ set, or glibc would keep more or less of what each layer frees,
-and peaks would differ by 100 MiB and more from run to run. The pages' file is in the page cache of the system, unless
---cold: then it is dropped from it all the time, so that pages come from the disk.
+Time and waiting are medians over all steps but the first. Peak is the largest VmHWM of the process, which this program
+reads every 20 ms. Saved is its difference from the base that fits, and should equal the layers' bytes minus the budget.
+The runs set MALLOC_MMAP_THRESHOLD_. Otherwise glibc would keep varying parts of freed layers, and peaks would vary by
+100 MiB and more. The file of pages is in the system's page cache. --cold drops it from there all the time, so that
+pages come from the disk.
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from qlora_dist.config.schema import Config
 from qlora_dist.model.meta_model import build_meta_model, get_decoder_layers
 from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.runtime.byte_sizes import align_bytes
 
 MIB = 2**20
-MOST_TOKENS = 4096
+MAX_TOKENS = 4096
 
 
 def write_base(folder: Path, args: argparse.Namespace) -> None:
-    """Layers with the proportions of Llama-3.2-1B, and a token for each byte."""
+    """Write a model with the proportions of Llama-3.2-1B, and a tokenizer with a token for each byte."""
     heads = args.hidden // 64
     settings = {"hidden_size": args.hidden, "intermediate_size": 11 * args.hidden // 4, "num_attention_heads": heads}
-    write_nf4(folder, args.layers, **settings, num_key_value_heads=heads // 4, max_position_embeddings=MOST_TOKENS)
+    write_nf4(folder, args.layers, **settings, num_key_value_heads=heads // 4, max_position_embeddings=MAX_TOKENS)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_alone = Tokenizer(models.BPE({"<end>": 0} | {byte: n + 1 for n, byte in enumerate(alphabet)}, []))
-    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_alone.decoder = decoders.ByteLevel()
+    byte_tokenizer = Tokenizer(models.BPE({"<end>": 0} | {byte: n + 1 for n, byte in enumerate(alphabet)}, []))
+    byte_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_tokenizer.decoder = decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bytes_alone, eos_token="<end>", pad_token="<end>"
+        tokenizer_object=byte_tokenizer, eos_token="<end>", pad_token="<end>"
     ).save_pretrained(folder)
 
 
 def layer_sizes(config: Config) -> list[int]:
-    """Bytes of each layer's frozen parameters."""
+    """Return the bytes of each layer's frozen parameters in a page."""
     model = build_meta_model(ModelFolder(config.model.base), config.model)
-    return [sum(-(-p.nbytes // 16) * 16 for p in layer.parameters()) for layer in get_decoder_layers(model)]
+    return [sum(align_bytes(p.nbytes) for p in layer.parameters()) for layer in get_decoder_layers(model)]
 
 
 def configuration(folder: Path, args: argparse.Namespace, name: str, parallel: dict[str, Any], ahead: int) -> Config:
@@ -83,8 +84,8 @@ def configuration(folder: Path, args: argparse.Namespace, name: str, parallel: d
     )
 
 
-def train(config: Config, cold: bool) -> tuple[list[dict[str, Any]], int]:
-    """A run in a process of its own: its metrics, and its peak as the kernel tells it to this process."""
+def train(config: Config, *, cold: bool) -> tuple[list[dict[str, Any]], int]:
+    """Train in a separate process, and return its metrics and its peak."""
     folder = Path(config.run.dir) / config.run.name
     folder.mkdir(parents=True)
     path = folder.with_suffix(".yaml")
@@ -98,7 +99,7 @@ def train(config: Config, cold: bool) -> tuple[list[dict[str, Any]], int]:
         )
         peak = 0
         while run.poll() is None:
-            peak = max(peak, peak_of(run.pid))
+            peak = max(peak, peak_bytes(run.pid))
             if cold:
                 drop_pages(run.pid)
             time.sleep(0.02)
@@ -107,17 +108,17 @@ def train(config: Config, cold: bool) -> tuple[list[dict[str, Any]], int]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], peak
 
 
-def peak_of(pid: int) -> int:
-    """VmHWM; 0 when it is just ending."""
+def peak_bytes(pid: int) -> int:
+    """Return the VmHWM of a process, or 0 while it is exiting."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:
         return 0
-    return int(found[1]) * 1024 if found else 0
+    return int(match[1]) * 1024 if match else 0
 
 
 def drop_pages(pid: int) -> None:
-    """Take a process's file of pages, which has no name any more, out of the page cache."""
+    """Drop a process's file of pages, which is unlinked, from the page cache."""
     try:
         files = [f for f in Path(f"/proc/{pid}/fd").iterdir() if ".pages (deleted)" in str(f.readlink())]
         for file in files:
@@ -130,7 +131,7 @@ def drop_pages(pid: int) -> None:
 
 
 def measure_run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    rows, peak = train(config, args.cold)
+    rows, peak = train(config, cold=args.cold)
     steps = [row for row in rows if "loss" in row]
     later = steps[1:] or steps
     paging = [row.get("base_paging", {"bytes_in": 0, "stall_s": 0.0}) for row in later]
@@ -162,13 +163,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
         folder = Path(directory)
         write_base(folder / "model", args)
-        text = "one text, as long as a row is. " * MOST_TOKENS
+        text = "one text, as long as a row is. " * MAX_TOKENS
         (folder / "data.jsonl").write_text(
             "".join(json.dumps({"text": text[n : n + args.tokens - 1]}) + "\n" for n in range(8))
         )
-        plain = configuration(folder, args, "fits", {"base": "node"}, 1)
-        sizes = layer_sizes(plain)
-        runs = [{"share": None, "ahead": None} | measure_run(plain, args)]
+        unpaged = configuration(folder, args, "fits", {"base": "node"}, 1)
+        sizes = layer_sizes(unpaged)
+        runs = [{"share": None, "ahead": None} | measure_run(unpaged, args)]
         for share in args.shares:
             for ahead in args.ahead:
                 budget = int(share * sum(sizes)) if share else 0
@@ -191,11 +192,11 @@ def print_runs(runs: list[dict[str, Any]], sizes: list[int]) -> None:
         "budget", "ahead", "on the device MiB", "fetched a step MiB", "step s", "waiting s", "peak MiB", "saved MiB"
     )
     for run in runs:
-        held = run["resident_bytes"]
+        resident_bytes = run["resident_bytes"]
         table.add_row(
             "fits" if run["share"] is None else f"{100 * run['share']:.0f} %" if run["share"] else "two layers",
             "" if run["ahead"] is None else str(run["ahead"]),
-            "" if held is None else f"{held / MIB:.0f}",
+            "" if resident_bytes is None else f"{resident_bytes / MIB:.0f}",
             f"{run['bytes_in'] / MIB:.0f}",
             f"{run['step_s']:.2f}",
             f"{run['stall_s']:.2f}",

@@ -1,13 +1,14 @@
-"""Kill a run again and again; in the end it must be the run that nobody disturbed.
+"""Kill a run many times, and check that its result equals the result of an undisturbed run.
 
-python benchmarks/chaos.py --base my-model-nf4 --data my-data.jsonl [--kills 20] [--steps 60] [--ranks 2] [--json FILE]
+    python benchmarks/chaos.py --base my-model-nf4 --data my-data.jsonl [--kills 20] [--steps 60] [--ranks 2]
+        [--json FILE]
 
-One run goes through undisturbed. A second one with the same configuration is started until it is done, and killed with
-SIGKILL `--kills` times: one of its ranks, or all of them, at a moment drawn at random within the forward pass, the
-backward pass, the optimizer's update, the writing of a rank's checkpoint file, or its completion by rank 0. Every loss
-of every step and every byte of the adapter must be equal. Exit code 1 if they are not.
+The first run is undisturbed. A second run with the same configuration is restarted until it is done, and killed with
+SIGKILL `--kills` times. Each kill hits one rank or all ranks, at a random moment of a random phase. The phases are the
+forward pass, the backward pass, the optimizer step, the writing of a rank's checkpoint file, and its completion by
+rank 0. Every loss of every step and every byte of the adapter must be equal. If they are not, the exit code is 1.
 
-Ranks are forked from this process, with the variables that torchrun would set: torch is imported once.
+Ranks are forked from this process with torchrun's environment variables, so that torch is imported once.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ PHASES = ("forward", "backward", "update", "write", "complete")
 _LONGEST_RUN_S = 900.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Kill:
-    """Who dies, when, and what became of it."""
+    """A kill: its victim, its moment, and its consequences."""
 
     victim: int | str
     """A rank, or `all`."""
     phase: str
     steps: int
-    """The victim dies in its so-manieth step (or checkpoint) after the start."""
+    """Number of the step (or checkpoint) after the start in which the victim is killed, from 1."""
     delay_s: float
-    """Into the phase."""
+    """Seconds after the phase's beginning."""
     after_step: int = 0
-    """The last step that the metrics know."""
+    """Last step in the metrics."""
     goes_on_from: int = 0
     """Step of the newest complete checkpoint."""
 
@@ -84,36 +85,36 @@ def configuration(args: argparse.Namespace, name: str) -> Config:
 
 
 def install_kill(kill: Kill) -> None:
-    """In a rank that is to die: wait for the moment."""
+    """Arrange in the victim's process that it is killed at the chosen moment."""
     count = 0
 
-    def strike() -> None:
+    def kill_self() -> None:
         time.sleep(kill.delay_s)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def before(owner: Any, name: str) -> None:
+    def kill_during(owner: Any, name: str) -> None:
         function: Callable[..., Any] = getattr(owner, name)
 
-        def armed(*args: Any, **kwargs: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
             count += 1
             if count == kill.steps:
-                threading.Thread(target=strike, daemon=True).start()
+                threading.Thread(target=kill_self, daemon=True).start()
             return function(*args, **kwargs)
 
-        setattr(owner, name, armed)
+        setattr(owner, name, counted)
 
     match kill.phase:
         case "forward":
-            before(trainer, "train_step")
+            kill_during(trainer, "train_step")
         case "backward":
-            before(torch.Tensor, "backward")
+            kill_during(torch.Tensor, "backward")
         case "update":
-            before(PagedAdamW, "step")
+            kill_during(PagedAdamW, "step")
         case "write":
-            before(Checkpointer, "_write_rank_file")
+            kill_during(Checkpointer, "_write_rank_file")
         case "complete":
-            before(Checkpointer, "_commit_checkpoint")
+            kill_during(Checkpointer, "_commit_checkpoint")
 
 
 def rank_main(config: Config, environ: dict[str, str], kill: Kill | None, log: str) -> None:
@@ -128,7 +129,7 @@ def rank_main(config: Config, environ: dict[str, str], kill: Kill | None, log: s
 
 
 def run_attempt(config: Config, ranks: int, kill: Kill | None, log: str) -> bool:
-    """Start all ranks; when one ends badly, end the others. Returns whether the run is done."""
+    """Start all ranks, end the others when one fails, and return whether the run is done."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
@@ -146,27 +147,27 @@ def run_attempt(config: Config, ranks: int, kill: Kill | None, log: str) -> bool
         process = context.Process(target=rank_main, args=(config, environ, kill, log))
         process.start()
         processes.append(process)
-    end = time.monotonic() + _LONGEST_RUN_S
+    deadline = time.monotonic() + _LONGEST_RUN_S
     while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             raise TimeoutError(f"the run hangs; see {log}")
         time.sleep(0.02)
-    if kill is not None and kill.victim == "all":  # at the same moment, as nearly as can be
+    if kill is not None and kill.victim == "all":  # as close to the same moment as possible
         for process in processes:
             process.kill()
     for process in processes:
-        process.join(10)  # a survivor ends by itself, when it finds the other gone
+        process.join(10)  # a survivor exits automatically once it detects the failed rank
         process.kill()
         process.join()
     return all(p.exitcode == 0 for p in processes)
 
 
 def losses_and_adapter_hash(config: Config) -> tuple[dict[int, float], str]:
-    """Losses by step, and the adapter's sha256."""
+    """Return the losses by step, and the adapter's sha256."""
     path = run_path(config.run)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     adapter = hashlib.sha256((path / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert len({row["step"] for row in rows}) == len(rows), "a step stands twice in the metrics"
+    assert len({row["step"] for row in rows}) == len(rows), "the metrics have a step twice"
     return {row["step"]: row["loss"] for row in rows if "loss" in row}, adapter
 
 
@@ -185,21 +186,22 @@ def last_step(config: Config) -> int:
 
 
 def newest_step(config: Config) -> int:
-    found = find_checkpoints(run_path(config.run) / "checkpoints")
-    return int(found[0].name.removeprefix("step-")) if found else 0
+    checkpoints = find_checkpoints(run_path(config.run) / "checkpoints")
+    return int(checkpoints[0].name.removeprefix("step-")) if checkpoints else 0
 
 
 def draw_kill(rng: random.Random, index: int, args: argparse.Namespace, left: int) -> Kill:
     phase = PHASES[index % len(PHASES)]
     victims = [*range(args.ranks), "all"]
-    victim = 0 if phase == "complete" else rng.choice(victims)  # rank 0 completes
-    furthest = max(1, min(left - 2, 2 * args.steps // max(args.kills, 1)))
-    steps = rng.randint(1, furthest)
+    victim = 0 if phase == "complete" else rng.choice(victims)  # only rank 0 completes a checkpoint
+    max_steps = max(1, min(left - 2, 2 * args.steps // max(args.kills, 1)))
+    steps = rng.randint(1, max_steps)
     if phase in ("write", "complete"):
-        steps = 1 if furthest < 6 else rng.randint(1, furthest // 3)
+        steps = 1 if max_steps < 6 else rng.randint(1, max_steps // 3)
     if phase == "backward":
         steps = 2 * steps - rng.randint(0, 1)  # two micro-batches a step
-    return Kill(victim, phase, steps, rng.uniform(0, 0.02 if phase in ("write", "complete", "update") else 0.2))
+    delay_s = rng.uniform(0, 0.02 if phase in ("write", "complete", "update") else 0.2)
+    return Kill(victim=victim, phase=phase, steps=steps, delay_s=delay_s)
 
 
 def main() -> int:
@@ -217,14 +219,14 @@ def main() -> int:
     args = parser.parse_args()
     rng, console = random.Random(args.seed), Console()
 
-    whole, chaos = (configuration(args, name) for name in ("undisturbed", "killed"))
+    reference, chaos = (configuration(args, name) for name in ("undisturbed", "killed"))
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    for config in (whole, chaos):
+    for config in (reference, chaos):
         if run_path(config.run).exists():
             console.print(f"{run_path(config.run)}: exists; give another --out")
             return 2
     log = str(Path(args.out) / "output.log")
-    if not run_attempt(whole, args.ranks, None, log):
+    if not run_attempt(reference, args.ranks, None, log):
         console.print(f"the undisturbed run failed; see {log}")
         return 1
 
@@ -238,19 +240,19 @@ def main() -> int:
         console.print(f"{len(kills)}: {kill.victim} in {kill.phase}, after step {kill.after_step}", highlight=False)
     done = (run_path(chaos.run) / DONE_MARKER).exists() or run_attempt(chaos, args.ranks, None, log)
 
-    table = Table("kill", "victim", "during", "after step", "goes on from", "steps done again")
+    table = Table("kill", "victim", "during", "after step", "resumes from", "steps repeated")
     for number, kill in enumerate(kills, start=1):
-        again = kill.after_step - kill.goes_on_from
-        cells = (number, kill.victim, kill.phase, kill.after_step, kill.goes_on_from, again)
+        repeated = kill.after_step - kill.goes_on_from
+        cells = (number, kill.victim, kill.phase, kill.after_step, kill.goes_on_from, repeated)
         table.add_row(*map(str, cells))
     console.print(table)
     if not done:
         console.print(f"the last start failed; see {log}")
         return 1
-    (losses, adapter), (their_losses, their_adapter) = losses_and_adapter_hash(chaos), losses_and_adapter_hash(whole)
-    equal_losses, equal_adapters = losses == their_losses, adapter == their_adapter
+    (losses, adapter), (expected_losses, expected_adapter) = map(losses_and_adapter_hash, (chaos, reference))
+    equal_losses, equal_adapters = losses == expected_losses, adapter == expected_adapter
     console.print(
-        f"{len(kills)} kills; losses of {len(their_losses)} steps {'equal' if equal_losses else 'DIFFER'}, "
+        f"{len(kills)} kills; losses of {len(expected_losses)} steps {'equal' if equal_losses else 'DIFFER'}, "
         f"adapter's bytes {'equal' if equal_adapters else 'DIFFER'}"
     )
     if args.json:

@@ -1,10 +1,10 @@
-"""What writing checkpoints costs the training loop.
+"""Measure the time that writing checkpoints costs the training loop, and a checkpoint's size.
 
-python benchmarks/checkpoint_cost.py --base my-model-nf4 --data my-data.jsonl [--steps 17]
+    python benchmarks/checkpoint_cost.py --base my-model-nf4 --data my-data.jsonl [--steps 17]
 
-Two ranks train as `make quickstart` does, with a checkpoint after every second step. A checkpoint is copied, hashed
-and written while the next step is under way, so every other step carries all that one costs: the time between two
-lines of metrics.jsonl, by trained token, with and without, and the ratio of the medians. Also the checkpoint's size.
+Two ranks train as in `make quickstart`, with a checkpoint after every second step. A checkpoint is copied, hashed and
+written during the next step, so every second step carries its whole cost. The figures are the time per trained token
+between two rows of metrics.jsonl, with and without a checkpoint, and the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def main() -> int:
 
     log = RunDir.log
 
-    def logged(self: RunDir, row: dict[str, Any]) -> None:
+    def log_with_time(self: RunDir, row: dict[str, Any]) -> None:
         log(self, {**row, "at": time.perf_counter()})
 
-    RunDir.log = logged  # type: ignore[method-assign]
+    RunDir.log = log_with_time
     with tempfile.TemporaryDirectory() as out:
         config = configuration(args, out)
         if not run_attempt(config, 2, None, f"{out}/output.log"):
@@ -74,12 +74,12 @@ def main() -> int:
         parameters = sum(ShardSpec(tuple(cut["shape"]), 0, 1).numel(0) for cut in cuts)
 
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    for before, row in itertools.pairwise(rows[2:]):  # not the first steps, which warm up
+    for before, row in itertools.pairwise(rows[2:]):  # without the first steps, which warm up
         seconds[before["step"] % 2 == 0].append((row["at"] - before["at"]) / row["tokens"])
-    with_one, without = (statistics.median(seconds[saving]) for saving in (True, False))
-    print(f"step with a checkpoint: {1e3 * with_one:.3f} ms a token, median of {len(seconds[True])}")
+    with_checkpoint, without = (statistics.median(seconds[saving]) for saving in (True, False))
+    print(f"step with a checkpoint: {1e3 * with_checkpoint:.3f} ms a token, median of {len(seconds[True])}")
     print(f"step without:           {1e3 * without:.3f} ms a token, median of {len(seconds[False])}")
-    print(f"ratio {with_one / without:.3f}")
+    print(f"ratio {with_checkpoint / without:.3f}")
     print(f"{nbytes:,} bytes for {parameters:,} parameters: {nbytes / (12 * parameters):.4f} of 12 bytes each")
     return 0
 

@@ -1,11 +1,12 @@
-"""Tokens per second of encoding rows, against the bare tokenizer on texts that are rendered already; taking turns.
+"""Compare the speed of encoding rows with the bare tokenizer on rendered texts, in turns.
 
-python benchmarks/encode.py --data train.jsonl --tokenizer FOLDER [--rows 4096] [--mask assistant] [--template NAME]
+    python benchmarks/encode.py --data train.jsonl --tokenizer FOLDER [--rows 4096] [--mask assistant]
+        [--template NAME]
 
 `--data` is JSONL with `messages`, `prompt` and `completion`, or `text`. Bare is `tokenizer(texts)` of transformers, in
-batches as large. Medians over the turns, of wall and of processor time (which tells more on a machine that others use),
-and what part of it is rendering (with the spans), tokenizing and the flags. One process; the tokenizer takes all cores
-unless TOKENIZERS_PARALLELISM is false.
+batches of the same size. The figures are medians over the turns of wall time and processor time. On a shared machine
+processor time is more reliable. The parts are rendering with its spans, and tokenizing with the flags. There is one
+process, whose tokenizer uses all cores unless TOKENIZERS_PARALLELISM is false.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, Sourc
 
 
 def read(path: str, rows: int) -> list[SourceRow]:
-    read: list[SourceRow] = []
+    source_rows: list[SourceRow] = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()[:rows], start=1):
         tree, place = json.loads(line), f"{path}, line {number}"
         if "messages" in tree:
-            read.append(MessagesRow(place, tree["messages"], tree.get("tools")))
+            source_rows.append(MessagesRow(place, tree["messages"], tree.get("tools")))
         elif "completion" in tree:
-            read.append(CompletionRow(place, tree["prompt"], tree["completion"]))
+            source_rows.append(CompletionRow(place, tree["prompt"], tree["completion"]))
         else:
-            read.append(TextRow(place, tree["text"]))
-    return read
+            source_rows.append(TextRow(place, tree["text"]))
+    return source_rows
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:
@@ -66,23 +67,22 @@ def main() -> None:
         bad = next(item for item in encoded if isinstance(item, BadRow))
         Console().print(f"{len(rows) - len(good)} rows are left out, the first because: {bad.location}: {bad.reason}")
     batches = [good[start : start + args.batch] for start in range(0, len(good), args.batch)]
-    written = [[encoder._write(row) for row in batch] for batch in batches]
-    texts = [[item.text for item in batch] for batch in written]  # type: ignore[union-attr]
+    rendered = [[encoder._write(row) for row in batch] for batch in batches]
+    texts = [[item.text for item in batch] for batch in rendered]
     tokens = sum(len(item.tokens) for item in encoded if isinstance(item, EncodedSequence))
     trained = sum(int(item.trained.sum()) for item in encoded if isinstance(item, EncodedSequence))
 
-    ways: dict[str, Callable[[], Any]] = {
+    variants: dict[str, Callable[[], Any]] = {
         "bare": lambda: [tokenizer(batch, add_special_tokens=False) for batch in texts],
         "encode": lambda: [encoder.encode(batch) for batch in batches],
         "of it rendering": lambda: [encoder._write(row) for batch in batches for row in batch],
         "of it tokens and flags": lambda: [
-            encoder._text_encoder.encode(batch, not isinstance(good[0], MessagesRow))  # type: ignore[arg-type]
-            for batch in written
+            encoder._text_encoder.encode(batch, not isinstance(good[0], MessagesRow)) for batch in rendered
         ],
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for _ in range(args.repeats):
-        for name, function in ways.items():
+        for name, function in variants.items():
             times[name].append(timed(function))
     medians = {name: [statistics.median(column) for column in zip(*t, strict=True)] for name, t in times.items()}
 

@@ -1,12 +1,12 @@
-"""The two engines on the same ranks: bytes held, memory and time of a step, traffic, losses.
+"""Compare the engines on the same ranks: bytes held, memory and time of a step, traffic, losses.
 
-python benchmarks/engines.py [--layers 8] [--hidden 1024] [--ranks 1 2 4] [--steps 6] [--tokens 64] [--repeats 2]
-    [--dir /tmp] [--json FILE]
+    python benchmarks/engines.py [--layers 8] [--hidden 1024] [--ranks 1 2 4] [--steps 6] [--tokens 64] [--repeats 2]
+        [--dir /tmp] [--json FILE]
 
-A line is a run of its own under torchrun, on a folder of random codes with Llama's layers, which is removed afterwards;
-the engines take turns. What is held is counted by `parallel/static_bytes.py`. What a step needs on top is the growth of
-the process's peak (VmHWM) from after loading to after the last step; the first step is not timed. Time is the median
-over the steps of all repeats, processor time that of the process. Losses must agree.
+Each row is a separate run under torchrun, on a temporary folder of random codes with Llama's layers. The engines take
+turns. `parallel/static_bytes.py` counts the bytes held. The memory on top is the growth of the process's peak (VmHWM)
+from loading to the last step. Times are medians over the steps of all repeats, without the first step of each run.
+Losses must agree.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def configuration(folder: Path, engine: str, ranks: int, args: argparse.Namespac
 
 
 def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, Any]:
-    """On each rank; rank 0 says what it has measured."""
+    """Train on each rank, and return the figures of this rank."""
     ranks = read_rank_info()
     config = configuration(folder, engine, ranks.world_size, args)
     setup = set_up_run(config, ranks)
@@ -73,10 +73,10 @@ def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, An
         loaded_peak = restart_peak()
         seconds, processor, losses = [], [], []
         for step in range(args.steps):
-            window = setup.loader.micro_batches(step)
-            trained = ranks.world_size * sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in window)
+            micro_batches = setup.loader.micro_batches(step)
+            trained = ranks.world_size * sum(int((b.labels != LABEL_IGNORE_INDEX).sum()) for b in micro_batches)
             started, cpu = time.perf_counter(), time.process_time()
-            result = train_step(context, window, trained)
+            result = train_step(context, micro_batches, trained)
             seconds.append(time.perf_counter() - started)
             processor.append(time.process_time() - cpu)
             losses.append(result.loss)

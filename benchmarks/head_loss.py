@@ -1,9 +1,10 @@
-"""The loss over a large vocabulary: ours, torch's chunked one, plain logits. Error, seconds, peak memory.
+"""Compare implementations of the loss over a large vocabulary: qlora-dist's, torch's chunked one, plain logits.
 
-python benchmarks/head_loss.py [--tokens 512] [--hidden 576] [--vocabulary 49152] [--dtype bf16] [--repeats 5]
+    python benchmarks/head_loss.py [--tokens 512] [--hidden 576] [--vocabulary 49152] [--dtype bf16] [--repeats 5]
 
-Forward and backward with respect to the hidden states, one third of the tokens untrained. The ways take turns in each
-repeat; medians are printed. Each peak is of a process of its own.
+The figures are error, seconds and peak memory of forward and backward with respect to the hidden states. One third of
+the tokens is untrained. The implementations take turns in each repeat, and medians are printed. Each peak is measured
+in a separate process.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def torch_chunked(policy: str) -> Loss:
     return loss
 
 
-WAYS: dict[str, Loss] = {
+LOSSES: dict[str, Loss] = {
     "qlora-dist": lambda hidden, weight, labels: linear_cross_entropy_sum(hidden, weight, None, labels),
     "plain logits": plain,
     "torch, auto": torch_chunked("auto"),
@@ -51,7 +52,7 @@ WAYS: dict[str, Loss] = {
 def inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     torch.manual_seed(0)
-    # filled in place: a temporary of the inputs would hide the peaks that are compared
+    # filled in place, because a temporary tensor would hide the peaks
     hidden = torch.empty(args.tokens, args.hidden, dtype=dtype).normal_().requires_grad_()
     weight = torch.empty(args.vocabulary, args.hidden, dtype=dtype).normal_(std=0.05)
     labels = torch.randint(0, args.vocabulary, (args.tokens,))
@@ -59,9 +60,9 @@ def inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.
     return hidden, weight, labels
 
 
-def peak_of(way: str, arguments: list[str]) -> float:
-    """MiB that the way adds to the process's peak, beyond its inputs."""
-    command = [sys.executable, __file__, *arguments, "--only", way]
+def peak_mib(name: str, arguments: list[str]) -> float:
+    """Return the MiB that a loss adds to the process's peak, beyond its inputs."""
+    command = [sys.executable, __file__, *arguments, "--only", name]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -72,34 +73,34 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=list(LOSSES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     hidden, weight, labels = inputs(args)
 
     if args.only:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+        Path("/proc/self/clear_refs").write_text("5")  # restart VmHWM (Linux)
         before = peak_memory_bytes(torch.device("cpu"))
-        WAYS[args.only](hidden, weight, labels).backward()
+        LOSSES[args.only](hidden, weight, labels).backward()
         print((peak_memory_bytes(torch.device("cpu")) - before) / 2**20)
         return
 
     reference = plain(hidden.detach().double(), weight.double(), labels).item()
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
     values: dict[str, float] = {}
     for _ in range(args.repeats):
-        for way, loss in WAYS.items():
+        for name, loss in LOSSES.items():
             hidden.grad = None
             started = time.perf_counter()
             value = loss(hidden, weight, labels)
             value.backward()
-            seconds[way].append(time.perf_counter() - started)
-            values[way] = value.item()
+            seconds[name].append(time.perf_counter() - started)
+            values[name] = value.item()
 
-    table = Table("way", "error of the sum", "s (median)", "min", "max", "peak MiB")
-    for way, times in seconds.items():
-        error = abs(values[way] / reference - 1)
+    table = Table("loss", "error of the sum", "s (median)", "min", "max", "peak MiB")
+    for name, times in seconds.items():
+        error = abs(values[name] / reference - 1)
         row = [f"{error:.1e}", *(f"{f(times):.3f}" for f in (statistics.median, min, max))]
-        table.add_row(way, *row, f"{peak_of(way, sys.argv[1:]):.0f}")
+        table.add_row(name, *row, f"{peak_mib(name, sys.argv[1:]):.0f}")
     Console().print(table)
 
 

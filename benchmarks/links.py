@@ -1,20 +1,20 @@
-"""Two nodes of two ranks each, and a link between them whose speed is set: full sharding over all four ranks against a
-base that stays in its node.
+"""Compare full sharding with a base that stays in its node, on two nodes with a link of adjustable speed.
 
-python benchmarks/links.py [--mbit 0 1000 500 200 100 50] [--steps 3] [--layers 4] [--hidden 2048] [--tokens 64]
-    [--dir /tmp] [--json FILE] [--plot FILE.png]
+    python benchmarks/links.py [--mbit 0 1000 500 200 100 50] [--steps 3] [--layers 4] [--hidden 2048] [--tokens 64]
+        [--dir /tmp] [--json FILE] [--plot FILE.png]
 
-Needs root, ip and tc: a node is a network namespace with a torchrun of its own, the link a pair of veth devices with a
-token bucket at each end (0: none). Each layout is one run of `qlora-dist train` on a folder of random codes with
-Llama's layers; the link's speed is changed while it trains, after each --steps steps and one that is not timed.
+It needs root, ip and tc. Each of the two nodes is a network namespace with a torchrun of two ranks. The link is a pair
+of veth devices with a token bucket at each end (0 means no limit). Each layout is one run of `qlora-dist train` on a
+folder of random codes with Llama's layers. The link's speed changes during the run, after each --steps steps and one
+step that is not timed.
 
-What a node sends is counted by the kernel at its end of the link, over all steps of a speed. The ring of a collective
-leaves a node once, so a node should send what one of its ranks receives from the ranks of a mesh that crosses nodes
-(`comm_bytes` of metrics.jsonl). What is more are TCP's headers, and the sum of the gradients: gloo's reduce-scatter is
-an all-reduce, which sends twice as much.
+The kernel counts the bytes that a node sends over the link in all steps of a speed. A collective's ring leaves a node
+once. So a node should send the bytes that one of its ranks receives in a mesh that crosses nodes (`comm_bytes` of
+metrics.jsonl). It sends more because of TCP's headers and the sum of gradients: gloo's reduce-scatter is an all-reduce,
+which sends twice as much.
 
-The plan's line: `qlora-dist plan --calibrate` on the same four ranks without a limit, and the link's speed. Losses of
-both runs must be equal to 1e-3: bf16 is added up in another order.
+The plan's figures come from `qlora-dist plan --calibrate` on the same four ranks without a limit, and from the link's
+speed. Losses of both runs must agree to 1e-3, because bf16 sums depend on their order.
 """
 
 from __future__ import annotations
@@ -41,39 +41,38 @@ from qlora_dist.config.schema import Config
 from qlora_dist.plan.calibration_file import calibrated_speeds, load_calibration
 from qlora_dist.plan.memory_estimate import estimate_memory
 from qlora_dist.plan.run_spec import make_run_spec
-from qlora_dist.plan.step_time import RankSpeeds, estimate_step_time
+from qlora_dist.plan.step_time import estimate_step_time
 
 LAYOUTS = {"full sharding": "world", "two meshes": "node"}
-"""parallel.base; adapters are cut over all ranks in both."""
+"""Values of `parallel.base` by layout. Both shard adapters over all ranks."""
 NODES, RANKS_PER_NODE = 2, 2
 ADDRESS = "10.93.8."
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+def ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True)
 
 
 class Link:
-    """Between two nodes."""
+    """A link between two nodes."""
 
     def __init__(self, names: tuple[str, str]) -> None:
         self.names = names
 
-    def inside(self, node: int, *command: str) -> list[str]:
-        """The command line that runs something on a node."""
+    def command_on_node(self, node: int, *command: str) -> list[str]:
+        """Return the command line that runs a command on a node."""
         return ["nsenter", f"--net=/run/netns/{self.names[node]}", *command]
 
-    def limit(self, mbit: int) -> None:
-        """0: none."""
+    def set_speed(self, mbit: int) -> None:
+        """Limit the speed in Mbit/s; 0 removes the limit."""
         for node, name in enumerate(self.names):
             rate = f"tbf rate {mbit}mbit burst 256kb latency 100ms" if mbit else "noqueue"
-            subprocess.run(
-                self.inside(node, *f"tc qdisc replace dev {name} root {rate}".split()), check=True, capture_output=True
-            )
+            command = self.command_on_node(node, *f"tc qdisc replace dev {name} root {rate}".split())
+            subprocess.run(command, check=True, capture_output=True)
 
-    def sent(self) -> int:
-        """Bytes that node 0 has sent."""
-        table = subprocess.check_output(self.inside(0, "cat", "/proc/net/dev"), text=True)
+    def sent_bytes(self) -> int:
+        """Return the bytes that node 0 has sent."""
+        table = subprocess.check_output(self.command_on_node(0, "cat", "/proc/net/dev"), text=True)
         (line,) = (line for line in table.splitlines() if self.names[0] in line)
         return int(line.partition(":")[2].split()[8])
 
@@ -96,20 +95,20 @@ def two_nodes() -> Iterator[Link]:
 
 
 def start(link: Link, folder: Path, *command: str) -> list[subprocess.Popen[bytes]]:
-    """A torchrun on each node."""
+    """Start torchrun on each node."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(NODES), "--nproc-per-node"]
     torchrun += [str(RANKS_PER_NODE), "--master-addr", f"{ADDRESS}1", "--master-port", "29400", "--node-rank"]
     started = []
     for node, name in enumerate(link.names):
         with (folder / f"node{node}.txt").open("ab") as output:
             environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": name}
-            line = link.inside(node, *torchrun, str(node), "-m", "qlora_dist", *command)
+            line = link.command_on_node(node, *torchrun, str(node), "-m", "qlora_dist", *command)
             started.append(subprocess.Popen(line, stdout=output, stderr=output, env=environ))
     return started
 
 
-def check(processes: list[subprocess.Popen[bytes]], folder: Path) -> bool:
-    """Whether they run still; ends with what they wrote, if one has failed."""
+def are_running(processes: list[subprocess.Popen[bytes]], folder: Path) -> bool:
+    """Return whether a process still runs; if one has failed, exit with the output of all."""
     codes = [process.poll() for process in processes]
     if any(codes):
         for process in processes:
@@ -138,23 +137,23 @@ def configuration(folder: Path, args: argparse.Namespace, layout: str) -> Config
 
 
 def measure(link: Link, folder: Path, args: argparse.Namespace, layout: str) -> list[dict[str, Any]]:
-    """A run; one object for each speed of the link."""
+    """Train with a layout, and return the figures for each speed of the link."""
     config = configuration(folder, args, layout)
     path = folder / f"{config.run.name}.yaml"
     path.write_text(config.model_dump_json())  # JSON is YAML
-    link.limit(args.mbit[0])
+    link.set_speed(args.mbit[0])
     processes = start(link, folder, "train", str(path))
     metrics, each, sent, done = folder / "runs" / config.run.name / "metrics.jsonl", args.steps + 1, [], 0
-    while check(processes, folder):
+    while are_running(processes, folder):
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         if len(lines) > done:
             done = len(lines)
-            if done % each == 1:  # what loading has sent is no step's
-                sent.append(link.sent())
+            if done % each == 1:  # exclude the bytes that loading has sent
+                sent.append(link.sent_bytes())
             if done % each == 0 and done // each < len(args.mbit):
-                link.limit(args.mbit[done // each])
+                link.set_speed(args.mbit[done // each])
             if done % each == 0:
-                sent.append(link.sent())
+                sent.append(link.sent_bytes())
         time.sleep(0.005)
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     result = []
@@ -174,18 +173,18 @@ def measure(link: Link, folder: Path, args: argparse.Namespace, layout: str) -> 
     return result
 
 
-def planned_step_s(folder: Path, args: argparse.Namespace, layout: str, mbit: int) -> float:
-    """Tokens/s by the plan, with the machine's speeds as calibrated."""
+def planned_tokens_per_s(folder: Path, args: argparse.Namespace, layout: str, mbit: int) -> float:
+    """Return the tokens per second by the plan, with the machine's calibrated speeds."""
     model = json.loads((folder / "model" / "config.json").read_text())
     run = make_run_spec(configuration(folder, args, layout), model, NODES * RANKS_PER_NODE, NODES, "cpu")
-    speeds = calibrated_speeds(load_calibration(folder / "speeds.json").devices["cpu"], RankSpeeds(0, 0, 0, 0, 0, 0))
+    speeds = calibrated_speeds(load_calibration(folder / "speeds.json").devices["cpu"])
     if mbit:
         speeds = replace(speeds, inter_node_bytes_per_s=min(speeds.inter_node_bytes_per_s, 1e6 * mbit / 8))
     return estimate_step_time(run, estimate_memory(run), speeds).tokens_per_s
 
 
 def inter_node_bytes(row: dict[str, Any]) -> int:
-    """Bytes of a step that cross nodes, by the counter: those of the mesh over all ranks."""
+    """Return the counted bytes of a step that cross nodes, which are the bytes of the mesh over all ranks."""
     return row["comm_bytes"].get("world", 0)
 
 
@@ -227,11 +226,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for index, layout in enumerate(LAYOUTS):
-        here = sorted((row for row in rows if row["layout"] == layout and row["mbit"]), key=lambda row: row["mbit"])
-        speeds = [row["mbit"] for row in here]
-        axis.plot(speeds, [row["tokens_per_s"] for row in here], "o-", color=f"C{index}", label=layout)
+        limited = sorted((row for row in rows if row["layout"] == layout and row["mbit"]), key=lambda row: row["mbit"])
+        speeds = [row["mbit"] for row in limited]
+        axis.plot(speeds, [row["tokens_per_s"] for row in limited], "o-", color=f"C{index}", label=layout)
         label = f"{layout}, by the plan"
-        axis.plot(speeds, [row["planned_tokens_per_s"] for row in here], "--", color=f"C{index}", label=label)
+        axis.plot(speeds, [row["planned_tokens_per_s"] for row in limited], "--", color=f"C{index}", label=label)
     axis.set(xlabel="link between the nodes, Mbit/s", ylabel="tokens/s", xscale="log", yscale="log")
     axis.legend()
     figure.savefig(path)
@@ -249,7 +248,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if os.geteuid() != 0:
-        parser.error("namespaces need root; run it as root, or in a container where you are")
+        parser.error("network namespaces need root; run this as root, or in a container")
     console = Console(width=120, highlight=False)
     with tempfile.TemporaryDirectory(dir=args.dir) as name, two_nodes() as link:
         folder = Path(name)
@@ -257,19 +256,20 @@ def main() -> int:
         line = json.dumps({"text": "a line of text, " * (args.tokens // 16 + 1)})
         (folder / "data.jsonl").write_text(f"{line}\n" * 512)
         calibration = start(link, folder, "plan", "--calibrate", "--calibration", str(folder / "speeds.json"))
-        while check(calibration, folder):
+        while are_running(calibration, folder):
             time.sleep(0.1)
         rows = []
         for layout in LAYOUTS:
             for row in measure(link, folder, args, layout):
-                rows.append({**row, "planned_tokens_per_s": planned_step_s(folder, args, layout, row["mbit"])})
+                planned = planned_tokens_per_s(folder, args, layout, row["mbit"])
+                rows.append({**row, "planned_tokens_per_s": planned})
     print_rows(rows, console)
     if args.json:
         args.json.write_text(json.dumps({"ranks": [NODES, RANKS_PER_NODE], "rows": rows}, indent=2) + "\n")
     if args.plot:
         plot(rows, args.plot)
-    of = {layout: [loss for row in rows if row["layout"] == layout for loss in row["losses"]] for layout in LAYOUTS}
-    worst = max(abs(a / b - 1) for a, b in zip(*of.values(), strict=True))
+    losses = [[loss for row in rows if row["layout"] == layout for loss in row["losses"]] for layout in LAYOUTS]
+    worst = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
     console.print(f"losses differ by {worst:.1e} at most")
     return 0 if worst < 1e-3 else 1
 

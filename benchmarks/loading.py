@@ -1,24 +1,28 @@
-"""Loading a 4-bit folder on one rank and several, and transformers' loader beside it: time, bytes, memory.
+"""Compare loading a 4-bit folder on some numbers of ranks with transformers' loader: time, bytes, memory.
 
-python benchmarks/loading.py [--layers 38] [--ranks 1,2,4] [--repeats 3] [--cold] [--dir /tmp | --keep FOLDER]
-    [--json FILE] [--show FILE]
+    python benchmarks/loading.py [--layers 38] [--ranks 1,2,4] [--repeats 3] [--cold] [--dir /tmp | --keep FOLDER]
+        [--json FILE] [--show FILE]
 
 The folder has Llama-3.1-8B's layers (0.11 GB each in 4 bit; 38 are 4.3 GB) and random codes. It is made under --dir
-and removed, or kept in --keep and used again. Loaders take turns, A B A B.
+and removed, or kept in --keep and used again. The loaders take turns:
 
-ours: ranks are processes with gloo and one thread each, which load by the code of `train`: skeleton, adapter,
-sharding, every rank's bytes. The base is over all ranks; on four and more also as two copies, as on two nodes.
-from_pretrained: what transformers does under torchrun, as many processes, each loading the whole with
-AutoModelForCausalLM and touching every page of the weights: without that they are mapped and not yet read. Before that
-each loads a tiny folder, so that imports count neither as time nor as memory. All begin together and keep what they
-have until the last is done.
+- ours: each rank is a process with gloo and one thread, which loads with the code of `train`. The base is sharded over
+  all ranks; on four and more ranks also as two copies, as on two nodes.
+- from_pretrained: the same number of processes, as under torchrun. Each loads the whole model with
+  AutoModelForCausalLM and touches every page of the weights, which are otherwise mapped but not read.
 
-Seconds are those of the slowest rank, from opening the folder to the last byte in its place. Read: bytes asked of the
-files by a rank; what is mapped is all of it. Peak of a rank: the most that was resident, beyond what was before
-(VmHWM, restarted): the page cache is not in it, but where files are mapped their pages are. Held: what is resident
-when all are done. Held by all: their own memory, and of mapped files each page once, however many map it (RssAnon, Pss
-of files). Peak of all: that, and what each had at its peak beyond what it holds, as if all peaks were at once. --cold
-takes the folder out of the page cache before each loading, and tells what came from the disk.
+Each process first loads a tiny folder, so that imports count neither as time nor as memory. All processes begin
+together, and keep their memory until the last one is done.
+
+- Seconds: time of the slowest rank, from opening the folder to the last byte loaded.
+- Read: bytes that a rank reads from the files; for mapped files, all bytes.
+- Peak of a rank: largest resident memory above the memory before loading (VmHWM, restarted). It excludes the page
+  cache but includes mapped pages.
+- Held: resident memory when all ranks are done.
+- Held by all: the ranks' own memory, and each mapped page once (RssAnon, Pss of files).
+- Peak of all: held by all, and each rank's peak above the memory that it holds, as if all peaks coincided.
+
+--cold drops the folder from the page cache before each loading, and shows the bytes read from the disk.
 """
 
 from __future__ import annotations
@@ -39,11 +43,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from loading_table import render_loading_tables
 
 SPARE_BYTES = 2 * 2**30
-"""Of the machine's memory, left to everything else."""
+"""Bytes of the machine's memory that are left to other processes."""
 
 
 def run_concurrently(functions: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> list[dict[str, Any]]:
-    """Run each in a process, the connection to here as last argument: what it sends in the end."""
+    """Run each function in a process with a connection as its last argument, and return the figures that it sends."""
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in functions]
     processes = [
@@ -54,7 +58,7 @@ def run_concurrently(functions: list[tuple[Callable[..., None], tuple[Any, ...]]
         process.start()
         end.close()
     try:
-        for _ in range(3):  # all are ready; have loaded; have looked at what they share
+        for _ in range(3):  # all are ready, have loaded, and have measured shared pages
             figures = [pipe.recv() for pipe, _ in pipes]
             for pipe, _ in pipes:
                 pipe.send(None)
@@ -72,8 +76,8 @@ def free_port() -> int:
 
 
 def loaders(numbers: list[int], folder: Path, tiny: Path, total: int) -> Iterator[tuple[str, int, Any, int]]:
-    """Name, ranks, what to run on each, and the bytes that they hold together, in the order of a repeat."""
-    from loading_ranks import (  # behind the arguments: torch takes seconds. The ranks are forks and have it
+    """Yield name, number of ranks, the ranks' functions, and the bytes they hold together, in the order of a repeat."""
+    from loading_ranks import (  # late, because torch takes seconds; the ranks are forks and inherit it
         load_with_qlora_dist,
         load_with_transformers,
     )
@@ -97,16 +101,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=lambda text: [int(word) for word in text.split(",")], default=[1, 2, 4])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the folder is made")
-    parser.add_argument("--keep", type=Path, help="a folder to make, or to use if it is there")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--show", type=Path, help="only print the table of a file that --json has written")
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="parent of the folder")
+    parser.add_argument("--keep", type=Path, help="folder to make, or to use if it exists")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--show", type=Path, help="print the table of a file written by --json, and exit")
     args = parser.parse_args()
     if args.show:
         print(render_loading_tables(json.loads(args.show.read_text())))
         return
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
-        tree = measure(args, args.save or Path(directory) / "model", Path(directory) / "tiny")
+        tree = measure(args, args.keep or Path(directory) / "model", Path(directory) / "tiny")
     if args.json:
         args.json.write_text(json.dumps(tree, indent=1) + "\n")
     print(render_loading_tables(tree))
@@ -125,9 +129,9 @@ def measure(args: argparse.Namespace, folder: Path, tiny: Path) -> dict[str, Any
         write_nf4(folder, args.layers)
     write_nf4(tiny, 1, hidden_size=256, intermediate_size=256, num_attention_heads=2, num_key_value_heads=2)
     total = (folder / "model.safetensors").stat().st_size
-    opened = ModelFolder(folder)
-    largest = [quantized.layout.total_bytes for quantized in opened.quantized.values()]
-    largest += [entry.nbytes for entry in opened.entries.values()]
+    model_folder = ModelFolder(folder)
+    tensor_bytes = [quantized.layout.total_bytes for quantized in model_folder.quantized.values()]
+    tensor_bytes += [entry.nbytes for entry in model_folder.entries.values()]
     runs: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     for repeat in range(args.repeats):
@@ -141,9 +145,9 @@ def measure(args: argparse.Namespace, folder: Path, tiny: Path) -> dict[str, Any
             print(f"repeat {repeat + 1} of {args.repeats}: {name}, {n}", file=sys.stderr, flush=True)
             runs.append({"loader": name, "number": n, "repeat": repeat, "ranks": run_concurrently(functions)})
     return {
-        "layers": len({key.split(".")[2] for key in opened.quantized if ".layers." in key}),
+        "layers": len({key.split(".")[2] for key in model_folder.quantized if ".layers." in key}),
         "folder_bytes": total,
-        "largest_tensor_bytes": max(largest),
+        "largest_tensor_bytes": max(tensor_bytes),
         "cold": args.cold,
         "repeats": args.repeats,
         "machine": machine_info("cpu"),

@@ -1,4 +1,4 @@
-"""What each process of loading.py does: load, by ours or by transformers, and tell its figures."""
+"""The processes of loading.py, which load with qlora-dist or transformers and send their figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qlora_dist.runtime.process_group import process_group
 def load_with_qlora_dist(
     rank: int, world_size: int, nodes: int, port: int, folder: Path, tiny: Path, pipe: Any
 ) -> None:
-    """What `train` does up to the first step, on one rank."""
+    """Load on one rank as `train` does."""
     local = world_size // nodes
     variables = (rank, world_size, rank % local, local, "127.0.0.1", port)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -69,7 +69,7 @@ def load_with_transformers(folder: Path, tiny: Path, pipe: Any) -> None:
 def measure_load(
     pipe: Any, load: Callable[[], tuple[Any, dict[str, Any]]], then: Callable[[Any], dict[str, Any]]
 ) -> None:
-    """Send that this rank is ready; load when all are; tell figures, and the shared ones when all are done; stay."""
+    """Load when all ranks are ready, and send the figures when all are done, with the memory still held."""
     gc.collect()
     pipe.send(None)
     pipe.recv()
@@ -86,11 +86,11 @@ def measure_load(
 
 
 def mapped_bytes() -> int:
-    """Pages of files that this process maps, each divided by the number of processes that do."""
-    found = re.findall(r"^Pss_(?:File|Shmem):\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
-    return 1024 * sum(map(int, found))
+    """Return the bytes of mapped files, each page divided by the number of processes that map it."""
+    sizes = re.findall(r"^Pss_(?:File|Shmem):\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
+    return 1024 * sum(map(int, sizes))
 
 
 def disk_bytes() -> int:
-    """That this process has had read from the disk, pages of mapped files among them."""
+    """Return the bytes read from the disk for this process, pages of mapped files included."""
     return int(re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[1])  # type: ignore[index]

@@ -1,10 +1,10 @@
-"""Merging from file to file: peak memory and parameters per second, for each of the ways.
+"""Measure peak memory and parameters per second of merging from file to file, for each target format.
 
-python benchmarks/merge.py [--layers 9] [--dir /tmp] [--into dequantized nf4 nf4-feedback original]
+    python benchmarks/merge.py [--layers 9] [--dir /tmp] [--into dequantized nf4 nf4-feedback original]
 
-The model has Llama-3.1-8B's layers (0.44 GB each in bf16), the adapter rank 16 on every linear layer, in random values.
-It and the results are removed afterwards. Each merge runs in a process of its own; seconds include writing and syncing.
-Peak is the most that was resident (VmHWM) beyond what was before; the page cache is not in it.
+The model has Llama-3.1-8B's layers (0.44 GB each in bf16), and the adapter has rank 16 on every linear layer. Both have
+random values, and are removed afterwards with the results. Each merge runs in a separate process. Seconds include
+writing and syncing. Peak is the largest resident memory (VmHWM) above the memory before, without the page cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 
 RANK = 16
-WAYS = {
+MERGES = {
     "dequantized": MergeOptions(),
     "nf4": MergeOptions(into="nf4"),
     "nf4-feedback": MergeOptions(into="nf4", error_feedback=True),
@@ -55,7 +55,7 @@ def write_adapter(source: Path, out: Path) -> None:
 def merge_in_child(base: Path, adapter: Path, out: Path, into: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     before, started = restart_peak(), time.perf_counter()
-    report = merge_folder(base, adapter, out, WAYS[into], console)
+    report = merge_folder(base, adapter, out, MERGES[into], console)
     seconds, peak = time.perf_counter() - started, resident_bytes("VmHWM") - before
     print_merge_report(report, console)
     folder = ModelFolder(out)
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=9)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--into", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--into", nargs="+", choices=MERGES, default=list(MERGES))
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -1,15 +1,15 @@
-"""Held-out loss on the quickstart's task: what 4 bit and each way of merging cost, and whether the paper's claims hold.
+"""Measure the held-out loss on the quickstart's task for each 4-bit type and each way of merging.
 
-python benchmarks/merged_losses.py [--seeds 3] [--steps 8] [--rows 4] [--dir work/merged-losses] [--json FILE]
+    python benchmarks/merged_losses.py [--seeds 3] [--steps 8] [--rows 4] [--dir work/merged-losses] [--json FILE]
 
-SmolLM2-135M is trained on Python's documentation with configs/recipes/quickstart.yaml, in one process: NF4 with double
-quantization, NF4, and FP4 as `qlora-dist train` does; 16-bit LoRA by plain transformers and PEFT, over the same batches
-from the same first values with the same schedule. The adapter of NF4 with double quantization is then merged in every
-way. A seed is one of the data's order and of the adapter's first values.
+SmolLM2-135M is trained on Python's documentation with configs/recipes/quickstart.yaml, in one process. The bases in NF4
+with double quantization, in NF4 and in FP4 are trained with `qlora-dist train`. 16-bit LoRA is trained with plain
+transformers and PEFT, from the same initial values, on the same batches, with the same schedule. The adapter of NF4
+with double quantization is then merged in every way. A seed sets the data's order and the adapter's initial values.
 
-Every loss is measured in the same way: plain transformers and PEFT in fp32, over all held-out rows. Claims of the paper
-(arXiv:2305.14314, section 4) that are looked at: NF4 with double quantization matches 16-bit LoRA; FP4 lags NF4. What
-has been computed is kept in --dir, and a run that was interrupted goes on.
+Every loss is measured with plain transformers and PEFT in fp32 over all held-out rows. Two claims of the paper
+(arXiv:2305.14314, section 4) are checked: NF4 with double quantization matches 16-bit LoRA, and FP4 lags NF4. Results
+are kept in --dir, and an interrupted run resumes from them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MERGES: dict[str, dict[str, Any]] = {
     "nf4, error feedback": {"into": "nf4", "error_feedback": True},
     "original": {"into": "original"},
 }
-CLAIMS = {  # of two losses: that they are as equal as seeds are, or that one is above or below the other in every seed
+CLAIMS = {  # two losses differ by less than seeds do ("equal"), or the first is above or below the second in every seed
     "NF4 with double quantization matches 16-bit LoRA": ("QLoRA, NF4+DQ", "LoRA, 16 bit", "equal"),
     "double quantization costs nothing": ("QLoRA, NF4+DQ", "QLoRA, NF4", "equal"),
     "FP4 lags NF4": ("QLoRA, FP4", "QLoRA, NF4", "above"),
@@ -104,7 +104,7 @@ def training_config(args: argparse.Namespace, base: str, seed: int) -> Config:
 
 
 def trained_adapter(args: argparse.Namespace, base: str, seed: int) -> Path:
-    """Trained now, if it was not before."""
+    """Return an adapter's folder, and train the adapter if it does not exist."""
     config = training_config(args, base, seed)
     out = args.dir / "runs" / config.run.name / "adapter"
     if not out.exists():
@@ -116,7 +116,7 @@ def trained_adapter(args: argparse.Namespace, base: str, seed: int) -> Path:
 
 
 def train_plain(config: Config, out: Path) -> None:
-    """16-bit LoRA as anybody would: whole logits, torch's AdamW, PEFT's layers."""
+    """Train 16-bit LoRA in the common way: unchunked logits, torch's AdamW, PEFT's layers."""
     setup = set_up_run(config, read_rank_info({}))
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.model.compute_dtype]
     lora = peft.LoraConfig(
@@ -164,9 +164,9 @@ def plain_eval_loss(folder: Path, adapter: Path | None, batches: list[Batch]) ->
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, dict[str, float]]:
-    """Losses by what was measured and seed; those of bases have one."""
-    kept = args.dir / "losses.json"
-    losses: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
+    """Return the losses by name and seed. A base has only seed 0."""
+    losses_file = args.dir / "losses.json"
+    losses: dict[str, dict[str, float]] = json.loads(losses_file.read_text()) if losses_file.exists() else {}
     setup = set_up_run(training_config(args, "16 bit", 0), read_rank_info({}))
     assert setup.eval_rows is not None
     batches = eval_batches(setup.eval_rows, micro_batch=1, rank=0, world_size=1)
@@ -174,7 +174,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, dict[str, f
     def add(name: str, seed: int, folder: Path, adapter: Path | None = None) -> None:
         loss = plain_eval_loss(folder, adapter, batches)
         losses.setdefault(name, {})[str(seed)] = loss
-        kept.write_text(json.dumps(losses, indent=2))
+        losses_file.write_text(json.dumps(losses, indent=2))
         console.print(f"{name}, seed {seed}: {loss:.4f}")
         gc.collect()
 
@@ -190,8 +190,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, dict[str, f
             if str(seed) not in losses.get(f"merged, {merge}", {}):
                 merged = args.dir / "merged"
                 shutil.rmtree(merged, ignore_errors=True)
-                base = base_folder(args, "16 bit" if merge == "original" else "NF4+DQ")
-                merge_folder(base, trained_adapter(args, "NF4+DQ", seed), merged, MergeOptions(**settings), QUIET)
+                folder = base_folder(args, "16 bit" if merge == "original" else "NF4+DQ")
+                merge_folder(folder, trained_adapter(args, "NF4+DQ", seed), merged, MergeOptions(**settings), QUIET)
                 add(f"merged, {merge}", seed, merged)
                 shutil.rmtree(merged)
     return losses
@@ -202,19 +202,20 @@ def report(losses: dict[str, dict[str, float]], console: Console) -> dict[str, A
     for name, by_seed in losses.items():
         values = list(by_seed.values())
         base = losses["base, 16 bit"]["0"]
-        spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else ""
-        table.add_row(name, f"{statistics.median(values):.4f}", spread, f"{1 - statistics.median(values) / base:.1%}")
+        value_range = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else ""
+        median = statistics.median(values)
+        table.add_row(name, f"{median:.4f}", value_range, f"{1 - median / base:.1%}")
     console.print(table)
     differences = {}
-    for claim, (one, other, relation) in CLAIMS.items():
-        values = [losses[one][seed] - losses[other][seed] for seed in losses[one]]
-        spread = max(max(losses[name].values()) - min(losses[name].values()) for name in (one, other))
+    for claim, (first, second, relation) in CLAIMS.items():
+        values = [losses[first][seed] - losses[second][seed] for seed in losses[first]]
+        spread = max(max(losses[name].values()) - min(losses[name].values()) for name in (first, second))
         median = statistics.median(values)
         holds = {"equal": abs(median) <= spread, "above": min(values) > 0, "below": max(values) < 0}[relation]
         differences[claim] = {"differences": values, "seeds_apart": spread, "holds": holds}
         console.print(
-            f"{claim}: {'holds' if holds else 'does not hold'} here. {one} - {other}: "
-            f"{', '.join(f'{value:+.4f}' for value in values)}; seeds are up to {spread:.4f} apart",
+            f"{claim}: {'holds' if holds else 'does not hold'} here. {first} - {second}: "
+            f"{', '.join(f'{value:+.4f}' for value in values)}; seeds differ by up to {spread:.4f}",
             soft_wrap=True,
         )
     return differences
@@ -224,8 +225,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=4, help="of 512 tokens, to a step")
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="of training's computation")
+    parser.add_argument("--rows", type=int, default=4, help="rows of 512 tokens in a step")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="compute type of training")
     parser.add_argument("--dir", type=Path, default=Path("work/merged-losses"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

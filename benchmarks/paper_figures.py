@@ -1,4 +1,4 @@
-"""The memory figures of the QLoRA paper (arXiv:2305.14314), and which terms make each.
+"""Compare the memory figures of the QLoRA paper (arXiv:2305.14314) with the sums of their terms.
 
     python benchmarks/paper_figures.py
 
@@ -16,35 +16,40 @@ from qlora_dist.plan.model_config import read_model_config
 from qlora_dist.plan.model_spec import make_model_spec
 
 GIB = 2**30
-TOTALS = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}  # figure 6, sequences of 512, one
+TOTALS = {
+    "llama-7b": 6.9,
+    "llama-13b": 11.3,
+    "llama-33b": 24.7,
+    "llama-65b": 45.0,
+}  # figure 6: one sequence of 512 tokens
 GUANACO = {"llama-7b": 5, "llama-13b": 10, "llama-33b": 21, "llama-65b": 41}  # table 6, rounded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelStates:
-    """Bytes of what a single GPU holds."""
+    """Bytes that a single GPU holds."""
 
     base: int
     base_without_double_quantization: int
     embeddings_fp32: int
-    """Embedding, head and norms: `prepare_model_for_kbit_training` casts them to fp32."""
+    """Bytes of embedding, head and norms, which `prepare_model_for_kbit_training` casts to fp32."""
     adapters: int
-    """bf16."""
+    """Bytes of the adapters in bf16."""
     gradients: int
     moments: int
-    """fp32, both."""
+    """Bytes of both moments in fp32."""
     inputs: int
-    """Of the layers, for 512 tokens in bf16: what checkpointing keeps."""
+    """Bytes of the layers' inputs that checkpointing keeps, for 512 tokens in bf16."""
     context: int = 2**29
 
     @property
     def as_printed(self) -> int:
-        """The sum that comes nearest the paper's totals: without double quantization, embeddings in fp32."""
+        """Sum nearest to the paper's totals: without double quantization, embeddings in fp32."""
         return self.base_without_double_quantization + self._rest
 
     @property
     def as_described(self) -> int:
-        """The same with double quantization, as the paper's text has it."""
+        """Sum with double quantization, as described in the paper."""
         return self.base + self._rest
 
     @property
@@ -53,32 +58,32 @@ class ModelStates:
 
 
 def states(name: str, r: int = 64) -> ModelStates:
-    """Of a model, with adapters on all linear layers."""
+    """Return the bytes of a model with adapters on all linear layers."""
     config = read_model_config(name)
     lora = LoraConfig(r=r)
     matrices = [matrix for layer in decoder_layer_specs(config, lora) for matrix in layer.matrices]
     plain = [p for unit in make_model_spec(config, lora).units for p in unit.parameters if not p.is_quantized]
     adapters = sum(p.numel for p in plain if p.trained)
 
-    def base(double_quant: bool) -> int:
+    def base_bytes(*, double_quant: bool) -> int:
         return sum(
             NF4Layout(shape=(m.rows, m.in_features), block_size=64, double_quant=double_quant).total_bytes
             for m in matrices
         )
 
     return ModelStates(
-        base(True),
-        base(False),
-        4 * sum(p.numel for p in plain if not p.trained),
-        2 * adapters,
-        2 * adapters,
-        8 * adapters,
-        2 * 512 * config["hidden_size"] * config["num_hidden_layers"],
+        base=base_bytes(double_quant=True),
+        base_without_double_quantization=base_bytes(double_quant=False),
+        embeddings_fp32=4 * sum(p.numel for p in plain if not p.trained),
+        adapters=2 * adapters,
+        gradients=2 * adapters,
+        moments=8 * adapters,
+        inputs=2 * 512 * config["hidden_size"] * config["num_hidden_layers"],
     )
 
 
 def constants_bits() -> float:
-    """Bits per parameter of the quantization constants, with double quantization: 8/64 + 32/(64 x 256)."""
+    """Return the bits per parameter of double-quantized constants: 8/64 + 32/(64 x 256)."""
     layout = NF4Layout(shape=(2**14, 2**14))
     return 8 * (layout.total_bytes - layout.codes.stop) / layout.numel
 
@@ -93,16 +98,16 @@ def main() -> None:
         )
         terms = {key: value for key, value in vars(s).items() if key != "base"}
         print("   " + ", ".join(f"{key} {value / GIB:.2f}" for key, value in terms.items()))
-    one = states("llama-65b")
-    saved = one.base_without_double_quantization - one.base
+    llama_65b = states("llama-65b")
+    saved = llama_65b.base_without_double_quantization - llama_65b.base
     print(f"constants: {constants_bits():.3f} bits a parameter; double quantization saves {saved / 1e9:.2f} GB at 65B")
-    print(f"65B: {one.as_printed / GIB:.1f} GiB with all states, below 48")
+    print(f"65B: {llama_65b.as_printed / GIB:.1f} GiB with all states, below 48")
     for r in (16, 64):
         s = states("llama-3.1-405b", r)
         weights, trained = s.base + s.embeddings_fp32 // 2, 16 * s.adapters // 2
         print(
             f"405B, r = {r}: {weights / 1e9:.1f} GB of weights + {trained / 1e9:.1f} GB of adapters, gradients and "
-            f"moments in fp32 = {(weights + trained) / 1e9:.1f} GB: a sum of states, not what 8 GPUs need for a step"
+            f"moments in fp32 = {(weights + trained) / 1e9:.1f} GB: a sum of states, without the memory of a step"
         )
 
 

@@ -1,10 +1,10 @@
-"""The planner's formulas (`plan/memory_estimate.py`, `plan/step_traffic.py`) against the trace of a step.
+"""Compare the planner's formulas (`plan/memory_estimate.py`, `plan/step_traffic.py`) with the trace of a step.
 
-python benchmarks/plan_grid.py [--only llama-3.1-405b] [--quick] [--json FILE]
+    python benchmarks/plan_grid.py [--only llama-3.1-405b] [--quick] [--json FILE]
 
-For each model, mesh and setting: bytes between steps, the peak, that of each phase, and bytes sent in a step. Exits
-with 1 where static bytes differ at all, the peak by more than 3 % (6 % where a layer's backward is the peak), or bytes
-of a step by more than 0.1 %.
+For each model, mesh and setting it compares bytes between steps, the peak of each phase, and bytes sent in a step. The
+exit code is 1 if static bytes differ at all, sent bytes by more than 0.1 %, or the peak by more than 3 %. The peak's
+tolerance is 6 % if a layer's backward is the peak.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qlora_dist.plan.step_traffic import step_traffic
 from qlora_dist.trace.trace_step import trace_step
 
 SHAPES = [(1, 1), (2, 1), (8, 1), (16, 2), (64, 8), (512, 64)]
-"""Ranks and nodes."""
+"""Numbers of ranks and nodes."""
 SETTINGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("", {}),
     ("world", {"parallel": {"base": "world"}}),
@@ -58,7 +58,7 @@ MODELS = [
 
 
 def configuration(settings: dict[str, dict[str, Any]], world_size: int) -> Config:
-    """Of a run with r=16 and 2048 tokens, but for what the settings say."""
+    """Return the configuration of a run with r=16 and 2048 tokens, changed by the settings."""
     tree: dict[str, dict[str, Any]] = {
         "model": {"base": "model"},
         "lora": {"r": 16, "dropout": 0.0},
@@ -74,7 +74,7 @@ def configuration(settings: dict[str, dict[str, Any]], world_size: int) -> Confi
 
 
 def compare(model: str, world_size: int, nodes: int, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Both ways, in bytes."""
+    """Return pairs of figures in bytes, first by the formulas, then by the trace."""
     config, model_config = configuration(settings, world_size), read_model_config(model)
     run = make_run_spec(config, model_config, world_size, nodes)
     memory = estimate_memory(run)
@@ -90,27 +90,29 @@ def compare(model: str, world_size: int, nodes: int, settings: dict[str, dict[st
     }
 
 
-def exceeds_tolerance(found: dict[str, Any]) -> bool:
-    """Whether formulas and trace are further apart than they may be."""
-    largest = max(found["phases"], key=lambda phase: found["phases"][phase][1])
-    peak = 0.06 if largest == "layer_backward" else 0.03
+def exceeds_tolerance(comparison: dict[str, Any]) -> bool:
+    """Return whether formulas and trace differ by more than the tolerances."""
+    phases = comparison["phases"]
+    peak_tolerance = 0.06 if max(phases, key=lambda phase: phases[phase][1]) == "layer_backward" else 0.03
     return bool(
-        found["static"][0] != found["static"][1]
-        or abs(relative_error(found["peak"])) > peak
-        or abs(relative_error(found["traffic"])) > 1e-3
+        comparison["static"][0] != comparison["static"][1]
+        or abs(relative_error(comparison["peak"])) > peak_tolerance
+        or abs(relative_error(comparison["traffic"])) > 1e-3
     )
 
 
 def relative_error(pair: tuple[int, int]) -> float:
-    """By which share the formula is above the trace."""
+    """Return the relative difference of the formula from the trace."""
     return pair[0] / pair[1] - 1 if pair[1] else float(pair[0] != 0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="a model; may be given again")
-    parser.add_argument("--setting", action="append", help="a setting; may be given again")
-    parser.add_argument("--quick", action="store_true", help="8 ranks, and each model with two settings more")
+    parser.add_argument("--only", action="append", help="model to compare; may be repeated")
+    parser.add_argument("--setting", action="append", help="setting to compare; may be repeated")
+    parser.add_argument(
+        "--quick", action="store_true", help="use 8 ranks, and two settings besides the first per model"
+    )
     parser.add_argument("--json", help="file for all figures")
     args = parser.parse_args()
     cases = []
@@ -127,29 +129,30 @@ def main() -> None:
     )
     results, bad = [], 0
     for model, name, settings, (world_size, nodes) in cases:
-        found = compare(model, world_size, nodes, settings)
-        results.append({"model": model, "setting": name, "ranks": world_size, "nodes": nodes, **found})
-        bad += exceeds_tolerance(found)
+        comparison = compare(model, world_size, nodes, settings)
+        results.append({"model": model, "setting": name, "ranks": world_size, "nodes": nodes, **comparison})
+        bad += exceeds_tolerance(comparison)
         phases = [
-            f"{100 * relative_error(found['phases'][phase]):+.2f}"
+            f"{100 * relative_error(comparison['phases'][phase]):+.2f}"
             for phase in ("layer_forward", "head", "layer_backward")
         ]
-        static = "=" if relative_error(found["static"]) == 0 else f"{100 * relative_error(found['static']):+.3f} %"
+        static_error = relative_error(comparison["static"])
+        static = "=" if static_error == 0 else f"{100 * static_error:+.3f} %"
         row = [
             model,
             name,
             f"{world_size}/{nodes}",
             static,
-            f"{found['peak'][1] / 2**30:.3f}",
-            f"{100 * relative_error(found['peak']):+.2f} %",
+            f"{comparison['peak'][1] / 2**30:.3f}",
+            f"{100 * relative_error(comparison['peak']):+.2f} %",
         ]
-        row += [*phases, f"{100 * relative_error(found['traffic']):+.3f} %", f"{found['cpu_s']:.0f}"]
-        table.add_row(*row, style="red" if exceeds_tolerance(found) else None)
-        print(*row, "BAD" if exceeds_tolerance(found) else "", flush=True, sep=" | ")
+        row += [*phases, f"{100 * relative_error(comparison['traffic']):+.3f} %", f"{comparison['cpu_s']:.0f}"]
+        table.add_row(*row, style="red" if exceeds_tolerance(comparison) else None)
+        print(*row, "BAD" if exceeds_tolerance(comparison) else "", flush=True, sep=" | ")
     Console(width=150).print(table)
     if args.json:
         Path(args.json).write_text(json.dumps(results))
-    print(f"{len(results)} cases, {bad} of them apart")
+    print(f"{len(results)} cases, {bad} of them beyond the tolerances")
     sys.exit(bad > 0)
 
 

@@ -1,9 +1,9 @@
-"""The trace against real ranks on this machine: what a step allocates and sends, counted in both.
+"""Compare the memory and traffic of a traced step with real ranks on this machine.
 
-python benchmarks/plan_real.py --base models/SmolLM2-135M-nf4 [--ranks 1 2 4] [--seq-len 512] [KEY=VALUE...]
+    python benchmarks/plan_real.py --base models/SmolLM2-135M-nf4 [--ranks 1 2 4] [--seq-len 512] [KEY=VALUE...]
 
-Both are counted by `trace/live_memory.py`: here what torch's dispatcher makes on real CPU tensors in a gloo run. Exits
-with 1 where weights or bytes of a step differ at all, or the peak by more than 2 %.
+`trace/live_memory.py` counts the tensors of both; the real ranks are processes on CPUs with gloo. The exit code is 1
+if weights or bytes of a step differ at all, or the peak by more than 2 %.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,16 @@ from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.parallel.static_bytes import model_static_bytes
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.trace.live_memory import by_phase
+from qlora_dist.trace.live_memory import LayerPhase
 from qlora_dist.trace.trace_step import record_peaks, trace_checkpoint
 from qlora_dist.train.run_setup import set_up_model
 
 Figures = tuple[int, dict[str, int], dict[str, int]]
-"""Bytes of the weights, at the peak of each phase, and received by mesh dimension."""
+"""Bytes of the weights, bytes at the peak of each phase, and bytes received by mesh dimension."""
 
 
 def measure_real_step(config: Config) -> Figures:
-    """Two steps of a rank, of which the second counts."""
+    """Run two steps of a rank, and return the figures of the second."""
     ranks, device = read_rank_info(), torch.device("cpu")
     folder, model, _ = set_up_model(config)
     with process_group(ranks, device):
@@ -46,20 +47,30 @@ def measure_real_step(config: Config) -> Figures:
         shape = config.train.micro_batch, config.data.seq_len
         ids, positions = torch.randint(3, 1000, shape), torch.arange(shape[1]).expand(shape).contiguous()
         count = config.train.global_batch // (shape[0] * ranks.world_size)
-        window = [Batch(ids.clone(), ids.clone(), positions.clone()) for _ in range(count)]
+        micro_batches = [Batch(ids.clone(), ids.clone(), positions.clone()) for _ in range(count)]
         replicas = loaded.meshes.sizes.adapter_replicas
-        memory, _ = record_peaks(model, loaded.optimizer_state, window, replicas, config, loaded.traffic, steps=2)
-        return model_static_bytes(model), by_phase(memory.peaks), loaded.traffic.take()
+        memory, _ = record_peaks(
+            model, loaded.optimizer_state, micro_batches, replicas, config, loaded.traffic, steps=2
+        )
+        return model_static_bytes(model), peak_by_phase(memory.peaks), loaded.traffic.take()
 
 
 def measure_traced_step(config: Config, world_size: int) -> Figures:
-    """The same of no rank."""
-    found = trace_checkpoint(config, ModelFolder(config.model.base), world_size, device="cpu")
-    return found.weights_bytes, by_phase(found.peaks), found.traffic
+    """Return the figures of a trace of all layers."""
+    trace = trace_checkpoint(config, ModelFolder(config.model.base), world_size, device="cpu")
+    return trace.weights_bytes, peak_by_phase(trace.peaks), trace.traffic
 
 
-def in_processes(environments: list[dict[str, str]], function: Any, *args: Any) -> list[Figures]:
-    """Each in a process of its own."""
+def peak_by_phase(peaks: Mapping[LayerPhase, int]) -> dict[str, int]:
+    """Return the largest peak of each phase."""
+    largest: dict[str, int] = {}
+    for (phase, _), nbytes in peaks.items():
+        largest[phase] = max(largest.get(phase, 0), nbytes)
+    return largest
+
+
+def run_in_processes(environments: list[dict[str, str]], function: Any, *args: Any) -> list[Figures]:
+    """Run a function in one process per environment."""
     with tempfile.TemporaryDirectory() as folder:
         context, processes = multiprocessing.get_context("fork"), []
         for index, environment in enumerate(environments):
@@ -85,7 +96,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     table = Table("ranks", "weights", "received in a step", "phase", "real MiB", "trace MiB", "difference")
-    apart = 0
+    mismatches = 0
     for world_size in args.ranks:
         tree: dict[str, dict[str, Any]] = {
             "model": {"base": args.base},
@@ -100,25 +111,25 @@ def main() -> None:
             {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
             for rank in range(world_size)
         ]
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port + world_size)}
-        ranks = in_processes(
-            [{k: str(v) for k, v in e.items()} | where for e in environments], measure_real_step, config
+        master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port + world_size)}
+        ranks = run_in_processes(
+            [{k: str(v) for k, v in e.items()} | master for e in environments], measure_real_step, config
         )
-        (trace,) = in_processes([{}], measure_traced_step, config, world_size)
+        (trace,) = run_in_processes([{}], measure_traced_step, config, world_size)
         for weights, phases, received in ranks[:1]:
             peaks = {"peak": (max(phases.values()), max(trace[1].values()))}
             peaks |= {phase: (nbytes, trace[1][phase]) for phase, nbytes in phases.items()}
-            for name, (found, expected) in peaks.items():
+            for name, (real, traced) in peaks.items():
                 row = [str(world_size), "=" if weights == trace[0] else f"{weights} {trace[0]}"]
                 row += ["=" if received == trace[2] else f"{received} {trace[2]}", name]
-                row += [f"{found / 2**20:.3f}", f"{expected / 2**20:.3f}", f"{100 * (expected / found - 1):+.3f} %"]
+                row += [f"{real / 2**20:.3f}", f"{traced / 2**20:.3f}", f"{100 * (traced / real - 1):+.3f} %"]
                 table.add_row(*row)
         for weights, phases, received in ranks:
-            off = max(trace[1].values()) / max(phases.values()) - 1
-            apart += weights != trace[0] or received != trace[2] or abs(off) > 0.02
+            error = max(trace[1].values()) / max(phases.values()) - 1
+            mismatches += weights != trace[0] or received != trace[2] or abs(error) > 0.02
     Console(width=140).print(table)
-    print(f"{apart} ranks apart")
-    sys.exit(apart > 0)
+    print(f"{mismatches} ranks differ from the trace")
+    sys.exit(mismatches > 0)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The planner's formulas against what others have published of their QLoRA trainers.
+"""Compare the planner's formulas with figures that others have published of their QLoRA trainers.
 
     python benchmarks/published.py                # every row: predicted, published, error, and the switches
-    python benchmarks/published.py --efficiency   # of each GPU, the part of its operations that its rows reach
+    python benchmarks/published.py --efficiency   # each GPU's fraction of its peak operations that its rows reach
 
-Each system is modelled as it is (`published_systems.py`); the rows and their sources are in `data/published_qlora.csv`.
+Each system is modelled with its own switches (`published_systems.py`). The rows and their sources are in
+`data/published_qlora.csv`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main() -> None:
     hardware = load_hardware()
     errors: dict[str, list[float]] = defaultdict(list)
     bands: dict[str, list[bool]] = defaultdict(list)
-    foreseen: list[bool] = []
+    predicted_ooms: list[bool] = []
     for row in rows:
         name = f"{row['model']} {row['gpus']}x{row['gpu']} {row['batch_per_gpu']}x{row['seq_len']}"
         run, system = (
@@ -54,12 +55,12 @@ def main() -> None:
         memory = system_memory(run, system)
         confidence = " (offload)" if system.offload else ""
         parts = []
-        for column, what, predicted in (
+        for column, figure, predicted in (
             ("static_gib", "static", memory.static_bytes / GIB),
             ("peak_alloc_gib", "peak", memory.peak_bytes / GIB),
         ):
             if row[column]:
-                parts.append(compare(what + confidence, predicted, float(row[column]), errors))
+                parts.append(compare(figure + confidence, predicted, float(row[column]), errors))
         low, high = (nbytes / GIB for nbytes in system_reserved_bytes(memory, system))
         if row["peak_reserved_gib"]:
             published, plain = float(row["peak_reserved_gib"]), high - memory.phases["head"]["loss"] / GIB
@@ -69,31 +70,32 @@ def main() -> None:
             parts.append(f"reserved {low:.2f} to {high:.2f} / {published:.2f} {verdict}")
         gpu = hardware.gpu(GENERIC.get(row["gpu"], row["gpu"]))
         if row["tokens_per_s_per_gpu"] == "OOM":
-            foreseen.append(not memory.fits(gpu.memory_bytes))
-            said = "foreseen" if foreseen[-1] else "NOT FORESEEN"
-            parts.append(f"published: out of memory; {said}, peak {memory.peak_bytes / GIB:.1f} GiB")
+            predicted_ooms.append(not memory.fits(gpu.memory_bytes))
+            verdict = "predicted" if predicted_ooms[-1] else "NOT PREDICTED"
+            parts.append(f"published: out of memory; {verdict}, peak {memory.peak_bytes / GIB:.1f} GiB")
         elif row["tokens_per_s_per_gpu"]:
             predicted = tokens_per_s(run, system, gpu, hardware.link(gpu.link))
             parts.append(compare("tokens/s" + confidence, predicted, float(row["tokens_per_s_per_gpu"]), errors))
         print(f"{name}: {'; '.join(parts)}  [{system.description}]")
     print()
-    for what, found in errors.items():
-        print(f"{what}: {len(found)} rows, median {median(map(abs, found)):.1%}, worst {max(found, key=abs):+.1%}")
-    for what, hits in bands.items():
-        print(f"reserved within {what} of the predicted peak: {sum(hits)} of {len(hits)} rows")
-    print(f"out of memory, foreseen: {sum(foreseen)} of {len(foreseen)} rows")
+    for figure, values in errors.items():
+        print(f"{figure}: {len(values)} rows, median {median(map(abs, values)):.1%}, worst {max(values, key=abs):+.1%}")
+    for band, hits in bands.items():
+        print(f"reserved within {band} of the predicted peak: {sum(hits)} of {len(hits)} rows")
+    print(f"out of memory, predicted: {sum(predicted_ooms)} of {len(predicted_ooms)} rows")
 
 
-def compare(what: str, predicted: float, published: float, errors: dict[str, list[float]]) -> str:
+def compare(figure: str, predicted: float, published: float, errors: dict[str, list[float]]) -> str:
+    """Add the relative error of a figure to `errors`, and return a text with both values."""
     error = predicted / published - 1
-    errors[what].append(error)
-    digits = 0 if what.startswith("tokens") else 2
-    return f"{what} {predicted:.{digits}f} / {published:.{digits}f} {error:+.1%}"
+    errors[figure].append(error)
+    digits = 0 if figure.startswith("tokens") else 2
+    return f"{figure} {predicted:.{digits}f} / {published:.{digits}f} {error:+.1%}"
 
 
 def print_efficiencies(rows: list[dict[str, str]]) -> None:
-    """For each row the efficiency with which the formulas would give what was published, found by halving."""
-    hardware, found = load_hardware(), defaultdict(list)
+    """Print each GPU's median efficiency, found by bisection, with which the formulas give the published speed."""
+    hardware, efficiencies = load_hardware(), defaultdict(list)
     for row in rows:
         if row["tokens_per_s_per_gpu"] in ("", "OOM") or row["gpu"] not in hardware.gpus:
             continue
@@ -107,8 +109,8 @@ def print_efficiencies(rows: list[dict[str, str]]) -> None:
             middle = (low + high) / 2
             slow = tokens_per_s(run, system, gpu, hardware.link(gpu.link), middle) < float(row["tokens_per_s_per_gpu"])
             low, high = (middle, high) if slow else (low, middle)
-        found[row["gpu"]].append(low)
-    for gpu_name, values in found.items():
+        efficiencies[row["gpu"]].append(low)
+    for gpu_name, values in efficiencies.items():
         print(f"{gpu_name}: {median(values):.2f}, from {len(values)} rows, {min(values):.2f} to {max(values):.2f}")
 
 

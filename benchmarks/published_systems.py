@@ -1,8 +1,8 @@
 """Other QLoRA trainers, as switches of the planner's formulas.
 
-Each switch says what such a system does otherwise than this one, and where that is known from. No number is fitted to a
-row. What the code of these trainers does not tell is inferred from how their rows differ from one another, and says so:
-logits that are alive at once, and layers' inputs that FSDP1 has twice.
+Each switch is a difference from this package, with its source. No number is fitted to a row. Two figures are not in
+the trainers' code: the logits alive at once, and the layers' inputs that FSDP1 holds twice. They are inferred from
+differences between published rows.
 """
 
 from __future__ import annotations
@@ -34,36 +34,42 @@ NAMES = {
 
 
 def bundled_model_name(model: str) -> str:
-    """The name here of a model as the hub calls it: Meta-Llama-3-8B, Mistral-7B-v0.1."""
+    """Return the bundled name of a model for its name on the hub, such as Meta-Llama-3-8B or Mistral-7B-v0.1."""
     return re.sub(r"^meta-|-hf$|-v0\.\d|-instruct|-base$", "", model.lower())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainerSystem:
-    """What a trainer does."""
+    """A trainer's differences from this package."""
 
     gathers: bool
-    """Layers are sharded and gathered; else a rank has all."""
+    """True if layers are sharded and gathered; false if each rank holds all of them."""
     fsdp1: bool
-    """Its root unit, embedding and head, stays gathered, and scales are on every rank."""
+    """True if embedding and head stay gathered in the root unit, and scales are on every rank."""
     moments_bytes: int
-    """Of an adapter's element: two of AdamW, in fp32 or in the adapter's own type."""
+    """Bytes of AdamW's two moments per adapter element, in fp32 or in the adapter's type."""
     adapter_bytes: int
+    """Bytes of an adapter element."""
     residual_bytes: int
-    """Of what layers hand on, and checkpointing keeps: fp32 where `prepare_model_for_kbit_training` has cast norms and
-    embeddings, and FSDP1 does not cast it back."""
+    """Bytes of an element of the hidden states between layers, which checkpointing keeps.
+
+    They are fp32 where `prepare_model_for_kbit_training` casts norms and embeddings, and FSDP1 does not cast them back.
+    """
     logit_bytes: int
-    """Of a logit, at the loss. transformers before 4.45: logits in bf16 and in fp32, a shifted copy, log-probabilities:
-    2 + 4 + 4 + 4; that all are there at once is inferred from how rows grow with tokens. Fused cross-entropy: its
-    gradient stands in place of the shifted copy: 4 + 4. Chunked: none."""
+    """Bytes per logit at the loss.
+
+    In transformers before 4.45 they are 2 + 4 + 4 + 4: logits in bf16 and fp32, a shifted copy, log-probabilities. That
+    all exist at once is inferred from the growth of rows with tokens. Fused cross-entropy needs 4 + 4, because its
+    gradient replaces the shifted copy. A chunked loss needs none.
+    """
     code: ImplementationTraits
     offload: bool
     reserved_kind: str
-    """What the memory that was reported is."""
+    """Kind of the reported memory: `nvidia-smi` or `reserved`."""
 
     @property
     def description(self) -> str:
-        """The switches that are on."""
+        """Switches of the system as text."""
         parts = [
             "FSDP1: replicated absmax, gathered root"
             if self.fsdp1
@@ -80,18 +86,18 @@ class TrainerSystem:
 
 
 def trainer_system_of_row(row: dict[str, str]) -> TrainerSystem:
-    """The switches of a published row."""
+    """Return the switches of a published row."""
     gathers = row["engine"] not in ("none", "ddp")
     fused = row["fused_kernels"] in ("yes", "compile")
-    answer = row["source"].startswith("fsdp_qlora")
+    is_fsdp_qlora = row["source"].startswith("fsdp_qlora")
     logit_bytes = 0 if row["chunked_loss"] == "yes" else 8 if fused else 14
     casts = row["fused_kernels"] == "no" and row["source"].startswith("fms") and not gathers
     return TrainerSystem(
         gathers=gathers,
         fsdp1=row["engine"] == "fsdp1",
         # fsdp_qlora trains bf16 adapters with bf16 moments
-        moments_bytes=4 if answer else 8,
-        adapter_bytes=2 if answer else FP32,
+        moments_bytes=4 if is_fsdp_qlora else 8,
+        adapter_bytes=2 if is_fsdp_qlora else FP32,
         residual_bytes=FP32 if casts else 2,
         logit_bytes=logit_bytes,
         code=ImplementationTraits(copies_attention=False, fused_norms=fused, keeps_output=True),
@@ -101,7 +107,7 @@ def trainer_system_of_row(row: dict[str, str]) -> TrainerSystem:
 
 
 def run_spec_of_row(row: dict[str, str], model_config: dict[str, Any]) -> RunSpec:
-    """A row as a run of ours, before its switches."""
+    """Return a row as a run of this package, before its switches."""
     targets = row["lora_targets"]
     lora = LoraConfig(
         r=int(row["lora_rank"]),
@@ -134,7 +140,7 @@ def run_spec_of_row(row: dict[str, str], model_config: dict[str, Any]) -> RunSpe
 
 
 def system_memory(run: RunSpec, system: TrainerSystem) -> MemoryEstimate:
-    """Between steps, and at the two moments that need most."""
+    """Return the memory between steps, and at the two moments that need most."""
     model, shards, t = run.model, run.shard_counts.base_shards, run.tokens
     codes, scales = _base(run)
     vocabulary = 2 * model.vocabulary * model.hidden * (1 if model.tied else 2)
@@ -151,7 +157,7 @@ def system_memory(run: RunSpec, system: TrainerSystem) -> MemoryEstimate:
     }
     layer = model.layers[0]
     assert layer.layer is not None
-    here = layer_activations(run, layer.layer, system.code)
+    activations = layer_activations(run, layer.layer, system.code)
     gathered = _layer_bytes(layer) if system.gathers else 0
     root = vocabulary if system.fsdp1 else 0  # embedding and head are in the root, which stays gathered
     inputs = len(model.layers) * t * model.hidden * system.residual_bytes
@@ -162,26 +168,29 @@ def system_memory(run: RunSpec, system: TrainerSystem) -> MemoryEstimate:
         "loss": system.logit_bytes * t * model.vocabulary,
     }
     backward = {
-        # inferred: with FSDP1 every row needs a second time the layers' inputs in backward, whatever the model
+        # inferred: with FSDP1 every row needs the layers' inputs twice in backward, whatever the model
         "checkpointed inputs": inputs * (2 if system.fsdp1 else 1),
         "gathered": root + 2 * gathered,
-        "recomputed layer": here.kept,
-        "dequantized weight": here.backward_weight_bytes,
-        "working memory": here.backward - here.backward_weight_bytes,
+        "recomputed layer": activations.saved_bytes,
+        "dequantized weight": activations.backward_weight_bytes,
+        "working memory": activations.backward_peak_bytes - activations.backward_weight_bytes,
     }
     return MemoryEstimate(static, {"head": loss, "layer_backward": backward})
 
 
 def system_reserved_bytes(memory: MemoryEstimate, system: TrainerSystem) -> tuple[float, float]:
-    """What the allocator has taken: the planner's band. Logits that are there whole leave blocks behind that nothing
-    but logits fits into, and backward asks for as many again: they are counted a second time in the upper end."""
+    """Return the planner's bounds of the bytes that the allocator reserves.
+
+    Unchunked logits leave blocks that nothing else fits into, and backward allocates as many again. So the upper bound
+    counts them twice.
+    """
     low, high = memory.reserved_bytes
     context = CUDA_CONTEXT_BYTES if system.reserved_kind == "nvidia-smi" else 0
     return low + context, high + context + memory.phases["head"]["loss"]
 
 
 def _base(run: RunSpec) -> tuple[int, int]:
-    """Bytes of the codes, and of the scales of double quantization."""
+    """Return the bytes of the codes, and of the scales with double quantization."""
     codes = scales = 0
     for unit in run.model.layers:
         assert unit.layer is not None
@@ -198,7 +207,10 @@ def _layer_bytes(unit: FsdpUnit) -> int:
 
 
 def tokens_per_s(run: RunSpec, system: TrainerSystem, gpu: Gpu, link: Link, efficiency: float | None = None) -> float:
-    """Of one GPU. Layers are gathered ahead of their use; a base in host memory is copied for each gathering."""
+    """Return the tokens per second of one GPU.
+
+    Layers are prefetched. A base in host memory is copied for each gather.
+    """
     if efficiency is not None:
         gpu = gpu.model_copy(update={"efficiency": efficiency})
     speed = data_sheet_speeds(run, gpu, link, link)
@@ -206,7 +218,7 @@ def tokens_per_s(run: RunSpec, system: TrainerSystem, gpu: Gpu, link: Link, effi
 
 
 def seconds(run: RunSpec, system: TrainerSystem, speed: RankSpeeds) -> float:
-    """Of a step of one micro-batch."""
+    """Return the seconds of a step of one micro-batch."""
     head = sum(head_work(run).seconds(speed).values())
     total = head
     for unit in run.model.layers:
@@ -214,10 +226,10 @@ def seconds(run: RunSpec, system: TrainerSystem, speed: RankSpeeds) -> float:
         moved = 0.0
         if system.gathers:
             shards = run.shard_counts.world_size
-            moved = _layer_bytes(unit) * (shards - 1) / shards / speed.inside
+            moved = _layer_bytes(unit) * (shards - 1) / shards / speed.intra_node_bytes_per_s
             if system.offload:
-                moved += _layer_bytes(unit) / shards / speed.host
-        for work in (forward_work(run, unit.layer), backward_work(run, unit.layer, True)):
+                moved += _layer_bytes(unit) / shards / speed.host_bytes_per_s
+        for work in (forward_work(run, unit.layer), backward_work(run, unit.layer, checkpointed=True)):
             kernels = work.seconds(speed)
             if system.code.fused_norms:
                 kernels["element-wise operations"] /= 2

@@ -1,9 +1,9 @@
-"""Weights quantized per second on a CPU, ours against bitsandbytes, in one process and taking turns.
+"""Compare the weights quantized per second on a CPU with bitsandbytes, in turns in one process.
 
-python benchmarks/quantize.py [--weights 33554432] [--repeats 5] [--threads 2]
+    python benchmarks/quantize.py [--weights 33554432] [--repeats 5] [--threads 2]
 
-The bytes are compared first. Medians, and the ratios of the medians, for bf16 and fp32, NF4 and FP4, with double
-quantization at block size 64. With more than one thread, ours is also timed on one of them, in the same turns.
+The bytes are compared first. The figures are medians and their ratios for bf16 and fp32, NF4 and FP4, with double
+quantization at block size 64. With more than one thread, qlora-dist is also timed on one thread in the same turns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import bitsandbytes.functional as bnb
 import torch
@@ -41,23 +42,18 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         weight = torch.empty(args.weights, dtype=dtype).normal_(std=0.02)
         for quant_type in ("nf4", "fp4"):
-
-            def ours(weight: torch.Tensor = weight, quant_type: str = quant_type) -> object:
-                return quantize_weight(weight, quant_type)  # type: ignore[arg-type]
-
-            def theirs(weight: torch.Tensor = weight, quant_type: str = quant_type) -> object:
-                return bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=quant_type)
-
-            packed, layout = ours()  # type: ignore[misc]
-            codes, state = theirs()  # type: ignore[misc]
+            ours = partial(quantize_weight, weight, quant_type)
+            theirs = partial(bnb.quantize_4bit, weight, blocksize=64, compress_statistics=True, quant_type=quant_type)
+            packed, layout = ours()
+            codes, state = theirs()
             assert torch.equal(packed[layout.codes], codes.flatten())
             assert torch.equal(packed[layout.absmax], state.absmax)
 
-            ways = [("bitsandbytes", theirs, args.threads), ("ours", ours, args.threads)]
-            ways += [("one", ours, 1)] if several else []
-            times: dict[str, list[float]] = {name: [] for name, _, _ in ways}
+            variants = [("bitsandbytes", theirs, args.threads), ("ours", ours, args.threads)]
+            variants += [("one", ours, 1)] if several else []
+            times: dict[str, list[float]] = {name: [] for name, _, _ in variants}
             for _ in range(args.repeats):
-                for name, function, threads in ways:
+                for name, function, threads in variants:
                     torch.set_num_threads(threads)
                     times[name].append(seconds(function))
             rates = {name: args.weights / statistics.median(t) / 1e6 for name, t in times.items()}

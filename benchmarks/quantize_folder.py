@@ -1,14 +1,14 @@
-"""Quantizing a folder on a CPU: parameters per second, peak memory, time spent waiting for reads; and bitsandbytes.
+"""Measure quantizing a folder on a CPU: parameters per second, peak memory, waiting for reads; and bitsandbytes.
 
-python benchmarks/quantize_folder.py [--layers 9] [--threads 2] [--dir /tmp] [--cold] [--sample 4]
+    python benchmarks/quantize_folder.py [--layers 9] [--threads 2] [--dir /tmp] [--cold] [--sample 4]
 
-The folder has Llama-3.1-8B's layers in bf16 (0.44 GB each); it and its result are removed afterwards. `quantize_folder`
-runs in a process of its own; its seconds include writing and syncing the result. Peak is the most that was resident
-(VmHWM) beyond what was before, and its bound the packed form of the largest matrix and a constant. The page cache is in
-neither.
+The folder has Llama-3.1-8B's layers in bf16 (0.44 GB each). It and its result are removed afterwards. `quantize_folder`
+runs in a separate process, and its seconds include writing and syncing the result. Peak is the largest resident memory
+(VmHWM) above the memory before. Its bound is the packed form of the largest matrix and a constant. Both exclude the
+page cache.
 
-bitsandbytes.functional.quantize_4bit then quantizes a sample of the same matrices (the first --sample of each shape),
-in memory and in another process: without reading and writing. Ours does the same beside it.
+Then bitsandbytes.functional.quantize_4bit and `quantize_weight` take turns on a sample of the matrices (the first
+--sample of each shape) in memory, without reading and writing.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ MIB = 2**20
 
 
 def quantize_in_child(source: Path, out: Path, warm_up: Path) -> None:
-    """Quantize a small folder first: what is imported and made at first use is no memory of the work."""
-    quantize_folder(warm_up, out.with_name("warm-up"), QuantizeOptions(min_share=0.0))  # it has no layers
+    """Quantize a folder and print the figures, after a small folder that triggers imports and caches."""
+    quantize_folder(warm_up, out.with_name("warm-up"), QuantizeOptions(min_share=0.0))  # the small folder has no layers
     before = restart_peak()
     report = quantize_folder(source, out, QuantizeOptions())
     peak = resident_bytes("VmHWM") - before
@@ -46,7 +46,10 @@ def quantize_in_child(source: Path, out: Path, warm_up: Path) -> None:
 
 
 def sample(source: Path, count: int, repeats: int = 3) -> tuple[int, dict[str, float]]:
-    """Weights, and seconds by library, of the first matrices of each shape; the fastest of `repeats` turns each."""
+    """Quantize the first matrices of each shape, and return their weights and the seconds by library.
+
+    The fastest of `repeats` turns counts for each matrix.
+    """
     by_shape: dict[tuple[int, ...], list[str]] = {}
     entries = {name: entry for name, entry in ModelFolder(source).entries.items() if ".layers." in name}
     for name, entry in entries.items():
@@ -58,7 +61,7 @@ def sample(source: Path, count: int, repeats: int = 3) -> tuple[int, dict[str, f
             for name in names[:count]:
                 weight = reader.read(entries[name])
                 weights += weight.numel()
-                times: dict[str, list[float]] = {way: [] for way in best}
+                times: dict[str, list[float]] = {library: [] for library in best}
                 for _ in range(repeats):
                     started = time.perf_counter()
                     quantize_weight(weight)
@@ -66,8 +69,8 @@ def sample(source: Path, count: int, repeats: int = 3) -> tuple[int, dict[str, f
                     bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
                     times["ours"].append(between - started)
                     times["bitsandbytes"].append(time.perf_counter() - between)
-                for way, seconds in times.items():
-                    best[way] += min(seconds)
+                for library, seconds in times.items():
+                    best[library] += min(seconds)
     return weights, best
 
 
@@ -92,16 +95,10 @@ def main() -> None:
         write_bf16(warm_up, 0)
         if args.cold:
             drop_from_page_cache(source)
-        where = "the disk" if args.cold else "the page cache"
-        console.print(f"{total / 1e9:.2f} GB in bf16 from {where}, {args.threads} threads")
-        command = [
-            sys.executable,
-            __file__,
-            "--threads",
-            str(args.threads),
-            "--child",
-            *map(str, (source, out, warm_up)),
-        ]
+        medium = "the disk" if args.cold else "the page cache"
+        console.print(f"{total / 1e9:.2f} GB in bf16 from {medium}, {args.threads} threads")
+        command = [sys.executable, __file__, "--threads", str(args.threads), "--child"]
+        command += map(str, (source, out, warm_up))
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         parameters, seconds, wait_s, read_bytes, peak = (float(word) for word in output.split()[-5:])
         largest = max(entry.shape for entry in ModelFolder(source).entries.values())
@@ -110,9 +107,9 @@ def main() -> None:
             f"quantize_folder: {parameters / 1e6 / seconds:.0f} M parameters/s, {read_bytes / 1e9 / seconds:.2f} GB/s, "
             f"{seconds:.1f} s, {100 * wait_s / seconds:.0f} % of it waiting for reads"
         )
-        console.print(f"  peak {peak / MIB:.0f} MiB; the largest matrix packed and two pieces: {bound / MIB:.0f} MiB")
+        console.print(f"  peak {peak / MIB:.0f} MiB; the largest packed matrix and two chunks: {bound / MIB:.0f} MiB")
         weights, best = sample(source, args.sample)
-        rates = {way: weights / 1e6 / taken for way, taken in best.items()}
+        rates = {library: weights / 1e6 / library_s for library, library_s in best.items()}
         console.print(
             f"in memory, {weights / 1e6:.0f} M weights: ours {rates['ours']:.0f} M/s, bitsandbytes "
             f"{rates['bitsandbytes']:.0f} M/s, ratio {rates['ours'] / rates['bitsandbytes']:.1f}"

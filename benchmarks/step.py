@@ -1,19 +1,22 @@
-"""A training step in one process: ours against transformers + PEFT + bitsandbytes.
+"""Compare a training step in one process with transformers + PEFT + bitsandbytes.
 
-python benchmarks/step.py --base my-model-nf4 --data my-data.jsonl [--what full|packed|ranks] [--threads 2]
+    python benchmarks/step.py --base my-model-nf4 --data my-data.jsonl [--what full|packed|ranks] [--threads 2]
 
-- full: both train on the same rows of `--seq-len` tokens, without padding, from the same first values of the adapter,
-  with gradient checkpointing; ours also with nothing recomputed, which needs less memory than theirs with checkpointing
-  (benchmarks/peers/run.py has the bytes). The losses are compared step by step.
-- packed: conversations; ours packed into rows, theirs one to a row, shuffled and padded to the longest of the batch (as
-  many as are in our rows; `--same`: the very same). Only tokens that are not padding count.
-- ranks: ours, two ranks of one thread each against one process of two threads; of each kind one run after another.
+- full: both train on the same rows of `--seq-len` tokens without padding. They start from equal adapters and use
+  gradient checkpointing. qlora-dist also runs without recomputation. That needs less memory than transformers with
+  checkpointing, as benchmarks/peers/run.py shows. The losses are compared step by step.
+- packed: both train on conversations. qlora-dist packs them into rows. For transformers, as many shuffled conversations
+  are padded to the longest of the batch, one per row. With `--same` it gets the same ones. Only tokens that are not
+  padding count.
+- ranks: two ranks of qlora-dist with one thread each are compared with one process of two threads, run in turns.
 
-The ways take turns in each repeat and see the same batches; medians are printed, of the time that passed and of the
-processor time, which neighbours on the machine disturb less (with more than one thread waiting counts as work, unless
-OMP_WAIT_POLICY=passive is set, and then every operator wakes its threads). Theirs is what a user would write: the
-4-bit folder in bf16, `get_peft_model` with its defaults (which keep the adapter in fp32), r=16 on all linear layers,
-`model(input_ids, attention_mask, labels)`, torch's fused AdamW, clipping.
+The variants take turns in each repeat and see the same batches. Medians of wall time and processor time are printed.
+Other processes on the machine disturb processor time less. With more than one thread it includes waiting, unless
+OMP_WAIT_POLICY=passive is set, which makes every operator wake its threads.
+
+The code with transformers is a typical user's. The 4-bit folder is loaded in bf16, and `get_peft_model` uses its
+defaults, which keep the adapter in fp32, with r=16 on all linear layers. A step calls
+`model(input_ids, attention_mask, labels)`, clips, and uses torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -51,7 +55,7 @@ LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]
 
 
-def configuration(args: argparse.Namespace, rows: int, checkpointing: str, compiled: bool) -> Config:
+def configuration(args: argparse.Namespace, rows: int, checkpointing: str, *, compiled: bool) -> Config:
     train = {"global_batch": args.rows, "micro_batch": rows, "checkpointing": checkpointing, "device": "cpu"}
     if compiled:
         train["compile"] = True
@@ -67,7 +71,7 @@ def configuration(args: argparse.Namespace, rows: int, checkpointing: str, compi
 
 
 def make_qlora_dist_step(config: Config) -> tuple[RunSetup, Step]:
-    """Ours, on however many ranks there are. The process group exists."""
+    """Set up qlora-dist on all ranks of the process group, and return its step."""
     setup = set_up_run(config, read_rank_info())
     loaded = load_trainable_model(shard_model(setup.model, config, setup.ranks, setup.device), setup.folder)
     context = StepContext(
@@ -81,9 +85,9 @@ def make_qlora_dist_step(config: Config) -> tuple[RunSetup, Step]:
     )
     setup.model.train()
 
-    def step(window: list[Batch]) -> float:
-        trained = setup.ranks.world_size * sum(int((batch.labels != LABEL_IGNORE_INDEX).sum()) for batch in window)
-        return train_step(context, window, trained).loss
+    def step(micro_batches: list[Batch]) -> float:
+        trained = setup.ranks.world_size * sum(int((b.labels != LABEL_IGNORE_INDEX).sum()) for b in micro_batches)
+        return train_step(context, micro_batches, trained).loss
 
     return setup, step
 
@@ -118,7 +122,7 @@ def make_peft_step(args: argparse.Namespace) -> Callable[[dict[str, torch.Tensor
 
 
 def full_batches(setup: RunSetup, args: argparse.Namespace) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
-    """Rows without padding or boundaries: the data set's tokens one after another, all of them trained."""
+    """Yield rows without padding or boundaries: the data set's tokens in sequence, all of them trained."""
     ((rows, _),) = setup.loader.sources
     sequences = rows.sequences
     tokens = torch.from_numpy(np.concatenate([sequences.tokens(i) for i in range(len(sequences))])).long()
@@ -132,27 +136,28 @@ def full_batches(setup: RunSetup, args: argparse.Namespace) -> Iterator[tuple[Ba
 
 
 def packed_batches(setup: RunSetup, args: argparse.Namespace) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
-    """Ours: packed rows. Theirs: as many conversations of the same data, shuffled, one to a row, padded to the longest.
+    """Yield packed rows, and as many shuffled conversations of the same data, one per row, padded to the longest.
 
-    `--same` gives theirs the very conversations of our rows: the losses are then comparable, but best-fit has put
-    conversations of like lengths together, and they get by with less padding than a shuffled data set needs.
+    With `--same` the packed rows have the same conversations, so that losses are comparable. But best-fit packing
+    groups conversations of similar lengths, which need less padding than a shuffled data set.
     """
     ((rows, _),) = setup.loader.sources
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(rows.segments), generator=generator).tolist()
     for index in range(10**6):
         (ours,) = setup.loader.micro_batches(index)
-        chosen = [p for row in setup.loader.row_indices(index) for p in range(*rows.offsets[row : row + 2])]
+        packed = [p for row in setup.loader.row_indices(index) for p in range(*rows.offsets[row : row + 2])]
+        chosen = packed
         if not args.same:
-            chosen, order = order[: len(chosen)], order[len(chosen) :]
+            chosen, order = order[: len(packed)], order[len(packed) :]
         shape = len(chosen), int(rows.segments.length[chosen].max())
         ids, mask, labels = (torch.full(shape, v) for v in (rows.pad_token_id, 0, LABEL_IGNORE_INDEX))
         for row, piece in enumerate(chosen):
             sequence, start, length = (
                 int(c[piece]) for c in (rows.segments.sequence_index, rows.segments.start, rows.segments.length)
             )
-            whole = rows.sequences.tokens(sequence), rows.sequences.loss_mask(sequence)
-            tokens, trained = (torch.from_numpy(t[start : start + length].copy()) for t in whole)
+            sequences = rows.sequences.tokens(sequence), rows.sequences.loss_mask(sequence)
+            tokens, trained = (torch.from_numpy(t[start : start + length].copy()) for t in sequences)
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens.long(), 1
             labels[row, : len(tokens)] = torch.where(trained, tokens.long(), LABEL_IGNORE_INDEX)
             labels[row, 0] = LABEL_IGNORE_INDEX
@@ -163,30 +168,30 @@ def compare(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     ranks = read_rank_info({})
     with process_group(ranks, torch.device("cpu")):
-        ways: dict[str, Step] = {}
+        variants: dict[str, Step] = {}
         for compiled, checkpointing in product(
             sorted({False, args.compile}), dict.fromkeys((args.checkpointing, "none"))
         ):
             name = "qlora-dist" + ", compiled" * compiled
             name += ", nothing recomputed" * (checkpointing != args.checkpointing)
-            setup, ways[name] = make_qlora_dist_step(configuration(args, args.rows, checkpointing, compiled))
-        theirs = make_peft_step(args)
+            config = configuration(args, args.rows, checkpointing, compiled=compiled)
+            setup, variants[name] = make_qlora_dist_step(config)
+        peft_step = make_peft_step(args)
         batches = (full_batches if args.what == "full" else packed_batches)(setup, args)
 
-        seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ("transformers", *ways)}
-        losses: dict[str, list[float]] = {way: [] for way in seconds}
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ("transformers", *variants)}
+        losses: dict[str, list[float]] = {name: [] for name in seconds}
         counts: list[tuple[int, int]] = []
         padded = []
         for repeat in range(-args.warmup, args.repeats):
             ours_batch, their_batch = next(batches)
-            runs: dict[str, Callable[[], float]] = {"transformers": lambda b=their_batch: theirs(b)}
-            for way, step in ways.items():
-                runs[way] = lambda step=step, b=ours_batch: step([b])
-            for way, run in runs.items():
+            runs: dict[str, Callable[[], float]] = {"transformers": partial(peft_step, their_batch)}
+            runs |= {name: partial(step, [ours_batch]) for name, step in variants.items()}
+            for name, run in runs.items():
                 started = time.perf_counter(), time.process_time()
-                losses[way].append(run())
+                losses[name].append(run())
                 if repeat >= 0:
-                    seconds[way].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+                    seconds[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
             if repeat >= 0:
                 ours_tokens = setup.loader.tokens(repeat + args.warmup) if args.what == "packed" else None
                 their_tokens = int(their_batch["attention_mask"].sum())
@@ -204,9 +209,9 @@ def report(
 ) -> None:
     rate, flops = matrix_rate(args.threads), matrix_flops_per_token(args)
     columns = ("tokens/s", "ratio", "ratio of processor time", "of the matrix rate", "first loss", "last loss")
-    table = Table("way", *columns, "largest difference")
-    for way, times in seconds.items():
-        side = int(way != "transformers")
+    table = Table("variant", *columns, "largest difference")
+    for name, times in seconds.items():
+        side = int(name != "transformers")
         tokens_per_s = statistics.median(n[side] / s for n, (s, _) in zip(counts, times, strict=True))
         ratios = [
             statistics.median(
@@ -215,23 +220,22 @@ def report(
             )
             for i in (0, 1)
         ]
-        off = max(abs(a / b - 1) for a, b in zip(losses[way], losses["transformers"], strict=True))
+        difference = max(abs(a / b - 1) for a, b in zip(losses[name], losses["transformers"], strict=True))
         share = f"{tokens_per_s * flops / rate:.0%}" if args.what == "full" else "-"
         row = [f"{tokens_per_s:.0f}", *(f"{r:.2f}" for r in ratios), share]
-        same = args.what == "full" or args.same
-        table.add_row(way, *row, f"{losses[way][0]:.5f}", f"{losses[way][-1]:.5f}", f"{off:.1e}" if same else "-")
+        row += [f"{losses[name][0]:.5f}", f"{losses[name][-1]:.5f}"]
+        table.add_row(name, *row, f"{difference:.1e}" if args.what == "full" or args.same else "-")
     console = Console(width=120)
     console.print(table)
     console.print(
         f"{args.threads} threads; matrix rate {rate / 1e9:.0f} GFLOP/s in bf16, {flops / 1e9:.2f} GFLOP per token in "
-        f"matrices; {statistics.mean(n for _, n in counts):.0f} tokens a step, in theirs "
-        f"{statistics.mean(n for n, _ in counts):.0f} and with padding "
-        f"{statistics.mean(padded):.0f}"
+        f"matrices; {statistics.mean(n for _, n in counts):.0f} tokens a step, with transformers "
+        f"{statistics.mean(n for n, _ in counts):.0f} and with its padding {statistics.mean(padded):.0f}"
     )
 
 
 def matrix_rate(threads: int) -> float:
-    """FLOP/s of a large product in bf16, the best of ten."""
+    """Return the best FLOP/s of ten large products in bf16."""
     torch.set_num_threads(threads)
     a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
     times = []
@@ -243,7 +247,10 @@ def matrix_rate(threads: int) -> float:
 
 
 def matrix_flops_per_token(args: argparse.Namespace) -> float:
-    """Of a step: each weight forward, again when recomputed, and back to the input; the head forward and back."""
+    """Return the FLOP per token of a step in matrix products.
+
+    Each weight counts forward, when recomputed, and backward to its input; the head counts forward and backward.
+    """
     config = transformers.AutoConfig.from_pretrained(args.base)
     h, i, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or h // heads
@@ -253,26 +260,25 @@ def matrix_flops_per_token(args: argparse.Namespace) -> float:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """One run of a world: prints its tokens/s of each step, counted over all ranks."""
+    """Train on one rank; rank 0 prints the tokens per second of all ranks in each step."""
     ranks = read_rank_info()
     torch.set_num_threads(args.threads)
     times = []
     with process_group(ranks, torch.device("cpu")):
-        setup, step = make_qlora_dist_step(
-            configuration(args, args.rows // ranks.world_size, args.checkpointing, args.compile)
-        )
+        rows = args.rows // ranks.world_size
+        setup, step = make_qlora_dist_step(configuration(args, rows, args.checkpointing, compiled=args.compile))
         for index, (batch, _) in enumerate(full_batches(setup, args)):
             if index == args.warmup + args.repeats:
                 break
-            mine = Batch(*(t[ranks.rank :: ranks.world_size] for t in batch))
+            rank_batch = Batch(*(t[ranks.rank :: ranks.world_size] for t in batch))
             started = time.perf_counter()
-            step([mine])
+            step([rank_batch])
             times.append(time.perf_counter() - started)
     if ranks.rank == 0:
         print(json.dumps([args.rows * args.seq_len / t for t in times[args.warmup :]]))
 
 
-def ranks(args: argparse.Namespace) -> None:
+def compare_ranks(args: argparse.Namespace) -> None:
     base = [a for a in sys.argv[1:] if a not in ("--what", "ranks")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     commands = {
@@ -280,19 +286,19 @@ def ranks(args: argparse.Namespace) -> None:
         "two ranks": [*torchrun, *base, "--worker", "--threads", "1"],
         "two ranks, base on each": [*torchrun, *base, "--worker", "--threads", "1", "--parallel-base", "replicate"],
     }
-    rates: dict[str, list[float]] = {way: [] for way in commands}
+    rates: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(args.rounds):
-        for way, command in commands.items():
-            threads = "2" if way.startswith("one") else "1"
+        for name, command in commands.items():
+            threads = "2" if name.startswith("one") else "1"
             output = subprocess.run(
                 command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": threads}
             ).stdout
-            rates[way] += json.loads(output.strip().splitlines()[-1])
-    table = Table("way", "tokens/s", "ratio", "min", "max")
-    one = statistics.median(rates["one process, two threads"])
-    for way, values in rates.items():
+            rates[name] += json.loads(output.strip().splitlines()[-1])
+    table = Table("variant", "tokens/s", "ratio", "min", "max")
+    reference = statistics.median(rates["one process, two threads"])
+    for name, values in rates.items():
         median = statistics.median(values)
-        table.add_row(way, f"{median:.0f}", f"{median / one:.2f}", f"{min(values):.0f}", f"{max(values):.0f}")
+        table.add_row(name, f"{median:.0f}", f"{median / reference:.2f}", f"{min(values):.0f}", f"{max(values):.0f}")
     Console(width=120).print(table)
 
 
@@ -305,12 +311,12 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3, help="of `ranks`")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of `--what ranks`")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpointing", choices=["none", "full"], default="full")
-    parser.add_argument("--same", action="store_true", help="packed: the same conversations for both")
-    parser.add_argument("--attention", help="model.attention; default: the configuration's")
-    parser.add_argument("--compile", action="store_true", help="also compiled (`train.compile`)")
+    parser.add_argument("--same", action="store_true", help="packed: use the same conversations for both")
+    parser.add_argument("--attention", help="value of model.attention; default: the configuration's")
+    parser.add_argument("--compile", action="store_true", help="also run compiled (`train.compile`)")
     parser.add_argument("--parallel-base", default="world", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -321,7 +327,7 @@ def main() -> None:
     if args.worker:
         worker(args)
     elif args.what == "ranks":
-        ranks(args)
+        compare_ranks(args)
     else:
         compare(args)
 

@@ -1,6 +1,4 @@
-"""For the benchmarks that load and quantize: Llama-like folders of any size, written without being held, and a
-process's memory.
-"""
+"""Helpers of benchmarks: Llama-like folders of any size, written tensor by tensor, and a process's memory."""
 
 from __future__ import annotations
 
@@ -31,9 +29,11 @@ NF4 = {
 
 
 def llama(layers: int, **settings: Any) -> tuple[transformers.LlamaConfig, dict[str, tuple[int, ...]], set[str]]:
-    """Llama-3.1-8B's layers, with a small vocabulary: configuration, shapes, names of the weights to quantize.
+    """Return Llama-3.1-8B's configuration with a small vocabulary, its shapes, and the names of weights to quantize.
 
-    `settings` are of the configuration, for layers of another size.
+    Args:
+        layers: number of layers.
+        settings: values of the configuration, for layers of another size.
     """
     config = transformers.LlamaConfig(
         **{
@@ -55,7 +55,7 @@ def llama(layers: int, **settings: Any) -> tuple[transformers.LlamaConfig, dict[
 
 
 def write_nf4(folder: Path, layers: int, **settings: Any) -> int:
-    """A folder as `qlora-dist quantize` makes it, of random codes and scales. Returns the bytes of its weights."""
+    """Write a folder of `qlora-dist quantize` with random codes and scales, and return the bytes of its weights."""
     config, shapes, quantized = llama(layers, **settings)
     layouts = {name: NF4Layout(shape=shapes[name]) for name in quantized}
     specs: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
@@ -78,10 +78,10 @@ def write_nf4(folder: Path, layers: int, **settings: Any) -> int:
 
 
 def write_bf16(folder: Path, layers: int) -> int:
-    """A folder in bf16, of normally distributed weights. Returns the bytes of its weights."""
+    """Write a folder in bf16 with normally distributed weights, and return the bytes of its weights."""
     config, shapes, _ = llama(layers)
     writer = _begin(folder, config, [(name, torch.bfloat16, shape) for name, shape in shapes.items()], {})
-    pool = torch.empty(2**26, dtype=torch.bfloat16).normal_(std=0.02)  # repeated: numbers take long to draw
+    pool = torch.empty(2**26, dtype=torch.bfloat16).normal_(std=0.02)  # repeated, because drawing takes long
     for index, (name, shape) in enumerate(shapes.items()):
         weight = pool.roll(index * 4097)[: torch.Size(shape).numel()]
         writer.write(name, weight)
@@ -96,22 +96,23 @@ def _begin(folder: Path, config: transformers.LlamaConfig, specs: Any, more: dic
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """So that the next read of the folder's files comes from the disk."""
+    """Drop a folder's files from the page cache, so that the next read comes from the disk."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)  # what is not written yet stays
+        os.fsync(descriptor)  # dirty pages would stay
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
-    """Of this process: VmRSS now, VmHWM its peak. File-backed pages count where they are mapped, so what is read with
-    `read` does not, and what safetensors maps does.
+    """Return this process's resident bytes (VmRSS), or their peak (VmHWM).
+
+    Mapped pages of files count, such as those that safetensors maps. Pages read with `read` do not.
     """
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
 def restart_peak() -> int:
-    """Let VmHWM start anew; returns what is resident (Linux)."""
+    """Restart VmHWM, and return the resident bytes (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes()

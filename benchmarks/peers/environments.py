@@ -1,4 +1,4 @@
-"""A virtual environment for each file of requirements, made once and kept under the file's digest."""
+"""A virtual environment for each file of requirements, cached under the file's digest."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlora-
 
 
 def python_of(requirements: str, cache: Path = CACHE) -> Path:
-    """The Python that has a file of this folder installed, `transformers` for transformers.txt. Takes minutes once.
+    """Return the Python of an environment with a requirements file installed; the first call takes minutes.
+
+    Args:
+        requirements: name of a file in this folder without .txt.
+        cache: folder of the environments.
 
     Raises:
-        RuntimeError: pip failed; with the end of what it said.
+        RuntimeError: pip failed; the message has the end of its output.
     """
     file = HERE / f"{requirements}.txt"
     digest = hashlib.sha256(file.read_bytes() + sys.version.encode()).hexdigest()[:12]
@@ -25,9 +29,9 @@ def python_of(requirements: str, cache: Path = CACHE) -> Path:
     python = folder / "bin" / "python"
     if (folder / "complete").is_file():
         return python
-    shutil.rmtree(folder, ignore_errors=True)  # an installation that was interrupted
+    shutil.rmtree(folder, ignore_errors=True)  # an interrupted installation
     _run([sys.executable, "-m", "venv", str(folder)])
-    # DeepSpeed's kernels are compiled when first used, if they are
+    # DeepSpeed compiles its kernels at first use, if at all
     _run([str(python), "-m", "pip", "install", "--quiet", "-r", str(file)], DS_BUILD_OPS="0")
     (folder / "complete").touch()
     return python

@@ -1,4 +1,4 @@
-"""What the marks of the runs say: medians over steps and repeats."""
+"""Figures from the marks of the runs: medians over steps and repeats."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from systems import SYSTEMS
 
 
 def figures(runs: list[dict[str, Any]], steps: list[dict[str, Any]], timed: int) -> list[dict[str, Any]]:
-    """A line for each system and number of ranks, in the order of the runs. `steps`: full ones, then uneven ones."""
+    """Return the figures of each system on each number of ranks, in the order of the runs.
+
+    Args:
+        runs: runs of all systems.
+        steps: steps of the material, full ones first, then uneven ones.
+        timed: number of timed steps of each kind.
+    """
     keys = list(dict.fromkeys((run["system"], run["ranks"]) for run in runs))
     lines = []
     for system, ranks in keys:
-        here = [run for run in runs if (run["system"], run["ranks"]) == (system, ranks)]
-        done = [summarize_run_marks(run, steps, timed) for run in here if not run["error"]]
+        repeats = [run for run in runs if (run["system"], run["ranks"]) == (system, ranks)]
+        done = [summarize_run_marks(run, steps, timed) for run in repeats if not run["error"]]
         line: dict[str, Any] = {"system": system, "ranks": ranks, "repeats": len(done)}
-        line["error"] = next((run["error"] for run in here if run["error"]), None)
+        line["error"] = next((run["error"] for run in repeats if run["error"]), None)
         if done:
             for kind in ("full", "uneven"):
-                rates = [rate for one in done for rate in one[kind]]
+                rates = [rate for figures_of_run in done for rate in figures_of_run[kind]]
                 line[f"{kind}_rates"] = rates
                 line[f"{kind}_tokens_per_s"] = statistics.median(rates)
                 line[f"{kind}_range"] = [min(rates), max(rates)]
             for key in ("static_bytes", "load_peak_bytes", "train_peak_bytes", "wire_bytes", "load_s"):
-                # a first run also compiles what it imports, some of it while it loads
-                since = 1 if key in ("load_peak_bytes", "load_s") and len(done) > 1 else 0
-                values = [one[key] for one in done[since:] if one[key] is not None]
+                # the first run also compiles its imports, some of them during loading
+                first = 1 if key in ("load_peak_bytes", "load_s") and len(done) > 1 else 0
+                values = [value for figures_of_run in done[first:] if (value := figures_of_run[key]) is not None]
                 line[key] = statistics.median(values) if values else None
             line |= {"losses": done[0]["losses"], "engine": done[0]["engine"]}
         lines.append(line)
@@ -61,36 +67,37 @@ def find_mark(marks: list[dict[str, Any]], what: str) -> dict[str, Any]:
 
 
 def claims(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each thing that ours should be against each peer on as many ranks, and whether it is.
+    """Return all claims against each peer on the same number of ranks, and whether they hold.
 
-    Like is compared with like: with a peer that keeps the base on each rank, ours that does so too, if it was run; with
-    one that recomputes nothing, ours that doesn't either. Where a peer recomputes, ours stands against it both ways.
+    Comparable variants are compared. A peer that replicates the base is compared with the variant of ours that does so
+    too, if it was run. A peer without recomputation is compared only with ours without it. A peer that recomputes is
+    compared with both.
     """
     done = [line for line in lines if line["repeats"]]
-    found = []
+    results = []
     for peer in (line for line in done if not line["system"].startswith("ours")):
-        ways = [line for line in done if line["system"].startswith("ours") and line["ranks"] == peer["ranks"]]
+        ours = [line for line in done if line["system"].startswith("ours") and line["ranks"] == peer["ranks"]]
         if not SYSTEMS[peer["system"]].recomputes:
-            ways = [way for way in ways if not SYSTEMS[way["system"]].recomputes]
-        whole = peer["engine"] == "DistributedDataParallel"
-        alike = [way for way in ways if (way["engine"] == "base: replicate") == whole]
-        found += [claim for way in alike or ways for claim in compare_with_peer(way, peer)]
-    return found
+            ours = [line for line in ours if not SYSTEMS[line["system"]].recomputes]
+        is_replicated = peer["engine"] == "DistributedDataParallel"
+        same_layout = [line for line in ours if (line["engine"] == "base: replicate") == is_replicated]
+        results += [claim for line in same_layout or ours for claim in compare_with_peer(line, peer)]
+    return results
 
 
 def compare_with_peer(ours: dict[str, Any], peer: dict[str, Any]) -> list[dict[str, Any]]:
     names = {"ours": ours["system"], "peer": peer["system"], "ranks": peer["ranks"]}
-    found = []
+    results = []
     for kind, least in (("full", 1.5), ("uneven", 2.0)):
-        # of steps that followed each other; a peer that failed in a later repeat has fewer
+        # pair steps of the same turn; a peer that failed in a later repeat has fewer steps
         pairs = zip(ours[f"{kind}_rates"], peer[f"{kind}_rates"], strict=False)
-        ratios = [mine / theirs for mine, theirs in pairs]
+        ratios = [our_rate / peer_rate for our_rate, peer_rate in pairs]
         claim = {"what": kind, "ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
-        found.append(names | claim | {"limit": f">= {least}", "holds": claim["ratio"] >= least})
+        results.append(names | claim | {"limit": f">= {least}", "holds": claim["ratio"] >= least})
     for key in ("static_bytes", "load_peak_bytes", "train_peak_bytes", "wire_bytes"):
         if ours[key] is not None and peer[key]:
             ratio = ours[key] / peer[key]
-            found.append(names | {"what": key, "ratio": ratio, "limit": "<= 1", "holds": ratio <= 1})
+            results.append(names | {"what": key, "ratio": ratio, "limit": "<= 1", "holds": ratio <= 1})
     worst = max(abs(a / b - 1) for a, b in zip(ours["losses"], peer["losses"], strict=True))
-    found.append(names | {"what": "losses", "ratio": worst, "limit": "<= 1e-2", "holds": worst <= 1e-2})
-    return found
+    results.append(names | {"what": "losses", "ratio": worst, "limit": "<= 1e-2", "holds": worst <= 1e-2})
+    return results

@@ -59,7 +59,10 @@ def main() -> None:
 
 
 def train(model: Any, batch: dict[str, torch.Tensor], number: int) -> float:
-    """Of the mean over all ranks' trained tokens; the gradients are averaged over ranks."""
+    """Compute gradients, and return the mean loss over all ranks' trained tokens.
+
+    FSDP2 averages gradients over ranks, so the loss is scaled by their number.
+    """
     loss = model(**batch, num_items_in_batch=number).loss
     (loss * WORLD_SIZE).backward()
     total = loss.detach().clone()

@@ -1,6 +1,6 @@
-"""What every system's script writes down, in any environment: times, memory as the kernel counts it, bytes sent.
+"""The marks that every system's script writes in any environment: times, the kernel's memory counters, bytes sent.
 
-A mark is a line of JSON in $PEERS_FOLDER/RANK.jsonl. Nothing here but Python and torch.
+A mark is a line of JSON in $PEERS_FOLDER/RANK.jsonl. This file needs only Python and torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IGNORED = -100
 
 
 def write_mark(event: str, **values: Any) -> None:
-    """With the time, which all processes of a machine share, VmRSS, VmHWM, and what the loopback has sent so far."""
+    """Write a mark with the machine's monotonic time, VmRSS, VmHWM, and the bytes that the loopback has sent."""
     status = Path("/proc/self/status").read_text()
     memory = {name: 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) for name in ("VmRSS", "VmHWM")}  # type: ignore[index]
     (loopback,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
@@ -34,14 +34,14 @@ def write_mark(event: str, **values: Any) -> None:
 
 
 def mark_and_restart_peak(what: str, **values: Any) -> None:
-    """VmHWM of the next mark is the most since this one."""
+    """Write a mark and restart VmHWM, so that the next mark has the peak since this one."""
     gc.collect()
     write_mark(what, **values)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def wait_for_turn() -> None:
-    """Called on every rank before a step: waits until it is this system's turn (peer_process.py)."""
+    """Wait until it is this system's turn (peer_process.py). Called on every rank before a step."""
     write_mark("ready")
     with (FOLDER / f"{RANK}.turn").open("rb") as pipe:
         pipe.read(1)
@@ -49,13 +49,13 @@ def wait_for_turn() -> None:
 
 
 def static_bytes() -> int:
-    """Of all tensors that are alive, each storage once, whoever holds it; between two steps that is what stays."""
+    """Return the bytes of all live tensors, each storage once. Between two steps these are the bytes that stay."""
     gc.collect()
     storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor) and item.device.type == "cpu":
             try:
-                storage = thing.untyped_storage()
+                storage = item.untyped_storage()
                 if storage.data_ptr():
                     storages[storage.data_ptr()] = storage.nbytes()
             except (RuntimeError, NotImplementedError):  # wrappers around other tensors have none
@@ -65,12 +65,12 @@ def static_bytes() -> int:
 
 @functools.cache
 def steps() -> list[dict[str, Any]]:
-    """What workload.py has written."""
+    """Return the steps that workload.py has written."""
     return json.loads((MATERIAL / "steps.json").read_text())
 
 
 def padded_batch(step: dict[str, Any], rank: int = RANK, world_size: int = WORLD_SIZE) -> dict[str, torch.Tensor]:
-    """A rank's rows, one sequence to a row, padded to the longest: input_ids, attention_mask, labels (not shifted)."""
+    """Return a rank's sequences, one per row, padded: input_ids, attention_mask, labels (not shifted)."""
     rows = step["rows"][rank::world_size]
     shape = len(rows), max(len(row["ids"]) for row in rows)
     ids, mask, labels = (torch.full(shape, value) for value in (0, 0, IGNORED))

@@ -1,7 +1,7 @@
-"""Systems that run beside each other and train one step at a time: each waits, loaded, for its turn.
+"""Systems that are loaded at the same time and train one step at a time in turns.
 
-So a system's step and its peers' are seconds apart. The machine's speed changes more from one minute to the next than
-the systems differ.
+So the steps of different systems are only seconds apart. The machine's speed changes more from one minute to the next
+than between systems.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LIMIT_S = 1800  # of a turn
+LIMIT_S = 1800  # longest time of a turn
 POLL_S = 0.05
 
 
 class PeerProcess:
-    """A system's processes, from their start to their end.
+    """The processes of a system.
 
     Args:
-        command: starts all ranks.
-        ranks: their number.
-        folder: for its marks, output and turns; made here.
-        environment: variables besides our own.
+        command: command that starts all ranks.
+        ranks: number of ranks.
+        folder: new folder for marks, output and turns.
+        environment: variables added to this process's environment.
     """
 
     def __init__(self, command: Sequence[str], ranks: int, folder: Path, environment: Mapping[str, str]) -> None:
@@ -37,7 +37,7 @@ class PeerProcess:
         self._pipes = [_pipe(folder / f"{rank}.turn") for rank in range(ranks)]
         self.code: int | None = None
         self.seconds = self.cpu_s = 0.0
-        """Of loading and of its turns; of all of its processes, without what a busy machine adds."""
+        """Wall seconds of loading and turns, and processor seconds of all its processes."""
         started = time.monotonic()
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
@@ -50,7 +50,7 @@ class PeerProcess:
         self._wait(started)
 
     def turn(self) -> None:
-        """Have it train a step; after the last one it ends."""
+        """Let the system train a step; it exits after the last one."""
         started = time.monotonic()
         self._turns += 1
         for pipe in self._pipes:
@@ -58,32 +58,32 @@ class PeerProcess:
         self._wait(started)
 
     def end(self) -> None:
-        """Kill what is still there."""
+        """Kill the processes that still run."""
         if self.code is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._reap()
 
     def marks(self) -> list[list[dict[str, Any]]]:
-        """Of each rank that has left some."""
+        """Return the marks of each rank that has written some."""
         files = filter(Path.is_file, self._files)
         return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
     def error(self) -> str | None:
-        """If it has failed, its exit code and the end of what it wrote, without torchrun's own words behind that."""
+        """Return the exit code and the end of the output without torchrun's messages; None if it did not fail."""
         if not self.code:
             return None
         if self._late:
             return f"exit code {self.code}: TimeoutError: not ready for its next turn within {LIMIT_S} s"
         text = self._output.read_text()
         if self.code == -signal.SIGKILL or "Signal 9 (SIGKILL)" in text:
-            return f"exit code {self.code}: MemoryError: killed, as for memory; compare fewer --systems at a time"
+            return f"exit code {self.code}: MemoryError: killed, likely for memory; compare fewer --systems at a time"
         lines = text.splitlines()
-        words = ("torch/distributed/elastic", "torch/distributed/run.py")
-        behind = next((index for index, line in enumerate(lines) if any(word in line for word in words)), len(lines))
-        return f"exit code {self.code}: " + "\n".join(lines[:behind] or lines)[-3000:]
+        files = ("torch/distributed/elastic", "torch/distributed/run.py")
+        end = next((index for index, line in enumerate(lines) if any(file in line for file in files)), len(lines))
+        return f"exit code {self.code}: " + "\n".join(lines[:end] or lines)[-3000:]
 
     def _wait(self, started: float) -> None:
-        """Until all ranks wait for their next turn, or have ended."""
+        """Wait until all ranks wait for their next turn, or have ended."""
         while self.code is None and not self._ready():
             if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 self._reap()
@@ -105,12 +105,12 @@ class PeerProcess:
 
 
 def _pipe(file: Path) -> int:
-    """Open for both, so that nobody waits here for a process that has died."""
+    """Make a pipe and open it for reading and writing, so that a dead process does not block this one."""
     os.mkfifo(file)
     return os.open(file, os.O_RDWR)
 
 
 def _children_cpu_s() -> float:
-    """Of all processes that have been waited for."""
+    """Return the processor seconds of all child processes that have been reaped."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

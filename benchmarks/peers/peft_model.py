@@ -1,4 +1,4 @@
-"""For the scripts with transformers, PEFT and bitsandbytes: the model as a user would make it."""
+"""A typical user's model with transformers, PEFT and bitsandbytes, for the scripts that need it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 
 def warm_up_imports(base: str) -> None:
-    """Import all that loading imports, so that it does not count as the model's memory."""
+    """Import the modules that loading imports, so that they do not count as the model's memory."""
     import bitsandbytes  # noqa: F401
 
     with torch.device("meta"):
@@ -18,13 +18,13 @@ def warm_up_imports(base: str) -> None:
 
 
 def peft_model(base: str) -> peft.PeftModel:
-    """The 4-bit folder in bf16, adapters on all linear layers with PEFT's defaults (fp32), and their first values."""
+    """Load the 4-bit folder in bf16, and add adapters with PEFT's defaults (fp32) and the common initial values."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model = peft.get_peft_model(
         model,
         peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    for parameter in model.parameters():  # weights are mapped: without that they are not read before the first step
+    for parameter in model.parameters():  # read mapped weights now, not in the first step
         parameter.data.view(-1).view(torch.uint8)[::4096].sum()
     values = load_file(MATERIAL / "adapter.safetensors")
     with torch.no_grad():

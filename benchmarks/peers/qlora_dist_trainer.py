@@ -1,4 +1,4 @@
-"""qlora-dist, by the code of `train`: setup, sharding, loading, step."""
+"""qlora-dist with the code of `train`: setup, sharding, loading, step."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     ranks = read_rank_info()
-    more = {name: getattr(args, name) for name in ("parallel_base", "checkpointing", "compiled")}
-    config = configuration(args.base, args.data, args.rows, args.seq_len, args.rows // WORLD_SIZE, **more)
+    options = {name: getattr(args, name) for name in ("parallel_base", "checkpointing", "compiled")}
+    config = configuration(args.base, args.data, args.rows, args.seq_len, args.rows // WORLD_SIZE, **options)
     with process_group(ranks, torch.device("cpu")):
         setup = set_up_run(config, ranks)
         mark_and_restart_peak("imported")  # with tokenizer and data, which the others do not load
@@ -50,13 +50,13 @@ def main() -> None:
         mark_and_restart_peak("loaded")
         for step in steps():
             wait_for_turn()
-            whole = [torch.tensor(part) for part in step["ours"]]
-            trained = int((whole[1] != LABEL_IGNORE_INDEX).sum())
-            batch = Batch(*(part[RANK::WORLD_SIZE] for part in whole))
+            global_batch = [torch.tensor(part) for part in step["ours"]]
+            trained = int((global_batch[1] != LABEL_IGNORE_INDEX).sum())
+            batch = Batch(*(part[RANK::WORLD_SIZE] for part in global_batch))
             result = train_step(context, [batch], trained)
             write_mark("step")
             write_mark("loss", loss=result.loss)
-            del batch, whole
+            del batch, global_batch
         write_mark("end", static_bytes=static_bytes())
         write_mark("engine", engine=f"base: {args.parallel_base}")
 

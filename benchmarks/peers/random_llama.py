@@ -1,8 +1,8 @@
-"""A model of Llama-3.2-1B's shapes with fewer layers and random weights in bf16, for peers that refuse smaller shapes.
+"""Write a random bf16 model with Llama-3.2-1B's shapes and fewer layers, for peers that refuse smaller shapes.
 
-python benchmarks/peers/random_llama.py TOKENIZER_FOLDER OUT [--layers 2]
+    python benchmarks/peers/random_llama.py TOKENIZER_FOLDER OUT [--layers 2]
 
-The vocabulary is that of the tokenizer, which is copied. For `run.py --base OUT`.
+The vocabulary is the tokenizer's, which is copied. Use the result with `run.py --base OUT`.
 """
 
 from __future__ import annotations

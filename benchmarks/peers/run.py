@@ -1,25 +1,27 @@
-"""The same model, data, batch shape, LoRA and steps through qlora-dist and through the tools that people use.
+"""Train the same model, data, batch shape, LoRA and steps with qlora-dist and with other tools, and compare them.
 
-python benchmarks/peers/run.py --base FOLDER --data my-data.jsonl [--systems ours transformers ...] [--ranks 1 2]
-    [--rows 2] [--seq-len 1024] [--steps 3] [--repeats 3] [--json FILE]
+    python benchmarks/peers/run.py --base FOLDER --data my-data.jsonl [--systems ours transformers ...] [--ranks 1 2]
+        [--rows 2] [--seq-len 1024] [--steps 3] [--repeats 3] [--json FILE]
 
-FOLDER is in 16 bit and is quantized first, or in 4 bit, as `qlora-dist quantize` makes it, which torchtune refuses.
-Each peer runs in a virtual environment of its own with the versions of its file of requirements in this folder; the
-first time they are installed, which needs a network and some minutes (1.5 GB each). In each repeat the systems load one
-after another and then take turns, a step at a time (peer_process.py). All stay in memory; those that wait need some
-0.8 GB a rank. A system that cannot run is told with its own error. All is written in Markdown.
+FOLDER is a model in 16 bit, which is quantized first, or in 4 bit from `qlora-dist quantize`, which torchtune refuses.
+Each peer runs in a virtual environment with the versions of its requirements file in this folder. The first run
+installs them, which needs a network and some minutes (1.5 GB each). In each repeat the systems load one after another
+and then take turns, a step at a time (peer_process.py). All stay in memory, and a waiting system needs about 0.8 GB a
+rank. The error of a system that cannot run is reported. The output is Markdown.
 
-Every run trains one step that is not timed and --steps of full rows, the same for all; then one and --steps of uneven
-rows: ours packed, theirs as many conversations, one to a row, padded to the longest (workload.py). One process has
---threads threads, two ranks share them.
+Every run trains full rows, which are equal for all systems, and then uneven rows (workload.py). qlora-dist packs the
+uneven rows. Its peers get as many conversations, one per row, padded to the longest. A run begins each kind with one
+step that is not timed, followed by --steps timed ones. One process has --threads threads, and two ranks share them.
 
-tokens/s counts tokens that are not padding, median over the steps of all repeats, by the clock of rank 0 from a step's
-begin to its end. A ratio of speeds is the median over steps that followed each other, in brackets least and most.
-Peaks are the kernel's VmHWM of a rank: at load beyond what was resident after the imports (mapped files count; from
-the second repeat on, if there is one, as first imports are compiled), in training all of it. Static: the storages of
-all tensors that are alive after the last step, each once, of the rank with most. Wire: what the loopback of a network
-namespace of its own has sent in a full step, over ranks; needs root or user namespaces, and is left out without. The
-adapter's first values are the same for all (torchtune's A is its own).
+- tokens/s: tokens without padding, as the median over the steps of all repeats, by rank 0's clock. A ratio of speeds is
+  the median over steps of the same turn, followed by its range in brackets.
+- Peaks: a rank's VmHWM. The peak at load is above the memory after the imports, and mapped files count. It is taken
+  from the second repeat on, if there is one, because the first one compiles imports.
+- Static: the storages of all live tensors after the last step, each once, of the rank with most.
+- Wire: bytes that the loopback of a separate network namespace sends in a full step, per rank. It needs root or user
+  namespaces, and is left out without them.
+
+The adapter's initial values are equal for all systems, except for torchtune's A.
 """
 
 from __future__ import annotations
@@ -49,13 +51,13 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="JSONL of conversations")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=[n for n, s in SYSTEMS.items() if s.default])
     parser.add_argument("--ranks", type=int, nargs="+", choices=[1, 2], default=[1, 2])
-    parser.add_argument("--rows", type=int, default=2, help="of a step, over all ranks")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a step over all ranks")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each kind")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="of all ranks together")
-    parser.add_argument("--json", type=Path, help="write figures, losses, errors and versions here")
-    parser.add_argument("--show", type=Path, help="only print the table of a file that --json has written")
+    parser.add_argument("--threads", type=int, default=2, help="threads of all ranks together")
+    parser.add_argument("--json", type=Path, help="file for figures, losses, errors and versions")
+    parser.add_argument("--show", type=Path, help="print the table of a file written by --json, and exit")
     args = parser.parse_args()
     if args.show:
         print(render_tables(json.loads(args.show.read_text())))
@@ -64,7 +66,7 @@ def main() -> int:
         parser.error("--base and --data are needed, or --show")
     if args.rows % max(args.ranks):
         parser.error(f"--rows {args.rows} is not divided by {max(args.ranks)} ranks")
-    from workload import write_material  # behind the arguments: torch takes seconds
+    from workload import write_material  # late, because importing torch takes seconds
 
     from qlora_dist.runtime.machine_info import machine_info
 
@@ -81,14 +83,14 @@ def main() -> int:
         for run in measure(args, base, folder, len(steps)):
             runs.append(run)
             tree = {"settings": settings, "systems": figures(runs, steps, args.steps), "runs": runs}
-            if args.json:  # each time: what is there is not lost if the rest is interrupted
+            if args.json:  # after each run, so that an interruption loses nothing
                 args.json.write_text(json.dumps(tree, indent=1) + "\n")
     print(render_tables(tree))
     return 0
 
 
 def quantize_base(base: Path, folder: Path) -> Path:
-    """The folder itself, or a quantized one of it."""
+    """Return the folder itself if it is quantized, else a quantized copy."""
     if "quantization_config" in json.loads((base / "config.json").read_text()):
         return base
     from qlora_dist.model.quantize_folder import quantize_folder
@@ -99,7 +101,7 @@ def quantize_base(base: Path, folder: Path) -> Path:
 
 
 def measure(args: argparse.Namespace, base: str, folder: Path, steps: int) -> Iterator[dict[str, Any]]:
-    """A run of each system on each number of ranks in each repeat; what failed is not tried again."""
+    """Yield a run of each system on each number of ranks in each repeat. A failed system is not tried again."""
     failed: set[tuple[str, int]] = set()
     for repeat in range(args.repeats):
         for ranks in sorted(args.ranks):
@@ -113,18 +115,18 @@ def measure(args: argparse.Namespace, base: str, folder: Path, steps: int) -> It
 def side_by_side(
     names: list[str], ranks: int, args: argparse.Namespace, base: str, folder: Path, steps: int
 ) -> list[dict[str, Any]]:
-    """Load one after another, train in turns. Of each: its marks, its error or None, its seconds."""
+    """Load the systems one after another, train in turns, and return each system's marks, error and seconds."""
     namespace = network_namespace_prefix()
     running: dict[str, PeerProcess] = {}
-    found = []
+    runs = []
     try:
         for name in names:
             log(f"{name}, {ranks} ranks: loads")
             try:
                 command, variables = peer_command(name, ranks, len(running), args, base)
             except RuntimeError as error:  # its environment cannot be made
-                nothing = {"system": name, "marks": [], "seconds": 0.0, "cpu_s": 0.0, "namespace": False}
-                found.append(nothing | {"error": str(error)})
+                failed = {"system": name, "marks": [], "seconds": 0.0, "cpu_s": 0.0, "namespace": False}
+                runs.append(failed | {"error": str(error)})
                 continue
             variables["PEERS_MATERIAL"] = str(args.material)
             running[name] = PeerProcess([*namespace, *command], ranks, folder / name.replace(" ", "-"), variables)
@@ -140,15 +142,19 @@ def side_by_side(
         error = system.error()
         if error:
             log(f"{name}, {ranks} ranks: {exception_line(error)}")
-        told = {"system": name, "marks": system.marks(), "seconds": system.seconds, "cpu_s": system.cpu_s}
-        found.append(told | {"error": error, "namespace": bool(namespace)})
-    return found
+        run = {"system": name, "marks": system.marks(), "seconds": system.seconds, "cpu_s": system.cpu_s}
+        runs.append(run | {"error": error, "namespace": bool(namespace)})
+    return runs
 
 
 def peer_command(
     name: str, ranks: int, index: int, args: argparse.Namespace, base: str
 ) -> tuple[list[str], dict[str, str]]:
-    """The command that starts all its ranks, and its variables. RuntimeError: its environment cannot be made."""
+    """Return the command that starts all ranks of a system, and its environment variables.
+
+    Raises:
+        RuntimeError: the system's virtual environment cannot be made.
+    """
     system = SYSTEMS[name]
     command = [str(python_of(system.requirements)) if system.requirements else sys.executable]
     if ranks > 1:
@@ -172,7 +178,7 @@ def log(line: str) -> None:
 
 
 def network_namespace_prefix() -> list[str]:
-    """What to put before a command so that it has a loopback of its own; nothing where that isn't allowed."""
+    """Return the prefix that gives a command a separate loopback; empty where that is not allowed."""
     up = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     for unshare in (["unshare", "-n"], ["unshare", "-rn"]):
         if shutil.which("unshare") and not subprocess.run([*unshare, *up, "true"], capture_output=True).returncode:

@@ -1,4 +1,4 @@
-"""The tables, in Markdown: figures, what each peer that was asked for did, and each claim as a ratio."""
+"""The tables in Markdown: figures, the outcome of each peer, and each claim as a ratio."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from figures import claims
 from systems import SYSTEMS
 
-WHAT = {
+CLAIM_LABELS = {
     "full": "full",
     "uneven": "uneven",
     "static_bytes": "static",
@@ -20,12 +20,12 @@ WHAT = {
 
 
 def render_tables(tree: dict[str, Any]) -> str:
-    """All of it, tables one after another."""
+    """Return all tables."""
     done = [line for line in tree["systems"] if line["repeats"]]
     peers = [line for line in tree["systems"] if not line["system"].startswith("ours")]
     tables = [conditions(tree["settings"], tree["runs"]), figures_table(done)]
     if peers:
-        tables.append(markdown_table(["asked for", "ranks", "what happened"], [figure_cells(line) for line in peers]))
+        tables.append(markdown_table(["system", "ranks", "outcome"], [figure_cells(line) for line in peers]))
     ratios = claims_table(claims(tree["systems"]), {line["system"]: system_label(line) for line in done})
     return "\n\n".join(tables + ([ratios] if ratios else []))
 
@@ -43,7 +43,7 @@ def conditions(settings: dict[str, Any], runs: list[dict[str, Any]]) -> str:
 
 
 def figures_table(lines: list[dict[str, Any]]) -> str:
-    """Medians, in brackets least and most."""
+    """Return the table of medians, with ranges in brackets."""
     heads = ["system", "ranks", "full, tokens/s", "uneven, tokens/s", "static MB", "peak at load MB"]
     heads += ["peak in training MB", "wire MB a step", "losses"]
     rows = []
@@ -60,36 +60,38 @@ def figures_table(lines: list[dict[str, Any]]) -> str:
 
 
 def figure_cells(line: dict[str, Any]) -> list[str]:
-    """What was asked for, with versions, and what came of it, in its own words where it is an error."""
+    """Return a peer with its versions, its number of ranks, and its outcome or error."""
     system = SYSTEMS[line["system"]]
-    asked = f"{line['system']}: {', '.join(system.versions())}"
+    name = f"{line['system']}: {', '.join(system.versions())}"
     if line["error"]:
-        did = f"`{exception_line(line['error'])}`".replace("|", "\\|")
-    elif ignored(line):
-        did = "ran as plain data parallelism (`DistributedDataParallel`): the plugin is ignored without a word"
+        outcome = f"`{exception_line(line['error'])}`".replace("|", "\\|")
+    elif is_plugin_ignored(line):
+        outcome = "ran as plain data parallelism (`DistributedDataParallel`): the plugin is silently ignored"
     else:
-        did = f"ran (`{line['engine']}`)"
-    return [asked, str(line["ranks"]), did + (f"; {system.note}" if system.note and not line["error"] else "")]
+        outcome = f"ran (`{line['engine']}`)"
+    return [name, str(line["ranks"]), outcome + (f"; {system.note}" if system.note and not line["error"] else "")]
 
 
-def claims_table(found: list[dict[str, Any]], names: dict[str, str]) -> str:
-    """Ratios of ours to each peer's, of speeds with the least and the most, of losses the largest relative difference.
+def claims_table(results: list[dict[str, Any]], names: dict[str, str]) -> str:
+    """Return the table of ratios of our figures to each peer's, with ranges of speeds.
 
-    **no** stands where a claim does not hold.
+    Losses have the largest relative difference instead. **no** marks a claim that does not hold.
     """
-    if not found:
+    if not results:
         return ""
-    limits = {what: next((c["limit"] for c in found if c["what"] == what), "") for what in WHAT}
-    heads = ["against", "ranks", "ours", *(f"{name} {limits[what]}".strip() for what, name in WHAT.items())]
+    limits = {key: next((c["limit"] for c in results if c["what"] == key), "") for key in CLAIM_LABELS}
+    heads = ["against", "ranks", "ours", *(f"{name} {limits[key]}".strip() for key, name in CLAIM_LABELS.items())]
     rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for claim in found:
+    for claim in results:
         style = ".1e" if claim["what"] == "losses" else ".2f" if "range" in claim else ".3f"
         ratio = f"{claim['ratio']:{style}}"
         if "range" in claim:
             ratio += " ({:.2f} - {:.2f})".format(*claim["range"])
         key = names[claim["peer"]], str(claim["ranks"]), claim["ours"]
         rows.setdefault(key, {})[claim["what"]] = ratio + ("" if claim["holds"] else " **no**")
-    return markdown_table(heads, [[*key, *(cells.get(what, "-") for what in WHAT)] for key, cells in rows.items()])
+    return markdown_table(
+        heads, [[*key, *(cells.get(name, "-") for name in CLAIM_LABELS)] for key, cells in rows.items()]
+    )
 
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
@@ -97,7 +99,7 @@ def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def exception_line(error: str) -> str:
-    """The last line that names an exception, and what belongs to it; not that of a rank that has lost another."""
+    """Return the last line with an exception and the lines after it, but not the error of a rank that lost a peer."""
     lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in error.strip().splitlines()]
     named = [
         index
@@ -107,10 +109,10 @@ def exception_line(error: str) -> str:
     return " ".join(lines[named[-1] :][:4]) if named else lines[-1]
 
 
-def ignored(line: dict[str, Any]) -> bool:
+def is_plugin_ignored(line: dict[str, Any]) -> bool:
     return line["system"].startswith("accelerate FSDP") and line["engine"] == "DistributedDataParallel"
 
 
 def system_label(line: dict[str, Any]) -> str:
-    """A system that has run something else than it was asked for says so."""
-    return f"{line['system']}: ran DDP" if ignored(line) else line["system"]
+    """Return a system's label, which says if it ran something else than configured."""
+    return f"{line['system']}: ran DDP" if is_plugin_ignored(line) else line["system"]

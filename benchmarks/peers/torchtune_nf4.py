@@ -1,6 +1,6 @@
-"""torchtune's own recipe lora_finetune_distributed on NF4 (torchao), with its marks where it logs and saves.
+"""torchtune's recipe lora_finetune_distributed on NF4 (torchao), with marks where it logs and saves.
 
-It quantizes a folder in 16 bit itself, in blocks of its own: losses are near the others', not equal.
+It quantizes a folder in 16 bit itself with different blocks, so losses are near the others', but not equal.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 
 class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """An item is a rank's batch of a step, made when it is asked for."""
+    """A data set whose items are a rank's batches of a step, made on access."""
 
     def __init__(self, tokenizer: Any) -> None:
         pass
@@ -38,24 +38,24 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return len(steps()) * WORLD_SIZE
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        wait_for_turn()  # nothing else of the recipe is called on all ranks when a step begins
+        wait_for_turn()  # the only call of the recipe on all ranks at the beginning of a step
         batch = padded_batch(steps()[index // WORLD_SIZE], index % WORLD_SIZE, WORLD_SIZE)
         return {"tokens": batch["input_ids"], "labels": batch["labels"]}
 
 
 def collate(items: list[dict[str, torch.Tensor]], padding_idx: int, ignore_idx: int) -> dict[str, torch.Tensor]:
-    """They are batches already."""
+    """Return the item, which is already a batch."""
     return dict(items[0])
 
 
 class Tokenizer:
-    """The recipe asks for one; the rows are tokens already."""
+    """A tokenizer that the recipe requires but does not use, because rows are already tokens."""
 
     pad_id = 0
 
 
 class Logger:
-    """On rank 0, once a step."""
+    """A logger that writes marks on rank 0 in each step."""
 
     def log_config(self, config: Any) -> None:
         pass
@@ -69,7 +69,7 @@ class Logger:
 
 
 def recipe_module() -> Any:
-    """The recipe is a file beside torchtune that does not want to be imported from a package."""
+    """Import the recipe from its file beside torchtune, because it cannot be imported from a package."""
     file = Path(torchtune.__file__).parents[1] / "recipes" / "lora_finetune_distributed.py"
     spec = importlib.util.spec_from_file_location("lora_finetune_distributed", file)
     assert spec is not None and spec.loader is not None
@@ -162,7 +162,7 @@ def main() -> None:
         raise ValueError("torchtune quantizes weights in 16 bit itself, and --base is in 4 bit: give it in 16 bit")
     torch.distributed.init_process_group("gloo")
     mark_and_restart_peak("imported")
-    # what of the recipe needs a GPU, which is nothing that trains: its memory is logged, and its cache emptied
+    # the parts of the recipe that need a GPU do not train: they log its memory and empty its cache
     torchtune.training.cleanup_before_training = lambda: None
     torchtune.training.get_memory_stats = lambda device: {}
     torchtune.training.log_memory_stats = lambda stats: None

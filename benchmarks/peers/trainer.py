@@ -16,7 +16,7 @@ ZERO3 = {
     "zero_optimization": {
         "stage": 3,
         "reduce_bucket_size": "auto",
-        # with the defaults everything would stay gathered between forward and backward
+        # with the defaults all parameters would stay gathered between forward and backward
         "stage3_max_live_parameters": 0,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 0,
@@ -32,7 +32,7 @@ ZERO3 = {
 
 
 class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """An item is a rank's batch of a step, made when it is asked for: those of other steps count as nobody's memory."""
+    """A data set whose items are a rank's batches of a step, made on access, so that other steps take no memory."""
 
     def __len__(self) -> int:
         return len(steps()) * WORLD_SIZE
@@ -42,15 +42,15 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class SequentialTrainer(transformers.Trainer):
-    """They come as they are written."""
+    """A trainer that keeps the order of the batches."""
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 class MarkCallback(transformers.TrainerCallback):
-    def on_train_begin(self, *_: Any, **things: Any) -> None:
-        mark_and_restart_peak("loaded", wrapped=type(things["model"]).__name__)
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        mark_and_restart_peak("loaded", wrapped=type(kwargs["model"]).__name__)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         wait_for_turn()
@@ -76,16 +76,16 @@ def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     warm_up_imports(args.base)
     mark_and_restart_peak("imported")
-    more: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if args.fsdp:
         settings = {"version": int(args.fsdp), "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        more = {"fsdp": "full_shard auto_wrap" if args.fsdp == "1" else True, "fsdp_config": settings}
+        options = {"fsdp": "full_shard auto_wrap" if args.fsdp == "1" else True, "fsdp_config": settings}
     if args.zero3:
         import deepspeed
 
-        # bytes are counted where they pass, and ranks of one machine would hand some over in shared memory
+        # the loopback counts bytes, but ranks of one machine would send some through shared memory
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        more = {"deepspeed": ZERO3}
+        options = {"deepspeed": ZERO3}
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
@@ -107,9 +107,9 @@ def main() -> None:
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
-            **more,
+            **options,
         )
-        model = peft_model(args.base)  # behind the arguments: DeepSpeed must be known when the model is made
+        model = peft_model(args.base)  # after the arguments, which enable DeepSpeed for the model
         write_mark("model")
         trainer = SequentialTrainer(
             model=model,

@@ -1,8 +1,8 @@
-"""What all systems train on, written once: the rows of each step, and the first values of the adapter.
+"""The training material of all systems, written once: the rows of each step, and the adapter's initial values.
 
-Full steps: rows of `seq_len` tokens without padding, the data's tokens one after another, all of them trained; the
-same for all. Uneven steps: conversations. Ours packed into rows; theirs as many conversations of the same data,
-shuffled, one to a row, padded to the longest of a rank's batch.
+Full steps have rows of `seq_len` tokens without padding, with the data's tokens in sequence, all of them trained. They
+are equal for all systems. Uneven steps have conversations. qlora-dist packs them into rows. Its peers get as many
+shuffled conversations of the same data, one per row, padded to the longest of a rank's batch.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from qlora_dist.train.run_setup import RunSetup, set_up_run
 LR, CLIP, LORA_R, LORA_ALPHA = 2e-4, 1.0, 16, 32
 
 
-def configuration(base: str, data: str, rows: int, seq_len: int, micro_batch: int, **more: Any) -> Config:
-    """Ours. `more`: parallel.base, train.checkpointing and train.compile."""
+def configuration(base: str, data: str, rows: int, seq_len: int, micro_batch: int, **options: Any) -> Config:
+    """Return qlora-dist's configuration; `options` are parallel_base, checkpointing and compiled."""
     return Config.model_validate(
         {
             "model": {"base": base},
             "lora": {"r": LORA_R, "alpha": LORA_ALPHA, "dropout": 0.0},
             "data": {"train": [data], "seq_len": seq_len},
-            "parallel": {"base": more.get("parallel_base", "world")},
+            "parallel": {"base": options.get("parallel_base", "world")},
             "optim": {"name": "adamw", "lr": LR, "warmup_steps": 0, "max_grad_norm": CLIP},
             "train": {
                 "global_batch": rows,
                 "micro_batch": micro_batch,
-                "checkpointing": more.get("checkpointing", "full"),
+                "checkpointing": options.get("checkpointing", "full"),
                 "device": "cpu",
-                "compile": more.get("compiled", False),
+                "compile": options.get("compiled", False),
             },
         }
     )
 
 
 def write_material(folder: Path, base: str, data: str, rows: int, seq_len: int, full: int, uneven: int) -> None:
-    """`full` steps, then `uneven` ones."""
+    """Write a number of full steps followed by uneven ones, and the adapter."""
     setup = set_up_run(configuration(base, data, rows, seq_len, rows), read_rank_info({}))
     folder.mkdir(parents=True, exist_ok=True)
     steps = full_steps(setup, rows, seq_len, full) + uneven_steps(setup, uneven)
@@ -92,8 +92,8 @@ def uneven_steps(setup: RunSetup, count: int) -> list[dict[str, Any]]:
         for piece in chosen:
             columns = source.segments.sequence_index, source.segments.start, source.segments.length
             sequence, start, length = (int(column[piece]) for column in columns)
-            here = slice(start, start + length)
-            ids, trained = source.sequences.tokens(sequence)[here], source.sequences.trained(sequence)[here]
+            span = slice(start, start + length)
+            ids, trained = source.sequences.tokens(sequence)[span], source.sequences.trained(sequence)[span]
             rows.append({"ids": ids.tolist(), "labels": np.where(trained, ids, LABEL_IGNORE_INDEX).tolist()})
         steps.append(
             {

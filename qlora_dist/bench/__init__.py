@@ -1,1 +1,1 @@
-"""Layouts of one model side by side: what they hold, move and take, and that they train the same."""
+"""Comparison of layouts of one model: their memory, traffic, time and losses."""

@@ -1,4 +1,4 @@
-"""The layouts by name: what each changes in a configuration, and on which numbers of ranks it can be."""
+"""The layouts by name: the settings that each changes, and the numbers of ranks on which it exists."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_dist.config.config_file import apply_changes
+from qlora_dist.bench.bench_result import SkippedLayout
+from qlora_dist.config.config_file import ConfigChanges, apply_changes
 from qlora_dist.config.schema import Config
 from qlora_dist.data.dataloader import gradient_accumulation
 from qlora_dist.errors import UserError
+from qlora_dist.runtime.byte_sizes import align_bytes
 
 RESIDENT_DIVISOR = 4
-"""Of what is paged, the n-th part is on the device."""
+"""The resident part of layers and optimizer state that are paged is 1 / RESIDENT_DIVISOR."""
 _MIN_PAGE_BYTES = 4096
-_ALIGNMENT = 16  # bytes, of a parameter in a page
 
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """Of the model, in bytes, on one rank."""
+    """Bytes of the model on one rank."""
 
     layers: list[int]
-    """The frozen part of each decoder layer."""
+    """Bytes of the frozen part of each decoder layer."""
     moments: int
-    """Of the optimizer, in 32 bit."""
+    """Bytes of the optimizer's 32-bit moments."""
 
 
 @dataclass(frozen=True)
@@ -38,36 +39,35 @@ class BenchCase:
     layout: str
     ranks: int
     config: Config
-    """The whole of it."""
+    """Complete configuration of the layout."""
     overrides: dict[str, Any]
-    """What the layout changes, by `section.key`."""
+    """Values that the layout changes, by `section.key`."""
 
     @property
-    def words(self) -> str:
-        """For people."""
+    def label(self) -> str:
+        """Label of the case in messages."""
         return layout_label(self.layout, self.ranks)
 
     @property
     def name(self) -> str:
-        """Of its runs."""
+        """Name of its runs."""
         return f"{self.layout}-{self.ranks}"
 
 
 def layout_label(layout: str, ranks: int) -> str:
-    """For people."""
+    """Return the label of a layout in messages."""
     return f"{layout} on {ranks} {'rank' if ranks == 1 else 'ranks'}"
 
 
-Sections = dict[str, dict[str, Any]]
-LayoutBuilder = Callable[[Config, int, ModelBytes], Sections | str]
-"""What it changes, or why there is no such layout."""
+LayoutBuilder = Callable[[Config, int, ModelBytes], ConfigChanges | str]
+"""A function that returns a layout's changes, or the reason why the layout does not exist."""
 
 
-def _single_paged(config: Config, ranks: int, sizes: ModelBytes) -> Sections | str:
-    """One device that has room for a part of the layers and of the optimizer's states."""
+def _single_paged(config: Config, ranks: int, sizes: ModelBytes) -> ConfigChanges | str:
+    """Return the changes for one device that holds a part of the layers and of the optimizer state."""
     least, total = 2 * max(sizes.layers), sum(sizes.layers)
     if least >= total:
-        return f"a model of {len(sizes.layers)} layers has none that could be paged"
+        return f"a model of {len(sizes.layers)} layers is too small for paging"
     in_8_bit = config.optim.name in ("adamw-8bit", "paged-adamw-8bit")
     moments = sizes.moments // 4 if in_8_bit else sizes.moments
     page = max(_MIN_PAGE_BYTES, -(-moments // (2 * RESIDENT_DIVISOR) // _MIN_PAGE_BYTES) * _MIN_PAGE_BYTES)
@@ -79,20 +79,20 @@ def _single_paged(config: Config, ranks: int, sizes: ModelBytes) -> Sections | s
     }
 
 
-def _fsdp2(config: Config, ranks: int, sizes: ModelBytes) -> Sections | str:
-    """Base and adapters over all ranks."""
+def _fsdp2(config: Config, ranks: int, sizes: ModelBytes) -> ConfigChanges | str:
+    """Return the changes that shard base and adapters over all ranks."""
     return {"parallel": {"engine": "fsdp2", "base": "world"}, "optim": _non_zero_optimizer(config)}
 
 
-def _two_mesh(config: Config, ranks: int, sizes: ModelBytes) -> Sections | str:
-    """The base over nodes of half the ranks each, the adapters over all."""
+def _two_mesh(config: Config, ranks: int, sizes: ModelBytes) -> ConfigChanges | str:
+    """Return the changes that shard the base over each half of the ranks, and the adapters over all."""
     if ranks % 2:
         return "two nodes need an even number of ranks"
     return {"parallel": {"engine": "fsdp2", "base": ranks // 2}, "optim": _non_zero_optimizer(config)}
 
 
-def _zero3(config: Config, ranks: int, sizes: ModelBytes) -> Sections | str:
-    """DeepSpeed's ZeRO-3 over all ranks."""
+def _zero3(config: Config, ranks: int, sizes: ModelBytes) -> ConfigChanges | str:
+    """Return the changes for DeepSpeed's ZeRO-3 over all ranks."""
     if find_spec("deepspeed") is None:
         return "DeepSpeed is not installed; DS_BUILD_OPS=0 pip install 'qlora-dist[zero]'"
     return {"parallel": {"engine": "zero3", "base": "world"}}
@@ -105,31 +105,31 @@ LAYOUTS: dict[str, LayoutBuilder] = {
     "zero3": _zero3,
 }
 _SINGLE_RANK_LAYOUT = "single-paged"
-"""On one rank, whatever the others are on."""
+"""Layout that always runs on one rank."""
 
 
 def parse_layout_names(text: str) -> list[str]:
-    """The names of `--compare`.
+    """Return the layouts that `--compare` names.
 
     Raises:
-        UserError: there is no layout of a name.
+        UserError: no layout has one of the names.
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise UserError(f"--compare: names no layout; give some of {', '.join(LAYOUTS)}")
     for name in names:
         if name not in LAYOUTS:
-            near = difflib.get_close_matches(name, LAYOUTS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LAYOUTS)}"
+            matches = difflib.get_close_matches(name, LAYOUTS, n=1, cutoff=0.5)
+            hint = f"did you mean {matches[0]}?" if matches else f"choose from {', '.join(LAYOUTS)}"
             raise UserError(f"--compare: {name}: unknown layout; {hint}")
     return names
 
 
 def parse_rank_counts(text: str) -> list[int]:
-    """The numbers of `--ranks`.
+    """Return the sorted numbers of `--ranks`.
 
     Raises:
-        UserError: one of them is none.
+        UserError: one of them is not a positive number.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
@@ -139,24 +139,24 @@ def parse_rank_counts(text: str) -> list[int]:
 
 def make_bench_cases(
     config: Config, names: Sequence[str], ranks: Sequence[int], sizes: ModelBytes
-) -> tuple[list[BenchCase], list[tuple[str, int, str]]]:
-    """The layouts on their numbers of ranks.
+) -> tuple[list[BenchCase], list[SkippedLayout]]:
+    """Make the cases of some layouts on some numbers of ranks.
 
     Args:
-        config: what they have in common.
-        names: of layouts.
-        ranks: of each.
-        sizes: of the model.
+        config: common configuration of all cases.
+        names: names of layouts.
+        ranks: numbers of ranks.
+        sizes: bytes of the model.
 
     Returns:
-        Those that there are; and the layout, the ranks and the reason of those that there are not.
+        The cases, and the layouts that do not exist on a number of ranks.
 
     Raises:
-        UserError: the global batch cannot be dealt out to so many ranks.
+        UserError: the global batch does not divide among a number of ranks.
     """
     for number in sorted({1, *ranks} if _SINGLE_RANK_LAYOUT in names else ranks):
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, number)
-    cells, skipped = [], []
+    cases, skipped = [], []
     for name in names:
         for number in [1] if name == _SINGLE_RANK_LAYOUT else ranks:
             sections = LAYOUTS[name](config, number, sizes)
@@ -168,28 +168,28 @@ def make_bench_cases(
                 except ValidationError as error:
                     sections = error.errors()[0]["msg"].removeprefix("Value error, ")
             if isinstance(sections, str):
-                skipped.append((name, number, sections))
+                skipped.append(SkippedLayout(layout=name, ranks=number, reason=sections))
                 continue
             overrides = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-            cells.append(BenchCase(name, number, case_config, overrides))
-    return cells, skipped
+            cases.append(BenchCase(name, number, case_config, overrides))
+    return cases, skipped
 
 
 def count_model_bytes(config: Config) -> ModelBytes:
-    """Of the model, from its folder's headers.
+    """Return the bytes of the model, from the headers of its files.
 
     Raises:
-        UserError: no such model, or the adapters don't fit it.
+        UserError: the model does not exist, or the adapters do not fit it.
     """
     from qlora_dist.model.meta_model import get_decoder_layers
     from qlora_dist.train.run_setup import set_up_model
 
     _, model, _ = set_up_model(config)
     frozen = [[p.nbytes for p in layer.parameters() if not p.requires_grad] for layer in get_decoder_layers(model)]
-    layers = [sum(-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in layer) for layer in frozen]
+    layers = [sum(map(align_bytes, layer)) for layer in frozen]
     return ModelBytes(layers, sum(8 * p.numel() for p in model.parameters() if p.requires_grad))
 
 
 def _non_zero_optimizer(config: Config) -> dict[str, Any]:
-    """The configuration's, unless it is ZeRO's."""
+    """Return the changes that replace the optimizer of ZeRO; others stay."""
     return {"name": "paged-adamw-32bit", "offload": "none"} if config.optim.name == "zero-adamw" else {}

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else."""
+"""A comparison as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_dist.report.html_page import render_html
 
 
 def render_bench_page(result: BenchResult) -> str:
-    """The page's text."""
+    """Return the text of the page."""
     machine = result.machine
     links = (f"{name} {speed / 2**20:,.0f} MiB/s" for name, speed in machine.links_bytes_per_s.items())
     facts = {
@@ -42,7 +42,7 @@ def render_bench_page(result: BenchResult) -> str:
         columns=layout_labels(result),
         rows=bench_table_rows(result),
         notes=[
-            *(skipped_layout_message(left.layout, left.ranks, left.reason) for left in result.left_out),
+            *map(skipped_layout_message, result.left_out),
             loss_comparison_message(result),
             STEP_SPLIT_NOTE,
         ],

@@ -1,4 +1,4 @@
-"""The shape of the result: what `bench.json` holds is what these say, no more and no less."""
+"""The schema of `bench.json`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ResultSection(BaseModel):
-    """Unknown keys are refused."""
+    """A section of the result, which refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Spread(ResultSection):
-    """Of all timed steps of all repeats."""
+    """Median and range over all timed steps of all repeats."""
 
     median: float
     least: float
@@ -22,55 +22,58 @@ class Spread(ResultSection):
 
 
 class LayoutResult(ResultSection):
-    """A layout on a number of ranks."""
+    """Figures of a layout on a number of ranks."""
 
     layout: str
     ranks: int
     threads_per_rank: int
     nodes: list[str]
-    """Of each repeat, as SLURM names them; empty: they were no jobs of SLURM's."""
+    """SLURM's names of the nodes of each repeat; empty if the runs were not SLURM jobs."""
     overrides: dict[str, Any]
-    """What the layout changes in the configuration."""
+    """Values that the layout changes, by `section.key`."""
     repeats: int
     timed_steps: int
-    """Of all repeats together."""
+    """Timed steps of all repeats together."""
     step_s: Spread
     tokens_per_s: Spread
-    """Of all ranks, padding not counted."""
+    """Tokens per second of all ranks, without padding."""
     trained_tokens_per_s: Spread
-    """Tokens that have a loss."""
+    """Tokens per second that have a loss."""
     positions_per_s: Spread
-    """Padding counted."""
+    """Tokens per second of all ranks, padding included."""
     step_shares: dict[str, float]
-    """By kind, together 1: of the last step of the first repeat, under the profiler; the mean of all ranks."""
+    """Fractions of a step by kind, which add up to 1.
+
+    They are means over ranks of the last step of the first repeat, which runs under the profiler.
+    """
     step_split_s: dict[str, float]
-    """These shares of the median step."""
+    """Seconds of the median step by kind, from `step_shares`."""
     static_bytes: list[int]
-    """Of each rank."""
+    """Bytes that each rank holds between steps."""
     peak_bytes: list[int]
-    """Of each rank, the largest of all repeats; on a CPU that of the process, libraries and all."""
+    """Peak bytes of each rank, the largest of all repeats; on a CPU, of the whole process."""
     received_bytes_per_step: dict[str, int]
-    """By rank 0, by mesh dimension."""
+    """Bytes that rank 0 receives, by mesh dimension."""
     paged_bytes_per_step: dict[str, int]
-    """Of rank 0: `base` in, `optimizer` in and out."""
+    """Bytes that rank 0 pages: `base` in, `optimizer` in and out."""
     read_bytes: list[int]
-    """From the model's folder, by each rank."""
+    """Bytes that each rank reads from the model's folder."""
     load_s: Spread
-    """Of the slowest rank, over repeats."""
+    """Seconds that the slowest rank spends loading, over repeats."""
     losses: list[float]
-    """Of each step of the first repeat."""
+    """Loss of each step of the first repeat."""
     loss_difference_of_steps: float
-    """Relative to the reference: the largest of any step of any repeat."""
+    """Largest relative difference from the reference, over steps and repeats."""
     loss_difference_of_mean: float
-    """Relative to the reference: of the mean of all trained tokens, the largest of any repeat."""
+    """Relative difference of the mean over all trained tokens from the reference, the largest of all repeats."""
 
     def loss_difference(self, by: Literal["step", "mean"]) -> float:
-        """The one of the two that decides."""
+        """Return the difference that decides whether the losses agree."""
         return self.loss_difference_of_steps if by == "step" else self.loss_difference_of_mean
 
 
 class SkippedLayout(ResultSection):
-    """A layout that there is not."""
+    """A layout that does not exist on a number of ranks, with the reason."""
 
     layout: str
     ranks: int
@@ -78,44 +81,44 @@ class SkippedLayout(ResultSection):
 
 
 class LossComparison(ResultSection):
-    """Whether all layouts have trained the same."""
+    """Result of comparing the layouts' losses."""
 
     reference: str
-    """Whose losses the others are compared with."""
+    """Name of the case with which the others are compared."""
     by: Literal["step", "mean"]
-    """What is compared: in fp32 the loss of each step; in 16 bit the mean of all trained tokens."""
+    """`step` to compare the loss of each step (fp32), `mean` the mean over all trained tokens (16 bit)."""
     tolerance: float
-    """Relative."""
+    """Largest relative difference that is accepted."""
     largest_difference: float
     agree: bool
 
 
 class BenchMachine(ResultSection):
-    """Where it was measured, as rank 0 of the first run has found it: of a job the first of its nodes."""
+    """Machine of rank 0 of the first run, which in a job is the first node."""
 
     date: str
     versions: dict[str, str]
     system: str
     processor: str
     cores: int
-    """Of this rank."""
+    """Number of cores that this rank may use."""
     memory_bytes: int
     device: str
     """cpu, or the names of the GPUs that this rank sees."""
     links_bytes_per_s: dict[str, float]
-    """As `plan --calibrate` has measured them; empty: nobody has."""
+    """Speeds that `plan --calibrate` measured, by link; empty if it has not run."""
     load_average: float
-    """Of the last minute, as the first run began."""
+    """Load average of the minute before the first run."""
 
 
 class BenchResult(ResultSection):
-    """All of it."""
+    """Content of `bench.json`."""
 
     format: int = 1
     command: str
     machine: BenchMachine
     config: dict[str, Any]
-    """What the layouts have in common."""
+    """Common configuration of all layouts."""
     losses: LossComparison
     layouts: list[LayoutResult]
     left_out: list[SkippedLayout]

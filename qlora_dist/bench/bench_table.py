@@ -1,4 +1,4 @@
-"""The figures as lines of a table."""
+"""The figures of a comparison as a table."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_dist.bench.bench_layouts import layout_label
-from qlora_dist.bench.bench_result import BenchResult, LayoutResult, Spread
+from qlora_dist.bench.bench_result import BenchResult, LayoutResult, SkippedLayout, Spread
 
 _MIB = 2**20
 _WIDEST = 1000
-STEP_SPLIT_NOTE = "The parts of a step are the shares of one that is not timed, under the profiler."
+STEP_SPLIT_NOTE = "The parts of a step are from a step under the profiler, which is not timed."
 
 
 def bench_table_rows(result: BenchResult) -> list[tuple[str, list[str]]]:
-    """Label, and one text a layout."""
+    """Return the rows of the table: a label, and a text for each layout."""
     kinds = list(result.layouts[0].step_shares)
     dims = sorted({dim for figures in result.layouts for dim in figures.received_bytes_per_step} - {"control"})
     lines: list[tuple[str, Callable[[LayoutResult], str]]] = [
@@ -46,12 +46,12 @@ def bench_table_rows(result: BenchResult) -> list[tuple[str, list[str]]]:
 
 
 def layout_labels(result: BenchResult) -> list[str]:
-    """The layouts' names."""
+    """Return the headings of the layouts' columns."""
     return [f"{f.layout}, {f.ranks} {'rank' if f.ranks == 1 else 'ranks'}" for f in result.layouts]
 
 
 def print_bench_table(result: BenchResult, console: Console) -> None:
-    """Print it."""
+    """Print the table and its notes."""
     table = Table(box=None, header_style="bold")
     table.add_column("", no_wrap=True)
     for column in layout_labels(result):
@@ -60,41 +60,38 @@ def print_bench_table(result: BenchResult, console: Console) -> None:
         table.add_row(label, *texts)
     if console.is_terminal:
         console.print(table)
-    else:  # a file has lines as long as they need be
+    else:  # a file can have lines of any length
         width = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
         Console(file=console.file, width=width, highlight=False).print(table)
-    for left_out in result.left_out:
-        console.print(
-            skipped_layout_message(left_out.layout, left_out.ranks, left_out.reason), markup=False, soft_wrap=True
-        )
+    for skipped in result.left_out:
+        console.print(skipped_layout_message(skipped), markup=False, soft_wrap=True)
     console.print(loss_comparison_message(result), markup=False, soft_wrap=True)
     console.print(STEP_SPLIT_NOTE, soft_wrap=True)
 
 
 def bench_markdown(result: BenchResult) -> str:
-    """The same for a page of documentation, with the command under it."""
+    """Return the table and its notes in Markdown, followed by the command."""
     lines = [["", *layout_labels(result)], ["---", *["---:"] * len(result.layouts)]]
     lines += [[label.strip(), *texts] for label, texts in bench_table_rows(result)]
-    notes = [skipped_layout_message(left.layout, left.ranks, left.reason) for left in result.left_out]
-    notes += [loss_comparison_message(result), STEP_SPLIT_NOTE]
+    notes = [*map(skipped_layout_message, result.left_out), loss_comparison_message(result), STEP_SPLIT_NOTE]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return table + "\n\n" + "\n".join(notes) + f"\n\n`{result.command}`\n"
 
 
-def skipped_layout_message(layout: str, ranks: int, reason: str) -> str:
-    """For people."""
-    return f"left out: {layout_label(layout, ranks)}: {reason}"
+def skipped_layout_message(skipped: SkippedLayout) -> str:
+    """Return a sentence about a layout that is left out."""
+    return f"left out: {layout_label(skipped.layout, skipped.ranks)}: {skipped.reason}"
 
 
 def loss_comparison_message(result: BenchResult) -> str:
-    """For people."""
+    """Return a sentence about whether the losses agree."""
     losses = result.losses
-    off = f"{losses.largest_difference:.1e} relative of those of {losses.reference}, {losses.tolerance:.0e} allowed"
+    difference = f"{losses.largest_difference:.1e} relative to {losses.reference}, {losses.tolerance:.0e} allowed"
     compared = "of each step" if losses.by == "step" else "of all trained tokens together"
     if losses.agree:
-        return f"The losses of all layouts, {compared}, are within {off}."
+        return f"The losses of all layouts, {compared}, are within {difference}."
     worst = max(result.layouts, key=lambda f: f.loss_difference(losses.by))
-    return f"The losses do not agree: those of {layout_label(worst.layout, worst.ranks)} are off by {off}."
+    return f"The losses do not agree: {layout_label(worst.layout, worst.ranks)} differs by {difference}."
 
 
 def _range(spread: Spread) -> str:

@@ -1,4 +1,4 @@
-"""From the files of runs to figures."""
+"""The figures of a comparison from the files of its runs."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from qlora_dist.bench.bench_layouts import BenchCase
-from qlora_dist.bench.bench_result import LayoutResult, LossComparison, Spread
+from qlora_dist.bench.bench_result import BenchMachine, LayoutResult, LossComparison, Spread
 from qlora_dist.errors import UserError
+from qlora_dist.plan.calibration_file import load_calibration
 from qlora_dist.report.run_files import RunFiles
 
 LOSS_TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
-"""Relative, between the losses of two layouts, by compute type: sums are made in another order. In fp32 each step's
-must agree. In 16 bit it is the mean of all trained tokens: kernels round in another way for other numbers of threads,
-Adam's first updates magnify that, and single steps are off by a thousandth where nothing is wrong.
+"""Relative tolerance between the losses of two layouts by compute type, because layouts sum in different orders.
+
+In fp32 the loss of each step must agree. In 16 bit only the mean over all trained tokens must. There, kernels round
+differently for other numbers of threads, and Adam's first updates magnify that. Single steps of correct runs then
+differ by a thousandth.
 """
 
 
 def summarize_layout(case: BenchCase, runs: Sequence[RunFiles], warm_up: int, reference: RunFiles) -> LayoutResult:
-    """Of a layout.
+    """Return the figures of a layout.
 
     Args:
-        case: which it is.
-        runs: its repeats. The last step of the first one was profiled, and is not timed.
-        warm_up: steps at the beginning of each that are not timed.
-        reference: whose losses these are compared with.
+        case: the layout and its number of ranks.
+        runs: repeats of the layout. The last step of the first one was profiled, and is not timed.
+        warm_up: number of first steps of each run that are not timed.
+        reference: run with whose losses these are compared.
     """
     timed = [row for number, run in enumerate(runs) for row in run.steps[warm_up : -1 if number == 0 else None]]
     last, summaries = runs[-1].steps[-1], [run.summary for run in runs]
@@ -58,10 +61,10 @@ def summarize_layout(case: BenchCase, runs: Sequence[RunFiles], warm_up: int, re
 
 
 def step_losses(run: RunFiles) -> list[float]:
-    """Of each step.
+    """Return the loss of each step.
 
     Raises:
-        UserError: one was not finite.
+        UserError: a loss is not finite.
     """
     losses = [row["loss"] for row in run.steps]
     if None in losses:
@@ -70,7 +73,7 @@ def step_losses(run: RunFiles) -> list[float]:
 
 
 def compare_losses(reference: str, compute_dtype: str, layouts: Sequence[LayoutResult]) -> LossComparison:
-    """Whether all have trained the same."""
+    """Compare the losses of all layouts with the reference."""
     by: Literal["step", "mean"] = "step" if compute_dtype == "fp32" else "mean"
     tolerance, largest = LOSS_TOLERANCES[compute_dtype], max(figures.loss_difference(by) for figures in layouts)
     return LossComparison(
@@ -78,12 +81,34 @@ def compare_losses(reference: str, compute_dtype: str, layouts: Sequence[LayoutR
     )
 
 
+def bench_machine_of_run(run: RunFiles, date: str) -> BenchMachine:
+    """Return the machine of a run's rank 0, which may differ from this one.
+
+    Args:
+        run: first run of the benchmark.
+        date: date and time at which the benchmark began.
+    """
+    fields = {key: value for key, value in run.process["machine"].items() if key != "threads"}
+    return BenchMachine(date=date, links_bytes_per_s=_links() if fields["device"] == "cpu" else {}, **fields)
+
+
+def _links() -> dict[str, float]:
+    measured = load_calibration().devices.get("cpu")
+    if measured is None:
+        return {}
+    links = {"inside a node": measured.inside_bytes, "between nodes": measured.between_bytes}
+    return {name: speed for name, speed in links.items() if speed}
+
+
 def _largest_step_difference(run: RunFiles, reference: RunFiles) -> float:
     return max(abs(a - b) / b for a, b in zip(step_losses(run), step_losses(reference), strict=True))
 
 
 def _mean_loss_difference(run: RunFiles, reference: RunFiles) -> float:
-    """Of all trained tokens; every run has the same ones in the same steps."""
+    """Return the relative difference of the mean loss over all trained tokens.
+
+    The weights of the steps are the reference's, because all runs train the same tokens in each step.
+    """
     tokens: list[int] = [row["trained_tokens"] for row in reference.steps]
     own, other = (sum(a * b for a, b in zip(step_losses(r), tokens, strict=True)) for r in (run, reference))
     return abs(own - other) / other

@@ -1,4 +1,4 @@
-"""A layout's run, as a job of its own on this machine."""
+"""A layout's run as a separate job on this machine."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ _LAST_LINES = 40
 
 
 def threads_per_rank(ranks: int) -> int:
-    """The cores of this process, shared among ranks."""
+    """Return each rank's share of the cores of this process."""
     return max(1, usable_cpu_count() // ranks)
 
 
-def run_local_job(cell: BenchCase, folder: Path) -> RunFiles:
-    """Train, in one process or on torchrun's ranks, and read what the run has left.
+def run_local_job(case: BenchCase, folder: Path) -> RunFiles:
+    """Train in one process or on torchrun's ranks, and read the run's files.
 
     Args:
-        cell: the layout; `run.dir` of its configuration is below `folder`.
-        folder: of what is written.
+        case: layout whose configuration has a `run.dir` below `folder`.
+        folder: folder for the configuration and the log.
 
     Raises:
-        UserError: what the run has said is the user's to mend.
-        RuntimeError: it has failed; with the end of what it wrote.
+        UserError: the run reported a user's error.
+        RuntimeError: the run failed otherwise; the message has the end of its log.
     """
-    config, log = folder / f"{cell.name}.yaml", folder / f"{cell.name}.log"
-    config.write_text(dump_config(cell.config), encoding="utf-8")
+    config, log = folder / f"{case.name}.yaml", folder / f"{case.name}.log"
+    config.write_text(dump_config(case.config), encoding="utf-8")
     command = [sys.executable]
-    if cell.ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell.ranks}"]
+    if case.ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
     command += ["-m", "qlora_dist", "train", str(config), "--resume", "none"]
-    environ = os.environ | {"OMP_NUM_THREADS": str(threads_per_rank(cell.ranks)), "PYTHONUNBUFFERED": "1"}
+    environ = os.environ | {"OMP_NUM_THREADS": str(threads_per_rank(case.ranks)), "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as output:
         code = subprocess.run(command, env=environ, stdout=output, stderr=output, check=False).returncode
     if code:
         text = log.read_text(encoding="utf-8", errors="replace")
         user_errors = re.findall(r"^qlora-dist: (.+)$", text, re.MULTILINE)
         if user_errors:
-            raise UserError(f"{cell.words}: {user_errors[0]}")
-        raise RuntimeError(f"{cell.name} ended with exit code {code}\n" + "\n".join(text.splitlines()[-_LAST_LINES:]))
-    run = Path(cell.config.run.dir) / cell.config.run.name
+            raise UserError(f"{case.label}: {user_errors[0]}")
+        raise RuntimeError(f"{case.name} ended with exit code {code}\n" + "\n".join(text.splitlines()[-_LAST_LINES:]))
+    run = Path(case.config.run.dir) / case.config.run.name
     files = read_run_files(run)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return files

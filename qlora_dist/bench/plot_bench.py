@@ -1,8 +1,9 @@
-"""The pictures of a comparison: PNG files, and one SVG for its page."""
+"""The charts of a comparison: PNG files, and one SVG for its page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +11,26 @@ from markupsafe import Markup
 
 from qlora_dist.bench.bench_result import BenchResult
 from qlora_dist.bench.bench_table import layout_labels
-from qlora_dist.report.html_page import MATPLOTLIB_SETTINGS, figure_to_svg
+from qlora_dist.report.panels import MATPLOTLIB_SETTINGS, draw_panels, panels_to_svg, stack_bars
 
 _MIB = 2**20
 
 
 def save_bench_plots(result: BenchResult, folder: Path) -> list[Path]:
-    """Each picture as a PNG file of its name."""
+    """Write each chart to a PNG file, and return the files."""
     import matplotlib
-    from matplotlib.figure import Figure
 
     files = []
     with matplotlib.rc_context(MATPLOTLIB_SETTINGS):
         for name, panel in _PANELS.items():
-            figure = Figure(figsize=(6.5, 4), layout="constrained", dpi=150)
-            panel(figure.subplots(), result)
             files.append(folder / f"{name}.png")
-            figure.savefig(files[-1])
+            draw_panels([partial(panel, result=result)], 6.5, 4, columns=1).savefig(files[-1], dpi=150)
     return files
 
 
 def draw_bench_svg(result: BenchResult) -> Markup:
-    """All of them as an `<svg>` element that needs nothing else."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(MATPLOTLIB_SETTINGS):
-        figure = Figure(figsize=(11, 10), layout="constrained")
-        axes = list(figure.subplots(3, 2).flat)
-        for axis, panel in zip(axes, _PANELS.values(), strict=False):
-            panel(axis, result)
-        for axis in axes[len(_PANELS) :]:
-            axis.set_axis_off()
-        return figure_to_svg(figure)
+    """Return all charts as a self-contained `<svg>` element."""
+    return panels_to_svg([partial(panel, result=result) for panel in _PANELS.values()], 10 / 3)
 
 
 def _plot_throughput(axis: Any, result: BenchResult) -> None:
@@ -68,8 +56,9 @@ def _plot_scaling(axis: Any, result: BenchResult) -> None:
 
 
 def _plot_step_split(axis: Any, result: BenchResult) -> None:
-    _stack(axis, result, {k: [f.step_split_s[k] for f in result.layouts] for k in result.layouts[0].step_split_s})
-    _label_axis(axis, result, "what a step goes into", "s of the median step")
+    kinds = result.layouts[0].step_split_s
+    stack_bars(axis, range(len(result.layouts)), {k: [f.step_split_s[k] for f in result.layouts] for k in kinds})
+    _label_axis(axis, result, "parts of a step", "s of the median step")
 
 
 def _plot_memory(axis: Any, result: BenchResult) -> None:
@@ -88,26 +77,17 @@ def _plot_traffic(axis: Any, result: BenchResult) -> None:
         f"pages of the {owner}": [f.paged_bytes_per_step[owner] / _MIB for f in result.layouts]
         for owner in ("base", "optimizer")
     }
-    _stack(axis, result, {label: values for label, values in heights.items() if any(values)})
+    stack_bars(axis, range(len(result.layouts)), {label: values for label, values in heights.items() if any(values)})
     _label_axis(axis, result, "moved by rank 0", "MiB a step")
 
 
-_PANELS: dict[str, Callable[[Any, BenchResult], None]] = {
+_PANELS: dict[str, Callable[..., None]] = {
     "throughput": _plot_throughput,
     "scaling": _plot_scaling,
     "split": _plot_step_split,
     "memory": _plot_memory,
     "traffic": _plot_traffic,
 }
-
-
-def _stack(axis: Any, result: BenchResult, parts: dict[str, list[float]]) -> None:
-    bottom = [0.0] * len(result.layouts)
-    for label, heights in parts.items():
-        axis.bar(range(len(heights)), heights, bottom=bottom, label=label)
-        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-    if parts:
-        axis.legend()
 
 
 def _label_axis(axis: Any, result: BenchResult, title: str, unit: str) -> None:

@@ -1,4 +1,4 @@
-"""A layout's run as a SLURM job: the very one that `qlora-dist launch` would submit, and waited for."""
+"""A layout's run as a SLURM job: the job that `qlora-dist launch` would submit, and the wait for its end."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ _JOB_STATE_MESSAGES = {
     "OUT_OF_MEMORY": "had less host memory than it needs; raise memory in the cluster's file",
 }
 _MIN_POLL_S, _MAX_POLL_S = 1.0, 10.0
-"""Between two questions to SLURM, at first and for jobs that take minutes."""
+"""Seconds between two queries to SLURM, at first and for jobs that take minutes."""
 _FILE_TIMEOUT_S = 60.0
-"""Until this machine sees what nodes have written to a file system that they share."""
+"""Seconds to wait until files that nodes wrote to a shared file system are visible here."""
 
 
 @dataclass(frozen=True)
 class SlurmPlacement:
-    """What the command line says of the cluster."""
+    """The cluster, and the ranks of its nodes."""
 
     cluster: Cluster
     ranks_per_node: int | None = None
-    """None: as many as a node has GPUs."""
+    """Number of ranks on a node; None means one per GPU."""
 
-    def job(self, case: BenchCase) -> tuple[SlurmJob, str]:
-        """The layout's next job, and its script.
+    def make_job_script(self, case: BenchCase) -> tuple[SlurmJob, str]:
+        """Return the layout's next job and its script.
 
-        It is started once: a second start would go on from a checkpoint, and time less than the others.
+        SLURM must not requeue the job, because a second start would resume and time fewer steps than other runs.
 
         Raises:
-            UserError: the ranks fill no nodes, another job is at work in the run's folder, or a script can't name it.
+            UserError: the ranks do not fill nodes, a job uses the run's folder, or a script cannot name the folder.
         """
         nodes, ranks_per_node = split_into_nodes(
             case.ranks, self.ranks_per_node or default_ranks_per_node(self.cluster)
@@ -65,62 +65,62 @@ class SlurmPlacement:
 
 
 def split_into_nodes(ranks: int, max_ranks_per_node: int) -> tuple[int, int]:
-    """Nodes, and ranks on each.
+    """Return the number of nodes, and of ranks on each.
 
     Args:
-        ranks: of all nodes.
-        max_ranks_per_node: on a node.
+        ranks: ranks of all nodes together.
+        max_ranks_per_node: largest number of ranks on a node.
 
     Raises:
-        UserError: they are more than one node's, and nodes would be unequal.
+        UserError: the ranks need several nodes, which would be unequal.
     """
     if ranks <= max_ranks_per_node:
         return 1, ranks
     if ranks % max_ranks_per_node:
         raise UserError(
-            f"--ranks: {ranks} cannot be dealt out to nodes of {max_ranks_per_node} ranks each; give a multiple of {max_ranks_per_node}, or "
-            "another --ranks-per-node"
+            f"--ranks: {ranks} cannot be split into nodes of {max_ranks_per_node} ranks each; give a multiple of "
+            f"{max_ranks_per_node}, or another --ranks-per-node"
         )
     return ranks // max_ranks_per_node, max_ranks_per_node
 
 
 def check_slurm_cases(cases: Sequence[BenchCase], placement: SlurmPlacement) -> None:
-    """Find what is wrong with any job before the first one is submitted.
+    """Check all jobs before the first one is submitted.
 
     Raises:
-        UserError: naming the layout.
+        UserError: a job has a mistake; the message names the layout.
     """
     from qlora_dist.launch.job_check import check_job
 
     if shutil.which("sbatch") is None:
         raise UserError("--on slurm: there is no command sbatch; call this on a login node of a SLURM cluster")
-    jobs = [placement.job(cell)[0] for cell in cases]
-    for cell, job in zip(cases, jobs, strict=True):
+    jobs = [placement.make_job_script(case)[0] for case in cases]
+    for case, job in zip(cases, jobs, strict=True):
         try:
-            check_job(cell.config, placement.cluster, job.nodes, job.ranks_per_node, Console(quiet=True))
+            check_job(case.config, placement.cluster, job.nodes, job.ranks_per_node, Console(quiet=True))
         except UserError as error:
-            raise UserError(f"{cell.words}: {error}") from None
+            raise UserError(f"{case.label}: {error}") from None
 
 
 def run_slurm_job(case: BenchCase, placement: SlurmPlacement, console: Console) -> RunFiles:
-    """Submit it, wait for it, and read what the run has left. Whatever ends the waiting ends the job.
+    """Submit a layout's job, wait for its end, and read the run's files. If the wait is interrupted, cancel the job.
 
     Args:
-        case: the layout; `run.dir` of its configuration is where all nodes see it.
+        case: layout whose configuration has a `run.dir` that all nodes see.
         placement: the cluster.
-        console: for how the job is.
+        console: console for the job's states.
 
     Raises:
-        UserError: the job has not come to its end.
+        UserError: the job did not finish its run.
     """
-    job, script = placement.job(case)
+    job, script = placement.make_job_script(case)
     _clear(job.run)
     job_id = None
     with _signals_to_exit():
         try:
-            with _signals_blocked():  # or nobody would know the job's number
+            with _signals_blocked():  # a signal here would lose the job's number
                 job_id = submit_job(case.config, job, script)
-            state = _wait(case.words, job_id, console)
+            state = _wait(case.label, job_id, console)
         except BaseException:
             if job_id is not None:
                 with _signals_blocked():
@@ -128,18 +128,18 @@ def run_slurm_job(case: BenchCase, placement: SlurmPlacement, console: Console) 
             raise
     _wait_for_files(job.run / DONE_MARKER, state)
     if not (job.run / DONE_MARKER).exists():
-        raise UserError(f"{case.words}{explain_unfinished_job(job, job_id, state)}")
+        raise UserError(f"{case.label}{explain_unfinished_job(job, job_id, state)}")
     files = read_run_files(job.run)
     shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
     return files
 
 
 def explain_unfinished_job(job: SlurmJob, job_id: int, state: JobState) -> str:
-    """Why a job has not come to its end, to be put behind the layout's name."""
+    """Return why a job did not finish its run, as a text to append to the layout's name."""
     try:
         return f", job {job_id}: {(job.folder / USER_ERROR_FILE).read_text(encoding='utf-8').strip()}"
     except OSError:
-        pass  # it was none of the user's
+        pass  # the job reported no user's error
     has_output = job.output.exists()
     output = f" (its output: {job.output})" if has_output else ""
     if state.state in _JOB_STATE_MESSAGES:
@@ -147,7 +147,7 @@ def explain_unfinished_job(job: SlurmJob, job_id: int, state: JobState) -> str:
     if (job.run / REQUEUE_MARKER).exists():
         reason = read_json_object(job.run / REQUEUE_MARKER).get("reason")
         return (
-            f": job {job_id} was told to end before its last step ({reason}), as jobs are before their time limit; "
+            f": job {job_id} was stopped before its last step ({reason}), as jobs are before their time limit; "
             f"raise time in the cluster's file{output}"
         )
     if (job.run / STOPPED_MARKER).exists():
@@ -158,36 +158,36 @@ def explain_unfinished_job(job: SlurmJob, job_id: int, state: JobState) -> str:
 
 
 def job_state_label(state: JobState | None) -> str:
-    """How a job is."""
+    """Return a job's state as the predicate of a sentence."""
     if state is None:
-        return "is not known, SLURM does not answer"
+        return "is in an unknown state, because SLURM does not answer"
     if state.state in WAITING_STATES:
         return f"waits ({state.reason})" if state.reason not in ("", "None") else "waits"
     return "ends" if state.state == "COMPLETING" else f"runs on {state.nodes}"
 
 
 def _wait(label: str, job_id: int, console: Console) -> JobState:
-    """Until it has ended; say how it is whenever that changes."""
-    started, last_label = time.monotonic(), ""
+    """Wait until a job has ended, and print its state whenever that changes."""
+    started, last_state = time.monotonic(), ""
     while True:
         state = job_state(job_id)
         if state is not None and state.has_ended:
             return state
-        if (now := job_state_label(state)) != last_label:
-            console.print(f"{label}: job {job_id} {now}", markup=False, soft_wrap=True)
-            last_label = now
+        if (new_state := job_state_label(state)) != last_state:
+            console.print(f"{label}: job {job_id} {new_state}", markup=False, soft_wrap=True)
+            last_state = new_state
         time.sleep(min(_MAX_POLL_S, max(_MIN_POLL_S, (time.monotonic() - started) / 20)))
 
 
 def _wait_for_files(marker: Path, state: JobState) -> None:
-    """A network file system shows some things late."""
-    until = time.monotonic() + (_FILE_TIMEOUT_S if state.state in ("COMPLETED", "UNKNOWN") else 0)
-    while time.monotonic() < until and not (marker.exists() or marker.with_name(STOPPED_MARKER).exists()):
+    """Wait until the run's marker is visible, because a network file system shows new files late."""
+    deadline = time.monotonic() + (_FILE_TIMEOUT_S if state.state in ("COMPLETED", "UNKNOWN") else 0)
+    while time.monotonic() < deadline and not (marker.exists() or marker.with_name(STOPPED_MARKER).exists()):
         time.sleep(_MIN_POLL_S)
 
 
 def _clear(run: Path) -> None:
-    """What an earlier run of that name has left would be taken for this one's, or gone on with."""
+    """Delete files of an earlier run, which would be taken for this run's results or resumed."""
     for name in (*MARKERS, "metrics.jsonl", "summary.json"):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -204,12 +204,14 @@ def _cancel(job_id: int) -> None:
 
 @contextmanager
 def _signals_to_exit() -> Iterator[None]:
-    """Signals that would end this process at once leave it time to cancel its job."""
+    """Turn signals that would kill this process into an exit, so that it can cancel its job."""
 
     def end(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # as of nohup
+    numbers = [
+        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN
+    ]  # ignored under nohup
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
@@ -220,7 +222,7 @@ def _signals_to_exit() -> Iterator[None]:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Signals wait, also those to the commands that are called: Ctrl-C goes to all of them."""
+    """Block signals in this process and in the commands that it calls, because Ctrl-C reaches all of them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield

@@ -17,16 +17,15 @@ from qlora_dist.bench.bench_layouts import (
     parse_layout_names,
     parse_rank_counts,
 )
-from qlora_dist.bench.bench_machine import bench_machine_of_run
 from qlora_dist.bench.bench_page import render_bench_page
-from qlora_dist.bench.bench_result import BenchResult, SkippedLayout
+from qlora_dist.bench.bench_result import BenchResult
 from qlora_dist.bench.bench_table import (
     bench_markdown,
     loss_comparison_message,
     print_bench_table,
     skipped_layout_message,
 )
-from qlora_dist.bench.layout_figures import compare_losses, step_losses, summarize_layout
+from qlora_dist.bench.layout_figures import bench_machine_of_run, compare_losses, step_losses, summarize_layout
 from qlora_dist.bench.local_bench_job import run_local_job
 from qlora_dist.bench.plot_bench import save_bench_plots
 from qlora_dist.bench.slurm_bench_job import SlurmPlacement, check_slurm_cases, run_slurm_job
@@ -78,8 +77,8 @@ def run_bench(config: Config, args: BenchArgs, console: Console) -> bool:
     steps, repeats = (_QUICK_STEPS, 1) if args.quick else (args.steps, args.repeats)
     common = bench_config(config, out, steps, quick=args.quick)
     cases, skipped = make_bench_cases(common, names, ranks, count_model_bytes(common))
-    for layout, number, reason in skipped:
-        console.print(skipped_layout_message(layout, number, reason), markup=False, soft_wrap=True)
+    for layout in skipped:
+        console.print(skipped_layout_message(layout), markup=False, soft_wrap=True)
     if not cases:
         raise UserError("bench: nothing is left to compare; give other layouts with --compare, or numbers with --ranks")
     if args.placement is not None:
@@ -102,7 +101,7 @@ def run_bench(config: Config, args: BenchArgs, console: Console) -> bool:
         config=common.model_dump(mode="json"),
         losses=compare_losses(cases[0].name, common.model.compute_dtype, layouts),
         layouts=layouts,
-        left_out=[SkippedLayout(layout=layout, ranks=number, reason=reason) for layout, number, reason in skipped],
+        left_out=skipped,
     )
     print_bench_table(result, console)
     for path in _write_results(result, out, args.json):

@@ -208,8 +208,24 @@ def plan(
     from qlora_dist.cli.plan_command import run_plan
     from qlora_dist.plan.plan_args import PlanArgs
 
-    args = PlanArgs(model, overrides or [], gpus, gpu, nodes, network, seq_len, micro_batch, hardware, calibration)
-    run_plan(args, search=search, plot=plot, as_json=as_json, with_trace=trace)
+    run_plan(
+        PlanArgs(
+            model=model,
+            overrides=overrides or [],
+            gpus=gpus,
+            gpu=gpu,
+            nodes=nodes,
+            network=network,
+            seq_len=seq_len,
+            micro_batch=micro_batch,
+            hardware=hardware,
+            calibration=calibration,
+        ),
+        search=search,
+        plot=plot,
+        as_json=as_json,
+        with_trace=trace,
+    )
 
 
 _RUNS_DIR_OPTION = typer.Option("--dir", help="Folder of all runs (run.dir).")

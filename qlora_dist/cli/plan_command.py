@@ -25,11 +25,11 @@ def run_plan(args: PlanArgs, *, search: bool, plot: Path | None, as_json: bool, 
     if search:
         from qlora_dist.plan.plan_search import print_fastest_plan
 
-        print_fastest_plan(args, as_json)
+        print_fastest_plan(args, as_json=as_json)
         return
     planned = plan_from_args(args)
     if plot is not None:
-        from qlora_dist.plan.plot_plan import plot_plan
+        from qlora_dist.report.plot_plan import plot_plan
 
         plot_plan(planned, _plans_by_nodes(args), plot)
     traced = None

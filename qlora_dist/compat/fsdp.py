@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy
 from torch.distributed.tensor import Shard
 
+from qlora_dist.runtime.byte_sizes import align_bytes
+
 try:
     from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
     from torch.distributed.fsdp._fully_shard._fsdp_common import (
@@ -41,7 +43,6 @@ AcquirePage = Callable[[PassDirection], torch.Tensor]
 """Gives a unit's page, on its device, for the pass that needs it: uint8[n]."""
 ReleasePage = Callable[[torch.Event | None], None]
 """Told when the page has been read, or will have been when the device has come to an event of another stream."""
-PAGE_ALIGNMENT = 16  # bytes, of a shard in a page: a multiple of every element
 
 
 class MeshPlacement:
@@ -98,7 +99,7 @@ def frozen_shards(unit: FSDPModule) -> list[tuple[nn.Parameter, int, int]]:
             if not parameter.sharded_param.requires_grad:
                 nbytes = parameter._sharded_param_data.nbytes
                 shards.append((parameter.sharded_param, start, nbytes))
-                start += -(-nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+                start += align_bytes(nbytes)
     return shards
 
 

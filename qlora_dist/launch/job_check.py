@@ -18,12 +18,12 @@ from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.plan.memory_estimate import estimate_memory
 from qlora_dist.plan.print_plan import PHASE_LABELS
 from qlora_dist.plan.run_spec import make_run_spec
+from qlora_dist.runtime.byte_sizes import COMPUTE_BYTES
 from qlora_dist.runtime.environment import Launcher, RankInfo
 from qlora_dist.train.run_setup import set_up_model, set_up_run
 
 _FP32_BYTES = 4
 """Bytes of an adapter's element in fp32."""
-_COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int, console: Console) -> None:
@@ -130,7 +130,7 @@ def estimate_static_bytes(model: PreTrainedModel, sizes: MeshSizes, config: Conf
     parameters = list(model.parameters())
     base = sum(p.nbytes for p in parameters if not p.requires_grad) / sizes.base_shards
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    engine, optim, compute = config.parallel.engine, config.optim, _COMPUTE_BYTES[config.model.compute_dtype]
+    engine, optim, compute = config.parallel.engine, config.optim, COMPUTE_BYTES[config.model.compute_dtype]
     element_bytes = _FP32_BYTES + 4 + 2 * (1 if optim.name.endswith("8bit") else 4)
     if optim.name == "zero-adamw":  # it keeps the summed gradients beside the optimizer states
         element_bytes += 4 if optim.offload == "none" else -8

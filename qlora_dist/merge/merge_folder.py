@@ -25,7 +25,7 @@ from qlora_dist.merge.lora_update import (
     read_checked_adapter,
     read_lora_update,
 )
-from qlora_dist.merge.merge_plan import MERGE_DTYPES, MatrixMerge, MergeOptions, MergePlan, TensorMerge, make_merge_plan
+from qlora_dist.merge.merge_plan import MatrixMerge, MergeOptions, MergePlan, TensorMerge, make_merge_plan
 from qlora_dist.merge.merged_adapter_file import write_merged_adapter_file
 from qlora_dist.merge.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from qlora_dist.merge.weight_rows import (
@@ -35,6 +35,7 @@ from qlora_dist.merge.weight_rows import (
     quantize_weight_rows,
     training_weight_rows,
 )
+from qlora_dist.model.meta_model import COMPUTE_DTYPES
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files
 from qlora_dist.nf4.quant_state import quant_state_tensors
@@ -260,7 +261,7 @@ def _config(folder: ModelFolder, plan: MergePlan, options: MergeOptions) -> dict
         config.pop("quantization_config", None)
     if options.dtype != "auto":
         config.pop("torch_dtype", None)
-        config["dtype"] = str(MERGE_DTYPES[options.dtype]).removeprefix("torch.")
+        config["dtype"] = str(COMPUTE_DTYPES[options.dtype]).removeprefix("torch.")
     if plan.is_untied:
         config["tie_word_embeddings"] = False
     if plan.vocab_size is not None:

@@ -14,7 +14,7 @@ from qlora_dist.adapters.lora_experts import peft_swaps_in_out
 from qlora_dist.adapters.saved_adapter import LowRankUpdate, SavedAdapter, missing_module_error
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry, tensors_equal
-from qlora_dist.model.meta_model import causal_lm_on_meta
+from qlora_dist.model.meta_model import COMPUTE_DTYPES, causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import (
     QuantizableParameter,
@@ -29,7 +29,6 @@ from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
 from qlora_dist.nf4.quant_state import quant_state_specs
 
 MergeFormat = Literal["dequantized", "original", "nf4"]
-MERGE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,4 +262,4 @@ def _embedding(model: PreTrainedModel) -> str:
 
 
 def _dtype(before: torch.dtype, options: MergeOptions) -> torch.dtype:
-    return before if options.dtype == "auto" or not before.is_floating_point else MERGE_DTYPES[options.dtype]
+    return before if options.dtype == "auto" or not before.is_floating_point else COMPUTE_DTYPES[options.dtype]

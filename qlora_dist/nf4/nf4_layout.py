@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora_dist.runtime.byte_sizes import align_bytes
+
 NESTED_BLOCK_SIZE = 256
 """Number of absmax values that share a nested absmax (`compress_statistics` of bitsandbytes' `quantize_4bit`)."""
 
-_ALIGNMENT = 16
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 QuantType = Literal["nf4", "fp4"]
@@ -63,26 +64,22 @@ class NF4Layout:
     @property
     def absmax(self) -> slice:
         """Bytes of the absmax values."""
-        start = _align(self.codes.stop)
+        start = align_bytes(self.codes.stop)
         return slice(start, start + self.num_blocks * (1 if self.double_quant else 4))
 
     @property
     def nested_absmax(self) -> slice:
         """Bytes of the nested absmax values; empty without double quantization."""
-        start = _align(self.absmax.stop)
+        start = align_bytes(self.absmax.stop)
         return slice(start, start + (4 * -(-self.num_blocks // NESTED_BLOCK_SIZE) if self.double_quant else 0))
 
     @property
     def offset(self) -> slice:
         """Bytes of the offset; empty without double quantization."""
-        start = _align(self.nested_absmax.stop)
+        start = align_bytes(self.nested_absmax.stop)
         return slice(start, start + (4 if self.double_quant else 0))
 
     @property
     def total_bytes(self) -> int:
         """Length of the vector in bytes."""
-        return _align(self.offset.stop)
-
-
-def _align(position: int) -> int:
-    return -(-position // _ALIGNMENT) * _ALIGNMENT
+        return align_bytes(self.offset.stop)

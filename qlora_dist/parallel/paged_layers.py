@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from qlora_dist.compat.fsdp import PAGE_ALIGNMENT, PassDirection, frozen_shards, page_frozen_parameters
+from qlora_dist.compat.fsdp import PassDirection, frozen_shards, page_frozen_parameters
 from qlora_dist.config.sections import PagingConfig
 from qlora_dist.errors import UserError
 from qlora_dist.paging.page_store import page_store_factory
 from qlora_dist.paging.pager import Pager
+from qlora_dist.runtime.byte_sizes import align_bytes
 from qlora_dist.shard_view import local_tensor
 
 _STORE_CONTENT = "the base's layers"
@@ -68,7 +69,7 @@ class PagedLayers:
             end = 0
             for parameter, start, nbytes in frozen_shards(layer):
                 self._locations[names[id(parameter)]] = _PageLocation(page, start, parameter.dtype)
-                end = start + -(-nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+                end = start + align_bytes(nbytes)
             sizes.append(end)
         least = 2 * max(sizes)
         if resident_bytes == "auto":

@@ -1,1 +1,1 @@
-"""Memory, traffic and time of a configuration, without a GPU. Only the trace and the calibration import torch."""
+"""Estimates of a configuration's memory, traffic and time, without a GPU and without torch."""

@@ -1,7 +1,7 @@
-"""What a decoder layer needs for a micro-batch, per token: what it keeps for backward, and its peaks on the way.
+"""Activation memory of a decoder layer: the bytes it saves for backward, and the peaks of both passes.
 
 Every number is read off the code that runs: transformers' layer, `model/attention.py`, `model/norm.py` and
-`adapters/lora_matmul.py`. Derivations: docs/planning.md. c is the number of bytes of the compute type.
+`adapters/lora_matmul.py`. docs/planning.md derives the formulas. `c` is the element size of the compute type in bytes.
 """
 
 from __future__ import annotations
@@ -17,53 +17,58 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class ImplementationTraits:
-    """What differs in the code of other trainers (`benchmarks/published.py`)."""
+    """Traits in which the code of other trainers differs (`benchmarks/published.py`)."""
 
     copies_attention: bool = True
-    """What attention returns is copied into another order of dimensions."""
+    """True if attention's output is copied into another order of dimensions."""
     fused_norms: bool = True
-    """Norms keep their input as it is, and a factor per row; else the input in fp32."""
+    """True if a norm saves its input and a factor per row; false if it saves the input in fp32."""
     keeps_output: bool = False
-    """A recomputed layer's output is there too."""
+    """True if a recomputed layer's output is allocated too."""
 
 
 OWN_IMPLEMENTATION = ImplementationTraits()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerActivations:
-    """Bytes for a rank's micro-batch."""
+    """Bytes that a layer allocates for a rank's micro-batch."""
 
-    kept: int
-    """By the forward pass of a layer that is not checkpointed, or by recomputing one that is."""
-    forward: int
-    """On top of the layer's input, at the peak of a forward pass that keeps nothing."""
-    backward: int
-    """On top of `kept`, at the peak of backward: the gradient on its way, and what is dequantized among it."""
+    saved_bytes: int
+    """Bytes that forward saves for backward, where the layer is not checkpointed or is being recomputed."""
+    forward_peak_bytes: int
+    """Bytes on top of the layer's input, at the peak of a forward pass that saves nothing."""
+    backward_peak_bytes: int
+    """Bytes on top of `saved_bytes` at the peak of backward: gradients and a dequantized weight."""
     forward_weight_bytes: int
-    """Of `forward`, the dequantized weight."""
+    """Bytes of the dequantized weight within `forward_peak_bytes`."""
     backward_weight_bytes: int
-    """Of `backward`, the dequantized weight."""
+    """Bytes of the dequantized weight within `backward_peak_bytes`."""
     last_weight_bytes: int
-    """Of the last product of a forward pass, when all that is kept is there."""
+    """Bytes of the dequantized weight in the last product of forward, when all saved tensors exist."""
 
 
 def layer_activations(
     run: RunSpec, layer: LayerSpec, traits: ImplementationTraits = OWN_IMPLEMENTATION
 ) -> LayerActivations:
-    """Of one layer."""
-    kept = run.tokens * saved_bytes_per_token(run, layer, traits) + _saved_score_bytes(run, layer)
+    """Return the activation memory of one layer."""
     forward, forward_weight = max(_forward_peaks(run, layer))
     backward, backward_weight = max(_backward_peaks(run, layer))
-    last_weight = _dequantize_peak_bytes(run, layer.matrices[-1])
-    return LayerActivations(kept, forward, backward, forward_weight, backward_weight, last_weight)
+    return LayerActivations(
+        saved_bytes=run.tokens * saved_bytes_per_token(run, layer, traits) + _saved_score_bytes(run, layer),
+        forward_peak_bytes=forward,
+        backward_peak_bytes=backward,
+        forward_weight_bytes=forward_weight,
+        backward_weight_bytes=backward_weight,
+        last_weight_bytes=_dequantize_peak_bytes(run, layer.matrices[-1]),
+    )
 
 
 def saved_bytes_per_token(run: RunSpec, layer: LayerSpec, traits: ImplementationTraits = OWN_IMPLEMENTATION) -> int:
-    """Bytes that backward will need."""
+    """Return the bytes per token that forward saves for backward."""
     c, a, h = run.compute_bytes, layer.attention, layer.hidden
-    of_norm = c if traits.fused_norms else _FP32
-    total = of_norm * h * layer.num_norms + (c * h if traits.keeps_output else 0)
+    norm_element_bytes = c if traits.fused_norms else _FP32
+    total = norm_element_bytes * h * layer.num_norms + (c * h if traits.keeps_output else 0)
     total += _FP32 * layer.num_norms if traits.fused_norms else 0
     total += _saved_lora_inputs(run, layer, copies_attention=run.device == "cuda" and traits.copies_attention)
     q, k, v, o = a.heads * a.qk_head_dim, a.kv_heads * a.qk_head_dim, a.kv_heads * a.v_head_dim, a.heads * a.v_head_dim
@@ -71,17 +76,17 @@ def saved_bytes_per_token(run: RunSpec, layer: LayerSpec, traits: Implementation
         k, v = a.heads * a.qk_head_dim, o  # repeated for every head
     total += c * (q + k + v)  # rotated queries and keys; values
     if a.has_qk_norm:
-        total += of_norm * (q + k)
+        total += norm_element_bytes * (q + k)
     if not a.is_eager:
-        total += _FP32 * a.heads  # logarithms of the sums
-        total += c * o  # what SDPA returned
+        total += _FP32 * a.heads  # log-sum-exp
+        total += c * o  # SDPA's output
     if a.latent_ranks is not None:
         q_rank, kv_rank = a.latent_ranks
-        # their norms; values are a part of a tensor that the keys' unrotated part is in too
-        total += of_norm * (q_rank + kv_rank) + c * a.heads * (a.qk_head_dim - layer.rope_head_dim)
+        # inputs of their norms; values are a view of a tensor that also holds the unrotated part of the keys
+        total += norm_element_bytes * (q_rank + kv_rank) + c * a.heads * (a.qk_head_dim - layer.rope_head_dim)
     total += c * 3 * layer.intermediate_size  # gate, its activation, up
     if layer.num_experts_per_tok:
-        # gate and up in one tensor, the gate's activation; what the experts return, and that weighted
+        # gate and up in one tensor, the gate's activation, the experts' outputs, and the weighted outputs
         total += layer.num_experts_per_tok * (
             c * (3 * layer.moe_intermediate_size + h) + _weighted_element_bytes(run, layer) * h
         )
@@ -91,22 +96,23 @@ def saved_bytes_per_token(run: RunSpec, layer: LayerSpec, traits: Implementation
 
 
 def _saved_by_mlp(run: RunSpec, layer: LayerSpec) -> int:
-    """Return the bytes per token that backward needs of a dense MLP, or of shared experts."""
+    """Return the bytes per token that a dense MLP, or shared experts, save for backward."""
     matrices = tuple(m for m in layer.matrices if not m.experts and m.name in ("gate_proj", "up_proj", "down_proj"))
-    of_adapters = _saved_lora_inputs(run, replace(layer, matrices=matrices), copies_attention=False)
-    return run.compute_bytes * 3 * layer.intermediate_size + of_adapters
+    lora_inputs = _saved_lora_inputs(run, replace(layer, matrices=matrices), copies_attention=False)
+    return run.compute_bytes * 3 * layer.intermediate_size + lora_inputs
 
 
 def _weighted_element_bytes(run: RunSpec, layer: LayerSpec) -> int:
-    """Bytes of an element of what experts return, once it is weighted."""
+    """Return the element size of the experts' outputs after the router has weighted them."""
     return _FP32 if layer.has_fp32_router_weights else run.compute_bytes
 
 
-def _saved_lora_inputs(run: RunSpec, layer: LayerSpec, copies_attention: bool) -> int:
-    """The inputs of adapters: one for each tensor that several projections take, or a dropped-out copy for each.
+def _saved_lora_inputs(run: RunSpec, layer: LayerSpec, *, copies_attention: bool) -> int:
+    """Return the bytes per token of the adapters' inputs.
 
-    That of o_proj is what SDPA returned, unless it is copied into another order of dimensions. Dropout keeps which
-    elements it left out besides: a byte each on CUDA, on a CPU in the compute type.
+    Projections with a common input share it; with dropout each has its own copy. The input of o_proj is SDPA's output,
+    unless that is copied into another order of dimensions. Dropout also saves its mask: one byte per element on CUDA,
+    the compute type on a CPU.
     """
     c = run.compute_bytes
     adapted = [m for m in layer.matrices if m.has_lora and not m.experts]
@@ -118,49 +124,52 @@ def _saved_lora_inputs(run: RunSpec, layer: LayerSpec, copies_attention: bool) -
 
 
 def _saved_lora_input(run: RunSpec, matrix: LinearSpec) -> int:
-    """Per token, of one projection that shares its input with no other."""
+    """Return the bytes per token that one projection saves of an input that it shares with no other."""
     if not matrix.has_lora:
         return 0
-    kept_mask = (1 if run.device == "cuda" else run.compute_bytes) if run.dropout else 0
-    return (run.compute_bytes + kept_mask) * matrix.in_features
+    mask_bytes = (1 if run.device == "cuda" else run.compute_bytes) if run.dropout else 0
+    return (run.compute_bytes + mask_bytes) * matrix.in_features
 
 
 def _shared_input_name(matrix: LinearSpec) -> str:
-    """Projections with an equal answer take the same tensor."""
-    for name in (("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj")):
-        if matrix.name in name:
-            return name[0]
+    """Return a name that is equal for projections that take the same tensor."""
+    for names in (("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj")):
+        if matrix.name in names:
+            return names[0]
     return matrix.name
 
 
 def _score_elements(run: RunSpec, layer: LayerSpec) -> int:
-    """Elements of the matrix of scores, if there is one."""
+    """Return the elements of the attention scores; 0 where the kernel never materializes them."""
     return run.micro_batch * layer.attention.heads * run.seq_len**2 if layer.attention.is_eager else 0
 
 
 def _saved_score_bytes(run: RunSpec, layer: LayerSpec) -> int:
-    """With a soft cap, its tangent, and the probabilities, in fp32 both and the latter in the compute type too."""
+    """Return the bytes that eager attention saves.
+
+    The tanh of the soft cap and the probabilities are both fp32. The probabilities exist in the compute type too.
+    """
     return _score_elements(run, layer) * (2 * _FP32 + run.compute_bytes)
 
 
 def dequantized_weight_bytes(run: RunSpec, matrix: LinearSpec) -> int:
-    """Of a matrix when it is dequantized; of experts, of one of them."""
+    """Return the bytes of a dequantized matrix; for experts, the bytes of one expert."""
     return run.compute_bytes * matrix.rows * matrix.parts * matrix.in_features
 
 
 def _dequantize_peak_bytes(run: RunSpec, matrix: LinearSpec) -> int:
-    """With the absmax values, which are fp32 for the moment."""
+    """Return the bytes that dequantizing a matrix allocates, its temporary fp32 absmax values included."""
     layout = run.model.layout(matrix)
     return dequantized_weight_bytes(run, matrix) + (_FP32 * layout.num_blocks if layout.double_quant else 0)
 
 
 def _forward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
-    """Of a layer that keeps nothing: bytes, and of these the dequantized weight."""
+    """Yield the bytes at each candidate for the peak of forward, and the dequantized weight's share of them."""
     c, t, h, a = run.compute_bytes, run.tokens, layer.hidden, layer.attention
     q, k, v = a.heads * a.qk_head_dim, a.kv_heads * a.qk_head_dim, a.kv_heads * a.v_head_dim
     by_name = {m.name: m for m in layer.matrices if not m.experts}
     yield t * (c * 4 * h + 2 * _FP32 * h), 0  # the norm after attention
-    # rotating the queries, which are there four times
+    # rotating the queries, of which four copies exist
     yield t * c * (h + 4 * q + k + v), 0
     if "up_proj" in by_name:
         i, dropped = layer.intermediate_size, _dropout_copy_bytes(run, by_name["up_proj"])
@@ -174,11 +183,11 @@ def _forward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
     if layer.num_experts_per_tok:
         weight = max(_dequantize_peak_bytes(run, m) for m in layer.matrices if m.experts)
         n = layer.num_experts_per_tok
-        # residual and normed input; what the experts return, in pieces and as one; that weighted, and in tokens' order
+        # residual, normed input, the experts' outputs one by one and concatenated, weighted, and in tokens' order
         yield t * h * (c * (2 + 2 * n) + 3 * n * _weighted_element_bytes(run, layer)), 0
         yield t * c * (2 * h + n * h) + weight, weight
     if a.is_eager:
-        # scores, those divided by the cap, and the tangent
+        # scores, scores divided by the cap, and their tanh
         yield _score_elements(run, layer) * 3 * _FP32 + t * c * (2 * h + 3 * q + k + v), 0
 
 
@@ -187,7 +196,7 @@ def _dropout_copy_bytes(run: RunSpec, matrix: LinearSpec) -> int:
 
 
 def _backward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
-    """On top of all that is kept."""
+    """Yield the bytes on top of the saved ones at each candidate for the peak of backward, and the weight's share."""
     c, t, h, a = run.compute_bytes, run.tokens, layer.hidden, layer.attention
     down = next((m for m in layer.matrices if m.name == "down_proj" and not m.experts), None)
     if down is not None:
@@ -195,16 +204,16 @@ def _backward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]
         factors = c * run.model.r * (down.rows + down.in_features) if down.has_lora else 0
         gradients = 2 if run.dropout and down.has_lora else 1
         yield t * c * (h + gradients * layer.intermediate_size + run.model.r) + weight + factors, weight
-        # the gradients of the product, of the gate's activation and of up, when the product itself is gone
+        # the gradients of the product, of the gate's activation and of up, once the product itself is freed
         product = _saved_lora_input(run, down)
         yield t * (c * (h + 3 * layer.intermediate_size) - product) + factors, 0
     if layer.num_experts_per_tok:
         weight = max(dequantized_weight_bytes(run, m) for m in layer.matrices if m.experts)
         n = layer.num_experts_per_tok
-        # at the end of recomputing: the same, but for what is kept; shared experts have their turn after the others
+        # at the end of recomputing; shared experts run after the routed ones, so the MLP has saved nothing yet
         yield t * (h * (c * (3 + n) + 2 * n * _weighted_element_bytes(run, layer)) - _saved_by_mlp(run, layer)), 0
         yield t * c * h + weight, weight
     if a.is_eager:
-        # the probabilities' gradient and the scores', both fp32, when the MLP has let go of what it kept
-        of_mlp = c * (3 * layer.intermediate_size + h) + 2 * c * h + (_saved_lora_input(run, down) if down else 0)
-        yield _score_elements(run, layer) * (2 * _FP32 - c) - t * (of_mlp - 2 * c * h), 0
+        # the gradients of probabilities and scores, both fp32, once the MLP has freed its saved tensors
+        mlp_bytes = c * (3 * layer.intermediate_size + h) + 2 * c * h + (_saved_lora_input(run, down) if down else 0)
+        yield _score_elements(run, layer) * (2 * _FP32 - c) - t * (mlp_bytes - 2 * c * h), 0

@@ -1,9 +1,8 @@
-"""What `qlora-dist plan --calibrate` has measured, by kind of device."""
+"""The file of speeds that `qlora-dist plan --calibrate` has measured, by kind of device."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -16,40 +15,40 @@ from qlora_dist.runtime.system import user_cache_dir
 
 
 class MeasuredSpeeds(ConfigSection):
-    """Of one kind of device, and of what lies between its ranks when it was measured. Per second."""
+    """Speeds per second of one kind of device, and of the links between its ranks at the time of measuring."""
 
     device: str
-    """As the driver calls it."""
+    """Name that the driver reports."""
     torch: str
     flops: Positive
     dequantized_bytes: Positive
     streamed_bytes: Positive
     host_bytes: Positive
     inside_bytes: Positive | None = None
-    """Received by a rank from those of its node. None: there was one."""
+    """Bytes that a rank received from the other ranks of its node; None if the node had one rank."""
     between_bytes: Positive | None = None
-    """Received by all ranks of a node together from other nodes. None: there was one node."""
+    """Bytes that all ranks of a node together received from other nodes; None if there was one node."""
 
 
 class Calibration(ConfigSection):
-    """A file of it."""
+    """Content of a calibration file."""
 
     devices: dict[str, MeasuredSpeeds] = Field(default_factory=dict)
 
 
 def default_calibration_path() -> Path:
-    """In the user's cache."""
+    """Return the calibration file in the user's cache."""
     return user_cache_dir() / "calibration.json"
 
 
 def load_calibration(path: Path | None = None) -> Calibration:
-    """What has been measured; nothing, if nobody has.
+    """Return the measured speeds, which are empty if `plan --calibrate` has not run yet.
 
     Args:
-        path: of a file; None: the user's, if there is one.
+        path: file to read; None means the user's, if it exists.
 
     Raises:
-        UserError: there is no such file, or it is another one.
+        UserError: `path` does not exist, or the file holds no calibration.
     """
     try:
         calibration_path = path or default_calibration_path()
@@ -69,25 +68,29 @@ def load_calibration(path: Path | None = None) -> Calibration:
 
 
 def save_calibration(gpu_name: str, measured: MeasuredSpeeds, path: Path | None = None) -> Path:
-    """Add what was measured of a kind of device, in place of what was known of it. Returns the file."""
+    """Write the speeds of a kind of device into the file, in place of its earlier ones, and return the file."""
     target_path = path or default_calibration_path()
     known = load_calibration(target_path) if target_path.exists() else Calibration()
     target_path.parent.mkdir(parents=True, exist_ok=True)
     updated = Calibration(devices=known.devices | {gpu_name: measured})
-    part = target_path.with_suffix(".part")
-    part.write_text(updated.model_dump_json(indent=2))
-    part.replace(target_path)
+    partial = target_path.with_suffix(".part")
+    partial.write_text(updated.model_dump_json(indent=2))
+    partial.replace(target_path)
     return target_path
 
 
-def calibrated_speeds(measured: MeasuredSpeeds, assumed: RankSpeeds) -> RankSpeeds:
-    """A rank's speeds, as far as they were measured; the others as they are assumed."""
-    return replace(
-        assumed,
-        flops=measured.flops,
+def calibrated_speeds(measured: MeasuredSpeeds, assumed: RankSpeeds | None = None) -> RankSpeeds:
+    """Return a rank's measured speeds.
+
+    Args:
+        measured: speeds from the calibration file.
+        assumed: speeds whose links are taken where no link was measured; None means links of 0 bytes per second.
+    """
+    return RankSpeeds(
+        flops_per_s=measured.flops,
         dequantize_bytes_per_s=measured.dequantized_bytes,
         elementwise_bytes_per_s=measured.streamed_bytes,
-        host=measured.host_bytes,
-        inside=measured.inside_bytes or assumed.inside,
-        inter_node_bytes_per_s=measured.between_bytes or assumed.inter_node_bytes_per_s,
+        host_bytes_per_s=measured.host_bytes,
+        intra_node_bytes_per_s=measured.inside_bytes or (assumed.intra_node_bytes_per_s if assumed else 0),
+        inter_node_bytes_per_s=measured.between_bytes or (assumed.inter_node_bytes_per_s if assumed else 0),
     )

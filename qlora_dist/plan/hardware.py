@@ -1,4 +1,4 @@
-"""What GPUs and networks can do: `gpus.yaml`, and files of the user's own in the same shape."""
+"""Speeds and sizes of GPUs and networks: `gpus.yaml`, and users' files of the same form."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Gpu(ConfigSection):
     memory: Positive
     """GiB that a program sees."""
     tflops: Positive
-    """Dense, bf16 with fp32 accumulation: the data sheet's."""
+    """Dense bf16 TFLOP/s with fp32 accumulation, from the data sheet."""
     efficiency: UnitFraction
-    """Part of it that QLoRA's matrix products reach."""
+    """Fraction of `tflops` that QLoRA's matrix products reach."""
     memory_gb_s: Positive
     """GB/s of its memory."""
     link: str
-    """Between the GPUs of a node."""
+    """Name of the link between the GPUs of a node."""
     host_gb_s: Positive
     """GB/s to and from host memory."""
 
     @property
     def memory_bytes(self) -> int:
-        """Of the card."""
+        """Bytes that a program sees."""
         return int(self.memory * 2**30)
 
 
@@ -41,28 +41,28 @@ class Link(ConfigSection):
     """A kind of connection."""
 
     gb_s: Positive
-    """GB/s in one direction: the data sheet's."""
+    """GB/s in one direction, from the data sheet."""
     efficiency: UnitFraction
-    """Part of it that collectives reach."""
+    """Fraction of `gb_s` that collectives reach."""
     per: Literal["gpu", "node"] = "gpu"
-    """Whether each GPU has its own, or those of a node share it."""
+    """`gpu` if each GPU has its own connection; `node` if the GPUs of a node share one."""
 
     def bytes_per_s(self, ranks_per_node: int) -> float:
-        """Of one rank, while all of them send."""
+        """Return the bytes per second of one rank while all ranks send."""
         return 1e9 * self.gb_s * self.efficiency / (ranks_per_node if self.per == "node" else 1)
 
 
 class Hardware(ConfigSection):
-    """All that are known."""
+    """All known GPUs and links by name."""
 
     gpus: dict[str, Gpu] = Field(default_factory=dict)
     links: dict[str, Link] = Field(default_factory=dict)
 
     def gpu(self, name: str) -> Gpu:
-        """By name.
+        """Return the GPU of a name.
 
         Raises:
-            UserError: there is none of that name, or its link is unknown.
+            UserError: no GPU has that name, or its link is unknown.
         """
         if name not in self.gpus:
             raise UserError(
@@ -73,15 +73,15 @@ class Hardware(ConfigSection):
         return self.gpus[name]
 
     def find_gpu_name(self, device_name: str) -> str | None:
-        """The name here of what the driver calls by another, such as NVIDIA A100-SXM4-80GB; None: not known."""
+        """Return the GPU's name in this file for a driver's name such as NVIDIA A100-SXM4-80GB; None if unknown."""
         kinds = [kind for kind in self.gpus if all(word in device_name.lower() for word in kind.split("-"))]
         return max(kinds, key=len, default=None)
 
     def link(self, name: str) -> Link:
-        """By name.
+        """Return the link of a name.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: no link has that name.
         """
         if name not in self.links:
             raise UserError(
@@ -92,10 +92,10 @@ class Hardware(ConfigSection):
 
 
 def load_hardware(user_file: Path | None = None) -> Hardware:
-    """What the package knows, and what a user's own file adds or replaces.
+    """Return the package's hardware, with the entries that a user's file adds or replaces.
 
     Raises:
-        UserError: a mistake in that file.
+        UserError: `user_file` has a mistake.
     """
     known = load_yaml_config(Path(__file__).with_name("gpus.yaml"), Hardware)
     if user_file is None:

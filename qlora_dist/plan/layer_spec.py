@@ -1,7 +1,7 @@
-"""What a decoder layer of each architecture is made of, from config.json.
+"""The matrices, norms and sizes of each architecture's decoder layers, from config.json.
 
-The names are those of transformers' classes. A new architecture is a line in `_SUPPORTED_MODEL_TYPES`, if its blocks are Llama's up to
-norms, biases or experts.
+Names follow transformers' classes. A new architecture needs only an entry in `_SUPPORTED_MODEL_TYPES` if its blocks
+differ from Llama's in nothing but norms, biases or experts.
 """
 
 from __future__ import annotations
@@ -14,85 +14,82 @@ from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinearSpec:
-    """A quantized projection, or that of all experts of a layer."""
+    """A quantized projection, of one linear layer or of all experts of a layer."""
 
     name: str
     rows: int
-    """out_features; of one of its parts."""
+    """out_features of one of its parts."""
     in_features: int
-    """in_features."""
     has_bias: bool = False
     experts: int = 0
-    """0: a plain linear layer."""
+    """Number of experts; 0 for a plain linear layer."""
     parts: int = 1
-    """Matrices one above the other in each expert (gate and up)."""
+    """Number of projections that one tensor stacks in each expert (gate and up)."""
     has_lora: bool = True
-    """By the section `lora`."""
+    """True if the section `lora` adapts it."""
 
     @property
     def numel(self) -> int:
-        """Weights, of all experts together."""
+        """Number of weights, all experts together."""
         return self.rows * self.in_features * self.parts * (self.experts or 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """Sizes of the attention of a layer."""
 
     heads: int
     kv_heads: int
     qk_head_dim: int
-    """Of a head's queries and keys."""
     v_head_dim: int
-    """Of a head's values."""
     window: int | None = None
-    """A position sees so many; None: all before it."""
+    """Positions that a token attends to; None means all before it."""
     is_eager: bool = False
-    """The whole matrix of scores is computed: SDPA has no soft cap."""
+    """True if all scores are materialized, because SDPA has no soft cap."""
     has_qk_norm: bool = False
-    """Norms of queries and keys."""
     latent_ranks: tuple[int, int] | None = None
-    """Ranks of the queries (0: none) and of keys and values, of multi-head latent attention."""
+    """Ranks of the queries (0 for none) and of keys and values in multi-head latent attention."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """A decoder layer."""
 
     matrices: tuple[LinearSpec, ...]
     attention: AttentionSpec
     plain: tuple[tuple[int, ...], ...]
-    """Shapes of what is not quantized, biases left out: norms, routers."""
+    """Shapes of parameters that are not quantized, without biases: norms and routers."""
     hidden: int
     intermediate_size: int
-    """Of the dense MLP, or of the shared experts; 0: there is none."""
+    """Intermediate size of the dense MLP, or of the shared experts; 0 if there are none."""
     moe_intermediate_size: int = 0
     num_experts_per_tok: int = 0
     has_fp32_router_weights: bool = False
-    """The router's weights are fp32, and so is what the experts return once it is weighted."""
+    """True if the router's weights, and so the experts' weighted outputs, are fp32."""
     num_norms: int = 2
-    """Over the hidden dimension."""
+    """Number of norms over the hidden dimension."""
     rope_head_dim: int = 0
-    """Dimensions of a head that are rotated by the position."""
+    """Dimensions of a head that rotary embeddings rotate."""
     buffer_bytes: int = 0
 
 
 def decoder_layer_specs(config: Mapping[str, Any], lora: LoraConfig) -> list[LayerSpec]:
-    """The layers in forward order; equal ones are the same object.
+    """Return the layers in forward order; equal layers are the same object.
 
     Args:
-        config: config.json.
-        lora: says which projections have adapters.
+        config: content of config.json.
+        lora: section that chooses the projections with adapters.
 
     Raises:
-        UserError: an architecture that is not known here.
+        UserError: the architecture is not supported.
     """
     kind = config.get("model_type")
     if kind not in _SUPPORTED_MODEL_TYPES:
         raise UserError(
-            f"model_type {kind} is not among those that can be planned ({', '.join(sorted(_SUPPORTED_MODEL_TYPES))}); give one of these"
+            f"model_type {kind} is not among those that can be planned "
+            f"({', '.join(sorted(_SUPPORTED_MODEL_TYPES))}); give one of these"
         )
     distinct: dict[LayerSpec, LayerSpec] = {}
     layers = []
@@ -103,7 +100,6 @@ def decoder_layer_specs(config: Mapping[str, Any], lora: LoraConfig) -> list[Lay
 
 
 def _has_lora(matrix: LinearSpec, lora: LoraConfig) -> bool:
-    """Whether the section `lora` adapts a projection."""
     if matrix.experts:
         return lora.experts
     return lora.targets == "all-linear" or matrix.name in lora.targets
@@ -127,85 +123,94 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> LayerSpec
         per_token = config["num_experts_per_tok"]
         plain.append((experts, hidden))  # the router
         matrices += [
-            LinearSpec("gate_up_proj", expert_intermediate, hidden, experts=experts, parts=2),
-            LinearSpec("down_proj", hidden, expert_intermediate, experts=experts),
+            replace(_linear("gate_up_proj", expert_intermediate, hidden), experts=experts, parts=2),
+            replace(_linear("down_proj", hidden, expert_intermediate), experts=experts),
         ]
         if config["model_type"] == "deepseek_v3":
             intermediate = expert_intermediate * config["n_shared_experts"]
-            buffer_bytes = 4 * experts  # what corrects the router's scores, fp32
+            buffer_bytes = 4 * experts  # the router's score correction, fp32
     else:
         intermediate = config["intermediate_size"]
     if intermediate:
         bias = bool(config.get("mlp_bias", False)) and config["model_type"] == "llama"
         matrices += [
-            LinearSpec("gate_proj", intermediate, hidden, bias),
-            LinearSpec("up_proj", intermediate, hidden, bias),
-            LinearSpec("down_proj", hidden, intermediate, bias),
+            _linear("gate_proj", intermediate, hidden, has_bias=bias),
+            _linear("up_proj", intermediate, hidden, has_bias=bias),
+            _linear("down_proj", hidden, intermediate, has_bias=bias),
         ]
-    linears = tuple(replace(matrix, has_lora=_has_lora(matrix, lora)) for matrix in matrices)
     return LayerSpec(
-        linears,
-        attention,
-        tuple(plain),
-        hidden,
-        intermediate,
-        expert_intermediate,
-        per_token,
-        bool(per_token) and config["model_type"] != "qwen3_moe",
-        norms,
-        config.get("qk_rope_head_dim") or head_dim(config),
-        buffer_bytes,
+        matrices=tuple(replace(matrix, has_lora=_has_lora(matrix, lora)) for matrix in matrices),
+        attention=attention,
+        plain=tuple(plain),
+        hidden=hidden,
+        intermediate_size=intermediate,
+        moe_intermediate_size=expert_intermediate,
+        num_experts_per_tok=per_token,
+        has_fp32_router_weights=bool(per_token) and config["model_type"] != "qwen3_moe",
+        num_norms=norms,
+        rope_head_dim=config.get("qk_rope_head_dim") or head_dim(config),
+        buffer_bytes=buffer_bytes,
     )
+
+
+def _linear(name: str, rows: int, in_features: int, *, has_bias: bool = False) -> LinearSpec:
+    return LinearSpec(name=name, rows=rows, in_features=in_features, has_bias=has_bias)
 
 
 def _attention(config: Mapping[str, Any], index: int) -> tuple[AttentionSpec, list[LinearSpec], list[tuple[int, ...]]]:
     kind, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     size = head_dim(config)
-    by_config = bool(config.get("attention_bias", False)) and kind not in ("mistral", "mixtral", "qwen2")
-    qkv_bias, o_bias = kind == "qwen2" or by_config, by_config
-    normed = kind in ("qwen3", "qwen3_moe")
+    o_bias = bool(config.get("attention_bias", False)) and kind not in ("mistral", "mixtral", "qwen2")
+    qkv_bias = o_bias or kind == "qwen2"
+    has_qk_norm = kind in ("qwen3", "qwen3_moe")
     attention = AttentionSpec(
-        heads,
-        kv_heads,
-        size,
-        size,
-        _window(config, index),
+        heads=heads,
+        kv_heads=kv_heads,
+        qk_head_dim=size,
+        v_head_dim=size,
+        window=_window(config, index),
         is_eager=kind == "gemma2" and config.get("attn_logit_softcapping", 50.0) is not None,
-        has_qk_norm=normed,
+        has_qk_norm=has_qk_norm,
     )
     matrices = [
-        LinearSpec("q_proj", heads * size, hidden, qkv_bias),
-        LinearSpec("k_proj", kv_heads * size, hidden, qkv_bias),
-        LinearSpec("v_proj", kv_heads * size, hidden, qkv_bias),
-        LinearSpec("o_proj", hidden, heads * size, o_bias),
+        _linear("q_proj", heads * size, hidden, has_bias=qkv_bias),
+        _linear("k_proj", kv_heads * size, hidden, has_bias=qkv_bias),
+        _linear("v_proj", kv_heads * size, hidden, has_bias=qkv_bias),
+        _linear("o_proj", hidden, heads * size, has_bias=o_bias),
     ]
-    return attention, matrices, [(size,), (size,)] if normed else []
+    return attention, matrices, [(size,), (size,)] if has_qk_norm else []
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
-    """Elements of a head's queries, for attention that is not latent."""
+    """Return the head dimension of attention that is not latent."""
     default = 256 if config["model_type"] == "gemma2" else config["hidden_size"] // config["num_attention_heads"]
     return config.get("head_dim") or default
 
 
 def _latent_attention(config: Mapping[str, Any]) -> tuple[AttentionSpec, list[LinearSpec], list[tuple[int, ...]]]:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
+    """Return the parts of multi-head latent attention (DeepSeek-V2, section 2.1)."""
     hidden, heads, bias = config["hidden_size"], config["num_attention_heads"], bool(config.get("attention_bias"))
     rotated, plain_dim, v_dim = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
     q_rank, kv_rank, qk_dim = config.get("q_lora_rank") or 0, config["kv_lora_rank"], rotated + plain_dim
     norms: list[tuple[int, ...]] = [(kv_rank,)]
     if q_rank:
-        matrices = [LinearSpec("q_a_proj", q_rank, hidden, bias), LinearSpec("q_b_proj", heads * qk_dim, q_rank)]
+        matrices = [
+            _linear("q_a_proj", q_rank, hidden, has_bias=bias),
+            _linear("q_b_proj", heads * qk_dim, q_rank),
+        ]
         norms.append((q_rank,))
     else:
-        matrices = [LinearSpec("q_proj", heads * qk_dim, hidden)]
+        matrices = [_linear("q_proj", heads * qk_dim, hidden)]
     matrices += [
-        LinearSpec("kv_a_proj_with_mqa", kv_rank + rotated, hidden, bias),
-        LinearSpec("kv_b_proj", heads * (plain_dim + v_dim), kv_rank),
-        LinearSpec("o_proj", hidden, heads * v_dim, bias),
+        _linear("kv_a_proj_with_mqa", kv_rank + rotated, hidden, has_bias=bias),
+        _linear("kv_b_proj", heads * (plain_dim + v_dim), kv_rank),
+        _linear("o_proj", hidden, heads * v_dim, has_bias=bias),
     ]
-    return AttentionSpec(heads, heads, qk_dim, v_dim, latent_ranks=(q_rank, kv_rank)), matrices, norms
+    attention = AttentionSpec(
+        heads=heads, kv_heads=heads, qk_head_dim=qk_dim, v_head_dim=v_dim, latent_ranks=(q_rank, kv_rank)
+    )
+    return attention, matrices, norms
 
 
 def _window(config: Mapping[str, Any], index: int) -> int | None:

@@ -1,4 +1,4 @@
-"""The memory of a rank's device in each phase of a step, in closed form. Derivations: docs/planning.md."""
+"""Closed-form memory of a rank's device in each phase of a step. docs/planning.md derives the formulas."""
 
 from __future__ import annotations
 
@@ -8,65 +8,66 @@ from qlora_dist.plan.model_spec import ParameterSpec
 from qlora_dist.plan.phase_memory import StepPhase, peak_terms_by_phase
 from qlora_dist.plan.run_spec import RunSpec
 from qlora_dist.plan.step_traffic import shard_elements
+from qlora_dist.runtime.byte_sizes import align_bytes
 
 _MASTER_BYTES = 4  # adapters are trained in fp32
 
 
 RESERVED_RATIOS = (1.10, 1.20)
-"""What torch's allocator reserves, in parts of what is allocated at the peak."""
+"""Lower and upper ratio of the bytes that torch's allocator reserves to the allocated peak."""
 CUDA_CONTEXT_BYTES = 2**29
-"""Of the CUDA context and the libraries' own buffers, in no figure of torch's."""
+"""Bytes of the CUDA context and of libraries' buffers, which no figure of torch includes."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device of one rank, term by term, and what lies behind it."""
+    """Bytes on the device of one rank, term by term, and the bytes that are paged or on the host."""
 
     static: dict[str, int]
-    """Held between steps."""
+    """Bytes held between steps."""
     phases: dict[StepPhase, dict[str, int]]
-    """On top of that, at the peak of each phase."""
+    """Bytes on top of `static` at the peak of each phase."""
     paged_moments: int = 0
-    """Of the optimizer, that come and go."""
+    """Bytes of optimizer state that move in and out in each step."""
     on_host: int = 0
-    """Of the base, in host memory or a file."""
+    """Bytes of the base in host memory or a file."""
 
     @property
     def static_bytes(self) -> int:
-        """Between steps."""
+        """Bytes held between steps."""
         return sum(self.static.values())
 
     @property
     def weights_bytes(self) -> int:
-        """What a run compares with its share after loading: static, without moments."""
+        """Bytes held between steps without optimizer state, as a run measures them after loading."""
         return self.static_bytes - self.static["moments"]
 
     def phase_bytes(self, phase: StepPhase) -> int:
-        """All that is allocated at the peak of a phase."""
+        """Return all bytes that are allocated at the peak of a phase."""
         return self.static_bytes + sum(self.phases[phase].values())
 
     @property
     def peak_phase(self) -> StepPhase:
-        """The phase that needs most."""
+        """Phase that needs most memory."""
         return max(self.phases, key=self.phase_bytes)
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is allocated at any time."""
+        """Peak of allocated bytes over the step."""
         return self.phase_bytes(self.peak_phase)
 
     @property
     def reserved_bytes(self) -> tuple[int, int]:
-        """What the allocator will have taken of the device: from, to."""
+        """Lower and upper bound of the bytes that the allocator reserves."""
         return round(self.peak_bytes * RESERVED_RATIOS[0]), round(self.peak_bytes * RESERVED_RATIOS[1])
 
     def fits(self, card_bytes: int) -> bool:
-        """Whether even the upper end, with the context, has room on a card."""
+        """Return whether the upper bound fits a card together with the CUDA context."""
         return self.reserved_bytes[1] + CUDA_CONTEXT_BYTES <= card_bytes
 
 
 def static_memory_terms(run: RunSpec) -> dict[str, int]:
-    """What a rank holds between steps, if nothing is paged or offloaded: exact.
+    """Return the exact bytes that a rank holds between steps if nothing is paged or offloaded.
 
     Shards are padded as FSDP2 pads them (`shard_elements`).
     """
@@ -86,7 +87,7 @@ def static_memory_terms(run: RunSpec) -> dict[str, int]:
 
 
 def parameter_shard_bytes(run: RunSpec, parameter: ParameterSpec) -> int:
-    """Of a rank's shard of a parameter, as it is kept."""
+    """Return the bytes of a rank's shard of a parameter between steps."""
     if parameter.trained:
         return _MASTER_BYTES * shard_elements(parameter, run.shard_counts.adapter_shards)
     element = 1 if parameter.is_quantized else run.compute_bytes
@@ -94,9 +95,10 @@ def parameter_shard_bytes(run: RunSpec, parameter: ParameterSpec) -> int:
 
 
 def optimizer_state_bytes(run: RunSpec) -> int:
-    """Both moments of a rank's adapter shards, wherever they lie: of whole blocks of 256 elements of each shard.
+    """Return the bytes of both moments of a rank's adapter shards, wherever they are stored.
 
-    fp32, or in 8 bit a byte each and an fp32 scale a block (`optim/state_pages.py`).
+    Each shard is rounded up to blocks of 256 elements. A moment is fp32, or one byte per element and an fp32 scale per
+    block (`optim/state_pages.py`).
     """
     block = 2 * 4 * 256 if run.optimizer_bits == 32 else 2 * (256 + 4)
     shards = (
@@ -109,35 +111,23 @@ def optimizer_state_bytes(run: RunSpec) -> int:
 
 
 def estimate_memory(run: RunSpec, card_bytes: int | None = None) -> MemoryEstimate:
-    """All of it.
+    """Estimate the memory of a run.
 
     Args:
-        run: what is planned.
-        card_bytes: of the device, by which paged moments and a paged base settle on how many stay; None: all stay
-            whose number the configuration does not say.
+        run: run to plan.
+        card_bytes: memory of the device, which limits the resident part of a paged base and of paged moments. None
+            means that everything stays resident unless the configuration limits it.
     """
     static, phases = static_memory_terms(run), peak_terms_by_phase(run)
     host_base_bytes = 0
     if run.offload:
-        host_base_bytes, static["base"], static["embeddings and norms"] = (
-            static["base"] + static["embeddings and norms"],
-            0,
-            0,
-        )
+        host_base_bytes = static["base"] + static["embeddings and norms"]
+        static |= {"base": 0, "embeddings and norms": 0}
     if run.is_base_paged:
-        pages = [
-            sum(
-                -(-parameter_shard_bytes(run, p) // _PAGE_ALIGNMENT) * _PAGE_ALIGNMENT
-                for p in unit.parameters
-                if not p.trained
-            )
-            for unit in run.model.layers
-        ]
+        frozen = [[parameter_shard_bytes(run, p) for p in u.parameters if not p.trained] for u in run.model.layers]
+        pages = [sum(map(align_bytes, sizes)) for sizes in frozen]
         rest = static["embeddings and norms"] + 4 * static["adapters"]
-        frozen_of_layers = sum(
-            parameter_shard_bytes(run, p) for u in run.model.layers for p in u.parameters if not p.trained
-        )
-        static["embeddings and norms"] -= frozen_of_layers - static["base"]  # norms and biases are in the pages
+        static["embeddings and norms"] -= sum(map(sum, frozen)) - static["base"]  # norms and biases are in the pages
         budget = run.base_resident_bytes
         if budget is None:
             budget = (
@@ -161,11 +151,8 @@ def estimate_memory(run: RunSpec, card_bytes: int | None = None) -> MemoryEstima
     return MemoryEstimate(static, phases, moments - static["moments"], host_base_bytes)
 
 
-_PAGE_ALIGNMENT = 16  # of a parameter in a page (`compat/fsdp.py`)
-
-
 def _resident_page_bytes(pages: list[int], budget: int, prefetch: int) -> int:
-    """What `paging/pager.py` has on the device: all pages; or some that stay, and slots for the others."""
+    """Return the bytes that `paging/pager.py` holds on the device: all pages, or resident ones and slots."""
     if sum(pages) <= budget:
         return sum(pages)
     largest = max(pages)

@@ -1,4 +1,4 @@
-"""The config.json of a model that is named, or lies in a folder."""
+"""The config.json of a model, by the model's name or folder."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _BUNDLED_MODELS = Path(__file__).parent / "models"
 
 
 def bundled_model_names() -> list[str]:
-    """Of the shapes that come with the package."""
+    """Return the names of the models whose config.json the package contains."""
     return sorted(path.stem for path in _BUNDLED_MODELS.glob("*.json"))
 
 
 def read_model_config(model: str) -> dict[str, Any]:
-    """A model's config.json.
+    """Read a model's config.json.
 
     Args:
         model: a config.json, a folder that holds one, or a name of `bundled_model_names`.
 
     Raises:
-        UserError: there is none, or it is no model's.
+        UserError: the file does not exist, or it describes no language model.
     """
     path = Path(model)
     if path.is_dir():
@@ -32,8 +32,8 @@ def read_model_config(model: str) -> dict[str, Any]:
     elif not path.is_file():
         path = _BUNDLED_MODELS / f"{path.name.lower()}.json"  # also by its name on the hub, OWNER/NAME
         if not path.is_file():
-            near = difflib.get_close_matches(Path(model).name.lower(), bundled_model_names(), n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "give its config.json, or the folder of the model"
+            matches = difflib.get_close_matches(Path(model).name.lower(), bundled_model_names(), n=3)
+            hint = f"did you mean {', '.join(matches)}?" if matches else "give its config.json, or its folder"
             raise UserError(f"{model}: no config.json, no folder with one, and no model that is known by name; {hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

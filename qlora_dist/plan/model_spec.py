@@ -1,10 +1,10 @@
-"""A decoder model's parameters, from its config.json: what the engine gathers together, and how large it is."""
+"""A decoder model's parameters and their sizes, from its config.json, in the units that FSDP2 gathers."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -18,18 +18,18 @@ FsdpUnitKind = Literal["embedding", "shared_embedding", "layer", "head", "root"]
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter as the engine sees it."""
+    """A parameter in the form in which the engine holds it."""
 
     shape: tuple[int, ...]
     trained: bool = False
     is_quantized: bool = False
-    """A quantized weight's byte vector; every other one has a floating type."""
+    """True for the byte vector of a quantized weight; other parameters have a floating type."""
     always_row_sharded: bool = False
-    """Trained, and cut along its first dimension whatever its shape: a module that is trained whole."""
+    """True for a weight of `modules_to_save`, which is sharded along its rows whatever its shape."""
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -40,41 +40,40 @@ class FsdpUnit:
     kind: FsdpUnitKind
     parameters: tuple[ParameterSpec, ...]
     layer: LayerSpec | None = None
-    """What a decoder layer computes; None for other units."""
+    """Specification of a decoder layer; None for other units."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A model with its adapters."""
 
     units: tuple[FsdpUnit, ...]
-    """In forward order."""
+    """Units in forward order."""
     hidden: int
     vocabulary: int
     tied: bool
-    """Embedding and head are one matrix."""
+    """True if embedding and head are one matrix."""
     embeddings: Literal["16bit", "4bit"]
     block_size: int
     double_quant: bool
     r: int
     """Rank of the adapters."""
     has_logit_softcapping: bool
-    """The logits are."""
     buffer_bytes: int
-    """Of tensors that are on every rank whole: rotary frequencies, corrections of routers."""
+    """Bytes of buffers that every rank holds whole: rotary frequencies, score corrections of routers."""
 
     @cached_property
     def layers(self) -> list[FsdpUnit]:
-        """The decoder layers."""
+        """Decoder layers in forward order."""
         return [unit for unit in self.units if unit.layer is not None]
 
     @cached_property
     def distinct_unit_counts(self) -> list[tuple[FsdpUnit, int]]:
-        """Units that differ, and how many there are of each: layers are mostly alike."""
+        """Distinct units with their counts, because most layers are equal."""
         return count_distinct_units(self.units)
 
     def layout(self, matrix: LinearSpec) -> NF4Layout:
-        """Of one of a layer's quantized matrices."""
+        """Return the layout of one of a layer's quantized matrices."""
         return NF4Layout(
             shape=(matrix.rows, matrix.in_features),
             quant_type="nf4",
@@ -84,74 +83,76 @@ class ModelSpec:
 
 
 def count_distinct_units(units: Iterable[FsdpUnit]) -> list[tuple[FsdpUnit, int]]:
-    """Units that differ, and how many there are of each."""
-    every = list(units)
-    counts = Counter(map(id, every))
-    return [(unit, counts[key]) for key, unit in {id(unit): unit for unit in every}.items()]
+    """Return the distinct units with their counts."""
+    all_units = list(units)
+    counts = Counter(map(id, all_units))
+    return [(unit, counts[key]) for key, unit in {id(unit): unit for unit in all_units}.items()]
 
 
 def make_model_spec(
     config: Mapping[str, Any],
     lora: LoraConfig,
+    *,
     block_size: int = 64,
     double_quant: bool = True,
     embeddings: Literal["16bit", "4bit"] = "16bit",
 ) -> ModelSpec:
-    """A model with its adapters.
+    """Return the specification of a model with its adapters.
 
     Args:
-        config: config.json.
+        config: content of config.json.
         lora: the section `lora`.
-        block_size: of the quantized base.
-        double_quant: of the quantized base.
-        embeddings: of the input embedding and the output head.
+        block_size: elements of a quantization block of the base.
+        double_quant: whether the base's scales are quantized too.
+        embeddings: format of the input embedding and the output head.
 
     Raises:
-        UserError: an architecture whose shapes are not known here.
+        UserError: the architecture is not supported.
     """
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     tied = bool(config.get("tie_word_embeddings", config["model_type"] in _TIED_BY_DEFAULT))
     layers = decoder_layer_specs(config, lora)
-    units = {
-        layer: FsdpUnit("layer", tuple(_parameters(layer, lora, block_size, double_quant)), layer) for layer in layers
-    }
+
+    def layout(rows: int, columns: int) -> NF4Layout:
+        return NF4Layout(shape=(rows, columns), block_size=block_size, double_quant=double_quant)
+
+    units = {layer: FsdpUnit("layer", tuple(_parameters(layer, lora, layout)), layer) for layer in layers}
 
     def matrix(name: str) -> ParameterSpec:
         if name in lora.modules_to_save or (tied and {"embed_tokens", "lm_head"} & {*lora.modules_to_save}):
             return ParameterSpec((vocabulary, hidden), trained=True, always_row_sharded=True)
         if embeddings == "4bit":
-            layout = NF4Layout(shape=(vocabulary, hidden), block_size=block_size, double_quant=double_quant)
-            return ParameterSpec((layout.total_bytes,), is_quantized=True)
+            return ParameterSpec((layout(vocabulary, hidden).total_bytes,), is_quantized=True)
         return ParameterSpec((vocabulary, hidden))
 
     return ModelSpec(
-        (
+        units=(
             FsdpUnit("shared_embedding" if tied else "embedding", (matrix("embed_tokens"),)),
             *(units[layer] for layer in layers),
             *([] if tied else [FsdpUnit("head", (matrix("lm_head"),))]),
             FsdpUnit("root", (ParameterSpec((hidden,)),)),
         ),
-        hidden,
-        vocabulary,
-        tied,
-        embeddings,
-        block_size,
-        double_quant,
-        lora.r,
-        bool(config.get("final_logit_softcapping")),
-        sum(layer.buffer_bytes for layer in layers) + _rotary_bytes(config),
+        hidden=hidden,
+        vocabulary=vocabulary,
+        tied=tied,
+        embeddings=embeddings,
+        block_size=block_size,
+        double_quant=double_quant,
+        r=lora.r,
+        has_logit_softcapping=bool(config.get("final_logit_softcapping")),
+        buffer_bytes=sum(layer.buffer_bytes for layer in layers) + _rotary_bytes(config),
     )
 
 
-_TIED_BY_DEFAULT = ("gemma2",)  # of the classes here, whose config.json may leave `tie_word_embeddings` out
+_TIED_BY_DEFAULT = ("gemma2",)  # model types whose config.json may omit `tie_word_embeddings: true`
 
 
-def _parameters(layer: LayerSpec, lora: LoraConfig, block_size: int, double_quant: bool) -> list[ParameterSpec]:
+def _parameters(layer: LayerSpec, lora: LoraConfig, layout: Callable[[int, int], NF4Layout]) -> list[ParameterSpec]:
     parameters = [ParameterSpec(shape) for shape in layer.plain]
     for matrix in layer.matrices:
-        layout = NF4Layout(shape=(matrix.rows, matrix.in_features), block_size=block_size, double_quant=double_quant)
         count = matrix.experts * matrix.parts if matrix.experts else 1
-        parameters.append(ParameterSpec((count * layout.total_bytes,), is_quantized=True))
+        matrix_bytes = layout(matrix.rows, matrix.in_features).total_bytes
+        parameters.append(ParameterSpec((count * matrix_bytes,), is_quantized=True))
         if matrix.has_bias:
             parameters.append(ParameterSpec((matrix.rows,)))
         if matrix.has_lora:
@@ -166,6 +167,6 @@ def _parameters(layer: LayerSpec, lora: LoraConfig, block_size: int, double_quan
 
 
 def _rotary_bytes(config: Mapping[str, Any]) -> int:
-    """The frequencies, fp32, of which transformers keeps a copy, and with Gemma the embedding's scale."""
+    """Return the bytes of the fp32 frequencies, of which transformers keeps a copy, and of Gemma's embedding scale."""
     rotated = config.get("qk_rope_head_dim") or head_dim(config)
     return 2 * 4 * -(-rotated // 2) + (2 if config["model_type"] == "gemma2" else 0)

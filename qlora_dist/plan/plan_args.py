@@ -1,4 +1,4 @@
-"""The arguments of a plan, and the configuration that they stand for."""
+"""The arguments of `qlora-dist plan`, and the configuration that they describe."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from qlora_dist.plan.run_spec import make_run_spec
 from qlora_dist.plan.training_plan import TrainingPlan, make_training_plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanArgs:
-    """What the command line says."""
+    """Arguments of the command line."""
 
     model: str
-    """A model, or the file of a run."""
+    """Name or path of a model, or the configuration file of a run."""
     overrides: Sequence[str]
     gpus: int
-    """Of each node."""
+    """Number of GPUs of each node."""
     gpu: str
     nodes: int
     network: str
@@ -39,21 +39,21 @@ class PlanArgs:
 
     @property
     def ranks(self) -> int:
-        """Of all nodes."""
+        """Number of ranks of all nodes together."""
         return self.gpus * self.nodes
 
     @property
     def run_file(self) -> Path | None:
-        """The file of a run, if that is what is to be planned."""
+        """Configuration file of the run to plan; None if `model` is a model."""
         path = Path(self.model)
         return path if path.suffix in (".yaml", ".yml") else None
 
 
 def plan_from_args(args: PlanArgs, config: Config | None = None) -> TrainingPlan:
-    """The plan of what was asked, or of another configuration on the same machines.
+    """Make the plan of the arguments, or of another configuration on the same machines.
 
     Raises:
-        UserError: a mistake in what was asked.
+        UserError: the arguments, or a file that they name, have a mistake.
     """
     hardware = load_hardware(args.hardware)
     gpu, measured = hardware.gpu(args.gpu), load_calibration(args.calibration).devices.get(args.gpu)
@@ -65,12 +65,12 @@ def plan_from_args(args: PlanArgs, config: Config | None = None) -> TrainingPlan
 
 
 def config_to_plan(args: PlanArgs) -> Config:
-    """Return the configuration that is planned: a run's file or defaults, and what was asked.
+    """Return the configuration to plan: a run's file or the defaults, with the arguments applied.
 
-    Without a run's file, `train.global_batch`, if not asked for, is 16 or so many that every rank has a micro-batch.
+    Without a run's file, `train.global_batch` defaults to the first multiple of one micro-batch per rank from 16 on.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: the configuration has a mistake.
     """
     if args.run_file is not None:
         sizes = {"data.seq_len": args.seq_len, "train.micro_batch": args.micro_batch}
@@ -87,8 +87,7 @@ def config_to_plan(args: PlanArgs) -> Config:
         config_from_tree(json.loads(json.dumps(tree)), _with_matching_global_batch(args.overrides))
     )
     rows = args.ranks * config.train.micro_batch
-    given = [o for o in args.overrides if o.partition("=")[0].strip() == "train.global_batch"]
-    if not given:
+    if not any(o.partition("=")[0].strip() == "train.global_batch" for o in args.overrides):
         return apply_changes(config, {"train": {"global_batch": rows * -(-16 // rows)}})
     config = fill_lora_from_adapter(config_from_tree(tree, args.overrides))
     _check_global_batch(config, args.ranks)
@@ -105,6 +104,6 @@ def _check_global_batch(config: Config, ranks: int) -> None:
 
 
 def _with_matching_global_batch(overrides: Sequence[str]) -> list[str]:
-    """A micro-batch of any size goes with a global batch that is not asked for."""
+    """Append a global batch of one micro-batch, so that a micro-batch of any size passes the configuration's checks."""
     sizes = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "train.micro_batch"]
     return [*overrides, *(f"train.global_batch={size}" for size in sizes[-1:])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import typer
@@ -22,9 +23,10 @@ from qlora_dist.plan.model_config import read_model_config
 from qlora_dist.plan.plan_args import PlanArgs, config_to_plan
 from qlora_dist.plan.run_spec import make_run_spec
 from qlora_dist.plan.training_plan import TrainingPlan, make_training_plan
+from qlora_dist.runtime.byte_sizes import format_gib
 
 _TIE_RATIO = 1.1
-"""Ratio of two steps' times below which the simpler configuration is taken: times are not known that well."""
+"""Ratio of two step times below which the simpler configuration is taken, because the times are uncertain."""
 _MAX_SHOWN = 5
 _SEARCHED_KEYS = ("parallel.base", "parallel.adapter", "parallel.offload", "train.checkpointing", "train.micro_batch")
 
@@ -35,60 +37,61 @@ class PlanCandidate:
 
     config: Config
     plan: TrainingPlan
-    start: Config
-    """What the search began from: defaults, and what was asked."""
+    initial_config: Config
+    """Configuration that the search began with: defaults and arguments."""
 
     @property
-    def differences(self) -> dict[str, Any]:
-        """Keys whose values are not those that the search began with."""
-        own, initial = flatten_keys(self.config.model_dump()), flatten_keys(self.start.model_dump())
+    def changed_settings(self) -> dict[str, Any]:
+        """Values that differ from the initial configuration, by key."""
+        own, initial = flatten_keys(self.config.model_dump()), flatten_keys(self.initial_config.model_dump())
         return {key: own[key] for key in (*_SEARCHED_KEYS, "parallel.resident_bytes") if own[key] != initial[key]}
 
     @property
-    def on_host(self) -> bool:
-        """Whether the base lies in host memory, or partly."""
+    def is_base_on_host(self) -> bool:
+        """True if the base, or a part of it, is in host memory."""
         return self.config.parallel.offload != "none" or self.config.parallel.base == "paged"
 
-    def rank(self, fastest_step_s: float) -> tuple[bool, bool, int, float]:
-        """Return the order among all: about as fast as the fastest, base on the device, few keys set, time."""
+    def sort_key(self, fastest_step_s: float) -> tuple[bool, bool, int, float]:
+        """Return the key of the order: about as fast as the fastest, base on the device, few keys set, time."""
         step_s = self.plan.time.step_s
         slow = step_s > _TIE_RATIO * fastest_step_s
-        return (slow, False, 0, step_s) if slow else (slow, self.on_host, len(self.differences), step_s)
+        return (slow, False, 0, step_s) if slow else (slow, self.is_base_on_host, len(self.changed_settings), step_s)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search has tried, and what fits of that."""
+    """Configurations that a search has tried, and the best that fit."""
 
     best: list[PlanCandidate]
-    """The one to take, and the fastest of the others."""
-    fitting: int
-    tried: int
-    choices: dict[str, list[Any]]
+    """Candidate to take, followed by the fastest of the others."""
+    num_fitting: int
+    num_tried: int
+    tried_values: dict[str, list[Any]]
     """Values that were tried, by key."""
 
     def sentence(self) -> str:
-        """Return what was tried, in one sentence."""
-        varied = {key: values for key, values in self.choices.items() if len(values) > 1}
+        """Return a sentence that lists the tried values."""
+        varied = {key: values for key, values in self.tried_values.items() if len(values) > 1}
         tried = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in varied.items())
-        return f"Tried {self.tried} configurations, of which {self.fitting} fit: {tried or 'all keys were given'}."
+        counts = f"Tried {self.num_tried} configurations, of which {self.num_fitting} fit"
+        return f"{counts}: {tried or 'all keys were given'}."
 
 
-def print_fastest_plan(asked: PlanArgs, as_json: bool) -> None:
-    """Print the configuration as YAML, and on standard error what it costs and what else fits; or all as JSON.
+def print_fastest_plan(args: PlanArgs, *, as_json: bool) -> None:
+    """Print the fastest configuration as YAML, and its costs and the alternatives on standard error; or all as JSON.
 
     Raises:
-        UserError: a mistake in what was asked, or nothing fits.
+        UserError: the arguments have a mistake, or no configuration fits.
     """
-    result = search_plans(asked)
+    result = search_plans(args)
     best = result.best[0]
     if as_json:
         others = [
-            {"settings": f.differences, "fits_with_bytes": _free_bytes(f.plan), "step_s": f.plan.time.step_s}
+            {"settings": f.changed_settings, "fits_with_bytes": _free_bytes(f.plan), "step_s": f.plan.time.step_s}
             for f in result.best
         ]
         tree = best.config.model_dump(mode="json")
-        tried = {"configurations": result.tried, "fitting": result.fitting, "values": result.choices}
+        tried = {"configurations": result.num_tried, "fitting": result.num_fitting, "values": result.tried_values}
         typer.echo(json.dumps({"config": tree, "plan": best.plan.as_json(), "best": others, "tried": tried}, indent=2))
         return
     typer.echo(dump_config(best.config), nl=False)
@@ -96,133 +99,136 @@ def print_fastest_plan(asked: PlanArgs, as_json: bool) -> None:
 
     console = Console(stderr=True)
     print_plan(best.plan, best.config.model.base, console)
-    table = Table(title="What fits: the one above, and the fastest of the others", title_justify="left")
+    table = Table(title="Configurations that fit: the one above, and the fastest of the others", title_justify="left")
     for column in ("tokens/s", "a step, s", "GiB to spare"):
         table.add_column(column, justify="right")
     table.add_column("settings that are not defaults or given")
-    for one in result.best:
-        time = one.plan.time
-        settings = " ".join(f"{key}={value}" for key, value in one.differences.items())
+    for candidate in result.best:
+        time = candidate.plan.time
+        settings = " ".join(f"{key}={value}" for key, value in candidate.changed_settings.items())
         row = (
             f"{time.tokens_per_s:,.0f}",
             f"{time.step_s:,.2f}",
-            f"{_free_bytes(one.plan) / 2**30:,.2f}",
+            format_gib(_free_bytes(candidate.plan)),
             settings or "none",
         )
-        table.add_row(*row, style="bold" if one is best else None)
+        table.add_row(*row, style="bold" if candidate is best else None)
     console.print(table)
     console.print(
-        f"{result.sentence()} Of those within {_TIE_RATIO - 1:.0%} of the fastest the simplest is taken, "
-        "one that keeps the base on the device before one that does not.",
+        f"{result.sentence()} Among configurations within {_TIE_RATIO - 1:.0%} of the fastest, the search prefers one "
+        "that keeps the base on the device, then the simplest.",
         highlight=False,
     )
 
 
 def _free_bytes(plan: TrainingPlan) -> int:
-    """Return the bytes that a card has left, by the upper end of what the allocator reserves."""
+    """Return the bytes that a card has left above the allocator's upper bound."""
     return plan.gpu.memory_bytes - plan.memory.reserved_bytes[1] - CUDA_CONTEXT_BYTES
 
 
-def search_plans(asked: PlanArgs) -> SearchResult:
-    """Try what can be chosen, at the same tokens of a step.
+def search_plans(args: PlanArgs) -> SearchResult:
+    """Try all configurations with the same tokens per step.
 
-    Chosen are the meshes of base and adapters, rows of a micro-batch, which layers are checkpointed, offloading and
-    paging of the base; what was asked for by name stays. The optimizer's pages follow from the room that is left
-    (`optim.resident_bytes: auto`). Of those that are about as fast the simplest is taken.
+    The search chooses the meshes of base and adapters, the micro-batch, the checkpointed layers, and offloading and
+    paging of the base. Keys that the user has set stay. The optimizer's pages follow from the memory that is left
+    (`optim.resident_bytes: auto`). Among configurations that are about as fast, it takes the simplest.
 
     Raises:
-        UserError: a mistake in what was asked, or nothing fits; it says what is missing.
+        UserError: the arguments have a mistake, or no configuration fits.
     """
-    hardware, start = load_hardware(asked.hardware), config_to_plan(asked)
-    model_config = read_model_config(start.model.base)
-    gpu, measured = hardware.gpu(asked.gpu), load_calibration(asked.calibration).devices.get(asked.gpu)
-    link, network = hardware.link(gpu.link), hardware.link(asked.network)
-    check_seq_len(start.data.seq_len, model_config, start.model.base)
-    described = make_run_spec(start, model_config, asked.ranks, asked.nodes).model
+    hardware, initial = load_hardware(args.hardware), config_to_plan(args)
+    model_config = read_model_config(initial.model.base)
+    gpu, measured = hardware.gpu(args.gpu), load_calibration(args.calibration).devices.get(args.gpu)
+    link, network = hardware.link(gpu.link), hardware.link(args.network)
+    check_seq_len(initial.data.seq_len, model_config, initial.model.base)
+    model_spec = make_run_spec(initial, model_config, args.ranks, args.nodes).model
     fitting: list[PlanCandidate] = []
     tried: list[Config] = []
-    least: TrainingPlan | None = None
+    smallest: TrainingPlan | None = None
 
-    def plan_of(config: Config) -> TrainingPlan:
-        run = make_run_spec(config, model_config, asked.ranks, asked.nodes, model_spec=described)
-        return make_training_plan(run, asked.gpu, gpu, link, network, measured)
+    def make_plan(config: Config) -> TrainingPlan:
+        run = make_run_spec(config, model_config, args.ranks, args.nodes, model_spec=model_spec)
+        return make_training_plan(run, args.gpu, gpu, link, network, measured)
 
-    named = _explicit_keys(asked, start)
-    for sections in _candidate_settings(asked, start, named):
-        config = apply_changes(start, sections)
-        plan = plan_of(config)
-        if config.parallel.base == "paged" and "parallel.resident_bytes" not in named and plan.fits:
+    explicit_keys = _explicit_keys(args, initial)
+    for sections in _candidate_settings(args, initial, explicit_keys):
+        config = apply_changes(initial, sections)
+        plan = make_plan(config)
+        if config.parallel.base == "paged" and "parallel.resident_bytes" not in explicit_keys and plan.fits:
             config = apply_changes(config, {"parallel": {"resident_bytes": _largest_resident_bytes(plan)}})
-            plan = plan_of(config)
-            if plan.memory.on_host == 0 and "parallel.base" not in named:
-                continue  # all layers stay on the device: the same as with `base: node`
+            plan = make_plan(config)
+            if plan.memory.on_host == 0 and "parallel.base" not in explicit_keys:
+                continue  # all layers stay on the device, which is equal to `base: node`
         tried.append(config)
         if plan.fits:
-            fitting.append(PlanCandidate(config, plan, start))
-        if least is None or plan.memory.peak_bytes < least.memory.peak_bytes:
-            least = plan
-    assert least is not None
+            fitting.append(PlanCandidate(config, plan, initial))
+        if smallest is None or plan.memory.peak_bytes < smallest.memory.peak_bytes:
+            smallest = plan
+    assert smallest is not None
     if not fitting:
-        need = (least.memory.reserved_bytes[1]) / 2**30
+        need = (smallest.memory.reserved_bytes[1]) / 2**30
         raise UserError(
-            f"{start.model.base} does not fit {asked.nodes} x {asked.gpus} {asked.gpu} with any setting: the least is "
+            f"{initial.model.base} does not fit {args.nodes} x {args.gpus} {args.gpu} with any setting: the least is "
             f"{need:.1f} GiB a GPU of {gpu.memory:g}; use more GPUs, a shorter data.seq_len, or a smaller lora.r"
         )
-    least_s = min(found.plan.time.step_s for found in fitting)
-    best = min(fitting, key=lambda found: found.rank(least_s))
-    others = sorted((f for f in fitting if f is not best), key=lambda found: found.plan.time.step_s)
+    fastest_s = min(candidate.plan.time.step_s for candidate in fitting)
+    best = min(fitting, key=lambda candidate: candidate.sort_key(fastest_s))
+    others = sorted((c for c in fitting if c is not best), key=lambda candidate: candidate.plan.time.step_s)
     flat = [flatten_keys(config.model_dump()) for config in tried]
-    choices = {key: list(dict.fromkeys(tree[key] for tree in flat)) for key in _SEARCHED_KEYS}
-    return SearchResult([best, *others[: _MAX_SHOWN - 1]], len(fitting), len(tried), choices)
+    tried_values = {key: list(dict.fromkeys(tree[key] for tree in flat)) for key in _SEARCHED_KEYS}
+    return SearchResult([best, *others[: _MAX_SHOWN - 1]], len(fitting), len(tried), tried_values)
 
 
-def _largest_resident_bytes(least: TrainingPlan) -> int:
-    """Of layers on a device, so many whole MiB that a plan just fits; from one with the fewest that there can be."""
-    room = (least.gpu.memory_bytes - CUDA_CONTEXT_BYTES) / RESERVED_RATIOS[1] - least.memory.peak_bytes
-    return (least.memory.static["base"] + int(room)) // 2**20 * 2**20
+def _largest_resident_bytes(plan: TrainingPlan) -> int:
+    """Return the most bytes of layers on the device, in whole MiB, with which a plan with the fewest still fits."""
+    room = (plan.gpu.memory_bytes - CUDA_CONTEXT_BYTES) / RESERVED_RATIOS[1] - plan.memory.peak_bytes
+    return (plan.memory.static["base"] + int(room)) // 2**20 * 2**20
 
 
-def _explicit_keys(asked: PlanArgs, start: Config) -> set[str]:
-    """Return the keys that are given: on the command line, or in a run's file."""
-    named = {override.partition("=")[0].strip() for override in asked.overrides}
-    if asked.micro_batch is not None:
-        named.add("train.micro_batch")
-    if asked.run_file is not None:
-        sections = {section: getattr(start, section) for section in start.model_fields_set}
-        named |= {f"{section}.{key}" for section, values in sections.items() for key in values.model_fields_set}
-    return named
+def _explicit_keys(args: PlanArgs, initial: Config) -> set[str]:
+    """Return the keys that the command line or a run's file sets."""
+    keys = {override.partition("=")[0].strip() for override in args.overrides}
+    if args.micro_batch is not None:
+        keys.add("train.micro_batch")
+    if args.run_file is not None:
+        sections = {section: getattr(initial, section) for section in initial.model_fields_set}
+        keys |= {f"{section}.{key}" for section, values in sections.items() for key in values.model_fields_set}
+    return keys
 
 
-def _candidate_settings(asked: PlanArgs, start: Config, named: set[str]) -> Iterator[ConfigChanges]:
-    """From simple to involved; what was asked for by name is left as it is."""
-    ranks = asked.ranks
+def _candidate_settings(args: PlanArgs, initial: Config, explicit_keys: set[str]) -> Iterator[ConfigChanges]:
+    """Yield the settings to try, from simple to involved; explicit keys keep their values."""
+    ranks = args.ranks
 
-    def of(key: str, values: list[Any]) -> list[Any]:
+    def values_to_try(key: str, values: list[Any]) -> list[Any]:
         section, _, name = key.partition(".")
-        return [getattr(getattr(start, section), name)] if key in named else values
+        return [getattr(getattr(initial, section), name)] if key in explicit_keys else values
 
     shards = sorted(
         {
-            asked.gpus,
-            *(n for n in range(1, ranks + 1) if ranks % n == 0 and (asked.gpus % n == 0 or n % asked.gpus == 0)),
+            args.gpus,
+            *(n for n in range(1, ranks + 1) if ranks % n == 0 and (args.gpus % n == 0 or n % args.gpus == 0)),
         }
     )
-    bases: list[Any] = ["node", *(_base_value(n, asked) for n in shards if n != asked.gpus), "paged"]
-    per_rank = start.train.global_batch // ranks
-    micro_batches = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-    for base in of("parallel.base", bases):
-        for adapter in of("parallel.adapter", ["world", "node"] if asked.nodes > 1 else ["world"]):
-            for offload in of("parallel.offload", ["none"] if base == "paged" else ["none", "base"]):
-                for checkpointing in of("train.checkpointing", ["full", 2, 3, 4, "none"]):
-                    for micro_batch in of("train.micro_batch", micro_batches):
-                        yield {
-                            "parallel": {"base": base, "adapter": adapter, "offload": offload}
-                            | ({"resident_bytes": of("parallel.resident_bytes", [0])[0]} if base == "paged" else {}),
-                            "train": {"checkpointing": checkpointing, "micro_batch": micro_batch},
-                        }
+    bases: list[Any] = ["node", *(_base_value(n, args) for n in shards if n != args.gpus), "paged"]
+    rows_per_rank = initial.train.global_batch // ranks
+    micro_batches = [n for n in range(1, rows_per_rank + 1) if rows_per_rank % n == 0]
+    resident_bytes = values_to_try("parallel.resident_bytes", [0])[0]
+    for base in values_to_try("parallel.base", bases):
+        paged = {"resident_bytes": resident_bytes} if base == "paged" else {}
+        for adapter, offload, checkpointing, micro_batch in product(
+            values_to_try("parallel.adapter", ["world", "node"] if args.nodes > 1 else ["world"]),
+            values_to_try("parallel.offload", ["none"] if base == "paged" else ["none", "base"]),
+            values_to_try("train.checkpointing", ["full", 2, 3, 4, "none"]),
+            values_to_try("train.micro_batch", micro_batches),
+        ):
+            yield {
+                "parallel": {"base": base, "adapter": adapter, "offload": offload} | paged,
+                "train": {"checkpointing": checkpointing, "micro_batch": micro_batch},
+            }
 
 
-def _base_value(shards: int, asked: PlanArgs) -> str | int:
+def _base_value(shards: int, args: PlanArgs) -> str | int:
     if shards == 1:
         return "replicate"
-    return "world" if shards == asked.ranks else shards
+    return "world" if shards == args.ranks else shards

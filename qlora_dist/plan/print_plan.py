@@ -1,4 +1,4 @@
-"""A plan for people: every term of a rank's memory, and what a step takes."""
+"""A plan as tables: every term of a rank's memory, and the traffic and time of a step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.table import Table
 from qlora_dist.plan.memory_estimate import CUDA_CONTEXT_BYTES
 from qlora_dist.plan.step_time import TIME_UNCERTAINTY
 from qlora_dist.plan.training_plan import TrainingPlan
+from qlora_dist.runtime.byte_sizes import format_gib
 
 PHASE_LABELS = {
     "embedding": "at the embedding",
@@ -16,8 +17,6 @@ PHASE_LABELS = {
     "layer_backward": "in a layer's backward pass",
     "optimizer": "at the update",
 }
-
-
 _TERM_LABELS = {
     "weights_bytes": "weights, rank 0",
     "moments_bytes": "optimizer states, rank 0",
@@ -27,19 +26,19 @@ _TERM_LABELS = {
 
 
 def term_label(term: str) -> str:
-    """Return what a term of `plan` in a run's summary.json is called in a table."""
+    """Return the label in tables of a term of `plan` in a run's summary.json."""
     dimension = term.removesuffix("_bytes_per_step")
     return _TERM_LABELS.get(term, f"received per step, {dimension}")
 
 
 def print_plan(plan: TrainingPlan, model: str, console: Console) -> None:
-    """Two tables and a sentence."""
+    """Print a plan as two tables and a sentence."""
     run, memory, time = plan.run, plan.memory, plan.time
     ranks = run.shard_counts.world_size
     table = Table(
         title=f"{model} on {run.nodes} x {run.ranks_per_node} {plan.gpu_name}: memory of a rank", title_justify="left"
     )
-    table.add_column("what")
+    table.add_column("term")
     table.add_column("GiB", justify="right")
     for name, nbytes in memory.static.items():
         if nbytes:
@@ -58,14 +57,14 @@ def print_plan(plan: TrainingPlan, model: str, console: Console) -> None:
     console.print(table)
 
     rows = [
-        ("host memory of a node, besides Python's and CUDA's", f"{format_gib(plan.host_bytes)} GiB"),
+        ("host memory of a node, besides Python's and CUDA's", f"{format_gib(plan.node_host_bytes)} GiB"),
         (
             "read at the start, a base in 4 bit",
             f"{plan.read_bytes / 1e9:,.1f} GB, {plan.load_s:,.0f} s at 2 GB/s a node",
         ),
         ("read at the start, a base in 16 bit", f"{plan.read_16bit_bytes / 1e9:,.1f} GB"),
-        ("sent and received by a rank in a step, inside its node", f"{plan.inside_bytes / 1e9:,.2f} GB"),
-        ("and between nodes", f"{plan.between_bytes / 1e9:,.2f} GB"),
+        ("sent and received by a rank in a step, inside its node", f"{plan.intra_node_bytes / 1e9:,.2f} GB"),
+        ("and between nodes", f"{plan.inter_node_bytes / 1e9:,.2f} GB"),
         ("micro-batches of a step", f"{run.accumulation} x {run.micro_batch} x {run.seq_len:,} tokens"),
         ("operations of a rank in a step", f"{time.flops / 1e12:,.1f} TFLOP"),
         *((f"  {name}", f"{seconds:,.2f} s") for name, seconds in time.busy_s.items() if seconds > 0.005),
@@ -73,7 +72,9 @@ def print_plan(plan: TrainingPlan, model: str, console: Console) -> None:
         ("all ranks together", f"{time.tokens_per_s:,.0f} tokens/s ({time.tokens_per_s / ranks:,.0f} a GPU)"),
     ]
     precision = (
-        "by what --calibrate has measured" if plan.is_measured else f"+-{TIME_UNCERTAINTY:.0%}: nothing was measured"
+        "from speeds that --calibrate measured"
+        if plan.is_calibrated
+        else f"+-{TIME_UNCERTAINTY:.0%}: nothing was measured"
     )
     times = Table(title=f"A step (times {precision})", title_justify="left", show_header=False)
     times.add_column()
@@ -84,16 +85,11 @@ def print_plan(plan: TrainingPlan, model: str, console: Console) -> None:
     console.print(f"Bound by {time.bound_by}. {_describe_fit(plan)}", highlight=False)
 
 
-def format_gib(nbytes: int) -> str:
-    """With two digits behind the point."""
-    return f"{nbytes / 2**30:,.2f}"
-
-
 def _describe_fit(plan: TrainingPlan) -> str:
     low, high = (nbytes + CUDA_CONTEXT_BYTES for nbytes in plan.memory.reserved_bytes)
     card = plan.gpu.memory_bytes
     if high <= card:
         return f"It fits, with {format_gib(card - high)} GiB to spare."
     if low <= card:
-        return "It fits if the allocator reserves little more than it needs: too close to promise."
+        return "It fits only if the allocator reserves little more than the tensors need."
     return f"It does not fit: {format_gib(low - card)} GiB are missing."

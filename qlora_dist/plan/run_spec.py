@@ -1,4 +1,4 @@
-"""All that memory, traffic and time of a run depend on, from its configuration and the model's config.json."""
+"""The inputs of the planner's formulas, from a run's configuration and the model's config.json."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.plan.model_spec import ModelSpec, make_model_spec
 from qlora_dist.plan.step_traffic import ShardCounts
+from qlora_dist.runtime.byte_sizes import COMPUTE_BYTES
 
-_ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """A configuration on so many ranks."""
+    """A configuration on a number of ranks."""
 
     model: ModelSpec
     shard_counts: ShardCounts
@@ -24,45 +23,46 @@ class RunSpec:
     seq_len: int
     micro_batch: int
     accumulation: int
-    """Micro-batches of a step, on each rank."""
+    """Micro-batches of a step on each rank."""
     checkpointing: int
-    """Every so-and-so-many-th layer, from the first on; 0: none."""
+    """k if every k-th layer is checkpointed, from the first on; 0 if none is."""
     prefetch: int
+    """Number of layers that FSDP2 gathers ahead."""
     compute_bytes: int
-    """Of an element in the compute type."""
+    """Bytes of an element of the compute type."""
     dropout: bool
-    """Of the adapters' inputs."""
+    """True if the adapters' inputs pass a dropout."""
     optimizer_bits: Literal[32, 8]
     paged_moments: bool
-    """As many moments stay on the device as there is room for, or as `resident_moments` says."""
+    """True if moments that do not fit the device, or `optimizer_resident_bytes`, are paged."""
     optimizer_resident_bytes: int | None
-    """Bytes of moments on the device; None: by the room there is, or all."""
+    """Bytes of moments that stay on the device; None means all that fit."""
     page_bytes: int
-    """Of moments."""
+    """Bytes of a page of moments."""
     is_base_paged: bool
     base_resident_bytes: int | None
-    """With `paged_base`, bytes of layers on the device; None: by the room there is."""
+    """Bytes of a paged base's layers that stay on the device; None means all that fit."""
     ahead: int
-    """Pages fetched ahead."""
+    """Number of pages that are fetched ahead."""
     offload: bool
-    """The frozen base lies in host memory."""
+    """True if the frozen base is in host memory."""
     packed: bool
-    """A row holds several sequences."""
+    """True if a row holds several sequences."""
     device: Literal["cuda", "cpu"] = "cuda"
 
     @property
     def tokens(self) -> int:
-        """Of a rank's micro-batch."""
+        """Tokens of a rank's micro-batch."""
         return self.seq_len * self.micro_batch
 
     @property
     def ranks_per_node(self) -> int:
-        """Equal on all nodes."""
+        """Number of ranks on each node."""
         return self.shard_counts.world_size // self.nodes
 
     @property
     def checkpointed(self) -> int:
-        """Layers that keep their input only."""
+        """Number of layers that save only their input."""
         return -(-len(self.model.layers) // self.checkpointing) if self.checkpointing else 0
 
 
@@ -80,19 +80,19 @@ def make_run_spec(
     device: Literal["cuda", "cpu"] = "cuda",
     model_spec: ModelSpec | None = None,
 ) -> RunSpec:
-    """The run of a configuration.
+    """Return the inputs of the formulas for a configuration.
 
     Args:
-        config: of the run.
-        model_config: config.json.
+        config: configuration of the run.
+        model_config: content of the model's config.json.
         world_size: ranks of all nodes together.
-        nodes: of equally many ranks.
-        device: what the ranks compute on.
-        model_spec: what `make_model_spec` says of the model, if that is known already.
+        nodes: number of nodes, which have equally many ranks.
+        device: kind of device that the ranks compute on.
+        model_spec: result of `make_model_spec`; None to compute it here.
 
     Raises:
-        UserError: another engine than FSDP2, meshes that do not divide the world, a global batch that does not divide
-            among the ranks, or an architecture that is not known.
+        UserError: the engine is not FSDP2, a mesh does not divide the world, the nodes are unequal, or the architecture
+            is not supported.
     """
     model, parallel, optim, train = config.model, config.parallel, config.optim, config.train
     if parallel.engine != "fsdp2":
@@ -114,7 +114,7 @@ def make_run_spec(
         accumulation=-(-train.global_batch // (world_size * train.micro_batch)),
         checkpointing=_every_kth(train.checkpointing),
         prefetch=parallel.prefetch,
-        compute_bytes=_ELEMENT_BYTES[model.compute_dtype],
+        compute_bytes=COMPUTE_BYTES[model.compute_dtype],
         dropout=config.lora.dropout > 0,
         optimizer_bits=8 if optim.name.endswith("8bit") else 32,
         paged_moments=optim.name.startswith("paged"),
@@ -130,19 +130,28 @@ def make_run_spec(
 
 
 def check_equal_nodes(world_size: int, nodes: int) -> None:
-    """See whether nodes can have equally many ranks.
+    """Check that all nodes can have equally many ranks.
 
     Raises:
-        UserError: they can't.
+        UserError: the nodes do not divide the ranks.
     """
     if world_size % nodes:
         raise UserError(f"{world_size} ranks are not a multiple of {nodes} nodes; give equal nodes")
 
 
 def _run_model_spec(config: Config, model_config: Mapping[str, Any]) -> ModelSpec:
-    """The model; of a base that is in 4 bit already, its own config.json says whether scales are quantized too."""
+    """Return the specification of a run's model.
+
+    If the base is already in 4 bit, its config.json overrides the configuration's `double_quant`.
+    """
     model, double_quant = config.model, config.model.double_quant
     quantization = model_config.get("quantization_config") or {}
     if quantization.get("quant_method") == "bitsandbytes":
         double_quant = bool(quantization.get("bnb_4bit_use_double_quant", False))
-    return make_model_spec(model_config, config.lora, model.block_size, double_quant, model.embeddings)
+    return make_model_spec(
+        model_config,
+        config.lora,
+        block_size=model.block_size,
+        double_quant=double_quant,
+        embeddings=model.embeddings,
+    )

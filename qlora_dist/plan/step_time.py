@@ -1,4 +1,4 @@
-"""How long a step takes, by a roofline with overlap. Uncalibrated: +-30 %. Derivations: docs/planning.md."""
+"""Time of a step by a roofline with overlap, within 30 % if uncalibrated. docs/planning.md derives the formulas."""
 
 from __future__ import annotations
 
@@ -14,68 +14,70 @@ from qlora_dist.plan.run_spec import RunSpec
 from qlora_dist.plan.step_traffic import trained_shard_elements
 
 TIME_UNCERTAINTY = 0.3
-"""Of every time that is not calibrated."""
-_ELEMENTWISE_EFFICIENCY = 0.7  # part of the memory bandwidth that element-wise kernels reach
-_DEQUANTIZE_EFFICIENCY = 0.6  # and bitsandbytes' dequantization
+"""Relative uncertainty of every time that is not calibrated."""
+_ELEMENTWISE_EFFICIENCY = 0.7  # fraction of the memory bandwidth that element-wise kernels reach
+_DEQUANTIZE_EFFICIENCY = 0.6  # fraction that bitsandbytes' dequantization reaches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Of one optimizer step."""
+    """Time of one optimizer step, and the resources that it takes."""
 
     step_s: float
     tokens_per_s: float
-    """Of all ranks."""
+    """Tokens per second of all ranks."""
     flops: int
-    """Of a rank in a step; what is computed again counts."""
+    """Floating-point operations of a rank in a step, recomputation included."""
     busy_s: dict[str, float]
-    """What each resource would take by itself."""
+    """Seconds that each resource is busy, by name."""
     bound_by: str
+    """Name of the resource that is busy longest."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankSpeeds:
-    """What a rank has: bytes and operations per second."""
+    """Operations and bytes per second of a rank."""
 
-    flops: float
+    flops_per_s: float
     dequantize_bytes_per_s: float
-    """Bytes read and written by it."""
+    """Bytes that dequantization reads and writes per second."""
     elementwise_bytes_per_s: float
-    """By element-wise operations."""
-    inside: float
-    """To the ranks of its node."""
+    """Bytes that element-wise operations read and write per second."""
+    intra_node_bytes_per_s: float
+    """Bytes per second from the other ranks of its node."""
     inter_node_bytes_per_s: float
-    """Into its node from all others; shared by the node's ranks."""
-    host: float
+    """Bytes per second from other nodes into its node, shared by the node's ranks."""
+    host_bytes_per_s: float
+    """Bytes per second between device and host memory."""
 
 
 def data_sheet_speeds(run: RunSpec, gpu: Gpu, link: Link, network: Link) -> RankSpeeds:
-    """Of a rank, from data sheets and the parts of them that are reached."""
+    """Return a rank's speeds from data sheets and the fractions of them that programs reach."""
     ranks = run.ranks_per_node
     return RankSpeeds(
-        1e12 * gpu.tflops * gpu.efficiency,
-        1e9 * gpu.memory_gb_s * _DEQUANTIZE_EFFICIENCY,
-        1e9 * gpu.memory_gb_s * _ELEMENTWISE_EFFICIENCY,
-        link.bytes_per_s(ranks),
-        network.bytes_per_s(ranks) * ranks,
-        1e9 * gpu.host_gb_s,
+        flops_per_s=1e12 * gpu.tflops * gpu.efficiency,
+        dequantize_bytes_per_s=1e9 * gpu.memory_gb_s * _DEQUANTIZE_EFFICIENCY,
+        elementwise_bytes_per_s=1e9 * gpu.memory_gb_s * _ELEMENTWISE_EFFICIENCY,
+        intra_node_bytes_per_s=link.bytes_per_s(ranks),
+        inter_node_bytes_per_s=network.bytes_per_s(ranks) * ranks,
+        host_bytes_per_s=1e9 * gpu.host_gb_s,
     )
 
 
 @dataclass(frozen=True)
 class KernelWork:
-    """Of a pass of one layer over a micro-batch."""
+    """Work of one layer's pass over a micro-batch."""
 
     flops: float
     dequantized_bytes: float
-    """Read and written for it."""
+    """Bytes that dequantization reads and writes."""
     streamed_bytes: float
-    """Of element-wise operations."""
+    """Bytes that element-wise operations read and write."""
 
     def seconds(self, speed: RankSpeeds) -> dict[str, float]:
-        """One after the other: they are kernels of one stream."""
+        """Return the seconds by kind of kernel, which add up because all kernels run in one stream."""
         return {
-            "matrix products": self.flops / speed.flops,
+            "matrix products": self.flops / speed.flops_per_s,
             "dequantization": self.dequantized_bytes / speed.dequantize_bytes_per_s,
             "element-wise operations": self.streamed_bytes / speed.elementwise_bytes_per_s,
         }
@@ -89,7 +91,7 @@ class KernelWork:
 
 
 def forward_work(run: RunSpec, layer: LayerSpec) -> KernelWork:
-    """Of a forward pass."""
+    """Return the work of a forward pass."""
     t, c, a = run.tokens, run.compute_bytes, layer.attention
     products, lora, outputs = _flops_per_token(run, layer)
     elements = 4 * c * outputs + 36 * layer.hidden * layer.num_norms + 6 * layer.hidden
@@ -101,11 +103,14 @@ def forward_work(run: RunSpec, layer: LayerSpec) -> KernelWork:
     )
 
 
-def backward_work(run: RunSpec, layer: LayerSpec, checkpointed: bool) -> KernelWork:
-    """Of a backward pass, with the second forward pass of a checkpointed layer: all but its last product."""
+def backward_work(run: RunSpec, layer: LayerSpec, *, checkpointed: bool) -> KernelWork:
+    """Return the work of a backward pass.
+
+    A checkpointed layer's forward pass is recomputed, except for its last product.
+    """
     forward = forward_work(run, layer)
     products, lora, _ = _flops_per_token(run, layer)
-    # of frozen weights no gradient, of A and B both
+    # frozen weights get no gradient; A and B do
     work = KernelWork(
         run.tokens * (products + 2 * lora + 2.5 * _attention_flops(run, layer)),
         _dequantized_bytes(run, layer),
@@ -114,19 +119,19 @@ def backward_work(run: RunSpec, layer: LayerSpec, checkpointed: bool) -> KernelW
     if not checkpointed:
         return work
     last = max((m for m in layer.matrices if not m.experts), key=lambda m: m.name == "down_proj")
-    again = forward + KernelWork(-2.0 * run.tokens * last.numel, 0, 0) if last.name == "down_proj" else forward
-    return work + again
+    recompute = forward + KernelWork(-2.0 * run.tokens * last.numel, 0, 0) if last.name == "down_proj" else forward
+    return work + recompute
 
 
 def head_work(run: RunSpec) -> KernelWork:
-    """The loss with its gradient: logits, and their gradient times the weight."""
+    """Return the work of the loss and its gradient: the logits, and their gradient times the weight."""
     model = run.model
     logits = run.tokens * model.vocabulary
     return KernelWork(4.0 * logits * model.hidden, 0, 30.0 * logits)
 
 
 def _flops_per_token(run: RunSpec, layer: LayerSpec) -> tuple[float, float, float]:
-    """Operations of the products with the base and with the adapters, and elements of their outputs."""
+    """Return the operations per token of the base's and the adapters' products, and the elements of their outputs."""
     products = lora = outputs = 0.0
     for m in layer.matrices:
         used = layer.num_experts_per_tok if m.experts else 1
@@ -139,15 +144,15 @@ def _flops_per_token(run: RunSpec, layer: LayerSpec) -> tuple[float, float, floa
 
 
 def _attention_flops(run: RunSpec, layer: LayerSpec) -> float:
-    """For each token, queries by keys and probabilities by values, of half the square or what a window leaves of it."""
+    """Return the operations per token of the products with keys and values, in the causal half or the window."""
     a, length = layer.attention, run.seq_len
     window = min(a.window or length, length)
-    seen = length if a.is_eager else window * (1 - window / (2 * length))
-    return 2.0 * a.heads * (a.qk_head_dim + a.v_head_dim) * seen
+    mean_keys = length if a.is_eager else window * (1 - window / (2 * length))
+    return 2.0 * a.heads * (a.qk_head_dim + a.v_head_dim) * mean_keys
 
 
 def _dequantized_bytes(run: RunSpec, layer: LayerSpec) -> float:
-    """Bytes read and written to dequantize all matrices once; of experts those that a token chose."""
+    """Return the bytes read and written to dequantize all matrices once; experts count if a token uses them."""
     total = 0.0
     for m in layer.matrices:
         used = 1.0
@@ -158,7 +163,7 @@ def _dequantized_bytes(run: RunSpec, layer: LayerSpec) -> float:
 
 
 def estimate_step_time(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) -> StepTime:
-    """Of a step."""
+    """Estimate the time of a step."""
     busy: defaultdict[str, float] = defaultdict(float)
     step_s, flops = 0.0, 0.0
     paged_in_fraction = _paged_in_fraction(run, memory)
@@ -166,23 +171,20 @@ def estimate_step_time(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) 
     for unit, count in run.model.distinct_unit_counts:
         gather = _gather_seconds(run, unit, speed)
         if unit.layer is None:
-            # nothing computes meanwhile: what lies in host memory is waited for, as the gathering is
-            fetch = {"paging": _frozen_bytes(run, unit) / speed.host} if run.offload else {}
+            # nothing computes meanwhile, so copies from host memory are not hidden and neither is gathering
+            fetch = {"paging": _frozen_bytes(run, unit) / speed.host_bytes_per_s} if run.offload else {}
             for name, seconds in _add_seconds(gather, fetch).items():
                 step_s += count * seconds * run.accumulation
                 busy[name] += count * seconds * run.accumulation
             continue
-        page = {"paging": paged_in_fraction * _frozen_bytes(run, unit) / speed.host} if paged_in_fraction else {}
+        page_s = paged_in_fraction * _frozen_bytes(run, unit) / speed.host_bytes_per_s
+        page = {"paging": page_s} if paged_in_fraction else {}
         forward = forward_work(run, unit.layer)
-        backward_with_recompute = backward_work(run, unit.layer, True)
-        backward_without_recompute = backward_work(run, unit.layer, False)
         reduce = _reduce_seconds(run, unit, speed)
-        for backward, share in (
-            (backward_with_recompute, checkpointed_share),
-            (backward_without_recompute, 1 - checkpointed_share),
-        ):
+        for checkpointed, share in ((True, checkpointed_share), (False, 1 - checkpointed_share)):
             if not share:
                 continue
+            backward = backward_work(run, unit.layer, checkpointed=checkpointed)
             flops += share * count * run.accumulation * (forward.flops + backward.flops)
             for work, sent, times in (
                 (forward, gather, run.accumulation),
@@ -191,7 +193,7 @@ def estimate_step_time(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) 
             ):
                 kernels, moved = work.seconds(speed), _add_seconds(sent, page)
                 computing, moving = sum(kernels.values()), max([*moved.values(), 0.0])
-                # asked for no prefetching, FSDP2 gathers ahead in backward all the same
+                # without prefetching, FSDP2 still gathers ahead in backward
                 overlaps = run.prefetch > 0 or work is not forward
                 spent = max(computing, moving) if overlaps else computing + sum(moved.values())
                 step_s += share * count * times * spent
@@ -207,7 +209,9 @@ def estimate_step_time(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) 
         step_s += seconds
     bound_by = max(busy, key=lambda name: busy[name])
     tokens = run.tokens * run.accumulation * run.shard_counts.world_size
-    return StepTime(step_s, tokens / step_s, round(flops), dict(busy), bound_by)
+    return StepTime(
+        step_s=step_s, tokens_per_s=tokens / step_s, flops=round(flops), busy_s=dict(busy), bound_by=bound_by
+    )
 
 
 def _add_seconds(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
@@ -215,39 +219,45 @@ def _add_seconds(one: dict[str, float], other: dict[str, float]) -> dict[str, fl
 
 
 def collective_seconds(run: RunSpec, received: float, shards: int, speed: RankSpeeds) -> dict[str, float]:
-    """Of an all-gather or a reduce-scatter in which a rank receives so many bytes.
+    """Return the seconds of an all-gather or a reduce-scatter in which a rank receives `received` bytes, by link.
 
-    Inside a node every rank's own link carries them. Between nodes a ring enters each node once, whatever its number
-    of ranks: the node's links together carry what one rank receives.
+    Inside a node each rank receives over its own link. Between nodes a ring enters each node once, whatever its number
+    of ranks, so the node's links together carry the bytes that one rank receives.
     """
     if shards == 1:
         return {}
     if shards <= run.ranks_per_node:
-        return {INTRA_NODE: received / speed.inside}
+        return {INTRA_NODE: received / speed.intra_node_bytes_per_s}
     if run.ranks_per_node == 1:
         return {INTER_NODE: received / speed.inter_node_bytes_per_s}
-    return {INTRA_NODE: received / speed.inside, INTER_NODE: received / speed.inter_node_bytes_per_s}
+    return {
+        INTRA_NODE: received / speed.intra_node_bytes_per_s,
+        INTER_NODE: received / speed.inter_node_bytes_per_s,
+    }
 
 
 INTRA_NODE, INTER_NODE = "communication inside a node", "communication between nodes"
 
 
 def _gather_seconds(run: RunSpec, unit: FsdpUnit, speed: RankSpeeds) -> dict[str, float]:
-    """Of one gathering of a unit."""
+    """Return the seconds of gathering a unit once, by link."""
     gather, sharding = unit_gather_memory(run, unit), run.shard_counts
     seconds: dict[str, float] = {}
-    for nbytes, shards in ((gather.base, sharding.base_shards), (gather.adapters, sharding.adapter_shards)):
+    for nbytes, shards in (
+        (gather.base_bytes, sharding.base_shards),
+        (gather.adapter_bytes, sharding.adapter_shards),
+    ):
         seconds = _add_seconds(seconds, collective_seconds(run, nbytes * (shards - 1) / shards, shards, speed))
     return seconds
 
 
 def _reduce_seconds(run: RunSpec, unit: FsdpUnit, speed: RankSpeeds) -> dict[str, float]:
-    """Of summing a unit's gradients, fp32."""
+    """Return the seconds of reducing a unit's fp32 gradients, by link."""
     shards = run.shard_counts.adapter_shards
     shard = 4 * trained_shard_elements(unit, shards)
     seconds = collective_seconds(run, shard * (shards - 1), shards, speed)
     replicas = run.shard_counts.world_size // shards
-    if replicas > 1:  # every rank its own shard, all at once
+    if replicas > 1:  # all ranks reduce their shards at the same time
         per_rank = speed.inter_node_bytes_per_s / run.ranks_per_node
         seconds = _add_seconds(seconds, {INTER_NODE: 2 * shard * (replicas - 1) / replicas / per_rank})
     return seconds
@@ -258,22 +268,25 @@ def _frozen_bytes(run: RunSpec, unit: FsdpUnit) -> int:
 
 
 def _paged_in_fraction(run: RunSpec, memory: MemoryEstimate) -> float:
-    """Of the base's layers, what comes from host memory at each use."""
+    """Return the fraction of the base's layers that is copied from host memory at each use."""
     if run.offload:
         return 1.0
     if not run.is_base_paged:
         return 0.0
-    whole = sum(
+    layer_bytes = sum(
         count * _frozen_bytes(run, unit) for unit, count in run.model.distinct_unit_counts if unit.layer is not None
     )
-    return 1 - min(1.0, memory.static["base"] / whole)
+    return 1 - min(1.0, memory.static["base"] / layer_bytes)
 
 
 def _update_seconds(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) -> dict[str, float]:
-    """Weight, gradient and moments are read, weight and moments written; pages that moved come and go."""
+    """Return the seconds of the optimizer step.
+
+    It reads weights, gradients and moments, writes weights and moments, and moves the paged moments in and out.
+    """
     shards = run.shard_counts.adapter_shards
     elements = sum(count * trained_shard_elements(unit, shards) for unit, count in run.model.distinct_unit_counts)
     seconds = {"element-wise operations": 28 * elements / speed.elementwise_bytes_per_s}
     if memory.paged_moments:
-        seconds["paging"] = 2 * memory.paged_moments / speed.host
+        seconds["paging"] = 2 * memory.paged_moments / speed.host_bytes_per_s
     return seconds

@@ -1,4 +1,4 @@
-"""Bytes on the wire of one optimizer step, under FSDP2 with two meshes."""
+"""Bytes that one optimizer step communicates under FSDP2 with two meshes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from qlora_dist.plan.model_spec import FsdpUnit, FsdpUnitKind, ParameterSpec, count_distinct_units
 
 _GATHERS: dict[FsdpUnitKind, int] = {
-    "embedding": 1,  # frozen: not needed in backward
-    "shared_embedding": 1,  # as the embedding, and kept for the head
+    "embedding": 1,  # frozen, so backward does not need it
+    "shared_embedding": 1,  # stays gathered for the head
     "head": 1,  # its gradient is computed in forward
     "layer": 2,  # forward and backward
-    "root": 1,  # the last norm, kept from forward to backward
+    "root": 1,  # the last norm, which stays gathered until backward
 }
+"""Number of gathers of a unit per micro-batch."""
 _GRADIENT_BYTES = 4  # gradients are summed in fp32
 _CONTROL_BYTES = 2 * 8  # summed loss and squared gradient norm, fp64
 
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """How many ranks share a copy of the base, and of the adapters."""
+    """Numbers of ranks over which one copy of the base, and one of the adapters, is sharded."""
 
     world_size: int
     base_shards: int
@@ -31,28 +32,28 @@ class ShardCounts:
 def step_traffic(
     units: Iterable[FsdpUnit], shard_counts: ShardCounts, gradient_accumulation: int, compute_bytes: int
 ) -> dict[str, int]:
-    """Bytes that one rank receives, by mesh dimension; in a ring it sends as many.
+    """Return the bytes that one rank receives, by mesh dimension; in a ring it sends as many.
 
     Args:
-        units: of the model.
-        shard_counts: the meshes.
+        units: units of the model.
+        shard_counts: sizes of the meshes.
         gradient_accumulation: micro-batches of a step. Parameters are gathered for each, gradients sent once.
-        compute_bytes: of an element in the compute type, in which floating parameters are gathered.
+        compute_bytes: element size of the compute type, in which floating parameters are gathered.
 
     Returns:
-        `shard`: among the ranks that share a copy of the base (or, with `adapter: node`, of the adapters); `world`:
-        among all; `replica`: between copies of the adapters; `control`: loss and gradient norm. Dimensions with no
-        traffic are left out.
+        A dictionary without dimensions that have no traffic. `shard` is among the ranks that share a copy of the base
+        (or, with `adapter: node`, of the adapters). `world` is among all ranks, and `replica` between copies of the
+        adapters. `control` is loss and gradient norm.
 
-    Formulas: an all-gather of a shard of s bytes over n ranks receives (n - 1) s; a reduce-scatter into one of s
-    bytes the same; a ring all-reduce of b bytes receives 2 b (n - 1) / n. FSDP2 cuts whole rows along the cut
-    dimension, padded to the same number on every rank.
+    An all-gather of shards of s bytes over n ranks receives (n - 1) s bytes, and so does a reduce-scatter into shards
+    of s bytes. A ring all-reduce of b bytes receives 2 b (n - 1) / n. FSDP2 shards by whole rows or columns, padded to
+    the same number on every rank.
     """
     world, replicas = shard_counts.world_size, shard_counts.world_size // shard_counts.adapter_shards
     base_dim = "world" if shard_counts.base_shards == world else "shard"
     adapter_dim = "world" if replicas == 1 else "shard"
     traffic: Counter[str] = Counter()
-    for unit, count in count_distinct_units(units):  # layers are mostly alike
+    for unit, count in count_distinct_units(units):
         gathers = count * _GATHERS[unit.kind] * gradient_accumulation
         gradient = 0
         for parameter in unit.parameters:
@@ -70,22 +71,22 @@ def step_traffic(
 
 
 def shard_elements(parameter: ParameterSpec, shards: int) -> int:
-    """Elements of a rank's shard, padding included.
+    """Return the elements of a rank's shard, padding included.
 
-    Along dim 0, except a matrix of an adapter that is wider than high (LoRA's A), which is cut along dim 1 where that
-    divides.
+    Parameters are sharded along dim 0. An adapter's matrix that is wider than high (LoRA's A) is sharded along dim 1 if
+    its columns divide among the shards.
     """
-    cut = parameter.shape[1 if is_column_sharded(parameter, shards) else 0]
-    return parameter.numel // cut * -(-cut // shards)
+    size = parameter.shape[1 if is_column_sharded(parameter, shards) else 0]
+    return parameter.numel // size * -(-size // shards)
 
 
 def trained_shard_elements(unit: FsdpUnit, shards: int) -> int:
-    """Elements of a rank's shards of what is trained in a unit, padding included."""
+    """Return the elements of a rank's shards of a unit's trained parameters, padding included."""
     return sum(shard_elements(p, shards) for p in unit.parameters if p.trained)
 
 
 def is_column_sharded(parameter: ParameterSpec, shards: int) -> bool:
-    """Whether it is a matrix of an adapter that is cut along dim 1."""
+    """Return whether a parameter is an adapter's matrix that is sharded along dim 1."""
     if not parameter.trained or parameter.always_row_sharded or len(parameter.shape) != 2:
         return False
     rows, columns = parameter.shape

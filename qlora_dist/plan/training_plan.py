@@ -1,4 +1,4 @@
-"""A plan: whether a run fits a GPU, what it moves, and how long a step takes."""
+"""A plan: whether a run fits a GPU, the bytes that it moves, and the time of a step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from qlora_dist.plan.run_spec import RunSpec
 from qlora_dist.plan.step_time import TIME_UNCERTAINTY, StepTime, data_sheet_speeds, estimate_step_time
 from qlora_dist.plan.step_traffic import step_traffic
 
-_DISK_BYTES_PER_S = 2e9  # of a node: assumed, local NVMe or a parallel file system
-_LOADING_BUFFER_BYTES = (
-    2 * 2**25
-)  # host memory of a rank while it loads: two pieces of 32 MiB (`model/shard_reader.py`)
+_DISK_BYTES_PER_S = 2e9  # assumed for a node: local NVMe or a parallel file system
+_LOADING_BUFFER_BYTES = 2 * 2**25  # two buffers of 32 MiB that a rank reads into (`model/shard_reader.py`)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """Of one run on one kind of GPU."""
+    """Plan of one run on one kind of GPU."""
 
     run: RunSpec
     gpu_name: str
@@ -28,32 +26,32 @@ class TrainingPlan:
     memory: MemoryEstimate
     traffic: dict[str, int]
     """Bytes that a rank receives in a step, by mesh dimension."""
-    inside_bytes: int
-    """Of these, in collectives among ranks of a node."""
-    between_bytes: int
-    """And in those that span nodes."""
+    intra_node_bytes: int
+    """Bytes of `traffic` in collectives among the ranks of a node."""
+    inter_node_bytes: int
+    """Bytes of `traffic` in collectives that span nodes."""
     time: StepTime
-    is_measured: bool
-    """The speeds that time is reckoned with: by `plan --calibrate`."""
-    host_bytes: int
-    """Host memory of a node, on top of what Python and CUDA take."""
+    is_calibrated: bool
+    """True if `time` uses speeds that `plan --calibrate` measured."""
+    node_host_bytes: int
+    """Bytes of a node's host memory, on top of the memory of Python and CUDA."""
     read_bytes: int
-    """From storage at the start, all ranks together; a base in 4 bit."""
+    """Bytes that all ranks together read from storage at the start, if the base is in 4 bit."""
     read_16bit_bytes: int
-    """If the base is quantized on loading."""
+    """Bytes that all ranks together read if the base is quantized on loading."""
 
     @property
     def fits(self) -> bool:
-        """With the upper end of what the allocator reserves."""
+        """True if even the upper bound of the allocator's reserved memory fits the GPU."""
         return self.memory.fits(self.gpu.memory_bytes)
 
     @property
     def load_s(self) -> float:
-        """To read a base in 4 bit, each node its part."""
+        """Seconds to read a base in 4 bit, each node its share."""
         return self.read_bytes / self.run.nodes / _DISK_BYTES_PER_S
 
     def as_json(self) -> dict[str, Any]:
-        """What `plan --json` prints."""
+        """Return the tree that `plan --json` prints."""
         memory, time = self.memory, self.time
         return {
             "fits": self.fits,
@@ -74,17 +72,17 @@ class TrainingPlan:
                     for phase, terms in memory.phases.items()
                 },
             },
-            "host": {"node_bytes": self.host_bytes},
+            "host": {"node_bytes": self.node_host_bytes},
             "load": {"bytes": self.read_bytes, "bytes_from_16bit": self.read_16bit_bytes, "s": self.load_s},
             "traffic": {
-                "intra_node_bytes": self.inside_bytes,
-                "inter_node_bytes": self.between_bytes,
+                "intra_node_bytes": self.intra_node_bytes,
+                "inter_node_bytes": self.inter_node_bytes,
                 "by_mesh": self.traffic,
             },
             "flops": time.flops,
             "step_s": time.step_s,
             "tokens_per_s": time.tokens_per_s,
-            "uncertainty": None if self.is_measured else TIME_UNCERTAINTY,
+            "uncertainty": None if self.is_calibrated else TIME_UNCERTAINTY,
             "busy_s": time.busy_s,
             "bound_by": time.bound_by,
         }
@@ -96,12 +94,12 @@ def make_training_plan(
     """Plan a run.
 
     Args:
-        run: what is planned.
-        gpu_name: for people.
-        gpu: of every rank.
-        link: between the GPUs of a node.
-        network: between nodes.
-        measured: what such GPUs and their links have reached.
+        run: run to plan.
+        gpu_name: name of the GPU in reports.
+        gpu: GPU of every rank.
+        link: link between the GPUs of a node.
+        network: link between nodes.
+        measured: calibrated speeds of such GPUs and their links.
     """
     speed = data_sheet_speeds(run, gpu, link, network)
     if measured is not None:
@@ -113,22 +111,19 @@ def make_training_plan(
     inter_node_bytes = sum(
         nbytes for dim, nbytes in traffic.items() if sizes.get(dim, sharding.world_size) > run.ranks_per_node
     )
-    on_node = run.ranks_per_node * (_LOADING_BUFFER_BYTES + memory.on_host + memory.paged_moments)
     frozen = [p for unit in run.model.units for p in unit.parameters if not p.trained]
-    read = sum(p.numel * (1 if p.is_quantized else 2) for p in frozen)
     weights = sum(m.numel for unit in run.model.layers if unit.layer for m in unit.layer.matrices)
-    in_16_bit = 2 * (weights + sum(p.numel for p in frozen if not p.is_quantized))
     return TrainingPlan(
-        run,
-        gpu_name,
-        gpu,
-        memory,
-        traffic,
-        sum(traffic.values()) - inter_node_bytes,
-        inter_node_bytes,
-        estimate_step_time(run, memory, speed),
-        measured is not None,
-        on_node,
-        read,
-        in_16_bit,
+        run=run,
+        gpu_name=gpu_name,
+        gpu=gpu,
+        memory=memory,
+        traffic=traffic,
+        intra_node_bytes=sum(traffic.values()) - inter_node_bytes,
+        inter_node_bytes=inter_node_bytes,
+        time=estimate_step_time(run, memory, speed),
+        is_calibrated=measured is not None,
+        node_host_bytes=run.ranks_per_node * (_LOADING_BUFFER_BYTES + memory.on_host + memory.paged_moments),
+        read_bytes=sum(p.numel * (1 if p.is_quantized else 2) for p in frozen),
+        read_16bit_bytes=2 * (weights + sum(p.numel for p in frozen if not p.is_quantized)),
     )

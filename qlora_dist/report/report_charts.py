@@ -1,35 +1,38 @@
-"""The pictures of a report, as one SVG."""
+"""The charts of a report, as one SVG."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from markupsafe import Markup
 
-from qlora_dist.report.html_page import MATPLOTLIB_SETTINGS, figure_to_svg
+from qlora_dist.report.panels import panels_to_svg
 from qlora_dist.report.run_files import RunFiles
 
-_POINTS = 800
-"""Of a line; a longer run's neighbouring steps are averaged."""
+_MAX_POINTS = 800
+"""Largest number of points of a line; neighbouring steps of a longer run are averaged."""
 _STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass
 class Chart:
-    """Lines over steps, or over tokens."""
+    """A chart of lines over steps or tokens."""
 
     title: str
     unit: str
     lines: list[ChartLine] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ChartLine:
-    """Of one run, whose number is its colour."""
+    """A line of one run."""
 
     run: int
+    """Number of the run, which selects its colour."""
     label: str
     x: list[float]
     y: list[float]
@@ -37,41 +40,28 @@ class ChartLine:
 
 
 def draw_charts(runs: Sequence[RunFiles]) -> Markup:
-    """The pictures of runs.
+    """Return the charts of runs as a self-contained `<svg>` element, which is empty if no run has made a step."""
+    panels = [partial(_plot_chart, chart, runs) for chart in make_charts(runs) if chart.lines]
+    return panels_to_svg(panels, 2.6) if panels else Markup()
 
-    Returns:
-        An `<svg>` element that needs nothing else; empty, if no run has made a step.
-    """
-    drawn = [chart for chart in make_charts(runs) if chart.lines]
-    if not drawn:
-        return Markup()
-    import matplotlib
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(MATPLOTLIB_SETTINGS):
-        rows = -(-len(drawn) // 2)
-        figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
-        axes = list(figure.subplots(rows, 2, squeeze=False).flat)
-        for axis, chart in zip(axes, drawn, strict=False):
-            for line in chart.lines:
-                axis.plot(line.x, line.y, line.style, color=f"C{line.run}", linewidth=1, markersize=4, label=line.label)
-            axis.set(title=chart.title, ylabel=chart.unit, xlabel="tokens" if _over_tokens(runs) else "step")
-            if len(chart.lines) > 1:
-                axis.legend()
-            axis.grid(alpha=0.3)
-        for axis in axes[len(drawn) :]:
-            axis.set_axis_off()
-        return figure_to_svg(figure)
+def _plot_chart(chart: Chart, runs: Sequence[RunFiles], axis: Any) -> None:
+    for line in chart.lines:
+        axis.plot(line.x, line.y, line.style, color=f"C{line.run}", linewidth=1, markersize=4, label=line.label)
+    axis.set(title=chart.title, ylabel=chart.unit, xlabel="tokens" if _over_tokens(runs) else "step")
+    if len(chart.lines) > 1:
+        axis.legend()
+    axis.grid(alpha=0.3)
 
 
 def _over_tokens(runs: Sequence[RunFiles]) -> bool:
-    """Whether steps of one run are not those of another."""
+    """Return whether the runs' steps differ in their data, so that they are compared by tokens."""
     batch = ("train.global_batch", "data.seq_len", "data.packing", "data.train")
     return len({str([run.config.get(key) for key in batch]) for run in runs}) > 1
 
 
 def make_charts(runs: Sequence[RunFiles]) -> list[Chart]:
-    """What is drawn; those without lines are left out of the picture."""
+    """Make all charts of runs. A chart without lines is not drawn."""
     mib, percent = 1 / 2**20, 100.0
     dims = sorted({dim for run in runs for row in run.steps for dim in (row.get("comm_bytes") or {})} - {"control"})
     loss = _chart(runs, "loss", "per trained token", {"training": ("loss",)})
@@ -79,9 +69,8 @@ def make_charts(runs: Sequence[RunFiles]) -> list[Chart]:
         if run.evals:
             tokens = [0, *run.cumulative_tokens()]
             x = [float(tokens[min(s, len(tokens) - 1)] if _over_tokens(runs) else s) for s, _ in run.evals]
-            loss.lines.append(
-                ChartLine(number, _label(runs, run, "held out"), x, [value for _, value in run.evals], "o")
-            )
+            y = [value for _, value in run.evals]
+            loss.lines.append(ChartLine(run=number, label=_label(runs, run, "held out"), x=x, y=y, style="o"))
     return [
         loss,
         _chart(runs, "gradient norm", "before clipping", {"": ("grad_norm",)}),
@@ -128,13 +117,14 @@ def _chart(
     unit: str,
     names: dict[str, tuple[str, ...]],
     scale: float = 1.0,
+    *,
     per_step: bool = False,
 ) -> Chart:
-    """What is zero throughout is not shown."""
+    """Make a chart of some metrics of all runs. A metric that is always zero gets no line."""
     chart = Chart(title, unit)
     for number, run in enumerate(runs):
         steps: list[int] = run.cumulative_tokens() if _over_tokens(runs) else [row["step"] for row in run.steps]
-        for place, (label, path) in enumerate(names.items()):
+        for index, (label, path) in enumerate(names.items()):
             points = [
                 (x, y * scale)
                 for x, y in zip(steps, run.series(*path, per_step=per_step), strict=True)
@@ -142,17 +132,18 @@ def _chart(
             ]
             if any(y for _, y in points):
                 x, y = _downsample(points)
-                chart.lines.append(ChartLine(number, _label(runs, run, label), x, y, _STYLES[place % len(_STYLES)]))
+                style = _STYLES[index % len(_STYLES)]
+                chart.lines.append(ChartLine(run=number, label=_label(runs, run, label), x=x, y=y, style=style))
     return chart
 
 
 def _label(runs: Sequence[RunFiles], run: RunFiles, label: str) -> str:
-    """A dollar sign would begin a formula."""
+    """Return a line's label. A dollar sign is escaped because it would begin a formula."""
     words = [run.name] if len(runs) > 1 else []
     return " ".join([*words, *([label] if label else [])]).replace("$", r"\$")
 
 
 def _downsample(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    size = -(-len(points) // _POINTS)
+    size = -(-len(points) // _MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [group[-1][0] for group in groups], [sum(y for _, y in group) / len(group) for group in groups]

@@ -1,4 +1,4 @@
-"""The numbers of a run that its report begins with. No torch."""
+"""The table of figures at the beginning of a report. No torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from qlora_dist.report.run_files import RunFiles
 
 
 def summarize_run(run: RunFiles) -> dict[str, Any]:
-    """What a run has done, what it took, and what it waited for; None where it is not known.
+    """Return a run's progress, losses, speed, memory and waiting; None where a figure is unknown.
 
-    Bytes are of rank 0, shares of a step's time.
+    Bytes are rank 0's unless the label says otherwise. Shares are fractions of a step's time.
     """
     received = [
         sum(value or 0 for value in row["comm_bytes"].values())
@@ -62,7 +62,7 @@ _LABELS = {
 
 
 def report_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
-    """Label and one text a run; lines of which no run knows anything are left out."""
+    """Return the rows of the table: a label and a text for each run. Rows without any figure are left out."""
     columns = [summarize_run(run) for run in runs]
     return [
         (label, [_text(name, column[name]) for column in columns])
@@ -86,7 +86,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def plan_comparison_rows(plan: Mapping[str, Sequence[float | None]]) -> list[tuple[str, str, str]]:
-    """Return a label for each term of summary.json's `plan`, and what was planned and measured."""
+    """Return the label, the planned and the measured value of each term of `plan` in summary.json."""
     rows = []
     for term, (planned, measured) in plan.items():
         name = "plan_bytes" if "bytes" in term else term
@@ -95,7 +95,7 @@ def plan_comparison_rows(plan: Mapping[str, Sequence[float | None]]) -> list[tup
 
 
 def split_config_keys(runs: Sequence[RunFiles]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]:
-    """Of configurations: keys whose values differ, with one text a run; and the others, with theirs."""
+    """Return the keys of the configurations that differ, with a text for each run, and the equal keys with theirs."""
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     different, equal = [], []
     for key in keys:

@@ -1,4 +1,4 @@
-"""A run's folder, read for its report. No torch."""
+"""The files of a run's folder, read for its report. No torch."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from qlora_dist.runs.json_object import parse_json_object, read_json_object
 from qlora_dist.runs.run_dir import PROCESS_FILE
 
 _WARM_UP_STEPS = 2
-"""Steps in which memory is allocated, and kernels are chosen: in no median, where there are others."""
+"""Steps that allocate memory and choose kernels. Medians leave them out if there are later steps."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """What a run has left."""
+    """Content of a run's files."""
 
     name: str
     path: Path
     state: RunState
-    """As `qlora-dist jobs` tells it without asking SLURM."""
+    """State that `qlora-dist jobs` shows, without a query to SLURM."""
     steps: list[dict[str, Any]]
-    """metrics.jsonl, without what is known before the first step."""
+    """Rows of metrics.jsonl that belong to a step."""
     evals: list[tuple[int, float]]
-    """Step and held-out loss; step 0 is the base model alone."""
+    """Steps and held-out losses; step 0 is the base model alone."""
     summary: dict[str, Any]
-    """summary.json; empty, as long as the run is not done."""
+    """Content of summary.json, which is empty until the run is done."""
     config: dict[str, Any]
-    """By `section.key`."""
+    """Configuration by `section.key`."""
     process: dict[str, Any]
-    """process.json: where rank 0 runs."""
+    """Content of process.json about rank 0's machine."""
 
     def series(self, *names: str, per_step: bool = False) -> list[float | None]:
-        """One value a step, None where there is none.
+        """Return one value for each step, or None where a row has none.
 
         Args:
-            names: of the metric, and of what is within it.
-            per_step: as a share of the step's time.
+            names: name of the metric, followed by names of nested keys.
+            per_step: whether values are divided by the step's time.
         """
         values = []
         for row in self.steps:
@@ -61,12 +61,12 @@ class RunFiles:
         return values
 
     def median(self, *names: str, per_step: bool = False) -> float | None:
-        """Over steps, without the first two."""
+        """Return the median over steps without the first two; None if there are no values."""
         values = [value for value in self.series(*names, per_step=per_step) if value is not None]
         return statistics.median(values[_WARM_UP_STEPS:] or values) if values else None
 
     def cumulative_tokens(self) -> list[int]:
-        """Trained on, after each step."""
+        """Return the number of tokens after each step."""
         total, done = 0, []
         for row in self.steps:
             total += row.get("tokens") or 0
@@ -75,10 +75,10 @@ class RunFiles:
 
 
 def read_run_files(path: Path) -> RunFiles:
-    """Read a run. Lines of metrics that are half-written, or of other types, are left out.
+    """Read a run. Rows of metrics that are incomplete, or have other types, are left out.
 
     Raises:
-        UserError: the folder is no run's, or its configuration cannot be read.
+        UserError: the folder holds no run, or its configuration cannot be read.
     """
     rows = _read_metrics(path / "metrics.jsonl")
     config_file = path / "config.yaml"
@@ -92,7 +92,7 @@ def read_run_files(path: Path) -> RunFiles:
         name=path.resolve().name,
         path=path,
         state=read_run_status(path, None).state,
-        steps=[row for row in rows if "loss" in row],
+        steps=[row for row in rows if "loss" in row],  # evaluations before the first step have no loss
         evals=[(row["step"], row["eval_loss"]) for row in rows if isinstance(row.get("eval_loss"), float)],
         summary=_summary(path / "summary.json"),
         config=flatten_keys(tree if isinstance(tree, dict) else {}),
@@ -109,7 +109,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    """Return summary.json without the values whose types are not those that a run writes."""
+    """Return summary.json without values of types that no run writes."""
     kept = read_json_object(path)
     sizes, wall_s, plan = kept.get("static_bytes"), kept.get("wall_s"), kept.get("plan")
     if not (isinstance(sizes, list) and all(map(is_finite_number, sizes))):

@@ -1,4 +1,4 @@
-"""`qlora-dist report`: runs as one HTML page that needs nothing else, no network either."""
+"""`qlora-dist report`: runs as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page of one run, or of several side by side.
 
     Args:
-        folders: of the runs.
-        out: the file; None: `report.html`, in the run's folder where there is one run, and else in this one.
+        folders: folders of the runs.
+        out: file to write. None means `report.html`, in the run's folder if there is one run, else in this folder.
 
     Returns:
-        The file.
+        The written file.
 
     Raises:
         UserError: a folder holds no run, or the file cannot be written.
@@ -42,14 +42,14 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def report_json(folders: Sequence[Path]) -> str:
-    """The same numbers for other programs: a list with an object a run."""
+    """Return the figures as JSON: a list with an object for each run."""
     runs = [read_run_files(folder) for folder in folders]
     tree = [{"name": run.name, "path": str(run.path), **summarize_run(run), "config": run.config} for run in runs]
     return json.dumps(tree, indent=2, allow_nan=False)
 
 
 def render_report(runs: Sequence[RunFiles]) -> str:
-    """The page's text."""
+    """Return the text of the page."""
     different, equal = split_config_keys(runs)
     return render_html(
         "qlora_dist.report",

@@ -1,1 +1,1 @@
-"""The planner's tool for developers: a training step run on fake tensors, and measured speeds."""
+"""Checks of the planner: a training step on fake tensors, and measured speeds."""

@@ -1,4 +1,4 @@
-"""`qlora-dist plan --calibrate`: what the machine at hand reaches, measured on every rank at the same time."""
+"""`qlora-dist plan --calibrate`: speeds of this machine, measured on every rank at the same time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from qlora_dist.runtime.object_collectives import all_gather_json
 from qlora_dist.runtime.process_group import process_group, resolve_device
 
 _MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
-"""Of square matrices."""
+"""Rows and columns of the square matrices that are multiplied."""
 _COPY_BYTES = {"cuda": 2**28, "cpu": 2**26}
-"""Bytes."""
 
 
 def calibrate(path: Path | None, console: Console) -> None:
-    """Measure, and keep it where plans look for it. Called on every rank, or in a single process.
+    """Measure this machine's speeds, and write them to the calibration file. Called on every rank.
 
     Args:
-        path: of the file; None: the user's.
-        console: for what was found, on rank 0.
+        path: calibration file; None means the user's.
+        console: console for the results on rank 0.
     """
     ranks = read_rank_info()
     device = resolve_device("auto", ranks)
@@ -37,14 +36,14 @@ def calibrate(path: Path | None, console: Console) -> None:
         measured = measure_speeds(ranks, device)
         if ranks.rank == 0:
             kind = "cpu" if device.type == "cpu" else load_hardware().find_gpu_name(measured.device) or measured.device
-            where = save_calibration(kind, measured, path)
+            file = save_calibration(kind, measured, path)
             for name, value in measured.model_dump(exclude_none=True).items():
                 console.print(f"{name}: {value if isinstance(value, str) else f'{value:.3g} /s'}", markup=False)
-            console.print(f"kept as {kind} in {where}", markup=False)
+            console.print(f"saved as {kind} in {file}", markup=False)
 
 
 def measure_speeds(ranks: RankInfo, device: torch.device) -> MeasuredSpeeds:
-    """What the slowest rank reaches. Matrix products and dequantization in bf16, as in training."""
+    """Return the speeds of the slowest rank. Matrix products and dequantization are in bf16, as in training."""
     side, nbytes = _MATRIX_SIDE[device.type], _COPY_BYTES[device.type]
     x = torch.randn(side, side, dtype=torch.bfloat16, device=device)
     product = _slowest_rank_seconds(lambda: x @ x, device)
@@ -76,12 +75,12 @@ def measure_speeds(ranks: RankInfo, device: torch.device) -> MeasuredSpeeds:
 
 
 def _bandwidths(ranks: RankInfo, device: torch.device) -> dict[str, float]:
-    """What a rank receives in a second of an all-gather, by the doctor's checks."""
+    """Return the bytes per second that a rank receives in an all-gather, by the doctor's checks."""
     return {f.check: f.values["all_gather_bytes_per_s"] for f in check_bandwidth(ranks, device) if f.values is not None}
 
 
 def _slowest_rank_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds: of five the median, of all ranks the slowest."""
+    """Return the median seconds of five calls on the slowest rank."""
     call()
     slowest: float = max(all_gather_json(median_seconds(call, device)))
     return slowest

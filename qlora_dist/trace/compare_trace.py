@@ -1,4 +1,4 @@
-"""`qlora-dist plan --trace`: the formulas' figures beside those of a traced step."""
+"""`qlora-dist plan --trace`: the formulas' figures beside the figures of a traced step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_dist.config.schema import Config
-from qlora_dist.plan.print_plan import format_gib
 from qlora_dist.plan.training_plan import TrainingPlan
+from qlora_dist.runtime.byte_sizes import format_gib
 from qlora_dist.trace.trace_step import StepTrace, trace_step
 
 
 def trace_plan(plan: TrainingPlan, config: Config, model_config: Mapping[str, Any]) -> StepTrace:
-    """The trace of a plan's run, with as many moments on the device as the plan has there.
+    """Trace a plan's run, with as many moments on the device as in the plan.
 
     Raises:
-        UserError: as `trace_step`.
+        UserError: `trace_step` cannot trace the run.
     """
     traced = trace_step(config, model_config, plan.run.shard_counts.world_size, plan.run.nodes)
     resident_bytes = min(plan.memory.static["moments"], traced.moments_bytes)
@@ -30,12 +30,12 @@ def trace_plan(plan: TrainingPlan, config: Config, model_config: Mapping[str, An
 
 
 def trace_as_json(traced: StepTrace) -> dict[str, Any]:
-    """What `plan --json` says of it."""
+    """Return the tree that `plan --json` prints of a trace."""
     return {**asdict(traced), "static_bytes": traced.static_bytes, "peak_bytes": traced.peak_bytes}
 
 
 def print_trace_comparison(plan: TrainingPlan, traced: StepTrace, console: Console) -> None:
-    """A table of the two."""
+    """Print a table of a plan's and a trace's figures."""
     memory = plan.memory
     rows: list[tuple[str, int, int]] = [("between steps", memory.static_bytes, traced.static_bytes)]
     for phase, nbytes in traced.phases.items():

@@ -1,4 +1,4 @@
-"""A model's folder without weights: what its config.json would have beside it."""
+"""A model's folder without weights: the tensors that belong to a config.json."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from qlora_dist.model.model_folder import ModelFolder
 
 
 class FakeCheckpoint(ModelFolder):
-    """The tensors that transformers would save for a config.json, in 16 bit, none of which exist.
+    """A folder with the names and shapes of the tensors that transformers would save in 16 bit, but without data.
 
     Args:
-        path: an empty folder, for config.json.
-        config: its content.
+        path: empty folder, into which config.json is written.
+        config: content of config.json.
 
     Raises:
-        UserError: transformers makes no causal language model of it.
+        UserError: transformers has no causal language model for the configuration.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path, self.config, self.quantized, self.entries = path, dict(config), {}, {}
         self.config.pop("quantization_config", None)
         (path / "config.json").write_text(json.dumps(self.config))
-        saved_as = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        model = causal_lm_on_meta(self, getattr(torch, saved_as.removeprefix("torch.")))
-        # by the names of a checkpoint: an expert's matrices are tensors of their own there
+        dtype_name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        model = causal_lm_on_meta(self, getattr(torch, dtype_name.removeprefix("torch.")))
+        # use a checkpoint's names, in which each expert's matrices are separate tensors
         tensors = revert_weight_conversion(model, model.state_dict())
         self.entries = {
             name: TensorEntry(
@@ -46,15 +46,15 @@ class FakeCheckpoint(ModelFolder):
         }
 
     def tensors_equal(self, one: str, other: str) -> bool:
-        """True: no tensor has values, and what config.json ties is tied."""
+        """Return True, because no tensor has values: matrices are tied if config.json ties them."""
         return True
 
 
 def truncate_layers(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """A config.json of fewer layers. Lists with an entry for each layer are cut."""
+    """Return a config.json with fewer layers. Lists with an entry for each layer are shortened."""
     count = config["num_hidden_layers"]
-    cut = {
+    truncated = {
         key: value[:num_layers] if isinstance(value, list) and len(value) == count else value
         for key, value in config.items()
     }
-    return cut | {"num_hidden_layers": num_layers}
+    return truncated | {"num_hidden_layers": num_layers}

@@ -1,17 +1,17 @@
-"""The bytes of all tensors that are alive, and their peak in each phase of a step.
+"""The bytes of all live tensors, and their peak in each phase of a step.
 
-Works on real tensors and on fake ones (`trace/trace_step.py`), and counts both alike: what every operation has made,
-until it is gone. torch's own trackers do not serve: `MemTracker` (2.13) wants a hook on every parameter, frozen ones
-refuse it;
-`FSDPMemTracker` looks through all of FSDP2's units after every operation, and gathers a group of modules twice.
+It counts each operation's output from its creation until it is freed, for real and for fake tensors
+(`trace/trace_step.py`). torch's trackers (2.13) do not work here. `MemTracker` needs a hook on every parameter, which
+frozen parameters refuse. `FSDPMemTracker` inspects all of FSDP2's units after every operation, and gathers a group of
+modules twice.
 
-Not seen: what a kernel or a library takes for itself while it runs, and what an allocator keeps.
+Temporary memory inside a kernel or a library, and memory that an allocator keeps, are not counted.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,35 +27,34 @@ if TYPE_CHECKING:
     from qlora_dist.model.meta_model import LossModel
 
 LayerPhase = tuple[StepPhase, int]
-"""A phase, and of a layer's which layer: counted from 0."""
+"""A phase and, in the phases of a layer, the layer's index."""
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts while it is entered; a step is to be entered for by itself.
+    """A counter of live bytes, which counts while it is entered. Enter it once per step.
 
     Attributes:
-        live_bytes: now.
-        peaks: the most at any time, by place; clear it to begin anew.
-        place: where the step is; set it as it goes on (`register_phase_hooks`).
+        live_bytes: current live bytes.
+        peaks: peak of `live_bytes` by phase; clear it to restart.
+        current_phase: current phase of the step, which `register_phase_hooks` updates.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peaks: dict[LayerPhase, int] = {}
-        self.place: LayerPhase = ("embedding", 0)
+        self.current_phase: LayerPhase = ("embedding", 0)
         self._storages: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
 
     def track(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count tensors that were made before."""
+        """Count tensors that already exist."""
         for tensor in tensors:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             self._track_storage(local.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See what an operation has made."""
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its local tensors come by here next
+            return NotImplemented  # the operation is dispatched again with the local tensors
         result = func(*args, **(kwargs or {}))
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor):
@@ -63,7 +62,7 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def __enter__(self) -> LiveMemory:
-        """Watch operations, and FSDP2 freeing and making room by resizing storages."""
+        """Watch operations, and the resizing of storages by which FSDP2 frees and allocates them."""
         self._resize = resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, nbytes: int) -> Any:
@@ -76,7 +75,6 @@ class LiveMemory(TorchDispatchMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """No more."""
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # the method itself again
         super().__exit__(*error)
 
@@ -95,35 +93,28 @@ class LiveMemory(TorchDispatchMode):
 
     def _add(self, nbytes: int) -> None:
         self.live_bytes += nbytes
-        if self.live_bytes > self.peaks.get(self.place, 0):
-            self.peaks[self.place] = self.live_bytes
-
-
-def by_phase(peaks: Mapping[LayerPhase, int]) -> dict[StepPhase, int]:
-    """Of each phase the most."""
-    found: dict[StepPhase, int] = {}
-    for (phase, _), nbytes in peaks.items():
-        found[phase] = max(found.get(phase, 0), nbytes)
-    return found
+        if self.live_bytes > self.peaks.get(self.current_phase, 0):
+            self.peaks[self.current_phase] = self.live_bytes
 
 
 def register_phase_hooks(
     model: LossModel, layers: Iterable[nn.Module], optimizer: PagedAdamW, memory: LiveMemory
 ) -> None:
-    """Have a model say where a step is. After `parallelize`: what FSDP2 does for a unit belongs to the unit's place.
+    """Register hooks on a model that update the phase of a step.
 
-    Hooks that `prepend` run before FSDP2's. Recomputing calls the layer's `forward`, no hooks.
+    Call it after `parallelize_fsdp2`. The hooks use `prepend`, so that they run before FSDP2's and its work for a unit
+    counts for the unit's phase. Recomputation calls a layer's `forward` without hooks.
 
     Args:
-        model: skeleton, sharded.
-        layers: its decoder layers.
-        optimizer: of its adapters.
-        memory: whose place is set.
+        model: sharded model.
+        layers: decoder layers of the model.
+        optimizer: optimizer of the adapters, whose `step` is wrapped.
+        memory: counter whose phase is updated.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
 
     def embedding_or_head(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        memory.place = ("head" if args[0].is_floating_point() else "embedding", 0)
+        memory.current_phase = ("head" if args[0].is_floating_point() else "embedding", 0)
 
     model.register_forward_pre_hook(_phase_hook(memory, ("embedding", 0)), prepend=True)
     embedding.register_forward_pre_hook(embedding_or_head, prepend=True)
@@ -134,23 +125,23 @@ def register_phase_hooks(
     update = optimizer.step
 
     def step() -> None:
-        memory.place = "optimizer", 0
+        memory.current_phase = "optimizer", 0
         update()
 
     optimizer.step = step  # type: ignore[method-assign]  # marks the phase, then calls the method
 
 
-def _phase_hook(memory: LiveMemory, place: LayerPhase) -> Callable[..., None]:
+def _phase_hook(memory: LiveMemory, phase: LayerPhase) -> Callable[..., None]:
     def hook(*_: Any) -> None:
-        memory.place = place
+        memory.current_phase = phase
 
     return hook
 
 
-def _phase_gradient_hook(memory: LiveMemory, place: LayerPhase) -> Callable[..., None]:
+def _phase_gradient_hook(memory: LiveMemory, phase: LayerPhase) -> Callable[..., None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         if hidden.requires_grad:
-            hidden.register_hook(_phase_hook(memory, place))
+            hidden.register_hook(_phase_hook(memory, phase))
 
     return hook

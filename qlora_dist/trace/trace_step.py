@@ -1,21 +1,21 @@
-"""What a rank holds and sends in a step, by running the step itself on tensors that have no memory.
+"""Memory and traffic of a rank's step, traced by running the step on tensors without storage.
 
-The second way to a plan, independent of the formulas: the run's own `set_up_model`, `parallelize_fsdp2` and `train_step`,
-under torch's FakeTensorMode, on one rank of a process group in which nobody else is. Every allocation that a rank of
-8 or 1,024 would make passes by (`trace/live_memory.py`), every collective is counted (`parallel/comm_counter.py`).
+The trace checks a plan independently of the formulas. It runs `set_up_model`, `parallelize_fsdp2` and `train_step`
+under torch's FakeTensorMode, on the only rank of a fake process group of any size. All allocations
+(`trace/live_memory.py`) and all collectives (`parallel/comm_counter.py`) of that rank are counted.
 
-Only so many layers are traced as it takes to see first, last and middle ones; every place of the step is a linear
-function of the number of layers, and so are bytes sent. The peak is the largest of the places' values for the whole
-model: which one is largest changes with depth, so that none but all of them can be extrapolated.
+Only enough layers are traced to see first, last and middle ones. The bytes of each phase, and the bytes sent, are
+linear functions of the number of layers, so they are extrapolated. The peak is the largest value for the whole model.
+The phase with the largest value depends on depth, so all phases are extrapolated, not the peak.
 
-What is not what a GPU would do:
-- Device `cpu`: torch aborts the process in backward of a fake CUDA tensor where there is no GPU. Streams are not there,
-  so a buffer of another stream is never kept longer than its use.
-- Attention is what `model/attention.py` does on CUDA, with torch's flash kernel for CPUs: the same tensors, but what
-  CUDA's backward takes for itself is missing (for each token and head fp32[d], and keys and values in all heads).
+The trace differs from a GPU in these ways:
+- The device is `cpu`, because without a GPU torch aborts the process in the backward of a fake CUDA tensor. There are
+  no streams, so a buffer of another stream is never kept longer than its use.
+- Attention runs the CUDA path of `model/attention.py` with torch's flash kernel for CPUs. The tensors are equal, except
+  for temporaries of CUDA's backward: fp32[d] for each token and head, and keys and values in all heads.
   `model.attention: flex` is traced as `sdpa`.
-- Rows are full, all of their positions are trained, and a packed row is two sequences, or one with soft-capped scores.
-- cuBLAS's workspace, NCCL's buffers, the CUDA context and what the allocator keeps are not seen.
+- Rows are full and all their tokens are trained. A packed row is two sequences, or one with soft-capped scores.
+- cuBLAS's workspace, NCCL's buffers, the CUDA context and memory that the allocator keeps are not counted.
 """
 
 from __future__ import annotations
@@ -66,38 +66,38 @@ from qlora_dist.train.train_step import StepContext, train_step
 TracedDevice = Literal["cuda", "cpu"]
 _CPU = torch.device("cpu")
 _MAX_MICRO_BATCHES = 3  # the first, one in the middle, and the last, which communicates gradients
-_UNLIMITED_BYTES = 2**62  # bytes
+_UNLIMITED_BYTES = 2**62
 
 
 @dataclass(frozen=True)
 class StepTrace:
-    """Of one rank, in a step."""
+    """Memory and traffic of one rank in a step."""
 
     weights_bytes: int
-    """Parameters and buffers, what a run compares with its share after loading."""
+    """Bytes of parameters and buffers, as a run measures them after loading."""
     moments_bytes: int
-    """Of the optimizer; all of them on the device."""
+    """Bytes of optimizer state, all of it on the device."""
     phases: dict[StepPhase, int]
-    """All bytes that are alive at the peak of each phase."""
+    """Live bytes at the peak of each phase."""
     traffic: dict[str, int]
-    """Bytes received in a step, by mesh dimension, as a run counts them."""
+    """Bytes received in a step by mesh dimension, as a run counts them."""
 
     @property
     def static_bytes(self) -> int:
-        """Between steps."""
+        """Bytes held between steps."""
         return self.weights_bytes + self.moments_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """The most at any time."""
+        """Peak of live bytes over the step."""
         return max(self.phases.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PartialTrace:
-    """As `StepTrace`, of a model as it was traced, by places instead of phases."""
+    """A trace like `StepTrace` of the traced number of layers, with a peak for each layer."""
 
-    layers: int
+    num_layers: int
     weights_bytes: int
     moments_bytes: int
     peaks: dict[LayerPhase, int]
@@ -107,92 +107,94 @@ class PartialTrace:
 def trace_step(
     config: Config, model_config: Mapping[str, Any], world_size: int, nodes: int = 1, device: TracedDevice = "cuda"
 ) -> StepTrace:
-    """Trace a step of a run, by as few layers as it takes.
+    """Trace a step of a run with as few layers as possible.
 
-    The process must be in no process group, nor come into one later: torch keeps meshes. It takes seconds, whatever the
-    size of the model; from some hundreds of ranks on, the more the more there are.
+    The process must not be in a process group, or join one later, because torch caches meshes. A trace takes seconds
+    for a model of any size. From some hundreds of ranks on, its time grows with their number.
 
     Args:
-        config: of the run; of `model.base` only the name is used.
-        model_config: config.json.
+        config: configuration of the run, of whose `model.base` only the name is used.
+        model_config: content of config.json.
         world_size: ranks of all nodes together.
-        nodes: of equally many ranks.
-        device: whose way through attention is traced.
+        nodes: number of nodes, which have equally many ranks.
+        device: kind of device whose path through attention is traced.
 
     Raises:
-        UserError: what a run would say of the configuration; or a base that is paged or offloaded, or experts.
+        UserError: a run would refuse the configuration, the base is paged or offloaded, or the model has experts.
     """
-    few, more, edges = layer_counts_to_trace(config, model_config)
+    few, many, edges = layer_counts_to_trace(config, model_config)
     count = model_config["num_hidden_layers"]
-    traced = []
-    for layers in (few, more) if more < count else (count,):
+    traces = []
+    for layers in (few, many) if many < count else (count,):
         with tempfile.TemporaryDirectory() as folder:
-            blueprint = FakeCheckpoint(Path(folder), truncate_layers(model_config, layers))
-            traced.append(trace_checkpoint(config, blueprint, world_size, nodes, device))
-    if len(traced) == 1:
+            checkpoint = FakeCheckpoint(Path(folder), truncate_layers(model_config, layers))
+            traces.append(trace_checkpoint(config, checkpoint, world_size, nodes, device))
+    if len(traces) == 1:
         edges = count, count
-    return extrapolate_trace(traced[0], traced[-1], count, edges)
+    return extrapolate_trace(traces[0], traces[-1], count, edges)
 
 
 def layer_counts_to_trace(config: Config, model_config: Mapping[str, Any]) -> tuple[int, int, tuple[int, int]]:
-    """Two numbers of layers that lie on one line with the model's: 3 and 5 where all layers are alike.
+    """Return two numbers of layers from which the whole model can be extrapolated: 3 and 5 if all layers are equal.
 
     Returns:
-        The two, and how many layers are places of their own, from the first on and from the last on: those of which
-        both models have one that is like the whole model's. That is one of each kind that repeats, of the first ones
-        also those that are of another kind, and before the last there are those whose gathering is told ahead.
+        The two numbers, and the number of leading and of trailing layers whose peaks can be extrapolated one by one.
+        Both truncated models contain these layers unchanged. They cover one period of the kinds of layers, leading
+        layers of another kind, and trailing layers that are prefetched.
     """
     checkpointing, count = config.train.checkpointing, model_config["num_hidden_layers"]
     kinds = model_config.get("layer_types") or []
     if model_config["model_type"] == "gemma2":
         kinds = ["sliding_attention", "full_attention"] * (count // 2)
-    repeat = math.lcm(
+    period = math.lcm(
         next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), 1),
         checkpointing if isinstance(checkpointing, int) else 1,
         model_config.get("decoder_sparse_step") or 1,
     )
     first = model_config.get("first_k_dense_replace") or 0
     ahead = max(1, config.parallel.prefetch)
-    few = first + max(2, repeat) + ahead
-    few += (count - few) % repeat
-    return few, few + repeat * -(-2 // repeat), (few - ahead, few - first - ahead)
+    few = first + max(2, period) + ahead
+    few += (count - few) % period
+    return few, few + period * -(-2 // period), (few - ahead, few - first - ahead)
 
 
 def extrapolate_trace(few: PartialTrace, many: PartialTrace, num_layers: int, edges: tuple[int, int]) -> StepTrace:
-    """A model of `num_layers` layers, from two that are alike but for their number.
+    """Extrapolate two traces that differ only in their number of layers to a model of `num_layers` layers.
 
     Args:
-        few: of the two.
-        many: of the two; the same: nothing is left to be extrapolated.
-        num_layers: of the model.
-        edges: of `layer_counts_to_trace`.
+        few: trace with fewer layers.
+        many: trace with more layers; `few` itself if that has all layers.
+        num_layers: layers of the model.
+        edges: third result of `layer_counts_to_trace`.
     """
 
-    def line(one: int, other: int) -> int:
-        return one if few is many else one + (other - one) * (num_layers - few.layers) // (many.layers - few.layers)
+    def extrapolate(less: int, more: int) -> int:
+        if few is many:
+            return less
+        return less + (more - less) * (num_layers - few.num_layers) // (many.num_layers - few.num_layers)
 
     phases: dict[StepPhase, int] = {}
     few_peaks, many_peaks = _peaks_by_edge_index(few, edges), _peaks_by_edge_index(many, edges)
     for phase, number in few_peaks.keys() & many_peaks.keys():
-        nbytes = line(few_peaks[phase, number], many_peaks[phase, number])
+        nbytes = extrapolate(few_peaks[phase, number], many_peaks[phase, number])
         phases[phase] = max(phases.get(phase, 0), nbytes)
     return StepTrace(
-        line(few.weights_bytes, many.weights_bytes),
-        line(few.moments_bytes, many.moments_bytes),
+        extrapolate(few.weights_bytes, many.weights_bytes),
+        extrapolate(few.moments_bytes, many.moments_bytes),
         phases,
-        {dim: line(few.traffic[dim], many.traffic[dim]) for dim in many.traffic},
+        {dim: extrapolate(few.traffic[dim], many.traffic[dim]) for dim in many.traffic},
     )
 
 
 def _peaks_by_edge_index(traced: PartialTrace, edges: tuple[int, int]) -> dict[LayerPhase, int]:
-    """Places of layers, counted from the first (0, 1, ...) and from the last (-1, -2, ...)."""
+    """Return the peaks with layers counted from the first (0, 1, ...) and from the last (-1, -2, ...)."""
     peaks = {}
     from_first, from_last = edges
     for (phase, index), nbytes in traced.peaks.items():
         if not phase.startswith("layer"):
             peaks[phase, 0] = nbytes
             continue
-        for number in {index, index - traced.layers}:
+        for number in {index, index - traced.num_layers}:
             if -from_last <= number < from_first:
                 peaks[phase, number] = nbytes
     return peaks
@@ -204,20 +206,20 @@ def trace_checkpoint(
     """Trace a step of all layers of a model.
 
     Args:
-        config: of the run.
-        folder: of the model, with weights or without.
+        config: configuration of the run.
+        folder: folder of the model, with or without weights.
         world_size: ranks of all nodes together.
-        nodes: of equally many ranks.
-        device: whose way through attention is traced.
+        nodes: number of nodes, which have equally many ranks.
+        device: kind of device whose path through attention is traced.
 
     Raises:
-        UserError: as `trace_step`.
+        UserError: `trace_step` cannot trace the run.
     """
     _check_traceable(config, folder, world_size, nodes)
     ranks = RankInfo(rank=0, world_size=world_size, local_rank=0, local_world_size=world_size // nodes, launcher="none")
     micro_batches = gradient_accumulation(config.train.global_batch, config.train.micro_batch, world_size)
     model = set_up_model(config, folder)[1]
-    nested_code_table(_CPU), state_code_tables(_CPU)  # made at first use and kept: not as fake ones
+    nested_code_table(_CPU), state_code_tables(_CPU)  # cached at first use, so they must not become fake tensors
     with _fake_process_group(world_size):
         sharded = shard_model(model, config, ranks, _CPU)
         traffic, adapter_replicas = sharded.traffic, sharded.meshes.sizes.adapter_replicas
@@ -237,8 +239,13 @@ def trace_checkpoint(
         # parameters are gathered for each micro-batch, gradients communicated once
         received[dim] += nbytes * micro_batches // len(traced_batches) if collective == "all_gather" else nbytes
     untraced_batch_bytes = sum(tensor.nbytes for batch in batches[len(traced_batches) :] for tensor in batch)
-    places = {place: peak + untraced_batch_bytes for place, peak in memory.peaks.items()}
-    return PartialTrace(len(get_decoder_layers(model)), weights_bytes, moments.resident_bytes, places, dict(received))
+    return PartialTrace(
+        num_layers=len(get_decoder_layers(model)),
+        weights_bytes=weights_bytes,
+        moments_bytes=moments.resident_bytes,
+        peaks={phase: peak + untraced_batch_bytes for phase, peak in memory.peaks.items()},
+        traffic=dict(received),
+    )
 
 
 def record_peaks(
@@ -250,16 +257,16 @@ def record_peaks(
     traffic: CommCounter,
     steps: int = 1,
 ) -> tuple[LiveMemory, int]:
-    """Do training steps, of which the last is counted; on real tensors or on fake ones.
+    """Run training steps on real or fake tensors, and record the last step's peaks.
 
     Args:
-        model: sharded and filled.
-        optimizer_state: of the rank's shards.
-        micro_batches: the rank's micro-batches.
+        model: sharded model with weights.
+        optimizer_state: moments of the rank's shards, which exist before the first step, so that steps are equal.
+        micro_batches: micro-batches of the rank.
         adapter_replicas: ranks that hold equal adapter shards.
-        config: of the run.
-        traffic: of the model; afterwards it holds the last step's bytes.
-        steps: their number. Moments are there from the start, so that one is like the next.
+        config: configuration of the run.
+        traffic: counter of the model's collectives, which holds the last step's bytes afterwards.
+        steps: number of steps.
 
     Returns:
         The memory with its peaks, and the bytes of parameters and buffers.
@@ -294,7 +301,7 @@ def _check_traceable(config: Config, folder: ModelFolder, world_size: int, nodes
     experts = {"num_local_experts", "num_experts", "n_routed_experts"} & {k for k, v in folder.config.items() if v}
     if experts:
         raise UserError(
-            f"{experts.pop()}: which expert gets which token depends on values, which a trace has none of; plan a "
+            f"{experts.pop()}: a trace has no values, and the routing of tokens to experts depends on them; plan a "
             "model with experts without --trace"
         )
     if config.parallel.base == "paged" or config.parallel.offload == "base":
@@ -307,7 +314,7 @@ def _check_traceable(config: Config, folder: ModelFolder, world_size: int, nodes
 
 @contextmanager
 def _fake_process_group(world_size: int) -> Iterator[None]:
-    """A process group whose collectives do nothing; this is rank 0."""
+    """Create a process group whose collectives do nothing, with this process as rank 0."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         yield
@@ -317,8 +324,8 @@ def _fake_process_group(world_size: int) -> Iterator[None]:
 
 @contextmanager
 def _native_dropout(device: TracedDevice) -> Iterator[None]:
-    """On CUDA what is left out is kept as booleans; on a CPU as factors in the compute type."""
-    plain = torch.nn.functional.dropout
+    """Save a dropout's mask as booleans, as CUDA does; a CPU saves factors in the compute type."""
+    original = torch.nn.functional.dropout
     if device == "cuda":
         torch.nn.functional.dropout = lambda x, p=0.5, training=True, inplace=False: (  # type: ignore[assignment]
             torch.native_dropout(x, p, True)[0] if training and p else x
@@ -326,11 +333,11 @@ def _native_dropout(device: TracedDevice) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.nn.functional.dropout = plain
+        torch.nn.functional.dropout = original
 
 
 class _ConstantValues(TorchDispatchMode):
-    """Answers what depends on values, which fake tensors have none of: a number is 1, and nothing is zero."""
+    """Results for operations that depend on values, which fake tensors lack: scalars are 1, no element is zero."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -342,8 +349,8 @@ class _ConstantValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _make_traced_attention(device: TracedDevice, packed: bool) -> Callable[..., tuple[torch.Tensor, None]]:
-    """`attend` of model/attention.py, its arguments and its result, where boundaries have no values."""
+def _make_traced_attention(device: TracedDevice, *, packed: bool) -> Callable[..., tuple[torch.Tensor, None]]:
+    """Return an `attend` as in model/attention.py that does not read the boundaries, which have no values."""
 
     def attend(
         module: torch.nn.Module,
@@ -353,11 +360,9 @@ def _make_traced_attention(device: TracedDevice, packed: bool) -> Callable[..., 
         attention_mask: torch.Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        sliding_window, softcap, s_aux = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
         batch, _, length, size = query.shape
         scale = size**-0.5 if scaling is None else scaling
         options = AttentionOptions(scale=scale, dropout=dropout, window=sliding_window, softcap=softcap, s_aux=s_aux)
@@ -365,7 +370,7 @@ def _make_traced_attention(device: TracedDevice, packed: bool) -> Callable[..., 
             no_boundaries = query.new_empty(1, 1, batch, 0, dtype=torch.int32)
             return packed_causal_attention_cpu(query, key, value, no_boundaries, scale), None
         pieces = [(slice(0, batch), 0, length)]
-        # where the whole matrix of scores is there, a row of one sequence costs most
+        # where all scores are materialized, a row of one sequence costs most
         if packed and softcap is None and s_aux is None:
             middle = length // 2
             pieces = [(slice(i, i + 1), *ends) for i in range(batch) for ends in ((0, middle), (middle, length))]
@@ -380,4 +385,4 @@ _TRACED_ATTENTION = {
     for packed in (True, False)
 }
 for (_device, _packed), _name in _TRACED_ATTENTION.items():
-    ALL_ATTENTION_FUNCTIONS.register(_name, _make_traced_attention(_device, _packed))
+    ALL_ATTENTION_FUNCTIONS.register(_name, _make_traced_attention(_device, packed=_packed))

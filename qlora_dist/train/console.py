@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from qlora_dist.io.read_ahead import ReadProgress
+from qlora_dist.runtime.byte_sizes import format_bytes
 
 _LOAD_LINE_INTERVAL_S = 10.0
 """Seconds between two lines about loading."""
@@ -110,14 +111,6 @@ class RunConsole:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close_progress()
-
-
-def format_bytes(nbytes: float) -> str:
-    """Return a number of bytes with a binary unit."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes:.0f} B"
 
 
 def pluralize(number: int, noun: str) -> str:

@@ -18,8 +18,8 @@ from qlora_dist.plan.memory_estimate import CUDA_CONTEXT_BYTES, RESERVED_RATIOS,
 from qlora_dist.plan.print_plan import PHASE_LABELS
 from qlora_dist.plan.run_spec import RunSpec
 from qlora_dist.plan.step_time import RankSpeeds, data_sheet_speeds, estimate_step_time
+from qlora_dist.runtime.byte_sizes import format_bytes
 from qlora_dist.runtime.device_memory import free_memory_bytes, peak_memory_bytes, process_resident_bytes
-from qlora_dist.train.console import format_bytes
 from qlora_dist.train.prediction import device_speeds, planned_run
 from qlora_dist.train.run_setup import RunSetup
 

@@ -16,7 +16,7 @@ from qlora_dist.plan.print_plan import PHASE_LABELS
 from qlora_dist.plan.run_spec import RunSpec, make_run_spec
 from qlora_dist.plan.step_time import TIME_UNCERTAINTY, RankSpeeds, data_sheet_speeds, estimate_step_time
 from qlora_dist.plan.step_traffic import step_traffic
-from qlora_dist.train.console import format_bytes
+from qlora_dist.runtime.byte_sizes import format_bytes
 from qlora_dist.train.run_setup import RunSetup
 
 _DEFAULT_NETWORK = "infiniband-400g"
@@ -109,7 +109,7 @@ def device_speeds(device: torch.device, run: RunSpec) -> tuple[RankSpeeds | None
             or (run.nodes > 1 and not cpu.between_bytes)
         ):
             return None, False
-        return calibrated_speeds(cpu, RankSpeeds(0, 0, 0, 0, 0, 0)), True
+        return calibrated_speeds(cpu), True
     name = torch.cuda.get_device_name(device)
     kind = hardware.find_gpu_name(name)
     if kind is None:

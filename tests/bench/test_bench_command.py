@@ -1,6 +1,4 @@
-"""If this fails, figures of a layout are not those of its runs, a layout that trains something else goes unnoticed, or
-a user's mistake is found only after runs.
-"""
+"""If this fails, a layout's figures differ from its runs, diverging losses go unnoticed, or mistakes are found late."""
 
 from __future__ import annotations
 
@@ -30,10 +28,10 @@ Cli = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Exit code, stdout and stderr of `bench` with these words, run in this process."""
+    """Return a function that runs `bench` in this process, and returns exit code, stdout and stderr."""
 
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qlora-dist", "bench", *map(str, words)])
+    def call(*args: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qlora-dist", "bench", *map(str, args)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
             main()
@@ -50,15 +48,17 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> Pa
 
 
 @pytest.mark.slow
-def test_the_whole_of_it(cli: Cli, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_compares_layouts_from_runs_to_files(
+    cli: Cli, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     compare = ["--compare", "single-paged,fsdp2,two-mesh", "--ranks", "1,2", "--quick"]
     with warm_python(out.parent) as python:
         monkeypatch.setattr(sys, "executable", str(python))
-        monkeypatch.setenv("PYTHON_EXEC", str(python))  # torchrun's name for what it starts ranks with
+        monkeypatch.setenv("PYTHON_EXEC", str(python))  # the interpreter that torchrun starts ranks with
         code, stdout, stderr = cli(config, *compare, "--out", out, "--json", out.parent / "too.json")
         assert (code, stderr) == (0, ""), stdout
-        # what a run has to say against its configuration is said here
+        # the error message of a run is the message of the command
         missing = cli(
             config, "data.train=[none.jsonl]", "--compare", "fsdp2", "--ranks", "1", "--out", out.parent / "2"
         )
@@ -83,7 +83,7 @@ def test_the_whole_of_it(cli: Cli, config: Path, tmp_path: Path, monkeypatch: py
         assert figures.received_bytes_per_step == summary["comm_bytes_per_step"] == run.steps[-2]["comm_bytes"]
         assert figures.read_bytes == summary["read_bytes"]
         assert figures.losses == [row["loss"] for row in run.steps] == pytest.approx(reference, rel=1e-5)
-        # a warm-up, two that are timed, one that is profiled
+        # one warm-up step, two timed steps, one profiled step
         assert len(run.steps) == 4 and figures.timed_steps == 2
         speeds = sorted(row["positions"] / row["step_s"] for row in run.steps[1:3])
         assert [figures.positions_per_s.least, figures.positions_per_s.most] == pytest.approx(speeds)
@@ -111,30 +111,30 @@ def test_the_whole_of_it(cli: Cli, config: Path, tmp_path: Path, monkeypatch: py
 def check_disagreeing_losses(
     cli: Cli, config: Path, out: Path, result: BenchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the same runs, but for the last loss of one."""
+    """Check that a changed loss in one of the runs is reported."""
 
-    def tampered(cell: BenchCase, folder: Path) -> RunFiles:
-        run = read_run_files(out / "runs" / cell.name)
-        off = 1 + 3e-5 * (cell.ranks == 2)
-        return replace(run, steps=[*run.steps[:-1], {**run.steps[-1], "loss": run.steps[-1]["loss"] * off}])
+    def read_with_changed_loss(case: BenchCase, folder: Path) -> RunFiles:
+        run = read_run_files(out / "runs" / case.name)
+        factor = 1 + 3e-5 * (case.ranks == 2)
+        return replace(run, steps=[*run.steps[:-1], {**run.steps[-1], "loss": run.steps[-1]["loss"] * factor}])
 
-    monkeypatch.setattr(bench_command, "run_job", tampered)
-    words = ["--compare", "fsdp2", "--ranks", "1,2", "--repeats", "1", "--out", out.parent / "tampered"]
-    code, _, stderr = cli(config, *words)
+    monkeypatch.setattr(bench_command, "run_local_job", read_with_changed_loss)
+    args = ["--compare", "fsdp2", "--ranks", "1,2", "--repeats", "1", "--out", out.parent / "changed"]
+    code, _, stderr = cli(config, *args)
     assert code == 1
     assert stderr.startswith(
-        "qlora-dist: The losses do not agree: those of fsdp2 on 2 ranks are off by 3.0e-05 relative"
+        "qlora-dist: The losses do not agree: fsdp2 on 2 ranks differs by 3.0e-05 relative to fsdp2-1"
     )
-    of_tampered = BenchResult.model_validate_json((out.parent / "tampered" / "bench.json").read_text())
-    assert not of_tampered.losses.agree and result.losses.agree
-    assert of_tampered.losses.by == "step"
-    assert 0 < of_tampered.layouts[1].loss_difference_of_mean < 2e-5
-    in_16_bit = compare_losses("fsdp2-1", "bf16", of_tampered.layouts)
+    changed = BenchResult.model_validate_json((out.parent / "changed" / "bench.json").read_text())
+    assert not changed.losses.agree and result.losses.agree
+    assert changed.losses.by == "step"
+    assert 0 < changed.layouts[1].loss_difference_of_mean < 2e-5
+    in_16_bit = compare_losses("fsdp2-1", "bf16", changed.layouts)
     assert in_16_bit.by == "mean" and in_16_bit.agree
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["--compare", "fsdp2,two-mehs"], "--compare: two-mehs: unknown layout; did you mean two-mesh?"),
         (["--compare", ","], "--compare: names no layout; give some of single-paged, fsdp2, two-mesh, zero3"),
@@ -143,31 +143,32 @@ def check_disagreeing_losses(
         (["--compare", "two-mesh", "--ranks", "1"], "bench: nothing is left to compare"),
     ],
 )
-def test_mistakes(cli: Cli, config: Path, words: list[str], sentence: str) -> None:
-    code, _, stderr = cli(config, *words, "--out", config.parent / "none")
+def test_mistakes(cli: Cli, config: Path, args: list[str], sentence: str) -> None:
+    code, _, stderr = cli(config, *args, "--out", config.parent / "none")
     assert code == 2
     assert sentence in stderr and stderr.count("\n") == 1
     assert not (config.parent / "none").exists()
 
 
-def test_what_layouts_change(config: Path) -> None:
-    """Whatever the configuration says for itself, a layout is what its name says."""
-
-    def cells(*overrides: str, layers: int = 8, ranks: int = 4) -> dict[str, dict[str, Any]]:
+def test_layouts_override_the_configuration(config: Path) -> None:
+    def make_configs(*overrides: str, layers: int = 8, ranks: int = 4) -> dict[str, dict[str, Any]]:
         sizes = ModelBytes([1000] * layers, 10**6)
         names = ["single-paged", "fsdp2", "two-mesh"]
-        found, _ = make_bench_cases(load_config(config, overrides), names, [ranks], sizes)
-        return {cell.layout: cell.config.model_dump() for cell in found}
+        cases, _ = make_bench_cases(load_config(config, overrides), names, [ranks], sizes)
+        return {case.layout: case.config.model_dump() for case in cases}
 
-    found = cells("parallel.engine=zero3", "optim.name=zero-adamw", "parallel.adapter=node", "parallel.offload=base")
-    assert {tree["parallel"]["engine"] for tree in found.values()} == {"fsdp2"}
-    assert {tree["optim"]["name"] for tree in found.values()} == {"paged-adamw-32bit"}
-    assert {(t["parallel"]["adapter"], t["parallel"]["offload"]) for t in found.values()} == {("world", "none")}
-    assert [found[name]["parallel"]["base"] for name in ("single-paged", "fsdp2", "two-mesh")] == ["paged", "world", 2]
-    assert found["single-paged"]["parallel"]["resident_bytes"] == 2000  # a quarter, and two layers
-    assert 2 * found["single-paged"]["paging"]["page_bytes"] == pytest.approx(10**6 / 4, rel=0.05)
-    assert cells(layers=40)["single-paged"]["parallel"]["resident_bytes"] == 10_000
-    # the other layouts' moments are in 8 bit, and so are these
-    assert cells("optim.name=adamw-8bit")["single-paged"]["optim"]["name"] == "paged-adamw-8bit"
-    assert "single-paged" not in cells(layers=2)
-    assert cells(ranks=2)["two-mesh"]["parallel"]["base"] == 1
+    configs = make_configs(
+        "parallel.engine=zero3", "optim.name=zero-adamw", "parallel.adapter=node", "parallel.offload=base"
+    )
+    assert {tree["parallel"]["engine"] for tree in configs.values()} == {"fsdp2"}
+    assert {tree["optim"]["name"] for tree in configs.values()} == {"paged-adamw-32bit"}
+    assert {(t["parallel"]["adapter"], t["parallel"]["offload"]) for t in configs.values()} == {("world", "none")}
+    bases = [configs[name]["parallel"]["base"] for name in ("single-paged", "fsdp2", "two-mesh")]
+    assert bases == ["paged", "world", 2]
+    assert configs["single-paged"]["parallel"]["resident_bytes"] == 2000  # a quarter, and two layers
+    assert 2 * configs["single-paged"]["paging"]["page_bytes"] == pytest.approx(10**6 / 4, rel=0.05)
+    assert make_configs(layers=40)["single-paged"]["parallel"]["resident_bytes"] == 10_000
+    # all layouts have 8-bit moments if the configuration has
+    assert make_configs("optim.name=adamw-8bit")["single-paged"]["optim"]["name"] == "paged-adamw-8bit"
+    assert "single-paged" not in make_configs(layers=2)
+    assert make_configs(ranks=2)["two-mesh"]["parallel"]["base"] == 1

@@ -1,5 +1,6 @@
-"""If this fails, a mistake in `bench --on slurm` is found only in the queue, or a job that has ended early is explained
-by something that was not so. With a cluster: tests/slurm/test_bench.py.
+"""If this fails, `bench --on slurm` finds a mistake only in the queue, or gives a wrong reason for a job's early end.
+
+tests/slurm/test_bench.py tests it with a cluster.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.helpers import tiny_models
 @given(st.integers(1, 200), st.integers(1, 16))
 def test_ranks_fill_nodes(ranks: int, most: int) -> None:
     if ranks > most and ranks % most:
-        with pytest.raises(UserError, match=f"--ranks: {ranks} cannot be dealt out to nodes of {most} ranks each"):
+        with pytest.raises(UserError, match=f"--ranks: {ranks} cannot be split into nodes of {most} ranks each"):
             split_into_nodes(ranks, most)
         return
     nodes, on_each = split_into_nodes(ranks, most)
@@ -33,12 +34,12 @@ def test_ranks_fill_nodes(ranks: int, most: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("args", "sentence"),
     [
         (["--on", "slurm"], "--on slurm needs --cluster, a file such as configs/clusters/slurm.yaml"),
         (["--cluster", "{cluster}"], "bench: --cluster and --ranks-per-node are of jobs; add --on slurm"),
         (["--ranks-per-node", "2"], "bench: --cluster and --ranks-per-node are of jobs; add --on slurm"),
-        (["--on", "slurm", "--cluster", "{cluster}", "--ranks", "3"], "--ranks: 3 cannot be dealt out to nodes of 2"),
+        (["--on", "slurm", "--cluster", "{cluster}", "--ranks", "3"], "--ranks: 3 cannot be split into nodes of 2"),
         (
             ["--on", "slurm", "--cluster", "{cluster}", "--ranks-per-node", "4"],
             "fsdp2 on 4 ranks: --ranks-per-node: 4 is more than the 2 GPUs of a node",
@@ -54,7 +55,7 @@ def test_ranks_fill_nodes(ranks: int, most: int) -> None:
     ],
 )
 def test_mistakes_submit_nothing(
-    words: list[str],
+    args: list[str],
     sentence: str,
     tiny_llama_nf4: Path,
     tmp_path: Path,
@@ -65,27 +66,27 @@ def test_mistakes_submit_nothing(
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("gpus_per_node: 2\n")
     write_fake_program(tmp_path, monkeypatch, "sbatch", f"touch {tmp_path}/submitted; exit 1")
-    given_words = [word.format(cluster=cluster) for word in words]
-    own = ["--compare", "fsdp2", "--ranks", "4", "--out", str(tmp_path / "out")]
-    code, said = run_cli_bench([str(config), *own, *given_words], monkeypatch, capfd)
+    common = ["--compare", "fsdp2", "--ranks", "4", "--out", str(tmp_path / "out")]
+    own = [arg.format(cluster=cluster) for arg in args]
+    code, stderr = run_cli_bench([str(config), *common, *own], monkeypatch, capfd)
     assert code == 2
-    assert sentence in said and said.count("\n") == 1
+    assert sentence in stderr and stderr.count("\n") == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "submitted").exists()
 
 
-def test_without_slurm_a_sentence(
+def test_a_missing_slurm_is_a_user_error(
     tiny_llama_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__global_batch=4)
     (tmp_path / "cluster.yaml").write_text("{}")
     monkeypatch.setenv("PATH", str(tmp_path))
-    words = [config, "--on", "slurm", "--cluster", tmp_path / "cluster.yaml", "--compare", "fsdp2", "--ranks", "2"]
-    code, said = run_cli_bench([str(word) for word in words], monkeypatch, capfd)
+    args = [config, "--on", "slurm", "--cluster", tmp_path / "cluster.yaml", "--compare", "fsdp2", "--ranks", "2"]
+    code, stderr = run_cli_bench([str(arg) for arg in args], monkeypatch, capfd)
     sentence = "--on slurm: there is no command sbatch; call this on a login node of a SLURM cluster"
-    assert (code, said) == (2, f"qlora-dist: {sentence}\n")
+    assert (code, stderr) == (2, f"qlora-dist: {sentence}\n")
 
 
-def test_a_job_that_is_left_from_before_is_not_disturbed(
+def test_a_running_job_of_an_earlier_benchmark_is_not_disturbed(
     tiny_llama_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__global_batch=4)
@@ -95,18 +96,18 @@ def test_a_job_that_is_left_from_before_is_not_disturbed(
     run = tmp_path / "out" / "runs" / "fsdp2-2"
     run.mkdir(parents=True)
     (run / "job.json").write_text(json.dumps({"launcher": "slurm", "job_id": 7}))
-    (run / "metrics.jsonl").write_text("of the job that runs")
-    words = [config, "--on", "slurm", "--cluster", tmp_path / "cluster.yaml", "--compare", "fsdp2", "--ranks", "2"]
-    code, said = run_cli_bench([*map(str, words), "--out", str(tmp_path / "out")], monkeypatch, capfd)
+    (run / "metrics.jsonl").write_text("rows of the running job")
+    args = [config, "--on", "slurm", "--cluster", tmp_path / "cluster.yaml", "--compare", "fsdp2", "--ranks", "2"]
+    code, stderr = run_cli_bench([*map(str, args), "--out", str(tmp_path / "out")], monkeypatch, capfd)
     assert code == 2
-    assert f"{run}: job 7 of this run is running; cancel it (qlora-dist cancel), or give another --out\n" in said
+    assert f"{run}: job 7 of this run is running; cancel it (qlora-dist cancel), or give another --out\n" in stderr
     assert (run / "metrics.jsonl").exists() and not (tmp_path / "submitted").exists()
 
 
 def run_cli_bench(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> tuple[int | str | None, str]:
-    monkeypatch.setattr(sys, "argv", ["qlora-dist", "bench", *words])
+    monkeypatch.setattr(sys, "argv", ["qlora-dist", "bench", *args])
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
         main()
@@ -114,7 +115,7 @@ def run_cli_bench(
 
 
 def write_fake_program(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
-    """A command of SLURM's."""
+    """Write a script that replaces one of SLURM's commands."""
     path = folder / "bin" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/bash\n{script}\n")
@@ -133,7 +134,7 @@ def write_fake_program(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str,
         (
             "FAILED",
             ["output", "REQUEUE"],
-            ": job 7 was told to end before its last step (SIGUSR1), as jobs are before their time limit; raise time "
+            ": job 7 was stopped before its last step (SIGUSR1), as jobs are before their time limit; raise time "
             "in the cluster's file (its output: {output})",
         ),
         (
@@ -146,13 +147,13 @@ def write_fake_program(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str,
         ("UNKNOWN", ["output"], ": job 7 has failed (UNKNOWN); see {output}"),
     ],
 )
-def test_why_a_job_has_not_come_to_its_end(state: str, files: list[str], sentence: str, tmp_path: Path) -> None:
+def test_the_reason_of_an_unfinished_job(state: str, files: list[str], sentence: str, tmp_path: Path) -> None:
     job = SlurmJob(
         name="fsdp2-2", cwd=tmp_path, run=tmp_path, folder=tmp_path / "jobs" / "1", nodes=1, ranks_per_node=2
     )
     job.folder.mkdir(parents=True)
     texts = {
-        "output": (job.output, "much"),
+        "output": (job.output, "text"),
         "MISTAKE": (job.folder / "MISTAKE", "lora.r: is wrong; lower it\n"),
         "REQUEUE": (job.run / "REQUEUE", json.dumps({"step": 1, "reason": "SIGUSR1"})),
         "STOPPED": (job.run / "STOPPED", json.dumps({"step": 1, "reason": "STOP"})),
@@ -169,17 +170,17 @@ def test_why_a_job_has_not_come_to_its_end(state: str, files: list[str], sentenc
         ("echo 'PENDING|Resources|'", "exit 1", (JobState("PENDING", "Resources", ""), False, "waits (Resources)")),
         ("echo 'RUNNING|None|n[1-2]'", "exit 1", (JobState("RUNNING", "None", "n[1-2]"), False, "runs on n[1-2]")),
         ("echo 'COMPLETED|None|n1'", "exit 1", (JobState("COMPLETED", "None", "n1"), True, None)),
-        # the queue has forgotten it, and accounts are kept or are not
+        # the queue has dropped the job, with and without accounting
         (
             "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1",
             "echo CANCELLED by 0",
             (JobState("CANCELLED"), True, None),
         ),
         ("true", "echo disabled >&2; exit 1", (JobState("UNKNOWN"), True, None)),
-        ("echo Unable to contact slurm controller >&2; exit 1", "exit 1", (None, False, "is not known")),
+        ("echo Unable to contact slurm controller >&2; exit 1", "exit 1", (None, False, "is in an unknown state")),
     ],
 )
-def test_how_a_job_is(
+def test_job_state_labels(
     squeue: str,
     sacct: str,
     expected: tuple[JobState | None, bool, str | None],
@@ -188,8 +189,8 @@ def test_how_a_job_is(
 ) -> None:
     for name, script in (("squeue", squeue), ("sacct", sacct)):
         write_fake_program(tmp_path, monkeypatch, name, script)
-    state, (as_expected, has_ended, words) = job_state(7), expected
-    assert state == as_expected
+    state, (expected_state, has_ended, label) = job_state(7), expected
+    assert state == expected_state
     assert (state is not None and state.has_ended) == has_ended
-    if words is not None:
-        assert job_state_label(state).startswith(words)
+    if label is not None:
+        assert job_state_label(state).startswith(label)

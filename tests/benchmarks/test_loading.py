@@ -1,4 +1,4 @@
-"""If this fails, the comparison of loaders shows memory that is nobody's, or a limit as kept that is not."""
+"""If this fails, the comparison of loaders counts memory wrongly, or reports a broken limit as kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # behind tests: it has modules of the same names
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # after tests, whose modules have equal names
 
 from loading_table import render_loading_tables  # type: ignore[import-not-found]
 
@@ -27,7 +27,7 @@ def rank(seconds: float, read: int, peak: int, held: int, in_all: int) -> dict[s
 
 
 def tree(peak: int) -> dict[str, Any]:
-    """Two ranks that load 100 MiB, ours twice; transformers' share the pages that they map."""
+    """Return figures of two ranks that load 100 MiB; transformers' ranks share mapped pages."""
     ours = [{"ranks": [rank(s, 50, peak, 50, 50), rank(1, 50, 60, 50, 50)]} for s in (2, 4)]
     theirs = {"ranks": [rank(1, 100, 100, 100, 50)] * 2}
     return {

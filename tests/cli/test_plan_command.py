@@ -19,7 +19,9 @@ from qlora_dist.plan.hardware import load_hardware
 from qlora_dist.plan.plan_args import PlanArgs, config_to_plan, plan_from_args
 from qlora_dist.plan.plan_search import search_plans
 
-H100 = PlanArgs("llama-3.1-405b", ["lora.r=16"], 8, "h100-80gb", 2, "infiniband-400g")
+H100 = PlanArgs(
+    model="llama-3.1-405b", overrides=["lora.r=16"], gpus=8, gpu="h100-80gb", nodes=2, network="infiniband-400g"
+)
 
 
 def test_a_plan_is_quick_and_needs_no_torch() -> None:
@@ -57,8 +59,8 @@ def test_the_base_stays_in_its_node() -> None:
         plan_from_args(H100),
         plan_from_args(PlanArgs(**{**vars(H100), "overrides": ["parallel.base=world"]})),
     )
-    assert two_meshes.inside_bytes > 50 * two_meshes.between_bytes
-    assert one_mesh.inside_bytes == 0 and one_mesh.between_bytes > two_meshes.inside_bytes
+    assert two_meshes.intra_node_bytes > 50 * two_meshes.inter_node_bytes
+    assert one_mesh.intra_node_bytes == 0 and one_mesh.inter_node_bytes > two_meshes.intra_node_bytes
     slow = PlanArgs(**{**vars(H100), "network": "ethernet-25g"})
     assert plan_from_args(slow).time.step_s < 1.2 * plan_from_args(H100).time.step_s
     crossing = PlanArgs(**{**vars(slow), "overrides": ["parallel.base=world"]})
@@ -70,8 +72,8 @@ def test_the_base_stays_in_its_node() -> None:
     [([], 16), (["train.micro_batch=3"], 48), (["train.global_batch=64"], 64), (["lora.r=8"], 16)],
 )
 def test_the_global_batch_suits_the_ranks(overrides: list[str], batch: int) -> None:
-    args = PlanArgs("smollm2-135m", overrides, 8, "l40s", 2, "ethernet-100g")
-    assert config_to_plan(args).train.global_batch == batch
+    asked = PlanArgs(model="smollm2-135m", overrides=overrides, gpus=8, gpu="l40s", nodes=2, network="ethernet-100g")
+    assert config_to_plan(asked).train.global_batch == batch
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,9 @@ def test_a_user_defined_gpu(tmp_path: Path) -> None:
     )
     hardware = load_hardware(own)
     assert hardware.gpu("mine").memory == 12 and hardware.gpu("a100-40gb").link == "nvlink-3"
-    plan = plan_from_args(PlanArgs("llama-3.2-1b", [], 2, "mine", 1, "wire", hardware=own))
+    plan = plan_from_args(
+        PlanArgs(model="llama-3.2-1b", overrides=[], gpus=2, gpu="mine", nodes=1, network="wire", hardware=own)
+    )
     assert plan.fits and plan.time.bound_by.startswith("communication")
     own.write_text("gpus: {mine: {memory: 12}}")
     with pytest.raises(UserError, match=r"gpus\.mine\.tflops"):
@@ -127,57 +131,83 @@ def test_the_file_of_a_run_is_planned_as_it_will_be_trained(tmp_path: Path) -> N
     keys = ["lora.r=16", "train.micro_batch=2", "train.global_batch=32", "train.checkpointing=none"]
 
     def plan(model: str, *overrides: str, **options: Any) -> dict[str, Any]:
-        return plan_from_args(PlanArgs(model, overrides, 2, "rtx-4090", 1, "infiniband-400g", **options)).as_json()
+        return plan_from_args(
+            PlanArgs(
+                model=model, overrides=overrides, gpus=2, gpu="rtx-4090", nodes=1, network="infiniband-400g", **options
+            )
+        ).as_json()
 
     assert plan(str(path)) == plan("llama-3.1-8b", *keys, "data.seq_len=1024")
     assert plan(str(path), "lora.r=8") == plan("llama-3.1-8b", *keys, "data.seq_len=1024", "lora.r=8")
     assert plan(str(path), seq_len=512) == plan("llama-3.1-8b", *keys, seq_len=512)
     with pytest.raises(UserError, match=r"train\.global_batch: 32 is not a multiple of 6 \(3 ranks x"):
-        plan_from_args(PlanArgs(str(path), [], 3, "rtx-4090", 1, "infiniband-400g"))
+        plan_from_args(
+            PlanArgs(model=str(path), overrides=[], gpus=3, gpu="rtx-4090", nodes=1, network="infiniband-400g")
+        )
     with pytest.raises(UserError, match=r"no-run\.yaml: no such configuration file"):
         plan(str(tmp_path / "no-run.yaml"))
-    result = search_plans(PlanArgs(str(path), [], 2, "rtx-4090", 1, "infiniband-400g"))
+    result = search_plans(
+        PlanArgs(model=str(path), overrides=[], gpus=2, gpu="rtx-4090", nodes=1, network="infiniband-400g")
+    )
     found = result.best[0].config
     assert (found.train.checkpointing, found.train.micro_batch, found.data.train) == ("none", 2, ["no-such.jsonl"])
-    assert result.choices["parallel.offload"] == ["none", "base"]
+    assert result.tried_values["parallel.offload"] == ["none", "base"]
 
 
-def test_search_finds_a_fitting_plan_and_keeps_the_users_keys(tmp_path: Path) -> None:
-    args = PlanArgs("llama-3.1-70b", ["lora.r=16", "train.checkpointing=full"], 2, "rtx-4090", 1, "ethernet-25g")
-    assert not plan_from_args(args).fits
-    (found, *_) = search_plans(args).best
+def test_search_finds_what_fits_and_keeps_what_was_asked_for(tmp_path: Path) -> None:
+    asked = PlanArgs(
+        model="llama-3.1-70b",
+        overrides=["lora.r=16", "train.checkpointing=full"],
+        gpus=2,
+        gpu="rtx-4090",
+        nodes=1,
+        network="ethernet-25g",
+    )
+    assert not plan_from_args(asked).fits
+    (found, *_) = search_plans(asked).best
     assert found.plan.fits and found.config.train.checkpointing == "full" and found.config.lora.r == 16
-    again = plan_from_args(args, found.config)
+    again = plan_from_asked(args, found.config)
     assert again.fits and again.time == found.plan.time
-    (paged, *_) = search_plans(PlanArgs(**{**vars(args), "overrides": ["lora.r=16", "parallel.base=paged"]})).best
+    (paged, *_) = search_plans(PlanArgs(**{**vars(asked), "overrides": ["lora.r=16", "parallel.base=paged"]})).best
     assert paged.plan.fits and 2**30 < paged.config.parallel.resident_bytes < paged.plan.gpu.memory_bytes
     result = CliRunner().invoke(app, ["plan", "smollm2-135m", "--search"])
     assert result.exit_code == 0, result.output
     (tmp_path / "found.yaml").write_text(result.stdout)
     assert load_config(tmp_path / "found.yaml").train.checkpointing == "none"  # memory suffices
     with pytest.raises(UserError, match="does not fit 1 x 1 rtx-3090 with any setting"):
-        search_plans(PlanArgs("llama-3.1-405b", ["data.seq_len=65536"], 1, "rtx-3090", 1, "ethernet-25g"))
+        search_plans(
+            PlanArgs(
+                model="llama-3.1-405b",
+                overrides=["data.seq_len=65536"],
+                gpus=1,
+                gpu="rtx-3090",
+                nodes=1,
+                network="ethernet-25g",
+            )
+        )
 
 
 def test_search_prefers_a_base_on_the_device_and_few_settings_among_equally_fast_ones() -> None:
-    args = PlanArgs("llama-3.1-8b", [], 2, "rtx-4090", 1, "infiniband-400g")
-    result = search_plans(args)
+    asked = PlanArgs(model="llama-3.1-8b", overrides=[], gpus=2, gpu="rtx-4090", nodes=1, network="infiniband-400g")
+    result = search_plans(asked)
     found = result.best[0]
     assert (found.config.parallel.offload, found.config.parallel.base) == ("none", "node")
     assert found.plan.time.step_s < 1.1 * min(other.plan.time.step_s for other in result.best)
-    assert len(result.best) == 5 and result.fitting >= 5
+    assert len(result.best) == 5 and result.num_fitting >= 5
     assert "parallel.offload: none, base" in result.sentence()
-    assert f"Tried {result.tried} configurations, of which {result.fitting} fit" in result.sentence()
-    # only offloading fits
-    large = search_plans(PlanArgs("llama-3.1-70b", [], 2, "rtx-4090", 1, "infiniband-400g"))
-    assert large.best[0].differences == {"parallel.offload": "base"}
+    assert f"Tried {result.num_tried} configurations, of which {result.num_fitting} fit" in result.sentence()
+    # offloading is what is left where nothing else fits
+    large = search_plans(
+        PlanArgs(model="llama-3.1-70b", overrides=[], gpus=2, gpu="rtx-4090", nodes=1, network="infiniband-400g")
+    )
+    assert large.best[0].changed_settings == {"parallel.offload": "base"}
 
 
 def test_search_reports_alternatives_and_the_number_tried() -> None:
     result = CliRunner().invoke(app, ["plan", "llama-3.1-8b", "--gpus", "2", "--gpu", "rtx-4090", "--search"])
-    stderr = " ".join(result.stderr.split())
-    assert "What fits: the one above, and the fastest of the others" in stderr
-    assert "Of those within 10% of the fastest the simplest is taken" in stderr
+    said = " ".join(result.stderr.split())
+    assert "Configurations that fit: the one above, and the fastest of the others" in said
+    assert "Among configurations within 10% of the fastest, the search prefers" in said
     as_json = CliRunner().invoke(app, ["plan", "smollm2-135m", "--search", "--json"])
     tree = json.loads(as_json.stdout)
     assert len(tree["best"]) == 5
@@ -189,7 +219,9 @@ def test_search_reports_alternatives_and_the_number_tried() -> None:
 def test_offloading_costs_time_for_embedding_and_head_which_no_computation_hides(base: str, shards: int) -> None:
     def step_s(offload: str) -> float:
         keys = ["optim.name=adamw", "train.checkpointing=none", f"parallel.base={base}", f"parallel.offload={offload}"]
-        return plan_from_args(PlanArgs("llama-3.1-8b", keys, 2, "rtx-4090", 1, "infiniband-400g")).time.step_s
+        return plan_from_args(
+            PlanArgs(model="llama-3.1-8b", overrides=keys, gpus=2, gpu="rtx-4090", nodes=1, network="infiniband-400g")
+        ).time.step_s
 
     embedding_and_head = 2 * 2 * 128256 * 4096 / shards  # bf16
     micro_batches, bytes_per_s = 8, 22e9  # 16 rows over 2 ranks; host_gb_s of the card

@@ -57,7 +57,14 @@ def test_training_and_plans_are_refused(tiny_llama: Path, tmp_path: Path) -> Non
     config = load_config(tiny_models.make_config(tmp_path, tiny_llama, data__seq_len=513))
     with pytest.raises(UserError, match=r"data.seq_len: 513 is more than the 512 positions of .*; set data.seq_len"):
         set_up_run(config, read_rank_info({}))
-    args = PlanArgs("llama-2-7b", ["data.seq_len=32768"], 1, "h100-80gb", 1, "infiniband-400g")
+    asked = PlanArgs(
+        model="llama-2-7b",
+        overrides=["data.seq_len=32768"],
+        gpus=1,
+        gpu="h100-80gb",
+        nodes=1,
+        network="infiniband-400g",
+    )
     for plan in (plan_from_args, search_plans):
         with pytest.raises(UserError, match=r"32,768 is more than the 4,096 positions of llama-2-7b; set data.seq_len"):
-            plan(args)
+            plan(asked)

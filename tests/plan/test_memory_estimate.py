@@ -1,4 +1,4 @@
-"""If this fails, the planner says that something fits that does not, or leaves out a term."""
+"""If this fails, the planner accepts runs that do not fit, or it omits a term."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_bundled_run_spec(model: str, world_size: int = 8, nodes: int = 1, **key
 
 
 def test_llama_405b_by_hand() -> None:
-    """25.1 GiB of shards, 126 inputs of 64 MiB, the head in its buffer and out of it, the last layer's buffer."""
+    """Check 25.1 GiB of shards, 126 inputs of 64 MiB, the head and its buffer, and the last layer's buffer."""
     memory = estimate_memory(make_bundled_run_spec("llama-3.1-405b", lora__r=16))
     hidden, intermediate, kv = 16384, 53248, 1024
     shapes = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), *[(intermediate, hidden)] * 2]
@@ -63,14 +63,15 @@ def test_more_ranks_hold_less_and_more_tokens_need_more(model: str, ranks: int, 
         assert estimate_memory(replace(run, checkpointing=0)).peak_bytes > estimate_memory(run).peak_bytes
 
 
-def test_what_is_offloaded_or_paged_is_on_the_host() -> None:
+def test_offloaded_and_paged_parts_are_on_the_host() -> None:
     run = make_bundled_run_spec("llama-3.1-70b")
-    here, offloaded = estimate_memory(run), estimate_memory(replace(run, offload=True))
-    assert offloaded.on_host == here.static["base"] + here.static["embeddings and norms"]
-    assert offloaded.static_bytes == here.static_bytes - offloaded.on_host
+    on_device, offloaded = estimate_memory(run), estimate_memory(replace(run, offload=True))
+    assert offloaded.on_host == on_device.static["base"] + on_device.static["embeddings and norms"]
+    assert offloaded.static_bytes == on_device.static_bytes - offloaded.on_host
     paged = estimate_memory(replace(run, is_base_paged=True, base_resident_bytes=2 * GIB))
-    assert here.static["base"] / 80 < 2 * GIB - paged.static["base"] + here.static["base"] / 80
-    assert paged.static["base"] <= 2 * GIB < here.static["base"] <= paged.on_host
+    layer_bytes = on_device.static["base"] / 80
+    assert layer_bytes < 2 * GIB - paged.static["base"] + layer_bytes
+    assert paged.static["base"] <= 2 * GIB < on_device.static["base"] <= paged.on_host
 
 
 def test_paged_moments_make_room_for_the_rest() -> None:
@@ -84,7 +85,7 @@ def test_paged_moments_make_room_for_the_rest() -> None:
     assert optimizer_state_bytes(replace(run, optimizer_bits=8)) == pytest.approx(whole / 4, rel=0.02)
 
 
-def test_a_quantized_folder_says_whether_its_scales_are() -> None:
+def test_double_quantization_of_a_quantized_folder_follows_its_config_json() -> None:
     config = Config.model_validate({"model": {"base": "model"}, "data": {"train": ["data"]}})
     shape = read_model_config("llama-2-7b")
     quantized = {**shape, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
@@ -92,6 +93,6 @@ def test_a_quantized_folder_says_whether_its_scales_are() -> None:
         name: 8
         * estimate_memory(make_run_spec(config, tree, 1)).static["base"]
         / (32 * (4 * 4096**2 + 3 * 4096 * 11008))
-        for name, tree in (("asked for", shape), ("plain", quantized))
+        for name, tree in (("double", shape), ("plain", quantized))
     }
-    assert bits == pytest.approx({"asked for": 4.127, "plain": 4.5}, abs=1e-3)
+    assert bits == pytest.approx({"double": 4.127, "plain": 4.5}, abs=1e-3)

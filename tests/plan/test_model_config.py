@@ -1,4 +1,4 @@
-"""If this fails, a model that is given by name is planned as another one."""
+"""If this fails, a model that is given by name is planned with another model's shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.plan.layer_spec import decoder_layer_specs
 from qlora_dist.plan.model_config import bundled_model_names, read_model_config
 
-# as the models' cards and safetensors indices have them; a tied matrix counts once
+# from the models' cards and safetensors indices; a tied matrix counts once
 PARAMETERS = {
     "deepseek-v3": 671_026_419_200,  # without the layer for multi-token prediction
     "gemma-2-27b": 27_227_128_320,
@@ -55,7 +55,7 @@ PARAMETERS = {
 }
 
 
-def test_shipped_shapes_have_as_many_parameters_as_the_models() -> None:
+def test_bundled_shapes_have_as_many_parameters_as_the_models() -> None:
     assert set(PARAMETERS) == set(bundled_model_names())
     for name, published in PARAMETERS.items():
         config = read_model_config(name)
@@ -75,13 +75,13 @@ def test_shipped_shapes_have_as_many_parameters_as_the_models() -> None:
         ('{"model_type": "llama"}', "has no hidden_size"),
     ],
 )
-def test_what_is_no_model(content: str | None, sentence: str, tmp_path: Path) -> None:
+def test_a_file_that_describes_no_model_is_an_error(content: str | None, sentence: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=sentence):
         read_model_config(str(tmp_path) if content is not None else "llama-3.1-8")
 
 
-def test_a_name_that_is_like_no_other_is_not_answered_with_all_of_them() -> None:
-    with pytest.raises(UserError, match=r"known by name; give its config\.json, or the folder of the model$"):
+def test_the_message_for_an_unfamiliar_name_does_not_list_all_models() -> None:
+    with pytest.raises(UserError, match=r"known by name; give its config\.json, or its folder$"):
         read_model_config("openai/gpt-oss-20b")

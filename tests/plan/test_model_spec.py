@@ -1,4 +1,4 @@
-"""If this fails, the planner plans another model than the one that is trained."""
+"""If this fails, the planner's model differs from the one that is trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_dist.plan.model_spec import make_model_spec
 from qlora_dist.train.run_setup import set_up_model
 from tests.helpers.architectures import make_architecture
 
-# of each architecture that the planner knows, what its config.json may say that changes parameters
+# settings of config.json and of LoRA that change parameters, for each supported architecture
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("Llama", {"attention_bias": True, "mlp_bias": True}, {"targets": ["q_proj", "down_proj"]}),
     ("Llama", {"tie_word_embeddings": True}, {"dora": True}),
@@ -32,7 +32,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "settings", "lora"), CASES, ids=lambda value: str(value))
-def test_shapes_are_those_of_the_model_that_is_trained(
+def test_shapes_equal_the_trained_models(
     name: str, settings: dict[str, Any], lora: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = make_architecture(tmp_path, name, torch.bfloat16, **settings)
@@ -47,7 +47,7 @@ def test_shapes_are_those_of_the_model_that_is_trained(
     _, model, _ = set_up_model(config)
     planned = make_model_spec(json.loads((folder / "config.json").read_text()), config.lora)
 
-    ours = Counter((p.shape, p.trained, p.is_quantized) for unit in planned.units for p in unit.parameters)
-    real = Counter((tuple(p.shape), p.requires_grad, p.dtype == torch.uint8) for p in model.parameters())
-    assert ours == real
+    expected = Counter((p.shape, p.trained, p.is_quantized) for unit in planned.units for p in unit.parameters)
+    actual = Counter((tuple(p.shape), p.requires_grad, p.dtype == torch.uint8) for p in model.parameters())
+    assert expected == actual
     assert planned.buffer_bytes == sum(buffer.nbytes for buffer in model.buffers())

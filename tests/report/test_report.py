@@ -1,4 +1,4 @@
-"""If this fails, the page of a run shows other numbers than the run's, needs a network, or is not there."""
+"""If this fails, the page of a run shows wrong figures, needs a network, or is missing."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.helpers.ranks import run_ranks
 pytestmark = pytest.mark.slow
 
 ODD: list[object] = ["text", [1], {"a": {"b": 1}}, True, float("nan"), 10**400]
-"""What is no number that can be drawn."""
+"""Values that are no finite numbers."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> list[Path]:
-    """A run and one with another learning rate, as `train` leaves them."""
+    """Train two runs with different learning rates, and return their folders."""
     folder = tmp_path_factory.mktemp("report")
     config = tiny_models.make_config(folder, tiny_llama_nf4, train__steps=3, data__seq_len=48, train__global_batch=2)
     for name, lr, pages in (("first", 1e-2, "auto"), ("second", 1e-3, "0")):
@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama_nf4: Path) -> list
 
 
 class ReportPage(HTMLParser):
-    """The cells of tables, and all addresses."""
+    """Table cells, addresses and tags of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -63,15 +63,15 @@ class ReportPage(HTMLParser):
             self.cells[-1] += data.strip()
 
     def row(self, label: str, columns: int) -> list[str]:
-        at = self.cells.index(label)
-        return self.cells[at + 1 : at + 1 + columns]
+        start = self.cells.index(label) + 1
+        return self.cells[start : start + columns]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_train_leaves_a_page_of_its_own_numbers(runs: list[Path]) -> None:
+def test_the_page_of_a_run_shows_its_figures(runs: list[Path]) -> None:
     page, rows = ReportPage(runs[0] / "report.html"), metrics(runs[0])
     assert page.row("state", 1) == ["done"]
     assert page.row("steps", 1) == ["3"]
@@ -83,7 +83,7 @@ def test_train_leaves_a_page_of_its_own_numbers(runs: list[Path]) -> None:
     assert page.row("weights, rank 0", 2)[1] == f"{measured / 2**20:,.1f} MiB"
 
 
-def test_it_needs_no_network(runs: list[Path]) -> None:
+def test_the_page_needs_no_network(runs: list[Path]) -> None:
     page = ReportPage(runs[0] / "report.html")
     assert all(address.startswith("#") for address in page.addresses)
     assert not page.tags & {"script", "link", "img", "iframe"}
@@ -103,7 +103,7 @@ def test_runs_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     assert page.row("lora.r", 1) == ["4"]
 
 
-def test_lines_are_the_metrics(runs: list[Path]) -> None:
+def test_chart_lines_are_the_metrics(runs: list[Path]) -> None:
     loss, norm = make_charts([read_run_files(run) for run in runs])[:2]
     for number, run in enumerate(runs):
         rows = [row for row in metrics(run) if "loss" in row]
@@ -113,7 +113,7 @@ def test_lines_are_the_metrics(runs: list[Path]) -> None:
         assert norm.lines[number].y == [row["grad_norm"] for row in rows]
 
 
-def test_long_runs_are_averaged_and_other_batches_compared_by_tokens(runs: list[Path]) -> None:
+def test_long_runs_are_averaged_and_runs_with_other_batches_are_compared_by_tokens(runs: list[Path]) -> None:
     short = read_run_files(runs[0])
     rows = [{"step": step, "loss": float(step % 2), "tokens": 10} for step in range(1, 5001)]
     long = replace(short, name="long", steps=rows, evals=[], config=short.config | {"train.global_batch": 3})
@@ -122,12 +122,12 @@ def test_long_runs_are_averaged_and_other_batches_compared_by_tokens(runs: list[
     assert max(line.y) - min(line.y) < 0.2
 
 
-def test_numbers_for_programs(runs: list[Path]) -> None:
+def test_figures_as_json(runs: list[Path]) -> None:
     done = CliRunner().invoke(app, ["report", *map(str, runs), "--json"])
     first, second = json.loads(done.output)
     rows = [row for row in metrics(runs[0]) if "loss" in row]
     assert (first["name"], first["loss_last"], first["config"]["optim.lr"]) == ("first", rows[-1]["loss"], 0.01)
-    assert first["tokens_per_s"] == rows[2]["tokens_per_s"]  # the first two warm up
+    assert first["tokens_per_s"] == rows[2]["tokens_per_s"]  # the first two steps are warm-up
     assert second["eval_loss_last"] == metrics(runs[1])[-1]["eval_loss"]
 
 
@@ -135,25 +135,26 @@ def test_a_run_that_was_killed_has_a_page_too(runs: list[Path], tmp_path: Path) 
     run = tmp_path / "<b>killed"
     run.mkdir()
     (run / "config.yaml").write_text((runs[0] / "config.yaml").read_text())
-    whole = (runs[0] / "metrics.jsonl").read_text()
-    (run / "metrics.jsonl").write_text(whole[: whole.rindex('"loss"')])
-    read = read_run_files(run)
-    assert (summarize_run(read)["state"], summarize_run(read)["steps"]) == ("failed", 2)
+    text = (runs[0] / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text[: text.rindex('"loss"')])
+    files = read_run_files(run)
+    assert (summarize_run(files)["state"], summarize_run(files)["steps"]) == ("failed", 2)
     page = ReportPage(write_report([run]))
     assert page.row("state", 1) == ["failed"]
     assert "b" not in page.tags and any("<b>killed" in cell for cell in page.cells)
-    (run / "metrics.jsonl").unlink()  # it was killed while it loaded
+    (run / "metrics.jsonl").unlink()  # killed during loading
     assert ReportPage(write_report([run])).row("steps", 1) == ["0"]
 
 
-def test_values_of_other_types_are_read_past(runs: list[Path], tmp_path: Path) -> None:
-    """Somebody's own lines in metrics.jsonl, or those of another program, are no steps."""
+def test_values_of_other_types_are_ignored(runs: list[Path], tmp_path: Path) -> None:
+    """Check that rows that a user or another program adds to metrics.jsonl do not count as steps."""
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
-    whole = {**metrics(run)[-1], "step": 4}
+    valid = {**metrics(run)[-1], "step": 4}
+    keys = ("step", "loss", "tokens", "lr", "comm_bytes", "paging")
     others: list[object] = [
-        *({**whole, name: value} for name in ("step", "loss", "tokens", "lr", "comm_bytes", "paging") for value in ODD),
-        *({**whole, "comm_bytes": {"world": value}} for value in ODD),
+        *({**valid, name: value} for name in keys for value in ODD),
+        *({**valid, "comm_bytes": {"world": value}} for value in ODD),
         *(3, None, [], "text", {"step": 4}),
     ]
     with (run / "metrics.jsonl").open("a") as file:
@@ -176,7 +177,7 @@ def test_values_of_other_types_are_read_past(runs: list[Path], tmp_path: Path) -
         write_report([run])
 
 
-def test_mistakes_are_sentences(runs: list[Path], tmp_path: Path) -> None:
+def test_mistakes_are_user_errors(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         write_report([tmp_path])
     with pytest.raises(UserError, match="cannot be written"):

@@ -1,4 +1,4 @@
-"""If this fails, what a user has measured is not what plans reckon with, or collectives are forgotten."""
+"""If this fails, plans ignore a user's calibration, or a collective is not measured."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ def test_two_nodes_are_measured_side_by_side(tmp_path: Path) -> None:
         assert 1e5 < value < 1e15, name
 
 
-def test_plans_reckon_with_what_was_measured(tmp_path: Path) -> None:
+def test_plans_use_measured_speeds(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
-    asked = PlanArgs("llama-3.1-8b", [], 8, "h100-80gb", 2, "ethernet-100g", calibration=path)
+    asked = PlanArgs(
+        model="llama-3.1-8b", overrides=[], gpus=8, gpu="h100-80gb", nodes=2, network="ethernet-100g", calibration=path
+    )
     slow = MeasuredSpeeds(
         device="H100", torch="2.13", flops=1e12, dequantized_bytes=1e12, streamed_bytes=1e12, host_bytes=1e10
     )
     save_calibration("a100-80gb", slow, path)
     before = plan_from_args(asked)
-    assert not before.is_measured
+    assert not before.is_calibrated
     save_calibration("h100-80gb", slow, path)
     after = plan_from_args(asked)
-    assert after.is_measured
+    assert after.is_calibrated
     assert after.as_json()["uncertainty"] is None
     assert after.time.busy_s["matrix products"] == pytest.approx(after.time.flops / 1e12)
     links = "communication inside a node"
-    assert after.time.busy_s[links] == before.time.busy_s[links]  # as assumed, where nobody has measured
+    assert after.time.busy_s[links] == before.time.busy_s[links]  # the assumed speed, where nothing was measured
     assert set(load_calibration(path).devices) == {"a100-80gb", "h100-80gb"}
     path.write_text(json.dumps({"devices": {"h100-80gb": {"flops": "fast"}}}))
     with pytest.raises(UserError, match="make it anew"):

@@ -1,6 +1,6 @@
-"""If this fails, formulas and code tell of different runs: somebody has changed one, or torch has changed FSDP2.
+"""If this fails, formulas and code differ, because one of them or torch's FSDP2 has changed.
 
-`benchmarks/plan_grid.py` compares them for more models and settings, and says by how much each phase is off.
+`benchmarks/plan_grid.py` compares them for more models and settings, and prints the error of each phase.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def configuration(world_size: int, settings: dict[str, dict[str, Any]]) -> Confi
 
 
 def trace_all() -> list[StepTrace]:
-    """In one process: the first trace of a process takes some seconds more."""
+    """Trace all cases in one process, because the first trace of a process takes some seconds more."""
     return [
         trace_step(configuration(world_size, settings), read_model_config(model), world_size, nodes)
         for model, world_size, nodes, settings in CASES
@@ -63,7 +63,7 @@ def trace_all() -> list[StepTrace]:
 
 
 @pytest.mark.slow
-def test_formulas_are_the_trace() -> None:
+def test_formulas_match_the_trace() -> None:
     (traces,) = run_ranks(1, trace_all)
     for (model, world_size, nodes, settings), traced in zip(CASES, traces, strict=True):
         run = make_run_spec(configuration(world_size, settings), read_model_config(model), world_size, nodes)

@@ -1,4 +1,4 @@
-"""If this fails, `plan --trace` tells of another run than the one that `train` does."""
+"""If this fails, `plan --trace` does not match the run that `train` does."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.helpers.ranks import run_ranks
 
 RUNS = [
     (1, ["parallel.base=replicate", "train.checkpointing=none", "train.global_batch=1"]),
-    (2, ["train.global_batch=6"]),  # so many micro-batches that not all are traced
+    (2, ["train.global_batch=6"]),  # too many micro-batches to trace all
     (4, ["parallel.base=2", "train.micro_batch=2", "train.checkpointing=2"]),
 ]
-"""Ranks, and settings."""
+"""Number of ranks and settings of each run."""
 DEEP = ["parallel.base=2", "train.global_batch=8", "train.checkpointing=2", "model.compute_dtype=fp16"]
 
 
 def trace_all(configs: list[Config], deep: Config) -> tuple[list[PartialTrace], PartialTrace, StepTrace]:
-    """In one process: the first trace of a process takes some seconds more."""
+    """Trace all runs in one process, because the first trace of a process takes some seconds more."""
     traced = [
         trace_checkpoint(config, ModelFolder(config.model.base), world_size, device="cpu")
         for config, (world_size, _) in zip(configs, RUNS, strict=True)
@@ -38,7 +38,7 @@ def trace_all(configs: list[Config], deep: Config) -> tuple[list[PartialTrace], 
 
 
 @pytest.mark.slow
-def test_traced_bytes_are_those_of_a_real_run(tmp_path: Path) -> None:
+def test_traced_bytes_equal_a_real_run(tmp_path: Path) -> None:
     few, many = (tiny_models.make_model(tmp_path / f"{count}", num_hidden_layers=count) for count in (3, 7))
     path, deep_path = (tiny_models.make_config(base, base) for base in (few, many))
     common = ["model.compute_dtype=bf16", "data.packing=none", "train.global_batch=8", "optim.name=adamw"]
@@ -49,12 +49,12 @@ def test_traced_bytes_are_those_of_a_real_run(tmp_path: Path) -> None:
         for weights_bytes, peaks, traffic in run_ranks(world_size, measure_step, config):
             assert traced.weights_bytes == weights_bytes
             assert traced.traffic == traffic
-            assert peaks == pytest.approx(traced.peaks, abs=4096)  # where sequences begin is not traced
+            assert peaks == pytest.approx(traced.peaks, abs=4096)  # the starts of sequences are not traced
 
-    # few layers tell of many
+    # few layers extrapolate to many
     assert extrapolated.weights_bytes == deep.weights_bytes
     assert extrapolated.moments_bytes == deep.moments_bytes
     assert extrapolated.traffic == deep.traffic
     assert extrapolated.phases == {
-        phase: max(peak for (place, _), peak in deep.peaks.items() if place == phase) for phase in extrapolated.phases
+        phase: max(peak for (traced, _), peak in deep.peaks.items() if traced == phase) for phase in extrapolated.phases
     }
