@@ -1,4 +1,4 @@
-"""Everything of DeepSpeed that we use but its optimizer (`zero_optimizer.py`), behind functions of ours.
+"""DeepSpeed 0.19 behind functions of this package. Its optimizer is in `stage3.py`.
 
 DeepSpeed's own way is `deepspeed.initialize`: it wants a whole model on every rank and an optimizer. Used here is what
 lies beneath it, ZeRO-3's parameters (`zero.Init`) and their gathering (`DeepSpeedZeRoOffload`): modules fetch their
@@ -19,9 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qlora_dist.compat.transformers import mark_initialized
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import set_local_rank
 from qlora_dist.shard_view import FlatShard, set_flat_shard
+
+_PRIVATE_NAMES = ("deepspeed.runtime.zero.partition_parameters.Init._convert_to_deepspeed_param",)
 
 
 class ZeroPart(torch.Tensor):
@@ -150,8 +153,7 @@ class Partitioner:
         blank = torch.empty((), dtype=dtype, device=self._device).expand(parameter.shape)
         partitioned = zero_parameter(nn.Parameter(blank, requires_grad=parameter.requires_grad))
         partitioned.ds_zero_partition_process_group = group  # else the world
-        # or transformers would give it first values, and it has no elements
-        partitioned._is_hf_initialized = True  # type: ignore[attr-defined]
+        mark_initialized(partitioned)
         self._init._convert_to_deepspeed_param(partitioned)
         numel, size = parameter.numel(), -(-parameter.numel() // group.size())
         device = torch.device("cpu") if on_host else self._device

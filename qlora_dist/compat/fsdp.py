@@ -32,6 +32,26 @@ except ImportError as error:  # pragma: no cover (another torch)
         f"torch {torch.__version__} has moved parts of FSDP2 that qlora-dist uses ({error}); install torch 2.13"
     ) from error
 
+_PRIVATE_NAMES = (
+    "torch.distributed.fsdp.FSDPModule._get_fsdp_state",
+    "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultAllGather",
+    "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultReduceScatter",
+    "torch.distributed.fsdp._fully_shard._fsdp_common.FSDPMeshInfo",
+    "torch.distributed.fsdp._fully_shard._fsdp_common.HSDPMeshInfo",
+    "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult",
+    "torch.distributed.fsdp._fully_shard._fsdp_common.TrainingState",
+    "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam",
+    "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam._sharded_param_data",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._all_gather_comm",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._all_gather_result",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._all_reduce_hook",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._reduce_scatter_comm",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._training_state",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._validate_no_meta_params",
+    "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState._fsdp_param_groups",
+)
+
 OnCollective = Callable[[str, str, int], None]
 """Told of each collective: its name, the mesh dimension, and the bytes this rank receives in it."""
 

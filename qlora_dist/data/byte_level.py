@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import models, pre_tokenizers
 
+from qlora_dist.compat.transformers import has_stock_encoding
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -19,15 +21,15 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int
     Byte-level BPE, as of GPT-2, Llama 3, Qwen and others. What is left of their normalizers and added tokens can only
     take bytes out of a text: a text that is in NFC already, and as long as its tokens together, has lost none.
     """
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
     if not tokenizer.is_fast:
         return None
     kind = type(tokenizer)
     if kind.__call__ is not PreTrainedTokenizerBase.__call__:
         return None
-    if kind._encode_plus is not PreTrainedTokenizerFast._encode_plus:
-        return None  # Code Llama's does something of its own
+    if not has_stock_encoding(tokenizer):
+        return None
     rules = tokenizer.backend_tokenizer
     model = rules.model
     if (

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qlora_dist.adapters.attach import is_lora_parameter
 from qlora_dist.adapters.load_adapter import attach_saved_adapter, read_local_shard, saved_entries_by_parameter
 from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.compat.peft import LoraLayer, enable_frozen_adapters
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.inference.named_adapter import NamedAdapter
@@ -230,7 +230,7 @@ def _activate_adapter(model: PreTrainedModel, index: int | None) -> None:
         if hasattr(module, "lora_A") and hasattr(module, "set_adapter"):
             module.enable_adapters(False)
             if index is not None:
-                module._disable_adapters = False
+                enable_frozen_adapters(module)
                 module.set_adapter(_peft_adapter_name(index), inference_mode=True)
 
 

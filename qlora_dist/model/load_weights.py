@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from qlora_dist.adapters.attach import init_lora_weight, is_lora_parameter
 from qlora_dist.adapters.lora import NF4LoraLinear, dora_weight_norm
+from qlora_dist.compat.torch import map_tensors
 from qlora_dist.io.read_ahead import ReadProgress
 from qlora_dist.model.buffers import check_buffers_initialized, init_buffers
 from qlora_dist.model.meta_model import LossModel, get_decoder_layers, transformers_names
@@ -132,7 +133,7 @@ def materialize(
         on_host = offload_base and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         return torch.empty_like(tensor, device="cpu" if on_host else device)
 
-    model._apply(empty)
+    map_tensors(model, empty)
     init_buffers(model)
 
 

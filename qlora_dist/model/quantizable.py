@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+from qlora_dist.compat.torch import module_parameters
 from qlora_dist.errors import UserError
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.moe import is_moe_experts
@@ -75,12 +76,14 @@ def quantizable_parameters(model: PreTrainedModel, embeddings: bool = False) -> 
                 f"{name}.weight", name, shape[::-1] if transposed else shape, 0, transposed, has_bias
             )
         for weight in EXPERT_WEIGHTS:
-            parameter = module._parameters.get(weight)
+            parameter = module_parameters(module).get(weight)
             if parameter is not None and parameter.dim() == 3 and is_moe_experts(module):
-                experts, *shape = parameter.shape
+                experts, *matrix = parameter.shape
                 transposed = getattr(module, "is_transposed", True)  # Llama-4's, which has no such attribute, is
                 path = f"{name}.{weight}"
-                yield QuantizableParameter(path, path, tuple(shape[::-1] if transposed else shape), experts, transposed)
+                yield QuantizableParameter(
+                    path, path, tuple(matrix[::-1] if transposed else matrix), experts, transposed
+                )
         if embeddings and module is model.get_input_embeddings():
             yield QuantizableParameter(f"{name}.weight", name, tuple(module.weight.shape), 0, False, role="embedding")
         if embeddings and module is head and not has_tied_embeddings(model):

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import is_lora_b_parameter, named_trainable_parameters
+from qlora_dist.compat.torch import foreach_mul_, foreach_norm
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
 from qlora_dist.optim.loss_scale import LossScale
@@ -119,7 +120,7 @@ def train_step(
         record_heartbeat()
 
     grads = shards.collect_grads()
-    squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())
+    squares = torch.stack(foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())
     squares.item()  # waits for the device, so that a request to stop that comes during the step is seen in this step
     flags = torch.tensor(control_flags(), dtype=torch.float64).to(device)
     own = torch.stack([summed_loss, squares / adapter_replicas, *flags])
@@ -129,7 +130,7 @@ def train_step(
     finite = math.isfinite(total_loss) and math.isfinite(norm)
     if finite:
         clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm is not None else 1.0
-        torch._foreach_mul_(grads, clip / loss_scale.value)
+        foreach_mul_(grads, clip / loss_scale.value)
         with record_function(OPTIMIZER_LABEL):
             optimizer.step()
     shards.zero_grad()
