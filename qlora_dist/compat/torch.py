@@ -1,4 +1,4 @@
-"""Private names of torch 2.13. FSDP2's are in `fsdp.py`, those of fake tensors in `fake_tensors.py`.
+"""Private names of torch 2.13, except FSDP2's (`fsdp.py`) and fake tensors' (`fake_tensors.py`).
 
 `_PRIVATE_NAMES` lists what each of these files needs. tests/compat/test_private_names.py looks each name up in the
 installed library.

@@ -92,7 +92,7 @@ def _partition_parameters(model: nn.Module, meshes: Meshes, config: Config, part
             trained = parameter.requires_grad
             group, first = (adapter, meshes.is_first_adapter_replica) if trained else (base, first_base)
             module_parameters(module)[name] = partitioner.partition(
-                parameter, group, dtype, offload and not trained, first
+                parameter, group, dtype, on_host=offload and not trained, is_first_replica=first
             )
 
 

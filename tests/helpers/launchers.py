@@ -1,4 +1,4 @@
-"""What tests of launchers need: which are installed, and what is left of what they have started."""
+"""Helpers for tests of launchers: which ones are installed, and which of their processes are alive."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def skip_unless(available: bool, reason: str) -> None:
-    """Skip the test where something is missing; fail where continuous integration has said that nothing may be."""
+def skip_unless(available: object, reason: str) -> None:
+    """Skip the test if something is missing, or fail it if QLORA_DIST_REQUIRE_LAUNCHERS is 1."""
     if available:
         return
     if os.environ.get("QLORA_DIST_REQUIRE_LAUNCHERS") == "1":
@@ -23,14 +23,14 @@ def skip_unless(available: bool, reason: str) -> None:
 
 
 def mpi(name: str) -> Path:
-    """The `bin` of the environment that holds MPICH (this Python's own) or Open MPI (one beside it)."""
+    """Return the `bin` of the environment that holds MPICH (this Python's own) or Open MPI (one beside it)."""
     folder = Path(sys.prefix) if name == "mpich" else ROOT / ".venv-openmpi"
     skip_unless((folder / "bin" / ("mpichversion" if name == "mpich" else "ompi_info")).exists(), f"{name} in {folder}")
     return folder / "bin"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For a launcher, by itself: without what this process may have from one. `folder` marks all of its processes."""
+    """Return the environment for a launcher, without variables from another one. `folder` marks its processes."""
     foreign = ("SLURM_", "OMPI_", "PMI", "PMIX_", "TORCHELASTIC_", "MASTER_")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return environ | {
@@ -43,7 +43,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def alive_pids(folder: Path) -> list[int]:
-    """Processes with that folder in their environment, wherever they have gone."""
+    """Return the ids of all processes with that folder in their environment."""
     mark = f"QLORA_DIST_TEST={folder}".encode()
     found = []
     for process in Path("/proc").iterdir():

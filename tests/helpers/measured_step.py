@@ -1,4 +1,4 @@
-"""Bytes that a real rank holds and sends in real steps on a CPU, counted as `trace/trace_step.py` counts them."""
+"""Bytes that a real rank holds and receives in steps on a CPU, counted as `trace/trace_step.py` counts them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora_dist.train.train_step import adapter_shard_numels
 
 
 def measure_step(config: Config) -> tuple[int, dict[LayerPhase, int], dict[str, int]]:
-    """Real steps of a real rank: bytes of its weights, the peaks of what it allocates, and bytes received."""
+    """Run real steps, and return a rank's bytes of weights, its peaks by phase, and the bytes that it received."""
     ranks = read_rank_info()
     sizes = mesh_sizes(config.parallel, ranks)
     folder, model, _ = set_up_model(config)

@@ -1,4 +1,4 @@
-"""What tests on a real SLURM cluster share: whether there can be one here, its ports, and waiting."""
+"""Helpers for tests on a real SLURM cluster: whether this machine can run one, its ports, and waiting."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _T = TypeVar("_T")
 
 
 def slurm_unavailable() -> str | None:
-    """Why it can't be; None: it can. Where QLORA_DIST_REQUIRE_LAUNCHERS is 1, that is a failure.
+    """Return why this machine cannot run a cluster, or None if it can.
 
     Raises:
-        RuntimeError: it is required and can't be.
+        RuntimeError: it cannot, and QLORA_DIST_REQUIRE_LAUNCHERS is 1.
     """
     reason = None
     if not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "sbatch")):
@@ -29,7 +29,7 @@ def slurm_unavailable() -> str | None:
 
 
 def free_ports(nodes: int) -> int:
-    """The first of 300 ports for a cluster; others may look for theirs at the same time."""
+    """Return the first of 300 free ports. The search starts at a place that depends on the process."""
     first = os.getpid() % 40
     for number in range(first, first + 40):
         port = 16800 + number % 40 * 300
@@ -49,7 +49,7 @@ def _is_free(port: int) -> bool:
 
 
 def wait_for(condition: Callable[[], _T], within_s: float) -> _T:
-    """What it returns when that is true."""
+    """Return a condition's first true value."""
     end = time.monotonic() + within_s
     while not (result := condition()):
         assert time.monotonic() < end, "waited for too long"
