@@ -86,9 +86,9 @@ def test_ranks_and_micro_batches_change_nothing(way: str, path: Path) -> None:
         other = train_metrics(path, way, world_size, micro_batch)
         assert len(other) == len(one)
         for key in ("loss", "eval_loss", "grad_norm", "tokens", "trained_tokens"):
-            ours, theirs = ([row[key] for row in rows if key in row] for rows in (other, one))
+            numbers, expected = ([row[key] for row in rows if key in row] for rows in (other, one))
             tolerance = 1e-4 if key == "grad_norm" else 1e-5
-            assert ours == pytest.approx(theirs, rel=tolerance), (key, world_size, micro_batch)
+            assert numbers == pytest.approx(expected, rel=tolerance), (key, world_size, micro_batch)
     assert one[-1]["eval_loss"] < one[0]["eval_loss"]
 
 
@@ -112,8 +112,8 @@ def test_warm_up_longer_than_the_run_is_cut(path: Path, capsys: pytest.CaptureFi
     for steps in (["train.steps=null", "train.epochs=1"], ["train.steps=5"]):
         config = load_config(path, [*steps, "optim.warmup_steps=30"])
         setup = set_up_run(config, read_rank_info({}), Console(soft_wrap=True))
-        said = f"optim.warmup_steps: 30 is cut to the {setup.steps} steps of this run"
-        assert said in capsys.readouterr().out
+        message = f"optim.warmup_steps: 30 is cut to the {setup.steps} steps of this run"
+        assert message in capsys.readouterr().out
         assert learning_rate(setup.steps - 1, setup.steps, config.optim) == config.optim.lr
 
 

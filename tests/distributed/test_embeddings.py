@@ -90,10 +90,10 @@ def test_a_head_that_others_have_quantized(tmp_path: Path) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["nothing"],
     )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    published = transformers.AutoModelForCausalLM.from_pretrained(
         source, quantization_config=options, dtype=torch.bfloat16, device_map="cpu"
     )
-    theirs.save_pretrained(tmp_path / "published")
+    published.save_pretrained(tmp_path / "published")
     tiny_models.make_tokenizer().save_pretrained(tmp_path / "published")
     assert "lm_head.weight" in ModelFolder(tmp_path / "published").quantized
     path = tiny_models.make_config(tmp_path, tmp_path / "published", train__steps=2, optim__warmup_steps=0)

@@ -83,8 +83,8 @@ def test_every_layout_trains_the_same(layout: str, config: Path, single: list[di
     assert len(losses(single)) == 6
     torch.testing.assert_close(losses(metrics), losses(single), rtol=1e-5, atol=0)
     for key in ("eval_loss", "grad_norm"):
-        ours, theirs = ([row[key] for row in rows if key in row] for rows in (metrics, single))
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
+        numbers, expected = ([row[key] for row in rows if key in row] for rows in (metrics, single))
+        torch.testing.assert_close(torch.tensor(numbers), torch.tensor(expected), rtol=1e-4, atol=0)
     assert adapter_difference(single[-1]["adapter"], metrics[-1]["adapter"]) < 1e-5
     assert losses(single)[-1] < 0.97 * losses(single)[0]  # the loss has fallen
 

@@ -74,8 +74,8 @@ def test_modules_trained_whole(tied: bool, names: list[str], layout: tuple[int, 
     plain = dequantized_model(source, quantized)
     adapted = peft.PeftModel.from_pretrained(plain, run_path(many.run) / "adapter").eval()
     with torch.no_grad():
-        theirs = adapted(input_ids=PROMPT, use_cache=False).logits
-    torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-4)
+        expected = adapted(input_ids=PROMPT, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_an_unknown_module_is_refused(tiny_llama_nf4: Path, tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ def test_a_killed_run_resumes_bit_for_bit(config: Path) -> None:
     run_ranks(2, run_training, killed)
     assert losses(killed) == losses(whole)
     assert eval_losses(killed) == eval_losses(whole)
-    ours, theirs = adapter(killed), adapter(whole)
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, expected = adapter(killed), adapter(whole)
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
     assert json.loads((run_path(killed.run) / DONE_MARKER).read_text())["step"] == STEPS
 
 
@@ -182,9 +182,9 @@ def choose_after_each_damage(checkpoints: str, names: list[str], scratch: str) -
     from qlora_dist.checkpoint.select import latest_complete
 
     dist.init_process_group("gloo")
-    found = []
+    results = []
     newest = Path(checkpoints) / names[0]
-    for what, spoil in damage_cases(newest):
+    for kind, spoil in damage_cases(newest):
         if dist.get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
             shutil.copytree(checkpoints, scratch)
@@ -192,11 +192,11 @@ def choose_after_each_damage(checkpoints: str, names: list[str], scratch: str) -
         dist.barrier()
         lines: list[str] = []
         chosen = latest_complete(Path(scratch), lines.append)
-        assert len(lines) == 1 and "passed over" in lines[0], (what, lines)
-        found.append((what, chosen[0].name if chosen else None))
+        assert len(lines) == 1 and "passed over" in lines[0], (kind, lines)
+        results.append((kind, chosen[0].name if chosen else None))
         dist.barrier()
     dist.destroy_process_group()
-    return found
+    return results
 
 
 def test_every_damage_is_noticed_and_the_previous_checkpoint_chosen(config: Path, tmp_path: Path) -> None:
@@ -204,9 +204,9 @@ def test_every_damage_is_noticed_and_the_previous_checkpoint_chosen(config: Path
     run_ranks(2, run_training, run)
     checkpoints = run_path(run.run) / "checkpoints"
     names = [path.name for path in find_checkpoints(checkpoints)]
-    for found in run_ranks(2, choose_after_each_damage, str(checkpoints), names, str(tmp_path / "copy")):
-        assert len(found) == 3 * 7
-        assert {name for _, name in found} == {names[1]}, found
+    for results in run_ranks(2, choose_after_each_damage, str(checkpoints), names, str(tmp_path / "copy")):
+        assert len(results) == 3 * 7
+        assert {name for _, name in results} == {names[1]}, results
 
 
 def train_with_a_limit(config: Config, step: int) -> None:

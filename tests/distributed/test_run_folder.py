@@ -287,19 +287,19 @@ def choose_after_each_edit(checkpoints: Path) -> list[tuple[str, str | None, lis
 
     dist.init_process_group("gloo")
     newest = find_checkpoints(checkpoints)[0]
-    written, found = (newest / CHECKPOINT_MANIFEST).read_bytes(), []
-    for what, edit in EDITS.items():
+    written, results = (newest / CHECKPOINT_MANIFEST).read_bytes(), []
+    for kind, edit in EDITS.items():
         tree = json.loads(written)
         edit(tree)
         (newest / CHECKPOINT_MANIFEST).write_bytes(sign_manifest(tree))
         messages: list[str] = []
-        taken = latest_complete(checkpoints, messages.append, _check_counters)
-        found.append((what, taken and taken[0].name, messages))
+        chosen = latest_complete(checkpoints, messages.append, _check_counters)
+        results.append((kind, chosen and chosen[0].name, messages))
     (newest / CHECKPOINT_MANIFEST).write_bytes(sign_manifest(json.loads(written)))
-    taken = latest_complete(checkpoints, print, _check_counters)
-    found.append(("nothing", taken and taken[0].name, []))
+    chosen = latest_complete(checkpoints, print, _check_counters)
+    results.append(("nothing", chosen and chosen[0].name, []))
     dist.destroy_process_group()
-    return found
+    return results
 
 
 def choose_as_another_user(checkpoints: Path) -> str:
@@ -310,8 +310,8 @@ def choose_as_another_user(checkpoints: Path) -> str:
     os.setgid(65534)
     os.setuid(65534)
     try:
-        found = latest_complete(checkpoints, print, _check_counters)
-        return "" if found is None else found[0].name
+        chosen = latest_complete(checkpoints, print, _check_counters)
+        return "" if chosen is None else chosen[0].name
     except UserError as error:
         return str(error)
 
@@ -329,11 +329,11 @@ def sign_manifest(tree: dict[str, Any]) -> bytes:
 def test_a_manifest_that_does_not_fit_its_files_is_skipped(config: Path) -> None:
     run = resolve(config, "edited", "train.steps=4")
     run_ranks(2, run_training, run)
-    (found,) = run_ranks(1, choose_after_each_edit, run_path(run.run) / "checkpoints")
-    assert found.pop() == ("nothing", "step-000004", [])
-    for what, taken, said in found:
-        assert taken == "step-000002", (what, said)
-        assert len(said) == 1 and "it is passed over" in said[0], (what, said)
+    (results,) = run_ranks(1, choose_after_each_edit, run_path(run.run) / "checkpoints")
+    assert results.pop() == ("nothing", "step-000004", [])
+    for kind, chosen, messages in results:
+        assert chosen == "step-000002", (kind, messages)
+        assert len(messages) == 1 and "it is passed over" in messages[0], (kind, messages)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")

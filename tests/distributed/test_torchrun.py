@@ -32,15 +32,15 @@ def wait_for(condition: Callable[[], _T], within_s: float) -> _T:
 
 def rank_pids(agent: int) -> dict[str, int]:
     """Return the process ids of an agent's ranks."""
-    found = {}
+    pids = {}
     for number in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
         with contextlib.suppress(OSError):
             environ = dict(
                 entry.split("=", 1) for entry in Path(f"/proc/{number}/environ").read_text().split("\0") if entry
             )
             if "TORCHELASTIC_RUN_ID" in environ:
-                found[environ["RANK"]] = int(number)
-    return found
+                pids[environ["RANK"]] = int(number)
+    return pids
 
 
 def is_running(number: int) -> bool:

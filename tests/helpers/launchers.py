@@ -45,15 +45,15 @@ def environment(folder: Path) -> dict[str, str]:
 def alive_pids(folder: Path) -> list[int]:
     """Return the ids of all processes with that folder in their environment."""
     mark = f"QLORA_DIST_TEST={folder}".encode()
-    found = []
+    pids = []
     for process in Path("/proc").iterdir():
         try:
             if process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0"):
                 state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-                found += [] if state in "ZX" else [int(process.name)]
+                pids += [] if state in "ZX" else [int(process.name)]
         except OSError:
             continue
-    return found
+    return pids
 
 
 def wait_until(condition: Callable[[], object], within_s: float) -> bool:
