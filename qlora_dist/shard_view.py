@@ -7,7 +7,6 @@ elements are split as one flat row, and `FlatShard` describes this rank's part. 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,14 +93,6 @@ def pop_local_grad(parameter: nn.Parameter) -> torch.Tensor | None:
     else:
         gradient, parameter.grad = parameter.grad, None
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
-@torch.no_grad()
-def update_gathered(shards: Sequence[FlatShard]) -> None:
-    """Round the values of shards that are gathered in another dtype."""
-    rounded = [shard for shard in shards if shard.gathered is not shard.padded]
-    if rounded:
-        torch._foreach_copy_([shard.gathered for shard in rounded], [shard.padded for shard in rounded])
 
 
 def local_slice(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:

@@ -8,15 +8,14 @@ import math
 import warnings
 from collections.abc import Iterator
 
-import peft
 import torch
-from peft.tuners.lora.layer import LoraLayer, dispatch_default
 from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.lora import NF4LoraLinear
 from qlora_dist.adapters.lora_experts import NF4LoraExperts, peft_swaps_in_out
 from qlora_dist.adapters.targets import AdapterTargets, find_targets, peft_target_names, targets_from_peft_config
+from qlora_dist.compat.peft import LoraLayer, dispatch_default, peft
 from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import target_module_name

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from qlora_dist.adapters.attach import has_tied_head, named_trainable_parameters
 from qlora_dist.adapters.peft_keys import peft_key
 from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.compat.peft import peft
 from qlora_dist.errors import UserError
 from qlora_dist.shard_view import full_tensor
 

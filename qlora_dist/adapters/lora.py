@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
-import peft
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
 from qlora_dist.adapters.lora_matmul import lora_matmul
+from qlora_dist.compat.peft import LoraLayer, LoraVariant, peft
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 

@@ -6,12 +6,11 @@ import copy
 import warnings
 from collections.abc import Mapping
 
-import peft
 import torch
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from qlora_dist.compat.peft import convert_peft_adapter_state_dict_for_transformers, peft
 from qlora_dist.errors import UserError
 
 _NAME = "default"

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
-
 from qlora_dist.adapters.peft_keys import parameter_name
 from qlora_dist.adapters.validate_adapter import check_adapter_type
+from qlora_dist.compat.peft import peft
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import (
     ADAPTER_CONFIG_NAME,

@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-import peft
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_dist.compat.peft import check_target_module_exists, convert_peft_config_for_transformers, peft
+from qlora_dist.compat.torch import module_parameters
 from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import matches_any_suffix, target_module_name
@@ -119,7 +118,7 @@ def peft_target_names(model: PreTrainedModel, targets: AdapterTargets) -> tuple[
     parameters = [
         path if isinstance(module, NF4Experts) else f"{path}.{'weight' if name == 'packed' else name}"
         for path, module in model.named_modules()
-        for name in module._parameters
+        for name in module_parameters(module)
     ]
     return (
         _shortest_suffixes(plain, modules, (target_module_name, _in_layer)),

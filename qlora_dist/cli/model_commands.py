@@ -175,10 +175,18 @@ def generate(
         from qlora_dist.inference.inference_commands import ModelOptions, PromptOptions, run_generate
 
         sampling = SamplingOptions(
-            max_new_tokens, 0.0 if greedy else temperature, top_p, top_k, repetition_penalty, seed
+            max_new_tokens=max_new_tokens,
+            temperature=0.0 if greedy else temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
         )
         options = ModelOptions(adapter or (), base, not no_quantize, overrides or ())
-        run_generate(options, PromptOptions(prompt, prompts, chat, raw, system, use, batch_size), sampling)
+        prompt_options = PromptOptions(
+            prompt=prompt, file=prompts, chat=chat, raw=raw, system=system, adapter=use, batch_size=batch_size
+        )
+        run_generate(options, prompt_options, sampling)
 
     run_on_every_rank(run)
 
@@ -210,7 +218,9 @@ def evaluate(
             [*([folder] if folder else []), *(adapter or ())], base, not no_quantize, overrides or ()
         )
         task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-        task_options = TaskOptions(task_names, num_fewshot, limit, batch_size, task_folder) if task_names else None
-        run_eval(options, data, task_options, as_json)
+        task_options = TaskOptions(
+            names=task_names, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, folder=task_folder
+        )
+        run_eval(options, data, task_options if task_names else None, as_json=as_json)
 
     run_on_every_rank(run)

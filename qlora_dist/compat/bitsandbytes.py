@@ -1,7 +1,8 @@
-"""bitsandbytes, imported in three quarters of the time. Everybody here has it from this file.
+"""bitsandbytes 0.50, imported without torch's compiler. The package imports bitsandbytes from this file only.
 
-It decorates six fallbacks with `torch.compile`, which loads torch's whole compiler: a quarter of what every rank
-imports. Nothing of ours calls them (`nf4/quantize.py` says why); who does has them compiled at the first call.
+bitsandbytes decorates six fallbacks with `torch.compile`, which loads torch's whole compiler: a quarter of the import
+time of every rank. This package calls none of them, for the reason in `nf4/quantize.py`. Here they are compiled at
+their first call.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Everything of DeepSpeed that we use but its optimizer (`zero_optimizer.py`), behind functions of ours.
+"""DeepSpeed 0.19 behind functions of this package. Its optimizer is in `stage3.py`.
 
-DeepSpeed's own way is `deepspeed.initialize`: it wants a whole model on every rank and an optimizer. Used here is what
-lies beneath it, ZeRO-3's parameters (`zero.Init`) and their gathering (`DeepSpeedZeRoOffload`): modules fetch their
-parameters before they run and release them after. When a release of DeepSpeed moves any of this,
-tests/zero/test_deepspeed_internals.py fails and this file is the one to change.
+`deepspeed.initialize` needs a whole model on every rank and an optimizer. This file uses the layer below it: ZeRO-3's
+parameters (`zero.Init`) and their gathering (`DeepSpeedZeRoOffload`). Modules gather their parameters before they run
+and release them after. If a release of DeepSpeed moves any of this, tests/zero/test_deepspeed_internals.py or
+tests/compat/test_private_names.py fails.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qlora_dist.compat.transformers import mark_initialized
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import set_local_rank
 from qlora_dist.shard_view import FlatShard, set_flat_shard
 
+_PRIVATE_NAMES = ("deepspeed.runtime.zero.partition_parameters.Init._convert_to_deepspeed_param",)
+
 
 class ZeroPart(torch.Tensor):
-    """A rank's part of a parameter, with the attributes that DeepSpeed reads on it.
+    """Partition of a parameter, with the attributes that DeepSpeed reads on it.
 
     The class only names types: no instance is made, because DeepSpeed uses plain tensors.
     """
@@ -37,7 +40,7 @@ class ZeroPart(torch.Tensor):
 
 
 class ZeroParameter(nn.Parameter):
-    """A parameter with those attributes of ZeRO-3's that are used here.
+    """Parameter with the attributes of ZeRO-3 that are used here.
 
     The class only names types: no instance is made, because DeepSpeed uses plain parameters.
     """
@@ -73,11 +76,11 @@ class _Offload(Protocol):
 
 
 OnAllGather = Callable[[dist.ProcessGroup, int], None]
-"""Told of each all-gather: its group, and the bytes this rank receives in it."""
+"""Callback for each all-gather: its group, and the bytes that this rank receives."""
 
 
 def check_deepspeed() -> None:
-    """See whether DeepSpeed is there, without importing it.
+    """Check that DeepSpeed is installed, without importing it.
 
     Raises:
         UserError: it is not.
@@ -90,7 +93,7 @@ def check_deepspeed() -> None:
 
 
 def check_async_io(device: torch.device) -> None:
-    """See whether DeepSpeed can read and write files: compile what it does that with, if it never has been.
+    """Check that DeepSpeed can read and write files, and compile its operator for that if needed.
 
     Raises:
         UserError: there is no compiler, or no libaio.
@@ -113,11 +116,11 @@ def check_async_io(device: torch.device) -> None:
 
 
 class Partitioner:
-    """Turns parameters into those of ZeRO-3, and hangs its hooks on a model.
+    """Converter of a model's parameters to ZeRO-3's, which also sets the hooks that gather them.
 
     Args:
-        device: of this rank. The default process group must be there; it is DeepSpeed's too.
-        on_gather: told of all that is gathered.
+        device: the rank's device. DeepSpeed uses the default process group, which must exist.
+        on_gather: function that is called for each all-gather.
     """
 
     def __init__(self, device: torch.device, on_gather: OnAllGather) -> None:
@@ -125,7 +128,7 @@ class Partitioner:
         from deepspeed.runtime.zero.partition_parameters import Init, free_param
 
         self._device, self._free = device, free_param
-        # not entered as a context: there it casts every floating tensor that anybody makes
+        # not entered as a context, because there it casts every new floating tensor
         self._init = Init(data_parallel_group=dist.group.WORLD, mem_efficient_linear=False)
 
     def partition(
@@ -133,25 +136,25 @@ class Partitioner:
         parameter: nn.Parameter,
         group: dist.ProcessGroup,
         dtype: torch.dtype,
+        *,
         on_host: bool,
         is_first_replica: bool,
     ) -> nn.Parameter:
-        """A parameter in the place of another one on meta, with room for this rank's part, and no values.
+        """Return a partitioned parameter in place of one on meta, with memory for this rank's partition but no values.
 
         Args:
-            parameter: on meta.
-            group: of the ranks that share it.
-            dtype: what it is gathered in; bytes and other integers stay what they are.
-            on_host: keep the part in host memory.
-            is_first_replica: whether no rank before this one holds the same part.
+            parameter: the parameter, on meta.
+            group: process group of the ranks that share it.
+            dtype: type that it is gathered in. Bytes and other integers keep their type.
+            on_host: whether the partition is kept in host memory.
+            is_first_replica: whether no lower rank holds the same partition.
         """
         dtype = dtype if parameter.is_floating_point() else parameter.dtype
-        # of the whole's shape and of one element's memory: DeepSpeed looks at shapes
+        # the whole shape with the memory of one element, because DeepSpeed only reads the shape
         blank = torch.empty((), dtype=dtype, device=self._device).expand(parameter.shape)
         partitioned = zero_parameter(nn.Parameter(blank, requires_grad=parameter.requires_grad))
-        partitioned.ds_zero_partition_process_group = group  # else the world
-        # or transformers would give it first values, and it has no elements
-        partitioned._is_hf_initialized = True  # type: ignore[attr-defined]
+        partitioned.ds_zero_partition_process_group = group  # the default is the world
+        mark_initialized(partitioned)
         self._init._convert_to_deepspeed_param(partitioned)
         numel, size = parameter.numel(), -(-parameter.numel() // group.size())
         device = torch.device("cpu") if on_host else self._device
@@ -174,10 +177,10 @@ class Partitioner:
         return partitioned
 
     def register_hooks(self, model: nn.Module, units: Sequence[nn.Module], settings: dict[str, Any]) -> GatherHooks:
-        """Have the modules of a model fetch their parameters, each unit all of its own at once.
+        """Have the modules of a model gather their parameters, each unit all of its own at once.
 
         Args:
-            model: all of whose parameters have been cut.
+            model: the model, with all parameters partitioned.
             units: modules that are gathered as one, such as decoder layers.
             settings: `zero_optimization` of DeepSpeed's JSON.
         """
@@ -204,28 +207,28 @@ class Partitioner:
 
 
 class GatherHooks:
-    """ZeRO-3's hooks on a model."""
+    """Hooks of ZeRO-3 on a model."""
 
     def __init__(self, offload: _Offload) -> None:
         self._offload = offload
 
     def release_all(self) -> None:
-        """Release what is still gathered or on its way: after backward, or after a forward pass that has none.
+        """Release what is still gathered, after backward or after a forward pass without one.
 
-        DeepSpeed keeps what it believes to be needed soon, and an optimizer's step in between would not be seen.
+        DeepSpeed keeps parameters that it expects to need soon, which would be stale after an optimizer's step.
         """
         self._offload.release_backward_leftovers()
         self._offload.partition_all_parameters()
 
     @staticmethod
     def skip_backward_gather(module: nn.Module) -> None:
-        """Don't gather a module in backward, where its parameters are not needed."""
+        """Skip gathering a module in backward, where its parameters are not needed."""
         for name in ("pre_bwd_fn", "post_bwd_fn"):
-            setattr(module, name, _IdentityFunction)  # torch's types let a module have tensors and modules only
+            setattr(module, name, _IdentityFunction)  # torch's types allow only tensors and modules as attributes
 
 
 class _IdentityFunction:
-    """In place of the autograd functions that DeepSpeed puts around a module."""
+    """Replacement of the autograd functions that DeepSpeed puts around a module."""
 
     @staticmethod
     def apply(tensor: torch.Tensor) -> torch.Tensor:
@@ -245,19 +248,19 @@ def zero_part(part: torch.Tensor) -> ZeroPart:
 
 
 def gather_parameters(parameters: Iterable[nn.Parameter]) -> None:
-    """Gather parameters outside of forward and backward. Called on all ranks that share them."""
+    """Gather parameters outside of forward and backward. Call it on all ranks that share them."""
     first, *others = parameters
     zero_parameter(first).all_gather_coalesced([first, *others]).wait()
 
 
 def release_parameters(parameters: Iterable[nn.Parameter]) -> None:
-    """Release what `gather_parameters` has gathered; changes are lost."""
+    """Release parameters from `gather_parameters`. Changes to them are lost."""
     first, *others = parameters
     zero_parameter(first).partition([first, *others])
 
 
 def gathered_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of those that are gathered at this moment, each of which takes memory as a whole."""
+    """Return the bytes of the parameters that are gathered at this moment."""
     return sum(parameter.untyped_storage().nbytes() for parameter in parameters)
 
 
@@ -272,7 +275,7 @@ def _init_deepspeed(device: torch.device, on_gather: OnAllGather) -> None:
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
     set_accelerator(CUDA_Accelerator() if device.type == "cuda" else CPU_Accelerator())
-    # On a CPU it would compile one at its start, for tensor parallelism. Gathering needs no operator of its own.
+    # On a CPU it would compile an operator for tensor parallelism at its start. Gathering needs none.
     deepspeed.ops.__compatible_ops__ = {}
     if not comm.is_initialized():
         comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
@@ -285,7 +288,9 @@ def _init_deepspeed(device: torch.device, on_gather: OnAllGather) -> None:
 
 
 def _import_deepspeed(device: torch.device) -> None:
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for one, and complains if there is none
+    os.environ.setdefault(
+        "DS_ACCELERATOR", device.type
+    )  # else it searches for an accelerator, and warns if there is none
     import deepspeed  # noqa: F401
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

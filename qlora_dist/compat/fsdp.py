@@ -1,8 +1,8 @@
-"""Everything of FSDP2 that torch keeps private, behind functions of ours.
+"""Private parts of FSDP2 in torch 2.13, behind functions of this package.
 
-torch 2.13 lets `shard_placement_fn` return a mesh per parameter, but has not published the type it returns; and a
-unit whose parameters lie on several meshes refuses the public setters of its communication. When a torch release
-moves any of this, tests/compat/test_fsdp.py fails and this file is the one to change.
+`shard_placement_fn` may return a mesh per parameter, but the type that it returns is private. A unit whose parameters
+lie on several meshes refuses the public setters of its communication. If a release of torch moves any of this,
+tests/compat/test_fsdp.py or tests/compat/test_private_names.py fails.
 """
 
 from __future__ import annotations
@@ -34,21 +34,40 @@ except ImportError as error:  # pragma: no cover (another torch)
         f"torch {torch.__version__} has moved parts of FSDP2 that qlora-dist uses ({error}); install torch 2.13"
     ) from error
 
-OnCollective = Callable[[str, str, int], None]
-"""Told of each collective: its name, the mesh dimension, and the bytes this rank receives in it."""
+_PRIVATE_NAMES = (
+    "torch.distributed.fsdp.FSDPModule._get_fsdp_state",
+    "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultAllGather",
+    "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultReduceScatter",
+    "torch.distributed.fsdp._fully_shard._fsdp_common.FSDPMeshInfo",
+    "torch.distributed.fsdp._fully_shard._fsdp_common.HSDPMeshInfo",
+    "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult",
+    "torch.distributed.fsdp._fully_shard._fsdp_common.TrainingState",
+    "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam",
+    "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam._sharded_param_data",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._all_gather_comm",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._all_gather_result",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._all_reduce_hook",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._reduce_scatter_comm",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._training_state",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup._validate_no_meta_params",
+    "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState._fsdp_param_groups",
+)
 
+OnCollective = Callable[[str, str, int], None]
+"""Callback for each collective: its name, the mesh dimension, and the bytes that this rank receives."""
 
 PassDirection = Literal["forward", "backward"]
 AcquirePage = Callable[[PassDirection], torch.Tensor]
-"""Gives a unit's page, on its device, for the pass that needs it: uint8[n]."""
+"""Function that returns a unit's page on its device, uint8[n], for the pass that needs it."""
 ReleasePage = Callable[[torch.Event | None], None]
-"""Told when the page has been read, or will have been when the device has come to an event of another stream."""
+"""Callback after the page has been read. With an event of another stream, the page is in use until the event."""
 
 
 class MeshPlacement:
-    """Where a parameter goes that does not lie on the mesh given to `fully_shard`.
+    """Placement of a parameter on another mesh than the one given to `fully_shard`.
 
-    FSDP2 groups parameters by the identity of the mesh's description, so there is one for all parameters of a mesh.
+    FSDP2 groups parameters by the identity of the mesh's description, so all parameters of a mesh share one.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -63,7 +82,7 @@ class MeshPlacement:
 
 
 def observe_collectives(unit: FSDPModule, on_collective: OnCollective) -> None:
-    """Have a unit report every collective that it issues."""
+    """Call a function for every collective that a unit issues."""
     for group in _groups(unit):
         dim = _shard_dim_name(group)
         group._all_gather_comm = _ObservedAllGather(dim, on_collective)
@@ -79,7 +98,7 @@ def observe_collectives(unit: FSDPModule, on_collective: OnCollective) -> None:
 
 
 def offload_frozen_only(unit: FSDPModule) -> None:
-    """Of a unit with an offload policy, offload the frozen parameters only."""
+    """Restrict a unit's offload policy to its frozen parameters."""
     for group in _groups(unit):
         if any(p.sharded_param.requires_grad for p in group.fsdp_params):
             group.offload_policy = OffloadPolicy()
@@ -88,10 +107,10 @@ def offload_frozen_only(unit: FSDPModule) -> None:
 
 
 def frozen_shards(unit: FSDPModule) -> list[tuple[nn.Parameter, int, int]]:
-    """A unit's frozen parameters, as they lie one behind the other in a page.
+    """Return a unit's frozen parameters in the order of a page.
 
     Returns:
-        Of each: the parameter, where this rank's shard begins, and how many bytes it has, with what FSDP2 pads.
+        Each parameter with the first byte of this rank's shard, and its number of bytes with FSDP2's padding.
     """
     shards, start = [], 0
     for group in _groups(unit):
@@ -104,16 +123,16 @@ def frozen_shards(unit: FSDPModule) -> list[tuple[nn.Parameter, int, int]]:
 
 
 def page_frozen_parameters(unit: FSDPModule, acquire_page: AcquirePage, release_page: ReleasePage) -> None:
-    """Have a unit take its frozen shards from a page, whenever it gathers them. The parameters stay on meta.
+    """Have a unit read its frozen shards from a page whenever it gathers them. The parameters stay on meta.
 
-    A page is asked for at the moment in which FSDP2 reads the shards, and is done with when it has: with several ranks
-    in `unshard`, which copies them into the all-gather's buffer, on one rank in `wait_for_unshard`. So one page is in
-    use at a time, whatever FSDP2 prefetches.
+    The page is acquired when FSDP2 reads the shards, and released right after. With several ranks that is in `unshard`,
+    which copies them into the all-gather's buffer. On one rank it is in `wait_for_unshard`. So one page is in use at a
+    time, whatever FSDP2 prefetches.
 
     Args:
-        unit: sharded; its parameters on meta.
-        acquire_page: gives the bytes as `frozen_shards` says they lie.
-        release_page: called after each `acquire_page`.
+        unit: a sharded unit, with its parameters on meta.
+        acquire_page: source of the page, laid out as `frozen_shards` returns.
+        release_page: function that is called after each `acquire_page`.
     """
     starts = {id(parameter): (start, nbytes) for parameter, start, nbytes in frozen_shards(unit)}
     for group in _groups(unit):
@@ -123,7 +142,10 @@ def page_frozen_parameters(unit: FSDPModule, acquire_page: AcquirePage, release_
 
 
 def _page_group(
-    group: FSDPParamGroup, frozen: list[tuple[FSDPParam, int, int]], get_page: AcquirePage, page_done: ReleasePage
+    group: FSDPParamGroup,
+    frozen: list[tuple[FSDPParam, int, int]],
+    acquire_page: AcquirePage,
+    release_page: ReleasePage,
 ) -> None:
     unshard, wait_for_unshard = group.unshard, group.wait_for_unshard
     assert isinstance(group.mesh_info, FSDPMeshInfo)
@@ -131,11 +153,11 @@ def _page_group(
     on_meta = [parameter._sharded_param_data for parameter, _, _ in frozen]
 
     def with_page(read: Callable[[], None], used_on: Callable[[], torch.Event | None]) -> None:
-        page = get_page("backward" if group._training_state == TrainingState.PRE_BACKWARD else "forward")
+        page = acquire_page("backward" if group._training_state == TrainingState.PRE_BACKWARD else "forward")
         for (parameter, start, nbytes), meta_shard in zip(frozen, on_meta, strict=True):
             parameter._sharded_param_data = page[start : start + nbytes].view(meta_shard.dtype)
         read()
-        page_done(used_on())
+        release_page(used_on())
         for (parameter, _, _), meta_shard in zip(frozen, on_meta, strict=True):
             parameter._sharded_param_data = meta_shard
 
@@ -159,7 +181,7 @@ def _page_group(
     # FSDP2 has no hook at these places, so the methods of this one group are replaced
     group.unshard = paged_unshard  # type: ignore[method-assign]
     group.wait_for_unshard = paged_wait_for_unshard  # type: ignore[method-assign]
-    group._validate_no_meta_params = lambda: None  # type: ignore[method-assign]  # it wants memory for frozen ones
+    group._validate_no_meta_params = lambda: None  # type: ignore[method-assign]  # it requires memory for frozen parameters
 
 
 def _groups(unit: FSDPModule) -> Iterator[FSDPParamGroup]:

@@ -1,4 +1,4 @@
-"""Refusing libraries that would train something else, before anything heavy is imported."""
+"""Check of library versions, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TESTED_VERSIONS = {
     "bitsandbytes": "0.50.2",
     "datasets": "5.2.0",
 }
-"""What the tests were run with; constraints.txt has it all."""
+"""Versions that the tests were run with. constraints.txt has all of them."""
 
 
 def check_versions() -> None:
     """Compare the installed versions with the oldest that work.
 
     Raises:
-        UserError: one is too old or absent.
+        UserError: a library is too old or missing.
     """
     for package, oldest in _MIN_VERSIONS.items():
         required = ".".join(map(str, oldest))
@@ -44,7 +44,7 @@ def check_versions() -> None:
 
 
 def _parse_release(version: str) -> tuple[int, ...]:
-    """(2, 13) of 2.13.0+cpu; a pre-release counts as its release."""
+    """Return (2, 13) for 2.13.0+cpu. A pre-release counts as its release."""
     numbers = []
     for part in version.partition("+")[0].split(".")[:2]:
         numbers.append(int(re.sub(r"\D.*", "", part) or 0))

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 
+from qlora_dist.compat.torch import flash_attention_cpu, flash_attention_cpu_backward
 from qlora_dist.sequence_starts import sequence_slices
 
 _FP32_BACKWARD_LENGTH = 384  # positions: backward of shorter sequences is faster in fp32
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def packed_causal_attention_cpu(
@@ -48,7 +46,7 @@ def _attention(
     output, logsumexp = _outputs(query)
     for rows, first, end in sequence_slices(starts, query.shape[2]):
         q, k, v = (t[rows, :, first:end] for t in (query, key, value))
-        part, part_logsumexp = _forward(q, k, v, 0.0, True, scale=scale)
+        part, part_logsumexp = flash_attention_cpu(q, k, v, 0.0, True, scale=scale)
         output[rows, first:end] = part.transpose(1, 2)
         logsumexp[rows, first:end] = part_logsumexp.transpose(1, 2)
     return output, logsumexp
@@ -81,7 +79,9 @@ def _attention_backward(
         parts = [t[rows, :, first:end] for t in (grad.transpose(1, 2), query, key, value, output.transpose(1, 2))]
         if end - first < _FP32_BACKWARD_LENGTH and query.dtype != torch.float64:
             parts = [part.float() for part in parts]
-        part_grads = _backward(*parts, logsumexp[rows, first:end].transpose(1, 2), 0.0, True, scale=scale)
+        part_grads = flash_attention_cpu_backward(
+            *parts, logsumexp[rows, first:end].transpose(1, 2), 0.0, True, scale=scale
+        )
         for whole, part in zip(grads, part_grads, strict=True):
             whole[rows, :, first:end] = part
     return grads

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import models, pre_tokenizers
 
+from qlora_dist.compat.transformers import has_stock_encoding
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -20,14 +22,14 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int
     accepted here can only remove bytes from a text. A text in NFC that is as long as its tokens together has therefore
     lost none.
     """
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
     if not tokenizer.is_fast:
         return None
     tokenizer_class = type(tokenizer)
     if tokenizer_class.__call__ is not PreTrainedTokenizerBase.__call__:
         return None
-    if tokenizer_class._encode_plus is not PreTrainedTokenizerFast._encode_plus:
+    if not has_stock_encoding(tokenizer):
         return None  # Code Llama's tokenizer overrides it.
     backend = tokenizer.backend_tokenizer
     model = backend.model

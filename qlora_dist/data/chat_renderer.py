@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
+from qlora_dist.compat.transformers import assistant_span_renderer, compile_chat_template, reasoning_field_aliaser
 from qlora_dist.data.source_row import Message
 from qlora_dist.data.template_limit import TEMPLATE_LIMITER
 from qlora_dist.data.template_probe import TemplateProbe, UnsupportedConversationError
@@ -24,31 +25,22 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatRenderer:
     """Compiled chat template that renders conversations as `tokenizer.apply_chat_template` does.
 
-    All private functions of transformers are used here: its sandbox, and its tracking of `{% generation %}` blocks.
-
     Raises:
         jinja2.TemplateSyntaxError: the template does not compile.
     """
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
-        from transformers.utils import chat_template_utils
-
         self.source = template
         self.has_generation_blocks = _GENERATION.search(template) is not None
         """True if the template itself marks what the assistant generates."""
         try:
-            self._template = chat_template_utils._compile_jinja_template(template).environment.from_string(template)
+            self._template = compile_chat_template(template).environment.from_string(template)
         except RecursionError:
             raise TemplateSyntaxError("it is nested too deeply", 1) from None
         # A plain dict, because looking names up in jinja's ChainMap takes as long as rendering a short conversation.
         self._template.globals = dict(self._template.globals)
-        self._render_marked: Callable[..., tuple[str, list[CharSpan]]] = (
-            chat_template_utils._render_with_assistant_indices
-        )
-        # Newer releases of transformers have this function, which adds the other names of `reasoning_content`.
-        self._alias_reasoning_fields: _Alias = getattr(
-            chat_template_utils, "_alias_reasoning_fields", lambda messages: messages
-        )
+        self._render_marked: Callable[..., tuple[str, list[CharSpan]]] = assistant_span_renderer()
+        self._alias_reasoning_fields: _Alias = reasoning_field_aliaser()
         self._special_tokens = dict(special_tokens)
         self._variables = {**self._template.globals, **special_tokens, "documents": None}
         self._mentions = {name: name in template for name in ("tools", "tool_calls", "function_call")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from qlora_dist.compat.transformers import compile_chat_template
 from qlora_dist.data.source_row import Message
 from qlora_dist.data.validate import quote
 
@@ -147,9 +148,8 @@ class TemplateProbe:
         """Return the words with which the template compares values. They include roles of its own."""
         if self._compared_words is None:
             from jinja2 import nodes
-            from transformers.utils import chat_template_utils
 
-            environment = chat_template_utils._compile_jinja_template(self._template).environment
+            environment = compile_chat_template(self._template).environment
             compared = environment.parse(self._template).find_all(nodes.Compare)
             words = (const.value for node in compared for const in node.find_all(nodes.Const))
             self._compared_words = frozenset(word for word in words if isinstance(word, str))

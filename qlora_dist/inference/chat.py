@@ -1,4 +1,4 @@
-"""A conversation with a loaded model at a terminal, answers as they come."""
+"""A conversation with a loaded model at a terminal."""
 
 from __future__ import annotations
 
@@ -17,55 +17,53 @@ from qlora_dist.inference.inference_model import InferenceModel
 from qlora_dist.inference.prompts import Prompt, PromptEncoder
 from qlora_dist.runtime.heartbeat import record_heartbeat
 
-CHAT_HELP = "/adapter NAME or /base: who answers; /reset: begin anew; /exit: end"
+CHAT_HELP = "/adapter NAME or /base: choose what answers; /reset: begin anew; /exit: end"
 
 _WAIT_S = 0.05
-_UNLIMITED_TIMEOUT_FACTOR = 1e9  # times the timeout: nobody is to be given up while a person thinks
+_UNLIMITED_TIMEOUT_FACTOR = 1e9  # multiplier of the timeout: the other ranks wait while a person thinks
 
 
 class _AnswerStreamer(TextStreamer):
     """Prints an answer token by token, without what ends it."""
 
-    def __init__(self, prompter: PromptEncoder, ends: Sequence[int], out: TextIO) -> None:
-        super().__init__(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, prompt_encoder: PromptEncoder, ends: Sequence[int], out: TextIO) -> None:
+        super().__init__(prompt_encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._ends, self._out = ends, out
 
     def put(self, value: Any) -> None:
-        """The prompt, then each token."""
         if self.next_tokens_are_prompt or int(value) not in self._ends:
             super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """A piece of the answer."""
         print(text, end="\n" if stream_end else "", flush=True, file=self._out)
 
 
 def chat(
     loaded: InferenceModel,
-    prompter: PromptEncoder,
+    prompt_encoder: PromptEncoder,
     sampling: SamplingOptions,
     end_tokens: Sequence[int],
     read_line: Callable[[], str],
     out: TextIO,
     system: str | None = None,
 ) -> None:
-    """Talk until `/exit` or the end of the input. Called on all ranks; rank 0 reads and prints.
+    """Converse until `/exit` or the end of the input. Call it on all ranks; rank 0 reads and prints.
 
-    A mistake, such as the name of an adapter that is not there, is told and forgotten.
+    A mistake, such as the name of an unknown adapter, is printed, and the conversation continues.
 
     Args:
         loaded: the model.
-        prompter: its tokenizer and template.
-        sampling: how to choose tokens.
-        end_tokens: what ends an answer.
-        read_line: the next line; raises EOFError after the last, or KeyboardInterrupt.
-        out: where answers go.
-        system: the system's message.
+        prompt_encoder: the model's tokenizer and chat template.
+        sampling: options for choosing tokens.
+        end_tokens: tokens that end an answer.
+        read_line: function that returns the next line. It raises EOFError after the last one, or KeyboardInterrupt.
+        out: file that answers are printed to.
+        system: the system message.
 
     Raises:
         UserError: the tokenizer has no chat template.
     """
-    prompter.require_template("--chat")
+    prompt_encoder.require_template("--chat")
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages, turn = list(first), 0
     is_rank_0 = loaded.ranks.rank == 0
@@ -84,24 +82,24 @@ def chat(
             if command == "/reset":
                 messages = list(first)
             elif command in ("/adapter", "/base"):
-                loaded.use(name.strip() if command == "/adapter" else None)
+                loaded.set_adapter(name.strip() if command == "/adapter" else None)
             elif command.startswith("/"):
                 print_on_rank_0(CHAT_HELP)
             elif line.strip():
                 conversation: list[Message] = [*messages, {"role": "user", "content": line.strip()}]
-                tokens = prompter.tokens(Prompt(conversation, place="the conversation"))
-                streamer = _AnswerStreamer(prompter, end_tokens, out) if is_rank_0 else None
+                tokens = prompt_encoder.encode(Prompt(content=conversation, place="the conversation"))
+                streamer = _AnswerStreamer(prompt_encoder, end_tokens, out) if is_rank_0 else None
                 (answer,) = generate_tokens(loaded, [tokens], sampling, end_tokens, streamer=streamer)
-                answer_text = prompter.tokenizer.decode(answer, skip_special_tokens=True)
+                answer_text = prompt_encoder.tokenizer.decode(answer, skip_special_tokens=True)
                 messages = [*conversation, {"role": "assistant", "content": answer_text}]
-        except UserError as mistake:  # found by all ranks alike
+        except UserError as mistake:  # all ranks raise the same one
             print_on_rank_0(str(mistake))
 
 
 def _next_line(loaded: InferenceModel, turn: int, read: Callable[[], str]) -> str | None:
-    """Rank 0's next line, on every rank; None: there is none.
+    """Return rank 0's next line on every rank, or None at the end.
 
-    By the store, not by a collective, which would give up on a person who thinks.
+    The line travels through the store, because a collective would time out while a person thinks.
     """
     key = f"line/{turn}"
     if loaded.ranks.rank == 0:

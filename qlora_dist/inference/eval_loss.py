@@ -21,26 +21,26 @@ from qlora_dist.train.run_setup import check_token_ids
 
 @dataclass(frozen=True)
 class EvalLoss:
-    """What a file says of a model."""
+    """Loss of a model on held-out data."""
 
     loss: float
     """Mean over the trained tokens of all rows, in nats."""
     tokens: int
-    """So many."""
+    """Number of trained tokens."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is too large for a number."""
+        """exp(loss), or infinity if that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 def compute_eval_loss(loaded: InferenceModel, data: str, console: Console | None = None) -> EvalLoss:
-    """The loss of the model with the adapter in use, by the run's templates, masks and packing. Called on all ranks.
+    """Compute the loss with the active adapter, by the run's templates, masks and packing. Call it on all ranks.
 
     Args:
         loaded: the model.
-        data: the file, folder or data set; `data.*` of `loaded.config` says how it is read.
-        console: for the progress of tokenizing; none: silent.
+        data: the file, folder or data set, read by the keys `data.*` of `loaded.config`.
+        console: console for the progress of tokenizing; None to be silent.
 
     Raises:
         UserError: the data cannot be used, or ranks have read different data.
@@ -51,7 +51,7 @@ def compute_eval_loss(loaded: InferenceModel, data: str, console: Console | None
 
 
 def load_eval_batches(loaded: InferenceModel, data: str, console: Console | None = None) -> tuple[list[Batch], int]:
-    """This rank's batches, and the trained tokens of all ranks'."""
+    """Return this rank's batches, and the number of trained tokens over all ranks."""
     config = loaded.config
     eval_data_config = config.data.model_copy(update={"train": [], "eval": data})
     source = prepare_datasets(eval_data_config, load_tokenizer(loaded.folder.path), console).eval

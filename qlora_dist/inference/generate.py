@@ -1,4 +1,4 @@
-"""Text from a loaded model, sharded or not, by transformers' `generate_tokens`; all ranks in step."""
+"""Generation with a loaded model, sharded or not, by transformers' `generate`. All ranks generate in lockstep."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.runtime.object_collectives import all_gather_json
 
 StoppingCriteriaFactory = Callable[[int, int], StoppingCriteriaList]
-"""Of the prompts' padded length and the batch's size, what ends it besides the end token."""
+"""Function of a batch's padded prompt length and its size, which returns further criteria to stop it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How the next token is chosen, by the usual names."""
+    """Options for choosing the next token, under the names of transformers' `GenerationConfig`."""
 
     max_new_tokens: int = 256
     temperature: float = 0.7
-    """0: always the likeliest token. The default, with that of `top_p`, is the QLoRA paper's (section 5.2)."""
+    """0 chooses the most likely token. This default and that of `top_p` are the QLoRA paper's (section 5.2)."""
     top_p: float = 0.9
     top_k: int = 0
-    """0: no limit."""
+    """0 sets no limit."""
     repetition_penalty: float = 1.0
     seed: int = 0
 
     def check(self) -> None:
-        """See whether each is in its range.
+        """Check that each option is in its range.
 
         Raises:
             UserError: one is not.
@@ -62,20 +62,20 @@ def generate_tokens(
     streamer: BaseStreamer | None = None,
     make_stopping_criteria: StoppingCriteriaFactory | None = None,
 ) -> list[list[int]]:
-    """The continuation of each prompt, without its end token. Called on all ranks, with the same prompts.
+    """Return the continuation of each prompt, without its end token. Call it on all ranks, with the same prompts.
 
-    Batches are made of the prompts in their order, and are the same on any number of ranks. Ranks take turns, a batch
-    each; whoever has none, or is done before the others, goes on with something that is thrown away, as all ranks are
-    needed to gather a layer. A batch has a seed of its own.
+    Batches hold the prompts in their order, and are the same on any number of ranks. In each round every rank computes
+    one batch. A rank without a batch, or with a finished one, computes something that is thrown away, because all ranks
+    are needed to gather a layer. Each batch has its own seed.
 
     Args:
-        loaded: the model, with the adapter in use.
-        prompts: their tokens.
-        sampling: how to choose.
-        end_tokens: what ends an answer, besides the model's own end tokens.
-        batch_size: prompts that are computed together, padded on the left.
-        streamer: gets the tokens as they come, of a single prompt.
-        make_stopping_criteria: what else ends a batch.
+        loaded: the model, with its active adapter.
+        prompts: tokens of each prompt.
+        sampling: options for choosing tokens.
+        end_tokens: tokens that end an answer, besides the model's own end tokens.
+        batch_size: number of prompts that are computed together, padded on the left.
+        streamer: receiver of the tokens of a single prompt, as they are generated.
+        make_stopping_criteria: source of further criteria that end a batch.
 
     Raises:
         UserError: a prompt leaves no room for an answer.
@@ -97,7 +97,7 @@ def generate_tokens(
 
 
 def check_prompt_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
-    """See whether each prompt leaves room for an answer.
+    """Check that each prompt leaves room for an answer.
 
     Raises:
         UserError: one does not.
@@ -139,7 +139,7 @@ def _generate_batch(
         use_cache=True,
         **chosen,
     )
-    # at every forward pass: a rank that is done goes through the others' without anything else being called
+    # at every forward pass, because a rank with a finished batch calls nothing else during the passes of the others
     handle = loaded.model.register_forward_hook(lambda *_: record_heartbeat())
     try:
         output = loaded.model.generate(
@@ -160,7 +160,7 @@ def _before_end_token(tokens: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def _end_tokens(loaded: InferenceModel) -> set[int]:
-    """Those that the folder names, in generation_config.json or config.json."""
+    """Return the end tokens that the folder names in generation_config.json or config.json."""
     path = loaded.folder.path / "generation_config.json"
     named = read_model_json(path).get("eos_token_id") if path.exists() else None
     named = loaded.model.config.get_text_config().eos_token_id if named is None else named

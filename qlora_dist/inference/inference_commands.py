@@ -1,4 +1,4 @@
-"""The verbs `generate_tokens` and `eval`, from the command line's words to what they print."""
+"""The commands `generate` and `eval`, from their options to what they print."""
 
 from __future__ import annotations
 
@@ -31,82 +31,82 @@ from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.object_collectives import broadcast_json
 
 BASE_MODEL_NAME = "base"
-"""What stands for no adapter."""
+"""Name that selects the model without an adapter."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What to load."""
+    """Options for loading a model and its adapters."""
 
     adapters: Sequence[str]
-    """`NAME=FOLDER` or `FOLDER`."""
+    """Adapters, each as `NAME=FOLDER` or `FOLDER`."""
     base: Path | None = None
-    """None: the one that the adapters name."""
+    """Folder of the base model; None for the one that the adapters name."""
     quantize: bool = True
     overrides: Sequence[str] = ()
-    """`section.key=value` each."""
+    """Configuration keys, each as `section.key=value`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """What to answer."""
+    """Options that say which prompts to answer."""
 
     prompt: str | None = None
     file: Path | None = None
     chat: bool = False
     raw: bool = False
-    """Continue a text as it is, although there is a chat template."""
+    """Whether to continue a text as it is, although there is a chat template."""
     system: str | None = None
-    use: str | None = None
-    """The adapter that answers; None: the first."""
+    adapter: str | None = None
+    """Name of the adapter that answers; None for the first one."""
     batch_size: int = 8
 
 
 def run_generate(options: ModelOptions, prompt_options: PromptOptions, sampling: SamplingOptions) -> None:
-    """Answer one prompt, the prompts of a file, or a person. Called on every rank; rank 0 prints.
+    """Answer one prompt, the prompts of a file, or a person. Call it on every rank; rank 0 prints.
 
     Raises:
-        UserError: what the user has to mend.
+        UserError: an option, a prompt, the model or an adapter cannot be used.
     """
     sampling.check()
     if (prompt_options.prompt is not None) + (prompt_options.file is not None) + prompt_options.chat != 1:
         raise UserError("generate: give one of a prompt, --prompts FILE and --chat")
     adapters, config = _parse_model_options(options, None)
-    prompter = PromptEncoder(load_tokenizer(Path(config.model.base)), config.data.chat_template)
-    prompts = _prompts(prompt_options, prompter)
-    first = prompt_options.use or (adapters[0].name if adapters else BASE_MODEL_NAME)
-    for prompt in [*prompts, Prompt("", first, f"--use {first}")]:
+    prompt_encoder = PromptEncoder(load_tokenizer(Path(config.model.base)), config.data.chat_template)
+    prompts = _prompts(prompt_options, prompt_encoder)
+    first = prompt_options.adapter or (adapters[0].name if adapters else BASE_MODEL_NAME)
+    for prompt in [*prompts, Prompt(content="", adapter=first, place=f"--use {first}")]:
         if prompt.adapter not in (None, BASE_MODEL_NAME, *(adapter.name for adapter in adapters)):
             known = ", ".join((*(adapter.name for adapter in adapters), BASE_MODEL_NAME))
             raise UserError(f"{prompt.place}: no adapter of the name {prompt.adapter} is given; choose from {known}")
-    end = prompter.end_of_turn_token()
+    end = prompt_encoder.end_of_turn_token()
     ends = [] if end is None else [end]
-    tokens = [prompter.tokens(prompt) for prompt in prompts]
+    tokens = [prompt_encoder.encode(prompt) for prompt in prompts]
     check_prompt_lengths(tokens, max_positions(read_model_json(Path(config.model.base) / "config.json")))
     if prompt_options.chat:
-        prompter.require_template("--chat")
-    with open_inference_model(config, adapters, options.quantize) as loaded:
-        loaded.use(None if first == BASE_MODEL_NAME else first)
+        prompt_encoder.require_template("--chat")
+    with open_inference_model(config, adapters, quantize=options.quantize) as loaded:
+        loaded.set_adapter(None if first == BASE_MODEL_NAME else first)
         if prompt_options.chat:
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(errors="replace")
-            chat(loaded, prompter, sampling, ends, _read_line, sys.stdout, prompt_options.system)
+            chat(loaded, prompt_encoder, sampling, ends, _read_line, sys.stdout, prompt_options.system)
             return
         names = [prompt.adapter or first for prompt in prompts]
         tokens, names = broadcast_json([tokens, names])  # nodes may have different files of this name
         texts = [""] * len(tokens)
         for answers in _generate_by_adapter(loaded, names, tokens, sampling, ends, prompt_options.batch_size):
             for index, answer in answers.items():
-                texts[index] = prompter.tokenizer.decode(answer, skip_special_tokens=True)
+                texts[index] = prompt_encoder.tokenizer.decode(answer, skip_special_tokens=True)
         if loaded.ranks.rank == 0:
             _print_answers(prompt_options, prompts, names, texts)
 
 
-def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None, as_json: bool = False) -> None:
-    """Print held-out loss, and scores on tasks, of each adapter or of the base. Called on every rank; rank 0 prints.
+def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None, *, as_json: bool = False) -> None:
+    """Print held-out loss and task scores of each adapter, or of the base. Call it on every rank; rank 0 prints.
 
     Raises:
-        UserError: what the user has to mend.
+        UserError: an option, the data, a task, the model or an adapter cannot be used.
     """
     if data is None and tasks is None:
         raise UserError("eval: nothing to evaluate on; give --data FILE, or --tasks NAMES")
@@ -115,14 +115,14 @@ def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None,
     adapters, config = _parse_model_options(options, data)
     is_rank_0 = read_rank_info().rank == 0
     progress = Console(stderr=True, quiet=not is_rank_0)
-    if data is not None:  # tokenized before any rank waits for another
+    if data is not None:  # tokenize now, because later the other ranks would wait in a collective
         eval_data_config = config.data.model_copy(update={"train": []})
         prepare_datasets(eval_data_config, load_tokenizer(Path(config.model.base)), progress)
     rows: list[dict[str, Any]] = []
     scores: dict[str, Any] = {}
-    with open_inference_model(config, adapters, options.quantize) as loaded:
-        for name in (*loaded.adapters,) or (None,):
-            loaded.use(name)
+    with open_inference_model(config, adapters, quantize=options.quantize) as loaded:
+        for name in (*loaded.adapter_names,) or (None,):
+            loaded.set_adapter(name)
             if data is not None:
                 eval_loss = compute_eval_loss(loaded, data)
                 rows.append(
@@ -138,10 +138,10 @@ def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None,
     if not is_rank_0:
         return
     if as_json:
-        answer: dict[str, Any] = {"base": config.model.base}
+        output: dict[str, Any] = {"base": config.model.base}
         if data is not None:
-            answer |= {"data": data, "held_out": rows}
-        print(json.dumps(answer | ({"tasks": scores} if tasks is not None else {})))
+            output |= {"data": data, "held_out": rows}
+        print(json.dumps(output | ({"tasks": scores} if tasks is not None else {})))
         return
     if data is not None:
         Console().print(_table(data, rows))
@@ -156,19 +156,25 @@ def _parse_model_options(options: ModelOptions, data: str | None) -> tuple[list[
     return adapters, inference_config(base, first, data, options.overrides)
 
 
-def _prompts(asked: PromptOptions, prompter: PromptEncoder) -> list[Prompt]:
-    if asked.file is not None:
-        return read_prompts(asked.file, prompter, asked.raw, asked.system)
-    return [] if asked.prompt is None else [make_prompt(asked.prompt, prompter, asked.raw, asked.system)]
+def _prompts(options: PromptOptions, prompt_encoder: PromptEncoder) -> list[Prompt]:
+    if options.file is not None:
+        return read_prompts(options.file, prompt_encoder, raw=options.raw, system=options.system)
+    return (
+        []
+        if options.prompt is None
+        else [make_prompt(options.prompt, prompt_encoder, raw=options.raw, system=options.system)]
+    )
 
 
-def _print_answers(asked: PromptOptions, prompts: Sequence[Prompt], names: Sequence[str], texts: Sequence[str]) -> None:
-    if asked.file is None:
+def _print_answers(
+    options: PromptOptions, prompts: Sequence[Prompt], names: Sequence[str], texts: Sequence[str]
+) -> None:
+    if options.file is None:
         print(texts[0])
         return
     for prompt, name, text in zip(prompts, names, texts, strict=True):
-        key = "prompt" if isinstance(prompt.asked, str) else "messages"
-        print(json.dumps({key: prompt.asked, "completion": text, "adapter": name}, ensure_ascii=False))
+        key = "prompt" if isinstance(prompt.content, str) else "messages"
+        print(json.dumps({key: prompt.content, "completion": text, "adapter": name}, ensure_ascii=False))
 
 
 def _read_line() -> str:
@@ -183,9 +189,9 @@ def _generate_by_adapter(
     ends: Sequence[int],
     batch_size: int,
 ) -> Iterator[dict[int, list[int]]]:
-    """For each adapter, the answers to its prompts by their place."""
+    """Yield the answers of one adapter after the other, by the index of their prompt."""
     for name in dict.fromkeys(names):
-        loaded.use(None if name == BASE_MODEL_NAME else name)
+        loaded.set_adapter(None if name == BASE_MODEL_NAME else name)
         own = [index for index, other in enumerate(names) if other == name]
         answers = generate_tokens(loaded, [tokens[index] for index in own], sampling, ends, batch_size)
         yield dict(zip(own, answers, strict=True))

@@ -1,4 +1,4 @@
-"""The configuration of inference: the run's that made the adapter, as far as it says what is computed."""
+"""The configuration of inference, derived from the run that trained the adapter."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from qlora_dist.errors import UserError
 def inference_config(
     base: str, adapter: Path | None = None, data: str | None = None, overrides: Sequence[str] = ()
 ) -> Config:
-    """What to load and how, and how data are read.
+    """Return the configuration that loads a model and reads data for inference.
 
-    `model` and `data` are those of the run that made the adapter (`runs/NAME/config.yaml`), so that a loss is the one
-    that `train` printed; an adapter from elsewhere has the defaults. The engine is FSDP2. A node holds a copy of base
-    and adapters, unless the run's nodes shared one.
+    The sections `model` and `data` come from the run that trained the adapter (`runs/NAME/config.yaml`), so that a loss
+    equals the one that `train` printed. Other adapters get the defaults. The engine is FSDP2. Each node holds a copy of
+    base and adapters, unless the run sharded them over all nodes.
 
     Args:
         base: folder of the model.
-        adapter: the folder of the first adapter.
+        adapter: folder of the first adapter.
         data: the held-out file.
-        overrides: `section.key=value` each.
+        overrides: keys as `section.key=value`.
 
     Raises:
         UserError: an override, or the run's configuration, is not valid.
@@ -43,12 +43,12 @@ def inference_config(
             tree["parallel"] = {"base": "world", "adapter": "world"}
     config = config_from_tree(tree, overrides)
     if config.parallel.engine != "fsdp2" or config.parallel.base == "paged":
-        raise UserError("--set parallel: only engine fsdp2 and a base that is not paged generate and evaluate")
+        raise UserError("--set parallel: generate and eval need engine fsdp2 and a base that is not paged")
     return config
 
 
 def _training_config(adapter: Path | None) -> Config | None:
-    """The run that left this folder; None: it is not in a run's."""
+    """Return the configuration of the run whose folder holds an adapter, or None if there is no such run."""
     if adapter is None or adapter.resolve().name != "adapter":
         return None
     path = adapter.resolve().parent / "config.yaml"

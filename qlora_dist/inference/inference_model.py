@@ -1,4 +1,4 @@
-"""A model for inference: the base in 4 bit or 16, whole or sharded over the ranks, and adapters chosen by name."""
+"""A model for inference: the base in 4 or 16 bit, whole or sharded over the ranks, and adapters chosen by name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qlora_dist.adapters.attach import is_lora_parameter
 from qlora_dist.adapters.load_adapter import attach_saved_adapter, read_local_shard, saved_entries_by_parameter
 from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.compat.peft import LoraLayer, enable_frozen_adapters
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.inference.named_adapter import NamedAdapter
@@ -34,172 +34,172 @@ from qlora_dist.shard_view import local_tensor
 from qlora_dist.train.rank_consistency import check_ranks_agree
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InferenceModel:
-    """A model that is ready to answer, on each rank of the process group."""
+    """Loaded model and adapters, on each rank of the process group."""
 
     config: Config
     ranks: RankInfo
     device: torch.device
     folder: ModelFolder
     model: LossModel
-    """In eval mode, sharded and filled."""
+    """The model in eval mode, sharded, with its weights."""
     traffic: CommCounter
-    adapters: Sequence[str]
-    """The names that `use` takes."""
+    adapter_names: Sequence[str]
+    """Names that `set_adapter` takes."""
     static_bytes: int
-    """That this rank holds."""
+    """Bytes of weights that this rank holds."""
     store: dist.Store
-    """Where the ranks have met."""
+    """Store of the process group."""
     _saved_module_shards: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    """Per adapter, this rank's parts of the parameters that it was trained with whole, by name."""
-    _base: dict[str, torch.Tensor] = field(default_factory=dict)
-    """The base's own values of all of these."""
+    """This rank's shards of the parameters that were trained whole, by name, for each adapter."""
+    _base_shards: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Values of the base for all of these shards."""
 
     @torch.no_grad()
-    def use(self, name: str | None) -> None:
-        """Answer with that adapter from now on; None: with the base alone.
+    def set_adapter(self, name: str | None) -> None:
+        """Activate an adapter, or with None the base alone.
 
         Raises:
             UserError: there is no such adapter.
         """
-        if name is not None and name not in self.adapters:
-            known = ", ".join(self.adapters) or "none is loaded"
+        if name is not None and name not in self.adapter_names:
+            known = ", ".join(self.adapter_names) or "none is loaded"
             raise UserError(f"{name}: no adapter of that name; choose from {known}")
-        index = None if name is None else self.adapters.index(name)
+        index = None if name is None else self.adapter_names.index(name)
         _activate_adapter(self.model, index)
-        self.model.reshard()  # the root's parameters stay gathered after a forward pass, and these are to be changed
+        self.model.reshard()  # FSDP2 keeps the root gathered after a forward pass, and the shards change below
         parameters = dict(self.model.named_parameters())
-        for parameter_name, value in (
-            self._base | (self._saved_module_shards[index] if index is not None else {})
-        ).items():
+        saved = self._saved_module_shards[index] if index is not None else {}
+        for parameter_name, value in (self._base_shards | saved).items():
             local_tensor(parameters[parameter_name]).copy_(value)
 
 
 @dataclass(frozen=True)
 class _PreparedModel:
-    """What is known before the ranks meet."""
+    """Skeleton of a model, which a rank builds without the others."""
 
     folder: ModelFolder
     model: LossModel
-    tensors: list[dict[str, TensorEntry]]
-    """Per adapter, the entries of its file by the model's parameter."""
+    adapter_entries: list[dict[str, TensorEntry]]
+    """Entries of each adapter's file, by the name of the model's parameter."""
 
 
 @contextmanager
 def open_inference_model(
-    config: Config, adapters: Sequence[NamedAdapter] = (), quantize: bool = True
+    config: Config, adapters: Sequence[NamedAdapter] = (), *, quantize: bool = True
 ) -> Iterator[InferenceModel]:
-    """Load base and adapters; the first adapter is the one in use. Called on every rank, or in a single process.
+    """Load base and adapters, and activate the first adapter. Call it on every rank, or in a single process.
 
-    A sharded model is never whole on a rank: the way is that of `train`.
+    A sharded model is never whole on a rank, because weights are loaded as `train` does.
 
     Args:
-        config: `model`, `parallel` and `train.timeout`, `train.device` of it.
-        adapters: of the base `config.model.base`.
-        quantize: False: a base in 16 bit stays so; else it is quantized while it is loaded, as `train` does.
+        config: configuration, of which `model`, `parallel`, `train.timeout` and `train.device` are used.
+        adapters: adapters of the base `config.model.base`.
+        quantize: whether a base in 16 bit is quantized while it is loaded, as `train` does.
 
     Yields:
         The model, within the process group.
 
     Raises:
-        UserError: no such model, or an adapter that does not fit it, nearly always before any rank waits for another.
+        UserError: there is no such model, or an adapter does not fit it. Nearly all such errors are raised before any
+            rank waits for another.
     """
     ranks = read_rank_info()
     device = resolve_device(config.train.device, ranks)
     config = _adjust_for_single_rank(config, ranks)
     mesh_sizes(config.parallel, ranks)  # a layout that does not fit fails before the ranks join
-    skeleton = _prepare_model(config, adapters, quantize)
+    prepared = _prepare_model(config, adapters, quantize=quantize)
     timeout_s = config.train.timeout
     with process_group(ranks, device, timeout_s) as store, watchdog(store, ranks, timeout_s):
         check_ranks_agree(config, ranks, device)
-        yield _load_inference_model(config, ranks, device, skeleton, adapters, store)
+        yield _load_inference_model(config, ranks, device, prepared, adapters, store)
 
 
 def _adjust_for_single_rank(config: Config, ranks: RankInfo) -> Config:
-    """A single rank has everything anyway: FSDP2 would copy each layer once more for every token."""
+    """Use no FSDP2 on a single rank, where it would copy each layer once more for every token."""
     if ranks.world_size > 1 or config.parallel.offload != "none":
         return config
     parallel = config.parallel.model_copy(update={"engine": "zero2", "base": "replicate"})
     return config.model_copy(update={"parallel": parallel})
 
 
-def _prepare_model(config: Config, adapters: Sequence[NamedAdapter], quantize: bool) -> _PreparedModel:
+def _prepare_model(config: Config, adapters: Sequence[NamedAdapter], *, quantize: bool) -> _PreparedModel:
     transformers_logging.set_verbosity_error()
     folder = ModelFolder(config.model.base)
     model = build_meta_model(folder, config.model, quantize=quantize)
     if config.data.packing != "none" and config.data.eval is not None:
         check_packing_support(model)
-    tensors = []
+    adapter_entries = []
     for index, adapter in enumerate(adapters):
         attach_saved_adapter(model, adapter.saved, _peft_adapter_name(index), folder.path)
     if config.data.eval is not None and isinstance(model.get_output_embeddings(), LoraLayer):
         raise UserError(
-            f"{adapters[0].path}: has LoRA on the output head, and no loss is computed with it here; merge it "
+            f"{adapters[0].path}: has LoRA on the output head, with which eval cannot compute a loss; merge it "
             "(qlora-dist merge), and evaluate the merged folder with --base"
         )
     for index, adapter in enumerate(adapters):
-        tensors.append(saved_entries_by_parameter(model, adapter.saved, _peft_adapter_name(index), folder.path))
+        adapter_entries.append(saved_entries_by_parameter(model, adapter.saved, _peft_adapter_name(index), folder.path))
     parameters = dict(model.named_parameters())
-    for name in {name for entries in tensors for name in entries if not is_lora_parameter(name)}:
-        parameters[name].data = parameters[name].data.float()  # as it was trained
-    return _PreparedModel(folder, model, tensors)
+    for name in {name for entries in adapter_entries for name in entries if not is_lora_parameter(name)}:
+        parameters[name].data = parameters[name].data.float()  # the type it was trained in
+    return _PreparedModel(folder, model, adapter_entries)
 
 
 def _load_inference_model(
     config: Config,
     ranks: RankInfo,
     device: torch.device,
-    skeleton: _PreparedModel,
+    prepared: _PreparedModel,
     adapters: Sequence[NamedAdapter],
     store: dist.Store,
 ) -> InferenceModel:
-    model = skeleton.model
+    model = prepared.model
     saved_shards: list[dict[str, torch.Tensor]] = []
     base: dict[str, torch.Tensor] = {}
 
     def fill_adapters(model: LossModel) -> None:
         model.eval()
-        shards, values = _read_adapters(model, skeleton.tensors, adapters)
+        shards, values = _read_adapters(model, prepared.adapter_entries, adapters)
         saved_shards.extend(shards)
         base.update(values)
 
-    loaded = load_model(shard_model(model, config, ranks, device), skeleton.folder, fill_adapter=fill_adapters)
+    loaded = load_model(shard_model(model, config, ranks, device), prepared.folder, fill_adapter=fill_adapters)
     names = [adapter.name for adapter in adapters]
     result = InferenceModel(
-        config,
-        ranks,
-        device,
-        skeleton.folder,
-        model,
-        loaded.traffic,
-        names,
-        loaded.static_bytes,
-        store,
-        saved_shards,
-        base,
+        config=config,
+        ranks=ranks,
+        device=device,
+        folder=prepared.folder,
+        model=model,
+        traffic=loaded.traffic,
+        adapter_names=names,
+        static_bytes=loaded.static_bytes,
+        store=store,
+        _saved_module_shards=saved_shards,
+        _base_shards=base,
     )
-    result.use(names[0] if names else None)
+    result.set_adapter(names[0] if names else None)
     return result
 
 
 @torch.no_grad()
 def _read_adapters(
-    model: PreTrainedModel, tensors: Sequence[Mapping[str, TensorEntry]], adapters: Sequence[NamedAdapter]
+    model: PreTrainedModel, adapter_entries: Sequence[Mapping[str, TensorEntry]], adapters: Sequence[NamedAdapter]
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Fill this rank's parts of the LoRA matrices.
+    """Fill this rank's shards of the LoRA matrices.
 
     Returns:
-        `Loaded._whole` and `Loaded._base`.
+        `InferenceModel._saved_module_shards` and `InferenceModel._base_shards`.
 
     Raises:
-        UserError: on all ranks, if an adapter's values are of no use.
+        UserError: an adapter's values are not finite, or all zeros. It is raised on all ranks.
     """
     parameters = dict(model.named_parameters())
-    whole: list[dict[str, torch.Tensor]] = [{} for _ in tensors]
-    wrong: list[str | None] = []
+    saved_module_shards: list[dict[str, torch.Tensor]] = [{} for _ in adapter_entries]
+    problems: list[str | None] = []
     with SafetensorsReader() as reader:
-        for entries, saved_shards in zip(tensors, whole, strict=True):
+        for entries, saved_shards in zip(adapter_entries, saved_module_shards, strict=True):
             for name, entry in entries.items():
                 record_heartbeat(phase="loading")
                 values = read_local_shard(parameters[name], entry, reader, is_low_rank=is_lora_parameter(name))
@@ -211,22 +211,24 @@ def _read_adapters(
                 (name, saved_shards[name] if name in saved_shards else local_tensor(parameters[name]))
                 for name in entries
             ]
-            wrong.append(find_invalid_values(shards))
-    base = {name: local_tensor(parameters[name]).clone() for saved_shards in whole for name in saved_shards}
-    _check_values(all_gather_json(wrong), whole, adapters)
-    return whole, base
+            problems.append(find_invalid_values(shards))
+    base_shards = {
+        name: local_tensor(parameters[name]).clone() for saved_shards in saved_module_shards for name in saved_shards
+    }
+    _check_values(all_gather_json(problems), saved_module_shards, adapters)
+    return saved_module_shards, base_shards
 
 
 def _check_values(
-    answers: Sequence[Sequence[str | None]],
-    whole: Sequence[Mapping[str, torch.Tensor]],
+    problems_by_rank: Sequence[Sequence[str | None]],
+    saved_module_shards: Sequence[Mapping[str, torch.Tensor]],
     adapters: Sequence[NamedAdapter],
 ) -> None:
-    """Raise if a rank has found a value that is not finite, or all ranks nothing but zeros in an adapter's B."""
+    """Raise if a rank found a value that is not finite, or all ranks found only zeros in an adapter's B."""
     for index, adapter in enumerate(adapters):
-        problems = [answer[index] for answer in answers]
+        problems = [rank_problems[index] for rank_problems in problems_by_rank]
         non_finite = [problem for problem in problems if problem is not None and "finite" in problem]
-        if non_finite or (all(problems) and not whole[index]):
+        if non_finite or (all(problems) and not saved_module_shards[index]):
             raise UserError(
                 f"{adapter.path}: {(non_finite or problems)[0]}; use an earlier checkpoint, or train longer"
             )
@@ -237,10 +239,10 @@ def _activate_adapter(model: PreTrainedModel, index: int | None) -> None:
         if hasattr(module, "lora_A") and hasattr(module, "set_adapter"):
             module.enable_adapters(False)
             if index is not None:
-                module._disable_adapters = False
+                enable_frozen_adapters(module)
                 module.set_adapter(_peft_adapter_name(index), inference_mode=True)
 
 
 def _peft_adapter_name(index: int) -> str:
-    """What PEFT calls an adapter. A user's name may be one that a module cannot have."""
+    """Return the name that PEFT gets for an adapter, because a module cannot have every name that a user gives."""
     return f"a{index}"

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness over a loaded model: its `LM`, for models that no single device holds.
+"""The `LM` of lm-evaluation-harness for a loaded model, which may be too large for one device.
 
-Every rank gets all requests and gives all answers. Within, the requests are cut into batches, and ranks take turns; a
-rank whose turn is nobody's computes another's batch too, because all are needed to gather a layer.
+Every rank gets all requests and returns all answers. In each round every rank computes one batch. In the last round,
+ranks without a batch compute the last one again, because all ranks are needed to gather a layer.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from qlora_dist.runtime.object_collectives import all_gather_json
 _T = TypeVar("_T")
 _DEFAULT_POSITIONS = 2048
 LogLikelihood = tuple[float, bool]
-"""The log-likelihood of a continuation, and whether greedy decoding would give it."""
+"""Log-likelihood of a continuation, and whether greedy decoding would give it."""
 LogLikelihoodRequest = tuple[Any, list[int], list[int]]
-"""The texts, which may be missing; the context's tokens and the continuation's."""
+"""Texts, which may be missing, tokens of the context, and tokens of the continuation."""
 
 
 class LmEvalModel(TemplateLM):
-    """What lm-evaluation-harness asks, answered by the adapter in use.
+    """The harness's model interface, answered by the active adapter.
 
     Args:
         loaded: the model.
-        tokenizer: of the base.
-        batch_size: requests to a forward pass of a rank.
+        tokenizer: tokenizer of the base.
+        batch_size: number of requests in a forward pass of a rank.
     """
 
     def __init__(self, loaded: InferenceModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
@@ -55,29 +55,29 @@ class LmEvalModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a text."""
+        """Token that ends a text."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before the first token of a text."""
+        """Token before the first token of a text."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else int(first)
 
     @property
     def tokenizer_name(self) -> str:
-        """For its caches."""
+        """Name that the harness uses for its caches."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens, by the rules of the harness's own `hf` model."""
+        """Tokenize by the rules of the harness's own `hf` model."""
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         if not special and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
             special = {"add_special_tokens": False}
         return list(self.tokenizer.encode(string, verbose=False, **special))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As the harness's own `hf` model does."""
+        """Render a conversation as the harness's own `hf` model does."""
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -88,12 +88,12 @@ class LmEvalModel(TemplateLM):
         )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[LogLikelihood]:
-        """Of continuations."""
+        """Return the log-likelihoods of continuations."""
         scored: list[LogLikelihood] = super().loglikelihood(requests, disable_tqdm=True)
         return scored
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Of whole texts, in windows of the model's length."""
+        """Return the log-likelihoods of whole texts, in windows of the model's length."""
         windows: list[LogLikelihoodRequest] = []
         counts = []
         for (text,) in (request.args for request in requests):
@@ -110,7 +110,7 @@ class LmEvalModel(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Texts, until one of the stop sequences or the end token."""
+        """Generate texts up to a stop sequence or the end token."""
         end = self.tokenizer.decode([self.eot_token_id])
         answers: list[str] = [""] * len(requests)
         by_options: dict[str, list[int]] = {}
@@ -126,8 +126,8 @@ class LmEvalModel(TemplateLM):
                 top_k=int(options.get("top_k", 0)),
                 repetition_penalty=float(options.get("repetition_penalty", 1.0)),
             )
-            room = self.max_length - sampling.max_new_tokens
-            prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
+            most_prompt_tokens = self.max_length - sampling.max_new_tokens
+            prompts = [self.tok_encode(requests[index].args[0])[-most_prompt_tokens:] for index in indices]
 
             def stopping(length: int, batch: int, until: list[str] = until) -> Any:
                 return stop_sequences_criteria(self.tokenizer, until, length, batch)
@@ -159,7 +159,7 @@ class LmEvalModel(TemplateLM):
 
     @torch.no_grad()
     def _score(self, requests: Sequence[LogLikelihoodRequest]) -> list[LogLikelihood]:
-        """Of a batch, padded behind, where no earlier position sees it. Only the continuations' logits are computed."""
+        """Score a batch. It is padded on the right, which no earlier position sees; only needed logits are computed."""
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         length = max(len(row) for row in rows) - 1
         ids = torch.tensor([row[:-1] + [0] * (length - len(row) + 1) for row in rows], device=self._device)
@@ -182,7 +182,7 @@ class LmEvalModel(TemplateLM):
 
 
 def map_over_ranks(loaded: InferenceModel, items: Sequence[_T], function: Callable[[_T], Any]) -> list[Any]:
-    """What `function` gives for each piece of work, on every rank; a piece to a rank, round by round. What comes is JSON."""
+    """Return a function's JSON result for each item, on every rank. In each round every rank computes one item."""
     ranks, results = loaded.ranks, []
     for first in range(0, len(items), ranks.world_size):
         round_items = items[first : first + ranks.world_size]

@@ -19,28 +19,28 @@ from qlora_dist.errors import UserError
 from qlora_dist.inference.inference_model import InferenceModel
 
 _NETWORK_LIBRARIES = {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
-"""Whose errors say that something was not reached; which of them is there depends on releases."""
+"""Libraries whose errors mean that a server was not reached. Which ones are installed depends on releases."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Which tasks, and how."""
+    """Options for evaluation on tasks."""
 
     names: Sequence[str]
     num_fewshot: int | None = None
-    """None: as each task has it."""
+    """Number of examples before each question; None for each task's own."""
     limit: int | None = None
-    """Rows of each task; None: all."""
+    """Number of rows of each task; None for all."""
     batch_size: int = 8
     folder: Path | None = None
-    """Of tasks of one's own."""
+    """Folder of YAML files with the user's own tasks."""
 
 
 def check_tasks(options: TaskOptions) -> None:
-    """See whether the harness is installed, knows the tasks and has their data, before a model is loaded.
+    """Check before a model is loaded that the harness is installed, knows the tasks and has their data.
 
     Raises:
-        UserError: it is not, or does not.
+        UserError: one of these is missing.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness; pip install 'qlora-dist[eval]'")
@@ -50,12 +50,12 @@ def check_tasks(options: TaskOptions) -> None:
 
 
 def run_tasks(loaded: InferenceModel, options: TaskOptions) -> dict[str, dict[str, Any]]:
-    """Scores by task and metric. Called on all ranks; each of them computes the metrics.
+    """Return scores by task and metric. Call it on all ranks; each of them computes the metrics.
 
     Raises:
         UserError: there is no such task.
     """
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that computes
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else its bootstrap forks a process, which would compute
     from lm_eval.evaluator import simple_evaluate
 
     from qlora_dist.inference.lm_eval_model import LmEvalModel
@@ -70,26 +70,26 @@ def run_tasks(loaded: InferenceModel, options: TaskOptions) -> dict[str, dict[st
         log_samples=False,
         bootstrap_iters=1000,
     )
-    return {} if results is None else {name: _numeric_metrics(found) for name, found in results["results"].items()}
+    return {} if results is None else {name: _numeric_metrics(metrics) for name, metrics in results["results"].items()}
 
 
 @cache
 def _task_manager(names: tuple[str, ...], folder: Path | None) -> Any:
-    """What knows the tasks. All of the harness's own are read, in seconds, where the folder has not all."""
+    """Return the task manager. It reads the harness's own tasks, in seconds, only if the folder lacks one."""
     from lm_eval.tasks import TaskManager
 
     class Manager(TaskManager):
-        """The harness's own, which says in a sentence that data is out of reach, and loads it before the model too."""
+        """Task manager of the harness that can load data before the model, and reports missing data in one sentence."""
 
-        ahead: Any = None
-        """What was loaded ahead, for the first evaluation: the harness changes the tasks that it evaluates."""
+        preloaded: Any = None
+        """Tasks for the first evaluation only, because the harness changes the tasks that it evaluates."""
 
         def preload(self, task_list: list[str]) -> None:
-            self.ahead = self.load(task_list)
+            self.preloaded = self.load(task_list)
 
         def load(self, task_list: Any) -> Any:
-            if self.ahead is not None:
-                loaded, self.ahead = self.ahead, None
+            if self.preloaded is not None:
+                loaded, self.preloaded = self.preloaded, None
                 return loaded
             try:
                 return super().load(task_list)
@@ -99,7 +99,7 @@ def _task_manager(names: tuple[str, ...], folder: Path | None) -> Any:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise UserError(
                     f"--tasks {','.join(names)}: the data of a task cannot be loaded ({reason}); run the same command "
-                    "where there is a network, with --limit 1, and give this machine its cache (HF_HOME)"
+                    "where there is a network, with --limit 1, and let this machine use its cache (HF_HOME)"
                 ) from None
 
     path = None if folder is None else str(folder)
@@ -112,28 +112,30 @@ def _task_manager(names: tuple[str, ...], folder: Path | None) -> Any:
 
 
 def _is_data_unavailable(error: Exception) -> bool:
-    """Whether it is about files or a network, and not a mistake in what was loaded."""
+    """Whether an error is about files or a network, and not about the content of what was loaded."""
     from datasets.exceptions import DatasetsError
 
     libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return (
         isinstance(error, (OSError, DatasetsError))
         or not libraries.isdisjoint(_NETWORK_LIBRARIES)
-        or str(error).startswith("Couldn't find cache for")  # of datasets: another part of it was loaded
+        or str(error).startswith(
+            "Couldn't find cache for"
+        )  # from datasets, whose cache holds another part of the data set
     )
 
 
-def _numeric_metrics(found: dict[str, Any]) -> dict[str, Any]:
-    """Of `acc,none` and the like, with the filter's name where there is one."""
+def _numeric_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Select the numbers, and drop the name of the filter `none`, as in `acc,none`."""
     return {
         key.removesuffix(",none"): value
-        for key, value in found.items()
+        for key, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 
 def print_scores(name: str, scores: dict[str, dict[str, Any]]) -> None:
-    """A table of an adapter's scores."""
+    """Print a table of an adapter's scores."""
     table = Table("task", "metric", "value", "standard error", title=name)
     for task, metrics in scores.items():
         for metric, value in metrics.items():

@@ -1,4 +1,4 @@
-"""What merging costs, in held-out loss: the model that is written beside what it was made of."""
+"""Held-out loss of a merged model beside that of its base and adapter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.inference.eval_loss import EvalLoss, compute_eval_loss
 from qlora_dist.inference.inference_config import inference_config
@@ -24,22 +25,22 @@ LossByModel = dict[str, EvalLoss]
 def merge_and_evaluate(
     base: Path | None, adapter: Path, out: Path, options: MergeOptions, data: str, console: Console
 ) -> tuple[MergeReport, LossByModel]:
-    """Merge, and measure the loss of what is written, of the 4-bit base with and without the adapter, and of a 16-bit
-    base likewise if that is what was given.
+    """Merge, and measure the held-out loss of the merged model and of what it is made of.
+
+    The 4-bit base is measured with and without the adapter, and so is a 16-bit base if one is given. One model at a
+    time is in memory, on the device that `train` would take. The merged model is measured last, so that a mistake in
+    the data is found before anything is written.
 
     Args:
-        base: as `merge_folder` takes it, as the others.
-        adapter: its folder.
+        base: folder of the base; None for the one that the adapter names.
+        adapter: folder of the adapter.
         out: folder to make.
-        options: how.
+        options: options of the merge.
         data: the held-out file, read as the adapter's run read its own.
-        console: for progress.
-
-    One model at a time is in memory, on the device that `train` would take. The parts are measured before anything is
-    written, so that a mistake in the data is found first.
+        console: console for progress.
 
     Raises:
-        UserError: as `merge_folder` and `compute_eval_loss`.
+        UserError: the inputs of `merge_folder` or `compute_eval_loss` cannot be used.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
@@ -50,42 +51,33 @@ def merge_and_evaluate(
         f"model.block_size={options.block_size}",
         f"model.double_quant={str(options.double_quant).lower()}",
     ]
-    losses = _evaluate_model("4-bit base", folder, named_adapter, data, as_trained, console)
+    config = inference_config(folder, adapter, data, as_trained)
+    losses = _evaluate_model("4-bit base", config, [named_adapter], data, console)
     if not ModelFolder(folder).is_quantized:
-        experts = any(
-            update.experts for update in named_adapter.saved.low_rank.values()
-        )  # whose adapters need a base in 4 bit
-        losses |= _evaluate_model(
-            "16-bit base", folder, named_adapter, data, (), console, quantize=False, base_only=experts
-        )
+        # adapters of experts need a base in 4 bit
+        has_experts = any(update.experts for update in named_adapter.saved.low_rank.values())
+        adapters = [] if has_experts else [named_adapter]
+        config = inference_config(folder, adapter, data)
+        losses |= _evaluate_model("16-bit base", config, adapters, data, console, quantize=False)
     report = merge_folder(base, adapter, out, options, console)
-    merged = _evaluate_model(
-        f"merged into {options.into}", str(out), named_adapter, data, (), console, quantize=False, base_only=True
-    )
-    return report, losses | merged
+    config = inference_config(str(out), adapter, data)
+    losses |= _evaluate_model(f"merged into {options.into}", config, [], data, console, quantize=False)
+    return report, losses
 
 
 def _evaluate_model(
-    name: str,
-    base: str,
-    adapter: NamedAdapter,
-    data: str,
-    overrides: Sequence[str],
-    console: Console,
-    quantize: bool = True,
-    base_only: bool = False,
+    name: str, config: Config, adapters: Sequence[NamedAdapter], data: str, console: Console, *, quantize: bool = True
 ) -> LossByModel:
-    """Of a base, and of base and adapter unless it is to be `base_only`."""
-    config = inference_config(base, adapter.path, data, overrides)
+    """Measure the loss with the adapter, if there is one, and without it."""
     quiet = nullcontext() if not console.is_terminal else console.status(f"held-out loss: {name}")
-    with quiet, open_inference_model(config, [] if base_only else [adapter], quantize) as loaded:
-        losses = {} if base_only else {f"{name} + adapter": compute_eval_loss(loaded, data, console)}
-        loaded.use(None)
+    with quiet, open_inference_model(config, adapters, quantize=quantize) as loaded:
+        losses = {f"{name} + adapter": compute_eval_loss(loaded, data, console)} if adapters else {}
+        loaded.set_adapter(None)
         return losses | {name: compute_eval_loss(loaded, data, console)}
 
 
 def print_loss_table(losses: LossByModel, console: Console) -> None:
-    """As a table, the best first."""
+    """Print the losses as a table, the best first."""
     tokens = next(iter(losses.values())).tokens
     table = Table("model", "held-out loss", "perplexity", title=f"{tokens:,} tokens", title_justify="left")
     for name, eval_loss in sorted(losses.items(), key=lambda item: item[1].loss):

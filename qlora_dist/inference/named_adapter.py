@@ -1,4 +1,4 @@
-"""The adapters that the command line names."""
+"""Adapters that the command line names."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from qlora_dist.errors import UserError
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """An adapter that has a name."""
+    """Saved adapter with the name that selects it."""
 
     name: str
-    """By which it is chosen."""
     path: Path
     saved: SavedAdapter
 
     @property
     def base(self) -> str:
-        """The folder that it was trained on, as its configuration names it; may be empty."""
+        """Folder of the base that it was trained on, as its configuration names it. It may be empty."""
         return self.saved.base
 
 
 def parse_named_adapters(texts: Sequence[str]) -> list[NamedAdapter]:
-    """The adapters of `NAME=FOLDER` or `FOLDER`, which is named as its run (`runs/NAME/adapter`), or as itself.
+    """Read adapters given as `NAME=FOLDER` or `FOLDER`.
+
+    The default name is that of the run (`runs/NAME/adapter`), else that of the folder.
 
     Raises:
-        UserError: a name stands twice or is no name, or a folder holds no adapter.
+        UserError: a name is given twice or is not valid, or a folder holds no adapter.
     """
     folders: dict[str, NamedAdapter] = {}
     for text in texts:
@@ -40,25 +41,25 @@ def parse_named_adapters(texts: Sequence[str]) -> list[NamedAdapter]:
         if not name.strip() or " " in name or name == "base":
             raise UserError(f"--adapter {text}: {name or 'nothing'} is no name for an adapter; write NAME=FOLDER")
         if name in folders:
-            raise UserError(f"--adapter {text}: {name} stands twice; write another NAME=FOLDER")
+            raise UserError(f"--adapter {text}: the name {name} is given twice; write another NAME=FOLDER")
         folders[name] = read_named_adapter(Path(folder), name)
     return list(folders.values())
 
 
 def read_named_adapter(path: Path, name: str) -> NamedAdapter:
-    """Read the configuration and the file's header.
+    """Read an adapter's configuration and the header of its file.
 
     Raises:
-        UserError: it is missing, damaged, or no LoRA adapter; or it has something that is not known here.
+        UserError: the adapter is missing, damaged, of another kind than LoRA, or has an option that is not supported.
     """
     return NamedAdapter(name, path, read_saved_adapter(path))
 
 
 def common_base(adapters: Sequence[NamedAdapter]) -> str:
-    """The folder that all of them were trained on.
+    """Return the base that all adapters were trained on.
 
     Raises:
-        UserError: they name none, or several.
+        UserError: the adapters name no base, or several.
     """
     if not adapters:
         raise UserError("no adapter and no base; give an adapter's folder, or a model's with --base")
@@ -68,7 +69,7 @@ def common_base(adapters: Sequence[NamedAdapter]) -> str:
             raise UserError(f"{adapter.path}: names no base; give its folder with --base")
         if adapter.base != first.base:
             raise UserError(
-                f"{adapter.path}: was trained on {adapter.base}, and {first.path} on {first.base}; adapters share "
-                "their base, which --base names if it is one"
+                f"{adapter.path}: was trained on {adapter.base}, and {first.path} on {first.base}; give adapters "
+                "of one base, or its folder with --base if both paths are the same model"
             )
     return first.base

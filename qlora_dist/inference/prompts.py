@@ -1,4 +1,4 @@
-"""Prompts, as what a model reads: a text as it is, or a conversation as the chat template writes it."""
+"""Prompts and their tokens: a plain text, or a conversation that the chat template renders."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ _ANSWER_COLUMNS: dict[str, tuple[str, Any]] = {
     "instruction": ("output", _PLACEHOLDER_ANSWER),
     "inputs": ("targets", _PLACEHOLDER_ANSWER),
 }
-"""What rows of the data formats have besides the question, and a row of prompts need not have."""
+"""Columns of answers, which rows of the data formats need and rows of prompts may lack, with a placeholder each."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One question."""
+    """Text or conversation that a model continues."""
 
-    asked: str | list[Message]
-    """A text to be continued, or a conversation to be answered."""
+    content: str | list[Message]
+    """Text to continue, or conversation to answer."""
     adapter: str | None = None
-    """Whose answer is wanted, if the row says so; `base`: none's."""
+    """Name of the adapter that the row selects, if any; `base` selects the model without adapters."""
     place: str = "the prompt"
     tools: list[dict[str, Any]] | None = None
-    """JSON schemas of the functions that may be called."""
+    """JSON schemas of the functions that the model may call."""
     variables: dict[str, Any] | None = None
-    """Variables of the chat template: `chat_template_kwargs`."""
+    """Variables of the chat template, from `chat_template_kwargs`."""
 
 
 class PromptEncoder:
-    """A tokenizer and a chat template, the same as in training.
+    """Encoder of prompts with the tokenizer and chat template of training.
 
     Args:
-        tokenizer: of the base.
-        chat_template: `data.chat_template`; None: the tokenizer's own.
+        tokenizer: tokenizer of the base.
+        chat_template: value of `data.chat_template`; None for the tokenizer's own template.
 
     Raises:
         UserError: the template is missing or does not compile.
@@ -69,69 +69,72 @@ class PromptEncoder:
 
     @property
     def has_template(self) -> bool:
-        """Whether conversations can be written."""
+        """Whether there is a chat template, which conversations need."""
         return self._renderer is not None
 
     def require_template(self, location: str) -> ChatRenderer:
-        """The template.
+        """Return the template.
 
         Raises:
             UserError: there is none.
         """
         if self._renderer is None:
             raise UserError(
-                f"{location} is a conversation, and the tokenizer has no chat template; write --set data.chat_template= "
-                f"with {', '.join(SHIPPED_TEMPLATES)} or the path of a Jinja file"
+                f"{location} is a conversation, and the tokenizer has no chat template; write "
+                f"--set data.chat_template= with {', '.join(SHIPPED_TEMPLATES)} or the path of a Jinja file"
             )
         return self._renderer
 
-    def tokens(self, prompt: Prompt) -> list[int]:
-        """What the model reads.
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the tokens of a prompt.
 
         Raises:
-            UserError: there is no chat template, or it refuses the conversation; or nothing is asked.
+            UserError: there is no chat template, it refuses the conversation, or the prompt is empty.
         """
-        if isinstance(prompt.asked, str):
-            ids = list(self.tokenizer(prompt.asked, verbose=False)["input_ids"])
+        if isinstance(prompt.content, str):
+            ids = list(self.tokenizer(prompt.content, verbose=False)["input_ids"])
             if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-                ids.pop()  # of a tokenizer that ends each text
+                ids.pop()  # some tokenizers end each text
             bos_tokens = surrounding_special_tokens(self.tokenizer)[0]
-            if (
-                ids[: 2 * len(bos_tokens)] == bos_tokens * 2
-            ):  # a prompt that was rendered before begins by itself, as in training
+            # a prompt that was rendered before has its own, as in training
+            if ids[: 2 * len(bos_tokens)] == bos_tokens * 2:
                 del ids[: len(bos_tokens)]
         else:
             renderer = self.require_template(prompt.place).with_variables(prompt.variables)
             try:
                 text = renderer.render(
-                    renderer.prepare_messages(prompt.asked),
+                    renderer.prepare_messages(prompt.content),
                     renderer.check_tools(prompt.tools),
                     add_generation_prompt=True,
                 )
-            except UnsupportedConversationError as refused:
-                raise UserError(f"{prompt.place}: {refused}") from None
+            except UnsupportedConversationError as error:
+                raise UserError(f"{prompt.place}: {error}") from None
             ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if not ids:
             raise UserError(f"{prompt.place}: is empty; write something to be continued")
         return ids
 
     def end_of_turn_token(self) -> int | None:
-        """The token that the template writes behind an answer: what a model has learnt to stop with."""
+        """Return the token that the template writes after an answer, which the model has learned to stop with."""
         return None if self._renderer is None else end_of_turn_token_id(self.tokenizer, self._renderer)
 
 
-def make_prompt(text: str, prompter: PromptEncoder, raw: bool = False, system: str | None = None) -> Prompt:
-    """A user's turn where there is a chat template, unless it is to be continued as it is."""
-    if raw or not prompter.has_template:
-        return Prompt(text)
-    return Prompt([*_system(system), {"role": "user", "content": text}])
+def make_prompt(text: str, prompt_encoder: PromptEncoder, *, raw: bool = False, system: str | None = None) -> Prompt:
+    """Return a user's turn if there is a chat template and `raw` is false, else a text to continue."""
+    if raw or not prompt_encoder.has_template:
+        return Prompt(content=text)
+    return Prompt(content=[*_system(system), {"role": "user", "content": text}])
 
 
-def read_prompts(path: Path, prompter: PromptEncoder, raw: bool = False, system: str | None = None) -> list[Prompt]:
-    """The prompts of a file: rows of the data formats, whose answers are left out and may be missing, or lines.
+def read_prompts(
+    path: Path, prompt_encoder: PromptEncoder, *, raw: bool = False, system: str | None = None
+) -> list[Prompt]:
+    """Read the prompts of a file: lines of text, or rows of the data formats.
+
+    Answers in rows are dropped, and may be missing.
 
     Raises:
-        UserError: naming file and line.
+        UserError: the file or a row cannot be used. The message names file and line.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file of prompts; give JSONL, or lines of text")
@@ -142,7 +145,7 @@ def read_prompts(path: Path, prompter: PromptEncoder, raw: bool = False, system:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); give lines of text in UTF-8") from None
-        prompts = [make_prompt(line, prompter, raw, system) for line in lines if line.strip()]
+        prompts = [make_prompt(line, prompt_encoder, raw=raw, system=system) for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path}: holds no prompt; write one a line")
     return prompts
@@ -164,13 +167,15 @@ def _rows(path: Path) -> Iterator[Prompt]:
         if isinstance(row, BadRow):
             raise row.to_error()
         if isinstance(row, MessagesRow):
-            asked: str | list[Message] = _without_answer(row.messages)
-            if not asked:
+            content: str | list[Message] = _without_answer(row.messages)
+            if not content:
                 raise UserError(f"{row.location}: the conversation holds no question; add one or take the row out")
         else:
-            asked = row.prompt if isinstance(row, CompletionRow) else row.text
-        of_conversation = (row.tools, row.template_variables) if isinstance(row, MessagesRow) else ()
-        yield Prompt(asked, adapters.get(row.location), row.location, *of_conversation)
+            content = row.prompt if isinstance(row, CompletionRow) else row.text
+        tools, variables = (row.tools, row.template_variables) if isinstance(row, MessagesRow) else (None, None)
+        yield Prompt(
+            content=content, adapter=adapters.get(row.location), place=row.location, tools=tools, variables=variables
+        )
 
 
 def _fill_missing_answer(fields: dict[str, Any]) -> dict[str, Any]:
@@ -182,10 +187,10 @@ def _fill_missing_answer(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_answer(messages: Sequence[Message]) -> list[Message]:
-    asked = list(messages)
-    while asked and asked[-1]["role"] == "assistant":
-        asked.pop()
-    return asked
+    kept = list(messages)
+    while kept and kept[-1]["role"] == "assistant":
+        kept.pop()
+    return kept
 
 
 def _system(text: str | None) -> list[Message]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from peft.utils import merge_utils
 
+from qlora_dist.compat.peft import merge_utils
 from qlora_dist.errors import UserError
 
 CombinationType = Literal[

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
@@ -17,6 +16,7 @@ from torch.nn.functional import pad
 from qlora_dist.adapters.export import write_adapter
 from qlora_dist.adapters.saved_adapter import SavedAdapter
 from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.compat.peft import peft
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import PEFT_PREFIX
 from qlora_dist.io.safetensors_file import SafetensorsReader

@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_dist.compat.transformers import attention_name, looks_attention_up
 from qlora_dist.errors import UserError
 from qlora_dist.model.block_mask import create_packed_block_mask, create_packed_mask
 from qlora_dist.sequence_starts import sequence_slices, sequence_starts
@@ -69,7 +70,7 @@ def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> Non
     """
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    by_name = model._supports_attention_backend and model._supports_flash_attn
+    by_name = looks_attention_up(model)
     chunked = getattr(config, "attention_chunk_size", None) is not None
     qualifies = (
         by_name
@@ -93,7 +94,7 @@ def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> Non
 
 def takes_sequence_starts(model: PreTrainedModel) -> bool:
     """Return whether the model's attention takes the starts of packed sequences."""
-    return model.config._attn_implementation in (PACKED_ATTENTION, PACKED_FLEX_ATTENTION)
+    return attention_name(model) in (PACKED_ATTENTION, PACKED_FLEX_ATTENTION)
 
 
 def add_sequence_starts(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from qlora_dist.compat.torch import module_buffers
+from qlora_dist.compat.transformers import init_module, mark_initialized
 from qlora_dist.errors import UserError
 
 
@@ -16,7 +18,7 @@ def init_buffers(model: PreTrainedModel) -> None:
     that no class sets stays NaN, so that `check_buffers_initialized` finds it.
     """
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True
+        mark_initialized(parameter)
     paths: set[str] = set()
     with torch.no_grad():
         for name, buffer in model.named_non_persistent_buffers():
@@ -25,7 +27,7 @@ def init_buffers(model: PreTrainedModel) -> None:
             parts = name.split(".")[:-1]
             paths |= {".".join(parts[:length]) for length in range(len(parts) + 1)}
         for path in sorted(paths, key=lambda path: (-path.count("."), not path, path)):
-            _innermost_model(model, path)._init_weights(model.get_submodule(path))
+            init_module(_innermost_model(model, path), model.get_submodule(path))
 
 
 def _innermost_model(model: PreTrainedModel, path: str) -> PreTrainedModel:
@@ -58,6 +60,6 @@ def check_meta_buffers(model: PreTrainedModel) -> None:
     """
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, last = name.rpartition(".")
-        model.get_submodule(path)._buffers[last] = torch.empty_like(buffer, device="cpu")
+        module_buffers(model.get_submodule(path))[last] = torch.empty_like(buffer, device="cpu")
     init_buffers(model)
     check_buffers_initialized(model)

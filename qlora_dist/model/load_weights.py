@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qlora_dist.adapters.attach import is_lora_parameter
+from qlora_dist.compat.torch import map_tensors
 from qlora_dist.io.read_ahead import ReadProgress
 from qlora_dist.model.buffers import check_buffers_initialized, init_buffers
 from qlora_dist.model.meta_model import LossModel, transformers_names
@@ -128,7 +129,7 @@ def materialize(
         on_host = offload_base and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         return torch.empty_like(tensor, device="cpu" if on_host else device)
 
-    model._apply(empty)
+    map_tensors(model, empty)
     init_buffers(model)
 
 

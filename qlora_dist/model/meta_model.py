@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import nn
 
+from qlora_dist.compat.torch import module_buffers, module_parameters
+from qlora_dist.compat.transformers import keep_in_fp32_modules
 from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.model.attention import add_sequence_starts, set_packed_attention
@@ -150,7 +152,7 @@ def transformers_names(model: nn.Module) -> dict[str, str]:
     names: dict[str, str] = {}
     for path, module in model.named_modules():
         plain_path = path.replace(".base_layer", "")  # the name inside a LoRA layer
-        for name in module._parameters:
+        for name in module_parameters(module):
             full = f"{plain_path}.{name}" if plain_path else name
             if isinstance(module, NF4Linear | NF4VocabMixin) and name == "packed":
                 full = f"{plain_path}.weight"
@@ -225,11 +227,11 @@ def _keep_buffers_in_fp32(model: transformers.PreTrainedModel) -> None:
 
     Listed parameters are not kept, because the engine gathers all parameters in the compute type.
     """
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    kept = keep_in_fp32_modules(model)
     for path, module in model.named_modules():
-        for name, buffer in module._buffers.items():
+        for name, buffer in module_buffers(module).items():
             if buffer is not None and buffer.is_floating_point() and kept.intersection([*path.split("."), name]):
-                module._buffers[name] = buffer.float()
+                module_buffers(module)[name] = buffer.float()
 
 
 def _loss_forward_like(transformers_forward: Callable[..., Any]) -> Callable[..., Any]:

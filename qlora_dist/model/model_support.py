@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_dist.compat.torch import module_parameters
 from qlora_dist.errors import UserError
 from qlora_dist.model.quantizable import has_tied_embeddings
 from qlora_dist.model.weight_reads import find_weight_reads
@@ -62,7 +63,7 @@ def _shared_parameter_names(model: PreTrainedModel) -> tuple[str, str] | None:
     allowed |= {id(head.bias)} if getattr(head, "bias", None) is not None else set()
     first: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
+        for name, parameter in module_parameters(module).items():
             if parameter is not None and id(parameter) not in allowed:
                 full = f"{path}.{name}" if path else name
                 if first.setdefault(id(parameter), full) != full:

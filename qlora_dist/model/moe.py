@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from qlora_dist.compat.transformers import apply_expert_gate, has_expert_gate
 from qlora_dist.nf4.experts import NF4Experts
 
 
@@ -30,8 +31,6 @@ class SparseExperts(Protocol):
     up_proj: NF4Experts
     down_proj: NF4Experts
 
-    def _apply_gate(self, gate_up_out: torch.Tensor, /) -> torch.Tensor: ...
-
     def act_fn(self, x: torch.Tensor, /) -> torch.Tensor:
         """Return an expert's activation, of the shape of x."""
 
@@ -41,7 +40,7 @@ class SparseExperts(Protocol):
 
 def is_moe_experts(module: nn.Module) -> bool:
     """Return whether `replace_experts_forward` can replace the forward pass of a module."""
-    return hasattr(module, "_apply_gate") or _is_llama4(module)
+    return has_expert_gate(module) or _is_llama4(module)
 
 
 def replace_experts_forward(module: nn.Module) -> None:
@@ -82,7 +81,7 @@ def experts_forward(
         elif len(x):
             x = up(x, expert)
             x = x if up_bias is None else x + up_bias[expert]
-            x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+            x = apply_expert_gate(self, x) if self.has_gate else self.act_fn(x)
             x = down(x, expert)
             outputs.append(x if down_bias is None else x + down_bias[expert])
     output = torch.cat(outputs)

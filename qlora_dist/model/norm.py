@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_dist.compat.torch import member_names, module_parameters, replace_parameters
 from qlora_dist.model.row_chunks import rows_per_chunk
 
 RMSNormKind = Literal["llama", "gemma"]
@@ -124,14 +125,14 @@ def _eps(module: Any) -> float:
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """Return what determines a norm's result besides its weight's values. Equal modules are probed once."""
     own = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
-    shapes = {name: None if p is None else tuple(p.shape) for name, p in module._parameters.items()}
+    shapes = {name: None if p is None else tuple(p.shape) for name, p in module_parameters(module).items()}
     return type(module), tuple(sorted(own.items())), tuple(sorted(shapes.items()))
 
 
 def _matching_kind(module: nn.Module) -> RMSNormKind | None:
     """Return the kind whose results equal the module's on probe inputs; None: keep the class."""
-    names = [*module._parameters, *module._buffers, *module._modules]
-    weight = module._parameters.get("weight")
+    names = member_names(module)
+    weight = module_parameters(module).get("weight")
     if names != ["weight"] or weight is None or weight.dim() != 1 or not _takes_hidden_states_alone(module):
         return None
     if not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
@@ -141,7 +142,7 @@ def _matching_kind(module: nn.Module) -> RMSNormKind | None:
     for dtype in (torch.float32, torch.bfloat16):
         x, values = (torch.randn(*shape, weight.numel(), generator=generator).to(dtype) for shape in ((2, 3), ()))
         probe = copy.copy(module)
-        probe._parameters = {"weight": nn.Parameter(values, requires_grad=False)}
+        replace_parameters(probe, {"weight": nn.Parameter(values, requires_grad=False)})
         with torch.no_grad():
             try:
                 expected = probe(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from qlora_dist.compat.transformers import attention_name
 from qlora_dist.errors import UserError
 from qlora_dist.model.attention import takes_sequence_starts
 
@@ -28,6 +29,6 @@ def check_packing_support(model: PreTrainedModel) -> None:
     """
     if not takes_sequence_starts(model) and model.config.model_type not in PACKABLE_MODEL_TYPES:
         raise UserError(
-            f"data.packing: a model of type {model.config.model_type} with {model.config._attn_implementation} "
+            f"data.packing: a model of type {model.config.model_type} with {attention_name(model)} "
             "attention may let the sequences of a packed row see each other; set data.packing: none"
         )

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+from qlora_dist.compat.torch import module_parameters
 from qlora_dist.errors import UserError
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.moe import is_moe_experts
@@ -79,16 +80,16 @@ def quantizable_parameters(model: PreTrainedModel, *, embeddings: bool = False) 
                 has_bias=module.bias is not None,
             )
         for weight in EXPERT_WEIGHTS:
-            parameter = module._parameters.get(weight)
+            parameter = module_parameters(module).get(weight)
             if parameter is not None and parameter.dim() == 3 and is_moe_experts(module):
-                experts, *shape = parameter.shape
+                experts, *expert_shape = parameter.shape
                 # Llama-4's class has no such attribute, and its parameters are transposed
                 transposed = getattr(module, "is_transposed", True)
                 path = f"{name}.{weight}"
                 yield QuantizableParameter(
                     name=path,
                     module=path,
-                    shape=tuple(shape[::-1] if transposed else shape),
+                    shape=tuple(expert_shape[::-1] if transposed else expert_shape),
                     experts=experts,
                     transposed=transposed,
                 )

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
+from qlora_dist.compat.torch import module_parameters
 from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.model.buffers import check_meta_buffers
@@ -166,7 +167,7 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
         if module is head:
             head_name = path
         if module is head or isinstance(module, nn.Embedding):
-            names = [f"{path}.{name}" for name in module._parameters]
+            names = [f"{path}.{name}" for name in module_parameters(module)]
             outside |= {key for name in names if name in sources for key in sources[name].keys}
     if has_tied_embeddings(model):  # the folder may store a head that equals the embedding
         for key in sources[f"{head_name}.weight"].keys if f"{head_name}.weight" in sources else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from qlora_dist.compat.transformers import mark_initialized
 from qlora_dist.errors import UserError
 from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize_rows, dequantize_weight
@@ -33,7 +34,7 @@ class NF4VocabMixin(nn.Module):
         placeholder = torch.full((), float("nan"), dtype=self.dtype, device=self.packed.device).expand(
             self.layout.shape
         )
-        placeholder._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers initializes it otherwise
+        mark_initialized(placeholder)
         return placeholder
 
 

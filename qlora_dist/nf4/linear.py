@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from qlora_dist.compat.transformers import mark_initialized
 from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize_weight
 
@@ -61,7 +62,7 @@ class NF4Linear(nn.Module):
         """
         if self.packed.is_meta or isinstance(self.packed, DTensor) or self.packed.numel() != self.layout.total_bytes:
             placeholder = torch.empty(self.layout.shape, dtype=self.dtype, device="meta")
-            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers initializes it otherwise
+            mark_initialized(placeholder)
             return placeholder
         return self.dequantize(self.dtype)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qlora_dist.compat.torch import storage_key
 from qlora_dist.config.sections import OptimConfig
 from qlora_dist.optim.adamw_kernels import bnb_adamw_8bit, bnb_adamw_32bit, fused_adamw
 from qlora_dist.optim.optimizer_state import STATE_NAMES, PagedOptimizerState
@@ -62,7 +63,7 @@ class PagedAdamW:
 
     def _groups(self, number: int, memory: torch.Tensor) -> list[_UpdateGroup]:
         """Return a page's slices by learning rate. They are cached: slicing takes as long as a small update."""
-        key = number, memory.untyped_storage()._cdata
+        key = number, storage_key(memory.untyped_storage())
         if key not in self._groups_by_page:
             slices = self.optimizer_state.pages[number].slices
             factors = sorted({self._factors[piece.shard] for piece in slices})

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from qlora_dist.compat.bitsandbytes import functional as bnb
+from qlora_dist.compat.torch import fused_adamw_
 from qlora_dist.config.sections import OptimConfig
 from qlora_dist.optim.state_pages import STATE_BLOCK_SIZE
 
@@ -41,7 +42,7 @@ def fused_adamw(
     if not parameters:
         return
     count = torch.full((), float(step), device=parameters[0].device)
-    torch._fused_adamw_(
+    fused_adamw_(
         parameters,
         gradients,
         exp_avgs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from qlora_dist.compat.torch import has_cpp_compiler
 from qlora_dist.errors import UserError
 
 
@@ -14,17 +15,10 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         UserError: there is no C++ compiler.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    if device.type != "cpu":
-        return  # Triton brings its own compiler, and reports what is missing
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
+    if device.type == "cpu" and not has_cpp_compiler():  # on a GPU, Triton brings its own compiler
         raise UserError(
             "train.compile: this machine has no C++ compiler; install g++, name one in CXX, or set train.compile=false"
-        ) from None
+        )
 
 
 def compile_layer(layer: nn.Module) -> None:

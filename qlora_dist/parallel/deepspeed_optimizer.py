@@ -2,8 +2,8 @@
 
 `DeepSpeedZeroOptimizer_Stage3` sums gradients after every micro-batch, in hooks on the layers. The hook of the first
 layer, whose input needs no gradient, runs before there is a gradient. So only the part behind the hooks is used
-here: it gets gradients summed over all ranks, and holds, moves and updates the states. If a release of DeepSpeed moves
-any of it, tests/zero/test_deepspeed_optimizer.py fails, and this file must change.
+here: it gets gradients summed over all ranks, and holds, moves and updates the states. `compat/stage3.py` has what is
+private to DeepSpeed.
 """
 
 from __future__ import annotations
@@ -12,52 +12,25 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from qlora_dist.adapters.attach import is_lora_b_parameter, named_trainable_parameters
-from qlora_dist.compat.deepspeed import ZeroParameter, zero_parameter, zero_part
+from qlora_dist.compat.deepspeed import ZeroParameter, zero_parameter
+from qlora_dist.compat.stage3 import (
+    Stage3Optimizer,
+    make_stage3_optimizer,
+    make_stage3_partition,
+    swap_subgroup_in,
+    swap_subgroup_out,
+)
 from qlora_dist.config.sections import OptimConfig, PagingConfig
 from qlora_dist.errors import UserError
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.optimizer_state import STATE_NAMES
 from qlora_dist.parallel.ds_config import zero_optimizer_settings
 from qlora_dist.shard_view import FlatShard, get_flat_shard
-
-
-class _ZeroOptimizer(Protocol):
-    """The part of `DeepSpeedZeroOptimizer_Stage3` that this file uses."""
-
-    offload_optimizer: bool
-    optimizer: torch.optim.Optimizer
-    fp32_partitioned_groups_flat: list[torch.Tensor]
-    """Values of each sub-group, fp32[n]."""
-    fp16_partitioned_groups_flat_numel: list[int]
-    """Number of elements of each sub-group."""
-    grad_position: dict[int, list[int]]
-    """Sub-group, first element in it and number of elements of each partition, by `ds_id`."""
-
-    def partition_grads(self, params: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor]) -> None:
-        """Set the gradient of each partition."""
-
-    def independent_gradient_partition_epilogue(self) -> None:
-        """Finish the reduction of gradients."""
-
-    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether the next gradients are the last before a step."""
-
-    def step(self) -> None:
-        """Update all values."""
-
-    def _swappable_optimizer_subgroup(self, index: int) -> bool: ...
-
-    def _optimizer_states_and_gradient_swap_in(self, index: int) -> None: ...
-
-    def _optimizer_states_and_gradient_swap_out(self, index: int) -> None: ...
 
 
 class ZeroOptimizerState:
@@ -82,10 +55,10 @@ class ZeroOptimizerState:
         named = [(name, get_flat_shard(parameter), parameter) for name, parameter in named_trainable_parameters(model)]
         self._shards = [shard for _, shard, _ in named if shard is not None]
         self._partitions = [
-            _make_partition(shard, zero_parameter(p).ds_id) for _, shard, p in named if shard is not None
+            make_stage3_partition(shard, zero_parameter(p).ds_id) for _, shard, p in named if shard is not None
         ]
         factors = [config.lora_plus_ratio if is_lora_b_parameter(name) else 1.0 for name, _, _ in named]
-        self._zero = _make_stage3_optimizer(self._partitions, factors, config, paging, device, self._folder)
+        self._zero = _make_optimizer(self._partitions, factors, config, paging, device, self._folder)
         for (_, _, parameter), shard, partition in zip(named, self._shards, self._partitions, strict=True):
             if shard.gathered is shard.padded:
                 shard.gathered = partition.ds_tensor
@@ -175,12 +148,11 @@ class ZeroOptimizerState:
             return
         self._swap_out()
         self._swapped_in = index
-        if self._zero._swappable_optimizer_subgroup(index):
-            self._zero._optimizer_states_and_gradient_swap_in(index)
+        swap_subgroup_in(self._zero, index)
 
     def _swap_out(self) -> None:
-        if self._swapped_in is not None and self._zero._swappable_optimizer_subgroup(self._swapped_in):
-            self._zero._optimizer_states_and_gradient_swap_out(self._swapped_in)
+        if self._swapped_in is not None:
+            swap_subgroup_out(self._zero, self._swapped_in)
         self._swapped_in = None
 
 
@@ -224,86 +196,25 @@ def _make_swap_folder(paging: PagingConfig) -> Path:
         ) from None
 
 
-def _make_partition(shard: FlatShard, ds_id: int) -> ZeroParameter:
-    """Return a shard as a parameter of stage 3 in fp32. The engine rounds it for gathering, DeepSpeed does not."""
-    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
-
-    partition = zero_parameter(nn.Parameter(shard.padded))
-    partition.ds_tensor = zero_part(shard.padded.view(-1))
-    partition.ds_tensor.ds_numel = size = shard.padded.numel()
-    partition.ds_tensor.status = PartitionedParamStatus.AVAILABLE
-    partition.ds_id, partition.ds_process_group, partition.ds_numel = ds_id, shard.group, shard.shape.numel()
-    partition.partition_numel = lambda: size
-    partition.padding_size = lambda: size * shard.num_shards - shard.shape.numel()
-    partition.ds_secondary_tensor = None
-    return partition
-
-
-def _make_stage3_optimizer(
+def _make_optimizer(
     partitions: Sequence[ZeroParameter],
     factors: Sequence[float],
     config: OptimConfig,
     paging: PagingConfig,
     device: torch.device,
     folder: Path | None,
-) -> _ZeroOptimizer:
-    """Return DeepSpeed's optimizer over partitions, without its gathering and reducing."""
-    from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.utils.timer import NoopTimer
-
-    class Stage3(DeepSpeedZeroOptimizer_Stage3):
-        def initialize_ds_offload(self, *_: Any, **__: Any) -> Any:
-            """Skip the hooks, because the model has them already, and they release everything before a step."""
-            coordinator = SimpleNamespace()
-            return SimpleNamespace(
-                dp_process_group=dist.group.WORLD,
-                persistent_parameters=[],
-                get_param_coordinator=lambda: coordinator,
-                partition_all_parameters=lambda: None,
-            )
-
-        def create_reduce_and_remove_grad_hooks(self) -> None:
-            """Skip the hooks, because `gradient_reducer` sums the gradients."""
-
-        def _create_fp32_partitions(self) -> None:
-            # DeepSpeed compares a device with a name, and would hold a second copy of the values
-            if not self.offload_optimizer:
-                self.device = device
-            super()._create_fp32_partitions()
-
-        def _get_norm_groups(self) -> list[torch.Tensor]:
-            """Return a zero without communication, because the gradients are finite and clipped already."""
-            return [torch.zeros(())]
-
+) -> Stage3Optimizer:
+    """Return DeepSpeed's optimizer over partitions, one group per factor of the learning rate."""
     groups = [
         {"params": [p for p, f in zip(partitions, factors, strict=True) if f == factor], "lr_factor": factor}
         for factor in sorted(set(factors))
     ]
     settings = zero_optimizer_settings(config, paging, pinned=device.type == "cuda")
-    zero = DeepSpeedZeroConfig(stage=3, **settings)
-    offload = zero.offload_optimizer
-    if offload is not None:
-        offload.nvme_path = folder
     betas = config.beta1, config.beta2
     adamw = torch.optim.AdamW(
         groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
-    stage3: _ZeroOptimizer = Stage3(
-        nn.Module(),
-        adamw,
-        param_names={},
-        timers=NoopTimer(),
-        ds_config=None,
-        contiguous_gradients=False,
-        communication_data_type=torch.float32,
-        offload_optimizer_config=offload,
-        sub_group_size=zero.sub_group_size,
-        offload_ratio=1.0,
-        aio_config=get_aio_config({}),
-    )
-    stage3.set_gradient_accumulation_boundary(True)
+    stage3 = make_stage3_optimizer(adamw, settings, device, folder)
     for partition in partitions:
         partition.data = partition.ds_tensor  # DeepSpeed has moved the values
     return stage3

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from qlora_dist.compat.torch import queue_after_backward
 from qlora_dist.model.meta_model import get_decoder_layers
 from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.shard_view import get_flat_shard
@@ -77,7 +77,7 @@ class GradientReducer:
     def _add(self, unit: _Unit, parameter: nn.Parameter) -> None:
         if not self._in_backward:
             self._in_backward = True
-            Variable._execution_engine.queue_callback(self._finish_backward)
+            queue_after_backward(self._finish_backward)
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.float(), None
         if (shard := get_flat_shard(parameter)) is not None:

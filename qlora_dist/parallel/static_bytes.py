@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from qlora_dist.compat.torch import storage_key
 from qlora_dist.parallel.mesh import MeshSizes
 from qlora_dist.shard_view import full_shape, get_flat_shard
 
@@ -64,7 +65,7 @@ def model_static_bytes(model: nn.Module) -> int:
 
 def _storages(model: nn.Module) -> list[torch.UntypedStorage]:
     storages = [_storage(tensor) for tensor in _tensors(model)]
-    return list({s._cdata if s.device.type == "meta" else s.data_ptr(): s for s in storages}.values())
+    return list({storage_key(s) if s.device.type == "meta" else s.data_ptr(): s for s in storages}.values())
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -13,13 +13,16 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_dist.compat.torch import module_parameters
+from qlora_dist.compat.transformers import mark_initialized
 from qlora_dist.config.schema import Config
 from qlora_dist.model.meta_model import COMPUTE_DTYPES, get_decoder_layers
 from qlora_dist.parallel.activation_checkpointing import apply_ac_and_compile
 from qlora_dist.parallel.comm_counter import CommCounter
+from qlora_dist.parallel.gathered_type import update_gathered
 from qlora_dist.parallel.gradient_reducer import GradientReducer, trainable_units
 from qlora_dist.parallel.mesh import Meshes
-from qlora_dist.shard_view import FlatShard, get_flat_shard, set_flat_shard, update_gathered
+from qlora_dist.shard_view import FlatShard, get_flat_shard, set_flat_shard
 
 
 def parallelize_zero2(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
@@ -39,13 +42,12 @@ def parallelize_zero2(model: PreTrainedModel, meshes: Meshes, config: Config) ->
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                module._parameters[key] = _whole_parameter(
+                module_parameters(module)[key] = _whole_parameter(
                     parameter, group, dtype, meshes.device, is_first_replica=meshes.is_first_adapter_replica
                 )
-            elif (
-                parameter.is_floating_point()
-            ):  # transformers keeps some in fp32 files; they too are computed with in `dtype`
-                module._parameters[key] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+            elif parameter.is_floating_point():
+                # transformers keeps some in fp32 files; they too are computed with in `dtype`
+                module_parameters(module)[key] = nn.Parameter(parameter.to(dtype), requires_grad=False)
 
     traffic = CommCounter()
     units = trainable_units(model)
@@ -74,7 +76,7 @@ def _whole_parameter(
     own = whole[group.rank() * size : (group.rank() + 1) * size]
     values = own if dtype == parameter.dtype else torch.zeros(size, dtype=parameter.dtype, device=device)
     whole_parameter = nn.Parameter(whole[:numel].view(parameter.shape))
-    whole_parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers would initialize it
+    mark_initialized(whole_parameter)
     shard = FlatShard(
         shape=parameter.shape,
         padded=values,

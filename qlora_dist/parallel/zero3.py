@@ -11,14 +11,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.compat.deepspeed import GatherHooks, OnAllGather, Partitioner, gather_parameters, release_parameters
+from qlora_dist.compat.torch import module_parameters
 from qlora_dist.config.schema import Config
 from qlora_dist.model.meta_model import COMPUTE_DTYPES, get_decoder_layers
 from qlora_dist.parallel.activation_checkpointing import apply_ac_and_compile
 from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.ds_config import ds_config
+from qlora_dist.parallel.gathered_type import update_gathered
 from qlora_dist.parallel.gradient_reducer import GradientReducer, trainable_units
 from qlora_dist.parallel.mesh import Meshes
-from qlora_dist.shard_view import FlatShard, full_shape, get_flat_shard, update_gathered
+from qlora_dist.shard_view import FlatShard, full_shape, get_flat_shard
 
 
 def parallelize_zero3(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
@@ -89,7 +91,9 @@ def _partition_parameters(model: nn.Module, meshes: Meshes, config: Config, part
         for name, parameter in module.named_parameters(recurse=False):
             trained = parameter.requires_grad
             group, first = (adapter, meshes.is_first_adapter_replica) if trained else (base, first_base)
-            module._parameters[name] = partitioner.partition(parameter, group, dtype, offload and not trained, first)
+            module_parameters(module)[name] = partitioner.partition(
+                parameter, group, dtype, on_host=offload and not trained, is_first_replica=first
+            )
 
 
 def _unshard(layer: nn.Module) -> None:

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from qlora_dist.compat.torch import TorchDispatchMode, storage_key, tree_leaves
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.plan.phase_memory import StepPhase
 
@@ -79,7 +78,7 @@ class LiveMemory(TorchDispatchMode):
         super().__exit__(*error)
 
     def _track_storage(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = storage._cdata, storage.nbytes()
+        key, nbytes = storage_key(storage), storage.nbytes()
         known = self._storages.get(key)
         if known is None:
             self._storages[key] = nbytes, weakref.ref(storage, lambda _: self._untrack_storage(key))

@@ -31,12 +31,11 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_dist.compat.fake_tensors import FakeStore, FakeTensorMode
+from qlora_dist.compat.torch import READ_SCALAR, TorchDispatchMode
 from qlora_dist.config.schema import Config
 from qlora_dist.cpu.cpu_attention import packed_causal_attention_cpu
 from qlora_dist.data.collate import Batch
@@ -342,7 +341,7 @@ class _ConstantValues(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is READ_SCALAR:
             return 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +24,7 @@ from qlora_dist.adapters.attach import (
 from qlora_dist.adapters.export import config_to_save, shapes_to_save
 from qlora_dist.adapters.peft_roundtrip import check_peft_roundtrip, needs_peft_conversion
 from qlora_dist.adapters.targets import AdapterTargets, find_targets
+from qlora_dist.compat.peft import peft
 from qlora_dist.config.max_positions import check_seq_len
 from qlora_dist.config.schema import Config
 from qlora_dist.config.sections import DEFAULT_STEPS, LoraConfig

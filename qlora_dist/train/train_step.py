@@ -10,6 +10,7 @@ import torch
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
+from qlora_dist.compat.torch import foreach_mul_, foreach_norm
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
 from qlora_dist.optim.adapter_shards import AdapterShards
@@ -82,7 +83,7 @@ def train_step(
     summed_loss = _accumulate_gradients(context, micro_batches, loss_tokens)
 
     grads = shards.collect_grads()
-    squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())
+    squares = torch.stack(foreach_norm(grads)).double().square().sum() if grads else summed_loss.new_zeros(())
     squares.item()  # wait for the device, so that a request to stop that arrives during the step counts in this step
     own_flags = control_flags().to_list() if control_flags is not None else []
     flags = torch.tensor(own_flags, dtype=torch.float64).to(summed_loss.device)
@@ -93,7 +94,7 @@ def train_step(
     finite = math.isfinite(total_loss) and math.isfinite(norm)
     if finite:
         clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm is not None else 1.0
-        torch._foreach_mul_(grads, clip / loss_scale.value)
+        foreach_mul_(grads, clip / loss_scale.value)
         with record_function(OPTIMIZER_LABEL):
             context.optimizer.step()
     shards.zero_grad()

@@ -166,7 +166,7 @@ def test_search_finds_what_fits_and_keeps_what_was_asked_for(tmp_path: Path) -> 
     assert not plan_from_args(asked).fits
     (found, *_) = search_plans(asked).best
     assert found.plan.fits and found.config.train.checkpointing == "full" and found.config.lora.r == 16
-    again = plan_from_asked(args, found.config)
+    again = plan_from_args(asked, found.config)
     assert again.fits and again.time == found.plan.time
     (paged, *_) = search_plans(PlanArgs(**{**vars(asked), "overrides": ["lora.r=16", "parallel.base=paged"]})).best
     assert paged.plan.fits and 2**30 < paged.config.parallel.resident_bytes < paged.plan.gpu.memory_bytes

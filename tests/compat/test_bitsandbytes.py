@@ -1,4 +1,4 @@
-"""If this fails, every rank takes a third longer to start, or bitsandbytes' fallbacks are not what they were."""
+"""If this fails, every rank takes a third longer to start, or bitsandbytes' fallbacks are broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""If this fails, torch has moved what `fsdp_internals.py` leans on; that file alone is to be changed."""
+"""If this fails, torch has changed a part of FSDP2 that `compat/fsdp.py` uses."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def two_meshes_in_one_unit() -> None:
         unit.set_force_sum_reduction_for_comms(True)
         x = torch.ones(3, 6)
         unit(x).sum().backward()
-        # half of an fp32[2, 4] each way (a root stays gathered for backward), and nothing on the mesh of one
+        # half of an fp32[2, 4] each (the root stays gathered for backward), and nothing on the mesh of one
         assert sorted(seen) == [("all_gather", "world", 16), ("reduce_scatter", "world", 16)]
         gradient = unit[1].weight.grad.full_tensor()
         expected = 2 * (x @ unit[0].weight.full_tensor().T).sum(0).expand(2, 4)  # summed over ranks, not averaged
@@ -66,7 +66,7 @@ def two_meshes_in_one_unit() -> None:
 
 
 def paged_units() -> None:
-    """Two layers of one frozen and one trained matrix, the frozen one's bytes in a page: against plain tensors."""
+    """Compare two layers, each with a frozen matrix in a page and a trained one, with plain tensors."""
     with process_group(read_rank_info(), torch.device("cpu")):
         rank, ranks = dist.get_rank(), dist.get_world_size()
         mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("world",))
@@ -81,7 +81,7 @@ def paged_units() -> None:
             fully_shard(layer, mesh=mesh)
             ((parameter, start, nbytes),) = frozen_shards(layer)
             assert (start, nbytes) == (0, -(-5 // ranks) * 5 * 4) and parameter.device.type == "meta"
-            whole = torch.nn.functional.pad(frozen[index], (0, 0, 0, 1))  # to what two ranks hold together
+            whole = torch.nn.functional.pad(frozen[index], (0, 0, 0, 1))  # to the size of both ranks' shards
             page = whole[rank * nbytes // 20 :][: nbytes // 20].reshape(-1).view(torch.uint8)
 
             def get_page(which: PassDirection, index: int = index, page: torch.Tensor = page) -> torch.Tensor:
@@ -111,8 +111,8 @@ def paged_units() -> None:
         for layer, v in zip(layers, trained, strict=True):
             torch.testing.assert_close(layer[1].weight.grad.full_tensor(), 2 * v.grad)
             assert layer[0].weight.device.type == "meta"
-        # one at a time, in spite of prefetching, and each once for each pass
-        assert events == 2 * [(what, *use) for use in order for what in ("used", "done")]
+        # one page at a time in spite of prefetching, and each once per pass
+        assert events == 2 * [(event, *use) for use in order for event in ("used", "done")]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,4 +1,4 @@
-"""If this fails, a run starts on a library that trains something else, or a good installation is refused."""
+"""If this fails, a run starts with a library that is too old, or a good installation is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_release(version, release):
 
 
 def fake_installation(folder: Path, **versions: str) -> None:
-    """Metadata that is found before that of the real packages, as of an older one in the same environment."""
+    """Write metadata of other versions, which Python finds before the metadata of the real packages."""
     for package, version in versions.items():
         info = folder / f"{package}-{version}.dist-info"
         info.mkdir()

@@ -25,7 +25,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.train_helpers import PROMPT, first_loss, losses, train_and_get_logits
 
 STEPS = 2
-SPARSE = ("Mixtral", "DeepseekV3", "GptOss")  # of one name per expert, of a dense layer too, of transposed experts
+SPARSE = ("Mixtral", "DeepseekV3", "GptOss")  # with a name per expert, with a dense layer too, with transposed experts
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_an_architecture_trains_as_in_transformers(name: str, experts: bool, tmp
     assert losses(configs[1]) == pytest.approx(losses(configs[0]), rel=1e-5)
     np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
 
-    # the first loss is that of transformers' own forward pass, the last model's logits those of the adapter in PEFT
+    # transformers' own forward pass gives the first loss, and PEFT with the adapter the last logits
     plain = dequantized_model(source, quantized)
     assert losses(configs[0])[0] == pytest.approx(first_loss(configs[0], plain), rel=1e-5)
     with torch.no_grad():

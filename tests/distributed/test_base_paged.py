@@ -1,4 +1,4 @@
-"""If this fails, a base that does not fit on its device trains something else than one that does, or does not fit."""
+"""If this fails, a paged base changes the training, or needs more memory than its budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.helpers.ranks import run_ranks
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 6
 PAGED = ("parallel.base=paged", "parallel.resident_bytes=0")
-"""Room for two of six layers."""
+"""Bytes for two of six layers."""
 
 
 def write_config(folder: Path, **settings: Any) -> Path:
@@ -63,28 +63,28 @@ def metrics(config: Config) -> list[dict[str, Any]]:
 
 
 def step_numbers(config: Config) -> list[list[float]]:
-    """All that a run computes: losses, held-out losses, norms of gradients."""
+    """Return losses, held-out losses and gradient norms of a run."""
     return [[row[key] for row in metrics(config) if key in row] for key in ("loss", "eval_loss", "grad_norm")]
 
 
 def check_equal(config: Path, ranks: int, *overrides: str, nodes: int = 1) -> Config:
-    """Train with a base that fits, and with one that is paged: bit for bit the same."""
+    """Train with a resident base and with a paged one, and compare the numbers bit for bit."""
     overrides = (f"train.micro_batch={8 // ranks // 2}", *overrides)  # two or more micro-batches
     plain = resolve(config, ranks, "parallel.base=node", *(o for o in overrides if not o.startswith("paging")))
     paged = resolve(config, ranks, *PAGED, *overrides)
     for resolved in (plain, paged):
         run_ranks(ranks, run_training, resolved, nodes=nodes)
     assert step_numbers(paged) == step_numbers(plain)
-    assert step_numbers(plain)[0][-1] < step_numbers(plain)[0][0]  # something was trained
+    assert step_numbers(plain)[0][-1] < step_numbers(plain)[0][0]  # the loss has fallen
     assert all(row["base_paging"]["bytes_in"] > 0 for row in metrics(paged)[1:])
     return paged
 
 
-def test_losses_are_those_of_a_base_that_fits(config: Path) -> None:
+def test_losses_equal_a_resident_bases(config: Path) -> None:
     check_equal(config, 1)
 
 
-SOURCE = "model.base={source}"  # quantized on the way
+SOURCE = "model.base={source}"  # quantized while it is loaded
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ SOURCE = "model.base={source}"  # quantized on the way
     ],
     ids=str,
 )
-def test_losses_are_those_of_a_base_that_fits_whatever_else_is_set(
+def test_losses_equal_a_resident_bases_with_other_settings(
     ranks: int, nodes: int, overrides: tuple[str, ...], config: Path
 ) -> None:
     check_equal(config, ranks, *(o.format(source=config.parent / "source") for o in overrides), nodes=nodes)
@@ -119,7 +119,7 @@ def test_other_architectures(arch: str, settings: dict[str, Any], tmp_path: Path
 
 
 def layer_bytes(config: Config, ranks: int) -> int:
-    """Of each layer, on each of so many ranks: whole rows, each shard up to the next multiple of 16 bytes."""
+    """Return the bytes of each layer's page on each rank: whole rows, each shard padded to a multiple of 16 bytes."""
     model = build_meta_model(ModelFolder(config.model.base), config.model)
     sizes = set()
     for layer in get_decoder_layers(model):
@@ -131,19 +131,17 @@ def layer_bytes(config: Config, ranks: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "staying", "ahead"), [(1, 3, 1), (1, 1, 2), (2, 3, 0), (2, 0, 3), (1, LAYERS, 1)])
-def test_bytes_fetched_are_those_of_layers_that_are_not_there(
-    ranks: int, staying: int, ahead: int, config: Path
-) -> None:
-    """Forward and backward each fetch all layers but those that stay and, where they turn, those that are in slots."""
+def test_bytes_fetched_equal_the_layers_not_in_memory(ranks: int, staying: int, ahead: int, config: Path) -> None:
+    """Each pass fetches all layers except the resident ones and, at its start, those still in slots."""
     size = layer_bytes(load_config(config), ranks)
-    slots = max(2, 1 + ahead) if staying else 2  # the least budget has room for no more
+    slots = max(2, 1 + ahead) if staying else 2  # the least budget holds no more
     budget = 0 if not staying else LAYERS * size if staying == LAYERS else (staying + slots) * size
     overrides = ("parallel.base=paged", f"parallel.resident_bytes={budget}", f"paging.ahead={ahead}")
     paged = resolve(config, ranks, *overrides, "train.steps=2", "train.eval_every=0", "train.micro_batch=2")
     run_ranks(ranks, run_training, paged)
     accumulation = 8 // 2 // ranks
     expected = accumulation * 2 * max(0, LAYERS - staying - slots) * size
-    row = metrics(paged)[2]  # the step that no evaluation precedes
+    row = metrics(paged)[2]  # the step without an evaluation before it
     assert row["base_paging"]["bytes_in"] == expected
     assert row["base_paging"]["bytes_out"] == 0
     assert row["base_resident_bytes"] == (budget or 2 * size)
@@ -152,7 +150,7 @@ def test_bytes_fetched_are_those_of_layers_that_are_not_there(
 
 
 def train_until(config: Config, step: int) -> None:
-    """A wish to stop is seen at the end of the next step."""
+    """Request a stop, which takes effect at the end of the next step."""
     log = RunDir.log
 
     def logged(self: RunDir, row: dict[str, Any]) -> None:
@@ -165,7 +163,7 @@ def train_until(config: Config, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_a_base_that_is_paged_and_then_without(config: Path) -> None:
+def test_a_run_resumes_with_a_paged_base_and_then_without(config: Path) -> None:
     settings = ("train.steps=5", "train.micro_batch=8")
     undisturbed = resolve(config, 1, "parallel.base=node", *settings)
     run_ranks(1, run_training, undisturbed)
@@ -179,7 +177,7 @@ def test_a_run_goes_on_with_a_base_that_is_paged_and_then_without(config: Path) 
 
 
 def config_error(config: Config) -> str:
-    """What is wrong with a run, if that is found before weights are read."""
+    """Return the error of a run, and fail if weights are read before it is raised."""
 
     def fail(*args: Any, **kwargs: Any) -> int:
         raise AssertionError("weights are read")
@@ -193,7 +191,7 @@ def config_error(config: Config) -> str:
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_too_small_a_budget_says_how_much_it_must_be(ranks: int, config: Path) -> None:
+def test_the_error_about_a_small_budget_names_the_least_one(ranks: int, config: Path) -> None:
     least = 2 * layer_bytes(load_config(config), ranks)
     overrides = ("parallel.base=paged", f"parallel.resident_bytes={least - 1}")
     for sentence in run_ranks(ranks, config_error, resolve(config, ranks, *overrides)):
@@ -204,9 +202,9 @@ def test_too_small_a_budget_says_how_much_it_must_be(ranks: int, config: Path) -
 
 
 @pytest.mark.parametrize("folder", ["no folder", "full"])
-def test_no_room_for_the_file_is_found_before_weights_are_read(folder: str, config: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_found_before_weights_are_read(folder: str, config: Path, tmp_path: Path) -> None:
     def limited(config: Config) -> str:
-        if folder == "full":  # for this process's files, as a disk that has no more
+        if folder == "full":  # limit this process's files, as a full disk would
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         return config_error(config)
@@ -230,15 +228,15 @@ def test_no_room_for_the_file_is_found_before_weights_are_read(folder: str, conf
         ("parallel.offload=base", "parallel.offload: base and parallel.base: paged exclude each other"),
     ],
 )
-def test_what_does_not_go_together_is_said(override: str, message: str, config: Path) -> None:
+def test_settings_that_exclude_each_other_are_refused(override: str, message: str, config: Path) -> None:
     with pytest.raises(UserError, match=message) as error:
         load_config(config, ["parallel.base=paged", override])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
-def test_the_process_holds_the_budget_in_place_of_the_layers(tmp_path: Path) -> None:
-    """As the kernel tells it to another process: the peak of a whole run, from its start to its end."""
+def test_peak_memory_falls_by_the_layers_and_grows_by_the_budget(tmp_path: Path) -> None:
+    """The kernel reports the peak of a whole process, so the run has one of its own."""
     result = tmp_path / "result.json"
     size = ["--layers", "10", "--hidden", "2048", "--steps", "1", "--tokens", "16", "--checkpointing", "none"]
     command = [sys.executable, "benchmarks/base_paging.py", *size, "--shares", "0.25", "--ahead", "1"]
@@ -251,7 +249,7 @@ def test_the_process_holds_the_budget_in_place_of_the_layers(tmp_path: Path) -> 
         text=True,
         timeout=900,
     )
-    assert done.returncode == 0, done.stdout + done.stderr  # with equal losses
+    assert done.returncode == 0, done.stdout + done.stderr
     measured = json.loads(result.read_text())
     plain, paged = measured["runs"]
     saved = measured["layers_bytes"] - paged["resident_bytes"]

@@ -1,6 +1,4 @@
-"""If this fails, a cluster that kills jobs ends with another model than one that does not. A short form of the program;
-benchmarks/chaos.py has the long one.
-"""
+"""If this fails, killed jobs end with another model than undisturbed ones. benchmarks/chaos.py has a longer test."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_in_every_phase_ends_as_if_it_had_not_been(tmp_path: Path, tiny_llama_nf4: Path) -> None:
+def test_a_run_that_is_killed_in_every_phase_ends_as_an_undisturbed_one(tmp_path: Path, tiny_llama_nf4: Path) -> None:
     data = tiny_models.make_data(tmp_path / "data.jsonl", 60)
     where = ["--base", tiny_llama_nf4, "--data", data, "--out", tmp_path / "runs", "--json", tmp_path / "result.json"]
     length = ["--kills", "5", "--steps", "12", "--seed", "3"]

@@ -1,4 +1,4 @@
-"""If this fails, each rank tokenizes the same data, or they wait in a collective while one of them does."""
+"""If this fails, each rank tokenizes the same data, or ranks wait in a collective while one of them tokenizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMEOUT_S = 500
 
 
 def train_and_log_preparation(config: Path, log: Path) -> None:
-    """The command line, which signs in a file whenever it tokenizes."""
+    """Run the command line, which adds a line to a file whenever it tokenizes."""
     tokenize = prepare_datasets.tokenize_to_file
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -61,10 +61,10 @@ def test_eight_ranks_start_on_a_cold_cache(tiny_llama_nf4, tmp_path):
         while not outputs[0].exists() or "waiting for " not in outputs[0].read_text():
             assert processes[0].is_alive() and time.monotonic() < end
             time.sleep(0.1)
-        # the others' turn to come as far
+        # give the others time to get as far
         time.sleep(2)
         assert f"process {os.getpid()}, to prepare " in outputs[0].read_text()
-        # rank 0 does not listen: there is no process group, and nobody in a collective
+        # rank 0 does not listen, so that there is no process group and no rank in a collective
         with socket.socket() as sock:
             assert sock.connect_ex(("127.0.0.1", port)) != 0
         assert not log.exists()
@@ -73,6 +73,6 @@ def test_eight_ranks_start_on_a_cold_cache(tiny_llama_nf4, tmp_path):
             process.join(max(0, end - time.monotonic()))
             assert process.exitcode == 0, output.read_text()
     assert sorted(log.read_text().splitlines()) == sorted([train, held_out])
-    entries = [path for path in (cache / "sequences").iterdir() if path.is_dir()]  # beside marks of checks
+    entries = [path for path in (cache / "sequences").iterdir() if path.is_dir()]  # leave out the marks of checks
     assert len(entries) == 2
     assert all(entry.is_dir() and len(entry.name) == 64 for entry in entries), "no lock, nothing half-written"

@@ -23,7 +23,7 @@ from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
 MIXTURE = "data.train=[{path: FOLDER/train.jsonl, weight: 0.5}, {path: FOLDER/other.jsonl, weight: 1.5}]"
-# each with some (ranks, rows of a micro-batch), which are compared with one rank that has all twelve rows at once
+# each with pairs (ranks, rows of a micro-batch), which are compared with one rank and all twelve rows at once
 LAYOUTS = {
     "all at once": [(2, 3)],
     "unpacked, lengths of a rank's own": [(2, 3), (4, 1)],
@@ -58,14 +58,13 @@ def make_config(path: Path, way: str, world_size: int, micro_batch: int) -> Conf
 
 
 def train_metrics(path: Path, way: str, world_size: int, micro_batch: int) -> list[dict[str, Any]]:
-    """metrics.jsonl of a run."""
     config = make_config(path, way, world_size, micro_batch)
     run_ranks(world_size, run_training, config)
     return [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def batch_shapes(path: Path, way: str, world_size: int, micro_batch: int) -> list[list[list[int]]]:
-    """[step][micro-batch][rank]: how long each batch is."""
+    """Return the length of each batch: [step][micro-batch][rank]."""
     config = make_config(path, way, world_size, micro_batch)
     setups = []
     for rank in range(world_size):
@@ -87,14 +86,14 @@ def test_ranks_and_micro_batches_change_nothing(way: str, path: Path) -> None:
         other = train_metrics(path, way, world_size, micro_batch)
         assert len(other) == len(one)
         for key in ("loss", "eval_loss", "grad_norm", "tokens", "trained_tokens"):
-            ours, theirs = ([row[key] for row in rows if key in row] for rows in (other, one))
+            numbers, expected = ([row[key] for row in rows if key in row] for rows in (other, one))
             tolerance = 1e-4 if key == "grad_norm" else 1e-5
-            assert ours == pytest.approx(theirs, rel=tolerance), (key, world_size, micro_batch)
+            assert numbers == pytest.approx(expected, rel=tolerance), (key, world_size, micro_batch)
     assert one[-1]["eval_loss"] < one[0]["eval_loss"]
 
 
-def test_the_ways_are_what_they_say(path: Path) -> None:
-    """Else the test above compares equal things."""
+def test_the_ways_differ(path: Path) -> None:
+    """The test above would otherwise compare equal batches."""
     unpacked = batch_shapes(path, "unpacked, lengths of a rank's own", 2, 1)
     assert any(len(set(ranks)) > 1 for step in unpacked for ranks in step), "ranks with batches of different lengths"
     last = batch_shapes(path, "a last batch of few rows", 4, 1)
@@ -113,8 +112,8 @@ def test_warm_up_longer_than_the_run_is_cut(path: Path, capsys: pytest.CaptureFi
     for steps in (["train.steps=null", "train.epochs=1"], ["train.steps=5"]):
         config = load_config(path, [*steps, "optim.warmup_steps=30"])
         setup = set_up_run(config, read_rank_info({}), Console(soft_wrap=True))
-        said = f"optim.warmup_steps: 30 is cut to the {setup.steps} steps of this run"
-        assert said in capsys.readouterr().out
+        message = f"optim.warmup_steps: 30 is cut to the {setup.steps} steps of this run"
+        assert message in capsys.readouterr().out
         assert learning_rate(setup.steps - 1, setup.steps, config.optim) == config.optim.lr
 
 
@@ -139,7 +138,7 @@ def train_or_refuse(config: Config, folders: list[Path]) -> str:
 
 
 def test_ranks_that_have_read_other_data_refuse_to_start(path: Path, tmp_path: Path) -> None:
-    """The same name on two nodes, and another file."""
+    """Two nodes have different files of one name."""
     folders = [tmp_path / name for name in ("a", "b")]
     for folder, source in zip(folders, ("train.jsonl", "other.jsonl"), strict=True):
         folder.mkdir()

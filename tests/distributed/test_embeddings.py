@@ -32,7 +32,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def train_on(ranks: int, path: Path, name: str, *overrides: str) -> list[float]:
-    """Train and return the losses."""
     config = load_config(path, [f"run.name={name}-{ranks}", f"train.micro_batch={12 // ranks}", *overrides])
     run_ranks(ranks, run_training, config)
     return losses(config)
@@ -49,14 +48,14 @@ def check(source: Path, tmp_path: Path) -> None:
     in_4_bit, in_16_bit = dequantized_model(source, quantized, embeddings=True), dequantized_model(source, quantized)
     config = load_config(path)
     assert one[0] == pytest.approx(first_loss(config, in_4_bit), rel=1e-5)
-    assert one[0] != pytest.approx(first_loss(config, in_16_bit), rel=1e-4)  # or the test would prove nothing
+    assert one[0] != pytest.approx(first_loss(config, in_16_bit), rel=1e-4)  # else the test proves nothing
     adapter = peft.PeftConfig.from_pretrained(run_path(config.run).parent / "folder-2" / "adapter")
     assert not {"lm_head", "embed_tokens"} & set(adapter.target_modules)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_are_those_of_the_dequantized_weights(name: str, tmp_path: Path) -> None:
+def test_losses_equal_the_dequantized_weights(name: str, tmp_path: Path) -> None:
     arch, settings = MODELS[name]
     check(tiny_models.make_model(tmp_path / "source", arch, torch.float32, initializer_range=0.1, **settings), tmp_path)
 
@@ -64,14 +63,14 @@ def test_losses_are_those_of_the_dequantized_weights(name: str, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Gemma2", "GPT2", "Cohere"])
 def test_other_architectures_too(name: str, tmp_path: Path) -> None:
-    """A scaled embedding and a soft cap, embeddings of positions, a factor, and layers of other names."""
+    """The models have a scaled embedding and a soft cap, position embeddings, a factor, and other names."""
     check(make_architecture(tmp_path / "source", name), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_4_bit_folder_whose_embeddings_are_in_16_bit(ranks: int, tmp_path: Path) -> None:
-    """As nearly everybody's are: what is missing is quantized on loading."""
+    """Most published folders are like this. The embeddings are quantized while they are loaded."""
     source = tiny_models.make_model(tmp_path / "source")
     path = tiny_models.make_config(tmp_path, source, train__steps=3)
     whole = quantize_folder(source, tmp_path / "whole", QuantizeOptions(embeddings=True)).out
@@ -91,10 +90,10 @@ def test_a_head_that_others_have_quantized(tmp_path: Path) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["nothing"],
     )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    published = transformers.AutoModelForCausalLM.from_pretrained(
         source, quantization_config=options, dtype=torch.bfloat16, device_map="cpu"
     )
-    theirs.save_pretrained(tmp_path / "published")
+    published.save_pretrained(tmp_path / "published")
     tiny_models.make_tokenizer().save_pretrained(tmp_path / "published")
     assert "lm_head.weight" in ModelFolder(tmp_path / "published").quantized
     path = tiny_models.make_config(tmp_path, tmp_path / "published", train__steps=2, optim__warmup_steps=0)

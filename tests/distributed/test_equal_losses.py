@@ -17,7 +17,7 @@ from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 from tests.helpers.train_helpers import adapter_difference
 
-# (ranks, nodes, base, adapter), the first being what the others are compared with
+# (ranks, nodes, base, adapter); the others are compared with the first
 LAYOUTS = {
     "1 rank": (1, 1, "world", "world"),
     "2 ranks": (2, 1, "world", "world"),
@@ -31,7 +31,6 @@ LAYOUTS = {
 
 
 def train_on(layout: tuple[int, int, Any, str], config: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Train and return metrics.jsonl."""
     world_size, nodes, base, adapter = layout
     name = f"run-{world_size}-{nodes}-{base}-{adapter}-{abs(hash(overrides))}"
     resolved = load_config(
@@ -40,7 +39,7 @@ def train_on(layout: tuple[int, int, Any, str], config: Path, *overrides: str) -
             f"parallel.base={base}",
             f"parallel.adapter={adapter}",
             f"run.name={name}",
-            f"train.micro_batch={max(1, 6 // world_size)}",  # of 12 rows: two or three micro-batches a rank
+            f"train.micro_batch={max(1, 6 // world_size)}",  # two or three micro-batches a rank, of 12 rows
             *overrides,
         ],
     )
@@ -65,7 +64,7 @@ def single(config: Path) -> list[dict[str, Any]]:
     return train_on(LAYOUTS["1 rank"], config)
 
 
-SHORT = "train.steps=3"  # for what need not show that anything is learned
+SHORT = "train.steps=3"  # enough where the loss need not fall
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +83,10 @@ def test_every_layout_trains_the_same(layout: str, config: Path, single: list[di
     assert len(losses(single)) == 6
     torch.testing.assert_close(losses(metrics), losses(single), rtol=1e-5, atol=0)
     for key in ("eval_loss", "grad_norm"):
-        ours, theirs = ([row[key] for row in rows if key in row] for rows in (metrics, single))
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
+        numbers, expected = ([row[key] for row in rows if key in row] for rows in (metrics, single))
+        torch.testing.assert_close(torch.tensor(numbers), torch.tensor(expected), rtol=1e-4, atol=0)
     assert adapter_difference(single[-1]["adapter"], metrics[-1]["adapter"]) < 1e-5
-    assert losses(single)[-1] < 0.97 * losses(single)[0]  # something was trained
+    assert losses(single)[-1] < 0.97 * losses(single)[0]  # the loss has fallen
 
 
 @pytest.mark.slow
@@ -111,7 +110,7 @@ def test_nothing_else_changes_the_numbers(
 
 
 def compiled_graphs(config: Config) -> tuple[int, dict[str, int]]:
-    """Train; how many graphs were compiled, and why any of them ends within a layer."""
+    """Train, and return the number of compiled graphs and the reasons for graph breaks."""
     counters = torch._dynamo.utils.counters
     counters.clear()  # this process was forked from one that may have compiled for other tests
     torch._dynamo.reset()
@@ -120,12 +119,11 @@ def compiled_graphs(config: Config) -> tuple[int, dict[str, int]]:
 
 
 @pytest.mark.slow
-def test_batches_of_other_sequences_compile_nothing_anew(config: Path, short: list[dict[str, Any]]) -> None:
-    """On two ranks, layers recomputed and not."""
+def test_other_sequence_lengths_recompile_nothing(config: Path, short: list[dict[str, Any]]) -> None:
     overrides = [SHORT, "train.compile=true", "train.checkpointing=2", "train.micro_batch=3", "parallel.base=world"]
     resolved = load_config(config, [*overrides, "run.name=compiled"])
     for graphs, breaks in run_ranks(2, compiled_graphs, resolved):
-        # the evaluation's, the first layer's, whose input has no gradient, and the other layers'
+        # graphs of the evaluation, of the first layer, whose input has no gradient, and of the other layers
         assert (graphs, breaks) == (3, {})
     metrics = (Path(resolved.run.dir) / "compiled" / "metrics.jsonl").read_text().splitlines()
     compiled = losses([json.loads(line) for line in metrics])
@@ -141,7 +139,7 @@ def test_bf16_agrees_within_its_rounding(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_quantizing_on_the_way_equals_loading_the_quantized_folder(
+def test_quantizing_while_loading_equals_loading_the_quantized_folder(
     config: Path, tiny_llama: Path, short: list[dict[str, Any]]
 ) -> None:
     metrics = train_on(LAYOUTS["3 ranks, uneven shards"], config, SHORT, f"model.base={tiny_llama}")

@@ -1,4 +1,4 @@
-"""If this fails, a GPU trains something else than a CPU. Skipped where there is none; not run on one yet."""
+"""If this fails, a GPU trains something else than a CPU. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GPUS = torch.cuda.device_count()
 
 
 def losses(config: Path, name: str, launcher: list[str], *overrides: str) -> list[float]:
-    """Train in processes of their own: CUDA cannot be used in forked ones."""
+    """Train in new processes, because CUDA cannot be used in forked ones."""
     command = [sys.executable, *launcher, "-m", "qlora_dist", "train", str(config), f"run.name={name}", *overrides]
     subprocess.run(command, check=True, timeout=240)
     metrics = (config.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""If this fails, what is trained here is not what plain transformers, PEFT and bitsandbytes run elsewhere."""
+"""If this fails, transformers, PEFT and bitsandbytes do not compute what was trained here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.train_helpers import PROMPT, losses, plain_losses, train_and_
 
 
 def train_reference(config: Config, steps: int) -> list[float]:
-    """The same run in one process: transformers' 4-bit model, PEFT's LoRA, full logits, torch's AdamW."""
+    """Repeat the run in one process: transformers' 4-bit model, PEFT's LoRA, full logits, torch's AdamW."""
     setup = set_up_run(config, read_rank_info({}))
     model = plain_model(Path(config.model.base))
     model = peft.get_peft_model(model, peft_like(setup.adapter))
@@ -47,14 +47,14 @@ def plain_model(folder: Path) -> transformers.PreTrainedModel:
 
 
 def peft_like(config: peft.LoraConfig) -> peft.LoraConfig:
-    """The same configuration without our layer."""
+    """Return PEFT's configuration without this package's layer."""
     fields = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "task_type")
     return peft.LoraConfig(**{field: getattr(config, field) for field in fields})
 
 
 @pytest.fixture(scope="module")
 def fp32_nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 4-bit folder whose widths are multiples of the block size: elsewhere bitsandbytes misreads absmax on AVX512."""
+    """Return a 4-bit folder with widths that bitsandbytes reads correctly on AVX512: multiples of the block size."""
     from qlora_dist.model.quantize_folder import quantize_folder
     from qlora_dist.model.quantize_plan import QuantizeOptions
 
@@ -65,9 +65,7 @@ def fp32_nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
-def test_losses_adapter_and_logits_are_those_of_transformers_and_peft(
-    variant: str, fp32_nf4: Path, tmp_path: Path
-) -> None:
+def test_losses_adapter_and_logits_equal_transformers_and_peft(variant: str, fp32_nf4: Path, tmp_path: Path) -> None:
     flags = [] if variant == "lora" else [f"lora.{variant}=true"]
     config = load_config(
         tiny_models.make_config(tmp_path, fp32_nf4, train__steps=6),
@@ -76,16 +74,16 @@ def test_losses_adapter_and_logits_are_those_of_transformers_and_peft(
     results = [torch.from_numpy(logits) for logits in run_ranks(2, train_and_get_logits, config)]
     folder = run_path(config.run)
 
-    # the adapter, loaded by PEFT on the model as transformers loads it
+    # PEFT loads the adapter on the model from transformers
     model = peft.PeftModel.from_pretrained(plain_model(fp32_nf4), folder / "adapter")
     model.eval()
     with torch.no_grad():
-        theirs = model(input_ids=PROMPT, use_cache=False).logits
+        peft_logits = model(input_ids=PROMPT, use_cache=False).logits
         with model.disable_adapter():
             base = model(input_ids=PROMPT, use_cache=False).logits
     for ours in results:
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert (theirs - base).abs().max() > 100 * (theirs - results[0]).abs().max()  # the adapter matters
+        torch.testing.assert_close(ours, peft_logits, rtol=1e-4, atol=1e-5)
+    assert (peft_logits - base).abs().max() > 100 * (peft_logits - results[0]).abs().max()  # the adapter matters
 
     # DoRA's magnitudes start as row norms, which PEFT computes in another order
     tolerance = 1e-4 if variant == "dora" else 1e-5

@@ -1,5 +1,6 @@
-"""If this fails, a job whose evaluation is longer than its grace never gets past it, or a run ends without a checkpoint
-because its terminal was closed.
+"""If this fails, a job never completes an evaluation that is longer than its grace period.
+
+A run may also end without a checkpoint because its terminal was closed.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def adapter(config: Config) -> dict[str, torch.Tensor]:
 
 
 def at_batch(number: int, action: Any) -> None:
-    """In this process: do something after that many batches of evaluations, and after each one that follows."""
+    """Do something in this process after that many batches of evaluations, and after each further one."""
     beat, batches = evaluation_loop.record_heartbeat, 0
 
     def counted(*args: Any) -> None:
@@ -90,7 +91,7 @@ def train_until(config: Config, number: int, way: str) -> None:
 @pytest.mark.parametrize(
     ("ranks", "starts"),
     [
-        # 24 batches: in the first evaluation, and twice in that after step 2
+        # 24 batches: once in the first evaluation, and twice in the one after step 2
         (1, [(10, "TERM"), (18, "KILL"), (3, "TERM")]),
         # 12 batches on each rank
         pytest.param(2, [(5, "TERM"), (9, "TERM")], marks=pytest.mark.slow),
@@ -150,7 +151,7 @@ def test_a_run_that_was_stopped_at_what_is_now_its_last_step_is_evaluated(config
     run_ranks(1, train_and_stop, resolve(config, "stopped", *settings), 2)
     assert json.loads((run / STOPPED_MARKER).read_text()) == {"step": 3, "reason": "STOP"}
     (run / STOP_FILE).touch()
-    os.utime(run / STOP_FILE, (time.time() - 10**6,) * 2)  # as old as a start before this one
+    os.utime(run / STOP_FILE, (time.time() - 10**6,) * 2)  # older than this start
     stopped = resolve(config, "stopped", *settings, "train.steps=3")
     run_ranks(1, run_training, stopped)
     assert curves(stopped) == curves(short)
@@ -164,8 +165,8 @@ def test_a_run_that_was_stopped_at_what_is_now_its_last_step_is_evaluated(config
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_run_whose_output_is_lost_goes_on_and_a_hangup_saves(config: Path) -> None:
-    """A fresh interpreter: it must not fail while it ends, either."""
+def test_a_run_continues_without_its_output_and_a_hangup_saves(config: Path) -> None:
+    """The interpreter is a new one, which must not fail at its exit either."""
     run = resolve(config, "hung-up", "train.steps=1000000", "train.save_every=0", "train.eval_every=0")
     command = [sys.executable, "-m", "qlora_dist", "train", str(config), "run.name=hung-up", "train.steps=1000000"]
     command += ["train.save_every=0", "train.eval_every=0"]

@@ -1,4 +1,4 @@
-"""If this fails, a run that begins from an adapter begins from another one, or from none."""
+"""If this fails, a run that starts from an adapter starts from another one, or from none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.helpers.train_helpers import first_loss, losses
 
 
 def make_config(path: Path, adapter: Path, *overrides: str) -> Config:
-    """Without the keys of `lora` that the file sets."""
+    """Write a configuration without the keys of `lora` that the file sets."""
     tree = json.loads(path.read_text())
     tree["lora"] = {"from": str(adapter)}
     path.write_text(json.dumps(tree))
@@ -42,7 +42,7 @@ def eval_losses(config: Config) -> list[float]:
 
 @pytest.mark.slow
 def test_an_adapter_of_pefts_own_with_experts(tmp_path: Path) -> None:
-    """Its values are at their places on two ranks, experts and dense layers too, and a checkpoint knows them."""
+    """Two ranks load experts and dense layers, and a checkpoint keeps their values."""
     source = make_architecture(tmp_path / "source", "DeepseekV3")
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.95)).out
     plain = dequantized_model(source, quantized)
@@ -75,7 +75,7 @@ def test_an_adapter_of_pefts_own_with_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_another_has_ended(tiny_llama_nf4: Path, tmp_path: Path) -> None:
+def test_a_run_starts_where_another_has_ended(tiny_llama_nf4: Path, tmp_path: Path) -> None:
     path = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__steps=2)
     first = load_config(path, ["lora.dora=true", "lora.modules_to_save=[norm, lm_head]", "run.name=first"])
     run_ranks(1, run_training, first)
@@ -88,7 +88,7 @@ def test_a_run_goes_on_where_another_has_ended(tiny_llama_nf4: Path, tmp_path: P
     assert fill_lora_from_adapter(load_config(again)) == second
 
 
-def test_what_differs_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_adapters_that_do_not_fit_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model = tiny_models.transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     targets = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
     peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, **targets)).save_pretrained(tmp_path / "a")

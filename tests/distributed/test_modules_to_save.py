@@ -1,4 +1,4 @@
-"""If this fails, modules that are trained whole are not trained as by plain autograd, or get lost on the way out."""
+"""If this fails, modules that are trained whole differ from plain autograd, or are missing from the adapter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = 4
 
 
 def reference_losses(config: Config, source: Path, quantized: Path, names: list[str]) -> list[float]:
-    """The same run in one process by plain autograd, the named modules trained in place."""
+    """Repeat the run in one process by plain autograd, training the named modules in place."""
     setup = set_up_run(config, read_rank_info({}))
     model = dequantized_model(source, quantized)
     lora = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=setup.adapter.target_modules)
@@ -74,8 +74,8 @@ def test_modules_trained_whole(tied: bool, names: list[str], layout: tuple[int, 
     plain = dequantized_model(source, quantized)
     adapted = peft.PeftModel.from_pretrained(plain, run_path(many.run) / "adapter").eval()
     with torch.no_grad():
-        theirs = adapted(input_ids=PROMPT, use_cache=False).logits
-    torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-4)
+        expected = adapted(input_ids=PROMPT, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_an_unknown_module_is_refused(tiny_llama_nf4: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_model_without_experts_has_none_to_adapt(tiny_llama_nf4: Path, tmp_pat
 
 
 def test_tokens_that_the_embedding_has_no_rows_for(tmp_path: Path) -> None:
-    base = tiny_models.make_model(tmp_path / "model", vocab_size=250)  # of 310 that the tokenizer knows
+    base = tiny_models.make_model(tmp_path / "model", vocab_size=250)  # the tokenizer has 310 tokens
     path = tiny_models.make_config(tmp_path, base)
     with pytest.raises(
         UserError, match=r"the data's tokens go up to number \d+ and the embedding has 250 rows; resize"

@@ -1,4 +1,4 @@
-"""If this fails, paging the optimizer's moments changes a loss, or a run that paged cannot go on."""
+"""If this fails, paging the optimizer's moments changes a loss, or a paged run cannot resume."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def unpaged(config: Path) -> Config:
 
 
 def checkpoint_halfway(config: Path, name: str, *overrides: str) -> str:
-    """A checkpoint after 3 of the steps, of 2 ranks."""
+    """Train without paging on 2 ranks, with a checkpoint after 3 steps."""
     resolved = resolve(config, name, *overrides)
     run_ranks(2, run_training, resolved)
     return str(run_path(resolved.run) / "checkpoints" / "step-000003")
@@ -66,7 +66,7 @@ def test_paging_changes_no_loss_and_metrics_say_what_moved(config: Path, unpaged
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 8])
-def test_saved_paged_on_two_ranks_goes_on_unpaged_on_one_and_paged_on_four(bits: int, config: Path) -> None:
+def test_a_paged_checkpoint_of_two_ranks_resumes_on_one_and_on_four(bits: int, config: Path) -> None:
     whole = resolve(config, f"whole-{bits}", f"optim.name=paged-adamw-{bits}bit", *PAGED)
     run_ranks(2, run_training, whole)
     saved = str(run_path(whole.run) / "checkpoints" / "step-000003")
@@ -81,14 +81,14 @@ def test_saved_paged_on_two_ranks_goes_on_unpaged_on_one_and_paged_on_four(bits:
     for ranks, run in ((2, same), (1, one), (4, four)):
         run_ranks(ranks, run_training, run, saved)
     assert losses(same) == losses(whole)[3:]
-    # 8-bit blocks are a shard's, and on other ranks they are others
+    # blocks of 8-bit states lie within a shard, so that other ranks have other blocks
     tolerance = 1e-5 if bits == 32 else 1e-3
     for run in (one, four):
         torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(whole)[3:]), rtol=tolerance, atol=0)
 
 
 @pytest.mark.slow
-def test_moments_go_from_32_bit_to_8_and_back_with_a_word(config: Path, unpaged: Config) -> None:
+def test_moments_change_from_32_bit_to_8_and_back_with_a_message(config: Path, unpaged: Config) -> None:
     saved = str(run_path(unpaged.run) / "checkpoints" / "step-000003")
     fewer = resolve(config, "fewer", "optim.name=adamw-8bit", "run.dir=" + str(run_path(unpaged.run).parent))
     assert "go from 32 to 8 bit" in resume_output(fewer, saved)
@@ -113,10 +113,10 @@ def train_capturing_output(config: Config, saved: str) -> str:
     return " ".join(output.getvalue().split())
 
 
-def test_no_room_is_told_before_a_weight_is_read(config: Path) -> None:
-    """The file system has no room for the pages: nothing is half-done then."""
+def test_a_full_disk_is_reported_before_a_weight_is_read(config: Path) -> None:
+    """The folder cannot hold the pages, and the run ends before it has done anything."""
     folder = config.parent / "full"
-    folder.write_text("")  # no folder at all
+    folder.write_text("")  # a file in place of the folder
     run = resolve(config, "no-room", *PAGED, f"paging.dir={folder}")
     with pytest.raises(RuntimeError, match="cannot make a file for optimizer states there") as error:
         run_ranks(1, train_failing_on_weight_reads, run)
@@ -140,6 +140,6 @@ def train_failing_on_weight_reads(config: Config) -> None:
         ("paging.to=unified", "unified memory is CUDA's, and this run is on a CPU; set it to host or disk"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(config: Path, override: str, sentence: str) -> None:
+def test_invalid_settings_are_one_sentence(config: Path, override: str, sentence: str) -> None:
     with pytest.raises((UserError, RuntimeError), match=sentence):
         run_ranks(1, run_training, resolve(config, "impossible", "paging.page_bytes=4096", override))

@@ -1,4 +1,4 @@
-"""If this fails, a run that was interrupted is not the run that it would have been, or cannot go on at all."""
+"""If this fails, a resumed run differs from an uninterrupted one, or cannot resume."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def adapter(config: Config) -> dict[str, torch.Tensor]:
 
 
 def run_after_step(step: int, action: Callable[[], Any]) -> None:
-    """In this process: do something when the metrics of a step are written."""
+    """Do something in this process when the metrics of a step are written."""
     log = RunDir.log
 
     def logged(self: RunDir, row: dict[str, Any]) -> None:
@@ -86,17 +86,17 @@ def uninterrupted_run(config: Path) -> Config:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(config: Path) -> None:
-    """With dropout: the random states are part of a checkpoint."""
+def test_a_killed_run_resumes_bit_for_bit(config: Path) -> None:
+    """Dropout is on, because random states are part of a checkpoint."""
     whole, killed = (resolve(config, name, "lora.dropout=0.1") for name in ("whole", "killed"))
     run_ranks(2, run_training, whole)
-    with pytest.raises(RuntimeError):  # rank 0 dies after step 5; the last checkpoint is that of step 4
+    with pytest.raises(RuntimeError):  # rank 0 dies after step 5, and the last checkpoint is from step 4
         run_ranks(2, train_and_die, killed, 5)
     run_ranks(2, run_training, killed)
     assert losses(killed) == losses(whole)
     assert eval_losses(killed) == eval_losses(whole)
-    ours, theirs = adapter(killed), adapter(whole)
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, expected = adapter(killed), adapter(whole)
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
     assert json.loads((run_path(killed.run) / DONE_MARKER).read_text())["step"] == STEPS
 
 
@@ -104,7 +104,9 @@ def test_a_killed_run_goes_on_bit_for_bit(config: Path) -> None:
     ("before", "afterwards"),
     [pytest.param(a, b, marks=pytest.mark.slow) for a, b in [(1, 2), (2, 4), (4, 1)]],
 )
-def test_another_number_of_ranks_goes_on(before: int, afterwards: int, config: Path, uninterrupted_run: Config) -> None:
+def test_a_run_resumes_on_another_number_of_ranks(
+    before: int, afterwards: int, config: Path, uninterrupted_run: Config
+) -> None:
     run = resolve(config, f"from-{before}-to-{afterwards}")
     run_ranks(before, train_and_touch, run, 3, "STOP")
     assert json.loads((run_path(run.run) / STOPPED_MARKER).read_text()) == {"step": 4, "reason": "STOP"}
@@ -116,10 +118,10 @@ def test_another_number_of_ranks_goes_on(before: int, afterwards: int, config: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layouts", [((4, 2, "node", "node"), (3, 1, "world", "world"))])
-def test_other_meshes_go_on(
+def test_a_run_resumes_on_other_meshes(
     layouts: tuple[tuple[int, int, str, str], ...], config: Path, uninterrupted_run: Config
 ) -> None:
-    """Replicated adapters, written once; and a number of ranks that divides nothing."""
+    """Replicated adapters are written once. Three ranks divide no dimension evenly."""
     for index, (world_size, nodes, base, adapter_mesh) in enumerate(layouts):
         run = resolve(
             config,
@@ -141,7 +143,7 @@ def test_other_meshes_go_on(
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
 
 
-def test_the_size_is_that_of_the_adapters_and_their_moments(uninterrupted_run: Config) -> None:
+def test_a_checkpoint_is_as_large_as_adapters_and_moments(uninterrupted_run: Config) -> None:
     parameters = sum(tensor.numel() for tensor in adapter(uninterrupted_run).values())
     newest, before = find_checkpoints(run_path(uninterrupted_run.run) / "checkpoints")
     assert (newest.name, before.name) == ("step-000008", "step-000006")  # keep_checkpoints: 2
@@ -150,7 +152,7 @@ def test_the_size_is_that_of_the_adapters_and_their_moments(uninterrupted_run: C
 
 
 def damage_cases(folder: Path) -> list[tuple[str, Callable[[Path], None]]]:
-    """Every way to spoil a checkpoint: what, and how."""
+    """Return functions that damage a checkpoint, by the kind of damage."""
 
     def flip(name: str, part: float) -> Callable[[Path], None]:
         def do(copy: Path) -> None:
@@ -174,15 +176,15 @@ def damage_cases(folder: Path) -> list[tuple[str, Callable[[Path], None]]]:
 
 
 def choose_after_each_damage(checkpoints: str, names: list[str], scratch: str) -> list[tuple[str, str | None]]:
-    """On each rank of a group: which checkpoint is taken after each damage to the newest."""
+    """Return on each rank the checkpoint that is chosen after each damage to the newest one."""
     import torch.distributed as dist
 
     from qlora_dist.checkpoint.select import latest_complete
 
     dist.init_process_group("gloo")
-    found = []
+    results = []
     newest = Path(checkpoints) / names[0]
-    for what, spoil in damage_cases(newest):
+    for kind, spoil in damage_cases(newest):
         if dist.get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
             shutil.copytree(checkpoints, scratch)
@@ -190,25 +192,25 @@ def choose_after_each_damage(checkpoints: str, names: list[str], scratch: str) -
         dist.barrier()
         lines: list[str] = []
         chosen = latest_complete(Path(scratch), lines.append)
-        assert len(lines) == 1 and "it is skipped" in lines[0], (what, lines)
-        found.append((what, chosen[0].name if chosen else None))
+        assert len(lines) == 1 and "it is skipped" in lines[0], (kind, lines)
+        results.append((kind, chosen[0].name if chosen else None))
         dist.barrier()
     dist.destroy_process_group()
-    return found
+    return results
 
 
-def test_every_damage_is_noticed_and_the_one_before_taken(config: Path, tmp_path: Path) -> None:
+def test_every_damage_is_noticed_and_the_previous_checkpoint_chosen(config: Path, tmp_path: Path) -> None:
     run = resolve(config, "damaged", "train.steps=4")
     run_ranks(2, run_training, run)
     checkpoints = run_path(run.run) / "checkpoints"
     names = [path.name for path in find_checkpoints(checkpoints)]
-    for found in run_ranks(2, choose_after_each_damage, str(checkpoints), names, str(tmp_path / "copy")):
-        assert len(found) == 3 * 7
-        assert {name for _, name in found} == {names[1]}, found
+    for results in run_ranks(2, choose_after_each_damage, str(checkpoints), names, str(tmp_path / "copy")):
+        assert len(results) == 3 * 7
+        assert {name for _, name in results} == {names[1]}, results
 
 
 def train_with_a_limit(config: Config, step: int) -> None:
-    """From `step` on no file may grow beyond 40 kB, as with a full disk; a checkpoint's are larger."""
+    """Limit files to 40 kB from `step` on, as a full disk would. A checkpoint's files are larger."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     run_after_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit[1])))
@@ -216,24 +218,24 @@ def train_with_a_limit(config: Config, step: int) -> None:
     run_training(config)
 
 
-def test_a_disk_that_is_full_ends_no_run(config: Path, uninterrupted_run: Config) -> None:
+def test_a_full_disk_ends_no_run(config: Path, uninterrupted_run: Config) -> None:
     run = resolve(config, "full-disk")
     run_ranks(1, train_with_a_limit, run, 5)
     assert losses(run) == losses(uninterrupted_run)
     kept = [path.name for path in find_checkpoints(run_path(run.run) / "checkpoints")]
-    assert kept == ["step-000008", "step-000004"]  # that of step 6 failed
+    assert kept == ["step-000008", "step-000004"]  # the one of step 6 failed
     assert not list((run_path(run.run) / "checkpoints").glob(".*"))
 
 
 def train_without_room_for_the_adapter(config: Config) -> None:
-    """From the last step on, as above; and the adapter is larger, too."""
+    """The limit of the test above begins at the last step. The adapter is larger too."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     run_after_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit[1])))
     run_training(config)
 
 
-def test_no_room_for_the_adapter_is_a_sentence_and_loses_nothing(config: Path) -> None:
+def test_a_disk_too_full_for_the_adapter_is_one_sentence_and_loses_nothing(config: Path) -> None:
     run = resolve(config, "no-room", "train.steps=3")
     with pytest.raises(RuntimeError, match=r"adapter: the adapter cannot be written \(.*\); make room, then the same"):
         run_ranks(1, train_without_room_for_the_adapter, run)
@@ -243,7 +245,7 @@ def test_no_room_for_the_adapter_is_a_sentence_and_loses_nothing(config: Path) -
     assert len(losses(run)) == 3
 
 
-def test_a_file_asks_for_a_checkpoint(config: Path) -> None:
+def test_a_file_requests_a_checkpoint(config: Path) -> None:
     run = resolve(config, "asked", "train.save_every=0", "train.steps=4")
     run_ranks(1, train_and_touch, run, 2, "SAVE")
     kept = [path.name for path in find_checkpoints(run_path(run.run) / "checkpoints")]
@@ -263,7 +265,7 @@ def train_and_signal(config: Config, step: int, name: str, times: int) -> None:
     [("SIGUSR1", 1, REQUEUE_MARKER), ("SIGTERM", 3, REQUEUE_MARKER), ("SIGINT", 1, STOPPED_MARKER)],
 )
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(name: str, times: int, marker: str, config: Path) -> None:
-    """SLURM sends SIGTERM twice under torchrun; a launcher may signal one process of many."""
+    """SLURM sends SIGTERM twice under torchrun. A launcher may signal one process of many."""
     run = resolve(config, f"signal-{name}", "train.save_every=0")
     run_ranks(2, train_and_signal, run, 2, name, times)
     assert json.loads((run_path(run.run) / marker).read_text()) == {"step": 3, "reason": name}
@@ -283,7 +285,7 @@ def test_the_clock_stops_a_run(config: Path) -> None:
     run = resolve(config, "clock", "train.max_time=PT1S")
     run_ranks(1, run_training, run)
     marker = json.loads((run_path(run.run) / REQUEUE_MARKER).read_text())
-    assert marker == {"step": 0, "reason": "max_time"}  # a second was over before the first step
+    assert marker == {"step": 0, "reason": "max_time"}  # the first step begins later than a second
     run_ranks(1, run_training, resolve(config, "clock"))
     assert (run_path(run.run) / DONE_MARKER).exists()
 
@@ -309,7 +311,7 @@ def test_a_checkpoint_of_another_run_is_refused(override: str, sentence: str, co
 
 
 def test_other_data_is_refused(config: Path, tmp_path: Path) -> None:
-    """As many tokens, in other places: only their content tells."""
+    """The other file has as many tokens in other places, so that only the content differs."""
     run = resolve(config, "data", "train.steps=2")
     run_ranks(1, run_training, run)
     (source,) = run.data.train
@@ -317,7 +319,9 @@ def test_other_data_is_refused(config: Path, tmp_path: Path) -> None:
     assert isinstance(source, str)
     rows = Path(source).read_text().splitlines()
     other.write_text("\n".join(rows) + "\n")
-    run_ranks(1, run_training, resolve(config, "data", "train.steps=3", f"data.train=[{other}]"))  # the same, elsewhere
+    run_ranks(
+        1, run_training, resolve(config, "data", "train.steps=3", f"data.train=[{other}]")
+    )  # an equal copy in another place
     row = json.loads(rows[0])
     row["messages"][0]["content"] = " ".join(reversed(row["messages"][0]["content"].split()))
     rows[0] = json.dumps(row)
@@ -332,7 +336,9 @@ def test_another_base_is_refused(config: Path, tiny_llama_nf4: Path, tmp_path: P
     run_ranks(1, run_training, run)
     other = tmp_path / "other"
     shutil.copytree(tiny_llama_nf4, other)
-    run_ranks(1, run_training, resolve(config, "base", "train.steps=3", f"model.base={other}"))  # the same, elsewhere
+    run_ranks(
+        1, run_training, resolve(config, "base", "train.steps=3", f"model.base={other}")
+    )  # an equal copy in another place
     (file,) = other.glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -342,7 +348,7 @@ def test_another_base_is_refused(config: Path, tiny_llama_nf4: Path, tmp_path: P
 
 
 def write_rare_words(path: Path) -> None:
-    """One row of what the model never sees otherwise, in the middle of the file."""
+    """One row in the middle of the file differs from all others."""
     rows = path.read_text().splitlines()
     answer = " ".join(str(number**5) for number in range(20, 26))
     messages = [{"role": "user", "content": "!"}, {"role": "assistant", "content": answer}]
@@ -351,7 +357,7 @@ def write_rare_words(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_back_before_a_spike(tmp_path: Path, tiny_llama_nf4: Path) -> None:
+def test_a_run_returns_to_before_a_spike(tmp_path: Path, tiny_llama_nf4: Path) -> None:
     config = tiny_models.make_config(
         tmp_path,
         tiny_llama_nf4,

@@ -1,4 +1,4 @@
-"""If this fails, a run that was started again mixes two branches, begins anew, or writes where another one does."""
+"""If this fails, a restarted run mixes two branches, begins anew, or writes where another run does."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def in_job(start: int, function: Callable[..., None], *args: Any) -> None:
 
 @pytest.fixture(scope="module")
 def finished(config: Path) -> Config:
-    """A run, among folders of somebody else's."""
+    """Train a run whose folder has foreign folders beside its checkpoints."""
     run = resolve(config, "finished")
     checkpoints = run_path(run.run) / "checkpoints"
     (checkpoints / "step-999999").mkdir(parents=True)
@@ -99,7 +99,7 @@ def finished(config: Path) -> Config:
     return run
 
 
-def test_only_a_runs_own_checkpoints_count_for_those_that_are_kept(finished: Config) -> None:
+def test_foreign_folders_do_not_count_as_kept_checkpoints(finished: Config) -> None:
     checkpoints = run_path(finished.run) / "checkpoints"
     assert names(checkpoints) == ["step-000001", "step-000004", "step-000006", "step-000008", "step-999999"]
     assert names(checkpoints / "step-000001") == ["notes.txt"]
@@ -107,14 +107,14 @@ def test_only_a_runs_own_checkpoints_count_for_those_that_are_kept(finished: Con
 
 
 def test_a_finished_run_does_nothing_when_it_is_started_again(finished: Config) -> None:
-    """On two ranks, which would wait for each other otherwise; and nothing is written but the marker's time."""
+    """Two ranks agree, and only the time of the marker changes."""
     path = run_path(finished.run)
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != DONE_MARKER}
     run_ranks(2, run_training, finished)
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != DONE_MARKER} == before
 
 
-def test_a_dry_run_checks_all_else_and_then_says_what_train_would_do(config: Path, finished: Config) -> None:
+def test_a_dry_run_checks_everything_and_prints_what_train_would_do(config: Path, finished: Config) -> None:
     words = ["train", str(config), "run.name=finished", "--dry-run"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0 and "train would do nothing" in done.stderr and "  name: finished\n" in done.stdout
@@ -125,7 +125,7 @@ def test_a_dry_run_checks_all_else_and_then_says_what_train_would_do(config: Pat
 
 
 @pytest.mark.slow
-def test_a_branch_from_an_older_checkpoint_is_what_goes_on(config: Path, finished: Config) -> None:
+def test_a_branch_from_an_older_checkpoint_is_resumed(config: Path, finished: Config) -> None:
     path = run_path(finished.run)
     checkpoints, older = path / "checkpoints", str(path / "checkpoints" / "step-000004")
     branch = resolve(config, "finished", "train.steps=12", "optim.lr=1e-3")
@@ -159,7 +159,7 @@ def test_overwriting_is_for_a_jobs_first_start(config: Path, capfd: pytest.Captu
 
 
 @pytest.mark.slow
-def test_a_run_that_failed_before_its_first_checkpoint_may_be_mended(
+def test_a_run_that_failed_before_its_first_checkpoint_may_be_changed(
     config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train_and_die_on_ranks(resolve(config, "mended", "train.save_every=0"), 3)
@@ -170,8 +170,8 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_be_mended(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_whose_step_is_there_again_is_written_again(config: Path, tmp_path: Path) -> None:
-    """A damaged checkpoint is skipped. It must not prevent the next one of its step, also on another disk."""
+def test_a_damaged_checkpoint_is_replaced_by_one_of_its_step(config: Path, tmp_path: Path) -> None:
+    """A damaged checkpoint is skipped. It must not block the next one of its step, also on another disk."""
     run = resolve(config, "again", "train.steps=4")
     run_ranks(1, run_training, run)
     checkpoints = run_path(run.run) / "checkpoints"
@@ -226,7 +226,7 @@ def test_a_second_run_in_a_folder_is_refused(config: Path, tmp_path: Path, monke
     assert steps(run) == list(range(1, done + 1))
 
 
-def test_lines_of_metrics_that_are_none_are_left_out(config: Path) -> None:
+def test_damaged_lines_of_metrics_are_left_out(config: Path) -> None:
     run = resolve(config, "lines")
     run_dir = RunDir(run, is_new=True)
     lines = [
@@ -282,24 +282,24 @@ EDITS: dict[str, Edit] = {
 
 
 def choose_after_each_edit(checkpoints: Path) -> list[tuple[str, str | None, list[str]]]:
-    """Edit the newest manifest and sign it as if it had been written so. What is taken then, and what is said?"""
+    """Edit the newest manifest, sign it again, and return the chosen checkpoint and the output."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
     newest = find_checkpoints(checkpoints)[0]
-    written, found = (newest / CHECKPOINT_MANIFEST).read_bytes(), []
-    for what, edit in EDITS.items():
+    written, results = (newest / CHECKPOINT_MANIFEST).read_bytes(), []
+    for kind, edit in EDITS.items():
         tree = json.loads(written)
         edit(tree)
         (newest / CHECKPOINT_MANIFEST).write_bytes(sign_manifest(tree))
-        said: list[str] = []
-        taken = latest_complete(checkpoints, said.append, _check_counters)
-        found.append((what, taken and taken[0].name, said))
+        messages: list[str] = []
+        chosen = latest_complete(checkpoints, messages.append, _check_counters)
+        results.append((kind, chosen and chosen[0].name, messages))
     (newest / CHECKPOINT_MANIFEST).write_bytes(sign_manifest(json.loads(written)))
-    taken = latest_complete(checkpoints, print, _check_counters)
-    found.append(("nothing", taken and taken[0].name, []))
+    chosen = latest_complete(checkpoints, print, _check_counters)
+    results.append(("nothing", chosen and chosen[0].name, []))
     dist.destroy_process_group()
-    return found
+    return results
 
 
 def choose_as_another_user(checkpoints: Path) -> str:
@@ -310,8 +310,8 @@ def choose_as_another_user(checkpoints: Path) -> str:
     os.setgid(65534)
     os.setuid(65534)
     try:
-        found = latest_complete(checkpoints, print, _check_counters)
-        return "" if found is None else found[0].name
+        chosen = latest_complete(checkpoints, print, _check_counters)
+        return "" if chosen is None else chosen[0].name
     except UserError as error:
         return str(error)
 
@@ -326,19 +326,19 @@ def sign_manifest(tree: dict[str, Any]) -> bytes:
     return dump({**tree, "sha256": digest})
 
 
-def test_a_manifest_that_does_not_fit_its_files_is_passed_over(config: Path) -> None:
+def test_a_manifest_that_does_not_fit_its_files_is_skipped(config: Path) -> None:
     run = resolve(config, "edited", "train.steps=4")
     run_ranks(2, run_training, run)
-    (found,) = run_ranks(1, choose_after_each_edit, run_path(run.run) / "checkpoints")
-    assert found.pop() == ("nothing", "step-000004", [])
-    for what, taken, said in found:
-        assert taken == "step-000002", (what, said)
-        assert len(said) == 1 and "it is skipped" in said[0], (what, said)
+    (results,) = run_ranks(1, choose_after_each_edit, run_path(run.run) / "checkpoints")
+    assert results.pop() == ("nothing", "step-000004", [])
+    for kind, chosen, messages in results:
+        assert chosen == "step-000002", (kind, messages)
+        assert len(messages) == 1 and "it is skipped" in messages[0], (kind, messages)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")
-def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(config: Path) -> None:
-    """The one before would cost the steps in between, and somebody only has to change a mode."""
+def test_a_checkpoint_that_may_not_be_read_is_not_skipped(config: Path) -> None:
+    """An older checkpoint would cost the steps in between, and the user only has to change a mode."""
     checkpoints = Path(tempfile.mkdtemp()) / "checkpoints"
     try:
         run = resolve(config, "forbidden", "train.steps=4")

@@ -1,4 +1,4 @@
-"""If this fails, the loss depends on how rows are dealt out to ranks, or a packed sequence sees its neighbour."""
+"""If this fails, the loss depends on how rows are distributed to ranks, or a packed sequence sees its neighbour."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def metrics(config: Config, world_size: int) -> list[dict[str, float]]:
 
 
 def test_one_rank_with_four_sequences_is_four_ranks_with_one(tiny_llama_nf4: Path, tmp_path: Path) -> None:
-    """Sequences of very different lengths: a mean of the ranks' means would be far off."""
+    """The sequences differ so much in length that a mean of the ranks' means would be wrong."""
     path = tiny_models.make_config(
         tmp_path, tiny_llama_nf4, data__packing="none", data__seq_len=256, train__steps=6, train__global_batch=4
     )
@@ -39,7 +39,7 @@ def test_one_rank_with_four_sequences_is_four_ranks_with_one(tiny_llama_nf4: Pat
 @pytest.mark.parametrize("arch", ["Llama", "Mistral"])
 @pytest.mark.parametrize("attention", ["sdpa", "flex", "eager"])
 def test_packed_and_unpacked_sequences_have_one_loss(arch: str, attention: str, tmp_path: Path) -> None:
-    """All the data in one step, so that both runs train on the same sequences; the gradient counts as well."""
+    """One step holds all data, so that both runs train on the same sequences. Gradients are compared too."""
     base = tiny_models.make_model(tmp_path / "model", arch, **({"sliding_window": 32} if arch == "Mistral" else {}))
     path = tiny_models.make_config(tmp_path, base, train__steps=2, data__seq_len=256, model__attention=attention)
     from qlora_dist.runtime.environment import read_rank_info

@@ -31,16 +31,16 @@ def wait_for(condition: Callable[[], _T], within_s: float) -> _T:
 
 
 def rank_pids(agent: int) -> dict[str, int]:
-    """Process numbers of an agent's ranks that run the command."""
-    found = {}
+    """Return the process ids of an agent's ranks."""
+    pids = {}
     for number in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
         with contextlib.suppress(OSError):
             environ = dict(
                 entry.split("=", 1) for entry in Path(f"/proc/{number}/environ").read_text().split("\0") if entry
             )
             if "TORCHELASTIC_RUN_ID" in environ:
-                found[environ["RANK"]] = int(number)
-    return found
+                pids[environ["RANK"]] = int(number)
+    return pids
 
 
 def is_running(number: int) -> bool:
@@ -84,6 +84,6 @@ def test_a_restart_in_place_and_a_killed_agent(tiny_llama_nf4, tmp_path):
         assert "resumes after " in (tmp_path / "output.txt").read_text(), "run.overwrite is for the first start"
         agent.kill()
         wait_for(lambda: not any(map(is_running, second.values())), 5)
-    said = [line for line in (tmp_path / "output.txt").read_text().splitlines() if line.startswith("qlora-dist: ")]
-    assert all("rank 1 on" in line and "went away after step" in line for line in said)
-    assert len(said) <= 1  # torchrun may end rank 0 before it can say so
+    messages = [line for line in (tmp_path / "output.txt").read_text().splitlines() if line.startswith("qlora-dist: ")]
+    assert all("rank 1 on" in line and "went away after step" in line for line in messages)
+    assert len(messages) <= 1  # torchrun may end rank 0 before it prints the line

@@ -1,4 +1,4 @@
-"""If this fails, the run reports bytes that were not sent, the planner promises others, or the base crosses nodes."""
+"""If this fails, reported, planned and sent bytes differ, or the base is sent between nodes."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ LAYOUTS = [
 TWO_MESHES, ONE_MESH_UNEVEN = LAYOUTS[2], LAYOUTS[1]
 CASES = [
     *(("untied", "bf16", layout) for layout in LAYOUTS),
-    # the element's size is a factor, and tied embeddings are a unit that is gathered once and stays for the head
+    # other element sizes; tied embeddings, which are gathered once and stay for the head
     *(pytest.param("untied", "fp32", layout, marks=pytest.mark.slow) for layout in (ONE_MESH_UNEVEN,)),
     *(pytest.param("tied", "bf16", layout, marks=pytest.mark.slow) for layout in (ONE_MESH_UNEVEN, LAYOUTS[3])),
 ]
 
 
 def parallel_overrides(layout: tuple[int, int, str, str]) -> list[str]:
-    """Overrides for it, with two or three micro-batches to a step of twelve rows."""
+    """Return a layout's overrides, with two or three micro-batches to a step of twelve rows."""
     world_size, _, base, adapter = layout
     overrides = [f"parallel.base={base}", f"parallel.adapter={adapter}", f"train.micro_batch={6 // world_size}"]
     return [*overrides, "parallel.resident_bytes=0"] if base == "paged" else overrides
@@ -62,7 +62,7 @@ class Collective(NamedTuple):
 
 
 class CollectiveRecorder(TorchDispatchMode):
-    """Sees every collective as torch's dispatcher does, whoever issued it: independent of what is tested."""
+    """Counter of all collectives in torch's dispatcher, which is independent of the tested code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class CollectiveRecorder(TorchDispatchMode):
 
 
 def record_two_steps(config: Config) -> tuple[list[Collective], dict[str, int], int]:
-    """What the second step sends: as the dispatcher saw it, as the run counts it; and its accumulation."""
+    """Return the second step's traffic as the dispatcher and the run count it, and its number of micro-batches."""
     ranks = read_rank_info()
     setup = set_up_run(config, ranks)
     with process_group(ranks, setup.device):
@@ -161,7 +161,7 @@ def test_no_base_bytes_cross_the_outer_mesh_dimension(config_path: Path) -> None
         crossing = [c for c in wire if c.ranks != inside]
         staying = [c for c in wire if c.ranks == inside]
         assert {c.ranks for c in crossing} == {(0, 1, 2, 3)}
-        # bytes travel as uint8 and frozen floats together with them; the adapters as bf16, their gradients as fp32
+        # packed bytes are sent as uint8 together with frozen floats, adapters as bf16, and their gradients as fp32
         assert {c.dtype for c in crossing} == {torch.bfloat16, torch.float32, torch.float64}
         everything_of_the_base = step_traffic(base_only, ShardCounts(4, 2, 4), accumulation, 2)
         assert sum(c.received_bytes for c in staying) == everything_of_the_base["shard"]
@@ -175,6 +175,6 @@ def test_accumulation_sends_gradients_once(config_path: Path) -> None:
     counts = Counter(c.name for c in wire)
     layers = 3
     assert counts["_reduce_scatter_base_"] == layers
-    others = 2 if is_tied else 3  # the root, the embedding, and the head, for which tied weights stay
+    others = 2 if is_tied else 3  # root, embedding and head; tied weights stay gathered for the head
     assert counts["_allgather_base_"] == accumulation * (2 * layers + others)
     assert counts["allreduce_"] == 1

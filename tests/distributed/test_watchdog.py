@@ -1,4 +1,4 @@
-"""If this fails, a rank that is gone leaves the others waiting, or nobody learns which one it was."""
+"""If this fails, ranks wait for one that has exited, or the message does not name it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def config(tiny_llama_nf4: Path, tmp_path: Path) -> Path:
-    """A run without end."""
+    """Return a run that would take far longer than the test."""
     steps = {"train__steps": 10**6, "train__global_batch": 6, "train__timeout": 5}
     return tiny_models.make_config(tmp_path, tiny_llama_nf4, data__eval=None, data__seq_len=32, **steps)
 
 
 def train(*words: str | Path, at_step: int = -1, fault: Callable[[], None] | None = None) -> None:
-    """The command line. `fault` happens in the main thread, after that many steps."""
+    """Run the command line with a fault in the main thread after that many steps."""
     if fault is not None:
         step, done = trainer.train_step, 0
 
@@ -69,7 +69,7 @@ def exit_codes(processes: list[BaseProcess], within_s: float) -> list[int | None
 
 
 def qlora_dist_lines(path: Path, rank: int) -> list[str]:
-    """What the run says on stderr."""
+    """Return what the run wrote to stderr."""
     return [line for line in rank_output(path, rank).splitlines() if line.startswith("qlora-dist: ")]
 
 
@@ -77,11 +77,11 @@ def rank_output(path: Path, rank: int) -> str:
     return (path / f"rank-{rank}.txt").read_text()
 
 
-def test_a_run_that_ends_well_says_nothing(config, tmp_path):
+def test_a_run_that_succeeds_prints_no_error(config, tmp_path):
     with started_ranks([partial(train, config, "train.steps=3")] * 2, tmp_path) as processes:
         assert exit_codes(processes, within_s=40) == [0, 0]
     assert not qlora_dist_lines(tmp_path, 0) + qlora_dist_lines(tmp_path, 1)
-    assert "[c10d]" not in rank_output(tmp_path, 1)  # rank 0, which keeps the store, has left last
+    assert "[c10d]" not in rank_output(tmp_path, 1)  # rank 0, which holds the store, has exited last
 
 
 @pytest.mark.slow
@@ -103,14 +103,14 @@ def test_a_stopped_rank_is_named_within_the_timeout(config, tmp_path):
         wait_for_step(config, 3)
         os.kill(processes[1].pid, signal.SIGSTOP)
         assert exit_codes([processes[0]], within_s=7) == [1]
-        os.kill(processes[1].pid, signal.SIGCONT)  # and then it ends as well
+        os.kill(processes[1].pid, signal.SIGCONT)  # so that it exits too
         assert exit_codes(processes, within_s=5) == [1, 1]
     (sentence,) = qlora_dist_lines(tmp_path, 0)
     assert re.match(rf"qlora-dist: rank 1 on {HOST} was stopped by a signal after step \d+ \(\w+", sentence)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_suspended_as_a_whole_goes_on(config, tmp_path):
+def test_a_run_that_is_suspended_as_a_whole_continues(config, tmp_path):
     with started_ranks([partial(train, config, "train.timeout=3")] * 2, tmp_path) as processes:
         wait_for_step(config, 3)
         for process in processes:
@@ -136,7 +136,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(config, tmp_path):
     (stack,) = qlora_dist_lines(tmp_path, 1)
     assert stack == "qlora-dist: [rank 1] is here:"
     assert "time.sleep(1000)" in rank_output(tmp_path, 1)
-    assert "threading.py" not in rank_output(tmp_path, 1)  # the main thread's
+    assert "threading.py" not in rank_output(tmp_path, 1)  # the stack is the main thread's
 
 
 def fail(error: Exception) -> None:

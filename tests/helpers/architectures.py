@@ -43,7 +43,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2": {"tie_word_embeddings": True},
     "Qwen3": {"head_dim": 16},
     "Mistral": {"sliding_window": 24},
-    # a query scale of its own, a window in every other layer, caps on attention and logits, a scaled embedding
+    # a special query scale, a window in every other layer, caps on attention and logits, a scaled embedding
     "Gemma2": {
         "head_dim": 16,
         "sliding_window": 24,
@@ -127,11 +127,11 @@ SETTINGS_OF_ALL = {
     "n_embd": 64,
     "n_head": 4,
 }
-"""A small model of nearly any `model_type`: a configuration ignores what it does not know."""
+"""Settings for a small model of nearly any `model_type`. A configuration ignores unknown settings."""
 
 
 def make_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-    """A Hugging Face folder of that architecture, as transformers saves it, with a tokenizer."""
+    """Save a model of an architecture with transformers, and a tokenizer, and return the folder."""
     config_class = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
@@ -139,7 +139,7 @@ def make_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float3
     )
     with torch.no_grad():
         for parameter_name, tensor in model.state_dict().items():
-            # by default so small that attention, experts and biases show nowhere
+            # the default values are so small that attention, experts and biases have no effect
             if tensor.dim() > 1 or parameter_name.endswith(("bias", "sinks")):
                 tensor.normal_(std=0.15 if tensor.dim() > 1 else 0.5)
     model.to(dtype).save_pretrained(folder)
@@ -147,9 +147,11 @@ def make_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float3
     return folder
 
 
-def dequantized_model(source: Path, quantized: Path, embeddings: bool = False) -> transformers.PreTrainedModel:
-    """transformers' own model of the 16 bit folder, each weight replaced by what its 4 bits stand for; those of
-    embeddings too, if asked for."""
+def dequantized_model(source: Path, quantized: Path, *, embeddings: bool = False) -> transformers.PreTrainedModel:
+    """Return transformers' own model of a 16-bit folder with the dequantized weights of a 4-bit folder.
+
+    With `embeddings`, embedding and head are dequantized too.
+    """
     config = transformers.AutoConfig.from_pretrained(source)
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -166,8 +168,8 @@ def dequantized_model(source: Path, quantized: Path, embeddings: bool = False) -
                 entry.read_range(reader, packed, 0)
                 weights.append(dequantize_weight(packed, entry.layout, torch.float32))
             if target.experts:
-                each = len(weights) // target.experts
-                stacked = [torch.cat(weights[i * each : (i + 1) * each]) for i in range(target.experts)]
+                per_expert = len(weights) // target.experts
+                stacked = [torch.cat(weights[i * per_expert : (i + 1) * per_expert]) for i in range(target.experts)]
                 whole = torch.stack([w.T for w in stacked] if target.transposed else stacked)
             else:
                 whole = weights[0].T if target.transposed else weights[0]

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def skip_unless(available: bool, reason: str) -> None:
+def skip_unless(available: object, reason: str) -> None:
     """Skip the test if something is missing, or fail it if QLORA_DIST_REQUIRE_LAUNCHERS is 1."""
     if available:
         return
@@ -41,14 +41,14 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def alive_pids(folder: Path) -> list[int]:
-    """Return the processes that have the folder in their environment."""
+    """Return the ids of all processes with that folder in their environment."""
     mark = f"QLORA_DIST_TEST={folder}".encode()
-    found = []
+    pids = []
     for process in Path("/proc").iterdir():
         try:
             if process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0"):
                 state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-                found += [] if state in "ZX" else [int(process.name)]
+                pids += [] if state in "ZX" else [int(process.name)]
         except OSError:
             continue
-    return found
+    return pids

@@ -1,4 +1,4 @@
-"""Bytes that a real rank holds and sends in real steps on a CPU, counted as `trace/trace_step.py` counts them."""
+"""Bytes that a real rank holds and receives in steps on a CPU, counted as `trace/trace_step.py` counts them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_dist.train.run_setup import set_up_model
 
 
 def measure_step(config: Config) -> tuple[int, dict[LayerPhase, int], dict[str, int]]:
-    """Real steps of a real rank: bytes of its weights, the peaks of what it allocates, and bytes received."""
+    """Run real steps, and return a rank's bytes of weights, its peaks by phase, and the bytes that it received."""
     ranks = read_rank_info()
     folder, model, _ = set_up_model(config)
     with process_group(ranks, torch.device("cpu")):

@@ -1,4 +1,4 @@
-"""Tokenizers as published models have them, small: their special tokens, their kind of BPE, what their templates write.
+"""Small tokenizers with the special tokens, the kind of BPE and the chat templates of published models.
 
 The vocabulary is made of `SENTENCES` and of the templates' own words: each word of these is one token.
 """
@@ -22,20 +22,20 @@ SENTENCES = [
     "role user assistant system model tool ipython",
 ]
 
-# Llama 3's and Qwen's: line feeds in a row are one piece
+# the rule of Llama 3 and Qwen: consecutive line feeds are one piece
 _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Family(NamedTuple):
-    """What is special about a family's tokenizer."""
+    """Properties of a family's tokenizer."""
 
     specials: tuple[str, ...]
     bos: str | None
     eos: str
     end: str
-    """Ends the assistant's turn."""
+    """Token that ends the assistant's turn."""
     words: str = "bytes"
-    """bytes: byte-level BPE; prefixed: sentencepiece's, with a space put before every text; plain: without it."""
+    """Kind of BPE: bytes (byte-level), prefixed (sentencepiece's, with a space before texts) or plain (without it)."""
 
 
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -73,7 +73,6 @@ FAMILIES = {
 
 
 def template(name: str) -> str:
-    """Text of a family's template."""
     return (FOLDER / f"{name}.jinja").read_text()
 
 
@@ -123,7 +122,7 @@ def _serialized(name: str) -> str:
 
 
 def make_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerFast:
-    """A family's tokenizer with its template."""
+    """Return a family's tokenizer with its template."""
     family = FAMILIES[name]
     made = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_serialized(name)),
@@ -134,6 +133,6 @@ def make_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerFast:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast, tokens: Any) -> list[str]:
-    """What each token is written as, with its space and line feeds."""
+    """Return the text of each token, with its space and line feeds."""
     named = tokenizer.convert_ids_to_tokens([int(token) for token in tokens])
     return [name.translate({ord("Ġ"): " ", ord("Ċ"): "\n", ord("▁"): " "}) for name in named]

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that are forked from pytest, with torchrun's variables, joined over gloo."""
+"""Real ranks for tests: processes forked from pytest, with torchrun's variables, connected over gloo."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, nodes: 
     context = multiprocessing.get_context("fork")  # torch and transformers are imported once, not once per rank
     processes, pipes = [], {}
     for rank, environ in enumerate(_environments(world_size, nodes)):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, environ, function, args), daemon=True)
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(sender, environ, function, args), daemon=True)
         process.start()
-        theirs.close()
+        sender.close()
         processes.append(process)
-        pipes[ours] = rank
+        pipes[receiver] = rank
     try:
         return _collect(pipes, world_size)
     finally:
@@ -45,9 +45,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, nodes: 
 def started_ranks(
     functions: Sequence[Callable[[], Any]], outputs: Path, nodes: int = 1, port: int | None = None
 ) -> Iterator[list[BaseProcess]]:
-    """A rank for each of the functions, for tests that do ranks harm: nobody waits for them or collects anything.
+    """Start a rank for each function, for tests that kill ranks. Nothing waits for them or collects results.
 
-    What a rank prints goes to `outputs/rank-N.txt`. No process outlives the `with`.
+    A rank's output goes to `outputs/rank-N.txt`. No process outlives the `with`.
     """
     context = multiprocessing.get_context("fork")
     processes: list[BaseProcess] = []
@@ -64,7 +64,7 @@ def started_ranks(
 
 
 def _environments(world_size: int, nodes: int, port: int | None = None) -> list[dict[str, Any]]:
-    """torchrun's variables for each rank."""
+    """Return torchrun's variables for each rank."""
     port, local = port or free_port(), world_size // nodes
     return [
         {
@@ -100,7 +100,7 @@ def _collect(pipes: dict[Connection, int], world_size: int) -> list[Any]:
 
 def _rank(pipe: Connection, environ: dict[str, Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update({key: str(value) for key, value in environ.items()})
-    gc.freeze()  # else each rank looks through all that pytest and the imports hold, and copies it by that
+    gc.freeze()  # else garbage collection in each rank touches, and so copies, all objects of pytest and the imports
     try:
         pipe.send((None, function(*args)))
     except BaseException:

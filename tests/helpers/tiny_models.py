@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and data sets with random weights, made in a second and real in every other way."""
+"""Tiny models with random weights, tokenizers and data sets, which are made in a second."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CHATML = (
 
 
 def make_model(folder: Path, arch: str = "Llama", dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
-    """A Hugging Face folder of a causal LM of that architecture (Llama, Qwen2, Qwen3, Mistral), with a tokenizer."""
+    """Save a causal LM of an architecture (Llama, Qwen2, Qwen3, Mistral) and a tokenizer, and return the folder."""
     settings: dict[str, Any] = {
         "hidden_size": 64,
-        "intermediate_size": 176,  # no multiple of the block size
+        "intermediate_size": 176,  # not a multiple of the block size
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -39,7 +39,7 @@ def make_model(folder: Path, arch: str = "Llama", dtype: torch.dtype = torch.bfl
     model = getattr(transformers, f"{arch}ForCausalLM")(config_class(**(settings | config)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # zero at first, and then a lost bias would show nowhere
+            if name.endswith("bias"):  # biases are zero by default, and a lost bias would go unnoticed
                 parameter.normal_(std=0.1)
     model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -47,7 +47,7 @@ def make_model(folder: Path, arch: str = "Llama", dtype: torch.dtype = torch.bfl
 
 
 def make_tokenizer(chat_template: str | None = CHATML) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE of at most 310 tokens."""
+    """Train a byte-level BPE of at most 310 tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,7 +66,7 @@ def make_tokenizer(chat_template: str | None = CHATML) -> transformers.PreTraine
 
 
 def make_data(path: Path, rows: int, seed: int = 0, words: tuple[int, int] = (2, 12)) -> Path:
-    """A JSONL file of one-turn conversations of random words."""
+    """Write a JSONL file of one-turn conversations of random words."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for _ in range(rows):
@@ -77,7 +77,7 @@ def make_data(path: Path, rows: int, seed: int = 0, words: tuple[int, int] = (2,
 
 
 def make_config(folder: Path, base: Path, **overrides: Any) -> Path:
-    """A configuration in fp32 for `base`, with a training and a held-out file beside it."""
+    """Write a configuration in fp32 for `base`, and a training and a held-out file."""
     train, held_out = make_data(folder / "train.jsonl", 80), make_data(folder / "eval.jsonl", 9, seed=1)
     tree: dict[str, dict[str, Any]] = {
         "model": {"base": str(base), "compute_dtype": "fp32"},
@@ -97,8 +97,10 @@ def make_config(folder: Path, base: Path, **overrides: Any) -> Path:
 
 
 def make_large_config(folder: Path) -> Path:
-    """A configuration for a model in 4 bit so large that padding, whole rows and rotary frequencies are no per cent of
-    it, whose sizes are multiples of 3 and 4."""
+    """Write a configuration for a larger model in 4 bit, whose sizes are multiples of 3 and 4.
+
+    Padding, whole rows and rotary frequencies are less than one per cent of it.
+    """
     from qlora_dist.model.quantize_folder import quantize_folder
     from qlora_dist.model.quantize_plan import QuantizeOptions
 

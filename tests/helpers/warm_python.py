@@ -1,10 +1,10 @@
-"""`python` for the commands of tests, without the seconds of imports: a process that has imported everything forks.
+"""A `python` for the commands of tests that saves the seconds of imports, because it forks a process that has them.
 
-A script stands in for the interpreter and understands `-u`, `-m MODULE`, `-c CODE` and a file. It hands its arguments,
-its environment, its folder, the signals it ignores and its standard files to the process that `warm_python` has
-started. What is forked there runs the module as `__main__`, on the script's node, with the script as `sys.executable`,
-and the script ends with its exit code. Signals are handed on, and no command outlives its script. What a fresh
-interpreter does at its start is for tests that start one.
+A script replaces the interpreter, and accepts `-u`, `-m MODULE`, `-c CODE` and a file. It sends its arguments,
+environment, folder, ignored signals and standard files to the process that `warm_python` has started. That process
+forks one that runs the module as `__main__`, on the script's node, with the script as `sys.executable`. The script
+exits with its exit code and forwards signals, and no command outlives its script. The start of a fresh interpreter is
+not covered.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
-# a node of a cluster on this machine (slurm/local_cluster.sh): a host name and an /etc/hosts of its own
+# a node of a cluster on this machine (slurm/local_cluster.sh) has its own host name and /etc/hosts
 _NAMESPACES = {"mnt": 0x00020000, "uts": 0x04000000, "net": 0x40000000}
 
-# no package is imported here: it starts in 30 ms
+# it imports no package, and so starts in 30 ms
 _SCRIPT = """#!{python} -SE
 import json, os, signal, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -47,7 +47,7 @@ sys.exit(answer[0] if answer else "the process that forks is gone")
 
 @contextmanager
 def warm_python(folder: Path) -> Iterator[Path]:
-    """The script's path, below `folder`. Nothing that it has started outlives the `with`."""
+    """Yield the path of the script, in `folder`. No process that it has started outlives the `with`."""
     import torch.distributed.run  # noqa: F401
 
     import qlora_dist.data.preprocess
@@ -70,7 +70,7 @@ def warm_python(folder: Path) -> Iterator[Path]:
 
 
 def _serve(listening: socket.socket) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a keeper
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
     tests = multiprocessing.parent_process()
     assert tests is not None
     while tests.sentinel not in wait([listening, tests.sentinel]):
@@ -85,7 +85,7 @@ def _serve(listening: socket.socket) -> None:
 
 
 def _keep(connection: socket.socket) -> None:
-    """Fork the command, hand signals on to it, and its exit code back; end it if nobody waits for it any more."""
+    """Fork the command, forward signals to it and return its exit code. Kill it if its script is gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, files, _, _ = socket.recv_fds(connection, 4, 3)
     _enter_namespaces(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
@@ -108,7 +108,7 @@ def _keep(connection: socket.socket) -> None:
 
 
 def _enter_namespaces(script: int) -> None:
-    """Be on the node that the script is on."""
+    """Enter the namespaces of the node that the script runs on."""
     libc, process = ctypes.CDLL(None, use_errno=True), os.pidfd_open(script)
     for name, flag in _NAMESPACES.items():
         if Path(f"/proc/{script}/ns/{name}").readlink() == Path(f"/proc/self/ns/{name}").readlink():
@@ -121,7 +121,7 @@ def _enter_namespaces(script: int) -> None:
 def _become(
     files: list[int], words: list[str], script: str, folder: str, environ: dict[str, str], ignored: list[int]
 ) -> None:
-    """Be `python WORDS`, as far as a command can tell."""
+    """Run `python WORDS` in this process."""
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     sys.executable = script

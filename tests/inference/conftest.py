@@ -1,4 +1,4 @@
-"""A small model in 4 bit, and adapters that PEFT itself has made of it."""
+"""A small model in 4 bit, and adapters of it that PEFT itself has written."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from tests.helpers import tiny_models
 
 class TinyModels(NamedTuple):
     source: Path
-    """In fp32."""
+    """Folder of the model in fp32."""
     base: Path
-    """The same in 4 bit."""
-    one: Path
-    two: Path
-    """Adapters."""
+    """Folder of the model in 4 bit."""
+    first_adapter: Path
+    second_adapter: Path
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +38,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 
 
 def load_plain(base: Path) -> Any:
-    """As transformers and bitsandbytes load it."""
+    """Load a model with transformers and bitsandbytes alone."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -50,7 +49,7 @@ def load_plain(base: Path) -> Any:
 
 
 def random_adapter(out: Path, base: Path, seed: int, **settings: Any) -> Path:
-    """Every value of it random."""
+    """Write an adapter whose every value is random."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", **({"r": 4} | settings))
     model = peft.get_peft_model(load_plain(base), config)
     torch.manual_seed(seed)
@@ -67,11 +66,9 @@ def random_adapter(out: Path, base: Path, seed: int, **settings: Any) -> Path:
 
 @pytest.fixture(scope="session", name="plain_model")
 def plain_model_fixture() -> Callable[[Path], Any]:
-    """`load_plain`."""
     return load_plain
 
 
 @pytest.fixture(scope="session")
 def make_adapter() -> Callable[..., Path]:
-    """`random_adapter`."""
     return random_adapter

@@ -22,17 +22,17 @@ from tests.helpers.ranks import run_ranks
 
 
 def eval_losses_by_adapter(given: list[str], data: str, overrides: tuple[str, ...] = ()) -> dict[str, EvalLoss]:
-    """Of each adapter, and of the base."""
+    """Compute the loss of each adapter, and of the base."""
     adapters = parse_named_adapters(given)
     config = inference_config(common_base(adapters), adapters[0].path, data, ("train.device=cpu", *overrides))
-    found = {}
+    losses: dict[str, EvalLoss] = {}
     with open_inference_model(config, adapters) as loaded:
-        for name in (*loaded.adapters, None, loaded.adapters[0]):
-            loaded.use(name)
+        for name in (*loaded.adapter_names, None, loaded.adapter_names[0]):
+            loaded.set_adapter(name)
             result = compute_eval_loss(loaded, data)
             key = name or "base"
-            assert found.setdefault(key, result) == result  # coming back to it changes nothing
-    return found
+            assert losses.setdefault(key, result) == result  # a return to an adapter changes nothing
+    return losses
 
 
 def eval_losses(folder: Path) -> list[float]:
@@ -41,7 +41,7 @@ def eval_losses(folder: Path) -> list[float]:
 
 
 def test_the_loss_is_the_one_that_train_printed(tiny_llama_nf4: Path, tmp_path: Path) -> None:
-    """Two adapters, unlike in rank, targets and what else they train, beside each other; on one rank and on two."""
+    """Two adapters differ in rank, targets and whole modules, and are loaded together, on one rank and on two."""
     path = tiny_models.make_config(tmp_path, tiny_llama_nf4, train__steps=3, train__micro_batch=2)
     one = load_config(path, ["run.name=one", "lora.modules_to_save=[lm_head, norm, embed_tokens]"])
     two = load_config(path, ["run.name=two", "lora.r=3", "lora.targets=[q_proj, down_proj]", "lora.dora=true"])
@@ -61,7 +61,7 @@ def test_the_loss_is_the_one_that_train_printed(tiny_llama_nf4: Path, tmp_path: 
             assert rank[name].tokens == expected.tokens > 0
 
 
-def test_a_16_bit_base_stays_so_if_it_is_to(tiny_llama: Path) -> None:
+def test_a_16_bit_base_is_kept_without_quantize(tiny_llama: Path) -> None:
     config = inference_config(str(tiny_llama))
     folder = ModelFolder(config.model.base)
     assert build_meta_model(folder, config.model).matrices
@@ -71,7 +71,7 @@ def test_a_16_bit_base_stays_so_if_it_is_to(tiny_llama: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", "experts"])
 def test_bases_in_16_bit_are_quantized_as_in_training(kind: str, tmp_path: Path) -> None:
-    """An embedding trained whole that is the head too; experts with adapters, beside an adapter without."""
+    """The first adapter trains a tied embedding whole, or experts. The second one does neither."""
     settings = ["lora.modules_to_save=[embed_tokens]"] if kind == "tied" else ["lora.experts=true"]
     if kind == "tied":
         base = tiny_models.make_model(tmp_path / "source", tie_word_embeddings=True)

@@ -1,4 +1,4 @@
-"""If this fails, a sharded model writes another text than a whole one, or than plain transformers and PEFT do."""
+"""If this fails, a sharded model generates another text than a whole one, or than transformers with PEFT."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ FP32 = ("train.device=cpu", "model.compute_dtype=fp32")
 
 
 def generate_answers(given: list[str], prompts: list[list[int]], batch_size: int) -> dict[str, Any]:
-    """Greedy ones of each adapter and of the base, and samples of two seeds."""
+    """Generate greedily with each adapter and with the base, and sample with two seeds."""
     adapters = parse_named_adapters(given)
-    found: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     with open_inference_model(
         inference_config(common_base(adapters), adapters[0].path, overrides=FP32), adapters
     ) as loaded:
-        for name in (*loaded.adapters, None):
-            loaded.use(name)
-            found[name or "base"] = generate_tokens(loaded, prompts, GREEDY, batch_size=batch_size)
-        loaded.use(loaded.adapters[0])  # and back again
+        for name in (*loaded.adapter_names, None):
+            loaded.set_adapter(name)
+            answers[name or "base"] = generate_tokens(loaded, prompts, GREEDY, batch_size=batch_size)
+        loaded.set_adapter(loaded.adapter_names[0])  # and back again
         for seed in (3, 4):
             sampling = SamplingOptions(max_new_tokens=6, temperature=1.0, top_k=50, seed=seed)
-            found[f"seed {seed}"] = generate_tokens(loaded, prompts, sampling, batch_size=batch_size)
-    return found
+            answers[f"seed {seed}"] = generate_tokens(loaded, prompts, sampling, batch_size=batch_size)
+    return answers
 
 
-def test_sharded_or_not_is_what_transformers_and_peft_write(material: Any, plain_model: Callable[[Path], Any]) -> None:
-    """Greedy, of two adapters of PEFT's and the base; prompts of different length, more batches than ranks."""
-    given = [f"{name}={getattr(material, name)}" for name in ("one", "two")]
-    model = peft.PeftModel.from_pretrained(plain_model(material.base), material.one, adapter_name="one")
-    model.load_adapter(material.two, adapter_name="two")
+def test_texts_equal_those_from_transformers_and_peft(material: Any, plain_model: Callable[[Path], Any]) -> None:
+    """Two adapters and the base decode greedily prompts of different lengths, in more batches than ranks."""
+    given = [f"one={material.first_adapter}", f"two={material.second_adapter}"]
+    model = peft.PeftModel.from_pretrained(plain_model(material.base), material.first_adapter, adapter_name="one")
+    model.load_adapter(material.second_adapter, adapter_name="two")
 
     def plain(prompt: list[int]) -> list[int]:
         ids = torch.tensor([prompt])
@@ -70,11 +70,11 @@ def test_sharded_or_not_is_what_transformers_and_peft_write(material: Any, plain
     (alone,) = run_ranks(1, generate_answers, given, PROMPTS, 2)
     assert {name: alone[name] for name in expected} == expected
     assert alone["seed 3"] != alone["seed 4"]
-    assert run_ranks(2, generate_answers, given, PROMPTS, 2) == [alone] * 2  # samples too are those of the seed
+    assert run_ranks(2, generate_answers, given, PROMPTS, 2) == [alone] * 2  # samples depend on the seed alone
 
 
-def test_a_base_in_16_bit_that_stays_so(material: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
-    """PEFT's own layers, of DoRA, and a head trained whole, sharded; the plain model is whole."""
+def test_a_base_that_stays_in_16_bit(material: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    """The sharded model has PEFT's own DoRA layers and a head that was trained whole."""
     settings: dict[str, Any] = {
         "use_dora": True,
         "target_modules": ["q_proj", "up_proj"],
@@ -86,8 +86,8 @@ def test_a_base_in_16_bit_that_stays_so(material: Any, make_adapter: Callable[..
     with torch.no_grad():
         base = plain.eval()(input_ids=ids, use_cache=False).logits
         expected = peft.PeftModel.from_pretrained(plain, adapter).eval()(input_ids=ids, use_cache=False).logits
-    for found in run_ranks(2, logits, str(adapter), PROMPTS[1:2]):
-        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    for result in run_ranks(2, logits, str(adapter), PROMPTS[1:2]):
+        torch.testing.assert_close(torch.from_numpy(result), expected, rtol=1e-4, atol=1e-5)
     assert (expected - base).abs().max() > 0.1
 
 
@@ -97,15 +97,15 @@ def logits(adapter: str, prompts: list[list[int]]) -> Any:
         inference_config(common_base(adapters), overrides=FP32), adapters, quantize=False
     ) as loaded:
         with torch.no_grad():
-            found = loaded.model(input_ids=torch.tensor(prompts), use_cache=False).logits
-        loaded.use(None)
-        return found.numpy()
+            result = loaded.model(input_ids=torch.tensor(prompts), use_cache=False).logits
+        loaded.set_adapter(None)
+        return result.numpy()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT2", "Gemma2", "GptOss"])
-def test_padding_in_front_changes_nothing(name: str, tmp_path: Path) -> None:
-    """Learned positions, a soft cap with windows, sinks: in one batch what each prompt has alone from transformers."""
+def test_left_padding_changes_no_token(name: str, tmp_path: Path) -> None:
+    """A batch equals single prompts in transformers with learned positions, a soft cap with windows, and sinks."""
     source = make_architecture(tmp_path / "source", name)
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.2)).out
     prompts, plain, expected = [list(range(3, 43)), *PROMPTS[:2]], dequantized_model(source, quantized).eval(), []
@@ -114,35 +114,34 @@ def test_padding_in_front_changes_nothing(name: str, tmp_path: Path) -> None:
         with torch.no_grad():
             output = plain.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=2, eos_token_id=319)
         expected.append(output[0, len(prompt) :].tolist())
-    (found,) = run_ranks(1, batched, str(quantized), prompts)
-    assert found == expected
+    (answers,) = run_ranks(1, generate_in_one_batch, str(quantized), prompts)
+    assert answers == expected
 
 
-def batched(base: str, prompts: list[list[int]]) -> list[list[int]]:
+def generate_in_one_batch(base: str, prompts: list[list[int]]) -> list[list[int]]:
     with open_inference_model(inference_config(base, overrides=FP32)) as loaded:
-        return generate_tokens(loaded, prompts, SamplingOptions(6, temperature=0.0))
+        return generate_tokens(loaded, prompts, SamplingOptions(max_new_tokens=6, temperature=0.0))
 
 
 @pytest.mark.slow
-def test_smollm2_on_two_ranks_writes_what_one_does(smollm2_folder: Path, tmp_path: Path) -> None:
-    """Quantized while it is loaded, tied embeddings, an adapter; prompts of different length."""
+def test_smollm2_generates_on_two_ranks_as_on_one(smollm2_folder: Path, tmp_path: Path) -> None:
+    """The model has tied embeddings and an adapter, and is quantized while it is loaded."""
     adapter = random_adapter(smollm2_folder, tmp_path / "adapter")
     tokenizer = load_tokenizer(smollm2_folder)
     prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France is", "Once upon a", "def main():\n")]
-    (alone,) = run_ranks(1, generate_with_transformers, str(adapter), prompts)
-    assert run_ranks(2, generate_with_transformers, str(adapter), prompts) == [alone] * 2
+    (alone,) = run_ranks(1, generate_in_two_batches, str(adapter), prompts)
+    assert run_ranks(2, generate_in_two_batches, str(adapter), prompts) == [alone] * 2
     assert " Paris" in tokenizer.decode(alone[0])
 
 
-def generate_with_transformers(adapter: str, prompts: list[list[int]]) -> list[list[int]]:
-    """The two batches are of one prompt and of two."""
+def generate_in_two_batches(adapter: str, prompts: list[list[int]]) -> list[list[int]]:
     adapters = parse_named_adapters([adapter])
     with open_inference_model(inference_config(common_base(adapters), overrides=FP32), adapters) as loaded:
-        return generate_tokens(loaded, prompts, SamplingOptions(4, temperature=0.0), batch_size=2)
+        return generate_tokens(loaded, prompts, SamplingOptions(max_new_tokens=4, temperature=0.0), batch_size=2)
 
 
 def random_adapter(base: Path, out: Path) -> Path:
-    """As PEFT writes it, small enough for the text to remain one."""
+    """Write a random adapter so small that the model still generates sense."""
     config = json.loads((base / "config.json").read_text())
     hidden, r = config["hidden_size"], 4
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ CHOICE, TEXT, WRITE = "tiny_choice", "tiny_text", "tiny_write"
 
 
 def make_tasks(folder: Path) -> Path:
-    """Multiple choice with examples, a text's perplexity, and an answer to be written; none asks a network."""
+    """Write three tasks that need no network: multiple choice with examples, perplexity of a text, and generation."""
     rows = [
         {"question": f"{a} {b}", "choices": [b, f"{a} {a}", "who"], "answer": index % 3, "text": f"{a} about {b} " * 40}
         for index, (a, b) in enumerate(zip(tiny_models.WORDS, tiny_models.WORDS[3:], strict=False))
@@ -62,34 +62,35 @@ def make_tasks(folder: Path) -> Path:
 
 
 def run_lm_eval_tasks(adapter: Path, folder: Path) -> Any:
-    """All scores, and what the harness asks and gets."""
+    """Return all scores, and the harness's requests with the answers."""
     from qlora_dist.inference.lm_eval_model import LmEvalModel
 
-    asked: dict[str, Any] = {}
+    calls: dict[str, Any] = {}
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        record_calls(LmEvalModel, kind, asked)  # in this rank's process alone
+        record_calls(LmEvalModel, kind, calls)  # in this rank's process alone
     adapters = parse_named_adapters([f"one={adapter}"])
     overrides = ("train.device=cpu", "model.compute_dtype=fp32")
     with open_inference_model(
         inference_config(common_base(adapters), adapter, overrides=overrides), adapters
     ) as loaded:
-        scores = run_tasks(loaded, TaskOptions((CHOICE, TEXT, WRITE), batch_size=4, limit=5, folder=folder))
-    return scores, asked
+        scores = run_tasks(loaded, TaskOptions(names=(CHOICE, TEXT, WRITE), batch_size=4, limit=5, folder=folder))
+    return scores, calls
 
 
 def record_calls(model: Any, kind: str, calls: dict[str, Any]) -> None:
-    """Note what a class, or an instance, answers."""
-    answer = getattr(model, kind)
+    """Record the requests to a method of a class or an instance, and its answers."""
+    method = getattr(model, kind)
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        found, requests = answer(*args, **kwargs), args[-1]
-        calls[kind] = [[list(map(str, request.args)), result] for request, result in zip(requests, found, strict=True)]
-        return found
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        results, requests = method(*args, **kwargs), args[-1]
+        pairs = zip(requests, results, strict=True)
+        calls[kind] = [[list(map(str, request.args)), result] for request, result in pairs]
+        return results
 
-    setattr(model, kind, noted)
+    setattr(model, kind, recorded)
 
 
-def test_data_that_is_out_of_reach_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_missing_data_is_reported_before_the_model_is_loaded(tmp_path: Path) -> None:
     """A compute node has no network, as these tests have none (HF_HUB_OFFLINE)."""
     pytest.importorskip("lm_eval")
     task = {"task": "far", "dataset_path": "no-such-owner/no-such-data", "output_type": "loglikelihood_rolling"}
@@ -97,12 +98,12 @@ def test_data_that_is_out_of_reach_is_told_before_the_model_is_loaded(tmp_path: 
         json.dumps({**task, "test_split": "test", "doc_to_text": "", "doc_to_target": "t"})
     )
     with pytest.raises(UserError, match=r"^--tasks far: the data of a task cannot be loaded \(.*HF_HOME\)$"):
-        check_tasks(TaskOptions(("far",), folder=tmp_path))
+        check_tasks(TaskOptions(names=("far",), folder=tmp_path))
 
 
-def test_what_was_loaded_ahead_is_evaluated_once(tmp_path: Path) -> None:
+def test_preloaded_tasks_are_evaluated_once(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    options = TaskOptions((CHOICE,), folder=make_tasks(tmp_path / "tasks"))
+    options = TaskOptions(names=(CHOICE,), folder=make_tasks(tmp_path / "tasks"))
     check_tasks(options)
     manager = lm_eval_tasks._task_manager(options.names, options.folder)
     first, second = manager.load([CHOICE]), manager.load([CHOICE])
@@ -111,21 +112,21 @@ def test_what_was_loaded_ahead_is_evaluated_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_the_plain_hf_model(
+def test_scores_equal_the_plain_hf_models(
     material: Any, plain_model: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The harness's own model with transformers, bitsandbytes and PEFT beside ours, on one rank and on two."""
+    """The reference is the harness's own model with transformers, bitsandbytes and PEFT."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # which asks the machine for seconds
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # it takes seconds
     folder = make_tasks(tmp_path / "tasks")
-    theirs: dict[str, Any] = {}
-    model = peft.PeftModel.from_pretrained(plain_model(material.base), material.one)
+    reference: dict[str, Any] = {}
+    model = peft.PeftModel.from_pretrained(plain_model(material.base), material.first_adapter)
     plain = HFLM(pretrained=model, tokenizer=str(material.base), batch_size=4)
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        record_calls(plain, kind, theirs)
+        record_calls(plain, kind, reference)
     lm_eval.simple_evaluate(
         plain,
         tasks=[CHOICE, TEXT, WRITE],
@@ -133,25 +134,25 @@ def test_scores_are_those_of_the_plain_hf_model(
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
     )
-    ((scores, alone),) = run_ranks(1, run_lm_eval_tasks, material.one, folder)
-    assert len(theirs) == 3
+    ((scores, alone),) = run_ranks(1, run_lm_eval_tasks, material.first_adapter, folder)
+    assert len(reference) == 3
     assert set(scores) == {CHOICE, TEXT, WRITE}
-    for kind, rows in theirs.items():
+    for kind, rows in reference.items():
         assert len(rows) >= 5
-        assert [asked for asked, _ in rows] == [asked for asked, _ in alone[kind]]
-        answers = [[result for _, result in found] for found in (rows, alone[kind])]
+        assert [request for request, _ in rows] == [request for request, _ in alone[kind]]
+        answers = [[result for _, result in calls] for calls in (rows, alone[kind])]
         if kind == "loglikelihood":
             assert [greedy for _, greedy in answers[0]] == [greedy for _, greedy in answers[1]]
-            answers = [[score for score, _ in found] for found in answers]
+            answers = [[score for score, _ in pairs] for pairs in answers]
         if kind == "generate_until":
             assert answers[0] == answers[1]
         else:
             assert answers[1] == pytest.approx(answers[0], abs=1e-3)
             assert len(set(answers[0])) > 3
-    for both, found in run_ranks(2, run_lm_eval_tasks, material.one, folder):
-        for kind in theirs:
-            assert [asked for asked, _ in found[kind]] == [asked for asked, _ in alone[kind]]
-        for (_, (score, _)), (_, (expected, _)) in zip(found["loglikelihood"], alone["loglikelihood"], strict=True):
+    for rank_scores, calls in run_ranks(2, run_lm_eval_tasks, material.first_adapter, folder):
+        for kind in reference:
+            assert [request for request, _ in calls[kind]] == [request for request, _ in alone[kind]]
+        for (_, (score, _)), (_, (expected, _)) in zip(calls["loglikelihood"], alone["loglikelihood"], strict=True):
             assert score == pytest.approx(expected, abs=1e-4)
-        assert [text for _, text in found["generate_until"]] == [text for _, text in alone["generate_until"]]
-        assert not both or both[CHOICE]["acc"] == scores[CHOICE]["acc"]
+        assert [text for _, text in calls["generate_until"]] == [text for _, text in alone["generate_until"]]
+        assert not rank_scores or rank_scores[CHOICE]["acc"] == scores[CHOICE]["acc"]

@@ -1,4 +1,4 @@
-"""If this fails, what `merge --data` prints is not the loss of the models that it names."""
+"""If this fails, `merge --data` prints wrong losses."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ def merge_and_read_losses(base: Path, adapter: Path, out: Path, into: str, data:
 
 
 @pytest.mark.slow
-def test_what_is_written_beside_what_it_was_made_of(tiny_llama: Path, tmp_path: Path) -> None:
-    """Into fp32 the trained model has the loss that `train` printed, the original one that of the 16-bit base with the
-    adapter beside it; a 16-bit base is quantized as the run did."""
+def test_losses_before_and_after_the_merge(tiny_llama: Path, tmp_path: Path) -> None:
+    """The merge into fp32 loses nothing. The losses of the 4-bit base equal those that `train` printed."""
     config = load_config(tiny_models.make_config(tmp_path, tiny_llama, train__steps=3, model__block_size=32))
     run_ranks(1, run_training, config)
     adapter, data = run_path(config.run) / "adapter", str(config.data.eval)
     rows = [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
     first, last = (row["eval_loss"] for row in rows if "eval_loss" in row)
-    for into, made_of in (("dequantized", "4-bit base"), ("original", "16-bit base")):
+    for into, reference in (("dequantized", "4-bit base"), ("original", "16-bit base")):
         (losses,) = run_ranks(1, merge_and_read_losses, tiny_llama, adapter, tmp_path / into, into, data)
-        assert losses[f"merged into {into}"].loss == pytest.approx(losses[f"{made_of} + adapter"].loss, rel=1e-5)
+        assert losses[f"merged into {into}"].loss == pytest.approx(losses[f"{reference} + adapter"].loss, rel=1e-5)
     assert losses["4-bit base"].loss == pytest.approx(first, rel=1e-4) != losses["16-bit base"].loss
     assert losses["4-bit base + adapter"].loss == pytest.approx(last, rel=1e-4)
     with pytest.raises(UserError, match="is there already"):

@@ -1,4 +1,4 @@
-"""If this fails, an adapter of PEFT's own is another one here, or a part of it is left out."""
+"""If this fails, an adapter from PEFT computes something else here, or a part of it is left out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.architectures import dequantized_model, make_architecture
 from tests.helpers.ranks import run_ranks
 from tests.helpers.train_helpers import PROMPT
 
-CONVERTED = {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}  # PEFT: experts, of twice the rank
+CONVERTED = {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}  # PEFT adapts experts too
 NAMED = {
     "target_modules": ["o_proj"],
     "target_parameters": ["mlp.gate_proj.weight", "experts.gate_up_proj", "experts.down_proj"],
@@ -43,8 +43,7 @@ def logits(adapter: Path) -> np.ndarray:
     [("DeepseekV3", CONVERTED), ("DeepseekV3", NAMED), ("Llama4", EXPERTS)],
     ids=["converted", "named", "swapped"],
 )
-def test_experts_and_dense_layers_are_pefts(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    """On two ranks."""
+def test_experts_and_dense_layers_equal_pefts(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     source = make_architecture(tmp_path / "source", name)
     base = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.5)).out
     model = peft.get_peft_model(dequantized_model(source, base), peft.LoraConfig(r=3, lora_alpha=5, **settings))
@@ -61,15 +60,15 @@ def test_experts_and_dense_layers_are_pefts(name: str, settings: dict[str, Any],
     np.testing.assert_allclose(run_ranks(2, logits, tmp_path / "adapter")[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_head_trained_apart_from_a_tied_embedding_is_not_left_out(make_adapter: Any, tmp_path: Path) -> None:
+def test_a_head_trained_apart_from_a_tied_embedding_is_refused(make_adapter: Any, tmp_path: Path) -> None:
     source = tiny_models.make_model(tmp_path / "source", intermediate_size=192, tie_word_embeddings=True)
     base = quantize_folder(source, tmp_path / "nf4", QuantizeOptions()).out
     apart = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
     for is_tied in (False, True):
         adapter = make_adapter(tmp_path / f"adapter-{is_tied}", base, seed=1, ensure_weight_tying=is_tied, **apart)
         if is_tied:
-            (found,) = run_ranks(1, logits, adapter)
-            assert np.isfinite(found).all()
+            (result,) = run_ranks(1, logits, adapter)
+            assert np.isfinite(result).all()
             continue
         with pytest.raises(UserError, match=r"was trained with a head of its own .*; merge them .*qlora-dist merge"):
             logits(adapter)

@@ -1,4 +1,4 @@
-"""If this fails, a model is asked otherwise than it was trained."""
+"""If this fails, prompts are encoded differently from training data."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def test_tools_and_variables_of_a_row_reach_the_template(tmp_path: Path) -> None
     path = tmp_path / "a.jsonl"
     row = {"messages": [USER], "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
     path.write_text(json.dumps(row))
-    prompter = PromptEncoder(tokenizer)
-    (tokens,) = [prompter.tokens(prompt) for prompt in read_prompts(path, prompter)]
+    prompt_encoder = PromptEncoder(tokenizer)
+    (tokens,) = [prompt_encoder.encode(prompt) for prompt in read_prompts(path, prompt_encoder)]
     expected = tokenizer.apply_chat_template([USER], TOOLS, add_generation_prompt=True, enable_thinking=False)
     assert tokens == expected["input_ids"]
 
 
-def test_a_prompt_that_was_rendered_before_gets_no_second_beginning() -> None:
+def test_a_prompt_that_was_rendered_before_gets_no_second_bos_token() -> None:
     tokenizer = make_tokenizer("llama-3")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
     )
-    prompter = PromptEncoder(tokenizer)
-    plain = prompter.tokens(make_prompt("the cat", prompter, raw=True))
+    prompt_encoder = PromptEncoder(tokenizer)
+    plain = prompt_encoder.encode(make_prompt("the cat", prompt_encoder, raw=True))
     assert tokenizer.decode(plain) == "<|begin_of_text|>the cat"
-    assert prompter.tokens(make_prompt("<|begin_of_text|>the cat", prompter, raw=True)) == plain
+    assert prompt_encoder.encode(make_prompt("<|begin_of_text|>the cat", prompt_encoder, raw=True)) == plain

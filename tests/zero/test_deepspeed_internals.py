@@ -33,7 +33,7 @@ def use_internals() -> list[int]:
         for module in model:
             for name, parameter in module.named_parameters():
                 module._parameters[name] = partitioner.partition(
-                    parameter, dist.group.WORLD, torch.float32, False, True
+                    parameter, dist.group.WORLD, torch.float32, on_host=False, is_first_replica=True
                 )
         for name, parameter in model.named_parameters():
             assert full_shape(parameter) == SHAPES[name] and parameter.numel() == 0
