@@ -27,17 +27,17 @@ def test_two_nodes_are_measured_side_by_side(tmp_path: Path) -> None:
 
 def test_plans_use_measured_speeds(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
-    asked = PlanArgs(
+    args = PlanArgs(
         model="llama-3.1-8b", overrides=[], gpus=8, gpu="h100-80gb", nodes=2, network="ethernet-100g", calibration=path
     )
     slow = MeasuredSpeeds(
         device="H100", torch="2.13", flops=1e12, dequantized_bytes=1e12, streamed_bytes=1e12, host_bytes=1e10
     )
     save_calibration("a100-80gb", slow, path)
-    before = plan_from_args(asked)
+    before = plan_from_args(args)
     assert not before.is_calibrated
     save_calibration("h100-80gb", slow, path)
-    after = plan_from_args(asked)
+    after = plan_from_args(args)
     assert after.is_calibrated
     assert after.as_json()["uncertainty"] is None
     assert after.time.busy_s["matrix products"] == pytest.approx(after.time.flops / 1e12)
@@ -46,6 +46,6 @@ def test_plans_use_measured_speeds(tmp_path: Path) -> None:
     assert set(load_calibration(path).devices) == {"a100-80gb", "h100-80gb"}
     path.write_text(json.dumps({"devices": {"h100-80gb": {"flops": "fast"}}}))
     with pytest.raises(UserError, match="make it anew"):
-        plan_from_args(asked)
+        plan_from_args(args)
     with pytest.raises(UserError, match="no such file"):
-        plan_from_args(replace(asked, calibration=tmp_path / "nowhere.json"))
+        plan_from_args(replace(args, calibration=tmp_path / "nowhere.json"))
