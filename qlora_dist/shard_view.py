@@ -124,8 +124,8 @@ def local_tensor_and_offset(parameter: torch.Tensor) -> tuple[torch.Tensor, tupl
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()
     local, offset = parameter.to_local(), [0] * parameter.dim()
-    # All shards but the last ones are equal. torch's compute_local_shape_and_global_offset (2.13) lists the dimension's
-    # indices, which for a vector of bytes takes eight times its memory.
+    # All shards but the last ones are equal. `compute_local_shape_and_global_offset` of torch 2.13 is not used, because
+    # it lists the dimension's indices. For a vector of bytes they take eight times its memory.
     for mesh_dim, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
             dim, size = placement.dim, parameter.shape[placement.dim]

@@ -32,7 +32,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama_nf4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in 4 bit."""
+    """A 4-bit folder of `tiny_llama`."""
     from qlora_dist.model.quantize_folder import quantize_folder
     from qlora_dist.model.quantize_plan import QuantizeOptions
 

@@ -15,7 +15,7 @@ from qlora_dist.nf4.linear import NF4Linear
 
 
 class NF4LoraLayer(nn.Module, LoraLayer):
-    """What PEFT's LoRA layers here have in common: a base layer whose weight is a vector of bytes.
+    """Base class of the LoRA layers whose base layer has a vector of bytes as its weight.
 
     The attributes are PEFT's, which has no types. The mappings have the adapter's name as key.
     """
@@ -116,7 +116,7 @@ class NF4DoraVariant(LoraVariant):
     def forward(
         module: NF4LoraLinear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """The whole layer's output, given the base layer's."""
+        """Return the output of the whole layer, given the output of the base layer."""
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         base = module.base_layer

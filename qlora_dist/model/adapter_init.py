@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from qlora_dist.adapters.attach import init_lora_weight, is_lora_parameter
 from qlora_dist.adapters.lora import NF4LoraLinear, dora_weight_norm
 from qlora_dist.model.meta_model import LossModel, get_decoder_layers
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.shard_view import full_shape, local_slice, local_tensor
+
+
+@runtime_checkable
+class _ShardedLayer(Protocol):
+    """A layer that an engine shards. FSDP2 gives it these methods by a class, the other engines as attributes."""
+
+    def unshard(self) -> object:
+        """Gather the layer's parameters."""
+
+    def reshard(self) -> None:
+        """Release the gathered parameters."""
 
 
 @torch.no_grad()
@@ -35,7 +47,7 @@ def _init_dora_magnitudes(model: LossModel) -> None:
     """Set DoRA's magnitudes to the row norms of W. One layer at a time is gathered."""
     for layer in get_decoder_layers(model):
         norms = {}
-        if isinstance(layer, FSDPModule):
+        if isinstance(layer, _ShardedLayer):
             layer.unshard()
         for name, module in layer.named_modules():
             if isinstance(module, NF4LoraLinear):
@@ -46,7 +58,7 @@ def _init_dora_magnitudes(model: LossModel) -> None:
                     norms[f"{name}.lora_magnitude_vector.{adapter}.weight"] = dora_weight_norm(
                         weight, a, b, module.scaling[adapter]
                     )
-        if isinstance(layer, FSDPModule):
+        if isinstance(layer, _ShardedLayer):
             layer.reshard()
         for name, norm in norms.items():
             parameter = layer.get_parameter(name)

@@ -1,7 +1,7 @@
 """The bytes of all live tensors, and their peak in each phase of a step.
 
-It counts each operation's output from its creation until it is freed, for real and for fake tensors
-(`trace/trace_step.py`). torch's trackers (2.13) do not work here. `MemTracker` needs a hook on every parameter, which
+Each operation's output counts from its creation until it is freed, for real tensors and for fake ones
+(`trace/trace_step.py`). The trackers of torch 2.13 do not work here. `MemTracker` needs a hook on every parameter, which
 frozen parameters refuse. `FSDPMemTracker` inspects all of FSDP2's units after every operation, and gathers a group of
 modules twice.
 

@@ -61,9 +61,10 @@ def describe_data(setup: RunSetup) -> Iterator[str]:
         yield f"{rows.describe()}{mixed}"
     if setup.eval_rows is not None:
         yield f"held out: {setup.eval_rows.describe()}"
+    padding = 100 * loader.padding_fraction(setup.steps)
     yield (
         f"{pluralize(setup.steps, 'step')} of {pluralize(setup.config.train.global_batch, 'row')} = {epochs:.2f} "
-        f"epochs of {pluralize(round(loader.rows_per_epoch), 'row')}; {100 * loader.padding_fraction(setup.steps):.1f} % padding"
+        f"epochs of {pluralize(round(loader.rows_per_epoch), 'row')}; {padding:.1f} % padding"
     )
 
 
