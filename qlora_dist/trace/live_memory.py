@@ -2,8 +2,8 @@
 
 Each operation's output counts from its creation until it is freed, for real tensors and for fake ones
 (`trace/trace_step.py`). The trackers of torch 2.13 do not work here. `MemTracker` needs a hook on every parameter,
-which frozen parameters refuse. `FSDPMemTracker` inspects all of FSDP2's units after every operation, and gathers a group of
-modules twice.
+which frozen parameters refuse. `FSDPMemTracker` inspects all of FSDP2's units after every operation, and gathers a
+group of modules twice.
 
 Temporary memory inside a kernel or a library, and memory that an allocator keeps, are not counted.
 """
