@@ -38,32 +38,12 @@ MAX_EVAL_NAMES = 48
 SKIPPED_MODULES = frozenset(
     {
         *("test", "tests", "idlelib", "lib2to3", "distutils", "turtledemo", "turtle", "tkinter", "ensurepip"),
-        *(
-            "antigravity",
-            "this",
-            "encodings",
-            "msilib",
-            "pydoc_data",
-            "site-packages",
-            "nturl2path",
-            "ntpath",
-        ),
+        *("antigravity", "this", "encodings", "msilib", "pydoc_data", "site-packages", "nturl2path", "ntpath"),
     }
 )
 """Tests, tools, and modules with the docstrings of another one, such as ntpath and posixpath."""
 C_MODULES = (
-    *(
-        "builtins",
-        "sys",
-        "math",
-        "cmath",
-        "itertools",
-        "functools",
-        "operator",
-        "collections",
-        "time",
-        "array",
-    ),
+    *("builtins", "sys", "math", "cmath", "itertools", "functools", "operator", "collections", "time", "array"),
     *("binascii", "zlib", "struct", "unicodedata", "os", "re", "gc", "select", "signal", "bisect", "heapq"),
     "datetime",
 )
@@ -183,10 +163,7 @@ def _write(path: Path, chosen: list[DocEntry]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
         for entry in chosen:
-            messages = [
-                {"role": "user", "content": entry.question},
-                {"role": "assistant", "content": entry.answer},
-            ]
+            messages = [{"role": "user", "content": entry.question}, {"role": "assistant", "content": entry.answer}]
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     temporary.replace(path)
 

@@ -262,10 +262,7 @@ def compare_answers(quantized: Path, adapter: Path, eval_file: Path) -> AnswerCo
     base = transformers.AutoModelForCausalLM.from_pretrained(str(quantized))
     model = PeftModel.from_pretrained(base, str(adapter)).eval()
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(base.device)
 
     def answer() -> str:

@@ -136,12 +136,7 @@ class NF4DoraVariant(LoraVariant):
 
 
 @torch.no_grad()
-def dora_weight_norm(
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
+def dora_weight_norm(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
     """|W + scaling * B A| of each row, as fp32[out_features]; W: [out, in], A: [r, in], B: [out, r]."""
     a, b = lora_A.float(), lora_B.float()
     squares: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()

@@ -158,11 +158,5 @@ def _low_rank_update(
         raise UserError(f"{path}: {module} has A {a.shape} and B {b.shape} for rank {rank}; export the adapter again")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LowRankUpdate(
-        a=a,
-        b=b,
-        rank=rank,
-        alpha=alpha,
-        scaling=scaling,
-        magnitude=magnitude,
-        experts=count if is_experts else 0,
+        a=a, b=b, rank=rank, alpha=alpha, scaling=scaling, magnitude=magnitude, experts=count if is_experts else 0
     )

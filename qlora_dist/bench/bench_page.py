@@ -41,11 +41,7 @@ def render_bench_page(result: BenchResult) -> str:
         command=result.command,
         columns=layout_labels(result),
         rows=bench_table_rows(result),
-        notes=[
-            *map(skipped_layout_message, result.left_out),
-            loss_comparison_message(result),
-            STEP_SPLIT_NOTE,
-        ],
+        notes=[*map(skipped_layout_message, result.left_out), loss_comparison_message(result), STEP_SPLIT_NOTE],
         charts=draw_bench_svg(result),
         facts=facts,
         changes=changes,

@@ -116,10 +116,7 @@ def _mean_loss_difference(run: RunFiles, reference: RunFiles) -> float:
 
 def _paged_bytes(row: dict[str, Any]) -> dict[str, int]:
     base, optimizer = row.get("base_paging") or {}, row.get("paging") or {}
-    return {
-        "base": base.get("bytes_in", 0),
-        "optimizer": optimizer.get("bytes_in", 0) + optimizer.get("bytes_out", 0),
-    }
+    return {"base": base.get("bytes_in", 0), "optimizer": optimizer.get("bytes_in", 0) + optimizer.get("bytes_out", 0)}
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -29,8 +29,7 @@ app.add_typer(model_app)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="section.key=value, winning over the file.", metavar="[KEY=VALUE]..."),
+    list[str] | None, typer.Argument(help="section.key=value, winning over the file.", metavar="[KEY=VALUE]...")
 ]
 
 

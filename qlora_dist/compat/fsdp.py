@@ -201,11 +201,7 @@ class _ObservedAllGather(DefaultAllGather):
         self._dim, self._on_collective = dim, on_collective
 
     def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: dist.ProcessGroup,
-        async_op: bool = False,
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         self._on_collective("all_gather", self._dim, output_tensor.nbytes - input_tensor.nbytes)
         return super().__call__(output_tensor, input_tensor, group, async_op)

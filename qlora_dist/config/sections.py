@@ -5,15 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 DEFAULT_STEPS = 100
@@ -102,16 +94,7 @@ def _as_list(value: object) -> object:
 
 
 DataFormat = Literal[
-    "auto",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "prompt-completion",
-    "text",
-    "oasst",
-    "hh-rlhf",
-    "flan",
-    "longform",
+    "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "oasst", "hh-rlhf", "flan", "longform"
 ]
 
 

@@ -14,12 +14,7 @@ import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    has_bos_prefix,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import PreTrainedTokenizerBase
 
@@ -133,12 +128,7 @@ class LmEvalModel(TemplateLM):
                 return stop_sequences_criteria(self.tokenizer, until, length, batch)
 
             generated = generate_tokens(
-                self._loaded,
-                prompts,
-                sampling,
-                [self.eot_token_id],
-                self.batch_size,
-                make_stopping_criteria=stopping,
+                self._loaded, prompts, sampling, [self.eot_token_id], self.batch_size, make_stopping_criteria=stopping
             )
             for index, tokens in zip(indices, generated, strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)

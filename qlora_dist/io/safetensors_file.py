@@ -154,11 +154,7 @@ class SafetensorsWriter:
         position = 0
         for name, dtype, shape in tensors:
             nbytes = dtype.itemsize * int(torch.Size(shape).numel())
-            header[name] = {
-                "dtype": _NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [position, position + nbytes],
-            }
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + nbytes]}
             self._spans[name] = (position, nbytes)
             position += nbytes
         text = json.dumps(header, separators=(",", ":")).encode()

@@ -91,10 +91,7 @@ def _time_exchange(data: torch.Tensor, rank: int, world_size: int, shift: int) -
         if not 0 <= partner < world_size:
             continue
         start = time.perf_counter()
-        work = [
-            dist.P2POp(dist.isend, data, partner),
-            dist.P2POp(dist.irecv, received, partner),
-        ]
+        work = [dist.P2POp(dist.isend, data, partner), dist.P2POp(dist.irecv, received, partner)]
         for request in dist.batch_isend_irecv(work):
             request.wait()
         if data.device.type == "cuda":

@@ -273,11 +273,7 @@ def _causal_mask(query: torch.Tensor, keys: int, window: int | None) -> torch.Te
 
 
 def _eager_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    options: AttentionOptions,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
     """Return [batch, heads, length, d] from the whole matrix of scores in fp32, because SDPA lacks some options."""
     groups = query.shape[1] // key.shape[1]

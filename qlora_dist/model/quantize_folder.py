@@ -92,12 +92,7 @@ def quantize_folder(
 
 
 def _write_folder(
-    partial: Path,
-    out: Path,
-    folder: ModelFolder,
-    plan: QuantizePlan,
-    options: QuantizeOptions,
-    console: Console,
+    partial: Path, out: Path, folder: ModelFolder, plan: QuantizePlan, options: QuantizeOptions, console: Console
 ) -> ReadProgress:
     """Write all files and return the progress of the reads."""
     files = _files(plan, folder, options.file_bytes)
@@ -169,12 +164,7 @@ def _prepare_partial_folder(partial: Path, folder: ModelFolder, options: Quantiz
 
 
 def _write_file(
-    path: Path,
-    names: list[str],
-    plan: QuantizePlan,
-    folder: ModelFolder,
-    ahead: ReadAhead,
-    device: torch.device,
+    path: Path, names: list[str], plan: QuantizePlan, folder: ModelFolder, ahead: ReadAhead, device: torch.device
 ) -> None:
     writer = SafetensorsWriter(path, _specs(names, plan, folder))
     for name in names:
@@ -204,11 +194,7 @@ def _specs(
 
 
 def _write_config_and_index(
-    partial: Path,
-    out: Path,
-    folder: ModelFolder,
-    plan: QuantizePlan,
-    options: QuantizeOptions,
+    partial: Path, out: Path, folder: ModelFolder, plan: QuantizePlan, options: QuantizeOptions
 ) -> None:
     """Write index, config.json and tokenizer, and rename the folder."""
     config = read_model_json(folder.path / "config.json")

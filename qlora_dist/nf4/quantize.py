@@ -191,10 +191,6 @@ def dequantize_absmax(packed: torch.Tensor, layout: NF4Layout) -> torch.Tensor:
     nested_absmax = packed[layout.nested_absmax].view(torch.float32)
     offset = packed[layout.offset].view(torch.float32)
     absmax: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
-        packed[layout.absmax],
-        nested_absmax,
-        nested_code_table(packed.device),
-        NESTED_BLOCK_SIZE,
-        torch.float32,
+        packed[layout.absmax], nested_absmax, nested_code_table(packed.device), NESTED_BLOCK_SIZE, torch.float32
     )
     return offset + absmax

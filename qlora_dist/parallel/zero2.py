@@ -78,12 +78,7 @@ def _whole_parameter(
     whole_parameter = nn.Parameter(whole[:numel].view(parameter.shape))
     mark_initialized(whole_parameter)
     shard = FlatShard(
-        shape=parameter.shape,
-        padded=values,
-        gathered=own,
-        group=group,
-        is_first_replica=is_first_replica,
-        full=whole,
+        shape=parameter.shape, padded=values, gathered=own, group=group, is_first_replica=is_first_replica, full=whole
     )
     set_flat_shard(whole_parameter, shard)
     return whole_parameter

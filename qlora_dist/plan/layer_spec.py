@@ -195,10 +195,7 @@ def _latent_attention(config: Mapping[str, Any]) -> tuple[AttentionSpec, list[Li
     q_rank, kv_rank, qk_dim = config.get("q_lora_rank") or 0, config["kv_lora_rank"], rotated + plain_dim
     norms: list[tuple[int, ...]] = [(kv_rank,)]
     if q_rank:
-        matrices = [
-            _linear("q_a_proj", q_rank, hidden, has_bias=bias),
-            _linear("q_b_proj", heads * qk_dim, q_rank),
-        ]
+        matrices = [_linear("q_a_proj", q_rank, hidden, has_bias=bias), _linear("q_b_proj", heads * qk_dim, q_rank)]
         norms.append((q_rank,))
     else:
         matrices = [_linear("q_proj", heads * qk_dim, hidden)]

@@ -132,11 +132,7 @@ class _StepMemory:
 
         # backward of the loss and of the last norm, while the last layer is gathered again
         working = max(2 * run.compute_bytes + 2 * _FP32, 4 * _FP32) * t * model.hidden
-        yield allocated | {
-            "gathered": last.buffer_bytes,
-            "hidden states": self.hidden_bytes,
-            "working memory": working,
-        }
+        yield allocated | {"gathered": last.buffer_bytes, "hidden states": self.hidden_bytes, "working memory": working}
 
     def backward(self) -> Iterator[MemoryTerms]:
         for index in reversed(range(len(self.layers))):

@@ -205,10 +205,7 @@ def _candidate_settings(args: PlanArgs, initial: Config, explicit_keys: set[str]
         return [getattr(getattr(initial, section), name)] if key in explicit_keys else values
 
     shards = sorted(
-        {
-            args.gpus,
-            *(n for n in range(1, ranks + 1) if ranks % n == 0 and (args.gpus % n == 0 or n % args.gpus == 0)),
-        }
+        {args.gpus, *(n for n in range(1, ranks + 1) if ranks % n == 0 and (args.gpus % n == 0 or n % args.gpus == 0))}
     )
     bases: list[Any] = ["node", *(_base_value(n, args) for n in shards if n != args.gpus), "paged"]
     rows_per_rank = initial.train.global_batch // ranks

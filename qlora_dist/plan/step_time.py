@@ -230,10 +230,7 @@ def collective_seconds(run: RunSpec, received: float, shards: int, speed: RankSp
         return {INTRA_NODE: received / speed.intra_node_bytes_per_s}
     if run.ranks_per_node == 1:
         return {INTER_NODE: received / speed.inter_node_bytes_per_s}
-    return {
-        INTRA_NODE: received / speed.intra_node_bytes_per_s,
-        INTER_NODE: received / speed.inter_node_bytes_per_s,
-    }
+    return {INTRA_NODE: received / speed.intra_node_bytes_per_s, INTER_NODE: received / speed.inter_node_bytes_per_s}
 
 
 INTRA_NODE, INTER_NODE = "communication inside a node", "communication between nodes"
@@ -243,10 +240,7 @@ def _gather_seconds(run: RunSpec, unit: FsdpUnit, speed: RankSpeeds) -> dict[str
     """Return the seconds of gathering a unit once, by link."""
     gather, sharding = unit_gather_memory(run, unit), run.shard_counts
     seconds: dict[str, float] = {}
-    for nbytes, shards in (
-        (gather.base_bytes, sharding.base_shards),
-        (gather.adapter_bytes, sharding.adapter_shards),
-    ):
+    for nbytes, shards in ((gather.base_bytes, sharding.base_shards), (gather.adapter_bytes, sharding.adapter_shards)):
         seconds = _add_seconds(seconds, collective_seconds(run, nbytes * (shards - 1) / shards, shards, speed))
     return seconds
 

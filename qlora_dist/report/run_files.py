@@ -11,12 +11,7 @@ import yaml
 
 from qlora_dist.config.config_file import flatten_keys
 from qlora_dist.errors import UserError
-from qlora_dist.launch.run_status import (
-    RunState,
-    is_finite_number,
-    is_metrics_row,
-    read_run_status,
-)
+from qlora_dist.launch.run_status import RunState, is_finite_number, is_metrics_row, read_run_status
 from qlora_dist.runs.json_object import parse_json_object, read_json_object
 from qlora_dist.runs.run_dir import PROCESS_FILE
 

@@ -89,9 +89,7 @@ def test_the_operator_passes_opcheck() -> None:
     torch.library.opcheck(fused._lora_matmul_op, arguments)
 
 
-def test_a_checkpointed_layer_dequantizes_its_last_weight_only_twice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_checkpointed_layer_dequantizes_its_last_weight_only_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     base, (x, a, b) = make_layer(), make_tensors()
     expected_grads = torch.autograd.grad(lora_matmul(x, base, a, b, SCALING).square().sum(), [x, a, b])
     calls, dequantize = [], NF4Linear.dequantize

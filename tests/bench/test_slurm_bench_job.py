@@ -44,10 +44,7 @@ def test_ranks_fill_nodes(ranks: int, most: int) -> None:
             ["--on", "slurm", "--cluster", "{cluster}", "--ranks-per-node", "4"],
             "fsdp2 on 4 ranks: --ranks-per-node: 4 is more than the 2 GPUs of a node",
         ),
-        (
-            ["--on", "slurm", "--cluster", "{cluster}", "data.train=[none.jsonl]"],
-            "fsdp2 on 4 ranks: ",
-        ),
+        (["--on", "slurm", "--cluster", "{cluster}", "data.train=[none.jsonl]"], "fsdp2 on 4 ranks: "),
         (
             ["--on", "slurm", "--cluster", "{cluster}", "--out", "{cluster}/out"],
             "cluster.yaml/out: cannot be made (Not a directory); give another folder",

@@ -404,10 +404,7 @@ trees = st.fixed_dictionaries(
         "parallel": st.fixed_dictionaries({}, optional={"base": st.sampled_from(["node", "world"]) | st.integers(1)}),
         "optim": st.fixed_dictionaries(
             {"warmup_steps": st.just(0)},
-            optional={
-                "lr": st.floats(1e-300, 1e300),
-                "max_grad_norm": st.none() | st.floats(1e-300, 1e300),
-            },
+            optional={"lr": st.floats(1e-300, 1e300), "max_grad_norm": st.none() | st.floats(1e-300, 1e300)},
         ),
         "train": st.fixed_dictionaries(
             {}, optional={"seed": st.integers(0, 2**32 - 1), "checkpointing": st.integers(1, 9)}

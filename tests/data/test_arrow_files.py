@@ -52,10 +52,7 @@ def test_nulls_of_fields_that_other_messages_have_are_dropped(path):
     messages[1]["tool_calls"] = [{"function": {"name": "add", "arguments": '{"a": 1}'}}]
     pq.write_table(pa.Table.from_pylist([{"messages": messages, "tools": None}]), path)
     assert rows(path) == [
-        MessagesRow(
-            f"{path}, row 1",
-            [HELLO[0], {"role": "assistant", "name": "x", "tool_calls": [CALL]}, HELLO[1]],
-        )
+        MessagesRow(f"{path}, row 1", [HELLO[0], {"role": "assistant", "name": "x", "tool_calls": [CALL]}, HELLO[1]])
     ]
 
 

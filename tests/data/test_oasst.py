@@ -41,10 +41,7 @@ def nested(root: dict[str, Any]) -> MessagesRow | BadRow:
 
 
 TREES = {
-    "the best of three": (
-        node("Q", node("b", rank=1), node("a", rank=0), node("c", rank=2)),
-        ["Q", "a"],
-    ),
+    "the best of three": (node("Q", node("b", rank=1), node("a", rank=0), node("c", rank=2)), ["Q", "a"]),
     "the best at each level": (
         node("Q", node("a", node("R", node("d", rank=1), node("e", rank=0))), node("b", node("S"), rank=0)),
         ["Q", "b"],
@@ -100,10 +97,7 @@ def test_a_tree_without_an_answer_has_nothing_to_train(root):
         (node("Q", node("a", role=None)), "turn 2: `role` is null; write a string"),
         (node("Q", node("a") | {"text": None}), "turn 2: `text` is null; write a string"),
         (node("Q", node("a") | {"text": " "}), "turn 2: `text` is empty; fill it or take the row out"),
-        (
-            node("Q", node("a") | {"text": "\ud83d"}),
-            "turn 2: `text` holds half of a surrogate pair; ",
-        ),
+        (node("Q", node("a") | {"text": "\ud83d"}), "turn 2: `text` holds half of a surrogate pair; "),
     ],
 )
 def test_bad_trees(root, expected):

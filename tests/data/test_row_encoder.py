@@ -78,10 +78,7 @@ def test_every_answer_of_a_long_conversation_with_and_without_markers(make_token
     tokenizer = make_tokenizer(template)
     encoded = encode(RowEncoder(tokenizer, "assistant"), conversation(*TURNS))
     assert pieces(tokenizer, encoded) == [
-        (
-            "<|im_start|>system\nsit<|im_end|>\n<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n",
-            False,
-        ),
+        ("<|im_start|>system\nsit<|im_end|>\n<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n", False),
         ("sat on<|im_end|>", True),
         ("\n<|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n", False),
         ("the log<|im_end|>", True),
@@ -125,8 +122,7 @@ def test_answer_that_starts_with_a_line_feed(make_tokenizer):
     """The line feed forms one token with the prompt's, and the row is valid nevertheless."""
     tokenizer = make_tokenizer("chatml")
     encoded = encode(
-        RowEncoder(tokenizer, "assistant"),
-        conversation(TURNS[1], {"role": "assistant", "content": "\nsat"}),
+        RowEncoder(tokenizer, "assistant"), conversation(TURNS[1], {"role": "assistant", "content": "\nsat"})
     )
     assert tokenizer.decode(encoded.tokens).endswith("assistant\n\nsat<|im_end|>\n")
     assert pieces(tokenizer, encoded)[-2:] == [("\n\nsat<|im_end|>", True), ("\n", False)]
@@ -135,8 +131,7 @@ def test_answer_that_starts_with_a_line_feed(make_tokenizer):
 def test_white_space_inside_and_at_the_end_of_an_answer_is_trained(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     encoded = encode(
-        RowEncoder(tokenizer, "assistant"),
-        conversation(TURNS[1], {"role": "assistant", "content": "sat\n\non  \n"}),
+        RowEncoder(tokenizer, "assistant"), conversation(TURNS[1], {"role": "assistant", "content": "sat\n\non  \n"})
     )
     assert pieces(tokenizer, encoded)[1:] == [("sat\n\non  \n<|im_end|>", True), ("\n", False)]
 

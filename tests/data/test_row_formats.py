@@ -452,11 +452,7 @@ def test_of_a_prompt_and_a_completion_of_messages_only_the_completion_is_trained
     prompt, completion = [SYSTEM, HELLO[0], empty, HELLO[0]], [HELLO[1], HELLO[1] | {"weight": 0}]
     assert row(prompt=prompt, completion=completion, tools=[TOOL]) == MessagesRow(
         "here",
-        [
-            *(message | {"train": False} for message in prompt),
-            HELLO[1] | {"train": True},
-            HELLO[1] | {"train": False},
-        ],
+        [*(message | {"train": False} for message in prompt), HELLO[1] | {"train": True}, HELLO[1] | {"train": False}],
         [TOOL],
     )
 

@@ -82,12 +82,7 @@ def test_seeds_epochs_laps_and_sources_have_orders_of_their_own():
     assert len(set(orders)) == len(orders)
 
 
-@given(
-    count=st.integers(1, 400),
-    epoch=st.integers(0, 3),
-    global_batch=st.sampled_from([1, 3, 4, 16]),
-    seed=seeds,
-)
+@given(count=st.integers(1, 400), epoch=st.integers(0, 3), global_batch=st.sampled_from([1, 3, 4, 16]), seed=seeds)
 def test_grouping_by_length_changes_the_order_and_nothing_else(count, epoch, global_batch, seed):
     sources, lengths = [(count, 1.0)], np.random.default_rng(count).integers(1, 2048, count)
     order = shuffled_epoch(epoch, sources, seed)

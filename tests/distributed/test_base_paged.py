@@ -39,13 +39,7 @@ def write_config(folder: Path, **settings: Any) -> Path:
         QuantizeOptions(),
     ).out
     return tiny_models.make_config(
-        folder,
-        base,
-        data__seq_len=48,
-        train__steps=3,
-        train__global_batch=8,
-        train__micro_batch=2,
-        train__eval_every=2,
+        folder, base, data__seq_len=48, train__steps=3, train__global_batch=8, train__micro_batch=2, train__eval_every=2
     )
 
 

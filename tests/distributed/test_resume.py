@@ -101,8 +101,7 @@ def test_a_killed_run_resumes_bit_for_bit(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "afterwards"),
-    [pytest.param(a, b, marks=pytest.mark.slow) for a, b in [(1, 2), (2, 4), (4, 1)]],
+    ("before", "afterwards"), [pytest.param(a, b, marks=pytest.mark.slow) for a, b in [(1, 2), (2, 4), (4, 1)]]
 )
 def test_a_run_resumes_on_another_number_of_ranks(
     before: int, afterwards: int, config: Path, uninterrupted_run: Config

@@ -114,10 +114,7 @@ def test_definitions_of_the_language_reference_are_cut_out() -> None:
     text = "String Methods\n**************\n\nIntroduction.\n\nstr.f(x)\n\n   Return f.\n\n   More."
     text += "\n\nstr.g()\n\n   G."
     definitions = list(python_docs._definitions(text.splitlines()))
-    assert [(entry.name, entry.body) for entry in definitions] == [
-        ("str.f", "Return f.\n\nMore."),
-        ("str.g", "G."),
-    ]
+    assert [(entry.name, entry.body) for entry in definitions] == [("str.f", "Return f.\n\nMore."), ("str.g", "G.")]
     (section,) = python_docs._sections(text.splitlines())
     assert (section.name, section.body) == ("String Methods", "Introduction.")
 

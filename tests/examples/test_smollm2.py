@@ -33,11 +33,7 @@ def model(smollm2_folder: Path) -> Any:
 def test_config_is_the_published_one(smollm2_folder: Path) -> None:
     config = json.loads((smollm2_folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (
-        576,
-        1536,
-        30,
-    )
+    assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (576, 1536, 30)
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (HEADS, KV_HEADS)
     assert (config["vocab_size"], config["max_position_embeddings"]) == (49152, 8192)
     assert config["rope_parameters"]["rope_theta"] == 100_000

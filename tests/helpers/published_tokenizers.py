@@ -39,13 +39,7 @@ class Family(NamedTuple):
 
 
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_LLAMA = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
+_LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 FAMILIES = {
     "chatml": Family(_CHATML, None, "<|im_end|>", "<|im_end|>"),
     "qwen3": Family(

@@ -15,13 +15,7 @@ MOST_PARAMETERS = 7
 MOST_FIELDS = 4
 """Fields of a dataclass that may be given by position."""
 
-OPERATORS = (
-    "custom_op",
-    "register_fake",
-    "staticmethod",
-    "command",
-    "callback",
-)
+OPERATORS = ("custom_op", "register_fake", "staticmethod", "command", "callback")
 """Decorators of operators, of autograd functions and of commands, whose signatures others prescribe."""
 PRESCRIBED = (
     "attention_forward",

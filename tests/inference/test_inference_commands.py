@@ -110,10 +110,7 @@ def test_prompts_are_encoded_as_in_training(tmp_path: Path) -> None:
     """The template renders a conversation up to the question. A text is encoded as it is."""
     prompt_encoder = PromptEncoder(tiny_models.make_tokenizer())
     user = [{"role": "user", "content": "hello"}]
-    rows = [
-        {"messages": [*user, {"role": "assistant", "content": "world"}]},
-        {"messages": user},
-    ]
+    rows = [{"messages": [*user, {"role": "assistant", "content": "world"}]}, {"messages": user}]
     by_file = {"a.jsonl": rows, "b.jsonl": [{"prompt": "hello"}], "c.jsonl": [{"instruction": "hello"}]}
     for name, content in by_file.items():
         (tmp_path / name).write_text("\n".join(json.dumps(row) for row in content))

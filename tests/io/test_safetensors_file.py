@@ -66,11 +66,7 @@ def test_whole_tensors_equal_the_librarys(file):
 
 
 @settings(deadline=None)
-@given(
-    dtype=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]),
-    numel=st.integers(1, 300),
-    data=st.data(),
-)
+@given(dtype=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]), numel=st.integers(1, 300), data=st.data())
 def test_a_range_is_a_slice_of_the_bytes(dtype, numel, data):
     tensors = {"before": torch.ones(3), "x": torch.randn(numel).mul(100).to(dtype), "after": torch.ones(3)}
     start = data.draw(st.integers(0, tensors["x"].nbytes))

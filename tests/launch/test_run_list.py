@@ -57,11 +57,7 @@ def make_run(folder: Path, steps: int = 10, **files: object) -> Path:
         ({"REQUEUE": {"step": 10, "reason": "SIGTERM"}}, None, "to be requeued"),
         ({"REQUEUE": {"step": 10, "reason": "SIGTERM"}, "process_json": THIS_HOST}, None, "running"),
         ({"process_json": THIS_HOST}, None, "running"),
-        (
-            {"process_json": THIS_HOST | {"born": THIS_HOST["born"] - 1000}},
-            None,
-            "failed",
-        ),  # a reused process number
+        ({"process_json": THIS_HOST | {"born": THIS_HOST["born"] - 1000}}, None, "failed"),  # a reused process number
         # the clock was set meanwhile, so that the process seems to have started two minutes later
         ({"process_json": THIS_PROCESS | {"born": BORN - 120}}, None, "running"),
         ({"job_json": THIS_PROCESS | {"submitted": "2020-01-01T00:00:00+00:00", "born": BORN - 120}}, None, "running"),

@@ -126,11 +126,7 @@ def trained_adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     folder = tmp_path_factory.mktemp("merge")
     source = tiny_models.make_model(folder / "source")
     quantized = quantize_folder(source, folder / "nf4", QuantizeOptions()).out
-    return (
-        source,
-        quantized,
-        make_adapter(dequantized_model(source, quantized), folder / "adapter", quantized),
-    )
+    return (source, quantized, make_adapter(dequantized_model(source, quantized), folder / "adapter", quantized))
 
 
 def merge(trained_adapter: tuple[Path, Path, Path], out: Path, *, base: int, **options: Any) -> MergeReport:

@@ -37,11 +37,7 @@ def inputs(heads: int = 6, kv_heads: int = 2, dtype: torch.dtype = torch.float64
 
 
 def dense(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rows: list[list[int]] = ROWS,
-    **options: Any,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: list[list[int]] = ROWS, **options: Any
 ) -> torch.Tensor:
     """Compute attention from the whole matrix of scores, by definition."""
     window, softcap, sinks = (options.get(name) for name in ("window", "softcap", "sinks"))

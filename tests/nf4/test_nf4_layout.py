@@ -64,11 +64,7 @@ def test_parts_are_aligned_and_do_not_overlap(layout):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        ({"shape": (4, 4), "block_size": 48}, "48"),
-        ({"shape": (4, 0)}, "no elements"),
-        ({"shape": ()}, "no elements"),
-    ],
+    [({"shape": (4, 4), "block_size": 48}, "48"), ({"shape": (4, 0)}, "no elements"), ({"shape": ()}, "no elements")],
 )
 def test_impossible_layouts_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -42,11 +42,7 @@ def test_a_run_of_one_step():
     assert rates(1, schedule="linear", warmup_steps=0) == [8.0]
 
 
-@given(
-    steps=st.integers(1, 300),
-    schedule=st.sampled_from(["constant", "linear", "cosine"]),
-    data=st.data(),
-)
+@given(steps=st.integers(1, 300), schedule=st.sampled_from(["constant", "linear", "cosine"]), data=st.data())
 def test_rises_then_falls_and_never_leaves_its_bounds(steps, schedule, data):
     warmup = data.draw(st.integers(0, steps))
     values = rates(steps, schedule=schedule, warmup_steps=warmup)

@@ -16,12 +16,7 @@ from qlora_dist.io.read_ahead import ReadProgress
 from qlora_dist.model.meta_model import LossModel
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.parallel import loaded_model
-from qlora_dist.parallel.loaded_model import (
-    TrainableModel,
-    load_trainable_model,
-    make_optimizer_state,
-    shard_model,
-)
+from qlora_dist.parallel.loaded_model import TrainableModel, load_trainable_model, make_optimizer_state, shard_model
 from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.heartbeat import last_heartbeat

@@ -38,11 +38,7 @@ def test_shapes_equal_the_trained_models(
     folder = make_architecture(tmp_path, name, torch.bfloat16, **settings)
     packing = "none" if name == "Gemma2" else "best-fit"
     config = Config.model_validate(
-        {
-            "model": {"base": str(folder)},
-            "lora": {"r": 4, **lora},
-            "data": {"train": ["none"], "packing": packing},
-        }
+        {"model": {"base": str(folder)}, "lora": {"r": 4, **lora}, "data": {"train": ["none"], "packing": packing}}
     )
     _, model, _ = set_up_model(config)
     planned = make_model_spec(json.loads((folder / "config.json").read_text()), config.lora)

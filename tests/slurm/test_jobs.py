@@ -208,8 +208,7 @@ def test_the_run_is_finished_and_is_the_same(name: str, results: Results) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "reasons"),
-    [("signal", ["SIGUSR1", "SIGTERM"]), ("preempted", ["SIGTERM"]), ("time", ["SIGUSR1"])],
+    ("name", "reasons"), [("signal", ["SIGUSR1", "SIGTERM"]), ("preempted", ["SIGTERM"]), ("time", ["SIGUSR1"])]
 )
 def test_no_step_is_lost_after_a_signal(name: str, reasons: list[str], results: Results) -> None:
     output = " ".join(results.runs[name].output().split())

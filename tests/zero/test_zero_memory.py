@@ -118,12 +118,7 @@ def alone(config_path: Path) -> dict[str, Any]:
     ],
 )
 def test_a_rank_holds_its_share_and_gathers_a_layer(
-    world_size: int,
-    nodes: int,
-    base_shards: int,
-    overrides: tuple[str, ...],
-    config_path: Path,
-    alone: dict[str, Any],
+    world_size: int, nodes: int, base_shards: int, overrides: tuple[str, ...], config_path: Path, alone: dict[str, Any]
 ) -> None:
     """A rank reads only its share, from a 4-bit folder or from one that is quantized while it is loaded."""
     source = config_path.parent / "source"
