@@ -41,12 +41,12 @@ from qlora_dist.config.other_trainers import KEY_ADVICE, MIGRATION_PAGE
 from qlora_dist.config.schema import Config
 from qlora_dist.config.sections import SourceConfig
 from qlora_dist.launch.cluster import Cluster, Container
-from qlora_dist.model import loss
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.plan.model_spec import FsdpUnit, make_model_spec
 from qlora_dist.plan.step_traffic import ShardCounts, shard_elements, step_traffic
+from qlora_dist.runtime.byte_sizes import LOSS_CHUNK_LOGITS
 from qlora_dist.train.step_metrics import StepMetrics
 from tests.helpers import tiny_models
 from tests.helpers.ranks import free_port
@@ -524,7 +524,7 @@ def test_readme_bytes_per_gather() -> None:
 
 
 def test_size_of_the_heads_chunks() -> None:
-    size = f"chunks of {4 * loss._CHUNK_LOGITS // 2**20} MiB"
+    size = f"chunks of {4 * LOSS_CHUNK_LOGITS // 2**20} MiB"
     assert not [
         page.name for page in PAGES if page.name in ("architecture.md", "memory.md") and size not in page.read_text()
     ]

@@ -90,20 +90,19 @@ def test_kernels_of_the_cpu_are_imported_where_a_tensor_is_on_the_cpu() -> None:
     assert {room_of(path) for path in fakes} == {"compat", "trace"}
 
 
-def test_no_public_name_is_defined_twice() -> None:
+def test_no_public_name_or_constant_is_defined_twice() -> None:
     places: dict[str, list[str]] = defaultdict(list)
     for path, tree in TREES.items():
         for node in tree.body:
             names: list[str] = []
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
                 names = [node.name]
             elif isinstance(node, ast.Assign):
                 names = [target.id for target in node.targets if isinstance(target, ast.Name)]
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 names = [node.target.id]
             for name in names:
-                if not name.startswith("_"):
-                    places[name].append(str(path.relative_to(PACKAGE)))
+                places[name].append(str(path.relative_to(PACKAGE)))
     assert not {name: found for name, found in places.items() if len(found) > 1}
 
 

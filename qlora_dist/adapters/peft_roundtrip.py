@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from qlora_dist.compat.peft import convert_peft_adapter_state_dict_for_transformers, peft
 from qlora_dist.errors import UserError
 
-_NAME = "default"
+_ADAPTER_NAME = "default"
 
 
 def needs_peft_conversion(config: peft.LoraConfig, model_type: str) -> bool:
@@ -38,11 +38,11 @@ def check_peft_roundtrip(
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors that PEFT omits, which the comparison below reports
-            model = peft.get_peft_model(plain, copy.deepcopy(config), adapter_name=_NAME)
-            peft_state = peft.get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+            model = peft.get_peft_model(plain, copy.deepcopy(config), adapter_name=_ADAPTER_NAME)
+            peft_state = peft.get_peft_model_state_dict(model, adapter_name=_ADAPTER_NAME, save_embedding_layers=False)
             tensors = {key: torch.empty(shape) for key, shape in shapes.items()}
             converted = convert_peft_adapter_state_dict_for_transformers(
-                model, model.peft_config[_NAME], tensors, _NAME
+                model, model.peft_config[_ADAPTER_NAME], tensors, _ADAPTER_NAME
             )
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")

@@ -26,7 +26,7 @@ from qlora_dist.io.adapter_files import (
 )
 from qlora_dist.io.safetensors_file import TensorEntry, read_safetensors_header
 
-_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT_MODULE = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def read_saved_adapter(path: Path) -> SavedAdapter:
 
 def missing_module_error(adapter: SavedAdapter, module: str, base: Path) -> UserError:
     """Return the error about a matrix that an adapter changes and a model lacks."""
-    if _ONE_EXPERT.search(module):
+    if _EXPERT_MODULE.search(module):
         return UserError(
             f"{adapter.path}: adapts {module}, one expert's layer as transformers 4 had it; load the adapter with PEFT "
             "(PeftModel.from_pretrained) and save it again (save_pretrained), which joins the experts"

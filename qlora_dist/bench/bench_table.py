@@ -10,7 +10,7 @@ from rich.table import Table
 from qlora_dist.bench.bench_layouts import layout_label
 from qlora_dist.bench.bench_result import BenchResult, LayoutResult, SkippedLayout, Spread
 
-_MIB = 2**20
+MIB = 2**20
 _WIDEST = 1000
 STEP_SPLIT_NOTE = "The parts of a step are from a step under the profiler, which is not timed."
 
@@ -27,8 +27,8 @@ def bench_table_rows(result: BenchResult) -> list[tuple[str, list[str]]]:
         ("seconds a step, median", lambda f: _number(f.step_s.median)),
         ("  least - most", lambda f: _range(f.step_s)),
         *((f"  {kind}, % of a step", lambda f, kind=kind: f"{100 * f.step_shares[kind]:.1f}") for kind in kinds),
-        ("held by a rank, MiB", lambda f: f"{max(f.static_bytes) / _MIB:,.2f}"),
-        ("peak of a rank, MiB", lambda f: f"{max(f.peak_bytes) / _MIB:,.0f}"),
+        ("held by a rank, MiB", lambda f: f"{max(f.static_bytes) / MIB:,.2f}"),
+        ("peak of a rank, MiB", lambda f: f"{max(f.peak_bytes) / MIB:,.0f}"),
         *(
             (f"received over {dim}, MiB a step", lambda f, dim=dim: _mib(f.received_bytes_per_step.get(dim, 0)))
             for dim in dims
@@ -103,4 +103,4 @@ def _number(value: float) -> str:
 
 
 def _mib(nbytes: float) -> str:
-    return f"{nbytes / _MIB:,.2f}" if nbytes else "-"
+    return f"{nbytes / MIB:,.2f}" if nbytes else "-"

@@ -10,10 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from qlora_dist.bench.bench_result import BenchResult
-from qlora_dist.bench.bench_table import layout_labels
+from qlora_dist.bench.bench_table import MIB, layout_labels
 from qlora_dist.report.panels import MATPLOTLIB_SETTINGS, draw_panels, panels_to_svg, stack_bars
-
-_MIB = 2**20
 
 
 def save_bench_plots(result: BenchResult, folder: Path) -> list[Path]:
@@ -63,18 +61,16 @@ def _plot_step_split(axis: Any, result: BenchResult) -> None:
 
 def _plot_memory(axis: Any, result: BenchResult) -> None:
     count = range(len(result.layouts))
-    axis.bar([x - 0.2 for x in count], [max(f.static_bytes) / _MIB for f in result.layouts], 0.4, label="held")
-    axis.bar([x + 0.2 for x in count], [max(f.peak_bytes) / _MIB for f in result.layouts], 0.4, label="peak")
+    axis.bar([x - 0.2 for x in count], [max(f.static_bytes) / MIB for f in result.layouts], 0.4, label="held")
+    axis.bar([x + 0.2 for x in count], [max(f.peak_bytes) / MIB for f in result.layouts], 0.4, label="peak")
     _label_axis(axis, result, "memory of the largest rank", "MiB")
     axis.legend()
 
 
 def _plot_traffic(axis: Any, result: BenchResult) -> None:
     dims = sorted({dim for f in result.layouts for dim in f.received_bytes_per_step} - {"control"})
-    heights = {
-        f"over {dim}": [f.received_bytes_per_step.get(dim, 0) / _MIB for f in result.layouts] for dim in dims
-    } | {
-        f"pages of the {owner}": [f.paged_bytes_per_step[owner] / _MIB for f in result.layouts]
+    heights = {f"over {dim}": [f.received_bytes_per_step.get(dim, 0) / MIB for f in result.layouts] for dim in dims} | {
+        f"pages of the {owner}": [f.paged_bytes_per_step[owner] / MIB for f in result.layouts]
         for owner in ("base", "optimizer")
     }
     stack_bars(axis, range(len(result.layouts)), {label: values for label, values in heights.items() if any(values)})

@@ -29,8 +29,6 @@ def _lazy_compile(function: Callable[..., Any], **options: Any) -> Callable[...,
 _torch_compile = torch.compile
 torch.compile = _lazy_compile  # type: ignore[assignment]
 try:
-    import bitsandbytes.functional as functional
+    from bitsandbytes import functional as functional
 finally:
     torch.compile = _torch_compile
-
-__all__ = ["functional"]

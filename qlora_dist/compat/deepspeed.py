@@ -24,7 +24,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import set_local_rank
 from qlora_dist.shard_view import FlatShard, set_flat_shard
 
-_PRIVATE_NAMES = ("deepspeed.runtime.zero.partition_parameters.Init._convert_to_deepspeed_param",)
+DEEPSPEED_PRIVATE_NAMES = ("deepspeed.runtime.zero.partition_parameters.Init._convert_to_deepspeed_param",)
 
 
 class ZeroPart(torch.Tensor):

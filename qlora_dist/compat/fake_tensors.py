@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore as FakeStore
 
-_PRIVATE_NAMES = (
+FAKE_TENSORS_PRIVATE_NAMES = (
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.testing._internal.distributed.fake_pg.FakeStore",
 )
-
-__all__ = ["FakeStore", "FakeTensorMode"]

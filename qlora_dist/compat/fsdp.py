@@ -34,7 +34,7 @@ except ImportError as error:  # pragma: no cover (another torch)
         f"torch {torch.__version__} has moved parts of FSDP2 that qlora-dist uses ({error}); install torch 2.13"
     ) from error
 
-_PRIVATE_NAMES = (
+FSDP_PRIVATE_NAMES = (
     "torch.distributed.fsdp.FSDPModule._get_fsdp_state",
     "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultAllGather",
     "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultReduceScatter",

@@ -18,7 +18,7 @@ from torch import nn
 from qlora_dist.compat.deepspeed import ZeroParameter, zero_parameter, zero_part
 from qlora_dist.shard_view import FlatShard
 
-_PRIVATE_NAMES = (
+STAGE3_PRIVATE_NAMES = (
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._create_fp32_partitions",
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._get_norm_groups",
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._optimizer_states_and_gradient_swap_in",

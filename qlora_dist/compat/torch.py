@@ -1,6 +1,6 @@
 """Private names of torch 2.13, except FSDP2's (`fsdp.py`) and fake tensors' (`fake_tensors.py`).
 
-`_PRIVATE_NAMES` lists what each of these files needs. tests/compat/test_private_names.py looks each name up in the
+A constant `..._PRIVATE_NAMES` lists what a file needs. tests/compat/test_private_names.py looks each name up in the
 installed library.
 """
 
@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
 
-_PRIVATE_NAMES = (
+TORCH_PRIVATE_NAMES = (
     "torch._foreach_copy_",
     "torch._foreach_mul_",
     "torch._foreach_norm",
@@ -33,8 +33,6 @@ _PRIVATE_NAMES = (
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._pytree.tree_leaves",
 )
-
-__all__ = ["TorchDispatchMode", "tree_leaves"]
 
 foreach_copy_ = torch._foreach_copy_
 foreach_mul_ = torch._foreach_mul_

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PRIVATE_NAMES = (
+TRANSFORMERS_PRIVATE_NAMES = (
     "transformers.PreTrainedConfig._attn_implementation",
     "transformers.PreTrainedModel._init_weights",
     "transformers.PreTrainedModel._keep_in_fp32_modules",
@@ -27,7 +27,7 @@ _PRIVATE_NAMES = (
     "transformers.utils.chat_template_utils._compile_jinja_template",
     "transformers.utils.chat_template_utils._render_with_assistant_indices",
 )
-_OPTIONAL_PRIVATE_NAMES = ("transformers.utils.chat_template_utils._alias_reasoning_fields",)
+OPTIONAL_PRIVATE_NAMES = ("transformers.utils.chat_template_utils._alias_reasoning_fields",)
 
 
 def attention_name(model: PreTrainedModel) -> str:

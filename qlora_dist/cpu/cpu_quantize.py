@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes divides by it in a block of zeros
-_CHUNK = 2**17  # weights that are scaled at a time: 0.5 MiB of fp32, for a core's second-level cache
+_SCALED_WEIGHTS = 2**17  # weights that are scaled at a time: 0.5 MiB of fp32, for a core's second-level cache
 _COMPARED = 2**15  # weights that are compared at a time: 15 comparisons each, 0.5 MiB in all
 
 
@@ -40,8 +40,8 @@ def quantize_4bit_cpu(weights: torch.Tensor, block_size: int, bounds: CodeBounds
     codes = torch.empty(weights.numel() // 2, dtype=torch.uint8)
     absmax = torch.empty(weights.numel() // block_size)
     pairs, scratch = codes.numpy(), _scratch()
-    for start in range(0, weights.numel(), _CHUNK):
-        chunk = weights[start : start + _CHUNK].view(-1, block_size)
+    for start in range(0, weights.numel(), _SCALED_WEIGHTS):
+        chunk = weights[start : start + _SCALED_WEIGHTS].view(-1, block_size)
         chunk_absmax = absmax[start // block_size :][: len(chunk)]
         blocks = scratch.scaled[: chunk.numel()].view(chunk.shape).copy_(chunk)
         torch.abs(blocks, out=scratch.magnitudes[: chunk.numel()].view(chunk.shape))
@@ -60,9 +60,9 @@ class _Scratch(threading.local):
     """Buffers of each thread, allocated once: allocating them per chunk costs as much time as the work."""
 
     def __init__(self) -> None:
-        self.scaled = torch.empty(_CHUNK)
-        self.magnitudes = torch.empty(_CHUNK)
-        self.codes = np.empty(_CHUNK, dtype=np.uint8)
+        self.scaled = torch.empty(_SCALED_WEIGHTS)
+        self.magnitudes = torch.empty(_SCALED_WEIGHTS)
+        self.codes = np.empty(_SCALED_WEIGHTS, dtype=np.uint8)
         self.above = np.empty((15, _COMPARED), dtype=np.bool_)
 
 

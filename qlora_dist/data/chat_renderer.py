@@ -19,7 +19,7 @@ CharSpan = tuple[int, int]
 """Index of the first character, and of the one after the last."""
 _Alias = Callable[[list[Message]], list[Message]]
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatRenderer:
@@ -31,7 +31,7 @@ class ChatRenderer:
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
         self.source = template
-        self.has_generation_blocks = _GENERATION.search(template) is not None
+        self.has_generation_blocks = _GENERATION_BLOCK.search(template) is not None
         """True if the template itself marks what the assistant generates."""
         try:
             self._template = compile_chat_template(template).environment.from_string(template)

@@ -15,7 +15,7 @@ ENTRY_MANIFEST_FILE = "entry.json"
 ENTRY_CHECKSUMS_FILE = "sums.json"
 """Name of the file that holds the SHA-256 of the other files. Entries of an earlier version lack it, so only their
 sizes are compared."""
-_BLOCK_BYTES = 2**20
+_HASHED_BLOCK_BYTES = 2**20
 _VERIFICATION_VALID_S = 600.0
 """Seconds for which a verification is valid if the files do not change, so that the ranks of a start share one."""
 
@@ -98,7 +98,7 @@ def sha256_hexdigest(path: Path) -> str:
     """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
+        while block := file.read(_HASHED_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
 

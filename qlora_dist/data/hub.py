@@ -21,19 +21,19 @@ from qlora_dist.data.strict_json import load_json_object
 from qlora_dist.data.validate import RawRow, format_exception_message
 from qlora_dist.errors import UserError
 
-_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+_DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _TIMEOUT_S = 10
 _QUERY_INTERVAL_S = 60
 """Seconds of an interval within which all processes use the answer to one query."""
 _KEPT_INTERVALS = 10
 """Intervals for which answers are kept, because slow processes may still read them."""
 _PROCESS_START_S = time.time()
-_ANSWER = "answer.json"
+_ANSWER_FILE = "answer.json"
 
 
 def is_hub_dataset_name(name: str) -> bool:
     """Return whether the name can be a data set's ('owner/name' or 'name')."""
-    return _NAME.fullmatch(name) is not None
+    return _DATASET_NAME.fullmatch(name) is not None
 
 
 class HubUnreachableError(UserError):
@@ -125,14 +125,14 @@ def query_hub_revision(name: str, cache: Path, log: LogFn) -> tuple[str | None, 
     def create(partial: Path) -> None:
         revision, reason = _try_fetch_revision(name)
         answer = {"name": name, "revision": revision, "unreachable": reason, "time": time.time()}
-        (partial / _ANSWER).write_text(json.dumps(answer) + "\n", encoding="utf-8")
+        (partial / _ANSWER_FILE).write_text(json.dumps(answer) + "\n", encoding="utf-8")
         for old in folder.parent.glob(f"{prefix}-*"):
             number = old.name.removeprefix(f"{prefix}-")
             if number.isdigit() and int(number) < interval - _KEPT_INTERVALS:
                 remove_entry(old)
 
     get_or_create_entry(folder, create, log)
-    answer = load_json_object(folder / _ANSWER)
+    answer = load_json_object(folder / _ANSWER_FILE)
     if answer.get("revision") is None and answer.get("time", 0) < _PROCESS_START_S:  # The network may be back.
         return _try_fetch_revision(name)
     return answer.get("revision"), str(answer.get("unreachable", ""))

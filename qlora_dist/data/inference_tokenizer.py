@@ -14,12 +14,12 @@ from qlora_dist.data.chat_renderer import ChatRenderer
 from qlora_dist.data.chat_template import read_chat_template
 from qlora_dist.data.strict_json import load_json_object
 from qlora_dist.data.template_probe import UnsupportedConversationError
+from qlora_dist.io.adapter_files import GENERATION_CONFIG_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GENERATION = "generation_config.json"
-_ANSWER = "answer"
+_PROBE_ANSWER = "answer"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class InferenceTokenizer:
         """
         self.tokenizer.save_pretrained(out)
         if self.generation_config:
-            (out / _GENERATION).write_text(json.dumps(self.generation_config, indent=2) + "\n", encoding="utf-8")
+            (out / GENERATION_CONFIG_NAME).write_text(
+                json.dumps(self.generation_config, indent=2) + "\n", encoding="utf-8"
+            )
 
 
 def make_inference_tokenizer(
@@ -60,7 +62,7 @@ def make_inference_tokenizer(
             end_token_id = end_of_turn_token_id(tokenizer, ChatRenderer(template, tokenizer.special_tokens_map))
     if end_token_id is not None and chat_template is not None and "eos_token" not in (template or ""):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token_id)
-    generation = load_json_object(base / _GENERATION)
+    generation = load_json_object(base / GENERATION_CONFIG_NAME)
     eos_token_ids = _as_token_ids(generation.get("eos_token_id")) or _config_eos_token_ids(
         load_json_object(base / "config.json")
     )
@@ -80,9 +82,9 @@ def default_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase, renderer: ChatRenderer) -> int | None:
     """Return the token that the template writes after an answer; None if text or nothing ends the turn."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE_ANSWER}]
     try:
-        after_answer = renderer.render(messages, None).rpartition(_ANSWER)[2]
+        after_answer = renderer.render(messages, None).rpartition(_PROBE_ANSWER)[2]
     except UnsupportedConversationError:
         return None
     ids = tokenizer(after_answer, add_special_tokens=False, verbose=False)["input_ids"]

@@ -11,7 +11,7 @@ from typing import Any
 from qlora_dist.data.source_row import BadRow, MessagesRow
 from qlora_dist.data.validate import InvalidRowError, RawRow, json_type_name, quote, require_nonempty_str, require_str
 
-_ROLES = {"prompter": "user", "assistant": "assistant"}
+_OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 def parse_oasst_tree(location: str, tree: dict[str, Any]) -> MessagesRow:
@@ -62,9 +62,9 @@ def _reply_rank(node: dict[str, Any], where: str) -> float:
 
 def _message(node: dict[str, Any], where: str) -> dict[str, str]:
     role = require_str(node.get("role"), f"{where}: `role`")
-    if role not in _ROLES:
+    if role not in _OASST_ROLES:
         raise InvalidRowError(f"{where} has the unknown role {quote(role)}; write prompter or assistant")
-    return {"role": _ROLES[role], "content": require_nonempty_str(node.get("text"), f"{where}: `text`")}
+    return {"role": _OASST_ROLES[role], "content": require_nonempty_str(node.get("text"), f"{where}: `text`")}
 
 
 def assemble_oasst_trees(records: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:

@@ -18,7 +18,7 @@ MAX_MEMORY_GROWTH_BYTES = 4 * 2**30
 """Bytes by which the process may grow while one text is rendered."""
 _CHECK_INTERVAL_S = 0.05
 """Seconds of processor time between two checks."""
-_T = TypeVar("_T")
+_Result = TypeVar("_Result")
 
 
 class TemplateLimitError(Exception):
@@ -51,7 +51,7 @@ class TemplateLimiter:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, before)
 
-    def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    def call(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
         """Call a function that renders one text.
 
         Raises:
@@ -62,7 +62,7 @@ class TemplateLimiter:
                 return self._call(function, *args, **kwargs)
         return self._call(function, *args, **kwargs)
 
-    def _call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    def _call(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
         self._start_cpu_s, self._start_memory_bytes, self._is_rendering = time.process_time(), 0, True
         try:
             return function(*args, **kwargs)

@@ -307,7 +307,7 @@ def _encode(chunk: RowChunk, encoder: RowEncoder) -> _EncodedChunk:
 # The workers are forked, because a new process would import transformers for seconds. Using the parent's threads (of
 # torch or the tokenizers library) would be unsafe after a fork, but the workers do not use them.
 
-_ENCODER: RowEncoder
+_WORKER_ENCODER: RowEncoder
 
 
 @contextlib.contextmanager
@@ -325,8 +325,8 @@ def _worker_pool(workers: int, encoder: RowEncoder) -> Iterator[ProcessPoolExecu
 
 
 def _init_worker(encoder: RowEncoder) -> None:
-    global _ENCODER
-    _ENCODER = encoder
+    global _WORKER_ENCODER
+    _WORKER_ENCODER = encoder
     gc.freeze()  # Collecting garbage among the parent's objects would copy their memory pages.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The terminal sends it to all processes. The parent handles it.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -341,4 +341,4 @@ def _exit_with_parent() -> None:
 
 
 def _encode_in_worker(chunk: RowChunk) -> _EncodedChunk:
-    return _encode(chunk, _ENCODER)
+    return _encode(chunk, _WORKER_ENCODER)

@@ -12,7 +12,7 @@ RawRow = tuple[str, dict[str, Any]]
 MAX_JSON_DEPTH = 100
 """Most levels of nesting of a value that a template writes with `tojson`."""
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 class InvalidRowError(Exception):
@@ -66,7 +66,7 @@ def check_json_value(value: Any, where: str) -> None:
     The limit leaves a margin, because templates render deeper in the call stack than this check.
     """
     try:
-        text = _ENCODER.encode(value)
+        text = _JSON_ENCODER.encode(value)
         text.encode("utf-8")
         is_too_deep = text.count("[") + text.count("{") > MAX_JSON_DEPTH and _nesting_depth(value) > MAX_JSON_DEPTH
     except UnicodeEncodeError:

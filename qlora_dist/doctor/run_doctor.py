@@ -25,7 +25,7 @@ from qlora_dist.runtime.environment import RankInfo, read_rank_info
 from qlora_dist.runtime.object_collectives import all_gather_json
 from qlora_dist.runtime.process_group import process_group, resolve_device
 
-_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+_STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def run_doctor(folder: Path, device: str = "auto", timeout_s: float = 60.0, *, as_json: bool = False) -> bool:
@@ -96,7 +96,7 @@ def _print(findings: list[Finding], ranks: RankInfo, *, as_json: bool) -> None:
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
-        style = _STYLES[finding.status]
+        style = _STATUS_STYLES[finding.status]
         table.add_row(f"[{style}]{finding.status}[/]", finding.check, escape(finding.said))
         if finding.remedy:
             table.add_row("", "", f"[dim]{escape(finding.remedy)}[/]")

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from qlora_dist.config.max_positions import max_positions
 from qlora_dist.errors import UserError
 from qlora_dist.inference.inference_model import InferenceModel
+from qlora_dist.io.adapter_files import GENERATION_CONFIG_NAME
 from qlora_dist.model.model_folder import read_model_json
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.runtime.object_collectives import all_gather_json
@@ -161,7 +162,7 @@ def _before_end_token(tokens: list[int], ends: Sequence[int]) -> list[int]:
 
 def _end_tokens(loaded: InferenceModel) -> set[int]:
     """Return the end tokens that the folder names in generation_config.json or config.json."""
-    path = loaded.folder.path / "generation_config.json"
+    path = loaded.folder.path / GENERATION_CONFIG_NAME
     named = read_model_json(path).get("eos_token_id") if path.exists() else None
     named = loaded.model.config.get_text_config().eos_token_id if named is None else named
     return set() if named is None else {int(token) for token in (named if isinstance(named, list) else [named])}

@@ -24,7 +24,7 @@ from qlora_dist.inference.inference_model import InferenceModel
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.runtime.object_collectives import all_gather_json
 
-_T = TypeVar("_T")
+_Item = TypeVar("_Item")
 _DEFAULT_POSITIONS = 2048
 LogLikelihood = tuple[float, bool]
 """Log-likelihood of a continuation, and whether greedy decoding would give it."""
@@ -171,7 +171,7 @@ class LmEvalModel(TemplateLM):
         return scores
 
 
-def map_over_ranks(loaded: InferenceModel, items: Sequence[_T], function: Callable[[_T], Any]) -> list[Any]:
+def map_over_ranks(loaded: InferenceModel, items: Sequence[_Item], function: Callable[[_Item], Any]) -> list[Any]:
     """Return a function's JSON result for each item, on every rank. In each round every rank computes one item."""
     ranks, results = loaded.ranks, []
     for first in range(0, len(items), ranks.world_size):

@@ -11,6 +11,7 @@ from typing import Any
 from qlora_dist.errors import UserError
 
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+GENERATION_CONFIG_NAME = "generation_config.json"
 PEFT_PREFIX = "base_model.model."
 PEFT_DEFAULT_R_AND_ALPHA = 8
 """Value of `r` and `lora_alpha` if a configuration omits them."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from qlora_dist.io.adapter_files import GENERATION_CONFIG_NAME
+
 TOKENIZER_FILES = (
     "tokenizer*",
     "*.jinja",
@@ -15,7 +17,6 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 """Patterns of the files that transformers saves for a tokenizer."""
-_GENERATION = "generation_config.json"
 
 
 def copy_tokenizer(adapter: Path, out: Path) -> bool:
@@ -26,7 +27,7 @@ def copy_tokenizer(adapter: Path, out: Path) -> bool:
     """
     if not (adapter / "tokenizer_config.json").is_file():
         return False
-    for pattern in (*TOKENIZER_FILES, _GENERATION):
+    for pattern in (*TOKENIZER_FILES, GENERATION_CONFIG_NAME):
         for path in adapter.glob(pattern):
             if path.is_file():
                 shutil.copy2(path, out / path.name)

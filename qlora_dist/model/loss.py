@@ -10,6 +10,7 @@ from torch import nn
 from qlora_dist.model.logit_scale import NO_LOGIT_SCALE, LogitScale
 from qlora_dist.model.row_chunks import rows_per_chunk
 from qlora_dist.nf4.embedding import NF4VocabMixin
+from qlora_dist.runtime.byte_sizes import LOSS_CHUNK_LOGITS
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained."""
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 else:  # a mixin without a base class calls the forward of the class that it is mixed into
     _Embedding = _Linear = object
 
-_CHUNK_LOGITS = 2**24  # elements of one product: larger products read the weight less often
 _BLOCK_LOGITS = 2**21  # elements at a time in fp32, on a CPU
 
 
@@ -154,7 +154,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_weight and bias is not None else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         loss_rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        size = max(1, _CHUNK_LOGITS // weight.shape[0])
+        size = max(1, LOSS_CHUNK_LOGITS // weight.shape[0])
         buffer = hidden.new_empty(min(size, len(loss_rows)), weight.shape[0])
         block = rows_per_chunk(buffer, _BLOCK_LOGITS)
         for rows in loss_rows.split(size):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from qlora_dist.io.safetensors_file import read_safetensors_header
 
-_T = TypeVar("_T")
+_Key = TypeVar("_Key")
 
 _COPIED_PATTERNS = (  # files that a model needs besides its weights; no weights, and no code
     "*.json",
@@ -22,14 +22,14 @@ _COPIED_PATTERNS = (  # files that a model needs besides its weights; no weights
 )
 
 
-def split_into_files(sizes: Mapping[_T, int], file_bytes: int) -> list[list[_T]]:
+def split_into_files(sizes: Mapping[_Key, int], file_bytes: int) -> list[list[_Key]]:
     """Assign items to files of at most `file_bytes`, in order. A larger item gets its own file.
 
     Args:
         sizes: bytes of each item.
         file_bytes: largest size of a file.
     """
-    files: list[list[_T]] = []
+    files: list[list[_Key]] = []
     size = 0
     for item, nbytes in sizes.items():
         if not files or size + nbytes > file_bytes:

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 
 from qlora_dist.errors import UserError
 
-_ONE_EXPERT = re.compile(r"(?P<tensor>.+)\.(?P<expert>\d+)\.weight")
+_EXPERT_KEY = re.compile(r"(?P<tensor>.+)\.(?P<expert>\d+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def expert_key(key: str, expert: int) -> str:
 
 def stacked_tensor_name(key: str, expert: int) -> str:
     """Return the stacked tensor's name if `key` is the `expert_key` of its matrix `expert`, else `key`."""
-    match = _ONE_EXPERT.fullmatch(key)
+    match = _EXPERT_KEY.fullmatch(key)
     return match["tensor"] if match and key == expert_key(match["tensor"], expert) else key
 
 
@@ -69,7 +69,7 @@ def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[st
         target, pattern = rename_source_key(key, renamings, converters, prefix, targets)
         if target not in targets:  # as in transformers: a rule may match a name that is already right
             target, pattern = rename_source_key(key, [], [], prefix, targets)
-        if target not in targets and (match := _ONE_EXPERT.fullmatch(key)):
+        if target not in targets and (match := _EXPERT_KEY.fullmatch(key)):
             target, _ = rename_source_key(match["tensor"], renamings, converters, prefix, targets)
             pattern = "" if target in targets else None
         if target not in targets:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _LARGEST_KERNEL_BLOCK = 1024  # weights
-_CHUNK = 2**19  # weights that one core quantizes at a time: a multiple of every block size
+_WEIGHTS_PER_CORE = 2**19  # weights that one core quantizes at a time: a multiple of every block size
 
 
 def quantize_weight(
@@ -89,7 +89,7 @@ def _quantize_chunk(flat: torch.Tensor, layout: NF4Layout, codes: torch.Tensor, 
         codes[start // 2 :][: chunk_codes.numel()] = chunk_codes
         absmax[start // block_size :][: chunk_absmax.numel()] = chunk_absmax
 
-    chunk = _CHUNK if flat.device.type == "cpu" else flat.numel()
+    chunk = _WEIGHTS_PER_CORE if flat.device.type == "cpu" else flat.numel()
     parallel_for_each(quantize_from, range(0, flat.numel(), chunk))
 
 

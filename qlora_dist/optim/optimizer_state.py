@@ -26,8 +26,6 @@ def state_tensor_names(bits: int) -> tuple[str, ...]:
 
 
 _UNLIMITED = 2**62
-_STORE_CONTENT = "optimizer states"
-_STORE_HINT = "set paging.dir to another folder, or raise optim.resident_bytes"
 
 
 class PagedOptimizerState:
@@ -151,7 +149,9 @@ def _open_pager(
     budget = _UNLIMITED
     if config.name.startswith("paged"):
         budget = 0 if config.resident_bytes == "auto" else config.resident_bytes
-    make_store = page_store_factory(paging, device, _STORE_CONTENT, _STORE_HINT)
+    make_store = page_store_factory(
+        paging, device, "optimizer states", "set paging.dir to another folder, or raise optim.resident_bytes"
+    )
     try:
         return Pager(sizes, device, budget, make_store, paging.ahead)
     except torch.OutOfMemoryError:

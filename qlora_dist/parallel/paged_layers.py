@@ -18,9 +18,6 @@ from qlora_dist.paging.pager import Pager
 from qlora_dist.runtime.byte_sizes import align_bytes
 from qlora_dist.shard_view import local_tensor
 
-_STORE_CONTENT = "the base's layers"
-_STORE_HINT = "name another folder in paging.dir, or raise parallel.resident_bytes"
-
 
 @dataclass(frozen=True)
 class _PageLocation:
@@ -81,9 +78,9 @@ class PagedLayers:
             )
         else:
             self.budget = resident_bytes or least
-        self.pager = Pager(
-            sizes, device, self.budget, page_store_factory(paging, device, _STORE_CONTENT, _STORE_HINT), paging.ahead
-        )
+        hint = "name another folder in paging.dir, or raise parallel.resident_bytes"
+        make_store = page_store_factory(paging, device, "the base's layers", hint)
+        self.pager = Pager(sizes, device, self.budget, make_store, paging.ahead)
         for page, layer in enumerate(layers):
             self._attach(page, layer)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from qlora_dist.plan.layer_spec import LayerSpec, LinearSpec
 from qlora_dist.plan.run_spec import RunSpec
 
-_FP32 = 4
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def layer_activations(
 def saved_bytes_per_token(run: RunSpec, layer: LayerSpec, traits: ImplementationTraits = OWN_IMPLEMENTATION) -> int:
     """Return the bytes per token that forward saves for backward."""
     c, a, h = run.compute_bytes, layer.attention, layer.hidden
-    norm_element_bytes = c if traits.fused_norms else _FP32
+    norm_element_bytes = c if traits.fused_norms else FP32_BYTES
     total = norm_element_bytes * h * layer.num_norms + (c * h if traits.keeps_output else 0)
-    total += _FP32 * layer.num_norms if traits.fused_norms else 0
+    total += FP32_BYTES * layer.num_norms if traits.fused_norms else 0
     total += _saved_lora_inputs(run, layer, copies_attention=run.device == "cuda" and traits.copies_attention)
     q, k, v, o = a.heads * a.qk_head_dim, a.kv_heads * a.qk_head_dim, a.kv_heads * a.v_head_dim, a.heads * a.v_head_dim
     if a.is_eager and a.heads != a.kv_heads:
@@ -78,7 +78,7 @@ def saved_bytes_per_token(run: RunSpec, layer: LayerSpec, traits: Implementation
     if a.has_qk_norm:
         total += norm_element_bytes * (q + k)
     if not a.is_eager:
-        total += _FP32 * a.heads  # log-sum-exp
+        total += FP32_BYTES * a.heads  # log-sum-exp
         total += c * o  # SDPA's output
     if a.latent_ranks is not None:
         q_rank, kv_rank = a.latent_ranks
@@ -104,7 +104,7 @@ def _saved_by_mlp(run: RunSpec, layer: LayerSpec) -> int:
 
 def _weighted_element_bytes(run: RunSpec, layer: LayerSpec) -> int:
     """Return the element size of the experts' outputs after the router has weighted them."""
-    return _FP32 if layer.has_fp32_router_weights else run.compute_bytes
+    return FP32_BYTES if layer.has_fp32_router_weights else run.compute_bytes
 
 
 def _saved_lora_inputs(run: RunSpec, layer: LayerSpec, *, copies_attention: bool) -> int:
@@ -149,7 +149,7 @@ def _saved_score_bytes(run: RunSpec, layer: LayerSpec) -> int:
 
     The tanh of the soft cap and the probabilities are both fp32. The probabilities exist in the compute type too.
     """
-    return _score_elements(run, layer) * (2 * _FP32 + run.compute_bytes)
+    return _score_elements(run, layer) * (2 * FP32_BYTES + run.compute_bytes)
 
 
 def dequantized_weight_bytes(run: RunSpec, matrix: LinearSpec) -> int:
@@ -160,7 +160,7 @@ def dequantized_weight_bytes(run: RunSpec, matrix: LinearSpec) -> int:
 def _dequantize_peak_bytes(run: RunSpec, matrix: LinearSpec) -> int:
     """Return the bytes that dequantizing a matrix allocates, its temporary fp32 absmax values included."""
     layout = run.model.layout(matrix)
-    return dequantized_weight_bytes(run, matrix) + (_FP32 * layout.num_blocks if layout.double_quant else 0)
+    return dequantized_weight_bytes(run, matrix) + (FP32_BYTES * layout.num_blocks if layout.double_quant else 0)
 
 
 def _forward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
@@ -168,7 +168,7 @@ def _forward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
     c, t, h, a = run.compute_bytes, run.tokens, layer.hidden, layer.attention
     q, k, v = a.heads * a.qk_head_dim, a.kv_heads * a.qk_head_dim, a.kv_heads * a.v_head_dim
     by_name = {m.name: m for m in layer.matrices if not m.experts}
-    yield t * (c * 4 * h + 2 * _FP32 * h), 0  # the norm after attention
+    yield t * (c * 4 * h + 2 * FP32_BYTES * h), 0  # the norm after attention
     # rotating the queries, of which four copies exist
     yield t * c * (h + 4 * q + k + v), 0
     if "up_proj" in by_name:
@@ -188,7 +188,7 @@ def _forward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]:
         yield t * c * (2 * h + n * h) + weight, weight
     if a.is_eager:
         # scores, scores divided by the cap, and their tanh
-        yield _score_elements(run, layer) * 3 * _FP32 + t * c * (2 * h + 3 * q + k + v), 0
+        yield _score_elements(run, layer) * 3 * FP32_BYTES + t * c * (2 * h + 3 * q + k + v), 0
 
 
 def _dropout_copy_bytes(run: RunSpec, matrix: LinearSpec) -> int:
@@ -216,4 +216,4 @@ def _backward_peaks(run: RunSpec, layer: LayerSpec) -> Iterator[tuple[int, int]]
     if a.is_eager:
         # the gradients of probabilities and scores, both fp32, once the MLP has freed its saved tensors
         mlp_bytes = c * (3 * layer.intermediate_size + h) + 2 * c * h + (_saved_lora_input(run, down) if down else 0)
-        yield _score_elements(run, layer) * (2 * _FP32 - c) - t * (mlp_bytes - 2 * c * h), 0
+        yield _score_elements(run, layer) * (2 * FP32_BYTES - c) - t * (mlp_bytes - 2 * c * h), 0

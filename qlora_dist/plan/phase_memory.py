@@ -11,16 +11,15 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Literal
 
-from qlora_dist.plan.activations import LayerActivations, layer_activations
+from qlora_dist.plan.activations import FP32_BYTES, LayerActivations, layer_activations
 from qlora_dist.plan.gather_memory import UnitGatherMemory, unit_gather_memory
 from qlora_dist.plan.model_spec import FsdpUnit
 from qlora_dist.plan.run_spec import RunSpec
 from qlora_dist.plan.step_traffic import trained_shard_elements
+from qlora_dist.runtime.byte_sizes import LOSS_CHUNK_LOGITS
 
 StepPhase = Literal["embedding", "layer_forward", "head", "layer_backward", "optimizer"]
 MemoryTerms = dict[str, int]
-_FP32 = 4
-_CHUNK_LOGITS = 2**24  # logits of a chunk in model/loss.py
 
 
 def peak_terms_by_phase(run: RunSpec) -> dict[StepPhase, MemoryTerms]:
@@ -112,8 +111,8 @@ class _StepMemory:
 
         # a chunk of logits, its inputs, and the largest of: the chunk in fp32, its product with the weight, and the
         # weight's gradient
-        rows = min(t, max(1, _CHUNK_LOGITS // model.vocabulary))
-        fp32_bytes = _FP32 * ((run.compute_bytes != _FP32) + model.has_logit_softcapping)
+        rows = min(t, max(1, LOSS_CHUNK_LOGITS // model.vocabulary))
+        fp32_bytes = FP32_BYTES * ((run.compute_bytes != FP32_BYTES) + model.has_logit_softcapping)
         trained = units[0].parameters[0].trained
         temporaries = [rows * model.vocabulary * fp32_bytes, rows * run.compute_bytes * model.hidden]
         if trained:
@@ -127,11 +126,11 @@ class _StepMemory:
         if model.embeddings == "4bit":
             terms["dequantized weight"] = run.compute_bytes * model.vocabulary * model.hidden
         if trained:
-            terms["loss"] += _FP32 * model.vocabulary * model.hidden
+            terms["loss"] += FP32_BYTES * model.vocabulary * model.hidden
         yield terms
 
         # backward of the loss and of the last norm, while the last layer is gathered again
-        working = max(2 * run.compute_bytes + 2 * _FP32, 4 * _FP32) * t * model.hidden
+        working = max(2 * run.compute_bytes + 2 * FP32_BYTES, 4 * FP32_BYTES) * t * model.hidden
         yield allocated | {"gathered": last.buffer_bytes, "hidden states": self.hidden_bytes, "working memory": working}
 
     def backward(self) -> Iterator[MemoryTerms]:
@@ -168,7 +167,7 @@ class _StepMemory:
         return sums[::-1]
 
     def _gradient_bytes(self, unit: FsdpUnit) -> int:
-        return _FP32 * trained_shard_elements(unit, self.run.shard_counts.adapter_shards)
+        return FP32_BYTES * trained_shard_elements(unit, self.run.shard_counts.adapter_shards)
 
     def _always_allocated(self, index: int) -> MemoryTerms:
         """Return the bytes allocated while layer `index` runs: inputs, and tensors that earlier layers saved."""
@@ -197,7 +196,7 @@ class _StepMemory:
     @cached_property
     def _unsharded_gradients(self) -> int:
         """Bytes of all layers' unsharded fp32 gradients, which only the last micro-batch reduces."""
-        return _FP32 * sum(
+        return FP32_BYTES * sum(
             count * p.numel
             for unit, count in self.run.model.distinct_unit_counts
             for p in unit.parameters

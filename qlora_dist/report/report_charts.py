@@ -15,7 +15,7 @@ from qlora_dist.report.run_files import RunFiles
 
 _MAX_POINTS = 800
 """Largest number of points of a line; neighbouring steps of a longer run are averaged."""
-_STYLES = ("-", "--", ":", "-.")
+_LINE_STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass
@@ -132,7 +132,7 @@ def _chart(
             ]
             if any(y for _, y in points):
                 x, y = _downsample(points)
-                style = _STYLES[index % len(_STYLES)]
+                style = _LINE_STYLES[index % len(_LINE_STYLES)]
                 chart.lines.append(ChartLine(run=number, label=_label(runs, run, label), x=x, y=y, style=style))
     return chart
 

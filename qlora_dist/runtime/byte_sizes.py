@@ -4,12 +4,14 @@ from __future__ import annotations
 
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of an element by compute type."""
-_ALIGNMENT = 16  # a multiple of every element size
+LOSS_CHUNK_LOGITS = 2**24
+"""Logits that the loss makes in one product: larger products read the weight less often."""
+_PACKED_ALIGNMENT = 16  # a multiple of every element size
 
 
 def align_bytes(nbytes: int) -> int:
     """Return where the next part of a packed weight, or the next shard of a page, begins after `nbytes` bytes."""
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-nbytes // _PACKED_ALIGNMENT) * _PACKED_ALIGNMENT
 
 
 def format_bytes(nbytes: float) -> str:

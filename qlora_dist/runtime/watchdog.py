@@ -37,7 +37,7 @@ from qlora_dist.runtime.environment import RankInfo, agent_hosts_store
 from qlora_dist.runtime.heartbeat import last_heartbeat, record_heartbeat
 from qlora_dist.runtime.process_exit import delay_exit_for_peers
 
-_T = TypeVar("_T")
+_Answer = TypeVar("_Answer")
 _STORE_TIMEOUT_S = 5.0
 """Seconds until a request to the store counts as lost. The store itself sets no limit for its answer."""
 _MAX_EXIT_S = 30.0
@@ -272,14 +272,14 @@ class _Watchdog:
                 left = _call_store(lambda: self._store.add("goodbye", 0))
 
 
-def _call_store(request: Callable[[], _T]) -> _T:
+def _call_store(request: Callable[[], _Answer]) -> _Answer:
     """Return the store's answer to a request.
 
     Raises:
         TimeoutError: the store did not answer in time.
         RuntimeError: the store is gone.
     """
-    answers: list[_T] = []
+    answers: list[_Answer] = []
     errors: list[Exception] = []
 
     def call() -> None:

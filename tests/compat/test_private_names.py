@@ -20,15 +20,17 @@ ALLOWED_ATTRIBUTES = {"os._exit", "sys._current_frames"}
 """Names of the standard library, which documents both."""
 
 
-def declared_names(path: Path, constant: str = "_PRIVATE_NAMES") -> list[str]:
+def declared_names(path: Path, *, optional: bool) -> list[str]:
     """Return what a file declares, without importing it, because an import may fail for lack of a name."""
+    names: list[str] = []
     for node in TREES[path].body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == constant:
-            return list(ast.literal_eval(node.value))
-    return []
+        constant = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+        if constant.endswith("PRIVATE_NAMES") and (optional or not constant.startswith("OPTIONAL")):
+            names += ast.literal_eval(node.value)
+    return names
 
 
-DECLARED = [(path, name) for path in TREES if path.parent == COMPAT for name in declared_names(path)]
+DECLARED = [(path, name) for path in TREES if path.parent == COMPAT for name in declared_names(path, optional=False)]
 
 
 def is_private(name: str) -> bool:
@@ -119,7 +121,7 @@ def test_the_library_has_the_private_name(path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("path", [path for path in TREES if path.parent == COMPAT], ids=lambda path: path.name)
 def test_a_file_declares_the_private_names_that_it_uses(path: Path) -> None:
-    declared = [*declared_names(path), *declared_names(path, "_OPTIONAL_PRIVATE_NAMES")]
+    declared = declared_names(path, optional=True)
     used = {name.rpartition(".")[2] for name in foreign_private_attributes(path) if "(" not in name}
     assert used <= {name.rpartition(".")[2] for name in declared}
     for module, name in library_imports(TREES[path]):

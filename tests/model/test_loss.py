@@ -22,7 +22,7 @@ SCALES = [LogitScale(), LogitScale(0.25), LogitScale(1.0, 3.0), LogitScale(2.0, 
 def test_loss_and_gradients_equal_autograds(
     *, scale: LogitScale, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", 5 * 37)  # several chunks, of several blocks
+    monkeypatch.setattr(loss_module, "LOSS_CHUNK_LOGITS", 5 * 37)  # several chunks, of several blocks
     monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", 2 * 37)
     torch.manual_seed(0)
     hidden, weight = torch.randn(23, 16), torch.randn(37, 16)
