@@ -59,19 +59,7 @@ class BenchArgs:
 
 
 def run_bench(config: Config, args: BenchArgs, console: Console) -> bool:
-    """Run the layouts in turns, then print and write the results.
-
-    Args:
-        config: common configuration of the layouts.
-        args: options of the command line.
-        console: console for the table.
-
-    Returns:
-        Whether the losses agree.
-
-    Raises:
-        UserError: a layout is unknown, no layout fits, or a run failed because of a user's error or of the cluster.
-    """
+    """Run the layouts in turns, then print and write the results. Return whether the losses agree."""
     names, ranks = parse_layout_names(args.compare), parse_rank_counts(args.ranks)
     out = args.out or Path(config.run.dir) / f"bench-{config.run.name}"
     steps, repeats = (_QUICK_STEPS, 1) if args.quick else (args.steps, args.repeats)
@@ -83,7 +71,10 @@ def run_bench(config: Config, args: BenchArgs, console: Console) -> bool:
         raise UserError("bench: nothing is left to compare; give other layouts with --compare, or numbers with --ranks")
     if args.placement is not None:
         check_slurm_cases([_named_case(case, profile=True) for case in cases], args.placement)
-    _create_folder(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out}: cannot be made ({error.strerror}); give another folder") from None
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     runs: dict[str, list[RunFiles]] = {case.name: [] for case in cases}
     for repeat in range(repeats):  # A B A B, so that a machine that gets slower affects all layouts
@@ -140,13 +131,6 @@ def bench_config(config: Config, out: Path, steps: int, *, quick: bool) -> Confi
 def _named_case(case: BenchCase, *, profile: bool) -> BenchCase:
     config = apply_changes(case.config, {"run": {"name": case.name, "profile": profile}})
     return BenchCase(case.layout, case.ranks, config, case.overrides)
-
-
-def _create_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out}: cannot be made ({error.strerror}); give another folder") from None
 
 
 def _write_results(result: BenchResult, out: Path, json_file: Path | None) -> Sequence[Path]:

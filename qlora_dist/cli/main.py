@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qlora_dist import __version__
-from qlora_dist.cli.command_process import gc_disabled, prepare_process, reject_keys_as_options, run_recorded
+from qlora_dist.cli.command_process import (
+    exit_with_user_error,
+    gc_disabled,
+    prepare_process,
+    reject_keys_as_options,
+    run_recorded,
+)
 from qlora_dist.cli.model_commands import model_app
 from qlora_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from qlora_dist.config.schema import Config
     from qlora_dist.launch.cluster import Cluster
 
 app = typer.Typer(
@@ -31,6 +38,16 @@ ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, winning over the file.", metavar="[KEY=VALUE]...")
 ]
+RunsFolder = Annotated[Path, typer.Option("--dir", help="Folder of all runs (run.dir).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _load_run_config(path: Path, overrides: list[str] | None) -> Config:
+    """Return the configuration of a run, with the values of the adapter that it begins from."""
+    from qlora_dist.config.config_file import load_config
+    from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
+
+    return fill_lora_from_adapter(load_config(path, overrides or ()))
 
 
 @app.command()
@@ -47,8 +64,6 @@ def train(
     ] = "auto",
 ) -> None:
     """Train an adapter, as a single process or as a rank of torchrun."""
-    from qlora_dist.config.config_file import load_config
-    from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
     from qlora_dist.runtime.system import check_platform
 
     check_platform()  # before importing modules that fail on an unsupported system
@@ -63,7 +78,7 @@ def train(
     from qlora_dist.runs.run_action import skip_if_finished
     from qlora_dist.runtime.environment import read_rank_info
 
-    resolved, ranks = fill_lora_from_adapter(load_config(config, overrides or ())), read_rank_info()
+    resolved, ranks = _load_run_config(config, overrides), read_rank_info()
     if not dry_run and skip_if_finished(resolved, resume, ranks.rank):  # also before importing torch
         return
     prepare_process()
@@ -103,11 +118,9 @@ def launch(
     from qlora_dist.runtime.system import check_platform
 
     check_platform()
-    from qlora_dist.config.config_file import load_config
-    from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
     from qlora_dist.launch.launch import LaunchOptions, launch_local, launch_slurm
 
-    resolved = fill_lora_from_adapter(load_config(config, overrides or ()))
+    resolved = _load_run_config(config, overrides)
     options = LaunchOptions(
         nodes=nodes,
         ranks_per_node=ranks_per_node,
@@ -144,7 +157,7 @@ def preprocess(
     show: Annotated[
         int, typer.Option(min=0, help="Number of sequences of each source to print, with the trained part marked.")
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
     force: Annotated[bool, typer.Option("--force", help="Tokenize again even if the cache has the data.")] = False,
 ) -> None:
     """Tokenize the data into the cache that train reads, and print its statistics."""
@@ -190,7 +203,7 @@ def plan(
         Path | None, typer.Option(help="File of the measured values. Default: in ~/.cache/qlora-dist.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Image file for memory, and tokens/s against nodes.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate the memory, traffic and time of a run before a GPU is rented."""
     if measure:
@@ -227,16 +240,10 @@ def plan(
     )
 
 
-_RUNS_DIR_OPTION = typer.Option("--dir", help="Folder of all runs (run.dir).")
-
-
 @app.command()
 def export_ds_config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the DeepSpeed JSON that engine zero3 runs with."""
-    from qlora_dist.config.config_file import load_config
-    from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
-
-    resolved = fill_lora_from_adapter(load_config(config, overrides or ()))
+    resolved = _load_run_config(config, overrides)
     prepare_process()
     import json
 
@@ -295,10 +302,7 @@ def bench(
     ] = None,
 ) -> None:
     """Compare layouts in speed, parts of a step, memory, traffic and loading. Their losses must agree."""
-    from qlora_dist.config.config_file import load_config
-    from qlora_dist.config.lora_from_adapter import fill_lora_from_adapter
-
-    resolved = fill_lora_from_adapter(load_config(config, overrides or ()))
+    resolved = _load_run_config(config, overrides)
     if on == "local" and (cluster is not None or ranks_per_node is not None):
         raise UserError("bench: --cluster and --ranks-per-node apply to jobs; add --on slurm, or leave them out")
     cluster_config = _require_cluster(cluster) if on == "slurm" else None
@@ -308,11 +312,8 @@ def bench(
     from rich.console import Console
 
     from qlora_dist.bench.slurm_bench_job import SlurmPlacement
-    from qlora_dist.cli.bench_command import BenchArgs
-    from qlora_dist.cli.bench_command import run_bench as compare_layouts
+    from qlora_dist.cli.bench_command import BenchArgs, run_bench
 
-    command = shlex.join(["qlora-dist", *sys.argv[1:]])
-    placement = None if cluster_config is None else SlurmPlacement(cluster_config, ranks_per_node)
     bench_args = BenchArgs(
         compare=compare,
         ranks=ranks,
@@ -321,32 +322,32 @@ def bench(
         quick=quick,
         json=json_file,
         out=out,
-        command=command,
-        placement=placement,
+        command=shlex.join(["qlora-dist", *sys.argv[1:]]),
+        placement=None if cluster_config is None else SlurmPlacement(cluster_config, ranks_per_node),
     )
-    if not compare_layouts(resolved, bench_args, Console(highlight=False)):
+    if not run_bench(resolved, bench_args, Console(highlight=False)):
         raise typer.Exit(1)
 
 
 @app.command()
 def jobs(
-    folder: Annotated[Path, _RUNS_DIR_OPTION] = Path("runs"),
+    folder: RunsFolder = Path("runs"),
     follow: Annotated[str | None, typer.Option(help="Run whose rank 0's output is printed until the run ends.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List all runs with state, step, loss, tokens/s and time left."""
-    from qlora_dist.launch import run_list
+    from qlora_dist.launch.run_list import follow_run, print_runs
 
     if follow is None:
-        run_list.print_runs(folder, as_json=as_json)
+        print_runs(folder, as_json=as_json)
     else:
-        run_list.follow_run(folder, follow)
+        follow_run(folder, follow)
 
 
 @app.command()
 def cancel(
     name: Annotated[str, typer.Argument(help="Name of the run.", metavar="NAME")],
-    folder: Annotated[Path, _RUNS_DIR_OPTION] = Path("runs"),
+    folder: RunsFolder = Path("runs"),
     now: Annotated[bool, typer.Option("--now", help="Kill it without a checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
@@ -361,7 +362,7 @@ def doctor(
     folder: Annotated[Path, typer.Option("--dir", help="Folder of all runs.")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the other ranks.")] = 60.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check this machine, or all nodes and their connections if started by torchrun, srun or mpirun."""
     from qlora_dist.runtime.mpi import share_store_address
@@ -369,9 +370,9 @@ def doctor(
 
     share_store_address()
     die_with_parent()
-    from qlora_dist.doctor.run_doctor import run_doctor as examine
+    from qlora_dist.doctor.run_doctor import run_doctor
 
-    if not examine(folder, device, timeout, as_json=as_json):
+    if not run_doctor(folder, device, timeout, as_json=as_json):
         raise typer.Exit(1)
 
 
@@ -387,29 +388,8 @@ def main() -> None:
         reject_keys_as_options(sys.argv[1:])
         app()
     except UserError as error:
-        from qlora_dist.launch.agent import USER_ERROR_EXIT_CODE, write_torchrun_error_file
-        from qlora_dist.runtime.process_exit import exit_process, write_user_error_file
-
-        write_user_error_file(error)
-        write_torchrun_error_file(error)
-        _print_user_error(error)
-        exit_process(USER_ERROR_EXIT_CODE)
+        exit_with_user_error(error)
     except Exception as error:
         from qlora_dist.runtime.process_exit import exit_with_traceback
 
         exit_with_traceback(error)
-
-
-def _print_user_error(error: UserError) -> None:
-    """Print a user's error on rank 0, which detects nearly all of them, or else on the rank that detected it."""
-    from qlora_dist.runtime.environment import read_rank_info
-    from qlora_dist.runtime.process_exit import wait_for_rank_0_report
-
-    try:
-        ranks = read_rank_info()
-    except UserError:
-        typer.echo(f"qlora-dist: {error}", err=True)
-        return
-    is_only_reporter = error.local_only or (ranks.rank != 0 and wait_for_rank_0_report(ranks))
-    if ranks.rank == 0 or is_only_reporter:
-        typer.echo(f"qlora-dist: {f'[rank {ranks.rank}] ' if is_only_reporter else ''}{error}", err=True)

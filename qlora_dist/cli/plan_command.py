@@ -17,11 +17,7 @@ from qlora_dist.plan.training_plan import TrainingPlan
 
 
 def run_plan(args: PlanArgs, *, search: bool, plot: Path | None, as_json: bool, with_trace: bool = False) -> None:
-    """Print a plan, or the configuration found by a search.
-
-    Raises:
-        UserError: an argument is invalid, or no configuration fits.
-    """
+    """Print a plan, or the configuration found by a search."""
     if search:
         from qlora_dist.plan.plan_search import print_fastest_plan
 

@@ -10,11 +10,7 @@ from qlora_dist.train.run_training import run_training
 
 
 def train_and_report(config: Config, resume: str = "auto") -> None:
-    """Train, and write the report of the finished run if `run.report` is set.
-
-    Raises:
-        UserError: see `run_training`.
-    """
+    """Train, and write the report of the finished run if `run.report` is set."""
     run_training(config, resume, _write_run_report if config.run.report else None)
 
 

@@ -16,8 +16,6 @@ from pydantic_core import ErrorDetails
 from qlora_dist.config.other_trainers import KEY_ADVICE, MIGRATION_PAGE, detect_trainer
 
 KeyPath = tuple[str, ...]
-_SUGGESTION_CUTOFF = 0.85
-"""Similarity from which a key of another section is suggested."""
 _NUMBER_ERROR_TYPES = ("int_type", "float_type", "bool_type")
 
 
@@ -51,13 +49,7 @@ def explain_validation_error(
 ) -> str:
     """Return a message about all problems. A single one is one sentence, and several have a line each.
 
-    Args:
-        config_class: class of the whole file.
-        error: pydantic's errors.
-        tree: content of the file, with the overrides.
-        path: name of the file.
-        locations: location of each key.
-        loader: loader of the file, to read text without its quotes.
+    `tree` is the content of the file, with the overrides. The file's loader reads text without its quotes.
     """
     known = known_keys(config_class)
     problems = _find_key_problems(error.errors(), tree, path, locations, known, loader)
@@ -94,15 +86,16 @@ def _group_unknown_foreign_keys(problems: list[ConfigProblem]) -> list[ConfigPro
     rest = [
         problem
         for problem in problems
-        if len(problem.key) == 1 and problem.problem.startswith(_UNKNOWN) and not _advice(problem.key)
+        if len(problem.key) == 1
+        and problem.problem.startswith(_UNKNOWN)
+        and not _advice(problem.key)
+        and not problem.suggestions
     ]
-    rest = [problem for problem in rest if not problem.suggestions]
     if not rest:
         return problems
     names = ", ".join(problem.key[0] for problem in rest)
-    last = ConfigProblem(
-        re.sub(r", line \d+$", "", rest[0].location), (), f"no key of the same name or meaning: {names}"
-    )
+    location = re.sub(r", line \d+$", "", rest[0].location)
+    last = ConfigProblem(location, (), f"no key of the same name or meaning: {names}")
     return [*(problem for problem in problems if problem not in rest), last]
 
 
@@ -203,7 +196,7 @@ def _nearest(key: KeyPath, known: set[KeyPath]) -> tuple[KeyPath, ...]:
         return tuple(k for k in equal if len(k) == least)
     same = {k[-1]: k for k in known if k[:-1] == key[:-1]}
     anywhere = {k[-1]: k for k in sorted(known, key=lambda k: (-len(k), k))}  # the shortest wins
-    for names, cutoff in ((same, 0.6), (anywhere, _SUGGESTION_CUTOFF)):
+    for names, cutoff in ((same, 0.6), (anywhere, 0.85)):
         for name in difflib.get_close_matches(key[-1], names, n=1, cutoff=cutoff):
             return (names[name],)
     return ()

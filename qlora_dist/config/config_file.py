@@ -35,9 +35,8 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} appears twice", key_node.start_mark
-                )
+                message = f"the key {key!r} appears twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -76,32 +75,27 @@ def load_yaml_config(
     """Read a file of another schema as `load_config` does. Error messages suggest `first_keys` for an empty file."""
     path = Path(path)
     tree, locations = _read_yaml(path, first_keys)
+    return _validate(config_class, tree, path, locations, overrides)
+
+
+def config_from_tree(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """Return the configuration for a tree that is not from a file, as `load_config` does. The tree is changed."""
+    return _validate(Config, tree, Path("configuration"), {}, overrides)
+
+
+def _validate(
+    config_class: type[_ConfigT],
+    tree: dict[str, Any],
+    path: Path,
+    locations: dict[KeyPath, str],
+    overrides: Iterable[str],
+) -> _ConfigT:
     for override in overrides:
         _apply_override(tree, locations, override)
     try:
         return config_class.model_validate(tree)
     except ValidationError as error:
         raise UserError(explain_validation_error(config_class, error, tree, path, locations, _Loader)) from None
-
-
-def config_from_tree(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """Return the configuration for a tree that is not from a file.
-
-    Args:
-        tree: values by section and key. It is changed.
-        overrides: changes of the tree's values, see `load_config`.
-
-    Raises:
-        UserError: the configuration is invalid.
-    """
-    locations: dict[KeyPath, str] = {}
-    for override in overrides:
-        _apply_override(tree, locations, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        name = Path("configuration")
-        raise UserError(explain_validation_error(Config, error, tree, name, locations, _Loader)) from None
 
 
 def apply_changes(config: Config, changes: ConfigChanges) -> Config:

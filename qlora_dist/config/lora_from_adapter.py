@@ -47,11 +47,7 @@ def fill_lora_from_adapter(config: Config) -> Config:
 
 
 def adapter_lora_settings(path: Path) -> dict[str, Any]:
-    """Return the values of `lora` for the adapter in a folder, by key.
-
-    Raises:
-        UserError: the folder holds no LoRA adapter, or one that section `lora` cannot describe.
-    """
+    """Return the values of `lora` for the adapter in a folder, by key."""
     config = read_adapter_config(path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: is an adapter of type {config.get('peft_type')}, not LORA; give one that is")
@@ -93,7 +89,6 @@ def _parse_lora_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any
 def _single_value(
     name: str, patterns: Mapping[str, Any] | None, default: Any, modules: Iterable[str], path: Path
 ) -> Any:
-    """Return the value that all matrices share."""
     values = {get_pattern_value(patterns, module, default) for module in modules}
     if len(values) > 1:
         raise UserError(

@@ -8,25 +8,12 @@ from typing import Any
 from qlora_dist.errors import UserError
 
 _LENGTH_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "max_seq_len",
-    "max_sequence_length",
-    "max_seq_length",
-    "model_max_length",
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+    *("max_sequence_length", "max_seq_length", "model_max_length"),
 )
 _UNLIMITED_MODEL_TYPES = (
-    "falcon_mamba",
-    "jamba",
-    "mamba",
-    "mamba2",
-    "mpt",
-    "nemotron_h",
-    "recurrent_gemma",
-    "rwkv",
-    "xlstm",
-    "zamba",
+    *("falcon_mamba", "jamba", "mamba", "mamba2", "mpt", "nemotron_h"),
+    *("recurrent_gemma", "rwkv", "xlstm", "zamba"),
 )
 """Model types without positions or without a limit, whatever their config.json says."""
 _SCALED_ROPE_TYPES = ("linear", "dynamic", "ntk", "yarn")
@@ -34,41 +21,22 @@ _SCALED_ROPE_TYPES = ("linear", "dynamic", "ntk", "yarn")
 
 
 def max_positions(config: Mapping[str, Any]) -> int | None:
-    """Return the number of tokens that a model supports, including rope scaling.
+    """Return the number of tokens that a model supports, including rope scaling, from its config.json.
 
-    Args:
-        config: content of config.json.
-
-    Returns:
-        None if config.json has no limit, or the model needs none (ALiBi, state spaces).
+    None: config.json has no limit, or the model needs none (ALiBi, state spaces).
     """
     text_config = config.get("text_config")
     if isinstance(text_config, Mapping) and (length := max_positions(text_config)) is not None:
         return length
-    kind = config.get("model_type")
-    if (
-        kind in _UNLIMITED_MODEL_TYPES
-        or _has_alibi(config)
-        or config.get("position_embedding_type") in ("alibi", "nope")
-    ):
+    if config.get("model_type") in _UNLIMITED_MODEL_TYPES or _has_no_limit(config):
         return None
-    length = next(
-        (config[name] for name in _LENGTH_KEYS if isinstance(config.get(name), int) and config[name] > 0), None
-    )
+    lengths = (config[name] for name in _LENGTH_KEYS if isinstance(config.get(name), int))
+    length = next((length for length in lengths if length > 0), None)
     return None if length is None else max(length, _rope_scaled_length(config, length))
 
 
 def check_seq_len(seq_len: int, config: Mapping[str, Any], model_name: str) -> None:
-    """Check that the model has a position for each token of a row.
-
-    Args:
-        seq_len: tokens of a row (`data.seq_len`).
-        config: content of config.json.
-        model_name: folder or name of the model.
-
-    Raises:
-        UserError: the model has fewer positions.
-    """
+    """Refuse rows (`data.seq_len`) that are longer than the positions in the model's config.json."""
     limit = max_positions(config)
     if limit is not None and seq_len > limit:
         raise UserError(
@@ -77,9 +45,10 @@ def check_seq_len(seq_len: int, config: Mapping[str, Any], model_name: str) -> N
         )
 
 
-def _has_alibi(config: Mapping[str, Any]) -> bool:
+def _has_no_limit(config: Mapping[str, Any]) -> bool:
     attention = config.get("attn_config")
-    return bool(config.get("alibi")) or (isinstance(attention, Mapping) and bool(attention.get("alibi")))
+    in_attention = isinstance(attention, Mapping) and bool(attention.get("alibi"))
+    return in_attention or bool(config.get("alibi")) or config.get("position_embedding_type") in ("alibi", "nope")
 
 
 def _rope_scaled_length(config: Mapping[str, Any], length: int) -> int:

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 
 MIGRATION_PAGE = 'docs/training.md, "Coming from another trainer"'
-_ALWAYS_4BIT = "leave it out: training is always QLoRA, with a base in 4 bit"
-_EVAL_FILE_ADVICE = "put these rows into a file of their own and name it in data.eval"
-_ALWAYS_LOGGED = "leave it out: metrics.jsonl has every step"
-_GLOBAL_BATCH_ADVICE = "write train.global_batch: rows of a step, over all ranks; only train.micro_batch is per rank"
 _FOREIGN_KEYS = {
     "model.base": "base_model model_name_or_path",
     "model.compute_dtype": "bf16 fp16 dtype torch_dtype",
@@ -50,32 +46,24 @@ _FOREIGN_KEYS = {
     "run.trackers": "report_to",
     "run.project": "wandb_project",
 }
-KEY_ADVICE = {key: f"write {own_key}" for own_key, keys in _FOREIGN_KEYS.items() for key in keys.split()} | {
-    "gradient_accumulation_steps": _GLOBAL_BATCH_ADVICE,
-    "batch_size": _GLOBAL_BATCH_ADVICE,
-    "load_in_4bit": _ALWAYS_4BIT,
-    "quantization_bit": _ALWAYS_4BIT,
-    "use_peft": _ALWAYS_4BIT,
-    "adapter": _ALWAYS_4BIT,
-    "finetuning_type": _ALWAYS_4BIT,
-    "val_set_size": _EVAL_FILE_ADVICE,
-    "val_size": _EVAL_FILE_ADVICE,
-    "logging_steps": _ALWAYS_LOGGED,
+_OTHER_ADVICE = {
+    "write train.global_batch: rows of a step, over all ranks; only train.micro_batch is per rank": (
+        "gradient_accumulation_steps batch_size"
+    ),
+    "leave it out: training is always QLoRA, with a base in 4 bit": (
+        "load_in_4bit quantization_bit use_peft adapter finetuning_type"
+    ),
+    "put these rows into a file of their own and name it in data.eval": "val_set_size val_size",
+    "leave it out: metrics.jsonl has every step": "logging_steps",
 }
+_KEYS_BY_ADVICE = {f"write {own_key}": keys for own_key, keys in _FOREIGN_KEYS.items()} | _OTHER_ADVICE
+KEY_ADVICE = {key: advice for advice, keys in _KEYS_BY_ADVICE.items() for key in keys.split()}
 """Advice for keys of axolotl, LLaMA-Factory, TRL, transformers and torchtune, by key."""
 _TYPICAL_KEYS = {
-    "axolotl": {"base_model", "datasets", "sequence_len", "micro_batch_size", "num_epochs", "adapter", "val_set_size"},
-    "LLaMA-Factory": {"finetuning_type", "stage", "template", "cutoff_len", "lora_rank", "lora_target", "dataset"},
-    "TRL": {
-        "dataset_name",
-        "use_peft",
-        "load_in_4bit",
-        "lora_r",
-        "max_length",
-        "lora_target_modules",
-        "dataset_config",
-    },
-    "torchtune": {"tokenizer", "checkpointer", "recipe_checkpoint", "loss", "optimizer", "dataset"},
+    "axolotl": "base_model datasets sequence_len micro_batch_size num_epochs adapter val_set_size",
+    "LLaMA-Factory": "finetuning_type stage template cutoff_len lora_rank lora_target dataset",
+    "TRL": "dataset_name use_peft load_in_4bit lora_r max_length lora_target_modules dataset_config",
+    "torchtune": "tokenizer checkpointer recipe_checkpoint loss optimizer dataset",
 }
 
 
@@ -83,4 +71,4 @@ def detect_trainer(keys: Collection[str]) -> str | None:
     """Return the trainer whose files have these keys at the top, or None if fewer than two are another trainer's."""
     if sum(key in KEY_ADVICE for key in keys) < 2:
         return None
-    return max(_TYPICAL_KEYS, key=lambda trainer: len(_TYPICAL_KEYS[trainer].intersection(keys)))
+    return max(_TYPICAL_KEYS, key=lambda trainer: len(set(_TYPICAL_KEYS[trainer].split()).intersection(keys)))

@@ -35,7 +35,7 @@ def write_torchrun_error_file(error: UserError, environ: Mapping[str, str] = os.
 
 
 def run_agent(argv: list[str] | None = None) -> int:
-    """Run torchrun's agent and return the exit code."""
+    """Run torchrun's agent, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -61,7 +61,6 @@ def run_agent(argv: list[str] | None = None) -> int:
 
 
 def _rendezvous_host(options: Any) -> str:
-    """Return the rendezvous host in torchrun's options."""
     endpoint = str(options.rdzv_endpoint or options.master_addr)
     host, colon, port = endpoint.rpartition(":")
     return (host if colon and port.isdigit() else endpoint).strip("[]")

@@ -23,17 +23,7 @@ _EXIT_TIMEOUT_S = 120.0
 
 
 def cancel_run(folder: Path, name: str, *, now: bool, as_json: bool) -> None:
-    """Stop a run, and wait until it has stopped.
-
-    Args:
-        folder: folder of all runs.
-        name: name of the run.
-        now: True to kill its processes, which loses the steps since its last checkpoint.
-        as_json: True to print the outcome as JSON.
-
-    Raises:
-        UserError: the run is not active, or it cannot be stopped from this machine.
-    """
+    """Stop a run, and wait until it has stopped. `now` loses the steps since its last checkpoint."""
     path = find_run_dir(folder, name)
     (run,) = read_run_statuses([path])
     if not run.is_active:
@@ -56,7 +46,6 @@ def cancel_run(folder: Path, name: str, *, now: bool, as_json: bool) -> None:
 
 
 def _request_stop(run: RunStatus) -> None:
-    """Stop the run after its current step."""
     stop = run.path / STOP_FILE
     stop.touch()
     _wait_until_inactive(run, f"{run.name}: finishes its step and writes a checkpoint")
@@ -98,7 +87,6 @@ def _wait_until_inactive(run: RunStatus, message: str, timeout_s: float | None =
 
 
 def _write_stopped_marker(run: RunStatus, reason: str) -> None:
-    """Write the marker in place of the killed run."""
     (run.path / REQUEUE_MARKER).unlink(missing_ok=True)
     (run.path / STOPPED_MARKER).write_text(
         json.dumps({"step": run.step or 0, "reason": reason}) + "\n", encoding="utf-8"

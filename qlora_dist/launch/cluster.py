@@ -108,9 +108,5 @@ class Cluster(ConfigSection):
 
 
 def load_cluster(path: str | Path) -> Cluster:
-    """Read a cluster's file.
-
-    Raises:
-        UserError: the file is invalid; the message names file, line, key and remedy.
-    """
+    """Read a cluster's file, with the error messages of `load_config`."""
     return load_yaml_config(path, Cluster, first_keys="`gpus_per_node:` and `partition:`")

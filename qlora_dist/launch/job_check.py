@@ -15,6 +15,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
+from qlora_dist.plan.activations import FP32_BYTES
 from qlora_dist.plan.memory_estimate import estimate_memory
 from qlora_dist.plan.print_plan import PHASE_LABELS
 from qlora_dist.plan.run_spec import make_run_spec
@@ -22,26 +23,18 @@ from qlora_dist.runtime.byte_sizes import COMPUTE_BYTES
 from qlora_dist.runtime.environment import Launcher, RankInfo
 from qlora_dist.train.run_setup import set_up_model, set_up_run
 
-_FP32_BYTES = 4
-"""Bytes of an adapter's element in fp32."""
-
 
 def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int, console: Console) -> None:
     """Run the checks of `train --dry-run` for the job's number of ranks. The nodes themselves check their devices.
 
     With `preprocess` in the cluster's file, a node reads the data instead.
-
-    Raises:
-        UserError: a check failed, or the estimated memory exceeds a GPU.
     """
     if cluster.gpus_per_node and ranks_per_node > cluster.gpus_per_node:
         raise UserError(
             f"--ranks-per-node: {ranks_per_node} is more than the {cluster.gpus_per_node} GPUs of a node "
             "(gpus_per_node); use one rank per GPU"
         )
-    ranks = RankInfo(
-        rank=0, world_size=nodes * ranks_per_node, local_rank=0, local_world_size=ranks_per_node, launcher="none"
-    )
+    ranks = _first_rank(nodes * ranks_per_node, ranks_per_node, "none")
     sizes = mesh_sizes(config.parallel, ranks)
     if cluster.preprocess:
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)
@@ -61,23 +54,13 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
 
 
 def check_local_run(config: Config, launcher: str, ranks_per_node: int, console: Console) -> None:
-    """Run the checks of `train --dry-run` for the ranks that a launcher will start on this machine.
-
-    Raises:
-        UserError: a check failed.
-    """
+    """Run the checks of `train --dry-run` for the ranks that a launcher will start on this machine."""
     names: dict[str, Launcher] = {"torchrun": "torchrun", "mpi": "mpi"}
-    set_up_run(
-        config,
-        RankInfo(
-            rank=0,
-            world_size=ranks_per_node,
-            local_rank=0,
-            local_world_size=ranks_per_node,
-            launcher=names.get(launcher, "none"),
-        ),
-        console,
-    )
+    set_up_run(config, _first_rank(ranks_per_node, ranks_per_node, names.get(launcher, "none")), console)
+
+
+def _first_rank(world_size: int, local_size: int, launcher: Launcher) -> RankInfo:
+    return RankInfo(rank=0, world_size=world_size, local_rank=0, local_world_size=local_size, launcher=launcher)
 
 
 def _check_memory(config: Config, cluster: Cluster, model: PreTrainedModel, sizes: MeshSizes, console: Console) -> None:
@@ -117,27 +100,21 @@ def _check_plan(
 
 
 def estimate_static_bytes(model: PreTrainedModel, sizes: MeshSizes, config: Config) -> tuple[float, float]:
-    """Return the bytes that a rank holds between steps, without padding.
+    """Return the bytes of the base, and the bytes of adapters, gradients and optimizer states, between steps on a rank.
 
-    Args:
-        model: model on the meta device, with adapters attached.
-        sizes: mesh sizes that the model will be sharded over.
-        config: configuration of the run.
-
-    Returns:
-        Bytes of the base, and bytes of adapters, gradients and optimizer states. Paged states use only free memory.
+    The bytes are without padding. Paged states use only free memory.
     """
     parameters = list(model.parameters())
     base = sum(p.nbytes for p in parameters if not p.requires_grad) / sizes.base_shards
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     engine, optim, compute = config.parallel.engine, config.optim, COMPUTE_BYTES[config.model.compute_dtype]
-    element_bytes = _FP32_BYTES + 4 + 2 * (1 if optim.name.endswith("8bit") else 4)
+    element_bytes = FP32_BYTES + 4 + 2 * (1 if optim.name.endswith("8bit") else 4)
     if optim.name == "zero-adamw":  # it keeps the summed gradients beside the optimizer states
         element_bytes += 4 if optim.offload == "none" else -8
-    if engine == "zero3" and compute != _FP32_BYTES:
+    if engine == "zero3" and compute != FP32_BYTES:
         element_bytes += compute  # a rounded copy, which is gathered
     if engine == "zero2":
         # each rank holds all adapters in the compute dtype; in fp32 its shard's values are part of that copy
-        element_bytes -= _FP32_BYTES if compute == _FP32_BYTES else 0
+        element_bytes -= FP32_BYTES if compute == FP32_BYTES else 0
         return base, element_bytes * trained / sizes.adapter_shards + compute * trained
     return base, element_bytes * trained / sizes.adapter_shards

@@ -34,7 +34,6 @@ class SlurmJob:
 
     @property
     def script(self) -> Path:
-        """Path of the rendered script."""
         return self.folder / "job.sbatch"
 
     @property
@@ -44,11 +43,7 @@ class SlurmJob:
 
 
 def render_job_script(job: SlurmJob, cluster: Cluster) -> str:
-    """Return the script, with every value quoted.
-
-    Raises:
-        UserError: a path cannot be written in a job script.
-    """
+    """Return the script, with every value quoted."""
     for path in (job.cwd, job.run):
         # sbatch gives a backslash in the output's name another meaning
         if any(char < " " or char in "\x7f\\" for char in str(path)):

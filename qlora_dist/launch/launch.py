@@ -22,7 +22,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.job_script import SlurmJob, render_job_script
 from qlora_dist.launch.run_status import JOB_FILE
-from qlora_dist.launch.slurm_queue import queued_jobs
+from qlora_dist.launch.slurm_queue import queued_jobs, sbatch
 from qlora_dist.runs.json_object import read_json_object
 from qlora_dist.runtime.process_identity import process_identity
 
@@ -46,14 +46,7 @@ class LaunchOptions:
 def launch_local(config: Config, on: LaunchTarget, options: LaunchOptions, console: Console) -> None:
     """Check a run and replace this process by it. Return only after a dry run or for a finished run.
 
-    Args:
-        config: configuration of the run.
-        on: launcher of the ranks.
-        options: options of the command line.
-        console: console for progress. A dry run prints the command to stdout.
-
-    Raises:
-        UserError: more than one node is requested, the run's name is taken, or `train --dry-run` fails.
+    The console shows progress. A dry run prints the command to stdout.
     """
     from qlora_dist.launch.job_check import check_local_run
     from qlora_dist.runs.run_action import finished_run_note
@@ -113,19 +106,9 @@ def _visible_gpu_count(console: Console) -> int:
 
 
 def launch_slurm(config: Config, cluster: Cluster, options: LaunchOptions, console: Console) -> None:
-    """Check, render and submit a job.
-
-    Args:
-        config: configuration of the run.
-        cluster: settings of the cluster.
-        options: options of the command line.
-        console: console for progress. A dry run prints the script to stdout.
-
-    Raises:
-        UserError: a check failed, before anything was submitted.
-    """
-    from qlora_dist.launch import submit
+    """Check, render and submit a job. The console shows progress, and a dry run prints the script to stdout."""
     from qlora_dist.launch.job_check import check_job
+    from qlora_dist.launch.run_list import follow_job
     from qlora_dist.runs.run_action import finished_run_note
 
     job = make_job(config, options.nodes, options.ranks_per_node or default_ranks_per_node(cluster), options.array)
@@ -142,13 +125,12 @@ def launch_slurm(config: Config, cluster: Cluster, options: LaunchOptions, conso
     job_id = submit_job(config, job, script)
     console.print(f"job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {job.script}", soft_wrap=True)
     if options.follow:
-        submit.follow_job(job_id, job.output)
+        follow_job(job_id, job.output)
         return
     console.print(f"watch it with `qlora-dist jobs`, or tail -f {job.output}", soft_wrap=True)
 
 
 def default_ranks_per_node(cluster: Cluster) -> int:
-    """Return the ranks per node without `--ranks-per-node`."""
     return cluster.gpus_per_node or 1
 
 
@@ -167,16 +149,7 @@ def make_job(config: Config, nodes: int, ranks_per_node: int, array: int = 0) ->
 
 
 def submit_job(config: Config, job: SlurmJob, script: str) -> int:
-    """Write the job's files, submit it, and record it in the run's folder.
-
-    Returns:
-        SLURM's job number.
-
-    Raises:
-        UserError: SLURM is not installed here, or it refuses the job.
-    """
-    from qlora_dist.launch.submit import sbatch
-
+    """Write the job's files, submit it, and record it in the run's folder. Return SLURM's job number."""
     job.folder.mkdir(parents=True)
     (job.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     job.script.write_text(script, encoding="utf-8")
@@ -186,7 +159,6 @@ def submit_job(config: Config, job: SlurmJob, script: str) -> int:
 
 
 def write_job_file(run: Path, launcher: LaunchTarget, job_id: int | None, pid: int | None, log: Path | None) -> None:
-    """Record the launcher of a run in its folder."""
     run.mkdir(parents=True, exist_ok=True)
     tree = {
         "launcher": launcher,
@@ -215,12 +187,7 @@ def _new_submission_dir(run: Path) -> Path:
 def check_not_queued(run: Path, remedy: str) -> None:
     """Check that no job of this run is in SLURM's queue, because two jobs would overwrite each other's files.
 
-    Args:
-        run: the run's folder.
-        remedy: alternative to cancelling the queued job, for the message.
-
-    Raises:
-        UserError: a job of the run is in the queue.
+    The message has `remedy` as the alternative to cancelling the queued job.
     """
     tree = read_json_object(run / JOB_FILE)
     job_id = tree.get("job_id") if tree.get("launcher") == "slurm" else None

@@ -30,21 +30,13 @@ _EXCHANGE_REPEATS = 3
 
 
 def find_slow_nodes(times: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the nodes that are slow with both of their neighbours.
-
-    Args:
-        times: seconds of each node's exchange with its left and with its right neighbour.
-    """
+    """Return the nodes that are slow with both neighbours, from the seconds of each node's exchanges with them."""
     best = [min(pair) for pair in times]
     return [node for node, seconds in enumerate(best) if seconds > SLOW_FACTOR * median(best)]
 
 
 def run_preflight() -> None:
-    """Join all nodes, exchange data, and print which nodes are slow.
-
-    Raises:
-        UserError: a node did not join.
-    """
+    """Join all nodes, exchange data, and print which nodes are slow."""
     import torch
     import torch.distributed as dist
 
@@ -59,10 +51,7 @@ def run_preflight() -> None:
         joined_s = time.monotonic() - started
         data = torch.ones(_PAYLOAD_MIB << 18, device=device)
         dist.all_reduce(data)  # opens the connections
-        pair = (
-            _time_exchange(data, ranks.rank, ranks.world_size, 0),
-            _time_exchange(data, ranks.rank, ranks.world_size, 1),
-        )
+        pair = [_time_exchange(data, ranks.rank, ranks.world_size, shift) for shift in (0, 1)]
         answers = all_gather_json([host, joined_s, *pair])
     if ranks.rank != 0:
         return

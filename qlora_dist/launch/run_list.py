@@ -1,4 +1,4 @@
-"""Command `qlora-dist jobs`: list runs with their states and progress."""
+"""Command `qlora-dist jobs`: list runs with their states and progress, or print the output of one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from rich.table import Table
 
 from qlora_dist.errors import UserError
 from qlora_dist.launch.run_status import RunStatus, find_run_dir, find_run_dirs, read_run_statuses
+from qlora_dist.launch.slurm_queue import queued_jobs
 
 _OUTPUT_POLL_S = 0.5
 _STATUS_POLL_S = 3.0
+_QUEUE_POLL_S = 1.0
 _COLOURS = {"running": "green", "waiting": "yellow", "failed": "red", "to be requeued": "yellow"}
 
 
@@ -26,10 +28,10 @@ def print_runs(folder: Path, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps([run.to_json() for run in runs], indent=2) + "\n")
         return
     console = Console(highlight=False)
-    if not runs:
+    if runs:
+        console.print(_table(runs))
+    else:
         console.print(f"no runs in {folder}", markup=False)
-        return
-    console.print(_table(runs))
 
 
 def _table(runs: list[RunStatus]) -> Table:
@@ -51,11 +53,7 @@ def _table(runs: list[RunStatus]) -> Table:
 
 
 def follow_run(folder: Path, name: str) -> None:
-    """Print rank 0's output from its beginning until the run ends.
-
-    Raises:
-        UserError: there is no such run, or its output file is unknown.
-    """
+    """Print rank 0's output from its beginning until the run ends."""
     path = find_run_dir(folder, name)
     (run,) = read_run_statuses([path])
     if not isinstance(run.job.get("log"), str):
@@ -70,6 +68,18 @@ def follow_run(folder: Path, name: str) -> None:
         if not run.is_active:
             return
         time.sleep(_OUTPUT_POLL_S)
+
+
+def follow_job(job_id: int, log: Path) -> None:
+    """Print the job's output until it ends."""
+    position, has_ended = 0, False
+    while True:
+        position = print_new_output(log, position)
+        if has_ended:
+            return
+        jobs = queued_jobs()
+        has_ended = jobs is not None and str(job_id) not in jobs
+        time.sleep(_QUEUE_POLL_S)
 
 
 def print_new_output(log: Path, position: int) -> int:

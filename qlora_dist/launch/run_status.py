@@ -84,11 +84,6 @@ def find_run_dirs(folder: Path) -> list[Path]:
 
 
 def find_run_dir(folder: Path, name: str) -> Path:
-    """Return the folder of a run.
-
-    Raises:
-        UserError: there is no run of that name.
-    """
     runs = {path.name: path for path in find_run_dirs(folder)}
     if name not in runs:
         names = ", ".join(sorted(runs)[:10]) or "no runs"
@@ -105,12 +100,7 @@ def read_run_statuses(paths: list[Path]) -> list[RunStatus]:
 
 
 def read_run_status(path: Path, queue: dict[str, str] | None) -> RunStatus:
-    """Return the status of a run.
-
-    Args:
-        path: the run's folder.
-        queue: states of SLURM's jobs (`queued_jobs`); None if unknown.
-    """
+    """Return the status of the run in a folder. `queue` is the answer of `queued_jobs`; None if unknown."""
     job, process = read_json_object(path / JOB_FILE), read_json_object(path / PROCESS_FILE)
     markers = {
         name: read_json_object(path / name)
@@ -183,13 +173,8 @@ def _last_metrics(path: Path) -> list[dict[str, Any]]:
             lines = file.read().splitlines()
     except OSError:
         return []
-    rows = [row for line in lines if (row := parse_json_object(line))]
-    numbers = ("tokens_per_s", "step_s")
-    return [
-        row
-        for row in rows
-        if "loss" in row and is_metrics_row(row) and all(row.get(name) is not None for name in numbers)
-    ]
+    rows = [row for line in lines if (row := parse_json_object(line)) and "loss" in row and is_metrics_row(row)]
+    return [row for row in rows if row.get("tokens_per_s") is not None and row.get("step_s") is not None]
 
 
 def _configured_steps(path: Path) -> int | None:
@@ -227,7 +212,6 @@ def _parse_timestamp(time_of_day: Any) -> float | None:
 
 
 def _last_write_time(path: Path) -> float:
-    """Return the time of the run's last write."""
     try:
         return max(entry.stat().st_mtime for entry in path.iterdir())
     except (OSError, ValueError):

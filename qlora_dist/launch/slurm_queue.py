@@ -1,10 +1,12 @@
-"""Queries of SLURM's queue, and cancelling."""
+"""Submission to SLURM's queue, queries of it, and cancelling."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from qlora_dist.errors import UserError
 
@@ -33,10 +35,29 @@ class JobState:
         return self.state in _ENDED_STATES
 
 
+def sbatch(script: Path) -> int:
+    """Submit a script and return the job's number."""
+    # inside a job, sbatch would take that job's variables for options
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    command = ["sbatch", "--parsable", str(script)]
+    try:
+        answer = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        raise UserError(
+            "sbatch: there is no such command; submit from a login node of a SLURM cluster, try "
+            "slurm/local_cluster.sh, or see the script with --dry-run"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError("sbatch: SLURM does not answer; check that its controller runs (scontrol ping)") from None
+    if answer.returncode != 0:
+        reason = " ".join(answer.stderr.split()).removeprefix("sbatch: error: ")
+        raise UserError(f"{script}: sbatch refuses it ({reason}); correct the cluster's file")
+    return int(answer.stdout.strip().split(";")[0])
+
+
 def job_state(job_id: int) -> JobState | None:
     """Return the state of a job, also for some minutes after its end; None if SLURM does not answer."""
-    command = ["squeue", f"--jobs={job_id}", "--states=all", "--noheader", "--format=%T|%r|%N"]
-    done = _run_slurm_command(command)
+    done = _run_slurm_command(["squeue", f"--jobs={job_id}", "--states=all", "--noheader", "--format=%T|%r|%N"])
     if done is None:
         return None
     if done.returncode == 0 and (fields := done.stdout.strip().split("|"))[0]:
@@ -58,8 +79,7 @@ def queued_jobs() -> dict[str, str] | None:
     """Return the states of this user's active jobs by job id; None without SLURM, or if it does not answer."""
     if shutil.which("squeue") is None:
         return None
-    command = ["squeue", "--me", "--noheader", "--format=%A|%T"]
-    done = _run_slurm_command(command)
+    done = _run_slurm_command(["squeue", "--me", "--noheader", "--format=%A|%T"])
     if done is None or done.returncode != 0:
         return None
     return dict(line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)
@@ -74,11 +94,7 @@ def _run_slurm_command(command: list[str]) -> subprocess.CompletedProcess[str] |
 
 
 def scancel(job: str) -> None:
-    """Cancel a job, or a step of it (`123.0`).
-
-    Raises:
-        UserError: SLURM refuses or does not answer.
-    """
+    """Cancel a job, or a step of it (`123.0`)."""
     try:
         done = subprocess.run(["scancel", job], capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

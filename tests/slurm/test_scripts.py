@@ -18,7 +18,7 @@ import pytest
 
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.job_script import SlurmJob, render_job_script
-from qlora_dist.launch.submit import sbatch
+from qlora_dist.launch.slurm_queue import sbatch
 from tests.helpers.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
