@@ -18,14 +18,9 @@ _REPORTED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspee
 
 
 def machine_info(device: str) -> dict[str, Any]:
-    """Return a description of this process's machine.
+    """Return a description of this process's machine, with `device` cpu or cuda.
 
-    Args:
-        device: cpu or cuda.
-
-    Returns:
-        versions, system, processor, cores that this process may use, memory_bytes, device, threads of an operator, and
-        load_average over the last minute. `device` is cpu, or the names of the visible GPUs.
+    The description has the names of the visible GPUs, and the load average over the last minute.
     """
     import torch
 

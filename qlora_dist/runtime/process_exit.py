@@ -43,8 +43,7 @@ def _launcher_kills_at_once() -> bool:
 def wait_for_rank_0_report(ranks: RankInfo) -> bool:
     """Wait for rank 0 to report a user's error, which it has most likely detected too. Its exit then ends this rank.
 
-    Returns:
-        Whether this rank must report the error for its node, because rank 0 apparently has not.
+    Return whether this rank must report the error for its node, because rank 0 apparently has not.
     """
     if not _launcher_kills_at_once():
         return False

@@ -10,11 +10,7 @@ from qlora_dist.errors import UserError
 
 
 def check_platform() -> None:
-    """Refuse Windows, which lacks the signals that stop runs and the forks that read data.
-
-    Raises:
-        UserError: this is Windows.
-    """
+    """Raise UserError on Windows, which lacks the signals that stop runs and the forks that read data."""
     if sys.platform == "win32":
         raise UserError(
             "qlora-dist trains on Linux, and on macOS for trying, not on Windows; start it in WSL 2 (wsl --install)"
@@ -27,11 +23,7 @@ def usable_cpu_count() -> int:
 
 
 def user_cache_dir() -> Path:
-    """Return the folder for cached files, in XDG_CACHE_HOME or in the user's home.
-
-    Raises:
-        UserError: the user has no home, as in some containers.
-    """
+    """Return the folder for cached files, in XDG_CACHE_HOME or in the user's home. Without a home raise UserError."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-dist"
     except RuntimeError:

@@ -25,12 +25,6 @@ class EvalSumsFile:
     """File with the sums of all ranks. Methods are called on all ranks, and rank 0 reads and writes the file.
 
     The sums are used only if the number of ranks, the data, the settings and the weights are unchanged.
-
-    Args:
-        path: path of the file.
-        setup: run that is ready to start.
-        fingerprint: fingerprint of the run in its checkpoints.
-        weights: this rank's trained weights.
     """
 
     def __init__(

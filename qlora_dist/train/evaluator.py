@@ -23,14 +23,6 @@ class Evaluator:
 
     The metrics of the step are written before its evaluation, and so is its checkpoint if one is due. An interrupted
     evaluation continues when the run is started again. Methods are called on all ranks.
-
-    Args:
-        setup: run whose model is sharded and loaded.
-        sums_file: file with the sums of an interrupted evaluation.
-        control: control flags of all ranks.
-        save: function that begins a checkpoint.
-        console: output for losses.
-        run_dir: folder that losses are written to; None on ranks other than 0.
     """
 
     def __init__(
@@ -58,11 +50,8 @@ class Evaluator:
     def load_completed(self, step: int, *, same_run: bool) -> None:
         """Look up in the metrics whether the evaluation after `step`, where the run starts, was completed.
 
-        The checkpoint has no record of it, because it is begun before the evaluation.
-
-        Args:
-            step: number of steps done.
-            same_run: True if the metrics up to this step belong to the checkpoint.
+        The checkpoint has no record of it, because it is begun before the evaluation. The metrics count only if they
+        belong to the same run as the checkpoint.
         """
         logged_loss = self._run_dir.eval_loss(step) if self._run_dir is not None and same_run else None
         loss = broadcast_json(logged_loss)
@@ -75,11 +64,7 @@ class Evaluator:
         return bool(self._batches) and due
 
     def evaluate_if_due(self, progress: RunProgress, last_step: int) -> str | None:
-        """Evaluate if that is due after this step and not yet done.
-
-        Returns:
-            The reason to stop if the evaluation was interrupted.
-        """
+        """Evaluate if that is due after this step and not yet done. Return the reason to stop if it is interrupted."""
         step = progress.step
         if progress.evaluated == step:
             return None

@@ -45,10 +45,7 @@ AfterTraining = Callable[[Path, Callable[[str], None]], None]
 def run_training(config: Config, resume: str = "auto", after_training: AfterTraining | None = None) -> None:
     """Train on every rank, under any launcher or in a single process.
 
-    Args:
-        config: configuration of the run.
-        resume: `auto` (resume from the run's newest complete checkpoint, if any), `none`, or a checkpoint's folder.
-        after_training: function that is called once the run is done.
+    `resume` is `auto` (resume from the run's newest complete checkpoint, if any), `none`, or a checkpoint's folder.
 
     Raises:
         UserError: the user must correct something. Nearly all checks come before any rank waits for another.

@@ -96,16 +96,7 @@ def summarize(
     console: RunConsole,
     run_dir: RunDir | None,
 ) -> None:
-    """Print the result, and write it as summary.json. Called on all ranks.
-
-    Args:
-        setup: run that has ended.
-        result: outcome of the training loop.
-        load_stats: memory and time that loading took on this rank.
-        prediction: planned figures, or the reason why there are none.
-        console: output for the table.
-        run_dir: folder of the file; None on ranks other than 0.
-    """
+    """Print the result, and write it as summary.json. Called on all ranks."""
     progress, evals = result.progress, result.progress.eval_losses
     first_is_base = len(evals) > 1 or progress.evaluated == 0
     summary: dict[str, Any] = {

@@ -27,11 +27,8 @@ class StepContext:
     """Model, optimizer and settings that stay the same from step to step."""
 
     model: PreTrainedModel
-    """Model that is sharded and loaded."""
     shards: AdapterShards
-    """This rank's adapter shards."""
     optimizer: AdapterOptimizer
-    """Optimizer of these shards."""
     loss_scale: LossScale
     """Loss scale, which is 1 except for fp16."""
     adapter_replicas: int
@@ -39,7 +36,6 @@ class StepContext:
     max_grad_norm: float | None
     """Largest gradient norm after clipping; None: no clipping."""
     traffic: CommCounter
-    """Counter of the bytes of collectives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +61,12 @@ def train_step(
 ) -> StepResult:
     """Run forward and backward over the accumulation window, clip over all ranks, and update the adapters.
 
-    The gradient is that of the summed loss of all trained tokens divided by their number. Both are taken over all
-    micro-batches of all ranks, so 1 rank with 4 sequences equals 4 ranks with 1. The engine sums gradients over ranks
-    and does not divide them. They are communicated once, after the last micro-batch.
+    The gradient is that of the summed loss of all trained tokens divided by their number, `loss_tokens`. Both are taken
+    over all micro-batches of all ranks, so 1 rank with 4 sequences equals 4 ranks with 1. The engine sums gradients
+    over ranks and does not divide them. They are communicated once, after the last micro-batch.
 
-    Args:
-        context: model, optimizer and settings.
-        micro_batches: this rank's micro-batches.
-        loss_tokens: number of trained tokens in the windows of all ranks.
-        control_flags: function that returns this rank's flags, called as late as possible. The same all-reduce sums
-            them, the loss and the gradient norm.
+    `control_flags` returns this rank's flags, and is called as late as possible. One all-reduce sums them, the
+    loss and the gradient norm.
 
     Raises:
         UserError: no adapter takes part in the loss.

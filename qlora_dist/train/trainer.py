@@ -82,14 +82,7 @@ class StepBatch:
 class Trainer:
     """Trains the adapters of a loaded model from a resume point to the last step, or until a request to stop.
 
-    Every method is called on all ranks, in the same order.
-
-    Args:
-        setup: run whose model is sharded and loaded.
-        resume_point: checkpoint to restore, or the beginning.
-        loaded: the run's model with its weights, its adapter shards and the memory of the optimizer states.
-        console: output for progress.
-        run_dir: folder that metrics are written to; None on ranks other than 0.
+    Every method is called on all ranks, in the same order. Only rank 0 has the run's folder.
     """
 
     def __init__(
@@ -139,8 +132,7 @@ class Trainer:
     def train(self, run_started: float | None = None) -> TrainResult:
         """Train, evaluate and save until the last step or a request to stop.
 
-        Args:
-            run_started: `time.perf_counter()` when this start of the run began; None: when the trainer was made.
+        This start of the run began at `run_started` by `time.perf_counter()`; None: when the trainer was made.
 
         Raises:
             UserError: too many steps in a row were not finite.
@@ -225,11 +217,7 @@ class Trainer:
         return not self._result.tokens_per_s
 
     def _roll_back(self, batch: StepBatch, result: StepResult, *, is_spike: bool) -> bool:
-        """Report a bad step, and restore the newest checkpoint if `train.on_spike` asks for that.
-
-        Returns:
-            Whether a checkpoint was restored.
-        """
+        """Report a bad step. Return whether the newest checkpoint was restored, which `train.on_spike` asks for."""
         details = f"loss {result.loss:.4f}, gradient norm {result.grad_norm:.3g}, global batch {batch.index}"
         self._console.say(f"step {self.progress.step + 1}: {'a spike' if is_spike else 'not finite'} ({details})")
         # fp16 overflows now and then until its loss scale is found
@@ -282,11 +270,7 @@ class Trainer:
         self._run_dir.log(metrics.to_row())
 
     def _raise_if_diverged(self) -> None:
-        """Check how many steps in a row were not finite.
-
-        Raises:
-            UserError: there were `train.max_skipped_steps`.
-        """
+        """Raise UserError after `train.max_skipped_steps` steps in a row that were not finite."""
         limit = self._config.max_skipped_steps
         if self.progress.skipped_in_a_row == limit:
             raise UserError(
