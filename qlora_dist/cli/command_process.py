@@ -58,7 +58,7 @@ def prepare_process() -> None:
         UserError: the system is unsupported, or a library is too old.
     """
     from qlora_dist.compat.versions import check_versions
-    from qlora_dist.runtime.orphans import die_with_parent
+    from qlora_dist.runtime.process_exit import die_with_parent
     from qlora_dist.runtime.system import check_platform
 
     check_platform()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,12 @@ from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import RankInfo
 from qlora_dist.runtime.network import check_interfaces
 from qlora_dist.runtime.rendezvous import join_rendezvous
+
+_CPUINFO = Path("/proc/cpuinfo")
+_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""Flags of x86 processors, and the feature name of Arm processors."""
+_MIN_CAPABILITY = (8, 0)
+"""Compute capability of NVIDIA's Ampere."""
 
 
 def resolve_device(name: str, ranks: RankInfo) -> torch.device:
@@ -35,6 +42,30 @@ def idle_gpus_warning(ranks: RankInfo, device: torch.device, count: int) -> str 
     if device.type != "cuda" or ranks.launcher != "none" or count <= 1:
         return None
     return f"this process uses one of {count} GPUs; `qlora-dist launch CONFIG --on torchrun` uses all, one rank on each"
+
+
+def bf16_warning(device: torch.device) -> str | None:
+    """Return a sentence with the remedy if the device lacks bf16 instructions; None if it has them or may have them."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= _MIN_CAPABILITY:
+            return None
+        name, number = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+        return (
+            f"bf16 is emulated and slow on {name} (compute capability {number}, bf16 needs 8.0); "
+            "set model.compute_dtype=fp16"
+        )
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    if not lines or _BF16_CPU_FLAGS & set(lines[0].split()):
+        return None
+    return (
+        "this processor has no bf16 instructions: bf16 is ten or more times slower here than fp32; "
+        "set model.compute_dtype=fp32"
+    )
 
 
 @contextmanager

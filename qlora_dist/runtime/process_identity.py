@@ -17,7 +17,7 @@ _CLOCK_TOLERANCE_S = 60.0
 
 
 def process_identity(pid: int) -> dict[str, Any]:
-    """Return what tells a process from a later one with the same number; psutil.Error if there is no such process."""
+    """Return what tells a process from a later one with the same number. Raise psutil.Error if it does not exist."""
     identity: dict[str, Any] = {"born": psutil.Process(pid).create_time()}
     try:
         # the name in parentheses may hold anything; the 20th field after it is the start time in ticks

@@ -190,7 +190,7 @@ class RunCheckpointer(Checkpointer):
         self.write(manifest, snapshot(self._state))
 
     def roll_back(self, progress: RunProgress, skip_batch: int) -> RunProgress | None:
-        """Restore the newest checkpoint, and leave out global batch `skip_batch` from now on. None without one."""
+        """Restore the newest checkpoint, if any, and leave out global batch `skip_batch` from now on."""
         self.wait()
         newest = latest_complete(self._path, self._log, _check_counters)
         if newest is None:

@@ -21,8 +21,8 @@ from qlora_dist.runs.run_dir import DONE_MARKER, REQUEUE_MARKER, STOPPED_MARKER,
 from qlora_dist.runs.run_lock import lock_run_dir
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.heartbeat import record_heartbeat
-from qlora_dist.runtime.machine_info import machine_info
 from qlora_dist.runtime.process_group import process_group
+from qlora_dist.runtime.system import machine_info
 from qlora_dist.runtime.watchdog import watchdog
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.control_flags import MANUAL_STOP_REASONS

@@ -129,10 +129,10 @@ def _write_stderr(text: str) -> None:
 
 
 def remove_stale_stop_file(run: Path) -> str | None:
-    """Remove a STOP file that is older than this start, because it was meant for an earlier one. Return a sentence
-    then.
+    """Remove a STOP file that is older than this start, because it was meant for an earlier one.
 
-    A newer one stays and stops the run. Each age is a difference on one clock: the file system's, or this machine's.
+    Return a sentence if a file was removed. A newer one stays and stops the run. Each age is a difference on one clock:
+    the file system's, or this machine's.
     """
     stop = run / STOP_FILE
     try:
@@ -176,7 +176,7 @@ class StopRequests:
         self._max_time_s = None if max_time is None else max_time.total_seconds()
 
     def flags(self, ahead_s: float) -> ControlFlags:
-        """Return this rank's flags, if the last checkpoint could begin in `ahead_s` seconds at the earliest."""
+        """Return this rank's flags. If the run continued, the last checkpoint could begin in `ahead_s` seconds."""
         signals = ControlFlags(**{name.lower(): int(name in _received) for name in STOP_SIGNALS})
         if not self._is_rank_0:
             return signals
@@ -189,9 +189,7 @@ class StopRequests:
         )
 
     def acknowledge(self, flags: ControlFlags, *, saved: bool = True) -> None:
-        """Remove the request files that all ranks have seen. SAVE stays unless a requested checkpoint was begun
-        (`saved`).
-        """
+        """Remove the request files that all ranks have seen. SAVE stays unless its checkpoint was begun (`saved`)."""
         seen = {STOP_FILE: flags.stop_file, SAVE_FILE: saved and flags.save_file}
         for name, is_seen in seen.items():
             if is_seen and self._is_rank_0:

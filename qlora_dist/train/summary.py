@@ -15,9 +15,9 @@ from rich.text import Text
 from qlora_dist.adapters.attach import named_trainable_parameters
 from qlora_dist.plan.print_plan import term_label
 from qlora_dist.runs.run_dir import RunDir, run_path
-from qlora_dist.runtime.bf16_support import bf16_warning
 from qlora_dist.runtime.byte_sizes import format_bytes
 from qlora_dist.runtime.device_memory import peak_memory_bytes
+from qlora_dist.runtime.process_group import bf16_warning
 from qlora_dist.train.console import RunConsole, pluralize
 from qlora_dist.train.prediction import RunPrediction
 from qlora_dist.train.run_setup import RunSetup

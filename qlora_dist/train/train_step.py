@@ -1,4 +1,4 @@
-"""One optimizer step."""
+"""One optimizer step, and the optimizer that the configuration names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from transformers import PreTrainedModel
 from qlora_dist.compat.torch import foreach_mul_, foreach_norm
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
+from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.adapter_shards import AdapterShards
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.comm_counter import CommCounter
-from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer
+from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer, ZeroAdamW, ZeroOptimizerState
+from qlora_dist.parallel.loaded_model import OptimizerState
+from qlora_dist.runtime.device_memory import memory_budget_bytes
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.train.control_flags import ControlFlags
+from qlora_dist.train.run_setup import RunSetup
 from qlora_dist.train.step_profiler import OPTIMIZER_LABEL, STEP_LABEL
 
 
@@ -50,6 +54,20 @@ class StepResult:
     """False if loss or gradient were not finite, so that the adapters were left unchanged."""
     flags: ControlFlags
     """Sums of the control flags over all ranks; zeros if none were given."""
+
+
+def make_optimizer(shards: AdapterShards, states: OptimizerState, setup: RunSetup) -> AdapterOptimizer:
+    """Return the optimizer of a rank's shards, which have values already."""
+    config = setup.config.optim
+    if isinstance(states, ZeroOptimizerState):
+        return ZeroAdamW(shards.local, states, config)
+    return PagedAdamW(
+        shards.local,
+        states,
+        config,
+        [config.lora_plus_ratio if is_b else 1.0 for is_b in shards.is_lora_b],
+        lambda held: memory_budget_bytes(setup.device, held, setup.ranks.local_world_size),
+    )
 
 
 @record_function(STEP_LABEL)
