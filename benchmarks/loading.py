@@ -122,7 +122,7 @@ def measure(args: argparse.Namespace, folder: Path, tiny: Path) -> dict[str, Any
     from synthetic import drop_from_page_cache, write_nf4
 
     from qlora_dist.model.model_folder import ModelFolder
-    from qlora_dist.runtime.machine_info import machine_info
+    from qlora_dist.runtime.system import machine_info
 
     transformers.utils.logging.disable_progress_bar()
     if not (folder / "model.safetensors").is_file():

@@ -47,9 +47,8 @@ from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import RunSetup, set_up_run
-from qlora_dist.train.train_step import StepContext, train_step
+from qlora_dist.train.train_step import StepContext, make_optimizer, train_step
 
 LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]

@@ -14,9 +14,8 @@ from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import StepContext, train_step
+from qlora_dist.train.train_step import StepContext, make_optimizer, train_step
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def main() -> int:
         parser.error(f"--rows {args.rows} is not divided by {max(args.ranks)} ranks")
     from workload import write_material  # late, because importing torch takes seconds
 
-    from qlora_dist.runtime.machine_info import machine_info
+    from qlora_dist.runtime.system import machine_info
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

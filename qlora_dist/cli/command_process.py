@@ -56,7 +56,7 @@ def gc_disabled() -> Iterator[None]:
 def prepare_process() -> None:
     """Tie this process's life to its launcher's, and check the system and the libraries' versions."""
     from qlora_dist.compat.versions import check_versions
-    from qlora_dist.runtime.orphans import die_with_parent
+    from qlora_dist.runtime.process_exit import die_with_parent
     from qlora_dist.runtime.system import check_platform
 
     check_platform()

@@ -366,7 +366,7 @@ def doctor(
 ) -> None:
     """Check this machine, or all nodes and their connections if started by torchrun, srun or mpirun."""
     from qlora_dist.runtime.mpi import share_store_address
-    from qlora_dist.runtime.orphans import die_with_parent
+    from qlora_dist.runtime.process_exit import die_with_parent
 
     share_store_address()
     die_with_parent()

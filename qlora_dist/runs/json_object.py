@@ -10,12 +10,7 @@ from typing import Any
 def read_json_object(path: Path, *, must_be_readable: bool = False) -> dict[str, Any]:
     """Return the JSON object in a file; empty if the file does not exist or is incomplete.
 
-    Args:
-        path: JSON file.
-        must_be_readable: True to raise the error of a file that exists and cannot be read.
-
-    Raises:
-        OSError: the file cannot be read, with `must_be_readable`.
+    A file that exists and cannot be read is empty too. With `must_be_readable` its OSError is raised.
     """
     try:
         return parse_json_object(path.read_bytes())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.errors import write_stderr
+from qlora_dist.runs.json_object import parse_json_object
 
 
 class MetricsFile:
@@ -19,22 +20,14 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        """Keep the lines of steps up to `step`, and drop later ones, because those steps will be repeated.
-
-        Args:
-            path: path of metrics.jsonl.
-            step: last step whose line is kept; -1 keeps no line.
-        """
+        """Keep the lines of steps up to `step` (-1: none), and drop later ones, because they will be repeated."""
         self._path = path
-        self._open(step)
-
-    def _open(self, step: int) -> None:
-        lines = _lines_until(self._path, step)
-        partial = self._path.with_name(self._path.name + ".partial")
+        lines = _lines_until(path, step)
+        partial = path.with_name(path.name + ".partial")
         partial.write_bytes(b"".join(lines))
-        partial.replace(self._path)
+        partial.replace(path)
         # unbuffered, so that a write either fails at once or is complete
-        self._file: RawIOBase = self._path.open("r+b", buffering=0)
+        self._file: RawIOBase = path.open("r+b", buffering=0)
         self._written = sum(map(len, lines))
         """Bytes of complete lines in the file."""
         self._last = lines[-1] if lines else b""
@@ -130,10 +123,7 @@ def nonfinite_to_none(values: dict[str, Any]) -> dict[str, Any]:
 
 def parse_step(line: bytes) -> int | None:
     """Return the step of a line of metrics.jsonl; None if it is not such a line."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+    step = parse_json_object(line).get("step")
     return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 

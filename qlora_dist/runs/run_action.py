@@ -64,11 +64,7 @@ def choose_run_action(config: Config, resume: str = "auto") -> RunAction:
     """Decide what this command does in the run's folder, without changing anything.
 
     When a launcher restarts its command, the run continues, whatever `run.overwrite` and `resume` say. They apply to
-    the first start.
-
-    Args:
-        config: configuration of the run.
-        resume: `auto`, `none`, or the folder of a checkpoint.
+    the first start. `resume` is `auto`, `none`, or the folder of a checkpoint.
 
     Raises:
         UserError: the folder cannot be used, or holds a run that this command would destroy.
@@ -99,7 +95,10 @@ def _choose_run_action(config: Config, resume: str, path: Path) -> RunAction:
     done = finished_steps(path)
     if done is not None:
         if _is_same_training(path, config):
-            return RunAction("done", note=_format_finished_note(path, done))
+            note = (
+                f"{path}: is done after {done} steps, and there is nothing to do; for more, raise train.steps, or give "
+            )
+            return RunAction("done", note=f"{note}run.overwrite=true to start it again")
         requested_steps = config.train.steps or (DEFAULT_STEPS if config.train.epochs is None else None)
         if resume != "none" and (requested_steps is None or requested_steps > done):
             return RunAction("resume", resume)
@@ -117,21 +116,13 @@ def _choose_run_action(config: Config, resume: str, path: Path) -> RunAction:
 
 
 def finished_run_note(config: Config) -> str | None:
-    """Return the message about a run that is done; None if there is something to do.
-
-    Raises:
-        UserError: as `choose_run_action`.
-    """
+    """Return the message about a run that is done; None if there is something to do."""
     action = choose_run_action(config)
     return action.note if action.kind == "done" else None
 
 
 def dry_run_note(config: Config, resume: str) -> str | None:
-    """Return a message on what `train` would do with the run in the folder; None if the folder holds no run.
-
-    Raises:
-        UserError: as `choose_run_action`.
-    """
+    """Return a message on what `train` would do with the run in the folder; None if the folder holds no run."""
     action = choose_run_action(config, resume)
     path = run_path(config.run)
     if action.kind == "done":
@@ -144,11 +135,7 @@ def dry_run_note(config: Config, resume: str) -> str | None:
 
 
 def skip_if_finished(config: Config, resume: str, rank: int) -> bool:
-    """Return whether the run is done. Rank 0 prints the message. Every rank decides alone and waits for no other.
-
-    Raises:
-        UserError: as `choose_run_action`.
-    """
+    """Return whether the run is done. Rank 0 prints the message. Every rank decides alone and waits for no other."""
     action = choose_run_action(config, resume)
     if action.kind != "done":
         return False
@@ -157,13 +144,6 @@ def skip_if_finished(config: Config, resume: str, rank: int) -> bool:
             os.utime(run_path(config.run) / DONE_MARKER)  # a job script ignores markers older than its own start
         print(action.note, flush=True)
     return True
-
-
-def _format_finished_note(path: Path, steps: int) -> str:
-    return (
-        f"{path}: is done after {steps} steps, and there is nothing to do; for more, raise train.steps, or give "
-        "run.overwrite=true to start it again"
-    )
 
 
 def _lost_steps_note(path: Path, config: Config) -> str | None:

@@ -34,7 +34,6 @@ RUN_SUBDIRS = (CHECKPOINTS_DIR, "adapter", "tensorboard")
 
 
 def run_path(config: RunConfig) -> Path:
-    """Return the run's folder."""
     return Path(config.dir) / config.name
 
 
@@ -52,15 +51,8 @@ class RunDir:
     ) -> None:
         """Create the folder. Checkpoints and metrics of an earlier start stay unchanged until `open_metrics`.
 
-        Args:
-            config: configuration of the run.
-            is_new: True if the run starts without a checkpoint.
-            replace: True to remove the files of an earlier run with this name.
-            steps: number of steps of the run.
-            machine: description of the machine (`machine_info`).
-
-        Raises:
-            UserError: the folder cannot be written.
+        `is_new` is True if the run starts without a checkpoint. With `replace`, all files of an earlier run with this
+        name are removed. `machine` comes from `machine_info`.
         """
         self.path = run_path(config.run)
         # until `open_metrics` keep the previous launch, because only a launch that has started resumes automatically
@@ -80,18 +72,10 @@ class RunDir:
             self._write_process()
 
     def open_metrics(self, step: int, superseded: Sequence[Path]) -> list[Path]:
-        """Open metrics.jsonl, and set aside the checkpoints that the run does not resume from.
+        """Open metrics.jsonl, and set aside the checkpoints that the run does not resume from, given newest first.
 
-        Args:
-            step: steps that are done. The metrics of later steps are removed, because they will be repeated. -1 removes
-                all of them.
-            superseded: checkpoints that the run does not resume from, newest first.
-
-        Returns:
-            The new folders of those checkpoints.
-
-        Raises:
-            UserError: the folder cannot be written.
+        The metrics of steps after `step` are removed, because these steps will be repeated. -1 removes all metrics.
+        Return the new folders of the checkpoints.
         """
         with self._explain_write_errors():
             # Checkpoints are moved before metrics are removed, newest first. If the process dies in between, the next
@@ -124,11 +108,9 @@ class RunDir:
         return self._metrics_file
 
     def roll_back(self, step: int) -> None:
-        """Remove the metrics of steps after `step`."""
         self._metrics.roll_back(step)
 
     def write_marker(self, marker: str, step: int, reason: str) -> None:
-        """Write a marker file atomically."""
         self._write(marker, json.dumps({"step": step, "reason": reason}))
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -147,7 +129,6 @@ class RunDir:
         return value if isinstance(value, float) else None
 
     def values(self, key: str) -> list[float]:
-        """Return the number under `key` of each line that has one."""
         return self._metrics.values(key)
 
     def _notify_listeners(self, metrics: dict[str, Any]) -> None:
@@ -160,7 +141,6 @@ class RunDir:
             self._metrics_file.close()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json."""
         self._write("summary.json", json.dumps(nonfinite_to_none(summary), indent=2))
 
     def _write(self, name: str, text: str) -> None:
@@ -182,8 +162,5 @@ def last_launch(path: Path) -> Any:
 
 def finished_steps(path: Path) -> int | None:
     """Return the number of steps of a finished run; None if the run in the folder is not finished."""
-    return _as_count(read_json_object(path / DONE_MARKER, must_be_readable=True).get("step"))
-
-
-def _as_count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    step = read_json_object(path / DONE_MARKER, must_be_readable=True).get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import LeaseCompromise, LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
 from qlora_dist.errors import UserError
+from qlora_dist.runs.json_object import read_json_object
 from qlora_dist.runtime.environment import is_same_launch, launch_id
 from qlora_dist.runtime.lease import LEASE_DURATION_S, LeaseMonitor, make_lease, owner_host
 from qlora_dist.runtime.process_exit import write_user_error_file
@@ -36,9 +36,8 @@ _WAIT_NOTICE_S = 2.0
 def lock_run_dir(path: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of a run's folder. Call it on rank 0.
 
-    Args:
-        path: the run's folder. It is created if necessary, and removed again if it is empty at the end.
-        log: function for a message about waiting for a holder that may be dead.
+    The folder is created if necessary, and removed again if it is empty at the end. `log` receives a message about
+    waiting for a holder that may be dead.
 
     Raises:
         UserError: a running run holds the lock, or the folder cannot be written.
@@ -94,11 +93,8 @@ def _acquire(path: Path, lease: SoftFileLease, log: Callable[[str], None]) -> No
 
 def _is_our_launch(path: Path, owner: OwnerRecord) -> bool:
     """Return whether the holder is an earlier start of this process's own launch."""
-    try:
-        note: Any = json.loads((path / _LAUNCH_FILE).read_text(encoding="utf-8"))
-        return note["token"] == owner.token and is_same_launch(note["launch"], launch_id())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    note = read_json_object(path / _LAUNCH_FILE)
+    return note.get("token") == owner.token and is_same_launch(note.get("launch"), launch_id())
 
 
 def _exit_on_lost_lease(path: Path, loss: LeaseCompromise) -> None:

@@ -43,13 +43,8 @@ def memory_budget_bytes(device: torch.device, held_bytes: int, local_world_size:
     """Return the bytes that a component may use in total, given that it holds `held_bytes` and nothing else grows.
 
     On CUDA the component may take what the allocator has not reserved (not run on a GPU). The reservation includes the
-    peak. On the CPU it may take `free_memory_bytes`, less what this process used at its peak and has released since.
-    A twentieth of all memory stays free.
-
-    Args:
-        device: the rank's device.
-        held_bytes: bytes that the component holds now.
-        local_world_size: number of ranks on this node.
+    peak. On the CPU it may take `free_memory_bytes`, less what this process used at its peak and has released since. A
+    twentieth of all memory stays free.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

@@ -152,15 +152,9 @@ def diagnose(
     after: Sequence[RankStatus],
     state: Callable[[RankStatus], ProcessState] = process_state,
 ) -> Diagnosis | None:
-    """Return the reason why the run makes no progress.
+    """Return the reason why the run makes no progress; None if the slowest ranks still work within their limit.
 
-    Args:
-        before: statuses of all ranks.
-        after: statuses of the same ranks, read seconds later, so that each rank has had time to publish again.
-        state: function that returns the state of a rank's process.
-
-    Returns:
-        None if the slowest ranks are still working within their time limit.
+    The statuses in `after` were read seconds after `before`, so that each rank has had time to publish again.
     """
     if (diagnosis := diagnose_exited_ranks(after, state)) is not None:
         return diagnosis

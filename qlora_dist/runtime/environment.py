@@ -44,24 +44,17 @@ def read_rank_info(environ: Mapping[str, str] = os.environ) -> RankInfo:
 
     torchrun and mpirun take precedence over SLURM, whose variables they inherit in a job. The shell of a batch script
     also has task variables but is no task: only a step sets SLURM_STEP_ID.
-
-    Raises:
-        UserError: some of the launcher's variables are missing or are not numbers, or the nodes have unequal sizes.
     """
     launcher = detect_launcher(environ)
-    if launcher == "torchrun":
-        return _read_variables(
-            launcher, environ, _DEEPSPEED_VARIABLES if started_by_deepspeed(environ) else _TORCHRUN_VARIABLES
-        )
+    if launcher == "none":
+        return RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher=launcher)
+    if launcher == "srun":
+        return _read_slurm_variables(environ)
     if launcher == "mpi":
-        return _read_variables(
-            launcher, environ, _OPEN_MPI_VARIABLES if started_by_open_mpi(environ) else _HYDRA_VARIABLES
-        )
-    return (
-        _read_slurm_variables(environ)
-        if launcher == "srun"
-        else RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
-    )
+        names = _OPEN_MPI_VARIABLES if started_by_open_mpi(environ) else _HYDRA_VARIABLES
+    else:
+        names = _DEEPSPEED_VARIABLES if started_by_deepspeed(environ) else _TORCHRUN_VARIABLES
+    return _read_variables(launcher, environ, names)
 
 
 def detect_launcher(environ: Mapping[str, str] = os.environ) -> Launcher:
@@ -131,11 +124,7 @@ class StoreAddress:
 def store_address(environ: Mapping[str, str] = os.environ) -> StoreAddress | None:
     """Return MASTER_ADDR and MASTER_PORT, or else the first node of the SLURM step and a port derived from the step.
 
-    Returns:
-        None if the environment gives no address. Under mpirun rank 0 chooses it.
-
-    Raises:
-        UserError: the port is invalid, or the step's nodes are unknown.
+    Return None if the environment gives no address. Under mpirun rank 0 chooses it.
     """
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if detect_launcher(environ) == "srun":
@@ -222,9 +211,8 @@ def process_record(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
 def launch_id(environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
     """Return what identifies the launch of this process, so that `is_same_launch` recognizes it after a restart.
 
-    Returns:
-        `agent` names torchrun's agent on this node, and `torchrun` its run id. `job` is the SLURM job or job array, and
-        `start` its array index and restart count.
+    `agent` names torchrun's agent on this node, and `torchrun` its run id. `job` is the SLURM job or job array, and
+    `start` its array index and restart count.
     """
     agent = run_id = job = None
     if started_by_torchrun(environ):

@@ -39,18 +39,13 @@ def record_heartbeat(
 ) -> None:
     """Report progress. The main thread must call this more often than every `train.timeout` seconds.
 
-    Args:
-        step: optimizer steps that are done; None leaves it unchanged.
-        phase: phase that begins now; None leaves it unchanged.
-        timeout_factor: factor on the timeout until the next call. None: 1 for a new phase, and unchanged otherwise.
+    None leaves a value unchanged, except that a new phase sets the factor on the timeout to 1.
     """
     global _last
-    before = _last
     if timeout_factor is None:
-        timeout_factor = before.timeout_factor if phase is None else 1.0
-    _last = Heartbeat(
-        before.sequence_number + 1, before.step if step is None else step, phase or before.phase, timeout_factor
-    )
+        timeout_factor = _last.timeout_factor if phase is None else 1.0
+    done = _last.step if step is None else step
+    _last = Heartbeat(_last.sequence_number + 1, done, phase or _last.phase, timeout_factor)
 
 
 def last_heartbeat() -> Heartbeat:

@@ -22,12 +22,7 @@ LEASE_HEARTBEAT_S = 5.0
 
 
 def make_lease(path: Path, on_loss: Callable[[LeaseCompromise], None] | None = None) -> SoftFileLease:
-    """Return the lease whose file is `path`, without acquiring it.
-
-    Args:
-        path: the lease's file.
-        on_loss: function that a thread calls when this process has lost the lease while it held it.
-    """
+    """Return the lease whose file is `path`, without acquiring it. A thread calls `on_loss` if a held lease is lost."""
     return SoftFileLease(
         path, lease_duration=LEASE_DURATION_S, heartbeat_interval=LEASE_HEARTBEAT_S, on_compromise=on_loss
     )

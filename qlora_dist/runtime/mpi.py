@@ -31,9 +31,6 @@ def share_store_address() -> None:
     """Broadcast the store's address from rank 0. Call it on all ranks, before anything that takes long.
 
     Nothing happens under another launcher, or if the environment gives the address.
-
-    Raises:
-        UserError: mpi4py is missing, or it uses another MPI than mpirun.
     """
     ranks = read_rank_info()
     if ranks.launcher == "mpi" and ranks.world_size > 1 and store_address() is None:
@@ -92,9 +89,6 @@ def reachable_address(environ: Mapping[str, str] = os.environ) -> str:
 
     GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME take precedence. Otherwise it is the address of the host name, or that of
     the first interface that is up.
-
-    Raises:
-        UserError: this node has no such address.
     """
     interfaces = _interface_addresses()
     if named := environ.get("GLOO_SOCKET_IFNAME"):

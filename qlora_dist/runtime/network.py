@@ -19,9 +19,7 @@ _DNS_TIMEOUT_S = 10.0
 def resolve_error(host: str, timeout_s: float = 0.0) -> str | None:
     """Return the reason why a name or address cannot be resolved; None if it can.
 
-    Args:
-        host: name or address, as in MASTER_ADDR.
-        timeout_s: seconds for which to retry while the name server fails temporarily.
+    While the name server fails temporarily, retry for `timeout_s` seconds.
     """
     end = time.monotonic() + timeout_s
     while True:
@@ -36,11 +34,7 @@ def resolve_error(host: str, timeout_s: float = 0.0) -> str | None:
 
 
 def check_rendezvous_host(host: str) -> None:
-    """Check that this machine can resolve the name of rank 0's machine.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Raise UserError if this machine cannot resolve the name of rank 0's machine."""
     if (reason := resolve_error(host, _DNS_TIMEOUT_S)) is not None:
         hint = " (with `torchrun --local-addr 127.0.0.1` the ranks of one machine need no name)"
         raise UserError(
@@ -53,15 +47,7 @@ def check_rendezvous_host(host: str) -> None:
 
 
 def check_interfaces(device_type: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Check that the interfaces in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME exist.
-
-    Args:
-        device_type: cpu or cuda. NCCL's variable is checked for cuda only.
-        environ: environment variables.
-
-    Raises:
-        UserError: an interface does not exist, so that gloo or NCCL would fail.
-    """
+    """Raise UserError if an interface in GLOO_SOCKET_IFNAME, or for cuda in NCCL_SOCKET_IFNAME, does not exist."""
     available = sorted(psutil.net_if_addrs())
     if gloo := environ.get("GLOO_SOCKET_IFNAME"):
         missing = [name for name in gloo.split(",") if name not in available]

@@ -1,4 +1,4 @@
-"""Exit of a rank whose launcher kills the other ranks as soon as one has failed.
+"""Exit of a rank whose launcher has died, or kills the other ranks as soon as one has failed.
 
 srun --kill-on-bad-exit and mpirun kill them within a moment. torchrun sends SIGTERM first, which a run handles, so that
 it needs none of these delays.
@@ -6,8 +6,11 @@ it needs none of these delays.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qlora_dist.errors import UserError
-from qlora_dist.runtime.environment import RankInfo, detect_launcher
+from qlora_dist.runtime.environment import RankInfo, detect_launcher, started_by_torchrun
 
 JOB_DIR_VARIABLE = "QLORA_DIST_JOB"
 """Environment variable in which a rendered job script passes its folder."""
@@ -23,6 +26,8 @@ USER_ERROR_FILE = "MISTAKE"
 """Name of the file in that folder that holds the error message."""
 _RANK_0_REPORT_S = 10.0
 _PEER_REPORT_S = 2.0
+_PR_SET_PDEATHSIG = 1
+_PARENT_POLL_S = 0.5
 
 
 def write_user_error_file(error: UserError) -> None:
@@ -43,8 +48,7 @@ def _launcher_kills_at_once() -> bool:
 def wait_for_rank_0_report(ranks: RankInfo) -> bool:
     """Wait for rank 0 to report a user's error, which it has most likely detected too. Its exit then ends this rank.
 
-    Returns:
-        Whether this rank must report the error for its node, because rank 0 apparently has not.
+    Return whether this rank must report the error for its node, because rank 0 apparently has not.
     """
     if not _launcher_kills_at_once():
         return False
@@ -77,3 +81,29 @@ def exit_with_traceback(error: Exception) -> NoReturn:
         raise error
     traceback.print_exception(error)
     exit_process(1)
+
+
+def die_with_parent() -> None:
+    """Have this process killed when its launcher's process ends: torchrun's agent, or that of mpirun or SLURM.
+
+    A launcher that is killed leaves its ranks behind. They hold their GPUs, and SLURM does not find them. Nothing
+    happens without a launcher or on a system other than Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    if started_by_torchrun():
+        # SIGKILL, because a rank that waits for another handles no other signal
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before the call
+            os.kill(os.getpid(), signal.SIGKILL)
+    elif detect_launcher() in ("mpi", "srun"):
+        # The kernel sends its signal when the forking thread ends, and Open MPI forks many ranks from short-lived
+        # threads. So the parent is polled.
+        threading.Thread(target=_kill_when_orphaned, args=(parent,), name="parent", daemon=True).start()
+
+
+def _kill_when_orphaned(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_PARENT_POLL_S)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -17,11 +17,7 @@ _CLOCK_TOLERANCE_S = 60.0
 
 
 def process_identity(pid: int) -> dict[str, Any]:
-    """Return what tells a process from a later one with the same number, for `is_same_process`.
-
-    Raises:
-        psutil.Error: there is no such process.
-    """
+    """Return what tells a process from a later one with the same number. Raise psutil.Error if it does not exist."""
     identity: dict[str, Any] = {"born": psutil.Process(pid).create_time()}
     try:
         # the name in parentheses may hold anything; the 20th field after it is the start time in ticks
@@ -34,8 +30,7 @@ def process_identity(pid: int) -> dict[str, Any]:
 def is_same_process(record: Mapping[str, Any], pid: int) -> bool:
     """Return whether process `pid` is the one that `record` describes; True if the record has no identity.
 
-    Raises:
-        psutil.Error: there is no such process.
+    If there is no such process, psutil.Error is raised.
     """
     now = process_identity(pid)
     if "start_ticks" in now and record.get("start_ticks") is not None:

@@ -30,10 +30,7 @@ _CONNECT_TIMEOUT_S = 30.0
 
 
 def join_rendezvous(ranks: RankInfo, timeout_s: float) -> Store:
-    """Wait until all ranks have joined.
-
-    Returns:
-        The part of the store that only the ranks of this attempt use.
+    """Wait until all ranks have joined. Return the part of the store that only the ranks of this attempt use.
 
     Raises:
         UserError: a rank did not join in time, or the store cannot be reached.
@@ -55,11 +52,7 @@ def join_rendezvous(ranks: RankInfo, timeout_s: float) -> Store:
 
 
 def _connect(address: StoreAddress, ranks: RankInfo, timeout_s: float) -> Store:
-    """Connect to the store, or open it on rank 0.
-
-    Raises:
-        UserError: the host is unknown, nothing listens there, or the listener is not a store.
-    """
+    """Connect to the store, or open it on rank 0."""
     check_rendezvous_host(address.host)
     results: list[Store | dist.DistError] = []
 

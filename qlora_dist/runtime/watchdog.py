@@ -48,13 +48,9 @@ _MAX_EXIT_S = 30.0
 def watchdog(store: dist.Store, ranks: RankInfo, timeout_s: float) -> Iterator[None]:
     """Watch this rank and the others. A world of one rank is not watched.
 
-    An error that began on this rank is re-raised, and ends the other ranks. If another rank's exit caused the error,
-    the process exits here with a message about that rank.
-
-    Args:
-        store: store of the rendezvous.
-        ranks: rank information of this process.
-        timeout_s: seconds without a heartbeat after which a rank counts as stuck.
+    A rank counts as stuck after `timeout_s` seconds without a heartbeat. An error that began on this rank is re-raised,
+    and ends the other ranks. If another rank's exit caused the error, the process exits here with a message about that
+    rank.
     """
     if ranks.world_size == 1:
         yield
@@ -273,12 +269,7 @@ class _Watchdog:
 
 
 def _call_store(request: Callable[[], _Answer]) -> _Answer:
-    """Return the store's answer to a request.
-
-    Raises:
-        TimeoutError: the store did not answer in time.
-        RuntimeError: the store is gone.
-    """
+    """Return the store's answer to a request. Raise TimeoutError without an answer, and RuntimeError if it is gone."""
     answers: list[_Answer] = []
     errors: list[Exception] = []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -28,9 +27,7 @@ _LOAD_LINE_INTERVAL_S = 10.0
 class RunConsole:
     """Output of a run. It is silent on ranks other than 0.
 
-    Args:
-        rank: rank of this process.
-        plain: True to print lines even on a terminal. Open MPI gives its ranks a terminal and writes to a file itself.
+    With `plain` it prints lines even on a terminal. Open MPI gives its ranks a terminal and writes to a file itself.
     """
 
     def __init__(self, rank: int, *, plain: bool = False) -> None:
@@ -42,7 +39,6 @@ class RunConsole:
         self.reading = ReadProgress(0, 0, 0.0)
 
     def say(self, text: str) -> None:
-        """Print a line."""
         self.console.print(text, markup=False)
 
     def start_loading(self) -> None:
@@ -77,7 +73,6 @@ class RunConsole:
         self.say(f"loaded: {reading}, {waiting}; it holds {format_bytes(static_bytes)}")
 
     def start_steps(self, steps: int, done: int = 0) -> None:
-        """Show the bar if there is a terminal."""
         self.close_progress()
         self._steps, self._done, self._start = steps, done, time.perf_counter()
         if self._live:
@@ -99,7 +94,6 @@ class RunConsole:
         self.say(f"step {step}/{self._steps}  {text}  {left_s:.0f} s left")
 
     def close_progress(self) -> None:
-        """Remove the bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -107,9 +101,7 @@ class RunConsole:
     def __enter__(self) -> RunConsole:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close_progress()
 
 

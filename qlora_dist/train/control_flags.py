@@ -24,7 +24,8 @@ MANUAL_STOP_REASONS = ("SIGINT", "STOP")
 class ControlFlags:
     """Requests and checkpoint status of one rank, or their sums over all ranks.
 
-    On one rank each flag is 0 or 1. The sums travel in the same all-reduce as the loss and the gradient norm.
+    On one rank each flag is 0 or 1. A flag with the name of a signal is 1 if the rank received that signal. The sums
+    travel in the same all-reduce as the loss and the gradient norm.
     """
 
     checkpoints_written: int = 0
@@ -32,15 +33,10 @@ class ControlFlags:
     checkpoints_failed: int = 0
     """Number of ranks that failed to write their file of the current checkpoint."""
     sigterm: int = 0
-    """Number of ranks that received SIGTERM."""
     sigusr1: int = 0
-    """Number of ranks that received SIGUSR1."""
     sigusr2: int = 0
-    """Number of ranks that received SIGUSR2."""
     sigint: int = 0
-    """Number of ranks that received SIGINT."""
     sighup: int = 0
-    """Number of ranks that received SIGHUP."""
     stop_file: int = 0
     """1 if rank 0 sees the file STOP in the run's folder."""
     max_time: int = 0

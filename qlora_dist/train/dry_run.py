@@ -19,10 +19,6 @@ from qlora_dist.train.summary import describe_run
 def dry_run(config: Config, resume: str = "auto") -> None:
     """Check a run and print its complete configuration. The lines of `train` go to standard error.
 
-    Args:
-        config: configuration of the run.
-        resume: `auto`, `none`, or a checkpoint's folder.
-
     Raises:
         UserError: `train` would refuse the run on this machine. The run's name is checked last.
     """

@@ -40,17 +40,9 @@ def evaluation_loop(
     sums: EvalSums,
     should_stop: Callable[[], bool],
 ) -> float | None:
-    """Evaluate as `evaluate_model` does, until it is interrupted.
+    """Evaluate as `evaluate_model` does, from `sums` on; return None if `should_stop` interrupts it.
 
-    Args:
-        model: model that is sharded and loaded.
-        batches: this rank's batches, on its device.
-        traffic: counter of the collective at the end.
-        sums: progress of the evaluation so far, which is updated.
-        should_stop: function that is called before each batch, with the same result on all ranks.
-
-    Returns:
-        The mean loss; None if the evaluation was interrupted.
+    `should_stop` is called before each batch, and returns the same on all ranks. `sums` is updated then.
     """
     totals = torch.tensor([sums.loss, sums.tokens], dtype=torch.float64, device=batches[0].input_ids.device)
     was_training = model.training

@@ -2,20 +2,72 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from qlora_dist.runs.json_object import read_json_object
 from qlora_dist.runs.run_dir import RunDir
 from qlora_dist.runtime.heartbeat import record_heartbeat
-from qlora_dist.runtime.object_collectives import broadcast_json
+from qlora_dist.runtime.object_collectives import all_gather_json, broadcast_json
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.control_flags import ControlFlags
-from qlora_dist.train.eval_sums_file import EvalSumsFile
 from qlora_dist.train.evaluation_loop import EvalSums, evaluation_loop
 from qlora_dist.train.run_control import RunControl
 from qlora_dist.train.run_progress import RunProgress
 from qlora_dist.train.run_setup import RunSetup
 from qlora_dist.train.train_step import move_batch
+
+EVAL_SUMS_FILE = "evaluation.json"
+
+
+class EvalSumsFile:
+    """File with the sums of all ranks in an interrupted evaluation, which the next start continues.
+
+    Without it, an evaluation that takes longer than a job's time limit would never end. The sums are used only if the
+    number of ranks, the data, the settings and the weights are unchanged. Methods are called on all ranks, and rank 0
+    reads and writes the file.
+    """
+
+    def __init__(
+        self, path: Path, setup: RunSetup, fingerprint: dict[str, Any], weights: Sequence[torch.Tensor]
+    ) -> None:
+        self._path, self._is_rank_0, self._weights = path, setup.ranks.rank == 0, weights
+        same = [fingerprint, setup.data_sha256.get("eval"), setup.config.train.micro_batch, setup.ranks.world_size]
+        self._fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+    def pop(self, step: int) -> EvalSums:
+        """Return this rank's sums of the evaluation after `step`, or empty ones, and remove the file."""
+        kept = broadcast_json(read_json_object(self._path) if self._is_rank_0 else None)
+        sums, weights = EvalSums(), None
+        with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
+            if (kept["step"], kept["identity"]) == (step, self._fingerprint):
+                batches, loss, tokens, weights = kept["ranks"][torch.distributed.get_rank()]
+                sums = EvalSums(int(batches), float(loss), float(tokens))
+        fits = all_gather_json([weights == self._weights_sum(), sums.batches])
+        self.remove()
+        return sums if all(fit == [True, sums.batches] for fit in fits) else EvalSums()
+
+    def save(self, step: int, sums: EvalSums) -> None:
+        ranks = all_gather_json([sums.batches, sums.loss, sums.tokens, self._weights_sum()])
+        if self._is_rank_0 and sums.batches:
+            with suppress(OSError):  # on a full disk the evaluation starts again from its beginning
+                text = json.dumps({"step": step, "identity": self._fingerprint, "ranks": ranks})
+                self._path.write_text(text + "\n", encoding="utf-8")
+
+    def remove(self) -> None:
+        if self._is_rank_0:
+            with suppress(OSError):
+                self._path.unlink()
+
+    def _weights_sum(self) -> float:
+        return sum(float(weight.detach().double().sum()) for weight in self._weights)
 
 
 class Evaluator:
@@ -23,14 +75,6 @@ class Evaluator:
 
     The metrics of the step are written before its evaluation, and so is its checkpoint if one is due. An interrupted
     evaluation continues when the run is started again. Methods are called on all ranks.
-
-    Args:
-        setup: run whose model is sharded and loaded.
-        sums_file: file with the sums of an interrupted evaluation.
-        control: control flags of all ranks.
-        save: function that begins a checkpoint.
-        console: output for losses.
-        run_dir: folder that losses are written to; None on ranks other than 0.
     """
 
     def __init__(
@@ -58,11 +102,8 @@ class Evaluator:
     def load_completed(self, step: int, *, same_run: bool) -> None:
         """Look up in the metrics whether the evaluation after `step`, where the run starts, was completed.
 
-        The checkpoint has no record of it, because it is begun before the evaluation.
-
-        Args:
-            step: number of steps done.
-            same_run: True if the metrics up to this step belong to the checkpoint.
+        The checkpoint has no record of it, because it is begun before the evaluation. The metrics count only if they
+        belong to the same run as the checkpoint.
         """
         logged_loss = self._run_dir.eval_loss(step) if self._run_dir is not None and same_run else None
         loss = broadcast_json(logged_loss)
@@ -75,11 +116,7 @@ class Evaluator:
         return bool(self._batches) and due
 
     def evaluate_if_due(self, progress: RunProgress, last_step: int) -> str | None:
-        """Evaluate if that is due after this step and not yet done.
-
-        Returns:
-            The reason to stop if the evaluation was interrupted.
-        """
+        """Evaluate if that is due after this step and not yet done. Return the reason to stop if it is interrupted."""
         step = progress.step
         if progress.evaluated == step:
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Set
 from pathlib import Path
 
@@ -14,22 +13,16 @@ from qlora_dist.adapters.load_adapter import read_local_shard, saved_entries_by_
 from qlora_dist.adapters.saved_adapter import missing_module_error, read_saved_adapter
 from qlora_dist.adapters.validate_adapter import find_invalid_values
 from qlora_dist.errors import UserError
-from qlora_dist.io.adapter_files import ADAPTER_WEIGHTS_NAME
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
 from qlora_dist.runtime.object_collectives import all_gather_json
 from qlora_dist.shard_view import local_tensor
-
-_CHUNK_BYTES = 1 << 24
 
 
 def find_initial_tensors(path: Path, model: PreTrainedModel, targets: Set[str], base: Path) -> dict[str, TensorEntry]:
     """Return the tensor in an adapter's file for each trained parameter.
 
-    Args:
-        path: folder of the adapter.
-        model: model on the meta device, with the run's own adapter.
-        targets: paths of the matrices that the run adapts.
-        base: folder of the model.
+    The model is on the meta device, with the run's own adapter for the matrices `targets`. `base` is the model's
+    folder.
 
     Raises:
         UserError: the adapter does not change the same modules that the run trains.
@@ -56,8 +49,7 @@ def find_initial_tensors(path: Path, model: PreTrainedModel, targets: Set[str], 
 def load_initial_tensors(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> None:
     """Fill this rank's shards of the trained parameters. Called on all ranks, after the model has its memory.
 
-    Raises:
-        UserError: on all ranks, if a value is not finite.
+    If a value is not finite, UserError is raised on all ranks.
     """
     error = None
     with SafetensorsReader() as reader:
@@ -69,12 +61,3 @@ def load_initial_tensors(model: PreTrainedModel, entries: Mapping[str, TensorEnt
     errors = [answer for answer in all_gather_json(error) if answer is not None]
     if errors:
         raise UserError(f"lora.from: {errors[0]}; begin from an earlier adapter")
-
-
-def adapter_sha256(path: Path) -> str:
-    """Return the sha256 of the file with an adapter's tensors."""
-    digest = hashlib.sha256()
-    with (path / ADAPTER_WEIGHTS_NAME).open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -44,10 +44,9 @@ class Suggestion:
 
 @contextmanager
 def explain_out_of_memory(setup: RunSetup) -> Iterator[None]:
-    """Replace an out-of-memory error of this rank by a sentence that names settings to change.
+    """Replace an out-of-memory error of this rank by a UserError that names settings to change.
 
-    Raises:
-        UserError: memory ran out on this rank. The error is local, so the other ranks stop with the same sentence.
+    It is local, so the other ranks stop with the same sentence.
     """
     before = process_resident_bytes()
     try:
@@ -67,21 +66,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(setup: RunSetup, message: str, initial_resident_bytes: int) -> str:
-    """Return the sentence that replaces an error.
-
-    Args:
-        setup: run that is out of memory.
-        message: message of the error.
-        initial_resident_bytes: resident bytes of the process before loading.
-    """
+    """Return the sentence that replaces an error with this message. The resident bytes are from before loading."""
     available_bytes = _available_bytes(setup, message, initial_resident_bytes)
     beginning = f"out of memory: the rank had {format_bytes(available_bytes)} for tensors"
     try:
         run = planned_run(setup, setup.config)
         memory = _plan_memory(run, setup, available_bytes)
-        limit = int(
-            min(available_bytes, memory.peak_bytes) / RESERVED_RATIOS[1]
-        )  # allocators reserve more than is asked for
+        # allocators reserve more than is asked for
+        limit = int(min(available_bytes, memory.peak_bytes) / RESERVED_RATIOS[1])
         device_speed = device_speeds(setup.device, run)[0] or _reference_speeds(run)
         single = [
             (suggestion, *_predict_suggestion(setup, suggestion, available_bytes, device_speed))
@@ -156,11 +148,7 @@ def _predict_suggestion(
 def combine_suggestions(
     setup: RunSetup, single: list[tuple[Suggestion, int, float]], limit: int, available_bytes: int
 ) -> tuple[str, int]:
-    """Combine changes that keep the training result, until they are enough.
-
-    Returns:
-        The overrides and the peak bytes.
-    """
+    """Combine changes that keep the training result, until they are enough. Return the overrides and the peak bytes."""
     config, least, settings = setup.config, sys.maxsize, dict[str, Any]()
     for suggestion, _, _ in sorted((s for s in single if s[0].severity < 2), key=lambda s: (s[0].severity, -s[2])):
         tried = apply_changes(config, suggestion.changes)

@@ -53,14 +53,10 @@ class RunPrediction:
         )
 
     def compare_with(self, measured: dict[str, Any], optimizer_state_bytes: int) -> dict[str, list[float | None]]:
-        """Return planned and measured figures of rank 0, by term, with None for unknown ones.
+        """Return planned figures and those in summary.json (`measured`) of rank 0, by term, with None for unknown ones.
 
         On a CPU the measured peak includes Python and its libraries, which the formulas leave out, so it is not
         compared.
-
-        Args:
-            measured: content of summary.json.
-            optimizer_state_bytes: bytes of the optimizer state on the device.
         """
         terms: dict[str, list[float | None]] = {
             "weights_bytes": [self.memory.weights_bytes, measured["static_bytes"][0]],

@@ -9,13 +9,14 @@ import hashlib
 import json
 import platform
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from qlora_dist import __version__
+from qlora_dist.config.config_file import flatten_keys
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.runs.run_dir import run_path
@@ -43,13 +44,7 @@ RankFacts = dict[str, dict[str, str]]
 def check_ranks_agree(
     config: Config, ranks: RankInfo, device: torch.device, data: Mapping[str, str] | None = None
 ) -> None:
-    """Compare configuration, versions, device, data and nodes. Called on all ranks.
-
-    Args:
-        config: configuration of this rank.
-        ranks: this process among all.
-        device: device of this rank, whose type is compared.
-        data: sha256 of this rank's data, by `train` and `eval`.
+    """Compare configuration, versions, type of device, data (its sha256) and nodes. Called on all ranks.
 
     Raises:
         UserError: on all ranks, with the first difference of the first rank that has one.
@@ -64,12 +59,9 @@ def check_ranks_agree(
 
 
 def check_shared_run_dir(config: Config, ranks: RankInfo) -> None:
-    """Check that all ranks see the same run folder. Called on all ranks.
+    """Check that all ranks see the same run folder. Called on all ranks, which all raise the UserError.
 
     Without this check, the first checkpoint would fail.
-
-    Raises:
-        UserError: on all ranks, if a rank does not see what rank 0 writes there.
     """
     if ranks.world_size == 1:
         return
@@ -90,7 +82,7 @@ def rank_facts(config: Config, ranks: RankInfo, device: torch.device, data: Mapp
     """Return the facts that must be the same on all ranks."""
     packages = {name: metadata.version(name) for name in _COMPARED_PACKAGES}
     python = ".".join(platform.python_version_tuple()[:2])
-    leaves = dict(_leaves(config.model_dump(mode="json")))
+    leaves = flatten_keys(config.model_dump(mode="json"))
     return {
         "packages": {"qlora-dist": __version__, "Python": python, **packages},
         "config": {key: _shorten(value) for key, value in leaves.items() if key not in PER_NODE_KEYS},
@@ -101,11 +93,7 @@ def rank_facts(config: Config, ranks: RankInfo, device: torch.device, data: Mapp
 
 
 def first_difference(answers: Sequence[tuple[str, RankFacts] | list[Any]]) -> str | None:
-    """Return a sentence about the first rank that differs from rank 0; None if no rank does.
-
-    Args:
-        answers: host and facts of each rank.
-    """
+    """Return a sentence about the first rank whose facts differ from those on rank 0; None if no rank does."""
     first_host, first = answers[0]
     for rank, (host, own) in enumerate(answers):
         if own == first:
@@ -124,9 +112,7 @@ def first_difference(answers: Sequence[tuple[str, RankFacts] | list[Any]]) -> st
 def find_misplaced_rank(places: Sequence[tuple[str, int, str] | list[Any]], local_world_size: int) -> str | None:
     """Return a sentence about the first rank that the launcher has misplaced; None if there is none.
 
-    Args:
-        places: host, number on the node, and GPU ("" without one) of each rank.
-        local_world_size: number of ranks on a node.
+    A place is the host, the number on the node, and the GPU ("" without one).
     """
     users: dict[tuple[str, str], int] = {}
     for rank, (host, local_rank, gpu) in enumerate(places):
@@ -147,14 +133,6 @@ def find_misplaced_rank(places: Sequence[tuple[str, int, str] | list[Any]], loca
 def _gpu_uuid(device: torch.device) -> str:
     """Return the GPU's UUID, because device indices differ between processes; "" on a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
-def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for name, child in tree.items():
-            yield from _leaves(child, f"{key}.{name}" if key else name)
-    else:
-        yield key, tree
 
 
 def _shorten(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from qlora_dist.checkpoint.manifest import (
     CHECKPOINT_MANIFEST,
     DamagedCheckpointError,
     Manifest,
+    file_sha256,
     find_written_checkpoints,
     folder_step,
 )
@@ -23,29 +24,17 @@ from qlora_dist.checkpoint.run_fingerprint import base_fingerprint, compare_fing
 from qlora_dist.checkpoint.select import latest_complete, verify_checkpoint
 from qlora_dist.checkpoint.snapshot import TrainableState, restore, snapshot
 from qlora_dist.errors import UserError
+from qlora_dist.io.adapter_files import ADAPTER_WEIGHTS_NAME
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.runs.run_action import RunAction, choose_run_action
 from qlora_dist.runs.run_dir import CHECKPOINTS_DIR, RunDir, run_path
 from qlora_dist.runtime.object_collectives import broadcast_json
 from qlora_dist.train.console import RunConsole, pluralize
-from qlora_dist.train.initial_adapter import adapter_sha256
 from qlora_dist.train.run_progress import RunProgress
 from qlora_dist.train.run_setup import RunSetup
 
-_REQUIRED_COUNTERS = frozenset(
-    {
-        "step",
-        "optimizer_steps",
-        "tokens",
-        "loss",
-        "recent_losses",
-        "eval_losses",
-        "skipped_steps",
-        "skipped_in_a_row",
-        "left_out",
-    }
-)
-"""Counters that every checkpoint has. Counters that were added to `RunProgress` later have defaults."""
+_LATER_COUNTERS = {"evaluated", "wall_s"}
+"""Counters that were added to `RunProgress` later, so that older checkpoints lack them."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +59,6 @@ class ResumePoint:
 def find_resume_point(setup: RunSetup, resume: str, console: RunConsole) -> ResumePoint:
     """Find the checkpoint that a run starts from, before any weight is read. Called on all ranks.
 
-    Args:
-        setup: run that is ready to start.
-        resume: `auto`, `none`, or a checkpoint's folder.
-        console: output for skipped checkpoints and changed settings.
-
     Raises:
         UserError: the checkpoint belongs to another run, or is beyond this run's last step.
     """
@@ -83,7 +67,8 @@ def find_resume_point(setup: RunSetup, resume: str, console: RunConsole) -> Resu
     action = RunAction(**broadcast_json(choose_run_action(config, resume).to_json() if setup.ranks.rank == 0 else None))
     base = broadcast_json(base_fingerprint(setup.folder.path) if setup.ranks.rank == 0 else None)
     initial = config.lora.from_adapter
-    adapter = broadcast_json(adapter_sha256(Path(initial)) if initial is not None and setup.ranks.rank == 0 else None)
+    weights = None if initial is None else Path(initial) / ADAPTER_WEIGHTS_NAME
+    adapter = broadcast_json(file_sha256(weights) if weights is not None and setup.ranks.rank == 0 else None)
     fingerprint = run_fingerprint(config, base, setup.data_sha256["train"], adapter)
     if action.note is not None:
         console.say(action.note)
@@ -121,13 +106,10 @@ def _is_within(folder: Path, run: Path) -> bool:
 
 
 def _check_counters(manifest: Manifest) -> None:
-    """Check the counters of a checkpoint.
-
-    Raises:
-        DamagedCheckpointError: they do not fit `RunProgress`, or contradict the manifest.
-    """
+    """Raise DamagedCheckpointError if the counters do not fit `RunProgress`, or contradict the manifest."""
     saved = manifest.state["progress"]
-    if missing := sorted(_REQUIRED_COUNTERS - saved.keys()):
+    required = {counter.name for counter in fields(RunProgress)} - _LATER_COUNTERS
+    if missing := sorted(required - saved.keys()):
         raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} lacks the counter {missing[0]}")
     try:
         loss = {"loss": float("nan") if saved["loss"] is None else saved["loss"]}
@@ -139,9 +121,12 @@ def _check_counters(manifest: Manifest) -> None:
             f"{CHECKPOINT_MANIFEST} is not one of a checkpoint: state.progress.{place}: {first['msg']}"
         ) from None
     counters = (progress.optimizer_steps, progress.tokens, progress.skipped_steps, progress.skipped_in_a_row)
-    if progress.step != manifest.step or min(*counters, *progress.left_out, 0) < 0:
-        raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} has counters that contradict each other")
-    if progress.optimizer_steps != manifest.state["optimizer_steps"] or progress.optimizer_steps > progress.step:
+    if (
+        progress.step != manifest.step
+        or min(*counters, *progress.left_out, 0) < 0
+        or progress.optimizer_steps != manifest.state["optimizer_steps"]
+        or progress.optimizer_steps > progress.step
+    ):
         raise DamagedCheckpointError(f"{CHECKPOINT_MANIFEST} has counters that contradict each other")
 
 
@@ -165,9 +150,6 @@ class RunCheckpointer(Checkpointer):
 
         Once all ranks have restored it, other checkpoints are set aside, and metrics of later steps are removed. A
         start that fails earlier leaves everything unchanged.
-
-        Args:
-            run_dir: folder of the run; None on ranks other than 0.
         """
         folder, manifest = self._resume_point.folder, self._resume_point.manifest
         progress = RunProgress() if manifest is None or folder is None else self._restore(folder, manifest)
@@ -208,11 +190,7 @@ class RunCheckpointer(Checkpointer):
         self.write(manifest, snapshot(self._state))
 
     def roll_back(self, progress: RunProgress, skip_batch: int) -> RunProgress | None:
-        """Restore the newest checkpoint, and leave out global batch `skip_batch` from now on.
-
-        Returns:
-            The restored counters; None if there is no checkpoint.
-        """
+        """Restore the newest checkpoint, if any, and leave out global batch `skip_batch` from now on."""
         self.wait()
         newest = latest_complete(self._path, self._log, _check_counters)
         if newest is None:

@@ -13,23 +13,13 @@ from qlora_dist.train.stop_requests import StopRequests
 
 
 class RunControl:
-    """Requests to stop or save, and the status of checkpoints, on which all ranks agree.
-
-    Args:
-        requests: requests that this rank has received.
-        checkpoints: writer whose status is exchanged with the requests.
-        traffic: counter of the bytes of `sum_flags`.
-    """
+    """Requests to stop or save, and the status of checkpoints, on which all ranks agree."""
 
     def __init__(self, requests: StopRequests, checkpoints: RunCheckpointer, traffic: CommCounter) -> None:
         self._requests, self._checkpoints, self.traffic = requests, checkpoints, traffic
 
     def own_flags(self, ahead_s: float) -> ControlFlags:
-        """Return this rank's flags.
-
-        Args:
-            ahead_s: seconds until the last checkpoint could begin if the run continued now.
-        """
+        """Return this rank's flags, with `ahead_s` as in `StopRequests.flags`."""
         written, failed = self._checkpoints.progress
         return replace(self._requests.flags(ahead_s), checkpoints_written=written, checkpoints_failed=failed)
 
@@ -45,10 +35,4 @@ class RunControl:
         self._checkpoints.update_status(flags.checkpoints_written, flags.checkpoints_failed)
 
     def acknowledge(self, flags: ControlFlags, *, saved: bool = True) -> None:
-        """Remove the request files that all ranks have seen.
-
-        Args:
-            flags: sums over all ranks.
-            saved: True if a requested checkpoint was begun; False keeps the file SAVE.
-        """
         self._requests.acknowledge(flags, saved=saved)

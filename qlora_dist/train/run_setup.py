@@ -86,10 +86,7 @@ class RunSetup:
 def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) -> RunSetup:
     """Check the configuration against the machine, the model's folder and the data.
 
-    Args:
-        config: configuration of the run.
-        ranks: this process among all.
-        console: output for remarks and the progress of tokenizing; None: silent.
+    The console shows remarks and the progress of tokenizing.
 
     Raises:
         UserError: something is wrong. No process group exists yet, and no GPU waits.
@@ -182,14 +179,7 @@ def _data_sha256(train: Sequence[PreparedSource], held_out: PreparedSource | Non
 
 
 def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[ModelFolder, LossModel, peft.LoraConfig]:
-    """Build the model with its adapters on the meta device.
-
-    Args:
-        config: configuration of the run.
-        folder: folder of the model; None: `model.base`.
-
-    Returns:
-        The model's folder, the model, and PEFT's configuration of the adapter.
+    """Build the model with its adapters on the meta device, from `folder` or `model.base`.
 
     Raises:
         UserError: there is no such model, or the adapters do not fit it.
@@ -216,14 +206,6 @@ def check_adapter_numel(model: LossModel, targets: AdapterTargets, lora: LoraCon
 
     Memory of adapters and optimizer states follows from this number. PEFT's classes make the adapters, so another
     number means that a layer was wrapped in an unexpected way.
-
-    Args:
-        model: model with adapters, on the meta device and not sharded.
-        targets: matrices that have an adapter.
-        lora: section `lora` of the configuration.
-
-    Raises:
-        UserError: the numbers differ.
     """
     expected = 0
     for path in targets.paths:
@@ -240,11 +222,7 @@ def check_adapter_numel(model: LossModel, targets: AdapterTargets, lora: LoraCon
 
 
 def check_token_ids(folder: ModelFolder, model: LossModel, sources: Sequence[PreparedSource]) -> None:
-    """Check that the embedding has a row for each token of the data.
-
-    Raises:
-        UserError: a token has none.
-    """
+    """Raise UserError if the embedding lacks a row for a token of the data."""
     size = model.config.get_text_config().vocab_size
     largest = max(source.stats.largest_token for source in sources)
     if largest >= size:

@@ -21,8 +21,8 @@ from qlora_dist.runs.run_dir import DONE_MARKER, REQUEUE_MARKER, STOPPED_MARKER,
 from qlora_dist.runs.run_lock import lock_run_dir
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.heartbeat import record_heartbeat
-from qlora_dist.runtime.machine_info import machine_info
 from qlora_dist.runtime.process_group import process_group
+from qlora_dist.runtime.system import machine_info
 from qlora_dist.runtime.watchdog import watchdog
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.control_flags import MANUAL_STOP_REASONS
@@ -45,10 +45,7 @@ AfterTraining = Callable[[Path, Callable[[str], None]], None]
 def run_training(config: Config, resume: str = "auto", after_training: AfterTraining | None = None) -> None:
     """Train on every rank, under any launcher or in a single process.
 
-    Args:
-        config: configuration of the run.
-        resume: `auto` (resume from the run's newest complete checkpoint, if any), `none`, or a checkpoint's folder.
-        after_training: function that is called once the run is done.
+    `resume` is `auto` (resume from the run's newest complete checkpoint, if any), `none`, or a checkpoint's folder.
 
     Raises:
         UserError: the user must correct something. Nearly all checks come before any rank waits for another.

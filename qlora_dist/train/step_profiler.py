@@ -30,11 +30,7 @@ _LABEL_PREFIXES = ("FSDP::", "c10d::", "qlora_dist::")
 
 
 class StepProfiler:
-    """Profile of one step on this rank, and the peak memory before it, because profiling itself takes memory.
-
-    Args:
-        device: device of this rank.
-    """
+    """Profile of one step on this rank, and the peak memory before it, because profiling itself takes memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -67,13 +63,10 @@ class StepProfiler:
 
 
 def compute_step_shares(events: Iterable[Any]) -> dict[str, float]:
-    """Split the time of the last step among some events.
+    """Split the time of the last step among raw events of torch's profiler, whose Python list takes a minute to build.
 
     On a CPU the time of the training thread is split. With CUDA (not run on a GPU) the device's time is split. There,
     computation counts before a concurrent collective, and idle time counts as the work that the host waits for.
-
-    Args:
-        events: raw events of torch's profiler. Its Python list of events takes a minute to build.
     """
     on_host, on_device = _group_events(events)
     ((step, thread),) = on_host.pop(STEP_LABEL)[-1:]
@@ -127,10 +120,7 @@ def _select_spans(spans: dict[str, list[TimeSpan]], predicate: Callable[[str], b
 def split_time(layers: dict[str, list[TimeSpan]], begin: float, end: float) -> dict[str, float]:
     """Return the share of each kind in the time from `begin` to `end`.
 
-    Args:
-        layers: time spans of each kind. Where several kinds overlap, the first counts; the rest is compute.
-        begin: begin of the step.
-        end: end of the step.
+    Where several kinds overlap, the first in `layers` counts. The rest is compute.
     """
     shares = dict.fromkeys(STEP_KINDS, 0.0)
     taken: list[TimeSpan] = []

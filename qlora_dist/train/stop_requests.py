@@ -25,13 +25,7 @@ from qlora_dist.runtime.environment import detect_launcher, read_rank_info
 from qlora_dist.runtime.heartbeat import last_heartbeat
 from qlora_dist.train.control_flags import ControlFlags
 
-STOP_SIGNALS = {
-    "SIGTERM": signal.SIGTERM,
-    "SIGUSR1": signal.SIGUSR1,
-    "SIGUSR2": signal.SIGUSR2,
-    "SIGINT": signal.SIGINT,
-    "SIGHUP": signal.SIGHUP,
-}
+STOP_SIGNALS = {name: signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")}
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 
 _received: set[str] = set()
@@ -137,10 +131,8 @@ def _write_stderr(text: str) -> None:
 def remove_stale_stop_file(run: Path) -> str | None:
     """Remove a STOP file that is older than this start, because it was meant for an earlier one.
 
-    A newer one stays and stops the run. Each age is a difference on one clock: the file system's, or this machine's.
-
-    Returns:
-        A sentence if a file was removed.
+    Return a sentence if a file was removed. A newer one stays and stops the run. Each age is a difference on one clock:
+    the file system's, or this machine's.
     """
     stop = run / STOP_FILE
     try:
@@ -169,11 +161,7 @@ def _launcher_start_time() -> float:
 class StopRequests:
     """Requests to stop or save that this rank has received. Only rank 0 looks at the files and the clock.
 
-    Args:
-        run_path: path of the run's folder.
-        is_rank_0: True on rank 0.
-        max_time: time limit of this start; None: unlimited.
-        checkpoint_s: function that returns the seconds that a checkpoint takes.
+    `checkpoint_s` returns the seconds that a checkpoint takes, which `max_time` includes.
     """
 
     def __init__(
@@ -188,11 +176,7 @@ class StopRequests:
         self._max_time_s = None if max_time is None else max_time.total_seconds()
 
     def flags(self, ahead_s: float) -> ControlFlags:
-        """Return this rank's flags.
-
-        Args:
-            ahead_s: seconds until the last checkpoint could begin if the run continued now.
-        """
+        """Return this rank's flags. If the run continued, the last checkpoint could begin in `ahead_s` seconds."""
         signals = ControlFlags(**{name.lower(): int(name in _received) for name in STOP_SIGNALS})
         if not self._is_rank_0:
             return signals
@@ -205,12 +189,7 @@ class StopRequests:
         )
 
     def acknowledge(self, flags: ControlFlags, *, saved: bool = True) -> None:
-        """Remove the request files that all ranks have seen.
-
-        Args:
-            flags: sums over all ranks.
-            saved: True if a requested checkpoint was begun; False keeps the file SAVE.
-        """
+        """Remove the request files that all ranks have seen. SAVE stays unless its checkpoint was begun (`saved`)."""
         seen = {STOP_FILE: flags.stop_file, SAVE_FILE: saved and flags.save_file}
         for name, is_seen in seen.items():
             if is_seen and self._is_rank_0:

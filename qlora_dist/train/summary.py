@@ -15,9 +15,9 @@ from rich.text import Text
 from qlora_dist.adapters.attach import named_trainable_parameters
 from qlora_dist.plan.print_plan import term_label
 from qlora_dist.runs.run_dir import RunDir, run_path
-from qlora_dist.runtime.bf16_support import bf16_warning
 from qlora_dist.runtime.byte_sizes import format_bytes
 from qlora_dist.runtime.device_memory import peak_memory_bytes
+from qlora_dist.runtime.process_group import bf16_warning
 from qlora_dist.train.console import RunConsole, pluralize
 from qlora_dist.train.prediction import RunPrediction
 from qlora_dist.train.run_setup import RunSetup
@@ -96,16 +96,7 @@ def summarize(
     console: RunConsole,
     run_dir: RunDir | None,
 ) -> None:
-    """Print the result, and write it as summary.json. Called on all ranks.
-
-    Args:
-        setup: run that has ended.
-        result: outcome of the training loop.
-        load_stats: memory and time that loading took on this rank.
-        prediction: planned figures, or the reason why there are none.
-        console: output for the table.
-        run_dir: folder of the file; None on ranks other than 0.
-    """
+    """Print the result, and write it as summary.json. Called on all ranks."""
     progress, evals = result.progress, result.progress.eval_losses
     first_is_base = len(evals) > 1 or progress.evaluated == 0
     summary: dict[str, Any] = {

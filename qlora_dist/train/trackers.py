@@ -35,11 +35,7 @@ class Tracker:
 
 
 def check_trackers(config: Config) -> None:
-    """Check that the trackers are installed, before a model is loaded.
-
-    Raises:
-        UserError: one is missing.
-    """
+    """Raise UserError if a tracker is not installed, before a model is loaded."""
     for name in config.run.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"run.trackers: {name} is not installed; pip install {name}, or take it out of the list")
@@ -51,13 +47,8 @@ def open_trackers(
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Open the trackers that the configuration names, and close them at the end, also after an error.
 
-    A tracker that fails is left out from then on, and the run continues.
-
-    Args:
-        config: configuration of the run.
-        path: folder of the run.
-        log: function that prints a line about a failure.
-        is_new: True if the run starts at its beginning; False continues its records.
+    A tracker that fails is left out from then on, and the run continues. Unless the run `is_new`, its records in the
+    trackers are continued.
 
     Yields:
         A function that sends one metrics record to every tracker. Nested keys are joined with a dot: `paging.hits`.

@@ -1,4 +1,4 @@
-"""One optimizer step."""
+"""One optimizer step, and the optimizer that the configuration names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from transformers import PreTrainedModel
 from qlora_dist.compat.torch import foreach_mul_, foreach_norm
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
+from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.adapter_shards import AdapterShards
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.comm_counter import CommCounter
-from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer
+from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer, ZeroAdamW, ZeroOptimizerState
+from qlora_dist.parallel.loaded_model import OptimizerState
+from qlora_dist.runtime.device_memory import memory_budget_bytes
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.train.control_flags import ControlFlags
+from qlora_dist.train.run_setup import RunSetup
 from qlora_dist.train.step_profiler import OPTIMIZER_LABEL, STEP_LABEL
 
 
@@ -27,11 +31,8 @@ class StepContext:
     """Model, optimizer and settings that stay the same from step to step."""
 
     model: PreTrainedModel
-    """Model that is sharded and loaded."""
     shards: AdapterShards
-    """This rank's adapter shards."""
     optimizer: AdapterOptimizer
-    """Optimizer of these shards."""
     loss_scale: LossScale
     """Loss scale, which is 1 except for fp16."""
     adapter_replicas: int
@@ -39,7 +40,6 @@ class StepContext:
     max_grad_norm: float | None
     """Largest gradient norm after clipping; None: no clipping."""
     traffic: CommCounter
-    """Counter of the bytes of collectives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,20 @@ class StepResult:
     """Sums of the control flags over all ranks; zeros if none were given."""
 
 
+def make_optimizer(shards: AdapterShards, states: OptimizerState, setup: RunSetup) -> AdapterOptimizer:
+    """Return the optimizer of a rank's shards, which have values already."""
+    config = setup.config.optim
+    if isinstance(states, ZeroOptimizerState):
+        return ZeroAdamW(shards.local, states, config)
+    return PagedAdamW(
+        shards.local,
+        states,
+        config,
+        [config.lora_plus_ratio if is_b else 1.0 for is_b in shards.is_lora_b],
+        lambda held: memory_budget_bytes(setup.device, held, setup.ranks.local_world_size),
+    )
+
+
 @record_function(STEP_LABEL)
 def train_step(
     context: StepContext,
@@ -65,16 +79,12 @@ def train_step(
 ) -> StepResult:
     """Run forward and backward over the accumulation window, clip over all ranks, and update the adapters.
 
-    The gradient is that of the summed loss of all trained tokens divided by their number. Both are taken over all
-    micro-batches of all ranks, so 1 rank with 4 sequences equals 4 ranks with 1. The engine sums gradients over ranks
-    and does not divide them. They are communicated once, after the last micro-batch.
+    The gradient is that of the summed loss of all trained tokens divided by their number, `loss_tokens`. Both are taken
+    over all micro-batches of all ranks, so 1 rank with 4 sequences equals 4 ranks with 1. The engine sums gradients
+    over ranks and does not divide them. They are communicated once, after the last micro-batch.
 
-    Args:
-        context: model, optimizer and settings.
-        micro_batches: this rank's micro-batches.
-        loss_tokens: number of trained tokens in the windows of all ranks.
-        control_flags: function that returns this rank's flags, called as late as possible. The same all-reduce sums
-            them, the loss and the gradient norm.
+    `control_flags` returns this rank's flags, and is called as late as possible. One all-reduce sums them, the
+    loss and the gradient norm.
 
     Raises:
         UserError: no adapter takes part in the loss.

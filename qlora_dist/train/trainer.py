@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from qlora_dist.adapters.attach import named_trainable_parameters
 from qlora_dist.checkpoint.snapshot import trainable_state
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
+from qlora_dist.optim.adapter_shards import AdapterShards
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.optimizer_state import PagedOptimizerState
 from qlora_dist.optim.schedule import learning_rate
@@ -21,9 +23,7 @@ from qlora_dist.runtime.device_memory import peak_memory_bytes
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.train.console import RunConsole
 from qlora_dist.train.control_flags import ControlFlags
-from qlora_dist.train.eval_sums_file import EVAL_SUMS_FILE, EvalSumsFile
-from qlora_dist.train.evaluator import Evaluator
-from qlora_dist.train.optimizer import make_optimizer
+from qlora_dist.train.evaluator import EVAL_SUMS_FILE, EvalSumsFile, Evaluator
 from qlora_dist.train.run_checkpointer import ResumePoint, RunCheckpointer
 from qlora_dist.train.run_control import RunControl
 from qlora_dist.train.run_progress import RunProgress
@@ -31,13 +31,14 @@ from qlora_dist.train.run_setup import RunSetup
 from qlora_dist.train.step_metrics import StepMetrics
 from qlora_dist.train.step_profiler import DATA_LABEL, StepProfiler
 from qlora_dist.train.stop_requests import StopRequests
-from qlora_dist.train.train_step import StepContext, StepResult, move_batch, train_step
-from qlora_dist.train.unused_adapters import log_unused_adapters
+from qlora_dist.train.train_step import StepContext, StepResult, make_optimizer, move_batch, train_step
 
 _ASSUMED_WRITE_BYTES_PER_S = 100e6
 """Bytes per second at which a checkpoint is assumed to be written, until the run has written one."""
 _CHECKPOINT_BYTES_PER_ELEMENT = 12
 """Bytes of a trained element and its two moments in fp32."""
+_MAX_NAMES = 8
+"""Number of layers without influence on the loss that are named."""
 
 
 @dataclass(kw_only=True)
@@ -82,14 +83,7 @@ class StepBatch:
 class Trainer:
     """Trains the adapters of a loaded model from a resume point to the last step, or until a request to stop.
 
-    Every method is called on all ranks, in the same order.
-
-    Args:
-        setup: run whose model is sharded and loaded.
-        resume_point: checkpoint to restore, or the beginning.
-        loaded: the run's model with its weights, its adapter shards and the memory of the optimizer states.
-        console: output for progress.
-        run_dir: folder that metrics are written to; None on ranks other than 0.
+    Every method is called on all ranks, in the same order. Only rank 0 has the run's folder.
     """
 
     def __init__(
@@ -139,8 +133,7 @@ class Trainer:
     def train(self, run_started: float | None = None) -> TrainResult:
         """Train, evaluate and save until the last step or a request to stop.
 
-        Args:
-            run_started: `time.perf_counter()` when this start of the run began; None: when the trainer was made.
+        This start of the run began at `run_started` by `time.perf_counter()`; None: when the trainer was made.
 
         Raises:
             UserError: too many steps in a row were not finite.
@@ -212,7 +205,7 @@ class Trainer:
         record_heartbeat(self.progress.step, "training", timeout_factor)
         result = train_step(self._step_context, batch.micro_batches, batch.trained_tokens, self._own_flags)
         if self._is_first_step():
-            log_unused_adapters(self._step_context.shards, self._console)
+            _log_unused_adapters(self._step_context.shards, self._console)
         self._control.update_checkpoints(result.flags)
         return result
 
@@ -225,11 +218,7 @@ class Trainer:
         return not self._result.tokens_per_s
 
     def _roll_back(self, batch: StepBatch, result: StepResult, *, is_spike: bool) -> bool:
-        """Report a bad step, and restore the newest checkpoint if `train.on_spike` asks for that.
-
-        Returns:
-            Whether a checkpoint was restored.
-        """
+        """Report a bad step. Return whether the newest checkpoint was restored, which `train.on_spike` asks for."""
         details = f"loss {result.loss:.4f}, gradient norm {result.grad_norm:.3g}, global batch {batch.index}"
         self._console.say(f"step {self.progress.step + 1}: {'a spike' if is_spike else 'not finite'} ({details})")
         # fp16 overflows now and then until its loss scale is found
@@ -282,11 +271,7 @@ class Trainer:
         self._run_dir.log(metrics.to_row())
 
     def _raise_if_diverged(self) -> None:
-        """Check how many steps in a row were not finite.
-
-        Raises:
-            UserError: there were `train.max_skipped_steps`.
-        """
+        """Raise UserError after `train.max_skipped_steps` steps in a row that were not finite."""
         limit = self._config.max_skipped_steps
         if self.progress.skipped_in_a_row == limit:
             raise UserError(
@@ -326,3 +311,17 @@ class Trainer:
         record_heartbeat(self.progress.step, "completing the last checkpoint")
         self._checkpoints.close()
         return self._result
+
+
+def _log_unused_adapters(shards: AdapterShards, console: RunConsole) -> None:
+    """Print one line that names the layers whose adapters have no gradient. Called on all ranks after the first step.
+
+    Some layers take no part in the loss, such as an indexer that only chooses what attention sees. As in PEFT, their
+    adapters stay unchanged and are exported with B = 0.
+    """
+    names = shards.find_unused_parameters()
+    if not names:
+        return
+    layers = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", re.split(r"\.lora_|\.weight$", name)[0]) for name in names})
+    listed = ", ".join(layers[:_MAX_NAMES]) + (" and others" if len(layers) > _MAX_NAMES else "")
+    console.say(f"adapters without influence on the loss, which are exported unchanged: {listed}")

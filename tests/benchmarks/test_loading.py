@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # after tests, w
 
 from loading_table import render_loading_tables  # type: ignore[import-not-found]
 
-from qlora_dist.runtime.machine_info import machine_info
+from qlora_dist.runtime.system import machine_info
 
 MIB = 2**20
 

@@ -18,7 +18,7 @@ from peer_process import PeerProcess  # type: ignore[import-not-found] # noqa: E
 from systems import SYSTEMS  # type: ignore[import-not-found] # noqa: E402
 from table import exception_line, render_tables  # type: ignore[import-not-found] # noqa: E402
 
-from qlora_dist.runtime.machine_info import machine_info  # noqa: E402
+from qlora_dist.runtime.system import machine_info  # noqa: E402
 
 STEPS = [
     {"kind": kind, "tokens": tokens, "our_tokens": 400} for kind, tokens in [("full", 400)] * 3 + [("uneven", 300)] * 3

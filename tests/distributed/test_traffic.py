@@ -20,9 +20,8 @@ from qlora_dist.plan.model_spec import make_model_spec
 from qlora_dist.plan.step_traffic import ShardCounts, step_traffic
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import StepContext, train_step
+from qlora_dist.train.train_step import StepContext, make_optimizer, train_step
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 

@@ -21,7 +21,7 @@ from qlora_dist.doctor.node_checks import (
     check_libraries,
     check_own_host_name,
 )
-from qlora_dist.runtime import bf16_support
+from qlora_dist.runtime import process_group
 from qlora_dist.runtime.environment import RankInfo
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_kernels_are_compared_with_the_tables(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_processor_without_bf16_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bf16_support, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(process_group, "_CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("flags : avx2")
     found = check_compute_type(CPU)
     assert found.status == "warn" and found.remedy == "set model.compute_dtype=fp32"

@@ -25,7 +25,7 @@ from tests.helpers.waiting import wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = ROOT / "launch" / "mpirun.sh"
 BOTH_MPIS = pytest.mark.parametrize("name", ["mpich", "openmpi"])
-JOIN = "import os, sys, time; from qlora_dist.runtime import environment, mpi, orphans, process_exit; "
+JOIN = "import os, sys, time; from qlora_dist.runtime import environment, mpi, process_exit; "
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def is_rank(pid: int, rank: int) -> bool:
 @BOTH_MPIS
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_mpirun_leaves_no_rank(name: str, number: int, tmp_path: Path) -> None:
-    sleep = JOIN + "orphans.die_with_parent(); mpi.agree_on_store(); open(str(os.getpid()), 'w'); time.sleep(100)"
+    sleep = JOIN + "process_exit.die_with_parent(); mpi.agree_on_store(); open(str(os.getpid()), 'w'); time.sleep(100)"
     with mpirun(name, tmp_path / name, 2, "-c", sleep) as process:
         wait_for(lambda: len(list((tmp_path / name).glob("[0-9]*"))) == 2, within_s=100)
         process.send_signal(number)

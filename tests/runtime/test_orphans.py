@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
 CHILD = (
-    "import os, time; from qlora_dist.runtime.orphans import die_with_parent; die_with_parent(); "
+    "import os, time; from qlora_dist.runtime.process_exit import die_with_parent; die_with_parent(); "
     "print(os.getpid(), flush=True); time.sleep(60)"
 )
 

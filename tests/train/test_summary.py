@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.config.config_file import load_config
-from qlora_dist.runtime import bf16_support
+from qlora_dist.runtime import process_group
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.train.run_setup import set_up_run
 from qlora_dist.train.summary import describe_run
@@ -49,7 +49,7 @@ def test_a_processor_that_emulates_bf16_gets_a_warning_with_the_remedy(
 ) -> None:
     path = tiny_models.make_config(tmp_path, tiny_llama_nf4)
     (tmp_path / "cpuinfo").write_text("processor : 0\nflags : fpu sse2 avx2\n")
-    monkeypatch.setattr(bf16_support, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(process_group, "_CPUINFO", tmp_path / "cpuinfo")
 
     def warned(dtype: str) -> list[str]:
         setup = set_up_run(load_config(path, [f"model.compute_dtype={dtype}"]), read_rank_info({}))

@@ -18,8 +18,8 @@ from qlora_dist.parallel.deepspeed_optimizer import _make_swap_folder
 from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
-from qlora_dist.train.optimizer import make_optimizer
 from qlora_dist.train.run_setup import set_up_run
+from qlora_dist.train.train_step import make_optimizer
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
