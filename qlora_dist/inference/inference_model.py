@@ -19,9 +19,9 @@ from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.inference.named_adapter import NamedAdapter
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
+from qlora_dist.model.attention import check_packing_support
 from qlora_dist.model.meta_model import LossModel, build_meta_model
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.packable import check_packing_support
 from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.loaded_model import load_model, shard_model
 from qlora_dist.parallel.mesh import mesh_sizes

@@ -47,9 +47,9 @@ def load_weights(
 ) -> int:
     """Give every parameter and buffer memory and, except for the adapters' parameters, its value.
 
-    All ranks of the default process group call this. A rank reads only the bytes of its shards. If other ranks hold
-    the same shards, each of these ranks reads a part and they exchange the parts. So all ranks together read the
-    folder once.
+    All ranks of the default process group call this. A rank reads only the bytes of its shards. If other ranks hold the
+    same shards, each of these ranks reads a part and they exchange the parts. So all ranks together read the folder
+    once.
 
     A weight that is quantized while it is loaded is read whole by one rank, its owner. The owner quantizes it, sends
     each rank its shard, and drops it. The ranks take turns as owners, and the owners of a round quantize in parallel.

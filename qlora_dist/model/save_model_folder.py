@@ -12,23 +12,12 @@ from qlora_dist.io.safetensors_file import read_safetensors_header
 
 _T = TypeVar("_T")
 
-_COPIED_PATTERNS = (  # files that a model needs besides its weights; no weights, and no code
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "LICENSE*",
-    "README*",
-)
+# files that a model needs besides its weights; no weights, and no code
+_COPIED_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README*")
 
 
 def split_into_files(sizes: Mapping[_T, int], file_bytes: int) -> list[list[_T]]:
-    """Assign items to files of at most `file_bytes`, in order. A larger item gets its own file.
-
-    Args:
-        sizes: bytes of each item.
-        file_bytes: largest size of a file.
-    """
+    """Assign items to files of at most `file_bytes`, in order. A larger item gets its own file."""
     files: list[list[_T]] = []
     size = 0
     for item, nbytes in sizes.items():
@@ -50,7 +39,7 @@ def finish_model_folder(
         out: path that does not exist yet.
         source: folder of the model from which the weights were made.
         config: content of config.json.
-        replaced: patterns of files that are not copied from `source`, because `partial` holds their replacements.
+        replaced: patterns of files that are not copied from `source`, because `partial` has its own.
     """
     for pattern in _COPIED_PATTERNS:
         for path in source.glob(pattern):

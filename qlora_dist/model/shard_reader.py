@@ -76,7 +76,6 @@ class ShardReader:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from the files so far."""
         return self._reader.bytes_read
 
     def load_shards(self) -> None:
@@ -116,7 +115,7 @@ class ShardReader:
             yield ReadRequest(count, self._read_into(shard.keys, shard.start + start))
 
     def _read_into(self, keys: tuple[str, ...], start: int) -> Callable[[torch.Tensor], None]:
-        sizes = [_nbytes(self._folder, key) for key in keys]
+        sizes = [self._folder.nbytes(key) for key in keys]
         begins = [0, *accumulate(sizes)]
 
         def read(out: torch.Tensor) -> None:
@@ -125,10 +124,7 @@ class ShardReader:
                 index = bisect_right(begins, start + done) - 1
                 first = start + done - begins[index]
                 part = out[done : done + sizes[index] - first]
-                if keys[index] in self._folder.quantized:
-                    self._folder.quantized[keys[index]].read_range(self._reader, part, first)
-                else:
-                    self._reader.read_into(part, self._folder.entries[keys[index]], first)
+                self._folder.read_range(keys[index], self._reader, part, first)
                 done += part.numel()
 
         return read
@@ -146,7 +142,6 @@ class ShardReader:
                 self._write(shard, position, replica_bytes[: max(0, total - position)])
 
     def _write(self, shard: LocalShard, start: int, data: torch.Tensor) -> None:
-        """Write uint8[n] from byte `start` of the shard on."""
         values = data.view(self._dtype(shard))
         shard.write(start // values.itemsize, values)
 
@@ -198,10 +193,6 @@ def quantize_from_reads(ahead: ReadAhead, layout: NF4Layout, device: torch.devic
         weight = torch.cat([piece.clone() for piece in flat])
         flat = iter([weight.view(columns, rows).T.contiguous().view(-1)])
     return quantize_chunks(flat, layout, device)
-
-
-def _nbytes(folder: ModelFolder, key: str) -> int:
-    return folder.quantized[key].layout.total_bytes if key in folder.quantized else folder.entries[key].nbytes
 
 
 def _file_position(folder: ModelFolder, shard: LocalShard) -> tuple[Path, int]:

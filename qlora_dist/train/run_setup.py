@@ -35,9 +35,9 @@ from qlora_dist.data.prepare_datasets import PreparedDatasets, PreparedSource, d
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry
+from qlora_dist.model.attention import check_packing_support
 from qlora_dist.model.meta_model import LossModel, build_meta_model, causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.packable import check_packing_support
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.engine import check_engine
