@@ -18,6 +18,7 @@ from qlora_dist.adapters.peft_keys import peft_key
 from qlora_dist.adapters.validate_adapter import find_invalid_values
 from qlora_dist.compat.peft import peft
 from qlora_dist.errors import UserError
+from qlora_dist.nf4.embedding import vocab_weight_names
 from qlora_dist.shard_view import full_tensor
 
 
@@ -104,6 +105,5 @@ def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
     """Map the name of a tied embedding's weight to the name of the output head, under which PEFT looks for it too."""
     if not has_tied_head(model):
         return {}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    paths = {id(module): path for path, module in model.named_modules()}
-    return {f"{paths[id(embedding)]}.weight": [f"{paths[id(head)]}.weight"]}
+    embedding, head = vocab_weight_names(model)
+    return {embedding: [head]}

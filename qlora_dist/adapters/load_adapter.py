@@ -14,6 +14,7 @@ from qlora_dist.adapters.attach import add_lora_layer, has_tied_head, is_lora_pa
 from qlora_dist.adapters.saved_adapter import SavedAdapter, missing_module_error
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, tensors_equal
+from qlora_dist.nf4.embedding import vocab_weight_names
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.shard_view import flat_offset, local_slice, local_tensor
@@ -108,9 +109,7 @@ def _without_tied_head(model: PreTrainedModel, adapter: SavedAdapter, base: Path
     """Return the fully trained tensors without the copy of a tied embedding that PEFT saves for the head."""
     if not has_tied_head(model):
         return adapter.full_tensors
-    paths = {id(module): path for path, module in model.named_modules()}
-    head = f"{paths[id(model.get_output_embeddings())]}.weight"
-    embedding = f"{paths[id(model.get_input_embeddings())]}.weight"
+    embedding, head = vocab_weight_names(model)
     if head not in adapter.full_tensors:
         return adapter.full_tensors
     if embedding not in adapter.full_tensors or not tensors_equal(

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 import torch
 
 from qlora_dist.merge.lora_update import LoraUpdate
-from qlora_dist.nf4.code_tables import code_table
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import TORCH_DTYPES, dequantize_absmax
+from qlora_dist.nf4.quantize import TORCH_DTYPES, code_table, dequantize_absmax
 
 _WEIGHTS_PER_BATCH = 2**22
 """Approximate number of weights in a batch. A step rounds a column, and its overhead equals some thousand weights."""

@@ -25,6 +25,7 @@ from qlora_dist.model.quantizable import (
     source_matrices,
 )
 from qlora_dist.model.weight_sources import find_weight_sources, stacked_tensor_name
+from qlora_dist.nf4.embedding import vocab_weight_names
 from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
 from qlora_dist.nf4.quant_state import quant_state_specs
 
@@ -148,7 +149,7 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
             tensors[key] = _copied_tensor(key, entry, replaced.pop(key, entry), _dtype(entry.dtype, options))
     for key, entry in replaced.items():  # a head that was tied to the embedding
         tensors[key] = _copied_tensor(key, entry, entry, _dtype(torch.bfloat16, options))
-    embedding = adapter.full_tensors.get(_embedding(model))
+    embedding = adapter.full_tensors.get(vocab_weight_names(model)[0])
     vocab_size = embedding.shape[0] if embedding is not None else None
     in_order = sorted(tensors.values(), key=lambda tensor: (str(tensor.source_file), tensor.source_offset))
     return MergePlan(in_order, is_untied, vocab_size)
@@ -238,9 +239,7 @@ def _plan_replaced_tensors(
     """
     replaced, is_untied, trained = {}, False, adapter.full_tensors
     tied = has_tied_embeddings(model)
-    paths = {id(module): path for path, module in model.named_modules()}
-    head = f"{paths[id(model.get_output_embeddings())]}.weight"
-    embedding = _embedding(model)
+    embedding, head = vocab_weight_names(model)
     for name, entry in trained.items():
         if tied and name == head:
             is_untied = embedding not in trained or not tensors_equal(entry, trained[embedding])
@@ -253,12 +252,6 @@ def _plan_replaced_tensors(
         else:
             replaced[keys[name]] = entry
     return replaced, is_untied
-
-
-def _embedding(model: PreTrainedModel) -> str:
-    """Return the name of the embedding's parameter."""
-    embedding = model.get_input_embeddings()
-    return next(f"{path}.weight" for path, module in model.named_modules() if module is embedding)
 
 
 def _dtype(before: torch.dtype, options: MergeOptions) -> torch.dtype:

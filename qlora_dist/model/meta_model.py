@@ -32,7 +32,7 @@ from qlora_dist.model.quantizable import (
 )
 from qlora_dist.model.weight_reads import find_weight_reads
 from qlora_dist.model.weight_sources import WeightSource, find_weight_sources
-from qlora_dist.nf4.embedding import NF4VocabMixin, use_nf4_vocab
+from qlora_dist.nf4.embedding import NF4VocabMixin, use_nf4_vocab, vocab_weight_names
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.nf4_layout import NF4Layout
@@ -125,10 +125,7 @@ def _stores_untied_head(model: transformers.PreTrainedModel, folder: ModelFolder
 
     Merging a trained embedding and head produces such folders, and transformers keeps both tensors on loading.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
-    head, embedding = (
-        f"{paths[id(module)]}.weight" for module in (model.get_output_embeddings(), model.get_input_embeddings())
-    )
+    embedding, head = vocab_weight_names(model)
     names = [*folder.entries, *folder.quantized]
     if not any(name.endswith(head.rpartition(".")[0].rpartition(".")[2] + ".weight") for name in names):
         return False  # the usual case; converting all names takes longer
