@@ -25,12 +25,8 @@ def packed_causal_attention_cpu(
 ) -> torch.Tensor:
     """Compute causal attention within each sequence, [batch, length, heads, d].
 
-    Args:
-        query: [batch, heads, length, d], on the CPU.
-        key: [batch, heads / groups, length, d].
-        value: [batch, heads / groups, length, d].
-        starts: result of `sequence_starts`.
-        scale: factor of the scores.
+    The query is [batch, heads, length, d], key and value are [batch, heads / groups, length, d]. `starts` is the result
+    of `sequence_starts`.
     """
     output: torch.Tensor = _attention(query, key, value, starts, scale)[0]
     return output

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_dist.adapters.attach import is_lora_parameter
 from qlora_dist.adapters.load_adapter import attach_saved_adapter, read_local_shard, saved_entries_by_parameter
-from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.adapters.saved_adapter import find_invalid_values
 from qlora_dist.compat.peft import LoraLayer, enable_frozen_adapters
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError

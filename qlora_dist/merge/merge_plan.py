@@ -40,11 +40,9 @@ class MergeOptions:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Type of tensors that are not in 4 bit; auto: their type before quantization."""
     quant_type: QuantType = "nf4"
-    """Code table with which the run quantized a base in 16 bit."""
+    """Code table with which the run quantized a base in 16 bit. It used the next two options too."""
     block_size: int = 64
-    """Block size with which the run quantized a base in 16 bit."""
     double_quant: bool = True
-    """Whether the run quantized a base in 16 bit with double quantization."""
     error_feedback: bool = False
     """Whether rounding to nf4 compensates the error of earlier weights in a row."""
     file_bytes: int = 5_000_000_000
@@ -127,11 +125,8 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
             parts, target, folder, options.quant_type, options.block_size, double_quant=options.double_quant
         )
         update = updates.pop(target.module, None)
-        if (
-            update is not None
-            and target.experts
-            and peft_swaps_in_out(model.get_submodule(target.module.rpartition(".")[0]))
-        ):
+        owner = model.get_submodule(target.module.rpartition(".")[0])
+        if update is not None and target.experts and peft_swaps_in_out(owner):
             update = replace(update, swap_in_out=True)
         _check_shape(update, target, adapter)
         was_4_bit = in_folder or (not folder.is_quantized and target.role == "layer")
@@ -232,10 +227,7 @@ def _plan_replaced_tensors(
 ) -> tuple[dict[str, TensorEntry], bool]:
     """Return the fully trained tensors by their keys in the folder, and whether a tied head becomes untied.
 
-    Args:
-        keys: key in the folder of each of the model's tensors.
-        model: transformers' own class, on meta.
-        adapter: the saved adapter.
+    `keys` has the key in the folder of each of the model's tensors.
     """
     replaced, is_untied, trained = {}, False, adapter.full_tensors
     tied = has_tied_embeddings(model)

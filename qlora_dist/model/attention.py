@@ -247,17 +247,9 @@ def sdpa_per_sequence(
     value: torch.Tensor,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Compute attention by one differentiable call per sequence.
+    """Compute attention, [batch, length, heads, d], by one differentiable call per sequence.
 
-    Args:
-        slices: result of `sequence_slices`.
-        query: [batch, heads, length, d].
-        key: [batch, heads / groups, length, d].
-        value: [batch, heads / groups, length, d].
-        options: the call's options.
-
-    Returns:
-        [batch, length, heads, d].
+    `slices` is the result of `sequence_slices`. The shapes are the same as in `packed_attention_forward`.
     """
     batch, window = query.shape[0], options.window
     lengths = [end - first for _, first, end in slices]

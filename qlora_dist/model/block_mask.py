@@ -18,13 +18,9 @@ FLEX_BLOCK_SIZE = 128  # positions: torch's own choice for its kernels
 def create_packed_block_mask(starts: torch.Tensor, length: int, window: int | None, device: torch.device) -> BlockMask:
     """Create the mask of causal attention within each sequence, [batch, 1, length, length].
 
-    Blocks without a visible pair are left out. Blocks in which all pairs are visible are marked as full.
-
-    Args:
-        starts: result of `sequence_starts`.
-        length: positions in a row.
-        window: number of positions that a position sees, itself included; None: all of its sequence before it.
-        device: device of the mask.
+    `starts` is the result of `sequence_starts`. A position sees `window` positions, itself included, or without a
+    window all of its sequence before it. Blocks without a visible pair are left out. Blocks in which all pairs are
+    visible are marked as full.
     """
     batch = starts.shape[2]
     positions = torch.arange(length, dtype=torch.int32).repeat(batch, 1)

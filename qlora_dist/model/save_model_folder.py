@@ -34,12 +34,8 @@ def finish_model_folder(
 ) -> None:
     """Add tokenizer, index and config.json to the weights in `partial`, and rename it to `out`.
 
-    Args:
-        partial: folder with files model-*.safetensors; other files in it are kept.
-        out: path that does not exist yet.
-        source: folder of the model from which the weights were made.
-        config: content of config.json.
-        replaced: patterns of files that are not copied from `source`, because `partial` has its own.
+    The weights are model-*.safetensors. Other files in `partial` are kept. Files of `source`, the folder from which the
+    weights were made, are not copied if they match `replaced`.
     """
     for pattern in _COPIED_PATTERNS:
         for path in source.glob(pattern):

@@ -49,13 +49,8 @@ class ShardReader:
     Call `load_shards` first, then `quantize_next` for each weight in the given order. Memory holds the shards, two
     chunks, and the packed weight that is being quantized.
 
-    Args:
-        folder: folder of the model.
-        shards: shards to load; `self.shards` has them in the order of the files.
-        to_quantize: 16- or 32-bit weights that this rank reads as a whole.
-        replicas: 1-D mesh of the ranks that hold the same shards, or None.
-        device: device of exchanges and quantization.
-        progress: function called after each read.
+    `self.shards` has the shards in the order of the files. `to_quantize` are 16- or 32-bit weights that this rank reads
+    as a whole. `device` is the place of exchanges and quantization. `progress` is called after each read.
     """
 
     def __init__(

@@ -61,12 +61,7 @@ def use_nf4_vocab(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: to
     """Replace the weight of an embedding or an output head by a `packed` parameter without values.
 
     The module's class is changed in place, so references to it stay valid. Its bias and its other behaviour, such as
-    the scaling of Gemma's embedding, stay.
-
-    Args:
-        module: module in 16 or 32 bit.
-        layout: layout of the weight.
-        dtype: type of the rows that are looked up.
+    the scaling of Gemma's embedding, stay. `dtype` is the type of the rows that are looked up.
 
     Raises:
         UserError: the module's class computes with the weight itself.

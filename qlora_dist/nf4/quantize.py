@@ -62,11 +62,8 @@ def quantize_weight(
 def quantize_chunks(chunks: Iterable[torch.Tensor], layout: NF4Layout, device: torch.device) -> torch.Tensor:
     """Quantize a weight that is never in memory as a whole, and return uint8[layout.total_bytes] on the device.
 
-    Args:
-        chunks: consecutive chunks of the flat weight, bf16, fp16 or fp32[n]. Each n but the last is a multiple of the
-            largest block size. A chunk may be overwritten once the next is requested.
-        layout: layout of the weight.
-        device: device of the computation.
+    The chunks are consecutive parts of the flat weight, bf16, fp16 or fp32[n]. Each n but the last is a multiple of the
+    largest block size. A chunk may be overwritten once the next is requested.
     """
     packed = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
     absmax = torch.empty(layout.num_blocks, dtype=torch.float32, device=device)

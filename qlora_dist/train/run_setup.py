@@ -19,11 +19,10 @@ from qlora_dist.adapters.attach import (
     check_attached_targets,
     is_lora_parameter,
     make_peft_config,
-    weight_read_names,
 )
 from qlora_dist.adapters.export import config_to_save, shapes_to_save
 from qlora_dist.adapters.peft_roundtrip import check_peft_roundtrip, needs_peft_conversion
-from qlora_dist.adapters.targets import AdapterTargets, find_targets
+from qlora_dist.adapters.targets import AdapterTargets, find_targets, weight_read_names
 from qlora_dist.compat.peft import peft
 from qlora_dist.config.max_positions import check_seq_len
 from qlora_dist.config.schema import Config
