@@ -28,10 +28,7 @@ ADAPTER_NAME = "default"
 def make_peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.LoraConfig:
     """Make PEFT's configuration of the adapter that the section `lora` describes.
 
-    Args:
-        model: model on meta, without adapters.
-        config: section `lora` of the configuration.
-        base: the base model's folder, recorded in the adapter.
+    The model is on meta, without adapters. The adapter records `base`, the base model's folder.
 
     Raises:
         UserError: the model lacks a target, experts, or a module of `modules_to_save`, or PEFT cannot adapt them so.
@@ -59,22 +56,11 @@ def make_peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> p
     )
 
 
-def weight_read_names(model: nn.Module) -> set[str]:
-    """Return the names of layers whose weight the model's code reads itself, so that an adapter has no effect."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
-    return {target_module_name(name) for name, module in layers if module.is_weight_read}
-
-
 def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = ADAPTER_NAME) -> None:
-    """Add a new fp32 adapter to a model on the meta device, and freeze all other parameters.
+    """Add a new fp32 adapter to a model on meta without adapters, and freeze all other parameters.
 
     PEFT's `inject_adapter_in_model` is not used, because its conversion of names from transformers 4 misreads a model
     with NF4Experts. The model keeps its class and transformers' names.
-
-    Args:
-        model: model without adapters.
-        config: result of `make_peft_config`.
-        name: name of the adapter.
     """
     modules_to_save = set(config.modules_to_save or ())
     targets = targets_from_peft_config(model, config)
@@ -89,15 +75,10 @@ def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = 
 
 
 def add_lora_layer(model: nn.Module, path: str, config: peft.LoraConfig, name: str, r: int, alpha: float) -> None:
-    """Add an adapter's matrices, on meta and in fp32, to one layer.
+    """Add an adapter's matrices, on meta and in fp32, to one layer of a model on meta, which may have other adapters.
 
-    Args:
-        model: model on meta; it may have other adapters.
-        path: path of the layer, without the `base_layer` of another adapter.
-        config: variant of LoRA (rsLoRA, DoRA) and dropout.
-        name: name of the adapter.
-        r: rank for this layer.
-        alpha: alpha for this layer.
+    `path` omits the `base_layer` of another adapter. Rank and alpha are the layer's, the variant of LoRA and the
+    dropout are in `config`.
     """
     layer = model.get_submodule(path)
     with torch.device("meta"):
@@ -126,16 +107,11 @@ def _wrap_with_lora(
 
 
 def adapted_paths(model: nn.Module) -> set[str]:
-    """Return the paths of the layers that have an adapter."""
     return {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def check_attached_targets(model: nn.Module, targets: AdapterTargets, base: str) -> None:
-    """Check that exactly the requested matrices have an adapter.
-
-    Raises:
-        UserError: a requested matrix has no adapter, or another matrix has one.
-    """
+    """Check that exactly the requested matrices have an adapter."""
     adapted = adapted_paths(model)
     if adapted != targets.paths:
         differing = min(adapted ^ targets.paths)
@@ -187,8 +163,11 @@ def is_lora_b_parameter(name: str) -> bool:
 
 
 def named_trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield names and parameters that are trained."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def seed_from_name(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") % 2**63
 
 
 def init_lora_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor | None:
@@ -201,7 +180,6 @@ def init_lora_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor | 
         return None
     if "lora_B" in name:
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+    generator = torch.Generator().manual_seed(seed_from_name(seed, name))
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

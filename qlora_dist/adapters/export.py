@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,26 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import has_tied_head, named_trainable_parameters
-from qlora_dist.adapters.peft_keys import peft_key
-from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.adapters.attach import ADAPTER_NAME, has_tied_head, named_trainable_parameters
+from qlora_dist.adapters.saved_adapter import find_invalid_values
 from qlora_dist.compat.peft import peft
 from qlora_dist.errors import UserError
+from qlora_dist.io.adapter_files import PEFT_PREFIX
+from qlora_dist.nf4.embedding import vocab_weight_names
 from qlora_dist.shard_view import full_tensor
+
+
+def peft_key(name: str, adapter: str = ADAPTER_NAME) -> str:
+    """Return the key of a parameter in PEFT's file.
+
+    It has neither the adapter's name nor `.weight` after a magnitude vector. PEFT wraps an experts module once per
+    adapted parameter, input projections first, so their keys contain `base_layer`.
+    """
+    name = name.replace(f"lora_magnitude_vector.{adapter}.weight", "lora_magnitude_vector")
+    name = name.replace(f".{adapter}.", ".")
+    name = re.sub(r"\.experts\.(gate_)?up_proj\.lora_", ".experts.base_layer.lora_", name)
+    name = re.sub(r"\.experts\.down_proj\.lora_", ".experts.lora_", name)
+    return PEFT_PREFIX + name
 
 
 def export_adapter(
@@ -26,14 +41,8 @@ def export_adapter(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32), as `PeftModel.from_pretrained` reads them.
 
-    A collective of the default process group: all ranks gather each parameter, and rank 0 keeps it. A folder of that
-    name is replaced only when the new one is complete.
-
-    Args:
-        model: model with the adapter.
-        config: PEFT's configuration of the adapter.
-        out: folder to write.
-        add_files: function called on rank 0 with the folder, to write further files.
+    A collective of the default process group: all ranks gather each parameter, and rank 0 keeps it. Rank 0 calls
+    `add_files` with the folder, to write further files.
 
     Raises:
         UserError: on rank 0, if the adapter cannot be written, has values that are not finite, or changes nothing.
@@ -104,6 +113,5 @@ def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
     """Map the name of a tied embedding's weight to the name of the output head, under which PEFT looks for it too."""
     if not has_tied_head(model):
         return {}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    paths = {id(module): path for path, module in model.named_modules()}
-    return {f"{paths[id(embedding)]}.weight": [f"{paths[id(head)]}.weight"]}
+    embedding, head = vocab_weight_names(model)
+    return {embedding: [head]}

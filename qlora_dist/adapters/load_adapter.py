@@ -14,19 +14,16 @@ from qlora_dist.adapters.attach import add_lora_layer, has_tied_head, is_lora_pa
 from qlora_dist.adapters.saved_adapter import SavedAdapter, missing_module_error
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, tensors_equal
+from qlora_dist.nf4.embedding import vocab_weight_names
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.shard_view import flat_offset, local_slice, local_tensor
 
 
 def attach_saved_adapter(model: PreTrainedModel, adapter: SavedAdapter, name: str, base: Path) -> None:
-    """Add the layers of a saved adapter to a model on meta, and freeze all parameters.
+    """Add the layers of a saved adapter to a model on meta, which may have others, and freeze all parameters.
 
-    Args:
-        model: model on meta; it may have other adapters.
-        adapter: the saved adapter.
-        name: name of the adapter in the model.
-        base: the model's folder, for messages.
+    `name` is the adapter's name in the model. Messages name `base`, the model's folder.
 
     Raises:
         UserError: the model lacks a matrix, or a matrix cannot have an adapter.
@@ -55,11 +52,7 @@ def saved_entries_by_parameter(
 ) -> dict[str, TensorEntry]:
     """Return the adapter's tensors, LoRA's and fully trained ones, by the name of the parameter in the model.
 
-    Args:
-        model: model on meta, with the adapter.
-        adapter: the saved adapter.
-        name: name of the adapter in the model.
-        base: the model's folder, for messages.
+    The arguments are the same as in `attach_saved_adapter`, which has added the layers.
 
     Raises:
         UserError: a tensor has another shape than the model's parameter, or the model has no such parameter.
@@ -87,13 +80,9 @@ def saved_entries_by_parameter(
 def read_local_shard(
     parameter: torch.Tensor, entry: TensorEntry, reader: SafetensorsReader, *, is_low_rank: bool
 ) -> torch.Tensor:
-    """Read this rank's shard of a saved tensor, in the type and on the device of the parameter.
+    """Read this rank's shard of a saved tensor, in the type and on the device of the parameter, which has memory.
 
-    Args:
-        parameter: parameter with memory, sharded or not.
-        entry: the saved tensor.
-        reader: reader of files.
-        is_low_rank: whether to read the whole tensor and slice it. Other shards are contiguous, and only they are read.
+    A low-rank tensor is read whole and sliced. Other shards are contiguous, and only they are read.
     """
     local = local_tensor(parameter)
     if is_low_rank:
@@ -108,9 +97,7 @@ def _without_tied_head(model: PreTrainedModel, adapter: SavedAdapter, base: Path
     """Return the fully trained tensors without the copy of a tied embedding that PEFT saves for the head."""
     if not has_tied_head(model):
         return adapter.full_tensors
-    paths = {id(module): path for path, module in model.named_modules()}
-    head = f"{paths[id(model.get_output_embeddings())]}.weight"
-    embedding = f"{paths[id(model.get_input_embeddings())]}.weight"
+    embedding, head = vocab_weight_names(model)
     if head not in adapter.full_tensors:
         return adapter.full_tensors
     if embedding not in adapter.full_tensors or not tensors_equal(

@@ -49,7 +49,6 @@ class NF4LoraLayer(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, as PEFT does."""
         LoraLayer.update_layer(self, adapter_name, r, *args, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -67,7 +66,6 @@ class NF4LoraLinear(NF4LoraLayer):
     base_layer: NF4Linear
 
     def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> NF4DoraVariant | None:
-        """DoRA, or none."""
         return NF4DoraVariant() if config.use_dora else None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

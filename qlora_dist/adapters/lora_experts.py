@@ -28,11 +28,8 @@ class NF4LoraExperts(NF4LoraLayer):
     expert's r rows together. `lora_B` is [out_features, r * experts] with an expert's columns `experts` apart. There is
     no dropout, as in `ParamWrapper`.
 
-    Args:
-        args: arguments of `NF4LoraLayer`.
-        swap_in_out: whether lora_A is [experts * r, out_features] and lora_B [in_features, r * experts], as
-            `peft_swaps_in_out` returns.
-        kwargs: arguments of `NF4LoraLayer`.
+    With `swap_in_out`, which is the result of `peft_swaps_in_out`, lora_A is [experts * r, out_features] and lora_B
+    [in_features, r * experts].
     """
 
     base_layer: NF4Experts
@@ -42,7 +39,6 @@ class NF4LoraExperts(NF4LoraLayer):
         super().__init__(*args, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter with a pair of matrices for each expert."""
         super().update_layer(adapter_name, r, *args, **kwargs)
         experts = self.base_layer.experts
         columns, rows = self.in_features, self.out_features

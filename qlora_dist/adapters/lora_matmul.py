@@ -34,16 +34,8 @@ def lora_matmul(
     Backward needs only x (or dropped), h and references to A and B. It reads `base.packed` again, which the engine has
     gathered by then. The base layer is not called as a module, so its hooks do not run.
 
-    Args:
-        x: [..., in_features].
-        base: the frozen layer.
-        lora_A: [r, in_features], cast to x's type.
-        lora_B: [out_features, r], cast to x's type.
-        scaling: factor of the update.
-        dropped: x after dropout, the adapter's input; None: x.
-
-    Returns:
-        [..., out_features], in x's type.
+    The shapes are x [..., in_features], A [r, in_features], B [out_features, r] and the output [..., out_features]. All
+    are computed in x's type. `dropped` is x after dropout, the adapter's input; None: x.
     """
     shape = (*x.shape[:-1], base.out_features)
     rows = x.reshape(-1, x.shape[-1])
@@ -115,14 +107,10 @@ def _gradients(
     *,
     dropout: bool,
 ) -> _LoraGradients:
-    """Return the gradients of x, dropped, A and B.
+    """Return the gradients of x, dropped, A and B, given the gradient of y.
 
-    Args:
-        grad: gradient of y.
-        saved: the adapter's input, A, B and h.
-        weight: the base weight; None: x needs no gradient.
-        scaling: factor of the update.
-        dropout: whether the adapter's input differs from x; if not, the gradient of x is the sum of both.
+    `saved` holds the adapter's input, A, B and h. Without a base weight, x needs no gradient. Without dropout, the
+    gradient of x is the sum of both paths.
     """
     adapter_input, a, b, h = saved
     grad_h = (grad @ b).mul_(scaling)
@@ -204,7 +192,6 @@ def _lora_matmul_backward_op(
     double_quant: bool,
     dtype: str,
 ) -> list[torch.Tensor]:
-    """Return the required gradients."""
     layout = _layout_from_args(out_features, in_features, quant_type, block_size, dtype, double_quant=double_quant)
     weight = dequantize_weight(packed, layout, grad.dtype) if packed is not None else None
     grads = _gradients(grad, (adapter_input, a, b, h), weight, scaling, dropout=dropout)

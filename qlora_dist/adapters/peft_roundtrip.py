@@ -26,14 +26,8 @@ def check_peft_roundtrip(
 ) -> None:
     """Check that PEFT reads exactly the tensors that the folder will hold.
 
-    Args:
-        plain: transformers' own class on meta; PEFT changes it.
-        config: configuration that will be saved.
-        shapes: shapes of the tensors that will be saved, by PEFT's names.
-        base: the base model's folder, for messages.
-
-    Raises:
-        UserError: PEFT would omit a trained tensor, or add an untrained one.
+    PEFT changes `plain`, transformers' own class on meta. `shapes` has the shapes of the tensors that will be saved, by
+    PEFT's names.
     """
     try:
         with torch.device("meta"), warnings.catch_warnings():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.adapters.peft_keys import parameter_name
-from qlora_dist.adapters.validate_adapter import check_adapter_type
+import torch
+
 from qlora_dist.compat.peft import peft
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import (
@@ -26,6 +26,14 @@ from qlora_dist.io.adapter_files import (
 )
 from qlora_dist.io.safetensors_file import TensorEntry, read_safetensors_header
 
+_UNSUPPORTED_KEYS = {
+    "trainable_token_indices": "trained rows of an embedding",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "lora_bias": "a bias of B",
+}
+"""Features of PEFT that are not supported, by key of adapter_config.json."""
+_INITS_THAT_CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 _EXPERT_MODULE = re.compile(r"\.experts\.\d+\.")
 
 
@@ -49,7 +57,6 @@ class LowRankUpdate:
     """Whether PEFT confuses the experts' inputs with their outputs (`lora_experts.peft_swaps_in_out`)."""
 
     def entries(self) -> dict[str, TensorEntry]:
-        """Return the tensors, by their names in PEFT's layer."""
         factors = {"lora_A": self.a, "lora_B": self.b}
         return factors if self.magnitude is None else {**factors, "lora_magnitude_vector": self.magnitude}
 
@@ -84,14 +91,9 @@ class SavedAdapter:
 
 
 def read_saved_adapter(path: Path) -> SavedAdapter:
-    """Read a folder's configuration and its file's header.
-
-    Raises:
-        UserError: it is no folder of a LoRA adapter, a tensor is missing or has a wrong shape, or it has an unsupported
-            feature.
-    """
+    """Read a folder's configuration and its file's header."""
     config = read_adapter_config(path)
-    check_adapter_type(config, path)
+    _check_adapter_type(config, path)
     entries = read_safetensors_header(path / ADAPTER_WEIGHTS_NAME)
     parts: dict[str, dict[str, TensorEntry]] = {}
     full_tensors: dict[str, TensorEntry] = {}
@@ -109,8 +111,8 @@ def read_saved_adapter(path: Path) -> SavedAdapter:
                 f"{path}: holds {key}, but only LoRA of linear layers and experts is supported; use it with PEFT"
             )
         elif ".original_module." not in name:  # PEFT also saves the base's rows of a resized embedding
-            # the bias of a layer with an update, or a resized embedding
-            full_tensors[parameter_name(key)] = entry
+            # a module to save, the bias of a layer with an update, or a resized embedding
+            full_tensors[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = entry
     if not parts and not full_tensors:
         raise UserError(f"{path / ADAPTER_WEIGHTS_NAME}: holds no tensors of an adapter; export the adapter again")
     low_rank = {}
@@ -132,6 +134,35 @@ def read_saved_adapter(path: Path) -> SavedAdapter:
     )
 
 
+def _check_adapter_type(config: Mapping[str, Any], path: Path) -> None:
+    """Raise a UserError unless an adapter is LoRA on an unchanged base, without unsupported features."""
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: is an adapter of type {config.get('peft_type')}, not LORA; use it with PEFT")
+    for key, feature in _UNSUPPORTED_KEYS.items():
+        if config.get(key):
+            raise UserError(f"{path}: has {feature} ({key}), which is not supported; load it with PEFT")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_BASE):
+        raise UserError(
+            f"{path}: was initialized by {init}, which changed the base's weights too; save it with PEFT's "
+            "path_initial_model_for_weight_conversion first"
+        )
+
+
+def find_invalid_values(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Return what is wrong with an adapter's tensors, given by PEFT's names; None if nothing is.
+
+    Values must be finite. If every B is zero, as before training, the adapter changes nothing.
+    """
+    has_b = changes = False
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"{name} holds values that are not finite"
+        if ".lora_B." in name:
+            has_b, changes = True, changes or bool(tensor.any())
+    return "every B is zero, so it changes nothing" if has_b and not changes else None
+
+
 def missing_module_error(adapter: SavedAdapter, module: str, base: Path) -> UserError:
     """Return the error about a matrix that an adapter changes and a model lacks."""
     if _EXPERT_MODULE.search(module):
@@ -150,9 +181,8 @@ def _low_rank_update(
         missing = "lora_A" if a is None else "lora_B" if b is None else "lora_magnitude_vector"
         raise UserError(f"{path}: {module} lacks its {missing}, or has one without DoRA; export the adapter again")
     rank = int(get_pattern_value(config.get("rank_pattern"), module, config.get("r", PEFT_DEFAULT_R_AND_ALPHA)))
-    alpha = float(
-        get_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", PEFT_DEFAULT_R_AND_ALPHA))
-    )
+    default_alpha = config.get("lora_alpha", PEFT_DEFAULT_R_AND_ALPHA)
+    alpha = float(get_pattern_value(config.get("alpha_pattern"), module, default_alpha))
     count = a.shape[0] // rank if is_experts and a.shape and rank > 0 else 1
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == count * rank > 0:
         raise UserError(f"{path}: {module} has A {a.shape} and B {b.shape} for rank {rank}; export the adapter again")

@@ -27,29 +27,28 @@ class AdapterTargets:
     """Paths of the matrices that get an adapter, in the model's order."""
 
     linear: tuple[str, ...]
-    """Paths of linear layers."""
     experts: tuple[str, ...] = ()
     """Paths of projections of all experts of a layer, which are parameters in transformers' class."""
 
     @property
     def paths(self) -> set[str]:
-        """Paths of linear layers and experts."""
         return {*self.linear, *self.experts}
 
 
-def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> AdapterTargets:
-    """Find the matrices that the section `lora` requests.
+def weight_read_names(model: nn.Module) -> set[str]:
+    """Return the names of layers whose weight the model's code reads itself, so that an adapter has no effect."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
+    return {target_module_name(name) for name, module in layers if module.is_weight_read}
 
-    Args:
-        model: model on meta, without adapters.
-        config: section `lora` of the configuration.
-        base: the base model's folder, for messages.
+
+def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> AdapterTargets:
+    """Find the matrices that the section `lora` requests in a model on meta without adapters.
 
     Raises:
         UserError: a target is no quantized layer, the model's code reads its weight itself, PEFT could not read its
-            adapter, or there are no experts.
+            adapter, or there are no experts. The message names `base`, the base model's folder.
     """
-    read = {target_module_name(p) for p, m in model.named_modules() if isinstance(m, NF4Linear) and m.is_weight_read}
+    read = weight_read_names(model)
     linear = [path for path in _paths(model, NF4Linear) if target_module_name(path) not in read]
     names = sorted({target_module_name(path) for path in linear})
     chosen = linear
@@ -65,12 +64,8 @@ def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapt
                     f"lora.targets: {target} is no quantized layer of {base}; choose from {', '.join(names)}"
                 )
         chosen = [path for path in linear if target_module_name(path) in config.targets]
-    out_proj_paths = [
-        path
-        for path in chosen
-        if _model_type(model) in _TYPES_WITHOUT_OUT_PROJ and target_module_name(path) == "out_proj"
-    ]
-    if out_proj_paths:
+    out_proj_paths = [path for path in chosen if target_module_name(path) == "out_proj"]
+    if out_proj_paths and getattr(getattr(model, "config", None), "model_type", None) in _TYPES_WITHOUT_OUT_PROJ:
         rest = sorted({target_module_name(path) for path in chosen if path not in out_proj_paths})
         raise UserError(
             f"lora.targets: PEFT reads no adapter of out_proj, here {out_proj_paths[0]} of {base}; name others, such "
@@ -106,10 +101,6 @@ def peft_target_names(model: PreTrainedModel, targets: AdapterTargets) -> tuple[
     If a model's experts were linear layers in transformers 4, PEFT mistakes some names of linear layers for experts
     (`_convert_peft_config_moe`). Such layers are named by their parameter, as `mlp.up_proj.weight`, which PEFT does not
     convert. The adapter's tensors are the same.
-
-    Args:
-        model: model on meta, without adapters.
-        targets: targets in the model.
     """
     modules = [path for path, module in model.named_modules() if path and not isinstance(module, NF4Experts)]
     converted = {name for name in {path.rpartition(".")[2] for path in targets.linear} if _peft_converts(model, name)}
@@ -127,7 +118,6 @@ def peft_target_names(model: PreTrainedModel, targets: AdapterTargets) -> tuple[
 
 
 def _in_layer(path: str) -> str:
-    """Return the path within a decoder layer."""
     return _LAYER.sub("", path)
 
 
@@ -136,10 +126,7 @@ def _shortest_suffixes(
 ) -> list[str]:
     """Return suffixes that match these paths and no other known path, or the whole path if there is none.
 
-    Args:
-        paths: paths to match.
-        known: all paths.
-        shorten: functions that return a suffix of a path, the shortest first.
+    The functions of `shorten` return a suffix of a path, the shortest first.
     """
     remaining, names = set(paths), set()
     for suffix in shorten:
@@ -162,7 +149,3 @@ def _peft_converts(model: PreTrainedModel, name: str) -> bool:
 
 def _paths(model: nn.Module, kind: type[nn.Module]) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, kind)]
-
-
-def _model_type(model: PreTrainedModel) -> str | None:
-    return getattr(getattr(model, "config", None), "model_type", None)

@@ -23,17 +23,10 @@ _FP32_BACKWARD_LENGTH = 384  # positions: backward of shorter sequences is faste
 def packed_causal_attention_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Compute causal attention within each sequence.
+    """Compute causal attention within each sequence, [batch, length, heads, d].
 
-    Args:
-        query: [batch, heads, length, d], on the CPU.
-        key: [batch, heads / groups, length, d].
-        value: [batch, heads / groups, length, d].
-        starts: result of `sequence_starts`.
-        scale: factor of the scores.
-
-    Returns:
-        [batch, length, heads, d].
+    The query is [batch, heads, length, d], key and value are [batch, heads / groups, length, d]. `starts` is the result
+    of `sequence_starts`.
     """
     output: torch.Tensor = _attention(query, key, value, starts, scale)[0]
     return output

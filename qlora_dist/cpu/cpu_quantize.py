@@ -24,18 +24,12 @@ _COMPARED = 2**15  # weights that are compared at a time: 15 comparisons each, 0
 
 
 def quantize_4bit_cpu(weights: torch.Tensor, block_size: int, bounds: CodeBounds) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes and absmax values of whole blocks.
+    """Return codes, uint8[n / 2], and absmax values, fp32[n / block_size], of whole blocks.
 
     The floating-point operations and their order are as in `bitsandbytes::quantize_4bit`'s default kernel. The kernel
     also clamps to -1 .. 1, which changes no comparison. Any number of threads may call this at the same time.
 
-    Args:
-        weights: bf16, fp16 or fp32[n] on the CPU, finite, n a multiple of `block_size`.
-        block_size: weights per absmax.
-        bounds: bounds of the code table.
-
-    Returns:
-        uint8[n / 2], the first weight of a pair in the high half, and fp32[n / block_size].
+    The weights are bf16, fp16 or fp32[n] on the CPU and finite. The first weight of a pair is in a byte's high half.
     """
     codes = torch.empty(weights.numel() // 2, dtype=torch.uint8)
     absmax = torch.empty(weights.numel() // block_size)

@@ -15,9 +15,8 @@ import torch
 
 from qlora_dist.compat.versions import TESTED_VERSIONS
 from qlora_dist.doctor.finding import Finding
-from qlora_dist.nf4.code_tables import code_table, nested_code_table
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
+from qlora_dist.nf4.quantize import code_table, dequantize_weight, nested_code_table, quantize_weight
 from qlora_dist.runtime.environment import RankInfo, master_addr
 from qlora_dist.runtime.network import resolve_error
 from qlora_dist.runtime.process_group import bf16_warning

@@ -13,15 +13,15 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_dist.adapters.attach import is_lora_parameter
 from qlora_dist.adapters.load_adapter import attach_saved_adapter, read_local_shard, saved_entries_by_parameter
-from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.adapters.saved_adapter import find_invalid_values
 from qlora_dist.compat.peft import LoraLayer, enable_frozen_adapters
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.inference.named_adapter import NamedAdapter
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
+from qlora_dist.model.attention import check_packing_support
 from qlora_dist.model.meta_model import LossModel, build_meta_model
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.packable import check_packing_support
 from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.loaded_model import load_model, shard_model
 from qlora_dist.parallel.mesh import mesh_sizes

@@ -21,11 +21,7 @@ _MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """Read adapter_config.json.
-
-    Raises:
-        UserError: the folder is missing or is no adapter's. The message names the adapter's folder if it is nearby.
-    """
+    """Read adapter_config.json. An error's message names the adapter's folder if it is nearby."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give that of an adapter, such as runs/NAME/adapter")
     if not (path / ADAPTER_CONFIG_NAME).is_file():
@@ -49,11 +45,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 def adapter_tensor_names(path: Path) -> list[str]:
-    """Return the names of the tensors in an adapter's file.
-
-    Raises:
-        UserError: it is no safetensors file.
-    """
+    """Return the names of the tensors in an adapter's file."""
     try:
         with (path / ADAPTER_WEIGHTS_NAME).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -100,11 +92,7 @@ def get_pattern_value(patterns: Mapping[str, Any] | None, module: str, default: 
 
 
 def target_module_name(path: str) -> str:
-    """Return the last part of a module's path, together with the part before it if the last part is a number.
-
-    Raises:
-        ValueError: the path is empty, or ends in a dot.
-    """
+    """Return the last part of a module's path, together with the part before it if the last part is a number."""
     match = re.search(r"[^.]+(\.\d+)*$", path)
     if match is None:
         raise ValueError(f"{path!r} is not the path of a module")

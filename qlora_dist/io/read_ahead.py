@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
@@ -42,9 +41,7 @@ class ReadAhead:
     A thread reads one request ahead. There are two buffers of the largest read's size, which alternate, so a result is
     valid until the next one is requested. An exception of a read is raised when its result is requested.
 
-    Args:
-        reads: reads in the order of iteration; on a disk it should be the order in the files.
-        progress: function called in the caller's thread with each result.
+    On a disk, the order should be that in the files. `progress` is called in the caller's thread with each result.
     """
 
     def __init__(self, reads: Sequence[ReadRequest], progress: Callable[[ReadProgress], None] | None = None) -> None:
@@ -82,9 +79,7 @@ class ReadAhead:
     def __enter__(self) -> ReadAhead:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._thread.shutdown(cancel_futures=True)  # waits for a running read, which needs its file open
 
 

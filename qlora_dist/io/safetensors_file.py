@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -48,16 +47,11 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes of data."""
         return self.stop - self.start
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
-    """Read the entries of a file's tensors, by name.
-
-    Raises:
-        UserError: the file is missing, truncated, or no safetensors file.
-    """
+    """Read the entries of a file's tensors, by name."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -65,10 +59,9 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
             if size < 8 or not 2 <= length <= min(size - 8, _LARGEST_HEADER_BYTES):
                 raise ValueError("its first bytes are not a safetensors header")
             header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
         data_start = 8 + length
-        entries = {
-            name: _entry(path, name, item, data_start) for name, item in header.items() if name != "__metadata__"
-        }
+        entries = {name: _entry(path, name, item, data_start) for name, item in header.items()}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy the folder again") from None
     except KeyError as error:
@@ -116,13 +109,11 @@ class SafetensorsReader:
         self.bytes_read += done
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
-        """Read the whole tensor."""
         out = torch.empty(entry.shape, dtype=entry.dtype)
         self.read_into(out.flatten(), entry)
         return out
 
     def close(self) -> None:
-        """Close the files."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -130,9 +121,7 @@ class SafetensorsReader:
     def __enter__(self) -> SafetensorsReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -44,27 +44,20 @@ class WeightedLoraFactors:
 def combine_matrices(
     updates: Sequence[WeightedLoraFactors], combination_type: CombinationType, rank: int, density: float, name: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B of the combined update, whose scaling is 1.
+    """Return A: fp32[r, in_features] and B: fp32[out_features, r] of the combined update, whose scaling is 1.
 
     `cat` and `sequential` give the sum of the updates, and `svd` its best approximation. `linear` sums the A's and the
     B's separately, each with the square root of weight x scaling, so it differs from the sum. The other types prune
     before they sum: the A's and B's separately, or with `_svd` the whole updates.
 
-    Args:
-        updates: factors of the adapters that have this matrix.
-        combination_type: way to combine them.
-        rank: rank of the result, for the types with `svd`.
-        density: share of the values that pruning keeps. `dare` drops values by torch's random generator.
-        name: name of the matrix, for messages.
-
-    Returns:
-        A: fp32[r, in_features] and B: fp32[out_features, r], as contiguous tensors.
-
-    Raises:
-        UserError: the ranks differ, and the combination type requires equal ones.
+    `rank` applies to the types with `svd`. `density` is the share of the values that pruning keeps. `dare` drops values
+    by torch's random generator.
 
     Source: `peft.tuners.lora.LoraModel.add_weighted_adapter`, its `_generalized_task_arithmetic_weighted_adapter` and
     `_svd_generalized_task_arithmetic_weighted_adapter`.
+
+    Raises:
+        UserError: the ranks differ, and the combination type requires equal ones.
     """
     if combination_type in ("cat", "sequential", "svd"):
         a = torch.cat([update.a * (update.weight * update.scaling) for update in updates])

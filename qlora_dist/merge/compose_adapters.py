@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch.nn.functional import pad
 
+from qlora_dist.adapters.attach import seed_from_name
 from qlora_dist.adapters.export import write_adapter
-from qlora_dist.adapters.saved_adapter import SavedAdapter
-from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.adapters.saved_adapter import SavedAdapter, find_invalid_values
 from qlora_dist.compat.peft import peft
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import PEFT_PREFIX
@@ -55,9 +54,6 @@ def compose_adapters(weighted_adapters: Sequence[WeightedAdapter], out: Path, op
     """Write one adapter in PEFT's format that combines several, with the checks of an exported adapter.
 
     All modules have one rank in the file, and alpha = rank. A module of lower rank is padded with rows of zeros.
-
-    Raises:
-        UserError: the adapters have different bases, cannot be composed, or `out` exists.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")
@@ -82,8 +78,7 @@ def compose_adapters(weighted_adapters: Sequence[WeightedAdapter], out: Path, op
                 if module in adapter.low_rank
                 for update in (read_lora_update(adapter.low_rank[module], reader),)
             ]
-            digest = hashlib.sha256(f"{options.seed}:{module}".encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+            torch.manual_seed(seed_from_name(options.seed, module))
             a, b = combine_matrices(updates, options.how, report.rank, options.density, module)
             _accumulate_norms(updates, a, b, report)
             padding, key = report.rank - len(a), f"{PEFT_PREFIX}{module}"
@@ -120,7 +115,6 @@ def print_compose_report(
 
 
 def _rank(ranks: Mapping[str, Sequence[int]], options: ComposeOptions) -> int:
-    """Return the rank of all modules in the file."""
     if options.how in ("cat", "sequential"):
         return max(map(sum, ranks.values()))
     largest = max(map(max, ranks.values()))

@@ -14,7 +14,7 @@ import torch
 from qlora_dist.adapters.saved_adapter import SavedAdapter
 from qlora_dist.errors import UserError
 from qlora_dist.merge.combine_matrices import COMBINATION_TYPES, CombinationType
-from qlora_dist.merge.merged_adapter_file import check_trained_on_merged
+from qlora_dist.merge.merge_folder import check_trained_on_merged
 from qlora_dist.model.meta_model import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import quantizable_parameters
@@ -47,11 +47,7 @@ class ComposeOptions:
 
 
 def parse_weighted_adapter(text: str) -> WeightedAdapter:
-    """Parse NAME=FOLDER[:WEIGHT].
-
-    Raises:
-        UserError: the text has another form.
-    """
+    """Parse NAME=FOLDER[:WEIGHT]."""
     name, equals, rest = text.partition("=")
     folder, _, weight = rest.rpartition(":")
     try:
@@ -64,22 +60,13 @@ def parse_weighted_adapter(text: str) -> WeightedAdapter:
 
 
 def parse_combination_type(text: str) -> CombinationType:
-    """Check the name of a combination type.
-
-    Raises:
-        UserError: there is no type of that name.
-    """
     if text not in COMBINATION_TYPES:
         raise UserError(f"--how {text}: is no combination type; choose from {', '.join(COMBINATION_TYPES)}")
     return cast(CombinationType, text)  # `COMBINATION_TYPES` holds its values
 
 
 def check_compose_options(weighted_adapters: Sequence[WeightedAdapter], options: ComposeOptions) -> None:
-    """Check the options against the combination type.
-
-    Raises:
-        UserError: the combination type cannot use an option or a weight.
-    """
+    """Check the options against the combination type."""
     if options.how.startswith(_PRUNING_TYPES) and not 0 < options.density < 1:
         raise UserError(f"--density: {options.density:g} is not a share; give a number between 0 and 1")
     if options.rank is not None and (options.rank < 1 or not options.how.endswith("svd")):
@@ -128,11 +115,7 @@ def _real_path(base: str) -> str:
 
 
 def check_update_shapes(adapters: Sequence[SavedAdapter], options: ComposeOptions) -> None:
-    """Check that the adapters have equal shapes for each matrix, equal to the base's if it is given.
-
-    Raises:
-        UserError: shapes differ.
-    """
+    """Check that the adapters have equal shapes for each matrix, equal to the base's if it is given."""
     shapes: dict[str, tuple[int, ...]] = {}
     base = "the base"
     if options.base is not None:
@@ -152,11 +135,7 @@ def check_update_shapes(adapters: Sequence[SavedAdapter], options: ComposeOption
 
 
 def full_tensor_owners(adapters: Sequence[SavedAdapter]) -> dict[str, SavedAdapter]:
-    """Return the adapter that holds each fully trained tensor.
-
-    Raises:
-        UserError: two adapters hold one tensor.
-    """
+    """Return the adapter that holds each fully trained tensor. No two adapters may hold one."""
     owners: dict[str, SavedAdapter] = {}
     for adapter in adapters:
         for name in adapter.full_tensors:

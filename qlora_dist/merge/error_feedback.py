@@ -14,9 +14,8 @@ from collections.abc import Iterator
 import torch
 
 from qlora_dist.merge.lora_update import LoraUpdate
-from qlora_dist.nf4.code_tables import code_table
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import TORCH_DTYPES, dequantize_absmax
+from qlora_dist.nf4.quantize import TORCH_DTYPES, code_table, dequantize_absmax
 
 _WEIGHTS_PER_BATCH = 2**22
 """Approximate number of weights in a batch. A step rounds a column, and its overhead equals some thousand weights."""
@@ -38,13 +37,10 @@ def round_with_feedback(
     This is noise shaping, as in sigma-delta modulation, with a state of r numbers per row.
 
     Args:
-        packed: uint8[layout.total_bytes], the matrix that the update was trained on.
+        packed: uint8[layout.total_bytes], the matrix that the update was trained on. The result has the same form.
         rows: chunks of the merged matrix, fp32[n, in_features], in order, each of whole blocks.
         layout: layout of both matrices.
         directions: result of `update_directions`, D: fp32[r, in_features].
-
-    Returns:
-        uint8[layout.total_bytes].
     """
     result, absmax = packed.clone(), dequantize_absmax(packed, layout)
     done = 0

@@ -7,19 +7,14 @@ from pathlib import Path
 
 import torch
 
-from qlora_dist.adapters.saved_adapter import LowRankUpdate, SavedAdapter, read_saved_adapter
-from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.adapters.saved_adapter import LowRankUpdate, SavedAdapter, find_invalid_values, read_saved_adapter
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import ADAPTER_WEIGHTS_NAME
 from qlora_dist.io.safetensors_file import SafetensorsReader, read_safetensors_header
 
 
 def read_checked_adapter(path: Path) -> SavedAdapter:
-    """Read a folder's configuration and its file's header, and check every value.
-
-    Raises:
-        UserError: `read_saved_adapter` refuses it, a value is not finite, or every B is zero.
-    """
+    """Read a folder's configuration and its file's header, and check every value."""
     adapter = read_saved_adapter(path)
     with SafetensorsReader() as reader:
         problem = find_invalid_values(
@@ -31,16 +26,9 @@ def read_checked_adapter(path: Path) -> SavedAdapter:
 
 
 def add_update_to_rows(weight: torch.Tensor, update: LoraUpdate, first_row: int) -> torch.Tensor:
-    """Return rows of the merged matrix.
+    """Return rows of the merged matrix, given fp32[n, in_features] of the base's from `first_row` on.
 
-    Args:
-        weight: fp32[n, in_features], rows of the base's matrix.
-        update: the update of the whole matrix.
-        first_row: index of the first row.
-
-    Returns:
-        fp32[n, in_features]: W + s B A, or with DoRA m (W + s B A) / |W + s B A| with row norms (arXiv:2402.09353,
-        equation 5).
+    They are W + s B A, or with DoRA m (W + s B A) / |W + s B A| with row norms (arXiv:2402.09353, equation 5).
     """
     rows = slice(first_row, first_row + weight.shape[0])
     merged = torch.addmm(weight, update.b[rows], update.a, alpha=update.scaling)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -26,8 +28,6 @@ from qlora_dist.merge.lora_update import (
     read_lora_update,
 )
 from qlora_dist.merge.merge_plan import MatrixMerge, MergeOptions, MergePlan, TensorMerge, make_merge_plan
-from qlora_dist.merge.merged_adapter_file import write_merged_adapter_file
-from qlora_dist.merge.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from qlora_dist.merge.weight_rows import (
     base_weight_rows,
     dequantized_weight_rows,
@@ -36,9 +36,23 @@ from qlora_dist.merge.weight_rows import (
     training_weight_rows,
 )
 from qlora_dist.model.meta_model import COMPUTE_DTYPES
-from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.model.model_folder import ModelFolder, read_model_json
 from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files
 from qlora_dist.nf4.quant_state import quant_state_tensors
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.jinja",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+"""Patterns of the files that transformers saves for a tokenizer."""
+
+MERGED_ADAPTER_FILE = "merged_adapter.json"
+"""Name of the file that records the merged adapter. `qlora-dist quantize` copies it like all JSON files."""
 
 
 @dataclass(kw_only=True)
@@ -62,14 +76,11 @@ class MergeReport:
     def add_rows(self, written: torch.Tensor, trained_on: torch.Tensor, trained: torch.Tensor) -> None:
         """Add the sums of some rows, fp32[n, in_features] each; `written` may have another type."""
         update, written = trained - trained_on, written.float()
-        self.squared_updates += _squares(update)
-        self.squared_trained += _squares(trained)
-        self.squared_difference += _squares(written - trained)
+        difference = written - trained
+        self.squared_updates += _product(update, update)
+        self.squared_trained += _product(trained, trained)
+        self.squared_difference += _product(difference, difference)
         self.update_dot_product += _product(written - trained_on, update)
-
-
-def _squares(tensor: torch.Tensor) -> float:
-    return _product(tensor, tensor)
 
 
 def _product(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -81,15 +92,8 @@ def merge_folder(
 ) -> MergeReport:
     """Write the merged model as a folder that plain transformers loads.
 
-    Peak memory is the packed form of the largest matrix and a constant. Transposed matrices (GPT-2's) are held as a
-    whole. The folder is named `OUT.partial` until it is complete.
-
-    Args:
-        base: folder of the model; None: the one that the adapter names.
-        adapter_path: folder of the adapter.
-        out: folder to write.
-        options: options of the merge.
-        console: console of the progress bar.
+    Without `base`, the adapter's own base is used. Peak memory is the packed form of the largest matrix and a constant.
+    Transposed matrices (GPT-2's) are held as a whole. The folder is named `OUT.partial` until it is complete.
 
     Raises:
         UserError: the adapter or the base is invalid, they do not match, or `out` exists.
@@ -108,13 +112,41 @@ def merge_folder(
         partial.mkdir(parents=True)
         _write_files(partial, plan, _MatrixMerger(folder, options, report), console)
         write_merged_adapter_file(partial, adapter_path)
-        replaced = TOKENIZER_FILES if copy_tokenizer(adapter_path, partial) else ()
+        replaced = _copy_tokenizer(adapter_path, partial)
         finish_model_folder(partial, out, folder.path, _config(folder, plan, options), replaced)
     except OSError as error:  # a full disk, no permission
         raise UserError(f"{partial}: cannot be written ({error.strerror}); mend that and run again") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+def write_merged_adapter_file(folder: Path, adapter: Path) -> None:
+    """Record in a merged folder which adapter it holds."""
+    record = {"adapter": str(adapter), "adapter_sha256": _sha256(adapter)}
+    (folder / MERGED_ADAPTER_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def check_trained_on_merged(adapter: Path, base: Path, earlier_adapter: Path) -> None:
+    """Raise a UserError unless an adapter was trained on `base`, into which an earlier adapter was merged."""
+    if not (base / MERGED_ADAPTER_FILE).exists():
+        raise UserError(
+            f"{adapter}: was trained on {base}, which is no folder that qlora-dist merge has written; merge "
+            f"{earlier_adapter} and train on that, or compose adapters of one base with --how cat"
+        )
+    if read_model_json(base / MERGED_ADAPTER_FILE).get("adapter_sha256") != _sha256(earlier_adapter):
+        raise UserError(
+            f"{adapter}: was trained on {base}, which holds another adapter than {earlier_adapter}; name the adapters "
+            "in the order of their training"
+        )
+
+
+def _sha256(adapter: Path) -> str:
+    digest = hashlib.sha256()
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def print_merge_report(report: MergeReport, console: Console) -> None:
@@ -133,6 +165,20 @@ def print_merge_report(report: MergeReport, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _copy_tokenizer(adapter: Path, out: Path) -> tuple[str, ...]:
+    """Copy the tokenizer with its chat template, and the generation settings, from an adapter's folder.
+
+    Return the patterns of the base's files that must not be copied, none if the folder has no tokenizer.
+    """
+    if not (adapter / "tokenizer_config.json").is_file():
+        return ()
+    for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
+        for path in adapter.glob(pattern):
+            if path.is_file():
+                shutil.copy2(path, out / path.name)
+    return _TOKENIZER_FILES
 
 
 def _write_files(partial: Path, plan: MergePlan, merger: _MatrixMerger, console: Console) -> None:
@@ -172,7 +218,6 @@ class _MatrixMerger:
         self._last_update: tuple[LowRankUpdate, LoraUpdate] | None = None
 
     def write_4_bit(self, part: MatrixMerge, writer: SafetensorsWriter) -> None:
-        """Merge a matrix and write it in 4 bit."""
         update = self._read_update(part)
         if update is None:
             _write_quant_state(packed_weight(part, self._folder, self.reader), part, writer)
@@ -190,7 +235,6 @@ class _MatrixMerger:
             self._report.add_rows(stored, rows, merged)
 
     def write_rows(self, part: MatrixMerge, writer: _RowWriter) -> None:
-        """Merge a matrix and write it in 16 or 32 bit."""
         update = self._read_update(part)
         self._report.merged += update is not None
         is_original = self.options.into == "original"
@@ -249,13 +293,11 @@ class _RowWriter:
         return stored
 
     def close(self) -> None:
-        """Write the rows that are held."""
         if self._held:
             self._writer.write(self._tensor.key, torch.cat(self._held).T.contiguous(), self._first)
 
 
 def _config(folder: ModelFolder, plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
-    """Return config.json of the merged model."""
     config = dict(folder.config)
     if options.into != "nf4":
         config.pop("quantization_config", None)

@@ -25,6 +25,7 @@ from qlora_dist.model.quantizable import (
     source_matrices,
 )
 from qlora_dist.model.weight_sources import find_weight_sources, stacked_tensor_name
+from qlora_dist.nf4.embedding import vocab_weight_names
 from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
 from qlora_dist.nf4.quant_state import quant_state_specs
 
@@ -39,11 +40,9 @@ class MergeOptions:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Type of tensors that are not in 4 bit; auto: their type before quantization."""
     quant_type: QuantType = "nf4"
-    """Code table with which the run quantized a base in 16 bit."""
+    """Code table with which the run quantized a base in 16 bit. It used the next two options too."""
     block_size: int = 64
-    """Block size with which the run quantized a base in 16 bit."""
     double_quant: bool = True
-    """Whether the run quantized a base in 16 bit with double quantization."""
     error_feedback: bool = False
     """Whether rounding to nf4 compensates the error of earlier weights in a row."""
     file_bytes: int = 5_000_000_000
@@ -126,11 +125,8 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
             parts, target, folder, options.quant_type, options.block_size, double_quant=options.double_quant
         )
         update = updates.pop(target.module, None)
-        if (
-            update is not None
-            and target.experts
-            and peft_swaps_in_out(model.get_submodule(target.module.rpartition(".")[0]))
-        ):
+        owner = model.get_submodule(target.module.rpartition(".")[0])
+        if update is not None and target.experts and peft_swaps_in_out(owner):
             update = replace(update, swap_in_out=True)
         _check_shape(update, target, adapter)
         was_4_bit = in_folder or (not folder.is_quantized and target.role == "layer")
@@ -148,7 +144,7 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
             tensors[key] = _copied_tensor(key, entry, replaced.pop(key, entry), _dtype(entry.dtype, options))
     for key, entry in replaced.items():  # a head that was tied to the embedding
         tensors[key] = _copied_tensor(key, entry, entry, _dtype(torch.bfloat16, options))
-    embedding = adapter.full_tensors.get(_embedding(model))
+    embedding = adapter.full_tensors.get(vocab_weight_names(model)[0])
     vocab_size = embedding.shape[0] if embedding is not None else None
     in_order = sorted(tensors.values(), key=lambda tensor: (str(tensor.source_file), tensor.source_offset))
     return MergePlan(in_order, is_untied, vocab_size)
@@ -231,16 +227,11 @@ def _plan_replaced_tensors(
 ) -> tuple[dict[str, TensorEntry], bool]:
     """Return the fully trained tensors by their keys in the folder, and whether a tied head becomes untied.
 
-    Args:
-        keys: key in the folder of each of the model's tensors.
-        model: transformers' own class, on meta.
-        adapter: the saved adapter.
+    `keys` has the key in the folder of each of the model's tensors.
     """
     replaced, is_untied, trained = {}, False, adapter.full_tensors
     tied = has_tied_embeddings(model)
-    paths = {id(module): path for path, module in model.named_modules()}
-    head = f"{paths[id(model.get_output_embeddings())]}.weight"
-    embedding = _embedding(model)
+    embedding, head = vocab_weight_names(model)
     for name, entry in trained.items():
         if tied and name == head:
             is_untied = embedding not in trained or not tensors_equal(entry, trained[embedding])
@@ -253,12 +244,6 @@ def _plan_replaced_tensors(
         else:
             replaced[keys[name]] = entry
     return replaced, is_untied
-
-
-def _embedding(model: PreTrainedModel) -> str:
-    """Return the name of the embedding's parameter."""
-    embedding = model.get_input_embeddings()
-    return next(f"{path}.weight" for path, module in model.named_modules() if module is embedding)
 
 
 def _dtype(before: torch.dtype, options: MergeOptions) -> torch.dtype:

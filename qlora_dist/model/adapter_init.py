@@ -28,11 +28,7 @@ class _ShardedLayer(Protocol):
 def init_adapter(model: LossModel, seed: int) -> None:
     """Set this rank's shards of the adapters to their values before training. All ranks call this.
 
-    The values do not depend on the number of ranks.
-
-    Args:
-        model: sharded, with the weights of its base.
-        seed: seed of LoRA's A matrices.
+    The model is sharded and has the weights of its base. The values do not depend on the number of ranks.
     """
     for name, parameter in model.named_parameters():
         if is_lora_parameter(name):
@@ -55,9 +51,8 @@ def _init_dora_magnitudes(model: LossModel) -> None:
                 for adapter in module.lora_magnitude_vector:
                     a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
                     weight = module.base_layer.dequantize(a.dtype)
-                    norms[f"{name}.lora_magnitude_vector.{adapter}.weight"] = dora_weight_norm(
-                        weight, a, b, module.scaling[adapter]
-                    )
+                    norm = dora_weight_norm(weight, a, b, module.scaling[adapter])
+                    norms[f"{name}.lora_magnitude_vector.{adapter}.weight"] = norm
         if isinstance(layer, _ShardedLayer):
             layer.reshard()
         for name, norm in norms.items():

@@ -33,6 +33,17 @@ from qlora_dist.sequence_starts import sequence_slices, sequence_starts
 
 PACKED_ATTENTION = "qlora_packed"
 PACKED_FLEX_ATTENTION = "qlora_flex"
+PACKABLE_MODEL_TYPES = frozenset(
+    """
+    apertus arcee cohere cohere2 cohere2_moe cwm deepseek_v3 ernie4_5 ernie4_5_moe exaone4 gemma gemma2 gemma3_text
+    glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe jais2 llama llama4_text minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo
+    olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm
+    starcoder2 vaultgemma
+    """.split()  # noqa: SIM905
+)
+"""Values of `model_type` for which transformers' masks follow position_ids. The masks of GPT-OSS, OPT, Falcon and AFMoE
+(transformers 5.23) silently let a sequence see the previous ones in its row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +53,6 @@ class AttentionOptions:
     scale: float
     """Factor of the scores."""
     dropout: float = 0.0
-    """Dropout rate of the probabilities."""
     window: int | None = None
     """Number of positions that a position sees, itself included; None: all before it."""
     softcap: float | None = None
@@ -70,11 +80,9 @@ def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> Non
     """
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    by_name = looks_attention_up(model)
-    chunked = getattr(config, "attention_chunk_size", None) is not None
     qualifies = (
-        by_name
-        and not chunked
+        looks_attention_up(model)
+        and getattr(config, "attention_chunk_size", None) is None
         and getattr(config, "is_causal", True)
         and kinds <= {"full_attention", "sliding_attention"}
     )
@@ -95,6 +103,15 @@ def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> Non
 def takes_sequence_starts(model: PreTrainedModel) -> bool:
     """Return whether the model's attention takes the starts of packed sequences."""
     return attention_name(model) in (PACKED_ATTENTION, PACKED_FLEX_ATTENTION)
+
+
+def check_packing_support(model: PreTrainedModel) -> None:
+    """Raise a UserError unless the model is known to keep the sequences of packed rows apart."""
+    if not takes_sequence_starts(model) and model.config.model_type not in PACKABLE_MODEL_TYPES:
+        raise UserError(
+            f"data.packing: a model of type {model.config.model_type} with {attention_name(model)} "
+            "attention may let the sequences of a packed row see each other; set data.packing: none"
+        )
 
 
 def add_sequence_starts(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -230,17 +247,9 @@ def sdpa_per_sequence(
     value: torch.Tensor,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Compute attention by one differentiable call per sequence.
+    """Compute attention, [batch, length, heads, d], by one differentiable call per sequence.
 
-    Args:
-        slices: result of `sequence_slices`.
-        query: [batch, heads, length, d].
-        key: [batch, heads / groups, length, d].
-        value: [batch, heads / groups, length, d].
-        options: the call's options.
-
-    Returns:
-        [batch, length, heads, d].
+    `slices` is the result of `sequence_slices`. The shapes are the same as in `packed_attention_forward`.
     """
     batch, window = query.shape[0], options.window
     lengths = [end - first for _, first, end in slices]

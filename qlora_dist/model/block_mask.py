@@ -16,29 +16,18 @@ FLEX_BLOCK_SIZE = 128  # positions: torch's own choice for its kernels
 
 @lru_cache(maxsize=4)  # all layers of a step share it, also when they are recomputed in backward
 def create_packed_block_mask(starts: torch.Tensor, length: int, window: int | None, device: torch.device) -> BlockMask:
-    """Create the mask of causal attention within each sequence.
+    """Create the mask of causal attention within each sequence, [batch, 1, length, length].
 
-    Args:
-        starts: result of `sequence_starts`.
-        length: positions in a row.
-        window: number of positions that a position sees, itself included; None: all of its sequence before it.
-        device: device of the mask.
-
-    Returns:
-        A mask of [batch, 1, length, length]. Blocks without a visible pair are left out. Blocks in which all pairs are
-        visible are marked as full.
+    `starts` is the result of `sequence_starts`. A position sees `window` positions, itself included, or without a
+    window all of its sequence before it. Blocks without a visible pair are left out. Blocks in which all pairs are
+    visible are marked as full.
     """
     batch = starts.shape[2]
     positions = torch.arange(length, dtype=torch.int32).repeat(batch, 1)
     sequence = torch.searchsorted(starts[0, 0], positions, right=True, out_int32=True)  # [batch, length], ascending
     blocks = torch.arange(-(-length // FLEX_BLOCK_SIZE))
-    first, last = (
-        sequence[:, position]
-        for position in (
-            blocks * FLEX_BLOCK_SIZE,
-            (blocks * FLEX_BLOCK_SIZE + FLEX_BLOCK_SIZE - 1).clamp(max=length - 1),
-        )
-    )
+    first = sequence[:, blocks * FLEX_BLOCK_SIZE]
+    last = sequence[:, (blocks * FLEX_BLOCK_SIZE + FLEX_BLOCK_SIZE - 1).clamp(max=length - 1)]
     # positions from the first key of a block to the first query
     block_distance = FLEX_BLOCK_SIZE * (blocks[:, None] - blocks)
     any_visible = (block_distance >= 0) & (last[:, None, :] >= first[:, :, None])
@@ -73,10 +62,8 @@ def create_packed_mask(starts: torch.Tensor, length: int, window: int | None) ->
 def _block_counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how many key blocks each query block sees, int32[batch, 1, queries], and their order.
 
-    The order is int32[batch, 1, queries, keys]: the visible key blocks first, then the others.
-
-    Args:
-        blocks: bool[batch, queries, keys], the visible blocks.
+    The order is int32[batch, 1, queries, keys]: the visible of `blocks`, bool[batch, queries, keys], precede the
+    others.
     """
     order = blocks.int().argsort(dim=2, descending=True, stable=True)
     return blocks.sum(dim=2, dtype=torch.int32).unsqueeze(1), order.to(torch.int32).unsqueeze(1)

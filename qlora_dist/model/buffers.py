@@ -39,11 +39,7 @@ def _innermost_model(model: PreTrainedModel, path: str) -> PreTrainedModel:
 
 
 def check_buffers_initialized(model: PreTrainedModel) -> None:
-    """Check that all buffers that are not saved have values.
-
-    Raises:
-        UserError: a buffer has none.
-    """
+    """Check that all buffers that are not saved have values."""
     for name, buffer in model.named_non_persistent_buffers():
         if buffer.is_floating_point() and bool(buffer.isnan().any()):
             raise UserError(
@@ -53,11 +49,7 @@ def check_buffers_initialized(model: PreTrainedModel) -> None:
 
 
 def check_meta_buffers(model: PreTrainedModel) -> None:
-    """Check that all buffers of a model on meta would be initialized. They get memory on the CPU.
-
-    Raises:
-        UserError: a buffer would stay without values.
-    """
+    """Check that all buffers of a model on meta would be initialized. They get memory on the CPU."""
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, last = name.rpartition(".")
         module_buffers(model.get_submodule(path))[last] = torch.empty_like(buffer, device="cpu")

@@ -47,21 +47,16 @@ def load_weights(
 ) -> int:
     """Give every parameter and buffer memory and, except for the adapters' parameters, its value.
 
-    All ranks of the default process group call this. A rank reads only the bytes of its shards. If other ranks hold
-    the same shards, each of these ranks reads a part and they exchange the parts. So all ranks together read the
-    folder once.
+    All ranks of the default process group call this. A rank reads only the bytes of its shards. If other ranks hold the
+    same shards, each of these ranks reads a part and they exchange the parts. So all ranks together read the folder
+    once.
 
     A weight that is quantized while it is loaded is read whole by one rank, its owner. The owner quantizes it, sends
     each rank its shard, and drops it. The ranks take turns as owners, and the owners of a round quantize in parallel.
 
-    Args:
-        model: model on the meta device; its parameters are plain tensors or sharded.
-        folder: the folder with the weights.
-        device: device of the model.
-        replicas: 1-D mesh of the ranks that hold the same shard of the base; None if there is one copy.
-        offload_base: keep the frozen parameters on the CPU; the engine copies them to the device.
-        parameter_store: store of frozen parameters that hold no memory themselves.
-        on_read: called after each read of this rank.
+    `replicas` is the 1-D mesh of the ranks that hold the same shard of the base; None if there is one copy. With
+    `offload_base`, frozen parameters stay on the CPU, and the engine copies them to the device. `parameter_store` keeps
+    frozen parameters that hold no memory themselves. `on_read` is called after each read of this rank.
 
     Returns:
         Bytes read by this rank.

@@ -29,10 +29,9 @@ class LogitScale:
     cap: float | None = None
 
     def apply_(self, z: torch.Tensor, *, with_grad: bool = True) -> torch.Tensor | float | None:
-        """Turn z: fp32[...] into logits in place.
+        """Turn z: fp32[...] into logits in place, and return d logits / d z, of z's shape or a number.
 
-        Returns:
-            d logits / d z, of z's shape or a number; None if it is 1 or not requested.
+        The slope is None if it is 1 or not requested.
         """
         if self.factor != 1.0:
             z.mul_(self.factor)
@@ -50,8 +49,7 @@ NO_LOGIT_SCALE = LogitScale()
 def measure_logit_scale(model: PreTrainedModel) -> LogitScale:
     """Measure the scale by running the model's own forward pass with a stand-in for its decoder and its head.
 
-    Args:
-        model: transformers' own class, on meta; it is left unchanged.
+    The model, transformers' own class on meta, is left unchanged.
 
     Raises:
         UserError: no factor and cap explain the logits.
@@ -69,9 +67,8 @@ def measure_logit_scale(model: PreTrainedModel) -> LogitScale:
             ids = torch.zeros(1, 2, dtype=torch.int64)
             logits = model(input_ids=ids, use_cache=False, return_dict=True).logits.double().flatten()
         except Exception as error:  # the model's code may raise any kind
-            raise _unknown_logit_scale_error(
-                model, "its output head is not a single matrix after the decoder"
-            ) from error
+            reason = "its output head is not a single matrix after the decoder"
+            raise _unknown_logit_scale_error(model, reason) from error
         z = probe(hidden).flatten()
     smallest = int(z.abs().argmin())  # a cap changes the smallest value least
     for cap in (None, *_caps(model)):

@@ -32,7 +32,7 @@ from qlora_dist.model.quantizable import (
 )
 from qlora_dist.model.weight_reads import find_weight_reads
 from qlora_dist.model.weight_sources import WeightSource, find_weight_sources
-from qlora_dist.nf4.embedding import NF4VocabMixin, use_nf4_vocab
+from qlora_dist.nf4.embedding import NF4VocabMixin, use_nf4_vocab, vocab_weight_names
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.nf4_layout import NF4Layout
@@ -43,12 +43,8 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.f
 def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool = True) -> LossModel:
     """Build a causal language model on meta whose quantizable layers are NF4Linear and whose forward gives the loss.
 
-    Parameters that stay unquantized have the compute type. All parameters are frozen.
-
-    Args:
-        folder: the model's folder.
-        config: the compute type, and the quantization of matrices that are in 16 bit in the folder.
-        quantize: whether to quantize these matrices.
+    Parameters that stay unquantized have the compute type. All parameters are frozen. Without `quantize`, matrices that
+    are in 16 bit in the folder stay so.
 
     Raises:
         UserError: the folder holds no causal language model that this transformers supports, or weights are missing.
@@ -78,11 +74,10 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
     _replace_head(model, scale, tied=tied)
     model.requires_grad_(False)
     _check_weights_present(model, sources, folder)
-    takes_position_ids = "position_ids" in inspect.signature(find_decoder(model).forward).parameters
     attributes = {
         "origins": sources,
         "matrices": in_4_bit,
-        "takes_position_ids": takes_position_ids,
+        "takes_position_ids": "position_ids" in inspect.signature(find_decoder(model).forward).parameters,
         "forward": _loss_forward_like(type(model).forward),
     }
     model.__class__ = type(f"Loss{type(model).__name__}", (LossModel, type(model)), attributes)
@@ -91,11 +86,7 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
 
 
 def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = "sdpa") -> transformers.PreTrainedModel:
-    """Build transformers' causal language model for the folder's config.json, without weights.
-
-    Raises:
-        UserError: the architecture is not supported, or transformers has no such class.
-    """
+    """Build transformers' causal language model for the folder's config.json, without weights."""
     if any(key in folder.config for key in ("vision_config", "audio_config")):
         raise UserError(
             f"{folder.path / 'config.json'}: describes a multimodal model; give a causal language model of text only"
@@ -134,10 +125,7 @@ def _stores_untied_head(model: transformers.PreTrainedModel, folder: ModelFolder
 
     Merging a trained embedding and head produces such folders, and transformers keeps both tensors on loading.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
-    head, embedding = (
-        f"{paths[id(module)]}.weight" for module in (model.get_output_embeddings(), model.get_input_embeddings())
-    )
+    embedding, head = vocab_weight_names(model)
     names = [*folder.entries, *folder.quantized]
     if not any(name.endswith(head.rpartition(".")[0].rpartition(".")[2] + ".weight") for name in names):
         return False  # the usual case; converting all names takes longer
@@ -163,7 +151,6 @@ def transformers_names(model: nn.Module) -> dict[str, str]:
 
 
 def get_decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
-    """Return the list of transformer blocks."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [(path.count("."), m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     blocks = [(depth, m) for depth, m in lists if len(m) == count]
@@ -257,10 +244,7 @@ class LossModel(transformers.PreTrainedModel):
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Return the summed loss if labels are given, else transformers' output.
 
-        Args:
-            args: transformers' arguments.
-            labels: int64[batch, sequence], the target of each position; IGNORE_INDEX if it is not trained.
-            kwargs: transformers' arguments.
+        Labels are int64[batch, sequence], the target of each position; IGNORE_INDEX if it is not trained.
         """
         if labels is None:
             return super().forward(*args, **kwargs)

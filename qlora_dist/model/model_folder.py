@@ -20,14 +20,12 @@ class ModelFolder:
     """Configuration and tensors of a folder, with 4-bit weights apart from the other tensors.
 
     Attributes:
-        path: folder of the model.
         config: content of config.json.
         entries: tensors that are not part of a 4-bit weight, by name.
         quantized: 4-bit weights, by name.
 
     Raises:
-        UserError: the folder, its config.json or one of its safetensors files is missing or damaged, or the weights
-            are of a kind that is not supported.
+        UserError: the folder is damaged or incomplete, or its weights are of a kind that is not supported.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,10 +35,9 @@ class ModelFolder:
         self.config = read_model_json(self.path / "config.json")
         self._equal: dict[tuple[str, str], bool] = {}
         method = (self.config.get("quantization_config") or {}).get("quant_method")
+        hint = _QUANT_METHOD_HINTS.get(str(method), "give a copy of the model in 16 bit, or in 4 bit of bitsandbytes")
         if method not in (None, "bitsandbytes"):
-            raise UserError(
-                f"{self.path}: is quantized with {method}, which is not supported; {_quant_method_hint(method)}"
-            )
+            raise UserError(f"{self.path}: is quantized with {method}, which is not supported; {hint}")
         entries = self._read_entries()
         with SafetensorsReader() as reader:
             self.quantized: dict[str, QuantizedWeightEntry] = find_quantized_weights(entries, reader)
@@ -49,8 +46,7 @@ class ModelFolder:
         }
         if method is not None and not self.quantized:
             raise UserError(
-                f"{self.path}: is quantized with bitsandbytes, but not in 4 bit, which is not supported; "
-                f"{_quant_method_hint(method)}"
+                f"{self.path}: is quantized with bitsandbytes, but not in 4 bit, which is not supported; {hint}"
             )
 
     @property
@@ -66,33 +62,34 @@ class ModelFolder:
         """Return whether two tensors, in 4 bit or not, have equal bytes. They are read up to the first difference."""
         pair = one, other
         if pair not in self._equal:
-            self._equal[pair] = self._compare(one, other)
+            self._equal[pair] = self._format(one) == self._format(other) and self._bytes_equal(one, other)
         return self._equal[pair]
 
-    def _compare(self, one: str, other: str) -> bool:
-        if one in self.quantized and other in self.quantized:
-            layout = self.quantized[one].layout
-            if layout != self.quantized[other].layout:
-                return False
-            nbytes = layout.total_bytes
-        elif one in self.quantized or other in self.quantized:
-            return False
-        else:
-            entries = self.entries[one], self.entries[other]
-            if entries[0].shape != entries[1].shape or entries[0].dtype != entries[1].dtype:
-                return False
-            nbytes = entries[0].nbytes
+    def _format(self, name: str) -> object:
+        if name in self.quantized:
+            return self.quantized[name].layout
+        return self.entries[name].shape, self.entries[name].dtype
+
+    def _bytes_equal(self, one: str, other: str) -> bool:
         with SafetensorsReader() as reader:
-            for start, length in read_chunks(nbytes):
+            for start, length in read_chunks(self.nbytes(one)):
                 parts = torch.empty(2, length, dtype=torch.uint8)
-                for part, name in zip(parts, (one, other), strict=True):
-                    if name in self.quantized:
-                        self.quantized[name].read_range(reader, part, start)
-                    else:
-                        reader.read_into(part, self.entries[name], start)
+                self.read_range(one, reader, parts[0], start)
+                self.read_range(other, reader, parts[1], start)
                 if not torch.equal(parts[0], parts[1]):
                     return False
         return True
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of a tensor in its file, or of the byte vector of a 4-bit weight."""
+        return self.quantized[name].layout.total_bytes if name in self.quantized else self.entries[name].nbytes
+
+    def read_range(self, name: str, reader: SafetensorsReader, out: torch.Tensor, start: int) -> None:
+        """Fill `out` (CPU) with these bytes from `start` on. `out` is uint8[n] for a 4-bit weight."""
+        if name in self.quantized:
+            self.quantized[name].read_range(reader, out, start)
+        else:
+            reader.read_into(out, self.entries[name], start)
 
     def missing_weight_error(self, name: str) -> UserError:
         """Return the error about a weight that config.json requires and the folder does not hold."""
@@ -124,7 +121,6 @@ class ModelFolder:
         return entries
 
     def _missing_files_hint(self) -> str:
-        """Return the remedy for a folder without the expected files."""
         files = sorted(path.name for path in self.path.glob("*.safetensors"))
         if any(name.startswith("model-") for name in files):
             return f"its parts are there without {_INDEX}; copy that file too"
@@ -145,16 +141,7 @@ _QUANT_METHOD_HINTS = {
 }
 
 
-def _quant_method_hint(method: str) -> str:
-    return _QUANT_METHOD_HINTS.get(method, "give a copy of the model in 16 bit, or in 4 bit of bitsandbytes")
-
-
 def read_model_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: the file is missing, or is not a JSON object.
-    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

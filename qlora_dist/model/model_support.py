@@ -24,14 +24,10 @@ _UNSUPPORTED = {
 
 
 def check_model_class(model: PreTrainedModel, path: Path) -> None:
-    """Check that a class can be trained as a causal language model.
-
-    Args:
-        model: transformers' own class, on meta.
-        path: folder of the model, for messages.
+    """Check that a class of transformers, on meta, can be trained as a causal language model of text.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot. The message names `path`, the model's folder.
     """
     kind = model.config.model_type
     if (reason := _UNSUPPORTED.get(kind)) is not None:

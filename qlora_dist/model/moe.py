@@ -52,7 +52,7 @@ def replace_experts_forward(module: nn.Module) -> None:
 def experts_forward(
     self: SparseExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Return the weighted sum of the outputs of each token's experts.
+    """Return the weighted sum of the outputs of each token's experts, [tokens, h].
 
     Source: `transformers.integrations.moe.grouped_mm_experts_forward`. Its grouped matrix product is a loop over the
     experts in use here, so that only one expert is dequantized at a time.
@@ -62,9 +62,6 @@ def experts_forward(
         hidden_states: [tokens, h].
         top_k_index: int64[tokens, k], the experts of each token; a number past the last expert means none.
         top_k_weights: [tokens, k].
-
-    Returns:
-        [tokens, h].
     """
     tokens, k = top_k_index.shape
     flat = top_k_index.flatten()
@@ -93,16 +90,10 @@ def experts_forward(
 
 
 def llama4_experts_forward(self: SparseExperts, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Return the outputs of Llama-4's experts, each of which receives a weighted copy of every token.
+    """Return the outputs of Llama4TextExperts, each of which receives a weighted copy of every token.
 
-    Most copies are rows of zeros, because the router did not choose the expert. They give zeros, so they are skipped.
-
-    Args:
-        self: Llama4TextExperts.
-        hidden_states: [experts * tokens, h].
-
-    Returns:
-        [experts * tokens, h].
+    Input and output are [experts * tokens, h]. Most copies are rows of zeros, because the router did not choose the
+    expert. They give zeros, so they are skipped.
     """
     gate_up_proj, down_proj = self.gate_up_proj.expert_forward(), self.down_proj.expert_forward()
     outputs = []

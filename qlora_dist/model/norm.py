@@ -43,16 +43,9 @@ def fuse_rms_norms(model: PreTrainedModel) -> None:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: RMSNormKind) -> torch.Tensor:
-    """Return x / sqrt(mean(x^2) + eps), scaled; differentiable in x.
+    """Return x[..., h] / sqrt(mean(x^2) + eps), scaled by the frozen weight[h]; differentiable in x.
 
-    Args:
-        x: [..., h].
-        weight: [h], frozen.
-        eps: summand of the mean.
-        kind: order of rounding and scaling.
-
-    Returns:
-        [..., h], in x's type; for Llama's kind in the wider type of x and weight.
+    The result has x's type. Llama's kind gives the wider type of x and weight.
     """
     y: torch.Tensor = _RmsNorm.apply(x, weight, eps, kind)
     return y
@@ -65,8 +58,6 @@ else:  # a mixin without a base class calls the forward of the class that it is 
 
 
 class _FusedNorm(_Norm):
-    """Mixin for the class of a norm."""
-
     kind: RMSNormKind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -61,10 +61,7 @@ def quantizable_parameters(model: PreTrainedModel, *, embeddings: bool = False) 
     """Yield every linear layer but the output head, as transformers' bitsandbytes does, and the experts' projections.
 
     A layer stays unquantized if the model's code clamps its weight in place, because 4-bit codes cannot be clamped.
-
-    Args:
-        model: transformers' own class.
-        embeddings: whether to yield the input embedding and the output head too, once if they are tied.
+    With `embeddings`, the input embedding and the output head are yielded too, once if they are tied.
     """
     head = model.get_output_embeddings()
     clamped = {name for name, use in find_weight_reads(model).items() if use == "clamp"}
@@ -121,11 +118,7 @@ def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
 def source_matrices(
     target: QuantizableParameter, sources: Mapping[str, WeightSource], folder: ModelFolder
 ) -> list[SourceMatrix]:
-    """Return a target's matrices in the folder, expert by expert, each expert's from top to bottom.
-
-    Raises:
-        UserError: the folder does not hold the target.
-    """
+    """Return a target's matrices in the folder, expert by expert, each expert's from top to bottom."""
     if target.name not in sources:
         raise folder.missing_weight_error(target.name)
     source = sources[target.name]
@@ -149,8 +142,7 @@ def common_layout(
     """Return the layout that all of a target's matrices have in 4 bit, in the folder or after quantization.
 
     Raises:
-        UserError: their layouts or types differ, their shape is not that of config.json, or they are not 16- or 32-bit
-            floats.
+        UserError: their layouts or types differ, their shape is not config.json's, or they are no 16- or 32-bit floats.
     """
     unquantized = [matrix.name for matrix in parts if matrix.name not in folder.quantized]
     if 0 < len(unquantized) < len(parts):

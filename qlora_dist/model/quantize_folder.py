@@ -46,14 +46,13 @@ def quantize_folder(
     """Quantize every linear layer but the output head, including experts, into bitsandbytes' serialized format.
 
     With `options.embeddings` the input embedding and the output head are quantized too, once if they are tied.
-    Plain transformers does not load a folder with an embedding in 4 bit.
 
     Each expert's matrix has its own scales. If a checkpoint keeps all experts in one tensor, the matrix of expert 3 is
     named TENSOR.3.weight. This naming is specific to this package.
 
-    Peak memory is the packed form of the largest tensor and a constant, because tensors are read in chunks. The next
-    chunk is read while one is quantized. The files are written into `OUT.partial`, which is renamed when it is
-    complete. An interrupted run resumes with the first incomplete file.
+    Peak memory is the packed form of the largest tensor and a constant, because tensors are read in chunks. The files
+    are written into `OUT.partial`, which is renamed when it is complete. An interrupted run resumes with the first
+    incomplete file.
 
     Raises:
         UserError: `source` cannot be quantized, or `out` exists.
@@ -80,11 +79,10 @@ def quantize_folder(
         raise UserError(
             f"{partial}: cannot be written ({error.strerror}); mend that and run again, which resumes where it stopped"
         ) from None
-    seconds = time.perf_counter() - started
     return QuantizeReport(
         out=out,
         counts=plan.counts,
-        seconds=seconds,
+        seconds=time.perf_counter() - started,
         read_bytes=reading.read_bytes,
         wait_s=reading.wait_s,
         loads_in_transformers=plan.loads_in_transformers,
@@ -94,7 +92,6 @@ def quantize_folder(
 def _write_folder(
     partial: Path, out: Path, folder: ModelFolder, plan: QuantizePlan, options: QuantizeOptions, console: Console
 ) -> ReadProgress:
-    """Write all files and return the progress of the reads."""
     files = _files(plan, folder, options.file_bytes)
     _prepare_partial_folder(partial, folder, options)
     work = [
@@ -102,12 +99,13 @@ def _write_folder(
     ]
     todo = [(path, names) for path, names in work if not path.exists()]
     total = sum(entry.nbytes for entry in folder.entries.values())
-    with _progress(console) as progress, SafetensorsReader() as reader:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=console, disable=not console.is_terminal)
+    with bars as progress, SafetensorsReader() as reader:
         reads = [read for _, names in todo for name in names for read in _reads(name, plan, folder, reader)]
         # bytes of an earlier run must not count as this run's speed
         done = total - sum(read.nbytes for read in reads)
         task = progress.add_task("quantizing", total=total, completed=done)
-
         reading = ReadProgress(0, 0, 0.0)
 
         def report(current: ReadProgress) -> None:
@@ -146,7 +144,6 @@ def print_quantize_report(report: QuantizeReport, console: Console) -> None:
 
 
 def _files(plan: QuantizePlan, folder: ModelFolder, file_bytes: int) -> list[list[str]]:
-    """Return the tensors of each file, in the order of the source."""
     names = sorted(plan.weights, key=lambda name: (folder.entries[name].path, folder.entries[name].start))
     return split_into_files({name: specs_bytes(_specs([name], plan, folder)) for name in names}, file_bytes)
 
@@ -212,8 +209,3 @@ def _write_config_and_index(
         config["tie_word_embeddings"] = False
     (partial / _PLAN_FILE).unlink()
     finish_model_folder(partial, out, folder.path, config)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)

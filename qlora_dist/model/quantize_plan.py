@@ -48,11 +48,7 @@ class QuantizeOptions:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as '5GB', '500MB' or a plain number.
-
-    Raises:
-        UserError: the text is no size.
-    """
+    """Return the bytes of a size such as '5GB', '500MB' or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)[bB]?", text.strip())
     size = int(float(match[1]) * 1000 ** " kmg".index(match[2].lower() or " ")) if match else 0
     if size < 1:
@@ -70,11 +66,7 @@ def parse_quantize_options(
     double_quant: bool,
     embeddings: bool = False,
 ) -> QuantizeOptions:
-    """Check the options of the command line.
-
-    Raises:
-        UserError: an option is out of range.
-    """
+    """Check the options of the command line."""
     if quant_type not in ("nf4", "fp4"):
         raise UserError(f"--quant-type {quant_type}: choose nf4 or fp4")
     if block_size not in BLOCK_SIZES:
@@ -87,14 +79,12 @@ def parse_quantize_options(
         raise UserError(f"--min-share {min_share}: is not a share; write a number from 0 to 1")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    file_bytes = parse_size(file_size)
-    kind = cast(QuantType, quant_type)  # one of the two, as checked above
     return QuantizeOptions(
-        quant_type=kind,
+        quant_type=cast(QuantType, quant_type),  # one of the two, as checked above
         block_size=block_size,
         double_quant=double_quant,
         device=device,
-        file_bytes=file_bytes,
+        file_bytes=parse_size(file_size),
         min_share=min_share,
         embeddings=embeddings,
     )
@@ -107,7 +97,7 @@ class ParameterCounts:
     parameters: int
     quantized: int
     unquantized_embeddings: int
-    """Parameters of embeddings, and of an output head among them, that stay unquantized."""
+    """Parameters of embeddings and output head that stay unquantized."""
     unquantized: dict[str, int]
     """Parameters of each tensor that is not quantized, by name without layer numbers."""
     unused: int = 0
@@ -137,11 +127,7 @@ class QuantizePlan:
 
 
 def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> QuantizePlan:
-    """Decide on every tensor of a folder.
-
-    Raises:
-        UserError: the model cannot be used, or a weight is missing or damaged.
-    """
+    """Decide on every tensor of a folder."""
     model = causal_lm_on_meta(folder, torch.bfloat16)
     measure_logit_scale(model)  # refuses a model that cannot be trained now, and not after hours
     sources = find_weight_sources(model, folder.entries)
@@ -159,8 +145,14 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
         )
         for matrix in parts:
             weights[matrix.key].append((matrix, layout))
-    # both refuse now what training would refuse
-    check_meta_buffers(build_meta_model(folder, _model_config(folder, options)))
+    model_config = ModelConfig(
+        base=str(folder.path),
+        quant_type=options.quant_type,
+        block_size=options.block_size,  # type: ignore[arg-type]  # pydantic checks it
+        double_quant=options.double_quant,
+        embeddings="4bit" if options.embeddings else "16bit",
+    )
+    check_meta_buffers(build_meta_model(folder, model_config))  # both refuse now what training would refuse
     head = model.get_output_embeddings()
     outside, head_name = set(), ""
     for path, module in model.named_modules():
@@ -182,16 +174,6 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
         counts=_count(folder, weights, outside, used),
         unties_head=bool(ties and not tied),
         loads_in_transformers=loads_in_transformers,
-    )
-
-
-def _model_config(folder: ModelFolder, options: QuantizeOptions) -> ModelConfig:
-    return ModelConfig(
-        base=str(folder.path),
-        quant_type=options.quant_type,
-        block_size=options.block_size,  # type: ignore[arg-type]  # pydantic checks it
-        double_quant=options.double_quant,
-        embeddings="4bit" if options.embeddings else "16bit",
     )
 
 

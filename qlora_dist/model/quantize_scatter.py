@@ -63,10 +63,9 @@ def quantize_and_scatter(
 ) -> None:
     """Read, quantize and scatter all matrices. A collective of the default process group.
 
-    Each rank owns every world_size-th of `matrices`, which must be the next ones of its reader.
-
-    In a round each rank reads and quantizes one matrix. One all-to-all then sends every rank its share of all of them.
-    Ranks that hold the same shard receive a part of it each, and exchange these parts.
+    Each rank owns every world_size-th of `matrices`, which must be the next ones of its reader. In a round each rank
+    reads and quantizes one matrix. One all-to-all then sends every rank its share of all of them. Ranks that hold the
+    same shard receive a part of it each, and exchange these parts.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     num_replicas = replicas.size() if replicas is not None else 1

@@ -12,23 +12,12 @@ from qlora_dist.io.safetensors_file import read_safetensors_header
 
 _Key = TypeVar("_Key")
 
-_COPIED_PATTERNS = (  # files that a model needs besides its weights; no weights, and no code
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "LICENSE*",
-    "README*",
-)
+# files that a model needs besides its weights; no weights, and no code
+_COPIED_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README*")
 
 
 def split_into_files(sizes: Mapping[_Key, int], file_bytes: int) -> list[list[_Key]]:
-    """Assign items to files of at most `file_bytes`, in order. A larger item gets its own file.
-
-    Args:
-        sizes: bytes of each item.
-        file_bytes: largest size of a file.
-    """
+    """Assign items to files of at most `file_bytes`, in order. A larger item gets its own file."""
     files: list[list[_Key]] = []
     size = 0
     for item, nbytes in sizes.items():
@@ -45,12 +34,8 @@ def finish_model_folder(
 ) -> None:
     """Add tokenizer, index and config.json to the weights in `partial`, and rename it to `out`.
 
-    Args:
-        partial: folder with files model-*.safetensors; other files in it are kept.
-        out: path that does not exist yet.
-        source: folder of the model from which the weights were made.
-        config: content of config.json.
-        replaced: patterns of files that are not copied from `source`, because `partial` holds their replacements.
+    The weights are model-*.safetensors. Other files in `partial` are kept. Files of `source`, the folder from which the
+    weights were made, are not copied if they match `replaced`.
     """
     for pattern in _COPIED_PATTERNS:
         for path in source.glob(pattern):

@@ -49,13 +49,8 @@ class ShardReader:
     Call `load_shards` first, then `quantize_next` for each weight in the given order. Memory holds the shards, two
     chunks, and the packed weight that is being quantized.
 
-    Args:
-        folder: folder of the model.
-        shards: shards to load; `self.shards` has them in the order of the files.
-        to_quantize: 16- or 32-bit weights that this rank reads as a whole.
-        replicas: 1-D mesh of the ranks that hold the same shards, or None.
-        device: device of exchanges and quantization.
-        progress: function called after each read.
+    `self.shards` has the shards in the order of the files. `to_quantize` are 16- or 32-bit weights that this rank reads
+    as a whole. `device` is the place of exchanges and quantization. `progress` is called after each read.
     """
 
     def __init__(
@@ -76,7 +71,6 @@ class ShardReader:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from the files so far."""
         return self._reader.bytes_read
 
     def load_shards(self) -> None:
@@ -116,7 +110,7 @@ class ShardReader:
             yield ReadRequest(count, self._read_into(shard.keys, shard.start + start))
 
     def _read_into(self, keys: tuple[str, ...], start: int) -> Callable[[torch.Tensor], None]:
-        sizes = [_nbytes(self._folder, key) for key in keys]
+        sizes = [self._folder.nbytes(key) for key in keys]
         begins = [0, *accumulate(sizes)]
 
         def read(out: torch.Tensor) -> None:
@@ -125,10 +119,7 @@ class ShardReader:
                 index = bisect_right(begins, start + done) - 1
                 first = start + done - begins[index]
                 part = out[done : done + sizes[index] - first]
-                if keys[index] in self._folder.quantized:
-                    self._folder.quantized[keys[index]].read_range(self._reader, part, first)
-                else:
-                    self._reader.read_into(part, self._folder.entries[keys[index]], first)
+                self._folder.read_range(keys[index], self._reader, part, first)
                 done += part.numel()
 
         return read
@@ -146,7 +137,6 @@ class ShardReader:
                 self._write(shard, position, replica_bytes[: max(0, total - position)])
 
     def _write(self, shard: LocalShard, start: int, data: torch.Tensor) -> None:
-        """Write uint8[n] from byte `start` of the shard on."""
         values = data.view(self._dtype(shard))
         shard.write(start // values.itemsize, values)
 
@@ -198,10 +188,6 @@ def quantize_from_reads(ahead: ReadAhead, layout: NF4Layout, device: torch.devic
         weight = torch.cat([piece.clone() for piece in flat])
         flat = iter([weight.view(columns, rows).T.contiguous().view(-1)])
     return quantize_chunks(flat, layout, device)
-
-
-def _nbytes(folder: ModelFolder, key: str) -> int:
-    return folder.quantized[key].layout.total_bytes if key in folder.quantized else folder.entries[key].nbytes
 
 
 def _file_position(folder: ModelFolder, shard: LocalShard) -> tuple[Path, int]:

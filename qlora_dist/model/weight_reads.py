@@ -40,11 +40,7 @@ class _WeightRead:
 
 
 def find_weight_reads(model: nn.Module) -> dict[str, WeightUse]:
-    """Return the modules whose `weight` the model's code reads itself, with its use, by name.
-
-    Args:
-        model: transformers' own class.
-    """
+    """Return the modules whose `weight` the model's code reads itself, with its use, by name."""
     uses: dict[str, WeightUse] = {}
     children = [path for path, _ in model.named_modules() if path]
     for path, module in model.named_modules():

@@ -50,9 +50,7 @@ def stacked_tensor_name(key: str, expert: int) -> str:
 def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[str, WeightSource]:
     """Find the source of each of the model's tensors that the folder holds.
 
-    Args:
-        model: transformers' own class, on meta.
-        names: names of the folder's tensors; a 4-bit weight counts as one tensor.
+    `model` is transformers' own class, on meta. A 4-bit weight counts as one tensor in `names`, the folder's tensors.
 
     Raises:
         UserError: transformers rearranges a tensor on loading in an unsupported way.
@@ -94,8 +92,9 @@ def unsupported_conversion_error(target: str, operations: str) -> UserError:
 def _stacked_source(
     target: str, by_pattern: Mapping[str, list[str]], converter_of: Mapping[str, WeightConverter]
 ) -> WeightSource:
-    columns = [by_pattern[""]] if "" in by_pattern else None
-    if columns is None:
+    if "" in by_pattern:
+        columns = [by_pattern[""]]
+    else:
         converter = converter_of[next(iter(by_pattern))]
         kinds = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
         expected = [(MergeModulelist, 0), (Concatenate, 1)]

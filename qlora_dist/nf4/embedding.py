@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from qlora_dist.compat.transformers import mark_initialized
 from qlora_dist.errors import UserError
@@ -31,9 +32,8 @@ class NF4VocabMixin(nn.Module):
 
         It is NaN, so that a computation with it does not go unnoticed.
         """
-        placeholder = torch.full((), float("nan"), dtype=self.dtype, device=self.packed.device).expand(
-            self.layout.shape
-        )
+        nan = torch.full((), float("nan"), dtype=self.dtype, device=self.packed.device)
+        placeholder = nan.expand(self.layout.shape)
         mark_initialized(placeholder)
         return placeholder
 
@@ -60,13 +60,8 @@ class NF4Head(NF4VocabMixin, nn.Linear):  # type: ignore[override]  # torch's `w
 def use_nf4_vocab(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: torch.dtype) -> None:
     """Replace the weight of an embedding or an output head by a `packed` parameter without values.
 
-    The module's class is changed in place, so references to it stay valid. Its other behaviour, such as the scaling of
-    Gemma's embedding, stays.
-
-    Args:
-        module: module in 16 or 32 bit; its bias stays.
-        layout: layout of the weight.
-        dtype: type of the rows that are looked up.
+    The module's class is changed in place, so references to it stay valid. Its bias and its other behaviour, such as
+    the scaling of Gemma's embedding, stay. `dtype` is the type of the rows that are looked up.
 
     Raises:
         UserError: the module's class computes with the weight itself.
@@ -85,12 +80,15 @@ def use_nf4_vocab(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: to
     module.packed = nn.Parameter(packed, requires_grad=False)
 
 
-def check_vocab_class(module: nn.Module) -> None:
-    """Check that an embedding or output head can be in 4 bit.
+def vocab_weight_names(model: PreTrainedModel) -> tuple[str, str]:
+    """Return the names of the weights of the input embedding and of the output head."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return f"{paths[id(embedding)]}.weight", f"{paths[id(head)]}.weight"
 
-    Raises:
-        UserError: its class computes with the weight itself.
-    """
+
+def check_vocab_class(module: nn.Module) -> None:
+    """Raise a UserError if the class of an embedding or output head computes with the weight itself."""
     forward = type(module).forward
     if forward in (nn.Embedding.forward, nn.Linear.forward):
         return

@@ -20,12 +20,6 @@ class NF4Experts(nn.Module):
     `packed: uint8[experts * matrices * layout.total_bytes]` concatenates the quantized matrices. Each matrix has its
     own blocks and scales, so one expert is dequantized without the others. An expert's weight stacks its `matrices`
     (such as gate and up) along the rows, as in the checkpoint.
-
-    Args:
-        layout: layout of each matrix.
-        experts: number of experts.
-        matrices: number of matrices per expert.
-        device: device of the parameter; "meta" for a model without weights.
     """
 
     def __init__(

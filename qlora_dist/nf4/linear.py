@@ -20,11 +20,7 @@ class NF4Linear(nn.Module):
     because engines cast floating parameters to the compute type, and CUDA's multi-tensor copies canonicalize NaN
     payloads of bf16 words.
 
-    Args:
-        layout: shape [out_features, in_features] and quantization of the weight.
-        bias: whether there is a frozen bias[out_features].
-        bias_dtype: type of the bias and of `weight`.
-        device: device of the parameters; "meta" for a model without weights.
+    The bias[out_features] is frozen too. `bias_dtype` is the type of the bias and of `weight`.
     """
 
     is_weight_read: bool = False

@@ -20,7 +20,7 @@ QuantType = Literal["nf4", "fp4"]
 class NF4Layout:
     """Layout of a quantized weight in `packed: uint8[total_bytes]`.
 
-    The parts are codes | absmax | nested absmax | offset. Each part starts at a multiple of 16 bytes:
+    Each of these parts, whose bytes the properties return, starts at a multiple of 16 bytes:
 
     - codes: two 4-bit codes per byte, the first in the high half; ceil(numel / 2) bytes
     - absmax: one per block, uint8 with double quantization, else fp32
@@ -48,38 +48,31 @@ class NF4Layout:
 
     @property
     def numel(self) -> int:
-        """Number of weights in the matrix."""
         return math.prod(self.shape)
 
     @property
     def num_blocks(self) -> int:
-        """Number of absmax values; the last block may be short."""
         return -(-self.numel // self.block_size)
 
     @property
     def codes(self) -> slice:
-        """Bytes of the 4-bit codes."""
         return slice(0, -(-self.numel // 2))
 
     @property
     def absmax(self) -> slice:
-        """Bytes of the absmax values."""
         start = align_bytes(self.codes.stop)
         return slice(start, start + self.num_blocks * (1 if self.double_quant else 4))
 
     @property
     def nested_absmax(self) -> slice:
-        """Bytes of the nested absmax values; empty without double quantization."""
         start = align_bytes(self.absmax.stop)
         return slice(start, start + (4 * -(-self.num_blocks // NESTED_BLOCK_SIZE) if self.double_quant else 0))
 
     @property
     def offset(self) -> slice:
-        """Bytes of the offset; empty without double quantization."""
         start = align_bytes(self.nested_absmax.stop)
         return slice(start, start + (4 if self.double_quant else 0))
 
     @property
     def total_bytes(self) -> int:
-        """Length of the vector in bytes."""
         return align_bytes(self.offset.stop)

@@ -22,9 +22,8 @@ import torch
 
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
-from qlora_dist.nf4.code_tables import code_table, nested_code_table
 from qlora_dist.nf4.nf4_layout import NESTED_BLOCK_SIZE, NF4Layout
-from qlora_dist.nf4.quantize import TORCH_DTYPES
+from qlora_dist.nf4.quantize import TORCH_DTYPES, code_table, nested_code_table
 
 _STATE = ".quant_state.bitsandbytes__"
 _LONGEST_FLOAT = 25  # characters of a double's repr; the JSON is padded because its length is needed before its content
@@ -61,11 +60,7 @@ class QuantizedWeightEntry:
 def find_quantized_weights(
     entries: Mapping[str, TensorEntry], reader: SafetensorsReader
 ) -> dict[str, QuantizedWeightEntry]:
-    """Find the 4-bit weights among a folder's tensors, by name (`....weight`).
-
-    Raises:
-        UserError: a weight's tensors are incomplete or unsupported.
-    """
+    """Find the 4-bit weights among a folder's tensors, by name (`....weight`)."""
     return {key.partition(_STATE)[0]: _quantized_entry(key, entries, reader) for key in entries if _STATE in key}
 
 
@@ -115,10 +110,7 @@ def _quantized_entry(key: str, entries: Mapping[str, TensorEntry], reader: Safet
 def quant_state_specs(name: str, layout: NF4Layout) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Yield name, type and shape of the tensors that `quant_state_tensors` returns."""
     yield name, torch.uint8, (layout.codes.stop, 1)
-    if layout.double_quant:
-        yield f"{name}.absmax", torch.uint8, (layout.num_blocks,)
-    else:
-        yield f"{name}.absmax", torch.float32, (layout.num_blocks,)
+    yield f"{name}.absmax", torch.uint8 if layout.double_quant else torch.float32, (layout.num_blocks,)
     yield f"{name}.quant_map", torch.float32, (16,)
     if layout.double_quant:
         yield f"{name}.nested_absmax", torch.float32, (-(-layout.num_blocks // NESTED_BLOCK_SIZE),)

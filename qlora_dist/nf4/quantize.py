@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_dist.compat.bitsandbytes import functional as bnb
-from qlora_dist.nf4.code_tables import code_table, nested_code_table
 from qlora_dist.nf4.nf4_layout import NESTED_BLOCK_SIZE, NF4Layout, QuantType
 from qlora_dist.runtime.threads import parallel_for_each
 
@@ -22,19 +21,29 @@ _LARGEST_KERNEL_BLOCK = 1024  # weights
 _WEIGHTS_PER_CORE = 2**19  # weights that one core quantizes at a time: a multiple of every block size
 
 
+@functools.cache
+def nested_code_table(device: torch.device) -> torch.Tensor:
+    """Return fp32[256], the values of the 8-bit codes of double quantization.
+
+    Do not call it in a module's constructor. DeepSpeed's `zero.Init` casts every float tensor that is created under
+    it, and a bf16 table read as fp32 gives NaN without an error.
+    """
+    table: torch.Tensor = bnb.create_dynamic_map()
+    return table.to(device)
+
+
+@functools.cache
+def code_table(quant_type: QuantType) -> torch.Tensor:
+    """Return fp32[16] on the CPU, the values of the 4-bit codes."""
+    # bitsandbytes' default device is "cuda"
+    table: torch.Tensor = bnb.get_4bit_type(quant_type, device="cpu")
+    return table
+
+
 def quantize_weight(
     weight: torch.Tensor, quant_type: QuantType = "nf4", block_size: int = 64, *, double_quant: bool = True
 ) -> tuple[torch.Tensor, NF4Layout]:
-    """Quantize a weight.
-
-    Args:
-        weight: bf16, fp16 or fp32, any shape, on any device.
-        quant_type: code table.
-        block_size: weights per absmax.
-        double_quant: whether to quantize the absmax values too.
-
-    Returns:
-        packed: uint8[layout.total_bytes] on the same device, and its layout.
+    """Quantize a weight, bf16, fp16 or fp32 of any shape, and return uint8[layout.total_bytes] and its layout.
 
     The bytes equal the result of `bitsandbytes.functional.quantize_4bit(compress_statistics=double_quant)`. On the CPU
     that needs 14 bytes per weight, 12 GB for one matrix of Llama-3.1-405B, and most time for a binary search. So
@@ -51,16 +60,10 @@ def quantize_weight(
 
 
 def quantize_chunks(chunks: Iterable[torch.Tensor], layout: NF4Layout, device: torch.device) -> torch.Tensor:
-    """Quantize a weight that is never in memory as a whole.
+    """Quantize a weight that is never in memory as a whole, and return uint8[layout.total_bytes] on the device.
 
-    Args:
-        chunks: consecutive chunks of the flat weight, bf16, fp16 or fp32[n]. Each n but the last is a multiple of the
-            largest block size. A chunk may be overwritten once the next is requested.
-        layout: layout of the weight.
-        device: device of the computation.
-
-    Returns:
-        packed: uint8[layout.total_bytes] on the device.
+    The chunks are consecutive parts of the flat weight, bf16, fp16 or fp32[n]. Each n but the last is a multiple of the
+    largest block size. A chunk may be overwritten once the next is requested.
     """
     packed = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
     absmax = torch.empty(layout.num_blocks, dtype=torch.float32, device=device)
@@ -121,15 +124,9 @@ def _codes(weights: torch.Tensor, block_size: int, quant_type: QuantType) -> tup
 
 
 def dequantize_weight(packed: torch.Tensor, layout: NF4Layout, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight that a byte vector encodes.
+    """Return dtype[layout.shape], the weight that `packed: uint8[layout.total_bytes]` encodes.
 
-    Args:
-        packed: uint8[layout.total_bytes].
-        layout: layout of the weight.
-        dtype: type of the result; values are rounded to layout.dtype first, as in bitsandbytes.
-
-    Returns:
-        dtype[layout.shape].
+    As in bitsandbytes, values are rounded to layout.dtype first.
 
     This avoids three traps of bitsandbytes 0.50 on the CPU:
 
@@ -145,25 +142,17 @@ def dequantize_weight(packed: torch.Tensor, layout: NF4Layout, dtype: torch.dtyp
 
 
 def dequantize_rows(packed: torch.Tensor, layout: NF4Layout, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return some rows of the matrix that a byte vector encodes, without dequantizing the others.
+    """Return dtype[n, columns], some rows of the matrix that a byte vector encodes, without dequantizing the others.
 
-    Args:
-        packed: uint8[layout.total_bytes].
-        layout: layout of a matrix whose columns are a multiple of the block size.
-        rows: int64[n], indices of the rows.
-        dtype: type of the result.
-
-    Returns:
-        dtype[n, columns], equal to the rows of `dequantize_weight`.
+    The columns must be a multiple of the block size. The result equals these rows, int64[n], of `dequantize_weight`.
     """
     count, columns = layout.shape
     blocks = columns // layout.block_size
     assert blocks * layout.block_size == columns, f"rows of {layout.shape} end within a block of {layout.block_size}"
     codes = packed[layout.codes].view(count, -1)[rows]
     if layout.double_quant:
-        nested_absmax = packed[layout.nested_absmax].view(torch.float32)
         block = rows.unsqueeze(1) * blocks + torch.arange(blocks, device=rows.device)
-        scale = nested_absmax[block // NESTED_BLOCK_SIZE]
+        scale = packed[layout.nested_absmax].view(torch.float32)[block // NESTED_BLOCK_SIZE]
         quantized = packed[layout.absmax].view(count, blocks)[rows]
         absmax = packed[layout.offset].view(torch.float32) + nested_code_table(packed.device)[quantized.int()] * scale
     else:

@@ -46,7 +46,7 @@ from qlora_dist.model.load_weights import materialize
 from qlora_dist.model.meta_model import LossModel, get_decoder_layers
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.row_chunks import whole_tensors
-from qlora_dist.nf4.code_tables import nested_code_table
+from qlora_dist.nf4.quantize import nested_code_table
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.adamw_kernels import state_code_tables
 from qlora_dist.optim.adapter_shards import AdapterShards, adapter_shard_numels

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from qlora_dist.adapters.attach import ADAPTER_NAME, is_lora_parameter, named_trainable_parameters
 from qlora_dist.adapters.load_adapter import read_local_shard, saved_entries_by_parameter
-from qlora_dist.adapters.saved_adapter import missing_module_error, read_saved_adapter
-from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.adapters.saved_adapter import find_invalid_values, missing_module_error, read_saved_adapter
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
 from qlora_dist.runtime.object_collectives import all_gather_json

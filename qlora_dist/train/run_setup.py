@@ -19,11 +19,10 @@ from qlora_dist.adapters.attach import (
     check_attached_targets,
     is_lora_parameter,
     make_peft_config,
-    weight_read_names,
 )
 from qlora_dist.adapters.export import config_to_save, shapes_to_save
 from qlora_dist.adapters.peft_roundtrip import check_peft_roundtrip, needs_peft_conversion
-from qlora_dist.adapters.targets import AdapterTargets, find_targets
+from qlora_dist.adapters.targets import AdapterTargets, find_targets, weight_read_names
 from qlora_dist.compat.peft import peft
 from qlora_dist.config.max_positions import check_seq_len
 from qlora_dist.config.schema import Config
@@ -35,9 +34,9 @@ from qlora_dist.data.prepare_datasets import PreparedDatasets, PreparedSource, d
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry
+from qlora_dist.model.attention import check_packing_support
 from qlora_dist.model.meta_model import LossModel, build_meta_model, causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.packable import check_packing_support
 from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.parallel.compile import check_compiler
 from qlora_dist.parallel.engine import check_engine

@@ -13,8 +13,7 @@ import transformers
 from peft.tuners.lora.layer import LoraLayer
 
 from qlora_dist.adapters.attach import named_trainable_parameters
-from qlora_dist.adapters.export import config_to_save, write_adapter
-from qlora_dist.adapters.peft_keys import peft_key
+from qlora_dist.adapters.export import config_to_save, peft_key, write_adapter
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
 from qlora_dist.train.run_setup import set_up_model

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.cpu.cpu_quantize import CodeBounds, quantize_4bit_cpu
-from qlora_dist.nf4.code_tables import code_table
-from qlora_dist.nf4.quantize import quantize_weight
+from qlora_dist.nf4.quantize import code_table, quantize_weight
 
 QUANT_TYPES = ["nf4", "fp4"]
 

@@ -134,7 +134,9 @@ def is_rank(pid: int, rank: int) -> bool:
 @BOTH_MPIS
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_mpirun_leaves_no_rank(name: str, number: int, tmp_path: Path) -> None:
-    sleep = JOIN + "process_exit.die_with_parent(); mpi.agree_on_store(); open(str(os.getpid()), 'w'); time.sleep(100)"
+    sleep = (
+        JOIN + "process_exit.die_with_parent(); mpi.share_store_address(); open(str(os.getpid()), 'w'); time.sleep(100)"
+    )
     with mpirun(name, tmp_path / name, 2, "-c", sleep) as process:
         wait_for(lambda: len(list((tmp_path / name).glob("[0-9]*"))) == 2, within_s=100)
         process.send_signal(number)
@@ -155,8 +157,8 @@ def test_a_user_error_is_reported_once(name: str, config: Path, tmp_path: Path) 
 @BOTH_MPIS
 def test_an_error_of_one_rank_ends_all_with_its_traceback(name: str, tmp_path: Path) -> None:
     fail = (
-        "mpi.agree_on_store(); environment.ranks_from_environment().rank or time.sleep(100); "
-        "process_exit.leave_with_traceback(ValueError('seven is no prime'))"
+        "mpi.share_store_address(); environment.read_rank_info().rank or time.sleep(100); "
+        "process_exit.exit_with_traceback(ValueError('seven is no prime'))"
     )
     with mpirun(name, tmp_path / name, 2, "-c", JOIN + fail) as process:
         code, err = wait_for_exit(process, tmp_path / name)

@@ -8,8 +8,7 @@ import transformers
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.model.attention import add_sequence_starts, set_packed_attention
-from qlora_dist.model.packable import PACKABLE_MODEL_TYPES
+from qlora_dist.model.attention import PACKABLE_MODEL_TYPES, add_sequence_starts, set_packed_attention
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import architectures, tiny_models

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora_dist.adapters.export import export_adapter
-from qlora_dist.adapters.validate_adapter import find_invalid_values
+from qlora_dist.adapters.saved_adapter import find_invalid_values
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
