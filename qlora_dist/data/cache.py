@@ -80,7 +80,6 @@ def _is_verified(folder: Path) -> bool:
 
 
 def _find_damage(folder: Path, validate: Callable[[Path], object]) -> str | None:
-    """Return the reason why an entry cannot be used; None if it can."""
     if not is_entry_complete(folder):
         return "a file is missing, or has another size"
     try:

@@ -19,11 +19,7 @@ _CHATML_END = "<|im_end|>"
 
 
 def read_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the Jinja text of `data.chat_template`.
-
-    Raises:
-        UserError: the file does not exist, or the tokenizer lacks the token that ends a turn of a shipped template.
-    """
+    """Return the Jinja text of `data.chat_template`."""
     if chat_template in SHIPPED_TEMPLATES:
         return _shipped(chat_template, tokenizer)
     path = Path(chat_template).expanduser()

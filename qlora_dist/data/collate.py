@@ -82,7 +82,6 @@ class PackedDataset:
         return float(self.row_tokens.sum()) / (len(self) * self.seq_len)
 
     def describe(self) -> str:
-        """Return a sentence about truncation and packing."""
         rows = "1 row" if len(self) == 1 else f"{len(self):,} rows"
         packed = f"; packed into {rows}, {100 * (1 - self.utilization):.1f} % padding" if self.is_packed else ""
         return f"{self.name}: {self.truncation_stats.describe(self.seq_len)}{packed}"
@@ -143,9 +142,6 @@ def build_packed_dataset(
     """Truncate, pack and count a source's sequences.
 
     Any token of the embedding may be `pad_token_id`, because no label and no other sequence depends on the padding.
-
-    Raises:
-        UserError: no sequence has a token to train.
     """
     segments, truncation_stats = truncate_sequences(sequences, config.seq_len, config.too_long)
     if not len(segments):

@@ -17,9 +17,6 @@ def read_csv_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
 
     Python's reader is used, because a row's location is the line on which it starts, and quoted cells may hold line
     feeds.
-
-    Raises:
-        UserError: the header cannot be read, or it names a column twice.
     """
     columns: list[str] = []
     for line, cells in _rows(file):

@@ -40,11 +40,7 @@ def file_extension(path: Path) -> str:
 
 
 def read_data_file(path: Path) -> Iterator[RawRow | BadRow]:
-    """Yield the rows of a file.
-
-    Raises:
-        UserError: the file as a whole cannot be read.
-    """
+    """Yield the rows of a file."""
     kind = data_file_type(path)
     if kind is None:
         raise UserError(f"{path}: {_unsupported_file_reason(path)}")
@@ -67,7 +63,6 @@ _PLAIN_TEXT_SUFFIXES = (".txt", ".md", ".html")
 
 
 def _unsupported_file_reason(path: Path) -> str:
-    """Return why a file is not read, and the remedy."""
     name = path.name.lower()
     if name.endswith(_ARCHIVE_SUFFIXES):
         return f"files compressed as {path.suffix} are not read; decompress it, or compress it with gzip"

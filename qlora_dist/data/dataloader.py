@@ -18,11 +18,7 @@ _SAMPLED_STEPS = 64
 
 
 def gradient_accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Return the number of micro-batches per rank and optimizer step.
-
-    Raises:
-        UserError: global_batch is not a multiple of world_size * micro_batch.
-    """
+    """Return the number of micro-batches per rank and optimizer step."""
     unit = world_size * micro_batch
     if global_batch % unit:
         below = global_batch // unit * unit
@@ -66,17 +62,10 @@ class TrainDataLoader:
         epochs: float | None = None,
         group_by_length: bool = False,
     ) -> None:
-        """Check that the batch can be dealt to the ranks.
+        """Take sources with their weights, equal on all ranks. Without `epochs`, which may be fractional, it is
+        endless.
 
-        Args:
-            sources: rows and weight of each source, equal on all ranks.
-            layout: sizes of the batch, and this rank.
-            seed: seed of the order.
-            epochs: number of epochs, also fractional, after which the stream ends; None if it is endless.
-            group_by_length: True to put rows of similar length into a step.
-
-        Raises:
-            UserError: global_batch is not a multiple of world_size * micro_batch, or the weights are too small.
+        `group_by_length` puts rows of similar length into a step.
         """
         assert 0 <= layout.rank < layout.world_size
         self.sources = tuple(sources)

@@ -32,11 +32,6 @@ class InferenceTokenizer:
     """
 
     def save(self, out: Path) -> None:
-        """Write the tokenizer's files and generation_config.json.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
         self.tokenizer.save_pretrained(out)
         if self.generation_config:
             (out / _GENERATION).write_text(json.dumps(self.generation_config, indent=2) + "\n", encoding="utf-8")

@@ -71,9 +71,6 @@ def read_json_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
     """Yield the rows of an array of objects, of one object, of an object of rows, or of JSONL under another name.
 
     An array is read in blocks, an object at once.
-
-    Raises:
-        UserError: an error that belongs to no single row, such as a missing bracket.
     """
     if file.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         file.seek(0)
@@ -185,11 +182,7 @@ class _JSONCursor:
                     ) from None
 
     def _read_more(self) -> bool:
-        """Double the unread text, so that a long value is not parsed once per block.
-
-        Returns:
-            False at the end of the file.
-        """
+        """Double the unread text, so that a long value is not parsed once per block. Return whether there was more."""
         parts = [self._text[self._position :]]
         needed = len(parts[0]) + 1
         while needed > 0 and (block := next(self._blocks, None)) is not None:

@@ -67,16 +67,7 @@ def prepare_datasets(
 ) -> PreparedDatasets:
     """Read, tokenize and pack the training and the held-out data; read and tokenize only what is not in the cache.
 
-    Every process of a run calls it, independently of the others.
-
-    Args:
-        config: data section of the configuration.
-        tokenizer: tokenizer of the base model.
-        console: console for progress; None means silent.
-        rebuild_cache: True to remove the cache entries first.
-
-    Raises:
-        UserError: names file, line and remedy.
+    Every process of a run calls it, independently of the others. `console` shows progress; without one, it is silent.
     """
     console = console or Console(quiet=True)
     encoder = RowEncoder(tokenizer, config.mask, config.chat_template, config.multi_turn)
@@ -122,11 +113,7 @@ def data_warnings(train: Sequence[PreparedSource], eval_source: PreparedSource |
 
 
 def data_cache_folder(config: DataConfig) -> Path:
-    """Return the folder of all cache entries.
-
-    Raises:
-        UserError: the path names the home of a user who has none.
-    """
+    """Return the folder of all cache entries."""
     if config.cache == DataConfig.model_fields["cache"].default:
         return user_cache_dir()  # It is the same folder, unless XDG_CACHE_HOME names another.
     try:

@@ -43,18 +43,9 @@ def preprocess_data(
     as_json: bool = False,
     rebuild_cache: bool = False,
 ) -> None:
-    """Prepare the data and print statistics.
+    """Prepare the data and print statistics. Only the tokenizer of the model is read.
 
-    Args:
-        config: configuration of the run. Only the tokenizer of its model is read.
-        console: console for the result.
-        progress_console: console for progress.
-        num_samples: sequences of each source to print, as they are trained.
-        as_json: True to print one object instead of a table.
-        rebuild_cache: True to tokenize again what is in the cache.
-
-    Raises:
-        UserError: names file, line and remedy.
+    The statistics are a table and `num_samples` sequences of each source as they are trained, or one JSON object.
     """
     base = Path(config.model.base)
     tokenizer = load_tokenizer(base)

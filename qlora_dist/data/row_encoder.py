@@ -44,14 +44,8 @@ class RowEncoder:
     A conversation becomes one sequence (`whole`), or one per trained answer (`per-answer`), which holds the answer and
     the prompt that inference would see. `auto` is `per-answer` for conversations whose history the template rewrites.
 
-    Args:
-        tokenizer: any tokenizer; masks need a fast one.
-        mask: trained parts of conversations and completions.
-        chat_template: `chatml`, `alpaca`, `guanaco` or the path of a Jinja file; None means the tokenizer's.
-        multi_turn: conversion of a conversation to sequences.
-
-    Raises:
-        UserError: the template is missing, does not compile, or does not fit the tokenizer.
+    Masks need a fast tokenizer. `chat_template` is `chatml`, `alpaca`, `guanaco` or the path of a Jinja file; None
+    means the tokenizer's.
     """
 
     def __init__(
@@ -90,11 +84,7 @@ class RowEncoder:
         TOKENIZERS_PARALLELISM is off.
 
         Returns:
-            One item per row: its sequence, a list of one sequence per answer, or a `BadRow` if the template refuses the
-            row or its mask cannot be derived.
-
-        Raises:
-            UserError: there is no chat template, or the mask needs token offsets that the tokenizer does not provide.
+            One item per row: its sequence, one sequence per answer, or a `BadRow` if it cannot be encoded.
         """
         results: list[EncodedSequence | list[EncodedSequence] | BadRow | None] = [None] * len(rows)
         texts: dict[bool, list[tuple[int, MaskedText]]] = {False: [], True: []}
@@ -172,7 +162,6 @@ class RowEncoder:
         return render_answers(renderer, messages, tools, indices, self._end_tokens)
 
     def _trained_messages(self, messages: list[Message]) -> list[bool]:
-        """Return, for every message, whether it is trained."""
         if self._mask == "all":
             flags = [True] * len(messages)
         else:

@@ -24,16 +24,10 @@ def read_source_rows(
     unread_fields: UnreadFields | None = None,
     revision: str | None = None,
 ) -> Iterator[SourceRow | BadRow]:
-    """Yield the rows of a source in order, one in memory at a time.
+    """Yield the rows of a source in order, one in memory at a time. Only errors that no single row causes are raised.
 
-    Args:
-        source: file, folder of files, folder saved by `datasets`, or name of a data set on the hub.
-        default_format: format if the source names none (`data.format`).
-        unread_fields: collection of the fields that no format reads.
-        revision: commit of a data set on the hub; None means the newest.
-
-    Raises:
-        UserError: an error that no single row causes.
+    A source is a file, a folder of files, a folder saved by `datasets`, or the name of a data set on the hub.
+    `revision` is the commit of the latter; None means the newest.
     """
     format_reason = f"the source's format is {source.format}" if source.format else f"data.format is {default_format}"
     rows = parse_rows(_read_raw_rows(source, revision), source.format or default_format, format_reason, unread_fields)
@@ -46,11 +40,7 @@ def read_source_rows(
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """Return the files of a source in order; none for a data set on the hub.
-
-    Raises:
-        UserError: no files exist.
-    """
+    """Return the files of a source in order; none for a data set on the hub."""
     path = _local_path(source)
     if path is None:
         return []

@@ -39,14 +39,6 @@ def find_split_files(folder: Path, subset: str | None, split: str) -> list[Path]
 
     If no file is named after a split other than `train`, all files belong to one split. Subfolders are searched if the
     folder itself has no files, as in data sets on the hub.
-
-    Args:
-        folder: folder that `datasets` did not save.
-        subset: name of the configuration; None means the only one.
-        split: name of the split, `train` by default.
-
-    Raises:
-        UserError: no file belongs to the split, or the names are ambiguous.
     """
     files = [_DataFile(path, None, _split_of(path)) for path in _files_in(folder)]
     if subset is not None or not files:
@@ -79,11 +71,7 @@ def has_pattern(path: str) -> bool:
 
 
 def glob_data_files(pattern: str) -> list[Path]:
-    """Return the files that match a pattern such as `data/*.jsonl`, sorted by name.
-
-    Raises:
-        UserError: no file matches.
-    """
+    """Return the files that match a pattern such as `data/*.jsonl`, sorted by name."""
     # Path.glob takes no absolute patterns.
     paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
     files = [path for path in paths if path.is_file()]

@@ -56,15 +56,10 @@ class TemplateProbe:
         """Whether thoughts are written: of an answer, and of one that calls tools."""
 
     def with_render(self, render: Callable[[list[Message]], str]) -> TemplateProbe:
-        """Return a probe of the same template with another render function."""
         return TemplateProbe(self._template, render)
 
     def check_roles(self, messages: list[Message]) -> None:
-        """Check that every role is known and that the template writes its messages.
-
-        Raises:
-            UnsupportedConversationError: a role is unknown or not written; its message is named by number, from 1.
-        """
+        """Check that every role is known and that the template writes its messages."""
         if self._rendered_roles.issuperset([message["role"] for message in messages]):
             return
         for index, message in enumerate(messages):
@@ -89,14 +84,8 @@ class TemplateProbe:
     def check_reasoning(self, messages: list[Message], original_messages: list[Message]) -> None:
         """Check that the template writes the assistant's reasoning, at least in the last turn that has any.
 
-        Many templates omit the reasoning of earlier turns, because a model does not see it at inference.
-
-        Args:
-            messages: messages with all names of the reasoning field, as the template gets them.
-            original_messages: messages with the names in the row.
-
-        Raises:
-            UnsupportedConversationError: the template does not write the reasoning.
+        Many templates omit the reasoning of earlier turns, because a model does not see it at inference. `messages`
+        have all names of the reasoning field, as the template gets them; `original_messages` have the names in the row.
         """
         for index in reversed(range(len(messages))):
             message = original_messages[index]

@@ -239,7 +239,6 @@ def surrounding_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list
 
 
 def _utf8_length(text: str, end: int | None = None) -> int:
-    """Return the bytes of the text up to a character."""
     if text.isascii():
         return len(text) if end is None else end
     return len(text[:end].encode())

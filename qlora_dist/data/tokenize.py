@@ -77,7 +77,6 @@ class TokenizeStats:
         return f"of {self.rows:,} rows {', '.join(parts)}" if parts else ""
 
     def describe_per_answer_rows(self) -> str:
-        """Return a sentence about the rows that are trained answer by answer; empty if there are none."""
         if not self.per_answer_rows:
             return ""
         return (
@@ -123,14 +122,8 @@ def tokenize_to_file(
 ) -> TokenizeStats:
     """Encode rows and write those with a trained token. The file depends only on the rows, not on `workers`.
 
-    Args:
-        rows: rows of a source. At most a few chunks per worker are in memory.
-        encoder: encoder of the rows.
-        output_path: file for `TokenizedSequences.open`.
-        workers: number of processes that encode; auto means the cores that this process may use.
-        bad_rows: handling of rows that cannot be used.
-        source_name: name of the source in errors.
-        progress: function that gets the number of finished rows from time to time.
+    At most a few chunks of `rows` per worker are in memory. `progress` gets the number of finished rows from time to
+    time.
 
     Raises:
         UserError: a bad row (always the first of the source), too many bad rows, or no row with a trained token. An

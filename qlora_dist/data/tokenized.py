@@ -121,11 +121,6 @@ class SequenceWriter:
         self._pending: list[FlatSequences] = []
 
     def append(self, sequences: FlatSequences) -> None:
-        """Add sequences.
-
-        Raises:
-            OSError: the file cannot be written, for example because the disk is full.
-        """
         self._pending.append(sequences)
         if sum(len(part.tokens) for part in self._pending) >= self._batch_tokens:
             self._flush()

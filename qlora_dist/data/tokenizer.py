@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder, which needs no weights.
-
-    Raises:
-        UserError: the folder does not exist, or has no tokenizer.
-    """
+    """Load the tokenizer of a folder, which needs no weights."""
     from transformers import AutoTokenizer  # here, because the import takes seconds
 
     if not path.is_dir():

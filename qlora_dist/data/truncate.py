@@ -33,7 +33,6 @@ class Segments:
         return len(self.sequence_index)
 
     def take(self, order: npt.NDArray[np.int64]) -> Segments:
-        """Return the segments with these indices."""
         return Segments(*(getattr(self, field.name)[order] for field in fields(self)))
 
 
