@@ -201,9 +201,8 @@ class _EntryWaiter:
 
     def poll_lock(self) -> None:
         """Record the lock's holder, print it from time to time, and break the lock if the holder is dead."""
-        owner = (
-            self._watch.check_holder()
-        )  # If it breaks a successor's lock, there are two holders, which does no harm.
+        # If it breaks a successor's lock, there are two holders, which does no harm.
+        owner = self._watch.check_holder()
         if owner is None:
             return
         self._seen_tokens.add(owner.token)

@@ -17,7 +17,6 @@ from qlora_dist.data.template_probe import TemplateProbe, UnsupportedConversatio
 
 CharSpan = tuple[int, int]
 """Index of the first character, and of the one after the last."""
-_Alias = Callable[[list[Message]], list[Message]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -42,7 +41,7 @@ class ChatRenderer:
         # A plain dict, because looking names up in jinja's ChainMap takes as long as rendering a short conversation.
         self._template.globals = dict(self._template.globals)
         self._render_marked: Callable[..., tuple[str, list[CharSpan]]] = assistant_span_renderer()
-        self._alias_reasoning_fields: _Alias = reasoning_field_aliaser()
+        self._alias_reasoning_fields: Callable[[list[Message]], list[Message]] = reasoning_field_aliaser()
         self._special_tokens = dict(special_tokens)
         self._variables = {**self._template.globals, **special_tokens, "documents": None}
         self._mentions = {name: name in template for name in ("tools", "tool_calls", "function_call")}
@@ -55,7 +54,7 @@ class ChatRenderer:
         renderer = copy.copy(self)
         renderer._special_tokens = {**self._special_tokens, **variables}
         renderer._variables = {**self._variables, **variables}
-        renderer._probe = self._probe.with_render(lambda messages: renderer.render(messages, None))
+        renderer._probe = TemplateProbe(self.source, lambda messages: renderer.render(messages, None))
         return renderer
 
     def prepare_messages(self, messages: list[Message]) -> list[Message]:

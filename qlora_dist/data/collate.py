@@ -110,7 +110,8 @@ class PackedDataset:
 
     def padded_length(self, longest_row: int) -> int:
         """Return the length of a batch whose longest row has `longest_row` tokens."""
-        return self.seq_len if self.is_packed else min(self.seq_len, _round_up(longest_row))
+        multiples = max(1, -(-longest_row // PAD_TO_MULTIPLE_OF))
+        return self.seq_len if self.is_packed else min(self.seq_len, multiples * PAD_TO_MULTIPLE_OF)
 
     def batch(self, indices: Sequence[int] | npt.NDArray[np.integer]) -> Batch:
         """Return the rows as one batch. The index `PADDING_ROW` gives a row of padding."""
@@ -130,10 +131,6 @@ class PackedDataset:
             starts = [*row.sequence_starts, len(row.tokens)]
             position_ids[index] = np.arange(length) - np.repeat(starts, np.diff([*starts, length]))
         return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(position_ids))
-
-
-def _round_up(longest: int) -> int:
-    return max(1, -(-longest // PAD_TO_MULTIPLE_OF)) * PAD_TO_MULTIPLE_OF
 
 
 def build_packed_dataset(

@@ -105,10 +105,9 @@ class TrainDataLoader:
             int[global_batch], numbered through all sources. A row may occur twice where two epochs meet. If the stream
             ends within the step, its last rows are followed by `PADDING_ROW`.
         """
-        begin, end = step * self._layout.global_batch, (step + 1) * self._layout.global_batch
+        position, end = step * self._layout.global_batch, (step + 1) * self._layout.global_batch
         last_position = end if self._total_rows is None else min(end, self._total_rows)
         parts = []
-        position = begin
         while position < last_position:
             epoch = epoch_of_position(position, self._source_sizes)
             order, first = self._epoch_order(epoch), rows_before(epoch, self._source_sizes)
@@ -133,20 +132,15 @@ class TrainDataLoader:
 
     def padded_tokens(self, step: int) -> int:
         """Return the tokens of a step's batches over all ranks, with padding."""
-        total = 0
-        for micro in self._micro_batch_indices(step).reshape(-1, self._layout.micro_batch):
-            longest = int(np.where(micro == PADDING_ROW, 0, self._row_tokens[micro]).max())
-            total += self.sources[0][0].padded_length(longest) * len(micro)
-        return total
+        micros = self._micro_batch_indices(step).reshape(-1, self._layout.micro_batch)
+        longest = np.where(micros == PADDING_ROW, 0, self._row_tokens[micros]).max(axis=1)
+        return sum(map(self.sources[0][0].padded_length, longest.tolist())) * self._layout.micro_batch
 
     def padding_fraction(self, steps: int) -> float:
         """Return the fraction of padding in a run of `steps` steps, estimated from steps of its first epoch."""
         steps = min(steps, math.ceil(self.rows_per_epoch / self._layout.global_batch))
         sample = np.unique(np.linspace(0, steps - 1, _SAMPLED_STEPS).astype(np.int64)).tolist()
-        padded = 0
-        for step in sample:
-            padded += self.padded_tokens(step)
-        return 1 - sum(map(self.tokens, sample)) / padded
+        return 1 - sum(map(self.tokens, sample)) / sum(map(self.padded_tokens, sample))
 
     def _nonpadding_indices(self, step: int) -> npt.NDArray[np.integer]:
         indices = self.row_indices(step)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateSyntaxError
 
 from qlora_dist.data.chat_renderer import ChatRenderer
-from qlora_dist.data.chat_template import read_chat_template
 from qlora_dist.data.strict_json import load_json_object
 from qlora_dist.data.template_probe import UnsupportedConversationError
+from qlora_dist.data.tokenizer import read_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

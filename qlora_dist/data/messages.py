@@ -47,7 +47,13 @@ def parse_message(item: Any, where: str, default_train: bool | None = None) -> M
     role = require_str(item["role"], f"{where}: `role`")
     calls = decode_json_field(parsed.pop("tool_calls", None), f"{where}: `tool_calls`")
     if calls:
-        parsed["tool_calls"] = _tool_calls(calls, where)
+        if not isinstance(calls, list):
+            raise InvalidRowError(
+                f"{where}: `tool_calls` is {json_type_name(calls)}; write a list of objects with `function`"
+            )
+        parsed["tool_calls"] = [
+            parse_tool_call(call, f"{where}: tool call {number}") for number, call in enumerate(calls, start=1)
+        ]
     default_train = _pop_train_flag(parsed, where, default_train)
     if default_train is not None:
         parsed["train"] = default_train
@@ -146,14 +152,6 @@ def _flag(value: Any, where: str) -> bool:
             f"{where} is neither 0 nor 1; write one of them, because a message is trained or it is not"
         )
     return bool(value)
-
-
-def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise InvalidRowError(
-            f"{where}: `tool_calls` is {json_type_name(value)}; write a list of objects with `function`"
-        )
-    return [parse_tool_call(call, f"{where}: tool call {number}") for number, call in enumerate(value, start=1)]
 
 
 def parse_tool_call(value: Any, where: str) -> dict[str, Any]:

@@ -13,13 +13,8 @@ CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "i
 """Roles of chat templates. A message with another role would never be trained."""
 
 _ROLE_ALIASES = {
-    "model": "assistant",
-    "bot": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "ai": "assistant",
-    "human": "user",
-    "prompter": "user",
+    **dict.fromkeys(("model", "bot", "gpt", "chatgpt", "ai"), "assistant"),
+    **dict.fromkeys(("human", "prompter"), "user"),
 }
 """Names of roles in other formats."""
 
@@ -54,9 +49,6 @@ class TemplateProbe:
         self._compared_words: frozenset[str] | None = None
         self._renders_reasoning_cache: dict[bool, bool] = {}
         """Whether thoughts are written: of an answer, and of one that calls tools."""
-
-    def with_render(self, render: Callable[[list[Message]], str]) -> TemplateProbe:
-        return TemplateProbe(self._template, render)
 
     def check_roles(self, messages: list[Message]) -> None:
         """Check that every role is known and that the template writes its messages."""

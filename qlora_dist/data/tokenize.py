@@ -151,7 +151,9 @@ def tokenize_to_file(
                 digest.update(column.tobytes())
             writer.append(sequences)
             progress(stats.rows)
-        _check_bad_row_share(stats, bad_rows.max_bad_rows, source_name)
+        most = bad_rows.max_bad_rows
+        if isinstance(most, str) and stats.bad_rows > stats.rows * float(most.rstrip("%")) / 100:
+            raise _too_many_bad_rows_error(stats, most, source_name)
         if not stats.sequences:
             skipped = f" ({stats.bad_rows} of them could not be used)" if stats.bad_rows else ""
             raise UserError(
@@ -170,12 +172,6 @@ def _count_bad_row(bad: BadRow, stats: TokenizeStats, policy: BadRowPolicy, name
         stats.bad_places.append(str(bad.to_error()))
     if isinstance(policy.max_bad_rows, int) and stats.bad_rows > policy.max_bad_rows:
         raise _too_many_bad_rows_error(stats, policy.max_bad_rows, name)
-
-
-def _check_bad_row_share(stats: TokenizeStats, max_bad_rows: int | str, name: str) -> None:
-    """Check the share of bad rows, which is known once all rows are read."""
-    if isinstance(max_bad_rows, str) and stats.bad_rows > stats.rows * float(max_bad_rows.rstrip("%")) / 100:
-        raise _too_many_bad_rows_error(stats, max_bad_rows, name)
 
 
 def _too_many_bad_rows_error(stats: TokenizeStats, max_bad_rows: int | str, name: str) -> UserError:
@@ -218,7 +214,9 @@ def _encode_chunks(
     chunks = chain(first_chunks, chunks)
     if len(first_chunks) < 2:
         for chunk in chunks:
-            yield _encode(_raise_if_error(chunk), encoder)
+            if isinstance(chunk, UserError):
+                raise chunk
+            yield _encode(chunk, encoder)
         return
     with _worker_pool(len(first_chunks), encoder) as pool:
         pending: deque[Future[_EncodedChunk] | UserError] = deque()
@@ -258,12 +256,6 @@ def _num_characters(row: SourceRow | BadRow) -> int:
     if isinstance(row, CompletionRow):
         return len(row.prompt) + len(row.completion)
     return sum(len(message.get("content") or "") for message in row.messages)
-
-
-def _raise_if_error(chunk: RowChunk | UserError) -> RowChunk:
-    if isinstance(chunk, UserError):
-        raise chunk
-    return chunk
 
 
 def _result(future: Future[_EncodedChunk] | UserError) -> _EncodedChunk:
