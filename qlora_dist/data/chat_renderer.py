@@ -102,7 +102,6 @@ class ChatRenderer:
         return _require_utf8(text), spans
 
     def check_tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """Return the tools as the template takes them, None if there are none."""
         if not tools:
             return None
         if not self._mentions["tools"]:

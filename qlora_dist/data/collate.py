@@ -56,14 +56,12 @@ class PackedDataset:
     """Packed rows of one source. They are equal on all ranks, so every rank can count the tokens of every row."""
 
     name: str
-    """Name of the source in messages."""
     sequences: TokenizedSequences
     segments: Segments
     """Segments of the sequences, in the order of the rows."""
     offsets: npt.NDArray[np.int64]
     """int64[rows + 1]: row i holds the segments offsets[i]:offsets[i + 1]."""
     truncation_stats: TruncationStats
-    """Counts of cut, split and dropped sequences."""
     seq_len: int
     is_packed: bool
     """True if batches have the length `seq_len`; false if they are as long as their longest row."""

@@ -110,7 +110,6 @@ def file_extension(path: Path) -> str:
 
 
 def read_data_file(path: Path) -> Iterator[RawRow | BadRow]:
-    """Yield the rows of a file."""
     kind = data_file_type(path)
     if kind is None:
         raise UserError(f"{path}: {_unsupported_file_reason(path)}")
@@ -142,6 +141,5 @@ def _unsupported_file_reason(path: Path) -> str:
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.name.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.open(path), 1 << 20)
-    return path.open("rb", buffering=1 << 20)
+    is_gzip = path.name.lower().endswith(".gz")
+    return io.BufferedReader(gzip.open(path), 1 << 20) if is_gzip else path.open("rb", buffering=1 << 20)

@@ -18,7 +18,6 @@ _SAMPLED_STEPS = 64
 
 
 def gradient_accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Return the number of micro-batches per rank and optimizer step."""
     unit = world_size * micro_batch
     if global_batch % unit:
         below = global_batch // unit * unit
@@ -94,7 +93,6 @@ class TrainDataLoader:
         return sum(count * weight for count, weight in self._source_sizes)
 
     def steps_to_epochs(self, steps: int) -> float:
-        """Return the number of epochs that `steps` steps take."""
         rows = steps * self._layout.global_batch
         return (rows if self._total_rows is None else min(rows, self._total_rows)) / self.rows_per_epoch
 

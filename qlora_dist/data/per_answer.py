@@ -128,7 +128,6 @@ def _text_after_question(
 
 
 def _text_after_marker(text: str, mark: str) -> tuple[bool, str]:
-    """Return whether the marker occurs once, and the text after it."""
     return text.count(mark) == 1, text.partition(mark)[2]
 
 

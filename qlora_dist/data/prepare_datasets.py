@@ -48,17 +48,15 @@ class PreparedSource:
     """Path or name in the configuration."""
     weight: float
     stats: TokenizeStats
-    """Counts of reading and tokenizing."""
     dataset: PackedDataset
     cache_entry: Path
 
 
 class PreparedDatasets(NamedTuple):
-    """Training and held-out data of a run."""
+    """Training data of a run, and its held-out data if any are configured."""
 
     train: list[PreparedSource]
     eval: PreparedSource | None
-    """Held-out data; None if none are configured."""
 
 
 def prepare_datasets(
@@ -116,7 +114,6 @@ def data_warnings(train: Sequence[PreparedSource], eval_source: PreparedSource |
 
 
 def data_cache_folder(config: DataConfig) -> Path:
-    """Return the folder of all cache entries."""
     if config.cache == DataConfig.model_fields["cache"].default:
         return user_cache_dir()  # It is the same folder, unless XDG_CACHE_HOME names another.
     try:
@@ -206,7 +203,6 @@ class RowProgress:
         self._start = self._last_line_s = self._last_note_s = time.monotonic()
 
     def __call__(self, rows: int) -> None:
-        """Show that `rows` rows are finished."""
         now = time.monotonic()
         done = f"{rows:,} rows, {rows / (now - self._start):,.0f} rows/s"
         self._bar.update(self._task, done=done)

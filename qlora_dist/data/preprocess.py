@@ -176,7 +176,6 @@ def _sample_texts(source: PreparedSource, count: int, decode: DecodeFn, *, use_b
 def _mark_trained_tokens(
     title: str, tokens: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_], decode: DecodeFn, *, use_brackets: bool
 ) -> Text:
-    """Return the text of tokens, including special tokens, with the trained ones marked."""
     text = Text.assemble(("\n" + title + "\n", "bold"))
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
     written = ""

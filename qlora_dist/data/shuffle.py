@@ -31,7 +31,6 @@ def rows_in_epochs(epochs: float, sources: SourceSizes) -> int:
 
 
 def epoch_of_position(position: int, sources: SourceSizes) -> int:
-    """Return the epoch that contains a position of the stream."""
     epoch = int(position / sum(count * weight for count, weight in sources))
     while rows_before(epoch, sources) > position:
         epoch -= 1

@@ -51,7 +51,6 @@ class TemplateProbe:
         """Whether thoughts are written: of an answer, and of one that calls tools."""
 
     def check_roles(self, messages: list[Message]) -> None:
-        """Check that every role is known and that the template writes its messages."""
         if self._rendered_roles.issuperset([message["role"] for message in messages]):
             return
         for index, message in enumerate(messages):
@@ -110,7 +109,6 @@ class TemplateProbe:
         return self._renders_reasoning_cache[calls]
 
     def _is_not_rendered(self, messages: list[Message], index: int, *fields: str) -> bool:
-        """Return whether the text is the same for any value of these fields of the message."""
         message = messages[index]
         marked_fields = {name: f"{message[name]}{_MARK}" for name in fields if message.get(name)}
         if not marked_fields:

@@ -291,7 +291,6 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int
 
 
 def _parts(component: Any, children_key: str) -> list[dict[str, Any]]:
-    """Return the components of a normalizer or pre-tokenizer, with sequences flattened."""
     if component is None:
         return []
     parts, flat = [json.loads(component.__getstate__())], []

@@ -43,7 +43,6 @@ class TokenizeStats:
     """Counts of a source's rows and sequences."""
 
     rows: int = 0
-    """Rows that were read."""
     bad_rows: int = 0
     """Rows that were skipped because they cannot be used."""
     bad_places: list[str] = field(default_factory=list)
@@ -53,22 +52,18 @@ class TokenizeStats:
     per_answer_rows: int = 0
     """Conversations that became one sequence per trained answer."""
     per_answer_sequences: int = 0
-    """Sequences of these conversations."""
     sequences: int = 0
     """Sequences that were written: one per remaining row, or one per answer."""
     tokens: int = 0
-    """Tokens of these sequences."""
     trained_tokens: int = 0
-    """Trained tokens of these sequences. The first token of a sequence is never trained."""
+    """The first token of a sequence is never trained."""
     largest_token: int = 0
-    """Highest token id."""
     ignored: list[str] = field(default_factory=list)
     """Fields of rows and messages that neither the format nor the chat template reads."""
     sha256: str = ""
     """Hash of all tokens, loss masks and lengths, which identifies the sequences independently of their source."""
 
     def describe_skipped_rows(self) -> str:
-        """Return a sentence about the rows that are not trained; empty if all are."""
         parts = []
         if self.bad_rows:
             parts.append(f"{self.bad_rows:,} cannot be used and are skipped (the first: {self.bad_places[0]})")
@@ -100,8 +95,6 @@ _STOP_AT_BAD_ROW = BadRowPolicy()
 
 
 class _EncodedChunk(NamedTuple):
-    """Encoded rows of one chunk."""
-
     rows: int
     bad_rows: list[BadRow]
     untrained_rows: int
@@ -205,7 +198,6 @@ class _BadRowFile:
 def _encode_chunks(
     rows: Iterable[SourceRow | BadRow], encoder: RowEncoder, workers: int | Literal["auto"]
 ) -> Iterator[_EncodedChunk]:
-    """Yield the encoded chunks in order. An error of `rows` is raised after the chunks before it."""
     chunks = _chunks(rows)
     # More processes than chunks would be idle. For a single chunk, starting a process takes longer than the work.
     # All cores are used, because the other ranks only wait for the result.
@@ -248,7 +240,6 @@ def _chunks(rows: Iterable[SourceRow | BadRow]) -> Iterator[RowChunk | UserError
 
 
 def _num_characters(row: SourceRow | BadRow) -> int:
-    """Return the approximate length of a row's text."""
     if isinstance(row, BadRow):
         return 0
     if isinstance(row, TextRow):

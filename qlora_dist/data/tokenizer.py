@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder, which needs no weights."""
     from transformers import AutoTokenizer  # here, because the import takes seconds
 
     if not path.is_dir():
@@ -43,7 +42,6 @@ _CHATML_END = "<|im_end|>"
 
 
 def read_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the Jinja text of `data.chat_template`."""
     if chat_template in SHIPPED_TEMPLATES:
         return _shipped(chat_template, tokenizer)
     path = Path(chat_template).expanduser()

@@ -91,7 +91,6 @@ def quote(text: str) -> str:
 
 
 def join_names(names: Iterable[str], max_names: int = 12) -> str:
-    """Return the quoted names as a list in text."""
     words = [quote(name) for name in names]
     more = f" and {len(words) - max_names} more" if len(words) > max_names else ""
     return (", ".join(words[:max_names]) or "none") + more
