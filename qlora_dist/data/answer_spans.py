@@ -32,9 +32,6 @@ def derive_answer_spans(
 
     Returns:
         Spans by message index. An answer is missing if a neighbour's content cannot be marked.
-
-    Raises:
-        UnsupportedConversationError: raised by `find_exact_span`.
     """
     if len(answer_indices) < MIN_ANSWERS_TO_DERIVE:
         return {}

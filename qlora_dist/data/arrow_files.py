@@ -19,11 +19,7 @@ ROWS_PER_BATCH = 64
 
 
 def read_parquet_rows(path: Path) -> Iterator[RawRow | BadRow]:
-    """Yield the rows of a Parquet file; only a few pages are in memory at a time.
-
-    Raises:
-        UserError: the file is not Parquet, or it is truncated.
-    """
+    """Yield the rows of a Parquet file; only a few pages are in memory at a time."""
     import pyarrow.parquet as pq  # here, because the import takes a tenth of a second that JSONL does not need
 
     # pre_buffer, the default, would hold all columns of a row group: 388 MB for a file of 382 MiB, instead of 6 MB.
@@ -42,11 +38,7 @@ def _is_dataset_dict(folder: Path) -> bool:
 
 
 def saved_dataset_files(folder: Path, split: str) -> list[Path]:
-    """Return the Arrow files of a saved `Dataset`, or of one split of a saved `DatasetDict`.
-
-    Raises:
-        UserError: the split does not exist, or the folder is incomplete.
-    """
+    """Return the Arrow files of a saved `Dataset`, or of one split of a saved `DatasetDict`."""
     if _is_dataset_dict(folder):
         splits = [str(name) for name in _read_json_list(folder / "dataset_dict.json", "splits")]
         if split not in splits:
@@ -63,11 +55,7 @@ def saved_dataset_files(folder: Path, split: str) -> list[Path]:
 
 
 def read_saved_dataset(folder: Path, split: str) -> Iterator[RawRow | BadRow]:
-    """Yield the rows of a saved `Dataset`, or of one split of a saved `DatasetDict`.
-
-    Raises:
-        UserError: as for `saved_dataset_files`; or a file is damaged.
-    """
+    """Yield the rows of a saved `Dataset`, or of one split of a saved `DatasetDict`."""
     import pyarrow as pa
 
     def batches(path: Path) -> Iterator[pa.RecordBatch]:

@@ -80,7 +80,6 @@ def _is_verified(folder: Path) -> bool:
 
 
 def _find_damage(folder: Path, validate: Callable[[Path], object]) -> str | None:
-    """Return the reason why an entry cannot be used; None if it can."""
     if not is_entry_complete(folder):
         return "a file is missing, or has another size"
     try:
@@ -201,10 +200,8 @@ class _EntryWaiter:
         self._next_line_s = _WAIT_LOG_INTERVALS_S[0]
 
     def poll_lock(self) -> None:
-        """Record the lock's holder, print it from time to time, and break the lock if the holder is dead."""
-        owner = (
-            self._watch.check_holder()
-        )  # If it breaks a successor's lock, there are two holders, which does no harm.
+        # If it breaks a successor's lock, there are two holders, which does no harm.
+        owner = self._watch.check_holder()
         if owner is None:
             return
         self._seen_tokens.add(owner.token)
@@ -233,7 +230,6 @@ class _EntryWaiter:
             raise UserError(message)
 
     def sleep(self) -> None:
-        """Sleep longer the longer the wait lasts, with jitter."""
         least, most = _POLL_RANGE_S
         waited_s = time.monotonic() - self._start_s
         time.sleep(min(max(waited_s / 10, least), most) * random.uniform(0.5, 1.0))

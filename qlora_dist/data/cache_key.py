@@ -35,9 +35,6 @@ def source_cache_key(
 
     The key depends on the content of the files, not on their location or time. It also does not depend on lengths,
     packing and weights, because sequences are stored uncut. `revision` stands for the content of a data set on the hub.
-
-    Raises:
-        UserError: the source cannot be read, or the cache cannot be written.
     """
     bad_rows = {"most": config.max_bad_rows} if config.on_bad_row == "skip" else None
     return _sha256(
@@ -53,11 +50,7 @@ def source_cache_key(
 
 
 def source_file_stats(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
-    """Return path, size, modification time and inode of each file. If they are equal, the content is too.
-
-    Raises:
-        UserError: a file does not exist anymore.
-    """
+    """Return path, size, modification time and inode of each file. If they are equal, the content is too."""
     states = []
     for path in files:
         try:

@@ -56,14 +56,12 @@ class PackedDataset:
     """Packed rows of one source. They are equal on all ranks, so every rank can count the tokens of every row."""
 
     name: str
-    """Name of the source in messages."""
     sequences: TokenizedSequences
     segments: Segments
     """Segments of the sequences, in the order of the rows."""
     offsets: npt.NDArray[np.int64]
     """int64[rows + 1]: row i holds the segments offsets[i]:offsets[i + 1]."""
     truncation_stats: TruncationStats
-    """Counts of cut, split and dropped sequences."""
     seq_len: int
     is_packed: bool
     """True if batches have the length `seq_len`; false if they are as long as their longest row."""
@@ -82,7 +80,6 @@ class PackedDataset:
         return float(self.row_tokens.sum()) / (len(self) * self.seq_len)
 
     def describe(self) -> str:
-        """Return a sentence about truncation and packing."""
         rows = "1 row" if len(self) == 1 else f"{len(self):,} rows"
         packed = f"; packed into {rows}, {100 * (1 - self.utilization):.1f} % padding" if self.is_packed else ""
         return f"{self.name}: {self.truncation_stats.describe(self.seq_len)}{packed}"
@@ -111,7 +108,8 @@ class PackedDataset:
 
     def padded_length(self, longest_row: int) -> int:
         """Return the length of a batch whose longest row has `longest_row` tokens."""
-        return self.seq_len if self.is_packed else min(self.seq_len, _round_up(longest_row))
+        multiples = max(1, -(-longest_row // PAD_TO_MULTIPLE_OF))
+        return self.seq_len if self.is_packed else min(self.seq_len, multiples * PAD_TO_MULTIPLE_OF)
 
     def batch(self, indices: Sequence[int] | npt.NDArray[np.integer]) -> Batch:
         """Return the rows as one batch. The index `PADDING_ROW` gives a row of padding."""
@@ -133,19 +131,12 @@ class PackedDataset:
         return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(position_ids))
 
 
-def _round_up(longest: int) -> int:
-    return max(1, -(-longest // PAD_TO_MULTIPLE_OF)) * PAD_TO_MULTIPLE_OF
-
-
 def build_packed_dataset(
     sequences: TokenizedSequences, config: DataConfig, pad_token_id: int, name: str = "data"
 ) -> PackedDataset:
     """Truncate, pack and count a source's sequences.
 
     Any token of the embedding may be `pad_token_id`, because no label and no other sequence depends on the padding.
-
-    Raises:
-        UserError: no sequence has a token to train.
     """
     segments, truncation_stats = truncate_sequences(sequences, config.seq_len, config.too_long)
     if not len(segments):

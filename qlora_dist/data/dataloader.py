@@ -18,11 +18,6 @@ _SAMPLED_STEPS = 64
 
 
 def gradient_accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Return the number of micro-batches per rank and optimizer step.
-
-    Raises:
-        UserError: global_batch is not a multiple of world_size * micro_batch.
-    """
     unit = world_size * micro_batch
     if global_batch % unit:
         below = global_batch // unit * unit
@@ -66,17 +61,10 @@ class TrainDataLoader:
         epochs: float | None = None,
         group_by_length: bool = False,
     ) -> None:
-        """Check that the batch can be dealt to the ranks.
+        """Take sources with their weights, equal on all ranks. Without `epochs`, which may be fractional, it is
+        endless.
 
-        Args:
-            sources: rows and weight of each source, equal on all ranks.
-            layout: sizes of the batch, and this rank.
-            seed: seed of the order.
-            epochs: number of epochs, also fractional, after which the stream ends; None if it is endless.
-            group_by_length: True to put rows of similar length into a step.
-
-        Raises:
-            UserError: global_batch is not a multiple of world_size * micro_batch, or the weights are too small.
+        `group_by_length` puts rows of similar length into a step.
         """
         assert 0 <= layout.rank < layout.world_size
         self.sources = tuple(sources)
@@ -105,7 +93,6 @@ class TrainDataLoader:
         return sum(count * weight for count, weight in self._source_sizes)
 
     def steps_to_epochs(self, steps: int) -> float:
-        """Return the number of epochs that `steps` steps take."""
         rows = steps * self._layout.global_batch
         return (rows if self._total_rows is None else min(rows, self._total_rows)) / self.rows_per_epoch
 
@@ -116,10 +103,9 @@ class TrainDataLoader:
             int[global_batch], numbered through all sources. A row may occur twice where two epochs meet. If the stream
             ends within the step, its last rows are followed by `PADDING_ROW`.
         """
-        begin, end = step * self._layout.global_batch, (step + 1) * self._layout.global_batch
+        position, end = step * self._layout.global_batch, (step + 1) * self._layout.global_batch
         last_position = end if self._total_rows is None else min(end, self._total_rows)
         parts = []
-        position = begin
         while position < last_position:
             epoch = epoch_of_position(position, self._source_sizes)
             order, first = self._epoch_order(epoch), rows_before(epoch, self._source_sizes)
@@ -144,20 +130,15 @@ class TrainDataLoader:
 
     def padded_tokens(self, step: int) -> int:
         """Return the tokens of a step's batches over all ranks, with padding."""
-        total = 0
-        for micro in self._micro_batch_indices(step).reshape(-1, self._layout.micro_batch):
-            longest = int(np.where(micro == PADDING_ROW, 0, self._row_tokens[micro]).max())
-            total += self.sources[0][0].padded_length(longest) * len(micro)
-        return total
+        micros = self._micro_batch_indices(step).reshape(-1, self._layout.micro_batch)
+        longest = np.where(micros == PADDING_ROW, 0, self._row_tokens[micros]).max(axis=1)
+        return sum(map(self.sources[0][0].padded_length, longest.tolist())) * self._layout.micro_batch
 
     def padding_fraction(self, steps: int) -> float:
         """Return the fraction of padding in a run of `steps` steps, estimated from steps of its first epoch."""
         steps = min(steps, math.ceil(self.rows_per_epoch / self._layout.global_batch))
         sample = np.unique(np.linspace(0, steps - 1, _SAMPLED_STEPS).astype(np.int64)).tolist()
-        padded = 0
-        for step in sample:
-            padded += self.padded_tokens(step)
-        return 1 - sum(map(self.tokens, sample)) / padded
+        return 1 - sum(map(self.tokens, sample)) / sum(map(self.padded_tokens, sample))
 
     def _nonpadding_indices(self, step: int) -> npt.NDArray[np.integer]:
         indices = self.row_indices(step)

@@ -67,7 +67,6 @@ def find_changed_file(folder: Path) -> str | None:
 
 
 def record_verification(folder: Path, record_path: Path) -> None:
-    """Record in `record_path` that the entry has just been verified."""
     partial = record_path.with_name(f"{record_path.name}.{os.getpid()}")
     with suppress(OSError):  # If it fails, the next process verifies the entry too.
         try:

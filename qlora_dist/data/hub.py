@@ -81,10 +81,6 @@ def resolve_hub_revision(name: str, cache: Path, key: str, log: LogFn) -> HubRev
     """Return the newest revision of a data set; without a network, the one that was prepared last.
 
     `key` is the hash of everything else that the tokens depend on.
-
-    Raises:
-        UserError: the data set does not exist or gives no access, or the hub cannot be reached and nothing was
-            prepared.
     """
     revision, reason = query_hub_revision(name, cache, log)
     if revision is not None:
@@ -100,7 +96,6 @@ def resolve_hub_revision(name: str, cache: Path, key: str, log: LogFn) -> HubRev
 
 
 def unprepared_dataset_error(name: str, reason: str) -> UserError:
-    """Return the error for a data set that is neither reachable nor in the cache."""
     return UserError(
         f"{name}: no such file or folder here, and the Hugging Face hub cannot be reached ({reason}); "
         "correct the path, or run qlora-dist preprocess with this configuration where there is a network, into a "
@@ -112,9 +107,6 @@ def query_hub_revision(name: str, cache: Path, log: LogFn) -> tuple[str | None, 
     """Return the revision of a data set; or None and the reason why the hub cannot be reached.
 
     All processes that share the cache make one request per minute together.
-
-    Raises:
-        UserError: the data set does not exist, or it gives no access.
     """
     if cache.exists() and not os.access(cache, os.W_OK):  # Its entries may still be used.
         return _try_fetch_revision(name)
@@ -170,11 +162,7 @@ def _try_fetch_revision(name: str) -> tuple[str | None, str]:
 def read_hub_dataset(
     name: str, subset: str | None, split: str, revision: str | None = None
 ) -> Iterator[RawRow | BadRow]:
-    """Yield the rows of a data set on the hub at a commit, by default the newest. No code of the data set runs.
-
-    Raises:
-        UserError: as for `fetch_hub_revision`; or the split or subset does not exist; or the connection breaks.
-    """
+    """Yield the rows of a data set on the hub at a commit, by default the newest. No code of the data set runs."""
     revision = revision or fetch_hub_revision(name)
     import datasets  # here, because the import takes seconds
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateSyntaxError
 
 from qlora_dist.data.chat_renderer import ChatRenderer
-from qlora_dist.data.chat_template import read_chat_template
 from qlora_dist.data.strict_json import load_json_object
 from qlora_dist.data.template_probe import UnsupportedConversationError
+from qlora_dist.data.tokenizer import read_chat_template
 from qlora_dist.io.adapter_files import GENERATION_CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -32,11 +32,6 @@ class InferenceTokenizer:
     """
 
     def save(self, out: Path) -> None:
-        """Write the tokenizer's files and generation_config.json.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
         self.tokenizer.save_pretrained(out)
         if self.generation_config:
             (out / GENERATION_CONFIG_NAME).write_text(

@@ -14,6 +14,7 @@ from qlora_dist.data.strict_json import (
     STRICT_JSON_DECODER,
     NonFiniteNumberError,
     json_error_reason,
+    locate_constant,
     parse_json,
 )
 from qlora_dist.data.validate import RawRow, json_type_name
@@ -71,9 +72,6 @@ def read_json_rows(name: str, file: BinaryIO) -> Iterator[RawRow | BadRow]:
     """Yield the rows of an array of objects, of one object, of an object of rows, or of JSONL under another name.
 
     An array is read in blocks, an object at once.
-
-    Raises:
-        UserError: an error that belongs to no single row, such as a missing bracket.
     """
     if file.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         file.seek(0)
@@ -160,7 +158,6 @@ class _JSONCursor:
                 return self._text[self._position : self._position + 1]
 
     def consume(self, character: str) -> bool:
-        """Skip this character if it is next, and return whether it was."""
         is_next = self.peek() == character
         self._position += is_next
         return is_next
@@ -185,11 +182,7 @@ class _JSONCursor:
                     ) from None
 
     def _read_more(self) -> bool:
-        """Double the unread text, so that a long value is not parsed once per block.
-
-        Returns:
-            False at the end of the file.
-        """
+        """Double the unread text, so that a long value is not parsed once per block. Return whether there was more."""
         parts = [self._text[self._position :]]
         needed = len(parts[0]) + 1
         while needed > 0 and (block := next(self._blocks, None)) is not None:
@@ -206,21 +199,9 @@ def _decode(text: str, start: int) -> tuple[Any, str | None, int]:
         raise
     except ValueError as error:
         end = LENIENT_JSON_DECODER.raw_decode(text, start)[1]
-        problem = (
-            _invalid_value_reason(text[start:end])
-            if isinstance(error, NonFiniteNumberError)
-            else json_error_reason(error)
-        )
-        return None, problem, end
+        is_constant = isinstance(error, NonFiniteNumberError)
+        return None, locate_constant(text[start:end]) if is_constant else json_error_reason(error), end
     return value, None, end
-
-
-def _invalid_value_reason(text: str) -> str:
-    try:
-        parse_json(text)
-    except ValueError as error:
-        return str(error)
-    raise AssertionError("the value was refused before")
 
 
 def _to_row(tree: Any, location: str, remedy: str) -> RawRow | BadRow:

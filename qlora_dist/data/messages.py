@@ -19,16 +19,7 @@ from qlora_dist.data.validate import (
 
 
 def parse_messages(value: Any, field: str, default_train: bool | None = None) -> list[Message]:
-    """Return the messages of a list.
-
-    Args:
-        value: list, or its JSON text.
-        field: name of the list in the row.
-        default_train: `train` of messages that have none.
-
-    Raises:
-        InvalidRowError: a message is invalid; it is named by its number, from 1.
-    """
+    """Return the messages of a list or of its JSON text, whose name in the row is `field`."""
     value = decode_json_field(value, f"`{field}`")
     if not isinstance(value, list):
         raise InvalidRowError(
@@ -43,8 +34,7 @@ def parse_messages(value: Any, field: str, default_train: bool | None = None) ->
 def parse_message(item: Any, where: str, default_train: bool | None = None) -> Message:
     """Return the message with text as `content`, objects in `tool_calls`, a boolean `train` and no null.
 
-    Raises:
-        InvalidRowError: the message cannot be converted, or it is a trained answer without text.
+    A trained answer without text is refused.
     """
     if default_train is None and _is_plain(item):
         return item
@@ -57,7 +47,13 @@ def parse_message(item: Any, where: str, default_train: bool | None = None) -> M
     role = require_str(item["role"], f"{where}: `role`")
     calls = decode_json_field(parsed.pop("tool_calls", None), f"{where}: `tool_calls`")
     if calls:
-        parsed["tool_calls"] = _tool_calls(calls, where)
+        if not isinstance(calls, list):
+            raise InvalidRowError(
+                f"{where}: `tool_calls` is {json_type_name(calls)}; write a list of objects with `function`"
+            )
+        parsed["tool_calls"] = [
+            parse_tool_call(call, f"{where}: tool call {number}") for number, call in enumerate(calls, start=1)
+        ]
     default_train = _pop_train_flag(parsed, where, default_train)
     if default_train is not None:
         parsed["train"] = default_train
@@ -158,20 +154,8 @@ def _flag(value: Any, where: str) -> bool:
     return bool(value)
 
 
-def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise InvalidRowError(
-            f"{where}: `tool_calls` is {json_type_name(value)}; write a list of objects with `function`"
-        )
-    return [parse_tool_call(call, f"{where}: tool call {number}") for number, call in enumerate(value, start=1)]
-
-
 def parse_tool_call(value: Any, where: str) -> dict[str, Any]:
-    """Return the call with a `function` whose `arguments` are an object. OpenAI writes them as a string.
-
-    Raises:
-        InvalidRowError: the call cannot be converted.
-    """
+    """Return the call with a `function` whose `arguments` are an object. OpenAI writes them as a string."""
     if not isinstance(value, dict):
         raise InvalidRowError(f"{where} is {json_type_name(value)}; write an object with `function`")
     parsed = {name: child for name, child in value.items() if child is not None}
@@ -201,11 +185,7 @@ def parse_tool_call(value: Any, where: str) -> dict[str, Any]:
 
 
 def parse_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Return the functions that may be called, from a list of JSON schemas or its JSON text; None if it is empty.
-
-    Raises:
-        InvalidRowError: the value is something else.
-    """
+    """Return the functions that may be called, from a list of JSON schemas or its JSON text; None if it is empty."""
     if isinstance(value, str) and value.strip():
         value = decode_json_text(value, "`tools`")
     if not value and (value is None or isinstance(value, str | list)):
@@ -220,11 +200,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
 
 
 def decode_json_field(value: Any, where: str) -> Any:
-    """Return the list or object that a JSON text holds, as in CSV or Parquet; other values are returned unchanged.
-
-    Raises:
-        InvalidRowError: the text begins like JSON, but is not valid.
-    """
+    """Return the list or object that a JSON text holds, as in CSV or Parquet; other values are returned unchanged."""
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -234,11 +210,6 @@ def decode_json_field(value: Any, where: str) -> Any:
 
 
 def decode_json_text(text: str, where: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        InvalidRowError: the text is not valid JSON.
-    """
     try:
         return parse_json(text)
     except ValueError as error:

@@ -20,9 +20,6 @@ def parse_oasst_tree(location: str, tree: dict[str, Any]) -> MessagesRow:
     At each level, the reply with the lowest `rank` is taken, and the first of equals. Replies without a `rank` are last
     in this order. Messages that were deleted or failed their review are dropped, with all replies to them. A tree
     without a reply becomes a row with nothing to train.
-
-    Raises:
-        InvalidRowError: the tree, or a message on the path, is invalid.
     """
     path: list[dict[str, Any]] = []
     level: Any = [tree["prompt"]]

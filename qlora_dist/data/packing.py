@@ -33,12 +33,6 @@ def pack_sequences(
       with the least room that holds it (ties: oldest row). No two rows of a window would fit into one.
     - `none` gives each sequence a row.
 
-    Args:
-        lengths: tokens of each sequence, in 1..seq_len.
-        seq_len: most tokens of a row.
-        method: packing method.
-        window: sequences that are packed at a time.
-
     Returns:
         Rows in the order of their first sequence, window by window. All ranks get equal results.
     """
@@ -98,7 +92,7 @@ def _best_fit(lengths: npt.NDArray[np.integer], seq_len: int) -> npt.NDArray[np.
 
 
 def _group_by_row(row_of: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the sequences row by row, with rows in the order of their first sequence, and the sequences per row."""
+    """Return the sequences row by row, in the order of each row's first sequence, and the sequences per row."""
     order = np.argsort(row_of, kind="stable")
     counts = np.bincount(row_of)
     firsts = order[np.cumsum(counts) - counts]

@@ -41,10 +41,6 @@ def render_answers(
     """Render each answer after the prompt that inference would see. Later messages have no effect.
 
     `render_with_turn_spans` describes the arguments.
-
-    Raises:
-        UnsupportedConversationError: a trained message is not the assistant's, the template refuses the conversation,
-            or an answer does not continue its prompt.
     """
     others = [index for index in trained_indices if messages[index]["role"] != "assistant"]
     if others:
@@ -132,7 +128,6 @@ def _text_after_question(
 
 
 def _text_after_marker(text: str, mark: str) -> tuple[bool, str]:
-    """Return whether the marker occurs once, and the text after it."""
     return text.count(mark) == 1, text.partition(mark)[2]
 
 

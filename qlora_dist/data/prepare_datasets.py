@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import TypeAdapter
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_dist.config.sections import DataConfig, SourceConfig
 from qlora_dist.data.cache import PROGRESS_FILE, get_or_create_entry, remove_entry
@@ -20,7 +24,6 @@ from qlora_dist.data.row_encoder import RowEncoder
 from qlora_dist.data.row_fields import UnreadFields
 from qlora_dist.data.source import read_source_rows, source_files
 from qlora_dist.data.tokenize import BadRowPolicy, TokenizeStats, tokenize_to_file
-from qlora_dist.data.tokenize_progress import RowProgress
 from qlora_dist.data.tokenized import TokenizedSequences
 from qlora_dist.data.tokenizer import choose_pad_token_id
 from qlora_dist.errors import UserError
@@ -45,17 +48,15 @@ class PreparedSource:
     """Path or name in the configuration."""
     weight: float
     stats: TokenizeStats
-    """Counts of reading and tokenizing."""
     dataset: PackedDataset
     cache_entry: Path
 
 
 class PreparedDatasets(NamedTuple):
-    """Training and held-out data of a run."""
+    """Training data of a run, and its held-out data if any are configured."""
 
     train: list[PreparedSource]
     eval: PreparedSource | None
-    """Held-out data; None if none are configured."""
 
 
 def prepare_datasets(
@@ -67,16 +68,7 @@ def prepare_datasets(
 ) -> PreparedDatasets:
     """Read, tokenize and pack the training and the held-out data; read and tokenize only what is not in the cache.
 
-    Every process of a run calls it, independently of the others.
-
-    Args:
-        config: data section of the configuration.
-        tokenizer: tokenizer of the base model.
-        console: console for progress; None means silent.
-        rebuild_cache: True to remove the cache entries first.
-
-    Raises:
-        UserError: names file, line and remedy.
+    Every process of a run calls it, independently of the others. `console` shows progress; without one, it is silent.
     """
     console = console or Console(quiet=True)
     encoder = RowEncoder(tokenizer, config.mask, config.chat_template, config.multi_turn)
@@ -122,11 +114,6 @@ def data_warnings(train: Sequence[PreparedSource], eval_source: PreparedSource |
 
 
 def data_cache_folder(config: DataConfig) -> Path:
-    """Return the folder of all cache entries.
-
-    Raises:
-        UserError: the path names the home of a user who has none.
-    """
     if config.cache == DataConfig.model_fields["cache"].default:
         return user_cache_dir()  # It is the same folder, unless XDG_CACHE_HOME names another.
     try:
@@ -194,3 +181,44 @@ def _read_entry(folder: Path) -> tuple[TokenizeStats, TokenizedSequences]:
     if counts != (stats.sequences, stats.tokens, stats.trained_tokens):
         raise ValueError(f"{_STATS} has other counts than {_SEQUENCES}")
     return stats, sequences
+
+
+_LINE_INTERVAL_S = 10.0
+_NOTE_INTERVAL_S = 2.0
+
+
+class RowProgress:
+    """Progress display that counts rows without a known total, and keeps a file up to date for waiting processes."""
+
+    def __init__(self, console: Console, name: str, progress_path: Path) -> None:
+        self._console, self._name, self._note = console, name, progress_path
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[done]}"),
+            TimeElapsedColumn(),
+        )
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(f"tokenizing {name}", total=None, done="")
+        self._start = self._last_line_s = self._last_note_s = time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        now = time.monotonic()
+        done = f"{rows:,} rows, {rows / (now - self._start):,.0f} rows/s"
+        self._bar.update(self._task, done=done)
+        if now - self._last_note_s > _NOTE_INTERVAL_S:
+            self._last_note_s = now
+            with contextlib.suppress(OSError):
+                self._note.write_text(done, encoding="utf-8")
+        if not self._console.is_terminal and now - self._last_line_s > _LINE_INTERVAL_S:
+            self._last_line_s = now
+            self._console.print(f"tokenizing {self._name}: {done}", markup=False, highlight=False)
+
+    def __enter__(self) -> RowProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

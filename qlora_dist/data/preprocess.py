@@ -25,7 +25,6 @@ from qlora_dist.data.prepare_datasets import (
     prepare_datasets,
 )
 from qlora_dist.data.tokenizer import load_tokenizer
-from qlora_dist.data.truncate import Segments
 from qlora_dist.errors import UserError
 
 DecodeFn = Callable[[npt.NDArray[np.int32]], str]
@@ -43,18 +42,9 @@ def preprocess_data(
     as_json: bool = False,
     rebuild_cache: bool = False,
 ) -> None:
-    """Prepare the data and print statistics.
+    """Prepare the data and print statistics. Only the tokenizer of the model is read.
 
-    Args:
-        config: configuration of the run. Only the tokenizer of its model is read.
-        console: console for the result.
-        progress_console: console for progress.
-        num_samples: sequences of each source to print, as they are trained.
-        as_json: True to print one object instead of a table.
-        rebuild_cache: True to tokenize again what is in the cache.
-
-    Raises:
-        UserError: names file, line and remedy.
+    The statistics are a table and `num_samples` sequences of each source as they are trained, or one JSON object.
     """
     base = Path(config.model.base)
     tokenizer = load_tokenizer(base)
@@ -67,17 +57,14 @@ def preprocess_data(
         console.print(json.dumps(tree, indent=2), markup=False, highlight=False, soft_wrap=True)
         return
     console.print(_table(figures, config.data.seq_len))
+    lines = []
     for figure, (_, source) in zip(figures, _named(prepared), strict=True):
         if per_answer := source.stats.describe_per_answer_rows():
-            console.print(f"{source.path}: {per_answer}", markup=False, highlight=False, soft_wrap=True)
-        lines = [
-            f"{figure['path']}: {figure['folder']}",
-            *(f"  skipped: {location}" for location in figure["bad_places"]),
-        ]
-        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-
-    for remark in data_warnings(prepared.train, prepared.eval):
-        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+            lines.append(f"{source.path}: {per_answer}")
+        lines.append(f"{figure['path']}: {figure['folder']}")
+        lines += [f"  skipped: {location}" for location in figure["bad_places"]]
+    for line in (*lines, *data_warnings(prepared.train, prepared.eval)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def decode(tokens: npt.NDArray[np.int32]) -> str:
         return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -167,15 +154,11 @@ def _table(figures: list[dict[str, Any]], seq_len: int) -> Table:
     return table
 
 
-def _first_pieces(segments: Segments, count: int) -> Segments:
-    """Return the first segments by their position in the source. A dataset has them in the order of its packed rows."""
-    return segments.take(np.lexsort((segments.start, segments.sequence_index))[:count])
-
-
 def _sample_texts(source: PreparedSource, count: int, decode: DecodeFn, *, use_brackets: bool) -> Iterator[Text]:
     """Yield the first sequences as text, truncated as in training, with trained tokens in colour or brackets."""
     sequences = source.dataset.sequences
-    segments = _first_pieces(source.dataset.segments, count)
+    segments = source.dataset.segments  # in the order of the packed rows
+    segments = segments.take(np.lexsort((segments.start, segments.sequence_index))[:count])
     for index, start, length in zip(
         *(column.tolist() for column in (segments.sequence_index, segments.start, segments.length)), strict=True
     ):
@@ -193,7 +176,6 @@ def _sample_texts(source: PreparedSource, count: int, decode: DecodeFn, *, use_b
 def _mark_trained_tokens(
     title: str, tokens: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_], decode: DecodeFn, *, use_brackets: bool
 ) -> Text:
-    """Return the text of tokens, including special tokens, with the trained ones marked."""
     text = Text.assemble(("\n" + title + "\n", "bold"))
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
     written = ""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jinja2 import TemplateSyntaxError
 
 from qlora_dist.data.chat_renderer import ChatRenderer
-from qlora_dist.data.chat_template import SHIPPED_TEMPLATES, read_chat_template
-from qlora_dist.data.encoder_fingerprint import encoder_fingerprint
 from qlora_dist.data.per_answer import RenderedAnswer, render_answers
 from qlora_dist.data.source_row import BadRow, CompletionRow, Message, MessagesRow, SourceRow, TextRow
 from qlora_dist.data.template_probe import UnsupportedConversationError
 from qlora_dist.data.text_encoder import EncodedSequence, MaskedText, TextEncoder
+from qlora_dist.data.tokenizer import SHIPPED_TEMPLATES, read_chat_template
 from qlora_dist.data.turn_spans import RewrittenHistoryError, render_with_turn_spans
 from qlora_dist.errors import UserError
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 MaskMode = Literal["assistant", "last", "all"]
 MultiTurnMode = Literal["auto", "whole", "per-answer"]
+
+ENCODER_VERSION = 2
+"""Version of the encoder. Raise it with every change of tokens or masks, so that caches are created again."""
 
 
 class RowEncoder:
@@ -44,14 +49,8 @@ class RowEncoder:
     A conversation becomes one sequence (`whole`), or one per trained answer (`per-answer`), which holds the answer and
     the prompt that inference would see. `auto` is `per-answer` for conversations whose history the template rewrites.
 
-    Args:
-        tokenizer: any tokenizer; masks need a fast one.
-        mask: trained parts of conversations and completions.
-        chat_template: `chatml`, `alpaca`, `guanaco` or the path of a Jinja file; None means the tokenizer's.
-        multi_turn: conversion of a conversation to sequences.
-
-    Raises:
-        UserError: the template is missing, does not compile, or does not fit the tokenizer.
+    Masks need a fast tokenizer. `chat_template` is `chatml`, `alpaca`, `guanaco` or the path of a Jinja file; None
+    means the tokenizer's.
     """
 
     def __init__(
@@ -90,11 +89,7 @@ class RowEncoder:
         TOKENIZERS_PARALLELISM is off.
 
         Returns:
-            One item per row: its sequence, a list of one sequence per answer, or a `BadRow` if the template refuses the
-            row or its mask cannot be derived.
-
-        Raises:
-            UserError: there is no chat template, or the mask needs token offsets that the tokenizer does not provide.
+            One item per row: its sequence, one sequence per answer, or a `BadRow` if it cannot be encoded.
         """
         results: list[EncodedSequence | list[EncodedSequence] | BadRow | None] = [None] * len(rows)
         texts: dict[bool, list[tuple[int, MaskedText]]] = {False: [], True: []}
@@ -118,7 +113,19 @@ class RowEncoder:
 
         A date that a template writes is not included.
         """
-        return encoder_fingerprint(self._tokenizer, self.chat_template, self._mask, self._multi_turn)
+        digest = hashlib.sha256()
+        settings = [
+            ENCODER_VERSION,
+            self._mask,
+            self._multi_turn,
+            self.chat_template,
+            self._tokenizer.special_tokens_map,
+            self._tokenizer.split_special_tokens,
+        ]
+        for part in (json.dumps(settings, sort_keys=True).encode(), *_tokenizer_parts(self._tokenizer)):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.hexdigest()
 
     def _encode_answers(self, answers: list[RenderedAnswer]) -> list[EncodedSequence]:
         """Encode each answer after its prompt, which has exactly the same tokens as at inference."""
@@ -172,7 +179,6 @@ class RowEncoder:
         return render_answers(renderer, messages, tools, indices, self._end_tokens)
 
     def _trained_messages(self, messages: list[Message]) -> list[bool]:
-        """Return, for every message, whether it is trained."""
         if self._mask == "all":
             flags = [True] * len(messages)
         else:
@@ -227,3 +233,19 @@ def _text(answer: RenderedAnswer) -> MaskedText:
     return MaskedText(
         answer.prompt + answer.completion, [(start + first, start + last) for first, last in answer.spans]
     )
+
+
+def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Iterator[bytes]:
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # Earlier calls of the tokenizer may have left these on. Every call sets them again.
+        backend.no_padding()
+        yield backend.to_str().encode()
+        return
+    yield type(tokenizer).__qualname__.encode()
+    yield json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    yield repr(sorted(tokenizer.added_tokens_decoder.items())).encode()
+    for name in sorted(tokenizer.vocab_files_names):
+        path = getattr(tokenizer, name, None)
+        if isinstance(path, str) and Path(path).is_file():
+            yield Path(path).read_bytes()

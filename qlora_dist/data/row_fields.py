@@ -55,19 +55,16 @@ class UnreadFields:
 
     row_fields: set[str] = dataclasses.field(default_factory=set)
     message_fields: set[str] = dataclasses.field(default_factory=set)
-    """Fields of messages, which the chat template may read."""
     template_variables: set[str] = dataclasses.field(default_factory=set)
-    """Keys of `chat_template_kwargs`, which the chat template may read."""
+    """Keys of `chat_template_kwargs`. The chat template may read them, and fields of messages."""
 
     def add_row(self, fields: dict[str, Any], read_fields: frozenset[str]) -> None:
-        """Add the fields of a row that are not in `read_fields`."""
         unread = fields.keys() - read_fields
         if unread <= self.row_fields or len(self.row_fields) >= _MAX_COLLECTED_NAMES:
             return
         self.row_fields |= {name for name in unread if fields[name] is not None}
 
     def add_conversation(self, row: MessagesRow) -> None:
-        """Add the fields of a row's messages that are not read, and its template variables."""
         for message in row.messages:
             if len(message) > 2 and len(self.message_fields) < _MAX_COLLECTED_NAMES:
                 self.message_fields |= message.keys() - _READ_MESSAGE_FIELDS
@@ -102,15 +99,7 @@ _READ_MESSAGE_FIELDS = {
 
 
 def check_row_fields(fields: dict[str, Any], format_fields: Iterable[str]) -> None:
-    """Refuse a field that would change the training of a conversation but is not read.
-
-    Args:
-        fields: fields of a row that holds a conversation, or a prompt and its completion.
-        format_fields: names of the fields that the format reads.
-
-    Raises:
-        InvalidRowError: the row has such a field.
-    """
+    """Refuse a field that would change the training of a conversation or completion, but is not in `format_fields`."""
     if _INSPECTED_FIELDS.isdisjoint(fields):
         return
     for name in _PREFERENCE_FIELDS:
@@ -139,11 +128,6 @@ def check_row_fields(fields: dict[str, Any], format_fields: Iterable[str]) -> No
 
 
 def apply_row_fields(row: SourceRow, fields: dict[str, Any]) -> SourceRow:
-    """Return the row with its `loss_mask` and `chat_template_kwargs` applied.
-
-    Raises:
-        InvalidRowError: the fields are invalid.
-    """
     mask, variables = (decode_json_field(fields.get(name), f"`{name}`") for name in CONVERSATION_ROW_FIELDS)
     if not mask and not variables:
         return row

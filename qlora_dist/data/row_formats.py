@@ -46,16 +46,10 @@ def parse_rows(
     format_reason: str,
     unread_fields: UnreadFields | None = None,
 ) -> Iterator[SourceRow | BadRow]:
-    """Yield the parsed rows of a source.
+    """Yield the parsed rows of a source. The format `auto` means that of the first row with a known format.
 
-    Args:
-        records: raw rows of its files.
-        format: format of the rows; auto means that of the first row with a known format.
-        format_reason: origin of the format, quoted in errors about other rows: 'data.format is text'.
-        unread_fields: collection of the fields that no format reads.
-
-    Raises:
-        UserError: no row has a known format.
+    `format_reason` is the origin of the format, quoted in errors about other rows: 'data.format is text'. If no row has
+    a known format, the first is raised as an error.
     """
     unread_fields = UnreadFields() if unread_fields is None else unread_fields
     unknown: BadRow | None = None

@@ -10,14 +10,9 @@ from qlora_dist.data.validate import InvalidRowError, json_type_name, quote, req
 
 _ROLES = {
     "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "function_call": "assistant",
 }
 
@@ -25,11 +20,6 @@ _SPEAKERS = _ROLES.keys() - {"function_call"}
 
 
 def parse_sharegpt_row(location: str, fields: dict[str, Any]) -> MessagesRow:
-    """Return the conversation of a row, after its `system` if it has one.
-
-    Raises:
-        InvalidRowError: a message is invalid; it is named by its number, from 1.
-    """
     items = decode_json_field(fields["conversations"], "`conversations`")
     if not isinstance(items, list):
         raise InvalidRowError(
@@ -62,16 +52,7 @@ def _with_call_ids(messages: list[Message]) -> list[Message]:
 
 
 def prepend_system_message(messages: list[Message], system: Any, train: bool | None = None) -> list[Message]:
-    """Return the messages after a system message with this text, if there is one.
-
-    Args:
-        messages: conversation.
-        system: text of the system message, or None.
-        train: `train` of the system message.
-
-    Raises:
-        InvalidRowError: `system` is not text, or the messages start with a different one.
-    """
+    """Return the messages after a system message with this text and this `train`, if there is a text."""
     if system is None or not require_str(system, "`system`").strip():
         return messages
     if messages[0]["role"] != "system":

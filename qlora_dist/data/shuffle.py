@@ -31,7 +31,6 @@ def rows_in_epochs(epochs: float, sources: SourceSizes) -> int:
 
 
 def epoch_of_position(position: int, sources: SourceSizes) -> int:
-    """Return the epoch that contains a position of the stream."""
     epoch = int(position / sum(count * weight for count, weight in sources))
     while rows_before(epoch, sources) > position:
         epoch -= 1
@@ -77,18 +76,11 @@ def length_grouped_order(
     epoch: int,
     seed: int,
 ) -> npt.NDArray[np.integer]:
-    """Return the same rows, ordered so that the rows of a step have similar lengths.
+    """Return the shuffled rows of an epoch, ordered so that the rows of a step have similar lengths.
 
     `MEGA_BATCH_MULT` batches at a time are sorted by length and cut into batches. The batches of the epoch are then
-    shuffled. Rows at the ends of the epoch that share a step with another epoch keep their positions.
-
-    Args:
-        row_order: rows of an epoch, shuffled.
-        lengths: tokens of each row of all sources.
-        global_batch: rows per step.
-        start_position: position of the epoch's first row in the stream.
-        epoch: index of the epoch.
-        seed: seed of the order.
+    shuffled. Rows at the ends of the epoch that share a step with another epoch keep their positions. `lengths` are the
+    tokens of each row of all sources, `start_position` the place of the epoch's first row in the stream.
     """
     begin = min(-start_position % global_batch, len(row_order))
     end = begin + (len(row_order) - begin) // global_batch * global_batch

@@ -32,18 +32,16 @@ def parse_json(text: str) -> Any:
     try:
         return STRICT_JSON_DECODER.decode(text)
     except NonFiniteNumberError:
-        raise NonFiniteNumberError(_locate_constant(text)) from None
+        raise NonFiniteNumberError(locate_constant(text)) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(json_error_reason(error)) from None
 
 
 class _NonFiniteConstant(str):
-    """Name of a constant, which replaces it in the parsed value."""
-
     __slots__ = ()
 
 
-def _locate_constant(text: str) -> str:
+def locate_constant(text: str) -> str:
     """Return the message that locates the first constant: '`scores[2].mean` is NaN, which is not a number in JSON'."""
     pending: list[tuple[str, Any]] = [("", json.loads(text, parse_constant=_NonFiniteConstant, parse_int=len))]
     while pending:  # Recursion could exceed Python's stack.

@@ -52,11 +52,6 @@ class TemplateLimiter:
             signal.signal(signal.SIGPROF, before)
 
     def call(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
-        """Call a function that renders one text.
-
-        Raises:
-            TemplateLimitError: the call exceeded a limit.
-        """
         if not self._is_timer_set:
             with self.enable_timer():
                 return self._call(function, *args, **kwargs)

@@ -13,13 +13,8 @@ CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "i
 """Roles of chat templates. A message with another role would never be trained."""
 
 _ROLE_ALIASES = {
-    "model": "assistant",
-    "bot": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "ai": "assistant",
-    "human": "user",
-    "prompter": "user",
+    **dict.fromkeys(("model", "bot", "gpt", "chatgpt", "ai"), "assistant"),
+    **dict.fromkeys(("human", "prompter"), "user"),
 }
 """Names of roles in other formats."""
 
@@ -55,16 +50,7 @@ class TemplateProbe:
         self._renders_reasoning_cache: dict[bool, bool] = {}
         """Whether thoughts are written: of an answer, and of one that calls tools."""
 
-    def with_render(self, render: Callable[[list[Message]], str]) -> TemplateProbe:
-        """Return a probe of the same template with another render function."""
-        return TemplateProbe(self._template, render)
-
     def check_roles(self, messages: list[Message]) -> None:
-        """Check that every role is known and that the template writes its messages.
-
-        Raises:
-            UnsupportedConversationError: a role is unknown or not written; its message is named by number, from 1.
-        """
         if self._rendered_roles.issuperset([message["role"] for message in messages]):
             return
         for index, message in enumerate(messages):
@@ -89,14 +75,8 @@ class TemplateProbe:
     def check_reasoning(self, messages: list[Message], original_messages: list[Message]) -> None:
         """Check that the template writes the assistant's reasoning, at least in the last turn that has any.
 
-        Many templates omit the reasoning of earlier turns, because a model does not see it at inference.
-
-        Args:
-            messages: messages with all names of the reasoning field, as the template gets them.
-            original_messages: messages with the names in the row.
-
-        Raises:
-            UnsupportedConversationError: the template does not write the reasoning.
+        Many templates omit the reasoning of earlier turns, because a model does not see it at inference. `messages`
+        have all names of the reasoning field, as the template gets them; `original_messages` have the names in the row.
         """
         for index in reversed(range(len(messages))):
             message = original_messages[index]
@@ -129,7 +109,6 @@ class TemplateProbe:
         return self._renders_reasoning_cache[calls]
 
     def _is_not_rendered(self, messages: list[Message], index: int, *fields: str) -> bool:
-        """Return whether the text is the same for any value of these fields of the message."""
         message = messages[index]
         marked_fields = {name: f"{message[name]}{_MARK}" for name in fields if message.get(name)}
         if not marked_fields:

@@ -43,7 +43,6 @@ class TokenizeStats:
     """Counts of a source's rows and sequences."""
 
     rows: int = 0
-    """Rows that were read."""
     bad_rows: int = 0
     """Rows that were skipped because they cannot be used."""
     bad_places: list[str] = field(default_factory=list)
@@ -53,22 +52,18 @@ class TokenizeStats:
     per_answer_rows: int = 0
     """Conversations that became one sequence per trained answer."""
     per_answer_sequences: int = 0
-    """Sequences of these conversations."""
     sequences: int = 0
     """Sequences that were written: one per remaining row, or one per answer."""
     tokens: int = 0
-    """Tokens of these sequences."""
     trained_tokens: int = 0
-    """Trained tokens of these sequences. The first token of a sequence is never trained."""
+    """The first token of a sequence is never trained."""
     largest_token: int = 0
-    """Highest token id."""
     ignored: list[str] = field(default_factory=list)
     """Fields of rows and messages that neither the format nor the chat template reads."""
     sha256: str = ""
     """Hash of all tokens, loss masks and lengths, which identifies the sequences independently of their source."""
 
     def describe_skipped_rows(self) -> str:
-        """Return a sentence about the rows that are not trained; empty if all are."""
         parts = []
         if self.bad_rows:
             parts.append(f"{self.bad_rows:,} cannot be used and are skipped (the first: {self.bad_places[0]})")
@@ -77,7 +72,6 @@ class TokenizeStats:
         return f"of {self.rows:,} rows {', '.join(parts)}" if parts else ""
 
     def describe_per_answer_rows(self) -> str:
-        """Return a sentence about the rows that are trained answer by answer; empty if there are none."""
         if not self.per_answer_rows:
             return ""
         return (
@@ -101,8 +95,6 @@ _STOP_AT_BAD_ROW = BadRowPolicy()
 
 
 class _EncodedChunk(NamedTuple):
-    """Encoded rows of one chunk."""
-
     rows: int
     bad_rows: list[BadRow]
     untrained_rows: int
@@ -123,14 +115,8 @@ def tokenize_to_file(
 ) -> TokenizeStats:
     """Encode rows and write those with a trained token. The file depends only on the rows, not on `workers`.
 
-    Args:
-        rows: rows of a source. At most a few chunks per worker are in memory.
-        encoder: encoder of the rows.
-        output_path: file for `TokenizedSequences.open`.
-        workers: number of processes that encode; auto means the cores that this process may use.
-        bad_rows: handling of rows that cannot be used.
-        source_name: name of the source in errors.
-        progress: function that gets the number of finished rows from time to time.
+    At most a few chunks of `rows` per worker are in memory. `progress` gets the number of finished rows from time to
+    time.
 
     Raises:
         UserError: a bad row (always the first of the source), too many bad rows, or no row with a trained token. An
@@ -158,7 +144,9 @@ def tokenize_to_file(
                 digest.update(column.tobytes())
             writer.append(sequences)
             progress(stats.rows)
-        _check_bad_row_share(stats, bad_rows.max_bad_rows, source_name)
+        most = bad_rows.max_bad_rows
+        if isinstance(most, str) and stats.bad_rows > stats.rows * float(most.rstrip("%")) / 100:
+            raise _too_many_bad_rows_error(stats, most, source_name)
         if not stats.sequences:
             skipped = f" ({stats.bad_rows} of them could not be used)" if stats.bad_rows else ""
             raise UserError(
@@ -177,12 +165,6 @@ def _count_bad_row(bad: BadRow, stats: TokenizeStats, policy: BadRowPolicy, name
         stats.bad_places.append(str(bad.to_error()))
     if isinstance(policy.max_bad_rows, int) and stats.bad_rows > policy.max_bad_rows:
         raise _too_many_bad_rows_error(stats, policy.max_bad_rows, name)
-
-
-def _check_bad_row_share(stats: TokenizeStats, max_bad_rows: int | str, name: str) -> None:
-    """Check the share of bad rows, which is known once all rows are read."""
-    if isinstance(max_bad_rows, str) and stats.bad_rows > stats.rows * float(max_bad_rows.rstrip("%")) / 100:
-        raise _too_many_bad_rows_error(stats, max_bad_rows, name)
 
 
 def _too_many_bad_rows_error(stats: TokenizeStats, max_bad_rows: int | str, name: str) -> UserError:
@@ -216,7 +198,6 @@ class _BadRowFile:
 def _encode_chunks(
     rows: Iterable[SourceRow | BadRow], encoder: RowEncoder, workers: int | Literal["auto"]
 ) -> Iterator[_EncodedChunk]:
-    """Yield the encoded chunks in order. An error of `rows` is raised after the chunks before it."""
     chunks = _chunks(rows)
     # More processes than chunks would be idle. For a single chunk, starting a process takes longer than the work.
     # All cores are used, because the other ranks only wait for the result.
@@ -225,7 +206,9 @@ def _encode_chunks(
     chunks = chain(first_chunks, chunks)
     if len(first_chunks) < 2:
         for chunk in chunks:
-            yield _encode(_raise_if_error(chunk), encoder)
+            if isinstance(chunk, UserError):
+                raise chunk
+            yield _encode(chunk, encoder)
         return
     with _worker_pool(len(first_chunks), encoder) as pool:
         pending: deque[Future[_EncodedChunk] | UserError] = deque()
@@ -257,7 +240,6 @@ def _chunks(rows: Iterable[SourceRow | BadRow]) -> Iterator[RowChunk | UserError
 
 
 def _num_characters(row: SourceRow | BadRow) -> int:
-    """Return the approximate length of a row's text."""
     if isinstance(row, BadRow):
         return 0
     if isinstance(row, TextRow):
@@ -265,12 +247,6 @@ def _num_characters(row: SourceRow | BadRow) -> int:
     if isinstance(row, CompletionRow):
         return len(row.prompt) + len(row.completion)
     return sum(len(message.get("content") or "") for message in row.messages)
-
-
-def _raise_if_error(chunk: RowChunk | UserError) -> RowChunk:
-    if isinstance(chunk, UserError):
-        raise chunk
-    return chunk
 
 
 def _result(future: Future[_EncodedChunk] | UserError) -> _EncodedChunk:

@@ -33,7 +33,6 @@ class TokenizedSequences:
     """int64[sequences]: trained tokens per sequence."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
-        """Use record batches in the form that `SequenceWriter` writes."""
         self.batches = list(batches)
         self._tokens = [_values(batch, "tokens") for batch in self.batches]
         self._loss_masks = [_values(batch, "trained").view(np.bool_) for batch in self.batches]
@@ -83,7 +82,6 @@ class TokenizedSequences:
         return self._loss_masks[batch][start:end]
 
     def _locate(self, index: int) -> tuple[int, int, int]:
-        """Return the batch of a sequence, and the sequence's start and end in the batch's values."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         batch = bisect_right(self._batch_starts, index) - 1
@@ -121,11 +119,6 @@ class SequenceWriter:
         self._pending: list[FlatSequences] = []
 
     def append(self, sequences: FlatSequences) -> None:
-        """Add sequences.
-
-        Raises:
-            OSError: the file cannot be written, for example because the disk is full.
-        """
         self._pending.append(sequences)
         if sum(len(part.tokens) for part in self._pending) >= self._batch_tokens:
             self._flush()

@@ -33,7 +33,6 @@ class Segments:
         return len(self.sequence_index)
 
     def take(self, order: npt.NDArray[np.int64]) -> Segments:
-        """Return the segments with these indices."""
         return Segments(*(getattr(self, field.name)[order] for field in fields(self)))
 
 
@@ -42,7 +41,6 @@ class TruncationStats:
     """Counts of a source's sequences and segments."""
 
     sequences: int
-    """Number of sequences."""
     truncated: int
     """Trained sequences that were cut to `seq_len`."""
     split: int
@@ -54,18 +52,15 @@ class TruncationStats:
     untrained: int
     """Segments that were dropped because they have no target. A sequence that was not split is one segment."""
     segments: int
-    """Segments that are trained."""
+    """Segments that are trained. The next two fields count their tokens and targets."""
     tokens: int
-    """Tokens of these segments."""
     trained_tokens: int
-    """Targets of these segments. The first token of a segment is never a target."""
     cut_answers: int = 0
     """Trained stretches that lie completely after the cut, or in a dropped sequence."""
     cut_trained_tokens: int = 0
     """Targets that are lost because of the length."""
 
     def describe(self, seq_len: int) -> str:
-        """Return the counts as a sentence, without those that are zero."""
         parts = [f"{self.sequences:,} sequences"]
         if self.truncated:
             parts.append(f"{self.truncated:,} cut to {seq_len:,} tokens")

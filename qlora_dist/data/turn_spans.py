@@ -20,16 +20,7 @@ def render_with_turn_spans(
 ) -> tuple[str, list[CharSpan]]:
     """Return a conversation's text, and the spans of the messages `indices` in ascending order.
 
-    Args:
-        renderer: compiled chat template.
-        messages: result of `ChatRenderer.prepare_messages`.
-        tools: result of `ChatRenderer.check_tools`.
-        indices: indices of the messages, ascending.
-        end_tokens: texts of the tokens that may end a turn.
-
-    Raises:
-        UnsupportedConversationError: the template refuses the conversation, or the text of a message cannot be
-            identified.
+    `messages` and `tools` are results of `ChatRenderer`. `end_tokens` are the texts of the tokens that may end a turn.
     """
     if not renderer.has_generation_blocks:
         text = renderer.render(messages, tools)
@@ -56,11 +47,7 @@ class RewrittenHistoryError(UnsupportedConversationError):
 
 
 def require_prompt(index: int) -> None:
-    """Check that the answer has a message before it.
-
-    Raises:
-        UnsupportedConversationError: it is the first message.
-    """
+    """Refuse a conversation whose first message is an answer."""
     if index == 0:
         raise UnsupportedConversationError("the conversation starts with the assistant; put a user's message before it")
 
@@ -199,7 +186,6 @@ class _TurnFinder:
         return start, len(rendered_until)
 
     def _render_until(self, index: int) -> str:
-        """Return the conversation up to and including this message."""
         if index == len(self._messages) - 1:
             return self._text
         return self._renderer.render(self._messages[: index + 1], self._tools)
@@ -221,7 +207,6 @@ class _TurnFinder:
 
 
 def common_prefix_length(one: str, other: str) -> int:
-    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 

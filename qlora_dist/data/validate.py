@@ -20,11 +20,7 @@ class InvalidRowError(Exception):
 
 
 def require_str(value: Any, where: str) -> str:
-    """Return the value if it is valid text.
-
-    Raises:
-        InvalidRowError: the value is not a string, or not encodable as UTF-8.
-    """
+    """Return the value if it is a string that UTF-8 can encode."""
     if not isinstance(value, str):
         raise InvalidRowError(f"{where} is {json_type_name(value)}; write a string")
     if not is_valid_utf8(value):
@@ -33,10 +29,7 @@ def require_str(value: Any, where: str) -> str:
 
 
 def is_valid_utf8(value: str) -> bool:
-    """Return whether the string can be encoded as UTF-8.
-
-    JSON may contain lone surrogates, which cannot. They are refused here, because a tokenizer could not name the row.
-    """
+    """Return whether UTF-8 can encode the string. JSON may hold lone surrogates, which a tokenizer would refuse."""
     if value.isascii():
         return True
     try:
@@ -47,13 +40,7 @@ def is_valid_utf8(value: str) -> bool:
 
 
 def require_nonempty_str(value: Any, where: str) -> str:
-    """Return the value if it is text with more than white space.
-
-    An empty completion would train the model to answer nothing.
-
-    Raises:
-        InvalidRowError: the value is not a string, or empty.
-    """
+    """Return the value if it is text with more than white space. An empty completion would train an empty answer."""
     text = require_str(value, where)
     if not text.strip():
         raise InvalidRowError(f"{where} is empty; fill it or take the row out")
@@ -90,7 +77,6 @@ def _nesting_depth(value: Any) -> int:
 
 
 def json_type_name(value: Any) -> str:
-    """Return the name of the value's type in JSON."""
     if value is None:
         return "null"
     if isinstance(value, bool):  # This precedes int, because a bool is an int.
@@ -105,7 +91,6 @@ def quote(text: str) -> str:
 
 
 def join_names(names: Iterable[str], max_names: int = 12) -> str:
-    """Return the quoted names as a list in text."""
     words = [quote(name) for name in names]
     more = f" and {len(words) - max_names} more" if len(words) > max_names else ""
     return (", ".join(words[:max_names]) or "none") + more

@@ -11,13 +11,13 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.data.chat_renderer import ChatRenderer
-from qlora_dist.data.chat_template import SHIPPED_TEMPLATES, read_chat_template
 from qlora_dist.data.data_files import data_file_type, read_data_file
 from qlora_dist.data.inference_tokenizer import default_chat_template, end_of_turn_token_id
 from qlora_dist.data.row_formats import parse_rows
 from qlora_dist.data.source_row import BadRow, CompletionRow, Message, MessagesRow
 from qlora_dist.data.template_probe import UnsupportedConversationError
 from qlora_dist.data.text_encoder import surrounding_special_tokens
+from qlora_dist.data.tokenizer import SHIPPED_TEMPLATES, read_chat_template
 from qlora_dist.data.validate import RawRow
 from qlora_dist.errors import UserError
 

@@ -13,10 +13,10 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from qlora_dist.data import template_limit
 from qlora_dist.data.chat_renderer import ChatRenderer
-from qlora_dist.data.chat_template import SHIPPED_TEMPLATES, read_chat_template
 from qlora_dist.data.row_encoder import RowEncoder
 from qlora_dist.data.source_row import MessagesRow
 from qlora_dist.data.template_probe import UnsupportedConversationError
+from qlora_dist.data.tokenizer import SHIPPED_TEMPLATES, read_chat_template
 from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
 
 published = functools.cache(make_tokenizer)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from qlora_dist.data.chat_template import SHIPPED_TEMPLATES
 from qlora_dist.data.row_encoder import EncodedSequence, RowEncoder
 from qlora_dist.data.source_row import BadRow, MessagesRow
+from qlora_dist.data.tokenizer import SHIPPED_TEMPLATES
 from qlora_dist.errors import UserError
 from tests.helpers.published_tokenizers import make_tokenizer as published_tokenizer
 

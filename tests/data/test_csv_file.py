@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.config.sections import SourceConfig
-from qlora_dist.data import csv_file, json_files
+from qlora_dist.data import data_files, json_files
 from qlora_dist.data.source import read_source_rows
 from qlora_dist.data.source_row import BadRow, CompletionRow, TextRow
 from qlora_dist.errors import UserError
@@ -61,7 +61,7 @@ def test_long_cells_are_read_and_those_too_long_are_bad(path, monkeypatch):
     path.write_text(f"text\n{'x' * 200_000}\n")  # Python's default limit is 131072.
     assert len(rows(path)[0].text) == 200_000
     monkeypatch.setattr(json_files, "MAX_ROW_SIZE", 100)
-    monkeypatch.setattr(csv_file, "MAX_ROW_SIZE", 100)
+    monkeypatch.setattr(data_files, "MAX_ROW_SIZE", 100)
     path.write_text(f"text,id\n{'x' * 120},1\nb,2\n")
     bad, good = rows(path)
     assert bad == BadRow(f"{path}, line 2", f"the line is {json_files.ROW_TOO_LONG_REASON}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_dist.data import encoder_fingerprint as module
+from qlora_dist.data import row_encoder as module
 from qlora_dist.data.row_encoder import RowEncoder
 from tests.helpers.published_tokenizers import make_tokenizer
 

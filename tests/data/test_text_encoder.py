@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 
-from qlora_dist.data.byte_level import token_byte_lengths
-from qlora_dist.data.text_encoder import EncodedSequence, MaskedText, TextEncoder
+from qlora_dist.data.text_encoder import EncodedSequence, MaskedText, TextEncoder, token_byte_lengths
 from tests.helpers.published_tokenizers import make_tokenizer
 
 
