@@ -15,8 +15,8 @@ from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
 from qlora_dist.optim.adapter_shards import AdapterShards
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer
+from qlora_dist.parallel.mesh import CommCounter
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.train.control_flags import ControlFlags
 from qlora_dist.train.step_profiler import OPTIMIZER_LABEL, STEP_LABEL
