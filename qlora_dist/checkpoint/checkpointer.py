@@ -46,16 +46,13 @@ _VISIBLE_S = 60.0
 
 
 class Checkpointer:
-    """The checkpoints of a run. All ranks call every method, in the same order."""
+    """The checkpoints of a run. All ranks call every method, in the same order.
+
+    The constructor removes the incomplete checkpoints of earlier processes. `keep` is the number of this run's complete
+    checkpoints to keep, and `log` prints rank 0's lines.
+    """
 
     def __init__(self, checkpoints: Path, keep: int, log: Callable[[str], None]) -> None:
-        """Remove the incomplete checkpoints of earlier processes.
-
-        Args:
-            checkpoints: the folder of checkpoints, which all ranks share.
-            keep: number of this run's complete checkpoints to keep.
-            log: a function that prints rank 0's lines.
-        """
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._checkpoints, self._keep, self._log = checkpoints, keep, log
         self._thread = background_executor("checkpoint")
@@ -73,9 +70,7 @@ class Checkpointer:
     def write(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
         """Begin to write a checkpoint, after the previous one is complete.
 
-        Args:
-            manifest: the manifest without files; the same on all ranks.
-            tensors: this rank's tensors on the CPU. The caller does not change them afterwards.
+        All ranks give the same manifest, without files. The tensors are on the CPU, and must not change afterwards.
         """
         self.wait()
         self._manifest, self._started = manifest, time.perf_counter()

@@ -5,8 +5,7 @@
       rank-00001.safetensors
       manifest.json            size and sha256 of every file, shards, the run's state; written last
 
-A folder without a manifest is not a checkpoint. The manifest contains its own sha256, computed with zeros in its place,
-and has the types of `manifest_schema.py`.
+A folder without a manifest is not a checkpoint. The manifest contains its own sha256, computed with zeros in its place.
 """
 
 from __future__ import annotations
@@ -18,16 +17,25 @@ import re
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+)
 
-from qlora_dist.checkpoint.manifest_schema import MANIFEST_FORMAT, ManifestSchema
 from qlora_dist.checkpoint.resharding import FLAT_DIM, ShardSpec
 
 CHECKPOINT_MANIFEST = "manifest.json"
 ABANDONED_FOLDER = "abandoned"
 """Folder, beside the checkpoints, of checkpoints that no run resumes from."""
+MANIFEST_FORMAT = 1
 _STEP = re.compile(r"step-(\d{6,})")
 _ZEROS = "0" * 64
 
@@ -62,10 +70,51 @@ class Manifest:
         return int(self.state.get("optimizer_bits", 32))
 
     def to_bytes(self) -> bytes:
-        """Return the file's content."""
         tree = {"format": MANIFEST_FORMAT, "sha256": _ZEROS, **asdict(self)}
-        blank = _dump(tree)
-        return _dump({**tree, "sha256": hashlib.sha256(blank).hexdigest()})
+        return _dump({**tree, "sha256": hashlib.sha256(_dump(tree)).hexdigest()})
+
+
+_Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    """The types of a part of the file. Other keys and other types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _ShardSpecSchema(_Strict):
+    shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    dim: Annotated[int, Field(ge=FLAT_DIM)]
+    shards: PositiveInt
+
+
+class _RunFingerprintSchema(_Strict):
+    base: str
+    data: str
+    config: Annotated[dict[str, Any], Field(min_length=1)]
+    """Values by `section.key`."""
+    adapter: str | None = None
+
+
+class _TrainStateSchema(_Strict):
+    progress: dict[str, Any]
+    """Counters of the training loop, which checks their types."""
+    optimizer_steps: NonNegativeInt
+    optimizer_bits: Literal[8, 32] = 32
+    loss_scale: tuple[PositiveFloat, NonNegativeInt]
+    """Result of `LossScale.state`."""
+
+
+class _ManifestSchema(_Strict):
+    format: Literal[1]
+    sha256: _Sha256
+    step: NonNegativeInt
+    world_size: PositiveInt
+    cuts: Annotated[dict[str, _ShardSpecSchema], Field(min_length=1)]
+    state: _TrainStateSchema
+    identity: _RunFingerprintSchema
+    files: dict[str, tuple[NonNegativeInt, _Sha256]]
 
 
 def rank_file_name(rank: int) -> str:
@@ -91,7 +140,6 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def folder_step(folder: Path) -> int:
-    """Return the step in the name of a checkpoint's folder."""
     match = _STEP.fullmatch(folder.name)
     assert match is not None
     return int(match[1])
@@ -116,7 +164,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a folder.
 
     Raises:
-        DamagedCheckpointError: it is missing, changed since it was written, or has other types than a manifest.
+        DamagedCheckpointError: it is missing, changed since it was written, or has other types.
     """
     path = folder / CHECKPOINT_MANIFEST
     try:
@@ -132,7 +180,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise DamagedCheckpointError(
                 f"{CHECKPOINT_MANIFEST} has format {tree['format']}, and this version reads {MANIFEST_FORMAT}"
             )
-        schema = ManifestSchema.model_validate_json(content)
+        schema = _ManifestSchema.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(map(str, first["loc"]))
@@ -189,8 +237,7 @@ def check_file(folder: Path, name: str, nbytes: int, sha256: str) -> None:
     """
     path = folder / name
     try:
-        size = path.stat().st_size
-        if size != nbytes:
+        if (size := path.stat().st_size) != nbytes:
             raise DamagedCheckpointError(f"{name} has {size:,} of {nbytes:,} bytes")
         if file_sha256(path) != sha256:
             raise DamagedCheckpointError(f"{name} is not what was written: its sha256 differs")
@@ -203,7 +250,6 @@ def check_file(folder: Path, name: str, nbytes: int, sha256: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(1 << 22):

@@ -27,7 +27,6 @@ class ShardSpec:
     dim: int
     """Dimension that is sharded, or `FLAT_DIM`."""
     shards: int
-    """Number of shards."""
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """Return the start and the end of shard `shard` along `dim`."""

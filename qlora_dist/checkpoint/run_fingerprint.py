@@ -24,14 +24,7 @@ _REPORTED_KEYS = ("optim", "lora.dropout", "model.compute_dtype", "train.checkpo
 
 
 def run_fingerprint(config: Config, base: str, data: str, adapter: str | None = None) -> dict[str, Any]:
-    """Return the run's fingerprint for the manifest.
-
-    Args:
-        config: the run's configuration.
-        base: fingerprint of the base model (`base_fingerprint`).
-        data: fingerprint of the training data.
-        adapter: sha256 of the adapter that the run began from, if any.
-    """
+    """Return the run's fingerprint, given the fingerprints of base and data, and the sha256 of `lora.from`, if any."""
     tree = config.model_dump(mode="json")
     compared = {section: tree[section] for section in ("model", "lora", "optim")}
     compared |= {section: {key: tree[section][key] for key in keys} for section, keys in _COMPARED_KEYS.items()}

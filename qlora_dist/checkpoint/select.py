@@ -30,10 +30,7 @@ def latest_complete(
     """Return a run's newest checkpoint whose bytes are all as they were written; None if there is none.
 
     All ranks call this, and each reads a part. Damaged checkpoints and folders without a manifest are skipped, and
-    `log` gets the reason.
-
-    Raises:
-        UserError: a rank may not read a checkpoint; raised on all ranks.
+    `log` gets the reason. If a rank may not read a checkpoint, all ranks raise `UserError`.
     """
     # rank 0's list, because a shared file system may show nodes different folders for a moment
     for folder in map(Path, broadcast_json([str(path) for path in find_checkpoints(checkpoints)])):
@@ -47,8 +44,7 @@ def latest_complete(
 def verify_checkpoint(folder: Path, check: CheckManifest | None = None) -> Manifest:
     """Return the manifest of a checkpoint that the user named. All ranks call this.
 
-    Raises:
-        UserError: the folder is no checkpoint, or is damaged; raised on all ranks.
+    If the folder is no checkpoint, or is damaged, all ranks raise `UserError`.
     """
     damage = _find_damage(folder, check)
     if damage is not None:
@@ -57,11 +53,7 @@ def verify_checkpoint(folder: Path, check: CheckManifest | None = None) -> Manif
 
 
 def _find_damage(folder: Path, check: CheckManifest | None) -> str | None:
-    """Return what is wrong with a checkpoint, the same on all ranks; None if nothing is.
-
-    Raises:
-        UserError: a rank may not read a file; raised on all ranks.
-    """
+    """Return what is wrong with a checkpoint, the same on all ranks; None if nothing is."""
     own_reason, is_forbidden = None, False
     try:
         manifest = read_manifest(folder)

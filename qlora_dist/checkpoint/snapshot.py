@@ -16,7 +16,7 @@ from qlora_dist.checkpoint.manifest import Manifest, rank_file_name
 from qlora_dist.checkpoint.rank_file import RNG_STATE_CPU, RNG_STATE_CUDA
 from qlora_dist.checkpoint.resharding import FLAT_DIM, ShardSpec, copy_ops
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, read_safetensors_header
-from qlora_dist.optim.convert import state_from_fp32, state_to_fp32
+from qlora_dist.optim.adamw_kernels import state_from_fp32, state_to_fp32
 from qlora_dist.optim.optimizer_state import STATE_NAMES, state_tensor_names
 from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer
 from qlora_dist.shard_view import get_flat_shard
@@ -41,14 +41,7 @@ class TrainableState:
 def trainable_state(
     model: nn.Module, local_shards: list[nn.Parameter], optimizer: AdapterOptimizer, device: torch.device
 ) -> TrainableState:
-    """Return the trainable state of a sharded model.
-
-    Args:
-        model: sharded model.
-        local_shards: local shards of its trained parameters, in their order (`AdapterShards.local`).
-        optimizer: optimizer of these shards.
-        device: device of this rank.
-    """
+    """Return the trainable state of a sharded model, given `AdapterShards.local` and the optimizer of these shards."""
     specs, indices, by_name, is_writer = {}, set(), {}, True
     for (name, parameter), shard in zip(named_trainable_parameters(model), local_shards, strict=True):
         specs[name], index, first_replica = _shard_spec(parameter)
@@ -149,8 +142,7 @@ def _saved_shards(
 
 
 def _restore_random(state: TrainableState, manifest: Manifest, folder: Path, reader: SafetensorsReader) -> None:
-    world_size = torch.distributed.get_world_size()
-    if manifest.world_size != world_size:
+    if manifest.world_size != torch.distributed.get_world_size():
         return
     header: Mapping[str, TensorEntry] = read_safetensors_header(folder / rank_file_name(torch.distributed.get_rank()))
     torch.set_rng_state(reader.read(header[RNG_STATE_CPU]))

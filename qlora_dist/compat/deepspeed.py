@@ -61,8 +61,7 @@ class ZeroParameter(nn.Parameter):
 class _Handle(Protocol):
     """A collective in progress."""
 
-    def wait(self) -> None:
-        """Wait until the parameters are gathered."""
+    def wait(self) -> None: ...
 
 
 class _Offload(Protocol):
@@ -71,8 +70,7 @@ class _Offload(Protocol):
     def release_backward_leftovers(self) -> None:
         """Release what a backward pass has left gathered."""
 
-    def partition_all_parameters(self) -> None:
-        """Release every parameter."""
+    def partition_all_parameters(self) -> None: ...
 
 
 OnAllGather = Callable[[dist.ProcessGroup, int], None]
@@ -80,11 +78,7 @@ OnAllGather = Callable[[dist.ProcessGroup, int], None]
 
 
 def check_deepspeed() -> None:
-    """Check that DeepSpeed is installed, without importing it.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Check that DeepSpeed is installed, without importing it."""
     if find_spec("deepspeed") is None:
         raise UserError(
             "parallel.engine: zero3 needs DeepSpeed, which is not installed; pip install 'qlora-dist[zero]', with "
@@ -93,11 +87,7 @@ def check_deepspeed() -> None:
 
 
 def check_async_io(device: torch.device) -> None:
-    """Check that DeepSpeed can read and write files, and compile its operator for that if needed.
-
-    Raises:
-        UserError: there is no compiler, or no libaio.
-    """
+    """Check that DeepSpeed can read and write files, and compile its operator for that if needed."""
     _import_deepspeed(device)
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -118,9 +108,7 @@ def check_async_io(device: torch.device) -> None:
 class Partitioner:
     """Converter of a model's parameters to ZeRO-3's, which also sets the hooks that gather them.
 
-    Args:
-        device: the rank's device. DeepSpeed uses the default process group, which must exist.
-        on_gather: function that is called for each all-gather.
+    DeepSpeed uses the default process group, which must exist.
     """
 
     def __init__(self, device: torch.device, on_gather: OnAllGather) -> None:
@@ -144,7 +132,7 @@ class Partitioner:
 
         Args:
             parameter: the parameter, on meta.
-            group: process group of the ranks that share it.
+            group: group of the ranks that share it.
             dtype: type that it is gathered in. Bytes and other integers keep their type.
             on_host: whether the partition is kept in host memory.
             is_first_replica: whether no lower rank holds the same partition.
@@ -177,12 +165,9 @@ class Partitioner:
         return partitioned
 
     def register_hooks(self, model: nn.Module, units: Sequence[nn.Module], settings: dict[str, Any]) -> GatherHooks:
-        """Have the modules of a model gather their parameters, each unit all of its own at once.
+        """Have the modules of a model gather their partitioned parameters, each unit all of its own at once.
 
-        Args:
-            model: the model, with all parameters partitioned.
-            units: modules that are gathered as one, such as decoder layers.
-            settings: `zero_optimization` of DeepSpeed's JSON.
+        `settings` is `zero_optimization` of DeepSpeed's JSON.
         """
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -259,11 +244,6 @@ def release_parameters(parameters: Iterable[nn.Parameter]) -> None:
     zero_parameter(first).partition([first, *others])
 
 
-def gathered_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Return the bytes of the parameters that are gathered at this moment."""
-    return sum(parameter.untyped_storage().nbytes() for parameter in parameters)
-
-
 def _init_deepspeed(device: torch.device, on_gather: OnAllGather) -> None:
     """Import DeepSpeed, and have it use this device and torch's default process group."""
     set_local_rank(device.index or 0)
@@ -288,9 +268,8 @@ def _init_deepspeed(device: torch.device, on_gather: OnAllGather) -> None:
 
 
 def _import_deepspeed(device: torch.device) -> None:
-    os.environ.setdefault(
-        "DS_ACCELERATOR", device.type
-    )  # else it searches for an accelerator, and warns if there is none
+    # else it searches for an accelerator, and warns if there is none
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed  # noqa: F401
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

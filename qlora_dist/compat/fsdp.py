@@ -109,8 +109,7 @@ def offload_frozen_only(unit: FSDPModule) -> None:
 def frozen_shards(unit: FSDPModule) -> list[tuple[nn.Parameter, int, int]]:
     """Return a unit's frozen parameters in the order of a page.
 
-    Returns:
-        Each parameter with the first byte of this rank's shard, and its number of bytes with FSDP2's padding.
+    Each has the first byte of this rank's shard, and its number of bytes with FSDP2's padding.
     """
     shards, start = [], 0
     for group in _groups(unit):
@@ -127,12 +126,7 @@ def page_frozen_parameters(unit: FSDPModule, acquire_page: AcquirePage, release_
 
     The page is acquired when FSDP2 reads the shards, and released right after. With several ranks that is in `unshard`,
     which copies them into the all-gather's buffer. On one rank it is in `wait_for_unshard`. So one page is in use at a
-    time, whatever FSDP2 prefetches.
-
-    Args:
-        unit: a sharded unit, with its parameters on meta.
-        acquire_page: source of the page, laid out as `frozen_shards` returns.
-        release_page: function that is called after each `acquire_page`.
+    time, whatever FSDP2 prefetches. It is laid out as `frozen_shards` returns.
     """
     starts = {id(parameter): (start, nbytes) for parameter, start, nbytes in frozen_shards(unit)}
     for group in _groups(unit):

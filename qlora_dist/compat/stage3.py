@@ -48,8 +48,7 @@ class Stage3Optimizer(Protocol):
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say whether the next gradients are the last ones before a step."""
 
-    def step(self) -> None:
-        """Update all values."""
+    def step(self) -> None: ...
 
     def _swappable_optimizer_subgroup(self, index: int) -> bool: ...
 
@@ -88,13 +87,9 @@ def make_stage3_partition(shard: FlatShard, ds_id: int) -> ZeroParameter:
 def make_stage3_optimizer(
     optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], device: torch.device, folder: Path | None
 ) -> Stage3Optimizer:
-    """Return DeepSpeed's optimizer around one of torch.
+    """Return DeepSpeed's optimizer around torch's fused AdamW over partitions from `make_stage3_partition`.
 
-    Args:
-        optimizer: a fused AdamW over partitions from `make_stage3_partition`.
-        settings: `zero_optimization` of DeepSpeed's JSON.
-        device: the rank's device.
-        folder: place of files, if the settings offload to NVMe.
+    `settings` is `zero_optimization` of DeepSpeed's JSON. `folder` is the place of files, if these offload to NVMe.
     """
     from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

@@ -31,7 +31,6 @@ OPTIONAL_PRIVATE_NAMES = ("transformers.utils.chat_template_utils._alias_reasoni
 
 
 def attention_name(model: PreTrainedModel) -> str:
-    """Return the name under which a model looks its attention function up."""
     name: str = model.config._attn_implementation
     return name
 
@@ -68,11 +67,7 @@ def apply_expert_gate(module: Any, gate_up_out: torch.Tensor) -> torch.Tensor:
 
 
 def compile_chat_template(template: str) -> Template:
-    """Compile a chat template in the sandbox of transformers.
-
-    Raises:
-        jinja2.TemplateSyntaxError: the template does not compile.
-    """
+    """Compile a chat template in the sandbox of transformers. An error is a `jinja2.TemplateSyntaxError`."""
     from transformers.utils import chat_template_utils
 
     compiled: Template = chat_template_utils._compile_jinja_template(template)

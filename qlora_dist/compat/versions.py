@@ -26,11 +26,7 @@ TESTED_VERSIONS = {
 
 
 def check_versions() -> None:
-    """Compare the installed versions with the oldest that work.
-
-    Raises:
-        UserError: a library is too old or missing.
-    """
+    """Compare the installed versions with the oldest that work."""
     for package, oldest in _MIN_VERSIONS.items():
         required = ".".join(map(str, oldest))
         try:
@@ -45,7 +41,4 @@ def check_versions() -> None:
 
 def _parse_release(version: str) -> tuple[int, ...]:
     """Return (2, 13) for 2.13.0+cpu. A pre-release counts as its release."""
-    numbers = []
-    for part in version.partition("+")[0].split(".")[:2]:
-        numbers.append(int(re.sub(r"\D.*", "", part) or 0))
-    return tuple(numbers)
+    return tuple(int(re.sub(r"\D.*", "", part) or 0) for part in version.partition("+")[0].split(".")[:2])

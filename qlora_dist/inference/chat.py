@@ -49,19 +49,8 @@ def chat(
 ) -> None:
     """Converse until `/exit` or the end of the input. Call it on all ranks; rank 0 reads and prints.
 
-    A mistake, such as the name of an unknown adapter, is printed, and the conversation continues.
-
-    Args:
-        loaded: the model.
-        prompt_encoder: the model's tokenizer and chat template.
-        sampling: options for choosing tokens.
-        end_tokens: tokens that end an answer.
-        read_line: function that returns the next line. It raises EOFError after the last one, or KeyboardInterrupt.
-        out: file that answers are printed to.
-        system: the system message.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
+    A mistake, such as the name of an unknown adapter, is printed, and the conversation continues. `end_tokens` end an
+    answer. `read_line` returns the next line, and raises EOFError after the last one, or KeyboardInterrupt.
     """
     prompt_encoder.require_template("--chat")
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]

@@ -37,13 +37,8 @@ class EvalLoss:
 def compute_eval_loss(loaded: InferenceModel, data: str, console: Console | None = None) -> EvalLoss:
     """Compute the loss with the active adapter, by the run's templates, masks and packing. Call it on all ranks.
 
-    Args:
-        loaded: the model.
-        data: the file, folder or data set, read by the keys `data.*` of `loaded.config`.
-        console: console for the progress of tokenizing; None to be silent.
-
-    Raises:
-        UserError: the data cannot be used, or ranks have read different data.
+    `data` is a file, folder or data set, read by the keys `data.*` of `loaded.config`. Tokenizing is silent without a
+    console.
     """
     batches, tokens = load_eval_batches(loaded, data, console)
     record_heartbeat(phase="evaluating")

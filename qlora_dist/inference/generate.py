@@ -36,11 +36,7 @@ class SamplingOptions:
     seed: int = 0
 
     def check(self) -> None:
-        """Check that each option is in its range.
-
-        Raises:
-            UserError: one is not.
-        """
+        """Check that each option is in its range."""
         ranges = [
             ("max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
@@ -77,9 +73,6 @@ def generate_tokens(
         batch_size: number of prompts that are computed together, padded on the left.
         streamer: receiver of the tokens of a single prompt, as they are generated.
         make_stopping_criteria: source of further criteria that end a batch.
-
-    Raises:
-        UserError: a prompt leaves no room for an answer.
     """
     limit = max_positions(loaded.folder.config)
     check_prompt_lengths(prompts, limit)
@@ -98,11 +91,7 @@ def generate_tokens(
 
 
 def check_prompt_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
-    """Check that each prompt leaves room for an answer.
-
-    Raises:
-        UserError: one does not.
-    """
+    """Check that each prompt leaves room for an answer."""
     longest = max(map(len, prompts), default=0)
     if limit is not None and longest >= limit:
         raise UserError(
@@ -124,14 +113,9 @@ def _generate_batch(
     padding = end_tokens[0] if end_tokens else 0
     ids = torch.tensor([[padding] * (length - len(p)) + list(p) for p in prompts], device=loaded.device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=loaded.device)
-    chosen: dict[str, Any] = {"do_sample": False}
+    chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
-        chosen = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-        }
+        chosen |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         repetition_penalty=sampling.repetition_penalty,

@@ -63,11 +63,7 @@ class PromptOptions:
 
 
 def run_generate(options: ModelOptions, prompt_options: PromptOptions, sampling: SamplingOptions) -> None:
-    """Answer one prompt, the prompts of a file, or a person. Call it on every rank; rank 0 prints.
-
-    Raises:
-        UserError: an option, a prompt, the model or an adapter cannot be used.
-    """
+    """Answer one prompt, the prompts of a file, or a person. Call it on every rank; rank 0 prints."""
     sampling.check()
     if (prompt_options.prompt is not None) + (prompt_options.file is not None) + prompt_options.chat != 1:
         raise UserError("generate: give one of a prompt, --prompts FILE and --chat")
@@ -103,11 +99,7 @@ def run_generate(options: ModelOptions, prompt_options: PromptOptions, sampling:
 
 
 def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None, *, as_json: bool = False) -> None:
-    """Print held-out loss and task scores of each adapter, or of the base. Call it on every rank; rank 0 prints.
-
-    Raises:
-        UserError: an option, the data, a task, the model or an adapter cannot be used.
-    """
+    """Print held-out loss and task scores of each adapter, or of the base. Call it on every rank; rank 0 prints."""
     if data is None and tasks is None:
         raise UserError("eval: nothing to evaluate on; give --data FILE, or --tasks NAMES")
     if tasks is not None:
@@ -124,15 +116,9 @@ def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None,
         for name in (*loaded.adapter_names,) or (None,):
             loaded.set_adapter(name)
             if data is not None:
-                eval_loss = compute_eval_loss(loaded, data)
-                rows.append(
-                    {
-                        "adapter": name,
-                        "loss": eval_loss.loss,
-                        "perplexity": eval_loss.perplexity,
-                        "tokens": eval_loss.tokens,
-                    }
-                )
+                held_out = compute_eval_loss(loaded, data)
+                row = {"adapter": name, "loss": held_out.loss, "perplexity": held_out.perplexity}
+                rows.append({**row, "tokens": held_out.tokens})
             if tasks is not None:
                 scores[name or BASE_MODEL_NAME] = run_tasks(loaded, tasks)
     if not is_rank_0:
@@ -159,11 +145,9 @@ def _parse_model_options(options: ModelOptions, data: str | None) -> tuple[list[
 def _prompts(options: PromptOptions, prompt_encoder: PromptEncoder) -> list[Prompt]:
     if options.file is not None:
         return read_prompts(options.file, prompt_encoder, raw=options.raw, system=options.system)
-    return (
-        []
-        if options.prompt is None
-        else [make_prompt(options.prompt, prompt_encoder, raw=options.raw, system=options.system)]
-    )
+    if options.prompt is None:
+        return []
+    return [make_prompt(options.prompt, prompt_encoder, raw=options.raw, system=options.system)]
 
 
 def _print_answers(

@@ -18,16 +18,8 @@ def inference_config(
 
     The sections `model` and `data` come from the run that trained the adapter (`runs/NAME/config.yaml`), so that a loss
     equals the one that `train` printed. Other adapters get the defaults. The engine is FSDP2. Each node holds a copy of
-    base and adapters, unless the run sharded them over all nodes.
-
-    Args:
-        base: folder of the model.
-        adapter: folder of the first adapter.
-        data: the held-out file.
-        overrides: keys as `section.key=value`.
-
-    Raises:
-        UserError: an override, or the run's configuration, is not valid.
+    base and adapters, unless the run sharded them over all nodes. `adapter` is the folder of the first adapter, and
+    `data` the held-out file.
     """
     run = _training_config(adapter)
     tree: dict[str, dict[str, Any]] = {

@@ -22,9 +22,8 @@ from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
 from qlora_dist.model.attention import check_packing_support
 from qlora_dist.model.meta_model import LossModel, build_meta_model
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.loaded_model import load_model, shard_model
-from qlora_dist.parallel.mesh import mesh_sizes
+from qlora_dist.parallel.mesh import CommCounter, mesh_sizes
 from qlora_dist.runtime.environment import RankInfo, read_rank_info
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.runtime.object_collectives import all_gather_json
@@ -50,7 +49,6 @@ class InferenceModel:
     static_bytes: int
     """Bytes of weights that this rank holds."""
     store: dist.Store
-    """Store of the process group."""
     _saved_module_shards: list[dict[str, torch.Tensor]] = field(default_factory=list)
     """This rank's shards of the parameters that were trained whole, by name, for each adapter."""
     _base_shards: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -58,11 +56,7 @@ class InferenceModel:
 
     @torch.no_grad()
     def set_adapter(self, name: str | None) -> None:
-        """Activate an adapter, or with None the base alone.
-
-        Raises:
-            UserError: there is no such adapter.
-        """
+        """Activate an adapter, or with None the base alone. An unknown name is a `UserError`."""
         if name is not None and name not in self.adapter_names:
             known = ", ".join(self.adapter_names) or "none is loaded"
             raise UserError(f"{name}: no adapter of that name; choose from {known}")
@@ -91,19 +85,8 @@ def open_inference_model(
 ) -> Iterator[InferenceModel]:
     """Load base and adapters, and activate the first adapter. Call it on every rank, or in a single process.
 
-    A sharded model is never whole on a rank, because weights are loaded as `train` does.
-
-    Args:
-        config: configuration, of which `model`, `parallel`, `train.timeout` and `train.device` are used.
-        adapters: adapters of the base `config.model.base`.
-        quantize: whether a base in 16 bit is quantized while it is loaded, as `train` does.
-
-    Yields:
-        The model, within the process group.
-
-    Raises:
-        UserError: there is no such model, or an adapter does not fit it. Nearly all such errors are raised before any
-            rank waits for another.
+    A sharded model is never whole on a rank, because weights are loaded as `train` does. With `quantize`, a base in 16
+    bit is quantized while it is loaded. Nearly all errors are raised before any rank waits for another.
     """
     ranks = read_rank_info()
     device = resolve_device(config.train.device, ranks)
@@ -187,13 +170,9 @@ def _load_inference_model(
 def _read_adapters(
     model: PreTrainedModel, adapter_entries: Sequence[Mapping[str, TensorEntry]], adapters: Sequence[NamedAdapter]
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Fill this rank's shards of the LoRA matrices.
+    """Fill this rank's shards of the LoRA matrices, and return the `_saved_module_shards` and `_base_shards`.
 
-    Returns:
-        `InferenceModel._saved_module_shards` and `InferenceModel._base_shards`.
-
-    Raises:
-        UserError: an adapter's values are not finite, or all zeros. It is raised on all ranks.
+    If an adapter's values are not finite, or all zeros, all ranks raise `UserError`.
     """
     parameters = dict(model.named_parameters())
     saved_module_shards: list[dict[str, torch.Tensor]] = [{} for _ in adapter_entries]

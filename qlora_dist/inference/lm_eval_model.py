@@ -35,10 +35,7 @@ LogLikelihoodRequest = tuple[Any, list[int], list[int]]
 class LmEvalModel(TemplateLM):
     """The harness's model interface, answered by the active adapter.
 
-    Args:
-        loaded: the model.
-        tokenizer: tokenizer of the base.
-        batch_size: number of requests in a forward pass of a rank.
+    `batch_size` is the number of requests in a forward pass of a rank.
     """
 
     def __init__(self, loaded: InferenceModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
@@ -83,7 +80,6 @@ class LmEvalModel(TemplateLM):
         )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[LogLikelihood]:
-        """Return the log-likelihoods of continuations."""
         scored: list[LogLikelihood] = super().loglikelihood(requests, disable_tqdm=True)
         return scored
 

@@ -37,11 +37,7 @@ class TaskOptions:
 
 
 def check_tasks(options: TaskOptions) -> None:
-    """Check before a model is loaded that the harness is installed, knows the tasks and has their data.
-
-    Raises:
-        UserError: one of these is missing.
-    """
+    """Check before a model is loaded that the harness is installed, knows the tasks and has their data."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness; pip install 'qlora-dist[eval]'")
     for name in ("lm_eval", "lm-eval"):
@@ -50,11 +46,7 @@ def check_tasks(options: TaskOptions) -> None:
 
 
 def run_tasks(loaded: InferenceModel, options: TaskOptions) -> dict[str, dict[str, Any]]:
-    """Return scores by task and metric. Call it on all ranks; each of them computes the metrics.
-
-    Raises:
-        UserError: there is no such task.
-    """
+    """Return scores by task and metric. Call it on all ranks; each of them computes the metrics."""
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else its bootstrap forks a process, which would compute
     from lm_eval.evaluator import simple_evaluate
 
@@ -119,9 +111,8 @@ def _is_data_unavailable(error: Exception) -> bool:
     return (
         isinstance(error, (OSError, DatasetsError))
         or not libraries.isdisjoint(_NETWORK_LIBRARIES)
-        or str(error).startswith(
-            "Couldn't find cache for"
-        )  # from datasets, whose cache holds another part of the data set
+        # from datasets, whose cache holds another part of the data set
+        or str(error).startswith("Couldn't find cache for")
     )
 
 

@@ -31,16 +31,7 @@ def merge_and_evaluate(
     time is in memory, on the device that `train` would take. The merged model is measured last, so that a mistake in
     the data is found before anything is written.
 
-    Args:
-        base: folder of the base; None for the one that the adapter names.
-        adapter: folder of the adapter.
-        out: folder to make.
-        options: options of the merge.
-        data: the held-out file, read as the adapter's run read its own.
-        console: console for progress.
-
-    Raises:
-        UserError: the inputs of `merge_folder` or `compute_eval_loss` cannot be used.
+    Without `base`, the adapter names it. The held-out file `data` is read as the adapter's run read its own.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it or give another name")

@@ -28,9 +28,6 @@ def parse_named_adapters(texts: Sequence[str]) -> list[NamedAdapter]:
     """Read adapters given as `NAME=FOLDER` or `FOLDER`.
 
     The default name is that of the run (`runs/NAME/adapter`), else that of the folder.
-
-    Raises:
-        UserError: a name is given twice or is not valid, or a folder holds no adapter.
     """
     folders: dict[str, NamedAdapter] = {}
     for text in texts:
@@ -47,20 +44,12 @@ def parse_named_adapters(texts: Sequence[str]) -> list[NamedAdapter]:
 
 
 def read_named_adapter(path: Path, name: str) -> NamedAdapter:
-    """Read an adapter's configuration and the header of its file.
-
-    Raises:
-        UserError: the adapter is missing, damaged, of another kind than LoRA, or has an option that is not supported.
-    """
+    """Read an adapter's configuration and the header of its file, as `read_saved_adapter` does."""
     return NamedAdapter(name, path, read_saved_adapter(path))
 
 
 def common_base(adapters: Sequence[NamedAdapter]) -> str:
-    """Return the base that all adapters were trained on.
-
-    Raises:
-        UserError: the adapters name no base, or several.
-    """
+    """Return the base that all adapters were trained on. If they name none, or several, it is a `UserError`."""
     if not adapters:
         raise UserError("no adapter and no base; give an adapter's folder, or a model's with --base")
     first = adapters[0]

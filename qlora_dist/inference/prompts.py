@@ -21,13 +21,9 @@ from qlora_dist.data.tokenizer import SHIPPED_TEMPLATES, read_chat_template
 from qlora_dist.data.validate import RawRow
 from qlora_dist.errors import UserError
 
+_ANSWER_COLUMNS = {"prompt": "completion", "instruction": "output", "inputs": "targets"}
+"""Columns of answers by question, which rows of the data formats need and rows of prompts may lack."""
 _PLACEHOLDER_ANSWER = "answer"
-_ANSWER_COLUMNS: dict[str, tuple[str, Any]] = {
-    "prompt": ("completion", _PLACEHOLDER_ANSWER),
-    "instruction": ("output", _PLACEHOLDER_ANSWER),
-    "inputs": ("targets", _PLACEHOLDER_ANSWER),
-}
-"""Columns of answers, which rows of the data formats need and rows of prompts may lack, with a placeholder each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +31,6 @@ class Prompt:
     """Text or conversation that a model continues."""
 
     content: str | list[Message]
-    """Text to continue, or conversation to answer."""
     adapter: str | None = None
     """Name of the adapter that the row selects, if any; `base` selects the model without adapters."""
     place: str = "the prompt"
@@ -48,17 +43,16 @@ class Prompt:
 class PromptEncoder:
     """Encoder of prompts with the tokenizer and chat template of training.
 
-    Args:
-        tokenizer: tokenizer of the base.
-        chat_template: value of `data.chat_template`; None for the tokenizer's own template.
-
-    Raises:
-        UserError: the template is missing or does not compile.
+    `chat_template` is the value of `data.chat_template`; None for the tokenizer's own template. A template that is
+    missing or does not compile is a `UserError`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
-        template = _template(tokenizer, chat_template)
+        if chat_template is None:
+            template = default_chat_template(tokenizer)
+        else:
+            template = read_chat_template(chat_template, tokenizer)
         try:
             self._renderer = None if template is None else ChatRenderer(template, tokenizer.special_tokens_map)
         except TemplateSyntaxError as error:
@@ -73,11 +67,7 @@ class PromptEncoder:
         return self._renderer is not None
 
     def require_template(self, location: str) -> ChatRenderer:
-        """Return the template.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Return the template. If there is none, it is a `UserError` about the location."""
         if self._renderer is None:
             raise UserError(
                 f"{location} is a conversation, and the tokenizer has no chat template; write "
@@ -86,11 +76,7 @@ class PromptEncoder:
         return self._renderer
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the tokens of a prompt.
-
-        Raises:
-            UserError: there is no chat template, it refuses the conversation, or the prompt is empty.
-        """
+        """Return the tokens of a prompt, which must not be empty."""
         if isinstance(prompt.content, str):
             ids = list(self.tokenizer(prompt.content, verbose=False)["input_ids"])
             if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
@@ -123,19 +109,14 @@ def make_prompt(text: str, prompt_encoder: PromptEncoder, *, raw: bool = False, 
     """Return a user's turn if there is a chat template and `raw` is false, else a text to continue."""
     if raw or not prompt_encoder.has_template:
         return Prompt(content=text)
-    return Prompt(content=[*_system(system), {"role": "user", "content": text}])
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return Prompt(content=[*messages, {"role": "user", "content": text}])
 
 
 def read_prompts(
     path: Path, prompt_encoder: PromptEncoder, *, raw: bool = False, system: str | None = None
 ) -> list[Prompt]:
-    """Read the prompts of a file: lines of text, or rows of the data formats.
-
-    Answers in rows are dropped, and may be missing.
-
-    Raises:
-        UserError: the file or a row cannot be used. The message names file and line.
-    """
+    """Read the prompts of a file: lines of text, or rows of the data formats, whose answers are dropped if present."""
     if not path.is_file():
         raise UserError(f"{path}: no such file of prompts; give JSONL, or lines of text")
     if data_file_type(path):
@@ -179,10 +160,10 @@ def _rows(path: Path) -> Iterator[Prompt]:
 
 
 def _fill_missing_answer(fields: dict[str, Any]) -> dict[str, Any]:
-    for question, (answer, value) in _ANSWER_COLUMNS.items():
+    for question, answer in _ANSWER_COLUMNS.items():
         if question in fields and answer not in fields:
-            is_conversation = isinstance(fields[question], list)
-            return {**fields, answer: [{"role": "assistant", "content": value}] if is_conversation else value}
+            turn = [{"role": "assistant", "content": _PLACEHOLDER_ANSWER}]
+            return {**fields, answer: turn if isinstance(fields[question], list) else _PLACEHOLDER_ANSWER}
     return fields
 
 
@@ -191,13 +172,3 @@ def _without_answer(messages: Sequence[Message]) -> list[Message]:
     while kept and kept[-1]["role"] == "assistant":
         kept.pop()
     return kept
-
-
-def _system(text: str | None) -> list[Message]:
-    return [] if text is None else [{"role": "system", "content": text}]
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
-    if chat_template is not None:
-        return read_chat_template(chat_template, tokenizer)
-    return default_chat_template(tokenizer)

@@ -26,8 +26,8 @@ class PagedAdamW:
         optimizer_state: states of these shards.
         config: the section `optim`.
         lr_factors: factor of each shard's learning rate (LoRA+); None: 1.
-        available_bytes: function that returns the bytes that the device has for states, given the bytes that they take
-            now; called if `optim.resident_bytes` is `auto`.
+        available_bytes: returns the bytes that the device has for states, given the bytes that they take now; called if
+            `optim.resident_bytes` is `auto`.
     """
 
     def __init__(
@@ -84,15 +84,7 @@ class PagedAdamW:
             self.optimizer_state.views(memory, number, piece, parameter.shape)
             for piece, parameter in zip(slices, parameters, strict=True)
         ]
-        return _UpdateGroup(
-            lr_factor=factor,
-            slices=slices,
-            is_whole=whole,
-            parameters=parameters,
-            views=views,
-            exp_avgs=[view["exp_avg"] for view in views],
-            exp_avg_sqs=[view["exp_avg_sq"] for view in views],
-        )
+        return _UpdateGroup(lr_factor=factor, slices=slices, is_whole=whole, parameters=parameters, views=views)
 
     def _update(self, group: _UpdateGroup) -> None:
         lr = self.lr * group.lr_factor
@@ -102,7 +94,8 @@ class PagedAdamW:
             assert gradient is not None, "every shard that is not empty has a gradient"
             gradients.append(gradient if is_whole else _slice(gradient, piece))
         if self.optimizer_state.bits == 32 and not self.optimizer_state.is_unified:
-            fused_adamw(group.parameters, gradients, group.exp_avgs, group.exp_avg_sqs, self.config, lr, self.steps)
+            exp_avgs, exp_avg_sqs = ([view[name] for view in group.views] for name in STATE_NAMES)
+            fused_adamw(group.parameters, gradients, exp_avgs, exp_avg_sqs, self.config, lr, self.steps)
             return
         for parameter, gradient, view in zip(group.parameters, gradients, group.views, strict=True):
             if self.optimizer_state.bits == 32:
@@ -123,8 +116,6 @@ class _UpdateGroup:
     parameters: list[torch.Tensor]
     views: list[dict[str, torch.Tensor]]
     """States of each slice, by name."""
-    exp_avgs: list[torch.Tensor]
-    exp_avg_sqs: list[torch.Tensor]
 
 
 def _slice(tensor: torch.Tensor, piece: PageSlice) -> torch.Tensor:

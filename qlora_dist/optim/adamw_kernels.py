@@ -1,4 +1,4 @@
-"""The kernels that update the slices of a page."""
+"""The kernels that update the slices of a page, and the conversion of states from 8 bit to 32 and back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from qlora_dist.compat.bitsandbytes import functional as bnb
 from qlora_dist.compat.torch import fused_adamw_
 from qlora_dist.config.sections import OptimConfig
+from qlora_dist.optim.optimizer_state import STATE_NAMES
 from qlora_dist.optim.state_pages import STATE_BLOCK_SIZE
 
 
@@ -28,17 +29,7 @@ def fused_adamw(
     lr: float,
     step: int,
 ) -> None:
-    """Update fp32[n] tensors in place with torch's fused AdamW.
-
-    Args:
-        parameters: parts of shards.
-        gradients: gradients of these parts.
-        exp_avgs: first moments.
-        exp_avg_sqs: second moments.
-        config: betas, eps and weight decay.
-        lr: learning rate.
-        step: number of updates, this one included.
-    """
+    """Update fp32[n] tensors in place with torch's fused AdamW. `step` counts this update too."""
     if not parameters:
         return
     count = torch.full((), float(step), device=parameters[0].device)
@@ -119,17 +110,30 @@ def bnb_adamw_8bit(
     )
 
 
-def quantize_state(values: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize fp32[n] as the update does: codes uint8[n], absmax fp32[ceil(n / STATE_BLOCK_SIZE)]."""
-    table = state_code_tables(values.device)[0 if signed else 1]
-    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, table, STATE_BLOCK_SIZE)
-    return codes, absmax
+def state_to_fp32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Dequantize the 8-bit states (`STATE_NAMES`) among a shard's tensors. The others are returned unchanged."""
+    result = {name: tensor for name, tensor in tensors.items() if not name.endswith(".absmax")}
+    for name in STATE_NAMES:
+        if f"{name}.absmax" in tensors:
+            codes, absmax = tensors[name].view(-1), tensors[f"{name}.absmax"]
+            table = _code_table(name, codes.device)
+            result[name] = torch.ops.bitsandbytes.dequantize_blockwise(
+                codes, absmax, table, STATE_BLOCK_SIZE, torch.float32
+            )
+    return result
 
 
-def dequantize_state(codes: torch.Tensor, absmax: torch.Tensor, *, signed: bool) -> torch.Tensor:
-    """Return the fp32[n] values of what `quantize_state` returned."""
-    table = state_code_tables(codes.device)[0 if signed else 1]
-    values: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
-        codes, absmax, table, STATE_BLOCK_SIZE, torch.float32
-    )
-    return values
+def state_from_fp32(state: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+    """Return a shard's fp32 state in `bits` bits, rounded as the update does."""
+    if bits == 32:
+        return state
+    result = {}
+    for name, values in state.items():
+        result[name], result[f"{name}.absmax"] = torch.ops.bitsandbytes.quantize_blockwise(
+            values.view(-1), _code_table(name, values.device), STATE_BLOCK_SIZE
+        )
+    return result
+
+
+def _code_table(name: str, device: torch.device) -> torch.Tensor:
+    return state_code_tables(device)[STATE_NAMES.index(name)]

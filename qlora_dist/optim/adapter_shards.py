@@ -36,8 +36,7 @@ class AdapterShards:
 
     def find_unused_parameters(self) -> list[str]:
         """Return the names of the parameters that had no gradient on any rank. All ranks call this after a step."""
-        device = self.local[0].device
-        had_grad = torch.tensor(self._had_grad, dtype=torch.int32, device=device)
+        had_grad = torch.tensor(self._had_grad, dtype=torch.int32, device=self.local[0].device)
         dist.all_reduce(had_grad, dist.ReduceOp.MAX)
         return [name for name, had in zip(self._names, had_grad.tolist(), strict=True) if not had]
 
@@ -47,8 +46,5 @@ class AdapterShards:
 
 
 def adapter_shard_numels(model: nn.Module) -> list[int]:
-    """Return the elements of each of this rank's adapter shards, in the order of `AdapterShards`.
-
-    The model may be on the meta device.
-    """
+    """Return the elements of this rank's adapter shards, in the order of `AdapterShards`; the model may be on meta."""
     return [local_tensor(parameter).numel() for _, parameter in named_trainable_parameters(model)]

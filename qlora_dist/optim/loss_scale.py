@@ -18,7 +18,6 @@ class LossScale:
         self._finite_steps = 0
 
     def update(self, finite: bool) -> None:
-        """Adjust the factor after a step."""
         if not self._dynamic:
             return
         if not finite:
@@ -29,10 +28,8 @@ class LossScale:
             self.value, self._finite_steps = self.value * 2, 0
 
     def state(self) -> tuple[float, int]:
-        """Return what a checkpoint saves."""
         return self.value, self._finite_steps
 
     def load(self, state: tuple[float, int]) -> None:
-        """Restore what `state` returned."""
         if self._dynamic:
             self.value, self._finite_steps = state

@@ -29,16 +29,9 @@ _UNLIMITED = 2**62
 
 
 class PagedOptimizerState:
-    """The states of a rank's shards, on the device or paged.
+    """The states of a rank's shards, on the device or paged. `sizes` are the elements of each shard.
 
-    Args:
-        sizes: elements of each of the rank's shards.
-        config: name of the optimizer, and bytes that stay on the device.
-        paging: place of the pages that do not stay on the device.
-        device: device of the shards.
-
-    Raises:
-        UserError: the store has no room, or does not exist.
+    A store that has no room, or does not exist, is a `UserError`.
     """
 
     def __init__(self, sizes: Sequence[int], config: OptimConfig, paging: PagingConfig, device: torch.device) -> None:
@@ -80,7 +73,6 @@ class PagedOptimizerState:
         return self.pager.acquire(number, prefetch_next=[paged[(after + i) % len(paged)] for i in range(count)])
 
     def release(self, number: int) -> None:
-        """End the use of page `number`, which has been changed."""
         self.pager.release(number, dirty=True)
 
     def read(self) -> list[dict[str, torch.Tensor]]:
@@ -110,11 +102,7 @@ class PagedOptimizerState:
     def views(self, memory: torch.Tensor, number: int, piece: PageSlice, shape: torch.Size) -> dict[str, torch.Tensor]:
         """Return the state of a slice in page `number`, as the update kernels take it.
 
-        Args:
-            memory: uint8[nbytes], the page's memory.
-            number: the page's number.
-            piece: part of a shard.
-            shape: shape of this part of the parameter, and of the views `STATE_NAMES`.
+        `memory` is the page's, uint8[nbytes]. The views `STATE_NAMES` have the slice's `shape`.
         """
         views = _views(memory, self.pages[number], piece, self.bits)
         views |= {name: views[name].view(shape) for name in STATE_NAMES}

@@ -8,15 +8,10 @@ from qlora_dist.config.sections import OptimConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Return the learning rate of a step.
+    """Return the learning rate of a step, counted from 0, of a run of `steps` steps.
 
     It rises linearly during the warm-up, whose last step has `config.lr`. Then it is constant, or falls linearly or as
     half a cosine. The step after the last would have zero. A warm-up longer than the run is cut to the run's steps.
-
-    Args:
-        step: index of the step, counted from 0.
-        steps: number of steps of the run.
-        config: the section `optim`.
     """
     warmup_steps = min(config.warmup_steps, steps)
     if step < warmup_steps:

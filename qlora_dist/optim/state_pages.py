@@ -17,11 +17,9 @@ class PageSlice:
     """A part of a shard whose optimizer states lie in one page."""
 
     shard: int
-    """Index of the shard."""
     start: int
     """First element within the shard."""
     length: int
-    """Number of elements."""
     page_start: int
     """First element within the page."""
 
@@ -45,12 +43,7 @@ def page_layout(sizes: Sequence[int], bits: int, page_bytes: int) -> list[StateP
     """Split the optimizer states of shards into pages.
 
     The states of all shards follow each other as in one tensor, and each shard begins with a new block. All pages but
-    the last hold the same number of blocks, as many as `page_bytes` has room for.
-
-    Args:
-        sizes: elements of each shard.
-        bits: 32 or 8.
-        page_bytes: bytes of a page; at least a block.
+    the last hold the same number of blocks, as many as `page_bytes` has room for. `sizes` counts elements per shard.
     """
     room = page_bytes // state_block_bytes(bits) * STATE_BLOCK_SIZE
     assert room, "a page holds at least one block"

@@ -32,11 +32,7 @@ def page_store_factory(
 ) -> Callable[[int], PageStore]:
     """Return a function that makes the store of the section `paging`, given its bytes.
 
-    Args:
-        paging: the section `paging`.
-        device: device that reads and writes.
-        content: name of the store's content, for error messages.
-        hint: remedy for the user, for error messages.
+    Error messages contain the name of the store's content and a hint, the remedy for the user.
     """
     on_host = paging.to == "host" or (paging.to == "auto" and device.type != "cpu")
 
@@ -51,24 +47,19 @@ def page_store_factory(
 class HostStore:
     """A store in host memory, which is pinned if the device is a GPU (not run on a GPU).
 
-    Args:
-        nbytes: size of the store.
-        device: device that reads and writes.
+    A copy to or from a GPU is queued on its current stream.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._bytes = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def read(self, start: int, out: torch.Tensor) -> None:
-        """See `PageStore`. The copy to a GPU is queued on its current stream."""
         out.copy_(self._bytes[start : start + out.numel()], non_blocking=True)
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        """See `PageStore`. The copy from a GPU is queued on its current stream."""
         self._bytes[start : start + values.numel()].copy_(values, non_blocking=True)
 
     def close(self) -> None:
-        """See `PageStore`."""
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
 
@@ -77,17 +68,8 @@ class FileStore:
 
     The file is read and written, not mapped. Mapped pages would count as this process's memory, and a failing disk
     would kill the process with a signal instead of an error. A GPU's pages pass through host memory of a page's size
-    (not run on a GPU).
-
-    Args:
-        nbytes: size of the store.
-        folder: folder of the file.
-        device: device that reads and writes.
-        content: name of the store's content, for error messages.
-        hint: remedy for the user, for error messages.
-
-    Raises:
-        UserError: the folder cannot be made or written, or has too little space.
+    (not run on a GPU). A folder that cannot be made or written, or has too little space, is a `UserError`. A disk that
+    fails later is an `OSError`.
     """
 
     def __init__(self, nbytes: int, folder: Path, device: torch.device, content: str, hint: str) -> None:
@@ -110,11 +92,6 @@ class FileStore:
         self._staged = device.type != "cpu"
 
     def read(self, start: int, out: torch.Tensor) -> None:
-        """See `PageStore`.
-
-        Raises:
-            OSError: the disk fails.
-        """
         host = torch.empty_like(out, device="cpu", pin_memory=True) if self._staged else out
         left = host.numpy().data
         while left:
@@ -126,16 +103,10 @@ class FileStore:
             out.copy_(host)
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        """See `PageStore`.
-
-        Raises:
-            OSError: the disk fails.
-        """
         left = values.cpu().numpy().data
         while left:
             done = os.pwrite(self._file, left, start)
             left, start = left[done:], start + done
 
     def close(self) -> None:
-        """See `PageStore`."""
         os.close(self._file)

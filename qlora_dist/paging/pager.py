@@ -90,18 +90,12 @@ class Pager:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all pages."""
         return sum(self.sizes)
 
     def acquire(self, page: int, prefetch_next: Sequence[int] = ()) -> torch.Tensor:
-        """Return a page on the device. The caller may read and change it until `release`.
+        """Return a page on the device, uint8[sizes[page]]. The caller may read and change it until `release`.
 
-        Args:
-            page: the page's number.
-            prefetch_next: pages that are used next, in order. They are prefetched as far as there are free slots.
-
-        Returns:
-            uint8[sizes[page]].
+        `prefetch_next` are the pages that are used next, in order. They are prefetched as far as there are free slots.
 
         Raises:
             OSError: the store fails.
@@ -125,12 +119,9 @@ class Pager:
         return slot.memory[: self.sizes[page]]
 
     def release(self, page: int, *, dirty: bool, used_event: torch.Event | None = None) -> None:
-        """End the use of a page.
+        """End the use of a page, which is dirty if it was changed since `acquire`.
 
-        Args:
-            page: the page's number.
-            dirty: whether the page was changed since `acquire`.
-            used_event: event after the last use, if that was on another stream than the current one.
+        `used_event` is the event after the last use, if that was on another stream than the current one.
         """
         slot = self._find_slot(page)
         if slot is not None:
@@ -175,11 +166,7 @@ class Pager:
         self._stored.add(page)
 
     def resize(self, budget: int) -> None:
-        """Change the budget. No page may be in use.
-
-        Raises:
-            ValueError: the budget is less than two pages.
-        """
+        """Change the budget. No page may be in use."""
         device_pages = [*self._resident, *(slot.page for slot in self._slots if slot.page is not None)]
         pages = {page: self.read(page) for page in device_pages}
         self._resident, self._slots, self.held_bytes = {}, [], 0

@@ -22,14 +22,7 @@ class UnifiedPager:
 
     The bytes that move are not counted. Only bitsandbytes' kernels take such memory, and the CPU may read it only
     after the kernels have ended. This was run with ordinary memory instead of CUDA's only.
-
-    Args:
-        sizes: bytes of each page.
-        device: device that uses the pages.
-        allocate: returns uint8[n] of zeros that both CPU and device can access.
-
-    Raises:
-        UserError: the device is not a GPU.
+    `allocate` returns uint8[n] of zeros that both CPU and device can access.
     """
 
     held_bytes = 0
@@ -59,12 +52,10 @@ class UnifiedPager:
         """Do nothing, because the driver moves the pages."""
 
     def read(self, page: int) -> torch.Tensor:
-        """Return a copy of a page."""
         self._backend.synchronize()
         return self._pages[page].clone()
 
     def write(self, page: int, values: torch.Tensor) -> None:
-        """Replace a page by uint8[sizes[page]]."""
         self._backend.synchronize()
         self._pages[page].copy_(values)
 
@@ -72,7 +63,6 @@ class UnifiedPager:
         """Do nothing, because the driver decides."""
 
     def take_counts(self) -> PagingStats:
-        """Return zeros, because nothing is counted."""
         return PagingStats()
 
     def close(self) -> None:

@@ -36,22 +36,14 @@ from qlora_dist.shard_view import FlatShard, get_flat_shard
 class ZeroOptimizerState:
     """The optimizer states of a rank's shards and, with offload, fp32 copies of their values, held by DeepSpeed.
 
-    Args:
-        model: model sharded by `parallelize_zero3`. Its shards are moved into one tensor.
-        config: the section `optim`.
-        paging: the section `paging`: bytes that are moved at a time, and the folder of the files.
-        device: device of the shards.
-
-    Raises:
-        UserError: a folder for the files cannot be made.
+    The shards of the model, which `parallelize_zero3` made, are moved into one tensor. The section `paging` sets the
+    bytes that are moved at a time, and the folder of the files.
     """
 
     bits = 32
 
     def __init__(self, model: nn.Module, config: OptimConfig, paging: PagingConfig, device: torch.device) -> None:
-        self._folder: Path | None = None
-        if config.offload == "nvme":
-            self._folder = _make_swap_folder(paging)
+        self._folder = _make_swap_folder(paging) if config.offload == "nvme" else None
         named = [(name, get_flat_shard(parameter), parameter) for name, parameter in named_trainable_parameters(model)]
         self._shards = [shard for _, shard, _ in named if shard is not None]
         self._partitions = [
@@ -95,8 +87,7 @@ class ZeroOptimizerState:
         """Update all shards with AdamW.
 
         Args:
-            gradients: fp32[n] of each shard in the order of the model's parameters, summed over all ranks; None for an
-                empty shard.
+            gradients: fp32[n] of each shard in the model's order, summed over all ranks; None for an empty shard.
             lr: learning rate without LoRA+'s factor.
             steps: number of updates, this one included.
         """
@@ -157,13 +148,7 @@ class ZeroOptimizerState:
 
 
 class ZeroAdamW:
-    """DeepSpeed's optimizer with the interface of `PagedAdamW`.
-
-    Args:
-        shards: fp32 shards with values; their gradients are used at each step.
-        optimizer_state: states of these shards.
-        config: the section `optim`.
-    """
+    """DeepSpeed's optimizer of fp32 shards, which have values already, with the interface of `PagedAdamW`."""
 
     def __init__(
         self, shards: Sequence[nn.Parameter], optimizer_state: ZeroOptimizerState, config: OptimConfig
@@ -171,12 +156,10 @@ class ZeroAdamW:
         self.shards, self.optimizer_state = list(shards), optimizer_state
         self.lr = config.lr
         self.steps = 0
-        """Updates so far; AdamW's bias correction needs them."""
         optimizer_state.copy_values_from_shards()
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all shards by their gradients. The learning rate of each is `lr` times its factor."""
         self.steps += 1
         self.optimizer_state.update([shard.grad for shard in self.shards], self.lr, self.steps)
 

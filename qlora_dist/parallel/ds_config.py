@@ -16,12 +16,7 @@ _ADAM_STATE_BYTES = 8
 def ds_config(config: Config, layer_elements: int) -> dict[str, Any]:
     """Return DeepSpeed's JSON with every setting that matters, because the defaults are for models in 16 bit.
 
-    Args:
-        config: the run's configuration.
-        layer_elements: elements of the largest decoder layer. DeepSpeed counts a byte of 4-bit weights as an element.
-
-    Raises:
-        UserError: the run's engine is not DeepSpeed's.
+    `layer_elements` are those that `largest_layer_numel` counts. DeepSpeed counts a byte of 4-bit weights as one.
     """
     if config.parallel.engine != "zero3":
         raise UserError(f"parallel.engine: {config.parallel.engine} runs without DeepSpeed; give parallel.engine=zero3")
@@ -50,13 +45,7 @@ def ds_config(config: Config, layer_elements: int) -> dict[str, Any]:
 
 
 def zero_optimizer_settings(config: OptimConfig, paging: PagingConfig, *, pinned: bool) -> dict[str, Any]:
-    """Return the optimizer's settings within `zero_optimization`.
-
-    Args:
-        config: the section `optim`, with the name zero-adamw.
-        paging: the section `paging`.
-        pinned: whether a device reads and writes host memory.
-    """
+    """Return zero-adamw's settings within `zero_optimization`. Host memory is pinned if a device accesses it."""
     settings: dict[str, Any] = {"sub_group_size": paging.page_bytes // _ADAM_STATE_BYTES}
     if config.offload != "none":
         settings["offload_optimizer"] = {"device": config.offload, "pin_memory": pinned}

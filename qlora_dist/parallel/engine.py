@@ -12,16 +12,11 @@ from transformers import PreTrainedModel
 from qlora_dist.compat.deepspeed import check_async_io, check_deepspeed
 from qlora_dist.config.schema import Config
 from qlora_dist.parallel import fsdp2, zero2, zero3
-from qlora_dist.parallel.comm_counter import CommCounter
-from qlora_dist.parallel.mesh import Meshes
+from qlora_dist.parallel.mesh import CommCounter, Meshes
 
 
 def check_engine(config: Config, device: torch.device) -> None:
-    """Check that the engine, and the extensions that it compiles, are available, before a model is loaded.
-
-    Raises:
-        UserError: something is missing.
-    """
+    """Check that the engine, and the extensions that it compiles, are available, before a model is loaded."""
     if config.parallel.engine == "zero3":
         check_deepspeed()
         if config.optim.offload == "nvme":

@@ -16,35 +16,25 @@ from qlora_dist.compat.fsdp import MeshPlacement, observe_collectives, offload_f
 from qlora_dist.config.schema import Config
 from qlora_dist.model.meta_model import COMPUTE_DTYPES, get_decoder_layers
 from qlora_dist.parallel.activation_checkpointing import apply_ac_and_compile
-from qlora_dist.parallel.comm_counter import CommCounter
-from qlora_dist.parallel.mesh import Meshes
+from qlora_dist.parallel.mesh import CommCounter, Meshes
 
 
 def parallelize_fsdp2(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
-    """Compile, checkpoint and shard a model in place. On one rank, sharding changes nothing.
+    """Compile, checkpoint and shard a model in place, and return the counter of all bytes that it will communicate.
 
-    Args:
-        model: model on the meta device with its adapters attached.
-        meshes: meshes of base and adapters.
-        config: the configuration; of it `parallel`, `train.checkpointing`, `train.compile`, `model.compute_dtype`.
-
-    Returns:
-        The counter of all bytes that the model will communicate.
+    The model is on the meta device, with its adapters attached. On one rank, sharding changes nothing.
     """
     layers = list(get_decoder_layers(model))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-
     apply_ac_and_compile(layers, config.train)
-
     offload = config.parallel.offload == "base"
+    pinned = meshes.base.device_type == "cuda"
     options: dict[str, Any] = {
         "mesh": meshes.base,
         "shard_placement_fn": _shard_placement_fn(model, meshes),
         # bytes are not cast, because they are not of a floating dtype; gradients are summed in fp32
         "mp_policy": MixedPrecisionPolicy(COMPUTE_DTYPES[config.model.compute_dtype], torch.float32),
-        "offload_policy": CPUOffloadPolicy(pin_memory=meshes.base.device_type == "cuda")
-        if offload
-        else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
     }
     # embedding and head are separate units, because in the root they would stay gathered during the step
     units = [embedding, *layers, *([] if has_tied_head(model) else [head])]
@@ -56,10 +46,8 @@ def parallelize_fsdp2(model: PreTrainedModel, meshes: Meshes, config: Config) ->
     embedding.set_unshard_in_backward(False)
     if head in units:
         head.set_unshard_in_backward(False)
-
     if has_tied_head(model):
         embedding.register_forward_pre_hook(_keep_tied_weight_gathered)
-
     _prefetch(sharded[1 : 1 + len(layers)], config.parallel.prefetch)
 
     traffic = CommCounter()

@@ -1,4 +1,4 @@
-"""The adapters' gradients under ZeRO: whole until a window's last backward pass, then reduced to shards."""
+"""The adapters under ZeRO: gradients that are reduced to shards, and values that are rounded before gathering."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from qlora_dist.compat.torch import queue_after_backward
+from qlora_dist.compat.torch import foreach_copy_, queue_after_backward
 from qlora_dist.model.meta_model import get_decoder_layers
-from qlora_dist.parallel.comm_counter import CommCounter
-from qlora_dist.shard_view import get_flat_shard
+from qlora_dist.parallel.mesh import CommCounter
+from qlora_dist.shard_view import FlatShard, get_flat_shard
+
+
+@torch.no_grad()
+def update_gathered(shards: Sequence[FlatShard]) -> None:
+    """Round the values of shards to the type in which they are gathered, where the types differ."""
+    rounded = [shard for shard in shards if shard.gathered is not shard.padded]
+    if rounded:
+        foreach_copy_([shard.gathered for shard in rounded], [shard.padded for shard in rounded])
 
 
 def trainable_units(model: PreTrainedModel) -> list[list[nn.Parameter]]:
@@ -40,11 +48,8 @@ class GradientReducer:
     DeepSpeed's ZeRO-3 would reduce after every micro-batch. This reduces once per window, as FSDP2 does. Until then a
     rank has whole gradients of the adapters.
 
-    Args:
-        units: lists of trained parameters.
-        mesh: mesh of the adapters, 1-D or (replica, shard).
-        traffic: counter of the communicated bytes.
-        after_backward: called at the end of each backward pass; its argument says whether it was the window's last.
+    `mesh` is the adapters', 1-D or (replica, shard). `after_backward` is called at the end of each backward pass, and
+    its argument says whether it was the window's last.
     """
 
     def __init__(
@@ -121,14 +126,10 @@ class GradientReducer:
         if parts.shape[0] > 1:
             own = torch.empty_like(parts[0])
             dist.reduce_scatter_single(own, parts.view(-1), group=self._mesh.get_group(self._mesh.ndim - 1))
-            self._traffic.add("reduce_scatter", self._names[-1], parts.nbytes - own.nbytes)
+            assert self._mesh.mesh_dim_names is not None
+            self._traffic.add("reduce_scatter", self._mesh.mesh_dim_names[-1], parts.nbytes - own.nbytes)
         if self._mesh.ndim > 1:
             replicas = self._mesh.size(0)
             dist.all_reduce(own, group=self._mesh.get_group(0))
             self._traffic.add("all_reduce", "replica", 2 * own.nbytes * (replicas - 1) // replicas)
         return own
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        assert self._mesh.mesh_dim_names is not None
-        return self._mesh.mesh_dim_names

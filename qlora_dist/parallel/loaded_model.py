@@ -18,10 +18,9 @@ from qlora_dist.model.meta_model import LossModel, get_decoder_layers
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.optim.adapter_shards import AdapterShards, adapter_shard_numels
 from qlora_dist.optim.optimizer_state import PagedOptimizerState
-from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.deepspeed_optimizer import ZeroOptimizerState
 from qlora_dist.parallel.engine import parallelize
-from qlora_dist.parallel.mesh import Meshes, build_meshes, mesh_sizes
+from qlora_dist.parallel.mesh import CommCounter, Meshes, build_meshes, mesh_sizes
 from qlora_dist.parallel.paged_layers import PagedLayers
 from qlora_dist.parallel.static_bytes import check_static_bytes
 from qlora_dist.runtime.device_memory import free_memory_bytes
@@ -39,10 +38,8 @@ class ShardedModel:
     config: Config
     ranks: RankInfo
     device: torch.device
-    """Device that the weights are for."""
     meshes: Meshes
     traffic: CommCounter
-    """Counter of the bytes that the model communicates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +67,7 @@ class TrainableModel(LoadedModel):
 def shard_model(model: LossModel, config: Config, ranks: RankInfo, device: torch.device) -> ShardedModel:
     """Build the meshes, and cut a model in place with the engine that the configuration names. All ranks call this.
 
-    Args:
-        model: model on the meta device with its adapters attached.
-        config: the configuration; of it `model.compute_dtype`, `parallel`, `train`.
-        ranks: this process's rank and the number of ranks.
-        device: device of the weights.
+    The model is on the meta device, with its adapters attached. Its weights will be on `device`.
     """
     separate_groups = config.parallel.offload == "base"
     meshes = build_meshes(mesh_sizes(config.parallel, ranks), device.type, separate_groups=separate_groups)
@@ -92,16 +85,9 @@ def load_model(
 ) -> LoadedModel:
     """Give a sharded model its weights, and check that this rank holds no more than its share. All ranks call this.
 
-    Args:
-        sharded: the result of `shard_model`.
-        folder: the folder with the base's weights.
-        fill_adapter: sets the adapters' values once the base has its own; None: the values before training.
-        before_reading: called once memory is reserved, before the first read.
-        on_read: called after each read of this rank.
-
-    Raises:
-        UserError: there is no room for the layers of a paged base.
-        RuntimeError: the rank holds more than its share.
+    `fill_adapter` sets the adapters' values once the base has its own; without it they get those before training.
+    `before_reading` is called once memory is reserved, and `on_read` after each read of this rank. Too little room for
+    the layers of a paged base is a `UserError`.
     """
     model, config, device = sharded.model, sharded.config, sharded.device
     paged_layers = _make_paged_layers(sharded) if config.parallel.base == "paged" else None
@@ -143,23 +129,14 @@ def load_trainable_model(
     before_reading: Callable[[PagedLayers | None], None] | None = None,
     on_read: Callable[[ReadProgress], None] | None = None,
 ) -> TrainableModel:
-    """Reserve memory for the optimizer's states, then load the model as `load_model` does.
-
-    Raises:
-        UserError: there is no room for the optimizer's states, or for the layers of a paged base.
-        RuntimeError: the rank holds more than its share.
-    """
+    """Reserve memory for the optimizer's states, then load the model as `load_model` does."""
     optimizer_state = make_optimizer_state(sharded.model, sharded.config, sharded.device)
     loaded = load_model(sharded, folder, fill_adapter=fill_adapter, before_reading=before_reading, on_read=on_read)
     return TrainableModel(**vars(loaded), optimizer_state=optimizer_state, adapter_shards=AdapterShards(sharded.model))
 
 
 def make_optimizer_state(model: nn.Module, config: Config, device: torch.device) -> OptimizerState:
-    """Reserve memory for the optimizer's states of a sharded model.
-
-    Raises:
-        UserError: there is not enough memory.
-    """
+    """Reserve memory for the optimizer's states of a sharded model. Too little memory is a `UserError`."""
     if config.optim.name == "zero-adamw":
         return ZeroOptimizerState(model, config.optim, config.paging, device)
     return PagedOptimizerState(adapter_shard_numels(model), config.optim, config.paging, device)

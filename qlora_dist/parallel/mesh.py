@@ -1,7 +1,8 @@
-"""The device meshes of the frozen base and of the adapters."""
+"""The device meshes of the frozen base and of the adapters, and a counter of the bytes that go over them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -65,12 +66,34 @@ class Meshes:
         return self.adapter.ndim == 1 or self.adapter.get_local_rank(0) == 0
 
 
-def mesh_sizes(config: ParallelConfig, ranks: RankInfo) -> MeshSizes:
-    """Return the sizes of the meshes.
+class CommCounter:
+    """Bytes that this rank has received, by collective and mesh dimension. A ring sends as many as it receives."""
 
-    Raises:
-        UserError: the base's mesh does not divide the world, or nodes are unequal.
-    """
+    def __init__(self) -> None:
+        self.bytes: Counter[tuple[str, str]] = Counter()
+
+    def add(self, collective: str, dim: str, nbytes: int) -> None:
+        self.bytes[collective, dim] += nbytes
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+        """All-reduce over the world in place, counted as control traffic."""
+        world_size = dist.get_world_size()
+        if world_size > 1:
+            dist.all_reduce(tensor, op)
+            self.add("all_reduce", "control", 2 * tensor.nbytes * (world_size - 1) // world_size)
+        return tensor
+
+    def take(self) -> dict[str, int]:
+        """Return the bytes by mesh dimension since the last call, and reset the counter."""
+        by_dim: Counter[str] = Counter()
+        for (_, dim), nbytes in self.bytes.items():
+            by_dim[dim] += nbytes
+        self.bytes.clear()
+        return dict(by_dim)
+
+
+def mesh_sizes(config: ParallelConfig, ranks: RankInfo) -> MeshSizes:
+    """Return the sizes of the meshes. A mesh that does not divide the world, or unequal nodes, are a `UserError`."""
     world, node = ranks.world_size, ranks.local_world_size
     by_node = {"node", "paged"} & {config.base, config.adapter}
     if by_node and world % node:
@@ -87,10 +110,7 @@ def mesh_sizes(config: ParallelConfig, ranks: RankInfo) -> MeshSizes:
 def build_meshes(sizes: MeshSizes, device_type: str, *, separate_groups: bool = False) -> Meshes:
     """Build the meshes and their process groups. All ranks call this.
 
-    Args:
-        sizes: result of `mesh_sizes`.
-        device_type: `cpu` or `cuda`.
-        separate_groups: give base and adapters a group each, even if the same ranks share both.
+    With `separate_groups`, base and adapters have a group each, even if the same ranks share both.
     """
     world = init_device_mesh(device_type, (sizes.world_size,), mesh_dim_names=("world",))
     if sizes.base_shards == sizes.world_size:

@@ -45,9 +45,6 @@ class PagedLayers:
             there is no store.
         free_bytes: free bytes of the device before loading.
         paging: the section `paging`.
-
-    Raises:
-        UserError: `resident_bytes` is less than two layers, or the store has no room.
     """
 
     def __init__(
@@ -90,14 +87,12 @@ class PagedLayers:
         return self.pager.held_bytes
 
     def sentence(self) -> str:
-        """Return how many layers stay on the device, as a line of the console."""
         count, paged = len(self.pager.sizes), len(self.pager.paged)
         if not paged:
             return f"paging: room for all {count} layers; nothing is fetched"
         return f"paging: {count - paged} of {count} layers stay, {paged} are fetched whenever they are used"
 
     def __contains__(self, name: str) -> bool:
-        """Return whether the parameter of that name is in a page."""
         return name in self._locations
 
     def write(self, name: str, first: int, values: torch.Tensor) -> None:

@@ -32,7 +32,7 @@ def check_static_bytes(model: nn.Module, sizes: MeshSizes, paged_bytes: int = 0,
         Bytes that this rank holds, pages included.
 
     Raises:
-        RuntimeError: the rank holds more; the message names the largest offenders. This is a bug of this package.
+        RuntimeError: the rank holds more, which is a bug of this package.
     """
     share, padding = 0.0, 0.0
     excess: dict[str, float] = {}
@@ -84,9 +84,8 @@ def _shards(parameter: nn.Parameter) -> list[torch.Tensor]:
     flat = get_flat_shard(parameter)
     if flat is None:
         return [parameter]
-    if flat.full is not None:
-        return [] if flat.gathered is flat.padded else [flat.padded]
-    return [flat.padded] if flat.gathered is flat.padded else [flat.padded, flat.gathered]
+    gathered = [flat.gathered] if flat.full is None else []
+    return gathered if flat.gathered is flat.padded else [flat.padded, *gathered]
 
 
 def _replicated_bytes(parameter: nn.Parameter) -> int:
@@ -96,8 +95,7 @@ def _replicated_bytes(parameter: nn.Parameter) -> int:
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
 def _num_rows(parameter: torch.Tensor) -> int:

@@ -18,23 +18,15 @@ from qlora_dist.compat.transformers import mark_initialized
 from qlora_dist.config.schema import Config
 from qlora_dist.model.meta_model import COMPUTE_DTYPES, get_decoder_layers
 from qlora_dist.parallel.activation_checkpointing import apply_ac_and_compile
-from qlora_dist.parallel.comm_counter import CommCounter
-from qlora_dist.parallel.gathered_type import update_gathered
-from qlora_dist.parallel.gradient_reducer import GradientReducer, trainable_units
-from qlora_dist.parallel.mesh import Meshes
+from qlora_dist.parallel.gradient_reducer import GradientReducer, trainable_units, update_gathered
+from qlora_dist.parallel.mesh import CommCounter, Meshes
 from qlora_dist.shard_view import FlatShard, get_flat_shard, set_flat_shard
 
 
 def parallelize_zero2(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
-    """Compile and checkpoint a model in place, and shard its adapters' gradients and updates.
+    """Compile and checkpoint a model in place, and shard its adapters' gradients and updates; see `parallelize_fsdp2`.
 
-    Args:
-        model: model on the meta device with its adapters attached.
-        meshes: meshes of base and adapters; the base is whole on each rank.
-        config: the configuration; of it `train` and `model.compute_dtype`.
-
-    Returns:
-        The counter of all bytes that the model will communicate.
+    The base is whole on each rank.
     """
     layers = list(get_decoder_layers(model))
     apply_ac_and_compile(layers, config.train)

@@ -15,33 +15,22 @@ from qlora_dist.compat.torch import module_parameters
 from qlora_dist.config.schema import Config
 from qlora_dist.model.meta_model import COMPUTE_DTYPES, get_decoder_layers
 from qlora_dist.parallel.activation_checkpointing import apply_ac_and_compile
-from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.ds_config import ds_config
-from qlora_dist.parallel.gathered_type import update_gathered
-from qlora_dist.parallel.gradient_reducer import GradientReducer, trainable_units
-from qlora_dist.parallel.mesh import Meshes
+from qlora_dist.parallel.gradient_reducer import GradientReducer, trainable_units, update_gathered
+from qlora_dist.parallel.mesh import CommCounter, Meshes
 from qlora_dist.shard_view import FlatShard, full_shape, get_flat_shard
 
 
 def parallelize_zero3(model: PreTrainedModel, meshes: Meshes, config: Config) -> CommCounter:
-    """Compile, checkpoint and shard a model in place with ZeRO-3.
+    """Compile, checkpoint and shard a model in place with ZeRO-3; see `parallelize_fsdp2`.
 
     The frozen base is sharded over one group of ranks, and the adapters over another. Every rank allocates its parts,
     and `load_weights` sets their values. The model then has FSDP2's methods: `unshard` and `reshard` of the layers, and
     `set_requires_gradient_sync` of the model.
-
-    Args:
-        model: model on the meta device with its adapters attached.
-        meshes: meshes of base and adapters.
-        config: the configuration; of it `parallel`, `train` and `model.compute_dtype`.
-
-    Returns:
-        The counter of all bytes that the model will communicate.
     """
     layers = list(get_decoder_layers(model))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     apply_ac_and_compile(layers, config.train)
-
     traffic = CommCounter()
     partitioner = Partitioner(meshes.device, _count_all_gathers(traffic, meshes))
     _partition_parameters(model, meshes, config, partitioner)

@@ -2,7 +2,7 @@
 
 The trace checks a plan independently of the formulas. It runs `set_up_model`, `parallelize_fsdp2` and `train_step`
 under torch's FakeTensorMode, on the only rank of a fake process group of any size. All allocations
-(`trace/live_memory.py`) and all collectives (`parallel/comm_counter.py`) of that rank are counted.
+(`trace/live_memory.py`) and all collectives (`parallel/mesh.py`) of that rank are counted.
 
 Only enough layers are traced to see first, last and middle ones. The bytes of each phase, and the bytes sent, are
 linear functions of the number of layers, so they are extrapolated. The peak is the largest value for the whole model.
@@ -52,8 +52,8 @@ from qlora_dist.optim.adamw_kernels import state_code_tables
 from qlora_dist.optim.adapter_shards import AdapterShards, adapter_shard_numels
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.optimizer_state import PagedOptimizerState
-from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.loaded_model import shard_model
+from qlora_dist.parallel.mesh import CommCounter
 from qlora_dist.plan.phase_memory import StepPhase
 from qlora_dist.plan.run_spec import check_equal_nodes
 from qlora_dist.runtime.environment import RankInfo

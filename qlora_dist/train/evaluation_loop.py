@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
-from qlora_dist.parallel.comm_counter import CommCounter
+from qlora_dist.parallel.mesh import CommCounter
 from qlora_dist.runtime.heartbeat import record_heartbeat
 
 

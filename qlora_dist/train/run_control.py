@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from qlora_dist.parallel.comm_counter import CommCounter
+from qlora_dist.parallel.mesh import CommCounter
 from qlora_dist.train.control_flags import ControlFlags
 from qlora_dist.train.run_checkpointer import RunCheckpointer
 from qlora_dist.train.stop_requests import StopRequests

@@ -38,7 +38,7 @@ from qlora_dist.model.attention import check_packing_support
 from qlora_dist.model.meta_model import LossModel, build_meta_model, causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.nf4.experts import NF4Experts
-from qlora_dist.parallel.compile import check_compiler
+from qlora_dist.parallel.activation_checkpointing import check_compiler
 from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
 from qlora_dist.runtime.environment import RankInfo

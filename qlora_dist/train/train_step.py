@@ -16,9 +16,9 @@ from qlora_dist.errors import UserError
 from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.adapter_shards import AdapterShards
 from qlora_dist.optim.loss_scale import LossScale
-from qlora_dist.parallel.comm_counter import CommCounter
 from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer, ZeroAdamW, ZeroOptimizerState
 from qlora_dist.parallel.loaded_model import OptimizerState
+from qlora_dist.parallel.mesh import CommCounter
 from qlora_dist.runtime.device_memory import memory_budget_bytes
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.train.control_flags import ControlFlags

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
 
 from qlora_dist.config.schema import Config
 from qlora_dist.data.collate import Batch
@@ -13,6 +16,11 @@ from qlora_dist.runtime.process_group import process_group
 from qlora_dist.trace.live_memory import LayerPhase
 from qlora_dist.trace.trace_step import record_peaks
 from qlora_dist.train.run_setup import set_up_model
+
+
+def gathered_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Return the bytes of ZeRO-3's parameters that are gathered at this moment."""
+    return sum(parameter.untyped_storage().nbytes() for parameter in parameters)
 
 
 def measure_step(config: Config) -> tuple[int, dict[LayerPhase, int], dict[str, int]]:

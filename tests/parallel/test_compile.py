@@ -10,7 +10,7 @@ import torch._inductor.config as inductor
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.parallel.compile import check_compiler
+from qlora_dist.parallel.activation_checkpointing import check_compiler
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import tiny_models

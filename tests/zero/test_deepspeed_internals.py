@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qlora_dist.compat.deepspeed import Partitioner, gather_parameters, gathered_bytes, release_parameters
+from qlora_dist.compat.deepspeed import Partitioner, gather_parameters, release_parameters
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.shard_view import full_shape, full_tensor, get_flat_shard, local_slice
+from tests.helpers.measured_step import gathered_bytes
 from tests.helpers.ranks import run_ranks
 
 SHAPES = {"0.weight": (5, 7), "0.bias": (5,), "1.weight": (3, 5), "1.bias": (3,)}

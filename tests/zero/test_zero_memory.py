@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_dist.compat.deepspeed import gathered_bytes
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.data.dataloader import TrainDataLoader
@@ -23,6 +22,7 @@ from qlora_dist.shard_view import full_shape, full_tensor, local_tensor_and_offs
 from qlora_dist.train.evaluation_loop import evaluate_model
 from qlora_dist.train.run_setup import set_up_run
 from tests.helpers import tiny_models
+from tests.helpers.measured_step import gathered_bytes
 from tests.helpers.ranks import run_ranks
 
 
