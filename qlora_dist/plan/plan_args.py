@@ -39,7 +39,6 @@ class PlanArgs:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks of all nodes together."""
         return self.gpus * self.nodes
 
     @property
