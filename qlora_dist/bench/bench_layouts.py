@@ -45,17 +45,14 @@ class BenchCase:
 
     @property
     def label(self) -> str:
-        """Label of the case in messages."""
         return layout_label(self.layout, self.ranks)
 
     @property
     def name(self) -> str:
-        """Name of its runs."""
         return f"{self.layout}-{self.ranks}"
 
 
 def layout_label(layout: str, ranks: int) -> str:
-    """Return the label of a layout in messages."""
     return f"{layout} on {ranks} {'rank' if ranks == 1 else 'ranks'}"
 
 
@@ -141,12 +138,6 @@ def make_bench_cases(
     config: Config, names: Sequence[str], ranks: Sequence[int], sizes: ModelBytes
 ) -> tuple[list[BenchCase], list[SkippedLayout]]:
     """Make the cases of some layouts on some numbers of ranks.
-
-    Args:
-        config: common configuration of all cases.
-        names: names of layouts.
-        ranks: numbers of ranks.
-        sizes: bytes of the model.
 
     Returns:
         The cases, and the layouts that do not exist on a number of ranks.

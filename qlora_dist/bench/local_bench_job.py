@@ -26,9 +26,7 @@ def threads_per_rank(ranks: int) -> int:
 def run_local_job(case: BenchCase, folder: Path) -> RunFiles:
     """Train in one process or on torchrun's ranks, and read the run's files.
 
-    Args:
-        case: layout whose configuration has a `run.dir` below `folder`.
-        folder: folder for the configuration and the log.
+    The configuration and the log are written into `folder`, and its `run.dir` is below.
 
     Raises:
         UserError: the run reported a user's error.

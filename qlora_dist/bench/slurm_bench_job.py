@@ -67,10 +67,6 @@ class SlurmPlacement:
 def split_into_nodes(ranks: int, max_ranks_per_node: int) -> tuple[int, int]:
     """Return the number of nodes, and of ranks on each.
 
-    Args:
-        ranks: ranks of all nodes together.
-        max_ranks_per_node: largest number of ranks on a node.
-
     Raises:
         UserError: the ranks need several nodes, which would be unequal.
     """
@@ -104,11 +100,6 @@ def check_slurm_cases(cases: Sequence[BenchCase], placement: SlurmPlacement) -> 
 
 def run_slurm_job(case: BenchCase, placement: SlurmPlacement, console: Console) -> RunFiles:
     """Submit a layout's job, wait for its end, and read the run's files. If the wait is interrupted, cancel the job.
-
-    Args:
-        case: layout whose configuration has a `run.dir` that all nodes see.
-        placement: the cluster.
-        console: console for the job's states.
 
     Raises:
         UserError: the job did not finish its run.
@@ -209,9 +200,8 @@ def _signals_to_exit() -> Iterator[None]:
     def end(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    numbers = [
-        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN
-    ]  # ignored under nohup
+    # nohup ignores them
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield

@@ -47,10 +47,6 @@ def print_trace_comparison(plan: TrainingPlan, traced: StepTrace, console: Conso
     for heading in ("formula", "trace", "difference"):
         table.add_column(heading, justify="right")
     for name, formula, traced_bytes in rows:
-        table.add_row(
-            name,
-            format_gib(formula),
-            format_gib(traced_bytes),
-            f"{100 * (formula / traced_bytes - 1) if traced_bytes else 0.0:+.2f} %",
-        )
+        difference = 100 * (formula / traced_bytes - 1) if traced_bytes else 0.0
+        table.add_row(name, format_gib(formula), format_gib(traced_bytes), f"{difference:+.2f} %")
     console.print(table)

@@ -83,12 +83,10 @@ class StepTrace:
 
     @property
     def static_bytes(self) -> int:
-        """Bytes held between steps."""
         return self.weights_bytes + self.moments_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """Peak of live bytes over the step."""
         return max(self.phases.values())
 
 
@@ -202,14 +200,7 @@ def _peaks_by_edge_index(traced: PartialTrace, edges: tuple[int, int]) -> dict[L
 def trace_checkpoint(
     config: Config, folder: ModelFolder, world_size: int, nodes: int = 1, device: TracedDevice = "cuda"
 ) -> PartialTrace:
-    """Trace a step of all layers of a model.
-
-    Args:
-        config: configuration of the run.
-        folder: folder of the model, with or without weights.
-        world_size: ranks of all nodes together.
-        nodes: number of nodes, which have equally many ranks.
-        device: kind of device whose path through attention is traced.
+    """Trace a step of all layers of a model, whose folder need not hold weights.
 
     Raises:
         UserError: `trace_step` cannot trace the run.
