@@ -106,11 +106,7 @@ _SINGLE_RANK_LAYOUT = "single-paged"
 
 
 def parse_layout_names(text: str) -> list[str]:
-    """Return the layouts that `--compare` names.
-
-    Raises:
-        UserError: no layout has one of the names.
-    """
+    """Return the layouts that `--compare` names."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise UserError(f"--compare: names no layout; give some of {', '.join(LAYOUTS)}")
@@ -123,11 +119,7 @@ def parse_layout_names(text: str) -> list[str]:
 
 
 def parse_rank_counts(text: str) -> list[int]:
-    """Return the sorted numbers of `--ranks`.
-
-    Raises:
-        UserError: one of them is not a positive number.
-    """
+    """Return the sorted numbers of `--ranks`."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise UserError(f"--ranks: {text}: should be numbers of ranks such as 1,2,4")

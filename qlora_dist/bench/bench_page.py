@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.bench.bench_result import BenchResult
+from qlora_dist.bench.bench_result import BenchResult, Spread
 from qlora_dist.bench.bench_table import (
     STEP_SPLIT_NOTE,
     bench_table_rows,
@@ -69,25 +69,27 @@ def render_bench_page(result: BenchResult) -> str:
 
 
 def _plot_throughput(axis: Any, result: BenchResult) -> None:
-    spreads = [figures.tokens_per_s for figures in result.layouts]
-    medians = [spread.median for spread in spreads]
-    below = [spread.median - spread.least for spread in spreads]
-    above = [spread.most - spread.median for spread in spreads]
-    axis.bar(range(len(medians)), medians, yerr=[below, above], capsize=3)
+    medians, yerr = _error_bars([figures.tokens_per_s for figures in result.layouts])
+    axis.bar(range(len(medians)), medians, yerr=yerr, capsize=3)
     _label_axis(axis, result, "throughput: median, least and most", "tokens/s, all ranks")
 
 
 def _plot_scaling(axis: Any, result: BenchResult) -> None:
     for layout in dict.fromkeys(figures.layout for figures in result.layouts):
-        points = [(f.ranks, f.tokens_per_s) for f in result.layouts if f.layout == layout]
-        x, medians = [ranks for ranks, _ in points], [spread.median for _, spread in points]
-        below = [spread.median - spread.least for _, spread in points]
-        above = [spread.most - spread.median for _, spread in points]
-        axis.errorbar(x, medians, yerr=[below, above], marker="o", markersize=4, capsize=3, label=layout)
+        figures = [f for f in result.layouts if f.layout == layout]
+        medians, yerr = _error_bars([f.tokens_per_s for f in figures])
+        x = [f.ranks for f in figures]
+        axis.errorbar(x, medians, yerr=yerr, marker="o", markersize=4, capsize=3, label=layout)
     axis.set(title="throughput against ranks", xlabel="ranks", ylabel="tokens/s, all ranks", ylim=(0, None))
     axis.set_xticks(sorted({figures.ranks for figures in result.layouts}))
     axis.grid(alpha=0.3)
     axis.legend()
+
+
+def _error_bars(spreads: Sequence[Spread]) -> tuple[list[float], list[list[float]]]:
+    """Return the medians, and the distances below and above them."""
+    medians = [spread.median for spread in spreads]
+    return medians, [[s.median - s.least for s in spreads], [s.most - s.median for s in spreads]]
 
 
 def _plot_step_split(axis: Any, result: BenchResult) -> None:

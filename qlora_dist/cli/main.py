@@ -307,7 +307,7 @@ def bench(
 
     from rich.console import Console
 
-    from qlora_dist.bench.slurm_bench_job import SlurmPlacement
+    from qlora_dist.bench.bench_job import SlurmPlacement
     from qlora_dist.cli.bench_command import BenchArgs
     from qlora_dist.cli.bench_command import run_bench as compare_layouts
 

@@ -81,11 +81,7 @@ class Hardware(ConfigSection):
 
 
 def load_hardware(user_file: Path | None = None) -> Hardware:
-    """Return the package's hardware, with the entries that a user's file adds or replaces.
-
-    Raises:
-        UserError: `user_file` has a mistake.
-    """
+    """Return the package's hardware, with the entries that a user's file adds or replaces."""
     known = load_yaml_config(Path(__file__).with_name("gpus.yaml"), Hardware)
     if user_file is None:
         return known

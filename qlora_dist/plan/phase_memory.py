@@ -53,7 +53,7 @@ class UnitGatherMemory:
         return self.buffer_bytes if self.has_one_group else self.adapter_buffer_bytes
 
     def peak_during_gather(self, previous_buffer_bytes: int) -> int:
-        """Return the peak while buffers are copied out in forward and the previous unit's buffers still exist."""
+        """Return the peak bytes while buffers are copied out in forward and the previous unit's buffers still exist."""
         last_group = self.buffer_bytes + self.unsharded_bytes + self.column_sharded_bytes
         if self.has_one_group:
             return previous_buffer_bytes + last_group

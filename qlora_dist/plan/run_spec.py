@@ -73,15 +73,7 @@ def make_run_spec(
     device: Literal["cuda", "cpu"] = "cuda",
     model_spec: ModelSpec | None = None,
 ) -> RunSpec:
-    """Return the inputs of the formulas for a configuration.
-
-    Args:
-        config: configuration of the run.
-        model_config: content of the model's config.json.
-        world_size: ranks of all nodes together.
-        nodes: number of nodes.
-        device: kind of device that the ranks compute on.
-        model_spec: result of `make_model_spec`; None to compute it here.
+    """Return the inputs of the formulas for a configuration. Without `model_spec`, it is made from `model_config`.
 
     Raises:
         UserError: the engine is not FSDP2, a mesh does not divide the world, the nodes are unequal, or the architecture

@@ -16,11 +16,7 @@ from qlora_dist.trace.trace_step import StepTrace, trace_step
 
 
 def trace_plan(plan: TrainingPlan, config: Config, model_config: Mapping[str, Any]) -> StepTrace:
-    """Trace a plan's run, with as many moments on the device as in the plan.
-
-    Raises:
-        UserError: `trace_step` cannot trace the run.
-    """
+    """Trace a plan's run, with as many moments on the device as in the plan."""
     traced = trace_step(config, model_config, plan.run.shard_counts.world_size, plan.run.nodes)
     resident_bytes = min(plan.memory.static["moments"], traced.moments_bytes)
     paged = traced.moments_bytes - resident_bytes
