@@ -37,8 +37,8 @@ def test_ranks_fill_nodes(ranks: int, most: int) -> None:
     ("args", "sentence"),
     [
         (["--on", "slurm"], "--on slurm needs --cluster, a file such as configs/clusters/slurm.yaml"),
-        (["--cluster", "{cluster}"], "bench: --cluster and --ranks-per-node are of jobs; add --on slurm"),
-        (["--ranks-per-node", "2"], "bench: --cluster and --ranks-per-node are of jobs; add --on slurm"),
+        (["--cluster", "{cluster}"], "bench: --cluster and --ranks-per-node apply to jobs; add --on slurm"),
+        (["--ranks-per-node", "2"], "bench: --cluster and --ranks-per-node apply to jobs; add --on slurm"),
         (["--on", "slurm", "--cluster", "{cluster}", "--ranks", "3"], "--ranks: 3 cannot be split into nodes of 2"),
         (
             ["--on", "slurm", "--cluster", "{cluster}", "--ranks-per-node", "4"],
