@@ -45,17 +45,14 @@ class BenchCase:
 
     @property
     def label(self) -> str:
-        """Label of the case in messages."""
         return layout_label(self.layout, self.ranks)
 
     @property
     def name(self) -> str:
-        """Name of its runs."""
         return f"{self.layout}-{self.ranks}"
 
 
 def layout_label(layout: str, ranks: int) -> str:
-    """Return the label of a layout in messages."""
     return f"{layout} on {ranks} {'rank' if ranks == 1 else 'ranks'}"
 
 
@@ -109,11 +106,7 @@ _SINGLE_RANK_LAYOUT = "single-paged"
 
 
 def parse_layout_names(text: str) -> list[str]:
-    """Return the layouts that `--compare` names.
-
-    Raises:
-        UserError: no layout has one of the names.
-    """
+    """Return the layouts that `--compare` names."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise UserError(f"--compare: names no layout; give some of {', '.join(LAYOUTS)}")
@@ -126,11 +119,7 @@ def parse_layout_names(text: str) -> list[str]:
 
 
 def parse_rank_counts(text: str) -> list[int]:
-    """Return the sorted numbers of `--ranks`.
-
-    Raises:
-        UserError: one of them is not a positive number.
-    """
+    """Return the sorted numbers of `--ranks`."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise UserError(f"--ranks: {text}: should be numbers of ranks such as 1,2,4")
@@ -141,12 +130,6 @@ def make_bench_cases(
     config: Config, names: Sequence[str], ranks: Sequence[int], sizes: ModelBytes
 ) -> tuple[list[BenchCase], list[SkippedLayout]]:
     """Make the cases of some layouts on some numbers of ranks.
-
-    Args:
-        config: common configuration of all cases.
-        names: names of layouts.
-        ranks: numbers of ranks.
-        sizes: bytes of the model.
 
     Returns:
         The cases, and the layouts that do not exist on a number of ranks.

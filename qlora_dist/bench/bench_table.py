@@ -46,7 +46,6 @@ def bench_table_rows(result: BenchResult) -> list[tuple[str, list[str]]]:
 
 
 def layout_labels(result: BenchResult) -> list[str]:
-    """Return the headings of the layouts' columns."""
     return [f"{f.layout}, {f.ranks} {'rank' if f.ranks == 1 else 'ranks'}" for f in result.layouts]
 
 

@@ -82,12 +82,7 @@ def compare_losses(reference: str, compute_dtype: str, layouts: Sequence[LayoutR
 
 
 def bench_machine_of_run(run: RunFiles, date: str) -> BenchMachine:
-    """Return the machine of a run's rank 0, which may differ from this one.
-
-    Args:
-        run: first run of the benchmark.
-        date: date and time at which the benchmark began.
-    """
+    """Return the machine of a run's rank 0, which may differ from this one."""
     fields = {key: value for key, value in run.process["machine"].items() if key != "threads"}
     return BenchMachine(date=date, links_bytes_per_s=_links() if fields["device"] == "cpu" else {}, **fields)
 

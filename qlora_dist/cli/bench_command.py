@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qlora_dist.bench.bench_job import SlurmPlacement, check_slurm_cases, run_local_job, run_slurm_job
 from qlora_dist.bench.bench_layouts import (
     BenchCase,
     count_model_bytes,
@@ -17,7 +18,7 @@ from qlora_dist.bench.bench_layouts import (
     parse_layout_names,
     parse_rank_counts,
 )
-from qlora_dist.bench.bench_page import render_bench_page
+from qlora_dist.bench.bench_page import render_bench_page, save_bench_plots
 from qlora_dist.bench.bench_result import BenchResult
 from qlora_dist.bench.bench_table import (
     bench_markdown,
@@ -26,9 +27,6 @@ from qlora_dist.bench.bench_table import (
     skipped_layout_message,
 )
 from qlora_dist.bench.layout_figures import bench_machine_of_run, compare_losses, step_losses, summarize_layout
-from qlora_dist.bench.local_bench_job import run_local_job
-from qlora_dist.bench.plot_bench import save_bench_plots
-from qlora_dist.bench.slurm_bench_job import SlurmPlacement, check_slurm_cases, run_slurm_job
 from qlora_dist.config.config_file import apply_changes
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError

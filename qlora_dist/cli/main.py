@@ -311,7 +311,7 @@ def bench(
 
     from rich.console import Console
 
-    from qlora_dist.bench.slurm_bench_job import SlurmPlacement
+    from qlora_dist.bench.bench_job import SlurmPlacement
     from qlora_dist.cli.bench_command import BenchArgs, run_bench
 
     bench_args = BenchArgs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 FindingStatus = Literal["ok", "warn", "fail"]
@@ -13,8 +13,8 @@ _SEVERITY: dict[FindingStatus, int] = {"ok": 0, "warn": 1, "fail": 2}
 class Finding:
     """Result of one check."""
 
-    check: str
-    status: FindingStatus
+    check: str = field(kw_only=False)
+    status: FindingStatus = field(kw_only=False)
     said: str
     remedy: str = ""
     """Remedy for the user; empty if the status is ok."""
@@ -31,11 +31,7 @@ def worst_finding(findings: list[Finding]) -> Finding:
 
 
 def merge_findings(by_node: dict[str, list[Finding]]) -> list[Finding]:
-    """Merge equal findings of all nodes into one, and add the nodes' names where they differ.
-
-    Args:
-        by_node: findings of each node, with the same checks in the same order.
-    """
+    """Merge equal findings of nodes, whose checks are in one order, and add the nodes' names where they differ."""
     result: list[Finding] = []
     for findings in zip(*by_node.values(), strict=True):
         groups: dict[tuple[str, str], list[str]] = {}
@@ -46,13 +42,11 @@ def merge_findings(by_node: dict[str, list[Finding]]) -> list[Finding]:
             first = findings[list(by_node).index(nodes[0])]
             message = first.said
             if len(groups) > 1 and first.status != "ok":
-                message = f"{_names(nodes)}: {message}"
+                names = nodes if len(nodes) < 5 else nodes[:3]
+                more = f" and {len(nodes) - 3} more" if len(nodes) > 4 else ""
+                message = f"{', '.join(names)}{more}: {message}"
             elif any(finding.said != message for finding in findings if finding.status == "ok"):
                 others = f"; {len(nodes) - 1} more fine" if len(nodes) > 1 else ""
                 message = f"{nodes[0]}: {message}{others}"
             result.append(replace(first, said=message))
     return result
-
-
-def _names(nodes: list[str]) -> str:
-    return ", ".join(nodes) if len(nodes) < 5 else f"{', '.join(nodes[:3])} and {len(nodes) - 3} more"

@@ -27,12 +27,7 @@ _REPEATS = 5
 
 
 def check_peer_host_names(nodes: list[str], ranks: RankInfo) -> Finding:
-    """Check that every node resolves every other node's name.
-
-    Args:
-        nodes: host names, in the order of ranks.
-        ranks: rank information of this process.
-    """
+    """Check that every node resolves every other node's name. `nodes` are host names in the order of ranks."""
     unknown = []
     if ranks.local_rank == 0:
         for name in nodes:
@@ -44,12 +39,9 @@ def check_peer_host_names(nodes: list[str], ranks: RankInfo) -> Finding:
     bad = [f"{node} cannot resolve {', '.join(names)}" for node, names in by_rank if names]
     if bad:
         return Finding(
-            check="names",
-            status="fail",
-            said="; ".join(bad),
-            remedy="add them to the DNS, or to /etc/hosts of each node",
+            "names", "fail", said="; ".join(bad), remedy="add them to the DNS, or to /etc/hosts of each node"
         )
-    return Finding(check="names", status="ok", said=f"the {len(nodes)} nodes resolve each other's names")
+    return Finding("names", "ok", said=f"the {len(nodes)} nodes resolve each other's names")
 
 
 def check_peer_ports(nodes: list[str], ranks: RankInfo) -> Finding:
@@ -71,8 +63,8 @@ def check_peer_ports(nodes: list[str], ranks: RankInfo) -> Finding:
         bad = [text for text in all_gather_json(refused) if text]
     if bad:
         remedy = "open all ports between the nodes, or name the right network in GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
-        return Finding(check="ports", status="fail", said="; ".join(bad), remedy=remedy)
-    return Finding(check="ports", status="ok", said="each node reaches the next")
+        return Finding("ports", "fail", said="; ".join(bad), remedy=remedy)
+    return Finding("ports", "ok", said="each node reaches the next")
 
 
 def check_shared_run_folder(nodes: list[str], ranks: RankInfo, folder: Path) -> Finding:
@@ -81,16 +73,12 @@ def check_shared_run_folder(nodes: list[str], ranks: RankInfo, folder: Path) -> 
     sharing = probe_shared_folder(existing)
     if sharing.failure is not None:
         message = f"rank 0 cannot write {existing} ({sharing.failure})"
-        return Finding(check="shared folder", status="fail", said=message, remedy="name another folder in run.dir")
-    nodes_without_file = [
-        name for index, name in enumerate(nodes) if index * ranks.local_world_size in sharing.blind_ranks
-    ]
-    if nodes_without_file:
-        message = f"{existing} of {nodes[0]} is not seen by {', '.join(nodes_without_file)}"
-        return Finding(
-            check="shared folder", status="fail", said=message, remedy="name a folder that all nodes share in run.dir"
-        )
-    return Finding(check="shared folder", status="ok", said=f"what {nodes[0]} writes in {existing} is seen by all")
+        return Finding("shared folder", "fail", said=message, remedy="name another folder in run.dir")
+    blind = [name for index, name in enumerate(nodes) if index * ranks.local_world_size in sharing.blind_ranks]
+    if blind:
+        message = f"{existing} of {nodes[0]} is not seen by {', '.join(blind)}"
+        return Finding("shared folder", "fail", said=message, remedy="name a folder that all nodes share in run.dir")
+    return Finding("shared folder", "ok", said=f"what {nodes[0]} writes in {existing} is seen by all")
 
 
 def check_clocks(nodes: list[str], ranks: RankInfo) -> Finding:
@@ -111,19 +99,10 @@ def check_clocks(nodes: list[str], ranks: RankInfo) -> Finding:
     values = {"skew_s": dict(zip(nodes, skews_s, strict=True))}
     if abs(skews_s[worst]) > _SKEW_S:
         message = f"that of {nodes[worst]} is {abs(skews_s[worst]):.1f} s {'ahead' if skews_s[worst] > 0 else 'behind'}"
-        return Finding(
-            check="clocks",
-            status="warn",
-            said=message,
-            remedy="let the nodes set their clocks (chrony, ntpd)",
-            values=values,
-        )
-    return Finding(
-        check="clocks",
-        status="ok",
-        said=f"within {max(map(abs, skews_s)) * 1000:.1f} ms of {nodes[0]}'s",
-        values=values,
-    )
+        remedy = "let the nodes set their clocks (chrony, ntpd)"
+        return Finding("clocks", "warn", said=message, remedy=remedy, values=values)
+    message = f"within {abs(skews_s[worst]) * 1000:.1f} ms of {nodes[0]}'s"
+    return Finding("clocks", "ok", said=message, values=values)
 
 
 def _measure_clock_skew() -> tuple[float, float]:
@@ -173,7 +152,7 @@ def _bandwidth(name: str, mesh: DeviceMesh | None, ranks: RankInfo, device: torc
         speeds[collective] = received / seconds
     message = ", ".join(f"{collective} {_speed(speed)}" for collective, speed in speeds.items())
     values = {f"{collective}_bytes_per_s": speed for collective, speed in speeds.items()}
-    return Finding(check=f"bandwidth {name}", status="ok", said=f"{size} ranks: {message}", values=values)
+    return Finding(f"bandwidth {name}", "ok", said=f"{size} ranks: {message}", values=values)
 
 
 def _collective(

@@ -27,13 +27,7 @@ _GIB = 2**30
 
 
 def check_node(ranks: RankInfo, device: torch.device, folder: Path) -> list[Finding]:
-    """Run all checks of this node, in a fixed order.
-
-    Args:
-        ranks: rank information of this process.
-        device: this rank's device.
-        folder: folder of all runs.
-    """
+    """Run all checks of this node, in a fixed order. `folder` is the folder of all runs."""
     on_device = [check_free_memory(device), check_compute_type(device), check_dequantize_kernel(device)]
     return [check_libraries(), check_devices(ranks), *on_device, check_free_disk(folder), check_own_host_name()]
 
@@ -52,17 +46,12 @@ def check_libraries() -> Finding:
     python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     if missing:
         return Finding(
-            check="libraries",
-            status="fail",
-            said=f"{python}, without {', '.join(missing)}",
-            remedy="pip install qlora-dist",
+            "libraries", "fail", said=f"{python}, without {', '.join(missing)}", remedy="pip install qlora-dist"
         )
     if others:
         remedy = "if something is odd, install the tested ones (constraints.txt)"
-        return Finding(check="libraries", status="warn", said=f"{python}, {', '.join(others)}", remedy=remedy)
-    return Finding(
-        check="libraries", status="ok", said=f"{python}, and {len(TESTED_VERSIONS)} libraries in the tested versions"
-    )
+        return Finding("libraries", "warn", said=f"{python}, {', '.join(others)}", remedy=remedy)
+    return Finding("libraries", "ok", said=f"{python}, and {len(TESTED_VERSIONS)} libraries in the tested versions")
 
 
 def check_devices(ranks: RankInfo) -> Finding:
@@ -71,18 +60,14 @@ def check_devices(ranks: RankInfo) -> Finding:
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else " (torch is built without CUDA)"
         message = f"no CUDA device{built}; {num_ranks} {_plural(num_ranks, 'rank')} on {own} {_plural(own, 'core')}"
-        return Finding(
-            check="devices",
-            status="warn",
-            said=message,
-            remedy="fine for trying; for GPUs, install torch with CUDA, and the driver",
-        )
+        remedy = "fine for trying; for GPUs, install torch with CUDA, and the driver"
+        return Finding("devices", "warn", said=message, remedy=remedy)
     count = torch.cuda.device_count()
     names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
     message = f"{count} x {', '.join(names)}; {num_ranks} {_plural(num_ranks, 'rank')}, {own} {_plural(own, 'core')}"
     if count < num_ranks and count != 1:  # with --gpus-per-task=1 a rank sees only its own GPU
-        return Finding(check="devices", status="fail", said=message, remedy=f"start {count} ranks on this node")
-    return Finding(check="devices", status="ok", said=message)
+        return Finding("devices", "fail", said=message, remedy=f"start {count} ranks on this node")
+    return Finding("devices", "ok", said=message)
 
 
 def check_free_memory(device: torch.device) -> Finding:
@@ -95,23 +80,18 @@ def check_free_memory(device: torch.device) -> Finding:
     values = {"free_bytes": free, "total_bytes": total}
     message = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free" + (" on the GPU" if device.type == "cuda" else "")
     if device.type == "cuda" and free < 0.9 * total:
-        return Finding(
-            check="memory",
-            status="warn",
-            said=message,
-            remedy="see with nvidia-smi who else uses the GPU",
-            values=values,
-        )
-    return Finding(check="memory", status="ok", said=message, values=values)
+        remedy = "see with nvidia-smi who else uses the GPU"
+        return Finding("memory", "warn", said=message, remedy=remedy, values=values)
+    return Finding("memory", "ok", said=message, values=values)
 
 
 def check_compute_type(device: torch.device) -> Finding:
     """Check for bf16 instructions, because bf16 is the default of `model.compute_dtype`."""
     warning = bf16_warning(device)
     if warning is None:
-        return Finding(check="compute type", status="ok", said=f"bf16, the default, on {device.type}")
+        return Finding("compute type", "ok", said=f"bf16, the default, on {device.type}")
     message, _, remedy = warning.rpartition("; ")
-    return Finding(check="compute type", status="warn", said=message, remedy=remedy)
+    return Finding("compute type", "warn", said=message, remedy=remedy)
 
 
 def check_dequantize_kernel(device: torch.device) -> Finding:
@@ -122,44 +102,28 @@ def check_dequantize_kernel(device: torch.device) -> Finding:
         dequantized = dequantize_weight(packed, layout, torch.float32).cpu()
     except (RuntimeError, OSError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
-        return Finding(
-            check="kernels",
-            status="fail",
-            said=f"bitsandbytes on {device.type}: {reason}",
-            remedy="reinstall bitsandbytes",
-        )
+        message = f"bitsandbytes on {device.type}: {reason}"
+        return Finding("kernels", "fail", said=message, remedy="reinstall bitsandbytes")
     expected = _dequantize_by_table(packed.cpu(), layout)
     if not torch.equal(dequantized, expected):
         worst = float((dequantized - expected).abs().max())
         version = metadata.version("bitsandbytes")
         message = f"bitsandbytes {version} dequantizes wrongly on {device.type}, by up to {worst:.3g}"
-        return Finding(
-            check="kernels",
-            status="fail",
-            said=message,
-            remedy="install another version of bitsandbytes (constraints.txt)",
-        )
-    return Finding(check="kernels", status="ok", said=f"bitsandbytes dequantizes on {device.type} to the last bit")
+        remedy = "install another version of bitsandbytes (constraints.txt)"
+        return Finding("kernels", "fail", said=message, remedy=remedy)
+    return Finding("kernels", "ok", said=f"bitsandbytes dequantizes on {device.type} to the last bit")
 
 
 def check_free_disk(folder: Path) -> Finding:
-    """Check the free disk space in the folder of runs."""
     existing = nearest_existing_folder(folder)
     if not os.access(existing, os.W_OK):
-        return Finding(
-            check="disk", status="fail", said=f"{existing} cannot be written", remedy="name another folder in run.dir"
-        )
+        return Finding("disk", "fail", said=f"{existing} cannot be written", remedy="name another folder in run.dir")
     free = shutil.disk_usage(existing).free
     message, values = f"{free / _GIB:.0f} GiB are free in {existing}", {"free_bytes": free}
     if free < _MIN_FREE_DISK_BYTES:
-        return Finding(
-            check="disk",
-            status="warn",
-            said=message,
-            remedy="checkpoints need twelve bytes for each trained parameter",
-            values=values,
-        )
-    return Finding(check="disk", status="ok", said=message, values=values)
+        remedy = "checkpoints need twelve bytes for each trained parameter"
+        return Finding("disk", "warn", said=message, remedy=remedy, values=values)
+    return Finding("disk", "ok", said=message, values=values)
 
 
 def check_own_host_name(environ: Mapping[str, str] = os.environ) -> Finding:
@@ -167,18 +131,12 @@ def check_own_host_name(environ: Mapping[str, str] = os.environ) -> Finding:
     own, master = socket.gethostname(), master_addr(environ)
     if master and (reason := resolve_error(master)) is not None:
         remedy = "set MASTER_ADDR to an address of rank 0's machine, or add the name to the DNS or to /etc/hosts"
-        return Finding(
-            check="host name", status="fail", said=f"MASTER_ADDR: {master} cannot be resolved ({reason})", remedy=remedy
-        )
+        return Finding("host name", "fail", said=f"MASTER_ADDR: {master} cannot be resolved ({reason})", remedy=remedy)
     if (reason := resolve_error(own)) is not None:
         remedy = "add it to /etc/hosts; on one machine, start torchrun with --local-addr 127.0.0.1, as launch does"
-        return Finding(
-            check="host name",
-            status="warn",
-            said=f"{own}, this machine's own name, cannot be resolved ({reason})",
-            remedy=remedy,
-        )
-    return Finding(check="host name", status="ok", said=f"{own} is known here")
+        message = f"{own}, this machine's own name, cannot be resolved ({reason})"
+        return Finding("host name", "warn", said=message, remedy=remedy)
+    return Finding("host name", "ok", said=f"{own} is known here")
 
 
 def nearest_existing_folder(folder: Path) -> Path:

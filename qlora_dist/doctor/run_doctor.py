@@ -82,17 +82,13 @@ def _job_findings(own: list[Finding], ranks: RankInfo, device: torch.device, fol
 def _print(findings: list[Finding], ranks: RankInfo, *, as_json: bool) -> None:
     status = next((status for status in ("fail", "warn") if any(f.status == status for f in findings)), "ok")
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "status": status,
-                    "ranks": ranks.world_size,
-                    "nodes": ranks.world_size // ranks.local_world_size,
-                    "findings": [finding.to_json() for finding in findings],
-                },
-                indent=2,
-            )
-        )
+        tree = {
+            "status": status,
+            "ranks": ranks.world_size,
+            "nodes": ranks.world_size // ranks.local_world_size,
+            "findings": [finding.to_json() for finding in findings],
+        }
+        print(json.dumps(tree, indent=2))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:

@@ -51,11 +51,12 @@ class LayerActivations:
 def layer_activations(
     run: RunSpec, layer: LayerSpec, traits: ImplementationTraits = OWN_IMPLEMENTATION
 ) -> LayerActivations:
-    """Return the activation memory of one layer."""
     forward, forward_weight = max(_forward_peaks(run, layer))
     backward, backward_weight = max(_backward_peaks(run, layer))
+    # eager attention saves the soft cap's tanh and the probabilities in fp32, and the latter in the compute type too
+    score_bytes = _score_elements(run, layer) * (2 * FP32_BYTES + run.compute_bytes)
     return LayerActivations(
-        saved_bytes=run.tokens * saved_bytes_per_token(run, layer, traits) + _saved_score_bytes(run, layer),
+        saved_bytes=run.tokens * saved_bytes_per_token(run, layer, traits) + score_bytes,
         forward_peak_bytes=forward,
         backward_peak_bytes=backward,
         forward_weight_bytes=forward_weight,
@@ -142,14 +143,6 @@ def _shared_input_name(matrix: LinearSpec) -> str:
 def _score_elements(run: RunSpec, layer: LayerSpec) -> int:
     """Return the elements of the attention scores; 0 where the kernel never materializes them."""
     return run.micro_batch * layer.attention.heads * run.seq_len**2 if layer.attention.is_eager else 0
-
-
-def _saved_score_bytes(run: RunSpec, layer: LayerSpec) -> int:
-    """Return the bytes that eager attention saves.
-
-    The tanh of the soft cap and the probabilities are both fp32. The probabilities exist in the compute type too.
-    """
-    return _score_elements(run, layer) * (2 * FP32_BYTES + run.compute_bytes)
 
 
 def dequantized_weight_bytes(run: RunSpec, matrix: LinearSpec) -> int:

@@ -37,18 +37,14 @@ class Calibration(ConfigSection):
 
 
 def default_calibration_path() -> Path:
-    """Return the calibration file in the user's cache."""
     return user_cache_dir() / "calibration.json"
 
 
 def load_calibration(path: Path | None = None) -> Calibration:
     """Return the measured speeds, which are empty if `plan --calibrate` has not run yet.
 
-    Args:
-        path: file to read; None means the user's, if it exists.
-
     Raises:
-        UserError: `path` does not exist, or the file holds no calibration.
+        UserError: `path` does not exist, or the file holds no calibration. The user's file may be missing.
     """
     try:
         calibration_path = path or default_calibration_path()
@@ -80,12 +76,7 @@ def save_calibration(gpu_name: str, measured: MeasuredSpeeds, path: Path | None 
 
 
 def calibrated_speeds(measured: MeasuredSpeeds, assumed: RankSpeeds | None = None) -> RankSpeeds:
-    """Return a rank's measured speeds.
-
-    Args:
-        measured: speeds from the calibration file.
-        assumed: speeds whose links are taken where no link was measured; None means links of 0 bytes per second.
-    """
+    """Return a rank's measured speeds, and the links of `assumed` (None: 0 bytes per second) if none was measured."""
     return RankSpeeds(
         flops_per_s=measured.flops,
         dequantize_bytes_per_s=measured.dequantized_bytes,

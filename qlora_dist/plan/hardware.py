@@ -33,7 +33,6 @@ class Gpu(ConfigSection):
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that a program sees."""
         return int(self.memory * 2**30)
 
 
@@ -59,11 +58,6 @@ class Hardware(ConfigSection):
     links: dict[str, Link] = Field(default_factory=dict)
 
     def gpu(self, name: str) -> Gpu:
-        """Return the GPU of a name.
-
-        Raises:
-            UserError: no GPU has that name, or its link is unknown.
-        """
         if name not in self.gpus:
             raise UserError(
                 f"--gpu: {name} is not known; choose from {', '.join(sorted(self.gpus))}, or describe it in a file "
@@ -78,11 +72,6 @@ class Hardware(ConfigSection):
         return max(kinds, key=len, default=None)
 
     def link(self, name: str) -> Link:
-        """Return the link of a name.
-
-        Raises:
-            UserError: no link has that name.
-        """
         if name not in self.links:
             raise UserError(
                 f"{name}: no such link; choose from {', '.join(sorted(self.links))}, or describe it in a file for "
@@ -92,11 +81,7 @@ class Hardware(ConfigSection):
 
 
 def load_hardware(user_file: Path | None = None) -> Hardware:
-    """Return the package's hardware, with the entries that a user's file adds or replaces.
-
-    Raises:
-        UserError: `user_file` has a mistake.
-    """
+    """Return the package's hardware, with the entries that a user's file adds or replaces."""
     known = load_yaml_config(Path(__file__).with_name("gpus.yaml"), Hardware)
     if user_file is None:
         return known

@@ -78,10 +78,6 @@ class LayerSpec:
 def decoder_layer_specs(config: Mapping[str, Any], lora: LoraConfig) -> list[LayerSpec]:
     """Return the layers in forward order; equal layers are the same object.
 
-    Args:
-        config: content of config.json.
-        lora: section that chooses the projections with adapters.
-
     Raises:
         UserError: the architecture is not supported.
     """
@@ -97,12 +93,6 @@ def decoder_layer_specs(config: Mapping[str, Any], lora: LoraConfig) -> list[Lay
         layer = _layer(config, index, lora)
         layers.append(distinct.setdefault(layer, layer))
     return layers
-
-
-def _has_lora(matrix: LinearSpec, lora: LoraConfig) -> bool:
-    if matrix.experts:
-        return lora.experts
-    return lora.targets == "all-linear" or matrix.name in lora.targets
 
 
 _SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral", "qwen3_moe", "deepseek_v3")
@@ -138,8 +128,12 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> LayerSpec
             _linear("up_proj", intermediate, hidden, has_bias=bias),
             _linear("down_proj", hidden, intermediate, has_bias=bias),
         ]
+
+    def has_lora(matrix: LinearSpec) -> bool:
+        return lora.experts if matrix.experts else lora.targets == "all-linear" or matrix.name in lora.targets
+
     return LayerSpec(
-        matrices=tuple(replace(matrix, has_lora=_has_lora(matrix, lora)) for matrix in matrices),
+        matrices=tuple(replace(matrix, has_lora=has_lora(matrix)) for matrix in matrices),
         attention=attention,
         plain=tuple(plain),
         hidden=hidden,

@@ -11,8 +11,6 @@ from qlora_dist.plan.step_traffic import shard_elements
 from qlora_dist.runtime.byte_sizes import align_bytes
 
 _MASTER_BYTES = 4  # adapters are trained in fp32
-
-
 RESERVED_RATIOS = (1.10, 1.20)
 """Lower and upper ratio of the bytes that torch's allocator reserves to the allocated peak."""
 CUDA_CONTEXT_BYTES = 2**29
@@ -34,7 +32,6 @@ class MemoryEstimate:
 
     @property
     def static_bytes(self) -> int:
-        """Bytes held between steps."""
         return sum(self.static.values())
 
     @property
@@ -48,12 +45,10 @@ class MemoryEstimate:
 
     @property
     def peak_phase(self) -> StepPhase:
-        """Phase that needs most memory."""
         return max(self.phases, key=self.phase_bytes)
 
     @property
     def peak_bytes(self) -> int:
-        """Peak of allocated bytes over the step."""
         return self.phase_bytes(self.peak_phase)
 
     @property
@@ -87,7 +82,6 @@ def static_memory_terms(run: RunSpec) -> dict[str, int]:
 
 
 def parameter_shard_bytes(run: RunSpec, parameter: ParameterSpec) -> int:
-    """Return the bytes of a rank's shard of a parameter between steps."""
     if parameter.trained:
         return _MASTER_BYTES * shard_elements(parameter, run.shard_counts.adapter_shards)
     element = 1 if parameter.is_quantized else run.compute_bytes
@@ -113,10 +107,8 @@ def optimizer_state_bytes(run: RunSpec) -> int:
 def estimate_memory(run: RunSpec, card_bytes: int | None = None) -> MemoryEstimate:
     """Estimate the memory of a run.
 
-    Args:
-        run: run to plan.
-        card_bytes: memory of the device, which limits the resident part of a paged base and of paged moments. None
-            means that everything stays resident unless the configuration limits it.
+    `card_bytes` limits the resident part of a paged base and of paged moments. None means that everything stays
+    resident unless the configuration limits it.
     """
     static, phases = static_memory_terms(run), peak_terms_by_phase(run)
     host_base_bytes = 0

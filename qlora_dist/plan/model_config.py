@@ -13,15 +13,11 @@ _BUNDLED_MODELS = Path(__file__).parent / "models"
 
 
 def bundled_model_names() -> list[str]:
-    """Return the names of the models whose config.json the package contains."""
     return sorted(path.stem for path in _BUNDLED_MODELS.glob("*.json"))
 
 
 def read_model_config(model: str) -> dict[str, Any]:
-    """Read a model's config.json.
-
-    Args:
-        model: a config.json, a folder that holds one, or a name of `bundled_model_names`.
+    """Read a config.json by its path, its folder, or a name of `bundled_model_names`.
 
     Raises:
         UserError: the file does not exist, or it describes no language model.

@@ -29,7 +29,6 @@ class ParameterSpec:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -64,7 +63,6 @@ class ModelSpec:
 
     @cached_property
     def layers(self) -> list[FsdpUnit]:
-        """Decoder layers in forward order."""
         return [unit for unit in self.units if unit.layer is not None]
 
     @cached_property
@@ -73,13 +71,8 @@ class ModelSpec:
         return count_distinct_units(self.units)
 
     def layout(self, matrix: LinearSpec) -> NF4Layout:
-        """Return the layout of one of a layer's quantized matrices."""
-        return NF4Layout(
-            shape=(matrix.rows, matrix.in_features),
-            quant_type="nf4",
-            block_size=self.block_size,
-            double_quant=self.double_quant,
-        )
+        shape = matrix.rows, matrix.in_features
+        return NF4Layout(shape=shape, block_size=self.block_size, double_quant=self.double_quant)
 
 
 def count_distinct_units(units: Iterable[FsdpUnit]) -> list[tuple[FsdpUnit, int]]:
@@ -97,14 +90,7 @@ def make_model_spec(
     double_quant: bool = True,
     embeddings: Literal["16bit", "4bit"] = "16bit",
 ) -> ModelSpec:
-    """Return the specification of a model with its adapters.
-
-    Args:
-        config: content of config.json.
-        lora: the section `lora`.
-        block_size: elements of a quantization block of the base.
-        double_quant: whether the base's scales are quantized too.
-        embeddings: format of the input embedding and the output head.
+    """Return the specification of a model with its adapters, from the content of config.json.
 
     Raises:
         UserError: the architecture is not supported.

@@ -39,7 +39,6 @@ class PlanArgs:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks of all nodes together."""
         return self.gpus * self.nodes
 
     @property
@@ -50,11 +49,7 @@ class PlanArgs:
 
 
 def plan_from_args(args: PlanArgs, config: Config | None = None) -> TrainingPlan:
-    """Make the plan of the arguments, or of another configuration on the same machines.
-
-    Raises:
-        UserError: the arguments, or a file that they name, have a mistake.
-    """
+    """Make the plan of the arguments, or of another configuration on the same machines."""
     hardware = load_hardware(args.hardware)
     gpu, measured = hardware.gpu(args.gpu), load_calibration(args.calibration).devices.get(args.gpu)
     config = config or config_to_plan(args)
@@ -68,9 +63,6 @@ def config_to_plan(args: PlanArgs) -> Config:
     """Return the configuration to plan: a run's file or the defaults, with the arguments applied.
 
     Without a run's file, `train.global_batch` defaults to the first multiple of one micro-batch per rank from 16 on.
-
-    Raises:
-        UserError: the configuration has a mistake.
     """
     if args.run_file is not None:
         sizes = {"data.seq_len": args.seq_len, "train.micro_batch": args.micro_batch}

@@ -46,16 +46,13 @@ class PlanCandidate:
         own, initial = flatten_keys(self.config.model_dump()), flatten_keys(self.initial_config.model_dump())
         return {key: own[key] for key in (*_SEARCHED_KEYS, "parallel.resident_bytes") if own[key] != initial[key]}
 
-    @property
-    def is_base_on_host(self) -> bool:
-        """True if the base, or a part of it, is in host memory."""
-        return self.config.parallel.offload != "none" or self.config.parallel.base == "paged"
-
     def sort_key(self, fastest_step_s: float) -> tuple[bool, bool, int, float]:
         """Return the key of the order: about as fast as the fastest, base on the device, few keys set, time."""
         step_s = self.plan.time.step_s
-        slow = step_s > _TIE_RATIO * fastest_step_s
-        return (slow, False, 0, step_s) if slow else (slow, self.is_base_on_host, len(self.changed_settings), step_s)
+        if step_s > _TIE_RATIO * fastest_step_s:
+            return True, False, 0, step_s
+        is_base_on_host = self.config.parallel.offload != "none" or self.config.parallel.base == "paged"
+        return False, is_base_on_host, len(self.changed_settings), step_s
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,6 @@ class SearchResult:
     """Values that were tried, by key."""
 
     def sentence(self) -> str:
-        """Return a sentence that lists the tried values."""
         varied = {key: values for key, values in self.tried_values.items() if len(values) > 1}
         tried = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in varied.items())
         counts = f"Tried {self.num_tried} configurations, of which {self.num_fitting} fit"
@@ -106,13 +102,8 @@ def print_fastest_plan(args: PlanArgs, *, as_json: bool) -> None:
     for candidate in result.best:
         time = candidate.plan.time
         settings = " ".join(f"{key}={value}" for key, value in candidate.changed_settings.items())
-        row = (
-            f"{time.tokens_per_s:,.0f}",
-            f"{time.step_s:,.2f}",
-            format_gib(_free_bytes(candidate.plan)),
-            settings or "none",
-        )
-        table.add_row(*row, style="bold" if candidate is best else None)
+        row = f"{time.tokens_per_s:,.0f}", f"{time.step_s:,.2f}", format_gib(_free_bytes(candidate.plan))
+        table.add_row(*row, settings or "none", style="bold" if candidate is best else None)
     console.print(table)
     console.print(
         f"{result.sentence()} Among configurations within {_TIE_RATIO - 1:.0%} of the fastest, the search prefers one "
@@ -198,16 +189,14 @@ def _explicit_keys(args: PlanArgs, initial: Config) -> set[str]:
 
 def _candidate_settings(args: PlanArgs, initial: Config, explicit_keys: set[str]) -> Iterator[ConfigChanges]:
     """Yield the settings to try, from simple to involved; explicit keys keep their values."""
-    ranks = args.ranks
 
     def values_to_try(key: str, values: list[Any]) -> list[Any]:
         section, _, name = key.partition(".")
         return [getattr(getattr(initial, section), name)] if key in explicit_keys else values
 
-    shards = sorted(
-        {args.gpus, *(n for n in range(1, ranks + 1) if ranks % n == 0 and (args.gpus % n == 0 or n % args.gpus == 0))}
-    )
-    bases: list[Any] = ["node", *(_base_value(n, args) for n in shards if n != args.gpus), "paged"]
+    ranks, gpus = args.ranks, args.gpus
+    shards = (n for n in range(1, ranks + 1) if ranks % n == 0 and (gpus % n == 0 or n % gpus == 0) and n != gpus)
+    bases: list[Any] = ["node", *({1: "replicate", ranks: "world"}.get(n, n) for n in shards), "paged"]
     rows_per_rank = initial.train.global_batch // ranks
     micro_batches = [n for n in range(1, rows_per_rank + 1) if rows_per_rank % n == 0]
     resident_bytes = values_to_try("parallel.resident_bytes", [0])[0]
@@ -223,9 +212,3 @@ def _candidate_settings(args: PlanArgs, initial: Config, explicit_keys: set[str]
                 "parallel": {"base": base, "adapter": adapter, "offload": offload} | paged,
                 "train": {"checkpointing": checkpointing, "micro_batch": micro_batch},
             }
-
-
-def _base_value(shards: int, args: PlanArgs) -> str | int:
-    if shards == 1:
-        return "replicate"
-    return "world" if shards == args.ranks else shards

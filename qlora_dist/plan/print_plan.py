@@ -34,7 +34,6 @@ def term_label(term: str) -> str:
 def print_plan(plan: TrainingPlan, model: str, console: Console) -> None:
     """Print a plan as two tables and a sentence."""
     run, memory, time = plan.run, plan.memory, plan.time
-    ranks = run.shard_counts.world_size
     table = Table(
         title=f"{model} on {run.nodes} x {run.ranks_per_node} {plan.gpu_name}: memory of a rank", title_justify="left"
     )
@@ -69,13 +68,14 @@ def print_plan(plan: TrainingPlan, model: str, console: Console) -> None:
         ("operations of a rank in a step", f"{time.flops / 1e12:,.1f} TFLOP"),
         *((f"  {name}", f"{seconds:,.2f} s") for name, seconds in time.busy_s.items() if seconds > 0.005),
         ("a step", f"{time.step_s:,.2f} s"),
-        ("all ranks together", f"{time.tokens_per_s:,.0f} tokens/s ({time.tokens_per_s / ranks:,.0f} a GPU)"),
+        (
+            "all ranks together",
+            f"{time.tokens_per_s:,.0f} tokens/s ({time.tokens_per_s / run.shard_counts.world_size:,.0f} a GPU)",
+        ),
     ]
-    precision = (
-        "from speeds that --calibrate measured"
-        if plan.is_calibrated
-        else f"+-{TIME_UNCERTAINTY:.0%}: nothing was measured"
-    )
+    precision = f"+-{TIME_UNCERTAINTY:.0%}: nothing was measured"
+    if plan.is_calibrated:
+        precision = "from speeds that --calibrate measured"
     times = Table(title=f"A step (times {precision})", title_justify="left", show_header=False)
     times.add_column()
     times.add_column(justify="right")

@@ -57,19 +57,12 @@ class RunSpec:
 
     @property
     def ranks_per_node(self) -> int:
-        """Number of ranks on each node."""
         return self.shard_counts.world_size // self.nodes
 
     @property
     def checkpointed(self) -> int:
         """Number of layers that save only their input."""
         return -(-len(self.model.layers) // self.checkpointing) if self.checkpointing else 0
-
-
-def _every_kth(checkpointing: Literal["none", "full"] | int) -> int:
-    if checkpointing == "none":
-        return 0
-    return 1 if checkpointing == "full" else checkpointing
 
 
 def make_run_spec(
@@ -80,15 +73,7 @@ def make_run_spec(
     device: Literal["cuda", "cpu"] = "cuda",
     model_spec: ModelSpec | None = None,
 ) -> RunSpec:
-    """Return the inputs of the formulas for a configuration.
-
-    Args:
-        config: configuration of the run.
-        model_config: content of the model's config.json.
-        world_size: ranks of all nodes together.
-        nodes: number of nodes, which have equally many ranks.
-        device: kind of device that the ranks compute on.
-        model_spec: result of `make_model_spec`; None to compute it here.
+    """Return the inputs of the formulas for a configuration. Without `model_spec`, it is made from `model_config`.
 
     Raises:
         UserError: the engine is not FSDP2, a mesh does not divide the world, the nodes are unequal, or the architecture
@@ -100,6 +85,7 @@ def make_run_spec(
             f"parallel.engine: {parallel.engine}: there are formulas for fsdp2 only; plan that, and compare"
         )
     check_equal_nodes(world_size, nodes)
+    checkpointing = train.checkpointing if isinstance(train.checkpointing, int) else int(train.checkpointing == "full")
     per_node = world_size // nodes
     shards_by_name = {"replicate": 1, "node": per_node, "paged": per_node, "world": world_size}
     base = parallel.base if isinstance(parallel.base, int) else shards_by_name[parallel.base]
@@ -112,7 +98,7 @@ def make_run_spec(
         seq_len=config.data.seq_len,
         micro_batch=train.micro_batch,
         accumulation=-(-train.global_batch // (world_size * train.micro_batch)),
-        checkpointing=_every_kth(train.checkpointing),
+        checkpointing=checkpointing,
         prefetch=parallel.prefetch,
         compute_bytes=COMPUTE_BYTES[model.compute_dtype],
         dropout=config.lora.dropout > 0,
@@ -130,11 +116,6 @@ def make_run_spec(
 
 
 def check_equal_nodes(world_size: int, nodes: int) -> None:
-    """Check that all nodes can have equally many ranks.
-
-    Raises:
-        UserError: the nodes do not divide the ranks.
-    """
     if world_size % nodes:
         raise UserError(f"{world_size} ranks are not a multiple of {nodes} nodes; give equal nodes")
 

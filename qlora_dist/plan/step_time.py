@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from qlora_dist.plan.gather_memory import unit_gather_memory
 from qlora_dist.plan.hardware import Gpu, Link
 from qlora_dist.plan.layer_spec import LayerSpec
 from qlora_dist.plan.memory_estimate import MemoryEstimate, parameter_shard_bytes
 from qlora_dist.plan.model_spec import FsdpUnit
+from qlora_dist.plan.phase_memory import unit_gather_memory
 from qlora_dist.plan.run_spec import RunSpec
 from qlora_dist.plan.step_traffic import trained_shard_elements
 
@@ -91,7 +91,6 @@ class KernelWork:
 
 
 def forward_work(run: RunSpec, layer: LayerSpec) -> KernelWork:
-    """Return the work of a forward pass."""
     t, c, a = run.tokens, run.compute_bytes, layer.attention
     products, lora, outputs = _flops_per_token(run, layer)
     elements = 4 * c * outputs + 36 * layer.hidden * layer.num_norms + 6 * layer.hidden
@@ -104,10 +103,7 @@ def forward_work(run: RunSpec, layer: LayerSpec) -> KernelWork:
 
 
 def backward_work(run: RunSpec, layer: LayerSpec, *, checkpointed: bool) -> KernelWork:
-    """Return the work of a backward pass.
-
-    A checkpointed layer's forward pass is recomputed, except for its last product.
-    """
+    """Return the work of a backward pass, which recomputes a checkpointed layer except for its last product."""
     forward = forward_work(run, layer)
     products, lora, _ = _flops_per_token(run, layer)
     # frozen weights get no gradient; A and B do
@@ -125,9 +121,8 @@ def backward_work(run: RunSpec, layer: LayerSpec, *, checkpointed: bool) -> Kern
 
 def head_work(run: RunSpec) -> KernelWork:
     """Return the work of the loss and its gradient: the logits, and their gradient times the weight."""
-    model = run.model
-    logits = run.tokens * model.vocabulary
-    return KernelWork(4.0 * logits * model.hidden, 0, 30.0 * logits)
+    logits = run.tokens * run.model.vocabulary
+    return KernelWork(4.0 * logits * run.model.hidden, 0, 30.0 * logits)
 
 
 def _flops_per_token(run: RunSpec, layer: LayerSpec) -> tuple[float, float, float]:
@@ -155,15 +150,12 @@ def _dequantized_bytes(run: RunSpec, layer: LayerSpec) -> float:
     """Return the bytes read and written to dequantize all matrices once; experts count if a token uses them."""
     total = 0.0
     for m in layer.matrices:
-        used = 1.0
-        if m.experts:
-            used = min(1.0, run.tokens * layer.num_experts_per_tok / m.experts)
+        used = min(1.0, run.tokens * layer.num_experts_per_tok / m.experts) if m.experts else 1.0
         total += used * m.numel * (0.516 + run.compute_bytes)
     return total
 
 
 def estimate_step_time(run: RunSpec, memory: MemoryEstimate, speed: RankSpeeds) -> StepTime:
-    """Estimate the time of a step."""
     busy: defaultdict[str, float] = defaultdict(float)
     step_s, flops = 0.0, 0.0
     paged_in_fraction = _paged_in_fraction(run, memory)
@@ -224,20 +216,18 @@ def collective_seconds(run: RunSpec, received: float, shards: int, speed: RankSp
     Inside a node each rank receives over its own link. Between nodes a ring enters each node once, whatever its number
     of ranks, so the node's links together carry the bytes that one rank receives.
     """
-    if shards == 1:
-        return {}
-    if shards <= run.ranks_per_node:
-        return {INTRA_NODE: received / speed.intra_node_bytes_per_s}
-    if run.ranks_per_node == 1:
-        return {INTER_NODE: received / speed.inter_node_bytes_per_s}
-    return {INTRA_NODE: received / speed.intra_node_bytes_per_s, INTER_NODE: received / speed.inter_node_bytes_per_s}
+    seconds = {}
+    if shards > 1 and run.ranks_per_node > 1:
+        seconds[INTRA_NODE] = received / speed.intra_node_bytes_per_s
+    if shards > run.ranks_per_node:
+        seconds[INTER_NODE] = received / speed.inter_node_bytes_per_s
+    return seconds
 
 
 INTRA_NODE, INTER_NODE = "communication inside a node", "communication between nodes"
 
 
 def _gather_seconds(run: RunSpec, unit: FsdpUnit, speed: RankSpeeds) -> dict[str, float]:
-    """Return the seconds of gathering a unit once, by link."""
     gather, sharding = unit_gather_memory(run, unit), run.shard_counts
     seconds: dict[str, float] = {}
     for nbytes, shards in ((gather.base_bytes, sharding.base_shards), (gather.adapter_bytes, sharding.adapter_shards)):

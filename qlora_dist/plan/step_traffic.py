@@ -34,16 +34,9 @@ def step_traffic(
 ) -> dict[str, int]:
     """Return the bytes that one rank receives, by mesh dimension; in a ring it sends as many.
 
-    Args:
-        units: units of the model.
-        shard_counts: sizes of the meshes.
-        gradient_accumulation: micro-batches of a step. Parameters are gathered for each, gradients sent once.
-        compute_bytes: element size of the compute type, in which floating parameters are gathered.
-
-    Returns:
-        A dictionary without dimensions that have no traffic. `shard` is among the ranks that share a copy of the base
-        (or, with `adapter: node`, of the adapters). `world` is among all ranks, and `replica` between copies of the
-        adapters. `control` is loss and gradient norm.
+    `shard` is among the ranks that share a copy of the base (or, with `adapter: node`, of the adapters). `world` is
+    among all ranks, and `replica` between copies of the adapters. `control` is loss and gradient norm. Dimensions
+    without traffic are left out. Parameters are gathered for each micro-batch, gradients sent once.
 
     An all-gather of shards of s bytes over n ranks receives (n - 1) s bytes, and so does a reduce-scatter into shards
     of s bytes. A ring all-reduce of b bytes receives 2 b (n - 1) / n. FSDP2 shards by whole rows or columns, padded to

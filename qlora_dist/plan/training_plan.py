@@ -91,16 +91,7 @@ class TrainingPlan:
 def make_training_plan(
     run: RunSpec, gpu_name: str, gpu: Gpu, link: Link, network: Link, measured: MeasuredSpeeds | None = None
 ) -> TrainingPlan:
-    """Plan a run.
-
-    Args:
-        run: run to plan.
-        gpu_name: name of the GPU in reports.
-        gpu: GPU of every rank.
-        link: link between the GPUs of a node.
-        network: link between nodes.
-        measured: calibrated speeds of such GPUs and their links.
-    """
+    """Plan a run with `link` between the GPUs of a node, `network` between nodes, and calibrated speeds if any."""
     speed = data_sheet_speeds(run, gpu, link, network)
     if measured is not None:
         speed = calibrated_speeds(measured, speed)

@@ -19,14 +19,7 @@ _METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 def draw_panels(panels: Sequence[Panel], width: float, row_height: float, columns: int = 2) -> Figure:
-    """Draw panels on a grid.
-
-    Args:
-        panels: panels in reading order.
-        width: width of the figure in inches.
-        row_height: height of a row in inches.
-        columns: number of columns.
-    """
+    """Draw panels on a grid in reading order. Sizes are in inches."""
     from matplotlib.figure import Figure
 
     rows = -(-len(panels) // columns)

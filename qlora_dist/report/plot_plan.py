@@ -13,16 +13,7 @@ from qlora_dist.report.panels import draw_panels, stack_bars
 
 
 def plot_plan(plan: TrainingPlan, plans_by_nodes: Sequence[tuple[int, TrainingPlan]], path: Path) -> None:
-    """Write two panels to a file whose suffix sets the format (.png, .svg, .pdf).
-
-    Args:
-        plan: plan whose memory is shown.
-        plans_by_nodes: numbers of nodes, and the plan of the same configuration on them.
-        path: file to write.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Plot a plan's memory, and speeds by nodes, to a file whose suffix sets the format (.png, .svg, .pdf)."""
     memory = plan.memory
 
     def plot_memory(axis: Any) -> None:

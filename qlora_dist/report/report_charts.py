@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -63,6 +63,18 @@ def _over_tokens(runs: Sequence[RunFiles]) -> bool:
 def make_charts(runs: Sequence[RunFiles]) -> list[Chart]:
     """Make all charts of runs. A chart without lines is not drawn."""
     mib, percent = 1 / 2**20, 100.0
+    memory = {
+        "peak": ("peak_bytes",),
+        "optimizer, resident": ("resident_bytes",),
+        "optimizer, paged out": ("paged_bytes",),
+        "layers, resident": ("base_resident_bytes",),
+    }
+    waiting = {"data": ("data_s",), "optimizer's pages": ("paging", "stall_s"), "layers": ("base_paging", "stall_s")}
+    paged = {
+        "optimizer, in": ("paging", "bytes_in"),
+        "optimizer, out": ("paging", "bytes_out"),
+        "layers, in": ("base_paging", "bytes_in"),
+    }
     dims = sorted({dim for run in runs for row in run.steps for dim in (row.get("comm_bytes") or {})} - {"control"})
     loss = _chart(runs, "loss", "per trained token", {"training": ("loss",)})
     for number, run in enumerate(runs):
@@ -75,38 +87,10 @@ def make_charts(runs: Sequence[RunFiles]) -> list[Chart]:
         loss,
         _chart(runs, "gradient norm", "before clipping", {"": ("grad_norm",)}),
         _chart(runs, "throughput", "tokens/s, all ranks", {"": ("tokens_per_s",)}),
-        _chart(
-            runs,
-            "memory of rank 0",
-            "MiB",
-            {
-                "peak": ("peak_bytes",),
-                "optimizer, resident": ("resident_bytes",),
-                "optimizer, paged out": ("paged_bytes",),
-                "layers, resident": ("base_resident_bytes",),
-            },
-            mib,
-        ),
+        _chart(runs, "memory of rank 0", "MiB", memory, mib),
         _chart(runs, "received by rank 0", "MiB a step", {dim: ("comm_bytes", dim) for dim in dims}, mib),
-        _chart(
-            runs,
-            "waiting",
-            "% of a step",
-            {"data": ("data_s",), "optimizer's pages": ("paging", "stall_s"), "layers": ("base_paging", "stall_s")},
-            percent,
-            per_step=True,
-        ),
-        _chart(
-            runs,
-            "paged by rank 0",
-            "MiB a step",
-            {
-                "optimizer, in": ("paging", "bytes_in"),
-                "optimizer, out": ("paging", "bytes_out"),
-                "layers, in": ("base_paging", "bytes_in"),
-            },
-            mib,
-        ),
+        _chart(runs, "waiting", "% of a step", waiting, percent, per_step=True),
+        _chart(runs, "paged by rank 0", "MiB a step", paged, mib),
         _chart(runs, "learning rate", "", {"": ("lr",)}),
     ]
 
@@ -115,7 +99,7 @@ def _chart(
     runs: Sequence[RunFiles],
     title: str,
     unit: str,
-    names: dict[str, tuple[str, ...]],
+    names: Mapping[str, tuple[str, ...]],
     scale: float = 1.0,
     *,
     per_step: bool = False,

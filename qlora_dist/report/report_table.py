@@ -15,11 +15,8 @@ def summarize_run(run: RunFiles) -> dict[str, Any]:
 
     Bytes are rank 0's unless the label says otherwise. Shares are fractions of a step's time.
     """
-    received = [
-        sum(value or 0 for value in row["comm_bytes"].values())
-        for row in run.steps
-        if isinstance(row.get("comm_bytes"), dict)
-    ]
+    traffic = [row["comm_bytes"] for row in run.steps if isinstance(row.get("comm_bytes"), dict)]
+    received = [sum(value or 0 for value in by_dim.values()) for by_dim in traffic]
     peaks = [value for value in run.series("peak_bytes") if value is not None]
     return {
         "state": run.state,
@@ -96,9 +93,8 @@ def plan_comparison_rows(plan: Mapping[str, Sequence[float | None]]) -> list[tup
 
 def split_config_keys(runs: Sequence[RunFiles]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]:
     """Return the keys of the configurations that differ, with a text for each run, and the equal keys with theirs."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.config))
     different, equal = [], []
-    for key in keys:
+    for key in dict.fromkeys(key for run in runs for key in run.config):
         texts = [str(run.config.get(key, "-")) for run in runs]
         if len(set(texts)) > 1:
             different.append((key, texts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,7 @@ class RunFiles:
     """Content of process.json about rank 0's machine."""
 
     def series(self, *names: str, per_step: bool = False) -> list[float | None]:
-        """Return one value for each step, or None where a row has none.
-
-        Args:
-            names: name of the metric, followed by names of nested keys.
-            per_step: whether values are divided by the step's time.
-        """
+        """Return one value for each step, or None where a row has none. `per_step` divides by the step's time."""
         values = []
         for row in self.steps:
             value: Any = row
@@ -61,12 +57,7 @@ class RunFiles:
         return statistics.median(values[_WARM_UP_STEPS:] or values) if values else None
 
     def cumulative_tokens(self) -> list[int]:
-        """Return the number of tokens after each step."""
-        total, done = 0, []
-        for row in self.steps:
-            total += row.get("tokens") or 0
-            done.append(total)
-        return done
+        return list(accumulate(row.get("tokens") or 0 for row in self.steps))
 
 
 def read_run_files(path: Path) -> RunFiles:

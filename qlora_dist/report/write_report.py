@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from qlora_dist import __version__
 from qlora_dist.errors import UserError
-from qlora_dist.report.html_page import render_html
 from qlora_dist.report.report_charts import draw_charts
 from qlora_dist.report.report_table import plan_comparison_rows, report_rows, split_config_keys, summarize_run
 from qlora_dist.report.run_files import RunFiles, read_run_files
@@ -17,14 +19,9 @@ REPORT_FILE = "report.html"
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of one run, or of several side by side.
+    """Write the page of one run, or of several side by side, and return its file.
 
-    Args:
-        folders: folders of the runs.
-        out: file to write. None means `report.html`, in the run's folder if there is one run, else in this folder.
-
-    Returns:
-        The written file.
+    By default, it is `report.html`, in the run's folder if there is one run, else in this folder.
 
     Raises:
         UserError: a folder holds no run, or the file cannot be written.
@@ -49,7 +46,6 @@ def report_json(folders: Sequence[Path]) -> str:
 
 
 def render_report(runs: Sequence[RunFiles]) -> str:
-    """Return the text of the page."""
     different, equal = split_config_keys(runs)
     return render_html(
         "qlora_dist.report",
@@ -63,3 +59,10 @@ def render_report(runs: Sequence[RunFiles]) -> str:
         plans=[(run.name, plan_comparison_rows(run.summary["plan"])) for run in runs if run.summary.get("plan")],
         version=__version__,
     )
+
+
+def render_html(package: str, template: str, **values: Any) -> str:
+    """Return the text of a page from a template in a package's `templates`, which extends `page.html.jinja`."""
+    loader = ChoiceLoader([PackageLoader(package), PackageLoader("qlora_dist.report")])
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template(template).render(values)

@@ -24,12 +24,7 @@ _COPY_BYTES = {"cuda": 2**28, "cpu": 2**26}
 
 
 def calibrate(path: Path | None, console: Console) -> None:
-    """Measure this machine's speeds, and write them to the calibration file. Called on every rank.
-
-    Args:
-        path: calibration file; None means the user's.
-        console: console for the results on rank 0.
-    """
+    """Measure this machine's speeds, and write them to `path` or the user's file. Call it on every rank."""
     ranks = read_rank_info()
     device = resolve_device("auto", ranks)
     with process_group(ranks, device):
@@ -56,12 +51,11 @@ def measure_speeds(ranks: RankInfo, device: torch.device) -> MeasuredSpeeds:
     copied = _slowest_rank_seconds(lambda: device_buffer.copy_(host), device)
     nodes = ranks.world_size // ranks.local_world_size
     bandwidths = _bandwidths(ranks, device) if ranks.world_size > 1 else {}
-    intra_node = (
-        bandwidths.get("bandwidth node" if nodes > 1 else "bandwidth world") if ranks.local_world_size > 1 else None
-    )
-    inter_node = (
-        bandwidths["bandwidth across" if ranks.local_world_size > 1 else "bandwidth world"] if nodes > 1 else None
-    )
+    intra_node = inter_node = None
+    if ranks.local_world_size > 1:
+        intra_node = bandwidths.get("bandwidth node" if nodes > 1 else "bandwidth world")
+    if nodes > 1:
+        inter_node = bandwidths["bandwidth across" if ranks.local_world_size > 1 else "bandwidth world"]
     return MeasuredSpeeds(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         torch=torch.__version__,

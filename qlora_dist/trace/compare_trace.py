@@ -16,11 +16,7 @@ from qlora_dist.trace.trace_step import StepTrace, trace_step
 
 
 def trace_plan(plan: TrainingPlan, config: Config, model_config: Mapping[str, Any]) -> StepTrace:
-    """Trace a plan's run, with as many moments on the device as in the plan.
-
-    Raises:
-        UserError: `trace_step` cannot trace the run.
-    """
+    """Trace a plan's run, with as many moments on the device as in the plan."""
     traced = trace_step(config, model_config, plan.run.shard_counts.world_size, plan.run.nodes)
     resident_bytes = min(plan.memory.static["moments"], traced.moments_bytes)
     paged = traced.moments_bytes - resident_bytes
@@ -47,10 +43,6 @@ def print_trace_comparison(plan: TrainingPlan, traced: StepTrace, console: Conso
     for heading in ("formula", "trace", "difference"):
         table.add_column(heading, justify="right")
     for name, formula, traced_bytes in rows:
-        table.add_row(
-            name,
-            format_gib(formula),
-            format_gib(traced_bytes),
-            f"{100 * (formula / traced_bytes - 1) if traced_bytes else 0.0:+.2f} %",
-        )
+        difference = 100 * (formula / traced_bytes - 1) if traced_bytes else 0.0
+        table.add_row(name, format_gib(formula), format_gib(traced_bytes), f"{difference:+.2f} %")
     console.print(table)

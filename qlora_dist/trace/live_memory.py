@@ -103,12 +103,6 @@ def register_phase_hooks(
 
     Call it after `parallelize_fsdp2`. The hooks use `prepend`, so that they run before FSDP2's and its work for a unit
     counts for the unit's phase. Recomputation calls a layer's `forward` without hooks.
-
-    Args:
-        model: sharded model.
-        layers: decoder layers of the model.
-        optimizer: optimizer of the adapters, whose `step` is wrapped.
-        memory: counter whose phase is updated.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
 

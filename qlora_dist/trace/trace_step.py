@@ -83,12 +83,10 @@ class StepTrace:
 
     @property
     def static_bytes(self) -> int:
-        """Bytes held between steps."""
         return self.weights_bytes + self.moments_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """Peak of live bytes over the step."""
         return max(self.phases.values())
 
 
@@ -202,18 +200,7 @@ def _peaks_by_edge_index(traced: PartialTrace, edges: tuple[int, int]) -> dict[L
 def trace_checkpoint(
     config: Config, folder: ModelFolder, world_size: int, nodes: int = 1, device: TracedDevice = "cuda"
 ) -> PartialTrace:
-    """Trace a step of all layers of a model.
-
-    Args:
-        config: configuration of the run.
-        folder: folder of the model, with or without weights.
-        world_size: ranks of all nodes together.
-        nodes: number of nodes, which have equally many ranks.
-        device: kind of device whose path through attention is traced.
-
-    Raises:
-        UserError: `trace_step` cannot trace the run.
-    """
+    """Trace a step of all layers of a model, whose folder need not hold weights."""
     _check_traceable(config, folder, world_size, nodes)
     ranks = RankInfo(rank=0, world_size=world_size, local_rank=0, local_world_size=world_size // nodes, launcher="none")
     micro_batches = gradient_accumulation(config.train.global_batch, config.train.micro_batch, world_size)
@@ -262,7 +249,7 @@ def record_peaks(
         model: sharded model with weights.
         optimizer_state: moments of the rank's shards, which exist before the first step, so that steps are equal.
         micro_batches: micro-batches of the rank.
-        adapter_replicas: ranks that hold equal adapter shards.
+        adapter_replicas: number of ranks that hold equal adapter shards.
         config: configuration of the run.
         traffic: counter of the model's collectives, which holds the last step's bytes afterwards.
         steps: number of steps.

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.bench.slurm_bench_job import explain_unfinished_job, job_state_label, split_into_nodes
+from qlora_dist.bench.bench_job import explain_unfinished_job, job_state_label, split_into_nodes
 from qlora_dist.cli.main import main
 from qlora_dist.errors import UserError
 from qlora_dist.launch.job_script import SlurmJob

@@ -1,9 +1,12 @@
-"""A layout's run as a SLURM job: the job that `qlora-dist launch` would submit, and the wait for its end."""
+"""A layout's run as a job of its own: on this machine, or as the SLURM job that `qlora-dist launch` would submit."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +18,7 @@ from types import FrameType
 from rich.console import Console
 
 from qlora_dist.bench.bench_layouts import BenchCase
+from qlora_dist.config.config_file import dump_config
 from qlora_dist.errors import UserError
 from qlora_dist.launch.cluster import Cluster
 from qlora_dist.launch.job_script import SlurmJob, render_job_script
@@ -24,6 +28,7 @@ from qlora_dist.report.run_files import RunFiles, read_run_files
 from qlora_dist.runs.json_object import read_json_object
 from qlora_dist.runs.run_dir import DONE_MARKER, MARKERS, REQUEUE_MARKER, STOPPED_MARKER
 from qlora_dist.runtime.process_exit import USER_ERROR_FILE
+from qlora_dist.runtime.system import usable_cpu_count
 
 _JOB_STATE_MESSAGES = {
     "CANCELLED": "was cancelled; start the benchmark again",
@@ -35,8 +40,44 @@ _JOB_STATE_MESSAGES = {
 }
 _MIN_POLL_S, _MAX_POLL_S = 1.0, 10.0
 """Seconds between two queries to SLURM, at first and for jobs that take minutes."""
+_LAST_LINES = 40
 _FILE_TIMEOUT_S = 60.0
 """Seconds to wait until files that nodes wrote to a shared file system are visible here."""
+
+
+def threads_per_rank(ranks: int) -> int:
+    """Return each rank's share of the cores of this process."""
+    return max(1, usable_cpu_count() // ranks)
+
+
+def run_local_job(case: BenchCase, folder: Path) -> RunFiles:
+    """Train in one process or on torchrun's ranks, and read the run's files.
+
+    The configuration and the log are written into `folder`, which holds the `run.dir` of the case.
+
+    Raises:
+        UserError: the run reported a user's error.
+        RuntimeError: the run failed otherwise; the message has the end of its log.
+    """
+    config, log = folder / f"{case.name}.yaml", folder / f"{case.name}.log"
+    config.write_text(dump_config(case.config), encoding="utf-8")
+    command = [sys.executable]
+    if case.ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
+    command += ["-m", "qlora_dist", "train", str(config), "--resume", "none"]
+    environ = os.environ | {"OMP_NUM_THREADS": str(threads_per_rank(case.ranks)), "PYTHONUNBUFFERED": "1"}
+    with log.open("w", encoding="utf-8") as output:
+        code = subprocess.run(command, env=environ, stdout=output, stderr=output, check=False).returncode
+    if code:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        user_errors = re.findall(r"^qlora-dist: (.+)$", text, re.MULTILINE)
+        if user_errors:
+            raise UserError(f"{case.label}: {user_errors[0]}")
+        raise RuntimeError(f"{case.name} ended with exit code {code}\n" + "\n".join(text.splitlines()[-_LAST_LINES:]))
+    run = Path(case.config.run.dir) / case.config.run.name
+    files = read_run_files(run)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return files
 
 
 @dataclass(frozen=True)
@@ -66,10 +107,6 @@ class SlurmPlacement:
 
 def split_into_nodes(ranks: int, max_ranks_per_node: int) -> tuple[int, int]:
     """Return the number of nodes, and of ranks on each.
-
-    Args:
-        ranks: ranks of all nodes together.
-        max_ranks_per_node: largest number of ranks on a node.
 
     Raises:
         UserError: the ranks need several nodes, which would be unequal.
@@ -104,11 +141,6 @@ def check_slurm_cases(cases: Sequence[BenchCase], placement: SlurmPlacement) -> 
 
 def run_slurm_job(case: BenchCase, placement: SlurmPlacement, console: Console) -> RunFiles:
     """Submit a layout's job, wait for its end, and read the run's files. If the wait is interrupted, cancel the job.
-
-    Args:
-        case: layout whose configuration has a `run.dir` that all nodes see.
-        placement: the cluster.
-        console: console for the job's states.
 
     Raises:
         UserError: the job did not finish its run.
@@ -209,9 +241,8 @@ def _signals_to_exit() -> Iterator[None]:
     def end(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    numbers = [
-        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN
-    ]  # ignored under nohup
+    # nohup ignores them
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
