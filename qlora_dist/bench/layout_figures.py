@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from qlora_dist.bench.bench_layouts import BenchCase
-from qlora_dist.bench.bench_result import BenchMachine, LayoutResult, LossComparison, Spread
-from qlora_dist.errors import UserError
+from qlora_dist.bench.bench_result import BenchMachine, LayoutResult, Spread
+from qlora_dist.bench.compare_losses import largest_step_difference, mean_loss_difference, step_losses
 from qlora_dist.plan.calibration_file import load_calibration
 from qlora_dist.report.run_files import RunFiles
-
-LOSS_TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
-"""Relative tolerance between the losses of two layouts by compute type, because layouts sum in different orders.
-
-In fp32 the loss of each step must agree. In 16 bit only the mean over all trained tokens must. There, kernels round
-differently for other numbers of threads, and Adam's first updates magnify that. Single steps of correct runs then
-differ by a thousandth.
-"""
 
 
 def summarize_layout(case: BenchCase, runs: Sequence[RunFiles], warm_up: int, reference: RunFiles) -> LayoutResult:
@@ -55,29 +47,8 @@ def summarize_layout(case: BenchCase, runs: Sequence[RunFiles], warm_up: int, re
         read_bytes=summaries[0]["read_bytes"],
         load_s=_spread([summary["load_s"] for summary in summaries]),
         losses=step_losses(runs[0]),
-        loss_difference_of_steps=max(_largest_step_difference(run, reference) for run in runs),
-        loss_difference_of_mean=max(_mean_loss_difference(run, reference) for run in runs),
-    )
-
-
-def step_losses(run: RunFiles) -> list[float]:
-    """Return the loss of each step.
-
-    Raises:
-        UserError: a loss is not finite.
-    """
-    losses = [row["loss"] for row in run.steps]
-    if None in losses:
-        raise UserError(f"{run.name}: the loss of step {losses.index(None) + 1} was not finite; lower optim.lr")
-    return losses
-
-
-def compare_losses(reference: str, compute_dtype: str, layouts: Sequence[LayoutResult]) -> LossComparison:
-    """Compare the losses of all layouts with the reference."""
-    by: Literal["step", "mean"] = "step" if compute_dtype == "fp32" else "mean"
-    tolerance, largest = LOSS_TOLERANCES[compute_dtype], max(figures.loss_difference(by) for figures in layouts)
-    return LossComparison(
-        reference=reference, by=by, tolerance=tolerance, largest_difference=largest, agree=largest <= tolerance
+        loss_difference_of_steps=max(largest_step_difference(run, reference) for run in runs),
+        loss_difference_of_mean=max(mean_loss_difference(run, reference) for run in runs),
     )
 
 
@@ -93,20 +64,6 @@ def _links() -> dict[str, float]:
         return {}
     links = {"inside a node": measured.inside_bytes, "between nodes": measured.between_bytes}
     return {name: speed for name, speed in links.items() if speed}
-
-
-def _largest_step_difference(run: RunFiles, reference: RunFiles) -> float:
-    return max(abs(a - b) / b for a, b in zip(step_losses(run), step_losses(reference), strict=True))
-
-
-def _mean_loss_difference(run: RunFiles, reference: RunFiles) -> float:
-    """Return the relative difference of the mean loss over all trained tokens.
-
-    The weights of the steps are the reference's, because all runs train the same tokens in each step.
-    """
-    tokens: list[int] = [row["trained_tokens"] for row in reference.steps]
-    own, other = (sum(a * b for a, b in zip(step_losses(r), tokens, strict=True)) for r in (run, reference))
-    return abs(own - other) / other
 
 
 def _paged_bytes(row: dict[str, Any]) -> dict[str, int]:

@@ -26,7 +26,8 @@ from qlora_dist.bench.bench_table import (
     print_bench_table,
     skipped_layout_message,
 )
-from qlora_dist.bench.layout_figures import bench_machine_of_run, compare_losses, step_losses, summarize_layout
+from qlora_dist.bench.compare_losses import compare_losses, step_losses
+from qlora_dist.bench.layout_figures import bench_machine_of_run, summarize_layout
 from qlora_dist.config.config_file import apply_changes
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError

@@ -12,8 +12,9 @@ import numpy as np
 from jinja2 import TemplateSyntaxError
 
 from qlora_dist.data.chat_renderer import ChatRenderer
+from qlora_dist.data.loss_mask import MaskMode, trained_messages
 from qlora_dist.data.per_answer import RenderedAnswer, render_answers
-from qlora_dist.data.source_row import BadRow, CompletionRow, Message, MessagesRow, SourceRow, TextRow
+from qlora_dist.data.source_row import BadRow, CompletionRow, MessagesRow, SourceRow, TextRow
 from qlora_dist.data.template_probe import UnsupportedConversationError
 from qlora_dist.data.text_encoder import EncodedSequence, MaskedText, TextEncoder
 from qlora_dist.data.tokenizer import SHIPPED_TEMPLATES, read_chat_template
@@ -23,7 +24,6 @@ from qlora_dist.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MaskMode = Literal["assistant", "last", "all"]
 MultiTurnMode = Literal["auto", "whole", "per-answer"]
 
 ENCODER_VERSION = 2
@@ -163,7 +163,7 @@ class RowEncoder:
         renderer = self._compiled_renderer(self._template_for_row(row))
         renderer = renderer.with_variables(row.template_variables)
         messages, tools = renderer.prepare_messages(row.messages), renderer.check_tools(row.tools)
-        trained = self._trained_messages(row.messages)
+        trained = trained_messages(row.messages, self._mask)
         trains_all = self._mask == "all"
         if trains_all and all(trained):
             return MaskedText(renderer.render(messages, tools), None)
@@ -177,17 +177,6 @@ class RowEncoder:
                 if self._multi_turn == "whole" or trains_all:
                     raise
         return render_answers(renderer, messages, tools, indices, self._end_tokens)
-
-    def _trained_messages(self, messages: list[Message]) -> list[bool]:
-        if self._mask == "all":
-            flags = [True] * len(messages)
-        else:
-            flags = [message["role"] == "assistant" for message in messages]
-            if self._mask == "last" and True in flags:
-                last = len(flags) - 1 - flags[::-1].index(True)
-                flags = [index == last for index in range(len(flags))]
-        train_flags = [message.get("train") for message in messages]
-        return [flag if train is None else train for flag, train in zip(flags, train_flags, strict=True)]
 
     def _template_for_row(self, row: MessagesRow) -> str:
         if self._template is not None:

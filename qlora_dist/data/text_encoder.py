@@ -15,6 +15,7 @@ from tokenizers import models, pre_tokenizers
 
 from qlora_dist.compat.transformers import has_stock_encoding
 from qlora_dist.data.chat_renderer import CharSpan
+from qlora_dist.data.loss_mask import loss_mask_from_spans
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -194,39 +195,6 @@ class TextEncoder:
             elif not self._ends_with_eos(tokens):
                 tokens.append(eos)
         return removed
-
-
-def loss_mask_from_spans(encoding: Encoding, spans: Sequence[CharSpan]) -> npt.NDArray[np.bool_]:
-    """Return bool[tokens]: whether each token overlaps one of the spans, which are in ascending order.
-
-    A token around an empty span does not overlap it.
-    """
-    flags = np.zeros(len(encoding), np.bool_)
-    for start, end in spans:
-        if start == end:
-            continue
-        # Single characters are looked up, because a Python list of all offsets would take longer than everything else.
-        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-        if first is None or last is None:  # The character is in no token.
-            return _mask_from_offsets(encoding.offsets, spans)
-        while (char_span := encoding.token_to_chars(last + 1)) is not None and char_span[0] < end:
-            last += 1  # Tokens may share a character, such as the bytes of an emoji.
-        flags[first : last + 1] = True
-    return flags
-
-
-def _mask_from_offsets(offsets: Sequence[CharSpan], spans: Sequence[CharSpan]) -> npt.NDArray[np.bool_]:
-    flags = np.zeros(len(offsets), np.bool_)
-    position = 0
-    for start, end in spans:
-        if start == end:
-            continue
-        while position < len(offsets) and offsets[position][1] <= start:
-            position += 1
-        while position < len(offsets) and offsets[position][0] < end:
-            flags[position] = True
-            position += 1
-    return flags
 
 
 def surrounding_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

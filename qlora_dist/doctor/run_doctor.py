@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_dist.doctor.finding import Finding, merge_findings, worst_finding
-from qlora_dist.doctor.job_checks import (
+from qlora_dist.doctor.cross_node_checks import (
     check_bandwidth,
     check_clocks,
     check_peer_host_names,
     check_peer_ports,
     check_shared_run_folder,
 )
+from qlora_dist.doctor.finding import Finding, merge_findings, worst_finding
 from qlora_dist.doctor.node_checks import check_node
 from qlora_dist.errors import UserError
 from qlora_dist.runtime.environment import RankInfo, read_rank_info

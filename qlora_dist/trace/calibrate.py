@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from qlora_dist.doctor.job_checks import check_bandwidth, median_seconds
+from qlora_dist.doctor.cross_node_checks import check_bandwidth, median_seconds
 from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize_weight
 from qlora_dist.plan.calibration_file import MeasuredSpeeds, save_calibration

@@ -14,7 +14,7 @@ import pytest
 
 from qlora_dist.bench.bench_layouts import BenchCase, ModelBytes, make_bench_cases
 from qlora_dist.bench.bench_result import BenchResult
-from qlora_dist.bench.layout_figures import compare_losses
+from qlora_dist.bench.compare_losses import compare_losses
 from qlora_dist.cli import bench_command
 from qlora_dist.cli.main import main
 from qlora_dist.config.config_file import load_config

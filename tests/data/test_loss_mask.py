@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from qlora_dist.data.text_encoder import loss_mask_from_spans
+from qlora_dist.data.loss_mask import loss_mask_from_spans
 from tests.helpers.published_tokenizers import make_tokenizer
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.doctor.job_checks import check_bandwidth, check_peer_host_names, check_shared_run_folder
+from qlora_dist.doctor.cross_node_checks import check_bandwidth, check_peer_host_names, check_shared_run_folder
 from qlora_dist.doctor.run_doctor import run_doctor
 from qlora_dist.runtime import shared_folder
 from qlora_dist.runtime.environment import read_rank_info
