@@ -34,12 +34,12 @@ def train_and_log_preparation(config: Path, log: Path) -> None:
 
     def counted(*args: Any, **options: Any) -> Any:
         with log.open("a") as file:
-            file.write(options["name"] + "\n")
+            file.write(options["source_name"] + "\n")
         return tokenize(*args, **options)
 
     prepare_datasets.tokenize_to_file = counted
     sys.argv = ["qlora-dist", "train", str(config)]
-    main.main()
+    main()
 
 
 @pytest.mark.slow

@@ -91,9 +91,11 @@ def test_a_paged_checkpoint_of_two_ranks_resumes_on_one_and_on_four(bits: int, c
 def test_moments_change_from_32_bit_to_8_and_back_with_a_message(config: Path, unpaged: Config) -> None:
     saved = str(run_path(unpaged.run) / "checkpoints" / "step-000003")
     fewer = resolve(config, "fewer", "optim.name=adamw-8bit", "run.dir=" + str(run_path(unpaged.run).parent))
-    assert "go from 32 to 8 bit" in resume_output(fewer, saved)
+    assert "converted from 32 to 8 bit" in resume_output(fewer, saved)
     more = resolve(config, "more", "optim.name=adamw")
-    assert "go from 8 to 32 bit" in resume_output(more, str(run_path(fewer.run) / "checkpoints" / "step-000006"), 7)
+    assert "converted from 8 to 32 bit" in resume_output(
+        more, str(run_path(fewer.run) / "checkpoints" / "step-000006"), 7
+    )
     torch.testing.assert_close(torch.tensor(losses(fewer)), torch.tensor(losses(unpaged)[3:]), rtol=1e-3, atol=0)
 
 

@@ -176,8 +176,8 @@ def test_two_different_mpis_are_refused(name: str, config: Path, tmp_path: Path)
     assert code in expected_exit_codes(name, 2)
     (sentence,) = [line for line in err.splitlines() if "qlora-dist" in line]
     assert re.match(
-        r"qlora-dist: mpi4py uses (Open MPI v|MPICH Version: )\S+, and the mpirun that started 2 ranks is of another "
-        "MPI; use the mpirun of the one that mpi4py has, or set MASTER_ADDR and MASTER_PORT$",
+        r"qlora-dist: mpi4py uses (Open MPI v|MPICH Version: )\S+, and the mpirun that started 2 ranks belongs to "
+        "another MPI; use the mpirun of mpi4py's MPI, or set MASTER_ADDR and MASTER_PORT$",
         sentence,
     )
 
