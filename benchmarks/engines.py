@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,11 @@ from synthetic import resident_bytes, restart_peak
 
 from qlora_dist.config.schema import Config
 from qlora_dist.data.collate import LABEL_IGNORE_INDEX
-from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import StepContext, make_optimizer, train_step
+from qlora_dist.train.train_step import make_step_context, train_step
 
 MIB = 2**20
 
@@ -59,15 +59,7 @@ def measure(folder: Path, engine: str, args: argparse.Namespace) -> dict[str, An
     setup = set_up_run(config, ranks)
     with process_group(ranks, setup.device):
         loaded = load_trainable_model(shard_model(setup.model, config, ranks, setup.device), setup.folder)
-        context = StepContext(
-            model=setup.model,
-            shards=loaded.adapter_shards,
-            optimizer=make_optimizer(loaded.adapter_shards, loaded.optimizer_state, setup),
-            loss_scale=LossScale("bf16"),
-            adapter_replicas=setup.sizes.adapter_replicas,
-            max_grad_norm=1.0,
-            traffic=loaded.traffic,
-        )
+        context = replace(make_step_context(setup, loaded), max_grad_norm=1.0)
         setup.model.train()
         loaded_peak = restart_peak()
         seconds, processor, losses = [], [], []

@@ -43,12 +43,11 @@ from rich.table import Table
 from qlora_dist.adapters.attach import init_lora_weight
 from qlora_dist.config.schema import Config
 from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
-from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.run_setup import RunSetup, set_up_run
-from qlora_dist.train.train_step import StepContext, make_optimizer, train_step
+from qlora_dist.train.train_step import make_step_context, train_step
 
 LR, CLIP = 2e-4, 1.0
 Step = Callable[[list[Batch]], float]
@@ -73,15 +72,7 @@ def make_qlora_dist_step(config: Config) -> tuple[RunSetup, Step]:
     """Set up qlora-dist on all ranks of the process group, and return its step."""
     setup = set_up_run(config, read_rank_info())
     loaded = load_trainable_model(shard_model(setup.model, config, setup.ranks, setup.device), setup.folder)
-    context = StepContext(
-        model=setup.model,
-        shards=loaded.adapter_shards,
-        optimizer=make_optimizer(loaded.adapter_shards, loaded.optimizer_state, setup),
-        loss_scale=LossScale("bf16"),
-        adapter_replicas=setup.sizes.adapter_replicas,
-        max_grad_norm=CLIP,
-        traffic=loaded.traffic,
-    )
+    context = make_step_context(setup, loaded)
     setup.model.train()
 
     def step(micro_batches: list[Batch]) -> float:

@@ -7,15 +7,14 @@ import os
 
 import torch
 from marks import RANK, WORLD_SIZE, mark_and_restart_peak, static_bytes, steps, wait_for_turn, write_mark
-from workload import CLIP, configuration
+from workload import configuration
 
 from qlora_dist.data.collate import LABEL_IGNORE_INDEX, Batch
-from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import StepContext, make_optimizer, train_step
+from qlora_dist.train.train_step import make_step_context, train_step
 
 
 def main() -> None:
@@ -36,15 +35,7 @@ def main() -> None:
         setup = set_up_run(config, ranks)
         mark_and_restart_peak("imported")  # with tokenizer and data, which the others do not load
         loaded = load_trainable_model(shard_model(setup.model, config, setup.ranks, setup.device), setup.folder)
-        context = StepContext(
-            model=setup.model,
-            shards=loaded.adapter_shards,
-            optimizer=make_optimizer(loaded.adapter_shards, loaded.optimizer_state, setup),
-            loss_scale=LossScale("bf16"),
-            adapter_replicas=setup.sizes.adapter_replicas,
-            max_grad_norm=CLIP,
-            traffic=loaded.traffic,
-        )
+        context = make_step_context(setup, loaded)
         setup.model.train()
         mark_and_restart_peak("loaded")
         for step in steps():

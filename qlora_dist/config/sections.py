@@ -272,7 +272,7 @@ class TrainConfig(ConfigSection):
 
 
 class RunConfig(ConfigSection):
-    """Results of the run."""
+    """Folder, reports and trackers of a run."""
 
     dir: str = "runs"
     """Folder of all runs."""

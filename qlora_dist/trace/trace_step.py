@@ -110,7 +110,7 @@ def trace_step(
     for a model of any size. From some hundreds of ranks on, its time grows with their number.
 
     Args:
-        config: configuration of the run, of whose `model.base` only the name is used.
+        config: configuration to trace, of whose `model.base` only the name is used.
         model_config: content of config.json.
         world_size: ranks of all nodes together.
         nodes: number of nodes, which have equally many ranks.
@@ -250,7 +250,7 @@ def record_peaks(
         optimizer_state: moments of the rank's shards, which exist before the first step, so that steps are equal.
         micro_batches: micro-batches of the rank.
         adapter_replicas: number of ranks that hold equal adapter shards.
-        config: configuration of the run.
+        config: configuration to trace.
         traffic: counter of the model's collectives, which holds the last step's bytes afterwards.
         steps: number of steps.
 

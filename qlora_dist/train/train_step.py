@@ -17,7 +17,7 @@ from qlora_dist.optim.adamw import PagedAdamW
 from qlora_dist.optim.adapter_shards import AdapterShards
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.deepspeed_optimizer import AdapterOptimizer, ZeroAdamW, ZeroOptimizerState
-from qlora_dist.parallel.loaded_model import OptimizerState
+from qlora_dist.parallel.loaded_model import OptimizerState, TrainableModel
 from qlora_dist.parallel.mesh import CommCounter
 from qlora_dist.runtime.device_memory import memory_budget_bytes
 from qlora_dist.runtime.heartbeat import record_heartbeat
@@ -67,6 +67,19 @@ def make_optimizer(shards: AdapterShards, states: OptimizerState, setup: RunSetu
         config,
         [config.lora_plus_ratio if is_b else 1.0 for is_b in shards.is_lora_b],
         lambda held: memory_budget_bytes(setup.device, held, setup.ranks.local_world_size),
+    )
+
+
+def make_step_context(setup: RunSetup, loaded: TrainableModel) -> StepContext:
+    """Return what the steps of a run share, with the settings of its configuration."""
+    return StepContext(
+        model=setup.model,
+        shards=loaded.adapter_shards,
+        optimizer=make_optimizer(loaded.adapter_shards, loaded.optimizer_state, setup),
+        loss_scale=LossScale(setup.config.model.compute_dtype),
+        adapter_replicas=setup.sizes.adapter_replicas,
+        max_grad_norm=setup.config.optim.max_grad_norm,
+        traffic=loaded.traffic,
     )
 
 

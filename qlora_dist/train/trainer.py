@@ -13,7 +13,6 @@ from qlora_dist.checkpoint.snapshot import trainable_state
 from qlora_dist.data.collate import Batch
 from qlora_dist.errors import UserError
 from qlora_dist.optim.adapter_shards import AdapterShards
-from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.optimizer_state import PagedOptimizerState
 from qlora_dist.optim.schedule import learning_rate
 from qlora_dist.paging.pager import PagingStats
@@ -31,7 +30,7 @@ from qlora_dist.train.run_setup import RunSetup
 from qlora_dist.train.step_metrics import StepMetrics
 from qlora_dist.train.step_profiler import DATA_LABEL, StepProfiler
 from qlora_dist.train.stop_requests import StopRequests
-from qlora_dist.train.train_step import StepContext, StepResult, make_optimizer, move_batch, train_step
+from qlora_dist.train.train_step import StepResult, make_step_context, move_batch, train_step
 
 _ASSUMED_WRITE_BYTES_PER_S = 100e6
 """Bytes per second at which a checkpoint is assumed to be written, until the run has written one."""
@@ -97,15 +96,7 @@ class Trainer:
         self._setup, self._config, self._console, self._run_dir = setup, setup.config.train, console, run_dir
         self._optimizer_state, self._paged_layers = loaded.optimizer_state, loaded.paged_layers
         self._traffic, shards = loaded.traffic, loaded.adapter_shards
-        self._step_context = StepContext(
-            model=setup.model,
-            shards=shards,
-            optimizer=make_optimizer(shards, loaded.optimizer_state, setup),
-            loss_scale=LossScale(setup.config.model.compute_dtype),
-            adapter_replicas=setup.sizes.adapter_replicas,
-            max_grad_norm=setup.config.optim.max_grad_norm,
-            traffic=loaded.traffic,
-        )
+        self._step_context = make_step_context(setup, loaded)
         state = trainable_state(setup.model, shards.local, self._step_context.optimizer, setup.device)
         self._checkpoints = RunCheckpointer(setup, resume_point, state, self._step_context.loss_scale, console)
         self.progress = self._checkpoints.resume(run_dir)

@@ -96,7 +96,7 @@ class TestChatML:
         assert encode("chatml", messages, "last") == [*CHATML_CAT, *CHATML_SAT, *CHATML_DOG, *CHATML_LOG]
 
     def test_other_roles_are_trained(self):
-        """As for an answer, the content and the end of the turn are trained, but not the role."""
+        """The content and the end of the turn are trained, as in an answer, but not the role."""
         messages = [{**SYSTEM, "train": True}, {**CAT, "train": True}, SAT]
         assert encode("chatml", messages) == [
             *expect_masked("<|im_start|>", "system", "\n"),

@@ -14,14 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
-from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.parallel.loaded_model import load_trainable_model, shard_model
 from qlora_dist.plan.model_spec import make_model_spec
 from qlora_dist.plan.step_traffic import ShardCounts, step_traffic
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
 from qlora_dist.train.run_setup import set_up_run
-from qlora_dist.train.train_step import StepContext, make_optimizer, train_step
+from qlora_dist.train.train_step import make_step_context, train_step
 from tests.helpers import tiny_models
 from tests.helpers.ranks import run_ranks
 
@@ -91,17 +90,8 @@ def record_two_steps(config: Config) -> tuple[list[Collective], dict[str, int], 
     setup = set_up_run(config, ranks)
     with process_group(ranks, setup.device):
         loaded = load_trainable_model(shard_model(setup.model, config, ranks, setup.device), setup.folder)
-        traffic, shards = loaded.traffic, loaded.adapter_shards
-        optimizer = make_optimizer(shards, loaded.optimizer_state, setup)
-        context = StepContext(
-            model=setup.model,
-            shards=shards,
-            optimizer=optimizer,
-            loss_scale=LossScale("fp32"),
-            adapter_replicas=setup.sizes.adapter_replicas,
-            max_grad_norm=0.3,
-            traffic=traffic,
-        )
+        traffic = loaded.traffic
+        context = make_step_context(setup, loaded)
         for step in range(2):
             traffic.take()
             with CollectiveRecorder() as wire:
