@@ -1,1 +1,1 @@
-"""LoRA on NF4Linear through PEFT, so that a trained adapter is a PEFT adapter."""
+"""LoRA on QuantizedLinear through PEFT, so that a trained adapter is a PEFT adapter."""

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.lora import NF4LoraLinear
-from qlora_dist.adapters.lora_experts import NF4LoraExperts, peft_swaps_in_out
+from qlora_dist.adapters.lora import QuantizedLoraLinear
+from qlora_dist.adapters.lora_experts import QuantizedLoraExperts, peft_swaps_in_out
 from qlora_dist.adapters.targets import AdapterTargets, find_targets, peft_target_names, targets_from_peft_config
 from qlora_dist.compat.peft import LoraLayer, dispatch_default, peft
 from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import target_module_name
-from qlora_dist.nf4.experts import NF4Experts
-from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.layers.experts import QuantizedExperts
+from qlora_dist.layers.linear import QuantizedLinear
 
 ADAPTER_NAME = "default"
 
@@ -60,7 +60,7 @@ def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = 
     """Add a new fp32 adapter to a model on meta without adapters, and freeze all other parameters.
 
     PEFT's `inject_adapter_in_model` is not used, because its conversion of names from transformers 4 misreads a model
-    with NF4Experts. The model keeps its class and transformers' names.
+    with QuantizedExperts. The model keeps its class and transformers' names.
     """
     modules_to_save = set(config.modules_to_save or ())
     targets = targets_from_peft_config(model, config)
@@ -95,10 +95,10 @@ def add_lora_layer(model: nn.Module, path: str, config: peft.LoraConfig, name: s
 def _wrap_with_lora(
     layer: nn.Module, name: str, config: peft.LoraConfig, r: int, alpha: float, owner: nn.Module
 ) -> nn.Module:
-    if isinstance(layer, NF4Linear):
-        return NF4LoraLinear(layer, name, config, r=r, lora_alpha=alpha)
-    if isinstance(layer, NF4Experts):
-        return NF4LoraExperts(layer, name, config, r=r, lora_alpha=alpha, swap_in_out=peft_swaps_in_out(owner))
+    if isinstance(layer, QuantizedLinear):
+        return QuantizedLoraLinear(layer, name, config, r=r, lora_alpha=alpha)
+    if isinstance(layer, QuantizedExperts):
+        return QuantizedLoraExperts(layer, name, config, r=r, lora_alpha=alpha, swap_in_out=peft_swaps_in_out(owner))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # PEFT sets it in its copy
         wrapped: nn.Module | None = dispatch_default(layer, name, copy.copy(config), r=r, lora_alpha=alpha)

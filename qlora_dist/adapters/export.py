@@ -19,7 +19,7 @@ from qlora_dist.adapters.saved_adapter import find_invalid_values
 from qlora_dist.compat.peft import peft
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import PEFT_PREFIX
-from qlora_dist.nf4.embedding import vocab_weight_names
+from qlora_dist.layers.embedding import vocab_weight_names
 from qlora_dist.shard_view import full_tensor
 
 

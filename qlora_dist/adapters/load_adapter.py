@@ -14,9 +14,9 @@ from qlora_dist.adapters.attach import add_lora_layer, has_tied_head, is_lora_pa
 from qlora_dist.adapters.saved_adapter import SavedAdapter, missing_module_error
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, tensors_equal
-from qlora_dist.nf4.embedding import vocab_weight_names
-from qlora_dist.nf4.experts import NF4Experts
-from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.layers.embedding import vocab_weight_names
+from qlora_dist.layers.experts import QuantizedExperts
+from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.shard_view import flat_offset, local_slice, local_tensor
 
 
@@ -38,7 +38,7 @@ def attach_saved_adapter(model: PreTrainedModel, adapter: SavedAdapter, name: st
             raise missing_module_error(adapter, path, base)
         layer = model.get_submodule(path)
         inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-        if not isinstance(inner, NF4Linear | NF4Experts | nn.Linear | Conv1D):
+        if not isinstance(inner, QuantizedLinear | QuantizedExperts | nn.Linear | Conv1D):
             raise UserError(
                 f"{adapter.path}: adapts {path}, a {type(inner).__name__}, which is no linear layer; use the adapter "
                 "with PEFT"

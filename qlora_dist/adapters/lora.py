@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer for NF4Linear, plain, rank-stabilized, or with DoRA's magnitudes."""
+"""PEFT's LoRA layer for QuantizedLinear, plain, rank-stabilized, or with DoRA's magnitudes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 
 from qlora_dist.adapters.lora_matmul import lora_matmul
 from qlora_dist.compat.peft import LoraLayer, LoraVariant, peft
-from qlora_dist.nf4.experts import NF4Experts
-from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.layers.experts import QuantizedExperts
+from qlora_dist.layers.linear import QuantizedLinear
 
 
-class NF4LoraLayer(nn.Module, LoraLayer):
+class QuantizedLoraLayer(nn.Module, LoraLayer):
     """Base class of the LoRA layers whose base layer has a vector of bytes as its weight.
 
     The attributes are PEFT's, which has no types. The mappings have the adapter's name as key.
     """
 
-    base_layer: NF4Linear | NF4Experts
+    base_layer: QuantizedLinear | QuantizedExperts
     in_features: int
     out_features: int
     active_adapters: list[str]
@@ -31,11 +31,11 @@ class NF4LoraLayer(nn.Module, LoraLayer):
     lora_B: MutableMapping[str, nn.Linear]
     lora_dropout: MutableMapping[str, nn.Module]
     lora_magnitude_vector: MutableMapping[str, _Magnitude]
-    lora_variant: dict[str, NF4DoraVariant]
+    lora_variant: dict[str, QuantizedDoraVariant]
 
     def __init__(
         self,
-        base_layer: NF4Linear | NF4Experts,
+        base_layer: QuantizedLinear | QuantizedExperts,
         adapter_name: str,
         config: peft.LoraConfig,
         r: int = 0,
@@ -52,21 +52,21 @@ class NF4LoraLayer(nn.Module, LoraLayer):
         LoraLayer.update_layer(self, adapter_name, r, *args, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, NF4Linear | NF4Experts)
+        assert isinstance(module, QuantizedLinear | QuantizedExperts)
         return module.in_features, module.out_features
 
 
-class NF4LoraLinear(NF4LoraLayer):
-    """`y = base(x) + scaling * B(A(dropout(x)))`, registered with PEFT for NF4Linear.
+class QuantizedLoraLinear(QuantizedLoraLayer):
+    """`y = base(x) + scaling * B(A(dropout(x)))`, registered with PEFT for QuantizedLinear.
 
     Shapes: lora_A [r, in_features], lora_B [out_features, r]; fp32, computed in x's type once the engine's mixed
-    precision has gathered them in it. Merging is not PEFT's here: an NF4Linear has no `weight` to merge into.
+    precision has gathered them in it. Merging is not PEFT's here: an QuantizedLinear has no `weight` to merge into.
     """
 
-    base_layer: NF4Linear
+    base_layer: QuantizedLinear
 
-    def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> NF4DoraVariant | None:
-        return NF4DoraVariant() if config.use_dora else None
+    def resolve_lora_variant(self, *, config: peft.LoraConfig, **kwargs: Any) -> QuantizedDoraVariant | None:
+        return QuantizedDoraVariant() if config.use_dora else None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x: [..., in_features] -> [..., out_features]."""
@@ -96,7 +96,7 @@ class _Magnitude(nn.Module):
         self.weight = weight
 
 
-class NF4DoraVariant(LoraVariant):
+class QuantizedDoraVariant(LoraVariant):
     """DoRA: `y = m * (W x + s B A x) / |W + s B A|`, norms by row and detached (arXiv:2402.09353, section 4.3).
 
     PEFT's own computes B A by sending an identity of in_features squared through the layers and keeps the dense sum
@@ -105,14 +105,14 @@ class NF4DoraVariant(LoraVariant):
     """
 
     @staticmethod
-    def init(module: NF4LoraLinear, adapter_name: str, **kwargs: Any) -> None:
+    def init(module: QuantizedLoraLinear, adapter_name: str, **kwargs: Any) -> None:
         """Add the magnitudes, fp32[out_features]. Their values need W: `qlora_dist.model.adapter_init` sets them."""
         magnitude = nn.Parameter(torch.empty(module.out_features, device=module.lora_A[adapter_name].weight.device))
         module.lora_magnitude_vector[adapter_name] = _Magnitude(magnitude)
 
     @staticmethod
     def forward(
-        module: NF4LoraLinear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+        module: QuantizedLoraLinear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """Return the output of the whole layer, given the output of the base layer."""
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]

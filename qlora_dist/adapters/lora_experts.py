@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_dist.adapters.lora import NF4LoraLayer
-from qlora_dist.nf4.experts import ExpertForward, NF4Experts
+from qlora_dist.adapters.lora import QuantizedLoraLayer
+from qlora_dist.layers.experts import ExpertForward, QuantizedExperts
 
 
 def peft_swaps_in_out(owner: nn.Module) -> bool:
@@ -21,8 +21,8 @@ def peft_swaps_in_out(owner: nn.Module) -> bool:
     return not hasattr(owner, "is_transposed")
 
 
-class NF4LoraExperts(NF4LoraLayer):
-    """LoRA layer `y = base(x, expert) + scaling * B[expert](A[expert](x))` for NF4Experts.
+class QuantizedLoraExperts(QuantizedLoraLayer):
+    """LoRA layer `y = base(x, expert) + scaling * B[expert](A[expert](x))` for QuantizedExperts.
 
     The parameters have the layout of `peft.tuners.lora.ParamWrapper`. `lora_A` is [experts * r, in_features] with an
     expert's r rows together. `lora_B` is [out_features, r * experts] with an expert's columns `experts` apart. There is
@@ -32,7 +32,7 @@ class NF4LoraExperts(NF4LoraLayer):
     [in_features, r * experts].
     """
 
-    base_layer: NF4Experts
+    base_layer: QuantizedExperts
 
     def __init__(self, *args: Any, swap_in_out: bool = False, **kwargs: Any) -> None:
         self._swap_in_out = swap_in_out

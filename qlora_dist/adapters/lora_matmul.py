@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
 from qlora_dist.nf4.quantize import dequantize_weight
 
@@ -23,7 +23,7 @@ _LoraGradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, t
 
 def lora_matmul(
     x: torch.Tensor,
-    base: NF4Linear,
+    base: QuantizedLinear,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     scaling: float,
@@ -66,7 +66,7 @@ class _LoraMatmul(torch.autograd.Function):
         dropped: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
-        base: NF4Linear,
+        base: QuantizedLinear,
         scaling: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropped is not None

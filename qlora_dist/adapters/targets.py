@@ -14,8 +14,8 @@ from qlora_dist.compat.torch import module_parameters
 from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import matches_any_suffix, target_module_name
-from qlora_dist.nf4.experts import NF4Experts
-from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.layers.experts import QuantizedExperts
+from qlora_dist.layers.linear import QuantizedLinear
 
 _LAYER = re.compile(r".*\.\d+\.(?=[^.]*[^.\d])")
 _TYPES_WITHOUT_OUT_PROJ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -37,7 +37,7 @@ class AdapterTargets:
 
 def weight_read_names(model: nn.Module) -> set[str]:
     """Return the names of layers whose weight the model's code reads itself, so that an adapter has no effect."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
     return {target_module_name(name) for name, module in layers if module.is_weight_read}
 
 
@@ -49,7 +49,7 @@ def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapt
             adapter, or there are no experts. The message names `base`, the base model's folder.
     """
     read = weight_read_names(model)
-    linear = [path for path in _paths(model, NF4Linear) if target_module_name(path) not in read]
+    linear = [path for path in _paths(model, QuantizedLinear) if target_module_name(path) not in read]
     names = sorted({target_module_name(path) for path in linear})
     chosen = linear
     if config.targets != "all-linear":
@@ -71,7 +71,7 @@ def find_targets(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapt
             f"lora.targets: PEFT reads no adapter of out_proj, here {out_proj_paths[0]} of {base}; name others, such "
             f"as [{', '.join(rest)}]"
         )
-    experts = _paths(model, NF4Experts) if config.experts else []
+    experts = _paths(model, QuantizedExperts) if config.experts else []
     if config.experts and not experts:
         raise UserError(f"lora.experts: {base} has no experts in 4 bit; leave the key out")
     if not chosen and not experts:
@@ -83,15 +83,15 @@ def targets_from_peft_config(model: nn.Module, config: peft.LoraConfig) -> Adapt
     """Return the matrices of a model on meta, without adapters, that PEFT's configuration selects.
 
     These are PEFT's rules without its conversion of names from transformers 4. The conversion would mistake the paths
-    of NF4Experts, which replace the experts' parameters, for old linear layers.
+    of QuantizedExperts, which replace the experts' parameters, for old linear layers.
     """
     parameters = sorted(config.target_parameters or ())
     linear = [
         path
-        for path in _paths(model, NF4Linear)
+        for path in _paths(model, QuantizedLinear)
         if check_target_module_exists(config, path) or matches_any_suffix(parameters, f"{path}.weight")
     ]
-    experts = [path for path in _paths(model, NF4Experts) if matches_any_suffix(parameters, path)]
+    experts = [path for path in _paths(model, QuantizedExperts) if matches_any_suffix(parameters, path)]
     return AdapterTargets(tuple(linear), tuple(experts))
 
 
@@ -102,12 +102,12 @@ def peft_target_names(model: PreTrainedModel, targets: AdapterTargets) -> tuple[
     (`_convert_peft_config_moe`). Such layers are named by their parameter, as `mlp.up_proj.weight`, which PEFT does not
     convert. The adapter's tensors are the same.
     """
-    modules = [path for path, module in model.named_modules() if path and not isinstance(module, NF4Experts)]
+    modules = [path for path, module in model.named_modules() if path and not isinstance(module, QuantizedExperts)]
     converted = {name for name in {path.rpartition(".")[2] for path in targets.linear} if _peft_converts(model, name)}
     plain = [path for path in targets.linear if path.rpartition(".")[2] not in converted]
     as_parameters = [f"{path}.weight" for path in targets.linear if path.rpartition(".")[2] in converted]
     parameters = [
-        path if isinstance(module, NF4Experts) else f"{path}.{'weight' if name == 'packed' else name}"
+        path if isinstance(module, QuantizedExperts) else f"{path}.{'weight' if name == 'packed' else name}"
         for path, module in model.named_modules()
         for name in module_parameters(module)
     ]

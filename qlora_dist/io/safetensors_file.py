@@ -29,6 +29,9 @@ SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _LARGEST_HEADER_BYTES = 100_000_000  # the format's own limit

@@ -14,6 +14,7 @@ from qlora_dist.adapters.lora_experts import peft_swaps_in_out
 from qlora_dist.adapters.saved_adapter import LowRankUpdate, SavedAdapter, missing_module_error
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry, tensors_equal
+from qlora_dist.layers.embedding import vocab_weight_names
 from qlora_dist.model.meta_model import COMPUTE_DTYPES, causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import (
@@ -25,7 +26,6 @@ from qlora_dist.model.quantizable import (
     source_matrices,
 )
 from qlora_dist.model.weight_sources import find_weight_sources, stacked_tensor_name
-from qlora_dist.nf4.embedding import vocab_weight_names
 from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
 from qlora_dist.nf4.quant_state import quant_state_specs
 

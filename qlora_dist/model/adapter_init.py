@@ -7,9 +7,9 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from qlora_dist.adapters.attach import init_lora_weight, is_lora_parameter
-from qlora_dist.adapters.lora import NF4LoraLinear, dora_weight_norm
+from qlora_dist.adapters.lora import QuantizedLoraLinear, dora_weight_norm
+from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.model.meta_model import LossModel, get_decoder_layers
-from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.shard_view import full_shape, local_slice, local_tensor
 
 
@@ -46,8 +46,8 @@ def _init_dora_magnitudes(model: LossModel) -> None:
         if isinstance(layer, _ShardedLayer):
             layer.unshard()
         for name, module in layer.named_modules():
-            if isinstance(module, NF4LoraLinear):
-                assert isinstance(module.base_layer, NF4Linear)
+            if isinstance(module, QuantizedLoraLinear):
+                assert isinstance(module.base_layer, QuantizedLinear)
                 for adapter in module.lora_magnitude_vector:
                     a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
                     weight = module.base_layer.dequantize(a.dtype)

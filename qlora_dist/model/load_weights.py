@@ -14,14 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from qlora_dist.adapters.attach import is_lora_parameter
 from qlora_dist.compat.torch import map_tensors
 from qlora_dist.io.read_ahead import ReadProgress
+from qlora_dist.layers.embedding import QuantizedVocabMixin
+from qlora_dist.layers.experts import QuantizedExperts
+from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.model.buffers import check_buffers_initialized, init_buffers
 from qlora_dist.model.meta_model import LossModel, transformers_names
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_scatter import ScatteredMatrix, quantize_and_scatter, scattered_matrices
 from qlora_dist.model.shard_reader import LocalShard, ShardReader, WriteShard
-from qlora_dist.nf4.embedding import NF4VocabMixin
-from qlora_dist.nf4.experts import NF4Experts
-from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.shard_view import flat_offset, full_shape, get_flat_shard, local_slice, local_tensor
 
 
@@ -82,7 +82,10 @@ def load_weights(
                     write: WriteShard = partial(parameter_store.write, name)
                 else:
                     write = partial(_write_local, local_tensor(parameter))
-                if isinstance(module, NF4Linear | NF4Experts | NF4VocabMixin) and parameter is module.packed:
+                if (
+                    isinstance(module, QuantizedLinear | QuantizedExperts | QuantizedVocabMixin)
+                    and parameter is module.packed
+                ):
                     matrices = model.matrices[names[name]]
                     if matrices[0].name in folder.quantized:
                         shards.append(_local_shard(parameter, tuple(matrix.name for matrix in matrices), folder, write))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qlora_dist.layers.embedding import QuantizedVocabMixin
 from qlora_dist.model.logit_scale import NO_LOGIT_SCALE, LogitScale
 from qlora_dist.model.row_chunks import rows_per_chunk
-from qlora_dist.nf4.embedding import NF4VocabMixin
 from qlora_dist.runtime.byte_sizes import LOSS_CHUNK_LOGITS
 
 IGNORE_INDEX = -100
@@ -76,7 +76,7 @@ class TiedHead(nn.Module):
 
 def _weight(module: nn.Embedding | nn.Linear, like: torch.Tensor) -> torch.Tensor:
     """Return the weight, [vocabulary, h], dequantized for this call if it is in 4 bit."""
-    return module.dequantize(like.dtype) if isinstance(module, NF4VocabMixin) else module.weight
+    return module.dequantize(like.dtype) if isinstance(module, QuantizedVocabMixin) else module.weight
 
 
 def linear_cross_entropy_sum(

@@ -15,6 +15,9 @@ from qlora_dist.compat.torch import module_buffers, module_parameters
 from qlora_dist.compat.transformers import keep_in_fp32_modules
 from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
+from qlora_dist.layers.embedding import QuantizedVocabMixin, use_quantized_vocab, vocab_weight_names
+from qlora_dist.layers.experts import QuantizedExperts
+from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.model.attention import add_sequence_starts, set_packed_attention
 from qlora_dist.model.logit_scale import LogitScale, find_decoder, measure_logit_scale
 from qlora_dist.model.loss import TiedHead, tie_head_to_embedding, use_loss_head
@@ -32,16 +35,13 @@ from qlora_dist.model.quantizable import (
 )
 from qlora_dist.model.weight_reads import find_weight_reads
 from qlora_dist.model.weight_sources import WeightSource, find_weight_sources
-from qlora_dist.nf4.embedding import NF4VocabMixin, use_nf4_vocab, vocab_weight_names
-from qlora_dist.nf4.experts import NF4Experts
-from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.nf4_layout import NF4Layout
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool = True) -> LossModel:
-    """Build a causal language model on meta whose quantizable layers are NF4Linear and whose forward gives the loss.
+    """Build a causal language model on meta whose quantizable layers are QuantizedLinear and whose forward gives the loss.
 
     Parameters that stay unquantized have the compute type. All parameters are frozen. Without `quantize`, matrices that
     are in 16 bit in the folder stay so.
@@ -67,8 +67,8 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
         layout = common_layout(
             parts, target, folder, config.quant_type, config.block_size, double_quant=config.double_quant
         )
-        _replace_with_nf4(model, target, layout, len(parts), dtype)
-        if isinstance(layer := model.get_submodule(target.module), NF4Linear):
+        _replace_with_quantized(model, target, layout, len(parts), dtype)
+        if isinstance(layer := model.get_submodule(target.module), QuantizedLinear):
             layer.is_weight_read = target.module in reads
         in_4_bit[target.name] = parts
     _replace_head(model, scale, tied=tied)
@@ -142,9 +142,9 @@ def transformers_names(model: nn.Module) -> dict[str, str]:
         plain_path = path.replace(".base_layer", "")  # the name inside a LoRA layer
         for name in module_parameters(module):
             full = f"{plain_path}.{name}" if plain_path else name
-            if isinstance(module, NF4Linear | NF4VocabMixin) and name == "packed":
+            if isinstance(module, QuantizedLinear | QuantizedVocabMixin) and name == "packed":
                 full = f"{plain_path}.weight"
-            elif isinstance(module, NF4Experts):
+            elif isinstance(module, QuantizedExperts):
                 full = plain_path
             names[f"{path}.{name}" if path else name] = full
     return names
@@ -157,19 +157,21 @@ def get_decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
     return min(blocks or lists, key=lambda item: item[0])[1]
 
 
-def _replace_with_nf4(
+def _replace_with_quantized(
     model: transformers.PreTrainedModel, target: QuantizableParameter, layout: NF4Layout, parts: int, dtype: torch.dtype
 ) -> None:
     if target.role != "layer":
-        use_nf4_vocab(model.get_submodule(target.module), layout, dtype)
+        use_quantized_vocab(model.get_submodule(target.module), layout, dtype)
         return
     if not target.experts:
-        model.set_submodule(target.module, NF4Linear(layout, bias=target.has_bias, bias_dtype=dtype, device="meta"))
+        model.set_submodule(
+            target.module, QuantizedLinear(layout, bias=target.has_bias, bias_dtype=dtype, device="meta")
+        )
         return
     path, _, name = target.module.rpartition(".")
     experts = model.get_submodule(path)
     delattr(experts, name)
-    setattr(experts, name, NF4Experts(layout, target.experts, parts // target.experts, "meta"))
+    setattr(experts, name, QuantizedExperts(layout, target.experts, parts // target.experts, "meta"))
     replace_experts_forward(experts)
 
 

@@ -1,6 +1,6 @@
 """The forward pass of sparse layers whose experts are in 4 bit.
 
-transformers 5 keeps a projection of all experts in one three-dimensional parameter. Here an NF4Experts module replaces
+transformers 5 keeps a projection of all experts in one three-dimensional parameter. Here an QuantizedExperts module replaces
 the parameter, and these functions call it for one expert at a time. Everything else, such as the router, is
 transformers' own code.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qlora_dist.compat.transformers import apply_expert_gate, has_expert_gate
-from qlora_dist.nf4.experts import NF4Experts
+from qlora_dist.layers.experts import QuantizedExperts
 
 
 class SparseExperts(Protocol):
@@ -27,9 +27,9 @@ class SparseExperts(Protocol):
     num_experts: int
     has_gate: bool
     has_post_expert_norm: bool
-    gate_up_proj: NF4Experts
-    up_proj: NF4Experts
-    down_proj: NF4Experts
+    gate_up_proj: QuantizedExperts
+    up_proj: QuantizedExperts
+    down_proj: QuantizedExperts
 
     def act_fn(self, x: torch.Tensor, /) -> torch.Tensor:
         """Return an expert's activation, of the shape of x."""
@@ -44,7 +44,7 @@ def is_moe_experts(module: nn.Module) -> bool:
 
 
 def replace_experts_forward(module: nn.Module) -> None:
-    """Replace the forward pass of a module whose projections have become NF4Experts."""
+    """Replace the forward pass of a module whose projections have become QuantizedExperts."""
     forward = llama4_experts_forward if _is_llama4(module) else experts_forward
     module.forward = types.MethodType(forward, module)
 

@@ -15,6 +15,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from qlora_dist.compat.torch import module_parameters
 from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
+from qlora_dist.layers.embedding import check_vocab_class
 from qlora_dist.model.buffers import check_meta_buffers
 from qlora_dist.model.logit_scale import measure_logit_scale
 from qlora_dist.model.meta_model import build_meta_model, causal_lm_on_meta
@@ -27,7 +28,6 @@ from qlora_dist.model.quantizable import (
     source_matrices,
 )
 from qlora_dist.model.weight_sources import find_weight_sources
-from qlora_dist.nf4.embedding import check_vocab_class
 from qlora_dist.nf4.nf4_layout import BLOCK_SIZES, NF4Layout, QuantType
 
 

@@ -37,7 +37,7 @@ def parallelize_zero3(model: PreTrainedModel, meshes: Meshes, config: Config) ->
 
     settings = ds_config(config, largest_layer_numel(model))["zero_optimization"]
     # A layer is one unit, so its parameters are gathered in one collective per dtype and group. The unit includes the
-    # base layer within NF4LoraLinear, which is not called as a module, and holds for a recomputed layer too.
+    # base layer within QuantizedLoraLinear, which is not called as a module, and holds for a recomputed layer too.
     gathering = partitioner.register_hooks(model, layers, settings)
     for module in (embedding, head):
         if not any(parameter.requires_grad for parameter in module.parameters()):

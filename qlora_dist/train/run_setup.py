@@ -34,10 +34,10 @@ from qlora_dist.data.prepare_datasets import PreparedDatasets, PreparedSource, d
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry
+from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.model.attention import check_packing_support
 from qlora_dist.model.meta_model import LossModel, build_meta_model, causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.parallel.activation_checkpointing import check_compiler
 from qlora_dist.parallel.engine import check_engine
 from qlora_dist.parallel.mesh import MeshSizes, mesh_sizes
@@ -209,7 +209,7 @@ def check_adapter_numel(model: LossModel, targets: AdapterTargets, lora: LoraCon
     expected = 0
     for path in targets.paths:
         layer = model.get_submodule(path).base_layer
-        experts = layer.experts if isinstance(layer, NF4Experts) else 1
+        experts = layer.experts if isinstance(layer, QuantizedExperts) else 1
         expected += experts * lora.r * (layer.in_features + layer.out_features)
         expected += layer.out_features if lora.dora else 0
     actual = sum(p.numel() for name, p in model.named_parameters() if is_lora_parameter(name))

@@ -10,19 +10,19 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.adapters import lora_matmul as fused
 from qlora_dist.adapters.attach import attach_adapter, make_peft_config
-from qlora_dist.adapters.lora import NF4LoraLinear
+from qlora_dist.adapters.lora import QuantizedLoraLinear
 from qlora_dist.adapters.lora_matmul import lora_matmul
 from qlora_dist.config.sections import LoraConfig
-from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.nf4.quantize import quantize_weight
 
 SCALING = 0.75
 
 
-def make_layer(*, bias: bool = True) -> NF4Linear:
+def make_layer(*, bias: bool = True) -> QuantizedLinear:
     torch.manual_seed(0)
     packed, layout = quantize_weight(torch.randn(48, 32))
-    module = NF4Linear(layout, bias=bias, bias_dtype=torch.float32)
+    module = QuantizedLinear(layout, bias=bias, bias_dtype=torch.float32)
     module.packed.data = packed
     if module.bias is not None:
         module.bias.data.normal_()
@@ -37,7 +37,7 @@ def make_tensors(*, requires_grad: bool = True) -> list[torch.Tensor]:
 
 
 def autograd_output(
-    base: NF4Linear, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dropped: torch.Tensor | None = None
+    base: QuantizedLinear, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dropped: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Compute the layer's output in fp64 with plain operations."""
     weight, bias = base.dequantize(torch.float32).double(), base.bias
@@ -68,7 +68,7 @@ def test_an_input_that_is_not_trained_gets_no_gradient(*, compiled: bool, monkey
     base, (x, a, b) = make_layer(), make_tensors(requires_grad=False)
     y = lora_matmul(x, base, a, b, SCALING)
     expected = torch.autograd.grad(autograd_output(base, x.double(), a.double(), b.double()).sum(), [a, b])
-    monkeypatch.setattr(NF4Linear, "dequantize", None)  # the weight is not dequantized either
+    monkeypatch.setattr(QuantizedLinear, "dequantize", None)  # the weight is not dequantized either
     monkeypatch.setattr(fused, "dequantize_weight", None)
     for actual, reference in zip(torch.autograd.grad(y.sum(), [a, b]), expected, strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5)
@@ -92,13 +92,13 @@ def test_the_operator_passes_opcheck() -> None:
 def test_a_checkpointed_layer_dequantizes_its_last_weight_only_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     base, (x, a, b) = make_layer(), make_tensors()
     expected_grads = torch.autograd.grad(lora_matmul(x, base, a, b, SCALING).square().sum(), [x, a, b])
-    calls, dequantize = [], NF4Linear.dequantize
+    calls, dequantize = [], QuantizedLinear.dequantize
 
-    def counted(self: NF4Linear, dtype: torch.dtype) -> torch.Tensor:
+    def counted(self: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:
         calls.append(dtype)
         return dequantize(self, dtype)
 
-    monkeypatch.setattr(NF4Linear, "dequantize", counted)
+    monkeypatch.setattr(QuantizedLinear, "dequantize", counted)
     y = checkpoint(lambda x: lora_matmul(x, base, a, b, SCALING), x, use_reentrant=False)
     for actual, reference in zip(torch.autograd.grad(y.square().sum(), [x, a, b]), expected_grads, strict=True):
         torch.testing.assert_close(actual, reference)
@@ -111,7 +111,7 @@ def test_the_layer_computes_lora_and_can_be_disabled(dropout: float) -> None:
     config = make_peft_config(model, LoraConfig(r=4, alpha=3, dropout=dropout), "base")
     attach_adapter(model, config)
     module = model[0]
-    assert isinstance(module, NF4LoraLinear)
+    assert isinstance(module, QuantizedLoraLinear)
     _, a, b = make_tensors()
     module.lora_A["default"].weight, module.lora_B["default"].weight = nn.Parameter(a), nn.Parameter(b)
     x = torch.randn(3, 32)
@@ -127,7 +127,7 @@ def test_the_layer_computes_lora_and_can_be_disabled(dropout: float) -> None:
 def test_an_active_adapter_that_the_layer_lacks_is_ignored() -> None:
     model = nn.Sequential(make_layer())
     attach_adapter(model, make_peft_config(model, LoraConfig(r=4, dropout=0.0), "base"))
-    assert isinstance(model[0], NF4LoraLinear) and isinstance(model[0], peft.tuners.lora.layer.LoraLayer)
+    assert isinstance(model[0], QuantizedLoraLinear) and isinstance(model[0], peft.tuners.lora.layer.LoraLayer)
     model[0]._active_adapter = "another"
     x = torch.randn(3, 32)
     torch.testing.assert_close(model[0](x), make_layer()(x))

@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from qlora_dist.config.config_file import load_config
+from qlora_dist.layers.embedding import QuantizedEmbedding, QuantizedHead
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
-from qlora_dist.nf4.embedding import NF4Embedding, NF4Head
 from qlora_dist.runs.run_dir import run_path
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.train.run_setup import set_up_run
@@ -99,8 +99,8 @@ def test_a_head_that_others_have_quantized(tmp_path: Path) -> None:
     path = tiny_models.make_config(tmp_path, tmp_path / "published", train__steps=2, optim__warmup_steps=0)
     config = load_config(path)
     model = set_up_run(config, read_rank_info({})).model
-    assert isinstance(model.get_output_embeddings(), NF4Head)
-    assert not isinstance(model.get_input_embeddings(), NF4Embedding)
+    assert isinstance(model.get_output_embeddings(), QuantizedHead)
+    assert not isinstance(model.get_input_embeddings(), QuantizedEmbedding)
 
     one = train_on(1, path, "run")
     assert train_on(2, path, "run") == pytest.approx(one, rel=1e-5)

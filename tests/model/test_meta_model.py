@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from qlora_dist.adapters.attach import attach_adapter, make_peft_config
 from qlora_dist.config.sections import LoraConfig, ModelConfig
 from qlora_dist.errors import UserError
+from qlora_dist.layers.embedding import QuantizedEmbedding, QuantizedVocabMixin
+from qlora_dist.layers.experts import QuantizedExperts
+from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.model.buffers import init_buffers
 from qlora_dist.model.meta_model import LossModel, build_meta_model, get_decoder_layers, transformers_names
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.nf4.embedding import NF4Embedding, NF4VocabMixin
-from qlora_dist.nf4.experts import NF4Experts
-from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 from tests.helpers.architectures import make_architecture
 
@@ -32,7 +32,9 @@ def build(folder: Path, *, quantize: bool = True, **settings: Any) -> LossModel:
     return build_meta_model(ModelFolder(folder), config, quantize=quantize)
 
 
-def quantize_from(value: torch.Tensor, module: NF4Linear | NF4VocabMixin, *, transposed: bool) -> torch.Tensor:
+def quantize_from(
+    value: torch.Tensor, module: QuantizedLinear | QuantizedVocabMixin, *, transposed: bool
+) -> torch.Tensor:
     """Return a packed matrix, and replace its value by the dequantized one."""
     packed, layout = quantize_weight(value.T if transposed else value)
     assert layout == module.layout
@@ -41,7 +43,7 @@ def quantize_from(value: torch.Tensor, module: NF4Linear | NF4VocabMixin, *, tra
     return packed
 
 
-def quantize_experts_from(value: torch.Tensor, module: NF4Experts, *, transposed: bool) -> torch.Tensor:
+def quantize_experts_from(value: torch.Tensor, module: QuantizedExperts, *, transposed: bool) -> torch.Tensor:
     rows = module.layout.shape[0]
     packed = []
     for expert in value:
@@ -65,7 +67,7 @@ def load_from(model: LossModel, plain: transformers.PreTrainedModel) -> None:
         module, value = model.get_submodule(name.rpartition(".")[0]), values[names[name]]
         if parameter.dtype != torch.uint8:
             parameter.copy_(value)
-        elif isinstance(module, NF4Experts):
+        elif isinstance(module, QuantizedExperts):
             owner = plain.get_submodule(names[name].rpartition(".")[0])
             parameter.copy_(quantize_experts_from(value, module, transposed=owner.is_transposed))
         else:
@@ -102,7 +104,7 @@ def test_parameters_stand_for_all_of_transformers(name: str, tmp_path: Path) -> 
     for module_name, module in plain.named_modules():
         if type(module) is torch.nn.Linear and module is not plain.get_output_embeddings():
             quantized = model.get_submodule(module_name)
-            assert isinstance(quantized, NF4Linear) and quantized.layout.shape == module.weight.shape
+            assert isinstance(quantized, QuantizedLinear) and quantized.layout.shape == module.weight.shape
             assert (quantized.bias is None) == (module.bias is None)
     assert all(p.is_meta and not p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.uint8, torch.bfloat16}
@@ -119,8 +121,8 @@ def test_a_model_in_16_bit(tmp_path: Path) -> None:
 def test_embeddings_in_4_bit(tmp_path: Path) -> None:
     model = build(make_architecture(tmp_path, "Llama"), embeddings="4bit")
     embedding = model.get_input_embeddings()
-    assert isinstance(embedding, NF4Embedding) and embedding.layout.shape == (320, 64)
-    assert isinstance(model.get_output_embeddings(), NF4VocabMixin)
+    assert isinstance(embedding, QuantizedEmbedding) and embedding.layout.shape == (320, 64)
+    assert isinstance(model.get_output_embeddings(), QuantizedVocabMixin)
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= model.matrices.keys()
 
 

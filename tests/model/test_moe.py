@@ -10,9 +10,9 @@ import torch
 import transformers
 from torch import nn
 
+from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.model.moe import is_moe_experts, replace_experts_forward
 from qlora_dist.model.quantizable import EXPERT_WEIGHTS
-from qlora_dist.nf4.experts import NF4Experts
 from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 from tests.helpers.architectures import ARCHITECTURES, SETTINGS_OF_ALL
 
@@ -33,7 +33,7 @@ def make_experts(name: str) -> nn.Module:
 
 
 def quantized_experts(experts: nn.Module) -> nn.Module:
-    """Return a copy with NF4Experts, and replace the weights of the original by the dequantized ones."""
+    """Return a copy with QuantizedExperts, and replace the weights of the original by the dequantized ones."""
     quantized = copy.deepcopy(experts)
     transposed = getattr(experts, "is_transposed", True)
     for name in EXPERT_WEIGHTS:
@@ -41,7 +41,7 @@ def quantized_experts(experts: nn.Module) -> nn.Module:
         if weight is None:
             continue
         packed = [quantize_weight(matrix.T if transposed else matrix) for matrix in weight]
-        module = NF4Experts(packed[0][1], len(packed), 1)
+        module = QuantizedExperts(packed[0][1], len(packed), 1)
         module.packed.data = torch.cat([vector for vector, _ in packed])
         delattr(quantized, name)
         setattr(quantized, name, module)

@@ -13,8 +13,8 @@ from qlora_dist.adapters.attach import init_lora_weight
 from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.io.read_ahead import ReadProgress
+from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.model.meta_model import LossModel
-from qlora_dist.nf4.linear import NF4Linear
 from qlora_dist.parallel import loaded_model
 from qlora_dist.parallel.loaded_model import TrainableModel, load_trainable_model, make_optimizer_state, shard_model
 from qlora_dist.parallel.paged_layers import PagedLayers
@@ -62,7 +62,7 @@ def check_values(config: Config) -> None:
         key = "model.layers.1.mlp.up_proj"
         linear = loaded.model.get_submodule(key)
         base = getattr(linear, "base_layer", linear)
-        assert isinstance(base, NF4Linear)
+        assert isinstance(base, QuantizedLinear)
         packed = base.packed.full_tensor() if hasattr(base.packed, "full_tensor") else base.packed
         with safe_open(next(folder.path.glob("*.safetensors")), "pt") as file:
             codes = file.get_tensor(f"{key}.weight").flatten()

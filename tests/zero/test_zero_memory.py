@@ -13,7 +13,7 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.data.dataloader import TrainDataLoader
 from qlora_dist.launch.job_check import estimate_static_bytes as planned_bytes
-from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.parallel.loaded_model import load_model, shard_model
 from qlora_dist.parallel.static_bytes import check_static_bytes, model_static_bytes
 from qlora_dist.runtime.environment import read_rank_info
@@ -36,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, layers: list[torch.nn.Module]) -> None:
         super().__init__()
-        packed = [m.packed for layer in layers for m in layer.modules() if isinstance(m, NF4Linear)]
+        packed = [m.packed for layer in layers for m in layer.modules() if isinstance(m, QuantizedLinear)]
         ids = {id(p) for p in packed}
         self.parameters = packed, [p for layer in layers for p in layer.parameters() if id(p) not in ids]
         self.peaks = [0, 0]

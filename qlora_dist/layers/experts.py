@@ -14,7 +14,7 @@ from qlora_dist.nf4.quantize import dequantize_weight
 ExpertForward = Callable[[torch.Tensor, int], torch.Tensor]
 
 
-class NF4Experts(nn.Module):
+class QuantizedExperts(nn.Module):
     """One projection of all experts, `y = x @ W[expert].T`, differentiable in x only.
 
     `packed: uint8[experts * matrices * layout.total_bytes]` concatenates the quantized matrices. Each matrix has its
@@ -50,10 +50,10 @@ class NF4Experts(nn.Module):
 
 
 class _Matmul(torch.autograd.Function):
-    """Product that saves only the module and the expert's number for backward, for the same reason as NF4Linear's."""
+    """Product that saves only the module and the expert's number for backward, for the same reason as QuantizedLinear's."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, module: NF4Experts, expert: int) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, module: QuantizedExperts, expert: int) -> torch.Tensor:
         ctx.module, ctx.expert = module, expert
         return nn.functional.linear(x, module.dequantize(expert, x.dtype))
 

@@ -12,10 +12,10 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
 
 from qlora_dist.errors import UserError
+from qlora_dist.layers.embedding import QuantizedEmbedding, QuantizedHead, use_quantized_vocab
 from qlora_dist.model.logit_scale import LogitScale
 from qlora_dist.model.loss import IGNORE_INDEX, linear_cross_entropy_sum, tie_head_to_embedding, use_loss_head
 from qlora_dist.nf4 import embedding as nf4_embedding
-from qlora_dist.nf4.embedding import NF4Embedding, NF4Head, use_nf4_vocab
 from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 
 SCALE = LogitScale(0.5, 3.0)
@@ -24,7 +24,7 @@ SCALE = LogitScale(0.5, 3.0)
 def quantize_vocab_module(module: nn.Module, dtype: torch.dtype = torch.float32, **options: object) -> torch.Tensor:
     """Quantize a module's weight, and return the dequantized weight."""
     packed, layout = quantize_weight(module.weight.detach(), **options)
-    use_nf4_vocab(module, layout, dtype)
+    use_quantized_vocab(module, layout, dtype)
     with torch.no_grad():
         module.packed.copy_(packed)
     return dequantize_weight(packed, layout, dtype)
@@ -115,7 +115,7 @@ def test_the_scaling_of_the_class_stays() -> None:
     plain = copy.deepcopy(module)
     plain.weight.data = quantize_vocab_module(module)
     ids = torch.randint(0, 50, (2, 7))
-    assert isinstance(module, NF4Embedding) and isinstance(module, Gemma2TextScaledWordEmbedding)
+    assert isinstance(module, QuantizedEmbedding) and isinstance(module, Gemma2TextScaledWordEmbedding)
     assert torch.equal(module(ids), plain(ids))
     assert not torch.equal(module(ids), plain.weight[ids])
 
@@ -149,10 +149,10 @@ def test_a_head_gives_the_logits_and_the_loss_of_the_dequantized_matrix(*, tied:
     weight = quantize_vocab_module(module)
     if tied:
         tie_head_to_embedding(module, SCALE)
-        assert isinstance(module, NF4Embedding)
+        assert isinstance(module, QuantizedEmbedding)
     else:
         use_loss_head(module, SCALE)
-        assert isinstance(module, NF4Head)
+        assert isinstance(module, QuantizedHead)
     offsets = getattr(module, "bias", None)
     hidden = torch.randn(2, 7, 96)
     labels = torch.randint(0, 50, (2, 7))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qlora_dist.nf4.linear import NF4Linear
+from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 
 
@@ -22,9 +22,9 @@ def make_weight(shape: tuple[int, int]) -> torch.Tensor:
 
 def make_layer(
     shape: tuple[int, int], dtype: torch.dtype = torch.float32, *, bias: bool = True, **options: object
-) -> NF4Linear:
+) -> QuantizedLinear:
     packed, layout = quantize_weight(make_weight(shape).to(dtype), **options)
-    layer = NF4Linear(layout, bias=bias, bias_dtype=dtype)
+    layer = QuantizedLinear(layout, bias=bias, bias_dtype=dtype)
     with torch.no_grad():
         layer.packed.copy_(packed)
         if layer.bias is not None:
@@ -116,9 +116,9 @@ def test_parameters_are_frozen_bytes():
         "bias": (torch.float32, False),
     }
     assert layer.packed.shape == (layer.layout.total_bytes,)
-    assert not NF4Linear(layer.layout, bias=True).bias.requires_grad
-    assert NF4Linear(layer.layout, device="meta").packed.is_meta
-    assert NF4Linear(layer.layout).bias is None
+    assert not QuantizedLinear(layer.layout, bias=True).bias.requires_grad
+    assert QuantizedLinear(layer.layout, device="meta").packed.is_meta
+    assert QuantizedLinear(layer.layout).bias is None
 
 
 def test_casting_a_model_leaves_the_bytes_alone():

@@ -12,7 +12,7 @@ from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize_rows, dequantize_weight
 
 
-class NF4VocabMixin(nn.Module):
+class QuantizedVocabMixin(nn.Module):
     """Mixin for an embedding's or a linear layer's class that replaces `weight` by a frozen `packed` parameter."""
 
     layout: NF4Layout
@@ -38,7 +38,7 @@ class NF4VocabMixin(nn.Module):
         return placeholder
 
 
-class NF4Embedding(NF4VocabMixin, nn.Embedding):  # type: ignore[override]  # torch's `weight` can be assigned
+class QuantizedEmbedding(QuantizedVocabMixin, nn.Embedding):  # type: ignore[override]  # torch's `weight` can be assigned
     """Embedding that dequantizes only the rows that are looked up, if its rows are whole blocks."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -49,15 +49,15 @@ class NF4Embedding(NF4VocabMixin, nn.Embedding):  # type: ignore[override]  # to
         return dequantize_rows(self.packed, self.layout, ids.flatten(), self.dtype).view(*ids.shape, h)
 
 
-class NF4Head(NF4VocabMixin, nn.Linear):  # type: ignore[override]  # torch's `weight` can be assigned
-    """Output head. It is no NF4Linear, because it takes no adapter and is gathered in forward only."""
+class QuantizedHead(QuantizedVocabMixin, nn.Linear):  # type: ignore[override]  # torch's `weight` can be assigned
+    """Output head. It is no QuantizedLinear, because it takes no adapter and is gathered in forward only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x: [..., h] to logits: [..., vocabulary], in x's type."""
         return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)
 
 
-def use_nf4_vocab(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: torch.dtype) -> None:
+def use_quantized_vocab(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: torch.dtype) -> None:
     """Replace the weight of an embedding or an output head by a `packed` parameter without values.
 
     The module's class is changed in place, so references to it stay valid. Its bias and its other behaviour, such as
@@ -67,15 +67,19 @@ def use_nf4_vocab(module: nn.Embedding | nn.Linear, layout: NF4Layout, dtype: to
         UserError: the module's class computes with the weight itself.
     """
     check_vocab_class(module)
-    base, nf4_class = (nn.Embedding, NF4Embedding) if isinstance(module, nn.Embedding) else (nn.Linear, NF4Head)
+    base, quantized_class = (
+        (nn.Embedding, QuantizedEmbedding) if isinstance(module, nn.Embedding) else (nn.Linear, QuantizedHead)
+    )
     packed = torch.empty(layout.total_bytes, dtype=torch.uint8, device=module.weight.device)
     del module.weight
     # the 4-bit class follows the module's own class, whose `super().forward` then calls it
     module_class = type(module)
     module.__class__ = (
-        nf4_class if module_class is base else type(f"NF4{module_class.__name__}", (module_class, nf4_class), {})
+        quantized_class
+        if module_class is base
+        else type(f"Quantized{module_class.__name__}", (module_class, quantized_class), {})
     )
-    assert isinstance(module, NF4VocabMixin)
+    assert isinstance(module, QuantizedVocabMixin)
     module.layout, module.dtype = layout, dtype
     module.packed = nn.Parameter(packed, requires_grad=False)
 

@@ -13,7 +13,7 @@ from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.nf4.quantize import dequantize_weight
 
 
-class NF4Linear(nn.Module):
+class QuantizedLinear(nn.Module):
     """Linear layer `y = x @ dequantize(packed).T + bias`, differentiable in x only.
 
     `packed` is an ordinary frozen parameter, so FSDP2 and ZeRO-3 shard codes and scales together. It must be uint8,
@@ -80,7 +80,7 @@ class _Matmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, module: NF4Linear) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, module: QuantizedLinear) -> torch.Tensor:
         ctx.module = module
         return nn.functional.linear(x, module.dequantize(x.dtype), module.bias)
 
