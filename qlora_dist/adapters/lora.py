@@ -60,7 +60,7 @@ class QuantizedLoraLinear(QuantizedLoraLayer):
     """`y = base(x) + scaling * B(A(dropout(x)))`, registered with PEFT for QuantizedLinear.
 
     Shapes: lora_A [r, in_features], lora_B [out_features, r]; fp32, computed in x's type once the engine's mixed
-    precision has gathered them in it. Merging is not PEFT's here: an QuantizedLinear has no `weight` to merge into.
+    precision has gathered them in it. Merging is not PEFT's here: a QuantizedLinear has no `weight` to merge into.
     """
 
     base_layer: QuantizedLinear

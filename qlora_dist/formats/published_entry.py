@@ -13,8 +13,8 @@ from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
 from qlora_dist.nf4.nf4_layout import BLOCK_SIZES
 from qlora_dist.runtime.byte_sizes import align_bytes
 
-_WEIGHTS_PER_CHUNK = 2**22
-"""Approximate number of weights in a chunk. Its dequantized values are then no larger than a chunk of 16-bit weights."""
+_DECODED_PER_CHUNK = 2**22
+"""Approximate number of weights in a chunk. A smaller one costs less memory for the dequantized values."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PublishedWeightEntry:
         """
         rows, columns = self.layout.shape
         unit = math.lcm(self.layout.row_unit, max(BLOCK_SIZES) // math.gcd(columns, max(BLOCK_SIZES)))
-        step = unit * max(1, _WEIGHTS_PER_CHUNK // (columns * unit))
+        step = unit * max(1, _DECODED_PER_CHUNK // (columns * unit))
         for first in range(0, rows, step):
             yield first, min(first + step, rows)
 

@@ -50,7 +50,7 @@ class QuantizedExperts(nn.Module):
 
 
 class _Matmul(torch.autograd.Function):
-    """Product that saves only the module and the expert's number for backward, for the same reason as QuantizedLinear's."""
+    """Product that saves only the module and the expert's number for backward, for QuantizedLinear's reason."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, module: QuantizedExperts, expert: int) -> torch.Tensor:

@@ -41,7 +41,7 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.f
 
 
 def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool = True) -> LossModel:
-    """Build a causal language model on meta whose quantizable layers are QuantizedLinear and whose forward gives the loss.
+    """Build a causal language model on meta with quantized layers, whose forward gives the loss.
 
     Parameters that stay unquantized have the compute type. All parameters are frozen. Without `quantize`, matrices that
     are in 16 bit in the folder stay so.

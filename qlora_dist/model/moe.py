@@ -1,7 +1,7 @@
 """The forward pass of sparse layers whose experts are in 4 bit.
 
-transformers 5 keeps a projection of all experts in one three-dimensional parameter. Here an QuantizedExperts module replaces
-the parameter, and these functions call it for one expert at a time. Everything else, such as the router, is
+transformers 5 keeps a projection of all experts in one three-dimensional parameter. Here a QuantizedExperts module
+replaces the parameter, and these functions call it for one expert at a time. Everything else, such as the router, is
 transformers' own code.
 """
 

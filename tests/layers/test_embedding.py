@@ -12,10 +12,10 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
 
 from qlora_dist.errors import UserError
+from qlora_dist.layers import embedding as nf4_embedding
 from qlora_dist.layers.embedding import QuantizedEmbedding, QuantizedHead, use_quantized_vocab
 from qlora_dist.model.logit_scale import LogitScale
 from qlora_dist.model.loss import IGNORE_INDEX, linear_cross_entropy_sum, tie_head_to_embedding, use_loss_head
-from qlora_dist.nf4 import embedding as nf4_embedding
 from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 
 SCALE = LogitScale(0.5, 3.0)
