@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from qlora_dist.formats.published_entry import PublishedWeightEntry
+from qlora_dist.errors import UserError
+from qlora_dist.formats.folder_tensors import PublishedWeights
+from qlora_dist.formats.fp8 import find_fp8_weights
 from qlora_dist.io.safetensors_file import TensorEntry
 
+_Finder = Callable[[Mapping[str, TensorEntry], Mapping[str, Any], str], PublishedWeights]
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedWeights:
-    """Weights of a folder that are in a published format."""
-
-    weights: Mapping[str, PublishedWeightEntry] = field(default_factory=dict)
-    """Weights by name, as a 16-bit folder has them: `....weight`, or TENSOR.3.weight for expert 3 of a stacked
-    TENSOR."""
-    tensors: frozenset[str] = frozenset()
-    """Names of all tensors that belong to these weights, or that only the format needs, such as scales of inputs."""
+_FINDERS: dict[str, _Finder] = {"fp8": find_fp8_weights, "mxfp8": find_fp8_weights, "fbgemm_fp8": find_fp8_weights}
+"""Functions by quant_method. Their last argument is the type of the dequantized values."""
 
 
 def find_published_weights(
-    entries: Mapping[str, TensorEntry], quantization_config: Mapping[str, Any]
+    entries: Mapping[str, TensorEntry], quantization_config: Mapping[str, Any], dtype: str = "bfloat16"
 ) -> PublishedWeights:
     """Find the weights in a published format.
+
+    Args:
+        entries: all tensors of a folder by name, at least one.
+        quantization_config: the object of this name in config.json.
+        dtype: type of the model ('bfloat16', 'float16', 'float32'), to which the dequantized values are rounded.
 
     Raises:
         UserError: the format is not supported, or tensors of a weight are missing or have other shapes.
     """
-    raise NotImplementedError
+    method = str(quantization_config.get("quant_method"))
+    finder = _FINDERS.get(method)
+    if finder is None:
+        folder = next(iter(entries.values())).path.parent
+        raise UserError(
+            f"{folder}: is quantized with {method}, which is not supported; give a copy of the model in 16 bit"
+        )
+    return finder(entries, quantization_config, dtype)

@@ -17,8 +17,9 @@ from qlora_dist.layers.dequantize import WeightLayout
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.moe import is_moe_experts
 from qlora_dist.model.weight_reads import find_weight_reads
-from qlora_dist.model.weight_sources import WeightSource, expert_key, unsupported_conversion_error
+from qlora_dist.model.weight_sources import WeightSource, unsupported_conversion_error
 from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
+from qlora_dist.nf4.quant_state import expert_key
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")

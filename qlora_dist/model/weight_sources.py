@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 )
 
 from qlora_dist.errors import UserError
+from qlora_dist.nf4.quant_state import expert_key
 
 _EXPERT_KEY = re.compile(r"(?P<tensor>.+)\.(?P<expert>\d+)\.weight")
 
@@ -34,11 +35,6 @@ class WeightSource:
     """Names in the folder. Stacked experts are listed expert by expert, each expert's matrices from top to bottom."""
     experts: int = 0
     """Number of experts whose matrices are separate tensors; 0: `keys` are concatenated along the rows."""
-
-
-def expert_key(key: str, expert: int) -> str:
-    """Return the name that one expert's matrix of a stacked tensor has in a 4-bit folder."""
-    return f"{key}.{expert}.weight"
 
 
 def stacked_tensor_name(key: str, expert: int) -> str:

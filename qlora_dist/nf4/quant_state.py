@@ -62,6 +62,11 @@ class QuantizedWeightEntry:
                 out[lo - start : hi - start] = value[lo - span.start : hi - span.start]
 
 
+def expert_key(key: str, expert: int) -> str:
+    """Return the name that one expert's matrix of a stacked tensor has among the weights of a quantized folder."""
+    return f"{key}.{expert}.weight"
+
+
 def find_quantized_weights(
     entries: Mapping[str, TensorEntry], reader: SafetensorsReader
 ) -> dict[str, QuantizedWeightEntry]:
