@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora_dist.errors import UserError
-from qlora_dist.formats.find_published import PublishedWeights, find_published_weights
+from qlora_dist.formats.find_published import find_published_weights
 from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.io.read_ahead import read_chunks
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, read_safetensors_header
@@ -51,7 +50,7 @@ class ModelFolder:
         self.published_tensors: dict[str, TensorEntry] = {}
         quantization_config = self.config.get("quantization_config")
         if quantization_config and not self.quantized:
-            found = self._find_published(quantization_config)
+            found = find_published_weights(self.entries, quantization_config, self._dtype())
             self.published = dict(found.weights)
             self.published_tensors = {name: self.entries.pop(name) for name in found.tensors}
 
@@ -137,11 +136,12 @@ class ModelFolder:
             "copy of the model in 16 bit"
         )
 
-    def _find_published(self, quantization_config: Mapping[str, Any]) -> PublishedWeights:
-        try:
-            return find_published_weights(self.entries, quantization_config)
-        except UserError as error:
-            raise UserError(f"{self.path}: {error}") from None
+    def _dtype(self) -> str:
+        """Return the type of the model in config.json, or of its text part."""
+        configs = (self.config, self.config.get("text_config") or {})
+        names = [config.get(key) for config in configs for key in ("dtype", "torch_dtype")]
+        name = next((str(name) for name in names if name), "bfloat16").removeprefix("torch.")
+        return name if name in TORCH_DTYPES else "bfloat16"
 
     def _read_entries(self) -> dict[str, TensorEntry]:
         if (self.path / _INDEX).exists():
